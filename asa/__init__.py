@@ -1,0 +1,41 @@
+"""asa: self-supervised learning on brain MRI.
+
+The names below are stable and load when they are first used, so that `import asa` costs little.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttentiveReconstructionLoss": "asa.losses.reconstruction",
+    "LinearWindowAttention": "asa.models.sw_vit",
+    "MaskedAutoencoder": "asa.models.asa",
+    "SWViT": "asa.models.sw_vit",
+    "SegmentationUNet": "asa.models.unet",
+    "asa_base": "asa.models.asa",
+    "asa_small": "asa.models.asa",
+    "asa_tiny": "asa.models.asa",
+    "gradient_importance": "asa.ops.gradients",
+    "load_encoder": "asa.engine.checkpoint",
+    "load_model": "asa.engine.checkpoint",
+    "patchify": "asa.ops.patches",
+    "random_mask": "asa.ops.masking",
+    "symmetric_position_encoding": "asa.ops.position",
+    "unpatchify": "asa.ops.patches",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'asa' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

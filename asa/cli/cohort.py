@@ -1,0 +1,39 @@
+"""From a configuration's `data` node to a store and its parts."""
+
+from pathlib import Path
+from typing import Any
+
+from asa.data.cohort import read_split, select, split_subjects, write_split
+from asa.data.store import Store
+
+Records = list[dict[str, Any]]
+
+
+def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, Records]]:
+    """Open the store, split its subjects or read their split, and write the split beside the run.
+
+    Args:
+        data: `store`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
+        run: the run folder; an existing `split.json` in it stays as it is.
+
+    Returns:
+        The store, and the records of "train", "validation" and "test".
+
+    Raises:
+        ValueError: no store, or a split that does not fit it.
+    """
+    store = Store(data["store"])
+    if data["split_file"] is not None:
+        split = read_split(data["split_file"])
+    elif (run / "split.json").exists():
+        split = read_split(run / "split.json")
+    else:
+        split = split_subjects(store.records, **data["split"])
+    if data.get("labelled") is not None:
+        n = int(data["labelled"])
+        if not 1 <= n <= len(split["train"]):
+            raise ValueError(f"data.labelled={n}, but the split has {len(split['train'])} training subjects")
+        split = {**split, "train": split["train"][:n]}
+    parts = {name: select(store.records, subjects) for name, subjects in split.items()}
+    write_split(run / "split.json", split)
+    return store, parts

@@ -1,0 +1,105 @@
+"""asa-finetune: learn a segmentation from labelled scans."""
+
+import sys
+
+import torch
+
+from asa.cli.cohort import open_parts
+from asa.cli.front import Config, open_run, run_command
+from asa.config import build, typed
+from asa.data.augment import AugmentSettings
+from asa.data.loader import CropDataset, LoaderSettings
+from asa.data.store import Store
+from asa.engine.checkpoint import find_weights, list_checkpoints, read_weights
+from asa.engine.optim import OptimSettings
+from asa.engine.predict import PredictSettings
+from asa.engine.train import TrainSettings, train
+from asa.engine.validate import validate_segmentation
+from asa.models.transfer import transfer_encoder, transfer_report
+
+SETTINGS = {
+    "train": TrainSettings,
+    "optim": OptimSettings,
+    "loader": LoaderSettings,
+    "augment": AugmentSettings,
+    "predict": PredictSettings,
+}
+
+
+def finetune(config: Config) -> None:
+    """Fine-tune on a prepared store with labels.
+
+    Raises:
+        ValueError: a store without labels, or a pretrained encoder that does not match.
+    """
+    settings = typed(TrainSettings, config["train"])
+    predict = typed(PredictSettings, config["predict"])
+    data = config["data"]
+    weights = read_weights(config["init"])[0] if config["init"] else None
+    run = open_run(config)
+    store, parts = open_parts(data, run)
+    if not store.labels:
+        raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
+    names = [store.labels[value] for value in store.label_values]
+    for node in (config["model"], config["method"]["model"]):
+        node["in_channels"], node["out_channels"] = len(store.channels), len(names) + 1
+    torch.manual_seed(settings.seed)
+    method = build(config["method"], plugins=config["plugins"])
+    if weights is not None and not list_checkpoints(run):
+        inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        plan = transfer_encoder(inner, method.model.encoder)
+        print(f"encoder from {config['init']}:\n{transfer_report(plan)}")
+    dataset = CropDataset(
+        store,
+        parts["train"],
+        method.model.encoder.img_size,
+        crop=data["placement"],
+        labelled=True,
+        augment=typed(AugmentSettings, config["augment"]),
+        lateral_pairs=_pairs(data["lateral_pairs"], store),
+        seed=settings.seed,
+    )
+    watched = [record["id"] for record in parts["validation"]]
+    start = f"the encoder of {config['init']}" if config["init"] else "scratch"
+    print(f"fine-tuning from {start} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
+    description = {
+        "model": config["model"],
+        "plugins": config["plugins"],
+        "data": {"channels": store.channels, "labels": store.labels, "prepare": store.settings},
+    }
+    last = train(
+        method,
+        dataset,
+        run,
+        settings=settings,
+        optim=typed(OptimSettings, config["optim"]),
+        loader=typed(LoaderSettings, config["loader"]),
+        description=description,
+        validate=(lambda step: validate_segmentation(method, store, watched, names, predict)) if watched else None,
+    )
+    print("  ".join(f"{name} {value:.4f}" for name, value in last.items() if name.startswith("dice")))
+    print(f"wrote {find_weights(run)}")
+
+
+def _pairs(names: list[list[str]], store: Store) -> list[tuple[int, int]]:
+    """Left/right pairs of label names -> stored class indices."""
+    index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
+    for pair in names:
+        for name in pair:
+            if name not in index:
+                raise ValueError(f"data.lateral_pairs names {name!r}; the store's labels are {', '.join(index)}")
+    return [(index[left], index[right]) for left, right in names]
+
+
+def main() -> int:
+    """Entry point."""
+    return run_command(
+        "finetune",
+        "Fine-tune a segmentation network, from a pretrained encoder or from scratch.",
+        finetune,
+        settings=SETTINGS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

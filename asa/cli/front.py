@@ -1,0 +1,136 @@
+"""What all commands share: arguments, help, errors in one line, and the run folder."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asa.config import CONFIG_DIR, compose, describe
+
+Config = dict[str, Any]
+# What may change when a run goes on: how long, how often it reports, and how it is fed.
+FREE_ON_RESUME = ("out", "train.steps", "train.log_every", "train.validate_every", "train.save_every")
+FREE_ON_RESUME += ("train.save_minutes", "train.keep", "train.device", "loader")
+
+
+def run_command(
+    command: str,
+    about: str,
+    main: Callable[[Config], None],
+    *,
+    settings: Mapping[str, type] | None = None,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, compose the configuration, and run.
+
+    Args:
+        command: name of the YAML file and, after "asa-", of the command.
+        about: what it does, for `--help`.
+        main: gets the composed configuration.
+        settings: typed settings by their key.
+        arguments: the command line; that of the process by default.
+
+    Returns:
+        0, or 1 after an error, which is printed in one line.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"asa-{command}",
+        usage=f"asa-{command} [--help] [--print] [--config-dir DIR] [--traceback] key=value ...",
+        description=about,
+        epilog=_help_text(command, settings or {}),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
+    parser.add_argument("--print", action="store_true", help="print the configuration and stop")
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups of your own, like experiment/")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    chosen = parser.parse_args(arguments)
+    try:
+        config = compose(command, chosen.overrides, settings=settings, config_dir=chosen.config_dir)
+        if chosen.print:
+            print(yaml.safe_dump(config, sort_keys=False), end="")
+        else:
+            main(config)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        if chosen.traceback:
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"asa-{command}: error: {text}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"asa-{command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _help_text(command: str, settings: Mapping[str, type]) -> str:
+    """The command's YAML with its comments, the typed settings with theirs, and the choices of each group."""
+    lines = ["settings:", *(f"  {line}" for line in _body(CONFIG_DIR / f"{command}.yaml")), ""]
+    for group, cls in settings.items():
+        lines += [f"  {group}.{name}={_plain(default)}\n      {note}" for name, default, note in describe(cls)]
+        lines.append("")
+    used = (CONFIG_DIR / f"{command}.yaml").read_text()
+    for folder in sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir()):
+        if f"{folder.name}:" in used.split("---")[0]:
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            lines.append(f"  {folder.name}= one of: {names}")
+    return "\n".join(lines)
+
+
+def _body(path: Path) -> list[str]:
+    """A YAML file without its list of defaults."""
+    lines, inside = [], False
+    for line in path.read_text().splitlines():
+        if line.startswith("defaults:"):
+            inside = True
+        elif inside and line and not line.startswith((" ", "-")):
+            inside = False
+        if not inside:
+            lines.append(line)
+    return lines
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+
+
+def open_run(config: Config) -> Path:
+    """Make the run folder, or go on in one that was made with the same settings.
+
+    Raises:
+        ValueError: the folder holds another run or other files.
+    """
+    run = Path(config["out"]).expanduser()
+    file = run / "config.yaml"
+    if file.exists():
+        before = yaml.safe_load(file.read_text())
+        changed = [
+            key
+            for key in sorted(_flat(before).keys() | _flat(config).keys())
+            if not key.startswith(FREE_ON_RESUME) and _flat(before).get(key) != _flat(config).get(key)
+        ]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{run} holds a run with other settings ({key} was {_flat(before).get(key)}, is {_flat(config).get(key)}): "
+                "choose another out="
+            )
+    elif run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} is not empty and not a run: choose another out=")
+    run.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    return run
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

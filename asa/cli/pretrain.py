@@ -1,0 +1,73 @@
+"""asa-pretrain: learn an encoder from unlabelled scans."""
+
+import sys
+from typing import Any
+
+import torch
+
+from asa.cli.cohort import open_parts
+from asa.cli.front import Config, open_run, run_command
+from asa.config import build, typed
+from asa.data.augment import AugmentSettings
+from asa.data.loader import CropDataset, LoaderSettings
+from asa.engine.checkpoint import find_weights
+from asa.engine.optim import OptimSettings
+from asa.engine.train import TrainSettings, train
+from asa.engine.validate import validate_reconstruction
+
+SETTINGS = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
+
+
+def pretrain(config: Config) -> None:
+    """Pretrain from a prepared store."""
+    settings = typed(TrainSettings, config["train"])
+    data = config["data"]
+    run = open_run(config)
+    store, parts = open_parts(data, run)
+    for node in (config["model"], config["method"]["model"]):
+        node["in_channels"] = len(store.channels)
+    torch.manual_seed(settings.seed)
+    method = build(config["method"], plugins=config["plugins"])
+    size = method.model.encoder.img_size
+    augment = AugmentSettings(mirror_probability=data["mirror_probability"])
+    dataset = CropDataset(
+        store, parts["train"], size, crop=data["placement"], augment=augment, seed=settings.seed
+    )
+    # Without held-out subjects the error is watched on the training scans, and the log says so.
+    watched = parts["validation"] or parts["train"][:4]
+    fixed = CropDataset(store, watched, size, crop="centre", seed=settings.seed)
+    held_out = f"{len(parts['validation'])} held-out scans" if parts["validation"] else "training scans"
+    print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
+    description: dict[str, Any] = {
+        "model": config["model"],
+        "plugins": config["plugins"],
+        "data": {"channels": store.channels, "prepare": store.settings},
+    }
+    last = train(
+        method,
+        dataset,
+        run,
+        settings=settings,
+        optim=typed(OptimSettings, config["optim"]),
+        loader=typed(LoaderSettings, config["loader"]),
+        description=description,
+        validate=lambda step: validate_reconstruction(method, fixed),
+    )
+    if "masked_mse" in last:
+        ratio = last["masked_mse"] / last["mean_predictor_mse"]
+        print(f"masked error {last['masked_mse']:.5f}, {ratio:.2f} of the mean predictor's {last['mean_predictor_mse']:.5f}")
+    print(f"wrote {find_weights(run)}")
+
+
+def main() -> int:
+    """Entry point."""
+    return run_command(
+        "pretrain",
+        "Pretrain an encoder on unlabelled scans by masked reconstruction (ASA, or a plain MAE).",
+        pretrain,
+        settings=SETTINGS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Files to records to tensors: readers, preparation, the store, the phantom cohort."""

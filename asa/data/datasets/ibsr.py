@@ -1,0 +1,55 @@
+"""IBSR_18 v2: 18 skull-stripped T1 scans with CSF, GM and WM labels (https://www.nitrc.org/projects/ibsr)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from asa.data.cohort import Record, check_records
+
+LABELS = {1: "csf", 2: "gm", 3: "wm"}
+LABEL_FILES = {"fill": "segTRI_fill_ana", "plain": "segTRI_ana"}
+ENDINGS = (".nii.gz", ".nii", ".img.gz", ".img")  # NIfTI first: Analyze stores no orientation
+
+
+def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
+    """Records of `IBSR_NN/IBSR_NN_ana_strip` with their tissue labels, as NIfTI or Analyze.
+
+    Args:
+        root: folder of the IBSR_NN folders, or one above it.
+        label: "fill" (`segTRI_fill_ana`, sulcal CSF filled in), "plain" (`segTRI_ana`), or None for no
+            labels.
+
+    Returns:
+        Records sorted by id, channel t1; label values 1 CSF, 2 GM, 3 WM.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: nothing found, or a label is missing.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; give the folder that holds IBSR_01, IBSR_02, ...")
+    if label is not None and label not in LABEL_FILES:
+        raise ValueError(f"label={label!r}: choose fill, plain, or null for no labels")
+    result: list[Record] = []
+    for folder in sorted({*root.glob("IBSR_[0-9]*"), *root.glob("*/IBSR_[0-9]*")}):
+        image = _file(folder, "ana_strip")
+        if image is None:
+            continue
+        record: Record = {"id": folder.name, "subject": folder.name, "images": {"t1": str(image)}}
+        if label is not None:
+            labelled = _file(folder, LABEL_FILES[label])
+            if labelled is None:
+                raise ValueError(
+                    f"{folder}: no {folder.name}_{LABEL_FILES[label]}.nii.gz or .img; add it, or set "
+                    "label=null"
+                )
+            record["label"] = str(labelled)
+        result.append(record)
+    check_records(result, source=f"IBSR_NN/IBSR_NN_ana_strip.nii.gz or .img below {root}")
+    return result
+
+
+def _file(folder: Path, what: str) -> Path | None:
+    candidates = (folder / f"{folder.name}_{what}{ending}" for ending in ENDINGS)
+    return next((path.absolute() for path in candidates if path.is_file()), None)

@@ -1,0 +1,71 @@
+"""Files that are written whole or not at all, with bytes that depend on their content only."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PART = ".part"  # ending of a file that is being written; one that is found later was left by an interruption
+
+
+def write_whole(path: str | Path, payload: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        payload: the whole content.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}{PART}")
+    try:
+        with part.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON whole, two spaces of indent, keys in the order given."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON; the message names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); restore it or write it again") from None
+
+
+def gzipped(payload: bytes, level: int = 6) -> bytes:
+    """Compress without time and file name in the header: the same content gives the same bytes."""
+    return gzip.compress(payload, compresslevel=level, mtime=0)
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,244 @@
+"""From the store to batches: training crops, and an endless sampler that can start at any step.
+
+Every random draw of a sample comes from its own seed, made of (run seed, epoch, record id): it does not depend on the worker
+that draws it, on how many there are, or on where the run was stopped.
+
+A batch is a dict: "image" `(B, C, D, H, W)` float32, "label" `(B, 1, D, H, W)` uint8 where the records are labelled, "seed" `(B,)` int64 on the
+CPU, "id" a list of record ids.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from asa.data.augment import (
+    AugmentSettings,
+    draw_augmentation,
+    move,
+    recolour,
+    source_size,
+    swap_sides,
+)
+
+CROPS = ("centre", "random")
+
+
+@dataclass
+class LoaderSettings:
+    """How crops reach the device."""
+
+    workers: int = 2
+    "processes that read and augment crops; 0 reads in the training process"
+    prefetch: int = 2
+    "batches that each worker keeps ready"
+
+
+class VolumeSource(Protocol):
+    """What crops are read from: the prepared store, or anything with arrays `C D H W` by record id."""
+
+    def image(self, record_id: str) -> np.ndarray: ...
+
+    def label(self, record_id: str) -> np.ndarray | None: ...
+
+
+def sample_seed(*parts: object) -> int:
+    """A seed in 0..2^63-1 from what makes a draw unique; equal on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class CropDataset(Dataset[dict[str, Any]]):
+    """Crops of prepared volumes, augmented.
+
+    An item is addressed by (record, epoch), so that the same address always gives the same bytes.
+
+    Args:
+        source: the store.
+        records: its records to read, dicts with "id".
+        size: crop size (D, H, W) in voxels. A volume that is smaller is padded with zeros, evenly on both sides.
+        crop: `"centre"`, or `"random"` along each axis where the volume is larger than the crop.
+        labelled: read label maps too.
+        augment: settings; None changes nothing.
+        lateral_pairs: stored class indices (left, right) that change places in a mirrored crop.
+        seed: the run's seed.
+
+    Raises:
+        ValueError: an unknown crop, no records, or a record without label.
+    """
+
+    def __init__(
+        self,
+        source: VolumeSource,
+        records: Sequence[Mapping[str, Any]],
+        size: Sequence[int],
+        *,
+        crop: str = "centre",
+        labelled: bool = False,
+        augment: AugmentSettings | None = None,
+        lateral_pairs: Sequence[tuple[int, int]] = (),
+        seed: int = 0,
+    ) -> None:
+        if crop not in CROPS:
+            raise ValueError(f"a crop is {' or '.join(CROPS)}, not {crop!r}")
+        if not records:
+            raise ValueError("there are no records to train on: check the split")
+        self.source, self.records, self.size = source, list(records), tuple(size)
+        self.crop, self.labelled, self.augment = crop, labelled, augment
+        self.lateral_pairs, self.seed = tuple(lateral_pairs), seed
+        if labelled:
+            for record in self.records:
+                if source.label(record["id"]) is None:
+                    raise ValueError(f"{record['id']}: has no label map; leave it out of the split or prepare it with one")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
+        index, epoch = address
+        record_id = self.records[index]["id"]
+        seed = sample_seed(self.seed, epoch, record_id)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = draw_augmentation(self.augment or AugmentSettings(), generator)
+        image = self.source.image(record_id)
+        box = source_size(self.size, drawn)
+        start = self._place(image.shape[1:], generator, box)
+        crop = move(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
+        sample = {"image": recolour(crop, drawn).contiguous(), "seed": seed, "id": record_id}
+        if self.labelled:
+            label = self.source.label(record_id)
+            assert label is not None
+            moved = move(torch.from_numpy(read_box(label, start, box)), self.size, drawn, label=True)
+            if drawn.mirror:
+                moved = swap_sides(moved, self.lateral_pairs)
+            sample["label"] = moved.contiguous()
+        return sample
+
+    def _place(self, shape: Sequence[int], generator: torch.Generator, box: Sequence[int]) -> list[int]:
+        """First voxel of the box that is read, around a crop at the centre or at a random place inside the volume."""
+        draws = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        start = []
+        for n, size, edge, u in zip(shape, self.size, box, draws, strict=True):
+            slack = n - size
+            inside = self.crop == "random" and slack > 0
+            first = int(u * (slack + 1)) if inside else slack // 2
+            start.append(first - (edge - size) // 2)
+        return start
+
+
+def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """Copy a box out of `(C, D, H, W)`, zeros where it lies outside. Only the pages of the box are read.
+
+    Args:
+        volume: the array, memory-mapped or not.
+        start: first voxel of the box (D, H, W); may be negative.
+        size: the box (D, H, W).
+
+    Returns:
+        `(C, *size)`.
+    """
+    inner = [slice(max(a, 0), max(min(a + n, m), 0)) for a, n, m in zip(start, size, volume.shape[1:], strict=True)]
+    box = np.zeros((volume.shape[0], *size), dtype=volume.dtype)
+    place = [slice(s.start - a, s.start - a + max(s.stop - s.start, 0)) for s, a in zip(inner, start, strict=True)]
+    box[(slice(None), *place)] = volume[(slice(None), *inner)]
+    return box
+
+
+class EndlessSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (record, epoch) without end, from any step on.
+
+    Sample n of the run is place n % N of the shuffled epoch n // N, so the order follows from the seed and n alone. A batch may reach into the
+    next epoch: a cohort smaller than a batch works.
+
+    Args:
+        records: number of records N.
+        batch_size: samples a step, over all its micro-batches.
+        micro_batches: parts a step is split into.
+        seed: the run's seed.
+        start_step: first step to give.
+
+    Raises:
+        ValueError: a batch that the micro-batches do not divide.
+    """
+
+    def __init__(
+        self, records: int, batch_size: int, *, micro_batches: int = 1, seed: int = 0, start_step: int = 0
+    ) -> None:
+        if batch_size < 1 or batch_size % micro_batches:
+            raise ValueError(f"train.accumulate={micro_batches} does not divide train.batch_size={batch_size}")
+        self.records, self.seed = records, seed
+        self.micro_batch = batch_size // micro_batches
+        self.first = start_step * batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order: list[int] = []
+        shuffled = -1
+        n = self.first
+        while True:
+            batch = []
+            for _ in range(self.micro_batch):
+                epoch, place = divmod(n, self.records)
+                if epoch != shuffled:
+                    generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
+                    order = torch.randperm(self.records, generator=generator).tolist()
+                    shuffled = epoch
+                batch.append((order[place], epoch))
+                n += 1
+            yield batch
+
+
+def make_loader(
+    dataset: CropDataset,
+    batch_size: int,
+    settings: LoaderSettings,
+    *,
+    micro_batches: int = 1,
+    start_step: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[dict[str, Any]]:
+    """An endless loader of micro-batches from `start_step` on.
+
+    Args:
+        dataset: the crops; its seed orders them too.
+        batch_size: samples a step.
+        settings: workers and prefetching.
+        micro_batches: parts a step is split into.
+        start_step: steps that were done before.
+        pin_memory: page-locked batches, for a GPU.
+    """
+    sampler = EndlessSampler(
+        len(dataset), batch_size, micro_batches=micro_batches, seed=dataset.seed, start_step=start_step
+    )
+    workers = settings.workers
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        prefetch_factor=settings.prefetch if workers else None,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+        multiprocessing_context="forkserver" if workers else None,
+    )
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the samples' tensors; seeds become an int64 tensor, ids stay a list."""
+    batch: dict[str, Any] = {
+        key: torch.stack([sample[key] for sample in samples])
+        for key, value in samples[0].items()
+        if isinstance(value, Tensor)
+    }
+    batch["seed"] = torch.tensor([sample["seed"] for sample in samples], dtype=torch.int64)
+    batch["id"] = [sample["id"] for sample in samples]
+    return batch
+
+
+def _one_thread(_: int) -> None:
+    # Workers beside a training process: more threads would take its cores.
+    torch.set_num_threads(1)

@@ -1,0 +1,174 @@
+"""The prepared store: one manifest and plain memory-mapped arrays, `C D H W` in RAS+ (W left to right).
+
+STORE/manifest.json      settings, software, channels, labels, one entry for each scan sorted by id
+STORE/images/ID.npy      float16 (C, D, H, W)
+STORE/labels/ID.npy      uint8 (1, D, H, W), consecutive: index k means value ([0] + label_values)[k]
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asa.data.files import read_json, sha256_of, write_json, write_whole
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+FOLDERS = {"image": "images", "label": "labels"}
+DTYPES = {"image": np.float16, "label": np.uint8}
+
+
+class Store:
+    """A prepared cohort on disk, read-only.
+
+    Args:
+        path: folder that `prepare_cohort` wrote.
+
+    Attributes:
+        path: that folder, absolute.
+        records: the manifest's entries, sorted by id; they carry id, subject, site, sources, shape, chain,
+            statistics.
+        channels: names of the image channels, in stored order.
+        labels: label value as in the source files -> name.
+        settings: how the store was made.
+
+    Raises:
+        ValueError: no store there, of another format, or empty; the message says what to run.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        if not (self.path / MANIFEST).is_file():
+            raise ValueError(
+                f"{self.path}: no prepared store there; make one with asa-prepare out={self.path}"
+            )
+        manifest = read_manifest(self.path)
+        self.records: list[dict[str, Any]] = manifest["records"]
+        self.channels: list[str] = manifest["channels"]
+        self.labels: dict[int, str] = {int(value): name for value, name in manifest["labels"].items()}
+        self.settings: dict[str, Any] = manifest["settings"]
+        if not self.records:
+            raise ValueError(
+                f"{self.path}: the store holds no scan; run asa-prepare again and see why the scans failed"
+            )
+        self._by_id = {record["id"]: record for record in self.records}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def label_values(self) -> list[int]:
+        """Declared label values in stored order: index k of a stored label means ([0] + label_values)[k]."""
+        return sorted(self.labels)
+
+    def record(self, id: str) -> dict[str, Any]:
+        """The manifest's entry of one scan.
+
+        Raises:
+            ValueError: the store has no such scan.
+        """
+        if id not in self._by_id:
+            raise ValueError(
+                f"{self.path}: no scan {id!r} in this store of {len(self)}; prepare it, or correct the id"
+            )
+        return self._by_id[id]
+
+    def image(self, id: str) -> np.ndarray:
+        """Memory-mapped image (C, D, H, W) float16: a crop reads only its own pages.
+
+        Raises:
+            ValueError: no such scan, or its array is missing or damaged.
+        """
+        return self._array(id, "image")
+
+    def label(self, id: str) -> np.ndarray | None:
+        """Memory-mapped label (1, D, H, W) uint8 with consecutive indices, None for an unlabelled scan.
+
+        Raises:
+            ValueError: no such scan, or its array is missing or damaged.
+        """
+        return self._array(id, "label") if "label" in self.record(id)["arrays"] else None
+
+    def verify(self) -> list[tuple[str, str]]:
+        """Compare every array with the SHA-256 that was taken when it was written.
+
+        Returns:
+            (id, reason) of the scans that are not as they were written; empty when all is well.
+        """
+        damaged = []
+        for record in self.records:
+            for kind, digest in record["arrays"].items():
+                path = array_path(self.path, record["id"], kind)
+                if not path.is_file():
+                    damaged.append((record["id"], f"{path}: missing; run asa-prepare again"))
+                elif sha256_of(path) != digest:
+                    damaged.append(
+                        (record["id"], f"{path}: bytes changed; delete it and run asa-prepare again")
+                    )
+        return damaged
+
+    def _array(self, id: str, kind: str) -> np.ndarray:
+        shape = tuple(self.record(id)["shape"])
+        path = array_path(self.path, id, kind)
+        array = open_array(path, shape if kind == "image" else (1, *shape[1:]), DTYPES[kind])
+        if array is None:
+            raise ValueError(
+                f"{path}: missing or damaged; run asa-prepare again, it redoes only what is not there"
+            )
+        return array
+
+
+def array_path(root: Path, id: str, kind: str) -> Path:
+    """Where a scan's "image" or "label" lies in a store."""
+    return root / FOLDERS[kind] / f"{id}.npy"
+
+
+def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
+    """Memory-map a `.npy`; None where it is missing, cut short, or of another shape or type."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.shape == shape and array.dtype == dtype else None
+
+
+def write_array(root: Path, id: str, kind: str, array: np.ndarray) -> str:
+    """Write a scan's array whole and return the SHA-256 of the file.
+
+    Args:
+        root: folder of the store.
+        id: names the file.
+        kind: "image" (stored as float16) or "label" (uint8).
+        array: (C, D, H, W).
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array, dtype=DTYPES[kind]), allow_pickle=False)
+    path = array_path(root, id, kind)
+    write_whole(path, buffer.getvalue())
+    return sha256_of(path)
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of a store.
+
+    Raises:
+        FileNotFoundError: none there.
+        ValueError: not a manifest, or of another format.
+    """
+    manifest = read_json(root / MANIFEST)
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"{root / MANIFEST}: store format {found!r}, this asa reads {FORMAT}; prepare it again into a "
+            "new folder"
+        )
+    return manifest
+
+
+def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest whole, records sorted by id."""
+    ordered = {**manifest, "records": sorted(manifest["records"], key=lambda record: record["id"])}
+    write_json(root / MANIFEST, ordered)

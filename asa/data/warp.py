@@ -1,0 +1,107 @@
+"""Smooth random fields and diffeomorphisms for the phantom, on coarse grids that span the field of view.
+
+Fields are (channel, d, h, w); vectors are in mm, in the order (x, y, z). The grid of a field, coarse or fine, has its
+first and last voxel at the edges of the same `extent` (mm along D, H, W), so one is the other's interpolation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+STEP = 4.0  # mm between the points of a velocity field
+SQUARINGS = 6
+
+
+def smooth_noise(
+    rng: np.random.Generator,
+    extent: tuple[float, ...],
+    width: float,
+    channels: int = 1,
+    step: float | None = None,
+) -> Tensor:
+    """Gaussian noise of mean 0 and standard deviation 1 with a smooth random course.
+
+    Args:
+        rng: the random numbers.
+        extent: mm along D, H, W.
+        width: standard deviation in mm of the Gaussian that smooths white noise.
+        channels: how many independent fields.
+        step: mm between points; a little less than `width` by default.
+
+    Returns:
+        (channels, d, h, w) float32 on a coarse grid.
+    """
+    step = step or 0.8 * width
+    shape = tuple(round(side / step) + 1 for side in extent)
+    sigma = width / step
+    reach = int(np.ceil(3 * sigma))  # noise from beyond the edges, so that the edges look like the middle
+    fields = []
+    for _ in range(channels):
+        white = rng.standard_normal([side + 2 * reach for side in shape], dtype=np.float32)
+        inner = tuple(slice(reach, reach + side) for side in shape)
+        fields.append(ndimage.gaussian_filter(white, sigma, mode="constant", truncate=3)[inner])
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    unit = (np.sum((kernel / kernel.sum()) ** 2)) ** 1.5  # standard deviation that the smoothing leaves
+    return torch.from_numpy(np.stack(fields) / np.float32(unit))
+
+
+def to_grid(field: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A field (channel, d, h, w) on another grid over the same extent, trilinear."""
+    return F.interpolate(field[None], size=shape, mode="trilinear", align_corners=True)[0]
+
+
+def grid_points(shape: tuple[int, ...], extent: tuple[float, ...]) -> Tensor:
+    """Points of a grid in mm from its centre, (D, H, W, 3) with x, y, z last."""
+    axes = [torch.linspace(-side / 2, side / 2, size) for side, size in zip(extent, shape, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)
+
+
+def sample(field: Tensor, points: Tensor, extent: tuple[float, ...]) -> Tensor:
+    """Read a field (channel, d, h, w) at points (D, H, W, 3) in mm, trilinear, edges held."""
+    half = torch.tensor([side / 2 for side in extent[::-1]])
+    return F.grid_sample(field[None], (points / half)[None], padding_mode="border", align_corners=True)[0]
+
+
+def random_velocity(rng: np.random.Generator, extent: tuple[float, ...], asymmetry: float) -> Tensor:
+    """A stationary velocity field: bodily shape and local variation, mirror-symmetric but for a part.
+
+    Args:
+        rng: the random numbers.
+        extent: mm along D, H, W.
+        asymmetry: size of the asymmetric part relative to the symmetric part.
+
+    Returns:
+        (3, d, h, w) in mm.
+    """
+    mirror = torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1, 1)  # a mirrored vector has its x turned round
+    velocity = torch.zeros(0)
+    for width, size in ((24.0, 3.2), (9.0, 1.3)):
+        noise = smooth_noise(rng, extent, width, channels=6, step=STEP)
+        symmetric, other = (
+            part + sign * mirror * part.flip(-1) for part, sign in zip(noise.split(3), (1, -1), strict=True)
+        )
+        scale = size / 2**0.5
+        part = scale * (symmetric + asymmetry * other)
+        velocity = part if velocity.numel() == 0 else velocity + part
+    return velocity
+
+
+def displacement_of(velocity: Tensor, extent: tuple[float, ...]) -> Tensor:
+    """Flow along a stationary velocity for unit time, by scaling and squaring: a diffeomorphism's displacement.
+
+    Args:
+        velocity: (3, d, h, w) in mm.
+        extent: mm along D, H, W.
+
+    Returns:
+        (3, d, h, w) in mm; the flow takes point p to p + displacement(p).
+    """
+    points = grid_points(tuple(velocity.shape[1:]), extent)
+    flow = velocity / 2**SQUARINGS
+    for _ in range(SQUARINGS):
+        flow = flow + sample(flow, points + flow.permute(1, 2, 3, 0), extent)
+    return flow

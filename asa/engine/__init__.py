@@ -1,0 +1,1 @@
+"""Training, checkpoints, prediction and evaluation."""

@@ -1,0 +1,168 @@
+"""Checkpoints: whole or absent, safe to load, and enough to go on exactly where a run stopped.
+
+A run folder holds `checkpoints/step-NNNNNNNN/` with `model.safetensors` (weights, and in its header the description needed to rebuild the
+model) and `training.pt` (optimizer, scaler, random state).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from asa.config import build
+from asa.models.sw_vit import SWViT
+
+FORMAT = 1
+WEIGHTS, TRAINING = "model.safetensors", "training.pt"
+
+
+def save_checkpoint(
+    run: Path, step: int, model: nn.Module, description: Mapping[str, Any], training: Mapping[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint beside its final place, flush it to the disk, rename it, and drop old ones.
+
+    Args:
+        run: the run folder.
+        step: steps done.
+        model: its weights are kept.
+        description: plain data that rebuilds the model; `description["model"]` is what `build` takes.
+        training: plain data and tensors, to go on with.
+        keep: newest checkpoints to keep.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = run / "checkpoints"
+    final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    header = {"asa": json.dumps({"format": FORMAT, "step": step, **description}, sort_keys=True)}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, beside / WEIGHTS, metadata=header)
+    torch.save({"step": step, **training}, beside / TRAINING)
+    for name in (WEIGHTS, TRAINING):
+        _flush(beside / name)
+    _flush(beside)
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    _flush(folder)
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's or folder's bytes are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and training state of a checkpoint folder, on the CPU.
+
+    Raises:
+        ValueError: a damaged checkpoint.
+    """
+    weights, _ = read_weights(checkpoint / WEIGHTS)
+    try:
+        return weights, torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{checkpoint / TRAINING}: damaged ({type(error).__name__}); remove {checkpoint}") from error
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file that a path means: the file itself, a checkpoint folder's, or a run's newest.
+
+    Raises:
+        FileNotFoundError: nothing there.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
+    if found := list_checkpoints(path):
+        return found[-1] / WEIGHTS
+    raise FileNotFoundError(f"{path}: no checkpoint here; give a run folder, a checkpoint folder or a .safetensors file")
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and description from a run folder, checkpoint folder or file.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not a safetensors file, or not one of this package.
+    """
+    file = find_weights(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = (opened.metadata() or {}).get("asa")
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+    if header is None:
+        raise ValueError(f"{file}: not a checkpoint of asa: its header has no description of the model")
+    description = json.loads(header)
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{file}: checkpoint format {description.get('format')}, this version reads {FORMAT}")
+    return weights, description
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """The network of a run, with its weights, in evaluation mode: an autoencoder or a U-Net.
+
+    Args:
+        path: run folder, checkpoint folder or `.safetensors` file.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or not a checkpoint that fits.
+    """
+    weights, description = read_weights(path)
+    model = build(description["model"], plugins=description.get("plugins", ()))
+    kept = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
+    load_weights(model, kept, str(path))
+    return model.eval()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load weights that have to fit exactly.
+
+    Raises:
+        ValueError: naming the first tensor that does not fit.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        here = tuple(own[name].shape) if name in own else "absent"
+        there = tuple(weights[name].shape) if name in weights else "absent"
+        if here != there:
+            raise ValueError(f"{source}: does not fit the model: {name} is {there} in the checkpoint and {here} in the model")
+    model.load_state_dict(dict(weights))
+
+
+def load_encoder(path: str | Path) -> SWViT:
+    """The token encoder of a run, with its weights, in evaluation mode.
+
+    Args:
+        path: run folder, checkpoint folder or `.safetensors` file, of pretraining or fine-tuning.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or not a checkpoint that fits.
+    """
+    encoder = load_model(path).encoder
+    assert isinstance(encoder, SWViT)
+    return encoder

@@ -1,0 +1,256 @@
+"""Panels of volumes in three planes, in plain numpy: gray slices tiled, labels blended in, sides marked.
+
+Volumes are RAS `(D, H, W)`: inferior->superior, posterior->anterior, left->right. They are drawn in the
+radiological convention: the patient's right is on the viewer's left in axial and coronal slices (marked R and
+    L),
+anterior and superior are up, sagittal slices face left (marked A and P). Panels are RGB uint8 `(height,
+width, 3)`.
+"""
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+
+PLANES = ("axial", "coronal", "sagittal")
+_SIDES = (("R", "L"), ("R", "L"), ("A", "P"))
+_GAP = 4  # pixels between tiles
+_HIDDEN = np.array([52, 66, 92], dtype=np.uint8)  # a masked patch: neither tissue nor background
+
+# Okabe and Ito's palette, told apart by colour-blind readers. Its other half marks differences in the report.
+_PALETTE = np.array([[86, 180, 233], [230, 159, 0], [0, 158, 115], [240, 228, 66]], dtype=np.uint8)
+
+_GLYPHS = {  # 5 x 7 letters, so that a panel can be marked without a font
+    "A": "01110 10001 10001 11111 10001 10001 10001",
+    "L": "10000 10000 10000 10000 10000 10000 11111",
+    "P": "11110 10001 10001 11110 10000 10000 10000",
+    "R": "11110 10001 10001 11110 10100 10010 10001",
+}
+
+Index = tuple[int, int, int]
+Lengths = tuple[float, float, float]
+
+
+def label_colours(count: int) -> np.ndarray:
+    """Colours of labels, RGB uint8 `(count, 3)`: four safe for colour-blind readers, then spread hues."""
+    spread = [
+        colorsys.hsv_to_rgb((0.83 + k * 0.618034) % 1.0, 0.6, 0.95)
+        for k in range(max(count - len(_PALETTE), 0))
+    ]
+    extra = np.rint(np.array(spread).reshape(-1, 3) * 255).astype(np.uint8)
+    return np.concatenate([_PALETTE, extra])[:count]
+
+
+def central_slices(mask: np.ndarray) -> Index:
+    """Slices `(d, h, w)` through the centre of a non-empty mask `(D, H, W)`; each of them meets the mask.
+
+    The centre is the median place on each axis. Along W it is that of the side with more of the mask: the
+    common centre of tissue in both hemispheres is the midline, which shows little.
+    """
+    middle = mask.shape[2] // 2
+    left, right = np.count_nonzero(mask[..., :middle]), np.count_nonzero(mask[..., middle:])
+    depths, heights, _ = np.nonzero(mask)
+    widths = np.nonzero(mask[..., :middle])[2] if left > right else np.nonzero(mask[..., middle:])[2] + middle
+    depth, height, width = (
+        int(np.sort(places)[(len(places) - 1) // 2]) for places in (depths, heights, widths)
+    )
+    return depth, height, width
+
+
+def overlay_panel(
+    image: np.ndarray | None,
+    labels: Sequence[np.ndarray],
+    *,
+    colours: Sequence[np.ndarray] | None = None,
+    at: Index | None = None,
+    spacing: Lengths = (1.0, 1.0, 1.0),
+    tile_width: int | None = None,
+    opacity: float = 0.45,
+) -> np.ndarray:
+    """Draw an image and, beside it, one copy for each label map with the labels filled and outlined.
+
+    Rows are the axial, coronal and sagittal plane; columns are the plain image (left out when there is none)
+    and the label maps in order.
+
+    Args:
+        image: gray values `(D, H, W)`, or None to draw the labels on black.
+        labels: integer maps `(D, H, W)`; value k > 0 takes row k - 1 of its colours, 0 is not drawn.
+        colours: for each label map RGB uint8 `(K, 3)`; `label_colours` for all of them if None.
+        at: slices `(d, h, w)`; by default the middle, and beside the midline for the sagittal one.
+        spacing: voxel size along D, H, W in mm; slices are drawn in true proportions.
+        tile_width: width of a column in pixels; by default a pixel is the smallest voxel side.
+        opacity: of the fill, 0 to 1.
+
+    Returns:
+        RGB uint8 `(height, width, 3)`.
+
+    Raises:
+        ValueError: no arrays, or arrays that are not 3-D and of one shape.
+    """
+    maps = list(labels)
+    shape = _common_shape([*maps] if image is None else [image, *maps])
+    tables = (
+        [label_colours(int(values.max(initial=0))) for values in maps] if colours is None else list(colours)
+    )
+    at = _default_slices(shape) if at is None else at
+    window = (0.0, 1.0) if image is None else _window(image)
+    gray_volume = np.zeros(shape, dtype=np.float32) if image is None else image
+    pitch = (
+        min(spacing) if tile_width is None else max(shape[1] * spacing[1], shape[2] * spacing[2]) / tile_width
+    )
+
+    rows = []
+    for plane in range(3):
+        gray = _gray(_resize(_slice(gray_volume, plane, at), plane, spacing, pitch, smooth=True), window)
+        row = [] if image is None else [gray]
+        for values, table in zip(maps, tables, strict=True):
+            drawn = _resize(_slice(values, plane, at), plane, spacing, pitch, smooth=False)
+            row.append(_blend(gray, drawn, table, opacity))
+        rows.append(row)
+    return _tile(rows)
+
+
+def reconstruction_panel(
+    input: np.ndarray,
+    masked: np.ndarray,
+    prediction: np.ndarray,
+    importance: np.ndarray,
+    *,
+    at: Index | None = None,
+) -> np.ndarray:
+    """Draw input, masked input, prediction and importance side by side, in three planes.
+
+    The first three share the input's gray window, so that a wrong intensity shows. Importance is drawn from
+    black over red and yellow to white on its own scale.
+
+    Args:
+        input: gray values `(D, H, W)`.
+        masked: the input with its masked patches set to NaN, which are drawn in slate blue.
+        prediction: gray values `(D, H, W)`.
+        importance: scores `(D, H, W)`, not normalised.
+        at: slices `(d, h, w)`; by default the middle, and beside the midline for the sagittal one.
+
+    Returns:
+        RGB uint8 `(height, width, 3)`: rows axial, coronal, sagittal; four columns.
+
+    Raises:
+        ValueError: arrays that are not 3-D and of one shape.
+    """
+    at = _default_slices(_common_shape([input, masked, prediction, importance])) if at is None else at
+    window = _window(input)
+    scores = (float(np.nanmin(importance)), float(np.nanpercentile(importance, 99.5)))
+    rows = []
+    for plane in range(3):
+        row = [_gray(_slice(volume, plane, at), window) for volume in (input, masked, prediction)]
+        row.append(_heat(_slice(importance, plane, at), scores))
+        rows.append(row)
+    return _tile(rows)
+
+
+def _median(places: np.ndarray) -> int:
+    return int(np.sort(places)[(len(places) - 1) // 2])
+
+
+def _common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:
+    shapes = {volume.shape for volume in volumes}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 3:
+        raise ValueError(f"a panel takes (D, H, W) arrays of one shape, got {sorted(shapes)}")
+    depth, height, width = next(iter(shapes))
+    return depth, height, width
+
+
+def _default_slices(shape: tuple[int, int, int]) -> Index:
+    # The midline plane itself shows the fissure and little else.
+    return shape[0] // 2, shape[1] // 2, shape[2] * 2 // 5
+
+
+def _slice(volume: np.ndarray, plane: int, at: Index) -> np.ndarray:
+    """One slice as drawn: rows from the top, columns from the viewer's left."""
+    return np.take(volume, at[plane], axis=plane)[::-1, ::-1]
+
+
+def _resize(values: np.ndarray, plane: int, spacing: Lengths, pitch: float, smooth: bool) -> np.ndarray:
+    """Resample a slice to square pixels of `pitch` mm, linearly if `smooth`, else from the nearest voxel."""
+    sides = [side for axis, side in enumerate(spacing) if axis != plane]
+    for axis in range(2):
+        have = values.shape[axis]
+        count = max(round(have * sides[axis] / pitch), 1)
+        if count == have:
+            continue
+        place = np.clip((np.arange(count) + 0.5) * have / count - 0.5, 0, have - 1)
+        if smooth:
+            below = np.floor(place).astype(int)
+            share = (place - below).reshape((-1, 1) if axis == 0 else (1, -1))
+            above = np.minimum(below + 1, have - 1)
+            values = values.take(below, axis) * (1 - share) + values.take(above, axis) * share
+        else:
+            values = values.take(np.rint(place).astype(int), axis)
+    return values
+
+
+def _window(image: np.ndarray) -> tuple[float, float]:
+    """Gray levels drawn black and white: the least value, and the 99.5th percentile of what lies above it."""
+    values = image[np.isfinite(image)].astype(np.float32)
+    if not values.size:
+        raise ValueError("an image without a finite value cannot be drawn")
+    low = float(values.min())
+    above = values[values > low]
+    return low, float(np.percentile(above, 99.5)) if above.size else low + 1.0
+
+
+def _scaled(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    low, high = window
+    return np.clip((values.astype(np.float32) - low) / max(high - low, 1e-12), 0.0, 1.0)
+
+
+def _gray(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    hidden = np.isnan(values)
+    level = np.rint(_scaled(np.where(hidden, window[0], values), window) * 255).astype(np.uint8)
+    return np.where(hidden[..., None], _HIDDEN, level[..., None])
+
+
+def _heat(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    ramp = 3.0 * _scaled(values, window)[..., None] - np.array([0.0, 1.0, 2.0], dtype=np.float32)
+    return np.rint(np.clip(ramp, 0.0, 1.0) * 255).astype(np.uint8)
+
+
+def _blend(gray: np.ndarray, values: np.ndarray, table: np.ndarray, opacity: float) -> np.ndarray:
+    """Fill labels with their colour and draw their inner edge solid; RGB `(height, width, 3)`."""
+    if values.max(initial=0) > len(table):
+        raise ValueError(f"label {values.max()} has no colour: the table holds {len(table)}")
+    padded = np.pad(values, 1, mode="edge")
+    core = padded[1:-1, 1:-1]
+    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    edge = np.logical_or.reduce([core != other for other in neighbours])
+    weight = np.where(edge, 1.0, opacity) * (values > 0)
+    colour = np.concatenate([np.zeros((1, 3), dtype=np.uint8), table])[values]
+    return np.rint(gray * (1 - weight[..., None]) + colour * weight[..., None]).astype(np.uint8)
+
+
+def _tile(planes: list[list[np.ndarray]]) -> np.ndarray:
+    """One row a plane, on black: columns of one width, each slice in the middle of its cell, sides marked."""
+    width = max(tile.shape[1] for row in planes for tile in row)
+    lines = []
+    for row, sides in zip(planes, _SIDES, strict=True):
+        cells = []
+        for tile in row:
+            left = (width - tile.shape[1]) // 2
+            cell = np.zeros((tile.shape[0], width, 3), dtype=np.uint8)
+            cell[:, left : left + tile.shape[1]] = tile
+            _mark(cell, sides)
+            cells += [cell, np.zeros((tile.shape[0], _GAP, 3), dtype=np.uint8)]
+        lines += [np.concatenate(cells[:-1], axis=1)]
+        lines += [np.zeros((_GAP, lines[-1].shape[1], 3), dtype=np.uint8)]
+    return np.concatenate(lines[:-1])
+
+
+def _mark(cell: np.ndarray, sides: tuple[str, str]) -> None:
+    """Write the two side letters into the upper corners of a cell, if it has room for them."""
+    size = max(round(cell.shape[1] / 150), 1)
+    height, width, margin = 7 * size, 5 * size, 3 * size
+    if cell.shape[0] < height + 2 * margin or cell.shape[1] < 2 * width + 4 * margin:
+        return
+    for letter, left in zip(sides, (margin, cell.shape[1] - margin - width), strict=True):
+        bits = np.array([[int(bit) for bit in row] for row in _GLYPHS[letter].split()], dtype=bool)
+        ink = bits.repeat(size, axis=0).repeat(size, axis=1)
+        cell[margin : margin + height, left : left + width][ink] = 255

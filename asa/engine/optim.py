@@ -1,0 +1,93 @@
+"""Optimizers and learning-rate schedules."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass
+class OptimSettings:
+    """The optimizer and its learning rate over the steps."""
+
+    name: str = "adamw"
+    "adamw, or sgd (Nesterov)"
+    lr: float = 1.5e-4
+    "peak learning rate"
+    reference_batch: int | None = None
+    "if set, lr is multiplied by train.batch_size / reference_batch"
+    weight_decay: float = 0.05
+    "for AdamW decoupled; biases, norms and tokens have none"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    "AdamW's decay rates"
+    momentum: float = 0.99
+    "SGD's momentum"
+    schedule: str = "cosine"
+    "after the warm-up: cosine (down to final_lr), poly ((1 - t)^0.9) or constant"
+    warmup: int = 0
+    "steps of linear rise to lr"
+    warmup_lr: float = 1e-6
+    "learning rate of the first step of the warm-up"
+    final_lr: float = 0.0
+    "where the cosine ends"
+
+
+class Schedule:
+    """Learning rate by step: `schedule[step]`, for steps 0..total-1.
+
+    Args:
+        settings: the optimizer's settings.
+        total: steps of the run.
+        batch_size: samples a step, for `reference_batch`.
+
+    Raises:
+        ValueError: an unknown schedule, or a warm-up as long as the run.
+    """
+
+    def __init__(self, settings: OptimSettings, total: int, batch_size: int) -> None:
+        if settings.schedule not in ("cosine", "poly", "constant"):
+            raise ValueError(f"optim.schedule is cosine, poly or constant, not {settings.schedule!r}")
+        if not 0 <= settings.warmup < total:
+            raise ValueError(f"optim.warmup={settings.warmup} does not fit a run of {total} steps")
+        self.settings, self.total = settings, total
+        self.peak = settings.lr * (batch_size / settings.reference_batch if settings.reference_batch else 1.0)
+
+    def __getitem__(self, step: int) -> float:
+        s = self.settings
+        if step < s.warmup:
+            return s.warmup_lr + (self.peak - s.warmup_lr) * step / s.warmup
+        t = min((step - s.warmup) / (self.total - s.warmup), 1.0)
+        if s.schedule == "cosine":
+            return s.final_lr + (self.peak - s.final_lr) * (1 + math.cos(math.pi * t)) / 2
+        if s.schedule == "poly":
+            return self.peak * (1 - t) ** 0.9
+        return self.peak
+
+
+def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """The optimizer over all parameters that want a gradient.
+
+    Weight decay leaves alone vectors (biases, norms) and what a module names in its `no_weight_decay()`.
+
+    Raises:
+        ValueError: an unknown optimizer.
+    """
+    spared = set()
+    for prefix, module in model.named_modules():
+        if hasattr(module, "no_weight_decay"):
+            spared |= {f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()}
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim < 2 or name in spared else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if settings.name == "adamw":
+        low, high = settings.betas
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(low, high), fused=True)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True)
+    raise ValueError(f"optim.name is adamw or sgd, not {settings.name!r}")

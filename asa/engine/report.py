@@ -1,0 +1,285 @@
+"""One self-contained page on an evaluation: tables, box plots, worst and best cases in three planes.
+
+jinja2 and matplotlib (the `report` extra) are imported when a report is written, so that the numbers need
+neither.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asa.data.files import write_whole
+from asa.data.volume import check_same_geometry, read_image, read_label, spacing_of, to_ras
+from asa.engine.figures import central_slices, label_colours, overlay_panel
+from asa.engine.metrics import Metric, bounding_box
+from asa.engine.summary import LEVEL, RESAMPLES, CaseRow, Summary, number_text, statistic_cells
+
+SHOWN = 2  # worst cases with a figure, and as many best ones
+PANEL_WIDTH = 1160  # pixels
+OPEN_ROWS = 60  # a longer table of cases begins folded
+MARGIN = 4  # voxels around the head in a figure
+
+# The half of Okabe and Ito's palette that labels do not use first.
+DIFFERENCES = {
+    "missed (truth only)": (213, 94, 0),
+    "added (prediction only)": (0, 114, 178),
+    "another label": (204, 121, 167),
+}
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """Where the volumes of one case are; a missing prediction or image is None."""
+
+    case_id: str
+    prediction: Path | None
+    truth: Path
+    image: Path | None = None
+
+
+def write_report(path: Path, summary: Summary, cases: Sequence[CaseFiles]) -> None:
+    """Write the page: one HTML file without links or scripts.
+
+    Args:
+        path: the file, made whole or not at all.
+        summary: what was found.
+        cases: files of every case of the summary; those of the worst and best cases are read again.
+
+    Raises:
+        ValueError: the `report` extra is absent, or an image does not lie on its truth's grid.
+    """
+    try:
+        import jinja2
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: not written, as {error.name} is not installed (cases.csv and summary.json need it not): "
+            'run pip install "asa[report]" and evaluate again'
+        ) from None
+    from asa import __version__
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = resources.files("asa.engine").joinpath("report.html.j2").read_text(encoding="utf-8")
+    files = {case.case_id: case for case in cases}
+    page = environment.from_string(source).render(
+        version=__version__,
+        summary=summary,
+        policy=summary.policy,
+        results=[
+            (label, [statistic_cells(found[metric.name], metric.digits) for metric in summary.policy.metrics])
+            for label, found in summary.results.items()
+        ],
+        level=f"{LEVEL:.0%}".replace("%", " %"),
+        resamples=f"{RESAMPLES:,}",
+        plots=_data_uri(_box_plots(summary)),
+        shown=[_case_figure(title, files[id], summary) for title, id in _ranked(summary)],
+        cases=_case_table(summary),
+        folded=len(summary.rows) > OPEN_ROWS,
+    )
+    write_whole(path, page.encode())
+
+
+def _scores(summary: Summary) -> dict[str, float]:
+    """Mean of the policy's first metric over the regions of each case, if one is defined."""
+    metric = summary.policy.metrics[0].name
+    values: dict[str, list[float]] = {}
+    for row in summary.rows:
+        if not math.isnan(row.values[metric]):
+            values.setdefault(row.case_id, []).append(row.values[metric])
+    return {case_id: float(np.mean(found)) for case_id, found in values.items()}
+
+
+def _ranked(summary: Summary) -> list[tuple[str, str]]:
+    """Titles and ids of the cases to show: the worst first, then the best, none of them twice."""
+    metric = summary.policy.metrics[0]
+    scores = _scores(summary)
+    order = sorted(scores, key=lambda case_id: (_badness(metric, scores[case_id]), case_id), reverse=True)
+    worst = order[: min(SHOWN, (len(order) + 1) // 2)]
+    best = order[len(worst) :][::-1][:SHOWN]
+    ranked = [("Worst case", k, case_id) for k, case_id in enumerate(worst, start=1)]
+    ranked += [("Best case", k, case_id) for k, case_id in enumerate(best, start=1)]
+    titles = []
+    for title, k, case_id in ranked if len(order) > 1 else [("The case", 1, case_id) for case_id in order]:
+        place = title if k == 1 else f"{title}, number {k}"
+        score = number_text(scores[case_id], metric.digits)
+        titles.append((f"{place}: {case_id} (mean {metric.title} {score})", case_id))
+    return titles
+
+
+def _badness(metric: Metric, value: float) -> float:
+    return -value if metric.higher_is_better else value
+
+
+def _case_figure(title: str, files: CaseFiles, summary: Summary) -> dict[str, Any]:
+    """Everything the page says about one case: its numbers, its panel, what the panel shows."""
+    assert files.prediction is not None, "cases without a prediction have no score"
+    rows = [row for row in summary.rows if row.case_id == files.case_id]
+    metric = summary.policy.metrics[0]
+    defined = [row for row in rows if not math.isnan(row.values[metric.name])]
+    focus = max(defined, key=lambda row: _badness(metric, row.values[metric.name])).label
+
+    truth_volume, prediction_volume = read_label(files.truth), read_label(files.prediction)
+    arrays = {"truth": truth_volume.data, "prediction": prediction_volume.data}
+    if files.image is not None:
+        image_volume = read_image(files.image)
+        check_same_geometry(image_volume, truth_volume, f"case {files.case_id}: image and truth")
+        arrays["image"] = image_volume.data
+    turned = {}
+    for name, data in arrays.items():
+        ras, affine, _ = to_ras(data, truth_volume.affine)
+        turned[name] = ras.transpose(2, 1, 0)
+    width, height, depth = spacing_of(affine).tolist()
+
+    box = _head_box(turned)
+    truth, prediction = turned["truth"][box], turned["prediction"][box]
+    image = turned["image"][box] if "image" in turned else None
+    values = summary.regions[focus]
+    shown = np.isin(truth, values) | np.isin(prediction, values)
+    ordinals = {value: k for k, value in enumerate(summary.labels, start=1)}
+    maps = [_renumbered(truth, ordinals), _renumbered(prediction, ordinals)]
+    maps.append(_differences(truth, prediction, summary.policy.ignored))
+    colours = label_colours(len(ordinals))
+    columns = ["Image", "Truth", "Prediction", "Differences"][image is None :]
+    panel = overlay_panel(
+        image,
+        maps,
+        colours=[colours, colours, np.array(list(DIFFERENCES.values()), dtype=np.uint8)],
+        at=central_slices(shown) if shown.any() else None,
+        spacing=(depth, height, width),
+        tile_width=PANEL_WIDTH // 4,
+    )
+    return {
+        "title": title,
+        "id": files.case_id,
+        "focus": focus,
+        "columns": columns,
+        "panel": _data_uri(_png(panel)),
+        "width": panel.shape[1],
+        "labels": [
+            (name, _hex(colour)) for name, colour in zip(summary.labels.values(), colours, strict=True)
+        ],
+        "differences": [(name, _hex(colour)) for name, colour in DIFFERENCES.items()],
+        "rows": [(row.label, _value_cells(row, summary), row.empty) for row in rows],
+    }
+
+
+def _head_box(volumes: Mapping[str, np.ndarray]) -> tuple[slice, ...]:
+    """The box of all that is not background, with a margin."""
+    filled = (volumes["truth"] > 0) | (volumes["prediction"] > 0)
+    if "image" in volumes:
+        filled |= volumes["image"] > volumes["image"].min()
+    if not filled.any():
+        return (slice(None),) * 3
+    return tuple(slice(max(side.start - MARGIN, 0), side.stop + MARGIN) for side in bounding_box(filled))
+
+
+def _renumbered(data: np.ndarray, ordinals: Mapping[int, int]) -> np.ndarray:
+    out = np.zeros(data.shape, dtype=np.int64)
+    for value, ordinal in ordinals.items():
+        out[data == value] = ordinal
+    return out
+
+
+def _differences(truth: np.ndarray, prediction: np.ndarray, ignored: Sequence[int]) -> np.ndarray:
+    """Where two label maps differ: 1 missed, 2 added, 3 another label, as in `DIFFERENCES`."""
+    kind = np.zeros(truth.shape, dtype=np.int64)
+    kind[(truth != 0) & (prediction == 0)] = 1
+    kind[(truth == 0) & (prediction != 0)] = 2
+    kind[(truth != 0) & (prediction != 0) & (truth != prediction)] = 3
+    kind[np.isin(truth, ignored)] = 0
+    return kind
+
+
+def _case_table(summary: Summary) -> list[dict[str, Any]]:
+    table: dict[str, list[dict[str, Any]]] = {case_id: [] for case_id in summary.case_ids}
+    for row in summary.rows:
+        table[row.case_id].append(
+            {
+                "label": row.label,
+                "values": _value_cells(row, summary),
+                "voxels": [
+                    "none" if n is None else f"{n:,}" for n in (row.voxels_predicted, row.voxels_true)
+                ],
+                "ml": ["none" if v is None else f"{v:,.2f}" for v in (row.ml_predicted, row.ml_true)],
+                "note": row.empty,
+            }
+        )
+    return [{"id": case_id, "rows": rows} for case_id, rows in table.items()]
+
+
+def _value_cells(row: CaseRow, summary: Summary) -> list[str]:
+    return [number_text(row.values[metric.name], metric.digits) for metric in summary.policy.metrics]
+
+
+def _box_plots(summary: Summary) -> bytes:
+    """A column of box plots for each metric, labels from top to bottom, every case as a point; PNG."""
+    from matplotlib.figure import Figure
+
+    metrics, labels = summary.policy.metrics, list(summary.results)
+    height = 1.0 + len(labels) * (0.55 if len(labels) <= 12 else 0.26)
+    figure = Figure(figsize=(11.6, height), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axis, metric in zip(axes, metrics, strict=True):
+        groups = []
+        for label in labels:
+            values = [row.values[metric.name] for row in summary.rows if row.label == label]
+            groups.append([value for value in values if not math.isnan(value)])
+        places = np.arange(len(labels))
+        line = {"color": "#374151", "linewidth": 1.1}
+        axis.boxplot(
+            groups,
+            positions=places,
+            orientation="horizontal",
+            widths=0.55,
+            showfliers=False,
+            showmeans=True,
+            boxprops=line,
+            whiskerprops=line,
+            capprops=line,
+            medianprops={"color": "#b45309", "linewidth": 1.8},
+            meanprops={
+                "marker": "D",
+                "markersize": 4.5,
+                "markerfacecolor": "white",
+                "markeredgecolor": "#374151",
+            },
+        )
+        generator = np.random.default_rng(0)  # the same page for the same numbers
+        for place, values in zip(places, groups, strict=True):
+            offset = place + generator.uniform(-0.16, 0.16, len(values))
+            axis.scatter(values, offset, s=16, color="#0369a1", alpha=0.6, linewidths=0, zorder=3)
+        axis.set_yticks(places, labels)
+        axis.set_ylim(len(labels) - 0.4, -0.6)
+        axis.set_xlabel(metric.heading)
+        axis.grid(axis="x", color="#e5e7eb", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _png(panel: np.ndarray) -> bytes:
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, panel, format="png")
+    return buffer.getvalue()
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _hex(colour: Sequence[int] | np.ndarray) -> str:
+    return "#" + "".join(f"{int(part):02x}" for part in colour)

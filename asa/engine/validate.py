@@ -1,0 +1,82 @@
+"""What a run shows of its progress on scans it does not train on: numbers and pictures for the log."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from asa.data.loader import CropDataset, VolumeSource, collate
+from asa.engine.figures import overlay_panel, reconstruction_panel
+from asa.engine.metrics import dice
+from asa.engine.predict import PredictSettings, sliding_window
+from asa.methods.pretrain import MaskedPretraining
+from asa.methods.segment import Segmentation
+
+Shown = tuple[dict[str, float], dict[str, np.ndarray]]
+
+
+def validate_reconstruction(method: MaskedPretraining, dataset: CropDataset) -> Shown:
+    """Errors over all records, always at the same places and under the same masks, and a picture of the first.
+
+    Args:
+        method: the method, in evaluation mode.
+        dataset: crops without augmentation.
+
+    Returns:
+        "loss", "masked_mse", "mean_predictor_mse" (see `MaskedPretraining.forward`), and a panel.
+    """
+    device = next(method.parameters()).device
+    sums: dict[str, float] = {}
+    pictures: dict[str, np.ndarray] = {}
+    for index in range(len(dataset)):
+        batch = collate([dataset[index, 0]])
+        batch["image"] = batch["image"].to(device)
+        for name, value in method(batch).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        if not pictures:
+            pictures["reconstruction"] = picture_of(method, batch)
+    return {name: total / len(dataset) for name, total in sums.items()}, pictures
+
+
+def picture_of(method: MaskedPretraining, batch: dict[str, Any]) -> np.ndarray:
+    """Input, masked input, prediction and importance of a batch's first sample, RGB uint8."""
+    mask = method.mask(batch["seed"])
+    views = method.reconstruct(batch["image"], mask)
+    arrays = {name: volume[0, 0].float().cpu().numpy() for name, volume in views.items()}
+    return reconstruction_panel(**arrays)
+
+
+def validate_segmentation(
+    method: Segmentation,
+    source: VolumeSource,
+    ids: Sequence[str],
+    labels: Sequence[str],
+    settings: PredictSettings,
+) -> Shown:
+    """Dice of whole prepared volumes, and an overlay of the first.
+
+    Args:
+        method: the method, in evaluation mode.
+        source: the store.
+        ids: labelled scans.
+        labels: names of the classes 1, 2, ...
+        settings: how volumes are covered.
+
+    Returns:
+        "dice_NAME" of each class and "dice", their mean; and a panel of image, truth and prediction.
+    """
+    scores: dict[str, list[float]] = {name: [] for name in labels}
+    pictures: dict[str, np.ndarray] = {}
+    for id in ids:
+        image, truth = source.image(id), source.label(id)
+        assert truth is not None
+        volume = torch.from_numpy(np.array(image, dtype=np.float32))
+        prediction = sliding_window(method.model, volume, settings).argmax(dim=0).cpu().numpy()
+        for index, name in enumerate(labels, start=1):
+            scores[name].append(dice(prediction == index, truth[0] == index))
+        if not pictures:
+            panel = overlay_panel(volume[0].numpy(), [np.array(truth[0]), prediction])
+            pictures["image, truth, prediction"] = panel
+    numbers = {f"dice_{name}": float(np.mean(values)) for name, values in scores.items()}
+    return {"dice": float(np.mean(list(numbers.values()))), **numbers}, pictures

@@ -1,0 +1,1 @@
+"""Losses: modules with flat keyword arguments."""

@@ -1,0 +1,62 @@
+"""The attentive reconstruction loss (ASA, MICCAI 2022, section 2.3).
+
+Letters: volume `B C D H W`, L tokens in raster order of which M are masked, patch size s.
+"""
+
+from torch import Tensor, nn
+
+from asa.ops.gradients import KINDS, gradient_importance
+from asa.ops.masking import split_indices
+from asa.ops.patches import patchify
+
+
+class AttentiveReconstructionLoss(nn.Module):
+    """Squared error of the masked patches, each weighted by what its gradients say (Eq. (1) and (2), ASA, MICCAI 2022).
+
+    L = sum_i p_i * MSE_i over the masked patches i of a volume, p_i = score_i / sum of the masked patches' scores; the mean over the batch.
+    A volume whose masked patches all score 0 has equal weights.
+
+    Args:
+        patch_size: patch edge s in voxels.
+        bins: histogram classes an angle (the paper does not print its number).
+        importance: `"orientation"` (the paper's), `"magnitude"`, or None for equal weights: the plain loss of an MAE.
+
+    Raises:
+        ValueError: an unknown importance.
+    """
+
+    def __init__(self, patch_size: int = 8, bins: int = 9, importance: str | None = "orientation") -> None:
+        super().__init__()
+        if importance is not None and importance not in KINDS:
+            raise ValueError(f"importance is one of {', '.join(KINDS)} or null, not {importance!r}")
+        self.patch_size, self.bins, self.importance = patch_size, bins, importance
+
+    def weights(self, volume: Tensor, masked: Tensor) -> Tensor:
+        """p of the masked patches: volume `(B, C, D, H, W)`, their places `(B, M)` -> `(B, M)` float32, each row summing to 1."""
+        if self.importance is None:
+            return volume.new_full(masked.shape, 1 / masked.shape[1], dtype=masked.new_empty(0).float().dtype)
+        scores = gradient_importance(volume, self.patch_size, self.bins, self.importance).gather(1, masked)
+        total = scores.sum(dim=1, keepdim=True)
+        return (scores / total).where(total > 0, 1 / masked.shape[1])
+
+    def forward(self, prediction: Tensor, volume: Tensor, mask: Tensor) -> Tensor:
+        """The loss, a scalar in float32.
+
+        Args:
+            prediction: `(B, M, C*s^3)`, the masked patches in raster order.
+            volume: `(B, C, D, H, W)`, the target.
+            mask: bool `(B, L)`, True = masked.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+        """
+        masked = split_indices(mask)[1].to(volume.device, non_blocking=True)
+        return (self.weights(volume, masked) * self.errors(prediction, volume, masked)).sum(dim=1).mean()
+
+    def errors(self, prediction: Tensor, volume: Tensor, masked: Tensor) -> Tensor:
+        """MSE of each masked patch, `(B, M)` float32."""
+        patches = patchify(volume, self.patch_size)
+        target = patches.gather(1, masked[:, :, None].expand(-1, -1, patches.shape[2]))
+        if prediction.shape != target.shape:
+            raise ValueError(f"the prediction of the masked patches is {tuple(target.shape)}, got {tuple(prediction.shape)}")
+        return (prediction.float() - target.float()).square().mean(dim=2)

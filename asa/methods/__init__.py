@@ -1,0 +1,1 @@
+"""Methods: what is learned from a batch. A method owns its model and its losses."""

@@ -1,0 +1,98 @@
+"""Masked pretraining: ASA, and a plain MAE as the same class with both ideas off.
+
+Letters: image `B C D H W`, L tokens of which M are masked, patch size s.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from asa.losses.reconstruction import AttentiveReconstructionLoss
+from asa.methods.base import Batch
+from asa.models.asa import MaskedAutoencoder
+from asa.ops.gradients import gradient_importance
+from asa.ops.masking import random_mask, split_indices
+from asa.ops.patches import patchify, unpatchify
+
+
+class MaskedPretraining(nn.Module):
+    """Mask most patches, predict them, weigh the errors.
+
+    Args:
+        model: the autoencoder; its `position` switches the symmetric encoding on or off.
+        mask_ratio: share of the patches that are masked.
+        importance: `"orientation"` (the attentive loss), `"magnitude"`, or None for equal weights.
+        bins: histogram classes an angle.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: MaskedAutoencoder,
+        mask_ratio: float = 0.75,
+        importance: str | None = "orientation",
+        bins: int = 9,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.mask_ratio = mask_ratio
+        self.loss = AttentiveReconstructionLoss(model.encoder.patch_size, bins, importance)
+
+    def mask(self, seeds: Tensor) -> Tensor:
+        """A mask for each sample from its own seed: `(B,)` -> bool `(B, L)` on the CPU, True = masked."""
+        t, h, w = self.model.encoder.grid
+        return torch.cat(
+            [
+                random_mask(1, t * h * w, self.mask_ratio, torch.Generator().manual_seed(seed))
+                for seed in seeds.tolist()
+            ]
+        )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss of a batch with "image" and "seed".
+
+        Returns:
+            "loss"; and for the log "masked_mse", the plain error of the masked patches, and "mean_predictor_mse", the error of
+            predicting every masked voxel by the mean of the visible ones.
+        """
+        image, mask = batch["image"], self.mask(batch["seed"])
+        prediction = self.model(image, mask)
+        loss = self.loss(prediction, image, mask)
+        with torch.no_grad():
+            visible, masked = (places.to(image.device) for places in split_indices(mask))
+            patches = patchify(image.float(), self.loss.patch_size)
+            mean = _take(patches, visible).mean(dim=(1, 2), keepdim=True)
+            return {
+                "loss": loss,
+                "masked_mse": self.loss.errors(prediction, image, masked).mean(),
+                "mean_predictor_mse": (_take(patches, masked) - mean).square().mean(),
+            }
+
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """What a reader wants to see of a reconstruction.
+
+        Args:
+            image: `(B, C, D, H, W)`.
+            mask: bool `(B, L)`, True = masked.
+
+        Returns:
+            "input", "masked" (masked patches NaN), "prediction" (visible patches as they are, masked ones predicted) of the
+            image's shape, and "importance" `(B, 1, D, H, W)`, each patch's score.
+        """
+        s, grid = self.loss.patch_size, self.model.encoder.grid
+        masked = split_indices(mask)[1].to(image.device)
+        patches = patchify(image.float(), s)
+        places = masked[:, :, None].expand(-1, -1, patches.shape[2])
+        prediction = self.model(image, mask).float()
+        scores = gradient_importance(image, s, self.loss.bins, self.loss.importance or "orientation")
+        return {
+            "input": image,
+            "masked": unpatchify(patches.scatter(1, places, float("nan")), grid, s),
+            "prediction": unpatchify(patches.scatter(1, places, prediction), grid, s),
+            "importance": unpatchify(scores[:, :, None].expand(-1, -1, s**3), grid, s),
+        }
+
+
+def _take(patches: Tensor, places: Tensor) -> Tensor:
+    """`(B, L, P)` at the places `(B, N)` -> `(B, N, P)`."""
+    return patches.gather(1, places[:, :, None].expand(-1, -1, patches.shape[2]))

@@ -1,0 +1,27 @@
+"""Segmentation: a U-Net trained by Dice and cross-entropy at five resolutions.
+
+Letters: image `B C D H W`, label `B 1 D H W` of class indices, K classes.
+"""
+
+from torch import Tensor, nn
+
+from asa.losses.segmentation import DeeplySupervisedDiceCE
+from asa.methods.base import Batch
+from asa.models.unet import SegmentationUNet
+
+
+class Segmentation(nn.Module):
+    """Supervised segmentation with deep supervision.
+
+    Args:
+        model: the U-Net; its `out_channels` is the number of classes, background included.
+    """
+
+    def __init__(self, *, model: SegmentationUNet) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = DeeplySupervisedDiceCE()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss of a batch with "image" and "label"."""
+        return {"loss": self.loss(self.model(batch["image"], deep_supervision=True), batch["label"])}

@@ -1,0 +1,1 @@
+"""Networks: modules with flat keyword arguments that never see a configuration."""

@@ -1,0 +1,108 @@
+"""The masked autoencoder of ASA (MICCAI 2022): an SW-ViT encoder on the visible patches, an SW-ViT decoder on all.
+
+Letters: volume `B C D H W`, L tokens in raster order of which M are masked and V visible, token width E, patch size s.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asa.models import sw_vit
+from asa.models.sw_vit import SWViT, window_blocks
+from asa.ops.masking import split_indices
+
+
+class MaskedAutoencoder(nn.Module):
+    """Predicts the masked patches of a volume from the visible ones.
+
+    The encoder sees the visible patches only. The decoder sees all places, restored to raster order: the projected encoder outputs,
+    and one learnable token at the masked places, all with their position codes. Its head predicts the masked patches.
+
+    With `position="mirror"` it is ASA's network; with `"sincos"` a plain MAE on the same windows.
+
+    Args:
+        img_size: volume size in voxels, one number or (D, H, W).
+        patch_size: patch edge s in voxels.
+        in_channels: channels C.
+        embed_dim: token width E of encoder and decoder.
+        depth: encoder blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLPs over E.
+        window: tokens in an attention window.
+        decoder_depth: decoder blocks.
+        position: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 128,
+        patch_size: int = 8,
+        in_channels: int = 1,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        window: int = 32,
+        decoder_depth: int = 8,
+        position: str = "mirror",
+    ) -> None:
+        super().__init__()
+        self.encoder = SWViT(
+            img_size, patch_size, in_channels, embed_dim, depth, num_heads, mlp_ratio, window, position
+        )
+        self.projection = nn.Linear(embed_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(embed_dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.decoder = window_blocks(decoder_depth, embed_dim, num_heads, mlp_ratio, window)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, in_channels * patch_size**3)
+        for linear in (self.projection, self.head):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone, beside biases and norms."""
+        return {"mask_token"}
+
+    def forward(self, volume: Tensor, mask: Tensor) -> Tensor:
+        """Predict the masked patches.
+
+        Args:
+            volume: `(B, C, D, H, W)`.
+            mask: bool `(B, L)`, True = masked, the same count M in every sample. On a CPU tensor the count is read
+                without waiting for the device.
+
+        Returns:
+            `(B, M, C*s^3)`, the masked patches in raster order.
+
+        Raises:
+            ValueError: a volume or mask of another size, or unequal counts.
+        """
+        self.encoder.check_mask(volume, mask)
+        visible, masked = (places.to(volume.device, non_blocking=True) for places in split_indices(mask))
+        encoded = self.projection(self.encoder.encode(volume, visible))  # B V E
+        b, _, e = encoded.shape
+        tokens = self.mask_token.to(encoded.dtype).expand(b, mask.shape[1], e)  # B L E
+        tokens = tokens.scatter(1, visible[:, :, None].expand(-1, -1, e), encoded)
+        tokens = tokens + self.encoder.position
+        for block in self.decoder:
+            tokens = block(tokens)
+        tokens = tokens.gather(1, masked[:, :, None].expand(-1, -1, e))  # B M E
+        return self.head(self.norm(tokens))
+
+
+def asa_base(**overrides: Any) -> MaskedAutoencoder:
+    """The paper's autoencoder: 12 + 8 blocks of width 384, 36 M parameters."""
+    return MaskedAutoencoder(**{**sw_vit.BASE, "decoder_depth": 8, **overrides})
+
+
+def asa_small(**overrides: Any) -> MaskedAutoencoder:
+    """8 + 4 blocks of width 192: for a workstation, or a CPU with patience."""
+    return MaskedAutoencoder(**{**sw_vit.SMALL, "decoder_depth": 4, **overrides})
+
+
+def asa_tiny(**overrides: Any) -> MaskedAutoencoder:
+    """4 + 2 blocks of width 96: for tests and demonstrations on a CPU."""
+    return MaskedAutoencoder(**{**sw_vit.TINY, "decoder_depth": 2, **overrides})

@@ -1,0 +1,234 @@
+"""SW-ViT: a vision transformer with attention inside linear windows (ASA, MICCAI 2022, section 2.1).
+
+Letters: volume `B C D H W`, patch size s, L tokens `B L E` in raster order (W fastest), windows `B N S E` of S consecutive
+tokens, M attention heads of d = E / M. Masks are bool and True means masked (removed).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asa.ops.masking import split_indices
+from asa.ops.patches import grid_size, patchify, triple
+from asa.ops.position import sincos_position_encoding, symmetric_position_encoding
+from asa.ops.windows import window_runs
+
+
+class LinearWindowAttention(nn.Module):
+    """Self-attention inside windows of consecutive tokens: LW-MSA, and SLW-MSA when shifted.
+
+    Cost and memory grow linearly with the tokens. Any sequence length works: a window at an end of the sequence is shorter.
+
+    Args:
+        dim: token width E.
+        num_heads: heads M; M divides E.
+        window: tokens S in a window.
+        shift: first window edge; 0 for LW-MSA, S // 2 for SLW-MSA.
+
+    Raises:
+        ValueError: heads that do not divide the width, or a shift outside 0..S-1.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int, shift: int = 0) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
+        if window < 1 or not 0 <= shift < window:
+            raise ValueError(f"a shift lies in 0..window-1, got window {window}, shift {shift}")
+        self.num_heads, self.window, self.shift = num_heads, window, shift
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias = nn.Parameter(torch.zeros(num_heads, 2 * window - 1))
+        nn.init.trunc_normal_(self.relative_position_bias, std=0.02)
+        place = torch.arange(window)
+        offset = place[:, None] - place[None, :] + window - 1  # S S, in 0..2S-2
+        self.register_buffer("offset", offset, persistent=False)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone, beside biases and norms."""
+        return {"relative_position_bias"}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Attend inside windows: `(B, L, E)` -> `(B, L, E)`."""
+        qkv = self.qkv(tokens)
+        bias = self.relative_position_bias[:, self.offset]  # M S S
+        runs = window_runs(tokens.shape[1], self.window, self.shift)
+        out = [self._attend(qkv[:, start : start + n * size], size, bias) for start, n, size in runs]
+        return self.proj(torch.cat(out, dim=1) if len(out) > 1 else out[0])
+
+    def _attend(self, qkv: Tensor, size: int, bias: Tensor) -> Tensor:
+        """Windows of one size, `(B, N*S, 3*E)` -> `(B, N*S, E)`. The offsets of a shorter window are a corner of the table."""
+        b, length, _ = qkv.shape
+        q, k, v = (
+            qkv.reshape(b * length // size, size, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        )  # B*N M S d
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :size, :size].to(q.dtype))
+        return out.transpose(1, 2).reshape(b, length, -1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: linear-window attention, then an MLP, each with a residual."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, window: int, shift: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = LinearWindowAttention(dim, num_heads, window, shift)
+        self.norm2 = nn.LayerNorm(dim)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(B, L, E)` -> `(B, L, E)`."""
+        tokens = tokens + self.attention(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+def window_blocks(
+    depth: int, dim: int, num_heads: int, mlp_ratio: float, window: int
+) -> nn.ModuleList:
+    """A stack of blocks in which every second one shifts its windows by half."""
+    return nn.ModuleList(
+        Block(dim, num_heads, mlp_ratio, window, shift=(i % 2) * (window // 2)) for i in range(depth)
+    )
+
+
+def position_code(grid: Sequence[int], dim: int, position: str) -> Tensor:
+    """The codes of a token grid `(L, dim)`: `"mirror"` or `"paper"` (symmetric, see SPE) or `"sincos"` (plain).
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if position == "sincos":
+        return sincos_position_encoding(grid, dim)
+    if position not in ("mirror", "paper"):
+        raise ValueError(f'position is "mirror", "paper" or "sincos", not {position!r}')
+    return symmetric_position_encoding(grid, dim, convention=position)
+
+
+class SWViT(nn.Module):
+    """Linear-window vision transformer on the patches of a volume.
+
+    Args:
+        img_size: volume size in voxels, one number or (D, H, W).
+        patch_size: patch edge s in voxels.
+        in_channels: channels C of the volume.
+        embed_dim: token width E.
+        depth: blocks; every second one is shifted.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over E.
+        window: tokens S in a window.
+        position: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 128,
+        patch_size: int = 8,
+        in_channels: int = 1,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        window: int = 32,
+        position: str = "mirror",
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size, self.in_channels = triple(img_size), patch_size, in_channels
+        self.embed_dim = embed_dim
+        self.grid = grid_size(self.img_size, patch_size)
+        self.patch_embed = nn.Linear(in_channels * patch_size**3, embed_dim)
+        nn.init.xavier_uniform_(self.patch_embed.weight)
+        nn.init.zeros_(self.patch_embed.bias)
+        # Computed, not stored: weights move to other grids as they are.
+        self.register_buffer("position", position_code(self.grid, embed_dim, position), persistent=False)
+        self.position: Tensor
+        self.blocks = window_blocks(depth, embed_dim, num_heads, mlp_ratio, window)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def embed(self, volume: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Patches with their codes: `(B, C, D, H, W)` -> `(B, L, E)`, or `(B, V, E)` of the places `visible` `(B, V)`."""
+        self.check(volume)
+        patches = patchify(volume, self.patch_size)  # B L C*s^3
+        if visible is None:
+            return self.patch_embed(patches) + self.position
+        patches = patches.gather(1, visible[:, :, None].expand(-1, -1, patches.shape[2]))
+        return self.patch_embed(patches) + self.position[visible]
+
+    def hidden_states(self, volume: Tensor) -> list[Tensor]:
+        """Tokens after each block, `depth` times `(B, L, E)`; the last with the final norm."""
+        tokens, states = self.embed(volume), []
+        for block in self.blocks:
+            tokens = block(tokens)
+            states.append(tokens)
+        return [*states[:-1], self.norm(tokens)]
+
+    def forward(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode a volume, or its visible patches only.
+
+        Args:
+            volume: `(B, C, D, H, W)`.
+            mask: bool `(B, L)`, True = masked, the same count in every sample.
+
+        Returns:
+            `(B, L, E)`, or the visible tokens in raster order `(B, visible, E)`.
+
+        Raises:
+            ValueError: a volume or mask of another size.
+        """
+        visible = None
+        if mask is not None:
+            self.check_mask(volume, mask)
+            visible = split_indices(mask)[0].to(volume.device)
+        return self.encode(volume, visible)
+
+    def encode(self, volume: Tensor, visible: Tensor | None) -> Tensor:
+        """Encode the patches at the places `visible` `(B, V)`, or all: `(B, V or L, E)`."""
+        tokens = self.embed(volume, visible)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def check(self, volume: Tensor) -> None:
+        """Raise a ValueError when a volume is not of the size and channels that this network was made for."""
+        expected = (self.in_channels, *self.img_size)
+        if volume.ndim != 5 or tuple(volume.shape[1:]) != expected:
+            raise ValueError(
+                f"this network takes volumes of (batch, {', '.join(map(str, expected))}), got {tuple(volume.shape)}: "
+                "crop the volume or build the network with that img_size and in_channels"
+            )
+
+    def check_mask(self, volume: Tensor, mask: Tensor) -> None:
+        """Raise a ValueError when a mask does not fit the volumes' tokens."""
+        length = self.grid[0] * self.grid[1] * self.grid[2]
+        if mask.shape != (volume.shape[0], length):
+            raise ValueError(f"a mask is (batch, tokens) = {(volume.shape[0], length)}, got {tuple(mask.shape)}")
+
+
+BASE: dict[str, Any] = dict(embed_dim=384, depth=12, num_heads=12, window=32)
+SMALL: dict[str, Any] = dict(embed_dim=192, depth=8, num_heads=6, window=32)
+TINY: dict[str, Any] = dict(embed_dim=96, depth=4, num_heads=3, window=16)
+
+
+def sw_vit_base(**overrides: Any) -> SWViT:
+    """The paper's encoder: 12 blocks of width 384."""
+    return SWViT(**{**BASE, **overrides})
+
+
+def sw_vit_small(**overrides: Any) -> SWViT:
+    """8 blocks of width 192: for a workstation, or a CPU with patience."""
+    return SWViT(**{**SMALL, **overrides})
+
+
+def sw_vit_tiny(**overrides: Any) -> SWViT:
+    """4 blocks of width 96: for tests and demonstrations on a CPU."""
+    return SWViT(**{**TINY, **overrides})

@@ -1,0 +1,144 @@
+"""The segmentation U-Net on a token encoder (ASA, MICCAI 2022, section 2.4).
+
+Letters: volume `B C D H W`, feature size f, patch size s, K output channels. A level k lies at 1 / 2^k of the volume's resolution
+and has f * 2^k channels.
+"""
+
+import math
+from typing import Any
+
+from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock
+from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
+from torch import Tensor, nn
+
+from asa.models import sw_vit
+from asa.models.sw_vit import SWViT
+
+LEVELS = 6  # resolutions 1 to 1/32
+HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
+
+
+class SegmentationUNet(nn.Module):
+    """U-Net whose skips are hidden states of a transformer, brought to six resolutions by residual convolutions.
+
+    Level 0 reads the image itself; levels 1 to 5 read the hidden states after 3/12, 5/12, 7/12, 9/12 and all of the encoder's blocks,
+    up- or downsampled from the token grid. Five up blocks with skips lead back; the five finest levels have a 1x1x1 head each.
+
+    Args:
+        encoder: the token encoder; its patch size is a power of two.
+        out_channels: classes K, background included.
+        feature_size: channels f of the finest level.
+
+    Raises:
+        ValueError: a volume size that 32 does not divide, or too small for six levels; a patch size that is no power of two.
+    """
+
+    def __init__(self, encoder: SWViT, out_channels: int, feature_size: int = 24) -> None:
+        super().__init__()
+        size, coarsest = encoder.img_size, 2 ** (LEVELS - 1)
+        if any(n % coarsest for n in size) or math.prod(size) == coarsest**3:
+            raise ValueError(
+                f"the U-Net takes volumes whose sizes {coarsest} divides, larger than {coarsest}^3 voxels, got {size}"
+            )
+        scale = encoder.patch_size.bit_length() - 1
+        if 2**scale != encoder.patch_size:
+            raise ValueError(f"the U-Net takes patches of 2, 4, 8, ... voxels, got {encoder.patch_size}")
+        self.encoder = encoder
+        self.out_channels = out_channels
+        depth = len(encoder.blocks)
+        # The states after blocks 3, 5, 7, 9 and 12 of 12.
+        self.taps = [max(round(depth * part / 12), 1) - 1 for part in (3, 5, 7, 9, 12)]
+        width = [feature_size * 2**level for level in range(LEVELS)]
+        block: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, norm_name="instance")
+        self.image_block = UnetrBasicBlock(
+            in_channels=encoder.in_channels, out_channels=width[0], stride=1, res_block=True, **block
+        )
+        self.skips = nn.ModuleList(
+            _skip(encoder.embed_dim, width, scale, level, block) for level in range(1, LEVELS)
+        )
+        self.ups = nn.ModuleList(
+            UnetrUpBlock(
+                in_channels=width[level + 1],
+                out_channels=width[level],
+                upsample_kernel_size=2,
+                res_block=True,
+                **block,
+            )
+            for level in reversed(range(LEVELS - 1))
+        )
+        self.heads = nn.ModuleList(
+            UnetOutBlock(spatial_dims=3, in_channels=width[level], out_channels=out_channels)
+            for level in range(HEADS)
+        )
+
+    def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
+        """Segment a volume.
+
+        Args:
+            volume: `(B, C, D, H, W)`.
+            deep_supervision: return the logits of all five heads.
+
+        Returns:
+            Logits `(B, K, D, H, W)`, or a list of five from the finest to the coarsest, each at half the resolution of the one before.
+
+        Raises:
+            ValueError: a volume of another size than the encoder's.
+        """
+        states = self.encoder.hidden_states(volume)
+        skips = [self.image_block(volume)]
+        for tap, skip in zip(self.taps, self.skips, strict=True):
+            skips.append(skip(self._as_map(states[tap])))
+        features = skips.pop()
+        decoded = []
+        for up in self.ups:
+            features = up(features, skips.pop())
+            decoded.append(features)
+        decoded.reverse()
+        if deep_supervision:
+            return [head(features) for head, features in zip(self.heads, decoded, strict=True)]
+        return self.heads[0](decoded[0])
+
+    def _as_map(self, tokens: Tensor) -> Tensor:
+        """`(B, L, E)` -> `(B, E, T, H, W)`."""
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *self.encoder.grid).contiguous()
+
+
+def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[str, Any]) -> nn.Module:
+    """Token map at 1 / 2^scale -> features of a level, by transposed or strided convolutions."""
+    if level < scale:
+        return UnetrPrUpBlock(
+            in_channels=embed_dim,
+            out_channels=width[level],
+            num_layer=scale - level - 1,
+            stride=1,
+            upsample_kernel_size=2,
+            conv_block=True,
+            res_block=True,
+            **block,
+        )
+    if level == scale:
+        return UnetrBasicBlock(
+            in_channels=embed_dim, out_channels=width[level], stride=1, res_block=True, **block
+        )
+    widths = [embed_dim, *width[scale + 1 : level + 1]]
+    return nn.Sequential(
+        *(
+            UnetResBlock(in_channels=a, out_channels=b, stride=2, **block)
+            for a, b in zip(widths, widths[1:], strict=False)
+        )
+    )
+
+
+def unet_base(out_channels: int, feature_size: int = 24, **overrides: Any) -> SegmentationUNet:
+    """The paper's segmentation network; `overrides` go to its encoder, `sw_vit_base`."""
+    return SegmentationUNet(sw_vit.sw_vit_base(**overrides), out_channels, feature_size)
+
+
+def unet_small(out_channels: int, feature_size: int = 16, **overrides: Any) -> SegmentationUNet:
+    """The U-Net on `sw_vit_small`: for a workstation, or a CPU with patience."""
+    return SegmentationUNet(sw_vit.sw_vit_small(**overrides), out_channels, feature_size)
+
+
+def unet_tiny(out_channels: int, feature_size: int = 8, **overrides: Any) -> SegmentationUNet:
+    """The U-Net on `sw_vit_tiny`: for tests and demonstrations on a CPU."""
+    return SegmentationUNet(sw_vit.sw_vit_tiny(**overrides), out_channels, feature_size)

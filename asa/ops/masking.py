@@ -1,0 +1,54 @@
+"""Random masks with an exact count. True means masked (removed)."""
+
+import torch
+from torch import Tensor
+
+
+def random_mask(batch: int, length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+    """Mask the same number of tokens in each sample, at random places.
+
+    Args:
+        batch: samples B.
+        length: tokens L in a sample.
+        ratio: share of tokens to mask; round(ratio * L) are masked, at least one and never all.
+        generator: source of the draws; the same state gives the same mask. On its device the mask is made.
+
+    Returns:
+        bool `(B, L)`, True = masked.
+
+    Raises:
+        ValueError: a ratio outside (0, 1) or fewer than two tokens.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"the mask ratio lies between 0 and 1, got {ratio}")
+    if length < 2:
+        raise ValueError(f"{length} token cannot be split into visible and masked: take a larger volume")
+    count = min(max(round(ratio * length), 1), length - 1)
+    device = generator.device if generator is not None else None
+    order = torch.rand(batch, length, generator=generator, device=device).argsort(dim=1)
+    mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    return mask.scatter_(1, order[:, :count], True)
+
+
+def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of the visible and of the masked tokens, each in raster order.
+
+    Args:
+        mask: bool `(B, L)`, True = masked, the same count in every sample.
+
+    Returns:
+        visible `(B, L-M)` and masked `(B, M)`, int64.
+
+    Raises:
+        ValueError: not a bool mask, counts that differ between samples, nothing visible or nothing masked.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"a mask is a bool tensor of (batch, tokens), got {mask.dtype} {tuple(mask.shape)}")
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) != 1:
+        raise ValueError(f"every sample of a batch masks the same number of tokens, got {sorted(set(counts))}")
+    if not 0 < counts[0] < mask.shape[1]:
+        raise ValueError(f"a mask leaves some tokens visible and some masked, got {counts[0]} of {mask.shape[1]}")
+    # A stable sort of False before True keeps raster order on both sides.
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, : mask.shape[1] - counts[0]], order[:, mask.shape[1] - counts[0] :]
