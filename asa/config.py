@@ -1,6 +1,7 @@
 """From YAML and the command line to objects.
 
-`compose` reads a command's configuration (Hydra); `build` makes objects of its `_target_` nodes, from an allow-list only; `typed` fills a dataclass.
+`compose` reads a command's configuration (Hydra); `build` makes objects of its `_target_` nodes, from an allow-list
+only; `typed` fills a dataclass.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ T = TypeVar("T")
 def build(node: Any, *, plugins: Sequence[str] = ()) -> Any:
     """Make the object that a node describes, innermost first.
 
-    A mapping with `_target_: package.module.name` becomes a call of that name with the other keys as keywords; other mappings and lists are
-    built item by item; anything else stays what it is.
+    A mapping with `_target_: package.module.name` becomes a call of that name with the other keys as keywords; other
+    mappings and lists are built item by item; anything else stays what it is.
 
     Args:
         node: plain data, as a composed configuration or a checkpoint holds it.
@@ -96,7 +97,8 @@ def compose(
         Nested dicts, lists and scalars, interpolations resolved.
 
     Raises:
-        ValueError: an unknown key (its nearest neighbour is named), a value of the wrong type, or a value that is missing.
+        ValueError: an unknown key (its nearest neighbour is named), a value of the wrong type, or a value that is
+            missing.
     """
     # Imported here: notebooks that only load a model do without.
     from hydra import compose as hydra_compose

@@ -3,21 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from asa.data.cohort import read_split, select, split_subjects, write_split
+from asa.data.cohort import read_split, select, split_subjects
 from asa.data.store import Store
+from asa.engine.checkpoint import list_checkpoints
 
 Records = list[dict[str, Any]]
 
 
-def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, Records]]:
-    """Open the store, split its subjects or read their split, and write the split beside the run.
+def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[str]], dict[str, Records]]:
+    """Open the store, and split its subjects or read their split.
 
     Args:
         data: `store`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
-        run: the run folder; an existing `split.json` in it stays as it is.
+        run: the run folder; a `split.json` in it holds for the run that goes on there.
 
     Returns:
-        The store, and the records of "train", "validation" and "test".
+        The store; the subjects, and their records, of "train", "validation" and "test".
 
     Raises:
         ValueError: no store, or a split that does not fit it.
@@ -25,7 +26,7 @@ def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, Record
     store = Store(data["store"])
     if data["split_file"] is not None:
         split = read_split(data["split_file"])
-    elif (run / "split.json").exists():
+    elif list_checkpoints(run):
         split = read_split(run / "split.json")
     else:
         split = split_subjects(store.records, **data["split"])
@@ -34,6 +35,4 @@ def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, Record
         if not 1 <= n <= len(split["train"]):
             raise ValueError(f"data.labelled={n}, but the split has {len(split['train'])} training subjects")
         split = {**split, "train": split["train"][:n]}
-    parts = {name: select(store.records, subjects) for name, subjects in split.items()}
-    write_split(run / "split.json", split)
-    return store, parts
+    return store, split, {name: select(store.records, subjects) for name, subjects in split.items()}

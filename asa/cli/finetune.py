@@ -1,6 +1,7 @@
 """asa-finetune: learn a segmentation from labelled scans."""
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -10,7 +11,7 @@ from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
-from asa.engine.checkpoint import find_weights, list_checkpoints, read_weights
+from asa.engine.checkpoint import find_weights, read_weights
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import PredictSettings
 from asa.engine.train import TrainSettings, train
@@ -36,8 +37,7 @@ def finetune(config: Config) -> None:
     predict = typed(PredictSettings, config["predict"])
     data = config["data"]
     weights = read_weights(config["init"])[0] if config["init"] else None
-    run = open_run(config)
-    store, parts = open_parts(data, run)
+    store, split, parts = open_parts(data, Path(config["out"]))
     if not store.labels:
         raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
     names = [store.labels[value] for value in store.label_values]
@@ -45,7 +45,7 @@ def finetune(config: Config) -> None:
         node["in_channels"], node["out_channels"] = len(store.channels), len(names) + 1
     torch.manual_seed(settings.seed)
     method = build(config["method"], plugins=config["plugins"])
-    if weights is not None and not list_checkpoints(run):
+    if weights is not None:
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         plan = transfer_encoder(inner, method.model.encoder)
         print(f"encoder from {config['init']}:\n{transfer_report(plan)}")
@@ -61,6 +61,7 @@ def finetune(config: Config) -> None:
     )
     watched = [record["id"] for record in parts["validation"]]
     start = f"the encoder of {config['init']}" if config["init"] else "scratch"
+    run = open_run(config, split)
     print(f"fine-tuning from {start} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
     description = {
         "model": config["model"],

@@ -10,11 +10,23 @@ from typing import Any
 import yaml
 
 from asa.config import CONFIG_DIR, compose, describe
+from asa.data.cohort import write_split
+from asa.data.files import write_whole
+from asa.engine.checkpoint import list_checkpoints
 
 Config = dict[str, Any]
 # What may change when a run goes on: how long, how often it reports, and how it is fed.
-FREE_ON_RESUME = ("out", "train.steps", "train.log_every", "train.validate_every", "train.save_every")
-FREE_ON_RESUME += ("train.save_minutes", "train.keep", "train.device", "loader")
+FREE_ON_RESUME = (
+    "out",
+    "loader",
+    "train.steps",
+    "train.log_every",
+    "train.validate_every",
+    "train.save_every",
+    "train.save_minutes",
+    "train.keep",
+    "train.device",
+)
 
 
 def run_command(
@@ -98,31 +110,27 @@ def _plain(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
-def open_run(config: Config) -> Path:
-    """Make the run folder, or go on in one that was made with the same settings.
+def open_run(config: Config, split: Mapping[str, Sequence[str]]) -> Path:
+    """Make the run folder with its configuration and split, or go on in one that was made with the same settings.
 
     Raises:
         ValueError: the folder holds another run or other files.
     """
     run = Path(config["out"]).expanduser()
     file = run / "config.yaml"
-    if file.exists():
-        before = yaml.safe_load(file.read_text())
-        changed = [
-            key
-            for key in sorted(_flat(before).keys() | _flat(config).keys())
-            if not key.startswith(FREE_ON_RESUME) and _flat(before).get(key) != _flat(config).get(key)
-        ]
-        if changed:
-            key = changed[0]
-            raise ValueError(
-                f"{run} holds a run with other settings ({key} was {_flat(before).get(key)}, is {_flat(config).get(key)}): "
-                "choose another out="
-            )
-    elif run.exists() and any(run.iterdir()):
+    if list_checkpoints(run):
+        before = _flat(yaml.safe_load(file.read_text()))
+        now = _flat(config)
+        for key in sorted(before.keys() | now.keys()):
+            if not key.startswith(FREE_ON_RESUME) and before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
+                    "choose another out="
+                )
+    elif run.exists() and any(run.iterdir()) and not file.exists():
         raise ValueError(f"{run} is not empty and not a run: choose another out=")
-    run.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    write_whole(file, yaml.safe_dump(config, sort_keys=False).encode())
+    write_split(run / "split.json", split)
     return run
 
 

@@ -11,14 +11,7 @@ def make(config: Config) -> None:
     from asa.data.phantom import make_cohort
 
     out = Path(config["out"]).expanduser()
-    files = make_cohort(
-        config["kind"],
-        config["subjects"],
-        config["seed"],
-        out,
-        resolution=config["resolution"],
-        rim=config["rim"],
-    )
+    files = make_cohort(**{**config, "out": out})
     print(f"wrote {len(files)} files to {out}")
 
 

@@ -52,7 +52,9 @@ def _cases(source: Path, images: dict[str, str] | None, channels: list[str]) -> 
 def _predict_store(segmenter: Segmenter, store: Store, config: Config, out: Path) -> None:
     """Predict the scans of a store, or one part of the run's split."""
     if store.channels != segmenter.channels or store.settings != segmenter.description["data"]["prepare"]:
-        raise ValueError(f"{store.path} was prepared in another way than what this model was trained on: predict the raw scans")
+        raise ValueError(
+            f"{store.path} was prepared in another way than what this model was trained on: predict the raw scans"
+        )
     records = store.records
     if config["part"] is not None:
         split = read_split(Path(config["checkpoint"]) / "split.json")

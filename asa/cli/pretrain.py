@@ -1,6 +1,7 @@
 """asa-pretrain: learn an encoder from unlabelled scans."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,21 +23,19 @@ def pretrain(config: Config) -> None:
     """Pretrain from a prepared store."""
     settings = typed(TrainSettings, config["train"])
     data = config["data"]
-    run = open_run(config)
-    store, parts = open_parts(data, run)
+    store, split, parts = open_parts(data, Path(config["out"]))
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"] = len(store.channels)
     torch.manual_seed(settings.seed)
     method = build(config["method"], plugins=config["plugins"])
     size = method.model.encoder.img_size
     augment = AugmentSettings(mirror_probability=data["mirror_probability"])
-    dataset = CropDataset(
-        store, parts["train"], size, crop=data["placement"], augment=augment, seed=settings.seed
-    )
+    dataset = CropDataset(store, parts["train"], size, crop=data["placement"], augment=augment, seed=settings.seed)
     # Without held-out subjects the error is watched on the training scans, and the log says so.
     watched = parts["validation"] or parts["train"][:4]
     fixed = CropDataset(store, watched, size, crop="centre", seed=settings.seed)
     held_out = f"{len(parts['validation'])} held-out scans" if parts["validation"] else "training scans"
+    run = open_run(config, split)
     print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
     description: dict[str, Any] = {
         "model": config["model"],
@@ -55,7 +54,8 @@ def pretrain(config: Config) -> None:
     )
     if "masked_mse" in last:
         ratio = last["masked_mse"] / last["mean_predictor_mse"]
-        print(f"masked error {last['masked_mse']:.5f}, {ratio:.2f} of the mean predictor's {last['mean_predictor_mse']:.5f}")
+        mean = last["mean_predictor_mse"]
+        print(f"masked error {last['masked_mse']:.5f}, {ratio:.2f} of the mean predictor's {mean:.5f}")
     print(f"wrote {find_weights(run)}")
 
 

@@ -40,7 +40,8 @@ class AugmentSettings:
 class Augmentation:
     """The parameters drawn for one crop.
 
-    `matrix` (3 x 3) maps offsets from the crop's centre to offsets in the volume, or None; `noise_seed` draws the noise field.
+    `matrix` (3 x 3) maps offsets from the crop's centre to offsets in the volume, or None; `noise_seed` draws the
+    noise field.
     """
 
     matrix: Tensor | None = None

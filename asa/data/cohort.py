@@ -17,8 +17,7 @@ class Record(TypedDict):
     """One scan of one subject.
 
     `id` is unique in the cohort and names the files of the store; `subject` groups scans (sessions, runs) of
-    one
-    person; `images` maps channel names to paths.
+    one person; `images` maps channel names to paths.
     """
 
     id: str
@@ -42,25 +41,18 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
         ValueError: empty, an id twice or unfit for a file name, or records with different channels.
     """
     if not records:
-        raise ValueError(
-            f"no scans found{': ' + source if source else ''}; check the folder and the patterns"
-        )
+        raise ValueError(f"no scans found{': ' + source if source else ''}; check the folder and the patterns")
     for name, count in Counter(record["id"] for record in records).items():
         if count > 1:
-            raise ValueError(
-                f"{name}: {count} scans have this id; make the wildcards or the table tell them apart"
-            )
+            raise ValueError(f"{name}: {count} scans have this id; make the wildcards or the table tell them apart")
         if not name or name.startswith(".") or any(sign in name for sign in '/\\\0\n:*?"<>|'):
-            raise ValueError(
-                f"{name!r}: not usable as an id, because it names files; use letters, digits, - and _"
-            )
+            raise ValueError(f"{name!r}: not usable as an id, because it names files; use letters, digits, - and _")
     channels = list(records[0]["images"])
     for record in records:
         if not record["images"] or list(record["images"]) != channels:
             raise ValueError(
                 f"{record['id']}: has the channels {list(record['images'])}, but {records[0]['id']} has "
-                f"{channels}; "
-                "every scan needs the same ones in the same order"
+                f"{channels}; every scan needs the same ones in the same order"
             )
 
 
@@ -69,9 +61,8 @@ def split_subjects(
 ) -> dict[str, list[str]]:
     """Split subjects, not scans, into train, validation and test.
 
-    The order comes from a hash of (seed, subject): a subject that joins the cohort later does not shuffle
-    the others,
-    and the first n of the train list are nested subsets for experiments with few labels.
+    The order comes from a hash of (seed, subject): a subject that joins the cohort later does not shuffle the
+    others, and the first n of the train list are nested subsets for experiments with few labels.
 
     Args:
         records: records of a cohort or of a store.
@@ -86,9 +77,7 @@ def split_subjects(
         ValueError: a part is negative, a fraction of 1 or more, or nothing is left to train on.
     """
     subjects = {str(record["subject"]) for record in records}
-    order = sorted(
-        subjects, key=lambda subject: (hashlib.sha256(f"{seed}/{subject}".encode()).digest(), subject)
-    )
+    order = sorted(subjects, key=lambda subject: (hashlib.sha256(f"{seed}/{subject}".encode()).digest(), subject))
     n_validation = _count(validation, len(order), "validation")
     n_test = _count(test, len(order), "test")
     if n_validation + n_test >= len(order):
@@ -107,9 +96,7 @@ def _count(size: int | float, total: int, part: str) -> int:
     if isinstance(size, int) and size >= 0:
         return size
     if not 0 <= size < 1:
-        raise ValueError(
-            f"split: {part}={size} must be a count of subjects (an int) or a fraction from 0 to below 1"
-        )
+        raise ValueError(f"split: {part}={size} must be a count of subjects (an int) or a fraction from 0 to below 1")
     return max(1, round(size * total)) if size > 0 else 0
 
 

@@ -1,6 +1,6 @@
 """Lesions of the phantom: white-matter hyperintensities, and a tumour with core, enhancing rim and oedema.
 
-Fields are (D, H, W) on the output grid, points (D, H, W, 3) and lengths in mm, x to the right, y forward, z up.
+Fields are (D, H, W) on the output grid, points (D, H, W, 3) and lengths in mm: x right, y forward, z up.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from asa.data.warp import grid_points, smooth_noise, to_grid
@@ -41,7 +42,7 @@ class TumourPlan:
     push: float
 
     def velocity(self, shape: tuple[int, ...], extent: tuple[float, ...]) -> Tensor:
-        """Mass effect as a velocity (3, d, h, w): looking back towards the centre moves the tissue away from it."""
+        """Mass effect as a velocity (3, d, h, w): looking back to the centre moves tissue away from it."""
         away = grid_points(shape, extent) - torch.tensor(self.centre)
         reach = self.radius + 6.0
         pull = torch.exp(0.5 - away.square().sum(-1) / (2 * reach**2)) / reach
@@ -72,9 +73,7 @@ def hyperintensities(
     deep = deep - 3.0 * torch.relu(0.9 - maps["white"]) / 0.3  # spots stay clear of the cortex
     share = white * torch.maximum(torch.sigmoid(around / 0.45), torch.sigmoid(deep / 0.35))
     share = share * (maps["ventricle"] > 0.3)
-    lesions = [
-        Lesion(share, 1, {"t1": float(rng.normal(0.72, 0.04)), "flair": float(rng.normal(1.12, 0.06))})
-    ]
+    lesions = [Lesion(share, 1, {"t1": float(rng.normal(0.72, 0.04)), "flair": float(rng.normal(1.12, 0.06))})]
     infarct = bool(rng.random() < 0.25)
     if infarct:
         lesions += _infarct(maps, extent, rng)
@@ -89,9 +88,7 @@ def _infarct(maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.
     radius = float(rng.uniform(3.0, 6.0))
     noise = to_grid(smooth_noise(rng, extent, 3.0), shape)[0]
     depth = radius + 0.25 * radius * noise - (points - centre).norm(dim=-1)
-    margin = Lesion(
-        torch.sigmoid((depth + 2.0) / 0.45), 2, {"t1": 0.70, "flair": float(rng.normal(1.05, 0.05))}
-    )
+    margin = Lesion(torch.sigmoid((depth + 2.0) / 0.45), 2, {"t1": 0.70, "flair": float(rng.normal(1.05, 0.05))})
     cavity = Lesion(torch.sigmoid(depth / 0.45), 2, {"t1": 0.32, "flair": 0.22})
     return [margin, cavity]
 
@@ -114,7 +111,7 @@ def plan_tumour(white: Tensor, extent: tuple[float, ...], rng: np.random.Generat
         radius=radius,
         core=radius * float(rng.uniform(0.45, 0.85)),
         oedema=float(rng.uniform(10.0, 30.0)),
-        push=float(rng.uniform(0.25, 0.45)) * radius,
+        push=float(rng.uniform(0.35, 0.6)) * radius,
     )
 
 
@@ -138,14 +135,12 @@ def tumour(
     """
     shape = tuple(csf.shape)
     distance = (grid_points(shape, extent) - torch.tensor(plan.centre)).norm(dim=-1)
-    coarse, fine, inner, finger = (
-        to_grid(smooth_noise(rng, extent, w), shape)[0] for w in (7.0, 2.5, 4.0, 5.0)
-    )
+    coarse, fine, inner, finger = (to_grid(smooth_noise(rng, extent, w), shape)[0] for w in (7.0, 2.5, 4.0, 5.0))
     depth = plan.radius * (1 + 0.17 * coarse + 0.05 * fine) - distance
     core = depth - (plan.radius - plan.core) * (1 + 0.3 * inner).clamp_min(0.25)
     along = torch.sigmoid((maps["white"] - 0.5) / 0.12)
     spread = 2.0 + plan.oedema * along * (0.75 + 0.3 * finger).clamp(0.1, 1.4)
-    oedema = torch.sigmoid((depth + spread) / 0.7) * (1 - csf)
+    oedema = _attached(torch.sigmoid((depth + spread) / 0.7) * (1 - csf), depth > 0)
     necrotic, swollen, enhancing = values
 
     def vary(**means: float) -> dict[str, float]:
@@ -156,6 +151,13 @@ def tumour(
         Lesion(torch.sigmoid(depth / 0.6), enhancing, vary(t1=0.72, t1ce=1.50, t2=0.92, flair=0.98)),
         Lesion(torch.sigmoid(core / 0.6), necrotic, vary(t1=0.45, t1ce=0.42, t2=1.15, flair=0.60)),
     ]
+
+
+def _attached(share: Tensor, seed: Tensor) -> Tensor:
+    """Keep the parts that hang together with the seed; straight distance would also reach across the falx."""
+    parts, _ = ndimage.label((share > 0.1).numpy())
+    kept = np.unique(parts[seed.numpy()])
+    return share * torch.from_numpy(np.isin(parts, kept[kept > 0]))
 
 
 def _somewhere(allowed: Tensor, points: Tensor, rng: np.random.Generator) -> Tensor:

@@ -1,10 +1,10 @@
 """From the store to batches: training crops, and an endless sampler that can start at any step.
 
-Every random draw of a sample comes from its own seed, made of (run seed, epoch, record id): it does not depend on the worker
-that draws it, on how many there are, or on where the run was stopped.
+Every random draw of a sample comes from its own seed, made of (run seed, epoch, record id): it does not depend on the
+worker that draws it, on how many there are, or on where the run was stopped.
 
-A batch is a dict: "image" `(B, C, D, H, W)` float32, "label" `(B, 1, D, H, W)` uint8 where the records are labelled, "seed" `(B,)` int64 on the
-CPU, "id" a list of record ids.
+A batch is a dict: "image" `(B, C, D, H, W)` float32, "label" `(B, 1, D, H, W)` uint8 where the records are labelled,
+"seed" `(B,)` int64 on the CPU, "id" a list of record ids.
 """
 
 import hashlib
@@ -94,7 +94,9 @@ class CropDataset(Dataset[dict[str, Any]]):
         if labelled:
             for record in self.records:
                 if source.label(record["id"]) is None:
-                    raise ValueError(f"{record['id']}: has no label map; leave it out of the split or prepare it with one")
+                    raise ValueError(
+                        f"{record['id']}: has no label map; leave it out of the split or prepare it with one"
+                    )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -152,8 +154,8 @@ def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> n
 class EndlessSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (record, epoch) without end, from any step on.
 
-    Sample n of the run is place n % N of the shuffled epoch n // N, so the order follows from the seed and n alone. A batch may reach into the
-    next epoch: a cohort smaller than a batch works.
+    Sample n of the run is place n % N of the shuffled epoch n // N, so the order follows from the seed and n alone. A
+    batch may reach into the next epoch: a cohort smaller than a batch works.
 
     Args:
         records: number of records N.

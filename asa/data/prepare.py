@@ -1,9 +1,4 @@
-"""Raw scans to the store, in stages, and predictions back to the scan's own grid.
-
-Arrays are `C D H W` in RAS+ (D inferior to superior, H posterior to anterior, W left to right) between the
-stages.
-A stage changes a case in place and returns what its undoing needs; `to_native` walks the stages backwards.
-"""
+"""Raw scans to the store, and predictions back to the scan's own grid. The stages between are in `stages.py`."""
 
 from __future__ import annotations
 
@@ -11,18 +6,18 @@ import importlib.metadata
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 from tqdm import tqdm
 
 from asa.data.cohort import Record, check_records
 from asa.data.files import PART, sha256_of
+from asa.data.stages import STAGES, Case, PrepareSettings
 from asa.data.store import (
     DTYPES,
     FOLDERS,
@@ -34,65 +29,9 @@ from asa.data.store import (
     write_array,
     write_manifest,
 )
-from asa.data.volume import (
-    Volume,
-    axis_codes,
-    check_same_geometry,
-    from_ras,
-    read_image,
-    read_label,
-    spacing_of,
-    to_ras,
-)
+from asa.data.volume import Volume, check_same_geometry, read_image, read_label
 
-PERCENTILES = (0.5, 99.9)
-FWHM_PER_SIGMA = 2.355  # full width at half maximum of a Gaussian in its standard deviations
-ZERO_BACKGROUND = 0.01  # below this fraction of zero voxels an image is taken to have no zero background
 SAVE_EVERY = 10.0  # seconds between two writings of the manifest
-
-
-@dataclass(frozen=True)
-class PrepareSettings:
-    """How scans are brought to the store.
-
-    The foreground of a channel is its voxels other than 0. An image with (almost) no voxel at 0, like a raw
-    head with
-    noise all around, has no such background: everything is foreground.
-
-    Args:
-        normalise: "percentile" maps the 0.5 and 99.9 percentiles of the foreground to 0 and 1, clipped;
-            "zscore"
-            makes mean 0 and standard deviation 1 in the foreground. The background is 0 in both. Per channel.
-        spacing: isotropic voxel size in mm to resample to; None keeps the scan's own grid.
-        crop: "foreground" (the box of any channel's foreground, with a margin), "none", or a size, one int or
-            D, H, W: a box of this size around the middle of the foreground's box, padded with 0 where it is
-                larger.
-        margin: voxels around the foreground's box, for crop "foreground".
-    """
-
-    normalise: str = "percentile"
-    spacing: float | None = None
-    crop: str | int | list[int] = "foreground"
-    margin: int = 4
-
-    def __post_init__(self) -> None:
-        if self.normalise not in ("percentile", "zscore"):
-            raise ValueError(f"normalise={self.normalise!r}: choose percentile or zscore")
-        if self.spacing is not None and not 0.1 <= self.spacing <= 20:
-            raise ValueError(
-                f"spacing={self.spacing}: give a voxel size from 0.1 to 20 mm, or null to keep the grid"
-            )
-        if self.margin < 0:
-            raise ValueError(f"margin={self.margin}: give 0 or more voxels")
-        if isinstance(self.crop, str):
-            valid = self.crop in ("foreground", "none")
-        else:
-            sizes = [self.crop] if isinstance(self.crop, int) else list(self.crop)
-            valid = len(sizes) in (1, 3) and all(isinstance(size, int) and size > 0 for size in sizes)
-        if not valid:
-            raise ValueError(
-                f"crop={self.crop!r}: choose foreground, none, a size in voxels, or three sizes D, H, W"
-            )
 
 
 @dataclass(frozen=True)
@@ -118,213 +57,6 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
-
-
-# ---------------------------------------------------------------------------------------------- stages
-
-
-@dataclass
-class _Case:
-    """A scan between stages: image and foreground (C, D, H, W), label (D, H, W), affine of (x, y, z)."""
-
-    image: np.ndarray
-    foreground: np.ndarray
-    label: np.ndarray | None
-    affine: np.ndarray
-
-
-def _orient(case: _Case, settings: PrepareSettings) -> dict[str, Any]:
-    affine, code = case.affine, axis_codes(case.affine)
-
-    def turned(array: np.ndarray) -> np.ndarray:  # (x, y, z) of the file -> (D, H, W)
-        return to_ras(array, affine)[0].transpose(2, 1, 0)
-
-    _, case.affine, axes = to_ras(case.image[0], affine)
-    case.image = np.stack([turned(channel) for channel in case.image])
-    case.label = None if case.label is None else turned(case.label)
-    case.foreground = _foreground(case.image)
-    return {"from": code, "axes": axes}
-
-
-def _undo_orient(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
-    return np.stack([from_ras(channel.transpose(2, 1, 0), step["axes"]) for channel in array])
-
-
-def _foreground(image: np.ndarray) -> np.ndarray:
-    """Bool (C, D, H, W): what is not background; see `PrepareSettings`."""
-    foreground = image != 0
-    for channel in foreground:
-        if channel.mean() > 1 - ZERO_BACKGROUND:
-            channel[:] = True
-    return foreground
-
-
-def _resample(case: _Case, settings: PrepareSettings) -> dict[str, Any] | None:
-    """To isotropic voxels: trilinear, smoothed first where those are coarser; labels by largest share."""
-    before = case.image.shape[1:]
-    spacing = spacing_of(case.affine)[::-1]
-    if settings.spacing is None or np.allclose(spacing, settings.spacing, rtol=0, atol=1e-3):
-        return None
-    scale = settings.spacing / spacing  # old voxels per new voxel
-    shape = tuple(max(2, round(size / step)) for size, step in zip(before, scale, strict=True))
-    # both grids share their centre, so that a symmetric volume stays symmetric: old = scale * new + offset
-    offset = (np.array(before) - 1) / 2 - scale * (np.array(shape) - 1) / 2
-    blur = np.sqrt(np.maximum(scale**2 - 1, 0)) / FWHM_PER_SIGMA
-    image = np.zeros((len(case.image), *shape), np.float32)
-    foreground = np.zeros(image.shape, bool)
-    for number, inside in enumerate(case.foreground):
-        # divided by the foreground's own share: the background stays exactly 0 and does not darken the
-        # brain's rim
-        share = _sample(
-            ndimage.gaussian_filter(inside.astype(np.float32), blur), scale, offset, shape, order=1
-        )
-        total = _sample(ndimage.gaussian_filter(case.image[number], blur), scale, offset, shape, order=1)
-        foreground[number] = share >= 0.5
-        np.divide(total, share, out=image[number], where=foreground[number])
-    case.image, case.foreground = image, foreground
-    if case.label is not None:
-        case.label = _resample_label(case.label, scale, offset, shape)
-    case.affine = _affine_of_part(case.affine, scale, offset)
-    return {"scale": scale.tolist(), "offset": offset.tolist(), "before": list(before), "shape": list(shape)}
-
-
-def _undo_resample(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
-    scale, offset = np.array(step["scale"]), np.array(step["offset"])
-    grid = (1 / scale, -offset / scale, tuple(step["before"]))
-    if array.dtype.kind != "f":
-        return np.stack([_resample_label(channel, *grid) for channel in array])
-    return np.stack([_sample(channel, *grid, order) for channel in array])
-
-
-def _sample(
-    array: np.ndarray, scale: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], order: int
-) -> np.ndarray:
-    """Read an array (D, H, W) at scale * index + offset, voxel centres at whole numbers, edges held."""
-    return ndimage.affine_transform(array, scale, offset, shape, order=order, mode="nearest", prefilter=False)
-
-
-def _resample_label(
-    label: np.ndarray, scale: np.ndarray, offset: np.ndarray, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Each label's mask linearly, the largest wins: a smoother border than the nearest voxel's value."""
-    result = np.zeros(shape, label.dtype)
-    best = _sample((label == 0).astype(np.float32), scale, offset, shape, order=1)
-    for value in np.unique(label[label > 0]):
-        share = _sample((label == value).astype(np.float32), scale, offset, shape, order=1)
-        result[share > best] = value
-        np.maximum(best, share, out=best)
-    return result
-
-
-def _normalise(case: _Case, settings: PrepareSettings) -> dict[str, Any]:
-    used: dict[str, list[float]] = (
-        {"low": [], "high": []} if settings.normalise == "percentile" else {"mean": [], "sd": []}
-    )
-    for channel, inside in zip(case.image, case.foreground, strict=True):
-        values = channel[inside]
-        if values.size == 0 or values.min() == values.max():
-            raise ValueError("an image is empty or constant; look at it, and leave the case out")
-        if settings.normalise == "percentile":
-            low, high = (float(value) for value in np.percentile(values, PERCENTILES))
-            if high <= low:
-                raise ValueError(f"the {PERCENTILES} percentiles of an image are equal ({low:g}); look at it")
-            channel[inside] = np.clip((values - low) / (high - low), 0, 1)
-            used["low"].append(low)
-            used["high"].append(high)
-        else:
-            mean, sd = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
-            channel[inside] = (values - mean) / sd
-            used["mean"].append(mean)
-            used["sd"].append(sd)
-        channel[~inside] = 0
-    return {"method": settings.normalise, **used}
-
-
-def _crop(case: _Case, settings: PrepareSettings) -> dict[str, Any] | None:
-    if settings.crop == "none":
-        return None
-    before = case.image.shape[1:]
-    anywhere = np.asarray(case.foreground.any(axis=0))
-    box = ndimage.find_objects(anywhere.astype(np.uint8))[0]
-    if settings.crop == "foreground":
-        start = [max(0, side.start - settings.margin) for side in box]
-        stop = [min(total, side.stop + settings.margin) for side, total in zip(box, before, strict=True)]
-        size = [last - first for first, last in zip(start, stop, strict=True)]
-    else:
-        sizes = [settings.crop] if isinstance(settings.crop, int) else [int(side) for side in settings.crop]
-        size = sizes * (3 // len(sizes))
-        start = [(side.start + side.stop - want) // 2 for side, want in zip(box, size, strict=True)]
-    step = {"start": start, "size": size, "before": list(before)}
-    lost = anywhere.sum() - _cut(anywhere[None], step).sum()
-    if lost:
-        warnings.warn(
-            f"the crop to {size} leaves out {lost / anywhere.sum():.1%} of the foreground", stacklevel=2
-        )
-    if case.label is not None:
-        lost = (case.label > 0).sum() - (_cut(case.label[None], step) > 0).sum()
-        if lost:
-            warnings.warn(f"the crop to {size} leaves out {lost} labelled voxels", stacklevel=2)
-        case.label = _cut(case.label[None], step)[0]
-    case.image, case.foreground = _cut(case.image, step), _cut(case.foreground, step)
-    case.affine = _affine_of_part(case.affine, np.ones(3), np.array(start, dtype=np.float64))
-    return step
-
-
-def _undo_crop(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
-    whole = np.zeros((len(array), *step["before"]), array.dtype)
-    inside, part = _overlap(step)
-    whole[(slice(None), *inside)] = array[(slice(None), *part)]
-    return whole
-
-
-def _cut(array: np.ndarray, step: dict[str, Any]) -> np.ndarray:
-    """The crop's box out of an array (C, D, H, W), 0 where the box reaches beyond it."""
-    part = np.zeros((len(array), *step["size"]), array.dtype)
-    inside, where = _overlap(step)
-    part[(slice(None), *where)] = array[(slice(None), *inside)]
-    return part
-
-
-def _overlap(step: dict[str, Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where whole and crop overlap, as slices of the whole and as slices of the crop."""
-    whole, part = [], []
-    for start, size, total in zip(step["start"], step["size"], step["before"], strict=True):
-        first, last = max(start, 0), max(start, 0, min(start + size, total))
-        whole.append(slice(first, last))
-        part.append(slice(first - start, last - start))
-    return tuple(whole), tuple(part)
-
-
-def _affine_of_part(affine: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Affine of a grid whose voxel (d, h, w) lies at scale * index + offset of the old one."""
-    step = np.diag([*scale[::-1], 1.0])
-    step[:3, 3] = offset[::-1]
-    return affine @ step
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A step of the preparation.
-
-    Args:
-        name: as it stands in the chain.
-        apply: changes the case in place; returns JSON-able parameters, or None where there was nothing to do.
-        undo: (array (C, ...), parameters, order) -> array before this stage; None where the grid stays as it
-            is.
-    """
-
-    name: str
-    apply: Callable[[_Case, PrepareSettings], dict[str, Any] | None]
-    undo: Callable[[np.ndarray, dict[str, Any], int], np.ndarray] | None = None
-
-
-# In this order. What works on the whole head (bias field, skull strip, registration) belongs after `orient`.
-STAGES = (
-    Stage("orient", _orient, _undo_orient),
-    Stage("resample", _resample, _undo_resample),
-    Stage("normalise", _normalise),
-    Stage("crop", _crop, _undo_crop),
-)
 
 
 # ---------------------------------------------------------------------------------------------- one case
@@ -362,7 +94,7 @@ def prepare_case(
         indices = _consecutive(label.data, labels, name)
     reference = images[first]
     stacked = np.stack([volume.data for volume in images.values()]).astype(np.float32)
-    case = _Case(stacked, np.zeros(0, bool), indices, reference.affine)
+    case = Case(stacked, np.zeros(0, bool), indices, reference.affine)
     chain: dict[str, Any] = {
         "shape": list(reference.data.shape),
         "affine": reference.affine.tolist(),
@@ -387,8 +119,7 @@ def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.nda
         array: (C, D, H, W), float (probabilities; take the argmax afterwards) or integer (labels).
         chain: of the prepared case.
         order: 0 nearest neighbour, 1 trilinear, for floats of a scan that was resampled. Integers take 0;
-            there each
-            label's mask is brought back linearly and the largest wins, which keeps borders smooth.
+            there each label's mask is brought back linearly and the largest wins, which keeps borders smooth.
 
     Returns:
         (C, x, y, z) in the axes of the scan's file; 0 outside the crop.
@@ -400,9 +131,7 @@ def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.nda
         raise ValueError(f"to_native: order {order} for {array.dtype}: give 0 for labels, 0 or 1 for floats")
     expected = _prepared_shape(chain)
     if array.ndim != 4 or array.shape[1:] != expected:
-        raise ValueError(
-            f"to_native: array of shape {array.shape} is not (C, D, H, W) with D, H, W = {expected}"
-        )
+        raise ValueError(f"to_native: array of shape {array.shape} is not (C, D, H, W) with D, H, W = {expected}")
     if array.dtype == np.float16:
         array = array.astype(np.float32)  # scipy does not interpolate halves
     undo = {stage.name: stage.undo for stage in STAGES}
@@ -466,9 +195,8 @@ def prepare_cohort(
     """Prepare a cohort into a store; a run that was interrupted goes on where it stopped.
 
     A scan is done when the store holds it and its source files still have the SHA-256 that they had. A scan
-    that fails
-    is reported and does not touch the others. The bytes of the store do not depend on interruptions or on
-    `workers`.
+    that fails is reported and does not touch the others. The bytes of the store do not depend on
+    interruptions or on `workers`.
 
     Args:
         records: what a reader returned.
@@ -568,17 +296,13 @@ def _outcomes(jobs: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[str, 
                 try:
                     yield futures[future], future.result()
                 except BrokenExecutor:
-                    reason = (
-                        "a worker process was killed, out of memory perhaps; run again with fewer workers"
-                    )
+                    reason = "a worker process was killed, out of memory perhaps; run again with fewer workers"
                     yield futures[future], _Outcome(reason=reason)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _settle(
-    id: str, outcome: _Outcome, root: Path, entries: dict[str, dict[str, Any]], report: Report
-) -> None:
+def _settle(id: str, outcome: _Outcome, root: Path, entries: dict[str, dict[str, Any]], report: Report) -> None:
     """Enter one outcome into the manifest's entries and the report."""
     if outcome.warnings:
         report.warnings[id] = outcome.warnings
@@ -587,9 +311,7 @@ def _settle(
         (report.skipped if outcome.done_before else report.prepared).append(id)
         return
     report.failures[id] = outcome.reason
-    if (
-        entries.pop(id, None) is not None
-    ):  # its source changed and is bad now: what the store held is out of date
+    if entries.pop(id, None) is not None:  # its source changed and is bad now: what the store held is out of date
         for kind in FOLDERS:
             array_path(root, id, kind).unlink(missing_ok=True)
 
@@ -618,9 +340,7 @@ def _attempt(
 
 def _sources(record: Record) -> dict[str, dict[str, str]]:
     paths = {**record["images"]} | ({"label": record["label"]} if "label" in record else {})
-    return {
-        name: {"path": str(Path(path).absolute()), "sha256": sha256_of(path)} for name, path in paths.items()
-    }
+    return {name: {"path": str(Path(path).absolute()), "sha256": sha256_of(path)} for name, path in paths.items()}
 
 
 def _person(record: Record) -> dict[str, str]:
@@ -630,14 +350,10 @@ def _person(record: Record) -> dict[str, str]:
 
 def _is_done(entry: dict[str, Any], sources: dict[str, dict[str, str]], root: Path) -> bool:
     """Same source bytes (they may have moved), and the arrays are there."""
-    digests = [
-        {name: source["sha256"] for name, source in group.items()} for group in (entry["sources"], sources)
-    ]
+    digests = [{name: source["sha256"] for name, source in group.items()} for group in (entry["sources"], sources)]
     channels, *size = entry["shape"]
     return digests[0] == digests[1] and all(
-        open_array(
-            array_path(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind]
-        )
+        open_array(array_path(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind])
         is not None
         for kind in entry["arrays"]
     )

@@ -7,7 +7,9 @@ STORE/labels/ID.npy      uint8 (1, D, H, W), consecutive: index k means value ([
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from asa.data.files import read_json, sha256_of, write_json, write_whole
 
 FORMAT = 1
+KEYS = {"format", "settings", "channels", "labels", "records"}
 MANIFEST = "manifest.json"
 FOLDERS = {"image": "images", "label": "labels"}
 DTYPES = {"image": np.float16, "label": np.uint8}
@@ -34,6 +37,7 @@ class Store:
         channels: names of the image channels, in stored order.
         labels: label value as in the source files -> name.
         settings: how the store was made.
+        fingerprint: SHA-256 of what all scans have in common (format, settings, channels, labels).
 
     Raises:
         ValueError: no store there, of another format, or empty; the message says what to run.
@@ -42,14 +46,14 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         if not (self.path / MANIFEST).is_file():
-            raise ValueError(
-                f"{self.path}: no prepared store there; make one with asa-prepare out={self.path}"
-            )
+            raise ValueError(f"{self.path}: no prepared store there; make one with asa-prepare out={self.path}")
         manifest = read_manifest(self.path)
         self.records: list[dict[str, Any]] = manifest["records"]
         self.channels: list[str] = manifest["channels"]
         self.labels: dict[int, str] = {int(value): name for value, name in manifest["labels"].items()}
         self.settings: dict[str, Any] = manifest["settings"]
+        common = json.dumps({key: manifest[key] for key in sorted(KEYS - {"records"})}, sort_keys=True)
+        self.fingerprint = hashlib.sha256(common.encode()).hexdigest()
         if not self.records:
             raise ValueError(
                 f"{self.path}: the store holds no scan; run asa-prepare again and see why the scans failed"
@@ -71,9 +75,7 @@ class Store:
             ValueError: the store has no such scan.
         """
         if id not in self._by_id:
-            raise ValueError(
-                f"{self.path}: no scan {id!r} in this store of {len(self)}; prepare it, or correct the id"
-            )
+            raise ValueError(f"{self.path}: no scan {id!r} in this store of {len(self)}; prepare it, or correct the id")
         return self._by_id[id]
 
     def image(self, id: str) -> np.ndarray:
@@ -105,9 +107,7 @@ class Store:
                 if not path.is_file():
                     damaged.append((record["id"], f"{path}: missing; run asa-prepare again"))
                 elif sha256_of(path) != digest:
-                    damaged.append(
-                        (record["id"], f"{path}: bytes changed; delete it and run asa-prepare again")
-                    )
+                    damaged.append((record["id"], f"{path}: bytes changed; delete it and run asa-prepare again"))
         return damaged
 
     def _array(self, id: str, kind: str) -> np.ndarray:
@@ -115,9 +115,7 @@ class Store:
         path = array_path(self.path, id, kind)
         array = open_array(path, shape if kind == "image" else (1, *shape[1:]), DTYPES[kind])
         if array is None:
-            raise ValueError(
-                f"{path}: missing or damaged; run asa-prepare again, it redoes only what is not there"
-            )
+            raise ValueError(f"{path}: missing or damaged; run asa-prepare again, it redoes only what is not there")
         return array
 
 
@@ -159,11 +157,10 @@ def read_manifest(root: Path) -> dict[str, Any]:
         ValueError: not a manifest, or of another format.
     """
     manifest = read_json(root / MANIFEST)
-    found = manifest.get("format") if isinstance(manifest, dict) else None
+    found = manifest.get("format") if isinstance(manifest, dict) and manifest.keys() >= KEYS else None
     if found != FORMAT:
         raise ValueError(
-            f"{root / MANIFEST}: store format {found!r}, this asa reads {FORMAT}; prepare it again into a "
-            "new folder"
+            f"{root / MANIFEST}: store format {found!r}, this asa reads {FORMAT}; prepare it again into a new folder"
         )
     return manifest
 

@@ -58,9 +58,7 @@ def read_image(path: str | Path) -> Volume:
     data = _voxels(image, Path(path)).astype(np.float32, order="F", copy=False)
     if not np.isfinite(data).all():
         count = int(data.size - np.isfinite(data).sum())
-        raise ValueError(
-            f"{path}: {count} voxels are NaN or infinite; repair the image or leave the case out"
-        )
+        raise ValueError(f"{path}: {count} voxels are NaN or infinite; repair the image or leave the case out")
     return Volume(_three_d(data, Path(path)), _affine(image, Path(path)), image.header)
 
 
@@ -90,9 +88,7 @@ def read_label(path: str | Path) -> Volume:
             )
         data = whole
     dtype = _label_dtype(data, Path(path))
-    return Volume(
-        _three_d(data.astype(dtype, order="F"), Path(path)), _affine(image, Path(path)), image.header
-    )
+    return Volume(_three_d(data.astype(dtype, order="F"), Path(path)), _affine(image, Path(path)), image.header)
 
 
 def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
@@ -112,16 +108,12 @@ def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
     """
     path = Path(path)
     if data_xyz.shape != like.data.shape:
-        raise ValueError(
-            f"{path}: label of shape {data_xyz.shape} does not fit its image of shape {like.data.shape}"
-        )
+        raise ValueError(f"{path}: label of shape {data_xyz.shape} does not fit its image of shape {like.data.shape}")
     if data_xyz.dtype.kind not in "biu":
         raise ValueError(f"{path}: labels must be integers, not {data_xyz.dtype}; take the argmax first")
     dtype = _label_dtype(data_xyz, path)
     # nibabel leaves qform, sform and codes alone as long as the affine is the header's own best one
-    image = nib.Nifti1Image(
-        data_xyz.astype(dtype), like.affine, like.header if _is_nifti(like.header) else None
-    )
+    image = nib.Nifti1Image(data_xyz.astype(dtype), like.affine, like.header if _is_nifti(like.header) else None)
     image.header.set_data_dtype(dtype)
     image.header.set_slope_inter(1, 0)
     image.header["cal_min"] = image.header["cal_max"] = 0  # a display window meant for the image
@@ -173,12 +165,8 @@ def check_same_geometry(a: Volume, b: Volume, what: str) -> None:
         ValueError: the shapes differ, or corner points lie more than 0.1 mm apart.
     """
     if a.data.shape != b.data.shape:
-        raise ValueError(
-            f"{what}: shapes {a.data.shape} and {b.data.shape} differ; resample one onto the other first"
-        )
-    corners = np.array(
-        [(*corner, 1) for corner in itertools.product(*((0, size - 1) for size in a.data.shape))]
-    )
+        raise ValueError(f"{what}: shapes {a.data.shape} and {b.data.shape} differ; resample one onto the other first")
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, size - 1) for size in a.data.shape))])
     apart = np.linalg.norm((corners @ (a.affine - b.affine).T)[:, :3], axis=1).max()
     if apart > GEOMETRY_TOLERANCE:
         raise ValueError(
@@ -244,10 +232,7 @@ def _load(path: Path) -> Any:
         partner = _partner(path)
         header, pixels = header or _read_bytes(partner), pixels or _read_bytes(partner)
         pair: Any = nib.Nifti1Pair if header[344:347] == b"ni1" else nib.AnalyzeImage
-        holders = {
-            name: FileHolder(fileobj=io.BytesIO(part))
-            for name, part in (("header", header), ("image", pixels))
-        }
+        holders = {name: FileHolder(fileobj=io.BytesIO(part)) for name, part in (("header", header), ("image", pixels))}
         return pair.from_file_map(holders)
     except (
         HeaderDataError,
@@ -270,11 +255,7 @@ def _partner(path: Path) -> Path:
     """The other file of a header and image pair."""
     stem = path.name.removesuffix(".gz")
     other = stem[:-4] + (".img" if stem.endswith(".hdr") else ".hdr")
-    found = [
-        candidate
-        for candidate in (path.with_name(other), path.with_name(other + ".gz"))
-        if candidate.is_file()
-    ]
+    found = [candidate for candidate in (path.with_name(other), path.with_name(other + ".gz")) if candidate.is_file()]
     if not found:
         raise FileNotFoundError(f"{path}: its other half {other} is missing; put the two files side by side")
     return found[0]
@@ -282,9 +263,7 @@ def _partner(path: Path) -> Path:
 
 def _voxels(image: Any, path: Path) -> np.ndarray:
     if image.get_data_dtype().kind not in "biuf":
-        raise ValueError(
-            f"{path}: voxels are of type {image.get_data_dtype()}, not numbers; convert to a plain image"
-        )
+        raise ValueError(f"{path}: voxels are of type {image.get_data_dtype()}, not numbers; convert to a plain image")
     try:
         return np.asanyarray(image.dataobj)
     except (OSError, ValueError) as error:  # fewer bytes than the header announces
@@ -316,14 +295,8 @@ def _affine(image: Any, path: Path) -> np.ndarray:
         )
     affine = np.asarray(image.affine, dtype=np.float64)
     spacing = spacing_of(affine)
-    if (
-        not np.isfinite(affine).all()
-        or (spacing < 1e-3).any()
-        or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-2
-    ):
-        raise ValueError(
-            f"{path}: the affine is singular or not finite; write a right header, or convert it again"
-        )
+    if not np.isfinite(affine).all() or (spacing < 1e-3).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-2:
+        raise ValueError(f"{path}: the affine is singular or not finite; write a right header, or convert it again")
     return affine
 
 

@@ -1,7 +1,8 @@
 """Smooth random fields and diffeomorphisms for the phantom, on coarse grids that span the field of view.
 
-Fields are (channel, d, h, w); vectors are in mm, in the order (x, y, z). The grid of a field, coarse or fine, has its
-first and last voxel at the edges of the same `extent` (mm along D, H, W), so one is the other's interpolation.
+Fields are (channel, d, h, w); vectors are in mm, in the order (x, y, z). The grid of a field, coarse or fine,
+has its first and last voxel at the edges of the same `extent` (mm along D, H, W), so one is the other's
+interpolation.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def random_velocity(rng: np.random.Generator, extent: tuple[float, ...], asymmet
 
 
 def displacement_of(velocity: Tensor, extent: tuple[float, ...]) -> Tensor:
-    """Flow along a stationary velocity for unit time, by scaling and squaring: a diffeomorphism's displacement.
+    """Displacement of a diffeomorphism: the flow of a stationary velocity, by scaling and squaring.
 
     Args:
         velocity: (3, d, h, w) in mm.

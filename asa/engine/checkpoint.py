@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, safe to load, and enough to go on exactly where a run stopped.
 
-A run folder holds `checkpoints/step-NNNNNNNN/` with `model.safetensors` (weights, and in its header the description needed to rebuild the
-model) and `training.pt` (optimizer, scaler, random state).
+A run folder holds `checkpoints/step-NNNNNNNN/` with `model.safetensors` (weights, and in its header the description
+needed to rebuild the model) and `training.pt` (optimizer, scaler, random state).
 """
 
 import json
@@ -98,7 +98,9 @@ def find_weights(path: str | Path) -> Path:
         return path / WEIGHTS
     if found := list_checkpoints(path):
         return found[-1] / WEIGHTS
-    raise FileNotFoundError(f"{path}: no checkpoint here; give a run folder, a checkpoint folder or a .safetensors file")
+    raise FileNotFoundError(
+        f"{path}: no checkpoint here; give a run folder, a checkpoint folder or a .safetensors file"
+    )
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -150,7 +152,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         here = tuple(own[name].shape) if name in own else "absent"
         there = tuple(weights[name].shape) if name in weights else "absent"
         if here != there:
-            raise ValueError(f"{source}: does not fit the model: {name} is {there} in the checkpoint and {here} in the model")
+            raise ValueError(
+                f"{source}: does not fit the model: {name} is {there} in the checkpoint and {here} in the model"
+            )
     model.load_state_dict(dict(weights))
 
 

@@ -134,9 +134,7 @@ def evaluate_folder(
 
 def _check_values(data: np.ndarray, labels: Mapping[int, str], what: str) -> None:
     values, counts = np.unique(data, return_counts=True)
-    strange = [
-        (int(v), int(n)) for v, n in zip(values, counts, strict=True) if v != 0 and int(v) not in labels
-    ]
+    strange = [(int(v), int(n)) for v, n in zip(values, counts, strict=True) if v != 0 and int(v) not in labels]
     if strange:
         found = listed([f"{value} ({count} voxels)" for value, count in strange], limit=10)
         known = ", ".join(f"{value} {name}" for value, name in labels.items())

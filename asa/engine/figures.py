@@ -33,10 +33,7 @@ Lengths = tuple[float, float, float]
 
 def label_colours(count: int) -> np.ndarray:
     """Colours of labels, RGB uint8 `(count, 3)`: four safe for colour-blind readers, then spread hues."""
-    spread = [
-        colorsys.hsv_to_rgb((0.83 + k * 0.618034) % 1.0, 0.6, 0.95)
-        for k in range(max(count - len(_PALETTE), 0))
-    ]
+    spread = [colorsys.hsv_to_rgb((0.83 + k * 0.618034) % 1.0, 0.6, 0.95) for k in range(max(count - len(_PALETTE), 0))]
     extra = np.rint(np.array(spread).reshape(-1, 3) * 255).astype(np.uint8)
     return np.concatenate([_PALETTE, extra])[:count]
 
@@ -51,9 +48,7 @@ def central_slices(mask: np.ndarray) -> Index:
     left, right = np.count_nonzero(mask[..., :middle]), np.count_nonzero(mask[..., middle:])
     depths, heights, _ = np.nonzero(mask)
     widths = np.nonzero(mask[..., :middle])[2] if left > right else np.nonzero(mask[..., middle:])[2] + middle
-    depth, height, width = (
-        int(np.sort(places)[(len(places) - 1) // 2]) for places in (depths, heights, widths)
-    )
+    depth, height, width = (int(np.sort(places)[(len(places) - 1) // 2]) for places in (depths, heights, widths))
     return depth, height, width
 
 
@@ -89,15 +84,11 @@ def overlay_panel(
     """
     maps = list(labels)
     shape = _common_shape([*maps] if image is None else [image, *maps])
-    tables = (
-        [label_colours(int(values.max(initial=0))) for values in maps] if colours is None else list(colours)
-    )
+    tables = [label_colours(int(values.max(initial=0))) for values in maps] if colours is None else list(colours)
     at = _default_slices(shape) if at is None else at
     window = (0.0, 1.0) if image is None else _window(image)
     gray_volume = np.zeros(shape, dtype=np.float32) if image is None else image
-    pitch = (
-        min(spacing) if tile_width is None else max(shape[1] * spacing[1], shape[2] * spacing[2]) / tile_width
-    )
+    pitch = min(spacing) if tile_width is None else max(shape[1] * spacing[1], shape[2] * spacing[2]) / tile_width
 
     rows = []
     for plane in range(3):

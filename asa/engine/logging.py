@@ -17,7 +17,8 @@ class RunLog:
     Args:
         run: the run folder; holds `log.jsonl` and `tensorboard/`.
         total: steps of the run.
-        start: steps done before. What an earlier process logged beyond them is dropped, so that the log reads as one run.
+        start: steps done before. What an earlier process logged beyond them is dropped, so that the log reads as one
+            run.
     """
 
     def __init__(self, run: Path, total: int, start: int) -> None:

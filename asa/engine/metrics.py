@@ -19,9 +19,7 @@ Regions = dict[str, tuple[int, ...]]
 
 def _check_masks(a: np.ndarray, b: np.ndarray) -> None:
     if a.dtype != np.bool_ or b.dtype != np.bool_:
-        raise ValueError(
-            f"masks must be bool, got {a.dtype} and {b.dtype}: compare a label map with its value first"
-        )
+        raise ValueError(f"masks must be bool, got {a.dtype} and {b.dtype}: compare a label map with its value first")
     if a.shape != b.shape or a.ndim != 3:
         raise ValueError(f"masks must be 3-D and of one shape, got {a.shape} and {b.shape}")
 
@@ -53,7 +51,7 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     HD95 is the 95th percentile (linear interpolation) of these distances in each direction, the larger of the
     two. This is the definition of MONAI's `compute_hausdorff_distance(percentile=95, spacing=...)`. The
     `surface-distance` package puts surface elements on voxel corners and weights them by area, and so differs
-    by less than a voxel's diagonal.
+    by up to about a voxel's diagonal.
 
     Args:
         a: bool `(x, y, z)`.
@@ -185,9 +183,7 @@ class Policy:
             ValueError: a declaration that is empty, names the background 0, or uses a name twice.
         """
         if not labels or 0 in labels or len(set(labels.values())) < len(labels):
-            raise ValueError(
-                f"labels name each foreground value once, and not the background 0; got {dict(labels)}"
-            )
+            raise ValueError(f"labels name each foreground value once, and not the background 0; got {dict(labels)}")
         return self.regions(labels)
 
     def truth_table(self) -> list[tuple[str, list[str]]]:

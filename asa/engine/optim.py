@@ -77,7 +77,8 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
     for prefix, module in model.named_modules():
         if hasattr(module, "no_weight_decay"):
             spared |= {f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim < 2 or name in spared else decayed).append(parameter)
@@ -89,5 +90,7 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
         low, high = settings.betas
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(low, high), fused=True)
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True)
+        return torch.optim.SGD(
+            groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True
+        )
     raise ValueError(f"optim.name is adamw or sgd, not {settings.name!r}")

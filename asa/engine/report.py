@@ -24,6 +24,7 @@ from asa.engine.summary import LEVEL, RESAMPLES, CaseRow, Summary, number_text, 
 SHOWN = 2  # worst cases with a figure, and as many best ones
 PANEL_WIDTH = 1160  # pixels
 OPEN_ROWS = 60  # a longer table of cases begins folded
+WORST_ROWS = 10  # labels listed above a case's figure, the worst first
 MARGIN = 4  # voxels around the head in a figure
 
 # The half of Okabe and Ito's palette that labels do not use first.
@@ -60,8 +61,8 @@ def write_report(path: Path, summary: Summary, cases: Sequence[CaseFiles]) -> No
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{path}: not written, as {error.name} is not installed (cases.csv and summary.json need it not): "
-            'run pip install "asa[report]" and evaluate again'
+            f"{path}: not written, as {error.name} is not installed (cases.csv and summary.json do not need it); "
+            'run pip install "asa-mri[report]" and evaluate again'
         ) from None
     from asa import __version__
 
@@ -116,47 +117,38 @@ def _ranked(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _badness(metric: Metric, value: float) -> float:
+    """Larger is worse; an undefined value is least of all."""
+    if math.isnan(value):
+        return -math.inf
     return -value if metric.higher_is_better else value
 
 
 def _case_figure(title: str, files: CaseFiles, summary: Summary) -> dict[str, Any]:
     """Everything the page says about one case: its numbers, its panel, what the panel shows."""
-    assert files.prediction is not None, "cases without a prediction have no score"
-    rows = [row for row in summary.rows if row.case_id == files.case_id]
     metric = summary.policy.metrics[0]
-    defined = [row for row in rows if not math.isnan(row.values[metric.name])]
-    focus = max(defined, key=lambda row: _badness(metric, row.values[metric.name])).label
+    rows = [row for row in summary.rows if row.case_id == files.case_id]
+    rows.sort(key=lambda row: _badness(metric, row.values[metric.name]), reverse=True)
+    focus = rows[0].label
 
-    truth_volume, prediction_volume = read_label(files.truth), read_label(files.prediction)
-    arrays = {"truth": truth_volume.data, "prediction": prediction_volume.data}
-    if files.image is not None:
-        image_volume = read_image(files.image)
-        check_same_geometry(image_volume, truth_volume, f"case {files.case_id}: image and truth")
-        arrays["image"] = image_volume.data
-    turned = {}
-    for name, data in arrays.items():
-        ras, affine, _ = to_ras(data, truth_volume.affine)
-        turned[name] = ras.transpose(2, 1, 0)
-    width, height, depth = spacing_of(affine).tolist()
-
-    box = _head_box(turned)
-    truth, prediction = turned["truth"][box], turned["prediction"][box]
-    image = turned["image"][box] if "image" in turned else None
-    values = summary.regions[focus]
-    shown = np.isin(truth, values) | np.isin(prediction, values)
-    ordinals = {value: k for k, value in enumerate(summary.labels, start=1)}
-    maps = [_renumbered(truth, ordinals), _renumbered(prediction, ordinals)]
-    maps.append(_differences(truth, prediction, summary.policy.ignored))
-    colours = label_colours(len(ordinals))
+    volumes, spacing = _case_volumes(files)
+    truth, prediction, image = volumes["truth"], volumes["prediction"], volumes.get("image")
+    region = np.isin(truth, summary.regions[focus]) | np.isin(prediction, summary.regions[focus])
+    if not region.any():
+        region |= truth != 0
+    at = central_slices(region) if region.any() else tuple(side // 2 for side in truth.shape)
+    maps = [_ordinals(truth, summary), _ordinals(prediction, summary)]
+    colours = label_colours(len(summary.labels))
     columns = ["Image", "Truth", "Prediction", "Differences"][image is None :]
     panel = overlay_panel(
         image,
-        maps,
+        [*maps, _differences(truth, prediction, summary.policy.ignored)],
         colours=[colours, colours, np.array(list(DIFFERENCES.values()), dtype=np.uint8)],
-        at=central_slices(shown) if shown.any() else None,
-        spacing=(depth, height, width),
-        tile_width=PANEL_WIDTH // 4,
+        at=at,
+        spacing=spacing,
+        tile_width=PANEL_WIDTH // len(columns),
     )
+    drawn = {int(k) for values in maps for axis in range(3) for k in np.unique(values.take(at[axis], axis))}
+    names = list(summary.labels.values())
     return {
         "title": title,
         "id": files.case_id,
@@ -164,17 +156,31 @@ def _case_figure(title: str, files: CaseFiles, summary: Summary) -> dict[str, An
         "columns": columns,
         "panel": _data_uri(_png(panel)),
         "width": panel.shape[1],
-        "labels": [
-            (name, _hex(colour)) for name, colour in zip(summary.labels.values(), colours, strict=True)
-        ],
+        "labels": [(names[k - 1], _hex(colours[k - 1])) for k in sorted(drawn - {0})],
         "differences": [(name, _hex(colour)) for name, colour in DIFFERENCES.items()],
-        "rows": [(row.label, _value_cells(row, summary), row.empty) for row in rows],
+        "rows": [(row.label, _value_cells(row, summary), row.empty) for row in rows[:WORST_ROWS]],
+        "hidden": max(len(rows) - WORST_ROWS, 0),
     }
+
+
+def _case_volumes(files: CaseFiles) -> tuple[dict[str, np.ndarray], tuple[float, float, float]]:
+    """A case's volumes as RAS `(D, H, W)`, cut to the head, and their voxel size along D, H, W in mm."""
+    assert files.prediction is not None, "a case without a prediction has no score and is not drawn"
+    truth = read_label(files.truth)
+    native = {"truth": truth.data, "prediction": read_label(files.prediction).data}
+    if files.image is not None:
+        image = read_image(files.image)
+        check_same_geometry(image, truth, f"case {files.case_id}: image and truth")
+        native["image"] = image.data
+    volumes = {name: to_ras(data, truth.affine)[0].transpose(2, 1, 0) for name, data in native.items()}
+    width, height, depth = spacing_of(to_ras(truth.data, truth.affine)[1]).tolist()
+    box = _head_box(volumes)
+    return {name: volume[box] for name, volume in volumes.items()}, (depth, height, width)
 
 
 def _head_box(volumes: Mapping[str, np.ndarray]) -> tuple[slice, ...]:
     """The box of all that is not background, with a margin."""
-    filled = (volumes["truth"] > 0) | (volumes["prediction"] > 0)
+    filled = (volumes["truth"] != 0) | (volumes["prediction"] != 0)
     if "image" in volumes:
         filled |= volumes["image"] > volumes["image"].min()
     if not filled.any():
@@ -182,11 +188,11 @@ def _head_box(volumes: Mapping[str, np.ndarray]) -> tuple[slice, ...]:
     return tuple(slice(max(side.start - MARGIN, 0), side.stop + MARGIN) for side in bounding_box(filled))
 
 
-def _renumbered(data: np.ndarray, ordinals: Mapping[int, int]) -> np.ndarray:
-    out = np.zeros(data.shape, dtype=np.int64)
-    for value, ordinal in ordinals.items():
-        out[data == value] = ordinal
-    return out
+def _ordinals(data: np.ndarray, summary: Summary) -> np.ndarray:
+    """Label values as their place in the declaration, from 1; background stays 0."""
+    values = np.array([0, *summary.labels])
+    order = np.argsort(values)
+    return order[np.searchsorted(values[order], data)]
 
 
 def _differences(truth: np.ndarray, prediction: np.ndarray, ignored: Sequence[int]) -> np.ndarray:
@@ -206,9 +212,7 @@ def _case_table(summary: Summary) -> list[dict[str, Any]]:
             {
                 "label": row.label,
                 "values": _value_cells(row, summary),
-                "voxels": [
-                    "none" if n is None else f"{n:,}" for n in (row.voxels_predicted, row.voxels_true)
-                ],
+                "voxels": ["none" if n is None else f"{n:,}" for n in (row.voxels_predicted, row.voxels_true)],
                 "ml": ["none" if v is None else f"{v:,.2f}" for v in (row.ml_predicted, row.ml_true)],
                 "note": row.empty,
             }
@@ -256,10 +260,16 @@ def _box_plots(summary: Summary) -> bytes:
         generator = np.random.default_rng(0)  # the same page for the same numbers
         for place, values in zip(places, groups, strict=True):
             offset = place + generator.uniform(-0.16, 0.16, len(values))
-            axis.scatter(values, offset, s=16, color="#0369a1", alpha=0.6, linewidths=0, zorder=3)
+            axis.scatter(
+                values, offset, s=22, color="#0284c7", alpha=0.75, edgecolors="white", linewidths=0.4, zorder=4
+            )
         axis.set_yticks(places, labels)
         axis.set_ylim(len(labels) - 0.4, -0.6)
         axis.set_xlabel(metric.heading)
+        low, high = axis.get_xlim()
+        spare = max(50 * 10.0**-metric.digits - (high - low), 0.0) / 2  # do not blow up a difference that means nothing
+        axis.set_xlim(low - spare, high + spare)
+        axis.ticklabel_format(axis="x", useOffset=False)
         axis.grid(axis="x", color="#e5e7eb", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)

@@ -61,7 +61,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device={name}, but torch {torch.__version__} sees no GPU here: use device=cpu or install a CUDA build")
+        raise ValueError(
+            f"device={name}, but torch {torch.__version__} sees no GPU here: use device=cpu or install a CUDA build"
+        )
     return device
 
 
@@ -106,7 +108,8 @@ def train(
         run: the run folder, written to.
         settings, optim, loader: see the classes.
         description: plain data kept in every checkpoint, enough to rebuild `method.model`.
-        validate: called with the steps done, returns numbers and pictures for the log. The method is in evaluation mode meanwhile.
+        validate: called with the steps done, returns numbers and pictures for the log. The method is in evaluation
+            mode meanwhile.
 
     Returns:
         The numbers of the last validation, or of the last logged step.
@@ -176,11 +179,7 @@ def train(
             )
             if step % settings.log_every == 0 or due:
                 values = meter.read(gradient_norm=norm, lr=schedule[step - 1])
-                if not np.isfinite(values["loss"]) or (dtype != torch.float16 and not np.isfinite(values["gradient_norm"])):
-                    raise FloatingPointError(
-                        f"loss {values['loss']}, gradient norm {values['gradient_norm']} at step {step}: stopped before saving; the last "
-                        f"checkpoint is of step {saved_step}. Lower optim.lr, or look at the scans {batch['id']}"
-                    )
+                check_finite(values, dtype, step, saved_step, batch["id"])
                 log.scalars(step, "train", values)
                 log.progress(step, values)
                 last = values
@@ -203,9 +202,7 @@ def train(
     return last
 
 
-def resume(
-    run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> int:
+def resume(run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Take up the run's newest checkpoint: the number of steps done, 0 if there is none."""
     found = list_checkpoints(run)
     if not found:
@@ -216,6 +213,17 @@ def resume(
     scaler.load_state_dict(training["scaler"])
     torch.set_rng_state(training["random"])
     return int(training["step"])
+
+
+def check_finite(values: Mapping[str, float], dtype: torch.dtype, step: int, saved_step: int, ids: list[str]) -> None:
+    """Stop before a checkpoint is written from numbers that are not finite; fp16 has a scaler that skips such steps."""
+    watched = ("loss",) if dtype == torch.float16 else ("loss", "gradient_norm")
+    for name in watched:
+        if not np.isfinite(values[name]):
+            raise FloatingPointError(
+                f"{name} {values[name]} at step {step}: stopped before saving; the last checkpoint is of step "
+                f"{saved_step}. Lower optim.lr, or look at the scans {', '.join(ids)}"
+            )
 
 
 class Meter:

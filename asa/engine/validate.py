@@ -43,8 +43,8 @@ def picture_of(method: MaskedPretraining, batch: dict[str, Any]) -> np.ndarray:
     """Input, masked input, prediction and importance of a batch's first sample, RGB uint8."""
     mask = method.mask(batch["seed"])
     views = method.reconstruct(batch["image"], mask)
-    arrays = {name: volume[0, 0].float().cpu().numpy() for name, volume in views.items()}
-    return reconstruction_panel(**arrays)
+    first = {name: volume[0, 0].float().cpu().numpy() for name, volume in views.items()}
+    return reconstruction_panel(first["input"], first["masked"], first["prediction"], first["importance"])
 
 
 def validate_segmentation(

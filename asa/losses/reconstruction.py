@@ -13,8 +13,8 @@ from asa.ops.patches import patchify
 class AttentiveReconstructionLoss(nn.Module):
     """Squared error of the masked patches, each weighted by what its gradients say (Eq. (1) and (2), ASA, MICCAI 2022).
 
-    L = sum_i p_i * MSE_i over the masked patches i of a volume, p_i = score_i / sum of the masked patches' scores; the mean over the batch.
-    A volume whose masked patches all score 0 has equal weights.
+    L = sum_i p_i * MSE_i over the masked patches i of a volume, p_i = score_i / sum of the masked patches' scores;
+    the mean over the batch. A volume whose masked patches all score 0 has equal weights.
 
     Args:
         patch_size: patch edge s in voxels.
@@ -32,7 +32,7 @@ class AttentiveReconstructionLoss(nn.Module):
         self.patch_size, self.bins, self.importance = patch_size, bins, importance
 
     def weights(self, volume: Tensor, masked: Tensor) -> Tensor:
-        """p of the masked patches: volume `(B, C, D, H, W)`, their places `(B, M)` -> `(B, M)` float32, each row summing to 1."""
+        """p of the masked patches at `(B, M)` in volumes `(B, C, D, H, W)`: `(B, M)` float32, each row summing to 1."""
         if self.importance is None:
             return volume.new_full(masked.shape, 1 / masked.shape[1], dtype=masked.new_empty(0).float().dtype)
         scores = gradient_importance(volume, self.patch_size, self.bins, self.importance).gather(1, masked)
@@ -58,5 +58,7 @@ class AttentiveReconstructionLoss(nn.Module):
         patches = patchify(volume, self.patch_size)
         target = patches.gather(1, masked[:, :, None].expand(-1, -1, patches.shape[2]))
         if prediction.shape != target.shape:
-            raise ValueError(f"the prediction of the masked patches is {tuple(target.shape)}, got {tuple(prediction.shape)}")
+            raise ValueError(
+                f"the prediction of the masked patches is {tuple(target.shape)}, got {tuple(prediction.shape)}"
+            )
         return (prediction.float() - target.float()).square().mean(dim=2)

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 class DeeplySupervisedDiceCE(nn.Module):
     """Dice plus cross-entropy at several resolutions, each coarser one with half the weight.
 
-    The label is brought to a head's resolution by nearest neighbour. The weights sum to 1. Dice leaves the background out, and is taken over the batch,
-    so that a class missing from one crop does not count as missed.
+    The label is brought to a head's resolution by nearest neighbour. The weights sum to 1. Dice leaves the background
+    out, and is taken over the batch, so that a class missing from one crop does not count as missed.
     """
 
     def __init__(self) -> None:

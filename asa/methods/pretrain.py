@@ -41,18 +41,15 @@ class MaskedPretraining(nn.Module):
         """A mask for each sample from its own seed: `(B,)` -> bool `(B, L)` on the CPU, True = masked."""
         t, h, w = self.model.encoder.grid
         return torch.cat(
-            [
-                random_mask(1, t * h * w, self.mask_ratio, torch.Generator().manual_seed(seed))
-                for seed in seeds.tolist()
-            ]
+            [random_mask(1, t * h * w, self.mask_ratio, torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image" and "seed".
 
         Returns:
-            "loss"; and for the log "masked_mse", the plain error of the masked patches, and "mean_predictor_mse", the error of
-            predicting every masked voxel by the mean of the visible ones.
+            "loss"; and for the log "masked_mse", the plain error of the masked patches, and "mean_predictor_mse", the
+            error of predicting every masked voxel by the mean of the visible ones.
         """
         image, mask = batch["image"], self.mask(batch["seed"])
         prediction = self.model(image, mask)
@@ -76,8 +73,8 @@ class MaskedPretraining(nn.Module):
             mask: bool `(B, L)`, True = masked.
 
         Returns:
-            "input", "masked" (masked patches NaN), "prediction" (visible patches as they are, masked ones predicted) of the
-            image's shape, and "importance" `(B, 1, D, H, W)`, each patch's score.
+            "input", "masked" (masked patches NaN), "prediction" (visible patches as they are, masked ones predicted)
+            of the image's shape, and "importance" `(B, 1, D, H, W)`, each patch's score.
         """
         s, grid = self.loss.patch_size, self.model.encoder.grid
         masked = split_indices(mask)[1].to(image.device)

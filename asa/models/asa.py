@@ -17,8 +17,9 @@ from asa.ops.masking import split_indices
 class MaskedAutoencoder(nn.Module):
     """Predicts the masked patches of a volume from the visible ones.
 
-    The encoder sees the visible patches only. The decoder sees all places, restored to raster order: the projected encoder outputs,
-    and one learnable token at the masked places, all with their position codes. Its head predicts the masked patches.
+    The encoder sees the visible patches only. The decoder sees all places, restored to raster order: the projected
+    encoder outputs, and one learnable token at the masked places, all with their position codes. Its head predicts
+    the masked patches.
 
     With `position="mirror"` it is ASA's network; with `"sincos"` a plain MAE on the same windows.
 

@@ -1,7 +1,7 @@
 """SW-ViT: a vision transformer with attention inside linear windows (ASA, MICCAI 2022, section 2.1).
 
-Letters: volume `B C D H W`, patch size s, L tokens `B L E` in raster order (W fastest), windows `B N S E` of S consecutive
-tokens, M attention heads of d = E / M. Masks are bool and True means masked (removed).
+Letters: volume `B C D H W`, patch size s, L tokens `B L E` in raster order (W fastest), windows `B N S E` of S
+consecutive tokens, M attention heads of d = E / M. Masks are bool and True means masked (removed).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ from asa.ops.windows import window_runs
 class LinearWindowAttention(nn.Module):
     """Self-attention inside windows of consecutive tokens: LW-MSA, and SLW-MSA when shifted.
 
-    Cost and memory grow linearly with the tokens. Any sequence length works: a window at an end of the sequence is shorter.
+    Cost and memory grow linearly with the tokens. Any sequence length works: a window at an end of the sequence is
+    shorter.
 
     Args:
         dim: token width E.
@@ -46,6 +47,7 @@ class LinearWindowAttention(nn.Module):
         place = torch.arange(window)
         offset = place[:, None] - place[None, :] + window - 1  # S S, in 0..2S-2
         self.register_buffer("offset", offset, persistent=False)
+        self.offset: Tensor
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone, beside biases and norms."""
@@ -60,13 +62,37 @@ class LinearWindowAttention(nn.Module):
         return self.proj(torch.cat(out, dim=1) if len(out) > 1 else out[0])
 
     def _attend(self, qkv: Tensor, size: int, bias: Tensor) -> Tensor:
-        """Windows of one size, `(B, N*S, 3*E)` -> `(B, N*S, E)`. The offsets of a shorter window are a corner of the table."""
+        """Windows of one size, `(B, N*S, 3*E)` -> `(B, N*S, E)`.
+
+        The offsets inside a shorter window are a corner of the table.
+        """
         b, length, _ = qkv.shape
-        q, k, v = (
-            qkv.reshape(b * length // size, size, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        )  # B*N M S d
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :size, :size].to(q.dtype))
+        windows = qkv.reshape(b * length // size, size, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 B*N M S d
+        attend = fused_attention if qkv.is_cuda else written_attention
+        out = attend(windows, bias[:, :size, :size].to(qkv.dtype))  # B*N M S d
         return out.transpose(1, 2).reshape(b, length, -1)
+
+
+def fused_attention(windows: Tensor, bias: Tensor) -> Tensor:
+    """Softmax(q k^T / sqrt(d) + bias) v by PyTorch's fused kernels: the faster one on a GPU.
+
+    Args:
+        windows: queries, keys and values, `(3, N, M, S, d)`.
+        bias: added to the logits, `(M, S, S)`.
+
+    Returns:
+        `(N, M, S, d)`.
+    """
+    q, k, v = windows.unbind()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1))
+
+
+def written_attention(windows: Tensor, bias: Tensor) -> Tensor:
+    """The same, written out: with small windows the faster one on a CPU, in training by a factor of two."""
+    n, m = windows.shape[1:3]
+    q, k, v = windows.flatten(1, 2).unbind()  # N*M S d, one copy for all three
+    logits = torch.baddbmm(bias.repeat(n, 1, 1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(logits.softmax(dim=-1), v).unflatten(0, (n, m))
 
 
 class Block(nn.Module):
@@ -90,13 +116,9 @@ class Block(nn.Module):
         return tokens + self.mlp(self.norm2(tokens))
 
 
-def window_blocks(
-    depth: int, dim: int, num_heads: int, mlp_ratio: float, window: int
-) -> nn.ModuleList:
+def window_blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float, window: int) -> nn.ModuleList:
     """A stack of blocks in which every second one shifts its windows by half."""
-    return nn.ModuleList(
-        Block(dim, num_heads, mlp_ratio, window, shift=(i % 2) * (window // 2)) for i in range(depth)
-    )
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, window, shift=(i % 2) * (window // 2)) for i in range(depth))
 
 
 def position_code(grid: Sequence[int], dim: int, position: str) -> Tensor:
@@ -156,7 +178,7 @@ class SWViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def embed(self, volume: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Patches with their codes: `(B, C, D, H, W)` -> `(B, L, E)`, or `(B, V, E)` of the places `visible` `(B, V)`."""
+        """Patches with their codes: `(B, C, D, H, W)` -> `(B, L, E)`, or `(B, V, E)` at `visible` `(B, V)`."""
         self.check(volume)
         patches = patchify(volume, self.patch_size)  # B L C*s^3
         if visible is None:

@@ -1,6 +1,7 @@
 """Pretrained weights into the encoder of another model: a plan that can be read, then applied.
 
-Only the encoder moves. What the encoder computes (position codes, window offsets) is no weight, so another volume size needs nothing.
+Only the encoder moves. What the encoder computes (position codes, window offsets) is no weight, so another volume
+size needs nothing.
 """
 
 from collections import Counter
@@ -17,7 +18,10 @@ PATCH_WEIGHT = "patch_embed.weight"
 
 @dataclass(frozen=True)
 class Transfer:
-    """What happens to one tensor: "loaded", "adapted", "left out" (in the checkpoint only) or "not found" (in the encoder only)."""
+    """What happens to one tensor.
+
+    `action` is "loaded", "adapted", "left out" (in the checkpoint only) or "not found" (in the encoder only).
+    """
 
     name: str
     action: str
@@ -53,8 +57,8 @@ def plan_transfer(weights: Mapping[str, Tensor], encoder: SWViT) -> list[Transfe
 def transfer_encoder(weights: Mapping[str, Tensor], encoder: SWViT) -> list[Transfer]:
     """Load a checkpoint's encoder into another encoder, in place.
 
-    The projection of the patches follows the number of channels: its weights are summed over the old channels, repeated for each new one and
-    divided by their number, so that equal channels give the same tokens as before.
+    The projection of the patches follows the number of channels: its weights are summed over the old channels,
+    repeated for each new one and divided by their number, so that equal channels give the same tokens as before.
 
     Args:
         weights: the source model's weights; those of its encoder are named `encoder.*`.
@@ -74,8 +78,9 @@ def transfer_encoder(weights: Mapping[str, Tensor], encoder: SWViT) -> list[Tran
         reasons = {entry.name: entry.why for entry in plan if entry.action != "loaded"}
         first = PREFIX + unfilled[0]
         raise ValueError(
-            f"the pretrained encoder does not match: {len(unfilled)} of {len(encoder.state_dict())} tensors would stay untrained, the first is "
-            f"{first} ({reasons[first]}). Choose the model size, patch size and window that it was pretrained with"
+            f"the pretrained encoder does not match: {len(unfilled)} of {len(encoder.state_dict())} tensors would stay "
+            f"untrained, the first is {first} ({reasons[first]}). "
+            "Choose the model size, patch size and window that it was pretrained with"
         )
     state = {}
     for entry in moved:

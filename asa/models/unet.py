@@ -1,10 +1,11 @@
 """The segmentation U-Net on a token encoder (ASA, MICCAI 2022, section 2.4).
 
-Letters: volume `B C D H W`, feature size f, patch size s, K output channels. A level k lies at 1 / 2^k of the volume's resolution
-and has f * 2^k channels.
+Letters: volume `B C D H W`, feature size f, patch size s, K output channels. A level k lies at 1 / 2^k of the
+volume's resolution and has f * 2^k channels.
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock
@@ -21,8 +22,9 @@ HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
 class SegmentationUNet(nn.Module):
     """U-Net whose skips are hidden states of a transformer, brought to six resolutions by residual convolutions.
 
-    Level 0 reads the image itself; levels 1 to 5 read the hidden states after 3/12, 5/12, 7/12, 9/12 and all of the encoder's blocks,
-    up- or downsampled from the token grid. Five up blocks with skips lead back; the five finest levels have a 1x1x1 head each.
+    Level 0 reads the image itself; levels 1 to 5 read the hidden states after 3/12, 5/12, 7/12, 9/12 and all of the
+    encoder's blocks, up- or downsampled from the token grid. Five up blocks with skips lead back; the five finest
+    levels have a 1x1x1 head each.
 
     Args:
         encoder: the token encoder; its patch size is a power of two.
@@ -30,7 +32,8 @@ class SegmentationUNet(nn.Module):
         feature_size: channels f of the finest level.
 
     Raises:
-        ValueError: a volume size that 32 does not divide, or too small for six levels; a patch size that is no power of two.
+        ValueError: a volume size that 32 does not divide, or too small for six levels; a patch size that is no power
+            of two.
     """
 
     def __init__(self, encoder: SWViT, out_channels: int, feature_size: int = 24) -> None:
@@ -53,9 +56,7 @@ class SegmentationUNet(nn.Module):
         self.image_block = UnetrBasicBlock(
             in_channels=encoder.in_channels, out_channels=width[0], stride=1, res_block=True, **block
         )
-        self.skips = nn.ModuleList(
-            _skip(encoder.embed_dim, width, scale, level, block) for level in range(1, LEVELS)
-        )
+        self.skips = nn.ModuleList(_skip(encoder.embed_dim, width, scale, level, block) for level in range(1, LEVELS))
         self.ups = nn.ModuleList(
             UnetrUpBlock(
                 in_channels=width[level + 1],
@@ -67,8 +68,7 @@ class SegmentationUNet(nn.Module):
             for level in reversed(range(LEVELS - 1))
         )
         self.heads = nn.ModuleList(
-            UnetOutBlock(spatial_dims=3, in_channels=width[level], out_channels=out_channels)
-            for level in range(HEADS)
+            UnetOutBlock(spatial_dims=3, in_channels=width[level], out_channels=out_channels) for level in range(HEADS)
         )
 
     def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
@@ -79,7 +79,8 @@ class SegmentationUNet(nn.Module):
             deep_supervision: return the logits of all five heads.
 
         Returns:
-            Logits `(B, K, D, H, W)`, or a list of five from the finest to the coarsest, each at half the resolution of the one before.
+            Logits `(B, K, D, H, W)`, or a list of five from the finest to the coarsest, each at half the resolution
+            of the one before.
 
         Raises:
             ValueError: a volume of another size than the encoder's.
@@ -117,16 +118,9 @@ def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[
             **block,
         )
     if level == scale:
-        return UnetrBasicBlock(
-            in_channels=embed_dim, out_channels=width[level], stride=1, res_block=True, **block
-        )
+        return UnetrBasicBlock(in_channels=embed_dim, out_channels=width[level], stride=1, res_block=True, **block)
     widths = [embed_dim, *width[scale + 1 : level + 1]]
-    return nn.Sequential(
-        *(
-            UnetResBlock(in_channels=a, out_channels=b, stride=2, **block)
-            for a, b in zip(widths, widths[1:], strict=False)
-        )
-    )
+    return nn.Sequential(*(UnetResBlock(in_channels=a, out_channels=b, stride=2, **block) for a, b in pairwise(widths)))
 
 
 def unet_base(out_channels: int, feature_size: int = 24, **overrides: Any) -> SegmentationUNet:

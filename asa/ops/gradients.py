@@ -15,17 +15,15 @@ from asa.ops.patches import grid_size, patchify
 KINDS = ("orientation", "magnitude")
 
 
-def gradient_importance(
-    volume: Tensor, patch_size: int = 8, bins: int = 9, kind: str = "orientation"
-) -> Tensor:
+def gradient_importance(volume: Tensor, patch_size: int = 8, bins: int = 9, kind: str = "orientation") -> Tensor:
     """Score the patches of a volume by their image gradients (Eq. (1), ASA, MICCAI 2022).
 
-    The gradient g is the difference of the two neighbours along each axis (the mask [-1, 0, 1]; the border voxel stands in
-    for the neighbour that is missing). Its direction falls into one of bins x bins classes of
-    theta = arccos(gz / |g|) and phi = |atan2(gy, gx)|, both in [0, pi], and adds |g| to its class.
+    The gradient g is the difference of the two neighbours along each axis (the mask [-1, 0, 1]; the border voxel
+    stands in for the neighbour that is missing). Its direction falls into one of bins x bins classes of theta =
+    arccos(gz / |g|) and phi = |atan2(gy, gx)|, both in [0, pi], and adds |g| to its class.
 
-    `"orientation"`, the paper's: the histogram of a patch is divided by its L2 norm, and its mean is the score. It measures how
-    spread the directions are, not how strong the edges, and is blind to the intensity scale.
+    `"orientation"`, the paper's: the histogram of a patch is divided by its L2 norm, and its mean is the score. It
+    measures how spread the directions are, not how strong the edges, and is blind to the intensity scale.
     `"magnitude"`: the mean of |g| in the patch.
 
     Computed in float32 on the volume's own device, without gradient. With several channels the scores are averaged.
@@ -60,7 +58,10 @@ def gradient_importance(
 
 
 def _slabs(volumes: Tensor, patch_size: int, budget: int) -> Iterator[Iterator[Tensor]]:
-    """Cut `(N, D, H, W)` into groups of volumes, each into slabs of whole patches with a border of one voxel, of about `budget` voxels."""
+    """Cut `(N, D, H, W)` into groups of volumes, each into slabs of whole patches of about `budget` voxels.
+
+    A slab carries a border of one voxel: its neighbours', or a copy where there is none.
+    """
     depth, plane = volumes.shape[1], volumes.shape[2] * volumes.shape[3]
     step = max(budget // (plane * patch_size), 1) * patch_size
 
@@ -108,7 +109,8 @@ def _orientation_score(padded: Tensor, patch_size: int, bins: int) -> Tensor:
 def _angle_class(cosine_side: Tensor, length: Tensor, bins: int) -> Tensor:
     """floor(angle / (pi / bins)) with the angle's cosine = cosine_side / length, and pi itself in the last class.
 
-    Counts the inner edges k*pi/bins at or below the angle: no arccos or atan2, whose float32 rounding moves values across edges.
+    Counts the inner edges k*pi/bins at or below the angle: no arccos or atan2, whose float32 rounding moves values
+    across edges.
     """
     count = torch.zeros_like(length, dtype=torch.uint8 if bins <= 15 else torch.int32)  # bins^2 classes
     for k in range(1, bins):

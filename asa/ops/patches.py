@@ -34,8 +34,7 @@ def grid_size(spatial: Sequence[int], patch_size: int) -> tuple[int, int, int]:
     sizes = triple(spatial)
     if any(n % patch_size for n in sizes):
         raise ValueError(
-            f"a volume of {tuple(sizes)} voxels is not a whole number of patches of {patch_size}: "
-            "crop or pad it first"
+            f"a volume of {tuple(sizes)} voxels is not a whole number of patches of {patch_size}: crop or pad it first"
         )
     return sizes[0] // patch_size, sizes[1] // patch_size, sizes[2] // patch_size
 
@@ -79,9 +78,7 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
     b, length, width = tokens.shape
     s = patch_size
     if length != t * h * w or width % s**3:
-        raise ValueError(
-            f"{length} tokens of {width} values do not fill a grid of {(t, h, w)} patches of {s}^3 voxels"
-        )
+        raise ValueError(f"{length} tokens of {width} values do not fill a grid of {(t, h, w)} patches of {s}^3 voxels")
     c = width // s**3
     volume = tokens.reshape(b, t, h, w, c, s, s, s)
     volume = volume.permute(0, 4, 1, 5, 2, 6, 3, 7)  # B C T s H s W s

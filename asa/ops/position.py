@@ -18,8 +18,8 @@ def symmetric_position_encoding(
 
     Each token (t, h, w) gets one position number, coded by interleaved sines and cosines.
 
-    `"mirror"` (the default) numbers it t*H*W + h*W + min(w, W-1-w): columns w and W-1-w share a code to the bit,
-    and no others do, on any grid. `"paper"` is Eq. (3) as printed, t*T^2 + h*H - |W/2 - w| + W/2: it pairs w with W - w,
+    `"mirror"` (the default) numbers it t*H*W + h*W + min(w, W-1-w): columns w and W-1-w share a code to the bit, and
+    no others do, on any grid. `"paper"` is Eq. (3) as printed, t*T^2 + h*H - |W/2 - w| + W/2: it pairs w with W - w,
     so the outermost columns differ, and rows can collide when the grid is not a cube.
 
     Args:
@@ -35,9 +35,7 @@ def symmetric_position_encoding(
         ValueError: an odd `dim`, an empty grid or an unknown convention.
     """
     t_size, h_size, w_size = triple(grid)
-    t, h, w = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float64) for n in (t_size, h_size, w_size)), indexing="ij"
-    )
+    t, h, w = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (t_size, h_size, w_size)), indexing="ij")
     if convention == "mirror":
         position = t * h_size * w_size + h * w_size + torch.minimum(w, w_size - 1 - w)
     elif convention == "paper":
@@ -47,9 +45,7 @@ def symmetric_position_encoding(
     return _sines_and_cosines(position.reshape(-1), dim, temperature).float()
 
 
-def sincos_position_encoding(
-    grid: int | Sequence[int], dim: int, *, temperature: float = 10000.0
-) -> Tensor:
+def sincos_position_encoding(grid: int | Sequence[int], dim: int, *, temperature: float = 10000.0) -> Tensor:
     """Plain sin-cos encoding of a 3-D grid: a third of the code for each axis, every place its own code.
 
     The encoding of masked autoencoders (He et al., CVPR 2022) with a third axis; what SPE is compared with.
@@ -69,10 +65,7 @@ def sincos_position_encoding(
         raise ValueError(f"a 3-D sin-cos code needs dim >= 6, got {dim}")
     axes = [torch.arange(n, dtype=torch.float64) for n in triple(grid)]
     width = 2 * (dim // 6)
-    codes = [
-        _sines_and_cosines(axis.reshape(-1), width, temperature)
-        for axis in torch.meshgrid(*axes, indexing="ij")
-    ]
+    codes = [_sines_and_cosines(axis.reshape(-1), width, temperature) for axis in torch.meshgrid(*axes, indexing="ij")]
     code = torch.cat(codes, dim=1)
     return torch.nn.functional.pad(code, (0, dim - 3 * width)).float()
 

@@ -4,8 +4,8 @@
 def window_runs(length: int, window: int, shift: int = 0) -> list[tuple[int, int, int]]:
     """Cut a sequence into consecutive windows, as runs of windows of one size.
 
-    The window edges lie at shift, shift + window, shift + 2*window, ... What is left before the first edge and after the last one
-    are shorter windows of their own. So no window joins the sequence's two ends, and none holds padding.
+    The window edges lie at shift, shift + window, shift + 2*window, ... What is left before the first edge and after
+    the last one are shorter windows of their own. So no window joins the sequence's two ends, and none holds padding.
 
     Args:
         length: tokens L in the sequence.

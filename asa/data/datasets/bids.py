@@ -39,8 +39,7 @@ def records(
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: nothing found, or several files for one subject, session and run: the message names the
-            entities
-            that tell them apart.
+            entities that tell them apart.
     """
     root = Path(root)
     if not root.is_dir():
@@ -78,7 +77,5 @@ def _files(root: Path, suffix: str) -> list[Path]:
 
 def _ambiguous(id: str, one: Path, other: Path, first: dict[str, str], second: dict[str, str]) -> str:
     differ = [key for key in ("acq", "desc", "space") if first.get(key) != second.get(key)]
-    remedy = (
-        f"choose one with {' or '.join(f'{key}=' for key in differ)}" if differ else "leave one of them out"
-    )
+    remedy = f"choose one with {' or '.join(f'{key}=' for key in differ)}" if differ else "leave one of them out"
     return f"{id}: both {one.name} and {other.name} fit; {remedy}"

@@ -24,9 +24,8 @@ def records(
 ) -> list[Record]:
     """Records from globs, or from a table.
 
-    With globs, the id is the text that the wildcards of the first channel's glob match, joined by "_" (a
-    text that
-    repeats counts once); the other globs are matched to it by the same wildcard text.
+    With globs, the id is the text that the wildcards of the first channel's glob match, joined by "_" (a text
+    that repeats counts once); the other globs are matched to it by the same wildcard text.
 
     Args:
         root: folder that the globs start from; not used with an absolute `table`.
@@ -34,9 +33,8 @@ def records(
         label: glob of the label maps; None for an unlabelled cohort.
         subject: regular expression searched in the id, whose group 1 is the subject; None: each id is one
             subject.
-        table: CSV or JSON list with the columns id, subject (optional), site (optional), label (optional)
-            and one
-            for each channel; paths are relative to the table.
+        table: CSV or JSON list with the columns id, subject (optional), site (optional), label (optional) and
+            one for each channel; paths are relative to the table.
 
     Returns:
         Records sorted by id.
@@ -48,9 +46,7 @@ def records(
     """
     if table is not None:
         if label is not None:
-            raise ValueError(
-                f"{table}: a table names its labels in its own column; leave out label={label!r}"
-            )
+            raise ValueError(f"{table}: a table names its labels in its own column; leave out label={label!r}")
         path = Path(root, table)
         found, source = _from_table(path, images), f"rows of {path}"
     else:
@@ -91,8 +87,7 @@ def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> lis
             hint = "give label=null to go unlabelled, or " if name == "label" else ""
             raise ValueError(
                 f"{_id(missing[0])}: no {name} for this and {len(missing) - 1} other scans by {glob!r} "
-                f"below {root}; "
-                f"add the files, {hint}list the complete scans in a table"
+                f"below {root}; add the files, {hint}list the complete scans in a table"
             )
     found: list[Record] = []
     for texts, path in matches[first].items():
@@ -123,9 +118,7 @@ def _wildcards(glob: str) -> list[str]:
 def _matches(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
     """Wildcard texts -> file, for all files that a glob finds; names that start with a dot are left out."""
     if not _wildcards(glob):
-        raise ValueError(
-            f"{root}: glob {glob!r} has no wildcard to tell scans apart; put a * where the names differ"
-        )
+        raise ValueError(f"{root}: glob {glob!r} has no wildcard to tell scans apart; put a * where the names differ")
     expression, position = "", 0
     for wildcard in _WILDCARD.finditer(glob):
         expression += re.escape(glob[position : wildcard.start()])
@@ -159,9 +152,7 @@ def _from_table(path: Path, images: Mapping[str, str] | None) -> list[Record]:
         record: Record = {
             "id": row["id"],
             "subject": row.get("subject") or row["id"],
-            "images": {
-                channel: str((path.parent / row[column]).absolute()) for channel, column in columns.items()
-            },
+            "images": {channel: str((path.parent / row[column]).absolute()) for channel, column in columns.items()},
         }
         if row.get("site"):
             record["site"] = row["site"]
@@ -178,15 +169,9 @@ def _rows(path: Path) -> list[dict[str, str]]:
         content: Any = read_json(path)
         if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
             raise ValueError(f"{path}: a table in JSON is a list of objects, one for each scan")
-        return [
-            {str(key): "" if value is None else str(value) for key, value in row.items()} for row in content
-        ]
+        return [{str(key): "" if value is None else str(value) for key, value in row.items()} for row in content]
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
-        rows = [
-            {key: (value or "").strip() for key, value in row.items() if key} for row in csv.DictReader(file)
-        ]
+        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in csv.DictReader(file)]
     if rows and "id" not in rows[0]:
-        raise ValueError(
-            f"{path}: no column 'id' (columns are {', '.join(rows[0])}); add it, separated by commas"
-        )
+        raise ValueError(f"{path}: no column 'id' (columns are {', '.join(rows[0])}); add it, separated by commas")
     return rows

@@ -41,8 +41,7 @@ def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
             labelled = _file(folder, LABEL_FILES[label])
             if labelled is None:
                 raise ValueError(
-                    f"{folder}: no {folder.name}_{LABEL_FILES[label]}.nii.gz or .img; add it, or set "
-                    "label=null"
+                    f"{folder}: no {folder.name}_{LABEL_FILES[label]}.nii.gz or .img; add it, or set label=null"
                 )
             record["label"] = str(labelled)
         result.append(record)

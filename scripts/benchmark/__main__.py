@@ -1,0 +1,113 @@
+"""Speed and memory of asa on this machine, beside other networks.
+
+Every row is measured in a process of its own, started from here. This process stays small: on Linux a child's
+high-water mark of memory begins with its parent's, so torch is imported in the children only.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import asa
+from scripts.benchmark.plan import PARTS, Spec, plan
+from scripts.benchmark.report import write
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+
+    def number(text: str) -> int:
+        if int(text) < 1:
+            raise ValueError(text)
+        return int(text)
+
+    number.__name__ = "positive number"
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="scripts/bench", description="Speed and memory of asa.", formatter_class=form)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    precision = dict(choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--precision", **precision, help="of the matrix products in the networks")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
+    parser.add_argument("--size", choices=("base", "small", "tiny"), default="base", help="of the networks")
+    parser.add_argument("--batch", type=number, default=1, help="volumes a step")
+    parser.add_argument("--repeats", type=number, default=5, help="timed repeats of a row, fewer after 60 s")
+    parser.add_argument("--threads", type=number, default=None, help="CPU threads (default: what torch takes)")
+    parser.add_argument("--edge", type=number, default=128, help="training volumes' edge in voxels, in steps of 32")
+    parser.add_argument("--matrix", type=number, default=4096, help="edge of the matrices of the machine's own rate")
+    parser.add_argument("--timeout", type=number, default=900, help="seconds after which a row has failed")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and bench.md")
+    options = parser.parse_args(arguments)
+    options.parts = options.parts.split(",")
+    unknown = [part for part in options.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"--parts are of {', '.join(PARTS)}, not {', '.join(unknown)}")
+    if options.edge % 32 or options.edge < 64:
+        parser.error(f"--edge is a multiple of 32 from 64 on, got {options.edge}")
+    return options
+
+
+def run_row(spec: Spec, timeout: float) -> dict[str, Any]:
+    """Measure a row in a process of its own: its numbers and "status" "ok", or "failed" and the "reason"."""
+    command = [sys.executable, "-m", "scripts.benchmark.row", json.dumps(spec)]
+    # A session of its own, so that what it started ends with it.
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"not done after {timeout:g} s"}
+    finally:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        return {"status": "failed", "reason": f"ended by {name}" + (": out of memory?" if name == "SIGKILL" else "")}
+    if process.returncode:
+        lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
+        return {"status": "failed", "reason": lines[-1], "errors": errors[-4000:]}
+    return {"status": "ok", **json.loads(out.splitlines()[-1])}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write; 1 if a row failed."""
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory(prefix="asa-bench-") as scratch:
+        keys = ("device", "precision", "threads", "repeats", "matrix")
+        common = {**{key: getattr(options, key) for key in keys}, "scratch": scratch}
+        machine = run_row({"kind": "machine", **common}, options.timeout)
+        if machine.pop("status") != "ok":
+            print(machine["reason"], file=sys.stderr)
+            return 1
+        common |= {key: machine[key] for key in ("device", "precision", "threads")}
+        machine |= {"asa": asa.__version__, "matrix": options.matrix, "size": options.size, "batch": options.batch}
+        specs = plan(options.parts, options.size, options.edge, options.batch, common)
+        rows: list[dict[str, Any]] = []
+        done: dict[str, dict[str, Any]] = {}
+        for k, spec in enumerate(specs, start=1):
+            print(f"[{k}/{len(specs)}] {spec['part']}: {spec['name']} ...", end=" ", flush=True)
+            key = json.dumps({name: value for name, value in spec.items() if name != "part"})
+            if key not in done:
+                done[key] = run_row(spec, options.timeout)
+            row = done[key]
+            print(f"{row['seconds']:.4g} s" if row["status"] == "ok" else f"FAILED: {row['reason']}", flush=True)
+            rows.append({**spec, **row})
+            page = write(options.out, machine, rows)
+    print(f"\n{page}\nwrote {options.out.absolute() / 'bench.md'} and bench.json")
+    return 1 if any(row["status"] != "ok" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Time, memory and operations of a piece of work."""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+BUDGET = 60.0  # seconds: what takes longer is repeated no more
+SHORTEST = 0.2  # seconds of a repeat: what is faster is called several times in one
+
+Rates = Callable[[], dict[str, float]]
+
+
+@dataclass
+class Work:
+    """What a row times.
+
+    `volumes` are what one call works through; `operations` counts one call's, after its memory was read; `warm_up`
+    stands in for a first call that would be too long, and `prepare` runs untimed before every repeat.
+    """
+
+    call: Callable[[], object]
+    volumes: float = 1.0
+    operations: Callable[[], int] | None = None
+    warm_up: Callable[[], object] | None = None
+    prepare: Callable[[], object] | None = None
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def host_peak() -> int:
+    """Largest memory that this process ever held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far, in bytes: of the GPU's tensors, or of the process on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
+
+
+def count_operations(call: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions in a call, backward passes included."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | None, precision: str) -> dict[str, Any]:
+    """Time a piece of work, warm, and set it against the matrix-product rates measured around every repeat.
+
+    Returns:
+        "seconds" (median) and "seconds_best" of a call, "repeats", "calls" in each, "volumes_per_second", "peak_bytes",
+        "host_peak_bytes". With rates also "matrix_rate" (of the precision in use), "matrix_rate_fp32", and "equivalent":
+        what the machine's large matrix products would have done in the time of a volume, in operations. With operations
+        also "operations" of a call, and the "fraction" (median) and "fraction_best" that they are of it.
+    """
+    first = _seconds(work.warm_up or work.call, device)
+    calls = 1 if work.warm_up or work.prepare else max(1, min(int(SHORTEST / first), 100))
+    before = rates() if rates else {}
+    measured, seconds, equivalents = [before], [], []
+    while len(seconds) < repeats and (not seconds or sum(seconds) * calls < BUDGET):
+        if work.prepare:
+            work.prepare()
+        seconds.append(_seconds(work.call, device, calls) / calls)
+        if rates:
+            measured.append(rates())
+            equivalents.append(seconds[-1] * (measured[-2][precision] + measured[-1][precision]) / 2)
+    median = statistics.median(seconds)
+    row: dict[str, Any] = {
+        "seconds": median,
+        "seconds_best": min(seconds),
+        "repeats": len(seconds),
+        "calls": calls,
+        "volumes_per_second": work.volumes / median,
+        "peak_bytes": peak_memory(device),
+        "host_peak_bytes": host_peak(),
+    }
+    if rates:
+        row["matrix_rate"] = statistics.median(rate[precision] for rate in measured)
+        row["matrix_rate_fp32"] = statistics.median(rate["fp32"] for rate in measured)
+        row["equivalent"] = statistics.median(equivalents) / work.volumes
+    if work.operations:
+        row["operations"] = work.operations()
+        if rates:
+            row["fraction"] = row["operations"] / statistics.median(equivalents)
+            row["fraction_best"] = row["operations"] / min(equivalents)
+    return row
+
+
+def _seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronise(device)
+    return time.perf_counter() - start

@@ -1,0 +1,83 @@
+"""The machine's own rate of large matrix products, measured by a process of its own.
+
+The rate drifts with the machine's load and clock, so it is measured again before and after every timed repeat; and in
+another process, so that its matrices and buffers do not count as the memory of what is measured.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+SECONDS = 0.25  # products are repeated for about this long
+
+
+class MatrixRate:
+    """Asks the other process for rates. Use it as a context manager.
+
+    Args:
+        spec: "device", "precision", "matrix" (edge of the square matrices) and "threads".
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        settings = json.dumps({key: spec[key] for key in ("device", "precision", "matrix", "threads")})
+        command = [sys.executable, "-m", "scripts.benchmark.matrix", settings]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> "MatrixRate":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.communicate()  # closes its input: it ends
+
+    def __call__(self) -> dict[str, float]:
+        """Operations per second now, by precision: fp32, and the one in use. The first call waits until all is warm.
+
+        Raises:
+            RuntimeError: the other process ended.
+        """
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("the process that measures the matrix-product rate ended")
+        return json.loads(line)
+
+
+def serve(spec: dict[str, Any]) -> None:
+    """Answer each line of the input by the rates, one JSON object a line, until the input ends."""
+    import torch
+
+    from asa.engine.train import PRECISIONS
+    from scripts.benchmark.clock import synchronise
+
+    torch.set_num_threads(spec["threads"])
+    device, n = torch.device(spec["device"]), spec["matrix"]
+    matrices = {}
+    for name in {"fp32", spec["precision"]}:
+        a, b = (torch.randn(n, n, device=device).to(PRECISIONS[name]) for _ in range(2))
+        # Written into the same memory each time: fresh pages would cost a quarter of the rate.
+        matrices[name] = a, b, torch.mm(a, b)
+
+    def seconds(name: str, products: int) -> float:
+        a, b, out = matrices[name]
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(products):
+            torch.mm(a, b, out=out)
+        synchronise(device)
+        return time.perf_counter() - start
+
+    products = {name: min(max(round(SECONDS / seconds(name, 1)), 1), 1000) for name in matrices}
+    for _ in sys.stdin:
+        rates = {name: 2 * n**3 * count / seconds(name, count) for name, count in products.items()}
+        print(json.dumps(rates), flush=True)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))

@@ -1,0 +1,82 @@
+"""What is measured: networks of this library and those they stand beside, each as a method of the training loop.
+
+Letters: volume `B C D H W`, L tokens `B L E`, M attention heads of d = E / M.
+"""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from monai.networks.nets import UNETR, SwinUNETR
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asa.losses.segmentation import DeeplySupervisedDiceCE
+from asa.methods.pretrain import MaskedPretraining
+from asa.methods.segment import Segmentation
+from asa.models import asa, unet
+from asa.models.sw_vit import LinearWindowAttention
+from scripts.benchmark.plan import CHANNELS, SWIN_FEATURES, UNETR_SIZE
+
+CLASSES = 4
+
+
+class DenseAttention(nn.Module):
+    """Full self-attention on the layers of a window attention, by PyTorch's fused kernels and without a bias."""
+
+    def __init__(self, windows: LinearWindowAttention) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = windows.num_heads, windows.qkv, windows.proj
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(B, L, E)` -> `(B, L, E)`."""
+        qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))  # B L 3 M d
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # B M L d
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Peer(nn.Module):
+    """A segmentation network of MONAI, trained as `Segmentation` trains ours but on its one output."""
+
+    def __init__(self, network: nn.Module, edge: int) -> None:
+        super().__init__()
+        self.network, self.loss = network, DeeplySupervisedDiceCE()
+        self.model = self
+        self.encoder = SimpleNamespace(img_size=(edge,) * 3)  # the window, where asa.engine.predict looks for it
+
+    def forward(self, batch: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor] | Tensor:
+        """The loss of a batch, or the logits of volumes `(B, C, D, H, W)`."""
+        if isinstance(batch, Tensor):
+            return self.network(batch)
+        return {"loss": self.loss([self.network(batch["image"])], batch["label"])}
+
+
+def dense_twin(size: str, edge: int) -> MaskedPretraining:
+    """A ViT-MAE as large as `asa_*`, on as many visible patches: dense attention, plain positions, plain loss."""
+    model = getattr(asa, f"asa_{size}")(img_size=edge, position="sincos")
+    for block in [*model.encoder.blocks, *model.decoder]:
+        block.attention = DenseAttention(block.attention)
+    return MaskedPretraining(model=model, importance=None)
+
+
+def make_method(network: str, size: str, edge: int) -> Any:
+    """The method that trains a network on volumes of edge^3 voxels.
+
+    Args:
+        network: one of those in `CHANNELS`.
+        size: `"base"`, `"small"` or `"tiny"`.
+        edge: of the volume, in voxels.
+    """
+    channels = CHANNELS[network]
+    if network == "asa":
+        return MaskedPretraining(model=getattr(asa, f"asa_{size}")(img_size=edge))
+    if network == "dense":
+        return dense_twin(size, edge)
+    if network == "unet":
+        return Segmentation(model=getattr(unet, f"unet_{size}")(CLASSES, img_size=edge, in_channels=channels))
+    if network == "unetr":
+        width, heads, features = UNETR_SIZE[size]
+        unetr = UNETR(channels, CLASSES, (edge,) * 3, features, hidden_size=width, mlp_dim=4 * width, num_heads=heads)
+        return Peer(unetr, edge)
+    swin = SwinUNETR(channels, CLASSES, feature_size=SWIN_FEATURES[size], use_checkpoint=False)
+    return Peer(swin, edge)

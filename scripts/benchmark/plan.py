@@ -1,0 +1,91 @@
+"""Which rows a run has, in words and as the specs that `row.py` measures. Imports nothing heavy: see `__main__.py`."""
+
+import math
+from typing import Any
+
+PARTS = ("pretrain", "finetune", "importance", "loader", "window", "growth")
+OVERLAP = 0.5
+CHANNELS = {"asa": 1, "dense": 1, "unet": 4, "unetr": 4, "swin": 4}
+# Sizes of the peers beside ours. Base is what their papers and MONAI's examples use.
+UNETR_SIZE = {"base": (768, 12, 16), "small": (384, 6, 16), "tiny": (96, 3, 8)}  # width, heads, features
+SWIN_FEATURES = {"base": 48, "small": 24, "tiny": 12}
+
+Spec = dict[str, Any]
+
+
+def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> list[Spec]:
+    """The rows of a run, in order. A step that stands in two parts has the same spec in both but for the part.
+
+    Args:
+        parts: some of `PARTS`.
+        size: `"base"`, `"small"` or `"tiny"`.
+        edge: of the training volumes, in voxels.
+        batch: volumes a step.
+        common: what all specs share.
+    """
+
+    def step(part: str, network: str, side: int) -> Spec:
+        name = describe(network, size, side)
+        return {
+            "part": part,
+            "name": name,
+            "kind": "step",
+            "network": network,
+            "size": size,
+            "edge": side,
+            "batch": batch,
+        }
+
+    # As 160 x 192 x 160 is to 128^3.
+    whole = [8 * round(n * edge / 128 / 8) for n in (160, 192, 160)]
+    rows: list[Spec] = []
+    if "pretrain" in parts:
+        rows += [step("pretrain", network, edge) for network in ("asa", "dense")]
+    if "finetune" in parts:
+        rows += [step("finetune", network, edge) for network in ("unet", "unetr", "swin")]
+    if "importance" in parts:
+        shared = {"part": "importance", "kind": "importance", "edge": edge, "batch": batch}
+        rows += [{"name": f"{kind}, {edge}^3", "importance": kind, **shared} for kind in ("orientation", "magnitude")]
+    if "loader" in parts:
+        for augment in (False, True):
+            for workers in (0, 2, 4):
+                varied = "fine-tuning augmentation" if augment else "no augmentation"
+                name = f"4 x {edge}^3 crops of {'x'.join(map(str, whole))}, {varied}, {workers} workers"
+                own = {"edge": edge, "batch": batch, "volume": whole, "workers": workers, "augment": augment}
+                rows.append({"part": "loader", "name": name, "kind": "loader", **own})
+    if "window" in parts:
+        windows = count_windows(whole, edge)
+        for network in ("unet", "unetr", "swin"):
+            name = f"{describe(network, size, edge)}, {windows} windows over {'x'.join(map(str, whole))}"
+            own = {"network": network, "size": size, "edge": edge, "volume": whole}
+            rows.append(
+                {"part": "window", "name": name, "kind": "window", "windows": windows, "overlap": OVERLAP, **own}
+            )
+    if "growth" in parts:
+        sides = [edge * k // 4 for k in (2, 3, 4, 5)]
+        rows += [step("growth", network, side) for network in ("asa", "dense") for side in sides]
+    return [{**row, **common} for row in rows]
+
+
+def count_windows(volume: list[int], edge: int) -> int:
+    """Windows of edge^3 voxels that cover a volume with the usual overlap, as MONAI lays them."""
+    stride = int(edge * (1 - OVERLAP))
+    return math.prod(math.ceil(max(n - edge, 0) / stride) + 1 for n in volume)
+
+
+def tokens(edge: int) -> int:
+    """Tokens of a volume."""
+    return (edge // 8) ** 3
+
+
+def describe(network: str, size: str, edge: int) -> str:
+    """A network and its input in words."""
+    voxels = f"{CHANNELS[network]} x {edge}^3"
+    names = {
+        "asa": f"asa_{size}",
+        "dense": f"dense-attention twin of asa_{size}",
+        "unet": f"unet_{size}",
+        "unetr": f"MONAI UNETR (width {UNETR_SIZE[size][0]})",
+        "swin": f"MONAI SwinUNETR (feature size {SWIN_FEATURES[size]})",
+    }
+    return f"{names[network]}, {voxels}"

@@ -1,0 +1,121 @@
+"""The rows as tables and JSON."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmark.plan import tokens
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+
+TITLES = {
+    "pretrain": "Pretraining step",
+    "finetune": "Fine-tuning step",
+    "importance": "Importance of a volume",
+    "loader": "Loader, one volume being one crop; files in the page cache",
+    "window": "Sliding window over a whole volume",
+    "growth": "Growth of the pretraining step",
+}
+NOTES = """\
+s: seconds, median of n repeats, and the best. TFLOP: the work's own matrix products and convolutions. Matrix TFLOP/s:
+the rate of large matrix products, measured right before and after each repeat; fraction: the share of it that the work
+reaches. Relative time: against the first row, drift of that rate taken out. Peak: memory of the row's own process on
+a CPU (Python and libraries included; loader workers not), of the tensors on a GPU. Per token: against the smallest volume."""
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """Set each row against the first of its part, and each size of a growing network against its smallest."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        key = f"growth of {row['network']}" if row["part"] == "growth" else row["part"]
+        base = first.setdefault(key, row)
+        row["relative_time"] = _cost(row) / _cost(base)
+        if row["part"] != "growth":
+            continue
+        share = tokens(base["edge"]) / tokens(row["edge"])
+        row["relative_time_per_token"] = row["relative_time"] * share
+        row["relative_peak_per_token"] = row["peak_bytes"] / base["peak_bytes"] * share
+        if row is not base:
+            further = (tokens(row["edge"]) - tokens(base["edge"])) * row["batch"]
+            row["bytes_per_further_token"] = (row["peak_bytes"] - base["peak_bytes"]) / further
+
+
+def _cost(row: Row) -> float:
+    return row.get("equivalent") or 1 / row["volumes_per_second"]
+
+
+def _number(key: str, form: str, unit: float = 1) -> Callable[[Row], str]:
+    return lambda row: format(row[key] / unit, form) if key in row else ""
+
+
+COMMON: list[Column] = [
+    ("", lambda row: row["name"]),
+    ("s", _number("seconds", ".4g")),
+    ("best", _number("seconds_best", ".4g")),
+    ("n", _number("repeats", ".0f")),
+    ("volumes/s", _number("volumes_per_second", ".3g")),
+    ("TFLOP", _number("operations", ".3f", 1e12)),
+    ("matrix TFLOP/s", _number("matrix_rate", ".3f", 1e12)),
+    ("fraction", _number("fraction", ".2f")),
+    ("peak GiB", _number("peak_bytes", ".2f", 2**30)),
+]
+RELATIVE: list[Column] = [("relative time", _number("relative_time", ".3g"))]
+GROWTH: list[Column] = [
+    ("time per token", _number("relative_time_per_token", ".2f")),
+    ("peak per token", _number("relative_peak_per_token", ".2f")),
+    ("KiB per further token", _number("bytes_per_further_token", ".0f", 2**10)),
+]
+
+
+def table(rows: list[Row], columns: list[Column]) -> str:
+    """A Markdown table that reads well as plain text, without empty columns; below it the failed rows' reasons."""
+    good = [row for row in rows if row["status"] == "ok"]
+    cells = [[form(row) for row in good] for _, form in columns]
+    shown = [(title, column) for (title, _), column in zip(columns, cells, strict=True) if any(column)]
+    lines = [[title for title, _ in shown], *map(list, zip(*(column for _, column in shown), strict=True))]
+    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "| "
+        + " | ".join(cell.rjust(n) if k else cell.ljust(n) for k, (cell, n) in enumerate(zip(line, width, strict=True)))
+        + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (n + 1) + (":" if k else "-") for k, n in enumerate(width)) + "|"
+    failed = [f"- {row['name']}: FAILED: {row['reason']}" for row in rows if row["status"] != "ok"]
+    return "\n".join([*([text[0], rule, *text[1:]] if good else []), *([""] if good and failed else []), *failed])
+
+
+def write(out: Path, machine: dict[str, Any], rows: list[Row]) -> str:
+    """Write bench.json and bench.md.
+
+    Args:
+        out: the folder.
+        machine: what it ran on and how.
+        rows: with "part", "name", "status" and the numbers.
+
+    Returns:
+        The text of bench.md.
+    """
+    add_ratios(rows)
+    rates = ", ".join(f"{rate / 1e12:.3f} TFLOP/s {name}" for name, rate in machine["matrix_rates"].items())
+    where = f"{machine.get('gpu', machine['processor'])}, {machine['threads']} threads of {machine['cores']} cores"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("asa", "torch", "monai", "python"))
+    what = f"{machine['precision']}, size {machine['size']}, batch {machine['batch']}"
+    text = [
+        "# asa benchmark",
+        f"{where}, {machine['system']}; {versions}\n{what}; {machine['matrix']}^3 products at the start: {rates}",
+    ]
+    for part, title in TITLES.items():
+        mine = [row for row in rows if row["part"] == part]
+        if mine:
+            text.append(f"## {title}\n\n" + table(mine, COMMON + (GROWTH if part == "growth" else RELATIVE)))
+    text.append(NOTES)
+    page = "\n\n".join(text) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.md").write_text(page)
+    (out / "bench.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    return page

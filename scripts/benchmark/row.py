@@ -1,0 +1,197 @@
+"""One row of the benchmark, measured in a process of its own: `python -m scripts.benchmark.row SPEC` prints it as JSON.
+
+A spec is a dict: "kind", "device" ("cpu" or "cuda"), "precision", "threads", "repeats", "matrix",
+"scratch" (a folder for files), and what the kind needs.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from asa.engine.optim import OptimSettings, make_optimizer
+from asa.engine.predict import PredictSettings, sliding_window
+from asa.engine.train import PRECISIONS, TrainSettings, autocast, pick_device, pick_precision
+from asa.ops.gradients import gradient_importance
+from scripts.benchmark.clock import Rates, Work, count_operations, time_work
+from scripts.benchmark.matrix import MatrixRate
+from scripts.benchmark.plan import CHANNELS
+
+BATCHES = 24  # a repeat of the loader
+READY = 10
+
+Spec = dict[str, Any]
+
+
+def step(spec: Spec, device: torch.device) -> Work:
+    """A training step, as `asa.engine.train` makes it: forward, loss, backward, clip, fused AdamW."""
+    from scripts.benchmark.networks import CLASSES, make_method
+
+    method: nn.Module = make_method(spec["network"], spec["size"], spec["edge"]).to(device).train()
+    optimizer = make_optimizer(method, OptimSettings())
+    dtype, clip = PRECISIONS[spec["precision"]], TrainSettings().clip
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    cube, b = (spec["edge"],) * 3, spec["batch"]
+    batch = {
+        "image": torch.rand(b, CHANNELS[spec["network"]], *cube, device=device),
+        "label": torch.randint(CLASSES, (b, 1, *cube), dtype=torch.uint8, device=device),
+        "seed": torch.arange(b),
+    }
+
+    def call() -> None:
+        with autocast(device, dtype):
+            result = method(batch)
+        scaler.scale(result["loss"]).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(method.parameters(), clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def operations() -> int:
+        # Without data, so that fused attention is counted too: on a CPU the counter does not know its kernel.
+        method.to("meta")
+        shapes = {key: value if key == "seed" else value.to("meta") for key, value in batch.items()}
+        return count_operations(lambda: method(shapes)["loss"].backward())
+
+    return Work(call, volumes=b, operations=operations)
+
+
+def importance(spec: Spec, device: torch.device) -> Work:
+    """The patch scores of a volume."""
+    volume = torch.rand(spec["batch"], 1, *(spec["edge"],) * 3, device=device)
+    return Work(lambda: gradient_importance(volume, kind=spec["importance"]), volumes=spec["batch"])
+
+
+def window(spec: Spec, device: torch.device) -> Work:
+    """Sliding-window segmentation of a whole volume."""
+    from scripts.benchmark.networks import make_method
+
+    # Ours is the network inside its method; a peer is its own.
+    model = make_method(spec["network"], spec["size"], spec["edge"]).model.to(device).eval()
+    settings = PredictSettings(overlap=spec["overlap"], precision=spec["precision"])
+    volume = torch.rand(CHANNELS[spec["network"]], *spec["volume"], device=device)
+    one = torch.rand(CHANNELS[spec["network"]], *(spec["edge"],) * 3, device=device)
+
+    def operations() -> int:
+        model.to("meta")
+        return spec["windows"] * count_operations(lambda: model(one[None].to("meta")))
+
+    return Work(
+        lambda: sliding_window(model, volume, settings),
+        operations=operations,
+        warm_up=lambda: sliding_window(model, one, settings),
+    )
+
+
+def loader(spec: Spec, device: torch.device) -> Work:
+    """Training crops from memory maps in the page cache, as fast as the loader gives them."""
+    from asa.data.augment import AugmentSettings
+    from asa.data.loader import CropDataset, LoaderSettings, make_loader
+    from scripts.benchmark.crops import RandomVolumes, finetuning_augmentation
+
+    folder = Path(spec["scratch"])
+    source = RandomVolumes.write(folder, spec["volume"])
+    augment = finetuning_augmentation() if spec["augment"] else AugmentSettings()
+    cube = (spec["edge"],) * 3
+    dataset = CropDataset(source, source.records, cube, crop="random", labelled=True, augment=augment)
+    settings = LoaderSettings(workers=spec["workers"])
+    batches = iter(make_loader(dataset, spec["batch"], settings, pin_memory=device.type == "cuda"))
+
+    def take(count: int) -> None:
+        for _ in range(count):
+            next(batches)
+
+    # What workers made ready while nobody asked would look like speed: up to 4 x 2 batches, taken first.
+    return Work(
+        lambda: take(BATCHES), volumes=BATCHES * spec["batch"], warm_up=lambda: take(1), prepare=lambda: take(READY)
+    )
+
+
+KINDS: dict[str, Callable[[Spec, torch.device], Work]] = {
+    "step": step,
+    "importance": importance,
+    "window": window,
+    "loader": loader,
+}
+
+
+def measure(spec: Spec, rates: Rates | None) -> dict[str, Any]:
+    """Measure a row in this process.
+
+    Args:
+        spec: see above; "kind" is one of `KINDS`.
+        rates: gives the matrix-product rates, by precision; None where they mean nothing.
+
+    Returns:
+        See `time_work`.
+    """
+    torch.manual_seed(0)
+    device = torch.device(spec["device"])
+    return time_work(KINDS[spec["kind"]](spec, device), device, spec["repeats"], rates, spec["precision"])
+
+
+def machine(spec: Spec) -> dict[str, Any]:
+    """What this machine is, and what "auto" means on it."""
+    import monai
+
+    device = pick_device(spec["device"])
+    dtype = pick_precision(spec["precision"], device)
+    info = {
+        "device": device.type,
+        "precision": next(name for name, value in PRECISIONS.items() if value == dtype),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": spec["threads"] or torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+    }
+    if device.type == "cuda":
+        info["gpu"] = torch.cuda.get_device_name(device)
+    with MatrixRate({**spec, **info}) as rates:
+        info["matrix_rates"] = rates()
+    return info
+
+
+def processor() -> str:
+    """The CPU's name."""
+    table = Path("/proc/cpuinfo")
+    if table.is_file():
+        for line in table.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def first_to_go() -> None:
+    """Where memory runs out, Linux ends this process, not the user's other work."""
+    score = Path("/proc/self/oom_score_adj")
+    if score.exists():
+        score.write_text("1000")
+
+
+def main() -> None:
+    """Entry point."""
+    first_to_go()
+    spec = json.loads(sys.argv[1])
+    if spec["threads"]:
+        torch.set_num_threads(spec["threads"])
+    if spec["kind"] == "machine":
+        row = machine(spec)
+    else:
+        with nullcontext() if spec["kind"] == "loader" else MatrixRate(spec) as rates:
+            row = measure(spec, rates)
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Shared by the tests: few threads, and a store of tiny synthetic brains."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from asa.data.datasets import folder
+from asa.data.prepare import PrepareSettings, prepare_cohort
+from asa.data.volume import read_image, write_image, write_label
+
+# Tiny tensors: threads would cost more than they give.
+torch.set_num_threads(1)
+
+LABELS = {1: "csf", 2: "gm", 5: "wm"}
+
+
+def write_brain(folder_: Path, name: str, seed: int, size: tuple[int, int, int] = (72, 80, 76)) -> None:
+    """An ellipsoid of nested tissues with noise: NAME_T1.nii.gz and NAME_seg.nii.gz, in LAS orientation."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*[np.linspace(-1.1, 1.1, n) for n in size], indexing="ij")
+    radius = np.sqrt(sum((axis * rng.uniform(0.95, 1.1)) ** 2 for axis in axes))
+    label = np.zeros(size, dtype=np.uint8)
+    for value, edge in ((1, 0.95), (2, 0.85), (5, 0.6)):
+        label[radius < edge] = value
+    means = np.array([0.0, 300.0, 700.0, 0.0, 0.0, 1000.0])
+    image = np.where(label > 0, means[label] + rng.normal(0, 40, size), 0).clip(min=0).astype(np.float32)
+    affine = np.diag([-1.0, 1.0, 1.0, 1.0])
+    affine[0, 3] = size[0]
+    folder_.mkdir(parents=True, exist_ok=True)
+    write_image(folder_ / f"{name}_T1.nii.gz", image, affine)
+    like = read_image(folder_ / f"{name}_T1.nii.gz")
+    write_label(folder_ / f"{name}_seg.nii.gz", label, like)
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four labelled scans."""
+    path = tmp_path_factory.mktemp("raw scans")
+    for k in range(4):
+        write_brain(path, f"s{k}", seed=k)
+    return path
+
+
+@pytest.fixture(scope="session")
+def store(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four scans prepared, with labels."""
+    out = tmp_path_factory.mktemp("stores") / "store"
+    records = folder.records(raw, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")
+    report = prepare_cohort(records, out, labels=LABELS, settings=PrepareSettings(), progress=False)
+    assert not report.failures
+    return out

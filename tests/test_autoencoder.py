@@ -1,0 +1,200 @@
+"""Laws of the encoder, the masked autoencoder and its loss."""
+
+import pytest
+import torch
+
+import asa
+from asa import AttentiveReconstructionLoss, MaskedAutoencoder, SWViT, gradient_importance, patchify, random_mask
+from asa.methods.pretrain import MaskedPretraining
+
+
+def small_autoencoder(**overrides: object) -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, window=8, decoder_depth=2)
+    return MaskedAutoencoder(**{**sizes, **overrides})
+
+
+def test_the_paper_size_has_36_million_parameters() -> None:
+    assert sum(p.numel() for p in asa.asa_base().parameters()) == pytest.approx(36.0e6, rel=0.005)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize("position", ["mirror", "paper", "sincos"])
+def test_every_masked_prediction_depends_on_visible_voxels_and_on_no_others(ratio: float, position: str) -> None:
+    model = small_autoencoder(position=position).double()
+    mask = random_mask(1, 64, ratio, torch.Generator().manual_seed(3))
+    volume = torch.rand(1, 1, 16, 16, 16, dtype=torch.float64, requires_grad=True)
+    prediction = model(volume, mask)
+    visible = ~mask[0]
+    for row in range(prediction.shape[1]):
+        (gradient,) = torch.autograd.grad(prediction[0, row].sum(), volume, retain_graph=True)
+        per_patch = patchify(gradient, 4)[0].abs().sum(dim=1)
+        assert per_patch[visible].max() > 0
+        assert per_patch[~visible].max() == 0
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9, 0.95])
+def test_with_the_papers_windows_every_masked_prediction_depends_on_visible_voxels(ratio: float) -> None:
+    # Eight decoder blocks of windows of 32 reach 128 tokens to either side.
+    model = MaskedAutoencoder(img_size=64, embed_dim=24, depth=2, num_heads=2, window=32, decoder_depth=8)
+    mask = random_mask(1, 512, ratio, torch.Generator().manual_seed(0))
+    volume = torch.rand(1, 1, 64, 64, 64)
+    with torch.no_grad():
+        before, after = model(volume, mask), model(1 - volume, mask)
+    assert ((before - after).abs().amax(dim=2) > 1e-6).all()
+
+
+def test_the_target_of_visible_patches_and_the_voxels_of_masked_ones_do_not_matter() -> None:
+    model = small_autoencoder()
+    volume, mask = torch.rand(2, 1, 16, 16, 16), random_mask(2, 64, 0.75)
+    prediction = model(volume, mask)
+    hidden = mask[:, :, None].expand(-1, -1, 64)
+    noise = torch.rand(2, 64, 64)
+    other_masked = asa.unpatchify(torch.where(hidden, noise, patchify(volume, 4)), (4, 4, 4), 4)
+    assert torch.equal(model(other_masked, mask), prediction)
+    plain = AttentiveReconstructionLoss(patch_size=4, importance=None)
+    other_visible = asa.unpatchify(torch.where(hidden, patchify(volume, 4), noise), (4, 4, 4), 4)
+    torch.testing.assert_close(plain(prediction, other_visible, mask), plain(prediction, volume, mask))
+
+
+def test_mirrored_masked_positions_get_different_predictions() -> None:
+    # The codes of (t, h, w) and (t, h, W-1-w) are equal: only the relative position bias tells the sides apart.
+    model = small_autoencoder()
+    mask = torch.ones(1, 4, 4, 4, dtype=torch.bool)
+    mask[:, ::2, ::2, 1] = False
+    prediction = torch.zeros(1, 64, 64)
+    flat = mask.flatten(1)
+    with torch.no_grad():
+        prediction[flat] = model(torch.rand(1, 1, 16, 16, 16), flat)[0]
+    grid = prediction.reshape(4, 4, 4, 64)
+    assert (grid[..., 0, :] - grid[..., 3, :]).abs().amax(dim=-1).min() > 1e-5
+
+
+@pytest.mark.parametrize(("position", "holds"), [("mirror", True), ("sincos", False)])
+def test_mirroring_embedded_patches_in_their_rows_mirrors_the_output(position: str, holds: bool) -> None:
+    torch.manual_seed(0)
+    # Windows of two whole rows; half a window is one row, so shifted windows hold whole rows too.
+    encoder = SWViT(
+        img_size=(8, 16, 24), patch_size=4, embed_dim=24, depth=3, num_heads=2, window=12, position=position
+    )
+    encoder = encoder.double()
+    for block in encoder.blocks:
+        torch.nn.init.zeros_(block.attention.relative_position_bias)
+    patches = encoder.patch_embed(patchify(torch.rand(1, 1, 8, 16, 24, dtype=torch.float64), 4))
+
+    def run(embedded: torch.Tensor) -> torch.Tensor:
+        tokens = embedded + encoder.position
+        for block in encoder.blocks:
+            tokens = block(tokens)
+        return encoder.norm(tokens)
+
+    def mirror(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(1, encoder.grid).flip(3).flatten(1, 3)
+
+    difference = (run(mirror(patches)) - mirror(run(patches))).abs().max()
+    assert (difference < 1e-9) == holds
+
+
+def test_the_decoder_shifts_its_windows_too() -> None:
+    assert [block.attention.shift for block in asa.asa_base().decoder] == [0, 16] * 4
+
+
+@pytest.mark.parametrize("factory", [asa.asa_base, asa.asa_small, asa.asa_tiny])
+@pytest.mark.parametrize("position", ["mirror", "sincos"])
+def test_every_parameter_of_every_size_gets_a_gradient(factory, position: str) -> None:
+    model = factory(img_size=32, position=position, in_channels=2)
+    volume, mask = torch.rand(1, 2, 32, 32, 32), random_mask(1, 64, 0.75)
+    AttentiveReconstructionLoss()(model(volume, mask), volume, mask).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_visible_tokens_come_in_raster_order() -> None:
+    encoder = SWViT(img_size=16, patch_size=4, embed_dim=12, depth=0, num_heads=2)
+    volume, mask = torch.rand(2, 1, 16, 16, 16), random_mask(2, 64, 0.75)
+    tokens = encoder(volume)
+    seen = encoder(volume, mask)
+    for b in range(2):
+        torch.testing.assert_close(seen[b], tokens[b][~mask[b]])
+
+
+@pytest.mark.parametrize("importance", ["orientation", "magnitude"])
+def test_the_attentive_loss_is_equations_1_and_2(importance: str) -> None:
+    volume, mask = torch.rand(2, 1, 16, 16, 16), random_mask(2, 64, 0.75)
+    prediction = torch.rand(2, 48, 64)
+    target, scores = patchify(volume, 4), gradient_importance(volume, 4, 9, importance)
+    total = 0.0
+    for b in range(2):
+        places = [i for i in range(64) if mask[b, i]]
+        p = [scores[b, i].item() / sum(scores[b, j].item() for j in places) for i in places]
+        assert sum(p) == pytest.approx(1.0)
+        errors = [(prediction[b, n] - target[b, i]).square().mean().item() for n, i in enumerate(places)]
+        total += sum(weight * error for weight, error in zip(p, errors, strict=True)) / 2
+    loss = AttentiveReconstructionLoss(patch_size=4, importance=importance)
+    assert loss(prediction, volume, mask).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_weights_sum_to_1_over_the_masked_patches() -> None:
+    volume, mask = torch.rand(3, 1, 16, 16, 16), random_mask(3, 64, 0.6)
+    _, masked = asa.ops.masking.split_indices(mask)
+    weights = AttentiveReconstructionLoss(patch_size=4).weights(volume, masked)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(3))
+    assert weights.std() > 0
+
+
+def test_equal_scores_give_the_plain_error() -> None:
+    ramp = torch.arange(16.0).expand(1, 1, 16, 16, 16)  # one direction in every patch: all scores 1 / b^2
+    flat = torch.full((1, 1, 16, 16, 16), 0.3)  # every score 0
+    mask = random_mask(1, 64, 0.75)
+    prediction = torch.rand(1, 48, 64)
+    for volume in (ramp, flat):
+        plain = AttentiveReconstructionLoss(patch_size=4, importance=None)(prediction, volume, mask)
+        attentive = AttentiveReconstructionLoss(patch_size=4)(prediction, volume, mask)
+        expected = (prediction[0] - patchify(volume, 4)[0][mask[0]]).square().mean()
+        torch.testing.assert_close(plain, expected)
+        torch.testing.assert_close(attentive, expected)
+
+
+def test_pretraining_on_one_volume_beats_predicting_the_mean() -> None:
+    torch.manual_seed(0)
+    method = MaskedPretraining(model=small_autoencoder(embed_dim=48, depth=2))
+    z, y, x = torch.meshgrid(*[torch.linspace(-2, 2, 16)] * 3, indexing="ij")
+    batch = {"image": (torch.sin(2 * z) + torch.cos(3 * y) * x)[None, None], "seed": torch.tensor([4])}
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    for _ in range(150):
+        result = method(batch)
+        optimizer.zero_grad()
+        result["loss"].backward()
+        optimizer.step()
+    assert result["masked_mse"] < 0.1 * result["mean_predictor_mse"]
+
+
+def test_a_mask_depends_on_the_samples_own_seed_only() -> None:
+    method = MaskedPretraining(model=small_autoencoder())
+    together, alone = method.mask(torch.tensor([7, 8])), method.mask(torch.tensor([8]))
+    assert torch.equal(together[1:], alone) and not torch.equal(together[0], together[1])
+    assert together.sum(dim=1).tolist() == [48, 48]
+
+
+def test_a_reconstruction_keeps_what_is_visible() -> None:
+    method = MaskedPretraining(model=small_autoencoder())
+    volume, mask = torch.rand(1, 1, 16, 16, 16), random_mask(1, 64, 0.75)
+    views = method.reconstruct(volume, mask)
+    seen = ~mask[0]
+    for name in ("masked", "prediction"):
+        assert torch.equal(patchify(views[name], 4)[0][seen], patchify(volume, 4)[0][seen])
+    assert patchify(views["masked"], 4)[0][~seen].isnan().all()
+    assert all(view.shape == volume.shape for view in views.values())
+
+
+def test_wrong_sizes_are_refused_with_what_to_do() -> None:
+    model = small_autoencoder()
+    with pytest.raises(ValueError, match="crop the volume or build the network"):
+        model(torch.rand(1, 1, 16, 16, 20), random_mask(1, 64, 0.75))
+    with pytest.raises(ValueError, match="a mask is"):
+        model(torch.rand(1, 1, 16, 16, 16), random_mask(1, 63, 0.75))
+    with pytest.raises(ValueError, match="prediction of the masked patches"):
+        AttentiveReconstructionLoss(patch_size=4)(
+            torch.zeros(1, 3, 64), torch.rand(1, 1, 16, 16, 16), random_mask(1, 64, 0.75)
+        )
+    with pytest.raises(ValueError, match="position is"):
+        SWViT(img_size=16, position="learned")

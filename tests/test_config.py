@@ -1,0 +1,135 @@
+"""Configurations compose, build, and explain what is wrong with them."""
+
+import pytest
+import torch
+import yaml
+
+from asa.cli import finetune, pretrain
+from asa.config import CONFIG_DIR, build, compose, describe, typed
+from asa.engine.train import TrainSettings
+
+COMMANDS = {"pretrain": pretrain.SETTINGS, "finetune": finetune.SETTINGS}
+EXPERIMENTS = {
+    "asa_paper": "pretrain",
+    "asa_paper_finetune": "finetune",
+    "oasis_pretrain": "pretrain",
+    "oasis_finetune": "finetune",
+    "demo_pretrain": "pretrain",
+    "demo_finetune": "finetune",
+}
+
+
+def composed(command: str, *overrides: str) -> dict:
+    return compose(command, ["out=x", "data.store=y", *overrides], settings=COMMANDS[command])
+
+
+def built(command: str, *overrides: str):
+    config = composed(command, *overrides)
+    node = config["method"]
+    node["model"]["in_channels"] = 1
+    if command == "finetune":
+        node["model"]["out_channels"] = 4
+    for key, cls in COMMANDS[command].items():
+        assert isinstance(typed(cls, config[key]), cls)
+    with torch.device("meta"):
+        return build(node)
+
+
+def test_every_experiment_composes_and_builds() -> None:
+    assert {path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml")} == set(EXPERIMENTS)
+    for experiment, command in EXPERIMENTS.items():
+        assert built(command, f"experiment={experiment}") is not None
+
+
+@pytest.mark.parametrize("size", ["base", "small", "tiny"])
+def test_every_model_composes_and_builds(size: str) -> None:
+    for method in ("asa", "mae"):
+        model = built("pretrain", f"model=asa_{size}", f"method={method}", "crop=[32,64,32]").model
+        assert model.encoder.img_size == (32, 64, 32)
+    assert built("finetune", f"model=unet_{size}", "crop=64").model.out_channels == 4
+
+
+def test_mae_is_the_same_class_with_both_ideas_off() -> None:
+    asa, mae = (composed("pretrain", f"method={name}")["method"] for name in ("asa", "mae"))
+    assert asa["_target_"] == mae["_target_"]
+    assert (asa["importance"], asa["model"]["position"]) == ("orientation", "mirror")
+    assert (mae["importance"], mae["model"]["position"]) == (None, "sincos")
+
+
+def test_the_papers_settings_are_the_printed_ones() -> None:
+    config = composed("pretrain", "experiment=asa_paper")
+    optim = config["optim"]
+    assert (config["train"]["batch_size"], config["crop"], config["method"]["mask_ratio"]) == (96, 128, 0.75)
+    assert (optim["lr"], optim["reference_batch"], optim["betas"], optim["weight_decay"]) == (
+        1.5e-4,
+        256,
+        [0.9, 0.95],
+        0.05,
+    )
+    config = composed("finetune", "experiment=asa_paper_finetune")
+    optim = config["optim"]
+    assert (optim["name"], optim["lr"], optim["momentum"], optim["weight_decay"]) == ("sgd", 0.01, 0.99, 3e-5)
+    assert (config["train"]["steps"], config["train"]["batch_size"], optim["schedule"]) == (250_000, 2, "poly")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown key train.stepz; did you mean train.steps?"),
+        ("trian.steps=3", "did you mean train.steps?"),
+        ("optim.learning_rate=1", "unknown key optim.learning_rate"),
+        ("data.splits=1", "did you mean data.split?"),
+        ("train.steps=many", "many"),
+        ("model=asa_huge", "asa_small"),
+        ("train.steps", "train.steps"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_its_nearest_neighbour(override: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        composed("pretrain", override)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_value_is_named() -> None:
+    with pytest.raises(ValueError, match=r"data\.store.* has to be given"):
+        compose("pretrain", ["out=x"], settings=COMMANDS["pretrain"])
+
+
+def test_a_users_own_folder_of_experiments_is_found(tmp_path) -> None:
+    (tmp_path / "experiment").mkdir()
+    mine = {"train": {"steps": 7}}
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(mine))
+    config = compose(
+        "pretrain",
+        ["out=x", "data.store=y", "experiment=mine"],
+        settings=COMMANDS["pretrain"],
+        config_dir=tmp_path,
+    )
+    assert config["train"]["steps"] == 7
+
+
+def test_build_makes_targets_of_this_package_only() -> None:
+    assert build({"a": [1, {"b": 2}]}) == {"a": [1, {"b": 2}]}
+    made = build({"_target_": "asa.engine.train.TrainSettings", "steps": 3})
+    assert made == TrainSettings(steps=3)
+    for target in ("os.system", "subprocess.run", "asa.config.importlib.import_module", "asanas.x", "builtins.eval"):
+        with pytest.raises(ValueError, match="_target_"):
+            build({"_target_": target})
+    with pytest.raises(ValueError, match="does not exist"):
+        build({"_target_": "asa.models.asa.asa_huge"})
+    with pytest.raises(ValueError, match="unexpected keyword"):
+        build({"_target_": "asa.models.asa.asa_tiny", "depht": 3})
+    assert build({"_target_": "collections.Counter"}, plugins=["collections"]) == {}
+
+
+def test_typed_settings_refuse_unknown_keys_and_wrong_types() -> None:
+    with pytest.raises(ValueError, match="stepz"):
+        typed(TrainSettings, {"stepz": 1})
+    with pytest.raises(ValueError, match="many"):
+        typed(TrainSettings, {"steps": "many"})
+
+
+def test_every_setting_is_described() -> None:
+    for settings in COMMANDS.values():
+        for cls in settings.values():
+            assert [name for name, _, note in describe(cls) if not note] == []

@@ -1,0 +1,110 @@
+"""The segmentation U-Net, its loss, and the transfer of a pretrained encoder."""
+
+import pytest
+import torch
+
+import asa
+from asa.losses.segmentation import DeeplySupervisedDiceCE
+from asa.models.sw_vit import SWViT
+from asa.models.transfer import plan_transfer, transfer_encoder, transfer_report
+from asa.models.unet import SegmentationUNet, unet_base, unet_small, unet_tiny
+
+
+def encoder(**overrides: object) -> SWViT:
+    return SWViT(**{**dict(img_size=64, embed_dim=24, depth=4, num_heads=2, window=8), **overrides})
+
+
+def test_the_paper_size_has_85_million_parameters() -> None:
+    with torch.device("meta"):
+        model = unet_base(out_channels=4, in_channels=4)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(85e6, rel=0.01)
+
+
+def test_the_hidden_states_are_those_of_the_paper() -> None:
+    with torch.device("meta"):
+        assert unet_base(out_channels=2).taps == [2, 4, 6, 8, 11]
+
+
+def test_deep_supervision_gives_five_scales_and_the_finest_alone_otherwise() -> None:
+    model = unet_tiny(3, in_channels=2, img_size=(64, 32, 64)).eval()
+    volume = torch.rand(1, 2, 64, 32, 64)
+    with torch.no_grad():
+        scales = model(volume, deep_supervision=True)
+        finest = model(volume)
+    assert [tuple(out.shape) for out in scales] == [(1, 3, 64 // 2**k, 32 // 2**k, 64 // 2**k) for k in range(5)]
+    assert torch.equal(scales[0], finest)
+
+
+@pytest.mark.parametrize("patch_size", [4, 8, 16])
+def test_any_power_of_two_patch_works(patch_size: int) -> None:
+    model = SegmentationUNet(encoder(patch_size=patch_size, img_size=(64, 32, 32)), 2, feature_size=4)
+    assert model(torch.rand(1, 1, 64, 32, 32)).shape == (1, 2, 64, 32, 32)
+
+
+@pytest.mark.parametrize("factory", [unet_base, unet_small, unet_tiny])
+def test_every_parameter_of_every_size_gets_a_gradient(factory) -> None:
+    model = factory(3, feature_size=4, img_size=(64, 32, 32), in_channels=2)
+    label = torch.randint(0, 3, (1, 1, 64, 32, 32), dtype=torch.uint8)
+    DeeplySupervisedDiceCE()(model(torch.rand(1, 2, 64, 32, 32), deep_supervision=True), label).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("size", [48, 32, (64, 64, 40)])
+def test_sizes_that_the_levels_do_not_divide_are_refused(size) -> None:
+    with pytest.raises(ValueError, match="32 divides"):
+        SegmentationUNet(encoder(img_size=size), 2)
+
+
+def test_the_loss_is_dice_plus_cross_entropy_halved_at_each_scale() -> None:
+    torch.manual_seed(0)
+    label = torch.randint(0, 3, (2, 1, 8, 8, 8), dtype=torch.uint8)
+    logits = [torch.randn(2, 3, 8 // 2**k, 8 // 2**k, 8 // 2**k) for k in range(3)]
+    expected = 0.0
+    for k, out in enumerate(logits):
+        step = 2**k
+        target = label[:, 0, ::step, ::step, ::step].long()  # the nearest voxel of a coarser grid
+        probability = out.softmax(dim=1)
+        dice = 0.0
+        for c in (1, 2):
+            p, t = probability[:, c], (target == c).float()
+            dice += 1 - (2 * (p * t).sum() + 1e-5) / (p.sum() + t.sum() + 1e-5)
+        expected += 0.5**k * (dice / 2 + torch.nn.functional.cross_entropy(out, target))
+    torch.testing.assert_close(DeeplySupervisedDiceCE()(logits, label), expected / 1.75)
+
+
+def weights_of(model: SWViT) -> dict[str, torch.Tensor]:
+    head = {"decoder.0.weight": torch.zeros(2)}
+    return {f"encoder.{name}": tensor.clone() for name, tensor in model.state_dict().items()} | head
+
+
+def test_an_encoder_of_the_same_kind_is_loaded_whole() -> None:
+    source, target = encoder(), encoder(img_size=(32, 64, 32))
+    plan = transfer_encoder(weights_of(source), target)
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    actions = {entry.action for entry in plan}
+    assert actions == {"loaded", "left out"}
+    assert [entry.name for entry in plan if entry.action == "left out"] == ["decoder.0.weight"]
+    assert "loaded" in transfer_report(plan) and "not part of the encoder" in transfer_report(plan)
+
+
+def test_more_channels_keep_the_tokens_of_equal_channels() -> None:
+    source, target = encoder(img_size=16), encoder(img_size=16, in_channels=4)
+    plan = transfer_encoder(weights_of(source), target)
+    assert [entry.name for entry in plan if entry.action == "adapted"] == ["encoder.patch_embed.weight"]
+    volume = torch.rand(1, 1, 16, 16, 16)
+    torch.testing.assert_close(target(volume.expand(-1, 4, -1, -1, -1)), source(volume), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("other", [dict(depth=5), dict(embed_dim=12), dict(patch_size=16), dict(window=16)])
+def test_a_poor_match_is_refused_and_nothing_is_loaded(other: dict[str, int]) -> None:
+    target = encoder(**other)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(ValueError, match="does not match"):
+        transfer_encoder(weights_of(encoder()), target)
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+    assert any(entry.action in ("left out", "not found") for entry in plan_transfer(weights_of(encoder()), target))
+
+
+def test_public_names_are_the_ones_of_their_modules() -> None:
+    for name in asa.__all__:
+        assert getattr(asa, name) is not None
