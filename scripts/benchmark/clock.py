@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 BUDGET = 60.0  # seconds: what takes longer is repeated no more
+SECOND = 5.0  # seconds: what is faster is warmed up by a second call
 SHORTEST = 0.2  # seconds of a repeat: what is faster is called several times in one
 
 Rates = Callable[[], dict[str, float]]
@@ -22,7 +23,7 @@ class Work:
     """What a row times.
 
     `volumes` are what one call works through; `operations` counts one call's, after its memory was read; `warm_up`
-    stands in for a first call that would be too long, and `prepare` runs untimed before every repeat.
+    stands in for a first call that would be too long, and `prepare` runs untimed before every repeat of `calls` calls.
     """
 
     call: Callable[[], object]
@@ -30,6 +31,7 @@ class Work:
     operations: Callable[[], int] | None = None
     warm_up: Callable[[], object] | None = None
     prepare: Callable[[], object] | None = None
+    calls: int | None = None
 
 
 def synchronise(device: torch.device) -> None:
@@ -60,13 +62,16 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
     """Time a piece of work, warm, and set it against the matrix-product rates measured around every repeat.
 
     Returns:
-        "seconds" (median) and "seconds_best" of a call, "repeats", "calls" in each, "volumes_per_second", "peak_bytes",
-        "host_peak_bytes". With rates also "matrix_rate" (of the precision in use), "matrix_rate_fp32", and "equivalent":
-        what the machine's large matrix products would have done in the time of a volume, in operations. With operations
-        also "operations" of a call, and the "fraction" (median) and "fraction_best" that they are of it.
+        "seconds" (median) and "seconds_best" of a call, "repeats", "calls" in each, "volumes_per_second",
+        "peak_bytes", "host_peak_bytes". With rates also "matrix_rate" (of the precision in use), "matrix_rate_fp32",
+        and "equivalent": what the machine's large matrix products would have done in the time of a volume, in
+        operations. With operations also "operations" of a call, and the "fraction" (median) and "fraction_best" of it.
     """
-    first = _seconds(work.warm_up or work.call, device)
-    calls = 1 if work.warm_up or work.prepare else max(1, min(int(SHORTEST / first), 100))
+    warm_up = work.warm_up or work.call
+    first = _seconds(warm_up, device)
+    if first < SECOND:
+        first = _seconds(warm_up, device)
+    calls = work.calls or max(1, min(int(SHORTEST / first), 100))
     before = rates() if rates else {}
     measured, seconds, equivalents = [before], [], []
     while len(seconds) < repeats and (not seconds or sum(seconds) * calls < BUDGET):

@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SECONDS = 0.25  # products are repeated for about this long
 
 
@@ -53,14 +54,13 @@ def serve(spec: dict[str, Any]) -> None:
     """Answer each line of the input by the rates, one JSON object a line, until the input ends."""
     import torch
 
-    from asa.engine.train import PRECISIONS
     from scripts.benchmark.clock import synchronise
 
     torch.set_num_threads(spec["threads"])
     device, n = torch.device(spec["device"]), spec["matrix"]
     matrices = {}
     for name in {"fp32", spec["precision"]}:
-        a, b = (torch.randn(n, n, device=device).to(PRECISIONS[name]) for _ in range(2))
+        a, b = (torch.randn(n, n, device=device).to(getattr(torch, TYPES[name])) for _ in range(2))
         # Written into the same memory each time: fresh pages would cost a quarter of the rate.
         matrices[name] = a, b, torch.mm(a, b)
 

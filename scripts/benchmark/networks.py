@@ -41,8 +41,12 @@ class Peer(nn.Module):
     def __init__(self, network: nn.Module, edge: int) -> None:
         super().__init__()
         self.network, self.loss = network, DeeplySupervisedDiceCE()
-        self.model = self
         self.encoder = SimpleNamespace(img_size=(edge,) * 3)  # the window, where asa.engine.predict looks for it
+
+    @property
+    def model(self) -> nn.Module:
+        """The network itself, where the methods have it."""
+        return self
 
     def forward(self, batch: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor] | Tensor:
         """The loss of a batch, or the logits of volumes `(B, C, D, H, W)`."""

@@ -83,7 +83,7 @@ def describe(network: str, size: str, edge: int) -> str:
     voxels = f"{CHANNELS[network]} x {edge}^3"
     names = {
         "asa": f"asa_{size}",
-        "dense": f"dense-attention twin of asa_{size}",
+        "dense": f"dense ViT-MAE twin of asa_{size}",
         "unet": f"unet_{size}",
         "unetr": f"MONAI UNETR (width {UNETR_SIZE[size][0]})",
         "swin": f"MONAI SwinUNETR (feature size {SWIN_FEATURES[size]})",

@@ -1,0 +1,33 @@
+"""Draw a reconstruction: figure.py RUN STORE OUT.png - input, masked input, prediction and importance of a scan held out from RUN."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.image import imsave
+
+from asa import load_model
+from asa.data.cohort import read_split, select
+from asa.data.loader import CropDataset, collate
+from asa.data.store import Store
+from asa.engine.validate import picture_of
+from asa.methods.pretrain import MaskedPretraining
+from asa.models.asa import MaskedAutoencoder
+
+SCALE = 2  # pixels a voxel
+
+
+def main() -> None:
+    """Draw the first scan of the run's validation part."""
+    run, path, out = (Path(argument) for argument in sys.argv[1:4])
+    model, store = load_model(run), Store(path)
+    assert isinstance(model, MaskedAutoencoder)
+    records = select(store.records, read_split(run / "split.json")["validation"])
+    batch = collate([CropDataset(store, records, model.encoder.img_size)[0, 0]])
+    picture = picture_of(MaskedPretraining(model=model), batch)
+    imsave(out, np.kron(picture, np.ones((SCALE, SCALE, 1), dtype=np.uint8)))
+    print(f"wrote {out}: {records[0]['id']}, {picture.shape[1] * SCALE} x {picture.shape[0] * SCALE} pixels")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The wheel holds all that the commands need."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from asa.config import CONFIG_DIR
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources, unpacked: what an installation holds."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("asa", "configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = (copy / "dist").glob("*.whl")
+    target = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(target)
+    return target
+
+
+def test_the_wheel_holds_every_configuration_and_the_report_template(unpacked: Path) -> None:
+    expected = {path.relative_to(CONFIG_DIR) for path in CONFIG_DIR.rglob("*.yaml")}
+    assert {path.relative_to(unpacked / "asa/configs") for path in (unpacked / "asa/configs").rglob("*.yaml")} == expected
+    assert list((unpacked / "asa").rglob("*.j2")) and (unpacked / "asa/py.typed").exists()
+    modules = {path.relative_to(ROOT) for path in (ROOT / "asa").rglob("*.py")}
+    assert {path.relative_to(unpacked) for path in (unpacked / "asa").rglob("*.py")} == modules
+
+
+def test_an_installed_wheel_composes_its_configurations_from_another_directory(unpacked: Path, tmp_path: Path) -> None:
+    code = (
+        "import asa, sys; from asa.config import CONFIG_DIR; print(asa.__file__, CONFIG_DIR); "
+        "from asa.cli.pretrain import main; sys.argv = ['asa-pretrain', '--print', 'out=x', 'data.store=y']; main()"
+    )
+    # No site-packages of the checkout's editable install come before the wheel.
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    first, *rest = shown.stdout.splitlines()
+    assert first == f"{unpacked}/asa/__init__.py {unpacked}/asa/configs"
+    assert "  steps: 20000" in rest
