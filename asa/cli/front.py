@@ -81,27 +81,33 @@ def run_command(
 
 def _help_text(command: str, settings: Mapping[str, type]) -> str:
     """The command's YAML with its comments, the typed settings with theirs, and the choices of each group."""
-    lines = ["settings:", *(f"  {line}" for line in _body(CONFIG_DIR / f"{command}.yaml")), ""]
+    path = CONFIG_DIR / f"{command}.yaml"
+    own = yaml.safe_load(path.read_text())
+    lines = ["settings:", *(f"  {line}" for line in _body(path, hidden={"defaults", *settings})), ""]
     for group, cls in settings.items():
-        lines += [f"  {group}.{name}={_plain(default)}\n      {note}" for name, default, note in describe(cls)]
+        for name, default, note in describe(cls):
+            value = own.get(group, {}).get(name, default)
+            lines.append(f"  {group}.{name}={_plain(value)}\n      {note}")
         lines.append("")
-    used = (CONFIG_DIR / f"{command}.yaml").read_text()
     for folder in sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir()):
-        if f"{folder.name}:" in used.split("---")[0]:
-            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-            lines.append(f"  {folder.name}= one of: {names}")
+        used = any(folder.name in str(entry) for entry in own["defaults"] if isinstance(entry, dict))
+        if not used:
+            continue
+        choices = sorted(folder.glob("*.yaml"))
+        lines.append(f"  {folder.name}= one of: {', '.join(choice.stem for choice in choices)}")
+        if folder.name == "data":  # each reader has keys of its own
+            for choice in choices:
+                lines += ["", f"  data={choice.stem}", *(f"    {line}" for line in choice.read_text().splitlines())]
     return "\n".join(lines)
 
 
-def _body(path: Path) -> list[str]:
-    """A YAML file without its list of defaults."""
-    lines, inside = [], False
+def _body(path: Path, hidden: set[str]) -> list[str]:
+    """Lines of a YAML file without the blocks of some of its top-level keys."""
+    lines, shown = [], True
     for line in path.read_text().splitlines():
-        if line.startswith("defaults:"):
-            inside = True
-        elif inside and line and not line.startswith((" ", "-")):
-            inside = False
-        if not inside:
+        if line and not line.startswith((" ", "-")):
+            shown = line.split(":")[0] not in hidden
+        if shown:
             lines.append(line)
     return lines
 

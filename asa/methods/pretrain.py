@@ -22,6 +22,9 @@ class MaskedPretraining(nn.Module):
         mask_ratio: share of the patches that are masked.
         importance: `"orientation"` (the attentive loss), `"magnitude"`, or None for equal weights.
         bins: histogram classes an angle.
+
+    Raises:
+        ValueError: a model that is no masked autoencoder.
     """
 
     def __init__(
@@ -33,6 +36,8 @@ class MaskedPretraining(nn.Module):
         bins: int = 9,
     ) -> None:
         super().__init__()
+        if not isinstance(model, MaskedAutoencoder):
+            raise ValueError(f"masked pretraining takes an autoencoder (model=asa_...), not {type(model).__name__}")
         self.model = model
         self.mask_ratio = mask_ratio
         self.loss = AttentiveReconstructionLoss(model.encoder.patch_size, bins, importance)

@@ -15,10 +15,15 @@ class Segmentation(nn.Module):
 
     Args:
         model: the U-Net; its `out_channels` is the number of classes, background included.
+
+    Raises:
+        ValueError: a model that segments nothing.
     """
 
     def __init__(self, *, model: SegmentationUNet) -> None:
         super().__init__()
+        if not isinstance(model, SegmentationUNet):
+            raise ValueError(f"segmentation takes a U-Net (model=unet_...), not {type(model).__name__}")
         self.model = model
         self.loss = DeeplySupervisedDiceCE()
 

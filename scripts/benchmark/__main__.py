@@ -35,8 +35,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Speed and memory of asa.", formatter_class=form)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    precision = dict(choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--precision", **precision, help="of the matrix products in the networks")
+    types = ("fp32", "bf16", "fp16")
+    parser.add_argument("--precision", choices=types, default="fp32", help="of the networks' matrix products")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     parser.add_argument("--size", choices=("base", "small", "tiny"), default="base", help="of the networks")
     parser.add_argument("--batch", type=number, default=1, help="volumes a step")

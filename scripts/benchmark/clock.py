@@ -73,7 +73,9 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
         first = _seconds(warm_up, device)
     calls = work.calls or max(1, min(int(SHORTEST / first), 100))
     before = rates() if rates else {}
-    measured, seconds, equivalents = [before], [], []
+    measured = [before]
+    seconds: list[float] = []
+    equivalents: list[float] = []
     while len(seconds) < repeats and (not seconds or sum(seconds) * calls < BUDGET):
         if work.prepare:
             work.prepare()
