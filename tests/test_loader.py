@@ -75,6 +75,7 @@ def test_a_sample_depends_on_seed_epoch_and_record_alone(store) -> None:
     opened = Store(store)
     dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", labelled=True, augment=STRONG, seed=3)
     first = dataset[1, 7]
+    assert type(first["image"]) is type(first["label"]) is torch.Tensor  # no subclass that follows into the network
     dataset[0, 2]
     torch.rand(5)
     again = CropDataset(opened, opened.records, (32, 32, 32), crop="random", labelled=True, augment=STRONG, seed=3)[

@@ -32,7 +32,9 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_configuration_and_the_report_template(unpacked: Path) -> None:
     expected = {path.relative_to(CONFIG_DIR) for path in CONFIG_DIR.rglob("*.yaml")}
-    assert {path.relative_to(unpacked / "asa/configs") for path in (unpacked / "asa/configs").rglob("*.yaml")} == expected
+    assert {
+        path.relative_to(unpacked / "asa/configs") for path in (unpacked / "asa/configs").rglob("*.yaml")
+    } == expected
     assert list((unpacked / "asa").rglob("*.j2")) and (unpacked / "asa/py.typed").exists()
     modules = {path.relative_to(ROOT) for path in (ROOT / "asa").rglob("*.py")}
     assert {path.relative_to(unpacked) for path in (unpacked / "asa").rglob("*.py")} == modules

@@ -55,6 +55,33 @@ def test_sizes_that_the_levels_do_not_divide_are_refused(size) -> None:
         SegmentationUNet(encoder(img_size=size), 2)
 
 
+def test_a_depth_with_wrong_bfloat16_gradients_is_refused_in_training() -> None:
+    model = SegmentationUNet(encoder(), 2, feature_size=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="wrong gradients"):
+            model(torch.rand(1, 1, 64, 64, 64))
+        with torch.no_grad():
+            assert model(torch.rand(1, 1, 64, 64, 64)).isfinite().all()
+
+
+def test_bfloat16_gradients_are_close_to_float32_at_the_depths_that_are_allowed() -> None:
+    torch.manual_seed(0)
+    model = SegmentationUNet(encoder(img_size=(96, 32, 32)), 2, feature_size=4)
+    volume, label = torch.rand(1, 1, 96, 32, 32), torch.randint(0, 2, (1, 1, 96, 32, 32), dtype=torch.uint8)
+    gradients = []
+    for enabled in (False, True, True):
+        # Freed memory full of NaN: a kernel that reads what was never written shows.
+        garbage = [torch.full((2**k,), float("nan")) for k in range(8, 22)]
+        del garbage
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(volume, deep_supervision=True)
+        DeeplySupervisedDiceCE()(logits, label).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98
+    assert torch.equal(gradients[1], gradients[2])
+
+
 def test_the_loss_is_dice_plus_cross_entropy_halved_at_each_scale() -> None:
     torch.manual_seed(0)
     label = torch.randint(0, 3, (2, 1, 8, 8, 8), dtype=torch.uint8)

@@ -6,9 +6,11 @@ Letters: image `C D H W`, label `1 D H W`, W left to right.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from monai.transforms import AdjustContrast, Affine
+from monai.utils import convert_to_tensor
 from torch import Tensor
 
 
@@ -104,7 +106,7 @@ def move(volume: Tensor, size: Sequence[int], drawn: Augmentation, *, label: boo
         affine[:3, :3] = drawn.matrix
         warp = Affine(affine=affine, spatial_size=tuple(size), padding_mode="zeros", image_only=True)
         moved = warp(volume.float(), mode="nearest" if label else "bilinear")
-        volume = torch.as_tensor(moved).to(volume.dtype).contiguous()
+        volume = _plain(moved).to(volume.dtype).contiguous()
     return volume.flip(-1) if drawn.mirror else volume
 
 
@@ -121,13 +123,18 @@ def recolour(image: Tensor, drawn: Augmentation) -> Tensor:
     """Change the intensities of an image `(C, D, H, W)`: gamma on each channel's own range, gain, noise."""
     if drawn.gamma != 1.0:
         bend = AdjustContrast(gamma=drawn.gamma)
-        image = torch.stack([torch.as_tensor(bend(channel[None]))[0] for channel in image])
+        image = torch.stack([_plain(bend(channel[None]))[0] for channel in image])
     if drawn.gain != 1.0:
         image = image * drawn.gain
     if drawn.noise > 0:
         generator = torch.Generator().manual_seed(drawn.noise_seed)
         image = image + drawn.noise * torch.randn(image.shape, generator=generator)
     return image
+
+
+def _plain(array: Any) -> Tensor:
+    """MONAI's result as a plain tensor: its own type would follow the batch through the network and slow each operation."""
+    return convert_to_tensor(array, track_meta=False)
 
 
 def _log_uniform(bounds: Sequence[float], u: float) -> float:

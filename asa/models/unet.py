@@ -8,6 +8,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import torch
 from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
@@ -83,8 +84,11 @@ class SegmentationUNet(nn.Module):
             of the one before.
 
         Raises:
-            ValueError: a volume of another size than the encoder's.
+            ValueError: a volume of another size than the encoder's; training in bfloat16 on a CPU with a depth at which
+                PyTorch's convolution returns wrong gradients.
         """
+        if torch.is_grad_enabled() and volume.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            self._check_bfloat16_depth()
         states = self.encoder.hidden_states(volume)
         skips = [self.image_block(volume)]
         for tap, skip in zip(self.taps, self.skips, strict=True):
@@ -98,6 +102,15 @@ class SegmentationUNet(nn.Module):
         if deep_supervision:
             return [head(features) for head, features in zip(self.heads, decoded, strict=True)]
         return self.heads[0](decoded[0])
+
+    def _check_bfloat16_depth(self) -> None:
+        # oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth is 2,
+        # and only then (seen with torch 2.13 on AVX-512: random gradients, now and then NaN). A level has it for 32 and 64.
+        if self.encoder.img_size[0] in (32, 64):
+            raise ValueError(
+                f"a crop of depth {self.encoder.img_size[0]} cannot be trained in bf16 on a CPU, where PyTorch's convolution "
+                "returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
+            )
 
     def _as_map(self, tokens: Tensor) -> Tensor:
         """`(B, L, E)` -> `(B, E, T, H, W)`."""

@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=("base", "small", "tiny"), default="base", help="of the networks")
     parser.add_argument("--batch", type=number, default=1, help="volumes a step")
     parser.add_argument("--repeats", type=number, default=5, help="timed repeats of a row, fewer after 60 s")
-    parser.add_argument("--threads", type=number, default=None, help="CPU threads (default: what torch takes)")
+    parser.add_argument("--threads", type=number, default=None, help="CPU threads; None: what torch takes")
     parser.add_argument("--edge", type=number, default=128, help="training volumes' edge in voxels, in steps of 32")
     parser.add_argument("--matrix", type=number, default=4096, help="edge of the matrices of the machine's own rate")
     parser.add_argument("--timeout", type=number, default=900, help="seconds after which a row has failed")

@@ -62,10 +62,11 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
     """Time a piece of work, warm, and set it against the matrix-product rates measured around every repeat.
 
     Returns:
-        "seconds" (median) and "seconds_best" of a call, "repeats", "calls" in each, "volumes_per_second",
-        "peak_bytes", "host_peak_bytes". With rates also "matrix_rate" (of the precision in use), "matrix_rate_fp32",
-        and "equivalent": what the machine's large matrix products would have done in the time of a volume, in
-        operations. With operations also "operations" of a call, and the "fraction" (median) and "fraction_best" of it.
+        "seconds" (median) and "seconds_best" of a call, "seconds_all" of the "repeats", "calls" in each,
+        "volumes_per_second", "peak_bytes", "host_peak_bytes". With rates also "matrix_rate" (of the precision in use),
+        "matrix_rate_fp32", and "equivalent": what the machine's large matrix products would have done in the time of a
+        volume, in operations. With operations also "operations" of a call, and the "fraction" (median) and
+        "fraction_best" that they are of it.
     """
     warm_up = work.warm_up or work.call
     first = _seconds(warm_up, device)
@@ -79,6 +80,8 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
     while len(seconds) < repeats and (not seconds or sum(seconds) * calls < BUDGET):
         if work.prepare:
             work.prepare()
+        elif calls > 1:
+            work.call()  # the first after a pause is slower
         seconds.append(_seconds(work.call, device, calls) / calls)
         if rates:
             measured.append(rates())
@@ -87,22 +90,33 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
     row: dict[str, Any] = {
         "seconds": median,
         "seconds_best": min(seconds),
+        "seconds_all": seconds,
         "repeats": len(seconds),
         "calls": calls,
         "volumes_per_second": work.volumes / median,
         "peak_bytes": peak_memory(device),
         "host_peak_bytes": host_peak(),
     }
-    if rates:
-        row["matrix_rate"] = statistics.median(rate[precision] for rate in measured)
-        row["matrix_rate_fp32"] = statistics.median(rate["fp32"] for rate in measured)
-        row["equivalent"] = statistics.median(equivalents) / work.volumes
     if work.operations:
-        row["operations"] = work.operations()
-        if rates:
-            row["fraction"] = row["operations"] / statistics.median(equivalents)
-            row["fraction_best"] = row["operations"] / min(equivalents)
+        row["operations"] = work.operations()  # after the memory was read
+    if rates:
+        row |= _against_machine(row.get("operations"), work.volumes, measured, equivalents, precision)
     return row
+
+
+def _against_machine(
+    operations: int | None, volumes: float, rates: list[dict[str, float]], equivalents: list[float], precision: str
+) -> dict[str, float]:
+    """What a row says about the machine's rates, `equivalents` being operations that it would have done in a call."""
+    median = statistics.median(equivalents)
+    found = {
+        "matrix_rate": statistics.median(rate[precision] for rate in rates),
+        "matrix_rate_fp32": statistics.median(rate["fp32"] for rate in rates),
+        "equivalent": median / volumes,
+    }
+    if operations is not None:
+        found |= {"fraction": operations / median, "fraction_best": operations / min(equivalents)}
+    return found
 
 
 def _seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:

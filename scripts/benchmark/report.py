@@ -22,8 +22,8 @@ NOTES = """\
 s: seconds, median of n repeats, and the best. TFLOP: the work's own matrix products and convolutions. Matrix TFLOP/s:
 the rate of large matrix products, measured right before and after each repeat; fraction: the share of it that the work
 reaches. Relative time: against the first row, drift of that rate taken out. Peak: memory of the row's own process on
-a CPU (Python and libraries included; loader workers not), of the tensors on a GPU. Per
-token: against the smallest volume."""
+a CPU (Python and libraries included; loader workers not), of the tensors on a GPU. Per token: against the smallest
+volume of the same network."""
 
 
 def add_ratios(rows: list[Row]) -> None:

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,10 @@ from asa.engine.train import PRECISIONS, TrainSettings, autocast, pick_device, p
 from asa.ops.gradients import gradient_importance
 from scripts.benchmark.clock import Rates, Work, count_operations, time_work
 from scripts.benchmark.matrix import MatrixRate
-from scripts.benchmark.plan import CHANNELS
+from scripts.benchmark.plan import CHANNELS, Spec
 
 BATCHES = 24  # of the loader, timed in a repeat
 READY = 10  # of the loader, taken before: what workers made ready meanwhile (4 x 2) would look like speed
-
-Spec = dict[str, Any]
 
 
 def step(spec: Spec, device: torch.device) -> Work:
@@ -174,7 +172,7 @@ def processor() -> str:
 def first_to_go() -> None:
     """Where memory runs out, Linux ends this process, not the user's other work."""
     score = Path("/proc/self/oom_score_adj")
-    if score.exists():
+    with suppress(OSError):  # another system, or /proc is read-only
         score.write_text("1000")
 
 
