@@ -1,4 +1,4 @@
-"""The demonstration's results: demo_check.py FOLDER prints them, and fails where the method has not learnt what it should."""
+"""The demonstration's results: demo_check.py FOLDER prints them, and fails if the method has not learnt enough."""
 
 import json
 import sys
@@ -21,7 +21,8 @@ def main() -> int:
     for folder in evaluations:
         print(f"  {folder / 'report.html'}")
     print(f"curves and pictures: .venv/bin/tensorboard --logdir '{out}'")
-    poor = [f"{f.name} {tissue}" for f in evaluations for tissue in ("gm", "wm") if read_means(f)[tissue]["dice"] <= 0.80]
+    dice = {(f.name, tissue): read_means(f)[tissue]["dice"] for f in evaluations for tissue in ("gm", "wm")}
+    poor = {name: score for name, score in dice.items() if score <= 0.80}
     if ratio >= 0.5 or poor:
         print(f"\nWorse than it should be: masked error ratio {ratio:.2f}; Dice not over 0.80: {poor}", file=sys.stderr)
         return 1

@@ -1,4 +1,7 @@
-"""Draw a reconstruction: figure.py RUN STORE OUT.png - input, masked input, prediction and importance of a scan held out from RUN."""
+"""Draw a reconstruction: figure.py RUN STORE OUT.png
+
+Input, masked input, prediction and importance of a scan held out from RUN, in three planes.
+"""
 
 import sys
 from pathlib import Path

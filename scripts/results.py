@@ -1,4 +1,4 @@
-"""Evaluations side by side: results.py EVALUATION ... prints a row of mean Dice and HD95 for each folder of asa-evaluate."""
+"""Evaluations side by side: results.py FOLDER ... prints mean Dice and HD95 of each folder of asa-evaluate."""
 
 import json
 import sys
@@ -17,7 +17,8 @@ def table(folders: list[Path]) -> str:
     means = {folder.name.removeprefix("evaluation_"): read_means(folder) for folder in folders}
     labels = list(next(iter(means.values())))
     width = max(map(len, means))
-    lines = [" " * width + "".join(f"  Dice {label:<5}" for label in labels) + "".join(f"  HD95 {label:<5}" for label in labels)]
+    heads = [f"  {metric} {label:<5}" for metric in ("Dice", "HD95") for label in labels]
+    lines = [" " * width + "".join(heads)]
     for name, row in means.items():
         dice = "".join(f"  {row[label]['dice']:<10.3f}" for label in labels)
         lines.append(f"{name:<{width}}{dice}" + "".join(f"  {row[label]['hd95_mm']:<10.2f}" for label in labels))

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from asa import LinearWindowAttention
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmark is a script of the checkout, not of the package
@@ -55,12 +58,19 @@ def step_operations(edge: int, batch: int, *, window: int | None) -> int:
 
 @pytest.mark.parametrize(("edge", "batch"), [(48, 1), (40, 2)])
 def test_operations_of_a_pretraining_step_are_those_of_the_formula(edge: int, batch: int) -> None:
-    for network, window in (("asa", 16), ("dense", None)):
+    for network, window in (("asa", 16), ("dense", None), ("written", None)):
         found = row.measure(toy(network, edge, batch=batch), rates)
         expected = step_operations(edge, batch, window=window)
         assert found["operations"] == expected
         assert found["fraction"] == pytest.approx(expected / (found["seconds"] * RATE))
         assert found["equivalent"] == pytest.approx(found["seconds"] * RATE / batch)
+
+
+def test_both_dense_attentions_compute_the_same() -> None:
+    networks = importlib.import_module("scripts.benchmark.networks")
+    windows, tokens = LinearWindowAttention(24, 3, window=8), torch.randn(2, 40, 24)
+    fused, written = (networks.DenseAttention(windows, written=way)(tokens) for way in (False, True))
+    torch.testing.assert_close(fused, written)
 
 
 def test_the_twin_differs_in_attention_only() -> None:
@@ -107,7 +117,7 @@ def test_a_full_run_has_every_row_once_in_its_part() -> None:
     rows = plan.plan(list(plan.PARTS), "base", 128, 1, {})
     parts = [spec["part"] for spec in rows]
     assert {part: parts.count(part) for part in plan.PARTS} == {
-        "pretrain": 2, "finetune": 3, "importance": 2, "loader": 6, "window": 3, "growth": 8,
+        "pretrain": 3, "finetune": 3, "importance": 2, "loader": 6, "window": 3, "growth": 8,
     }  # fmt: skip
     assert len({(spec["part"], spec["name"]) for spec in rows}) == len(rows)
     growth = [(spec["network"], spec["edge"]) for spec in rows if spec["part"] == "growth"]
@@ -123,7 +133,8 @@ def test_a_run_writes_table_and_json(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [found["name"] for found in written["rows"]] == [
         "asa_tiny, 1 x 64^3",
-        "dense ViT-MAE twin of asa_tiny, 1 x 64^3",
+        "dense ViT-MAE twin of asa_tiny, fused attention, 1 x 64^3",
+        "dense ViT-MAE twin of asa_tiny, written-out attention, 1 x 64^3",
     ]
     for found in written["rows"]:
         assert set(found) >= EVERY | {"operations", "matrix_rate", "fraction", "relative_time"}

@@ -15,7 +15,6 @@ EXPERIMENTS = {
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "demo_pretrain": "pretrain",
-    "figure": "pretrain",
     "demo_finetune": "finetune",
 }
 

@@ -133,7 +133,7 @@ def recolour(image: Tensor, drawn: Augmentation) -> Tensor:
 
 
 def _plain(array: Any) -> Tensor:
-    """MONAI's result as a plain tensor: its own type would follow the batch through the network and slow each operation."""
+    """MONAI's result as a plain tensor: its own type would follow into the network and slow each operation."""
     return convert_to_tensor(array, track_meta=False)
 
 

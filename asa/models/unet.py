@@ -104,12 +104,12 @@ class SegmentationUNet(nn.Module):
         return self.heads[0](decoded[0])
 
     def _check_bfloat16_depth(self) -> None:
-        # oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth is 2,
-        # and only then (seen with torch 2.13 on AVX-512: random gradients, now and then NaN). A level has it for 32 and 64.
+        # oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth
+        # is 2, and only then: random gradients, now and then NaN (torch 2.13, AVX-512). A level has it for 32 and 64.
         if self.encoder.img_size[0] in (32, 64):
             raise ValueError(
-                f"a crop of depth {self.encoder.img_size[0]} cannot be trained in bf16 on a CPU, where PyTorch's convolution "
-                "returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
+                f"a crop of depth {self.encoder.img_size[0]} cannot be trained in bf16 on a CPU, where PyTorch's "
+                "convolution returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
             )
 
     def _as_map(self, tokens: Tensor) -> Tensor:

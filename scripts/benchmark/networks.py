@@ -22,17 +22,27 @@ CLASSES = 4
 
 
 class DenseAttention(nn.Module):
-    """Full self-attention on the layers of a window attention, by PyTorch's fused kernels and without a bias."""
+    """Full self-attention on the layers of a window attention, without a bias.
 
-    def __init__(self, windows: LinearWindowAttention) -> None:
+    Args:
+        windows: its linear layers are taken over.
+        written: softmax(q k^T) v written out, as MAE's and most ViT code has it; else PyTorch's fused kernels.
+    """
+
+    def __init__(self, windows: LinearWindowAttention, written: bool) -> None:
         super().__init__()
         self.num_heads, self.qkv, self.proj = windows.num_heads, windows.qkv, windows.proj
+        self.written = written
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, L, E)` -> `(B, L, E)`."""
         qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))  # B L 3 M d
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # B M L d
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.written:
+            out = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class Peer(nn.Module):
@@ -55,11 +65,11 @@ class Peer(nn.Module):
         return {"loss": self.loss([self.network(batch["image"])], batch["label"])}
 
 
-def dense_twin(size: str, edge: int) -> MaskedPretraining:
+def dense_twin(size: str, edge: int, written: bool) -> MaskedPretraining:
     """A ViT-MAE as large as `asa_*`, on as many visible patches: dense attention, plain positions, plain loss."""
     model = getattr(asa, f"asa_{size}")(img_size=edge, position="sincos")
     for block in [*model.encoder.blocks, *model.decoder]:
-        block.attention = DenseAttention(block.attention)
+        block.attention = DenseAttention(block.attention, written)
     return MaskedPretraining(model=model, importance=None)
 
 
@@ -74,8 +84,8 @@ def make_method(network: str, size: str, edge: int) -> Any:
     channels = CHANNELS[network]
     if network == "asa":
         return MaskedPretraining(model=getattr(asa, f"asa_{size}")(img_size=edge))
-    if network == "dense":
-        return dense_twin(size, edge)
+    if network in ("dense", "written"):
+        return dense_twin(size, edge, network == "written")
     if network == "unet":
         return Segmentation(model=getattr(unet, f"unet_{size}")(CLASSES, img_size=edge, in_channels=channels))
     if network == "unetr":

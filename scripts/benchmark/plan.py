@@ -5,7 +5,7 @@ from typing import Any
 
 PARTS = ("pretrain", "finetune", "importance", "loader", "window", "growth")
 OVERLAP = 0.5
-CHANNELS = {"asa": 1, "dense": 1, "unet": 4, "unetr": 4, "swin": 4}
+CHANNELS = {"asa": 1, "dense": 1, "written": 1, "unet": 4, "unetr": 4, "swin": 4}
 # Sizes of the peers beside ours. Base is what their papers and MONAI's examples use.
 UNETR_SIZE = {"base": (768, 12, 16), "small": (384, 6, 16), "tiny": (96, 3, 8)}  # width, heads, features
 SWIN_FEATURES = {"base": 48, "small": 24, "tiny": 12}
@@ -40,7 +40,7 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
     whole = [8 * round(n * edge / 128 / 8) for n in (160, 192, 160)]
     rows: list[Spec] = []
     if "pretrain" in parts:
-        rows += [step("pretrain", network, edge) for network in ("asa", "dense")]
+        rows += [step("pretrain", network, edge) for network in ("asa", "dense", "written")]
     if "finetune" in parts:
         rows += [step("finetune", network, edge) for network in ("unet", "unetr", "swin")]
     if "importance" in parts:
@@ -83,7 +83,8 @@ def describe(network: str, size: str, edge: int) -> str:
     voxels = f"{CHANNELS[network]} x {edge}^3"
     names = {
         "asa": f"asa_{size}",
-        "dense": f"dense ViT-MAE twin of asa_{size}",
+        "dense": f"dense ViT-MAE twin of asa_{size}, fused attention",
+        "written": f"dense ViT-MAE twin of asa_{size}, written-out attention",
         "unet": f"unet_{size}",
         "unetr": f"MONAI UNETR (width {UNETR_SIZE[size][0]})",
         "swin": f"MONAI SwinUNETR (feature size {SWIN_FEATURES[size]})",

@@ -18,12 +18,14 @@ timed prepare run asa.cli.prepare data=folder data.root="'$data'" 'data.images={
 timed pretrain run asa.cli.pretrain experiment=oasis_pretrain data.store="'$out/store'" out="'$out/pretrained'"
 evaluations=()
 for n in 1 3 12; do
+  steps=200
+  [ "$n" -lt 12 ] || steps=300
   for start in scratch pretrained; do
     name="${start}_$n"
     init=null
     [ "$start" = scratch ] || init="'$out/pretrained'"
     timed "finetune_$name" run asa.cli.finetune experiment=oasis_finetune data.store="'$out/store'" init="$init" \
-      data.split_file="'$out/pretrained/split.json'" data.labelled="$n" out="'$out/$name'"
+      data.split_file="'$out/pretrained/split.json'" data.labelled="$n" train.steps="$steps" out="'$out/$name'"
     timed "predict_$name" run asa.cli.predict checkpoint="'$out/$name'" input="'$out/store'" part=test predict.precision=bf16 \
       out="'$out/predictions_$name'"
     run asa.cli.evaluate predictions="'$out/predictions_$name'" truth="'$out/store'" split_file="'$out/$name/split.json'" \
