@@ -19,7 +19,12 @@ CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "con
 T = TypeVar("T")
 
 
-def build(node: Any, *, plugins: Sequence[str] = ()) -> Any:
+# What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
+CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.stages")
+CHECKPOINT_TARGETS = ("asa.models",)
+
+
+def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CONFIG_TARGETS) -> Any:
     """Make the object that a node describes, innermost first.
 
     A mapping with `_target_: package.module.name` becomes a call of that name with the other keys as keywords; other
@@ -27,37 +32,44 @@ def build(node: Any, *, plugins: Sequence[str] = ()) -> Any:
 
     Args:
         node: plain data, as a composed configuration or a checkpoint holds it.
-        plugins: packages that may be targets beside `asa`.
+        plugins: packages of the user's own that may be targets too.
+        targets: modules and packages of this one that may be targets.
 
     Raises:
         ValueError: a target outside the allow-list or one that does not exist, or keywords that it does not take.
     """
     if isinstance(node, Mapping):
-        items = {key: build(value, plugins=plugins) for key, value in node.items() if key != "_target_"}
-        return _call(node["_target_"], items, plugins) if "_target_" in node else items
+        items = {
+            key: build(value, plugins=plugins, targets=targets) for key, value in node.items() if key != "_target_"
+        }
+        return _call(node["_target_"], items, (*targets, *plugins)) if "_target_" in node else items
     if isinstance(node, (list, tuple)):
-        return [build(item, plugins=plugins) for item in node]
+        return [build(item, plugins=plugins, targets=targets) for item in node]
     return node
 
 
-def _call(target: Any, keywords: dict[str, Any], plugins: Sequence[str]) -> Any:
+def _call(target: Any, keywords: dict[str, Any], allowed: Sequence[str]) -> Any:
     module_name, _, name = str(target).rpartition(".")
-    if not any(module_name == package or module_name.startswith(f"{package}.") for package in ("asa", *plugins)):
+    if not _lies_under(module_name, allowed):
         raise ValueError(
-            f"_target_={target} is not under asa.: a configuration may name code of this package only, "
-            "or of a package listed in plugins"
+            f"_target_={target} is not allowed: only what lies under {', '.join(allowed)}; packages of your own go "
+            "into plugins"
         )
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"_target_={target} does not exist ({error})") from error
-    # Only what the module itself defines: `asa.config.importlib.import_module` is not ours to call.
-    if not callable(function) or not str(getattr(function, "__module__", "")).startswith(module_name.split(".")[0]):
+    # Only what is defined there, not what is imported there.
+    if not callable(function) or not _lies_under(str(getattr(function, "__module__", "")), allowed):
         raise ValueError(f"_target_={target} is not a function or class of that module")
     try:
         return function(**keywords)
     except TypeError as error:
         raise ValueError(f"{target}: {error}") from error
+
+
+def _lies_under(module: str, packages: Sequence[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def typed(cls: type[T], node: Mapping[str, Any]) -> T:
@@ -110,7 +122,9 @@ def compose(
 
     for group, cls in (settings or {}).items():
         ConfigStore.instance().store(group=group, name="defaults", node=cls)
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    if config_dir and not Path(config_dir).is_dir():
+        raise ValueError(f"--config-dir {config_dir}: no such folder")
+    search = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"] if config_dir else []
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = hydra_compose(command, [*search, *overrides])
@@ -126,7 +140,10 @@ def compose(
 
 def _explain(error: Exception, command: str, overrides: Sequence[str], search: Sequence[str]) -> str:
     """One line for the user: which key is wrong, and which one was probably meant."""
+    if type(error).__name__ == "OverrideParseException" or "Ambiguous value" in str(error):
+        return f"cannot read a setting ({_first_line(error)}): quote a value with special signs, as in \"out='a,b'\""
     text = " ".join(str(error).split()) if "Available options" in str(error) else _first_line(error)
+    text = text.split(" Config search path")[0]
     cause = _first_line(error.__cause__) if error.__cause__ else ""
     unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if unknown is None:
@@ -136,9 +153,17 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
         return text
     if cause and "is not in struct" not in cause and "not in" not in cause:
         return f"{key}: {cause}"
-    near = difflib.get_close_matches(key, _keys(command, overrides, search), n=1, cutoff=0.0)
+    keys = _keys(command, overrides, search)
+    if key in keys:
+        return f"{key} was given a key that it does not have (asa-{command} --help lists them)"
+    last = key.rpartition(".")[2]
+    near = [other for other in keys if other.rpartition(".")[2] == last]  # lr=1 means optim.lr=1
+    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"unknown key {key}{hint} (asa-{command} --help lists them; +{key}=... adds a keyword that a _target_ takes)"
+    extra = (
+        f"; +{key}=... adds a keyword that its _target_ takes" if key.startswith(("model.", "method.", "data.")) else ""
+    )
+    return f"unknown key {key}{hint} (asa-{command} --help lists them{extra})"
 
 
 def _keys(command: str, overrides: Sequence[str], search: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import yaml
 
 from asa.cli import finetune, pretrain
 from asa.config import CONFIG_DIR, build, compose, describe, typed
+from asa.data.stages import PrepareSettings
 from asa.engine.train import TrainSettings
 
 COMMANDS = {"pretrain": pretrain.SETTINGS, "finetune": finetune.SETTINGS}
@@ -82,6 +83,9 @@ def test_the_papers_settings_are_the_printed_ones() -> None:
         ("train.steps=many", "many"),
         ("model=asa_huge", "asa_small"),
         ("train.steps", "train.steps"),
+        ("lr=3", "did you mean optim.lr?"),
+        ("experiment=nope", "oasis_pretrain"),
+        ("out=a,b", "quote a value"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_its_nearest_neighbour(override: str, message: str) -> None:
@@ -110,9 +114,11 @@ def test_a_users_own_folder_of_experiments_is_found(tmp_path) -> None:
 
 def test_build_makes_targets_of_this_package_only() -> None:
     assert build({"a": [1, {"b": 2}]}) == {"a": [1, {"b": 2}]}
-    made = build({"_target_": "asa.engine.train.TrainSettings", "steps": 3})
-    assert made == TrainSettings(steps=3)
-    for target in ("os.system", "subprocess.run", "asa.config.importlib.import_module", "asanas.x", "builtins.eval"):
+    made = build({"_target_": "asa.data.stages.PrepareSettings", "margin": 3})
+    assert made == PrepareSettings(margin=3)
+    outside = ("os.system", "subprocess.run", "asa.config.importlib.import_module", "asa.modelsx.y", "builtins.eval")
+    inside = ("asa.data.files.write_json", "asa.config.compose", "asa.models.unet.UnetrUpBlock", "asa.models.unet.math")
+    for target in (*outside, *inside):
         with pytest.raises(ValueError, match="_target_"):
             build({"_target_": target})
     with pytest.raises(ValueError, match="does not exist"):

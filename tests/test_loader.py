@@ -189,7 +189,7 @@ def test_drawn_parameters_stay_in_their_ranges() -> None:
     nothing = draw_augmentation(AugmentSettings(), source)
     assert nothing.matrix is None and not nothing.mirror and nothing.gamma == nothing.gain == 1 and nothing.noise == 0
     with pytest.raises(ValueError, match="augment.scale"):
-        draw_augmentation(AugmentSettings(scale=[1.4, 0.7]), source)
+        AugmentSettings(scale=[1.4, 0.7])
 
 
 def test_gamma_keeps_the_range_and_noise_is_drawn_from_its_seed() -> None:

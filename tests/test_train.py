@@ -153,12 +153,15 @@ def test_bf16_stays_close_to_fp32(store: Path, tmp_path: Path) -> None:
 
 
 def test_a_malicious_checkpoint_is_refused(tmp_path: Path) -> None:
-    run_folder = tmp_path / "run"
-    description = {"model": {"_target_": "os.system", "command": "touch " + str(tmp_path / "owned")}}
-    save_checkpoint(run_folder, 1, nn.Linear(2, 2), description, {}, keep=1)
-    with pytest.raises(ValueError, match="not under asa"):
-        load_model(run_folder)
-    assert not (tmp_path / "owned").exists()
+    owned = tmp_path / "owned"
+    shell = {"_target_": "subprocess.getoutput", "cmd": f"touch {owned}"}
+    write = {"_target_": "asa.data.files.write_json", "path": str(owned), "content": 1}
+    nested = {"_target_": "asa.models.asa.asa_tiny", "img_size": write}
+    for k, description in enumerate([{"model": shell, "plugins": ["subprocess"]}, {"model": write}, {"model": nested}]):
+        save_checkpoint(tmp_path / str(k), 1, nn.Linear(2, 2), description, {}, keep=1)
+        with pytest.raises(ValueError, match="not allowed"):
+            load_model(tmp_path / str(k))
+    assert not owned.exists()
 
 
 def test_files_that_are_no_checkpoints_are_named(tmp_path: Path) -> None:
@@ -194,7 +197,7 @@ def test_weight_decay_spares_biases_norms_and_tokens() -> None:
 
 
 def test_settings_that_do_not_fit_are_refused(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train.precision"):
+    with pytest.raises(ValueError, match="precision is auto"):
         pick_precision("fp8", torch.device("cpu"))
     with pytest.raises(ValueError, match="needs a GPU"):
         pick_precision("fp16", torch.device("cpu"))

@@ -89,14 +89,23 @@ def test_the_loss_is_dice_plus_cross_entropy_halved_at_each_scale() -> None:
     expected = 0.0
     for k, out in enumerate(logits):
         step = 2**k
-        target = label[:, 0, ::step, ::step, ::step].long()  # the nearest voxel of a coarser grid
+        near = slice(step // 2, None, step)  # the voxel nearest to the middle of a coarser one
+        target = label[:, 0, near, near, near].long()
         probability = out.softmax(dim=1)
         dice = 0.0
         for c in (1, 2):
             p, t = probability[:, c], (target == c).float()
-            dice += 1 - (2 * (p * t).sum() + 1e-5) / (p.sum() + t.sum() + 1e-5)
+            for b in range(2):
+                dice += (1 - (2 * (p[b] * t[b]).sum() + 1e-5) / (p[b].sum() + t[b].sum() + 1e-5)) / 2
         expected += 0.5**k * (dice / 2 + torch.nn.functional.cross_entropy(out, target))
     torch.testing.assert_close(DeeplySupervisedDiceCE()(logits, label), expected / 1.75)
+
+
+def test_micro_batches_give_the_loss_of_the_whole_batch() -> None:
+    logits, label = [torch.randn(4, 3, 8, 8, 8), torch.randn(4, 3, 4, 4, 4)], torch.randint(0, 3, (4, 1, 8, 8, 8))
+    loss = DeeplySupervisedDiceCE()
+    parts = [loss([out[k : k + 2] for out in logits], label[k : k + 2]) for k in (0, 2)]
+    torch.testing.assert_close(sum(parts) / 2, loss(logits, label))
 
 
 def weights_of(model: SWViT) -> dict[str, torch.Tensor]:

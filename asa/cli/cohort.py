@@ -24,10 +24,10 @@ def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[s
         ValueError: no store, or a split that does not fit it.
     """
     store = Store(data["store"])
-    if data["split_file"] is not None:
-        split = read_split(data["split_file"])
-    elif list_checkpoints(run):
+    if list_checkpoints(run):  # whatever became of the file since, subjects do not change parts in a run
         split = read_split(run / "split.json")
+    elif data["split_file"] is not None:
+        split = read_split(data["split_file"])
     else:
         split = split_subjects(store.records, **data["split"])
     if data.get("labelled") is not None:

@@ -15,11 +15,13 @@ Files = dict[str, Path]
 
 def evaluate(config: Config) -> None:
     """Score a folder of label maps, print the table, write the results."""
-    truth, out = Path(config["truth"]).expanduser(), Path(config["out"]).expanduser()
+    truth, out = Path(str(config["truth"])), Path(str(config["out"]))
+    if not truth.exists():
+        raise FileNotFoundError(f"{truth}: no such folder; truth= is a store or a folder of label maps")
     in_store = (truth / MANIFEST).exists()
     truths, images, labels = _from_store(truth, config) if in_store else _from_folder(truth, config)
     summary = evaluate_folder(
-        Path(config["predictions"]).expanduser(),
+        Path(str(config["predictions"])),
         truths,
         labels,
         config["policy"],
@@ -51,7 +53,7 @@ def _from_store(path: Path, config: Config) -> tuple[Files, Files | None, dict[i
 
 def _from_folder(path: Path, config: Config) -> tuple[Files, Files | None, dict[int, str]]:
     """Label files of a folder by the text that the pattern's * stands for."""
-    if not config["labels"]:
+    if not isinstance(config["labels"], dict):
         raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
     records = folder.records(path, images={"label": config["pattern"]})
     truths = {record["id"]: Path(record["images"]["label"]) for record in records}

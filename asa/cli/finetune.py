@@ -1,5 +1,6 @@
 """asa-finetune: learn a segmentation from labelled scans."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from asa.data.store import Store
 from asa.engine.checkpoint import find_weights, read_weights
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import PredictSettings
-from asa.engine.train import TrainSettings, train
+from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
-from asa.models.transfer import transfer_encoder, transfer_report
+from asa.models.transfer import check_kind, transfer_encoder, transfer_report
 
+SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
 SETTINGS = {
     "train": TrainSettings,
     "optim": OptimSettings,
@@ -33,11 +35,14 @@ def finetune(config: Config) -> None:
     Raises:
         ValueError: a store without labels, or a pretrained encoder that does not match.
     """
-    settings = typed(TrainSettings, config["train"])
-    predict = typed(PredictSettings, config["predict"])
+    settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
+    predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
+    augment = typed(AugmentSettings, config["augment"])
+    check_settings(settings, optim)
     data = config["data"]
-    weights = read_weights(config["init"])[0] if config["init"] else None
-    store, split, parts = open_parts(data, Path(config["out"]))
+    data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
+    source = read_weights(config["init"]) if config["init"] else None
+    store, split, parts = open_parts(data, Path(str(config["out"])))
     if not store.labels:
         raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
     names = [store.labels[value] for value in store.label_values]
@@ -45,7 +50,9 @@ def finetune(config: Config) -> None:
         node["in_channels"], node["out_channels"] = len(store.channels), len(names) + 1
     torch.manual_seed(settings.seed)
     method = build(config["method"], plugins=config["plugins"])
-    if weights is not None:
+    if source is not None:
+        weights, description = source
+        check_kind(description["model"], config["model"])
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         plan = transfer_encoder(inner, method.model.encoder)
         print(f"encoder from {config['init']}:\n{transfer_report(plan)}")
@@ -55,17 +62,18 @@ def finetune(config: Config) -> None:
         method.model.encoder.img_size,
         crop=data["placement"],
         labelled=True,
-        augment=typed(AugmentSettings, config["augment"]),
-        lateral_pairs=_pairs(data["lateral_pairs"], store),
+        augment=augment,
+        lateral_pairs=_pairs(data["lateral_pairs"], store, augment),
         seed=settings.seed,
     )
     watched = [record["id"] for record in parts["validation"]]
+    if unlabelled := [id for id in watched if store.label(id) is None]:
+        raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
     start = f"the encoder of {config['init']}" if config["init"] else "scratch"
     run = open_run(config, split)
     print(f"fine-tuning from {start} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
     description = {
         "model": config["model"],
-        "plugins": config["plugins"],
         "data": {"channels": store.channels, "labels": store.labels, "prepare": store.settings},
     }
     last = train(
@@ -73,22 +81,31 @@ def finetune(config: Config) -> None:
         dataset,
         run,
         settings=settings,
-        optim=typed(OptimSettings, config["optim"]),
-        loader=typed(LoaderSettings, config["loader"]),
+        optim=optim,
+        loader=loader,
         description=description,
         validate=(lambda step: validate_segmentation(method, store, watched, names, predict)) if watched else None,
     )
-    print("  ".join(f"{name} {value:.4f}" for name, value in last.items() if name.startswith("dice")))
+    if "dice" in last:
+        print("  ".join(f"{name} {value:.4f}" for name, value in last.items()))
     print(f"wrote {find_weights(run)}")
 
 
-def _pairs(names: list[list[str]], store: Store) -> list[tuple[int, int]]:
+def _pairs(names: list[list[str]], store: Store, augment: AugmentSettings) -> list[tuple[int, int]]:
     """Left/right pairs of label names -> stored class indices."""
     index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
-    for pair in names:
-        for name in pair:
-            if name not in index:
-                raise ValueError(f"data.lateral_pairs names {name!r}; the store's labels are {', '.join(index)}")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in names):
+        raise ValueError(f"data.lateral_pairs is a list of pairs, like [[left_x, right_x]], got {names}")
+    paired = [name for pair in names for name in pair]
+    for name in paired:
+        if name not in index:
+            raise ValueError(f"data.lateral_pairs names {name!r}; the store's labels are {', '.join(index)}")
+    sided = [name for name in index if SIDE.search(name) and name not in paired]
+    if sided and augment.mirror_probability > 0:
+        raise ValueError(
+            f"the label {sided[0]!r} has a side and no partner to change places with in mirrored crops: "
+            "give data.lateral_pairs=[[left_x, right_x]], or augment.mirror_probability=0"
+        )
     return [(index[left], index[right]) for left, right in names]
 
 

@@ -19,6 +19,7 @@ Config = dict[str, Any]
 FREE_ON_RESUME = (
     "out",
     "loader",
+    "predict",
     "train.steps",
     "train.log_every",
     "train.validate_every",
@@ -60,23 +61,34 @@ def run_command(
     parser.add_argument("--print", action="store_true", help="print the configuration and stop")
     parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups of your own, like experiment/")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
     try:
-        config = compose(command, chosen.overrides, settings=settings, config_dir=chosen.config_dir)
+        config = _at_home(compose(command, chosen.overrides, settings=settings, config_dir=chosen.config_dir))
         if chosen.print:
             print(yaml.safe_dump(config, sort_keys=False), end="")
         else:
             main(config)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        if chosen.traceback:
-            traceback.print_exc()
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"asa-{command}: error: {text}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(f"asa-{command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if chosen.traceback:
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):
+            text = f"{type(error).__name__}: {text} (--traceback shows where; check the types of the settings)"
+        print(f"asa-{command}: error: {text}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _at_home(node: Any) -> Any:
+    """A configuration with `~/` in its values replaced by the home folder."""
+    if isinstance(node, dict):
+        return {key: _at_home(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_at_home(value) for value in node]
+    return str(Path(node).expanduser()) if isinstance(node, str) and node.startswith("~/") else node
 
 
 def _help_text(command: str, settings: Mapping[str, type]) -> str:
@@ -122,9 +134,11 @@ def open_run(config: Config, split: Mapping[str, Sequence[str]]) -> Path:
     Raises:
         ValueError: the folder holds another run or other files.
     """
-    run = Path(config["out"]).expanduser()
+    run = Path(str(config["out"]))
     file = run / "config.yaml"
-    if list_checkpoints(run):
+    if run.is_file():
+        raise ValueError(f"{run} is a file: out= names a folder")
+    if list_checkpoints(run) and file.exists():
         before = _flat(yaml.safe_load(file.read_text()))
         now = _flat(config)
         for key in sorted(before.keys() | now.keys()):
@@ -133,7 +147,7 @@ def open_run(config: Config, split: Mapping[str, Sequence[str]]) -> Path:
                     f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
                     "choose another out="
                 )
-    elif run.exists() and any(run.iterdir()) and not file.exists():
+    elif run.exists() and any(run.iterdir()) and not (file.exists() and (run / "split.json").exists()):
         raise ValueError(f"{run} is not empty and not a run: choose another out=")
     write_whole(file, yaml.safe_dump(config, sort_keys=False).encode())
     write_split(run / "split.json", split)

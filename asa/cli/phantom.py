@@ -10,7 +10,7 @@ def make(config: Config) -> None:
     """Write the cohort."""
     from asa.data.phantom import make_cohort
 
-    out = Path(config["out"]).expanduser()
+    out = Path(str(config["out"]))
     files = make_cohort(**{**config, "out": out})
     print(f"wrote {len(files)} files to {out}")
 

@@ -1,7 +1,10 @@
 """asa-predict: label maps of new scans, in their own space."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,20 +18,43 @@ from asa.engine.predict import PredictSettings, Segmenter
 
 SETTINGS = {"predict": PredictSettings}
 ENDINGS = (".nii.gz", ".nii")
+Job = tuple[str, list[str], Callable[[], None]]  # id, the files it reads, what to do
 
 
 def predict(config: Config) -> None:
-    """Predict a file, a folder or a store."""
-    segmenter = Segmenter(config["checkpoint"], typed(PredictSettings, config["predict"]))
-    source, out = Path(config["input"]).expanduser(), Path(config["out"]).expanduser()
+    """Predict a file, a folder or a store.
+
+    Raises:
+        ValueError: scans failed; they are listed before, and the others are done.
+    """
+    source, out = Path(str(config["input"])), Path(str(config["out"]))
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    if (source / MANIFEST).exists():
-        _predict_store(segmenter, Store(source), config, out)
-    else:
-        for id, images in tqdm(_cases(source, config["images"], segmenter.channels), desc="predict", unit="scan"):
-            segmenter.segment_file(images, out / f"{id}.nii.gz")
+    segmenter = Segmenter(config["checkpoint"], typed(PredictSettings, config["predict"]))
+    jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
+    failures = 0
+    for id, inputs, work in tqdm(jobs(segmenter, source, out, config), desc="predict", unit="scan"):
+        try:
+            if (out / f"{id}.nii.gz").resolve() in {Path(path).resolve() for path in inputs}:
+                raise ValueError(f"the label map would replace the scan itself: choose another out= than {out}")
+            work()
+        except (ValueError, OSError) as error:
+            failures += 1
+            tqdm.write(f"{id}: failed: {error}")
+    if failures:
+        raise ValueError(f"{failures} scans failed, listed above")
     print(f"wrote label maps to {out}")
+
+
+def _file_jobs(segmenter: Segmenter, source: Path, out: Path, config: Config) -> list[Job]:
+    """What to do for a scan, or each scan of a folder."""
+    if config["part"] is not None:
+        raise ValueError("part= chooses scans of a store; leave it out for files")
+    cases = _cases(source, config["images"], segmenter.channels)
+    return [
+        (id, list(images.values()), partial(segmenter.segment_file, images, out / f"{id}.nii.gz"))
+        for id, images in cases
+    ]
 
 
 def _cases(source: Path, images: dict[str, str] | None, channels: list[str]) -> list[tuple[str, dict[str, str]]]:
@@ -49,23 +75,34 @@ def _cases(source: Path, images: dict[str, str] | None, channels: list[str]) -> 
     return [(id, {channels[0]: str(path)}) for id, path in found]
 
 
-def _predict_store(segmenter: Segmenter, store: Store, config: Config, out: Path) -> None:
-    """Predict the scans of a store, or one part of the run's split."""
+def _store_jobs(segmenter: Segmenter, source: Path, out: Path, config: Config) -> list[Job]:
+    """What to do for the scans of a store, or for one part of the run's split."""
+    store = Store(source)
     if store.channels != segmenter.channels or store.settings != segmenter.description["data"]["prepare"]:
         raise ValueError(
             f"{store.path} was prepared in another way than what this model was trained on: predict the raw scans"
         )
     records = store.records
     if config["part"] is not None:
-        split = read_split(Path(config["checkpoint"]) / "split.json")
-        if config["part"] not in split:
-            raise ValueError(f"part is one of {', '.join(split)}, not {config['part']!r}")
+        split = read_split(_run_of(Path(config["checkpoint"])) / "split.json")
+        if not split.get(config["part"]):
+            raise ValueError(f"part={config['part']}: the run's split has no subjects under that name")
         records = select(store.records, split[config["part"]])
-        if not records:
-            raise ValueError(f"the run's split has no subjects under {config['part']}")
-    for record in tqdm(records, desc="predict", unit="scan"):
+
+    def work(record: dict[str, Any]) -> None:
         like = read_image(record["sources"][store.channels[0]]["path"])
         segmenter.segment_prepared(store.image(record["id"]), record["chain"], like, out / f"{record['id']}.nii.gz")
+
+    return [
+        (record["id"], [found["path"] for found in record["sources"].values()], partial(work, record))
+        for record in records
+    ]
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The run folder that a run, one of its checkpoints or its weights file belongs to."""
+    above = (checkpoint, *checkpoint.resolve().parents[:3])
+    return next((folder for folder in above if (folder / "split.json").exists()), checkpoint)
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from asa.cli.front import Config, run_command
 from asa.config import build
 from asa.data.prepare import prepare_cohort
-from asa.data.store import Store
+from asa.data.store import MANIFEST, Store
 
 
 def prepare(config: Config) -> None:
@@ -15,7 +15,7 @@ def prepare(config: Config) -> None:
     Raises:
         ValueError: scans failed or are damaged; they are listed before.
     """
-    out = Path(config["out"]).expanduser()
+    out = Path(str(config["out"]))
     if config["verify"]:
         damaged = Store(out).verify()
         for id, reason in damaged:
@@ -24,11 +24,18 @@ def prepare(config: Config) -> None:
             raise ValueError(f"{len(damaged)} scans of {out} are damaged: run asa-prepare again to redo them")
         print(f"{out}: all {len(Store(out))} scans are as they were written")
         return
+    if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and not a store: choose another out=")
+    if config["data"]["root"] is None and not config["data"].get("table"):
+        raise ValueError("data.root has to be given: add data.root=FOLDER")
+    labels = config["labels"] or {}
+    if not isinstance(labels, dict) or not all(isinstance(value, int) for value in labels):
+        raise ValueError(f"labels are values and names, like labels={{1: csf, 2: gm, 3: wm}}, got {labels}")
     plugins = config["plugins"]
     report = prepare_cohort(
         build(config["data"], plugins=plugins),
         out,
-        labels={int(value): name for value, name in (config["labels"] or {}).items()},
+        labels=labels,
         settings=build(config["prepare"]),
         workers=config["workers"],
     )

@@ -13,7 +13,7 @@ from asa.data.augment import AugmentSettings
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.engine.checkpoint import find_weights
 from asa.engine.optim import OptimSettings
-from asa.engine.train import TrainSettings, train
+from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_reconstruction
 
 SETTINGS = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
@@ -21,9 +21,12 @@ SETTINGS = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSett
 
 def pretrain(config: Config) -> None:
     """Pretrain from a prepared store."""
-    settings = typed(TrainSettings, config["train"])
+    settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
+    loader = typed(LoaderSettings, config["loader"])
+    check_settings(settings, optim)
     data = config["data"]
-    store, split, parts = open_parts(data, Path(config["out"]))
+    data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
+    store, split, parts = open_parts(data, Path(str(config["out"])))
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"] = len(store.channels)
     torch.manual_seed(settings.seed)
@@ -39,7 +42,6 @@ def pretrain(config: Config) -> None:
     print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
     description: dict[str, Any] = {
         "model": config["model"],
-        "plugins": config["plugins"],
         "data": {"channels": store.channels, "prepare": store.settings},
     }
     last = train(
@@ -47,8 +49,8 @@ def pretrain(config: Config) -> None:
         dataset,
         run,
         settings=settings,
-        optim=typed(OptimSettings, config["optim"]),
-        loader=typed(LoaderSettings, config["loader"]),
+        optim=optim,
+        loader=loader,
         description=description,
         validate=lambda step: validate_reconstruction(method, fixed),
     )

@@ -37,6 +37,19 @@ class AugmentSettings:
     brightness: float = 0.0
     "largest relative change of the intensities (0.2: times 0.8 to 1.2)"
 
+    def __post_init__(self) -> None:
+        for name in ("scale", "gamma"):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+                raise ValueError(f"augment.{name} is the smallest and the largest factor, above 0, got {list(bounds)}")
+        for name in ("rotation", "scale", "mirror", "gamma"):
+            share = getattr(self, f"{name}_probability")
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}_probability={share}: a share lies between 0 and 1")
+        for name in ("rotation", "noise", "brightness"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"augment.{name}={getattr(self, name)}: give 0 or more")
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -55,14 +68,7 @@ class Augmentation:
 
 
 def draw_augmentation(settings: AugmentSettings, generator: torch.Generator) -> Augmentation:
-    """Draw the parameters of one crop. The same state of the generator draws the same parameters.
-
-    Raises:
-        ValueError: a range of scales or gammas that is not two positive numbers in order.
-    """
-    for name, bounds in (("scale", settings.scale), ("gamma", settings.gamma)):
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-            raise ValueError(f"augment.{name} is the smallest and the largest factor, both above 0, got {list(bounds)}")
+    """Draw the parameters of one crop. The same state of the generator draws the same parameters."""
     draws = torch.rand(12, generator=generator, dtype=torch.float64).tolist()
     rotate = settings.rotation > 0 and draws[0] < settings.rotation_probability
     zoom = draws[1] < settings.scale_probability and list(settings.scale) != [1.0, 1.0]

@@ -38,6 +38,12 @@ class LoaderSettings:
     prefetch: int = 2
     "batches that each worker keeps ready"
 
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.prefetch < 1:
+            raise ValueError(
+                f"loader.workers={self.workers}, loader.prefetch={self.prefetch}: give 0 or more, 1 or more"
+            )
+
 
 class VolumeSource(Protocol):
     """What crops are read from: the prepared store, or anything with arrays `C D H W` by record id."""

@@ -241,9 +241,9 @@ def prepare_cohort(
 
 def _checked_labels(labels: dict[int, str]) -> dict[int, str]:
     for value, name in labels.items():
-        if not isinstance(value, int) or value == 0 or not name:
+        if not isinstance(value, int) or value <= 0 or not name:
             raise ValueError(
-                f"labels: {value!r}: {name!r} should be a whole number other than 0 (background) and a name"
+                f"labels: {value!r}: {name!r} should be a whole number above 0 (the background is 0) and a name"
             )
     if len(labels) > 255 or len(set(labels.values())) < len(labels):
         raise ValueError("labels: at most 255 values, each with a name of its own")

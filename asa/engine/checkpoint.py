@@ -7,7 +7,7 @@ needed to rebuild the model) and `training.pt` (optimizer, scaler, random state)
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asa.config import build
+from asa.config import CHECKPOINT_TARGETS, build
 from asa.models.sw_vit import SWViT
 
 FORMAT = 1
@@ -41,7 +41,8 @@ def save_checkpoint(
     """
     folder = run / "checkpoints"
     final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
+    for left in folder.glob(".step-*.tmp"):  # by a process that was killed while saving
+        shutil.rmtree(left, ignore_errors=True)
     beside.mkdir(parents=True)
     header = {"asa": json.dumps({"format": FORMAT, "step": step, **description}, sort_keys=True)}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -125,17 +126,18 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, description
 
 
-def load_model(path: str | Path) -> nn.Module:
+def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
     """The network of a run, with its weights, in evaluation mode: an autoencoder or a U-Net.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file.
+        plugins: packages of your own that the checkpoint's model may come from. The file itself cannot add any.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or not a checkpoint that fits.
     """
     weights, description = read_weights(path)
-    model = build(description["model"], plugins=description.get("plugins", ()))
+    model = build(description["model"], plugins=plugins, targets=CHECKPOINT_TARGETS)
     kept = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
     load_weights(model, kept, str(path))
     return model.eval()

@@ -1,14 +1,11 @@
 """Where a run writes what it measures: progress bar, JSON lines, TensorBoard."""
 
 import json
-import logging as python_logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-
-log = python_logging.getLogger("asa")
 
 
 class RunLog:

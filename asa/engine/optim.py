@@ -32,6 +32,18 @@ class OptimSettings:
     final_lr: float = 0.0
     "where the cosine ends"
 
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "sgd"):
+            raise ValueError(f"optim.name is adamw or sgd, not {self.name!r}")
+        if self.schedule not in ("cosine", "poly", "constant"):
+            raise ValueError(f"optim.schedule is cosine, poly or constant, not {self.schedule!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
+            raise ValueError(
+                f"optim.betas={list(self.betas)}, optim.momentum={self.momentum}: two rates and one, below 1"
+            )
+        if self.lr < 0 or self.weight_decay < 0 or (self.reference_batch is not None and self.reference_batch < 1):
+            raise ValueError("optim.lr and optim.weight_decay are 0 or more, optim.reference_batch 1 or more")
+
 
 class Schedule:
     """Learning rate by step: `schedule[step]`, for steps 0..total-1.
@@ -42,12 +54,10 @@ class Schedule:
         batch_size: samples a step, for `reference_batch`.
 
     Raises:
-        ValueError: an unknown schedule, or a warm-up as long as the run.
+        ValueError: a warm-up as long as the run.
     """
 
     def __init__(self, settings: OptimSettings, total: int, batch_size: int) -> None:
-        if settings.schedule not in ("cosine", "poly", "constant"):
-            raise ValueError(f"optim.schedule is cosine, poly or constant, not {settings.schedule!r}")
         if not 0 <= settings.warmup < total:
             raise ValueError(f"optim.warmup={settings.warmup} does not fit a run of {total} steps")
         self.settings, self.total = settings, total
@@ -70,8 +80,6 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
 
     Weight decay leaves alone vectors (biases, norms) and what a module names in its `no_weight_decay()`.
 
-    Raises:
-        ValueError: an unknown optimizer.
     """
     spared = set()
     for prefix, module in model.named_modules():
@@ -89,8 +97,6 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
     if settings.name == "adamw":
         low, high = settings.betas
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(low, high), fused=True)
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True
-        )
-    raise ValueError(f"optim.name is adamw or sgd, not {settings.name!r}")
+    return torch.optim.SGD(
+        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True
+    )

@@ -33,6 +33,13 @@ class PredictSettings:
     precision: str = "auto"
     "auto, fp32, bf16 or fp16"
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"predict.overlap={self.overlap}: a share lies between 0 and below 1")
+        if self.batch_size < 1:
+            raise ValueError(f"predict.batch_size={self.batch_size}: give 1 or more")
+        pick_precision(self.precision, pick_device(self.device))
+
 
 def sliding_window(model: SegmentationUNet, image: Tensor, settings: PredictSettings) -> Tensor:
     """Class logits of a volume of any size, from overlapping windows with Gaussian weights.
@@ -44,12 +51,7 @@ def sliding_window(model: SegmentationUNet, image: Tensor, settings: PredictSett
 
     Returns:
         `(K, D, H, W)` float32 on the model's device.
-
-    Raises:
-        ValueError: an overlap outside [0, 1).
     """
-    if not 0 <= settings.overlap < 1:
-        raise ValueError(f"overlap lies in 0 to below 1, got {settings.overlap}")
     device = next(model.parameters()).device
     with torch.inference_mode(), autocast(device, pick_precision(settings.precision, device)):
         logits = sliding_window_inference(

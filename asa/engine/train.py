@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,16 @@ class TrainSettings:
     keep: int = 2
     "newest checkpoints to keep"
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)}: give 1 or more")
+        for name in ("clip", "seed", "validate_every", "save_minutes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)}: give 0 or more")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}")
+
 
 def pick_device(name: str) -> torch.device:
     """The device that a setting means.
@@ -59,7 +69,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name}: not a device; give auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device={name}, but torch {torch.__version__} sees no GPU here: use device=cpu or install a CUDA build"
@@ -78,15 +91,21 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name not in PRECISIONS:
-        raise ValueError(f"train.precision is auto, {', '.join(PRECISIONS)}, not {name!r}")
+        raise ValueError(f"precision is auto, {', '.join(PRECISIONS)}, not {name!r}")
     if name == "fp16" and device.type == "cpu":
         raise ValueError("train.precision=fp16 needs a GPU: use fp32, or bf16 where the CPU computes it")
     return PRECISIONS[name]
 
 
+def check_settings(settings: TrainSettings, optim: OptimSettings) -> None:
+    """Raise a ValueError now for what `train` would refuse after the run folder is made."""
+    pick_precision(settings.precision, pick_device(settings.device))
+    Schedule(optim, settings.steps, settings.batch_size)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision of a device and type; nothing for float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    """Mixed precision of a device and type; float32 switches an outer one off."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def train(
@@ -127,10 +146,14 @@ def train(
     # --- what is optimised, and where the run stands
     optimizer = make_optimizer(method, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step = resume(run, method, optimizer, scaler)
+    step, planned = resume(run, method, optimizer, scaler)
     log = RunLog(run, settings.steps, step)
     if step:
-        log.say(f"resumed at step {step}")
+        log.say(f"the run stands at step {step} of {settings.steps}")
+    if planned not in (0, settings.steps) and optim.schedule != "constant":
+        log.say(
+            f"warning: the learning rate followed a plan of {planned} steps, and follows one of {settings.steps} now"
+        )
     batches = iter(
         make_loader(
             dataset,
@@ -149,6 +172,7 @@ def train(
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "random": torch.get_rng_state(),
+            "steps": settings.steps,
         }
         save_checkpoint(run, step, method, description, training, settings.keep)
 
@@ -183,6 +207,10 @@ def train(
                 log.scalars(step, "train", values)
                 log.progress(step, values)
                 last = values
+            if due:
+                save()
+                saved_at, saved_step = time.monotonic(), step
+                meter.restart()
             if validate and (done or (settings.validate_every and step % settings.validate_every == 0)):
                 method.eval()
                 with torch.no_grad(), autocast(device, dtype):
@@ -193,26 +221,24 @@ def train(
                 log.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
                 last = numbers
                 meter.restart()
-            if due:
-                save()
-                saved_at, saved_step = time.monotonic(), step
-                meter.restart()
     finally:
         log.close()
     return last
 
 
-def resume(run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
-    """Take up the run's newest checkpoint: the number of steps done, 0 if there is none."""
+def resume(
+    run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[int, int]:
+    """Take up the run's newest checkpoint: the steps done and those planned then, 0 and 0 if there is none."""
     found = list_checkpoints(run)
     if not found:
-        return 0
+        return 0, 0
     weights, training = load_training(found[-1])
     load_weights(method, weights, str(found[-1]))
     optimizer.load_state_dict(training["optimizer"])
     scaler.load_state_dict(training["scaler"])
     torch.set_rng_state(training["random"])
-    return int(training["step"])
+    return int(training["step"]), int(training["steps"])
 
 
 def check_finite(values: Mapping[str, float], dtype: torch.dtype, step: int, saved_step: int, ids: list[str]) -> None:
@@ -242,7 +268,11 @@ class Meter:
     def wait(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """The next batch, its waiting time counted."""
         start = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except (ValueError, OSError) as error:
+            # A worker hands over its whole traceback as the message; its last line says what happened.
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
         self.waited += time.perf_counter() - start
         return batch
 

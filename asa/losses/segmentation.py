@@ -13,13 +13,13 @@ from torch.nn import functional as F
 class DeeplySupervisedDiceCE(nn.Module):
     """Dice plus cross-entropy at several resolutions, each coarser one with half the weight.
 
-    The label is brought to a head's resolution by nearest neighbour. The weights sum to 1. Dice leaves the background
-    out, and is taken over the batch, so that a class missing from one crop does not count as missed.
+    The label is brought to a head's resolution by nearest neighbour, without shifting it. The weights sum to 1. Dice
+    leaves the background out and is averaged over samples, so a batch computed in parts gives the same loss.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
+        self.loss = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False)
 
     def forward(self, logits: Sequence[Tensor], label: Tensor) -> Tensor:
         """The loss, a scalar in float32.
@@ -31,7 +31,7 @@ class DeeplySupervisedDiceCE(nn.Module):
         target = label.float()
         weights = [0.5**level for level in range(len(logits))]
         total = sum(
-            weight * self.loss(out.float(), F.interpolate(target, out.shape[2:], mode="nearest"))
+            weight * self.loss(out.float(), F.interpolate(target, out.shape[2:], mode="nearest-exact"))
             for weight, out in zip(weights, logits, strict=True)
         )
         return total / sum(weights)

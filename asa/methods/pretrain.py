@@ -24,7 +24,7 @@ class MaskedPretraining(nn.Module):
         bins: histogram classes an angle.
 
     Raises:
-        ValueError: a model that is no masked autoencoder.
+        ValueError: a model that is no masked autoencoder, or a ratio outside (0, 1).
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class MaskedPretraining(nn.Module):
         super().__init__()
         if not isinstance(model, MaskedAutoencoder):
             raise ValueError(f"masked pretraining takes an autoencoder (model=asa_...), not {type(model).__name__}")
+        if not isinstance(mask_ratio, float) or not 0 < mask_ratio < 1:
+            raise ValueError(f"method.mask_ratio={mask_ratio}: a share lies between 0 and 1")
         self.model = model
         self.mask_ratio = mask_ratio
         self.loss = AttentiveReconstructionLoss(model.encoder.patch_size, bins, importance)
@@ -60,7 +62,7 @@ class MaskedPretraining(nn.Module):
         prediction = self.model(image, mask)
         loss = self.loss(prediction, image, mask)
         with torch.no_grad():
-            visible, masked = (places.to(image.device) for places in split_indices(mask))
+            visible, masked = (places.to(image.device, non_blocking=True) for places in split_indices(mask))
             patches = patchify(image.float(), self.loss.patch_size)
             mean = _take(patches, visible).mean(dim=(1, 2), keepdim=True)
             return {

@@ -7,6 +7,7 @@ size needs nothing.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -52,6 +53,20 @@ def plan_transfer(weights: Mapping[str, Tensor], encoder: SWViT) -> list[Transfe
             plan.append(Transfer(name, "left out", why))
     missing = [name for name in own if PREFIX + name not in weights]
     return plan + [Transfer(PREFIX + name, "not found", "keeps its first values") for name in missing]
+
+
+def check_kind(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+    """Compare what no tensor's shape tells: the position codes and patch size of two models' descriptions.
+
+    Raises:
+        ValueError: they differ; the message says what to set.
+    """
+    for key, default in (("position", "mirror"), ("patch_size", 8)):
+        before, now = source.get(key, default), target.get(key, default)
+        if before != now:
+            raise ValueError(
+                f"the encoder was pretrained with {key}={before}, this model has {now}: add model.{key}={before}"
+            )
 
 
 def transfer_encoder(weights: Mapping[str, Tensor], encoder: SWViT) -> list[Transfer]:

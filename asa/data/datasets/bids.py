@@ -45,7 +45,7 @@ def records(
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give the root of a BIDS dataset or derivative")
     wanted = {"ses": session, "run": run, "acq": acq, "desc": desc, "space": space}
-    wanted = {entity: value for entity, value in wanted.items() if value is not None}
+    wanted = {entity: str(value) for entity, value in wanted.items() if value is not None}
     found: dict[str, tuple[Path, dict[str, str]]] = {}
     for path in _files(root, suffix):
         entities = dict(_ENTITY.findall(path.name.split(f"_{suffix}.")[0]))
