@@ -88,7 +88,7 @@ def fused_attention(windows: Tensor, bias: Tensor) -> Tensor:
 
 
 def written_attention(windows: Tensor, bias: Tensor) -> Tensor:
-    """The same, written out: with small windows the faster one on a CPU, in training by a factor of two."""
+    """The same, written out: with small windows the faster one on a CPU."""
     n, m = windows.shape[1:3]
     q, k, v = windows.flatten(1, 2).unbind()  # N*M S d, one copy for all three
     logits = torch.baddbmm(bias.repeat(n, 1, 1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
