@@ -136,11 +136,16 @@ def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
     Raises:
         FileNotFoundError, ValueError: nothing there, or not a checkpoint that fits.
     """
+    return read_model(path, plugins=plugins)[0]
+
+
+def read_model(path: str | Path, *, plugins: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
+    """`load_model`, and the checkpoint's description beside the network."""
     weights, description = read_weights(path)
     model = build(description["model"], plugins=plugins, targets=CHECKPOINT_TARGETS)
     kept = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
     load_weights(model, kept, str(path))
-    return model.eval()
+    return model.eval(), description
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

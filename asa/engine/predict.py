@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asa.data.prepare import PrepareSettings, prepare_case, to_native
 from asa.data.volume import Volume, read_image, write_label
-from asa.engine.checkpoint import load_model, read_weights
+from asa.engine.checkpoint import read_model
 from asa.engine.train import autocast, pick_device, pick_precision
 from asa.models.unet import SegmentationUNet
 
@@ -78,11 +78,10 @@ class Segmenter:
     """
 
     def __init__(self, checkpoint: str | Path, settings: PredictSettings) -> None:
-        _, self.description = read_weights(checkpoint)
+        model, self.description = read_model(checkpoint)
         data = self.description["data"]
         if "labels" not in data:
             raise ValueError(f"{checkpoint}: not a segmentation model: give a run of asa-finetune")
-        model = load_model(checkpoint)
         assert isinstance(model, SegmentationUNet)
         self.model = model.to(pick_device(settings.device))
         self.settings = settings
