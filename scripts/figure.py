@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.image import imsave
 
 from asa import load_model
-from asa.data.cohort import read_split, select
 from asa.data.loader import CropDataset, collate
+from asa.data.splits import read_split, select
 from asa.data.store import Store
 from asa.engine.validate import picture_of
 from asa.methods.pretrain import MaskedPretraining

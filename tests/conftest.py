@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from asa.data.datasets import folder
-from asa.data.prepare import PrepareSettings, prepare_cohort
+from asa.data.prepare import Plan, prepare_cohort
 from asa.data.volume import read_image, write_image, write_label
 
 # Tiny tensors: threads would cost more than they give.
@@ -48,6 +48,6 @@ def store(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four scans prepared, with labels."""
     out = tmp_path_factory.mktemp("stores") / "store"
     records = folder.records(raw, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")
-    report = prepare_cohort(records, out, labels=LABELS, settings=PrepareSettings(), progress=False)
+    report = prepare_cohort(records, out, Plan(labels=LABELS), progress=False)
     assert not report.failures
     return out

@@ -103,6 +103,16 @@ def test_importance_and_loader_rows_are_measured(tmp_path: Path) -> None:
         assert read["calls"] == row.BATCHES and "equivalent" not in read
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fed_step_tells_the_share_of_its_time_that_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(row, "READY", 1)
+    spec = toy("asa", 16, kind="fed", volume=[20, 24, 20], workers=workers, scratch=str(tmp_path))
+    found = row.measure(spec, None)
+    assert 0 < found["waiting"] < 1 and found["calls"] == row.STEPS and "equivalent" not in found
+
+
 def test_windows_are_counted_as_they_are_laid() -> None:
     torch, inferers = importlib.import_module("torch"), importlib.import_module("monai.inferers")
     for volume in ([80, 96, 80], [64, 64, 64], [64, 65, 130]):
@@ -117,7 +127,7 @@ def test_a_full_run_has_every_row_once_in_its_part() -> None:
     rows = plan.plan(list(plan.PARTS), "base", 128, 1, {})
     parts = [spec["part"] for spec in rows]
     assert {part: parts.count(part) for part in plan.PARTS} == {
-        "pretrain": 3, "finetune": 3, "importance": 2, "loader": 6, "window": 3, "growth": 8,
+        "pretrain": 3, "finetune": 3, "importance": 2, "loader": 6, "fed": 3, "window": 3, "growth": 8,
     }  # fmt: skip
     assert len({(spec["part"], spec["name"]) for spec in rows}) == len(rows)
     growth = [(spec["network"], spec["edge"]) for spec in rows if spec["part"] == "growth"]

@@ -6,13 +6,18 @@ import yaml
 
 from asa.cli import finetune, pretrain
 from asa.config import CONFIG_DIR, build, compose, describe, typed
+from asa.data.splits import make_split
 from asa.data.stages import PrepareSettings
 from asa.engine.train import TrainSettings
 
 COMMANDS = {"pretrain": pretrain.SETTINGS, "finetune": finetune.SETTINGS}
 EXPERIMENTS = {
+    "asa_paper_prepare": "prepare",
     "asa_paper": "pretrain",
     "asa_paper_finetune": "finetune",
+    "brats21": "finetune",
+    "ibsr": "finetune",
+    "wmh": "finetune",
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "demo_pretrain": "pretrain",
@@ -39,7 +44,12 @@ def built(command: str, *overrides: str):
 def test_every_experiment_composes_and_builds() -> None:
     assert {path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml")} == set(EXPERIMENTS)
     for experiment, command in EXPERIMENTS.items():
-        assert built(command, f"experiment={experiment}") is not None
+        if command == "prepare":
+            assert isinstance(
+                build(compose(command, ["out=x", f"experiment={experiment}"])["prepare"]), PrepareSettings
+            )
+        else:
+            assert built(command, f"experiment={experiment}") is not None
 
 
 @pytest.mark.parametrize("size", ["base", "small", "tiny"])
@@ -71,6 +81,16 @@ def test_the_papers_settings_are_the_printed_ones() -> None:
     optim = config["optim"]
     assert (optim["name"], optim["lr"], optim["momentum"], optim["weight_decay"]) == ("sgd", 0.01, 0.99, 3e-5)
     assert (config["train"]["steps"], config["train"]["batch_size"], optim["schedule"]) == (250_000, 2, "poly")
+
+
+def test_the_papers_cohorts_differ_in_their_split_alone() -> None:
+    shared = composed("finetune", "experiment=asa_paper_finetune")
+    cohort = [{"subject": f"{k}"} for k in range(60)]
+    for name, count, sizes in (("brats21", 60, [42, 6, 12]), ("ibsr", 18, [12, 0, 6]), ("wmh", 60, [36, 0, 24])):
+        config = composed("finetune", f"experiment={name}")
+        assert [len(part) for part in make_split(cohort[:count], **config["data"]["split"]).values()] == sizes
+        config["data"]["split"] = shared["data"]["split"]
+        assert config == shared
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,13 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 from scipy.ndimage import gaussian_filter
 
+from asa.cli import evaluate as evaluate_command
+from asa.data.store import IGNORED
 from asa.data.volume import Volume, read_label, write_image, write_label
+from asa.engine import validate
 from asa.engine.evaluate import POLICIES, dice, evaluate_case, evaluate_folder, hd95, summarise, summary_table
 from asa.engine.metrics import Policy
+from asa.engine.predict import PredictSettings
 from asa.engine.summary import CaseRow
 
 LABELS = {1: "csf", 2: "gm"}
@@ -229,6 +234,68 @@ def test_a_policy_may_join_labels_and_ignore_others():
     assert (core.label, core.voxels_predicted, core.values["dice"]) == ("core", 128, 1.0)
 
 
+# ---- a cohort's own regions, and what it ignores ----
+
+TUMOUR = {1: "necrosis", 2: "oedema", 4: "enhancing"}
+REGIONS = {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}
+
+
+def test_scores_over_what_is_not_ignored_are_those_of_the_other_voxels():
+    generator = np.random.default_rng(0)
+    truth, prediction = generator.integers(0, 3, (2, 12, 12, 12)).astype(np.uint8)
+    prediction[prediction == 2] = 0
+    (row,) = evaluate_case(
+        volume(prediction), volume(truth), {1: "wmh"}, POLICIES["ibsr"].of_cohort({}, [2]), case_id="a"
+    )
+    kept = truth != 2
+    agree = np.count_nonzero((prediction[kept] == 1) & (truth[kept] == 1))
+    sizes = np.count_nonzero(prediction[kept] == 1), np.count_nonzero(truth[kept] == 1)
+    assert (row.voxels_predicted, row.voxels_true) == sizes
+    assert row.values["dice"] == pytest.approx(2 * agree / sum(sizes))
+    other = np.where(kept, prediction, 1 - prediction).astype(np.uint8)  # what is predicted there does not matter
+    policy = POLICIES["ibsr"].of_cohort({}, [2])
+    assert evaluate_case(volume(other), volume(truth), {1: "wmh"}, policy, case_id="a") == [row]
+
+
+def test_an_ignored_value_in_a_prediction_is_undeclared():
+    truth = np.ones((6, 6, 6), dtype=np.uint8)
+    truth[0] = 2
+    policy = POLICIES["ibsr"].of_cohort({}, [2])
+    with pytest.raises(ValueError, match=r"the prediction holds undeclared label values: 2 \(36 voxels\)"):
+        evaluate_case(volume(truth), volume(truth), {1: "wmh"}, policy, case_id="a")
+
+
+def test_regions_join_labels_in_the_cohorts_order():
+    truth = np.zeros((12, 12, 12), dtype=np.uint8)
+    truth[2:8], truth[3:7, 3:9, 3:9], truth[4:6, 4:8, 4:8] = 2, 4, 1
+    prediction = np.where(truth == 2, 4, truth).astype(np.uint8)
+    policy = POLICIES["ibsr"].of_cohort(REGIONS, [])
+    rows = evaluate_case(volume(prediction), volume(truth), TUMOUR, policy, case_id="a")
+    assert [row.label for row in rows] == ["WT", "TC", "ET"]
+    for row, values in zip(rows, REGIONS.values(), strict=True):
+        a, b = np.isin(prediction, values), np.isin(truth, values)
+        assert row.values == {"dice": dice(a, b), "hd95_mm": hd95(a, b, (1, 1, 1))}
+    assert rows[0].values["dice"] == 1.0 > rows[1].values["dice"]
+
+
+@pytest.mark.parametrize("regions", [{"WT": [1, 3]}, {"WT": []}, {"WT": 1}, {"WT": "12"}])
+def test_a_region_of_what_is_not_declared_is_refused(regions):
+    with pytest.raises(ValueError, match="regions: WT"):
+        POLICIES["ibsr"].of_cohort(regions, []).regions_of(TUMOUR)
+
+
+def test_validation_leaves_out_what_is_ignored(monkeypatch):
+    truth = np.random.default_rng(0).choice([0, 1, IGNORED], (1, 8, 8, 8)).astype(np.uint8)
+    predicted = torch.from_numpy(truth[0] != 0).long()  # all that is not background is class 1
+    logits = torch.nn.functional.one_hot(predicted, 3).permute(3, 0, 1, 2).float()
+    monkeypatch.setattr(validate, "sliding_window", lambda *_: logits)
+    source = SimpleNamespace(image=lambda _: np.ones((1, 8, 8, 8), np.float16), label=lambda _: truth)
+    numbers, pictures = validate.validate_segmentation(
+        SimpleNamespace(model=None), source, ["a"], ["wmh", "absent"], PredictSettings()
+    )
+    assert numbers == {"dice": 1.0, "dice_wmh": 1.0, "dice_absent": 1.0} and len(pictures) == 1
+
+
 # ---- statistics ----
 
 
@@ -384,3 +451,65 @@ def test_another_grid_is_refused_with_the_case(cohort, tmp_path):
     write_label(predictions / "case-b.nii.gz", truth.data, Volume(truth.data, np.diag([-1.0, 1.0, 2.5, 1.0]), None))
     with pytest.raises(ValueError, match="case case-b: prediction and truth"):
         evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_regions_and_ignored_labels_are_named_wherever_numbers_stand(cohort, tmp_path, workers):
+    predictions, truths, images = cohort
+    like = read_label(truths["case-b"])
+    marked = like.data.copy()
+    marked[13:15, 3:12, 2:10] = 3
+    write_label(truths["case-b"], marked, like)
+    with pytest.raises(ValueError, match="undeclared label values: 3"):
+        evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False)
+    summary = evaluate_folder(
+        predictions, truths, LABELS, "ibsr", tmp_path / "out", images, progress=False,
+        regions={"all": [1, 2], "core": [2]}, ignored=[3], workers=workers,
+    )  # fmt: skip
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written["regions"] == {"all": [1, 2], "core": [2]} and written["policy"]["ignored"] == [3]
+    assert list(written["results"]) == ["all", "core"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (summary_table(summary), page):
+        assert "regions: all = csf + gm; core = gm" in text and "label 3 is ignored" in text
+    assert "ignored (3)" in page
+    with pytest.raises(ValueError, match="label 2 is declared as gm and ignored"):
+        evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False, ignored=[2])
+
+
+def test_a_missing_prediction_of_a_truth_with_ignored_voxels_is_counted(cohort, tmp_path):
+    predictions, truths, _ = cohort
+    for case_id in ("case-a", "case-b"):
+        (predictions / f"{case_id}.nii.gz").unlink()
+    summary = evaluate_folder(
+        predictions, truths, {1: "csf"}, "ibsr", tmp_path / "out", progress=False, ignored=[2], allow_missing=True
+    )
+    assert summary.missing == ("case-a", "case-b")
+    assert [(row.voxels_predicted, row.voxels_true) for row in summary.rows[:2]] == [(None, 600)] * 2
+    assert (summary.results["csf"]["dice"].mean, summary.results["csf"]["dice"].used) == (1.0, 1)
+
+
+def test_a_store_knows_what_it_ignores_and_joins(raw, store, tmp_path, monkeypatch, capsys):
+    predictions, own = tmp_path / "predictions", tmp_path / "store"
+    predictions.mkdir()
+    own.mkdir()
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest |= {"labels": {"1": "csf", "5": "wm"}, "ignored": [2], "regions": {"brain": [1, 5]}}
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    for record in manifest["records"]:
+        truth = read_label(record["sources"]["label"]["path"])
+        write_label(predictions / f"{record['id']}.nii.gz", np.where(truth.data == 2, 1, truth.data), truth)
+    arguments = [f"predictions={predictions}", f"out={tmp_path / 'out'}"]
+    for truth, more, results in (
+        (own, [], ["brain"]),
+        (own, ["regions={}"], ["csf", "wm"]),
+        (raw, ["pattern=*_seg.nii.gz", "labels={1: csf, 5: wm}", "ignored=[2]", "regions={white: [5]}"], ["white"]),
+    ):
+        monkeypatch.setattr("sys.argv", ["asa-evaluate", f"truth={truth}", *arguments, *more])
+        assert evaluate_command.main() == 0
+        assert "label 2 is ignored" in capsys.readouterr().out
+        found = json.loads((tmp_path / "out" / "summary.json").read_text())["results"]
+        assert {name: found[name]["dice"]["mean"] for name in found} == dict.fromkeys(results, 1.0)
+    monkeypatch.setattr("sys.argv", ["asa-evaluate", f"truth={own}", *arguments, "regions={white: [2]}"])
+    assert evaluate_command.main() == 1
+    assert "regions: white joins 2, which is not a declared label value" in capsys.readouterr().err

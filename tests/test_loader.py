@@ -8,7 +8,7 @@ import torch
 
 from asa.data.augment import Augmentation, AugmentSettings, draw_augmentation, move, recolour, source_size, swap_sides
 from asa.data.loader import CropDataset, EndlessSampler, LoaderSettings, make_loader, read_box, sample_seed
-from asa.data.store import Store
+from asa.data.store import IGNORED, Store
 
 STRONG = AugmentSettings(
     rotation=30,
@@ -151,8 +151,23 @@ def test_a_mirrored_crop_swaps_declared_pairs_and_only_these() -> None:
     )
     assert torch.equal(dataset[0, 0]["label"], torch.from_numpy(label))
     assert torch.equal(dataset[0, 0]["image"], torch.from_numpy(image).flip(-1))
-    values = torch.tensor([0, 1, 2, 3, 4])
-    assert swap_sides(values, [(1, 2)]).tolist() == [0, 2, 1, 3, 4]
+    values = torch.tensor([0, 1, 2, 3, 4, IGNORED])
+    assert swap_sides(values, [(1, 2)]).tolist() == [0, 2, 1, 3, 4, IGNORED]
+
+
+def test_ignored_voxels_stay_ignored_and_padding_is_background() -> None:
+    label = np.ones((1, 24, 24, 24), dtype=np.uint8)
+    label[..., 12:] = IGNORED
+    image = (label == IGNORED).astype(np.float32)
+    turned = AugmentSettings(rotation=30, rotation_probability=1, scale=[0.7, 1.4], scale_probability=1)
+    for augment, values in ((None, {1, IGNORED}), (turned, {0, 1, IGNORED})):
+        dataset = CropDataset(Memory(image, label), [{"id": "a"}], (24,) * 3, labelled=True, augment=augment)
+        found = [dataset[0, epoch] for epoch in range(4)]
+        assert set(torch.cat([sample["label"].unique() for sample in found]).tolist()) == values
+        for sample in found:  # at ignored voxels away from their edge the image is 1
+            assert (sample["image"][sample["label"] == IGNORED] > 0).all()
+    wide = CropDataset(Memory(image, label), [{"id": "a"}], (24, 24, 30), labelled=True)[0, 0]["label"]
+    assert not wide[..., :3].any() and not wide[..., 27:].any()
 
 
 def test_an_identity_matrix_changes_nothing() -> None:

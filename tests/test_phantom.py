@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from asa.data import anatomy
+from asa.data import anatomy, template
 from asa.data.datasets import bids, folder, ibsr
 from asa.data.lesions import TumourPlan
 from asa.data.phantom import make_cohort
-from asa.data.prepare import prepare_cohort
+from asa.data.prepare import Plan, prepare_cohort
 from asa.data.volume import axis_codes, check_same_geometry, read_image, read_label, spacing_of
 from asa.data.warp import displacement_of, random_velocity, smooth_noise
 
@@ -213,7 +213,7 @@ def test_hyperintensities_lie_in_white_matter_near_the_ventricles_and_shine_on_f
 @needs_template
 def test_phantoms_go_through_preparation(tmp_path):
     root = cohort(tmp_path / "raw", "ibsr", 1)
-    report = prepare_cohort(ibsr.records(root), tmp_path / "store", labels=ibsr.LABELS, progress=False)
+    report = prepare_cohort(ibsr.records(root), tmp_path / "store", Plan(labels=ibsr.LABELS), progress=False)
     assert report.prepared == ["IBSR_01"] and not report.warnings
 
 
@@ -249,6 +249,7 @@ def test_options_without_a_meaning_are_refused_before_anything_is_written(tmp_pa
 def test_without_nilearn_the_way_to_install_it_is_given(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nilearn", None)
     anatomy.load_template.cache_clear()
-    with pytest.raises(ImportError, match=r'pip install "asa\[phantom\]"'):
+    template.load_map.cache_clear()
+    with pytest.raises(ImportError, match=r'pip install "asa-mri\[phantom\]"'):
         make_cohort("t1", 1, 0, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from asa.data import prepare
+from asa.data.case import prepare_case, to_native
 from asa.data.cohort import Record
 from asa.data.datasets import folder
-from asa.data.prepare import PrepareSettings, prepare_case, prepare_cohort, to_native
+from asa.data.prepare import Plan, prepare_cohort
+from asa.data.stages import PrepareSettings
 from asa.data.store import Store
 from asa.data.volume import Volume, check_same_geometry, read_image, read_label, write_label
 
@@ -128,7 +130,7 @@ def test_resampling_does_not_darken_the_rim_of_the_brain():
     flat = (ball()[1] > 0).astype(np.float32) * 100
     flat[13, 15, 12] = 101  # not constant
     for spacing in (0.8, 2.0):
-        image = prepare_case({"t1": volume(flat)}, None, {}, PrepareSettings("zscore", spacing=spacing)).image
+        image = prepare_case({"t1": volume(flat)}, None, {}, PrepareSettings(normalise="zscore", spacing=spacing)).image
         assert len(np.unique(image[image != 0].round(2))) < 40  # the flat brain, and the spot with its surroundings
         assert np.median(np.abs(image[image != 0] - np.median(image[image != 0]))) < 1e-2
 
@@ -141,7 +143,7 @@ def test_intensities_are_percentiles_or_z_scores_of_the_foreground():
     np.testing.assert_allclose(scaled[inside], np.clip((image[inside] - low) / (high - low), 0, 1), atol=1e-6)
     assert (scaled[~inside] == 0).all()
     z = (
-        prepare_case({"t1": volume(image)}, None, {}, PrepareSettings("zscore", crop="none"))
+        prepare_case({"t1": volume(image)}, None, {}, PrepareSettings(normalise="zscore", crop="none"))
         .image[0]
         .transpose(2, 1, 0)
     )
@@ -151,7 +153,7 @@ def test_intensities_are_percentiles_or_z_scores_of_the_foreground():
 def test_without_a_zero_background_everything_is_foreground():
     head = np.random.default_rng(0).normal(100, 5, (12, 13, 14)).astype(np.float32)
     head[0, 0, 0] = 0
-    case = prepare_case({"t1": volume(head)}, None, {}, PrepareSettings("zscore"))
+    case = prepare_case({"t1": volume(head)}, None, {}, PrepareSettings(normalise="zscore"))
     assert case.image.shape == (1, 14, 13, 12)
     assert case.image[0, 0, 0, 0] < -10
 
@@ -252,7 +254,8 @@ def bytes_of(store: Path) -> dict[str, bytes]:
 
 
 def run(records: list[Record], out: Path, **more: object) -> prepare.Report:
-    return prepare_cohort(records, out, **{"labels": LABELS, "progress": False, **more})
+    workers = more.pop("workers", 1)
+    return prepare_cohort(records, out, Plan(**{"labels": LABELS, **more}), workers=workers, progress=False)
 
 
 def test_a_cohort_becomes_a_store_and_a_second_run_has_nothing_to_do(cohort, tmp_path):
@@ -346,14 +349,14 @@ def test_a_store_made_in_another_way_is_not_mixed(cohort, tmp_path):
 
 def test_an_exception_in_the_middle_keeps_what_was_done(cohort, tmp_path, monkeypatch):
     run(cohort, tmp_path / "whole")
-    attempt = prepare._attempt
+    attempt = prepare.attempt
 
-    def stop_at_the_third(record, *rest):
-        if record["id"] == "s2":
+    def stop_at_the_third(job):
+        if job.record["id"] == "s2":
             raise KeyboardInterrupt
-        return attempt(record, *rest)
+        return attempt(job)
 
-    monkeypatch.setattr(prepare, "_attempt", stop_at_the_third)
+    monkeypatch.setattr(prepare, "attempt", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(cohort, tmp_path / "store")
     monkeypatch.undo()
@@ -374,7 +377,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cohort, tmp_path):
         "    os._exit(9) if len(calls) == 5 else replace(part, path)\n"
         "os.replace = die\n"
         "records = folder.records(sys.argv[1], images={'t1': '*_t1.nii.gz'}, label='*_seg.nii.gz')\n"
-        "prepare.prepare_cohort(records, sys.argv[2], labels={2: 'outer', 7: 'inner'}, progress=False)\n"
+        "prepare.prepare_cohort(records, sys.argv[2], prepare.Plan({2: 'outer', 7: 'inner'}), progress=False)\n"
     )
     root = str(Path(prepare.__file__).parents[2])
     done = subprocess.run(
@@ -391,13 +394,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cohort, tmp_path):
 def test_the_manifest_is_saved_along_the_way(cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SAVE_EVERY", 0.0)
     counts = []
-    attempt = prepare._attempt
+    attempt = prepare.attempt
 
     def count(*job):
         counts.append(len(json.loads((tmp_path / "store/manifest.json").read_text())["records"]))
         return attempt(*job)
 
-    monkeypatch.setattr(prepare, "_attempt", count)
+    monkeypatch.setattr(prepare, "attempt", count)
     run(cohort, tmp_path / "store")
     assert counts == [0, 1, 2, 3]
 
@@ -426,7 +429,7 @@ def test_warnings_of_a_scan_are_reported_with_it(cohort, tmp_path):
 def test_a_real_label_goes_through_the_store_and_back_into_its_own_file(tmp_path):
     records = folder.records(SHARED / "oasis15", images={"t1": "*_SS.nii.gz"}, label="*_tissues.nii.gz")[:1]
     labels = {1: "csf", 2: "gm", 3: "wm"}
-    report = prepare_cohort(records, tmp_path / "store", labels=labels, progress=False)
+    report = prepare_cohort(records, tmp_path / "store", Plan(labels=labels), progress=False)
     assert report.prepared == ["1000"] and not report.warnings
     store = Store(tmp_path / "store")
     values = np.array([0, *store.label_values], np.uint8)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asa.data.prepare import PrepareSettings, prepare_cohort
+from asa.data.prepare import Plan, prepare_cohort
 from asa.data.store import FORMAT, Store
 from asa.data.volume import write_image
 
@@ -27,9 +27,7 @@ def made(tmp_path: Path) -> Path:
     label[2:5, 3:6, 2:6] = 4
     write_image(tmp_path / "b_label.nii", label, np.eye(4), dtype=np.uint8)
     records[0]["label"] = str(tmp_path / "b_label.nii")
-    prepare_cohort(
-        records, tmp_path / "store", labels={4: "tumour", 1: "core"}, settings=PrepareSettings(), progress=False
-    )
+    prepare_cohort(records, tmp_path / "store", Plan(labels={4: "tumour", 1: "core"}), progress=False)
     return tmp_path / "store"
 
 

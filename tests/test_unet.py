@@ -1,9 +1,11 @@
 """The segmentation U-Net, its loss, and the transfer of a pretrained encoder."""
 
+import numpy as np
 import pytest
 import torch
 
 import asa
+from asa.data.store import IGNORED
 from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.models.sw_vit import SWViT
 from asa.models.transfer import plan_transfer, transfer_encoder, transfer_report
@@ -103,6 +105,73 @@ def test_the_loss_is_dice_plus_cross_entropy_halved_at_each_scale() -> None:
 
 def test_micro_batches_give_the_loss_of_the_whole_batch() -> None:
     logits, label = [torch.randn(4, 3, 8, 8, 8), torch.randn(4, 3, 4, 4, 4)], torch.randint(0, 3, (4, 1, 8, 8, 8))
+    loss = DeeplySupervisedDiceCE()
+    parts = [loss([out[k : k + 2] for out in logits], label[k : k + 2]) for k in (0, 2)]
+    torch.testing.assert_close(sum(parts) / 2, loss(logits, label))
+
+
+def loss_of_what_counts(logits: np.ndarray, label: np.ndarray) -> float:
+    """Dice + cross-entropy of a sample's counted voxels, written out: logits (n, K), label (n,)."""
+    logits, label = logits[label != IGNORED], label[label != IGNORED]
+    if not len(label):
+        return 0.0
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    entropy = -np.mean([np.log(p[i, c]) for i, c in enumerate(label)])
+    dice = [
+        1 - (2 * p[label == c, c].sum() + 1e-5) / (p[:, c].sum() + (label == c).sum() + 1e-5)
+        for c in range(1, p.shape[1])
+    ]
+    return float(np.mean(dice) + entropy)
+
+
+def with_ignored(batch: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Logits at three scales, and a label with ignored voxels."""
+    torch.manual_seed(0)
+    label = torch.randint(0, 3, (batch, 1, 8, 8, 8), dtype=torch.uint8)
+    label[torch.rand(label.shape) < 0.3] = IGNORED
+    return [torch.randn(batch, 3, 8 // 2**k, 8 // 2**k, 8 // 2**k) for k in range(3)], label
+
+
+def test_the_loss_with_ignored_voxels_is_that_of_the_others() -> None:
+    logits, label = with_ignored()
+    expected = 0.0
+    for k, out in enumerate(logits):
+        step = 2**k
+        near = slice(step // 2, None, step)
+        target = label[:, 0, near, near, near]
+        assert (target == IGNORED).any()
+        for one, values in zip(out.double().numpy(), target.numpy(), strict=True):
+            expected += 0.5**k * loss_of_what_counts(one.reshape(3, -1).T, values.ravel()) / len(out)
+    assert float(DeeplySupervisedDiceCE()(logits, label)) == pytest.approx(expected / 1.75, rel=1e-5)
+
+
+def test_what_is_predicted_at_ignored_voxels_changes_nothing() -> None:
+    logits, label = with_ignored()
+    finest = logits[0].requires_grad_()
+    loss = DeeplySupervisedDiceCE()
+    before = loss(logits, label)
+    before.backward()
+    ignored = (label == IGNORED).expand_as(finest)
+    assert finest.grad is not None
+    assert (finest.grad[ignored] == 0).all() and (finest.grad[~ignored] != 0).all()
+    other = torch.where(ignored, 50 * torch.randn(finest.shape), finest.detach())
+    assert torch.equal(loss([other, *logits[1:]], label), before)
+
+
+def test_a_sample_of_which_nothing_counts_adds_nothing() -> None:
+    logits, label = with_ignored()
+    label[1] = IGNORED
+    logits = [out.requires_grad_() for out in logits]
+    loss = DeeplySupervisedDiceCE()
+    both = loss(logits, label)
+    both.backward()
+    torch.testing.assert_close(both, loss([out[:1] for out in logits], label[:1]) / 2)
+    assert all(out.grad is not None and out.grad.isfinite().all() and not out.grad[1].any() for out in logits)
+
+
+def test_micro_batches_give_the_loss_of_the_whole_batch_with_ignored_voxels() -> None:
+    logits, label = with_ignored(4)
+    label[0, :, :5] = IGNORED  # few of this sample count
     loss = DeeplySupervisedDiceCE()
     parts = [loss([out[k : k + 2] for out in logits], label[k : k + 2]) for k in (0, 2)]
     torch.testing.assert_close(sum(parts) / 2, loss(logits, label))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from asa.data.cohort import read_split, select, split_subjects
+from asa.data.splits import keep_labelled, make_split, read_split, select
 from asa.data.store import Store
 from asa.engine.checkpoint import list_checkpoints
 
@@ -24,15 +24,11 @@ def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[s
         ValueError: no store, or a split that does not fit it.
     """
     store = Store(data["store"])
-    if list_checkpoints(run):  # whatever became of the file since, subjects do not change parts in a run
+    if list_checkpoints(run):  # whatever became of the options since, subjects do not change parts in a run
         split = read_split(run / "split.json")
-    elif data["split_file"] is not None:
-        split = read_split(data["split_file"])
     else:
-        split = split_subjects(store.records, **data["split"])
-    if data.get("labelled") is not None:
-        n = int(data["labelled"])
-        if not 1 <= n <= len(split["train"]):
-            raise ValueError(f"data.labelled={n}, but the split has {len(split['train'])} training subjects")
-        split = {**split, "train": split["train"][:n]}
+        file = data["split_file"]
+        split = make_split(store.records, **data["split"]) if file is None else read_split(file)
+        if data.get("labelled") is not None:
+            split = keep_labelled(split, data["labelled"])
     return store, split, {name: select(store.records, subjects) for name, subjects in split.items()}

@@ -1,16 +1,31 @@
 """asa-evaluate: predictions against the truth."""
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from asa.cli.front import Config, run_command
-from asa.data.cohort import read_split, select
 from asa.data.datasets import folder
+from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
 from asa.engine.evaluate import evaluate_folder
 from asa.engine.summary import summary_table
 
-Files = dict[str, Path]
+
+@dataclass
+class Cohort:
+    """What predictions are compared with.
+
+    `truths` and `images` are files by case id; `labels`, `regions` and `ignored` are as in `evaluate_folder`.
+    """
+
+    truths: dict[str, Path]
+    images: dict[str, Path] | None
+    labels: dict[int, str]
+    regions: dict[str, list[int]]
+    ignored: list[int]
 
 
 def evaluate(config: Config) -> None:
@@ -18,15 +33,18 @@ def evaluate(config: Config) -> None:
     truth, out = Path(str(config["truth"])), Path(str(config["out"]))
     if not truth.exists():
         raise FileNotFoundError(f"{truth}: no such folder; truth= is a store or a folder of label maps")
-    in_store = (truth / MANIFEST).exists()
-    truths, images, labels = _from_store(truth, config) if in_store else _from_folder(truth, config)
+    if not isinstance(config["regions"], dict | None):
+        raise ValueError(f"regions= joins label values, like regions={{core: [1, 4]}}, got {config['regions']!r}")
+    cohort = _from_store(truth, config) if (truth / MANIFEST).exists() else _from_folder(truth, config)
     summary = evaluate_folder(
         Path(str(config["predictions"])),
-        truths,
-        labels,
+        cohort.truths,
+        cohort.labels,
         config["policy"],
         out,
-        images,
+        cohort.images,
+        regions=cohort.regions if config["regions"] is None else config["regions"],
+        ignored=cohort.ignored,
         allow_missing=config["allow_missing"],
         workers=config["workers"],
     )
@@ -34,7 +52,7 @@ def evaluate(config: Config) -> None:
     print(f"wrote cases.csv, summary.json and report.html to {out}")
 
 
-def _from_store(path: Path, config: Config) -> tuple[Files, Files | None, dict[int, str]]:
+def _from_store(path: Path, config: Config) -> Cohort:
     """Source label files and images of a store's scans."""
     store = Store(path)
     records = store.records
@@ -47,17 +65,25 @@ def _from_store(path: Path, config: Config) -> tuple[Files, Files | None, dict[i
     if not labelled:
         raise ValueError(f"{path}: none of the scans has a label map to compare with")
     truths = {record["id"]: Path(record["sources"]["label"]["path"]) for record in labelled}
-    images = {record["id"]: Path(record["sources"][store.channels[0]]["path"]) for record in labelled}
-    return truths, images, store.labels
+    images = {record["id"]: _first_image(record, store.channels) for record in labelled}
+    return Cohort(truths, images, store.labels, store.regions, store.ignored)
 
 
-def _from_folder(path: Path, config: Config) -> tuple[Files, Files | None, dict[int, str]]:
+def _first_image(record: Mapping[str, Any], channels: Sequence[str]) -> Path:
+    """The first channel that the scan has: one may be missing in the cohort."""
+    return next(Path(record["sources"][channel]["path"]) for channel in channels if channel in record["sources"])
+
+
+def _from_folder(path: Path, config: Config) -> Cohort:
     """Label files of a folder by the text that the pattern's * stands for."""
     if not isinstance(config["labels"], dict):
         raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
+    if not all(isinstance(value, int) for value in config["ignored"]):
+        raise ValueError(f"ignored= is a list of label values, like ignored=[2], got {config['ignored']}")
     records = folder.records(path, images={"label": config["pattern"]})
-    truths = {record["id"]: Path(record["images"]["label"]) for record in records}
-    return truths, None, {int(value): name for value, name in config["labels"].items()}
+    truths = {record["id"]: Path(str(record["images"]["label"])) for record in records}
+    labels = {int(value): name for value, name in config["labels"].items()}
+    return Cohort(truths, None, labels, {}, config["ignored"])
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,11 +11,14 @@ from asa.cli.cohort import open_parts
 from asa.cli.front import Config, open_run, run_command
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
+from asa.data.files import write_json
+from asa.data.identity import Seen, Trained, known_trained, seen_subjects, trained_on
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
 from asa.engine.checkpoint import find_weights, read_weights
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import PredictSettings
+from asa.engine.summary import listed
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
 from asa.models.transfer import check_kind, transfer_encoder, transfer_report
@@ -50,12 +54,18 @@ def finetune(config: Config) -> None:
         node["in_channels"], node["out_channels"] = len(store.channels), len(names) + 1
     torch.manual_seed(settings.seed)
     method = build(config["method"], plugins=config["plugins"])
+    trained: Trained | None = trained_on(parts["train"])
+    seen: list[Seen] | None = None
     if source is not None:
-        weights, description = source
-        check_kind(description["model"], config["model"])
+        weights, origin = source
+        check_kind(origin["model"], config["model"])
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         plan = transfer_encoder(inner, method.model.encoder)
         print(f"encoder from {config['init']}:\n{transfer_report(plan)}")
+        before = known_trained(origin.get("data", {}))
+        trained = trained_on(parts["train"], before) if before else None
+        seen = seen_subjects(store.records, split, before) if before else None
+        print("\n".join(_seen_report(seen, config["init"])))
     dataset = CropDataset(
         store,
         parts["train"],
@@ -71,10 +81,12 @@ def finetune(config: Config) -> None:
         raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
     start = f"the encoder of {config['init']}" if config["init"] else "scratch"
     run = open_run(config, split)
+    if seen is not None:
+        write_json(run / "seen.json", {"init": config["init"], "seen": [asdict(one) for one in seen]})
     print(f"fine-tuning from {start} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
     description = {
         "model": config["model"],
-        "data": {"channels": store.channels, "labels": store.labels, "prepare": store.settings},
+        "data": {"channels": store.channels, "labels": store.labels, "prepare": store.settings, **(trained or {})},
     }
     last = train(
         method,
@@ -89,6 +101,33 @@ def finetune(config: Config) -> None:
     if "dice" in last:
         print("  ".join(f"{name} {value:.4f}" for name, value in last.items()))
     print(f"wrote {find_weights(run)}")
+
+
+def _seen_report(seen: list[Seen] | None, init: str) -> list[str]:
+    """Lines on the held-out subjects that the encoder of `init` was trained on; None: it does not say on which."""
+    if seen is None:
+        return [
+            f"{init} does not say which scans it was trained on: whether it has seen held-out subjects is not checked"
+        ]
+    if not seen:
+        return [f"{init} was not trained on any held-out subject"]
+    lines = []
+    if scans := [one for one in seen if one.match == "scan"]:
+        lines.append(
+            f"warning: {init} was trained on scans of {len(scans)} held-out subjects ({_listed_by_part(scans)}): "
+            "pretrain with them held out (data.split_file), or read their scores as optimistic"
+        )
+    if names := [one for one in seen if one.match == "name"]:
+        lines.append(
+            f"note: {init} was trained on other scans of {len(names)} subjects with names of held-out ones "
+            f"({_listed_by_part(names)}): if they are the same people, pretrain with them held out (data.split_file)"
+        )
+    return lines
+
+
+def _listed_by_part(seen: list[Seen]) -> str:
+    parts = dict.fromkeys(one.part for one in seen)
+    return "; ".join(f"{part}: {listed([one.subject for one in seen if one.part == part], 5)}" for part in parts)
 
 
 def _pairs(names: list[list[str]], store: Store, augment: AugmentSettings) -> list[tuple[int, int]]:

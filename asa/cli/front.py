@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from asa.config import CONFIG_DIR, compose, describe
-from asa.data.cohort import write_split
 from asa.data.files import write_whole
+from asa.data.splits import write_split
 from asa.engine.checkpoint import list_checkpoints
 
 Config = dict[str, Any]
@@ -106,7 +106,9 @@ def _help_text(command: str, settings: Mapping[str, type]) -> str:
         if not used:
             continue
         choices = sorted(folder.glob("*.yaml"))
-        lines.append(f"  {folder.name}= one of: {', '.join(choice.stem for choice in choices)}")
+        nested = sorted(folder.glob("*/*.yaml"))
+        names = [str(choice.relative_to(folder).with_suffix("")) for choice in (*choices, *nested)]
+        lines.append(f"  {folder.name}= one of: {', '.join(names)}")
         if folder.name == "data":  # each reader has keys of its own
             for choice in choices:
                 lines += ["", f"  data={choice.stem}", *(f"    {line}" for line in choice.read_text().splitlines())]

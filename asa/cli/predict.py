@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from asa.cli.front import Config, run_command
 from asa.config import typed
-from asa.data.cohort import read_split, select
+from asa.data.cohort import Record
 from asa.data.datasets import folder
+from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
 from asa.data.volume import read_image
 from asa.engine.predict import PredictSettings, Segmenter
@@ -30,7 +31,7 @@ def predict(config: Config) -> None:
     source, out = Path(str(config["input"])), Path(str(config["out"]))
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    segmenter = Segmenter(config["checkpoint"], typed(PredictSettings, config["predict"]))
+    segmenter = Segmenter(config["checkpoint"], typed(PredictSettings, config["predict"]), strip=config["strip"])
     jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
     failures = 0
     for id, inputs, work in tqdm(jobs(segmenter, source, out, config), desc="predict", unit="scan"):
@@ -60,7 +61,7 @@ def _file_jobs(segmenter: Segmenter, source: Path, out: Path, config: Config) ->
 def _cases(source: Path, images: dict[str, str] | None, channels: list[str]) -> list[tuple[str, dict[str, str]]]:
     """Id and channel files of a scan or a folder of scans."""
     if source.is_dir() and images:
-        return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
+        return [(record["id"], _complete(record)) for record in folder.records(source, images=images)]
     if len(channels) != 1:
         raise ValueError(
             f"this model takes the channels {', '.join(channels)}: give a folder and which file is which, like "
@@ -73,6 +74,13 @@ def _cases(source: Path, images: dict[str, str] | None, channels: list[str]) -> 
     if len({id for id, _ in found}) < len(found):
         raise ValueError(f"{source}: a scan is there as .nii and as .nii.gz: leave one")
     return [(id, {channels[0]: str(path)}) for id, path in found]
+
+
+def _complete(record: Record) -> dict[str, str]:
+    found = {channel: path for channel, path in record["images"].items() if path is not None}
+    if absent := sorted(set(record["images"]) - set(found)):
+        raise ValueError(f"{record['id']}: has no {', '.join(absent)}; add the file, or take the scan out")
+    return found
 
 
 def _store_jobs(segmenter: Segmenter, source: Path, out: Path, config: Config) -> list[Job]:

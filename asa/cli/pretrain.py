@@ -10,6 +10,7 @@ from asa.cli.cohort import open_parts
 from asa.cli.front import Config, open_run, run_command
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
+from asa.data.identity import trained_on
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.engine.checkpoint import find_weights
 from asa.engine.optim import OptimSettings
@@ -42,7 +43,7 @@ def pretrain(config: Config) -> None:
     print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
     description: dict[str, Any] = {
         "model": config["model"],
-        "data": {"channels": store.channels, "prepare": store.settings},
+        "data": {"channels": store.channels, "prepare": store.settings, **trained_on(parts["train"])},
     }
     last = train(
         method,

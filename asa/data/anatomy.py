@@ -15,6 +15,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from asa.data.lesions import Lesion, TumourPlan
+from asa.data.template import load_map
 from asa.data.warp import displacement_of, grid_points, random_velocity, sample, smooth_noise, to_grid
 
 TISSUES = {1: "csf", 2: "gm", 3: "wm"}
@@ -83,19 +84,10 @@ def load_template(rim: bool, ventricles: bool) -> Template:
     Raises:
         ImportError: nilearn is not installed.
     """
-    try:
-        from nilearn import datasets
-    except ImportError:
-        raise ImportError('the phantom needs nilearn, which carries its template: pip install "asa[phantom]"') from None
-    loaders = (
-        datasets.load_mni152_template,
-        datasets.load_mni152_gm_template,
-        datasets.load_mni152_wm_template,
-    )
-    images = [load(resolution=1) for load in loaders]
-    t1, gm, wm = (_raised(np.asarray(image.dataobj, dtype=np.float32).transpose(2, 1, 0)) for image in images)
+    t1, gm, wm = (_raised(load_map(kind)[0]) for kind in ("t1", "gm", "wm"))
+    affine = load_map("t1")[1]
     middle = np.array([(size - 1) / 2 for size in t1.shape[::-1]]) - (0, 0, RAISED)
-    centre = images[0].affine[:3, :3] @ middle + images[0].affine[:3, 3]
+    centre = affine[:3, :3] @ middle + affine[:3, 3]
     brain = ndimage.binary_fill_holes(t1 > 0)
     fractions = np.stack([np.zeros_like(gm), gm * brain, wm * brain])
     fractions[0] = np.clip(brain - fractions[1] - fractions[2], 0, 1)

@@ -3,8 +3,8 @@
 Every random draw of a sample comes from its own seed, made of (run seed, epoch, record id): it does not depend on the
 worker that draws it, on how many there are, or on where the run was stopped.
 
-A batch is a dict: "image" `(B, C, D, H, W)` float32, "label" `(B, 1, D, H, W)` uint8 where the records are labelled,
-"seed" `(B,)` int64 on the CPU, "id" a list of record ids.
+A batch is a dict: "image" `(B, C, D, H, W)` float32, "label" `(B, 1, D, H, W)` uint8 where the records are labelled
+(as stored: class indices, and `asa.data.store.IGNORED`), "seed" `(B,)` int64 on the CPU, "id" a list of record ids.
 """
 
 import hashlib

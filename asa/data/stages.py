@@ -8,43 +8,68 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from asa.data.align import align
+from asa.data.brain import TOOLS, brain_mask, correct_bias
+from asa.data.grid import sample_affine, sample_image, sample_label
+from asa.data.symmetry import MidsagittalPlane
 from asa.data.volume import axis_codes, from_ras, spacing_of, to_ras
 
 PERCENTILES = (0.5, 99.9)
-FWHM_PER_SIGMA = 2.355  # full width at half maximum of a Gaussian in its standard deviations
 ZERO_BACKGROUND = 0.01  # below this fraction of zero voxels an image is taken to have no zero background
+PLAUSIBLE_BRAIN = (600.0, 2300.0)  # ml
+TILTED, SHIFTED = 2.0, 2.0  # degrees and mm, above which the mid-sagittal plane is said to be off
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """How scans are brought to the store.
+    """How scans are brought to the store. What works on whole heads, and alignment, is off by default.
 
     The foreground of a channel is its voxels other than 0. An image with (almost) no voxel at 0, like a raw
-    head with noise all around, has no such background: everything is foreground.
+    head with noise all around, has no such background: everything is foreground. After skull stripping it is the
+    brain mask. Where a stage looks at one channel (strip, registration, symmetry), it is the first one that the scan
+    has, and the others follow.
 
     Args:
+        bias: correct the bias field of each channel (N4).
+        strip: "none"; "deepbet"; "robex"; or a command with {image} and {mask} in it, which reads a NIfTI file and
+            writes the brain's mask.
+        register: affine registration of the brain to the ICBM 2009a symmetric template (MNI space, 1 mm unless
+            `spacing` says otherwise).
+        midway: turn and shift the scan so that its mid-sagittal plane is the middle of the volume.
         normalise: "percentile" maps the 0.5 and 99.9 percentiles of the foreground to 0 and 1, clipped;
             "zscore" makes mean 0 and standard deviation 1 in the foreground. The background is 0 in both. Per
             channel.
         spacing: isotropic voxel size in mm to resample to; None keeps the scan's own grid.
         crop: "foreground" (the box of any channel's foreground, with a margin), "none", or a size, one int or
             D, H, W: a box of this size around the middle of the foreground's box, padded with 0 where it is
-            larger.
+            larger. After registration or midway alignment the box is symmetric about the middle of the volume, so
+            that the mid-sagittal plane stays there.
         margin: voxels around the foreground's box, for crop "foreground".
     """
 
+    bias: bool = False
+    strip: str = "none"
+    register: bool = False
+    midway: bool = False
     normalise: str = "percentile"
     spacing: float | None = None
     crop: str | int | list[int] = "foreground"
     margin: int = 4
 
     def __post_init__(self) -> None:
+        for name in ("bias", "register", "midway"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose true or false")
+        if self.strip not in ("none", *TOOLS) and not ("{image}" in self.strip and "{mask}" in self.strip):
+            raise ValueError(
+                f"strip={self.strip!r}: choose none, {', '.join(TOOLS)}, or a command with {{image}} and {{mask}} in it"
+            )
         if self.normalise not in ("percentile", "zscore"):
             raise ValueError(f"normalise={self.normalise!r}: choose percentile or zscore")
         if self.spacing is not None and not 0.1 <= self.spacing <= 20:
@@ -60,16 +85,46 @@ class PrepareSettings:
             valid = len(self.crop) == 3 and all(isinstance(size, int) and size > 0 for size in self.crop)
         if not valid:
             raise ValueError(f"crop={self.crop!r}: choose foreground, none, a size in voxels, or three sizes D, H, W")
+        width = self.crop[2] if isinstance(self.crop, list) else self.crop
+        if (self.register or self.midway) and isinstance(width, int) and width % 2:
+            raise ValueError(f"crop={self.crop!r}: an even width keeps the mid-sagittal plane in the middle; give one")
 
 
 @dataclass
 class Case:
-    """A scan between stages: image and foreground (C, D, H, W), label (D, H, W), affine of (x, y, z)."""
+    """A scan between stages.
+
+    Args:
+        image: (C, D, H, W) float32.
+        foreground: bool, of the same shape; empty for a channel that the scan lacks.
+        label: (D, H, W), or None.
+        affine: (4, 4) of the (x, y, z) axes.
+        absent: numbers of the channels that the scan lacks.
+        plane: mid-sagittal plane, relative to the centre of the grid; None before it was looked for.
+        found: that plane before midway alignment made it the middle; None without.
+        centred: whether the middle of the grid is meant to be that plane.
+        quality: figures of merit, JSON-able.
+    """
 
     image: np.ndarray
     foreground: np.ndarray
     label: np.ndarray | None
     affine: np.ndarray
+    absent: tuple[int, ...] = ()
+    plane: MidsagittalPlane | None = None
+    found: MidsagittalPlane | None = None
+    centred: bool = False
+    quality: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def first(self) -> int:
+        """The channel that the others follow."""
+        return next(number for number in range(len(self.image)) if number not in self.absent)
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """Voxel size in mm along D, H, W."""
+        return spacing_of(self.affine)[::-1]
 
 
 def _orient(case: Case, settings: PrepareSettings) -> dict[str, Any]:
@@ -82,6 +137,8 @@ def _orient(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     case.image = np.stack([turned(channel) for channel in case.image])
     case.label = None if case.label is None else turned(case.label)
     case.foreground = _foreground(case.image)
+    for channel in case.absent:
+        case.foreground[channel] = False
     return {"from": code, "axes": axes}
 
 
@@ -98,62 +155,75 @@ def _foreground(image: np.ndarray) -> np.ndarray:
     return foreground
 
 
-def _resample(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
-    """To isotropic voxels: trilinear, smoothed first where those are coarser; labels by largest share."""
-    before = case.image.shape[1:]
-    spacing = spacing_of(case.affine)[::-1]
-    if settings.spacing is None or np.allclose(spacing, settings.spacing, rtol=0, atol=1e-3):
+def _bias(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
+    if not settings.bias:
         return None
-    scale = settings.spacing / spacing  # old voxels per new voxel
-    shape = tuple(max(2, round(size / step)) for size, step in zip(before, scale, strict=True))
-    # both grids share their centre, so that a symmetric volume stays symmetric: old = scale * new + offset
-    offset = (np.array(before) - 1) / 2 - scale * (np.array(shape) - 1) / 2
-    blur = np.sqrt(np.maximum(scale**2 - 1, 0)) / FWHM_PER_SIGMA
-    image = np.zeros((len(case.image), *shape), np.float32)
-    foreground = np.zeros(image.shape, bool)
-    for number, inside in enumerate(case.foreground):
-        # divided by the foreground's own share: the background stays exactly 0 and does not darken the
-        # brain's rim
-        share = _sample(ndimage.gaussian_filter(inside.astype(np.float32), blur), scale, offset, shape, order=1)
-        total = _sample(ndimage.gaussian_filter(case.image[number], blur), scale, offset, shape, order=1)
-        foreground[number] = share >= 0.5
-        np.divide(total, share, out=image[number], where=foreground[number])
-    case.image, case.foreground = image, foreground
+    for channel, (image, inside) in enumerate(zip(case.image, case.foreground, strict=True)):
+        if channel not in case.absent:
+            case.image[channel] = correct_bias(image, inside, case.spacing)
+    return {"method": "n4"}
+
+
+def _strip(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
+    if settings.strip == "none":
+        return None
+    mask = brain_mask(settings.strip, case.image[case.first], case.affine)
+    volume = float(mask.sum() * np.prod(case.spacing) / 1000)
+    low, high = PLAUSIBLE_BRAIN
+    if not low <= volume <= high:
+        warnings.warn(f"the brain mask has {volume:.0f} ml, not {low:.0f} to {high:.0f}; look at it", stacklevel=2)
+    case.image *= mask
+    for channel in range(len(case.image)):
+        case.foreground[channel] = mask if channel not in case.absent else False
+    return {"method": settings.strip}
+
+
+def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
+    found = align(
+        case.image[case.first],
+        case.foreground[case.first],
+        case.affine,
+        spacing=settings.spacing,
+        register=settings.register,
+        midway=settings.midway,
+    )
+    case.plane = found.found
+    if found.overlap is not None:
+        case.quality["template_dice"] = round(found.overlap, 4)
+    case.centred = settings.register or settings.midway
+    if found.matrix is None:
+        return None
+    before, matrix, shape = case.image.shape[1:], found.matrix, found.shape
+    pairs = [
+        sample_image(image, inside, matrix, shape) for image, inside in zip(case.image, case.foreground, strict=True)
+    ]
+    kept = np.count_nonzero(pairs[case.first][1]) * abs(np.linalg.det(matrix[:3, :3]))
+    lost = 1 - kept / max(np.count_nonzero(case.foreground[case.first]), 1)
+    if case.centred and lost > 0.02:
+        warnings.warn(f"{lost:.0%} of the foreground lies outside the new grid; look at it", stacklevel=2)
+    case.image, case.foreground = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
     if case.label is not None:
-        case.label = _resample_label(case.label, scale, offset, shape)
-    case.affine = _affine_of_part(case.affine, scale, offset)
-    return {"scale": scale.tolist(), "offset": offset.tolist(), "before": list(before), "shape": list(shape)}
+        case.label = sample_label(case.label, matrix, shape)
+    case.affine = found.affine
+    if settings.midway and found.found is not None:
+        case.found, case.plane = found.found, MidsagittalPlane(0.0, 0.0, 0.0, found.found.correlation)
+    return {"matrix": matrix.tolist(), "before": list(before), "shape": list(shape)}
 
 
-def _undo_resample(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
-    scale, offset = np.array(step["scale"]), np.array(step["offset"])
-    grid = (1 / scale, -offset / scale, tuple(step["before"]))
+def _undo_align(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
+    back, before = np.linalg.inv(step["matrix"]), step["before"]
     if array.dtype.kind != "f":
-        return np.stack([_resample_label(channel, *grid) for channel in array])
-    return np.stack([_sample(channel, *grid, order) for channel in array])
-
-
-def _sample(array: np.ndarray, scale: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray:
-    """Read an array (D, H, W) at scale * index + offset, voxel centres at whole numbers, edges held."""
-    return ndimage.affine_transform(array, scale, offset, shape, order=order, mode="nearest", prefilter=False)
-
-
-def _resample_label(label: np.ndarray, scale: np.ndarray, offset: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Each label's mask linearly, the largest wins: a smoother border than the nearest voxel's value."""
-    result = np.zeros(shape, label.dtype)
-    best = _sample((label == 0).astype(np.float32), scale, offset, shape, order=1)
-    for value in np.unique(label[label > 0]):
-        share = _sample((label == value).astype(np.float32), scale, offset, shape, order=1)
-        result[share > best] = value
-        np.maximum(best, share, out=best)
-    return result
+        return np.stack([sample_label(channel, back, before) for channel in array])
+    return np.stack([sample_affine(channel, back, before, order) for channel in array])
 
 
 def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     used: dict[str, list[float]] = (
         {"low": [], "high": []} if settings.normalise == "percentile" else {"mean": [], "sd": []}
     )
-    for channel, inside in zip(case.image, case.foreground, strict=True):
+    for number, (channel, inside) in enumerate(zip(case.image, case.foreground, strict=True)):
+        if number in case.absent:
+            continue
         values = channel[inside]
         if values.size == 0 or values.min() == values.max():
             raise ValueError("an image is empty or constant; look at it, and leave the case out")
@@ -182,10 +252,15 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     if settings.crop == "foreground":
         start = [max(0, side.start - settings.margin) for side in box]
         stop = [min(total, side.stop + settings.margin) for side, total in zip(box, before, strict=True)]
+        if case.centred:
+            start[2] = min(start[2], before[2] - stop[2])
+            stop[2] = before[2] - start[2]
         size = [last - first for first, last in zip(start, stop, strict=True)]
     else:
         size = [settings.crop] * 3 if isinstance(settings.crop, int) else [int(side) for side in settings.crop]
         start = [(side.start + side.stop - want) // 2 for side, want in zip(box, size, strict=True)]
+        if case.centred:
+            start[2] = (before[2] - size[2]) // 2
     step = {"start": start, "size": size, "before": list(before)}
     lost = anywhere.sum() - _cut(anywhere[None], step).sum()
     if lost:
@@ -196,8 +271,33 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
             warnings.warn(f"the crop to {size} leaves out {lost} labelled voxels", stacklevel=2)
         case.label = _cut(case.label[None], step)[0]
     case.image, case.foreground = _cut(case.image, step), _cut(case.foreground, step)
-    case.affine = _affine_of_part(case.affine, np.ones(3), np.array(start, dtype=np.float64))
+    moved = np.array(start) + (np.array(size) - 1) / 2 - (np.array(before) - 1) / 2  # voxels, from centre to centre
+    if case.plane is not None:
+        case.plane = case.plane.seen_from(moved * case.spacing)
+    case.affine = case.affine.copy()
+    case.affine[:3, 3] += case.affine[:3, :3] @ np.array(start)[::-1]
     return step
+
+
+def judge(case: Case) -> dict[str, Any]:
+    """Figures of merit of a scan that went through the stages, JSON-able, and warnings about what looks wrong."""
+    brain = case.foreground[case.first]
+    quality: dict[str, Any] = {"brain_ml": round(float(brain.sum() * np.prod(case.spacing) / 1000), 1)}
+    if case.plane is not None:
+        shown = case.found or case.plane
+        quality |= {
+            "yaw_degrees": round(shown.yaw, 3),
+            "roll_degrees": round(shown.roll, 3),
+            "shift_mm": round(shown.shift, 3),
+            "mirror_correlation": round(shown.correlation, 4),
+        }
+        if case.plane.angle > TILTED or abs(case.plane.shift) > SHIFTED:
+            warnings.warn(
+                f"the mid-sagittal plane is off by yaw {shown.yaw:.1f}, roll {shown.roll:.1f} degrees and "
+                f"{shown.shift:.1f} mm; the symmetric encoding rests on it: prepare.midway=true puts it in the middle",
+                stacklevel=3,
+            )
+    return quality | case.quality
 
 
 def _undo_crop(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
@@ -225,13 +325,6 @@ def _overlap(step: dict[str, Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]
     return tuple(whole), tuple(part)
 
 
-def _affine_of_part(affine: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Affine of a grid whose voxel (d, h, w) lies at scale * index + offset of the old one."""
-    step = np.diag([*scale[::-1], 1.0])
-    step[:3, 3] = offset[::-1]
-    return affine @ step
-
-
 @dataclass(frozen=True)
 class Stage:
     """A step of the preparation.
@@ -248,10 +341,11 @@ class Stage:
     undo: Callable[[np.ndarray, dict[str, Any], int], np.ndarray] | None = None
 
 
-# In this order. What works on the whole head (bias field, skull strip, registration) belongs after `orient`.
 STAGES = (
     Stage("orient", _orient, _undo_orient),
-    Stage("resample", _resample, _undo_resample),
+    Stage("bias", _bias),
+    Stage("strip", _strip),
+    Stage("align", _align, _undo_align),
     Stage("normalise", _normalise),
     Stage("crop", _crop, _undo_crop),
 )

@@ -2,7 +2,8 @@
 
 STORE/manifest.json      settings, software, channels, labels, one entry for each scan sorted by id
 STORE/images/ID.npy      float16 (C, D, H, W)
-STORE/labels/ID.npy      uint8 (1, D, H, W), consecutive: index k means value ([0] + label_values)[k]
+STORE/labels/ID.npy      uint8 (1, D, H, W), consecutive: index k means value ([0] + label_values)[k], and
+                         IGNORED a place that counts neither in the loss nor in a score
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import numpy as np
 
 from asa.data.files import read_json, sha256_of, write_json, write_whole
 
-FORMAT = 1
-KEYS = {"format", "settings", "channels", "labels", "records"}
+FORMAT = 2
+KEYS = {"format", "settings", "channels", "labels", "ignored", "regions", "records"}
 MANIFEST = "manifest.json"
 FOLDERS = {"image": "images", "label": "labels"}
 DTYPES = {"image": np.float16, "label": np.uint8}
+IGNORED = 255  # in stored labels
 
 
 class Store:
@@ -36,6 +38,8 @@ class Store:
             statistics.
         channels: names of the image channels, in stored order.
         labels: label value as in the source files -> name.
+        ignored: label values of the source files that are stored as `IGNORED`.
+        regions: name -> label values that it joins, for evaluation, in order; may be empty.
         settings: how the store was made.
         fingerprint: SHA-256 of what all scans have in common (format, settings, channels, labels).
 
@@ -51,6 +55,8 @@ class Store:
         self.records: list[dict[str, Any]] = manifest["records"]
         self.channels: list[str] = manifest["channels"]
         self.labels: dict[int, str] = {int(value): name for value, name in manifest["labels"].items()}
+        self.ignored: list[int] = manifest["ignored"]
+        self.regions: dict[str, list[int]] = manifest["regions"]
         self.settings: dict[str, Any] = manifest["settings"]
         common = json.dumps({key: manifest[key] for key in sorted(KEYS - {"records"})}, sort_keys=True)
         self.fingerprint = hashlib.sha256(common.encode()).hexdigest()

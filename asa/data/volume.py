@@ -6,6 +6,7 @@ Arrays here are (x, y, z) in the file's own axes; nothing outside this file impo
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import itertools
 import struct
@@ -147,6 +148,18 @@ def write_image(
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     _write(path, image)
+
+
+def identity_of(volume: Volume) -> str:
+    """What a scan's voxels are, whatever its file is called and however it is packed: 32 hexadecimal digits.
+
+    The first half of the SHA-256 of shape and values in RAS+ axes as float32. Compression, data type, header and the
+    order of the axes do not change it; resampling, cropping and rescaling do.
+    """
+    turned = to_ras(volume.data, volume.affine)[0]
+    digest = hashlib.sha256(f"{turned.shape}".encode())
+    digest.update(np.ascontiguousarray(turned, dtype="<f4").tobytes())
+    return digest.hexdigest()[:32]
 
 
 def spacing_of(affine: np.ndarray) -> np.ndarray:
@@ -293,11 +306,26 @@ def _affine(image: Any, path: Path) -> np.ndarray:
             f"{path}: no orientation (qform and sform codes are both 0); check left and right, then set it "
             "with a tool like fslorient or 3drefit"
         )
+    else:
+        _compare_codes(header, path)
     affine = np.asarray(image.affine, dtype=np.float64)
     spacing = spacing_of(affine)
     if not np.isfinite(affine).all() or (spacing < 1e-3).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-2:
         raise ValueError(f"{path}: the affine is singular or not finite; write a right header, or convert it again")
     return affine
+
+
+def _compare_codes(header: Any, path: Path) -> None:
+    """Say so where a header's two orientations disagree: in a symmetric brain nothing else shows exchanged sides."""
+    if int(header["qform_code"]) and int(header["sform_code"]):
+        try:
+            codes = axis_codes(header.get_qform()), axis_codes(header.get_sform())
+        except (HeaderDataError, ValueError):
+            return  # not a rotation, or singular: judged on its own
+        if codes[0] != codes[1]:
+            warnings.warn(
+                f"{path}: qform says {codes[0]}, sform says {codes[1]} (taken); check left and right", stacklevel=4
+            )
 
 
 def _is_nifti(header: Any) -> bool:

@@ -47,7 +47,7 @@ def evaluate_case(
 
     Args:
         prediction: label map on the truth's grid, values as declared.
-        truth: label map.
+        truth: label map, values as declared or ignored by the policy.
         labels: declared label value -> name; 0 is background and not declared.
         policy: name of a policy, or one.
         case_id: names the case in rows and errors.
@@ -62,7 +62,7 @@ def evaluate_case(
     regions = policy.regions_of(labels)
     check_same_geometry(prediction, truth, f"case {case_id}: prediction and truth")
     _check_values(prediction.data, labels, f"case {case_id}: the prediction")
-    _check_values(truth.data, labels, f"case {case_id}: the truth")
+    _check_values(truth.data, labels, f"case {case_id}: the truth", policy.ignored)
     spacing = spacing_of(truth.affine)
     ml = float(abs(np.linalg.det(truth.affine[:3, :3]))) / 1000.0
     filled = (truth.data != 0) | (prediction.data != 0)
@@ -88,6 +88,8 @@ def evaluate_folder(
     images: Mapping[str, Path] | None = None,
     progress: bool = True,
     *,
+    regions: Mapping[str, Sequence[int]] | None = None,
+    ignored: Sequence[int] = (),
     allow_missing: bool = False,
     workers: int = 1,
     seed: int = SEED,
@@ -104,6 +106,9 @@ def evaluate_folder(
         out: folder for the results, made if missing.
         images: case id -> image to draw below the labels in the report, for every case of `truths`; or None.
         progress: show a progress bar.
+        regions: name -> declared label values whose union is scored, in place of the policy's regions.
+        ignored: label values that the truth may hold beside the declared ones: their voxels count neither for nor
+            against a prediction, which may not hold them.
         allow_missing: accept truths without a prediction (they count in n total, not in the means) and
             predictions without a truth (left out); both are listed in the results.
         workers: processes; with more than one the caller's main module must be importable (spawn).
@@ -117,8 +122,10 @@ def evaluate_folder(
         ValueError: cases that do not match, a case that cannot be evaluated, a bad declaration, an unknown
             policy; or the `report` extra is absent, when cases.csv and summary.json are written all the same.
     """
-    rules = get_policy(policy)
+    rules = get_policy(policy).of_cohort(regions or {}, ignored)
     rules.regions_of(labels)
+    if both := sorted(set(labels) & set(ignored)):
+        raise ValueError(f"label {both[0]} is declared as {labels[both[0]]} and ignored: leave it in one of the two")
     cases, unmatched = _match(Path(predictions), truths, images, allow_missing)
     rows = [row for found in _evaluate_all(cases, labels, rules, workers, progress) for row in found]
     missing = [case.case_id for case in cases if case.prediction is None]
@@ -132,9 +139,10 @@ def evaluate_folder(
     return summary
 
 
-def _check_values(data: np.ndarray, labels: Mapping[int, str], what: str) -> None:
+def _check_values(data: np.ndarray, labels: Mapping[int, str], what: str, ignored: Sequence[int] = ()) -> None:
     values, counts = np.unique(data, return_counts=True)
-    strange = [(int(v), int(n)) for v, n in zip(values, counts, strict=True) if v != 0 and int(v) not in labels]
+    allowed = {0, *labels, *ignored}
+    strange = [(int(v), int(n)) for v, n in zip(values, counts, strict=True) if int(v) not in allowed]
     if strange:
         found = listed([f"{value} ({count} voxels)" for value, count in strange], limit=10)
         known = ", ".join(f"{value} {name}" for value, name in labels.items())
@@ -202,6 +210,7 @@ def _evaluate_files(job: tuple[CaseFiles, dict[int, str], Policy]) -> list[CaseR
     truth = read_label(case.truth)
     if case.prediction is not None:
         return evaluate_case(read_label(case.prediction), truth, labels, policy, case_id=case.case_id)
-    rows = evaluate_case(truth, truth, labels, policy, case_id=case.case_id)
+    nothing = replace(truth, data=np.zeros_like(truth.data))
+    rows = evaluate_case(nothing, truth, labels, policy, case_id=case.case_id)
     undefined = {metric.name: math.nan for metric in policy.metrics}
     return [replace(row, values=undefined, voxels_predicted=None, ml_predicted=None) for row in rows]

@@ -8,6 +8,7 @@ width, 3)`.
 """
 
 import colorsys
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ _HIDDEN = np.array([52, 66, 92], dtype=np.uint8)  # a masked patch: neither tiss
 
 # Okabe and Ito's palette, told apart by colour-blind readers. Its other half marks differences in the report.
 _PALETTE = np.array([[86, 180, 233], [230, 159, 0], [0, 158, 115], [240, 228, 66]], dtype=np.uint8)
+
+OUTLINE, MIDLINE = _PALETTE[0], _PALETTE[1]  # of the brain and of the symmetry plane in a row of thumbnails
 
 _GLYPHS = {  # 5 x 7 letters, so that a panel can be marked without a font
     "A": "01110 10001 10001 11111 10001 10001 10001",
@@ -138,6 +141,61 @@ def reconstruction_panel(
     return _tile(rows)
 
 
+def thumbnail_row(
+    gray: Sequence[np.ndarray],
+    brain: Sequence[np.ndarray],
+    *,
+    spacing: Lengths,
+    midline: Sequence[tuple[float, float]] | None = None,
+    side: int = 192,
+) -> np.ndarray:
+    """Draw one scan's three slices side by side, with the brain's outline and the symmetry plane.
+
+    All three are on one scale, in true proportions, the longest side of the volume filling a cell.
+
+    Args:
+        gray: axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8.
+        brain: bool masks of the same shapes; their inner edge is drawn.
+        spacing: voxel size along D, H, W in mm.
+        midline: the symmetry plane as a dashed line, in voxels along W: (at h = 0, at h = H - 1) on the axial slice
+            and (at d = 0, at d = D - 1) on the coronal one.
+        side: of a cell in pixels.
+
+    Returns:
+        RGB uint8 `(side, 3 * side + two gaps, 3)`.
+    """
+    (height, width), depth = gray[0].shape, len(gray[1])
+    pitch = max(size * step for size, step in zip((depth, height, width), spacing, strict=True)) / side
+    cells = []
+    for plane, (values, mask) in enumerate(zip(gray, brain, strict=True)):
+        turned = values[::-1, ::-1].astype(np.float32)
+        level = np.rint(_resize(turned, plane, spacing, pitch, smooth=True)).astype(np.uint8)
+        inside = _resize(mask[::-1, ::-1].astype(np.uint8), plane, spacing, pitch, smooth=False)
+        tile = _blend(level[..., None].repeat(3, axis=2), inside, OUTLINE[None], opacity=0.0)
+        if midline is not None and PLANES[plane] != "sagittal":
+            _dash(tile, values.shape, midline[plane])
+        top, left = (side - tile.shape[0]) // 2, (side - tile.shape[1]) // 2
+        cell = np.zeros((side, side, 3), dtype=np.uint8)
+        cell[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+        _mark(cell, _SIDES[plane], size=2)
+        cells += [cell, np.zeros((side, _GAP, 3), dtype=np.uint8)]
+    return np.concatenate(cells[:-1], axis=1)
+
+
+def encode_png(panel: np.ndarray) -> bytes:
+    """A panel as PNG; needs matplotlib (the `report` extra)."""
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, panel, format="png")
+    return buffer.getvalue()
+
+
+def hex_colour(colour: Sequence[int] | np.ndarray) -> str:
+    """A colour as in a style sheet, like `#56b4e9`."""
+    return "#" + "".join(f"{int(part):02x}" for part in colour)
+
+
 def _median(places: np.ndarray) -> int:
     return int(np.sort(places)[(len(places) - 1) // 2])
 
@@ -235,9 +293,23 @@ def _tile(planes: list[list[np.ndarray]]) -> np.ndarray:
     return np.concatenate(lines[:-1])
 
 
-def _mark(cell: np.ndarray, sides: tuple[str, str]) -> None:
+def _dash(tile: np.ndarray, shape: tuple[int, ...], ends: tuple[float, float]) -> None:
+    """Draw a dashed line from top to bottom of a tile.
+
+    `ends` are its places on the last axis of the slice, of this shape, at the first and last index of the other.
+    """
+    (rows, columns), (height, width) = shape, tile.shape[:2]
+    y = np.flatnonzero(np.arange(height) % 8 < 5)
+    row = rows - 0.5 - (y + 0.5) * rows / height  # upside down in the tile
+    place = ends[0] + (ends[1] - ends[0]) * row / max(rows - 1, 1)
+    x = np.rint((columns - 0.5 - place) * width / columns - 0.5)
+    seen = (x >= 0) & (x < width)
+    tile[y[seen], x[seen].astype(int)] = MIDLINE
+
+
+def _mark(cell: np.ndarray, sides: tuple[str, str], size: int | None = None) -> None:
     """Write the two side letters into the upper corners of a cell, if it has room for them."""
-    size = max(round(cell.shape[1] / 150), 1)
+    size = max(round(cell.shape[1] / 150), 1) if size is None else size
     height, width, margin = 7 * size, 5 * size, 3 * size
     if cell.shape[0] < height + 2 * margin or cell.shape[1] < 2 * width + 4 * margin:
         return

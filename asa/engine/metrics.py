@@ -5,8 +5,9 @@ empty, so that no number depends on a library's default. Masks are bool `(x, y, 
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -158,6 +159,23 @@ def each_label(labels: Mapping[int, str]) -> Regions:
     return {name: (value,) for value, name in labels.items()}
 
 
+def joined_labels(labels: Mapping[int, str], joined: Mapping[str, Sequence[int]]) -> Regions:
+    """Regions as a cohort defines them: name -> declared label values whose union it is.
+
+    Raises:
+        ValueError: a region without values, or with one that is not declared.
+    """
+    for name, values in joined.items():
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            raise ValueError(f"regions: {name} is a list of label values, like [1, 4], got {values!r}")
+        if unknown := [value for value in values if value not in labels]:
+            known = ", ".join(f"{value} {label}" for value, label in labels.items())
+            raise ValueError(
+                f"regions: {name} joins {unknown[0]!r}, which is not a declared label value; declared are {known}"
+            )
+    return {name: tuple(values) for name, values in joined.items()}
+
+
 @dataclass(frozen=True)
 class Policy:
     """What is measured, on which regions, and what an empty mask counts as.
@@ -186,6 +204,16 @@ class Policy:
             raise ValueError(f"labels name each foreground value once, and not the background 0; got {dict(labels)}")
         return self.regions(labels)
 
+    def of_cohort(self, regions: Mapping[str, Sequence[int]], ignored: Sequence[int]) -> "Policy":
+        """This policy on a cohort's own regions, if it has any, and without the voxels that it ignores.
+
+        Args:
+            regions: name -> label values whose union it is; empty leaves the policy's own.
+            ignored: label values of the truth.
+        """
+        own = partial(joined_labels, joined=dict(regions)) if regions else self.regions
+        return replace(self, regions=own, ignored=tuple(dict.fromkeys((*self.ignored, *ignored))))
+
     def truth_table(self) -> list[tuple[str, list[str]]]:
         """The value of each metric in each empty case: `[(case, [value of each metric])]`, for printing."""
         cases = [
@@ -210,7 +238,7 @@ def _with_unit(value: float, unit: str) -> str:
 POLICIES: dict[str, Policy] = {
     "ibsr": Policy(
         name="ibsr",
-        description="Dice and HD95 of each declared label, on the truth's own grid and with its voxel size.",
+        description="Dice and HD95 of each declared label or region, on the truth's own grid and with its voxel size.",
         metrics=(
             Metric(
                 name="dice",

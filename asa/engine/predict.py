@@ -4,7 +4,7 @@ Letters: image `C D H W`, K classes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from asa.data.prepare import PrepareSettings, prepare_case, to_native
+from asa.data.case import prepare_case, to_native
+from asa.data.stages import PrepareSettings
 from asa.data.volume import Volume, read_image, write_label
 from asa.engine.checkpoint import read_model
 from asa.engine.train import autocast, pick_device, pick_precision
@@ -72,12 +73,14 @@ class Segmenter:
     Args:
         checkpoint: run folder, checkpoint folder or file of `asa-finetune`.
         settings: how volumes are covered.
+        strip: how raw scans are skull-stripped, as in `PrepareSettings`; None: as the training scans were.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint, or one that segments nothing.
+        FileNotFoundError, ValueError: no checkpoint, or one that segments nothing, or whose scans were stripped by a
+            command.
     """
 
-    def __init__(self, checkpoint: str | Path, settings: PredictSettings) -> None:
+    def __init__(self, checkpoint: str | Path, settings: PredictSettings, *, strip: str | None = None) -> None:
         model, self.description = read_model(checkpoint)
         data = self.description["data"]
         if "labels" not in data:
@@ -87,7 +90,13 @@ class Segmenter:
         self.settings = settings
         self.channels: list[str] = data["channels"]
         self.labels: dict[int, str] = {int(value): name for value, name in data["labels"].items()}
-        self.prepare_settings = PrepareSettings(**data["prepare"])
+        prepare = PrepareSettings(**data["prepare"])
+        if strip is None and "{mask}" in prepare.strip:  # a checkpoint often comes from somebody else
+            raise ValueError(
+                f"{checkpoint}: its scans were stripped by a command, and a checkpoint may not start one "
+                f"({prepare.strip}): give strip= the command, or none for scans that are stripped"
+            )
+        self.prepare_settings = prepare if strip is None else replace(prepare, strip=strip)
 
     def segment_file(self, images: Mapping[str, str | Path], out: Path) -> None:
         """Segment a raw scan as `asa-prepare` would have brought it in, and write the label map in its own space.

@@ -17,9 +17,9 @@ import numpy as np
 
 from asa.data.files import write_whole
 from asa.data.volume import check_same_geometry, read_image, read_label, spacing_of, to_ras
-from asa.engine.figures import central_slices, label_colours, overlay_panel
+from asa.engine.figures import central_slices, encode_png, hex_colour, label_colours, overlay_panel
 from asa.engine.metrics import Metric, bounding_box
-from asa.engine.summary import LEVEL, RESAMPLES, CaseRow, Summary, number_text, statistic_cells
+from asa.engine.summary import LEVEL, RESAMPLES, CaseRow, Summary, data_notes, number_text, statistic_cells
 
 SHOWN = 2  # worst cases with a figure, and as many best ones
 PANEL_WIDTH = 1160  # pixels
@@ -75,6 +75,7 @@ def write_report(path: Path, summary: Summary, cases: Sequence[CaseFiles]) -> No
         version=__version__,
         summary=summary,
         policy=summary.policy,
+        notes=data_notes(summary),
         results=[
             (label, [statistic_cells(found[metric.name], metric.digits) for metric in summary.policy.metrics])
             for label, found in summary.results.items()
@@ -137,7 +138,8 @@ def _case_figure(title: str, files: CaseFiles, summary: Summary) -> dict[str, An
         region |= truth != 0
     at = central_slices(region) if region.any() else tuple(side // 2 for side in truth.shape)
     maps = [_ordinals(truth, summary), _ordinals(prediction, summary)]
-    colours = label_colours(len(summary.labels))
+    names = list(_drawn_names(summary).values())
+    colours = label_colours(len(names))
     columns = ["Image", "Truth", "Prediction", "Differences"][image is None :]
     panel = overlay_panel(
         image,
@@ -148,16 +150,15 @@ def _case_figure(title: str, files: CaseFiles, summary: Summary) -> dict[str, An
         tile_width=PANEL_WIDTH // len(columns),
     )
     drawn = {int(k) for values in maps for axis in range(3) for k in np.unique(values.take(at[axis], axis))}
-    names = list(summary.labels.values())
     return {
         "title": title,
         "id": files.case_id,
         "focus": focus,
         "columns": columns,
-        "panel": _data_uri(_png(panel)),
+        "panel": _data_uri(encode_png(panel)),
         "width": panel.shape[1],
-        "labels": [(names[k - 1], _hex(colours[k - 1])) for k in sorted(drawn - {0})],
-        "differences": [(name, _hex(colour)) for name, colour in DIFFERENCES.items()],
+        "labels": [(names[k - 1], hex_colour(colours[k - 1])) for k in sorted(drawn - {0})],
+        "differences": [(name, hex_colour(colour)) for name, colour in DIFFERENCES.items()],
         "rows": [(row.label, _value_cells(row, summary), row.empty) for row in rows[:WORST_ROWS]],
         "hidden": max(len(rows) - WORST_ROWS, 0),
     }
@@ -188,9 +189,15 @@ def _head_box(volumes: Mapping[str, np.ndarray]) -> tuple[slice, ...]:
     return tuple(slice(max(side.start - MARGIN, 0), side.stop + MARGIN) for side in bounding_box(filled))
 
 
+def _drawn_names(summary: Summary) -> dict[int, str]:
+    """Label value -> name in the legend: the declared labels, and those that are ignored in the truth."""
+    extra = [value for value in summary.policy.ignored if value not in summary.labels]
+    return summary.labels | {value: f"ignored ({value})" for value in extra}
+
+
 def _ordinals(data: np.ndarray, summary: Summary) -> np.ndarray:
-    """Label values as their place in the declaration, from 1; background stays 0."""
-    values = np.array([0, *summary.labels])
+    """Label values as their place among those drawn, from 1; background stays 0."""
+    values = np.array([0, *_drawn_names(summary)])
     order = np.argsort(values)
     return order[np.searchsorted(values[order], data)]
 
@@ -279,17 +286,5 @@ def _box_plots(summary: Summary) -> bytes:
     return buffer.getvalue()
 
 
-def _png(panel: np.ndarray) -> bytes:
-    from matplotlib.image import imsave
-
-    buffer = io.BytesIO()
-    imsave(buffer, panel, format="png")
-    return buffer.getvalue()
-
-
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _hex(colour: Sequence[int] | np.ndarray) -> str:
-    return "#" + "".join(f"{int(part):02x}" for part in colour)

@@ -171,7 +171,7 @@ def summarise(
 def summary_table(summary: Summary) -> str:
     """The summary as plain text for a terminal, with the policy's truth table; no trailing newline."""
     policy = summary.policy
-    lines = [f"policy {policy.name}: {policy.description}", ""]
+    lines = [f"policy {policy.name}: {policy.description}", *data_notes(summary), ""]
     for metric in policy.metrics:
         table = [[metric.heading, "mean", "95 % interval", "sd", "median", "n used"]]
         for label, found in summary.results.items():
@@ -184,6 +184,20 @@ def summary_table(summary: Summary) -> str:
     if summary.unmatched:
         lines += ["", f"no truth (left out): {listed(summary.unmatched)}"]
     return "\n".join(lines)
+
+
+def data_notes(summary: Summary) -> list[str]:
+    """What a reader has to know of the labels: which of them a region joins, which are ignored; may be empty."""
+    notes = []
+    if any(len(values) > 1 or name != summary.labels[values[0]] for name, values in summary.regions.items()):
+        joined = (
+            f"{name} = {' + '.join(summary.labels[value] for value in values)}"
+            for name, values in summary.regions.items()
+        )
+        notes.append(f"regions: {'; '.join(joined)}")
+    for value in summary.policy.ignored:
+        notes.append(f"label {value} is ignored: its voxels in the truth count neither for nor against a prediction")
+    return notes
 
 
 def statistic_cells(found: Statistic, digits: int) -> list[str]:

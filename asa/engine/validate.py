@@ -1,5 +1,6 @@
 """What a run shows of its progress on scans it does not train on: numbers and pictures for the log."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 
 from asa.data.loader import CropDataset, VolumeSource, collate
+from asa.data.store import IGNORED
 from asa.engine.figures import overlay_panel, reconstruction_panel
 from asa.engine.metrics import dice
 from asa.engine.predict import PredictSettings, sliding_window
@@ -54,7 +56,7 @@ def validate_segmentation(
     labels: Sequence[str],
     settings: PredictSettings,
 ) -> Shown:
-    """Dice of whole prepared volumes, and an overlay of the first.
+    """Dice of whole prepared volumes over the voxels that count, and an overlay of the first.
 
     Args:
         method: the method, in evaluation mode.
@@ -64,7 +66,8 @@ def validate_segmentation(
         settings: how volumes are covered.
 
     Returns:
-        "dice_NAME" of each class and "dice", their mean; and a panel of image, truth and prediction.
+        "dice_NAME" of each class (1 for a scan where neither map holds it) and "dice", their mean; and a panel of
+        image, truth and prediction.
     """
     scores: dict[str, list[float]] = {name: [] for name in labels}
     pictures: dict[str, np.ndarray] = {}
@@ -73,10 +76,13 @@ def validate_segmentation(
         assert truth is not None
         volume = torch.from_numpy(np.array(image, dtype=np.float32))
         prediction = sliding_window(method.model, volume, settings).argmax(dim=0).cpu().numpy()
+        counted = truth[0] != IGNORED
+        truth, prediction = truth[0] * counted, prediction * counted
         for index, name in enumerate(labels, start=1):
-            scores[name].append(dice(prediction == index, truth[0] == index))
+            score = dice(prediction == index, truth == index)
+            scores[name].append(1.0 if math.isnan(score) else score)  # in neither map: right
         if not pictures:
-            panel = overlay_panel(volume[0].numpy(), [np.array(truth[0]), prediction])
+            panel = overlay_panel(volume[0].numpy(), [truth, prediction])
             pictures["image, truth, prediction"] = panel
     numbers = {f"dice_{name}": float(np.mean(values)) for name, values in scores.items()}
     return {"dice": float(np.mean(list(numbers.values()))), **numbers}, pictures

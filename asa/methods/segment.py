@@ -1,6 +1,6 @@
 """Segmentation: a U-Net trained by Dice and cross-entropy at five resolutions.
 
-Letters: image `B C D H W`, label `B 1 D H W` of class indices, K classes.
+Letters: image `B C D H W`, label `B 1 D H W` of class indices (or 255: counts nowhere), K classes.
 """
 
 from torch import Tensor, nn

@@ -24,6 +24,7 @@ class Work:
 
     `volumes` are what one call works through; `operations` counts one call's, after its memory was read; `warm_up`
     stands in for a first call that would be too long, and `prepare` runs untimed before every repeat of `calls` calls.
+    `waited` tells the seconds that all calls so far have waited for data.
     """
 
     call: Callable[[], object]
@@ -32,6 +33,7 @@ class Work:
     warm_up: Callable[[], object] | None = None
     prepare: Callable[[], object] | None = None
     calls: int | None = None
+    waited: Callable[[], float] | None = None
 
 
 def synchronise(device: torch.device) -> None:
@@ -63,10 +65,10 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
 
     Returns:
         "seconds" (median) and "seconds_best" of a call, "seconds_all" of the "repeats", "calls" in each,
-        "volumes_per_second", "peak_bytes", "host_peak_bytes". With rates also "matrix_rate" (of the precision in use),
-        "matrix_rate_fp32", and "equivalent": what the machine's large matrix products would have done in the time of a
-        volume, in operations. With operations also "operations" of a call, and the "fraction" (median) and
-        "fraction_best" that they are of it.
+        "volumes_per_second", "peak_bytes", "host_peak_bytes". With `waited` also "waiting", the share of the time. With
+        rates also "matrix_rate" (of the precision in use), "matrix_rate_fp32", and "equivalent": what the machine's
+        large matrix products would have done in the time of a volume, in operations. With operations also "operations"
+        of a call, and the "fraction" (median) and "fraction_best" that they are of it.
     """
     warm_up = work.warm_up or work.call
     first = _seconds(warm_up, device)
@@ -77,12 +79,16 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
     measured = [before]
     seconds: list[float] = []
     equivalents: list[float] = []
+    waits: list[float] = []
     while len(seconds) < repeats and (not seconds or sum(seconds) * calls < BUDGET):
         if work.prepare:
             work.prepare()
         elif calls > 1:
             work.call()  # the first after a pause is slower
+        waited = work.waited() if work.waited else 0.0
         seconds.append(_seconds(work.call, device, calls) / calls)
+        if work.waited:
+            waits.append(work.waited() - waited)
         if rates:
             measured.append(rates())
             equivalents.append(seconds[-1] * (measured[-2][precision] + measured[-1][precision]) / 2)
@@ -97,6 +103,8 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
         "peak_bytes": peak_memory(device),
         "host_peak_bytes": host_peak(),
     }
+    if work.waited:
+        row["waiting"] = sum(waits) / (sum(seconds) * calls)
     if work.operations:
         row["operations"] = work.operations()  # after the memory was read
     if rates:

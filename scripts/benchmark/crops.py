@@ -13,23 +13,24 @@ from asa.data.augment import AugmentSettings
 
 @dataclass
 class RandomVolumes:
-    """A source of crops like the prepared store: float16 images of 4 channels and uint8 labels, memory-mapped."""
+    """A source of crops like the prepared store: float16 images and uint8 labels, memory-mapped."""
 
     folder: Path
     records: list[dict[str, str]]
 
     @classmethod
-    def write(cls, folder: Path, size: Sequence[int], count: int = 4) -> "RandomVolumes":
-        """Write `count` volumes of (D, H, W) voxels."""
+    def write(cls, folder: Path, size: Sequence[int], channels: int = 4, count: int = 4) -> "RandomVolumes":
+        """Write `count` volumes of `channels` x (D, H, W) voxels."""
         rng = np.random.default_rng(0)
         records = [{"id": f"volume-{k}"} for k in range(count)]
         for record in records:
-            np.save(folder / f"{record['id']}-image.npy", rng.random((4, *size), dtype=np.float32).astype(np.float16))
+            image = rng.random((channels, *size), dtype=np.float32).astype(np.float16)
+            np.save(folder / f"{record['id']}-image.npy", image)
             np.save(folder / f"{record['id']}-label.npy", rng.integers(0, 4, (1, *size), dtype=np.uint8))
         return cls(folder, records)
 
     def image(self, record_id: str) -> np.ndarray:
-        """`(4, D, H, W)`."""
+        """`(C, D, H, W)`."""
         return np.load(self.folder / f"{record_id}-image.npy", mmap_mode="r")
 
     def label(self, record_id: str) -> np.ndarray:

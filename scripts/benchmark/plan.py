@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-PARTS = ("pretrain", "finetune", "importance", "loader", "window", "growth")
+PARTS = ("pretrain", "finetune", "importance", "loader", "fed", "window", "growth")
 OVERLAP = 0.5
 CHANNELS = {"asa": 1, "dense": 1, "written": 1, "unet": 4, "unetr": 4, "swin": 4}
 # Sizes of the peers beside ours. Base is what their papers and MONAI's examples use.
@@ -53,6 +53,11 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
                 name = f"4 x {edge}^3 crops of {'x'.join(map(str, whole))}, {varied}, {workers} workers"
                 own = {"edge": edge, "batch": batch, "volume": whole, "workers": workers, "augment": augment}
                 rows.append({"part": "loader", "name": name, "kind": "loader", **own})
+    if "fed" in parts:
+        for workers in (0, 2, 4):
+            name = f"{describe('asa', size, edge)} crops of {'x'.join(map(str, whole))}, {workers} workers"
+            own = {"network": "asa", "size": size, "edge": edge, "batch": batch, "volume": whole, "workers": workers}
+            rows.append({"part": "fed", "name": name, "kind": "fed", **own})
     if "window" in parts:
         windows = count_windows(whole, edge)
         for network in ("unet", "unetr", "swin"):

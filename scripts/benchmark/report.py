@@ -15,6 +15,7 @@ TITLES = {
     "finetune": "Fine-tuning step",
     "importance": "Importance of a volume",
     "loader": "Loader, a volume being a crop, files in the page cache",
+    "fed": "Pretraining step fed by the loader, files in the page cache",
     "window": "Sliding window over a whole volume",
     "growth": "Growth of the pretraining step",
 }
@@ -23,7 +24,7 @@ s: seconds, median of n repeats, and the best. TFLOP: the work's own matrix prod
 the rate of large matrix products, measured right before and after each repeat; fraction: the share of it that the work
 reaches. Relative time: against the first row, drift of that rate taken out. Peak: memory of the row's own process on
 a CPU (Python and libraries included; loader workers not), of the tensors on a GPU. Per token: against the smallest
-volume of the same network."""
+volume of the same network. Waiting: the share of the time in which a step waits for its batch and the device idles."""
 
 
 def add_ratios(rows: list[Row]) -> None:
@@ -59,6 +60,7 @@ COMMON: list[Column] = [
     ("best", _number("seconds_best", ".4g")),
     ("n", _number("repeats", ".0f")),
     ("volumes/s", _number("volumes_per_second", ".3g")),
+    ("waiting", _number("waiting", ".1%")),
     ("TFLOP", _number("operations", ".3f", 1e12)),
     ("matrix TFLOP/s", _number("matrix_rate", ".3f", 1e12)),
     ("fraction", _number("fraction", ".2f")),

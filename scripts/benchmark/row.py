@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -20,31 +21,29 @@ from asa.engine.optim import OptimSettings, make_optimizer
 from asa.engine.predict import PredictSettings, sliding_window
 from asa.engine.train import PRECISIONS, TrainSettings, autocast, pick_device, pick_precision
 from asa.ops.gradients import gradient_importance
-from scripts.benchmark.clock import Rates, Work, count_operations, time_work
+from scripts.benchmark.clock import Rates, Work, count_operations, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
 from scripts.benchmark.plan import CHANNELS, Spec
 
+Batch = dict[str, Any]
+Step = Callable[[Batch], None]
+
 BATCHES = 24  # of the loader, timed in a repeat
+STEPS = 12  # fed by it, timed in a repeat
 READY = 10  # of the loader, taken before: what workers made ready meanwhile (4 x 2) would look like speed
 
 
-def step(spec: Spec, device: torch.device) -> Work:
-    """A training step, as `asa.engine.train` makes it: forward, loss, backward, clip, fused AdamW."""
-    from scripts.benchmark.networks import CLASSES, make_method
+def make_step(spec: Spec, device: torch.device) -> tuple[nn.Module, Step]:
+    """A method and its training step, as `asa.engine.train` makes it: forward, loss, backward, clip, fused AdamW."""
+    from scripts.benchmark.networks import make_method
 
     method: nn.Module = make_method(spec["network"], spec["size"], spec["edge"]).to(device).train()
     optimizer = make_optimizer(method, OptimSettings())
     dtype, clip = PRECISIONS[spec["precision"]], TrainSettings().clip
     # The loop's scale falls to a fitting one while it skips steps; this one skips none.
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=dtype == torch.float16)
-    cube, b = (spec["edge"],) * 3, spec["batch"]
-    batch = {
-        "image": torch.rand(b, CHANNELS[spec["network"]], *cube, device=device),
-        "label": torch.randint(CLASSES, (b, 1, *cube), dtype=torch.uint8, device=device),
-        "seed": torch.arange(b),
-    }
 
-    def call() -> None:
+    def take(batch: Batch) -> None:
         with autocast(device, dtype):
             result = method(batch)
         scaler.scale(result["loss"]).backward()
@@ -54,13 +53,56 @@ def step(spec: Spec, device: torch.device) -> Work:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
+    return method, take
+
+
+def step(spec: Spec, device: torch.device) -> Work:
+    """A training step on a batch that is on the device."""
+    from scripts.benchmark.networks import CLASSES
+
+    method, take = make_step(spec, device)
+    cube, b = (spec["edge"],) * 3, spec["batch"]
+    batch = {
+        "image": torch.rand(b, CHANNELS[spec["network"]], *cube, device=device),
+        "label": torch.randint(CLASSES, (b, 1, *cube), dtype=torch.uint8, device=device),
+        "seed": torch.arange(b),
+    }
+
     def operations() -> int:
         # Without data, so that fused attention is counted too: on a CPU the counter does not know its kernel.
         method.to("meta")
         shapes = {key: value if key == "seed" else value.to("meta") for key, value in batch.items()}
         return count_operations(lambda: method(shapes)["loss"].backward())
 
-    return Work(call, volumes=b, operations=operations)
+    return Work(lambda: take(batch), volumes=b, operations=operations)
+
+
+def fed(spec: Spec, device: torch.device) -> Work:
+    """A pretraining step on crops as the loader gives them, and how long it waits for them."""
+    from asa.data.loader import CropDataset, LoaderSettings, make_loader
+    from scripts.benchmark.crops import RandomVolumes
+
+    source = RandomVolumes.write(Path(spec["scratch"]), spec["volume"], channels=1)
+    dataset = CropDataset(source, source.records, (spec["edge"],) * 3)
+    settings = LoaderSettings(workers=spec["workers"])
+    batches = iter(make_loader(dataset, spec["batch"], settings, pin_memory=device.type == "cuda"))
+    _, take = make_step(spec, device)
+    waited = 0.0
+
+    def call() -> None:
+        nonlocal waited
+        start = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - start
+        take({**batch, "image": batch["image"].to(device, non_blocking=True)})
+        synchronise(device)  # else the wait for the next batch would hide behind this step's work
+
+    def prepare() -> None:
+        for _ in range(READY):
+            next(batches)
+        call()
+
+    return Work(call, volumes=spec["batch"], prepare=prepare, calls=STEPS, waited=lambda: waited)
 
 
 def importance(spec: Spec, device: torch.device) -> Work:
@@ -117,6 +159,7 @@ KINDS: dict[str, Callable[[Spec, torch.device], Work]] = {
     "importance": importance,
     "window": window,
     "loader": loader,
+    "fed": fed,
 }
 
 
@@ -185,7 +228,7 @@ def main() -> None:
     if spec["kind"] == "machine":
         row = machine(spec)
     else:
-        with nullcontext() if spec["kind"] == "loader" else MatrixRate(spec) as rates:
+        with nullcontext() if spec["kind"] in ("loader", "fed") else MatrixRate(spec) as rates:
             row = measure(spec, rates)
     print(json.dumps(row), flush=True)
 

@@ -1,12 +1,15 @@
-"""BIDS trees and derivatives: one image of a suffix for each subject, session and run."""
+"""BIDS trees and derivatives: an image of each channel for every session, or run, of a subject."""
 
 from __future__ import annotations
 
+import csv
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from asa.data.cohort import Record, check_records
+from asa.data.cohort import Record, check_records, existing_folder
 
+CHANNELS = {"t1": "T1w"}
 FOLDERS = ("anat", "t1_linear")  # of the standard; of Clinica's t1-linear pipeline
 _ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")
 
@@ -14,8 +17,9 @@ _ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")
 def records(
     root: str | Path,
     *,
-    suffix: str = "T1w",
-    channel: str = "t1",
+    channels: Mapping[str, str] | None = None,
+    label: str | None = None,
+    label_root: str | Path | None = None,
     session: str | None = None,
     run: str | None = None,
     acq: str | None = None,
@@ -24,44 +28,81 @@ def records(
 ) -> list[Record]:
     """Records of `sub-*/[ses-*/]anat/*_SUFFIX.nii[.gz]`, also below `subjects/` as Clinica lays it out.
 
-    The id is sub-XX[_ses-YY][_run-ZZ]; the subject is sub-XX, so that all sessions of a person stay in one
-    split.
+    With one channel every run is a scan, and its id sub-XX[_ses-YY][_run-ZZ]; with several, a session is one, and
+    a channel it lacks is None. The subject is sub-XX, so that all sessions of a person stay in one split. A column
+    `site` of the root's participants.tsv is the site.
 
     Args:
-        root: of the dataset or of the derivative.
-        suffix: what the file names end in, like T1w, T2w, FLAIR.
-        channel: name of this image in the store.
-        session, run, acq, desc, space: values of these entities; None takes any.
+        root: of the dataset, or of one derivative.
+        channels: names of the images in the store and the suffixes of their files, like `{"t1": "T1w", "flair":
+            "FLAIR"}`; None: the T1w as t1.
+        label: suffix of the label maps, like dseg; None for an unlabelled cohort.
+        label_root: of the tree that holds the label maps, when it is another one.
+        session, run, acq, desc, space: values of these entities, of images and label maps; None takes any. A file
+            without a run counts as the one wanted, and so does a label map without desc.
 
     Returns:
-        Records sorted by id.
+        Records sorted by id; where a label map is missing, the name it would have with the image's entities.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: nothing found, or several files for one subject, session and run: the message names the
-            entities that tell them apart.
+        ValueError: nothing found, or several files for one channel of a scan: the message names the entities
+            that tell them apart.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; give the root of a BIDS dataset or derivative")
+    root = existing_folder(root, "sub-XX, sub-YY, ... (of a BIDS dataset or of one derivative)").absolute()
+    channels = channels or CHANNELS
     wanted = {"ses": session, "run": run, "acq": acq, "desc": desc, "space": space}
-    wanted = {entity: str(value) for entity, value in wanted.items() if value is not None}
-    found: dict[str, tuple[Path, dict[str, str]]] = {}
-    for path in _files(root, suffix):
-        entities = dict(_ENTITY.findall(path.name.split(f"_{suffix}.")[0]))
-        if any(entities.get(entity) != value for entity, value in wanted.items()):
-            continue
-        id = "_".join(f"{key}-{entities[key]}" for key in ("sub", "ses", "run") if key in entities)
-        if id in found:
-            raise ValueError(_ambiguous(id, found[id][0], path, found[id][1], entities))
-        found[id] = (path, entities)
-    result: list[Record] = [
-        {"id": id, "subject": f"sub-{entities['sub']}", "images": {channel: str(path.absolute())}}
-        for id, (path, entities) in sorted(found.items())
-    ]
-    chosen = "".join(f" with {entity}-{value}" for entity, value in wanted.items())
-    check_records(result, source=f"sub-*/[ses-*/]anat/*_{suffix}.nii[.gz]{chosen} below {root}")
+    chosen = {entity: str(value) for entity, value in wanted.items() if value is not None}
+    keys = ("sub", "ses", "run") if len(channels) == 1 else ("sub", "ses")
+    found = {channel: _find(root, suffix, chosen, keys) for channel, suffix in channels.items()}
+    scans = sorted({scan for files in found.values() for scan in files})
+    labels, labels_root = {}, root
+    if label is not None:
+        labels_root = existing_folder(label_root or root, "the label maps").absolute()
+        labels = _find(labels_root, label, chosen, keys, optional=("run", "desc"))
+    sites = _sites(root)
+    result: list[Record] = []
+    for scan in scans:
+        paths = {channel: files.get(scan) for channel, files in found.items()}
+        subject = scan.split("_")[0]
+        record: Record = {
+            "id": scan,
+            "subject": subject,
+            "images": {channel: str(path) if path else None for channel, path in paths.items()},
+        }
+        if sites.get(subject):
+            record["site"] = sites[subject]
+        if label is not None:
+            image = next(path for path in paths.values() if path)
+            expected = labels_root / image.relative_to(root).with_name(f"{_stem(image)}_{label}.nii.gz")
+            record["label"] = str(labels.get(scan, expected))
+        result.append(record)
+    check_records(result, source=_source(root, channels, chosen))
     return result
+
+
+def _find(
+    root: Path, suffix: str, chosen: Mapping[str, str], keys: tuple[str, ...], optional: tuple[str, ...] = ("run",)
+) -> dict[str, Path]:
+    """Scan -> the file of this suffix whose entities have the chosen values.
+
+    Args:
+        root: of the tree.
+        suffix: what the file names end in.
+        chosen: entity -> value.
+        keys: entities that make the scan's id.
+        optional: entities that a file may lack though a value is chosen.
+    """
+    found: dict[str, Path] = {}
+    for path in _files(root, suffix):
+        entities = _entities(path)
+        if any(entities.get(key, value if key in optional else None) != value for key, value in chosen.items()):
+            continue
+        scan = "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
+        if scan in found:
+            raise ValueError(_ambiguous(scan, found[scan], path))
+        found[scan] = path
+    return found
 
 
 def _files(root: Path, suffix: str) -> list[Path]:
@@ -75,7 +116,37 @@ def _files(root: Path, suffix: str) -> list[Path]:
     return sorted(path for pattern in patterns for path in root.glob(pattern))
 
 
-def _ambiguous(id: str, one: Path, other: Path, first: dict[str, str], second: dict[str, str]) -> str:
-    differ = [key for key in ("acq", "desc", "space") if first.get(key) != second.get(key)]
+def _entities(path: Path) -> dict[str, str]:
+    return dict(_ENTITY.findall(_stem(path)))
+
+
+def _stem(path: Path) -> str:
+    """A file's name without suffix and ending."""
+    return path.name.rpartition("_")[0]
+
+
+def _ambiguous(scan: str, one: Path, other: Path) -> str:
+    first, second = _entities(one), _entities(other)
+    differ = [key for key in ("run", "acq", "desc", "space") if first.get(key) != second.get(key)]
     remedy = f"choose one with {' or '.join(f'{key}=' for key in differ)}" if differ else "leave one of them out"
-    return f"{id}: both {one.name} and {other.name} fit; {remedy}"
+    return f"{scan}: both {one.name} and {other.name} fit; {remedy}"
+
+
+def _sites(root: Path) -> dict[str, str]:
+    """Subject -> site, of participants.tsv."""
+    path = root / "participants.tsv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    sites = {str(row.get("participant_id")): (row.get("site") or "").strip() for row in rows}
+    return {subject: site for subject, site in sites.items() if site not in ("", "n/a")}
+
+
+def _source(root: Path, channels: Mapping[str, str], chosen: Mapping[str, str]) -> str:
+    """What was looked for and where, for the message about an empty cohort."""
+    names = "|".join(channels.values())
+    entities = "".join(f" with {entity}-{value}" for entity, value in chosen.items())
+    pipelines = sorted(f"derivatives/{path.name}" for path in root.glob("derivatives/*/"))
+    hint = f" (to read a derivative, give its folder as root: {' or '.join(pipelines)})" if pipelines else ""
+    return f"sub-*/[ses-*/]anat/*_{names}.nii[.gz]{entities} below {root}{hint}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from asa.data.cohort import Record, check_records
+from asa.data.cohort import Record, check_records, existing_folder
 from asa.data.files import read_json
 
 COLUMNS = ("id", "subject", "site", "label")  # of a table; every other column is a channel
@@ -25,7 +25,9 @@ def records(
     """Records from globs, or from a table.
 
     With globs, the id is the text that the wildcards of the first channel's glob match, joined by "_" (a text
-    that repeats counts once); the other globs are matched to it by the same wildcard text.
+    that repeats counts once); the other globs are matched to it by the same wildcard text. A file that is not there, or
+    an empty cell, is None for a channel. A label map that a glob does not find is named where it has to be, an
+    empty cell makes a scan unlabelled.
 
     Args:
         root: folder that the globs start from; not used with an absolute `table`.
@@ -41,8 +43,8 @@ def records(
 
     Raises:
         FileNotFoundError: the root or the table is missing.
-        ValueError: nothing found, an image or label missing, wildcards that do not correspond, or a bad
-            table.
+        ValueError: nothing found, a scan without the first channel, a glob that fits no scan, wildcards that do not
+            correspond, or a bad table.
     """
     if table is not None:
         if label is not None:
@@ -50,74 +52,94 @@ def records(
         path = Path(root, table)
         found, source = _from_table(path, images), f"rows of {path}"
     else:
-        root = Path(root)
-        if not root.is_dir():
-            raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the images")
+        root = existing_folder(root, "the images")
         if not images:
             raise ValueError(
                 f"{root}: say what the images are called, like images={{t1: '*_T1.nii.gz'}}, or give table="
             )
         found, source = _from_globs(root, images, label), f"{next(iter(images.values()))!r} below {root}"
-    if subject is not None:
-        for record in found:
-            match = re.search(subject, record["id"])
-            if match is None or not match.groups() or not match.group(1):
-                raise ValueError(
-                    f"{record['id']}: subject={subject!r} finds no group 1 in this id; correct the expression"
-                )
-            record["subject"] = match.group(1)
+    name_subjects(found, subject)
     found.sort(key=lambda record: record["id"])
     check_records(found, source=source)
     return found
 
 
+def name_subjects(found: Iterable[Record], subject: str | None) -> None:
+    """Set each record's subject to group 1 of a regular expression searched in its id; None leaves it.
+
+    Raises:
+        ValueError: the expression finds no group 1.
+    """
+    if subject is None:
+        return
+    for record in found:
+        match = re.search(subject, record["id"])
+        if match is None or not match.groups() or not match.group(1):
+            raise ValueError(f"{record['id']}: subject={subject!r} finds no group 1 in this id; correct the expression")
+        record["subject"] = match.group(1)
+
+
+# ---------------------------------------------------------------------------------------------- globs
+
+
 def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> list[Record]:
-    globs = dict(images) | ({"label": label} if label is not None else {})
     if label is not None and "label" in images:
         raise ValueError(f"{root}: a channel cannot be called 'label'; rename it in images")
+    globs = dict(images) | ({"label": label} if label is not None else {})
     first = next(iter(globs))
-    matches = {name: _matches(root, glob) for name, glob in globs.items()}
+    matches = {name: find_files(root, glob) for name, glob in globs.items()}
     for name, glob in globs.items():
-        if len(_wildcards(glob)) != len(_wildcards(globs[first])):
-            raise ValueError(
-                f"{name}: glob {glob!r} needs as many wildcards as {globs[first]!r}, matching the same text"
-            )
-        missing = sorted(set(matches[first]) - set(matches[name]))
-        if missing:
-            hint = "give label=null to go unlabelled, or " if name == "label" else ""
-            raise ValueError(
-                f"{_id(missing[0])}: no {name} for this and {len(missing) - 1} other scans by {glob!r} "
-                f"below {root}; add the files, {hint}list the complete scans in a table"
-            )
+        _check_match(root, (name, glob, matches[name]), (first, globs[first], matches[first]))
     found: list[Record] = []
-    for texts, path in matches[first].items():
-        name = _id(texts)
-        record: Record = {
-            "id": name,
-            "subject": name,
-            "images": {key: str(matches[key][texts]) for key in images},
-        }
+    for texts in matches[first]:
+        name = join_texts(texts)
+        paths = {channel: str(path) if (path := matches[channel].get(texts)) else None for channel in images}
+        record: Record = {"id": name, "subject": name, "images": paths}
         if label is not None:
-            record["label"] = str(matches["label"][texts])
-        assert record["images"][first] == str(path)
+            record["label"] = str(matches["label"].get(texts) or (root / _fill(label, texts)).absolute())
         found.append(record)
     return found
 
 
-def _id(texts: tuple[str, ...]) -> str:
-    return "_".join(dict.fromkeys(texts)).replace("/", "_")
+Matched = tuple[str, str, Mapping[tuple[str, ...], Path]]  # name, glob, wildcard texts -> file
+
+
+def _check_match(root: Path, one: Matched, first: Matched) -> None:
+    """Refuse a glob that cannot belong to the first one."""
+    (name, glob, files), (first_name, first_glob, first_files) = one, first
+    if len(_WILDCARD.findall(glob)) != len(_WILDCARD.findall(first_glob)):
+        raise ValueError(f"{name}: glob {glob!r} needs as many wildcards as {first_glob!r}, matching the same text")
+    if first_files and not files.keys() & first_files.keys():
+        hint = "correct it, or give label=null to go unlabelled" if name == "label" else "correct it"
+        raise ValueError(f"{name}: glob {glob!r} fits none of the scans that {first_glob!r} finds below {root}; {hint}")
+    lone = sorted(files.keys() - first_files.keys())
+    if lone and name != "label":
+        raise ValueError(
+            f"{join_texts(lone[0])}: no {first_name} for this and {len(lone) - 1} other scans with {name} by "
+            f"{first_glob!r} below {root}; add the files, make a channel that no scan lacks the first, or give a table"
+        )
 
 
 _WILDCARD = re.compile(r"\*\*/|\*|\?|\[[^\]]+\]")
 
 
-def _wildcards(glob: str) -> list[str]:
-    return _WILDCARD.findall(glob)
+def has_wildcard(glob: str) -> bool:
+    """Whether a text is a glob rather than a path."""
+    return _WILDCARD.search(glob) is not None
 
 
-def _matches(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
-    """Wildcard texts -> file, for all files that a glob finds; names that start with a dot are left out."""
-    if not _wildcards(glob):
+def join_texts(texts: tuple[str, ...]) -> str:
+    """The id that wildcard texts make."""
+    return "_".join(dict.fromkeys(text for text in texts if text)).replace("/", "_")
+
+
+def find_files(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
+    """Wildcard texts -> absolute path, for all files that a glob finds; names that start with a dot are left out.
+
+    Raises:
+        ValueError: the glob has no wildcard.
+    """
+    if not has_wildcard(glob):
         raise ValueError(f"{root}: glob {glob!r} has no wildcard to tell scans apart; put a * where the names differ")
     expression, position = "", 0
     for wildcard in _WILDCARD.finditer(glob):
@@ -137,29 +159,49 @@ def _matches(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
     return files
 
 
+def _fill(glob: str, texts: tuple[str, ...]) -> str:
+    """A glob with its wildcards replaced by their texts."""
+    rest = iter(texts)
+
+    def text(wildcard: re.Match[str]) -> str:
+        found = next(rest)
+        return f"{found}/" if found and wildcard.group() == "**/" else found
+
+    return _WILDCARD.sub(text, glob)
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
 def _from_table(path: Path, images: Mapping[str, str] | None) -> list[Record]:
     rows = _rows(path)
+    names = list(dict.fromkeys(name for row in rows for name in row))  # rows in JSON may leave out what is empty
+    columns = images or {name: name for name in names if name not in COLUMNS}
+    unknown = [column for column in columns.values() if column not in names]
+    if rows and (unknown or not columns):
+        raise ValueError(
+            f"{path}: no column {unknown[0] if unknown else 't1'!r} with images (columns are {', '.join(names)}); "
+            "add it, or name the columns in images"
+        )
     found: list[Record] = []
     for number, row in enumerate(rows, start=1):
         if not row.get("id"):
             raise ValueError(f"{path}: row {number} has no id; every row needs one")
-        columns = images or {name: name for name in row if name not in COLUMNS}
-        empty = [column for column in columns.values() if not row.get(column)]
-        if empty or not columns:
-            raise ValueError(
-                f"{path}: row {row['id']} has no path in column {empty[0] if empty else 't1'!r}; fill it in"
-            )
         record: Record = {
             "id": row["id"],
             "subject": row.get("subject") or row["id"],
-            "images": {channel: str((path.parent / row[column]).absolute()) for channel, column in columns.items()},
+            "images": {channel: _path(path, row.get(column)) for channel, column in columns.items()},
         }
         if row.get("site"):
             record["site"] = row["site"]
-        if row.get("label"):
-            record["label"] = str((path.parent / row["label"]).absolute())
+        if labelled := _path(path, row.get("label")):
+            record["label"] = labelled
         found.append(record)
     return found
+
+
+def _path(table: Path, cell: str | None) -> str | None:
+    return str((table.parent / cell).absolute()) if cell else None
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from asa.data.cohort import Record, check_records
+from asa.data.cohort import Record, check_records, existing_folder, first_file
 
 LABELS = {1: "csf", 2: "gm", 3: "wm"}
 LABEL_FILES = {"fill": "segTRI_fill_ana", "plain": "segTRI_ana"}
@@ -24,31 +24,22 @@ def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: nothing found, or a label is missing.
+        ValueError: nothing found, or a folder without its image.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; give the folder that holds IBSR_01, IBSR_02, ...")
+    root = existing_folder(root, "IBSR_01, IBSR_02, ...")
     if label is not None and label not in LABEL_FILES:
         raise ValueError(f"label={label!r}: choose fill, plain, or null for no labels")
     result: list[Record] = []
-    for folder in sorted({*root.glob("IBSR_[0-9]*"), *root.glob("*/IBSR_[0-9]*")}):
-        image = _file(folder, "ana_strip")
-        if image is None:
-            continue
-        record: Record = {"id": folder.name, "subject": folder.name, "images": {"t1": str(image)}}
+    for folder in (*root.glob("IBSR_[0-9]*/"), *root.glob("*/IBSR_[0-9]*/")):
+        record: Record = {"id": folder.name, "subject": folder.name, "images": {"t1": _file(folder, "ana_strip")}}
         if label is not None:
-            labelled = _file(folder, LABEL_FILES[label])
-            if labelled is None:
-                raise ValueError(
-                    f"{folder}: no {folder.name}_{LABEL_FILES[label]}.nii.gz or .img; add it, or set label=null"
-                )
-            record["label"] = str(labelled)
+            expected = folder.absolute() / f"{folder.name}_{LABEL_FILES[label]}.nii.gz"
+            record["label"] = _file(folder, LABEL_FILES[label]) or str(expected)
         result.append(record)
+    result.sort(key=lambda record: record["id"])
     check_records(result, source=f"IBSR_NN/IBSR_NN_ana_strip.nii.gz or .img below {root}")
     return result
 
 
-def _file(folder: Path, what: str) -> Path | None:
-    candidates = (folder / f"{folder.name}_{what}{ending}" for ending in ENDINGS)
-    return next((path.absolute() for path in candidates if path.is_file()), None)
+def _file(folder: Path, what: str) -> str | None:
+    return first_file(*(folder / f"{folder.name}_{what}{ending}" for ending in ENDINGS))

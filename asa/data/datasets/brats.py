@@ -1,0 +1,79 @@
+"""BraTS: T1, T1 with gadolinium, T2, FLAIR and tumour labels, with the names of 2021 and those since 2023.
+
+The years differ in names and in label values: the enhancing tumour was 4 and is 3. The other challenges of 2023 (MEN,
+MET, PED, SSA) are laid out like GLI. Later ones that add a label value need a row of their own in these tables.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from asa.data.cohort import Record, check_records, existing_folder, first_file
+
+LABELS = {
+    2021: {1: "necrosis", 2: "oedema", 4: "enhancing"},
+    2023: {1: "necrosis", 2: "oedema", 3: "enhancing"},
+}
+REGIONS = {
+    2021: {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]},
+    2023: {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]},
+}
+CONFIGS = {2021: "brats", 2023: "brats23"}  # data=
+# Endings of the channels, in stored order, and of the label map.
+CHANNELS = {
+    2021: {"t1": "_t1", "t1ce": "_t1ce", "t2": "_t2", "flair": "_flair"},
+    2023: {"t1": "-t1n", "t1ce": "-t1c", "t2": "-t2w", "flair": "-t2f"},
+}
+LABEL_FILES = {2021: "_seg", 2023: "-seg"}
+# Group 1 is the subject; since 2023 the last number counts the time points of one.
+_NAMES = {2021: re.compile(r"(BraTS2021_\d+)"), 2023: re.compile(r"(BraTS-[A-Za-z0-9]+-\d+)-\d+")}
+
+
+def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[Record]:
+    """Records of the folders NAME with `NAME_t1.nii.gz`, ... (2021) or `NAME-t1n.nii.gz`, ... (since 2023).
+
+    Args:
+        root: folder of the scans' folders, or one above it.
+        year: 2021, or 2023 for the names and label values since then. Verified against the names of the folders.
+        label: False for scans without label maps.
+
+    Returns:
+        Records sorted by id, channels t1, t1ce, t2, flair. Since 2023 the time points of a person are scans of one
+        subject.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: nothing found, names of another year than `year` or of both, or a folder without any image.
+    """
+    root = existing_folder(root, "BraTS2021_00000, ... or BraTS-GLI-00000-000, ...")
+    if year not in _NAMES:
+        raise ValueError(f"year={year}: choose 2021, or 2023 for the names since then")
+    result: list[Record] = []
+    for folder in (*root.glob("BraTS*/"), *root.glob("*/BraTS*/")):
+        for known, pattern in _NAMES.items():
+            match = pattern.fullmatch(folder.name)
+            if match and known != year:
+                raise ValueError(
+                    f"{folder}: has a name of {known}, whose label values are not those of {year}; use "
+                    f"data={CONFIGS[known]}, and keep the years in folders of their own"
+                )
+            if match:
+                result.append(_record(folder, match.group(1), year, label))
+    result.sort(key=lambda record: record["id"])
+    example = "BraTS2021_00000" if year == 2021 else "BraTS-GLI-00000-000"
+    check_records(result, source=f"{example}/{example}{CHANNELS[year]['t1']}.nii.gz, ... below {root}")
+    return result
+
+
+def _record(folder: Path, subject: str, year: int, label: bool) -> Record:
+    stem = folder.absolute() / folder.name
+    images = {channel: _file(stem, ending) for channel, ending in CHANNELS[year].items()}
+    record: Record = {"id": folder.name, "subject": subject, "images": images}
+    if label:
+        record["label"] = _file(stem, LABEL_FILES[year]) or f"{stem}{LABEL_FILES[year]}.nii.gz"
+    return record
+
+
+def _file(stem: Path, ending: str) -> str | None:
+    return first_file(Path(f"{stem}{ending}.nii.gz"), Path(f"{stem}{ending}.nii"))

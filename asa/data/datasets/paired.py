@@ -1,0 +1,59 @@
+"""Pairs for restoration: degraded and clean images with the same names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from asa.data.cohort import Record, check_records, existing_folder
+from asa.data.datasets.folder import find_files, has_wildcard, join_texts, name_subjects
+
+ENDINGS = (".nii.gz", ".nii")
+
+
+def records(root: str | Path, *, input: str, target: str, subject: str | None = None) -> list[Record]:
+    """Records with the channels input (degraded) and target (clean).
+
+    Args:
+        root: folder that `input` and `target` start from.
+        input, target: two folders of NIfTI files with the same names, whose name is the id; or two globs, whose
+            wildcards match the same text, like `"*_low.nii.gz"` and `"*_full.nii.gz"`.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: each pair is one
+            subject.
+
+    Returns:
+        Records sorted by id; an image without its partner has None for it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: nothing found, or no image that has a partner.
+    """
+    root = existing_folder(root, "the degraded and the clean images")
+    found = {"input": _images(root, input), "target": _images(root, target)}
+    names = sorted(found["input"].keys() | found["target"].keys())
+    if names and not found["input"].keys() & found["target"].keys():
+        raise ValueError(
+            f"{root}: no image of {input!r} has the name of one of {target!r}; rename them, or give globs like "
+            "input='*_low.nii.gz' target='*_full.nii.gz'"
+        )
+    result: list[Record] = [
+        {"id": name, "subject": name, "images": {channel: files.get(name) for channel, files in found.items()}}
+        for name in names
+    ]
+    name_subjects(result, subject)
+    check_records(result, source=f"{input!r} and {target!r} below {root}")
+    return result
+
+
+def _images(root: Path, where: str) -> dict[str, str]:
+    """Id -> path, of a folder or a glob."""
+    if has_wildcard(where):
+        named = [(join_texts(texts), path) for texts, path in find_files(root, where).items()]
+    else:
+        folder = existing_folder(root / where, "images, or a glob with a *")
+        named = [(path.name.removesuffix(ending), path) for ending in ENDINGS for path in folder.glob(f"[!.]*{ending}")]
+    files: dict[str, str] = {}
+    for name, path in named:
+        if name in files:
+            raise ValueError(f"{name}: both {files[name]} and {path} have this name; leave one of them out")
+        files[name] = str(path.absolute())
+    return files

@@ -1,0 +1,72 @@
+"""The phantom cohort where a data set is expected: made where it is missing, read by the reader of its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from asa.data.cohort import Record
+from asa.data.datasets import bids, brats, ibsr, wmh
+from asa.data.files import read_json
+from asa.data.phantom import make_cohort
+
+VOLUMES = {"t1": 1, "ibsr": 2, "wmh": 3, "brats": 5}  # of one person, label map included
+
+
+def records(
+    root: str | Path,
+    *,
+    kind: str,
+    subjects: int = 10,
+    seed: int = 0,
+    resolution: float = 1.0,
+    rim: bool = False,
+    asymmetry: float = 0.25,
+    names: int = 2021,
+) -> list[Record]:
+    """Records of a phantom cohort in `root`, which is made first unless it is there already.
+
+    Args:
+        root: folder of the cohort; made where it is missing.
+        kind: "t1", "ibsr", "wmh" or "brats": the layout, and so the reader.
+        subjects, seed, resolution, rim, asymmetry, names: as for `asa.data.phantom.make_cohort`.
+
+    Returns:
+        Records as the reader of that layout returns them.
+
+    Raises:
+        ImportError: it has to be made, and nilearn, which carries the template, is not installed.
+        ValueError: an option outside its range, or the folder holds another phantom cohort or more people.
+    """
+    root = Path(root)
+    options: dict[str, Any] = {
+        "resolution": float(resolution),
+        "rim": rim,
+        "asymmetry": float(asymmetry),
+        "names": names,
+    }
+    if not _is_made(root, kind, subjects, {"seed": seed, **options}):
+        make_cohort(kind, subjects, seed, root, **options)
+    readers: dict[str, Callable[[Path], list[Record]]] = {
+        "t1": bids.records,
+        "ibsr": ibsr.records,
+        "wmh": wmh.records,
+        "brats": partial(brats.records, year=names),
+    }
+    found = readers[kind](root)
+    if len(found) != subjects:
+        raise ValueError(
+            f"{root}: holds {len(found)} people, not subjects={subjects}; give subjects={len(found)}, or another root"
+        )
+    return found
+
+
+def _is_made(root: Path, kind: str, subjects: int, options: dict[str, Any]) -> bool:
+    """Whether the folder holds all volumes of such a cohort."""
+    if not (root / "phantom.json").is_file():
+        return False
+    about = read_json(root / "phantom.json")
+    same = all(about.get(name) == value for name, value in {"kind": kind, **options}.items())
+    return same and len(list(root.rglob("*.nii.gz"))) >= subjects * VOLUMES[kind]

@@ -1,0 +1,55 @@
+"""WMH Segmentation Challenge: T1, FLAIR and white-matter hyperintensities of several scanners (https://wmh.isi.uu.nl)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from asa.data.cohort import Record, check_records, existing_folder, first_file
+
+LABELS = {1: "wmh"}
+IGNORED = [2]  # other pathology: it counts neither in the loss nor in a score
+CHANNELS = {"t1": "T1", "flair": "FLAIR"}
+RELEASES = ("training", "test", "public")  # folders of the release, above those of the sites
+
+
+def records(root: str | Path, *, label: bool = True) -> list[Record]:
+    """Records of `[training/|test/]SITE/SUBJECT/pre/T1.nii.gz`, `pre/FLAIR.nii.gz` and `wmh.nii.gz`.
+
+    A site is a folder, or two: Amsterdam/GE3T is the site Amsterdam_GE3T. The id and the subject are SITE_SUBJECT, as
+    numbers repeat. Signs that do not go into a file name become "_".
+
+    Args:
+        root: folder of the sites, or of `training` and `test`.
+        label: False for scans without `wmh.nii.gz`.
+
+    Returns:
+        Records sorted by id, channels t1 and flair, each with its site.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: nothing found, a scan twice, or a root too far above.
+    """
+    root = existing_folder(root, "the sites, Utrecht, Singapore, ...")
+    patterns = [f"{above}/pre/{file}.nii.gz" for above in ("*/*", "*/*/*", "*/*/*/*") for file in CHANNELS.values()]
+    folders = {path.parent.parent for pattern in patterns for path in root.glob(pattern)}
+    result: list[Record] = []
+    for folder in folders:
+        *above, number = folder.relative_to(root).parts
+        places = above[1:] if above[0] in RELEASES and len(above) > 1 else above
+        if len(places) > 2:
+            raise ValueError(f"{folder}: lies too deep; give as root the folder that holds Utrecht, Singapore, ...")
+        site = "_".join(_clean(place) for place in places)
+        name = f"{site}_{_clean(number)}"
+        images = {channel: first_file(folder / "pre" / f"{file}.nii.gz") for channel, file in CHANNELS.items()}
+        record: Record = {"id": name, "subject": name, "site": site, "images": images}
+        if label:
+            record["label"] = str(folder.absolute() / "wmh.nii.gz")
+        result.append(record)
+    result.sort(key=lambda record: record["id"])
+    check_records(result, source=f"[training/|test/]SITE/SUBJECT/pre/T1.nii.gz below {root}")
+    return result
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9-]+", "_", name).strip("_")

@@ -1,0 +1,233 @@
+"""Splits of a cohort into train, validation and test, which keep a subject in one part."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from asa.data.files import read_json, write_json
+
+PARTS = ("train", "validation", "test")
+
+AnyRecord = TypeVar("AnyRecord", bound=Mapping[str, Any])
+
+
+def make_split(
+    records: Iterable[Mapping[str, Any]],
+    *,
+    validation: int | float = 0,
+    test: int | float = 0,
+    ratio: Sequence[float] | None = None,
+    folds: int | None = None,
+    fold: int | None = None,
+    site: str | None = None,
+    seed: int = 0,
+) -> dict[str, list[str]]:
+    """Split subjects, not scans, in one of four ways: by size, by ratio, into folds, or by site.
+
+    All follow from the order that a hash of (seed, subject) gives: it does not depend on the order of the records,
+    a subject that joins the cohort later does not shuffle the others, and the first n of the train list are nested
+    subsets for experiments with few labels.
+
+    Args:
+        records: records of a cohort or of a store.
+        validation, test: an int counts subjects, a float in [0, 1) is a share of them (at least one subject if
+            above 0). `ratio` replaces both; `folds` and `site` replace `test`, and a share for validation is then one
+            of the subjects that are not tested.
+        ratio: weights of train, validation and test, like (7, 1, 2); the sizes add up by largest remainders.
+        folds, fold: test on fold 0, 1, ... of so many, which are disjoint, cover the cohort, and differ in size by
+            one subject at most.
+        site: test on the subjects of this site, and on no other.
+        seed: another seed, another split.
+
+    Returns:
+        Lists of subjects under "train", "validation" and "test".
+
+    Raises:
+        ValueError: options that contradict each other, or that this cohort cannot fulfil.
+    """
+    chosen = [name for name, value in (("ratio", ratio), ("folds", folds), ("site", site)) if value is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"split: {' and '.join(chosen)} contradict each other; give one of them")
+    if (folds is None) != (fold is None):
+        raise ValueError(
+            f"split: folds={folds} and fold={fold} go together, as in folds=5 fold=0; give both or neither"
+        )
+    records = list(records)
+    order = _order(records, seed)
+    if ratio is not None:
+        _, validation, test = _shares(ratio, len(order))
+        return _parts(order, validation, order[:test])
+    if folds is not None and fold is not None:
+        return _parts(order, validation, _fold(order, folds, fold))
+    if site is not None:
+        return _parts(order, validation, _from_site(records, order, str(site)))
+    count = _count(validation, len(order), "validation")  # a share of all subjects
+    return _parts(order, count, order[: _count(test, len(order), "test")])
+
+
+def _order(records: Iterable[Mapping[str, Any]], seed: int) -> list[str]:
+    subjects = {str(record["subject"]) for record in records}
+    return sorted(subjects, key=lambda subject: (hashlib.sha256(f"{seed}/{subject}".encode()).digest(), subject))
+
+
+def _parts(order: Sequence[str], validation: int | float, tested: Iterable[str]) -> dict[str, list[str]]:
+    """Test on some subjects, validate on the first of the others, train on the rest."""
+    held_out = set(tested)
+    rest = [subject for subject in order if subject not in held_out]
+    count = _count(validation, len(rest), "validation")
+    if count >= len(rest):
+        raise ValueError(
+            f"split: {len(order)} subjects cannot give {count} for validation and {len(held_out)} for test "
+            "and leave one for training; ask for fewer"
+        )
+    return {
+        "train": rest[count:],
+        "validation": rest[:count],
+        "test": [subject for subject in order if subject in held_out],
+    }
+
+
+def _count(size: int | float, total: int, part: str) -> int:
+    if isinstance(size, int) and size >= 0:
+        return size
+    if not isinstance(size, float) or not 0 <= size < 1:
+        raise ValueError(f"split: {part}={size} must be a count of subjects (an int) or a fraction from 0 to below 1")
+    return max(1, round(size * total)) if size > 0 else 0
+
+
+def _shares(ratio: Sequence[float], total: int) -> list[int]:
+    """Sizes in proportion to the weights: the whole parts, and what is left to the largest remainders."""
+    weights = list(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else []
+    numbers = [weight for weight in weights if isinstance(weight, (int, float)) and math.isfinite(weight)]
+    if len(weights) != 3 or len(numbers) != 3 or min(numbers) < 0 or numbers[0] == 0:
+        raise ValueError(f"split: ratio={ratio} must be three weights, train above 0, like [7, 1, 2]")
+    exact = [total * weight / sum(weights) for weight in weights]
+    sizes = [math.floor(size) for size in exact]
+    remainders = sorted(range(3), key=lambda part: sizes[part] - exact[part])  # stable: ties go to the earlier part
+    for part in remainders[: total - sum(sizes)]:
+        sizes[part] += 1
+    for name, weight, size in zip(PARTS, weights, sizes, strict=True):
+        if weight > 0 and size == 0:
+            raise ValueError(f"split: ratio={ratio} leaves {name} none of {total} subjects; give sizes instead")
+    return sizes
+
+
+def _fold(order: Sequence[str], folds: int, fold: int) -> Sequence[str]:
+    if not isinstance(folds, int) or not 2 <= folds <= len(order):
+        raise ValueError(f"split: folds={folds} must be from 2 to the number of subjects, {len(order)}")
+    if not isinstance(fold, int) or not 0 <= fold < folds:
+        raise ValueError(f"split: fold={fold} must be from 0 to {folds - 1}: folds={folds} are counted from 0")
+    return order[fold::folds]
+
+
+def _from_site(records: Iterable[Mapping[str, Any]], order: Sequence[str], site: str) -> list[str]:
+    homes: dict[str, str] = {}
+    for record in records:
+        subject, here = str(record["subject"]), str(record.get("site") or "")
+        if not here:
+            raise ValueError(
+                f"split: site={site} needs the site of every scan, and {record['id']} has none; split in another way, "
+                "or prepare the cohort with sites (data=wmh, participants.tsv, a table's column site)"
+            )
+        if homes.setdefault(subject, here) != here:
+            raise ValueError(
+                f"split: subject {subject} was scanned at {homes[subject]} and at {here}, so no site can be left out "
+                "without it; split in another way, or leave out its scans of one site"
+            )
+    if site not in homes.values():
+        raise ValueError(f"split: no site {site}; the sites are {', '.join(sorted(set(homes.values())))}")
+    return [subject for subject in order if homes[subject] == site]
+
+
+def keep_labelled(split: Mapping[str, Sequence[str]], labelled: int | float) -> dict[str, list[str]]:
+    """Train on the first subjects of the training part only; more labels keep those of fewer.
+
+    Args:
+        split: of subjects.
+        labelled: an int counts subjects, a float in (0, 1] is a share of the training part (at least one).
+
+    Returns:
+        The split with a shorter training part.
+
+    Raises:
+        ValueError: no subject, or more than the training part has.
+    """
+    total = len(split["train"])
+    if isinstance(labelled, float) and 0 < labelled <= 1:
+        count = max(1, round(labelled * total))
+    elif isinstance(labelled, int) and 1 <= labelled <= total:
+        count = labelled
+    else:
+        raise ValueError(
+            f"data.labelled={labelled}, but the split has {total} training subjects: give a count from 1 to {total}, "
+            "or a share above 0 and up to 1.0"
+        )
+    return {name: list(subjects)[: count if name == "train" else None] for name, subjects in split.items()}
+
+
+# ---------------------------------------------------------------------------------------------- files and records
+
+
+def write_split(path: str | Path, split: Mapping[str, Sequence[str]]) -> None:
+    """Write a split as JSON, beside the run that used it.
+
+    Raises:
+        ValueError: a subject is in two parts, or a part has another name than train, validation, test.
+    """
+    write_json(path, _checked_split(split, Path(path)))
+
+
+def read_split(path: str | Path) -> dict[str, list[str]]:
+    """Read a split of subjects.
+
+    Returns:
+        Lists of subjects under "train", "validation" and "test"; a part that the file leaves out is empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not JSON, not a split, or a subject in two parts.
+    """
+    return _checked_split(read_json(path), Path(path))
+
+
+def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:
+    if not isinstance(split, Mapping) or not all(isinstance(part, (list, tuple)) for part in split.values()):
+        raise ValueError(f"{path}: a split is JSON with lists of subjects under train, validation and test")
+    unknown = [name for name in split if name not in PARTS]
+    if unknown:
+        raise ValueError(f"{path}: unknown part {unknown[0]!r}; a split has train, validation and test")
+    home: dict[str, str] = {}
+    for name in PARTS:
+        for subject in split.get(name, ()):
+            if subject in home:
+                where = f"in {home[subject]} and in {name}" if home[subject] != name else f"twice in {name}"
+                raise ValueError(f"{path}: subject {subject} is {where}; leave it in one place")
+            home[subject] = name
+    return {name: [str(subject) for subject in split.get(name, ())] for name in PARTS}
+
+
+def select(records: Iterable[AnyRecord], subjects: Iterable[str]) -> list[AnyRecord]:
+    """Records of the given subjects, in the order of the subjects.
+
+    Args:
+        records: records of a cohort or of a store.
+        subjects: as in one part of a split.
+
+    Raises:
+        ValueError: a subject has no record.
+    """
+    scans: dict[str, list[AnyRecord]] = {}
+    for record in records:
+        scans.setdefault(str(record["subject"]), []).append(record)
+    subjects = list(subjects)
+    missing = [subject for subject in subjects if subject not in scans]
+    if missing:
+        raise ValueError(
+            f"split: {len(missing)} of its subjects are not in the cohort ({', '.join(map(str, missing[:3]))}"
+            f"{', ...' if len(missing) > 3 else ''}); prepare them or correct the split"
+        )
+    return [record for subject in subjects for record in scans[subject]]

@@ -1,0 +1,498 @@
+"""Readers find scans where they lie, and say what a scan lacks."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from asa.config import CONFIG_DIR, build, compose
+from asa.data.datasets import bids, brats, folder, ibsr, paired, phantom, wmh
+
+
+def plant(root: Path, *names: str) -> Path:
+    """Empty files: readers only look at names."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+# ---------------------------------------------------------------------------------------------- folder
+
+
+def test_the_wildcard_is_the_id_and_pairs_channels_and_label(tmp_path):
+    plant(tmp_path, "b_T1.nii.gz", "a_T1.nii.gz", "a_FLAIR.nii.gz", "b_FLAIR.nii.gz", "seg/a.nii.gz", "seg/b.nii.gz")
+    plant(tmp_path, "._a_T1.nii.gz", "b_T1.json", "seg/c.nii.gz")
+    images = {"t1": "*_T1.nii.gz", "flair": "*_FLAIR.nii.gz"}
+    found = folder.records(tmp_path, images=images, label="seg/*.nii.gz")
+    assert found[0] == {
+        "id": "a",
+        "subject": "a",
+        "images": {"t1": str(tmp_path / "a_T1.nii.gz"), "flair": str(tmp_path / "a_FLAIR.nii.gz")},
+        "label": str(tmp_path / "seg/a.nii.gz"),
+    }
+    assert [record["id"] for record in found] == ["a", "b"]
+
+
+def test_wildcards_join_and_a_repeated_text_counts_once(tmp_path):
+    plant(tmp_path, "p1/v1/p1_T1.nii", "p1/v2/p1_T1.nii", "p2/v1/p2_T1.nii")
+    found = folder.records(tmp_path, images={"t1": "*/*/*_T1.nii"}, subject=r"^(p\d+)")
+    assert [(record["id"], record["subject"]) for record in found] == [
+        ("p1_v1", "p1"),
+        ("p1_v2", "p1"),
+        ("p2_v1", "p2"),
+    ]
+
+
+def test_two_stars_reach_through_folders_of_any_depth(tmp_path):
+    plant(tmp_path, "Utrecht/1/pre/T1.nii.gz", "Amsterdam/GE3T/3/pre/T1.nii.gz")
+    plant(tmp_path, "Utrecht/1/wmh.nii.gz", "Amsterdam/GE3T/3/wmh.nii.gz")
+    found = folder.records(tmp_path, images={"t1": "**/pre/T1.nii.gz"}, label="**/wmh.nii.gz")
+    assert [record["id"] for record in found] == ["Amsterdam_GE3T_3", "Utrecht_1"]
+    assert found[1]["label"].endswith("Utrecht/1/wmh.nii.gz")
+
+
+def test_a_glob_that_misses_a_file_gives_none_and_the_place_of_the_label(tmp_path):
+    plant(tmp_path, "1/a_T1.nii", "1/a_T2.nii", "1/a_seg.nii", "1/b_T1.nii", "c_T1.nii")
+    found = folder.records(tmp_path, images={"t1": "**/*_T1.nii", "t2": "**/*_T2.nii"}, label="**/*_seg.nii")
+    assert [record["images"]["t2"] for record in found] == [str(tmp_path / "1/a_T2.nii"), None, None]
+    assert [record["label"] for record in found] == [
+        str(tmp_path / name) for name in ("1/a_seg.nii", "1/b_seg.nii", "c_seg.nii")
+    ]
+
+
+def test_a_scan_without_the_first_channel_is_refused_because_it_has_no_id(tmp_path):
+    plant(tmp_path, "a_T1.nii", "a_T2.nii", "b_T2.nii")
+    with pytest.raises(ValueError, match=r"^b: no t1 for this and 0 other scans with t2 by '\*_T1.nii'"):
+        folder.records(tmp_path, images={"t1": "*_T1.nii", "t2": "*_T2.nii"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"images": {"t1": "*_T2.nii"}}, "no scans found: '\\*_T2.nii' below"),
+        ({"images": {"t1": "a_T1.nii"}}, "no wildcard"),
+        ({"images": {"t1": "*_T1.nii"}, "label": "*/*.nii"}, "as many wildcards"),
+        ({"images": {"t1": "*_T1.nii"}, "label": "*_sge.nii"}, "label: .* fits none of the scans .* label=null"),
+        ({"images": {"t1": "*_T1.nii", "t2": "*_T3.nii"}}, "t2: glob .* fits none of the scans"),
+        ({"images": {"t1": "*_T1.nii"}, "subject": "x(.)"}, "finds no group 1"),
+        ({"images": {"t1": "*.nii", "label": "*.nii"}, "label": "*.nii"}, "cannot be called 'label'"),
+        ({}, "say what the images are called"),
+        ({"table": "cohort.csv", "label": "*.nii"}, "leave out label"),
+    ],
+)
+def test_globs_that_cannot_work_are_refused_with_a_way_out(tmp_path, settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        folder.records(plant(tmp_path, "a_T1.nii"), **settings)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    readers = (
+        lambda root: folder.records(root, images={"t1": "*"}),
+        lambda root: paired.records(root, input="a", target="b"),
+        *(module.records for module in (bids, brats, ibsr, wmh)),
+    )
+    for reader in readers:
+        with pytest.raises(FileNotFoundError, match="absent: no such folder"):
+            reader(tmp_path / "absent")
+
+
+def test_csv_and_json_tables_say_the_same(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "\ufeffid,subject,site,label,t1,flair\nx2,x,Rome,,img/2.nii,img/2f.nii\nx1,x,,seg/1.nii,img/1.nii,/far/1f.nii\n"
+    )
+    rows = [
+        {"id": "x2", "subject": "x", "site": "Rome", "label": None, "t1": "img/2.nii", "flair": "img/2f.nii"},
+        {"id": "x1", "subject": "x", "label": "seg/1.nii", "t1": "img/1.nii", "flair": "/far/1f.nii"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = folder.records(tmp_path, table="a.csv")
+    assert found == folder.records("/elsewhere", table=tmp_path / "a.json")
+    assert found == [
+        {
+            "id": "x1",
+            "subject": "x",
+            "images": {"t1": str(tmp_path / "img/1.nii"), "flair": "/far/1f.nii"},
+            "label": str(tmp_path / "seg/1.nii"),
+        },
+        {
+            "id": "x2",
+            "subject": "x",
+            "images": {"t1": str(tmp_path / "img/2.nii"), "flair": str(tmp_path / "img/2f.nii")},
+            "site": "Rome",
+        },
+    ]
+
+
+def test_a_table_with_other_columns_takes_its_channels_from_images(tmp_path):
+    (tmp_path / "a.csv").write_text("id,age,path\nx,61,x.nii\n")
+    (found,) = folder.records(tmp_path, table="a.csv", images={"t1": "path"})
+    assert found["subject"] == "x" and found["images"] == {"t1": str(tmp_path / "x.nii")}
+
+
+def test_an_empty_cell_is_a_missing_image_or_an_unlabelled_scan(tmp_path):
+    (tmp_path / "a.csv").write_text("id,label,t1,flair\nx,,,xf.nii\ny,ys.nii,y.nii,\n")
+    (tmp_path / "a.json").write_text(
+        '[{"id": "x", "flair": "xf.nii"}, {"id": "y", "label": "ys.nii", "t1": "y.nii", "flair": null}]'
+    )
+    x, y = folder.records(tmp_path, table="a.csv")
+    assert x["images"] == {"t1": None, "flair": str(tmp_path / "xf.nii")} and "label" not in x
+    assert y["images"] == {"t1": str(tmp_path / "y.nii"), "flair": None} and y["label"] == str(tmp_path / "ys.nii")
+    again = folder.records(tmp_path, table="a.json", images={"t1": "t1", "flair": "flair"})
+    assert again == [x, y]
+    with pytest.raises(ValueError, match=r"no column 't2' with images \(columns are id, label, t1, flair\)"):
+        folder.records(tmp_path, table="a.csv", images={"t1": "t1", "t2": "t2"})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name,t1\nx,x.nii\n", "no column 'id'"),
+        ("id,t1\n,x.nii\n", "row 1 has no id"),
+        ("id,t1\nx,\n", "x: no image of t1"),
+        ("id,site\nx,\n", "no column 't1' with images"),
+    ],
+)
+def test_a_bad_table_is_refused(tmp_path, text, reason):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        folder.records(tmp_path, table="a.csv")
+
+
+# ---------------------------------------------------------------------------------------------- bids
+
+
+def test_bids_finds_sessions_and_runs_and_keeps_the_person_apart(tmp_path):
+    plant(
+        tmp_path,
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-01/anat/sub-01_T1w.json",
+        "sub-01/anat/sub-01_T2w.nii.gz",
+        "sub-02/ses-1/anat/sub-02_ses-1_run-1_T1w.nii",
+        "sub-02/ses-2/anat/sub-02_ses-2_T1w.nii.gz",
+        "sub-02/ses-2/func/sub-02_ses-2_task-rest_bold.nii.gz",
+        "derivatives/tool/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz",
+    )
+    found = bids.records(tmp_path)
+    assert [(record["id"], record["subject"]) for record in found] == [
+        ("sub-01", "sub-01"),
+        ("sub-02_ses-1_run-1", "sub-02"),
+        ("sub-02_ses-2", "sub-02"),
+    ]
+    assert found[0]["images"] == {"t1": str(tmp_path / "sub-01/anat/sub-01_T1w.nii.gz")}
+    assert [record["id"] for record in bids.records(tmp_path, channels={"t2": "T2w"})] == ["sub-01"]
+    assert [record["id"] for record in bids.records(tmp_path, session="2")] == ["sub-02_ses-2"]
+
+
+def test_bids_asks_for_the_entity_that_tells_two_files_apart(tmp_path):
+    anat = "sub-01/anat/sub-01"
+    plant(tmp_path, f"{anat}_desc-preproc_T1w.nii.gz", f"{anat}_space-MNI_desc-preproc_T1w.nii.gz")
+    with pytest.raises(ValueError, match=r"sub-01: both .* fit; choose one with space="):
+        bids.records(tmp_path)
+    (found,) = bids.records(tmp_path, space="MNI", desc="preproc")
+    assert "space-MNI" in found["images"]["t1"]
+
+
+def test_clinica_t1_linear_is_read(tmp_path):
+    name = "sub-A/ses-M00/t1_linear/sub-A_ses-M00_space-MNI152NLin2009cSym_desc-Crop_res-1x1x1_T1w.nii.gz"
+    (found,) = bids.records(plant(tmp_path, f"subjects/{name}"))
+    assert found["id"] == "sub-A_ses-M00" and found["images"]["t1"].endswith(name)
+
+
+def test_an_empty_bids_tree_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"no scans found: sub-\*/\[ses-\*/\]anat/\*_T1w.nii\[.gz\] with desc-x below"):
+        bids.records(tmp_path, desc="x")
+
+
+def test_bids_channels_of_a_session_make_one_scan_and_a_missing_one_is_none(tmp_path):
+    plant(tmp_path, *(f"sub-01/ses-{k}/anat/sub-01_ses-{k}_T1w.nii.gz" for k in (1, 2)))
+    plant(tmp_path, "sub-01/ses-1/anat/sub-01_ses-1_run-1_FLAIR.nii.gz", "sub-02/anat/sub-02_FLAIR.nii")
+    found = bids.records(tmp_path, channels={"t1": "T1w", "flair": "FLAIR"})
+    assert [(record["id"], record["subject"]) for record in found] == [
+        ("sub-01_ses-1", "sub-01"),
+        ("sub-01_ses-2", "sub-01"),
+        ("sub-02", "sub-02"),
+    ]
+    assert [[bool(path) for path in record["images"].values()] for record in found] == [[1, 1], [1, 0], [0, 1]]
+    assert all(list(record["images"]) == ["t1", "flair"] for record in found)
+
+
+def test_bids_asks_for_the_run_and_a_file_without_one_is_the_only_run(tmp_path):
+    plant(tmp_path, *(f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("run-1_T1w", "run-2_T1w", "FLAIR")))
+    channels = {"t1": "T1w", "flair": "FLAIR"}
+    with pytest.raises(ValueError, match=r"sub-01: both .* fit; choose one with run="):
+        bids.records(tmp_path, channels=channels)
+    (found,) = bids.records(tmp_path, channels=channels, run="2")
+    assert [Path(path).name for path in found["images"].values()] == ["sub-01_run-2_T1w.nii.gz", "sub-01_FLAIR.nii.gz"]
+
+
+@pytest.mark.parametrize("tree", ["", "derivatives/manual/"])
+def test_bids_label_maps_lie_in_the_tree_or_in_another_and_a_missing_one_has_its_place(tmp_path, tree):
+    anat = "sub-{0}/anat/sub-{0}_space-MNI"
+    plant(tmp_path, *(f"{anat.format(k)}_desc-preproc_T1w.nii.gz" for k in ("01", "02")))
+    plant(tmp_path, f"{tree}{anat.format('01')}_dseg.nii.gz", f"{tree}sub-01/anat/sub-01_dseg.nii.gz")
+    found = bids.records(tmp_path, label="dseg", label_root=tmp_path / tree, space="MNI", desc="preproc")
+    assert [record["label"] for record in found] == [
+        str(tmp_path / tree / f"{anat.format('01')}_dseg.nii.gz"),
+        str(tmp_path / tree / f"{anat.format('02')}_desc-preproc_dseg.nii.gz"),
+    ]
+
+
+def test_bids_takes_the_site_from_the_participants(tmp_path):
+    plant(tmp_path, *(f"sub-{k}/anat/sub-{k}_T1w.nii.gz" for k in "abc"))
+    assert not any("site" in record for record in bids.records(tmp_path))
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\tsite\nsub-a\t3\tRome\nsub-b\t4\tn/a\n")
+    assert [record.get("site") for record in bids.records(tmp_path)] == ["Rome", None, None]
+
+
+def test_derivatives_are_read_by_giving_one_as_the_root(tmp_path):
+    plant(tmp_path, *(f"derivatives/{tool}/sub-1/anat/sub-1_desc-x_T1w.nii.gz" for tool in ("one", "two")))
+    with pytest.raises(ValueError, match=r"give its folder as root: derivatives/one or derivatives/two"):
+        bids.records(tmp_path)
+    assert bids.records(tmp_path / "derivatives/two")[0]["id"] == "sub-1"
+
+
+# ---------------------------------------------------------------------------------------------- ibsr
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".img"])
+@pytest.mark.parametrize("above", ["", "IBSR_nifti_stripped/"])
+def test_ibsr_pairs_stripped_scans_with_their_labels(tmp_path, ending, above):
+    for name in ("IBSR_01", "IBSR_18"):
+        plant(
+            tmp_path,
+            *(f"{above}{name}/{name}_{what}{ending}" for what in ("ana", "ana_strip", "segTRI_fill_ana", "segTRI_ana")),
+        )
+    found = ibsr.records(tmp_path)
+    assert [record["id"] for record in found] == ["IBSR_01", "IBSR_18"]
+    assert found[0]["images"]["t1"].endswith(f"IBSR_01_ana_strip{ending}")
+    assert found[0]["label"].endswith(f"IBSR_01_segTRI_fill_ana{ending}")
+    assert ibsr.records(tmp_path, label="plain")[1]["label"].endswith(f"IBSR_18_segTRI_ana{ending}")
+    assert "label" not in ibsr.records(tmp_path, label=None)[0]
+
+
+def test_ibsr_names_the_place_of_a_missing_label_and_refuses_a_folder_without_its_image(tmp_path):
+    plant(tmp_path, "IBSR_01/IBSR_01_ana_strip.nii.gz")
+    (found,) = ibsr.records(tmp_path)
+    assert found["label"] == str(tmp_path / "IBSR_01/IBSR_01_segTRI_fill_ana.nii.gz")
+    plant(tmp_path, "IBSR_02/IBSR_02_ana.nii.gz")
+    with pytest.raises(ValueError, match="IBSR_02: no image of t1 .looked for IBSR_NN/IBSR_NN_ana_strip"):
+        ibsr.records(tmp_path)
+    with pytest.raises(ValueError, match="no scans found: IBSR_NN/IBSR_NN_ana_strip"):
+        ibsr.records(tmp_path / "IBSR_02")
+
+
+# ---------------------------------------------------------------------------------------------- brats
+
+
+def brain(name: str, *endings: str) -> list[str]:
+    return [f"{name}/{name}{ending}.nii.gz" for ending in endings]
+
+
+@pytest.mark.parametrize("above", ["", "TrainingData/"])
+@pytest.mark.parametrize(
+    ("year", "first", "second"),
+    [(2021, "BraTS2021_00000", "BraTS2021_01666"), (2023, "BraTS-GLI-00000-000", "BraTS-MEN-00004-001")],
+)
+def test_brats_of_both_years_gives_the_same_channels_in_the_same_order(tmp_path, above, year, first, second):
+    endings = [*brats.CHANNELS[year].values(), brats.LABEL_FILES[year]]
+    plant(tmp_path, *(f"{above}{file}" for name in (second, first) for file in brain(name, *endings)))
+    found = brats.records(tmp_path, year=year)
+    assert [record["id"] for record in found] == [first, second]
+    assert list(found[0]["images"]) == ["t1", "t1ce", "t2", "flair"]
+    files = [*found[0]["images"].values(), found[0]["label"]]
+    assert files == [str(tmp_path / above / file) for file in brain(first, *endings)]
+    assert "label" not in brats.records(tmp_path, year=year, label=False)[0]
+
+
+def test_brats_time_points_are_scans_of_one_subject(tmp_path):
+    plant(tmp_path, *brain("BraTS-GLI-00007-000", "-t1n"), *brain("BraTS-GLI-00007-001", "-t1n"))
+    assert [record["subject"] for record in brats.records(tmp_path, year=2023)] == ["BraTS-GLI-00007"] * 2
+
+
+def test_brats_says_which_modality_a_scan_lacks_and_where_its_label_has_to_be(tmp_path):
+    plant(tmp_path, *brain("BraTS2021_00001", "_t1", "_flair"))
+    (found,) = brats.records(tmp_path)
+    assert [channel for channel, path in found["images"].items() if path is None] == ["t1ce", "t2"]
+    assert found["label"] == str(tmp_path / "BraTS2021_00001/BraTS2021_00001_seg.nii.gz")
+    (tmp_path / "BraTS2021_00002").mkdir()
+    with pytest.raises(ValueError, match="BraTS2021_00002: no image of t1, t1ce, t2, flair"):
+        brats.records(tmp_path)
+
+
+def test_brats_years_are_told_by_their_names_and_never_mixed(tmp_path):
+    plant(tmp_path / "old", *brain("BraTS2021_00001", "_t1"))
+    plant(tmp_path / "new", *brain("BraTS-GLI-00001-000", "-t1n"))
+    for root, year, reason in (
+        (tmp_path / "new", 2021, "has a name of 2023, .* use data=brats23"),
+        (tmp_path / "old", 2023, "has a name of 2021, .* use data=brats,"),
+        (tmp_path, 2021, "keep the years in folders of their own"),
+        (tmp_path, 2022, "choose 2021, or 2023"),
+        (
+            tmp_path / "old/BraTS2021_00001",
+            2021,
+            "no scans found: BraTS2021_00000/BraTS2021_00000_t1.nii.gz, ... below",
+        ),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            brats.records(root, year=year)
+
+
+# ---------------------------------------------------------------------------------------------- wmh
+
+
+def lesions(*folders: str) -> list[str]:
+    return [f"{folder}/{file}.nii.gz" for folder in folders for file in ("orig/T1", "pre/T1", "pre/FLAIR", "wmh")]
+
+
+def test_wmh_knows_the_sites_of_the_first_release(tmp_path):
+    found = wmh.records(plant(tmp_path, *lesions("Utrecht/0", "Singapore/50", "GE3T/100", "Amsterdam/GE3T/100")))
+    assert [(record["id"], record["site"]) for record in found] == [
+        ("Amsterdam_GE3T_100", "Amsterdam_GE3T"),
+        ("GE3T_100", "GE3T"),
+        ("Singapore_50", "Singapore"),
+        ("Utrecht_0", "Utrecht"),
+    ]
+    assert found[3] == {
+        "id": "Utrecht_0",
+        "subject": "Utrecht_0",
+        "site": "Utrecht",
+        "images": {
+            "t1": str(tmp_path / "Utrecht/0/pre/T1.nii.gz"),
+            "flair": str(tmp_path / "Utrecht/0/pre/FLAIR.nii.gz"),
+        },
+        "label": str(tmp_path / "Utrecht/0/wmh.nii.gz"),
+    }
+    assert "label" not in wmh.records(tmp_path, label=False)[0]
+
+
+def test_wmh_reads_training_and_test_of_the_later_release_with_ids_that_name_files(tmp_path):
+    plant(tmp_path, *lesions("training/Utrecht/0", "test/Utrecht/1", "test/Amsterdam/Philips_VU .PETMR_01./160"))
+    plant(tmp_path, "additional_annotations/observer_o3/training/Utrecht/0/result.nii.gz")
+    sites = {record["id"]: record["site"] for record in wmh.records(tmp_path)}
+    assert sites == {
+        "Amsterdam_Philips_VU_PETMR_01_160": "Amsterdam_Philips_VU_PETMR_01",
+        "Utrecht_0": "Utrecht",
+        "Utrecht_1": "Utrecht",
+    }
+    assert [record["id"] for record in wmh.records(tmp_path / "training")] == ["Utrecht_0"]
+
+
+def test_wmh_says_what_a_scan_lacks_and_refuses_a_root_too_high_or_too_low(tmp_path):
+    (found,) = wmh.records(plant(tmp_path / "a", "Utrecht/0/pre/FLAIR.nii.gz"))
+    assert found["images"]["t1"] is None and found["label"] == str(tmp_path / "a/Utrecht/0/wmh.nii.gz")
+    with pytest.raises(ValueError, match="lies too deep; give as root the folder that holds Utrecht"):
+        wmh.records(plant(tmp_path / "b", *lesions("wmh/Amsterdam/GE3T/100")))
+    with pytest.raises(ValueError, match=r"no scans found: \[training/\|test/\]SITE/SUBJECT/pre/T1.nii.gz below"):
+        wmh.records(tmp_path / "a/Utrecht")
+
+
+# ---------------------------------------------------------------------------------------------- paired
+
+
+def test_pairs_have_the_same_names_in_two_folders_and_a_lone_image_is_told(tmp_path):
+    plant(tmp_path, "low/p1_a.nii.gz", "low/p1_b.nii", "full/p1_a.nii.gz", "full/p1_b.nii.gz", "full/p2_a.nii.gz")
+    found = paired.records(tmp_path, input="low", target="full", subject=r"(p\d)_")
+    assert [(record["id"], record["subject"]) for record in found] == [("p1_a", "p1"), ("p1_b", "p1"), ("p2_a", "p2")]
+    assert found[1]["images"] == {
+        "input": str(tmp_path / "low/p1_b.nii"),
+        "target": str(tmp_path / "full/p1_b.nii.gz"),
+    }
+    assert found[2]["images"]["input"] is None
+
+
+def test_pairs_are_matched_by_the_wildcards_of_two_globs(tmp_path):
+    plant(tmp_path, "1/a_low.nii", "1/a_full.nii", "2/b_full.nii")
+    found = paired.records(tmp_path, input="*/*_low.nii", target="*/*_full.nii")
+    assert [(record["id"], list(map(bool, record["images"].values()))) for record in found] == [
+        ("1_a", [True, True]),
+        ("2_b", [False, True]),
+    ]
+
+
+def test_pairs_that_cannot_be_are_refused(tmp_path):
+    plant(tmp_path, "low/a_low.nii", "full/a_full.nii", "twice/a_low.nii", "twice/a_low.nii.gz", "none/readme.txt")
+    for settings, reason in (
+        ({"input": "low", "target": "full"}, "no image of 'low' has the name of one of 'full'; .* give globs"),
+        ({"input": "twice", "target": "low"}, "a_low: both .* have this name"),
+        ({"input": "none", "target": "none"}, "no scans found: 'none' and 'none' below"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            paired.records(tmp_path, **settings)
+    with pytest.raises(FileNotFoundError, match="high: no such folder"):
+        paired.records(tmp_path, input="low", target="high")
+
+
+# ---------------------------------------------------------------------------------------------- phantom
+
+
+needs_template = pytest.mark.skipif(
+    importlib.util.find_spec("nilearn") is None, reason="nilearn, which carries the template, is not here"
+)
+
+
+@needs_template
+@pytest.mark.parametrize(
+    ("config", "ids", "channels"),
+    [
+        ("t1", ["sub-001", "sub-002"], ["t1"]),
+        ("ibsr", ["IBSR_01", "IBSR_02"], ["t1"]),
+        ("wmh", ["Singapore_2", "Utrecht_1"], ["t1", "flair"]),
+        ("brats", ["BraTS2021_00001", "BraTS2021_00002"], ["t1", "t1ce", "t2", "flair"]),
+    ],
+)
+def test_phantoms_go_through_the_readers_of_the_real_data_and_are_made_once(tmp_path, config, ids, channels):
+    root = tmp_path / "people"
+    node = compose("prepare", [f"data=phantom/{config}", "out=x", "data.subjects=2", "data.resolution=8"])["data"]
+    found = build({**node, "root": str(root)})
+    assert [record["id"] for record in found] == ids and list(found[0]["images"]) == channels
+    for record in found:
+        assert all(path and Path(path).is_file() for path in record["images"].values())
+        assert config == "t1" or Path(record["label"]).is_file()
+    times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert build({**node, "root": str(root)}) == found
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == times
+
+
+@needs_template
+def test_a_phantom_cohort_is_completed_and_never_another_one_than_asked_for(tmp_path):
+    settings = {"kind": "ibsr", "resolution": 8.0, "seed": 3}
+    (first,) = phantom.records(tmp_path, subjects=1, **settings)
+    Path(first["label"]).unlink()
+    assert phantom.records(tmp_path, subjects=2, **settings)[0] == first and Path(first["label"]).is_file()
+    with pytest.raises(ValueError, match="holds 2 people, not subjects=1; give subjects=2"):
+        phantom.records(tmp_path, subjects=1, **settings)
+    with pytest.raises(ValueError, match="holds another phantom cohort .other seed"):
+        phantom.records(tmp_path, subjects=2, **{**settings, "seed": 4})
+
+
+# ---------------------------------------------------------------------------------------------- configurations
+
+
+def test_configurations_declare_the_labels_of_their_readers():
+    names = sorted(
+        str(path.relative_to(CONFIG_DIR / "data").with_suffix("")) for path in (CONFIG_DIR / "data").rglob("*.yaml")
+    )
+    configs = {name: compose("prepare", [f"data={name}", "out=x"]) for name in names}
+    labelled = {
+        "ibsr": (ibsr.LABELS, [], {}),
+        "wmh": (wmh.LABELS, wmh.IGNORED, {}),
+        "brats": (brats.LABELS[2021], [], brats.REGIONS[2021]),
+        "brats23": (brats.LABELS[2023], [], brats.REGIONS[2023]),
+    }
+    labelled |= {f"phantom/{name}": labelled[name] for name in ("ibsr", "wmh", "brats")}
+    assert names == sorted([*labelled, "bids", "folder", "paired", "phantom/t1"])
+    for name, config in configs.items():
+        labels, ignored, regions = labelled.get(name, (None, [], {}))
+        assert config["labels"] == labels, name
+        assert (config.get("ignored", []), config.get("regions", {})) == (ignored, regions), name
+        assert config["data"]["root"] is None, name
+
+
+@pytest.mark.parametrize("name", ["bids", "brats", "brats23", "folder", "ibsr", "paired", "phantom/t1", "wmh"])
+def test_every_key_of_a_configuration_is_a_keyword_of_its_reader(tmp_path, name):
+    node = compose("prepare", [f"data={name}", "out=x"])["data"]
+    with pytest.raises((FileNotFoundError, ValueError)) as error:  # of the reader: there is no such folder
+        build({**node, "root": str(tmp_path / "absent"), **({"subjects": 0} if name.startswith("phantom") else {})})
+    assert "unexpected keyword" not in str(error.value)
