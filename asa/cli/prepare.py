@@ -7,6 +7,7 @@ from statistics import median
 
 from asa.cli.front import Config, run_command
 from asa.config import build
+from asa.data.files import PART
 from asa.data.prepare import Plan, Report, prepare_cohort
 from asa.data.store import MANIFEST, Store
 from asa.engine.checkup import PAGE, TABLE, Checkup
@@ -24,7 +25,8 @@ def prepare(config: Config) -> None:
         return
     if check not in (None, "only", "also"):
         raise ValueError(f"check={check}: choose only, also, or null")
-    if check != "only" and out.exists() and not (out / MANIFEST).exists() and any(out.iterdir()):
+    strangers = [path for path in out.iterdir() if not path.name.endswith(PART)] if out.is_dir() else []
+    if check != "only" and strangers and not (out / MANIFEST).exists():
         raise ValueError(f"{out} is not empty and not a store: choose another out=")
     if config["data"]["root"] is None and not config["data"].get("table"):
         raise ValueError("data.root has to be given: add data.root=FOLDER")
@@ -57,7 +59,7 @@ def verify(path: Path) -> None:
     for id, reason in damaged:
         print(f"{id}: {reason}")
     if damaged:
-        raise ValueError(f"{len(damaged)} scans of {path} are damaged: run asa-prepare again to redo them")
+        raise ValueError(f"{len(damaged)} scans of {path} are damaged: do as it says above to redo them")
     print(f"{path}: all {len(store)} scans are as they were written")
 
 

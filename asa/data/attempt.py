@@ -82,10 +82,11 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What came of one record: its manifest entry, or the reason of its failure."""
+    """What came of one record: its manifest entry, or the reason of its failure; unknown if its process was killed."""
 
     entry: dict[str, Any] | None = None
     reason: str = ""
+    unknown: bool = False
     done_before: bool = False
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

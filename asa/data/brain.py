@@ -36,28 +36,26 @@ def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.
         ImportError: SimpleITK is not installed.
         ValueError: N4 fails, on an image that is empty or constant.
     """
-    sitk = simpleitk()
-    low = float(image.min())
-    shifted = image - min(low, 0.0)  # N4 takes a logarithm
-    whole = sitk.GetImageFromArray(np.ascontiguousarray(shifted, dtype=np.float32))
-    whole.SetSpacing([float(side) for side in spacing][::-1])
+    shifted = image - min(float(image.min()), 0.0)  # N4 takes a logarithm
     shrink = [max(1, round(N4_SPACING / side)) for side in spacing][::-1]
-    try:
-        mask = (
-            sitk.OtsuThreshold(whole, 0, 1, 200)
-            if inside.all()
-            else sitk.GetImageFromArray(np.ascontiguousarray(inside & (shifted > 0), dtype=np.uint8))
-        )
-        mask.CopyInformation(whole)
+    with simpleitk() as sitk:
+        whole = sitk.GetImageFromArray(np.ascontiguousarray(shifted, dtype=np.float32))
+        whole.SetSpacing([float(side) for side in spacing][::-1])
         n4 = sitk.N4BiasFieldCorrectionImageFilter()
-        n4.SetNumberOfThreads(1)
         n4.SetMaximumNumberOfIterations(N4_ITERATIONS)
-        n4.Execute(sitk.Shrink(whole, shrink), sitk.Shrink(mask, shrink))
-        field = np.exp(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)))
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[-1]
-        raise ValueError(f"N4 fails ({reason}); look at the image") from None
-    counted = inside & (sitk.GetArrayViewFromImage(mask) > 0)
+        try:
+            mask = (
+                sitk.OtsuThreshold(whole, 0, 1, 200)
+                if inside.all()
+                else sitk.GetImageFromArray(np.ascontiguousarray(inside & (shifted > 0), dtype=np.uint8))
+            )
+            mask.CopyInformation(whole)
+            n4.Execute(sitk.Shrink(whole, shrink), sitk.Shrink(mask, shrink))
+            field = np.exp(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)))
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise ValueError(f"N4 fails ({reason}); look at the image") from None
+        counted = inside & (sitk.GetArrayFromImage(mask) > 0)
     return np.where(inside, image * (float(field[counted].mean()) / field), 0).astype(np.float32)
 
 

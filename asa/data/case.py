@@ -94,9 +94,11 @@ def prepare_case(
             parameters = stage.apply(case, settings)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        taken = time.perf_counter() - started
         if parameters is not None:
             chain["steps"].append({"stage": stage.name, **parameters})
-            seconds[stage.name] = time.perf_counter() - started
+        if parameters is not None or taken > 0.1:  # the symmetry plane is looked for even where nothing is aligned
+            seconds[stage.name] = taken
     chain["stored_affine"] = case.affine.tolist()
     stored_label = None if case.label is None else np.ascontiguousarray(case.label[None])
     image, brain = np.ascontiguousarray(case.image), case.foreground[case.first]

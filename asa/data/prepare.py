@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
@@ -96,7 +98,8 @@ def prepare_cohort(
                 if time.monotonic() - saved > SAVE_EVERY:
                     save()
                     saved = time.monotonic()
-        twins = _duplicates([entry for id, entry in entries.items() if id in people])
+        twins = _duplicates(sorted(entries.values(), key=lambda entry: (entry["id"] in people, entry["id"])))
+        twins = {id: reason for id, reason in twins.items() if id in people}
         for id, reason in twins.items():
             if plan.duplicates == "keep":
                 report.warnings.setdefault(id, []).append(reason)
@@ -162,7 +165,8 @@ def _outcomes(jobs: list[Job], workers: int) -> Iterator[tuple[str, Outcome]]:
         for job in jobs:
             yield job.record["id"], attempt(job)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         futures = {pool.submit(attempt, job): job.record["id"] for job in jobs}
         try:
             for future in as_completed(futures):
@@ -171,9 +175,21 @@ def _outcomes(jobs: list[Job], workers: int) -> Iterator[tuple[str, Outcome]]:
                     yield id, future.result()
                 except BrokenExecutor:
                     reason = "a worker process was killed, out of memory perhaps; run again with fewer workers"
-                    yield id, Outcome(reason=reason)
+                    yield id, Outcome(reason=reason, unknown=True)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this worker as soon as the command is killed: it would write into the store beside the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _settle(id: str, outcome: Outcome, root: Path | None, entries: dict[str, dict[str, Any]], report: Report) -> None:
@@ -190,16 +206,19 @@ def _settle(id: str, outcome: Outcome, root: Path | None, entries: dict[str, dic
     for ids in (report.prepared, report.skipped):
         if id in ids:  # a duplicate, found when all were done
             ids.remove(id)
-    if entries.pop(id, None) is not None and root is not None:  # what the store held of it is out of date
+    if outcome.unknown:  # nothing is known against what the store holds
+        return
+    entries.pop(id, None)
+    if root is not None:  # what the store held of it is out of date, with or without an entry
         for kind in FOLDERS:
             array_path(root, id, kind).unlink(missing_ok=True)
 
 
 def _duplicates(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Of scans with the same voxels all but the first id, and which one they repeat."""
+    """Of scans with the same voxels all but the first, and which one they repeat."""
     owner: dict[str, dict[str, Any]] = {}
     twins = {}
-    for entry in sorted(entries, key=lambda entry: entry["id"]):
+    for entry in entries:
         for channel, identity in entry["identity"].items():
             first = owner.setdefault(identity, entry)
             if first is not entry:

@@ -6,6 +6,8 @@ points of the template are (d, h, w) in mm of its own space: z, y, x.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,15 +40,30 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, turn: np.ndarray) 
         ImportError: SimpleITK or nilearn is not installed.
         ValueError: no brain, or the search fails.
     """
-    sitk = simpleitk()
     template, template_affine = load_map("t1")
     if not (brain > 0).any():
         raise ValueError("registration needs a brain, and the image is empty")
-    fixed = _image(sitk, template, (1.0, 1.0, 1.0), template_affine[:3, 3][::-1])
     half = (np.array(brain.shape) - 1) / 2 * np.asarray(spacing)
-    moving = _image(sitk, np.clip(brain, 0, np.percentile(brain[brain > 0], 99.5)), spacing, -half)
+    bounded = np.clip(brain, 0, np.percentile(brain[brain > 0], 99.5))
+    with simpleitk() as sitk:
+        fixed = _image(sitk, template, (1.0, 1.0, 1.0), template_affine[:3, 3][::-1])
+        moving = _image(sitk, bounded, spacing, -half)
+        starts = [_start(sitk, template, template_affine, brain, spacing, rotation) for rotation in (np.eye(3), turn)]
+        try:
+            found = _search(sitk, fixed, moving, starts)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise ValueError(f"registration to the template fails ({reason}); look at the image") from None
+        matrix, centre = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
+        offset = centre + np.array(found.GetTranslation()) - matrix @ centre
+    result = np.eye(4)  # SimpleITK's points are (x, y, z)
+    result[:3, :3], result[:3, 3] = matrix[::-1, ::-1], offset[::-1]
+    return result
+
+
+def _search(sitk: Any, fixed: Any, moving: Any, starts: Sequence[Any]) -> Any:
+    """Climb from the better of the starts, which is changed in place and returned."""
     method = sitk.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)  # with more, sums would depend on the machine
     method.SetMetricAsMattesMutualInformation(BINS)
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentage(SAMPLED, seed=1)
@@ -58,23 +75,14 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, turn: np.ndarray) 
     method.SetShrinkFactorsPerLevel([factor for factor, _ in LEVELS])
     method.SetSmoothingSigmasPerLevel([sigma for _, sigma in LEVELS])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    starts = [_start(sitk, template, template_affine, brain, spacing, rotation) for rotation in (np.eye(3), turn)]
-    try:
-        fits = []
-        for start in starts:
-            method.SetInitialTransform(start, inPlace=False)
-            fits.append(method.MetricEvaluate(fixed, moving))
-        method.SetInitialTransform(starts[int(np.argmin(fits))], inPlace=True)
-        method.Execute(fixed, moving)
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[-1]
-        raise ValueError(f"registration to the template fails ({reason}); look at the image") from None
-    found = starts[int(np.argmin(fits))]
-    matrix, centre = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
-    offset = centre + np.array(found.GetTranslation()) - matrix @ centre
-    result = np.eye(4)  # SimpleITK's points are (x, y, z)
-    result[:3, :3], result[:3, 3] = matrix[::-1, ::-1], offset[::-1]
-    return result
+    fits = []
+    for start in starts:
+        method.SetInitialTransform(start, inPlace=False)
+        fits.append(method.MetricEvaluate(fixed, moving))
+    best = starts[int(np.argmin(fits))]
+    method.SetInitialTransform(best, inPlace=True)
+    method.Execute(fixed, moving)
+    return best
 
 
 def _start(
@@ -127,8 +135,9 @@ def _image(sitk: Any, array: np.ndarray, spacing: Lengths, origin: np.ndarray) -
     return image
 
 
-def simpleitk() -> Any:
-    """The SimpleITK module.
+@contextmanager
+def simpleitk() -> Iterator[Any]:
+    """The SimpleITK module, on one thread: with more, sums and so the result would differ from run to run.
 
     Raises:
         ImportError: not installed.
@@ -137,4 +146,9 @@ def simpleitk() -> Any:
         import SimpleITK
     except ImportError:
         raise ImportError('registration and N4 need SimpleITK: pip install "asa-mri[prepare]"') from None
-    return SimpleITK
+    threads = SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield SimpleITK
+    finally:
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
