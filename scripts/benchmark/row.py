@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asa.engine.allocator import keep_freed_memory
 from asa.engine.optim import OptimSettings, make_optimizer
 from asa.engine.predict import PredictSettings, sliding_window
 from asa.engine.train import PRECISIONS, TrainSettings, autocast, pick_device, pick_precision
@@ -175,6 +176,8 @@ def measure(spec: Spec, rates: Rates | None) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     device = torch.device(spec["device"])
+    if device.type == "cpu":  # as training does; for the peers too, so that networks are compared and not allocators
+        keep_freed_memory()
     return time_work(KINDS[spec["kind"]](spec, device), device, spec["repeats"], rates, spec["precision"])
 
 
