@@ -91,12 +91,21 @@ def _lesion_scores(
     found, count = label(prediction, TOUCHING)
     voxel = float(np.prod(check_spacing(spacing)))
     unmatched, scores = set(range(1, count + 1)), []
-    for number, box in enumerate(find_objects(lesions), start=1):
-        around = tuple(slice(max(side.start - DILATIONS, 0), side.stop + DILATIONS) for side in box)
+    boxes = find_objects(found)
+    for number, own in enumerate(find_objects(lesions), start=1):
+        around = tuple(slice(max(side.start - DILATIONS, 0), side.stop + DILATIONS) for side in own)
         near = binary_dilation(lesions[around] == number, DILATION, DILATIONS)
         matched = np.setdiff1d(found[around][near], [0])
         unmatched -= set(matched.tolist())
-        true = lesions == number
-        if np.count_nonzero(true) * voxel > SMALLEST_MM3:
-            scores.append(score(np.isin(found, matched), true) if len(matched) else worst)
+        if np.count_nonzero(lesions[own] == number) * voxel > SMALLEST_MM3:
+            box = _joint([own, *(boxes[k - 1] for k in matched)])
+            pair = np.isin(found[box], matched), lesions[box] == number
+            scores.append(score(*pair) if len(matched) else worst)
     return scores + [worst] * len(unmatched)
+
+
+def _joint(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...]:
+    """The smallest box around several."""
+    return tuple(
+        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
+    )
