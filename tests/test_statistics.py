@@ -24,10 +24,9 @@ def test_an_interval_lies_within_the_values_and_follows_their_scale():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [8, 12, 24, 60])
+@pytest.mark.parametrize("cases", [8, 24])
 @pytest.mark.parametrize("kind", ["normal", "differences of Dice", "Dice"])
-def test_95_percent_of_intervals_hold_the_true_mean(cases, kind, monkeypatch):
-    monkeypatch.setattr(statistics, "RESAMPLES", 2000)
+def test_95_percent_of_intervals_hold_the_true_mean(cases, kind):
     generator, repeats = np.random.default_rng(cases), 3000
     if kind == "normal":
         draws, truth = generator.normal(0.8, 0.1, (repeats, cases)), 0.8
@@ -35,7 +34,7 @@ def test_95_percent_of_intervals_hold_the_true_mean(cases, kind, monkeypatch):
         draws, truth = generator.beta(24, 4, (repeats, cases)), 24 / 28
     else:
         draws, truth = np.subtract(*generator.beta(12, 2, (2, repeats, cases))), 0.0
-    ends = np.array([bootstrap_interval(values, seed=k) for k, values in enumerate(draws)])
+    ends = np.array([bootstrap_interval(values, k, 2000) for k, values in enumerate(draws)])
     assert np.mean((ends[:, 0] <= truth) & (truth <= ends[:, 1])) == pytest.approx(0.95, abs=0.02)
 
 

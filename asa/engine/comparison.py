@@ -204,7 +204,7 @@ def notes(comparison: Comparison) -> list[str]:
     text = [
         f"Policy {comparison.policy.name}. Differences are a run less {first}, case by case over the "
         f"{len(comparison.case_ids)} cases; pairs are the cases in which both are defined.",
-        f"Intervals: {LEVEL:.0%} bootstrap over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
+        f"Intervals: {LEVEL * 100:g} % bootstrap over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
         f"two-sided; Holm's correction is for the {tests} test{'' if tests == 1 else 's'} of this table.",
         "They say what to expect of other cases like these from these same runs, not of other training runs.",
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from asa.data.files import write_whole
 from asa.engine.comparison import Comparison, difference_cells, mean_text, notes, number_text, paired_differences
 from asa.engine.policies import Metric
-from asa.engine.report import PLOT_COLUMNS, data_uri, render, require_extra
+from asa.engine.report import data_uri, plot_grid, render, require_extra
 
 EXTREME = 5  # cases listed as the largest losses, and as many gains
 POINT, INTERVAL = "#0284c7", "#111827"
@@ -60,7 +60,7 @@ def _table(comparison: Comparison, metric: Metric) -> list[dict[str, Any]]:
 
 
 def _extremes(comparison: Comparison) -> list[dict[str, str]]:
-    """The largest losses and gains of single cases in the first metric, the largest loss first."""
+    """The largest losses of single cases in the first metric, the largest first, then the largest gains."""
     metric, first = comparison.metrics[0], comparison.runs[0]
     found = []
     for run in comparison.runs[1:]:
@@ -71,7 +71,7 @@ def _extremes(comparison: Comparison) -> list[dict[str, str]]:
                     gain = difference if metric.higher_is_better else -difference
                     found.append((gain, case_id, region, run))
     found.sort(key=lambda entry: entry[:3])
-    shown = [entry for entry in found if entry[0] < 0][:EXTREME] + [entry for entry in found if entry[0] > 0][-EXTREME:]
+    losses, gains = ([entry for entry in found if entry[0] * sign > 0] for sign in (-1, 1))
     return [
         {
             "case": case_id,
@@ -81,7 +81,7 @@ def _extremes(comparison: Comparison) -> list[dict[str, str]]:
             "value": number_text(run.values[case_id, region][metric.name], metric.digits),
             "kind": "better" if gain > 0 else "worse",
         }
-        for gain, case_id, region, run in shown
+        for gain, case_id, region, run in losses[:EXTREME] + gains[::-1][:EXTREME]
     ]
 
 
@@ -91,8 +91,7 @@ def _plots(comparison: Comparison) -> bytes:
 
     others = comparison.runs[1:]
     rows = [(region, run) for region in comparison.regions for run in others]
-    columns = min(len(comparison.metrics), PLOT_COLUMNS)
-    lines = math.ceil(len(comparison.metrics) / columns)
+    lines, columns = plot_grid(len(comparison.metrics))
     figure = Figure(figsize=(11.6, lines * (1.1 + 0.42 * len(rows))), dpi=150, layout="constrained")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     for spare in axes[len(comparison.metrics) :]:
@@ -109,7 +108,7 @@ def _plots(comparison: Comparison) -> bytes:
                 axis.plot([found.low, found.high], [place, place], color=INTERVAL, linewidth=2.2, solid_capstyle="butt")
             if not math.isnan(found.mean):
                 axis.plot(found.mean, place, "D", color=INTERVAL, markersize=5.5, markeredgecolor="white")
-        axis.axvline(0.0, color="#9ca3af", linewidth=1.0, zorder=0)
+        axis.axvline(0.0, color="#4b5563", linewidth=1.0, zorder=0)
         names = [region if len(others) == 1 else f"{region}: {run.name}" for region, run in rows]
         axis.set_yticks(range(len(rows)), names)
         axis.set_ylim(len(rows) - 0.4, -0.6)

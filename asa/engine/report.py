@@ -260,8 +260,7 @@ def _box_plots(summary: Summary) -> bytes:
     from matplotlib.figure import Figure
 
     metrics, labels = summary.policy.metrics, list(summary.results)
-    columns = min(len(metrics), PLOT_COLUMNS)
-    lines = math.ceil(len(metrics) / columns)
+    lines, columns = plot_grid(len(metrics))
     height = 1.0 + len(labels) * (0.55 if len(labels) <= 12 else 0.26)
     figure = Figure(figsize=(11.6, lines * height), dpi=150, layout="constrained")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
@@ -312,6 +311,12 @@ def _box_plots(summary: Summary) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def plot_grid(plots: int) -> tuple[int, int]:
+    """Lines and columns for so many plots, as even as possible."""
+    lines = math.ceil(plots / PLOT_COLUMNS)
+    return lines, math.ceil(plots / lines)
 
 
 def data_uri(png: bytes) -> str:

@@ -13,7 +13,7 @@ SEED = 0
 EXACT_UP_TO = 200  # pairs; beyond it the normal approximation has no error that matters
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = SEED) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Interval of the mean: percentiles of the means of resamples, widened for small samples.
 
     The spread of resampled means is too small by sqrt((n - 1) / n), and a normal quantile is too small beside
@@ -24,6 +24,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = SEED) -> tuple[float, flo
     Args:
         values: `(n,)`, finite.
         seed: of the resamples.
+        resamples: number of resamples, a multiple of 10.
 
     Returns:
         The lower and upper end; NaN below two values.
@@ -34,7 +35,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = SEED) -> tuple[float, flo
     tail = float(norm.cdf(-math.sqrt(n / (n - 1)) * student.ppf((1 + LEVEL) / 2, n - 1)))
     generator = np.random.default_rng(seed)
     chunks = 10  # bounds the memory of the draws
-    size = (RESAMPLES // chunks, n)
+    size = (resamples // chunks, n)
     means = [values[generator.integers(n, size=size)].mean(axis=1) for _ in range(chunks)]
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return float(low), float(high)
