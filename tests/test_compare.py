@@ -98,11 +98,15 @@ def test_all_files_hold_the_same_rows(folders, tmp_path):
 
 
 def test_the_latex_table_has_equal_rows_and_escapes(tmp_path):
-    folders = {name: write_run(tmp_path / str(k), {"csf": [0.5, 0.6]}) for k, name in enumerate(("a_b", "50 % & more"))}
+    folders = {
+        name: write_run(tmp_path / str(k), {"csf": [0.5 + k / 10, 0.6 + k / 10]})
+        for k, name in enumerate(("a_b", "50 % & more"))
+    }
     text = latex_table(compare_folders(folders, tmp_path / "out"))
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 1 + 3 * 2
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(HEADINGS) - 1}
+    assert "$-$1.00 ($-$1.00 to $-$1.00)" in text  # a minus, not a hyphen
     assert r"a\_b" in text and r"50 \% \& more" in text and r"(95 \% interval)" in text
 
 

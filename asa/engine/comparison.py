@@ -1,6 +1,7 @@
 """Runs compared case by case with the first of them, and the result as JSON, plain text, Markdown and LaTeX."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -244,6 +245,7 @@ def latex_table(comparison: Comparison) -> str:
 def _latex(text: str) -> str:
     for character in "\\&%$#_{}":  # the backslash first
         text = text.replace(character, "\\textbackslash " if character == "\\" else f"\\{character}")
+    text = re.sub(r"(?<!\w)-(?=\d)", "$-$", text)
     return text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}").replace("<", "$<$")
 
 
