@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from asa.data.files import write_whole
-from asa.engine.comparison import Comparison, difference_cells, mean_text, notes, number_text, paired_differences
+from asa.engine.comparison import Comparison, difference_cells, mean_text, notes, paired_differences
 from asa.engine.policies import Metric
 from asa.engine.report import data_uri, plot_grid, render, require_extra
+from asa.engine.summary import number_text
 
 EXTREME = 5  # cases listed as the largest losses, and as many gains
 POINT, INTERVAL = "#0284c7", "#111827"
