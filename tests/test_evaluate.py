@@ -19,9 +19,10 @@ from asa.data.store import IGNORED
 from asa.data.volume import Volume, read_label, write_image, write_label
 from asa.engine import validate
 from asa.engine.evaluate import POLICIES, dice, evaluate_case, evaluate_folder, hd95, summarise, summary_table
-from asa.engine.metrics import Policy
+from asa.engine.policies import Policy
 from asa.engine.predict import PredictSettings
 from asa.engine.summary import CaseRow
+from asa.engine.surfels import surface_dice
 
 LABELS = {1: "csf", 2: "gm"}
 
@@ -168,18 +169,10 @@ def test_the_policy_says_what_empty_masks_count_as():
     values = {}
     for name, prediction, true in (("missed", nothing, truth), ("added", truth, nothing), ("both", nothing, nothing)):
         values[name] = evaluate_case(volume(prediction), volume(true), {1: "lesion"}, case_id="a")[0].values
-    assert values["both"] == {"dice": 1.0, "hd95_mm": 0.0}
+    assert values["both"] == {"dice": 1.0, "hd95_mm": 0.0, "nsd_1mm": 1.0}
     for name in ("missed", "added"):
-        assert values[name]["dice"] == 0.0
+        assert values[name]["dice"] == values[name]["nsd_1mm"] == 0.0
         assert math.isnan(values[name]["hd95_mm"])
-
-
-def test_the_truth_table_says_what_the_policy_does():
-    assert POLICIES["ibsr"].truth_table() == [
-        ("both empty", ["1", "0 mm"]),
-        ("only truth empty", ["0", "undefined"]),
-        ("only prediction empty", ["0", "undefined"]),
-    ]
 
 
 def test_rows_carry_sizes_in_voxels_and_ml():
@@ -274,7 +267,8 @@ def test_regions_join_labels_in_the_cohorts_order():
     assert [row.label for row in rows] == ["WT", "TC", "ET"]
     for row, values in zip(rows, REGIONS.values(), strict=True):
         a, b = np.isin(prediction, values), np.isin(truth, values)
-        assert row.values == {"dice": dice(a, b), "hd95_mm": hd95(a, b, (1, 1, 1))}
+        nsd = surface_dice(a, b, (1, 1, 1), 1.0)
+        assert row.values == {"dice": dice(a, b), "hd95_mm": hd95(a, b, (1, 1, 1)), "nsd_1mm": nsd}
     assert rows[0].values["dice"] == 1.0 > rows[1].values["dice"]
 
 
@@ -300,7 +294,9 @@ def test_validation_leaves_out_what_is_ignored(monkeypatch):
 
 
 def rows_of(values: list[float], label: str = "csf") -> list[CaseRow]:
-    return [CaseRow(f"{k:02}", label, {"dice": v, "hd95_mm": v}, 1, 1, 0.1, 0.1) for k, v in enumerate(values)]
+    return [
+        CaseRow(f"{k:02}", label, {"dice": v, "hd95_mm": v, "nsd_1mm": v}, 1, 1, 0.1, 0.1) for k, v in enumerate(values)
+    ]
 
 
 def test_undefined_values_count_in_total_and_never_in_used():
@@ -428,7 +424,7 @@ def test_allowed_missing_predictions_are_counted_and_named(cohort, tmp_path):
     summary = evaluate_folder(predictions, truths, LABELS, "ibsr", out, images, progress=False, allow_missing=True)
     assert (summary.missing, summary.unmatched) == (("case-a",), ("case-x",))
     assert (summary.results["csf"]["dice"].used, summary.results["csf"]["dice"].total) == (2, 3)
-    assert (out / "cases.csv").read_text().splitlines()[1].startswith("case-a,csf,nan,nan,,")
+    assert (out / "cases.csv").read_text().splitlines()[1].startswith("case-a,csf,nan,nan,nan,,")
     page = (out / "report.html").read_text()
     assert "without a prediction" in page and "without a truth" in page
     assert "case-a" in summary_table(summary) and "case-x" in summary_table(summary)

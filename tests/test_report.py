@@ -127,7 +127,10 @@ def test_an_image_on_another_grid_is_refused(tmp_path):
 def test_many_labels_list_the_worst_first(tmp_path):
     predictions, truths, _ = write_cohort(tmp_path, 1)
     labels = {k: f"region {k}" for k in range(1, 15)}
-    rows = [CaseRow("case0", name, {"dice": k / 20, "hd95_mm": math.nan}, 5, 5, 0.1, 0.1) for k, name in labels.items()]
+    rows = [
+        CaseRow("case0", name, {"dice": k / 20, "hd95_mm": math.nan, "nsd_1mm": 0.5}, 5, 5, 0.1, 0.1)
+        for k, name in labels.items()
+    ]
     files = [CaseFiles("case0", predictions / "case0.nii.gz", truths["case0"])]
     write_report(tmp_path / "page.html", summarise(rows, labels), files)
     page = (tmp_path / "page.html").read_text()

@@ -1,4 +1,4 @@
-"""asa-evaluate: predictions against the truth."""
+"""asa-evaluate: predictions against the truth, and evaluations against each other."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,8 @@ from asa.cli.front import Config, run_command
 from asa.data.datasets import folder
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
+from asa.engine.compare import compare_folders
+from asa.engine.comparison import comparison_table
 from asa.engine.evaluate import evaluate_folder
 from asa.engine.summary import summary_table
 
@@ -29,7 +31,39 @@ class Cohort:
 
 
 def evaluate(config: Config) -> None:
-    """Score a folder of label maps, print the table, write the results."""
+    """Score a folder of label maps, or compare evaluations; print the table, write the results."""
+    given = [key for key in ("predictions", "truth") if config[key] is not None]
+    if config["compare"] is not None:
+        if given:
+            raise ValueError(f"{given[0]}= and compare= exclude each other: evaluate each run first, then compare them")
+        compare(config)
+    elif len(given) < 2:
+        raise ValueError("predictions= and truth= have to be given, or compare=[RUN_A, RUN_B]")
+    else:
+        score(config)
+
+
+def compare(config: Config) -> None:
+    """Compare folders of earlier evaluations with the first of them."""
+    out = Path(str(config["out"]))
+    print(comparison_table(compare_folders(_named(config["compare"]), out, allow_missing=config["allow_missing"])))
+    print(f"wrote comparison.json, .md, .tex and .html to {out}")
+
+
+def _named(folders: Any) -> dict[str, Path]:
+    """Folders by the name of the run: given, or the folder's own."""
+    if isinstance(folders, dict):
+        return {str(name): Path(str(folder)) for name, folder in folders.items()}
+    if not isinstance(folders, list):
+        raise ValueError(f"compare= is a list of folders, like [runs/a, runs/b], got {folders!r}")
+    named = {Path(str(folder)).name: Path(str(folder)) for folder in folders}
+    if len(named) < len(folders):
+        raise ValueError("compare= has two folders of one name: name the runs, like {scratch: FOLDER, asa: FOLDER}")
+    return named
+
+
+def score(config: Config) -> None:
+    """Score a folder of label maps."""
     truth, out = Path(str(config["truth"])), Path(str(config["out"]))
     if not truth.exists():
         raise FileNotFoundError(f"{truth}: no such folder; truth= is a store or a folder of label maps")
@@ -90,7 +124,7 @@ def main() -> int:
     """Entry point."""
     return run_command(
         "evaluate",
-        "Score predicted label maps against true ones: Dice and HD95 in mm, a table, JSON and a report.",
+        "Score predicted label maps against true ones under a named policy, or compare such evaluations.",
         evaluate,
     )
 

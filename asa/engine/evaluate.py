@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from asa.data.files import write_json, write_whole
 from asa.data.volume import Volume, check_same_geometry, read_label, spacing_of
-from asa.engine.metrics import POLICIES, Policy, bounding_box, dice, get_policy, hd95
+from asa.engine.metrics import bounding_box, dice, hd95
+from asa.engine.policies import POLICIES, Policy, get_policy
 from asa.engine.report import CaseFiles, write_report
 from asa.engine.summary import SEED, CaseRow, Summary, cases_csv, listed, summarise, summary_table
 
@@ -124,7 +125,7 @@ def evaluate_folder(
     """
     rules = get_policy(policy).of_cohort(regions or {}, ignored)
     rules.regions_of(labels)
-    if both := sorted(set(labels) & set(ignored)):
+    if both := sorted(set(labels) & set(rules.ignored)):
         raise ValueError(f"label {both[0]} is declared as {labels[both[0]]} and ignored: leave it in one of the two")
     cases, unmatched = _match(Path(predictions), truths, images, allow_missing)
     rows = [row for found in _evaluate_all(cases, labels, rules, workers, progress) for row in found]

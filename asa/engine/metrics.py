@@ -1,28 +1,46 @@
-"""Overlap and surface distance of two masks, and the policies that say what a number means.
+"""Overlap, volume and surface distance of two masks. Masks are bool `(x, y, z)` in the file's own axes.
 
-A policy names the metrics, the regions they are computed on and the value of every case in which a mask is
-empty, so that no number depends on a library's default. Masks are bool `(x, y, z)` in the file's own axes.
+These are bare definitions: they are NaN where an empty mask leaves them undefined. What such a case counts as is
+for a policy to say (`asa/engine/policies.py`).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
 
 import numpy as np
+from scipy.ndimage import binary_erosion
 from scipy.spatial import cKDTree
 
 UNDEFINED = math.nan
 
 Spacing = tuple[float, float, float] | np.ndarray
-Regions = dict[str, tuple[int, ...]]
 
 
-def _check_masks(a: np.ndarray, b: np.ndarray) -> None:
+def check_masks(a: np.ndarray, b: np.ndarray) -> None:
+    """Refuse masks that cannot be compared.
+
+    Raises:
+        ValueError: masks that are not bool, not 3-D or not of one shape.
+    """
     if a.dtype != np.bool_ or b.dtype != np.bool_:
         raise ValueError(f"masks must be bool, got {a.dtype} and {b.dtype}: compare a label map with its value first")
     if a.shape != b.shape or a.ndim != 3:
         raise ValueError(f"masks must be 3-D and of one shape, got {a.shape} and {b.shape}")
+
+
+def check_spacing(spacing: Spacing) -> np.ndarray:
+    """The voxel size as an array of three lengths.
+
+    Raises:
+        ValueError: not three positive lengths.
+    """
+    size = np.asarray(spacing, dtype=np.float64)
+    if size.shape != (3,) or not np.all(np.isfinite(size) & (size > 0)):
+        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
+    return size
+
+
+# ---- overlap and volume ----
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -38,9 +56,26 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape.
     """
-    _check_masks(a, b)
+    check_masks(a, b)
     size = np.count_nonzero(a) + np.count_nonzero(b)
     return 2.0 * np.count_nonzero(a & b) / size if size else UNDEFINED
+
+
+def sensitivity(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the true voxels that are predicted, in [0, 1]; NaN if the truth is empty. Arguments as for `dice`."""
+    check_masks(prediction, truth)
+    size = np.count_nonzero(truth)
+    return np.count_nonzero(prediction & truth) / size if size else UNDEFINED
+
+
+def volume_difference(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Absolute difference of the volumes in percent of the true one, NaN if that is empty. Arguments as for `dice`."""
+    check_masks(prediction, truth)
+    size = np.count_nonzero(truth)
+    return 100.0 * abs(np.count_nonzero(prediction) - size) / size if size else UNDEFINED
+
+
+# ---- surface distance between voxel centres ----
 
 
 def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
@@ -52,7 +87,7 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     HD95 is the 95th percentile (linear interpolation) of these distances in each direction, the larger of the
     two. This is the definition of MONAI's `compute_hausdorff_distance(percentile=95, spacing=...)`. The
     `surface-distance` package puts surface elements on voxel corners and weights them by area, and so differs
-    by up to about a voxel's diagonal.
+    by up to about a voxel's diagonal; `surfels.hd95_by_area` is its definition.
 
     Args:
         a: bool `(x, y, z)`.
@@ -65,18 +100,23 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape; a spacing that is not three lengths.
     """
-    _check_masks(a, b)
-    size = np.asarray(spacing, dtype=np.float64)
-    if size.shape != (3,) or not np.all(np.isfinite(size) & (size > 0)):
-        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
-    if not a.any() or not b.any():
-        return UNDEFINED
-    box = bounding_box(a | b)
-    surface_a, surface_b = _surface(a[box]), _surface(b[box])
-    return max(
-        float(np.percentile(_distances(surface_a, surface_b, size), 95)),
-        float(np.percentile(_distances(surface_b, surface_a, size), 95)),
-    )
+    found = _both_directions(a, b, spacing)
+    return max(float(np.percentile(distances, 95)) for distances in found) if found else UNDEFINED
+
+
+def hd95_pooled(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
+    """As `hd95`, but the percentile of the distances of both directions together, as medpy's `hd95` takes it."""
+    found = _both_directions(a, b, spacing)
+    return float(np.percentile(np.concatenate(found), 95)) if found else UNDEFINED
+
+
+def hd95_in_plane(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
+    """As `hd95`, but a surface voxel has one of its eight neighbours within its slice (x, y) outside the mask.
+
+    This is the definition of the WMH segmentation challenge of 2017: the outlines of lesions in slices.
+    """
+    found = _both_directions(a, b, spacing, _outline)
+    return max(float(np.percentile(distances, 95)) for distances in found) if found else UNDEFINED
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -99,183 +139,43 @@ def _surface(mask: np.ndarray) -> np.ndarray:
     return mask & ~inside
 
 
-def _distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Distance in mm from each surface voxel of `source` to the nearest of `target`, shared voxels last."""
-    # Where two segmentations agree their surfaces coincide, so most voxels need no search.
-    apart = np.argwhere(source & ~target) * spacing
-    shared = np.zeros(np.count_nonzero(source & target))
-    if not len(apart):
-        return shared
-    # Points on a grid: splitting cells at their middle builds faster than at the median and searches as fast.
-    tree = cKDTree(np.argwhere(target) * spacing, leafsize=32, balanced_tree=False)
-    return np.concatenate([tree.query(apart)[0], shared])
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """The voxels of a mask with one of eight neighbours within their slice outside it, bool of the same shape."""
+    return mask & ~binary_erosion(mask, np.ones((3, 3, 1), dtype=bool))
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One number for a pair of masks, with its value in every case in which a mask is empty.
-
-    Args:
-        name: column in cases.csv and key in summary.json.
-        title: heading in tables and figures.
-        unit: unit, empty if there is none.
-        meaning: its definition in a sentence.
-        digits: digits after the point in tables.
-        higher_is_better: direction of the metric.
-        compute: `(prediction, truth, spacing)` -> value, called only when neither mask is empty.
-        both_empty: value when both masks are empty; NaN is "undefined" (also below).
-        truth_empty: value when only the truth is empty.
-        prediction_empty: value when only the prediction is empty.
-    """
-
-    name: str
-    title: str
-    unit: str
-    meaning: str
-    digits: int
-    higher_is_better: bool
-    compute: Callable[[np.ndarray, np.ndarray, Spacing], float]
-    both_empty: float
-    truth_empty: float
-    prediction_empty: float
-
-    @property
-    def heading(self) -> str:
-        """Title with its unit, e.g. `HD95 (mm)`."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
-    def __call__(self, prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
-        """Value for two bool masks `(x, y, z)` and a spacing in mm; NaN where it is undefined."""
-        predicted, true = bool(prediction.any()), bool(truth.any())
-        if predicted and true:
-            return float(self.compute(prediction, truth, spacing))
-        if predicted:
-            return self.truth_empty
-        return self.prediction_empty if true else self.both_empty
+def _both_directions(
+    a: np.ndarray, b: np.ndarray, spacing: Spacing, surface: Callable[[np.ndarray], np.ndarray] = _surface
+) -> list[np.ndarray]:
+    """Distances in mm from each surface voxel of `a` to the surface of `b`, and back; nothing if a mask is empty."""
+    check_masks(a, b)
+    size = check_spacing(spacing)
+    if not a.any() or not b.any():
+        return []
+    box = bounding_box(a | b)
+    surface_a, surface_b = surface(a[box]), surface(b[box])
+    return [nearest_distances(surface_a, surface_b, size), nearest_distances(surface_b, surface_a, size)]
 
 
-def each_label(labels: Mapping[int, str]) -> Regions:
-    """Every declared label as a region of its own: name -> its values."""
-    return {name: (value,) for value, name in labels.items()}
-
-
-def joined_labels(labels: Mapping[int, str], joined: Mapping[str, Sequence[int]]) -> Regions:
-    """Regions as a cohort defines them: name -> declared label values whose union it is.
-
-    Raises:
-        ValueError: a region without values, or with one that is not declared.
-    """
-    for name, values in joined.items():
-        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-            raise ValueError(f"regions: {name} is a list of label values, like [1, 4], got {values!r}")
-        if unknown := [value for value in values if value not in labels]:
-            known = ", ".join(f"{value} {label}" for value, label in labels.items())
-            raise ValueError(
-                f"regions: {name} joins {unknown[0]!r}, which is not a declared label value; declared are {known}"
-            )
-    return {name: tuple(values) for name, values in joined.items()}
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What is measured, on which regions, and what an empty mask counts as.
+def nearest_distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Distance in mm from each point of `source` to the nearest of `target`; points are the true places of a bool grid.
 
     Args:
-        name: how a user names it.
-        description: one sentence for the tables.
-        metrics: the metrics; cases are ranked by the first one.
-        regions: declared labels -> the regions, name -> label values whose union it is.
-        ignored: label values of the truth whose voxels count neither for nor against a prediction.
+        source: bool `(x, y, z)`.
+        target: bool `(x, y, z)` of the same shape, not empty.
+        spacing: of the grid, in mm.
+
+    Returns:
+        A distance for each point of `source`, in raster order.
     """
-
-    name: str
-    description: str
-    metrics: tuple[Metric, ...]
-    regions: Callable[[Mapping[int, str]], Regions] = each_label
-    ignored: tuple[int, ...] = ()
-
-    def regions_of(self, labels: Mapping[int, str]) -> Regions:
-        """The regions for a declaration of labels, name -> values.
-
-        Raises:
-            ValueError: a declaration that is empty, names the background 0, or uses a name twice.
-        """
-        if not labels or 0 in labels or len(set(labels.values())) < len(labels):
-            raise ValueError(f"labels name each foreground value once, and not the background 0; got {dict(labels)}")
-        return self.regions(labels)
-
-    def of_cohort(self, regions: Mapping[str, Sequence[int]], ignored: Sequence[int]) -> "Policy":
-        """This policy on a cohort's own regions, if it has any, and without the voxels that it ignores.
-
-        Args:
-            regions: name -> label values whose union it is; empty leaves the policy's own.
-            ignored: label values of the truth.
-        """
-        own = partial(joined_labels, joined=dict(regions)) if regions else self.regions
-        return replace(self, regions=own, ignored=tuple(dict.fromkeys((*self.ignored, *ignored))))
-
-    def truth_table(self) -> list[tuple[str, list[str]]]:
-        """The value of each metric in each empty case: `[(case, [value of each metric])]`, for printing."""
-        cases = [
-            ("both empty", "both_empty"),
-            ("only truth empty", "truth_empty"),
-            ("only prediction empty", "prediction_empty"),
-        ]
-        return [
-            (title, [_with_unit(getattr(metric, field), metric.unit) for metric in self.metrics])
-            for title, field in cases
-        ]
-
-
-def _dice_of_pair(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
-    return dice(prediction, truth)
-
-
-def _with_unit(value: float, unit: str) -> str:
-    return "undefined" if math.isnan(value) else f"{value:g} {unit}".strip()
-
-
-POLICIES: dict[str, Policy] = {
-    "ibsr": Policy(
-        name="ibsr",
-        description="Dice and HD95 of each declared label or region, on the truth's own grid and with its voxel size.",
-        metrics=(
-            Metric(
-                name="dice",
-                title="Dice",
-                unit="",
-                meaning="twice the voxels in common over the voxels of both masks; 1 is perfect.",
-                digits=3,
-                higher_is_better=True,
-                compute=_dice_of_pair,
-                both_empty=1.0,
-                truth_empty=0.0,
-                prediction_empty=0.0,
-            ),
-            Metric(
-                name="hd95_mm",
-                title="HD95",
-                unit="mm",
-                meaning="95th percentile of the distances in mm from the surface voxels of one mask to the "
-                "nearest of the other, in each direction, the larger of the two; 0 is perfect.",
-                digits=2,
-                higher_is_better=False,
-                compute=hd95,
-                both_empty=0.0,
-                truth_empty=UNDEFINED,
-                prediction_empty=UNDEFINED,
-            ),
-        ),
-    ),
-}
-
-
-def get_policy(name: str) -> Policy:
-    """The policy of that name.
-
-    Raises:
-        ValueError: an unknown name, listing the known ones.
-    """
-    if name not in POLICIES:
-        raise ValueError(f"unknown policy '{name}': choose one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[name]
+    # Where two segmentations agree their surfaces coincide, so most points need no search.
+    points = np.argwhere(source)
+    apart = ~target[source]
+    distances = np.zeros(len(points))
+    if apart.any():
+        goal, start = np.argwhere(target), points[apart]
+        # Points on a grid: splitting cells at their middle builds faster than at the median and searches as fast.
+        tree = cKDTree(goal * spacing, leafsize=32, balanced_tree=False)
+        steps = start - goal[tree.query(start * spacing)[1]]  # whole voxels: the distance is exact to the last bit
+        distances[apart] = np.sqrt((np.square(steps * spacing)).sum(axis=1))
+    return distances

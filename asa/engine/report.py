@@ -18,13 +18,16 @@ import numpy as np
 from asa.data.files import write_whole
 from asa.data.volume import check_same_geometry, read_image, read_label, spacing_of, to_ras
 from asa.engine.figures import central_slices, encode_png, hex_colour, label_colours, overlay_panel
-from asa.engine.metrics import Metric, bounding_box
-from asa.engine.summary import LEVEL, RESAMPLES, CaseRow, Summary, data_notes, number_text, statistic_cells
+from asa.engine.metrics import bounding_box
+from asa.engine.policies import Metric
+from asa.engine.statistics import LEVEL, RESAMPLES
+from asa.engine.summary import CaseRow, Summary, data_notes, number_text, statistic_cells
 
 SHOWN = 2  # worst cases with a figure, and as many best ones
 PANEL_WIDTH = 1160  # pixels
 OPEN_ROWS = 60  # a longer table of cases begins folded
 WORST_ROWS = 10  # labels listed above a case's figure, the worst first
+PLOT_COLUMNS = 3  # metrics side by side in a figure
 MARGIN = 4  # voxels around the head in a figure
 
 # The half of Okabe and Ito's palette that labels do not use first.
@@ -56,38 +59,59 @@ def write_report(path: Path, summary: Summary, cases: Sequence[CaseFiles]) -> No
     Raises:
         ValueError: the `report` extra is absent, or an image does not lie on its truth's grid.
     """
-    try:
-        import jinja2
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{path}: not written, as {error.name} is not installed (cases.csv and summary.json do not need it); "
-            'run pip install "asa-mri[report]" and evaluate again'
-        ) from None
-    from asa import __version__
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = resources.files("asa.engine").joinpath("report.html.j2").read_text(encoding="utf-8")
+    require_extra(path)
     files = {case.case_id: case for case in cases}
-    page = environment.from_string(source).render(
-        version=__version__,
+    results = list(summary.results.items())
+    page = render(
+        "report.html.j2",
         summary=summary,
         policy=summary.policy,
         notes=data_notes(summary),
         results=[
-            (label, [statistic_cells(found[metric.name], metric.digits) for metric in summary.policy.metrics])
-            for label, found in summary.results.items()
+            (metric, [(label, statistic_cells(found[metric.name], metric.digits)) for label, found in results])
+            for metric in summary.policy.metrics
         ],
         level=f"{LEVEL:.0%}".replace("%", " %"),
         resamples=f"{RESAMPLES:,}",
-        plots=_data_uri(_box_plots(summary)),
+        plots=data_uri(_box_plots(summary)),
         shown=[_case_figure(title, files[id], summary) for title, id in _ranked(summary)],
         cases=_case_table(summary),
         folded=len(summary.rows) > OPEN_ROWS,
     )
     write_whole(path, page.encode())
+
+
+def require_extra(path: Path) -> None:
+    """Refuse to make a page without what draws it.
+
+    Raises:
+        ValueError: the `report` extra is absent.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: not written, as {error.name} is not installed (the other files do not need it and are there); "
+            'run pip install "asa-mri[report]" and evaluate again'
+        ) from None
+
+
+def render(template: str, **values: Any) -> str:
+    """One of this folder's templates with its values filled in, escaped for HTML."""
+    import jinja2
+
+    from asa import __version__
+
+    folder = resources.files("asa.engine")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 def _scores(summary: Summary) -> dict[str, float]:
@@ -155,7 +179,7 @@ def _case_figure(title: str, files: CaseFiles, summary: Summary) -> dict[str, An
         "id": files.case_id,
         "focus": focus,
         "columns": columns,
-        "panel": _data_uri(encode_png(panel)),
+        "panel": data_uri(encode_png(panel)),
         "width": panel.shape[1],
         "labels": [(names[k - 1], hex_colour(colours[k - 1])) for k in sorted(drawn - {0})],
         "differences": [(name, hex_colour(colour)) for name, colour in DIFFERENCES.items()],
@@ -232,14 +256,17 @@ def _value_cells(row: CaseRow, summary: Summary) -> list[str]:
 
 
 def _box_plots(summary: Summary) -> bytes:
-    """A column of box plots for each metric, labels from top to bottom, every case as a point; PNG."""
+    """Box plots of each metric, labels from top to bottom, every case as a point; PNG."""
     from matplotlib.figure import Figure
 
     metrics, labels = summary.policy.metrics, list(summary.results)
+    lines, columns = plot_grid(len(metrics))
     height = 1.0 + len(labels) * (0.55 if len(labels) <= 12 else 0.26)
-    figure = Figure(figsize=(11.6, height), dpi=150, layout="constrained")
-    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    for axis, metric in zip(axes, metrics, strict=True):
+    figure = Figure(figsize=(11.6, lines * height), dpi=150, layout="constrained")
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    for spare_axis in axes[len(metrics) :]:
+        spare_axis.set_axis_off()
+    for axis, metric in zip(axes, metrics, strict=False):
         groups = []
         for label in labels:
             values = [row.values[metric.name] for row in summary.rows if row.label == label]
@@ -286,5 +313,12 @@ def _box_plots(summary: Summary) -> bytes:
     return buffer.getvalue()
 
 
-def _data_uri(png: bytes) -> str:
+def plot_grid(plots: int) -> tuple[int, int]:
+    """Lines and columns for so many plots, as even as possible."""
+    lines = math.ceil(plots / PLOT_COLUMNS)
+    return lines, math.ceil(plots / lines)
+
+
+def data_uri(png: bytes) -> str:
+    """A picture as text that a page can hold."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

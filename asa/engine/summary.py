@@ -9,11 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from asa.engine.metrics import Policy, Regions, get_policy
-
-RESAMPLES = 10_000
-LEVEL = 0.95
-SEED = 0
+from asa.engine.policies import Policy, Regions, get_policy
+from asa.engine.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class Summary:
             "without_truth": list(self.unmatched),
             "interval": {
                 "of": "mean",
-                "kind": "percentile bootstrap over cases",
+                "kind": "percentile bootstrap over cases, widened for small samples",
                 "level": LEVEL,
                 "resamples": RESAMPLES,
                 "seed": self.seed,
@@ -139,7 +136,7 @@ def summarise(
 ) -> Summary:
     """Statistics of each label and metric over the cases.
 
-    The interval of the mean is a percentile bootstrap over cases. Every label and metric draws from the same
+    The interval of the mean is `bootstrap_interval` over cases. Every label and metric draws from the same
     seed, so an interval does not depend on what else is evaluated.
 
     Args:
@@ -160,7 +157,7 @@ def summarise(
     rows, regions = tuple(rows), policy.regions_of(labels)
     results = {
         label: {
-            metric.name: _statistic([row.values[metric.name] for row in rows if row.label == label], seed)
+            metric.name: statistic([row.values[metric.name] for row in rows if row.label == label], seed)
             for metric in policy.metrics
         }
         for label in regions
@@ -176,9 +173,10 @@ def summary_table(summary: Summary) -> str:
         table = [[metric.heading, "mean", "95 % interval", "sd", "median", "n used"]]
         for label, found in summary.results.items():
             table.append([label, *statistic_cells(found[metric.name], metric.digits)])
-        lines += [*_aligned(table), ""]
+        lines += [*aligned(table), ""]
     truth = [["empty masks count as", *(metric.title for metric in policy.metrics)]]
-    lines += _aligned(truth + [[case, *values] for case, values in policy.truth_table()])
+    lines += aligned(truth + [[case, *values] for case, values in policy.truth_table()])
+    lines += [f"  but {exception}" for exception in policy.exceptions()]
     if summary.missing:
         lines += ["", f"no prediction (in n total, not in the means): {listed(summary.missing)}"]
     if summary.unmatched:
@@ -237,21 +235,16 @@ def cases_csv(summary: Summary) -> str:
     return text.getvalue()
 
 
-def _statistic(values: Sequence[float], seed: int) -> Statistic:
+def statistic(values: Sequence[float], seed: int = SEED) -> Statistic:
+    """Mean, spread and interval over cases; undefined values (NaN) count in n total only."""
     used = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
     if not used.size:
         nan = math.nan
         return Statistic(nan, nan, nan, nan, nan, used=0, total=len(values))
     mean, median = float(used.mean()), float(np.median(used))
-    if used.size == 1:
-        return Statistic(mean, math.nan, median, math.nan, math.nan, used=1, total=len(values))
-    generator = np.random.default_rng(seed)
-    chunks = 10  # bounds the memory of the draws
-    size = (RESAMPLES // chunks, used.size)
-    means = [used[generator.integers(used.size, size=size)].mean(axis=1) for _ in range(chunks)]
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    sd = float(used.std(ddof=1))
-    return Statistic(mean, sd, median, float(low), float(high), used=used.size, total=len(values))
+    low, high = bootstrap_interval(used, seed)
+    sd = float(used.std(ddof=1)) if used.size > 1 else math.nan
+    return Statistic(mean, sd, median, low, high, used=used.size, total=len(values))
 
 
 def _policy_as_json(policy: Policy) -> dict[str, Any]:
@@ -263,7 +256,7 @@ def _policy_as_json(policy: Policy) -> dict[str, Any]:
             "prediction_empty": metric.prediction_empty,
         }
         named = {key: getattr(metric, key) for key in ("name", "title", "unit", "meaning")}
-        metrics.append(named | {"empty_masks_count_as": _nullable(empty)})
+        metrics.append(named | {"empty_masks_count_as": _nullable(empty), "exception": metric.exception})
     return {
         "name": policy.name,
         "description": policy.description,
@@ -276,8 +269,8 @@ def _nullable(numbers: Mapping[str, float]) -> dict[str, float | None]:
     return {key: None if math.isnan(value) else value for key, value in numbers.items()}
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
-    """Rows of text with the first column to the left and the others to the right."""
+def aligned(table: list[list[str]]) -> list[str]:
+    """Rows of text as lines, with the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for first, *rest in table:

@@ -1,0 +1,71 @@
+"""Two or more evaluations of the same cases, compared case by case with the first of them.
+
+OUT/comparison.json   every mean and paired difference with its interval and p
+OUT/comparison.md     the same as a Markdown table
+OUT/comparison.tex    the same as a LaTeX table (booktabs)
+OUT/comparison.html   both for reading, with a figure (needs the `report` extra)
+"""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from asa.data.files import read_json, write_json, write_whole
+from asa.engine.comparison import Comparison, Run, compare_runs, latex_table, markdown_table
+from asa.engine.comparison_report import write_comparison
+
+
+def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bool = False) -> Comparison:
+    """Compare evaluations with the first of them and write the tables and the page.
+
+    Args:
+        folders: name -> folder that `evaluate_folder` wrote, two or more; the others are compared with the first.
+        out: folder for the results, made if missing.
+        allow_missing: compare the cases that all of them have, instead of refusing when they differ.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        FileNotFoundError: a folder that holds no evaluation.
+        ValueError: evaluations that cannot be compared: another policy, other regions, cases or truths; or the
+            `report` extra is absent, when all but the page is written all the same.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"a comparison needs two evaluations or more, got {len(folders)}: compare=[RUN_A, RUN_B]")
+    comparison = compare_runs([read_run(name, Path(folder)) for name, folder in folders.items()], allow_missing)
+    page = Path(out) / "comparison.html"
+    page.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
+    write_json(page.with_suffix(".json"), comparison.as_json())
+    write_whole(page.with_suffix(".md"), markdown_table(comparison).encode())
+    write_whole(page.with_suffix(".tex"), latex_table(comparison).encode())
+    write_comparison(page, comparison)
+    return comparison
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """An evaluation from its folder.
+
+    Raises:
+        FileNotFoundError: no summary.json or cases.csv in it.
+        ValueError: files that do not belong together.
+    """
+    for file in ("summary.json", "cases.csv"):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file}: no such file; give folders that asa-evaluate wrote")
+    summary = read_json(folder / "summary.json")
+    metrics = [metric["name"] for metric in summary["policy"]["metrics"]]
+    setting = {
+        "policy": summary["policy"]["name"],
+        "metrics": metrics,
+        "labels": summary["labels"],
+        "regions": summary["regions"],
+        "ignored labels": summary["policy"]["ignored"],
+    }
+    with (folder / "cases.csv").open(newline="", encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    regions = {row["label"] for row in rows}
+    if regions != set(summary["regions"]) or not {*metrics, "voxels_true"} <= set(rows[0]):
+        raise ValueError(f"{folder}: cases.csv is not of the evaluation in summary.json: evaluate again")
+    values = {(row["id"], row["label"]): {metric: float(row[metric]) for metric in metrics} for row in rows}
+    return Run(name, setting, values, {(row["id"], row["label"]): int(row["voxels_true"]) for row in rows})
