@@ -20,6 +20,8 @@ FREE_ON_RESUME = (
     "out",
     "loader",
     "predict",
+    "model.checkpointing",
+    "method.model.checkpointing",
     "train.steps",
     "train.log_every",
     "train.validate_every",
