@@ -9,6 +9,7 @@ import torch
 
 from asa.cli.cohort import open_parts
 from asa.cli.front import Config, open_run, run_command
+from asa.cli.planning import show_plan, wants_plan
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.files import write_json
@@ -42,16 +43,28 @@ def finetune(config: Config) -> None:
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
     augment = typed(AugmentSettings, config["augment"])
-    check_settings(settings, optim)
+    planning = wants_plan(config)
+    if not planning:  # a plan may be for another machine
+        check_settings(settings, optim)
     data = config["data"]
     data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
-    source = read_weights(config["init"]) if config["init"] else None
+    source = read_weights(config["init"]) if config["init"] and not planning else None
     store, split, parts = open_parts(data, Path(str(config["out"])))
     if not store.labels:
         raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
     names = [store.labels[value] for value in store.label_values]
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"], node["out_channels"] = len(store.channels), len(names) + 1
+    if planning:
+        show_plan(
+            config,
+            lambda: build(config["method"], plugins=config["plugins"]),
+            len(parts["train"]),
+            settings,
+            optim,
+            labelled=True,
+        )
+        return
     torch.manual_seed(settings.seed)
     method = build(config["method"], plugins=config["plugins"])
     trained: Trained | None = trained_on(parts["train"])

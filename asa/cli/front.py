@@ -20,6 +20,7 @@ FREE_ON_RESUME = (
     "out",
     "loader",
     "predict",
+    "plan",
     "model.checkpointing",
     "method.model.checkpointing",
     "train.steps",

@@ -8,6 +8,7 @@ import torch
 
 from asa.cli.cohort import open_parts
 from asa.cli.front import Config, open_run, run_command
+from asa.cli.planning import show_plan, wants_plan
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.identity import trained_on
@@ -24,12 +25,24 @@ def pretrain(config: Config) -> None:
     """Pretrain from a prepared store."""
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     loader = typed(LoaderSettings, config["loader"])
-    check_settings(settings, optim)
+    planning = wants_plan(config)
+    if not planning:  # a plan may be for another machine
+        check_settings(settings, optim)
     data = config["data"]
     data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
     store, split, parts = open_parts(data, Path(str(config["out"])))
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"] = len(store.channels)
+    if planning:
+        show_plan(
+            config,
+            lambda: build(config["method"], plugins=config["plugins"]),
+            len(parts["train"]),
+            settings,
+            optim,
+            labelled=False,
+        )
+        return
     torch.manual_seed(settings.seed)
     method = build(config["method"], plugins=config["plugins"])
     size = method.model.encoder.img_size

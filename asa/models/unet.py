@@ -89,7 +89,8 @@ class SegmentationUNet(nn.Module):
             ValueError: a volume of another size than the encoder's; training in bfloat16 on a CPU with a depth at which
                 PyTorch's convolution returns wrong gradients.
         """
-        if torch.is_grad_enabled() and volume.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        if low and torch.is_grad_enabled() and volume.device.type == "cpu":
             self._check_bfloat16_depth()
         states = self.encoder.hidden_states(volume)
         skips = [run_block(self.image_block, volume, checkpointing=self.checkpointing)]

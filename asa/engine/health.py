@@ -1,0 +1,191 @@
+"""Whether pretraining learns anything that a segmentation can use: spread of the features, and a linear probe.
+
+Letters: volume `B C D H W`, L tokens in raster order on a grid T x H x W, token width E, K classes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from asa.data.loader import CropDataset
+from asa.data.store import IGNORED, Store
+from asa.models.sw_vit import SWViT
+from asa.ops.patches import patchify
+
+VOLUMES = 8  # looked at, at most
+FLAT = 1e-3  # variance of features whose final norm makes about 1 of it
+COLLAPSED = 0.01  # share of the width that the effective rank lies above
+NO_BETTER = 0.98  # of the mean predictor's error
+RIDGE = 1e-3
+ROUNDING = 1e-13  # of float32 features' mean square: what is below is no variance
+
+
+@torch.no_grad()
+def encode(encoder: SWViT, dataset: CropDataset, count: int) -> Tensor:
+    """Tokens of the first crops with nothing masked: `(V, L, E)` float32 on the CPU."""
+    device = encoder.position.device
+    images = (dataset[index, 0]["image"][None] for index in range(min(len(dataset), count)))
+    return torch.cat([encoder(image.to(device)).float().cpu() for image in images])
+
+
+def feature_health(features: Tensor) -> dict[str, float]:
+    """How much of the features is about the volume, and in how many directions it varies.
+
+    What all volumes have in common at a place (the position code above all) is taken off first: an encoder that has
+    collapsed may still tell places apart.
+
+    Args:
+        features: `(V, L, E)`. A single volume has its mean over places taken off instead.
+
+    Returns:
+        "effective_rank", the exponential of the entropy of the normalised singular values (RankMe, Garrido et al.,
+        ICML 2023; there without taking the mean off): r for r directions of equal strength, 0 for constant features.
+        "feature_variance", the mean over the E dimensions.
+    """
+    several = len(features) > 1
+    exact = features.double()
+    left = (exact - exact.mean(dim=0 if several else 1, keepdim=True)).flatten(0, 1)
+    freedom = len(left) - (features.shape[1] if several else 1)
+    covariance = left.T @ left / freedom
+    values = torch.linalg.eigvalsh(covariance)
+    strength = values[values > ROUNDING * exact.square().mean()].sqrt()
+    share = strength / strength.sum()
+    rank = float((-share * share.log()).sum().exp()) if len(share) else 0.0
+    return {"effective_rank": rank, "feature_variance": float(covariance.diagonal().mean())}
+
+
+def alarms(numbers: Mapping[str, float], width: int, *, warm: bool) -> list[str]:
+    """What in a validation's numbers says that pretraining has gone wrong, a line each.
+
+    Args:
+        numbers: "effective_rank", "feature_variance", "masked_mse", "mean_predictor_mse".
+        width: E of the encoder.
+        warm: the warm-up is over; before, nothing has to be learnt yet.
+    """
+    lines = []
+    rank, variance = numbers["effective_rank"], numbers["feature_variance"]
+    if rank < COLLAPSED * width or variance < FLAT:
+        lines.append(
+            f"ALARM: the encoder's features have collapsed: effective rank {rank:.1f} of {width}, variance "
+            f"{variance:.2g} (alarm below {COLLAPSED * width:.1f} or {FLAT:g}): lower optim.lr and look at the data"
+        )
+    ratio = numbers["masked_mse"] / max(numbers["mean_predictor_mse"], 1e-12)
+    if warm and ratio > NO_BETTER:
+        lines.append(
+            f"ALARM: no better than the mean: the masked error is {ratio:.2f} of predicting the mean's after the "
+            "warm-up: raise or lower optim.lr, and look at the volumes of the store"
+        )
+    return lines
+
+
+def probe_dice(encoder: SWViT, dataset: CropDataset, names: Sequence[str]) -> dict[str, float]:
+    """Dice of a linear map from frozen tokens to labels, fitted on half of the volumes and scored on the others.
+
+    Args:
+        encoder: its tokens are the features.
+        dataset: labelled centre crops of at least two volumes; the first ones are taken.
+        names: of the classes 1, 2, ...
+
+    Returns:
+        "probe_dice_NAME" of each class and "probe_dice", their mean.
+    """
+    features = encode(encoder, dataset, VOLUMES)
+    labels = torch.cat([dataset[index, 0]["label"] for index in range(len(features))])  # V D H W
+    fractions, counted = label_fractions(labels, len(names) + 1, encoder.patch_size)
+    weights = fit_linear(features[::2][counted[::2]], fractions[::2][counted[::2]])
+    scores = torch.zeros(len(names), 2, dtype=torch.float64)
+    for tokens, label in zip(features[1::2], labels[1::2], strict=True):
+        coarse = predict_linear(weights, tokens).T.reshape(1, -1, *encoder.grid)
+        fine = F.interpolate(coarse, label.shape, mode="trilinear").argmax(dim=1)[0]
+        for k in range(1, len(names) + 1):
+            found, truth = (fine == k) & (label != IGNORED), label == k
+            scores[k - 1] += torch.tensor([2.0 * (found & truth).sum(), found.sum() + truth.sum()])
+    dice = (scores[:, 0] / scores[:, 1].clamp(min=1)).tolist()
+    return {
+        "probe_dice": sum(dice) / len(dice),
+        **{f"probe_dice_{name}": value for name, value in zip(names, dice, strict=True)},
+    }
+
+
+def label_fractions(labels: Tensor, classes: int, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Share of each class in the voxels of each patch that count.
+
+    Args:
+        labels: class indices or `IGNORED`, `(V, D, H, W)`.
+        classes: K, background included.
+        patch_size: edge of a patch in voxels.
+
+    Returns:
+        `(V, L, K)` float32, and bool `(V, L)`: patches of which something counts.
+    """
+    patches = patchify(labels[:, None], patch_size)  # V L s^3
+    counts = torch.stack([(patches == k).sum(dim=2) for k in range(classes)], dim=2).float()
+    total = counts.sum(dim=2)
+    return counts / total.clamp(min=1)[:, :, None], total > 0
+
+
+def fit_linear(features: Tensor, targets: Tensor) -> Tensor:
+    """Ridge regression with an intercept, in closed form: `(N, E)`, `(N, K)` -> `(E + 1, K)` float64."""
+    x = F.pad(features.double(), (0, 1), value=1.0)
+    gram = x.T @ x / len(x)
+    gram.diagonal()[:-1].add_(RIDGE * gram.diagonal()[:-1].mean())
+    gram.diagonal().add_(1e-12)
+    return torch.linalg.solve(gram, x.T @ targets.double() / len(x))
+
+
+def predict_linear(weights: Tensor, features: Tensor) -> Tensor:
+    """`(E + 1, K)` on `(L, E)` -> `(L, K)` float32."""
+    return (features.double() @ weights[:-1] + weights[-1]).float()
+
+
+class FeatureHealth:
+    """What a pretraining run measures of its encoder at each validation, beside the reconstruction error.
+
+    Args:
+        encoder: of the method.
+        watched: crops it is not trained on, without augmentation.
+        probe: labelled crops for the linear probe, or None.
+        names: of the probe's classes 1, 2, ...
+        warm_up: steps before the masked error has to beat the mean.
+    """
+
+    def __init__(
+        self, encoder: SWViT, watched: CropDataset, probe: CropDataset | None, names: Sequence[str], warm_up: int
+    ) -> None:
+        self.encoder, self.watched, self.probe, self.names, self.warm_up = encoder, watched, probe, names, warm_up
+
+    def __call__(self, step: int, numbers: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+        """Numbers to log, and alarms to print.
+
+        Args:
+            step: steps done.
+            numbers: of `validate_reconstruction`.
+        """
+        found = feature_health(encode(self.encoder, self.watched, VOLUMES))
+        if self.probe is not None:
+            found |= probe_dice(self.encoder, self.probe, self.names)
+        lines = alarms({**numbers, **found}, self.encoder.embed_dim, warm=step > self.warm_up)
+        return found, lines
+
+
+def open_probe(path: str, channels: Sequence[str], size: Sequence[int]) -> tuple[CropDataset, list[str]]:
+    """Labelled centre crops for the linear probe, and the names of their classes.
+
+    Args:
+        path: a store with labels.
+        channels: that the network is trained on.
+        size: crop (D, H, W).
+
+    Raises:
+        ValueError: no store, other channels, or less than two volumes with labels.
+    """
+    store = Store(path)
+    labelled = [record for record in store.records if "label" in record["arrays"]]
+    if store.channels != list(channels):
+        raise ValueError(f"data.probe={path}: has the channels {store.channels}, the training store {list(channels)}")
+    if len(labelled) < 2 or not store.labels:
+        raise ValueError(f"data.probe={path}: the probe takes two or more volumes with labels, found {len(labelled)}")
+    names = [store.labels[value] for value in store.label_values]
+    return CropDataset(store, labelled[:VOLUMES], size, labelled=True), names
