@@ -1,11 +1,14 @@
 """Collapse shows, and a linear probe finds what is linear."""
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from asa.cli import pretrain
 from asa.data.loader import CropDataset
 from asa.data.store import Store
 from asa.engine.health import (
@@ -77,9 +80,9 @@ def test_a_fresh_encoder_does_not_alarm_and_one_that_forgets_its_input_does(stor
     encoder = sw_vit_tiny(img_size=32)
     health = FeatureHealth(encoder, dataset, None, [], warm_up=0)
     numbers = {"masked_mse": 0.5, "mean_predictor_mse": 1.0}
-    assert health(1, numbers)[1] == []
+    assert health.measure(1, numbers)[1] == []
     torch.nn.init.zeros_(encoder.patch_embed.weight)  # tells places apart still
-    found, lines = health(1, numbers)
+    found, lines = health.measure(1, numbers)
     assert found["effective_rank"] < 1 and "collapsed" in lines[0]
 
 
@@ -149,3 +152,16 @@ def test_a_probe_store_has_to_fit(store: Path) -> None:
         open_probe(str(store), ["flair"], (32, 32, 32))
     with pytest.raises(ValueError, match="no prepared store"):
         open_probe("absent", ["t1"], (32, 32, 32))
+
+
+def test_the_log_of_a_run_holds_health_and_probe(store: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    arguments = [
+        f"data.store={store}", f"data.probe={store}", f"out={tmp_path}/run", "model=asa_tiny", "crop=32",
+        "loader.workers=0", "train.device=cpu", "train.steps=2", "optim.warmup=1", "data.split={validation: 2, test: 0}",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["asa-pretrain", *arguments])
+    assert pretrain.main() == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {"effective_rank", "feature_variance", "probe_dice", "probe_dice_wm", "masked_mse"} <= lines[-1].keys()
+    # Two steps teach nothing, and the run says so.
+    assert "ALARM: no better than the mean" in capsys.readouterr().out

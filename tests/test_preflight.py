@@ -1,9 +1,17 @@
 """What is said about a GPU before a run starts on it; the GPU is made up."""
 
+import sys
+
 import pytest
 import torch
 
+from asa.cli import pretrain
+from asa.cli.planning import preflight
+from asa.engine.optim import OptimSettings
 from asa.engine.preflight import check_gpu, fit_line
+from asa.engine.train import TrainSettings
+from asa.methods.pretrain import MaskedPretraining
+from asa.models.asa import asa_tiny
 
 GPU = torch.device("cuda")
 
@@ -20,6 +28,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch, "__version__", version)
 
     return pretend
+
+
+def test_the_commands_look_before_they_start(gpu, store, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    gpu((7, 0), ["sm_80"], version="2.13.0+cu130")
+    arguments = [f"data.store={store}", f"out={tmp_path}/run", "model=asa_tiny", "crop=32", "train.device=cuda"]
+    monkeypatch.setattr(sys, "argv", ["asa-pretrain", *arguments])
+    assert pretrain.main() == 1 and "sm_70" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    gpu((7, 0), ["sm_70"])
+    settings = TrainSettings(device="cuda")
+    preflight(lambda: MaskedPretraining(model=asa_tiny(img_size=32)), settings, OptimSettings(), labelled=False)
+    assert capsys.readouterr().out.startswith("memory: a step takes about 0.0 GiB, 32.0 of 32.0")
 
 
 def test_a_cpu_is_always_known() -> None:

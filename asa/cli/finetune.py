@@ -4,12 +4,13 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from asa.cli.cohort import open_parts
 from asa.cli.front import Config, open_run, run_command
-from asa.cli.planning import show_plan, wants_plan
+from asa.cli.planning import preflight, show_plan, wants_plan
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.files import write_json
@@ -55,18 +56,16 @@ def finetune(config: Config) -> None:
     names = [store.labels[value] for value in store.label_values]
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"], node["out_channels"] = len(store.channels), len(names) + 1
+
+    def make() -> Any:
+        return build(config["method"], plugins=config["plugins"])
+
     if planning:
-        show_plan(
-            config,
-            lambda: build(config["method"], plugins=config["plugins"]),
-            len(parts["train"]),
-            settings,
-            optim,
-            labelled=True,
-        )
+        show_plan(config, make, len(parts["train"]), settings, optim, labelled=True)
         return
+    preflight(make, settings, optim, labelled=True)
     torch.manual_seed(settings.seed)
-    method = build(config["method"], plugins=config["plugins"])
+    method = make()
     trained: Trained | None = trained_on(parts["train"])
     seen: list[Seen] | None = None
     if source is not None:

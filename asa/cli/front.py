@@ -21,6 +21,7 @@ FREE_ON_RESUME = (
     "loader",
     "predict",
     "plan",
+    "data.probe",
     "model.checkpointing",
     "method.model.checkpointing",
     "train.steps",

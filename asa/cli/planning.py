@@ -1,12 +1,14 @@
-"""`plan=only`, for both training commands."""
+"""What both training commands look at before a run: `plan=only`, and the GPU."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from asa.engine.optim import OptimSettings
-from asa.engine.plan import make_plan, measure_rate, plan_report
+from asa.engine.plan import make_plan, measure_rate, plan_report, step_memory
+from asa.engine.preflight import check_gpu, fit_line
 from asa.engine.train import PRECISIONS, TrainSettings, pick_device, pick_precision
 
 
@@ -47,9 +49,31 @@ def show_plan(
         rate, source = config["plan_rate"] * 1e12, "as given by plan_rate"
     else:
         device = pick_device("auto")
-        name = "fp32" if settings.precision == "fp16" and device.type == "cpu" else settings.precision
-        dtype = pick_precision(name, device)
-        rate = measure_rate(device, dtype)
-        kind = next(key for key, value in PRECISIONS.items() if value == dtype)
+        kind = _precision(
+            "fp32" if settings.precision == "fp16" and device.type == "cpu" else settings.precision, device
+        )
+        rate = measure_rate(device, PRECISIONS[kind])
         source = f"measured here by {kind} matrix products ({device.type}): a run reaches a part of it and takes longer"
     print(plan_report(plan, settings, scans, rate, source))
+
+
+def preflight(make: Callable[[], nn.Module], settings: TrainSettings, optim: OptimSettings, *, labelled: bool) -> None:
+    """Print whether a step will fit on the GPU, if training uses one.
+
+    Raises:
+        ValueError: PyTorch has no kernels for that GPU.
+    """
+    device = pick_device(settings.device)
+    if device.type != "cuda":
+        return
+    for line in check_gpu(device):
+        print(line)
+    precision = _precision(settings.precision, device)
+    _, memory = step_memory(make, precision, labelled=labelled, settings=settings, optim=optim, gpu=True)
+    print(fit_line(memory.peak, device))
+
+
+def _precision(name: str, device: torch.device) -> str:
+    """The precision that a setting means on a device, by name."""
+    dtype = pick_precision(name, device)
+    return next(key for key, value in PRECISIONS.items() if value == dtype)

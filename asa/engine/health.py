@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from asa.data.loader import CropDataset
 from asa.data.store import IGNORED, Store
+from asa.engine.validate import Shown
 from asa.models.sw_vit import SWViT
 from asa.ops.patches import patchify
 
@@ -156,13 +158,21 @@ class FeatureHealth:
     ) -> None:
         self.encoder, self.watched, self.probe, self.names, self.warm_up = encoder, watched, probe, names, warm_up
 
-    def __call__(self, step: int, numbers: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Numbers to log, and alarms to print.
+    def watch(self, step: int, shown: Shown) -> Shown:
+        """Add what is measured here to the numbers of `validate_reconstruction`, and print alarms.
 
         Args:
             step: steps done.
-            numbers: of `validate_reconstruction`.
+            shown: its numbers and pictures.
         """
+        numbers, pictures = shown
+        found, lines = self.measure(step, numbers)
+        for line in lines:
+            tqdm.write(line)  # without breaking the bar
+        return {**numbers, **found}, pictures
+
+    def measure(self, step: int, numbers: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+        """Numbers to log, and alarms to print. See `watch`."""
         found = feature_health(encode(self.encoder, self.watched, VOLUMES))
         if self.probe is not None:
             found |= probe_dice(self.encoder, self.probe, self.names)
