@@ -157,7 +157,8 @@ def test_a_probe_store_has_to_fit(store: Path) -> None:
 def test_the_log_of_a_run_holds_health_and_probe(store: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     arguments = [
         f"data.store={store}", f"data.probe={store}", f"out={tmp_path}/run", "model=asa_tiny", "crop=32",
-        "loader.workers=0", "train.device=cpu", "train.steps=2", "optim.warmup=1", "data.split={validation: 2, test: 0}",
+        "loader.workers=0", "train.device=cpu", "train.steps=2", "optim.warmup=1",
+        "data.split={validation: 2, test: 0}",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["asa-pretrain", *arguments])
     assert pretrain.main() == 0

@@ -49,9 +49,8 @@ def show_plan(
         rate, source = config["plan_rate"] * 1e12, "as given by plan_rate"
     else:
         device = pick_device("auto")
-        kind = _precision(
-            "fp32" if settings.precision == "fp16" and device.type == "cpu" else settings.precision, device
-        )
+        elsewhere = settings.precision == "fp16" and device.type == "cpu"
+        kind = _precision("fp32" if elsewhere else settings.precision, device)
         rate = measure_rate(device, PRECISIONS[kind])
         source = f"measured here by {kind} matrix products ({device.type}): a run reaches a part of it and takes longer"
     print(plan_report(plan, settings, scans, rate, source))
