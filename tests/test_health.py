@@ -16,7 +16,6 @@ from asa.engine.health import (
     alarms,
     feature_health,
     fit_linear,
-    label_fractions,
     open_probe,
     predict_linear,
     probe_dice,
@@ -87,19 +86,9 @@ def test_a_fresh_encoder_does_not_alarm_and_one_that_forgets_its_input_does(stor
 
 
 def test_ridge_equals_least_squares_on_well_conditioned_features() -> None:
-    x, true = draw(500, 6), torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    x, true = draw(5, 100, 6), torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
     y = x @ true[:-1] + true[-1]
-    torch.testing.assert_close(predict_linear(fit_linear(x, y), x), y, atol=0.02, rtol=0)
-
-
-def test_label_fractions_leave_out_what_does_not_count() -> None:
-    label = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
-    label[0, :2, :2, :2] = 1
-    label[0, 0, 0, 0] = 255
-    label[0, 2:, 2:, 2:] = 255
-    fractions, counted = label_fractions(label, 2, 2)
-    assert fractions[0, 0].tolist() == [0, 1] and fractions[0, 1].tolist() == [1, 0]
-    assert counted[0].tolist() == [True] * 7 + [False]
+    torch.testing.assert_close(predict_linear(fit_linear(x, y), x[0]), y[0], atol=1e-3, rtol=0)
 
 
 class Planted:
@@ -140,7 +129,7 @@ def test_a_probe_reads_what_features_hold_linearly_and_nothing_from_noise() -> N
     source = Planted()
     dataset = CropDataset(source, source.records, (64, 64, 64), labelled=True)
     told, noise = (probe_dice(Told(tell), dataset, ["a", "b"]) for tell in (True, False))
-    assert told["probe_dice"] > 0.95
+    assert told["probe_dice"] > 0.99
     assert noise["probe_dice"] < 0.45  # all one class, or drawn
     assert told["probe_dice"] == pytest.approx((told["probe_dice_a"] + told["probe_dice_b"]) / 2)
 

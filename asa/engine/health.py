@@ -1,9 +1,9 @@
 """Whether pretraining learns anything that a segmentation can use: spread of the features, and a linear probe.
 
-Letters: volume `B C D H W`, L tokens in raster order on a grid T x H x W, token width E, K classes.
+Letters: V volumes `C D H W`, patch size s, L tokens in raster order, token width E, K classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from asa.models.sw_vit import SWViT
 from asa.ops.patches import patchify
 
 VOLUMES = 8  # looked at, at most
-FLAT = 1e-3  # variance of features whose final norm makes about 1 of it
-COLLAPSED = 0.01  # share of the width that the effective rank lies above
+FLAT = 1e-5  # variance beside what volumes share, of features that the final norm scales to about 1 in all
+COLLAPSED = 0.05  # share of the width that the effective rank lies above
 NO_BETTER = 0.98  # of the mean predictor's error
-RIDGE = 1e-3
+RIDGE = 1e-6
 ROUNDING = 1e-13  # of float32 features' mean square: what is below is no variance
 
 
@@ -85,61 +85,59 @@ def alarms(numbers: Mapping[str, float], width: int, *, warm: bool) -> list[str]
 def probe_dice(encoder: SWViT, dataset: CropDataset, names: Sequence[str]) -> dict[str, float]:
     """Dice of a linear map from frozen tokens to labels, fitted on half of the volumes and scored on the others.
 
+    The map goes from a patch's token to the classes of its voxels. It is a ridge regression in closed form.
+
     Args:
         encoder: its tokens are the features.
         dataset: labelled centre crops of at least two volumes; the first ones are taken.
         names: of the classes 1, 2, ...
 
     Returns:
-        "probe_dice_NAME" of each class and "probe_dice", their mean.
+        "probe_dice_NAME" of each class over the scored volumes together, and "probe_dice", their mean.
     """
-    features = encode(encoder, dataset, VOLUMES)
-    labels = torch.cat([dataset[index, 0]["label"] for index in range(len(features))])  # V D H W
-    fractions, counted = label_fractions(labels, len(names) + 1, encoder.patch_size)
-    weights = fit_linear(features[::2][counted[::2]], fractions[::2][counted[::2]])
-    scores = torch.zeros(len(names), 2, dtype=torch.float64)
+    features, classes = encode(encoder, dataset, VOLUMES), len(names) + 1
+    labels = [patchify(dataset[index, 0]["label"][None], encoder.patch_size)[0] for index in range(len(features))]
+    weights = fit_linear(features[::2], (_one_hot(label, classes) for label in labels[::2]))
+    overlap, size = torch.zeros(2, classes, dtype=torch.float64)
     for tokens, label in zip(features[1::2], labels[1::2], strict=True):
-        coarse = predict_linear(weights, tokens).T.reshape(1, -1, *encoder.grid)
-        fine = F.interpolate(coarse, label.shape, mode="trilinear").argmax(dim=1)[0]
-        for k in range(1, len(names) + 1):
-            found, truth = (fine == k) & (label != IGNORED), label == k
-            scores[k - 1] += torch.tensor([2.0 * (found & truth).sum(), found.sum() + truth.sum()])
-    dice = (scores[:, 0] / scores[:, 1].clamp(min=1)).tolist()
+        found = predict_linear(weights, tokens).reshape(*label.shape, classes).argmax(dim=2)
+        for k in range(1, classes):
+            guess, truth = (found == k) & (label != IGNORED), label == k
+            overlap[k] += (guess & truth).sum()
+            size[k] += guess.sum() + truth.sum()
+    dice = (2 * overlap / size.clamp(min=1))[1:].tolist()
     return {
         "probe_dice": sum(dice) / len(dice),
         **{f"probe_dice_{name}": value for name, value in zip(names, dice, strict=True)},
     }
 
 
-def label_fractions(labels: Tensor, classes: int, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Share of each class in the voxels of each patch that count.
+def _one_hot(label: Tensor, classes: int) -> Tensor:
+    """`(L, s^3)` -> `(L, s^3, K)`; a voxel that does not count is of no class."""
+    return torch.stack([label == k for k in range(classes)], dim=2)
+
+
+def fit_linear(features: Tensor, targets: Iterable[Tensor]) -> Tensor:
+    """Ridge regression with an intercept, in closed form.
 
     Args:
-        labels: class indices or `IGNORED`, `(V, D, H, W)`.
-        classes: K, background included.
-        patch_size: edge of a patch in voxels.
+        features: `(V, L, E)`.
+        targets: of each volume, `(L, ...)`, with O values a token.
 
     Returns:
-        `(V, L, K)` float32, and bool `(V, L)`: patches of which something counts.
+        `(E + 1, O)` float32.
     """
-    patches = patchify(labels[:, None], patch_size)  # V L s^3
-    counts = torch.stack([(patches == k).sum(dim=2) for k in range(classes)], dim=2).float()
-    total = counts.sum(dim=2)
-    return counts / total.clamp(min=1)[:, :, None], total > 0
-
-
-def fit_linear(features: Tensor, targets: Tensor) -> Tensor:
-    """Ridge regression with an intercept, in closed form: `(N, E)`, `(N, K)` -> `(E + 1, K)` float64."""
-    x = F.pad(features.double(), (0, 1), value=1.0)
-    gram = x.T @ x / len(x)
-    gram.diagonal()[:-1].add_(RIDGE * gram.diagonal()[:-1].mean())
-    gram.diagonal().add_(1e-12)
-    return torch.linalg.solve(gram, x.T @ targets.double() / len(x))
+    gram, products = torch.zeros((), dtype=torch.float64), torch.zeros(())
+    for tokens, target in zip(features, targets, strict=True):
+        x = F.pad(tokens, (0, 1), value=1.0)  # L E+1
+        gram, products = gram + x.double().T @ x.double(), products + x.T @ target.flatten(1).float()
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    return torch.linalg.solve(gram, products.double()).float()
 
 
 def predict_linear(weights: Tensor, features: Tensor) -> Tensor:
-    """`(E + 1, K)` on `(L, E)` -> `(L, K)` float32."""
-    return (features.double() @ weights[:-1] + weights[-1]).float()
+    """`(E + 1, O)` on `(L, E)` -> `(L, O)`."""
+    return features @ weights[:-1] + weights[-1]
 
 
 class FeatureHealth:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from asa.engine.optim import OptimSettings, Schedule
 from asa.engine.train import PRECISIONS, TrainSettings, autocast
@@ -28,11 +28,11 @@ GIB = 2**30
 CPU = torch.device("cpu")
 
 
-class TensorMemory(TorchDispatchMode):
-    """Follows the bytes of the tensors without data that are made in its context: those that live now, and the peak.
+class Accounts(TorchDispatchMode):
+    """Follows the tensors that are made in its context: bytes that live now, their peak, and operations.
 
-    What has data all the same is small and decides shapes, like the places of masked patches; it is computed and not
-    counted.
+    Operations on tensors without data give such again. Others are computed: what decides shapes, like the places of
+    masked patches, has to have data.
 
     Args:
         known: tensors from before, which are not counted, nor are views of them.
@@ -40,7 +40,7 @@ class TensorMemory(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.operations = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def __torch_dispatch__(
@@ -49,9 +49,13 @@ class TensorMemory(TorchDispatchMode):
         kwargs = kwargs or {}
         with nullcontext() if _without_data((args, kwargs)) else unset_fake_temporarily():
             out = func(*args, **kwargs)
-        for tensor in _without_data(out):
-            self._add(tensor.untyped_storage())
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
+        # As FlopCounterMode counts, which would keep the tensors of recomputed blocks alive.
+        if func.overloadpacket in flop_registry:
+            self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -65,8 +69,8 @@ class TensorMemory(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
-def _without_data(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, FakeTensor) or getattr(leaf, "is_meta", False)]
+def _without_data(tree: Any) -> bool:
+    return any(isinstance(leaf, FakeTensor) or getattr(leaf, "is_meta", False) for leaf in tree_leaves(tree))
 
 
 @dataclass(frozen=True)
@@ -98,20 +102,20 @@ def trace_step(method: nn.Module, batch: Mapping[str, Tensor], dtype: torch.dtyp
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         method.to_empty(device=CPU)
-    memory, operations = TensorMemory([*method.parameters(), *method.buffers()]), FlopCounterMode(display=False)
-    with fake, memory, operations:
+    accounts = Accounts([*method.parameters(), *method.buffers()])
+    with fake, accounts:
         for _ in range(min(micro_batches, 2)):
-            counted, held = operations.get_total_flops(), memory.live
+            counted, held = accounts.operations, accounts.live
             given = {
                 key: value if key == "seed" else torch.empty_like(value, device=CPU) for key, value in batch.items()
             }
             with autocast(CPU, dtype):
                 loss = method(given)["loss"]
-            forward, kept = operations.get_total_flops() - counted, memory.live - held
+            forward, kept = accounts.operations - counted, accounts.live - held
             loss.backward()
-            both = operations.get_total_flops() - counted
+            both = accounts.operations - counted
             del loss, given
-    return StepTrace(forward, both, kept, memory.peak)
+    return StepTrace(forward, both, kept, accounts.peak)
 
 
 @dataclass(frozen=True)
@@ -215,9 +219,9 @@ def step_memory(
 
 
 def _importance_peak(image: Tensor, method: MaskedPretraining) -> int:
-    with TensorMemory() as memory:
+    with Accounts() as accounts:
         gradient_importance(image, method.loss.patch_size, method.loss.bins, method.loss.importance or "orientation")
-    return memory.peak
+    return accounts.peak
 
 
 def _without_memory(make: Callable[[], nn.Module]) -> Any:
