@@ -120,7 +120,7 @@ def test_a_plan_adds_up_and_its_days_follow_from_the_rate() -> None:
     assert cpu.weights == 4 * weights and cpu.states == 8 * weights
     assert cpu.peak > cpu.weights + cpu.states + cpu.kept and gpu.peak >= cpu.peak
     text = plan_report(replace(plan, step=86400 * 10**9), SETTINGS, scans=8, rate=1e9, source="as given")
-    assert "100 days" in text and "200 volumes, 25 epochs of 8 scans" in text
+    assert "100 days" in text and "200 volumes, 25.0 epochs of 8 scans" in text
 
 
 def test_accumulation_takes_the_same_operations_in_less_memory() -> None:
