@@ -270,7 +270,7 @@ def plan_report(plan: Plan, settings: TrainSettings, scans: int, rate: float, so
         f"total {plan.total / 1e6:.2f} M",
         f"operations  a step of {settings.batch_size} volumes {parts}: {plan.forward / 1e9:,.1f} GFLOP forward, "
         f"{plan.step / 1e9:,.1f} with backward",
-        "            (matrix products and convolutions, by the formulas of torch.utils.flop_counter, on tensors without data)",
+        "            (matrix products and convolutions, by the formulas of torch.utils.flop_counter)",
     ]
     for title, (place, memory) in zip(("memory", ""), plan.memory.items(), strict=False):
         lines.append(
