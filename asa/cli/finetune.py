@@ -4,11 +4,13 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from asa.cli.cohort import open_parts
 from asa.cli.front import Config, open_run, run_command
+from asa.cli.planning import preflight, show_plan, wants_plan
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.files import write_json
@@ -42,18 +44,28 @@ def finetune(config: Config) -> None:
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
     augment = typed(AugmentSettings, config["augment"])
-    check_settings(settings, optim)
+    planning = wants_plan(config)
+    if not planning:  # a plan may be for another machine
+        check_settings(settings, optim)
     data = config["data"]
     data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
-    source = read_weights(config["init"]) if config["init"] else None
+    source = read_weights(config["init"]) if config["init"] and not planning else None
     store, split, parts = open_parts(data, Path(str(config["out"])))
     if not store.labels:
         raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
     names = [store.labels[value] for value in store.label_values]
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"], node["out_channels"] = len(store.channels), len(names) + 1
+
+    def make() -> Any:
+        return build(config["method"], plugins=config["plugins"])
+
+    if planning:
+        show_plan(config, make, len(parts["train"]), settings, optim, labelled=True)
+        return
+    preflight(make, settings, optim, labelled=True)
     torch.manual_seed(settings.seed)
-    method = build(config["method"], plugins=config["plugins"])
+    method = make()
     trained: Trained | None = trained_on(parts["train"])
     seen: list[Seen] | None = None
     if source is not None:

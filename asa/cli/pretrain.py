@@ -8,11 +8,13 @@ import torch
 
 from asa.cli.cohort import open_parts
 from asa.cli.front import Config, open_run, run_command
+from asa.cli.planning import preflight, show_plan, wants_plan
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.identity import trained_on
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.engine.checkpoint import find_weights
+from asa.engine.health import FeatureHealth, open_probe
 from asa.engine.optim import OptimSettings
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_reconstruction
@@ -24,20 +26,34 @@ def pretrain(config: Config) -> None:
     """Pretrain from a prepared store."""
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     loader = typed(LoaderSettings, config["loader"])
-    check_settings(settings, optim)
+    planning = wants_plan(config)
+    if not planning:  # a plan may be for another machine
+        check_settings(settings, optim)
     data = config["data"]
     data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
+    if data["probe"]:
+        data["probe"] = str(Path(str(data["probe"])).resolve())
     store, split, parts = open_parts(data, Path(str(config["out"])))
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"] = len(store.channels)
+
+    def make() -> Any:
+        return build(config["method"], plugins=config["plugins"])
+
+    if planning:
+        show_plan(config, make, len(parts["train"]), settings, optim, labelled=False)
+        return
+    preflight(make, settings, optim, labelled=False)
     torch.manual_seed(settings.seed)
-    method = build(config["method"], plugins=config["plugins"])
+    method = make()
     size = method.model.encoder.img_size
     augment = AugmentSettings(mirror_probability=data["mirror_probability"])
     dataset = CropDataset(store, parts["train"], size, crop=data["placement"], augment=augment, seed=settings.seed)
     # Without held-out subjects the error is watched on the training scans, and the log says so.
     watched = parts["validation"] or parts["train"][:4]
     fixed = CropDataset(store, watched, size, crop="centre", seed=settings.seed)
+    probe, names = open_probe(data["probe"], store.channels, size) if data["probe"] else (None, [])
+    health = FeatureHealth(method.model.encoder, fixed, probe, names, optim.warmup)
     held_out = f"{len(parts['validation'])} held-out scans" if parts["validation"] else "training scans"
     run = open_run(config, split)
     print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
@@ -53,7 +69,7 @@ def pretrain(config: Config) -> None:
         optim=optim,
         loader=loader,
         description=description,
-        validate=lambda step: validate_reconstruction(method, fixed),
+        validate=lambda step: health.watch(step, validate_reconstruction(method, fixed)),
     )
     if "masked_mse" in last:
         ratio = last["masked_mse"] / last["mean_predictor_mse"]

@@ -31,6 +31,8 @@ class OptimSettings:
     "learning rate of the first step of the warm-up"
     final_lr: float = 0.0
     "where the cosine ends"
+    layer_decay: float = 1.0
+    "for fine-tuning: each encoder block learns at the rate of the one above times this; 1: all alike"
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "sgd"):
@@ -41,6 +43,8 @@ class OptimSettings:
             raise ValueError(
                 f"optim.betas={list(self.betas)}, optim.momentum={self.momentum}: two rates and one, below 1"
             )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay={self.layer_decay}: a factor above 0, and at most 1")
         if self.lr < 0 or self.weight_decay < 0 or (self.reference_batch is not None and self.reference_batch < 1):
             raise ValueError("optim.lr and optim.weight_decay are 0 or more, optim.reference_batch 1 or more")
 
@@ -78,21 +82,29 @@ class Schedule:
 def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     """The optimizer over all parameters that want a gradient.
 
-    Weight decay leaves alone vectors (biases, norms) and what a module names in its `no_weight_decay()`.
-
+    Weight decay leaves alone vectors (biases, norms) and what a module names in its `no_weight_decay()`. Where a module
+    says by `layers_above(name)` how deep its parameters lie, `layer_decay` to that power scales their learning rate: it
+    stands in their group's "lr_scale" for `set_learning_rate`.
     """
-    spared = set()
+    spared: set[str] = set()
+    scales: dict[str, float] = {}
     for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
         if hasattr(module, "no_weight_decay"):
-            spared |= {f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+            spared |= {dot + name for name in module.no_weight_decay()}
+        if hasattr(module, "layers_above"):
+            scales |= {
+                dot + name: settings.layer_decay ** module.layers_above(name) for name, _ in module.named_parameters()
+            }
+    # Both groups of scale 1 always, so that a run's optimizer keeps its shape.
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or name in spared else decayed).append(parameter)
+            decays = parameter.ndim >= 2 and name not in spared
+            members.setdefault((scales.get(name, 1.0), decays), []).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": settings.weight_decay * decays, "lr_scale": scale}
+        for (scale, decays), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
     ]
     if settings.name == "adamw":
         low, high = settings.betas
@@ -100,3 +112,9 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
     return torch.optim.SGD(
         groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group of `make_optimizer` its share of a step's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

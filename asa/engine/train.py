@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from asa.data.loader import CropDataset, LoaderSettings, make_loader
 from asa.engine.checkpoint import list_checkpoints, load_training, load_weights, save_checkpoint
 from asa.engine.logging import RunLog
-from asa.engine.optim import OptimSettings, Schedule, make_optimizer
+from asa.engine.optim import OptimSettings, Schedule, make_optimizer, set_learning_rate
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -179,8 +179,7 @@ def train(
     # --- the loop
     try:
         while step < settings.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = schedule[step]
+            set_learning_rate(optimizer, schedule[step])
             for _ in range(settings.accumulate):
                 batch = meter.wait(batches)
                 batch = {key: _to_device(key, value, device) for key, value in batch.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asa.models import sw_vit
-from asa.models.sw_vit import SWViT, window_blocks
+from asa.models.sw_vit import SWViT, run_block, window_blocks
 from asa.ops.masking import split_indices
 
 
@@ -34,6 +34,7 @@ class MaskedAutoencoder(nn.Module):
         window: tokens in an attention window.
         decoder_depth: decoder blocks.
         position: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
+        checkpointing: keep only each block's input for the gradient: less memory, one more forward pass of time.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class MaskedAutoencoder(nn.Module):
         window: int = 32,
         decoder_depth: int = 8,
         position: str = "mirror",
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = SWViT(
-            img_size, patch_size, in_channels, embed_dim, depth, num_heads, mlp_ratio, window, position
+            img_size, patch_size, in_channels, embed_dim, depth, num_heads, mlp_ratio, window, position, checkpointing
         )
+        self.checkpointing = checkpointing
         self.projection = nn.Linear(embed_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(embed_dim))
         nn.init.normal_(self.mask_token, std=0.02)
@@ -89,7 +92,7 @@ class MaskedAutoencoder(nn.Module):
         tokens = tokens.scatter(1, visible[:, :, None].expand(-1, -1, e), encoded)
         tokens = tokens + self.encoder.position
         for block in self.decoder:
-            tokens = block(tokens)
+            tokens = run_block(block, tokens, checkpointing=self.checkpointing)
         tokens = tokens.gather(1, masked[:, :, None].expand(-1, -1, e))  # B M E
         return self.head(self.norm(tokens))
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from asa.ops.masking import split_indices
 from asa.ops.patches import grid_size, patchify, triple
@@ -122,6 +123,17 @@ def window_blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float, window
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio, window, shift=(i % 2) * (window // 2)) for i in range(depth))
 
 
+def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool) -> Tensor:
+    """A block's output. Checkpointing keeps its inputs only, and computes what lies inside again for the gradient.
+
+    The same numbers to the bit: the blocks draw nothing at random.
+    """
+    if checkpointing and torch.is_grad_enabled():
+        out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return out
+    return block(*inputs)
+
+
 def position_code(grid: Sequence[int], dim: int, position: str) -> Tensor:
     """The codes of a token grid `(L, dim)`: `"mirror"` or `"paper"` (symmetric, see SPE) or `"sincos"` (plain).
 
@@ -148,6 +160,7 @@ class SWViT(nn.Module):
         mlp_ratio: hidden width of the MLP over E.
         window: tokens S in a window.
         position: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
+        checkpointing: keep only each block's input for the gradient: less memory, one more forward pass of time.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -164,10 +177,11 @@ class SWViT(nn.Module):
         mlp_ratio: float = 4.0,
         window: int = 32,
         position: str = "mirror",
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size, self.in_channels = triple(img_size), patch_size, in_channels
-        self.embed_dim = embed_dim
+        self.embed_dim, self.checkpointing = embed_dim, checkpointing
         self.grid = grid_size(self.img_size, patch_size)
         self.patch_embed = nn.Linear(in_channels * patch_size**3, embed_dim)
         nn.init.xavier_uniform_(self.patch_embed.weight)
@@ -177,6 +191,15 @@ class SWViT(nn.Module):
         self.position: Tensor
         self.blocks = window_blocks(depth, embed_dim, num_heads, mlp_ratio, window)
         self.norm = nn.LayerNorm(embed_dim)
+
+    def layers_above(self, name: str) -> int:
+        """Layers between a parameter and the encoder's output: 0 for the final norm, 1 for the last block, and so on.
+
+        Layer-wise learning rates go by it (as in BEiT and MAE).
+        """
+        if name.startswith("blocks."):
+            return len(self.blocks) - int(name.split(".")[1])
+        return 0 if name.startswith("norm.") else len(self.blocks) + 1
 
     def embed(self, volume: Tensor, visible: Tensor | None = None) -> Tensor:
         """Patches with their codes: `(B, C, D, H, W)` -> `(B, L, E)`, or `(B, V, E)` at `visible` `(B, V)`."""
@@ -191,7 +214,7 @@ class SWViT(nn.Module):
         """Tokens after each block, `depth` times `(B, L, E)`; the last with the final norm."""
         tokens, states = self.embed(volume), []
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = run_block(block, tokens, checkpointing=self.checkpointing)
             states.append(tokens)
         return [*states[:-1], self.norm(tokens)]
 
@@ -218,7 +241,7 @@ class SWViT(nn.Module):
         """Encode the patches at the places `visible` `(B, V)`, or all: `(B, V or L, E)`."""
         tokens = self.embed(volume, visible)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = run_block(block, tokens, checkpointing=self.checkpointing)
         return self.norm(tokens)
 
     def check(self, volume: Tensor) -> None:

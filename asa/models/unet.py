@@ -14,7 +14,7 @@ from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, U
 from torch import Tensor, nn
 
 from asa.models import sw_vit
-from asa.models.sw_vit import SWViT
+from asa.models.sw_vit import SWViT, run_block
 
 LEVELS = 6  # resolutions 1 to 1/32
 HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
@@ -31,13 +31,15 @@ class SegmentationUNet(nn.Module):
         encoder: the token encoder; its patch size is a power of two.
         out_channels: classes K, background included.
         feature_size: channels f of the finest level.
+        checkpointing: keep only what goes from block to block for the gradient: less memory, one more forward pass of
+            time. The encoder has a keyword of its own.
 
     Raises:
         ValueError: a volume size that 32 does not divide, or too small for six levels; a patch size that is no power
             of two.
     """
 
-    def __init__(self, encoder: SWViT, out_channels: int, feature_size: int = 24) -> None:
+    def __init__(self, encoder: SWViT, out_channels: int, feature_size: int = 24, checkpointing: bool = False) -> None:
         super().__init__()
         size, coarsest = encoder.img_size, 2 ** (LEVELS - 1)
         if any(n % coarsest for n in size) or math.prod(size) == coarsest**3:
@@ -48,7 +50,7 @@ class SegmentationUNet(nn.Module):
         if 2**scale != encoder.patch_size:
             raise ValueError(f"the U-Net takes patches of 2, 4, 8, ... voxels, got {encoder.patch_size}")
         self.encoder = encoder
-        self.out_channels = out_channels
+        self.out_channels, self.checkpointing = out_channels, checkpointing
         depth = len(encoder.blocks)
         # The states after blocks 3, 5, 7, 9 and 12 of 12.
         self.taps = [max(round(depth * part / 12), 1) - 1 for part in (3, 5, 7, 9, 12)]
@@ -87,16 +89,17 @@ class SegmentationUNet(nn.Module):
             ValueError: a volume of another size than the encoder's; training in bfloat16 on a CPU with a depth at which
                 PyTorch's convolution returns wrong gradients.
         """
-        if torch.is_grad_enabled() and volume.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        if low and torch.is_grad_enabled() and volume.device.type == "cpu":
             self._check_bfloat16_depth()
         states = self.encoder.hidden_states(volume)
-        skips = [self.image_block(volume)]
+        skips = [run_block(self.image_block, volume, checkpointing=self.checkpointing)]
         for tap, skip in zip(self.taps, self.skips, strict=True):
-            skips.append(skip(self._as_map(states[tap])))
+            skips.append(run_block(skip, self._as_map(states[tap]), checkpointing=self.checkpointing))
         features = skips.pop()
         decoded = []
         for up in self.ups:
-            features = up(features, skips.pop())
+            features = run_block(up, features, skips.pop(), checkpointing=self.checkpointing)
             decoded.append(features)
         decoded.reverse()
         if deep_supervision:
@@ -136,16 +139,25 @@ def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[
     return nn.Sequential(*(UnetResBlock(in_channels=a, out_channels=b, stride=2, **block) for a, b in pairwise(widths)))
 
 
-def unet_base(out_channels: int, feature_size: int = 24, **overrides: Any) -> SegmentationUNet:
+def unet_base(
+    out_channels: int, feature_size: int = 24, checkpointing: bool = False, **overrides: Any
+) -> SegmentationUNet:
     """The paper's segmentation network; `overrides` go to its encoder, `sw_vit_base`."""
-    return SegmentationUNet(sw_vit.sw_vit_base(**overrides), out_channels, feature_size)
+    encoder = sw_vit.sw_vit_base(checkpointing=checkpointing, **overrides)
+    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing)
 
 
-def unet_small(out_channels: int, feature_size: int = 16, **overrides: Any) -> SegmentationUNet:
+def unet_small(
+    out_channels: int, feature_size: int = 16, checkpointing: bool = False, **overrides: Any
+) -> SegmentationUNet:
     """The U-Net on `sw_vit_small`: for a workstation, or a CPU with patience."""
-    return SegmentationUNet(sw_vit.sw_vit_small(**overrides), out_channels, feature_size)
+    encoder = sw_vit.sw_vit_small(checkpointing=checkpointing, **overrides)
+    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing)
 
 
-def unet_tiny(out_channels: int, feature_size: int = 8, **overrides: Any) -> SegmentationUNet:
+def unet_tiny(
+    out_channels: int, feature_size: int = 8, checkpointing: bool = False, **overrides: Any
+) -> SegmentationUNet:
     """The U-Net on `sw_vit_tiny`: for tests and demonstrations on a CPU."""
-    return SegmentationUNet(sw_vit.sw_vit_tiny(**overrides), out_channels, feature_size)
+    encoder = sw_vit.sw_vit_tiny(checkpointing=checkpointing, **overrides)
+    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing)

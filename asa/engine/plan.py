@@ -1,0 +1,286 @@
+"""What a run will cost, said before it is started: parameters, operations, memory, time.
+
+A step is traced with tensors that have a shape and no data (PyTorch's fake tensors), so a plan takes seconds whatever
+its size. Operations are those of matrix products and convolutions. Memory is what the step's tensors hold, followed
+from the first to the last.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from asa.engine.optim import OptimSettings, Schedule
+from asa.engine.train import PRECISIONS, TrainSettings, autocast
+from asa.methods.pretrain import MaskedPretraining
+from asa.ops.gradients import gradient_importance
+
+GIB = 2**30
+CPU = torch.device("cpu")
+
+
+class Accounts(TorchDispatchMode):
+    """Follows the tensors that are made in its context: bytes that live now, their peak, and operations.
+
+    Operations on tensors without data give such again. Others are computed: what decides shapes, like the places of
+    masked patches, has to have data.
+
+    Args:
+        known: tensors from before, which are not counted, nor are views of them.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = self.operations = 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with nullcontext() if _without_data((args, kwargs)) else unset_fake_temporarily():
+            out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        # As FlopCounterMode counts, which would keep the tensors of recomputed blocks alive.
+        if func.overloadpacket in flop_registry:
+            self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.live += self.sizes[key]
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+def _without_data(tree: Any) -> bool:
+    return any(isinstance(leaf, FakeTensor) or getattr(leaf, "is_meta", False) for leaf in tree_leaves(tree))
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """A step's micro-batches, gone through without data.
+
+    Args:
+        forward: operations of a micro-batch's forward pass.
+        both: with its backward pass.
+        kept: bytes of batch and activations that a micro-batch leaves for its backward pass.
+        peak: most bytes of tensors alive at once, gradients among them, weights and optimizer not.
+    """
+
+    forward: int
+    both: int
+    kept: int
+    peak: int
+
+
+def trace_step(method: nn.Module, batch: Mapping[str, Tensor], dtype: torch.dtype, micro_batches: int) -> StepTrace:
+    """Go through the forward and backward passes of a step without data.
+
+    Args:
+        method: on the meta device; its parameters are replaced.
+        batch: a micro-batch on the meta device, but for "seed".
+        dtype: that autocast computes in.
+        micro_batches: of the step. From the second on, gradients are there from the beginning.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        method.to_empty(device=CPU)
+    accounts = Accounts([*method.parameters(), *method.buffers()])
+    with fake, accounts:
+        for _ in range(min(micro_batches, 2)):
+            counted, held = accounts.operations, accounts.live
+            given = {
+                key: value if key == "seed" else torch.empty_like(value, device=CPU) for key, value in batch.items()
+            }
+            with autocast(CPU, dtype):
+                loss = method(given)["loss"]
+            forward, kept = accounts.operations - counted, accounts.live - held
+            loss.backward()
+            both = accounts.operations - counted
+            del loss, given
+    return StepTrace(forward, both, kept, accounts.peak)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a step, weights and gradients in float32.
+
+    Args:
+        weights: parameters; gradients take as much.
+        states: of the optimizer.
+        kept: batch and activations that a micro-batch keeps for its backward pass.
+        peak: of everything at the worst moment. The others are not all there then.
+    """
+
+    weights: int
+    states: int
+    kept: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Args:
+        encoder, total: parameters.
+        forward, step: operations of a step over all its micro-batches: the forward passes, and with the backward ones
+            (and what checkpointing computes again).
+        memory: by "CPU" and "GPU" with the type computed in, like "CPU, fp32".
+    """
+
+    encoder: int
+    total: int
+    forward: int
+    step: int
+    memory: dict[str, StepMemory]
+
+
+def make_plan(make: Callable[[], nn.Module], *, labelled: bool, settings: TrainSettings, optim: OptimSettings) -> Plan:
+    """Work out what a run takes, without running it.
+
+    Args:
+        make: makes the method.
+        labelled: batches have labels.
+        settings, optim: of the run, which runs in one process.
+
+    Raises:
+        ValueError: settings that do not fit each other.
+    """
+    Schedule(optim, settings.steps, settings.batch_size)
+    memory, trace, method = {}, None, _without_memory(make)
+    precisions = {"CPU": settings.precision, "GPU": settings.precision}
+    if settings.precision == "auto":
+        precisions = {"CPU": "fp32", "GPU": "fp16"}
+    elif settings.precision == "fp16":
+        precisions.pop("CPU")
+    for place, name in precisions.items():
+        trace, memory[f"{place}, {'16 bit' if place == 'GPU' and name != 'fp32' else name}"] = step_memory(
+            make, name, labelled=labelled, settings=settings, optim=optim, gpu=place == "GPU"
+        )
+    assert trace is not None
+    model = method.model
+    return Plan(
+        encoder=_count(model.encoder) if hasattr(model, "encoder") else 0,
+        total=_count(method),
+        forward=trace.forward * settings.accumulate,
+        step=trace.both * settings.accumulate,
+        memory=memory,
+    )
+
+
+def step_memory(
+    make: Callable[[], nn.Module],
+    precision: str,
+    *,
+    labelled: bool,
+    settings: TrainSettings,
+    optim: OptimSettings,
+    gpu: bool,
+) -> tuple[StepTrace, StepMemory]:
+    """The trace of a step, and what it says about memory on a CPU or a GPU. See `make_plan`.
+
+    On a GPU the attention's probabilities are counted although its fused kernels do not keep them: a few percent.
+    """
+    method = _without_memory(make)
+    encoder = method.model.encoder
+    shape = (settings.batch_size // settings.accumulate, encoder.in_channels, *encoder.img_size)
+    image = torch.empty(shape, device="meta")
+    batch = {"image": image, "seed": torch.arange(shape[0])}
+    if labelled:
+        batch["label"] = torch.empty((shape[0], 1, *shape[2:]), dtype=torch.uint8, device="meta")
+    weights = 4 * _count(method)
+    # On a CPU stands in for the GPU's 16 bits whichever of the two types the method takes there.
+    dtype = torch.float16 if gpu and precision != "fp32" else PRECISIONS[precision]
+    trace = trace_step(method, batch, dtype, settings.accumulate)
+    peak = trace.peak
+    if gpu and isinstance(method, MaskedPretraining) and method.loss.importance:
+        # A GPU scores whole batches at once where a CPU takes slabs.
+        peak = max(peak, trace.kept + _importance_peak(image, method) + (weights if settings.accumulate > 1 else 0))
+    states = weights * (2 if optim.name == "adamw" else int(optim.momentum > 0))
+    return trace, StepMemory(weights, states, trace.kept, weights + states + peak)
+
+
+def _importance_peak(image: Tensor, method: MaskedPretraining) -> int:
+    with Accounts() as accounts:
+        gradient_importance(image, method.loss.patch_size, method.loss.bins, method.loss.importance or "orientation")
+    return accounts.peak
+
+
+def _without_memory(make: Callable[[], nn.Module]) -> Any:
+    with torch.device("meta"):
+        return make()
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of this machine's large matrix products, measured in about a second."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.mm(a, b)
+
+    def seconds(products: int) -> float:
+        out[0, 0].item()  # waits for the device
+        start = time.perf_counter()
+        for _ in range(products):
+            torch.mm(a, b, out=out)
+        out[0, 0].item()
+        return time.perf_counter() - start
+
+    count = max(1, min(round(0.5 / seconds(1)), 1000))
+    return 2 * n**3 * count / seconds(count)
+
+
+def plan_report(plan: Plan, settings: TrainSettings, scans: int, rate: float, source: str) -> str:
+    """A plan in words, some ten lines.
+
+    Args:
+        plan: of `make_plan`.
+        settings: of the run.
+        scans: in its training part.
+        rate: operations a second.
+        source: where the rate is from.
+    """
+    volumes, seconds = settings.steps * settings.batch_size, plan.step / rate
+    days = settings.steps * seconds / 86400
+    parts = f"in {settings.accumulate} micro-batches" if settings.accumulate > 1 else "in one piece"
+    lines = [
+        "plan only: nothing is trained, and no folder is made",
+        f"parameters  encoder {plan.encoder / 1e6:.2f} M, decoder {(plan.total - plan.encoder) / 1e6:.2f} M, "
+        f"total {plan.total / 1e6:.2f} M",
+        f"operations  a step of {settings.batch_size} volumes {parts}: {plan.forward / 1e9:,.1f} GFLOP forward, "
+        f"{plan.step / 1e9:,.1f} with backward",
+        "            (matrix products and convolutions, by the formulas of torch.utils.flop_counter)",
+    ]
+    for title, (place, memory) in zip(("memory", ""), plan.memory.items(), strict=False):
+        lines.append(
+            f"{title:<12}{place}: {memory.peak / GIB:.2f} GiB at the worst moment of a step; weights "
+            f"{memory.weights / GIB:.2f}, gradients {memory.weights / GIB:.2f}, optimizer {memory.states / GIB:.2f}, "
+            f"batch and activations {memory.kept / GIB:.2f}"
+        )
+    lines += [
+        "            (of tensors; as measured, glibc's heap holds 1.2 to 1.9 times as much on a CPU: docs/planning.md)",
+        f"run         {settings.steps} steps: {volumes} volumes, {volumes / scans:,.1f} epochs of {scans} scans",
+        f"time        {days:.3g} days ({seconds:.3g} s a step) at {rate / 1e12:.4g} TFLOP/s, {source}",
+    ]
+    return "\n".join(lines)

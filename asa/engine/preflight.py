@@ -1,0 +1,72 @@
+"""What is looked at before a run starts on a GPU: does PyTorch know it, and will a step fit?"""
+
+import re
+
+import torch
+
+GIB = 2**30
+VOLTA = (7, 0)
+FOR_VOLTA = "pip install 'torch==2.8.*' --index-url https://download.pytorch.org/whl/cu126"
+LEFT_FREE = 0.9  # share of a GPU's free memory that a step may take: its allocator needs some room
+
+
+def check_gpu(device: torch.device) -> list[str]:
+    """Compare a GPU's architecture with those that this PyTorch was built for.
+
+    Args:
+        device: where training runs; a CPU is always known.
+
+    Returns:
+        Lines of advice, most often none.
+
+    Raises:
+        ValueError: PyTorch has no kernels for this GPU; the message says what to install.
+    """
+    if device.type != "cuda":
+        return []
+    capability = torch.cuda.get_device_capability(device)
+    name, built = torch.cuda.get_device_name(device), torch.cuda.get_arch_list()
+    own = "sm_{}{}".format(*capability)
+    if not any(_runs(architecture, capability) for architecture in built):
+        advice = FOR_VOLTA if capability <= VOLTA else "a newer build of torch, see pytorch.org/get-started"
+        raise ValueError(
+            f"{name} is {own}, and torch {torch.__version__} is built for {', '.join(built) or 'no GPU'}: "
+            f"install {advice}, or set train.device=cpu"
+        )
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if capability == VOLTA and version > (2, 8):
+        return [
+            f"note: {name} is {own}: from torch 2.9 on (here {torch.__version__}) fp16 3-D convolutions may run "
+            f"without cuDNN on it, which is slow: {FOR_VOLTA}"
+        ]
+    return []
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for an architecture ("sm_80", "sm_90a", "compute_90") runs on a GPU of this capability."""
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if found is None:
+        return False
+    kind, major, minor, suffix = found[1], int(found[2]), int(found[3]), found[4]
+    if suffix == "a":
+        return (major, minor) == capability
+    if kind == "compute" and not suffix:  # the driver compiles it for any newer GPU
+        return (major, minor) <= capability
+    return major == capability[0] and minor <= capability[1]
+
+
+def fit_line(needed: int, device: torch.device) -> str:
+    """A step's memory against what is free on a GPU, in one line.
+
+    Args:
+        needed: bytes of the largest moment of a step.
+        device: a CUDA device.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    line = (
+        f"memory: a step takes about {needed / GIB:.1f} GiB, {free / GIB:.1f} of {total / GIB:.1f} GiB are free "
+        f"on {torch.cuda.get_device_name(device)}"
+    )
+    if needed <= LEFT_FREE * free:
+        return line
+    return f"warning: {line}: raise train.accumulate, set model.checkpointing=true, or take a smaller crop"

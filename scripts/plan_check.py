@@ -1,0 +1,140 @@
+"""The memory that `plan=only` tells beside what a run takes: python -m scripts.plan_check [NAME ...]
+
+Each row trains for a few steps on made-up volumes in a process of its own, started from here, where torch is not
+imported: a child's high-water mark of memory begins with its parent's. Its peak is the most memory that the process
+held, less what it held after a first run of a tiny network (Python, libraries). By default with a heap that gives
+freed memory back (MALLOC_MMAP_THRESHOLD_), so that what is in use shows; `--heap` measures as a run goes, where glibc's
+heap holds more. Fails where plan and peak differ by more than 15 % (not with --heap).
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = 0.15
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network and the settings that it is trained with."""
+
+    network: str
+    size: tuple[int, int, int]
+    batch: int = 1
+    train: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
+
+
+ROWS = {
+    "tiny": Row("asa_tiny", (64, 64, 64), batch=8),
+    "unet_tiny": Row("unet_tiny", (96, 96, 96)),
+    "small": Row("asa_small", (128, 128, 128), batch=2),
+    "small_bf16": Row("asa_small", (128, 128, 128), batch=2, train={"precision": "bf16"}),
+    "small_accumulate": Row("asa_small", (128, 128, 128), batch=4, train={"accumulate": 2}),
+    "unet_small": Row("unet_small", (96, 96, 96)),
+    "base": Row("asa_base", (128, 128, 128)),
+    "base_checkpointing": Row("asa_base", (128, 128, 128), checkpointing=True),
+    "unet_base": Row("unet_base", (96, 96, 96)),
+    "unet_base_checkpointing": Row("unet_base", (96, 96, 96), checkpointing=True),
+}
+CHANNELS = {"asa": 1, "unet": 4}
+
+
+def make(row: Row) -> Any:
+    """The row's method."""
+    from asa.methods.pretrain import MaskedPretraining
+    from asa.methods.segment import Segmentation
+    from asa.models import asa, unet
+
+    kind = row.network.partition("_")[0]
+    sizes = dict(img_size=row.size, in_channels=CHANNELS[kind], checkpointing=row.checkpointing)
+    if kind == "asa":
+        return MaskedPretraining(model=getattr(asa, row.network)(**sizes))
+    return Segmentation(model=getattr(unet, row.network)(out_channels=4, **sizes))
+
+
+def run(row: Row, folder: Path) -> None:
+    """Train for a few steps, as the commands do."""
+    from asa.data.loader import CropDataset, LoaderSettings
+    from asa.engine.optim import OptimSettings
+    from asa.engine.train import TrainSettings, train
+    from scripts.benchmark.crops import RandomVolumes
+
+    kind = row.network.partition("_")[0]
+    (folder / "run").mkdir(parents=True)
+    source = RandomVolumes.write(folder, row.size, channels=CHANNELS[kind], count=2)
+    dataset = CropDataset(source, source.records, row.size, labelled=kind == "unet")
+    settings = TrainSettings(steps=3, batch_size=row.batch, device="cpu", log_every=1, **row.train)
+    optim, loader = OptimSettings(), LoaderSettings(workers=0)
+    train(make(row), dataset, folder / "run", settings=settings, optim=optim, loader=loader, description={"model": {}})
+
+
+def measured(name: str) -> int:
+    """Bytes that a row takes beside Python and libraries."""
+    row = ROWS[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        kind = row.network.partition("_")[0]
+        run(Row(f"{kind}_tiny", (64, 32, 32), checkpointing=row.checkpointing), Path(scratch) / "first")
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        run(row, Path(scratch) / "second")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def planned(name: str) -> int:
+    """Bytes that the plan tells for it."""
+    from asa.engine.optim import OptimSettings
+    from asa.engine.plan import make_plan
+    from asa.engine.train import TrainSettings
+
+    row = ROWS[name]
+    settings = TrainSettings(steps=3, batch_size=row.batch, **{"precision": "fp32", **row.train})
+    plan = make_plan(
+        lambda: make(row), labelled=row.network.startswith("unet"), settings=settings, optim=OptimSettings()
+    )
+    return next(memory.peak for place, memory in plan.memory.items() if place.startswith("CPU"))
+
+
+def main() -> int:
+    """Print a table; 1 if a row is off."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.plan_check", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ROWS)}; all by default")
+    parser.add_argument("--heap", action="store_true", help="with the heap as it is")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(ROWS):
+        parser.error(f"no row {', '.join(sorted(unknown))}")
+    if options.one:
+        (name,) = options.names
+        print(json.dumps([measured(name), planned(name)]))
+        return 0
+    # Above the smallest tensors; fixed, or the first large tensor that is freed would raise it.
+    environment = {**os.environ} if options.heap else {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    off = []
+    print(f"{'row':<26}{'planned':>12}{'measured':>12}{'planned / measured':>20}")
+    for name in options.names or ROWS:
+        command = [sys.executable, "-m", "scripts.plan_check", "--one", name]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            return 1
+        found, told = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:<26}{told / MIB:>8.0f} MiB{found / MIB:>8.0f} MiB{told / found:>20.2f}", flush=True)
+        off += [name] * (abs(told / found - 1) > TOLERANCE and not options.heap)
+    return 1 if off else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
