@@ -39,22 +39,22 @@ def pretrain(config: Config) -> None:
     watched = parts["validation"] or parts["train"][:4]
     fixed = CropDataset(store, watched, size, crop="centre", seed=settings.seed)
     held_out = f"{len(parts['validation'])} held-out scans" if parts["validation"] else "training scans"
-    run = open_run(config, split)
-    print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
     description: dict[str, Any] = {
         "model": config["model"],
         "data": {"channels": store.channels, "prepare": store.settings, **trained_on(parts["train"])},
     }
-    last = train(
-        method,
-        dataset,
-        run,
-        settings=settings,
-        optim=optim,
-        loader=loader,
-        description=description,
-        validate=lambda step: validate_reconstruction(method, fixed),
-    )
+    with open_run(config, split, settings) as run:
+        print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
+        last = train(
+            method,
+            dataset,
+            run,
+            settings=settings,
+            optim=optim,
+            loader=loader,
+            description=description,
+            validate=lambda step: validate_reconstruction(method, fixed),
+        )
     if "masked_mse" in last:
         ratio = last["masked_mse"] / last["mean_predictor_mse"]
         mean = last["mean_predictor_mse"]
