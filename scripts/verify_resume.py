@@ -75,23 +75,25 @@ def start(chosen: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
 
 
 def until_training(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Wait until the process has the run's lock: what comes now is worth killing."""
-    while process.poll() is None and f'"pid": {process.pid},' not in _lock(run):
+    """Wait until this process has logged a step, or has ended: what comes now is worth killing."""
+    known = len(lines(run / "log.jsonl"))
+    while process.poll() is None:
+        now = len(lines(run / "log.jsonl"))
+        if now > known:
+            return
+        known = now  # fewer: the process drops what was logged beyond its checkpoint
         time.sleep(0.02)
 
 
-def _lock(run: Path) -> str:
-    try:
-        return (run / ".lock").read_text()
-    except OSError:
-        return ""
+def lines(log: Path) -> list[str]:
+    """Lines of a log, none if there is no log yet."""
+    return log.read_text().splitlines() if log.exists() else []
 
 
 def last_step(run: Path) -> str:
     """The newest step of the log."""
-    file = run / "log.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return lines[-1].partition(",")[0].rpartition(" ")[2] if lines else "0"
+    newest = lines(run / "log.jsonl")[-1:]
+    return newest[0].partition(",")[0].rpartition(" ")[2] if newest else "0"
 
 
 if __name__ == "__main__":

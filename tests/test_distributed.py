@@ -47,11 +47,11 @@ def segment(run: Path, store: Path) -> None:
     torch.manual_seed(0)
     opened = PartlyIgnored(store)
     method = Segmentation(
-        model=unet_tiny(img_size=(64, 32, 32), out_channels=4, feature_size=2, embed_dim=24, depth=4, num_heads=2)
+        model=unet_tiny(img_size=(64, 32, 32), out_channels=4, feature_size=1, embed_dim=24, depth=4, num_heads=2)
     )
     dataset = CropDataset(opened, opened.records, (64, 32, 32), crop="random", labelled=True)
     run.mkdir(exist_ok=True)
-    settings = TrainSettings(steps=20, batch_size=4, device="cpu", log_every=1)
+    settings = TrainSettings(steps=20, batch_size=2, device="cpu", log_every=1)
     optim = OptimSettings(name="sgd", lr=0.01, schedule="poly")
     loader = LoaderSettings(workers=0)
     with joined(torch.device("cpu"), 0.5), replaced(torch.Tensor, "float", torch.Tensor.double):
