@@ -472,11 +472,12 @@ def test_averaged_weights_are_what_is_kept_for_use_and_resume_to_the_bit(store: 
     assert read_weights(tmp_path / "whole")[1]["ema"] == 0.9 and load_model(tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_a_plain_one(store: Path, tmp_path: Path) -> None:
     tiny_run(tmp_path / "plain", store, 3)
-    tiny_run(tmp_path / "compiled", store, 3, compile=True)
-    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-4)
+    # Traced and split into graphs as for use, but not turned into C++, which takes minutes.
+    with replaced(nn.Module, "compile", lambda self: compiled(self, backend="eager")) as compiled:
+        tiny_run(tmp_path / "compiled", store, 3, compile=True)
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-5)
     assert read_weights(tmp_path / "compiled")[0].keys() == read_weights(tmp_path / "plain")[0].keys()
     assert read_weights(tmp_path / "compiled")[1]["model"] == MODEL
 
