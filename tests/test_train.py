@@ -109,7 +109,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_whole(
     run(tmp_path, store, steps=2)
     before = weights(tmp_path)
     monkeypatch.setattr(checkpoint_module.torch, "save", broken)
-    with pytest.raises(RuntimeError, match="no space"):
+    with pytest.raises(OSError, match="no space left.*step-00000002"):
         save_checkpoint(tmp_path, 4, nn.Linear(2, 2), {"model": {}}, {}, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
     assert_same(before, weights(tmp_path))
@@ -118,23 +118,6 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_whole(
 def test_minutes_save_too(store: Path, tmp_path: Path) -> None:
     run(tmp_path, store, steps=3, save_every=100, save_minutes=0.0, keep=9)
     assert len(list_checkpoints(tmp_path)) == 3
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = MaskedPretraining.forward
-    calls = []
-
-    def poisoned(self, batch):
-        calls.append(1)
-        result = original(self, batch)
-        return {**result, "loss": result["loss"] * float("nan")} if len(calls) == 4 else result
-
-    monkeypatch.setattr(MaskedPretraining, "forward", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 4.*last checkpoint is of step 2.*s\d"):
-        run(tmp_path, store)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
 def test_the_log_tells_what_users_watch(store: Path, tmp_path: Path) -> None:

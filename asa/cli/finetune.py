@@ -18,6 +18,7 @@ from asa.data.identity import Seen, Trained, known_trained, seen_subjects, train
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
 from asa.engine.checkpoint import find_weights, read_weights
+from asa.engine.distributed import is_main
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import PredictSettings
 from asa.engine.summary import listed
@@ -92,24 +93,24 @@ def finetune(config: Config) -> None:
     if unlabelled := [id for id in watched if store.label(id) is None]:
         raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
     start = f"the encoder of {config['init']}" if config["init"] else "scratch"
-    run = open_run(config, split)
-    if seen is not None:
-        write_json(run / "seen.json", {"init": config["init"], "seen": [asdict(one) for one in seen]})
-    print(f"fine-tuning from {start} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
     description = {
         "model": config["model"],
         "data": {"channels": store.channels, "labels": store.labels, "prepare": store.settings, **(trained or {})},
     }
-    last = train(
-        method,
-        dataset,
-        run,
-        settings=settings,
-        optim=optim,
-        loader=loader,
-        description=description,
-        validate=(lambda step: validate_segmentation(method, store, watched, names, predict)) if watched else None,
-    )
+    with open_run(config, split, settings) as run:
+        if seen is not None and is_main():
+            write_json(run / "seen.json", {"init": config["init"], "seen": [asdict(one) for one in seen]})
+        print(f"fine-tuning from {start} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
+        last = train(
+            method,
+            dataset,
+            run,
+            settings=settings,
+            optim=optim,
+            loader=loader,
+            description=description,
+            validate=(lambda step: validate_segmentation(method, store, watched, names, predict)) if watched else None,
+        )
     if "dice" in last:
         print("  ".join(f"{name} {value:.4f}" for name, value in last.items()))
     print(f"wrote {find_weights(run)}")

@@ -1,9 +1,11 @@
 """What all commands share: arguments, help, errors in one line, and the run folder."""
 
 import argparse
+import io
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from asa.config import CONFIG_DIR, compose, describe
 from asa.data.files import write_whole
 from asa.data.splits import write_split
 from asa.engine.checkpoint import list_checkpoints
+from asa.engine.distributed import StoppedElsewhere, is_main, joined, on_main, rank, world_size
+from asa.engine.lock import LOCK, locked
+from asa.engine.stopping import RESUME_CODE, Stopped
+from asa.engine.train import TrainSettings, pick_device
 
 Config = dict[str, Any]
 # What may change when a run goes on: how long, how often it reports, and how it is fed.
@@ -31,6 +37,7 @@ FREE_ON_RESUME = (
     "train.save_minutes",
     "train.keep",
     "train.device",
+    "train.timeout_minutes",
 )
 
 
@@ -52,7 +59,8 @@ def run_command(
         arguments: the command line; that of the process by default.
 
     Returns:
-        0, or 1 after an error, which is printed in one line.
+        0; 1 after an error, which is printed in one line; `RESUME_CODE` where a run was asked to stop and has saved;
+        130 after Ctrl-C. Of several processes only the main one prints, but for errors.
     """
     parser = argparse.ArgumentParser(
         prog=f"asa-{command}",
@@ -70,18 +78,29 @@ def run_command(
         config = _at_home(compose(command, chosen.overrides, settings=settings, config_dir=chosen.config_dir))
         if chosen.print:
             print(yaml.safe_dump(config, sort_keys=False), end="")
-        else:
+        elif is_main():
             main(config)
+        else:
+            with redirect_stdout(io.StringIO()):
+                main(config)
     except KeyboardInterrupt:
         print(f"asa-{command}: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        if is_main():
+            print(f"asa-{command}: {stopped}; the same command goes on from there", file=sys.stderr)
+        return RESUME_CODE
+    except StoppedElsewhere:
+        return 1
     except Exception as error:
-        if chosen.traceback:
+        expected = isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
+        if chosen.traceback or (world_size() > 1 and not expected):
             traceback.print_exc()
         text = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):
+        if not expected:
             text = f"{type(error).__name__}: {text} (--traceback shows where; check the types of the settings)"
-        print(f"asa-{command}: error: {text}", file=sys.stderr)
+        place = f"process {rank()}: " if world_size() > 1 else ""
+        print(f"asa-{command}: error: {place}{text}", file=sys.stderr)
         return 1
     return 0
 
@@ -134,30 +153,52 @@ def _plain(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
-def open_run(config: Config, split: Mapping[str, Sequence[str]]) -> Path:
-    """Make the run folder with its configuration and split, or go on in one that was made with the same settings.
+@contextmanager
+def open_run(config: Config, split: Mapping[str, Sequence[str]], settings: TrainSettings) -> Iterator[Path]:
+    """Join the other processes of the job, and make and lock their run folder.
+
+    It holds the configuration and the split. In one that was made with the same settings the run goes on.
 
     Raises:
-        ValueError: the folder holds another run or other files.
+        ValueError: the folder holds another run or other files, or is in use.
     """
     run = Path(str(config["out"]))
-    file = run / "config.yaml"
+    with joined(pick_device(settings.device), settings.timeout_minutes), ExitStack() as held:
+
+        def make() -> None:
+            _check_folder(run)
+            run.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run))
+            _check_config(run, config)
+            write_whole(run / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+            write_split(run / "split.json", split)
+
+        on_main(make)
+        yield run
+
+
+def _check_folder(run: Path) -> None:
+    """Refuse a folder that holds something else than a run."""
     if run.is_file():
         raise ValueError(f"{run} is a file: out= names a folder")
-    if list_checkpoints(run) and file.exists():
-        before = _flat(yaml.safe_load(file.read_text()))
-        now = _flat(config)
-        for key in sorted(before.keys() | now.keys()):
-            if not key.startswith(FREE_ON_RESUME) and before.get(key) != now.get(key):
-                raise ValueError(
-                    f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
-                    "choose another out="
-                )
-    elif run.exists() and any(run.iterdir()) and not (file.exists() and (run / "split.json").exists()):
+    made = (run / "config.yaml").exists() and (run / "split.json").exists()
+    if not made and run.exists() and any(path.name != LOCK for path in run.iterdir()):
         raise ValueError(f"{run} is not empty and not a run: choose another out=")
-    write_whole(file, yaml.safe_dump(config, sort_keys=False).encode())
-    write_split(run / "split.json", split)
-    return run
+
+
+def _check_config(run: Path, config: Config) -> None:
+    """Refuse to go on in a run that was made with other settings."""
+    file = run / "config.yaml"
+    if not (list_checkpoints(run) and file.exists()):
+        return
+    before = _flat(yaml.safe_load(file.read_text()))
+    now = _flat(config)
+    for key in sorted(before.keys() | now.keys()):
+        if not key.startswith(FREE_ON_RESUME) and before.get(key) != now.get(key):
+            raise ValueError(
+                f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
+                "choose another out="
+            )
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -55,22 +55,22 @@ def pretrain(config: Config) -> None:
     probe, names = open_probe(data["probe"], store.channels, size) if data["probe"] else (None, [])
     health = FeatureHealth(method.model.encoder, fixed, probe, names, optim.warmup)
     held_out = f"{len(parts['validation'])} held-out scans" if parts["validation"] else "training scans"
-    run = open_run(config, split)
-    print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
     description: dict[str, Any] = {
         "model": config["model"],
         "data": {"channels": store.channels, "prepare": store.settings, **trained_on(parts["train"])},
     }
-    last = train(
-        method,
-        dataset,
-        run,
-        settings=settings,
-        optim=optim,
-        loader=loader,
-        description=description,
-        validate=lambda step: health.watch(step, validate_reconstruction(method, fixed)),
-    )
+    with open_run(config, split, settings) as run:
+        print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
+        last = train(
+            method,
+            dataset,
+            run,
+            settings=settings,
+            optim=optim,
+            loader=loader,
+            description=description,
+            validate=lambda step: health.watch(step, validate_reconstruction(method, fixed)),
+        )
     if "masked_mse" in last:
         ratio = last["masked_mse"] / last["mean_predictor_mse"]
         mean = last["mean_predictor_mse"]

@@ -161,27 +161,38 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (record, epoch) without end, from any step on.
 
     Sample n of the run is place n % N of the shuffled epoch n // N, so the order follows from the seed and n alone. A
-    batch may reach into the next epoch: a cohort smaller than a batch works.
+    batch may reach into the next epoch: a cohort smaller than a batch works. Several processes share each micro-batch
+    evenly, so a step sees the same samples however many there are.
 
     Args:
         records: number of records N.
-        batch_size: samples a step, over all its micro-batches.
+        batch_size: samples a step, over all its micro-batches and processes.
         micro_batches: parts a step is split into.
         seed: the run's seed.
         start_step: first step to give.
+        rank: which of the processes this is.
+        world_size: how many there are.
 
     Raises:
-        ValueError: a batch that the micro-batches do not divide.
+        ValueError: a batch that the micro-batches and processes do not divide.
     """
 
     def __init__(
-        self, records: int, batch_size: int, *, micro_batches: int = 1, seed: int = 0, start_step: int = 0
+        self,
+        records: int,
+        batch_size: int,
+        *,
+        micro_batches: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if batch_size < 1 or batch_size % micro_batches:
-            raise ValueError(f"train.accumulate={micro_batches} does not divide train.batch_size={batch_size}")
+        check_batch(batch_size, micro_batches, world_size)
         self.records, self.seed = records, seed
         self.micro_batch = batch_size // micro_batches
-        self.first = start_step * batch_size
+        self.share = self.micro_batch // world_size
+        self.first = start_step * batch_size + rank * self.share
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order: list[int] = []
@@ -189,7 +200,7 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
         n = self.first
         while True:
             batch = []
-            for _ in range(self.micro_batch):
+            for _ in range(self.share):
                 epoch, place = divmod(n, self.records)
                 if epoch != shuffled:
                     generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
@@ -197,7 +208,19 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
                     shuffled = epoch
                 batch.append((order[place], epoch))
                 n += 1
+            n += self.micro_batch - self.share
             yield batch
+
+
+def check_batch(batch_size: int, micro_batches: int, world_size: int) -> None:
+    """Raise a ValueError for a batch that cannot be shared evenly."""
+    if batch_size < 1 or batch_size % micro_batches:
+        raise ValueError(f"train.accumulate={micro_batches} does not divide train.batch_size={batch_size}")
+    if batch_size % (micro_batches * world_size):
+        raise ValueError(
+            f"{world_size} processes with train.accumulate={micro_batches} do not divide "
+            f"train.batch_size={batch_size}, the samples a step of all processes together"
+        )
 
 
 def make_loader(
@@ -207,20 +230,29 @@ def make_loader(
     *,
     micro_batches: int = 1,
     start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader[dict[str, Any]]:
     """An endless loader of micro-batches from `start_step` on.
 
     Args:
         dataset: the crops; its seed orders them too.
-        batch_size: samples a step.
+        batch_size: samples a step, of all processes.
         settings: workers and prefetching.
         micro_batches: parts a step is split into.
         start_step: steps that were done before.
+        rank, world_size: which of how many processes this is.
         pin_memory: page-locked batches, for a GPU.
     """
     sampler = EndlessSampler(
-        len(dataset), batch_size, micro_batches=micro_batches, seed=dataset.seed, start_step=start_step
+        len(dataset),
+        batch_size,
+        micro_batches=micro_batches,
+        seed=dataset.seed,
+        start_step=start_step,
+        rank=rank,
+        world_size=world_size,
     )
     workers = settings.workers
     return DataLoader(

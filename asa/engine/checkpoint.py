@@ -1,13 +1,14 @@
 """Checkpoints: whole or absent, safe to load, and enough to go on exactly where a run stopped.
 
 A run folder holds `checkpoints/step-NNNNNNNN/` with `model.safetensors` (weights, and in its header the description
-needed to rebuild the model) and `training.pt` (optimizer, scaler, random state).
+needed to rebuild the model) and `training.pt` (optimizer, scaler, random state). With `train.ema` the first file holds
+the averaged weights, which is what everybody reads, and the second the weights that training goes on with.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from asa.models.sw_vit import SWViT
 
 FORMAT = 1
 WEIGHTS, TRAINING = "model.safetensors", "training.pt"
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not whole."""
 
 
 def save_checkpoint(
@@ -38,25 +43,44 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it could not be written; what was saved before is as it was.
     """
     folder = run / "checkpoints"
     final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     for left in folder.glob(".step-*.tmp"):  # by a process that was killed while saving
         shutil.rmtree(left, ignore_errors=True)
-    beside.mkdir(parents=True)
     header = {"asa": json.dumps({"format": FORMAT, "step": step, **description}, sort_keys=True)}
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, beside / WEIGHTS, metadata=header)
-    torch.save({"step": step, **training}, beside / TRAINING)
-    for name in (WEIGHTS, TRAINING):
-        _flush(beside / name)
-    _flush(beside)
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    _flush(folder)
+    try:
+        beside.mkdir(parents=True)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, beside / WEIGHTS, metadata=header)
+        torch.save({"step": step, **training}, beside / TRAINING)
+        for name in (WEIGHTS, TRAINING):
+            _flush(beside / name)
+        _flush(beside)
+        _remove(final)
+        beside.rename(final)
+        _flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each of the three writes a full disk in its own words
+        shutil.rmtree(beside, ignore_errors=True)
+        before = [path.name for path in list_checkpoints(run)[-1:]]
+        raise OSError(
+            f"{final}: could not be written ({str(error).strip().splitlines()[0]}). The last whole checkpoint is "
+            f"{before[0] if before else 'none'}; make room and give the same command again"
+        ) from error
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, never leaving half of it under its name."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -73,17 +97,48 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
+def load_newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+    """The run's newest whole checkpoint with its weights and training state, None if there is none.
+
+    Damaged ones that are newer are named and set aside, so that later ones are not counted beside them.
+
+    Raises:
+        Damaged: there are checkpoints, and none is whole.
+    """
+    damaged: list[Path] = []
+    reasons: list[str] = []
+    for checkpoint in reversed(list_checkpoints(run)):
+        try:
+            weights, training = load_training(checkpoint)
+        except Damaged as error:
+            damaged.append(checkpoint)
+            reasons.append(str(error))
+            continue
+        for path, reason in zip(damaged, reasons, strict=True):
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            say(f"warning: {reason}: now {aside.name}, the run goes on from {checkpoint.name}")
+        return checkpoint, weights, training
+    if damaged:
+        raise Damaged(f"no checkpoint is whole: {'; '.join(reasons)}. Remove {damaged[0].parent} to start again")
+    return None
+
+
 def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and training state of a checkpoint folder, on the CPU.
 
     Raises:
-        ValueError: a damaged checkpoint.
+        Damaged: a file that is missing or not whole.
     """
+    for name in (WEIGHTS, TRAINING):
+        if not (checkpoint / name).is_file():
+            raise Damaged(f"{checkpoint / name}: missing")
     weights, _ = read_weights(checkpoint / WEIGHTS)
     try:
         return weights, torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{checkpoint / TRAINING}: damaged ({type(error).__name__}); remove {checkpoint}") from error
+        raise Damaged(f"{checkpoint / TRAINING}: damaged ({type(error).__name__})") from error
 
 
 def find_weights(path: str | Path) -> Path:
@@ -109,7 +164,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: not a safetensors file, or not one of this package.
+        Damaged: not a whole safetensors file.
+        ValueError: not one of this package.
     """
     file = find_weights(path)
     try:
@@ -117,7 +173,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = (opened.metadata() or {}).get("asa")
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+        raise Damaged(f"{file}: not a whole safetensors file ({error})") from error
     if header is None:
         raise ValueError(f"{file}: not a checkpoint of asa: its header has no description of the model")
     description = json.loads(header)

@@ -1,8 +1,9 @@
 """Where a run writes what it measures: progress bar, JSON lines, TensorBoard."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -10,6 +11,8 @@ from tqdm import tqdm
 
 class RunLog:
     """Scalars and pictures of one run, the same numbers in three places.
+
+    TensorBoard that fails is given up with a warning; the JSON lines go on.
 
     Args:
         run: the run folder; holds `log.jsonl` and `tensorboard/`.
@@ -19,32 +22,48 @@ class RunLog:
     """
 
     def __init__(self, run: Path, total: int, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = run / "log.jsonl"
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= start]
             self.path.write_text("".join(f"{line}\n" for line in lines))
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self.board: Any = None
+        self._track(lambda: self._open(run / "tensorboard", start))
+
+    def _open(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(folder), purge_step=start + 1)
 
     def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
         """Log numbers of a step under a group ("train", "validation")."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "group": group, **values}) + "\n")
+        self.note(step, group, values)
+        if self.board:
+            self._track(lambda: self._add_scalars(step, group, values))
+
+    def _add_scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.board.add_scalar(f"{group}/{name}", value, step)
 
+    def note(self, step: int, group: str, content: Mapping[str, Any]) -> None:
+        """Log anything of a step, for machines only."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "group": group, **content}) + "\n")
+
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Log pictures (H, W, 3) uint8."""
+        if self.board:
+            self._track(lambda: self._add_pictures(step, pictures))
+
+    def _add_pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         for name, picture in pictures.items():
             self.board.add_image(name, picture, step, dataformats="HWC")
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Move the bar and show the numbers beside it."""
         self.bar.set_postfix_str(
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['volumes_per_second']:.2f} volumes/s  "
-            f"data {values['data_wait']:.0%}",
+            f"loss {values.get('loss', float('nan')):.4f}  lr {values['lr']:.2e}  "
+            f"{values['volumes_per_second']:.2f} volumes/s  data {values['data_wait']:.0%}",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
@@ -56,7 +75,30 @@ class RunLog:
     def close(self) -> None:
         """Flush and close all three."""
         self.bar.close()
-        self.board.close()
+        if self.board:
+            self._track(self.board.close)
+
+    def _track(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # whatever it is: a picture of the run is not worth the run
+            self.board = None
+            self.say(f"warning: TensorBoard failed ({error}); the numbers go on into {self.path}")
+
+
+class SilentLog(RunLog):
+    """What the ranks log that are not the main one: nothing."""
+
+    def __init__(self) -> None:
+        self.board = None
+
+    def note(self, step: int, group: str, content: Mapping[str, Any]) -> None: ...
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def _step(line: str) -> int:

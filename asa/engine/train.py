@@ -1,5 +1,6 @@
 """The training loop, for every method."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -11,10 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asa.data.loader import CropDataset, LoaderSettings, make_loader
-from asa.engine.checkpoint import list_checkpoints, load_training, load_weights, save_checkpoint
-from asa.engine.logging import RunLog
+from asa.data.loader import CropDataset, LoaderSettings, check_batch, make_loader
+from asa.engine import distributed
+from asa.engine.allocator import keep_freed_memory
+from asa.engine.checkpoint import load_newest, load_training, load_weights, save_checkpoint
+from asa.engine.ema import Average
+from asa.engine.guard import Guard
+from asa.engine.logging import RunLog, SilentLog
 from asa.engine.optim import OptimSettings, Schedule, make_optimizer, set_learning_rate
+from asa.engine.stopping import Stopped, stop_signals
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,13 +34,17 @@ class TrainSettings:
     steps: int = 10000
     "optimizer steps of the whole run"
     batch_size: int = 2
-    "samples a step"
+    "samples a step, of all processes together"
     accumulate: int = 1
-    "micro-batches a step is computed in; less memory, the same step"
+    "micro-batches a process computes its part of a step in; less memory, the same step"
     device: str = "auto"
     "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     precision: str = "auto"
     "auto (bf16 or fp16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16"
+    compile: bool = False
+    "compile the network with torch.compile: the first steps take a minute or more"
+    ema: float = 0.0
+    "decay of an average of the weights, like 0.999, that is validated and kept for use; 0 keeps the weights themselves"
     clip: float = 1.0
     "largest gradient norm; 0 does not clip"
     seed: int = 0
@@ -49,6 +59,8 @@ class TrainSettings:
     "minutes between checkpoints, whichever comes first"
     keep: int = 2
     "newest checkpoints to keep"
+    timeout_minutes: float = 10.0
+    "with several processes: one that makes no progress for so long ends the run"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
@@ -57,18 +69,21 @@ class TrainSettings:
         for name in ("clip", "seed", "validate_every", "save_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: give 0 or more")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema={self.ema}: a decay is 0 or more and less than 1")
+        if not 0 < self.timeout_minutes < float("inf"):
+            raise ValueError(f"train.timeout_minutes={self.timeout_minutes}: give a time that ends")
+        check_batch(self.batch_size, self.accumulate, 1)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a setting means.
+    """The device that a setting means. Of several processes on a machine each has the GPU of its local rank.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: a GPU is asked for and there is none, or fewer than processes.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -77,7 +92,13 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(
             f"device={name}, but torch {torch.__version__} sees no GPU here: use device=cpu or install a CUDA build"
         )
-    return device
+    if device.type != "cuda" or distributed.world_size() == 1:
+        return device
+    if device.index is not None:
+        raise ValueError(f"device={name}: of several processes each has its own GPU; give cuda")
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
+    return torch.device("cuda", distributed.local_rank())
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -101,6 +122,7 @@ def check_settings(settings: TrainSettings, optim: OptimSettings) -> None:
     """Raise a ValueError now for what `train` would refuse after the run folder is made."""
     pick_precision(settings.precision, pick_device(settings.device))
     Schedule(optim, settings.steps, settings.batch_size)
+    check_batch(settings.batch_size, settings.accumulate, distributed.world_size())
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -121,14 +143,16 @@ def train(
 ) -> dict[str, float]:
     """Train a method to its last step, from its newest checkpoint if the run has one.
 
+    With several processes (see `asa.engine.distributed.joined`) all call this with the same arguments.
+
     Args:
         method: see `asa.methods.base.Method`; its weights are changed in place.
         dataset: the training crops.
-        run: the run folder, written to.
+        run: the run folder, written to by the main process.
         settings, optim, loader: see the classes.
         description: plain data kept in every checkpoint, enough to rebuild `method.model`.
-        validate: called with the steps done, returns numbers and pictures for the log. The method is in evaluation
-            mode meanwhile.
+        validate: called with the steps done, by all processes, returns numbers and pictures for the log. The method is
+            in evaluation mode meanwhile, with the averaged weights under `train.ema`.
 
     Returns:
         The numbers of the last validation, or of the last logged step.
@@ -136,24 +160,35 @@ def train(
     Raises:
         ValueError: settings that do not fit each other or this machine.
         FloatingPointError: the loss or the gradient is no longer finite.
+        Stopped: by SIGTERM or SIGUSR1, after saving.
     """
     # --- where, and in what precision
+    check_settings(settings, optim)
     device = pick_device(settings.device)
     dtype = pick_precision(settings.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     schedule = Schedule(optim, settings.steps, settings.batch_size)
     method.to(device).train()
+    if settings.compile:
+        method.get_submodule("model").compile()
 
     # --- what is optimised, and where the run stands
     optimizer = make_optimizer(method, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, planned = resume(run, method, optimizer, scaler)
-    log = RunLog(run, settings.steps, step)
+    average = Average(method, settings.ema)
+    before = resume(run, method, optimizer, scaler, average)
+    step, planned = before.get("step", 0), before.get("steps", 0)
+    log = RunLog(run, settings.steps, step) if distributed.is_main() else SilentLog()
     if step:
         log.say(f"the run stands at step {step} of {settings.steps}")
     if planned not in (0, settings.steps) and optim.schedule != "constant":
         log.say(
             f"warning: the learning rate followed a plan of {planned} steps, and follows one of {settings.steps} now"
         )
+    guard = Guard(run, log, optimizer, fp16=dtype == torch.float16)
+    guard.load_state_dict(before.get("guard", guard.state_dict()))
+    ddp = distributed.wrapped(method)
     batches = iter(
         make_loader(
             dataset,
@@ -161,6 +196,8 @@ def train(
             loader,
             micro_batches=settings.accumulate,
             start_step=step,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
             pin_memory=device.type == "cuda",
         )
     )
@@ -171,84 +208,105 @@ def train(
         training = {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
+            "guard": guard.state_dict(),
             "random": torch.get_rng_state(),
             "steps": settings.steps,
         }
-        save_checkpoint(run, step, method, description, training, settings.keep)
+        kept = dict(description)
+        if settings.ema:
+            training["weights"] = {name: tensor.detach().cpu() for name, tensor in method.state_dict().items()}
+            kept["ema"] = settings.ema
+        with average.in_place():
+            save_checkpoint(run, step, method, kept, training, settings.keep)
 
     # --- the loop
     try:
-        while step < settings.steps:
-            set_learning_rate(optimizer, schedule[step])
-            for _ in range(settings.accumulate):
-                batch = meter.wait(batches)
-                batch = {key: _to_device(key, value, device) for key, value in batch.items()}
-                with autocast(device, dtype):
-                    result = method(batch)
-                scaler.scale(result["loss"] / settings.accumulate).backward()
-                meter.add(result, settings.accumulate)
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(method.parameters(), settings.clip or float("inf"))
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
+        with stop_signals() as stop:
+            while step < settings.steps:
+                distributed.alive()
+                set_learning_rate(optimizer, schedule[step])
+                meter.mark()
+                for part in range(settings.accumulate):
+                    batch = meter.wait(batches)
+                    on_device = {key: _to_device(key, value, device) for key, value in batch.items()}
+                    final = part == settings.accumulate - 1
+                    if final:
+                        late = time.monotonic() - saved_at >= 60 * settings.save_minutes
+                        agreed = distributed.any_rank(stop.asked, late and distributed.is_main())
+                    with distributed.exchange(ddp, final):
+                        with autocast(device, dtype):
+                            result = ddp(on_device)
+                        loss = guard.add(batch, result["loss"])
+                        scaler.scale(loss / settings.accumulate).backward()
+                    meter.add(result, settings.accumulate)
+                scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(method.parameters(), settings.clip or float("inf"))
+                meter.leave_out(guard.judge(step + 1, norm))
+                optimizer.step()  # not the scaler's: the guard tells what to skip
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                average.update(step)
 
-            done = step == settings.steps
-            due = (
-                done
-                or step - saved_step >= settings.save_every
-                or time.monotonic() - saved_at >= 60 * settings.save_minutes
-            )
-            if step % settings.log_every == 0 or due:
-                values = meter.read(gradient_norm=norm, lr=schedule[step - 1])
-                check_finite(values, dtype, step, saved_step, batch["id"])
-                log.scalars(step, "train", values)
-                log.progress(step, values)
-                last = values
-            if due:
-                save()
-                saved_at, saved_step = time.monotonic(), step
-                meter.restart()
-            if validate and (done or (settings.validate_every and step % settings.validate_every == 0)):
-                method.eval()
-                with torch.no_grad(), autocast(device, dtype):
-                    numbers, pictures = validate(step)
-                method.train()
-                log.scalars(step, "validation", numbers)
-                log.pictures(step, pictures)
-                log.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-                last = numbers
-                meter.restart()
+                stopping, late = agreed()
+                done = step == settings.steps
+                due = done or stopping or late or step - saved_step >= settings.save_every
+                if step % settings.log_every == 0 or due:
+                    values = meter.read(gradient_norm=norm, lr=schedule[step - 1])
+                    guard.settle()
+                    values["skipped_steps"] = guard.skipped
+                    log.scalars(step, "train", values)
+                    log.progress(step, values)
+                    last = values
+                # After a step that was skipped the weights may be what is wrong: not saved, but for the last time.
+                if due and (done or stopping or not guard.in_a_row):
+                    distributed.on_main(save)
+                    saved_at, saved_step = time.monotonic(), step
+                    meter.restart()
+                if stopping and not done:
+                    raise Stopped(f"stopped at step {step} of {settings.steps}, and saved in {run}")
+                if validate and (done or (settings.validate_every and step % settings.validate_every == 0)):
+                    method.eval()
+                    with torch.no_grad(), autocast(device, dtype), average.in_place():
+                        numbers, pictures = validate(step)
+                    method.train()
+                    log.scalars(step, "validation", numbers)
+                    log.pictures(step, pictures)
+                    log.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+                    last = numbers
+                    meter.restart()
     finally:
         log.close()
     return last
 
 
 def resume(
-    run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> tuple[int, int]:
-    """Take up the run's newest checkpoint: the steps done and those planned then, 0 and 0 if there is none."""
-    found = list_checkpoints(run)
-    if not found:
-        return 0, 0
-    weights, training = load_training(found[-1])
-    load_weights(method, weights, str(found[-1]))
+    run: Path,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: Average,
+) -> dict[str, Any]:
+    """Take up the run's newest whole checkpoint: its training state, empty if there is none."""
+    found: Any = None
+
+    def newest() -> str | None:
+        nonlocal found
+        found = load_newest(run, print)
+        return None if found is None else str(found[0])
+
+    path = distributed.on_main(newest)
+    if path is None:
+        return {}
+    weights, training = load_training(Path(path)) if found is None else found[1:]
+    load_weights(method, weights, path)
+    average.restart()
+    if "weights" in training:  # those of the file were the average
+        load_weights(method, training["weights"], path)
     optimizer.load_state_dict(training["optimizer"])
     scaler.load_state_dict(training["scaler"])
     torch.set_rng_state(training["random"])
-    return int(training["step"]), int(training["steps"])
-
-
-def check_finite(values: Mapping[str, float], dtype: torch.dtype, step: int, saved_step: int, ids: list[str]) -> None:
-    """Stop before a checkpoint is written from numbers that are not finite; fp16 has a scaler that skips such steps."""
-    watched = ("loss",) if dtype == torch.float16 else ("loss", "gradient_norm")
-    for name in watched:
-        if not np.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name} {values[name]} at step {step}: stopped before saving; the last checkpoint is of step "
-                f"{saved_step}. Lower optim.lr, or look at the scans {', '.join(ids)}"
-            )
+    return training
 
 
 class Meter:
@@ -256,12 +314,14 @@ class Meter:
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
-        self.sums: dict[str, Tensor] = {}
         self.restart()
 
     def restart(self) -> None:
         """Forget what was timed and summed."""
-        self.sums, self.micro_batches, self.accumulate, self.waited = {}, 0, 1, 0.0
+        self.sums: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
+        self.left_out: Tensor | float = 0.0
+        self.micro_batches, self.accumulate, self.waited = 0, 1, 0.0
         self.start = time.perf_counter()
 
     def wait(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -275,6 +335,10 @@ class Meter:
         self.waited += time.perf_counter() - start
         return batch
 
+    def mark(self) -> None:
+        """A step begins."""
+        self.before = dict(self.sums)
+
     def add(self, result: Mapping[str, Tensor], accumulate: int) -> None:
         """Add a micro-batch's numbers."""
         for name, value in result.items():
@@ -283,17 +347,28 @@ class Meter:
         self.micro_batches += 1
         self.accumulate = accumulate
 
+    def leave_out(self, skipped: Tensor) -> None:
+        """Forget the numbers of the step that ends, if it is skipped (1.0, else 0.0)."""
+        for name, value in self.sums.items():
+            self.sums[name] = torch.where(skipped > 0, self.before.get(name, torch.zeros_like(value)), value)
+        self.left_out = self.left_out + skipped
+
     def read(self, *, gradient_norm: Tensor, lr: float) -> dict[str, float]:
-        """Means since the last reading, waiting for the device, and start again."""
-        values = {name: (value / self.micro_batches).item() for name, value in self.sums.items()}
+        """Means since the last reading and over the ranks, waiting for the device, and start again.
+
+        Steps that were skipped are left out; where all were, so are the names of what is averaged.
+        """
+        counted = self.micro_batches - int(self.left_out) * self.accumulate
+        means = distributed.mean_over_ranks({name: value / max(counted, 1) for name, value in self.sums.items()})
+        values = {name: value.item() for name, value in means.items()} if counted else {}
         seconds = time.perf_counter() - self.start
-        samples = self.micro_batches * self.batch_size / self.accumulate
         values |= {
             "lr": lr,
-            "gradient_norm": gradient_norm.item(),
-            "volumes_per_second": samples / seconds,
+            "volumes_per_second": self.micro_batches * self.batch_size / self.accumulate / seconds,
             "data_wait": self.waited / seconds,
         }
+        if math.isfinite(norm := gradient_norm.item()):
+            values["gradient_norm"] = norm
         self.restart()
         return values
 

@@ -9,6 +9,7 @@ import torch
 
 from asa.data.loader import CropDataset, VolumeSource, collate
 from asa.data.store import IGNORED
+from asa.engine.distributed import spread
 from asa.engine.figures import overlay_panel, reconstruction_panel
 from asa.engine.metrics import dice
 from asa.engine.predict import PredictSettings, sliding_window
@@ -21,6 +22,8 @@ Shown = tuple[dict[str, float], dict[str, np.ndarray]]
 def validate_reconstruction(method: MaskedPretraining, dataset: CropDataset) -> Shown:
     """Errors over all records, always at the same places and under the same masks, and a picture of the first.
 
+    Several processes share the records; each gets the whole result, and the main one the picture.
+
     Args:
         method: the method, in evaluation mode.
         dataset: crops without augmentation.
@@ -29,16 +32,17 @@ def validate_reconstruction(method: MaskedPretraining, dataset: CropDataset) -> 
         "loss", "masked_mse", "mean_predictor_mse" (see `MaskedPretraining.forward`), and a panel.
     """
     device = next(method.parameters()).device
-    sums: dict[str, float] = {}
     pictures: dict[str, np.ndarray] = {}
-    for index in range(len(dataset)):
+
+    def errors(index: int) -> dict[str, float]:
         batch = collate([dataset[index, 0]])
         batch["image"] = batch["image"].to(device)
-        for name, value in method(batch).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
         if not pictures:
             pictures["reconstruction"] = picture_of(method, batch)
-    return {name: total / len(dataset) for name, total in sums.items()}, pictures
+        return {name: float(value) for name, value in method(batch).items()}
+
+    rows = spread(range(len(dataset)), errors)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, pictures
 
 
 def picture_of(method: MaskedPretraining, batch: dict[str, Any]) -> np.ndarray:
@@ -58,6 +62,8 @@ def validate_segmentation(
 ) -> Shown:
     """Dice of whole prepared volumes over the voxels that count, and an overlay of the first.
 
+    Several processes share the scans; each gets the whole result, and the main one the overlay.
+
     Args:
         method: the method, in evaluation mode.
         source: the store.
@@ -69,20 +75,21 @@ def validate_segmentation(
         "dice_NAME" of each class (1 for a scan where neither map holds it) and "dice", their mean; and a panel of
         image, truth and prediction.
     """
-    scores: dict[str, list[float]] = {name: [] for name in labels}
     pictures: dict[str, np.ndarray] = {}
-    for id in ids:
+
+    def scores(id: str) -> list[float]:
         image, truth = source.image(id), source.label(id)
         assert truth is not None
         volume = torch.from_numpy(np.array(image, dtype=np.float32))
         prediction = sliding_window(method.model, volume, settings).argmax(dim=0).cpu().numpy()
         counted = truth[0] != IGNORED
         truth, prediction = truth[0] * counted, prediction * counted
-        for index, name in enumerate(labels, start=1):
-            score = dice(prediction == index, truth == index)
-            scores[name].append(1.0 if math.isnan(score) else score)  # in neither map: right
         if not pictures:
             panel = overlay_panel(volume[0].numpy(), [truth, prediction])
             pictures["image, truth, prediction"] = panel
-    numbers = {f"dice_{name}": float(np.mean(values)) for name, values in scores.items()}
+        found = [dice(prediction == index, truth == index) for index in range(1, len(labels) + 1)]
+        return [1.0 if math.isnan(score) else score for score in found]  # in neither map: right
+
+    columns = zip(*spread(ids, scores), strict=True)
+    numbers = {f"dice_{name}": float(np.mean(column)) for name, column in zip(labels, columns, strict=True)}
     return {"dice": float(np.mean(list(numbers.values()))), **numbers}, pictures

@@ -1,0 +1,100 @@
+"""Is a run that is killed again and again the same as one that is left alone? See scripts/verify-resume."""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from asa.data.files import sha256_of
+from asa.engine.checkpoint import find_weights
+
+
+def main() -> int:
+    """Run both, compare; 1 if they differ."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/verify-resume",
+        description="Run a training command once undisturbed and once with kill -9 at random moments, each time "
+        "resumed, and compare the SHA-256 of the final weights.",
+    )
+    parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder for the two runs")
+    parser.add_argument("command", choices=["pretrain", "finetune"])
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for asa-pretrain, without out=")
+    chosen = parser.parse_intermixed_args()
+    if chosen.out.exists():
+        parser.error(f"{chosen.out} exists: give a new folder")
+    chosen.out.mkdir(parents=True)
+    moments = random.Random(chosen.seed)
+
+    started = time.monotonic()
+    whole = start(chosen, "whole")
+    until_training(whole, chosen.out / "whole")
+    begun = time.monotonic()
+    if whole.wait():
+        print((chosen.out / "whole.txt").read_text(), file=sys.stderr)
+        return 1
+    training = time.monotonic() - begun
+    print(f"undisturbed: {time.monotonic() - started:.0f} s, of which training {training:.0f} s", flush=True)
+
+    kills = finished = 0
+    # Moments spread so that the kills together reach about the end of the run; what a kill undoes comes on top.
+    while kills < chosen.kills and not finished:
+        process = start(chosen, "killed")
+        until_training(process, chosen.out / "killed")
+        try:
+            finished = process.wait(moments.uniform(0, 2 * training / chosen.kills)) == 0
+            if not finished:
+                break  # it failed by itself: the last start says why
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            print(f"kill {kills} at step {last_step(chosen.out / 'killed')}", flush=True)
+    if start(chosen, "killed").wait():
+        print((chosen.out / "killed.txt").read_text(), file=sys.stderr)
+        return 1
+    one, other = (sha256_of(find_weights(chosen.out / name)) for name in ("whole", "killed"))
+    print(f"undisturbed     {one}\n{kills:2d} kills -9     {other}")
+    print("the same weights" if one == other else "the weights differ")
+    return int(one != other)
+
+
+def start(chosen: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
+    """Start the command, in a process group of its own."""
+    run = str(chosen.out / name).replace("'", "\\'")
+    with (chosen.out / f"{name}.txt").open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"asa.cli.{chosen.command}", *chosen.settings, f"out='{run}'"],
+            stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+
+
+def until_training(process: subprocess.Popen[bytes], run: Path) -> None:
+    """Wait until this process has logged a step, or has ended: what comes now is worth killing."""
+    known = len(lines(run / "log.jsonl"))
+    while process.poll() is None:
+        now = len(lines(run / "log.jsonl"))
+        if now > known:
+            return
+        known = now  # fewer: the process drops what was logged beyond its checkpoint
+        time.sleep(0.02)
+
+
+def lines(log: Path) -> list[str]:
+    """Lines of a log, none if there is no log yet."""
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def last_step(run: Path) -> str:
+    """The newest step of the log."""
+    newest = lines(run / "log.jsonl")[-1:]
+    return newest[0].partition(",")[0].rpartition(" ")[2] if newest else "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Tiny runs, and processes as torchrun starts them: forked from one that has torch loaded, and never for long."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["asa.cli.pretrain", "asa.cli.finetune", "torch.utils.tensorboard", "hydra"])
+
+MODEL = {"_target_": "asa.models.asa.asa_tiny", "img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def tiny_run(run: Path, store: Path, steps: int = 6, workers: int = 0, timeout: float = 0.5, **settings: Any) -> None:
+    """Pretrain a tiny autoencoder on four scans, in as many processes as the environment says."""
+    from asa.data.loader import CropDataset, LoaderSettings
+    from asa.data.store import Store
+    from asa.engine.distributed import is_main, joined, rank
+    from asa.engine.optim import OptimSettings
+    from asa.engine.train import TrainSettings, train
+    from asa.methods.pretrain import MaskedPretraining
+    from asa.models.asa import asa_tiny
+
+    torch.set_num_threads(1)
+    torch.manual_seed(rank())  # each rank its own weights: the first one's have to win
+    opened = Store(store)
+    method = MaskedPretraining(model=asa_tiny(**{k: v for k, v in MODEL.items() if k != "_target_"}))
+    optim = settings.pop("optim", OptimSettings(lr=1e-3, warmup=1))
+    chosen = TrainSettings(**{**dict(steps=steps, batch_size=4, log_every=1, save_every=2, device="cpu"), **settings})
+    dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", seed=chosen.seed)
+    if is_main():
+        run.mkdir(parents=True, exist_ok=True)
+    loader = LoaderSettings(workers=workers)
+    with joined(torch.device("cpu"), timeout):
+        train(method, dataset, run, settings=chosen, optim=optim, loader=loader, description={"model": MODEL})
+
+
+def log(run: Path, *keys: str, group: str = "train") -> list[tuple]:
+    """Numbers of the run's log."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [tuple(line.get(key) for key in keys) for line in lines if line["group"] == group]
+
+
+def losses(run: Path) -> np.ndarray:
+    """The run's loss list."""
+    return np.array(log(run, "loss"))[:, 0]
+
+
+def command(name: str, *arguments: object) -> None:
+    """End this process as a command does."""
+    sys.argv = [f"asa-{name}", *map(str, arguments)]
+    sys.exit(importlib.import_module(f"asa.cli.{name}").main())
+
+
+@dataclass
+class Ended:
+    """Exit code and output of a process."""
+
+    code: int | None
+    text: str
+
+
+class Job:
+    """Processes that run a function of a module."""
+
+    def __init__(self, folder: Path, world: int, function: Callable[..., None], *arguments: Any, **keywords: Any):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.outputs = [folder / f"rank-{rank}.txt" for rank in range(world)]
+        self.processes = []
+        for rank, output in enumerate(self.outputs):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+            env = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
+            process = FORK.Process(target=_child, args=(env, output, function, arguments, keywords))
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, timeout: float = 30) -> list[Ended]:
+        """Wait for all; those that do not end are killed, and have no code."""
+        until = time.monotonic() + timeout
+        ended = []
+        for process, output in zip(self.processes, self.outputs, strict=True):
+            process.join(max(0.0, until - time.monotonic()))
+            code = process.exitcode
+            if code is None:
+                process.kill()
+                process.join()
+            ended.append(Ended(code, output.read_text()))
+        return ended
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one of the processes."""
+        os.kill(self.processes[rank].pid, number)
+
+
+def _child(env: dict[str, Any], output: Path, function: Callable[..., None], arguments: Any, keywords: Any) -> None:
+    os.environ.update({key: str(value) for key, value in env.items()})
+    os.setsid()
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    torch.set_num_threads(1)
+    function(*arguments, **keywords)
+
+
+def ranks(folder: Path, world: int, function: Callable[..., None], *arguments: Any, **keywords: Any) -> list[Ended]:
+    """Run a function in several processes to its end."""
+    return Job(folder, world, function, *arguments, **keywords).wait()
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for something."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def steps_done(run: Path) -> int:
+    """Steps in the run's log."""
+    file = run / "log.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[Any]:
+    """An attribute with another value for a while; gives the old one."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield before
+    finally:
+        setattr(owner, name, before)
