@@ -134,6 +134,14 @@ def test_a_probe_reads_what_features_hold_linearly_and_nothing_from_noise() -> N
     assert told["probe_dice"] == pytest.approx((told["probe_dice_a"] + told["probe_dice_b"]) / 2)
 
 
+def test_the_probe_computes_in_float32_whatever_the_encoder_does() -> None:
+    source = Planted()
+    dataset = CropDataset(source, source.records, (64, 64, 64), labelled=True)
+    full = probe_dice(Told(True), dataset, ["a", "b"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert probe_dice(Told(True), dataset, ["a", "b"]) == pytest.approx(full, abs=1e-3)
+
+
 def test_a_probe_store_has_to_fit(store: Path) -> None:
     dataset, names = open_probe(str(store), ["t1"], (32, 32, 32))
     assert len(dataset) == 4 and names == ["csf", "gm", "wm"] and "label" in dataset[0, 0]

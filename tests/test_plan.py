@@ -138,6 +138,11 @@ def test_sgd_has_one_state_and_fp16_is_planned_for_a_gpu_alone() -> None:
     assert plan.memory["GPU, 16 bit"].states == plan.memory["GPU, 16 bit"].weights
 
 
+def test_a_network_that_a_cpu_cannot_train_in_bf16_is_planned_all_the_same() -> None:
+    plan = make_plan(maker("finetune"), labelled=True, settings=replace(SETTINGS, precision="bf16"), optim=OPTIM)
+    assert list(plan.memory) == ["CPU, bf16", "GPU, 16 bit"]
+
+
 @pytest.fixture
 def without_voxels(store: Path, tmp_path: Path) -> Path:
     """The store's manifest alone."""

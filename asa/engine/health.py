@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from asa.data.loader import CropDataset
 from asa.data.store import IGNORED, Store
+from asa.engine.train import autocast
 from asa.engine.validate import Shown
 from asa.models.sw_vit import SWViT
 from asa.ops.patches import patchify
@@ -97,14 +98,15 @@ def probe_dice(encoder: SWViT, dataset: CropDataset, names: Sequence[str]) -> di
     """
     features, classes = encode(encoder, dataset, VOLUMES), len(names) + 1
     labels = [patchify(dataset[index, 0]["label"][None], encoder.patch_size)[0] for index in range(len(features))]
-    weights = fit_linear(features[::2], (_one_hot(label, classes) for label in labels[::2]))
     overlap, size = torch.zeros(2, classes, dtype=torch.float64)
-    for tokens, label in zip(features[1::2], labels[1::2], strict=True):
-        found = predict_linear(weights, tokens).reshape(*label.shape, classes).argmax(dim=2)
-        for k in range(1, classes):
-            guess, truth = (found == k) & (label != IGNORED), label == k
-            overlap[k] += (guess & truth).sum()
-            size[k] += guess.sum() + truth.sum()
+    with autocast(features.device, torch.float32):  # whatever the encoder computes in
+        weights = fit_linear(features[::2], (_one_hot(label, classes) for label in labels[::2]))
+        for tokens, label in zip(features[1::2], labels[1::2], strict=True):
+            found = predict_linear(weights, tokens).reshape(*label.shape, classes).argmax(dim=2)
+            for k in range(1, classes):
+                guess, truth = (found == k) & (label != IGNORED), label == k
+                overlap[k] += (guess & truth).sum()
+                size[k] += guess.sum() + truth.sum()
     dice = (2 * overlap / size.clamp(min=1))[1:].tolist()
     return {
         "probe_dice": sum(dice) / len(dice),

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from asa.engine.optim import OptimSettings, Schedule
-from asa.engine.train import PRECISIONS, TrainSettings, autocast
+from asa.engine.train import TrainSettings, autocast
 from asa.methods.pretrain import MaskedPretraining
 from asa.ops.gradients import gradient_importance
 
@@ -207,8 +207,8 @@ def step_memory(
     if labelled:
         batch["label"] = torch.empty((shape[0], 1, *shape[2:]), dtype=torch.uint8, device="meta")
     weights = 4 * _count(method)
-    # On a CPU stands in for the GPU's 16 bits whichever of the two types the method takes there.
-    dtype = torch.float16 if gpu and precision != "fp32" else PRECISIONS[precision]
+    # Either of the two types of 16 bits: not every network takes bf16 on a CPU, where the trace runs.
+    dtype = torch.float32 if precision == "fp32" else torch.float16
     trace = trace_step(method, batch, dtype, settings.accumulate)
     peak = trace.peak
     if gpu and isinstance(method, MaskedPretraining) and method.loss.importance:
