@@ -118,6 +118,10 @@ def main() -> int:
         parser.error(f"no row {', '.join(sorted(unknown))}")
     if options.one:
         (name,) = options.names
+        if not options.heap:  # training keeps what is freed
+            from asa.engine import train
+
+            train.keep_freed_memory = lambda: False
         print(json.dumps([measured(name), planned(name)]))
         return 0
     # Above the smallest tensors; fixed, or the first large tensor that is freed would raise it.
@@ -125,7 +129,7 @@ def main() -> int:
     off = []
     print(f"{'row':<26}{'planned':>12}{'measured':>12}{'planned / measured':>20}")
     for name in options.names or ROWS:
-        command = [sys.executable, "-m", "scripts.plan_check", "--one", name]
+        command = [sys.executable, "-m", "scripts.plan_check", "--one", name, *(["--heap"] if options.heap else [])]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)

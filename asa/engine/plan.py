@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from asa.engine.distributed import world_size
 from asa.engine.optim import OptimSettings, Schedule
 from asa.engine.train import TrainSettings, autocast
 from asa.methods.pretrain import MaskedPretraining
@@ -201,7 +202,8 @@ def step_memory(
     """
     method = _without_memory(make)
     encoder = method.model.encoder
-    shape = (settings.batch_size // settings.accumulate, encoder.in_channels, *encoder.img_size)
+    part = settings.batch_size // settings.accumulate // world_size()
+    shape = (part, encoder.in_channels, *encoder.img_size)
     image = torch.empty(shape, device="meta")
     batch = {"image": image, "seed": torch.arange(shape[0])}
     if labelled:
@@ -215,7 +217,8 @@ def step_memory(
         # A GPU scores whole batches at once where a CPU takes slabs.
         peak = max(peak, trace.kept + _importance_peak(image, method) + (weights if settings.accumulate > 1 else 0))
     states = weights * (2 if optim.name == "adamw" else int(optim.momentum > 0))
-    return trace, StepMemory(weights, states, trace.kept, weights + states + peak)
+    average = weights if settings.ema else 0
+    return trace, StepMemory(weights, states, trace.kept, weights + states + average + peak)
 
 
 def _importance_peak(image: Tensor, method: MaskedPretraining) -> int:
