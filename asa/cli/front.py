@@ -21,12 +21,13 @@ from asa.engine.stopping import RESUME_CODE, Stopped
 from asa.engine.train import TrainSettings, pick_device
 
 Config = dict[str, Any]
-# What may change when a run goes on: how long, how often it reports, and how it is fed.
+# What may change when a run goes on: how long, how often it reports, how it is fed and shared out.
 FREE_ON_RESUME = (
     "out",
     "loader",
     "predict",
     "train.steps",
+    "train.accumulate",
     "train.log_every",
     "train.validate_every",
     "train.save_every",
