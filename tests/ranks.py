@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["asa.cli.pretrain", "asa.cli.finetune", "torch.utils.tensorboard", "hydra"])
+FORK.set_forkserver_preload(
+    ["asa.cli.pretrain", "asa.cli.finetune", "torch.utils.tensorboard", "torch._dynamo", "hydra"]
+)
 
 MODEL = {"_target_": "asa.models.asa.asa_tiny", "img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
 

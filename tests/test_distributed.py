@@ -234,13 +234,13 @@ def failing(run: Path, store: Path, kind: str) -> None:
         return forward(self, batch)
 
     with replaced(MaskedPretraining, "forward", broken) as forward:
-        tiny_run(run, store, 400, timeout=0.05)
+        tiny_run(run, store, 400, timeout=0.1)
 
 
 @several
 @pytest.mark.parametrize("kind", ["dies", "raises", "hangs"])
 def test_a_process_that_fails_ends_the_job_within_the_timeout(store: Path, tmp_path: Path, kind: str) -> None:
-    ended = Job(tmp_path, 2, failing, tmp_path / "run", store, kind).wait(25)
+    ended = Job(tmp_path, 2, failing, tmp_path / "run", store, kind).wait(30)
     print(*[one.text for one in ended])
     assert all(one.code not in (0, None) for one in ended)
     if kind == "raises":

@@ -196,6 +196,19 @@ def test_a_signal_saves_and_leaves_with_a_code_that_says_resume_me(
     assert sha256_of(find_weights(run)) == sha256_of(find_weights(tmp_path / "whole"))
 
 
+def test_a_signal_to_the_whole_group_saves_too(store: Path, tmp_path: Path) -> None:
+    tiny = ["loader.workers=1", "train.device=cpu", "train.log_every=1", "model=asa_tiny", "crop=32", "optim.warmup=1"]
+    run = tmp_path / "run"
+    arguments = [f"data.store={store}", *tiny, "train.steps=500", "train.batch_size=4", f"out={run}"]
+    job = Job(tmp_path, 1, command, "pretrain", *arguments)
+    until(lambda: steps_done(run) >= 3)
+    os.killpg(job.processes[0].pid, signal.SIGTERM)
+    (ended,) = job.wait()
+    print(ended.text)
+    assert ended.code == RESUME_CODE and names(run) == [f"step-{steps_done(run):08d}"]
+    until(lambda: members(job.processes[0].pid) == [], 10)
+
+
 def test_signals_are_as_before_after_a_run() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop_signals() as request:

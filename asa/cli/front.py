@@ -15,13 +15,13 @@ from asa.config import CONFIG_DIR, compose, describe
 from asa.data.files import write_whole
 from asa.data.splits import write_split
 from asa.engine.checkpoint import list_checkpoints
-from asa.engine.distributed import StoppedElsewhere, is_main, joined, on_main, rank, world_size
+from asa.engine.distributed import StoppedElsewhere, is_main, joined, leave, on_main, rank, world_size
 from asa.engine.lock import LOCK, locked
 from asa.engine.stopping import RESUME_CODE, Stopped
 from asa.engine.train import TrainSettings, pick_device
 
 Config = dict[str, Any]
-# What may change when a run goes on: how long, how often it reports, and how it is fed.
+# What may change when a run goes on: how long, how often it reports, how it is fed and shared out.
 FREE_ON_RESUME = (
     "out",
     "loader",
@@ -31,6 +31,7 @@ FREE_ON_RESUME = (
     "model.checkpointing",
     "method.model.checkpointing",
     "train.steps",
+    "train.accumulate",
     "train.log_every",
     "train.validate_every",
     "train.save_every",
@@ -74,6 +75,15 @@ def run_command(
     parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups of your own, like experiment/")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     chosen = parser.parse_intermixed_args(arguments)
+    code = _run(command, main, settings, chosen)
+    leave(code)
+    return code
+
+
+def _run(
+    command: str, main: Callable[[Config], None], settings: Mapping[str, type] | None, chosen: argparse.Namespace
+) -> int:
+    """Compose, run, and turn errors into a line and an exit code."""
     try:
         config = _at_home(compose(command, chosen.overrides, settings=settings, config_dir=chosen.config_dir))
         if chosen.print:

@@ -8,6 +8,7 @@ A batch is a dict: "image" `(B, C, D, H, W)` float32, "label" `(B, 1, D, H, W)` 
 """
 
 import hashlib
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -262,7 +263,7 @@ def make_loader(
         prefetch_factor=settings.prefetch if workers else None,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         multiprocessing_context="forkserver" if workers else None,
     )
 
@@ -279,6 +280,9 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _one_thread(_: int) -> None:
-    # Workers beside a training process: more threads would take its cores.
+def _start_worker(_: int) -> None:
+    # Beside a training process: more threads would take its cores.
     torch.set_num_threads(1)
+    # Slurm and others signal the whole group: the training process saves, and needs its workers until then.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

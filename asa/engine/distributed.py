@@ -5,6 +5,7 @@ loop reads the same for one process and for many. Rank, size and local rank come
 """
 
 import faulthandler
+import gc
 import os
 import sys
 import time
@@ -100,6 +101,19 @@ def _meet(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.
                 return dist.PrefixStore(main, store)
             time.sleep(0.05)
     raise TimeoutError(f"process {rank} of {world} found no others within {timeout}")
+
+
+def leave(code: int) -> None:
+    """End this process at once with an exit code, if it is one of several.
+
+    torch 2.13 keeps threads of gloo until the interpreter ends, and now and then these abort it then: a run that is
+    done would look like one that died.
+    """
+    if world_size() > 1:
+        gc.collect()  # ends the loader's workers
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class _Watch:
