@@ -1,6 +1,5 @@
 """asa-finetune: learn a segmentation from labelled scans."""
 
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +16,12 @@ from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
 from asa.engine.checkpoint import find_weights, read_weights
 from asa.engine.optim import OptimSettings
-from asa.engine.predict import PredictSettings
+from asa.engine.predict import SIDE, PredictSettings, learnt_from
 from asa.engine.summary import listed
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
 from asa.models.transfer import check_kind, transfer_encoder, transfer_report
 
-SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
 SETTINGS = {
     "train": TrainSettings,
     "optim": OptimSettings,
@@ -86,7 +84,13 @@ def finetune(config: Config) -> None:
     print(f"fine-tuning from {start} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
     description = {
         "model": config["model"],
-        "data": {"channels": store.channels, "labels": store.labels, "prepare": store.settings, **(trained or {})},
+        "data": {
+            "channels": store.channels,
+            "labels": store.labels,
+            "prepare": store.settings,
+            **learnt_from(data["lateral_pairs"], parts["train"]),
+            **(trained or {}),
+        },
     }
     last = train(
         method,
