@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from heads import centred, dice, scan
+from scipy import ndimage
 from torch import nn
 
 from asa.cli import finetune, predict
 from asa.config import build
+from asa.data.case import prepare_case, to_native
+from asa.data.grid import sample_affine
+from asa.data.stages import PrepareSettings
 from asa.data.volume import from_ras, read_image, to_ras, write_image
 from asa.engine import predict as engine
 from asa.engine.checkpoint import read_weights, save_checkpoint
@@ -122,12 +126,31 @@ def test_without_resampling_the_probabilities_are_those_of_the_prepared_grid(run
     segmenter = Segmenter(run, SETTINGS)
     predicted(segmenter, path, tmp_path / "p")
     volume = read_image(path)
-    case = engine.prepare_case({"t1": volume}, None, {}, segmenter.prepare_settings)
+    case = prepare_case({"t1": volume}, None, {}, segmenter.prepare_settings)
     expected = segmenter.probabilities(torch.from_numpy(case.image))[3].numpy()
     found = to_ras(read_image(tmp_path / "p" / "middle.nii.gz").data, volume.affine)[0].transpose(2, 1, 0)
     crop = case.chain["steps"][-1]
     box = tuple(slice(start, start + size) for start, size in zip(crop["start"], crop["size"], strict=True))
     assert np.array_equal(found[box], expected)
+
+
+def test_labels_chosen_on_the_scans_own_grid_are_closer_to_the_truth_than_labels_brought_back(tmp_path: Path) -> None:
+    shape = (150, 190, 144)
+    image, truth = scan(shape, centred(shape, np.eye(3)))
+    write_image(tmp_path / "head.nii.gz", image.data, image.affine)
+    settings = PrepareSettings(spacing=3.0, crop="none")
+    chain = prepare_case({"t1": image}, None, {}, settings).chain
+    (step,) = (step for step in chain["steps"] if step["stage"] == "align")
+    masks = [ndimage.gaussian_filter((value == truth.data.T).astype(np.float32), 1.3) for value in (0, 2, 7)]
+    shares = np.stack([sample_affine(mask, np.array(step["matrix"]), step["shape"], 1) for mask in masks])
+    node = {"labels": {2: "outer", 7: "inner"}, "lateral_pairs": [], "prepare": {"spacing": 3.0, "crop": "none"}}
+    segmenter = Segmenter(checkpoint(tmp_path / "run", **node), SETTINGS)
+    segmenter.probabilities = lambda _: torch.from_numpy(shares)
+    here = predicted(segmenter, tmp_path / "head.nii.gz")
+    brought = np.array([0, 2, 7])[to_native(shares.argmax(axis=0).astype(np.uint8)[None], chain, order=0)[0]]
+    for value in (2, 7):
+        error, before = (1 - dice(label == value, truth.data == value) for label in (here, brought))
+        assert error < before / 2
 
 
 @pytest.mark.parametrize("axes", [[[1, 1], [2, -1], [0, 1]], [[2, 1], [0, -1], [1, -1]]])
