@@ -1,4 +1,4 @@
-"""The segmentation U-Net, its loss, and the transfer of a pretrained encoder."""
+"""The segmentation U-Net and its loss."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ import asa
 from asa.data.store import IGNORED
 from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.models.sw_vit import SWViT
-from asa.models.transfer import plan_transfer, transfer_encoder, transfer_report
 from asa.models.unet import SegmentationUNet, unet_base, unet_small, unet_tiny
 
 
@@ -175,39 +174,6 @@ def test_micro_batches_give_the_loss_of_the_whole_batch_with_ignored_voxels() ->
     loss = DeeplySupervisedDiceCE()
     parts = [loss([out[k : k + 2] for out in logits], label[k : k + 2]) for k in (0, 2)]
     torch.testing.assert_close(sum(parts) / 2, loss(logits, label))
-
-
-def weights_of(model: SWViT) -> dict[str, torch.Tensor]:
-    head = {"decoder.0.weight": torch.zeros(2)}
-    return {f"encoder.{name}": tensor.clone() for name, tensor in model.state_dict().items()} | head
-
-
-def test_an_encoder_of_the_same_kind_is_loaded_whole() -> None:
-    source, target = encoder(), encoder(img_size=(32, 64, 32))
-    plan = transfer_encoder(weights_of(source), target)
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-    actions = {entry.action for entry in plan}
-    assert actions == {"loaded", "left out"}
-    assert [entry.name for entry in plan if entry.action == "left out"] == ["decoder.0.weight"]
-    assert "loaded" in transfer_report(plan) and "not part of the encoder" in transfer_report(plan)
-
-
-def test_more_channels_keep_the_tokens_of_equal_channels() -> None:
-    source, target = encoder(img_size=16), encoder(img_size=16, in_channels=4)
-    plan = transfer_encoder(weights_of(source), target)
-    assert [entry.name for entry in plan if entry.action == "adapted"] == ["encoder.patch_embed.weight"]
-    volume = torch.rand(1, 1, 16, 16, 16)
-    torch.testing.assert_close(target(volume.expand(-1, 4, -1, -1, -1)), source(volume), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("other", [dict(depth=5), dict(embed_dim=12), dict(patch_size=16), dict(window=16)])
-def test_a_poor_match_is_refused_and_nothing_is_loaded(other: dict[str, int]) -> None:
-    target = encoder(**other)
-    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    with pytest.raises(ValueError, match="does not match"):
-        transfer_encoder(weights_of(encoder()), target)
-    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
-    assert any(entry.action in ("left out", "not found") for entry in plan_transfer(weights_of(encoder()), target))
 
 
 def test_public_names_are_the_ones_of_their_modules() -> None:

@@ -1,6 +1,5 @@
 """asa-finetune: learn a segmentation from labelled scans."""
 
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,16 +16,15 @@ from asa.data.files import write_json
 from asa.data.identity import Seen, Trained, known_trained, seen_subjects, trained_on
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
-from asa.engine.checkpoint import find_weights, read_weights
+from asa.engine.checkpoint import find_weights
 from asa.engine.distributed import is_main
 from asa.engine.optim import OptimSettings
-from asa.engine.predict import PredictSettings
+from asa.engine.predict import SIDE, PredictSettings, learnt_from
+from asa.engine.source import read_source, start_from
 from asa.engine.summary import listed
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
-from asa.models.transfer import check_kind, transfer_encoder, transfer_report
 
-SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
 SETTINGS = {
     "train": TrainSettings,
     "optim": OptimSettings,
@@ -50,7 +48,8 @@ def finetune(config: Config) -> None:
         check_settings(settings, optim)
     data = config["data"]
     data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
-    source = read_weights(config["init"]) if config["init"] and not planning else None
+    explain = _explains(config)
+    source = read_source(config["init"]) if config["init"] and not planning else None
     store, split, parts = open_parts(data, Path(str(config["out"])))
     if not store.labels:
         raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
@@ -71,10 +70,9 @@ def finetune(config: Config) -> None:
     seen: list[Seen] | None = None
     if source is not None:
         weights, origin = source
-        check_kind(origin["model"], config["model"])
-        inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        plan = transfer_encoder(inner, method.model.encoder)
-        print(f"encoder from {config['init']}:\n{transfer_report(plan)}")
+        print(start_from(config["init"], weights, origin, method.model.encoder, config["model"], explain=explain))
+        if explain:
+            return
         before = known_trained(origin.get("data", {}))
         trained = trained_on(parts["train"], before) if before else None
         seen = seen_subjects(store.records, split, before) if before else None
@@ -95,7 +93,13 @@ def finetune(config: Config) -> None:
     start = f"the encoder of {config['init']}" if config["init"] else "scratch"
     description = {
         "model": config["model"],
-        "data": {"channels": store.channels, "labels": store.labels, "prepare": store.settings, **(trained or {})},
+        "data": {
+            "channels": store.channels,
+            "labels": store.labels,
+            "prepare": store.settings,
+            **learnt_from(data["lateral_pairs"], parts["train"]),
+            **(trained or {}),
+        },
     }
     with open_run(config, split, settings) as run:
         if seen is not None and is_main():
@@ -114,6 +118,16 @@ def finetune(config: Config) -> None:
     if "dice" in last:
         print("  ".join(f"{name} {value:.4f}" for name, value in last.items()))
     print(f"wrote {find_weights(run)}")
+
+
+def _explains(config: Config) -> bool:
+    """Whether the transfer is to be explained only; the key does not stay in the run's configuration."""
+    chosen = config.pop("transfer")
+    if chosen not in ("load", "explain"):
+        raise ValueError(f"transfer={chosen}: choose load or explain")
+    if chosen == "explain" and not config["init"]:
+        raise ValueError("transfer=explain says what becomes of a checkpoint: give init=")
+    return chosen == "explain"
 
 
 def _seen_report(seen: list[Seen] | None, init: str) -> list[str]:

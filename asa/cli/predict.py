@@ -1,7 +1,7 @@
 """asa-predict: label maps of new scans, in their own space."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from asa.cli.front import Config, run_command
 from asa.config import typed
-from asa.data.cohort import Record
 from asa.data.datasets import folder
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
@@ -31,7 +30,16 @@ def predict(config: Config) -> None:
     source, out = Path(str(config["input"])), Path(str(config["out"]))
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    segmenter = Segmenter(config["checkpoint"], typed(PredictSettings, config["predict"]), strip=config["strip"])
+    for key in ("mirror", "probabilities"):
+        if not isinstance(config[key], bool):
+            raise ValueError(f"{key}={config[key]}: choose true or false")
+    segmenter = Segmenter(
+        config["checkpoint"],
+        typed(PredictSettings, config["predict"]),
+        mirror=config["mirror"],
+        strip=config["strip"],
+        progress=True,
+    )
     jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
     failures = 0
     for id, inputs, work in tqdm(jobs(segmenter, source, out, config), desc="predict", unit="scan"):
@@ -51,17 +59,30 @@ def _file_jobs(segmenter: Segmenter, source: Path, out: Path, config: Config) ->
     """What to do for a scan, or each scan of a folder."""
     if config["part"] is not None:
         raise ValueError("part= chooses scans of a store; leave it out for files")
-    cases = _cases(source, config["images"], segmenter.channels)
+    cases = _cases(source, config["images"], segmenter)
     return [
-        (id, list(images.values()), partial(segmenter.segment_file, images, out / f"{id}.nii.gz"))
+        (
+            id,
+            [path for path in images.values() if path is not None],
+            partial(segmenter.segment_file, images, out / f"{id}.nii.gz", probabilities=_shares(config, out, id)),
+        )
         for id, images in cases
     ]
 
 
-def _cases(source: Path, images: dict[str, str] | None, channels: list[str]) -> list[tuple[str, dict[str, str]]]:
-    """Id and channel files of a scan or a folder of scans."""
+def _shares(config: Config, out: Path, id: str) -> Path | None:
+    """Where a scan's class probabilities go: a folder of their own, so that `out` holds label maps only."""
+    return out / "probabilities" / id if config["probabilities"] else None
+
+
+def _cases(
+    source: Path, images: dict[str, str] | None, segmenter: Segmenter
+) -> list[tuple[str, Mapping[str, str | None]]]:
+    """Id and channel files of a scan or a folder of scans; None for a channel that a scan lacks."""
+    channels = segmenter.channels
     if source.is_dir() and images:
-        return [(record["id"], _complete(record)) for record in folder.records(source, images=images)]
+        segmenter.check_channels(images)
+        return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
     if len(channels) != 1:
         raise ValueError(
             f"this model takes the channels {', '.join(channels)}: give a folder and which file is which, like "
@@ -76,35 +97,41 @@ def _cases(source: Path, images: dict[str, str] | None, channels: list[str]) -> 
     return [(id, {channels[0]: str(path)}) for id, path in found]
 
 
-def _complete(record: Record) -> dict[str, str]:
-    found = {channel: path for channel, path in record["images"].items() if path is not None}
-    if absent := sorted(set(record["images"]) - set(found)):
-        raise ValueError(f"{record['id']}: has no {', '.join(absent)}; add the file, or take the scan out")
-    return found
-
-
 def _store_jobs(segmenter: Segmenter, source: Path, out: Path, config: Config) -> list[Job]:
     """What to do for the scans of a store, or for one part of the run's split."""
     store = Store(source)
-    if store.channels != segmenter.channels or store.settings != segmenter.description["data"]["prepare"]:
+    if store.channels != segmenter.channels or store.settings != segmenter.data["prepare"]:
         raise ValueError(
             f"{store.path} was prepared in another way than what this model was trained on: predict the raw scans"
         )
     records = store.records
     if config["part"] is not None:
-        split = read_split(_run_of(Path(config["checkpoint"])) / "split.json")
-        if not split.get(config["part"]):
-            raise ValueError(f"part={config['part']}: the run's split has no subjects under that name")
-        records = select(store.records, split[config["part"]])
+        records = select(store.records, _subjects(config["checkpoint"], config["part"]))
 
     def work(record: dict[str, Any]) -> None:
         like = read_image(record["sources"][store.channels[0]]["path"])
-        segmenter.segment_prepared(store.image(record["id"]), record["chain"], like, out / f"{record['id']}.nii.gz")
+        id = record["id"]
+        segmenter.segment_prepared(
+            store.image(id), record["chain"], like, out / f"{id}.nii.gz", probabilities=_shares(config, out, id)
+        )
 
     return [
         (record["id"], [found["path"] for found in record["sources"].values()], partial(work, record))
         for record in records
     ]
+
+
+def _subjects(checkpoint: str | list[str], part: str) -> list[str]:
+    """Subjects of a part of the runs' split."""
+    paths = [checkpoint] if isinstance(checkpoint, str) else checkpoint
+    splits = [read_split(_run_of(Path(path)) / "split.json") for path in paths]
+    subjects = splits[0].get(part)
+    if not subjects:
+        raise ValueError(f"part={part}: the run's split has no subjects under that name")
+    for path, split in zip(paths, splits, strict=True):
+        if split.get(part) != subjects:
+            raise ValueError(f"part={part}: {path} has other subjects there than {paths[0]}: predict fold by fold")
+    return subjects
 
 
 def _run_of(checkpoint: Path) -> Path:

@@ -282,7 +282,7 @@ def plan_report(plan: Plan, settings: TrainSettings, scans: int, rate: float, so
             f"batch and activations {memory.kept / GIB:.2f}"
         )
     lines += [
-        "            (of tensors; as measured, glibc's heap holds 1.2 to 1.9 times as much on a CPU: docs/planning.md)",
+        "            (of tensors; on a CPU the heap of a run holds 1.2 to 1.8 times as much: docs/planning.md)",
         f"run         {settings.steps} steps: {volumes} volumes, {volumes / scans:,.1f} epochs of {scans} scans",
         f"time        {days:.3g} days ({seconds:.3g} s a step) at {rate / 1e12:.4g} TFLOP/s, {source}",
     ]
