@@ -8,7 +8,6 @@ A batch is a dict: "image" `(B, C, D, H, W)` float32, "label" `(B, 1, D, H, W)` 
 """
 
 import hashlib
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from asa.data.augment import (
     source_size,
     swap_sides,
 )
+from asa.data.workers import end_with_parent, end_workers_at_exit, leave_stopping_to_parent
 
 CROPS = ("centre", "random")
 
@@ -256,6 +256,8 @@ def make_loader(
         world_size=world_size,
     )
     workers = settings.workers
+    if workers:
+        end_workers_at_exit()
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -283,6 +285,5 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _start_worker(_: int) -> None:
     # Beside a training process: more threads would take its cores.
     torch.set_num_threads(1)
-    # Slurm and others signal the whole group: the training process saves, and needs its workers until then.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    leave_stopping_to_parent()
+    end_with_parent()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
@@ -20,6 +18,7 @@ from asa.data.cohort import Record, check_records
 from asa.data.files import PART
 from asa.data.store import FOLDERS, FORMAT, MANIFEST, array_path, read_manifest, write_manifest
 from asa.data.visit import Visit
+from asa.data.workers import end_with_parent
 
 __all__ = ["Plan", "Report", "prepare_cohort"]
 
@@ -166,7 +165,7 @@ def _outcomes(jobs: list[Job], workers: int) -> Iterator[tuple[str, Outcome]]:
             yield job.record["id"], attempt(job)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         futures = {pool.submit(attempt, job): job.record["id"] for job in jobs}
         try:
             for future in as_completed(futures):
@@ -178,18 +177,6 @@ def _outcomes(jobs: list[Job], workers: int) -> Iterator[tuple[str, Outcome]]:
                     yield id, Outcome(reason=reason, unknown=True)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """End this worker as soon as the command is killed: it would write into the store beside the next run."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _settle(id: str, outcome: Outcome, root: Path | None, entries: dict[str, dict[str, Any]], report: Report) -> None:
