@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from heads import LABELS, dice
 
 from asa.data import prepare
 from asa.data.case import prepare_case, to_native
@@ -26,7 +27,6 @@ needs_scans = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real scans ar
 
 SIDES = ("LR", "PA", "IS")
 ORIENTATIONS = ["".join(turned) for code in itertools.product(*SIDES) for turned in itertools.permutations(code)]
-LABELS = {2: "outer", 7: "inner"}  # not consecutive, on purpose
 
 
 def volume(data: np.ndarray, affine: np.ndarray | None = None) -> Volume:
@@ -49,10 +49,6 @@ def ball(shape: tuple[int, int, int] = (26, 30, 24), spacing: float = 1.0) -> tu
     label = np.select([reach < 0.22, reach < 0.38], [7, 2], 0)
     image = np.where(label > 0, 50.0 + 30 * (label == 7) + grid[..., 0] + 0.5 * grid[..., 1], 0).astype(np.float32)
     return image, label
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
 
 
 # ---------------------------------------------------------------------------------------------- one case

@@ -167,7 +167,7 @@ def _look(case: PreparedCase) -> Look:
     return look_at(case.image[case.first], case.brain, spacing, case.plane)
 
 
-def _look_again(entry: dict[str, Any], root: Path, settings: PrepareSettings) -> Look | None:
+def _look_again(entry: dict[str, Any], root: Path, settings: PrepareSettings) -> Look:
     """What is drawn of a scan that the store holds already."""
     image = open_array(array_path(root, entry["id"], "image"), tuple(entry["shape"]), DTYPES["image"])
     assert image is not None
@@ -184,6 +184,7 @@ def _look_again(entry: dict[str, Any], root: Path, settings: PrepareSettings) ->
 
 
 def visit_of(record: Record, outcome: Outcome) -> Visit:
+    """What a checkup shows of a record and what came of it."""
     facts: dict[str, Any] = {}
     entry = outcome.entry
     if entry is not None:

@@ -48,7 +48,7 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, turn: np.ndarray) 
     with simpleitk() as sitk:
         fixed = _image(sitk, template, (1.0, 1.0, 1.0), template_affine[:3, 3][::-1])
         moving = _image(sitk, bounded, spacing, -half)
-        starts = [_start(sitk, template, template_affine, brain, spacing, rotation) for rotation in (np.eye(3), turn)]
+        starts = _starts(sitk, template, template_affine, brain, spacing, (np.eye(3), turn))
         try:
             found = _search(sitk, fixed, moving, starts)
         except RuntimeError as error:
@@ -85,24 +85,25 @@ def _search(sitk: Any, fixed: Any, moving: Any, starts: Sequence[Any]) -> Any:
     return best
 
 
-def _start(
+def _starts(
     sitk: Any,
     template: np.ndarray,
     template_affine: np.ndarray,
     brain: np.ndarray,
     spacing: Lengths,
-    rotation: np.ndarray,
-) -> Any:
-    """Centres of mass on each other, volumes made equal, turned as told."""
+    rotations: Sequence[np.ndarray],
+) -> list[Any]:
+    """Centres of mass on each other, volumes made equal, turned in each of the ways."""
     voxel = float(np.prod(spacing))
     size = ((brain > 0).sum() * voxel / (template > 0).sum()) ** (1 / 3)
     centre = _centre(template) + template_affine[:3, 3][::-1]
     target = (_centre(brain) - (np.array(brain.shape) - 1) / 2) * np.asarray(spacing)
-    start = sitk.AffineTransform(3)
-    start.SetMatrix((size * rotation)[::-1, ::-1].ravel().tolist())
-    start.SetCenter(centre[::-1].tolist())
-    start.SetTranslation((target - centre)[::-1].tolist())
-    return start
+    starts = [sitk.AffineTransform(3) for _ in rotations]
+    for start, rotation in zip(starts, rotations, strict=True):
+        start.SetMatrix((size * rotation)[::-1, ::-1].ravel().tolist())
+        start.SetCenter(centre[::-1].tolist())
+        start.SetTranslation((target - centre)[::-1].tolist())
+    return starts
 
 
 def _centre(brain: np.ndarray) -> np.ndarray:

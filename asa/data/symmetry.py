@@ -83,8 +83,9 @@ def find_midsagittal_plane(volume: np.ndarray, spacing: Lengths) -> MidsagittalP
         )
     fine = _coarser(volume, spacing, WORKING_SPACING)
     coarse = ndimage.zoom(ndimage.gaussian_filter(fine, 1.0), 0.5, order=1, grid_mode=True, mode="nearest")
-    place = _search(_Mirror(coarse, 2 * WORKING_SPACING))
-    for mirror in (_Mirror(coarse, 2 * WORKING_SPACING), _Mirror(fine, WORKING_SPACING)):
+    mirrors = _Mirror(coarse, 2 * WORKING_SPACING), _Mirror(fine, WORKING_SPACING)
+    place = _search(mirrors[0])
+    for mirror in mirrors:
         place, correlation = _climb(mirror, place)
     yaw, roll, shift = (float(number) + 0.0 for number in place)
     plane = MidsagittalPlane(yaw, roll, shift, correlation)

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from numbers import Integral, Real
 from pathlib import Path
 from statistics import median
@@ -22,6 +21,7 @@ from urllib.parse import quote
 from asa.data.files import write_whole
 from asa.data.visit import Visit
 from asa.engine.figures import MIDLINE, OUTLINE, encode_png, hex_colour, thumbnail_row
+from asa.engine.report import render
 
 TABLE, PAGE, THUMBNAILS = "checkup.csv", "checkup.html", "thumbnails"
 STATUSES = ("failed", "warning", "good")  # in the order of the page
@@ -93,18 +93,10 @@ class Checkup:
         write_whole(self.folder / name, text.encode("utf-8", errors="backslashreplace"))
 
     def _page(self, visits: Sequence[Visit], settings: dict[str, Any]) -> str:
-        import jinja2
-
-        from asa import __version__
-
-        environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        source = resources.files("asa.engine").joinpath("checkup.html.j2").read_text(encoding="utf-8")
         rows = [self._row(number, visit) for number, visit in enumerate(visits)]
         measures = _measures(visits)
-        return environment.from_string(source).render(
-            version=__version__,
+        return render(
+            "checkup.html.j2",
             total=len(visits),
             groups=[(status, [row for row in rows if row["status"] == status]) for status in STATUSES],
             found=[measure for key, measure in measures.items() if not key.startswith(SECONDS)],

@@ -1,6 +1,5 @@
 """One self-contained page on a comparison: the table, the paired differences drawn, the cases that differ most."""
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from asa.data.files import write_whole
 from asa.engine.comparison import Comparison, difference_cells, mean_text, notes, paired_differences
 from asa.engine.policies import Metric
-from asa.engine.report import data_uri, plot_grid, render, require_extra
+from asa.engine.report import data_uri, plain_axis, plot_grid, png_of, render, require_extra
 from asa.engine.summary import number_text
 
 EXTREME = 5  # cases listed as the largest losses, and as many gains
@@ -115,10 +114,5 @@ def _plots(comparison: Comparison) -> bytes:
         axis.set_ylim(len(rows) - 0.4, -0.6)
         side = "right" if metric.higher_is_better else "left"
         axis.set_xlabel(f"difference in {metric.heading}; better to the {side}")
-        axis.grid(axis="x", color="#e5e7eb", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        plain_axis(axis)
+    return png_of(figure)

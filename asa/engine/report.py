@@ -304,10 +304,20 @@ def _box_plots(summary: Summary) -> bytes:
         spare = max(50 * 10.0**-metric.digits - (high - low), 0.0) / 2  # do not blow up a difference that means nothing
         axis.set_xlim(low - spare, high + spare)
         axis.ticklabel_format(axis="x", useOffset=False)
-        axis.grid(axis="x", color="#e5e7eb", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
+        plain_axis(axis)
+    return png_of(figure)
+
+
+def plain_axis(axis: Any) -> None:
+    """Vertical lines and a bottom edge: what the plots of all pages have."""
+    axis.grid(axis="x", color="#e5e7eb", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+
+
+def png_of(figure: Any) -> bytes:
+    """A matplotlib figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
