@@ -52,3 +52,8 @@ def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
     # A stable sort of False before True keeps raster order on both sides.
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)
     return order[:, : mask.shape[1] - counts[0]], order[:, mask.shape[1] - counts[0] :]
+
+
+def tokens_at(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens `(B, L, E)` at the places `(B, N)`: `(B, N, E)`."""
+    return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
