@@ -285,7 +285,11 @@ def test_validation_leaves_out_what_is_ignored(monkeypatch):
     monkeypatch.setattr(validate, "sliding_window", lambda *_: logits)
     source = SimpleNamespace(image=lambda _: np.ones((1, 8, 8, 8), np.float16), label=lambda _: truth)
     numbers, pictures = validate.validate_segmentation(
-        SimpleNamespace(model=None), source, ["a"], ["wmh", "absent"], PredictSettings()
+        SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0)),
+        source,
+        ["a"],
+        {"wmh": [1], "absent": [2]},
+        PredictSettings(),
     )
     assert numbers == {"dice": 1.0, "dice_wmh": 1.0, "dice_absent": 1.0} and len(pictures) == 1
 
