@@ -85,6 +85,7 @@ def finetune(config: Config) -> None:
         method.model.encoder.img_size,
         crop=data["placement"],
         labelled=True,
+        foreground=data["foreground"],
         augment=augment,
         lateral_pairs=_pairs(data["lateral_pairs"], store, augment),
         seed=settings.seed,
