@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "brats21": "finetune",
     "ibsr": "finetune",
     "wmh": "finetune",
+    "linear_probe": "finetune",
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "demo_pretrain": "pretrain",
@@ -57,7 +58,12 @@ def test_every_model_composes_and_builds(size: str) -> None:
     for method in ("asa", "mae"):
         model = built("pretrain", f"model=asa_{size}", f"method={method}", "crop=[32,64,32]").model
         assert model.encoder.img_size == (32, 64, 32)
-    assert built("finetune", f"model=unet_{size}", "crop=64").model.out_channels == 4
+    for name in ("unet", "probe"):
+        assert built("finetune", f"model={name}_{size}", "crop=64").model.out_channels == 4
+    regions = "method.regions={WT: [1, 2], TC: [2], a: [3], b: [4]}"
+    assert built("finetune", f"model=unet_{size}", "crop=64", "method=regions", regions).order == [
+        (0, 1), (1, 2), (2, 3), (3, 4)
+    ]  # fmt: skip
 
 
 def test_mae_is_the_same_class_with_both_ideas_off() -> None:

@@ -8,7 +8,9 @@ from asa.engine.optim import OptimSettings, freeze, make_optimizer, set_learning
 from asa.engine.plan import make_plan
 from asa.engine.train import TrainSettings
 from asa.methods.segment import Segmentation
+from asa.models.probe import probe_tiny
 from asa.models.unet import unet_tiny
+from asa.ops.patches import patchify
 
 DEPTH = 4  # of unet_tiny's encoder
 
@@ -125,3 +127,25 @@ def test_a_frozen_encoder_makes_a_step_cheaper() -> None:
     before, now = plain.memory["CPU, fp32"], frozen.memory["CPU, fp32"]
     assert now.kept < before.kept and now.peak < before.peak
     assert before.gradients - now.gradients == 4 * plain.encoder and now.states == 2 * now.gradients
+
+
+def test_a_linear_probe_is_one_matrix_from_a_token_to_its_patchs_voxels() -> None:
+    torch.manual_seed(0)
+    model = probe_tiny(out_channels=2, img_size=(16, 16, 24))
+    image = torch.rand(1, 1, 16, 16, 24)
+    (logits,) = model(image, deep_supervision=True)
+    assert torch.equal(logits, model(image))
+    tokens = model.encoder(image)[0]
+    for token, patch in zip(tokens, patchify(logits, 8)[0], strict=True):
+        torch.testing.assert_close(patch, model.head.weight @ token + model.head.bias)
+
+
+def test_of_a_probe_on_a_frozen_encoder_only_that_matrix_learns() -> None:
+    method = Segmentation(model=probe_tiny(out_channels=2, img_size=(16, 16, 24)))
+    freeze(method.model, ["encoder"])
+    batch = {"image": torch.rand(1, 1, 16, 16, 24), "label": torch.randint(0, 2, (1, 1, 16, 16, 24)).byte()}
+    method(batch)["loss"].backward()
+    assert {name for name, p in method.named_parameters() if p.grad is not None} == {
+        "model.head.weight",
+        "model.head.bias",
+    }

@@ -13,8 +13,8 @@ import torch
 
 from asa.data.files import write_whole
 from asa.engine.checkpoint import read_model
+from asa.models.probe import SEGMENTING
 from asa.models.sw_vit import SWViT
-from asa.models.unet import SegmentationUNet
 
 TOLERANCE = 1e-3  # largest difference of an output from PyTorch's, relative to the largest output
 
@@ -48,7 +48,7 @@ def export_onnx(checkpoint: str | Path, out: Path) -> float:
     model, description = read_model(checkpoint)
     encoder = model.encoder
     assert isinstance(encoder, SWViT)
-    network, output = (model, "logits") if isinstance(model, SegmentationUNet) else (encoder, "tokens")
+    network, output = (model, "logits") if isinstance(model, SEGMENTING) else (encoder, "tokens")
     shape = (encoder.in_channels, *encoder.img_size)
     content = _onnx(network, output, shape, _facts(encoder, description["data"]))
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

@@ -23,6 +23,7 @@ from asa.data.volume import Volume, read_image, spacing_of, to_ras, write_label
 from asa.engine.checkpoint import read_model
 from asa.engine.labels import compare_classes, mirrored_classes, mirrored_regions, paint_regions
 from asa.engine.train import autocast, pick_device, pick_precision
+from asa.models.probe import SEGMENTING, LinearProbe
 from asa.models.unet import SegmentationUNet
 
 # A label name that has a side.
@@ -52,7 +53,11 @@ class PredictSettings:
 
 
 def sliding_window(
-    model: SegmentationUNet, image: Tensor, settings: PredictSettings, *, tick: Callable[[int], Any] | None = None
+    model: SegmentationUNet | LinearProbe,
+    image: Tensor,
+    settings: PredictSettings,
+    *,
+    tick: Callable[[int], Any] | None = None,
 ) -> Tensor:
     """Class logits of a volume of any size, from overlapping windows with Gaussian weights.
 
@@ -85,7 +90,7 @@ def sliding_window(
 
 
 def _stitched(
-    model: SegmentationUNet,
+    model: SegmentationUNet | LinearProbe,
     image: Tensor,
     settings: PredictSettings,
     tick: Callable[[int], Any] | None,
@@ -180,13 +185,13 @@ class Segmenter:
         if not paths:
             raise ValueError("checkpoint=[]: give at least one")
         self.settings, self.mirror, self.progress = settings, mirror, progress
-        self.models: list[SegmentationUNet] = []
+        self.models: list[SegmentationUNet | LinearProbe] = []
         described = []
         for path in paths:
             model, description = read_model(path)
             if "labels" not in description["data"]:
                 raise ValueError(f"{path}: not a segmentation model: give a run of asa-finetune")
-            assert isinstance(model, SegmentationUNet)
+            assert isinstance(model, SEGMENTING)
             self.models.append(model.to(pick_device(settings.device)))
             described.append(description["data"])
         self.data: dict[str, Any] = described[0]

@@ -1,4 +1,4 @@
-"""Segmentation: a U-Net trained by Dice and cross-entropy at five resolutions.
+"""Segmentation: a U-Net trained by Dice and cross-entropy at five resolutions, or a linear probe at one.
 
 Letters: image `B C D H W`, label `B 1 D H W` of class indices (or 255: counts nowhere), K classes or R regions.
 """
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from asa.losses.segmentation import DeeplySupervisedDiceCE, DeeplySupervisedRegionLoss
 from asa.methods.base import Batch
+from asa.models.probe import SEGMENTING, LinearProbe
 from asa.models.unet import SegmentationUNet
 from asa.ops.regions import paint, painting_order
 
@@ -17,13 +18,13 @@ class Segmentation(nn.Module):
     """Supervised segmentation with deep supervision.
 
     Args:
-        model: the U-Net; its `out_channels` is the number of classes, background included.
+        model: the network; its `out_channels` is the number of classes, background included.
 
     Raises:
         ValueError: a model that segments nothing.
     """
 
-    def __init__(self, *, model: SegmentationUNet) -> None:
+    def __init__(self, *, model: SegmentationUNet | LinearProbe) -> None:
         super().__init__()
         _check_model(model)
         self.model = model
@@ -42,7 +43,7 @@ class RegionSegmentation(nn.Module):
     """Supervised segmentation of regions that may lie inside each other, a sigmoid each, with deep supervision.
 
     Args:
-        model: the U-Net; its `out_channels` is the number of regions.
+        model: the network; its `out_channels` is the number of regions.
         regions: name -> class indices that it joins.
 
     Raises:
@@ -50,7 +51,7 @@ class RegionSegmentation(nn.Module):
             `asa.ops.regions.painting_order`.
     """
 
-    def __init__(self, *, model: SegmentationUNet, regions: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, *, model: SegmentationUNet | LinearProbe, regions: Mapping[str, Sequence[int]]) -> None:
         super().__init__()
         _check_model(model)
         self.order = painting_order(regions)
@@ -69,5 +70,5 @@ class RegionSegmentation(nn.Module):
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, SegmentationUNet):
-        raise ValueError(f"segmentation takes a U-Net (model=unet_...), not {type(model).__name__}")
+    if not isinstance(model, SEGMENTING):
+        raise ValueError(f"segmentation takes model=unet_... or model=probe_..., not {type(model).__name__}")
