@@ -169,7 +169,7 @@ class Segmenter:
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint, one that segments nothing, or whose scans were stripped by a
-            command; checkpoints that do not agree; `mirror` and a label with a side but no partner.
+            command; checkpoints that do not agree; `mirror` and a label or region with a side but no partner.
     """
 
     def __init__(
@@ -200,12 +200,15 @@ class Segmenter:
         self.channels: list[str] = self.data["channels"]
         self.labels: dict[int, str] = {int(value): name for value, name in self.data["labels"].items()}
         self.regions: dict[str, list[int]] = dict(self.data.get("regions", []))
-        pairs = self.data.get("lateral_pairs", [])
-        self.mirrored_channels = mirrored_classes(self.labels, pairs)
-        if self.regions:
-            self.mirrored_channels = mirrored_regions(self.regions, self.labels, pairs)
+        self.mirrored_channels: list[int] = []
         if mirror:
             self._check_sides()
+            pairs = self.data.get("lateral_pairs", [])
+            self.mirrored_channels = (
+                mirrored_regions(self.regions, self.labels, pairs)
+                if self.regions
+                else mirrored_classes(self.labels, pairs)
+            )
         prepare = PrepareSettings(**self.data["prepare"])
         if strip is None and "{mask}" in prepare.strip:  # a checkpoint often comes from somebody else
             raise ValueError(
