@@ -183,6 +183,29 @@ def test_an_encoder_with_other_position_codes_is_refused(command, store: Path, t
     assert command("finetune", *arguments, "model.position=sincos").code == 0
 
 
+def test_a_linear_probe_leaves_the_encoder_that_it_measures_as_it_was(command, store: Path, tmp_path: Path) -> None:
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN).code == 0
+    arguments = [
+        f"data.store={store}", f"out={tmp_path}/probe", f"init={tmp_path}/pre", "experiment=linear_probe", *TINY,
+        "model=probe_tiny", "crop=32", "train.steps=2", "data.split={validation: 1, test: 1}", "predict.overlap=0",
+        "train.best=dice",
+    ]  # fmt: skip
+    result = command("finetune", *arguments)
+    assert result.code == 0 and "best dice " in result.out
+    before, after = (
+        load_file(list_checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("pre", "probe")
+    )
+    encoder = {name for name in after if name.startswith("model.encoder.")}
+    assert after.keys() - encoder == {"model.head.weight", "model.head.bias"}
+    assert all(np.array_equal(before[name], after[name]) for name in encoder)
+    predicted = command(
+        "predict", f"checkpoint={tmp_path}/probe/best", f"input={store}", "part=test", f"out={tmp_path}/p"
+    )
+    assert predicted.code == 0 and len(list((tmp_path / "p").iterdir())) == 1
+    wrong = [argument.replace("/probe", "/wrong") for argument in arguments]
+    assert failed_in_one_line(command("finetune", *wrong, "optim.freeze=[encodre]"), "encodre", "encoder, head")
+
+
 def test_labels_with_a_side_want_a_partner_under_mirroring(command, raw: Path, tmp_path: Path) -> None:
     prepared = command(
         "prepare", f"data.root={raw}", "data.images={t1: *_T1.nii.gz}", "data.label=*_seg.nii.gz",

@@ -18,6 +18,9 @@ EXPERIMENTS = {
     "brats21": "finetune",
     "ibsr": "finetune",
     "wmh": "finetune",
+    "linear_probe": "finetune",
+    "brats_demo": "finetune",
+    "wmh_demo": "finetune",
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "demo_pretrain": "pretrain",
@@ -35,6 +38,8 @@ def built(command: str, *overrides: str):
     node["model"]["in_channels"] = 1
     if command == "finetune":
         node["model"]["out_channels"] = 4
+    if node.get("regions", {}) is None:
+        node["regions"] = {"WT": [1, 2], "TC": [2], "a": [3], "b": [4]}
     for key, cls in COMMANDS[command].items():
         assert isinstance(typed(cls, config[key]), cls)
     with torch.device("meta"):
@@ -57,7 +62,10 @@ def test_every_model_composes_and_builds(size: str) -> None:
     for method in ("asa", "mae"):
         model = built("pretrain", f"model=asa_{size}", f"method={method}", "crop=[32,64,32]").model
         assert model.encoder.img_size == (32, 64, 32)
-    assert built("finetune", f"model=unet_{size}", "crop=64").model.out_channels == 4
+    for name in ("unet", "probe"):
+        assert built("finetune", f"model={name}_{size}", "crop=64").model.out_channels == 4
+    order = built("finetune", f"model=unet_{size}", "crop=64", "method=regions").order
+    assert order == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
 def test_mae_is_the_same_class_with_both_ideas_off() -> None:

@@ -19,6 +19,7 @@ from asa.data.store import IGNORED
 from asa.data.volume import Volume, read_label, write_image, write_label
 from asa.engine import validate
 from asa.engine.evaluate import POLICIES, dice, evaluate_case, evaluate_folder, hd95, summarise, summary_table
+from asa.engine.figures import label_colours
 from asa.engine.policies import Policy
 from asa.engine.predict import PredictSettings
 from asa.engine.summary import CaseRow
@@ -285,9 +286,26 @@ def test_validation_leaves_out_what_is_ignored(monkeypatch):
     monkeypatch.setattr(validate, "sliding_window", lambda *_: logits)
     source = SimpleNamespace(image=lambda _: np.ones((1, 8, 8, 8), np.float16), label=lambda _: truth)
     numbers, pictures = validate.validate_segmentation(
-        SimpleNamespace(model=None), source, ["a"], ["wmh", "absent"], PredictSettings()
+        SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0)),
+        source,
+        ["a"],
+        {"wmh": [1], "absent": [2]},
+        PredictSettings(),
     )
     assert numbers == {"dice": 1.0, "dice_wmh": 1.0, "dice_absent": 1.0} and len(pictures) == 1
+
+
+def test_the_picture_of_a_validation_shows_what_is_labelled_wherever_it_lies(monkeypatch):
+    truth = np.zeros((1, 16, 16, 16), np.uint8)
+    truth[0, 1:3, 12:14, 2:4] = 1  # no middle slice meets it
+    logits = torch.zeros(2, 16, 16, 16)
+    monkeypatch.setattr(validate, "sliding_window", lambda *_: logits)
+    source = SimpleNamespace(image=lambda _: np.ones((1, 16, 16, 16), np.float16), label=lambda _: truth)
+    method = SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0))
+    _, pictures = validate.validate_segmentation(method, source, ["a"], {"lesion": [1]}, PredictSettings())
+    (panel,) = pictures.values()
+    rows = (panel == label_colours(1)[0]).all(axis=2).any(axis=1)
+    assert all(rows[part * 20 : part * 20 + 16].any() for part in range(3))  # in each of the three planes
 
 
 # ---- statistics ----

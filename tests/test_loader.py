@@ -1,5 +1,6 @@
 """Crops, augmentation and the sampler."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from asa.data.augment import Augmentation, AugmentSettings, draw_augmentation, move, recolour, source_size, swap_sides
+from asa.data.foreground import Foreground
 from asa.data.loader import CropDataset, EndlessSampler, LoaderSettings, make_loader, read_box, sample_seed
 from asa.data.store import IGNORED, Store
 
@@ -226,3 +228,100 @@ def test_a_record_without_label_is_named() -> None:
         CropDataset(Memory(np.zeros((1, 4, 4, 4), np.float32)), [], (4, 4, 4))
     with pytest.raises(ValueError, match="centre or random"):
         CropDataset(Memory(np.zeros((1, 4, 4, 4), np.float32)), [{"id": "a"}], (4, 4, 4), crop="corner")
+
+
+# --- channels that are missing
+
+
+def test_channels_are_dropped_with_their_probability_and_never_all() -> None:
+    settings, source = AugmentSettings(modality_dropout=0.4), generator()
+    dropped = [draw_augmentation(settings, source, channels=3).dropped for _ in range(3000)]
+    assert max(len(channels) for channels in dropped) == 2
+    # All three would be dropped in 0.4^3 of the crops, and each of them stays in a third of these.
+    for channel in range(3):
+        assert np.mean([channel in channels for channels in dropped]) == pytest.approx(0.4 - 0.4**3 / 3, abs=0.03)
+    assert {draw_augmentation(settings, source, channels=1).dropped for _ in range(50)} == {()}
+
+
+def test_a_dropped_channel_is_zero_and_the_others_are_as_they_were() -> None:
+    image, noisy = torch.rand(3, 5, 5, 5), Augmentation(noise=0.5, noise_seed=9, gain=1.1)
+    before = image.clone()
+    found = recolour(image, replace(noisy, dropped=(0, 2)))
+    assert not found[0].any() and not found[2].any() and torch.equal(image, before)
+    assert torch.equal(found[1], recolour(image, noisy)[1])
+
+
+def test_without_dropout_a_crop_is_what_it_was(store) -> None:
+    opened = Store(store)
+    plain, dropped = (
+        CropDataset(opened, opened.records, (24,) * 3, crop="random", augment=AugmentSettings(modality_dropout=p))[1, 5]
+        for p in (0.0, 0.9)  # of one channel
+    )
+    assert plain["image"].any() and dropped["image"].any()
+    with pytest.raises(ValueError, match="augment.modality_dropout=1"):
+        AugmentSettings(modality_dropout=1.0)
+
+
+# --- crops around labelled voxels
+
+
+def blobs(seed: int = 0) -> np.ndarray:
+    """A label map with classes of very different sizes, and ignored voxels."""
+    label = np.random.default_rng(seed).choice([0, 1, 3, IGNORED], (1, 14, 12, 10), p=[0.7, 0.2, 0.02, 0.08])
+    label[0, 13, 11, 9] = 7
+    return label.astype(np.uint8)
+
+
+def test_every_class_and_every_voxel_of_it_is_drawn_alike() -> None:
+    label = blobs()
+    foreground, counts = Foreground(label), {}
+    for index, value in enumerate([1, 3, 7]):
+        places = np.argwhere(label[0] == value)
+        for k, place in enumerate(places):  # the slow reference: the k-th voxel in raster order
+            found = foreground.draw(label, ((index + 0.5) / 3, (k + 0.5) / len(places)))
+            assert found == tuple(place)
+        counts[value] = len(places)
+    assert counts[1] > 10 * counts[7] == 10 and foreground.classes == [1, 3, 7]
+    assert Foreground(np.zeros((1, 4, 4, 4), np.uint8)).draw(label, (0.5, 0.5)) is None
+    assert Foreground(np.full((1, 4, 4, 4), IGNORED, np.uint8)).draw(label, (0.5, 0.5)) is None
+
+
+def test_the_share_of_crops_around_labelled_voxels_is_the_one_asked_for() -> None:
+    label = np.zeros((1, 40, 40, 40), np.uint8)
+    label[0, 20, 9, 31], label[0, 1, 20, 20], label[0, :2, :2, :2] = 1, 2, IGNORED
+    image = np.ones((1, 40, 40, 40), np.float32)
+    dataset = CropDataset(Memory(image, label), [{"id": "a"}], (8,) * 3, crop="random", labelled=True, foreground=0.4)
+    found = [dataset[0, epoch]["label"][0] for epoch in range(400)]
+    middle = [int(crop[4, 4, 4]) == 1 for crop in found]
+    edge = [int(crop[1, 4, 4]) == 2 for crop in found]  # as near to the middle as a crop inside the volume can
+    assert np.mean(middle) == pytest.approx(0.2, abs=0.05) and np.mean(edge) == pytest.approx(0.2, abs=0.05)
+
+
+def test_a_labelled_voxel_stays_in_the_middle_however_the_crop_is_turned() -> None:
+    label = np.zeros((1, 60, 60, 60), np.uint8)
+    label[0, 28:33, 36:41, 22:27] = 1
+    dataset = CropDataset(
+        Memory(label.astype(np.float32), label), [{"id": "a"}], (17,) * 3, crop="random", labelled=True, foreground=1.0,
+        augment=STRONG,
+    )  # fmt: skip
+    assert all(dataset[0, epoch]["label"][0, 7:10, 7:10, 7:10].any() for epoch in range(30))
+
+
+def test_crops_around_labelled_voxels_depend_on_seed_epoch_and_record_alone(store) -> None:
+    opened = Store(store)
+
+    def dataset() -> CropDataset:
+        return CropDataset(
+            opened, opened.records, (24,) * 3, crop="random", labelled=True, foreground=0.5, augment=STRONG, seed=3
+        )
+
+    used, plain = dataset(), CropDataset(opened, opened.records, (24,) * 3, crop="random", labelled=True, seed=3)
+    whole = [used[1, epoch] for epoch in range(8)]
+    for epoch in (7, 2):
+        assert torch.equal(dataset()[1, epoch]["image"], whole[epoch]["image"])
+    assert used.places[opened.records[1]["id"]].classes == [1, 2, 3] and not plain.places
+    for wrong in ({"labelled": False}, {"crop": "centre"}, {"foreground": 1.5}):
+        with pytest.raises(ValueError, match=r"data\.foreground"):
+            CropDataset(
+                opened, opened.records, (24,) * 3, **{"crop": "random", "labelled": True, "foreground": 0.5, **wrong}
+            )

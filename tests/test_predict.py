@@ -300,4 +300,4 @@ def test_a_checkpoint_says_its_lateral_pairs_and_voxels(
     data = read_weights(tmp_path / "run")[1]["data"]
     assert data["lateral_pairs"] == [["csf", "gm"]]
     assert data["spacing"] == [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
-    assert Segmenter(tmp_path / "run", SETTINGS, mirror=True).mirrored_classes == [0, 2, 1, 3]
+    assert Segmenter(tmp_path / "run", SETTINGS, mirror=True).mirrored_channels == [0, 2, 1, 3]

@@ -24,6 +24,7 @@ from asa.engine.source import read_source, start_from
 from asa.engine.summary import listed
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
+from asa.ops.regions import painting_order
 
 SETTINGS = {
     "train": TrainSettings,
@@ -53,9 +54,10 @@ def finetune(config: Config) -> None:
     store, split, parts = open_parts(data, Path(str(config["out"])))
     if not store.labels:
         raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
-    names = [store.labels[value] for value in store.label_values]
+    labels = {store.labels[value]: [k] for k, value in enumerate(store.label_values, start=1)}
+    regions = _regions(config["method"], store)
     for node in (config["model"], config["method"]["model"]):
-        node["in_channels"], node["out_channels"] = len(store.channels), len(names) + 1
+        node["in_channels"], node["out_channels"] = len(store.channels), len(regions) or len(labels) + 1
 
     def make() -> Any:
         return build(config["method"], plugins=config["plugins"])
@@ -83,6 +85,7 @@ def finetune(config: Config) -> None:
         method.model.encoder.img_size,
         crop=data["placement"],
         labelled=True,
+        foreground=data["foreground"],
         augment=augment,
         lateral_pairs=_pairs(data["lateral_pairs"], store, augment),
         seed=settings.seed,
@@ -96,6 +99,7 @@ def finetune(config: Config) -> None:
         "data": {
             "channels": store.channels,
             "labels": store.labels,
+            **({"regions": list(store.regions.items())} if regions else {}),
             "prepare": store.settings,
             **learnt_from(data["lateral_pairs"], parts["train"]),
             **(trained or {}),
@@ -113,11 +117,25 @@ def finetune(config: Config) -> None:
             optim=optim,
             loader=loader,
             description=description,
-            validate=(lambda step: validate_segmentation(method, store, watched, names, predict)) if watched else None,
+            validate=(lambda step: validate_segmentation(method, store, watched, regions or labels, predict))
+            if watched
+            else None,
         )
     if "dice" in last:
         print("  ".join(f"{name} {value:.4f}" for name, value in last.items()))
     print(f"wrote {find_weights(run)}")
+
+
+def _regions(node: Config, store: Store) -> dict[str, list[int]]:
+    """The store's regions as class indices, entered into the node of a method that learns them; else none."""
+    if "regions" not in node:
+        return {}
+    if not store.regions:
+        raise ValueError(f"{store.path}: the store has no regions: prepare it with regions={{NAME: [values], ...}}")
+    painting_order(store.regions)
+    index = {value: k for k, value in enumerate(store.label_values, start=1)}
+    node["regions"] = {name: [index[value] for value in values] for name, values in store.regions.items()}
+    return dict(node["regions"])
 
 
 def _explains(config: Config) -> bool:

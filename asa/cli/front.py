@@ -37,6 +37,7 @@ FREE_ON_RESUME = (
     "train.save_every",
     "train.save_minutes",
     "train.keep",
+    "train.best",
     "train.device",
     "train.timeout_minutes",
 )

@@ -36,6 +36,8 @@ class AugmentSettings:
     "largest standard deviation of added Gaussian noise, in units of the intensities"
     brightness: float = 0.0
     "largest relative change of the intensities (0.2: times 0.8 to 1.2)"
+    modality_dropout: float = 0.0
+    "probability that a channel of a crop is set to zero, never all of them; of no use with one channel"
 
     def __post_init__(self) -> None:
         for name in ("scale", "gamma"):
@@ -46,6 +48,8 @@ class AugmentSettings:
             share = getattr(self, f"{name}_probability")
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}_probability={share}: a share lies between 0 and 1")
+        if not 0 <= self.modality_dropout < 1:
+            raise ValueError(f"augment.modality_dropout={self.modality_dropout}: give 0 or more, and less than 1")
         for name in ("rotation", "noise", "brightness"):
             if getattr(self, name) < 0:
                 raise ValueError(f"augment.{name}={getattr(self, name)}: give 0 or more")
@@ -56,7 +60,7 @@ class Augmentation:
     """The parameters drawn for one crop.
 
     `matrix` (3 x 3) maps offsets from the crop's centre to offsets in the volume, or None; `noise_seed` draws the
-    noise field.
+    noise field; `dropped` are the channels that are set to zero.
     """
 
     matrix: Tensor | None = None
@@ -65,10 +69,11 @@ class Augmentation:
     gain: float = 1.0
     noise: float = 0.0
     noise_seed: int = 0
+    dropped: tuple[int, ...] = ()
 
 
-def draw_augmentation(settings: AugmentSettings, generator: torch.Generator) -> Augmentation:
-    """Draw the parameters of one crop. The same state of the generator draws the same parameters."""
+def draw_augmentation(settings: AugmentSettings, generator: torch.Generator, channels: int = 1) -> Augmentation:
+    """Draw the parameters of one crop of so many channels. The same state of the generator draws the same."""
     draws = torch.rand(12, generator=generator, dtype=torch.float64).tolist()
     rotate = settings.rotation > 0 and draws[0] < settings.rotation_probability
     zoom = draws[1] < settings.scale_probability and list(settings.scale) != [1.0, 1.0]
@@ -82,7 +87,14 @@ def draw_augmentation(settings: AugmentSettings, generator: torch.Generator) -> 
         gain=1.0 + settings.brightness * (2 * draws[9] - 1),
         noise=settings.noise * draws[10],
         noise_seed=int(draws[11] * 2**53),
+        dropped=_dropped(settings.modality_dropout, channels, generator) if settings.modality_dropout else (),
     )
+
+
+def _dropped(probability: float, channels: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Channels that are set to zero; of those that would all be, one stays, each as likely."""
+    draws = torch.rand(channels, generator=generator, dtype=torch.float64)
+    return tuple(k for k in range(channels) if draws[k] < probability and k != int(draws.argmax()))
 
 
 def source_size(size: Sequence[int], drawn: Augmentation) -> tuple[int, ...]:
@@ -126,7 +138,7 @@ def swap_sides(label: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def recolour(image: Tensor, drawn: Augmentation) -> Tensor:
-    """Change the intensities of an image `(C, D, H, W)`: gamma on each channel's own range, gain, noise."""
+    """Change the intensities of an image `(C, D, H, W)`: gamma on each channel's own range, gain, noise, dropout."""
     if drawn.gamma != 1.0:
         bend = AdjustContrast(gamma=drawn.gamma)
         image = torch.stack([_plain(bend(channel[None]))[0] for channel in image])
@@ -135,6 +147,9 @@ def recolour(image: Tensor, drawn: Augmentation) -> Tensor:
     if drawn.noise > 0:
         generator = torch.Generator().manual_seed(drawn.noise_seed)
         image = image + drawn.noise * torch.randn(image.shape, generator=generator)
+    if drawn.dropped:
+        image = image.clone()
+        image[list(drawn.dropped)] = 0
     return image
 
 

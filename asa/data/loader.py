@@ -25,6 +25,7 @@ from asa.data.augment import (
     source_size,
     swap_sides,
 )
+from asa.data.foreground import Foreground
 from asa.data.workers import end_with_parent, end_workers_at_exit, leave_stopping_to_parent
 
 CROPS = ("centre", "random")
@@ -71,12 +72,15 @@ class CropDataset(Dataset[dict[str, Any]]):
         size: crop size (D, H, W) in voxels. A volume that is smaller is padded with zeros, evenly on both sides.
         crop: `"centre"`, or `"random"` along each axis where the volume is larger than the crop.
         labelled: read label maps too.
+        foreground: share of the random crops that have a voxel of a labelled class in their middle, or as near to it as
+            a crop inside the volume can: first a class is drawn of those that the scan has, then one of its voxels.
         augment: settings; None changes nothing.
         lateral_pairs: stored class indices (left, right) that change places in a mirrored crop.
         seed: the run's seed.
 
     Raises:
-        ValueError: an unknown crop, no records, or a record without label.
+        ValueError: an unknown crop, no records, a record without label, or a share of foreground that is none or that
+            nothing would come of.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         *,
         crop: str = "centre",
         labelled: bool = False,
+        foreground: float = 0.0,
         augment: AugmentSettings | None = None,
         lateral_pairs: Sequence[tuple[int, int]] = (),
         seed: int = 0,
@@ -95,9 +100,15 @@ class CropDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"a crop is {' or '.join(CROPS)}, not {crop!r}")
         if not records:
             raise ValueError("there are no records to train on: check the split")
+        if not 0 <= foreground <= 1:
+            raise ValueError(f"data.foreground={foreground}: a share lies between 0 and 1")
+        if foreground and not (labelled and crop == "random"):
+            raise ValueError(f"data.foreground={foreground} moves random crops of labelled scans: placement=random")
         self.source, self.records, self.size = source, list(records), tuple(size)
         self.crop, self.labelled, self.augment = crop, labelled, augment
         self.lateral_pairs, self.seed = tuple(lateral_pairs), seed
+        self.foreground = foreground
+        self.places: dict[str, Foreground] = {}  # by record, found when it is first read
         if labelled:
             for record in self.records:
                 if source.label(record["id"]) is None:
@@ -113,10 +124,10 @@ class CropDataset(Dataset[dict[str, Any]]):
         record_id = self.records[index]["id"]
         seed = sample_seed(self.seed, epoch, record_id)
         generator = torch.Generator().manual_seed(seed)
-        drawn = draw_augmentation(self.augment or AugmentSettings(), generator)
         image = self.source.image(record_id)
+        drawn = draw_augmentation(self.augment or AugmentSettings(), generator, channels=len(image))
         box = source_size(self.size, drawn)
-        start = self._place(image.shape[1:], generator, box)
+        start = self._place(record_id, image.shape[1:], generator, box)
         crop = move(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
         sample = {"image": recolour(crop, drawn).contiguous(), "seed": seed, "id": record_id}
         if self.labelled:
@@ -128,16 +139,32 @@ class CropDataset(Dataset[dict[str, Any]]):
             sample["label"] = moved.contiguous()
         return sample
 
-    def _place(self, shape: Sequence[int], generator: torch.Generator, box: Sequence[int]) -> list[int]:
+    def _place(self, record_id: str, shape: Sequence[int], generator: torch.Generator, box: Sequence[int]) -> list[int]:
         """First voxel of the box that is read, around a crop at the centre or at a random place inside the volume."""
         draws = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        middle = self._middle(record_id, generator) if self.foreground else None
         start = []
-        for n, size, edge, u in zip(shape, self.size, box, draws, strict=True):
+        for axis, (n, size, edge) in enumerate(zip(shape, self.size, box, strict=True)):
             slack = n - size
-            inside = self.crop == "random" and slack > 0
-            first = int(u * (slack + 1)) if inside else slack // 2
+            if self.crop == "centre" or slack <= 0:
+                first = slack // 2
+            elif middle is None:
+                first = int(draws[axis] * (slack + 1))
+            else:
+                first = min(max(middle[axis] - size // 2, 0), slack)
             start.append(first - (edge - size) // 2)
         return start
+
+    def _middle(self, record_id: str, generator: torch.Generator) -> tuple[int, int, int] | None:
+        """A voxel of a class for the share of the crops that have one in their middle."""
+        chosen, *draws = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        if chosen >= self.foreground:
+            return None
+        label = self.source.label(record_id)
+        assert label is not None
+        if record_id not in self.places:
+            self.places[record_id] = Foreground(label)
+        return self.places[record_id].draw(label, draws)
 
 
 def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:

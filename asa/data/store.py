@@ -39,7 +39,7 @@ class Store:
         channels: names of the image channels, in stored order.
         labels: label value as in the source files -> name.
         ignored: label values of the source files that are stored as `IGNORED`.
-        regions: name -> label values that it joins, for evaluation, in order; may be empty.
+        regions: name -> label values that it joins, to learn or to score, in order; may be empty.
         settings: how the store was made.
         fingerprint: SHA-256 of what all scans have in common (format, settings, channels, labels).
 

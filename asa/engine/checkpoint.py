@@ -2,7 +2,8 @@
 
 A run folder holds `checkpoints/step-NNNNNNNN/` with `model.safetensors` (weights, and in its header the description
 needed to rebuild the model) and `training.pt` (optimizer, scaler, random state). With `train.ema` the first file holds
-the averaged weights, which is what everybody reads, and the second the weights that training goes on with.
+the averaged weights, which is what everybody reads, and the second the weights that training goes on with. With
+`train.best` there is a checkpoint in `best/` too, see `best.py`.
 """
 
 import json
@@ -22,6 +23,7 @@ from asa.models.sw_vit import SWViT
 
 FORMAT = 1
 WEIGHTS, TRAINING = "model.safetensors", "training.pt"
+NEWEST = "checkpoints"  # folder of a run
 
 
 class Damaged(ValueError):
@@ -29,7 +31,14 @@ class Damaged(ValueError):
 
 
 def save_checkpoint(
-    run: Path, step: int, model: nn.Module, description: Mapping[str, Any], training: Mapping[str, Any], keep: int
+    run: Path,
+    step: int,
+    model: nn.Module,
+    description: Mapping[str, Any],
+    training: Mapping[str, Any],
+    keep: int,
+    *,
+    folder: str = NEWEST,
 ) -> Path:
     """Write a checkpoint beside its final place, flush it to the disk, rename it, and drop old ones.
 
@@ -39,7 +48,8 @@ def save_checkpoint(
         model: its weights are kept.
         description: plain data that rebuilds the model; `description["model"]` is what `build` takes.
         training: plain data and tensors, to go on with.
-        keep: newest checkpoints to keep.
+        keep: checkpoints to keep, this one and the newest others.
+        folder: of the run, where it is one among others.
 
     Returns:
         The checkpoint's folder.
@@ -47,9 +57,9 @@ def save_checkpoint(
     Raises:
         OSError: it could not be written; what was saved before is as it was.
     """
-    folder = run / "checkpoints"
-    final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
-    for left in folder.glob(".step-*.tmp"):  # by a process that was killed while saving
+    place = run / folder
+    final, beside = place / f"step-{step:08d}", place / f".step-{step:08d}.tmp"
+    for left in place.glob(".step-*.tmp"):  # by a process that was killed while saving
         shutil.rmtree(left, ignore_errors=True)
     header = {"asa": json.dumps({"format": FORMAT, "step": step, **description}, sort_keys=True)}
     try:
@@ -62,7 +72,7 @@ def save_checkpoint(
         _flush(beside)
         _remove(final)
         beside.rename(final)
-        _flush(folder)
+        _flush(place)
     except (OSError, RuntimeError, SafetensorError) as error:  # each of the three writes a full disk in its own words
         shutil.rmtree(beside, ignore_errors=True)
         before = [path.name for path in list_checkpoints(run)[-1:]]
@@ -70,7 +80,8 @@ def save_checkpoint(
             f"{final}: could not be written ({str(error).strip().splitlines()[0]}). The last whole checkpoint is "
             f"{before[0] if before else 'none'}; make room and give the same command again"
         ) from error
-    for old in list_checkpoints(run)[:-keep]:
+    others = [path for path in list_checkpoints(run, folder) if path != final]
+    for old in others[: max(len(others) - (keep - 1), 0)]:
         _remove(old)
     return final
 
@@ -92,9 +103,9 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+def list_checkpoints(run: Path, folder: str = NEWEST) -> list[Path]:
+    """The run's checkpoints in one of its folders, oldest first."""
+    return sorted((run / folder).glob("step-*"))
 
 
 def load_newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
@@ -142,7 +153,7 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights file that a path means: the file itself, a checkpoint folder's, or a run's newest.
+    """The weights file that a path means: the file itself, a checkpoint folder's, or a run's newest; RUN/best its best.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -152,10 +163,11 @@ def find_weights(path: str | Path) -> Path:
         return path
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
-    if found := list_checkpoints(path):
+    if found := list_checkpoints(path) or list_checkpoints(path, "."):
         return found[-1] / WEIGHTS
     raise FileNotFoundError(
-        f"{path}: no checkpoint here; give a run folder, a checkpoint folder or a .safetensors file"
+        f"{path}: no checkpoint here; give a run folder (or its best, where train.best kept one), a checkpoint folder "
+        "or a .safetensors file"
     )
 
 
@@ -168,18 +180,32 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: not one of this package.
     """
     file = find_weights(path)
+    description = read_description(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, description  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise Damaged(f"{file}: not a whole safetensors file ({error})") from error
+
+
+def read_description(file: Path) -> dict[str, Any]:
+    """The description in a weights file, without its weights.
+
+    Raises:
+        Damaged: not a whole safetensors file.
+        ValueError: not one of this package.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             header = (opened.metadata() or {}).get("asa")
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise Damaged(f"{file}: not a whole safetensors file ({error})") from error
     if header is None:
         raise ValueError(f"{file}: not a checkpoint of asa: its header has no description of the model")
-    description = json.loads(header)
+    description: dict[str, Any] = json.loads(header)
     if description.get("format") != FORMAT:
         raise ValueError(f"{file}: checkpoint format {description.get('format')}, this version reads {FORMAT}")
-    return weights, description
+    return description
 
 
 def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:

@@ -13,8 +13,8 @@ import torch
 
 from asa.data.files import write_whole
 from asa.engine.checkpoint import read_model
+from asa.models.probe import SEGMENTING
 from asa.models.sw_vit import SWViT
-from asa.models.unet import SegmentationUNet
 
 TOLERANCE = 1e-3  # largest difference of an output from PyTorch's, relative to the largest output
 
@@ -25,7 +25,7 @@ def export_onnx(checkpoint: str | Path, out: Path) -> float:
     The U-Net of a fine-tuning takes "image" `(batch, C, D, H, W)`, a window of the size it was trained on, and gives
     "logits" `(batch, K, D, H, W)`. Of a pretraining the encoder is written: "tokens" `(batch, L, E)`. Any batch size
     works. The entry "asa" of the file's metadata says in JSON what goes in and comes out: window, channels, labels,
-    preparation.
+    preparation; and "regions" where a logit belongs to one of these, and takes a sigmoid in place of the softmax.
 
     Args:
         checkpoint: run folder, checkpoint folder or `.safetensors` file.
@@ -48,7 +48,7 @@ def export_onnx(checkpoint: str | Path, out: Path) -> float:
     model, description = read_model(checkpoint)
     encoder = model.encoder
     assert isinstance(encoder, SWViT)
-    network, output = (model, "logits") if isinstance(model, SegmentationUNet) else (encoder, "tokens")
+    network, output = (model, "logits") if isinstance(model, SEGMENTING) else (encoder, "tokens")
     shape = (encoder.in_channels, *encoder.img_size)
     content = _onnx(network, output, shape, _facts(encoder, description["data"]))
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -87,7 +87,7 @@ def _onnx(network: torch.nn.Module, output: str, shape: tuple[int, ...], facts: 
 
 def _facts(encoder: SWViT, data: dict[str, Any]) -> dict[str, Any]:
     """What one has to know to use the network; not on whom it was trained."""
-    keys = "channels", "labels", "prepare", "lateral_pairs", "spacing"
+    keys = "channels", "labels", "regions", "prepare", "lateral_pairs", "spacing"
     kept: dict[str, Any] = {key: data[key] for key in keys if key in data}
     return {
         "window": list(encoder.img_size),

@@ -50,6 +50,11 @@ class RunLog:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "group": group, **content}) + "\n")
 
+    def has(self, step: int, group: str) -> bool:
+        """Whether something was logged of a step under a group."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return any(_step(line) == step and json.loads(line).get("group") == group for line in lines)
+
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Log pictures (H, W, 3) uint8."""
         if self.board:

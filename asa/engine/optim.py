@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,8 @@ class OptimSettings:
     "where the cosine ends"
     layer_decay: float = 1.0
     "for fine-tuning: each encoder block learns at the rate of the one above times this; 1: all alike"
+    freeze: list[str] = field(default_factory=list)
+    "parts of the network that do not learn, like [encoder] or [encoder.patch_embed,encoder.blocks.0]"
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "sgd"):
@@ -77,6 +80,36 @@ class Schedule:
         if s.schedule == "poly":
             return self.peak * (1 - t) ** 0.9
         return self.peak
+
+
+def freeze(model: nn.Module, parts: Sequence[str]) -> None:
+    """Have parts of a network keep their weights: no gradient is computed for them, nor kept what it would need.
+
+    Args:
+        model: the network.
+        parts: names of modules or parameters, with dots.
+
+    Raises:
+        ValueError: a name that the network does not have, or nothing that is left to learn.
+    """
+    for part in parts:
+        found = [weight for name, weight in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
+        if not found:
+            names = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
+            raise ValueError(f"optim.freeze names {part!r}; the network's parts are {names}, and what lies in them")
+        for weight in found:
+            weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(f"optim.freeze=[{','.join(parts)}] leaves nothing to learn")
+
+
+def set_training(method: nn.Module) -> None:
+    """Training mode for what learns, evaluation mode for what is frozen as a whole."""
+    method.train()
+    for module in method.modules():
+        weights = list(module.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
 
 
 def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:

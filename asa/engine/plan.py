@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from asa.engine.distributed import world_size
-from asa.engine.optim import OptimSettings, Schedule
+from asa.engine.optim import OptimSettings, Schedule, freeze
 from asa.engine.train import TrainSettings, autocast
 from asa.methods.pretrain import MaskedPretraining
 from asa.ops.gradients import gradient_importance
@@ -124,13 +124,15 @@ class StepMemory:
     """Bytes of a step, weights and gradients in float32.
 
     Args:
-        weights: parameters; gradients take as much.
+        weights: parameters.
+        gradients: of those that learn.
         states: of the optimizer.
         kept: batch and activations that a micro-batch keeps for its backward pass.
         peak: of everything at the worst moment. The others are not all there then.
     """
 
     weights: int
+    gradients: int
     states: int
     kept: int
     peak: int
@@ -201,6 +203,7 @@ def step_memory(
     On a GPU the attention's probabilities are counted although its fused kernels do not keep them: a few percent.
     """
     method = _without_memory(make)
+    freeze(method.model, optim.freeze)
     encoder = method.model.encoder
     part = settings.batch_size // settings.accumulate // world_size()
     shape = (part, encoder.in_channels, *encoder.img_size)
@@ -216,9 +219,10 @@ def step_memory(
     if gpu and isinstance(method, MaskedPretraining) and method.loss.importance:
         # A GPU scores whole batches at once where a CPU takes slabs.
         peak = max(peak, trace.kept + _importance_peak(image, method) + (weights if settings.accumulate > 1 else 0))
-    states = weights * (2 if optim.name == "adamw" else int(optim.momentum > 0))
+    gradients = 4 * sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    states = gradients * (2 if optim.name == "adamw" else int(optim.momentum > 0))
     average = weights if settings.ema else 0
-    return trace, StepMemory(weights, states, trace.kept, weights + states + average + peak)
+    return trace, StepMemory(weights, gradients, states, trace.kept, weights + states + average + peak)
 
 
 def _importance_peak(image: Tensor, method: MaskedPretraining) -> int:
@@ -278,7 +282,7 @@ def plan_report(plan: Plan, settings: TrainSettings, scans: int, rate: float, so
     for title, (place, memory) in zip(("memory", ""), plan.memory.items(), strict=False):
         lines.append(
             f"{title:<12}{place}: {memory.peak / GIB:.2f} GiB at the worst moment of a step; weights "
-            f"{memory.weights / GIB:.2f}, gradients {memory.weights / GIB:.2f}, optimizer {memory.states / GIB:.2f}, "
+            f"{memory.weights / GIB:.2f}, gradients {memory.gradients / GIB:.2f}, optimizer {memory.states / GIB:.2f}, "
             f"batch and activations {memory.kept / GIB:.2f}"
         )
     lines += [

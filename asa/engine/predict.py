@@ -1,6 +1,6 @@
 """Segmentation of whole volumes, back in the scan's own space.
 
-Letters: image `C D H W`, K classes.
+Letters: image `C D H W`, K classes, or R regions, whose sigmoids stand where the softmax of classes does.
 """
 
 import math
@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from asa.data.case import prepare_case, to_native
 from asa.data.stages import PrepareSettings
-from asa.data.volume import Volume, read_image, spacing_of, to_ras, write_image, write_label
+from asa.data.volume import Volume, read_image, spacing_of, to_ras, write_label
 from asa.engine.checkpoint import read_model
+from asa.engine.labels import compare_classes, mirrored_classes, mirrored_regions, paint_regions
 from asa.engine.train import autocast, pick_device, pick_precision
+from asa.models.probe import SEGMENTING, LinearProbe
 from asa.models.unet import SegmentationUNet
 
 # A label name that has a side.
@@ -51,7 +53,11 @@ class PredictSettings:
 
 
 def sliding_window(
-    model: SegmentationUNet, image: Tensor, settings: PredictSettings, *, tick: Callable[[int], Any] | None = None
+    model: SegmentationUNet | LinearProbe,
+    image: Tensor,
+    settings: PredictSettings,
+    *,
+    tick: Callable[[int], Any] | None = None,
 ) -> Tensor:
     """Class logits of a volume of any size, from overlapping windows with Gaussian weights.
 
@@ -84,7 +90,7 @@ def sliding_window(
 
 
 def _stitched(
-    model: SegmentationUNet,
+    model: SegmentationUNet | LinearProbe,
     image: Tensor,
     settings: PredictSettings,
     tick: Callable[[int], Any] | None,
@@ -149,8 +155,9 @@ def _spacing(affine: np.ndarray) -> np.ndarray:
 class Segmenter:
     """A trained segmentation network, or several as an ensemble, with what they were trained on.
 
-    The class probabilities are means over the networks and, with `mirror`, over the scan and its mirror image, whose
-    result is mirrored back with the sides of lateral pairs exchanged.
+    The probabilities, of classes or of regions that may lie inside each other, are means over the networks and, with
+    `mirror`, over the scan and its mirror image, whose result is mirrored back with the sides of lateral pairs
+    exchanged.
 
     Args:
         checkpoints: run folder, checkpoint folder or file of `asa-finetune`, or several that agree in channels,
@@ -162,7 +169,7 @@ class Segmenter:
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint, one that segments nothing, or whose scans were stripped by a
-            command; checkpoints that do not agree; `mirror` and a label with a side but no partner.
+            command; checkpoints that do not agree; `mirror` and a label or region with a side but no partner.
     """
 
     def __init__(
@@ -178,13 +185,13 @@ class Segmenter:
         if not paths:
             raise ValueError("checkpoint=[]: give at least one")
         self.settings, self.mirror, self.progress = settings, mirror, progress
-        self.models: list[SegmentationUNet] = []
+        self.models: list[SegmentationUNet | LinearProbe] = []
         described = []
         for path in paths:
             model, description = read_model(path)
             if "labels" not in description["data"]:
                 raise ValueError(f"{path}: not a segmentation model: give a run of asa-finetune")
-            assert isinstance(model, SegmentationUNet)
+            assert isinstance(model, SEGMENTING)
             self.models.append(model.to(pick_device(settings.device)))
             described.append(description["data"])
         self.data: dict[str, Any] = described[0]
@@ -192,9 +199,16 @@ class Segmenter:
             _check_agreement(str(paths[0]), self.data, str(path), other)
         self.channels: list[str] = self.data["channels"]
         self.labels: dict[int, str] = {int(value): name for value, name in self.data["labels"].items()}
-        self.mirrored_classes = _mirrored_classes(self.labels, self.data.get("lateral_pairs", []))
+        self.regions: dict[str, list[int]] = dict(self.data.get("regions", []))
+        self.mirrored_channels: list[int] = []
         if mirror:
             self._check_sides()
+            pairs = self.data.get("lateral_pairs", [])
+            self.mirrored_channels = (
+                mirrored_regions(self.regions, self.labels, pairs)
+                if self.regions
+                else mirrored_classes(self.labels, pairs)
+            )
         prepare = PrepareSettings(**self.data["prepare"])
         if strip is None and "{mask}" in prepare.strip:  # a checkpoint often comes from somebody else
             raise ValueError(
@@ -211,7 +225,7 @@ class Segmenter:
         Args:
             images: file of each channel.
             out: the `.nii.gz` to write.
-            probabilities: folder for the class probabilities; None writes none.
+            probabilities: folder for the probabilities of classes or regions; None writes none.
 
         Raises:
             FileNotFoundError, ValueError: unreadable files, channels that are missing or that the network does not
@@ -239,7 +253,7 @@ class Segmenter:
             chain: how it was prepared.
             like: the source scan, for its header.
             out: the `.nii.gz` to write.
-            probabilities: folder for the class probabilities; None writes none.
+            probabilities: folder for the probabilities of classes or regions; None writes none.
 
         Raises:
             ValueError: voxels unlike those of the training scans.
@@ -249,7 +263,7 @@ class Segmenter:
         self._write(np.asarray(image, dtype=np.float32), chain, like, out, probabilities)
 
     def probabilities(self, image: Tensor) -> Tensor:
-        """Class probabilities of a prepared volume: `(C, D, H, W)` -> `(K, D, H, W)` float32 on the CPU."""
+        """Probabilities of a prepared volume: `(C, D, H, W)` -> `(K or R, D, H, W)` float32 on the CPU."""
         views = (False, True) if self.mirror else (False,)
         windows = sum(count_windows(image.shape[1:], m.encoder.img_size, self.settings.overlap) for m in self.models)
         total = torch.zeros(())
@@ -257,8 +271,9 @@ class Segmenter:
             for model in self.models:
                 for mirrored in views:
                     view = image.flip(-1) if mirrored else image
-                    shares = sliding_window(model, view, self.settings, tick=bar.update).cpu().softmax(dim=0)
-                    total = total + (shares.flip(-1)[self.mirrored_classes] if mirrored else shares)
+                    logits = sliding_window(model, view, self.settings, tick=bar.update).cpu()
+                    shares = logits.sigmoid() if self.regions else logits.softmax(dim=0)
+                    total = total + (shares.flip(-1)[self.mirrored_channels] if mirrored else shares)
         return total / (len(self.models) * len(views))
 
     def check_channels(self, channels: Mapping[str, Any]) -> None:
@@ -269,26 +284,14 @@ class Segmenter:
     def _write(
         self, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path, probabilities: Path | None
     ) -> None:
-        """The label map, the class of the largest probability at each voxel of the scan, and each class if asked.
-
-        What no class claims is background, so the probabilities sum to 1 everywhere. One class is held at a time.
-        """
+        """The label map on the scan's own grid, and each probability if asked, in a file of its own."""
         shares = self.probabilities(torch.from_numpy(np.ascontiguousarray(image))).numpy()
-        files = _class_files(["background", *(self.labels[value] for value in sorted(self.labels))])
-        rest = np.ones(like.data.shape, np.float32)
-        best, winner = np.zeros_like(rest), np.zeros(like.data.shape, np.uint8)
-        for index in range(1, len(shares)):
-            native = to_native(shares[index : index + 1], chain, order=1)[0]
-            rest -= native
-            better = native > best
-            best[better], winner[better] = native[better], index
-            if probabilities is not None:
-                write_image(probabilities / files[index], native, like.affine)
-        rest = rest.clip(min=0)
-        winner[rest >= best] = 0
-        if probabilities is not None:
-            write_image(probabilities / files[0], rest, like.affine)
-        write_label(out, np.array([0, *sorted(self.labels)])[winner], like)
+        native = (to_native(share[None], chain, order=1)[0] for share in (shares if self.regions else shares[1:]))
+        if self.regions:
+            label = paint_regions(native, self.regions, like, probabilities)
+        else:
+            label = compare_classes(native, self.labels, like, probabilities)
+        write_label(out, label, like)
 
     def _preparation(self, scan: Volume) -> PrepareSettings:
         """How to prepare a raw scan: as the training scans, resampled where it has other voxels than they had."""
@@ -328,25 +331,7 @@ class Segmenter:
 
 def _check_agreement(first: str, data: Mapping[str, Any], path: str, other: Mapping[str, Any]) -> None:
     """Raise a ValueError where two networks of an ensemble were trained on other things."""
-    for key, default in (("channels", None), ("labels", None), ("prepare", None), ("lateral_pairs", [])):
-        before, now = data.get(key, default), other.get(key, default)
+    for key in ("channels", "labels", "regions", "prepare", "lateral_pairs"):
+        before, now = data.get(key, []), other.get(key, [])  # the last and the regions may be absent
         if before != now:
             raise ValueError(f"{path}: an ensemble agrees in {key}: {now} here, {before} in {first}")
-
-
-def _mirrored_classes(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) -> list[int]:
-    """For each class, background first, the one whose place it takes in a mirror."""
-    index = {labels[value]: place for place, value in enumerate(sorted(labels), start=1)}
-    classes = list(range(len(labels) + 1))
-    for left, right in pairs:
-        classes[index[left]], classes[index[right]] = index[right], index[left]
-    return classes
-
-
-def _class_files(names: Sequence[str]) -> list[str]:
-    """A file name for each class."""
-    files = [re.sub(r"[^\w.-]+", "_", name) + ".nii.gz" for name in names]
-    for index, file in enumerate(files):
-        if file in files[:index]:
-            raise ValueError(f"the classes {names[files.index(file)]!r} and {names[index]!r} would share {file}")
-    return files

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from asa.data.loader import CropDataset, LoaderSettings, check_batch, make_loader
 from asa.engine import distributed
 from asa.engine.allocator import keep_freed_memory
+from asa.engine.best import best_line, keep_best
 from asa.engine.checkpoint import load_newest, load_training, load_weights, save_checkpoint
 from asa.engine.ema import Average
 from asa.engine.guard import Guard
 from asa.engine.logging import RunLog, SilentLog
-from asa.engine.optim import OptimSettings, Schedule, make_optimizer, set_learning_rate
+from asa.engine.optim import OptimSettings, Schedule, freeze, make_optimizer, set_learning_rate, set_training
 from asa.engine.stopping import Stopped, stop_signals
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,6 +60,8 @@ class TrainSettings:
     "minutes between checkpoints, whichever comes first"
     keep: int = 2
     "newest checkpoints to keep"
+    best: str | None = None
+    "a number of the validation, like dice, whose highest weights are kept too, in OUT/best; -loss: the lowest"
     timeout_minutes: float = 10.0
     "with several processes: one that makes no progress for so long ends the run"
 
@@ -164,12 +167,15 @@ def train(
     """
     # --- where, and in what precision
     check_settings(settings, optim)
+    if settings.best and validate is None:
+        raise ValueError(f"train.best={settings.best}: nothing is validated: give the split a validation part")
     device = pick_device(settings.device)
     dtype = pick_precision(settings.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
     schedule = Schedule(optim, settings.steps, settings.batch_size)
-    method.to(device).train()
+    freeze(method.get_submodule("model"), optim.freeze)
+    set_training(method.to(device))
     if settings.compile:
         method.get_submodule("model").compile()
 
@@ -203,6 +209,7 @@ def train(
     )
     meter = Meter(settings.batch_size)
     saved_at, saved_step, last = time.monotonic(), step, {}
+    kept = {**description, **({"ema": settings.ema} if settings.ema else {})}
 
     def save() -> None:
         training = {
@@ -212,16 +219,32 @@ def train(
             "random": torch.get_rng_state(),
             "steps": settings.steps,
         }
-        kept = dict(description)
         if settings.ema:
             training["weights"] = {name: tensor.detach().cpu() for name, tensor in method.state_dict().items()}
-            kept["ema"] = settings.ema
         with average.in_place():
             save_checkpoint(run, step, method, kept, training, settings.keep)
+
+    def watch(validate: Validate) -> dict[str, float]:
+        method.eval()
+        with torch.no_grad(), autocast(device, dtype), average.in_place():
+            numbers, pictures = validate(step)
+            name = settings.best
+            best = name is not None and distributed.on_main(lambda: keep_best(run, step, name, numbers, method, kept))
+        set_training(method)
+        log.scalars(step, "validation", numbers)  # after the best is kept: a validation that is logged is done
+        log.pictures(step, pictures)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        log.say(f"step {step}: {shown}{'  (the best, kept)' if best else ''}")
+        meter.restart()
+        return numbers
 
     # --- the loop
     try:
         with stop_signals() as stop:
+            # A validation that was due when the run was stopped: the log does not have it.
+            missed = step > 0 and _validates(settings, step)
+            if validate and missed and not distributed.on_main(lambda: log.has(step, "validation")):
+                last = watch(validate)
             while step < settings.steps:
                 distributed.alive()
                 set_learning_rate(optimizer, schedule[step])
@@ -265,19 +288,18 @@ def train(
                     meter.restart()
                 if stopping and not done:
                     raise Stopped(f"stopped at step {step} of {settings.steps}, and saved in {run}")
-                if validate and (done or (settings.validate_every and step % settings.validate_every == 0)):
-                    method.eval()
-                    with torch.no_grad(), autocast(device, dtype), average.in_place():
-                        numbers, pictures = validate(step)
-                    method.train()
-                    log.scalars(step, "validation", numbers)
-                    log.pictures(step, pictures)
-                    log.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-                    last = numbers
-                    meter.restart()
+                if validate and _validates(settings, step):
+                    last = watch(validate)
+        if settings.best and distributed.is_main():
+            log.say(best_line(run))
     finally:
         log.close()
     return last
+
+
+def _validates(settings: TrainSettings, step: int) -> bool:
+    """Whether a validation is due after so many steps."""
+    return step == settings.steps or (settings.validate_every > 0 and step % settings.validate_every == 0)
 
 
 def resume(

@@ -1,7 +1,7 @@
 """What a run shows of its progress on scans it does not train on: numbers and pictures for the log."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,11 @@ import torch
 from asa.data.loader import CropDataset, VolumeSource, collate
 from asa.data.store import IGNORED
 from asa.engine.distributed import spread
-from asa.engine.figures import overlay_panel, reconstruction_panel
+from asa.engine.figures import central_slices, overlay_panel, reconstruction_panel
 from asa.engine.metrics import dice
 from asa.engine.predict import PredictSettings, sliding_window
 from asa.methods.pretrain import MaskedPretraining
-from asa.methods.segment import Segmentation
+from asa.methods.segment import RegionSegmentation, Segmentation
 
 Shown = tuple[dict[str, float], dict[str, np.ndarray]]
 
@@ -54,13 +54,13 @@ def picture_of(method: MaskedPretraining, batch: dict[str, Any]) -> np.ndarray:
 
 
 def validate_segmentation(
-    method: Segmentation,
+    method: Segmentation | RegionSegmentation,
     source: VolumeSource,
     ids: Sequence[str],
-    labels: Sequence[str],
+    parts: Mapping[str, Sequence[int]],
     settings: PredictSettings,
 ) -> Shown:
-    """Dice of whole prepared volumes over the voxels that count, and an overlay of the first.
+    """Dice of whole prepared volumes over the voxels that count, and an overlay of the first with its truth.
 
     Several processes share the scans; each gets the whole result, and the main one the overlay.
 
@@ -68,12 +68,12 @@ def validate_segmentation(
         method: the method, in evaluation mode.
         source: the store.
         ids: labelled scans.
-        labels: names of the classes 1, 2, ...
+        parts: name -> class indices that are scored as one: labels, or regions.
         settings: how volumes are covered.
 
     Returns:
-        "dice_NAME" of each class (1 for a scan where neither map holds it) and "dice", their mean; and a panel of
-        image, truth and prediction.
+        "dice_NAME" of each part (1 for a scan where neither map holds it) and "dice", their mean; and a panel of
+        image, truth and prediction in three planes, through the middle of what is labelled.
     """
     pictures: dict[str, np.ndarray] = {}
 
@@ -81,15 +81,15 @@ def validate_segmentation(
         image, truth = source.image(id), source.label(id)
         assert truth is not None
         volume = torch.from_numpy(np.array(image, dtype=np.float32))
-        prediction = sliding_window(method.model, volume, settings).argmax(dim=0).cpu().numpy()
+        prediction = method.label_map(sliding_window(method.model, volume, settings)).cpu().numpy()
         counted = truth[0] != IGNORED
         truth, prediction = truth[0] * counted, prediction * counted
         if not pictures:
-            panel = overlay_panel(volume[0].numpy(), [truth, prediction])
-            pictures["image, truth, prediction"] = panel
-        found = [dice(prediction == index, truth == index) for index in range(1, len(labels) + 1)]
+            at = central_slices(truth > 0) if truth.any() else None
+            pictures["image, truth, prediction"] = overlay_panel(volume[0].numpy(), [truth, prediction], at=at)
+        found = [dice(np.isin(prediction, values), np.isin(truth, values)) for values in parts.values()]
         return [1.0 if math.isnan(score) else score for score in found]  # in neither map: right
 
     columns = zip(*spread(ids, scores), strict=True)
-    numbers = {f"dice_{name}": float(np.mean(column)) for name, column in zip(labels, columns, strict=True)}
+    numbers = {f"dice_{name}": float(np.mean(column)) for name, column in zip(parts, columns, strict=True)}
     return {"dice": float(np.mean(list(numbers.values()))), **numbers}, pictures

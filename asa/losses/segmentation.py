@@ -1,23 +1,44 @@
-"""Deeply supervised segmentation loss.
+"""Deeply supervised segmentation losses.
 
-Letters: logits `B K D H W` with K classes, label `B 1 D H W`.
+Letters: logits `B K D H W` with K classes, or `B R D H W` with R regions, label `B 1 D H W`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from monai.losses import MaskedDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asa.ops.regions import region_masks
+
 IGNORED = 255
 
 
-class DeeplySupervisedDiceCE(nn.Module):
-    """Dice plus cross-entropy at several resolutions, each coarser one with half the weight.
+def over_scales(logits: Sequence[Tensor], label: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The mean of a loss over resolutions, each coarser one with half the weight; the weights sum to 1.
 
-    The label is brought to a head's resolution by nearest neighbour, without shifting it. The weights sum to 1. Dice
-    leaves the background out. Voxels that are ignored count in neither term. Both terms are means over samples, so a
-    batch computed in parts gives the same loss; a sample of which nothing counts adds 0.
+    Args:
+        logits: from the finest `(B, K, D, H, W)` to the coarsest.
+        label: class indices `(B, 1, D, H, W)`, any integer type.
+        loss: of one resolution's logits in float32, and of the label brought to it by nearest neighbour, without
+            shifting it.
+
+    Returns:
+        A scalar in float32.
+    """
+    target = label.float()
+    weights = [0.5**level for level in range(len(logits))]
+    total = target.new_zeros(())
+    for weight, out in zip(weights, logits, strict=True):
+        total = total + weight * loss(out.float(), F.interpolate(target, out.shape[2:], mode="nearest-exact"))
+    return total / sum(weights)
+
+
+class DeeplySupervisedDiceCE(nn.Module):
+    """Dice plus cross-entropy at several resolutions, see `over_scales`.
+
+    Dice leaves the background out. Voxels that are ignored count in neither term. Both terms are means over samples, so
+    a batch computed in parts gives the same loss; a sample of which nothing counts adds 0.
 
     Args:
         ignored: class index in the label of voxels that do not count, whatever is predicted there.
@@ -35,18 +56,50 @@ class DeeplySupervisedDiceCE(nn.Module):
             logits: from the finest `(B, K, D, H, W)` to the coarsest.
             label: class indices `(B, 1, D, H, W)`, any integer type.
         """
-        target = label.float()
-        weights = [0.5**level for level in range(len(logits))]
-        total = target.new_zeros(())
-        for weight, out in zip(weights, logits, strict=True):
-            near = F.interpolate(target, out.shape[2:], mode="nearest-exact")
-            total = total + weight * self._at_one_scale(out.float(), near)
-        return total / sum(weights)
+        return over_scales(logits, label, self._at_one_scale)
 
     def _at_one_scale(self, logits: Tensor, target: Tensor) -> Tensor:
         counted = target != self.ignored
         # The mask makes ignored voxels background of probability 0, and Dice leaves the background out.
         dice = self.dice(logits, target, counted)
         voxels = F.cross_entropy(logits, target[:, 0].long(), ignore_index=self.ignored, reduction="none")
-        entropy = voxels.flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp(min=1)
-        return dice + entropy.mean()
+        return dice + _mean_of_counted(voxels, counted[:, 0])
+
+
+class DeeplySupervisedRegionLoss(nn.Module):
+    """Dice plus binary cross-entropy of regions that may lie inside each other, at several resolutions.
+
+    Each region has a channel and a sigmoid of its own, as nnU-Net trains on BraTS (Isensee et al., BrainLes 2020).
+    Resolutions, ignored voxels and means over samples are as in `DeeplySupervisedDiceCE`.
+
+    Args:
+        regions: class indices that each region joins.
+        ignored: class index in the label of voxels that do not count, whatever is predicted there.
+    """
+
+    def __init__(self, regions: Sequence[Sequence[int]], *, ignored: int = IGNORED) -> None:
+        super().__init__()
+        self.regions, self.ignored = [list(values) for values in regions], ignored
+        self.dice = MaskedDiceLoss(sigmoid=True)
+
+    def forward(self, logits: Sequence[Tensor], label: Tensor) -> Tensor:
+        """The loss, a scalar in float32.
+
+        Args:
+            logits: from the finest `(B, R, D, H, W)` to the coarsest.
+            label: class indices `(B, 1, D, H, W)`, any integer type.
+        """
+        return over_scales(logits, label, self._at_one_scale)
+
+    def _at_one_scale(self, logits: Tensor, target: Tensor) -> Tensor:
+        counted = target != self.ignored
+        inside = region_masks(target, self.regions).float()
+        # The mask makes ignored voxels empty, with probability 0: they add to neither part of Dice.
+        dice = self.dice(logits, inside, counted)
+        voxels = F.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(dim=1)
+        return dice + _mean_of_counted(voxels * counted[:, 0], counted[:, 0])
+
+
+def _mean_of_counted(voxels: Tensor, counted: Tensor) -> Tensor:
+    """Mean over samples of the mean over counted voxels: values `(B, D, H, W)` that are 0 where nothing counts."""
+    return (voxels.flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp(min=1)).mean()

@@ -1,0 +1,98 @@
+"""Does a scan that lies otherwise get the same labels? poses.py RUN STORE
+
+Each scan of the test part is predicted as it is, and as copies that a scanner might have given: with its axes in
+another order, on another voxel size, turned, and all three. The labels of a copy are brought back to the scan's own
+grid, and compared with the scan's by Dice. What going there and back costs by itself is the Dice of the true labels
+after it: thin structures on large voxels lose most.
+"""
+
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from asa.data.grid import sample_label
+from asa.data.splits import read_split, select
+from asa.data.store import Store
+from asa.data.volume import Volume, read_image, read_label, write_image
+from asa.engine.metrics import dice
+from asa.engine.predict import PredictSettings, Segmenter
+
+# Angles about x, y, z in degrees, factor of the voxel size, axes of the copy with their signs.
+COPIES = {
+    "reoriented": ((0, 0, 0), 1.0, [-2, 3, 1]),
+    "resampled": ((0, 0, 0), 0.5, [1, 2, 3]),
+    "turned": ((6, -4, 8), 1.0, [1, 2, 3]),
+    "all three": ((6, -4, 8), 0.5, [-2, 3, 1]),
+}
+
+
+def copy_of(scan: Volume, angles: tuple[float, ...], factor: float, axes: list[int]) -> Volume:
+    """The scan on another grid around the same centre, in the same space."""
+    order, signs = [abs(axis) - 1 for axis in axes], np.sign(axes)
+    turned = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ scan.affine[:3, :3]
+    columns = turned[:, order] * signs * factor
+    room = 1.0 if not any(angles) else 1.3
+    shape = [int(np.ceil(scan.data.shape[axis] * room / factor)) for axis in order]
+    affine = np.eye(4)
+    affine[:3, :3] = columns
+    centre = scan.affine @ np.array([*((np.array(scan.data.shape) - 1) / 2), 1.0])
+    affine[:3, 3] = centre[:3] - columns @ (np.array(shape) - 1) / 2
+    matrix = np.linalg.inv(scan.affine) @ affine
+    image = ndimage.affine_transform(scan.data, matrix, output_shape=shape, order=3)
+    inside = ndimage.affine_transform((scan.data > 0).astype(np.float32), matrix, output_shape=shape, order=1) >= 0.5
+    return Volume(np.where(inside, image.clip(min=1e-3), 0).astype(np.float32), affine, scan.header)
+
+
+def scores(label: np.ndarray, reference: np.ndarray, values: list[int]) -> list[float]:
+    """Dice of all labels taken together, and of each."""
+    return [dice(label > 0, reference > 0), *(dice(label == value, reference == value) for value in values)]
+
+
+def main() -> int:
+    """Print the Dice of each kind of copy."""
+    if len(sys.argv) != 3:
+        print(__doc__, file=sys.stderr)
+        return 2
+    run, store = Path(sys.argv[1]), Store(sys.argv[2])
+    segmenter, values = Segmenter(run, PredictSettings(device="cpu")), store.label_values
+    records = select(store.records, read_split(run / "split.json")["test"])
+    predicted: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
+    carried: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
+    warnings.simplefilter("ignore", UserWarning)  # that a copy is resampled
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "label.nii.gz"
+        for record in records:
+            paths = {name: source["path"] for name, source in record["sources"].items()}
+            truth = read_label(paths.pop("label"))
+            segmenter.segment_file(paths, out)
+            here = read_label(out)
+            for kind, change in COPIES.items():
+                files = {name: Path(folder) / f"{name}.nii.gz" for name in paths}
+                for name, path in paths.items():
+                    copy = copy_of(read_image(path), *change)
+                    write_image(files[name], copy.data, copy.affine)
+                segmenter.segment_file(files, out)
+                there, forth = read_label(out).data, np.linalg.inv(here.affine) @ copy.affine
+                back = sample_label(there, np.linalg.inv(forth), here.data.shape)
+                predicted[kind].append(scores(back, here.data, values))
+                both = sample_label(sample_label(truth.data, forth, there.shape), np.linalg.inv(forth), here.data.shape)
+                carried[kind].append(scores(both, truth.data, values))
+    print(f"Dice with the scan itself, mean of {len(records)} scans: prediction of the copy (truth, there and back)")
+    for kind in COPIES:
+        columns = zip(zip(*predicted[kind], strict=True), zip(*carried[kind], strict=True), strict=True)
+        cells = (
+            f"{name} {mean(one):.3f} ({mean(other):.3f})"
+            for name, (one, other) in zip(["all", *(store.labels[value] for value in values)], columns, strict=True)
+        )
+        print(f"{kind:<11} {'  '.join(cells)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
