@@ -1,17 +1,10 @@
 """Commands called by commands, in this process."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from asa.cli import evaluate, finetune, predict, pretrain
 from asa.config import compose
-
-COMMANDS: dict[str, tuple[Any, Mapping[str, type]]] = {
-    "pretrain": (pretrain.pretrain, pretrain.SETTINGS),
-    "finetune": (finetune.finetune, finetune.SETTINGS),
-    "predict": (predict.predict, predict.SETTINGS),
-    "evaluate": (evaluate.evaluate, {}),
-}
 
 
 def call(command: str, *settings: Mapping[str, Any]) -> None:
@@ -24,11 +17,12 @@ def call(command: str, *settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a setting that the command does not have, and whatever the command raises.
     """
-    main, typed_settings = COMMANDS[command]
+    module = importlib.import_module(f"asa.cli.{command}")  # now: a command that calls others is one of them
     chosen: dict[str, str] = {}
     for node in settings:
         chosen |= arguments(node)
-    main(compose(command, [f"{key}={value}" for key, value in chosen.items()], settings=typed_settings))
+    overrides = [f"{key}={value}" for key, value in chosen.items()]
+    getattr(module, command)(compose(command, overrides, settings=getattr(module, "SETTINGS", {})))
 
 
 def arguments(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
