@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-SMALLER = {"modules": "STEPS = 3", "finetuning": "SUBJECTS, STEPS = 4, 5"}
+SMALLER = {"modules": "STEPS = 3", "finetuning": "SUBJECTS, STEPS = 4, 6"}
 PICTURES = {"modules": 6, "finetuning": 2}
 
 
