@@ -276,7 +276,9 @@ def test_a_pretrained_network_cannot_predict_and_an_image_with_nan_is_named(
     assert not (tmp_path / "p").exists()
 
 
-@pytest.mark.parametrize("name", ["phantom", "prepare", "pretrain", "finetune", "predict", "evaluate", "export"])
+@pytest.mark.parametrize(
+    "name", ["phantom", "prepare", "pretrain", "finetune", "predict", "evaluate", "export", "ablate"]
+)
 def test_help_lists_every_key_with_a_note(name: str, tmp_path: Path) -> None:
     # From another directory, as a user would.
     shown = subprocess.run(

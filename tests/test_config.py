@@ -5,6 +5,7 @@ import torch
 import yaml
 
 from asa.cli import finetune, pretrain
+from asa.cli.chain import arguments
 from asa.config import CONFIG_DIR, build, compose, describe, typed
 from asa.data.splits import make_split
 from asa.data.stages import PrepareSettings
@@ -23,6 +24,7 @@ EXPERIMENTS = {
     "wmh_demo": "finetune",
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
+    "oasis_ablation": "ablate",
     "demo_pretrain": "pretrain",
     "demo_finetune": "finetune",
 }
@@ -53,6 +55,12 @@ def test_every_experiment_composes_and_builds() -> None:
             assert isinstance(
                 build(compose(command, ["out=x", f"experiment={experiment}"])["prepare"]), PrepareSettings
             )
+        elif command == "ablate":
+            config = compose(command, ["out=x", "store=y", f"experiment={experiment}"])
+            for name, arm in config["arms"].items():
+                for stage in ("pretrain", "finetune"):
+                    given = arguments(config[stage]) | arguments(arm[stage] or {})
+                    assert built(stage, *(f"{key}={value}" for key, value in given.items())) is not None, name
         else:
             assert built(command, f"experiment={experiment}") is not None
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from asa.cli.cohort import open_parts
+from asa.cli.folds import finetune_folds, wants_folds
 from asa.cli.front import Config, open_run, run_command
 from asa.cli.planning import preflight, show_plan, wants_plan
 from asa.config import build, typed
@@ -41,6 +42,9 @@ def finetune(config: Config) -> None:
     Raises:
         ValueError: a store without labels, or a pretrained encoder that does not match.
     """
+    if wants_folds(config):
+        finetune_folds(config, finetune)
+        return
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
     augment = typed(AugmentSettings, config["augment"])

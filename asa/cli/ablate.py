@@ -1,0 +1,249 @@
+"""asa-ablate: arms x labelled subjects x seeds, trained and scored on the same held-out subjects."""
+
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asa.cli.chain import arguments, call
+from asa.cli.front import Config, run_command
+from asa.data.files import read_json, write_whole
+from asa.data.splits import keep_labelled, make_split, write_split
+from asa.data.store import Store
+from asa.engine.ablation import Trial, labelled_text, read_trial, trial_line, write_ablation
+from asa.engine.distributed import world_size
+from asa.engine.stopping import Stopped
+from asa.engine.summary import listed
+
+# What may change when an ablation goes on: more runs beside those that are there.
+FREE = ("only", "labelled", "seeds")
+
+
+@dataclass
+class Ablation:
+    """The runs of an ablation and where they stand."""
+
+    config: Config
+    out: Path
+    arms: dict[str, dict[str, Any]]
+    pretrained: dict[str, str | None] = field(default_factory=dict)  # name -> what went wrong, None: done
+    trials: list[Trial] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def ablate(config: Config) -> None:
+    """Run an ablation.
+
+    Raises:
+        ValueError: settings that do not fit, or runs that failed; these are named, and the others are done.
+    """
+    out = Path(str(config["out"]))
+    for key in ("store", "unlabelled"):
+        config[key] = config[key] and str(Path(str(config[key])).resolve())  # goes on from any directory
+    _check(config)
+    ablation = Ablation(config, out, _arms(config))
+    splits = _splits(config)
+    _keep_config(out / "config.yaml", config)
+    planned = [(seed, count, arm) for seed in config["seeds"] for count in config["labelled"] for arm in ablation.arms]
+    try:
+        for number, (seed, count, arm) in enumerate(planned, start=1):
+            write_split(_split_file(out, seed), splits[seed])
+            print(f"[{number}/{len(planned)}] {_name(seed, arm, count)}: ", end="", flush=True)
+            print(_one(ablation, seed, count, arm), flush=True)
+    finally:  # asked to stop as well: the table of what there is
+        if ablation.trials:
+            write_ablation(out, ablation.trials, list(ablation.arms), _notes(ablation))
+    if ablation.trials:
+        print((out / "ablation.md").read_text(), end="")
+        print(f"wrote ablation.md, .csv and .png to {out}")
+    if ablation.failures:
+        for name, reason in ablation.failures.items():
+            print(f"{name}: failed: {reason}")
+        raise ValueError(
+            f"{len(ablation.failures)} of {len(planned)} runs failed, listed above (their output: {out / 'logs'}): "
+            "the same command does them again"
+        )
+
+
+def _check(config: Config) -> None:
+    """Refuse what cannot be run, before anything is."""
+    if world_size() > 1:
+        raise ValueError("asa-ablate runs in one process: start it without torchrun")
+    if absent := [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]:
+        raise ValueError(f'{absent[0]} is not installed, and reports need it: run pip install "asa-mri[report]"')
+    for key in ("seeds", "labelled"):
+        if not isinstance(config[key], list) or not config[key] or len(set(map(repr, config[key]))) < len(config[key]):
+            raise ValueError(f"{key}={config[key]}: give a list of one or more, each once")
+    if not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
+        raise ValueError(f"seeds={config['seeds']}: give whole numbers from 0")
+    own = {"data.store", "data.split_file", "data.labelled", "init", "out", "train.seed", "checkpoint", "input", "part"}
+    for key in ("pretrain", "finetune", "predict"):
+        if taken := own & arguments(config[key]).keys():
+            raise ValueError(f"{key}.{min(taken)} is what asa-ablate sets for each run: leave it out")
+
+
+def _arms(config: Config) -> dict[str, dict[str, Any]]:
+    """The chosen arms in order."""
+    arms, chosen = config["arms"], config["only"]
+    if not isinstance(chosen, list | None) or chosen == []:
+        raise ValueError(f"only={chosen}: give a list of arms, like [scratch, asa]")
+    for name in arms if chosen is None else chosen:
+        if name not in arms:
+            raise ValueError(f"only: no arm {name!r}; there are {', '.join(arms)}")
+        if not isinstance(arms[name], Mapping) or arms[name].keys() != {"pretrain", "finetune"}:
+            raise ValueError(f"arms.{name} needs pretrain (settings, or null) and finetune (settings)")
+    return {name: arms[name] for name in (arms if chosen is None else chosen)}
+
+
+def _splits(config: Config) -> dict[int, dict[str, list[str]]]:
+    """The split of each seed, which has test subjects and as many training subjects as asked for."""
+    store, fixed = Store(config["store"]), config["split"]["seed"]
+    splits = {}
+    for seed in config["seeds"]:
+        split = make_split(store.records, **config["split"] | {"seed": seed if fixed is None else fixed})
+        if not split["test"]:
+            raise ValueError("split: no test subjects; give split.test=0.2, or folds, or a site")
+        for count in config["labelled"]:
+            if count is not None:
+                keep_labelled(split, count)
+        splits[seed] = split
+    return splits
+
+
+def _keep_config(file: Path, config: Config) -> None:
+    """Write the settings beside the runs; refuse to add to runs that were made with others."""
+    lasting = {key: value for key, value in config.items() if key not in (*FREE, "out")}
+    if file.exists():
+        before = yaml.safe_load(file.read_text())
+        for key, value in lasting.items():
+            if not isinstance(before, Mapping) or before.get(key) != value:
+                raise ValueError(f"{file.parent} holds an ablation with another {key}: choose another out=")
+    elif file.parent.exists() and any(file.parent.iterdir()):
+        raise ValueError(f"{file.parent} is not empty and not an ablation: choose another out=")
+    write_whole(file, yaml.safe_dump(lasting, sort_keys=False).encode())
+
+
+def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> str:
+    """Train, predict and score one run, unless it is there; a line on it."""
+    name, out, begun = _name(seed, arm, count), ablation.out, time.monotonic()
+    evaluation = out / "evaluations" / name
+    done = (evaluation / "summary.json").exists()
+    if not done:
+        failure = _attempt(ablation, name, lambda: _train_and_score(ablation, seed, count, arm))
+        if failure is not None:
+            ablation.failures[name] = failure
+            return f"failed: {failure}"
+    trial = read_trial(evaluation, arm, labelled_text(count), seed)
+    ablation.trials.append(trial)
+    return f"{trial_line(trial)} ({'done before' if done else f'{time.monotonic() - begun:.0f} s'})"
+
+
+def _train_and_score(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> None:
+    config, out, name = ablation.config, ablation.out, _name(seed, arm, count)
+    init = None
+    if ablation.arms[arm]["pretrain"] is not None:
+        init = out / "pretrained" / _pretrain(ablation, seed, arm)
+    split_file, run = _split_file(out, seed), out / "runs" / name
+    fixed = {"data.store": config["store"], "data.split_file": split_file, "data.labelled": count}
+    fixed |= {"train.seed": seed, "init": init, "out": run}
+    call("finetune", config["finetune"], ablation.arms[arm]["finetune"], fixed)
+    predictions = out / "predictions" / name
+    call(
+        "predict", config["predict"], {"checkpoint": run, "input": config["store"], "part": "test", "out": predictions}
+    )
+    call(
+        "evaluate",
+        {"predictions": predictions, "truth": config["store"], "split_file": split_file, "policy": config["policy"]},
+        {"out": out / "evaluations" / name},
+    )
+
+
+def _pretrain(ablation: Ablation, seed: int, arm: str) -> str:
+    """Pretrain an arm, once a seed or once for all; the name of its folder."""
+    config, out = ablation.config, ablation.out
+    own_part = config["unlabelled"] is None
+    each = config["pretrain_each_seed"] or (own_part and config["split"]["seed"] is None)
+    name = f"seed{seed}_{arm}" if each else arm
+    if name not in ablation.pretrained:
+        fixed: dict[str, Any] = {
+            "data.store": config["unlabelled"] or config["store"],
+            "out": out / "pretrained" / name,
+        }
+        if own_part:
+            fixed["data.split_file"] = _split_file(out, seed)
+        if each:
+            fixed["train.seed"] = seed
+        settings = (config["pretrain"], ablation.arms[arm]["pretrain"], fixed)
+        ablation.pretrained[name] = _attempt(ablation, f"pretrained_{name}", lambda: call("pretrain", *settings))
+    if failure := ablation.pretrained[name]:
+        raise ValueError(f"pretraining: {failure}")
+    return name
+
+
+def _attempt(ablation: Ablation, name: str, work: Any) -> str | None:
+    """Do a part of the work, its output into a file of its own; what went wrong, in a line, or None."""
+    with _output(ablation.out / "logs" / f"{name}.txt"):
+        try:
+            work()
+        except Stopped:
+            raise
+        except Exception as error:  # whatever it is, the other runs go on
+            text = " ".join(str(error).split()) or type(error).__name__
+            expected = isinstance(error, ValueError | OSError | FloatingPointError)
+            reason = text if expected else f"{type(error).__name__}: {text}"
+            print(f"failed: {reason}")
+            return reason
+    return None
+
+
+@contextmanager
+def _output(file: Path) -> Iterator[None]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as log, redirect_stdout(log):
+        yield
+
+
+def _notes(ablation: Ablation) -> list[str]:
+    """What a reader has to know beside the numbers: what failed, and what pretraining saw."""
+    notes = []
+    if ablation.failures:
+        notes.append(f"failed and not counted: {listed(list(ablation.failures))}")
+    seen: dict[str, set[str]] = {}
+    for trial in ablation.trials:
+        file = ablation.out / "runs" / trial.run.name / "seen.json"
+        found = (read_json(file)["seen"] or []) if file.exists() else []
+        seen.setdefault(trial.arm, set()).update(one["subject"] for one in found if one["match"] == "scan")
+    for arm, subjects in seen.items():
+        if subjects:
+            notes.append(
+                f"the pretraining of {arm} saw {len(subjects)} held-out subjects ({listed(sorted(subjects), 5)}): "
+                "read its scores as optimistic"
+            )
+    return notes
+
+
+def _name(seed: int, arm: str, count: int | float | None) -> str:
+    return f"seed{seed}_{labelled_text(count)}_{arm}"
+
+
+def _split_file(out: Path, seed: int) -> Path:
+    return out / "splits" / f"seed{seed}.json"
+
+
+def main() -> int:
+    """Entry point."""
+    return run_command(
+        "ablate",
+        "Compare arms of the method (the paper's Table 4) over numbers of labelled subjects and seeds, in one table.",
+        ablate,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""The notebooks run from top to bottom, at tiny size, and are committed without what they print."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+SMALLER = {"modules": "STEPS = 3", "finetuning": "SUBJECTS, STEPS = 4, 6"}
+PICTURES = {"modules": 6, "finetuning": 2}
+
+
+def cells(name: str) -> list[dict[str, Any]]:
+    return json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
+
+
+def test_every_notebook_is_run_here() -> None:
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(SMALLER)
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_a_notebook_holds_nothing_that_it_printed(name: str) -> None:
+    for cell in cells(name):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLER)
+def test_a_notebook_runs_from_top_to_bottom(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    monkeypatch.chdir(tmp_path)
+    shown = []
+    monkeypatch.setattr(pyplot, "show", lambda: (shown.append(pyplot.gcf()), pyplot.close("all")))
+    names: dict[str, Any] = {}
+    parameters = 0
+    for cell in cells(name):
+        if cell["cell_type"] != "code":
+            continue
+        exec(compile("".join(cell["source"]), f"{name}.ipynb", "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", []):
+            before = set(names)
+            exec(SMALLER[name], names)
+            assert set(names) == before, "the test makes smaller what the notebook sets"
+            parameters += 1
+    assert parameters == 1 and len(shown) == PICTURES[name]
