@@ -1,0 +1,204 @@
+"""Attention inside the regions of a label map, and sums over them.
+
+Letters: label map `B H W` or, one label a token, `B L`; heads M of width d; T = B*L tokens of a batch; a group is c
+regions of n tokens each.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BACKENDS = ("auto", "segments", "dense", "varlen")
+# Measured by `scripts/bench --parts regions`: with most of the matrix to compute anyway, one masked product is faster
+# than gathering; its mask grows with the square of L, so it is for short sequences only.
+DENSE_SHARE = 0.8
+DENSE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class RegionIndex:
+    """Where the tokens of each region are: computed once from a label map, shared by all layers.
+
+    Attributes:
+        keys: region of each token `(B, L)`, numbered over the whole batch: images share no region.
+        order: tokens of the batch sorted by the length of their region, then by region, `(T,)`.
+        inverse: place of each token in that order, `(T,)`.
+        groups: (c, n) of the runs of equally long regions in that order.
+        share: rho, the part of all B*L*L scores that lies inside regions.
+    """
+
+    keys: Tensor
+    order: Tensor
+    inverse: Tensor
+    groups: tuple[tuple[int, int], ...]
+    share: float
+
+
+def region_keys(labels: Tensor) -> tuple[Tensor, int]:
+    """Number the regions of a batch from 0 on, so that two images share none.
+
+    Args:
+        labels: `(B, ...)`, any integers, negative and sparse ones too.
+
+    Returns:
+        Numbers of `labels`' shape, and a number K that they all lie below; not every number has to occur.
+
+    Raises:
+        ValueError: no label at all, or labels that are no integers.
+    """
+    check_labels(labels)
+    labels = labels.long()
+    low, high = (int(end) for end in torch.aminmax(labels))
+    if high - low < labels.numel():
+        keys, count = labels - low, high - low + 1
+    else:  # sparse ids: sorting them is slower
+        values, keys = torch.unique(labels, return_inverse=True)
+        count = len(values)
+    first = count * torch.arange(len(labels), device=labels.device)
+    return keys + first.view(-1, *[1] * (labels.ndim - 1)), count * len(labels)
+
+
+def check_labels(labels: Tensor) -> None:
+    """Raise a ValueError for labels that are none: no pixel, or no integers."""
+    if labels.numel() == 0:
+        raise ValueError(f"a label map of {tuple(labels.shape)} is empty: every pixel needs a region")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"a label map holds integers, got {labels.dtype}")
+
+
+def region_index(labels: Tensor) -> RegionIndex:
+    """Sort the tokens of a batch by region.
+
+    Regions of one length stand side by side, and so are attended to in one call without padding. As the lengths sum
+    to T, there are at most sqrt(2 T) different ones.
+
+    Args:
+        labels: `(B, L)`, any integers. A region may have many parts, and each image regions of its own.
+
+    Raises:
+        ValueError: not `(B, L)`, empty, or no integers.
+    """
+    if labels.ndim != 2:
+        raise ValueError(f"the labels of tokens are (batch, tokens), got {tuple(labels.shape)}: flatten the map")
+    keys, count = region_keys(labels)
+    lengths = torch.bincount(keys.flatten(), minlength=count)
+    by_length = torch.argsort(lengths, stable=True)
+    rank = torch.empty_like(by_length)
+    rank[by_length] = torch.arange(count, device=labels.device)
+    order = torch.argsort(rank[keys.flatten()], stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    sizes, counts = torch.unique_consecutive(lengths[by_length], return_counts=True)
+    groups = tuple((c, n) for c, n in zip(counts.tolist(), sizes.tolist(), strict=True) if n)
+    b, length = labels.shape
+    return RegionIndex(keys, order, inverse, groups, sum(c * n * n for c, n in groups) / (b * length**2))
+
+
+def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Tensor, backend: str = "auto") -> Tensor:
+    """Softmax(q k^T / sqrt(d)) v over the tokens of the query's own region (R-MSA; RAT, MICCAI 2024, section 2.2).
+
+    Args:
+        q, k, v: `(B, M, L, d)`.
+        regions: labels `(B, L)`, or their `region_index` where several layers share it.
+        backend: `"segments"` gathers each region and attends inside it: any device and type, memory linear in L.
+            `"dense"` is one product with an L x L mask. `"varlen"` is PyTorch's variable-length attention: a GPU,
+            float16 or bfloat16. `"auto"` takes varlen where it runs, dense for a short sequence that is mostly one
+            region, else segments.
+
+    Returns:
+        `(B, M, L, d)`.
+
+    Raises:
+        ValueError: shapes that do not fit each other, an unknown backend, or one that does not run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {backend!r}")
+    index = region_index(regions) if isinstance(regions, Tensor) else regions
+    if q.ndim != 4 or not q.shape == k.shape == v.shape:
+        raise ValueError(f"q, k, v are (B, M, L, d) alike, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if index.keys.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"labels of {tuple(index.keys.shape)} do not fit {q.shape[2]} tokens of {q.shape[0]} images")
+    chosen = choose_backend(index, q) if backend == "auto" else backend
+    if chosen == "dense":
+        mask = index.keys[:, None, :, None] == index.keys[:, None, None, :]  # B 1 L L
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if chosen == "varlen" and not (runs_varlen(q) and find_varlen()):
+        raise ValueError(
+            f"variable-length attention needs a GPU, float16 or bfloat16 and torch.nn.attention.varlen, got {q.dtype} "
+            f"on {q.device.type}: use backend='segments'"
+        )
+    b, m, length, d = q.shape
+    rows = [_permute(x.transpose(1, 2).reshape(b * length, m, d), index.order, index.inverse) for x in (q, k, v)]
+    attend = _variable_length if chosen == "varlen" else _by_segments
+    out = attend(rows[0], rows[1], rows[2], index.groups)  # T M d
+    return _permute(out, index.inverse, index.order).view(b, length, m, d).transpose(1, 2)
+
+
+def choose_backend(index: RegionIndex, q: Tensor) -> str:
+    """What `"auto"` means for these regions and queries."""
+    if runs_varlen(q) and find_varlen():
+        return "varlen"
+    short = q.shape[2] <= DENSE_TOKENS and len(index.groups) > 1
+    return "dense" if short and index.share > DENSE_SHARE else "segments"
+
+
+def runs_varlen(q: Tensor) -> bool:
+    """Whether variable-length attention takes such queries."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+
+
+def find_varlen() -> Callable[..., Any] | None:
+    """PyTorch's variable-length attention, None where this version has none."""
+    try:
+        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+
+
+def _by_segments(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
+    """Attention inside each region, `(T, M, d)` sorted by group -> the same."""
+    sizes = [c * n for c, n in groups]
+    parts = (x.split(sizes) for x in (q, k, v))  # its gradient is one copy, that of slices a sum
+    out = []
+    for (c, n), q_part, k_part, v_part in zip(groups, *parts, strict=True):
+        if n == 1:
+            out.append(v_part)
+            continue
+        heads = (x.unflatten(0, (c, n)).transpose(1, 2) for x in (q_part, k_part, v_part))  # c M n d
+        out.append(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
+
+
+def _variable_length(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
+    """The same by one kernel that is told where each region ends."""
+    attend = find_varlen()
+    assert attend is not None
+    lengths = torch.tensor([0, *(n for c, n in groups for _ in range(c))])
+    ends = lengths.cumsum(0).to(q.device, torch.int32)
+    longest = int(lengths.max())
+    out: Tensor = attend(q, k, v, ends, ends, longest, longest)
+    return out
+
+
+class _Permutation(torch.autograd.Function):
+    # The gradient of a permutation is the inverse one. What autograd makes of indexing adds row by row instead.
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _permute(gradient, inverse, order), None, None
+
+
+def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Rows `(T, ...)` in another order."""
+    permuted: Tensor = _Permutation.apply(rows, order, inverse)
+    return permuted
