@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BACKENDS = ("auto", "segments", "dense", "varlen")
-# Measured by `scripts/bench --parts regions`: with most of the matrix to compute anyway, one masked product is faster
-# than gathering; its mask grows with the square of L, so it is for short sequences only.
-DENSE_SHARE = 0.8
-DENSE_TOKENS = 1024
+# Up to here one masked product is as fast as gathering, or faster, whatever the regions; at 1,024 tokens it is slower
+# even where nine tenths of the scores lie inside regions (CPU, 8 heads of width 32).
+DENSE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,12 @@ class RegionIndex:
         order: tokens of the batch sorted by the length of their region, then by region, `(T,)`.
         inverse: place of each token in that order, `(T,)`.
         groups: (c, n) of the runs of equally long regions in that order.
-        share: rho, the part of all B*L*L scores that lies inside regions.
     """
 
     keys: Tensor
     order: Tensor
     inverse: Tensor
     groups: tuple[tuple[int, int], ...]
-    share: float
 
 
 def region_keys(labels: Tensor) -> tuple[Tensor, int]:
@@ -95,8 +92,7 @@ def region_index(labels: Tensor) -> RegionIndex:
     inverse[order] = torch.arange(len(order), device=order.device)
     sizes, counts = torch.unique_consecutive(lengths[by_length], return_counts=True)
     groups = tuple((c, n) for c, n in zip(counts.tolist(), sizes.tolist(), strict=True) if n)
-    b, length = labels.shape
-    return RegionIndex(keys, order, inverse, groups, sum(c * n * n for c, n in groups) / (b * length**2))
+    return RegionIndex(keys, order, inverse, groups)
 
 
 def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Tensor, backend: str = "auto") -> Tensor:
@@ -107,8 +103,7 @@ def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Ten
         regions: labels `(B, L)`, or their `region_index` where several layers share it.
         backend: `"segments"` gathers each region and attends inside it: any device and type, memory linear in L.
             `"dense"` is one product with an L x L mask. `"varlen"` is PyTorch's variable-length attention: a GPU,
-            float16 or bfloat16. `"auto"` takes varlen where it runs, dense for a short sequence that is mostly one
-            region, else segments.
+            float16 or bfloat16. `"auto"` takes varlen where it runs, dense for short sequences, else segments.
 
     Returns:
         `(B, M, L, d)`.
@@ -143,8 +138,7 @@ def choose_backend(index: RegionIndex, q: Tensor) -> str:
     """What `"auto"` means for these regions and queries."""
     if runs_varlen(q) and find_varlen():
         return "varlen"
-    short = q.shape[2] <= DENSE_TOKENS and len(index.groups) > 1
-    return "dense" if short and index.share > DENSE_SHARE else "segments"
+    return "dense" if q.shape[2] <= DENSE_TOKENS and len(index.groups) > 1 else "segments"
 
 
 def runs_varlen(q: Tensor) -> bool:
