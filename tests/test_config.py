@@ -33,7 +33,7 @@ def built(command: str, *overrides: str):
     config = composed(command, *overrides)
     node = config["method"]
     node["model"]["in_channels"] = 1
-    if command == "finetune":
+    if command == "finetune" and "out_channels" in node["model"]:
         node["model"]["out_channels"] = 4
     for key, cls in COMMANDS[command].items():
         assert isinstance(typed(cls, config[key]), cls)
@@ -58,6 +58,8 @@ def test_every_model_composes_and_builds(size: str) -> None:
         model = built("pretrain", f"model=asa_{size}", f"method={method}", "crop=[32,64,32]").model
         assert model.encoder.img_size == (32, 64, 32)
     assert built("finetune", f"model=unet_{size}", "crop=64").model.out_channels == 4
+    model = built("finetune", "method=restore", f"model=rat_{size}", "model.upscale=2").model
+    assert (model.upscale, model.in_channels) == (2, 1)
 
 
 def test_mae_is_the_same_class_with_both_ideas_off() -> None:

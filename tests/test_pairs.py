@@ -72,11 +72,16 @@ def test_dicom_slices_are_read_in_hounsfield_units() -> None:
     np.testing.assert_allclose(read_picture(path, (-1024, 3000))[0], (hu.clip(-1024, 3000) + 1024) / 4024, atol=1e-5)
 
 
-def test_damaged_and_unfit_files_are_named(tmp_path: Path) -> None:
-    for name in ("a.png", "a.dcm", "a.nii"):
-        (tmp_path / name).write_bytes(100 * b"no image")
-        with pytest.raises(ValueError, match=name):
-            read_picture(tmp_path / name, (0, 1))
+@pytest.mark.parametrize("name", ["a.png", "a.dcm", "a.nii"])
+def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
+    if name == "a.dcm":
+        pytest.importorskip("pydicom")
+    (tmp_path / name).write_bytes(100 * b"no image")
+    with pytest.raises(ValueError, match=name):
+        read_picture(tmp_path / name, (0, 1))
+
+
+def test_unfit_files_are_named(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), dtype=np.float32), np.eye(4)), tmp_path / "v.nii")
     with pytest.raises(ValueError, match="not one slice"):
         read_picture(tmp_path / "v.nii", (0, 1))

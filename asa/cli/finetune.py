@@ -1,4 +1,4 @@
-"""asa-finetune: learn a segmentation from labelled scans."""
+"""asa-finetune: learn a segmentation from labelled scans, or restoration from pairs of images."""
 
 import sys
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from asa.cli import restoration
 from asa.cli.cohort import open_parts
 from asa.cli.front import Config, open_run, run_command
 from asa.cli.planning import preflight, show_plan, wants_plan
@@ -40,6 +41,9 @@ def finetune(config: Config) -> None:
     Raises:
         ValueError: a store without labels, or a pretrained encoder that does not match.
     """
+    if config["method"]["_target_"] == restoration.METHOD:
+        restoration.finetune(config)
+        return
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
     augment = typed(AugmentSettings, config["augment"])
@@ -47,6 +51,8 @@ def finetune(config: Config) -> None:
     if not planning:  # a plan may be for another machine
         check_settings(settings, optim)
     data = config["data"]
+    if data["store"] is None:
+        raise ValueError("data.store has to be given: a folder made by asa-prepare, with labels")
     data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
     explain = _explains(config)
     source = read_source(config["init"]) if config["init"] and not planning else None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asa.data.datasets.folder import subject_of
 from asa.data.loader import Samples, sample_seed
 from asa.data.picture import list_pictures, read_picture, read_regions
 
@@ -33,13 +34,20 @@ class Pair(TypedDict):
 
 
 def find_pairs(
-    root: str | Path, *, low: str = "low", high: str = "high", regions: str | None = "regions"
+    root: str | Path,
+    *,
+    low: str = "low",
+    high: str = "high",
+    regions: str | None = "regions",
+    subject: str | None = None,
 ) -> list[Pair]:
     """The pairs below a folder, sorted by id.
 
     Args:
         root: the folder.
         low, high, regions: folders in it; no `regions` means that every image is one region.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: each pair is one subject.
+            Slices of one person belong in one part of a split.
 
     Raises:
         FileNotFoundError: a folder is missing; for the regions the message says how to make them.
@@ -71,7 +79,7 @@ def find_pairs(
         pairs.append(
             {
                 "id": name,
-                "subject": name,
+                "subject": subject_of(name, subject),
                 "low": str(images["low"][name]),
                 "high": str(images["high"][name]),
                 "regions": labels,

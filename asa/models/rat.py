@@ -137,10 +137,6 @@ class RegionLayer(nn.Module):
         )
         self.region_scale, self.window_scale = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone, beside biases and norms."""
-        return {"region_scale", "window_scale"}
-
     def forward(self, tokens: Tensor, index: RegionIndex, grid: tuple[int, int]) -> Tensor:
         """`(B, L, E)` -> `(B, L, E)`."""
         tokens = tokens + self.region_scale * self.regions(self.norms[0](tokens), index)
