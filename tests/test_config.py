@@ -20,6 +20,9 @@ EXPERIMENTS = {
     "wmh": "finetune",
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
+    "rat_ct_denoise": "finetune",
+    "rat_pet": "finetune",
+    "rat_sr": "finetune",
     "demo_pretrain": "pretrain",
     "demo_finetune": "finetune",
 }
@@ -114,6 +117,14 @@ def test_a_wrong_key_or_value_is_named_with_its_nearest_neighbour(override: str,
     with pytest.raises(ValueError) as error:
         composed("pretrain", override)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_restoration_has_the_released_settings() -> None:
+    config = composed("finetune", "experiment=rat_sr")
+    optim, train = config["optim"], config["train"]
+    assert (optim["betas"], optim["lr"], optim["final_lr"], optim["schedule"]) == ([0.5, 0.999], 2e-4, 1e-6, "cosine")
+    assert (train["steps"], train["batch_size"], config["method"]["beta"]) == (200000, 8, 1e-3)
+    assert (config["model"]["_target_"], config["method"]["model"]["upscale"]) == ("asa.models.rat.rat_base", 4)
 
 
 def test_a_missing_value_is_named() -> None:
