@@ -87,10 +87,19 @@ def test_a_run_goes_on_and_its_network_loads(pairs: Path, trained: Path, monkeyp
         asa.load_encoder(trained)
 
 
+def test_a_run_starts_from_another_one(pairs: Path, trained: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "next"
+    steps = ["train.steps=1", "train.batch_size=1", "optim.lr=0", "optim.warmup=0"]
+    assert run(monkeypatch, finetune, f"data.root={pairs}", f"out={out}", f"init={trained}", *TINY, *SPLIT, *steps) == 0
+    before, after = asa.load_model(trained).state_dict(), asa.load_model(out).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["init=somewhere"], "starts from scratch"),
+        (["plan=only"], "plan= and transfer=explain are not for"),
+        (["init=somewhere"], "no checkpoint here"),
         (["crop=[16,16]"], "crops of images are square"),
         (["data.root=null"], "data.root has to be given"),
         (["model.upscale=2"], "with model.upscale=2"),

@@ -14,7 +14,7 @@ from asa.data.loader import LoaderSettings
 from asa.data.pairs import PairDataset, check_channels, find_pairs, regions_of
 from asa.data.picture import list_pictures, read_picture, write_picture
 from asa.data.splits import select
-from asa.engine.checkpoint import find_weights, read_model, read_weights
+from asa.engine.checkpoint import find_weights, load_weights, read_model, read_weights
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import PredictSettings
 from asa.engine.quality import evaluate_pictures
@@ -35,9 +35,8 @@ def finetune(config: Config) -> None:
     """
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
-    for key in ("init", "plan"):
-        if config[key] is not None:
-            raise ValueError(f"{key}={config[key]}: not for method=restore, which starts from scratch")
+    if config["plan"] is not None or config["transfer"] != "load":
+        raise ValueError("plan= and transfer=explain are not for method=restore")
     if not isinstance(config["crop"], int):
         raise ValueError(f"crop={config['crop']}: crops of images are square, give one number")
     check_settings(settings, optim)
@@ -52,6 +51,8 @@ def finetune(config: Config) -> None:
         node["in_channels"] = node["in_channels"] or channels
     torch.manual_seed(settings.seed)
     method = build(config["method"], plugins=config["plugins"])
+    if config["init"] is not None:
+        _start_from(config["init"], method.model)
     parts = {
         name: PairDataset(
             chosen,
@@ -84,6 +85,12 @@ def finetune(config: Config) -> None:
         )
     print("  ".join(f"{name} {last[name]:.4f}" for name in ("psnr", "ssim") if name in last))
     print(f"wrote {find_weights(run)}")
+
+
+def _start_from(init: str, model: RegionAttentionTransformer) -> None:
+    """Take the weights of an earlier run of the same network."""
+    weights, _ = read_weights(init)
+    load_weights(model, {name.removeprefix("model."): tensor for name, tensor in weights.items()}, init)
 
 
 def restores(checkpoint: object) -> bool:

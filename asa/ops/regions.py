@@ -102,8 +102,9 @@ def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Ten
         q, k, v: `(B, M, L, d)`.
         regions: labels `(B, L)`, or their `region_index` where several layers share it.
         backend: `"segments"` gathers each region and attends inside it: any device and type, memory linear in L.
-            `"dense"` is one product with an L x L mask. `"varlen"` is PyTorch's variable-length attention: a GPU,
-            float16 or bfloat16. `"auto"` takes varlen where it runs, dense for short sequences, else segments.
+            `"dense"` is one product with an L x L mask. `"varlen"` is PyTorch's variable-length attention: a GPU of
+            compute capability 8.0 or more, float16 or bfloat16. `"auto"` takes varlen where it runs, dense for short
+            sequences, else segments.
 
     Returns:
         `(B, M, L, d)`.
@@ -124,8 +125,8 @@ def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Ten
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if chosen == "varlen" and not (runs_varlen(q) and find_varlen()):
         raise ValueError(
-            f"variable-length attention needs a GPU, float16 or bfloat16 and torch.nn.attention.varlen, got {q.dtype} "
-            f"on {q.device.type}: use backend='segments'"
+            "variable-length attention needs a GPU of capability 8.0, float16 or bfloat16, d in steps of 8, and "
+            f"torch.nn.attention.varlen, got {q.dtype} on {q.device.type}: use backend='segments'"
         )
     b, m, length, d = q.shape
     rows = [_permute(x.transpose(1, 2).reshape(b * length, m, d), index.order, index.inverse) for x in (q, k, v)]
@@ -142,8 +143,9 @@ def choose_backend(index: RegionIndex, q: Tensor) -> str:
 
 
 def runs_varlen(q: Tensor) -> bool:
-    """Whether variable-length attention takes such queries."""
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+    """Whether variable-length attention, which is FlashAttention's, takes such queries."""
+    fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def find_varlen() -> Callable[..., Any] | None:

@@ -36,7 +36,7 @@ from asa.models.rat import rat_tiny
 LEARNT = ("camera.png", "coins.png", "moon.png", "cell.png", "chelsea.png", "coffee.png", "rocket.jpg", "gravel.png")
 HELD_OUT = ("astronaut.png", "retina.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
 ARMS = {"windows": None, "global": None, "true": "regions", "shuffled": "shuffled"}  # folder of label maps
-CROPS = {"denoise": 64, "super": 32}
+CROPS = {"denoise": 48, "super": 24}
 
 
 def grey(name: str) -> np.ndarray:
@@ -56,7 +56,7 @@ def clean_images(task: str) -> Iterator[tuple[str, np.ndarray]]:
                 yield f"{part}_{i}{j}", picture[:, edge * i : edge * (i + 1), edge * j : edge * (j + 1)]
         return
     for name in LEARNT:
-        yield f"train_{Path(name).stem}", grey(name)[:, :400, :400]
+        yield f"train_{Path(name).stem}", grey(name)[:, :256, :256]
     for name in HELD_OUT:
         picture = grey(name)
         top, left = ((n - 256) // 2 for n in picture.shape[1:])
@@ -90,7 +90,7 @@ def run(task: str, arm: str, seed: int, steps: int, root: Path, out: Path) -> di
     }
     upscale = 2 if task == "super" else 1
     torch.manual_seed(seed)
-    method = Restoration(model=rat_tiny(upscale=upscale, groups=1, depth=3))
+    method = Restoration(model=rat_tiny(upscale=upscale, dim=8, groups=1, depth=3, num_heads=2))
     torch.nn.init.zeros_(method.model.head.weight)  # the steps are few: they start from the input as it is
     if arm == "windows":
         for name, parameter in method.named_parameters():
