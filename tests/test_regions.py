@@ -103,6 +103,21 @@ def test_one_region_is_global_attention_and_singletons_give_v() -> None:
     assert torch.equal(region_attention(q, k, v, torch.arange(30).expand(3, -1)), v)
 
 
+def test_true_regions_restore_what_shuffled_ones_and_the_whole_image_cannot() -> None:
+    torch.manual_seed(0)
+    labels = (torch.arange(400) // 50)[None]
+    clean = torch.randn(8)[labels].view(1, 1, 400, 1)
+    noisy = clean + 0.5 * torch.randn(1, 1, 400, 1)
+    alike = torch.zeros_like(noisy)  # equal scores: a region's mean
+
+    def error(regions: Tensor) -> float:
+        return F.mse_loss(region_attention(alike, alike, noisy, regions), clean).item()
+
+    shuffled = labels[:, torch.randperm(400)]
+    assert error(labels) < 0.1 * F.mse_loss(noisy, clean).item()
+    assert min(error(shuffled), error(torch.zeros_like(labels))) > 5 * error(labels)
+
+
 def test_images_share_no_region() -> None:
     q, k, v = qkv()
     labels = random_labels()
