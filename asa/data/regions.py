@@ -7,11 +7,9 @@ OUT/regions.json      how the maps were made
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,10 @@ from tqdm import tqdm
 from asa.data.files import read_json, write_json
 from asa.data.picture import list_pictures, read_picture, write_picture, write_regions
 from asa.data.providers import Provider, make_provider
-from asa.data.workers import end_with_parent
+from asa.data.workers import KILLED, in_processes
 
 SETTINGS = "regions.json"
 OUTLINE = np.array([230, 159, 0]) / 255  # Okabe and Ito's orange
-Job = tuple[str, str]  # id and path of an image
 
 
 @dataclass
@@ -68,61 +65,34 @@ def store_regions(
     made = {**settings, "window": None if window is None else list(window)}
     if (out / SETTINGS).is_file() and (before := read_json(out / SETTINGS)) != made:
         raise ValueError(f"{out}: holds label maps made in another way ({before}): choose another out=")
-    provider = make_provider(**settings) if workers == 1 else None  # each worker makes its own
+    _provider(tuple(settings.items()))  # what it lacks is said once, not for every image
     write_json(out / SETTINGS, made)
     report = Report(kept=[id for id in found if (out / f"{id}.png").is_file()])
-    jobs = [(id, str(path)) for id, path in found.items() if id not in report.kept]
-    task = partial(_compute, out=out, settings=dict(settings), window=window)
+    jobs = {id: (id, str(path)) for id, path in found.items() if id not in report.kept}
+    compute = partial(_compute, out=out, settings=tuple(settings.items()), window=window)
     with tqdm(total=len(jobs), desc="regions", unit="image", disable=not progress) as bar:
-        for id, result in _results(jobs, task, provider, workers):
+        for id, result in in_processes(compute, jobs, workers):
             if isinstance(result, int):
                 report.regions[id] = result
             else:
-                report.failures[id] = result
+                report.failures[id] = result or KILLED
             bar.update()
     return report
 
 
-def _results(
-    jobs: list[Job], task: partial[int | str], provider: Provider | None, workers: int
-) -> Iterator[tuple[str, int | str]]:
-    """Id, and the number of regions or why there are none, of each image."""
-    if provider is not None:
-        for job in jobs:
-            yield job[0], task(job, provider=provider)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        futures = {pool.submit(task, job): job[0] for job in jobs}
-        try:
-            for future in as_completed(futures):
-                try:
-                    yield futures[future], future.result()
-                except BrokenExecutor:
-                    yield futures[future], "a worker process was killed, out of memory perhaps; run with fewer workers"
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_made: dict[str, Provider] = {}  # of a worker process: a network is loaded once
+@cache
+def _provider(settings: tuple[tuple[str, Any], ...]) -> Provider:
+    return make_provider(**dict(settings))  # a worker process loads a network once
 
 
 def _compute(
-    job: Job,
-    *,
-    out: Path,
-    settings: dict[str, Any],
-    window: Sequence[float] | None,
-    provider: Provider | None = None,
+    job: tuple[str, str], *, out: Path, settings: tuple[tuple[str, Any], ...], window: Sequence[float] | None
 ) -> int | str:
-    """Compute and store one label map: the number of its regions, or why there is none."""
+    """Compute and store the label map of an image, (id, path): the number of its regions, or why there is none."""
     id, path = job
     try:
-        if provider is None:
-            key = repr(settings)
-            provider = _made[key] if key in _made else _made.setdefault(key, make_provider(**settings))
         image = read_picture(path, window)
-        labels = provider(id, image)
+        labels = _provider(settings)(id, image)
         write_picture(out / "previews" / f"{id}.png", outlined(image, labels))
         write_regions(out / f"{id}.png", labels)  # last: a map that is there is whole
     except (ValueError, OSError, ImportError) as error:

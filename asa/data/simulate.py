@@ -5,13 +5,18 @@ Images are `(H, W)` or `(C, H, W)` float; randomness comes from a numpy Generato
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
+from tqdm import tqdm
 
-from asa.data.picture import needed
+from asa.data.loader import sample_seed
+from asa.data.picture import list_pictures, needed, read_picture, write_picture
 
+KINDS = ("ct", "pet", "sr")
+Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 WATER = 0.0193  # linear attenuation of water per mm at about 70 keV (NIST XCOM)
 
 
@@ -105,3 +110,86 @@ def decimated(image: np.ndarray, factor: int, *, blur: float = 0.5) -> np.ndarra
     soft = gaussian_filter(image.astype(np.float64), (0, blur * factor, blur * factor), mode="nearest")
     centres = np.meshgrid(*((np.arange(n // factor) + 0.5) * factor - 0.5 for n in image.shape[1:]), indexing="ij")
     return np.stack([map_coordinates(channel, centres, order=1, mode="nearest") for channel in soft])
+
+
+def make_degradation(
+    kind: str,
+    *,
+    window: Sequence[float] | None = None,
+    photons: float = 1e4,
+    pixel: float = 0.7,
+    counts: float = 1e6,
+    factor: int = 2,
+    blur: float = 0.5,
+) -> Degradation:
+    """What makes the degraded partner of an image `(C, H, W)` in [0, 1].
+
+    Args:
+        kind: `"ct"` (`low_dose_ct` with `photons` and `pixel`), `"pet"` (`low_count_pet` with `counts`) or `"sr"`
+            (`decimated` by `factor` with `blur`).
+        window: for ct the HU that are 0 and 1.
+
+    Raises:
+        ValueError: an unknown kind, or settings that do not fit.
+    """
+    if kind == "sr":
+        if factor not in (2, 4):
+            raise ValueError(f"factor={factor}: super-resolution is by 2 or 4")
+        return lambda image, _: decimated(image, factor, blur=blur)
+    if kind == "pet":
+        return lambda image, generator: low_count_pet(_grey(image), generator, counts=counts)[None]
+    if kind != "ct":
+        raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
+    if window is None:
+        raise ValueError("kind=ct computes in HU: say which HU become 0 and 1, like window=[-1000,1000]")
+    low, width = window[0], window[1] - window[0]
+
+    def ct(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        noisy = low_dose_ct(_grey(image) * width + low, generator, photons=photons, pixel=pixel)
+        return ((noisy - low) / width)[None]
+
+    return ct
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    if len(image) != 1:
+        raise ValueError("a colour image, and only super-resolution is simulated for colour")
+    return image[0]
+
+
+def simulate_folder(
+    images: str | Path,
+    out: Path,
+    degrade: Degradation,
+    *,
+    window: Sequence[float] | None = None,
+    multiple: int = 1,
+    seed: int = 0,
+) -> int:
+    """Write OUT/high/ID.png and its degraded partner OUT/low/ID.png for every image in a folder.
+
+    Args:
+        images: folder of clean images.
+        out: folder of the pairs.
+        degrade: see `make_degradation`.
+        window: see `asa.data.picture.read_picture`.
+        multiple: the sizes are cut to multiples of it.
+        seed: of every random draw; an image's do not depend on the others.
+
+    Returns:
+        The number of pairs.
+
+    Raises:
+        FileNotFoundError, ValueError: no images, or one that cannot be read or degraded; the message names it.
+    """
+    found = list_pictures(images)
+    for id, path in tqdm(found.items(), desc="simulate", unit="image"):
+        clean = read_picture(path, window)
+        clean = clean[:, : clean.shape[1] // multiple * multiple, : clean.shape[2] // multiple * multiple]
+        try:
+            low = degrade(clean, np.random.default_rng(sample_seed(seed, id)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        write_picture(out / "high" / f"{id}.png", clean)
+        write_picture(out / "low" / f"{id}.png", low)
+    return len(found)
