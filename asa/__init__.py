@@ -10,8 +10,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AttentiveReconstructionLoss": "asa.losses.reconstruction",
+    "FocalRegionLoss": "asa.losses.restoration",
     "LinearWindowAttention": "asa.models.sw_vit",
     "MaskedAutoencoder": "asa.models.asa",
+    "RegionAttention": "asa.models.rat",
+    "RegionAttentionTransformer": "asa.models.rat",
     "SWViT": "asa.models.sw_vit",
     "SegmentationUNet": "asa.models.unet",
     "asa_base": "asa.models.asa",
@@ -22,6 +25,10 @@ _HOMES = {
     "load_model": "asa.engine.checkpoint",
     "patchify": "asa.ops.patches",
     "random_mask": "asa.ops.masking",
+    "rat_base": "asa.models.rat",
+    "rat_small": "asa.models.rat",
+    "rat_tiny": "asa.models.rat",
+    "region_attention": "asa.ops.regions",
     "symmetric_position_encoding": "asa.ops.position",
     "unpatchify": "asa.ops.patches",
 }

@@ -103,6 +103,15 @@ def test_importance_and_loader_rows_are_measured(tmp_path: Path) -> None:
         assert read["calls"] == row.BATCHES and "equivalent" not in read
 
 
+def test_region_rows_are_measured() -> None:
+    spec = {"kind": "attention", "edge": 12, "regions": 5, "batch": 1, **COMMON}
+    segments, dense = (row.measure({**spec, "backend": backend}, rates) for backend in ("segments", "dense"))
+    assert dense["operations"] == 4 * 144**2 * 8 * 32 > segments["operations"] and segments["extra_bytes"] >= 0
+    labels = row.voronoi(12, 5)
+    assert labels.shape == (1, 12, 12) and len(labels.unique()) == 5
+    assert row.measure({"kind": "restore", "size": "tiny", "edge": 32, "regions": 3, **COMMON}, rates)["seconds"] > 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fed_step_tells_the_share_of_its_time_that_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
@@ -127,12 +136,14 @@ def test_a_full_run_has_every_row_once_in_its_part() -> None:
     rows = plan.plan(list(plan.PARTS), "base", 128, 1, {})
     parts = [spec["part"] for spec in rows]
     assert {part: parts.count(part) for part in plan.PARTS} == {
-        "pretrain": 3, "finetune": 3, "importance": 2, "loader": 6, "fed": 3, "window": 3, "growth": 8,
+        "pretrain": 3, "finetune": 3, "importance": 2, "loader": 6, "fed": 3, "window": 3, "growth": 8, "regions": 5,
     }  # fmt: skip
     assert len({(spec["part"], spec["name"]) for spec in rows}) == len(rows)
     growth = [(spec["network"], spec["edge"]) for spec in rows if spec["part"] == "growth"]
     assert growth == [(network, edge) for network in ("asa", "dense") for edge in (64, 96, 128, 160)]
     assert [spec["windows"] for spec in rows if spec["part"] == "window"] == [8, 8, 8]
+    regions = [(spec["backend"], spec["tokens"], spec["regions"]) for spec in rows if spec["kind"] == "attention"]
+    assert regions == [("segments", 16384, 40), ("dense", 16384, 40), ("segments", 4096, 10), ("segments", 65536, 160)]
 
 
 def test_a_run_writes_table_and_json(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ EXPERIMENTS = {
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "oasis_ablation": "ablate",
+    "rat_ct_denoise": "finetune",
+    "rat_pet": "finetune",
+    "rat_sr": "finetune",
     "demo_pretrain": "pretrain",
     "demo_finetune": "finetune",
 }
@@ -38,7 +41,7 @@ def built(command: str, *overrides: str):
     config = composed(command, *overrides)
     node = config["method"]
     node["model"]["in_channels"] = 1
-    if command == "finetune":
+    if command == "finetune" and "out_channels" in node["model"]:
         node["model"]["out_channels"] = 4
     if node.get("regions", {}) is None:
         node["regions"] = {"WT": [1, 2], "TC": [2], "a": [3], "b": [4]}
@@ -74,6 +77,8 @@ def test_every_model_composes_and_builds(size: str) -> None:
         assert built("finetune", f"model={name}_{size}", "crop=64").model.out_channels == 4
     order = built("finetune", f"model=unet_{size}", "crop=64", "method=regions").order
     assert order == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    model = built("finetune", "method=restore", f"model=rat_{size}", "model.upscale=2").model
+    assert (model.upscale, model.in_channels) == (2, 1)
 
 
 def test_mae_is_the_same_class_with_both_ideas_off() -> None:
@@ -128,6 +133,14 @@ def test_a_wrong_key_or_value_is_named_with_its_nearest_neighbour(override: str,
     with pytest.raises(ValueError) as error:
         composed("pretrain", override)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_restoration_has_the_released_settings() -> None:
+    config = composed("finetune", "experiment=rat_sr")
+    optim, train = config["optim"], config["train"]
+    assert (optim["betas"], optim["lr"], optim["final_lr"], optim["schedule"]) == ([0.5, 0.999], 2e-4, 1e-6, "cosine")
+    assert (train["steps"], train["batch_size"], config["method"]["beta"]) == (200000, 8, 1e-3)
+    assert (config["model"]["_target_"], config["method"]["model"]["upscale"]) == ("asa.models.rat.rat_base", 4)
 
 
 def test_a_missing_value_is_named() -> None:

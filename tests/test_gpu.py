@@ -61,3 +61,20 @@ def test_pretraining_runs_and_stays_close_to_the_cpu(store: Path, tmp_path: Path
         )["loss"]
         assert list_checkpoints(run)
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
+
+
+@pytest.mark.parametrize("backend", ["segments", "varlen"])
+def test_region_attention_and_its_gradients_agree(backend: str) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 4, 200, 16, requires_grad=True) for _ in range(3)]
+    labels = torch.randint(5, (2, 200))
+    dtype = torch.float32 if backend == "segments" else torch.float16
+    on_gpu = [x.detach().cuda().to(dtype).requires_grad_() for x in inputs]
+    found = asa.region_attention(*on_gpu, labels.cuda(), backend)
+    expected = asa.region_attention(*inputs, labels, "dense")
+    tolerance = dict(atol=1e-4, rtol=1e-4) if backend == "segments" else dict(atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found.float().cpu(), expected, **tolerance)
+    ours = torch.autograd.grad(found.float().square().sum(), on_gpu)
+    theirs = torch.autograd.grad(expected.square().sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.float().cpu(), b, **tolerance)

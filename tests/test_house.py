@@ -57,10 +57,12 @@ def test_import_loads_nothing_heavy() -> None:
 def test_the_public_names_need_no_extra() -> None:
     code = (
         "import sys\n"
-        "for name in ('matplotlib', 'jinja2', 'nilearn', 'SimpleITK', 'onnxruntime'): sys.modules[name] = None\n"
+        "extras = 'matplotlib', 'jinja2', 'nilearn', 'SimpleITK', 'onnxruntime', 'skimage', 'pydicom'\n"
+        "for name in extras: sys.modules[name] = None\n"
         "import asa\n"
         "for name in asa.__all__: getattr(asa, name)\n"
         "import asa.cli.phantom, asa.cli.prepare, asa.cli.pretrain\n"
         "import asa.cli.finetune, asa.cli.predict, asa.cli.evaluate, asa.cli.export, asa.cli.ablate\n"
+        "import asa.cli.regions, asa.cli.simulate\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

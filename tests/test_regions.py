@@ -1,212 +1,275 @@
-"""Regions: masks and back, their loss, and prediction."""
+"""Laws of attention inside regions, and of the focal loss over them."""
 
-from pathlib import Path
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 
-import nibabel
-import numpy as np
 import pytest
 import torch
-from conftest import LABELS
-from test_predict import DATA, SETTINGS, WINDOW, a_scan, call, predicted
-from torch import nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from asa.cli import finetune, predict
-from asa.config import build
-from asa.data.datasets import folder
-from asa.data.prepare import Plan, prepare_cohort
-from asa.data.store import IGNORED
-from asa.engine.checkpoint import read_weights, save_checkpoint
-from asa.engine.labels import mirrored_regions
-from asa.engine.predict import Segmenter
-from asa.losses.segmentation import DeeplySupervisedRegionLoss
-from asa.methods.segment import RegionSegmentation
-from asa.models.unet import unet_tiny
-from asa.ops.regions import paint, painting_order, region_masks
-
-BRATS = {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}
+from asa import FocalRegionLoss, RegionAttention, region_attention
+from asa.ops import regions
+from asa.ops.regions import choose_backend, region_index, region_keys
 
 
-def one_hot_regions(label: np.ndarray, regions: dict[str, list[int]]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([np.isin(label, values) for values in regions.values()]).astype(np.float32))
+def qkv(b: int = 3, m: int = 2, length: int = 30, d: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(b, m, length, d, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
 
 
-def test_a_voxel_lies_in_every_region_that_joins_its_label() -> None:
-    label = torch.tensor([0, 1, 2, 4, IGNORED]).view(1, 1, 1, 1, 5)
-    found = region_masks(label, list(BRATS.values()))[0].flatten(1).int().tolist()
-    assert found == [[0, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 0]]
+def random_labels(b: int = 3, length: int = 30) -> Tensor:
+    """Images with 2, 7 and 15 regions, each in many parts."""
+    generator = torch.Generator().manual_seed(2)
+    counts = (2, 7, 15)
+    return torch.stack([torch.randint(counts[i % 3], (length,), generator=generator) for i in range(b)])
+
+
+def one_query_at_a_time(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tensor:
+    """The definition: for every token a softmax over the tokens with its label."""
+    out = torch.zeros_like(q)
+    for b in range(len(q)):
+        for i in range(q.shape[2]):
+            own = torch.nonzero(labels[b] == labels[b, i]).flatten()
+            scores = (k[b][:, own] * q[b][:, i : i + 1]).sum(-1) / q.shape[-1] ** 0.5  # M n
+            out[b, :, i] = (scores.softmax(-1)[:, :, None] * v[b][:, own]).sum(1)
+    return out
+
+
+def value_and_gradients(attend: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    out = attend(*inputs)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return (out, *torch.autograd.grad((out * weights).sum(), inputs))
+
+
+def varlen_stand_in(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest: int, _: int) -> Tensor:
+    """What PyTorch's kernel computes, sequence by sequence: its interface can be tested without a GPU."""
+    assert ends_q.dtype == torch.int32 and ends_q[0] == 0 and ends_q[-1] == len(q)
+    assert ends_q.diff().max() == longest and torch.equal(ends_q, ends_k)
+    parts = []
+    for a, b in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
+        heads = (x[a:b].transpose(0, 1) for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(*heads).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("backend", ["segments", "dense", "varlen", "auto"])
+def test_every_backend_is_dense_masked_attention(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "varlen":
+        monkeypatch.setattr(regions, "runs_varlen", lambda q: True)
+        monkeypatch.setattr(regions, "find_varlen", lambda: varlen_stand_in)
+    inputs, labels = qkv(), random_labels()
+    found = value_and_gradients(lambda *x: region_attention(*x, labels, backend), inputs)
+    expected = value_and_gradients(lambda *x: one_query_at_a_time(*x, labels), inputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_what_happens_outside_a_region_leaves_the_inside_unchanged(backend: str) -> None:
+    torch.manual_seed(0)
+    attention, labels = RegionAttention(16, 2, backend), random_labels()
+    tokens = torch.randn(3, 30, 16)
+    inside = labels == 1
+    other = torch.where(inside[..., None], tokens, torch.randn_like(tokens))
+    before, after = attention(tokens, labels), attention(other, labels)
+    torch.testing.assert_close(before[inside], after[inside], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(before[~inside], after[~inside])
 
 
 @pytest.mark.parametrize(
-    "regions", [BRATS, dict(reversed(BRATS.items())), {"a": [7], "b": [2, 1000], "c": [2]}, {"one": [3]}]
-)
-def test_the_regions_of_a_label_map_paint_that_label_map(regions: dict[str, list[int]]) -> None:
-    values = sorted({value for joined in regions.values() for value in joined})
-    label = np.random.default_rng(0).choice([0, *values], (5, 6, 7))
-    painted = paint(one_hot_regions(label, regions), painting_order(regions))
-    np.testing.assert_array_equal(painted.numpy(), label)
-
-
-def test_the_innermost_region_that_claims_a_voxel_wins_whatever_those_around_it_say() -> None:
-    shares = torch.tensor([[0.9, 0.9, 0.1, 0.5, 0.6], [0.1, 0.9, 0.1, 0.5, 0.4], [0.1, 0.6, 0.6, 0.5, 0.4]])
-    painted = paint(shares.view(3, 1, 1, 5), painting_order(BRATS)).flatten().tolist()
-    assert painted == [2, 4, 4, 0, 2]
-
-
-@pytest.mark.parametrize(
-    ("regions", "message"),
+    ("values", "dtype"),
     [
-        ({}, "no regions"),
-        ({"a": [1, 2], "b": [2, 3]}, "a and b overlap"),
-        ({"a": [1, 2]}, r"region a has to hold one label .* it has \[1, 2\]"),
-        ({"a": [1, 2], "b": [1], "c": [2]}, r"region a .* it has \[\]"),
-        ({"a": [1], "b": [1]}, "region a .* shares with no other"),
+        ([5, -3, 0], torch.int8),
+        ([250, 0, 255], torch.uint8),
+        ([10**12, -(10**12), 7], torch.int64),
+        ([-1, -2, -3], torch.int32),
     ],
 )
-def test_regions_that_make_no_labels_are_refused(regions: dict[str, list[int]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        painting_order(regions)
+def test_relabelling_changes_nothing(values: list[int], dtype: torch.dtype) -> None:
+    inputs = qkv()
+    labels = random_labels() % 3
+    renamed = torch.tensor(values)[labels].to(dtype)
+    before, after = (region_attention(*inputs, names) for names in (labels, renamed))
+    torch.testing.assert_close(before, after, rtol=1e-12, atol=1e-12)
 
 
-def loss_of_what_counts(logits: np.ndarray, label: np.ndarray, regions: dict[str, list[int]]) -> float:
-    """Dice + binary cross-entropy of a sample's counted voxels, written out: logits (n, R), label (n,)."""
-    logits, label = logits[label != IGNORED], label[label != IGNORED]
-    if not len(label):
-        return 0.0
-    p, dice, entropy = 1 / (1 + np.exp(-logits)), [], []
-    for r, values in enumerate(regions.values()):
-        inside = np.isin(label, values)
-        dice.append(1 - (2 * p[inside, r].sum() + 1e-5) / (p[:, r].sum() + inside.sum() + 1e-5))
-        entropy += [-np.log(p[inside, r]), -np.log(1 - p[~inside, r])]
-    return float(np.mean(dice) + np.concatenate(entropy).mean())
+def test_one_region_is_global_attention_and_singletons_give_v() -> None:
+    q, k, v = qkv()
+    whole = region_attention(q, k, v, torch.full((3, 30), 4))
+    torch.testing.assert_close(whole, F.scaled_dot_product_attention(q, k, v))
+    assert torch.equal(region_attention(q, k, v, torch.arange(30).expand(3, -1)), v)
 
 
-def with_ignored(batch: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Logits of three regions at three scales, and a label with ignored voxels."""
+def test_true_regions_restore_what_shuffled_ones_and_the_whole_image_cannot() -> None:
     torch.manual_seed(0)
-    label = torch.tensor([0, 1, 2, 4], dtype=torch.uint8)[torch.randint(0, 4, (batch, 1, 8, 8, 8))]
-    label[torch.rand(label.shape) < 0.3] = IGNORED
-    return [torch.randn(batch, 3, 8 // 2**k, 8 // 2**k, 8 // 2**k) for k in range(3)], label
+    labels = (torch.arange(400) // 50)[None]
+    clean = torch.randn(8)[labels].view(1, 1, 400, 1)
+    noisy = clean + 0.5 * torch.randn(1, 1, 400, 1)
+    alike = torch.zeros_like(noisy)  # equal scores: a region's mean
+
+    def error(regions: Tensor) -> float:
+        return F.mse_loss(region_attention(alike, alike, noisy, regions), clean).item()
+
+    shuffled = labels[:, torch.randperm(400)]
+    assert error(labels) < 0.1 * F.mse_loss(noisy, clean).item()
+    assert min(error(shuffled), error(torch.zeros_like(labels))) > 5 * error(labels)
 
 
-@pytest.mark.parametrize("ignored", [True, False])
-def test_the_loss_is_dice_plus_binary_cross_entropy_of_what_counts_halved_at_each_scale(ignored: bool) -> None:
-    logits, label = with_ignored()
-    if not ignored:
-        label[label == IGNORED] = 0
-    expected = 0.0
-    for k, out in enumerate(logits):
-        near = slice(2**k // 2, None, 2**k)
-        for one, values in zip(out.double().numpy(), label[:, 0, near, near, near].numpy(), strict=True):
-            expected += 0.5**k * loss_of_what_counts(one.reshape(3, -1).T, values.ravel(), BRATS) / len(out)
-    found = DeeplySupervisedRegionLoss(list(BRATS.values()))(logits, label)
-    assert float(found) == pytest.approx(expected / 1.75, rel=1e-5)
+def test_images_share_no_region() -> None:
+    q, k, v = qkv()
+    labels = random_labels()
+    together = region_attention(q, k, v, labels)
+    for i in range(3):
+        alone = region_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], labels[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_what_is_predicted_at_ignored_voxels_changes_nothing_and_a_sample_of_them_adds_nothing() -> None:
-    logits, label = with_ignored()
-    loss = DeeplySupervisedRegionLoss(list(BRATS.values()))
-    finest = logits[0].requires_grad_()
-    before = loss(logits, label)
-    before.backward()
-    ignored = (label == IGNORED).expand_as(finest)
-    assert finest.grad is not None and (finest.grad[ignored] == 0).all() and (finest.grad[~ignored] != 0).all()
-    assert torch.equal(loss([torch.where(ignored, 9.0, finest.detach()), *logits[1:]], label), before)
-    label[1] = IGNORED
-    torch.testing.assert_close(loss(logits, label), loss([out[:1] for out in logits], label[:1]) / 2)
+def test_the_index_sorts_tokens_into_whole_regions() -> None:
+    labels = random_labels()
+    index = region_index(labels)
+    assert torch.equal(index.order[index.inverse], torch.arange(90))
+    ends = torch.tensor([n for c, n in index.groups for _ in range(c)]).cumsum(0)
+    for part in index.keys.flatten()[index.order].tensor_split(ends[:-1]):
+        assert len(part.unique()) == 1
+    assert len(ends) == sum(len(row.unique()) for row in labels)
 
 
-def test_micro_batches_give_the_loss_of_the_whole_batch() -> None:
-    logits, label = with_ignored(4)
-    loss = DeeplySupervisedRegionLoss(list(BRATS.values()))
-    parts = [loss([out[k : k + 2] for out in logits], label[k : k + 2]) for k in (0, 2)]
-    torch.testing.assert_close(sum(parts) / 2, loss(logits, label))
+def test_numbers_of_regions_lie_below_their_count() -> None:
+    for labels in (random_labels(), torch.tensor([[10**15, 3], [-5, 3]])):
+        keys, count = region_keys(labels)
+        assert keys.min() >= 0 and keys.max() < count
+        assert not set(keys[0].tolist()) & set(keys[1].tolist())
 
 
-def test_the_method_learns_regions_and_every_parameter_gets_a_gradient() -> None:
-    torch.manual_seed(0)
-    model = unet_tiny(out_channels=3, feature_size=4, img_size=(64, 32, 32))
-    method = RegionSegmentation(model=model, regions={"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]})
-    label = torch.randint(0, 4, (2, 1, 64, 32, 32), dtype=torch.uint8)
-    method({"image": torch.rand(2, 1, 64, 32, 32), "label": label})["loss"].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
-    logits = 9 * (2 * region_masks(label[:1], method.loss.regions)[0].float() - 1)
-    assert torch.equal(method.label_map(logits), label[0, 0].int())
-    with pytest.raises(ValueError, match="3 channels for 1 regions"):
-        RegionSegmentation(model=model, regions={"WT": [1]})
+def test_only_short_sequences_are_masked() -> None:
+    def chosen(labels: Tensor) -> str:
+        return choose_backend(region_index(labels), torch.zeros(1, 1, labels.shape[1], 8))
+
+    edge = regions.DENSE_TOKENS
+    assert chosen((torch.arange(edge)[None] > 5).long()) == "dense"
+    assert chosen(torch.zeros(1, edge, dtype=torch.int64)) == "segments"  # no mask for what is global
+    assert chosen((torch.arange(edge + 1)[None] > 5).long()) == "segments"  # the mask would grow with the square
 
 
-# --- prediction
-
-SIDED = {"all": [1, 2, 5], "left": [1], "right": [2]}
-
-
-def checkpoint(folder: Path, seed: int = 0, **data: object) -> Path:
-    """An untrained network of three regions as asa-finetune saves it."""
-    torch.manual_seed(seed)
-    node = dict(_target_="asa.models.unet.unet_tiny", out_channels=3, in_channels=1, feature_size=4, img_size=WINDOW)
-    shell = nn.Module()
-    shell.model = build(node)
-    nn.init.normal_(shell.model.heads[0].conv.conv.weight)  # far from one half
-    content = {**DATA, "regions": [list(item) for item in SIDED.items()], **data}
-    save_checkpoint(folder, 1, shell, {"model": node, "data": content}, {}, keep=1)
-    return folder
-
-
-@pytest.mark.parametrize("prepare", [{"crop": "foreground"}, {"crop": "foreground", "spacing": 1.4}])
-def test_the_regions_that_are_written_paint_the_label_map(tmp_path: Path, prepare: dict) -> None:
-    path = a_scan(tmp_path)
-    segmenter = Segmenter(checkpoint(tmp_path / "run", prepare=prepare), SETTINGS)
-    label = predicted(segmenter, path, tmp_path / "p")
-    assert sorted(file.name for file in (tmp_path / "p").iterdir()) == ["all.nii.gz", "left.nii.gz", "right.nii.gz"]
-    shares = {name: np.asarray(nibabel.load(tmp_path / "p" / f"{name}.nii.gz").dataobj) for name in SIDED}
-    expected = np.zeros(label.shape)
-    for name, value in (("all", 5), ("left", 1), ("right", 2)):
-        expected[shares[name] > 0.5] = value
-    np.testing.assert_array_equal(label, expected)
-    assert len(np.unique(label)) > 2
+def test_wrong_inputs_of_the_attention_are_refused() -> None:
+    inputs = qkv()
+    for labels, message in (
+        (torch.zeros(3, 30), "holds integers"),
+        (torch.zeros(3, 0, dtype=torch.int64), "empty"),
+        (torch.zeros(3, 29, dtype=torch.int64), "do not fit 30 tokens"),
+        (torch.zeros(3, 5, 6, dtype=torch.int64), "flatten"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            region_attention(*inputs, labels)
+    with pytest.raises(ValueError, match="backend is one of"):
+        region_attention(*inputs, random_labels(), "fast")
+    with pytest.raises(ValueError, match="needs a GPU"):
+        region_attention(*inputs, random_labels(), "varlen")
+    with pytest.raises(ValueError, match="heads do not divide"):
+        RegionAttention(10, 3)
 
 
-def test_an_ensemble_of_regions_is_the_mean_of_sigmoids(tmp_path: Path) -> None:
-    image, folders = torch.rand(1, 32, 32, 64), [checkpoint(tmp_path / f"{k}", seed=k) for k in range(2)]
-    parts = [Segmenter(folder, SETTINGS) for folder in folders]
-    with torch.no_grad():
-        torch.testing.assert_close(parts[0].probabilities(image), parts[0].models[0](image[None])[0].sigmoid())
-    one, two = (part.probabilities(image) for part in parts)
-    torch.testing.assert_close(Segmenter(folders, SETTINGS).probabilities(image), (one + two) / 2)
-    with pytest.raises(ValueError, match="agrees in regions"):
-        Segmenter([folders[0], checkpoint(tmp_path / "x", regions=[["all", [1, 2, 5]]])], SETTINGS)
+PEAK = """
+import re, torch
+from asa.ops.regions import region_attention
+torch.set_num_threads(1)
+
+def high_water():  # KiB
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+def peak(length):
+    q, k, v = (torch.randn(1, 8, length, 32) for _ in range(3))
+    labels = torch.arange(length)[None] // 256
+    open("/proc/self/clear_refs", "w").write("5")  # forgets the high-water mark, which a child has from its parent
+    before = high_water()
+    region_attention(q, k, v, labels, "segments")
+    return high_water() - before
+
+peak(512)
+print(peak(4096), peak(16384))
+"""
 
 
-def test_in_a_mirror_a_region_takes_the_place_of_the_other_sides(tmp_path: Path) -> None:
-    image = torch.rand(1, 32, 32, 64)
-    segmenter = Segmenter(checkpoint(tmp_path / "run"), SETTINGS, mirror=True)
-    assert segmenter.mirrored_channels == [0, 2, 1]
-    here, there = segmenter.probabilities(image), segmenter.probabilities(image.flip(-1))
-    torch.testing.assert_close(there.flip(-1)[[0, 2, 1]], here)
-    with pytest.raises(ValueError, match="'left' has no partner"):
-        mirrored_regions({"all": [1, 2, 5], "left": [1]}, {1: "left_x", 2: "right_x", 5: "m"}, [["left_x", "right_x"]])
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells the peak of a part of the work"
+)
+def test_peak_memory_is_linear_in_the_tokens() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    few, many = map(int, done.stdout.split())
+    assert few > 1024 and many < 5 * few
+    assert many < 128 * 1024  # a mask of 16,384^2 alone has 256 MiB
 
 
-def test_the_stores_regions_are_learnt_validated_and_predicted_as_labels(
-    raw: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = folder.records(raw, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")[:3]
-    plan = Plan(labels=LABELS, regions={"whole": [1, 2, 5], "core": [2, 5], "inner": [5]})
-    assert not prepare_cohort(records, tmp_path / "store", plan, progress=False).failures
-    tiny = [
-        "method=regions", "model=unet_tiny", "+model.feature_size=4", "crop=[64,32,32]", "train.steps=1",
-        "train.batch_size=1", "loader.workers=0", "train.device=cpu", "optim.warmup=0", "predict.overlap=0",
-        "data.split={validation: 1, test: 1}",
-    ]  # fmt: skip
-    assert call(finetune, monkeypatch, f"data.store={tmp_path}/store", f"out={tmp_path}/run", *tiny) == 0
-    shown = capsys.readouterr().out
-    assert all(f"dice_{name} " in shown for name in ("whole", "core", "inner"))
-    description = read_weights(tmp_path / "run")[1]
-    assert description["model"]["out_channels"] == 3
-    assert description["data"]["regions"] == [["whole", [1, 2, 5]], ["core", [2, 5]], ["inner", [5]]]
-    arguments = [f"checkpoint={tmp_path}/run", f"input={tmp_path}/store", "part=test", f"out={tmp_path}/out"]
-    assert call(predict, monkeypatch, *arguments, "predict.overlap=0") == 0
-    (file,) = (tmp_path / "out").iterdir()
-    assert set(np.unique(nibabel.load(file).dataobj)) <= {0, 1, 2, 5}
-    assert call(finetune, monkeypatch, f"data.store={store}", f"out={tmp_path}/none", *tiny) == 1
-    assert "the store has no regions" in capsys.readouterr().err
+def written_out_focal_loss(prediction: Tensor, target: Tensor, labels: Tensor, beta: float) -> Tensor:
+    """Image by image and region by region."""
+    losses = []
+    for b in range(len(target)):
+        error = (prediction[b] - target[b]).abs()
+        means = {int(r): error[:, labels[b] == r].mean().item() for r in labels[b].unique()}
+        largest = max(means.values())
+        weight = torch.tensor([[means[int(r)] / largest if largest else 0.0 for r in row] for row in labels[b]])
+        losses.append((error * (1 + beta * weight)).mean())
+    return torch.stack(losses).mean()
+
+
+def pictures() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    prediction, target = torch.rand(2, 3, 2, 6, 5, generator=generator)
+    labels = torch.randint(-2, 3, (3, 6, 5), generator=generator) * torch.tensor([1, 100, 0]).view(3, 1, 1)
+    return prediction.requires_grad_(), target, labels
+
+
+@pytest.mark.parametrize("beta", [1.0, 1e-3, 3.0])
+def test_the_focal_loss_is_the_one_written_out(beta: float) -> None:
+    prediction, target, labels = pictures()
+    found = FocalRegionLoss(beta)(prediction, target, labels)
+    expected = written_out_focal_loss(prediction, target, labels, beta)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(loss, prediction) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_uniform_error_costs_one_plus_beta_times_itself() -> None:
+    _, target, labels = pictures()
+    assert FocalRegionLoss(0.5)(target + 0.25, target, labels).item() == pytest.approx(1.5 * 0.25)
+
+
+def test_beta_zero_is_the_absolute_error() -> None:
+    prediction, target, labels = pictures()
+    torch.testing.assert_close(FocalRegionLoss(0)(prediction, target, labels), F.l1_loss(prediction, target))
+
+
+def test_a_perfect_prediction_costs_nothing_and_has_a_finite_gradient() -> None:
+    _, target, labels = pictures()
+    prediction = target.clone().requires_grad_()
+    loss = FocalRegionLoss()(prediction, target, labels)
+    loss.backward()
+    assert loss == 0 and prediction.grad is not None and prediction.grad.isfinite().all()
+
+
+def test_a_batch_is_the_mean_of_its_images() -> None:
+    prediction, target, labels = pictures()
+    loss = FocalRegionLoss()
+    alone = [loss(prediction[i : i + 1], target[i : i + 1], labels[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(loss(prediction, target, labels), torch.stack(alone).mean())
+
+
+def test_the_worst_region_counts_most() -> None:
+    target = torch.zeros(1, 1, 2, 4)
+    labels = torch.tensor([[[0, 0, 1, 1]] * 2])
+    prediction = torch.tensor([[[[0.1, 0.1, 0.4, 0.4]] * 2]])
+    weights = FocalRegionLoss().weights(prediction - target, labels)
+    torch.testing.assert_close(weights, torch.tensor([[[0.25, 0.25, 1, 1]] * 2]))
+
+
+def test_wrong_inputs_of_the_focal_loss_are_refused() -> None:
+    prediction, target, labels = pictures()
+    with pytest.raises(ValueError, match="differ in shape"):
+        FocalRegionLoss()(prediction[:, :1], target, labels)
+    with pytest.raises(ValueError, match="does not fit images"):
+        FocalRegionLoss()(prediction, target, labels[:, :3])
+    with pytest.raises(ValueError, match="0 or more"):
+        FocalRegionLoss(-1)

@@ -1,5 +1,6 @@
 """From a configuration's `data` node to a store and its parts."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[s
         ValueError: no store, or a split that does not fit it.
     """
     store = Store(data["store"])
-    if list_checkpoints(run):  # whatever became of the options since, subjects do not change parts in a run
-        split = read_split(run / "split.json")
-    else:
-        file = data["split_file"]
-        split = make_split(store.records, **data["split"]) if file is None else read_split(file)
-        if data.get("labelled") is not None:
-            split = keep_labelled(split, data["labelled"])
+    split = choose_split(store.records, data, run)
     return store, split, {name: select(store.records, subjects) for name, subjects in split.items()}
+
+
+def choose_split(records: Sequence[Mapping[str, Any]], data: Mapping[str, Any], run: Path) -> dict[str, list[str]]:
+    """The subjects of each part: see `open_parts`."""
+    if list_checkpoints(run):  # whatever became of the options since, subjects do not change parts in a run
+        return read_split(run / "split.json")
+    file = data["split_file"]
+    split = make_split(records, **data["split"]) if file is None else read_split(file)
+    return split if data.get("labelled") is None else keep_labelled(split, data["labelled"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asa.cli import restoration
 from asa.cli.front import Config, run_command
 from asa.data.datasets import folder
 from asa.data.splits import read_split, select
@@ -37,6 +38,8 @@ def evaluate(config: Config) -> None:
         if given:
             raise ValueError(f"{given[0]}= and compare= exclude each other: evaluate each run first, then compare them")
         compare(config)
+    elif config["policy"] == restoration.TASK:
+        restoration.evaluate(config)
     elif len(given) < 2:
         raise ValueError("predictions= and truth= have to be given, or compare=[RUN_A, RUN_B]")
     else:

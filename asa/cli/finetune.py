@@ -1,4 +1,4 @@
-"""asa-finetune: learn a segmentation from labelled scans."""
+"""asa-finetune: learn a segmentation from labelled scans, or restoration from pairs of images."""
 
 import sys
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from asa.cli import restoration
 from asa.cli.cohort import open_parts
 from asa.cli.folds import finetune_folds, wants_folds
 from asa.cli.front import Config, open_run, run_command
@@ -25,7 +26,7 @@ from asa.engine.source import read_source, start_from
 from asa.engine.summary import listed
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
-from asa.ops.regions import painting_order
+from asa.ops.nested import painting_order
 
 SETTINGS = {
     "train": TrainSettings,
@@ -42,6 +43,9 @@ def finetune(config: Config) -> None:
     Raises:
         ValueError: a store without labels, or a pretrained encoder that does not match.
     """
+    if config["method"]["_target_"] == restoration.METHOD:
+        restoration.finetune(config)
+        return
     if wants_folds(config):
         finetune_folds(config, finetune)
         return
@@ -52,6 +56,8 @@ def finetune(config: Config) -> None:
     if not planning:  # a plan may be for another machine
         check_settings(settings, optim)
     data = config["data"]
+    if data["store"] is None:
+        raise ValueError("data.store has to be given: a folder made by asa-prepare, with labels")
     data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
     explain = _explains(config)
     source = read_source(config["init"]) if config["init"] and not planning else None

@@ -1,4 +1,4 @@
-"""asa-predict: label maps of new scans, in their own space."""
+"""asa-predict: label maps of new scans, in their own space, or restored images."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from asa.cli import restoration
 from asa.cli.front import Config, run_command
 from asa.config import typed
 from asa.data.datasets import folder
@@ -27,6 +28,10 @@ def predict(config: Config) -> None:
     Raises:
         ValueError: scans failed; they are listed before, and the others are done.
     """
+    if restoration.restores(config["checkpoint"]):
+        part = config["part"]
+        restoration.predict(config, None if part is None else _subjects(config["checkpoint"], part))
+        return
     source, out = Path(str(config["input"])), Path(str(config["out"]))
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")

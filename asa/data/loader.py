@@ -61,7 +61,16 @@ def sample_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class CropDataset(Dataset[dict[str, Any]]):
+class Samples(Dataset[dict[str, Any]]):
+    """What the loader reads: items addressed by (record, epoch), each with its "seed" and "id"."""
+
+    seed: int
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class CropDataset(Samples):
     """Crops of prepared volumes, augmented.
 
     An item is addressed by (record, epoch), so that the same address always gives the same bytes.
@@ -252,7 +261,7 @@ def check_batch(batch_size: int, micro_batches: int, world_size: int) -> None:
 
 
 def make_loader(
-    dataset: CropDataset,
+    dataset: Samples,
     batch_size: int,
     settings: LoaderSettings,
     *,

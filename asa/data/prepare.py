@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from asa.data.cohort import Record, check_records
 from asa.data.files import PART
 from asa.data.store import FOLDERS, FORMAT, MANIFEST, array_path, read_manifest, write_manifest
 from asa.data.visit import Visit
-from asa.data.workers import end_with_parent
+from asa.data.workers import KILLED, in_processes
 
 __all__ = ["Plan", "Report", "prepare_cohort"]
 
@@ -160,23 +158,8 @@ def _open(root: Path, head: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outcomes(jobs: list[Job], workers: int) -> Iterator[tuple[str, Outcome]]:
-    if workers == 1:
-        for job in jobs:
-            yield job.record["id"], attempt(job)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        futures = {pool.submit(attempt, job): job.record["id"] for job in jobs}
-        try:
-            for future in as_completed(futures):
-                id = futures.pop(future)
-                try:
-                    yield id, future.result()
-                except BrokenExecutor:
-                    reason = "a worker process was killed, out of memory perhaps; run again with fewer workers"
-                    yield id, Outcome(reason=reason, unknown=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for id, outcome in in_processes(attempt, {job.record["id"]: job for job in jobs}, workers):
+        yield id, outcome or Outcome(reason=KILLED, unknown=True)
 
 
 def _settle(id: str, outcome: Outcome, root: Path | None, entries: dict[str, dict[str, Any]], report: Report) -> None:

@@ -63,6 +63,24 @@ def read_image(path: str | Path) -> Volume:
     return Volume(_three_d(data, Path(path)), _affine(image, Path(path)), image.header)
 
 
+def read_slice(path: str | Path) -> np.ndarray:
+    """Read a single slice, `(H, W)` float32: its first axis is W, as a volume's first is left to right.
+
+    Args:
+        path: as in `read_image`.
+
+    Raises:
+        FileNotFoundError, ValueError: no image, a damaged one, NaN or inf, or more than one slice.
+    """
+    data = _voxels(_load(Path(path)), Path(path)).astype(np.float32)
+    if not np.isfinite(data).all():
+        raise ValueError(f"{path}: pixels are NaN or infinite; repair the image or leave the case out")
+    sizes = [n for n in data.shape if n > 1]
+    if len(sizes) != 2:
+        raise ValueError(f"{path}: shape {data.shape} is not one slice; cut the volume into slices, one a file")
+    return np.ascontiguousarray(data.reshape(sizes).T)
+
+
 def read_label(path: str | Path) -> Volume:
     """Read a label map as integers.
 

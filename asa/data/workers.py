@@ -1,4 +1,4 @@
-"""What a worker process owes the process that started it: to end with it, and to leave stopping to it."""
+"""Worker processes, and what one owes the process that started it: to end with it, and to leave stopping to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,40 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+J = TypeVar("J")
+T = TypeVar("T")
+
+KILLED = "a worker process was killed, out of memory perhaps; run again with fewer workers"
+
+
+def in_processes(function: Callable[[J], T], jobs: Mapping[str, J], workers: int) -> Iterator[tuple[str, T | None]]:
+    """A function of each job, as they are done: the job's name and what came out, None where its process was killed.
+
+    Args:
+        function: can be pickled, as its jobs and results; it raises nothing that is expected.
+        jobs: by name.
+        workers: processes; 1 works in this one.
+    """
+    if workers == 1:
+        for name, job in jobs.items():
+            yield name, function(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+        futures = {pool.submit(function, job): name for name, job in jobs.items()}
+        try:
+            for future in as_completed(futures):
+                name = futures.pop(future)
+                try:
+                    yield name, future.result()
+                except BrokenExecutor:
+                    yield name, None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def end_with_parent() -> None:

@@ -209,7 +209,7 @@ def read_description(file: Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
-    """The network of a run, with its weights, in evaluation mode: an autoencoder or a U-Net.
+    """The network of a run, with its weights, in evaluation mode: an autoencoder, a U-Net or a restoration network.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file.
@@ -256,6 +256,7 @@ def load_encoder(path: str | Path) -> SWViT:
     Raises:
         FileNotFoundError, ValueError: nothing there, or not a checkpoint that fits.
     """
-    encoder = load_model(path).encoder
-    assert isinstance(encoder, SWViT)
+    encoder = getattr(load_model(path), "encoder", None)
+    if not isinstance(encoder, SWViT):
+        raise ValueError(f"{path}: this network has no token encoder: give a run of asa-pretrain or of segmentation")
     return encoder

@@ -46,8 +46,9 @@ def export_onnx(checkpoint: str | Path, out: Path) -> float:
     except ImportError as error:
         raise ImportError(f'{error.name} is not installed: pip install "asa-mri[export]"') from None
     model, description = read_model(checkpoint)
-    encoder = model.encoder
-    assert isinstance(encoder, SWViT)
+    encoder = getattr(model, "encoder", None)
+    if not isinstance(encoder, SWViT):
+        raise ValueError(f"{checkpoint}: only segmentation networks and pretrained encoders are exported")
     network, output = (model, "logits") if isinstance(model, SEGMENTING) else (encoder, "tokens")
     shape = (encoder.in_channels, *encoder.img_size)
     content = _onnx(network, output, shape, _facts(encoder, description["data"]))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from asa.data.volume import Volume, write_image
-from asa.ops.regions import paint, painting_order
+from asa.ops.nested import paint, painting_order
 
 Shares = Iterable[np.ndarray]
 
@@ -49,7 +49,7 @@ def compare_classes(shares: Shares, labels: Mapping[int, str], like: Volume, fol
 def paint_regions(
     shares: Shares, regions: Mapping[str, Sequence[int]], like: Volume, folder: Path | None
 ) -> np.ndarray:
-    """The label of the innermost region that claims a voxel with more than one half, see `asa.ops.regions`.
+    """The label of the innermost region that claims a voxel with more than one half, see `asa.ops.nested`.
 
     Args:
         shares: R probabilities.

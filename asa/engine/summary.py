@@ -119,7 +119,7 @@ class Summary:
                 "seed": self.seed,
             },
             "results": {
-                label: {name: _nullable(asdict(statistic)) for name, statistic in found.items()}
+                label: {name: nullable(asdict(statistic)) for name, statistic in found.items()}
                 for label, found in self.results.items()
             },
         }
@@ -256,7 +256,7 @@ def _policy_as_json(policy: Policy) -> dict[str, Any]:
             "prediction_empty": metric.prediction_empty,
         }
         named = {key: getattr(metric, key) for key in ("name", "title", "unit", "meaning")}
-        metrics.append(named | {"empty_masks_count_as": _nullable(empty), "exception": metric.exception})
+        metrics.append(named | {"empty_masks_count_as": nullable(empty), "exception": metric.exception})
     return {
         "name": policy.name,
         "description": policy.description,
@@ -265,7 +265,8 @@ def _policy_as_json(policy: Policy) -> dict[str, Any]:
     }
 
 
-def _nullable(numbers: Mapping[str, float]) -> dict[str, float | None]:
+def nullable(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers for JSON, which has no NaN."""
     return {key: None if math.isnan(value) else value for key, value in numbers.items()}
 
 

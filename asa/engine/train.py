@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asa.data.loader import CropDataset, LoaderSettings, check_batch, make_loader
+from asa.data.loader import LoaderSettings, Samples, check_batch, make_loader
 from asa.engine import distributed
 from asa.engine.allocator import keep_freed_memory
 from asa.engine.best import best_line, keep_best
@@ -135,7 +135,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 def train(
     method: nn.Module,
-    dataset: CropDataset,
+    dataset: Samples,
     run: Path,
     *,
     settings: TrainSettings,

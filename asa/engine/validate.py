@@ -6,14 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from asa.data.loader import CropDataset, VolumeSource, collate
+from asa.data.pairs import PairDataset
 from asa.data.store import IGNORED
 from asa.engine.distributed import spread
 from asa.engine.figures import central_slices, overlay_panel, reconstruction_panel
 from asa.engine.metrics import dice
 from asa.engine.predict import PredictSettings, sliding_window
+from asa.engine.quality import score_image
+from asa.engine.restore import restore_image
 from asa.methods.pretrain import MaskedPretraining
+from asa.methods.restore import Restoration
 from asa.methods.segment import RegionSegmentation, Segmentation
 
 Shown = tuple[dict[str, float], dict[str, np.ndarray]]
@@ -93,3 +98,35 @@ def validate_segmentation(
     columns = zip(*spread(ids, scores), strict=True)
     numbers = {f"dice_{name}": float(np.mean(column)) for name, column in zip(parts, columns, strict=True)}
     return {"dice": float(np.mean(list(numbers.values()))), **numbers}, pictures
+
+
+def validate_restoration(method: Restoration, dataset: PairDataset, settings: PredictSettings) -> Shown:
+    """PSNR and SSIM of whole images, those of the input upscaled bilinearly beside them, and a picture of the first.
+
+    Several processes share the images; each gets the whole result, and the main one the picture.
+
+    Args:
+        method: the method, in evaluation mode.
+        dataset: the pairs.
+        settings: precision.
+
+    Returns:
+        "psnr", "ssim", "input_psnr", "input_ssim"; and a panel of input, prediction and target.
+    """
+    pictures: dict[str, np.ndarray] = {}
+
+    def scores(index: int) -> dict[str, float]:
+        views = dataset.whole(index)
+        target = views["target"]
+        plain = F.interpolate(views["image"][None], target.shape[1:], mode="bilinear")[0]
+        restored = restore_image(method.model, views["image"], views["regions"], settings)
+        if not pictures:
+            panel = torch.cat([plain, restored.clamp(0, 1), target], dim=2).expand(3, -1, -1)
+            pictures["input, prediction, target"] = (255 * panel).byte().permute(1, 2, 0).numpy()
+        found, before = (score_image(image, target) for image in (restored, plain))
+        return {name: found[name] for name in ("psnr", "ssim")} | {
+            f"input_{name}": before[name] for name in ("psnr", "ssim")
+        }
+
+    rows = spread(range(len(dataset)), scores)
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}, pictures

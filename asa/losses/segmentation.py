@@ -9,7 +9,7 @@ from monai.losses import MaskedDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.ops.regions import region_masks
+from asa.ops.nested import region_masks
 
 IGNORED = 255
 

@@ -11,7 +11,7 @@ from asa.losses.segmentation import DeeplySupervisedDiceCE, DeeplySupervisedRegi
 from asa.methods.base import Batch
 from asa.models.probe import SEGMENTING, LinearProbe
 from asa.models.unet import SegmentationUNet
-from asa.ops.regions import paint, painting_order
+from asa.ops.nested import paint, painting_order
 
 
 class Segmentation(nn.Module):
@@ -48,7 +48,7 @@ class RegionSegmentation(nn.Module):
 
     Raises:
         ValueError: a model that segments nothing or has other channels; regions that do not make labels, see
-            `asa.ops.regions.painting_order`.
+            `asa.ops.nested.painting_order`.
     """
 
     def __init__(self, *, model: SegmentationUNet | LinearProbe, regions: Mapping[str, Sequence[int]]) -> None:

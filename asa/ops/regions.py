@@ -1,78 +1,200 @@
-"""Regions that join labels, each predicted by itself: from a label map to masks, and back.
+"""Attention inside the regions of a label map, and sums over them.
 
-Letters: label map `B 1 D H W`, R regions `B R D H W`. A region is the set of the labels that it joins, as the whole
-tumour joins oedema, necrosis and enhancing tumour (BraTS).
+Letters: label map `B H W` or, one label a token, `B L`; heads M of width d; T = B*L tokens of a batch; a group is c
+regions of n tokens each.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+BACKENDS = ("auto", "segments", "dense", "varlen")
+# Up to here one masked product is as fast as gathering, or faster, whatever the regions; at 1,024 tokens it is slower
+# even where nine tenths of the scores lie inside regions (CPU, 8 heads of width 32).
+DENSE_TOKENS = 256
 
 
-def region_masks(label: Tensor, regions: Sequence[Sequence[int]]) -> Tensor:
-    """Where each region lies.
+@dataclass(frozen=True)
+class RegionIndex:
+    """Where the tokens of each region are: computed once from a label map, shared by all layers.
 
-    Args:
-        label: label map `(B, 1, D, H, W)`.
-        regions: the labels that each joins.
-
-    Returns:
-        Bool `(B, R, D, H, W)`.
+    Attributes:
+        keys: region of each token `(B, L)`, numbered over the whole batch: images share no region.
+        order: tokens of the batch sorted by the length of their region, then by region, `(T,)`.
+        inverse: place of each token in that order, `(T,)`.
+        groups: (c, n) of the runs of equally long regions in that order.
     """
-    masks = [torch.stack([label == value for value in values]).any(dim=0) for values in regions]
-    return torch.cat(masks, dim=1)
+
+    keys: Tensor
+    order: Tensor
+    inverse: Tensor
+    groups: tuple[tuple[int, int], ...]
 
 
-def painting_order(regions: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:
-    """How a label map is painted from regions: the outer ones first, the inner ones over them.
-
-    Each region paints the one label that no region inside it holds. A voxel then has the label of the innermost
-    region that claims it, whether or not those around that one do.
+def region_keys(labels: Tensor) -> tuple[Tensor, int]:
+    """Number the regions of a batch from 0 on, so that two images share none.
 
     Args:
-        regions: name -> the labels that it joins.
+        labels: `(B, ...)`, any integers, negative and sparse ones too.
 
     Returns:
-        (place of the region in `regions`, the label that it paints), in order.
+        Numbers of `labels`' shape, and a number K that they all lie below; not every number has to occur.
 
     Raises:
-        ValueError: no regions; two that overlap, and neither lies inside the other; one with no label of its own, or
-            with several.
+        ValueError: no label at all, or labels that are no integers.
     """
-    sets = {name: frozenset(values) for name, values in regions.items()}
-    if not sets:
-        raise ValueError("there are no regions to learn")
-    for name, values in sets.items():
-        for other, others in sets.items():
-            if values & others and not (values <= others or others <= values):
-                raise ValueError(f"regions {name} and {other} overlap, and neither lies inside the other")
-    order = []
-    for place, (name, values) in enumerate(sets.items()):
-        own = values.difference(*(inner for inner in sets.values() if inner < values))
-        if len(own) != 1 or list(sets.values()).count(values) > 1:
-            raise ValueError(
-                f"region {name} has to hold one label that no region inside it holds, and that it shares with no "
-                f"other, to be turned into labels; it has {sorted(own)}"
-            )
-        order.append((len(values), place, *own))
-    return [(place, label) for _, place, label in sorted(order, key=lambda item: (-item[0], item[1]))]
+    check_labels(labels)
+    labels = labels.long()
+    low, high = (int(end) for end in torch.aminmax(labels))
+    if high - low < labels.numel():
+        keys, count = labels - low, high - low + 1
+    else:  # sparse ids: sorting them is slower
+        values, keys = torch.unique(labels, return_inverse=True)
+        count = len(values)
+    first = count * torch.arange(len(labels), device=labels.device)
+    return keys + first.view(-1, *[1] * (labels.ndim - 1)), count * len(labels)
 
 
-def paint(shares: Iterable[Tensor], order: Sequence[tuple[int, int]]) -> Tensor:
-    """The label map of region probabilities.
+def check_labels(labels: Tensor) -> None:
+    """Raise a ValueError for labels that are none: no pixel, or no integers."""
+    if labels.numel() == 0:
+        raise ValueError(f"a label map of {tuple(labels.shape)} is empty: every pixel needs a region")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"a label map holds integers, got {labels.dtype}")
+
+
+def region_index(labels: Tensor) -> RegionIndex:
+    """Sort the tokens of a batch by region.
+
+    Regions of one length stand side by side, and so are attended to in one call without padding. As the lengths sum
+    to T, there are at most sqrt(2 T) different ones.
 
     Args:
-        shares: R probabilities `(D, H, W)`, taken one after the other; a region claims a voxel above one half.
-        order: of `painting_order`.
+        labels: `(B, L)`, any integers. A region may have many parts, and each image regions of its own.
+
+    Raises:
+        ValueError: not `(B, L)`, empty, or no integers.
+    """
+    if labels.ndim != 2:
+        raise ValueError(f"the labels of tokens are (batch, tokens), got {tuple(labels.shape)}: flatten the map")
+    keys, count = region_keys(labels)
+    lengths = torch.bincount(keys.flatten(), minlength=count)
+    by_length = torch.argsort(lengths, stable=True)
+    rank = torch.empty_like(by_length)
+    rank[by_length] = torch.arange(count, device=labels.device)
+    order = torch.argsort(rank[keys.flatten()], stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    sizes, counts = torch.unique_consecutive(lengths[by_length], return_counts=True)
+    groups = tuple((c, n) for c, n in zip(counts.tolist(), sizes.tolist(), strict=True) if n)
+    return RegionIndex(keys, order, inverse, groups)
+
+
+def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Tensor, backend: str = "auto") -> Tensor:
+    """Softmax(q k^T / sqrt(d)) v over the tokens of the query's own region (R-MSA; RAT, MICCAI 2024, section 2.2).
+
+    Args:
+        q, k, v: `(B, M, L, d)`.
+        regions: labels `(B, L)`, or their `region_index` where several layers share it.
+        backend: `"segments"` gathers each region and attends inside it: any device and type, memory linear in L.
+            `"dense"` is one product with an L x L mask. `"varlen"` is PyTorch's variable-length attention: a GPU of
+            compute capability 8.0 or more, float16 or bfloat16. `"auto"` takes varlen where it runs, dense for short
+            sequences, else segments.
 
     Returns:
-        int32 `(D, H, W)`, 0 where no region claims a voxel.
+        `(B, M, L, d)`.
+
+    Raises:
+        ValueError: shapes that do not fit each other, an unknown backend, or one that does not run here.
     """
-    turn = {place: n for n, (place, _) in enumerate(order, start=1)}
-    labels = torch.tensor([0, *(label for _, label in order)], dtype=torch.int32)
-    innermost = torch.zeros((), dtype=torch.uint8)
-    for place, share in enumerate(shares):
-        claimed = torch.where(share > 0.5, turn[place], 0).to(torch.uint8)
-        innermost = torch.maximum(innermost.to(share.device), claimed)
-    return labels.to(innermost.device)[innermost.int()]
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {backend!r}")
+    index = region_index(regions) if isinstance(regions, Tensor) else regions
+    if q.ndim != 4 or not q.shape == k.shape == v.shape:
+        raise ValueError(f"q, k, v are (B, M, L, d) alike, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if index.keys.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"labels of {tuple(index.keys.shape)} do not fit {q.shape[2]} tokens of {q.shape[0]} images")
+    chosen = choose_backend(index, q) if backend == "auto" else backend
+    if chosen == "dense":
+        mask = index.keys[:, None, :, None] == index.keys[:, None, None, :]  # B 1 L L
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if chosen == "varlen" and not (runs_varlen(q) and find_varlen()):
+        raise ValueError(
+            "variable-length attention needs a GPU of capability 8.0, float16 or bfloat16, d in steps of 8, and "
+            f"torch.nn.attention.varlen, got {q.dtype} on {q.device.type}: use backend='segments'"
+        )
+    b, m, length, d = q.shape
+    rows = [_permute(x.transpose(1, 2).reshape(b * length, m, d), index.order, index.inverse) for x in (q, k, v)]
+    attend = _variable_length if chosen == "varlen" else _by_segments
+    out = attend(rows[0], rows[1], rows[2], index.groups)  # T M d
+    return _permute(out, index.inverse, index.order).view(b, length, m, d).transpose(1, 2)
+
+
+def choose_backend(index: RegionIndex, q: Tensor) -> str:
+    """What `"auto"` means for these regions and queries."""
+    if runs_varlen(q) and find_varlen():
+        return "varlen"
+    return "dense" if q.shape[2] <= DENSE_TOKENS and len(index.groups) > 1 else "segments"
+
+
+def runs_varlen(q: Tensor) -> bool:
+    """Whether variable-length attention, which is FlashAttention's, takes such queries."""
+    fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def find_varlen() -> Callable[..., Any] | None:
+    """PyTorch's variable-length attention, None where this version has none."""
+    try:
+        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+
+
+def _by_segments(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
+    """Attention inside each region, `(T, M, d)` sorted by group -> the same."""
+    sizes = [c * n for c, n in groups]
+    parts = (x.split(sizes) for x in (q, k, v))  # its gradient is one copy, that of slices a sum
+    out = []
+    for (c, n), q_part, k_part, v_part in zip(groups, *parts, strict=True):
+        if n == 1:
+            out.append(v_part)
+            continue
+        heads = (x.unflatten(0, (c, n)).transpose(1, 2) for x in (q_part, k_part, v_part))  # c M n d
+        out.append(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
+
+
+def _variable_length(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
+    """The same by one kernel that is told where each region ends."""
+    attend = find_varlen()
+    assert attend is not None
+    lengths = torch.tensor([0, *(n for c, n in groups for _ in range(c))])
+    ends = lengths.cumsum(0).to(q.device, torch.int32)
+    longest = int(lengths.max())
+    out: Tensor = attend(q, k, v, ends, ends, longest, longest)
+    return out
+
+
+class _Permutation(torch.autograd.Function):
+    # The gradient of a permutation is the inverse one. What autograd makes of indexing adds row by row instead.
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _permute(gradient, inverse, order), None, None
+
+
+def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Rows `(T, ...)` in another order."""
+    permuted: Tensor = _Permutation.apply(rows, order, inverse)
+    return permuted

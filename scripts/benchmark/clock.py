@@ -24,7 +24,7 @@ class Work:
 
     `volumes` are what one call works through; `operations` counts one call's, after its memory was read; `warm_up`
     stands in for a first call that would be too long, and `prepare` runs untimed before every repeat of `calls` calls.
-    `waited` tells the seconds that all calls so far have waited for data.
+    `waited` tells the seconds that all calls so far have waited for data; `before` is the peak memory before any call.
     """
 
     call: Callable[[], object]
@@ -34,6 +34,7 @@ class Work:
     prepare: Callable[[], object] | None = None
     calls: int | None = None
     waited: Callable[[], float] | None = None
+    before: int | None = None
 
 
 def synchronise(device: torch.device) -> None:
@@ -65,7 +66,8 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
 
     Returns:
         "seconds" (median) and "seconds_best" of a call, "seconds_all" of the "repeats", "calls" in each,
-        "volumes_per_second", "peak_bytes", "host_peak_bytes". With `waited` also "waiting", the share of the time. With
+        "volumes_per_second", "peak_bytes", "host_peak_bytes". With `waited` also "waiting", the share of the time; with
+        `before` also "extra_bytes". With
         rates also "matrix_rate" (of the precision in use), "matrix_rate_fp32", and "equivalent": what the machine's
         large matrix products would have done in the time of a volume, in operations. With operations also "operations"
         of a call, and the "fraction" (median) and "fraction_best" that they are of it.
@@ -103,6 +105,8 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
         "peak_bytes": peak_memory(device),
         "host_peak_bytes": host_peak(),
     }
+    if work.before is not None:
+        row["extra_bytes"] = row["peak_bytes"] - work.before
     if work.waited:
         row["waiting"] = sum(waits) / (sum(seconds) * calls)
     if work.operations:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-PARTS = ("pretrain", "finetune", "importance", "loader", "fed", "window", "growth")
+PARTS = ("pretrain", "finetune", "importance", "loader", "fed", "window", "growth", "regions")
 OVERLAP = 0.5
 CHANNELS = {"asa": 1, "dense": 1, "written": 1, "unet": 4, "unetr": 4, "swin": 4}
 # Sizes of the peers beside ours. Base is what their papers and MONAI's examples use.
@@ -69,7 +69,22 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
     if "growth" in parts:
         sides = [edge * k // 4 for k in (2, 3, 4, 5)]
         rows += [step("growth", network, side) for network in ("asa", "dense") for side in sides]
+    if "regions" in parts:
+        rows += region_rows(size)
     return [{**row, **common} for row in rows]
+
+
+def region_rows(size: str) -> list[Spec]:
+    """Attention inside 40 regions of 128 x 128 tokens by both backends, its growth, and the whole network."""
+    rows: list[Spec] = []
+    for backend, edge in (("segments", 128), ("dense", 128), ("segments", 64), ("segments", 256)):
+        regions = edge**2 * 40 // 128**2  # of one size on the average
+        way = {"segments": "by segments", "dense": "by one masked product"}[backend]
+        name = f"attention {way}, {edge}^2 tokens, {regions} regions"
+        own = {"kind": "attention", "backend": backend, "edge": edge, "regions": regions, "tokens": edge**2}
+        rows.append({"part": "regions", "name": name, "batch": 1, **own})
+    own = {"kind": "restore", "size": size, "edge": 512, "regions": 40, "batch": 1}
+    return [*rows, {"part": "regions", "name": f"rat_{size}, forward pass of 512^2 pixels, 40 regions", **own}]
 
 
 def count_windows(volume: list[int], edge: int) -> int:

@@ -18,20 +18,22 @@ TITLES = {
     "fed": "Pretraining step fed by the loader, files in the page cache",
     "window": "Sliding window over a whole volume",
     "growth": "Growth of the pretraining step",
+    "regions": "Attention inside regions, and the restoration network",
 }
 NOTES = """\
 s: seconds, median of n repeats, and the best. TFLOP: the work's own matrix products and convolutions. Matrix TFLOP/s:
 the rate of large matrix products, measured right before and after each repeat; fraction: the share of it that the work
 reaches. Relative time: against the first row, drift of that rate taken out. Peak: memory of the row's own process on
 a CPU (Python and libraries included; loader workers not), of the tensors on a GPU. Per token: against the smallest
-volume of the same network. Waiting: the share of the time in which a step waits for its batch and the device idles."""
+volume of the same network. Waiting: the share of the time in which a step waits for its batch and the device idles.
+Extra: memory beyond queries, keys, values and index."""
 
 
 def add_ratios(rows: list[Row]) -> None:
     """Set each row against the first of its part, and each size of a growing network against its smallest."""
     first: dict[str, Row] = {}
     for row in rows:
-        if row["status"] != "ok":
+        if row["status"] != "ok" or row["kind"] == "restore":
             continue
         key = f"growth of {row['network']}" if row["part"] == "growth" else row["part"]
         base = first.setdefault(key, row)
@@ -67,11 +69,17 @@ COMMON: list[Column] = [
     ("peak GiB", _number("peak_bytes", ".2f", 2**30)),
 ]
 RELATIVE: list[Column] = [("relative time", _number("relative_time", ".3g"))]
+REGIONS: list[Column] = [
+    *RELATIVE,
+    ("us per token", lambda row: f"{1e6 * row['seconds'] / row['tokens']:.2f}" if "tokens" in row else ""),
+    ("extra MiB", _number("extra_bytes", ".0f", 2**20)),
+]
 GROWTH: list[Column] = [
     ("time per token", _number("relative_time_per_token", ".2f")),
     ("peak per token", _number("relative_peak_per_token", ".2f")),
     ("KiB per further token", _number("bytes_per_further_token", ".0f", 2**10)),
 ]
+OWN = {"growth": GROWTH, "regions": REGIONS}
 
 
 def table(rows: list[Row], columns: list[Column]) -> str:
@@ -115,7 +123,7 @@ def write(out: Path, machine: dict[str, Any], rows: list[Row]) -> str:
     for part, title in TITLES.items():
         mine = [row for row in rows if row["part"] == part]
         if mine:
-            text.append(f"## {title}\n\n" + table(mine, COMMON + (GROWTH if part == "growth" else RELATIVE)))
+            text.append(f"## {title}\n\n" + table(mine, COMMON + OWN.get(part, RELATIVE)))
     text.append(NOTES)
     page = "\n\n".join(text) + "\n"
     out.mkdir(parents=True, exist_ok=True)

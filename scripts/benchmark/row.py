@@ -22,7 +22,7 @@ from asa.engine.optim import OptimSettings, make_optimizer
 from asa.engine.predict import PredictSettings, sliding_window
 from asa.engine.train import PRECISIONS, TrainSettings, autocast, pick_device, pick_precision
 from asa.ops.gradients import gradient_importance
-from scripts.benchmark.clock import Rates, Work, count_operations, synchronise, time_work
+from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
 from scripts.benchmark.plan import CHANNELS, Spec
 
@@ -155,12 +155,54 @@ def loader(spec: Spec, device: torch.device) -> Work:
     return Work(lambda: take(1), volumes=spec["batch"], prepare=lambda: take(READY), calls=BATCHES)
 
 
+def attention(spec: Spec, device: torch.device) -> Work:
+    """Attention inside regions: 8 heads of width 32, as in RAT. The index is made before, as once for 12 layers."""
+    from asa.ops.regions import region_attention, region_index
+
+    n, heads, width = spec["edge"], 8, 32
+    index = region_index(voronoi(n, spec["regions"]).flatten(1).to(device))
+    q, k, v = torch.randn(3, 1, heads, n * n, width, device=device, dtype=PRECISIONS[spec["precision"]]).unbind()
+    small = torch.zeros(1, 64, dtype=torch.int64, device=device)
+    region_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], small, spec["backend"])  # loads the libraries
+
+    def operations() -> int:
+        pairs = sum(c * size**2 for c, size in index.groups) if spec["backend"] == "segments" else n**4
+        return 4 * pairs * heads * width
+
+    before = peak_memory(device)
+    return Work(lambda: region_attention(q, k, v, index, spec["backend"]), operations=operations, before=before)
+
+
+def restore(spec: Spec, device: torch.device) -> Work:
+    """A forward pass of the restoration network over a whole image."""
+    from asa.models import rat
+
+    model = getattr(rat, f"rat_{spec['size']}")().to(device).eval()
+    image, regions = torch.rand(1, 1, *(spec["edge"],) * 2, device=device), voronoi(spec["edge"], spec["regions"])
+    dtype = PRECISIONS[spec["precision"]]
+
+    def call() -> None:
+        with torch.inference_mode(), autocast(device, dtype):
+            model(image, regions.to(device))
+
+    return Work(call)
+
+
+def voronoi(edge: int, regions: int) -> torch.Tensor:
+    """A label map `(1, edge, edge)`: each pixel has the number of the nearest of some random points."""
+    points = torch.rand(regions, 2, generator=torch.Generator().manual_seed(0)) * edge
+    pixels = torch.cartesian_prod(torch.arange(edge), torch.arange(edge)).float()
+    return torch.cdist(pixels, points).argmin(dim=1).view(1, edge, edge)
+
+
 KINDS: dict[str, Callable[[Spec, torch.device], Work]] = {
     "step": step,
     "importance": importance,
     "window": window,
     "loader": loader,
     "fed": fed,
+    "attention": attention,
+    "restore": restore,
 }
 
 

@@ -65,18 +65,27 @@ def records(
 
 
 def name_subjects(found: Iterable[Record], subject: str | None) -> None:
-    """Set each record's subject to group 1 of a regular expression searched in its id; None leaves it.
+    """Set each record's subject to what `subject_of` finds in its id; None leaves it.
+
+    Raises:
+        ValueError: the expression finds no group 1.
+    """
+    for record in found if subject is not None else ():
+        record["subject"] = subject_of(record["id"], subject)
+
+
+def subject_of(id: str, subject: str | None) -> str:
+    """Group 1 of a regular expression searched in an id; None: the id.
 
     Raises:
         ValueError: the expression finds no group 1.
     """
     if subject is None:
-        return
-    for record in found:
-        match = re.search(subject, record["id"])
-        if match is None or not match.groups() or not match.group(1):
-            raise ValueError(f"{record['id']}: subject={subject!r} finds no group 1 in this id; correct the expression")
-        record["subject"] = match.group(1)
+        return id
+    match = re.search(subject, id)
+    if match is None or not match.groups() or not match.group(1):
+        raise ValueError(f"{id}: subject={subject!r} finds no group 1 in this id; correct the expression")
+    return str(match.group(1))
 
 
 # ---------------------------------------------------------------------------------------------- globs

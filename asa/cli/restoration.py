@@ -1,0 +1,172 @@
+"""Restoration in the commands: what asa-finetune, asa-predict and asa-evaluate do for it."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from asa.cli.cohort import choose_split
+from asa.cli.front import Config, open_run
+from asa.config import build, typed
+from asa.data.datasets.folder import subject_of
+from asa.data.loader import LoaderSettings
+from asa.data.pairs import PairDataset, check_channels, find_pairs, regions_of
+from asa.data.picture import list_pictures, read_picture, write_picture
+from asa.data.splits import select
+from asa.engine.checkpoint import find_weights, load_weights, read_model, read_weights
+from asa.engine.optim import OptimSettings
+from asa.engine.predict import PredictSettings
+from asa.engine.quality import evaluate_pictures
+from asa.engine.restore import restore_image
+from asa.engine.train import TrainSettings, check_settings, pick_device, train
+from asa.engine.validate import validate_restoration
+from asa.models.rat import RegionAttentionTransformer
+
+METHOD = "asa.methods.restore.Restoration"
+TASK = "restoration"  # in a checkpoint's description, and the policy of asa-evaluate
+
+
+def finetune(config: Config) -> None:
+    """Train on pairs of images.
+
+    Raises:
+        ValueError: pairs that do not fit each other or the network, or settings that mean nothing here.
+    """
+    settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
+    predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
+    if config["plan"] is not None or config["transfer"] != "load":
+        raise ValueError("plan= and transfer=explain are not for method=restore")
+    if not isinstance(config["crop"], int):
+        raise ValueError(f"crop={config['crop']}: crops of images are square, give one number")
+    check_settings(settings, optim)
+    data = config["data"]
+    if data["root"] is None:
+        raise ValueError("data.root has to be given: a folder with low/, high/ and regions/")
+    data["root"] = str(Path(str(data["root"])).resolve())  # the run goes on from any directory
+    pairs = find_pairs(data["root"], **{key: data[key] for key in ("low", "high", "regions", "subject")})
+    split = choose_split(pairs, data, Path(str(config["out"])))
+    channels = len(read_picture(pairs[0]["low"], data["window"]))
+    for node in (config["model"], config["method"]["model"]):
+        node["in_channels"] = node["in_channels"] or channels
+    torch.manual_seed(settings.seed)
+    method = build(config["method"], plugins=config["plugins"])
+    if config["init"] is not None:
+        _start_from(config["init"], method.model)
+    parts = {
+        name: PairDataset(
+            chosen,
+            config["crop"],
+            channels=method.model.in_channels,
+            upscale=method.model.upscale,
+            window=data["window"],
+            seed=settings.seed,
+        )
+        for name, subjects in split.items()
+        if (chosen := select(pairs, subjects)) or name == "train"
+    }
+    parts["train"][0, 0]  # images that do not fit are found before the run folder is made
+    watched = parts.get("validation")
+    description = {
+        "model": config["model"],
+        "data": {"task": TASK, **{key: data[key] for key in ("window", "regions", "subject")}},
+    }
+    with open_run(config, split, settings) as run:
+        print(f"training on {len(parts['train'])} pairs, watched on {len(watched or ())}, in {run}")
+        last = train(
+            method,
+            parts["train"],
+            run,
+            settings=settings,
+            optim=optim,
+            loader=loader,
+            description=description,
+            validate=None if watched is None else lambda step: validate_restoration(method, watched, predict),
+        )
+    print("  ".join(f"{name} {last[name]:.4f}" for name in ("psnr", "ssim") if name in last))
+    print(f"wrote {find_weights(run)}")
+
+
+def _start_from(init: str, model: RegionAttentionTransformer) -> None:
+    """Take the weights of an earlier run of the same network."""
+    weights, _ = read_weights(init)
+    load_weights(model, {name.removeprefix("model."): tensor for name, tensor in weights.items()}, init)
+
+
+def restores(checkpoint: object) -> bool:
+    """Whether a checkpoint, or the first of several, is one of restoration."""
+    first = checkpoint[0] if isinstance(checkpoint, list) and checkpoint else checkpoint
+    return bool(first) and read_weights(str(first))[1].get("data", {}).get("task") == TASK
+
+
+def predict(config: Config, subjects: Collection[str] | None) -> None:
+    """Restore an image or the images of a folder, as PNG in the training images' window.
+
+    Args:
+        config: the command's.
+        subjects: whose images; None: everybody's.
+
+    Raises:
+        ValueError: images failed; they are listed before, and the others are done.
+    """
+    if isinstance(config["checkpoint"], list) or config["mirror"] or config["probabilities"]:
+        raise ValueError("restoration takes one checkpoint, and neither mirror=true nor probabilities=true")
+    settings = typed(PredictSettings, config["predict"])
+    model, description = read_model(config["checkpoint"])
+    assert isinstance(model, RegionAttentionTransformer)
+    model.to(pick_device(settings.device))
+    data, out = description["data"], Path(str(config["out"]))
+    pictures, maps = _inputs(config, data, subjects)
+    failures = 0
+    for id, path in tqdm(pictures.items(), desc="restore", unit="image"):
+        try:
+            if (out / f"{id}.png").resolve() == path.resolve():
+                raise ValueError(f"the result would replace the image itself: choose another out= than {out}")
+            image = torch.from_numpy(read_picture(path, data["window"]))
+            check_channels(str(path), image, model.in_channels)
+            if maps is not None and id not in maps:
+                raise ValueError(f"no label map of this image in {config['regions']}")
+            labels = regions_of(None if maps is None else str(maps[id]), image)
+            write_picture(out / f"{id}.png", restore_image(model, image, labels, settings, tile=config["tile"]).numpy())
+        except (ValueError, OSError) as error:
+            failures += 1
+            tqdm.write(f"{id}: failed: {error}")
+    if failures:
+        raise ValueError(f"{failures} images failed, listed above")
+    print(f"wrote restored images to {out}" + (f": 0 to 1 is {data['window']}" if data["window"] else ""))
+
+
+def _inputs(
+    config: Config, data: Config, subjects: Collection[str] | None
+) -> tuple[dict[str, Path], dict[str, Path] | None]:
+    """Images of some subjects, and label maps or None, by id."""
+    source = Path(str(config["input"]))
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    pictures = list_pictures(source if source.is_dir() else source.parent)
+    if not source.is_dir():
+        pictures = {id: path for id, path in pictures.items() if path.name == source.name}
+    if subjects is not None:
+        pictures = {id: path for id, path in pictures.items() if subject_of(id, data["subject"]) in subjects}
+    if not pictures:
+        raise ValueError(f"{source}: no image to restore (.png, .nii, .nii.gz, .dcm), or none of the part asked for")
+    if data["regions"] is None:
+        return pictures, None
+    if config["regions"] is None:
+        raise ValueError(f"this network attends inside regions: asa-regions input={source} out=..., and give regions=")
+    return pictures, list_pictures(config["regions"])
+
+
+def evaluate(config: Config) -> None:
+    """Score restored images; print the table, write the results."""
+    for key in ("predictions", "truth"):
+        if config[key] is None:
+            raise ValueError(f"{key}= has to be given: a folder of images")
+    table = evaluate_pictures(
+        config["predictions"],
+        config["truth"],
+        config["out"],
+        window=config["window"],
+        allow_missing=config["allow_missing"],
+    )
+    print(f"{table}\nwrote cases.csv and summary.json to {config['out']}")

@@ -1,0 +1,35 @@
+"""asa-simulate: degraded partners of clean images, by simulation."""
+
+import sys
+from pathlib import Path
+
+from asa.cli.front import Config, run_command
+from asa.data.files import write_json
+from asa.data.simulate import make_degradation, simulate_folder
+
+PHYSICS = ("window", "photons", "pixel", "counts", "factor", "blur")
+
+
+def simulate(config: Config) -> None:
+    """Write low/, high/ and simulated.json."""
+    kind, out = config["kind"], Path(str(config["out"]))
+    physics = {key: config[key] for key in PHYSICS}
+    count = simulate_folder(
+        config["input"],
+        out,
+        make_degradation(kind, **physics),
+        window=config["window"],
+        multiple=config["factor"] if kind == "sr" else 1,
+        seed=config["seed"],
+    )
+    write_json(out / "simulated.json", {"kind": kind, **physics, "seed": config["seed"]})
+    print(f"wrote {count} simulated pairs to {out}")
+
+
+def main() -> int:
+    """Entry point."""
+    return run_command("simulate", "Make degraded partners of clean images by simulation.", simulate)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

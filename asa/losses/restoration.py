@@ -1,0 +1,61 @@
+"""Losses of image restoration.
+
+Letters: image `B C H W`, label map `B H W` of regions r.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from asa.ops.regions import region_keys
+
+
+class FocalRegionLoss(nn.Module):
+    """Absolute error, weighted more where a region is restored badly (RAT, MICCAI 2024, section 2.3).
+
+    e = |prediction - target|, a_r = mean of e over region r, w = a_r / the largest a_r of the image, and
+    L = mean of e * (1 + beta * w). The weights carry no gradient; an image that is restored perfectly has weights 0.
+
+    Args:
+        beta: how much more the worst region counts; 0 is the plain absolute error (L1).
+
+    Raises:
+        ValueError: a negative beta.
+    """
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__()
+        if beta < 0:
+            raise ValueError(f"beta={beta}: a weight is 0 or more")
+        self.beta = beta
+
+    def weights(self, error: Tensor, regions: Tensor) -> Tensor:
+        """w of each pixel, `(B, H, W)`, from errors `(B, C, H, W)` and a label map `(B, H, W)`."""
+        keys, count = region_keys(regions)
+        flat = keys.flatten()
+        total = torch.zeros(count, dtype=torch.float32, device=error.device)
+        sums = total.index_add(0, flat, error.detach().float().mean(dim=1).flatten())
+        pixels = total.index_add(0, flat, torch.ones_like(flat, dtype=torch.float32))
+        means = (sums / pixels.clamp(min=1)).view(len(error), -1)  # B regions
+        largest = means.amax(dim=1, keepdim=True)
+        return (means / largest).where(largest > 0, 0.0).flatten()[keys]
+
+    def forward(self, prediction: Tensor, target: Tensor, regions: Tensor) -> Tensor:
+        """The loss, a scalar in float32.
+
+        Args:
+            prediction, target: `(B, C, H, W)`.
+            regions: label map `(B, H, W)`, any integers.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+        """
+        if prediction.shape != target.shape:
+            raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+        if regions.shape != (len(target), *target.shape[2:]):
+            raise ValueError(
+                f"a label map of {tuple(regions.shape)} does not fit images of {tuple(target.shape)}: it is (B, H, W)"
+            )
+        error = (prediction.float() - target.float()).abs()
+        if not self.beta:
+            return error.mean()
+        return (error * (1 + self.beta * self.weights(error, regions))[:, None]).mean()

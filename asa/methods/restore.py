@@ -1,0 +1,52 @@
+"""Restoration of images: a region attention transformer trained by the focal region loss.
+
+Letters: image `B C H W` and target `B C sH sW` in [0, 1], label map `B H W`, upscaling factor s.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from asa.losses.restoration import FocalRegionLoss
+from asa.methods.base import Batch
+from asa.models.rat import RegionAttentionTransformer
+
+
+class Restoration(nn.Module):
+    """Denoising, synthesis or super-resolution from pairs of degraded and clean images.
+
+    Args:
+        model: the network.
+        beta: weight of the focal part of the loss; 0 is the plain absolute error.
+
+    Raises:
+        ValueError: a model that restores nothing, or a negative beta.
+    """
+
+    def __init__(self, *, model: RegionAttentionTransformer, beta: float = 1.0) -> None:
+        super().__init__()
+        if not isinstance(model, RegionAttentionTransformer):
+            raise ValueError(
+                f"restoration takes a region attention transformer (model=rat_...), not {type(model).__name__}"
+            )
+        self.model = model
+        self.loss = FocalRegionLoss(beta)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss of a batch with "image", "target" and "regions" (see `asa.data.pairs`).
+
+        Returns:
+            "loss"; and for the log "mae", the mean absolute error, and "psnr" in dB for a data range of 1, the mean
+            over the images.
+        """
+        target, regions, s = batch["target"].float(), batch["regions"], self.model.upscale
+        prediction = self.model(batch["image"], regions).float()
+        fine = regions.repeat_interleave(s, dim=1).repeat_interleave(s, dim=2)
+        loss = self.loss(prediction, target, fine)
+        with torch.no_grad():
+            error = prediction - target
+            return {"loss": loss, "mae": error.abs().mean(), "psnr": psnr(error).mean()}
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB for a data range of 1: errors `(B, C, H, W)` -> `(B,)`, 100 at most."""
+    return -10 * error.square().flatten(1).mean(dim=1).clamp(min=1e-10).log10()
