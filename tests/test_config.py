@@ -21,6 +21,8 @@ EXPERIMENTS = {
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "demo_pretrain": "pretrain",
+    "sa_swin_paper": "pretrain",
+    "sa_swin_demo": "pretrain",
     "demo_finetune": "finetune",
 }
 
@@ -57,6 +59,8 @@ def test_every_model_composes_and_builds(size: str) -> None:
     for method in ("asa", "mae"):
         model = built("pretrain", f"model=asa_{size}", f"method={method}", "crop=[32,64,32]").model
         assert model.encoder.img_size == (32, 64, 32)
+    model = built("pretrain", f"model=sa_swin_{size}", "method=sa_swin", "crop=[32,32,64]").model
+    assert model.encoder.img_size == (32, 32, 64)
     assert built("finetune", f"model=unet_{size}", "crop=64").model.out_channels == 4
 
 

@@ -206,6 +206,8 @@ def step_memory(
     shape = (part, encoder.in_channels, *encoder.img_size)
     image = torch.empty(shape, device="meta")
     batch = {"image": image, "seed": torch.arange(shape[0])}
+    if method.mirrored:
+        batch["mirror"] = torch.empty_like(image)
     if labelled:
         batch["label"] = torch.empty((shape[0], 1, *shape[2:]), dtype=torch.uint8, device="meta")
     weights = 4 * _count(method)

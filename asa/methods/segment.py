@@ -20,6 +20,8 @@ class Segmentation(nn.Module):
         ValueError: a model that segments nothing.
     """
 
+    mirrored = False
+
     def __init__(self, *, model: SegmentationUNet) -> None:
         super().__init__()
         if not isinstance(model, SegmentationUNet):

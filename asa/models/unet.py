@@ -89,9 +89,7 @@ class SegmentationUNet(nn.Module):
             ValueError: a volume of another size than the encoder's; training in bfloat16 on a CPU with a depth at which
                 PyTorch's convolution returns wrong gradients.
         """
-        low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if low and torch.is_grad_enabled() and volume.device.type == "cpu":
-            self._check_bfloat16_depth()
+        check_bfloat16_depth(volume)
         states = self.encoder.hidden_states(volume)
         skips = [run_block(self.image_block, volume, checkpointing=self.checkpointing)]
         for tap, skip in zip(self.taps, self.skips, strict=True):
@@ -106,18 +104,23 @@ class SegmentationUNet(nn.Module):
             return [head(features) for head, features in zip(self.heads, decoded, strict=True)]
         return self.heads[0](decoded[0])
 
-    def _check_bfloat16_depth(self) -> None:
-        # oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth
-        # is 2, and only then: random gradients, now and then NaN (torch 2.13, AVX-512). A level has it for 32 and 64.
-        if self.encoder.img_size[0] in (32, 64):
-            raise ValueError(
-                f"a crop of depth {self.encoder.img_size[0]} cannot be trained in bf16 on a CPU, where PyTorch's "
-                "convolution returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
-            )
-
     def _as_map(self, tokens: Tensor) -> Tensor:
         """`(B, L, E)` -> `(B, E, T, H, W)`."""
         return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *self.encoder.grid).contiguous()
+
+
+def check_bfloat16_depth(volume: Tensor) -> None:
+    """Raise a ValueError where PyTorch would compute wrong gradients of convolutions at five halved resolutions.
+
+    oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth is 2,
+    and only then: random gradients, now and then NaN (torch 2.13, AVX-512). A level has it for 32 and 64.
+    """
+    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if low and torch.is_grad_enabled() and volume.device.type == "cpu" and volume.shape[2] in (32, 64):
+        raise ValueError(
+            f"a crop of depth {volume.shape[2]} cannot be trained in bf16 on a CPU, where PyTorch's "
+            "convolution returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
+        )
 
 
 def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[str, Any]) -> nn.Module:
