@@ -18,8 +18,9 @@ from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
 from asa.engine.checkpoint import find_weights
 from asa.engine.distributed import is_main
+from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
-from asa.engine.predict import SIDE, PredictSettings, learnt_from
+from asa.engine.predict import SIDE, PredictSettings
 from asa.engine.source import read_source, start_from
 from asa.engine.summary import listed
 from asa.engine.train import TrainSettings, check_settings, train

@@ -16,6 +16,7 @@ from asa.data.identity import trained_on
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.engine.checkpoint import find_weights
 from asa.engine.health import FeatureHealth, open_probe
+from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_pretraining
@@ -72,7 +73,12 @@ def pretrain(config: Config) -> None:
     held_out = f"{len(parts['validation'])} held-out scans" if parts["validation"] else "training scans"
     description: dict[str, Any] = {
         "model": config["model"],
-        "data": {"channels": store.channels, "prepare": store.settings, **trained_on(parts["train"])},
+        "data": {
+            "channels": store.channels,
+            "prepare": store.settings,
+            **learnt_from([], parts["train"]),
+            **trained_on(parts["train"]),
+        },
     }
     with open_run(config, split, settings) as run:
         print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")

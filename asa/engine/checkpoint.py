@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from asa.config import CHECKPOINT_TARGETS, build
 from asa.models.sw_vit import SWViT
+from asa.models.swin import Swin
 
 FORMAT = 1
 WEIGHTS, TRAINING = "model.safetensors", "training.pt"
@@ -168,18 +169,29 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: not one of this package.
     """
     file = find_weights(path)
+    description = read_description(file)
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, description  # noqa: SIM118 - not a dict
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """Only the description that a checkpoint holds beside its weights.
+
+    Raises:
+        FileNotFoundError, Damaged, ValueError: as `read_weights`.
+    """
+    file = find_weights(path)
     try:
         with safe_open(file, framework="pt") as opened:
             header = (opened.metadata() or {}).get("asa")
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise Damaged(f"{file}: not a whole safetensors file ({error})") from error
     if header is None:
         raise ValueError(f"{file}: not a checkpoint of asa: its header has no description of the model")
-    description = json.loads(header)
+    description: dict[str, Any] = json.loads(header)
     if description.get("format") != FORMAT:
         raise ValueError(f"{file}: checkpoint format {description.get('format')}, this version reads {FORMAT}")
-    return weights, description
+    return description
 
 
 def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
@@ -221,8 +233,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     model.load_state_dict(dict(weights))
 
 
-def load_encoder(path: str | Path) -> SWViT:
-    """The token encoder of a run, with its weights, in evaluation mode.
+def load_encoder(path: str | Path) -> SWViT | Swin:
+    """The encoder of a run, with its weights, in evaluation mode.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file, of pretraining or fine-tuning.
@@ -231,5 +243,5 @@ def load_encoder(path: str | Path) -> SWViT:
         FileNotFoundError, ValueError: nothing there, or not a checkpoint that fits.
     """
     encoder = load_model(path).encoder
-    assert isinstance(encoder, SWViT)
+    assert isinstance(encoder, SWViT | Swin)
     return encoder

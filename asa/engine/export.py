@@ -47,7 +47,8 @@ def export_onnx(checkpoint: str | Path, out: Path) -> float:
         raise ImportError(f'{error.name} is not installed: pip install "asa-mri[export]"') from None
     model, description = read_model(checkpoint)
     encoder = model.encoder
-    assert isinstance(encoder, SWViT)
+    if not isinstance(encoder, SWViT):
+        raise ValueError(f"{checkpoint}: only networks on a SW-ViT are written as ONNX, not {type(model).__name__}")
     network, output = (model, "logits") if isinstance(model, SegmentationUNet) else (encoder, "tokens")
     shape = (encoder.in_channels, *encoder.img_size)
     content = _onnx(network, output, shape, _facts(encoder, description["data"]))
