@@ -52,7 +52,7 @@ def feature_health(features: Tensor) -> dict[str, float]:
     several = len(features) > 1
     exact = features.double()
     left = (exact - exact.mean(dim=0 if several else 1, keepdim=True)).flatten(0, 1)
-    freedom = len(left) - (features.shape[1] if several else 1)
+    freedom = max(len(left) - (features.shape[1] if several else 1), 1)  # a single token is no spread
     covariance = left.T @ left / freedom
     values = torch.linalg.eigvalsh(covariance)
     strength = values[values > ROUNDING * exact.square().mean()].sqrt()
