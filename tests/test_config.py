@@ -36,7 +36,9 @@ def built(command: str, *overrides: str):
     node = config["method"]
     node["model"]["in_channels"] = 1
     if command == "finetune":
-        node["model"]["out_channels"] = 4
+        node["model"]["classes" if "classes" in node["model"] else "out_channels"] = 4
+    if node.get("weights") == "balanced":  # the command counts the classes
+        node["weights"] = None
     for key, cls in COMMANDS[command].items():
         assert isinstance(typed(cls, config[key]), cls)
     with torch.device("meta"):
@@ -62,6 +64,9 @@ def test_every_model_composes_and_builds(size: str) -> None:
     model = built("pretrain", f"model=sa_swin_{size}", "method=sa_swin", "crop=[32,32,64]").model
     assert model.encoder.img_size == (32, 32, 64)
     assert built("finetune", f"model=unet_{size}", "crop=64").model.out_channels == 4
+    for kind in ("asa", "sa_swin"):
+        model = built("finetune", "method=classify", f"model={kind}_classifier_{size}", "crop=64").model
+        assert model.head.out_features == 4 and model.mirrored == (kind == "sa_swin")
 
 
 def test_mae_is_the_same_class_with_both_ideas_off() -> None:

@@ -1,4 +1,4 @@
-"""asa-finetune: learn a segmentation from labelled scans."""
+"""asa-finetune: learn a segmentation, or a classification, from labelled scans."""
 
 import sys
 from dataclasses import asdict
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from asa.cli.classify import classify
 from asa.cli.cohort import open_parts
 from asa.cli.front import Config, open_run, run_command
 from asa.cli.planning import preflight, show_plan, wants_plan
+from asa.cli.seen import seen_report
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.files import write_json
@@ -22,7 +24,6 @@ from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import SIDE, PredictSettings
 from asa.engine.source import read_source, start_from
-from asa.engine.summary import listed
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
 
@@ -41,6 +42,8 @@ def finetune(config: Config) -> None:
     Raises:
         ValueError: a store without labels, or a pretrained encoder that does not match.
     """
+    if str(config["method"]["_target_"]).startswith("asa.methods.classify."):
+        return classify(config)
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
     augment = typed(AugmentSettings, config["augment"])
@@ -77,7 +80,7 @@ def finetune(config: Config) -> None:
         before = known_trained(origin.get("data", {}))
         trained = trained_on(parts["train"], before) if before else None
         seen = seen_subjects(store.records, split, before) if before else None
-        print("\n".join(_seen_report(seen, config["init"])))
+        print("\n".join(seen_report(seen, config["init"])))
     dataset = CropDataset(
         store,
         parts["train"],
@@ -131,33 +134,6 @@ def _explains(config: Config) -> bool:
     return chosen == "explain"
 
 
-def _seen_report(seen: list[Seen] | None, init: str) -> list[str]:
-    """Lines on the held-out subjects that the encoder of `init` was trained on; None: it does not say on which."""
-    if seen is None:
-        return [
-            f"{init} does not say which scans it was trained on: whether it has seen held-out subjects is not checked"
-        ]
-    if not seen:
-        return [f"{init} was not trained on any held-out subject"]
-    lines = []
-    if scans := [one for one in seen if one.match == "scan"]:
-        lines.append(
-            f"warning: {init} was trained on scans of {len(scans)} held-out subjects ({_listed_by_part(scans)}): "
-            "pretrain with them held out (data.split_file), or read their scores as optimistic"
-        )
-    if names := [one for one in seen if one.match == "name"]:
-        lines.append(
-            f"note: {init} was trained on other scans of {len(names)} subjects with names of held-out ones "
-            f"({_listed_by_part(names)}): if they are the same people, pretrain with them held out (data.split_file)"
-        )
-    return lines
-
-
-def _listed_by_part(seen: list[Seen]) -> str:
-    parts = dict.fromkeys(one.part for one in seen)
-    return "; ".join(f"{part}: {listed([one.subject for one in seen if one.part == part], 5)}" for part in parts)
-
-
 def _pairs(names: list[list[str]], store: Store, augment: AugmentSettings) -> list[tuple[int, int]]:
     """Left/right pairs of label names -> stored class indices."""
     index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
@@ -180,7 +156,7 @@ def main() -> int:
     """Entry point."""
     return run_command(
         "finetune",
-        "Fine-tune a segmentation network, from a pretrained encoder or from scratch.",
+        "Fine-tune a segmentation or classification network, from a pretrained encoder or from scratch.",
         finetune,
         settings=SETTINGS,
     )

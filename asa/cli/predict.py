@@ -13,11 +13,13 @@ from tqdm import tqdm
 from asa.cli.front import Config, run_command
 from asa.config import typed
 from asa.data.datasets import folder
+from asa.data.files import write_whole
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
 from asa.data.volume import Volume, read_image
 from asa.engine.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
 from asa.engine.checkpoint import read_description
+from asa.engine.classification import ClassPredictor, class_table
 from asa.engine.intake import Intake
 from asa.engine.predict import PredictSettings, Segmenter
 
@@ -75,7 +77,10 @@ def predict(config: Config) -> None:
 def _work(config: Config, out: Path) -> Work:
     """What the checkpoint is for, by what it says of itself."""
     first = config["checkpoint"] if isinstance(config["checkpoint"], str) else [*config["checkpoint"], ""][0]
-    if first and str(read_description(first)["model"].get("_target_")).startswith("asa.models.sa_swin."):
+    target = str(read_description(first)["model"].get("_target_")) if first else ""
+    if target.startswith("asa.models.classifier."):
+        return _classification(config, out)
+    if target.startswith("asa.models.sa_swin."):
         return _asymmetry(config, out)
     return _segmentation(config, out)
 
@@ -116,6 +121,32 @@ def _asymmetry(config: Config, out: Path) -> Work:
         return f"wrote {out / TABLE}, and asymmetry maps beside it"
 
     return Work(scorer.intake, of_file, of_stored, finish)
+
+
+def _classification(config: Config, out: Path) -> Work:
+    checkpoint = _only(config, "a classification")
+    predictor = ClassPredictor(checkpoint, typed(PredictSettings, config["predict"]), strip=config["strip"])
+    rows: list[tuple[str, str, str]] = []
+    shares: list[np.ndarray] = []
+
+    def of_image(id: str, image: np.ndarray) -> None:
+        shares.append(predictor.shares(image))
+        rows.append((id, "", ""))
+
+    def of_stored(id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+        predictor.intake.check_stored(chain)
+        of_image(id, image)
+
+    def finish() -> str:
+        write_whole(out / "predictions.csv", class_table(predictor.classes, rows, np.array(shares)).encode())
+        return f"wrote {out / 'predictions.csv'}"
+
+    return Work(
+        predictor.intake,
+        lambda id, images: of_image(id, predictor.intake.prepared(images)[0].image),
+        of_stored,
+        finish,
+    )
 
 
 def _only(config: Config, what: str) -> str:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.models.saca import SymmetryAwareBlock
+from asa.models.saca import SymmetryAwareBlock, look_across
 from asa.models.swin import STRIDE, Swin
 from asa.models.unet import check_bfloat16_depth
-from asa.ops.position import sincos_position_encoding
 from asa.ops.symmetry import asymmetry, flip, pad_to_multiple
 
 MAP_LEVELS = (1, 2, 3)  # of the encoder: 1/4 to 1/16, where the asymmetry map is taken
@@ -85,15 +84,8 @@ class SASwin(nn.Module):
 
     def tokens(self, volume: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f, f~ and SACA(f, f~), each `(B, L, E)`, of volumes and their mirror images `(B, C, D, H, W)`."""
-        f, counterpart = self.encoder(torch.cat([volume, mirrored])).chunk(2)
-        return f, counterpart, self.saca(f, counterpart, self.code(volume))
-
-    def code(self, volume: Tensor) -> Tensor | None:
-        """The codes of the places of a volume's tokens, `(L, E)`; None where none are added."""
-        if not self.position:
-            return None
-        grid = [size // STRIDE for size in volume.shape[2:]]
-        return sincos_position_encoding(grid, self.encoder.embed_dim).to(volume.device)
+        code = self.encoder.code(volume) if self.position else None
+        return look_across(self.encoder, self.saca, volume, mirrored, code)
 
     def forward(self, volume: Tensor, mirrored: Tensor) -> Seen:
         """The heads' view of volumes whose mirror images lie beside them.

@@ -3,6 +3,7 @@
 Letters: tokens f and f~ `B L E`, M attention heads of d = E / M.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,3 +102,18 @@ class SymmetryAwareBlock(nn.Module):
             return tokens + self.mlp(self.norm3(tokens))
         tokens = self.norm2(tokens + self.cross(tokens, mirrored))
         return self.norm3(tokens + self.mlp(tokens))
+
+
+def look_across(
+    encoder: nn.Module, saca: SymmetryAwareBlock, volume: Tensor, mirrored: Tensor, position: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f, f~ and SACA(f, f~), each `(B, L, E)`, by one batched call of a shared encoder.
+
+    Args:
+        encoder: volumes to tokens.
+        saca: the block.
+        volume, mirrored: `(B, C, D, H, W)`; voxel i of the one is the counterpart of voxel i of the other.
+        position: codes of the places, see `SymmetryAwareBlock`.
+    """
+    f, counterpart = encoder(torch.cat([volume, mirrored])).chunk(2)
+    return f, counterpart, saca(f, counterpart, position)

@@ -12,6 +12,7 @@ from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
 from asa.ops.patches import grid_size, triple
+from asa.ops.position import sincos_position_encoding
 
 STRIDE = 32  # voxels along the edge of a token of the last level
 
@@ -81,3 +82,8 @@ class Swin(nn.Module):
     def forward(self, volume: Tensor) -> Tensor:
         """The tokens of the last level: `(B, C, D, H, W)` -> `(B, L, E)`."""
         return self.levels(volume)[-1].flatten(2).transpose(1, 2)
+
+    def code(self, volume: Tensor) -> Tensor:
+        """Plain codes of the places of a volume's tokens, `(L, E)`."""
+        grid = grid_size(volume.shape[2:], STRIDE)
+        return sincos_position_encoding(grid, self.embed_dim).to(volume.device)
