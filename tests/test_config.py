@@ -64,6 +64,8 @@ def test_every_model_composes_and_builds(size: str) -> None:
     model = built("pretrain", f"model=sa_swin_{size}", "method=sa_swin", "crop=[32,32,64]").model
     assert model.encoder.img_size == (32, 32, 64)
     assert built("finetune", f"model=unet_{size}", "crop=64").model.out_channels == 4
+    assert built("finetune", f"model=sa_swin_unet_{size}", "crop=64").model.out_channels == 4
+    assert built("finetune", f"model=unet_{size}", "crop=64", "model.symmetry=true").mirrored
     for kind in ("asa", "sa_swin"):
         model = built("finetune", "method=classify", f"model={kind}_classifier_{size}", "crop=64").model
         assert model.head.out_features == 4 and model.mirrored == (kind == "sa_swin")

@@ -23,9 +23,10 @@ from asa.engine.distributed import is_main
 from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import SIDE, PredictSettings
-from asa.engine.source import read_source, start_from
+from asa.engine.source import read_source, start_from, start_sides
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
+from asa.models.sa_swin_unet import SASwinUNet
 
 SETTINGS = {
     "train": TrainSettings,
@@ -74,7 +75,10 @@ def finetune(config: Config) -> None:
     seen: list[Seen] | None = None
     if source is not None:
         weights, origin = source
-        print(start_from(config["init"], weights, origin, method.model.encoder, config["model"], explain=explain))
+        if isinstance(method.model, SASwinUNet):
+            print(start_sides(config["init"], weights, origin, method.model, config["model"]))
+        else:
+            print(start_from(config["init"], weights, origin, method.model.encoder, config["model"], explain=explain))
         if explain:
             return
         before = known_trained(origin.get("data", {}))
@@ -87,6 +91,7 @@ def finetune(config: Config) -> None:
         method.model.encoder.img_size,
         crop=data["placement"],
         labelled=True,
+        mirrored=method.mirrored,
         augment=augment,
         lateral_pairs=_pairs(data["lateral_pairs"], store, augment),
         seed=settings.seed,

@@ -49,6 +49,8 @@ def export_onnx(checkpoint: str | Path, out: Path) -> float:
     encoder = model.encoder
     if not isinstance(encoder, SWViT):
         raise ValueError(f"{checkpoint}: only networks on a SW-ViT are written as ONNX, not {type(model).__name__}")
+    if getattr(model, "mirrored", False):
+        raise ValueError(f"{checkpoint}: a network that looks at the mirror image is not written as ONNX")
     network, output = (model, "logits") if isinstance(model, SegmentationUNet) else (encoder, "tokens")
     shape = (encoder.in_channels, *encoder.img_size)
     content = _onnx(network, output, shape, _facts(encoder, description["data"]))

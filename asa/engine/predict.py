@@ -22,7 +22,9 @@ from asa.data.volume import Volume, write_image, write_label
 from asa.engine.checkpoint import read_model
 from asa.engine.intake import Intake
 from asa.engine.train import autocast, pick_device, pick_precision
+from asa.models.sa_swin_unet import SASwinUNet
 from asa.models.unet import SegmentationUNet
+from asa.ops.symmetry import flip
 
 # A label name that has a side.
 SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
@@ -50,7 +52,11 @@ class PredictSettings:
 
 
 def sliding_window(
-    model: SegmentationUNet, image: Tensor, settings: PredictSettings, *, tick: Callable[[int], Any] | None = None
+    model: SegmentationUNet | SASwinUNet,
+    image: Tensor,
+    settings: PredictSettings,
+    *,
+    tick: Callable[[int], Any] | None = None,
 ) -> Tensor:
     """Class logits of a volume of any size, from overlapping windows with Gaussian weights.
 
@@ -83,17 +89,24 @@ def sliding_window(
 
 
 def _stitched(
-    model: SegmentationUNet,
+    model: SegmentationUNet | SASwinUNet,
     image: Tensor,
     settings: PredictSettings,
     tick: Callable[[int], Any] | None,
     place: torch.device,
 ) -> Tensor:
-    """Logits `(K, D, H, W)` of a volume, its windows put together at `place`."""
+    """Logits `(K, D, H, W)` of a volume, its windows put together at `place`.
+
+    For a network that looks at the mirror image, this lies beside the volume in further channels: a window of it is the
+    box at the mirrored place, flipped.
+    """
     device = next(model.parameters()).device
+    mirrored = getattr(model, "mirrored", False)  # any network with an encoder's window may be asked
+    image = torch.cat([image, flip(image)]) if mirrored else image
 
     def counted(windows: Tensor) -> Tensor:
-        logits = model(windows)
+        here, *across = windows.chunk(2, dim=1) if mirrored else (windows,)
+        logits = model(here, mirrored=across[0]) if mirrored else model(here)
         assert isinstance(logits, Tensor)
         if tick is not None:
             tick(len(windows))
@@ -155,13 +168,13 @@ class Segmenter:
         if not paths:
             raise ValueError("checkpoint=[]: give at least one")
         self.settings, self.mirror, self.progress = settings, mirror, progress
-        self.models: list[SegmentationUNet] = []
+        self.models: list[SegmentationUNet | SASwinUNet] = []
         described = []
         for path in paths:
             model, description = read_model(path)
             if "labels" not in description["data"]:
                 raise ValueError(f"{path}: not a segmentation model: give a run of asa-finetune")
-            assert isinstance(model, SegmentationUNet)
+            assert isinstance(model, SegmentationUNet | SASwinUNet)
             self.models.append(model.to(pick_device(settings.device)))
             described.append(description["data"])
         self.data: dict[str, Any] = described[0]
