@@ -16,6 +16,7 @@ from asa.engine.health import (
     alarms,
     feature_health,
     fit_linear,
+    freedom,
     open_probe,
     predict_linear,
     probe_dice,
@@ -166,3 +167,11 @@ def test_the_log_of_a_run_holds_health_and_probe(store: Path, tmp_path: Path, mo
     assert {"effective_rank", "feature_variance", "probe_dice", "probe_dice_wm", "masked_mse"} <= lines[-1].keys()
     # Two steps teach nothing, and the run says so.
     assert "ALARM: no better than the mean" in capsys.readouterr().out
+
+
+def test_few_tokens_are_not_taken_for_a_collapse() -> None:
+    features = draw(4, 2, 192)  # all different, and in six directions at most
+    assert freedom(features) == 6 and freedom(features[:1]) == 1
+    numbers = {**HEALTHY, **feature_health(features)}
+    assert numbers["effective_rank"] < 6.01
+    assert alarms(numbers, min(192, freedom(features)), ERROR, warm=True) == []

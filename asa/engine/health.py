@@ -49,11 +49,9 @@ def feature_health(features: Tensor) -> dict[str, float]:
         ICML 2023; there without taking the mean off): r for r directions of equal strength, 0 for constant features.
         "feature_variance", the mean over the E dimensions.
     """
-    several = len(features) > 1
     exact = features.double()
-    left = (exact - exact.mean(dim=0 if several else 1, keepdim=True)).flatten(0, 1)
-    freedom = max(len(left) - (features.shape[1] if several else 1), 1)  # a single token is no spread
-    covariance = left.T @ left / freedom
+    left = (exact - exact.mean(dim=0 if len(features) > 1 else 1, keepdim=True)).flatten(0, 1)
+    covariance = left.T @ left / max(freedom(features), 1)  # a single token has no spread
     values = torch.linalg.eigvalsh(covariance)
     strength = values[values > ROUNDING * exact.square().mean()].sqrt()
     share = strength / strength.sum()
@@ -61,12 +59,18 @@ def feature_health(features: Tensor) -> dict[str, float]:
     return {"effective_rank": rank, "feature_variance": float(covariance.diagonal().mean())}
 
 
+def freedom(features: Tensor) -> int:
+    """Most directions in which features `(V, L, E)` can vary once their mean is taken off, but for the width."""
+    volumes, length = features.shape[:2]
+    return (volumes - 1) * length if volumes > 1 else length - 1
+
+
 def alarms(numbers: Mapping[str, float], width: int, error: Sequence[str], *, warm: bool) -> list[str]:
     """What in a validation's numbers says that pretraining has gone wrong, a line each.
 
     Args:
         numbers: "effective_rank", "feature_variance", and the two errors.
-        width: E of the encoder.
+        width: E of the encoder, or fewer directions that could be seen.
         error: names of the method's error and of the mean predictor's.
         warm: the warm-up is over; before, nothing has to be learnt yet.
     """
@@ -185,10 +189,12 @@ class FeatureHealth:
 
     def measure(self, step: int, numbers: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """Numbers to log, and alarms to print. See `watch`."""
-        found = feature_health(encode(self.encoder, self.watched, VOLUMES))
+        features = encode(self.encoder, self.watched, VOLUMES)
+        found = feature_health(features)
         if self.probe is not None:
             found |= probe_dice(self.encoder, self.probe, self.names)
-        lines = alarms({**numbers, **found}, self.encoder.embed_dim, self.error, warm=step > self.warm_up)
+        width = min(features.shape[2], freedom(features))
+        lines = alarms({**numbers, **found}, width, self.error, warm=step > self.warm_up)
         return found, lines
 
 
