@@ -13,7 +13,7 @@ from asa import load_model
 from asa.data.loader import CropDataset, collate
 from asa.data.splits import read_split, select
 from asa.data.store import Store
-from asa.engine.validate import picture_of
+from asa.engine.validate import pictures_of
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.asa import MaskedAutoencoder
 
@@ -27,7 +27,7 @@ def main() -> None:
     assert isinstance(model, MaskedAutoencoder)
     records = select(store.records, read_split(run / "split.json")["validation"])
     batch = collate([CropDataset(store, records, model.encoder.img_size)[0, 0]])
-    picture = picture_of(MaskedPretraining(model=model), batch)
+    picture = pictures_of(MaskedPretraining(model=model), batch)["reconstruction"]
     imsave(out, np.kron(picture, np.ones((SCALE, SCALE, 1), dtype=np.uint8)))
     print(f"wrote {out}: {records[0]['id']}, {picture.shape[1] * SCALE} x {picture.shape[0] * SCALE} pixels")
 

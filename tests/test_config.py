@@ -29,6 +29,8 @@ EXPERIMENTS = {
     "rat_pet": "finetune",
     "rat_sr": "finetune",
     "demo_pretrain": "pretrain",
+    "sa_swin_paper": "pretrain",
+    "sa_swin_demo": "pretrain",
     "demo_finetune": "finetune",
 }
 
@@ -41,10 +43,13 @@ def built(command: str, *overrides: str):
     config = composed(command, *overrides)
     node = config["method"]
     node["model"]["in_channels"] = 1
-    if command == "finetune" and "out_channels" in node["model"]:
-        node["model"]["out_channels"] = 4
+    if command == "finetune":
+        for key in {"classes", "out_channels"} & node["model"].keys():
+            node["model"][key] = 4
     if node.get("regions", {}) is None:
         node["regions"] = {"WT": [1, 2], "TC": [2], "a": [3], "b": [4]}
+    if node.get("weights") == "balanced":  # the command counts the classes
+        node["weights"] = None
     for key, cls in COMMANDS[command].items():
         assert isinstance(typed(cls, config[key]), cls)
     with torch.device("meta"):
@@ -79,6 +84,13 @@ def test_every_model_composes_and_builds(size: str) -> None:
     assert order == [(0, 1), (1, 2), (2, 3), (3, 4)]
     model = built("finetune", "method=restore", f"model=rat_{size}", "model.upscale=2").model
     assert (model.upscale, model.in_channels) == (2, 1)
+    model = built("pretrain", f"model=sa_swin_{size}", "method=sa_swin", "crop=[32,32,64]").model
+    assert model.encoder.img_size == (32, 32, 64)
+    assert built("finetune", f"model=sa_swin_unet_{size}", "crop=64").model.out_channels == 4
+    assert built("finetune", f"model=unet_{size}", "crop=64", "model.symmetry=true").mirrored
+    for kind in ("asa", "sa_swin"):
+        model = built("finetune", "method=classify", f"model={kind}_classifier_{size}", "crop=64").model
+        assert model.head.out_features == 4 and model.mirrored == (kind == "sa_swin")
 
 
 def test_mae_is_the_same_class_with_both_ideas_off() -> None:

@@ -16,13 +16,16 @@ from asa.engine.health import (
     alarms,
     feature_health,
     fit_linear,
+    freedom,
     open_probe,
     predict_linear,
     probe_dice,
 )
-from asa.models.sw_vit import sw_vit_tiny
+from asa.methods.pretrain import MaskedPretraining
+from asa.models.asa import asa_tiny
 
 HEALTHY = {"effective_rank": 40.0, "feature_variance": 0.5, "masked_mse": 0.5, "mean_predictor_mse": 1.0}
+ERROR = ("masked_mse", "mean_predictor_mse")
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -55,20 +58,20 @@ def test_what_all_volumes_share_at_a_place_is_no_feature() -> None:
 
 def test_constant_features_alarm_and_healthy_ones_do_not() -> None:
     constant = feature_health(torch.ones(2, 64, 96)) | {"masked_mse": 0.5, "mean_predictor_mse": 1.0}
-    (line,) = alarms(constant, 96, warm=True)
+    (line,) = alarms(constant, 96, ERROR, warm=True)
     assert line.startswith("ALARM") and "collapsed" in line and "\n" not in line
-    (line,) = alarms({**HEALTHY, "effective_rank": 0.9}, 96, warm=False)
+    (line,) = alarms({**HEALTHY, "effective_rank": 0.9}, 96, ERROR, warm=False)
     assert "effective rank 0.9 of 96" in line
     # What rounding leaves may point anywhere, and is nothing.
     noise = feature_health(1 + 1e-4 * draw(2, 64, 96)) | {"masked_mse": 0.5, "mean_predictor_mse": 1.0}
-    assert noise["effective_rank"] > 10 and "collapsed" in alarms(noise, 96, warm=True)[0]
-    assert alarms(HEALTHY, 96, warm=True) == []
+    assert noise["effective_rank"] > 10 and "collapsed" in alarms(noise, 96, ERROR, warm=True)[0]
+    assert alarms(HEALTHY, 96, ERROR, warm=True) == []
 
 
 def test_no_better_than_the_mean_alarms_after_the_warm_up_only() -> None:
     numbers = {**HEALTHY, "masked_mse": 0.99}
-    assert alarms(numbers, 96, warm=False) == []
-    (line,) = alarms(numbers, 96, warm=True)
+    assert alarms(numbers, 96, ERROR, warm=False) == []
+    (line,) = alarms(numbers, 96, ERROR, warm=True)
     assert "no better than the mean" in line and "0.99" in line
 
 
@@ -76,8 +79,9 @@ def test_a_fresh_encoder_does_not_alarm_and_one_that_forgets_its_input_does(stor
     opened = Store(store)
     dataset = CropDataset(opened, opened.records, (32, 32, 32))
     torch.manual_seed(0)
-    encoder = sw_vit_tiny(img_size=32)
-    health = FeatureHealth(encoder, dataset, None, [], warm_up=0)
+    method = MaskedPretraining(model=asa_tiny(img_size=32))
+    encoder = method.model.encoder
+    health = FeatureHealth(method, dataset, None, [], warm_up=0)
     numbers = {"masked_mse": 0.5, "mean_predictor_mse": 1.0}
     assert health.measure(1, numbers)[1] == []
     torch.nn.init.zeros_(encoder.patch_embed.weight)  # tells places apart still
@@ -113,7 +117,7 @@ class Told(torch.nn.Module):
     def __init__(self, tell: bool) -> None:
         super().__init__()
         self.patch_size, self.grid, self.embed_dim, self.tell = 8, (8, 8, 8), 12, tell
-        self.position = torch.zeros(1)
+        self.anywhere = torch.nn.Parameter(torch.zeros(1))
         self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
@@ -163,3 +167,11 @@ def test_the_log_of_a_run_holds_health_and_probe(store: Path, tmp_path: Path, mo
     assert {"effective_rank", "feature_variance", "probe_dice", "probe_dice_wm", "masked_mse"} <= lines[-1].keys()
     # Two steps teach nothing, and the run says so.
     assert "ALARM: no better than the mean" in capsys.readouterr().out
+
+
+def test_few_tokens_are_not_taken_for_a_collapse() -> None:
+    features = draw(4, 2, 192)  # all different, and in six directions at most
+    assert freedom(features) == 6 and freedom(features[:1]) == 1
+    numbers = {**HEALTHY, **feature_health(features)}
+    assert numbers["effective_rank"] < 6.01
+    assert alarms(numbers, min(192, freedom(features)), ERROR, warm=True) == []

@@ -126,7 +126,7 @@ def test_without_resampling_the_probabilities_are_those_of_the_prepared_grid(run
     segmenter = Segmenter(run, SETTINGS)
     predicted(segmenter, path, tmp_path / "p")
     volume = read_image(path)
-    case = prepare_case({"t1": volume}, None, {}, segmenter.prepare_settings)
+    case = prepare_case({"t1": volume}, None, {}, segmenter.intake.settings)
     expected = segmenter.probabilities(torch.from_numpy(case.image))[3].numpy()
     found = to_ras(read_image(tmp_path / "p" / "middle.nii.gz").data, volume.affine)[0].transpose(2, 1, 0)
     crop = case.chain["steps"][-1]

@@ -1,4 +1,4 @@
-"""asa-finetune: learn a segmentation from labelled scans, or restoration from pairs of images."""
+"""asa-finetune: learn a segmentation or a classification from labelled scans, or restoration from pairs of images."""
 
 import sys
 from dataclasses import asdict
@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from asa.cli import restoration
+from asa.cli.classify import classify
 from asa.cli.cohort import open_parts
 from asa.cli.folds import finetune_folds, wants_folds
 from asa.cli.front import Config, open_run, run_command
 from asa.cli.planning import preflight, show_plan, wants_plan
+from asa.cli.seen import seen_report
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.files import write_json
@@ -20,12 +22,13 @@ from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
 from asa.engine.checkpoint import find_weights
 from asa.engine.distributed import is_main
+from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
-from asa.engine.predict import SIDE, PredictSettings, learnt_from
-from asa.engine.source import read_source, start_from
-from asa.engine.summary import listed
+from asa.engine.predict import SIDE, PredictSettings
+from asa.engine.source import read_source, start_from, start_sides
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
+from asa.models.sa_swin_unet import SASwinUNet
 from asa.ops.nested import painting_order
 
 SETTINGS = {
@@ -45,6 +48,9 @@ def finetune(config: Config) -> None:
     """
     if config["method"]["_target_"] == restoration.METHOD:
         restoration.finetune(config)
+        return
+    if str(config["method"]["_target_"]).startswith("asa.methods.classify."):
+        classify(config)
         return
     if wants_folds(config):
         finetune_folds(config, finetune)
@@ -82,13 +88,16 @@ def finetune(config: Config) -> None:
     seen: list[Seen] | None = None
     if source is not None:
         weights, origin = source
-        print(start_from(config["init"], weights, origin, method.model.encoder, config["model"], explain=explain))
+        if isinstance(method.model, SASwinUNet):
+            print(start_sides(config["init"], weights, origin, method.model, config["model"]))
+        else:
+            print(start_from(config["init"], weights, origin, method.model.encoder, config["model"], explain=explain))
         if explain:
             return
         before = known_trained(origin.get("data", {}))
         trained = trained_on(parts["train"], before) if before else None
         seen = seen_subjects(store.records, split, before) if before else None
-        print("\n".join(_seen_report(seen, config["init"])))
+        print("\n".join(seen_report(seen, config["init"])))
     dataset = CropDataset(
         store,
         parts["train"],
@@ -96,6 +105,7 @@ def finetune(config: Config) -> None:
         crop=data["placement"],
         labelled=True,
         foreground=data["foreground"],
+        mirrored=method.mirrored,
         augment=augment,
         lateral_pairs=_pairs(data["lateral_pairs"], store, augment),
         seed=settings.seed,
@@ -158,33 +168,6 @@ def _explains(config: Config) -> bool:
     return chosen == "explain"
 
 
-def _seen_report(seen: list[Seen] | None, init: str) -> list[str]:
-    """Lines on the held-out subjects that the encoder of `init` was trained on; None: it does not say on which."""
-    if seen is None:
-        return [
-            f"{init} does not say which scans it was trained on: whether it has seen held-out subjects is not checked"
-        ]
-    if not seen:
-        return [f"{init} was not trained on any held-out subject"]
-    lines = []
-    if scans := [one for one in seen if one.match == "scan"]:
-        lines.append(
-            f"warning: {init} was trained on scans of {len(scans)} held-out subjects ({_listed_by_part(scans)}): "
-            "pretrain with them held out (data.split_file), or read their scores as optimistic"
-        )
-    if names := [one for one in seen if one.match == "name"]:
-        lines.append(
-            f"note: {init} was trained on other scans of {len(names)} subjects with names of held-out ones "
-            f"({_listed_by_part(names)}): if they are the same people, pretrain with them held out (data.split_file)"
-        )
-    return lines
-
-
-def _listed_by_part(seen: list[Seen]) -> str:
-    parts = dict.fromkeys(one.part for one in seen)
-    return "; ".join(f"{part}: {listed([one.subject for one in seen if one.part == part], 5)}" for part in parts)
-
-
 def _pairs(names: list[list[str]], store: Store, augment: AugmentSettings) -> list[tuple[int, int]]:
     """Left/right pairs of label names -> stored class indices."""
     index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
@@ -207,7 +190,7 @@ def main() -> int:
     """Entry point."""
     return run_command(
         "finetune",
-        "Fine-tune a segmentation network, from a pretrained encoder or from scratch.",
+        "Fine-tune a segmentation or classification network, from a pretrained encoder or from scratch.",
         finetune,
         settings=SETTINGS,
     )

@@ -1,25 +1,49 @@
-"""asa-predict: label maps of new scans, in their own space, or restored images."""
+"""asa-predict: label maps, asymmetry or classes of new scans, in their own space, or restored images."""
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from asa.cli import restoration
 from asa.cli.front import Config, run_command
 from asa.config import typed
 from asa.data.datasets import folder
+from asa.data.files import write_whole
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
-from asa.data.volume import read_image
+from asa.data.volume import Volume, read_image
+from asa.engine.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
+from asa.engine.checkpoint import read_description
+from asa.engine.classification import ClassPredictor, class_table
+from asa.engine.intake import Intake
 from asa.engine.predict import PredictSettings, Segmenter
 
 SETTINGS = {"predict": PredictSettings}
 ENDINGS = (".nii.gz", ".nii")
 Job = tuple[str, list[str], Callable[[], None]]  # id, the files it reads, what to do
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a checkpoint does with scans.
+
+    Args:
+        intake: how scans come to it.
+        of_file: from an id and channel files.
+        of_stored: from an id, the prepared image, its chain, and the scan it was made of.
+        finish: after all scans; says what was written.
+    """
+
+    intake: Intake
+    of_file: Callable[[str, Mapping[str, str | None]], None]
+    of_stored: Callable[[str, np.ndarray, dict[str, Any], Volume], None]
+    finish: Callable[[], str]
 
 
 def predict(config: Config) -> None:
@@ -38,6 +62,35 @@ def predict(config: Config) -> None:
     for key in ("mirror", "probabilities"):
         if not isinstance(config[key], bool):
             raise ValueError(f"{key}={config[key]}: choose true or false")
+    work = _work(config, out)
+    jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
+    failures = 0
+    for id, inputs, do in tqdm(jobs(work, source, config), desc="predict", unit="scan"):
+        try:
+            if (out / f"{id}.nii.gz").resolve() in {Path(path).resolve() for path in inputs}:
+                raise ValueError(f"the result would replace the scan itself: choose another out= than {out}")
+            do()
+        except (ValueError, OSError) as error:
+            failures += 1
+            tqdm.write(f"{id}: failed: {error}")
+    said = work.finish()
+    if failures:
+        raise ValueError(f"{failures} scans failed, listed above")
+    print(said)
+
+
+def _work(config: Config, out: Path) -> Work:
+    """What the checkpoint is for, by what it says of itself."""
+    first = config["checkpoint"] if isinstance(config["checkpoint"], str) else [*config["checkpoint"], ""][0]
+    target = str(read_description(first)["model"].get("_target_")) if first else ""
+    if target.startswith("asa.models.classifier."):
+        return _classification(config, out)
+    if target.startswith("asa.models.sa_swin."):
+        return _asymmetry(config, out)
+    return _segmentation(config, out)
+
+
+def _segmentation(config: Config, out: Path) -> Work:
     segmenter = Segmenter(
         config["checkpoint"],
         typed(PredictSettings, config["predict"]),
@@ -45,33 +98,77 @@ def predict(config: Config) -> None:
         strip=config["strip"],
         progress=True,
     )
-    jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
-    failures = 0
-    for id, inputs, work in tqdm(jobs(segmenter, source, out, config), desc="predict", unit="scan"):
-        try:
-            if (out / f"{id}.nii.gz").resolve() in {Path(path).resolve() for path in inputs}:
-                raise ValueError(f"the label map would replace the scan itself: choose another out= than {out}")
-            work()
-        except (ValueError, OSError) as error:
-            failures += 1
-            tqdm.write(f"{id}: failed: {error}")
-    if failures:
-        raise ValueError(f"{failures} scans failed, listed above")
-    print(f"wrote label maps to {out}")
+
+    def of_file(id: str, images: Mapping[str, str | None]) -> None:
+        segmenter.segment_file(images, out / f"{id}.nii.gz", probabilities=_shares(config, out, id))
+
+    def of_stored(id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+        target = out / f"{id}.nii.gz"
+        segmenter.segment_prepared(image, chain, like, target, probabilities=_shares(config, out, id))
+
+    return Work(segmenter.intake, of_file, of_stored, lambda: f"wrote label maps to {out}")
 
 
-def _file_jobs(segmenter: Segmenter, source: Path, out: Path, config: Config) -> list[Job]:
+def _asymmetry(config: Config, out: Path) -> Work:
+    checkpoint = _only(config, "an asymmetry score")
+    scorer = AsymmetryScorer(checkpoint, typed(PredictSettings, config["predict"]), strip=config["strip"])
+    rows: list[AsymmetryRow] = []
+
+    def of_file(id: str, images: Mapping[str, str | None]) -> None:
+        rows.append(scorer.score_file(id, images, out / f"{id}.nii.gz"))
+
+    def of_stored(id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+        scorer.intake.check_stored(chain)
+        rows.append(scorer.score(id, image, chain, like, out / f"{id}.nii.gz"))
+
+    def finish() -> str:
+        write_rows(out / TABLE, rows)
+        return f"wrote {out / TABLE}, and asymmetry maps beside it"
+
+    return Work(scorer.intake, of_file, of_stored, finish)
+
+
+def _classification(config: Config, out: Path) -> Work:
+    checkpoint = _only(config, "a classification")
+    predictor = ClassPredictor(checkpoint, typed(PredictSettings, config["predict"]), strip=config["strip"])
+    rows: list[tuple[str, str, str]] = []
+    shares: list[np.ndarray] = []
+
+    def of_image(id: str, image: np.ndarray) -> None:
+        shares.append(predictor.shares(image))
+        rows.append((id, "", ""))
+
+    def of_stored(id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+        predictor.intake.check_stored(chain)
+        of_image(id, image)
+
+    def finish() -> str:
+        write_whole(out / "predictions.csv", class_table(predictor.classes, rows, np.array(shares)).encode())
+        return f"wrote {out / 'predictions.csv'}"
+
+    return Work(
+        predictor.intake,
+        lambda id, images: of_image(id, predictor.intake.prepared(images)[0].image),
+        of_stored,
+        finish,
+    )
+
+
+def _only(config: Config, what: str) -> str:
+    """The one checkpoint, of a network that has neither an ensemble nor class maps."""
+    checkpoints = [config["checkpoint"]] if isinstance(config["checkpoint"], str) else list(config["checkpoint"])
+    if len(checkpoints) != 1 or config["mirror"] or config["probabilities"]:
+        raise ValueError(f"{what} comes from one checkpoint, without mirror and probabilities: leave these out")
+    return str(checkpoints[0])
+
+
+def _file_jobs(work: Work, source: Path, config: Config) -> list[Job]:
     """What to do for a scan, or each scan of a folder."""
     if config["part"] is not None:
         raise ValueError("part= chooses scans of a store; leave it out for files")
-    cases = _cases(source, config["images"], segmenter)
     return [
-        (
-            id,
-            [path for path in images.values() if path is not None],
-            partial(segmenter.segment_file, images, out / f"{id}.nii.gz", probabilities=_shares(config, out, id)),
-        )
-        for id, images in cases
+        (id, [path for path in images.values() if path is not None], partial(work.of_file, id, images))
+        for id, images in _cases(source, config["images"], work.intake)
     ]
 
 
@@ -80,13 +177,11 @@ def _shares(config: Config, out: Path, id: str) -> Path | None:
     return out / "probabilities" / id if config["probabilities"] else None
 
 
-def _cases(
-    source: Path, images: dict[str, str] | None, segmenter: Segmenter
-) -> list[tuple[str, Mapping[str, str | None]]]:
+def _cases(source: Path, images: dict[str, str] | None, intake: Intake) -> list[tuple[str, Mapping[str, str | None]]]:
     """Id and channel files of a scan or a folder of scans; None for a channel that a scan lacks."""
-    channels = segmenter.channels
+    channels = intake.channels
     if source.is_dir() and images:
-        segmenter.check_channels(images)
+        intake.check_channels(images)
         return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
     if len(channels) != 1:
         raise ValueError(
@@ -102,10 +197,10 @@ def _cases(
     return [(id, {channels[0]: str(path)}) for id, path in found]
 
 
-def _store_jobs(segmenter: Segmenter, source: Path, out: Path, config: Config) -> list[Job]:
+def _store_jobs(work: Work, source: Path, config: Config) -> list[Job]:
     """What to do for the scans of a store, or for one part of the run's split."""
     store = Store(source)
-    if store.channels != segmenter.channels or store.settings != segmenter.data["prepare"]:
+    if store.channels != work.intake.channels or store.settings != work.intake.data["prepare"]:
         raise ValueError(
             f"{store.path} was prepared in another way than what this model was trained on: predict the raw scans"
         )
@@ -113,15 +208,12 @@ def _store_jobs(segmenter: Segmenter, source: Path, out: Path, config: Config) -
     if config["part"] is not None:
         records = select(store.records, _subjects(config["checkpoint"], config["part"]))
 
-    def work(record: dict[str, Any]) -> None:
+    def do(record: dict[str, Any]) -> None:
         like = read_image(record["sources"][store.channels[0]]["path"])
-        id = record["id"]
-        segmenter.segment_prepared(
-            store.image(id), record["chain"], like, out / f"{id}.nii.gz", probabilities=_shares(config, out, id)
-        )
+        work.of_stored(record["id"], store.image(record["id"]), record["chain"], like)
 
     return [
-        (record["id"], [found["path"] for found in record["sources"].values()], partial(work, record))
+        (record["id"], [found["path"] for found in record["sources"].values()], partial(do, record))
         for record in records
     ]
 
@@ -149,7 +241,7 @@ def main() -> int:
     """Entry point."""
     return run_command(
         "predict",
-        "Segment new scans with a trained network; the label maps have each scan's own space and header.",
+        "Label maps of new scans from a trained network, or their asymmetry from a SA-Swin, in each scan's own space.",
         predict,
         settings=SETTINGS,
     )

@@ -11,13 +11,15 @@ from asa.cli.front import Config, open_run, run_command
 from asa.cli.planning import preflight, show_plan, wants_plan
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
+from asa.data.health import read_health
 from asa.data.identity import trained_on
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.engine.checkpoint import find_weights
 from asa.engine.health import FeatureHealth, open_probe
+from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
 from asa.engine.train import TrainSettings, check_settings, train
-from asa.engine.validate import validate_reconstruction
+from asa.engine.validate import validate_pretraining
 
 SETTINGS = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
 
@@ -48,16 +50,35 @@ def pretrain(config: Config) -> None:
     method = make()
     size = method.model.encoder.img_size
     augment = AugmentSettings(mirror_probability=data["mirror_probability"])
-    dataset = CropDataset(store, parts["train"], size, crop=data["placement"], augment=augment, seed=settings.seed)
+    health = read_health(data["health"], store.records)
+    if health and not method.mirrored:
+        raise ValueError("data.health is what method=sa_swin learns symmetry from: leave it out for this method")
+    dataset = CropDataset(
+        store,
+        parts["train"],
+        size,
+        crop=data["placement"],
+        augment=augment,
+        mirrored=method.mirrored,
+        attached=health,
+        seed=settings.seed,
+    )
+    if method.mirrored and not health:
+        print("note: data.health does not say who is healthy, and without it the symmetry loss counts nobody")
     # Without held-out subjects the error is watched on the training scans, and the log says so.
     watched = parts["validation"] or parts["train"][:4]
-    fixed = CropDataset(store, watched, size, crop="centre", seed=settings.seed)
+    fixed = CropDataset(store, watched, size, mirrored=method.mirrored, attached=health, seed=settings.seed)
     probe, names = open_probe(data["probe"], store.channels, size) if data["probe"] else (None, [])
-    health = FeatureHealth(method.model.encoder, fixed, probe, names, optim.warmup)
+    features = FeatureHealth(method, fixed, probe, names, optim.warmup)
     held_out = f"{len(parts['validation'])} held-out scans" if parts["validation"] else "training scans"
     description: dict[str, Any] = {
         "model": config["model"],
-        "data": {"channels": store.channels, "prepare": store.settings, **trained_on(parts["train"])},
+        "data": {
+            "channels": store.channels,
+            "prepare": store.settings,
+            **learnt_from([], parts["train"]),
+            **trained_on(parts["train"]),
+        },
     }
     with open_run(config, split, settings) as run:
         print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
@@ -69,12 +90,11 @@ def pretrain(config: Config) -> None:
             optim=optim,
             loader=loader,
             description=description,
-            validate=lambda step: health.watch(step, validate_reconstruction(method, fixed)),
+            validate=lambda step: features.watch(step, validate_pretraining(method, fixed)),
         )
-    if "masked_mse" in last:
-        ratio = last["masked_mse"] / last["mean_predictor_mse"]
-        mean = last["mean_predictor_mse"]
-        print(f"masked error {last['masked_mse']:.5f}, {ratio:.2f} of the mean predictor's {mean:.5f}")
+    name, mean = method.error
+    if name in last:
+        print(f"{name} {last[name]:.5f}, {last[name] / last[mean]:.2f} of the mean predictor's {last[mean]:.5f}")
     print(f"wrote {find_weights(run)}")
 
 
@@ -82,7 +102,7 @@ def main() -> int:
     """Entry point."""
     return run_command(
         "pretrain",
-        "Pretrain an encoder on unlabelled scans by masked reconstruction (ASA, or a plain MAE).",
+        "Pretrain an encoder on unlabelled scans: masked reconstruction (ASA, plain MAE), or symmetry (SA-Swin).",
         pretrain,
         settings=SETTINGS,
     )

@@ -4,7 +4,9 @@ Every random draw of a sample comes from its own seed, made of (run seed, epoch,
 worker that draws it, on how many there are, or on where the run was stopped.
 
 A batch is a dict: "image" `(B, C, D, H, W)` float32, "label" `(B, 1, D, H, W)` uint8 where the records are labelled
-(as stored: class indices, and `asa.data.store.IGNORED`), "seed" `(B,)` int64 on the CPU, "id" a list of record ids.
+(as stored: class indices, and `asa.data.store.IGNORED`), "mirror" like "image" where it is asked for (voxel i is the
+counterpart of voxel i of the image, on the other side of the volume), numbers that were attached to the records, "seed"
+`(B,)` int64 on the CPU, "id" a list of record ids.
 """
 
 import hashlib
@@ -27,6 +29,7 @@ from asa.data.augment import (
 )
 from asa.data.foreground import Foreground
 from asa.data.workers import end_with_parent, end_workers_at_exit, leave_stopping_to_parent
+from asa.ops.symmetry import flip, mirrored_start
 
 CROPS = ("centre", "random")
 
@@ -85,6 +88,8 @@ class CropDataset(Samples):
             a crop inside the volume can: first a class is drawn of those that the scan has, then one of its voxels.
         augment: settings; None changes nothing.
         lateral_pairs: stored class indices (left, right) that change places in a mirrored crop.
+        mirrored: read the crop at the mirrored place too, flipped, moved and recoloured alike.
+        attached: numbers that go with a scan, by record id and then by their key in the batch.
         seed: the run's seed.
 
     Raises:
@@ -103,6 +108,8 @@ class CropDataset(Samples):
         foreground: float = 0.0,
         augment: AugmentSettings | None = None,
         lateral_pairs: Sequence[tuple[int, int]] = (),
+        mirrored: bool = False,
+        attached: Mapping[str, Mapping[str, float]] | None = None,
         seed: int = 0,
     ) -> None:
         if crop not in CROPS:
@@ -118,6 +125,7 @@ class CropDataset(Samples):
         self.lateral_pairs, self.seed = tuple(lateral_pairs), seed
         self.foreground = foreground
         self.places: dict[str, Foreground] = {}  # by record, found when it is first read
+        self.mirrored, self.attached = mirrored, attached or {}
         if labelled:
             for record in self.records:
                 if source.label(record["id"]) is None:
@@ -139,6 +147,11 @@ class CropDataset(Samples):
         start = self._place(record_id, image.shape[1:], generator, box)
         crop = move(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
         sample = {"image": recolour(crop, drawn).contiguous(), "seed": seed, "id": record_id}
+        if self.mirrored:
+            across = torch.from_numpy(read_box(image, mirrored_start(start, box, image.shape[-1]), box)).float()
+            sample["mirror"] = recolour(move(flip(across), self.size, drawn), drawn).contiguous()
+        for key, value in self.attached.get(record_id, {}).items():
+            sample[key] = torch.tensor(value)
         if self.labelled:
             label = self.source.label(record_id)
             assert label is not None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from asa.config import CHECKPOINT_TARGETS, build
 from asa.models.sw_vit import SWViT
+from asa.models.swin import Swin
 
 FORMAT = 1
 WEIGHTS, TRAINING = "model.safetensors", "training.pt"
@@ -188,13 +189,13 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise Damaged(f"{file}: not a whole safetensors file ({error})") from error
 
 
-def read_description(file: Path) -> dict[str, Any]:
-    """The description in a weights file, without its weights.
+def read_description(path: str | Path) -> dict[str, Any]:
+    """Only the description that a checkpoint holds beside its weights.
 
     Raises:
-        Damaged: not a whole safetensors file.
-        ValueError: not one of this package.
+        FileNotFoundError, Damaged, ValueError: as `read_weights`.
     """
+    file = find_weights(path)
     try:
         with safe_open(file, framework="pt") as opened:
             header = (opened.metadata() or {}).get("asa")
@@ -247,8 +248,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     model.load_state_dict(dict(weights))
 
 
-def load_encoder(path: str | Path) -> SWViT:
-    """The token encoder of a run, with its weights, in evaluation mode.
+def load_encoder(path: str | Path) -> SWViT | Swin:
+    """The encoder of a run, with its weights, in evaluation mode.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file, of pretraining or fine-tuning.
@@ -257,6 +258,6 @@ def load_encoder(path: str | Path) -> SWViT:
         FileNotFoundError, ValueError: nothing there, or not a checkpoint that fits.
     """
     encoder = getattr(load_model(path), "encoder", None)
-    if not isinstance(encoder, SWViT):
-        raise ValueError(f"{path}: this network has no token encoder: give a run of asa-pretrain or of segmentation")
+    if not isinstance(encoder, SWViT | Swin):
+        raise ValueError(f"{path}: this network has no encoder: give a run of asa-pretrain or of segmentation")
     return encoder

@@ -13,7 +13,7 @@ import torch
 
 from asa.data.files import write_whole
 from asa.engine.checkpoint import read_model
-from asa.models.probe import SEGMENTING
+from asa.models.segmenting import SegmentationNetwork
 from asa.models.sw_vit import SWViT
 
 TOLERANCE = 1e-3  # largest difference of an output from PyTorch's, relative to the largest output
@@ -48,8 +48,10 @@ def export_onnx(checkpoint: str | Path, out: Path) -> float:
     model, description = read_model(checkpoint)
     encoder = getattr(model, "encoder", None)
     if not isinstance(encoder, SWViT):
-        raise ValueError(f"{checkpoint}: only segmentation networks and pretrained encoders are exported")
-    network, output = (model, "logits") if isinstance(model, SEGMENTING) else (encoder, "tokens")
+        raise ValueError(f"{checkpoint}: only networks on a SW-ViT are written as ONNX, not {type(model).__name__}")
+    if getattr(model, "mirrored", False):
+        raise ValueError(f"{checkpoint}: a network that looks at the mirror image is not written as ONNX")
+    network, output = (model, "logits") if isinstance(model, SegmentationNetwork) else (encoder, "tokens")
     shape = (encoder.in_channels, *encoder.img_size)
     content = _onnx(network, output, shape, _facts(encoder, description["data"]))
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

@@ -4,9 +4,10 @@ Letters: V volumes `C D H W`, patch size s, L tokens in raster order, token widt
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from asa.data.loader import CropDataset
 from asa.data.store import IGNORED, Store
 from asa.engine.train import autocast
 from asa.engine.validate import Shown
+from asa.methods.base import Pretraining
 from asa.models.sw_vit import SWViT
 from asa.ops.patches import patchify
 
@@ -26,9 +28,9 @@ ROUNDING = 1e-13  # of float32 features' mean square: what is below is no varian
 
 
 @torch.no_grad()
-def encode(encoder: SWViT, dataset: CropDataset, count: int) -> Tensor:
+def encode(encoder: nn.Module, dataset: CropDataset, count: int) -> Tensor:
     """Tokens of the first crops with nothing masked: `(V, L, E)` float32 on the CPU."""
-    device = encoder.position.device
+    device = next(encoder.parameters()).device
     images = (dataset[index, 0]["image"][None] for index in range(min(len(dataset), count)))
     return torch.cat([encoder(image.to(device)).float().cpu() for image in images])
 
@@ -47,11 +49,9 @@ def feature_health(features: Tensor) -> dict[str, float]:
         ICML 2023; there without taking the mean off): r for r directions of equal strength, 0 for constant features.
         "feature_variance", the mean over the E dimensions.
     """
-    several = len(features) > 1
     exact = features.double()
-    left = (exact - exact.mean(dim=0 if several else 1, keepdim=True)).flatten(0, 1)
-    freedom = len(left) - (features.shape[1] if several else 1)
-    covariance = left.T @ left / freedom
+    left = (exact - exact.mean(dim=0 if len(features) > 1 else 1, keepdim=True)).flatten(0, 1)
+    covariance = left.T @ left / max(freedom(features), 1)  # a single token has no spread
     values = torch.linalg.eigvalsh(covariance)
     strength = values[values > ROUNDING * exact.square().mean()].sqrt()
     share = strength / strength.sum()
@@ -59,12 +59,19 @@ def feature_health(features: Tensor) -> dict[str, float]:
     return {"effective_rank": rank, "feature_variance": float(covariance.diagonal().mean())}
 
 
-def alarms(numbers: Mapping[str, float], width: int, *, warm: bool) -> list[str]:
+def freedom(features: Tensor) -> int:
+    """Most directions in which features `(V, L, E)` can vary once their mean is taken off, but for the width."""
+    volumes, length = features.shape[:2]
+    return (volumes - 1) * length if volumes > 1 else length - 1
+
+
+def alarms(numbers: Mapping[str, float], width: int, error: Sequence[str], *, warm: bool) -> list[str]:
     """What in a validation's numbers says that pretraining has gone wrong, a line each.
 
     Args:
-        numbers: "effective_rank", "feature_variance", "masked_mse", "mean_predictor_mse".
-        width: E of the encoder.
+        numbers: "effective_rank", "feature_variance", and the two errors.
+        width: E of the encoder, or fewer directions that could be seen.
+        error: names of the method's error and of the mean predictor's.
         warm: the warm-up is over; before, nothing has to be learnt yet.
     """
     lines = []
@@ -74,10 +81,10 @@ def alarms(numbers: Mapping[str, float], width: int, *, warm: bool) -> list[str]
             f"ALARM: the encoder's features have collapsed: effective rank {rank:.1f} of {width}, variance "
             f"{variance:.2g} (alarm below {COLLAPSED * width:.1f} or {FLAT:g}): lower optim.lr and look at the data"
         )
-    ratio = numbers["masked_mse"] / max(numbers["mean_predictor_mse"], 1e-12)
+    ratio = numbers[error[0]] / max(numbers[error[1]], 1e-12)
     if warm and ratio > NO_BETTER:
         lines.append(
-            f"ALARM: no better than the mean: the masked error is {ratio:.2f} of predicting the mean's after the "
+            f"ALARM: no better than the mean: {error[0]} is {ratio:.2f} of predicting the mean's after the "
             "warm-up: raise or lower optim.lr, and look at the volumes of the store"
         )
     return lines
@@ -146,20 +153,29 @@ class FeatureHealth:
     """What a pretraining run measures of its encoder at each validation, beside the reconstruction error.
 
     Args:
-        encoder: of the method.
+        method: its encoder is looked at.
         watched: crops it is not trained on, without augmentation.
         probe: labelled crops for the linear probe, or None.
         names: of the probe's classes 1, 2, ...
-        warm_up: steps before the masked error has to beat the mean.
+        warm_up: steps before its error has to beat the mean.
+
+    Raises:
+        ValueError: a probe of an encoder whose tokens are no patches.
     """
 
     def __init__(
-        self, encoder: SWViT, watched: CropDataset, probe: CropDataset | None, names: Sequence[str], warm_up: int
+        self, method: Pretraining, watched: CropDataset, probe: CropDataset | None, names: Sequence[str], warm_up: int
     ) -> None:
-        self.encoder, self.watched, self.probe, self.names, self.warm_up = encoder, watched, probe, names, warm_up
+        self.encoder: Any = method.model.encoder
+        self.error, self.watched, self.probe = method.error, watched, probe
+        self.names, self.warm_up = names, warm_up
+        if probe is not None and not isinstance(self.encoder, SWViT):
+            raise ValueError(
+                "data.probe maps tokens of patches to labels, which method=asa and method=mae have: leave it"
+            )
 
     def watch(self, step: int, shown: Shown) -> Shown:
-        """Add what is measured here to the numbers of `validate_reconstruction`, and print alarms.
+        """Add what is measured here to the numbers of `validate_pretraining`, and print alarms.
 
         Args:
             step: steps done.
@@ -173,10 +189,12 @@ class FeatureHealth:
 
     def measure(self, step: int, numbers: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """Numbers to log, and alarms to print. See `watch`."""
-        found = feature_health(encode(self.encoder, self.watched, VOLUMES))
+        features = encode(self.encoder, self.watched, VOLUMES)
+        found = feature_health(features)
         if self.probe is not None:
             found |= probe_dice(self.encoder, self.probe, self.names)
-        lines = alarms({**numbers, **found}, self.encoder.embed_dim, warm=step > self.warm_up)
+        width = min(features.shape[2], freedom(features))
+        lines = alarms({**numbers, **found}, width, self.error, warm=step > self.warm_up)
         return found, lines
 
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from asa.engine.distributed import world_size
 from asa.engine.optim import OptimSettings, Schedule, freeze
 from asa.engine.train import TrainSettings, autocast
+from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
 from asa.ops.gradients import gradient_importance
 
@@ -209,6 +210,10 @@ def step_memory(
     shape = (part, encoder.in_channels, *encoder.img_size)
     image = torch.empty(shape, device="meta")
     batch = {"image": image, "seed": torch.arange(shape[0])}
+    if method.mirrored:
+        batch["mirror"] = torch.empty_like(image)
+    if isinstance(method, Classification):
+        batch["target"] = torch.zeros(part, dtype=torch.int64, device="meta")
     if labelled:
         batch["label"] = torch.empty((shape[0], 1, *shape[2:]), dtype=torch.uint8, device="meta")
     weights = 4 * _count(method)

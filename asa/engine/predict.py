@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,17 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 from tqdm import tqdm
 
-from asa.data.case import prepare_case, to_native
-from asa.data.stages import PrepareSettings
-from asa.data.volume import Volume, read_image, spacing_of, to_ras, write_label
+from asa.data.case import to_native
+from asa.data.volume import Volume, write_label
 from asa.engine.checkpoint import read_model
+from asa.engine.intake import Intake
 from asa.engine.labels import compare_classes, mirrored_classes, mirrored_regions, paint_regions
 from asa.engine.train import autocast, pick_device, pick_precision
-from asa.models.probe import SEGMENTING, LinearProbe
-from asa.models.unet import SegmentationUNet
+from asa.models.segmenting import SegmentationNetwork
+from asa.ops.symmetry import flip
 
 # A label name that has a side.
 SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
-SPACING_TOLERANCE = 0.1  # relative; a scan whose voxels are further from those of the training scans is resampled
 
 
 @dataclass
@@ -53,7 +52,7 @@ class PredictSettings:
 
 
 def sliding_window(
-    model: SegmentationUNet | LinearProbe,
+    model: SegmentationNetwork,
     image: Tensor,
     settings: PredictSettings,
     *,
@@ -90,17 +89,24 @@ def sliding_window(
 
 
 def _stitched(
-    model: SegmentationUNet | LinearProbe,
+    model: SegmentationNetwork,
     image: Tensor,
     settings: PredictSettings,
     tick: Callable[[int], Any] | None,
     place: torch.device,
 ) -> Tensor:
-    """Logits `(K, D, H, W)` of a volume, its windows put together at `place`."""
+    """Logits `(K, D, H, W)` of a volume, its windows put together at `place`.
+
+    For a network that looks at the mirror image, this lies beside the volume in further channels: a window of it is the
+    box at the mirrored place, flipped.
+    """
     device = next(model.parameters()).device
+    mirrored = getattr(model, "mirrored", False)  # any network with an encoder's window may be asked
+    image = torch.cat([image, flip(image)]) if mirrored else image
 
     def counted(windows: Tensor) -> Tensor:
-        logits = model(windows)
+        here, *across = windows.chunk(2, dim=1) if mirrored else (windows,)
+        logits = model(here, mirrored=across[0]) if mirrored else model(here)
         assert isinstance(logits, Tensor)
         if tick is not None:
             tick(len(windows))
@@ -128,28 +134,6 @@ def count_windows(size: Sequence[int], window: Sequence[int], overlap: float) ->
         step = max(int(edge * (1 - overlap)), 1)
         count *= math.ceil(max(length - edge, 0) / step) + 1
     return count
-
-
-def learnt_from(lateral_pairs: Sequence[Sequence[str]], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a checkpoint says of its training scans that prediction rests on.
-
-    Args:
-        lateral_pairs: names of labels that change places in a mirror, `[left, right]`.
-        records: the store's, of the training scans.
-
-    Returns:
-        "lateral_pairs", and "spacing": the smallest and the largest voxel size in mm along D, H, W.
-    """
-    sizes = np.array([_spacing(np.array(record["chain"]["stored_affine"])) for record in records])
-    return {
-        "lateral_pairs": [list(pair) for pair in lateral_pairs],
-        "spacing": [sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()],
-    }
-
-
-def _spacing(affine: np.ndarray) -> np.ndarray:
-    """Voxel size in mm along D, H, W of an affine of RAS+ axes (x, y, z)."""
-    return spacing_of(affine)[::-1]
 
 
 class Segmenter:
@@ -185,19 +169,18 @@ class Segmenter:
         if not paths:
             raise ValueError("checkpoint=[]: give at least one")
         self.settings, self.mirror, self.progress = settings, mirror, progress
-        self.models: list[SegmentationUNet | LinearProbe] = []
+        self.models: list[SegmentationNetwork] = []
         described = []
         for path in paths:
             model, description = read_model(path)
             if "labels" not in description["data"]:
                 raise ValueError(f"{path}: not a segmentation model: give a run of asa-finetune")
-            assert isinstance(model, SEGMENTING)
+            assert isinstance(model, SegmentationNetwork)
             self.models.append(model.to(pick_device(settings.device)))
             described.append(description["data"])
         self.data: dict[str, Any] = described[0]
         for path, other in zip(paths[1:], described[1:], strict=True):
             _check_agreement(str(paths[0]), self.data, str(path), other)
-        self.channels: list[str] = self.data["channels"]
         self.labels: dict[int, str] = {int(value): name for value, name in self.data["labels"].items()}
         self.regions: dict[str, list[int]] = dict(self.data.get("regions", []))
         self.mirrored_channels: list[int] = []
@@ -209,13 +192,7 @@ class Segmenter:
                 if self.regions
                 else mirrored_classes(self.labels, pairs)
             )
-        prepare = PrepareSettings(**self.data["prepare"])
-        if strip is None and "{mask}" in prepare.strip:  # a checkpoint often comes from somebody else
-            raise ValueError(
-                f"{paths[0]}: its scans were stripped by a command, and a checkpoint may not start one "
-                f"({prepare.strip}): give strip= the command, or none for scans that are stripped"
-            )
-        self.prepare_settings = prepare if strip is None else replace(prepare, strip=strip)
+        self.intake = Intake(str(paths[0]), self.data, strip)
 
     def segment_file(
         self, images: Mapping[str, str | Path | None], out: Path, *, probabilities: Path | None = None
@@ -231,16 +208,7 @@ class Segmenter:
             FileNotFoundError, ValueError: unreadable files, channels that are missing or that the network does not
                 know, or voxels unlike those of the training scans and no way to resample to them.
         """
-        self.check_channels(images)
-        volumes: dict[str, Volume | None] = {}
-        for channel in self.channels:
-            path = images[channel]
-            if path is None:
-                raise ValueError(f"no file of the channel {channel}, which this model needs")
-            volumes[channel] = read_image(path)
-        like = volumes[self.channels[0]]
-        assert like is not None
-        case = prepare_case(volumes, None, {}, self._preparation(like))
+        case, like = self.intake.prepared(images)
         self._write(case.image, case.chain, like, out, probabilities)
 
     def segment_prepared(
@@ -258,8 +226,7 @@ class Segmenter:
         Raises:
             ValueError: voxels unlike those of the training scans.
         """
-        if not self._knows(size := _spacing(np.array(chain["stored_affine"]))):
-            raise ValueError(f"{self._unlike(size)}: predict the raw scan, which is resampled if that can be done")
+        self.intake.check_stored(chain)
         self._write(np.asarray(image, dtype=np.float32), chain, like, out, probabilities)
 
     def probabilities(self, image: Tensor) -> Tensor:
@@ -276,11 +243,6 @@ class Segmenter:
                     total = total + (shares.flip(-1)[self.mirrored_channels] if mirrored else shares)
         return total / (len(self.models) * len(views))
 
-    def check_channels(self, channels: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless these are the channels that the network takes."""
-        if sorted(channels) != sorted(self.channels):
-            raise ValueError(f"this model takes the channels {', '.join(self.channels)}, got {', '.join(channels)}")
-
     def _write(
         self, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path, probabilities: Path | None
     ) -> None:
@@ -292,32 +254,6 @@ class Segmenter:
         else:
             label = compare_classes(native, self.labels, like, probabilities)
         write_label(out, label, like)
-
-    def _preparation(self, scan: Volume) -> PrepareSettings:
-        """How to prepare a raw scan: as the training scans, resampled where it has other voxels than they had."""
-        settings = self.prepare_settings
-        size = _spacing(to_ras(scan.data, scan.affine)[1])
-        if settings.spacing is not None or settings.register or self._knows(size):
-            return settings
-        low, high = np.array(self.data["spacing"])
-        if high.max() > (1 + SPACING_TOLERANCE) * low.min():
-            raise ValueError(f"{self._unlike(size)}: resample the scan to that, or train with prepare.spacing")
-        spacing = round(float((low.mean() + high.mean()) / 2), 4)
-        warnings.warn(f"{self._unlike(size)}: resampled to {spacing:g} mm, and the result back", stacklevel=3)
-        return replace(settings, spacing=spacing)
-
-    def _knows(self, size: np.ndarray) -> bool:
-        """Whether voxels of this size (D, H, W) are like those of the training scans, as far as those are known."""
-        if "spacing" not in self.data:  # an older checkpoint
-            return True
-        low, high = np.array(self.data["spacing"])
-        return bool((size > (1 - SPACING_TOLERANCE) * low).all() and (size < (1 + SPACING_TOLERANCE) * high).all())
-
-    def _unlike(self, size: np.ndarray) -> str:
-        low, high = (" x ".join(f"{length:.3g}" for length in edge) for edge in self.data["spacing"])
-        trained = low if low == high else f"{low} to {high}"
-        shown = " x ".join(f"{length:.3g}" for length in size)
-        return f"voxels of {shown} mm (up, front, right), and this model was trained on {trained}"
 
     def _check_sides(self) -> None:
         paired = {name for pair in self.data.get("lateral_pairs", []) for name in pair}

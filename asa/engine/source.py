@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asa.engine.checkpoint import find_weights, read_weights
 from asa.models.sw_vit import Block, SWViT
@@ -16,6 +16,7 @@ from asa.models.transfer import (
     plan_transfer,
     transfer_encoder,
     transfer_report,
+    transfer_sides,
     transfer_table,
     why_refused,
 )
@@ -75,6 +76,28 @@ def start_from(
     refused = why_refused(plan, encoder)
     verdict = f"refused: {refused}" if refused else "this can be done; nothing was trained (transfer=explain)"
     return f"{transfer_table(plan, encoder)}\n{transfer_report(plan)}{note}\n{verdict}"
+
+
+def start_sides(init: str, source: Source, origin: Mapping[str, Any], model: nn.Module, node: Mapping[str, Any]) -> str:
+    """Load a SA-Swin into a network that has its encoder and cross-attention; what to print.
+
+    Args:
+        init: names the source.
+        source: the weights.
+        origin: the checkpoint's description, or {}.
+        model: the target.
+        node: the target's description.
+
+    Raises:
+        ValueError: it does not match.
+    """
+    for key in ("position", "norm"):  # what no tensor's shape tells
+        before, now = origin.get("model", {}).get(key), node.get(key)
+        if before != now:
+            raise ValueError(
+                f"{init} was pretrained with {key}={before}, this model has {now}: add model.{key}={before}"
+            )
+    return f"{transfer_sides(source, model)}, from {init}"
 
 
 def _heads(encoder: SWViT) -> int:

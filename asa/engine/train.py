@@ -251,14 +251,14 @@ def train(
                 meter.mark()
                 for part in range(settings.accumulate):
                     batch = meter.wait(batches)
-                    on_device = {key: _to_device(key, value, device) for key, value in batch.items()}
+                    moved = on_device(batch, device)
                     final = part == settings.accumulate - 1
                     if final:
                         late = time.monotonic() - saved_at >= 60 * settings.save_minutes
                         agreed = distributed.any_rank(stop.asked, late and distributed.is_main())
                     with distributed.exchange(ddp, final):
                         with autocast(device, dtype):
-                            result = ddp(on_device)
+                            result = ddp(moved)
                         loss = guard.add(batch, result["loss"])
                         scaler.scale(loss / settings.accumulate).backward()
                     meter.add(result, settings.accumulate)
@@ -395,8 +395,9 @@ class Meter:
         return values
 
 
-def _to_device(key: str, value: Any, device: torch.device) -> Any:
-    # Seeds stay on the CPU: masks are drawn from them there.
-    if isinstance(value, Tensor) and key != "seed":
-        return value.to(device, non_blocking=True)
-    return value
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device; seeds stay on the CPU, where masks are drawn from them."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key != "seed" else value
+        for key, value in batch.items()
+    }

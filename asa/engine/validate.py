@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from asa.data.loader import CropDataset, VolumeSource, collate
@@ -17,49 +18,50 @@ from asa.engine.metrics import dice
 from asa.engine.predict import PredictSettings, sliding_window
 from asa.engine.quality import score_image
 from asa.engine.restore import restore_image
-from asa.methods.pretrain import MaskedPretraining
+from asa.engine.train import on_device
+from asa.methods.base import Pretraining
 from asa.methods.restore import Restoration
-from asa.methods.segment import RegionSegmentation, Segmentation
+from asa.methods.segment import Segmentation
 
 Shown = tuple[dict[str, float], dict[str, np.ndarray]]
 
 
-def validate_reconstruction(method: MaskedPretraining, dataset: CropDataset) -> Shown:
-    """Errors over all records, always at the same places and under the same masks, and a picture of the first.
+def validate_pretraining(method: Pretraining, dataset: CropDataset) -> Shown:
+    """A method's numbers over all records, always under the same draws, and its pictures of the first.
 
-    Several processes share the records; each gets the whole result, and the main one the picture.
+    Several processes share the records; each gets the whole result, and the main one the pictures.
 
     Args:
         method: the method, in evaluation mode.
         dataset: crops without augmentation.
 
     Returns:
-        "loss", "masked_mse", "mean_predictor_mse" (see `MaskedPretraining.forward`), and a panel.
+        What the method returns, as means, and its panels.
     """
+    assert isinstance(method, nn.Module)
     device = next(method.parameters()).device
     pictures: dict[str, np.ndarray] = {}
 
     def errors(index: int) -> dict[str, float]:
-        batch = collate([dataset[index, 0]])
-        batch["image"] = batch["image"].to(device)
+        batch = on_device(collate([dataset[index, 0]]), device)
         if not pictures:
-            pictures["reconstruction"] = picture_of(method, batch)
+            pictures.update(pictures_of(method, batch))
         return {name: float(value) for name, value in method(batch).items()}
 
     rows = spread(range(len(dataset)), errors)
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, pictures
 
 
-def picture_of(method: MaskedPretraining, batch: dict[str, Any]) -> np.ndarray:
-    """Input, masked input, prediction and importance of a batch's first sample, RGB uint8."""
-    mask = method.mask(batch["seed"])
-    views = method.reconstruct(batch["image"], mask)
-    first = {name: volume[0, 0].float().cpu().numpy() for name, volume in views.items()}
-    return reconstruction_panel(first["input"], first["masked"], first["prediction"], first["importance"])
+def pictures_of(method: Pretraining, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """A method's pictures of a batch's first sample, RGB uint8."""
+    return {
+        name: reconstruction_panel(*(volume[0, 0].float().cpu().numpy() for volume in volumes.values()))
+        for name, volumes in method.pictures(batch).items()
+    }
 
 
 def validate_segmentation(
-    method: Segmentation | RegionSegmentation,
+    method: Segmentation,
     source: VolumeSource,
     ids: Sequence[str],
     parts: Mapping[str, Sequence[int]],

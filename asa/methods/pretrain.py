@@ -27,6 +27,9 @@ class MaskedPretraining(nn.Module):
         ValueError: a model that is no masked autoencoder, or a ratio outside (0, 1).
     """
 
+    mirrored = False
+    error = ("masked_mse", "mean_predictor_mse")
+
     def __init__(
         self,
         *,
@@ -70,6 +73,10 @@ class MaskedPretraining(nn.Module):
             "masked_mse": errors.detach().mean(),
             "mean_predictor_mse": (target - mean).square().mean(),
         }
+
+    def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """A batch's reconstruction, to be drawn."""
+        return {"reconstruction": self.reconstruct(batch["image"], self.mask(batch["seed"]))}
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from asa.losses.segmentation import DeeplySupervisedDiceCE, DeeplySupervisedRegionLoss
 from asa.methods.base import Batch
-from asa.models.probe import SEGMENTING, LinearProbe
-from asa.models.unet import SegmentationUNet
+from asa.models.segmenting import SegmentationNetwork
 from asa.ops.nested import paint, painting_order
 
 
@@ -24,22 +23,32 @@ class Segmentation(nn.Module):
         ValueError: a model that segments nothing.
     """
 
-    def __init__(self, *, model: SegmentationUNet | LinearProbe) -> None:
+    def __init__(self, *, model: SegmentationNetwork) -> None:
         super().__init__()
-        _check_model(model)
+        if not isinstance(model, SegmentationNetwork):
+            raise ValueError(
+                f"segmentation takes model=unet_..., sa_swin_unet_... or probe_..., not {type(model).__name__}"
+            )
         self.model = model
-        self.loss = DeeplySupervisedDiceCE()
+        self.loss: nn.Module = DeeplySupervisedDiceCE()
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches hold the mirror image."""
+        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch with "image" and "label"."""
-        return {"loss": self.loss(self.model(batch["image"], deep_supervision=True), batch["label"])}
+        """Loss of a batch with "image" and "label", and "mirror" where the network looks at it."""
+        across = {"mirrored": batch["mirror"]} if self.mirrored else {}
+        logits = self.model(batch["image"], deep_supervision=True, **across)
+        return {"loss": self.loss(logits, batch["label"])}
 
     def label_map(self, logits: Tensor) -> Tensor:
         """Class indices of a volume's logits: `(K, D, H, W)` -> `(D, H, W)`."""
         return logits.argmax(dim=0)
 
 
-class RegionSegmentation(nn.Module):
+class RegionSegmentation(Segmentation):
     """Supervised segmentation of regions that may lie inside each other, a sigmoid each, with deep supervision.
 
     Args:
@@ -51,24 +60,13 @@ class RegionSegmentation(nn.Module):
             `asa.ops.nested.painting_order`.
     """
 
-    def __init__(self, *, model: SegmentationUNet | LinearProbe, regions: Mapping[str, Sequence[int]]) -> None:
-        super().__init__()
-        _check_model(model)
+    def __init__(self, *, model: SegmentationNetwork, regions: Mapping[str, Sequence[int]]) -> None:
+        super().__init__(model=model)
         self.order = painting_order(regions)
         if model.out_channels != len(regions):
             raise ValueError(f"a network of {model.out_channels} channels for {len(regions)} regions: one for each")
-        self.model = model
         self.loss = DeeplySupervisedRegionLoss(list(regions.values()))
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch with "image" and "label"."""
-        return {"loss": self.loss(self.model(batch["image"], deep_supervision=True), batch["label"])}
 
     def label_map(self, logits: Tensor) -> Tensor:
         """Class indices of a volume's logits: `(R, D, H, W)` -> `(D, H, W)`."""
         return paint(logits.sigmoid(), self.order)
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, SEGMENTING):
-        raise ValueError(f"segmentation takes model=unet_... or model=probe_..., not {type(model).__name__}")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from asa.models import sw_vit
 from asa.models.sw_vit import SWViT
-from asa.models.unet import SegmentationUNet
 from asa.ops.patches import unpatchify
 
 
@@ -22,6 +21,8 @@ class LinearProbe(nn.Module):
         encoder: the token encoder.
         out_channels: classes K, background included, or regions.
     """
+
+    mirrored = False
 
     def __init__(self, encoder: SWViT, out_channels: int) -> None:
         super().__init__()
@@ -40,9 +41,6 @@ class LinearProbe(nn.Module):
         """
         logits = unpatchify(self.head(self.encoder(volume)), self.encoder.grid, self.encoder.patch_size)
         return [logits] if deep_supervision else logits
-
-
-SEGMENTING = (SegmentationUNet, LinearProbe)  # the networks that turn a volume into logits of its voxels
 
 
 def probe_base(out_channels: int, **overrides: Any) -> LinearProbe:

@@ -181,7 +181,7 @@ class SWViT(nn.Module):
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size, self.in_channels = triple(img_size), patch_size, in_channels
-        self.embed_dim, self.checkpointing = embed_dim, checkpointing
+        self.embed_dim, self.num_heads, self.checkpointing = embed_dim, num_heads, checkpointing
         self.grid = grid_size(self.img_size, patch_size)
         self.patch_embed = nn.Linear(in_channels * patch_size**3, embed_dim)
         nn.init.xavier_uniform_(self.patch_embed.weight)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asa.models.sw_vit import SWViT
@@ -286,3 +286,34 @@ def _other_patch(kernel: Tensor, size: int) -> Tensor:
     resize = F.interpolate(torch.eye(s, dtype=torch.float64)[None], size=size, mode="linear")[0]  # s size
     back = torch.linalg.pinv(resize).to(kernel.dtype)  # size s
     return torch.einsum("ecdhw,xd,yh,zw->ecxyz", kernel, back, back, back)
+
+
+def transfer_sides(source: Source, model: nn.Module) -> str:
+    """Load a SA-Swin's encoder and cross-attention into a network that has the same two, in place.
+
+    A patch embedding of other channels is averaged over the old ones and shared by the new ones.
+
+    Args:
+        source: the checkpoint's weights.
+        model: has `encoder` and `saca` as `asa.models.sa_swin.SASwin`.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        ValueError: a tensor that the checkpoint does not have, or that has another shape.
+    """
+    own, loaded = model.state_dict(), {}
+    for name in (name for name in own if name.startswith(("encoder.", "saca."))):
+        tensor = source.weights.get(name)
+        if tensor is not None and name.endswith("patch_embed.proj.weight") and tensor.shape[1] != own[name].shape[1]:
+            tensor = tensor.sum(dim=1, keepdim=True).expand(own[name].shape) / own[name].shape[1]
+        if tensor is None or tensor.shape != own[name].shape:
+            there = "absent" if tensor is None else f"{tuple(tensor.shape)}"
+            raise ValueError(
+                f"the pretrained SA-Swin does not match: {name} is {there} there and {tuple(own[name].shape)} here: "
+                "choose the model size, and the options of its cross-attention, that it was pretrained with"
+            )
+        loaded[name] = tensor
+    model.load_state_dict({**own, **loaded})
+    return f"{len(loaded)} tensors of encoder and cross-attention loaded, {len(source.weights) - len(loaded)} left out"

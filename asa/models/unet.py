@@ -14,6 +14,7 @@ from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, U
 from torch import Tensor, nn
 
 from asa.models import sw_vit
+from asa.models.saca import SymmetryAwareBlock
 from asa.models.sw_vit import SWViT, run_block
 
 LEVELS = 6  # resolutions 1 to 1/32
@@ -33,13 +34,22 @@ class SegmentationUNet(nn.Module):
         feature_size: channels f of the finest level.
         checkpointing: keep only what goes from block to block for the gradient: less memory, one more forward pass of
             time. The encoder has a keyword of its own.
+        symmetry: the last tokens look at those of the mirror image (SACA) before they are decoded. Attention is over
+            all pairs of tokens there.
 
     Raises:
         ValueError: a volume size that 32 does not divide, or too small for six levels; a patch size that is no power
             of two.
     """
 
-    def __init__(self, encoder: SWViT, out_channels: int, feature_size: int = 24, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        encoder: SWViT,
+        out_channels: int,
+        feature_size: int = 24,
+        checkpointing: bool = False,
+        symmetry: bool = False,
+    ) -> None:
         super().__init__()
         size, coarsest = encoder.img_size, 2 ** (LEVELS - 1)
         if any(n % coarsest for n in size) or math.prod(size) == coarsest**3:
@@ -51,6 +61,7 @@ class SegmentationUNet(nn.Module):
             raise ValueError(f"the U-Net takes patches of 2, 4, 8, ... voxels, got {encoder.patch_size}")
         self.encoder = encoder
         self.out_channels, self.checkpointing = out_channels, checkpointing
+        self.saca = SymmetryAwareBlock(encoder.embed_dim, encoder.num_heads) if symmetry else None
         depth = len(encoder.blocks)
         # The states after blocks 3, 5, 7, 9 and 12 of 12.
         self.taps = [max(round(depth * part / 12), 1) - 1 for part in (3, 5, 7, 9, 12)]
@@ -74,25 +85,31 @@ class SegmentationUNet(nn.Module):
             UnetOutBlock(spatial_dims=3, in_channels=width[level], out_channels=out_channels) for level in range(HEADS)
         )
 
-    def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
+    @property
+    def mirrored(self) -> bool:
+        """Whether the mirror image is looked at."""
+        return self.saca is not None
+
+    def forward(
+        self, volume: Tensor, deep_supervision: bool = False, mirrored: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
         """Segment a volume.
 
         Args:
             volume: `(B, C, D, H, W)`.
             deep_supervision: return the logits of all five heads.
+            mirrored: with `symmetry`, what faces each voxel of the volume, of the same shape.
 
         Returns:
             Logits `(B, K, D, H, W)`, or a list of five from the finest to the coarsest, each at half the resolution
             of the one before.
 
         Raises:
-            ValueError: a volume of another size than the encoder's; training in bfloat16 on a CPU with a depth at which
-                PyTorch's convolution returns wrong gradients.
+            ValueError: a volume of another size than the encoder's, or without its mirror image; training in bfloat16
+                on a CPU with a depth at which PyTorch's convolution returns wrong gradients.
         """
-        low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if low and torch.is_grad_enabled() and volume.device.type == "cpu":
-            self._check_bfloat16_depth()
-        states = self.encoder.hidden_states(volume)
+        check_bfloat16_depth(volume)
+        states = self._states(volume, mirrored)
         skips = [run_block(self.image_block, volume, checkpointing=self.checkpointing)]
         for tap, skip in zip(self.taps, self.skips, strict=True):
             skips.append(run_block(skip, self._as_map(states[tap]), checkpointing=self.checkpointing))
@@ -106,18 +123,32 @@ class SegmentationUNet(nn.Module):
             return [head(features) for head, features in zip(self.heads, decoded, strict=True)]
         return self.heads[0](decoded[0])
 
-    def _check_bfloat16_depth(self) -> None:
-        # oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth
-        # is 2, and only then: random gradients, now and then NaN (torch 2.13, AVX-512). A level has it for 32 and 64.
-        if self.encoder.img_size[0] in (32, 64):
-            raise ValueError(
-                f"a crop of depth {self.encoder.img_size[0]} cannot be trained in bf16 on a CPU, where PyTorch's "
-                "convolution returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
-            )
+    def _states(self, volume: Tensor, mirrored: Tensor | None) -> list[Tensor]:
+        """The encoder's hidden states, the last after a look at the mirror image's."""
+        if self.saca is None:
+            return self.encoder.hidden_states(volume)
+        if mirrored is None:
+            raise ValueError("this network compares a volume with its mirror image: give both")
+        both = [state.chunk(2) for state in self.encoder.hidden_states(torch.cat([volume, mirrored]))]
+        return [*(own for own, _ in both[:-1]), run_block(self.saca, *both[-1], checkpointing=self.checkpointing)]
 
     def _as_map(self, tokens: Tensor) -> Tensor:
         """`(B, L, E)` -> `(B, E, T, H, W)`."""
         return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *self.encoder.grid).contiguous()
+
+
+def check_bfloat16_depth(volume: Tensor) -> None:
+    """Raise a ValueError where PyTorch would compute wrong gradients of convolutions at five halved resolutions.
+
+    oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth is 2,
+    and only then: random gradients, now and then NaN (torch 2.13, AVX-512). A level has it for 32 and 64.
+    """
+    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if low and torch.is_grad_enabled() and volume.device.type == "cpu" and volume.shape[2] in (32, 64):
+        raise ValueError(
+            f"a crop of depth {volume.shape[2]} cannot be trained in bf16 on a CPU, where PyTorch's "
+            "convolution returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
+        )
 
 
 def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[str, Any]) -> nn.Module:
@@ -140,24 +171,36 @@ def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[
 
 
 def unet_base(
-    out_channels: int, feature_size: int = 24, checkpointing: bool = False, **overrides: Any
+    out_channels: int,
+    feature_size: int = 24,
+    checkpointing: bool = False,
+    symmetry: bool = False,
+    **overrides: Any,
 ) -> SegmentationUNet:
     """The paper's segmentation network; `overrides` go to its encoder, `sw_vit_base`."""
     encoder = sw_vit.sw_vit_base(checkpointing=checkpointing, **overrides)
-    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing)
+    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing, symmetry)
 
 
 def unet_small(
-    out_channels: int, feature_size: int = 16, checkpointing: bool = False, **overrides: Any
+    out_channels: int,
+    feature_size: int = 16,
+    checkpointing: bool = False,
+    symmetry: bool = False,
+    **overrides: Any,
 ) -> SegmentationUNet:
     """The U-Net on `sw_vit_small`: for a workstation, or a CPU with patience."""
     encoder = sw_vit.sw_vit_small(checkpointing=checkpointing, **overrides)
-    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing)
+    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing, symmetry)
 
 
 def unet_tiny(
-    out_channels: int, feature_size: int = 8, checkpointing: bool = False, **overrides: Any
+    out_channels: int,
+    feature_size: int = 8,
+    checkpointing: bool = False,
+    symmetry: bool = False,
+    **overrides: Any,
 ) -> SegmentationUNet:
     """The U-Net on `sw_vit_tiny`: for tests and demonstrations on a CPU."""
     encoder = sw_vit.sw_vit_tiny(checkpointing=checkpointing, **overrides)
-    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing)
+    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing, symmetry)

@@ -1,5 +1,8 @@
 """Random masks with an exact count. True means masked (removed)."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,3 +60,28 @@ def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
 def tokens_at(tokens: Tensor, places: Tensor) -> Tensor:
     """Tokens `(B, L, E)` at the places `(B, N)`: `(B, N, E)`."""
     return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def random_boxes(
+    shape: Sequence[int], largest: float, generator: torch.Generator, *, edges: tuple[float, float] = (0.05, 0.25)
+) -> Tensor:
+    """Boxes at random places, added until a share of the voxels drawn from 0 to `largest` is covered.
+
+    Args:
+        shape: of the volume (D, H, W).
+        largest: of the shares; 0 gives no boxes.
+        generator: source of the draws, on the CPU.
+        edges: smallest and largest edge of a box, as a share of the volume's side.
+
+    Returns:
+        bool `(D, H, W)` on the CPU, True in a box.
+    """
+    covered = np.zeros(tuple(shape), dtype=bool)
+    wanted = largest * torch.rand((), generator=generator, dtype=torch.float64).item() * covered.size
+    low, high = edges
+    while np.count_nonzero(covered) < wanted:
+        draws = torch.rand(2, len(shape), generator=generator, dtype=torch.float64).tolist()
+        sizes = [max(round(n * (low + (high - low) * u)), 1) for n, u in zip(shape, draws[0], strict=True)]
+        starts = [int(u * (n - size + 1)) for n, size, u in zip(shape, sizes, draws[1], strict=True)]
+        covered[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))] = True
+    return torch.from_numpy(covered)

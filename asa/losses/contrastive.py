@@ -1,0 +1,94 @@
+"""Losses that compare features: two views of one sample, and the two sides of one brain.
+
+Letters: B samples of this rank, R ranks, E features.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asa.ops.collectives import gather
+from asa.ops.symmetry import asymmetry
+
+
+class NTXent(nn.Module):
+    """Normalised temperature-scaled cross-entropy (SimCLR, Chen et al., ICML 2020, Eq. (1)).
+
+    Each view has to find the other view of its sample among all other views of the batch, by their cosine. The views of
+    all ranks are compared (in evaluation mode those of this rank only); with gradients averaged over the ranks, N ranks
+    give the step of one. A batch of one sample has nothing to be told from, and gives 0.
+
+    Args:
+        temperature: to start from; it is learnt, and never falls below a fiftieth of that.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+    """
+
+    def __init__(self, temperature: float = 0.5) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature}: give a number above 0")
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.least = math.log(temperature / 50)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        """The loss, a scalar in float32: the mean over this rank's 2 B views.
+
+        Args:
+            one, other: the two views' features `(B, E)`, the same B on all ranks.
+        """
+        own = F.normalize(torch.stack([one, other], dim=1).float(), dim=-1)  # B 2 E
+        everyone, first = gather(own) if self.training else (own, 0)  # R*B 2 E
+        own, everyone = own.flatten(0, 1), everyone.flatten(0, 1)  # 2B E, 2RB E; neighbours are views of one sample
+        logits = own @ everyone.T / self.log_temperature.clamp(min=self.least).exp()  # 2B 2RB
+        rows = torch.arange(len(own), device=own.device)
+        itself = F.one_hot(rows + 2 * first, len(everyone)).bool()
+        return F.cross_entropy(logits.masked_fill(itself, float("-inf")), (rows ^ 1) + 2 * first)
+
+
+class SymmetryLoss(nn.Module):
+    """The two sides of a healthy brain are alike, those of a patient are not.
+
+    With s = cos(z, z~) and h = 1 for healthy: the mean of h (1 - s) / 2 + (1 - h) (1 + s) / 2, which is 0 where every
+    healthy sample has s = 1 and every patient s = -1. As `"bce"` the binary cross-entropy of h under the probability
+    sigmoid(a s + b), with a and b learnt. It is a mean over samples to which those of unknown health add 0, so a batch
+    computed in parts, or by several ranks, gives the same loss.
+
+    The forms of the released code of SA-Swin (MICCAI 2024) are not used: one cannot reach its floor, and two compare
+    samples with each other.
+
+    Args:
+        form: `"cosine"` or `"bce"`.
+
+    Raises:
+        ValueError: another form.
+    """
+
+    def __init__(self, form: str = "cosine") -> None:
+        super().__init__()
+        if form not in ("cosine", "bce"):
+            raise ValueError(f"the symmetry loss is cosine or bce, not {form!r}")
+        if form == "bce":
+            self.affine = nn.Parameter(torch.tensor([5.0, 0.0]))  # a, b
+        self.form = form
+
+    def forward(self, side: Tensor, mirrored: Tensor, health: Tensor) -> Tensor:
+        """The loss, a scalar in float32.
+
+        Args:
+            side: z of each sample, `(B, E)`.
+            mirrored: z~, `(B, E)`.
+            health: `(B,)`, 1 healthy, 0 patient, NaN unknown.
+        """
+        known = ~health.isnan()
+        healthy = health.float().nan_to_num(0.0)
+        unlike = asymmetry(side, mirrored)  # (1 - s) / 2
+        if self.form == "cosine":
+            each = healthy * unlike + (1 - healthy) * (1 - unlike)
+        else:
+            logit = self.affine[0] * (1 - 2 * unlike) + self.affine[1]
+            each = F.binary_cross_entropy_with_logits(logit, healthy, reduction="none")
+        return (each * known).mean()

@@ -1,0 +1,50 @@
+"""Classification: cross-entropy with a weight for each class.
+
+Letters: image `B C D H W`, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asa.methods.base import Batch
+from asa.models.classifier import Classifier
+
+
+class Classification(nn.Module):
+    """Supervised classification of whole volumes.
+
+    Args:
+        model: the network.
+        weights: of the classes; None weighs all alike.
+
+    Raises:
+        ValueError: a model that classifies nothing, or another number of weights than classes.
+    """
+
+    def __init__(self, *, model: Classifier, weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if not isinstance(model, Classifier):
+            raise ValueError(f"method=classify takes model=..._classifier_..., not {type(model).__name__}")
+        classes = model.head.out_features
+        if weights is not None and len(weights) != classes:
+            raise ValueError(f"method.weights has {len(weights)} numbers for {classes} classes")
+        self.model = model
+        self.register_buffer("weights", torch.tensor(weights or [1.0] * classes), persistent=False)
+        self.weights: Tensor
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches hold the mirror image."""
+        return self.model.mirrored
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss of a batch with "image", "target" `(B,)` of class indices, and "mirror" where it is looked at.
+
+        The loss is a mean over samples, each weighed by its class, so a batch computed in parts gives the same.
+        """
+        logits, target = self.model(batch["image"], batch.get("mirror")).float(), batch["target"]
+        loss = (F.cross_entropy(logits, target, reduction="none") * self.weights[target]).mean()
+        return {"loss": loss, "accuracy": (logits.detach().argmax(dim=1) == target).float().mean()}

@@ -1,0 +1,89 @@
+"""The Swin backbone: MONAI's 3-D Swin transformer (Liu et al., ICCV 2021; Tang et al., CVPR 2022).
+
+Letters: volume `B C D H W`, embedding width e; level k = 0..4 lies at 1 / 2^(k+1) of the volume's resolution and has
+e * 2^k channels; tokens `B L E` are those of the last level, E = 16 e, in raster order.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from monai.networks.nets.swin_unetr import SwinTransformer
+from torch import Tensor, nn
+
+from asa.ops.patches import grid_size, triple
+from asa.ops.position import sincos_position_encoding
+
+STRIDE = 32  # voxels along the edge of a token of the last level
+
+
+class Swin(nn.Module):
+    """Swin transformer of four stages, two blocks and a merging each as published.
+
+    Volumes of any size that 32 divides are taken: `img_size` is what crops and windows are cut to.
+
+    Args:
+        img_size: volume size in voxels, one number or (D, H, W).
+        in_channels: channels C.
+        embed_dim: width e after the patch embedding of 2^3 voxels.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+        window: edge of an attention window in tokens.
+        checkpointing: keep only each block's input for the gradient: less memory, one more forward pass of time.
+
+    Raises:
+        ImportError: einops, which MONAI's Swin calls, is not installed.
+        ValueError: a size that 32 does not divide.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 96,
+        in_channels: int = 1,
+        embed_dim: int = 48,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window: int = 7,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if importlib.util.find_spec("einops") is None:
+            raise ImportError('Swin networks need einops: pip install "asa-mri[swin]"')
+        self.img_size, self.in_channels, self.embed_dim = triple(img_size), in_channels, 16 * embed_dim
+        self.grid = grid_size(self.img_size, STRIDE)
+        self.widths = [embed_dim * 2**level for level in range(5)]
+        with torch.device("cpu"):  # MONAI reads numbers off a tensor of its own, which a meta tensor has not
+            swin = SwinTransformer(
+                in_chans=in_channels,
+                embed_dim=embed_dim,
+                window_size=(window,) * 3,
+                patch_size=(2, 2, 2),
+                depths=depths,
+                num_heads=num_heads,
+                use_checkpoint=checkpointing,
+                # The default, "merging", reads two of the eight neighbours twice and two never.
+                downsample="mergingv2",
+            )
+        self.swin = swin.to(torch.get_default_device())
+
+    def levels(self, volume: Tensor) -> list[Tensor]:
+        """Features of the five levels, finest first, each normalised over its channels: `(B, e * 2^k, ...)`.
+
+        Raises:
+            ValueError: other channels, or a size that 32 does not divide.
+        """
+        if volume.ndim != 5 or volume.shape[1] != self.in_channels:
+            raise ValueError(
+                f"this network takes volumes of (batch, {self.in_channels}, D, H, W), got {tuple(volume.shape)}"
+            )
+        grid_size(volume.shape[2:], STRIDE)
+        return self.swin(volume)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """The tokens of the last level: `(B, C, D, H, W)` -> `(B, L, E)`."""
+        return self.levels(volume)[-1].flatten(2).transpose(1, 2)
+
+    def code(self, volume: Tensor) -> Tensor:
+        """Plain codes of the places of a volume's tokens, `(L, E)`."""
+        grid = grid_size(volume.shape[2:], STRIDE)
+        return sincos_position_encoding(grid, self.embed_dim).to(volume.device)
