@@ -98,7 +98,7 @@ def ablate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
     def run(*overrides: str) -> tuple[int, str, str]:
         own = [f"store={store}", f"out={tmp_path}/out", "labelled=[1]", "split.test=1"]
-        own += [f"+pretrain={written(PRETRAIN)}", f"+finetune={written(FINETUNE)}"]
+        own += [f"pretrain={written(PRETRAIN)}", f"finetune={written(FINETUNE)}"]
         capsys.readouterr()
         code = command.run_command("ablate", "", command.ablate, arguments=[*own, *overrides])
         captured = capsys.readouterr()

@@ -105,8 +105,7 @@ class Comparison:
             "compared_with": self.runs[0].name,
             "cases": len(self.case_ids),
             "left_out": list(self.left_out),
-            "interval": {"kind": "percentile bootstrap over cases, widened for small samples", "level": LEVEL}
-            | {"resamples": RESAMPLES, "seed": SEED},
+            "interval": {"kind": "bootstrap-t over cases", "level": LEVEL} | {"resamples": RESAMPLES, "seed": SEED},
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
             "results": [
                 {"metric": metric, "region": region, "run": run}

@@ -113,7 +113,7 @@ class Summary:
             "without_truth": list(self.unmatched),
             "interval": {
                 "of": "mean",
-                "kind": "percentile bootstrap over cases, widened for small samples",
+                "kind": "bootstrap-t over cases",
                 "level": LEVEL,
                 "resamples": RESAMPLES,
                 "seed": self.seed,
