@@ -132,7 +132,9 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
     empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {})
     keys = list(product(empty.metrics, regions, runs))
     results = {
-        (metric.name, region, run.name): statistic([run.values[case, region][metric.name] for case in case_ids])
+        (metric.name, region, run.name): statistic(
+            [run.values[case, region][metric.name] for case in case_ids], bounds=metric.bounds
+        )
         for metric, region, run in keys
     }
     pairs = [
