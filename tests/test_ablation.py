@@ -56,6 +56,12 @@ def test_differences_are_of_the_same_seeds_and_cases() -> None:
     assert row.values.mean == pytest.approx((0.3 + 0.9 + 0.0) / 3)
 
 
+def test_an_interval_does_not_leave_what_a_score_can_be_and_a_difference_may_be_negative() -> None:
+    trials = [trial("x", 0, {"p": (0.99, 0.5), "q": (0.2, 0.5)}), trial("y", 0, {"p": (0.0, 0.5), "q": (0.9, 0.5)})]
+    row = dice_rows(trials, ["x", "y"])["y", "a"]
+    assert (row.values.low, row.values.high) == (0, 1) and row.difference.low < -1
+
+
 def test_trials_that_were_scored_in_different_ways_are_refused() -> None:
     trials = [trial("x", 0, {"p": (0.2, 0.4)}), trial("y", 0, {"p": (0.2, 0.4)}, policy="asa_paper")]
     with pytest.raises(ValueError, match="y0 was evaluated with another policy than x0"):
@@ -98,7 +104,7 @@ def ablate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
     def run(*overrides: str) -> tuple[int, str, str]:
         own = [f"store={store}", f"out={tmp_path}/out", "labelled=[1]", "split.test=1"]
-        own += [f"+pretrain={written(PRETRAIN)}", f"+finetune={written(FINETUNE)}"]
+        own += [f"pretrain={written(PRETRAIN)}", f"finetune={written(FINETUNE)}"]
         capsys.readouterr()
         code = command.run_command("ablate", "", command.ablate, arguments=[*own, *overrides])
         captured = capsys.readouterr()

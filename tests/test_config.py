@@ -155,6 +155,13 @@ def test_restoration_has_the_released_settings() -> None:
     assert (config["model"]["_target_"], config["method"]["model"]["upscale"]) == ("asa.models.rat.rat_base", 4)
 
 
+def test_mappings_of_the_users_own_keys_can_be_given_on_the_command_line() -> None:
+    prepare = compose("prepare", ["out=x", "labels={1: a, 2: b}", "regions={whole: [1, 2]}"])
+    assert (prepare["labels"], prepare["regions"]) == ({1: "a", 2: "b"}, {"whole": [1, 2]})
+    ablate = compose("ablate", ["out=x", "store=y", "pretrain={model: asa_tiny}", "+pretrain.train.steps=5"])
+    assert ablate["pretrain"] == {"model": "asa_tiny", "train": {"steps": 5}}
+
+
 def test_a_missing_value_is_named() -> None:
     with pytest.raises(ValueError, match=r"data\.store.* has to be given"):
         compose("pretrain", ["out=x"], settings=COMMANDS["pretrain"])

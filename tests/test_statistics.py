@@ -16,25 +16,53 @@ def test_an_interval_of_one_value_is_undefined_and_of_equal_values_a_point():
     assert bootstrap_interval(np.full(7, 0.5)) == (0.5, 0.5)
 
 
-def test_an_interval_lies_within_the_values_and_follows_their_scale():
-    values = np.random.default_rng(0).beta(9, 2, 4)
+def test_an_interval_follows_the_values_scale_and_reaches_further_to_the_side_of_their_tail():
+    values = np.array([0.91, 0.9, 0.92, 0.89, 0.93, 0.6, 0.9, 0.88])
     low, high = bootstrap_interval(values)
-    assert values.min() <= low < values.mean() < high <= values.max()
+    assert low < values.mean() < high and values.mean() - low > 1.3 * (high - values.mean())
     assert bootstrap_interval(2 * values + 1) == pytest.approx((2 * low + 1, 2 * high + 1))
+    assert bootstrap_interval(-values) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize("values", [[0.9, 0.9, 0.9, 0.9, 0.5], [1.0] * 9 + [0.2], [0.9, 0.9 + 1e-12, 0.9, 0.1]])
+def test_an_interval_of_tied_values_is_bounded_by_twice_students(values):
+    values = np.array(values)
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    low, high = bootstrap_interval(values)
+    assert values.mean() - 2.001 * half <= low < values.mean() < high <= values.mean() + 2.001 * half
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_interval_of_two_or_three_values_is_students(count):
+    values = np.random.default_rng(0).beta(9, 2, count)
+    expected = stats.t.interval(0.95, count - 1, values.mean(), stats.sem(values))
+    assert bootstrap_interval(values) == pytest.approx(expected)
+
+
+def test_an_interval_is_that_of_the_slow_bootstrap_t():
+    values, generator = np.random.default_rng(1).beta(12, 2, 24), np.random.default_rng(2)
+    found = []
+    for _ in range(4000):
+        drawn = generator.choice(values, len(values))
+        found.append((drawn.mean() - values.mean()) / stats.sem(drawn))
+    ends = [values.mean() - np.quantile(found, share) * stats.sem(values) for share in (0.975, 0.025)]
+    assert bootstrap_interval(values) == pytest.approx(ends, abs=0.05 * (ends[1] - ends[0]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [8, 24])
-@pytest.mark.parametrize("kind", ["normal", "differences of Dice", "Dice"])
+@pytest.mark.parametrize("cases", [5, 6, 8, 24])
+@pytest.mark.parametrize("kind", ["normal", "differences of Dice", "Dice", "skewed Dice"])
 def test_95_percent_of_intervals_hold_the_true_mean(cases, kind):
-    generator, repeats = np.random.default_rng(cases), 3000
+    generator, repeats = np.random.default_rng(cases), 2000
     if kind == "normal":
         draws, truth = generator.normal(0.8, 0.1, (repeats, cases)), 0.8
     elif kind == "Dice":  # skewed to the left, as scores near their ceiling are
         draws, truth = generator.beta(24, 4, (repeats, cases)), 24 / 28
+    elif kind == "skewed Dice":
+        draws, truth = generator.beta(12, 2, (repeats, cases)), 12 / 14
     else:
         draws, truth = np.subtract(*generator.beta(12, 2, (2, repeats, cases))), 0.0
-    ends = np.array([bootstrap_interval(values, k, 2000) for k, values in enumerate(draws)])
+    ends = np.array([bootstrap_interval(values, k, 1000) for k, values in enumerate(draws)])
     assert np.mean((ends[:, 0] <= truth) & (truth <= ends[:, 1])) == pytest.approx(0.95, abs=0.02)
 
 

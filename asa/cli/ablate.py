@@ -44,6 +44,8 @@ def ablate(config: Config) -> None:
         ValueError: settings that do not fit, or runs that failed; these are named, and the others are done.
     """
     out = Path(str(config["out"]))
+    for key in ("pretrain", "finetune", "predict"):
+        config[key] = config[key] or {}
     for key in ("store", "unlabelled"):
         config[key] = config[key] and str(Path(str(config[key])).resolve())  # goes on from any directory
     _check(config)

@@ -17,7 +17,7 @@ import numpy as np
 
 from asa.data.files import write_whole
 from asa.engine.compare import read_run
-from asa.engine.comparison import Run
+from asa.engine.comparison import Run, mean_text
 from asa.engine.policies import Metric, get_policy
 from asa.engine.report import png_of
 from asa.engine.summary import Statistic, number_text, statistic
@@ -145,13 +145,14 @@ def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: Metric,
     difference = None
     if first is not None:
         before = _values(first, metric, region)
-        difference = _over_cases({key: values[key] - before[key] for key in values if key in before})
+        gaps = {key: values[key] - before[key] for key in values if key in before}
+        difference = _over_cases(gaps, (-math.inf, math.inf))
     return Row(
         labelled=chosen[0].labelled,
         arm=chosen[0].arm,
         metric=metric,
         region=region,
-        values=_over_cases(values),
+        values=_over_cases(values, metric.bounds),
         seeds=len(chosen),
         seed_sd=float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
         difference=difference,
@@ -169,13 +170,13 @@ def _values(trials: Sequence[Trial], metric: Metric, region: str) -> dict[tuple[
     return found
 
 
-def _over_cases(values: dict[tuple[int, str], float]) -> Statistic:
+def _over_cases(values: dict[tuple[int, str], float], bounds: tuple[float, float]) -> Statistic:
     """Statistic over the cases, each the average over its seeds; undefined values are left out of the average."""
     cases: dict[str, list[float]] = {}
     for (_, case), value in values.items():
         cases.setdefault(case, []).append(value)
     defined = {case: [value for value in found if not math.isnan(value)] for case, found in cases.items()}
-    return statistic([float(np.mean(found)) if found else math.nan for found in defined.values()])
+    return statistic([float(np.mean(found)) if found else math.nan for found in defined.values()], bounds=bounds)
 
 
 def _mean(trial: Trial, metric: Metric, region: str) -> float:
@@ -227,8 +228,8 @@ def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], 
         for labelled, arm in dict.fromkeys((row.labelled, row.arm) for row in here):
             found = [row for row in here if (row.labelled, row.arm) == (labelled, arm)]
             last = found[-1]
-            cells = [_interval(row.values, metric.digits) for row in found]
-            gap = "" if last.difference is None else _interval(last.difference, metric.digits, "+")
+            cells = [mean_text(row.values, metric.digits) for row in found]
+            gap = "" if last.difference is None else mean_text(last.difference, metric.digits, "+")
             sd = "" if math.isnan(last.seed_sd) else f"{last.seed_sd:.{metric.digits}f}"
             cases = f"{last.values.used} of {last.values.total}"
             lines.append(_line([labelled, arm, *cells, gap, sd, str(last.seeds), cases]))
@@ -237,13 +238,6 @@ def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _interval(found: Statistic, digits: int, sign: str = "") -> str:
-    if math.isnan(found.mean):
-        return "undefined"
-    ends = "" if math.isnan(found.low) else f" ({found.low:{sign}.{digits}f} to {found.high:{sign}.{digits}f})"
-    return f"{found.mean:{sign}.{digits}f}{ends}"
 
 
 def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:

@@ -105,8 +105,7 @@ class Comparison:
             "compared_with": self.runs[0].name,
             "cases": len(self.case_ids),
             "left_out": list(self.left_out),
-            "interval": {"kind": "percentile bootstrap over cases, widened for small samples", "level": LEVEL}
-            | {"resamples": RESAMPLES, "seed": SEED},
+            "interval": {"kind": "bootstrap-t over cases", "level": LEVEL} | {"resamples": RESAMPLES, "seed": SEED},
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
             "results": [
                 {"metric": metric, "region": region, "run": run}
@@ -133,7 +132,9 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
     empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {})
     keys = list(product(empty.metrics, regions, runs))
     results = {
-        (metric.name, region, run.name): statistic([run.values[case, region][metric.name] for case in case_ids])
+        (metric.name, region, run.name): statistic(
+            [run.values[case, region][metric.name] for case in case_ids], bounds=metric.bounds
+        )
         for metric, region, run in keys
     }
     pairs = [

@@ -48,6 +48,11 @@ class Metric:
     exception: str = ""
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest value that there can be: scores end at 1, distances and errors nowhere."""
+        return 0.0, 1.0 if self.higher_is_better else math.inf
+
+    @property
     def heading(self) -> str:
         """Title with its unit, e.g. `HD95 (mm)`."""
         return f"{self.title} ({self.unit})" if self.unit else self.title

@@ -113,7 +113,7 @@ class Summary:
             "without_truth": list(self.unmatched),
             "interval": {
                 "of": "mean",
-                "kind": "percentile bootstrap over cases, widened for small samples",
+                "kind": "bootstrap-t over cases",
                 "level": LEVEL,
                 "resamples": RESAMPLES,
                 "seed": self.seed,
@@ -157,7 +157,7 @@ def summarise(
     rows, regions = tuple(rows), policy.regions_of(labels)
     results = {
         label: {
-            metric.name: statistic([row.values[metric.name] for row in rows if row.label == label], seed)
+            metric.name: statistic([row.values[metric.name] for row in rows if row.label == label], seed, metric.bounds)
             for metric in policy.metrics
         }
         for label in regions
@@ -235,14 +235,19 @@ def cases_csv(summary: Summary) -> str:
     return text.getvalue()
 
 
-def statistic(values: Sequence[float], seed: int = SEED) -> Statistic:
-    """Mean, spread and interval over cases; undefined values (NaN) count in n total only."""
+def statistic(
+    values: Sequence[float], seed: int = SEED, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Statistic:
+    """Mean, spread and interval over cases; undefined values (NaN) count in n total only.
+
+    An end of the interval beyond `bounds`, which no mean can leave, is put on them.
+    """
     used = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
     if not used.size:
         nan = math.nan
         return Statistic(nan, nan, nan, nan, nan, used=0, total=len(values))
     mean, median = float(used.mean()), float(np.median(used))
-    low, high = bootstrap_interval(used, seed)
+    low, high = np.clip(bootstrap_interval(used, seed), *bounds).tolist()
     sd = float(used.std(ddof=1)) if used.size > 1 else math.nan
     return Statistic(mean, sd, median, low, high, used=used.size, total=len(values))
 
