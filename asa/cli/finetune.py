@@ -46,13 +46,15 @@ def finetune(config: Config) -> None:
     Raises:
         ValueError: a store without labels, or a pretrained encoder that does not match.
     """
-    if config["method"]["_target_"] == restoration.METHOD:
-        restoration.finetune(config)
+    target, every_fold = str(config["method"]["_target_"]), wants_folds(config)
+    if target == restoration.METHOD or target.startswith("asa.methods.classify."):
+        if every_fold:
+            raise ValueError(
+                "data.split.fold=all is for segmentation: give one fold after the other, data.split.fold=0"
+            )
+        (restoration.finetune if target == restoration.METHOD else classify)(config)
         return
-    if str(config["method"]["_target_"]).startswith("asa.methods.classify."):
-        classify(config)
-        return
-    if wants_folds(config):
+    if every_fold:
         finetune_folds(config, finetune)
         return
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
