@@ -49,9 +49,7 @@ def finetune(config: Config) -> None:
     target, every_fold = str(config["method"]["_target_"]), wants_folds(config)
     if target == restoration.METHOD or target.startswith("asa.methods.classify."):
         if every_fold:
-            raise ValueError(
-                "data.split.fold=all is for segmentation: give one fold after the other, data.split.fold=0"
-            )
+            raise ValueError("data.split.fold=all is for segmentation: give data.split.fold=0, then 1, ...")
         (restoration.finetune if target == restoration.METHOD else classify)(config)
         return
     if every_fold:
