@@ -148,9 +148,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", choices=list(CROPS), default=list(CROPS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for task in CROPS:
+    for task in options.tasks:
         root = options.out / task
         if not (root / "low").is_dir():
             write_task(task, root)
