@@ -37,6 +37,13 @@ def test_superpixels_keep_plain_shapes_apart(name: str, channels: int) -> None:
     assert not inner[0] & inner[1] and not inner[0] & inner[2] and not inner[1] & inner[2]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_slic_makes_about_as_many_regions_as_asked_for(channels: int) -> None:
+    image = np.repeat(discs(), channels, axis=0) + np.random.default_rng(0).normal(0, 0.03, (channels, 64, 72))
+    found = len(np.unique(make_provider("slic", regions=30)("a", image.clip(0, 1))))
+    assert 15 <= found <= 45
+
+
 def test_masks_are_painted_from_large_to_small_and_the_rest_is_a_region() -> None:
     small, large, hidden = np.zeros((3, 6, 6), dtype=bool)
     large[:4, :4], small[1:3, 1:3], hidden[1, 1] = True, True, True

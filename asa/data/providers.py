@@ -65,8 +65,13 @@ def _felzenszwalb(_: str, image: np.ndarray, *, scale: float) -> np.ndarray:
 
 
 def _slic(_: str, image: np.ndarray, *, regions: int) -> np.ndarray:
+    # Colour is compared in Lab, whose lightness goes to 100, grey as it is.
     found = needed("skimage.segmentation").slic(
-        image.transpose(1, 2, 0).astype(np.float64), n_segments=regions, compactness=0.1, start_label=0, channel_axis=-1
+        image.transpose(1, 2, 0).astype(np.float64),
+        n_segments=regions,
+        compactness=10.0 if len(image) == 3 else 0.1,
+        start_label=0,
+        channel_axis=-1,
     )
     return found.astype(np.int64)
 

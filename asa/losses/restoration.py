@@ -10,7 +10,7 @@ from asa.ops.regions import region_keys
 
 
 class FocalRegionLoss(nn.Module):
-    """Absolute error, weighted more where a region is restored badly (RAT, MICCAI 2024, section 2.3).
+    """Absolute error, weighted more where a region is restored badly (RAT, MICCAI 2024).
 
     e = |prediction - target|, a_r = mean of e over region r, w = a_r / the largest a_r of the image, and
     L = mean of e * (1 + beta * w). The weights carry no gradient; an image that is restored perfectly has weights 0.

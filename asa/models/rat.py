@@ -58,7 +58,7 @@ def _gate(x: Tensor) -> Tensor:
 
 
 class RegionAttention(nn.Module):
-    """Multi-head self-attention inside the regions of a label map: R-MSA (section 2.2).
+    """Multi-head self-attention inside the regions of a label map: R-MSA.
 
     Scaled by 1 / sqrt(head dimension); the released code divides by the root of the number of heads.
 

@@ -51,7 +51,7 @@ def region_keys(labels: Tensor) -> tuple[Tensor, int]:
     check_labels(labels)
     labels = labels.long()
     low, high = (int(end) for end in torch.aminmax(labels))
-    if high - low < labels.numel():
+    if high - low < labels.numel() // len(labels):
         keys, count = labels - low, high - low + 1
     else:  # sparse ids: sorting them is slower
         values, keys = torch.unique(labels, return_inverse=True)
@@ -96,7 +96,7 @@ def region_index(labels: Tensor) -> RegionIndex:
 
 
 def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Tensor, backend: str = "auto") -> Tensor:
-    """Softmax(q k^T / sqrt(d)) v over the tokens of the query's own region (R-MSA; RAT, MICCAI 2024, section 2.2).
+    """Softmax(q k^T / sqrt(d)) v over the tokens of the query's own region (R-MSA of RAT, MICCAI 2024).
 
     Args:
         q, k, v: `(B, M, L, d)`.
