@@ -42,12 +42,12 @@ def main() -> int:
     print(f"undisturbed: {time.monotonic() - started:.0f} s, of which training {training:.0f} s", flush=True)
 
     kills = finished = 0
-    # Moments spread so that the kills together reach about the end of the run; what a kill undoes comes on top.
+    # Moments spread so that the kills together reach about three quarters of the run; what a kill undoes comes on top.
     while kills < chosen.kills and not finished:
         process = start(chosen, "killed")
         until_training(process, chosen.out / "killed")
         try:
-            finished = process.wait(moments.uniform(0, 2 * training / chosen.kills)) == 0
+            finished = process.wait(moments.uniform(0, 1.5 * training / chosen.kills)) == 0
             if not finished:
                 break  # it failed by itself: the last start says why
         except subprocess.TimeoutExpired:

@@ -1,5 +1,6 @@
 """Tiny runs, and processes as torchrun starts them: forked from one that has torch loaded, and never for long."""
 
+import faulthandler
 import importlib
 import json
 import multiprocessing
@@ -114,6 +115,7 @@ def _child(env: dict[str, Any], output: Path, function: Callable[..., None], arg
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    faulthandler.dump_traceback_later(25, file=handle)  # says where a process hangs before it is killed
     torch.set_num_threads(1)
     function(*arguments, **keywords)
 

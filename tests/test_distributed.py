@@ -104,8 +104,12 @@ def gradients(out: Path, store: Path) -> None:
     with joined(torch.device("cpu"), 0.5):
         world, rank = distributed.world_size(), distributed.rank()
         places = next(iter(EndlessSampler(4, 4, rank=rank, world_size=world)))
+        batch = collate([dataset[place] for place in places])
         ddp = distributed.wrapped(method)
-        ddp(collate([dataset[place] for place in places]))["loss"].backward()
+        ddp(batch)["loss"].backward()
+        # It has to go before its group does: torch 2.13 may hang otherwise, waiting with the interpreter's lock in
+        # hand for a thread of gloo that wants it.
+        del ddp
     if distributed.is_main():
         torch.save({name: weight.grad for name, weight in method.named_parameters()}, out)
 

@@ -226,9 +226,9 @@ def test_ctrl_c_leaves_no_process_behind(store: Path, tmp_path: Path) -> None:
     group = job.processes[0].pid
     assert len(members(group)) > 1
     os.killpg(group, signal.SIGINT)  # as a terminal does
-    (ended,) = job.wait(15)
+    (ended,) = job.wait()
     assert ended.code == 130 and "interrupted" in ended.text and "Traceback" not in ended.text
-    until(lambda: members(group) == [], 20)  # a loader's worker looks for its parent every 5 s
+    until(lambda: members(group) == [], 30)  # a loader's worker looks for its parent every 5 s
     assert not (run / LOCK).exists()
 
 

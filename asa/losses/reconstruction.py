@@ -6,7 +6,7 @@ Letters: volume `B C D H W`, L tokens in raster order of which M are masked, pat
 from torch import Tensor, nn
 
 from asa.ops.gradients import KINDS, gradient_importance
-from asa.ops.masking import split_indices
+from asa.ops.masking import split_indices, tokens_at
 from asa.ops.patches import patchify
 
 
@@ -51,14 +51,22 @@ class AttentiveReconstructionLoss(nn.Module):
             ValueError: shapes that do not fit each other.
         """
         masked = split_indices(mask)[1].to(volume.device, non_blocking=True)
-        return (self.weights(volume, masked) * self.errors(prediction, volume, masked)).sum(dim=1).mean()
+        errors = patch_errors(prediction, tokens_at(patchify(volume, self.patch_size), masked))
+        return self.weigh(errors, volume, masked)
 
-    def errors(self, prediction: Tensor, volume: Tensor, masked: Tensor) -> Tensor:
-        """MSE of each masked patch, `(B, M)` float32."""
-        patches = patchify(volume, self.patch_size)
-        target = patches.gather(1, masked[:, :, None].expand(-1, -1, patches.shape[2]))
-        if prediction.shape != target.shape:
-            raise ValueError(
-                f"the prediction of the masked patches is {tuple(target.shape)}, got {tuple(prediction.shape)}"
-            )
-        return (prediction.float() - target.float()).square().mean(dim=2)
+    def weigh(self, errors: Tensor, volume: Tensor, masked: Tensor) -> Tensor:
+        """The loss from the errors `(B, M)` of the patches at `(B, M)`."""
+        return (self.weights(volume, masked) * errors).sum(dim=1).mean()
+
+
+def patch_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """MSE of each patch, `(B, M, P)` both -> `(B, M)` float32.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"the prediction of the masked patches is {tuple(target.shape)}, got {tuple(prediction.shape)}"
+        )
+    return (prediction.float() - target.float()).square().mean(dim=2)

@@ -6,11 +6,11 @@ Letters: image `B C D H W`, L tokens of which M are masked, patch size s.
 import torch
 from torch import Tensor, nn
 
-from asa.losses.reconstruction import AttentiveReconstructionLoss
+from asa.losses.reconstruction import AttentiveReconstructionLoss, patch_errors
 from asa.methods.base import Batch
 from asa.models.asa import MaskedAutoencoder
 from asa.ops.gradients import gradient_importance
-from asa.ops.masking import random_mask, split_indices
+from asa.ops.masking import random_mask, split_indices, tokens_at
 from asa.ops.patches import patchify, unpatchify
 
 
@@ -63,16 +63,16 @@ class MaskedPretraining(nn.Module):
         """
         image, mask = batch["image"], self.mask(batch["seed"])
         prediction = self.model(image, mask)
-        loss = self.loss(prediction, image, mask)
-        with torch.no_grad():
-            visible, masked = (places.to(image.device, non_blocking=True) for places in split_indices(mask))
-            patches = patchify(image.float(), self.loss.patch_size)
-            mean = _take(patches, visible).mean(dim=(1, 2), keepdim=True)
-            return {
-                "loss": loss,
-                "masked_mse": self.loss.errors(prediction, image, masked).mean(),
-                "mean_predictor_mse": (_take(patches, masked) - mean).square().mean(),
-            }
+        visible, masked = (places.to(image.device, non_blocking=True) for places in split_indices(mask))
+        patches = patchify(image.float(), self.loss.patch_size)
+        target = tokens_at(patches, masked)
+        errors = patch_errors(prediction, target)
+        mean = tokens_at(patches, visible).mean(dim=(1, 2), keepdim=True)
+        return {
+            "loss": self.loss.weigh(errors, image, masked),
+            "masked_mse": errors.detach().mean(),
+            "mean_predictor_mse": (target - mean).square().mean(),
+        }
 
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """A batch's reconstruction, to be drawn."""
@@ -102,8 +102,3 @@ class MaskedPretraining(nn.Module):
             "prediction": unpatchify(patches.scatter(1, places, prediction), grid, s),
             "importance": unpatchify(scores[:, :, None].expand(-1, -1, s**3), grid, s),
         }
-
-
-def _take(patches: Tensor, places: Tensor) -> Tensor:
-    """`(B, L, P)` at the places `(B, N)` -> `(B, N, P)`."""
-    return patches.gather(1, places[:, :, None].expand(-1, -1, patches.shape[2]))

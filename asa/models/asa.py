@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from asa.models import sw_vit
 from asa.models.sw_vit import SWViT, run_block, window_blocks
-from asa.ops.masking import split_indices
+from asa.ops.masking import split_indices, tokens_at
 
 
 class MaskedAutoencoder(nn.Module):
@@ -93,8 +93,7 @@ class MaskedAutoencoder(nn.Module):
         tokens = tokens + self.encoder.position
         for block in self.decoder:
             tokens = run_block(block, tokens, checkpointing=self.checkpointing)
-        tokens = tokens.gather(1, masked[:, :, None].expand(-1, -1, e))  # B M E
-        return self.head(self.norm(tokens))
+        return self.head(self.norm(tokens_at(tokens, masked)))
 
 
 def asa_base(**overrides: Any) -> MaskedAutoencoder:

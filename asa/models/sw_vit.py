@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from asa.ops.masking import split_indices
+from asa.ops.masking import split_indices, tokens_at
 from asa.ops.patches import grid_size, patchify, triple
 from asa.ops.position import sincos_position_encoding, symmetric_position_encoding
 from asa.ops.windows import window_runs
@@ -207,8 +207,7 @@ class SWViT(nn.Module):
         patches = patchify(volume, self.patch_size)  # B L C*s^3
         if visible is None:
             return self.patch_embed(patches) + self.position
-        patches = patches.gather(1, visible[:, :, None].expand(-1, -1, patches.shape[2]))
-        return self.patch_embed(patches) + self.position[visible]
+        return self.patch_embed(tokens_at(patches, visible)) + self.position[visible]
 
     def hidden_states(self, volume: Tensor) -> list[Tensor]:
         """Tokens after each block, `depth` times `(B, L, E)`; the last with the final norm."""

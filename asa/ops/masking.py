@@ -80,3 +80,8 @@ def random_boxes(
         starts = [int(u * (n - size + 1)) for n, size, u in zip(shape, sizes, draws[1], strict=True)]
         covered[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))] = True
     return torch.from_numpy(covered)
+
+
+def tokens_at(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens `(B, L, E)` at the places `(B, N)`: `(B, N, E)`."""
+    return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
