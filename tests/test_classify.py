@@ -13,9 +13,16 @@ import torch
 from asa.cli import finetune, predict, pretrain
 from asa.data.splits import read_split
 from asa.engine.classification import auc, auc_interval, calibration_error, mean_auc, score_classes
+from asa.engine.optim import OptimSettings
+from asa.engine.plan import make_plan
 from asa.engine.source import read_source, start_sides
+from asa.engine.train import TrainSettings
 from asa.methods.classify import Classification
+from asa.methods.sa_swin import SASwinPretraining
+from asa.methods.segment import Segmentation
 from asa.models.classifier import Classifier, asa_classifier_tiny, sa_swin_classifier_tiny
+from asa.models.sa_swin import sa_swin_tiny
+from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.sw_vit import sw_vit_tiny
 
 SMALLEST = ("+model.embed_dim=4", "+model.num_heads=[1,1,2,2]", "+model.window=2", "+model.cross_heads=2")
@@ -112,6 +119,20 @@ def test_what_does_not_fit_is_named() -> None:
         Classification(model=torch.nn.Linear(1, 2))
     with pytest.raises(ValueError, match="3 numbers for 2 classes"):
         Classification(model=asa_classifier_tiny(2, img_size=16), weights=[1, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["classify", "segment", "pretrain"])
+def test_a_run_that_looks_at_the_mirror_image_can_be_planned(kind: str) -> None:
+    options = dict(img_size=(32, 32, 64), embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
+    makes = {
+        "classify": lambda: Classification(model=sa_swin_classifier_tiny(2, **options)),
+        "segment": lambda: Segmentation(model=sa_swin_unet_tiny(2, **options)),
+        "pretrain": lambda: SASwinPretraining(model=sa_swin_tiny(**options)),
+    }
+    plan = make_plan(
+        makes[kind], labelled=kind == "segment", settings=TrainSettings(precision="fp32"), optim=OptimSettings()
+    )
+    assert 0 < plan.encoder < plan.total and 0 < plan.forward < plan.step
 
 
 # ---------------------------------------------------------------------------------------------- commands

@@ -276,6 +276,14 @@ def test_nt_xent_is_the_loop_over_its_definition() -> None:
         NTXent(0)
 
 
+def test_nt_xent_is_computed_in_float32_under_autocast() -> None:
+    one, other = draw(3, 64), draw(3, 64, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = NTXent()(one, other)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, NTXent()(one, other))
+
+
 def contrast(out, world: int) -> None:
     """A rank's share of four samples: the loss, and the gradients of features and temperature."""
     with joined(torch.device("cpu"), 0.5):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from asa.cli.seen import seen_report
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.files import write_json, write_whole
-from asa.data.identity import known_trained, seen_subjects, trained_on
+from asa.data.identity import Seen, Trained, known_trained, seen_subjects, trained_on
 from asa.data.loader import CropDataset, LoaderSettings
+from asa.data.store import Store
 from asa.data.tables import read_column
 from asa.engine.checkpoint import find_weights, load_model
 from asa.engine.classification import ClassScores, class_table, predict_classes, score_classes
@@ -37,119 +38,126 @@ def classify(config: Config) -> None:
     """
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     augment, loader = typed(AugmentSettings, config["augment"]), typed(LoaderSettings, config["loader"])
-    planning, explain = wants_plan(config), config.pop("transfer") == "explain"
+    planning = wants_plan(config)
     if not planning:
         check_settings(settings, optim)
-    if explain:
+    if config.pop("transfer") == "explain":
         raise ValueError("transfer=explain is of segmentation: leave it out with method=classify")
     data = config["data"]
     if data["classes"] is None:
         raise ValueError("data.classes has to be given with method=classify: a table with subject (or id) and class")
     data["store"], data["classes"] = (str(Path(str(data[key])).resolve()) for key in ("store", "classes"))
-    source = read_source(config["init"]) if config["init"] and not planning else None
     store, split, parts = open_parts(data, Path(str(config["out"])))
-    said = read_column(data["classes"], "class", store.records)
-    names = sorted(set(said.values()))
-    parts = {name: [record for record in part if record["id"] in said] for name, part in parts.items()}
-    targets = {id: {"target": names.index(name)} for id, name in said.items()}
-    config["method"]["weights"] = _weights(config["method"]["weights"], parts["train"], targets, len(names))
+    task = _task(data["classes"], store.records, parts)
+    config["method"]["weights"] = task.weights(config["method"]["weights"])
     for node in (config["model"], config["method"]["model"]):
-        node["in_channels"], node["classes"] = len(store.channels), len(names)
+        node["in_channels"], node["classes"] = len(store.channels), len(task.names)
 
     def make() -> Any:
         return build(config["method"], plugins=config["plugins"])
 
     if planning:
-        show_plan(config, make, len(parts["train"]), settings, optim, labelled=False)
+        show_plan(config, make, len(task.parts["train"]), settings, optim, labelled=False)
         return
     preflight(make, settings, optim, labelled=False)
     torch.manual_seed(settings.seed)
     method = make()
-    trained, seen = trained_on(parts["train"]), None
-    if source is not None:
-        weights, origin = source
-        if method.mirrored:
-            print(start_sides(config["init"], weights, origin, method.model, config["model"]))
-        else:
-            print(start_from(config["init"], weights, origin, method.model.encoder, config["model"], explain=False))
-        if before := known_trained(origin.get("data", {})):
-            trained, seen = trained_on(parts["train"], before), seen_subjects(store.records, split, before)
-        print("\n".join(seen_report(seen, config["init"])))
+    trained, seen = _start(config, method, task.parts["train"], store, split)
 
-    def crops(records: Records) -> CropDataset:
-        size = method.model.encoder.img_size
-        return CropDataset(store, records, size, mirrored=method.mirrored, attached=targets, seed=settings.seed)
-
-    dataset = crops(parts["train"])
-    dataset.crop, dataset.augment = data["placement"], augment
-    description = {
-        "model": config["model"],
-        "data": {
-            "channels": store.channels,
-            "classes": names,
-            "prepare": store.settings,
-            **learnt_from([], parts["train"]),
-            **trained,
-        },
-    }
+    def crops(records: Records, **options: Any) -> CropDataset:
+        common: dict[str, Any] = dict(mirrored=method.mirrored, attached=task.targets, seed=settings.seed)
+        return CropDataset(store, records, method.model.encoder.img_size, **common, **options)
 
     def scored(model: nn.Module, records: Records) -> tuple[ClassScores, np.ndarray]:
         shares = predict_classes(model, crops(records))
-        truth = np.array([targets[record["id"]]["target"] for record in records])
+        truth = np.array([task.targets[record["id"]]["target"] for record in records])
         return score_classes(shares, truth, [str(record["subject"]) for record in records]), shares
 
     def validate(step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        scores = scored(method.model, parts["validation"])[0]
+        scores = scored(method.model, task.parts["validation"])[0]
         return {name: getattr(scores, name) for name in ("auc", "balanced_accuracy", "ece")}, {}
 
+    known = {"channels": store.channels, "classes": task.names, "prepare": store.settings}
+    known |= {**learnt_from([], task.parts["train"]), **(trained or {})}
     with open_run(config, split, settings) as run:
         if seen is not None and is_main():
             write_json(run / "seen.json", {"init": config["init"], "seen": [asdict(one) for one in seen]})
-        counts = ", ".join(f"{count} {names[k]}" for k, count in sorted(_counts(parts["train"], targets).items()))
-        print(f"classifying {', '.join(names)}: {len(parts['train'])} scans ({counts}), in {run}")
+        counts = ", ".join(f"{count} {task.names[k]}" for k, count in sorted(task.counts().items()))
+        print(f"classifying {len(task.parts['train'])} scans ({counts}), in {run}")
         train(
             method,
-            dataset,
+            crops(task.parts["train"], crop=data["placement"], augment=augment),
             run,
             settings=settings,
             optim=optim,
             loader=loader,
-            description=description,
-            validate=validate if parts["validation"] else None,
+            description={"model": config["model"], "data": known},
+            validate=validate if task.parts["validation"] else None,
         )
-        if parts["test"]:
-            scores, shares = scored(load_model(run).to(pick_device(settings.device)), parts["test"])
+        if task.parts["test"]:
+            scores, shares = scored(load_model(run).to(pick_device(settings.device)), task.parts["test"])
             if is_main():
-                _write(run, names, parts["test"], said, shares, scores)
+                _write(run, task, shares, scores)
     print(f"wrote {find_weights(run)}")
 
 
-def _counts(records: Records, targets: Mapping[str, Mapping[str, int]]) -> Counter[int]:
-    return Counter(targets[record["id"]]["target"] for record in records)
+@dataclass(frozen=True)
+class Task:
+    """What is to be told apart.
+
+    Args:
+        names: of the classes, sorted.
+        targets: the class index of each scan that has one, as it goes into batches.
+        parts: records of each part of the split, without those that have no class.
+    """
+
+    names: list[str]
+    targets: dict[str, dict[str, float]]
+    parts: dict[str, Records]
+
+    def counts(self) -> Counter[int]:
+        """Training scans of each class."""
+        return Counter(int(self.targets[record["id"]]["target"]) for record in self.parts["train"])
+
+    def weights(self, chosen: Any) -> Any:
+        """The classes' weights; balanced ones have the mean 1 over the training scans."""
+        if chosen != "balanced":
+            return chosen
+        counts, total = self.counts(), len(self.parts["train"])
+        if missing := [name for k, name in enumerate(self.names) if not counts[k]]:
+            raise ValueError(f"data.classes: {missing[0]} has no scan in the training part of the split")
+        return [total / (len(self.names) * counts[k]) for k in range(len(self.names))]
 
 
-def _weights(
-    chosen: Any, records: Records, targets: Mapping[str, Mapping[str, int]], classes: int
-) -> list[float] | None:
-    """The classes' weights; balanced ones have the mean 1 over the training scans."""
-    if chosen != "balanced":
-        return chosen
-    counts = _counts(records, targets)
-    if missing := [k for k in range(classes) if not counts[k]]:
-        raise ValueError(f"data.classes: class number {missing[0]} has no scan in the training part of the split")
-    return [len(records) / (classes * counts[k]) for k in range(classes)]
+def _task(table: str, records: Records, parts: Mapping[str, Records]) -> Task:
+    said = read_column(table, "class", records)
+    names = sorted(set(said.values()))
+    targets: dict[str, dict[str, float]] = {id: {"target": names.index(name)} for id, name in said.items()}
+    return Task(names, targets, {name: [one for one in part if one["id"] in said] for name, part in parts.items()})
 
 
-def _write(
-    run: Path,
-    names: Sequence[str],
-    records: Records,
-    said: Mapping[str, str],
-    shares: np.ndarray,
-    scores: ClassScores,
-) -> None:
+def _start(
+    config: Config, method: Any, records: Records, store: Store, split: Mapping[str, Sequence[str]]
+) -> tuple[Trained | None, list[Seen] | None]:
+    """Load what the run starts from; on which scans it was trained then, and which held-out ones it has seen."""
+    if not config["init"]:
+        return trained_on(records), None
+    weights, origin = read_source(config["init"])
+    if method.mirrored:
+        print(start_sides(config["init"], weights, origin, method.model, config["model"]))
+    else:
+        print(start_from(config["init"], weights, origin, method.model.encoder, config["model"], explain=False))
+    before = known_trained(origin.get("data", {}))
+    seen = seen_subjects(store.records, split, before) if before else None
+    print("\n".join(seen_report(seen, config["init"])))
+    return trained_on(records, before) if before else None, seen
+
+
+def _write(run: Path, task: Task, shares: np.ndarray, scores: ClassScores) -> None:
     """The test part's probabilities as a table, its scores as JSON and in words."""
-    rows = [(record["id"], str(record["subject"]), said[record["id"]]) for record in records]
+    names, records = task.names, task.parts["test"]
+    classes = [names[int(task.targets[record["id"]]["target"])] for record in records]
+    rows = [(record["id"], str(record["subject"]), name) for record, name in zip(records, classes, strict=True)]
     write_whole(run / "predictions_test.csv", class_table(names, rows, shares).encode())
     write_json(run / "scores_test.json", {"classes": list(names), **asdict(scores)})
     print(

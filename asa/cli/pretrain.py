@@ -11,7 +11,7 @@ from asa.cli.front import Config, open_run, run_command
 from asa.cli.planning import preflight, show_plan, wants_plan
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
-from asa.data.health import read_health
+from asa.data.health import HEALTHY, read_health
 from asa.data.identity import trained_on
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.engine.checkpoint import find_weights
@@ -35,6 +35,8 @@ def pretrain(config: Config) -> None:
     data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
     if data["probe"]:
         data["probe"] = str(Path(str(data["probe"])).resolve())
+    if data["health"] not in (None, HEALTHY):
+        data["health"] = str(Path(str(data["health"])).resolve())
     store, split, parts = open_parts(data, Path(str(config["out"])))
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"] = len(store.channels)

@@ -5,6 +5,7 @@ from typing import Any
 
 from asa.data.tables import read_column
 
+HEALTHY = "healthy"  # the word for a cohort that is
 UNKNOWN = float("nan")
 
 
@@ -24,7 +25,7 @@ def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dic
     """
     if source is None:
         return {}
-    if source == "healthy":
+    if source == HEALTHY:
         return {record["id"]: {"health": 1.0} for record in records}
     said = read_column(source, "health", records)
     if wrong := [value for value in said.values() if value not in ("0", "1")]:

@@ -43,7 +43,8 @@ class NTXent(nn.Module):
         own = F.normalize(torch.stack([one, other], dim=1).float(), dim=-1)  # B 2 E
         everyone, first = gather(own) if self.training else (own, 0)  # R*B 2 E
         own, everyone = own.flatten(0, 1), everyone.flatten(0, 1)  # 2B E, 2RB E; neighbours are views of one sample
-        logits = own @ everyone.T / self.log_temperature.clamp(min=self.least).exp()  # 2B 2RB
+        with torch.autocast(own.device.type, enabled=False):  # which would multiply in 16 bits
+            logits = own @ everyone.T / self.log_temperature.clamp(min=self.least).exp()  # 2B 2RB
         rows = torch.arange(len(own), device=own.device)
         itself = F.one_hot(rows + 2 * first, len(everyone)).bool()
         return F.cross_entropy(logits.masked_fill(itself, float("-inf")), (rows ^ 1) + 2 * first)

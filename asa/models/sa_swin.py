@@ -17,7 +17,7 @@ from asa.models.swin import STRIDE, Swin
 from asa.models.unet import check_bfloat16_depth
 from asa.ops.symmetry import asymmetry, flip, pad_to_multiple
 
-MAP_LEVELS = (1, 2, 3)  # of the encoder: 1/4 to 1/16, where the asymmetry map is taken
+MAP_LEVEL = 1  # of the encoder, 1/4 of the resolution, where the asymmetry map is taken: coarser ones find less
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,17 @@ class SASwin(nn.Module):
 
         Returns:
             The score (1 - cos(z, z~)) / 2, `(B,)`, and its map `(B, D, H, W)`: the same of the encoder's features at
-            mirrored places, the mean over its levels at 1/4 to 1/16 brought to the volume's grid. Both in float32,
-            from 0 to 1, and exactly 0 where the volume is its own mirror image.
+            mirrored places, at 1/4 of the resolution, brought to the volume's grid. Both in float32, from 0 to 1, and
+            exactly 0 where the volume is its own mirror image.
         """
         both = torch.cat([volume, flip(volume) if mirrored is None else mirrored])
         levels = self.encoder.levels(pad_to_multiple(both, STRIDE))
         padded = [size + -size % STRIDE for size in volume.shape[2:]]
-        total = volume.new_zeros(len(volume), *padded, dtype=torch.float32)
-        for level in MAP_LEVELS:
-            here, there = levels[level].chunk(2)
-            unlike = asymmetry(here, there, dim=1)[:, None]
-            total += F.interpolate(unlike, padded, mode="trilinear")[:, 0] / len(MAP_LEVELS)
+        here, there = levels[MAP_LEVEL].chunk(2)
+        found = F.interpolate(asymmetry(here, there, dim=1)[:, None], padded, mode="trilinear")[:, 0]
         side, other = self.symmetry(levels[-1].flatten(2).mean(dim=2)).chunk(2)
         d, h, w = volume.shape[2:]
-        return asymmetry(side, other), total[:, :d, :h, :w]
+        return asymmetry(side, other), found[:, :d, :h, :w]
 
 
 def _decoder(width: int, embed_dim: int, channels: int) -> nn.Sequential:
