@@ -486,7 +486,7 @@ def test_configurations_declare_the_labels_of_their_readers():
     for name, config in configs.items():
         labels, ignored, regions = labelled.get(name, (None, [], {}))
         assert config["labels"] == labels, name
-        assert (config.get("ignored", []), config.get("regions", {})) == (ignored, regions), name
+        assert (config["ignored"], config["regions"] or {}) == (ignored, regions), name
         assert config["data"]["root"] is None, name
 
 

@@ -83,7 +83,7 @@ def test_a_run_goes_on_and_its_network_loads(pairs: Path, trained: Path, monkeyp
     assert "stands at step 30" in capsys.readouterr().out
     model = asa.load_model(trained)
     assert isinstance(model, asa.RegionAttentionTransformer) and model.in_channels == 1
-    with pytest.raises(ValueError, match="no token encoder"):
+    with pytest.raises(ValueError, match="no encoder"):
         asa.load_encoder(trained)
 
 
