@@ -116,6 +116,7 @@ def _child(env: dict[str, Any], output: Path, function: Callable[..., None], arg
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     faulthandler.dump_traceback_later(25, file=handle)  # says where a process hangs before it is killed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
     torch.set_num_threads(1)
     function(*arguments, **keywords)
 

@@ -366,7 +366,7 @@ def running_until(count: int, arguments: list[str], out: Path) -> Iterator[subpr
         start_new_session=True,
     )
     try:
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 60  # only a hang takes so long
         while len(list(out.glob("images/*.npy"))) < count and process.poll() is None:
             assert time.monotonic() < limit
             time.sleep(0.002)
