@@ -10,6 +10,7 @@ counterpart of voxel i of the image, on the other side of the volume), numbers t
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,13 +65,13 @@ def sample_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class Samples(Dataset[dict[str, Any]]):
+class Samples(Dataset[dict[str, Any]], ABC):
     """What the loader reads: items addressed by (record, epoch), each with its "seed" and "id"."""
 
     seed: int
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
 
 class CropDataset(Samples):
