@@ -52,7 +52,8 @@ def predict(config: Config) -> None:
     Raises:
         ValueError: scans failed; they are listed before, and the others are done.
     """
-    if restoration.restores(config["checkpoint"]):
+    described = _description(config["checkpoint"])
+    if described.get("data", {}).get("task") == restoration.TASK:
         part = config["part"]
         restoration.predict(config, None if part is None else _subjects(config["checkpoint"], part))
         return
@@ -62,7 +63,7 @@ def predict(config: Config) -> None:
     for key in ("mirror", "probabilities"):
         if not isinstance(config[key], bool):
             raise ValueError(f"{key}={config[key]}: choose true or false")
-    work = _work(config, out)
+    work = _work(config, out, str(described.get("model", {}).get("_target_")))
     jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
     failures = 0
     for id, inputs, do in tqdm(jobs(work, source, config), desc="predict", unit="scan"):
@@ -79,10 +80,14 @@ def predict(config: Config) -> None:
     print(said)
 
 
-def _work(config: Config, out: Path) -> Work:
-    """What the checkpoint is for, by what it says of itself."""
-    first = config["checkpoint"] if isinstance(config["checkpoint"], str) else [*config["checkpoint"], ""][0]
-    target = str(read_description(first)["model"].get("_target_")) if first else ""
+def _description(checkpoint: str | list[str]) -> dict[str, Any]:
+    """What the checkpoint, or the first of several, says of itself; {} of none, which is refused later."""
+    first = checkpoint if isinstance(checkpoint, str) else [*checkpoint, ""][0]
+    return read_description(first) if first else {}
+
+
+def _work(config: Config, out: Path, target: str) -> Work:
+    """What a checkpoint is for, by what it makes its network with."""
     if target.startswith("asa.models.classifier."):
         return _classification(config, out)
     if target.startswith("asa.models.sa_swin."):

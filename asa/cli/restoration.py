@@ -93,12 +93,6 @@ def _start_from(init: str, model: RegionAttentionTransformer) -> None:
     load_weights(model, {name.removeprefix("model."): tensor for name, tensor in weights.items()}, init)
 
 
-def restores(checkpoint: object) -> bool:
-    """Whether a checkpoint, or the first of several, is one of restoration."""
-    first = checkpoint[0] if isinstance(checkpoint, list) and checkpoint else checkpoint
-    return bool(first) and read_weights(str(first))[1].get("data", {}).get("task") == TASK
-
-
 def predict(config: Config, subjects: Collection[str] | None) -> None:
     """Restore an image or the images of a folder, as PNG in the training images' window.
 
