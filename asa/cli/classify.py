@@ -1,7 +1,7 @@
 """asa-finetune method=classify: learn classes of whole volumes from a table."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,18 @@ from torch import nn
 from asa.cli.cohort import Records, open_parts
 from asa.cli.front import Config, open_run
 from asa.cli.planning import preflight, show_plan, wants_plan
-from asa.cli.seen import seen_report
+from asa.cli.start import start
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.files import write_json, write_whole
-from asa.data.identity import Seen, Trained, known_trained, seen_subjects, trained_on
 from asa.data.loader import CropDataset, LoaderSettings
-from asa.data.store import Store
 from asa.data.tables import read_column
 from asa.engine.checkpoint import find_weights, load_model
 from asa.engine.classification import ClassScores, class_table, predict_classes, score_classes
 from asa.engine.distributed import is_main
 from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
-from asa.engine.source import read_source, start_from, start_sides
+from asa.engine.source import read_source
 from asa.engine.train import TrainSettings, check_settings, pick_device, train
 
 
@@ -62,7 +60,8 @@ def classify(config: Config) -> None:
     preflight(make, settings, optim, labelled=False)
     torch.manual_seed(settings.seed)
     method = make()
-    trained, seen = _start(config, method, task.parts["train"], store, split)
+    opened = read_source(config["init"]) if config["init"] else None
+    trained, seen = start(config, opened, method.model, task.parts["train"], store, split)
 
     def crops(records: Records, **options: Any) -> CropDataset:
         common: dict[str, Any] = dict(mirrored=method.mirrored, attached=task.targets, seed=settings.seed)
@@ -134,23 +133,6 @@ def _task(table: str, records: Records, parts: Mapping[str, Records]) -> Task:
     names = sorted(set(said.values()))
     targets: dict[str, dict[str, float]] = {id: {"target": names.index(name)} for id, name in said.items()}
     return Task(names, targets, {name: [one for one in part if one["id"] in said] for name, part in parts.items()})
-
-
-def _start(
-    config: Config, method: Any, records: Records, store: Store, split: Mapping[str, Sequence[str]]
-) -> tuple[Trained | None, list[Seen] | None]:
-    """Load what the run starts from; on which scans it was trained then, and which held-out ones it has seen."""
-    if not config["init"]:
-        return trained_on(records), None
-    weights, origin = read_source(config["init"])
-    if method.mirrored:
-        print(start_sides(config["init"], weights, origin, method.model, config["model"]))
-    else:
-        print(start_from(config["init"], weights, origin, method.model.encoder, config["model"], explain=False))
-    before = known_trained(origin.get("data", {}))
-    seen = seen_subjects(store.records, split, before) if before else None
-    print("\n".join(seen_report(seen, config["init"])))
-    return trained_on(records, before) if before else None, seen
 
 
 def _write(run: Path, task: Task, shares: np.ndarray, scores: ClassScores) -> None:

@@ -13,11 +13,10 @@ from asa.cli.cohort import open_parts
 from asa.cli.folds import finetune_folds, wants_folds
 from asa.cli.front import Config, open_run, run_command
 from asa.cli.planning import preflight, show_plan, wants_plan
-from asa.cli.seen import seen_report
+from asa.cli.start import loaded, start
 from asa.config import build, typed
 from asa.data.augment import AugmentSettings
 from asa.data.files import write_json
-from asa.data.identity import Seen, Trained, known_trained, seen_subjects, trained_on
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
 from asa.engine.checkpoint import find_weights
@@ -25,10 +24,9 @@ from asa.engine.distributed import is_main
 from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import SIDE, PredictSettings
-from asa.engine.source import read_source, start_from, start_sides
+from asa.engine.source import read_source
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_segmentation
-from asa.models.sa_swin_unet import SASwinUNet
 from asa.ops.nested import painting_order
 
 SETTINGS = {
@@ -84,20 +82,10 @@ def finetune(config: Config) -> None:
     preflight(make, settings, optim, labelled=True)
     torch.manual_seed(settings.seed)
     method = make()
-    trained: Trained | None = trained_on(parts["train"])
-    seen: list[Seen] | None = None
-    if source is not None:
-        weights, origin = source
-        if isinstance(method.model, SASwinUNet):
-            print(start_sides(config["init"], weights, origin, method.model, config["model"]))
-        else:
-            print(start_from(config["init"], weights, origin, method.model.encoder, config["model"], explain=explain))
-        if explain:
-            return
-        before = known_trained(origin.get("data", {}))
-        trained = trained_on(parts["train"], before) if before else None
-        seen = seen_subjects(store.records, split, before) if before else None
-        print("\n".join(seen_report(seen, config["init"])))
+    if explain and source is not None:
+        print(loaded(config, source, method.model, explain=True))
+        return
+    trained, seen = start(config, source, method.model, parts["train"], store, split)
     dataset = CropDataset(
         store,
         parts["train"],
@@ -113,7 +101,7 @@ def finetune(config: Config) -> None:
     watched = [record["id"] for record in parts["validation"]]
     if unlabelled := [id for id in watched if store.label(id) is None]:
         raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
-    start = f"the encoder of {config['init']}" if config["init"] else "scratch"
+    beginning = f"the encoder of {config['init']}" if config["init"] else "scratch"
     description = {
         "model": config["model"],
         "data": {
@@ -128,7 +116,7 @@ def finetune(config: Config) -> None:
     with open_run(config, split, settings) as run:
         if seen is not None and is_main():
             write_json(run / "seen.json", {"init": config["init"], "seen": [asdict(one) for one in seen]})
-        print(f"fine-tuning from {start} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
+        print(f"fine-tuning from {beginning} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
         last = train(
             method,
             dataset,
