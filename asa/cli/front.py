@@ -198,14 +198,20 @@ def _check_folder(run: Path) -> None:
 
 
 def _check_config(run: Path, config: Config) -> None:
-    """Refuse to go on in a run that was made with other settings."""
+    """Refuse to go on in a run that was made with other settings.
+
+    A setting that one of the two does not have is no difference while it is off (null, false, 0 or empty): a run goes on
+    after an upgrade that brought new ones.
+    """
     file = run / "config.yaml"
     if not (list_checkpoints(run) and file.exists()):
         return
     before = _flat(yaml.safe_load(file.read_text()))
     now = _flat(config)
     for key in sorted(before.keys() | now.keys()):
-        if not key.startswith(FREE_ON_RESUME) and before.get(key) != now.get(key):
+        in_both = key in before and key in now
+        same = before[key] == now[key] if in_both else not (before | now)[key]
+        if not (same or key.startswith(FREE_ON_RESUME)):
             raise ValueError(
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
                 "choose another out="
