@@ -200,8 +200,8 @@ def _check_folder(run: Path) -> None:
 def _check_config(run: Path, config: Config) -> None:
     """Refuse to go on in a run that was made with other settings.
 
-    A setting that one of the two does not have is no difference while it is off (null, false, 0 or empty): a run goes on
-    after an upgrade that brought new ones.
+    A setting that one of the two does not have is no difference while it is off (null, false, 0 or empty): a run goes
+    on after an upgrade that brought new ones.
     """
     file = run / "config.yaml"
     if not (list_checkpoints(run) and file.exists()):
