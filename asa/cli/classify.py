@@ -21,11 +21,12 @@ from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.tables import read_column
 from asa.engine.checkpoint import find_weights, load_model
 from asa.engine.classification import ClassScores, class_table, predict_classes, score_classes
+from asa.engine.device import pick_device
 from asa.engine.distributed import is_main
 from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
 from asa.engine.source import read_source
-from asa.engine.train import TrainSettings, check_settings, pick_device, train
+from asa.engine.train import TrainSettings, check_settings, train
 
 
 def classify(config: Config) -> None:

@@ -15,11 +15,12 @@ from asa.data.pairs import PairDataset, check_channels, find_pairs, regions_of
 from asa.data.picture import list_pictures, read_picture, write_picture
 from asa.data.splits import select
 from asa.engine.checkpoint import find_weights, load_weights, read_model, read_weights
+from asa.engine.device import pick_device
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import PredictSettings
 from asa.engine.quality import evaluate_pictures
 from asa.engine.restore import restore_image
-from asa.engine.train import TrainSettings, check_settings, pick_device, train
+from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_restoration
 from asa.models.rat import RegionAttentionTransformer
 
