@@ -133,7 +133,7 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(folders, tmp_path):
         "different policy, ibsr and asa_paper": write_run(tmp_path / "paper", values, policy="asa_paper"),
         "different labels": write_run(tmp_path / "labels", {"csf": [0.5, 0.6]}),
         r"10 cases are not in every run: case02.*allow_missing=true": write_run(tmp_path / "fewer", values),
-        r"truth of case case00 differs .* 500 and 400 voxels": write_run(
+        r"truth of case case00 differs .* 500 voxels and 400 voxels": write_run(
             tmp_path / "truth", {"csf": [0.5] * 12, "gm": [0.5] * 12}, voxels=400
         ),
     }

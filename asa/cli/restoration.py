@@ -16,8 +16,8 @@ from asa.data.picture import list_pictures, read_picture, write_picture
 from asa.data.splits import select
 from asa.engine.checkpoint import find_weights, load_weights, read_model, read_weights
 from asa.engine.optim import OptimSettings
+from asa.engine.pictures import evaluate_pictures
 from asa.engine.predict import PredictSettings
-from asa.engine.quality import evaluate_pictures
 from asa.engine.restore import restore_image
 from asa.engine.train import TrainSettings, check_settings, pick_device, train
 from asa.engine.validate import validate_restoration
@@ -160,7 +160,8 @@ def evaluate(config: Config) -> None:
         config["predictions"],
         config["truth"],
         config["out"],
+        inputs=config["inputs"],
         window=config["window"],
         allow_missing=config["allow_missing"],
     )
-    print(f"{table}\nwrote cases.csv and summary.json to {config['out']}")
+    print(f"{table}\nwrote cases.csv, summary.json and report.html to {config['out']}")

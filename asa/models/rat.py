@@ -176,8 +176,8 @@ class RegionAttentionTransformer(nn.Module):
         num_heads: heads M of both attentions.
         mlp_ratio: hidden width of an MLP over E.
         window: edge of the attention windows, in features.
-        majority: a feature's region is the most frequent one of its 4 x 4 pixels; else, as released, that of the pixel at
-            its corner.
+        majority: a feature's region is the most frequent one of its 4 x 4 pixels; else, as released, that of the pixel
+            at its corner.
         backend: of the region attention, see `asa.ops.regions.region_attention`.
 
     Raises:
