@@ -99,7 +99,7 @@ def test_a_run_starts_from_another_one(pairs: Path, trained: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan=only"], "plan= and transfer=explain are not for"),
+        (["transfer=explain"], "transfer=explain is not for method=restore"),
         (["init=somewhere"], "no checkpoint here"),
         (["crop=[16,16]"], "crops of images are square"),
         (["data.root=null"], "data.root has to be given"),
@@ -118,6 +118,24 @@ def test_wrong_settings_are_refused_before_a_run_folder_is_made(
     assert run(monkeypatch, finetune, f"data.root={pairs}", f"out={tmp_path / 'run'}", *TINY, *arguments) == 1
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_printed_and_leaves_nothing_behind(pairs: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    given = [f"data.root={pairs}", f"out={tmp_path / 'run'}", *TINY, *SPLIT, "plan=only", "plan_rate=2"]
+    assert run(monkeypatch, finetune, *given, "init=not/read/for/a/plan", "train.device=cuda:7") == 0
+    shown = capsys.readouterr().out
+    assert "encoder" not in shown and "total 0.2" in shown
+    for text in (
+        "crops in one piece",
+        "GFLOP forward",
+        "CPU, fp32",
+        "GPU, 16 bit",
+        "epochs of",
+        "pairs",
+        "at 2 TFLOP/s",
+    ):
+        assert text in shown
     assert not (tmp_path / "run").exists()
 
 
