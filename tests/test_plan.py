@@ -83,7 +83,10 @@ def test_operations_and_kept_bytes_are_those_of_a_real_step(kind: str) -> None:
         size = sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
         del storages
         loss.backward()
-    assert counter.get_total_flops() == found.both
+    if kind == "restore":  # the counter takes the gradient of a depthwise convolution for that of a full one
+        assert 2.9 * found.forward < found.both < 3.1 * found.forward < counter.get_total_flops()
+    else:
+        assert counter.get_total_flops() == found.both
     assert found.kept == pytest.approx(size, rel=0.01)
 
 

@@ -294,4 +294,10 @@ def test_a_written_prediction_is_in_the_training_window(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert found["results"]["image"]["rmse"]["mean"] == pytest.approx(100, abs=0.1)  # HU
     assert found["data_range"] == [-1000, 1000]
+    # A prediction that knows its window needs none given, and refuses another one.
+    write_picture(tmp_path / "p" / "a.png", np.full((1, 16, 16), 0.5), (-1000, 1000))
+    evaluate_pictures(tmp_path / "p", tmp_path / "t", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found
+    with pytest.raises(ValueError, match=r"p/a\.png: 0 and 1 are -1000 and 1000 in it, and not .0.0, 100.0"):
+        evaluate_pictures(tmp_path / "p", tmp_path / "t", tmp_path / "out", window=(0, 100))
     assert read_picture(tmp_path / "p" / "a.png").dtype == np.float32

@@ -145,7 +145,8 @@ def predict(config: Config, subjects: Collection[str] | None) -> None:
             if maps is not None and id not in maps:
                 raise ValueError(f"no label map of this image in {config['regions']}")
             labels = regions_of(None if maps is None else str(maps[id]), image)
-            write_picture(out / f"{id}.png", restore_image(model, image, labels, settings, tile=config["tile"]).numpy())
+            restored = restore_image(model, image, labels, settings, tile=config["tile"]).numpy()
+            write_picture(out / f"{id}.png", restored, data["window"])
         except (ValueError, OSError) as error:
             failures += 1
             tqdm.write(f"{id}: failed: {error}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from asa.data.files import write_json, write_whole
-from asa.data.picture import list_pictures, read_picture
+from asa.data.picture import checked_window, list_pictures, read_picture, stored_window
 from asa.engine.measures import WHOLE, restoration
 from asa.engine.quality import Quality, quality_table, score_image, scores_csv
 from asa.engine.quality_report import PictureFiles, write_quality_report
@@ -37,7 +37,8 @@ def evaluate_pictures(
         truth: folder of clean images with the same names.
         out: folder for the results.
         inputs: folder of the degraded images with the same names, to show beside.
-        window: of the clean and degraded images, see `asa.data.picture.read_picture`.
+        window: of the clean and degraded images, see `asa.data.picture.read_picture`; None: that of the predictions,
+            which `asa-predict` writes into them.
         allow_missing: leave out clean images that were not restored.
 
     Returns:
@@ -48,22 +49,23 @@ def evaluate_pictures(
             cases.csv and summary.json are written all the same.
     """
     cases, left_out = _match(predictions, truth, inputs, allow_missing)
-    width = 1.0 if window is None else float(window[1]) - float(window[0])
+    ends = _common_window(cases, window)
+    width = 1.0 if ends is None else ends[1] - ends[0]
     rows, truths = [], {}
     for case in cases:
-        prediction, target = read_picture(case.prediction), read_picture(case.truth, window)
+        prediction, target = read_picture(case.prediction), read_picture(case.truth, ends)
         try:
             found = score_image(torch.from_numpy(prediction), torch.from_numpy(target), width)
         except ValueError as error:
             raise ValueError(f"{case.case_id}: {error}") from None
         rows.append(Row(case.case_id, WHOLE, found))
         truths[case.case_id] = hashlib.sha256(target.tobytes()).hexdigest()[:12]
-    policy = restoration(window)
+    policy = restoration(ends)
     quality = Quality(
         policy=policy,
         rows=rows,
         results=statistics(rows, [WHOLE], policy.metrics),
-        window=None if window is None else (float(window[0]), float(window[1])),
+        window=ends,
         truths=truths,
         left_out=left_out,
     )
@@ -73,6 +75,23 @@ def evaluate_pictures(
     write_json(page.with_name("summary.json"), quality.as_json())
     write_quality_report(page, quality, cases)
     return quality_table(quality)
+
+
+def _common_window(cases: Sequence[PictureFiles], given: Sequence[float] | None) -> tuple[float, float] | None:
+    """The window that 0 and 1 stand for in the predictions.
+
+    Raises:
+        ValueError: predictions with different windows, or with another one than the one given.
+    """
+    stored = {window: case for case in cases if (window := stored_window(case.prediction)) is not None}
+    chosen = next(iter(stored), None) if given is None else checked_window(given)
+    for (low, high), case in stored.items():
+        if (low, high) != chosen:
+            raise ValueError(
+                f"{case.prediction}: 0 and 1 are {low:g} and {high:g} in it, and not {list(chosen or ())}: evaluate "
+                "predictions of one window, and give it or none"
+            )
+    return chosen
 
 
 def _match(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from asa.engine.distributed import world_size
 from asa.engine.optim import OptimSettings, Schedule, freeze
@@ -56,7 +56,9 @@ class Accounts(TorchDispatchMode):
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
         # As FlopCounterMode counts, which would keep the tensors of recomputed blocks alive.
-        if func.overloadpacket in flop_registry:
+        if func.overloadpacket is torch.ops.aten.convolution_backward:
+            self.operations += _convolution_gradient(*args, **kwargs)
+        elif func.overloadpacket in flop_registry:
             self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out
 
@@ -69,6 +71,17 @@ class Accounts(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.live -= self.sizes.pop(key)
+
+
+def _convolution_gradient(out: Tensor, image: Tensor, weight: Tensor, *rest: Any) -> int:
+    """Operations of a convolution's gradients: as many as forward for each of image and weight.
+
+    PyTorch's formula is the same but for groups, which it does not know of: it counts a depthwise one as a full one.
+    """
+    transposed, wanted = rest[4], rest[7]
+    return conv_flop_count(list(image.shape), list(weight.shape), list(out.shape), transposed=transposed) * sum(
+        wanted[:2]
+    )
 
 
 def _without_data(tree: Any) -> bool:
