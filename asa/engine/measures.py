@@ -108,7 +108,7 @@ def restoration(window: Sequence[float] | None) -> Scoring:
         unit="",
         meaning="root of the mean squared error, in the images' units"
         + (", of which the data range holds 1; 0 is perfect." if window is None else "; 0 is perfect."),
-        digits=max(0, 4 - round(math.log10(width))),
+        digits=max(1, 4 - round(math.log10(width))),
         higher_is_better=False,
     )
     description = f"Restored images against clean ones, both cut off to the data range: {range_text(window)}."

@@ -109,21 +109,29 @@ def error_scale(cases: Sequence[dict[str, np.ndarray]]) -> float:
     return max((float(np.percentile(error_map(pictures), BRIGHTEST)) for pictures in cases), default=0.0) or 1.0
 
 
+def picture_panel(pictures: dict[str, np.ndarray], top: float) -> np.ndarray:
+    """A case's pictures and the error of the output side by side, as wide as the page: RGB `(height, width, 3)`.
+
+    Args:
+        pictures: title -> picture, "Output" and "Truth" among them.
+        top: the error that is drawn white.
+    """
+    drawn = [*map(_gray, pictures.values()), heat(error_map(pictures), (0.0, top))]
+    width = (PANEL_WIDTH - GAP * (len(drawn) - 1)) // len(drawn)
+    tiles = [_fitted(picture, width) for picture in drawn]
+    gap = np.zeros((len(tiles[0]), GAP, 3), dtype=np.uint8)
+    return np.concatenate([part for tile in tiles for part in (tile, gap)][:-1], axis=1)
+
+
 def _case_figure(title: str, pictures: dict[str, np.ndarray], top: float) -> dict[str, Any]:
     """Everything the page says about one case: its panel and what it shows."""
-    drawn = {name: _gray(picture) for name, picture in pictures.items()}
-    drawn["Error"] = heat(error_map(pictures), (0.0, top))
-    width = (PANEL_WIDTH - GAP * (len(drawn) - 1)) // len(drawn)
-    tiles = [_fitted(picture, width) for picture in drawn.values()]
-    gap = np.zeros((len(tiles[0]), GAP, 3), dtype=np.uint8)
-    panel = np.concatenate([part for tile in tiles for part in (tile, gap)][:-1], axis=1)
-    before = None
+    panel, before = picture_panel(pictures, top), None
     if "Input" in pictures:
         error = torch.from_numpy(pictures["Input"] - pictures["Truth"])[None]
         before = f"{float(psnr(error)):.2f}"
     return {
         "title": title,
-        "columns": list(drawn),
+        "columns": [*pictures, "Error"],
         "panel": data_uri(encode_png(panel)),
         "width": panel.shape[1],
         "before": before,

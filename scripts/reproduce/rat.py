@@ -134,6 +134,7 @@ def run(task: str, arm: str, seed: int, steps: int, root: Path, out: Path) -> di
     for k, pair in enumerate(dataset.pairs):
         views = dataset.whole(k)
         restored = restore_image(network, views["image"], views["regions"], PredictSettings(device="cpu"))
+        write_picture(out / "restored" / f"{pair['id']}.png", restored.numpy())
         found[pair["id"]] = score_image(restored, views["target"], width(task))
     write_json(file, found)
     return found
