@@ -30,7 +30,7 @@ class Row:
     """A network and the settings that it is trained with."""
 
     network: str
-    size: tuple[int, int, int]
+    size: tuple[int, ...]
     batch: int = 1
     train: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
@@ -47,17 +47,25 @@ ROWS = {
     "base_checkpointing": Row("asa_base", (128, 128, 128), checkpointing=True),
     "unet_base": Row("unet_base", (96, 96, 96)),
     "unet_base_checkpointing": Row("unet_base", (96, 96, 96), checkpointing=True),
+    "rat_tiny": Row("rat_tiny", (128, 128), batch=8),
+    "rat_small": Row("rat_small", (64, 64), batch=8),
+    "rat_base": Row("rat_base", (64, 64), batch=2),
 }
 CHANNELS = {"asa": 1, "unet": 4}
+FIRST = {"asa": (64, 32, 32), "unet": (64, 32, 32), "rat": (32, 32)}  # sizes of what is run first
+REGIONS = 40  # of an image, for rat
 
 
 def make(row: Row) -> Any:
     """The row's method."""
     from asa.methods.pretrain import MaskedPretraining
+    from asa.methods.restore import Restoration
     from asa.methods.segment import Segmentation
-    from asa.models import asa, unet
+    from asa.models import asa, rat, unet
 
     kind = row.network.partition("_")[0]
+    if kind == "rat":
+        return Restoration(model=getattr(rat, row.network)())
     sizes = dict(img_size=row.size, in_channels=CHANNELS[kind], checkpointing=row.checkpointing)
     if kind == "asa":
         return MaskedPretraining(model=getattr(asa, row.network)(**sizes))
@@ -66,18 +74,37 @@ def make(row: Row) -> Any:
 
 def run(row: Row, folder: Path) -> None:
     """Train for a few steps, as the commands do."""
-    from asa.data.loader import CropDataset, LoaderSettings
+    from asa.data.loader import LoaderSettings
     from asa.engine.optim import OptimSettings
     from asa.engine.train import TrainSettings, train
+
+    (folder / "run").mkdir(parents=True)
+    settings = TrainSettings(steps=3, batch_size=row.batch, device="cpu", log_every=1, **row.train)
+    optim, loader = OptimSettings(), LoaderSettings(workers=0)
+    dataset = samples(row, folder)
+    train(make(row), dataset, folder / "run", settings=settings, optim=optim, loader=loader, description={"model": {}})
+
+
+def samples(row: Row, folder: Path) -> Any:
+    """Made-up volumes, or pairs of images with regions of unequal sizes, in a folder."""
+    import numpy as np
+
+    from asa.data.loader import CropDataset
+    from asa.data.pairs import PairDataset, find_pairs
+    from asa.data.picture import write_picture, write_regions
     from scripts.benchmark.crops import RandomVolumes
 
     kind = row.network.partition("_")[0]
-    (folder / "run").mkdir(parents=True)
-    source = RandomVolumes.write(folder, row.size, channels=CHANNELS[kind], count=2)
-    dataset = CropDataset(source, source.records, row.size, labelled=kind == "unet")
-    settings = TrainSettings(steps=3, batch_size=row.batch, device="cpu", log_every=1, **row.train)
-    optim, loader = OptimSettings(), LoaderSettings(workers=0)
-    train(make(row), dataset, folder / "run", settings=settings, optim=optim, loader=loader, description={"model": {}})
+    if kind != "rat":
+        source = RandomVolumes.write(folder, row.size, channels=CHANNELS[kind], count=2)
+        return CropDataset(source, source.records, row.size, labelled=kind == "unet")
+    generator = np.random.default_rng(0)
+    for k in range(2):
+        pixels = np.arange(row.size[0] * row.size[1]) / (row.size[0] * row.size[1])
+        write_regions(folder / "regions" / f"{k}.png", (REGIONS * pixels**2).astype(int).reshape(row.size))
+        for name in ("low", "high"):
+            write_picture(folder / name / f"{k}.png", generator.random((1, *row.size)))
+    return PairDataset(find_pairs(folder), row.size[0])
 
 
 def measured(name: str) -> int:
@@ -85,7 +112,7 @@ def measured(name: str) -> int:
     row = ROWS[name]
     with tempfile.TemporaryDirectory() as scratch:
         kind = row.network.partition("_")[0]
-        run(Row(f"{kind}_tiny", (64, 32, 32), checkpointing=row.checkpointing), Path(scratch) / "first")
+        run(Row(f"{kind}_tiny", FIRST[kind], checkpointing=row.checkpointing), Path(scratch) / "first")
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -95,15 +122,19 @@ def measured(name: str) -> int:
 
 def planned(name: str) -> int:
     """Bytes that the plan tells for it."""
+    from asa.data.loader import collate
     from asa.engine.optim import OptimSettings
     from asa.engine.plan import make_plan
     from asa.engine.train import TrainSettings
 
-    row = ROWS[name]
+    row, example = ROWS[name], None
+    if row.network.startswith("rat"):
+        with tempfile.TemporaryDirectory() as scratch:
+            dataset = samples(row, Path(scratch))
+            example = collate([dataset[k % 2, 0] for k in range(row.batch)])
     settings = TrainSettings(steps=3, batch_size=row.batch, **{"precision": "fp32", **row.train})
-    plan = make_plan(
-        lambda: make(row), labelled=row.network.startswith("unet"), settings=settings, optim=OptimSettings()
-    )
+    labelled = row.network.startswith("unet")
+    plan = make_plan(lambda: make(row), labelled=labelled, settings=settings, optim=OptimSettings(), example=example)
     return next(memory.peak for place, memory in plan.memory.items() if place.startswith("CPU"))
 
 

@@ -26,7 +26,7 @@ def trial(arm: str, seed: int, dice: dict[str, tuple[float, float]], labelled: s
         for case, pair in dice.items()
         for region, value in zip("ab", pair, strict=True)
     }
-    run = Run(f"{arm}{seed}", SETTING | setting, values, dict.fromkeys(values, 5))
+    run = Run(f"{arm}{seed}", SETTING | setting, values, dict.fromkeys(values, "5 voxels"))
     return Trial(arm, labelled, seed, run)
 
 

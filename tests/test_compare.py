@@ -119,6 +119,14 @@ def test_the_page_stands_alone_and_escapes(tmp_path):
     assert "only truth empty" in page and "policy ibsr" in page
 
 
+def test_only_what_is_clear_after_the_correction_is_bold(folders, tmp_path):
+    compare_folders({name: folders[name] for name in ("scratch", "mae")}, tmp_path / "noise")
+    assert '<td class="strong">' not in (tmp_path / "noise" / "comparison.html").read_text()
+    compare_folders(folders, tmp_path / "out")
+    clear = 2 * 2  # Dice and HD95 of both regions in the run that is better in every case
+    assert (tmp_path / "out" / "comparison.html").read_text().count('<td class="strong">') == 2 * clear
+
+
 def test_the_same_comparison_writes_the_same_bytes(folders, tmp_path):
     for name in ("one", "two"):
         compare_folders(folders, tmp_path / name)
@@ -133,7 +141,7 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(folders, tmp_path):
         "different policy, ibsr and asa_paper": write_run(tmp_path / "paper", values, policy="asa_paper"),
         "different labels": write_run(tmp_path / "labels", {"csf": [0.5, 0.6]}),
         r"10 cases are not in every run: case02.*allow_missing=true": write_run(tmp_path / "fewer", values),
-        r"truth of case case00 differs .* 500 and 400 voxels": write_run(
+        r"truth of case case00 differs .* 500 voxels and 400 voxels": write_run(
             tmp_path / "truth", {"csf": [0.5] * 12, "gm": [0.5] * 12}, voxels=400
         ),
     }

@@ -9,7 +9,7 @@ import torch
 
 from asa.data.loader import LoaderSettings, make_loader
 from asa.data.pairs import PairDataset, find_pairs
-from asa.data.picture import read_picture, read_regions, write_picture, write_regions
+from asa.data.picture import read_picture, read_regions, stored_window, write_picture, write_regions
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -64,6 +64,17 @@ def test_a_window_becomes_zero_to_one_and_what_lies_outside_is_cut_off(tmp_path:
             read_picture(tmp_path / "a.nii.gz", wrong)
 
 
+def test_a_picture_written_with_a_window_is_read_in_its_units(tmp_path: Path) -> None:
+    image = np.linspace(0, 1, 20).reshape(1, 4, 5)
+    write_picture(tmp_path / "a.png", image, (-1000, 1000))
+    assert stored_window(tmp_path / "a.png") == (-1000, 1000)
+    for window in (None, (-1000, 1000)):
+        np.testing.assert_allclose(read_picture(tmp_path / "a.png", window), image, atol=1e-5)
+    np.testing.assert_allclose(read_picture(tmp_path / "a.png", (0, 500)), (image * 4 - 2).clip(0, 1), atol=5e-5)
+    write_picture(tmp_path / "a.png", image)
+    assert stored_window(tmp_path / "a.png") is None
+
+
 def test_dicom_slices_are_read_in_hounsfield_units() -> None:
     pydicom = pytest.importorskip("pydicom")
     path = Path(pydicom.__file__).parent / "data" / "test_files" / "CT_small.dcm"
@@ -90,6 +101,9 @@ def test_unfit_files_are_named(tmp_path: Path) -> None:
     for name in ("colour.png", "half.nii"):
         with pytest.raises(ValueError, match="not a label map"):
             read_regions(tmp_path / name)
+    nib.save(nib.Nifti1Image(np.zeros((0, 5), dtype=np.int16), np.eye(4)), tmp_path / "empty.nii")
+    with pytest.raises(ValueError, match=r"empty\.nii"):
+        read_regions(tmp_path / "empty.nii")
 
 
 def test_a_crop_is_one_place_of_all_three_images(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from asa import FocalRegionLoss, RegionAttentionTransformer, rat_base, rat_small, rat_tiny
 from asa.models.rat import NAFBlock, WindowAttention
+from asa.ops.regions import coarse_labels
 
 
 def woken(**overrides) -> RegionAttentionTransformer:
@@ -52,19 +53,24 @@ def test_any_height_and_width(h: int, w: int, upscale: int) -> None:
     assert out.shape == (2, 1, h * upscale, w * upscale) and out.isfinite().all()
 
 
-def test_padding_is_a_region_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("upscale", [1, 2, 4])
+@pytest.mark.parametrize("majority", [False, True])
+def test_padding_is_a_region_of_its_own(upscale: int, majority: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from asa.models import rat
 
     seen: list[Tensor] = []
     indexed = rat.region_index
     monkeypatch.setattr(rat, "region_index", lambda labels: (seen.append(labels), indexed(labels))[1])
-    image, labels = picture(20, 28, b=1)
-    woken()(image, labels)
+    image, labels = picture(18, 27, b=1)
+    woken(upscale=upscale, majority=majority)(image, labels)
     (only,) = seen  # one index for all layers
-    grid = only.view(8, 8)
-    assert torch.equal(grid[:5, :7], labels[0, ::4, ::4])
-    outside = torch.ones(8, 8, dtype=torch.bool)
-    outside[:5, :7] = False
+    inner = coarse_labels(labels, 4 // upscale, majority=majority)[0]
+    h, w = inner.shape
+    assert (h, w) == (-(-18 * upscale // 4), -(-27 * upscale // 4))
+    grid = only.view(-(-h // 4) * 4, -(-w // 4) * 4)
+    assert torch.equal(grid[:h, :w], inner)
+    outside = torch.ones_like(grid, dtype=torch.bool)
+    outside[:h, :w] = False
     assert len(grid[outside].unique()) == 1 and not torch.isin(grid[outside], labels).any()
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion
@@ -193,3 +194,17 @@ def test_decimation_keeps_a_ramp_where_bilinear_upscaling_puts_it(factor: int) -
     assert small.shape == (1, 32 // factor, 32 // factor)
     back = torch.nn.functional.interpolate(torch.from_numpy(small)[None], scale_factor=factor, mode="bilinear")
     np.testing.assert_allclose(back[0, :, :, 8:-8], ramp[:, :, 8:-8], atol=1e-3)
+
+
+def test_simulated_pairs_are_read_in_the_units_of_their_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hu = np.linspace(-900, 400, 32 * 24).reshape(32, 24).astype(np.float32)
+    (tmp_path / "clean").mkdir()
+    nib.save(nib.Nifti1Image(hu.T[:, :, None], np.eye(4)), tmp_path / "clean" / "a.nii.gz")
+    arguments = [f"input={tmp_path / 'clean'}", f"out={tmp_path / 'pairs'}", "kind=ct", "window=[-1000,1000]"]
+    monkeypatch.setattr(sys, "argv", ["asa-simulate", *arguments])
+    assert simulate.main() == 0
+    for window in ((-1000, 1000), (-500, 100)):
+        expected = read_picture(tmp_path / "clean" / "a.nii.gz", window)
+        np.testing.assert_allclose(read_picture(tmp_path / "pairs" / "high" / "a.png", window), expected, atol=1e-4)
+    low, high = (read_picture(tmp_path / "pairs" / part / "a.png", (-1000, 1000)) for part in ("low", "high"))
+    assert 0 < np.abs(low - high).mean() < 0.1

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from asa import FocalRegionLoss, RegionAttention, region_attention
 from asa.ops import regions
-from asa.ops.regions import choose_backend, region_index, region_keys
+from asa.ops.regions import choose_backend, coarse_labels, region_index, region_keys
 
 
 def qkv(b: int = 3, m: int = 2, length: int = 30, d: int = 8) -> list[Tensor]:
@@ -273,3 +273,35 @@ def test_wrong_inputs_of_the_focal_loss_are_refused() -> None:
         FocalRegionLoss()(prediction, target, labels[:, :3])
     with pytest.raises(ValueError, match="0 or more"):
         FocalRegionLoss(-1)
+
+
+# ------------------------------------------------------------------------------------------ coarser label maps
+
+
+def majority_by_hand(labels: Tensor, factor: int) -> Tensor:
+    """Block by block: count, and take the first of the most frequent."""
+    b, h, w = labels.shape
+    out = torch.empty(b, -(-h // factor), -(-w // factor), dtype=labels.dtype)
+    for k in range(b):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                rows = [min(i * factor + r, h - 1) for r in range(factor)]
+                columns = [min(j * factor + c, w - 1) for c in range(factor)]
+                block = [int(labels[k, r, c]) for r in rows for c in columns]
+                out[k, i, j] = max(block, key=lambda label: (block.count(label), -block.index(label)))
+    return out
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+@pytest.mark.parametrize(("h", "w"), [(8, 8), (13, 6), (1, 3)])
+def test_majority_pooling_is_a_count_in_each_block(factor: int, h: int, w: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.randint(-2, 2, (3, h, w), generator=generator) * 70000  # few labels: ties are many
+    found = coarse_labels(labels, factor, majority=True)
+    assert found.dtype == labels.dtype and torch.equal(found, majority_by_hand(labels, factor))
+
+
+def test_a_lone_pixel_changes_the_corner_of_a_block_and_not_its_majority() -> None:
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    labels[0, 4, 4] = 1
+    assert coarse_labels(labels, 4, majority=False).sum() == 1 and not coarse_labels(labels, 4, majority=True).any()

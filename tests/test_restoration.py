@@ -12,8 +12,9 @@ import asa
 from asa.cli import evaluate, finetune, predict
 from asa.data.pairs import PairDataset, find_pairs
 from asa.data.picture import read_picture, write_picture, write_regions
+from asa.engine.pictures import evaluate_pictures
 from asa.engine.predict import PredictSettings
-from asa.engine.quality import evaluate_pictures, score_image
+from asa.engine.quality import score_image
 from asa.engine.restore import restore_image, tiles
 from asa.methods.restore import Restoration
 from asa.models.rat import rat_tiny
@@ -69,12 +70,12 @@ def test_the_commands_denoise_held_out_subjects(
     for name, folder in (("restored", tmp_path / "restored"), ("input", pairs / "low")):
         options = ["policy=restoration", "allow_missing=true", f"truth={pairs / 'high'}"]
         assert run(monkeypatch, evaluate, *options, f"predictions={folder}", f"out={tmp_path / name}_scores") == 0
-        scores[name] = json.loads((tmp_path / f"{name}_scores" / "summary.json").read_text())["results"]
+        scores[name] = json.loads((tmp_path / f"{name}_scores" / "summary.json").read_text())["results"]["image"]
     assert scores["restored"]["psnr"]["mean"] > scores["input"]["psnr"]["mean"] + 1
     shown = capsys.readouterr().out
-    assert "PSNR, dB" in shown and "95 % interval" in shown and "data range" in shown
+    assert "PSNR (dB)" in shown and "95 % interval" in shown and "data range" in shown
     rows = (tmp_path / "restored_scores" / "cases.csv").read_text().splitlines()
-    assert rows[0] == "id,psnr,ssim,rmse" and len(rows) == 1 + len(found)
+    assert rows[0] == "id,psnr,ssim,rmse,truth" and len(rows) == 1 + len(found)
 
 
 def test_a_run_goes_on_and_its_network_loads(pairs: Path, trained: Path, monkeypatch, capsys) -> None:
@@ -98,7 +99,7 @@ def test_a_run_starts_from_another_one(pairs: Path, trained: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan=only"], "plan= and transfer=explain are not for"),
+        (["transfer=explain"], "transfer=explain is not for method=restore"),
         (["init=somewhere"], "no checkpoint here"),
         (["crop=[16,16]"], "crops of images are square"),
         (["data.root=null"], "data.root has to be given"),
@@ -117,6 +118,24 @@ def test_wrong_settings_are_refused_before_a_run_folder_is_made(
     assert run(monkeypatch, finetune, f"data.root={pairs}", f"out={tmp_path / 'run'}", *TINY, *arguments) == 1
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_printed_and_leaves_nothing_behind(pairs: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    given = [f"data.root={pairs}", f"out={tmp_path / 'run'}", *TINY, *SPLIT, "plan=only", "plan_rate=2"]
+    assert run(monkeypatch, finetune, *given, "init=not/read/for/a/plan", "train.device=cuda:7") == 0
+    shown = capsys.readouterr().out
+    assert "encoder" not in shown and "total 0.2" in shown
+    for text in (
+        "crops in one piece",
+        "GFLOP forward",
+        "CPU, fp32",
+        "GPU, 16 bit",
+        "epochs of",
+        "pairs",
+        "at 2 TFLOP/s",
+    ):
+        assert text in shown
     assert not (tmp_path / "run").exists()
 
 
@@ -273,6 +292,12 @@ def test_a_written_prediction_is_in_the_training_window(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.full((16, 16), 100, dtype=np.float32), np.eye(4)), tmp_path / "t" / "a.nii")
     evaluate_pictures(tmp_path / "p", tmp_path / "t", tmp_path / "out", window=(-1000, 1000))
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert found["results"]["rmse"]["mean"] == pytest.approx(100, abs=0.1)  # HU
+    assert found["results"]["image"]["rmse"]["mean"] == pytest.approx(100, abs=0.1)  # HU
     assert found["data_range"] == [-1000, 1000]
+    # A prediction that knows its window needs none given, and refuses another one.
+    write_picture(tmp_path / "p" / "a.png", np.full((1, 16, 16), 0.5), (-1000, 1000))
+    evaluate_pictures(tmp_path / "p", tmp_path / "t", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found
+    with pytest.raises(ValueError, match=r"p/a\.png: 0 and 1 are -1000 and 1000 in it, and not .0.0, 100.0"):
+        evaluate_pictures(tmp_path / "p", tmp_path / "t", tmp_path / "out", window=(0, 100))
     assert read_picture(tmp_path / "p" / "a.png").dtype == np.float32

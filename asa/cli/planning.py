@@ -1,6 +1,6 @@
 """What both training commands look at before a run: `plan=only`, and the GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ def show_plan(
     optim: OptimSettings,
     *,
     labelled: bool,
+    example: Mapping[str, Any] | None = None,
+    names: tuple[str, str] = ("volumes", "scans"),
 ) -> None:
     """Print what a run takes.
 
@@ -44,8 +46,10 @@ def show_plan(
         scans: in the training part.
         settings, optim: the typed settings.
         labelled: batches have labels.
+        example: see `make_plan`.
+        names: see `plan_report`.
     """
-    plan = make_plan(make, labelled=labelled, settings=settings, optim=optim)
+    plan = make_plan(make, labelled=labelled, settings=settings, optim=optim, example=example)
     if config["plan_rate"] is not None:
         rate, source = config["plan_rate"] * 1e12, "as given by plan_rate"
     else:
@@ -54,10 +58,17 @@ def show_plan(
         kind = _precision("fp32" if elsewhere else settings.precision, device)
         rate = measure_rate(device, PRECISIONS[kind])
         source = f"measured here by {kind} matrix products ({device.type}): a run reaches a part of it and takes longer"
-    print(plan_report(plan, settings, scans, rate, source))
+    print(plan_report(plan, settings, scans, rate, source, names))
 
 
-def preflight(make: Callable[[], nn.Module], settings: TrainSettings, optim: OptimSettings, *, labelled: bool) -> None:
+def preflight(
+    make: Callable[[], nn.Module],
+    settings: TrainSettings,
+    optim: OptimSettings,
+    *,
+    labelled: bool,
+    example: Mapping[str, Any] | None = None,
+) -> None:
     """Print whether a step will fit on the GPU, if training uses one.
 
     Raises:
@@ -69,7 +80,9 @@ def preflight(make: Callable[[], nn.Module], settings: TrainSettings, optim: Opt
     for line in check_gpu(device):
         print(line)
     precision = _precision(settings.precision, device)
-    _, memory = step_memory(make, precision, labelled=labelled, settings=settings, optim=optim, gpu=True)
+    _, memory = step_memory(
+        make, precision, labelled=labelled, settings=settings, optim=optim, gpu=True, example=example
+    )
     print(fit_line(memory.peak, device))
 
 

@@ -1,6 +1,6 @@
 """Restoration in the commands: what asa-finetune, asa-predict and asa-evaluate do for it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,20 +8,23 @@ from tqdm import tqdm
 
 from asa.cli.cohort import choose_split
 from asa.cli.front import Config, open_run
+from asa.cli.planning import preflight, show_plan, wants_plan
 from asa.config import build, typed
 from asa.data.datasets.folder import subject_of
-from asa.data.loader import LoaderSettings
-from asa.data.pairs import PairDataset, check_channels, find_pairs, regions_of
+from asa.data.loader import LoaderSettings, collate
+from asa.data.pairs import Pair, PairDataset, check_channels, find_pairs, regions_of
 from asa.data.picture import list_pictures, read_picture, write_picture
 from asa.data.splits import select
 from asa.engine.checkpoint import find_weights, load_weights, read_model, read_weights
 from asa.engine.device import pick_device
 from asa.engine.optim import OptimSettings
+from asa.engine.pictures import evaluate_pictures
+from asa.engine.plan import micro_batch
 from asa.engine.predict import PredictSettings
-from asa.engine.quality import evaluate_pictures
 from asa.engine.restore import restore_image
 from asa.engine.train import TrainSettings, check_settings, train
 from asa.engine.validate import validate_restoration
+from asa.methods.restore import Restoration
 from asa.models.rat import RegionAttentionTransformer
 
 METHOD = "asa.methods.restore.Restoration"
@@ -36,11 +39,15 @@ def finetune(config: Config) -> None:
     """
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
-    if config["plan"] is not None or config["transfer"] != "load":
-        raise ValueError("plan= and transfer=explain are not for method=restore")
+    planning = wants_plan(config)
+    if config["transfer"] != "load":
+        raise ValueError(
+            "transfer=explain is not for method=restore: init= takes the weights of the same network whole"
+        )
     if not isinstance(config["crop"], int):
         raise ValueError(f"crop={config['crop']}: crops of images are square, give one number")
-    check_settings(settings, optim)
+    if not planning:  # a plan may be for another machine
+        check_settings(settings, optim)
     data = config["data"]
     if data["root"] is None:
         raise ValueError("data.root has to be given: a folder with low/, high/ and regions/")
@@ -50,23 +57,22 @@ def finetune(config: Config) -> None:
     channels = len(read_picture(pairs[0]["low"], data["window"]))
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"] = node["in_channels"] or channels
+
+    def make() -> Restoration:
+        return build(config["method"], plugins=config["plugins"])
+
     torch.manual_seed(settings.seed)
-    method = build(config["method"], plugins=config["plugins"])
-    if config["init"] is not None:
+    method = make()
+    if config["init"] is not None and not planning:
         _start_from(config["init"], method.model)
-    parts = {
-        name: PairDataset(
-            chosen,
-            config["crop"],
-            channels=method.model.in_channels,
-            upscale=method.model.upscale,
-            window=data["window"],
-            seed=settings.seed,
-        )
-        for name, subjects in split.items()
-        if (chosen := select(pairs, subjects)) or name == "train"
-    }
-    parts["train"][0, 0]  # images that do not fit are found before the run folder is made
+    parts = _datasets(config, pairs, split, method.model)
+    # Images that do not fit are found before the run folder is made.
+    example = collate([parts["train"][k % len(parts["train"]), 0] for k in range(micro_batch(settings))])
+    if planning:
+        names = ("crops", "pairs")
+        show_plan(config, make, len(parts["train"]), settings, optim, labelled=False, example=example, names=names)
+        return
+    preflight(make, settings, optim, labelled=False, example=example)
     watched = parts.get("validation")
     description = {
         "model": config["model"],
@@ -86,6 +92,24 @@ def finetune(config: Config) -> None:
         )
     print("  ".join(f"{name} {last[name]:.4f}" for name in ("psnr", "ssim") if name in last))
     print(f"wrote {find_weights(run)}")
+
+
+def _datasets(
+    config: Config, pairs: list[Pair], split: Mapping[str, Sequence[str]], model: RegionAttentionTransformer
+) -> dict[str, PairDataset]:
+    """The pairs of each part of the split that has some, as the network takes them."""
+    return {
+        name: PairDataset(
+            chosen,
+            config["crop"],
+            channels=model.in_channels,
+            upscale=model.upscale,
+            window=config["data"]["window"],
+            seed=config["train"]["seed"],
+        )
+        for name, subjects in split.items()
+        if (chosen := select(pairs, subjects)) or name == "train"
+    }
 
 
 def _start_from(init: str, model: RegionAttentionTransformer) -> None:
@@ -122,7 +146,8 @@ def predict(config: Config, subjects: Collection[str] | None) -> None:
             if maps is not None and id not in maps:
                 raise ValueError(f"no label map of this image in {config['regions']}")
             labels = regions_of(None if maps is None else str(maps[id]), image)
-            write_picture(out / f"{id}.png", restore_image(model, image, labels, settings, tile=config["tile"]).numpy())
+            restored = restore_image(model, image, labels, settings, tile=config["tile"]).numpy()
+            write_picture(out / f"{id}.png", restored, data["window"])
         except (ValueError, OSError) as error:
             failures += 1
             tqdm.write(f"{id}: failed: {error}")
@@ -161,7 +186,8 @@ def evaluate(config: Config) -> None:
         config["predictions"],
         config["truth"],
         config["out"],
+        inputs=config["inputs"],
         window=config["window"],
         allow_missing=config["allow_missing"],
     )
-    print(f"{table}\nwrote cases.csv and summary.json to {config['out']}")
+    print(f"{table}\nwrote cases.csv, summary.json and report.html to {config['out']}")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from asa.data.files import write_whole
 from asa.data.volume import read_slice
 
 ENDINGS = (".png", ".nii.gz", ".nii", ".dcm")
+WINDOW = "window"  # text in a PNG: what its 0 and its largest value stand for, in the image's units
 DEPTHS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
@@ -62,7 +64,7 @@ def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.
         path: `.png` (grey or colour), `.nii`, `.nii.gz` (one slice) or `.dcm` (grey, values as the modality
             defines them: HU for CT).
         window: (low, high), in the image's units, which become 0 and 1; what lies outside is cut off. None: the
-            whole range of an 8- or 16-bit PNG.
+            whole range of an 8- or 16-bit PNG. A PNG that was written with a window is in that window's units.
 
     Returns:
         `(C, H, W)` float32.
@@ -71,17 +73,33 @@ def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.
         FileNotFoundError, ValueError: no image, a damaged one, or no window for an image that needs one.
     """
     path = Path(path)
-    values = _read(path)
+    values, stored = _read(path), stored_window(path)
+    if stored is not None:
+        values = stored[0] + (stored[1] - stored[0]) / DEPTHS[values.dtype] * values.astype(np.float32)
+        window = stored if window is None else window
     if window is None:
         if values.dtype not in DEPTHS:
             raise ValueError(f"{path}: say which values become 0 and 1, like data.window=[-1000,1000] for CT in HU")
         window = (0, DEPTHS[values.dtype])
-    low, high = _checked(window)
+    low, high = checked_window(window)
     scaled = ((values.astype(np.float32) - low) / (high - low)).clip(0, 1)
     return np.ascontiguousarray(scaled[None] if scaled.ndim == 2 else scaled.transpose(2, 0, 1))
 
 
-def _checked(window: Sequence[float]) -> tuple[float, float]:
+def stored_window(path: str | Path) -> tuple[float, float] | None:
+    """The window that a PNG was written with by `write_picture`, if it was; None for other files."""
+    if not str(path).lower().endswith(".png"):
+        return None
+    with needed("PIL.Image").open(path) as opened:
+        return checked_window(json.loads(opened.info[WINDOW])) if WINDOW in opened.info else None
+
+
+def checked_window(window: Sequence[float]) -> tuple[float, float]:
+    """A window's two ends.
+
+    Raises:
+        ValueError: it is none.
+    """
     if isinstance(window, str) or len(window) != 2 or not float(window[0]) < float(window[1]):
         raise ValueError(f"data.window={window}: give the values that become 0 and 1, like [-1000,1000]")
     return float(window[0]), float(window[1])
@@ -120,12 +138,16 @@ def _read_dicom(path: Path) -> np.ndarray:
     return values
 
 
-def write_picture(path: Path, image: np.ndarray) -> None:
-    """Write `(C, H, W)` in [0, 1] as a PNG, grey with 16 bits or colour with 8, whole or not at all."""
+def write_picture(path: Path, image: np.ndarray, window: Sequence[float] | None = None) -> None:
+    """Write `(C, H, W)` in [0, 1] as a PNG, grey with 16 bits or colour with 8, whole or not at all.
+
+    The window, (low, high) in the image's units that 0 and 1 stand for, goes into the file, for `read_picture`.
+    """
     grey = len(image) == 1
     depth, dtype = (65535, np.uint16) if grey else (255, np.uint8)
     values = np.rint(np.clip(image, 0, 1) * depth).astype(dtype)
-    _write_png(path, values[0] if grey else values.transpose(1, 2, 0))
+    text = {} if window is None else {WINDOW: json.dumps([float(end) for end in window])}
+    _write_png(path, values[0] if grey else values.transpose(1, 2, 0), text)
 
 
 def write_regions(path: Path, labels: np.ndarray) -> None:
@@ -136,12 +158,14 @@ def write_regions(path: Path, labels: np.ndarray) -> None:
     """
     if labels.min() < 0 or labels.max() > 65535:
         raise ValueError(f"{path}: labels {labels.min()} to {labels.max()}: a stored label map holds 0 to 65535")
-    _write_png(path, labels.astype(np.uint16))
+    _write_png(path, labels.astype(np.uint16), {})
 
 
-def _write_png(path: Path, values: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    needed("PIL.Image").fromarray(np.ascontiguousarray(values)).save(buffer, format="png")
+def _write_png(path: Path, values: np.ndarray, text: Mapping[str, str]) -> None:
+    buffer, notes = io.BytesIO(), needed("PIL.PngImagePlugin").PngInfo()
+    for key, value in text.items():
+        notes.add_text(key, value)
+    needed("PIL.Image").fromarray(np.ascontiguousarray(values)).save(buffer, format="png", pnginfo=notes)
     write_whole(path, buffer.getvalue())
 
 

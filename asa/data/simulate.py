@@ -172,7 +172,7 @@ def simulate_folder(
         images: folder of clean images.
         out: folder of the pairs.
         degrade: see `make_degradation`.
-        window: see `asa.data.picture.read_picture`.
+        window: see `asa.data.picture.read_picture`; the pairs remember it.
         multiple: the sizes are cut to multiples of it.
         seed: of every random draw; an image's do not depend on the others.
 
@@ -190,6 +190,6 @@ def simulate_folder(
             low = degrade(clean, np.random.default_rng(sample_seed(seed, id)))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        write_picture(out / "high" / f"{id}.png", clean)
-        write_picture(out / "low" / f"{id}.png", low)
+        write_picture(out / "high" / f"{id}.png", clean, window)
+        write_picture(out / "low" / f"{id}.png", low, window)
     return len(found)

@@ -13,13 +13,15 @@ from pathlib import Path
 from asa.data.files import read_json, write_json, write_whole
 from asa.engine.comparison import Comparison, Run, compare_runs, latex_table, markdown_table
 from asa.engine.comparison_report import write_comparison
+from asa.engine.measures import RESTORATION, WHOLE
 
 
 def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bool = False) -> Comparison:
     """Compare evaluations with the first of them and write the tables and the page.
 
     Args:
-        folders: name -> folder that `evaluate_folder` wrote, two or more; the others are compared with the first.
+        folders: name -> folder that `evaluate_folder` or `evaluate_pictures` wrote, two or more; the others are
+            compared with the first.
         out: folder for the results, made if missing.
         allow_missing: compare the cases that all of them have, instead of refusing when they differ.
 
@@ -55,17 +57,19 @@ def read_run(name: str, folder: Path) -> Run:
             raise FileNotFoundError(f"{folder / file}: no such file; give folders that asa-evaluate wrote")
     summary = read_json(folder / "summary.json")
     metrics = [metric["name"] for metric in summary["policy"]["metrics"]]
-    setting = {
-        "policy": summary["policy"]["name"],
-        "metrics": metrics,
-        "labels": summary["labels"],
-        "regions": summary["regions"],
-        "ignored labels": summary["policy"]["ignored"],
-    }
+    images = summary["policy"]["name"] == RESTORATION
+    setting = {"policy": summary["policy"]["name"], "metrics": metrics}
+    if images:
+        setting |= {"data range": summary["data_range"], "regions": [WHOLE]}
+    else:
+        setting |= {"labels": summary["labels"], "regions": summary["regions"]}
+        setting |= {"ignored labels": summary["policy"]["ignored"]}
     with (folder / "cases.csv").open(newline="", encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
-    regions = {row["label"] for row in rows}
-    if regions != set(summary["regions"]) or not {*metrics, "voxels_true"} <= set(rows[0]):
+    truth = "truth" if images else "voxels_true"
+    regions = {row.setdefault("label", WHOLE) for row in rows}
+    if regions != set(setting["regions"]) or not {*metrics, truth} <= set(rows[0]):
         raise ValueError(f"{folder}: cases.csv is not of the evaluation in summary.json: evaluate again")
     values = {(row["id"], row["label"]): {metric: float(row[metric]) for metric in metrics} for row in rows}
-    return Run(name, setting, values, {(row["id"], row["label"]): int(row["voxels_true"]) for row in rows})
+    unit = "" if images else " voxels"
+    return Run(name, setting, values, {(row["id"], row["label"]): f"{row[truth]}{unit}" for row in rows})

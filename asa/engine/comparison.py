@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 
-from asa.engine.policies import Metric, Policy, get_policy
+from asa.engine.measures import RESTORATION, Measure, Scoring, restoration
+from asa.engine.policies import get_policy
 from asa.engine.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval, holm, wilcoxon_p
 from asa.engine.summary import Statistic, aligned, listed, number_text, statistic
 
@@ -24,15 +25,15 @@ class Run:
 
     Args:
         name: how it is called in tables.
-        setting: policy, labels, regions and ignored labels, which must be the same in all runs.
+        setting: policy, labels, regions and ignored labels, or for images the data range; the same in all runs.
         values: (case id, region) -> metric name -> value, NaN where it is undefined.
-        voxels: (case id, region) -> size of the true region, which must be the same in all runs.
+        truths: (case id, region) -> what tells one truth from another, like "500 voxels", the same in all runs.
     """
 
     name: str
     setting: dict[str, Any]
     values: dict[tuple[str, str], dict[str, float]]
-    voxels: dict[tuple[str, str], int]
+    truths: dict[tuple[str, str], str]
 
     @property
     def case_ids(self) -> list[str]:
@@ -81,7 +82,7 @@ class Comparison:
         differences: the same keys but those of the first run -> its difference from the first.
     """
 
-    policy: Policy
+    policy: Scoring
     runs: tuple[Run, ...]
     case_ids: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -90,7 +91,7 @@ class Comparison:
     differences: dict[tuple[str, str, str], Difference]
 
     @property
-    def metrics(self) -> list[Metric]:
+    def metrics(self) -> list[Measure]:
         """The metrics compared: those of the policy that the evaluations hold."""
         return [metric for metric in self.policy.metrics if metric.name in self.runs[0].setting["metrics"]]
 
@@ -128,7 +129,7 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
         ValueError: runs that cannot be compared.
     """
     case_ids, left_out = _common_cases(runs, allow_missing)
-    policy, regions = get_policy(runs[0].setting["policy"]), tuple(runs[0].setting["regions"])
+    policy, regions = scoring_of(runs[0].setting), tuple(runs[0].setting["regions"])
     empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {})
     keys = list(product(empty.metrics, regions, runs))
     results = {
@@ -150,7 +151,12 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
     return replace(empty, results=results, differences=differences)
 
 
-def paired_differences(comparison: Comparison, metric: Metric, region: str, run: Run) -> np.ndarray:
+def scoring_of(setting: Mapping[str, Any]) -> Scoring:
+    """What the numbers of a run with this setting mean."""
+    return restoration(setting["data range"]) if setting["policy"] == RESTORATION else get_policy(setting["policy"])
+
+
+def paired_differences(comparison: Comparison, metric: Measure, region: str, run: Run) -> np.ndarray:
     """The run less the first one in each case `(n,)`, NaN where one of them is undefined."""
     own, first = (
         np.array([each.values[case_id, region][metric.name] for case_id in comparison.case_ids])
@@ -159,7 +165,7 @@ def paired_differences(comparison: Comparison, metric: Metric, region: str, run:
     return np.round(own - first, 9)  # so that 0.3 - 0.2 and 0.2 - 0.1 are a tie
 
 
-def _difference(metric: Metric, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
+def _difference(metric: Measure, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
     used = differences[~np.isnan(differences)]
     low, high = bootstrap_interval(used)
     up, down = int(np.count_nonzero(used > 0)), int(np.count_nonzero(used < 0))
@@ -187,12 +193,12 @@ def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, 
             + (", or compare the common ones with allow_missing=true" if everywhere else "")
         )
     for run in runs[1:]:
-        other = [key for key, size in first.voxels.items() if key[0] in everywhere and run.voxels[key] != size]
+        other = [key for key, truth in first.truths.items() if key[0] in everywhere and run.truths[key] != truth]
         if other:
             case_id, region = other[0]
             raise ValueError(
-                f"the truth of case {case_id} differs between {first.name} and {run.name} ({region} has "
-                f"{first.voxels[other[0]]} and {run.voxels[other[0]]} voxels): evaluate both against the same files"
+                f"the truth of case {case_id} differs between {first.name} and {run.name} ({region}: "
+                f"{first.truths[other[0]]} and {run.truths[other[0]]}): evaluate both against the same files"
             )
     return tuple(case_id for case_id in first.case_ids if case_id in everywhere), left_out
 

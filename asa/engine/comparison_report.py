@@ -8,7 +8,7 @@ import numpy as np
 
 from asa.data.files import write_whole
 from asa.engine.comparison import Comparison, difference_cells, mean_text, notes, paired_differences
-from asa.engine.policies import Metric
+from asa.engine.measures import Measure
 from asa.engine.report import data_uri, plain_axis, plot_grid, png_of, render, require_extra
 from asa.engine.summary import number_text
 
@@ -40,7 +40,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     write_whole(path, page.encode())
 
 
-def _table(comparison: Comparison, metric: Metric) -> list[dict[str, Any]]:
+def _table(comparison: Comparison, metric: Measure) -> list[dict[str, Any]]:
     """A row for each region and run."""
     rows = []
     for region in comparison.regions:

@@ -13,7 +13,7 @@ import numpy as np
 
 PLANES = ("axial", "coronal", "sagittal")
 _SIDES = (("R", "L"), ("R", "L"), ("A", "P"))
-_GAP = 4  # pixels between tiles
+GAP = 4  # pixels between tiles
 _HIDDEN = np.array([52, 66, 92], dtype=np.uint8)  # a masked patch: neither tissue nor background
 
 # Okabe and Ito's palette, told apart by colour-blind readers. Its other half marks differences in the report.
@@ -134,7 +134,7 @@ def reconstruction_panel(
     rows = []
     for plane in range(3):
         row = [_gray(_slice(volume, plane, at), window) for volume in (input, masked, prediction)]
-        row.append(_heat(_slice(importance, plane, at), scores))
+        row.append(heat(_slice(importance, plane, at), scores))
         rows.append(row)
     return _tile(rows)
 
@@ -176,7 +176,7 @@ def thumbnail_row(
         cell = np.zeros((side, side, 3), dtype=np.uint8)
         cell[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
         _mark(cell, _SIDES[plane], size=2)
-        cells += [cell, np.zeros((side, _GAP, 3), dtype=np.uint8)]
+        cells += [cell, np.zeros((side, GAP, 3), dtype=np.uint8)]
     return np.concatenate(cells[:-1], axis=1)
 
 
@@ -256,7 +256,8 @@ def _gray(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     return np.where(hidden[..., None], _HIDDEN, level[..., None])
 
 
-def _heat(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+def heat(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Values `(height, width)` from black over red and yellow to white, the ends of the window: RGB uint8."""
     ramp = 3.0 * _scaled(values, window)[..., None] - np.array([0.0, 1.0, 2.0], dtype=np.float32)
     return np.rint(np.clip(ramp, 0.0, 1.0) * 255).astype(np.uint8)
 
@@ -285,9 +286,9 @@ def _tile(planes: list[list[np.ndarray]]) -> np.ndarray:
             cell = np.zeros((tile.shape[0], width, 3), dtype=np.uint8)
             cell[:, left : left + tile.shape[1]] = tile
             _mark(cell, sides)
-            cells += [cell, np.zeros((tile.shape[0], _GAP, 3), dtype=np.uint8)]
+            cells += [cell, np.zeros((tile.shape[0], GAP, 3), dtype=np.uint8)]
         lines += [np.concatenate(cells[:-1], axis=1)]
-        lines += [np.zeros((_GAP, lines[-1].shape[1], 3), dtype=np.uint8)]
+        lines += [np.zeros((GAP, lines[-1].shape[1], 3), dtype=np.uint8)]
     return np.concatenate(lines[:-1])
 
 

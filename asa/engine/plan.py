@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from asa.engine.device import autocast
 from asa.engine.distributed import world_size
@@ -57,7 +57,9 @@ class Accounts(TorchDispatchMode):
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
         # As FlopCounterMode counts, which would keep the tensors of recomputed blocks alive.
-        if func.overloadpacket in flop_registry:
+        if func.overloadpacket is torch.ops.aten.convolution_backward:
+            self.operations += _convolution_gradient(*args, **kwargs)
+        elif func.overloadpacket in flop_registry:
             self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out
 
@@ -70,6 +72,17 @@ class Accounts(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.live -= self.sizes.pop(key)
+
+
+def _convolution_gradient(out: Tensor, image: Tensor, weight: Tensor, *rest: Any) -> int:
+    """Operations of a convolution's gradients: as many as forward for each of image and weight.
+
+    PyTorch's formula is the same but for groups, which it does not know of: it counts a depthwise one as a full one.
+    """
+    transposed, wanted = rest[4], rest[7]
+    return conv_flop_count(list(image.shape), list(weight.shape), list(out.shape), transposed=transposed) * sum(
+        wanted[:2]
+    )
 
 
 def _without_data(tree: Any) -> bool:
@@ -98,7 +111,7 @@ def trace_step(method: nn.Module, batch: Mapping[str, Tensor], dtype: torch.dtyp
 
     Args:
         method: on the meta device; its parameters are replaced.
-        batch: a micro-batch on the meta device, but for "seed".
+        batch: a micro-batch on the meta device, but for what has to have data: "seed", and label maps of regions.
         dtype: that autocast computes in.
         micro_batches: of the step. From the second on, gradients are there from the beginning.
     """
@@ -110,7 +123,7 @@ def trace_step(method: nn.Module, batch: Mapping[str, Tensor], dtype: torch.dtyp
         for _ in range(min(micro_batches, 2)):
             counted, held = accounts.operations, accounts.live
             given = {
-                key: value if key == "seed" else torch.empty_like(value, device=CPU) for key, value in batch.items()
+                key: torch.empty_like(value, device=CPU) if value.is_meta else value for key, value in batch.items()
             }
             with autocast(CPU, dtype):
                 loss = method(given)["loss"]
@@ -158,13 +171,22 @@ class Plan:
     memory: dict[str, StepMemory]
 
 
-def make_plan(make: Callable[[], nn.Module], *, labelled: bool, settings: TrainSettings, optim: OptimSettings) -> Plan:
+def make_plan(
+    make: Callable[[], nn.Module],
+    *,
+    labelled: bool,
+    settings: TrainSettings,
+    optim: OptimSettings,
+    example: Mapping[str, Tensor] | None = None,
+) -> Plan:
     """Work out what a run takes, without running it.
 
     Args:
         make: makes the method.
         labelled: batches have labels.
         settings, optim: of the run, which runs in one process.
+        example: a micro-batch of the training data, for a network that does not tell the size of its images (and whose
+            operations follow the regions in them). Its numbers are not used, but for whole ones.
 
     Raises:
         ValueError: settings that do not fit each other.
@@ -178,7 +200,7 @@ def make_plan(make: Callable[[], nn.Module], *, labelled: bool, settings: TrainS
         precisions.pop("CPU")
     for place, name in precisions.items():
         trace, memory[f"{place}, {'16 bit' if place == 'GPU' and name != 'fp32' else name}"] = step_memory(
-            make, name, labelled=labelled, settings=settings, optim=optim, gpu=place == "GPU"
+            make, name, labelled=labelled, settings=settings, optim=optim, gpu=place == "GPU", example=example
         )
     assert trace is not None
     model = method.model
@@ -199,6 +221,7 @@ def step_memory(
     settings: TrainSettings,
     optim: OptimSettings,
     gpu: bool,
+    example: Mapping[str, Tensor] | None = None,
 ) -> tuple[StepTrace, StepMemory]:
     """The trace of a step, and what it says about memory on a CPU or a GPU. See `make_plan`.
 
@@ -206,17 +229,7 @@ def step_memory(
     """
     method = _without_memory(make)
     freeze(method.model, optim.freeze)
-    encoder = method.model.encoder
-    part = settings.batch_size // settings.accumulate // world_size()
-    shape = (part, encoder.in_channels, *encoder.img_size)
-    image = torch.empty(shape, device="meta")
-    batch = {"image": image, "seed": torch.arange(shape[0])}
-    if method.mirrored:
-        batch["mirror"] = torch.empty_like(image)
-    if isinstance(method, Classification):
-        batch["target"] = torch.zeros(part, dtype=torch.int64, device="meta")
-    if labelled:
-        batch["label"] = torch.empty((shape[0], 1, *shape[2:]), dtype=torch.uint8, device="meta")
+    batch = _batch(method, micro_batch(settings), labelled) if example is None else _without_values(example)
     weights = 4 * _count(method)
     # Either of the two types of 16 bits: not every network takes bf16 on a CPU, where the trace runs.
     dtype = torch.float32 if precision == "fp32" else torch.float16
@@ -224,11 +237,38 @@ def step_memory(
     peak = trace.peak
     if gpu and isinstance(method, MaskedPretraining) and method.loss.importance:
         # A GPU scores whole batches at once where a CPU takes slabs.
-        peak = max(peak, trace.kept + _importance_peak(image, method) + (weights if settings.accumulate > 1 else 0))
+        peak = max(
+            peak, trace.kept + _importance_peak(batch["image"], method) + (weights if settings.accumulate > 1 else 0)
+        )
     gradients = 4 * sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
     states = gradients * (2 if optim.name == "adamw" else int(optim.momentum > 0))
     average = weights if settings.ema else 0
     return trace, StepMemory(weights, gradients, states, trace.kept, weights + states + average + peak)
+
+
+def micro_batch(settings: TrainSettings) -> int:
+    """Images or volumes of a micro-batch in one process."""
+    return settings.batch_size // settings.accumulate // world_size()
+
+
+def _batch(method: Any, part: int, labelled: bool) -> dict[str, Tensor]:
+    """A micro-batch of `part` volumes on the meta device, of the size that the method's encoder takes."""
+    encoder = method.model.encoder
+    image = torch.empty(part, encoder.in_channels, *encoder.img_size, device="meta")
+    batch = {"image": image, "seed": torch.arange(part)}
+    if method.mirrored:
+        batch["mirror"] = torch.empty_like(image)
+    if isinstance(method, Classification):
+        batch["target"] = torch.zeros(part, dtype=torch.int64, device="meta")
+    if labelled:
+        batch["label"] = torch.empty((part, 1, *encoder.img_size), dtype=torch.uint8, device="meta")
+    return batch
+
+
+def _without_values(example: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a micro-batch; those of numbers that are not whole on the meta device."""
+    tensors = {key: value for key, value in example.items() if isinstance(value, Tensor)}
+    return {key: value.to("meta") if value.is_floating_point() else value for key, value in tensors.items()}
 
 
 def _importance_peak(image: Tensor, method: MaskedPretraining) -> int:
@@ -264,7 +304,14 @@ def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 * count / seconds(count)
 
 
-def plan_report(plan: Plan, settings: TrainSettings, scans: int, rate: float, source: str) -> str:
+def plan_report(
+    plan: Plan,
+    settings: TrainSettings,
+    scans: int,
+    rate: float,
+    source: str,
+    names: tuple[str, str] = ("volumes", "scans"),
+) -> str:
     """A plan in words, some ten lines.
 
     Args:
@@ -273,15 +320,16 @@ def plan_report(plan: Plan, settings: TrainSettings, scans: int, rate: float, so
         scans: in its training part.
         rate: operations a second.
         source: where the rate is from.
+        names: what a batch and the training part are made of.
     """
     volumes, seconds = settings.steps * settings.batch_size, plan.step / rate
     days = settings.steps * seconds / 86400
     parts = f"in {settings.accumulate} micro-batches" if settings.accumulate > 1 else "in one piece"
+    halves = f"encoder {plan.encoder / 1e6:.2f} M, decoder {(plan.total - plan.encoder) / 1e6:.2f} M, "
     lines = [
         "plan only: nothing is trained, and no folder is made",
-        f"parameters  encoder {plan.encoder / 1e6:.2f} M, decoder {(plan.total - plan.encoder) / 1e6:.2f} M, "
-        f"total {plan.total / 1e6:.2f} M",
-        f"operations  a step of {settings.batch_size} volumes {parts}: {plan.forward / 1e9:,.1f} GFLOP forward, "
+        f"parameters  {halves if plan.encoder else ''}total {plan.total / 1e6:.2f} M",
+        f"operations  a step of {settings.batch_size} {names[0]} {parts}: {plan.forward / 1e9:,.1f} GFLOP forward, "
         f"{plan.step / 1e9:,.1f} with backward",
         "            (matrix products and convolutions, by the formulas of torch.utils.flop_counter)",
     ]
@@ -293,7 +341,8 @@ def plan_report(plan: Plan, settings: TrainSettings, scans: int, rate: float, so
         )
     lines += [
         "            (of tensors; on a CPU the heap of a run holds 1.2 to 1.8 times as much: docs/planning.md)",
-        f"run         {settings.steps} steps: {volumes} volumes, {volumes / scans:,.1f} epochs of {scans} scans",
+        f"run         {settings.steps} steps: {volumes} {names[0]}, "
+        f"{volumes / scans:,.1f} epochs of {scans} {names[1]}",
         f"time        {days:.3g} days ({seconds:.3g} s a step) at {rate / 1e12:.4g} TFLOP/s, {source}",
     ]
     return "\n".join(lines)

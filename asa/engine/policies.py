@@ -8,26 +8,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from asa.engine import lesions, metrics, surfels
+from asa.engine.measures import Measure, Scoring, nullable
 from asa.engine.metrics import UNDEFINED, Spacing
 
 Regions = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Metric:
+@dataclass(frozen=True, kw_only=True)
+class Metric(Measure):
     """One number for a pair of masks, with its value in every case in which a mask is empty.
 
     Args:
-        name: column in cases.csv and key in summary.json.
-        title: heading in tables and figures.
-        unit: unit, empty if there is none.
-        meaning: its definition in a sentence.
-        digits: digits after the point in tables.
-        higher_is_better: direction of the metric.
         compute: `(prediction, truth, spacing)` -> value, called only when neither mask is empty (but see `exception`).
         both_empty: value when both masks are empty; NaN is "undefined" (also below).
         truth_empty: value when only the truth is empty.
@@ -35,12 +31,6 @@ class Metric:
         exception: if there is one to these three values, in words; `compute` is then called for empty masks too.
     """
 
-    name: str
-    title: str
-    unit: str
-    meaning: str
-    digits: int
-    higher_is_better: bool
     compute: Callable[[np.ndarray, np.ndarray, Spacing], float]
     both_empty: float
     truth_empty: float
@@ -52,11 +42,6 @@ class Metric:
         """The smallest and the largest value that there can be: scores end at 1, distances and errors nowhere."""
         return 0.0, 1.0 if self.higher_is_better else math.inf
 
-    @property
-    def heading(self) -> str:
-        """Title with its unit, e.g. `HD95 (mm)`."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
     def __call__(self, prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
         """Value for two bool masks `(x, y, z)` and a spacing in mm; NaN where it is undefined."""
         predicted, true = bool(prediction.any()), bool(truth.any())
@@ -65,6 +50,11 @@ class Metric:
         if predicted:
             return self.truth_empty
         return self.prediction_empty if true else self.both_empty
+
+    def as_json(self) -> dict[str, Any]:
+        """The metric for a JSON file; undefined values are null."""
+        values = {key: getattr(self, key) for key in ("both_empty", "truth_empty", "prediction_empty")}
+        return super().as_json() | {"empty_masks_count_as": nullable(values), "exception": self.exception}
 
 
 def each_label(labels: Mapping[int, str]) -> Regions:
@@ -90,19 +80,16 @@ def joined_labels(labels: Mapping[int, str], joined: Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(Scoring):
     """What is measured, on which regions, and what an empty mask counts as.
 
     Args:
-        name: how a user names it.
-        description: one sentence for the tables.
-        metrics: the metrics; cases are ranked by the first one.
+        name, description: see `Scoring`.
+        metrics: the metrics of a pair of masks.
         regions: declared labels -> the regions, name -> label values whose union it is.
         ignored: label values of the truth whose voxels count neither for nor against a prediction.
     """
 
-    name: str
-    description: str
     metrics: tuple[Metric, ...]
     regions: Callable[[Mapping[int, str]], Regions] = each_label
     ignored: tuple[int, ...] = ()
@@ -146,6 +133,10 @@ class Policy:
             if metric.exception:
                 texts.setdefault(metric.exception, []).append(metric.title)
         return [f"{', '.join(titles)}: {text}" for text, titles in texts.items()]
+
+    def as_json(self) -> dict[str, Any]:
+        """The policy for a JSON file."""
+        return super().as_json() | {"ignored": list(self.ignored)}
 
 
 def tumour_regions(labels: Mapping[int, str]) -> Regions:

@@ -18,10 +18,10 @@ import numpy as np
 from asa.data.files import write_whole
 from asa.data.volume import check_same_geometry, read_image, read_label, spacing_of, to_ras
 from asa.engine.figures import central_slices, encode_png, hex_colour, label_colours, overlay_panel
+from asa.engine.measures import Measure
 from asa.engine.metrics import bounding_box
-from asa.engine.policies import Metric
 from asa.engine.statistics import LEVEL, RESAMPLES
-from asa.engine.summary import CaseRow, Summary, data_notes, number_text, statistic_cells
+from asa.engine.summary import Findings, Row, Summary, data_notes, number_text, statistic_cells
 
 SHOWN = 2  # worst cases with a figure, and as many best ones
 PANEL_WIDTH = 1160  # pixels
@@ -61,24 +61,31 @@ def write_report(path: Path, summary: Summary, cases: Sequence[CaseFiles]) -> No
     """
     require_extra(path)
     files = {case.case_id: case for case in cases}
-    results = list(summary.results.items())
     page = render(
         "report.html.j2",
-        summary=summary,
-        policy=summary.policy,
+        **page_values(summary),
         notes=data_notes(summary),
-        results=[
-            (metric, [(label, statistic_cells(found[metric.name], metric.digits)) for label, found in results])
-            for metric in summary.policy.metrics
-        ],
-        level=f"{LEVEL:.0%}".replace("%", " %"),
-        resamples=f"{RESAMPLES:,}",
-        plots=data_uri(_box_plots(summary)),
-        shown=[_case_figure(title, files[id], summary) for title, id in _ranked(summary)],
+        shown=[_case_figure(title, files[id], summary) for title, id in titled(summary, _extremes(summary))],
         cases=_case_table(summary),
-        folded=len(summary.rows) > OPEN_ROWS,
     )
     write_whole(path, page.encode())
+
+
+def page_values(findings: Findings) -> dict[str, Any]:
+    """What the pages on all kinds of evaluation print: results, how they were computed, box plots."""
+    results = list(findings.results.items())
+    return {
+        "summary": findings,
+        "policy": findings.policy,
+        "results": [
+            (metric, [(label, statistic_cells(found[metric.name], metric.digits)) for label, found in results])
+            for metric in findings.policy.metrics
+        ],
+        "level": f"{LEVEL:.0%}".replace("%", " %"),
+        "resamples": f"{RESAMPLES:,}",
+        "plots": data_uri(_box_plots(findings)),
+        "folded": len(findings.rows) > OPEN_ROWS,
+    }
 
 
 def require_extra(path: Path) -> None:
@@ -114,34 +121,40 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(version=__version__, **values)
 
 
-def _scores(summary: Summary) -> dict[str, float]:
-    """Mean of the policy's first metric over the regions of each case, if one is defined."""
-    metric = summary.policy.metrics[0].name
+def scores(findings: Findings) -> dict[str, float]:
+    """Mean of the policy's first metric over the regions of each case, if one is defined; the worst case first."""
+    metric = findings.policy.metrics[0]
     values: dict[str, list[float]] = {}
-    for row in summary.rows:
-        if not math.isnan(row.values[metric]):
-            values.setdefault(row.case_id, []).append(row.values[metric])
-    return {case_id: float(np.mean(found)) for case_id, found in values.items()}
+    for row in findings.rows:
+        if not math.isnan(row.values[metric.name]):
+            values.setdefault(row.case_id, []).append(row.values[metric.name])
+    means = {case_id: float(np.mean(found)) for case_id, found in values.items()}
+    order = sorted(means, key=lambda case_id: (_badness(metric, means[case_id]), case_id), reverse=True)
+    return {case_id: means[case_id] for case_id in order}
 
 
-def _ranked(summary: Summary) -> list[tuple[str, str]]:
-    """Titles and ids of the cases to show: the worst first, then the best, none of them twice."""
-    metric = summary.policy.metrics[0]
-    scores = _scores(summary)
-    order = sorted(scores, key=lambda case_id: (_badness(metric, scores[case_id]), case_id), reverse=True)
+def _extremes(summary: Summary) -> list[tuple[str, int, str]]:
+    """Title, rank and id of the cases to show: the worst first, then the best, none of them twice."""
+    order = list(scores(summary))
     worst = order[: min(SHOWN, (len(order) + 1) // 2)]
     best = order[len(worst) :][::-1][:SHOWN]
     ranked = [("Worst case", k, case_id) for k, case_id in enumerate(worst, start=1)]
-    ranked += [("Best case", k, case_id) for k, case_id in enumerate(best, start=1)]
+    return ranked + [("Best case", k, case_id) for k, case_id in enumerate(best, start=1)]
+
+
+def titled(findings: Findings, ranked: Sequence[tuple[str, int, str]]) -> list[tuple[str, str]]:
+    """Titles, with rank and score, and ids of the cases to show, given as (title, rank, id)."""
+    metric, found = findings.policy.metrics[0], scores(findings)
     titles = []
-    for title, k, case_id in ranked if len(order) > 1 else [("The case", 1, case_id) for case_id in order]:
+    for title, k, case_id in ranked if len(found) > 1 else [("The case", 1, case_id) for case_id in found]:
         place = title if k == 1 else f"{title}, number {k}"
-        score = number_text(scores[case_id], metric.digits)
-        titles.append((f"{place}: {case_id} (mean {metric.title} {score})", case_id))
+        score = number_text(found[case_id], metric.digits)
+        mean = "mean " if len(findings.results) > 1 else ""
+        titles.append((f"{place}: {case_id} ({mean}{metric.title} {score})", case_id))
     return titles
 
 
-def _badness(metric: Metric, value: float) -> float:
+def _badness(metric: Measure, value: float) -> float:
     """Larger is worse; an undefined value is least of all."""
     if math.isnan(value):
         return -math.inf
@@ -183,7 +196,7 @@ def _case_figure(title: str, files: CaseFiles, summary: Summary) -> dict[str, An
         "width": panel.shape[1],
         "labels": [(names[k - 1], hex_colour(colours[k - 1])) for k in sorted(drawn - {0})],
         "differences": [(name, hex_colour(colour)) for name, colour in DIFFERENCES.items()],
-        "rows": [(row.label, _value_cells(row, summary), row.empty) for row in rows[:WORST_ROWS]],
+        "rows": [(row.label, value_cells(row, summary), row.empty) for row in rows[:WORST_ROWS]],
         "hidden": max(len(rows) - WORST_ROWS, 0),
     }
 
@@ -242,7 +255,7 @@ def _case_table(summary: Summary) -> list[dict[str, Any]]:
         table[row.case_id].append(
             {
                 "label": row.label,
-                "values": _value_cells(row, summary),
+                "values": value_cells(row, summary),
                 "voxels": ["none" if n is None else f"{n:,}" for n in (row.voxels_predicted, row.voxels_true)],
                 "ml": ["none" if v is None else f"{v:,.2f}" for v in (row.ml_predicted, row.ml_true)],
                 "note": row.empty,
@@ -251,11 +264,12 @@ def _case_table(summary: Summary) -> list[dict[str, Any]]:
     return [{"id": case_id, "rows": rows} for case_id, rows in table.items()]
 
 
-def _value_cells(row: CaseRow, summary: Summary) -> list[str]:
-    return [number_text(row.values[metric.name], metric.digits) for metric in summary.policy.metrics]
+def value_cells(row: Row, findings: Findings) -> list[str]:
+    """The values of a case as text for a table."""
+    return [number_text(row.values[metric.name], metric.digits) for metric in findings.policy.metrics]
 
 
-def _box_plots(summary: Summary) -> bytes:
+def _box_plots(summary: Findings) -> bytes:
     """Box plots of each metric, labels from top to bottom, every case as a point; PNG."""
     from matplotlib.figure import Figure
 

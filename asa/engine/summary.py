@@ -9,27 +9,38 @@ from typing import Any
 
 import numpy as np
 
+from asa.engine.measures import Measure, Scoring, nullable
 from asa.engine.policies import Policy, Regions, get_policy
 from asa.engine.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval
 
 
 @dataclass(frozen=True)
-class CaseRow:
-    """One label of one case.
+class Row:
+    """One label of one case, or a whole image.
 
     Args:
         case_id: the case.
         label: name of the label or region.
         values: metric name -> value; NaN where it is undefined.
+    """
+
+    case_id: str
+    label: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CaseRow(Row):
+    """One label of one case, with its size.
+
+    Args:
+        case_id, label, values: see `Row`.
         voxels_predicted: size of the region in the prediction, None if there is no prediction.
         voxels_true: size of the region in the truth.
         ml_predicted: the same in ml, None if there is no prediction.
         ml_true: the same in ml.
     """
 
-    case_id: str
-    label: str
-    values: dict[str, float]
     voxels_predicted: int | None
     voxels_true: int
     ml_predicted: float | None
@@ -70,29 +81,21 @@ class Statistic:
     total: int
 
 
-@dataclass(frozen=True)
-class Summary:
+@dataclass(frozen=True, kw_only=True)
+class Findings:
     """What an evaluation found.
 
     Args:
         policy: what the numbers mean.
-        labels: declared label value -> name.
-        regions: name of each evaluated region -> label values whose union it is.
         rows: every case and region, in order of case id.
         results: region -> metric name -> statistic over the cases.
         seed: of the bootstrap.
-        missing: cases without a prediction; they count in n total, never in n used.
-        unmatched: predictions without a truth; they count nowhere.
     """
 
-    policy: Policy
-    labels: dict[int, str]
-    regions: Regions
-    rows: tuple[CaseRow, ...]
+    policy: Scoring
+    rows: Sequence[Row]
     results: dict[str, dict[str, Statistic]]
-    seed: int
-    missing: tuple[str, ...] = ()
-    unmatched: tuple[str, ...] = ()
+    seed: int = SEED
 
     @property
     def case_ids(self) -> list[str]:
@@ -100,17 +103,13 @@ class Summary:
         return list(dict.fromkeys(row.case_id for row in self.rows))
 
     def as_json(self) -> dict[str, Any]:
-        """The summary for a JSON file, without its rows; undefined numbers are null."""
+        """The findings for a JSON file, without the rows; undefined numbers are null."""
         from asa import __version__
 
         return {
             "asa": __version__,
-            "policy": _policy_as_json(self.policy),
-            "labels": {str(value): name for value, name in self.labels.items()},
-            "regions": {name: list(values) for name, values in self.regions.items()},
+            "policy": self.policy.as_json(),
             "cases": len(self.case_ids),
-            "without_prediction": list(self.missing),
-            "without_truth": list(self.unmatched),
             "interval": {
                 "of": "mean",
                 "kind": "bootstrap-t over cases",
@@ -122,6 +121,35 @@ class Summary:
                 label: {name: nullable(asdict(statistic)) for name, statistic in found.items()}
                 for label, found in self.results.items()
             },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Findings):
+    """What an evaluation of label maps found.
+
+    Args:
+        policy, rows, results, seed: see `Findings`.
+        labels: declared label value -> name.
+        regions: name of each evaluated region -> label values whose union it is.
+        missing: cases without a prediction; they count in n total, never in n used.
+        unmatched: predictions without a truth; they count nowhere.
+    """
+
+    policy: Policy
+    rows: tuple[CaseRow, ...]
+    labels: dict[int, str]
+    regions: Regions
+    missing: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The summary for a JSON file, without its rows; undefined numbers are null."""
+        return super().as_json() | {
+            "labels": {str(value): name for value, name in self.labels.items()},
+            "regions": {name: list(values) for name, values in self.regions.items()},
+            "without_prediction": list(self.missing),
+            "without_truth": list(self.unmatched),
         }
 
 
@@ -155,14 +183,29 @@ def summarise(
     """
     policy = get_policy(policy) if isinstance(policy, str) else policy
     rows, regions = tuple(rows), policy.regions_of(labels)
-    results = {
+    return Summary(
+        policy=policy,
+        rows=rows,
+        results=statistics(rows, regions, policy.metrics, seed),
+        seed=seed,
+        labels=dict(labels),
+        regions=regions,
+        missing=tuple(missing),
+        unmatched=tuple(unmatched),
+    )
+
+
+def statistics(
+    rows: Sequence[Row], labels: Iterable[str], metrics: Sequence[Measure], seed: int = SEED
+) -> dict[str, dict[str, Statistic]]:
+    """Label -> metric name -> statistic over the cases."""
+    return {
         label: {
             metric.name: statistic([row.values[metric.name] for row in rows if row.label == label], seed, metric.bounds)
-            for metric in policy.metrics
+            for metric in metrics
         }
-        for label in regions
+        for label in labels
     }
-    return Summary(policy, dict(labels), regions, rows, results, seed, tuple(missing), tuple(unmatched))
 
 
 def summary_table(summary: Summary) -> str:
@@ -250,29 +293,6 @@ def statistic(
     low, high = np.clip(bootstrap_interval(used, seed), *bounds).tolist()
     sd = float(used.std(ddof=1)) if used.size > 1 else math.nan
     return Statistic(mean, sd, median, low, high, used=used.size, total=len(values))
-
-
-def _policy_as_json(policy: Policy) -> dict[str, Any]:
-    metrics = []
-    for metric in policy.metrics:
-        empty = {
-            "both_empty": metric.both_empty,
-            "truth_empty": metric.truth_empty,
-            "prediction_empty": metric.prediction_empty,
-        }
-        named = {key: getattr(metric, key) for key in ("name", "title", "unit", "meaning")}
-        metrics.append(named | {"empty_masks_count_as": nullable(empty), "exception": metric.exception})
-    return {
-        "name": policy.name,
-        "description": policy.description,
-        "ignored": list(policy.ignored),
-        "metrics": metrics,
-    }
-
-
-def nullable(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers for JSON, which has no NaN."""
-    return {key: None if math.isnan(value) else value for key, value in numbers.items()}
 
 
 def aligned(table: list[list[str]]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.ops.regions import RegionIndex, check_labels, region_attention, region_index
+from asa.ops.regions import RegionIndex, check_labels, coarse_labels, region_attention, region_index
 
 REDUCTION = 4  # the attention works at 1/4 of the image's resolution
 BLOCKS = 2  # NAF blocks a stage
@@ -176,6 +176,8 @@ class RegionAttentionTransformer(nn.Module):
         num_heads: heads M of both attentions.
         mlp_ratio: hidden width of an MLP over E.
         window: edge of the attention windows, in features.
+        majority: a feature's region is the most frequent one of its 4 x 4 pixels; else, as released, that of the pixel
+            at its corner.
         backend: of the region attention, see `asa.ops.regions.region_attention`.
 
     Raises:
@@ -192,12 +194,14 @@ class RegionAttentionTransformer(nn.Module):
         num_heads: int = 8,
         mlp_ratio: float = 2.0,
         window: int = 4,
+        majority: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         if upscale not in (1, 2, 4):
             raise ValueError(f"upscale is 1, 2 or 4, not {upscale}")
         self.in_channels, self.upscale, self.multiple = in_channels, upscale, REDUCTION * window
+        self.majority = majority
         layer = dict(dim=4 * dim, num_heads=num_heads, mlp_ratio=mlp_ratio, window=window, backend=backend)
         self.stem = nn.Conv2d(in_channels, dim, 3, padding=1)
         self.encoders = nn.ModuleList(_naf_stage(width) for width in (dim, 2 * dim))
@@ -225,14 +229,18 @@ class RegionAttentionTransformer(nn.Module):
         self.check(image, regions)
         if self.upscale > 1:
             image = F.interpolate(image, scale_factor=self.upscale, mode="bilinear")
-            regions = regions.repeat_interleave(self.upscale, dim=1).repeat_interleave(self.upscale, dim=2)
         h, w = image.shape[2:]
         bottom, right = (-n % self.multiple for n in (h, w))
         padded = F.pad(image, (0, right, 0, bottom), mode="replicate")
-        # Padding is a region of its own: no pixel of the image attends to it, but in windows at the rim.
-        labels = F.pad(regions.long(), (0, right, 0, bottom), value=int(regions.max()) + 1)
-        index = region_index(labels[:, ::REDUCTION, ::REDUCTION].flatten(1))
+        index = region_index(self._labels(regions, (h + bottom, w + right)).flatten(1))
         return image + self._residual(padded, index)[:, :, :h, :w]
+
+    def _labels(self, regions: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The region of each feature `(B, h, w)` of the padded image, from a label map of the input image."""
+        labels = coarse_labels(regions.long(), REDUCTION // self.upscale, majority=self.majority)
+        bottom, right = (n // REDUCTION - m for n, m in zip(shape, labels.shape[1:], strict=True))
+        # Padding is a region of its own: no pixel of the image attends to it, but in windows at the rim.
+        return F.pad(labels, (0, right, 0, bottom), value=int(regions.max()) + 1)
 
     def _residual(self, image: Tensor, index: RegionIndex) -> Tensor:
         """What to add to an image whose sizes fit the windows: `(B, C, H, W)` -> `(B, C, H, W)`."""

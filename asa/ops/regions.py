@@ -68,6 +68,31 @@ def check_labels(labels: Tensor) -> None:
         raise ValueError(f"a label map holds integers, got {labels.dtype}")
 
 
+def coarse_labels(labels: Tensor, factor: int, *, majority: bool) -> Tensor:
+    """A label map at a lower resolution, one label for each block of pixels.
+
+    Args:
+        labels: `(B, H, W)`, any integers.
+        factor: edge F of a block in pixels. Blocks that the edge cuts are filled with the nearest pixels.
+        majority: the most frequent label of the block; of equally frequent ones that which comes first in raster order.
+            False: the label of the block's first pixel (nearest neighbour).
+
+    Returns:
+        `(B, ceil(H / F), ceil(W / F))`.
+    """
+    if not majority or factor == 1:
+        return labels[:, ::factor, ::factor]
+    rows, columns = (torch.arange(n + -n % factor, device=labels.device).clamp(max=n - 1) for n in labels.shape[1:])
+    whole = labels[:, rows][:, :, columns]
+    blocks = whole.unfold(1, factor, factor).unfold(2, factor, factor).flatten(3)  # B h w F*F
+    votes = torch.zeros(blocks.shape, dtype=torch.int32, device=labels.device)
+    for label in blocks.unbind(3):
+        votes += blocks == label[..., None]
+    pixels = blocks.shape[3]
+    rank = votes * pixels - torch.arange(pixels, dtype=torch.int32, device=labels.device)  # no two are equal
+    return blocks.gather(3, rank.argmax(dim=3, keepdim=True))[..., 0]
+
+
 def region_index(labels: Tensor) -> RegionIndex:
     """Sort the tokens of a batch by region.
 

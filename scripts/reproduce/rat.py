@@ -1,13 +1,17 @@
-"""Do regions help? Four arms of one small network on real images: `python -m scripts.reproduce.rat OUT`.
+"""Do regions help? Five arms of one small network on real images: `python -m scripts.reproduce.rat OUT`.
 
 windows: no region attention. global: every image is one region. true: Felzenszwalb's regions of the degraded image.
-shuffled: their pixels in random places, so that sizes are kept and shapes are not.
+shuffled: their pixels in random places, so that sizes are kept and shapes are not. majority: the true ones, brought to
+the attention's resolution by majority in place of the nearest pixel.
 
-Tasks, on photographs and micrographs that ship in scikit-image, in grey. The degraded images are simulated.
+Tasks, on pictures that ship in scikit-image, in grey, and CT slices that ship in pydicom. The degraded images are
+simulated.
 denoise: Gaussian noise of 0.1 of the range; 8 pictures for training, 16 tiles of 4 other pictures for test.
 super: twice smaller by blur and decimation; 48 tiles of one immunohistochemistry picture for training, 16 for test.
+ct: low-dose noise of about 60 HU; 9 tiles of 128 x 128 pixels of one head for training, and for test no more than 4 of
+64 x 64 of one other person's spine (CT_small.dcm): the intervals hold what these tiles differ in, and nothing else.
 
-One thread, no GPU, about ten minutes. A run that is there is not repeated. What it gave is in docs/restoration.md.
+One thread, no GPU, about twenty minutes. A run that is there is not repeated. What it gave is in docs/restoration.md.
 """
 
 import argparse
@@ -21,9 +25,9 @@ import torch
 from asa.data.files import write_json
 from asa.data.loader import LoaderSettings
 from asa.data.pairs import Pair, PairDataset, find_pairs
-from asa.data.picture import needed, write_picture, write_regions
+from asa.data.picture import needed, read_picture, write_picture, write_regions
 from asa.data.providers import make_provider
-from asa.data.simulate import decimated
+from asa.data.simulate import decimated, make_degradation
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import PredictSettings
 from asa.engine.quality import score_image
@@ -35,8 +39,13 @@ from asa.models.rat import rat_tiny
 
 LEARNT = ("camera.png", "coins.png", "moon.png", "cell.png", "chelsea.png", "coffee.png", "rocket.jpg", "gravel.png")
 HELD_OUT = ("astronaut.png", "retina.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
-ARMS = {"windows": None, "global": None, "true": "regions", "shuffled": "shuffled"}  # folder of label maps
-CROPS = {"denoise": 48, "super": 24}
+# Slice, photons along a ray, mm a pixel, first row and column, edge of a tile. The doses give both slices noise alike.
+SLICES = {"train": ("J2K_pixelrep_mismatch.dcm", 1e5, 0.431, 64, 128), "test": ("CT_small.dcm", 1e4, 0.661, 0, 64)}
+HU = (-1000.0, 1500.0)  # 0 and 1 of the CT task, its data range
+ARMS = {"windows": None, "global": None, "true": "regions", "shuffled": "shuffled", "majority": "regions"}  # label maps
+CROPS = {"denoise": 48, "super": 24, "ct": 48}
+
+Sample = tuple[str, np.ndarray, np.ndarray]  # id, degraded and clean image; ids begin with train or test
 
 
 def grey(name: str) -> np.ndarray:
@@ -46,52 +55,67 @@ def grey(name: str) -> np.ndarray:
         return np.asarray(opened.convert("L"), dtype=np.float32)[None] / 255
 
 
-def clean_images(task: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Id and image; ids begin with train or test."""
-    if task == "super":
-        picture, edge = grey("ihc.png"), 64
-        for i in range(8):
-            for j in range(8):
-                part = "train" if j < 6 else "test"  # the two columns at the right are held out
-                yield f"{part}_{i}{j}", picture[:, edge * i : edge * (i + 1), edge * j : edge * (j + 1)]
-        return
-    for name in LEARNT:
-        yield f"train_{Path(name).stem}", grey(name)[:, :256, :256]
+def denoising() -> Iterator[Sample]:
+    """Pictures under Gaussian noise."""
+    clean = {f"train_{Path(name).stem}": grey(name)[:, :256, :256] for name in LEARNT}
     for name in HELD_OUT:
         picture = grey(name)
         top, left = ((n - 256) // 2 for n in picture.shape[1:])
         for k in range(4):
             i, j = top + 128 * (k // 2), left + 128 * (k % 2)
-            yield f"test_{Path(name).stem}_{k}", picture[:, i : i + 128, j : j + 128]
+            clean[f"test_{Path(name).stem}_{k}"] = picture[:, i : i + 128, j : j + 128]
+    for k, (id, image) in enumerate(clean.items()):
+        yield id, image + np.random.default_rng(k).normal(0, 0.1, image.shape), image
+
+
+def decimation() -> Iterator[Sample]:
+    """Tiles of a micrograph and their half; the two columns at the right are held out."""
+    picture, edge = grey("ihc.png"), 64
+    for i in range(8):
+        for j in range(8):
+            tile = picture[:, edge * i : edge * (i + 1), edge * j : edge * (j + 1)]
+            yield f"{'train' if j < 6 else 'test'}_{i}{j}", decimated(tile, 2), tile
+
+
+def low_dose() -> Iterator[Sample]:
+    """Tiles of CT slices, whose noise is that of the whole slice's projections."""
+    for k, (part, (name, photons, pixel, first, edge)) in enumerate(SLICES.items()):
+        file = needed("pydicom.data").get_testdata_file(name, download=False)
+        clean = read_picture(file, HU)
+        low = make_degradation("ct", window=HU, photons=photons, pixel=pixel)(clean, np.random.default_rng(k))
+        starts = range(first, clean.shape[1] - first, edge)
+        for i in starts:
+            for j in starts:
+                yield f"{part}_{i}_{j}", low[:, i : i + edge, j : j + edge], clean[:, i : i + edge, j : j + edge]
+
+
+TASKS = {"denoise": denoising, "super": decimation, "ct": low_dose}
 
 
 def write_task(task: str, root: Path) -> None:
     """Pairs and label maps of a task."""
     provider = make_provider("felzenszwalb")
-    for k, (id, clean) in enumerate(clean_images(task)):
-        generator = np.random.default_rng(k)
-        low = decimated(clean, 2) if task == "super" else clean + generator.normal(0, 0.1, clean.shape)
+    for k, (id, low, clean) in enumerate(TASKS[task]()):
         low = low.clip(0, 1)
         labels = provider(id, low)
+        shuffled = np.random.default_rng([k, 1]).permutation(labels.ravel()).reshape(labels.shape)
         write_picture(root / "low" / f"{id}.png", low)
         write_picture(root / "high" / f"{id}.png", clean)
         write_regions(root / "regions" / f"{id}.png", labels)
-        write_regions(root / "shuffled" / f"{id}.png", generator.permutation(labels.ravel()).reshape(labels.shape))
+        write_regions(root / "shuffled" / f"{id}.png", shuffled)
 
 
-def run(task: str, arm: str, seed: int, steps: int, root: Path, out: Path) -> dict[str, float]:
-    """Train an arm, and give the PSNR of each test image."""
-    file = out / "psnr.json"
+def run(task: str, arm: str, seed: int, steps: int, root: Path, out: Path) -> dict[str, dict[str, float]]:
+    """Train an arm, and give the scores of each test image."""
+    file = out / "scores.json"
     if file.is_file():
         return json.loads(file.read_text())
-    pairs = find_pairs(root, regions=ARMS[arm])
-    parts: dict[str, list[Pair]] = {
-        part: [pair for pair in pairs if pair["id"].startswith(part)] for part in ("train", "test")
-    }
-    upscale = 2 if task == "super" else 1
+    parts = {part: pairs_of(root, part, ARMS[arm]) for part in ("train", "test")}
+    upscale = factor(task)
     torch.manual_seed(seed)
-    method = Restoration(model=rat_tiny(upscale=upscale, dim=8, groups=1, depth=3, num_heads=2))
-    torch.nn.init.zeros_(method.model.head.weight)  # the steps are few: they start from the input as it is
+    network = rat_tiny(upscale=upscale, dim=8, groups=1, depth=3, num_heads=2, majority=arm == "majority")
+    method = Restoration(model=network)
+    torch.nn.init.zeros_(network.head.weight)  # the steps are few: they start from the input as it is
     if arm == "windows":
         for name, parameter in method.named_parameters():
             if name.endswith("region_scale"):
@@ -109,36 +133,56 @@ def run(task: str, arm: str, seed: int, steps: int, root: Path, out: Path) -> di
     dataset, found = PairDataset(parts["test"], CROPS[task], upscale=upscale), {}
     for k, pair in enumerate(dataset.pairs):
         views = dataset.whole(k)
-        restored = restore_image(method.model, views["image"], views["regions"], PredictSettings(device="cpu"))
-        found[pair["id"]] = score_image(restored, views["target"])["psnr"]
+        restored = restore_image(network, views["image"], views["regions"], PredictSettings(device="cpu"))
+        write_picture(out / "restored" / f"{pair['id']}.png", restored.numpy())
+        found[pair["id"]] = score_image(restored, views["target"], width(task))
     write_json(file, found)
     return found
 
 
-def input_psnr(task: str, root: Path) -> float:
-    """Mean PSNR of the degraded test images, upscaled bilinearly."""
-    pairs = [pair for pair in find_pairs(root) if pair["id"].startswith("test")]
-    dataset, values = PairDataset(pairs, 1, upscale=2 if task == "super" else 1), []
-    for k in range(len(pairs)):
+def pairs_of(root: Path, part: str, regions: str | None) -> list[Pair]:
+    """The pairs for training or test."""
+    return [pair for pair in find_pairs(root, regions=regions) if pair["id"].startswith(part)]
+
+
+def factor(task: str) -> int:
+    """How many times larger the clean images are."""
+    return 2 if task == "super" else 1
+
+
+def width(task: str) -> float:
+    """Of the data range: in HU for CT."""
+    return HU[1] - HU[0] if task == "ct" else 1.0
+
+
+def input_scores(task: str, root: Path) -> dict[str, dict[str, float]]:
+    """Scores of the degraded test images, upscaled bilinearly."""
+    dataset, found = PairDataset(pairs_of(root, "test", None), 1, upscale=factor(task)), {}
+    for k, pair in enumerate(dataset.pairs):
         views = dataset.whole(k)
         plain = torch.nn.functional.interpolate(views["image"][None], views["target"].shape[1:], mode="bilinear")[0]
-        values.append(score_image(plain, views["target"])["psnr"])
-    return float(np.mean(values))
+        found[pair["id"]] = score_image(plain, views["target"], width(task))
+    return found
 
 
-def table(results: dict[str, dict[int, dict[str, float]]]) -> list[str]:
-    """PSNR of each arm, and how much more the true regions give."""
+def table(results: dict[str, dict[int, dict[str, dict[str, float]]]], digits: int) -> list[str]:
+    """Scores of each arm, means over test images and seeds, and how many dB more the true regions give."""
 
-    def by_image(arm: str) -> np.ndarray:
-        return np.array([list(found.values()) for found in results[arm].values()]).mean(axis=0)
+    def by_image(arm: str, metric: str = "psnr") -> np.ndarray:
+        return np.array([[row[metric] for row in found.values()] for found in results[arm].values()]).mean(axis=0)
 
-    lines = ["| arm | PSNR, dB | seeds | true minus arm | 95 % interval |", "|---|--:|---|--:|--:|"]
+    lines = ["| arm | PSNR, dB | 95 % interval | seeds | true minus arm, dB | 95 % interval | SSIM | RMSE |"]
+    lines.append("|---|--:|--:|---|--:|--:|--:|--:|")
     for arm in results:
-        seeds = ", ".join(f"{np.mean(list(found.values())):.2f}" for found in results[arm].values())
-        difference = by_image("true") - by_image(arm)
-        low, high = bootstrap_interval(difference)
-        against = f"{difference.mean():+.3f} | {low:+.3f} to {high:+.3f}" if arm != "true" else " | "
-        lines.append(f"| {arm} | {by_image(arm).mean():.2f} | {seeds} | {against} |")
+        seeds = ", ".join(f"{np.mean([row['psnr'] for row in found.values()]):.2f}" for found in results[arm].values())
+        mean, (low, high) = by_image(arm).mean(), bootstrap_interval(by_image(arm))
+        against = " | "
+        if arm != "true" and "true" in results:
+            difference = by_image("true") - by_image(arm)
+            ends = bootstrap_interval(difference)
+            against = f"{difference.mean():+.3f} | {ends[0]:+.3f} to {ends[1]:+.3f}"
+        others = f"{by_image(arm, 'ssim').mean():.3f} | {by_image(arm, 'rmse').mean():.{digits}f}"
+        lines.append(f"| {arm} | {mean:.2f} | {low:.2f} to {high:.2f} | {seeds} | {against} | {others} |")
     return lines
 
 
@@ -148,19 +192,20 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tasks", nargs="+", choices=list(CROPS), default=list(CROPS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     for task in options.tasks:
         root = options.out / task
         if not (root / "low").is_dir():
             write_task(task, root)
-        results: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in ARMS}
+        results: dict[str, dict[int, dict[str, dict[str, float]]]] = {"the input": {0: input_scores(task, root)}}
+        results |= {arm: {} for arm in ARMS}
         for seed in range(options.seeds):  # all arms of a seed first: a run that is stopped has whole seeds
             for arm in ARMS:
                 results[arm][seed] = run(task, arm, seed, options.steps, root, options.out / f"{task}_{arm}_{seed}")
-        print(f"\n{task}: {options.steps} steps; the input itself {input_psnr(task, root):.2f} dB")
-        print("\n".join(table(results)), flush=True)
+        print(f"\n{task}: {options.steps} steps, data range {f'{HU} HU' if task == 'ct' else '0 to 1'}")
+        print("\n".join(table(results, 1 if task == "ct" else 4)), flush=True)
 
 
 if __name__ == "__main__":
