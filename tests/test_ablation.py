@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from asa.cli import ablate as command
-from asa.cli import chain
+from asa.cli import chain, finetune
 from asa.cli.chain import arguments
 from asa.cli.pretrain import SETTINGS
 from asa.config import compose
@@ -255,6 +255,20 @@ def test_from_a_store_to_a_table_and_a_figure(ablate, tmp_path: Path) -> None:
     assert "was not trained on any held-out subject" in (folder / "logs" / "seed0_1_asa.txt").read_text()
     again = ablate("only=[scratch,asa]")
     assert again[0] == 0 and again[1].count("done before") == 2
+
+
+def test_experiments_of_the_users_own_folder_reach_the_commands_that_are_called(
+    ablate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "short.yaml").write_text("# @package _global_\ntrain: {log_every: 7}\n")
+    got: list[dict] = []
+    monkeypatch.setattr(finetune, "finetune", got.append)  # no run comes of it: the prediction finds none
+    wanted = ["only=[scratch]", "+finetune.experiment=short"]
+    code, out, _ = ablate(*wanted, "--config-dir", str(tmp_path / "mine"))
+    assert code == 1 and "no checkpoint here" in out and got[0]["train"]["log_every"] == 7
+    code, out, _ = ablate(*wanted)
+    assert code == 1 and "Could not find 'experiment/short'" in out and len(got) == 1
 
 
 def test_every_command_that_is_called_exists() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from asa.cli import finetune, predict
 from asa.config import build
 from asa.data.case import prepare_case, to_native
+from asa.data.files import write_whole
 from asa.data.grid import sample_affine
 from asa.data.stages import PrepareSettings
 from asa.data.volume import from_ras, read_image, to_ras, write_image
@@ -286,6 +287,47 @@ def test_a_scan_that_lacks_a_channel_is_named_and_the_others_are_done(
     assert len(list((tmp_path / "out" / "probabilities" / "a").iterdir())) == 4
     assert call(predict, monkeypatch, *common, "images={t1: '*_t1.nii.gz'}") == 1
     assert "takes the channels t1, flair, got t1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run asa-predict on a folder of files at the given places: code, names of the label maps, what was said."""
+    monkeypatch.setattr(Segmenter, "segment_file", lambda self, images, out, probabilities: write_whole(out, b"label"))
+
+    def predict_scans(*places: str, out: str = "out", images: str = "null") -> tuple[int, list[str], str]:
+        for place in places:
+            write_whole(tmp_path / "scans" / place, b"scan")
+        arguments = [f"checkpoint={run}", f"input={tmp_path}/scans", f"out={tmp_path}/{out}", f"images={images}"]
+        code = call(predict, monkeypatch, *arguments)
+        shown = capsys.readouterr()
+        return code, sorted(path.name for path in (tmp_path / out).glob("*")), shown.out + shown.err
+
+    return predict_scans
+
+
+def test_scans_of_one_name_in_several_folders_keep_apart(predicted_folder) -> None:
+    code, maps, _ = predicted_folder("a.nii.gz", "x/scan.nii.gz", "y/scan.nii.gz", "y/.hidden/scan.nii.gz")
+    assert code == 0 and maps == ["a.nii.gz", "x_scan.nii.gz", "y_scan.nii.gz"]
+
+
+def test_label_maps_inside_the_folder_of_the_scans_are_not_predicted(predicted_folder) -> None:
+    for _ in range(2):
+        code, maps, _ = predicted_folder("a.nii.gz", out="scans/labels")
+        assert code == 0 and maps == ["a.nii.gz"]
+
+
+@pytest.mark.parametrize("places", [("x/a.nii.gz", "x_a.nii.gz"), ("x/a.nii.gz", "x/a.nii"), ("b.nii", "b.nii.gz")])
+def test_scans_that_would_share_a_label_map_are_refused(predicted_folder, places: tuple[str, str]) -> None:
+    code, maps, said = predicted_folder(*places)
+    assert code == 1 and not maps and "would both give" in said
+
+
+def test_of_a_bids_tree_with_several_kinds_of_scans_one_is_chosen(predicted_folder) -> None:
+    places = [f"sub-{k}/anat/sub-{k}_{kind}.nii.gz" for k in (1, 2) for kind in ("FLAIR", "T1w")]
+    code, maps, said = predicted_folder(*places)
+    assert code == 1 and not maps and "several kinds (FLAIR, T1w)" in said and "images={t1: **/*_T1w.nii.gz}" in said
+    code, maps, _ = predicted_folder(*places, images="{t1: '**/*_T1w.nii.gz'}")
+    assert code == 0 and maps == ["sub-1_anat_sub-1.nii.gz", "sub-2_anat_sub-2.nii.gz"]
 
 
 def test_a_checkpoint_says_its_lateral_pairs_and_voxels(

@@ -1,14 +1,28 @@
 """Commands called by commands, in this process."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from asa.config import compose
 
+_OWN_GROUPS: ContextVar[str | None] = ContextVar("config_dir", default=None)
+
+
+@contextmanager
+def with_groups_of(config_dir: str | None) -> Iterator[None]:
+    """Let the commands that are called meanwhile find the configurations of the user's folder; None: of none."""
+    before = _OWN_GROUPS.set(config_dir)
+    try:
+        yield
+    finally:
+        _OWN_GROUPS.reset(before)
+
 
 def call(command: str, *settings: Mapping[str, Any]) -> None:
-    """Run a command with settings as on its command line; what is given later wins.
+    """Run a command with settings as on its command line, `--config-dir` too; what is given later wins.
 
     Args:
         command: its name, without "asa-".
@@ -22,7 +36,8 @@ def call(command: str, *settings: Mapping[str, Any]) -> None:
     for node in settings:
         chosen |= arguments(node)
     overrides = [f"{key}={value}" for key, value in chosen.items()]
-    getattr(module, command)(compose(command, overrides, settings=getattr(module, "SETTINGS", {})))
+    settings_of = getattr(module, "SETTINGS", {})
+    getattr(module, command)(compose(command, overrides, settings=settings_of, config_dir=_OWN_GROUPS.get()))
 
 
 def arguments(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,22 +1,29 @@
-"""asa-export: a trained network as an ONNX file."""
+"""asa-export: a trained network as an ONNX file or a MONAI bundle."""
 
 import sys
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
+from asa.engine.bundle import export_bundle
 from asa.engine.export import export_onnx
 
 
 def export(config: Config) -> None:
-    """Write the file."""
+    """Write the file or the folder."""
     out = Path(str(config["out"]))
-    difference = export_onnx(config["checkpoint"], out)
-    print(f"wrote {out}; its outputs differ from PyTorch's by at most {difference:.1e} of the largest")
+    if config["format"] == "onnx":
+        difference = export_onnx(config["checkpoint"], out)
+        print(f"wrote {out}; its outputs differ from PyTorch's by at most {difference:.1e} of the largest")
+    elif config["format"] == "bundle":
+        export_bundle(config["checkpoint"], out)
+        print(f"wrote {out}; {out}/docs/README.md says how MONAI runs it")
+    else:
+        raise ValueError(f"format={config['format']}: choose onnx or bundle")
 
 
 def main() -> int:
     """Entry point."""
-    return run_command("export", "Write a trained network as ONNX, for programs without PyTorch.", export)
+    return run_command("export", "Write a trained network as ONNX, or as a MONAI bundle.", export)
 
 
 if __name__ == "__main__":

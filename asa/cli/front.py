@@ -5,12 +5,13 @@ import io
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from asa.cli.chain import with_groups_of
 from asa.config import CONFIG_DIR, compose, describe
 from asa.data.files import write_whole
 from asa.data.splits import write_split
@@ -90,10 +91,8 @@ def _run(
         config = _at_home(compose(command, chosen.overrides, settings=settings, config_dir=chosen.config_dir))
         if chosen.print:
             print(yaml.safe_dump(config, sort_keys=False), end="")
-        elif is_main():
-            main(config)
         else:
-            with redirect_stdout(io.StringIO()):
+            with with_groups_of(chosen.config_dir), nullcontext() if is_main() else redirect_stdout(io.StringIO()):
                 main(config)
     except KeyboardInterrupt:
         print(f"asa-{command}: interrupted", file=sys.stderr)

@@ -173,7 +173,7 @@ def _file_jobs(work: Work, source: Path, config: Config) -> list[Job]:
         raise ValueError("part= chooses scans of a store; leave it out for files")
     return [
         (id, [path for path in images.values() if path is not None], partial(work.of_file, id, images))
-        for id, images in _cases(source, config["images"], work.intake)
+        for id, images in _cases(source, Path(str(config["out"])), config["images"], work.intake)
     ]
 
 
@@ -182,7 +182,9 @@ def _shares(config: Config, out: Path, id: str) -> Path | None:
     return out / "probabilities" / id if config["probabilities"] else None
 
 
-def _cases(source: Path, images: dict[str, str] | None, intake: Intake) -> list[tuple[str, Mapping[str, str | None]]]:
+def _cases(
+    source: Path, out: Path, images: dict[str, str] | None, intake: Intake
+) -> list[tuple[str, Mapping[str, str | None]]]:
     """Id and channel files of a scan or a folder of scans; None for a channel that a scan lacks."""
     channels = intake.channels
     if source.is_dir() and images:
@@ -193,13 +195,37 @@ def _cases(source: Path, images: dict[str, str] | None, intake: Intake) -> list[
             f"this model takes the channels {', '.join(channels)}: give a folder and which file is which, like "
             f"images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}"
         )
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    found = [(path.name.removesuffix(end), path) for path in files for end in ENDINGS if path.name.endswith(end)]
+    return [(id, {channels[0]: str(path)}) for id, path in _scans(source, out, channels[0]).items()]
+
+
+def _scans(source: Path, out: Path, channel: str) -> dict[str, Path]:
+    """A scan, or those of a folder and its subfolders, by id: the path inside the folder, with _ for /.
+
+    What is hidden, or lies in an `out` inside the folder, is left out.
+    """
+    if source.is_dir():
+        found = [
+            (path, folder.join_texts(texts))
+            for end in ENDINGS
+            for texts, path in folder.find_files(source, f"**/*{end}").items()
+            if not (source.resolve() in out.resolve().parents and path.resolve().is_relative_to(out.resolve()))
+        ]
+    else:
+        found = [(source, source.name.removesuffix(end)) for end in ENDINGS if source.name.endswith(end)]
     if not found:
         raise ValueError(f"{source}: no .nii or .nii.gz here")
-    if len({id for id, _ in found}) < len(found):
-        raise ValueError(f"{source}: a scan is there as .nii and as .nii.gz: leave one")
-    return [(id, {channels[0]: str(path)}) for id, path in found]
+    scans: dict[str, Path] = {}
+    for path, id in sorted(found):
+        if id in scans:
+            raise ValueError(f"{scans[id]} and {path} would both give {id}.nii.gz: leave one, or rename it")
+        scans[id] = path
+    kinds = {id.rpartition("_")[2] for id, path in scans.items() if path.name.startswith("sub-")}
+    if len(kinds) > 1 and any(path.parent != source.absolute() for path in scans.values()):
+        raise ValueError(
+            f"{source}: scans of several kinds ({', '.join(sorted(kinds))}): say which, like "
+            f"'images={{{channel}: **/*_{max(kinds)}.nii.gz}}'"
+        )
+    return scans
 
 
 def _store_jobs(work: Work, source: Path, config: Config) -> list[Job]:

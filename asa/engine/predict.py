@@ -239,7 +239,7 @@ class Segmenter:
                 for mirrored in views:
                     view = image.flip(-1) if mirrored else image
                     logits = sliding_window(model, view, self.settings, tick=bar.update).cpu()
-                    shares = logits.sigmoid() if self.regions else logits.softmax(dim=0)
+                    shares = shares_of(logits, self.regions)
                     total = total + (shares.flip(-1)[self.mirrored_channels] if mirrored else shares)
         return total / (len(self.models) * len(views))
 
@@ -247,13 +247,8 @@ class Segmenter:
         self, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path, probabilities: Path | None
     ) -> None:
         """The label map on the scan's own grid, and each probability if asked, in a file of its own."""
-        shares = self.probabilities(torch.from_numpy(np.ascontiguousarray(image))).numpy()
-        native = (to_native(share[None], chain, order=1)[0] for share in (shares if self.regions else shares[1:]))
-        if self.regions:
-            label = paint_regions(native, self.regions, like, probabilities)
-        else:
-            label = compare_classes(native, self.labels, like, probabilities)
-        write_label(out, label, like)
+        shares = self.probabilities(torch.from_numpy(np.ascontiguousarray(image)))
+        write_label(out, label_map(shares, chain, self.labels, self.regions, like, probabilities), like)
 
     def _check_sides(self) -> None:
         paired = {name for pair in self.data.get("lateral_pairs", []) for name in pair}
@@ -263,6 +258,35 @@ class Segmenter:
                     f"mirror=true: the label {name!r} has a side, and the checkpoint names no partner: "
                     "mirror=false, or fine-tune with data.lateral_pairs"
                 )
+
+
+def shares_of(logits: Tensor, regions: Mapping[str, Sequence[int]]) -> Tensor:
+    """Probabilities `(K or R, D, H, W)`: a sigmoid for each region where there are regions, else a softmax."""
+    return logits.sigmoid() if regions else logits.softmax(dim=0)
+
+
+def label_map(
+    shares: Tensor,
+    chain: dict[str, Any],
+    labels: Mapping[int, str],
+    regions: Mapping[str, Sequence[int]],
+    like: Volume,
+    folder: Path | None = None,
+) -> np.ndarray:
+    """Label values on a scan's own grid, (x, y, z) as in its file.
+
+    Args:
+        shares: `(K or R, D, H, W)` on the CPU, of the prepared scan.
+        chain: how it was prepared.
+        labels: label value -> name.
+        regions: name -> label values that it joins; {} where classes compete.
+        like: the scan.
+        folder: for each probability in a file of its own; None writes none.
+    """
+    native = (to_native(share[None], chain, order=1)[0] for share in (shares if regions else shares[1:]).numpy())
+    if regions:
+        return paint_regions(native, regions, like, folder)
+    return compare_classes(native, labels, like, folder)
 
 
 def _check_agreement(first: str, data: Mapping[str, Any], path: str, other: Mapping[str, Any]) -> None:
