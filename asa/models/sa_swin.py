@@ -143,20 +143,18 @@ def _standardised(features: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     Mean and spread are those over the two sides' foreground: voxels of `both` `(2 B, C, D, H, W)` other than 0.
     """
     head = (both != 0).any(dim=1, keepdim=True).float()
-    weights = F.adaptive_avg_pool3d(head, features.shape[2:]).chunk(2)
-    sides = features.float().chunk(2)
+    one, other = F.interpolate(head, features.shape[2:], mode="area").chunk(2)  # the share of foreground
+    sides, voxels = features.float().chunk(2), (one + other).sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
 
-    def average(one: Tensor, other: Tensor) -> Tensor:
-        # Sums over a side before they meet: the same to the bit with the sides exchanged.
-        total = (one * weights[0]).sum(dim=(2, 3, 4), keepdim=True) + (other * weights[1]).sum(
-            dim=(2, 3, 4), keepdim=True
-        )
-        return total / sum(weight.sum(dim=(2, 3, 4), keepdim=True) for weight in weights).clamp(min=1)
+    def average(here: Tensor, there: Tensor) -> Tensor:
+        # A sum of each side before they meet: the same to the bit with the sides exchanged.
+        sums = [(part * share).sum(dim=(2, 3, 4), keepdim=True) for part, share in ((here, one), (there, other))]
+        return (sums[0] + sums[1]) / voxels
 
     mean = average(*sides)
-    one, other = (side - mean for side in sides)
-    spread = average(one.square(), other.square()).sqrt() + 1e-6
-    return one / spread, other / spread
+    here, there = (side - mean for side in sides)
+    spread = average(here.square(), there.square()).sqrt() + 1e-6
+    return here / spread, there / spread
 
 
 def _decoder(width: int, embed_dim: int, channels: int) -> nn.Sequential:

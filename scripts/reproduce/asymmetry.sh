@@ -11,7 +11,7 @@ mkdir -p "$out"
 phantom() { "$PYTHON" -m asa.cli.phantom resolution=3 "$@"; }
 prepare() { "$PYTHON" -m asa.cli.prepare prepare.midway=true prepare.crop=64 "$@"; }
 
-phantom kind=t1 subjects=32 seed=1 out="'$out/train'"
+phantom kind=t1 subjects=48 seed=1 out="'$out/train'"
 phantom kind=t1 subjects=24 seed=2 out="'$out/healthy'"
 phantom kind=brats subjects=24 seed=3 out="'$out/lesioned'"
 for cohort in train healthy; do
