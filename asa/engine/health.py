@@ -168,7 +168,7 @@ class FeatureHealth:
         self.error, self.watched, self.probe = method.error, watched, probe
         self.names, self.warm_up = names, warm_up
         # The last tokens of a Swin stand for 32^3 voxels each, too many for one matrix.
-        self.probed = SwinPatches(self.encoder) if isinstance(self.encoder, Swin) else self.encoder
+        self.probed: Any = SwinPatches(self.encoder) if isinstance(self.encoder, Swin) else self.encoder
 
     def watch(self, step: int, shown: Shown) -> Shown:
         """Add what is measured here to the numbers of `validate_pretraining`, and print alarms.
