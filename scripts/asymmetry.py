@@ -1,66 +1,82 @@
-"""How well asymmetry tells lesioned from healthy scans: asymmetry.py RUN HEALTHY_STORE LESIONED_STORE
+"""How well asymmetry tells lesioned from healthy scans: asymmetry.py RUN HEALTHY_STORE LESIONED_STORE REFERENCE_STORE
 
 For a pretrained SA-Swin, for the same network with its first weights, and for the plain difference of a scan and its
-mirror image: the AUC of the score, of the map's mean and of its peak, and how often the peak lies in the lesion or in
-its mirror image. "by chance" is the share of the head that these take.
+mirror image, blurred by 2 voxels or not: the AUC of the scan's score and of the map's mean, its highest hundredth and
+its peak, and how often the peak lies in the lesion or in its mirror image. Rows "beyond healthy" are in spreads above
+what the scans of REFERENCE_STORE show at each place: healthy ones, none of them among the two stores that are compared.
+"by chance" is the share of the head that lesions and their mirror images take.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from asa.config import build
 from asa.data.store import Store
-from asa.engine.asymmetry import AsymmetryScorer
+from asa.engine.asymmetry import AsymmetryScorer, Found, HealthyScans
 from asa.engine.checkpoint import read_description
 from asa.engine.classification import auc
 from asa.engine.predict import PredictSettings
 
+Compare = Callable[[Tensor], Found]
 
-def difference(image: Tensor) -> tuple[float, Tensor]:
+
+def difference(image: Tensor, blur: float = 0.0) -> Found:
     """The mean difference of a scan `(C, D, H, W)` and its mirror image, relative to the scan's mean, and its map."""
-    found = (image - image.flip(-1)).abs().mean(dim=0)
-    return float(found.mean() / image.mean()), found
+    unlike = (image - image.flip(-1)).abs().mean(dim=0)
+    inside = (image != 0).any(dim=0)
+    shown = torch.from_numpy(ndimage.gaussian_filter(unlike.numpy(), blur)) if blur else unlike
+    inside = inside | inside.flip(-1)
+    return Found(float(unlike.mean() / image.mean()), shown * inside, inside)
 
 
-def measure(compare, healthy: Store, lesioned: Store) -> list[float]:
-    """AUC of score, mean and peak, the share of peaks in the lesion or its mirror, and that by chance."""
-    numbers: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
-    hits, chance = [], []
-    for store in (healthy, lesioned):
-        for record in store.records:
-            image = torch.from_numpy(np.array(store.image(record["id"]), dtype=np.float32))
-            score, found = compare(image)
-            numbers[store is lesioned].append((score, float(found[found > 0].mean()), float(found.max())))
-            label = store.label(record["id"]) if store is lesioned else None
-            if label is not None:
-                lesion = (label[0] > 0) | (label[0] > 0)[..., ::-1]
-                hits.append(bool(lesion.ravel()[int(found.argmax())]))
-                chance.append(lesion.sum() / max(int((found > 0).sum()), 1))
-    both = np.array([*numbers[False], *numbers[True]])
-    truth = np.arange(len(both)) >= len(numbers[False])
-    return [*(auc(both[:, k], truth) for k in range(3)), float(np.mean(hits)), float(np.mean(chance))]
+def volumes(store: Store) -> list[Tensor]:
+    """The store's scans."""
+    return [torch.from_numpy(np.array(store.image(record["id"]), dtype=np.float32)) for record in store.records]
+
+
+def measure(healthy: list[Found], lesioned: list[Found], lesions: list[np.ndarray]) -> list[float]:
+    """AUC of score, mean, top and peak, the share of peaks in the lesion or its mirror, and that by chance."""
+    both = [*healthy, *lesioned]
+    numbers = np.array([(one.score, one.mean, one.top, float(one.map.max())) for one in both])
+    truth = np.arange(len(both)) >= len(healthy)
+    hits = [lesion.ravel()[int(one.map.argmax())] for one, lesion in zip(lesioned, lesions, strict=True)]
+    chance = [lesion[one.inside.numpy()].mean() for one, lesion in zip(lesioned, lesions, strict=True)]
+    return [*(auc(numbers[:, k], truth) for k in range(4)), float(np.mean(hits)), float(np.mean(chance))]
 
 
 def main() -> None:
-    """Print a row for the trained network, the untrained one, and the plain difference."""
-    run, healthy, lesioned = (Path(argument) for argument in sys.argv[1:4])
+    """Print two rows for the trained network, the untrained one, and the plain differences."""
+    run, *paths = (Path(argument) for argument in sys.argv[1:5])
+    stores = [Store(path) for path in paths]
+    healthy, lesioned, reference = (volumes(store) for store in stores)
+    labels = [stores[1].label(record["id"]) for record in stores[1].records]
+    lesions = [(label[0] > 0) | (label[0] > 0)[..., ::-1] for label in labels if label is not None]
+    print(f"{len(healthy)} healthy scans, {len(lesioned)} lesioned on one side; {len(reference)} healthy for reference")
+    print(
+        f"{'':<42}" + "".join(f"{name:>11}" for name in ("AUC score", "mean", "top", "peak", "peak hits", "by chance"))
+    )
+
+    def show(name: str, compare: Compare) -> None:
+        found = [[compare(volume) for volume in part] for part in (healthy, lesioned, reference)]
+        above = HealthyScans(found[2]).beyond
+        beyond = [[above(one) for one in part] for part in found[:2]]
+        for title, rows in ((name, found[:2]), (f"{name}, beyond healthy", beyond)):
+            print(f"{title:<42}" + "".join(f"{value:>11.3f}" for value in measure(*rows, lesions)), flush=True)
+
     scorer = AsymmetryScorer(run, PredictSettings())
-    stores = Store(healthy), Store(lesioned)
-    print(f"{len(stores[0])} healthy scans, {len(stores[1])} with a lesion on one side")
-    print(f"{'':<20}{'AUC score':>10}{'map mean':>10}{'map peak':>10}{'peak hits':>10}{'by chance':>10}")
-
-    def show(name: str, compare) -> None:
-        print(f"{name:<20}" + "".join(f"{value:>10.3f}" for value in measure(compare, *stores)), flush=True)
-
     show("pretrained", scorer.compare)
     torch.manual_seed(0)
     scorer.model = build(read_description(run)["model"]).eval().to(scorer.device)
     show("first weights", scorer.compare)
     show("plain difference", difference)
+    show("plain difference, blurred", partial(difference, blur=2.0))
 
 
 if __name__ == "__main__":

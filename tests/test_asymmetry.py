@@ -1,19 +1,22 @@
 """From a pretraining that knows who is healthy to asymmetry scores and maps of new scans, by the commands."""
 
 import csv
+import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from asa.cli import predict, pretrain
 from asa.data.health import read_health
-from asa.data.store import Store
+from asa.data.store import MANIFEST, Store, write_array
 from asa.data.tables import read_column
 from asa.data.volume import read_image, write_image
-from asa.engine.asymmetry import TABLE, AsymmetryScorer
+from asa.engine.asymmetry import TABLE, AsymmetryScorer, Found, HealthyScans
 from asa.engine.checkpoint import load_encoder, load_model
 from asa.engine.export import export_onnx
 from asa.engine.predict import PredictSettings, Segmenter
@@ -94,6 +97,84 @@ def test_a_scan_that_is_its_own_mirror_image_scores_0(trained: Path, tmp_path: P
     row = scorer.score_file("scan", {"t1": tmp_path / "scan.nii.gz"}, tmp_path / "map.nii.gz")
     assert row.score == row.peak == row.mean == 0
     assert not read_image(tmp_path / "map.nii.gz").data.any()
+
+
+def found_of(map: Tensor, inside: Tensor) -> Found:
+    return Found(0.0, map * inside, inside)
+
+
+def test_the_top_is_the_mean_of_the_highest_hundredth_inside_the_head() -> None:
+    generator = torch.Generator().manual_seed(0)
+    map, inside = torch.rand(8, 9, 10, generator=generator), torch.rand(8, 9, 10, generator=generator) > 0.3
+    values = sorted(
+        value for value, counts in zip(map.flatten().tolist(), inside.flatten().tolist(), strict=True) if counts
+    )
+    highest = values[-math.ceil(len(values) / 100) :]
+    assert found_of(map, inside).top == pytest.approx(sum(highest) / len(highest))
+    assert found_of(map, inside).mean == pytest.approx(sum(values) / len(values))
+    assert found_of(map, inside & False).top == found_of(map, inside & False).mean == 0
+
+
+def test_beyond_healthy_counts_spreads_above_the_healthy_scans_that_reach_a_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        (torch.rand(3, 4, 5, generator=generator), torch.rand(3, 4, 5, generator=generator) > 0.4) for _ in range(4)
+    ]
+    drawn = [(map, inside & (torch.arange(5) < 4)) for map, inside in drawn]  # no healthy head reaches the last place
+    new = found_of(2 * torch.rand(3, 4, 5, generator=generator), torch.ones(3, 4, 5, dtype=torch.bool))
+    reach = {place: [float(map[place]) for map, inside in drawn if inside[place]] for place in np.ndindex(3, 4, 5)}
+    spreads = {place: float(np.std(values)) for place, values in reach.items() if values}
+    typical = sorted(spreads.values())[(len(spreads) - 1) // 2]
+    found = HealthyScans([found_of(*one) for one in drawn]).beyond(new)
+    for place, values in reach.items():
+        above = (float(new.map[place]) - np.mean(values)) / (spreads[place] + typical) if values else 0
+        assert float(found.map[place]) == pytest.approx(max(above, 0), abs=1e-5)
+    with pytest.raises(ValueError, match="3x4x4 voxels, and healthy scans of 3x4x5"):
+        HealthyScans([found_of(*one) for one in drawn]).beyond(found_of(torch.rand(3, 4, 4), torch.ones(3, 4, 4) > 0))
+    with pytest.raises(ValueError, match="two or more"):
+        HealthyScans([new])
+    with pytest.raises(ValueError, match="2 sizes"):
+        HealthyScans([new, found_of(torch.rand(3, 4, 4), torch.ones(3, 4, 4) > 0)])
+
+
+@pytest.fixture
+def alike(store: Path, tmp_path: Path) -> Path:
+    """Two scans of one size, prepared like the others: the first of them with noise of its own in each."""
+    manifest = json.loads((store / MANIFEST).read_text())
+    first, image = manifest["records"][0], np.array(Store(store).image("s0"))
+    manifest["records"] = [{**first, "id": f"a{k}", "subject": f"a{k}"} for k in range(2)]
+    (tmp_path / "alike").mkdir()
+    (tmp_path / "alike" / MANIFEST).write_text(json.dumps(manifest))
+    for k in range(2):
+        noise = np.random.default_rng(k).normal(0, 0.05, image.shape)
+        write_array(tmp_path / "alike", f"a{k}", "image", (image + noise * (image != 0)).astype(np.float16))
+    return tmp_path / "alike"
+
+
+def test_maps_are_beyond_healthy_scans_where_these_are_given(
+    trained: Path, alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (f"checkpoint={trained}", f"input={alike}", f"out={tmp_path / 'out'}", "predict.device=cpu")
+    with pytest.warns(UserWarning, match="without prepare.midway"):
+        assert run(monkeypatch, predict, *arguments, f"healthy={alike}") == 0
+        scorer = AsymmetryScorer(trained, PredictSettings(device="cpu"), healthy=alike)
+    image = torch.from_numpy(np.array(Store(alike).image("a1"), dtype=np.float32))
+    found, turned = scorer.compare(image), scorer.compare(image.flip(-1))
+    row = rows_of(tmp_path / "out" / TABLE)["a1"]
+    assert float(row["top"]) == pytest.approx(found.top, rel=1e-4)
+    assert float(row["mean"]) <= float(row["top"]) <= float(row["peak"])
+    assert turned.score == pytest.approx(found.score, rel=1e-3)
+    torch.testing.assert_close(turned.map, found.map.flip(-1), atol=1e-3, rtol=1e-3)
+    symmetric = scorer.compare((image + image.flip(-1)) / 2)
+    assert symmetric.score == symmetric.top == 0 and not symmetric.map.any()
+
+
+def test_healthy_scans_prepared_in_another_way_are_refused(trained: Path, store: Path, tmp_path: Path) -> None:
+    manifest = json.loads((store / MANIFEST).read_text())
+    manifest["settings"]["margin"] += 1
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="prepared in another way"), pytest.warns(UserWarning, match="midway"):
+        AsymmetryScorer(trained, PredictSettings(device="cpu"), healthy=tmp_path)
 
 
 def test_what_a_symmetry_network_cannot_do_is_said(

@@ -23,6 +23,7 @@ from asa.engine.health import (
 )
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.asa import asa_tiny
+from asa.models.swin import Swin, SwinPatches
 
 HEALTHY = {"effective_rank": 40.0, "feature_variance": 0.5, "masked_mse": 0.5, "mean_predictor_mse": 1.0}
 ERROR = ("masked_mse", "mean_predictor_mse")
@@ -167,6 +168,18 @@ def test_the_log_of_a_run_holds_health_and_probe(store: Path, tmp_path: Path, mo
     assert {"effective_rank", "feature_variance", "probe_dice", "probe_dice_wm", "masked_mse"} <= lines[-1].keys()
     # Two steps teach nothing, and the run says so.
     assert "ALARM: no better than the mean" in capsys.readouterr().out
+
+
+def test_the_probe_of_a_swin_reads_its_features_at_an_eighth(store: Path) -> None:
+    encoder = Swin(64, embed_dim=4, num_heads=(1, 1, 2, 2), window=2)
+    patches = SwinPatches(encoder)
+    volume = draw(1, 1, 64, 64, 64)
+    tokens = patches(volume)
+    assert tokens.shape == (1, 8**3, 16)
+    at = (1 * 8 + 2) * 8 + 3  # the patch whose voxels begin at 8, 16, 24
+    torch.testing.assert_close(tokens[0, at], encoder.levels(volume)[2][0, :, 1, 2, 3])
+    dataset, names = open_probe(str(store), ["t1"], (64, 64, 64))
+    assert {"probe_dice", "probe_dice_wm"} <= probe_dice(patches, dataset, names).keys()
 
 
 def test_few_tokens_are_not_taken_for_a_collapse() -> None:

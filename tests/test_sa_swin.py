@@ -205,7 +205,30 @@ def test_whole_volumes_of_any_size_have_a_map_of_their_own_size(size: tuple[int,
         again, flipped = model.asymmetry(flip(volume))
     assert found.shape == (1, *size) and 0 < float(score) < 1 and 0 < float(found.max()) < 1
     torch.testing.assert_close(score, again)
-    torch.testing.assert_close(found, flipped)  # one is compared with the other at the same place
+    torch.testing.assert_close(flipped, flip(found))
+    torch.testing.assert_close(found, flip(found))  # a place and its counterpart are compared: neither is told apart
+
+
+def test_the_map_is_of_features_standardised_over_both_sides_of_the_foreground() -> None:
+    volume, model = draw(1, 1, 32, 32, 64).sigmoid(), network()
+    volume[..., :10] = 0  # of W: background, half of it facing the head
+    with torch.no_grad():
+        _, found = model.asymmetry(volume, flip(volume))
+        levels = model.encoder.levels(torch.cat([volume, flip(volume)]))[0].double()
+    head = F.avg_pool3d((torch.cat([volume, flip(volume)]) != 0).double(), 2)[:, 0]
+    channels = []
+    for channel in levels.unbind(dim=1):
+        mean = (channel * head).sum() / head.sum()
+        channels.append((channel - mean) / ((channel - mean).square() * head).sum().div(head.sum()).sqrt())
+    here, there = torch.stack(channels, dim=-1)  # two of D/2 H/2 W/2 E
+    expected = ((1 - F.cosine_similarity(here, there, dim=-1)) / 2)[None, None]
+    expected = F.interpolate(expected, found.shape[1:], mode="trilinear")[:, 0]
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_an_empty_volume_has_no_asymmetry() -> None:
+    score, found = network().asymmetry(torch.zeros(1, 1, 32, 32, 64))
+    assert score.tolist() == [0] and not found.any()
 
 
 def test_the_symmetric_template_scores_0() -> None:

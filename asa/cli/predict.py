@@ -88,10 +88,12 @@ def _description(checkpoint: str | list[str]) -> dict[str, Any]:
 
 def _work(config: Config, out: Path, target: str) -> Work:
     """What a checkpoint is for, by what it makes its network with."""
-    if target.startswith("asa.models.classifier."):
-        return _classification(config, out)
     if target.startswith("asa.models.sa_swin."):
         return _asymmetry(config, out)
+    if config["healthy"] is not None:
+        raise ValueError("healthy= is what asymmetry is compared with, of a run of method=sa_swin: leave it out")
+    if target.startswith("asa.models.classifier."):
+        return _classification(config, out)
     return _segmentation(config, out)
 
 
@@ -116,7 +118,9 @@ def _segmentation(config: Config, out: Path) -> Work:
 
 def _asymmetry(config: Config, out: Path) -> Work:
     checkpoint = _only(config, "an asymmetry score")
-    scorer = AsymmetryScorer(checkpoint, typed(PredictSettings, config["predict"]), strip=config["strip"])
+    scorer = AsymmetryScorer(
+        checkpoint, typed(PredictSettings, config["predict"]), strip=config["strip"], healthy=config["healthy"]
+    )
     rows: list[AsymmetryRow] = []
 
     def of_file(id: str, images: Mapping[str, str | None]) -> None:

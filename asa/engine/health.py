@@ -17,6 +17,7 @@ from asa.engine.device import autocast
 from asa.engine.validate import Shown
 from asa.methods.base import Pretraining
 from asa.models.sw_vit import SWViT
+from asa.models.swin import Swin, SwinPatches
 from asa.ops.patches import patchify
 
 VOLUMES = 8  # looked at, at most
@@ -90,7 +91,7 @@ def alarms(numbers: Mapping[str, float], width: int, error: Sequence[str], *, wa
     return lines
 
 
-def probe_dice(encoder: SWViT, dataset: CropDataset, names: Sequence[str]) -> dict[str, float]:
+def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequence[str]) -> dict[str, float]:
     """Dice of a linear map from frozen tokens to labels, fitted on half of the volumes and scored on the others.
 
     The map goes from a patch's token to the classes of its voxels. It is a ridge regression in closed form.
@@ -158,9 +159,6 @@ class FeatureHealth:
         probe: labelled crops for the linear probe, or None.
         names: of the probe's classes 1, 2, ...
         warm_up: steps before its error has to beat the mean.
-
-    Raises:
-        ValueError: a probe of an encoder whose tokens are no patches.
     """
 
     def __init__(
@@ -169,10 +167,8 @@ class FeatureHealth:
         self.encoder: Any = method.model.encoder
         self.error, self.watched, self.probe = method.error, watched, probe
         self.names, self.warm_up = names, warm_up
-        if probe is not None and not isinstance(self.encoder, SWViT):
-            raise ValueError(
-                "data.probe maps tokens of patches to labels, which method=asa and method=mae have: leave it"
-            )
+        # The last tokens of a Swin stand for 32^3 voxels each, too many for one matrix.
+        self.probed: Any = SwinPatches(self.encoder) if isinstance(self.encoder, Swin) else self.encoder
 
     def watch(self, step: int, shown: Shown) -> Shown:
         """Add what is measured here to the numbers of `validate_pretraining`, and print alarms.
@@ -192,7 +188,7 @@ class FeatureHealth:
         features = encode(self.encoder, self.watched, VOLUMES)
         found = feature_health(features)
         if self.probe is not None:
-            found |= probe_dice(self.encoder, self.probe, self.names)
+            found |= probe_dice(self.probed, self.probe, self.names)
         width = min(features.shape[2], freedom(features))
         lines = alarms({**numbers, **found}, width, self.error, warm=step > self.warm_up)
         return found, lines

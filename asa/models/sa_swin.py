@@ -16,7 +16,7 @@ from asa.models.saca import SymmetryAwareBlock, look_across
 from asa.models.swin import STRIDE, Swin
 from asa.ops.symmetry import asymmetry, flip, pad_to_multiple
 
-MAP_LEVEL = 1  # of the encoder, 1/4 of the resolution, where the asymmetry map is taken: coarser ones find less
+MAP_LEVEL = 0  # of the encoder, 1/2 of the resolution, where the asymmetry map is taken: coarser ones find less
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,42 @@ class SASwin(nn.Module):
                 with the mid-sagittal plane in the middle of W.
 
         Returns:
-            The score (1 - cos(z, z~)) / 2, `(B,)`, and its map `(B, D, H, W)`: the same of the encoder's features at
-            mirrored places, at 1/4 of the resolution, brought to the volume's grid. Both in float32, from 0 to 1, and
-            exactly 0 where the volume is its own mirror image.
+            The score (1 - cos(z, z~)) / 2, `(B,)`, and a map `(B, D, H, W)`: the same of the encoder's features at
+            mirrored places, at 1/2 of the resolution, each channel brought to mean 0 and spread 1 over both sides of
+            the scan's foreground before (features share a large mean, beside which differences look small), and then
+            to the volume's grid. Without `mirrored` it is the mean with its own mirror image: the flipped volume has
+            the flipped map. Both in float32, from 0 to 1, and exactly 0 where the volume is its own mirror image.
         """
         both = torch.cat([volume, flip(volume) if mirrored is None else mirrored])
-        levels = self.encoder.levels(pad_to_multiple(both, STRIDE))
-        padded = [size + -size % STRIDE for size in volume.shape[2:]]
-        here, there = levels[MAP_LEVEL].chunk(2)
-        found = F.interpolate(asymmetry(here, there, dim=1)[:, None], padded, mode="trilinear")[:, 0]
-        side, other = self.symmetry(levels[-1].flatten(2).mean(dim=2)).chunk(2)
+        padded = pad_to_multiple(both, STRIDE)
+        levels = self.encoder.levels(padded)
+        here, there = _standardised(levels[MAP_LEVEL], padded)
+        unlike = asymmetry(here, there, dim=1)[:, None]
+        found = F.interpolate(unlike, padded.shape[2:], mode="trilinear")[:, 0]
         d, h, w = volume.shape[2:]
-        return asymmetry(side, other), found[:, :d, :h, :w]
+        found = found[:, :d, :h, :w]
+        side, other = self.symmetry(levels[-1].flatten(2).mean(dim=2)).chunk(2)
+        return asymmetry(side, other), found if mirrored is not None else (found + flip(found)) / 2
+
+
+def _standardised(features: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
+    """Features `(2 B, E, ...)` of volumes and then of what faces them, in two: mean 0 and spread 1 in each channel.
+
+    Mean and spread are those over the two sides' foreground: voxels of `both` `(2 B, C, D, H, W)` other than 0.
+    """
+    head = (both != 0).any(dim=1, keepdim=True).float()
+    one, other = F.interpolate(head, features.shape[2:], mode="area").chunk(2)  # the share of foreground
+    sides, voxels = features.float().chunk(2), (one + other).sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
+
+    def average(here: Tensor, there: Tensor) -> Tensor:
+        # A sum of each side before they meet: the same to the bit with the sides exchanged.
+        sums = [(part * share).sum(dim=(2, 3, 4), keepdim=True) for part, share in ((here, one), (there, other))]
+        return (sums[0] + sums[1]) / voxels
+
+    mean = average(*sides)
+    here, there = (side - mean for side in sides)
+    spread = average(here.square(), there.square()).sqrt() + 1e-6
+    return here / spread, there / spread
 
 
 def check_bfloat16_depth(volume: Tensor) -> None:

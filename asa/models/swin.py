@@ -87,3 +87,21 @@ class Swin(nn.Module):
         """Plain codes of the places of a volume's tokens, `(L, E)`."""
         grid = grid_size(volume.shape[2:], STRIDE)
         return sincos_position_encoding(grid, self.embed_dim).to(volume.device)
+
+
+class SwinPatches(nn.Module):
+    """The features of a Swin at 1/8 of the resolution, as tokens of patches of 8^3 voxels, for a linear probe.
+
+    Args:
+        encoder: the Swin.
+    """
+
+    patch_size = 8
+
+    def __init__(self, encoder: Swin) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """`(B, C, D, H, W)` -> tokens `(B, L, 4 e)` in raster order."""
+        return self.encoder.levels(volume)[2].flatten(2).transpose(1, 2)
