@@ -9,7 +9,8 @@ import torch
 
 from asa.data.augment import Augmentation, AugmentSettings, draw_augmentation, move, recolour, source_size, swap_sides
 from asa.data.foreground import Foreground
-from asa.data.loader import CropDataset, EndlessSampler, LoaderSettings, make_loader, read_box, sample_seed
+from asa.data.loader import CropDataset, EndlessSampler, LoaderSettings, make_loader, read_box
+from asa.data.seeds import sample_seed
 from asa.data.store import IGNORED, Store
 
 STRONG = AugmentSettings(

@@ -13,7 +13,7 @@ from asa.cli import regions, simulate
 from asa.data.picture import list_pictures, read_picture, read_regions, write_picture, write_regions
 from asa.data.providers import make_provider, paint
 from asa.data.regions import outlined, store_regions
-from asa.data.simulate import decimated, low_count_pet, low_dose_ct
+from asa.data.simulate import decimated, low_count_pet, low_dose_ct, simulate_folder
 
 pytest.importorskip("skimage")
 
@@ -208,3 +208,14 @@ def test_simulated_pairs_are_read_in_the_units_of_their_source(tmp_path: Path, m
         np.testing.assert_allclose(read_picture(tmp_path / "pairs" / "high" / "a.png", window), expected, atol=1e-4)
     low, high = (read_picture(tmp_path / "pairs" / part / "a.png", (-1000, 1000)) for part in ("low", "high"))
     assert 0 < np.abs(low - high).mean() < 0.1
+
+
+def test_simulation_does_not_depend_on_the_processes(tmp_path: Path) -> None:
+    for k in range(2):
+        write_picture(tmp_path / "clean" / f"{k}.png", discs(24, 20))
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        assert simulate_folder(tmp_path / "clean", out, "pet", workers=workers, counts=1e5) == 2
+    for path in (tmp_path / "1").glob("*/*.png"):
+        assert path.read_bytes() == (tmp_path / "2" / path.relative_to(tmp_path / "1")).read_bytes()
+    assert (tmp_path / "1" / "low" / "0.png").read_bytes() != (tmp_path / "1" / "low" / "1.png").read_bytes()

@@ -9,7 +9,8 @@ import torch
 from ranks import log, ranks
 from torch.nn import functional as F
 
-from asa.data.loader import CropDataset, LoaderSettings, collate, sample_seed
+from asa.data.loader import CropDataset, LoaderSettings, collate
+from asa.data.seeds import sample_seed
 from asa.data.store import Store
 from asa.data.volume import to_ras
 from asa.engine.distributed import is_main, joined

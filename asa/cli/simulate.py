@@ -5,7 +5,7 @@ from pathlib import Path
 
 from asa.cli.front import Config, run_command
 from asa.data.files import write_json
-from asa.data.simulate import make_degradation, simulate_folder
+from asa.data.simulate import simulate_folder
 
 PHYSICS = ("window", "photons", "pixel", "counts", "factor", "blur")
 
@@ -17,10 +17,11 @@ def simulate(config: Config) -> None:
     count = simulate_folder(
         config["input"],
         out,
-        make_degradation(kind, **physics),
-        window=config["window"],
+        kind,
         multiple=config["factor"] if kind == "sr" else 1,
         seed=config["seed"],
+        workers=config["workers"],
+        **physics,
     )
     write_json(out / "simulated.json", {"kind": kind, **physics, "seed": config["seed"]})
     print(f"wrote {count} simulated pairs to {out}")

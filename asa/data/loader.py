@@ -9,7 +9,6 @@ counterpart of voxel i of the image, on the other side of the volume), numbers t
 `(B,)` int64 on the CPU, "id" a list of record ids.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from asa.data.augment import (
     swap_sides,
 )
 from asa.data.foreground import Foreground
+from asa.data.seeds import sample_seed
 from asa.data.workers import end_with_parent, end_workers_at_exit, leave_stopping_to_parent
 from asa.ops.symmetry import flip, mirrored_start
 
@@ -57,12 +57,6 @@ class VolumeSource(Protocol):
     def image(self, record_id: str) -> np.ndarray: ...
 
     def label(self, record_id: str) -> np.ndarray | None: ...
-
-
-def sample_seed(*parts: object) -> int:
-    """A seed in 0..2^63-1 from what makes a draw unique; equal on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Samples(Dataset[dict[str, Any]], ABC):

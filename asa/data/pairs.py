@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from asa.data.datasets.folder import subject_of
-from asa.data.loader import Samples, sample_seed
+from asa.data.loader import Samples
 from asa.data.picture import list_pictures, read_picture, read_regions
+from asa.data.seeds import sample_seed
 
 
 class Pair(TypedDict):

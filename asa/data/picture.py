@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from asa.data.files import write_whole
 from asa.data.volume import read_slice
 
 ENDINGS = (".png", ".nii.gz", ".nii", ".dcm")
-WINDOW = "window"  # text in a PNG: what its 0 and its largest value stand for, in the image's units
+WINDOW = "asa-window"  # text in a PNG: what its 0 and its largest value stand for, in the image's units
 DEPTHS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
@@ -90,7 +91,7 @@ def stored_window(path: str | Path) -> tuple[float, float] | None:
     """The window that a PNG was written with by `write_picture`, if it was; None for other files."""
     if not str(path).lower().endswith(".png"):
         return None
-    with needed("PIL.Image").open(path) as opened:
+    with _opened(Path(path)) as opened:
         return checked_window(json.loads(opened.info[WINDOW])) if WINDOW in opened.info else None
 
 
@@ -115,15 +116,22 @@ def _read(path: Path) -> np.ndarray:
     return _read_dicom(path) if name.endswith(".dcm") else read_slice(path)
 
 
-def _read_png(path: Path) -> np.ndarray:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A PNG whose header is read; damage that shows while it is open names the file."""
     image = needed("PIL.Image")
     try:
         with image.open(path) as opened:
-            if opened.mode not in ("L", "RGB", "I;16"):  # a palette, transparency, black and white
-                opened = opened.convert("L" if opened.mode in ("1", "LA") else "RGB")
-            return np.asarray(opened)
+            yield opened
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path}: not a whole PNG ({error})") from None
+
+
+def _read_png(path: Path) -> np.ndarray:
+    with _opened(path) as opened:
+        if opened.mode not in ("L", "RGB", "I;16"):  # a palette, transparency, black and white
+            return np.asarray(opened.convert("L" if opened.mode in ("1", "LA") else "RGB"))
+        return np.asarray(opened)
 
 
 def _read_dicom(path: Path) -> np.ndarray:

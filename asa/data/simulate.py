@@ -6,14 +6,17 @@ Images are `(H, W)` or `(C, H, W)` float; randomness comes from a numpy Generato
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 from tqdm import tqdm
 
-from asa.data.loader import sample_seed
 from asa.data.picture import list_pictures, needed, read_picture, write_picture
+from asa.data.seeds import sample_seed
+from asa.data.workers import KILLED, in_processes
 
 KINDS = ("ct", "pet", "sr")
 Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -160,36 +163,59 @@ def _grey(image: np.ndarray) -> np.ndarray:
 def simulate_folder(
     images: str | Path,
     out: Path,
-    degrade: Degradation,
+    kind: str,
     *,
     window: Sequence[float] | None = None,
     multiple: int = 1,
     seed: int = 0,
+    workers: int = 1,
+    **physics: Any,
 ) -> int:
     """Write OUT/high/ID.png and its degraded partner OUT/low/ID.png for every image in a folder.
 
     Args:
         images: folder of clean images.
         out: folder of the pairs.
-        degrade: see `make_degradation`.
+        kind: see `make_degradation`.
         window: see `asa.data.picture.read_picture`; the pairs remember it.
         multiple: the sizes are cut to multiples of it.
         seed: of every random draw; an image's do not depend on the others.
+        workers: processes; 1 works in this one.
+        physics: see `make_degradation`.
 
     Returns:
         The number of pairs.
 
     Raises:
-        FileNotFoundError, ValueError: no images, or one that cannot be read or degraded; the message names it.
+        FileNotFoundError, ValueError: no images, settings that do not fit, or an image that cannot be read or degraded;
+            the message names it.
     """
-    found = list_pictures(images)
-    for id, path in tqdm(found.items(), desc="simulate", unit="image"):
+    if workers < 1:
+        raise ValueError(f"workers={workers}: give 1 or more processes")
+    settings = {"kind": kind, "window": window, **physics}
+    make_degradation(**settings)  # what does not fit is said once, not for every image
+    jobs = {id: (id, str(path)) for id, path in list_pictures(images).items()}
+    make = partial(_write_pair, out=out, settings=settings, multiple=multiple, seed=seed)
+    with tqdm(total=len(jobs), desc="simulate", unit="image") as bar:
+        for id, failure in in_processes(make, jobs, workers):
+            if failure is None or failure:
+                raise ValueError(failure or f"{jobs[id][1]}: {KILLED}")
+            bar.update()
+    return len(jobs)
+
+
+def _write_pair(job: tuple[str, str], *, out: Path, settings: dict[str, Any], multiple: int, seed: int) -> str:
+    """Read, degrade and write an image, (id, path): why it failed, or nothing."""
+    (id, path), window = job, settings["window"]
+    try:
         clean = read_picture(path, window)
-        clean = clean[:, : clean.shape[1] // multiple * multiple, : clean.shape[2] // multiple * multiple]
-        try:
-            low = degrade(clean, np.random.default_rng(sample_seed(seed, id)))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        write_picture(out / "high" / f"{id}.png", clean, window)
-        write_picture(out / "low" / f"{id}.png", low, window)
-    return len(found)
+    except ValueError as error:
+        return str(error)
+    clean = clean[:, : clean.shape[1] // multiple * multiple, : clean.shape[2] // multiple * multiple]
+    try:
+        low = make_degradation(**settings)(clean, np.random.default_rng(sample_seed(seed, id)))
+    except ValueError as error:
+        return f"{path}: {error}"
+    write_picture(out / "high" / f"{id}.png", clean, window)
+    write_picture(out / "low" / f"{id}.png", low, window)
+    return ""

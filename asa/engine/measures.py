@@ -84,6 +84,7 @@ def restoration(window: Sequence[float] | None) -> Scoring:
         window: (low, high) in the images' units, the data range; None: the files' whole range, as 0 to 1.
     """
     width = 1.0 if window is None else float(window[1]) - float(window[0])
+    unit = "as a share of the data range" if window is None else "in the images' units"
     psnr = Measure(
         name="psnr",
         title="PSNR",
@@ -106,8 +107,7 @@ def restoration(window: Sequence[float] | None) -> Scoring:
         name="rmse",
         title="RMSE",
         unit="",
-        meaning="root of the mean squared error, in the images' units"
-        + (", of which the data range holds 1; 0 is perfect." if window is None else "; 0 is perfect."),
+        meaning=f"root of the mean squared error, {unit}; 0 is perfect.",
         digits=max(1, 4 - round(math.log10(width))),
         higher_is_better=False,
     )
