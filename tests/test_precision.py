@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asa.engine.train import autocast
+from asa.engine.device import autocast
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.segment import Segmentation
 from asa.models.asa import asa_tiny

@@ -50,7 +50,7 @@ def test_a_cpu_is_always_known() -> None:
 
 def test_a_v100_without_kernels_is_refused_with_what_to_install(gpu) -> None:
     gpu((7, 0), ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], version="2.13.0+cu130")
-    with pytest.raises(ValueError, match=r"Tesla X is sm_70.*sm_75.*torch==2\.8.*cu126") as error:
+    with pytest.raises(ValueError, match=r"Tesla X is sm_70.*sm_75.*torch 2\.8.*CUDA 12\.6") as error:
         check_gpu(GPU)
     assert "\n" not in str(error.value)
 
@@ -66,7 +66,7 @@ def test_a_v100_on_the_advised_torch_is_fine_and_on_a_later_one_noted(gpu) -> No
     assert check_gpu(GPU) == []
     gpu((7, 0), ["sm_50", "sm_70", "sm_90"], version="2.10.0+cu126")
     (note,) = check_gpu(GPU)
-    assert note.startswith("note:") and "torch==2.8" in note
+    assert note.startswith("note:") and "torch 2.8" in note
 
 
 @pytest.mark.parametrize(

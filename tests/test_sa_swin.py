@@ -438,3 +438,12 @@ def test_two_ranks_pretrain_as_one_does(tmp_path, store) -> None:
         np.array(log(tmp_path / str(world), "loss", "contrastive", "symmetry", "gradient_norm")) for world in (1, 2)
     )
     np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+def test_a_depth_with_wrong_bfloat16_gradients_is_refused_in_training() -> None:
+    model, batch = network(), batch_of(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="wrong gradients"):
+            model(batch["image"], batch["mirror"])
+        with torch.no_grad():
+            assert model(batch["image"], batch["mirror"]).volume.isfinite().all()

@@ -13,8 +13,9 @@ from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
 from asa.engine import checkpoint as checkpoint_module
 from asa.engine.checkpoint import list_checkpoints, load_encoder, load_model, read_weights, save_checkpoint
+from asa.engine.device import pick_device, pick_precision
 from asa.engine.optim import OptimSettings, Schedule, make_optimizer
-from asa.engine.train import TrainSettings, pick_device, pick_precision, train
+from asa.engine.train import TrainSettings, train
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.asa import asa_tiny
 

@@ -7,25 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from asa.cli.cohort import Records, open_parts
-from asa.cli.front import Config, open_run
-from asa.cli.planning import preflight, show_plan, wants_plan
+from asa.cli.front import Config
+from asa.cli.job import Job
 from asa.cli.start import start
-from asa.config import build, typed
+from asa.config import typed
 from asa.data.augment import AugmentSettings
 from asa.data.files import write_json, write_whole
-from asa.data.loader import CropDataset, LoaderSettings
+from asa.data.loader import CropDataset
 from asa.data.tables import read_column
 from asa.engine.checkpoint import find_weights, load_model
 from asa.engine.classification import ClassScores, class_table, predict_classes, score_classes
+from asa.engine.device import pick_device
 from asa.engine.distributed import is_main
 from asa.engine.intake import learnt_from
-from asa.engine.optim import OptimSettings
 from asa.engine.source import read_source
-from asa.engine.train import TrainSettings, check_settings, pick_device, train
 
 
 def classify(config: Config) -> None:
@@ -34,37 +32,26 @@ def classify(config: Config) -> None:
     Raises:
         ValueError: no table, no class in a part of the split, or a pretrained encoder that does not match.
     """
-    settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
-    augment, loader = typed(AugmentSettings, config["augment"]), typed(LoaderSettings, config["loader"])
-    planning = wants_plan(config)
-    if not planning:
-        check_settings(settings, optim)
+    job, augment = Job(config), typed(AugmentSettings, config["augment"])
     if config.pop("transfer") == "explain":
         raise ValueError("transfer=explain is of segmentation: leave it out with method=classify")
     data = config["data"]
     if data["classes"] is None:
         raise ValueError("data.classes has to be given with method=classify: a table with subject (or id) and class")
-    data["store"], data["classes"] = (str(Path(str(data[key])).resolve()) for key in ("store", "classes"))
+    data["classes"] = str(Path(str(data["classes"])).resolve())  # the run goes on from any directory
     store, split, parts = open_parts(data, Path(str(config["out"])))
     task = _task(data["classes"], store.records, parts)
     config["method"]["weights"] = task.weights(config["method"]["weights"])
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"], node["classes"] = len(store.channels), len(task.names)
-
-    def make() -> Any:
-        return build(config["method"], plugins=config["plugins"])
-
-    if planning:
-        show_plan(config, make, len(task.parts["train"]), settings, optim, labelled=False)
+    method = job.method(len(task.parts["train"]), labelled=False)
+    if method is None:
         return
-    preflight(make, settings, optim, labelled=False)
-    torch.manual_seed(settings.seed)
-    method = make()
     opened = read_source(config["init"]) if config["init"] else None
     trained, seen = start(config, opened, method.model, task.parts["train"], store, split)
 
     def crops(records: Records, **options: Any) -> CropDataset:
-        common: dict[str, Any] = dict(mirrored=method.mirrored, attached=task.targets, seed=settings.seed)
+        common: dict[str, Any] = dict(mirrored=method.mirrored, attached=task.targets, seed=job.settings.seed)
         return CropDataset(store, records, method.model.encoder.img_size, **common, **options)
 
     def scored(model: nn.Module, records: Records) -> tuple[ClassScores, np.ndarray]:
@@ -78,23 +65,13 @@ def classify(config: Config) -> None:
 
     known = {"channels": store.channels, "classes": task.names, "prepare": store.settings}
     known |= {**learnt_from([], task.parts["train"]), **(trained or {})}
-    with open_run(config, split, settings) as run:
-        if seen is not None and is_main():
-            write_json(run / "seen.json", {"init": config["init"], "seen": [asdict(one) for one in seen]})
+    with job.run(split, seen) as run:
         counts = ", ".join(f"{count} {task.names[k]}" for k, count in sorted(task.counts().items()))
         print(f"classifying {len(task.parts['train'])} scans ({counts}), in {run}")
-        train(
-            method,
-            crops(task.parts["train"], crop=data["placement"], augment=augment),
-            run,
-            settings=settings,
-            optim=optim,
-            loader=loader,
-            description={"model": config["model"], "data": known},
-            validate=validate if task.parts["validation"] else None,
-        )
+        dataset = crops(task.parts["train"], crop=data["placement"], augment=augment)
+        job.train(run, method, dataset, known, validate if task.parts["validation"] else None)
         if task.parts["test"]:
-            scores, shares = scored(load_model(run).to(pick_device(settings.device)), task.parts["test"])
+            scores, shares = scored(load_model(run).to(pick_device(job.settings.device)), task.parts["test"])
             if is_main():
                 _write(run, task, shares, scores)
     print(f"wrote {find_weights(run)}")

@@ -15,7 +15,8 @@ def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[s
     """Open the store, and split its subjects or read their split.
 
     Args:
-        data: `store`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
+        data: `store`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands. The store's
+            path is made absolute in it, so that the run goes on from any directory.
         run: the run folder; a `split.json` in it holds for the run that goes on there.
 
     Returns:
@@ -24,6 +25,9 @@ def open_parts(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[s
     Raises:
         ValueError: no store, or a split that does not fit it.
     """
+    if data["store"] is None:
+        raise ValueError("data.store has to be given: a folder made by asa-prepare")
+    data["store"] = str(Path(str(data["store"])).resolve())
     store = Store(data["store"])
     split = choose_split(store.records, data, run)
     return store, split, {name: select(store.records, subjects) for name, subjects in split.items()}

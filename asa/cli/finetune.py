@@ -1,32 +1,26 @@
 """asa-finetune: learn a segmentation or a classification from labelled scans, or restoration from pairs of images."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from asa.cli import restoration
 from asa.cli.classify import classify
 from asa.cli.cohort import open_parts
 from asa.cli.folds import finetune_folds, wants_folds
-from asa.cli.front import Config, open_run, run_command
-from asa.cli.planning import preflight, show_plan, wants_plan
+from asa.cli.front import Config, run_command
+from asa.cli.job import Job
 from asa.cli.start import loaded, start
-from asa.config import build, typed
+from asa.config import typed
 from asa.data.augment import AugmentSettings
-from asa.data.files import write_json
 from asa.data.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
 from asa.engine.checkpoint import find_weights
-from asa.engine.distributed import is_main
 from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
 from asa.engine.predict import SIDE, PredictSettings
 from asa.engine.source import read_source
-from asa.engine.train import TrainSettings, check_settings, train
-from asa.engine.validate import validate_segmentation
+from asa.engine.train import TrainSettings
+from asa.engine.validate import Shown, validate_segmentation
 from asa.ops.nested import painting_order
 
 SETTINGS = {
@@ -39,32 +33,29 @@ SETTINGS = {
 
 
 def finetune(config: Config) -> None:
-    """Fine-tune on a prepared store with labels.
-
-    Raises:
-        ValueError: a store without labels, or a pretrained encoder that does not match.
-    """
+    """Fine-tune as the method says: segmentation, of one split or of all folds, classification or restoration."""
     target, every_fold = str(config["method"]["_target_"]), wants_folds(config)
     if target == restoration.METHOD or target.startswith("asa.methods.classify."):
         if every_fold:
             raise ValueError("data.split.fold=all is for segmentation: give data.split.fold=0, then 1, ...")
         (restoration.finetune if target == restoration.METHOD else classify)(config)
-        return
-    if every_fold:
-        finetune_folds(config, finetune)
-        return
-    settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
-    predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
-    augment = typed(AugmentSettings, config["augment"])
-    planning = wants_plan(config)
-    if not planning:  # a plan may be for another machine
-        check_settings(settings, optim)
+    elif every_fold:
+        finetune_folds(config, segment)
+    else:
+        segment(config)
+
+
+def segment(config: Config) -> None:
+    """Fine-tune a segmentation on a prepared store with labels.
+
+    Raises:
+        ValueError: a store without labels, or a pretrained encoder that does not match.
+    """
+    job = Job(config)
+    predict, augment = typed(PredictSettings, config["predict"]), typed(AugmentSettings, config["augment"])
     data = config["data"]
-    if data["store"] is None:
-        raise ValueError("data.store has to be given: a folder made by asa-prepare, with labels")
-    data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
     explain = _explains(config)
-    source = read_source(config["init"]) if config["init"] and not planning else None
+    source = read_source(config["init"]) if config["init"] and not job.planning else None
     store, split, parts = open_parts(data, Path(str(config["out"])))
     if not store.labels:
         raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
@@ -72,16 +63,9 @@ def finetune(config: Config) -> None:
     regions = _regions(config["method"], store)
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"], node["out_channels"] = len(store.channels), len(regions) or len(labels) + 1
-
-    def make() -> Any:
-        return build(config["method"], plugins=config["plugins"])
-
-    if planning:
-        show_plan(config, make, len(parts["train"]), settings, optim, labelled=True)
+    method = job.method(len(parts["train"]), labelled=True)
+    if method is None:
         return
-    preflight(make, settings, optim, labelled=True)
-    torch.manual_seed(settings.seed)
-    method = make()
     if explain and source is not None:
         print(loaded(config, source, method.model, explain=True))
         return
@@ -96,39 +80,27 @@ def finetune(config: Config) -> None:
         mirrored=method.mirrored,
         augment=augment,
         lateral_pairs=_pairs(data["lateral_pairs"], store, augment),
-        seed=settings.seed,
+        seed=job.settings.seed,
     )
     watched = [record["id"] for record in parts["validation"]]
     if unlabelled := [id for id in watched if store.label(id) is None]:
         raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
     beginning = f"the encoder of {config['init']}" if config["init"] else "scratch"
-    description = {
-        "model": config["model"],
-        "data": {
-            "channels": store.channels,
-            "labels": store.labels,
-            **({"regions": list(store.regions.items())} if regions else {}),
-            "prepare": store.settings,
-            **learnt_from(data["lateral_pairs"], parts["train"]),
-            **(trained or {}),
-        },
+    known = {
+        "channels": store.channels,
+        "labels": store.labels,
+        **({"regions": list(store.regions.items())} if regions else {}),
+        "prepare": store.settings,
+        **learnt_from(data["lateral_pairs"], parts["train"]),
+        **(trained or {}),
     }
-    with open_run(config, split, settings) as run:
-        if seen is not None and is_main():
-            write_json(run / "seen.json", {"init": config["init"], "seen": [asdict(one) for one in seen]})
+
+    def validate(step: int) -> Shown:
+        return validate_segmentation(method, store, watched, regions or labels, predict)
+
+    with job.run(split, seen) as run:
         print(f"fine-tuning from {beginning} on {len(parts['train'])} scans, watched on {len(watched)}, in {run}")
-        last = train(
-            method,
-            dataset,
-            run,
-            settings=settings,
-            optim=optim,
-            loader=loader,
-            description=description,
-            validate=(lambda step: validate_segmentation(method, store, watched, regions or labels, predict))
-            if watched
-            else None,
-        )
+        last = job.train(run, method, dataset, known, validate if watched else None)
     if "dice" in last:
         print("  ".join(f"{name} {value:.4f}" for name, value in last.items()))
     print(f"wrote {find_weights(run)}")

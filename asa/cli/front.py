@@ -15,10 +15,11 @@ from asa.config import CONFIG_DIR, compose, describe
 from asa.data.files import write_whole
 from asa.data.splits import write_split
 from asa.engine.checkpoint import list_checkpoints
+from asa.engine.device import pick_device
 from asa.engine.distributed import StoppedElsewhere, is_main, joined, leave, on_main, rank, world_size
 from asa.engine.lock import LOCK, locked
 from asa.engine.stopping import RESUME_CODE, Stopped
-from asa.engine.train import TrainSettings, pick_device
+from asa.engine.train import TrainSettings
 
 Config = dict[str, Any]
 # What may change when a run goes on: how long, how often it reports, how it is fed and shared out.
@@ -200,8 +201,8 @@ def _check_folder(run: Path) -> None:
 def _check_config(run: Path, config: Config) -> None:
     """Refuse to go on in a run that was made with other settings.
 
-    A setting that one of the two does not have is no difference while it is off (null, false, 0 or empty): a run goes on
-    after an upgrade that brought new ones.
+    A setting that one of the two does not have is no difference while it is off (null, false, 0 or empty): a run goes
+    on after an upgrade that brought new ones.
     """
     file = run / "config.yaml"
     if not (list_checkpoints(run) and file.exists()):

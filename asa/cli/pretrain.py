@@ -2,14 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from asa.cli.cohort import open_parts
-from asa.cli.front import Config, open_run, run_command
-from asa.cli.planning import preflight, show_plan, wants_plan
-from asa.config import build, typed
+from asa.cli.front import Config, run_command
+from asa.cli.job import Job
 from asa.data.augment import AugmentSettings
 from asa.data.health import HEALTHY, read_health
 from asa.data.identity import trained_on
@@ -18,7 +14,7 @@ from asa.engine.checkpoint import find_weights
 from asa.engine.health import FeatureHealth, open_probe
 from asa.engine.intake import learnt_from
 from asa.engine.optim import OptimSettings
-from asa.engine.train import TrainSettings, check_settings, train
+from asa.engine.train import TrainSettings
 from asa.engine.validate import validate_pretraining
 
 SETTINGS = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
@@ -26,30 +22,18 @@ SETTINGS = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSett
 
 def pretrain(config: Config) -> None:
     """Pretrain from a prepared store."""
-    settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
-    loader = typed(LoaderSettings, config["loader"])
-    planning = wants_plan(config)
-    if not planning:  # a plan may be for another machine
-        check_settings(settings, optim)
+    job = Job(config)
     data = config["data"]
-    data["store"] = str(Path(str(data["store"])).resolve())  # the run goes on from any directory
     if data["probe"]:
-        data["probe"] = str(Path(str(data["probe"])).resolve())
+        data["probe"] = str(Path(str(data["probe"])).resolve())  # the run goes on from any directory
     if data["health"] not in (None, HEALTHY):
         data["health"] = str(Path(str(data["health"])).resolve())
     store, split, parts = open_parts(data, Path(str(config["out"])))
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"] = len(store.channels)
-
-    def make() -> Any:
-        return build(config["method"], plugins=config["plugins"])
-
-    if planning:
-        show_plan(config, make, len(parts["train"]), settings, optim, labelled=False)
+    method = job.method(len(parts["train"]), labelled=False)
+    if method is None:
         return
-    preflight(make, settings, optim, labelled=False)
-    torch.manual_seed(settings.seed)
-    method = make()
     size = method.model.encoder.img_size
     augment = AugmentSettings(mirror_probability=data["mirror_probability"])
     health = read_health(data["health"], store.records)
@@ -63,36 +47,26 @@ def pretrain(config: Config) -> None:
         augment=augment,
         mirrored=method.mirrored,
         attached=health,
-        seed=settings.seed,
+        seed=job.settings.seed,
     )
     if method.mirrored and not health:
         print("note: data.health does not say who is healthy, and without it the symmetry loss counts nobody")
     # Without held-out subjects the error is watched on the training scans, and the log says so.
     watched = parts["validation"] or parts["train"][:4]
-    fixed = CropDataset(store, watched, size, mirrored=method.mirrored, attached=health, seed=settings.seed)
+    fixed = CropDataset(store, watched, size, mirrored=method.mirrored, attached=health, seed=job.settings.seed)
     probe, names = open_probe(data["probe"], store.channels, size) if data["probe"] else (None, [])
-    features = FeatureHealth(method, fixed, probe, names, optim.warmup)
+    features = FeatureHealth(method, fixed, probe, names, job.optim.warmup)
     held_out = f"{len(parts['validation'])} held-out scans" if parts["validation"] else "training scans"
-    description: dict[str, Any] = {
-        "model": config["model"],
-        "data": {
-            "channels": store.channels,
-            "prepare": store.settings,
-            **learnt_from([], parts["train"]),
-            **trained_on(parts["train"]),
-        },
+    known = {
+        "channels": store.channels,
+        "prepare": store.settings,
+        **learnt_from([], parts["train"]),
+        **trained_on(parts["train"]),
     }
-    with open_run(config, split, settings) as run:
+    with job.run(split) as run:
         print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")
-        last = train(
-            method,
-            dataset,
-            run,
-            settings=settings,
-            optim=optim,
-            loader=loader,
-            description=description,
-            validate=lambda step: features.watch(step, validate_pretraining(method, fixed)),
+        last = job.train(
+            run, method, dataset, known, lambda step: features.watch(step, validate_pretraining(method, fixed))
         )
     name, mean = method.error
     if name in last:

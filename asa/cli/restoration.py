@@ -7,23 +7,21 @@ import torch
 from tqdm import tqdm
 
 from asa.cli.cohort import choose_split
-from asa.cli.front import Config, open_run
-from asa.cli.planning import preflight, show_plan, wants_plan
-from asa.config import build, typed
+from asa.cli.front import Config
+from asa.cli.job import Job
+from asa.config import typed
 from asa.data.datasets.folder import subject_of
-from asa.data.loader import LoaderSettings, collate
+from asa.data.loader import collate
 from asa.data.pairs import Pair, PairDataset, check_channels, find_pairs, regions_of
 from asa.data.picture import list_pictures, read_picture, write_picture
 from asa.data.splits import select
 from asa.engine.checkpoint import find_weights, load_weights, read_model, read_weights
-from asa.engine.optim import OptimSettings
+from asa.engine.device import pick_device
 from asa.engine.pictures import evaluate_pictures
 from asa.engine.plan import micro_batch
 from asa.engine.predict import PredictSettings
 from asa.engine.restore import restore_image
-from asa.engine.train import TrainSettings, check_settings, pick_device, train
 from asa.engine.validate import validate_restoration
-from asa.methods.restore import Restoration
 from asa.models.rat import RegionAttentionTransformer
 
 METHOD = "asa.methods.restore.Restoration"
@@ -36,17 +34,15 @@ def finetune(config: Config) -> None:
     Raises:
         ValueError: pairs that do not fit each other or the network, or settings that mean nothing here.
     """
-    settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
-    predict, loader = typed(PredictSettings, config["predict"]), typed(LoaderSettings, config["loader"])
-    planning = wants_plan(config)
+    job, predict = Job(config), typed(PredictSettings, config["predict"])
     if config["transfer"] != "load":
         raise ValueError(
             "transfer=explain is not for method=restore: init= takes the weights of the same network whole"
         )
+    if "upscale" not in config["model"]:
+        raise ValueError("method=restore takes a region attention transformer: model=rat_base, rat_small or rat_tiny")
     if not isinstance(config["crop"], int):
         raise ValueError(f"crop={config['crop']}: crops of images are square, give one number")
-    if not planning:  # a plan may be for another machine
-        check_settings(settings, optim)
     data = config["data"]
     if data["root"] is None:
         raise ValueError("data.root has to be given: a folder with low/, high/ and regions/")
@@ -56,53 +52,32 @@ def finetune(config: Config) -> None:
     channels = len(read_picture(pairs[0]["low"], data["window"]))
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"] = node["in_channels"] or channels
-
-    def make() -> Restoration:
-        return build(config["method"], plugins=config["plugins"])
-
-    torch.manual_seed(settings.seed)
-    method = make()
-    if config["init"] is not None and not planning:
-        _start_from(config["init"], method.model)
-    parts = _datasets(config, pairs, split, method.model)
+    parts = _datasets(config, pairs, split)
     # Images that do not fit are found before the run folder is made.
-    example = collate([parts["train"][k % len(parts["train"]), 0] for k in range(micro_batch(settings))])
-    if planning:
-        names = ("crops", "pairs")
-        show_plan(config, make, len(parts["train"]), settings, optim, labelled=False, example=example, names=names)
+    example = collate([parts["train"][k % len(parts["train"]), 0] for k in range(micro_batch(job.settings))])
+    method = job.method(len(parts["train"]), labelled=False, example=example, names=("crops", "pairs"))
+    if method is None:
         return
-    preflight(make, settings, optim, labelled=False, example=example)
+    if config["init"] is not None:
+        _start_from(config["init"], method.model)
     watched = parts.get("validation")
-    description = {
-        "model": config["model"],
-        "data": {"task": TASK, **{key: data[key] for key in ("window", "regions", "subject")}},
-    }
-    with open_run(config, split, settings) as run:
+    known = {"task": TASK, **{key: data[key] for key in ("window", "regions", "subject")}}
+    with job.run(split) as run:
         print(f"training on {len(parts['train'])} pairs, watched on {len(watched or ())}, in {run}")
-        last = train(
-            method,
-            parts["train"],
-            run,
-            settings=settings,
-            optim=optim,
-            loader=loader,
-            description=description,
-            validate=None if watched is None else lambda step: validate_restoration(method, watched, predict),
-        )
+        validate = None if watched is None else lambda step: validate_restoration(method, watched, predict)
+        last = job.train(run, method, parts["train"], known, validate)
     print("  ".join(f"{name} {last[name]:.4f}" for name in ("psnr", "ssim") if name in last))
     print(f"wrote {find_weights(run)}")
 
 
-def _datasets(
-    config: Config, pairs: list[Pair], split: Mapping[str, Sequence[str]], model: RegionAttentionTransformer
-) -> dict[str, PairDataset]:
+def _datasets(config: Config, pairs: list[Pair], split: Mapping[str, Sequence[str]]) -> dict[str, PairDataset]:
     """The pairs of each part of the split that has some, as the network takes them."""
     return {
         name: PairDataset(
             chosen,
             config["crop"],
-            channels=model.in_channels,
-            upscale=model.upscale,
+            channels=config["model"]["in_channels"],
+            upscale=config["model"]["upscale"],
             window=config["data"]["window"],
             seed=config["train"]["seed"],
         )

@@ -19,9 +19,9 @@ from asa.data.case import to_native
 from asa.data.files import write_whole
 from asa.data.volume import Volume, write_image
 from asa.engine.checkpoint import read_model
+from asa.engine.device import autocast, pick_device, pick_precision
 from asa.engine.intake import Intake
 from asa.engine.predict import PredictSettings
-from asa.engine.train import autocast, pick_device, pick_precision
 from asa.models.sa_swin import SASwin
 
 TABLE = "asymmetry.csv"

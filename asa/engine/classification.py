@@ -17,10 +17,10 @@ from torch import nn
 
 from asa.data.loader import CropDataset, collate
 from asa.engine.checkpoint import read_model
+from asa.engine.device import on_device, pick_device
 from asa.engine.distributed import spread
 from asa.engine.intake import Intake
 from asa.engine.predict import PredictSettings
-from asa.engine.train import on_device, pick_device
 from asa.models.classifier import Classifier
 
 RESAMPLES = 2000

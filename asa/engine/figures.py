@@ -1,10 +1,8 @@
 """Panels of volumes in three planes, in plain numpy: gray slices tiled, labels blended in, sides marked.
 
 Volumes are RAS `(D, H, W)`: inferior->superior, posterior->anterior, left->right. They are drawn in the
-radiological convention: the patient's right is on the viewer's left in axial and coronal slices (marked R and
-    L),
-anterior and superior are up, sagittal slices face left (marked A and P). Panels are RGB uint8 `(height,
-width, 3)`.
+radiological convention: the patient's right is on the viewer's left in axial and coronal slices (marked R and L),
+anterior and superior are up, sagittal slices face left (marked A and P). Panels are RGB uint8 `(height, width, 3)`.
 """
 
 import colorsys

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from asa.data.loader import CropDataset
 from asa.data.store import IGNORED, Store
-from asa.engine.train import autocast
+from asa.engine.device import autocast
 from asa.engine.validate import Shown
 from asa.methods.base import Pretraining
 from asa.models.sw_vit import SWViT

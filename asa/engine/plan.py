@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from asa.engine.device import autocast
 from asa.engine.distributed import world_size
 from asa.engine.optim import OptimSettings, Schedule, freeze
-from asa.engine.train import TrainSettings, autocast
+from asa.engine.train import TrainSettings
 from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
 from asa.ops.gradients import gradient_importance

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from asa.data.case import to_native
 from asa.data.volume import Volume, write_label
 from asa.engine.checkpoint import read_model
+from asa.engine.device import autocast, pick_device, pick_precision
 from asa.engine.intake import Intake
 from asa.engine.labels import compare_classes, mirrored_classes, mirrored_regions, paint_regions
-from asa.engine.train import autocast, pick_device, pick_precision
 from asa.models.segmenting import SegmentationNetwork
 from asa.ops.symmetry import flip
 

@@ -6,7 +6,7 @@ import torch
 
 GIB = 2**30
 VOLTA = (7, 0)
-FOR_VOLTA = "pip install 'torch==2.8.*' --index-url https://download.pytorch.org/whl/cu126"
+FOR_VOLTA = "torch 2.8 built for CUDA 12.6 (pytorch.org/get-started/previous-versions)"
 LEFT_FREE = 0.9  # share of a GPU's free memory that a step may take: its allocator needs some room
 
 

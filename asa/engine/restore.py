@@ -13,8 +13,8 @@ import torch
 from scipy.ndimage import find_objects
 from torch import Tensor
 
+from asa.engine.device import autocast, pick_precision
 from asa.engine.predict import PredictSettings
-from asa.engine.train import autocast, pick_precision
 from asa.models.rat import RegionAttentionTransformer
 
 HALO = 32  # pixels around a tile whose result is not used

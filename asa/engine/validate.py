@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from asa.data.loader import CropDataset, VolumeSource, collate
 from asa.data.pairs import PairDataset
 from asa.data.store import IGNORED
+from asa.engine.device import on_device
 from asa.engine.distributed import spread
 from asa.engine.figures import central_slices, overlay_panel, reconstruction_panel
 from asa.engine.metrics import dice
 from asa.engine.predict import PredictSettings, sliding_window
 from asa.engine.quality import score_image
 from asa.engine.restore import restore_image
-from asa.engine.train import on_device
 from asa.methods.base import Pretraining
 from asa.methods.restore import Restoration
 from asa.methods.segment import Segmentation

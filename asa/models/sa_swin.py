@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from asa.models.saca import SymmetryAwareBlock, look_across
 from asa.models.swin import STRIDE, Swin
-from asa.models.unet import check_bfloat16_depth
 from asa.ops.symmetry import asymmetry, flip, pad_to_multiple
 
 MAP_LEVEL = 1  # of the encoder, 1/4 of the resolution, where the asymmetry map is taken: coarser ones find less
@@ -131,6 +130,20 @@ class SASwin(nn.Module):
         side, other = self.symmetry(levels[-1].flatten(2).mean(dim=2)).chunk(2)
         d, h, w = volume.shape[2:]
         return asymmetry(side, other), found[:, :d, :h, :w]
+
+
+def check_bfloat16_depth(volume: Tensor) -> None:
+    """Raise a ValueError where PyTorch would compute wrong gradients of convolutions at five halved resolutions.
+
+    oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth is 2,
+    and only then: random gradients, now and then NaN (torch 2.13, AVX-512). A level has it for 32 and 64.
+    """
+    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if low and torch.is_grad_enabled() and volume.device.type == "cpu" and volume.shape[2] in (32, 64):
+        raise ValueError(
+            f"a crop of depth {volume.shape[2]} cannot be trained in bf16 on a CPU, where PyTorch's "
+            "convolution returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
+        )
 
 
 def _decoder(width: int, embed_dim: int, channels: int) -> nn.Sequential:

@@ -13,9 +13,9 @@ from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
 
 from asa.models import sa_swin
+from asa.models.sa_swin import check_bfloat16_depth
 from asa.models.saca import SymmetryAwareBlock
 from asa.models.swin import STRIDE, Swin
-from asa.models.unet import check_bfloat16_depth
 
 BOTTLENECK = 4
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
+from monai.networks.layers.factories import Norm
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from asa.models import sw_vit
 from asa.models.saca import SymmetryAwareBlock
@@ -19,6 +21,19 @@ from asa.models.sw_vit import SWViT, run_block
 
 LEVELS = 6  # resolutions 1 to 1/32
 HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
+
+
+class InstanceNorm(nn.InstanceNorm3d):
+    """Instance normalisation that leaves channels last where they are; PyTorch's own brings them to the front."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, C, D, H, W)` -> the same."""
+        if features.is_contiguous() or not features.is_contiguous(memory_format=torch.channels_last_3d):
+            return super().forward(features)
+        return F.group_norm(features, self.num_features, eps=self.eps)
+
+
+Norm.add_factory_class("instance_any_layout", InstanceNorm)
 
 
 class SegmentationUNet(nn.Module):
@@ -66,7 +81,7 @@ class SegmentationUNet(nn.Module):
         # The states after blocks 3, 5, 7, 9 and 12 of 12.
         self.taps = [max(round(depth * part / 12), 1) - 1 for part in (3, 5, 7, 9, 12)]
         width = [feature_size * 2**level for level in range(LEVELS)]
-        block: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, norm_name="instance")
+        block: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, norm_name="instance_any_layout")
         self.image_block = UnetrBasicBlock(
             in_channels=encoder.in_channels, out_channels=width[0], stride=1, res_block=True, **block
         )
@@ -105,18 +120,17 @@ class SegmentationUNet(nn.Module):
             of the one before.
 
         Raises:
-            ValueError: a volume of another size than the encoder's, or without its mirror image; training in bfloat16
-                on a CPU with a depth at which PyTorch's convolution returns wrong gradients.
+            ValueError: a volume of another size than the encoder's, or without its mirror image.
         """
-        check_bfloat16_depth(volume)
         states = self._states(volume, mirrored)
-        skips = [run_block(self.image_block, volume, checkpointing=self.checkpointing)]
-        for tap, skip in zip(self.taps, self.skips, strict=True):
-            skips.append(run_block(skip, self._as_map(states[tap]), checkpointing=self.checkpointing))
+        skips = [_run(0, self.image_block, volume, checkpointing=self.checkpointing)]
+        for level, (tap, skip) in enumerate(zip(self.taps, self.skips, strict=True), start=1):
+            skips.append(_run(level, skip, self._as_map(states[tap]), checkpointing=self.checkpointing))
         features = skips.pop()
         decoded = []
         for up in self.ups:
-            features = run_block(up, features, skips.pop(), checkpointing=self.checkpointing)
+            level = len(skips) - 1
+            features = _run(level, up, features, skips.pop(), checkpointing=self.checkpointing)
             decoded.append(features)
         decoded.reverse()
         if deep_supervision:
@@ -133,22 +147,23 @@ class SegmentationUNet(nn.Module):
         return [*(own for own, _ in both[:-1]), run_block(self.saca, *both[-1], checkpointing=self.checkpointing)]
 
     def _as_map(self, tokens: Tensor) -> Tensor:
-        """`(B, L, E)` -> `(B, E, T, H, W)`."""
-        return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *self.encoder.grid).contiguous()
+        """`(B, L, E)` -> `(B, E, T, H, W)`, a view with the channels last."""
+        return tokens.transpose(1, 2).unflatten(2, self.encoder.grid)
 
 
-def check_bfloat16_depth(volume: Tensor) -> None:
-    """Raise a ValueError where PyTorch would compute wrong gradients of convolutions at five halved resolutions.
+def _run(level: int, block: nn.Module, *inputs: Tensor, checkpointing: bool) -> Tensor:
+    """A block's output: on a CPU with channels last, and at the two coarsest levels in float32 at least.
 
-    oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth is 2,
-    and only then: random gradients, now and then NaN (torch 2.13, AVX-512). A level has it for 32 and 64.
+    oneDNN's other layout has blocks of 16 channels, and pads 24 to 32. Its bfloat16 convolutions read memory that was
+    never written where a depth is 2 or a strided one ends at a width of 1: NaN, or worse (torch 2.13, AVX-512 and AMX).
     """
-    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if low and torch.is_grad_enabled() and volume.device.type == "cpu" and volume.shape[2] in (32, 64):
-        raise ValueError(
-            f"a crop of depth {volume.shape[2]} cannot be trained in bf16 on a CPU, where PyTorch's "
-            "convolution returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
-        )
+    on_cpu = inputs[0].device.type == "cpu"
+    layout = torch.channels_last_3d if on_cpu else torch.contiguous_format
+    inputs = tuple(features.contiguous(memory_format=layout) for features in inputs)
+    if not (on_cpu and level >= LEVELS - 2 and torch.is_autocast_enabled("cpu")):
+        return run_block(block, *inputs, checkpointing=checkpointing)
+    with torch.autocast("cpu", enabled=False):
+        return run_block(block, *(features.float() for features in inputs), checkpointing=checkpointing)
 
 
 def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[str, Any]) -> nn.Module:

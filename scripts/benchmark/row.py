@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from asa.engine.allocator import keep_freed_memory
+from asa.engine.device import PRECISIONS, autocast, pick_device, pick_precision
 from asa.engine.optim import OptimSettings, make_optimizer
 from asa.engine.predict import PredictSettings, sliding_window
-from asa.engine.train import PRECISIONS, TrainSettings, autocast, pick_device, pick_precision
+from asa.engine.train import TrainSettings
 from asa.ops.gradients import gradient_importance
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
