@@ -34,30 +34,34 @@ class Job:
         if not self.planning:  # a plan may be for another machine
             check_settings(self.settings, self.optim)
 
-    def make(self) -> Any:
-        """The method."""
-        return build(self.config["method"], plugins=self.config["plugins"])
-
-    def planned(self, scans: int, *, labelled: bool, **kind: Any) -> bool:
-        """Whether only the plan is asked for, which is printed then; else say whether a step will fit on the GPU.
+    def method(
+        self,
+        scans: int,
+        *,
+        labelled: bool,
+        example: Mapping[str, Any] | None = None,
+        names: tuple[str, str] = ("volumes", "scans"),
+    ) -> Any | None:
+        """The method with its first weights; None if only the plan was asked for, which is printed.
 
         Args:
             scans: in the training part.
             labelled: batches have labels.
-            kind: of the samples, where they are no crops of volumes (see `show_plan`).
+            example: see `asa.engine.plan.make_plan`.
+            names: see `asa.engine.plan.plan_report`.
         """
-        if self.planning:
-            show_plan(self.config, self.make, scans, self.settings, self.optim, labelled=labelled, **kind)
-        else:
-            preflight(self.make, self.settings, self.optim, labelled=labelled, example=kind.get("example"))
-        return self.planning
 
-    def method(self, scans: int, *, labelled: bool) -> Any | None:
-        """The method with its first weights; None if only the plan was asked for (see `planned`)."""
-        if self.planned(scans, labelled=labelled):
+        def make() -> Any:
+            return build(self.config["method"], plugins=self.config["plugins"])
+
+        if self.planning:
+            show_plan(
+                self.config, make, scans, self.settings, self.optim, labelled=labelled, example=example, names=names
+            )
             return None
+        preflight(make, self.settings, self.optim, labelled=labelled, example=example)
         torch.manual_seed(self.settings.seed)
-        return self.make()
+        return make()
 
     @contextmanager
     def run(self, split: Mapping[str, Sequence[str]], seen: list[Seen] | None = None) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from asa.engine.pictures import evaluate_pictures
 from asa.engine.plan import micro_batch
 from asa.engine.predict import PredictSettings
 from asa.engine.restore import restore_image
-from asa.engine.validate import Shown, validate_restoration
+from asa.engine.validate import validate_restoration
 from asa.models.rat import RegionAttentionTransformer
 
 METHOD = "asa.methods.restore.Restoration"
@@ -39,6 +39,8 @@ def finetune(config: Config) -> None:
         raise ValueError(
             "transfer=explain is not for method=restore: init= takes the weights of the same network whole"
         )
+    if "upscale" not in config["model"]:
+        raise ValueError("method=restore takes a region attention transformer: model=rat_base, rat_small or rat_tiny")
     if not isinstance(config["crop"], int):
         raise ValueError(f"crop={config['crop']}: crops of images are square, give one number")
     data = config["data"]
@@ -50,38 +52,32 @@ def finetune(config: Config) -> None:
     channels = len(read_picture(pairs[0]["low"], data["window"]))
     for node in (config["model"], config["method"]["model"]):
         node["in_channels"] = node["in_channels"] or channels
-    torch.manual_seed(job.settings.seed)
-    method = job.make()
-    if config["init"] is not None and not job.planning:
-        _start_from(config["init"], method.model)
-    parts = _datasets(config, pairs, split, method.model)
+    parts = _datasets(config, pairs, split)
     # Images that do not fit are found before the run folder is made.
     example = collate([parts["train"][k % len(parts["train"]), 0] for k in range(micro_batch(job.settings))])
-    if job.planned(len(parts["train"]), labelled=False, example=example, names=("crops", "pairs")):
+    method = job.method(len(parts["train"]), labelled=False, example=example, names=("crops", "pairs"))
+    if method is None:
         return
+    if config["init"] is not None:
+        _start_from(config["init"], method.model)
     watched = parts.get("validation")
     known = {"task": TASK, **{key: data[key] for key in ("window", "regions", "subject")}}
-
-    def validate(step: int) -> Shown:
-        return validate_restoration(method, parts["validation"], predict)
-
     with job.run(split) as run:
         print(f"training on {len(parts['train'])} pairs, watched on {len(watched or ())}, in {run}")
-        last = job.train(run, method, parts["train"], known, validate if watched else None)
+        validate = None if watched is None else lambda step: validate_restoration(method, watched, predict)
+        last = job.train(run, method, parts["train"], known, validate)
     print("  ".join(f"{name} {last[name]:.4f}" for name in ("psnr", "ssim") if name in last))
     print(f"wrote {find_weights(run)}")
 
 
-def _datasets(
-    config: Config, pairs: list[Pair], split: Mapping[str, Sequence[str]], model: RegionAttentionTransformer
-) -> dict[str, PairDataset]:
+def _datasets(config: Config, pairs: list[Pair], split: Mapping[str, Sequence[str]]) -> dict[str, PairDataset]:
     """The pairs of each part of the split that has some, as the network takes them."""
     return {
         name: PairDataset(
             chosen,
             config["crop"],
-            channels=model.in_channels,
-            upscale=model.upscale,
+            channels=config["model"]["in_channels"],
+            upscale=config["model"]["upscale"],
             window=config["data"]["window"],
             seed=config["train"]["seed"],
         )

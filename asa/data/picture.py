@@ -80,7 +80,10 @@ def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.
         window = stored if window is None else window
     if window is None:
         if values.dtype not in DEPTHS:
-            raise ValueError(f"{path}: say which values become 0 and 1, like data.window=[-1000,1000] for CT in HU")
+            raise ValueError(
+                f"{path}: say which values become 0 and 1, like window=[-1000,1000] for CT in HU (asa-finetune: "
+                "data.window=[-1000,1000])"
+            )
         window = (0, DEPTHS[values.dtype])
     low, high = checked_window(window)
     scaled = ((values.astype(np.float32) - low) / (high - low)).clip(0, 1)
