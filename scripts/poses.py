@@ -26,23 +26,27 @@ from asa.engine.predict import PredictSettings, Segmenter
 # Angles about x, y, z in degrees, factor of the voxel size, axes of the copy with their signs.
 COPIES = {
     "reoriented": ((0, 0, 0), 1.0, [-2, 3, 1]),
-    "resampled": ((0, 0, 0), 0.5, [1, 2, 3]),
+    "resampled": ((0, 0, 0), 0.75, [1, 2, 3]),
     "turned": ((6, -4, 8), 1.0, [1, 2, 3]),
-    "all three": ((6, -4, 8), 0.5, [-2, 3, 1]),
+    "all three": ((6, -4, 8), 0.75, [-2, 3, 1]),
 }
+MARGIN = 2  # voxels around the head in a copy that is resampled
 
 
 def copy_of(scan: Volume, angles: tuple[float, ...], factor: float, axes: list[int]) -> Volume:
-    """The scan on another grid around the same centre, in the same space."""
+    """The scan on another grid in the same space: its own voxels in another order, or a grid around what is not 0."""
     order, signs = [abs(axis) - 1 for axis in axes], np.sign(axes)
     turned = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ scan.affine[:3, :3]
-    columns = turned[:, order] * signs * factor
-    room = 1.0 if not any(angles) else 1.3
-    shape = [int(np.ceil(scan.data.shape[axis] * room / factor)) for axis in order]
     affine = np.eye(4)
-    affine[:3, :3] = columns
-    centre = scan.affine @ np.array([*((np.array(scan.data.shape) - 1) / 2), 1.0])
-    affine[:3, 3] = centre[:3] - columns @ (np.array(shape) - 1) / 2
+    affine[:3, :3] = turned[:, order] * signs * factor
+    same = factor == 1 and not any(angles)
+    box = ndimage.find_objects(((scan.data > 0) | same).astype(np.uint8))[0]
+    corners = np.stack(np.meshgrid(*((side.start, side.stop - 1) for side in box), indexing="ij"), -1).reshape(-1, 3)
+    points = corners @ scan.affine[:3, :3].T @ np.linalg.inv(affine[:3, :3]).T  # in voxels of the copy
+    margin = 0 if same else MARGIN
+    low = np.floor(points.min(axis=0).round(6)) - margin
+    shape = [int(size) for size in np.ceil(points.max(axis=0).round(6)) + margin + 1 - low]
+    affine[:3, 3] = scan.affine[:3, 3] + affine[:3, :3] @ low
     matrix = np.linalg.inv(scan.affine) @ affine
     image = ndimage.affine_transform(scan.data, matrix, output_shape=shape, order=3)
     inside = ndimage.affine_transform((scan.data > 0).astype(np.float32), matrix, output_shape=shape, order=1) >= 0.5

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from asa.data.grid import Lengths, grid_map, sample_image
 from asa.data.register import FIELD, register_to_template, template_overlap
@@ -68,8 +69,9 @@ def align(
     elif np.allclose(step, own, rtol=0, atol=1e-3):
         return Alignment(None, image.shape, affine, found)
     else:
-        pose = np.eye(4)
         shape = tuple(max(2, round(size * old / new)) for size, old, new in zip(image.shape, own, step, strict=True))
+        pose = np.eye(4)
+        pose[:3, 3] = _onto_corner(inside, own, shape, step)
     matrix = grid_map(pose, shape, step, image.shape, own)
     return Alignment(matrix, shape, affine @ _xyz(matrix), found)
 
@@ -117,6 +119,19 @@ def _plane(image: np.ndarray, spacing: Lengths, *, needed: bool) -> MidsagittalP
     except ValueError as error:
         warnings.warn(str(error), stacklevel=3)
         return None
+
+
+def _onto_corner(inside: np.ndarray, own: np.ndarray, shape: tuple[int, ...], step: np.ndarray) -> np.ndarray:
+    """Shift (d, h, w) in mm, at most half a voxel, that lays the foreground's centre of mass where new voxels meet.
+
+    Where voxels are large, a network draws thin structures otherwise on a grid that lies half a voxel further. So the
+    head says where the grid lies, and not the air around it in the file.
+    """
+    if not inside.any():
+        return np.zeros(3)
+    centre = (np.array(ndimage.center_of_mass(inside)) - (np.array(inside.shape) - 1) / 2) * own / step
+    place = centre + np.array(shape) / 2  # of the corner that voxel 0 begins with
+    return (place - np.round(place)) * step
 
 
 def _covering(inside: np.ndarray, pose: np.ndarray, own: np.ndarray, step: np.ndarray) -> tuple[int, ...]:
