@@ -3,7 +3,7 @@
 # side learnt by small networks, without SACA and with it, and with and without its position codes. docs/asymmetry.md shows what it prints.
 # Usage: scripts/reproduce/sides.sh DATA OUT
 #   DATA: skull-stripped OASIS-1 brains, ID_SS.nii.gz, with manual regions, ID_glm.nii.gz (of the MICCAI 2012 multi-atlas challenge; the R
-#         package malf.templates carries 15). OUT: a folder to write to. What is done there is not done again. Some 40 minutes on one core.
+#         package malf.templates carries 15). OUT: a folder to write to. What is done there is not done again. Some 20 minutes on one core.
 here="$PWD"
 source "$(dirname "$0")/../environment"
 cd "$here"
@@ -16,7 +16,7 @@ run() { "$PYTHON" -m "$@"; }
 run asa.cli.prepare data=folder data.root="'$out/sides'" 'data.images={t1: "*_SS.nii.gz"}' 'data.label="*_sides.nii.gz"' \
   'labels={1: left_cortex, 2: right_cortex, 3: left_white, 4: right_white, 5: left_deep, 6: right_deep}' \
   prepare.midway=true prepare.spacing=3 'prepare.crop=[48,64,64]' out="'$out/store'"
-run asa.cli.pretrain experiment=sa_swin_demo train.batch_size=2 train.steps=40 train.validate_every=0 train.log_every=5 \
+run asa.cli.pretrain experiment=sa_swin_demo train.batch_size=2 train.steps=100 optim.warmup=10 train.validate_every=0 train.log_every=10 \
   data.split.validation=0 data.split.test=3 data.store="'$out/store'" out="'$out/pretrained'"
 "$PYTHON" "$sides" flip "$out/pretrained" "$out/store"
 
