@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Zero-shot asymmetry on made-up people: SA-Swin pretrained on healthy ones at 3 mm, then healthy ones and ones with a tumour on one side are
-# scored by it, the training scans being what healthy ones look like. docs/asymmetry.md shows its table. Half an hour on one core.
+# scored by it, the training scans being what healthy ones look like. docs/asymmetry.md shows its table. An hour on a busy core.
 # Usage: scripts/reproduce/asymmetry.sh OUT      (what is done in OUT is not done again)
 here="$PWD"
 source "$(dirname "$0")/../environment"
