@@ -166,6 +166,25 @@ def test_pretraining_on_one_volume_beats_predicting_the_mean() -> None:
         result["loss"].backward()
         optimizer.step()
     assert result["masked_mse"] < 0.1 * result["mean_predictor_mse"]
+    assert result["loss"] < 0.1 * result["mean_predictor_loss"]
+
+
+def test_the_mean_predictor_is_weighed_as_the_loss_is() -> None:
+    torch.manual_seed(0)
+    image, seed = torch.rand(2, 1, 16, 16, 16), torch.tensor([4, 5])
+    image[..., 8:] = 0.25  # flat: weighs nothing
+    for importance in ("orientation", None):
+        method = MaskedPretraining(model=small_autoencoder(embed_dim=48, depth=2), importance=importance)
+        result, mask, expected = method({"image": image, "seed": seed}), method.mask(seed), []
+        patches = patchify(image, method.loss.patch_size)
+        scores = gradient_importance(image, method.loss.patch_size)
+        for b in range(2):
+            visible = patches[b, ~mask[b]].mean()
+            errors = [float((patches[b, k] - visible).square().mean()) for k in mask[b].nonzero()[:, 0]]
+            weights = scores[b, mask[b]] if importance else torch.ones(len(errors))
+            expected.append(sum(w * e for w, e in zip((weights / weights.sum()).tolist(), errors, strict=True)))
+        assert float(result["mean_predictor_loss"]) == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert result["loss"].item() == pytest.approx(result["masked_mse"].item(), rel=1e-6)
 
 
 def test_a_mask_depends_on_the_samples_own_seed_only() -> None:

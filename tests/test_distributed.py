@@ -260,7 +260,7 @@ def test_the_main_process_prints_and_the_others_are_silent(store: Path, tmp_path
     arguments = [f"data.store={store}", f"out={run}", *tiny, "data.split.validation=2"]
     ended = ranks(tmp_path, 2, command, "pretrain", *arguments, "train.batch_size=2")
     assert finished(ended)
-    assert "masked_mse" in ended[0].text and ended[1].text == ""
+    assert "mean predictor" in ended[0].text and ended[1].text == ""
     # What only the main process sees ends the others quietly; a setting that cannot be is an error everywhere.
     ended = ranks(tmp_path, 2, command, "pretrain", *arguments, "train.batch_size=2", "optim.lr=0.5")
     assert [one.code for one in ended] == [1, 1] and "optim.lr" in ended[0].text and ended[1].text == ""

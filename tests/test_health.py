@@ -25,8 +25,8 @@ from asa.methods.pretrain import MaskedPretraining
 from asa.models.asa import asa_tiny
 from asa.models.swin import Swin, SwinPatches
 
-HEALTHY = {"effective_rank": 40.0, "feature_variance": 0.5, "masked_mse": 0.5, "mean_predictor_mse": 1.0}
-ERROR = ("masked_mse", "mean_predictor_mse")
+HEALTHY = {"effective_rank": 40.0, "feature_variance": 0.5, "loss": 0.5, "mean_predictor_loss": 1.0}
+ERROR = ("loss", "mean_predictor_loss")
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -58,19 +58,19 @@ def test_what_all_volumes_share_at_a_place_is_no_feature() -> None:
 
 
 def test_constant_features_alarm_and_healthy_ones_do_not() -> None:
-    constant = feature_health(torch.ones(2, 64, 96)) | {"masked_mse": 0.5, "mean_predictor_mse": 1.0}
+    constant = feature_health(torch.ones(2, 64, 96)) | {"loss": 0.5, "mean_predictor_loss": 1.0}
     (line,) = alarms(constant, 96, ERROR, warm=True)
     assert line.startswith("ALARM") and "collapsed" in line and "\n" not in line
     (line,) = alarms({**HEALTHY, "effective_rank": 0.9}, 96, ERROR, warm=False)
     assert "effective rank 0.9 of 96" in line
     # What rounding leaves may point anywhere, and is nothing.
-    noise = feature_health(1 + 1e-4 * draw(2, 64, 96)) | {"masked_mse": 0.5, "mean_predictor_mse": 1.0}
+    noise = feature_health(1 + 1e-4 * draw(2, 64, 96)) | {"loss": 0.5, "mean_predictor_loss": 1.0}
     assert noise["effective_rank"] > 10 and "collapsed" in alarms(noise, 96, ERROR, warm=True)[0]
     assert alarms(HEALTHY, 96, ERROR, warm=True) == []
 
 
 def test_no_better_than_the_mean_alarms_after_the_warm_up_only() -> None:
-    numbers = {**HEALTHY, "masked_mse": 0.99}
+    numbers = {**HEALTHY, "loss": 0.99}
     assert alarms(numbers, 96, ERROR, warm=False) == []
     (line,) = alarms(numbers, 96, ERROR, warm=True)
     assert "no better than the mean" in line and "0.99" in line
@@ -83,7 +83,7 @@ def test_a_fresh_encoder_does_not_alarm_and_one_that_forgets_its_input_does(stor
     method = MaskedPretraining(model=asa_tiny(img_size=32))
     encoder = method.model.encoder
     health = FeatureHealth(method, dataset, None, [], warm_up=0)
-    numbers = {"masked_mse": 0.5, "mean_predictor_mse": 1.0}
+    numbers = {"loss": 0.5, "mean_predictor_loss": 1.0}
     assert health.measure(1, numbers)[1] == []
     torch.nn.init.zeros_(encoder.patch_embed.weight)  # tells places apart still
     found, lines = health.measure(1, numbers)

@@ -52,11 +52,12 @@ class AttentiveReconstructionLoss(nn.Module):
         """
         masked = split_indices(mask)[1].to(volume.device, non_blocking=True)
         errors = patch_errors(prediction, tokens_at(patchify(volume, self.patch_size), masked))
-        return self.weigh(errors, volume, masked)
+        return weighted_mean(errors, self.weights(volume, masked))
 
-    def weigh(self, errors: Tensor, volume: Tensor, masked: Tensor) -> Tensor:
-        """The loss from the errors `(B, M)` of the patches at `(B, M)`."""
-        return (self.weights(volume, masked) * errors).sum(dim=1).mean()
+
+def weighted_mean(errors: Tensor, weights: Tensor) -> Tensor:
+    """The loss from the errors of patches and their weights in a volume, `(B, M)` both."""
+    return (weights * errors).sum(dim=1).mean()
 
 
 def patch_errors(prediction: Tensor, target: Tensor) -> Tensor:

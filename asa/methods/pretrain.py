@@ -6,7 +6,7 @@ Letters: image `B C D H W`, L tokens of which M are masked, patch size s.
 import torch
 from torch import Tensor, nn
 
-from asa.losses.reconstruction import AttentiveReconstructionLoss, patch_errors
+from asa.losses.reconstruction import AttentiveReconstructionLoss, patch_errors, weighted_mean
 from asa.methods.base import Batch
 from asa.models.asa import MaskedAutoencoder
 from asa.ops.gradients import gradient_importance
@@ -28,7 +28,7 @@ class MaskedPretraining(nn.Module):
     """
 
     mirrored = False
-    error = ("masked_mse", "mean_predictor_mse")
+    error = ("loss", "mean_predictor_loss")
 
     def __init__(
         self,
@@ -58,8 +58,8 @@ class MaskedPretraining(nn.Module):
         """Loss of a batch with "image" and "seed".
 
         Returns:
-            "loss"; and for the log "masked_mse", the plain error of the masked patches, and "mean_predictor_mse", the
-            error of predicting every masked voxel by the mean of the visible ones.
+            "loss"; and for the log "mean_predictor_loss", that of predicting every masked voxel by the mean of the
+            visible ones; "masked_mse" and "mean_predictor_mse", the same two with equal weights.
         """
         image, mask = batch["image"], self.mask(batch["seed"])
         prediction = self.model(image, mask)
@@ -67,11 +67,13 @@ class MaskedPretraining(nn.Module):
         patches = patchify(image.float(), self.loss.patch_size)
         target = tokens_at(patches, masked)
         errors = patch_errors(prediction, target)
-        mean = tokens_at(patches, visible).mean(dim=(1, 2), keepdim=True)
+        mean_errors = patch_errors(tokens_at(patches, visible).mean(dim=(1, 2), keepdim=True).expand_as(target), target)
+        weights = self.loss.weights(image, masked)
         return {
-            "loss": self.loss.weigh(errors, image, masked),
+            "loss": weighted_mean(errors, weights),
+            "mean_predictor_loss": weighted_mean(mean_errors, weights),
             "masked_mse": errors.detach().mean(),
-            "mean_predictor_mse": (target - mean).square().mean(),
+            "mean_predictor_mse": mean_errors.mean(),
         }
 
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
