@@ -20,16 +20,21 @@ run asa.cli.pretrain experiment=sa_swin_demo train.batch_size=2 train.steps=100 
   data.split.validation=0 data.split.test=3 data.store="'$out/store'" out="'$out/pretrained'"
 "$PYTHON" "$sides" flip "$out/pretrained" "$out/store"
 
-learn() { # NAME SETTING...
-  local name="$1"
-  shift
+learn() { # NAME STEPS SETTING...
+  local name="$1" steps="$2"
+  shift 2
   run asa.cli.finetune data.store="'$out/store'" data.split.validation=0 data.split.test=3 'crop=[32,32,64]' train.batch_size=1 \
-    train.steps=100 train.log_every=10 optim.lr=2e-3 optim.warmup=5 augment.mirror_probability=0 augment.rotation=0 \
+    train.steps="$steps" train.log_every=10 optim.lr=2e-3 optim.warmup=5 augment.mirror_probability=0 augment.rotation=0 \
     'augment.scale=[1,1]' 'augment.gamma=[1,1]' out="'$out/$name'" "$@"
   run asa.cli.predict checkpoint="'$out/$name'" input="'$out/store'" part=test out="'$out/predictions/$name'"
 }
-learn unet model=unet_tiny
-learn unet_saca model=unet_tiny model.symmetry=true
-learn sa_swin model=sa_swin_unet_tiny
-learn sa_swin_position model=sa_swin_unet_tiny model.position=true
-"$PYTHON" "$sides" score "$out/sides" "$out"/predictions/{unet,unet_saca,sa_swin,sa_swin_position}
+learn unet 100 model=unet_tiny
+learn unet_saca 100 model=unet_tiny model.symmetry=true
+learn unet_sincos 100 model=unet_tiny model.position=sincos
+learn unet_sincos_saca 100 model=unet_tiny model.position=sincos model.symmetry=true
+learn sa_swin 100 model=sa_swin_unet_tiny
+learn sa_swin_position 100 model=sa_swin_unet_tiny model.position=true
+learn unet_longer 400 model=unet_tiny
+learn unet_saca_longer 400 model=unet_tiny model.symmetry=true
+learn sa_swin_longer 400 model=sa_swin_unet_tiny
+"$PYTHON" "$sides" score "$out/sides" "$out"/predictions/*
