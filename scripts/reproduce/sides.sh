@@ -3,7 +3,7 @@
 # side learnt by small networks, without SACA and with it, and with and without its position codes. docs/asymmetry.md shows what it prints.
 # Usage: scripts/reproduce/sides.sh DATA OUT
 #   DATA: skull-stripped OASIS-1 brains, ID_SS.nii.gz, with manual regions, ID_glm.nii.gz (of the MICCAI 2012 multi-atlas challenge; the R
-#         package malf.templates carries 15). OUT: a folder to write to. What is done there is not done again. Some 20 minutes on one core.
+#         package malf.templates carries 15). OUT: a folder to write to. What is done there is not done again. Some 40 minutes on one core.
 here="$PWD"
 source "$(dirname "$0")/../environment"
 cd "$here"
@@ -36,5 +36,4 @@ learn sa_swin 100 model=sa_swin_unet_tiny
 learn sa_swin_position 100 model=sa_swin_unet_tiny model.position=true
 learn unet_longer 400 model=unet_tiny
 learn unet_saca_longer 400 model=unet_tiny model.symmetry=true
-learn sa_swin_longer 400 model=sa_swin_unet_tiny
 "$PYTHON" "$sides" score "$out/sides" "$out"/predictions/*
