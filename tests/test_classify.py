@@ -102,9 +102,13 @@ def test_class_weights_multiply_the_loss_of_their_samples() -> None:
     torch.testing.assert_close(whole, (entropy * torch.tensor([1.0, 3.0, 3.0, 1.0])).mean())
 
 
-def test_a_network_with_cross_attention_wants_both_sides_and_hears_of_both() -> None:
+@pytest.mark.parametrize("kind", ["sa_swin", "asa"])
+def test_a_network_with_cross_attention_wants_both_sides_and_hears_of_both(kind: str) -> None:
     torch.manual_seed(0)
-    model = sa_swin_classifier_tiny(3, img_size=32, embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
+    if kind == "asa":
+        model = asa_classifier_tiny(3, img_size=(32, 32, 64), embed_dim=24, depth=1, num_heads=2, symmetry=True)
+    else:
+        model = sa_swin_classifier_tiny(3, img_size=32, embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
     volume = torch.rand(2, 1, 32, 32, 64)
     assert model.mirrored and model(volume, volume.flip(-1)).shape == (2, 3)
     assert not torch.equal(model(volume, volume.flip(-1)), model(volume, volume))
@@ -159,7 +163,7 @@ def options_of(store: Path, out: Path, table: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("model", ["sa_swin", "asa"])
+@pytest.mark.parametrize("model", ["sa_swin", "asa", "asa with symmetry"])
 def test_a_classification_goes_from_a_table_to_a_table(
     model: str, pretrained: Path, store: Path, raw: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -167,7 +171,9 @@ def test_a_classification_goes_from_a_table_to_a_table(
     test = ("s0", "s1")
     table.write_text("subject,class\ns0,sick\ns1,well\ns2,well\ns3,sick\n")
     extra = ["model=asa_classifier_tiny", "+model.embed_dim=24", "+model.depth=1", "+model.num_heads=2"]
-    if model == "sa_swin":
+    if model == "asa with symmetry":
+        extra += ["model.symmetry=true"]
+    elif model == "sa_swin":
         extra = ["model=sa_swin_classifier_tiny", f"init={pretrained}", *SMALLEST]
     options = [*options_of(store, tmp_path / "run", table), *extra]
     split = tmp_path / "split.json"

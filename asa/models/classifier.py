@@ -63,19 +63,19 @@ class Classifier(nn.Module):
         return self.head(tokens.mean(dim=1))
 
 
-def asa_classifier_base(classes: int, **overrides: Any) -> Classifier:
-    """On the paper's encoder of ASA; `overrides` go to it."""
-    return Classifier(sw_vit.sw_vit_base(**overrides), classes)
+def asa_classifier_base(classes: int, symmetry: bool = False, **overrides: Any) -> Classifier:
+    """On the paper's encoder of ASA; `overrides` go to it. `symmetry`: its tokens look at those of the mirror image."""
+    return _on_asa(sw_vit.sw_vit_base(**overrides), classes, symmetry)
 
 
-def asa_classifier_small(classes: int, **overrides: Any) -> Classifier:
+def asa_classifier_small(classes: int, symmetry: bool = False, **overrides: Any) -> Classifier:
     """On `sw_vit_small`: for a workstation, or a CPU with patience."""
-    return Classifier(sw_vit.sw_vit_small(**overrides), classes)
+    return _on_asa(sw_vit.sw_vit_small(**overrides), classes, symmetry)
 
 
-def asa_classifier_tiny(classes: int, **overrides: Any) -> Classifier:
+def asa_classifier_tiny(classes: int, symmetry: bool = False, **overrides: Any) -> Classifier:
     """On `sw_vit_tiny`: for tests and demonstrations on a CPU."""
-    return Classifier(sw_vit.sw_vit_tiny(**overrides), classes)
+    return _on_asa(sw_vit.sw_vit_tiny(**overrides), classes, symmetry)
 
 
 def sa_swin_classifier_base(classes: int, **overrides: Any) -> Classifier:
@@ -91,6 +91,11 @@ def sa_swin_classifier_small(classes: int, **overrides: Any) -> Classifier:
 def sa_swin_classifier_tiny(classes: int, **overrides: Any) -> Classifier:
     """On those of `sa_swin_tiny`: for tests and demonstrations on a CPU."""
     return _from_sa_swin(classes, **{**sa_swin.TINY, **overrides})
+
+
+def _on_asa(encoder: SWViT, classes: int, symmetry: bool) -> Classifier:
+    saca = SymmetryAwareBlock(encoder.embed_dim, encoder.num_heads) if symmetry else None
+    return Classifier(encoder, classes, saca)
 
 
 def _from_sa_swin(
