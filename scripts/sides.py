@@ -17,6 +17,7 @@ import torch
 from asa.data.store import Store
 from asa.data.volume import read_image, write_label
 from asa.engine.asymmetry import AsymmetryScorer
+from asa.engine.metrics import dice
 from asa.engine.predict import PredictSettings
 
 # Values of that challenge, (left, right): accumbens, amygdala, caudate, hippocampus, pallidum, putamen, thalamus.
@@ -59,11 +60,6 @@ def confusion(truth: np.ndarray, found: np.ndarray) -> list[float]:
     sided = float(np.mean([dice(truth == label, found == label) for label in range(1, 7)]))
     joined = [(truth + 1) // 2, (found + 1) // 2]
     return [wrong, sided, *(dice(joined[0] == k, joined[1] == k) for k in (1, 2, 3))]
-
-
-def dice(one: np.ndarray, other: np.ndarray) -> float:
-    """Dice overlap of two masks."""
-    return float(2 * (one & other).sum() / max(int(one.sum()) + int(other.sum()), 1))
 
 
 def score(truths: Path, folders: list[Path]) -> None:

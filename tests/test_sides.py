@@ -21,8 +21,8 @@ def test_every_region_that_has_a_side_goes_to_a_label_of_that_side() -> None:
 
 
 def test_the_other_sides_label_is_counted_where_both_have_one() -> None:
-    truth = np.array([1, 1, 2, 3, 5, 6, 0, 4])
-    found = np.array([1, 2, 2, 4, 6, 6, 1, 0])
+    truth = np.array([[[1, 1, 2, 3, 5, 6, 0, 4]]])
+    found = np.array([[[1, 2, 2, 4, 6, 6, 1, 0]]])
     wrong, sided, cortex, white, deep = sides.confusion(truth, found)
     assert wrong == pytest.approx(3 / 6)  # one of cortex, one of white, one of deep; background counts on neither side
     assert cortex == pytest.approx(2 * 3 / (3 + 4)) and white == pytest.approx(2 / 3) and deep == 1
