@@ -19,9 +19,11 @@ from asa.engine.plan import Accounts, make_plan, plan_report, trace_step
 from asa.engine.train import TrainSettings
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.restore import Restoration
+from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import Segmentation
 from asa.models.asa import asa_tiny
 from asa.models.rat import rat_tiny
+from asa.models.sa_swin import sa_swin_tiny
 from asa.models.unet import unet_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +153,14 @@ def test_sgd_has_one_state_and_fp16_is_planned_for_a_gpu_alone() -> None:
 
 
 def test_a_network_that_a_cpu_cannot_train_in_bf16_is_planned_all_the_same() -> None:
-    plan = make_plan(maker("finetune"), labelled=True, settings=replace(SETTINGS, precision="bf16"), optim=OPTIM)
+    volume = torch.rand(2, 1, 32, 32, 32)
+    network = dict(img_size=32, embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="cannot be trained in bf16"):
+        sa_swin_tiny(**network)(volume, volume)
+    bf16 = replace(SETTINGS, precision="bf16")
+    plan = make_plan(
+        lambda: SASwinPretraining(model=sa_swin_tiny(**network)), labelled=False, settings=bf16, optim=OPTIM
+    )
     assert list(plan.memory) == ["CPU, bf16", "GPU, 16 bit"]
 
 
