@@ -91,12 +91,28 @@ def test_channels_last_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None
     assert norm(last).is_contiguous(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(first.grad, last.grad)
 
+    few = torch.randn(2, 3, 2, 2, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
+    assert torch.autograd.gradcheck(InstanceNorm(3), few.requires_grad_())
+
     model = SegmentationUNet(encoder(img_size=(64, 32, 32)), 2, feature_size=4).double()
     volume, results = torch.rand(1, 1, 64, 32, 32, dtype=torch.float64), []
     for layout in (torch.channels_last_3d, torch.contiguous_format):
         monkeypatch.setattr(torch, "channels_last_3d", layout)
         results.append(model(volume))
     torch.testing.assert_close(*results)
+
+
+def test_statistics_of_many_voxels_keep_their_digits() -> None:
+    torch.manual_seed(0)
+    features = (10 + 2 * torch.randn(1, 3, 64, 64, 64)).contiguous(memory_format=torch.channels_last_3d)
+    results = []
+    for x in (features.requires_grad_(), features.detach().double().contiguous().requires_grad_()):
+        out = InstanceNorm(3)(x)
+        (out**3).mean().backward()  # a loss that would like to change what the norm takes out
+        results.append((out.detach().double(), x.grad.double()))
+    (out, gradient), (true, true_gradient) = results
+    assert (out - true).abs().max() < 5e-6  # PyTorch's group norm: 1e-3
+    assert (gradient - true_gradient).abs().max() < 1e-5 * true_gradient.abs().max()
 
 
 def test_the_loss_is_dice_plus_cross_entropy_halved_at_each_scale() -> None:

@@ -18,19 +18,25 @@ from torch.nn import functional as F
 from asa.models import sw_vit
 from asa.models.saca import SymmetryAwareBlock
 from asa.models.sw_vit import SWViT, run_block
+from asa.ops.normalise import InstanceNormalisation
 
 LEVELS = 6  # resolutions 1 to 1/32
 HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
 
 
 class InstanceNorm(nn.InstanceNorm3d):
-    """Instance normalisation that leaves channels last where they are; PyTorch's own brings them to the front."""
+    """Instance normalisation that leaves channels last where they are; PyTorch's own brings them to the front.
+
+    Where the type is narrow or the device a GPU, a group norm with a channel a group is what PyTorch has for them.
+    """
 
     def forward(self, features: Tensor) -> Tensor:
         """`(B, C, D, H, W)` -> the same."""
         if features.is_contiguous() or not features.is_contiguous(memory_format=torch.channels_last_3d):
             return super().forward(features)
-        return F.group_norm(features, self.num_features, eps=self.eps)
+        if features.device.type != "cpu" or features.dtype not in (torch.float32, torch.float64):
+            return F.group_norm(features, self.num_features, eps=self.eps)
+        return InstanceNormalisation.apply(features, self.eps)
 
 
 Norm.add_factory_class("instance_any_layout", InstanceNorm)
