@@ -118,6 +118,7 @@ def test_what_is_not_a_usable_image_is_refused_by_name(tmp_path, noise):
     nib.save(colours, tmp_path / "colours.nii")
     (tmp_path / "empty.nii.gz").write_bytes(b"")
     (tmp_path / "text.nii").write_text("no image " * 100)
+    (tmp_path / "short.nii").write_text("no image")
     (tmp_path / "plain.nii.gz").write_text("not packed")
     (tmp_path / "photo.png").write_text("no image")
     save(tmp_path / "nan.nii", broken)
@@ -130,6 +131,7 @@ def test_what_is_not_a_usable_image_is_refused_by_name(tmp_path, noise):
         "colours.nii": "not numbers",
         "empty.nii.gz": "the file is empty",
         "text.nii": "not a NIfTI or Analyze image",
+        "short.nii": "not a NIfTI or Analyze image",
         "plain.nii.gz": "damaged or truncated gzip",
         "photo.png": "not an image that asa reads",
         "nan.nii": "2 voxels are NaN or infinite",

@@ -168,6 +168,54 @@ def write_image(
     _write(path, image)
 
 
+def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
+    """Write a file that stores no orientation as NIfTI with the one that its source states.
+
+    The voxels keep their order, values and type (float32 where the header scales them); the origin is the middle.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        source: as in `read_image`, Analyze or NIfTI whose codes are both 0.
+        axes: where the array's first, second and third axis point to, like `ASL`.
+
+    Returns:
+        Whether it was written: a file that stores an orientation keeps it.
+
+    Raises:
+        FileNotFoundError, ValueError: an unreadable file, or axes that are none.
+    """
+    wanted = orientation_of(axes)
+    image = _load(Path(source))
+    if _stores_orientation(image.header):
+        return False
+    data = _three_d(_voxels(image, Path(source)), Path(source))
+    data = data.astype(np.float32) if data.dtype.kind == "f" else data.astype(data.dtype.newbyteorder("="))
+    size = image.header.get_zooms()
+    affine = np.diag([0.0, 0, 0, 1])
+    for place, (axis, sign) in enumerate(wanted):
+        affine[int(axis), place] = sign * size[place]
+    affine[:3, 3] = -affine[:3, :3] @ (np.array(data.shape) - 1) / 2
+    write_image(path, data, affine, dtype=data.dtype)
+    return True
+
+
+def orientation_of(axes: str) -> np.ndarray:
+    """Three letters, where an array's axes point to, as nibabel's orientation: 3 rows (RAS axis, +1 or -1).
+
+    Raises:
+        ValueError: not one letter each of R or L, A or P, S or I.
+    """
+    try:
+        found = nib.orientations.axcodes2ornt(tuple(axes.upper()))
+    except ValueError:
+        found = np.full((3, 2), np.nan)
+    if sorted(found[:, 0].tolist()) != [0, 1, 2]:
+        raise ValueError(
+            f"axes={axes}: give three letters, where the array's axes point to, of R or L, A or P, S or I, like LAS"
+        )
+    return found
+
+
 def identity_of(volume: Volume) -> str:
     """What a scan's voxels are, whatever its file is called and however it is packed: 32 hexadecimal digits.
 
@@ -269,6 +317,7 @@ def _load(path: Path) -> Any:
         HeaderDataError,
         ImageDataError,
         nib.filebasedimages.ImageFileError,
+        nib.wrapstruct.WrapStructError,
         struct.error,
         OSError,
     ) as error:
@@ -316,13 +365,13 @@ def _affine(image: Any, path: Path) -> np.ndarray:
     if not _is_nifti(header):
         warnings.warn(
             f"{path}: Analyze stores no orientation; taken as {axis_codes(image.affine)}, "
-            "check left and right before you trust them",
+            "check it before you trust left and right, and say what it is with asa-orient if that is wrong",
             stacklevel=3,
         )
-    elif int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
+    elif not _stores_orientation(header):
         raise ValueError(
-            f"{path}: no orientation (qform and sform codes are both 0); check left and right, then set it "
-            "with a tool like fslorient or 3drefit"
+            f"{path}: no orientation (qform and sform codes are both 0); find out which way its axes run, left and "
+            "right above all, and say it with asa-orient"
         )
     else:
         _compare_codes(header, path)
@@ -344,6 +393,10 @@ def _compare_codes(header: Any, path: Path) -> None:
             warnings.warn(
                 f"{path}: qform says {codes[0]}, sform says {codes[1]} (taken); check left and right", stacklevel=4
             )
+
+
+def _stores_orientation(header: Any) -> bool:
+    return _is_nifti(header) and bool(int(header["qform_code"]) or int(header["sform_code"]))
 
 
 def _is_nifti(header: Any) -> bool:

@@ -1,0 +1,32 @@
+"""asa-orient: NIfTI files with a stated orientation from files that store none."""
+
+import sys
+from pathlib import Path
+
+from asa.cli.front import Config, run_command
+from asa.data.orient import orient_files
+
+
+def orient(config: Config) -> None:
+    """Write the files.
+
+    Raises:
+        ValueError: files failed; they are listed before, and the others are done.
+    """
+    report = orient_files(Path(str(config["input"])), Path(str(config["out"])), str(config["axes"]))
+    for name, reason in report.failures.items():
+        print(f"{name}: failed: {reason}")
+    if report.kept:
+        print(f"{len(report.kept)} files store an orientation and were left alone, like {report.kept[0]}")
+    if report.failures:
+        raise ValueError(f"{len(report.failures)} files failed, listed above")
+    print(f"wrote {len(report.written)} files to {config['out']}: look at some of them, left and right above all")
+
+
+def main() -> int:
+    """Entry point."""
+    return run_command("orient", "Write files that store no orientation as NIfTI, with the one you state.", orient)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
