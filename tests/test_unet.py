@@ -96,10 +96,22 @@ def test_channels_last_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None
 
     model = SegmentationUNet(encoder(img_size=(64, 32, 32)), 2, feature_size=4).double()
     volume, results = torch.rand(1, 1, 64, 32, 32, dtype=torch.float64), []
-    for layout in (torch.channels_last_3d, torch.contiguous_format):
-        monkeypatch.setattr(torch, "channels_last_3d", layout)
+    for norm in (InstanceNorm.forward, torch.nn.InstanceNorm3d.forward):
+        monkeypatch.setattr(InstanceNorm, "forward", norm)
         results.append(model(volume))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_on_a_cpu_every_norm_gives_channels_last(batch: int, channels: int) -> None:
+    net, layouts = encoder(img_size=(64, 32, 32), in_channels=channels), []
+    model = SegmentationUNet(net, 2, feature_size=4)
+    for module in model.modules():
+        if isinstance(module, InstanceNorm):
+            module.register_forward_hook(lambda _, inputs, out: layouts.append(out.stride(1) == 1))
+    model(torch.rand(batch, channels, 64, 32, 32))
+    assert len(layouts) > 20 and all(layouts)
 
 
 def test_statistics_of_many_voxels_keep_their_digits() -> None:

@@ -27,16 +27,19 @@ HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
 class InstanceNorm(nn.InstanceNorm3d):
     """Instance normalisation that leaves channels last where they are; PyTorch's own brings them to the front.
 
-    Where the type is narrow or the device a GPU, a group norm with a channel a group is what PyTorch has for them.
+    On a CPU it also brings them there: PyTorch's plainer convolution, which it takes for one channel and for small maps,
+    gives them first.
     """
 
     def forward(self, features: Tensor) -> Tensor:
         """`(B, C, D, H, W)` -> the same."""
+        wide = features.dtype in (torch.float32, torch.float64)
+        if features.device.type == "cpu" and wide and not torch.compiler.is_exporting():
+            last = features.contiguous(memory_format=torch.channels_last_3d)
+            return InstanceNormalisation.apply(last, self.eps)
         if features.is_contiguous() or not features.is_contiguous(memory_format=torch.channels_last_3d):
             return super().forward(features)
-        if features.device.type != "cpu" or features.dtype not in (torch.float32, torch.float64):
-            return F.group_norm(features, self.num_features, eps=self.eps)
-        return InstanceNormalisation.apply(features, self.eps)
+        return F.group_norm(features, self.num_features, eps=self.eps)
 
 
 Norm.add_factory_class("instance_any_layout", InstanceNorm)
@@ -154,7 +157,7 @@ class SegmentationUNet(nn.Module):
 
     def _as_map(self, tokens: Tensor) -> Tensor:
         """`(B, L, E)` -> `(B, E, T, H, W)`, a view with the channels last."""
-        return tokens.transpose(1, 2).unflatten(2, self.encoder.grid)
+        return tokens.unflatten(1, self.encoder.grid).permute(0, 4, 1, 2, 3)
 
 
 def _run(level: int, block: nn.Module, *inputs: Tensor, checkpointing: bool) -> Tensor:
