@@ -59,7 +59,8 @@ class LinearWindowAttention(nn.Module):
         qkv = self.qkv(tokens)
         bias = self.relative_position_bias[:, self.offset]  # M S S
         runs = window_runs(tokens.shape[1], self.window, self.shift)
-        parts = qkv.split([n * size for _, n, size in runs], dim=1)  # its gradient is one copy, that of slices a sum
+        # The gradient of a split is one copy, that of slices a sum.
+        parts = qkv.split([n * size for _, n, size in runs], dim=1) if len(runs) > 1 else [qkv]
         out = [self._attend(part, size, bias) for part, (_, _, size) in zip(parts, runs, strict=True)]
         return self.proj(torch.cat(out, dim=1) if len(out) > 1 else out[0])
 
