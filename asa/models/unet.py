@@ -27,7 +27,7 @@ HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
 class InstanceNorm(nn.InstanceNorm3d):
     """Instance normalisation that leaves channels last where they are; PyTorch's own brings them to the front.
 
-    On a CPU it also brings them there: PyTorch's plainer convolution, which it takes for one channel and for small maps,
+    On a CPU it also brings them there: the plain convolution that PyTorch takes for one channel and for small maps
     gives them first.
     """
 
