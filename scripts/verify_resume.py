@@ -61,6 +61,8 @@ def main() -> int:
     one, other = (sha256_of(find_weights(chosen.out / name)) for name in ("whole", "killed"))
     print(f"undisturbed     {one}\n{kills:2d} kills -9     {other}")
     print("the same weights" if one == other else "the weights differ")
+    if kills < chosen.kills:
+        print(f"the run ended before {chosen.kills} kills: more train.steps, or fewer of train.log_every, leave room")
     return int(one != other)
 
 
