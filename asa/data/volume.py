@@ -171,7 +171,8 @@ def write_image(
 def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
     """Write a file that stores no orientation as NIfTI with the one that its source states.
 
-    The voxels keep their order, values and type (float32 where the header scales them); the origin is the middle.
+    The voxels keep their order and values, integers their type; floats, and what the header scales, become float32. The
+    origin is the middle.
 
     Args:
         path: `.nii` or `.nii.gz`.
