@@ -42,12 +42,15 @@ def main() -> int:
     print(f"undisturbed: {time.monotonic() - started:.0f} s, of which training {training:.0f} s", flush=True)
 
     kills = finished = 0
-    # Moments spread so that the kills together reach about three quarters of the run; what a kill undoes comes on top.
+    # Moments spread over what is left, so that the kills together reach about three quarters of the run; what a kill
+    # undoes comes on top.
+    steps = last_step(chosen.out / "whole")
     while kills < chosen.kills and not finished:
         process = start(chosen, "killed")
         until_training(process, chosen.out / "killed")
         try:
-            finished = process.wait(moments.uniform(0, 1.5 * training / chosen.kills)) == 0
+            left = 1 - last_step(chosen.out / "killed") / steps
+            finished = process.wait(moments.uniform(0, 1.5 * training * left / (chosen.kills - kills))) == 0
             if not finished:
                 break  # it failed by itself: the last start says why
         except subprocess.TimeoutExpired:
@@ -92,10 +95,10 @@ def lines(log: Path) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
-def last_step(run: Path) -> str:
+def last_step(run: Path) -> int:
     """The newest step of the log."""
     newest = lines(run / "log.jsonl")[-1:]
-    return newest[0].partition(",")[0].rpartition(" ")[2] if newest else "0"
+    return int(newest[0].partition(",")[0].rpartition(" ")[2]) if newest else 0
 
 
 if __name__ == "__main__":
