@@ -34,6 +34,7 @@ class InstanceNorm(nn.InstanceNorm3d):
     def forward(self, features: Tensor) -> Tensor:
         """`(B, C, D, H, W)` -> the same."""
         wide = features.dtype in (torch.float32, torch.float64)
+        # ONNX has an operator for PyTorch's own.
         if features.device.type == "cpu" and wide and not torch.compiler.is_exporting():
             last = features.contiguous(memory_format=torch.channels_last_3d)
             return InstanceNormalisation.apply(last, self.eps)

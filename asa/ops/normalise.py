@@ -18,7 +18,7 @@ class InstanceNormalisation(torch.autograd.Function):
     """Mean 0 and variance 1 in each sample and channel (Ulyanov et al. 2016), `(B, C, D, H, W)` -> the same.
 
     For this layout PyTorch has group norm with a channel a group. Its statistics of 128^3 voxels have three digits in
-    float32, and its gradient takes two to three times as long as this one.
+    float32, and its gradient is slower.
     """
 
     @staticmethod
