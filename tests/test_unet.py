@@ -8,7 +8,7 @@ import asa
 from asa.data.store import IGNORED
 from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.models.sw_vit import SWViT
-from asa.models.unet import InstanceNorm, SegmentationUNet, unet_base, unet_small, unet_tiny
+from asa.models.unet import InstanceNorm, PointwiseConv, SegmentationUNet, unet_base, unet_small, unet_tiny
 
 
 def encoder(**overrides: object) -> SWViT:
@@ -108,10 +108,28 @@ def test_on_a_cpu_every_norm_gives_channels_last(batch: int, channels: int) -> N
     net, layouts = encoder(img_size=(64, 32, 32), in_channels=channels), []
     model = SegmentationUNet(net, 2, feature_size=4)
     for module in model.modules():
-        if isinstance(module, InstanceNorm):
+        if isinstance(module, InstanceNorm | PointwiseConv):
             module.register_forward_hook(lambda _, inputs, out: layouts.append(out.stride(1) == 1))
     model(torch.rand(batch, channels, 64, 32, 32))
-    assert len(layouts) > 20 and all(layouts)
+    assert len(layouts) > 30 and all(layouts)
+
+
+def test_a_pointwise_convolution_is_a_convolution() -> None:
+    torch.manual_seed(0)
+    model = SegmentationUNet(encoder(img_size=(64, 32, 32)), 2, feature_size=4).double()
+    kernels = [module for module in model.modules() if isinstance(module, torch.nn.Conv3d)]
+    for module in kernels:
+        assert isinstance(module, PointwiseConv) == (module.kernel_size == module.stride == (1, 1, 1))
+    head = model.heads[0].conv.conv
+    assert head.bias is not None and isinstance(head, PointwiseConv)
+    volume, results = torch.randn(2, 4, 6, 5, 4, dtype=torch.float64), []
+    for forward in (head, lambda x: torch.nn.functional.conv3d(x, head.weight, head.bias)):
+        x = volume.clone().requires_grad_()
+        head.zero_grad()
+        out = forward(x)
+        out.pow(2).sum().backward()
+        results.append((out, x.grad, head.weight.grad.clone(), head.bias.grad.clone()))
+    torch.testing.assert_close(*results)
 
 
 def test_statistics_of_many_voxels_keep_their_digits() -> None:

@@ -46,6 +46,20 @@ class InstanceNorm(nn.InstanceNorm3d):
 Norm.add_factory_class("instance_any_layout", InstanceNorm)
 
 
+class PointwiseConv(nn.Conv3d):
+    """1x1x1 convolution. On a CPU it is a matrix product, which leaves channels last where they are.
+
+    With one thread, what torchrun gives a process, PyTorch takes a plain convolution that brings them to the front.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, C, D, H, W)` -> the same with other channels."""
+        if features.device.type != "cpu" or torch.compiler.is_exporting():
+            return super().forward(features)
+        out = F.linear(features.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias)
+        return out.permute(0, 4, 1, 2, 3)
+
+
 class SegmentationUNet(nn.Module):
     """U-Net whose skips are hidden states of a transformer, brought to six resolutions by residual convolutions.
 
@@ -109,6 +123,9 @@ class SegmentationUNet(nn.Module):
         self.heads = nn.ModuleList(
             UnetOutBlock(spatial_dims=3, in_channels=width[level], out_channels=out_channels) for level in range(HEADS)
         )
+        for module in self.modules():  # MONAI's blocks make their convolutions themselves
+            if type(module) is nn.Conv3d and module.kernel_size == module.stride == (1, 1, 1):
+                module.__class__ = PointwiseConv
 
     @property
     def mirrored(self) -> bool:
