@@ -1,9 +1,9 @@
 """Does a scan that lies otherwise get the same labels? poses.py RUN STORE
 
 Each scan of the test part is predicted as it is, and as copies that a scanner might have given: with its axes in
-another order, on another voxel size, turned, and all three. The labels of a copy are brought back to the scan's own
-grid, and compared with the scan's by Dice. What going there and back costs by itself is the Dice of the true labels
-after it: thin structures on large voxels lose most.
+another order, on another voxel size, turned, and all three. The probabilities of a copy are brought back to the scan's
+own grid, and the largest is compared with the scan's label by Dice. So are the labels of the copy: what going there and
+back costs labels by itself is the Dice of the true ones after it. Thin structures lose most.
 """
 
 import sys
@@ -16,11 +16,12 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from asa.data.grid import sample_label
+from asa.data.grid import sample_affine, sample_label
 from asa.data.splits import read_split, select
 from asa.data.store import Store
 from asa.data.volume import Volume, read_image, read_label, write_image
 from asa.engine.metrics import dice
+from asa.engine.labels import compare_classes, share_files
 from asa.engine.predict import PredictSettings, Segmenter
 
 # Angles about x, y, z in degrees, factor of the voxel size, axes of the copy with their signs.
@@ -31,10 +32,14 @@ COPIES = {
     "all three": ((6, -4, 8), 0.75, [-2, 3, 1]),
 }
 MARGIN = 2  # voxels around the head in a copy that is resampled
+SHIFT = 0.37  # of a voxel, by which its grid is off: on a common grid every other voxel would lie on the mask's edge
 
 
 def copy_of(scan: Volume, angles: tuple[float, ...], factor: float, axes: list[int]) -> Volume:
-    """The scan on another grid in the same space: its own voxels in another order, or a grid around what is not 0."""
+    """The scan on another grid in the same space: its own voxels in another order, or a grid around what is not 0.
+
+    What is interpolated at the rim of a stripped brain is the brain: the 0 beyond it would make it darker.
+    """
     order, signs = [abs(axis) - 1 for axis in axes], np.sign(axes)
     turned = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ scan.affine[:3, :3]
     affine = np.eye(4)
@@ -43,13 +48,15 @@ def copy_of(scan: Volume, angles: tuple[float, ...], factor: float, axes: list[i
     box = ndimage.find_objects(((scan.data > 0) | same).astype(np.uint8))[0]
     corners = np.stack(np.meshgrid(*((side.start, side.stop - 1) for side in box), indexing="ij"), -1).reshape(-1, 3)
     points = corners @ scan.affine[:3, :3].T @ np.linalg.inv(affine[:3, :3]).T  # in voxels of the copy
-    margin = 0 if same else MARGIN
-    low = np.floor(points.min(axis=0).round(6)) - margin
+    margin, shift = (0, 0) if same else (MARGIN, SHIFT)
+    low = np.floor(points.min(axis=0).round(6)) - margin + shift
     shape = [int(size) for size in np.ceil(points.max(axis=0).round(6)) + margin + 1 - low]
     affine[:3, 3] = scan.affine[:3, 3] + affine[:3, :3] @ low
     matrix = np.linalg.inv(scan.affine) @ affine
-    image = ndimage.affine_transform(scan.data, matrix, output_shape=shape, order=3)
-    inside = ndimage.affine_transform((scan.data > 0).astype(np.float32), matrix, output_shape=shape, order=1) >= 0.5
+    brain = scan.data > 0
+    nearest = ndimage.distance_transform_edt(~brain, return_distances=False, return_indices=True)
+    image = ndimage.affine_transform(scan.data[tuple(nearest)], matrix, output_shape=shape, order=3, mode="nearest")
+    inside = ndimage.affine_transform(brain.astype(np.float32), matrix, output_shape=shape, order=1) >= 0.5
     return Volume(np.where(inside, image.clip(min=1e-3), 0).astype(np.float32), affine, scan.header)
 
 
@@ -66,7 +73,8 @@ def main() -> int:
     run, store = Path(sys.argv[1]), Store(sys.argv[2])
     segmenter, values = Segmenter(run, PredictSettings(device="cpu")), store.label_values
     records = select(store.records, read_split(run / "split.json")["test"])
-    predicted: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
+    shares: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
+    labels: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
     carried: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
     warnings.simplefilter("ignore", UserWarning)  # that a copy is resampled
     with tempfile.TemporaryDirectory() as folder:
@@ -81,19 +89,22 @@ def main() -> int:
                 for name, path in paths.items():
                     copy = copy_of(read_image(path), *change)
                     write_image(files[name], copy.data, copy.affine)
-                segmenter.segment_file(files, out)
+                segmenter.segment_file(files, out, probabilities=Path(folder))
                 there, forth = read_label(out).data, np.linalg.inv(here.affine) @ copy.affine
-                back = sample_label(there, np.linalg.inv(forth), here.data.shape)
-                predicted[kind].append(scores(back, here.data, values))
-                both = sample_label(sample_label(truth.data, forth, there.shape), np.linalg.inv(forth), here.data.shape)
+                back, shape = np.linalg.inv(forth), here.data.shape
+                maps = (read_image(Path(folder) / file).data for file in share_files(list(segmenter.labels.values())))
+                moved = (sample_affine(share, back, shape, order=1) for share in maps)
+                winner = compare_classes(moved, segmenter.labels, here, None)
+                shares[kind].append(scores(winner, here.data, values))
+                labels[kind].append(scores(sample_label(there, back, shape), here.data, values))
+                both = sample_label(sample_label(truth.data, forth, there.shape), back, shape)
                 carried[kind].append(scores(both, truth.data, values))
-    print(f"Dice with the scan itself, mean of {len(records)} scans: prediction of the copy (truth, there and back)")
+    print(f"Dice with the scan itself, mean of {len(records)} scans: probabilities of the copy, brought back")
+    print("(its labels, brought back; the true labels, there and back)")
+    names = ["all", *(store.labels[value] for value in values)]
     for kind in COPIES:
-        columns = zip(zip(*predicted[kind], strict=True), zip(*carried[kind], strict=True), strict=True)
-        cells = (
-            f"{name} {mean(one):.3f} ({mean(other):.3f})"
-            for name, (one, other) in zip(["all", *(store.labels[value] for value in values)], columns, strict=True)
-        )
+        means = ([mean(column) for column in zip(*rows[kind], strict=True)] for rows in (shares, labels, carried))
+        cells = (f"{name} {a:.3f} ({b:.3f}, {c:.3f})" for name, a, b, c in zip(names, *means, strict=True))
         print(f"{kind:<11} {'  '.join(cells)}")
     return 0
 

@@ -6,6 +6,7 @@ points of the template are (d, h, w) in mm of its own space: z, y, x.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ FIELD = ((-94.0, 98.0), (-128.0, 96.0), (-96.0, 96.0))
 LEVELS = ((4, 2.0), (2, 1.0))  # shrink factor of the template, smoothing in mm
 SAMPLED = 0.25  # share of the template's voxels, drawn with a fixed seed
 BINS = 32
+AROUND = 30.0  # mm of zeros around the brain, whatever the file has: the search compares only what lies in both arrays
 
 
 def register_to_template(brain: np.ndarray, spacing: Lengths, turn: np.ndarray) -> np.ndarray:
@@ -45,9 +47,12 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, turn: np.ndarray) 
         raise ValueError("registration needs a brain, and the image is empty")
     half = (np.array(brain.shape) - 1) / 2 * np.asarray(spacing)
     bounded = np.clip(brain, 0, np.percentile(brain[brain > 0], 99.5))
+    box = ndimage.find_objects((brain > 0).astype(np.uint8))[0]
+    pad = [math.ceil(AROUND / side) for side in spacing]
+    start = np.array([side.start for side in box]) - pad
     with simpleitk() as sitk:
         fixed = _image(sitk, template, (1.0, 1.0, 1.0), template_affine[:3, 3][::-1])
-        moving = _image(sitk, bounded, spacing, -half)
+        moving = _image(sitk, np.pad(bounded[box], [(n, n) for n in pad]), spacing, start * np.asarray(spacing) - half)
         starts = _starts(sitk, template, template_affine, brain, spacing, (np.eye(3), turn))
         try:
             found = _search(sitk, fixed, moving, starts)

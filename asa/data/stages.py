@@ -18,6 +18,7 @@ from asa.data.align import align
 from asa.data.brain import TOOLS, brain_mask, correct_bias
 from asa.data.grid import sample_affine, sample_image, sample_label
 from asa.data.symmetry import MidsagittalPlane
+from asa.data.template import brain_middle
 from asa.data.volume import axis_codes, from_ras, spacing_of, to_ras
 
 PERCENTILES = (0.5, 99.9)
@@ -48,8 +49,9 @@ class PrepareSettings:
         spacing: isotropic voxel size in mm to resample to; None keeps the scan's own grid.
         crop: "foreground" (the box of any channel's foreground, with a margin), "none", or a size, one int or
             D, H, W: a box of this size around the middle of the foreground's box, padded with 0 where it is
-            larger. After registration or midway alignment the box is symmetric about the middle of the volume, so
-            that the mid-sagittal plane stays there.
+            larger. After registration a box of this size lies around the middle of the template's brain, so that a
+            place in it is the same place in every brain. After registration or midway alignment the box is symmetric
+            about the middle of the volume, so that the mid-sagittal plane stays there.
         margin: voxels around the foreground's box, for crop "foreground".
     """
 
@@ -259,6 +261,9 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     else:
         size = [settings.crop] * 3 if isinstance(settings.crop, int) else [int(side) for side in settings.crop]
         start = [(side.start + side.stop - want) // 2 for side, want in zip(box, size, strict=True)]
+        if settings.register:
+            middle = np.linalg.inv(case.affine) @ [*brain_middle(), 1]
+            start = [round(place - (want - 1) / 2) for place, want in zip(middle[2::-1], size, strict=True)]
         if case.centred:
             start[2] = (before[2] - size[2]) // 2
     step = {"start": start, "size": size, "before": list(before)}

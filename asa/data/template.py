@@ -40,3 +40,16 @@ def load_map(kind: str) -> tuple[np.ndarray, np.ndarray]:
     data = np.asarray(image.dataobj, dtype=np.float32).transpose(2, 1, 0)
     data.setflags(write=False)
     return data, np.asarray(image.affine, dtype=np.float64)
+
+
+@lru_cache(maxsize=1)
+def brain_middle() -> np.ndarray:
+    """Middle of the box around the template's brain, (x, y, z) in mm.
+
+    Raises:
+        ImportError: nilearn is not installed.
+    """
+    template, affine = load_map("t1")
+    places = [np.flatnonzero((template > 0).any(axis=axes)) for axes in ((0, 1), (0, 2), (1, 2))]  # x, y, z
+    voxel = [(along[0] + along[-1]) / 2 for along in places]
+    return np.asarray(affine[:3, :3] @ voxel + affine[:3, 3])
