@@ -20,8 +20,8 @@ from asa.data.grid import sample_affine, sample_label
 from asa.data.splits import read_split, select
 from asa.data.store import Store
 from asa.data.volume import Volume, read_image, read_label, write_image
-from asa.engine.metrics import dice
 from asa.engine.labels import compare_classes, share_files
+from asa.engine.metrics import dice
 from asa.engine.predict import PredictSettings, Segmenter
 
 # Angles about x, y, z in degrees, factor of the voxel size, axes of the copy with their signs.
