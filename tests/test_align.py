@@ -1,6 +1,7 @@
 """Scans find their grid, labels find their way back, and the mid-sagittal plane ends in the middle."""
 
 import itertools
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from asa.data.symmetry import find_midsagittal_plane
 from asa.data.template import load_map
 from asa.data.volume import Volume, read_image, read_label, spacing_of, to_ras, write_label
 
+PYTHON = shlex.quote(sys.executable)
 SHARED = Path(__file__).parents[2] / "shared/data"
 needs_scans = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real scans are not here: no {SHARED}")
 CODES = ["".join(turned) for code in itertools.product("LR", "PA", "IS") for turned in itertools.permutations(code)]
@@ -249,7 +251,7 @@ def test_any_command_can_strip_the_skull(tmp_path):
     (tmp_path / "strip it.py").write_text(THRESHOLD)
     shape = (50, 60, 50)
     image, label = scan(shape, centred(shape, np.diag([-3.6, 3.6, 3.6])))
-    command = f"{sys.executable} '{tmp_path}/strip it.py' {{image}} {{mask}}"
+    command = f"{PYTHON} '{tmp_path}/strip it.py' {{image}} {{mask}}"
     case = prepare_case({"t1": image, "t2": image}, None, {}, PrepareSettings(strip=command, crop="none"))
     np.testing.assert_array_equal(case.brain[:, :, ::-1].transpose(2, 1, 0), label.data > 0)
     assert (case.image[:, ~case.brain] == 0).all()
@@ -260,9 +262,9 @@ def test_any_command_can_strip_the_skull(tmp_path):
     ("command", "reason"),
     [
         ("no_such_tool {image} {mask}", "cannot start 'no_such_tool'"),
-        (f"{sys.executable} -c 'raise SystemExit(3)' {{image}} {{mask}}", "ends with code 3"),
-        (f"{sys.executable} -c 'print(\"done\")' {{image}} {{mask}}", "writes no {mask}: done"),
-        (f"{sys.executable} -c '{THRESHOLD.replace('> 100', '> 1e9')}' {{image}} {{mask}}", "finds no brain"),
+        (f"{PYTHON} -c 'raise SystemExit(3)' {{image}} {{mask}}", "ends with code 3"),
+        (f"{PYTHON} -c 'print(\"done\")' {{image}} {{mask}}", "writes no {mask}: done"),
+        (f"{PYTHON} -c '{THRESHOLD.replace('> 100', '> 1e9')}' {{image}} {{mask}}", "finds no brain"),
     ],
 )
 def test_a_command_that_fails_is_named_with_what_it_said(command, reason):
