@@ -20,7 +20,7 @@ from asa.data.grid import sample_affine, sample_label
 from asa.data.splits import read_split, select
 from asa.data.store import Store
 from asa.data.volume import Volume, read_image, read_label, write_image
-from asa.engine.labels import compare_classes, paint_regions, share_files
+from asa.engine.labels import share_files, winning_labels
 from asa.engine.metrics import dice
 from asa.engine.predict import PredictSettings, Segmenter
 
@@ -92,14 +92,9 @@ def main() -> int:
                 segmenter.segment_file(files, out, probabilities=Path(folder))
                 there, forth = read_label(out).data, np.linalg.inv(here.affine) @ copy.affine
                 back, shape = np.linalg.inv(forth), here.data.shape
-                regions = segmenter.regions
-                maps = share_files(list(regions or segmenter.labels.values()))
+                maps = share_files(list(segmenter.regions or segmenter.labels.values()))
                 moved = (sample_affine(read_image(Path(folder) / file).data, back, shape, order=1) for file in maps)
-                winner = (
-                    paint_regions(moved, regions, here, None)
-                    if regions
-                    else compare_classes(moved, segmenter.labels, here, None)
-                )
+                winner = winning_labels(moved, segmenter.labels, segmenter.regions, here)
                 shares[kind].append(scores(winner, here.data, values))
                 labels[kind].append(scores(sample_label(there, back, shape), here.data, values))
                 both = sample_label(sample_label(truth.data, forth, there.shape), back, shape)

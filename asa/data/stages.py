@@ -260,10 +260,11 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
         size = [last - first for first, last in zip(start, stop, strict=True)]
     else:
         size = [settings.crop] * 3 if isinstance(settings.crop, int) else [int(side) for side in settings.crop]
-        start = [(side.start + side.stop - want) // 2 for side, want in zip(box, size, strict=True)]
         if settings.register:
             middle = np.linalg.inv(case.affine) @ [*brain_middle(), 1]
             start = [round(place - (want - 1) / 2) for place, want in zip(middle[2::-1], size, strict=True)]
+        else:
+            start = [(side.start + side.stop - want) // 2 for side, want in zip(box, size, strict=True)]
         if case.centred:
             start[2] = (before[2] - size[2]) // 2
     step = {"start": start, "size": size, "before": list(before)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from scipy import ndimage
 
 NAME = "ICBM 152 nonlinear 2009a symmetric"
 LOADERS = {
@@ -50,6 +51,6 @@ def brain_middle() -> np.ndarray:
         ImportError: nilearn is not installed.
     """
     template, affine = load_map("t1")
-    places = [np.flatnonzero((template > 0).any(axis=axes)) for axes in ((0, 1), (0, 2), (1, 2))]  # x, y, z
-    voxel = [(along[0] + along[-1]) / 2 for along in places]
+    box = ndimage.find_objects((template > 0).astype(np.uint8))[0]
+    voxel = [(side.start + side.stop - 1) / 2 for side in reversed(box)]
     return np.asarray(affine[:3, :3] @ voxel + affine[:3, 3])

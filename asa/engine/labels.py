@@ -17,19 +17,34 @@ from asa.ops.nested import paint, painting_order
 Shares = Iterable[np.ndarray]
 
 
-def compare_classes(shares: Shares, labels: Mapping[int, str], like: Volume, folder: Path | None) -> np.ndarray:
-    """The class of the largest probability at each voxel.
-
-    What no class claims is background, so the probabilities sum to 1 everywhere.
+def winning_labels(
+    shares: Shares,
+    labels: Mapping[int, str],
+    regions: Mapping[str, Sequence[int]],
+    like: Volume,
+    folder: Path | None = None,
+) -> np.ndarray:
+    """Label values from probabilities on the scan's own grid.
 
     Args:
-        shares: K - 1 probabilities, that of the background left out.
+        shares: of R regions, or of K - 1 classes, that of the background left out.
         labels: label value -> name.
+        regions: name -> label values that it joins; {} where classes compete.
         like: the scan.
         folder: for each probability in a file of its own; None writes none.
 
     Returns:
         Label values, of the scan's shape.
+    """
+    if regions:
+        return _paint_regions(shares, regions, like, folder)
+    return _compare_classes(shares, labels, like, folder)
+
+
+def _compare_classes(shares: Shares, labels: Mapping[int, str], like: Volume, folder: Path | None) -> np.ndarray:
+    """The class of the largest probability at each voxel.
+
+    What no class claims is background, so the probabilities sum to 1 everywhere.
     """
     values = sorted(labels)
     files = share_files(["background", *(labels[value] for value in values)])
@@ -46,20 +61,10 @@ def compare_classes(shares: Shares, labels: Mapping[int, str], like: Volume, fol
     return np.array([0, *values])[winner]
 
 
-def paint_regions(
+def _paint_regions(
     shares: Shares, regions: Mapping[str, Sequence[int]], like: Volume, folder: Path | None
 ) -> np.ndarray:
-    """The label of the innermost region that claims a voxel with more than one half, see `asa.ops.nested`.
-
-    Args:
-        shares: R probabilities.
-        regions: name -> label values that it joins.
-        like: the scan.
-        folder: for each probability in a file of its own; None writes none.
-
-    Returns:
-        Label values, of the scan's shape.
-    """
+    """The label of the innermost region that claims a voxel with more than one half, see `asa.ops.nested`."""
     written = _written(shares, share_files(list(regions)), like, folder)
     return paint((torch.from_numpy(share) for share in written), painting_order(regions)).numpy()
 

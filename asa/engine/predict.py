@@ -22,7 +22,7 @@ from asa.data.volume import Volume, write_label
 from asa.engine.checkpoint import read_model
 from asa.engine.device import autocast, pick_device, pick_precision
 from asa.engine.intake import Intake
-from asa.engine.labels import compare_classes, mirrored_classes, mirrored_regions, paint_regions
+from asa.engine.labels import mirrored_classes, mirrored_regions, winning_labels
 from asa.models.segmenting import SegmentationNetwork
 from asa.ops.symmetry import flip
 
@@ -284,9 +284,7 @@ def label_map(
         folder: for each probability in a file of its own; None writes none.
     """
     native = (to_native(share[None], chain, order=1)[0] for share in (shares if regions else shares[1:]).numpy())
-    if regions:
-        return paint_regions(native, regions, like, folder)
-    return compare_classes(native, labels, like, folder)
+    return winning_labels(native, labels, regions, like, folder)
 
 
 def _check_agreement(first: str, data: Mapping[str, Any], path: str, other: Mapping[str, Any]) -> None:
