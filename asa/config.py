@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
-CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.stages")
+CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.steps")
 CHECKPOINT_TARGETS = ("asa.models",)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from asa.data.case import to_native
+from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from asa.config import build
 from asa.data.store import Store
-from asa.engine.asymmetry import AsymmetryScorer, Found, HealthyScans
-from asa.engine.checkpoint import read_description
-from asa.engine.classification import auc
-from asa.engine.predict import PredictSettings
+from asa.evaluation.classification import auc
+from asa.inference.asymmetry import AsymmetryScorer, Found, HealthyScans
+from asa.inference.segmentation import PredictSettings
+from asa.training.checkpoint import read_description
 
 Compare = Callable[[Tensor], Found]
 

@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.image import imsave
 
 from asa import load_model
-from asa.data.loader import CropDataset, collate
+from asa.data.loading.loader import CropDataset, collate
 from asa.data.splits import read_split, select
 from asa.data.store import Store
-from asa.engine.validate import pictures_of
 from asa.methods.pretrain import MaskedPretraining
-from asa.models.asa import MaskedAutoencoder
+from asa.models.masked_autoencoder import MaskedAutoencoder
+from asa.tasks.validation import pictures_of
 
 SCALE = 2  # pixels a voxel
 

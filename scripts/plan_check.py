@@ -61,7 +61,8 @@ def make(row: Row) -> Any:
     from asa.methods.pretrain import MaskedPretraining
     from asa.methods.restore import Restoration
     from asa.methods.segment import Segmentation
-    from asa.models import asa, rat, unet
+    from asa.models import masked_autoencoder as asa
+    from asa.models import rat, unet
 
     kind = row.network.partition("_")[0]
     if kind == "rat":
@@ -74,9 +75,9 @@ def make(row: Row) -> Any:
 
 def run(row: Row, folder: Path) -> None:
     """Train for a few steps, as the commands do."""
-    from asa.data.loader import LoaderSettings
-    from asa.engine.optim import OptimSettings
-    from asa.engine.train import TrainSettings, train
+    from asa.data.loading.loader import LoaderSettings
+    from asa.training.loop import TrainSettings, train
+    from asa.training.optim import OptimSettings
 
     (folder / "run").mkdir(parents=True)
     settings = TrainSettings(steps=3, batch_size=row.batch, device="cpu", log_every=1, **row.train)
@@ -89,9 +90,9 @@ def samples(row: Row, folder: Path) -> Any:
     """Made-up volumes, or pairs of images with regions of unequal sizes, in a folder."""
     import numpy as np
 
-    from asa.data.loader import CropDataset
-    from asa.data.pairs import PairDataset, find_pairs
-    from asa.data.picture import write_picture, write_regions
+    from asa.data.io.images2d import write_picture, write_regions
+    from asa.data.loading.loader import CropDataset
+    from asa.data.restoration.pairs import PairDataset, find_pairs
     from scripts.benchmark.crops import RandomVolumes
 
     kind = row.network.partition("_")[0]
@@ -122,10 +123,10 @@ def measured(name: str) -> int:
 
 def planned(name: str) -> int:
     """Bytes that the plan tells for it."""
-    from asa.data.loader import collate
-    from asa.engine.optim import OptimSettings
-    from asa.engine.plan import make_plan
-    from asa.engine.train import TrainSettings
+    from asa.data.loading.loader import collate
+    from asa.training.loop import TrainSettings
+    from asa.training.optim import OptimSettings
+    from asa.training.plan import make_plan
 
     row, example = ROWS[name], None
     if row.network.startswith("rat"):
@@ -150,7 +151,7 @@ def main() -> int:
     if options.one:
         (name,) = options.names
         if not options.heap:  # training keeps what is freed
-            from asa.engine import train
+            from asa.training import loop as train
 
             train.keep_freed_memory = lambda: False
         print(json.dumps([measured(name), planned(name)]))

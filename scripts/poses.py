@@ -16,13 +16,13 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from asa.data.grid import sample_affine, sample_label
+from asa.data.io.nifti import Volume, read_image, read_label, write_image
+from asa.data.preprocessing.resampling import sample_affine, sample_label
 from asa.data.splits import read_split, select
 from asa.data.store import Store
-from asa.data.volume import Volume, read_image, read_label, write_image
-from asa.engine.labels import share_files, winning_labels
-from asa.engine.metrics import dice
-from asa.engine.predict import PredictSettings, Segmenter
+from asa.evaluation.metrics import dice
+from asa.inference.label_maps import share_files, winning_labels
+from asa.inference.segmentation import PredictSettings, Segmenter
 
 # Angles about x, y, z in degrees, factor of the voxel size, axes of the copy with their signs.
 COPIES = {

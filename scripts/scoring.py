@@ -14,9 +14,9 @@ from statistics import median
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from asa.data.volume import Volume, read_label, write_label
-from asa.engine.evaluate import evaluate_case
-from asa.engine.policies import POLICIES
+from asa.data.io.nifti import Volume, read_label, write_label
+from asa.evaluation.policies import POLICIES
+from asa.tasks.evaluation import evaluate_case
 
 SHAPE = (240, 240, 155)
 LABELS = {1: "necrosis", 2: "oedema", 4: "enhancing"}

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from asa.data.io.nifti import read_image, write_label
 from asa.data.store import Store
-from asa.data.volume import read_image, write_label
-from asa.engine.asymmetry import AsymmetryScorer
-from asa.engine.metrics import dice
-from asa.engine.predict import PredictSettings
+from asa.evaluation.metrics import dice
+from asa.inference.asymmetry import AsymmetryScorer
+from asa.inference.segmentation import PredictSettings
 
 # Values of that challenge, (left, right): accumbens, amygdala, caudate, hippocampus, pallidum, putamen, thalamus.
 DEEP = ((30, 23), (32, 31), (37, 36), (48, 47), (56, 55), (58, 57), (60, 59))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from asa.engine.statistics import bootstrap_interval, wilcoxon_p
+from asa.evaluation.statistics import bootstrap_interval, wilcoxon_p
 
 SAMPLES, TESTS, RESAMPLES = 3000, 4000, 2000
 FAILING_MEAN = 0.1 * 0.5 + 0.9 * 30 / 34

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from asa.data.files import sha256_of
-from asa.engine.checkpoint import find_weights
+from asa.data.io.files import sha256_of
+from asa.training.checkpoint import find_weights
 
 
 def main() -> int:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from asa.data.datasets import folder
-from asa.data.prepare import Plan, prepare_cohort
-from asa.data.volume import read_image, write_image, write_label
+from asa.data.io.nifti import read_image, write_image, write_label
+from asa.data.preprocessing.cohort import Plan, prepare_cohort
 
 # Tiny tensors: threads would cost more than they give.
 torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 import nibabel as nib
 import numpy as np
 
-from asa.data.volume import Volume
+from asa.data.io.nifti import Volume
 
 LABELS = {2: "outer", 7: "inner"}  # not consecutive, on purpose
 

@@ -23,18 +23,24 @@ FORK.set_forkserver_preload(
     ["asa.cli.pretrain", "asa.cli.finetune", "torch.utils.tensorboard", "torch._dynamo", "hydra"]
 )
 
-MODEL = {"_target_": "asa.models.asa.asa_tiny", "img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+MODEL = {
+    "_target_": "asa.models.masked_autoencoder.asa_tiny",
+    "img_size": 32,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+}
 
 
 def tiny_run(run: Path, store: Path, steps: int = 6, workers: int = 0, timeout: float = 0.5, **settings: Any) -> None:
     """Pretrain a tiny autoencoder on four scans, in as many processes as the environment says."""
-    from asa.data.loader import CropDataset, LoaderSettings
+    from asa.data.loading.loader import CropDataset, LoaderSettings
     from asa.data.store import Store
-    from asa.engine.distributed import is_main, joined, rank
-    from asa.engine.optim import OptimSettings
-    from asa.engine.train import TrainSettings, train
     from asa.methods.pretrain import MaskedPretraining
-    from asa.models.asa import asa_tiny
+    from asa.models.masked_autoencoder import asa_tiny
+    from asa.training.distributed import is_main, joined, rank
+    from asa.training.loop import TrainSettings, train
+    from asa.training.optim import OptimSettings
 
     torch.set_num_threads(1)
     torch.manual_seed(rank())  # each rank its own weights: the first one's have to win

@@ -7,9 +7,9 @@ import yaml
 from asa.cli import finetune, pretrain
 from asa.cli.chain import arguments
 from asa.config import CONFIG_DIR, build, compose, describe, typed
+from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.splits import make_split
-from asa.data.stages import PrepareSettings
-from asa.engine.train import TrainSettings
+from asa.training.loop import TrainSettings
 
 COMMANDS = {"pretrain": pretrain.SETTINGS, "finetune": finetune.SETTINGS}
 EXPERIMENTS = {
@@ -182,17 +182,22 @@ def test_a_users_own_folder_of_experiments_is_found(tmp_path) -> None:
 
 def test_build_makes_targets_of_this_package_only() -> None:
     assert build({"a": [1, {"b": 2}]}) == {"a": [1, {"b": 2}]}
-    made = build({"_target_": "asa.data.stages.PrepareSettings", "margin": 3})
+    made = build({"_target_": "asa.data.preprocessing.steps.PrepareSettings", "margin": 3})
     assert made == PrepareSettings(margin=3)
     outside = ("os.system", "subprocess.run", "asa.config.importlib.import_module", "asa.modelsx.y", "builtins.eval")
-    inside = ("asa.data.files.write_json", "asa.config.compose", "asa.models.unet.UnetrUpBlock", "asa.models.unet.math")
+    inside = (
+        "asa.data.io.files.write_json",
+        "asa.config.compose",
+        "asa.models.unet.UnetrUpBlock",
+        "asa.models.unet.math",
+    )
     for target in (*outside, *inside):
         with pytest.raises(ValueError, match="_target_"):
             build({"_target_": target})
     with pytest.raises(ValueError, match="does not exist"):
-        build({"_target_": "asa.models.asa.asa_huge"})
+        build({"_target_": "asa.models.masked_autoencoder.asa_huge"})
     with pytest.raises(ValueError, match="unexpected keyword"):
-        build({"_target_": "asa.models.asa.asa_tiny", "depht": 3})
+        build({"_target_": "asa.models.masked_autoencoder.asa_tiny", "depht": 3})
     assert build({"_target_": "collections.Counter"}, plugins=["collections"]) == {}
 
 

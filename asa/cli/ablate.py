@@ -13,13 +13,13 @@ import yaml
 
 from asa.cli.chain import arguments, call
 from asa.cli.front import Config, run_command
-from asa.data.files import read_json, write_whole
+from asa.data.io.files import read_json, write_whole
 from asa.data.splits import keep_labelled, make_split, write_split
 from asa.data.store import Store
-from asa.engine.ablation import Trial, labelled_text, read_trial, trial_line, write_ablation
-from asa.engine.distributed import world_size
-from asa.engine.stopping import Stopped
-from asa.engine.summary import listed
+from asa.evaluation.summary import listed
+from asa.tasks.ablation import Trial, labelled_text, read_trial, trial_line, write_ablation
+from asa.training.distributed import world_size
+from asa.training.signals import Stopped
 
 # What may change when an ablation goes on: more runs beside those that are there.
 FREE = ("only", "labelled", "seeds")

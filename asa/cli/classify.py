@@ -14,16 +14,16 @@ from asa.cli.front import Config
 from asa.cli.job import Job
 from asa.cli.start import start
 from asa.config import typed
-from asa.data.augment import AugmentSettings
-from asa.data.files import write_json, write_whole
-from asa.data.loader import CropDataset
-from asa.data.tables import read_column
-from asa.engine.checkpoint import find_weights, load_model
-from asa.engine.classification import ClassScores, class_table, predict_classes, score_classes
-from asa.engine.device import pick_device
-from asa.engine.distributed import is_main
-from asa.engine.intake import learnt_from
-from asa.engine.source import read_source
+from asa.data.io.files import write_json, write_whole
+from asa.data.io.tables import read_column
+from asa.data.loading.augment import AugmentSettings
+from asa.data.loading.loader import CropDataset
+from asa.evaluation.classification import ClassScores, class_table, predict_classes, score_classes
+from asa.inference.preprocessing import learnt_from
+from asa.training.checkpoint import find_weights, load_model
+from asa.training.device import pick_device
+from asa.training.distributed import is_main
+from asa.training.pretrained import read_source
 
 
 def classify(config: Config) -> None:

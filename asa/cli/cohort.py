@@ -6,7 +6,7 @@ from typing import Any
 
 from asa.data.splits import keep_labelled, make_split, read_split, select
 from asa.data.store import Store
-from asa.engine.checkpoint import list_checkpoints
+from asa.training.checkpoint import list_checkpoints
 
 Records = list[dict[str, Any]]
 

@@ -11,10 +11,10 @@ from asa.cli.front import Config, run_command
 from asa.data.datasets import folder
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
-from asa.engine.compare import compare_folders
-from asa.engine.comparison import comparison_table
-from asa.engine.evaluate import evaluate_folder
-from asa.engine.summary import summary_table
+from asa.evaluation.comparison import comparison_table
+from asa.evaluation.summary import summary_table
+from asa.tasks.comparison import compare_folders
+from asa.tasks.evaluation import evaluate_folder
 
 
 @dataclass

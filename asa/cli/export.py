@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
-from asa.engine.bundle import export_bundle
-from asa.engine.export import export_onnx
+from asa.export.monai_bundle import export_bundle
+from asa.export.onnx import export_onnx
 
 
 def export(config: Config) -> None:

@@ -11,17 +11,17 @@ from asa.cli.front import Config, run_command
 from asa.cli.job import Job
 from asa.cli.start import loaded, start
 from asa.config import typed
-from asa.data.augment import AugmentSettings
-from asa.data.loader import CropDataset, LoaderSettings
+from asa.data.loading.augment import AugmentSettings
+from asa.data.loading.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
-from asa.engine.checkpoint import find_weights
-from asa.engine.intake import learnt_from
-from asa.engine.optim import OptimSettings
-from asa.engine.predict import SIDE, PredictSettings
-from asa.engine.source import read_source
-from asa.engine.train import TrainSettings
-from asa.engine.validate import Shown, validate_segmentation
+from asa.inference.preprocessing import learnt_from
+from asa.inference.segmentation import SIDE, PredictSettings
 from asa.ops.nested import painting_order
+from asa.tasks.validation import Shown, validate_segmentation
+from asa.training.checkpoint import find_weights
+from asa.training.loop import TrainSettings
+from asa.training.optim import OptimSettings
+from asa.training.pretrained import read_source
 
 SETTINGS = {
     "train": TrainSettings,

@@ -8,8 +8,8 @@ from asa.cli.chain import call
 from asa.cli.front import Config
 from asa.data.splits import make_split, read_split, select
 from asa.data.store import Store
-from asa.engine.checkpoint import find_weights
-from asa.engine.distributed import world_size
+from asa.training.checkpoint import find_weights
+from asa.training.distributed import world_size
 
 
 def wants_folds(config: Config) -> bool:

@@ -13,14 +13,14 @@ import yaml
 
 from asa.cli.chain import with_groups_of
 from asa.config import CONFIG_DIR, compose, describe
-from asa.data.files import write_whole
+from asa.data.io.files import write_whole
 from asa.data.splits import write_split
-from asa.engine.checkpoint import list_checkpoints
-from asa.engine.device import pick_device
-from asa.engine.distributed import StoppedElsewhere, is_main, joined, leave, on_main, rank, world_size
-from asa.engine.lock import LOCK, locked
-from asa.engine.stopping import RESUME_CODE, Stopped
-from asa.engine.train import TrainSettings
+from asa.training.checkpoint import list_checkpoints
+from asa.training.device import pick_device
+from asa.training.distributed import StoppedElsewhere, is_main, joined, leave, on_main, rank, world_size
+from asa.training.lock import LOCK, locked
+from asa.training.loop import TrainSettings
+from asa.training.signals import RESUME_CODE, Stopped
 
 Config = dict[str, Any]
 # What may change when a run goes on: how long, how often it reports, how it is fed and shared out.

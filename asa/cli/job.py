@@ -11,12 +11,12 @@ import torch
 from asa.cli.front import Config, open_run
 from asa.cli.planning import preflight, show_plan, wants_plan
 from asa.config import build, typed
-from asa.data.files import write_json
-from asa.data.identity import Seen
-from asa.data.loader import LoaderSettings, Samples
-from asa.engine.distributed import is_main
-from asa.engine.optim import OptimSettings
-from asa.engine.train import TrainSettings, Validate, check_settings, train
+from asa.data.io.files import write_json
+from asa.data.leakage import Seen
+from asa.data.loading.loader import LoaderSettings, Samples
+from asa.training.distributed import is_main
+from asa.training.loop import TrainSettings, Validate, check_settings, train
+from asa.training.optim import OptimSettings
 
 
 class Job:
@@ -47,8 +47,8 @@ class Job:
         Args:
             scans: in the training part.
             labelled: batches have labels.
-            example: see `asa.engine.plan.make_plan`.
-            names: see `asa.engine.plan.plan_report`.
+            example: see `asa.training.plan.make_plan`.
+            names: see `asa.training.plan.plan_report`.
         """
 
         def make() -> Any:
@@ -79,7 +79,7 @@ class Job:
         data: Mapping[str, Any],
         validate: Validate | None = None,
     ) -> dict[str, float]:
-        """Train in the run folder; `data` is what checkpoints say of the data. See `asa.engine.train.train`."""
+        """Train in the run folder; `data` is what checkpoints say of the data. See `asa.training.loop.train`."""
         return train(
             method,
             dataset,

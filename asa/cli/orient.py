@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
-from asa.data.orient import orient_files
+from asa.data.io.orientation import orient_files
 
 
 def orient(config: Config) -> None:

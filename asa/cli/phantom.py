@@ -8,7 +8,7 @@ from asa.cli.front import Config, run_command
 
 def make(config: Config) -> None:
     """Write the cohort."""
-    from asa.data.phantom import make_cohort
+    from asa.data.phantom.cohort import make_cohort
 
     out = Path(str(config["out"]))
     files = make_cohort(**{**config, "out": out})

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from asa.engine.device import PRECISIONS, pick_device, pick_precision
-from asa.engine.optim import OptimSettings
-from asa.engine.plan import make_plan, measure_rate, plan_report, step_memory
-from asa.engine.preflight import check_gpu, fit_line
-from asa.engine.train import TrainSettings
+from asa.training.device import PRECISIONS, pick_device, pick_precision
+from asa.training.gpu_check import check_gpu, fit_line
+from asa.training.loop import TrainSettings
+from asa.training.optim import OptimSettings
+from asa.training.plan import make_plan, measure_rate, plan_report, step_memory
 
 
 def wants_plan(config: dict[str, Any]) -> bool:

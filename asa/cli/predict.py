@@ -14,15 +14,15 @@ from asa.cli import restoration
 from asa.cli.front import Config, run_command
 from asa.config import typed
 from asa.data.datasets import folder
-from asa.data.files import write_whole
+from asa.data.io.files import write_whole
+from asa.data.io.nifti import Volume, read_image
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
-from asa.data.volume import Volume, read_image
-from asa.engine.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
-from asa.engine.checkpoint import read_description
-from asa.engine.classification import ClassPredictor, class_table
-from asa.engine.intake import Intake
-from asa.engine.predict import PredictSettings, Segmenter
+from asa.evaluation.classification import ClassPredictor, class_table
+from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
+from asa.inference.preprocessing import Intake
+from asa.inference.segmentation import PredictSettings, Segmenter
+from asa.training.checkpoint import read_description
 
 SETTINGS = {"predict": PredictSettings}
 ENDINGS = (".nii.gz", ".nii")

@@ -7,10 +7,10 @@ from statistics import median
 
 from asa.cli.front import Config, run_command
 from asa.config import build
-from asa.data.files import PART
-from asa.data.prepare import Plan, Report, prepare_cohort
+from asa.data.io.files import PART
+from asa.data.preprocessing.cohort import Plan, Report, prepare_cohort
 from asa.data.store import MANIFEST, Store
-from asa.engine.checkup import PAGE, TABLE, Checkup
+from asa.reporting.quality_control import PAGE, TABLE, Checkup
 
 
 def prepare(config: Config) -> None:

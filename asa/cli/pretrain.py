@@ -6,16 +6,16 @@ from pathlib import Path
 from asa.cli.cohort import open_parts
 from asa.cli.front import Config, run_command
 from asa.cli.job import Job
-from asa.data.augment import AugmentSettings
-from asa.data.health import HEALTHY, read_health
-from asa.data.identity import trained_on
-from asa.data.loader import CropDataset, LoaderSettings
-from asa.engine.checkpoint import find_weights
-from asa.engine.health import FeatureHealth, open_probe
-from asa.engine.intake import learnt_from
-from asa.engine.optim import OptimSettings
-from asa.engine.train import TrainSettings
-from asa.engine.validate import validate_pretraining
+from asa.data.leakage import trained_on
+from asa.data.loading.augment import AugmentSettings
+from asa.data.loading.health import HEALTHY, read_health
+from asa.data.loading.loader import CropDataset, LoaderSettings
+from asa.inference.preprocessing import learnt_from
+from asa.tasks.feature_health import FeatureHealth, open_probe
+from asa.tasks.validation import validate_pretraining
+from asa.training.checkpoint import find_weights
+from asa.training.loop import TrainSettings
+from asa.training.optim import OptimSettings
 
 SETTINGS = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
 

@@ -12,7 +12,7 @@ def compute(config: Config) -> None:
     Raises:
         ValueError: images failed; they are listed before, and the others are done.
     """
-    from asa.data.regions import store_regions
+    from asa.data.restoration.region_maps import store_regions
 
     provider = config["provider"]
     own: dict[str, dict[str, Any]] = {

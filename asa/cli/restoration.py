@@ -11,18 +11,18 @@ from asa.cli.front import Config
 from asa.cli.job import Job
 from asa.config import typed
 from asa.data.datasets.folder import subject_of
-from asa.data.loader import collate
-from asa.data.pairs import Pair, PairDataset, check_channels, find_pairs, regions_of
-from asa.data.picture import list_pictures, read_picture, write_picture
+from asa.data.io.images2d import list_pictures, read_picture, write_picture
+from asa.data.loading.loader import collate
+from asa.data.restoration.pairs import Pair, PairDataset, check_channels, find_pairs, regions_of
 from asa.data.splits import select
-from asa.engine.checkpoint import find_weights, load_weights, read_model, read_weights
-from asa.engine.device import pick_device
-from asa.engine.pictures import evaluate_pictures
-from asa.engine.plan import micro_batch
-from asa.engine.predict import PredictSettings
-from asa.engine.restore import restore_image
-from asa.engine.validate import validate_restoration
+from asa.inference.restoration import restore_image
+from asa.inference.segmentation import PredictSettings
 from asa.models.rat import RegionAttentionTransformer
+from asa.tasks.image_evaluation import evaluate_pictures
+from asa.tasks.validation import validate_restoration
+from asa.training.checkpoint import find_weights, load_weights, read_model, read_weights
+from asa.training.device import pick_device
+from asa.training.plan import micro_batch
 
 METHOD = "asa.methods.restore.Restoration"
 TASK = "restoration"  # in a checkpoint's description, and the policy of asa-evaluate

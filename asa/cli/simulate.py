@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
-from asa.data.files import write_json
-from asa.data.simulate import simulate_folder
+from asa.data.io.files import write_json
+from asa.data.restoration.simulation import simulate_folder
 
 PHYSICS = ("window", "photons", "pixel", "counts", "factor", "blur")
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asa.cli.front import Config
-from asa.data.identity import Seen, Trained, known_trained, seen_subjects, trained_on
+from asa.data.leakage import Seen, Trained, known_trained, seen_subjects, trained_on
 from asa.data.store import Store
-from asa.engine.source import Source, start_from, start_sides
-from asa.engine.summary import listed
+from asa.evaluation.summary import listed
 from asa.models.swin import Swin
+from asa.training.pretrained import Source, start_from, start_sides
 
-Opened = tuple[Source, dict[str, Any]]  # of asa.engine.source.read_source
+Opened = tuple[Source, dict[str, Any]]  # of asa.training.pretrained.read_source
 
 
 def loaded(config: Config, opened: Opened, model: Any, *, explain: bool = False) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from asa.data.files import read_json, write_json
+from asa.data.io.files import read_json, write_json
 
 PARTS = ("train", "validation", "test")
 

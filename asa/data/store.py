@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from asa.data.files import read_json, sha256_of, write_json, write_whole
+from asa.data.io.files import read_json, sha256_of, write_json, write_whole
 
 FORMAT = 2
 KEYS = {"format", "settings", "channels", "labels", "ignored", "regions", "records"}

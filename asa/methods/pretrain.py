@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from asa.losses.reconstruction import AttentiveReconstructionLoss, patch_errors, weighted_mean
 from asa.methods.base import Batch
-from asa.models.asa import MaskedAutoencoder
+from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.gradients import gradient_importance
 from asa.ops.masking import random_mask, split_indices, tokens_at
 from asa.ops.patches import patchify, unpatchify

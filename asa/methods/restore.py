@@ -32,7 +32,7 @@ class Restoration(nn.Module):
         self.loss = FocalRegionLoss(beta)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch with "image", "target" and "regions" (see `asa.data.pairs`).
+        """Loss of a batch with "image", "target" and "regions" (see `asa.data.restoration.pairs`).
 
         Returns:
             "loss"; and for the log "mae", the mean absolute error, and "psnr" in dB for a data range of 1, the mean

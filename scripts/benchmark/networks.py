@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.segment import Segmentation
-from asa.models import asa, unet
+from asa.models import masked_autoencoder as asa
+from asa.models import unet
 from asa.models.sw_vit import LinearWindowAttention
 from scripts.benchmark.plan import CHANNELS, SWIN_FEATURES, UNETR_SIZE
 
@@ -51,7 +52,9 @@ class Peer(nn.Module):
     def __init__(self, network: nn.Module, edge: int) -> None:
         super().__init__()
         self.network, self.loss = network, DeeplySupervisedDiceCE()
-        self.encoder = SimpleNamespace(img_size=(edge,) * 3)  # the window, where asa.engine.predict looks for it
+        self.encoder = SimpleNamespace(
+            img_size=(edge,) * 3
+        )  # the window, where asa.inference.segmentation looks for it
 
     @property
     def model(self) -> nn.Module:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from asa.engine.allocator import keep_freed_memory
-from asa.engine.device import PRECISIONS, autocast, pick_device, pick_precision
-from asa.engine.optim import OptimSettings, make_optimizer
-from asa.engine.predict import PredictSettings, sliding_window
-from asa.engine.train import TrainSettings
+from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.ops.gradients import gradient_importance
+from asa.training.allocator import keep_freed_memory
+from asa.training.device import PRECISIONS, autocast, pick_device, pick_precision
+from asa.training.loop import TrainSettings
+from asa.training.optim import OptimSettings, make_optimizer
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
 from scripts.benchmark.plan import CHANNELS, Spec
@@ -36,7 +36,7 @@ READY = 10  # of the loader, taken before: what workers made ready meanwhile (4 
 
 
 def make_step(spec: Spec, device: torch.device) -> tuple[nn.Module, Step]:
-    """A method and its training step, as `asa.engine.train` makes it: forward, loss, backward, clip, fused AdamW."""
+    """A method and its training step, as `asa.training.loop` makes it: forward, loss, backward, clip, fused AdamW."""
     from scripts.benchmark.networks import make_method
 
     method: nn.Module = make_method(spec["network"], spec["size"], spec["edge"]).to(device).train()
@@ -81,7 +81,7 @@ def step(spec: Spec, device: torch.device) -> Work:
 
 def fed(spec: Spec, device: torch.device) -> Work:
     """A pretraining step on crops as the loader gives them, and how long it waits for them."""
-    from asa.data.loader import CropDataset, LoaderSettings, make_loader
+    from asa.data.loading.loader import CropDataset, LoaderSettings, make_loader
     from scripts.benchmark.crops import RandomVolumes
 
     source = RandomVolumes.write(Path(spec["scratch"]), spec["volume"], channels=1)
@@ -137,8 +137,8 @@ def window(spec: Spec, device: torch.device) -> Work:
 
 def loader(spec: Spec, device: torch.device) -> Work:
     """Training crops from memory maps in the page cache, as fast as the loader gives them."""
-    from asa.data.augment import AugmentSettings
-    from asa.data.loader import CropDataset, LoaderSettings, make_loader
+    from asa.data.loading.augment import AugmentSettings
+    from asa.data.loading.loader import CropDataset, LoaderSettings, make_loader
     from scripts.benchmark.crops import RandomVolumes, finetuning_augmentation
 
     folder = Path(spec["scratch"])

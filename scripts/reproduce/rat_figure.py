@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asa.data.files import write_whole
-from asa.data.picture import read_picture, read_regions
-from asa.data.regions import outlined
-from asa.engine.figures import GAP, encode_png
-from asa.engine.quality_report import PictureFiles, error_map, error_scale, picture_panel, read_case
+from asa.data.io.files import write_whole
+from asa.data.io.images2d import read_picture, read_regions
+from asa.data.restoration.region_maps import outlined
+from asa.reporting.figures import GAP, encode_png
+from asa.reporting.restoration import PictureFiles, error_map, error_scale, picture_panel, read_case
 from scripts.reproduce.rat import factor, run, write_task
 
 SHOWN = {"denoise": ("test_astronaut_3", 96), "super": ("test_26", 64)}  # task -> case, pixels shown

@@ -1,1 +1,1 @@
-"""One reader a file: `records(root, ...)` returns a sorted list of `asa.data.cohort.Record`."""
+"""One reader a file: `records(root, ...)` returns a sorted list of `asa.data.datasets.record.Record`."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from asa.data.cohort import Record, check_records, existing_folder
+from asa.data.datasets.record import Record, check_records, existing_folder
 
 CHANNELS = {"t1": "T1w"}
 FOLDERS = ("anat", "t1_linear")  # of the standard; of Clinica's t1-linear pipeline

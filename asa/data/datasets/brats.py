@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from asa.data.cohort import Record, check_records, existing_folder, first_file
+from asa.data.datasets.record import Record, check_records, existing_folder, first_file
 
 LABELS = {
     2021: {1: "necrosis", 2: "oedema", 4: "enhancing"},

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from asa.data.cohort import Record, check_records, existing_folder
-from asa.data.files import read_json
+from asa.data.datasets.record import Record, check_records, existing_folder
+from asa.data.io.files import read_json
 
 COLUMNS = ("id", "subject", "site", "label")  # of a table; every other column is a channel
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from asa.data.cohort import Record, check_records, existing_folder, first_file
+from asa.data.datasets.record import Record, check_records, existing_folder, first_file
 
 LABELS = {1: "csf", 2: "gm", 3: "wm"}
 LABEL_FILES = {"fill": "segTRI_fill_ana", "plain": "segTRI_ana"}

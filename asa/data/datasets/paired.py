@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from asa.data.cohort import Record, check_records, existing_folder
 from asa.data.datasets.folder import find_files, has_wildcard, join_texts, name_subjects
+from asa.data.datasets.record import Record, check_records, existing_folder
 
 ENDINGS = (".nii.gz", ".nii")
 

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from asa.data.cohort import Record
 from asa.data.datasets import bids, brats, ibsr, wmh
-from asa.data.files import read_json
-from asa.data.phantom import make_cohort
+from asa.data.datasets.record import Record
+from asa.data.io.files import read_json
+from asa.data.phantom.cohort import make_cohort
 
 VOLUMES = {"t1": 1, "ibsr": 2, "wmh": 3, "brats": 5}  # of one person, label map included
 
@@ -31,7 +31,7 @@ def records(
     Args:
         root: folder of the cohort; made where it is missing.
         kind: "t1", "ibsr", "wmh" or "brats": the layout, and so the reader.
-        subjects, seed, resolution, rim, asymmetry, names: as for `asa.data.phantom.make_cohort`.
+        subjects, seed, resolution, rim, asymmetry, names: as for `asa.data.phantom.cohort.make_cohort`.
 
     Returns:
         Records as the reader of that layout returns them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from asa.data.cohort import Record, check_records, existing_folder, first_file
+from asa.data.datasets.record import Record, check_records, existing_folder, first_file
 
 LABELS = {1: "wmh"}
 IGNORED = [2]  # other pathology: it counts neither in the loss nor in a score

@@ -1,0 +1,424 @@
+"""NIfTI and Analyze in, NIfTI out: whole files, checked; exact reorientation to RAS+ and back.
+
+Arrays here are (x, y, z) in the file's own axes; nothing outside this file imports nibabel.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import itertools
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.fileholders import FileHolder
+from nibabel.spatialimages import HeaderDataError, ImageDataError
+
+from asa.data.io.files import gzipped, write_whole
+
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz")
+GEOMETRY_TOLERANCE = 0.1  # mm between the corner points of two volumes that are one subject's
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A volume as it lies in its file.
+
+    Args:
+        data: array (x, y, z) in the file's axes; float32 for images, an integer type for labels.
+        affine: (4, 4) float64, voxel index to mm in RAS+.
+        header: the nibabel header, opaque to callers; `write_label` carries it over.
+    """
+
+    data: np.ndarray
+    affine: np.ndarray
+    header: Any
+
+
+def read_image(path: str | Path) -> Volume:
+    """Read an image as float32.
+
+    Args:
+        path: `.nii`, `.nii.gz`, or either file of an Analyze or NIfTI pair (`.hdr`/`.img`, also gzipped).
+
+    Returns:
+        The volume, (x, y, z) float32, intensities scaled as the header says.
+
+    Raises:
+        FileNotFoundError: the file, or the other file of its pair, is missing.
+        ValueError: empty, damaged, not an image, NaN or inf, not 3-D, or without a usable affine.
+    """
+    image = _load(Path(path))
+    data = _voxels(image, Path(path)).astype(np.float32, order="F", copy=False)
+    if not np.isfinite(data).all():
+        count = int(data.size - np.isfinite(data).sum())
+        raise ValueError(f"{path}: {count} voxels are NaN or infinite; repair the image or leave the case out")
+    return Volume(_three_d(data, Path(path)), _affine(image, Path(path)), image.header)
+
+
+def read_slice(path: str | Path) -> np.ndarray:
+    """Read a single slice, `(H, W)` float32: its first axis is W, as a volume's first is left to right.
+
+    Args:
+        path: as in `read_image`.
+
+    Raises:
+        FileNotFoundError, ValueError: no image, a damaged one, NaN or inf, or more than one slice.
+    """
+    data = _voxels(_load(Path(path)), Path(path)).astype(np.float32)
+    if not np.isfinite(data).all():
+        raise ValueError(f"{path}: pixels are NaN or infinite; repair the image or leave the case out")
+    sizes = [n for n in data.shape if n > 1]
+    if len(sizes) != 2:
+        raise ValueError(f"{path}: shape {data.shape} is not one slice; cut the volume into slices, one a file")
+    return np.ascontiguousarray(data.reshape(sizes).T)
+
+
+def read_label(path: str | Path) -> Volume:
+    """Read a label map as integers.
+
+    Args:
+        path: as in `read_image`.
+
+    Returns:
+        The volume, (x, y, z), of the smallest integer type that `write_label` would use.
+
+    Raises:
+        FileNotFoundError: the file, or the other file of its pair, is missing.
+        ValueError: as in `read_image`, or a value is not a whole number.
+    """
+    image = _load(Path(path))
+    data = _voxels(image, Path(path))
+    if data.dtype.kind == "f":
+        whole = np.rint(data)
+        wrong = ~np.isclose(data, whole, rtol=0, atol=1e-4)  # NaN and inf are never close
+        if wrong.any():
+            value = data[wrong].flat[0]
+            raise ValueError(
+                f"{path}: {int(wrong.sum())} label values are not whole numbers (one is {value:g}); "
+                "give a label map that was resampled with nearest neighbour"
+            )
+        data = whole
+    dtype = _label_dtype(data, Path(path))
+    return Volume(_three_d(data.astype(dtype, order="F"), Path(path)), _affine(image, Path(path)), image.header)
+
+
+def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
+    """Write a label map on another volume's own grid, with that volume's header.
+
+    qform, sform, their codes and the units are those of `like`; the type is uint8, or int16 (int32) where the
+    values need it, with slope 1. The file is written under a temporary name and renamed; equal input gives
+    equal bytes.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        data_xyz: integers or bool, of the shape of `like`, in the axes of its file.
+        like: the volume whose space this is.
+
+    Raises:
+        ValueError: another shape, not integers, or another file ending.
+    """
+    path = Path(path)
+    if data_xyz.shape != like.data.shape:
+        raise ValueError(f"{path}: label of shape {data_xyz.shape} does not fit its image of shape {like.data.shape}")
+    if data_xyz.dtype.kind not in "biu":
+        raise ValueError(f"{path}: labels must be integers, not {data_xyz.dtype}; take the argmax first")
+    dtype = _label_dtype(data_xyz, path)
+    # nibabel leaves qform, sform and codes alone as long as the affine is the header's own best one
+    image = nib.Nifti1Image(data_xyz.astype(dtype), like.affine, like.header if _is_nifti(like.header) else None)
+    image.header.set_data_dtype(dtype)
+    image.header.set_slope_inter(1, 0)
+    image.header["cal_min"] = image.header["cal_max"] = 0  # a display window meant for the image
+    _write(path, image)
+
+
+def write_image(
+    path: str | Path, data_xyz: np.ndarray, affine: np.ndarray, *, dtype: np.dtype | type = np.float32
+) -> None:
+    """Write an image: float32 unless asked otherwise, units mm, under a temporary name and renamed.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        data_xyz: (x, y, z).
+        affine: (4, 4), voxel index to mm in RAS+; written as both sform and qform, code 1 (scanner).
+        dtype: type on disk; values are rounded for integer types.
+
+    Raises:
+        ValueError: another file ending, or values outside `dtype`.
+    """
+    path, dtype = Path(path), np.dtype(dtype)
+    if dtype.kind in "iu":
+        data_xyz = np.rint(data_xyz)
+        limits = np.iinfo(dtype)
+        if data_xyz.min() < limits.min or data_xyz.max() > limits.max:
+            raise ValueError(f"{path}: values {data_xyz.min():g} to {data_xyz.max():g} do not fit {dtype}")
+    image = nib.Nifti1Image(data_xyz.astype(dtype), affine)
+    image.header.set_data_dtype(dtype)
+    image.header.set_slope_inter(1, 0)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    _write(path, image)
+
+
+def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
+    """Write a file that stores no orientation as NIfTI with the one that its source states.
+
+    The voxels keep their order and values, integers their type; floats, and what the header scales, become float32. The
+    origin is the middle.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        source: as in `read_image`, Analyze or NIfTI whose codes are both 0.
+        axes: where the array's first, second and third axis point to, like `ASL`.
+
+    Returns:
+        Whether it was written: a file that stores an orientation keeps it.
+
+    Raises:
+        FileNotFoundError, ValueError: an unreadable file, or axes that are none.
+    """
+    wanted = orientation_of(axes)
+    image = _load(Path(source))
+    if _stores_orientation(image.header):
+        return False
+    data = _three_d(_voxels(image, Path(source)), Path(source))
+    data = data.astype(np.float32) if data.dtype.kind == "f" else data.astype(data.dtype.newbyteorder("="))
+    size = image.header.get_zooms()
+    affine = np.diag([0.0, 0, 0, 1])
+    for place, (axis, sign) in enumerate(wanted):
+        affine[int(axis), place] = sign * size[place]
+    affine[:3, 3] = -affine[:3, :3] @ (np.array(data.shape) - 1) / 2
+    write_image(path, data, affine, dtype=data.dtype)
+    return True
+
+
+def orientation_of(axes: str) -> np.ndarray:
+    """Three letters, where an array's axes point to, as nibabel's orientation: 3 rows (RAS axis, +1 or -1).
+
+    Raises:
+        ValueError: not one letter each of R or L, A or P, S or I.
+    """
+    try:
+        found = nib.orientations.axcodes2ornt(tuple(axes.upper()))
+    except ValueError:
+        found = np.full((3, 2), np.nan)
+    if sorted(found[:, 0].tolist()) != [0, 1, 2]:
+        raise ValueError(
+            f"axes={axes}: give three letters, where the array's axes point to, of R or L, A or P, S or I, like LAS"
+        )
+    return found
+
+
+def identity_of(volume: Volume) -> str:
+    """What a scan's voxels are, whatever its file is called and however it is packed: 32 hexadecimal digits.
+
+    The first half of the SHA-256 of shape and values in RAS+ axes as float32. Compression, data type, header and the
+    order of the axes do not change it; resampling, cropping and rescaling do.
+    """
+    turned = to_ras(volume.data, volume.affine)[0]
+    digest = hashlib.sha256(f"{turned.shape}".encode())
+    digest.update(np.ascontiguousarray(turned, dtype="<f4").tobytes())
+    return digest.hexdigest()[:32]
+
+
+def spacing_of(affine: np.ndarray) -> np.ndarray:
+    """Voxel size along the array's axes in mm, (3,) float64."""
+    return np.linalg.norm(np.asarray(affine, dtype=np.float64)[:3, :3], axis=0)
+
+
+def check_same_geometry(a: Volume, b: Volume, what: str) -> None:
+    """Refuse two volumes that do not lie on the same grid.
+
+    Args:
+        a, b: the volumes.
+        what: names them in the message, like `"t1 and label of sub-01"`.
+
+    Raises:
+        ValueError: the shapes differ, or corner points lie more than 0.1 mm apart.
+    """
+    if a.data.shape != b.data.shape:
+        raise ValueError(f"{what}: shapes {a.data.shape} and {b.data.shape} differ; resample one onto the other first")
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, size - 1) for size in a.data.shape))])
+    apart = np.linalg.norm((corners @ (a.affine - b.affine).T)[:, :3], axis=1).max()
+    if apart > GEOMETRY_TOLERANCE:
+        raise ValueError(
+            f"{what}: same shape, but their corners lie {apart:.2f} mm apart (at most {GEOMETRY_TOLERANCE}); "
+            "resample one onto the other, or copy the right header"
+        )
+
+
+def to_ras(data_xyz: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+    """Turn an array's axes to the nearest RAS+ ones: only permuted and flipped, no value changes.
+
+    Args:
+        data_xyz: (x, y, z) in the file's axes.
+        affine: (4, 4), voxel index to mm.
+
+    Returns:
+        The array in RAS+ axes, its affine, and the orientation (3 rows: RAS axis, +1 or -1) for `from_ras`.
+    """
+    orientation = nib.orientations.io_orientation(affine)
+    turned = nib.orientations.apply_orientation(data_xyz, orientation)
+    turned_affine = affine @ nib.orientations.inv_ornt_aff(orientation, data_xyz.shape)
+    return turned, turned_affine, [[int(axis), int(flip)] for axis, flip in orientation]
+
+
+def from_ras(data_ras: np.ndarray, orientation: list[list[int]]) -> np.ndarray:
+    """Undo `to_ras`: an array (x, y, z) in RAS+ axes back in the file's axes."""
+    ras = [[axis, 1] for axis in range(3)]
+    back = nib.orientations.ornt_transform(np.array(ras), np.array(orientation))
+    return nib.orientations.apply_orientation(data_ras, back)
+
+
+def axis_codes(affine: np.ndarray) -> str:
+    """Orientation of an array's axes in three letters, like `LAS`."""
+    return "".join(str(code) for code in nib.orientations.aff2axcodes(affine))
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The whole file, unpacked: gzip.decompress checks CRC and length, which nibabel's reader does not."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
+    payload = path.read_bytes()
+    if not payload:
+        raise ValueError(f"{path}: the file is empty; copy or download it again")
+    if path.suffix != ".gz":
+        return payload
+    try:
+        return gzip.decompress(payload)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or truncated gzip ({error}); copy or download it again") from None
+
+
+def _load(path: Path) -> Any:
+    """Nibabel image over bytes that are in memory already."""
+    if not path.name.endswith(IMAGE_ENDINGS):
+        raise ValueError(f"{path}: not an image that asa reads; give one of {', '.join(IMAGE_ENDINGS)}")
+    payload = _read_bytes(path)
+    stem = path.name.removesuffix(".gz")
+    try:
+        if stem.endswith(".nii"):
+            kind = nib.Nifti2Image if _header_size(payload) == 540 else nib.Nifti1Image
+            return kind.from_file_map({"image": FileHolder(fileobj=io.BytesIO(payload))})
+        header, pixels = (payload, None) if stem.endswith(".hdr") else (None, payload)
+        partner = _partner(path)
+        header, pixels = header or _read_bytes(partner), pixels or _read_bytes(partner)
+        pair: Any = nib.Nifti1Pair if header[344:347] == b"ni1" else nib.AnalyzeImage
+        holders = {name: FileHolder(fileobj=io.BytesIO(part)) for name, part in (("header", header), ("image", pixels))}
+        return pair.from_file_map(holders)
+    except (
+        HeaderDataError,
+        ImageDataError,
+        nib.filebasedimages.ImageFileError,
+        nib.wrapstruct.WrapStructError,
+        struct.error,
+        OSError,
+    ) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path}: not a NIfTI or Analyze image ({_line(error)}); convert it again") from None
+
+
+def _header_size(payload: bytes) -> int:
+    size = payload[:4]
+    return 540 if 540 in (int.from_bytes(size, "little"), int.from_bytes(size, "big")) else 348
+
+
+def _partner(path: Path) -> Path:
+    """The other file of a header and image pair."""
+    stem = path.name.removesuffix(".gz")
+    other = stem[:-4] + (".img" if stem.endswith(".hdr") else ".hdr")
+    found = [candidate for candidate in (path.with_name(other), path.with_name(other + ".gz")) if candidate.is_file()]
+    if not found:
+        raise FileNotFoundError(f"{path}: its other half {other} is missing; put the two files side by side")
+    return found[0]
+
+
+def _voxels(image: Any, path: Path) -> np.ndarray:
+    if image.get_data_dtype().kind not in "biuf":
+        raise ValueError(f"{path}: voxels are of type {image.get_data_dtype()}, not numbers; convert to a plain image")
+    try:
+        return np.asanyarray(image.dataobj)
+    except (OSError, ValueError) as error:  # fewer bytes than the header announces
+        raise ValueError(f"{path}: truncated ({_line(error)}); copy or download it again") from None
+
+
+def _three_d(data: np.ndarray, path: Path) -> np.ndarray:
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.ndim != 3:
+        raise ValueError(f"{path}: shape {data.shape} is not 3-D; give one volume (split a series first)")
+    if min(data.shape) < 2:
+        raise ValueError(f"{path}: shape {data.shape} is a single slice; asa needs a volume")
+    return data
+
+
+def _affine(image: Any, path: Path) -> np.ndarray:
+    header = image.header
+    if not _is_nifti(header):
+        warnings.warn(
+            f"{path}: Analyze stores no orientation; taken as {axis_codes(image.affine)}, "
+            "check it before you trust left and right, and say what it is with asa-orient if that is wrong",
+            stacklevel=3,
+        )
+    elif not _stores_orientation(header):
+        raise ValueError(
+            f"{path}: no orientation (qform and sform codes are both 0); find out which way its axes run, left and "
+            "right above all, and say it with asa-orient"
+        )
+    else:
+        _compare_codes(header, path)
+    affine = np.asarray(image.affine, dtype=np.float64)
+    spacing = spacing_of(affine)
+    if not np.isfinite(affine).all() or (spacing < 1e-3).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-2:
+        raise ValueError(f"{path}: the affine is singular or not finite; write a right header, or convert it again")
+    return affine
+
+
+def _compare_codes(header: Any, path: Path) -> None:
+    """Say so where a header's two orientations disagree: in a symmetric brain nothing else shows exchanged sides."""
+    if int(header["qform_code"]) and int(header["sform_code"]):
+        try:
+            codes = axis_codes(header.get_qform()), axis_codes(header.get_sform())
+        except (HeaderDataError, ValueError):
+            return  # not a rotation, or singular: judged on its own
+        if codes[0] != codes[1]:
+            warnings.warn(
+                f"{path}: qform says {codes[0]}, sform says {codes[1]} (taken); check left and right", stacklevel=4
+            )
+
+
+def _stores_orientation(header: Any) -> bool:
+    return _is_nifti(header) and bool(int(header["qform_code"]) or int(header["sform_code"]))
+
+
+def _is_nifti(header: Any) -> bool:
+    return isinstance(header, nib.Nifti1Header)
+
+
+def _label_dtype(data: np.ndarray, path: Path) -> np.dtype:
+    low, high = (int(data.min()), int(data.max())) if data.size else (0, 0)
+    for dtype in (np.uint8, np.int16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return np.dtype(dtype)
+    raise ValueError(f"{path}: label values {low} to {high} are too large; renumber them below 2147483648")
+
+
+def _write(path: Path, image: Any) -> None:
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: images are written as .nii or .nii.gz; change the ending")
+    payload = image.to_bytes()
+    write_whole(path, gzipped(payload) if path.suffix == ".gz" else payload)
+
+
+def _line(error: BaseException) -> str:
+    """An error's text in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

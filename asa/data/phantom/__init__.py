@@ -1,0 +1,1 @@
+"""The phantom cohort: synthetic brains with a real anatomy."""

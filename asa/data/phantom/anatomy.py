@@ -1,0 +1,278 @@
+"""The phantom's people: a template's anatomy under a random diffeomorphism, and pictures of it by modality.
+
+Arrays are (D, H, W) in RAS+ axes, lengths are mm. Intensities are relative to white matter on T1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from asa.data.phantom.lesions import Lesion, TumourPlan
+from asa.data.phantom.warp import displacement_of, grid_points, random_velocity, sample, smooth_noise, to_grid
+from asa.data.preprocessing.template import load_map
+
+TISSUES = {1: "csf", 2: "gm", 3: "wm"}
+
+# Mean and standard deviation between people of each modality's CSF, GM and WM, where WM of T1 is about 1.
+CONTRAST: dict[str, tuple[tuple[float, float], ...]] = {
+    "t1": ((0.28, 0.04), (0.70, 0.04), (1.00, 0.03)),
+    "t1ce": ((0.28, 0.04), (0.72, 0.04), (0.98, 0.03)),
+    "t2": ((1.30, 0.08), (0.72, 0.04), (0.52, 0.03)),
+    "flair": ((0.18, 0.04), (0.78, 0.04), (0.62, 0.03)),
+}
+RAISED = 16  # slices of 1 mm
+TEXTURE = {"t1": 1.0, "t1ce": 1.0, "t2": -0.6, "flair": -0.3}  # how the template's own T1 detail shows
+
+
+@dataclass(frozen=True)
+class Template:
+    """The template's maps on its own 1 mm grid, exactly mirror-symmetric about the middle of W.
+
+    Args:
+        maps: (channel, D, H, W) float32, named by `names`.
+        names: channel of `maps` by name.
+        extent: distance between the first and the last voxel's centres along D, H, W in mm.
+        centre: of the grid in MNI mm (x, y, z).
+    """
+
+    maps: Tensor
+    names: dict[str, int]
+    extent: tuple[float, ...]
+    centre: tuple[float, ...]
+
+
+@dataclass
+class Person:
+    """One made-up anatomy on the output grid.
+
+    Args:
+        tissue: fractions of CSF, GM, WM (3, D, H, W), summing to 1 in the brain and 0 outside.
+        spread: the same, times how far each place's signal is from its tissue's mean in standard deviations.
+        brain: bool (D, H, W).
+        maps: warped template maps (channel, D, H, W), by the template's names.
+        extent: of the field of view along D, H, W in mm.
+        rng: the person's own random numbers.
+    """
+
+    tissue: Tensor
+    spread: Tensor
+    brain: Tensor
+    maps: dict[str, Tensor]
+    extent: tuple[float, ...]
+    rng: np.random.Generator
+
+
+@lru_cache(maxsize=2)
+def load_template(rim: bool, ventricles: bool) -> Template:
+    """The template's maps and what is derived from them once.
+
+    Channels: csf, gm, wm (log fractions), texture (T1 that the tissue fractions do not explain), brain (0 or
+    1), white (share of white matter nearby).
+
+    Args:
+        rim: also outside, the distance from the brain in mm.
+        ventricles: also ventricle and horn, the distances from the lateral ventricles and from their horns'
+            tips.
+
+    Raises:
+        ImportError: nilearn is not installed.
+    """
+    t1, gm, wm = (_raised(load_map(kind)[0]) for kind in ("t1", "gm", "wm"))
+    affine = load_map("t1")[1]
+    middle = np.array([(size - 1) / 2 for size in t1.shape[::-1]]) - (0, 0, RAISED)
+    centre = affine[:3, :3] @ middle + affine[:3, 3]
+    brain = ndimage.binary_fill_holes(t1 > 0)
+    fractions = np.stack([np.zeros_like(gm), gm * brain, wm * brain])
+    fractions[0] = np.clip(brain - fractions[1] - fractions[2], 0, 1)
+    means = np.array([(t1 * part).sum() / part.sum() for part in fractions**4])  # nearly pure voxels decide
+    texture = np.clip(t1 - np.tensordot(means, fractions, 1), -0.12, 0.12) / (means[2] - means[0]) * brain
+    maps = {
+        **{name: np.log(part + 0.02) for name, part in zip(TISSUES.values(), fractions, strict=True)},
+        "texture": texture,
+        "brain": brain,
+        "white": ndimage.gaussian_filter(fractions[2], 1.5),
+    }
+    if rim:
+        maps["outside"] = ndimage.distance_transform_edt(~brain)
+    if ventricles:
+        maps["ventricle"], maps["horn"] = _ventricle_distances(fractions[0], centre)
+    stacked = torch.from_numpy(np.stack([part.astype(np.float32) for part in maps.values()]))
+    extent = tuple(float(size - 1) for size in t1.shape)
+    return Template(stacked, {name: k for k, name in enumerate(maps)}, extent, tuple(centre.tolist()))
+
+
+def _raised(array: np.ndarray) -> np.ndarray:
+    """Room below the brain, which the template's own grid does not have: slices go from top to bottom."""
+    return np.concatenate([np.zeros_like(array[:RAISED]), array[:-RAISED]])
+
+
+def _ventricle_distances(csf: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances in mm from the lateral ventricles, and from the tips of their frontal and occipital horns."""
+    z, y, x = (np.arange(size) - (size - 1) / 2 for size in csf.shape)
+    x, y, z = (axis + middle for axis, middle in zip((x, y, z), centre, strict=True))
+    inside = (abs(x) < 40)[None, None] & ((y > -75) & (y < 45))[None, :, None] & ((z > -10) & (z < 32))[:, None, None]
+    parts, _ = ndimage.label((csf > 0.5) & inside)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    lateral = parts == sizes.argmax()
+    lateral |= lateral[..., ::-1]  # the two are parts of their own where the septum divides them
+    forward = np.flatnonzero(lateral.any(axis=(0, 2)))
+    tips = np.zeros_like(lateral)
+    for row in (forward[0], forward[-1]):
+        tips[:, row] = lateral[:, row]
+    return ndimage.distance_transform_edt(~lateral), ndimage.distance_transform_edt(~tips)
+
+
+def make_person(
+    template: Template,
+    rng: np.random.Generator,
+    resolution: float,
+    asymmetry: float,
+    plan: TumourPlan | None = None,
+) -> Person:
+    """Draw an anatomy: the template under a random affine map and diffeomorphism, with folds of its own.
+
+    Args:
+        template: the anatomy that all people vary.
+        rng: the person's random numbers.
+        resolution: voxel size in mm.
+        asymmetry: of the deformation.
+        plan: a tumour, whose mass effect goes into the deformation.
+    """
+    extent = template.extent
+    shape = tuple(int(side / resolution + 1e-6) + 1 for side in extent)
+    velocity = random_velocity(rng, extent, asymmetry)
+    if plan is not None:
+        velocity = velocity + plan.velocity(tuple(velocity.shape[1:]), extent)
+    covered = tuple((size - 1) * resolution for size in shape)  # a little less than the extent where it does not divide
+    points = grid_points(shape, covered)
+    moved = points + to_grid(displacement_of(velocity, extent), shape).permute(1, 2, 3, 0)
+    scale = rng.normal(1.0, 0.03) * rng.normal(1.0, 0.03, 3)
+    angles, shift = np.deg2rad(rng.normal(0, 1.0, 3)), rng.normal(0, 1.0, 3)
+    matrix = torch.tensor(_rotation(angles) * (1 / scale), dtype=torch.float32)
+    moved = moved @ matrix.T + torch.tensor(shift, dtype=torch.float32)
+    warped = sample(template.maps, moved, extent)
+    maps = {name: warped[k] for name, k in template.names.items()}
+    brain = maps["brain"] > 0.5
+    fold = to_grid(smooth_noise(rng, extent, 2.3), shape)[0].abs()
+    doubt = to_grid(smooth_noise(rng, extent, 4.0, channels=3), shape)
+    atrophy = float(rng.uniform(0.0, 0.9))
+    logits = torch.stack([maps[name] for name in TISSUES.values()]) + 0.2 * doubt
+    logits[0] += 1.6 * torch.exp(-((fold / 0.4) ** 2)) - 0.5 + atrophy  # sulci run where the noise changes its sign
+    logits[2] += 0.8 * (fold - 0.9)  # and gyri between them carry white matter
+    tissue = torch.softmax(2.0 * logits, dim=0) * brain
+    spread = to_grid(smooth_noise(rng, extent, 7.0, channels=3), shape)
+    return Person(tissue, tissue * spread, brain, maps, extent, rng)
+
+
+def tissue_label(person: Person) -> np.ndarray:
+    """The largest of the fractions in each voxel of the brain: 1 CSF, 2 GM, 3 WM, (D, H, W)."""
+    csf, gm, wm = person.tissue
+    label = 1 + (gm > csf).to(torch.uint8)
+    label[wm > torch.maximum(csf, gm)] = 3
+    return (label * person.brain).numpy()
+
+
+def _rotation(angles: np.ndarray) -> np.ndarray:
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        turn = np.eye(3)
+        i, j = [other for other in range(3) if other != axis]
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ turn
+    return matrix
+
+
+def blend(lesions: list[Lesion], brain: Tensor) -> tuple[list[Tensor], np.ndarray]:
+    """Shares of the lesions in each voxel, later ones over earlier ones, and their label map (D, H, W)."""
+    left = brain.float()
+    shares: list[Tensor] = []
+    for lesion in reversed(lesions):
+        shares.insert(0, lesion.share * left)
+        left = left * (1 - lesion.share)
+    label = np.zeros(tuple(brain.shape), np.uint8)
+    if lesions:
+        values = torch.tensor([0] + [lesion.value for lesion in lesions], dtype=torch.uint8)
+        diseased = torch.stack(shares)
+        winner = values[1:][diseased.argmax(dim=0)]
+        label = torch.where(diseased.sum(dim=0) > 0.5, winner, values[0]).numpy()
+    return shares, label
+
+
+def take_image(
+    person: Person,
+    modality: str,
+    lesions: list[Lesion],
+    shares: list[Tensor],
+    *,
+    rim: bool,
+    quality: float = 1.0,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Scan a person: draw contrast, bias field and noise of one modality.
+
+    Args:
+        person: the anatomy.
+        modality: key of `CONTRAST`.
+        lesions, shares: as `blend` gives them.
+        rim: put a skull-like rim around the brain, and noise in the air.
+        quality: factor on the noise, of a site.
+
+    Returns:
+        (D, H, W) float32 in scanner units (white matter of T1 at some hundreds), and what was drawn.
+    """
+    rng, extent, shape = person.rng, person.extent, tuple(person.brain.shape)
+    means = [float(rng.normal(mean, sd)) for mean, sd in CONTRAST[modality]]
+    spread = float(rng.uniform(0.01, 0.03))
+    image = torch.zeros(shape)
+    for mean, share, deviation in zip(means, person.tissue, person.spread, strict=True):
+        image += mean * share + spread * mean * deviation
+    image += float(rng.uniform(0.4, 0.7)) * TEXTURE[modality] * person.maps["texture"] * person.brain
+    if lesions:
+        mottled = 1 + 0.07 * to_grid(smooth_noise(rng, extent, 3.0), shape)[0]
+        image *= 1 - sum(shares)
+        for lesion, share in zip(lesions, shares, strict=True):
+            image += lesion.intensity[modality] * share * mottled
+    if rim:
+        image += _rim(person.maps["outside"], modality, rng) * ~person.brain
+    image = image.clamp_min(0)
+    bias = float(rng.uniform(0.03, 0.12))
+    image *= torch.exp(bias * to_grid(smooth_noise(rng, extent, 45.0), shape)[0].clamp(-2.5, 2.5))
+    noise = quality * float(rng.uniform(0.015, 0.035))
+    real, imaginary = (torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for _ in range(2))
+    image = torch.hypot(image + noise * real, noise * imaginary)
+    gain = float(rng.uniform(400, 900))
+    image = (gain * image).round()
+    if not rim:
+        image = image.clamp_min(1) * person.brain  # exactly 0 outside the brain, and nowhere in it
+    drawn = {
+        "csf_gm_wm": [round(mean, 4) for mean in means],
+        "bias": round(bias, 4),
+        "noise": round(noise, 4),
+    }
+    return image.numpy(), {**drawn, "gain": round(gain, 2)}
+
+
+def _rim(outside: Tensor, modality: str, rng: np.random.Generator) -> Tensor:
+    """Shells around the brain by distance in mm: fluid, bone, scalp; then air."""
+    fluid, bone, scalp = (float(rng.uniform(low, high)) for low, high in ((1.5, 3.0), (4.0, 7.0), (4.0, 8.0)))
+    bright = {"t1": 1.15, "t1ce": 1.15, "t2": 0.85, "flair": 0.6}[modality]
+    shells = (
+        (0.0, CONTRAST[modality][0][0]),
+        (fluid, 0.12),
+        (fluid + bone, bright),
+        (fluid + bone + scalp, 0.0),
+    )
+    rim = torch.zeros_like(outside)
+    before = 0.0
+    for start, level in shells:
+        rim += (level - before) * torch.sigmoid((outside - start) / 0.4)
+        before = level
+    return rim

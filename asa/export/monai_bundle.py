@@ -1,0 +1,245 @@
+"""A segmentation network as a MONAI bundle: https://docs.monai.io/en/stable/mb_specification.html."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asa import __version__
+from asa.data.io.files import write_json, write_whole
+from asa.data.preprocessing.brain import TOOLS
+from asa.models.segmenting import SegmentationNetwork
+from asa.training.checkpoint import read_model
+
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+METADATA = "configs/metadata.json"
+EXPRESSION = "$@%"  # signs that MONAI's parser reads as Python, references and files
+FACTS = ("channels", "labels", "regions", "prepare", "lateral_pairs", "spacing")  # not on whom it was trained
+
+
+def export_bundle(checkpoint: str | Path, out: Path) -> None:
+    """Write a segmentation network as a MONAI bundle, which predicts what `asa-predict` does.
+
+    `monai.bundle` runs its `configs/inference.json`: scans are prepared and label maps written by this package, which
+    has to be installed where the bundle runs; the windows are MONAI's. `configs/metadata.json` follows MONAI's schema
+    of 2024-07-25, `configs/asa.json` holds what the checkpoint says of its training scans, `models/model.pt` the state
+    dict.
+
+    Args:
+        checkpoint: run folder, checkpoint folder or `.safetensors` file of `asa-finetune`.
+        out: the folder to write.
+
+    Raises:
+        FileNotFoundError, ValueError: no checkpoint, a network that segments nothing or looks at the mirror image, a
+            name that MONAI would take for an expression, or a folder that holds something else.
+    """
+    model, description = read_model(checkpoint)
+    data, node = description["data"], description["model"]
+    if not isinstance(model, SegmentationNetwork) or "labels" not in data:
+        raise ValueError(f"{checkpoint}: a bundle holds a segmentation network: give a run of asa-finetune with labels")
+    if getattr(model, "mirrored", False):
+        raise ValueError(f"{checkpoint}: a network that looks at the mirror image is not written as a bundle")
+    facts = {key: data[key] for key in FACTS if key in data}
+    _check_plain([node, facts["channels"], facts["labels"], facts.get("regions", {})], str(checkpoint))
+    if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / METADATA).is_file()):
+        raise ValueError(f"{out} is not empty and not a bundle: choose another out=")
+    window, weights = list(model.encoder.img_size), io.BytesIO()
+    torch.save(model.state_dict(), weights)
+    write_whole(out / "models" / "model.pt", weights.getvalue())
+    write_json(out / "configs" / "asa.json", facts)
+    write_json(out / "configs" / "inference.json", _inference(node, facts["channels"], window))
+    write_json(out / METADATA, _metadata(facts, window, int(description["step"])))
+    write_whole(out / "docs" / "README.md", _readme(facts, window).encode())
+    write_whole(out / "LICENSE", LICENSE.encode())
+
+
+def _check_plain(node: Any, source: str) -> None:
+    """Refuse texts that MONAI's parser would not take as they are: a checkpoint may come from somebody else."""
+    if isinstance(node, Mapping):
+        node = [*node.keys(), *node.values()]
+    if isinstance(node, str) and any(sign in node for sign in EXPRESSION):
+        raise ValueError(f"{source}: {node!r} has one of {' '.join(EXPRESSION)} in it, which MONAI reads as code")
+    for item in node if isinstance(node, list | tuple) else ():
+        _check_plain(item, source)
+
+
+def _inference(network: Mapping[str, Any], channels: Sequence[str], window: Sequence[int]) -> dict[str, Any]:
+    """`configs/inference.json`: the names that MONAI's inference workflows look for."""
+    return {
+        "imports": ["$import torch"],
+        "bundle_root": ".",
+        "dataset_dir": "scans",
+        "output_dir": "$@bundle_root + '/eval'",
+        "images": _patterns(channels),
+        "strip": None,
+        "probabilities": False,
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "facts": "$@bundle_root + '/configs/asa.json'",
+        "network_def": dict(network),
+        "network": {
+            "_target_": "asa.export.monai_runtime.load_network",
+            "network": "@network_def",
+            "weights": "$@bundle_root + '/models/model.pt'",
+            "device": "@device",
+        },
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [{"_target_": "asa.export.monai_runtime.PrepareScan", "facts": "@facts", "strip": "@strip"}],
+        },
+        "dataset": {
+            "_target_": "Dataset",
+            "data": {"_target_": "asa.data.datasets.folder.records", "root": "@dataset_dir", "images": "@images"},
+            "transform": "@preprocessing",
+        },
+        "inferer": {
+            "_target_": "SlidingWindowInferer",
+            "roi_size": list(window),
+            "sw_batch_size": 1,
+            "overlap": 0.5,
+            "mode": "gaussian",
+        },
+        "postprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {
+                    "_target_": "asa.export.monai_runtime.WriteLabelMap",
+                    "facts": "@facts",
+                    "output_dir": "@output_dir",
+                    "probabilities": "@probabilities",
+                }
+            ],
+        },
+        "evaluator": {
+            "_target_": "asa.export.monai_runtime.Evaluator",
+            "dataset": "@dataset",
+            "network": "@network",
+            "inferer": "@inferer",
+            "postprocessing": "@postprocessing",
+            "device": "@device",
+        },
+        "run": ["$@evaluator.run()"],
+    }
+
+
+def _patterns(channels: Sequence[str]) -> dict[str, str]:
+    """How the files of each channel are called, unless the user says otherwise."""
+    return {name: "*.nii.gz" if len(channels) == 1 else f"*_{name}.nii.gz" for name in channels}
+
+
+def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dict[str, Any]:
+    """`configs/metadata.json`, by MONAI's schema."""
+    channels, prepare = facts["channels"], facts["prepare"]
+    outputs = _outputs(facts)
+    tensor = {"type": "image", "spatial_shape": list(window), "dtype": "float32", "is_patch_data": True}
+    names = list(outputs.values())
+    return {
+        "schema": SCHEMA,
+        "version": "1.0.0",
+        "changelog": {"1.0.0": f"exported by asa {__version__} from a run of {step} steps"},
+        "monai_version": version("monai"),
+        "pytorch_version": version("torch").partition("+")[0],
+        "numpy_version": version("numpy"),
+        "required_packages_version": {
+            _package(prepare): __version__,
+            **{name: version(name) for name in ("nibabel", "scipy")},
+        },
+        "task": f"Segmentation of {', '.join(name for name in names if name != 'background')} on MRI of the brain",
+        "description": (
+            "A network on the encoder of the Attentive Symmetric Autoencoder (MICCAI 2022). Scans are prepared and "
+            "label maps brought back to each scan's own grid by the package asa, as asa-predict does."
+        ),
+        "authors": "not stated: fill in",
+        "copyright": "not stated: fill in",
+        "data_type": "nibabel",
+        "image_classes": f"{', '.join(channels)}, prepared as configs/asa.json says",
+        "pred_classes": f"a logit for each of {', '.join(names)}",
+        "intended_use": "Research. Not a medical device.",
+        "references": ["Attentive Symmetric Autoencoder for Brain MRI Segmentation, MICCAI 2022"],
+        "network_data_format": {
+            "inputs": {
+                "image": {
+                    **tensor,
+                    "format": "magnitude",
+                    "modality": "MR",
+                    "num_channels": len(channels),
+                    "value_range": [0, 1] if prepare.get("normalise", "percentile") == "percentile" else [],
+                    "channel_def": {str(place): name for place, name in enumerate(channels)},
+                }
+            },
+            "outputs": {
+                "pred": {
+                    **tensor,
+                    "format": "logits",
+                    "num_channels": len(outputs),
+                    "value_range": [],
+                    "channel_def": {str(place): name for place, name in outputs.items()},
+                }
+            },
+        },
+    }
+
+
+def _package(prepare: Mapping[str, Any]) -> str:
+    """How pip calls this package, with what the preparation takes."""
+    tools = prepare.get("bias") or prepare.get("register") or prepare.get("strip", "none") in TOOLS
+    return "asa-mri[prepare]" if tools else "asa-mri"
+
+
+def _outputs(facts: Mapping[str, Any]) -> dict[int, str]:
+    """Output channel -> its class or region."""
+    names = list(facts["regions"]) if facts.get("regions") else ["background", *_labels(facts).values()]
+    return dict(enumerate(names))
+
+
+def _labels(facts: Mapping[str, Any]) -> dict[int, str]:
+    """Label value -> name, in the order of the classes."""
+    return {int(value): facts["labels"][value] for value in sorted(facts["labels"], key=int)}
+
+
+def _readme(facts: Mapping[str, Any], window: Sequence[int]) -> str:
+    """`docs/README.md`."""
+    channels, prepare = facts["channels"], facts["prepare"]
+    rows = "\n".join(f"| {value} | {name} |" for value, name in _labels(facts).items())
+    activation = "a sigmoid for each of the regions" if facts.get("regions") else "a softmax over"
+    files = ", ".join(f"`{pattern}`" for pattern in _patterns(channels).values())
+    return f"""# Segmentation of brain MRI by asa {__version__}
+
+Install {_package(prepare)}, then run MONAI in this folder, or from elsewhere with `--bundle_root THIS_FOLDER`:
+
+```
+python -m monai.bundle run --config_file configs/inference.json --dataset_dir FOLDER --output_dir OUT
+```
+
+That needs MONAI's optional package `fire`; `monai.bundle.run(config_file=..., dataset_dir=..., output_dir=...)` in
+Python does without. Scans are {files} in FOLDER; `--images#{channels[0]} PATTERN` names others, with a * where names
+differ.
+`OUT/ID.nii.gz` lies on the scan's own grid, with its header, and is what asa-predict gives in float32.
+
+Preparation is not MONAI's: `asa.export.monai_runtime.PrepareScan` does what asa-prepare did to the training scans, and
+`WriteLabelMap` undoes it. Scans that are skull-stripped already: `--strip none`.
+
+```
+{json.dumps(prepare, indent=2, sort_keys=True)}
+```
+
+The network takes windows of {" x ".join(map(str, window))} voxels, `C D H W`: {", ".join(channels)}; inferior to
+superior, back to front, left to right. Its logits take {activation} {", ".join(_outputs(facts).values())}.
+
+| value | label |
+|---|---|
+{rows}
+
+`configs/asa.json` says what else is known of the training scans. Not a medical device.
+"""
+
+
+LICENSE = """The files in configs/ and docs/, and the package asa that they call, are under the Apache License,
+Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
+
+The weights in models/ belong to whoever trained them. No licence for them is stated here: state one before you hand
+this bundle on.
+"""

@@ -1,0 +1,85 @@
+"""Restoration of whole images, in tiles where they are large.
+
+Letters: image `C H W` in [0, 1], label map `H W`, upscaling factor s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import find_objects
+from torch import Tensor
+
+from asa.inference.segmentation import PredictSettings
+from asa.models.rat import RegionAttentionTransformer
+from asa.training.device import autocast, pick_precision
+
+HALO = 32  # pixels around a tile whose result is not used
+
+Box = tuple[slice, slice]
+
+
+def restore_image(
+    model: RegionAttentionTransformer, image: Tensor, regions: Tensor, settings: PredictSettings, *, tile: int = 1024
+) -> Tensor:
+    """Restore an image of any size, in tiles where it is larger than one.
+
+    Around a tile lies context: a halo, and every region that meets the tile and is itself no larger than one. Such a
+    region is attended to as a whole; larger ones are cut at the edge of the context.
+
+    Args:
+        model: the network.
+        image: `(C, H, W)`.
+        regions: label map `(H, W)`.
+        settings: precision; its device is the model's.
+        tile: edge of a tile in pixels.
+
+    Returns:
+        `(C, s*H, s*W)` float32 on the CPU, not cut off to [0, 1].
+
+    Raises:
+        ValueError: an image, a label map or a tile that does not fit.
+    """
+    if tile < 1:
+        raise ValueError(f"tile={tile}: give 1 or more pixels")
+    model.check(image[None], regions[None])
+    device, s = next(model.parameters()).device, model.upscale
+    out = torch.empty(len(image), s * image.shape[1], s * image.shape[2])
+    with torch.inference_mode(), autocast(device, pick_precision(settings.precision, device)):
+        for core, context in tiles(regions.numpy(), tile, model.multiple):
+            near = (image[:, *context][None].to(device), regions[context][None].to(device))
+            found = model(*near)[0].float().cpu()
+            inner = (slice(s * (c.start - x.start), s * (c.stop - x.start)) for c, x in zip(core, context, strict=True))
+            out[:, *(slice(s * c.start, s * c.stop) for c in core)] = found[:, *inner]
+    return out
+
+
+def tiles(regions: np.ndarray, tile: int, multiple: int = 1) -> Iterator[tuple[Box, Box]]:
+    """Tiles that cover a label map `(H, W)` once, each with the box of its context. An image that fits is one tile.
+
+    A context begins at a multiple of `multiple` pixels, so that windows lie where they lie in the whole image.
+    """
+    h, w = regions.shape
+    if max(h, w) <= tile:
+        yield (slice(0, h), slice(0, w)), (slice(0, h), slice(0, w))
+        return
+    numbers = np.unique(regions, return_inverse=True)[1].reshape(regions.shape)
+    boxes: list[Any] = find_objects(numbers + 1)
+    for top in range(0, h, tile):
+        for left in range(0, w, tile):
+            core = (slice(top, min(top + tile, h)), slice(left, min(left + tile, w)))
+            small = [boxes[number] for number in np.unique(numbers[core])]
+            small = [box for box in small if max(side.stop - side.start for side in box) <= tile]
+            yield core, _context(core, small, (h, w), multiple)
+
+
+def _context(core: Box, boxes: Sequence[Box], shape: tuple[int, int], multiple: int) -> Box:
+    sides = []
+    for axis, end in enumerate(shape):
+        first = max(0, min([core[axis].start - HALO, *(box[axis].start for box in boxes)]))
+        last = min(end, max([core[axis].stop + HALO, *(box[axis].stop for box in boxes)]))
+        sides.append(slice(first // multiple * multiple, last))
+    return sides[0], sides[1]

@@ -1,0 +1,217 @@
+"""Predictions against truth under a named policy.
+
+OUT/cases.csv      one row a case and label
+OUT/summary.json   statistics of each label and metric, with the policy and its truth table
+OUT/report.html    both for reading, with figures (needs the `report` extra)
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from asa.data.io.files import write_json, write_whole
+from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
+from asa.evaluation.metrics import bounding_box, dice, hd95
+from asa.evaluation.policies import POLICIES, Policy, get_policy
+from asa.evaluation.summary import SEED, CaseRow, Summary, cases_csv, listed, summarise, summary_table
+from asa.reporting.evaluation import CaseFiles, write_report
+
+__all__ = [
+    "POLICIES",
+    "CaseFiles",
+    "dice",
+    "evaluate_case",
+    "evaluate_folder",
+    "hd95",
+    "summarise",
+    "summary_table",
+]
+
+ENDING = ".nii.gz"
+
+
+def evaluate_case(
+    prediction: Volume,
+    truth: Volume,
+    labels: Mapping[int, str],
+    policy: str | Policy = "ibsr",
+    *,
+    case_id: str,
+) -> list[CaseRow]:
+    """Compare one label map with the truth.
+
+    Args:
+        prediction: label map on the truth's grid, values as declared.
+        truth: label map, values as declared or ignored by the policy.
+        labels: declared label value -> name; 0 is background and not declared.
+        policy: name of a policy, or one.
+        case_id: names the case in rows and errors.
+
+    Returns:
+        One row for each region of the policy, in the order of the declaration.
+
+    Raises:
+        ValueError: another grid, an undeclared label value, a bad declaration, an unknown policy.
+    """
+    policy = get_policy(policy) if isinstance(policy, str) else policy
+    regions = policy.regions_of(labels)
+    check_same_geometry(prediction, truth, f"case {case_id}: prediction and truth")
+    _check_values(prediction.data, labels, f"case {case_id}: the prediction")
+    _check_values(truth.data, labels, f"case {case_id}: the truth", policy.ignored)
+    spacing = spacing_of(truth.affine)
+    ml = float(abs(np.linalg.det(truth.affine[:3, :3]))) / 1000.0
+    filled = (truth.data != 0) | (prediction.data != 0)
+    box = bounding_box(filled) if filled.any() else ...  # most of a head's image is background
+    predicted_map, true_map = prediction.data[box], truth.data[box]
+    counted = ~np.isin(true_map, policy.ignored)
+    rows = []
+    for label, values in regions.items():
+        predicted = np.isin(predicted_map, values) & counted
+        true = np.isin(true_map, values) & counted
+        n, m = int(np.count_nonzero(predicted)), int(np.count_nonzero(true))
+        numbers = {metric.name: metric(predicted, true, spacing) for metric in policy.metrics}
+        rows.append(CaseRow(case_id, label, numbers, n, m, n * ml, m * ml))
+    return rows
+
+
+def evaluate_folder(
+    predictions: Path,
+    truths: Mapping[str, Path],
+    labels: Mapping[int, str],
+    policy: str,
+    out: Path,
+    images: Mapping[str, Path] | None = None,
+    progress: bool = True,
+    *,
+    regions: Mapping[str, Sequence[int]] | None = None,
+    ignored: Sequence[int] = (),
+    allow_missing: bool = False,
+    workers: int = 1,
+    seed: int = SEED,
+) -> Summary:
+    """Evaluate a folder of label maps and write cases.csv, summary.json and report.html.
+
+    Nothing is written unless every case could be evaluated; each file is written whole or not at all.
+
+    Args:
+        predictions: folder of `ID.nii.gz`.
+        truths: case id -> label map.
+        labels: declared label value -> name; 0 is background and not declared.
+        policy: name of a policy.
+        out: folder for the results, made if missing.
+        images: case id -> image to draw below the labels in the report, for every case of `truths`; or None.
+        progress: show a progress bar.
+        regions: name -> declared label values whose union is scored, in place of the policy's regions.
+        ignored: label values that the truth may hold beside the declared ones: their voxels count neither for nor
+            against a prediction, which may not hold them.
+        allow_missing: accept truths without a prediction (they count in n total, not in the means) and
+            predictions without a truth (left out); both are listed in the results.
+        workers: processes; with more than one the caller's main module must be importable (spawn).
+        seed: of the bootstrap.
+
+    Returns:
+        The summary.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: cases that do not match, a case that cannot be evaluated, a bad declaration, an unknown
+            policy; or the `report` extra is absent, when cases.csv and summary.json are written all the same.
+    """
+    rules = get_policy(policy).of_cohort(regions or {}, ignored)
+    rules.regions_of(labels)
+    if both := sorted(set(labels) & set(rules.ignored)):
+        raise ValueError(f"label {both[0]} is declared as {labels[both[0]]} and ignored: leave it in one of the two")
+    cases, unmatched = _match(Path(predictions), truths, images, allow_missing)
+    rows = [row for found in _evaluate_all(cases, labels, rules, workers, progress) for row in found]
+    missing = [case.case_id for case in cases if case.prediction is None]
+    summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched, seed=seed)
+
+    report = Path(out) / "report.html"
+    report.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
+    write_whole(report.with_name("cases.csv"), cases_csv(summary).encode())
+    write_json(report.with_name("summary.json"), summary.as_json())
+    write_report(report, summary, cases)
+    return summary
+
+
+def _check_values(data: np.ndarray, labels: Mapping[int, str], what: str, ignored: Sequence[int] = ()) -> None:
+    values, counts = np.unique(data, return_counts=True)
+    allowed = {0, *labels, *ignored}
+    strange = [(int(v), int(n)) for v, n in zip(values, counts, strict=True) if int(v) not in allowed]
+    if strange:
+        found = listed([f"{value} ({count} voxels)" for value, count in strange], limit=10)
+        known = ", ".join(f"{value} {name}" for value, name in labels.items())
+        raise ValueError(
+            f"{what} holds undeclared label values: {found}; declared are {known}: declare or relabel them"
+        )
+
+
+def _match(
+    predictions: Path, truths: Mapping[str, Path], images: Mapping[str, Path] | None, allow_missing: bool
+) -> tuple[list[CaseFiles], list[str]]:
+    """Pair files by case id, and refuse what does not match before any work is done."""
+    if not predictions.is_dir():
+        raise FileNotFoundError(f"{predictions}: no such folder; give the one that asa-predict wrote")
+    if not truths:
+        raise ValueError("no truth to evaluate against: give at least one case")
+    found = {path.name.removesuffix(ENDING): path for path in predictions.glob(f"*{ENDING}")}
+    missing, unmatched = sorted(set(truths) - set(found)), sorted(set(found) - set(truths))
+    if missing and (not allow_missing or len(missing) == len(truths)):
+        raise ValueError(
+            f"{predictions}: no ID{ENDING} for {len(missing)} of {len(truths)} cases: {listed(missing)}; "
+            "predict them first" + ("" if len(missing) == len(truths) else ", or allow missing ones")
+        )
+    if unmatched and not allow_missing:
+        raise ValueError(
+            f"{predictions}: {len(unmatched)} predictions without a truth: {listed(unmatched)}; "
+            "give their truth, move them away, or allow missing ones"
+        )
+    imageless = [] if images is None else sorted(set(truths) - set(images))
+    if imageless:
+        raise ValueError(f"no image for {listed(imageless)}: give one for every case, or none at all")
+    cases = []
+    for case_id in sorted(truths):
+        image = None if images is None else Path(images[case_id])
+        case = CaseFiles(case_id, found.get(case_id), Path(truths[case_id]), image)
+        for what, path in (("truth", case.truth), ("image", image)):
+            if path is not None and not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; correct the path of the {what} of {case_id}")
+        cases.append(case)
+    return cases, unmatched
+
+
+def _evaluate_all(
+    cases: Sequence[CaseFiles], labels: Mapping[int, str], policy: Policy, workers: int, progress: bool
+) -> Iterator[list[CaseRow]]:
+    """Rows of each case in order; nothing else of a case is kept."""
+    jobs = [(case, dict(labels), policy) for case in cases]
+    with tqdm(total=len(cases), desc="evaluate", unit="case", disable=not progress) as bar:
+        if workers <= 1:
+            for job in jobs:
+                yield _evaluate_files(job)
+                bar.update()
+            return
+        pool = ProcessPoolExecutor(min(workers, len(cases)), mp_context=get_context("spawn"))
+        try:
+            for rows in pool.map(_evaluate_files, jobs):
+                yield rows
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure the waiting cases are not begun
+
+
+def _evaluate_files(job: tuple[CaseFiles, dict[int, str], Policy]) -> list[CaseRow]:
+    case, labels, policy = job
+    truth = read_label(case.truth)
+    if case.prediction is not None:
+        return evaluate_case(read_label(case.prediction), truth, labels, policy, case_id=case.case_id)
+    nothing = replace(truth, data=np.zeros_like(truth.data))
+    rows = evaluate_case(nothing, truth, labels, policy, case_id=case.case_id)
+    undefined = {metric.name: math.nan for metric in policy.metrics}
+    return [replace(row, values=undefined, voxels_predicted=None, ml_predicted=None) for row in rows]

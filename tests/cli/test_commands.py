@@ -1,0 +1,305 @@
+"""The commands as a user runs them, on tiny phantoms, and what they say about bad input."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from asa.data.store import Store
+from asa.training.checkpoint import list_checkpoints
+
+TINY = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "optim.warmup=1"]
+PRETRAIN = [*TINY, "model=asa_tiny", "crop=32", "train.steps=2", "train.batch_size=2"]
+FINETUNE = [*TINY, "model=unet_tiny", "+model.feature_size=4", "crop=[64,32,32]", "train.steps=2", "train.batch_size=1"]
+
+
+class Result:
+    """Exit code and output of a command."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command in this process: command("prepare", "key=value", ...)."""
+
+    def run(name: str, *arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"asa-{name}", *map(str, arguments)])
+        capsys.readouterr()
+        code = importlib.import_module(f"asa.cli.{name}").main()
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+def failed_in_one_line(result: Result, *parts: str) -> bool:
+    """Whether a command failed with an error line that holds these parts."""
+    lines = [line for line in result.err.splitlines() if ": error: " in line]
+    return result.code == 1 and len(lines) == 1 and all(part in lines[0] for part in parts)
+
+
+def test_from_phantom_to_report(command, tmp_path: Path) -> None:
+    out = tmp_path / "with space"
+    assert command("phantom", "kind=ibsr", "subjects=4", "seed=3", "resolution=4", f"out={out}/raw").code == 0
+    prepared = command("prepare", "data=ibsr", f"data.root={out}/raw", f"out={out}/store")
+    assert prepared.code == 0 and "4 prepared" in prepared.out
+    again = command("prepare", "data=ibsr", f"data.root={out}/raw", f"out={out}/store")
+    assert "0 prepared, 4 done before" in again.out
+    assert command("prepare", "data=ibsr", f"data.root={out}/raw", f"out={out}/store", "verify=true").code == 0
+
+    pretrained = command(
+        "pretrain", f"data.store={out}/store", f"out={out}/pre", "data.split={validation: 1, test: 1}", *PRETRAIN
+    )
+    assert pretrained.code == 0 and "of the mean predictor's" in pretrained.out
+    split = ["data.split={validation: 1, test: 1}"]
+    tuned = command("finetune", f"data.store={out}/store", f"out={out}/fine", f"init={out}/pre", *split, *FINETUNE)
+    assert tuned.code == 0 and "loaded" in tuned.out and "not part of the encoder" in tuned.out
+
+    predicted = command("predict", f"checkpoint={out}/fine", f"input={out}/store", "part=test", f"out={out}/pred")
+    assert predicted.code == 0
+    (prediction,) = (out / "pred").iterdir()
+    name = prediction.name.removesuffix(".nii.gz")
+    source = nibabel.load(out / "raw" / name / f"{name}_ana_strip.nii.gz")
+    made = nibabel.load(prediction)
+    assert made.shape == source.shape and np.array_equal(made.affine, source.affine)
+    assert made.get_data_dtype() == np.uint8 and set(np.unique(made.dataobj)) <= {0, 1, 2, 3}
+
+    # The raw file gives the same label map as the store.
+    file = out / "raw" / name / f"{name}_ana_strip.nii.gz"
+    assert command("predict", f"checkpoint={out}/fine", f"input={file}", f"out={out}/pred2").code == 0
+    direct = nibabel.load(out / "pred2" / f"{name}_ana_strip.nii.gz")
+    assert (np.asarray(direct.dataobj) == np.asarray(made.dataobj)).mean() > 0.999
+
+    scored = command(
+        "evaluate",
+        f"predictions={out}/pred",
+        f"truth={out}/store",
+        f"split_file={out}/fine/split.json",
+        f"out={out}/ev",
+    )
+    assert scored.code == 0 and "HD95" in scored.out
+    assert {path.name for path in (out / "ev").iterdir()} == {"cases.csv", "summary.json", "report.html"}
+    assert json.loads((out / "ev" / "summary.json").read_text())["results"]["gm"]["dice"]["used"] == 1
+
+
+def test_a_perfect_prediction_scores_1_from_a_folder(command, raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "pred").mkdir()
+    for k in range(4):
+        (tmp_path / "pred" / f"s{k}.nii.gz").write_bytes((raw / f"s{k}_seg.nii.gz").read_bytes())
+    result = command(
+        "evaluate", f"predictions={tmp_path}/pred", f"truth={raw}", "pattern=*_seg.nii.gz",
+        "labels={1: csf, 2: gm, 5: wm}", f"out={tmp_path}/ev",
+    )  # fmt: skip
+    assert result.code == 0
+    found = json.loads((tmp_path / "ev" / "summary.json").read_text())["results"]
+    assert [found[tissue]["dice"]["mean"] for tissue in ("csf", "gm", "wm")] == [1, 1, 1]
+    assert [found[tissue]["hd95_mm"]["mean"] for tissue in ("csf", "gm", "wm")] == [0, 0, 0]
+
+
+def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(command, store: Path, tmp_path: Path) -> None:
+    arguments = [f"data.store={store}", f"out={tmp_path}/run", *PRETRAIN, "optim.schedule=constant"]
+    assert command("pretrain", *arguments).code == 0
+    weights = list_checkpoints(tmp_path / "run")[-1] / "model.safetensors"
+    before = weights.read_bytes()
+    assert command("pretrain", *arguments).code == 0
+    assert weights.read_bytes() == before
+    longer = command("pretrain", *arguments, "train.steps=3")
+    assert longer.code == 0 and list_checkpoints(tmp_path / "run")[-1].name == "step-00000003"
+    other = command("pretrain", *arguments, "optim.lr=0.5")
+    assert failed_in_one_line(other, "optim.lr", "choose another out=")
+    # A run of a version that did not know a setting yet: it goes on with it off, not with it on.
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if "  ema:" not in line))
+    assert command("pretrain", *arguments, "train.steps=4").code == 0
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if "  ema:" not in line))
+    assert failed_in_one_line(
+        command("pretrain", *arguments, "train.steps=5", "train.ema=0.5"), "train.ema was None, is 0.5"
+    )
+
+
+def test_pretrained_and_scratch_runs_share_everything_but_the_encoder(command, store: Path, tmp_path: Path) -> None:
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN).code == 0
+    start = [
+        f"data.store={store}",
+        "data.split={validation: 0, test: 1}",
+        *FINETUNE,
+        "optim.lr=0.0",
+        "optim.warmup_lr=0.0",
+    ]
+    for name, init in (("scratch", "null"), ("tuned", tmp_path / "pre")):
+        assert command("finetune", f"out={tmp_path}/{name}", f"init={init}", *start).code == 0
+    one, other = (
+        load_file(list_checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("scratch", "tuned")
+    )
+    same = {name for name in one if (one[name] == other[name]).all()}
+    assert {name for name in one if ".encoder." not in name} <= same
+    assert any(name not in same for name in one)
+
+
+def test_labelled_subsets_are_nested(command, store: Path, tmp_path: Path) -> None:
+    subjects = []
+    for n in (1, 2):
+        arguments = [f"data.store={store}", "data.split={validation: 0, test: 1}", f"data.labelled={n}", *FINETUNE]
+        assert command("finetune", f"out={tmp_path}/{n}", *arguments).code == 0
+        subjects.append(json.loads((tmp_path / str(n) / "split.json").read_text()))
+    assert subjects[0]["train"] == subjects[1]["train"][:1] and subjects[0]["test"] == subjects[1]["test"]
+    assert failed_in_one_line(
+        command("finetune", f"out={tmp_path}/9", *arguments[:2], "data.labelled=9", *FINETUNE), "labelled=9"
+    )
+
+
+def test_bad_input_is_one_line_and_leaves_nothing_behind(command, raw: Path, store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert failed_in_one_line(command("pretrain", f"out={out}", "data.store=absent"), "absent", "asa-prepare")
+    assert failed_in_one_line(command("pretrain", f"out={out}", f"data.store={store}", "train.stepz=1"), "train.steps")
+    assert failed_in_one_line(command("finetune", f"out={out}", f"data.store={store}", "init=absent"), "absent")
+    assert failed_in_one_line(command("predict", "checkpoint=absent", f"input={raw}", f"out={out}"), "absent")
+    undeclared = command(
+        "prepare", f"data.root={raw}", "data.images={t1: *_T1.nii.gz}", "data.label=*_seg.nii.gz",
+        "labels={1: csf, 2: gm}", f"out={tmp_path}/other",
+    )  # fmt: skip
+    assert failed_in_one_line(undeclared, "4 scans failed") and "label value 5" in undeclared.out
+    assert not out.exists()
+    assert list((tmp_path / "other").rglob("*.npy")) == []
+
+
+def test_a_prediction_never_replaces_the_scan(command, raw: Path, store: Path, tmp_path: Path) -> None:
+    split = ["data.split={validation: 0, test: 1}"]
+    assert command("finetune", f"data.store={store}", f"out={tmp_path}/fine", *split, *FINETUNE).code == 0
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    scan = scans / "a.nii.gz"
+    scan.write_bytes((raw / "s0_T1.nii.gz").read_bytes())
+    before = scan.read_bytes()
+    result = command("predict", f"checkpoint={tmp_path}/fine", f"input={scans}", f"out={scans}")
+    assert failed_in_one_line(result, "1 scans failed") and scan.read_bytes() == before
+
+
+def test_an_encoder_with_other_position_codes_is_refused(command, store: Path, tmp_path: Path) -> None:
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/mae", *PRETRAIN, "method=mae").code == 0
+    arguments = [f"data.store={store}", f"out={tmp_path}/fine", f"init={tmp_path}/mae", *FINETUNE]
+    assert failed_in_one_line(command("finetune", *arguments), "add model.position=sincos")
+    assert command("finetune", *arguments, "model.position=sincos").code == 0
+
+
+def test_a_linear_probe_leaves_the_encoder_that_it_measures_as_it_was(command, store: Path, tmp_path: Path) -> None:
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN).code == 0
+    arguments = [
+        f"data.store={store}", f"out={tmp_path}/probe", f"init={tmp_path}/pre", "experiment=linear_probe", *TINY,
+        "model=probe_tiny", "crop=32", "train.steps=2", "data.split={validation: 1, test: 1}", "predict.overlap=0",
+        "train.best=dice",
+    ]  # fmt: skip
+    result = command("finetune", *arguments)
+    assert result.code == 0 and "best dice " in result.out
+    before, after = (
+        load_file(list_checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("pre", "probe")
+    )
+    encoder = {name for name in after if name.startswith("model.encoder.")}
+    assert after.keys() - encoder == {"model.head.weight", "model.head.bias"}
+    assert all(np.array_equal(before[name], after[name]) for name in encoder)
+    predicted = command(
+        "predict", f"checkpoint={tmp_path}/probe/best", f"input={store}", "part=test", f"out={tmp_path}/p"
+    )
+    assert predicted.code == 0 and len(list((tmp_path / "p").iterdir())) == 1
+    wrong = [argument.replace("/probe", "/wrong") for argument in arguments]
+    assert failed_in_one_line(command("finetune", *wrong, "optim.freeze=[encodre]"), "encodre", "encoder, head")
+
+
+def test_labels_with_a_side_want_a_partner_under_mirroring(command, raw: Path, tmp_path: Path) -> None:
+    prepared = command(
+        "prepare", f"data.root={raw}", "data.images={t1: *_T1.nii.gz}", "data.label=*_seg.nii.gz",
+        "labels={1: left_x, 2: right_x, 5: wm}", f"out={tmp_path}/store",
+    )  # fmt: skip
+    assert prepared.code == 0
+    arguments = [
+        f"data.store={tmp_path}/store",
+        f"out={tmp_path}/fine",
+        *FINETUNE,
+        "data.split={validation: 0, test: 1}",
+    ]
+    assert failed_in_one_line(command("finetune", *arguments), "left_x", "data.lateral_pairs")
+    assert command("finetune", *arguments, "data.lateral_pairs=[[left_x, right_x]]").code == 0
+
+
+def test_folders_of_others_are_left_alone(command, raw: Path, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("my: precious\n")
+    assert failed_in_one_line(command("pretrain", f"data.store={store}", f"out={tmp_path}", *PRETRAIN), "not a run")
+    images = [f"data.root={raw}", "data.images={t1: *_T1.nii.gz}"]
+    assert failed_in_one_line(command("prepare", *images, f"out={tmp_path}"), "not a store")
+    assert (tmp_path / "config.yaml").read_text() == "my: precious\n" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "train.accumulate=0",
+        "train.device=foo",
+        "train.clip=-1",
+        "optim.name=lion",
+        "optim.betas=[0.9]",
+        "loader.prefetch=0",
+        "crop=abc",
+        "data.split=3",
+        "data.mirror_probability=2",
+        "method.mask_ratio=abc",
+        "model.patch_size=0",
+    ],
+)
+def test_wrong_values_are_one_line_and_leave_nothing_behind(command, store: Path, tmp_path: Path, wrong: str) -> None:
+    result = command("pretrain", f"data.store={store}", f"out={tmp_path}/run", *PRETRAIN, wrong)
+    assert failed_in_one_line(result)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_of_another_size_is_refused(command, store: Path, tmp_path: Path) -> None:
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN).code == 0
+    arguments = [f"data.store={store}", f"out={tmp_path}/fine", f"init={tmp_path}/pre", *FINETUNE, "model=unet_small"]
+    assert failed_in_one_line(command("finetune", *arguments), "does not match", "model size")
+    assert not (tmp_path / "fine").exists()
+
+
+def test_a_pretrained_network_cannot_predict_and_an_image_with_nan_is_named(
+    command, store: Path, tmp_path: Path
+) -> None:
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN).code == 0
+    assert failed_in_one_line(
+        command("predict", f"checkpoint={tmp_path}/pre", f"input={store}", f"out={tmp_path}/p"), "asa-finetune"
+    )
+    split = ["data.split={validation: 0, test: 1}"]
+    assert command("finetune", f"data.store={store}", f"out={tmp_path}/fine", *split, *FINETUNE).code == 0
+    broken = tmp_path / "scans" / "a.nii.gz"
+    broken.parent.mkdir()
+    nibabel.save(nibabel.Nifti1Image(np.full((40, 40, 40), np.nan, np.float32), np.eye(4)), broken)
+    result = command("predict", f"checkpoint={tmp_path}/fine", f"input={broken.parent}", f"out={tmp_path}/p")
+    assert failed_in_one_line(result, "1 scans failed") and "a.nii.gz" in result.out
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["phantom", "prepare", "pretrain", "finetune", "predict", "evaluate", "export", "ablate"]
+)
+def test_help_lists_every_key_with_a_note(name: str, tmp_path: Path) -> None:
+    # From another directory, as a user would.
+    shown = subprocess.run(
+        [sys.executable, "-m", f"asa.cli.{name}", "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert shown.returncode == 0 and f"asa-{name}" in shown.stdout and "out: ???" in shown.stdout
+
+
+def test_the_resolved_configuration_can_be_printed(command, store: Path) -> None:
+    result = command("pretrain", "--print", f"data.store={store}", "out=x")
+    assert yaml.safe_load(result.out)["train"]["steps"] == 20000
+    assert not Path("x").exists()
+
+
+def test_a_store_remembers_its_preparation(store: Path) -> None:
+    assert Store(store).settings["normalise"] == "percentile"

@@ -1,0 +1,25 @@
+"""What a reader returns is checked before anything is prepared."""
+
+import pytest
+
+from asa.data.datasets.record import Record, check_records
+
+
+def scan(id: str, **images: str | None) -> Record:
+    return {"id": id, "subject": id, "images": images}
+
+
+def test_cohorts_that_cannot_be_prepared_as_one_are_refused():
+    one, two = scan("a", t1="a.nii", flair=None), scan("b", t1=None, flair="b.nii")
+    for records, reason in (
+        ([], "no scans found: here; check"),
+        ([one, one], "2 scans have this id"),
+        ([one, scan("b", t2="b.nii")], r"b: has the channels \['t2'\], but a has \['t1', 'flair'\]"),
+        ([one, scan("b", flair="b.nii", t1=None)], "in the same order"),
+        ([scan("../x", t1="x.nii")], "not usable as an id"),
+        ([scan("a")], "channels"),
+        ([one, scan("b", t1=None, flair=None)], r"b: no image of t1, flair \(looked for here\); add it"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check_records(records, source="here")
+    check_records([one, two])

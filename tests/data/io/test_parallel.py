@@ -1,0 +1,80 @@
+"""Worker processes end with the process that started them, and leave stopping to it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+# A process with a loader whose worker it names, and which it neither uses up nor closes.
+LOADING = """
+import sys, time
+import numpy as np
+from asa.data.loading.loader import CropDataset, LoaderSettings, make_loader
+
+class Volumes:
+    def image(self, id): return np.zeros((1, 8, 8, 8), np.float16)
+    def label(self, id): return None
+
+if __name__ == "__main__":
+    loader = iter(make_loader(CropDataset(Volumes(), [{"id": "a"}], (8, 8, 8)), 1, LoaderSettings(workers=1)))
+    next(loader)
+    print(loader._workers[0].pid, flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+def loading(tmp_path: Path, seconds: float) -> tuple[subprocess.Popen[str], int]:
+    (tmp_path / "loading.py").write_text(LOADING)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "loading.py"), str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def gone(pid: int, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
+@needs_proc
+def test_a_process_ends_though_its_loader_is_still_open(tmp_path):
+    process, worker = loading(tmp_path, 0)
+    assert process.wait(30) == 0
+    assert gone(worker, 10)
+
+
+@needs_proc
+def test_a_killed_process_leaves_no_worker(tmp_path):
+    process, worker = loading(tmp_path, 60)
+    process.kill()
+    process.wait(10)
+    assert gone(worker, 10)
+
+
+@needs_proc
+def test_a_worker_outlives_the_signals_that_stop_a_run(tmp_path):
+    process, worker = loading(tmp_path, 60)
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker, number)
+        assert not gone(worker, 1)
+    finally:
+        process.kill()
+        process.wait(10)
+    assert gone(worker, 10)

@@ -1,0 +1,336 @@
+"""Crops, augmentation and the sampler."""
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from asa.data.loading.augment import (
+    Augmentation,
+    AugmentSettings,
+    draw_augmentation,
+    move,
+    recolour,
+    source_size,
+    swap_sides,
+)
+from asa.data.loading.foreground import Foreground
+from asa.data.loading.loader import CropDataset, EndlessSampler, LoaderSettings, make_loader, read_box
+from asa.data.loading.seeds import sample_seed
+from asa.data.store import IGNORED, Store
+
+STRONG = AugmentSettings(
+    rotation=30,
+    rotation_probability=1,
+    scale=[0.7, 1.4],
+    scale_probability=1,
+    mirror_probability=0.5,
+    gamma=[0.7, 1.5],
+    gamma_probability=1,
+    noise=0.1,
+    brightness=0.2,
+)
+
+
+class Memory:
+    """Volumes in memory, as a source of crops."""
+
+    def __init__(self, image: np.ndarray, label: np.ndarray | None = None) -> None:
+        self.arrays = image, label
+
+    def image(self, record_id: str) -> np.ndarray:
+        return self.arrays[0]
+
+    def label(self, record_id: str) -> np.ndarray | None:
+        return self.arrays[1]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_box_is_zero_outside_the_volume() -> None:
+    volume = np.arange(1, 2 * 4 * 5 * 6 + 1, dtype=np.float32).reshape(2, 4, 5, 6)
+    padded = np.pad(volume, ((0, 0), (10, 10), (10, 10), (10, 10)))
+    for start in ([-3, -2, 1], [0, 0, 0], [2, 3, 4], [-9, 0, 0], [3, -1, -4]):
+        expected = padded[:, start[0] + 10 :, start[1] + 10 :, start[2] + 10 :][:, :7, :8, :5]
+        np.testing.assert_array_equal(read_box(volume, start, (7, 8, 5)), expected)
+
+
+@pytest.mark.parametrize("size", [(8, 8, 8), (12, 10, 9), (5, 7, 20)])
+def test_a_centre_crop_has_the_volumes_middle_in_its_middle(size: tuple[int, int, int]) -> None:
+    volume = np.zeros((1, 12, 10, 14), dtype=np.float32)
+    volume[:, 5:7, 4:6, 6:8] = 1.0
+    crop = CropDataset(Memory(volume), [{"id": "a"}], size)[0, 0]["image"]
+    places = crop[0].nonzero().float().mean(dim=0)
+    for place, edge in zip(places.tolist(), size, strict=True):
+        assert abs(place - (edge - 1) / 2) <= 0.5
+
+
+def test_random_crops_lie_inside_and_reach_everywhere() -> None:
+    volume = np.arange(10 * 9 * 8, dtype=np.float32).reshape(1, 10, 9, 8) + 1
+    dataset = CropDataset(Memory(volume), [{"id": "a"}], (4, 4, 8), crop="random")
+    starts = set()
+    for epoch in range(300):
+        crop = dataset[0, epoch]["image"]
+        first = int(crop[0, 0, 0, 0]) - 1
+        z, y, x = np.unravel_index(first, (10, 9, 8))
+        np.testing.assert_array_equal(crop.numpy(), volume[:, z : z + 4, y : y + 4, x : x + 8])
+        starts.add((z, y))
+    assert starts == {(z, y) for z in range(7) for y in range(6)}
+
+
+def test_a_sample_depends_on_seed_epoch_and_record_alone(store) -> None:
+    opened = Store(store)
+    dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", labelled=True, augment=STRONG, seed=3)
+    first = dataset[1, 7]
+    assert type(first["image"]) is type(first["label"]) is torch.Tensor  # no subclass that follows into the network
+    dataset[0, 2]
+    torch.rand(5)
+    again = CropDataset(opened, opened.records, (32, 32, 32), crop="random", labelled=True, augment=STRONG, seed=3)[
+        1, 7
+    ]
+    assert torch.equal(first["image"], again["image"]) and torch.equal(first["label"], again["label"])
+    for other in (dataset[1, 8], CropDataset(opened, opened.records, (32, 32, 32), crop="random", seed=4)[1, 7]):
+        assert not torch.equal(first["image"], other["image"])
+    assert sample_seed(3, 7, "a") == sample_seed(3, 7, "a") < 2**63
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_are_the_same_whatever_the_workers_and_wherever_one_starts(store, workers: int) -> None:
+    opened = Store(store)
+    dataset = CropDataset(opened, opened.records[:3], (16, 16, 16), crop="random", labelled=True, augment=STRONG)
+    settings = LoaderSettings(workers=workers)
+    whole = list(islice(make_loader(dataset, 2, LoaderSettings(workers=0)), 5))
+    part = list(islice(make_loader(dataset, 2, settings, start_step=2), 3))
+    for expected, found in zip(whole[2:], part, strict=True):
+        assert expected["id"] == found["id"]
+        for key in ("image", "label", "seed"):
+            assert torch.equal(expected[key], found[key])
+
+
+def test_the_sampler_visits_every_record_once_an_epoch() -> None:
+    addresses = [address for batch in islice(EndlessSampler(5, 4, micro_batches=2, seed=1), 20) for address in batch]
+    assert len(addresses) == 40
+    for epoch in range(8):
+        assert sorted(index for index, e in addresses if e == epoch) == list(range(5))
+    assert [i for i, e in addresses if e == 0] != [i for i, e in addresses if e == 1]
+    with pytest.raises(ValueError, match="does not divide"):
+        EndlessSampler(5, 4, micro_batches=3)
+
+
+def test_image_and_label_move_alike() -> None:
+    rng = np.random.default_rng(0)
+    label = np.zeros((1, 40, 40, 40), dtype=np.uint8)
+    label[:, 10:30, 12:26, 8:22] = 1
+    label[:, 16:24, 16:22, 10:30] = 2
+    image = (label * 100).astype(np.float32)
+    still = AugmentSettings(
+        rotation=30, rotation_probability=1, scale=[0.7, 1.4], scale_probability=1, mirror_probability=0.5
+    )
+    dataset = CropDataset(
+        Memory(image, label), [{"id": "a"}], (32, 32, 32), crop="random", labelled=True, augment=still
+    )
+    for epoch in rng.integers(0, 1000, 8).tolist():
+        sample = dataset[0, epoch]
+        # Away from edges, where interpolation mixes values, the image is the label times 100.
+        pure = sample["image"] == sample["image"].round(decimals=-2)
+        assert pure.float().mean() > 0.5
+        assert torch.equal(sample["image"][pure].round() / 100, sample["label"][pure].float())
+        assert set(sample["label"].unique().tolist()) <= {0, 1, 2}
+
+
+def test_intensity_changes_leave_labels_alone(store) -> None:
+    opened = Store(store)
+    changed = AugmentSettings(gamma=[0.5, 2.0], gamma_probability=1, noise=0.2, brightness=0.3)
+    plain, bright = (
+        CropDataset(opened, opened.records, (24, 24, 24), crop="random", labelled=True, augment=augment)[2, 3]
+        for augment in (None, changed)
+    )
+    assert torch.equal(plain["label"], bright["label"]) and not torch.equal(plain["image"], bright["image"])
+
+
+def test_a_mirrored_crop_swaps_declared_pairs_and_only_these() -> None:
+    label = np.zeros((1, 8, 8, 8), dtype=np.uint8)
+    label[..., :4], label[..., 4:], label[:, 0] = 1, 2, 3  # left, right, midline structure
+    image = label.astype(np.float32)
+    always = AugmentSettings(mirror_probability=1.0)
+    dataset = CropDataset(
+        Memory(image, label), [{"id": "a"}], (8, 8, 8), labelled=True, augment=always, lateral_pairs=[(1, 2)]
+    )
+    assert torch.equal(dataset[0, 0]["label"], torch.from_numpy(label))
+    assert torch.equal(dataset[0, 0]["image"], torch.from_numpy(image).flip(-1))
+    values = torch.tensor([0, 1, 2, 3, 4, IGNORED])
+    assert swap_sides(values, [(1, 2)]).tolist() == [0, 2, 1, 3, 4, IGNORED]
+
+
+def test_ignored_voxels_stay_ignored_and_padding_is_background() -> None:
+    label = np.ones((1, 24, 24, 24), dtype=np.uint8)
+    label[..., 12:] = IGNORED
+    image = (label == IGNORED).astype(np.float32)
+    turned = AugmentSettings(rotation=30, rotation_probability=1, scale=[0.7, 1.4], scale_probability=1)
+    for augment, values in ((None, {1, IGNORED}), (turned, {0, 1, IGNORED})):
+        dataset = CropDataset(Memory(image, label), [{"id": "a"}], (24,) * 3, labelled=True, augment=augment)
+        found = [dataset[0, epoch] for epoch in range(4)]
+        assert set(torch.cat([sample["label"].unique() for sample in found]).tolist()) == values
+        for sample in found:  # at ignored voxels away from their edge the image is 1
+            assert (sample["image"][sample["label"] == IGNORED] > 0).all()
+    wide = CropDataset(Memory(image, label), [{"id": "a"}], (24, 24, 30), labelled=True)[0, 0]["label"]
+    assert not wide[..., :3].any() and not wide[..., 27:].any()
+
+
+def test_an_identity_matrix_changes_nothing() -> None:
+    drawn = Augmentation(matrix=torch.eye(3, dtype=torch.float64))
+    for size in ((6, 7, 8), (9, 4, 5)):
+        box = source_size(size, drawn)
+        volume = torch.rand(2, *box)
+        start = [(b - s) // 2 for b, s in zip(box, size, strict=True)]
+        inner = volume[:, start[0] : start[0] + size[0], start[1] : start[1] + size[1], start[2] : start[2] + size[2]]
+        torch.testing.assert_close(move(volume, size, drawn), inner)
+
+
+def test_a_quarter_turn_is_exact_and_a_zoom_enlarges() -> None:
+    turn = Augmentation(matrix=torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=torch.float64))
+    box = source_size((8, 8, 8), turn)
+    volume = torch.rand(1, *box)
+    k = (box[0] - 8) // 2
+    inner = volume[:, k : k + 8, k : k + 8, k : k + 8]
+    turned = move(volume, (8, 8, 8), turn)
+    assert any(torch.allclose(turned, torch.rot90(inner, n, (2, 3)), atol=1e-5) for n in (1, 3))
+    zoom = Augmentation(matrix=torch.eye(3, dtype=torch.float64) / 2)
+    ball = torch.zeros(1, *source_size((16, 16, 16), zoom))
+    ball[:, ball.shape[1] // 2 - 2 : ball.shape[1] // 2 + 2, ball.shape[2] // 2 - 2 : ball.shape[2] // 2 + 2] = 1.0
+    assert (move(ball, (16, 16, 16), zoom)[0, :, 8, 8] > 0.5).sum() == 8
+
+
+def test_drawn_parameters_stay_in_their_ranges() -> None:
+    source = generator()
+    drawn = [draw_augmentation(STRONG, source) for _ in range(200)]
+    zooms = [float(torch.linalg.det(d.matrix) ** (-1 / 3)) for d in drawn if d.matrix is not None]
+    assert 0.7 <= min(zooms) < 0.75 and 1.33 < max(zooms) <= 1.4
+    assert all(0.7 <= d.gamma <= 1.5 for d in drawn)
+    assert 60 < sum(d.mirror for d in drawn) < 140
+    nothing = draw_augmentation(AugmentSettings(), source)
+    assert nothing.matrix is None and not nothing.mirror and nothing.gamma == nothing.gain == 1 and nothing.noise == 0
+    with pytest.raises(ValueError, match="augment.scale"):
+        AugmentSettings(scale=[1.4, 0.7])
+
+
+def test_gamma_keeps_the_range_and_noise_is_drawn_from_its_seed() -> None:
+    image = torch.rand(1, 6, 6, 6)
+    bent = recolour(image, Augmentation(gamma=2.0))
+    assert bent.min().item() == pytest.approx(image.min().item(), abs=1e-4)
+    assert bent.max().item() == pytest.approx(image.max().item(), abs=1e-4)
+    low, high = image.min(), image.max()
+    torch.testing.assert_close(bent, ((image - low) / (high - low)) ** 2 * (high - low) + low, atol=1e-4, rtol=1e-4)
+    noisy = Augmentation(noise=0.5, noise_seed=9)
+    assert torch.equal(recolour(image, noisy), recolour(image, noisy))
+    assert (recolour(image, noisy) - image).std().item() == pytest.approx(0.5, rel=0.2)
+
+
+def test_a_record_without_label_is_named() -> None:
+    with pytest.raises(ValueError, match="a: has no label map"):
+        CropDataset(Memory(np.zeros((1, 4, 4, 4), np.float32)), [{"id": "a"}], (4, 4, 4), labelled=True)
+    with pytest.raises(ValueError, match="no records"):
+        CropDataset(Memory(np.zeros((1, 4, 4, 4), np.float32)), [], (4, 4, 4))
+    with pytest.raises(ValueError, match="centre or random"):
+        CropDataset(Memory(np.zeros((1, 4, 4, 4), np.float32)), [{"id": "a"}], (4, 4, 4), crop="corner")
+
+
+# --- channels that are missing
+
+
+def test_channels_are_dropped_with_their_probability_and_never_all() -> None:
+    settings, source = AugmentSettings(modality_dropout=0.4), generator()
+    dropped = [draw_augmentation(settings, source, channels=3).dropped for _ in range(3000)]
+    assert max(len(channels) for channels in dropped) == 2
+    # All three would be dropped in 0.4^3 of the crops, and each of them stays in a third of these.
+    for channel in range(3):
+        assert np.mean([channel in channels for channels in dropped]) == pytest.approx(0.4 - 0.4**3 / 3, abs=0.03)
+    assert {draw_augmentation(settings, source, channels=1).dropped for _ in range(50)} == {()}
+
+
+def test_a_dropped_channel_is_zero_and_the_others_are_as_they_were() -> None:
+    image, noisy = torch.rand(3, 5, 5, 5), Augmentation(noise=0.5, noise_seed=9, gain=1.1)
+    before = image.clone()
+    found = recolour(image, replace(noisy, dropped=(0, 2)))
+    assert not found[0].any() and not found[2].any() and torch.equal(image, before)
+    assert torch.equal(found[1], recolour(image, noisy)[1])
+
+
+def test_without_dropout_a_crop_is_what_it_was(store) -> None:
+    opened = Store(store)
+    plain, dropped = (
+        CropDataset(opened, opened.records, (24,) * 3, crop="random", augment=AugmentSettings(modality_dropout=p))[1, 5]
+        for p in (0.0, 0.9)  # of one channel
+    )
+    assert plain["image"].any() and dropped["image"].any()
+    with pytest.raises(ValueError, match="augment.modality_dropout=1"):
+        AugmentSettings(modality_dropout=1.0)
+
+
+# --- crops around labelled voxels
+
+
+def blobs(seed: int = 0) -> np.ndarray:
+    """A label map with classes of very different sizes, and ignored voxels."""
+    label = np.random.default_rng(seed).choice([0, 1, 3, IGNORED], (1, 14, 12, 10), p=[0.7, 0.2, 0.02, 0.08])
+    label[0, 13, 11, 9] = 7
+    return label.astype(np.uint8)
+
+
+def test_every_class_and_every_voxel_of_it_is_drawn_alike() -> None:
+    label = blobs()
+    foreground, counts = Foreground(label), {}
+    for index, value in enumerate([1, 3, 7]):
+        places = np.argwhere(label[0] == value)
+        for k, place in enumerate(places):  # the slow reference: the k-th voxel in raster order
+            found = foreground.draw(label, ((index + 0.5) / 3, (k + 0.5) / len(places)))
+            assert found == tuple(place)
+        counts[value] = len(places)
+    assert counts[1] > 10 * counts[7] == 10 and foreground.classes == [1, 3, 7]
+    assert Foreground(np.zeros((1, 4, 4, 4), np.uint8)).draw(label, (0.5, 0.5)) is None
+    assert Foreground(np.full((1, 4, 4, 4), IGNORED, np.uint8)).draw(label, (0.5, 0.5)) is None
+
+
+def test_the_share_of_crops_around_labelled_voxels_is_the_one_asked_for() -> None:
+    label = np.zeros((1, 40, 40, 40), np.uint8)
+    label[0, 20, 9, 31], label[0, 1, 20, 20], label[0, :2, :2, :2] = 1, 2, IGNORED
+    image = np.ones((1, 40, 40, 40), np.float32)
+    dataset = CropDataset(Memory(image, label), [{"id": "a"}], (8,) * 3, crop="random", labelled=True, foreground=0.4)
+    found = [dataset[0, epoch]["label"][0] for epoch in range(400)]
+    middle = [int(crop[4, 4, 4]) == 1 for crop in found]
+    edge = [int(crop[1, 4, 4]) == 2 for crop in found]  # as near to the middle as a crop inside the volume can
+    assert np.mean(middle) == pytest.approx(0.2, abs=0.05) and np.mean(edge) == pytest.approx(0.2, abs=0.05)
+
+
+def test_a_labelled_voxel_stays_in_the_middle_however_the_crop_is_turned() -> None:
+    label = np.zeros((1, 60, 60, 60), np.uint8)
+    label[0, 28:33, 36:41, 22:27] = 1
+    dataset = CropDataset(
+        Memory(label.astype(np.float32), label), [{"id": "a"}], (17,) * 3, crop="random", labelled=True, foreground=1.0,
+        augment=STRONG,
+    )  # fmt: skip
+    assert all(dataset[0, epoch]["label"][0, 7:10, 7:10, 7:10].any() for epoch in range(30))
+
+
+def test_crops_around_labelled_voxels_depend_on_seed_epoch_and_record_alone(store) -> None:
+    opened = Store(store)
+
+    def dataset() -> CropDataset:
+        return CropDataset(
+            opened, opened.records, (24,) * 3, crop="random", labelled=True, foreground=0.5, augment=STRONG, seed=3
+        )
+
+    used, plain = dataset(), CropDataset(opened, opened.records, (24,) * 3, crop="random", labelled=True, seed=3)
+    whole = [used[1, epoch] for epoch in range(8)]
+    for epoch in (7, 2):
+        assert torch.equal(dataset()[1, epoch]["image"], whole[epoch]["image"])
+    assert used.places[opened.records[1]["id"]].classes == [1, 2, 3] and not plain.places
+    for wrong in ({"labelled": False}, {"crop": "centre"}, {"foreground": 1.5}):
+        with pytest.raises(ValueError, match=r"data\.foreground"):
+            CropDataset(
+                opened, opened.records, (24,) * 3, **{"crop": "random", "labelled": True, "foreground": 0.5, **wrong}
+            )

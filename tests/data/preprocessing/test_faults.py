@@ -1,0 +1,423 @@
+"""A cohort with faults in it: each is named and leaves nothing behind, and the good scans are as if they were alone."""
+
+import contextlib
+import csv
+import gzip
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import pytest
+from heads import LABELS, centred, scan
+
+from asa.cli.front import run_command
+from asa.cli.prepare import prepare
+from asa.data.datasets import folder
+from asa.data.io.files import gzipped
+from asa.data.io.nifti import Volume, identity_of, read_image, read_label, write_image, write_label
+from asa.data.preprocessing.cohort import Plan, prepare_cohort
+from asa.data.preprocessing.quality_control import Visit
+from asa.data.store import Store
+
+SHAPE = (30, 36, 32)
+LAS = centred(SHAPE, np.diag([-5.0, 5.0, 5.0]))  # so coarse that a whole head is small
+SROW_X, SROW_Y = slice(280, 296), slice(296, 312)  # rows of the sform in a NIfTI-1 header
+GOOD = [f"good_{number}" for number in range(3)]
+GLOBS = {"t1": "*_t1.nii.gz", "flair": "*_flair.nii.gz"}
+
+Fault = Callable[[Path, str], None]  # spoils the files of one id in a folder
+
+
+class Result(NamedTuple):
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    def lines(self, word: str) -> dict[str, str]:
+        """Of the lines "ID: WORD: TEXT" the text by id."""
+        return dict(re.findall(rf"^(\S+): {word}: (.*)$", self.out, re.MULTILINE))
+
+
+def settings(root: Path, out: Path, *more: str) -> list[str]:
+    """Arguments of asa-prepare for a cohort that `write_scan` wrote."""
+    images = ", ".join(f"{channel}: '{glob}'" for channel, glob in GLOBS.items())
+    labels = ", ".join(f"{value}: {name}" for value, name in LABELS.items())
+    where = [f"data.root={root}", f"data.images={{{images}}}", "data.label=*_seg.nii.gz"]
+    return [*where, f"labels={{{labels}}}", f"out={out}", *more]
+
+
+def command(*arguments: str) -> Result:
+    """asa-prepare in this process, with its configuration composed as on the command line."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = run_command("prepare", "", prepare, arguments=arguments)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def bytes_of(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+def write_scan(root: Path, id: str) -> None:
+    """T1, FLAIR and label map of one head; no two ids have a voxel pattern in common."""
+    head, tissues = scan(SHAPE, LAS)
+    rng = np.random.default_rng(zlib.crc32(id.encode()))
+    for channel in GLOBS:
+        noisy = np.where(head.data > 0, np.rint(head.data) + rng.integers(0, 20, SHAPE), 0)
+        write_image(root / f"{id}_{channel}.nii.gz", noisy, LAS)
+    write_label(root / f"{id}_seg.nii.gz", tissues.data, head)
+
+
+# ---------------------------------------------------------------------------------------------- faults
+
+
+def packed(change: Callable[[bytes], bytes]) -> Fault:
+    """Change the bytes of the T1's file."""
+
+    def spoil(root: Path, id: str) -> None:
+        path = root / f"{id}_t1.nii.gz"
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoil
+
+
+def unpacked(change: Callable[[bytes], bytes]) -> Fault:
+    """Change the bytes inside the T1's gzip."""
+    return packed(lambda content: gzipped(change(gzip.decompress(content))))
+
+
+def image(change: Callable[[np.ndarray], np.ndarray]) -> Fault:
+    """Change the voxels of the T1."""
+
+    def spoil(root: Path, id: str) -> None:
+        path = root / f"{id}_t1.nii.gz"
+        volume = read_image(path)
+        write_image(path, change(volume.data), volume.affine)
+
+    return spoil
+
+
+def label(change: Callable[[np.ndarray], np.ndarray], shift: float = 0) -> Fault:
+    """Change the voxels of the label map, and move it to the front by so many mm."""
+
+    def spoil(root: Path, id: str) -> None:
+        path = root / f"{id}_seg.nii.gz"
+        volume = read_label(path)
+        affine = volume.affine.copy()
+        affine[1, 3] += shift
+        write_image(path, change(volume.data), affine, dtype=np.uint8)
+
+    return spoil
+
+
+def lacks(channel: str) -> Fault:
+    return lambda root, id: (root / f"{id}_{channel}.nii.gz").unlink()
+
+
+def twin(level: int = 6, dtype: type = np.float32) -> Fault:
+    """The T1 of the first good scan, packed or stored in another way."""
+
+    def spoil(root: Path, id: str) -> None:
+        source, copy = root / f"{GOOD[0]}_t1.nii.gz", root / f"{id}_t1.nii.gz"
+        volume = read_image(source)
+        write_image(copy, volume.data, volume.affine, dtype=dtype)
+        copy.write_bytes(gzipped(gzip.decompress(copy.read_bytes()), level))
+        assert copy.read_bytes() != source.read_bytes()
+
+    return spoil
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    """Flip one bit so that every voxel still unpacks, to another number, and only the checksum tells."""
+    whole = np.frombuffer(gzip.decompress(content), np.float32, offset=352)
+    for place in range(len(content) // 2, len(content) - 8):
+        changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        try:
+            stream = zlib.decompressobj(-zlib.MAX_WBITS).decompress(changed[10:])
+        except zlib.error:
+            continue
+        if len(stream) == 352 + whole.nbytes and np.isfinite(np.frombuffer(stream, np.float32, offset=352)).all():
+            return changed
+    raise AssertionError("every flipped bit breaks this stream")
+
+
+FAULTS: dict[str, tuple[Fault, str]] = {
+    "cut_short": (packed(lambda content: content[: len(content) // 2]), r"_t1\.nii\.gz: damaged or truncated gzip"),
+    "flipped_bit": (packed(flip_a_bit), r"_t1\.nii\.gz: damaged or truncated gzip \(CRC.*; copy or download it again"),
+    "zero_bytes": (packed(lambda content: b""), r"_t1\.nii\.gz: the file is empty; copy or download it again"),
+    "text": (packed(lambda content: b"no image"), r"_t1\.nii\.gz: damaged .* gzip \(Not a gzipped file"),
+    "not_a_number": (image(lambda data: np.where(data > 600, np.nan, data)), r"_t1\.nii\.gz: \d+ voxels are NaN"),
+    "series": (image(lambda data: np.stack([data, data], -1)), r"_t1\.nii\.gz: shape .* is not 3-D; give one volume"),
+    "flat": (unpacked(lambda raw: raw[:296] + raw[SROW_X] + raw[312:]), r"_t1\.nii\.gz: the affine is singular"),
+    "other_shape": (label(lambda data: data[1:]), r"t1 and label .*: shapes \(30, 36, 32\) and \(29, 36, 32\) differ"),
+    "elsewhere": (label(np.copy, shift=2), r"t1 and label of elsewhere: .* corners lie 2\.00 mm apart"),
+    "undeclared": (label(lambda data: data + 2 * (data == 7)), r"_seg\.nii\.gz: label value 9 \(\d+ voxels\) is not"),
+    "no_flair": (lacks("flair"), r"has no flair; add the file"),
+    "twin_packed": (twin(level=1), r"t1 is the same scan as in good_0, of another subject \(good_0\), voxel for voxel"),
+    "twin_short": (twin(dtype=np.int16), r"t1 is the same scan as in good_0, .* leave one out, or set duplicates=keep"),
+}
+
+
+def plant(root: Path, *names: str) -> None:
+    for name in names:
+        write_scan(root, name)
+        FAULTS[name][0](root, name)
+
+
+class Cohort(NamedTuple):
+    """Good scans alone, then among all faults: the raw files, the two stores, and what the second command said."""
+
+    raw: Path
+    alone: Path
+    store: Path
+    result: Result
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    home = tmp_path_factory.mktemp("faults")
+    (home / "raw").mkdir()
+    for id in GOOD:
+        write_scan(home / "raw", id)
+    assert command(*settings(home / "raw", home / "alone")).code == 0
+    plant(home / "raw", *FAULTS)
+    result = command(*settings(home / "raw", home / "store"))
+    return Cohort(home / "raw", home / "alone", home / "store", result)
+
+
+@pytest.fixture(scope="module")
+def checked(cohort: Cohort) -> Result:
+    """The same cohort with check=only."""
+    out = cohort.raw.with_name("checked")
+    result = command(*settings(cohort.raw, out, "check=only"))
+    assert not out.exists()
+    return result
+
+
+def test_a_flipped_bit_that_nibabel_accepts_is_planted(cohort: Cohort) -> None:
+    spoilt = np.asarray(nib.load(cohort.raw / "flipped_bit_t1.nii.gz").dataobj)
+    assert spoilt.shape == SHAPE and np.isfinite(spoilt).all()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_is_named_with_its_reason(cohort: Cohort, name: str) -> None:
+    assert re.search(FAULTS[name][1], cohort.result.lines("failed")[name])
+
+
+def test_a_cohort_with_faults_ends_with_an_error_and_their_number(cohort: Cohort) -> None:
+    assert cohort.result.lines("failed").keys() == FAULTS.keys()
+    assert cohort.result.code == 1 and f"error: {len(FAULTS)} scans failed" in cohort.result.err
+    assert f"{len(GOOD)} prepared, 0 done before, {len(FAULTS)} failed" in cohort.result.out
+
+
+def test_the_store_is_to_the_byte_that_of_the_good_scans_alone(cohort: Cohort) -> None:
+    assert bytes_of(cohort.store) == bytes_of(cohort.alone)
+    assert [record["id"] for record in Store(cohort.store).records] == GOOD
+
+
+def test_a_check_finds_the_same_faults_and_writes_no_store(cohort: Cohort, checked: Result) -> None:
+    assert checked.code == 1 and f"error: {len(FAULTS)} scans failed" in checked.err
+    assert checked.lines("failed") == cohort.result.lines("failed")
+    assert "nothing written: " in checked.out
+
+
+def test_a_check_has_one_row_a_scan_and_shows_the_faults_first(cohort: Cohort, checked: Result) -> None:
+    page = cohort.raw.with_name("checked_check")
+    rows = list(csv.DictReader((page / "checkup.csv").open(newline="")))
+    assert [row["id"] for row in rows] == sorted([*FAULTS, *GOOD])
+    assert {row["id"]: row["reason"] for row in rows if row["status"] == "failed"} == checked.lines("failed")
+    text = (page / "checkup.html").read_text()
+    shown = [text.index(f">{row['id']}<") for row in rows if row["status"] == "failed"]
+    assert max(shown) < min(text.index(f">{id}<") for id in GOOD)
+
+
+# ---------------------------------------------------------------------------------------------- choices
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Files of one good scan."""
+    path = tmp_path / "raw"
+    path.mkdir()
+    write_scan(path, GOOD[0])
+    return path
+
+
+def test_a_missing_channel_is_zero_where_that_is_asked_for_and_refused_again_where_not(raw: Path) -> None:
+    plant(raw, "no_flair")
+    out = raw.with_name("store")
+    filled = command(*settings(raw, out, "missing=zero"))
+    assert filled.code == 0 and filled.lines("warning") == {"no_flair": "has no flair: filled with zeros"}
+    store = Store(out)
+    assert [record.get("missing") for record in store.records] == [None, ["flair"]]
+    assert store.record("no_flair")["identity"].keys() == {"t1"}
+    t1, flair = store.image("no_flair")
+    assert t1.any() and not flair.any()
+    assert command(*settings(raw, out)).lines("failed").keys() == {"no_flair"}
+    assert not [name for name in bytes_of(out) if "no_flair" in name]
+    assert [record["id"] for record in Store(out).records] == [GOOD[0]]
+
+
+def test_duplicates_stay_with_a_warning_where_that_is_asked_for(raw: Path) -> None:
+    plant(raw, "twin_packed")
+    kept = command(*settings(raw, raw.with_name("store"), "duplicates=keep"))
+    assert kept.code == 0
+    assert re.fullmatch(r"t1 is the same scan as in good_0, .* voxel for voxel", kept.lines("warning")["twin_packed"])
+    assert len(Store(raw.with_name("store"))) == 2
+
+
+def test_a_scan_that_the_store_holds_from_another_folder_is_a_duplicate(raw: Path) -> None:
+    out, other = raw.with_name("store"), raw.with_name("other")
+    assert command(*settings(raw, out)).code == 0
+    other.mkdir()
+    for path in raw.iterdir():
+        shutil.copy(path, other / path.name.replace(GOOD[0], "again"))
+    assert "same scan as in good_0" in command(*settings(other, out)).lines("failed")["again"]
+    assert [record["id"] for record in Store(out).records] == [GOOD[0]]
+
+
+def test_the_site_of_a_scan_stands_in_the_manifest(raw: Path) -> None:
+    (raw / "table.csv").write_text(f"id,site,t1\na,Rome,{GOOD[0]}_t1.nii.gz\nb,,{GOOD[0]}_flair.nii.gz\n")
+    assert command(f"data.root={raw}", "data.table=table.csv", f"out={raw}_store").code == 0
+    assert [record.get("site") for record in Store(f"{raw}_store").records] == ["Rome", None]
+
+
+def test_a_header_whose_two_forms_exchange_the_sides_is_warned_of(raw: Path) -> None:
+    def mirrored(content: bytes) -> bytes:  # the sform says RAS now, the qform LAS
+        return content[: SROW_X.start] + (-np.frombuffer(content[SROW_X], "<f4")).tobytes() + content[SROW_X.stop :]
+
+    unpacked(mirrored)(raw, GOOD[0])
+    result = command(f"data.root={raw}", "data.images={t1: '*_t1.nii.gz'}", f"out={raw}_store")
+    assert result.code == 0
+    assert result.lines("warning")[GOOD[0]].endswith("qform says LAS, sform says RAS (taken); check left and right")
+
+
+def test_a_changed_byte_is_found_and_redone_as_the_message_says(raw: Path) -> None:
+    write_scan(raw, GOOD[1])
+    out = raw.with_name("store")
+    assert command(*settings(raw, out)).code == 0
+    before = bytes_of(out)
+    array = out / f"images/{GOOD[1]}.npy"
+    content = bytearray(array.read_bytes())
+    content[-1000] ^= 1
+    array.write_bytes(content)
+    found = command(*settings(raw, out, "verify=true"))
+    assert found.code == 1 and "1 scans of" in found.err and "are damaged" in found.err
+    assert found.out.splitlines() == [f"{GOOD[1]}: {array}: bytes changed; delete it and run asa-prepare again"]
+    array.unlink()
+    assert command(*settings(raw, out)).code == 0
+    assert bytes_of(out) == before
+    assert "all 2 scans are as they were written" in command(*settings(raw, out, "verify=true")).out
+
+
+# ---------------------------------------------------------------------------------------------- identity
+
+
+@pytest.mark.parametrize("level", [1, 9])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+@pytest.mark.parametrize("axes", [(0,), (0, 1, 2)])
+def test_the_same_voxels_have_one_identity_however_they_are_filed(
+    raw: Path, axes: tuple[int, ...], dtype: type, level: int
+) -> None:
+    original = read_image(raw / f"{GOOD[0]}_t1.nii.gz")
+    affine = original.affine.copy()
+    for axis in axes:
+        affine[:3, 3] += affine[:3, axis] * (SHAPE[axis] - 1)
+        affine[:3, axis] *= -1
+    path = raw / "renamed.nii.gz"
+    write_image(path, np.flip(original.data, axes), affine, dtype=dtype)
+    path.write_bytes(gzipped(gzip.decompress(path.read_bytes()), level))
+    assert identity_of(read_image(path)) == identity_of(original)
+
+
+def test_permuted_axes_keep_the_identity_and_one_voxel_changes_it(raw: Path) -> None:
+    original = read_image(raw / f"{GOOD[0]}_t1.nii.gz")
+    permuted = Volume(original.data.transpose(2, 0, 1), original.affine[:, [2, 0, 1, 3]], original.header)
+    assert identity_of(permuted) == identity_of(original)
+    changed = original.data.copy()
+    changed[15, 18, 16] += 1
+    assert identity_of(Volume(changed, original.affine, original.header)) != identity_of(original)
+
+
+# ---------------------------------------------------------------------------------------------- kills
+
+
+@contextlib.contextmanager
+def running_until(count: int, arguments: list[str], out: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command with two workers in a process group of its own, as soon as so many images are written."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "asa.cli.prepare", *arguments, "workers=2"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        limit = time.monotonic() + 60  # only a hang takes so long
+        while len(list(out.glob("images/*.npy"))) < count and process.poll() is None:
+            assert time.monotonic() < limit
+            time.sleep(0.002)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize(("count", "workers"), [(1, 2), (2, 1)])
+def test_a_killed_command_takes_its_workers_along_and_goes_on_to_the_same_bytes(
+    cohort: Cohort, tmp_path: Path, count: int, workers: int
+) -> None:
+    arguments = settings(cohort.raw, tmp_path / "store")
+    with running_until(count, arguments, tmp_path / "store") as process:
+        process.kill()
+        process.communicate(timeout=10)  # ends with the last worker, because they hold the output too
+        assert process.returncode == -signal.SIGKILL
+    assert bytes_of(tmp_path / "store") != bytes_of(cohort.store)
+    again = command(*arguments, f"workers={workers}")
+    assert again.lines("failed") == cohort.result.lines("failed") and again.code == 1
+    assert bytes_of(tmp_path / "store") == bytes_of(cohort.store)
+
+
+def test_a_killed_worker_costs_no_scan_that_was_done(cohort: Cohort, tmp_path: Path) -> None:
+    def kill_workers(visit: Visit) -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    store = shutil.copytree(cohort.store, tmp_path / "store")
+    records, plan = folder.records(cohort.raw, images=GLOBS, label="*_seg.nii.gz"), Plan(labels=LABELS)
+    report = prepare_cohort(records, store, plan, workers=2, progress=False, watch=kill_workers)
+    assert any("a worker process was killed" in reason for reason in report.failures.values())
+    assert bytes_of(store) == bytes_of(cohort.store)
+
+
+def test_a_command_killed_before_its_first_manifest_can_be_started_again(raw: Path) -> None:
+    out = raw.with_name("store")
+    out.mkdir()
+    (out / ".manifest.json.part").write_bytes(b"{")
+    assert command(*settings(raw, out)).code == 0
+    assert not [name for name in bytes_of(out) if name.endswith(".part")]
+
+
+def test_arrays_that_a_kill_left_without_an_entry_go_when_their_scan_fails(raw: Path) -> None:
+    out = raw.with_name("store")
+    assert command(*settings(raw, out)).code == 0
+    before = bytes_of(out)
+    for kind in ("images", "labels"):
+        shutil.copy(out / kind / f"{GOOD[0]}.npy", out / kind / "cut_short.npy")
+    plant(raw, "cut_short")
+    assert command(*settings(raw, out)).code == 1
+    assert bytes_of(out) == before

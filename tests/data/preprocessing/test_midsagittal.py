@@ -1,0 +1,111 @@
+"""The mid-sagittal plane is found where it is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from heads import centred, head_at, scan, turn
+from scipy import ndimage
+
+from asa.data.io.nifti import read_image, spacing_of, to_ras
+from asa.data.preprocessing.midsagittal import MidsagittalPlane, find_midsagittal_plane
+from asa.data.preprocessing.template import load_map
+
+SCANS = Path(__file__).parents[4] / "shared/data/oasis15"
+needs_scans = pytest.mark.skipif(not SCANS.is_dir(), reason=f"the real scans are not here: no {SCANS}")
+
+
+def posed(yaw: float, roll: float, shift: float, shape=(86, 104, 84), spacing=2.0) -> np.ndarray:
+    """The symmetric head (D, H, W) with its plane at a known place, sampled without interpolation."""
+    grid = np.stack(np.meshgrid(*(np.arange(size) for size in shape), indexing="ij"), -1)
+    points = (grid - (np.array(shape) - 1) / 2) * spacing
+    back = np.linalg.inv(MidsagittalPlane(yaw, roll, shift, 1).pose())
+    return head_at((points @ back[:3, :3].T + back[:3, 3])[..., ::-1])[0]
+
+
+def moved(volume: np.ndarray, spacing: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """The volume read at the posed points, linearly: what alignment does."""
+    centre = (np.array(volume.shape) - 1) / 2
+    matrix = np.diag(1 / spacing) @ pose[:3, :3] @ np.diag(spacing)
+    return ndimage.affine_transform(volume, matrix, centre + pose[:3, 3] / spacing - matrix @ centre, order=1)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (1.3, -0.7, 0.4), (-9, 6, 7), (19, -17, -11), (0.2, 0.1, -0.15)])
+def test_an_injected_yaw_roll_and_shift_are_found_to_a_tenth(place):
+    found = find_midsagittal_plane(posed(*place), (2, 2, 2))
+    np.testing.assert_allclose([found.yaw, found.roll, found.shift], place, atol=0.1)
+
+
+def test_alignment_is_idempotent():
+    volume, spacing = posed(8, -5, 6), np.full(3, 2.0)
+    once = moved(volume, spacing, find_midsagittal_plane(volume, spacing).pose())
+    again = find_midsagittal_plane(once, spacing)
+    np.testing.assert_allclose([again.yaw, again.roll, again.shift], 0, atol=0.1)
+
+
+def test_a_flipped_head_has_the_mirrored_plane():
+    one = find_midsagittal_plane(posed(7, -4, 5), (2, 2, 2))
+    other = find_midsagittal_plane(posed(7, -4, 5)[..., ::-1], (2, 2, 2))
+    np.testing.assert_allclose([other.yaw, other.roll, other.shift], [-one.yaw, -one.roll, -one.shift], atol=0.02)
+
+
+def test_pitch_and_the_other_shifts_do_not_matter():
+    shape = (60, 70, 60)
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = turn((11, 0, 0)), (0, 6, -8)
+    image, _ = scan(shape, centred(shape, 3.0 * np.eye(3)), pose)
+    found = find_midsagittal_plane(image.data.transpose(2, 1, 0), (3, 3, 3))
+    np.testing.assert_allclose([found.yaw, found.roll, found.shift], 0, atol=0.1)
+
+
+def test_thick_slices_and_noise_are_borne():
+    shape = (160, 200, 44)
+    image, _ = scan(shape, centred(shape, np.diag([1.0, 1.0, 4.0])))
+    noisy = image.data + np.abs(np.random.default_rng(0).normal(0, 30, shape)).astype(np.float32)
+    found = find_midsagittal_plane(noisy.transpose(2, 1, 0), (4, 1, 1))
+    np.testing.assert_allclose([found.yaw, found.roll, found.shift], 0, atol=0.25)
+
+
+def test_the_symmetric_template_is_symmetric_to_rounding():
+    pytest.importorskip("nilearn")
+    found = find_midsagittal_plane(load_map("t1")[0], (1, 1, 1))
+    np.testing.assert_allclose([found.yaw, found.roll, found.shift], 0, atol=1e-6)
+    assert found.correlation == pytest.approx(1)
+
+
+def test_yaw_turns_the_nose_and_roll_tilts_the_top_to_the_left():
+    nose, top = np.array([0.0, 50.0, 0.0]), np.array([50.0, 0.0, 0.0])  # d, h, w
+    assert (MidsagittalPlane(10, 0, 0, 1).pose()[:3, :3] @ nose)[2] < 0
+    assert (MidsagittalPlane(0, 10, 0, 1).pose()[:3, :3] @ top)[2] < 0
+    assert MidsagittalPlane(0, 0, 4, 1).pose()[2, 3] == pytest.approx(4)
+
+
+def test_a_plane_seen_from_a_point_on_it_has_no_shift():
+    plane = MidsagittalPlane(12, -8, 5, 1)
+    pose = plane.pose()
+    on_it = pose[:3, 3] + pose[:3, :3] @ np.array([13.0, -21.0, 0.0])
+    assert plane.seen_from(on_it).shift == pytest.approx(0)
+    assert plane.seen_from(on_it).yaw == 12
+
+
+@pytest.mark.parametrize("volume", [np.ones((40, 40, 40)), np.random.default_rng(0).random((6, 40, 40))])
+def test_what_has_no_sides_is_refused(volume):
+    with pytest.raises(ValueError, match="too small or too flat"):
+        find_midsagittal_plane(volume, (1, 1, 1))
+
+
+@needs_scans
+@pytest.mark.parametrize("name", ["1000", "1006"])
+def test_injected_poses_of_a_real_brain_are_found_and_undone(name):
+    volume = read_image(SCANS / f"{name}_SS.nii.gz")
+    turned, affine, _ = to_ras(volume.data, volume.affine)
+    brain, spacing = np.ascontiguousarray(turned.transpose(2, 1, 0)), spacing_of(affine)[::-1]
+    upright = moved(brain, spacing, find_midsagittal_plane(brain, spacing).pose())
+    rng = np.random.default_rng(int(name))
+    for _ in range(2):
+        place = [*rng.uniform(-15, 15, 2), rng.uniform(-8, 8)]
+        injected = moved(upright, spacing, np.linalg.inv(MidsagittalPlane(*place, 1).pose()))
+        found = find_midsagittal_plane(injected, spacing)
+        np.testing.assert_allclose([found.yaw, found.roll, found.shift], place, atol=0.25)
+        undone = find_midsagittal_plane(moved(injected, spacing, found.pose()), spacing)
+        np.testing.assert_allclose([undone.yaw, undone.roll, undone.shift], 0, atol=0.25)

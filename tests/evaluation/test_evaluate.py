@@ -1,0 +1,529 @@
+"""What Dice and HD95 are, what an empty mask counts as, and what an evaluation writes."""
+
+import csv
+import json
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import surface_distance
+import torch
+from monai.metrics import compute_hausdorff_distance
+from scipy.ndimage import gaussian_filter
+
+from asa.cli import evaluate as evaluate_command
+from asa.data.io.nifti import Volume, read_label, write_image, write_label
+from asa.data.store import IGNORED
+from asa.evaluation.policies import Policy
+from asa.evaluation.summary import CaseRow
+from asa.evaluation.surface_distance import surface_dice
+from asa.inference.segmentation import PredictSettings
+from asa.reporting.figures import label_colours
+from asa.tasks import validation as validate
+from asa.tasks.evaluation import POLICIES, dice, evaluate_case, evaluate_folder, hd95, summarise, summary_table
+
+LABELS = {1: "csf", 2: "gm"}
+
+
+def cube(low: tuple[int, int, int], side: int, size: int = 24) -> np.ndarray:
+    mask = np.zeros((size, size, size), dtype=bool)
+    mask[tuple(slice(k, k + side) for k in low)] = True
+    return mask
+
+
+def blobs(seed: int, shape: tuple[int, int, int] = (30, 26, 22)) -> tuple[np.ndarray, np.ndarray]:
+    """Two smooth shapes that overlap in part, and touch the image's edge."""
+    generator = np.random.default_rng(seed)
+    field = gaussian_filter(generator.normal(size=shape), 3)
+    other = field + 0.5 * gaussian_filter(generator.normal(size=shape), 3)
+    return field > np.quantile(field, 0.8), other > np.quantile(other, 0.85)
+
+
+def monai_hd95(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...]) -> float:
+    first, second = (torch.from_numpy(mask)[None, None] for mask in (a, b))
+    distance = compute_hausdorff_distance(
+        first, second, include_background=True, percentile=95, spacing=[float(side) for side in spacing]
+    )
+    return float(distance)
+
+
+# ---- Dice ----
+
+
+def test_dice_of_known_overlaps():
+    a = cube((4, 4, 4), 8)
+    assert dice(a, a) == 1.0
+    assert dice(a, cube((14, 14, 14), 8)) == 0.0
+    assert dice(a, cube((8, 4, 4), 8)) == pytest.approx(0.5)  # half of each is shared
+    assert dice(a, ~a & False) == 0.0
+
+
+def test_metrics_leave_empty_masks_to_the_policy():
+    full, empty = cube((2, 2, 2), 3), np.zeros((24, 24, 24), dtype=bool)
+    assert math.isnan(dice(empty, empty))
+    assert all(math.isnan(hd95(a, b, (1, 1, 1))) for a, b in ((empty, empty), (full, empty), (empty, full)))
+
+
+def test_masks_that_are_not_bool_or_differ_in_shape_are_refused():
+    a = cube((2, 2, 2), 3)
+    with pytest.raises(ValueError, match="must be bool"):
+        dice(a.astype(np.uint8), a)
+    with pytest.raises(ValueError, match="one shape"):
+        hd95(a, a[:-1], (1, 1, 1))
+    with pytest.raises(ValueError, match="three positive"):
+        hd95(a, a, (1, 0, 1))
+
+
+# ---- HD95 ----
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 0.7, 4.0)])
+@pytest.mark.parametrize("seed", range(5))
+def test_hd95_is_monais(seed, spacing):
+    a, b = blobs(seed)
+    assert hd95(a, b, spacing) == pytest.approx(monai_hd95(a, b, spacing), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_shifted_slab_is_as_far_as_its_shift(axis):
+    # A slab across the whole image, one voxel thick: every surface voxel lies exactly the shift away.
+    spacing = (1.0, 2.0, 3.5)
+    a, b = np.zeros((2, 20, 20, 20), dtype=bool)
+    a[(slice(None),) * axis + (4,)] = True
+    b[(slice(None),) * axis + (9,)] = True
+    assert hd95(a, b, spacing) == pytest.approx(5 * spacing[axis])
+
+
+def test_a_shifted_cube_has_a_closed_form():
+    # The 16 voxels of the leading face lie one step beyond the other cube: over 5 % of the 56 on its surface.
+    a, b = cube((4, 4, 4), 4), cube((5, 4, 4), 4)
+    assert hd95(a, b, (1, 1, 1)) == pytest.approx(1.0)
+    assert hd95(a, b, (3, 1, 1)) == pytest.approx(3.0)
+
+
+def test_concentric_spheres_are_as_far_as_their_radii_differ():
+    distance = np.linalg.norm(np.indices((40, 40, 40)) - 19.5, axis=0)
+    assert hd95(distance < 10, distance < 16, (0.5, 0.5, 0.5)) == pytest.approx(3.0, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"), [((3, 0, 0), 3.0), ((0, 4, 0), 2.0), ((3, 4, 2), math.sqrt(9 + 4 + 64))]
+)
+def test_single_voxels_are_as_far_as_their_centres(shift, expected):
+    assert hd95(cube((5, 5, 5), 1), cube(tuple(5 + k for k in shift), 1), (1.0, 0.5, 4.0)) == pytest.approx(expected)
+
+
+def test_hd95_is_a_percentile_and_not_the_maximum():
+    a = cube((2, 2, 2), 12)
+    b = a.copy()
+    b[23, 23, 23] = True  # one stray voxel among hundreds of surface voxels
+    assert hd95(a, b, (1, 1, 1)) == 0.0
+
+
+def test_hd95_of_identical_masks_is_zero_and_order_does_not_matter():
+    a, b = blobs(7)
+    assert hd95(a, a, (1.0, 2.0, 3.0)) == 0.0
+    assert hd95(a, b, (1.0, 2.0, 3.0)) == hd95(b, a, (1.0, 2.0, 3.0))
+
+
+def test_hd95_scales_with_the_spacing_and_ignores_empty_surroundings():
+    a, b = blobs(3)
+    assert hd95(a, b, (2, 4, 6)) == pytest.approx(2 * hd95(a, b, (1, 2, 3)))
+    assert hd95(np.pad(a, 5), np.pad(b, 5), (1, 2, 3)) == hd95(a, b, (1, 2, 3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hd95_is_within_a_voxel_diagonal_of_the_surface_distance_package(seed):
+    # Its surface elements are voxel corners: each lies half a diagonal from the centre of one of our surface voxels,
+    # and the other way round: distances differ by at most a diagonal. (Weights by area move its percentile a little.)
+    a, b = (np.pad(mask, 2) for mask in blobs(seed))
+    spacing = (1.0, 1.0, 2.0)
+    distances = surface_distance.compute_surface_distances(a, b, spacing)
+    theirs = surface_distance.compute_robust_hausdorff(distances, 95)
+    assert abs(hd95(a, b, spacing) - theirs) <= math.sqrt(6)
+
+
+def test_a_brats_volume_takes_seconds():
+    field = (
+        gaussian_filter(np.random.default_rng(0).normal(size=(120, 120, 78)), 5).repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    )
+    pairs = [[field[:, :, :155] > np.quantile(field, q + d) for d in (0.0, 0.01)] for q in (0.9, 0.95, 0.98)]
+    begin = time.perf_counter()
+    for a, b in pairs:
+        dice(a, b), hd95(a, b, (1.0, 1.0, 1.0))
+    assert time.perf_counter() - begin < 5.0
+
+
+# ---- a case under a policy ----
+
+
+def volume(data: np.ndarray, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Volume:
+    return Volume(data, np.diag([*spacing, 1.0]), None)
+
+
+def test_the_policy_says_what_empty_masks_count_as():
+    nothing, truth = np.zeros((2, 12, 12, 12), dtype=np.uint8)
+    truth[2:5, 2:5, 2:5] = 1
+    values = {}
+    for name, prediction, true in (("missed", nothing, truth), ("added", truth, nothing), ("both", nothing, nothing)):
+        values[name] = evaluate_case(volume(prediction), volume(true), {1: "lesion"}, case_id="a")[0].values
+    assert values["both"] == {"dice": 1.0, "hd95_mm": 0.0, "nsd_1mm": 1.0}
+    for name in ("missed", "added"):
+        assert values[name]["dice"] == values[name]["nsd_1mm"] == 0.0
+        assert math.isnan(values[name]["hd95_mm"])
+
+
+def test_rows_carry_sizes_in_voxels_and_ml():
+    truth = np.zeros((10, 10, 10), dtype=np.uint8)
+    truth[:5], truth[5:] = 1, 2
+    prediction = truth.copy()
+    prediction[5] = 1
+    csf, gm = evaluate_case(volume(prediction, (1, 2, 2)), volume(truth, (1, 2, 2)), LABELS, case_id="a")
+    assert (csf.voxels_predicted, csf.voxels_true, gm.voxels_predicted) == (600, 500, 400)
+    assert (csf.ml_predicted, csf.ml_true) == (pytest.approx(2.4), pytest.approx(2.0))
+    assert csf.values["dice"] == pytest.approx(1000 / 1100)
+
+
+def test_undeclared_label_values_are_refused_by_name():
+    truth = np.ones((6, 6, 6), dtype=np.uint8)
+    strange = truth.copy()
+    strange[0, 0, :2] = 7
+    with pytest.raises(ValueError, match=r"case a: the prediction .* 7 \(2 voxels\); declared are 1 csf, 2 gm"):
+        evaluate_case(volume(strange), volume(truth), LABELS, case_id="a")
+    with pytest.raises(ValueError, match=r"case a: the truth .* 7"):
+        evaluate_case(volume(truth), volume(strange), LABELS, case_id="a")
+
+
+@pytest.mark.parametrize("labels", [{}, {0: "background", 1: "csf"}, {1: "csf", 2: "csf"}])
+def test_a_bad_declaration_of_labels_is_refused(labels):
+    truth = volume(np.ones((6, 6, 6), dtype=np.uint8))
+    with pytest.raises(ValueError, match="labels name each foreground value once"):
+        evaluate_case(truth, truth, labels, case_id="a")
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown policy 'brats': choose one of .*ibsr"):
+        summarise([], LABELS, "brats")
+
+
+def test_a_policy_may_join_labels_and_ignore_others():
+    # What a lesion challenge needs: nested regions, and a pathology that counts neither way.
+    policy = Policy(
+        name="nested",
+        description="",
+        metrics=POLICIES["ibsr"].metrics,
+        regions=lambda labels: {"whole": (1, 2), "core": (1,)},
+        ignored=(3,),
+    )
+    truth = np.zeros((8, 8, 8), dtype=np.uint8)
+    truth[:2], truth[2:4], truth[4:6] = 1, 2, 3
+    prediction = np.where(truth == 3, 1, truth).astype(np.uint8)
+    whole, core = evaluate_case(
+        volume(prediction), volume(truth), {1: "core", 2: "oedema", 3: "other"}, policy, case_id="a"
+    )
+    assert (whole.label, whole.voxels_true, whole.values["dice"]) == ("whole", 256, 1.0)
+    assert (core.label, core.voxels_predicted, core.values["dice"]) == ("core", 128, 1.0)
+
+
+# ---- a cohort's own regions, and what it ignores ----
+
+TUMOUR = {1: "necrosis", 2: "oedema", 4: "enhancing"}
+REGIONS = {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}
+
+
+def test_scores_over_what_is_not_ignored_are_those_of_the_other_voxels():
+    generator = np.random.default_rng(0)
+    truth, prediction = generator.integers(0, 3, (2, 12, 12, 12)).astype(np.uint8)
+    prediction[prediction == 2] = 0
+    (row,) = evaluate_case(
+        volume(prediction), volume(truth), {1: "wmh"}, POLICIES["ibsr"].of_cohort({}, [2]), case_id="a"
+    )
+    kept = truth != 2
+    agree = np.count_nonzero((prediction[kept] == 1) & (truth[kept] == 1))
+    sizes = np.count_nonzero(prediction[kept] == 1), np.count_nonzero(truth[kept] == 1)
+    assert (row.voxels_predicted, row.voxels_true) == sizes
+    assert row.values["dice"] == pytest.approx(2 * agree / sum(sizes))
+    other = np.where(kept, prediction, 1 - prediction).astype(np.uint8)  # what is predicted there does not matter
+    policy = POLICIES["ibsr"].of_cohort({}, [2])
+    assert evaluate_case(volume(other), volume(truth), {1: "wmh"}, policy, case_id="a") == [row]
+
+
+def test_an_ignored_value_in_a_prediction_is_undeclared():
+    truth = np.ones((6, 6, 6), dtype=np.uint8)
+    truth[0] = 2
+    policy = POLICIES["ibsr"].of_cohort({}, [2])
+    with pytest.raises(ValueError, match=r"the prediction holds undeclared label values: 2 \(36 voxels\)"):
+        evaluate_case(volume(truth), volume(truth), {1: "wmh"}, policy, case_id="a")
+
+
+def test_regions_join_labels_in_the_cohorts_order():
+    truth = np.zeros((12, 12, 12), dtype=np.uint8)
+    truth[2:8], truth[3:7, 3:9, 3:9], truth[4:6, 4:8, 4:8] = 2, 4, 1
+    prediction = np.where(truth == 2, 4, truth).astype(np.uint8)
+    policy = POLICIES["ibsr"].of_cohort(REGIONS, [])
+    rows = evaluate_case(volume(prediction), volume(truth), TUMOUR, policy, case_id="a")
+    assert [row.label for row in rows] == ["WT", "TC", "ET"]
+    for row, values in zip(rows, REGIONS.values(), strict=True):
+        a, b = np.isin(prediction, values), np.isin(truth, values)
+        nsd = surface_dice(a, b, (1, 1, 1), 1.0)
+        assert row.values == {"dice": dice(a, b), "hd95_mm": hd95(a, b, (1, 1, 1)), "nsd_1mm": nsd}
+    assert rows[0].values["dice"] == 1.0 > rows[1].values["dice"]
+
+
+@pytest.mark.parametrize("regions", [{"WT": [1, 3]}, {"WT": []}, {"WT": 1}, {"WT": "12"}])
+def test_a_region_of_what_is_not_declared_is_refused(regions):
+    with pytest.raises(ValueError, match="regions: WT"):
+        POLICIES["ibsr"].of_cohort(regions, []).regions_of(TUMOUR)
+
+
+def test_validation_leaves_out_what_is_ignored(monkeypatch):
+    truth = np.random.default_rng(0).choice([0, 1, IGNORED], (1, 8, 8, 8)).astype(np.uint8)
+    predicted = torch.from_numpy(truth[0] != 0).long()  # all that is not background is class 1
+    logits = torch.nn.functional.one_hot(predicted, 3).permute(3, 0, 1, 2).float()
+    monkeypatch.setattr(validate, "sliding_window", lambda *_: logits)
+    source = SimpleNamespace(image=lambda _: np.ones((1, 8, 8, 8), np.float16), label=lambda _: truth)
+    numbers, pictures = validate.validate_segmentation(
+        SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0)),
+        source,
+        ["a"],
+        {"wmh": [1], "absent": [2]},
+        PredictSettings(),
+    )
+    assert numbers == {"dice": 1.0, "dice_wmh": 1.0, "dice_absent": 1.0} and len(pictures) == 1
+
+
+def test_the_picture_of_a_validation_shows_what_is_labelled_wherever_it_lies(monkeypatch):
+    truth = np.zeros((1, 16, 16, 16), np.uint8)
+    truth[0, 1:3, 12:14, 2:4] = 1  # no middle slice meets it
+    logits = torch.zeros(2, 16, 16, 16)
+    monkeypatch.setattr(validate, "sliding_window", lambda *_: logits)
+    source = SimpleNamespace(image=lambda _: np.ones((1, 16, 16, 16), np.float16), label=lambda _: truth)
+    method = SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0))
+    _, pictures = validate.validate_segmentation(method, source, ["a"], {"lesion": [1]}, PredictSettings())
+    (panel,) = pictures.values()
+    rows = (panel == label_colours(1)[0]).all(axis=2).any(axis=1)
+    assert all(rows[part * 20 : part * 20 + 16].any() for part in range(3))  # in each of the three planes
+
+
+# ---- statistics ----
+
+
+def rows_of(values: list[float], label: str = "csf") -> list[CaseRow]:
+    return [
+        CaseRow(f"{k:02}", label, {"dice": v, "hd95_mm": v, "nsd_1mm": v}, 1, 1, 0.1, 0.1) for k, v in enumerate(values)
+    ]
+
+
+def test_undefined_values_count_in_total_and_never_in_used():
+    found = summarise(rows_of([0.5, math.nan, 0.7]), {1: "csf"}).results["csf"]["dice"]
+    assert (found.used, found.total) == (2, 3)
+    assert found.mean == pytest.approx(0.6)
+    assert found.sd == pytest.approx(math.sqrt(0.02))
+
+
+def test_one_value_has_no_spread_and_none_has_no_mean():
+    one = summarise(rows_of([0.5]), {1: "csf"}).results["csf"]["dice"]
+    assert (one.mean, one.median, one.used) == (0.5, 0.5, 1)
+    assert math.isnan(one.sd) and math.isnan(one.low) and math.isnan(one.high)
+    none = summarise(rows_of([math.nan]), {1: "csf"}).results["csf"]["dice"]
+    assert math.isnan(none.mean) and (none.used, none.total) == (0, 1)
+
+
+def test_the_interval_is_seeded_and_does_not_depend_on_other_labels():
+    values = list(np.random.default_rng(0).normal(0.8, 0.1, 40))
+    alone = summarise(rows_of(values), {1: "csf"}, seed=3)
+    beside = summarise([*rows_of([0.1, 0.9], "gm"), *rows_of(values)], LABELS, seed=3)
+    assert alone.results["csf"] == beside.results["csf"]
+    assert alone.results["csf"] != summarise(rows_of(values), {1: "csf"}, seed=4).results["csf"]
+
+
+def test_the_interval_is_that_of_a_large_sample():
+    values = np.random.default_rng(1).normal(0.7, 0.05, 200)
+    found = summarise(rows_of(list(values)), {1: "csf"}).results["csf"]["dice"]
+    error = values.std(ddof=1) / math.sqrt(200)
+    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+
+
+# ---- a folder ----
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> tuple[Path, dict[str, Path], dict[str, Path]]:
+    """Three small cases, LAS and anisotropic: identical, shifted, and with one label missed."""
+    affine = np.diag([-1.0, 1.0, 2.0, 1.0])
+    predictions, truths, images = tmp_path / "predictions", {}, {}
+    for k, case_id in enumerate(("case-a", "case-b", "case-c")):
+        truth = np.zeros((16, 18, 12), dtype=np.uint8)
+        truth[3:12, 3:12, 2:10], truth[5:9, 5:9, 4:7] = 1, 2
+        prediction = np.roll(truth, 1, axis=0) if k == 1 else truth.copy()
+        if k == 2:
+            prediction[prediction == 2] = 1
+        image = tmp_path / f"{case_id}_t1.nii.gz"
+        write_image(image, truth * 40.0 + 5.0, affine)
+        like = Volume(truth, affine, None)
+        truths[case_id], images[case_id] = tmp_path / f"{case_id}_truth.nii.gz", image
+        write_label(truths[case_id], truth, like)
+        predictions.mkdir(exist_ok=True)
+        write_label(predictions / f"{case_id}.nii.gz", prediction, like)
+    return predictions, truths, images
+
+
+def test_a_folder_becomes_rows_a_summary_and_a_page(cohort, tmp_path):
+    predictions, truths, images = cohort
+    out = tmp_path / "new" / "out"
+    summary = evaluate_folder(predictions, truths, LABELS, "ibsr", out, images, progress=False)
+
+    assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "report.html", "summary.json"]
+    with (out / "cases.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(row["id"], row["label"]) for row in table] == [(i, n) for i in sorted(truths) for n in ("csf", "gm")]
+    assert float(table[0]["dice"]) == 1.0 and float(table[0]["hd95_mm"]) == 0.0
+    missed = table[-1]
+    assert (float(missed["dice"]), missed["hd95_mm"]) == (0.0, "nan")
+    assert (missed["voxels_predicted"], missed["voxels_true"]) == ("0", "48")
+    assert float(missed["ml_true"]) == pytest.approx(0.096)
+
+    written = json.loads((out / "summary.json").read_text())
+    assert written == json.loads(json.dumps(summary.as_json()))
+    assert written["policy"]["name"] == "ibsr"
+    assert written["policy"]["metrics"][1]["empty_masks_count_as"]["prediction_empty"] is None
+    hausdorff = written["results"]["gm"]["hd95_mm"]
+    assert (hausdorff["used"], hausdorff["total"]) == (2, 3)
+    assert hausdorff["mean"] == pytest.approx((0.0 + 1.0) / 2)  # identical, and one voxel of 1 mm aside
+
+
+def test_the_terminal_table_prints_the_policy_and_every_count(cohort, tmp_path):
+    predictions, truths, _ = cohort
+    text = summary_table(evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False))
+    assert "policy ibsr" in text and "both empty" in text and "HD95 (mm)" in text
+    assert "2 of 3" in text and "3 of 3" in text
+    assert len({len(line) for line in text.split("\n\n")[1].splitlines()}) == 1  # columns are aligned
+
+
+def test_the_same_evaluation_writes_the_same_bytes(cohort, tmp_path):
+    predictions, truths, images = cohort
+    for name in ("one", "two"):
+        evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / name, images, progress=False)
+    for name in ("cases.csv", "summary.json", "report.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_worker_processes_give_the_same_rows(cohort, tmp_path):
+    predictions, truths, _ = cohort
+    one = evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "a", progress=False)
+    two = evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "b", progress=False, workers=2)
+    assert one.as_json() == two.as_json()
+    assert (tmp_path / "a" / "cases.csv").read_bytes() == (tmp_path / "b" / "cases.csv").read_bytes()
+
+
+def test_cases_that_do_not_match_are_listed(cohort, tmp_path):
+    predictions, truths, images = cohort
+    (predictions / "case-b.nii.gz").rename(predictions / "case-x.nii.gz")
+    with pytest.raises(ValueError, match=r"no ID\.nii\.gz for 1 of 3 cases: case-b"):
+        evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False)
+    del truths["case-b"]
+    with pytest.raises(ValueError, match="1 predictions without a truth: case-x"):
+        evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False)
+    del images["case-c"]
+    (predictions / "case-x.nii.gz").unlink()
+    with pytest.raises(ValueError, match="no image for case-c"):
+        evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", images, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_allowed_missing_predictions_are_counted_and_named(cohort, tmp_path):
+    predictions, truths, images = cohort
+    (predictions / "case-a.nii.gz").rename(predictions / "case-x.nii.gz")
+    out = tmp_path / "out"
+    summary = evaluate_folder(predictions, truths, LABELS, "ibsr", out, images, progress=False, allow_missing=True)
+    assert (summary.missing, summary.unmatched) == (("case-a",), ("case-x",))
+    assert (summary.results["csf"]["dice"].used, summary.results["csf"]["dice"].total) == (2, 3)
+    assert (out / "cases.csv").read_text().splitlines()[1].startswith("case-a,csf,nan,nan,nan,,")
+    page = (out / "report.html").read_text()
+    assert "without a prediction" in page and "without a truth" in page
+    assert "case-a" in summary_table(summary) and "case-x" in summary_table(summary)
+
+
+def test_a_failing_case_leaves_nothing_written(cohort, tmp_path):
+    predictions, truths, _ = cohort
+    bad = predictions / "case-c.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:-20])
+    out = tmp_path / "out"
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match=r"case-c\.nii\.gz"):
+            evaluate_folder(predictions, truths, LABELS, "ibsr", out, progress=False, workers=workers)
+    assert not out.exists()
+
+
+def test_another_grid_is_refused_with_the_case(cohort, tmp_path):
+    predictions, truths, _ = cohort
+    truth = read_label(truths["case-b"])
+    write_label(predictions / "case-b.nii.gz", truth.data, Volume(truth.data, np.diag([-1.0, 1.0, 2.5, 1.0]), None))
+    with pytest.raises(ValueError, match="case case-b: prediction and truth"):
+        evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_regions_and_ignored_labels_are_named_wherever_numbers_stand(cohort, tmp_path, workers):
+    predictions, truths, images = cohort
+    like = read_label(truths["case-b"])
+    marked = like.data.copy()
+    marked[13:15, 3:12, 2:10] = 3
+    write_label(truths["case-b"], marked, like)
+    with pytest.raises(ValueError, match="undeclared label values: 3"):
+        evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False)
+    summary = evaluate_folder(
+        predictions, truths, LABELS, "ibsr", tmp_path / "out", images, progress=False,
+        regions={"all": [1, 2], "core": [2]}, ignored=[3], workers=workers,
+    )  # fmt: skip
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written["regions"] == {"all": [1, 2], "core": [2]} and written["policy"]["ignored"] == [3]
+    assert list(written["results"]) == ["all", "core"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (summary_table(summary), page):
+        assert "regions: all = csf + gm; core = gm" in text and "label 3 is ignored" in text
+    assert "ignored (3)" in page
+    with pytest.raises(ValueError, match="label 2 is declared as gm and ignored"):
+        evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False, ignored=[2])
+
+
+def test_a_missing_prediction_of_a_truth_with_ignored_voxels_is_counted(cohort, tmp_path):
+    predictions, truths, _ = cohort
+    for case_id in ("case-a", "case-b"):
+        (predictions / f"{case_id}.nii.gz").unlink()
+    summary = evaluate_folder(
+        predictions, truths, {1: "csf"}, "ibsr", tmp_path / "out", progress=False, ignored=[2], allow_missing=True
+    )
+    assert summary.missing == ("case-a", "case-b")
+    assert [(row.voxels_predicted, row.voxels_true) for row in summary.rows[:2]] == [(None, 600)] * 2
+    assert (summary.results["csf"]["dice"].mean, summary.results["csf"]["dice"].used) == (1.0, 1)
+
+
+def test_a_store_knows_what_it_ignores_and_joins(raw, store, tmp_path, monkeypatch, capsys):
+    predictions, own = tmp_path / "predictions", tmp_path / "store"
+    predictions.mkdir()
+    own.mkdir()
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest |= {"labels": {"1": "csf", "5": "wm"}, "ignored": [2], "regions": {"brain": [1, 5]}}
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    for record in manifest["records"]:
+        truth = read_label(record["sources"]["label"]["path"])
+        write_label(predictions / f"{record['id']}.nii.gz", np.where(truth.data == 2, 1, truth.data), truth)
+    arguments = [f"predictions={predictions}", f"out={tmp_path / 'out'}"]
+    for truth, more, results in (
+        (own, [], ["brain"]),
+        (own, ["regions={}"], ["csf", "wm"]),
+        (raw, ["pattern=*_seg.nii.gz", "labels={1: csf, 5: wm}", "ignored=[2]", "regions={white: [5]}"], ["white"]),
+    ):
+        monkeypatch.setattr("sys.argv", ["asa-evaluate", f"truth={truth}", *arguments, *more])
+        assert evaluate_command.main() == 0
+        assert "label 2 is ignored" in capsys.readouterr().out
+        found = json.loads((tmp_path / "out" / "summary.json").read_text())["results"]
+        assert {name: found[name]["dice"]["mean"] for name in found} == dict.fromkeys(results, 1.0)
+    monkeypatch.setattr("sys.argv", ["asa-evaluate", f"truth={own}", *arguments, "regions={white: [2]}"])
+    assert evaluate_command.main() == 1
+    assert "regions: white joins 2, which is not a declared label value" in capsys.readouterr().err

@@ -1,0 +1,345 @@
+"""Prediction: laws of mirrors, ensembles, probabilities and other grids."""
+
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from heads import centred, dice, scan
+from scipy import ndimage
+from torch import nn
+
+from asa.cli import finetune, predict
+from asa.config import build
+from asa.data.io.files import write_whole
+from asa.data.io.nifti import from_ras, read_image, to_ras, write_image
+from asa.data.preprocessing.pipeline import prepare_case, to_native
+from asa.data.preprocessing.resampling import sample_affine
+from asa.data.preprocessing.steps import PrepareSettings
+from asa.inference import segmentation as engine
+from asa.inference.segmentation import PredictSettings, Segmenter, count_windows, sliding_window
+from asa.training.checkpoint import read_weights, save_checkpoint
+
+WINDOW = [32, 32, 64]
+DATA = {
+    "channels": ["t1"],
+    "labels": {1: "left_x", 2: "right_x", 5: "middle"},
+    "prepare": {"crop": "foreground"},
+    "lateral_pairs": [["left_x", "right_x"]],
+    "spacing": [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]],
+}
+SETTINGS = PredictSettings(device="cpu", overlap=0.25)
+
+
+def checkpoint(folder: Path, seed: int = 0, **data: object) -> Path:
+    """An untrained network as asa-finetune saves it."""
+    torch.manual_seed(seed)
+    node = dict(_target_="asa.models.unet.unet_tiny", out_channels=4, in_channels=1, feature_size=4, img_size=WINDOW)
+    shell = nn.Module()
+    shell.model = build(node)
+    save_checkpoint(folder, 1, shell, {"model": node, "data": {**DATA, **data}}, {}, keep=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("runs") / "fold0")
+
+
+def a_scan(folder: Path, name: str = "a") -> Path:
+    """An ellipsoid of noise: nothing in it is symmetric."""
+    rng = np.random.default_rng(0)
+    place = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in (30, 42, 28)), indexing="ij")
+    inside = sum(axis**2 for axis in place) < 1
+    affine = np.diag([-1.0, 1.0, 1.0, 1.0])  # LAS
+    write_image(folder / f"{name}.nii.gz", np.where(inside, rng.uniform(100, 900, inside.shape), 0), affine)
+    return folder / f"{name}.nii.gz"
+
+
+def predicted(segmenter: Segmenter, path: Path, probabilities: Path | None = None) -> np.ndarray:
+    out = path.with_name("prediction.nii.gz")
+    segmenter.segment_file({"t1": path}, out, probabilities=probabilities)
+    return np.asarray(nibabel.load(out).dataobj)
+
+
+def test_with_mirror_the_prediction_of_a_mirrored_head_is_the_mirrored_prediction(run: Path, tmp_path: Path) -> None:
+    path = a_scan(tmp_path)
+    original = read_image(path)
+    write_image(tmp_path / "mirrored.nii.gz", original.data[::-1], original.affine)
+    same = {}
+    for mirror in (True, False):
+        segmenter = Segmenter(run, SETTINGS, mirror=mirror)
+        here, there = (predicted(segmenter, file) for file in (path, tmp_path / "mirrored.nii.gz"))
+        swapped = np.array([0, 2, 1, 3, 4, 5])[there][::-1]
+        same[mirror] = (here == swapped).mean()
+        assert len(np.unique(here)) > 2
+    assert same[True] == 1.0 and same[False] < 0.9
+
+
+def test_an_ensemble_of_twice_the_same_network_is_that_network(run: Path) -> None:
+    image = torch.rand(1, 32, 40, 64)
+    once = Segmenter(run, SETTINGS).probabilities(image)
+    assert torch.equal(Segmenter([run, run], SETTINGS).probabilities(image), once)
+
+
+def test_an_ensemble_is_the_mean_of_its_networks(run: Path, tmp_path: Path) -> None:
+    image, other = torch.rand(1, 32, 32, 64), checkpoint(tmp_path / "fold1", seed=1)
+    one, two = (Segmenter(path, SETTINGS).probabilities(image) for path in (run, other))
+    torch.testing.assert_close(Segmenter([run, other], SETTINGS).probabilities(image), (one + two) / 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("channels", ["t2"]),
+        ("labels", {1: "left_x", 2: "right_x", 6: "middle"}),
+        ("prepare", {"crop": "none"}),
+        ("lateral_pairs", []),
+    ],
+)
+def test_networks_that_do_not_agree_are_no_ensemble(run: Path, tmp_path: Path, key: str, value: object) -> None:
+    other = checkpoint(tmp_path / "other", **{key: value})
+    with pytest.raises(ValueError, match=f"other: an ensemble agrees in {key}: .* in .*fold0"):
+        Segmenter([run, other], SETTINGS)
+
+
+@pytest.mark.parametrize("prepare", [{"crop": "foreground"}, {"crop": "foreground", "spacing": 1.4}])
+def test_probabilities_sum_to_1_and_the_largest_is_the_label(tmp_path: Path, prepare: dict) -> None:
+    path = a_scan(tmp_path)
+    segmenter = Segmenter(checkpoint(tmp_path / "run", prepare=prepare), SETTINGS)
+    label = predicted(segmenter, path, tmp_path / "p")
+    files = [nibabel.load(tmp_path / "p" / f"{name}.nii.gz") for name in ("background", "left_x", "right_x", "middle")]
+    for file in files:
+        assert file.get_data_dtype() == np.float32 and np.array_equal(file.affine, nibabel.load(path).affine)
+    shares = np.stack([np.asarray(file.dataobj) for file in files])
+    assert shares.min() >= 0
+    np.testing.assert_allclose(shares.sum(axis=0), 1, atol=1e-5)
+    assert np.array_equal(np.array([0, 1, 2, 5])[shares.argmax(axis=0)], label)
+    assert len(np.unique(label)) > 2
+
+
+def test_without_resampling_the_probabilities_are_those_of_the_prepared_grid(run: Path, tmp_path: Path) -> None:
+    path = a_scan(tmp_path)
+    segmenter = Segmenter(run, SETTINGS)
+    predicted(segmenter, path, tmp_path / "p")
+    volume = read_image(path)
+    case = prepare_case({"t1": volume}, None, {}, segmenter.intake.settings)
+    expected = segmenter.probabilities(torch.from_numpy(case.image))[3].numpy()
+    found = to_ras(read_image(tmp_path / "p" / "middle.nii.gz").data, volume.affine)[0].transpose(2, 1, 0)
+    crop = case.chain["steps"][-1]
+    box = tuple(slice(start, start + size) for start, size in zip(crop["start"], crop["size"], strict=True))
+    assert np.array_equal(found[box], expected)
+
+
+def test_labels_chosen_on_the_scans_own_grid_are_closer_to_the_truth_than_labels_brought_back(tmp_path: Path) -> None:
+    shape = (150, 190, 144)
+    image, truth = scan(shape, centred(shape, np.eye(3)))
+    write_image(tmp_path / "head.nii.gz", image.data, image.affine)
+    settings = PrepareSettings(spacing=3.0, crop="none")
+    chain = prepare_case({"t1": image}, None, {}, settings).chain
+    (step,) = (step for step in chain["steps"] if step["stage"] == "align")
+    masks = [ndimage.gaussian_filter((value == truth.data.T).astype(np.float32), 1.3) for value in (0, 2, 7)]
+    shares = np.stack([sample_affine(mask, np.array(step["matrix"]), step["shape"], 1) for mask in masks])
+    node = {"labels": {2: "outer", 7: "inner"}, "lateral_pairs": [], "prepare": {"spacing": 3.0, "crop": "none"}}
+    segmenter = Segmenter(checkpoint(tmp_path / "run", **node), SETTINGS)
+    segmenter.probabilities = lambda _: torch.from_numpy(shares)
+    here = predicted(segmenter, tmp_path / "head.nii.gz")
+    brought = np.array([0, 2, 7])[to_native(shares.argmax(axis=0).astype(np.uint8)[None], chain, order=0)[0]]
+    for value in (2, 7):
+        error, before = (1 - dice(label == value, truth.data == value) for label in (here, brought))
+        assert error < before / 2
+
+
+@pytest.mark.parametrize("axes", [[[1, 1], [2, -1], [0, 1]], [[2, 1], [0, -1], [1, -1]]])
+def test_a_reoriented_copy_gets_the_same_labels(run: Path, tmp_path: Path, axes: list[list[int]]) -> None:
+    path, segmenter = a_scan(tmp_path), Segmenter(run, SETTINGS)
+    image = nibabel.load(path)
+    turned = image.as_reoriented(np.array(axes))
+    nibabel.save(turned, tmp_path / "turned.nii.gz")
+    here, there = predicted(segmenter, path), predicted(segmenter, tmp_path / "turned.nii.gz")
+    assert there.shape == turned.shape != here.shape
+    there_ras, _, _ = to_ras(there, turned.affine)
+    assert np.array_equal(from_ras(there_ras, to_ras(here, image.affine)[2]), here)
+
+
+class Pointwise(nn.Module):
+    """A network whose classes are ranges of the intensity: smooth, and the same in every place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(torch.tensor([0.0, 0.2, 0.5, 0.8]).view(1, 4, 1, 1, 1))
+        self.encoder = SimpleNamespace(img_size=(96, 96, 96))
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        return -60 * (volume - self.centre) ** 2
+
+
+def head_file(folder: Path, spacing: float) -> Path:
+    shape = tuple(round(size / spacing) for size in (150, 190, 144))
+    volume, _ = scan(shape, centred(shape, np.diag([spacing] * 3)))
+    folder.mkdir()
+    write_image(folder / "head.nii.gz", volume.data, volume.affine)
+    return folder / "head.nii.gz"
+
+
+def test_a_scan_with_other_voxels_is_resampled_to_those_of_the_training_and_back(tmp_path: Path) -> None:
+    run = checkpoint(tmp_path / "run", spacing=[[3.0, 3.0, 3.0], [3.1, 3.0, 3.0]])
+    segmenter = Segmenter(run, SETTINGS)
+    segmenter.models = [Pointwise()]
+    coarse, fine = head_file(tmp_path / "coarse", 3.0), head_file(tmp_path / "fine", 2.0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        there = predicted(segmenter, fine)
+    assert any("voxels of 2 x 2 x 2 mm" in str(one.message) and "resampled to 3" in str(one.message) for one in said)
+    here = predicted(segmenter, coarse)
+    assert there.shape == nibabel.load(fine).shape
+    # Voxel centres of the coarse grid, read from the prediction on the fine one.
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in here.shape), indexing="ij"), -1)
+    to_fine = np.linalg.inv(nibabel.load(fine).affine) @ nibabel.load(coarse).affine
+    nearest = np.rint(grid @ to_fine[:3, :3].T + to_fine[:3, 3]).astype(int).clip(0, np.array(there.shape) - 1)
+    brought = there[tuple(np.moveaxis(nearest, -1, 0))]
+    assert min(dice(brought == value, here == value) for value in (0, 5)) > 0.9
+    assert dice(brought > 0, here > 0) > 0.97
+
+
+def test_voxels_that_no_isotropic_grid_matches_are_refused(tmp_path: Path) -> None:
+    segmenter = Segmenter(checkpoint(tmp_path / "run", spacing=[[3.0, 1.0, 1.0], [3.0, 1.0, 1.0]]), SETTINGS)
+    with pytest.raises(ValueError, match=r"voxels of 1 x 1 x 1 mm .* trained on 3 x 1 x 1: resample"):
+        predicted(segmenter, a_scan(tmp_path))
+
+
+def test_without_room_on_the_gpu_the_windows_are_put_together_on_the_cpu(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter, image = Segmenter(run, SETTINGS), torch.rand(1, 40, 32, 64)
+    expected = sliding_window(segmenter.models[0], image, SETTINGS)
+    real, calls = engine.sliding_window_inference, []
+
+    def crowded(*inputs: object, **options: object) -> object:
+        calls.append(options["device"])
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("full")
+        return real(*inputs, **options)
+
+    monkeypatch.setattr(engine, "sliding_window_inference", crowded)
+    with pytest.warns(UserWarning, match="put together on the CPU"):
+        assert torch.equal(sliding_window(segmenter.models[0], image, SETTINGS), expected)
+    assert calls == [torch.device("cpu")] * 2
+
+    def full(*_: object, **__: object) -> object:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(engine, "sliding_window_inference", full)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"lower predict\.batch_size"):
+        sliding_window(segmenter.models[0], image, SETTINGS)
+
+
+@pytest.mark.parametrize("size", [(32, 32, 64), (20, 40, 65), (70, 33, 64), (48, 49, 130)])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.3])
+def test_the_windows_of_the_bar_are_those_that_are_computed(size: tuple[int, int, int], overlap: float) -> None:
+    model, done = Pointwise(), []
+    model.encoder.img_size = (32, 32, 64)
+    settings = PredictSettings(device="cpu", overlap=overlap, batch_size=3)
+    sliding_window(model, torch.rand(1, *size), settings, tick=done.append)
+    assert sum(done) == count_windows(size, (32, 32, 64), overlap)
+
+
+def test_mirroring_wants_a_partner_for_a_label_with_a_side(tmp_path: Path) -> None:
+    run = checkpoint(tmp_path / "run", lateral_pairs=[])
+    with pytest.raises(ValueError, match="'left_x' has a side"):
+        Segmenter(run, SETTINGS, mirror=True)
+    Segmenter(run, SETTINGS)
+
+
+def test_classes_that_would_share_a_file_are_refused(tmp_path: Path) -> None:
+    run = checkpoint(tmp_path / "run", labels={1: "a b", 2: "a/b", 3: "c"}, lateral_pairs=[])
+    with pytest.raises(ValueError, match=r"'a b' and 'a/b' would share a_b\.nii\.gz"):
+        predicted(Segmenter(run, SETTINGS), a_scan(tmp_path))
+
+
+def call(module, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["asa", *map(str, arguments)])
+    return module.main()
+
+
+def test_a_scan_that_lacks_a_channel_is_named_and_the_others_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    node = dict(_target_="asa.models.unet.unet_tiny", out_channels=4, in_channels=2, feature_size=4, img_size=WINDOW)
+    shell = nn.Module()
+    shell.model = build(node)
+    data = {**DATA, "channels": ["t1", "flair"]}
+    save_checkpoint(tmp_path / "run", 1, shell, {"model": node, "data": data}, {}, keep=1)
+    scans = tmp_path / "scans"
+    for name in ("a_t1", "a_flair", "b_t1"):
+        a_scan(scans, name)
+    common = [f"checkpoint=[{tmp_path}/run,{tmp_path}/run]", f"input={scans}", f"out={tmp_path}/out", "mirror=true"]
+    files = "images={t1: '*_t1.nii.gz', flair: '*_flair.nii.gz'}"
+    code = call(predict, monkeypatch, *common, files, "probabilities=true", "predict.device=cpu")
+    shown = capsys.readouterr()
+    assert code == 1 and "b: failed: no file of the channel flair" in shown.out and "1 scans failed" in shown.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "probabilities"]
+    assert len(list((tmp_path / "out" / "probabilities" / "a").iterdir())) == 4
+    assert call(predict, monkeypatch, *common, "images={t1: '*_t1.nii.gz'}") == 1
+    assert "takes the channels t1, flair, got t1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run asa-predict on a folder of files at the given places: code, names of the label maps, what was said."""
+    monkeypatch.setattr(Segmenter, "segment_file", lambda self, images, out, probabilities: write_whole(out, b"label"))
+
+    def predict_scans(*places: str, out: str = "out", images: str = "null") -> tuple[int, list[str], str]:
+        for place in places:
+            write_whole(tmp_path / "scans" / place, b"scan")
+        arguments = [f"checkpoint={run}", f"input={tmp_path}/scans", f"out={tmp_path}/{out}", f"images={images}"]
+        code = call(predict, monkeypatch, *arguments)
+        shown = capsys.readouterr()
+        return code, sorted(path.name for path in (tmp_path / out).glob("*")), shown.out + shown.err
+
+    return predict_scans
+
+
+def test_scans_of_one_name_in_several_folders_keep_apart(predicted_folder) -> None:
+    code, maps, _ = predicted_folder("a.nii.gz", "x/scan.nii.gz", "y/scan.nii.gz", "y/.hidden/scan.nii.gz")
+    assert code == 0 and maps == ["a.nii.gz", "x_scan.nii.gz", "y_scan.nii.gz"]
+
+
+def test_label_maps_inside_the_folder_of_the_scans_are_not_predicted(predicted_folder) -> None:
+    for _ in range(2):
+        code, maps, _ = predicted_folder("a.nii.gz", out="scans/labels")
+        assert code == 0 and maps == ["a.nii.gz"]
+
+
+@pytest.mark.parametrize("places", [("x/a.nii.gz", "x_a.nii.gz"), ("x/a.nii.gz", "x/a.nii"), ("b.nii", "b.nii.gz")])
+def test_scans_that_would_share_a_label_map_are_refused(predicted_folder, places: tuple[str, str]) -> None:
+    code, maps, said = predicted_folder(*places)
+    assert code == 1 and not maps and "would both give" in said
+
+
+def test_of_a_bids_tree_with_several_kinds_of_scans_one_is_chosen(predicted_folder) -> None:
+    places = [f"sub-{k}/anat/sub-{k}_{kind}.nii.gz" for k in (1, 2) for kind in ("FLAIR", "T1w")]
+    code, maps, said = predicted_folder(*places)
+    assert code == 1 and not maps and "several kinds (FLAIR, T1w)" in said and "images={t1: **/*_T1w.nii.gz}" in said
+    code, maps, _ = predicted_folder(*places, images="{t1: '**/*_T1w.nii.gz'}")
+    assert code == 0 and maps == ["sub-1_anat_sub-1.nii.gz", "sub-2_anat_sub-2.nii.gz"]
+
+
+def test_a_checkpoint_says_its_lateral_pairs_and_voxels(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        f"data.store={store}", f"out={tmp_path}/run", "data.split={validation: 0, test: 1}", "model=unet_tiny",
+        "+model.feature_size=4", "crop=[64,32,32]", "train.steps=1", "train.batch_size=1", "loader.workers=0",
+        "train.device=cpu", "optim.warmup=0", "data.lateral_pairs=[[csf, gm]]",
+    ]  # fmt: skip
+    assert call(finetune, monkeypatch, *arguments) == 0
+    data = read_weights(tmp_path / "run")[1]["data"]
+    assert data["lateral_pairs"] == [["csf", "gm"]]
+    assert data["spacing"] == [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    assert Segmenter(tmp_path / "run", SETTINGS, mirror=True).mirrored_channels == [0, 2, 1, 3]

@@ -1,0 +1,472 @@
+"""The laws of symmetry-aware pretraining: SACA, mirrored crops, the four tasks, the asymmetry of whole volumes."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from ranks import log, ranks
+from torch.nn import functional as F
+
+from asa.data.io.nifti import to_ras
+from asa.data.loading.loader import CropDataset, LoaderSettings, collate
+from asa.data.loading.seeds import sample_seed
+from asa.data.store import Store
+from asa.losses.contrastive import NTXent, SymmetryLoss
+from asa.methods.sa_swin import SASwinPretraining, partners
+from asa.models.sa_swin import SASwin, sa_swin_tiny
+from asa.models.saca import SymmetryAwareBlock, SymmetryAwareCrossAttention
+from asa.ops.masking import random_boxes
+from asa.ops.symmetry import asymmetry, flip, mirrored_start, pad_to_multiple, rotate_about_left_right
+from asa.training.distributed import is_main, joined
+from asa.training.loop import TrainSettings, train
+from asa.training.optim import OptimSettings
+
+SMALLEST = dict(embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2, projection=8)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(*size: int, **options) -> SASwin:
+    torch.manual_seed(0)
+    return sa_swin_tiny(img_size=size or (32, 32, 64), **{**SMALLEST, **options})
+
+
+def batch_of(samples: int, *size: int, health: float = 1.0) -> dict:
+    image = draw(samples, 1, *(size or (32, 32, 64))).sigmoid()
+    seeds = torch.tensor([sample_seed(k) for k in range(samples)])
+    return {"image": image, "mirror": flip(image), "seed": seeds, "health": torch.full((samples,), health)}
+
+
+# ---------------------------------------------------------------------------------------------- SACA
+
+
+def test_saca_is_the_formula_head_by_head() -> None:
+    torch.manual_seed(0)
+    saca = SymmetryAwareCrossAttention(12, 3)
+    f, mirrored = draw(2, 5, 12), draw(2, 7, 12, seed=1)
+    q = f @ saca.query.weight.T + saca.query.bias
+    k, v = (mirrored @ saca.key_value.weight.T + saca.key_value.bias).chunk(2, dim=-1)
+    heads = []
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        weights = torch.softmax(q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(4), dim=-1)
+        heads.append(weights @ v[..., part])
+    expected = torch.cat(heads, dim=-1) @ saca.proj.weight.T + saca.proj.bias
+    torch.testing.assert_close(saca(f, mirrored), expected)
+
+
+def test_saca_of_f_and_f_is_self_attention() -> None:
+    torch.manual_seed(0)
+    saca, reference = SymmetryAwareCrossAttention(12, 3), torch.nn.MultiheadAttention(12, 3, batch_first=True)
+    reference.in_proj_weight.data = torch.cat([saca.query.weight, saca.key_value.weight]).data
+    reference.in_proj_bias.data = torch.cat([saca.query.bias, saca.key_value.bias]).data
+    reference.out_proj.load_state_dict(saca.proj.state_dict())
+    f = draw(2, 5, 12)
+    torch.testing.assert_close(saca(f, f), reference(f, f, f)[0])
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_without_codes_the_order_of_the_mirrored_tokens_is_not_seen_and_with_them_it_is(norm, self_attention) -> None:
+    torch.manual_seed(0)
+    block = SymmetryAwareBlock(12, 3, norm=norm, self_attention=self_attention)
+    f, mirrored, code = draw(2, 6, 12), draw(2, 6, 12, seed=1), draw(6, 12, seed=2)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block(f, mirrored[:, order]), block(f, mirrored))
+    torch.testing.assert_close(block(f[:, order], mirrored), block(f, mirrored)[:, order])
+    assert (block(f, mirrored[:, order], code) - block(f, mirrored, code)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1, 5, 27])
+def test_any_batch_size_and_token_count_is_taken(batch: int, length: int) -> None:
+    tokens = draw(batch, length, 12)
+    assert SymmetryAwareBlock(12, 3)(tokens, tokens).shape == tokens.shape
+
+
+def test_a_wrong_norm_or_head_count_is_named() -> None:
+    with pytest.raises(ValueError, match="pre or post"):
+        SymmetryAwareBlock(12, 3, norm="middle")
+    with pytest.raises(ValueError, match="5 heads do not divide"):
+        SymmetryAwareCrossAttention(12, 5)
+
+
+# ---------------------------------------------------------------------------------------------- the mirror
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "ASR", "SLA"])
+def test_the_flip_maps_x_to_minus_x_for_every_orientation(codes: str) -> None:
+    axes = ["RL", "AP", "SI"]
+    affine = np.zeros((4, 4))
+    affine[3, 3] = 1
+    for column, code in enumerate(codes):
+        row = next(k for k, pair in enumerate(axes) if code in pair)
+        affine[row, column] = 1.0 if code == axes[row][0] else -1.0
+    shape = (7, 9, 11)
+    affine[:3, 3] = -affine[:3, :3] @ (np.array(shape) - 1) / 2  # the centre at 0 mm
+    data = np.random.default_rng(0).random(shape).astype(np.float32)
+    turned, ras, _ = to_ras(data, affine)
+    flipped = flip(torch.from_numpy(np.ascontiguousarray(turned.transpose(2, 1, 0)))).numpy().transpose(2, 1, 0)
+    for voxel in itertools.product((0, 2), (1, 4), (3, 5)):
+        x, y, z, _ = ras @ (*voxel, 1)
+        there = np.rint(np.linalg.inv(affine) @ (-x, y, z, 1))[:3].astype(int)
+        assert flipped[voxel] == data[tuple(there)]
+
+
+def test_only_rotations_about_left_right_commute_with_the_flip() -> None:
+    volume = draw(2, 6, 6, 6)
+    for quarters in range(4):
+        one = flip(rotate_about_left_right(volume, quarters))
+        assert torch.equal(one, rotate_about_left_right(flip(volume), quarters))
+    for dims in ((-3, -1), (-2, -1)):
+        assert not torch.equal(flip(volume.rot90(1, dims)), flip(volume).rot90(1, dims))
+
+
+@pytest.mark.parametrize("size", [4, 5, 9])
+@pytest.mark.parametrize("width", [8, 9])
+def test_the_mirrored_place_is_where_the_flipped_box_lies(size: int, width: int) -> None:
+    volume = torch.arange(width)[None, None]
+    for start in range(max(width - size, 0) + 1):
+        there = mirrored_start([0, 0, start], (1, 1, size), width)[2]
+        if there >= 0 and there + size <= width and start + size <= width:
+            assert torch.equal(flip(volume)[..., start : start + size], flip(volume[..., there : there + size]))
+        assert mirrored_start([0, 0, there], (1, 1, size), width)[2] == start
+
+
+class Memory:
+    """A volume in memory, as a source of crops."""
+
+    def __init__(self, image: np.ndarray) -> None:
+        self.array = image
+
+    def image(self, record_id: str) -> np.ndarray:
+        return self.array
+
+    def label(self, record_id: str) -> None:
+        return None
+
+
+@pytest.mark.parametrize("width", [12, 13])
+@pytest.mark.parametrize("size", [(6, 6, 6), (6, 6, 7), (14, 14, 15)])
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_the_pair_of_a_flipped_volume_is_the_pair_with_its_roles_swapped(width, size, crop) -> None:
+    volume = draw(1, 10, 11, width).numpy()
+    for epoch in range(4):
+        pair, swapped = (
+            CropDataset(Memory(image), [{"id": "a"}], size, crop=crop, mirrored=True)[0, epoch]
+            for image in (volume, volume[..., ::-1].copy())
+        )
+        assert torch.equal(pair["image"], swapped["mirror"]) and torch.equal(pair["mirror"], swapped["image"])
+
+
+def test_a_symmetric_volume_has_equal_crops_on_both_sides_however_they_are_augmented() -> None:
+    from asa.data.loading.augment import AugmentSettings
+
+    strong = AugmentSettings(
+        rotation=30, rotation_probability=1, scale=[0.8, 1.2], scale_probability=1, mirror_probability=0.5,
+        gamma=[0.7, 1.4], gamma_probability=1, noise=0.1, brightness=0.2,
+    )  # fmt: skip
+    half = draw(1, 16, 16, 16)
+    volume = (half + flip(half)).numpy()
+    data = CropDataset(Memory(volume), [{"id": "a"}], (8, 8, 8), crop="random", mirrored=True, augment=strong)
+    for epoch in range(4):
+        assert torch.equal(data[0, epoch]["image"], data[0, epoch]["mirror"])
+
+
+def test_attached_numbers_reach_the_batch() -> None:
+    records = [{"id": "a"}, {"id": "b"}]
+    attached = {"a": {"health": 1.0}, "b": {"health": math.nan}}
+    data = CropDataset(Memory(draw(1, 4, 4, 4).numpy()), records, (4, 4, 4), attached=attached)
+    torch.testing.assert_close(
+        collate([data[0, 0], data[1, 0]])["health"], torch.tensor([1.0, math.nan]), equal_nan=True
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the network
+
+
+def test_a_symmetric_volume_has_equal_features_and_no_asymmetry_to_the_bit() -> None:
+    half = draw(2, 1, 32, 32, 64).sigmoid()
+    volume, model = half + flip(half), network()
+    f, mirrored, fused = model.tokens(volume, flip(volume))
+    assert torch.equal(f, mirrored) and torch.equal(fused, model.saca(mirrored, f))
+    score, found = model.asymmetry(volume)
+    assert score.tolist() == [0.0, 0.0] and not found.any()
+
+
+@pytest.mark.parametrize("size", [(32, 32, 64), (20, 40, 33), (33, 31, 30)])
+def test_whole_volumes_of_any_size_have_a_map_of_their_own_size(size: tuple[int, int, int]) -> None:
+    volume, model = draw(1, 1, *size), network()
+    with torch.no_grad():
+        score, found = model.asymmetry(volume)
+        again, flipped = model.asymmetry(flip(volume))
+    assert found.shape == (1, *size) and 0 < float(score) < 1 and 0 < float(found.max()) < 1
+    torch.testing.assert_close(score, again)
+    torch.testing.assert_close(flipped, flip(found))
+    torch.testing.assert_close(found, flip(found))  # a place and its counterpart are compared: neither is told apart
+
+
+def test_the_map_is_of_features_standardised_over_both_sides_of_the_foreground() -> None:
+    volume, model = draw(1, 1, 32, 32, 64).sigmoid(), network()
+    volume[..., :10] = 0  # of W: background, half of it facing the head
+    with torch.no_grad():
+        _, found = model.asymmetry(volume, flip(volume))
+        levels = model.encoder.levels(torch.cat([volume, flip(volume)]))[0].double()
+    head = F.avg_pool3d((torch.cat([volume, flip(volume)]) != 0).double(), 2)[:, 0]
+    channels = []
+    for channel in levels.unbind(dim=1):
+        mean = (channel * head).sum() / head.sum()
+        channels.append((channel - mean) / ((channel - mean).square() * head).sum().div(head.sum()).sqrt())
+    here, there = torch.stack(channels, dim=-1)  # two of D/2 H/2 W/2 E
+    expected = ((1 - F.cosine_similarity(here, there, dim=-1)) / 2)[None, None]
+    expected = F.interpolate(expected, found.shape[1:], mode="trilinear")[:, 0]
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_an_empty_volume_has_no_asymmetry() -> None:
+    score, found = network().asymmetry(torch.zeros(1, 1, 32, 32, 64))
+    assert score.tolist() == [0] and not found.any()
+
+
+def test_the_symmetric_template_scores_0() -> None:
+    pytest.importorskip("nilearn")
+    from asa.data.preprocessing.template import load_map
+
+    template = torch.from_numpy(np.array(load_map("t1")[0][::3, ::3, 2:-2:4]))[None, None]
+    assert torch.equal(template, flip(template))
+    score, found = network(64, 64, 64).asymmetry(template)
+    assert score.tolist() == [0] and not found.any()
+
+
+@pytest.mark.parametrize("position", [False, True])
+def test_the_total_loss_reaches_every_parameter_and_temperatures_are_among_them(position: bool) -> None:
+    for form in ("cosine", "bce"):
+        method = SASwinPretraining(model=network(position=position), form=form)
+        names = [name for name, _ in method.named_parameters()]
+        assert "contrast.log_temperature" in names and ("symmetry.affine" in names) == (form == "bce")
+        method(batch_of(2))["loss"].backward()
+        assert [
+            name for name, weight in method.named_parameters() if weight.grad is None or not weight.grad.any()
+        ] == []
+
+
+def test_the_pooled_feature_hears_of_all_octants_alike() -> None:
+    model, volume = network(64, 64, 64), draw(1, 1, 64, 64, 64).sigmoid().requires_grad_()
+    tokens = model.encoder(volume)
+
+    def shares(feature: torch.Tensor) -> list[float]:
+        (gradient,) = torch.autograd.grad(feature.square().sum(), volume, retain_graph=True)
+        halves = [slice(0, 32), slice(32, 64)]
+        return [float(gradient[0, 0][place].abs().sum()) for place in itertools.product(halves, repeat=3)]
+
+    pooled, corner = shares(tokens.mean(dim=1)), shares(tokens[:, 0])
+    assert max(pooled) < 2 * min(pooled)
+    assert max(corner) > 2 * min(corner)
+
+
+def test_every_size_of_the_network_is_made_by_its_name() -> None:
+    from asa.models import sa_swin
+
+    with torch.device("meta"):
+        base, small, tiny = (getattr(sa_swin, f"sa_swin_{name}")() for name in ("base", "small", "tiny"))
+    assert base.encoder.widths == [48, 96, 192, 384, 768]
+    sizes = [sum(weight.numel() for weight in model.parameters()) for model in (base, small, tiny)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_size_that_32_does_not_divide_is_named() -> None:
+    with pytest.raises(ValueError, match="whole number of patches of 32"):
+        sa_swin_tiny(img_size=40)
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+
+def test_nt_xent_is_the_loop_over_its_definition() -> None:
+    one, other = draw(3, 4), draw(3, 4, seed=1)
+    loss = NTXent(0.3)
+    views = F.normalize(torch.cat([one, other]), dim=1)
+    total = 0.0
+    for i in range(6):
+        similar = [math.exp(float(views[i] @ views[k]) / 0.3) for k in range(6) if k != i]
+        total -= math.log(math.exp(float(views[i] @ views[(i + 3) % 6]) / 0.3) / sum(similar))
+    assert float(loss(one, other)) == pytest.approx(total / 6, rel=1e-5)
+    assert float(loss(one[:1], other[:1])) == 0
+    with pytest.raises(ValueError, match="temperature=0"):
+        NTXent(0)
+
+
+def test_nt_xent_is_computed_in_float32_under_autocast() -> None:
+    one, other = draw(3, 64), draw(3, 64, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = NTXent()(one, other)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, NTXent()(one, other))
+
+
+def contrast(out, world: int) -> None:
+    """A rank's share of four samples: the loss, and the gradients of features and temperature."""
+    with joined(torch.device("cpu"), 0.5):
+        from asa.training.distributed import rank
+
+        mine = slice(rank() * 4 // world, (rank() + 1) * 4 // world)
+        parts = [draw(4, 5, seed=k)[mine].requires_grad_() for k in (0, 1)]
+        loss = NTXent()
+        value = loss(*parts)
+        value.backward()
+        grads = [*(part.grad for part in parts), loss.log_temperature.grad]
+        torch.save([value.detach(), *grads], out / f"{world}-{rank()}.pt")
+
+
+@pytest.mark.distributed
+def test_nt_xent_over_two_ranks_has_the_value_and_the_gradient_of_one(tmp_path) -> None:
+    for world in (1, 2):
+        ended = ranks(tmp_path, world, contrast, tmp_path, world)
+        assert [one.code for one in ended] == [0] * world, [one.text for one in ended]
+    whole = torch.load(tmp_path / "1-0.pt")
+    halves = [torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, whole[0])
+    torch.testing.assert_close((halves[0][3] + halves[1][3]) / 2, whole[3])
+    for k in (1, 2):  # the mean over ranks of what reaches shared weights
+        torch.testing.assert_close(torch.cat([half[k] for half in halves]) / 2, whole[k])
+
+
+def test_the_symmetry_loss_is_least_where_the_healthy_are_alike_and_the_patients_opposite() -> None:
+    z = draw(2, 6)
+    sides = {1.0: z, 0.0: draw(2, 6, seed=1), -1.0: -z}
+    health = torch.tensor([1.0, 0.0])
+    for form in ("cosine", "bce"):
+        loss = SymmetryLoss(form)
+        right = loss(z, torch.stack([z[0], -z[1]]), health)
+        for first, second in itertools.product(sides.values(), repeat=2):
+            assert right <= loss(z, torch.stack([first[0], second[1]]), health) + 1e-6
+        assert right != loss(z, torch.stack([z[0], -z[1]]), 1 - health)
+    assert float(SymmetryLoss()(z, torch.stack([z[0], -z[1]]), health)) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="cosine or bce"):
+        SymmetryLoss("hinge")
+
+
+def test_the_symmetry_loss_is_the_loop_over_its_definition() -> None:
+    z, other, health = draw(5, 4), draw(5, 4, seed=1), torch.tensor([1.0, 0.0, math.nan, 1.0, 0.0])
+    cosine, entropy = 0.0, 0.0
+    bce = SymmetryLoss("bce")
+    for row, h in enumerate(health.tolist()):
+        if math.isnan(h):
+            continue
+        s = float(F.cosine_similarity(z[row], other[row], dim=0))
+        cosine += h * (1 - s) / 2 + (1 - h) * (1 + s) / 2
+        p = 1 / (1 + math.exp(-(5 * s)))
+        entropy -= h * math.log(p) + (1 - h) * math.log(1 - p)
+    assert float(SymmetryLoss()(z, other, health)) == pytest.approx(cosine / 5, rel=1e-5)
+    assert float(bce(z, other, health)) == pytest.approx(entropy / 5, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["cosine", "bce"])
+def test_one_sample_all_patients_and_nobody_known_have_finite_losses(form: str) -> None:
+    loss, z = SymmetryLoss(form), draw(3, 6).requires_grad_()
+    for rows, health in ((1, 1.0), (3, 0.0)):
+        value = loss(z[:rows], draw(rows, 6, seed=1), torch.full((rows,), health))
+        assert value.isfinite() and value > 0
+    nobody = loss(z, draw(3, 6, seed=1), torch.full((3,), math.nan))
+    nobody.backward()
+    assert float(nobody) == 0 and not z.grad.any()
+
+
+def test_asymmetry_is_half_of_one_minus_the_cosine_and_0_to_the_bit_for_equals() -> None:
+    one, other = draw(4, 7), draw(4, 7, seed=1)
+    torch.testing.assert_close(asymmetry(one, other), (1 - F.cosine_similarity(one, other)) / 2)
+    assert not asymmetry(one, one).any()
+    torch.testing.assert_close(asymmetry(one, -one), torch.ones(4))
+    torch.testing.assert_close(asymmetry(one.T, other.T, dim=0), asymmetry(one, other))
+
+
+# ---------------------------------------------------------------------------------------------- the method
+
+
+def test_views_follow_from_the_samples_seed_alone() -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(4)
+    whole = method.views(batch["image"], batch["mirror"], batch["seed"])
+    again = method.views(batch["image"][2:], batch["mirror"][2:], batch["seed"][2:])
+    rows = torch.tensor([2, 3, 6, 7])
+    for name in ("cut", "whole", "mirror", "hidden", "quarters"):
+        assert torch.equal(getattr(whole, name)[rows], getattr(again, name))
+
+
+def test_a_view_shows_the_rotated_image_noise_and_the_partner_and_its_mirror_is_not_cut() -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(3)
+    views = method.views(batch["image"], batch["mirror"], batch["seed"])
+    for row in range(6):
+        turns = int(views.quarters[row])
+        assert torch.equal(views.whole[row], rotate_about_left_right(batch["image"][row % 3], turns))
+        assert torch.equal(views.mirror[row], flip(views.whole[row]))
+        hidden, cut = views.hidden[row], views.cut[row]
+        assert torch.equal(cut[~hidden], views.whole[row][~hidden])
+        assert cut[hidden].min() >= 0 and cut[hidden].max() <= 1
+    assert partners(3).tolist() == [1, 0, 1, 4, 3, 4] and partners(1).tolist() == [0, 1]
+    assert len(views.quarters.unique()) > 1
+
+
+def test_boxes_cover_up_to_the_largest_share_and_one_box_more() -> None:
+    shares = []
+    for seed in range(40):
+        boxes = random_boxes((20, 24, 28), 0.3, torch.Generator().manual_seed(seed))
+        shares.append(float(boxes.float().mean()))
+    assert max(shares) <= 0.3 + 0.25**3 + 0.01 and 0.1 < np.mean(shares) < 0.2
+    assert not random_boxes((8, 8, 8), 0.0, torch.Generator()).any()
+
+
+def test_padding_keeps_counterparts_opposite() -> None:
+    volume = draw(1, 1, 3, 5, 7)
+    one, other = pad_to_multiple(volume, 4), pad_to_multiple(flip(volume), 4)
+    assert one.shape[2:] == (4, 8, 8)
+    assert torch.equal(one[..., :7], flip(other[..., :7])) and torch.equal(one[..., :3, :5, :7], volume)
+
+
+def test_a_model_or_a_size_that_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match="takes model=sa_swin"):
+        SASwinPretraining(model=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="exchange D and H"):
+        SASwinPretraining(model=network(32, 64, 32))
+    with pytest.raises(ValueError, match="cutout=1"):
+        SASwinPretraining(model=network(), cutout=1)
+
+
+def pretrain(run, store) -> None:
+    """Some steps on four scans, in as many processes as the environment says."""
+    opened = Store(store)
+    method = SASwinPretraining(model=network(32, 32, 32))
+    attached = {record["id"]: {"health": float(k % 2)} for k, record in enumerate(opened.records)}
+    dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", mirrored=True, attached=attached)
+    settings = TrainSettings(steps=3, batch_size=4, log_every=1, device="cpu")
+    if is_main():
+        run.mkdir()
+    with joined(torch.device("cpu"), 0.5):
+        train(
+            method, dataset, run, settings=settings, optim=OptimSettings(lr=1e-3), loader=LoaderSettings(workers=0),
+            description={"model": {}},
+        )  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_two_ranks_pretrain_as_one_does(tmp_path, store) -> None:
+    for world in (1, 2):
+        (tmp_path / f"out{world}").mkdir()
+        ended = ranks(tmp_path / f"out{world}", world, pretrain, tmp_path / str(world), store)
+        assert [one.code for one in ended] == [0] * world, [one.text for one in ended]
+    one, two = (
+        np.array(log(tmp_path / str(world), "loss", "contrastive", "symmetry", "gradient_norm")) for world in (1, 2)
+    )
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+def test_a_depth_with_wrong_bfloat16_gradients_is_refused_in_training() -> None:
+    model, batch = network(), batch_of(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="wrong gradients"):
+            model(batch["image"], batch["mirror"])
+        with torch.no_grad():
+            assert model(batch["image"], batch["mirror"]).volume.isfinite().all()

@@ -1,0 +1,197 @@
+"""Evaluations against each other: what is compared, what is refused, and the tables that come of it."""
+
+import html
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asa.cli import evaluate as evaluate_command
+from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, markdown_table
+from asa.evaluation.policies import get_policy
+from asa.evaluation.summary import CaseRow, cases_csv, summarise
+from asa.tasks.comparison import compare_folders, read_run
+
+LABELS = {1: "csf", 2: "gm"}
+
+
+def write_run(folder: Path, dice: dict[str, list[float]], policy: str = "ibsr", voxels: int = 500) -> Path:
+    """An evaluation's files from Dice of each label; HD95 falls as Dice rises, NSD is the same in every case."""
+    rows = [
+        CaseRow(f"case{k:02}", label, values_of(policy, values[k]), voxels, voxels, 0.5, 0.5)
+        for k in range(len(next(iter(dice.values()))))
+        for label, values in dice.items()
+    ]
+    summary = summarise(rows, {value: name for value, name in LABELS.items() if name in dice}, policy)
+    folder.mkdir(parents=True)
+    (folder / "cases.csv").write_text(cases_csv(summary))
+    (folder / "summary.json").write_text(json.dumps(summary.as_json()))
+    return folder
+
+
+def values_of(policy: str, dice: float) -> dict[str, float]:
+    values = {metric.name: 0.5 for metric in get_policy(policy).metrics} | {"dice": dice}
+    if "hd95_mm" in values:
+        values["hd95_mm"] = 10 * (1 - dice) if dice else math.nan
+    return values
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Twelve cases; the second run is better in every one on csf, the third differs by noise."""
+    generator = np.random.default_rng(0)
+    first = {label: generator.uniform(0.7, 0.9, 12).round(3).tolist() for label in ("csf", "gm")}
+    better = {label: [value + 0.03 for value in values] for label, values in first.items()}
+    other = {label: (np.array(values) + generator.normal(0, 0.01, 12)).tolist() for label, values in first.items()}
+    return {
+        "scratch": write_run(tmp_path / "scratch", first),
+        "asa": write_run(tmp_path / "asa", better),
+        "mae": write_run(tmp_path / "mae", other),
+    }
+
+
+def test_a_difference_is_the_mean_over_the_same_cases(folders, tmp_path):
+    found = compare_folders(folders, tmp_path / "out").differences
+    assert len(found) == 3 * 2 * 2  # metrics, regions, runs
+    gain = found["dice", "csf", "asa"]
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((0.03, 0.03, 0.03))
+    assert (gain.better, gain.worse, gain.used, gain.total) == (12, 0, 12, 12)
+    assert gain.p == pytest.approx(2 / 2**12) and gain.p_holm == pytest.approx(12 * gain.p)
+    distance = found["hd95_mm", "csf", "asa"]
+    assert distance.mean == pytest.approx(-0.3) and (distance.better, distance.worse) == (12, 0)
+    same = found["nsd_1mm", "gm", "mae"]
+    assert (same.mean, same.p, same.better, same.worse) == (0.0, 1.0, 0, 0)
+    assert found["dice", "gm", "mae"].p_holm > 0.05
+
+
+def test_an_undefined_value_leaves_its_pair_out_and_is_counted(tmp_path):
+    values = [0.5, 0.6, 0.7, 0.8]
+    folders = {
+        "a": write_run(tmp_path / "a", {"csf": values}),
+        "b": write_run(tmp_path / "b", {"csf": [0.0, *values[1:]]}),
+    }
+    found = compare_folders(folders, tmp_path / "out")
+    assert (found.differences["dice", "csf", "b"].used, found.differences["hd95_mm", "csf", "b"].used) == (4, 3)
+    assert found.differences["hd95_mm", "csf", "b"].total == 4
+    assert "3 of 4" in comparison_table(found) and "fewer than 6 pairs" in comparison_table(found)
+    none = {name: write_run(tmp_path / f"none {name}", {"csf": [0.0, 0.0]}) for name in folders}
+    undefined = compare_folders(none, tmp_path / "none").differences["hd95_mm", "csf", "b"]
+    assert math.isnan(undefined.mean) and math.isnan(undefined.p) and undefined.used == 0
+
+
+def test_all_files_hold_the_same_rows(folders, tmp_path):
+    found = compare_folders(folders, tmp_path / "out")
+    files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert sorted(files) == [f"comparison.{ending}" for ending in ("html", "json", "md", "tex")]
+    assert files["comparison.md"] == markdown_table(found) and files["comparison.tex"] == latex_table(found)
+    written = json.loads(files["comparison.json"])
+    assert (written["compared_with"], written["cases"], len(written["results"])) == ("scratch", 12, 18)
+    for text in (*files.values(), comparison_table(found)):
+        assert "Wilcoxon" in text and "Holm" in text
+    for text in (files["comparison.md"], html.unescape(files["comparison.html"]), comparison_table(found)):
+        assert "+0.030 (+0.030 to +0.030)" in text and "12 / 0 / 0" in text and "<0.001" in text
+    assert len({line.count("|") for line in files["comparison.md"].splitlines() if line.startswith("|")}) == 1
+
+
+def test_the_latex_table_has_equal_rows_and_escapes(tmp_path):
+    folders = {
+        name: write_run(tmp_path / str(k), {"csf": [0.5 + k / 10, 0.6 + k / 10]})
+        for k, name in enumerate(("a_b", "50 % & more"))
+    }
+    text = latex_table(compare_folders(folders, tmp_path / "out"))
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 1 + 3 * 2
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(HEADINGS) - 1}
+    assert "$-$1.00 ($-$1.00 to $-$1.00)" in text  # a minus, not a hyphen
+    assert r"a\_b" in text and r"50 \% \& more" in text and r"(95 \% interval)" in text
+
+
+def test_the_page_stands_alone_and_escapes(tmp_path):
+    folders = {name: write_run(tmp_path / str(k), {"csf": [0.5, 0.6 + k / 9]}) for k, name in enumerate(("a", "<b>"))}
+    compare_folders(folders, tmp_path / "out")
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "<script" not in page and "http" not in page and "<link" not in page and "<b>&lt;b&gt;" not in page
+    assert page.count("<img") == 1 and "&lt;b&gt;" in page
+    assert "only truth empty" in page and "policy ibsr" in page
+
+
+def test_only_what_is_clear_after_the_correction_is_bold(folders, tmp_path):
+    compare_folders({name: folders[name] for name in ("scratch", "mae")}, tmp_path / "noise")
+    assert '<td class="strong">' not in (tmp_path / "noise" / "comparison.html").read_text()
+    compare_folders(folders, tmp_path / "out")
+    clear = 2 * 2  # Dice and HD95 of both regions in the run that is better in every case
+    assert (tmp_path / "out" / "comparison.html").read_text().count('<td class="strong">') == 2 * clear
+
+
+def test_the_same_comparison_writes_the_same_bytes(folders, tmp_path):
+    for name in ("one", "two"):
+        compare_folders(folders, tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason(folders, tmp_path):
+    values = {"csf": [0.5, 0.6], "gm": [0.5, 0.6]}
+    out, first = tmp_path / "out", folders["scratch"]
+    others = {
+        "different policy, ibsr and asa_paper": write_run(tmp_path / "paper", values, policy="asa_paper"),
+        "different labels": write_run(tmp_path / "labels", {"csf": [0.5, 0.6]}),
+        r"10 cases are not in every run: case02.*allow_missing=true": write_run(tmp_path / "fewer", values),
+        r"truth of case case00 differs .* 500 voxels and 400 voxels": write_run(
+            tmp_path / "truth", {"csf": [0.5] * 12, "gm": [0.5] * 12}, voxels=400
+        ),
+    }
+    for reason, folder in others.items():
+        with pytest.raises(ValueError, match=reason):
+            compare_folders({"a": first, "b": folder}, out)
+    with pytest.raises(ValueError, match="two evaluations or more"):
+        compare_folders({"a": first}, out)
+    with pytest.raises(FileNotFoundError, match=r"summary\.json: no such file; give folders that asa-evaluate wrote"):
+        compare_folders({"a": first, "b": tmp_path}, out)
+    (folders["mae"] / "cases.csv").write_text("id,label,dice\n")
+    with pytest.raises(ValueError, match="evaluate again"):
+        read_run("mae", folders["mae"])
+    assert not out.exists()
+
+
+def test_common_cases_are_compared_on_request_and_the_others_named(folders, tmp_path):
+    fewer = write_run(tmp_path / "fewer", {"csf": [0.5, 0.6], "gm": [0.5, 0.6]})
+    found = compare_folders({"a": folders["scratch"], "b": fewer}, tmp_path / "out", allow_missing=True)
+    assert found.case_ids == ("case00", "case01") and len(found.left_out) == 10
+    assert found.results["dice", "csf", "a"].total == 2
+    assert (
+        "case11" in comparison_table(found)
+        and "10 cases are not in every run" in (tmp_path / "out" / "comparison.html").read_text()
+    )
+
+
+def test_an_absent_extra_leaves_the_tables(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ValueError, match="jinja2 is not installed"):
+        compare_folders(folders, tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_the_command_names_runs_by_folder_or_as_told(folders, tmp_path, monkeypatch, capsys):
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["asa-evaluate", *arguments])
+        code = evaluate_command.main()
+        return code, *capsys.readouterr()
+
+    out = f"out={tmp_path / 'out'}"
+    code, text, _ = command(f"compare=[{folders['scratch']},{folders['asa']}]", out)
+    assert code == 0 and "run less scratch" in text
+    code, text, _ = command(f"compare={{one: {folders['scratch']}, two: {folders['asa']}}}", out)
+    assert code == 0 and "run less one" in text
+    for arguments, reason in (
+        ((f"compare=[{folders['asa']},{folders['asa']}]", out), "two folders of one name"),
+        (("compare=3", out), "compare= is a list of folders"),
+        ((f"compare=[{folders['asa']}]", "truth=x", out), "exclude each other"),
+        (("truth=x", out), "predictions= and truth= have to be given"),
+    ):
+        code, _, error = command(*arguments)
+        assert code == 1 and reason in error and error.count("\n") == 1

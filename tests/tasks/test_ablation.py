@@ -1,0 +1,276 @@
+"""The ablation: what its numbers are, and the command on tiny brains."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from asa.cli import ablate as command
+from asa.cli import chain, finetune
+from asa.cli.chain import arguments
+from asa.cli.pretrain import SETTINGS
+from asa.config import compose
+from asa.data.splits import read_split
+from asa.evaluation.comparison import Run
+from asa.tasks.ablation import Trial, ablation_rows, labelled_text, markdown
+from asa.training.signals import RESUME_CODE, Stopped
+
+SETTING = {"policy": "ibsr", "metrics": ["dice", "hd95_mm", "nsd_1mm"], "labels": {"1": "a", "2": "b"}}
+SETTING |= {"regions": {"a": [1], "b": [2]}, "ignored labels": []}
+
+
+def trial(arm: str, seed: int, dice: dict[str, tuple[float, float]], labelled: str = "3", **setting: object) -> Trial:
+    values = {
+        (case, region): {"dice": value, "hd95_mm": 1.0, "nsd_1mm": 1.0}
+        for case, pair in dice.items()
+        for region, value in zip("ab", pair, strict=True)
+    }
+    run = Run(f"{arm}{seed}", SETTING | setting, values, dict.fromkeys(values, "5 voxels"))
+    return Trial(arm, labelled, seed, run)
+
+
+def dice_rows(trials: list[Trial], arms: list[str]) -> dict[tuple[str, str], object]:
+    return {(row.arm, row.region): row for row in ablation_rows(trials, arms) if row.metric.name == "dice"}
+
+
+def test_a_case_that_two_seeds_tested_counts_once_with_its_average() -> None:
+    trials = [trial("x", 0, {"p": (0.2, 0.4), "q": (0.6, 0.6)}), trial("x", 1, {"p": (0.4, 0.4), "r": (0.9, 0.5)})]
+    row = dice_rows(trials, ["x"])["x", "a"]
+    assert row.values.mean == pytest.approx((0.3 + 0.6 + 0.9) / 3)
+    assert (row.values.used, row.values.total, row.seeds) == (3, 3, 2)
+    assert row.seed_sd == pytest.approx((0.65 - 0.4) / math.sqrt(2)) and row.difference is None
+
+
+def test_the_mean_of_the_regions_is_of_each_case_and_undefined_where_one_is() -> None:
+    rows = dice_rows([trial("x", 0, {"p": (0.2, 0.4), "q": (0.6, math.nan)})], ["x"])
+    assert rows["x", "mean"].values.mean == pytest.approx(0.3)
+    assert (rows["x", "mean"].values.used, rows["x", "mean"].values.total) == (1, 2)
+
+
+def test_differences_are_of_the_same_seeds_and_cases() -> None:
+    first = [trial("x", 0, {"p": (0.2, 0.2), "q": (0.5, 0.5)})]
+    other = [trial("y", 0, {"p": (0.3, 0.2), "q": (0.9, 0.5)}), trial("y", 1, {"r": (0.0, 0.0)})]
+    row = dice_rows([*first, *other], ["x", "y"])["y", "a"]
+    assert row.difference.mean == pytest.approx((0.1 + 0.4) / 2) and row.difference.total == 2
+    assert row.values.mean == pytest.approx((0.3 + 0.9 + 0.0) / 3)
+
+
+def test_an_interval_does_not_leave_what_a_score_can_be_and_a_difference_may_be_negative() -> None:
+    trials = [trial("x", 0, {"p": (0.99, 0.5), "q": (0.2, 0.5)}), trial("y", 0, {"p": (0.0, 0.5), "q": (0.9, 0.5)})]
+    row = dice_rows(trials, ["x", "y"])["y", "a"]
+    assert (row.values.low, row.values.high) == (0, 1) and row.difference.low < -1
+
+
+def test_trials_that_were_scored_in_different_ways_are_refused() -> None:
+    trials = [trial("x", 0, {"p": (0.2, 0.4)}), trial("y", 0, {"p": (0.2, 0.4)}, policy="asa_paper")]
+    with pytest.raises(ValueError, match="y0 was evaluated with another policy than x0"):
+        ablation_rows(trials, ["x", "y"])
+
+
+def test_an_arm_without_the_first_beside_it_has_no_difference_and_a_line_all_the_same() -> None:
+    trials = [trial("y", 0, {"p": (0.2, 0.4)})]
+    assert dice_rows(trials, ["x", "y"])["y", "a"].difference.used == 0
+    text = markdown(ablation_rows(trials, ["x", "y"]), trials, ["x", "y"], ["something to know"])
+    assert "| 3 | y | 0.200 | 0.400 | 0.300 | undefined |" in text and "- something to know" in text
+
+
+def test_numbers_of_labelled_subjects_have_one_name_each() -> None:
+    assert [labelled_text(count) for count in (3, 0.1, 0.125, 1.0, None, 1)] == ["3", "10%", "12.5%", "all", "all", "1"]
+
+
+def test_settings_are_written_as_the_command_line_reads_them() -> None:
+    node = {"experiment": "oasis_pretrain", "train.steps": 7, "optim": {"lr": 1e-5, "betas": [0.9, 0.5]}}
+    node |= {"data": {"store": "it's, a {store}", "split": {"test": 0.5, "site": None}}, "crop": [32, 64, 32]}
+    config = compose("pretrain", [f"{k}={v}" for k, v in (arguments(node) | {"out": "x"}).items()], settings=SETTINGS)
+    assert (config["optim"]["lr"], config["optim"]["betas"], config["crop"]) == (1e-5, [0.9, 0.5], [32, 64, 32])
+    assert config["data"]["store"] == "it's, a {store}" and config["train"]["steps"] == 7
+    assert config["data"]["split"]["test"] == 0.5 and config["data"]["placement"] == "random"
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+TINY = {"train": {"steps": 1, "batch_size": 1, "device": "cpu"}, "optim.warmup": 0, "loader.workers": 0}
+PRETRAIN = TINY | {"model": "asa_tiny", "crop": 32}
+FINETUNE = TINY | {"model": "unet_tiny", "+model.feature_size": 4, "crop": [64, 32, 32]}
+
+
+@pytest.fixture
+def ablate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Run asa-ablate on the tiny brains: code, output, errors."""
+
+    def written(node: dict) -> str:
+        return "{" + ", ".join(f"{key}: {value}" for key, value in arguments(node).items()) + "}"
+
+    def run(*overrides: str) -> tuple[int, str, str]:
+        own = [f"store={store}", f"out={tmp_path}/out", "labelled=[1]", "split.test=1"]
+        own += [f"pretrain={written(PRETRAIN)}", f"finetune={written(FINETUNE)}"]
+        capsys.readouterr()
+        code = command.run_command("ablate", "", command.ablate, arguments=[*own, *overrides])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch):
+    """The commands that are called, by name and run, in place of running them; an evaluation is made up."""
+    calls: list[tuple[str, dict[str, str]]] = []
+    broken: dict[str, BaseException] = {}
+
+    def fake(name: str, *settings: dict) -> None:
+        flat: dict[str, str] = {}
+        for node in settings:
+            flat |= arguments(node)
+        calls.append((name, flat))
+        place = Path(flat["out"].strip("'"))
+        if error := broken.get(f"{name} {place.name}"):
+            raise error
+        if name == "evaluate":
+            place.mkdir(parents=True)
+            (place / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(command, "call", fake)
+    monkeypatch.setattr(
+        command, "read_trial", lambda folder, arm, n, seed: trial(arm, seed, {"p": (0.2, 0.4), "q": (0.3, 0.3)}, n)
+    )
+    calls_of = lambda name: [flat for called, flat in calls if called == name]  # noqa: E731
+    return calls_of, broken
+
+
+def test_the_six_arms_are_those_of_table_4(ablate, recorded, tmp_path: Path) -> None:
+    calls_of, _ = recorded
+    code, out, _ = ablate("labelled=[1,2]")
+    assert code == 0 and "wrote ablation.md, .csv and .png" in out
+    assert len(calls_of("pretrain")) == 4  # once an arm, not once a number of labels
+    tuned = calls_of("finetune")
+    assert len(tuned) == 12
+    found = {}
+    for flat in tuned[:6]:
+        arm = flat["out"].strip("'").removeprefix(f"{tmp_path}/out/runs/seed0_1_")
+        before = next((other for other in calls_of("pretrain") if other["out"] == flat["init"]), None)
+        position = flat["model.position"].strip("'")
+        if before:
+            method = compose("pretrain", [f"{key}={value}" for key, value in before.items()], settings=SETTINGS)[
+                "method"
+            ]
+            assert method["model"]["position"] == position, "the encoder would be refused"
+            found[arm] = (position, True, method["importance"])
+        else:
+            found[arm] = (position, False, None)
+    assert found == {
+        "scratch": ("sincos", False, None),
+        "mae": ("sincos", True, None),
+        "attentive_mae": ("sincos", True, "orientation"),
+        "spe": ("mirror", False, None),
+        "spe_mae": ("mirror", True, None),
+        "asa": ("mirror", True, "orientation"),
+    }
+
+
+def test_arms_of_a_seed_share_the_split_and_pretraining_never_sees_the_test_subjects(
+    ablate, recorded, tmp_path: Path
+) -> None:
+    calls_of, _ = recorded
+    assert ablate("seeds=[0,1]", "only=[scratch,asa]")[0] == 0
+    for seed in (0, 1):
+        file = f"'{tmp_path}/out/splits/seed{seed}.json'"
+        runs = [flat for name in ("pretrain", "finetune") for flat in calls_of(name) if f"seed{seed}_" in flat["out"]]
+        assert len(runs) == 3 and {flat["data.split_file"] for flat in runs} == {file}
+        assert {flat["train.seed"] for flat in runs} == {str(seed)}
+    assert read_split(tmp_path / "out" / "splits" / "seed0.json")["test"]
+
+
+def test_one_pretraining_serves_all_seeds_where_the_split_does_not_change(ablate, recorded, store: Path) -> None:
+    calls_of, _ = recorded
+    assert ablate("seeds=[0,1]", "only=[asa]", f"unlabelled={store}")[0] == 0
+    (pretraining,) = calls_of("pretrain")
+    assert "data.split_file" not in pretraining and len(calls_of("finetune")) == 2
+    assert {flat["init"] for flat in calls_of("finetune")} == {pretraining["out"]}
+
+
+def test_a_run_that_fails_is_named_the_others_go_on_and_the_same_command_does_it_again(ablate, recorded) -> None:
+    calls_of, broken = recorded
+    broken["pretrain seed0_mae"] = ValueError("no room")
+    broken["finetune seed0_1_spe"] = RuntimeError("a bug")
+    code, out, err = ablate("only=[scratch,mae,spe,asa]")
+    assert code == 1 and "2 of 4 runs failed" in err
+    assert "seed0_1_mae: failed: pretraining: no room" in out and "seed0_1_spe: failed: RuntimeError: a bug" in out
+    assert "failed and not counted: seed0_1_mae, seed0_1_spe" in out and "| 1 | asa |" in out
+    broken.clear()
+    before = len(calls_of("evaluate"))
+    code, out, _ = ablate("only=[scratch,mae,spe,asa]")
+    assert code == 0 and out.count("done before") == 2 and len(calls_of("evaluate")) == before + 2
+
+
+def test_one_that_is_asked_to_stop_leaves_with_the_code_that_says_so_and_a_table(
+    ablate, recorded, tmp_path: Path
+) -> None:
+    _, broken = recorded
+    broken["finetune seed0_1_spe"] = Stopped("stopped at step 1 of 2")
+    code, _, err = ablate("only=[scratch,spe,asa]")
+    assert code == RESUME_CODE and "the same command goes on" in err
+    assert "scratch" in (tmp_path / "out" / "ablation.md").read_text()
+    assert not list((tmp_path / "out" / "evaluations").glob("*asa"))
+
+
+def test_a_folder_takes_more_runs_and_no_other_settings(ablate, recorded) -> None:
+    assert ablate("only=[scratch]")[0] == 0
+    assert ablate("only=[scratch,spe]", "labelled=[1,2]", "seeds=[0,1]")[0] == 0
+    code, _, err = ablate("only=[scratch]", "policy=asa_paper")
+    assert code == 1 and "another policy: choose another out=" in err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("only=[nope]", "no arm 'nope'; there are scratch, mae"),
+        ("labelled=[9]", "data.labelled=9, but the split has 3 training subjects"),
+        ("seeds=[]", "seeds=[]: give a list"),
+        ("split.test=0", "no test subjects"),
+        ("+finetune.init=x", "finetune.init is what asa-ablate sets"),
+        ("+arms.mine={pretrain: null}", "arms.mine needs pretrain"),
+    ],
+)
+def test_wrong_settings_are_one_line_before_anything_is_run(
+    ablate, recorded, tmp_path: Path, override: str, message: str
+) -> None:
+    code, _, err = ablate(override)
+    assert code == 1 and message in err and len(err.splitlines()) == 1
+    assert recorded[0]("finetune") == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_from_a_store_to_a_table_and_a_figure(ablate, tmp_path: Path) -> None:
+    code, out, _ = ablate("only=[scratch,asa]")
+    assert code == 0 and "| 1 | asa |" in out
+    folder = tmp_path / "out"
+    with (folder / "ablation.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert {(row["arm"], row["metric"], row["cases_total"]) for row in rows} == {
+        (arm, metric, "1") for arm in ("scratch", "asa") for metric in ("dice", "hd95_mm", "nsd_1mm")
+    }
+    assert (folder / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+    assert "was not trained on any held-out subject" in (folder / "logs" / "seed0_1_asa.txt").read_text()
+    again = ablate("only=[scratch,asa]")
+    assert again[0] == 0 and again[1].count("done before") == 2
+
+
+def test_experiments_of_the_users_own_folder_reach_the_commands_that_are_called(
+    ablate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "short.yaml").write_text("# @package _global_\ntrain: {log_every: 7}\n")
+    got: list[dict] = []
+    monkeypatch.setattr(finetune, "finetune", got.append)  # no run comes of it: the prediction finds none
+    wanted = ["only=[scratch]", "+finetune.experiment=short"]
+    code, out, _ = ablate(*wanted, "--config-dir", str(tmp_path / "mine"))
+    assert code == 1 and "no checkpoint here" in out and got[0]["train"]["log_every"] == 7
+    code, out, _ = ablate(*wanted)
+    assert code == 1 and "Could not find 'experiment/short'" in out and len(got) == 1
+
+
+def test_every_command_that_is_called_exists() -> None:
+    with pytest.raises(ValueError, match="unknown key train.stepz"):
+        chain.call("finetune", {"out": "x", "data.store": "y", "train.stepz": 1})

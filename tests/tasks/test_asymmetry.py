@@ -1,0 +1,226 @@
+"""From a pretraining that knows who is healthy to asymmetry scores and maps of new scans, by the commands."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from asa.cli import predict, pretrain
+from asa.data.io.nifti import read_image, write_image
+from asa.data.io.tables import read_column
+from asa.data.loading.health import read_health
+from asa.data.store import MANIFEST, Store, write_array
+from asa.export.onnx import export_onnx
+from asa.inference.asymmetry import TABLE, AsymmetryScorer, Found, HealthyScans
+from asa.inference.segmentation import PredictSettings, Segmenter
+from asa.models.sa_swin import SASwin
+from asa.models.swin import Swin
+from asa.training.checkpoint import load_encoder, load_model
+
+SMALLEST = ("+model.embed_dim=4", "+model.num_heads=[1,1,2,2]", "+model.window=2", "+model.cross_heads=2")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, command, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["asa", *map(str, arguments)])
+    return command.main()
+
+
+def rows_of(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(newline="") as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps on scans of which two are known to be healthy, one not to be."""
+    folder = tmp_path_factory.mktemp("asymmetry")
+    (folder / "health.csv").write_text("subject,health\ns0,1\ns1,1\ns2,0\n")
+    options = [
+        f"data.store={store}", f"out={folder / 'run'}", "model=sa_swin_tiny", "method=sa_swin", "crop=32", *SMALLEST,
+        "data.placement=random", f"data.health={folder / 'health.csv'}", "data.split.validation=1", "train.steps=2",
+        "train.batch_size=2", "train.log_every=1", "optim.warmup=0", "loader.workers=0", "train.device=cpu",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, pretrain, *options) == 0
+    return folder / "run"
+
+
+def test_a_pretraining_keeps_a_network_that_loads_and_draws_reconstruction_and_symmetry(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert isinstance(load_model(trained), SASwin) and isinstance(load_encoder(trained), Swin)
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    names = events.Tags()
+    assert {name.split("/")[-1] for name in names["images"]} >= {"reconstruction", "symmetry"}
+    shown = {name.split("/")[-1] for name in names["scalars"]}
+    assert {"rotation", "contrastive", "inpainting", "symmetry", "hidden_l1", "effective_rank"} <= shown
+
+
+def test_raw_scans_and_stored_ones_have_the_same_scores_and_maps_in_their_own_space(
+    trained: Path, raw: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for k in range(2):
+        (scans / f"s{k}.nii.gz").write_bytes((raw / f"s{k}_T1.nii.gz").read_bytes())
+    for source, out in ((scans, "raw"), (store, "stored")):
+        arguments = (f"checkpoint={trained}", f"input={source}", f"out={tmp_path / out}", "predict.device=cpu")
+        with pytest.warns(UserWarning, match="without prepare.midway"):
+            assert run(monkeypatch, predict, *arguments) == 0
+    one, other = rows_of(tmp_path / "raw" / TABLE), rows_of(tmp_path / "stored" / TABLE)
+    assert set(one) == {"s0", "s1"} and set(other) == {"s0", "s1", "s2", "s3"}
+    for id, row in one.items():
+        assert 0 < float(row["score"]) < 1
+        assert float(row["score"]) == pytest.approx(float(other[id]["score"]), rel=1e-2)  # the store holds float16
+        scan, found = read_image(scans / f"{id}.nii.gz"), read_image(tmp_path / "raw" / f"{id}.nii.gz")
+        np.testing.assert_array_equal(found.affine, scan.affine)
+        assert found.data.shape == scan.data.shape
+        place = np.linalg.inv(found.affine) @ (*(float(row[axis]) for axis in "xyz"), 1)
+        peak = found.data[tuple(np.rint(place[:3]).astype(int))]
+        assert peak == pytest.approx(float(row["peak"]), rel=1e-4) == pytest.approx(float(found.data.max()), rel=1e-4)
+
+
+@pytest.mark.parametrize("width", [40, 41])
+def test_a_scan_that_is_its_own_mirror_image_scores_0(trained: Path, tmp_path: Path, width: int) -> None:
+    half = np.random.default_rng(0).random((width, 36, 34)).astype(np.float32)
+    half[:3], half[-3:], half[:, :4], half[:, -4:], half[:, :, :4], half[:, :, -4:] = 0, 0, 0, 0, 0, 0
+    write_image(tmp_path / "scan.nii.gz", half + half[::-1], np.diag([1.0, 1.0, 1.0, 1.0]))
+    with pytest.warns(UserWarning, match="without prepare.midway"):
+        scorer = AsymmetryScorer(trained, PredictSettings(device="cpu"))
+    row = scorer.score_file("scan", {"t1": tmp_path / "scan.nii.gz"}, tmp_path / "map.nii.gz")
+    assert row.score == row.peak == row.mean == 0
+    assert not read_image(tmp_path / "map.nii.gz").data.any()
+
+
+def found_of(map: Tensor, inside: Tensor) -> Found:
+    return Found(0.0, map * inside, inside)
+
+
+def test_the_top_is_the_mean_of_the_highest_hundredth_inside_the_head() -> None:
+    generator = torch.Generator().manual_seed(0)
+    map, inside = torch.rand(8, 9, 10, generator=generator), torch.rand(8, 9, 10, generator=generator) > 0.3
+    values = sorted(
+        value for value, counts in zip(map.flatten().tolist(), inside.flatten().tolist(), strict=True) if counts
+    )
+    highest = values[-math.ceil(len(values) / 100) :]
+    assert found_of(map, inside).top == pytest.approx(sum(highest) / len(highest))
+    assert found_of(map, inside).mean == pytest.approx(sum(values) / len(values))
+    assert found_of(map, inside & False).top == found_of(map, inside & False).mean == 0
+
+
+def test_beyond_healthy_counts_spreads_above_the_healthy_scans_that_reach_a_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        (torch.rand(3, 4, 5, generator=generator), torch.rand(3, 4, 5, generator=generator) > 0.4) for _ in range(4)
+    ]
+    drawn = [(map, inside & (torch.arange(5) < 4)) for map, inside in drawn]  # no healthy head reaches the last place
+    new = found_of(2 * torch.rand(3, 4, 5, generator=generator), torch.ones(3, 4, 5, dtype=torch.bool))
+    reach = {place: [float(map[place]) for map, inside in drawn if inside[place]] for place in np.ndindex(3, 4, 5)}
+    spreads = {place: float(np.std(values)) for place, values in reach.items() if values}
+    typical = sorted(spreads.values())[(len(spreads) - 1) // 2]
+    found = HealthyScans([found_of(*one) for one in drawn]).beyond(new)
+    for place, values in reach.items():
+        above = (float(new.map[place]) - np.mean(values)) / (spreads[place] + typical) if values else 0
+        assert float(found.map[place]) == pytest.approx(max(above, 0), abs=1e-5)
+    with pytest.raises(ValueError, match="3x4x4 voxels, and healthy scans of 3x4x5"):
+        HealthyScans([found_of(*one) for one in drawn]).beyond(found_of(torch.rand(3, 4, 4), torch.ones(3, 4, 4) > 0))
+    with pytest.raises(ValueError, match="two or more"):
+        HealthyScans([new])
+    with pytest.raises(ValueError, match="2 sizes"):
+        HealthyScans([new, found_of(torch.rand(3, 4, 4), torch.ones(3, 4, 4) > 0)])
+
+
+@pytest.fixture
+def alike(store: Path, tmp_path: Path) -> Path:
+    """Two scans of one size, prepared like the others: the first of them with noise of its own in each."""
+    manifest = json.loads((store / MANIFEST).read_text())
+    first, image = manifest["records"][0], np.array(Store(store).image("s0"))
+    manifest["records"] = [{**first, "id": f"a{k}", "subject": f"a{k}"} for k in range(2)]
+    (tmp_path / "alike").mkdir()
+    (tmp_path / "alike" / MANIFEST).write_text(json.dumps(manifest))
+    for k in range(2):
+        noise = np.random.default_rng(k).normal(0, 0.05, image.shape)
+        write_array(tmp_path / "alike", f"a{k}", "image", (image + noise * (image != 0)).astype(np.float16))
+    return tmp_path / "alike"
+
+
+def test_maps_are_beyond_healthy_scans_where_these_are_given(
+    trained: Path, alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (f"checkpoint={trained}", f"input={alike}", f"out={tmp_path / 'out'}", "predict.device=cpu")
+    with pytest.warns(UserWarning, match="without prepare.midway"):
+        assert run(monkeypatch, predict, *arguments, f"healthy={alike}") == 0
+        scorer = AsymmetryScorer(trained, PredictSettings(device="cpu"), healthy=alike)
+    image = torch.from_numpy(np.array(Store(alike).image("a1"), dtype=np.float32))
+    found, turned = scorer.compare(image), scorer.compare(image.flip(-1))
+    row = rows_of(tmp_path / "out" / TABLE)["a1"]
+    assert float(row["top"]) == pytest.approx(found.top, rel=1e-4)
+    assert float(row["mean"]) <= float(row["top"]) <= float(row["peak"])
+    assert turned.score == pytest.approx(found.score, rel=1e-3)
+    torch.testing.assert_close(turned.map, found.map.flip(-1), atol=1e-3, rtol=1e-3)
+    symmetric = scorer.compare((image + image.flip(-1)) / 2)
+    assert symmetric.score == symmetric.top == 0 and not symmetric.map.any()
+
+
+def test_healthy_scans_prepared_in_another_way_are_refused(trained: Path, store: Path, tmp_path: Path) -> None:
+    manifest = json.loads((store / MANIFEST).read_text())
+    manifest["settings"]["margin"] += 1
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="prepared in another way"), pytest.warns(UserWarning, match="midway"):
+        AsymmetryScorer(trained, PredictSettings(device="cpu"), healthy=tmp_path)
+
+
+def test_what_a_symmetry_network_cannot_do_is_said(
+    trained: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="not a segmentation model"):
+        Segmenter(trained, PredictSettings(device="cpu"))
+    with pytest.raises(ValueError, match="only networks on a SW-ViT"):
+        pytest.importorskip("onnxscript")
+        export_onnx(trained, tmp_path / "x.onnx")
+    arguments = (f"checkpoint={trained}", f"input={store}", f"out={tmp_path / 'out'}")
+    assert run(monkeypatch, predict, *arguments, "mirror=true") == 1
+    assert "without mirror" in capsys.readouterr().err
+    options = (f"data.store={store}", f"out={tmp_path / 'run'}", "data.health=healthy", "crop=32", "model=asa_tiny")
+    assert run(monkeypatch, pretrain, *options, "train.device=cpu") == 1
+    assert "method=sa_swin learns symmetry" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- who is healthy
+
+
+def test_health_is_of_all_or_of_a_table_or_unknown(store: Path, tmp_path: Path) -> None:
+    records = Store(store).records
+    assert read_health(None, records) == {}
+    assert {said["health"] for said in read_health("healthy", records).values()} == {1.0}
+    (tmp_path / "t.csv").write_text("id,age,health\ns0,3,1\ns1,4,\ns2,5,0\nnobody,1,1\n")
+    found = [said["health"] for said in read_health(str(tmp_path / "t.csv"), records).values()]
+    assert found[0] == 1 and math.isnan(found[1]) and found[2] == 0 and math.isnan(found[3])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,health\ns0,yes\n", "health of 'yes'"),
+        ("id,ill\ns0,1\n", "give id or subject, and health"),
+        ("id,health\ns0,1\ns0,1\n", "s0 stands in two rows"),
+        ("subject,health\nx,1\n", "no subject of its 1 rows is in the store"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_named(store: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_health(str(tmp_path / "t.csv"), Store(store).records)
+
+
+def test_a_subjects_row_holds_for_all_its_scans(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("subject,class\na,x\n")
+    records = [{"id": "a_1", "subject": "a"}, {"id": "a_2", "subject": "a"}, {"id": "b_1", "subject": "b"}]
+    assert read_column(tmp_path / "t.csv", "class", records) == {"a_1": "x", "a_2": "x"}

@@ -1,0 +1,226 @@
+"""Classification: scores against loops, subject-grouped folds, and the commands from table to table."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from asa.cli import finetune, predict, pretrain
+from asa.data.splits import read_split
+from asa.evaluation.classification import auc, auc_interval, calibration_error, mean_auc, score_classes
+from asa.methods.classify import Classification
+from asa.methods.sa_swin import SASwinPretraining
+from asa.methods.segment import Segmentation
+from asa.models.classifier import Classifier, asa_classifier_tiny, sa_swin_classifier_tiny
+from asa.models.sa_swin import sa_swin_tiny
+from asa.models.sa_swin_unet import sa_swin_unet_tiny
+from asa.models.sw_vit import sw_vit_tiny
+from asa.training.loop import TrainSettings
+from asa.training.optim import OptimSettings
+from asa.training.plan import make_plan
+from asa.training.pretrained import read_source, start_sides
+
+SMALLEST = ("+model.embed_dim=4", "+model.num_heads=[1,1,2,2]", "+model.window=2", "+model.cross_heads=2")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, command, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["asa", *map(str, arguments)])
+    return command.main()
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_is_the_share_of_pairs_in_the_right_order(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, positive = rng.integers(0, 6, 20) / 5, rng.random(20) < 0.4
+    pairs = [(a > b) + (a == b) / 2 for a in scores[positive] for b in scores[~positive]]
+    assert auc(scores, positive) == pytest.approx(np.mean(pairs))
+    assert auc(-scores, positive) == pytest.approx(1 - np.mean(pairs))
+
+
+def test_auc_of_one_kind_alone_is_not_a_number_and_of_several_classes_the_mean() -> None:
+    assert math.isnan(auc(np.arange(3.0), np.ones(3, bool)))
+    shares, truth = np.random.default_rng(0).dirichlet(np.ones(3), 12), np.arange(12) % 3
+    assert mean_auc(shares, truth) == pytest.approx(np.mean([auc(shares[:, k], truth == k) for k in range(3)]))
+    two = shares[:, :2] / shares[:, :2].sum(axis=1, keepdims=True)
+    assert mean_auc(two, truth % 2) == auc(two[:, 1], truth % 2 == 1)
+
+
+def test_the_interval_resamples_subjects_not_scans() -> None:
+    rng = np.random.default_rng(1)
+    score = rng.random(20)
+    shares, truth = np.stack([1 - score, score], axis=1), (score + rng.normal(0, 0.3, 20) > 0.5).astype(int)
+    alone = auc_interval(shares, truth, [str(k) for k in range(20)])
+    copies = auc_interval(np.repeat(shares, 4, axis=0), np.repeat(truth, 4), [str(k // 4) for k in range(80)])
+    assert alone[0] < mean_auc(shares, truth) < alone[1]
+    assert copies[1] - copies[0] > 0.7 * (alone[1] - alone[0])  # four scans of a person are not four persons
+    assert math.isnan(auc_interval(shares, truth, ["one"] * 20)[0])
+
+
+def test_calibration_is_the_loop_over_its_definition() -> None:
+    rng = np.random.default_rng(2)
+    shares, truth = rng.dirichlet(np.ones(3), 50), rng.integers(0, 3, 50)
+    expected = 0.0
+    for b in range(15):
+        rows = [k for k in range(50) if b / 15 <= shares[k].max() < (b + 1) / 15 or (b == 14 and shares[k].max() == 1)]
+        if rows:
+            right = np.mean([shares[k].argmax() == truth[k] for k in rows])
+            expected += len(rows) / 50 * abs(right - np.mean([shares[k].max() for k in rows]))
+    assert calibration_error(shares, truth) == pytest.approx(expected)
+    assert calibration_error(np.eye(3)[truth], truth) == 0
+
+
+def test_balanced_accuracy_weighs_classes_alike_and_confusion_counts() -> None:
+    truth = np.array([0] * 9 + [1])
+    scores = score_classes(np.tile([0.9, 0.1], (10, 1)), truth, [str(k) for k in range(10)])
+    assert scores.balanced_accuracy == 0.5 and scores.confusion == [[9, 0], [1, 0]] and scores.auc == 0.5
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+def test_class_weights_multiply_the_loss_of_their_samples() -> None:
+    torch.manual_seed(0)
+    model = asa_classifier_tiny(2, img_size=16, embed_dim=24, depth=1, num_heads=2)
+    batch = {"image": torch.rand(4, 1, 16, 16, 16), "target": torch.tensor([0, 1, 1, 0])}
+    one, other = (
+        Classification(model=model, weights=[1.0, 3.0])(
+            {"image": batch["image"][part], "target": batch["target"][part]}
+        )
+        for part in (slice(0, 2), slice(2, 4))
+    )
+    whole = Classification(model=model, weights=[1.0, 3.0])(batch)["loss"]
+    torch.testing.assert_close((one["loss"] + other["loss"]) / 2, whole)  # a batch in parts
+    entropy = torch.nn.functional.cross_entropy(model(batch["image"]), batch["target"], reduction="none")
+    torch.testing.assert_close(whole, (entropy * torch.tensor([1.0, 3.0, 3.0, 1.0])).mean())
+
+
+@pytest.mark.parametrize("kind", ["sa_swin", "asa"])
+def test_a_network_with_cross_attention_wants_both_sides_and_hears_of_both(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "asa":
+        model = asa_classifier_tiny(3, img_size=(32, 32, 64), embed_dim=24, depth=1, num_heads=2, symmetry=True)
+    else:
+        model = sa_swin_classifier_tiny(3, img_size=32, embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
+    volume = torch.rand(2, 1, 32, 32, 64)
+    assert model.mirrored and model(volume, volume.flip(-1)).shape == (2, 3)
+    assert not torch.equal(model(volume, volume.flip(-1)), model(volume, volume))
+    with pytest.raises(ValueError, match="give both"):
+        model(volume)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match="two classes or more"):
+        Classifier(sw_vit_tiny(img_size=16), 1)
+    with pytest.raises(ValueError, match="classifier"):
+        Classification(model=torch.nn.Linear(1, 2))
+    with pytest.raises(ValueError, match="3 numbers for 2 classes"):
+        Classification(model=asa_classifier_tiny(2, img_size=16), weights=[1, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["classify", "segment", "pretrain"])
+def test_a_run_that_looks_at_the_mirror_image_can_be_planned(kind: str) -> None:
+    options = dict(img_size=(32, 32, 64), embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
+    makes = {
+        "classify": lambda: Classification(model=sa_swin_classifier_tiny(2, **options)),
+        "segment": lambda: Segmentation(model=sa_swin_unet_tiny(2, **options)),
+        "pretrain": lambda: SASwinPretraining(model=sa_swin_tiny(**options)),
+    }
+    plan = make_plan(
+        makes[kind], labelled=kind == "segment", settings=TrainSettings(precision="fp32"), optim=OptimSettings()
+    )
+    assert 0 < plan.encoder < plan.total and 0 < plan.forward < plan.step
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def pretrained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classify")
+    options = [
+        f"data.store={store}", f"out={folder / 'run'}", "model=sa_swin_tiny", "method=sa_swin", "crop=32", *SMALLEST,
+        "data.split.validation=1", "train.steps=1", "train.batch_size=1", "optim.warmup=0", "loader.workers=0",
+        "train.device=cpu", "data.health=healthy",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, pretrain, *options) == 0
+    return folder / "run"
+
+
+def options_of(store: Path, out: Path, table: Path) -> list[str]:
+    return [
+        f"data.store={store}", f"out={out}", "method=classify", f"data.classes={table}", "crop=32", "train.steps=2",
+        "train.batch_size=2", "optim.warmup=0", "loader.workers=0", "train.device=cpu", "data.split.folds=2",
+        "data.split.fold=0", "data.split.validation=0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["sa_swin", "asa", "asa with symmetry"])
+def test_a_classification_goes_from_a_table_to_a_table(
+    model: str, pretrained: Path, store: Path, raw: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    table = tmp_path / "classes.csv"
+    test = ("s0", "s1")
+    table.write_text("subject,class\ns0,sick\ns1,well\ns2,well\ns3,sick\n")
+    extra = ["model=asa_classifier_tiny", "+model.embed_dim=24", "+model.depth=1", "+model.num_heads=2"]
+    if model == "asa with symmetry":
+        extra += ["model.symmetry=true"]
+    elif model == "sa_swin":
+        extra = ["model=sa_swin_classifier_tiny", f"init={pretrained}", *SMALLEST]
+    options = [*options_of(store, tmp_path / "run", table), *extra]
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["s2", "s3"], "test": test}))
+    assert run(monkeypatch, finetune, *options, f"data.split_file={split}") == 0
+    said = capsys.readouterr().out
+    assert "test: AUC" in said and ("encoder and cross-attention loaded" in said) == (model == "sa_swin")
+    assert read_split(tmp_path / "run/split.json")["test"] == list(test)
+    with (tmp_path / "run/predictions_test.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == list(test) and {row["class"] for row in rows} == {"sick", "well"}
+    assert all(float(row["p_sick"]) + float(row["p_well"]) == pytest.approx(1, abs=1e-5) for row in rows)
+    scores = json.loads((tmp_path / "run/scores_test.json").read_text())
+    assert scores["classes"] == ["sick", "well"] and np.sum(scores["confusion"]) == 2
+    assert run(monkeypatch, predict, f"checkpoint={tmp_path / 'run'}", f"input={raw / 's0_T1.nii.gz'}",
+               f"out={tmp_path / 'out'}", "predict.device=cpu") == 0  # fmt: skip
+    with (tmp_path / "out/predictions.csv").open(newline="") as file:
+        (again,) = csv.DictReader(file)
+    assert float(again["p_sick"]) == pytest.approx(float(rows[0]["p_sick"]), abs=0.01)
+
+
+def test_a_pretrained_network_is_loaded_whole_or_refused(pretrained: Path) -> None:
+    source, origin = read_source(pretrained)
+    options = dict(img_size=32, embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
+    model = sa_swin_classifier_tiny(2, in_channels=3, **options)
+    node = origin["model"]
+    start_sides("RUN", source, origin, model, node)
+    volume = torch.rand(1, 1, 32, 32, 32)
+    alone = sa_swin_classifier_tiny(2, **options)
+    start_sides("RUN", source, origin, alone, node)
+    torch.testing.assert_close(alone.encoder(volume), model.encoder(volume.expand(-1, 3, -1, -1, -1)))
+    torch.testing.assert_close(
+        alone.saca.state_dict(), {k: source.weights[f"saca.{k}"] for k in alone.saca.state_dict()}
+    )
+    with pytest.raises(ValueError, match="does not match"):
+        start_sides("RUN", source, origin, sa_swin_classifier_tiny(2, img_size=32), node)
+    with pytest.raises(ValueError, match="add model.position=False"):
+        start_sides("RUN", source, origin, model, {**node, "position": True})
+
+
+def test_what_a_classification_lacks_is_named(store: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    table = tmp_path / "classes.csv"
+    options = [*options_of(store, tmp_path / "run", table), "model=asa_classifier_tiny"]
+    assert run(monkeypatch, finetune, *options, "data.classes=null") == 1
+    assert "data.classes has to be given" in capsys.readouterr().err
+    table.write_text("id,class\ns0,a\ns1,b\n")
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["s0", "s2"], "test": ["s1", "s3"]}))
+    assert run(monkeypatch, finetune, *options, f"data.split_file={split}") == 1
+    assert "has no scan in the training part" in capsys.readouterr().err

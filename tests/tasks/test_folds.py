@@ -1,0 +1,101 @@
+"""Cross-validation in one command."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from asa.cli import finetune as command
+from asa.cli.front import run_command
+from asa.data.io.nifti import read_image
+from asa.data.store import Store
+from asa.inference.segmentation import PredictSettings, Segmenter
+from asa.training.checkpoint import find_weights
+
+TINY = ["loader.workers=0", "train.device=cpu", "optim.warmup=0", "model=unet_tiny", "+model.feature_size=4"]
+TINY += ["crop=[64,32,32]", "train.steps=2", "train.batch_size=1", "data.split.validation=0"]
+ALL = ["data.split.folds=2", "data.split.fold=all"]
+
+
+@pytest.fixture
+def finetune(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Run asa-finetune into a folder: code, output, errors."""
+
+    def run(*overrides: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        arguments = [f"data.store={store}", f"out={tmp_path}/cv", *TINY, *overrides]
+        code = run_command("finetune", "", command.finetune, settings=command.SETTINGS, arguments=arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.slow
+def test_each_scan_is_scored_by_the_run_that_did_not_see_it(finetune, store: Path, tmp_path: Path) -> None:
+    code, out, _ = finetune(*ALL)
+    assert code == 0 and f"asa-predict checkpoint=[{tmp_path}/cv/fold0,{tmp_path}/cv/fold1]" in out
+    folder = tmp_path / "cv"
+    cohort = Store(store)
+    splits = [json.loads((folder / f"fold{k}" / "split.json").read_text()) for k in (0, 1)]
+    subjects = {record["subject"] for record in cohort.records}
+    assert set(splits[0]["test"]) | set(splits[1]["test"]) == subjects
+    assert not any(set(split["test"]) & set(split["train"]) for split in splits)
+    with (folder / "evaluation" / "cases.csv").open(newline="") as table:
+        assert {row["id"] for row in csv.DictReader(table)} == {record["id"] for record in cohort.records}
+    assert (folder / "evaluation" / "report.html").exists()
+
+    # The label maps are those of the fold that tested the scan.
+    for k in (0, 1):
+        record = next(record for record in cohort.records if record["subject"] == splits[k]["test"][0])
+        id, by_hand = record["id"], tmp_path / f"{k}.nii.gz"
+        like = read_image(record["sources"]["t1"]["path"])
+        segmenter = Segmenter(folder / f"fold{k}", PredictSettings())
+        segmenter.segment_prepared(cohort.image(id), record["chain"], like, by_hand)
+        assert by_hand.read_bytes() == (folder / "predictions" / f"{id}.nii.gz").read_bytes()
+
+    # Given again, nothing is trained or predicted anew; one fold alone is the same run.
+    weights, label_map = find_weights(folder / "fold1"), folder / "predictions" / f"{id}.nii.gz"
+    before = (weights.stat().st_mtime_ns, label_map.stat().st_mtime_ns)
+    assert finetune(*ALL)[0] == 0
+    assert (weights.stat().st_mtime_ns, label_map.stat().st_mtime_ns) == before
+    code, _, _ = finetune("data.split.folds=2", "data.split.fold=1", f"out={folder}/fold1")
+    assert code == 0 and weights.stat().st_mtime_ns == before[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.split.fold=all"], "add data.split.folds=5"),
+        (["data.split.folds=9", "data.split.fold=all"], "folds=9 must be from 2 to the number of subjects, 4"),
+        ([*ALL, "data.split_file=x.json"], "leave out data.split_file"),
+        ([*ALL, "data.split.site=there"], "contradict"),
+        ([*ALL, "method=classify", "~model.feature_size", "model=asa_classifier_tiny"], "fold=all is for segmentation"),
+        ([*ALL, "method=restore", "~model.feature_size", "model=rat_tiny"], "fold=all is for segmentation"),
+    ],
+)
+def test_folds_that_cannot_be_are_one_line_and_leave_nothing(
+    finetune, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    code, _, err = finetune(*overrides)
+    assert code == 1 and message in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "cv").exists()
+
+
+def test_several_processes_are_told_to_take_the_folds_one_by_one(
+    finetune, monkeypatch: pytest.MonkeyPatch, store: Path
+) -> None:
+    from asa.cli import folds
+    from asa.config import compose
+
+    monkeypatch.setattr(folds, "world_size", lambda: 2)
+    config = compose("finetune", [f"data.store={store}", "out=x", *ALL], settings=command.SETTINGS)
+    with pytest.raises(ValueError, match="under torchrun give each fold by itself"):
+        command.finetune(config)
+
+
+def test_a_plan_is_of_one_fold_and_starts_nothing(finetune, tmp_path: Path) -> None:
+    code, out, _ = finetune(*ALL, "plan=only", "plan_rate=1")
+    assert code == 0 and "fold 0 of 2" in out and "parameters" in out
+    assert not (tmp_path / "cv").exists()

@@ -1,0 +1,83 @@
+"""The same numbers on a GPU as on a CPU. Skipped where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import asa
+from asa.data.loading.loader import CropDataset, LoaderSettings
+from asa.data.store import Store
+from asa.methods.pretrain import MaskedPretraining
+from asa.ops.regions import find_varlen, runs_varlen
+from asa.training.checkpoint import list_checkpoints
+from asa.training.loop import TrainSettings, train
+from asa.training.optim import OptimSettings
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("kind", ["orientation", "magnitude"])
+def test_importance_agrees(kind: str) -> None:
+    volume = torch.rand(2, 2, 32, 40, 48)
+    expected = asa.gradient_importance(volume, kind=kind)
+    torch.testing.assert_close(asa.gradient_importance(volume.cuda(), kind=kind).cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [128, 100])
+@pytest.mark.parametrize("shift", [0, 16])
+def test_window_attention_and_its_gradients_agree(length: int, shift: int) -> None:
+    torch.manual_seed(0)
+    layer = asa.LinearWindowAttention(64, 4, window=32, shift=shift)
+    tokens = torch.randn(2, length, 64, requires_grad=True)
+    expected = torch.autograd.grad(layer(tokens).square().sum(), [tokens, *layer.parameters()])
+    there = tokens.detach().cuda().requires_grad_()
+    layer.cuda()
+    found = torch.autograd.grad(layer(there).square().sum(), [there, *layer.parameters()])
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other.cpu(), one, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_pretraining_runs_and_stays_close_to_the_cpu(store: Path, tmp_path: Path, precision: str) -> None:
+    losses = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        opened = Store(store)
+        method = MaskedPretraining(model=asa.asa_tiny(img_size=32))
+        dataset = CropDataset(opened, opened.records, (32, 32, 32))
+        settings = TrainSettings(
+            steps=8, batch_size=4, device=device, precision=precision if device == "cuda" else "fp32", log_every=8
+        )
+        run = tmp_path / device
+        run.mkdir()
+        losses[device] = train(
+            method,
+            dataset,
+            run,
+            settings=settings,
+            optim=OptimSettings(lr=1e-3),
+            loader=LoaderSettings(workers=0),
+            description={"model": {}},
+        )["loss"]
+        assert list_checkpoints(run)
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
+
+
+@pytest.mark.parametrize("backend", ["segments", "varlen"])
+def test_region_attention_and_its_gradients_agree(backend: str) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 4, 200, 16, requires_grad=True) for _ in range(3)]
+    labels = torch.randint(5, (2, 200))
+    dtype = torch.float32 if backend == "segments" else torch.float16
+    on_gpu = [x.detach().cuda().to(dtype).requires_grad_() for x in inputs]
+    if backend == "varlen" and not (runs_varlen(on_gpu[0]) and find_varlen()):
+        pytest.skip("this GPU or PyTorch has no variable-length attention")
+    found = asa.region_attention(*on_gpu, labels.cuda(), backend)
+    expected = asa.region_attention(*inputs, labels, "dense")
+    tolerance = dict(atol=1e-4, rtol=1e-4) if backend == "segments" else dict(atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found.float().cpu(), expected, **tolerance)
+    ours = torch.autograd.grad(found.float().square().sum(), on_gpu)
+    theirs = torch.autograd.grad(expected.square().sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.float().cpu(), b, **tolerance)

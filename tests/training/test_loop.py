@@ -1,0 +1,201 @@
+"""What the training loop promises, in one process."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from asa.data.loading.loader import CropDataset, LoaderSettings
+from asa.data.store import Store
+from asa.methods.pretrain import MaskedPretraining
+from asa.models.masked_autoencoder import asa_tiny
+from asa.training import checkpoint as checkpoint_module
+from asa.training.checkpoint import list_checkpoints, load_encoder, load_model, read_weights, save_checkpoint
+from asa.training.device import pick_device, pick_precision
+from asa.training.loop import TrainSettings, train
+from asa.training.optim import OptimSettings, Schedule, make_optimizer
+
+MODEL = {
+    "_target_": "asa.models.masked_autoencoder.asa_tiny",
+    "img_size": 32,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+}
+OPTIM = OptimSettings(lr=1e-3, warmup=1)
+
+
+def run(folder: Path, store: Path, steps: int = 6, workers: int = 0, **settings: object) -> dict[str, float]:
+    """Train a tiny autoencoder on four scans."""
+    torch.manual_seed(0)
+    opened = Store(store)
+    method = MaskedPretraining(model=asa_tiny(**{k: v for k, v in MODEL.items() if k != "_target_"}))
+    chosen = TrainSettings(**{**dict(steps=steps, batch_size=4, log_every=1, save_every=2, device="cpu"), **settings})
+    folder.mkdir(exist_ok=True)
+    dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", seed=chosen.seed)
+    loader = LoaderSettings(workers=workers)
+    return train(method, dataset, folder, settings=chosen, optim=OPTIM, loader=loader, description={"model": MODEL})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(folder)[-1] / "model.safetensors")
+
+
+def log(folder: Path, *keys: str) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [tuple(line[key] for key in keys) for line in lines]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+class Stopped(Exception):
+    """Thrown to stop a run in the middle."""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [3, 5])
+def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, stop: int
+) -> None:
+    run(tmp_path / "whole", store)
+    original = MaskedPretraining.forward
+    calls = []
+
+    def failing(self, batch):
+        calls.append(1)
+        if len(calls) > stop:
+            raise Stopped
+        return original(self, batch)
+
+    monkeypatch.setattr(MaskedPretraining, "forward", failing)
+    with pytest.raises(Stopped):
+        run(tmp_path / "cut", store, workers=workers)
+    monkeypatch.undo()
+    assert len(list_checkpoints(tmp_path / "cut")) == stop // 2
+    run(tmp_path / "cut", store, workers=workers)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    keys = ("step", "loss", "lr", "gradient_norm")
+    assert log(tmp_path / "cut", *keys) == log(tmp_path / "whole", *keys)
+
+
+def test_micro_batches_equal_the_whole_batch(store: Path, tmp_path: Path) -> None:
+    run(tmp_path / "one", store)
+    run(tmp_path / "two", store, accumulate=2)
+    run(tmp_path / "four", store, accumulate=4)
+    one = np.array(log(tmp_path / "one", "loss", "masked_mse", "gradient_norm"))
+    for other in ("two", "four"):
+        np.testing.assert_allclose(
+            np.array(log(tmp_path / other, "loss", "masked_mse", "gradient_norm")), one, rtol=1e-5
+        )
+
+
+def test_the_last_checkpoints_are_kept_and_rebuild_the_model(store: Path, tmp_path: Path) -> None:
+    run(tmp_path, store)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000006"]
+    model, found = load_model(tmp_path), weights(tmp_path)
+    assert not model.training
+    assert_same({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, found)
+    encoder = load_encoder(list_checkpoints(tmp_path)[-1] / "model.safetensors")
+    assert_same(dict(encoder.state_dict()), dict(model.encoder.state_dict()))
+    assert read_weights(tmp_path)[1]["step"] == 6
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before_whole(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no space left")
+
+    run(tmp_path, store, steps=2)
+    before = weights(tmp_path)
+    monkeypatch.setattr(checkpoint_module.torch, "save", broken)
+    with pytest.raises(OSError, match="no space left.*step-00000002"):
+        save_checkpoint(tmp_path, 4, nn.Linear(2, 2), {"model": {}}, {}, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert_same(before, weights(tmp_path))
+
+
+def test_minutes_save_too(store: Path, tmp_path: Path) -> None:
+    run(tmp_path, store, steps=3, save_every=100, save_minutes=0.0, keep=9)
+    assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_the_log_tells_what_users_watch(store: Path, tmp_path: Path) -> None:
+    run(tmp_path, store, steps=2)
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    errors = {"loss", "mean_predictor_loss", "masked_mse", "mean_predictor_mse"}
+    assert errors | {"lr", "gradient_norm", "volumes_per_second", "data_wait"} <= line.keys()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_bf16_stays_close_to_fp32(store: Path, tmp_path: Path) -> None:
+    run(tmp_path / "fp32", store, steps=4)
+    run(tmp_path / "bf16", store, steps=4, precision="bf16")
+    full, half = (np.array(log(tmp_path / name, "loss"))[:, 0] for name in ("fp32", "bf16"))
+    np.testing.assert_allclose(half, full, rtol=0.02)
+
+
+def test_a_malicious_checkpoint_is_refused(tmp_path: Path) -> None:
+    owned = tmp_path / "owned"
+    shell = {"_target_": "subprocess.getoutput", "cmd": f"touch {owned}"}
+    write = {"_target_": "asa.data.io.files.write_json", "path": str(owned), "content": 1}
+    nested = {"_target_": "asa.models.masked_autoencoder.asa_tiny", "img_size": write}
+    for k, description in enumerate([{"model": shell, "plugins": ["subprocess"]}, {"model": write}, {"model": nested}]):
+        save_checkpoint(tmp_path / str(k), 1, nn.Linear(2, 2), description, {}, keep=1)
+        with pytest.raises(ValueError, match="not allowed"):
+            load_model(tmp_path / str(k))
+    assert not owned.exists()
+
+
+def test_files_that_are_no_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint here"):
+        load_model(tmp_path / "absent")
+    (tmp_path / "x.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(tmp_path / "x.safetensors")
+
+
+def test_schedules() -> None:
+    cosine = Schedule(OptimSettings(lr=1.0, warmup=10, warmup_lr=0.1, final_lr=0.2), 110, 8)
+    assert cosine[0] == pytest.approx(0.1) and cosine[5] == pytest.approx(0.55)
+    assert cosine[10] == pytest.approx(1.0) and cosine[60] == pytest.approx(0.6) and cosine[110] == pytest.approx(0.2)
+    poly = Schedule(OptimSettings(lr=0.01, schedule="poly"), 100, 2)
+    assert poly[0] == pytest.approx(0.01) and poly[50] == pytest.approx(0.01 * 0.5**0.9)
+    scaled = Schedule(OptimSettings(lr=1.5e-4, reference_batch=256, schedule="constant"), 10, 96)
+    assert scaled[3] == pytest.approx(1.5e-4 * 96 / 256)
+    with pytest.raises(ValueError, match="optim.warmup=10"):
+        Schedule(OptimSettings(warmup=10), 10, 1)
+    with pytest.raises(ValueError, match="optim.schedule"):
+        Schedule(OptimSettings(schedule="step"), 10, 1)
+
+
+def test_weight_decay_spares_biases_norms_and_tokens() -> None:
+    model = MaskedPretraining(model=asa_tiny(img_size=16))
+    optimizer = make_optimizer(model, OptimSettings(weight_decay=0.1))
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1 and optimizer.param_groups[1]["weight_decay"] == 0.0
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert names and all(name.endswith("weight") and "norm" not in name for name in names)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_settings_that_do_not_fit_are_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="precision is auto"):
+        pick_precision("fp8", torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs a GPU"):
+        pick_precision("fp16", torch.device("cpu"))
+    assert pick_precision("auto", torch.device("cpu")) == torch.float32
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees no GPU"):
+            pick_device("cuda")
+    with pytest.raises(ValueError, match="optim.name"):
+        make_optimizer(nn.Linear(2, 2), OptimSettings(name="lion"))
+    with pytest.raises(ValueError, match="does not divide"):
+        run(tmp_path, store, accumulate=3)

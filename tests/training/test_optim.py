@@ -1,0 +1,151 @@
+"""Layer-wise learning rates, and parts that do not learn."""
+
+import pytest
+import torch
+from torch import nn
+
+from asa.methods.segment import Segmentation
+from asa.models.probe import probe_tiny
+from asa.models.unet import unet_tiny
+from asa.ops.patches import patchify
+from asa.training.loop import TrainSettings
+from asa.training.optim import OptimSettings, freeze, make_optimizer, set_learning_rate, set_training
+from asa.training.plan import make_plan
+
+DEPTH = 4  # of unet_tiny's encoder
+
+
+@pytest.fixture(scope="module")
+def method() -> Segmentation:
+    return Segmentation(model=unet_tiny(out_channels=3, feature_size=4, img_size=(64, 32, 32)))
+
+
+def rates(method: Segmentation, lr: float, **settings: float) -> dict[str, float]:
+    """Learning rate of every parameter, by name."""
+    optimizer = make_optimizer(method, OptimSettings(**settings))
+    set_learning_rate(optimizer, lr)
+    by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: by_id[id(p)] for name, p in method.named_parameters()}
+
+
+def test_without_layer_decay_all_learn_alike(method: Segmentation) -> None:
+    assert set(rates(method, 0.3).values()) == {0.3}
+    assert len(make_optimizer(method, OptimSettings()).param_groups) == 2
+
+
+def test_each_block_learns_slower_than_the_one_above_by_the_same_factor(method: Segmentation) -> None:
+    found = rates(method, 1.0, layer_decay=0.5)
+    for name, rate in found.items():
+        inner = name.removeprefix("model.encoder.")
+        if inner == name or inner.startswith("norm."):
+            expected = 1.0
+        elif inner.startswith("patch_embed."):
+            expected = 0.5 ** (DEPTH + 1)
+        else:
+            expected = 0.5 ** (DEPTH - int(inner.split(".")[1]))
+        assert rate == pytest.approx(expected), name
+    assert found["model.encoder.blocks.3.mlp.0.weight"] == 0.5 and found["model.encoder.patch_embed.bias"] == 0.5**5
+
+
+def test_layer_decay_leaves_weight_decay_as_it_was(method: Segmentation) -> None:
+    def decays(settings: OptimSettings) -> dict[int, float]:
+        optimizer = make_optimizer(method, settings)
+        return {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+
+    plain, layered = decays(OptimSettings(weight_decay=0.1)), decays(OptimSettings(weight_decay=0.1, layer_decay=0.7))
+    assert plain == layered and len(plain) == len(list(method.parameters())) and set(plain.values()) == {0.0, 0.1}
+
+
+def test_a_step_moves_deep_layers_less(method: Segmentation) -> None:
+    optimizer = make_optimizer(method, OptimSettings(name="sgd", momentum=0.0, weight_decay=0.0, layer_decay=0.5))
+    set_learning_rate(optimizer, 1.0)
+    before = {name: p.detach().clone() for name, p in method.named_parameters()}
+    for parameter in method.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = {name: (before[name] - p.detach()).mean().item() for name, p in method.named_parameters()}
+    assert moved["model.heads.0.conv.conv.bias"] == pytest.approx(1.0, rel=1e-3)
+    assert moved["model.encoder.blocks.0.mlp.0.weight"] == pytest.approx(0.5**DEPTH, rel=1e-3)
+
+
+def test_a_factor_that_is_none_is_refused() -> None:
+    for wrong in (0.0, 1.1, -1.0):
+        with pytest.raises(ValueError, match=r"optim\.layer_decay"):
+            OptimSettings(layer_decay=wrong)
+
+
+# --- parts that do not learn
+
+
+def tiny() -> Segmentation:
+    return Segmentation(model=unet_tiny(out_channels=3, feature_size=4, img_size=(64, 32, 32)))
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_the_rest_learns() -> None:
+    torch.manual_seed(0)
+    method = tiny()
+    freeze(method.model, ["encoder"])
+    optimizer = make_optimizer(method, OptimSettings(lr=0.1))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    before = {name: p.detach().clone() for name, p in method.named_parameters()}
+    batch = {"image": torch.rand(1, 1, 64, 32, 32), "label": torch.randint(0, 3, (1, 1, 64, 32, 32)).byte()}
+    method(batch)["loss"].backward()
+    optimizer.step()
+    for name, parameter in method.named_parameters():
+        frozen = name.startswith("model.encoder.")
+        assert torch.equal(before[name], parameter) == frozen, name
+        assert (parameter.grad is None) == frozen and (id(parameter) in held) != frozen
+
+
+def test_a_part_of_the_encoder_can_be_frozen_and_a_name_is_not_the_start_of_another() -> None:
+    method = tiny()
+    freeze(method.model, ["encoder.blocks.1", "heads.0.conv.conv.bias"])
+    frozen = {name for name, p in method.model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in frozen if name.startswith("encoder.blocks.1.")} | {"heads.0.conv.conv.bias"}
+    assert len(frozen) > 5
+    with pytest.raises(ValueError, match=r"names 'encod'; the network's parts are encoder, image_block, skips"):
+        freeze(method.model, ["encod"])
+    with pytest.raises(ValueError, match="leaves nothing to learn"):
+        freeze(method.model, ["encoder", "image_block", "skips", "ups", "heads"])
+
+
+def test_what_is_frozen_as_a_whole_is_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+    freeze(model, ["0"])
+    set_training(model.eval())
+    assert model.training and not any(module.training for module in model[0].modules())
+    assert all(module.training for module in model[1].modules())
+
+
+def test_a_frozen_encoder_makes_a_step_cheaper() -> None:
+    settings = TrainSettings(steps=200, batch_size=1, precision="fp32")
+    plain, frozen = (
+        make_plan(tiny, labelled=True, settings=settings, optim=OptimSettings(freeze=parts))
+        for parts in ([], ["encoder"])
+    )
+    assert frozen.forward == plain.forward and frozen.step < plain.step
+    before, now = plain.memory["CPU, fp32"], frozen.memory["CPU, fp32"]
+    assert now.kept < before.kept and now.peak < before.peak
+    assert before.gradients - now.gradients == 4 * plain.encoder and now.states == 2 * now.gradients
+
+
+def test_a_linear_probe_is_one_matrix_from_a_token_to_its_patchs_voxels() -> None:
+    torch.manual_seed(0)
+    model = probe_tiny(out_channels=2, img_size=(16, 16, 24))
+    image = torch.rand(1, 1, 16, 16, 24)
+    (logits,) = model(image, deep_supervision=True)
+    assert torch.equal(logits, model(image))
+    tokens = model.encoder(image)[0]
+    for token, patch in zip(tokens, patchify(logits, 8)[0], strict=True):
+        torch.testing.assert_close(patch, model.head.weight @ token + model.head.bias)
+
+
+def test_of_a_probe_on_a_frozen_encoder_only_that_matrix_learns() -> None:
+    method = Segmentation(model=probe_tiny(out_channels=2, img_size=(16, 16, 24)))
+    freeze(method.model, ["encoder"])
+    batch = {"image": torch.rand(1, 1, 16, 16, 24), "label": torch.randint(0, 2, (1, 1, 16, 16, 24)).byte()}
+    method(batch)["loss"].backward()
+    assert {name for name, p in method.named_parameters() if p.grad is not None} == {
+        "model.head.weight",
+        "model.head.bias",
+    }

@@ -1,0 +1,213 @@
+"""A plan says what a run takes, without running it."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from asa.methods.pretrain import MaskedPretraining
+from asa.methods.restore import Restoration
+from asa.methods.sa_swin import SASwinPretraining
+from asa.methods.segment import Segmentation
+from asa.models.masked_autoencoder import asa_tiny
+from asa.models.rat import rat_tiny
+from asa.models.sa_swin import sa_swin_tiny
+from asa.models.unet import unet_tiny
+from asa.training.loop import TrainSettings
+from asa.training.optim import OptimSettings
+from asa.training.plan import Accounts, make_plan, plan_report, trace_step
+
+ROOT = Path(__file__).parents[2]
+SIZE = (64, 32, 32)
+SETTINGS, OPTIM = TrainSettings(steps=100, batch_size=2, precision="fp32"), OptimSettings()
+
+
+def maker(kind: str, checkpointing: bool = False) -> Callable[[], nn.Module]:
+    if kind == "restore":
+        return lambda: Restoration(model=rat_tiny(upscale=2))
+    size = dict(img_size=SIZE, checkpointing=checkpointing)
+    if kind == "pretrain":
+        return lambda: MaskedPretraining(model=asa_tiny(**size))
+    return lambda: Segmentation(model=unet_tiny(out_channels=3, feature_size=4, **size))
+
+
+def batch_on(device: str, size: int = 2, kind: str = "") -> dict[str, torch.Tensor]:
+    if kind == "restore":
+        regions = torch.arange(40 * 40).view(1, 40, 40) // 300  # of several sizes
+        images = {"image": torch.rand(size, 1, 40, 40, device=device)}
+        images["target"] = torch.rand(size, 1, 80, 80, device=device)
+        return {**images, "regions": regions.repeat(size, 1, 1), "seed": torch.arange(size)}
+    return {
+        "image": torch.zeros(size, 1, *SIZE, device=device),
+        "label": torch.zeros(size, 1, *SIZE, device=device, dtype=torch.uint8),
+        "seed": torch.arange(size),
+    }
+
+
+def traced(kind: str, *, checkpointing: bool = False, size: int = 2, micro_batches: int = 1, dtype=torch.float32):
+    with torch.device("meta"):
+        method = maker(kind, checkpointing)()
+    return trace_step(method, batch_on("meta", size, kind), dtype, micro_batches)
+
+
+class Saved:
+    """A tensor that the forward pass leaves for the gradient."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune", "restore"])
+def test_operations_and_kept_bytes_are_those_of_a_real_step(kind: str) -> None:
+    method, batch, found = maker(kind)(), batch_on("cpu", kind=kind), traced(kind)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
+    kept: weakref.WeakSet[Saved] = weakref.WeakSet()
+
+    def pack(tensor: torch.Tensor) -> Saved:
+        saved = Saved(tensor)
+        kept.add(saved)
+        return saved
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            loss = method(batch)["loss"]
+        assert counter.get_total_flops() == found.forward
+        storages = [tensor.untyped_storage() for tensor in (*batch.values(), *(s.tensor for s in kept))]
+        size = sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
+        del storages
+        loss.backward()
+    if kind == "restore":  # the counter takes the gradient of a depthwise convolution for that of a full one
+        assert 2.9 * found.forward < found.both < 3.1 * found.forward < counter.get_total_flops()
+    else:
+        assert counter.get_total_flops() == found.both
+    assert found.kept == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_checkpointing_keeps_less_and_computes_more(kind: str) -> None:
+    plain, less = traced(kind), traced(kind, checkpointing=True)
+    assert less.kept < 0.6 * plain.kept and less.peak < plain.peak
+    assert less.forward == plain.forward and plain.both < less.both < plain.both + plain.forward
+
+
+def test_memory_grows_with_the_batch_and_falls_with_16_bits() -> None:
+    one, two, half = traced("pretrain", size=1), traced("pretrain", size=2), traced("pretrain", dtype=torch.float16)
+    assert two.kept == pytest.approx(2 * one.kept, rel=0.05)
+    copies = 2 * sum(
+        parameter.numel() for parameter in maker("pretrain")().parameters()
+    )  # of the weights, 16 bits each
+    assert half.kept - copies < 0.75 * two.kept
+
+
+def test_gradients_of_the_first_micro_batch_are_there_during_the_second() -> None:
+    weights = 4 * sum(parameter.numel() for parameter in maker("pretrain")().parameters())
+    difference = traced("pretrain", micro_batches=2).peak - traced("pretrain").peak
+    assert 0.8 * weights < difference < 1.2 * weights
+
+
+def test_what_is_dropped_does_not_count_and_views_count_once() -> None:
+    with Accounts() as accounts:
+        one = torch.empty(1000, device="meta")
+        view = one[:10].reshape(2, 5)
+        assert accounts.live == 4000
+        del one
+        assert accounts.live == 4000
+        del view
+        assert accounts.live == 0 and accounts.peak == 4000
+
+
+def test_a_plan_adds_up_and_its_days_follow_from_the_rate() -> None:
+    plan = make_plan(maker("pretrain"), labelled=False, settings=SETTINGS, optim=OPTIM)
+    method = maker("pretrain")()
+    weights = sum(parameter.numel() for parameter in method.parameters())
+    assert plan.total == weights and plan.encoder == sum(p.numel() for p in method.model.encoder.parameters())
+    (cpu, gpu) = (plan.memory[place] for place in ("CPU, fp32", "GPU, fp32"))
+    assert cpu.weights == 4 * weights and cpu.states == 8 * weights
+    assert cpu.peak > cpu.weights + cpu.states + cpu.kept and gpu.peak >= cpu.peak
+    text = plan_report(replace(plan, step=86400 * 10**9), SETTINGS, scans=8, rate=1e9, source="as given")
+    assert "100 days" in text and "200 volumes, 25.0 epochs of 8 scans" in text
+
+
+def test_accumulation_takes_the_same_operations_in_less_memory() -> None:
+    whole, parts = (
+        make_plan(maker("finetune"), labelled=True, settings=replace(SETTINGS, accumulate=n), optim=OPTIM)
+        for n in (1, 2)
+    )
+    assert whole.step == parts.step and parts.memory["CPU, fp32"].kept < 0.6 * whole.memory["CPU, fp32"].kept
+
+
+def test_sgd_has_one_state_and_fp16_is_planned_for_a_gpu_alone() -> None:
+    optim = OptimSettings(name="sgd")
+    plan = make_plan(maker("pretrain"), labelled=False, settings=replace(SETTINGS, precision="fp16"), optim=optim)
+    assert list(plan.memory) == ["GPU, 16 bit"]
+    assert plan.memory["GPU, 16 bit"].states == plan.memory["GPU, 16 bit"].weights
+
+
+def test_a_network_that_a_cpu_cannot_train_in_bf16_is_planned_all_the_same() -> None:
+    volume = torch.rand(2, 1, 32, 32, 32)
+    network = dict(img_size=32, embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="cannot be trained in bf16"):
+        sa_swin_tiny(**network)(volume, volume)
+    bf16 = replace(SETTINGS, precision="bf16")
+    plan = make_plan(
+        lambda: SASwinPretraining(model=sa_swin_tiny(**network)), labelled=False, settings=bf16, optim=OPTIM
+    )
+    assert list(plan.memory) == ["CPU, bf16", "GPU, 16 bit"]
+
+
+@pytest.fixture
+def without_voxels(store: Path, tmp_path: Path) -> Path:
+    """The store's manifest alone."""
+    (tmp_path / "store").mkdir()
+    shutil.copy(store / "manifest.json", tmp_path / "store")
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("pretrain", ["model=asa_tiny", "crop=32"]),
+        ("finetune", ["model=unet_tiny", "crop=[64,32,32]", "init=not/read/for/a/plan"]),
+    ],
+)
+def test_a_plan_is_printed_from_the_manifest_and_leaves_nothing_behind(
+    command: str, arguments: list[str], without_voxels: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    given = [f"data.store={without_voxels}", f"out={tmp_path}/run", "plan=only", "train.device=cuda:7"]
+    monkeypatch.setattr(sys, "argv", [f"asa-{command}", *given, "plan_rate=2", *arguments])
+    assert importlib.import_module(f"asa.cli.{command}").main() == 0
+    out = capsys.readouterr().out
+    for part in ("encoder", "GFLOP forward", "CPU, fp32", "GPU, 16 bit", "epochs of", "at 2 TFLOP/s, as given"):
+        assert part in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("plan=also", "plan=also: choose only"), ("plan_rate=-1", "plan_rate=-1"), ("plan_rate=fast", "plan_rate=fast")],
+)
+def test_a_wrong_plan_is_refused_in_one_line(
+    wrong: str, message: str, without_voxels: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    given = [f"data.store={without_voxels}", f"out={tmp_path}/run", "model=asa_tiny", "crop=32", "plan=only", wrong]
+    monkeypatch.setattr(sys, "argv", ["asa-pretrain", *given])
+    assert importlib.import_module("asa.cli.pretrain").main() == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_estimate_is_within_15_percent_of_the_measured_peak() -> None:
+    command = [sys.executable, "-m", "scripts.plan_check", "tiny"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,517 @@
+"""What training promises when something goes wrong, in one process."""
+
+import contextlib
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import FORK, MODEL, Job, command, log, losses, replaced, steps_done, tiny_run, until
+from safetensors.torch import load_file
+from torch import nn
+
+from asa.data.io.files import sha256_of
+from asa.data.loading.loader import CropDataset
+from asa.data.store import array_path
+from asa.methods.pretrain import MaskedPretraining
+from asa.training import lock as lock_module
+from asa.training.checkpoint import (
+    Damaged,
+    find_weights,
+    list_checkpoints,
+    load_model,
+    load_newest,
+    read_weights,
+    save_checkpoint,
+)
+from asa.training.ema import Average
+from asa.training.lock import LOCK, locked
+from asa.training.loop import TrainSettings
+from asa.training.nonfinite import Guard
+from asa.training.optim import OptimSettings
+from asa.training.run_log import RunLog, SilentLog
+from asa.training.signals import RESUME_CODE, Stopped, stop_signals
+
+ROOT = Path(__file__).parents[2]
+
+
+def names(run: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(run)]
+
+
+def checkpoint(run: Path, step: int, keep: int = 2) -> Path:
+    """A small checkpoint."""
+    return save_checkpoint(run, step, nn.Linear(2, 2), {"model": {}}, {"x": torch.ones(3)}, keep)
+
+
+# --- killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, kills", [(0, 4), (1, 1), (2, 1)])
+def test_a_run_that_is_killed_and_resumed_ends_in_the_same_weights(
+    store: Path, tmp_path: Path, workers: int, kills: int
+) -> None:
+    tiny_run(tmp_path / "whole", store, 20)
+    run, draws = tmp_path / "killed", np.random.default_rng(workers)
+    for _ in range(kills):
+        before = steps_done(run)
+        job = Job(tmp_path, 1, tiny_run, run, store, 20, workers)
+        enough = before + int(draws.integers(1, 5))
+        until(lambda enough=enough: steps_done(run) >= min(enough, 19))
+        job.send(0, signal.SIGKILL)
+        job.wait()
+    (last,) = Job(tmp_path, 1, tiny_run, run, store, 20, workers).wait()
+    assert last.code == 0
+    assert sha256_of(find_weights(run)) == sha256_of(find_weights(tmp_path / "whole"))
+    assert (losses(run) == losses(tmp_path / "whole")).all()
+
+
+def killed_while_saving(run: Path, call: str) -> None:
+    """Save, and die at a certain call."""
+    owner = {"fsync": os, "save": torch, "rename": Path}[call]
+    with replaced(owner, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+        checkpoint(run, 3)
+
+
+@pytest.mark.parametrize("call", ["save", "fsync", "rename"])
+def test_a_process_killed_while_saving_leaves_the_checkpoints_before_whole(tmp_path: Path, call: str) -> None:
+    for step in (1, 2):
+        checkpoint(tmp_path, step)
+    process = FORK.Process(target=killed_while_saving, args=(tmp_path, call))
+    process.start()
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert load_newest(tmp_path, print)[0].name == "step-00000002"
+    checkpoint(tmp_path, 3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, name: str, damage: str) -> None:
+    for step in (1, 2):
+        file = checkpoint(tmp_path, step) / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-20] if damage == "cut" else b"")
+    said: list[str] = []
+    found = load_newest(tmp_path, said.append)
+    assert found is not None and found[0].name == "step-00000001" and found[2]["step"] == 1
+    assert len(said) == 1 and str(file) in said[0] and "step-00000001" in said[0]
+    assert names(tmp_path) == ["step-00000001"]  # the damaged one does not count as kept
+    file = list_checkpoints(tmp_path)[0] / name
+    file.write_bytes(b"")
+    with pytest.raises(Damaged, match="no checkpoint is whole.*Remove"):
+        load_newest(tmp_path, said.append)
+    assert names(tmp_path) == ["step-00000001"]  # not silently a new run
+
+
+def test_a_damaged_checkpoint_does_not_change_the_run(store: Path, tmp_path: Path) -> None:
+    tiny_run(tmp_path / "whole", store, 6)
+    tiny_run(tmp_path / "run", store, 4, optim=OptimSettings(lr=1e-3, schedule="constant"))
+    tiny_run(tmp_path / "other", store, 6, optim=OptimSettings(lr=1e-3, schedule="constant"))
+    file = list_checkpoints(tmp_path / "run")[-1] / "training.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    tiny_run(tmp_path / "run", store, 6, optim=OptimSettings(lr=1e-3, schedule="constant"))
+    assert sha256_of(find_weights(tmp_path / "run")) == sha256_of(find_weights(tmp_path / "other"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for bytes_left in (10, 700):  # neither file fits; the weights fit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, limits[1]))
+        try:
+            with pytest.raises(OSError, match="step-00000002.*last whole checkpoint is step-00000001; make room"):
+                checkpoint(tmp_path, 2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_rename_that_fails_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("stale file handle")
+
+    checkpoint(tmp_path, 1)
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(OSError, match="stale file handle"):
+        checkpoint(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_malicious_training_state_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 1)
+    for write in (torch.save, lambda bomb, file: file.write_bytes(pickle.dumps(bomb))):
+        write({"step": Bomb(tmp_path / "owned")}, folder / "training.pt")
+        with pytest.raises(Damaged, match="UnpicklingError"):
+            load_newest(tmp_path, print)
+    assert not (tmp_path / "owned").exists()
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_a_code_that_says_resume_me(
+    store: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    tiny = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "model=asa_tiny", "crop=32", "optim.warmup=1"]
+    arguments = [f"data.store={store}", *tiny, "train.steps=30", "train.batch_size=4"]
+    (whole,) = Job(tmp_path, 1, command, "pretrain", *arguments, f"out={tmp_path}/whole").wait()
+    assert whole.code == 0
+    run = tmp_path / "run"
+    job = Job(tmp_path, 1, command, "pretrain", *arguments, f"out={run}")
+    until(lambda: steps_done(run) >= 3)
+    job.send(0, number)
+    (ended,) = job.wait()
+    assert ended.code == RESUME_CODE and "saved" in ended.text and "the same command goes on" in ended.text
+    assert names(run) == [f"step-{steps_done(run):08d}"] and steps_done(run) < 30
+    (ended,) = Job(tmp_path, 1, command, "pretrain", *arguments, f"out={run}").wait()
+    assert ended.code == 0
+    assert sha256_of(find_weights(run)) == sha256_of(find_weights(tmp_path / "whole"))
+
+
+def test_a_signal_to_the_whole_group_saves_too(store: Path, tmp_path: Path) -> None:
+    tiny = ["loader.workers=1", "train.device=cpu", "train.log_every=1", "model=asa_tiny", "crop=32", "optim.warmup=1"]
+    run = tmp_path / "run"
+    arguments = [f"data.store={store}", *tiny, "train.steps=500", "train.batch_size=4", f"out={run}"]
+    job = Job(tmp_path, 1, command, "pretrain", *arguments)
+    until(lambda: steps_done(run) >= 3)
+    os.killpg(job.processes[0].pid, signal.SIGTERM)
+    (ended,) = job.wait()
+    print(ended.text)
+    assert ended.code == RESUME_CODE and names(run) == [f"step-{steps_done(run):08d}"]
+    until(lambda: members(job.processes[0].pid) == [], 10)
+
+
+def test_signals_are_as_before_after_a_run() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: request.asked, 5)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_leaves_no_process_behind(store: Path, tmp_path: Path) -> None:
+    tiny = ["loader.workers=2", "train.device=cpu", "train.log_every=1", "model=asa_tiny", "crop=32", "optim.warmup=1"]
+    run = tmp_path / "run"
+    arguments = [f"data.store={store}", *tiny, "train.steps=500", "train.batch_size=4", f"out={run}"]
+    job = Job(tmp_path, 1, command, "pretrain", *arguments)
+    until(lambda: steps_done(run) >= 3)
+    group = job.processes[0].pid
+    assert len(members(group)) > 1
+    os.killpg(group, signal.SIGINT)  # as a terminal does
+    (ended,) = job.wait()
+    assert ended.code == 130 and "interrupted" in ended.text and "Traceback" not in ended.text
+    until(lambda: members(group) == [], 30)  # a loader's worker looks for its parent every 5 s
+    assert not (run / LOCK).exists()
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+# --- numbers
+
+
+class Poison:
+    """A method's forward pass whose loss is spoilt at some calls, counted from 1."""
+
+    def __init__(self, calls: range | list[int], value: float = float("nan")) -> None:
+        self.calls, self.value, self.count = calls, value, 0
+        self.original = MaskedPretraining.forward
+
+    def __call__(self, method: nn.Module, batch: dict) -> dict:
+        self.count += 1
+        result = self.original(method, batch)
+        return {**result, "loss": result["loss"] + self.value} if self.count in self.calls else result
+
+    def __get__(self, instance: object, owner: type) -> object:
+        return lambda batch: self(instance, batch)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("spoilt", [1, 4])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(
+    store: Path, tmp_path: Path, value: float, optimizer: str, spoilt: int
+) -> None:
+    # An added infinity has a finite gradient: the loss has to be looked at too.
+    optim = OptimSettings(name=optimizer, lr=1e-3, schedule="constant")
+    with replaced(MaskedPretraining, "forward", Poison([spoilt], value)):
+        tiny_run(tmp_path, store, spoilt, save_every=1, optim=optim, keep=9)
+    if spoilt > 1:
+        before, after = (load_file(path / "model.safetensors") for path in list_checkpoints(tmp_path)[-2:])
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert log(tmp_path, "skipped_steps")[-1] == (1,)
+    ((step, what, ids, row),) = log(tmp_path, "step", "what", "ids", "in_a_row", group="skipped")
+    assert (step, what, sorted(ids), row) == (spoilt, "loss", ["s0", "s1", "s2", "s3"], 1)
+    tiny_run(tmp_path, store, spoilt + 3, optim=optim)  # and goes on
+    assert np.isfinite(losses(tmp_path)[spoilt:].astype(float)).all()
+
+
+def test_the_scans_of_the_micro_batch_are_named_and_the_means_leave_the_step_out(store: Path, tmp_path: Path) -> None:
+    tiny_run(tmp_path / "clean", store, 2, accumulate=2, log_every=1)
+    with replaced(MaskedPretraining, "forward", Poison([6])):
+        tiny_run(tmp_path / "run", store, 4, accumulate=2, log_every=4)
+    ((ids,),) = log(tmp_path / "run", "ids", group="skipped")
+    assert len(ids) == 2
+    assert np.isfinite(losses(tmp_path / "run").astype(float)).all()
+
+
+def test_ten_in_a_row_stop_the_run_before_it_is_saved_and_leave_the_batch(store: Path, tmp_path: Path) -> None:
+    with (
+        replaced(MaskedPretraining, "forward", Poison(range(5, 99))),
+        pytest.raises(FloatingPointError, match=r"10 steps in a row.*before saving.*step-00000004.*s\d"),
+    ):
+        tiny_run(tmp_path, store, 40)
+    assert names(tmp_path)[-1] == "step-00000004"
+    (dump,) = (tmp_path / "nonfinite").iterdir()
+    kept = torch.load(dump, weights_only=True)
+    assert kept["step"] == 14 and sorted(kept["batches"][0]["id"]) == ["s0", "s1", "s2", "s3"]
+    assert kept["batches"][0]["image"].isfinite().all()
+
+
+def guarded(run: Path, fp16: bool) -> tuple[Guard, nn.Linear]:
+    model = nn.Linear(2, 1)
+    return Guard(run, SilentLog(), torch.optim.AdamW(model.parameters(), fused=True), fp16=fp16), model
+
+
+def test_a_scale_that_is_never_found_stops_fp16(tmp_path: Path) -> None:
+    guard, model = guarded(tmp_path, fp16=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    before = model.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="gradient was not finite in 26 steps in a row"):
+        for step in range(1, 40):
+            loss = guard.add({"id": ["a"]}, model(torch.ones(1, 2)).sum())
+            scaler.scale(loss * float("inf")).backward()  # as an overflow in half precision
+            scaler.unscale_(guard.optimizer)
+            guard.judge(step, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            guard.optimizer.step()
+            scaler.update()
+            guard.optimizer.zero_grad()
+    assert torch.equal(model.weight, before) and scaler.get_scale() < 1
+
+
+def test_a_scale_that_is_found_goes_on(tmp_path: Path) -> None:
+    guard, model = guarded(tmp_path, fp16=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    for step in range(1, 20):
+        loss = guard.add({"id": ["a"]}, model(torch.ones(1, 2)).sum())
+        scaler.scale(loss).backward()
+        if scaler.get_scale() > 100:  # as an overflow in half precision
+            model.weight.grad.fill_(float("inf"))
+        scaler.unscale_(guard.optimizer)
+        guard.judge(step, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        guard.optimizer.step()
+        scaler.update()
+        guard.optimizer.zero_grad()
+    guard.settle()
+    assert guard.skipped == 10 and guard.in_a_row == 0 and scaler.get_scale() == 64
+
+
+# --- data, memory, folders, trackers
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_scan_is_named_by_its_file(store: Path, tmp_path: Path, workers: int) -> None:
+    copy = tmp_path / "store"
+    subprocess.run(["cp", "-r", store, copy], check=True)
+    file = array_path(copy, "s2", "image")
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=rf"{file}: missing or damaged"):
+        tiny_run(tmp_path / "run", copy, workers=workers)
+
+
+def test_memory_does_not_grow_over_epochs(store: Path, tmp_path: Path) -> None:
+    sizes = []
+
+    def measured(dataset: CropDataset, address: tuple[int, int]) -> dict:
+        if address[1] in (20, 59):
+            sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+        return original(dataset, address)
+
+    with replaced(CropDataset, "__getitem__", measured) as original:
+        tiny_run(tmp_path, store, 60, save_every=100, log_every=10)
+    assert sizes[-1] - sizes[0] < 8e6
+
+
+def hold(run: Path, mark: Path) -> None:
+    """Hold a run's lock for a while."""
+    with locked(run):
+        mark.touch()
+        time.sleep(20)
+
+
+def test_two_runs_cannot_write_one_folder_and_a_dead_ones_lock_is_taken_over(store: Path, tmp_path: Path) -> None:
+    run, mark, said = tmp_path / "run", tmp_path / "held", []
+    run.mkdir()
+    process = FORK.Process(target=hold, args=(run, mark))
+    process.start()
+    until(mark.exists)
+    with pytest.raises(ValueError, match=f"in use by process {process.pid} on"), locked(run):
+        pass
+    tiny = ["loader.workers=0", "train.device=cpu", "model=asa_tiny", "crop=32", "optim.warmup=1", "train.steps=2"]
+    (second,) = Job(tmp_path, 1, command, "pretrain", f"data.store={store}", f"out={run}", *tiny).wait()
+    assert second.code == 1 and "in use by process" in second.text
+    assert [path.name for path in run.iterdir()] == [LOCK]
+    process.kill()
+    process.join()
+    with locked(run, said.append):
+        assert len(said) == 1 and f"process {process.pid}" in said[0] and "gone" in said[0]
+    assert not (run / LOCK).exists()
+
+
+def test_a_lock_of_another_machine_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"host": "elsewhere pid:[1]", "pid": 1, "born": "1", "job": "7"}
+    file = tmp_path / LOCK
+    monkeypatch.setattr(lock_module, "WATCH", 0.3)
+    file.write_text(json.dumps(other))
+    with locked(tmp_path, lambda _: None):  # no sign of life
+        pass
+    file.write_text(json.dumps(other))
+    ages = iter(range(100))
+    with (
+        replaced(lock_module, "_age", lambda _: next(ages)),
+        pytest.raises(ValueError, match="in use by process 1 on elsewhere:"),
+        locked(tmp_path),
+    ):
+        pass
+    monkeypatch.setattr(lock_module, "WATCH", 100)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with locked(tmp_path, lambda _: None):  # the same job, started again on another machine: at once
+        pass
+    file.write_text("")  # written by a machine that lost power
+    with locked(tmp_path):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+
+
+def test_a_tracker_that_fails_does_not_stop_the_run(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "no folder"
+    run.mkdir()
+    (run / "tensorboard").write_text("")  # no folder can be made here
+    tiny_run(run, store, 3)
+    assert len(losses(run)) == 3 and capsys.readouterr().out.count("TensorBoard failed") == 1
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("read-only file system")
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    with replaced(SummaryWriter, "add_scalar", broken):
+        tiny_run(tmp_path / "later", store, 3)
+    assert len(losses(tmp_path / "later")) == 3
+    assert capsys.readouterr().out.count("TensorBoard failed (read-only file system)") == 1
+
+
+def test_the_log_of_a_run_has_no_line_twice(tmp_path: Path) -> None:
+    log_ = RunLog(tmp_path, 4, 0)
+    for step in (1, 2, 3):
+        log_.scalars(step, "train", {"loss": 1.0})
+    log_.close()
+    RunLog(tmp_path, 4, 2).close()
+    assert log(tmp_path, "step") == [(1,), (2,)]
+
+
+# --- averaged weights, compilation
+
+
+def test_the_average_is_the_mean_of_the_weights(store: Path, tmp_path: Path) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average, expected = Average(model, 0.5), 0.0
+    for step in range(1, 12):
+        model.weight.data.fill_(float(step))
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    with average.in_place():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 11
+
+
+def test_averaged_weights_are_what_is_kept_for_use_and_resume_to_the_bit(store: Path, tmp_path: Path) -> None:
+    tiny_run(tmp_path / "plain", store)
+    tiny_run(tmp_path / "whole", store, ema=0.9)
+
+    def asked(self: MaskedPretraining, batch: dict) -> dict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    with pytest.raises(Stopped), replaced(MaskedPretraining, "forward", asked) as original:
+        tiny_run(tmp_path / "cut", store, ema=0.9)
+    tiny_run(tmp_path / "cut", store, ema=0.9)
+    assert sha256_of(find_weights(tmp_path / "cut")) == sha256_of(find_weights(tmp_path / "whole"))
+    # The average changes nothing of the run, and is not its last weights.
+    assert (losses(tmp_path / "plain") == losses(tmp_path / "whole")).all()
+    raw = torch.load(list_checkpoints(tmp_path / "whole")[-1] / "training.pt", weights_only=True)["weights"]
+    plain, averaged = (read_weights(tmp_path / name)[0] for name in ("plain", "whole"))
+    assert all(torch.equal(raw[name], plain[name]) for name in plain)
+    assert any(not torch.equal(averaged[name], plain[name]) for name in plain)
+    assert read_weights(tmp_path / "whole")[1]["ema"] == 0.9 and load_model(tmp_path / "whole")
+
+
+def test_a_compiled_run_has_the_losses_of_a_plain_one(store: Path, tmp_path: Path) -> None:
+    tiny_run(tmp_path / "plain", store, 3)
+    # Traced and split into graphs as for use, but not turned into C++, which takes minutes.
+    with replaced(nn.Module, "compile", lambda self: compiled(self, backend="eager")) as compiled:
+        tiny_run(tmp_path / "compiled", store, 3, compile=True)
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-5)
+    assert read_weights(tmp_path / "compiled")[0].keys() == read_weights(tmp_path / "plain")[0].keys()
+    assert read_weights(tmp_path / "compiled")[1]["model"] == MODEL
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    for wrong in ({"ema": 1.0}, {"ema": -0.1}, {"timeout_minutes": 0.0}, {"timeout_minutes": float("inf")}):
+        with pytest.raises(ValueError, match=f"train.{next(iter(wrong))}"):
+            TrainSettings(**wrong)
+
+
+# --- the scripts
+
+
+@pytest.mark.slow
+def test_verify_resume_compares_a_killed_run_with_an_undisturbed_one(store: Path, tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "verify_resume.py"), "--kills", "2", "--out", str(tmp_path / "v")]
+    tiny = ["loader.workers=0", "train.device=cpu", "model=asa_tiny", "crop=32", "optim.warmup=1", "train.steps=40"]
+    done = subprocess.run(
+        [*script, "pretrain", f"data.store={store}", *tiny, "train.save_every=5"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0 and "the same weights" in done.stdout
