@@ -7,10 +7,12 @@ only; `typed` fills a dataclass.
 import dataclasses
 import difflib
 import importlib
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the YAML files are the package asa.configs; in a checkout they lie beside the package.
@@ -49,6 +51,19 @@ def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CO
 
 
 def _call(target: Any, keywords: dict[str, Any], allowed: Sequence[str]) -> Any:
+    function = locate(target, allowed)
+    try:
+        return function(**keywords)
+    except TypeError as error:
+        raise ValueError(f"{target}: {error}") from error
+
+
+def locate(target: Any, allowed: Sequence[str]) -> Any:
+    """The function or class `package.module.name`, if it is defined under one of the allowed packages.
+
+    Raises:
+        ValueError: it is not, or does not exist.
+    """
     module_name, _, name = str(target).rpartition(".")
     if not _lies_under(module_name, allowed):
         raise ValueError(
@@ -62,10 +77,7 @@ def _call(target: Any, keywords: dict[str, Any], allowed: Sequence[str]) -> Any:
     # Only what is defined there, not what is imported there.
     if not callable(function) or not _lies_under(str(getattr(function, "__module__", "")), allowed):
         raise ValueError(f"_target_={target} is not a function or class of that module")
-    try:
-        return function(**keywords)
-    except TypeError as error:
-        raise ValueError(f"{target}: {error}") from error
+    return function
 
 
 def _lies_under(module: str, packages: Sequence[str]) -> bool:
@@ -84,7 +96,7 @@ def typed(cls: type[T], node: Mapping[str, Any]) -> T:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(node)))
     except OmegaConfBaseException as error:
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
     result = OmegaConf.to_object(merged)
     assert isinstance(result, cls)
     return result
@@ -114,7 +126,6 @@ def compose(
     """
     # Imported here: notebooks that only load a model do without.
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -126,7 +137,7 @@ def compose(
         raise ValueError(f"--config-dir {config_dir}: no such folder")
     search = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"] if config_dir else []
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        with initialised():
             config = hydra_compose(command, [*search, *overrides])
             missing = sorted(OmegaConf.missing_keys(config))
             if missing:
@@ -138,51 +149,84 @@ def compose(
     return {str(key): value for key, value in plain.items()}
 
 
+def initialised() -> AbstractContextManager[Any]:
+    """Hydra, with the package's configuration folder."""
+    from hydra import initialize_config_dir
+
+    return initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
+
+
 def _explain(error: Exception, command: str, overrides: Sequence[str], search: Sequence[str]) -> str:
-    """One line for the user: which key is wrong, and which one was probably meant."""
-    if type(error).__name__ == "OverrideParseException" or "Ambiguous value" in str(error):
-        return f"cannot read a setting ({_first_line(error)}): quote a value with special signs, as in \"out='a,b'\""
-    text = " ".join(str(error).split()) if "Available options" in str(error) else _first_line(error)
-    text = text.split(" Config search path")[0]
-    cause = _first_line(error.__cause__) if error.__cause__ else ""
-    unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)
-    if unknown is None:
-        return f"{text} {cause}".strip() if cause and cause not in text else text
-    key = unknown.group(1)
-    if "is not in struct" not in cause + text and "Could not override" not in text:
-        return text
-    if cause and "is not in struct" not in cause and "not in" not in cause:
-        return f"{key}: {cause}"
-    keys = _keys(command, overrides, search)
+    """One line for the user: which setting is wrong, and which one was probably meant."""
+    from hydra import compose as hydra_compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    advice = "quote a value with special characters, as in \"out='a,b'\""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as unreadable:
+        return f"cannot read a setting ({first_line(unreadable)}): {advice}"
+    if several := [override.input_line for override in parsed if override.is_sweep_override()]:
+        return f"cannot read a setting ({several[0]} has several values): {advice}"
+    groups: list[str] = []
+    single = []
+    with initialised():
+        loader = GlobalHydra.instance().config_loader()
+        for override in parsed:
+            choices = loader.get_group_options(override.key_or_group, overrides=list(search))
+            if not choices:
+                single.append(override)
+                continue
+            value = override.value()
+            folder, _, name = f"{override.key_or_group}/{value}".rpartition("/")
+            if value is not None and name not in loader.get_group_options(folder, overrides=list(search)):
+                return f"{override.input_line}: there is no such choice; choose one of {', '.join(choices)}"
+            groups.append(str(override.input_line))
+        keys: list[str] = []
+        try:
+            keys = _keys(hydra_compose(command, [*search, *groups]))
+            for override in single:
+                hydra_compose(command, [*search, *groups, str(override.input_line)])
+        except (HydraException, OmegaConfBaseException) as found:
+            return _explain_one(found, command, override.key_or_group if keys else None, keys)
+    return _typed_message(error)
+
+
+def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence[str]) -> str:
+    """What is wrong with the setting `key`, or with a file of a group where it is None."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    if key is None or not isinstance(_cause(error), ConfigAttributeError | ConfigKeyError):
+        message = _typed_message(error)
+        return message if key is None or key in message else f"{key}: {message}"
     if key in keys:
         return f"{key} was given a key that it does not have (asa-{command} --help lists them)"
     last = key.rpartition(".")[2]
     near = [other for other in keys if other.rpartition(".")[2] == last]  # lr=1 means optim.lr=1
     near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
     hint = f"; did you mean {near[0]}?" if near else ""
-    extra = (
-        f"; +{key}=... adds a keyword that its _target_ takes" if key.startswith(("model.", "method.", "data.")) else ""
-    )
-    return f"unknown key {key}{hint} (asa-{command} --help lists them{extra})"
+    extra = "; +{}=... adds a keyword that its _target_ takes" if key.startswith(("model.", "method.", "data.")) else ""
+    return f"unknown key {key}{hint} (asa-{command} --help lists them{extra.format(key)})"
 
 
-def _keys(command: str, overrides: Sequence[str], search: Sequence[str]) -> list[str]:
-    """All dotted keys of the command with the overrides that choose groups."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
+def _cause(error: Exception) -> BaseException:
+    """OmegaConf's error inside an error of Hydra, else the error itself."""
+    from omegaconf.errors import OmegaConfBaseException
 
-    groups = [override for override in overrides if re.fullmatch(r"\+?[a-z_]+=[\w/]+", override)]
-    for chosen in (groups, []):
-        try:
-            with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-                return list(_flatten(hydra_compose(command, [*search, *chosen])))
-        except HydraException:
-            continue
-    return []
+    return error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
 
 
-def _flatten(node: Any, prefix: str = "") -> list[str]:
+def _typed_message(error: Exception) -> str:
+    cause = _cause(error)
+    key, text = getattr(cause, "full_key", None), first_line(cause)
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of a configuration, those of inner nodes too."""
     from omegaconf import DictConfig
 
     keys = []
@@ -190,12 +234,52 @@ def _flatten(node: Any, prefix: str = "") -> list[str]:
         keys.append(f"{prefix}{key}")
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-            keys += _flatten(child, f"{prefix}{key}.")
+            keys += _keys(child, f"{prefix}{key}.")
     return keys
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
     return str(error).strip().split("\n")[0]
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, for nested mappings. An empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+def as_overrides(command: str, *settings: Mapping[str, Any]) -> list[str]:
+    """Settings as `key=value` arguments of a command, in Hydra's grammar.
+
+    Args:
+        command: whose keys they are.
+        settings: nested, or by dotted key; later mappings win, key by key.
+    """
+    own = yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text())
+    chosen: dict[str, Any] = {}
+    for node in settings:
+        for key, value in node.items():  # a mapping of the user's own keys, like labels, is given whole
+            chosen |= {key: value} if key in own and own[key] is None else flatten({key: value})
+    return [f"{key}={_written(value)}" for key, value in chosen.items()]
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_written(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_written(key)}:{_written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, int | float):
+        return repr(value)
+    quoted = str(value).replace("'", "\\'")
+    return f"'{quoted}'"
 
 
 def describe(cls: type) -> list[tuple[str, Any, str]]:

@@ -1,9 +1,11 @@
-"""The floors of the house, and what importing it costs."""
+"""The architecture: which folder may import which, how large folders are, the path of a sample, what an import costs."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 import asa
 
@@ -19,12 +21,26 @@ FLOORS = {
     "tasks": 7,
     "cli": 8,
 }
-# What may be imported where, and nowhere else.
+LARGEST_FOLDER = 18  # modules
+# The only places that may import a library.
 HOMES = {
     "hydra": ("config.py", "cli/"),
     "omegaconf": ("config.py", "cli/"),
-    "nibabel": ("data/io/nifti.py",),
+    "nibabel": ("data/io/",),
     "torch.distributed": ("training/distributed.py", "ops/collectives.py"),
+}
+# What a reader opens to follow a sample of pretraining from the store to the loss.
+PATH_OF_A_SAMPLE = {
+    "data/store.py",
+    "data/loading/crops.py",
+    "data/loading/augment.py",
+    "data/loading/loader.py",
+    "training/loop.py",
+    "methods/pretrain.py",
+    "models/masked_autoencoder.py",
+    "models/sw_vit.py",
+    "losses/reconstruction.py",
+    "ops/patches.py",
 }
 
 
@@ -49,6 +65,22 @@ def test_imports_point_down_only() -> None:
                 assert FLOORS[there] < FLOORS[here], f"{path} imports {name}"
 
 
+def test_every_folder_is_on_a_floor_and_small() -> None:
+    folders = {path for path in ROOT.rglob("*") if path.is_dir() and list(path.glob("*.py"))}
+    assert {folder.relative_to(ROOT).parts[0] for folder in folders} == set(FLOORS)
+    for folder in folders | {ROOT}:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= LARGEST_FOLDER, f"{folder} holds {len(modules)} modules"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.rglob("*.py")}
+    graph = {module: {name for name in imports(path) if name in modules} for module, path in modules.items()}
+    while leaves := {module for module, names in graph.items() if not names & graph.keys()}:
+        graph = {module: names for module, names in graph.items() if module not in leaves}
+    assert not graph
+
+
 def test_some_libraries_have_one_home() -> None:
     for path in ROOT.rglob("*.py"):
         place = path.relative_to(ROOT).as_posix()
@@ -58,8 +90,41 @@ def test_some_libraries_have_one_home() -> None:
                     assert place.startswith(homes), f"{place} imports {name}"
 
 
+def test_no_command_asks_for_a_target_or_a_type() -> None:
+    for path in (ROOT / "cli").glob("*.py"):
+        text = path.read_text()
+        assert "_target_" not in text and "asa.methods" not in text and "asa.models" not in text, path
+
+
+def test_a_sample_goes_from_the_store_to_the_loss_through_ten_files(store: Path) -> None:
+    crops = asa.CropDataset(asa.Store(store), [{"id": "s0"}], (32, 32, 32), crop="random")
+    method = asa.MaskedPretraining(model=asa.asa_tiny(img_size=32))
+    entered = set()
+
+    def trace(frame, event, argument) -> None:
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and file.is_relative_to(ROOT):
+            entered.add(file.relative_to(ROOT).as_posix())
+
+    from asa.data.loading.loader import LoaderSettings, make_loader
+
+    batches = iter(make_loader(crops, 1, LoaderSettings(workers=0)))
+    sys.setprofile(trace)
+    try:
+        batch = next(batches)
+        method(batch)["loss"].backward()
+    finally:
+        sys.setprofile(None)
+    assert entered | {"training/loop.py"} == PATH_OF_A_SAMPLE
+    assert len(PATH_OF_A_SAMPLE) <= 10
+    assert torch.isfinite(next(method.parameters()).grad).all()
+
+
 def test_import_loads_nothing_heavy() -> None:
-    code = "import sys, asa; print([m for m in ('torch', 'monai', 'hydra', 'nibabel') if m in sys.modules])"
+    code = (
+        "import sys, asa, asa.models; asa.list_models()\n"
+        "print([m for m in ('torch', 'monai', 'hydra', 'nibabel') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 
@@ -69,10 +134,36 @@ def test_the_public_names_need_no_extra() -> None:
         "import sys\n"
         "extras = 'matplotlib', 'jinja2', 'nilearn', 'SimpleITK', 'onnxruntime', 'skimage', 'pydicom'\n"
         "for name in extras: sys.modules[name] = None\n"
-        "import asa\n"
+        "import asa, asa.models\n"
         "for name in asa.__all__: getattr(asa, name)\n"
+        "for name in asa.models.__all__: getattr(asa.models, name)\n"
         "import asa.cli.phantom, asa.cli.prepare, asa.cli.pretrain\n"
         "import asa.cli.finetune, asa.cli.predict, asa.cli.evaluate, asa.cli.export, asa.cli.ablate\n"
         "import asa.cli.regions, asa.cli.simulate, asa.cli.orient\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_type_checker_sees_the_types_of_public_names(tmp_path: Path) -> None:
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(
+        "import asa\n"
+        "from asa.models import create_model, list_models, sw_vit_base, unet_base\n"
+        "reveal_type(asa.Store('x').channels)\n"
+        "reveal_type(asa.MaskedPretraining(model=asa.asa_tiny()).model)\n"
+        "reveal_type(unet_base(4))\n"
+        "reveal_type(sw_vit_base())\n"
+        "reveal_type(list_models())\n"
+        "reveal_type(asa.pretrain('store', 'run', crop=96))\n"
+        "reveal_type(asa.dice)\n"
+        "asa.dize\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "/dev/null", "--ignore-missing-imports", "snippet.py"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    shown = [line.split("note: ")[1] for line in done.stdout.splitlines() if "Revealed type" in line]
+    expected = ("list[builtins.str]", "MaskedAutoencoder", "SegmentationUNet", "SWViT", "list[builtins.str]", "pathlib.Path")
+    assert all(type_ in line for type_, line in zip(expected, shown, strict=False)), done.stdout
+    assert "ndarray" in shown[6] and "float" in shown[6]
+    assert done.stdout.count("error:") == 1 and 'has no attribute "dize"' in done.stdout

@@ -4,14 +4,13 @@ import pytest
 import torch
 import yaml
 
-from asa.cli import finetune, pretrain
-from asa.cli.chain import arguments
-from asa.config import CONFIG_DIR, build, compose, describe, typed
+from asa.config import CONFIG_DIR, as_overrides, build, compose, describe, typed
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.splits import make_split
+from asa.tasks.run import SETTINGS
 from asa.training.loop import TrainSettings
 
-COMMANDS = {"pretrain": pretrain.SETTINGS, "finetune": finetune.SETTINGS}
+COMMANDS = {name: SETTINGS[name] for name in ("pretrain", "finetune")}
 EXPERIMENTS = {
     "asa_paper_prepare": "prepare",
     "asa_paper": "pretrain",
@@ -67,8 +66,7 @@ def test_every_experiment_composes_and_builds() -> None:
             config = compose(command, ["out=x", "store=y", f"experiment={experiment}"])
             for name, arm in config["arms"].items():
                 for stage in ("pretrain", "finetune"):
-                    given = arguments(config[stage]) | arguments(arm[stage] or {})
-                    assert built(stage, *(f"{key}={value}" for key, value in given.items())) is not None, name
+                    assert built(stage, *as_overrides(stage, config[stage], arm[stage] or {})) is not None, name
         else:
             assert built(command, f"experiment={experiment}") is not None
 

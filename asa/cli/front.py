@@ -1,54 +1,27 @@
-"""What all commands share: arguments, help, errors in one line, and the run folder."""
+"""What all commands share: arguments, help, and errors in one line."""
 
 import argparse
 import io
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from asa.cli.chain import with_groups_of
 from asa.config import CONFIG_DIR, compose, describe
-from asa.data.io.files import write_whole
-from asa.data.splits import write_split
-from asa.training.checkpoint import list_checkpoints
-from asa.training.device import pick_device
-from asa.training.distributed import StoppedElsewhere, is_main, joined, leave, on_main, rank, world_size
-from asa.training.lock import LOCK, locked
-from asa.training.loop import TrainSettings
+from asa.training.distributed import MainRankFailed, exit_process, is_main, rank, world_size
 from asa.training.signals import RESUME_CODE, Stopped
 
 Config = dict[str, Any]
-# What may change when a run goes on: how long, how often it reports, how it is fed and shared out.
-FREE_ON_RESUME = (
-    "out",
-    "loader",
-    "predict",
-    "plan",
-    "data.probe",
-    "model.checkpointing",
-    "method.model.checkpointing",
-    "train.steps",
-    "train.accumulate",
-    "train.log_every",
-    "train.validate_every",
-    "train.save_every",
-    "train.save_minutes",
-    "train.keep",
-    "train.best",
-    "train.device",
-    "train.timeout_minutes",
-)
 
 
 def run_command(
     command: str,
     about: str,
-    main: Callable[[Config], None],
+    main: Callable[[Config], object],
     *,
     settings: Mapping[str, type] | None = None,
     arguments: Sequence[str] | None = None,
@@ -79,20 +52,22 @@ def run_command(
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     chosen = parser.parse_intermixed_args(arguments)
     code = _run(command, main, settings, chosen)
-    leave(code)
+    exit_process(code)
     return code
 
 
 def _run(
-    command: str, main: Callable[[Config], None], settings: Mapping[str, type] | None, chosen: argparse.Namespace
+    command: str, main: Callable[[Config], object], settings: Mapping[str, type] | None, chosen: argparse.Namespace
 ) -> int:
     """Compose, run, and turn errors into a line and an exit code."""
     try:
         config = _at_home(compose(command, chosen.overrides, settings=settings, config_dir=chosen.config_dir))
+        if chosen.config_dir and "config_dir" in config:  # of a command that composes the configurations of others
+            config["config_dir"] = chosen.config_dir
         if chosen.print:
             print(yaml.safe_dump(config, sort_keys=False), end="")
         else:
-            with with_groups_of(chosen.config_dir), nullcontext() if is_main() else redirect_stdout(io.StringIO()):
+            with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
                 main(config)
     except KeyboardInterrupt:
         print(f"asa-{command}: interrupted", file=sys.stderr)
@@ -101,7 +76,7 @@ def _run(
         if is_main():
             print(f"asa-{command}: {stopped}; the same command goes on from there", file=sys.stderr)
         return RESUME_CODE
-    except StoppedElsewhere:
+    except MainRankFailed:
         return 1
     except Exception as error:
         expected = isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
@@ -162,67 +137,3 @@ def _body(path: Path, hidden: set[str]) -> list[str]:
 
 def _plain(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
-
-
-@contextmanager
-def open_run(config: Config, split: Mapping[str, Sequence[str]], settings: TrainSettings) -> Iterator[Path]:
-    """Join the other processes of the job, and make and lock their run folder.
-
-    It holds the configuration and the split. In one that was made with the same settings the run goes on.
-
-    Raises:
-        ValueError: the folder holds another run or other files, or is in use.
-    """
-    run = Path(str(config["out"]))
-    with joined(pick_device(settings.device), settings.timeout_minutes), ExitStack() as held:
-
-        def make() -> None:
-            _check_folder(run)
-            run.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(run))
-            _check_config(run, config)
-            write_whole(run / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-            write_split(run / "split.json", split)
-
-        on_main(make)
-        yield run
-
-
-def _check_folder(run: Path) -> None:
-    """Refuse a folder that holds something else than a run."""
-    if run.is_file():
-        raise ValueError(f"{run} is a file: out= names a folder")
-    made = (run / "config.yaml").exists() and (run / "split.json").exists()
-    if not made and run.exists() and any(path.name != LOCK for path in run.iterdir()):
-        raise ValueError(f"{run} is not empty and not a run: choose another out=")
-
-
-def _check_config(run: Path, config: Config) -> None:
-    """Refuse to go on in a run that was made with other settings.
-
-    A setting that one of the two does not have is no difference while it is off (null, false, 0 or empty): a run goes
-    on after an upgrade that brought new ones.
-    """
-    file = run / "config.yaml"
-    if not (list_checkpoints(run) and file.exists()):
-        return
-    before = _flat(yaml.safe_load(file.read_text()))
-    now = _flat(config)
-    for key in sorted(before.keys() | now.keys()):
-        in_both = key in before and key in now
-        same = before[key] == now[key] if in_both else not (before | now)[key]
-        if not (same or key.startswith(FREE_ON_RESUME)):
-            raise ValueError(
-                f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
-                "choose another out="
-            )
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

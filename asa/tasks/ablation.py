@@ -1,277 +1,248 @@
-"""Trials of an ablation, arms x labelled subjects x seeds, as one table and one figure.
+"""Ablations: arms x labelled subjects x seeds, trained and scored on the same held-out subjects."""
 
-OUT/ablation.csv   a row for each arm, number of labelled subjects, metric and region
-OUT/ablation.md    the same for reading
-OUT/ablation.png   the first metric against the labelled subjects (needs the `report` extra)
-"""
-
-import csv
-import io
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import importlib.util
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import yaml
 
-from asa.data.io.files import write_whole
-from asa.evaluation.comparison import Run, mean_text
-from asa.evaluation.policies import Metric, get_policy
-from asa.evaluation.summary import Statistic, number_text, statistic
-from asa.reporting.evaluation import png_of
+from asa.config import flatten
+from asa.data.io.files import read_json, write_whole
+from asa.data.splits import keep_labelled, make_split, write_split
+from asa.data.store import Store
+from asa.evaluation.summary import listed
+from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablation
+from asa.tasks.base import Config
+from asa.tasks.commands import finetune_task
 from asa.tasks.comparison import read_run
+from asa.tasks.run import configure, evaluate_task, predict_task, train_task
+from asa.training.distributed import world_size
+from asa.training.signals import Stopped
 
-MEAN = "mean"  # of the regions of a case
-# Okabe and Ito's palette, in an order that is told apart on white.
-COLOURS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#f0e442")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trained network and its evaluation.
-
-    Args:
-        arm: name of the arm.
-        labelled: how many subjects it was fine-tuned on, as text.
-        seed: of its split, first weights and crops.
-        run: the evaluation.
-    """
-
-    arm: str
-    labelled: str
-    seed: int
-    run: Run
+# What may change when an ablation goes on: more runs beside those that are there.
+FREE = ("only", "labelled", "seeds", "config_dir")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One arm with one number of labelled subjects, in one metric and region.
+@dataclass
+class Ablation:
+    """The runs of an ablation and where they stand."""
 
-    Args:
-        labelled, arm: of which trials.
-        metric, region: of which values.
-        values: over the cases, each averaged over the seeds that tested it.
-        seeds: number of trials.
-        seed_sd: standard deviation of the trials' means with n - 1; NaN below two.
-        difference: from the first arm, over the cases, where both were run with the same seeds; None for that arm.
-    """
-
-    labelled: str
-    arm: str
-    metric: Metric
-    region: str
-    values: Statistic
-    seeds: int
-    seed_sd: float
-    difference: Statistic | None
+    config: Config
+    out: Path
+    arms: dict[str, dict[str, Any]]
+    pretrained: dict[str, str | None] = field(default_factory=dict)  # name -> what went wrong, None: done
+    trials: list[Trial] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
 
 
-def labelled_text(count: int | float | None) -> str:
-    """A number of labelled subjects as files and tables call it: `3`, `10%` or `all`."""
-    if count is None or (isinstance(count, float) and count == 1):
-        return "all"
-    return f"{100 * count:g}%" if isinstance(count, float) else str(count)
-
-
-def read_trial(folder: Path, arm: str, labelled: str, seed: int) -> Trial:
-    """A trial from the folder of its evaluation.
+def ablate(config: Config) -> None:
+    """Run an ablation.
 
     Raises:
-        FileNotFoundError, ValueError: no evaluation there.
+        ValueError: settings that do not fit, or runs that failed; these are named, and the others are done.
     """
-    return Trial(arm, labelled, seed, read_run(folder.name, folder))
+    out = Path(str(config["out"]))
+    for key in ("pretrain", "finetune", "predict"):
+        config[key] = config[key] or {}
+    for key in ("store", "unlabelled"):
+        config[key] = config[key] and str(Path(str(config[key])).resolve())  # goes on from any directory
+    _check(config)
+    ablation = Ablation(config, out, _arms(config))
+    splits = _splits(config)
+    _keep_config(out / "config.yaml", config)
+    planned = [(seed, count, arm) for seed in config["seeds"] for count in config["labelled"] for arm in ablation.arms]
+    try:
+        for number, (seed, count, arm) in enumerate(planned, start=1):
+            write_split(_split_file(out, seed), splits[seed])
+            print(f"[{number}/{len(planned)}] {_name(seed, arm, count)}: ", end="", flush=True)
+            print(_one(ablation, seed, count, arm), flush=True)
+    finally:  # asked to stop as well: the table of what there is
+        if ablation.trials:
+            write_ablation(out, ablation.trials, list(ablation.arms), _notes(ablation))
+    if ablation.trials:
+        print((out / "ablation.md").read_text(), end="")
+        print(f"wrote ablation.md, .csv and .png to {out}")
+    if ablation.failures:
+        for name, reason in ablation.failures.items():
+            print(f"{name}: failed: {reason}")
+        raise ValueError(
+            f"{len(ablation.failures)} of {len(planned)} runs failed, listed above (their output: {out / 'logs'}): "
+            "the same command does them again"
+        )
 
 
-def trial_line(trial: Trial) -> str:
-    """The first metric of a trial, its mean over the cases in each region."""
-    metric = _metrics([trial])[0]
-    means = [f"{region} {number_text(_mean(trial, metric, region), metric.digits)}" for region in _regions([trial])]
-    return f"{metric.title} {', '.join(means)}"
+def _check(config: Config) -> None:
+    """Refuse what cannot be run, before anything is."""
+    if world_size() > 1:
+        raise ValueError("asa-ablate runs in one process: start it without torchrun")
+    if absent := [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]:
+        raise ValueError(f'{absent[0]} is not installed, and reports need it: run pip install "asa-mri[report]"')
+    for key in ("seeds", "labelled"):
+        if not isinstance(config[key], list) or not config[key] or len(set(map(repr, config[key]))) < len(config[key]):
+            raise ValueError(f"{key}={config[key]}: give a list of one or more, each once")
+    if not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
+        raise ValueError(f"seeds={config['seeds']}: give whole numbers from 0")
+    own = {"data.store", "data.split_file", "data.labelled", "init", "out", "train.seed", "checkpoint", "input", "part"}
+    for key in ("pretrain", "finetune", "predict"):
+        if taken := own & flatten(config[key]).keys():
+            raise ValueError(f"{key}.{min(taken)} is what asa-ablate sets for each run: leave it out")
 
 
-def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> None:
-    """Write the table, as CSV and Markdown, and the figure.
-
-    Args:
-        out: folder to write to.
-        trials: of all arms and seeds.
-        arms: their names in order; the first is what the others are compared with.
-        notes: lines for the reader of the Markdown.
-
-    Raises:
-        ValueError: trials that were scored in different ways.
-    """
-    rows = ablation_rows(trials, arms)
-    write_whole(out / "ablation.csv", _csv(rows).encode())
-    write_whole(out / "ablation.md", markdown(rows, trials, arms, notes).encode())
-    write_whole(out / "ablation.png", _figure(rows, arms))
+def _arms(config: Config) -> dict[str, dict[str, Any]]:
+    """The chosen arms in order."""
+    arms, chosen = config["arms"], config["only"]
+    if not isinstance(chosen, list | None) or chosen == []:
+        raise ValueError(f"only={chosen}: give a list of arms, like [scratch, asa]")
+    for name in arms if chosen is None else chosen:
+        if name not in arms:
+            raise ValueError(f"only: no arm {name!r}; there are {', '.join(arms)}")
+        if not isinstance(arms[name], Mapping) or arms[name].keys() != {"pretrain", "finetune"}:
+            raise ValueError(f"arms.{name} needs pretrain (settings, or null) and finetune (settings)")
+    return {name: arms[name] for name in (arms if chosen is None else chosen)}
 
 
-def ablation_rows(trials: Sequence[Trial], arms: Sequence[str]) -> list[Row]:
-    """The numbers of an ablation.
-
-    A case that several seeds tested counts once, with the average of its values: the interval is over cases, and does
-    not become narrower by testing a case again. The difference from the first arm is taken seed by seed and case by
-    case, so that both were fine-tuned and tested on the same subjects.
-
-    Args:
-        trials: of all arms and seeds.
-        arms: their names in order.
-
-    Returns:
-        Rows by metric, number of labelled subjects, arm, and region, with the mean of the regions last.
-
-    Raises:
-        ValueError: trials that were scored in different ways.
-    """
-    for trial in trials[1:]:
-        if different := [key for key, value in trials[0].run.setting.items() if trial.run.setting[key] != value]:
-            raise ValueError(f"{trial.run.name} was evaluated with another {different[0]} than {trials[0].run.name}")
-    rows = []
-    for metric in _metrics(trials):
-        for labelled in dict.fromkeys(trial.labelled for trial in trials):
-            first = [trial for trial in trials if (trial.arm, trial.labelled) == (arms[0], labelled)]
-            for arm in arms:
-                chosen = [trial for trial in trials if (trial.arm, trial.labelled) == (arm, labelled)]
-                regions = _regions(trials) if chosen else []
-                rows += [_row(chosen, None if arm == arms[0] else first, metric, region) for region in regions]
-    return rows
+def _splits(config: Config) -> dict[int, dict[str, list[str]]]:
+    """The split of each seed, which has test subjects and as many training subjects as asked for."""
+    store, fixed = Store(config["store"]), config["split"]["seed"]
+    splits = {}
+    for seed in config["seeds"]:
+        split = make_split(store.records, **config["split"] | {"seed": seed if fixed is None else fixed})
+        if not split["test"]:
+            raise ValueError("split: no test subjects; give split.test=0.2, or folds, or a site")
+        for count in config["labelled"]:
+            if count is not None:
+                keep_labelled(split, count)
+        splits[seed] = split
+    return splits
 
 
-def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: Metric, region: str) -> Row:
-    values = _values(chosen, metric, region)
-    means = [_mean(trial, metric, region) for trial in chosen]
-    difference = None
-    if first is not None:
-        before = _values(first, metric, region)
-        gaps = {key: values[key] - before[key] for key in values if key in before}
-        difference = _over_cases(gaps, (-math.inf, math.inf))
-    return Row(
-        labelled=chosen[0].labelled,
-        arm=chosen[0].arm,
-        metric=metric,
-        region=region,
-        values=_over_cases(values, metric.bounds),
-        seeds=len(chosen),
-        seed_sd=float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
-        difference=difference,
-    )
+def _keep_config(file: Path, config: Config) -> None:
+    """Write the settings beside the runs; refuse to add to runs that were made with others."""
+    lasting = {key: value for key, value in config.items() if key not in (*FREE, "out")}
+    if file.exists():
+        before = yaml.safe_load(file.read_text())
+        for key, value in lasting.items():
+            if not isinstance(before, Mapping) or before.get(key) != value:
+                raise ValueError(f"{file.parent} holds an ablation with another {key}: choose another out=")
+    elif file.parent.exists() and any(file.parent.iterdir()):
+        raise ValueError(f"{file.parent} is not empty and not an ablation: choose another out=")
+    write_whole(file, yaml.safe_dump(lasting, sort_keys=False).encode())
 
 
-def _values(trials: Sequence[Trial], metric: Metric, region: str) -> dict[tuple[int, str], float]:
-    """(seed, case) -> value. The mean of the regions is undefined where one of them is."""
-    found = {}
-    for trial in trials:
-        regions = trial.run.setting["regions"] if region == MEAN else [region]
-        for case in trial.run.case_ids:
-            numbers = [trial.run.values[case, name][metric.name] for name in regions]
-            found[trial.seed, case] = float(np.mean(numbers))
-    return found
+def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> str:
+    """Train, predict and score one run, unless it is there; a line on it."""
+    name, out, begun = _name(seed, arm, count), ablation.out, time.monotonic()
+    evaluation = out / "evaluations" / name
+    done = (evaluation / "summary.json").exists()
+    if not done:
+        failure = _attempt(ablation, name, lambda: _train_and_score(ablation, seed, count, arm))
+        if failure is not None:
+            ablation.failures[name] = failure
+            return f"failed: {failure}"
+    trial = Trial(arm, labelled_text(count), seed, read_run(evaluation.name, evaluation))
+    ablation.trials.append(trial)
+    return f"{trial_line(trial)} ({'done before' if done else f'{time.monotonic() - begun:.0f} s'})"
 
 
-def _over_cases(values: dict[tuple[int, str], float], bounds: tuple[float, float]) -> Statistic:
-    """Statistic over the cases, each the average over its seeds; undefined values are left out of the average."""
-    cases: dict[str, list[float]] = {}
-    for (_, case), value in values.items():
-        cases.setdefault(case, []).append(value)
-    defined = {case: [value for value in found if not math.isnan(value)] for case, found in cases.items()}
-    return statistic([float(np.mean(found)) if found else math.nan for found in defined.values()], bounds=bounds)
+def _train_and_score(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> None:
+    config, out, name = ablation.config, ablation.out, _name(seed, arm, count)
+    init = None
+    if ablation.arms[arm]["pretrain"] is not None:
+        init = out / "pretrained" / _pretrain(ablation, seed, arm)
+    split_file, run = _split_file(out, seed), out / "runs" / name
+    fixed = {"data.store": config["store"], "data.split_file": split_file, "data.labelled": count}
+    fixed |= {"train.seed": seed, "init": init, "out": run}
+    call("finetune", config["finetune"], ablation.arms[arm]["finetune"], fixed, config_dir=config["config_dir"])
+    scans = {"checkpoint": run, "input": config["store"], "part": "test", "out": out / "predictions" / name}
+    call("predict", config["predict"], scans)
+    scored = {"predictions": scans["out"], "truth": config["store"], "split_file": split_file}
+    call("evaluate", scored, {"policy": config["policy"], "out": out / "evaluations" / name})
 
 
-def _mean(trial: Trial, metric: Metric, region: str) -> float:
-    defined = [value for value in _values([trial], metric, region).values() if not math.isnan(value)]
-    return float(np.mean(defined)) if defined else math.nan
+def call(command: str, *settings: Mapping[str, Any], config_dir: str | None = None) -> None:
+    """Run asa-pretrain, asa-finetune, asa-predict or asa-evaluate with settings, of which later ones win."""
+    config = configure(command, *settings, config_dir=config_dir)
+    if command == "pretrain":
+        train_task(config, command)
+    else:
+        {"finetune": finetune_task, "predict": predict_task, "evaluate": evaluate_task}[command](config)
 
 
-def _metrics(trials: Sequence[Trial]) -> list[Metric]:
-    return list(get_policy(trials[0].run.setting["policy"]).metrics)
+def _pretrain(ablation: Ablation, seed: int, arm: str) -> str:
+    """Pretrain an arm, once a seed or once for all; the name of its folder."""
+    config, out = ablation.config, ablation.out
+    own_part = config["unlabelled"] is None
+    each = config["pretrain_each_seed"] or (own_part and config["split"]["seed"] is None)
+    name = f"seed{seed}_{arm}" if each else arm
+    if name not in ablation.pretrained:
+        fixed: dict[str, Any] = {
+            "data.store": config["unlabelled"] or config["store"],
+            "out": out / "pretrained" / name,
+        }
+        if own_part:
+            fixed["data.split_file"] = _split_file(out, seed)
+        if each:
+            fixed["train.seed"] = seed
+        settings = (config["pretrain"], ablation.arms[arm]["pretrain"], fixed)
+        ablation.pretrained[name] = _attempt(
+            ablation,
+            f"pretrained_{name}",
+            lambda: call("pretrain", *settings, config_dir=config["config_dir"]),
+        )
+    if failure := ablation.pretrained[name]:
+        raise ValueError(f"pretraining: {failure}")
+    return name
 
 
-def _regions(trials: Sequence[Trial]) -> list[str]:
-    """The regions, and their mean if there are several."""
-    regions = list(trials[0].run.setting["regions"])
-    return [*regions, MEAN] if len(regions) > 1 else regions
+def _attempt(ablation: Ablation, name: str, work: Any) -> str | None:
+    """Do a part of the work, its output into a file of its own; what went wrong, in a line, or None."""
+    with _output(ablation.out / "logs" / f"{name}.txt"):
+        try:
+            work()
+        except Stopped:
+            raise
+        except Exception as error:  # whatever it is, the other runs go on
+            text = " ".join(str(error).split()) or type(error).__name__
+            expected = isinstance(error, ValueError | OSError | FloatingPointError)
+            reason = text if expected else f"{type(error).__name__}: {text}"
+            print(f"failed: {reason}")
+            return reason
+    return None
 
 
-def _csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    heads = ["metric", "labelled", "arm", "region", "mean", "low", "high", "seeds", "seed_sd", "cases_used"]
-    heads += ["cases_total", "difference", "difference_low", "difference_high", "pairs"]
-    writer.writerow(heads)
-    for row in rows:
-        found, gap = row.values, row.difference
-        numbers: list[float | str] = [found.mean, found.low, found.high, row.seeds, row.seed_sd]
-        numbers += [found.used, found.total]
-        numbers += [gap.mean, gap.low, gap.high, gap.used] if gap else ["", "", "", ""]
-        cells = [f"{value:.6f}" if isinstance(value, float) else value for value in numbers]
-        writer.writerow([row.metric.name, row.labelled, row.arm, row.region, *cells])
-    return text.getvalue()
+@contextmanager
+def _output(file: Path) -> Iterator[None]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as log, redirect_stdout(log):
+        yield
 
 
-def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> str:
-    """The table for reading: a part for each metric, a line for each number of labelled subjects and arm."""
-    policy, regions = get_policy(trials[0].run.setting["policy"]), _regions(trials)
-    lines = [
-        "# Ablation",
-        "",
-        f"Policy `{policy.name}`: {policy.description} Means over the cases, each averaged over the seeds that tested "
-        "it; in brackets the bootstrap 95 % interval, over cases. "
-        f"The difference is from `{arms[0]}` with the same seeds and cases. Seed sd is the spread of the seeds' means.",
-    ]
-    lines += [f"- {note}" for note in ["", *notes]] if notes else []
-    for metric in dict.fromkeys(row.metric for row in rows):
-        heads = ["labelled", "arm", *regions, f"difference from {arms[0]}", "seed sd", "seeds", "cases"]
-        lines += ["", f"## {metric.heading}", "", _line(heads), _line(["---:", "---", *["---"] * (len(heads) - 2)])]
-        here = [row for row in rows if row.metric is metric]
-        for labelled, arm in dict.fromkeys((row.labelled, row.arm) for row in here):
-            found = [row for row in here if (row.labelled, row.arm) == (labelled, arm)]
-            last = found[-1]
-            cells = [mean_text(row.values, metric.digits) for row in found]
-            gap = "" if last.difference is None else mean_text(last.difference, metric.digits, "+")
-            sd = "" if math.isnan(last.seed_sd) else f"{last.seed_sd:.{metric.digits}f}"
-            cases = f"{last.values.used} of {last.values.total}"
-            lines.append(_line([labelled, arm, *cells, gap, sd, str(last.seeds), cases]))
-    return "\n".join(lines) + "\n"
+def _notes(ablation: Ablation) -> list[str]:
+    """What a reader has to know beside the numbers: what failed, and what pretraining saw."""
+    notes = []
+    if ablation.failures:
+        notes.append(f"failed and not counted: {listed(list(ablation.failures))}")
+    seen: dict[str, set[str]] = {}
+    for trial in ablation.trials:
+        file = ablation.out / "runs" / trial.run.name / "seen.json"
+        found = (read_json(file)["seen"] or []) if file.exists() else []
+        seen.setdefault(trial.arm, set()).update(one["subject"] for one in found if one["match"] == "scan")
+    for arm, subjects in seen.items():
+        if subjects:
+            notes.append(
+                f"the pretraining of {arm} saw {len(subjects)} held-out subjects ({listed(sorted(subjects), 5)}): "
+                "read its scores as optimistic"
+            )
+    return notes
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _name(seed: int, arm: str, count: int | float | None) -> str:
+    return f"seed{seed}_{labelled_text(count)}_{arm}"
 
 
-def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:
-    """The first metric against the labelled subjects, a panel for each region, with intervals; PNG."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if row.metric is rows[0].metric]
-    regions = list(dict.fromkeys(row.region for row in rows))
-    counts = list(dict.fromkeys(row.labelled for row in rows))
-    figure = Figure(figsize=(3.4 * len(regions) + 1.6, 3.6), dpi=150, layout="constrained")
-    axes = figure.subplots(1, len(regions), squeeze=False)[0]
-    for axis, region in zip(axes, regions, strict=True):
-        for k, arm in enumerate(arms):
-            found = [row for row in rows if (row.arm, row.region) == (arm, region)]
-            if found:
-                _draw(axis, found, counts, (k - (len(arms) - 1) / 2) * 0.5 / len(arms), COLOURS[k % len(COLOURS)])
-        axis.set_title(region)
-        axis.set_xticks(range(len(counts)), counts)
-        axis.set_xlim(-0.5, len(counts) - 0.5)
-        axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(f"{rows[0].metric.heading}, 95 % interval over cases")
-    figure.supxlabel("labelled subjects", fontsize="medium")
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False)
-    return png_of(figure)
-
-
-def _draw(axis: Any, found: Sequence[Row], counts: Sequence[str], shift: float, colour: str) -> None:
-    """One arm's line, moved aside a little so that the intervals of several arms can be told apart."""
-    places = [counts.index(row.labelled) + shift for row in found]
-    means = np.array([row.values.mean for row in found])
-    below = means - [row.values.low for row in found]
-    above = [row.values.high for row in found] - means
-    spread = np.nan_to_num(np.stack([below, above]), nan=0.0).clip(min=0.0)
-    axis.errorbar(places, means, spread, label=found[0].arm, color=colour, marker="o", markersize=4, linewidth=1.2)
+def _split_file(out: Path, seed: int) -> Path:
+    return out / "splits" / f"seed{seed}.json"

@@ -1,4 +1,4 @@
-"""Whether pretraining learns anything that a segmentation can use: spread of the features, and a linear probe.
+"""Whether pretraining learns features that a segmentation can use: their effective rank, and a linear probe.
 
 Letters: V volumes `C D H W`, patch size s, L tokens in raster order, token width E, K classes.
 """
@@ -6,6 +6,7 @@ Letters: V volumes `C D H W`, patch size s, L tokens in raster order, token widt
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,17 +16,16 @@ from asa.data.loading.loader import CropDataset
 from asa.data.store import IGNORED, Store
 from asa.methods.base import Pretraining
 from asa.models.sw_vit import SWViT
-from asa.models.swin import Swin, SwinPatches
+from asa.models.swin import SwinPatches
 from asa.ops.patches import patchify
-from asa.tasks.validation import Shown
 from asa.training.device import autocast
 
-VOLUMES = 8  # looked at, at most
-FLAT = 1e-5  # variance beside what volumes share, of features that the final norm scales to about 1 in all
-COLLAPSED = 0.05  # share of the width that the effective rank lies above
+VOLUMES = 8  # at most
+FLAT = 1e-5  # variance between volumes, of features that the final norm scales to a total variance of about 1
+COLLAPSED = 0.05  # lowest effective rank, as a fraction of the width
 NO_BETTER = 0.98  # of the mean predictor's error
 RIDGE = 1e-6
-ROUNDING = 1e-13  # of float32 features' mean square: what is below is no variance
+ROUNDING = 1e-13  # fraction of the mean square below which variance is the rounding of float32
 
 
 @torch.no_grad()
@@ -37,56 +37,55 @@ def encode(encoder: nn.Module, dataset: CropDataset, count: int) -> Tensor:
 
 
 def feature_health(features: Tensor) -> dict[str, float]:
-    """How much of the features is about the volume, and in how many directions it varies.
+    """Variance of the features between volumes, and the number of directions in which they vary.
 
-    What all volumes have in common at a place (the position code above all) is taken off first: an encoder that has
-    collapsed may still tell places apart.
+    The mean over volumes at each position is subtracted first: a collapsed encoder may still encode positions.
 
     Args:
-        features: `(V, L, E)`. A single volume has its mean over places taken off instead.
+        features: `(V, L, E)`. Of a single volume the mean over positions is subtracted instead.
 
     Returns:
         "effective_rank", the exponential of the entropy of the normalised singular values (RankMe, Garrido et al.,
-        ICML 2023; there without taking the mean off): r for r directions of equal strength, 0 for constant features.
+        ICML 2023; there without subtracting the mean): r for r directions of equal strength, 0 for constant features.
         "feature_variance", the mean over the E dimensions.
     """
     exact = features.double()
     left = (exact - exact.mean(dim=0 if len(features) > 1 else 1, keepdim=True)).flatten(0, 1)
-    covariance = left.T @ left / max(freedom(features), 1)  # a single token has no spread
+    covariance = left.T @ left / max(freedom(features), 1)  # a single token has no variance
     values = torch.linalg.eigvalsh(covariance)
     strength = values[values > ROUNDING * exact.square().mean()].sqrt()
-    share = strength / strength.sum()
-    rank = float((-share * share.log()).sum().exp()) if len(share) else 0.0
+    p = strength / strength.sum()
+    rank = float((-p * p.log()).sum().exp()) if len(p) else 0.0
     return {"effective_rank": rank, "feature_variance": float(covariance.diagonal().mean())}
 
 
 def freedom(features: Tensor) -> int:
-    """Most directions in which features `(V, L, E)` can vary once their mean is taken off, but for the width."""
+    """Largest rank that features `(V, L, E)` can have after their mean is subtracted, if they are wide enough."""
     volumes, length = features.shape[:2]
     return (volumes - 1) * length if volumes > 1 else length - 1
 
 
-def alarms(numbers: Mapping[str, float], width: int, error: Sequence[str], *, warm: bool) -> list[str]:
-    """What in a validation's numbers says that pretraining has gone wrong, a line each.
+def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, warm: bool) -> list[str]:
+    """Signs in the metrics of a validation that pretraining has failed, a line each.
 
     Args:
-        numbers: "effective_rank", "feature_variance", and the two errors.
-        width: E of the encoder, or fewer directions that could be seen.
+        metrics: "effective_rank", "feature_variance", and the two errors.
+        width: E of the encoder, or the largest possible rank if that is smaller.
         error: names of the method's error and of the mean predictor's.
-        warm: the warm-up is over; before, nothing has to be learnt yet.
+        warm: the warm-up is over; before that the error may be any.
     """
     lines = []
-    rank, variance = numbers["effective_rank"], numbers["feature_variance"]
+    rank, variance = metrics["effective_rank"], metrics["feature_variance"]
     if rank < COLLAPSED * width or variance < FLAT:
         lines.append(
             f"ALARM: the encoder's features have collapsed: effective rank {rank:.1f} of {width}, variance "
-            f"{variance:.2g} (alarm below {COLLAPSED * width:.1f} or {FLAT:g}): lower optim.lr and look at the data"
+            f"{variance:.2g} (alarm below {COLLAPSED * width:.1f} or {FLAT:g}): lower optim.lr and check the data"
         )
-    ratio = numbers[error[0]] / max(numbers[error[1]], 1e-12)
+    ratio = metrics[error[0]] / max(metrics[error[1]], 1e-12)
     if warm and ratio > NO_BETTER:
         lines.append(
             f"ALARM: no better than the mean: {error[0]} is {ratio:.2f} of predicting the mean's after the "
-            "warm-up: raise or lower optim.lr, and look at the volumes of the store"
+            "warm-up: raise or lower optim.lr, and check the volumes of the store"
         )
     return lines
 
@@ -123,7 +122,7 @@ def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequen
 
 
 def _one_hot(label: Tensor, classes: int) -> Tensor:
-    """`(L, s^3)` -> `(L, s^3, K)`; a voxel that does not count is of no class."""
+    """`(L, s^3)` -> `(L, s^3, K)`; an ignored voxel has no class."""
     return torch.stack([label == k for k in range(classes)], dim=2)
 
 
@@ -151,46 +150,48 @@ def predict_linear(weights: Tensor, features: Tensor) -> Tensor:
 
 
 class FeatureHealth:
-    """What a pretraining run measures of its encoder at each validation, beside the reconstruction error.
+    """What a pretraining run measures of its encoder at each validation, beside the method's error.
 
     Args:
-        method: its encoder is looked at.
-        watched: crops it is not trained on, without augmentation.
+        method: whose encoder is measured.
+        validation: crops that it is not trained on, without augmentation.
         probe: labelled crops for the linear probe, or None.
         names: of the probe's classes 1, 2, ...
-        warm_up: steps before its error has to beat the mean.
+        warmup: steps before the method's error has to be lower than the mean predictor's.
     """
 
     def __init__(
-        self, method: Pretraining, watched: CropDataset, probe: CropDataset | None, names: Sequence[str], warm_up: int
+        self, method: Pretraining, validation: CropDataset, probe: CropDataset | None, names: Sequence[str], warmup: int
     ) -> None:
-        self.encoder: Any = method.model.encoder
-        self.error, self.watched, self.probe = method.error, watched, probe
-        self.names, self.warm_up = names, warm_up
+        encoder: Any = method.model.encoder
+        self.encoder = encoder
+        self.error, self.validation, self.probe = method.error, validation, probe
+        self.names, self.warmup = names, warmup
         # The last tokens of a Swin stand for 32^3 voxels each, too many for one matrix.
-        self.probed: Any = SwinPatches(self.encoder) if isinstance(self.encoder, Swin) else self.encoder
+        self.probed: Any = SwinPatches(encoder) if hasattr(encoder, "levels") else encoder
 
-    def watch(self, step: int, shown: Shown) -> Shown:
-        """Add what is measured here to the numbers of `validate_pretraining`, and print alarms.
+    def add(
+        self, step: int, metrics: dict[str, float], panels: dict[str, np.ndarray]
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Add feature statistics and the probe's Dice to the metrics of a validation, and print alarms.
 
         Args:
             step: steps done.
-            shown: its numbers and pictures.
+            metrics, panels: of `asa.tasks.pretraining.validate_pretraining`.
         """
-        numbers, pictures = shown
-        found, lines = self.measure(step, numbers)
+        found, lines = self.measure(step, metrics)
         for line in lines:
-            tqdm.write(line)  # without breaking the bar
-        return {**numbers, **found}, pictures
+            tqdm.write(line)  # does not break the progress bar
+        return {**metrics, **found}, panels
 
-    def measure(self, step: int, numbers: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Numbers to log, and alarms to print. See `watch`."""
-        features = encode(self.encoder, self.watched, VOLUMES)
+    def measure(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+        """Statistics to log, and alarms to print. See `add`."""
+        features = encode(self.encoder, self.validation, VOLUMES)
         found = feature_health(features)
         if self.probe is not None:
             found |= probe_dice(self.probed, self.probe, self.names)
         width = min(features.shape[2], freedom(features))
-        lines = alarms({**numbers, **found}, width, self.error, warm=step > self.warm_up)
+        lines = alarms({**metrics, **found}, width, self.error, warm=step > self.warmup)
         return found, lines
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asa.cli.cohort import open_parts
+from asa.tasks.volumes import open_store
 from asa.data.datasets.record import Record
 from asa.data.splits import PARTS, keep_labelled, make_split, read_split, select, write_split
 
@@ -217,17 +217,17 @@ def test_an_impossible_number_of_labels_is_refused(labelled):
 
 def test_a_run_that_goes_on_keeps_its_subjects(store: Path, tmp_path: Path):
     data = {"store": str(store), "split_file": None, "split": {"test": 1, "seed": 0}, "labelled": 0.6}
-    _, split, parts = open_parts(data, tmp_path)
+    _, split, parts = open_store(data, tmp_path)
     assert sizes(split) == [2, 0, 1] and [record["subject"] for record in parts["train"]] == split["train"]
     write_split(tmp_path / "split.json", split)
     (tmp_path / "checkpoints/step-1").mkdir(parents=True)
-    assert open_parts({**data, "split": {"test": 2, "seed": 5}}, tmp_path)[1] == split
+    assert open_store({**data, "split": {"test": 2, "seed": 5}}, tmp_path)[1] == split
 
 
 def test_a_split_file_comes_before_the_options(store: Path, tmp_path: Path):
     (tmp_path / "mine.json").write_text(json.dumps({"train": ["s3", "s0"], "test": ["s1"]}))
     data = {"store": str(store), "split_file": tmp_path / "mine.json", "split": {"test": 2}, "labelled": 0.5}
-    assert open_parts(data, tmp_path)[1] == {"train": ["s3"], "validation": [], "test": ["s1"]}
+    assert open_store(data, tmp_path)[1] == {"train": ["s3"], "validation": [], "test": ["s1"]}
 
 
 # ---------------------------------------------------------------------------------------------- files and records

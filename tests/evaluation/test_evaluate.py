@@ -22,7 +22,7 @@ from asa.evaluation.summary import CaseRow
 from asa.evaluation.surface_distance import surface_dice
 from asa.inference.segmentation import PredictSettings
 from asa.reporting.figures import label_colours
-from asa.tasks import validation as validate
+from asa.tasks import segmentation
 from asa.tasks.evaluation import POLICIES, dice, evaluate_case, evaluate_folder, hd95, summarise, summary_table
 
 LABELS = {1: "csf", 2: "gm"}
@@ -283,9 +283,9 @@ def test_validation_leaves_out_what_is_ignored(monkeypatch):
     truth = np.random.default_rng(0).choice([0, 1, IGNORED], (1, 8, 8, 8)).astype(np.uint8)
     predicted = torch.from_numpy(truth[0] != 0).long()  # all that is not background is class 1
     logits = torch.nn.functional.one_hot(predicted, 3).permute(3, 0, 1, 2).float()
-    monkeypatch.setattr(validate, "sliding_window", lambda *_: logits)
+    monkeypatch.setattr(segmentation, "sliding_window", lambda *_: logits)
     source = SimpleNamespace(image=lambda _: np.ones((1, 8, 8, 8), np.float16), label=lambda _: truth)
-    numbers, pictures = validate.validate_segmentation(
+    numbers, pictures = segmentation.validate_segmentation(
         SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0)),
         source,
         ["a"],
@@ -299,10 +299,10 @@ def test_the_picture_of_a_validation_shows_what_is_labelled_wherever_it_lies(mon
     truth = np.zeros((1, 16, 16, 16), np.uint8)
     truth[0, 1:3, 12:14, 2:4] = 1  # no middle slice meets it
     logits = torch.zeros(2, 16, 16, 16)
-    monkeypatch.setattr(validate, "sliding_window", lambda *_: logits)
+    monkeypatch.setattr(segmentation, "sliding_window", lambda *_: logits)
     source = SimpleNamespace(image=lambda _: np.ones((1, 16, 16, 16), np.float16), label=lambda _: truth)
     method = SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0))
-    _, pictures = validate.validate_segmentation(method, source, ["a"], {"lesion": [1]}, PredictSettings())
+    _, pictures = segmentation.validate_segmentation(method, source, ["a"], {"lesion": [1]}, PredictSettings())
     (panel,) = pictures.values()
     rows = (panel == label_colours(1)[0]).all(axis=2).any(axis=1)
     assert all(rows[part * 20 : part * 20 + 16].any() for part in range(3))  # in each of the three planes

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from asa.cli import ablate as command
-from asa.cli import chain, finetune
-from asa.cli.chain import arguments
-from asa.cli.pretrain import SETTINGS
-from asa.config import compose
+from asa.cli.front import run_command
+from asa.config import as_overrides, flatten
 from asa.data.splits import read_split
 from asa.evaluation.comparison import Run
-from asa.tasks.ablation import Trial, ablation_rows, labelled_text, markdown
+from asa.reporting.ablation import Trial, ablation_rows, labelled_text, markdown
+from asa.tasks import ablation
+from asa.tasks.run import configure
 from asa.training.signals import RESUME_CODE, Stopped
 
 SETTING = {"policy": "ibsr", "metrics": ["dice", "hd95_mm", "nsd_1mm"], "labels": {"1": "a", "2": "b"}}
@@ -82,7 +81,7 @@ def test_numbers_of_labelled_subjects_have_one_name_each() -> None:
 def test_settings_are_written_as_the_command_line_reads_them() -> None:
     node = {"experiment": "oasis_pretrain", "train.steps": 7, "optim": {"lr": 1e-5, "betas": [0.9, 0.5]}}
     node |= {"data": {"store": "it's, a {store}", "split": {"test": 0.5, "site": None}}, "crop": [32, 64, 32]}
-    config = compose("pretrain", [f"{k}={v}" for k, v in (arguments(node) | {"out": "x"}).items()], settings=SETTINGS)
+    config = configure("pretrain", node, {"out": "x"})
     assert (config["optim"]["lr"], config["optim"]["betas"], config["crop"]) == (1e-5, [0.9, 0.5], [32, 64, 32])
     assert config["data"]["store"] == "it's, a {store}" and config["train"]["steps"] == 7
     assert config["data"]["split"]["test"] == 0.5 and config["data"]["placement"] == "random"
@@ -99,14 +98,11 @@ FINETUNE = TINY | {"model": "unet_tiny", "+model.feature_size": 4, "crop": [64, 
 def ablate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Run asa-ablate on the tiny brains: code, output, errors."""
 
-    def written(node: dict) -> str:
-        return "{" + ", ".join(f"{key}: {value}" for key, value in arguments(node).items()) + "}"
-
     def run(*overrides: str) -> tuple[int, str, str]:
         own = [f"store={store}", f"out={tmp_path}/out", "labelled=[1]", "split.test=1"]
-        own += [f"pretrain={written(PRETRAIN)}", f"finetune={written(FINETUNE)}"]
+        own += as_overrides("ablate", {"pretrain": PRETRAIN, "finetune": FINETUNE})
         capsys.readouterr()
-        code = command.run_command("ablate", "", command.ablate, arguments=[*own, *overrides])
+        code = run_command("ablate", "", ablation.ablate, arguments=[*own, *overrides])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -116,25 +112,24 @@ def ablate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch):
     """The commands that are called, by name and run, in place of running them; an evaluation is made up."""
-    calls: list[tuple[str, dict[str, str]]] = []
+    calls: list[tuple[str, dict]] = []
     broken: dict[str, BaseException] = {}
 
-    def fake(name: str, *settings: dict) -> None:
-        flat: dict[str, str] = {}
+    def fake(name: str, *settings: dict, config_dir: str | None = None) -> None:
+        flat: dict = {}
         for node in settings:
-            flat |= arguments(node)
+            flat |= flatten(node)
         calls.append((name, flat))
-        place = Path(flat["out"].strip("'"))
+        place = Path(flat["out"])
         if error := broken.get(f"{name} {place.name}"):
             raise error
         if name == "evaluate":
             place.mkdir(parents=True)
             (place / "summary.json").write_text("{}")
 
-    monkeypatch.setattr(command, "call", fake)
-    monkeypatch.setattr(
-        command, "read_trial", lambda folder, arm, n, seed: trial(arm, seed, {"p": (0.2, 0.4), "q": (0.3, 0.3)}, n)
-    )
+    monkeypatch.setattr(ablation, "call", fake)
+    evaluated = trial("x", 0, {"p": (0.2, 0.4), "q": (0.3, 0.3)}).run
+    monkeypatch.setattr(ablation, "read_run", lambda name, folder: evaluated)
     calls_of = lambda name: [flat for called, flat in calls if called == name]  # noqa: E731
     return calls_of, broken
 
@@ -148,13 +143,11 @@ def test_the_six_arms_are_those_of_table_4(ablate, recorded, tmp_path: Path) -> 
     assert len(tuned) == 12
     found = {}
     for flat in tuned[:6]:
-        arm = flat["out"].strip("'").removeprefix(f"{tmp_path}/out/runs/seed0_1_")
+        arm = str(flat["out"]).removeprefix(f"{tmp_path}/out/runs/seed0_1_")
         before = next((other for other in calls_of("pretrain") if other["out"] == flat["init"]), None)
-        position = flat["model.position"].strip("'")
+        position = flat["model.position"]
         if before:
-            method = compose("pretrain", [f"{key}={value}" for key, value in before.items()], settings=SETTINGS)[
-                "method"
-            ]
+            method = configure("pretrain", before)["method"]
             assert method["model"]["position"] == position, "the encoder would be refused"
             found[arm] = (position, True, method["importance"])
         else:
@@ -175,10 +168,10 @@ def test_arms_of_a_seed_share_the_split_and_pretraining_never_sees_the_test_subj
     calls_of, _ = recorded
     assert ablate("seeds=[0,1]", "only=[scratch,asa]")[0] == 0
     for seed in (0, 1):
-        file = f"'{tmp_path}/out/splits/seed{seed}.json'"
-        runs = [flat for name in ("pretrain", "finetune") for flat in calls_of(name) if f"seed{seed}_" in flat["out"]]
+        file = tmp_path / "out" / "splits" / f"seed{seed}.json"
+        runs = [flat for name in ("pretrain", "finetune") for flat in calls_of(name) if f"seed{seed}_" in str(flat["out"])]
         assert len(runs) == 3 and {flat["data.split_file"] for flat in runs} == {file}
-        assert {flat["train.seed"] for flat in runs} == {str(seed)}
+        assert {flat["train.seed"] for flat in runs} == {seed}
     assert read_split(tmp_path / "out" / "splits" / "seed0.json")["test"]
 
 
@@ -263,14 +256,14 @@ def test_experiments_of_the_users_own_folder_reach_the_commands_that_are_called(
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "short.yaml").write_text("# @package _global_\ntrain: {log_every: 7}\n")
     got: list[dict] = []
-    monkeypatch.setattr(finetune, "finetune", got.append)  # no run comes of it: the prediction finds none
+    monkeypatch.setattr(ablation, "finetune_task", got.append)  # no run comes of it: the prediction finds none
     wanted = ["only=[scratch]", "+finetune.experiment=short"]
     code, out, _ = ablate(*wanted, "--config-dir", str(tmp_path / "mine"))
     assert code == 1 and "no checkpoint here" in out and got[0]["train"]["log_every"] == 7
     code, out, _ = ablate(*wanted)
-    assert code == 1 and "Could not find 'experiment/short'" in out and len(got) == 1
+    assert code == 1 and "experiment=short: there is no such choice" in out and len(got) == 1
 
 
-def test_every_command_that_is_called_exists() -> None:
+def test_settings_of_the_runs_are_checked_as_on_their_command_lines() -> None:
     with pytest.raises(ValueError, match="unknown key train.stepz"):
-        chain.call("finetune", {"out": "x", "data.store": "y", "train.stepz": 1})
+        ablation.call("finetune", {"out": "x", "data.store": "y", "train.stepz": 1})

@@ -14,7 +14,7 @@ from torch import Tensor
 from asa.cli import predict, pretrain
 from asa.data.io.nifti import read_image, write_image
 from asa.data.io.tables import read_column
-from asa.data.loading.health import read_health
+from asa.tasks.pretraining import read_health
 from asa.data.store import MANIFEST, Store, write_array
 from asa.export.onnx import export_onnx
 from asa.inference.asymmetry import TABLE, AsymmetryScorer, Found, HealthyScans

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from asa.cli import finetune as command
 from asa.cli.front import run_command
+from asa.config import compose
 from asa.data.io.nifti import read_image
 from asa.data.store import Store
 from asa.inference.segmentation import PredictSettings, Segmenter
+from asa.tasks import cross_validation
+from asa.tasks.commands import finetune_task
+from asa.tasks.run import SETTINGS
 from asa.training.checkpoint import find_weights
 
 TINY = ["loader.workers=0", "train.device=cpu", "optim.warmup=0", "model=unet_tiny", "+model.feature_size=4"]
@@ -25,7 +28,7 @@ def finetune(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def run(*overrides: str) -> tuple[int, str, str]:
         capsys.readouterr()
         arguments = [f"data.store={store}", f"out={tmp_path}/cv", *TINY, *overrides]
-        code = run_command("finetune", "", command.finetune, settings=command.SETTINGS, arguments=arguments)
+        code = run_command("finetune", "", finetune_task, settings=SETTINGS["finetune"], arguments=arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -86,13 +89,10 @@ def test_folds_that_cannot_be_are_one_line_and_leave_nothing(
 def test_several_processes_are_told_to_take_the_folds_one_by_one(
     finetune, monkeypatch: pytest.MonkeyPatch, store: Path
 ) -> None:
-    from asa.cli import folds
-    from asa.config import compose
-
-    monkeypatch.setattr(folds, "world_size", lambda: 2)
-    config = compose("finetune", [f"data.store={store}", "out=x", *ALL], settings=command.SETTINGS)
+    monkeypatch.setattr(cross_validation, "world_size", lambda: 2)
+    config = compose("finetune", [f"data.store={store}", "out=x", *ALL], settings=SETTINGS["finetune"])
     with pytest.raises(ValueError, match="under torchrun give each fold by itself"):
-        command.finetune(config)
+        finetune_task(config)
 
 
 def test_a_plan_is_of_one_fold_and_starts_nothing(finetune, tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_scores_of_simple_errors_are_known() -> None:
 
 
 def test_validation_sees_whole_images_beside_the_plain_input(pairs: Path) -> None:
-    from asa.tasks.validation import validate_restoration
+    from asa.tasks.restoration import validate_restoration
 
     dataset = PairDataset(find_pairs(pairs)[:2], 16)
     method = Restoration(model=rat_tiny()).eval()

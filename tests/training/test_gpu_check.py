@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asa.cli import pretrain
-from asa.cli.planning import preflight
+from asa.training.gpu_check import preflight
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
 from asa.training.gpu_check import check_gpu, fit_line

@@ -1,54 +1,45 @@
-"""Cross-validation: a fine-tuning for each fold, and every scan scored by the run that did not see its subject."""
+"""Cross-validation: a fine-tuning for each fold, and every scan scored by the run that did not train on its subject."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
-from asa.cli.chain import call
-from asa.cli.front import Config
 from asa.data.splits import make_split, read_split, select
 from asa.data.store import Store
+from asa.tasks.base import Config
+from asa.tasks.run import configure, evaluate_task, predict_task, train_task
 from asa.training.checkpoint import find_weights
 from asa.training.distributed import world_size
 
 
-def wants_folds(config: Config) -> bool:
-    """Whether all folds are asked for; the policy, which only they need, stays in the configuration then."""
-    split = config["data"]["split"]
-    if isinstance(split, dict) and split["fold"] == "all":
-        return True
-    config.pop("policy", None)  # no setting of a single run
-    return False
-
-
-def finetune_folds(config: Config, finetune: Callable[[Config], None]) -> None:
+def cross_validate(config: Config, policy: str) -> Path | None:
     """Fine-tune all folds in folders of their own, predict each fold's test part, and score all predictions together.
 
     Args:
         config: of asa-finetune, with data.split.fold=all.
-        finetune: fine-tunes one of them.
+        policy: of the evaluation.
+
+    Returns:
+        The folder that holds the folds' runs; None where nothing was to be trained.
 
     Raises:
         ValueError: no number of folds, settings that one run cannot have, or several processes.
     """
-    out, runs = Path(str(config["out"])), _fold_configs(config)
+    out, folds = Path(str(config["out"])), _fold_configs(config)
     if config["plan"] is not None or config["transfer"] != "load":
-        print(f"fold 0 of {len(runs)}:")
-        finetune(runs[0])  # the others take the same
-        return
-    for number, run in enumerate(runs, start=1):
-        print(f"fold {number} of {len(runs)}")
-        finetune(run)
-    folders = [out / f"fold{k}" for k in range(len(runs))]
+        print(f"fold 0 of {len(folds)}:")
+        train_task(folds[0], "finetune")  # the others take the same
+        return None
+    for number, fold in enumerate(folds, start=1):
+        print(f"fold {number} of {len(folds)}")
+        train_task(fold, "finetune")
+    folders = [out / f"fold{k}" for k in range(len(folds))]
     for folder in folders:
         _predict(folder, out / "predictions", config)
-    store, policy = config["data"]["store"], config["policy"]
-    call(
-        "evaluate",
-        {"predictions": out / "predictions", "truth": store, "policy": policy, "out": out / "evaluation"},
-    )
+    scored = {"predictions": out / "predictions", "truth": config["data"]["store"], "policy": policy}
+    evaluate_task(configure("evaluate", scored, {"out": out / "evaluation"}))
     listed = ",".join(map(str, folders))
     print(f"new scans, by all of them: asa-predict checkpoint=[{listed}] input=SCANS out=PREDICTIONS")
+    return out
 
 
 def _fold_configs(config: Config) -> list[Config]:
@@ -63,16 +54,15 @@ def _fold_configs(config: Config) -> list[Config]:
         raise ValueError("data.split.fold=all makes the split of each fold: leave out data.split_file")
     store = Store(data["store"])
     folds = data["split"]["folds"]
-    make_split(store.records, **data["split"] | {"fold": None if folds is None else 0})  # says what does not fit
+    make_split(store.records, **data["split"] | {"fold": None if folds is None else 0})  # names what does not fit
     if folds is None:
         raise ValueError("data.split.fold=all needs the number of folds: add data.split.folds=5")
-    runs = []
+    configs = []
     for k in range(folds):
-        run = deepcopy(config)
-        del run["policy"]
-        run["out"], run["data"]["split"]["fold"] = str(Path(str(config["out"])) / f"fold{k}"), k
-        runs.append(run)
-    return runs
+        fold = deepcopy(config)
+        fold["out"], fold["data"]["split"]["fold"] = str(Path(str(config["out"])) / f"fold{k}"), k
+        configs.append(fold)
+    return configs
 
 
 def _predict(run: Path, out: Path, config: Config) -> None:
@@ -82,5 +72,5 @@ def _predict(run: Path, out: Path, config: Config) -> None:
     trained = find_weights(run).stat().st_mtime
     maps = [out / f"{id}.nii.gz" for id in ids]
     if not all(path.exists() and path.stat().st_mtime >= trained for path in maps):
-        wanted = {"checkpoint": run, "input": store.path, "part": "test", "out": out}
-        call("predict", {"predict": config["predict"]}, wanted)
+        scans = {"checkpoint": run, "input": store.path, "part": "test", "out": out, "plugins": config["plugins"]}
+        predict_task(configure("predict", {"predict": config["predict"]}, scans))

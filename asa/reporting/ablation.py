@@ -1,0 +1,267 @@
+"""Trials of an ablation, arms x labelled subjects x seeds, as one table and one figure.
+
+OUT/ablation.csv   a row for each arm, number of labelled subjects, metric and region
+OUT/ablation.md    the same for reading
+OUT/ablation.png   the first metric against the labelled subjects (needs the `report` extra)
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asa.data.io.files import write_whole
+from asa.evaluation.comparison import Run, mean_text
+from asa.evaluation.policies import Metric, get_policy
+from asa.evaluation.summary import Statistic, number_text, statistic
+from asa.reporting.evaluation import png_of
+
+MEAN = "mean"  # of the regions of a case
+# Okabe and Ito's palette, in an order that is told apart on white.
+COLOURS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#f0e442")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trained network and its evaluation.
+
+    Args:
+        arm: name of the arm.
+        labelled: how many subjects it was fine-tuned on, as text.
+        seed: of its split, first weights and crops.
+        run: the evaluation.
+    """
+
+    arm: str
+    labelled: str
+    seed: int
+    run: Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm with one number of labelled subjects, in one metric and region.
+
+    Args:
+        labelled, arm: of which trials.
+        metric, region: of which values.
+        values: over the cases, each averaged over the seeds that tested it.
+        seeds: number of trials.
+        seed_sd: standard deviation of the trials' means with n - 1; NaN below two.
+        difference: from the first arm, over the cases, where both were run with the same seeds; None for that arm.
+    """
+
+    labelled: str
+    arm: str
+    metric: Metric
+    region: str
+    values: Statistic
+    seeds: int
+    seed_sd: float
+    difference: Statistic | None
+
+
+def labelled_text(count: int | float | None) -> str:
+    """A number of labelled subjects as files and tables call it: `3`, `10%` or `all`."""
+    if count is None or (isinstance(count, float) and count == 1):
+        return "all"
+    return f"{100 * count:g}%" if isinstance(count, float) else str(count)
+
+
+def trial_line(trial: Trial) -> str:
+    """The first metric of a trial, its mean over the cases in each region."""
+    metric = _metrics([trial])[0]
+    means = [f"{region} {number_text(_mean(trial, metric, region), metric.digits)}" for region in _regions([trial])]
+    return f"{metric.title} {', '.join(means)}"
+
+
+def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> None:
+    """Write the table, as CSV and Markdown, and the figure.
+
+    Args:
+        out: folder to write to.
+        trials: of all arms and seeds.
+        arms: their names in order; the first is what the others are compared with.
+        notes: lines for the reader of the Markdown.
+
+    Raises:
+        ValueError: trials that were scored in different ways.
+    """
+    rows = ablation_rows(trials, arms)
+    write_whole(out / "ablation.csv", _csv(rows).encode())
+    write_whole(out / "ablation.md", markdown(rows, trials, arms, notes).encode())
+    write_whole(out / "ablation.png", _figure(rows, arms))
+
+
+def ablation_rows(trials: Sequence[Trial], arms: Sequence[str]) -> list[Row]:
+    """The numbers of an ablation.
+
+    A case that several seeds tested counts once, with the average of its values: the interval is over cases, and does
+    not become narrower by testing a case again. The difference from the first arm is taken seed by seed and case by
+    case, so that both were fine-tuned and tested on the same subjects.
+
+    Args:
+        trials: of all arms and seeds.
+        arms: their names in order.
+
+    Returns:
+        Rows by metric, number of labelled subjects, arm, and region, with the mean of the regions last.
+
+    Raises:
+        ValueError: trials that were scored in different ways.
+    """
+    for trial in trials[1:]:
+        if different := [key for key, value in trials[0].run.setting.items() if trial.run.setting[key] != value]:
+            raise ValueError(f"{trial.run.name} was evaluated with another {different[0]} than {trials[0].run.name}")
+    rows = []
+    for metric in _metrics(trials):
+        for labelled in dict.fromkeys(trial.labelled for trial in trials):
+            first = [trial for trial in trials if (trial.arm, trial.labelled) == (arms[0], labelled)]
+            for arm in arms:
+                chosen = [trial for trial in trials if (trial.arm, trial.labelled) == (arm, labelled)]
+                regions = _regions(trials) if chosen else []
+                rows += [_row(chosen, None if arm == arms[0] else first, metric, region) for region in regions]
+    return rows
+
+
+def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: Metric, region: str) -> Row:
+    values = _values(chosen, metric, region)
+    means = [_mean(trial, metric, region) for trial in chosen]
+    difference = None
+    if first is not None:
+        before = _values(first, metric, region)
+        gaps = {key: values[key] - before[key] for key in values if key in before}
+        difference = _over_cases(gaps, (-math.inf, math.inf))
+    return Row(
+        labelled=chosen[0].labelled,
+        arm=chosen[0].arm,
+        metric=metric,
+        region=region,
+        values=_over_cases(values, metric.bounds),
+        seeds=len(chosen),
+        seed_sd=float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
+        difference=difference,
+    )
+
+
+def _values(trials: Sequence[Trial], metric: Metric, region: str) -> dict[tuple[int, str], float]:
+    """(seed, case) -> value. The mean of the regions is undefined where one of them is."""
+    found = {}
+    for trial in trials:
+        regions = trial.run.setting["regions"] if region == MEAN else [region]
+        for case in trial.run.case_ids:
+            numbers = [trial.run.values[case, name][metric.name] for name in regions]
+            found[trial.seed, case] = float(np.mean(numbers))
+    return found
+
+
+def _over_cases(values: dict[tuple[int, str], float], bounds: tuple[float, float]) -> Statistic:
+    """Statistic over the cases, each the average over its seeds; undefined values are left out of the average."""
+    cases: dict[str, list[float]] = {}
+    for (_, case), value in values.items():
+        cases.setdefault(case, []).append(value)
+    defined = {case: [value for value in found if not math.isnan(value)] for case, found in cases.items()}
+    return statistic([float(np.mean(found)) if found else math.nan for found in defined.values()], bounds=bounds)
+
+
+def _mean(trial: Trial, metric: Metric, region: str) -> float:
+    defined = [value for value in _values([trial], metric, region).values() if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan
+
+
+def _metrics(trials: Sequence[Trial]) -> list[Metric]:
+    return list(get_policy(trials[0].run.setting["policy"]).metrics)
+
+
+def _regions(trials: Sequence[Trial]) -> list[str]:
+    """The regions, and their mean if there are several."""
+    regions = list(trials[0].run.setting["regions"])
+    return [*regions, MEAN] if len(regions) > 1 else regions
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    heads = ["metric", "labelled", "arm", "region", "mean", "low", "high", "seeds", "seed_sd", "cases_used"]
+    heads += ["cases_total", "difference", "difference_low", "difference_high", "pairs"]
+    writer.writerow(heads)
+    for row in rows:
+        found, gap = row.values, row.difference
+        numbers: list[float | str] = [found.mean, found.low, found.high, row.seeds, row.seed_sd]
+        numbers += [found.used, found.total]
+        numbers += [gap.mean, gap.low, gap.high, gap.used] if gap else ["", "", "", ""]
+        cells = [f"{value:.6f}" if isinstance(value, float) else value for value in numbers]
+        writer.writerow([row.metric.name, row.labelled, row.arm, row.region, *cells])
+    return text.getvalue()
+
+
+def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> str:
+    """The table for reading: a part for each metric, a line for each number of labelled subjects and arm."""
+    policy, regions = get_policy(trials[0].run.setting["policy"]), _regions(trials)
+    lines = [
+        "# Ablation",
+        "",
+        f"Policy `{policy.name}`: {policy.description} Means over the cases, each averaged over the seeds that tested "
+        "it; in brackets the bootstrap 95 % interval, over cases. "
+        f"The difference is from `{arms[0]}` with the same seeds and cases. Seed sd is the spread of the seeds' means.",
+    ]
+    lines += [f"- {note}" for note in ["", *notes]] if notes else []
+    for metric in dict.fromkeys(row.metric for row in rows):
+        heads = ["labelled", "arm", *regions, f"difference from {arms[0]}", "seed sd", "seeds", "cases"]
+        lines += ["", f"## {metric.heading}", "", _line(heads), _line(["---:", "---", *["---"] * (len(heads) - 2)])]
+        here = [row for row in rows if row.metric is metric]
+        for labelled, arm in dict.fromkeys((row.labelled, row.arm) for row in here):
+            found = [row for row in here if (row.labelled, row.arm) == (labelled, arm)]
+            last = found[-1]
+            cells = [mean_text(row.values, metric.digits) for row in found]
+            gap = "" if last.difference is None else mean_text(last.difference, metric.digits, "+")
+            sd = "" if math.isnan(last.seed_sd) else f"{last.seed_sd:.{metric.digits}f}"
+            cases = f"{last.values.used} of {last.values.total}"
+            lines.append(_line([labelled, arm, *cells, gap, sd, str(last.seeds), cases]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:
+    """The first metric against the labelled subjects, a panel for each region, with intervals; PNG."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.metric is rows[0].metric]
+    regions = list(dict.fromkeys(row.region for row in rows))
+    counts = list(dict.fromkeys(row.labelled for row in rows))
+    figure = Figure(figsize=(3.4 * len(regions) + 1.6, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(regions), squeeze=False)[0]
+    for axis, region in zip(axes, regions, strict=True):
+        for k, arm in enumerate(arms):
+            found = [row for row in rows if (row.arm, row.region) == (arm, region)]
+            if found:
+                _draw(axis, found, counts, (k - (len(arms) - 1) / 2) * 0.5 / len(arms), COLOURS[k % len(COLOURS)])
+        axis.set_title(region)
+        axis.set_xticks(range(len(counts)), counts)
+        axis.set_xlim(-0.5, len(counts) - 0.5)
+        axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(f"{rows[0].metric.heading}, 95 % interval over cases")
+    figure.supxlabel("labelled subjects", fontsize="medium")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    return png_of(figure)
+
+
+def _draw(axis: Any, found: Sequence[Row], counts: Sequence[str], shift: float, colour: str) -> None:
+    """One arm's line, moved aside a little so that the intervals of several arms can be told apart."""
+    places = [counts.index(row.labelled) + shift for row in found]
+    means = np.array([row.values.mean for row in found])
+    below = means - [row.values.low for row in found]
+    above = [row.values.high for row in found] - means
+    spread = np.nan_to_num(np.stack([below, above]), nan=0.0).clip(min=0.0)
+    axis.errorbar(places, means, spread, label=found[0].arm, color=colour, marker="o", markersize=4, linewidth=1.2)

@@ -1,0 +1,130 @@
+"""What a task is, and how a method or a checkpoint names one.
+
+A task is one object per run: it opens the data, and knows what is trained on it, how it is validated, what the
+checkpoint has to hold, and how new scans are predicted and scored.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from asa.config import locate
+from asa.data.loading.loader import Samples
+from asa.methods.base import Batch
+from asa.moved import current_name
+from asa.training.loop import Validate
+
+Config = dict[str, Any]
+
+BUILT_IN = {
+    "pretraining": "asa.tasks.pretraining.Pretraining",
+    "segmentation": "asa.tasks.segmentation.Segmentation",
+    "classification": "asa.tasks.classification.Classification",
+    "restoration": "asa.tasks.restoration.Restoration",
+}
+
+
+class Task(Protocol):
+    """What a network is trained for. A task of your own package implements these members.
+
+    Attributes:
+        command: that trains it, "pretrain" or "finetune".
+        units: what batches and the training part consist of, like ("volumes", "scans").
+        cross_validates: whether the test parts of all folds can be predicted and evaluated together.
+        split: subjects of "train", "validation" and "test".
+        parts: records of each part.
+    """
+
+    command: ClassVar[str]
+    units: ClassVar[tuple[str, str]]
+    cross_validates: ClassVar[bool]
+    split: dict[str, list[str]]
+    parts: Mapping[str, Sequence[Any]]
+
+    def __init__(self, config: Config) -> None:
+        """Open the data, and enter what follows from it (channels, classes) into `config["method"]`.
+
+        Raises:
+            ValueError: data or settings that do not fit the task.
+        """
+
+    def example(self, method: Any, count: int) -> Batch:
+        """A micro-batch of `count` samples; floating-point tensors may be on the meta device."""
+
+    def load_init(self, method: Any) -> None:
+        """Load the weights that `init` names, if any, and print what was loaded."""
+
+    def explain_init(self, method: Any) -> str:
+        """What loading `init` would do, without doing it."""
+
+    def dataset(self, method: Any) -> Samples:
+        """The training samples."""
+
+    def validation(self, method: Any) -> Validate | None:
+        """What is called with the number of steps to validate the method; None without validation data."""
+
+    def metadata(self) -> dict[str, Any]:
+        """What the checkpoint has to hold about the data so that a new scan can be predicted; plain data."""
+
+    def begin(self, run: Path) -> None:
+        """Called in the open run folder before training: print what is trained, write what belongs to the run."""
+
+    def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
+        """Called after training with the last metrics: print them, score the test part."""
+
+    @staticmethod
+    def predict(config: Config) -> None:
+        """asa-predict: predict scans with the checkpoint that `config["checkpoint"]` names."""
+
+    @staticmethod
+    def evaluate(config: Config) -> None:
+        """asa-evaluate: score predictions against the truth, and write `OUT/summary.json` with what else is written."""
+
+
+def find_task(name: str, plugins: Sequence[str] = ()) -> type[Task]:
+    """A task by its name: one of `BUILT_IN`, or `package.module.Class` of a package listed in `plugins`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "." not in name and name not in BUILT_IN:
+        raise ValueError(f"no task {name!r}: there are {', '.join(BUILT_IN)}, and package.module.Class of your own")
+    task: type[Task] = locate(BUILT_IN.get(name, name), ("asa.tasks", *plugins))
+    return task
+
+
+def task_of_method(config: Config, command: str) -> tuple[str, type[Task]]:
+    """The name and the class of the task that a configuration's method names.
+
+    Args:
+        config: with `method` and `plugins`.
+        command: that is to train it.
+
+    Raises:
+        ValueError: the method names no task, or one of another command.
+    """
+    target, plugins = config["method"]["_target_"], config["plugins"]
+    name = getattr(locate(current_name(target), ("asa.methods", *plugins)), "task", None)
+    if not isinstance(name, str):
+        raise ValueError(f"_target_={target} names no task: give the method an attribute task = 'package.module.Class'")
+    task = find_task(name, plugins)
+    if task.command != command:
+        raise ValueError(f"_target_={target} is a method of {name}: train it with asa-{task.command}")
+    return name, task
+
+
+def task_of_checkpoint(description: Mapping[str, Any], plugins: Sequence[str] = ()) -> type[Task]:
+    """The task that a checkpoint was trained for.
+
+    Args:
+        description: of `asa.training.checkpoint.read_description`. Checkpoints written before they named their task
+            are recognised by their metadata.
+        plugins: packages of the user's that a task may come from; a checkpoint cannot add any.
+    """
+    data = description.get("data", {})
+    if "task" in description:
+        return find_task(description["task"], plugins)
+    if "task" in data:
+        return find_task(data["task"])
+    written = {"labels": "segmentation", "classes": "classification"}
+    return find_task(next((task for key, task in written.items() if key in data), "pretraining"))

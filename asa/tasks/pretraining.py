@@ -1,0 +1,198 @@
+"""Pretraining: an encoder learns from unlabelled scans.
+
+Data: crops of a prepared store. Loss: the method's (masked reconstruction, or the proxy tasks of SA-Swin). Validation:
+the method's error on held-out crops beside that of predicting the mean, feature statistics, and the Dice of a linear
+probe. A checkpoint holds channels, preparation and digests of the training scans. Prediction: a SA-Swin scores the
+asymmetry of new scans; other encoders are fine-tuned first.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from asa.config import typed
+from asa.data.io.nifti import Volume
+from asa.data.io.tables import read_column
+from asa.data.leakage import trained_on
+from asa.data.loading.augment import AugmentSettings
+from asa.data.loading.loader import CropDataset, collate
+from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
+from asa.inference.preprocessing import learnt_from
+from asa.inference.segmentation import PredictSettings
+from asa.methods.base import Batch
+from asa.methods.base import Pretraining as PretrainingMethod
+from asa.reporting.figures import reconstruction_panel
+from asa.tasks.base import Config
+from asa.tasks.feature_health import FeatureHealth, open_probe
+from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
+from asa.tasks.volumes import absolute, open_store, set_model
+from asa.training.device import on_device
+from asa.training.distributed import map_over_ranks
+from asa.training.plan import volume_batch
+
+HEALTHY = "healthy"  # value of data.health for a cohort of healthy subjects
+UNKNOWN = float("nan")
+Metrics = tuple[dict[str, float], dict[str, np.ndarray]]
+
+
+class Pretraining:
+    """Pretraining on a prepared store, without labels."""
+
+    command = "pretrain"
+    units = ("volumes", "scans")
+    cross_validates = False
+
+    def __init__(self, config: Config) -> None:
+        data = self.data = config["data"]
+        absolute(data, "probe")
+        if data["health"] != HEALTHY:
+            absolute(data, "health")
+        self.settings, self.warmup = config["train"], config["optim"]["warmup"]
+        self.store, self.split, self.parts = open_store(data, Path(str(config["out"])))
+        self.health = read_health(data["health"], self.store.records)
+        set_model(config, in_channels=len(self.store.channels))
+
+    def example(self, method: Any, count: int) -> Batch:
+        return volume_batch(method, count)
+
+    def load_init(self, method: Any) -> None:
+        if self.health and not method.mirrored:
+            raise ValueError("data.health is what method=sa_swin learns symmetry from: leave it out for this method")
+        if method.mirrored and not self.health:
+            print("note: without data.health no subject is known to be healthy, and the symmetry loss has no samples")
+
+    def explain_init(self, method: Any) -> str:
+        raise ValueError("transfer=explain is for fine-tuning: pretraining starts from scratch")
+
+    def dataset(self, method: Any) -> CropDataset:
+        augment = AugmentSettings(mirror_probability=self.data["mirror_probability"])
+        return self._crops(method, self.parts["train"], crop=self.data["placement"], augment=augment)
+
+    def validation(self, method: Any) -> Any:
+        # Without held-out subjects the error is computed on training scans, and the log says so.
+        held_out = self._crops(method, self.parts["validation"] or self.parts["train"][:4])
+        probe = self.data["probe"]
+        labelled, names = open_probe(probe, self.store.channels, held_out.size) if probe else (None, [])
+        health = FeatureHealth(method, held_out, labelled, names, self.warmup)
+        return lambda step: health.add(step, *validate_pretraining(method, held_out))
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "channels": self.store.channels,
+            "prepare": self.store.settings,
+            **learnt_from([], self.parts["train"]),
+            **trained_on(self.parts["train"]),
+        }
+
+    def begin(self, run: Path) -> None:
+        held_out = len(self.parts["validation"])
+        on = f"{held_out} held-out scans" if held_out else "training scans"
+        print(f"pretraining on {len(self.parts['train'])} scans, validated on {on}, in {run}")
+
+    def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
+        name, mean = method.error
+        if name in metrics:
+            ratio = metrics[name] / metrics[mean]
+            print(f"{name} {metrics[name]:.5f}, {ratio:.2f} of the mean predictor's {metrics[mean]:.5f}")
+
+    @staticmethod
+    def predict(config: Config) -> None:
+        predict_scans(AsymmetryPredictor(config), config)
+
+    @staticmethod
+    def evaluate(config: Config) -> None:
+        raise ValueError("policy=pretraining: there are no predictions to evaluate: fine-tune the encoder first")
+
+    def _crops(self, method: Any, records: Sequence[dict[str, Any]], **options: Any) -> CropDataset:
+        size, seed = method.model.encoder.img_size, self.settings["seed"]
+        return CropDataset(
+            self.store, records, size, mirrored=method.mirrored, attached=self.health, seed=seed, **options
+        )
+
+
+def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Metrics:
+    """A method's metrics over all records, always under the same random draws, and panels of the first record.
+
+    Several processes divide the records between them; each returns the whole result, and the main one the panels.
+
+    Args:
+        method: the method, in evaluation mode.
+        dataset: crops without augmentation.
+
+    Returns:
+        What the method returns, as means, and its panels.
+    """
+    assert isinstance(method, nn.Module)
+    device = next(method.parameters()).device
+    panels: dict[str, np.ndarray] = {}
+
+    def errors(index: int) -> dict[str, float]:
+        batch = on_device(collate([dataset[index, 0]]), device)
+        if not panels:
+            panels.update(reconstruction_panels(method, batch))
+        return {name: float(value) for name, value in method(batch).items()}
+
+    rows = map_over_ranks(range(len(dataset)), errors)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, panels
+
+
+def reconstruction_panels(method: PretrainingMethod, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """A method's panels of a batch's first sample, RGB uint8."""
+    return {
+        name: reconstruction_panel(*(volume[0, 0].float().cpu().numpy() for volume in volumes.values()))
+        for name, volumes in method.pictures(batch).items()
+    }
+
+
+def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The health of each scan, which batches hold as "health": 1 healthy, 0 patient, NaN unknown.
+
+    Args:
+        source: "healthy" for a cohort of healthy subjects; a table with the columns subject (or id) and health; or
+            None where health is not known.
+        records: of the store.
+
+    Returns:
+        By record id; empty where `source` is None.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: a table that does not fit, or a health that is neither 0 nor 1.
+    """
+    if source is None:
+        return {}
+    if source == HEALTHY:
+        return {record["id"]: {"health": 1.0} for record in records}
+    values = read_column(source, "health", records)
+    if wrong := [value for value in values.values() if value not in ("0", "1")]:
+        raise ValueError(f"{source}: a health of {wrong[0]!r}: give 1 for healthy, 0 for not, or leave the cell empty")
+    return {record["id"]: {"health": float(values.get(record["id"], UNKNOWN))} for record in records}
+
+
+class AsymmetryPredictor:
+    """Writes an asymmetry map `OUT/ID.nii.gz` of each scan, and the scores of all to `OUT/asymmetry.csv`.
+
+    Args:
+        config: of asa-predict.
+    """
+
+    def __init__(self, config: Config) -> None:
+        checkpoint = only_checkpoint(config, "an asymmetry score")
+        settings = typed(PredictSettings, config["predict"])
+        self.out = Path(str(config["out"]))
+        self.scorer = AsymmetryScorer(checkpoint, settings, strip=config["strip"], healthy=config["healthy"])
+        self.intake = self.scorer.intake
+        self.rows: list[AsymmetryRow] = []
+
+    def predict_file(self, id: str, images: Channels) -> None:
+        self.rows.append(self.scorer.score_file(id, images, self.out / f"{id}.nii.gz"))
+
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+        self.rows.append(self.scorer.score(id, image, chain, like, self.out / f"{id}.nii.gz"))
+
+    def finish(self) -> str:
+        write_rows(self.out / TABLE, self.rows)
+        return f"wrote {self.out / TABLE}, and asymmetry maps beside it"

@@ -1,0 +1,171 @@
+"""Composed configurations to results: training, prediction, evaluation, comparison.
+
+What is done depends on the task alone, which the method or the checkpoint names.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asa.config import as_overrides, build, compose, typed
+from asa.data.loading.augment import AugmentSettings
+from asa.data.loading.loader import LoaderSettings
+from asa.evaluation.comparison import comparison_table
+from asa.evaluation.policies import POLICIES
+from asa.inference.segmentation import PredictSettings
+from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
+from asa.tasks.comparison import compare_folders
+from asa.tasks.prediction import checkpoints_of
+from asa.training.checkpoint import find_weights, read_description
+from asa.training.gpu_check import preflight
+from asa.training.loop import TrainSettings, check_settings, train
+from asa.training.optim import OptimSettings
+from asa.training.plan import micro_batch, show_plan, wants_plan
+from asa.training.run_folder import open_run
+
+TRAINING = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
+# Typed settings of each command, by their key.
+SETTINGS: dict[str, dict[str, type]] = {
+    "pretrain": TRAINING,
+    "finetune": {**TRAINING, "augment": AugmentSettings, "predict": PredictSettings},
+    "predict": {"predict": PredictSettings},
+}
+
+
+def configure(command: str, *settings: Mapping[str, Any], config_dir: str | Path | None = None) -> Config:
+    """The composed configuration of a command.
+
+    Args:
+        command: its name, without "asa-".
+        settings: nested, or by dotted key; later ones win. None leaves a key at null.
+        config_dir: a folder of your own experiments and other groups, as `--config-dir`.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type.
+    """
+    return compose(command, as_overrides(command, *settings), settings=SETTINGS.get(command), config_dir=config_dir)
+
+
+def train_task(config: Config, command: str) -> Path | None:
+    """Train what a configuration's method names, or print the plan of it.
+
+    Args:
+        config: of asa-pretrain or asa-finetune.
+        command: which of the two.
+
+    Returns:
+        The run folder; None where nothing was to be trained.
+    """
+    settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
+    loader = typed(LoaderSettings, config["loader"])
+    planned = wants_plan(config["plan"], config["plan_rate"])
+    if not planned:  # a plan may be for another machine
+        check_settings(settings, optim)
+    explain = _explains(config)
+    name, make_task = task_of_method(config, command)
+    task = make_task(config)
+
+    def make() -> Any:
+        return build(config["method"], plugins=config["plugins"])
+
+    def example(method: Any) -> Any:
+        return task.example(method, micro_batch(settings))
+
+    if planned:
+        print(show_plan(make, example, len(task.parts["train"]), settings, optim, config["plan_rate"], task.units))
+        return None
+    for line in preflight(make, example, settings, optim):
+        print(line)
+    torch.manual_seed(settings.seed)
+    method = make()
+    if explain:
+        print(task.explain_init(method))
+        return None
+    task.load_init(method)
+    dataset, validate = task.dataset(method), task.validation(method)
+    description = {"model": config["model"], "task": name, "data": task.metadata()}
+    with open_run(config, task.split, settings) as run:
+        task.begin(run)
+        metrics = train(
+            method,
+            dataset,
+            run,
+            settings=settings,
+            optim=optim,
+            loader=loader,
+            description=description,
+            validate=validate,
+        )
+        task.finish(run, method, metrics)
+    print(f"wrote {find_weights(run)}")
+    return run
+
+
+def _explains(config: Config) -> bool:
+    """Whether only the transfer of `init` is to be explained; the key does not stay in the run's configuration."""
+    chosen = config.pop("transfer", "load")
+    if chosen not in ("load", "explain"):
+        raise ValueError(f"transfer={chosen}: choose load or explain")
+    if chosen == "explain" and not config["init"]:
+        raise ValueError("transfer=explain reports what would be loaded from a checkpoint: give init=")
+    return chosen == "explain"
+
+
+def predict_task(config: Config) -> None:
+    """Predict scans as the checkpoint's task does; of several checkpoints, as that of the first.
+
+    Raises:
+        FileNotFoundError, ValueError: no such input or checkpoint, or scans that failed.
+    """
+    for key in ("mirror", "probabilities"):
+        if not isinstance(config[key], bool):
+            raise ValueError(f"{key}={config[key]}: choose true or false")
+    checkpoints, source = checkpoints_of(config), Path(str(config["input"]))
+    if not checkpoints:
+        raise ValueError("checkpoint=[]: give at least one")
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    task_of_checkpoint(read_description(checkpoints[0]), config["plugins"]).predict(config)
+
+
+def evaluate_task(config: Config) -> None:
+    """Score predictions, or compare evaluations; print the table, write the results.
+
+    The policies of label maps belong to segmentation; another policy is the name of a task.
+    """
+    if config["compare"] is not None:
+        if given := [key for key in ("predictions", "truth") if config[key] is not None]:
+            raise ValueError(f"{given[0]}= and compare= exclude each other: evaluate each run first, then compare them")
+        compare(config["compare"], config["out"], allow_missing=config["allow_missing"])
+        return
+    policy = config["policy"]
+    find_task("segmentation" if policy in POLICIES else policy, config["plugins"]).evaluate(config)
+
+
+def compare(
+    folders: Sequence[str | Path] | Mapping[str, str | Path], out: str | Path, *, allow_missing: bool = False
+) -> None:
+    """Compare folders of earlier evaluations with the first of them; print the table, write it and a page.
+
+    Args:
+        folders: that asa-evaluate wrote, by the name of the run or each called as its folder is.
+        out: folder for comparison.json, .md, .tex and .html.
+        allow_missing: compare the cases that all of them have, instead of refusing when they differ.
+    """
+    comparison = compare_folders(_named(folders), Path(out), allow_missing=allow_missing)
+    print(comparison_table(comparison))
+    print(f"wrote comparison.json, .md, .tex and .html to {out}")
+
+
+def _named(folders: Any) -> dict[str, Path]:
+    """Folders by the name of the run: given, or the folder's own."""
+    if isinstance(folders, Mapping):
+        return {str(name): Path(str(folder)) for name, folder in folders.items()}
+    if not isinstance(folders, list | tuple):
+        raise ValueError(f"compare= is a list of folders, like [runs/a, runs/b], got {folders!r}")
+    named = {Path(str(folder)).name: Path(str(folder)) for folder in folders}
+    if len(named) < len(folders):
+        raise ValueError("compare= has two folders of one name: name the runs, like {scratch: FOLDER, asa: FOLDER}")
+    return named

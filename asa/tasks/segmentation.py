@@ -1,0 +1,305 @@
+"""Segmentation: label maps from labelled scans.
+
+Data: crops of a prepared store with labels; left and right labels are exchanged in mirrored crops. Loss: the method's
+(Dice and cross-entropy with deep supervision, over classes or over regions). Validation: Dice of whole volumes of the
+validation part. A checkpoint holds channels, labels, regions, preparation and voxel sizes. Prediction: label maps in
+each scan's own space, by a sliding window. Evaluation: label maps against the truth under a named policy.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from asa.config import typed
+from asa.data.datasets import folder
+from asa.data.io.nifti import Volume
+from asa.data.loading.augment import AugmentSettings
+from asa.data.loading.loader import CropDataset, VolumeSource
+from asa.data.splits import read_split, select
+from asa.data.store import IGNORED, MANIFEST, Store
+from asa.evaluation.metrics import dice
+from asa.evaluation.summary import summary_table
+from asa.inference.preprocessing import learnt_from
+from asa.inference.segmentation import SIDE, PredictSettings, Segmenter, sliding_window
+from asa.methods.base import Batch
+from asa.methods.segment import Segmentation as SegmentationMethod
+from asa.ops.nested import painting_order
+from asa.reporting.figures import central_slices, overlay_panel
+from asa.tasks.base import Config
+from asa.tasks.evaluation import evaluate_folder
+from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
+from asa.tasks.volumes import Initialisation, open_store, set_model
+from asa.training.distributed import map_over_ranks
+from asa.training.plan import volume_batch
+
+Metrics = tuple[dict[str, float], dict[str, np.ndarray]]
+
+
+class Segmentation:
+    """Segmentation from a prepared store with labels."""
+
+    command = "finetune"
+    units = ("volumes", "scans")
+    cross_validates = True
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.windows = config, typed(PredictSettings, config["predict"])
+        self.augment = typed(AugmentSettings, config["augment"])
+        store, self.split, self.parts = open_store(config["data"], Path(str(config["out"])))
+        self.store, self.init = store, Initialisation(config, store, self.split)
+        if not store.labels:
+            raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
+        self.index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
+        self.regions = _regions(config["method"], store)
+        set_model(config, in_channels=len(store.channels), out_channels=len(self.regions) or len(self.index) + 1)
+        self.lateral_pairs = lateral_indices(config["data"]["lateral_pairs"], self.index, self.augment)
+        for record in self.parts["validation"]:
+            if store.label(record["id"]) is None:
+                raise ValueError(f"{record['id']}: has no label map; leave it out of the validation part of the split")
+
+    def example(self, method: Any, count: int) -> Batch:
+        return volume_batch(method, count, label=True)
+
+    def load_init(self, method: Any) -> None:
+        self.init.load_and_print(method.model)
+
+    def explain_init(self, method: Any) -> str:
+        return self.init.load(method.model, explain=True)
+
+    def dataset(self, method: Any) -> CropDataset:
+        data = self.config["data"]
+        return CropDataset(
+            self.store,
+            self.parts["train"],
+            method.model.encoder.img_size,
+            crop=data["placement"],
+            labelled=True,
+            foreground=data["foreground"],
+            mirrored=method.mirrored,
+            augment=self.augment,
+            lateral_pairs=self.lateral_pairs,
+            seed=self.config["train"]["seed"],
+        )
+
+    def validation(self, method: Any) -> Any:
+        ids = [record["id"] for record in self.parts["validation"]]
+        scored = self.regions or {name: [k] for name, k in self.index.items()}
+        return (lambda step: validate_segmentation(method, self.store, ids, scored, self.windows)) if ids else None
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "channels": self.store.channels,
+            "labels": self.store.labels,
+            **({"regions": list(self.store.regions.items())} if self.regions else {}),
+            "prepare": self.store.settings,
+            **learnt_from(self.config["data"]["lateral_pairs"], self.parts["train"]),
+            **self.init.trained_on(self.parts["train"]),
+        }
+
+    def begin(self, run: Path) -> None:
+        self.init.write(run)
+        start = f"the encoder of {self.config['init']}" if self.config["init"] else "scratch"
+        train, validation = len(self.parts["train"]), len(self.parts["validation"])
+        print(f"fine-tuning from {start} on {train} scans, validated on {validation}, in {run}")
+
+    def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
+        if "dice" in metrics:
+            print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+    @staticmethod
+    def predict(config: Config) -> None:
+        refuse_healthy(config)
+        predict_scans(SegmentationPredictor(config), config)
+
+    @staticmethod
+    def evaluate(config: Config) -> None:
+        for key in ("predictions", "truth"):
+            if config[key] is None:
+                raise ValueError("predictions= and truth= have to be given, or compare=[RUN_A, RUN_B]")
+        if not isinstance(config["regions"], dict | None):
+            raise ValueError(f"regions= joins label values, like regions={{core: [1, 4]}}, got {config['regions']!r}")
+        truth, out = Path(str(config["truth"])), Path(str(config["out"]))
+        if not truth.exists():
+            raise FileNotFoundError(f"{truth}: no such folder; truth= is a store or a folder of label maps")
+        cohort = _truth_of_store(truth, config) if (truth / MANIFEST).exists() else _truth_of_folder(truth, config)
+        summary = evaluate_folder(
+            Path(str(config["predictions"])),
+            cohort.truths,
+            cohort.labels,
+            config["policy"],
+            out,
+            cohort.images,
+            regions=cohort.regions if config["regions"] is None else config["regions"],
+            ignored=cohort.ignored,
+            allow_missing=config["allow_missing"],
+            workers=config["workers"],
+        )
+        print(summary_table(summary))
+        print(f"wrote cases.csv, summary.json and report.html to {out}")
+
+
+def _regions(node: Config, store: Store) -> dict[str, list[int]]:
+    """The store's regions as class indices, entered into the configuration of a method that learns them; else none."""
+    if "regions" not in node:
+        return {}
+    if not store.regions:
+        raise ValueError(f"{store.path}: the store has no regions: prepare it with regions={{NAME: [values], ...}}")
+    painting_order(store.regions)
+    index = {value: k for k, value in enumerate(store.label_values, start=1)}
+    node["regions"] = {name: [index[value] for value in values] for name, values in store.regions.items()}
+    return dict(node["regions"])
+
+
+def lateral_indices(
+    pairs: Sequence[Sequence[str]], index: Mapping[str, int], augment: AugmentSettings
+) -> list[tuple[int, int]]:
+    """Left/right pairs of label names -> class indices.
+
+    Args:
+        pairs: `[left, right]` names.
+        index: label name -> class index.
+        augment: whether crops are mirrored.
+
+    Raises:
+        ValueError: no pairs, unknown names, or mirrored crops and a label with a side but no partner.
+    """
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"data.lateral_pairs is a list of pairs, like [[left_x, right_x]], got {pairs}")
+    paired = [name for pair in pairs for name in pair]
+    for name in paired:
+        if name not in index:
+            raise ValueError(f"data.lateral_pairs names {name!r}; the store's labels are {', '.join(index)}")
+    unpaired = [name for name in index if SIDE.search(name) and name not in paired]
+    if unpaired and augment.mirror_probability > 0:
+        raise ValueError(
+            f"the label {unpaired[0]!r} has a side and no partner to be exchanged with in mirrored crops: "
+            "give data.lateral_pairs=[[left_x, right_x]], or augment.mirror_probability=0"
+        )
+    return [(index[left], index[right]) for left, right in pairs]
+
+
+def validate_segmentation(
+    method: SegmentationMethod,
+    source: VolumeSource,
+    ids: Sequence[str],
+    parts: Mapping[str, Sequence[int]],
+    settings: PredictSettings,
+) -> Metrics:
+    """Dice of whole prepared volumes, ignored voxels left out, and an overlay of the first volume with its truth.
+
+    Several processes divide the scans between them; each returns the whole result, and the main one the overlay.
+
+    Args:
+        method: the method, in evaluation mode.
+        source: the store.
+        ids: labelled scans.
+        parts: name -> class indices that are scored as one: labels, or regions.
+        settings: of the sliding window.
+
+    Returns:
+        "dice_NAME" of each part (1 for a scan where neither map holds it) and "dice", their mean; and a panel of
+        image, truth and prediction in three planes, through the middle of what is labelled.
+    """
+    panels: dict[str, np.ndarray] = {}
+
+    def scores(id: str) -> list[float]:
+        image, truth = source.image(id), source.label(id)
+        assert truth is not None
+        volume = torch.from_numpy(np.array(image, dtype=np.float32))
+        prediction = method.label_map(sliding_window(method.model, volume, settings)).cpu().numpy()
+        counted = truth[0] != IGNORED
+        truth, prediction = truth[0] * counted, prediction * counted
+        if not panels:
+            at = central_slices(truth > 0) if truth.any() else None
+            panels["image, truth, prediction"] = overlay_panel(volume[0].numpy(), [truth, prediction], at=at)
+        found = [dice(np.isin(prediction, values), np.isin(truth, values)) for values in parts.values()]
+        return [1.0 if math.isnan(score) else score for score in found]  # in neither map: right
+
+    columns = zip(*map_over_ranks(ids, scores), strict=True)
+    metrics = {f"dice_{name}": float(np.mean(column)) for name, column in zip(parts, columns, strict=True)}
+    return {"dice": float(np.mean(list(metrics.values()))), **metrics}, panels
+
+
+class SegmentationPredictor:
+    """Writes `OUT/ID.nii.gz` of each scan, and its probabilities into `OUT/probabilities/ID` where they are asked for.
+
+    Args:
+        config: of asa-predict.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.out, self.with_probabilities = Path(str(config["out"])), config["probabilities"]
+        self.segmenter = Segmenter(
+            checkpoints_of(config),
+            typed(PredictSettings, config["predict"]),
+            mirror=config["mirror"],
+            strip=config["strip"],
+            progress=True,
+        )
+        self.intake = self.segmenter.intake
+
+    def predict_file(self, id: str, images: Channels) -> None:
+        self.segmenter.segment_file(images, self.out / f"{id}.nii.gz", probabilities=self._probabilities(id))
+
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+        target = self.out / f"{id}.nii.gz"
+        self.segmenter.segment_prepared(image, chain, like, target, probabilities=self._probabilities(id))
+
+    def finish(self) -> str:
+        return f"wrote label maps to {self.out}"
+
+    def _probabilities(self, id: str) -> Path | None:
+        return self.out / "probabilities" / id if self.with_probabilities else None
+
+
+@dataclass
+class Truth:
+    """What predictions are evaluated against.
+
+    `truths` and `images` are files by case id; `labels`, `regions` and `ignored` are as in `evaluate_folder`.
+    """
+
+    truths: dict[str, Path]
+    images: dict[str, Path] | None
+    labels: dict[int, str]
+    regions: dict[str, list[int]]
+    ignored: list[int]
+
+
+def _truth_of_store(path: Path, config: Config) -> Truth:
+    """Source label files and images of a store's scans."""
+    store = Store(path)
+    records = store.records
+    if config["split_file"] is not None:
+        split = read_split(config["split_file"])
+        if not split.get(config["part"]):
+            raise ValueError(f"{config['split_file']} has no subjects under {config['part']}")
+        records = select(store.records, split[config["part"]])
+    labelled = [record for record in records if "label" in record["sources"]]
+    if not labelled:
+        raise ValueError(f"{path}: none of the scans has a label map to compare with")
+    truths = {record["id"]: Path(record["sources"]["label"]["path"]) for record in labelled}
+    images = {record["id"]: _first_image(record, store.channels) for record in labelled}
+    return Truth(truths, images, store.labels, store.regions, store.ignored)
+
+
+def _first_image(record: Mapping[str, Any], channels: Sequence[str]) -> Path:
+    """The first channel that the scan has: one may be missing in the cohort."""
+    return next(Path(record["sources"][channel]["path"]) for channel in channels if channel in record["sources"])
+
+
+def _truth_of_folder(path: Path, config: Config) -> Truth:
+    """Label files of a folder by the text that the pattern's * stands for."""
+    if not isinstance(config["labels"], dict):
+        raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
+    if not all(isinstance(value, int) for value in config["ignored"]):
+        raise ValueError(f"ignored= is a list of label values, like ignored=[2], got {config['ignored']}")
+    records = folder.records(path, images={"label": config["pattern"]})
+    truths = {record["id"]: Path(str(record["images"]["label"])) for record in records}
+    labels = {int(value): name for value, name in config["labels"].items()}
+    return Truth(truths, None, labels, {}, config["ignored"])

@@ -1,0 +1,131 @@
+"""What the tasks on prepared volumes share: the store and its split, the pretrained encoder, and leakage from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from asa.data.io.files import write_json
+from asa.data.leakage import Seen, Trained, known_trained, seen_subjects, trained_on
+from asa.data.splits import keep_labelled, make_split, read_split, select
+from asa.data.store import Store
+from asa.evaluation.summary import listed
+from asa.models.transfer import Source
+from asa.tasks.base import Config
+from asa.training.checkpoint import list_checkpoints
+from asa.training.distributed import is_main
+from asa.training.pretrained import load_pretrained, read_source
+
+Records = list[dict[str, Any]]
+
+
+def absolute(data: dict[str, Any], *keys: str) -> None:
+    """Make paths in a configuration absolute, so that the run can be resumed from any directory."""
+    for key in keys:
+        if data[key]:
+            data[key] = str(Path(str(data[key])).resolve())
+
+
+def open_store(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[str]], dict[str, Records]]:
+    """Open the store, and split its subjects or read their split.
+
+    Args:
+        data: `store`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
+        run: the run folder; the `split.json` of a run that is resumed holds.
+
+    Returns:
+        The store; the subjects, and their records, of "train", "validation" and "test".
+
+    Raises:
+        ValueError: no store, or a split that does not fit it.
+    """
+    if data["store"] is None:
+        raise ValueError("data.store has to be given: a folder made by asa-prepare")
+    absolute(data, "store")
+    store = Store(data["store"])
+    split = choose_split(store.records, data, run)
+    return store, split, {name: select(store.records, subjects) for name, subjects in split.items()}
+
+
+def choose_split(records: Sequence[Mapping[str, Any]], data: Mapping[str, Any], run: Path) -> dict[str, list[str]]:
+    """The subjects of each part: see `open_store`."""
+    if list_checkpoints(run):  # in a run that is resumed no subject changes its part, whatever the options are now
+        return read_split(run / "split.json")
+    file = data["split_file"]
+    split = make_split(records, **data["split"]) if file is None else read_split(file)
+    return split if data.get("labelled") is None else keep_labelled(split, data["labelled"])
+
+
+def set_model(config: Config, **values: Any) -> None:
+    """Enter what follows from the data into the model's configuration, which stands in two places."""
+    for node in (config["model"], config["method"]["model"]):
+        node.update(values)
+
+
+class Initialisation:
+    """The checkpoint that a fine-tuning starts from, and the held-out subjects that it was pretrained on.
+
+    Args:
+        config: of the command, with `init` and `model`; without `init` training starts from scratch.
+        store, split: whose held-out subjects are searched for in the checkpoint's training data.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_source`.
+    """
+
+    def __init__(self, config: Config, store: Store, split: Mapping[str, Sequence[str]]) -> None:
+        self.init = config["init"] if config["plan"] is None else None  # a plan needs no weights
+        self.model_config = config["model"]
+        self.source: Source | None = None
+        self.description: dict[str, Any] = {}
+        if self.init:
+            self.source, self.description = read_source(self.init)
+        self.before: Trained | None = known_trained(self.description.get("data", {}))
+        self.seen: list[Seen] | None = seen_subjects(store.records, split, self.before) if self.before else None
+
+    def load(self, model: Any, *, explain: bool = False) -> str:
+        """Load the encoder into a network, or with `explain` only report what would happen to each tensor."""
+        assert self.init is not None and self.source is not None
+        return load_pretrained(self.init, self.source, self.description, model, self.model_config, explain=explain)
+
+    def load_and_print(self, model: Any) -> None:
+        """Load the encoder, and print what was loaded and which held-out subjects it was pretrained on."""
+        if self.init:
+            print(self.load(model))
+            print("\n".join(leakage_report(self.seen, self.init)))
+
+    def trained_on(self, records: Records) -> Trained:
+        """Digests of the scans and subjects that the network is trained on in the end; {} where that is not known."""
+        if self.init and self.before is None:
+            return {}
+        return trained_on(records, self.before)
+
+    def write(self, run: Path) -> None:
+        """Write the held-out subjects that the encoder was pretrained on into the run, if they are known."""
+        if self.seen is not None and is_main():
+            write_json(run / "seen.json", {"init": self.init, "seen": [asdict(one) for one in self.seen]})
+
+
+def leakage_report(seen: list[Seen] | None, init: str) -> list[str]:
+    """Lines about the held-out subjects that `init` was trained on; None: its training subjects are not known."""
+    if seen is None:
+        return [f"{init} does not hold its training subjects: whether held-out subjects are among them is not checked"]
+    if not seen:
+        return [f"{init} was not trained on any held-out subject"]
+    lines = []
+    if scans := [one for one in seen if one.match == "scan"]:
+        lines.append(
+            f"warning: {init} was trained on scans of {len(scans)} held-out subjects ({_by_part(scans)}): "
+            "pretrain with them held out (data.split_file), or read their scores as optimistic"
+        )
+    if names := [one for one in seen if one.match == "name"]:
+        lines.append(
+            f"note: {init} was trained on other scans of {len(names)} subjects with names of held-out ones "
+            f"({_by_part(names)}): if they are the same people, pretrain with them held out (data.split_file)"
+        )
+    return lines
+
+
+def _by_part(seen: list[Seen]) -> str:
+    parts = dict.fromkeys(one.part for one in seen)
+    return "; ".join(f"{part}: {listed([one.subject for one in seen if one.part == part], 5)}" for part in parts)

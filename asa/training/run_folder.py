@@ -1,0 +1,104 @@
+"""The folder of a run: joined by all processes, locked, and never used for two different configurations."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asa.config import flatten
+from asa.data.io.files import write_whole
+from asa.data.splits import write_split
+from asa.moved import current_name
+from asa.training.checkpoint import list_checkpoints
+from asa.training.device import pick_device
+from asa.training.distributed import on_main, process_group
+from asa.training.lock import LOCK, locked
+from asa.training.loop import TrainSettings
+
+# Settings that may change when a run is resumed: its length, its reports, and how it is computed.
+FREE_ON_RESUME = (
+    "out",
+    "loader",
+    "predict",
+    "plan",
+    "transfer",
+    "data.probe",
+    "model.checkpointing",
+    "method.model.checkpointing",
+    "train.steps",
+    "train.accumulate",
+    "train.log_every",
+    "train.validate_every",
+    "train.save_every",
+    "train.save_minutes",
+    "train.keep",
+    "train.best",
+    "train.device",
+    "train.timeout_minutes",
+)
+
+
+@contextmanager
+def open_run(config: Mapping[str, Any], split: Mapping[str, Sequence[str]], settings: TrainSettings) -> Iterator[Path]:
+    """Join the job's other processes, and create and lock their run folder.
+
+    The folder holds the configuration and the split. A run with the same configuration is resumed.
+
+    Args:
+        config: composed configuration of the command; `out` is the folder.
+        split: subjects of each part.
+        settings: of the training.
+
+    Raises:
+        ValueError: the folder holds another run or other files, or is in use.
+    """
+    run = Path(str(config["out"]))
+    with process_group(pick_device(settings.device), settings.timeout_minutes), ExitStack() as stack:
+
+        def create() -> None:
+            _check_folder(run)
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(run))
+            _check_config(run, config)
+            write_whole(run / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
+            write_split(run / "split.json", split)
+
+        on_main(create)
+        yield run
+
+
+def _check_folder(run: Path) -> None:
+    """Raise a ValueError for a folder that holds anything but a run."""
+    if run.is_file():
+        raise ValueError(f"{run} is a file: out= names a folder")
+    is_run = (run / "config.yaml").exists() and (run / "split.json").exists()
+    if not is_run and run.exists() and any(path.name != LOCK for path in run.iterdir()):
+        raise ValueError(f"{run} is not empty and not a run: choose another out=")
+
+
+def _check_config(run: Path, config: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the folder's run was made with other settings.
+
+    A setting that only one of the two has is no difference while it is off (null, false, 0 or empty), so a run can be
+    resumed after an upgrade that added settings.
+    """
+    file = run / "config.yaml"
+    if not (list_checkpoints(run) and file.exists()):
+        return
+    before, now = _comparable(yaml.safe_load(file.read_text())), _comparable(config)
+    for key in sorted(before.keys() | now.keys()):
+        in_both = key in before and key in now
+        same = before[key] == now[key] if in_both else not (before | now)[key]
+        if not (same or key.startswith(FREE_ON_RESUME)):
+            raise ValueError(
+                f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
+                "choose another out="
+            )
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, functions and classes by their present names."""
+    flat = flatten(config)
+    return {key: current_name(str(value)) if key.endswith("_target_") else value for key, value in flat.items()}
