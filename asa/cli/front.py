@@ -17,7 +17,7 @@ from asa.data.io.files import write_whole
 from asa.data.splits import write_split
 from asa.training.checkpoint import list_checkpoints
 from asa.training.device import pick_device
-from asa.training.distributed import StoppedElsewhere, is_main, joined, leave, on_main, rank, world_size
+from asa.training.distributed import MainRankFailed, exit_process, is_main, on_main, process_group, rank, world_size
 from asa.training.lock import LOCK, locked
 from asa.training.loop import TrainSettings
 from asa.training.signals import RESUME_CODE, Stopped
@@ -79,7 +79,7 @@ def run_command(
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     chosen = parser.parse_intermixed_args(arguments)
     code = _run(command, main, settings, chosen)
-    leave(code)
+    exit_process(code)
     return code
 
 
@@ -101,7 +101,7 @@ def _run(
         if is_main():
             print(f"asa-{command}: {stopped}; the same command goes on from there", file=sys.stderr)
         return RESUME_CODE
-    except StoppedElsewhere:
+    except MainRankFailed:
         return 1
     except Exception as error:
         expected = isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
@@ -174,7 +174,7 @@ def open_run(config: Config, split: Mapping[str, Sequence[str]], settings: Train
         ValueError: the folder holds another run or other files, or is in use.
     """
     run = Path(str(config["out"]))
-    with joined(pick_device(settings.device), settings.timeout_minutes), ExitStack() as held:
+    with process_group(pick_device(settings.device), settings.timeout_minutes), ExitStack() as held:
 
         def make() -> None:
             _check_folder(run)

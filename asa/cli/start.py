@@ -7,8 +7,7 @@ from asa.cli.front import Config
 from asa.data.leakage import Seen, Trained, known_trained, seen_subjects, trained_on
 from asa.data.store import Store
 from asa.evaluation.summary import listed
-from asa.models.swin import Swin
-from asa.training.pretrained import Source, start_from, start_sides
+from asa.training.pretrained import Source, load_pretrained
 
 Opened = tuple[Source, dict[str, Any]]  # of asa.training.pretrained.read_source
 
@@ -16,9 +15,7 @@ Opened = tuple[Source, dict[str, Any]]  # of asa.training.pretrained.read_source
 def loaded(config: Config, opened: Opened, model: Any, *, explain: bool = False) -> str:
     """Load `init` into a network, or with `explain` only say what would happen to each tensor; what to print."""
     source, origin = opened
-    if isinstance(model.encoder, Swin):
-        return start_sides(config["init"], source, origin, model, config["model"])
-    return start_from(config["init"], source, origin, model.encoder, config["model"], explain=explain)
+    return load_pretrained(config["init"], source, origin, model, config["model"], explain=explain)
 
 
 def start(

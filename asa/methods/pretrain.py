@@ -76,6 +76,11 @@ class MaskedPretraining(nn.Module):
             "mean_predictor_mse": mean_errors.mean(),
         }
 
+    def run_untiled(self, batch: Batch) -> None:
+        """Compute what a GPU computes for the whole batch and a CPU in slabs, for the memory plan of a step."""
+        if self.loss.importance:
+            gradient_importance(batch["image"], self.loss.patch_size, self.loss.bins, self.loss.importance)
+
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """A batch's reconstruction, to be drawn."""
         return {"reconstruction": self.reconstruct(batch["image"], self.mask(batch["seed"]))}

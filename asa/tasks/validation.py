@@ -21,7 +21,7 @@ from asa.methods.restore import Restoration
 from asa.methods.segment import Segmentation
 from asa.reporting.figures import central_slices, overlay_panel, reconstruction_panel
 from asa.training.device import on_device
-from asa.training.distributed import spread
+from asa.training.distributed import map_over_ranks
 
 Shown = tuple[dict[str, float], dict[str, np.ndarray]]
 
@@ -48,7 +48,7 @@ def validate_pretraining(method: Pretraining, dataset: CropDataset) -> Shown:
             pictures.update(pictures_of(method, batch))
         return {name: float(value) for name, value in method(batch).items()}
 
-    rows = spread(range(len(dataset)), errors)
+    rows = map_over_ranks(range(len(dataset)), errors)
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, pictures
 
 
@@ -97,7 +97,7 @@ def validate_segmentation(
         found = [dice(np.isin(prediction, values), np.isin(truth, values)) for values in parts.values()]
         return [1.0 if math.isnan(score) else score for score in found]  # in neither map: right
 
-    columns = zip(*spread(ids, scores), strict=True)
+    columns = zip(*map_over_ranks(ids, scores), strict=True)
     numbers = {f"dice_{name}": float(np.mean(column)) for name, column in zip(parts, columns, strict=True)}
     return {"dice": float(np.mean(list(numbers.values()))), **numbers}, pictures
 
@@ -130,5 +130,5 @@ def validate_restoration(method: Restoration, dataset: PairDataset, settings: Pr
             f"input_{name}": before[name] for name in ("psnr", "ssim")
         }
 
-    rows = spread(range(len(dataset)), scores)
+    rows = map_over_ranks(range(len(dataset)), scores)
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}, pictures
