@@ -9,8 +9,6 @@ from .losses.reconstruction import AttentiveReconstructionLoss as AttentiveRecon
 from .losses.restoration import FocalRegionLoss as FocalRegionLoss
 from .methods.pretrain import MaskedPretraining as MaskedPretraining
 from .methods.sa_swin import SASwinPretraining as SASwinPretraining
-from .models import create_model as create_model
-from .models import list_models as list_models
 from .models.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
 from .models.masked_autoencoder import asa_base as asa_base
 from .models.masked_autoencoder import asa_small as asa_small

@@ -1,4 +1,4 @@
-"""Tiny runs, and processes as torchrun starts them: forked from one that has torch loaded, and never for long."""
+"""Tiny runs in processes as torchrun starts them: forked from one that has imported torch, with a time limit."""
 
 import faulthandler
 import importlib
@@ -33,17 +33,17 @@ MODEL = {
 
 
 def tiny_run(run: Path, store: Path, steps: int = 6, workers: int = 0, timeout: float = 0.5, **settings: Any) -> None:
-    """Pretrain a tiny autoencoder on four scans, in as many processes as the environment says."""
+    """Pretrain a tiny autoencoder on four scans, in one or several processes."""
     from asa.data.loading.loader import CropDataset, LoaderSettings
     from asa.data.store import Store
     from asa.methods.pretrain import MaskedPretraining
     from asa.models.masked_autoencoder import asa_tiny
-    from asa.training.distributed import is_main, joined, rank
+    from asa.training.distributed import is_main, process_group, rank
     from asa.training.loop import TrainSettings, train
     from asa.training.optim import OptimSettings
 
     torch.set_num_threads(1)
-    torch.manual_seed(rank())  # each rank its own weights: the first one's have to win
+    torch.manual_seed(rank())  # each rank starts from other weights: those of rank 0 must be used
     opened = Store(store)
     method = MaskedPretraining(model=asa_tiny(**{k: v for k, v in MODEL.items() if k != "_target_"}))
     optim = settings.pop("optim", OptimSettings(lr=1e-3, warmup=1))
@@ -52,23 +52,23 @@ def tiny_run(run: Path, store: Path, steps: int = 6, workers: int = 0, timeout: 
     if is_main():
         run.mkdir(parents=True, exist_ok=True)
     loader = LoaderSettings(workers=workers)
-    with joined(torch.device("cpu"), timeout):
+    with process_group(torch.device("cpu"), timeout):
         train(method, dataset, run, settings=chosen, optim=optim, loader=loader, description={"model": MODEL})
 
 
 def log(run: Path, *keys: str, group: str = "train") -> list[tuple]:
-    """Numbers of the run's log."""
+    """Values of some keys from the run's log."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [tuple(line.get(key) for key in keys) for line in lines if line["group"] == group]
 
 
 def losses(run: Path) -> np.ndarray:
-    """The run's loss list."""
+    """The logged training losses of a run."""
     return np.array(log(run, "loss"))[:, 0]
 
 
 def command(name: str, *arguments: object) -> None:
-    """End this process as a command does."""
+    """Run a command, and exit with its code."""
     sys.argv = [f"asa-{name}", *map(str, arguments)]
     sys.exit(importlib.import_module(f"asa.cli.{name}").main())
 
@@ -82,7 +82,7 @@ class Ended:
 
 
 class Job:
-    """Processes that run a function of a module."""
+    """Processes that each run a function, as ranks of one job."""
 
     def __init__(self, folder: Path, world: int, function: Callable[..., None], *arguments: Any, **keywords: Any):
         with socket.socket() as free:
@@ -91,14 +91,14 @@ class Job:
         self.outputs = [folder / f"rank-{rank}.txt" for rank in range(world)]
         self.processes = []
         for rank, output in enumerate(self.outputs):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-            env = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+            env = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
             process = FORK.Process(target=_child, args=(env, output, function, arguments, keywords))
             process.start()
             self.processes.append(process)
 
     def wait(self, timeout: float = 30) -> list[Ended]:
-        """Wait for all; those that do not end are killed, and have no code."""
+        """Wait for all processes; those that do not end are killed, and their code is None."""
         until = time.monotonic() + timeout
         ended = []
         for process, output in zip(self.processes, self.outputs, strict=True):
@@ -121,34 +121,34 @@ def _child(env: dict[str, Any], output: Path, function: Callable[..., None], arg
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    faulthandler.dump_traceback_later(25, file=handle)  # says where a process hangs before it is killed
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
+    faulthandler.dump_traceback_later(25, file=handle)  # prints the stack of a hanging process before it is killed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in a background job
     torch.set_num_threads(1)
     function(*arguments, **keywords)
 
 
 def ranks(folder: Path, world: int, function: Callable[..., None], *arguments: Any, **keywords: Any) -> list[Ended]:
-    """Run a function in several processes to its end."""
+    """Run a function in several processes and wait for them."""
     return Job(folder, world, function, *arguments, **keywords).wait()
 
 
 def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait for something."""
+    """Wait until a condition is true."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
 
 
 def steps_done(run: Path) -> int:
-    """Steps in the run's log."""
+    """Number of lines in the run's log."""
     file = run / "log.jsonl"
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[Any]:
-    """An attribute with another value for a while; gives the old one."""
+    """Replace an attribute inside the context; yields the original value."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

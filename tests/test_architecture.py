@@ -74,7 +74,9 @@ def test_every_folder_is_on_a_floor_and_small() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    modules = {path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.rglob("*.py")}
+    modules = {
+        path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.rglob("*.py")
+    }
     graph = {module: {name for name in imports(path) if name in modules} for module, path in modules.items()}
     while leaves := {module for module, names in graph.items() if not names & graph.keys()}:
         graph = {module: names for module, names in graph.items() if module not in leaves}
@@ -163,7 +165,14 @@ def test_a_type_checker_sees_the_types_of_public_names(tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     shown = [line.split("note: ")[1] for line in done.stdout.splitlines() if "Revealed type" in line]
-    expected = ("list[builtins.str]", "MaskedAutoencoder", "SegmentationUNet", "SWViT", "list[builtins.str]", "pathlib.Path")
+    expected = (
+        "list[builtins.str]",
+        "MaskedAutoencoder",
+        "SegmentationUNet",
+        "SWViT",
+        "list[builtins.str]",
+        "pathlib.Path",
+    )
     assert all(type_ in line for type_, line in zip(expected, shown, strict=False)), done.stdout
     assert "ndarray" in shown[6] and "float" in shown[6]
     assert done.stdout.count("error:") == 1 and 'has no attribute "dize"' in done.stdout

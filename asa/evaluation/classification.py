@@ -21,7 +21,7 @@ from asa.inference.segmentation import PredictSettings
 from asa.models.classifier import Classifier
 from asa.training.checkpoint import read_model
 from asa.training.device import on_device, pick_device
-from asa.training.distributed import spread
+from asa.training.distributed import map_over_ranks
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -65,7 +65,7 @@ def predict_classes(model: nn.Module, dataset: CropDataset) -> np.ndarray:
         return model(batch["image"], batch.get("mirror")).float().softmax(dim=1)[0].tolist()
 
     with torch.inference_mode():
-        return np.array(spread(range(len(dataset)), shares))
+        return np.array(map_over_ranks(range(len(dataset)), shares))
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:

@@ -13,7 +13,7 @@ class Method(Protocol):
 
     Calling it on a batch (see `asa.data.loading.loader`) returns a dict with the scalar "loss" to minimise, and any
     other scalars to log, detached. `model` is the network that is kept afterwards, `mirrored` whether batches hold the
-    "mirror" of each image.
+    "mirror" of each image. Optional: `run_untiled(batch)`, see `asa.methods.pretrain.MaskedPretraining`.
     """
 
     model: nn.Module

@@ -24,6 +24,8 @@ class Classification(nn.Module):
         ValueError: a model that classifies nothing, or another number of weights than classes.
     """
 
+    task = "classification"
+
     def __init__(self, *, model: Classifier, weights: Sequence[float] | None = None) -> None:
         super().__init__()
         if not isinstance(model, Classifier):

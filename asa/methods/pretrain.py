@@ -27,6 +27,7 @@ class MaskedPretraining(nn.Module):
         ValueError: a model that is no masked autoencoder, or a ratio outside (0, 1).
     """
 
+    task = "pretraining"
     mirrored = False
     error = ("loss", "mean_predictor_loss")
 
@@ -75,6 +76,11 @@ class MaskedPretraining(nn.Module):
             "masked_mse": errors.detach().mean(),
             "mean_predictor_mse": mean_errors.mean(),
         }
+
+    def run_untiled(self, batch: Batch) -> None:
+        """Compute what a GPU computes for the whole batch and a CPU in slabs, for the memory plan of a step."""
+        if self.loss.importance:
+            gradient_importance(batch["image"], self.loss.patch_size, self.loss.bins, self.loss.importance)
 
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """A batch's reconstruction, to be drawn."""

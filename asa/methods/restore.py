@@ -22,6 +22,8 @@ class Restoration(nn.Module):
         ValueError: a model that restores nothing, or a negative beta.
     """
 
+    task = "restoration"
+
     def __init__(self, *, model: RegionAttentionTransformer, beta: float = 1.0) -> None:
         super().__init__()
         if not isinstance(model, RegionAttentionTransformer):

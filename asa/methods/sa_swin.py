@@ -52,6 +52,7 @@ class SASwinPretraining(nn.Module):
             outside [0, 1).
     """
 
+    task = "pretraining"
     mirrored = True
     error = ("hidden_l1", "mean_predictor_l1")
 

@@ -23,6 +23,8 @@ class Segmentation(nn.Module):
         ValueError: a model that segments nothing.
     """
 
+    task = "segmentation"
+
     def __init__(self, *, model: SegmentationNetwork) -> None:
         super().__init__()
         if not isinstance(model, SegmentationNetwork):

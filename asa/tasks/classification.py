@@ -6,7 +6,7 @@ checkpoint holds the class names, channels and preparation. Prediction: a table 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.tasks.base import Config
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans, refuse_healthy
-from asa.tasks.volumes import Initialisation, Records, absolute, open_store, set_model
+from asa.tasks.volumes import Initialisation, absolute, open_store, set_model
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
 from asa.training.distributed import is_main

@@ -58,9 +58,7 @@ def finetune(
     return finetune_task(configure("finetune", settings, required, config_dir=config_dir))
 
 
-def predict(
-    checkpoint: str | Path | Sequence[str | Path], input: str | Path, out: str | Path, **settings: Any
-) -> Path:
+def predict(checkpoint: str | Path | Sequence[str | Path], input: str | Path, out: str | Path, **settings: Any) -> Path:
     """Predict scans with a trained network, as asa-predict does.
 
     Args:
@@ -110,5 +108,3 @@ def finetune_task(config: Config) -> Path | None:
     if not task.cross_validates:
         raise ValueError(f"data.split.fold=all is not for {name}: give data.split.fold=0, then 1, ...")
     return cross_validate(config, policy)
-
-

@@ -1,12 +1,17 @@
-"""Checkpoints: whole or absent, safe to load, and enough to go on exactly where a run stopped.
+"""Checkpoints: complete or absent, safe to load, and enough to continue a run exactly where it stopped.
 
-A run folder holds `checkpoints/step-NNNNNNNN/` with `model.safetensors` (weights, and in its header the description
-needed to rebuild the model) and `training.pt` (optimizer, scaler, random state). With `train.ema` the first file holds
-the averaged weights, which is what everybody reads, and the second the weights that training goes on with. With
-`train.best` there is a checkpoint in `best/` too, see `best.py`.
+    RUN/checkpoints/step-NNNNNNNN/model.safetensors    weights; the description of the model in the header
+    RUN/checkpoints/step-NNNNNNNN/training.pt          optimizer, loss scale, random state
+    RUN/best/step-NNNNNNNN/                            the best checkpoint, without a training state (`train.best`)
+
+With `train.ema` the first file holds the averaged weights, which everything but the training itself reads, and the
+second one also holds the weights that training continues with. The description is plain data: "model" (what
+`asa.config.build` takes), "data", "task" (the name of the task that made the checkpoint), and with `train.best` "best"
+(name and value of the metric).
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from asa.config import CHECKPOINT_TARGETS, build
-from asa.models.sw_vit import SWViT
-from asa.models.swin import Swin
 
 FORMAT = 1
 WEIGHTS, TRAINING = "model.safetensors", "training.pt"
-NEWEST = "checkpoints"  # folder of a run
+NEWEST, BEST = "checkpoints", "best"  # folders of a run
 
 
-class Damaged(ValueError):
-    """A checkpoint that is not whole."""
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is incomplete or cannot be read."""
+
+
+# --- saving
 
 
 def save_checkpoint(
@@ -41,45 +47,45 @@ def save_checkpoint(
     *,
     folder: str = NEWEST,
 ) -> Path:
-    """Write a checkpoint beside its final place, flush it to the disk, rename it, and drop old ones.
+    """Write a checkpoint under a temporary name, flush it to the disk, rename it, and delete old ones.
 
     Args:
         run: the run folder.
         step: steps done.
-        model: its weights are kept.
-        description: plain data that rebuilds the model; `description["model"]` is what `build` takes.
-        training: plain data and tensors, to go on with.
-        keep: checkpoints to keep, this one and the newest others.
-        folder: of the run, where it is one among others.
+        model: its weights are saved.
+        description: plain data. `description["model"]` is what `build` takes, `description["task"]` names the task.
+        training: plain data and tensors to continue with.
+        keep: number of checkpoints to keep: this one and the newest others.
+        folder: of the run, for this kind of checkpoint.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: it could not be written; what was saved before is as it was.
+        OSError: it could not be written; earlier checkpoints are unchanged.
     """
-    place = run / folder
-    final, beside = place / f"step-{step:08d}", place / f".step-{step:08d}.tmp"
-    for left in place.glob(".step-*.tmp"):  # by a process that was killed while saving
-        shutil.rmtree(left, ignore_errors=True)
+    parent = run / folder
+    final, temporary = parent / f"step-{step:08d}", parent / f".step-{step:08d}.tmp"
+    for leftover in parent.glob(".step-*.tmp"):  # of a process that was killed while saving
+        shutil.rmtree(leftover, ignore_errors=True)
     header = {"asa": json.dumps({"format": FORMAT, "step": step, **description}, sort_keys=True)}
     try:
-        beside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, beside / WEIGHTS, metadata=header)
-        torch.save({"step": step, **training}, beside / TRAINING)
+        save_file(weights, temporary / WEIGHTS, metadata=header)
+        torch.save({"step": step, **training}, temporary / TRAINING)
         for name in (WEIGHTS, TRAINING):
-            _flush(beside / name)
-        _flush(beside)
+            _flush(temporary / name)
+        _flush(temporary)
         _remove(final)
-        beside.rename(final)
-        _flush(place)
-    except (OSError, RuntimeError, SafetensorError) as error:  # each of the three writes a full disk in its own words
-        shutil.rmtree(beside, ignore_errors=True)
+        temporary.rename(final)
+        _flush(parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of the three
+        shutil.rmtree(temporary, ignore_errors=True)
         before = [path.name for path in list_checkpoints(run)[-1:]]
         raise OSError(
-            f"{final}: could not be written ({str(error).strip().splitlines()[0]}). The last whole checkpoint is "
-            f"{before[0] if before else 'none'}; make room and give the same command again"
+            f"{final}: could not be written ({str(error).strip().splitlines()[0]}). The last complete checkpoint is "
+            f"{before[0] if before else 'none'}; free disk space and run the same command again"
         ) from error
     others = [path for path in list_checkpoints(run, folder) if path != final]
     for old in others[: max(len(others) - (keep - 1), 0)]:
@@ -88,15 +94,15 @@ def save_checkpoint(
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, never leaving half of it under its name."""
+    """Delete a checkpoint; it never exists incomplete under its name."""
     if checkpoint.exists():
-        doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        old = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+        checkpoint.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file's or folder's bytes are on the disk."""
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -104,36 +110,93 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def keep_best(
+    run: Path, step: int, name: str, metrics: Mapping[str, float], method: nn.Module, description: Mapping[str, Any]
+) -> bool:
+    """Save the weights in the run's `best` folder if they validated better than the ones there.
+
+    The best value so far is read from its checkpoint, so a run that is stopped and resumed needs no other record. Of
+    equal values the first is kept.
+
+    Args:
+        run: the run folder.
+        step: steps done.
+        name: of a metric, of which the highest value is best; with a minus sign before it, the lowest.
+        metrics: of this validation. A non-finite value is never the best.
+        method: its weights are saved.
+        description: as for `save_checkpoint`.
+
+    Returns:
+        Whether they were saved.
+
+    Raises:
+        ValueError: validation gives no such metric.
+        OSError: they could not be written; the previous best is unchanged.
+    """
+    key, sign = name.removeprefix("-"), -1 if name.startswith("-") else 1
+    if key not in metrics:
+        raise ValueError(f"train.best={name}: validation gives {', '.join(metrics)}")
+    value, before = metrics[key], read_best(run)
+    better = before is None or before["name"] != name or sign * value > sign * before["value"]
+    if not better or not math.isfinite(value):
+        return False
+    best = {"name": name, "value": value}
+    save_checkpoint(run, step, method, {**description, "best": best}, {}, keep=1, folder=BEST)
+    return True
+
+
+def read_best(run: Path) -> dict[str, Any] | None:
+    """Name and value of the metric of the best checkpoint; None if there is none.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    best = list_checkpoints(run, BEST)
+    return dict(read_description(best[-1] / WEIGHTS)["best"]) if best else None
+
+
+def describe_best(run: Path) -> str:
+    """A line about the best checkpoint: its metric, step and file."""
+    best = read_best(run)
+    if best is None:
+        return "no validation gave a best checkpoint"
+    path = list_checkpoints(run, BEST)[-1]
+    return f"best {best['name']} {best['value']:.4g} at step {int(path.name[5:])}: {path / WEIGHTS}"
+
+
+# --- loading
+
+
 def list_checkpoints(run: Path, folder: str = NEWEST) -> list[Path]:
     """The run's checkpoints in one of its folders, oldest first."""
     return sorted((run / folder).glob("step-*"))
 
 
-def load_newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
-    """The run's newest whole checkpoint with its weights and training state, None if there is none.
+def load_newest(run: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+    """The run's newest intact checkpoint with its weights and training state; None if there are no checkpoints.
 
-    Damaged ones that are newer are named and set aside, so that later ones are not counted beside them.
+    Newer checkpoints that are damaged are reported and renamed, so that they are no longer counted.
 
     Raises:
-        Damaged: there are checkpoints, and none is whole.
+        DamagedCheckpoint: there are checkpoints, and none is intact.
     """
-    damaged: list[Path] = []
-    reasons: list[str] = []
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(run)):
         try:
             weights, training = load_training(checkpoint)
-        except Damaged as error:
-            damaged.append(checkpoint)
-            reasons.append(str(error))
+        except DamagedCheckpoint as error:
+            damaged[checkpoint] = str(error)
             continue
-        for path, reason in zip(damaged, reasons, strict=True):
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            say(f"warning: {reason}: now {aside.name}, the run goes on from {checkpoint.name}")
+        for path, reason in damaged.items():
+            renamed = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            path.rename(renamed)
+            report(f"warning: {reason}: renamed to {renamed.name}; continuing from {checkpoint.name}")
         return checkpoint, weights, training
     if damaged:
-        raise Damaged(f"no checkpoint is whole: {'; '.join(reasons)}. Remove {damaged[0].parent} to start again")
+        raise DamagedCheckpoint(
+            f"no checkpoint is intact: {'; '.join(damaged.values())}. Remove {run / NEWEST} to start again"
+        )
     return None
 
 
@@ -141,23 +204,23 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and training state of a checkpoint folder, on the CPU.
 
     Raises:
-        Damaged: a file that is missing or not whole.
+        DamagedCheckpoint: a file is missing or cannot be read.
     """
     for name in (WEIGHTS, TRAINING):
         if not (checkpoint / name).is_file():
-            raise Damaged(f"{checkpoint / name}: missing")
+            raise DamagedCheckpoint(f"{checkpoint / name}: missing")
     weights, _ = read_weights(checkpoint / WEIGHTS)
     try:
         return weights, torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise Damaged(f"{checkpoint / TRAINING}: damaged ({type(error).__name__})") from error
+        raise DamagedCheckpoint(f"{checkpoint / TRAINING}: damaged ({type(error).__name__})") from error
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights file that a path means: the file itself, a checkpoint folder's, or a run's newest; RUN/best its best.
+    """The weights file of a path: the file itself, that of a checkpoint folder, or the newest of a run or of RUN/best.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: there is none.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -167,8 +230,8 @@ def find_weights(path: str | Path) -> Path:
     if found := list_checkpoints(path) or list_checkpoints(path, "."):
         return found[-1] / WEIGHTS
     raise FileNotFoundError(
-        f"{path}: no checkpoint here; give a run folder (or its best, where train.best kept one), a checkpoint folder "
-        "or a .safetensors file"
+        f"{path}: no checkpoint here; give a run folder (or its best/, which exists with train.best), a checkpoint "
+        "folder or a .safetensors file"
     )
 
 
@@ -176,9 +239,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and description from a run folder, checkpoint folder or file.
 
     Raises:
-        FileNotFoundError: nothing there.
-        Damaged: not a whole safetensors file.
-        ValueError: not one of this package.
+        FileNotFoundError: no checkpoint there.
+        DamagedCheckpoint: not a complete safetensors file.
+        ValueError: not a checkpoint of this package.
     """
     file = find_weights(path)
     description = read_description(file)
@@ -186,56 +249,56 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, description  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise Damaged(f"{file}: not a whole safetensors file ({error})") from error
+        raise DamagedCheckpoint(f"{file}: not a complete safetensors file ({error})") from error
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """Only the description that a checkpoint holds beside its weights.
+    """Only the description of a checkpoint, without its weights.
 
     Raises:
-        FileNotFoundError, Damaged, ValueError: as `read_weights`.
+        FileNotFoundError, DamagedCheckpoint, ValueError: as `read_weights`.
     """
     file = find_weights(path)
     try:
         with safe_open(file, framework="pt") as opened:
             header = (opened.metadata() or {}).get("asa")
     except SafetensorError as error:
-        raise Damaged(f"{file}: not a whole safetensors file ({error})") from error
+        raise DamagedCheckpoint(f"{file}: not a complete safetensors file ({error})") from error
     if header is None:
         raise ValueError(f"{file}: not a checkpoint of asa: its header has no description of the model")
     description: dict[str, Any] = json.loads(header)
     if description.get("format") != FORMAT:
-        raise ValueError(f"{file}: checkpoint format {description.get('format')}, this version reads {FORMAT}")
+        raise ValueError(f"{file}: checkpoint format {description.get('format')}; this version reads {FORMAT}")
     return description
 
 
 def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
-    """The network of a run, with its weights, in evaluation mode: an autoencoder, a U-Net or a restoration network.
+    """The network of a checkpoint, with its weights, in evaluation mode.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file.
-        plugins: packages of your own that the checkpoint's model may come from. The file itself cannot add any.
+        plugins: your own packages that the checkpoint's model may come from. The file itself cannot add any.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or not a checkpoint that fits.
+        FileNotFoundError, ValueError: no checkpoint there, or one that does not match its model.
     """
     return read_model(path, plugins=plugins)[0]
 
 
 def read_model(path: str | Path, *, plugins: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
-    """`load_model`, and the checkpoint's description beside the network."""
+    """The network as `load_model` returns it, and the checkpoint's description."""
     weights, description = read_weights(path)
     model = build(description["model"], plugins=plugins, targets=CHECKPOINT_TARGETS)
-    kept = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
-    load_weights(model, kept, str(path))
+    own = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
+    load_weights(model, own, str(path))
     return model.eval(), description
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights that have to fit exactly.
+    """Load weights whose names and shapes must match the model's exactly.
 
     Raises:
-        ValueError: naming the first tensor that does not fit.
+        ValueError: names the first tensor that does not match, and `source`.
     """
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
@@ -243,21 +306,21 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         there = tuple(weights[name].shape) if name in weights else "absent"
         if here != there:
             raise ValueError(
-                f"{source}: does not fit the model: {name} is {there} in the checkpoint and {here} in the model"
+                f"{source}: does not match the model: {name} is {there} in the checkpoint and {here} in the model"
             )
     model.load_state_dict(dict(weights))
 
 
-def load_encoder(path: str | Path) -> SWViT | Swin:
-    """The encoder of a run, with its weights, in evaluation mode.
+def load_encoder(path: str | Path) -> nn.Module:
+    """The encoder of a checkpoint's network, with its weights, in evaluation mode.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file, of pretraining or fine-tuning.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or not a checkpoint that fits.
+        FileNotFoundError, ValueError: no checkpoint there, or a network without an encoder.
     """
     encoder = getattr(load_model(path), "encoder", None)
-    if not isinstance(encoder, SWViT | Swin):
+    if not isinstance(encoder, nn.Module):
         raise ValueError(f"{path}: this network has no encoder: give a run of asa-pretrain or of segmentation")
     return encoder

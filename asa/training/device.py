@@ -1,5 +1,7 @@
-"""Where a computation runs, and in what precision."""
+"""The device and precision of a computation, and CPU memory settings."""
 
+import ctypes
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,35 +12,38 @@ from torch import Tensor
 from asa.training import distributed
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Options of mallopt, from glibc's malloc.h.
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+HEAP_GROWTH = 64 * 2**20  # bytes requested from the system at a time
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a setting means. Of several processes on a machine each has the GPU of its local rank.
+    """The device of a setting. With several processes on a machine, each uses the GPU of its local rank.
 
     Raises:
-        ValueError: a GPU is asked for and there is none, or fewer than processes.
+        ValueError: a GPU is requested and there is none, or there are fewer GPUs than processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device={name}: not a device; give auto, cpu, cuda or cuda:1") from error
+        raise ValueError(f"device={name}: not a device; use auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device={name}, but torch {torch.__version__} sees no GPU here: use device=cpu or install a CUDA build"
+            f"device={name}, but torch {torch.__version__} sees no GPU: use device=cpu or install a CUDA build"
         )
     if device.type != "cuda" or distributed.world_size() == 1:
         return device
     if device.index is not None:
-        raise ValueError(f"device={name}: of several processes each has its own GPU; give cuda")
+        raise ValueError(f"device={name}: with several processes each uses its own GPU: use device=cuda")
     if distributed.local_rank() >= torch.cuda.device_count():
         raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
     return torch.device("cuda", distributed.local_rank())
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type that matrix products are computed in.
+    """The autocast dtype of a precision setting on a device.
 
     Raises:
         ValueError: an unknown name, or fp16 on a CPU.
@@ -50,12 +55,12 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name not in PRECISIONS:
         raise ValueError(f"precision is auto, {', '.join(PRECISIONS)}, not {name!r}")
     if name == "fp16" and device.type == "cpu":
-        raise ValueError("train.precision=fp16 needs a GPU: use fp32, or bf16 where the CPU computes it")
+        raise ValueError("train.precision=fp16 needs a GPU: use fp32, or bf16 if the CPU supports it")
     return PRECISIONS[name]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision of a device and type; float32 switches an outer one off."""
+    """Mixed precision of a device and dtype; float32 disables an enclosing autocast."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -65,3 +70,20 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key != "seed" else value
         for key, value in batch.items()
     }
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory, for the whole process.
+
+    By default glibc returns every large block to the system. Each tensor of a training step then lies in fresh pages,
+    which the system maps and zeroes at first access; this takes a tenth of a step on a CPU.
+
+    Returns:
+        Whether the setting was accepted: on Linux with glibc only; nothing happens elsewhere.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return all(mallopt(*option) == 1 for option in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, HEAP_GROWTH)))

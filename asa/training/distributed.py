@@ -1,7 +1,8 @@
-"""Ranks: the processes that torchrun starts, and what they tell each other.
+"""Ranks: the processes that torchrun starts, and the communication between them.
 
-Nothing else in the package touches `torch.distributed`. In one process everything here is the identity, so the training
-loop reads the same for one process and for many. Rank, size and local rank come from torchrun's environment.
+No other module of the training uses `torch.distributed`. In a single process every function here is the identity, so
+the training loop reads the same for one process and for many. Rank, world size and local rank come from torchrun's
+environment.
 """
 
 import faulthandler
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+_heartbeat_timeout = 0.0  # seconds; 0: not in a process group
 
 
-class StoppedElsewhere(Exception):
-    """The main rank failed, and has said why."""
+class MainRankFailed(Exception):
+    """The main rank failed, and has printed why."""
 
 
 def world_size() -> int:
@@ -39,7 +41,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is that of its GPU."""
+    """This process's number on its machine, which is the number of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
@@ -49,14 +51,15 @@ def is_main() -> bool:
 
 
 @contextmanager
-def joined(device: torch.device, timeout_minutes: float) -> Iterator[None]:
-    """Be one of the job's ranks: connect to the others, and leave them at the end.
+def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
+    """Connect this rank to the other ranks of the job inside the context.
 
     Args:
-        device: a GPU's ranks talk over NCCL about tensors and over gloo about the rest, those of a CPU over gloo.
-        timeout_minutes: a rank that waits for another, or makes no progress itself (see `alive`), for so long ends
-            with an error.
+        device: ranks on GPUs exchange CUDA tensors over NCCL and everything else over gloo; ranks on a CPU use gloo.
+        timeout_minutes: a rank that waits for another one, or makes no progress itself (see `heartbeat`), for this long
+            ends with an error.
     """
+    global _heartbeat_timeout
     if world_size() == 1:
         yield
         return
@@ -65,49 +68,50 @@ def joined(device: torch.device, timeout_minutes: float) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     store, me, world = next(dist.rendezvous("env://", timeout=timeout))
-    dist.init_process_group(backend, store=_meet(store, me, world, timeout), rank=me, world_size=world, timeout=timeout)
-    _Watch.seconds = 60 * timeout_minutes
-    alive()
+    store = _fresh_store(store, me, world, timeout)
+    dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=timeout)
+    _heartbeat_timeout = 60 * timeout_minutes
+    heartbeat()
     try:
         yield
         dist.barrier()
-        dist.destroy_process_group()  # not after an error: the others learn of it by the end of this process
+        dist.destroy_process_group()  # not after an error: the end of this process tells the other ranks
     finally:
         faulthandler.cancel_dump_traceback_later()
-        _Watch.seconds = 0.0
+        _heartbeat_timeout = 0.0
 
 
-def _meet(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
-    """A part of the launcher's store that belongs to the processes that are alive now.
+def _fresh_store(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """A part of the launcher's store that only the present processes use.
 
-    torchrun keeps its store when it starts processes again (torch 2.13), and they would take the addresses that the
-    dead ones left there for their own. So the main rank opens a part under a new name, and the others look until they
-    find the one that knows them.
+    torchrun keeps its store when it restarts processes (torch 2.13), and they would read the addresses that the
+    previous processes left there. So the main rank opens a part under a new name, and every other rank announces itself
+    until it finds a part that lists it.
 
     Raises:
-        TimeoutError: they do not all come.
+        TimeoutError: a rank is missing.
     """
-    me, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank == 0:
         store.set("asa/main", me)
         names = [store.get(f"asa/{me}/{other}").decode() for other in range(1, world)]
         store.set(f"asa/{me}/all", " ".join(names))
         return dist.PrefixStore(me, store)
-    while time.monotonic() < until:
+    while time.monotonic() < deadline:
         main = store.get("asa/main").decode()
         store.set(f"asa/{main}/{rank}", me)
-        while store.get("asa/main").decode() == main and time.monotonic() < until:
+        while store.get("asa/main").decode() == main and time.monotonic() < deadline:
             if store.check([f"asa/{main}/all"]) and me in store.get(f"asa/{main}/all").decode():
                 return dist.PrefixStore(main, store)
             time.sleep(0.05)
-    raise TimeoutError(f"process {rank} of {world} found no others within {timeout}")
+    raise TimeoutError(f"process {rank} of {world} did not find the others within {timeout}")
 
 
-def leave(code: int) -> None:
-    """End this process at once with an exit code, if it is one of several.
+def exit_process(code: int) -> None:
+    """End this process immediately with an exit code, if it is one of several; otherwise do nothing.
 
-    torch 2.13 keeps threads of gloo until the interpreter ends, and now and then these abort it then: a run that is
-    done would look like one that died.
+    torch 2.13 keeps gloo threads running until the interpreter ends, and these occasionally abort it at that point: a
+    finished run would look like a crashed one.
     """
     if world_size() > 1:
         gc.collect()  # ends the loader's workers
@@ -116,21 +120,17 @@ def leave(code: int) -> None:
         os._exit(code)
 
 
-class _Watch:
-    seconds = 0.0
-
-
-def alive() -> None:
-    """Say that this rank makes progress: one that does not for the timeout prints where it hangs, and ends."""
-    if _Watch.seconds:
-        faulthandler.dump_traceback_later(_Watch.seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+def heartbeat() -> None:
+    """Report progress of this rank: without a call for the timeout, it prints its stack and ends."""
+    if _heartbeat_timeout:
+        faulthandler.dump_traceback_later(_heartbeat_timeout, exit=True, file=sys.__stderr__ or sys.stderr)
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call a function on the main rank only, and give its result, which is plain data, to all.
+    """Call a function on the main rank only, and return its result, which is plain data, on all ranks.
 
     Raises:
-        StoppedElsewhere: on the other ranks, if it raised on the main one.
+        MainRankFailed: on the other ranks, if it raised on the main one.
     """
     if world_size() == 1:
         return function()
@@ -144,34 +144,34 @@ def on_main(function: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, src=0)
     kind, value = outcome[0]
     if kind == "error":
-        raise StoppedElsewhere("the main process failed")
+        raise MainRankFailed("the main process failed")
     return value
 
 
 def any_rank(*flags: bool) -> Callable[[], tuple[bool, ...]]:
-    """Start asking whether a flag is up on any rank; the function that is returned waits for the answers.
+    """Start asking whether each flag is set on any rank; the returned function waits for the answers.
 
-    The ranks ask over the CPU, so a GPU is not waited for.
+    The ranks communicate on the CPU, so that nothing waits for a GPU.
     """
     if world_size() == 1:
         return lambda: flags
     votes = torch.tensor(flags, dtype=torch.uint8)
     work = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
 
-    def answer() -> tuple[bool, ...]:
+    def answers() -> tuple[bool, ...]:
         work.wait()
         return tuple(bool(vote) for vote in votes)
 
-    return answer
+    return answers
 
 
-def gathered(part: T) -> list[T]:
-    """Each rank's plain data, on all ranks, in their order."""
+def gather_objects(item: T) -> list[T]:
+    """Each rank's plain data, on all ranks, in the order of the ranks."""
     if world_size() == 1:
-        return [part]
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, part)
-    return parts
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
 
 
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,27 +183,27 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(sorted(values), stacked / world_size(), strict=True))
 
 
-def spread(items: Sequence[T], function: Callable[[T], Any]) -> list[Any]:
-    """A function of each item, plain data, in the items' order: each rank computes its share, all get the whole."""
-    mine = []
+def map_over_ranks(items: Sequence[T], function: Callable[[T], Any]) -> list[Any]:
+    """Apply a function that returns plain data to each item; the ranks divide the items, and all get all results."""
+    own = []
     for item in items[rank() :: world_size()]:
-        mine.append(function(item))
-        alive()
-    parts = gathered(mine)
+        own.append(function(item))
+        heartbeat()
+    parts = gather_objects(own)
     return [parts[n % world_size()][n // world_size()] for n in range(len(items))]
 
 
-def wrapped(method: nn.Module) -> nn.Module:
-    """The method as the loop calls it: its gradients become the mean over the ranks in the backward pass."""
+def data_parallel(method: nn.Module) -> nn.Module:
+    """The method as the loop calls it: its backward pass averages the gradients over the ranks."""
     if world_size() == 1:
         return method
     with warnings.catch_warnings():
-        # Buffers are constants. The name that newer versions want is unknown to torch 2.8.
+        # Buffers are constant. The argument's new name is unknown to torch 2.8.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        # Without device_ids: these would move the batch's seeds to the GPU.
+        # Without device_ids, which would move the batch's seeds to the GPU.
         return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def exchange(method: nn.Module, now: bool) -> AbstractContextManager[Any]:
-    """Around a forward and backward pass of a wrapped method: whether gradients are exchanged, or added up first."""
-    return nullcontext() if now or not isinstance(method, DistributedDataParallel) else method.no_sync()
+def gradient_sync(method: nn.Module, sync: bool) -> AbstractContextManager[Any]:
+    """Context of a forward and backward pass: whether gradients are averaged over the ranks or only accumulated."""
+    return nullcontext() if sync or not isinstance(method, DistributedDataParallel) else method.no_sync()

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights."""
+"""Exponential moving average (EMA) of the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
-    """The mean of a method's parameters over the last steps; buffers are constants and stay out.
+class EMA:
+    """The exponential moving average of a method's parameters. Buffers are constant and not averaged.
 
     Args:
-        method: on its device, with the weights to start from.
-        decay: share of the old mean that a step keeps; 0 keeps no mean, and the weights stand in its place. It rises
-            from (1 + step) / (10 + step), so that a short run is not the mean of its start.
+        method: on its device, with the initial weights.
+        decay: of the average; 0 keeps no average, and the weights themselves are used. The effective decay rises from
+            (1 + step) / (10 + step), so that the average of a short run is not dominated by its initial weights.
     """
 
     def __init__(self, method: nn.Module, decay: float) -> None:
@@ -23,19 +23,19 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after step 1, 2, ..."""
+        """Add the weights after step 1, 2, ..."""
         if self.decay:
             torch._foreach_lerp_(self.mean, self.weights, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Make the present weights the mean."""
+        """Set the average to the current weights."""
         for mean, weight in zip(self.mean, self.weights, strict=False):
             mean.copy_(weight)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put the mean in the place of the weights for a while."""
+    def swapped_in(self) -> Iterator[None]:
+        """Use the average in place of the weights inside the context."""
         self._swap()
         try:
             yield
@@ -43,5 +43,5 @@ class Average:
             self._swap()
 
     def _swap(self) -> None:
-        for weight, mean in zip(self.weights, self.mean, strict=False):  # without decay there is no mean
+        for weight, mean in zip(self.weights, self.mean, strict=False):  # no pairs without decay
             weight.data, mean.data = mean.data, weight.data

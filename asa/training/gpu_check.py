@@ -1,23 +1,51 @@
-"""What is looked at before a run starts on a GPU: does PyTorch know it, and will a step fit?"""
+"""Checks before a run starts on a GPU: does this PyTorch support it, and does a step fit in its memory?"""
 
 import re
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
-GIB = 2**30
+from asa.training.device import pick_device, pick_precision
+from asa.training.loop import TrainSettings
+from asa.training.optim import OptimSettings
+from asa.training.plan import GIB, ExampleBatch, step_memory
+
 VOLTA = (7, 0)
 FOR_VOLTA = "torch 2.8 built for CUDA 12.6 (pytorch.org/get-started/previous-versions)"
-LEFT_FREE = 0.9  # share of a GPU's free memory that a step may take: its allocator needs some room
+USABLE = 0.9  # fraction of a GPU's free memory that a step may take; the allocator needs some
+
+
+def preflight(
+    make: Callable[[], nn.Module], batch: ExampleBatch, settings: TrainSettings, optim: OptimSettings
+) -> list[str]:
+    """Check the GPU of a run, if it uses one.
+
+    Args:
+        make, batch, settings, optim: see `asa.training.plan.make_plan`.
+
+    Returns:
+        Lines to print: advice, and the memory of a step compared with the free memory.
+
+    Raises:
+        ValueError: this PyTorch does not support the GPU.
+    """
+    device = pick_device(settings.device)
+    if device.type != "cuda":
+        return []
+    advice, dtype = check_gpu(device), pick_precision(settings.precision, device)
+    _, memory = step_memory(make, dtype, batch, settings=settings, optim=optim, gpu=True)
+    return [*advice, fit_line(memory.peak, device)]
 
 
 def check_gpu(device: torch.device) -> list[str]:
     """Compare a GPU's architecture with those that this PyTorch was built for.
 
     Args:
-        device: where training runs; a CPU is always known.
+        device: of the run; a CPU is always supported.
 
     Returns:
-        Lines of advice, most often none.
+        Lines of advice, usually none.
 
     Raises:
         ValueError: PyTorch has no kernels for this GPU; the message says what to install.
@@ -43,7 +71,7 @@ def check_gpu(device: torch.device) -> list[str]:
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for an architecture ("sm_80", "sm_90a", "compute_90") runs on a GPU of this capability."""
+    """Whether code for an architecture (like "sm_80", "sm_90a", "compute_90") runs on a GPU of this capability."""
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
     if found is None:
         return False
@@ -56,10 +84,10 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def fit_line(needed: int, device: torch.device) -> str:
-    """A step's memory against what is free on a GPU, in one line.
+    """A line that compares the memory of a step with the free memory of a GPU.
 
     Args:
-        needed: bytes of the largest moment of a step.
+        needed: peak of a step in bytes.
         device: a CUDA device.
     """
     free, total = torch.cuda.mem_get_info(device)
@@ -67,6 +95,6 @@ def fit_line(needed: int, device: torch.device) -> str:
         f"memory: a step takes about {needed / GIB:.1f} GiB, {free / GIB:.1f} of {total / GIB:.1f} GiB are free "
         f"on {torch.cuda.get_device_name(device)}"
     )
-    if needed <= LEFT_FREE * free:
+    if needed <= USABLE * free:
         return line
     return f"warning: {line}: raise train.accumulate, set model.checkpointing=true, or take a smaller crop"

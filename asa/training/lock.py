@@ -1,4 +1,4 @@
-"""One run, one writer: a lock file in the run folder."""
+"""A lock file in the run folder: one run, one writer."""
 
 import fcntl
 import json
@@ -12,114 +12,117 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"
-BEAT = 10.0  # seconds between signs of life
-WATCH = 45.0  # seconds without one, after which a lock from another machine is stale
+HEARTBEAT = 10.0  # seconds between updates of the lock's modification time
+STALE_AFTER = 45.0  # seconds without an update, after which a lock from another machine is stale
+
+Holder = dict[str, Any]  # content of the lock file: {"host", "pid", "born", "job"}, "born" being the process's start
 
 
 @contextmanager
-def locked(run: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def locked(run: Path, report: Callable[[str], None] = print) -> Iterator[None]:
     """Hold a run folder's lock.
 
-    A lock whose process is gone is taken over, with a message. On another machine a process cannot be looked up: its
-    lock is watched for signs of life. A job that Slurm started again takes over its own lock at once.
+    A lock whose process has ended is taken over, with a message. A process of another machine cannot be looked up: its
+    lock is stale if its modification time does not change. A job that Slurm restarted takes over its own lock at once.
 
     Args:
         run: the folder, which exists.
-        say: told of a lock that is taken over.
+        report: receives the message.
 
     Raises:
-        ValueError: another process writes here.
+        ValueError: another process writes to this folder.
     """
-    file = run / LOCK
-    mine = {"host": _host(), "pid": os.getpid(), "born": _born(os.getpid()), "job": _job()}
-    stale: dict[str, Any] | None = None
-    while (holder := _take(file, mine, stale)) is not None:
-        who = f"process {holder['pid']} on {holder['host'].partition(' ')[0]}"
-        if _lives(file, holder):
-            raise ValueError(f"{run} is in use by {who}: wait for it, stop it, or choose another out=")
-        say(f"{run}: taking over from {who}, which is gone")
+    file, pid = run / LOCK, os.getpid()
+    own = {"host": _host(), "pid": pid, "born": _start_time(pid), "job": os.environ.get("SLURM_JOB_ID")}
+    stale: Holder | None = None
+    while (holder := _acquire(file, own, stale)) is not None:
+        name = f"process {holder['pid']} on {holder['host'].partition(' ')[0]}"
+        if _is_running(file, holder, own):
+            raise ValueError(f"{run} is in use by {name}: wait for it, stop it, or choose another out=")
+        report(f"{run}: taking over the lock of {name}, which is no longer running")
         stale = holder
     ended = threading.Event()
-    beat = threading.Thread(target=_beat, args=(file, ended), daemon=True)
-    beat.start()
+
+    def update() -> None:
+        while not ended.wait(HEARTBEAT):
+            with suppress(OSError):
+                os.utime(file)
+
+    heartbeat = threading.Thread(target=update, daemon=True)
+    heartbeat.start()
     try:
         yield
     finally:
         ended.set()
-        beat.join()
-        if _holder(file) == mine:
-            file.unlink()
+        heartbeat.join()
+        with suppress(FileNotFoundError):
+            if _parse(file.read_text()) == own:
+                file.unlink()
 
 
-def _take(file: Path, mine: dict[str, Any], stale: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Write the lock if it is free or still the stale one; else who holds it."""
+def _acquire(file: Path, own: Holder, stale: Holder | None) -> Holder | None:
+    """Write the lock if it is free or still the stale one; otherwise return its holder."""
     while True:
         with file.open("a+") as handle:
-            with suppress(OSError):  # some network file systems cannot
-                fcntl.flock(handle, fcntl.LOCK_EX)  # between the processes of this machine, for the moment
-            if os.fstat(handle.fileno()).st_ino != _inode(file):
-                continue  # its holder has removed it since
+            with suppress(OSError):  # not supported by some network file systems
+                fcntl.flock(handle, fcntl.LOCK_EX)  # against other processes of this machine, while the file is open
+            if not _is_same(handle.fileno(), file):
+                continue  # its holder has removed it in the meantime
             handle.seek(0)
-            holder = _read(handle.read())
+            holder = _parse(handle.read())
             if holder is not None and holder != stale:
                 return holder
             handle.truncate(0)
-            json.dump(mine, handle)
+            json.dump(own, handle)
             return None
 
 
-def _read(text: str) -> dict[str, Any] | None:
+def _is_same(descriptor: int, file: Path) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == file.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _parse(text: str) -> Holder | None:
     try:
         holder = json.loads(text)
     except ValueError:
-        return None  # empty, or of a machine that lost power while writing it
+        return None  # empty, or cut off by a power failure
     return holder if isinstance(holder, dict) and holder.keys() == {"host", "pid", "born", "job"} else None
 
 
-def _holder(file: Path) -> dict[str, Any] | None:
-    try:
-        return _read(file.read_text())
-    except FileNotFoundError:
-        return None
-
-
-def _inode(file: Path) -> int | None:
-    try:
-        return file.stat().st_ino
-    except FileNotFoundError:
-        return None
-
-
-def _lives(file: Path, holder: dict[str, Any]) -> bool:
-    if holder["host"] == _host():
-        born = _born(holder["pid"])
-        return born is not None and born == holder["born"]
-    if holder["job"] is not None and holder["job"] == _job():
+def _is_running(file: Path, holder: Holder, own: Holder) -> bool:
+    """Whether the holder's process is running; waits for a heartbeat if that is on another machine."""
+    if holder["host"] == own["host"]:
+        start = _start_time(holder["pid"])
+        return start is not None and start == holder["born"]
+    if holder["job"] is not None and holder["job"] == own["job"]:
         return False
-    first, until = _age(file), time.monotonic() + WATCH
+    first, until = _modified(file), time.monotonic() + STALE_AFTER
     while time.monotonic() < until:
-        if _age(file) != first:
+        if _modified(file) != first:
             return True
-        time.sleep(min(BEAT, WATCH) / 4)
+        time.sleep(min(HEARTBEAT, STALE_AFTER) / 4)
     return False
 
 
-def _age(file: Path) -> int:
+def _modified(file: Path) -> int:
     try:
-        with file.open() as handle:  # opened: a network file system then asks its server
+        with file.open() as handle:  # opening makes a network file system ask its server
             return os.fstat(handle.fileno()).st_mtime_ns
     except FileNotFoundError:
         return -1
 
 
-def _born(pid: int) -> str | None:
-    """When a process of this machine started, so that a pid that is used again is told apart; None: not running."""
+def _start_time(pid: int) -> str | None:
+    """Start time of a process of this machine, as process ids are reused; None: it is not running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass  # somebody else's
+        pass  # of another user
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]
@@ -128,18 +131,8 @@ def _born(pid: int) -> str | None:
 
 
 def _host() -> str:
-    """This machine, and the container on it: only here does a process id mean the same process."""
+    """The machine and its PID namespace (container): a process id is valid within these only."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
-
-
-def _job() -> str | None:
-    return os.environ.get("SLURM_JOB_ID")
-
-
-def _beat(file: Path, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
-        with suppress(OSError):
-            os.utime(file)

@@ -1,41 +1,41 @@
-"""The training loop, for every method."""
+"""The training loop of every method: `train` reads from top to bottom."""
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asa.data.loading.loader import LoaderSettings, Samples, check_batch, make_loader
 from asa.training import distributed
-from asa.training.allocator import keep_freed_memory
-from asa.training.best import best_line, keep_best
-from asa.training.checkpoint import load_newest, load_training, load_weights, save_checkpoint
-from asa.training.device import autocast, on_device, pick_device, pick_precision
-from asa.training.ema import Average
+from asa.training.checkpoint import describe_best, keep_best, load_newest, load_training, load_weights, save_checkpoint
+from asa.training.device import autocast, keep_freed_memory, on_device, pick_device, pick_precision
+from asa.training.ema import EMA
 from asa.training.meter import Meter
-from asa.training.nonfinite import Guard
+from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import OptimSettings, Schedule, freeze, make_optimizer, set_learning_rate, set_training
 from asa.training.run_log import RunLog, SilentLog
-from asa.training.signals import Stopped, StopRequest, stop_signals
+from asa.training.signals import Stopped, stop_signals
 
+# step -> (metrics, pictures), both by name; a picture is (H, W, 3) uint8
 Validate = Callable[[int], tuple[dict[str, float], dict[str, np.ndarray]]]
 
 
 @dataclass
 class TrainSettings:
-    """How long, on what and how often."""
+    """Length, batch, precision and intervals of a training run."""
 
     steps: int = 10000
     "optimizer steps of the whole run"
     batch_size: int = 2
-    "samples a step, of all processes together"
+    "global batch size: samples per optimizer step, over all processes"
     accumulate: int = 1
-    "micro-batches a process computes its part of a step in; less memory, the same step"
+    "micro-batches per step (gradient accumulation); saves memory and gives the same step"
     device: str = "auto"
     "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     precision: str = "auto"
@@ -43,11 +43,11 @@ class TrainSettings:
     compile: bool = False
     "compile the network with torch.compile: the first steps take a minute or more"
     ema: float = 0.0
-    "decay of an average of the weights, like 0.999, that is validated and kept for use; 0 keeps the weights themselves"
+    "decay of the exponential moving average of the weights, like 0.999, which is validated and saved; 0: no average"
     clip: float = 1.0
-    "largest gradient norm; 0 does not clip"
+    "maximum gradient norm; 0 does not clip"
     seed: int = 0
-    "start of every random draw"
+    "random seed"
     log_every: int = 10
     "steps between lines of the log"
     validate_every: int = 500
@@ -55,30 +55,34 @@ class TrainSettings:
     save_every: int = 500
     "steps between checkpoints"
     save_minutes: float = 20.0
-    "minutes between checkpoints, whichever comes first"
+    "minutes between checkpoints, if that comes before save_every"
     keep: int = 2
-    "newest checkpoints to keep"
+    "number of most recent checkpoints to keep"
     best: str | None = None
-    "a number of the validation, like dice, whose highest weights are kept too, in OUT/best; -loss: the lowest"
+    "validation metric that selects the best checkpoint, like dice (highest) or -loss (lowest); it is kept in OUT/best"
     timeout_minutes: float = 10.0
-    "with several processes: one that makes no progress for so long ends the run"
+    "with several processes: the run ends if one of them makes no progress for this long"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)}: give 1 or more")
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be 1 or more")
         for name in ("clip", "seed", "validate_every", "save_minutes"):
             if getattr(self, name) < 0:
-                raise ValueError(f"train.{name}={getattr(self, name)}: give 0 or more")
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be 0 or more")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"train.ema={self.ema}: a decay is 0 or more and less than 1")
+            raise ValueError(f"train.ema={self.ema}: the decay must be in [0, 1)")
         if not 0 < self.timeout_minutes < float("inf"):
-            raise ValueError(f"train.timeout_minutes={self.timeout_minutes}: give a time that ends")
+            raise ValueError(f"train.timeout_minutes={self.timeout_minutes}: must be positive and finite")
         check_batch(self.batch_size, self.accumulate, 1)
 
 
 def check_settings(settings: TrainSettings, optim: OptimSettings) -> None:
-    """Raise a ValueError now for what `train` would refuse after the run folder is made."""
+    """Check what `train` needs before a run folder is made.
+
+    Raises:
+        ValueError: settings that do not fit each other or this machine.
+    """
     pick_precision(settings.precision, pick_device(settings.device))
     Schedule(optim, settings.steps, settings.batch_size)
     check_batch(settings.batch_size, settings.accumulate, distributed.world_size())
@@ -95,197 +99,177 @@ def train(
     description: Mapping[str, Any],
     validate: Validate | None = None,
 ) -> dict[str, float]:
-    """Train a method to its last step, from its newest checkpoint if the run has one.
+    """Train a method to its last step, continuing from the run's newest checkpoint if there is one.
 
-    With several processes (see `asa.training.distributed.joined`) all call this with the same arguments.
+    With several processes (see `asa.training.distributed.process_group`) all call this with the same arguments.
 
     Args:
         method: see `asa.methods.base.Method`; its weights are changed in place.
         dataset: the training crops.
         run: the run folder, written to by the main process.
         settings, optim, loader: see the classes.
-        description: plain data kept in every checkpoint, enough to rebuild `method.model`.
-        validate: called with the steps done, by all processes, returns numbers and pictures for the log. The method is
-            in evaluation mode meanwhile, with the averaged weights under `train.ema`.
+        description: plain data stored in every checkpoint, see `save_checkpoint`.
+        validate: called by all processes with the number of steps done; returns metrics and pictures for the log. The
+            method is in evaluation mode meanwhile, with the averaged weights under `train.ema`.
 
     Returns:
-        The numbers of the last validation, or of the last logged step.
+        The metrics of the last validation, or of the last logged step.
 
     Raises:
         ValueError: settings that do not fit each other or this machine.
-        FloatingPointError: the loss or the gradient is no longer finite.
+        FloatingPointError: the loss or the gradient was not finite in too many steps in a row.
         Stopped: by SIGTERM or SIGUSR1, after saving.
     """
     check_settings(settings, optim)
     if settings.best and validate is None:
-        raise ValueError(f"train.best={settings.best}: nothing is validated: give the split a validation part")
-    loop = _Loop(method, dataset, run, settings, optim, loader, description)
-    try:
-        with stop_signals() as stop:
-            loop.go(stop, validate)
-        if settings.best and distributed.is_main():
-            loop.log.say(best_line(run))
-    finally:
-        loop.log.close()
-    return loop.last
+        raise ValueError(f"train.best={settings.best} needs validation: give the split a validation part")
 
+    # --- model
+    device = pick_device(settings.device)
+    dtype = pick_precision(settings.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    freeze(method.get_submodule("model"), optim.freeze)
+    set_training(method.to(device))
+    if settings.compile:
+        method.get_submodule("model").compile()
 
-class _Loop:
-    """A run on its way: what is optimised, where it stands, and its log."""
+    # --- optimizer
+    schedule = Schedule(optim, settings.steps, settings.batch_size)
+    optimizer = make_optimizer(method, optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    ema = EMA(method, settings.ema)
 
-    def __init__(
-        self,
-        method: nn.Module,
-        dataset: Samples,
-        run: Path,
-        settings: TrainSettings,
-        optim: OptimSettings,
-        loader: LoaderSettings,
-        description: Mapping[str, Any],
-    ) -> None:
-        self.method, self.run, self.settings = method, run, settings
-        self.device = pick_device(settings.device)
-        self.dtype = pick_precision(settings.precision, self.device)
-        self.kept = {**description, **({"ema": settings.ema} if settings.ema else {})}
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        freeze(method.get_submodule("model"), optim.freeze)
-        set_training(method.to(self.device))
-        if settings.compile:
-            method.get_submodule("model").compile()
-
-        self.schedule = Schedule(optim, settings.steps, settings.batch_size)
-        self.optimizer = make_optimizer(method, optim)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.average = Average(method, settings.ema)
-        before = resume(run, method, self.optimizer, self.scaler, self.average)
-        self.step: int = before.get("step", 0)
-        self.log = RunLog(run, settings.steps, self.step) if distributed.is_main() else SilentLog()
-        self._say_where_it_stands(before.get("steps", 0), optim)
-        self.guard = Guard(run, self.log, self.optimizer, fp16=self.dtype == torch.float16)
-        self.guard.load_state_dict(before.get("guard", self.guard.state_dict()))
-        self.ddp = distributed.wrapped(method)
-        self.batches = iter(
-            make_loader(
-                dataset,
-                settings.batch_size,
-                loader,
-                micro_batches=settings.accumulate,
-                start_step=self.step,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-                pin_memory=self.device.type == "cuda",
-            )
+    # --- resume
+    before = resume(run, method, optimizer, scaler, ema)
+    step: int = before.get("step", 0)
+    log = RunLog(run, settings.steps, step) if distributed.is_main() else SilentLog()
+    if step:
+        log.message(f"continuing from step {step} of {settings.steps}")
+    if before.get("steps", settings.steps) != settings.steps and optim.schedule != "constant":
+        log.message(
+            f"warning: the learning-rate schedule was made for {before['steps']} steps and is now for {settings.steps}"
         )
-        self.meter = Meter(settings.batch_size)
-        self.saved_at, self.saved_step = time.monotonic(), self.step
-        self.last: dict[str, float] = {}  # numbers of the last validation or logged step
+    guard = NonFiniteGuard(run, log, optimizer, fp16=dtype == torch.float16)
+    guard.load_state_dict(before.get("guard", guard.state_dict()))
+    ddp = distributed.data_parallel(method)
 
-    def go(self, stop: StopRequest, validate: Validate | None) -> None:
-        """Step to the end of the run, or until it is told to stop."""
-        # A validation that was due when the run was stopped: the log does not have it.
-        missed = self.step > 0 and self._validates()
-        if validate and missed and not distributed.on_main(lambda: self.log.has(self.step, "validation")):
-            self._watch(validate)
-        while self.step < self.settings.steps:
-            norm, stopping, late = self._take_step(stop)
-            done = self.step == self.settings.steps
-            due = done or stopping or late or self.step - self.saved_step >= self.settings.save_every
-            if self.step % self.settings.log_every == 0 or due:
-                self._report(norm)
-            # After a step that was skipped the weights may be what is wrong: not saved, but for the last time.
-            if due and (done or stopping or not self.guard.in_a_row):
-                distributed.on_main(self._save)
-                self.saved_at, self.saved_step = time.monotonic(), self.step
-                self.meter.restart()
-            if stopping and not done:
-                raise Stopped(f"stopped at step {self.step} of {self.settings.steps}, and saved in {self.run}")
-            if validate and self._validates():
-                self._watch(validate)
+    # --- data
+    batches = iter(
+        make_loader(
+            dataset,
+            settings.batch_size,
+            loader,
+            micro_batches=settings.accumulate,
+            start_step=step,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            pin_memory=device.type == "cuda",
+        )
+    )
+    meter = Meter(settings.batch_size, settings.accumulate)
 
-    def _take_step(self, stop: StopRequest) -> tuple[Tensor, bool, bool]:
-        """A step of the optimizer: its gradient's norm, and whether the processes agreed to stop, and to save."""
-        accumulate = self.settings.accumulate
-        distributed.alive()
-        set_learning_rate(self.optimizer, self.schedule[self.step])
-        self.meter.mark()
-        for part in range(accumulate):
-            batch = self.meter.wait(self.batches)
-            moved = on_device(batch, self.device)
-            final = part == accumulate - 1
-            if final:
-                late = time.monotonic() - self.saved_at >= 60 * self.settings.save_minutes
-                agreed = distributed.any_rank(stop.asked, late and distributed.is_main())
-            with distributed.exchange(self.ddp, final):
-                with autocast(self.device, self.dtype):
-                    result = self.ddp(moved)
-                loss = self.guard.add(batch, result["loss"])
-                self.scaler.scale(loss / accumulate).backward()
-            self.meter.add(result, accumulate)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.settings.clip or float("inf"))
-        self.meter.leave_out(self.guard.judge(self.step + 1, norm))
-        self.optimizer.step()  # not the scaler's: the guard tells what to skip
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.average.update(self.step)
-        stopping, late = agreed()
-        return norm, stopping, late
+    # --- checkpoint
+    description = {**description, **({"ema": settings.ema} if settings.ema else {})}
+    saved_at, saved_step = time.monotonic(), step
 
-    def _report(self, norm: Tensor) -> None:
-        """The means since the last report, into the log."""
-        values = self.meter.read(gradient_norm=norm, lr=self.schedule[self.step - 1])
-        self.guard.settle()
-        values["skipped_steps"] = self.guard.skipped
-        self.log.scalars(self.step, "train", values)
-        self.log.progress(self.step, values)
-        self.last = values
-
-    def _save(self) -> None:
-        """Write a checkpoint."""
+    def save() -> None:
         training = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "guard": self.guard.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "guard": guard.state_dict(),
             "random": torch.get_rng_state(),
-            "steps": self.settings.steps,
+            "steps": settings.steps,
         }
-        if self.settings.ema:
-            training["weights"] = {name: tensor.detach().cpu() for name, tensor in self.method.state_dict().items()}
-        with self.average.in_place():
-            save_checkpoint(self.run, self.step, self.method, self.kept, training, self.settings.keep)
+        if settings.ema:  # the model file holds the averaged weights
+            training["weights"] = {name: tensor.detach().cpu() for name, tensor in method.state_dict().items()}
+        with ema.swapped_in():
+            save_checkpoint(run, step, method, description, training, settings.keep)
 
-    def _watch(self, validate: Validate) -> None:
-        """Validate, and keep the best weights."""
-        step, name = self.step, self.settings.best
-        self.method.eval()
-        with torch.no_grad(), autocast(self.device, self.dtype), self.average.in_place():
-            numbers, pictures = validate(step)
-            best = name is not None and distributed.on_main(
-                lambda: keep_best(self.run, step, name, numbers, self.method, self.kept)
+    # --- validation
+    def validation_due() -> bool:
+        every = settings.validate_every
+        return validate is not None and (step == settings.steps or (every > 0 and step % every == 0))
+
+    def run_validation() -> dict[str, float]:
+        assert validate is not None
+        method.eval()
+        with torch.no_grad(), autocast(device, dtype), ema.swapped_in():
+            metrics, pictures = validate(step)
+            metric = settings.best
+            is_best = metric is not None and distributed.on_main(
+                lambda: keep_best(run, step, metric, metrics, method, description)
             )
-        set_training(self.method)
-        self.log.scalars(step, "validation", numbers)  # after the best is kept: a validation that is logged is done
-        self.log.pictures(step, pictures)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        self.log.say(f"step {step}: {shown}{'  (the best, kept)' if best else ''}")
-        self.meter.restart()
-        self.last = numbers
+        set_training(method)
+        log.scalars(step, "validation", metrics)  # after the best is saved: a logged validation is complete
+        log.pictures(step, pictures)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        log.message(f"step {step}: {shown}{'  (new best)' if is_best else ''}")
+        meter.restart()
+        return metrics
 
-    def _validates(self) -> bool:
-        """Whether a validation is due after the steps done."""
-        every = self.settings.validate_every
-        return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
+    # --- loop
+    last: dict[str, float] = {}
+    with closing(log), stop_signals() as stop:
+        if step and validation_due() and not distributed.on_main(lambda: log.has(step, "validation")):
+            last = run_validation()  # the run was stopped between its checkpoint and this validation
 
-    def _say_where_it_stands(self, planned: int, optim: OptimSettings) -> None:
-        steps = self.settings.steps
-        if self.step:
-            self.log.say(f"the run stands at step {self.step} of {steps}")
-        if planned not in (0, steps) and optim.schedule != "constant":
-            self.log.say(
-                f"warning: the learning rate followed a plan of {planned} steps, and follows one of {steps} now"
-            )
+        while step < settings.steps:
+            # forward and backward passes of the micro-batches
+            distributed.heartbeat()
+            set_learning_rate(optimizer, schedule[step])
+            meter.start_step()
+            for micro_batch in range(settings.accumulate):
+                batch = meter.next_batch(batches)
+                inputs = on_device(batch, device)
+                is_last = micro_batch == settings.accumulate - 1
+                if is_last:  # ask here, read the answers after the step: nothing waits for them
+                    late = time.monotonic() - saved_at >= 60 * settings.save_minutes
+                    answers = distributed.any_rank(stop.requested, late and distributed.is_main())
+                with distributed.gradient_sync(ddp, is_last):
+                    with autocast(device, dtype):
+                        result = ddp(inputs)
+                    loss = guard.add(batch, result["loss"])
+                    scaler.scale(loss / settings.accumulate).backward()
+                meter.add(result)
+
+            # optimizer step
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(method.parameters(), settings.clip or float("inf"))
+            meter.discard_step(guard.check(step + 1, norm))
+            optimizer.step()  # not scaler.step(): the guard decides which steps are skipped
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            ema.update(step)
+
+            stopping, late = answers()
+            done = step == settings.steps
+            save_due = done or stopping or late or step - saved_step >= settings.save_every
+
+            # log
+            if step % settings.log_every == 0 or save_due:
+                last = meter.read(gradient_norm=norm, lr=schedule[step - 1])
+                guard.resolve()
+                last["skipped_steps"] = guard.skipped
+                log.scalars(step, "train", last)
+                log.progress(step, last)
+
+            # checkpoint: after a skipped step the weights may be the cause, so they are saved at the end only
+            if save_due and (done or stopping or not guard.in_a_row):
+                distributed.on_main(save)
+                saved_at, saved_step = time.monotonic(), step
+                meter.restart()
+            if stopping and not done:
+                raise Stopped(f"stopped at step {step} of {settings.steps}, and saved in {run}")
+
+            # validation
+            if validation_due():
+                last = run_validation()
+
+        if settings.best and distributed.is_main():
+            log.message(describe_best(run))
+    return last
 
 
 def resume(
@@ -293,9 +277,13 @@ def resume(
     method: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    average: Average,
+    ema: EMA,
 ) -> dict[str, Any]:
-    """Take up the run's newest whole checkpoint: its training state, empty if there is none."""
+    """Load the newest intact checkpoint of a run on all ranks.
+
+    Returns:
+        Its training state; empty if there is no checkpoint.
+    """
     found: Any = None
 
     def newest() -> str | None:
@@ -308,8 +296,8 @@ def resume(
         return {}
     weights, training = load_training(Path(path)) if found is None else found[1:]
     load_weights(method, weights, path)
-    average.restart()
-    if "weights" in training:  # those of the file were the average
+    ema.restart()
+    if "weights" in training:  # those of the model file are the average
         load_weights(method, training["weights"], path)
     optimizer.load_state_dict(training["optimizer"])
     scaler.load_state_dict(training["scaler"])

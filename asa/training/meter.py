@@ -1,4 +1,4 @@
-"""What training steps return and how long they take, for the log."""
+"""Averages of what training steps return, and their timing, for the log."""
 
 import math
 import time
@@ -12,55 +12,59 @@ from asa.training import distributed
 
 
 class Meter:
-    """Sums what the steps return on the device, and times them; read back only for the log."""
+    """Sums the values that steps return on the device, and times the steps. The sums are read only for the log.
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    Args:
+        batch_size: samples per step, over all processes.
+        accumulate: micro-batches per step.
+    """
+
+    def __init__(self, batch_size: int, accumulate: int) -> None:
+        self.batch_size, self.accumulate = batch_size, accumulate
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was timed and summed."""
+        """Discard all sums and times."""
         self.sums: dict[str, Tensor] = {}
-        self.before: dict[str, Tensor] = {}
-        self.left_out: Tensor | float = 0.0
-        self.micro_batches, self.accumulate, self.waited = 0, 1, 0.0
+        self.sums_before: dict[str, Tensor] = {}  # of the current step
+        self.skipped: Tensor | float = 0.0
+        self.micro_batches, self.waited = 0, 0.0
         self.start = time.perf_counter()
 
-    def wait(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """The next batch, its waiting time counted."""
+    def start_step(self) -> None:
+        """Remember the sums, in case the step that begins is discarded."""
+        self.sums_before = dict(self.sums)
+
+    def next_batch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch; the time spent waiting for it is counted."""
         start = time.perf_counter()
         try:
             batch = next(batches)
         except (ValueError, OSError) as error:
-            # A worker hands over its whole traceback as the message; its last line says what happened.
+            # The message of an error in a loader worker is its whole traceback; the last line is the error itself.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
         self.waited += time.perf_counter() - start
         return batch
 
-    def mark(self) -> None:
-        """A step begins."""
-        self.before = dict(self.sums)
-
-    def add(self, result: Mapping[str, Tensor], accumulate: int) -> None:
-        """Add a micro-batch's numbers."""
+    def add(self, result: Mapping[str, Tensor]) -> None:
+        """Add the values of a micro-batch."""
         for name, value in result.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.micro_batches += 1
-        self.accumulate = accumulate
 
-    def leave_out(self, skipped: Tensor) -> None:
-        """Forget the numbers of the step that ends, if it is skipped (1.0, else 0.0)."""
+    def discard_step(self, skipped: Tensor) -> None:
+        """Discard the values of the current step where `skipped` is 1.0; keep them where it is 0.0."""
         for name, value in self.sums.items():
-            self.sums[name] = torch.where(skipped > 0, self.before.get(name, torch.zeros_like(value)), value)
-        self.left_out = self.left_out + skipped
+            self.sums[name] = torch.where(skipped > 0, self.sums_before.get(name, torch.zeros_like(value)), value)
+        self.skipped = self.skipped + skipped
 
     def read(self, *, gradient_norm: Tensor, lr: float) -> dict[str, float]:
-        """Means since the last reading and over the ranks, waiting for the device, and start again.
+        """Means since the last reading and over the ranks; waits for the device, and restarts.
 
-        Steps that were skipped are left out; where all were, so are the names of what is averaged.
+        Skipped steps do not count. If all steps were skipped, the averaged values are missing from the result.
         """
-        counted = self.micro_batches - int(self.left_out) * self.accumulate
+        counted = self.micro_batches - int(self.skipped) * self.accumulate
         means = distributed.mean_over_ranks({name: value / max(counted, 1) for name, value in self.sums.items()})
         values = {name: value.item() for name, value in means.items()} if counted else {}
         seconds = time.perf_counter() - self.start

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers, learning-rate schedules and frozen parameters."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass
 class OptimSettings:
-    """The optimizer and its learning rate over the steps."""
+    """The optimizer and its learning-rate schedule."""
 
     name: str = "adamw"
     "adamw, or sgd (Nesterov)"
@@ -19,23 +19,23 @@ class OptimSettings:
     reference_batch: int | None = None
     "if set, lr is multiplied by train.batch_size / reference_batch"
     weight_decay: float = 0.05
-    "for AdamW decoupled; biases, norms and tokens have none"
+    "decoupled for AdamW; not applied to biases, norms and tokens"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    "AdamW's decay rates"
+    "beta1 and beta2 of AdamW"
     momentum: float = 0.99
-    "SGD's momentum"
+    "momentum of SGD"
     schedule: str = "cosine"
-    "after the warm-up: cosine (down to final_lr), poly ((1 - t)^0.9) or constant"
+    "learning rate after the warm-up: cosine (down to final_lr), poly ((1 - t)^0.9) or constant"
     warmup: int = 0
-    "steps of linear rise to lr"
+    "steps of linear warm-up to lr"
     warmup_lr: float = 1e-6
     "learning rate of the first step of the warm-up"
     final_lr: float = 0.0
-    "where the cosine ends"
+    "learning rate at the end of the cosine"
     layer_decay: float = 1.0
-    "for fine-tuning: each encoder block learns at the rate of the one above times this; 1: all alike"
+    "layer-wise decay for fine-tuning: learning rate of an encoder block relative to the block above it; 1: no decay"
     freeze: list[str] = field(default_factory=list)
-    "parts of the network that do not learn, like [encoder] or [encoder.patch_embed,encoder.blocks.0]"
+    "parts of the network that are not trained, like [encoder] or [encoder.patch_embed,encoder.blocks.0]"
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "sgd"):
@@ -44,21 +44,21 @@ class OptimSettings:
             raise ValueError(f"optim.schedule is cosine, poly or constant, not {self.schedule!r}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             raise ValueError(
-                f"optim.betas={list(self.betas)}, optim.momentum={self.momentum}: two rates and one, below 1"
+                f"optim.betas={list(self.betas)}, optim.momentum={self.momentum}: all three must be in [0, 1)"
             )
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay={self.layer_decay}: a factor above 0, and at most 1")
+            raise ValueError(f"optim.layer_decay={self.layer_decay}: must be in (0, 1]")
         if self.lr < 0 or self.weight_decay < 0 or (self.reference_batch is not None and self.reference_batch < 1):
-            raise ValueError("optim.lr and optim.weight_decay are 0 or more, optim.reference_batch 1 or more")
+            raise ValueError("optim.lr and optim.weight_decay must be 0 or more, optim.reference_batch 1 or more")
 
 
 class Schedule:
-    """Learning rate by step: `schedule[step]`, for steps 0..total-1.
+    """Learning rate of each step: `schedule[step]`, for steps 0 to total - 1.
 
     Args:
         settings: the optimizer's settings.
         total: steps of the run.
-        batch_size: samples a step, for `reference_batch`.
+        batch_size: global batch size, for `reference_batch`.
 
     Raises:
         ValueError: a warm-up as long as the run.
@@ -66,7 +66,7 @@ class Schedule:
 
     def __init__(self, settings: OptimSettings, total: int, batch_size: int) -> None:
         if not 0 <= settings.warmup < total:
-            raise ValueError(f"optim.warmup={settings.warmup} does not fit a run of {total} steps")
+            raise ValueError(f"optim.warmup={settings.warmup} must be shorter than the run of {total} steps")
         self.settings, self.total = settings, total
         self.peak = settings.lr * (batch_size / settings.reference_batch if settings.reference_batch else 1.0)
 
@@ -83,28 +83,28 @@ class Schedule:
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Have parts of a network keep their weights: no gradient is computed for them, nor kept what it would need.
+    """Exclude parts of a network from training: their gradients, and what these would need, are not computed.
 
     Args:
         model: the network.
-        parts: names of modules or parameters, with dots.
+        parts: dotted names of modules or parameters.
 
     Raises:
-        ValueError: a name that the network does not have, or nothing that is left to learn.
+        ValueError: a name that the network does not have, or no parameter left to train.
     """
     for part in parts:
         found = [weight for name, weight in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
         if not found:
             names = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
-            raise ValueError(f"optim.freeze names {part!r}; the network's parts are {names}, and what lies in them")
+            raise ValueError(f"optim.freeze: no part {part!r}; the network's parts are {names}, and those inside them")
         for weight in found:
             weight.requires_grad_(False)
     if not any(weight.requires_grad for weight in model.parameters()):
-        raise ValueError(f"optim.freeze=[{','.join(parts)}] leaves nothing to learn")
+        raise ValueError(f"optim.freeze=[{','.join(parts)}] leaves no parameter to train")
 
 
 def set_training(method: nn.Module) -> None:
-    """Training mode for what learns, evaluation mode for what is frozen as a whole."""
+    """Training mode for all modules but those whose parameters are all frozen, which stay in evaluation mode."""
     method.train()
     for module in method.modules():
         weights = list(module.parameters())
@@ -113,27 +113,27 @@ def set_training(method: nn.Module) -> None:
 
 
 def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """The optimizer over all parameters that want a gradient.
+    """The optimizer over all parameters that require a gradient.
 
-    Weight decay leaves alone vectors (biases, norms) and what a module names in its `no_weight_decay()`. Where a module
-    says by `layers_above(name)` how deep its parameters lie, `layer_decay` to that power scales their learning rate: it
-    stands in their group's "lr_scale" for `set_learning_rate`.
+    Weight decay is not applied to vectors (biases, norms) and to what a module lists in `no_weight_decay()`. Where a
+    module has `layers_above(name)`, the learning rate of that parameter is scaled by `layer_decay` to this power; the
+    factor is "lr_scale" in its group, for `set_learning_rate`.
     """
-    spared: set[str] = set()
+    no_decay: set[str] = set()
     scales: dict[str, float] = {}
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         if hasattr(module, "no_weight_decay"):
-            spared |= {dot + name for name in module.no_weight_decay()}
+            no_decay |= {dot + name for name in module.no_weight_decay()}
         if hasattr(module, "layers_above"):
             scales |= {
                 dot + name: settings.layer_decay ** module.layers_above(name) for name, _ in module.named_parameters()
             }
-    # Both groups of scale 1 always, so that a run's optimizer keeps its shape.
+    # Both groups of scale 1 are always there, so that the optimizer states of all checkpoints have the same layout.
     members: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim >= 2 and name not in spared
+            decays = parameter.ndim >= 2 and name not in no_decay
             members.setdefault((scales.get(name, 1.0), decays), []).append(parameter)
     groups = [
         {"params": parameters, "weight_decay": settings.weight_decay * decays, "lr_scale": scale}
@@ -148,6 +148,6 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group of `make_optimizer` its share of a step's learning rate."""
+    """Set a step's learning rate in every group of `make_optimizer`, times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

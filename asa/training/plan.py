@@ -1,8 +1,12 @@
-"""What a run will cost, said before it is started: parameters, operations, memory, time.
+"""The cost of a run before it is started: parameters, operations, memory and time.
 
 A step is traced with tensors that have a shape and no data (PyTorch's fake tensors), so a plan takes seconds whatever
-its size. Operations are those of matrix products and convolutions. Memory is what the step's tensors hold, followed
-from the first to the last.
+the model's size. Operations are those of matrix products and convolutions. Memory is that of all tensors of the step
+alive at the same time.
+
+Batches are given as an example micro-batch, or as a function that makes one for a method, like `volume_batch`. Their
+floating-point values are not used, so these tensors may be on the meta device. Integers and booleans that decide
+shapes, like "seed" and the label maps of region attention, need their values.
 """
 
 import time
@@ -10,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from asa.methods.classify import Classification
-from asa.methods.pretrain import MaskedPretraining
-from asa.ops.gradients import gradient_importance
-from asa.training.device import autocast
+from asa.training.device import PRECISIONS, autocast, pick_device, pick_precision
 from asa.training.distributed import world_size
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, Schedule, freeze
@@ -30,21 +31,23 @@ from asa.training.optim import OptimSettings, Schedule, freeze
 GIB = 2**30
 CPU = torch.device("cpu")
 
+ExampleBatch: TypeAlias = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
 
-class Accounts(TorchDispatchMode):
-    """Follows the tensors that are made in its context: bytes that live now, their peak, and operations.
 
-    Operations on tensors without data give such again. Others are computed: what decides shapes, like the places of
-    masked patches, has to have data.
+class TensorTracker(TorchDispatchMode):
+    """Counts the operations in its context, and the bytes of the tensors that are created there and still alive.
+
+    Operations on tensors without data are not computed. Others are, as they decide shapes: for example the indices of
+    masked patches.
 
     Args:
-        known: tensors from before, which are not counted, nor are views of them.
+        existing: tensors created before, which are not counted; neither are views of them.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = self.operations = 0
-        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -56,7 +59,7 @@ class Accounts(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
-        # As FlopCounterMode counts, which would keep the tensors of recomputed blocks alive.
+        # Counted as FlopCounterMode does, which itself would keep the tensors of recomputed blocks alive.
         if func.overloadpacket is torch.ops.aten.convolution_backward:
             self.operations += _convolution_gradient(*args, **kwargs)
         elif func.overloadpacket in flop_registry:
@@ -77,12 +80,11 @@ class Accounts(TorchDispatchMode):
 def _convolution_gradient(out: Tensor, image: Tensor, weight: Tensor, *rest: Any) -> int:
     """Operations of a convolution's gradients: as many as forward for each of image and weight.
 
-    PyTorch's formula is the same but for groups, which it does not know of: it counts a depthwise one as a full one.
+    PyTorch's own formula ignores groups: it counts a depthwise convolution as a full one.
     """
     transposed, wanted = rest[4], rest[7]
-    return conv_flop_count(list(image.shape), list(weight.shape), list(out.shape), transposed=transposed) * sum(
-        wanted[:2]
-    )
+    forward = conv_flop_count(list(image.shape), list(weight.shape), list(out.shape), transposed=transposed)
+    return forward * sum(wanted[:2])
 
 
 def _without_data(tree: Any) -> bool:
@@ -91,13 +93,13 @@ def _without_data(tree: Any) -> bool:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """A step's micro-batches, gone through without data.
+    """The micro-batches of a step, traced without data.
 
     Args:
         forward: operations of a micro-batch's forward pass.
-        both: with its backward pass.
-        kept: bytes of batch and activations that a micro-batch leaves for its backward pass.
-        peak: most bytes of tensors alive at once, gradients among them, weights and optimizer not.
+        both: operations of its forward and backward passes.
+        kept: bytes of the batch and the activations that a micro-batch keeps for its backward pass.
+        peak: maximum of bytes alive at the same time, including gradients, excluding weights and optimizer.
     """
 
     forward: int
@@ -107,43 +109,43 @@ class StepTrace:
 
 
 def trace_step(method: nn.Module, batch: Mapping[str, Tensor], dtype: torch.dtype, micro_batches: int) -> StepTrace:
-    """Go through the forward and backward passes of a step without data.
+    """Trace the forward and backward passes of a step without data.
 
     Args:
         method: on the meta device; its parameters are replaced.
-        batch: a micro-batch on the meta device, but for what has to have data: "seed", and label maps of regions.
-        dtype: that autocast computes in.
-        micro_batches: of the step. From the second on, gradients are there from the beginning.
+        batch: a micro-batch on the meta device, except for tensors whose values decide shapes.
+        dtype: of autocast.
+        micro_batches: of the step. From the second one on, gradients exist from the beginning.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         method.to_empty(device=CPU)
-    accounts = Accounts([*method.parameters(), *method.buffers()])
-    with fake, accounts:
+    tracker = TensorTracker([*method.parameters(), *method.buffers()])
+    with fake, tracker:
         for _ in range(min(micro_batches, 2)):
-            counted, held = accounts.operations, accounts.live
-            given = {
+            operations, live = tracker.operations, tracker.live
+            inputs = {
                 key: torch.empty_like(value, device=CPU) if value.is_meta else value for key, value in batch.items()
             }
             with autocast(CPU, dtype):
-                loss = method(given)["loss"]
-            forward, kept = accounts.operations - counted, accounts.live - held
+                loss = method(inputs)["loss"]
+            forward, kept = tracker.operations - operations, tracker.live - live
             loss.backward()
-            both = accounts.operations - counted
-            del loss, given
-    return StepTrace(forward, both, kept, accounts.peak)
+            both = tracker.operations - operations
+            del loss, inputs
+    return StepTrace(forward, both, kept, tracker.peak)
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a step, weights and gradients in float32.
+    """Memory of a step in bytes, weights and gradients in float32.
 
     Args:
         weights: parameters.
-        gradients: of those that learn.
+        gradients: of the trained parameters.
         states: of the optimizer.
         kept: batch and activations that a micro-batch keeps for its backward pass.
-        peak: of everything at the worst moment. The others are not all there then.
+        peak: maximum of everything together. The other four do not add up to it.
     """
 
     weights: int
@@ -155,13 +157,13 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes.
+    """The cost of a run.
 
     Args:
         encoder, total: parameters.
-        forward, step: operations of a step over all its micro-batches: the forward passes, and with the backward ones
-            (and what checkpointing computes again).
-        memory: by "CPU" and "GPU" with the type computed in, like "CPU, fp32".
+        forward, step: operations of the forward passes of a step over all its micro-batches, and of the whole step
+            (including what checkpointing computes again).
+        memory: by device and precision, like "CPU, fp32" and "GPU, 16 bit".
     """
 
     encoder: int
@@ -171,41 +173,59 @@ class Plan:
     memory: dict[str, StepMemory]
 
 
+def volume_batch(method: Any, count: int, *, label: bool = False, target: bool = False) -> dict[str, Tensor]:
+    """A micro-batch of volumes on the meta device, of the channels and size of the method's encoder.
+
+    Args:
+        method: its `model.encoder` has `in_channels` and `img_size`.
+        count: volumes.
+        label: add a label map "label".
+        target: add a class index "target".
+    """
+    encoder = method.model.encoder
+    image = torch.empty(count, encoder.in_channels, *encoder.img_size, device="meta")
+    batch = {"image": image, "seed": torch.arange(count)}
+    if method.mirrored:
+        batch["mirror"] = torch.empty_like(image)
+    if target:
+        batch["target"] = torch.zeros(count, dtype=torch.int64, device="meta")
+    if label:
+        batch["label"] = torch.empty((count, 1, *encoder.img_size), dtype=torch.uint8, device="meta")
+    return batch
+
+
+def micro_batch(settings: TrainSettings) -> int:
+    """Samples of a micro-batch in one process."""
+    return settings.batch_size // settings.accumulate // world_size()
+
+
 def make_plan(
-    make: Callable[[], nn.Module],
-    *,
-    labelled: bool,
-    settings: TrainSettings,
-    optim: OptimSettings,
-    example: Mapping[str, Tensor] | None = None,
+    make: Callable[[], nn.Module], batch: ExampleBatch, *, settings: TrainSettings, optim: OptimSettings
 ) -> Plan:
-    """Work out what a run takes, without running it.
+    """Compute the cost of a run without running it.
 
     Args:
         make: makes the method.
-        labelled: batches have labels.
-        settings, optim: of the run, which runs in one process.
-        example: a micro-batch of the training data, for a network that does not tell the size of its images (and whose
-            operations follow the regions in them). Its numbers are not used, but for whole ones.
+        batch: an example micro-batch, see the module's docstring.
+        settings, optim: of the run, which is planned for one process.
 
     Raises:
         ValueError: settings that do not fit each other.
     """
     Schedule(optim, settings.steps, settings.batch_size)
-    memory, trace, method = {}, None, _without_memory(make)
+    memory, trace, method = {}, None, _on_meta(make)
     precisions = {"CPU": settings.precision, "GPU": settings.precision}
     if settings.precision == "auto":
         precisions = {"CPU": "fp32", "GPU": "fp16"}
     elif settings.precision == "fp16":
         precisions.pop("CPU")
-    for place, name in precisions.items():
-        trace, memory[f"{place}, {'16 bit' if place == 'GPU' and name != 'fp32' else name}"] = step_memory(
-            make, name, labelled=labelled, settings=settings, optim=optim, gpu=place == "GPU", example=example
+    for device, name in precisions.items():
+        trace, memory[f"{device}, {'16 bit' if device == 'GPU' and name != 'fp32' else name}"] = step_memory(
+            make, PRECISIONS[name], batch, settings=settings, optim=optim, gpu=device == "GPU"
         )
     assert trace is not None
-    model = method.model
     return Plan(
-        encoder=_count(model.encoder) if hasattr(model, "encoder") else 0,
+        encoder=_count(method.model.encoder) if hasattr(method.model, "encoder") else 0,
         total=_count(method),
         forward=trace.forward * settings.accumulate,
         step=trace.both * settings.accumulate,
@@ -215,79 +235,92 @@ def make_plan(
 
 def step_memory(
     make: Callable[[], nn.Module],
-    precision: str,
+    dtype: torch.dtype,
+    batch: ExampleBatch,
     *,
-    labelled: bool,
     settings: TrainSettings,
     optim: OptimSettings,
     gpu: bool,
-    example: Mapping[str, Tensor] | None = None,
 ) -> tuple[StepTrace, StepMemory]:
-    """The trace of a step, and what it says about memory on a CPU or a GPU. See `make_plan`.
+    """The trace of a step and its memory on a CPU or a GPU; see `make_plan`.
 
-    On a GPU the attention's probabilities are counted although its fused kernels do not keep them: a few percent.
+    On a GPU the attention probabilities are counted although its fused kernels do not keep them: a few percent.
     """
-    method = _without_memory(make)
+    method = _on_meta(make)
     freeze(method.model, optim.freeze)
-    batch = _batch(method, micro_batch(settings), labelled) if example is None else _without_values(example)
+    example = _without_values(batch(method) if callable(batch) else batch)
     weights = 4 * _count(method)
-    # Either of the two types of 16 bits: not every network takes bf16 on a CPU, where the trace runs.
-    dtype = torch.float32 if precision == "fp32" else torch.float16
-    trace = trace_step(method, batch, dtype, settings.accumulate)
+    # The trace runs on a CPU, where not every network supports bf16; any 16-bit type has the same size.
+    trace = trace_step(method, example, dtype if dtype == torch.float32 else torch.float16, settings.accumulate)
     peak = trace.peak
-    if gpu and isinstance(method, MaskedPretraining) and method.loss.importance:
-        # A GPU scores whole batches at once where a CPU takes slabs.
-        peak = max(
-            peak, trace.kept + _importance_peak(batch["image"], method) + (weights if settings.accumulate > 1 else 0)
-        )
+    if gpu and hasattr(method, "run_untiled"):
+        with TensorTracker() as tracker:
+            method.run_untiled(example)
+        peak = max(peak, trace.kept + tracker.peak + (weights if settings.accumulate > 1 else 0))
     gradients = 4 * sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
     states = gradients * (2 if optim.name == "adamw" else int(optim.momentum > 0))
-    average = weights if settings.ema else 0
-    return trace, StepMemory(weights, gradients, states, trace.kept, weights + states + average + peak)
+    ema = weights if settings.ema else 0
+    return trace, StepMemory(weights, gradients, states, trace.kept, weights + states + ema + peak)
 
 
-def micro_batch(settings: TrainSettings) -> int:
-    """Images or volumes of a micro-batch in one process."""
-    return settings.batch_size // settings.accumulate // world_size()
-
-
-def _batch(method: Any, part: int, labelled: bool) -> dict[str, Tensor]:
-    """A micro-batch of `part` volumes on the meta device, of the size that the method's encoder takes."""
-    encoder = method.model.encoder
-    image = torch.empty(part, encoder.in_channels, *encoder.img_size, device="meta")
-    batch = {"image": image, "seed": torch.arange(part)}
-    if method.mirrored:
-        batch["mirror"] = torch.empty_like(image)
-    if isinstance(method, Classification):
-        batch["target"] = torch.zeros(part, dtype=torch.int64, device="meta")
-    if labelled:
-        batch["label"] = torch.empty((part, 1, *encoder.img_size), dtype=torch.uint8, device="meta")
-    return batch
+def _on_meta(make: Callable[[], nn.Module]) -> Any:
+    with torch.device("meta"):
+        return make()
 
 
 def _without_values(example: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a micro-batch; those of numbers that are not whole on the meta device."""
+    """The tensors of a micro-batch, floating-point ones on the meta device."""
     tensors = {key: value for key, value in example.items() if isinstance(value, Tensor)}
     return {key: value.to("meta") if value.is_floating_point() else value for key, value in tensors.items()}
-
-
-def _importance_peak(image: Tensor, method: MaskedPretraining) -> int:
-    with Accounts() as accounts:
-        gradient_importance(image, method.loss.patch_size, method.loss.bins, method.loss.importance or "orientation")
-    return accounts.peak
-
-
-def _without_memory(make: Callable[[], nn.Module]) -> Any:
-    with torch.device("meta"):
-        return make()
 
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def wants_plan(plan: str | None, rate: float | None) -> bool:
+    """Whether the settings `plan` and `plan_rate` ask for a plan instead of a run.
+
+    Raises:
+        ValueError: a `plan` other than null or "only", or a `plan_rate` that is not a positive number.
+    """
+    if plan not in (None, "only"):
+        raise ValueError(f"plan={plan}: choose only, or null")
+    if rate is not None and not (isinstance(rate, int | float) and rate > 0):
+        raise ValueError(f"plan_rate={rate}: give the TFLOP/s that the run will reach, like 40")
+    return plan is not None
+
+
+def show_plan(
+    make: Callable[[], nn.Module],
+    batch: ExampleBatch,
+    scans: int,
+    settings: TrainSettings,
+    optim: OptimSettings,
+    rate: float | None = None,
+    names: tuple[str, str] = ("volumes", "scans"),
+) -> str:
+    """The plan of a run as text.
+
+    Args:
+        make, batch, settings, optim: see `make_plan`.
+        scans: in the training part.
+        rate: TFLOP/s that the run will reach; None: the rate of matrix products is measured on this machine.
+        names: of the items of a batch and of the training part.
+    """
+    plan = make_plan(make, batch, settings=settings, optim=optim)
+    if rate is not None:
+        return plan_report(plan, settings, scans, rate * 1e12, "as given by plan_rate", names)
+    device = pick_device("auto")
+    for_gpu = settings.precision == "fp16" and device.type == "cpu"
+    dtype = torch.float32 if for_gpu else pick_precision(settings.precision, device)
+    kind = next(name for name, value in PRECISIONS.items() if value == dtype)
+    source = f"measured here by {kind} matrix products ({device.type}): an upper limit, so the run takes longer"
+    return plan_report(plan, settings, scans, measure_rate(device, dtype), source, names)
+
+
 def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of this machine's large matrix products, measured in about a second."""
+    """Operations per second of large matrix products on this machine, measured in about a second."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.mm(a, b)
@@ -312,37 +345,37 @@ def plan_report(
     source: str,
     names: tuple[str, str] = ("volumes", "scans"),
 ) -> str:
-    """A plan in words, some ten lines.
+    """A plan as text of about ten lines.
 
     Args:
-        plan: of `make_plan`.
+        plan: from `make_plan`.
         settings: of the run.
-        scans: in its training part.
-        rate: operations a second.
-        source: where the rate is from.
-        names: what a batch and the training part are made of.
+        scans: in the training part.
+        rate: operations per second.
+        source: of the rate.
+        names: of the items of a batch and of the training part.
     """
     volumes, seconds = settings.steps * settings.batch_size, plan.step / rate
     days = settings.steps * seconds / 86400
-    parts = f"in {settings.accumulate} micro-batches" if settings.accumulate > 1 else "in one piece"
+    parts = f"{settings.accumulate} micro-batches" if settings.accumulate > 1 else "one micro-batch"
     halves = f"encoder {plan.encoder / 1e6:.2f} M, decoder {(plan.total - plan.encoder) / 1e6:.2f} M, "
     lines = [
-        "plan only: nothing is trained, and no folder is made",
+        "plan only: nothing is trained and no folder is made",
         f"parameters  {halves if plan.encoder else ''}total {plan.total / 1e6:.2f} M",
-        f"operations  a step of {settings.batch_size} {names[0]} {parts}: {plan.forward / 1e9:,.1f} GFLOP forward, "
-        f"{plan.step / 1e9:,.1f} with backward",
+        f"operations  per step of {settings.batch_size} {names[0]} in {parts}: "
+        f"{plan.forward / 1e9:,.1f} GFLOP forward, {plan.step / 1e9:,.1f} forward and backward",
         "            (matrix products and convolutions, by the formulas of torch.utils.flop_counter)",
     ]
-    for title, (place, memory) in zip(("memory", ""), plan.memory.items(), strict=False):
+    for title, (device, memory) in zip(("memory", ""), plan.memory.items(), strict=False):
         lines.append(
-            f"{title:<12}{place}: {memory.peak / GIB:.2f} GiB at the worst moment of a step; weights "
+            f"{title:<12}{device}: peak {memory.peak / GIB:.2f} GiB per step; weights "
             f"{memory.weights / GIB:.2f}, gradients {memory.gradients / GIB:.2f}, optimizer {memory.states / GIB:.2f}, "
             f"batch and activations {memory.kept / GIB:.2f}"
         )
     lines += [
-        "            (of tensors; on a CPU the heap of a run holds 1.2 to 1.8 times as much: docs/planning.md)",
+        "            (of tensors; on a CPU the heap of a process takes 1.2 to 1.8 times as much: docs/planning.md)",
         f"run         {settings.steps} steps: {volumes} {names[0]}, "
         f"{volumes / scans:,.1f} epochs of {scans} {names[1]}",
-        f"time        {days:.3g} days ({seconds:.3g} s a step) at {rate / 1e12:.4g} TFLOP/s, {source}",
+        f"time        {days:.3g} days ({seconds:.3g} s per step) at {rate / 1e12:.4g} TFLOP/s, {source}",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Where a fine-tuning starts: a pretrained checkpoint of this package or of others, and what became of it."""
+"""Pretrained weights for fine-tuning: from a checkpoint of this package, or from a MONAI ViT."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asa.models.sw_vit import Block, SWViT
 from asa.models.transfer import (
     Source,
     check_kind,
@@ -21,22 +20,22 @@ from asa.models.transfer import (
 )
 from asa.training.checkpoint import find_weights, read_weights
 
-FOREIGN = (".pt", ".pth", ".ckpt", ".bin")  # what torch.save wrote
-INSIDE = ("state_dict", "model_state_dict", "model", "network_weights")  # where training scripts put the weights
+TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")  # written by torch.save
+WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")  # used by training scripts
 
 
 def read_source(path: str | Path) -> tuple[Source, dict[str, Any]]:
-    """Weights to start from, and the checkpoint's description: {} for one that is not of this package.
+    """Pretrained weights and the checkpoint's description, which is {} for a checkpoint of another package.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file of this package; or a `.pt`, `.pth`, `.ckpt` or
-            `.bin` file with a MONAI ViT, ViTAutoEnc or UNETR. Nothing but tensors is loaded from it.
+            `.bin` file with a MONAI ViT, ViTAutoEnc or UNETR, from which only tensors are loaded.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or nothing that is known.
+        FileNotFoundError, ValueError: no checkpoint there, or of an unknown kind.
     """
     file = find_weights(path)
-    if file.suffix in FOREIGN:
+    if file.suffix in TORCH_FILES:
         try:
             return from_monai(_tensors(file)), {}
         except ValueError as error:
@@ -46,53 +45,55 @@ def read_source(path: str | Path) -> tuple[Source, dict[str, Any]]:
     return Source(inner, description["model"].get("patch_size")), description
 
 
-def start_from(
-    init: str, source: Source, origin: Mapping[str, Any], encoder: SWViT, model: Mapping[str, Any], *, explain: bool
+def load_pretrained(
+    init: str,
+    source: Source,
+    description: Mapping[str, Any],
+    model: Any,
+    model_config: Mapping[str, Any],
+    *,
+    explain: bool = False,
 ) -> str:
-    """Load a source into an encoder, or with `explain` only say what would happen to each tensor.
+    """Load pretrained weights into a network's encoder, or with `explain` only report what would happen to each tensor.
+
+    A hierarchical encoder (a Swin, which has `levels`) is loaded together with its cross-attention, and has no report
+    of single tensors: `explain` makes no difference.
 
     Args:
-        init: names the source.
-        source: the weights.
-        origin: the checkpoint's description, or {}.
-        encoder: the target.
-        model: the target's description.
-        explain: load nothing.
+        init: name of the source, for messages.
+        source, description: from `read_source`.
+        model: the network, with an `encoder`; changed in place.
+        model_config: the network's description.
+        explain: report only.
 
     Returns:
-        What to print.
+        The report to print.
 
     Raises:
-        ValueError: an encoder of another kind, or without `explain` one that does not match.
+        ValueError: an encoder of another kind, or (without `explain`) one that does not match.
     """
+    if hasattr(model.encoder, "levels"):
+        return _load_swin(init, source, description, model, model_config)
     note = ""
-    if origin:
-        check_kind(origin["model"], model)
+    if description:
+        check_kind(description["model"], model_config)
     else:
-        note = f"\n{init} does not say its number of heads: taken as {_heads(encoder)}"
+        heads = model.encoder.blocks[0].attention.num_heads
+        note = f"\n{init} does not contain its number of heads: {heads} assumed"
     if not explain:
-        return f"encoder from {init}:\n{transfer_report(transfer_encoder(source, encoder))}{note}"
-    plan = plan_transfer(source, encoder)
-    refused = why_refused(plan, encoder)
-    verdict = f"refused: {refused}" if refused else "this can be done; nothing was trained (transfer=explain)"
-    return f"{transfer_table(plan, encoder)}\n{transfer_report(plan)}{note}\n{verdict}"
+        return f"encoder from {init}:\n{transfer_report(transfer_encoder(source, model.encoder))}{note}"
+    plan = plan_transfer(source, model.encoder)
+    refused = why_refused(plan, model.encoder)
+    verdict = f"refused: {refused}" if refused else "the transfer is possible; nothing was trained (transfer=explain)"
+    return f"{transfer_table(plan, model.encoder)}\n{transfer_report(plan)}{note}\n{verdict}"
 
 
-def start_sides(init: str, source: Source, origin: Mapping[str, Any], model: nn.Module, node: Mapping[str, Any]) -> str:
-    """Load a SA-Swin into a network that has its encoder and cross-attention; what to print.
-
-    Args:
-        init: names the source.
-        source: the weights.
-        origin: the checkpoint's description, or {}.
-        model: the target.
-        node: the target's description.
-
-    Raises:
-        ValueError: it does not match.
-    """
-    for key in ("position", "norm"):  # what no tensor's shape tells
-        before, now = origin.get("model", {}).get(key), node.get(key)
+def _load_swin(
+    init: str, source: Source, description: Mapping[str, Any], model: nn.Module, model_config: Mapping[str, Any]
+) -> str:
+    """Load a SA-Swin into a network that has the same encoder and cross-attention; returns the report to print."""
+    for key in ("position", "norm"):  # not visible in the shape of any tensor
+        before, now = description.get("model", {}).get(key), model_config.get(key)
         if before != now:
             raise ValueError(
                 f"{init} was pretrained with {key}={before}, this model has {now}: add model.{key}={before}"
@@ -100,29 +101,20 @@ def start_sides(init: str, source: Source, origin: Mapping[str, Any], model: nn.
     return f"{transfer_sides(source, model)}, from {init}"
 
 
-def _heads(encoder: SWViT) -> int:
-    block = encoder.blocks[0]
-    assert isinstance(block, Block)
-    return block.attention.num_heads
-
-
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """The named tensors of a file that torch.save wrote."""
+    """The named tensors of a file written by torch.save."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"damaged, or holds more than tensors, which could run code ({type(error).__name__}): "
-            "save its state_dict() alone"
+            f"damaged, or contains more than tensors, which could run code ({type(error).__name__}): "
+            "save only its state_dict()"
         ) from None
-    for key in INSIDE:
+    for key in WEIGHT_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    tensors = (
-        {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {name: value for name, value in named if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError("no named tensors in it: save its state_dict()")
+        raise ValueError("contains no named tensors: save its state_dict()")
     return tensors

@@ -1,7 +1,7 @@
-"""Where a run writes what it measures: progress bar, JSON lines, TensorBoard."""
+"""The log of a run: progress bar, JSON lines and TensorBoard."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,15 @@ from tqdm import tqdm
 
 
 class RunLog:
-    """Scalars and pictures of one run, the same numbers in three places.
+    """Scalars and pictures of a run. The progress bar, the JSON lines and TensorBoard show the same numbers.
 
-    TensorBoard that fails is given up with a warning; the JSON lines go on.
+    If TensorBoard fails, it is given up with a warning, and the JSON lines continue.
 
     Args:
         run: the run folder; holds `log.jsonl` and `tensorboard/`.
         total: steps of the run.
-        start: steps done before. What an earlier process logged beyond them is dropped, so that the log reads as one
-            run.
+        start: steps done before. Lines that an earlier process logged beyond them are removed, so that the log reads as
+            that of one uninterrupted run.
     """
 
     def __init__(self, run: Path, total: int, start: int) -> None:
@@ -28,44 +28,36 @@ class RunLog:
             self.path.write_text("".join(f"{line}\n" for line in lines))
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
         self.board: Any = None
-        self._track(lambda: self._open(run / "tensorboard", start))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def _open(self, folder: Path, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(folder), purge_step=start + 1)
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        except Exception as error:
+            self._give_up_board(error)
 
     def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
-        """Log numbers of a step under a group ("train", "validation")."""
-        self.note(step, group, values)
-        if self.board:
-            self._track(lambda: self._add_scalars(step, group, values))
-
-    def _add_scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
+        """Log the numbers of a step under a group ("train", "validation")."""
+        self.record(step, group, values)
         for name, value in values.items():
-            self.board.add_scalar(f"{group}/{name}", value, step)
+            self._track("add_scalar", f"{group}/{name}", value, step)
 
-    def note(self, step: int, group: str, content: Mapping[str, Any]) -> None:
-        """Log anything of a step, for machines only."""
+    def record(self, step: int, group: str, content: Mapping[str, Any]) -> None:
+        """Write a line of JSON about a step."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "group": group, **content}) + "\n")
 
     def has(self, step: int, group: str) -> bool:
-        """Whether something was logged of a step under a group."""
+        """Whether there is a line about a step under a group."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         return any(_step(line) == step and json.loads(line).get("group") == group for line in lines)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Log pictures (H, W, 3) uint8."""
-        if self.board:
-            self._track(lambda: self._add_pictures(step, pictures))
-
-    def _add_pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Log pictures (H, W, 3) uint8 in TensorBoard."""
         for name, picture in pictures.items():
-            self.board.add_image(name, picture, step, dataformats="HWC")
+            self._track("add_image", name, picture, step, dataformats="HWC")
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Move the bar and show the numbers beside it."""
+        """Update the progress bar and the numbers beside it."""
         self.bar.set_postfix_str(
             f"loss {values.get('loss', float('nan')):.4f}  lr {values['lr']:.2e}  "
             f"{values['volumes_per_second']:.2f} volumes/s  data {values['data_wait']:.0%}",
@@ -73,35 +65,39 @@ class RunLog:
         )
         self.bar.update(step - self.bar.n)
 
-    def say(self, text: str) -> None:
-        """Print a line without breaking the bar."""
+    def message(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
         self.bar.write(text)
 
     def close(self) -> None:
-        """Flush and close all three."""
+        """Flush and close everything."""
         self.bar.close()
-        if self.board:
-            self._track(self.board.close)
+        self._track("close")
 
-    def _track(self, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except Exception as error:  # whatever it is: a picture of the run is not worth the run
-            self.board = None
-            self.say(f"warning: TensorBoard failed ({error}); the numbers go on into {self.path}")
+    def _track(self, call: str, *arguments: Any, **options: Any) -> None:
+        """Call a method of the TensorBoard writer, if there is one."""
+        if self.board:
+            try:
+                getattr(self.board, call)(*arguments, **options)
+            except Exception as error:  # of any kind: TensorBoard must not end a run
+                self._give_up_board(error)
+
+    def _give_up_board(self, error: Exception) -> None:
+        self.board = None
+        self.message(f"warning: TensorBoard failed ({error}); {self.path} still receives the numbers")
 
 
 class SilentLog(RunLog):
-    """What the ranks log that are not the main one: nothing."""
+    """The log of all ranks but the main one: nothing is written."""
 
     def __init__(self) -> None:
         self.board = None
 
-    def note(self, step: int, group: str, content: Mapping[str, Any]) -> None: ...
+    def record(self, step: int, group: str, content: Mapping[str, Any]) -> None: ...
 
     def progress(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def message(self, text: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -110,4 +106,4 @@ def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 2**63  # a line that a crash cut short
+        return 2**63  # a line cut off by a crash

@@ -1,4 +1,4 @@
-"""Leaving a run in order when the machine is needed: SIGTERM and SIGUSR1, as Slurm and torchrun send them."""
+"""Stopping a run on SIGTERM and SIGUSR1, as Slurm and torchrun send them."""
 
 import os
 import signal
@@ -8,36 +8,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-# What a command exits with when it saved and left: give it again to go on (EX_TEMPFAIL of sysexits.h).
+# Exit code of a command that saved and stopped: the same command continues (EX_TEMPFAIL of sysexits.h).
 RESUME_CODE = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """A run was asked to stop, has saved, and goes on when it is started again."""
+    """A run was asked to stop and has saved; the same command continues it."""
 
 
 @dataclass
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """Whether this process has received a stop signal."""
 
-    asked: bool = False
+    requested: bool = False
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGUSR1 instead of dying of them. Outside the main thread nothing is changed."""
-    request = StopRequest()
+    """Record SIGTERM and SIGUSR1 instead of being terminated by them. Without effect outside the main thread."""
+    stop = StopRequest()
 
-    def note(number: int, frame: FrameType | None) -> None:
-        request.asked = True
+    def record(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
 
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield stop
         return
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, record) for number in SIGNALS}
     try:
-        yield request
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -19,8 +19,7 @@ from torch import nn
 
 from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.ops.gradients import gradient_importance
-from asa.training.allocator import keep_freed_memory
-from asa.training.device import PRECISIONS, autocast, pick_device, pick_precision
+from asa.training.device import PRECISIONS, autocast, keep_freed_memory, pick_device, pick_precision
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asa.tasks.volumes import open_store
 from asa.data.datasets.record import Record
 from asa.data.splits import PARTS, keep_labelled, make_split, read_split, select, write_split
+from asa.tasks.volumes import open_store
 
 SITES = ("Utrecht", "Singapore", "Amsterdam_GE3T")
 

@@ -19,7 +19,7 @@ from asa.models.sa_swin import SASwin, sa_swin_tiny
 from asa.models.saca import SymmetryAwareBlock, SymmetryAwareCrossAttention
 from asa.ops.masking import random_boxes
 from asa.ops.symmetry import asymmetry, flip, mirrored_start, pad_to_multiple, rotate_about_left_right
-from asa.training.distributed import is_main, joined
+from asa.training.distributed import is_main, process_group
 from asa.training.loop import TrainSettings, train
 from asa.training.optim import OptimSettings
 
@@ -310,7 +310,7 @@ def test_nt_xent_is_computed_in_float32_under_autocast() -> None:
 
 def contrast(out, world: int) -> None:
     """A rank's share of four samples: the loss, and the gradients of features and temperature."""
-    with joined(torch.device("cpu"), 0.5):
+    with process_group(torch.device("cpu"), 0.5):
         from asa.training.distributed import rank
 
         mine = slice(rank() * 4 // world, (rank() + 1) * 4 // world)
@@ -444,7 +444,7 @@ def pretrain(run, store) -> None:
     settings = TrainSettings(steps=3, batch_size=4, log_every=1, device="cpu")
     if is_main():
         run.mkdir()
-    with joined(torch.device("cpu"), 0.5):
+    with process_group(torch.device("cpu"), 0.5):
         train(
             method, dataset, run, settings=settings, optim=OptimSettings(lr=1e-3), loader=LoaderSettings(workers=0),
             description={"model": {}},

@@ -169,7 +169,9 @@ def test_arms_of_a_seed_share_the_split_and_pretraining_never_sees_the_test_subj
     assert ablate("seeds=[0,1]", "only=[scratch,asa]")[0] == 0
     for seed in (0, 1):
         file = tmp_path / "out" / "splits" / f"seed{seed}.json"
-        runs = [flat for name in ("pretrain", "finetune") for flat in calls_of(name) if f"seed{seed}_" in str(flat["out"])]
+        runs = [
+            flat for name in ("pretrain", "finetune") for flat in calls_of(name) if f"seed{seed}_" in str(flat["out"])
+        ]
         assert len(runs) == 3 and {flat["data.split_file"] for flat in runs} == {file}
         assert {flat["train.seed"] for flat in runs} == {seed}
     assert read_split(tmp_path / "out" / "splits" / "seed0.json")["test"]

@@ -22,8 +22,8 @@ from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.sw_vit import sw_vit_tiny
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings
-from asa.training.plan import make_plan
-from asa.training.pretrained import read_source, start_sides
+from asa.training.plan import make_plan, volume_batch
+from asa.training.pretrained import load_pretrained, read_source
 
 SMALLEST = ("+model.embed_dim=4", "+model.num_heads=[1,1,2,2]", "+model.window=2", "+model.cross_heads=2")
 
@@ -133,9 +133,12 @@ def test_a_run_that_looks_at_the_mirror_image_can_be_planned(kind: str) -> None:
         "segment": lambda: Segmentation(model=sa_swin_unet_tiny(2, **options)),
         "pretrain": lambda: SASwinPretraining(model=sa_swin_tiny(**options)),
     }
-    plan = make_plan(
-        makes[kind], labelled=kind == "segment", settings=TrainSettings(precision="fp32"), optim=OptimSettings()
-    )
+    settings, optim = TrainSettings(precision="fp32"), OptimSettings()
+
+    def batch(method: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return volume_batch(method, settings.batch_size, label=kind == "segment", target=kind == "classify")
+
+    plan = make_plan(makes[kind], batch, settings=settings, optim=optim)
     assert 0 < plan.encoder < plan.total and 0 < plan.forward < plan.step
 
 
@@ -200,18 +203,18 @@ def test_a_pretrained_network_is_loaded_whole_or_refused(pretrained: Path) -> No
     options = dict(img_size=32, embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
     model = sa_swin_classifier_tiny(2, in_channels=3, **options)
     node = origin["model"]
-    start_sides("RUN", source, origin, model, node)
+    load_pretrained("RUN", source, origin, model, node)
     volume = torch.rand(1, 1, 32, 32, 32)
     alone = sa_swin_classifier_tiny(2, **options)
-    start_sides("RUN", source, origin, alone, node)
+    load_pretrained("RUN", source, origin, alone, node)
     torch.testing.assert_close(alone.encoder(volume), model.encoder(volume.expand(-1, 3, -1, -1, -1)))
     torch.testing.assert_close(
         alone.saca.state_dict(), {k: source.weights[f"saca.{k}"] for k in alone.saca.state_dict()}
     )
     with pytest.raises(ValueError, match="does not match"):
-        start_sides("RUN", source, origin, sa_swin_classifier_tiny(2, img_size=32), node)
+        load_pretrained("RUN", source, origin, sa_swin_classifier_tiny(2, img_size=32), node)
     with pytest.raises(ValueError, match="add model.position=False"):
-        start_sides("RUN", source, origin, model, {**node, "position": True})
+        load_pretrained("RUN", source, origin, model, {**node, "position": True})
 
 
 def test_what_a_classification_lacks_is_named(store: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -81,7 +81,7 @@ def test_the_commands_denoise_held_out_subjects(
 def test_a_run_goes_on_and_its_network_loads(pairs: Path, trained: Path, monkeypatch, capsys) -> None:
     steps = ["train.steps=31", "train.batch_size=4", "optim.lr=3e-3", "optim.warmup=0"]
     assert run(monkeypatch, finetune, f"data.root={pairs}", f"out={trained}", *TINY, *SPLIT, *steps) == 0
-    assert "stands at step 30" in capsys.readouterr().out
+    assert "continuing from step 30" in capsys.readouterr().out
     model = asa.load_model(trained)
     assert isinstance(model, asa.RegionAttentionTransformer) and model.in_channels == 1
     with pytest.raises(ValueError, match="no encoder"):

@@ -1,4 +1,4 @@
-"""What holds between processes. Each test is bounded: a process that does not end is killed."""
+"""Laws of training in several processes. Each test is bounded: a process that does not end is killed."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from asa.models.masked_autoencoder import asa_tiny
 from asa.models.unet import unet_tiny
 from asa.training import distributed
 from asa.training.checkpoint import list_checkpoints
-from asa.training.distributed import joined
+from asa.training.distributed import process_group
 from asa.training.loop import TrainSettings, train
 from asa.training.optim import OptimSettings
 from asa.training.signals import RESUME_CODE
@@ -31,18 +31,18 @@ several = pytest.mark.distributed
 
 
 class PartlyIgnored(Store):
-    """A store where a different share of each scan's label counts nowhere."""
+    """A store in which a different fraction of each scan's label is ignored."""
 
     def label(self, id: str) -> np.ndarray | None:
         label = np.array(super().label(id))
-        label[:, : 20 * int(id[1:])] = IGNORED  # s0: nothing, s3: most
+        label[:, : 20 * int(id[1:])] = IGNORED  # s0: nothing, s3: most voxels
         return label
 
 
 def segment(run: Path, store: Path) -> None:
-    """Fine-tune a tiny U-Net for some steps, in double precision."""
-    # In single precision the normalisation of the U-Net's few coarsest voxels makes much of rounding: the losses of one
-    # process drift by 1e-2 in 20 steps when its batch is computed in two parts.
+    """Fine-tune a tiny U-Net in double precision."""
+    # In single precision the normalisation over the U-Net's few coarsest voxels amplifies rounding: the losses of one
+    # process differ by 1e-2 after 20 steps if its batch is computed in two parts.
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     opened = PartlyIgnored(store)
@@ -54,17 +54,17 @@ def segment(run: Path, store: Path) -> None:
     settings = TrainSettings(steps=20, batch_size=2, device="cpu", log_every=1)
     optim = OptimSettings(name="sgd", lr=0.01, schedule="poly")
     loader = LoaderSettings(workers=0)
-    with joined(torch.device("cpu"), 0.5), replaced(torch.Tensor, "float", torch.Tensor.double):
+    with process_group(torch.device("cpu"), 0.5), replaced(torch.Tensor, "float", torch.Tensor.double):
         train(method, dataset, run, settings=settings, optim=optim, loader=loader, description={"model": {}})
 
 
 def finished(ended: list) -> bool:
-    """Whether all processes ended well; prints what they said if not."""
+    """Whether all processes succeeded; prints their output."""
     print(*[f"{one.code}: {one.text}" for one in ended], sep="\n")
     return all(one.code == 0 for one in ended)
 
 
-def test_the_processes_share_each_steps_samples_and_no_sample_is_lost() -> None:
+def test_the_processes_divide_the_samples_of_each_step_without_losing_any() -> None:
     def first(n: int, **where: int) -> list[list]:
         batches = iter(EndlessSampler(7, 12, seed=5, micro_batches=2, start_step=3, **where))
         return [next(batches) for _ in range(n)]
@@ -72,7 +72,7 @@ def test_the_processes_share_each_steps_samples_and_no_sample_is_lost() -> None:
     whole = first(6)
     for world in (2, 3, 6):
         parts = [first(6, rank=rank, world_size=world) for rank in range(world)]
-        assert [[place for part in step for place in part] for step in zip(*parts, strict=True)] == whole
+        assert [[address for part in step for address in part] for step in zip(*parts, strict=True)] == whole
     with pytest.raises(ValueError, match=r"4 processes with train.accumulate=2 do not divide train.batch_size=12"):
         first(1, rank=0, world_size=4)
 
@@ -96,19 +96,19 @@ def test_two_processes_fine_tune_like_one_with_ignored_voxels(store: Path, tmp_p
 
 
 def gradients(out: Path, store: Path) -> None:
-    """The gradient of each process's part of one global batch."""
+    """Save the gradient of one global batch."""
     torch.manual_seed(0)
     opened = Store(store)
     method = MaskedPretraining(model=asa_tiny(img_size=32, embed_dim=24, depth=2, num_heads=2))
     dataset = CropDataset(opened, opened.records, (32, 32, 32))
-    with joined(torch.device("cpu"), 0.5):
+    with process_group(torch.device("cpu"), 0.5):
         world, rank = distributed.world_size(), distributed.rank()
-        places = next(iter(EndlessSampler(4, 4, rank=rank, world_size=world)))
-        batch = collate([dataset[place] for place in places])
-        ddp = distributed.wrapped(method)
+        addresses = next(iter(EndlessSampler(4, 4, rank=rank, world_size=world)))
+        batch = collate([dataset[address] for address in addresses])
+        ddp = distributed.data_parallel(method)
         ddp(batch)["loss"].backward()
-        # It has to go before its group does: torch 2.13 may hang otherwise, waiting with the interpreter's lock in
-        # hand for a thread of gloo that wants it.
+        # It must be deleted before its process group: torch 2.13 may otherwise deadlock, waiting for a gloo thread while
+        # holding the interpreter's lock.
         del ddp
     if distributed.is_main():
         torch.save({name: weight.grad for name, weight in method.named_parameters()}, out)
@@ -124,7 +124,7 @@ def test_the_gradient_is_that_of_the_global_batch(store: Path, tmp_path: Path) -
 
 
 @several
-def test_a_run_goes_on_with_another_number_of_processes(store: Path, tmp_path: Path) -> None:
+def test_a_run_continues_with_another_number_of_processes(store: Path, tmp_path: Path) -> None:
     tiny_run(tmp_path / "whole", store, 12)
     run = tmp_path / "changed"
     with pytest.raises(KeyboardInterrupt):
@@ -137,7 +137,7 @@ def test_a_run_goes_on_with_another_number_of_processes(store: Path, tmp_path: P
 
 
 def stopped_after(run: Path, store: Path, step: int) -> None:
-    """A run of 12 steps that is cut short."""
+    """A run of 12 steps that is interrupted after some."""
     forward, calls = MaskedPretraining.forward, []
 
     def counted(self, batch):
@@ -152,14 +152,14 @@ def stopped_after(run: Path, store: Path, step: int) -> None:
 
 
 def slow(run: Path, store: Path) -> None:
-    """A long run with steps of a twentieth of a second or more, which says "resume me" as a command does."""
+    """A long run with steps of at least 0.05 s, which exits with the resume code as a command does."""
     from asa.training.signals import Stopped
 
-    def late(self, batch):
+    def delayed(self, batch):
         time.sleep(0.05)
         return forward(self, batch)
 
-    with replaced(MaskedPretraining, "forward", late) as forward:
+    with replaced(MaskedPretraining, "forward", delayed) as forward:
         try:
             tiny_run(run, store, 400, save_every=1000)
         except Stopped:
@@ -183,37 +183,37 @@ def test_a_signal_to_one_process_saves_and_stops_all(
     assert int(checkpoint.name[5:]) == steps_done(run)  # the step at which both stopped
 
 
-def poisoned(run: Path, store: Path, steps: list[int], on_rank: int) -> None:
-    """A run whose loss is not a number at some steps of one rank."""
+def with_nonfinite_loss(run: Path, store: Path, steps: list[int], on_rank: int) -> None:
+    """A run whose loss is NaN at some steps of one rank."""
     calls = []
 
-    def bad(self, batch):
+    def nonfinite(self, batch):
         calls.append(1)
         result = forward(self, batch)
         wrong = len(calls) in steps and distributed.rank() == on_rank
         return {**result, "loss": result["loss"] * float("nan")} if wrong else result
 
-    with replaced(MaskedPretraining, "forward", bad) as forward:
+    with replaced(MaskedPretraining, "forward", nonfinite) as forward:
         tiny_run(run, store, 16)
 
 
 @several
-def test_all_processes_skip_the_step_that_is_not_finite_on_one(store: Path, tmp_path: Path) -> None:
+def test_all_processes_skip_a_step_that_is_not_finite_on_one(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert finished(ranks(tmp_path, 2, poisoned, run, store, [3, 7], 1))
+    assert finished(ranks(tmp_path, 2, with_nonfinite_loss, run, store, [3, 7], 1))
     skipped = log(run, "step", "what", "ids", group="skipped")
     assert [row[:2] for row in skipped] == [(3, "loss"), (7, "loss")]
-    order = [place[0] for place in list(zip(range(3), EndlessSampler(4, 4), strict=False))[2][1]]
-    assert skipped[0][2] == [Store(store).records[k]["id"] for k in order[2:]]  # rank 1's part, and no other
+    order = [address[0] for address in list(zip(range(3), EndlessSampler(4, 4), strict=False))[2][1]]
+    assert skipped[0][2] == [Store(store).records[k]["id"] for k in order[2:]]  # rank 1's samples only
     assert log(run, "skipped_steps")[-1] == (2,)
     weights = load_file(list_checkpoints(run)[-1] / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 @several
-def test_ten_such_steps_in_a_row_stop_all_and_leave_the_batch(store: Path, tmp_path: Path) -> None:
+def test_ten_skipped_steps_in_a_row_stop_all_processes_and_dump_the_batch(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    ended = ranks(tmp_path, 2, poisoned, run, store, list(range(5, 30)), 1)
+    ended = ranks(tmp_path, 2, with_nonfinite_loss, run, store, list(range(5, 30)), 1)
     assert all(one.code == 1 and "FloatingPointError" in one.text for one in ended)
     assert "10 steps in a row, the last of them step 14: stopped before saving" in ended[0].text
     assert list_checkpoints(run)[-1].name == "step-00000004"
@@ -233,7 +233,7 @@ def failing(run: Path, store: Path, kind: str) -> None:
             if kind == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "raises":
-                raise RuntimeError("the cat bit the cable")
+                raise RuntimeError("test failure on rank 1")
             time.sleep(1000)
         return forward(self, batch)
 
@@ -248,20 +248,20 @@ def test_a_process_that_fails_ends_the_job_within_the_timeout(store: Path, tmp_p
     print(*[one.text for one in ended])
     assert all(one.code not in (0, None) for one in ended)
     if kind == "raises":
-        assert "the cat bit the cable" in ended[1].text
-    if kind == "hangs":  # it shows where
+        assert "test failure on rank 1" in ended[1].text
+    if kind == "hangs":  # it prints its stack
         assert "Timeout" in ended[1].text and "in broken" in ended[1].text
 
 
 @several
-def test_the_main_process_prints_and_the_others_are_silent(store: Path, tmp_path: Path) -> None:
+def test_only_the_main_process_prints(store: Path, tmp_path: Path) -> None:
     tiny = ["loader.workers=0", "train.device=cpu", "optim.warmup=1", "model=asa_tiny", "crop=32", "train.steps=2"]
     run = tmp_path / "run"
     arguments = [f"data.store={store}", f"out={run}", *tiny, "data.split.validation=2"]
     ended = ranks(tmp_path, 2, command, "pretrain", *arguments, "train.batch_size=2")
     assert finished(ended)
     assert "mean predictor" in ended[0].text and ended[1].text == ""
-    # What only the main process sees ends the others quietly; a setting that cannot be is an error everywhere.
+    # An error that only the main process finds ends the others silently; an invalid setting is an error on all ranks.
     ended = ranks(tmp_path, 2, command, "pretrain", *arguments, "train.batch_size=2", "optim.lr=0.5")
     assert [one.code for one in ended] == [1, 1] and "optim.lr" in ended[0].text and ended[1].text == ""
     ended = ranks(tmp_path, 2, command, "pretrain", *arguments[:1], f"out={run}2", *tiny, "train.batch_size=3")
@@ -275,7 +275,7 @@ def test_the_main_process_prints_and_the_others_are_silent(store: Path, tmp_path
 
 
 @several
-def test_validation_is_shared_and_gives_what_one_process_gives(store: Path, tmp_path: Path) -> None:
+def test_validation_in_two_processes_gives_the_result_of_one(store: Path, tmp_path: Path) -> None:
     tiny = ["loader.workers=0", "train.device=cpu", "optim.lr=0", "optim.warmup=0", "model=asa_tiny", "crop=32"]
     shared = [f"data.store={store}", *tiny, "train.steps=1", "train.batch_size=2", "data.split.validation=3"]
     for world in (1, 2):
@@ -286,7 +286,7 @@ def test_validation_is_shared_and_gives_what_one_process_gives(store: Path, tmp_
 
 @several
 @pytest.mark.slow
-def test_torchrun_starts_again_what_was_killed_and_the_run_is_the_same(store: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts_a_killed_process_and_the_run_is_the_same(store: Path, tmp_path: Path) -> None:
     tiny = [
         "loader.workers=0",
         "train.device=cpu",

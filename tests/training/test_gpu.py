@@ -1,4 +1,4 @@
-"""The same numbers on a GPU as on a CPU. Skipped where there is none."""
+"""A GPU gives the same results as a CPU. Skipped without a GPU."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is said about a GPU before a run starts on it; the GPU is made up."""
+"""Checks before a run starts on a GPU, with a simulated GPU."""
 
 import sys
 
@@ -6,31 +6,31 @@ import pytest
 import torch
 
 from asa.cli import pretrain
-from asa.training.gpu_check import preflight
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
-from asa.training.gpu_check import check_gpu, fit_line
+from asa.training.gpu_check import check_gpu, fit_line, preflight
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings
+from asa.training.plan import volume_batch
 
 GPU = torch.device("cuda")
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch):
-    """Pretend a GPU: gpu(capability, architectures, free in GiB, version of torch)."""
+    """Simulate a GPU: gpu(capability, architectures, free memory in GiB, version of torch)."""
 
-    def pretend(capability: tuple[int, int], built: list[str], free: float = 32, version: str = "2.8.0+cu126") -> None:
+    def simulate(capability: tuple[int, int], built: list[str], free: float = 32, version: str = "2.8.0+cu126") -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla X")
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (int(free * 2**30), 32 * 2**30))
         monkeypatch.setattr(torch, "__version__", version)
 
-    return pretend
+    return simulate
 
 
-def test_the_commands_look_before_they_start(gpu, store, tmp_path, monkeypatch, capsys) -> None:
+def test_commands_check_the_gpu_before_they_start(gpu, store, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     gpu((7, 0), ["sm_80"], version="2.13.0+cu130")
@@ -40,15 +40,17 @@ def test_the_commands_look_before_they_start(gpu, store, tmp_path, monkeypatch, 
     assert not (tmp_path / "run").exists()
     gpu((7, 0), ["sm_70"])
     settings = TrainSettings(device="cuda")
-    preflight(lambda: MaskedPretraining(model=asa_tiny(img_size=32)), settings, OptimSettings(), labelled=False)
-    assert capsys.readouterr().out.startswith("memory: a step takes about 0.0 GiB, 32.0 of 32.0")
+    (line,) = preflight(
+        lambda: MaskedPretraining(model=asa_tiny(img_size=32)), lambda m: volume_batch(m, 2), settings, OptimSettings()
+    )
+    assert line.startswith("memory: a step takes about 0.0 GiB, 32.0 of 32.0")
 
 
-def test_a_cpu_is_always_known() -> None:
+def test_a_cpu_is_always_supported() -> None:
     assert check_gpu(torch.device("cpu")) == []
 
 
-def test_a_v100_without_kernels_is_refused_with_what_to_install(gpu) -> None:
+def test_a_v100_without_kernels_is_refused_with_advice_what_to_install(gpu) -> None:
     gpu((7, 0), ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], version="2.13.0+cu130")
     with pytest.raises(ValueError, match=r"Tesla X is sm_70.*sm_75.*torch 2\.8.*CUDA 12\.6") as error:
         check_gpu(GPU)
@@ -61,7 +63,7 @@ def test_a_gpu_newer_than_its_torch_is_refused_with_other_advice(gpu) -> None:
         check_gpu(GPU)
 
 
-def test_a_v100_on_the_advised_torch_is_fine_and_on_a_later_one_noted(gpu) -> None:
+def test_a_v100_is_accepted_with_the_advised_torch_and_noted_with_a_later_one(gpu) -> None:
     gpu((7, 0), ["sm_50", "sm_70", "sm_90"])
     assert check_gpu(GPU) == []
     gpu((7, 0), ["sm_50", "sm_70", "sm_90"], version="2.10.0+cu126")
@@ -70,28 +72,28 @@ def test_a_v100_on_the_advised_torch_is_fine_and_on_a_later_one_noted(gpu) -> No
 
 
 @pytest.mark.parametrize(
-    ("capability", "built", "known"),
+    ("capability", "built", "supported"),
     [
         ((8, 6), ["sm_80"], True),  # a later minor of the same major
         ((8, 0), ["sm_86"], False),  # not an earlier one
         ((9, 0), ["sm_80"], False),  # nor another major
-        ((9, 0), ["sm_80", "compute_80"], True),  # but the driver compiles what is portable
+        ((9, 0), ["sm_80", "compute_80"], True),  # but the driver compiles portable code
         ((9, 0), ["sm_90a"], True),
         ((9, 1), ["sm_90a"], False),
         ((10, 3), ["sm_100"], True),
         ((8, 0), [], False),
     ],
 )
-def test_code_runs_on_later_minors_and_portable_code_on_all_later_gpus(gpu, capability, built, known) -> None:
+def test_code_runs_on_later_minors_and_portable_code_on_all_later_gpus(gpu, capability, built, supported) -> None:
     gpu(capability, built)
-    if known:
+    if supported:
         assert check_gpu(GPU) == []
     else:
         with pytest.raises(ValueError, match="is built for"):
             check_gpu(GPU)
 
 
-def test_a_step_that_does_not_fit_is_warned_about_with_what_helps(gpu) -> None:
+def test_a_step_that_does_not_fit_gives_a_warning_with_advice(gpu) -> None:
     gpu((8, 0), ["sm_80"], free=10)
     assert fit_line(4 * 2**30, GPU) == "memory: a step takes about 4.0 GiB, 10.0 of 32.0 GiB are free on Tesla X"
     assert fit_line(int(9.5 * 2**30), GPU).startswith("warning: memory: a step takes about 9.5 GiB, 10.0 of 32.0")

@@ -1,4 +1,4 @@
-"""What the training loop promises, in one process."""
+"""Laws of the training loop, in one process."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 class Stopped(Exception):
-    """Thrown to stop a run in the middle."""
+    """Raised to stop a run."""
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -85,7 +85,7 @@ def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
     assert log(tmp_path / "cut", *keys) == log(tmp_path / "whole", *keys)
 
 
-def test_micro_batches_equal_the_whole_batch(store: Path, tmp_path: Path) -> None:
+def test_gradient_accumulation_equals_the_whole_batch(store: Path, tmp_path: Path) -> None:
     run(tmp_path / "one", store)
     run(tmp_path / "two", store, accumulate=2)
     run(tmp_path / "four", store, accumulate=4)
@@ -96,7 +96,7 @@ def test_micro_batches_equal_the_whole_batch(store: Path, tmp_path: Path) -> Non
         )
 
 
-def test_the_last_checkpoints_are_kept_and_rebuild_the_model(store: Path, tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept_and_rebuild_the_model(store: Path, tmp_path: Path) -> None:
     run(tmp_path, store)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000006"]
     model, found = load_model(tmp_path), weights(tmp_path)
@@ -107,7 +107,7 @@ def test_the_last_checkpoints_are_kept_and_rebuild_the_model(store: Path, tmp_pa
     assert read_weights(tmp_path)[1]["step"] == 6
 
 
-def test_a_save_that_fails_leaves_the_checkpoint_before_whole(
+def test_a_save_that_fails_leaves_the_previous_checkpoint_intact(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -122,12 +122,12 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_whole(
     assert_same(before, weights(tmp_path))
 
 
-def test_minutes_save_too(store: Path, tmp_path: Path) -> None:
+def test_save_minutes_triggers_checkpoints(store: Path, tmp_path: Path) -> None:
     run(tmp_path, store, steps=3, save_every=100, save_minutes=0.0, keep=9)
     assert len(list_checkpoints(tmp_path)) == 3
 
 
-def test_the_log_tells_what_users_watch(store: Path, tmp_path: Path) -> None:
+def test_the_log_contains_losses_rates_and_timing(store: Path, tmp_path: Path) -> None:
     run(tmp_path, store, steps=2)
     line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     errors = {"loss", "mean_predictor_loss", "masked_mse", "mean_predictor_mse"}
@@ -135,7 +135,7 @@ def test_the_log_tells_what_users_watch(store: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_bf16_stays_close_to_fp32(store: Path, tmp_path: Path) -> None:
+def test_bf16_losses_stay_close_to_fp32(store: Path, tmp_path: Path) -> None:
     run(tmp_path / "fp32", store, steps=4)
     run(tmp_path / "bf16", store, steps=4, precision="bf16")
     full, half = (np.array(log(tmp_path / name, "loss"))[:, 0] for name in ("fp32", "bf16"))
@@ -154,15 +154,15 @@ def test_a_malicious_checkpoint_is_refused(tmp_path: Path) -> None:
     assert not owned.exists()
 
 
-def test_files_that_are_no_checkpoints_are_named(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint here"):
         load_model(tmp_path / "absent")
     (tmp_path / "x.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_model(tmp_path / "x.safetensors")
 
 
-def test_schedules() -> None:
+def test_schedules_follow_their_formulas() -> None:
     cosine = Schedule(OptimSettings(lr=1.0, warmup=10, warmup_lr=0.1, final_lr=0.2), 110, 8)
     assert cosine[0] == pytest.approx(0.1) and cosine[5] == pytest.approx(0.55)
     assert cosine[10] == pytest.approx(1.0) and cosine[60] == pytest.approx(0.6) and cosine[110] == pytest.approx(0.2)
@@ -176,7 +176,7 @@ def test_schedules() -> None:
         Schedule(OptimSettings(schedule="step"), 10, 1)
 
 
-def test_weight_decay_spares_biases_norms_and_tokens() -> None:
+def test_weight_decay_is_not_applied_to_biases_norms_and_tokens() -> None:
     model = MaskedPretraining(model=asa_tiny(img_size=16))
     optimizer = make_optimizer(model, OptimSettings(weight_decay=0.1))
     decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
@@ -186,7 +186,7 @@ def test_weight_decay_spares_biases_norms_and_tokens() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
-def test_settings_that_do_not_fit_are_refused(store: Path, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="precision is auto"):
         pick_precision("fp8", torch.device("cpu"))
     with pytest.raises(ValueError, match="needs a GPU"):

@@ -1,4 +1,4 @@
-"""Layer-wise learning rates, and parts that do not learn."""
+"""Layer-wise learning rates and frozen parts."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from asa.models.unet import unet_tiny
 from asa.ops.patches import patchify
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, freeze, make_optimizer, set_learning_rate, set_training
-from asa.training.plan import make_plan
+from asa.training.plan import make_plan, volume_batch
 
 DEPTH = 4  # of unet_tiny's encoder
 
@@ -28,12 +28,12 @@ def rates(method: Segmentation, lr: float, **settings: float) -> dict[str, float
     return {name: by_id[id(p)] for name, p in method.named_parameters()}
 
 
-def test_without_layer_decay_all_learn_alike(method: Segmentation) -> None:
+def test_without_layer_decay_all_parameters_have_the_same_learning_rate(method: Segmentation) -> None:
     assert set(rates(method, 0.3).values()) == {0.3}
     assert len(make_optimizer(method, OptimSettings()).param_groups) == 2
 
 
-def test_each_block_learns_slower_than_the_one_above_by_the_same_factor(method: Segmentation) -> None:
+def test_the_learning_rate_of_each_block_is_that_of_the_block_above_times_the_decay(method: Segmentation) -> None:
     found = rates(method, 1.0, layer_decay=0.5)
     for name, rate in found.items():
         inner = name.removeprefix("model.encoder.")
@@ -47,7 +47,7 @@ def test_each_block_learns_slower_than_the_one_above_by_the_same_factor(method: 
     assert found["model.encoder.blocks.3.mlp.0.weight"] == 0.5 and found["model.encoder.patch_embed.bias"] == 0.5**5
 
 
-def test_layer_decay_leaves_weight_decay_as_it_was(method: Segmentation) -> None:
+def test_layer_decay_does_not_change_weight_decay(method: Segmentation) -> None:
     def decays(settings: OptimSettings) -> dict[int, float]:
         optimizer = make_optimizer(method, settings)
         return {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -56,7 +56,7 @@ def test_layer_decay_leaves_weight_decay_as_it_was(method: Segmentation) -> None
     assert plain == layered and len(plain) == len(list(method.parameters())) and set(plain.values()) == {0.0, 0.1}
 
 
-def test_a_step_moves_deep_layers_less(method: Segmentation) -> None:
+def test_a_step_changes_early_layers_less(method: Segmentation) -> None:
     optimizer = make_optimizer(method, OptimSettings(name="sgd", momentum=0.0, weight_decay=0.0, layer_decay=0.5))
     set_learning_rate(optimizer, 1.0)
     before = {name: p.detach().clone() for name, p in method.named_parameters()}
@@ -68,20 +68,20 @@ def test_a_step_moves_deep_layers_less(method: Segmentation) -> None:
     assert moved["model.encoder.blocks.0.mlp.0.weight"] == pytest.approx(0.5**DEPTH, rel=1e-3)
 
 
-def test_a_factor_that_is_none_is_refused() -> None:
+def test_a_layer_decay_outside_its_range_is_refused() -> None:
     for wrong in (0.0, 1.1, -1.0):
         with pytest.raises(ValueError, match=r"optim\.layer_decay"):
             OptimSettings(layer_decay=wrong)
 
 
-# --- parts that do not learn
+# --- frozen parts
 
 
 def tiny() -> Segmentation:
     return Segmentation(model=unet_tiny(out_channels=3, feature_size=4, img_size=(64, 32, 32)))
 
 
-def test_a_frozen_encoder_keeps_its_weights_and_the_rest_learns() -> None:
+def test_a_frozen_encoder_keeps_its_weights_and_the_rest_is_trained() -> None:
     torch.manual_seed(0)
     method = tiny()
     freeze(method.model, ["encoder"])
@@ -97,19 +97,19 @@ def test_a_frozen_encoder_keeps_its_weights_and_the_rest_learns() -> None:
         assert (parameter.grad is None) == frozen and (id(parameter) in held) != frozen
 
 
-def test_a_part_of_the_encoder_can_be_frozen_and_a_name_is_not_the_start_of_another() -> None:
+def test_a_part_of_the_encoder_can_be_frozen_and_names_match_whole_components() -> None:
     method = tiny()
     freeze(method.model, ["encoder.blocks.1", "heads.0.conv.conv.bias"])
     frozen = {name for name, p in method.model.named_parameters() if not p.requires_grad}
     assert frozen == {name for name in frozen if name.startswith("encoder.blocks.1.")} | {"heads.0.conv.conv.bias"}
     assert len(frozen) > 5
-    with pytest.raises(ValueError, match=r"names 'encod'; the network's parts are encoder, image_block, skips"):
+    with pytest.raises(ValueError, match=r"no part 'encod'; the network's parts are encoder, image_block, skips"):
         freeze(method.model, ["encod"])
-    with pytest.raises(ValueError, match="leaves nothing to learn"):
+    with pytest.raises(ValueError, match="leaves no parameter to train"):
         freeze(method.model, ["encoder", "image_block", "skips", "ups", "heads"])
 
 
-def test_what_is_frozen_as_a_whole_is_in_evaluation_mode() -> None:
+def test_modules_that_are_entirely_frozen_are_in_evaluation_mode() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
     freeze(model, ["0"])
     set_training(model.eval())
@@ -117,10 +117,10 @@ def test_what_is_frozen_as_a_whole_is_in_evaluation_mode() -> None:
     assert all(module.training for module in model[1].modules())
 
 
-def test_a_frozen_encoder_makes_a_step_cheaper() -> None:
+def test_a_frozen_encoder_reduces_the_cost_of_a_step() -> None:
     settings = TrainSettings(steps=200, batch_size=1, precision="fp32")
     plain, frozen = (
-        make_plan(tiny, labelled=True, settings=settings, optim=OptimSettings(freeze=parts))
+        make_plan(tiny, lambda m: volume_batch(m, 1, label=True), settings=settings, optim=OptimSettings(freeze=parts))
         for parts in ([], ["encoder"])
     )
     assert frozen.forward == plain.forward and frozen.step < plain.step
@@ -129,7 +129,7 @@ def test_a_frozen_encoder_makes_a_step_cheaper() -> None:
     assert before.gradients - now.gradients == 4 * plain.encoder and now.states == 2 * now.gradients
 
 
-def test_a_linear_probe_is_one_matrix_from_a_token_to_its_patchs_voxels() -> None:
+def test_a_linear_probe_maps_each_token_to_the_voxels_of_its_patch_by_one_matrix() -> None:
     torch.manual_seed(0)
     model = probe_tiny(out_channels=2, img_size=(16, 16, 24))
     image = torch.rand(1, 1, 16, 16, 24)
@@ -140,7 +140,7 @@ def test_a_linear_probe_is_one_matrix_from_a_token_to_its_patchs_voxels() -> Non
         torch.testing.assert_close(patch, model.head.weight @ token + model.head.bias)
 
 
-def test_of_a_probe_on_a_frozen_encoder_only_that_matrix_learns() -> None:
+def test_only_the_matrix_of_a_probe_on_a_frozen_encoder_is_trained() -> None:
     method = Segmentation(model=probe_tiny(out_channels=2, img_size=(16, 16, 24)))
     freeze(method.model, ["encoder"])
     batch = {"image": torch.rand(1, 1, 16, 16, 24), "label": torch.randint(0, 2, (1, 1, 16, 16, 24)).byte()}

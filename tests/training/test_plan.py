@@ -1,4 +1,4 @@
-"""A plan says what a run takes, without running it."""
+"""The cost of a run is planned without running it."""
 
 import importlib
 import shutil
@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,11 @@ from asa.models.sa_swin import sa_swin_tiny
 from asa.models.unet import unet_tiny
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings
-from asa.training.plan import Accounts, make_plan, plan_report, trace_step
+from asa.training.plan import TensorTracker, make_plan, plan_report, trace_step, volume_batch
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 32, 32)
+VOLUMES = partial(volume_batch, count=2)
 SETTINGS, OPTIM = TrainSettings(steps=100, batch_size=2, precision="fp32"), OptimSettings()
 
 
@@ -60,14 +62,14 @@ def traced(kind: str, *, checkpointing: bool = False, size: int = 2, micro_batch
 
 
 class Saved:
-    """A tensor that the forward pass leaves for the gradient."""
+    """A tensor that the forward pass saves for the backward pass."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune", "restore"])
-def test_operations_and_kept_bytes_are_those_of_a_real_step(kind: str) -> None:
+def test_planned_operations_and_kept_bytes_are_those_of_a_real_step(kind: str) -> None:
     method, batch, found = maker(kind)(), batch_on("cpu", kind=kind), traced(kind)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
     kept: weakref.WeakSet[Saved] = weakref.WeakSet()
@@ -85,7 +87,7 @@ def test_operations_and_kept_bytes_are_those_of_a_real_step(kind: str) -> None:
         size = sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
         del storages
         loss.backward()
-    if kind == "restore":  # the counter takes the gradient of a depthwise convolution for that of a full one
+    if kind == "restore":  # the counter counts the gradient of a depthwise convolution as that of a full one
         assert 2.9 * found.forward < found.both < 3.1 * found.forward < counter.get_total_flops()
     else:
         assert counter.get_total_flops() == found.both
@@ -93,13 +95,13 @@ def test_operations_and_kept_bytes_are_those_of_a_real_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
-def test_checkpointing_keeps_less_and_computes_more(kind: str) -> None:
+def test_checkpointing_keeps_less_memory_and_computes_more(kind: str) -> None:
     plain, less = traced(kind), traced(kind, checkpointing=True)
     assert less.kept < 0.6 * plain.kept and less.peak < plain.peak
     assert less.forward == plain.forward and plain.both < less.both < plain.both + plain.forward
 
 
-def test_memory_grows_with_the_batch_and_falls_with_16_bits() -> None:
+def test_memory_increases_with_the_batch_and_decreases_with_16_bits() -> None:
     one, two, half = traced("pretrain", size=1), traced("pretrain", size=2), traced("pretrain", dtype=torch.float16)
     assert two.kept == pytest.approx(2 * one.kept, rel=0.05)
     copies = 2 * sum(
@@ -108,25 +110,25 @@ def test_memory_grows_with_the_batch_and_falls_with_16_bits() -> None:
     assert half.kept - copies < 0.75 * two.kept
 
 
-def test_gradients_of_the_first_micro_batch_are_there_during_the_second() -> None:
+def test_gradients_of_the_first_micro_batch_are_in_memory_during_the_second() -> None:
     weights = 4 * sum(parameter.numel() for parameter in maker("pretrain")().parameters())
     difference = traced("pretrain", micro_batches=2).peak - traced("pretrain").peak
     assert 0.8 * weights < difference < 1.2 * weights
 
 
-def test_what_is_dropped_does_not_count_and_views_count_once() -> None:
-    with Accounts() as accounts:
+def test_freed_tensors_do_not_count_and_views_count_once() -> None:
+    with TensorTracker() as tracker:
         one = torch.empty(1000, device="meta")
         view = one[:10].reshape(2, 5)
-        assert accounts.live == 4000
+        assert tracker.live == 4000
         del one
-        assert accounts.live == 4000
+        assert tracker.live == 4000
         del view
-        assert accounts.live == 0 and accounts.peak == 4000
+        assert tracker.live == 0 and tracker.peak == 4000
 
 
-def test_a_plan_adds_up_and_its_days_follow_from_the_rate() -> None:
-    plan = make_plan(maker("pretrain"), labelled=False, settings=SETTINGS, optim=OPTIM)
+def test_a_plan_is_consistent_and_its_days_follow_from_the_rate() -> None:
+    plan = make_plan(maker("pretrain"), VOLUMES, settings=SETTINGS, optim=OPTIM)
     method = maker("pretrain")()
     weights = sum(parameter.numel() for parameter in method.parameters())
     assert plan.total == weights and plan.encoder == sum(p.numel() for p in method.model.encoder.parameters())
@@ -137,36 +139,39 @@ def test_a_plan_adds_up_and_its_days_follow_from_the_rate() -> None:
     assert "100 days" in text and "200 volumes, 25.0 epochs of 8 scans" in text
 
 
-def test_accumulation_takes_the_same_operations_in_less_memory() -> None:
+def test_accumulation_needs_the_same_operations_and_less_memory() -> None:
     whole, parts = (
-        make_plan(maker("finetune"), labelled=True, settings=replace(SETTINGS, accumulate=n), optim=OPTIM)
+        make_plan(
+            maker("finetune"),
+            partial(volume_batch, count=2 // n, label=True),
+            settings=replace(SETTINGS, accumulate=n),
+            optim=OPTIM,
+        )
         for n in (1, 2)
     )
     assert whole.step == parts.step and parts.memory["CPU, fp32"].kept < 0.6 * whole.memory["CPU, fp32"].kept
 
 
-def test_sgd_has_one_state_and_fp16_is_planned_for_a_gpu_alone() -> None:
+def test_sgd_has_one_state_and_fp16_is_planned_for_a_gpu_only() -> None:
     optim = OptimSettings(name="sgd")
-    plan = make_plan(maker("pretrain"), labelled=False, settings=replace(SETTINGS, precision="fp16"), optim=optim)
+    plan = make_plan(maker("pretrain"), VOLUMES, settings=replace(SETTINGS, precision="fp16"), optim=optim)
     assert list(plan.memory) == ["GPU, 16 bit"]
     assert plan.memory["GPU, 16 bit"].states == plan.memory["GPU, 16 bit"].weights
 
 
-def test_a_network_that_a_cpu_cannot_train_in_bf16_is_planned_all_the_same() -> None:
+def test_a_network_that_a_cpu_cannot_train_in_bf16_can_still_be_planned() -> None:
     volume = torch.rand(2, 1, 32, 32, 32)
     network = dict(img_size=32, embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="cannot be trained in bf16"):
         sa_swin_tiny(**network)(volume, volume)
     bf16 = replace(SETTINGS, precision="bf16")
-    plan = make_plan(
-        lambda: SASwinPretraining(model=sa_swin_tiny(**network)), labelled=False, settings=bf16, optim=OPTIM
-    )
+    plan = make_plan(lambda: SASwinPretraining(model=sa_swin_tiny(**network)), VOLUMES, settings=bf16, optim=OPTIM)
     assert list(plan.memory) == ["CPU, bf16", "GPU, 16 bit"]
 
 
 @pytest.fixture
 def without_voxels(store: Path, tmp_path: Path) -> Path:
-    """The store's manifest alone."""
+    """A store with its manifest only."""
     (tmp_path / "store").mkdir()
     shutil.copy(store / "manifest.json", tmp_path / "store")
     return tmp_path / "store"
@@ -179,7 +184,7 @@ def without_voxels(store: Path, tmp_path: Path) -> Path:
         ("finetune", ["model=unet_tiny", "crop=[64,32,32]", "init=not/read/for/a/plan"]),
     ],
 )
-def test_a_plan_is_printed_from_the_manifest_and_leaves_nothing_behind(
+def test_a_plan_needs_the_manifest_only_and_writes_nothing(
     command: str, arguments: list[str], without_voxels: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     given = [f"data.store={without_voxels}", f"out={tmp_path}/run", "plan=only", "train.device=cuda:7"]
@@ -195,7 +200,7 @@ def test_a_plan_is_printed_from_the_manifest_and_leaves_nothing_behind(
     ("wrong", "message"),
     [("plan=also", "plan=also: choose only"), ("plan_rate=-1", "plan_rate=-1"), ("plan_rate=fast", "plan_rate=fast")],
 )
-def test_a_wrong_plan_is_refused_in_one_line(
+def test_invalid_plan_settings_are_refused_in_one_line(
     wrong: str, message: str, without_voxels: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     given = [f"data.store={without_voxels}", f"out={tmp_path}/run", "model=asa_tiny", "crop=32", "plan=only", wrong]

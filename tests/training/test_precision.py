@@ -1,4 +1,4 @@
-"""Lower precision and checkpointing change what a step costs, not what it computes."""
+"""Lower precision and checkpointing change the cost of a step, not its result."""
 
 import pytest
 import torch
@@ -41,21 +41,23 @@ def test_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(kind: str, d
     assert all(torch.equal(one, other) for one, other in zip(plain[1], kept[1], strict=True))
 
 
-# In so small a U-Net the coarsest level normalises over three voxels, which lower precision feels.
+# In this small U-Net the coarsest level normalises over three voxels, which is sensitive to precision.
 @pytest.mark.parametrize(("kind", "cosine"), [("pretrain", 0.99), ("finetune", 0.9)])
-def test_bf16_loss_is_within_a_hundredth_of_fp32_and_its_gradient_points_the_same_way(kind: str, cosine: float) -> None:
+def test_bf16_loss_is_within_one_percent_of_fp32_and_its_gradient_has_the_same_direction(
+    kind: str, cosine: float
+) -> None:
     method = make(kind)
     (full, full_gradients), (half, half_gradients) = step(method), step(method, torch.bfloat16)
-    assert half.dtype == torch.float32  # the loss is an island of float32
+    assert half.dtype == torch.float32  # the loss is computed in float32
     torch.testing.assert_close(half, full, rtol=0.01, atol=0)
     one, other = (torch.cat([g.flatten() for g in gradients]) for gradients in (full_gradients, half_gradients))
     assert torch.cosine_similarity(one, other, dim=0) > cosine
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 is computed on a GPU only")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a GPU")
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
-def test_fp16_loss_is_within_a_hundredth_of_fp32(kind: str) -> None:
+def test_fp16_loss_is_within_one_percent_of_fp32(kind: str) -> None:
     method = make(kind).cuda()
     batch = {key: value if key == "seed" else value.cuda() for key, value in BATCH.items()}
     losses = []

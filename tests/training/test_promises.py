@@ -1,4 +1,4 @@
-"""What training promises when something goes wrong, in one process."""
+"""Laws of training under failures, in one process."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from asa.data.store import array_path
 from asa.methods.pretrain import MaskedPretraining
 from asa.training import lock as lock_module
 from asa.training.checkpoint import (
-    Damaged,
+    DamagedCheckpoint,
     find_weights,
     list_checkpoints,
     load_model,
@@ -32,10 +32,10 @@ from asa.training.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from asa.training.ema import Average
+from asa.training.ema import EMA
 from asa.training.lock import LOCK, locked
 from asa.training.loop import TrainSettings
-from asa.training.nonfinite import Guard
+from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import OptimSettings
 from asa.training.run_log import RunLog, SilentLog
 from asa.training.signals import RESUME_CODE, Stopped, stop_signals
@@ -48,16 +48,16 @@ def names(run: Path) -> list[str]:
 
 
 def checkpoint(run: Path, step: int, keep: int = 2) -> Path:
-    """A small checkpoint."""
+    """Save a small checkpoint."""
     return save_checkpoint(run, step, nn.Linear(2, 2), {"model": {}}, {"x": torch.ones(3)}, keep)
 
 
-# --- killed
+# --- kill -9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers, kills", [(0, 4), (1, 1), (2, 1)])
-def test_a_run_that_is_killed_and_resumed_ends_in_the_same_weights(
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(
     store: Path, tmp_path: Path, workers: int, kills: int
 ) -> None:
     tiny_run(tmp_path / "whole", store, 20)
@@ -76,14 +76,14 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_weights(
 
 
 def killed_while_saving(run: Path, call: str) -> None:
-    """Save, and die at a certain call."""
+    """Save, and kill this process at a certain call."""
     owner = {"fsync": os, "save": torch, "rename": Path}[call]
     with replaced(owner, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
         checkpoint(run, 3)
 
 
 @pytest.mark.parametrize("call", ["save", "fsync", "rename"])
-def test_a_process_killed_while_saving_leaves_the_checkpoints_before_whole(tmp_path: Path, call: str) -> None:
+def test_a_process_killed_while_saving_leaves_the_previous_checkpoints_intact(tmp_path: Path, call: str) -> None:
     for step in (1, 2):
         checkpoint(tmp_path, step)
     process = FORK.Process(target=killed_while_saving, args=(tmp_path, call))
@@ -101,26 +101,26 @@ def test_a_process_killed_while_saving_leaves_the_checkpoints_before_whole(tmp_p
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_loaded(tmp_path: Path, name: str, damage: str) -> None:
     for step in (1, 2):
         file = checkpoint(tmp_path, step) / name
     if damage == "gone":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-20] if damage == "cut" else b"")
-    said: list[str] = []
-    found = load_newest(tmp_path, said.append)
+    messages: list[str] = []
+    found = load_newest(tmp_path, messages.append)
     assert found is not None and found[0].name == "step-00000001" and found[2]["step"] == 1
-    assert len(said) == 1 and str(file) in said[0] and "step-00000001" in said[0]
-    assert names(tmp_path) == ["step-00000001"]  # the damaged one does not count as kept
+    assert len(messages) == 1 and str(file) in messages[0] and "step-00000001" in messages[0]
+    assert names(tmp_path) == ["step-00000001"]  # the damaged one is no longer counted
     file = list_checkpoints(tmp_path)[0] / name
     file.write_bytes(b"")
-    with pytest.raises(Damaged, match="no checkpoint is whole.*Remove"):
-        load_newest(tmp_path, said.append)
-    assert names(tmp_path) == ["step-00000001"]  # not silently a new run
+    with pytest.raises(DamagedCheckpoint, match="no checkpoint is intact.*Remove"):
+        load_newest(tmp_path, messages.append)
+    assert names(tmp_path) == ["step-00000001"]  # a new run does not start silently
 
 
-def test_a_damaged_checkpoint_does_not_change_the_run(store: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_does_not_change_the_final_weights(store: Path, tmp_path: Path) -> None:
     tiny_run(tmp_path / "whole", store, 6)
     tiny_run(tmp_path / "run", store, 4, optim=OptimSettings(lr=1e-3, schedule="constant"))
     tiny_run(tmp_path / "other", store, 6, optim=OptimSettings(lr=1e-3, schedule="constant"))
@@ -130,13 +130,15 @@ def test_a_damaged_checkpoint_does_not_change_the_run(store: Path, tmp_path: Pat
     assert sha256_of(find_weights(tmp_path / "run")) == sha256_of(find_weights(tmp_path / "other"))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint_and_is_reported(tmp_path: Path) -> None:
     checkpoint(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for bytes_left in (10, 700):  # neither file fits; the weights fit
+    for bytes_left in (10, 700):  # neither file fits; only the weights fit
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, limits[1]))
         try:
-            with pytest.raises(OSError, match="step-00000002.*last whole checkpoint is step-00000001; make room"):
+            with pytest.raises(
+                OSError, match="step-00000002.*last complete checkpoint is step-00000001; free disk space"
+            ):
                 checkpoint(tmp_path, 2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -168,7 +170,7 @@ def test_a_malicious_training_state_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 1)
     for write in (torch.save, lambda bomb, file: file.write_bytes(pickle.dumps(bomb))):
         write({"step": Bomb(tmp_path / "owned")}, folder / "training.pt")
-        with pytest.raises(Damaged, match="UnpicklingError"):
+        with pytest.raises(DamagedCheckpoint, match="UnpicklingError"):
             load_newest(tmp_path, print)
     assert not (tmp_path / "owned").exists()
 
@@ -177,9 +179,7 @@ def test_a_malicious_training_state_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves_with_a_code_that_says_resume_me(
-    store: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_saves_and_exits_with_the_resume_code(store: Path, tmp_path: Path, number: signal.Signals) -> None:
     tiny = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "model=asa_tiny", "crop=32", "optim.warmup=1"]
     arguments = [f"data.store={store}", *tiny, "train.steps=30", "train.batch_size=4"]
     (whole,) = Job(tmp_path, 1, command, "pretrain", *arguments, f"out={tmp_path}/whole").wait()
@@ -196,7 +196,7 @@ def test_a_signal_saves_and_leaves_with_a_code_that_says_resume_me(
     assert sha256_of(find_weights(run)) == sha256_of(find_weights(tmp_path / "whole"))
 
 
-def test_a_signal_to_the_whole_group_saves_too(store: Path, tmp_path: Path) -> None:
+def test_a_signal_to_the_process_group_saves_too(store: Path, tmp_path: Path) -> None:
     tiny = ["loader.workers=1", "train.device=cpu", "train.log_every=1", "model=asa_tiny", "crop=32", "optim.warmup=1"]
     run = tmp_path / "run"
     arguments = [f"data.store={store}", *tiny, "train.steps=500", "train.batch_size=4", f"out={run}"]
@@ -209,11 +209,11 @@ def test_a_signal_to_the_whole_group_saves_too(store: Path, tmp_path: Path) -> N
     until(lambda: members(job.processes[0].pid) == [], 10)
 
 
-def test_signals_are_as_before_after_a_run() -> None:
+def test_signal_handlers_are_restored_after_a_run() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with stop_signals() as request:
+    with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        until(lambda: request.asked, 5)
+        until(lambda: stop.requested, 5)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -225,15 +225,15 @@ def test_ctrl_c_leaves_no_process_behind(store: Path, tmp_path: Path) -> None:
     until(lambda: steps_done(run) >= 3)
     group = job.processes[0].pid
     assert len(members(group)) > 1
-    os.killpg(group, signal.SIGINT)  # as a terminal does
+    os.killpg(group, signal.SIGINT)  # as a terminal sends it
     (ended,) = job.wait()
     assert ended.code == 130 and "interrupted" in ended.text and "Traceback" not in ended.text
-    until(lambda: members(group) == [], 30)  # a loader's worker looks for its parent every 5 s
+    until(lambda: members(group) == [], 30)  # a loader worker checks for its parent every 5 s
     assert not (run / LOCK).exists()
 
 
 def members(session: int) -> list[int]:
-    """Processes of a session."""
+    """Running processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -243,11 +243,11 @@ def members(session: int) -> list[int]:
     return found
 
 
-# --- numbers
+# --- non-finite losses and gradients
 
 
-class Poison:
-    """A method's forward pass whose loss is spoilt at some calls, counted from 1."""
+class NonFiniteLoss:
+    """A method's forward pass that returns a non-finite loss at some calls, counted from 1."""
 
     def __init__(self, calls: range | list[int], value: float = float("nan")) -> None:
         self.calls, self.value, self.count = calls, value, 0
@@ -264,36 +264,38 @@ class Poison:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("spoilt", [1, 4])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(
-    store: Path, tmp_path: Path, value: float, optimizer: str, spoilt: int
+@pytest.mark.parametrize("nonfinite", [1, 4])
+def test_a_non_finite_step_changes_only_the_count(
+    store: Path, tmp_path: Path, value: float, optimizer: str, nonfinite: int
 ) -> None:
-    # An added infinity has a finite gradient: the loss has to be looked at too.
+    # An added infinity has a finite gradient: the loss must be checked too.
     optim = OptimSettings(name=optimizer, lr=1e-3, schedule="constant")
-    with replaced(MaskedPretraining, "forward", Poison([spoilt], value)):
-        tiny_run(tmp_path, store, spoilt, save_every=1, optim=optim, keep=9)
-    if spoilt > 1:
+    with replaced(MaskedPretraining, "forward", NonFiniteLoss([nonfinite], value)):
+        tiny_run(tmp_path, store, nonfinite, save_every=1, optim=optim, keep=9)
+    if nonfinite > 1:
         before, after = (load_file(path / "model.safetensors") for path in list_checkpoints(tmp_path)[-2:])
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert log(tmp_path, "skipped_steps")[-1] == (1,)
     ((step, what, ids, row),) = log(tmp_path, "step", "what", "ids", "in_a_row", group="skipped")
-    assert (step, what, sorted(ids), row) == (spoilt, "loss", ["s0", "s1", "s2", "s3"], 1)
-    tiny_run(tmp_path, store, spoilt + 3, optim=optim)  # and goes on
-    assert np.isfinite(losses(tmp_path)[spoilt:].astype(float)).all()
+    assert (step, what, sorted(ids), row) == (nonfinite, "loss", ["s0", "s1", "s2", "s3"], 1)
+    tiny_run(tmp_path, store, nonfinite + 3, optim=optim)  # and training continues
+    assert np.isfinite(losses(tmp_path)[nonfinite:].astype(float)).all()
 
 
-def test_the_scans_of_the_micro_batch_are_named_and_the_means_leave_the_step_out(store: Path, tmp_path: Path) -> None:
+def test_the_scans_of_the_micro_batch_are_logged_and_the_step_is_excluded_from_the_means(
+    store: Path, tmp_path: Path
+) -> None:
     tiny_run(tmp_path / "clean", store, 2, accumulate=2, log_every=1)
-    with replaced(MaskedPretraining, "forward", Poison([6])):
+    with replaced(MaskedPretraining, "forward", NonFiniteLoss([6])):
         tiny_run(tmp_path / "run", store, 4, accumulate=2, log_every=4)
     ((ids,),) = log(tmp_path / "run", "ids", group="skipped")
     assert len(ids) == 2
     assert np.isfinite(losses(tmp_path / "run").astype(float)).all()
 
 
-def test_ten_in_a_row_stop_the_run_before_it_is_saved_and_leave_the_batch(store: Path, tmp_path: Path) -> None:
+def test_ten_skipped_steps_in_a_row_stop_the_run_before_saving_and_dump_the_batch(store: Path, tmp_path: Path) -> None:
     with (
-        replaced(MaskedPretraining, "forward", Poison(range(5, 99))),
+        replaced(MaskedPretraining, "forward", NonFiniteLoss(range(5, 99))),
         pytest.raises(FloatingPointError, match=r"10 steps in a row.*before saving.*step-00000004.*s\d"),
     ):
         tiny_run(tmp_path, store, 40)
@@ -304,49 +306,49 @@ def test_ten_in_a_row_stop_the_run_before_it_is_saved_and_leave_the_batch(store:
     assert kept["batches"][0]["image"].isfinite().all()
 
 
-def guarded(run: Path, fp16: bool) -> tuple[Guard, nn.Linear]:
+def make_guard(run: Path, fp16: bool) -> tuple[NonFiniteGuard, nn.Linear]:
     model = nn.Linear(2, 1)
-    return Guard(run, SilentLog(), torch.optim.AdamW(model.parameters(), fused=True), fp16=fp16), model
+    return NonFiniteGuard(run, SilentLog(), torch.optim.AdamW(model.parameters(), fused=True), fp16=fp16), model
 
 
-def test_a_scale_that_is_never_found_stops_fp16(tmp_path: Path) -> None:
-    guard, model = guarded(tmp_path, fp16=True)
+def test_fp16_stops_if_no_loss_scale_is_found(tmp_path: Path) -> None:
+    guard, model = make_guard(tmp_path, fp16=True)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     before = model.weight.detach().clone()
     with pytest.raises(FloatingPointError, match="gradient was not finite in 26 steps in a row"):
         for step in range(1, 40):
             loss = guard.add({"id": ["a"]}, model(torch.ones(1, 2)).sum())
-            scaler.scale(loss * float("inf")).backward()  # as an overflow in half precision
+            scaler.scale(loss * float("inf")).backward()  # as after an overflow in half precision
             scaler.unscale_(guard.optimizer)
-            guard.judge(step, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            guard.check(step, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             guard.optimizer.step()
             scaler.update()
             guard.optimizer.zero_grad()
     assert torch.equal(model.weight, before) and scaler.get_scale() < 1
 
 
-def test_a_scale_that_is_found_goes_on(tmp_path: Path) -> None:
-    guard, model = guarded(tmp_path, fp16=True)
+def test_fp16_continues_once_the_loss_scale_is_found(tmp_path: Path) -> None:
+    guard, model = make_guard(tmp_path, fp16=True)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     for step in range(1, 20):
         loss = guard.add({"id": ["a"]}, model(torch.ones(1, 2)).sum())
         scaler.scale(loss).backward()
-        if scaler.get_scale() > 100:  # as an overflow in half precision
+        if scaler.get_scale() > 100:  # as after an overflow in half precision
             model.weight.grad.fill_(float("inf"))
         scaler.unscale_(guard.optimizer)
-        guard.judge(step, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        guard.check(step, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         guard.optimizer.step()
         scaler.update()
         guard.optimizer.zero_grad()
-    guard.settle()
+    guard.resolve()
     assert guard.skipped == 10 and guard.in_a_row == 0 and scaler.get_scale() == 64
 
 
-# --- data, memory, folders, trackers
+# --- data, memory, locks, logs
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_scan_is_named_by_its_file(store: Path, tmp_path: Path, workers: int) -> None:
+def test_the_file_of_a_damaged_scan_is_named(store: Path, tmp_path: Path, workers: int) -> None:
     copy = tmp_path / "store"
     subprocess.run(["cp", "-r", store, copy], check=True)
     file = array_path(copy, "s2", "image")
@@ -369,14 +371,16 @@ def test_memory_does_not_grow_over_epochs(store: Path, tmp_path: Path) -> None:
 
 
 def hold(run: Path, mark: Path) -> None:
-    """Hold a run's lock for a while."""
+    """Hold a run's lock for 20 s."""
     with locked(run):
         mark.touch()
         time.sleep(20)
 
 
-def test_two_runs_cannot_write_one_folder_and_a_dead_ones_lock_is_taken_over(store: Path, tmp_path: Path) -> None:
-    run, mark, said = tmp_path / "run", tmp_path / "held", []
+def test_two_runs_cannot_use_one_folder_and_the_lock_of_a_dead_process_is_taken_over(
+    store: Path, tmp_path: Path
+) -> None:
+    run, mark, messages = tmp_path / "run", tmp_path / "held", []
     run.mkdir()
     process = FORK.Process(target=hold, args=(run, mark))
     process.start()
@@ -389,36 +393,38 @@ def test_two_runs_cannot_write_one_folder_and_a_dead_ones_lock_is_taken_over(sto
     assert [path.name for path in run.iterdir()] == [LOCK]
     process.kill()
     process.join()
-    with locked(run, said.append):
-        assert len(said) == 1 and f"process {process.pid}" in said[0] and "gone" in said[0]
+    with locked(run, messages.append):
+        assert len(messages) == 1 and f"process {process.pid}" in messages[0] and "no longer running" in messages[0]
     assert not (run / LOCK).exists()
 
 
-def test_a_lock_of_another_machine_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_of_another_machine_is_taken_over_only_without_a_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = {"host": "elsewhere pid:[1]", "pid": 1, "born": "1", "job": "7"}
     file = tmp_path / LOCK
-    monkeypatch.setattr(lock_module, "WATCH", 0.3)
+    monkeypatch.setattr(lock_module, "STALE_AFTER", 0.3)
     file.write_text(json.dumps(other))
-    with locked(tmp_path, lambda _: None):  # no sign of life
+    with locked(tmp_path, lambda _: None):  # no heartbeat
         pass
     file.write_text(json.dumps(other))
-    ages = iter(range(100))
+    times = iter(range(100))
     with (
-        replaced(lock_module, "_age", lambda _: next(ages)),
+        replaced(lock_module, "_modified", lambda _: next(times)),
         pytest.raises(ValueError, match="in use by process 1 on elsewhere:"),
         locked(tmp_path),
     ):
         pass
-    monkeypatch.setattr(lock_module, "WATCH", 100)
+    monkeypatch.setattr(lock_module, "STALE_AFTER", 100)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with locked(tmp_path, lambda _: None):  # the same job, started again on another machine: at once
+    with locked(tmp_path, lambda _: None):  # the same job, restarted on another machine: at once
         pass
-    file.write_text("")  # written by a machine that lost power
+    file.write_text("")  # cut off by a power failure
     with locked(tmp_path):
         assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
-def test_a_tracker_that_fails_does_not_stop_the_run(
+def test_a_tensorboard_failure_does_not_stop_the_run(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "no folder"
@@ -438,7 +444,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(
     assert capsys.readouterr().out.count("TensorBoard failed (read-only file system)") == 1
 
 
-def test_the_log_of_a_run_has_no_line_twice(tmp_path: Path) -> None:
+def test_the_log_of_a_resumed_run_has_no_duplicate_lines(tmp_path: Path) -> None:
     log_ = RunLog(tmp_path, 4, 0)
     for step in (1, 2, 3):
         log_.scalars(step, "train", {"loss": 1.0})
@@ -447,36 +453,36 @@ def test_the_log_of_a_run_has_no_line_twice(tmp_path: Path) -> None:
     assert log(tmp_path, "step") == [(1,), (2,)]
 
 
-# --- averaged weights, compilation
+# --- EMA, compilation
 
 
-def test_the_average_is_the_mean_of_the_weights(store: Path, tmp_path: Path) -> None:
+def test_the_ema_follows_its_formula(store: Path, tmp_path: Path) -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    average, expected = Average(model, 0.5), 0.0
+    ema, expected = EMA(model, 0.5), 0.0
     for step in range(1, 12):
         model.weight.data.fill_(float(step))
-        average.update(step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    with average.in_place():
+    with ema.swapped_in():
         assert model.weight.item() == pytest.approx(expected)
     assert model.weight.item() == 11
 
 
-def test_averaged_weights_are_what_is_kept_for_use_and_resume_to_the_bit(store: Path, tmp_path: Path) -> None:
+def test_averaged_weights_are_saved_in_the_model_file_and_resume_to_the_bit(store: Path, tmp_path: Path) -> None:
     tiny_run(tmp_path / "plain", store)
     tiny_run(tmp_path / "whole", store, ema=0.9)
 
-    def asked(self: MaskedPretraining, batch: dict) -> dict:
+    def stopping(self: MaskedPretraining, batch: dict) -> dict:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 
-    with pytest.raises(Stopped), replaced(MaskedPretraining, "forward", asked) as original:
+    with pytest.raises(Stopped), replaced(MaskedPretraining, "forward", stopping) as original:
         tiny_run(tmp_path / "cut", store, ema=0.9)
     tiny_run(tmp_path / "cut", store, ema=0.9)
     assert sha256_of(find_weights(tmp_path / "cut")) == sha256_of(find_weights(tmp_path / "whole"))
-    # The average changes nothing of the run, and is not its last weights.
+    # The average does not change training, and differs from the last weights.
     assert (losses(tmp_path / "plain") == losses(tmp_path / "whole")).all()
     raw = torch.load(list_checkpoints(tmp_path / "whole")[-1] / "training.pt", weights_only=True)["weights"]
     plain, averaged = (read_weights(tmp_path / name)[0] for name in ("plain", "whole"))
@@ -485,9 +491,9 @@ def test_averaged_weights_are_what_is_kept_for_use_and_resume_to_the_bit(store: 
     assert read_weights(tmp_path / "whole")[1]["ema"] == 0.9 and load_model(tmp_path / "whole")
 
 
-def test_a_compiled_run_has_the_losses_of_a_plain_one(store: Path, tmp_path: Path) -> None:
+def test_a_compiled_run_has_the_losses_of_an_uncompiled_one(store: Path, tmp_path: Path) -> None:
     tiny_run(tmp_path / "plain", store, 3)
-    # Traced and split into graphs as for use, but not turned into C++, which takes minutes.
+    # Traced and split into graphs as in real use, but not compiled to C++, which takes minutes.
     with replaced(nn.Module, "compile", lambda self: compiled(self, backend="eager")) as compiled:
         tiny_run(tmp_path / "compiled", store, 3, compile=True)
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-5)
@@ -495,17 +501,17 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(store: Path, tmp_path: Pat
     assert read_weights(tmp_path / "compiled")[1]["model"] == MODEL
 
 
-def test_settings_that_cannot_be_are_refused() -> None:
+def test_invalid_ema_and_timeout_settings_are_refused() -> None:
     for wrong in ({"ema": 1.0}, {"ema": -0.1}, {"timeout_minutes": 0.0}, {"timeout_minutes": float("inf")}):
         with pytest.raises(ValueError, match=f"train.{next(iter(wrong))}"):
             TrainSettings(**wrong)
 
 
-# --- the scripts
+# --- scripts
 
 
 @pytest.mark.slow
-def test_verify_resume_compares_a_killed_run_with_an_undisturbed_one(store: Path, tmp_path: Path) -> None:
+def test_verify_resume_compares_a_killed_run_with_an_uninterrupted_one(store: Path, tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "scripts" / "verify_resume.py"), "--kills", "2", "--out", str(tmp_path / "v")]
     tiny = ["loader.workers=0", "train.device=cpu", "model=asa_tiny", "crop=32", "optim.warmup=1", "train.steps=40"]
     done = subprocess.run(

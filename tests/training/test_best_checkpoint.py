@@ -1,4 +1,4 @@
-"""The weights that validated best are kept beside the newest, whole or absent, wherever a run was stopped."""
+"""The best validated weights are kept beside the newest checkpoints, complete or absent, however a run was stopped."""
 
 import os
 import signal
@@ -15,9 +15,16 @@ from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
 from asa.training import checkpoint as checkpoint_module
-from asa.training.best import best_line, keep_best, read_best
-from asa.training.checkpoint import find_weights, list_checkpoints, load_model, read_weights
-from asa.training.distributed import is_main, joined, rank
+from asa.training.checkpoint import (
+    describe_best,
+    find_weights,
+    keep_best,
+    list_checkpoints,
+    load_model,
+    read_best,
+    read_weights,
+)
+from asa.training.distributed import is_main, process_group, rank
 from asa.training.loop import TrainSettings, train
 from asa.training.optim import OptimSettings
 from asa.training.run_log import RunLog
@@ -27,7 +34,7 @@ SCORES = {2: 0.3, 4: 0.7, 6: 0.7, 8: 0.5}  # by step
 
 
 def run(folder: Path, store: Path, steps: int = 8, scores: dict[int, float] = SCORES, **settings: object) -> None:
-    """Train a tiny autoencoder whose validation gives known numbers, in as many processes as the environment says."""
+    """Train a tiny autoencoder whose validation returns given metrics, in one or several processes."""
     torch.set_num_threads(1)
     torch.manual_seed(rank())
     opened = Store(store)
@@ -36,7 +43,7 @@ def run(folder: Path, store: Path, steps: int = 8, scores: dict[int, float] = SC
     chosen = dict(steps=steps, batch_size=2, log_every=1, save_every=3, validate_every=2, device="cpu", best="dice")
     if is_main():
         folder.mkdir(exist_ok=True)
-    with joined(torch.device("cpu"), 0.5):
+    with process_group(torch.device("cpu"), 0.5):
         train(
             method,
             dataset,
@@ -53,11 +60,11 @@ def kept(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder, "best")]
 
 
-def test_the_best_validated_weights_are_kept_beside_the_newest(
+def test_the_best_validated_weights_are_kept_beside_the_newest_checkpoints(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path / "a", store)
-    assert kept(tmp_path / "a") == ["step-00000004"]  # of equals the first
+    assert kept(tmp_path / "a") == ["step-00000004"]  # the first of equal values
     assert [path.name for path in list_checkpoints(tmp_path / "a")] == ["step-00000006", "step-00000008"]
     assert read_best(tmp_path / "a") == {"name": "dice", "value": 0.7}
     assert f"best dice 0.7 at step 4: {find_weights(tmp_path / 'a' / 'best')}" in capsys.readouterr().out
@@ -74,45 +81,49 @@ def test_the_best_validated_weights_are_kept_beside_the_newest(
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
-def test_a_run_that_is_stopped_keeps_the_best_that_it_would_have_kept(store: Path, tmp_path: Path, stop: int) -> None:
+def test_a_stopped_and_resumed_run_keeps_the_same_best_checkpoint_as_an_uninterrupted_run(
+    store: Path, tmp_path: Path, stop: int
+) -> None:
     run(tmp_path / "whole", store, ema=0.5)
     calls = []
 
-    def asked(self: MaskedPretraining, batch: dict) -> dict:
+    def stopping(self: MaskedPretraining, batch: dict) -> dict:
         calls.append(1)
         if len(calls) == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 
-    with pytest.raises(Stopped), replaced(MaskedPretraining, "forward", asked) as original:
+    with pytest.raises(Stopped), replaced(MaskedPretraining, "forward", stopping) as original:
         run(tmp_path / "cut", store, ema=0.5)
-    assert len(log(tmp_path / "cut", "dice", group="validation")) == stop // 2  # it ends a step later: that step is due
+    assert (
+        len(log(tmp_path / "cut", "dice", group="validation")) == stop // 2
+    )  # it stops one step later, whose validation is due
     run(tmp_path / "cut", store, ema=0.5)
-    run(tmp_path / "cut", store, ema=0.5)  # done: nothing is validated again
+    run(tmp_path / "cut", store, ema=0.5)  # the run is complete: nothing is validated again
     assert log(tmp_path / "cut", "step", "dice", group="validation") == list(SCORES.items())
     one, other = (find_weights(tmp_path / name / "best") for name in ("whole", "cut"))
     assert one.parent.name == other.parent.name and sha256_of(one) == sha256_of(other)
 
 
-def test_a_run_that_dies_between_validation_and_its_best_validates_again(store: Path, tmp_path: Path) -> None:
+def test_a_run_that_crashes_between_validation_and_saving_the_best_validates_again(store: Path, tmp_path: Path) -> None:
     run(tmp_path / "whole", store)
 
-    class Died(Exception):
+    class Crashed(Exception):
         pass
 
-    def dies(self: RunLog, step: int, group: str, values: dict) -> None:
+    def crashing(self: RunLog, step: int, group: str, values: dict) -> None:
         if group == "validation" and step == 4:
-            raise Died
+            raise Crashed
         original(self, step, group, values)
 
-    with pytest.raises(Died), replaced(RunLog, "scalars", dies) as original:
+    with pytest.raises(Crashed), replaced(RunLog, "scalars", crashing) as original:
         run(tmp_path / "cut", store, save_every=2)
     run(tmp_path / "cut", store, save_every=2)
     assert log(tmp_path / "cut", "step", group="validation") == [(2,), (4,), (6,), (8,)]
     assert kept(tmp_path / "cut") == kept(tmp_path / "whole") == ["step-00000004"]
 
 
-def test_a_best_that_cannot_be_written_leaves_the_one_before_whole(
+def test_a_best_checkpoint_that_cannot_be_written_leaves_the_previous_one_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -126,22 +137,22 @@ def test_a_best_that_cannot_be_written_leaves_the_one_before_whole(
         with pytest.raises(OSError, match="no space left"):
             keep_best(tmp_path, 7, "dice", {"dice": 0.6}, model, {"model": {}})
     assert kept(tmp_path) == ["step-00000005"] and read_weights(tmp_path / "best")[1]["step"] == 5
-    # From an earlier checkpoint on, where the newest was damaged: an earlier step may be better than a later one.
+    # A run whose newest checkpoint was damaged repeats steps: an earlier step may become the best after a later one.
     assert keep_best(tmp_path, 4, "dice", {"dice": 0.9}, model, {"model": {}}) and kept(tmp_path) == ["step-00000004"]
-    assert keep_best(tmp_path, 9, "-loss", {"loss": 2.0}, model, {"model": {}})  # by another number
+    assert keep_best(tmp_path, 9, "-loss", {"loss": 2.0}, model, {"model": {}})  # by another metric
     assert not keep_best(tmp_path, 10, "-loss", {"loss": 2.5}, model, {"model": {}})
-    assert best_line(tmp_path).startswith("best -loss 2 at step 9: ")
+    assert describe_best(tmp_path).startswith("best -loss 2 at step 9: ")
 
 
-def test_a_number_that_validation_does_not_give_is_named(store: Path, tmp_path: Path) -> None:
+def test_a_metric_that_validation_does_not_return_is_named(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train.best=dize: validation gives dice, loss"):
         run(tmp_path, store, best="dize")
-    with pytest.raises(FileNotFoundError, match="where train.best kept one"):
+    with pytest.raises(FileNotFoundError, match="which exists with train.best"):
         find_weights(tmp_path / "best")
 
 
 @pytest.mark.distributed
-def test_two_processes_keep_the_best_of_one(store: Path, tmp_path: Path) -> None:
+def test_two_processes_keep_the_same_best_checkpoint_as_one(store: Path, tmp_path: Path) -> None:
     for name, world in (("one", 1), ("two", 2)):
         ended = ranks(tmp_path, world, run, tmp_path / name, store)
         assert all(one.code == 0 for one in ended), [one.text for one in ended]
