@@ -15,7 +15,7 @@ from asa.data.splits import read_split, select
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
-from asa.tasks.validation import pictures_of
+from asa.tasks.pretraining import reconstruction_panels
 
 SCALE = 2  # pixels a voxel
 
@@ -27,7 +27,7 @@ def main() -> None:
     assert isinstance(model, MaskedAutoencoder)
     records = select(store.records, read_split(run / "split.json")["validation"])
     batch = collate([CropDataset(store, records, model.encoder.img_size)[0, 0]])
-    picture = pictures_of(MaskedPretraining(model=model), batch)["reconstruction"]
+    picture = reconstruction_panels(MaskedPretraining(model=model), batch)["reconstruction"]
     imsave(out, np.kron(picture, np.ones((SCALE, SCALE, 1), dtype=np.uint8)))
     print(f"wrote {out}: {records[0]['id']}, {picture.shape[1] * SCALE} x {picture.shape[0] * SCALE} pixels")
 

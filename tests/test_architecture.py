@@ -1,4 +1,4 @@
-"""The architecture: which folder may import which, how large folders are, the path of a sample, what an import costs."""
+"""The architecture: which folder imports which, how large folders are, the path of a sample, what an import costs."""
 
 import ast
 import subprocess

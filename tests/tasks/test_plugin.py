@@ -63,9 +63,8 @@ class BrainVolume:
     def __init__(self, config):
         self.config = config
         self.store, self.split, self.parts = open_store(config["data"], Path(config["out"]))
-        self.targets = {
-            record["id"]: {"target": float((self.store.image(record["id"]) > 0).mean())} for record in self.store.records
-        }
+        ids = [record["id"] for record in self.store.records]
+        self.targets = {id: {"target": float((self.store.image(id) > 0).mean())} for id in ids}
         set_model(config, in_channels=len(self.store.channels))
 
     def example(self, method, count):
@@ -159,7 +158,8 @@ def test_a_task_of_another_package_is_planned_trained_and_asked_for_predictions(
     run = tmp_path / "run"
     chosen: dict = dict(
         config_dir=package, plugins=["brainvolume"], model="net", method="volume", crop=32, **{"train.device": "cpu"},
-        train=dict(steps=3, batch_size=1, log_every=1), loader={"workers": 0}, data={"split": {"validation": 1, "test": 1}},
+        train=dict(steps=3, batch_size=1, log_every=1), loader={"workers": 0},
+        data={"split": {"validation": 1, "test": 1}},
     )  # fmt: skip
     assert asa.finetune(store, run, plan="only", plan_rate=1, **chosen) is None
     assert "total" in capsys.readouterr().out and not run.exists()

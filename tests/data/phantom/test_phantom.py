@@ -11,7 +11,8 @@ import torch
 
 from asa.data.datasets import bids, folder, ibsr
 from asa.data.io.nifti import axis_codes, check_same_geometry, read_image, read_label, spacing_of
-from asa.data.phantom.cohort import anatomy, make_cohort
+from asa.data.phantom import anatomy
+from asa.data.phantom.cohort import make_cohort
 from asa.data.phantom.lesions import TumourPlan
 from asa.data.phantom.warp import displacement_of, random_velocity, smooth_noise
 from asa.data.preprocessing import template
