@@ -1,17 +1,18 @@
-"""Do regions help? Five arms of one small network on real images: `python -m scripts.reproduce.rat OUT`.
+"""The benefit of regions, the tables of docs/restoration.md: python -m scripts.reproduce.rat OUT
 
-windows: no region attention. global: every image is one region. true: Felzenszwalb's regions of the degraded image.
-shuffled: their pixels in random places, so that sizes are kept and shapes are not. majority: the true ones, brought to
-the attention's resolution by majority in place of the nearest pixel.
+Five arms of one small network. windows: no region attention. global: every image is one region. true: Felzenszwalb's
+regions of the degraded image. shuffled: the pixels of these regions permuted at random, which keeps their sizes and not
+their shapes. majority: the true regions, downsampled to the attention's resolution by majority instead of nearest
+neighbour.
 
-Tasks, on pictures that ship in scikit-image, in grey, and CT slices that ship in pydicom. The degraded images are
+The images are pictures that ship with scikit-image, in grey, and CT slices that ship with pydicom. The degradation is
 simulated.
 denoise: Gaussian noise of 0.1 of the range; 8 pictures for training, 16 tiles of 4 other pictures for test.
 super: twice smaller by blur and decimation; 48 tiles of one immunohistochemistry picture for training, 16 for test.
 ct: low-dose noise of about 60 HU; 9 tiles of 128 x 128 pixels of one head for training, and for test no more than 4 of
-64 x 64 of one other person's spine (CT_small.dcm): the intervals hold what these tiles differ in, and nothing else.
+64 x 64 of another person's spine (CT_small.dcm): the intervals cover only the differences between these tiles.
 
-One thread, no GPU, about twenty minutes. A run that is there is not repeated. What it gave is in docs/restoration.md.
+One thread, no GPU, about twenty minutes. A finished run is not repeated.
 """
 
 import argparse
@@ -37,9 +38,9 @@ from asa.models.rat import rat_tiny
 from asa.training.loop import TrainSettings, train
 from asa.training.optim import OptimSettings
 
-LEARNT = ("camera.png", "coins.png", "moon.png", "cell.png", "chelsea.png", "coffee.png", "rocket.jpg", "gravel.png")
+TRAINING = ("camera.png", "coins.png", "moon.png", "cell.png", "chelsea.png", "coffee.png", "rocket.jpg", "gravel.png")
 HELD_OUT = ("astronaut.png", "retina.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
-# Slice, photons along a ray, mm a pixel, first row and column, edge of a tile. The doses give both slices noise alike.
+# Slice, photons per ray, mm per pixel, first row and column, edge of a tile. The doses give both slices similar noise.
 SLICES = {"train": ("J2K_pixelrep_mismatch.dcm", 1e5, 0.431, 64, 128), "test": ("CT_small.dcm", 1e4, 0.661, 0, 64)}
 HU = (-1000.0, 1500.0)  # 0 and 1 of the CT task, its data range
 ARMS = {"windows": None, "global": None, "true": "regions", "shuffled": "shuffled", "majority": "regions"}  # label maps
@@ -57,7 +58,7 @@ def grey(name: str) -> np.ndarray:
 
 def denoising() -> Iterator[Sample]:
     """Pictures under Gaussian noise."""
-    clean = {f"train_{Path(name).stem}": grey(name)[:, :256, :256] for name in LEARNT}
+    clean = {f"train_{Path(name).stem}": grey(name)[:, :256, :256] for name in TRAINING}
     for name in HELD_OUT:
         picture = grey(name)
         top, left = ((n - 256) // 2 for n in picture.shape[1:])
@@ -69,7 +70,7 @@ def denoising() -> Iterator[Sample]:
 
 
 def decimation() -> Iterator[Sample]:
-    """Tiles of a micrograph and their half; the two columns at the right are held out."""
+    """Tiles of a micrograph and the same at half size; the two columns on the right are held out."""
     picture, edge = grey("ihc.png"), 64
     for i in range(8):
         for j in range(8):
@@ -78,7 +79,7 @@ def decimation() -> Iterator[Sample]:
 
 
 def low_dose() -> Iterator[Sample]:
-    """Tiles of CT slices, whose noise is that of the whole slice's projections."""
+    """Tiles of CT slices, with noise simulated in the projections of the whole slice."""
     for k, (part, (name, photons, pixel, first, edge)) in enumerate(SLICES.items()):
         file = needed("pydicom.data").get_testdata_file(name, download=False)
         clean = read_picture(file, HU)
@@ -93,7 +94,7 @@ TASKS = {"denoise": denoising, "super": decimation, "ct": low_dose}
 
 
 def write_task(task: str, root: Path) -> None:
-    """Pairs and label maps of a task."""
+    """Write the pairs and label maps of a task."""
     provider = make_provider("felzenszwalb")
     for k, (id, low, clean) in enumerate(TASKS[task]()):
         low = low.clip(0, 1)
@@ -106,7 +107,7 @@ def write_task(task: str, root: Path) -> None:
 
 
 def run(task: str, arm: str, seed: int, steps: int, root: Path, out: Path) -> dict[str, dict[str, float]]:
-    """Train an arm, and give the scores of each test image."""
+    """Train an arm, and return the scores of each test image."""
     file = out / "scores.json"
     if file.is_file():
         return json.loads(file.read_text())
@@ -115,7 +116,7 @@ def run(task: str, arm: str, seed: int, steps: int, root: Path, out: Path) -> di
     torch.manual_seed(seed)
     network = rat_tiny(upscale=upscale, dim=8, groups=1, depth=3, num_heads=2, majority=arm == "majority")
     method = Restoration(model=network)
-    torch.nn.init.zeros_(network.head.weight)  # the steps are few: they start from the input as it is
+    torch.nn.init.zeros_(network.head.weight)  # with few steps: start from the identity
     if arm == "windows":
         for name, parameter in method.named_parameters():
             if name.endswith("region_scale"):
@@ -151,7 +152,7 @@ def factor(task: str) -> int:
 
 
 def width(task: str) -> float:
-    """Of the data range: in HU for CT."""
+    """Width of the data range: in HU for CT."""
     return HU[1] - HU[0] if task == "ct" else 1.0
 
 
@@ -166,7 +167,7 @@ def input_scores(task: str, root: Path) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, dict[int, dict[str, dict[str, float]]]], digits: int) -> list[str]:
-    """Scores of each arm, means over test images and seeds, and how many dB more the true regions give."""
+    """Scores of each arm as means over test images and seeds, and the difference of the true regions in dB."""
 
     def by_image(arm: str, metric: str = "psnr") -> np.ndarray:
         return np.array([[row[metric] for row in found.values()] for found in results[arm].values()]).mean(axis=0)
@@ -201,7 +202,7 @@ def main() -> None:
             write_task(task, root)
         results: dict[str, dict[int, dict[str, dict[str, float]]]] = {"the input": {0: input_scores(task, root)}}
         results |= {arm: {} for arm in ARMS}
-        for seed in range(options.seeds):  # all arms of a seed first: a run that is stopped has whole seeds
+        for seed in range(options.seeds):  # all arms of a seed first: an interrupted run has complete seeds
             for arm in ARMS:
                 results[arm][seed] = run(task, arm, seed, options.steps, root, options.out / f"{task}_{arm}_{seed}")
         print(f"\n{task}: {options.steps} steps, data range {f'{HU} HU' if task == 'ct' else '0 to 1'}")

@@ -1,9 +1,9 @@
-"""The picture of docs/restoration.md: `python -m scripts.reproduce.rat_figure OUT PICTURE.png`.
+"""The figure of docs/restoration.md: python -m scripts.reproduce.rat_figure OUT PICTURE.png
 
-Input, its regions, what a network of `scripts.reproduce.rat` (true regions, seed 0, 200 steps) made of it, the truth
-and the error, of a held-out tile of the denoising task and one of super-resolution. OUT is that script's, or a new
-folder: what is not there is trained, in about a minute. The pictures are scikit-image's: a part of its astronaut (NASA,
-public domain) and of its immunohistochemistry (no known copyright restrictions).
+Input, its regions, the output of a network of `scripts.reproduce.rat` (true regions, seed 0, 200 steps), the truth and
+the error, for a held-out tile of the denoising task and one of super-resolution. OUT is the folder of that script, or a
+new one: missing networks are trained, in about a minute. The pictures are from scikit-image: parts of its astronaut
+(NASA, public domain) and of its immunohistochemistry (no known copyright restrictions).
 """
 
 import sys
@@ -24,7 +24,7 @@ STEPS = 200
 
 
 def pictures_of(task: str, case: str, edge: int, out: Path) -> dict[str, np.ndarray]:
-    """A case's pictures by title, all of the clean one's size, and of them the square at the top left."""
+    """Pictures of a case by title, resized to the clean one and cropped to the square at the top left."""
     root, trained = out / task, out / f"{task}_true_0"
     if not (root / "low").is_dir():
         write_task(task, root)

@@ -1,14 +1,14 @@
-"""What scripts/sides.py counts: labels with a side, and voxels that were given the other side's."""
+"""Labels with a side, and the rate of voxels that get the label of the wrong side."""
 
 import importlib
 
 import numpy as np
 import pytest
 
-sides = importlib.import_module("scripts.sides")
+sides = importlib.import_module("scripts.reproduce.sides")
 
 
-def test_every_region_that_has_a_side_goes_to_a_label_of_that_side() -> None:
+def test_every_region_with_a_side_maps_to_a_label_of_that_side() -> None:
     table = sides.side_table()
     assert {int(table[value]) for value in (101, 207)} == {1} and {int(table[value]) for value in (100, 206)} == {2}
     assert (table[45], table[44]) == (3, 4)
@@ -20,7 +20,7 @@ def test_every_region_that_has_a_side_goes_to_a_label_of_that_side() -> None:
     assert left.sum() == right.sum()
 
 
-def test_the_other_sides_label_is_counted_where_both_have_one() -> None:
+def test_the_wrong_side_is_counted_where_both_maps_are_labelled() -> None:
     truth = np.array([[[1, 1, 2, 3, 5, 6, 0, 4]]])
     found = np.array([[[1, 2, 2, 4, 6, 6, 1, 0]]])
     wrong, sided, cortex, white, deep = sides.confusion(truth, found)

@@ -1,9 +1,9 @@
-"""Does a scan that lies otherwise get the same labels? poses.py RUN STORE
+"""Predictions for a scan in another pose, the table of docs/finetuning.md: python -m scripts.reproduce.poses RUN STORE
 
-Each scan of the test part is predicted as it is, and as copies that a scanner might have given: with its axes in
-another order, on another voxel size, turned, and all three. The probabilities of a copy are brought back to the scan's
-own grid, and the largest is compared with the scan's label by Dice. So are the labels of the copy: what going there and
-back costs labels by itself is the Dice of the true ones after it. Thin structures lose most.
+Each test scan is predicted as it is, and as copies: with its axes in another order, with another voxel size, rotated,
+and all three. The probabilities of a copy are resampled to the scan's own grid, and their argmax is compared with the
+scan's label map by Dice. The label map of the copy, resampled by nearest neighbour, is compared too. The Dice of the
+true labels, resampled there and back, is the loss by resampling alone. Thin structures lose most.
 """
 
 import sys
@@ -28,22 +28,22 @@ from asa.inference.segmentation import PredictSettings, Segmenter
 COPIES = {
     "reoriented": ((0, 0, 0), 1.0, [-2, 3, 1]),
     "resampled": ((0, 0, 0), 0.75, [1, 2, 3]),
-    "turned": ((6, -4, 8), 1.0, [1, 2, 3]),
+    "rotated": ((6, -4, 8), 1.0, [1, 2, 3]),
     "all three": ((6, -4, 8), 0.75, [-2, 3, 1]),
 }
 MARGIN = 2  # voxels around the head in a copy that is resampled
-SHIFT = 0.37  # of a voxel, by which its grid is off: on a common grid every other voxel would lie on the mask's edge
+SHIFT = 0.37  # of a voxel, added to its grid: on a common grid every other voxel would lie on the mask's edge
 
 
 def copy_of(scan: Volume, angles: tuple[float, ...], factor: float, axes: list[int]) -> Volume:
-    """The scan on another grid in the same space: its own voxels in another order, or a grid around what is not 0.
+    """The scan on another grid in the same space: its own voxels in another order, or a grid around its foreground.
 
-    What is interpolated at the rim of a stripped brain is the brain: the 0 beyond it would make it darker.
+    At the rim of a stripped brain only the brain is interpolated: the zeros outside would make it darker.
     """
     order, signs = [abs(axis) - 1 for axis in axes], np.sign(axes)
-    turned = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ scan.affine[:3, :3]
+    rotated = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ scan.affine[:3, :3]
     affine = np.eye(4)
-    affine[:3, :3] = turned[:, order] * signs * factor
+    affine[:3, :3] = rotated[:, order] * signs * factor
     same = factor == 1 and not any(angles)
     box = ndimage.find_objects(((scan.data > 0) | same).astype(np.uint8))[0]
     corners = np.stack(np.meshgrid(*((side.start, side.stop - 1) for side in box), indexing="ij"), -1).reshape(-1, 3)
@@ -61,7 +61,7 @@ def copy_of(scan: Volume, angles: tuple[float, ...], factor: float, axes: list[i
 
 
 def scores(label: np.ndarray, reference: np.ndarray, values: list[int]) -> list[float]:
-    """Dice of all labels taken together, and of each."""
+    """Dice of all labels joined, and of each."""
     return [dice(label > 0, reference > 0), *(dice(label == value, reference == value) for value in values)]
 
 
@@ -73,10 +73,10 @@ def main() -> int:
     run, store = Path(sys.argv[1]), Store(sys.argv[2])
     segmenter, values = Segmenter(run, PredictSettings(device="cpu")), store.label_values
     records = select(store.records, read_split(run / "split.json")["test"])
-    shares: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
+    probabilities: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
     labels: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
-    carried: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
-    warnings.simplefilter("ignore", UserWarning)  # that a copy is resampled
+    round_trip: dict[str, list[list[float]]] = {kind: [] for kind in COPIES}
+    warnings.simplefilter("ignore", UserWarning)  # about resampled copies
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "label.nii.gz"
         for record in records:
@@ -95,15 +95,17 @@ def main() -> int:
                 maps = share_files(list(segmenter.regions or segmenter.labels.values()))
                 moved = (sample_affine(read_image(Path(folder) / file).data, back, shape, order=1) for file in maps)
                 winner = winning_labels(moved, segmenter.labels, segmenter.regions, here)
-                shares[kind].append(scores(winner, here.data, values))
+                probabilities[kind].append(scores(winner, here.data, values))
                 labels[kind].append(scores(sample_label(there, back, shape), here.data, values))
                 both = sample_label(sample_label(truth.data, forth, there.shape), back, shape)
-                carried[kind].append(scores(both, truth.data, values))
-    print(f"Dice with the scan itself, mean of {len(records)} scans: probabilities of the copy, brought back")
-    print("(its labels, brought back; the true labels, there and back)")
+                round_trip[kind].append(scores(both, truth.data, values))
+    print(f"Dice with the scan's own label map, mean of {len(records)} scans: probabilities of the copy, resampled")
+    print("(label map of the copy, resampled; true labels, resampled there and back)")
     names = ["all", *(store.labels[value] for value in values)]
     for kind in COPIES:
-        means = ([mean(column) for column in zip(*rows[kind], strict=True)] for rows in (shares, labels, carried))
+        means = (
+            [mean(column) for column in zip(*rows[kind], strict=True)] for rows in (probabilities, labels, round_trip)
+        )
         cells = (f"{name} {a:.3f} ({b:.3f}, {c:.3f})" for name, a, b, c in zip(names, *means, strict=True))
         print(f"{kind:<11} {'  '.join(cells)}")
     return 0

@@ -1,7 +1,8 @@
-"""Time to score one case of 240 x 240 x 155 voxels with three regions under each policy: scoring.py [REPEATS].
+"""Time to score a case under each policy, a table of docs/evaluation.md: python -m scripts.reproduce.scoring [REPEATS]
 
-From two NIfTI files to the rows of a case, in one process. The truth is a made-up tumour of nested regions with some
-eighty satellite lesions, the prediction the same with another surface and other satellites.
+Measured in one process, from two NIfTI files to the rows of a case of 240 x 240 x 155 voxels. The truth is a simulated
+tumour of three nested regions with some eighty satellite lesions. The prediction is the same tumour with another
+surface and other satellites.
 """
 
 import sys
@@ -32,8 +33,8 @@ def tumour(seed: int) -> np.ndarray:
     field = field / field.std() - np.linalg.norm(grid, axis=0) / 9
     field = field.repeat(2, 0).repeat(2, 1).repeat(2, 2)[tuple(slice(side) for side in SHAPE)]
     labels = np.zeros(SHAPE, dtype=np.uint8)
-    for value, share in ((2, 0.04), (4, 0.015), (1, 0.005)):
-        labels[field > np.quantile(field, 1 - share)] = value
+    for value, fraction in ((2, 0.04), (4, 0.015), (1, 0.005)):
+        labels[field > np.quantile(field, 1 - fraction)] = value
     specks = gaussian_filter(np.random.default_rng(seed + 1).normal(size=SHAPE), 4)
     labels[(specks > np.quantile(specks, 0.9995)) & (labels == 0)] = 4
     return labels

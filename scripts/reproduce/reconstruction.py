@@ -1,6 +1,6 @@
-"""Draw a reconstruction: figure.py RUN STORE OUT.png
+"""The figure of the README: python -m scripts.reproduce.reconstruction RUN STORE OUT.png
 
-Input, masked input, prediction and importance of a scan held out from RUN, in three planes.
+Input, masked input, prediction and importance of a validation scan of RUN, in three planes.
 """
 
 import sys
@@ -17,7 +17,7 @@ from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.tasks.pretraining import reconstruction_panels
 
-SCALE = 2  # pixels a voxel
+SCALE = 2  # pixels per voxel
 
 
 def main() -> None:
