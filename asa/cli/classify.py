@@ -18,8 +18,9 @@ from asa.data.io.files import write_json, write_whole
 from asa.data.io.tables import read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.loader import CropDataset
-from asa.evaluation.classification import ClassScores, class_table, predict_classes, score_classes
-from asa.inference.preprocessing import learnt_from
+from asa.evaluation.classification import ClassScores, score_classes
+from asa.inference.classification import predict_classes, predictions_csv
+from asa.inference.preprocessing import training_scan_metadata
 from asa.training.checkpoint import find_weights, load_model
 from asa.training.device import pick_device
 from asa.training.distributed import is_main
@@ -64,7 +65,7 @@ def classify(config: Config) -> None:
         return {name: getattr(scores, name) for name in ("auc", "balanced_accuracy", "ece")}, {}
 
     known = {"channels": store.channels, "classes": task.names, "prepare": store.settings}
-    known |= {**learnt_from([], task.parts["train"]), **(trained or {})}
+    known |= {**training_scan_metadata([], task.parts["train"]), **(trained or {})}
     with job.run(split, seen) as run:
         counts = ", ".join(f"{count} {task.names[k]}" for k, count in sorted(task.counts().items()))
         print(f"classifying {len(task.parts['train'])} scans ({counts}), in {run}")
@@ -117,7 +118,7 @@ def _write(run: Path, task: Task, shares: np.ndarray, scores: ClassScores) -> No
     names, records = task.names, task.parts["test"]
     classes = [names[int(task.targets[record["id"]]["target"])] for record in records]
     rows = [(record["id"], str(record["subject"]), name) for record, name in zip(records, classes, strict=True)]
-    write_whole(run / "predictions_test.csv", class_table(names, rows, shares).encode())
+    write_whole(run / "predictions_test.csv", predictions_csv(names, rows, shares).encode())
     write_json(run / "scores_test.json", {"classes": list(names), **asdict(scores)})
     print(
         f"test: AUC {scores.auc:.3f} ({scores.auc_low:.3f} to {scores.auc_high:.3f}), balanced accuracy "

@@ -14,8 +14,9 @@ from asa.config import typed
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.loader import CropDataset, LoaderSettings
 from asa.data.store import Store
-from asa.inference.preprocessing import learnt_from
-from asa.inference.segmentation import SIDE, PredictSettings
+from asa.inference.label_maps import SIDE
+from asa.inference.preprocessing import training_scan_metadata
+from asa.inference.segmentation import PredictSettings
 from asa.ops.nested import painting_order
 from asa.tasks.validation import Shown, validate_segmentation
 from asa.training.checkpoint import find_weights
@@ -91,7 +92,7 @@ def segment(config: Config) -> None:
         "labels": store.labels,
         **({"regions": list(store.regions.items())} if regions else {}),
         "prepare": store.settings,
-        **learnt_from(data["lateral_pairs"], parts["train"]),
+        **training_scan_metadata(data["lateral_pairs"], parts["train"]),
         **(trained or {}),
     }
 

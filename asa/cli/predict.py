@@ -18,9 +18,9 @@ from asa.data.io.files import write_whole
 from asa.data.io.nifti import Volume, read_image
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
-from asa.evaluation.classification import ClassPredictor, class_table
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
-from asa.inference.preprocessing import Intake
+from asa.inference.classification import ClassPredictor, predictions_csv
+from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.training.checkpoint import read_description
 
@@ -34,13 +34,13 @@ class Work:
     """What a checkpoint does with scans.
 
     Args:
-        intake: how scans come to it.
+        preprocessor: how scans come to it.
         of_file: from an id and channel files.
         of_stored: from an id, the prepared image, its chain, and the scan it was made of.
         finish: after all scans; says what was written.
     """
 
-    intake: Intake
+    preprocessor: ScanPreprocessor
     of_file: Callable[[str, Mapping[str, str | None]], None]
     of_stored: Callable[[str, np.ndarray, dict[str, Any], Volume], None]
     finish: Callable[[], str]
@@ -113,7 +113,7 @@ def _segmentation(config: Config, out: Path) -> Work:
         target = out / f"{id}.nii.gz"
         segmenter.segment_prepared(image, chain, like, target, probabilities=_shares(config, out, id))
 
-    return Work(segmenter.intake, of_file, of_stored, lambda: f"wrote label maps to {out}")
+    return Work(segmenter.preprocessor, of_file, of_stored, lambda: f"wrote label maps to {out}")
 
 
 def _asymmetry(config: Config, out: Path) -> Work:
@@ -127,14 +127,14 @@ def _asymmetry(config: Config, out: Path) -> Work:
         rows.append(scorer.score_file(id, images, out / f"{id}.nii.gz"))
 
     def of_stored(id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        scorer.intake.check_stored(chain)
-        rows.append(scorer.score(id, image, chain, like, out / f"{id}.nii.gz"))
+        scorer.preprocessor.check_stored(chain)
+        rows.append(scorer.score_prepared(id, image, chain, like, out / f"{id}.nii.gz"))
 
     def finish() -> str:
         write_rows(out / TABLE, rows)
         return f"wrote {out / TABLE}, and asymmetry maps beside it"
 
-    return Work(scorer.intake, of_file, of_stored, finish)
+    return Work(scorer.preprocessor, of_file, of_stored, finish)
 
 
 def _classification(config: Config, out: Path) -> Work:
@@ -144,20 +144,20 @@ def _classification(config: Config, out: Path) -> Work:
     shares: list[np.ndarray] = []
 
     def of_image(id: str, image: np.ndarray) -> None:
-        shares.append(predictor.shares(image))
+        shares.append(predictor.probabilities(image))
         rows.append((id, "", ""))
 
     def of_stored(id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        predictor.intake.check_stored(chain)
+        predictor.preprocessor.check_stored(chain)
         of_image(id, image)
 
     def finish() -> str:
-        write_whole(out / "predictions.csv", class_table(predictor.classes, rows, np.array(shares)).encode())
+        write_whole(out / "predictions.csv", predictions_csv(predictor.classes, rows, np.array(shares)).encode())
         return f"wrote {out / 'predictions.csv'}"
 
     return Work(
-        predictor.intake,
-        lambda id, images: of_image(id, predictor.intake.prepared(images)[0].image),
+        predictor.preprocessor,
+        lambda id, images: of_image(id, predictor.preprocessor.prepare(images)[0].image),
         of_stored,
         finish,
     )
@@ -177,7 +177,7 @@ def _file_jobs(work: Work, source: Path, config: Config) -> list[Job]:
         raise ValueError("part= chooses scans of a store; leave it out for files")
     return [
         (id, [path for path in images.values() if path is not None], partial(work.of_file, id, images))
-        for id, images in _cases(source, Path(str(config["out"])), config["images"], work.intake)
+        for id, images in _cases(source, Path(str(config["out"])), config["images"], work.preprocessor)
     ]
 
 
@@ -187,12 +187,12 @@ def _shares(config: Config, out: Path, id: str) -> Path | None:
 
 
 def _cases(
-    source: Path, out: Path, images: dict[str, str] | None, intake: Intake
+    source: Path, out: Path, images: dict[str, str] | None, preprocessor: ScanPreprocessor
 ) -> list[tuple[str, Mapping[str, str | None]]]:
     """Id and channel files of a scan or a folder of scans; None for a channel that a scan lacks."""
-    channels = intake.channels
+    channels = preprocessor.channels
     if source.is_dir() and images:
-        intake.check_channels(images)
+        preprocessor.check_channels(images)
         return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
     if len(channels) != 1:
         raise ValueError(
@@ -235,7 +235,7 @@ def _scans(source: Path, out: Path, channel: str) -> dict[str, Path]:
 def _store_jobs(work: Work, source: Path, config: Config) -> list[Job]:
     """What to do for the scans of a store, or for one part of the run's split."""
     store = Store(source)
-    if store.channels != work.intake.channels or store.settings != work.intake.data["prepare"]:
+    if store.channels != work.preprocessor.channels or store.settings != work.preprocessor.data["prepare"]:
         raise ValueError(
             f"{store.path} was prepared in another way than what this model was trained on: predict the raw scans"
         )

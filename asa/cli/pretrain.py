@@ -10,7 +10,7 @@ from asa.data.leakage import trained_on
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.health import HEALTHY, read_health
 from asa.data.loading.loader import CropDataset, LoaderSettings
-from asa.inference.preprocessing import learnt_from
+from asa.inference.preprocessing import training_scan_metadata
 from asa.tasks.feature_health import FeatureHealth, open_probe
 from asa.tasks.validation import validate_pretraining
 from asa.training.checkpoint import find_weights
@@ -60,7 +60,7 @@ def pretrain(config: Config) -> None:
     known = {
         "channels": store.channels,
         "prepare": store.settings,
-        **learnt_from([], parts["train"]),
+        **training_scan_metadata([], parts["train"]),
         **trained_on(parts["train"]),
     }
     with job.run(split) as run:
