@@ -44,7 +44,8 @@ SPLIT = "split_file=tuned/split.json truth=ibsr_store"
 CHAIN = [
     "phantom kind=t1 subjects=3 seed=1 resolution=4 out=t1",
     "phantom kind=ibsr subjects=4 seed=2 resolution=4 out=ibsr",
-    "prepare data=bids data.root=t1 prepare.bias=true prepare.register=true prepare.spacing=4 prepare.crop='[48,64,64]' out=t1_store",
+    "prepare data=bids data.root=t1 prepare.bias=true prepare.register=true prepare.spacing=4 "
+    "prepare.crop='[48,64,64]' out=t1_store",
     "prepare data=ibsr data.root=ibsr prepare.midway=true out=ibsr_store",
     f"pretrain {ASA} train.steps=8 train.validate_every=4 out=pretrained",
     f"finetune {SEGMENT} train.steps=6 train.validate_every=3 init=pretrained out=tuned",

@@ -12,10 +12,10 @@ def export(config: Config) -> None:
     """Write the file or the folder."""
     out = Path(str(config["out"]))
     if config["format"] == "onnx":
-        difference = export_onnx(config["checkpoint"], out)
+        difference = export_onnx(config["checkpoint"], out, plugins=config["plugins"])
         print(f"wrote {out}; its outputs differ from PyTorch's by at most {difference:.1e} of the largest")
     elif config["format"] == "bundle":
-        export_bundle(config["checkpoint"], out)
+        export_bundle(config["checkpoint"], out, plugins=config["plugins"])
         print(f"wrote {out}; {out}/docs/README.md says how MONAI runs it")
     else:
         raise ValueError(f"format={config['format']}: choose onnx or bundle")

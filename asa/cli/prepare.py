@@ -10,7 +10,7 @@ from asa.config import build
 from asa.data.io.files import PART
 from asa.data.preprocessing.cohort import Plan, Report, prepare_cohort
 from asa.data.store import MANIFEST, Store
-from asa.reporting.quality_control import PAGE, TABLE, Checkup
+from asa.reporting.quality_control import PAGE, TABLE, QualityControlReport
 
 
 def prepare(config: Config) -> None:
@@ -32,7 +32,7 @@ def prepare(config: Config) -> None:
         raise ValueError("data.root has to be given: add data.root=FOLDER")
     plan = _plan(config)
     records = build(config["data"], plugins=config["plugins"])
-    checkup = Checkup(Path(str(config["report"] or f"{out}_check"))) if check else None
+    checkup = QualityControlReport(Path(str(config["report"] or f"{out}_check"))) if check else None
     report = prepare_cohort(
         records,
         None if check == "only" else out,

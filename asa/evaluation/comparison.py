@@ -1,4 +1,4 @@
-"""Runs compared case by case with the first of them, and the result as JSON, plain text, Markdown and LaTeX."""
+"""Paired comparison of runs with the first of them, as JSON, plain text, Markdown and LaTeX."""
 
 import math
 import re
@@ -9,25 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from asa.evaluation.measures import RESTORATION, Measure, Scoring, restoration
-from asa.evaluation.policies import get_policy
-from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval, holm, wilcoxon_p
+from asa.evaluation.policies import RESTORATION, MetricInfo, PolicyInfo, get_policy, restoration_policy
+from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval, holm, nullable, wilcoxon_p
 from asa.evaluation.summary import Statistic, aligned, listed, number_text, statistic
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "better / worse / equal"]
 HEADINGS += ["p", "p (Holm)", "pairs"]
-FEWEST = 6  # pairs: with fewer no two-sided signed-rank test can fall below 0.05
+MIN_PAIRS = 6  # with fewer pairs, the p of a two-sided signed-rank test cannot be below 0.05
 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation as it was written.
+    """One evaluation, read from its files.
 
     Args:
-        name: how it is called in tables.
-        setting: policy, labels, regions and ignored labels, or for images the data range; the same in all runs.
-        values: (case id, region) -> metric name -> value, NaN where it is undefined.
-        truths: (case id, region) -> what tells one truth from another, like "500 voxels", the same in all runs.
+        name: for tables.
+        setting: policy, labels, regions and ignored labels, or the data range of images; must be equal in all runs.
+        values: (case id, region) -> metric name -> value, NaN if undefined.
+        truths: (case id, region) -> identifies the truth, like "500 voxels"; must be equal in all runs.
     """
 
     name: str
@@ -43,18 +42,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """A run less the first one, over the cases that both define; NaN where there are too few.
+    """A run minus the first one, over the cases in which both are defined; NaN if there are too few.
 
     Args:
         mean: mean of the paired differences.
-        low: lower end of its bootstrap interval.
-        high: upper end.
-        better: number of cases in which the run is better than the first.
-        worse: number in which it is worse.
+        low, high: its bootstrap interval.
+        better, worse: number of cases in which the run is better or worse than the first.
         p: of Wilcoxon's signed-rank test, two-sided.
-        p_holm: the same, corrected for all tests of the comparison.
-        used: number of pairs, n used.
-        total: number of cases, n total.
+        p_holm: p corrected for all tests of the comparison.
+        used: number of pairs.
+        total: number of cases.
     """
 
     mean: float
@@ -70,19 +67,19 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """Results of a comparison.
 
     Args:
-        policy: what the numbers mean.
-        runs: the evaluations; the first is what the others are compared with.
+        policy: defines the metrics.
+        runs: the evaluations; the others are compared with the first.
         case_ids: the cases compared, in order.
-        left_out: cases that not every run has; they count nowhere.
+        left_out: cases that are missing in some run; they are not counted.
         regions: names of the regions.
-        results: (metric name, region, run name) -> its statistic over the cases.
-        differences: the same keys but those of the first run -> its difference from the first.
+        results: (metric name, region, run name) -> statistic over the cases.
+        differences: the same keys without those of the first run -> difference from the first run.
     """
 
-    policy: Scoring
+    policy: PolicyInfo
     runs: tuple[Run, ...]
     case_ids: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -91,8 +88,8 @@ class Comparison:
     differences: dict[tuple[str, str, str], Difference]
 
     @property
-    def metrics(self) -> list[Measure]:
-        """The metrics compared: those of the policy that the evaluations hold."""
+    def metrics(self) -> list[MetricInfo]:
+        """The policy's metrics that the evaluations contain."""
         return [metric for metric in self.policy.metrics if metric.name in self.runs[0].setting["metrics"]]
 
     def as_json(self) -> dict[str, Any]:
@@ -110,9 +107,9 @@ class Comparison:
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
             "results": [
                 {"metric": metric, "region": region, "run": run}
-                | _nullable(found)
-                | ({"difference": _nullable(self.differences[key])} if key in self.differences else {})
-                for key, found in self.results.items()
+                | nullable(asdict(result))
+                | ({"difference": nullable(asdict(self.differences[key]))} if key in self.differences else {})
+                for key, result in self.results.items()
                 for metric, region, run in (key,)
             ],
         }
@@ -123,13 +120,13 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
 
     Args:
         runs: two or more.
-        allow_missing: compare the cases that all of them have, instead of refusing when they differ.
+        allow_missing: compare the cases that all runs have, instead of raising an error if the cases differ.
 
     Raises:
-        ValueError: runs that cannot be compared.
+        ValueError: runs with different settings, cases or truths.
     """
     case_ids, left_out = _common_cases(runs, allow_missing)
-    policy, regions = scoring_of(runs[0].setting), tuple(runs[0].setting["regions"])
+    policy, regions = policy_of(runs[0].setting), tuple(runs[0].setting["regions"])
     empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {})
     keys = list(product(empty.metrics, regions, runs))
     results = {
@@ -151,21 +148,23 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
     return replace(empty, results=results, differences=differences)
 
 
-def scoring_of(setting: Mapping[str, Any]) -> Scoring:
-    """What the numbers of a run with this setting mean."""
-    return restoration(setting["data range"]) if setting["policy"] == RESTORATION else get_policy(setting["policy"])
+def policy_of(setting: Mapping[str, Any]) -> PolicyInfo:
+    """The policy of a run's setting."""
+    return (
+        restoration_policy(setting["data range"]) if setting["policy"] == RESTORATION else get_policy(setting["policy"])
+    )
 
 
-def paired_differences(comparison: Comparison, metric: Measure, region: str, run: Run) -> np.ndarray:
-    """The run less the first one in each case `(n,)`, NaN where one of them is undefined."""
+def paired_differences(comparison: Comparison, metric: MetricInfo, region: str, run: Run) -> np.ndarray:
+    """The run minus the first one in each case `(n,)`, NaN where one of them is undefined."""
     own, first = (
         np.array([each.values[case_id, region][metric.name] for case_id in comparison.case_ids])
         for each in (run, comparison.runs[0])
     )
-    return np.round(own - first, 9)  # so that 0.3 - 0.2 and 0.2 - 0.1 are a tie
+    return np.round(own - first, 9)  # so that 0.3 - 0.2 ties with 0.2 - 0.1
 
 
-def _difference(metric: Measure, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
+def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
     used = differences[~np.isnan(differences)]
     low, high = bootstrap_interval(used)
     up, down = int(np.count_nonzero(used > 0)), int(np.count_nonzero(used < 0))
@@ -175,14 +174,14 @@ def _difference(metric: Measure, differences: np.ndarray, *, p: float, p_holm: f
 
 
 def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The cases that all runs have, and those that not all have; runs that cannot be compared are refused."""
+    """The cases that all runs have, and those missing in some; checks that the runs can be compared."""
     first = runs[0]
     for run in runs[1:]:
         for key, value in first.setting.items():
             if run.setting[key] != value:
                 raise ValueError(
                     f"{first.name} and {run.name} were evaluated with different {key}, {value} and {run.setting[key]}: "
-                    "evaluate both the same way"
+                    "evaluate both with the same settings"
                 )
     everywhere = set(first.case_ids).intersection(*(run.case_ids for run in runs))
     somewhere = {case_id for run in runs for case_id in run.case_ids}
@@ -190,16 +189,15 @@ def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, 
     if left_out and not (allow_missing and everywhere):
         raise ValueError(
             f"{len(left_out)} cases are not in every run: {listed(left_out)}; evaluate the same cases"
-            + (", or compare the common ones with allow_missing=true" if everywhere else "")
+            + (", or give allow_missing=true to compare the common ones" if everywhere else "")
         )
     for run in runs[1:]:
-        other = [key for key, truth in first.truths.items() if key[0] in everywhere and run.truths[key] != truth]
-        if other:
-            case_id, region = other[0]
-            raise ValueError(
-                f"the truth of case {case_id} differs between {first.name} and {run.name} ({region}: "
-                f"{first.truths[other[0]]} and {run.truths[other[0]]}): evaluate both against the same files"
-            )
+        for (case_id, region), truth in first.truths.items():
+            if case_id in everywhere and (other := run.truths[case_id, region]) != truth:
+                raise ValueError(
+                    f"the truth of case {case_id} differs between {first.name} and {run.name} ({region}: "
+                    f"{truth} and {other}): evaluate both against the same files"
+                )
     return tuple(case_id for case_id in first.case_ids if case_id in everywhere), left_out
 
 
@@ -207,7 +205,7 @@ def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, 
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What a reader has to know of the numbers, one sentence or two each."""
+    """Notes for the reader of the tables, one or two sentences each."""
     first, tests = comparison.runs[0].name, len(comparison.differences)
     text = [
         f"Policy {comparison.policy.name}. Differences are a run less {first}, case by case over the "
@@ -216,8 +214,8 @@ def notes(comparison: Comparison) -> list[str]:
         f"two-sided; Holm's correction is for the {tests} test{'' if tests == 1 else 's'} of this table.",
         "They say what to expect of other cases like these from these same runs, not of other training runs.",
     ]
-    if any(difference.used < FEWEST for difference in comparison.differences.values()):
-        text.append(f"With fewer than {FEWEST} pairs no such p can be below 0.05, however large the difference.")
+    if any(difference.used < MIN_PAIRS for difference in comparison.differences.values()):
+        text.append(f"With fewer than {MIN_PAIRS} pairs no such p can be below 0.05, however large the difference.")
     if comparison.left_out:
         text.append(f"Not in every run, and left out: {listed(comparison.left_out)}.")
     return text
@@ -257,40 +255,34 @@ def _latex(text: str) -> str:
 
 
 def _rows(comparison: Comparison) -> Iterator[list[str]]:
-    digits = {metric.name: metric.digits for metric in comparison.policy.metrics}
-    headings = {metric.name: metric.heading for metric in comparison.policy.metrics}
-    for (metric, region, run), found in comparison.results.items():
-        cells = difference_cells(comparison.differences.get((metric, region, run)), digits[metric])
-        yield [headings[metric], region, run, mean_text(found, digits[metric]), *cells]
+    metrics = {metric.name: metric for metric in comparison.policy.metrics}
+    for (name, region, run), result in comparison.results.items():
+        metric = metrics[name]
+        cells = difference_cells(comparison.differences.get((name, region, run)), metric.digits)
+        yield [metric.heading, region, run, mean_text(result, metric.digits), *cells]
 
 
 def difference_cells(difference: Difference | None, digits: int) -> list[str]:
-    """Difference, counts, both p and pairs as text for a table; empty text for the run compared with."""
+    """Difference, counts, both p and pairs as text for a table; empty cells for the first run."""
     if difference is None:
         return [""] * (len(HEADINGS) - 4)
     equal = difference.used - difference.better - difference.worse
     return [
         mean_text(difference, digits, sign="+"),
         f"{difference.better} / {difference.worse} / {equal}",
-        p_text(difference.p),
-        p_text(difference.p_holm),
+        _p_text(difference.p),
+        _p_text(difference.p_holm),
         f"{difference.used} of {difference.total}",
     ]
 
 
-def p_text(p: float) -> str:
-    """A p with three digits, `<0.001`, or `undefined`."""
+def _p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else number_text(p, 3)
 
 
-def mean_text(found: Statistic | Difference, digits: int, sign: str = "") -> str:
+def mean_text(statistic: Statistic | Difference, digits: int, sign: str = "") -> str:
     """A mean with its interval as text for a table."""
-    if math.isnan(found.mean):
+    if math.isnan(statistic.mean):
         return "undefined"
-    if math.isnan(found.low):
-        return f"{found.mean:{sign}.{digits}f}"
-    return f"{found.mean:{sign}.{digits}f} ({found.low:{sign}.{digits}f} to {found.high:{sign}.{digits}f})"
-
-
-def _nullable(found: Statistic | Difference) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in asdict(found).items()}
+    mean, low, high = (f"{getattr(statistic, key):{sign}.{digits}f}" for key in ("mean", "low", "high"))
+    return mean if math.isnan(statistic.low) else f"{mean} ({low} to {high})"

@@ -1,6 +1,6 @@
-"""Scores of single lesions: what the WMH challenge of 2017 and BraTS of 2023 count.
+"""Lesion-wise metrics of the WMH challenge of 2017 and of BraTS 2023.
 
-A lesion is a connected component; voxels that share a face, an edge or a corner are connected.
+A lesion is a connected component with 26-connectivity (across faces, edges and corners).
 """
 
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from scipy.ndimage import binary_dilation, find_objects, generate_binary_structu
 from asa.evaluation.metrics import Spacing, check_masks, check_spacing, dice
 from asa.evaluation.surface_distance import hd95_by_area
 
-TOUCHING = generate_binary_structure(3, 3)
+CONNECTIVITY = generate_binary_structure(3, 3)
 
-# BraTS 2023, adult glioma: true lesions that meet when dilated so often are one, and a prediction that touches the
-# dilated lesion belongs to it; what is not larger than the volume is not scored; the distance of what has no partner.
+# BraTS 2023, adult glioma. True lesions that meet after dilation are one lesion, and a predicted lesion that overlaps
+# the dilated lesion belongs to it.
 DILATIONS = 3
 DILATION = generate_binary_structure(3, 2)  # across faces and edges
-SMALLEST_MM3 = 50.0
-UNMATCHED_MM = 374.0
+MIN_VOLUME_MM3 = 50.0  # true lesions of at most this volume are not scored
+UNMATCHED_MM = 374.0  # HD95 of a lesion without a partner
 
 
 # ---- WMH 2017 ----
 
 
 def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Share of the true lesions that the prediction touches; 1 if there are none.
+    """Fraction of the true lesions that the prediction overlaps; 1 if there are none.
 
     Args:
         prediction: bool `(x, y, z)`.
@@ -36,14 +36,15 @@ def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
         ValueError: masks that are not bool, not 3-D or not of one shape.
     """
     check_masks(prediction, truth)
-    lesions, count = label(truth, TOUCHING)
+    lesions, count = label(truth, CONNECTIVITY)
     return len(np.unique(lesions[prediction & truth])) / count if count else 1.0
 
 
 def lesion_f1(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Harmonic mean of the lesion recall and of the share of predicted lesions that touch a true one.
+    """Harmonic mean of lesion recall and lesion precision, the fraction of predicted lesions that overlap a true one.
 
-    Each share is 1 if there are no such lesions. Arguments and errors are those of `lesion_recall`.
+    Recall is 1 without true lesions, precision is 1 without predicted ones. Arguments and errors are those of
+    `lesion_recall`.
     """
     recall, precision = lesion_recall(prediction, truth), lesion_recall(truth, prediction)
     return 2.0 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -53,10 +54,10 @@ def lesion_f1(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 def lesionwise_dice(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
-    """Mean over lesions of the Dice coefficient of a true lesion and the predicted ones that belong to it.
+    """Mean over lesions of the Dice coefficient of a true lesion and the predicted lesions that belong to it.
 
     True lesions without a prediction and predicted lesions without a truth count as 0. True lesions of at most
-    50 mm3 are left out. If there is nothing to score it is 1.
+    50 mm3 are excluded. If no lesion is left, the mean is 1.
 
     Args:
         prediction: bool `(x, y, z)`.
@@ -71,7 +72,7 @@ def lesionwise_dice(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing)
 
 
 def lesionwise_hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
-    """As `lesionwise_dice`, of HD95 by area in mm: 374 mm where there is no partner, 0 if there is nothing to score."""
+    """As `lesionwise_dice`, for HD95 by area in mm: 374 mm for a lesion without a partner, 0 if no lesion is left."""
     hd95 = partial(hd95_by_area, spacing=spacing)
     scores = _lesion_scores(prediction, truth, spacing, hd95, worst=UNMATCHED_MM)
     return float(np.mean(scores)) if scores else 0.0
@@ -84,11 +85,11 @@ def _lesion_scores(
     score: Callable[[np.ndarray, np.ndarray], float],
     worst: float,
 ) -> list[float]:
-    """The score of each true lesion that is large enough, and the worst for each predicted lesion without a truth."""
+    """The score of each true lesion above the minimum volume, and the worst score for each unmatched predicted one."""
     check_masks(prediction, truth)
-    lesions, _ = label(binary_dilation(truth, DILATION, DILATIONS), TOUCHING)
+    lesions, _ = label(binary_dilation(truth, DILATION, DILATIONS), CONNECTIVITY)
     lesions[~truth] = 0
-    found, count = label(prediction, TOUCHING)
+    found, count = label(prediction, CONNECTIVITY)
     voxel = float(np.prod(check_spacing(spacing)))
     unmatched, scores = set(range(1, count + 1)), []
     boxes = find_objects(found)
@@ -97,7 +98,7 @@ def _lesion_scores(
         near = binary_dilation(lesions[around] == number, DILATION, DILATIONS)
         matched = np.setdiff1d(found[around][near], [0])
         unmatched -= set(matched.tolist())
-        if np.count_nonzero(lesions[own] == number) * voxel > SMALLEST_MM3:
+        if np.count_nonzero(lesions[own] == number) * voxel > MIN_VOLUME_MM3:
             box = _joint([own, *(boxes[k - 1] for k in matched)])
             pair = np.isin(found[box], matched), lesions[box] == number
             scores.append(score(*pair) if len(matched) else worst)
@@ -105,7 +106,7 @@ def _lesion_scores(
 
 
 def _joint(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...]:
-    """The smallest box around several."""
+    """The smallest box that contains all of them."""
     return tuple(
         slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
     )

@@ -1,7 +1,7 @@
 """Overlap, volume and surface distance of two masks. Masks are bool `(x, y, z)` in the file's own axes.
 
-These are bare definitions: they are NaN where an empty mask leaves them undefined. What such a case counts as is
-for a policy to say (`asa/evaluation/policies.py`).
+A metric is NaN where an empty mask leaves it undefined. The value that counts in that case is defined by the policy
+(`asa/evaluation/policies.py`).
 """
 
 import math
@@ -17,7 +17,7 @@ Spacing = tuple[float, float, float] | np.ndarray
 
 
 def check_masks(a: np.ndarray, b: np.ndarray) -> None:
-    """Refuse masks that cannot be compared.
+    """Check that two masks can be compared.
 
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape.
@@ -51,7 +51,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
         b: bool `(x, y, z)`.
 
     Returns:
-        A value in [0, 1]; NaN if both masks are empty (a policy decides what that counts as).
+        A value in [0, 1]; NaN if both masks are empty (the policy defines what counts then).
 
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape.
@@ -62,14 +62,14 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sensitivity(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Share of the true voxels that are predicted, in [0, 1]; NaN if the truth is empty. Arguments as for `dice`."""
+    """Fraction of the true voxels that are predicted, in [0, 1]; NaN if the truth is empty. Arguments as for `dice`."""
     check_masks(prediction, truth)
     size = np.count_nonzero(truth)
     return np.count_nonzero(prediction & truth) / size if size else UNDEFINED
 
 
 def volume_difference(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Absolute difference of the volumes in percent of the true one, NaN if that is empty. Arguments as for `dice`."""
+    """Absolute volume difference in percent of the true volume; NaN if that is 0. Arguments as for `dice`."""
     check_masks(prediction, truth)
     size = np.count_nonzero(truth)
     return 100.0 * abs(np.count_nonzero(prediction) - size) / size if size else UNDEFINED
@@ -81,13 +81,13 @@ def volume_difference(prediction: np.ndarray, truth: np.ndarray) -> float:
 def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     """95th percentile Hausdorff distance between the surfaces of two masks, in mm.
 
-    The surface of a mask is the set of its voxels with at least one of their six face neighbours outside it
-    (beyond the image's edge is outside), each a point at the voxel's centre: the mask minus its erosion. From
-    each surface voxel of one mask the Euclidean distance to the nearest surface voxel of the other is taken;
-    HD95 is the 95th percentile (linear interpolation) of these distances in each direction, the larger of the
-    two. This is the definition of MONAI's `compute_hausdorff_distance(percentile=95, spacing=...)`. The
-    `surface-distance` package puts surface elements on voxel corners and weights them by area, and so differs
-    by up to about a voxel's diagonal; `surfels.hd95_by_area` is its definition.
+    The surface of a mask is the set of its voxels that have at least one of six face neighbours outside the mask
+    (voxels beyond the image's edge are outside): the mask minus its erosion. Each surface voxel is a point at the
+    voxel's centre. HD95 is the 95th percentile (linear interpolation) of the Euclidean distances from the surface
+    points of one mask to the nearest surface point of the other; the larger value of the two directions. This is the
+    definition of MONAI's `compute_hausdorff_distance(percentile=95, spacing=...)`. The `surface-distance` package
+    places surface elements at voxel corners and weights them by area, and differs by up to about a voxel's diagonal:
+    see `surface_distance.hd95_by_area`.
 
     Args:
         a: bool `(x, y, z)`.
@@ -95,7 +95,7 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
         spacing: voxel size in mm along the three array axes.
 
     Returns:
-        Distance in mm; NaN if either mask is empty (a policy decides what that counts as).
+        Distance in mm; NaN if either mask is empty (the policy defines what counts then).
 
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape; a spacing that is not three lengths.
@@ -105,15 +105,15 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
 
 
 def hd95_pooled(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
-    """As `hd95`, but the percentile of the distances of both directions together, as medpy's `hd95` takes it."""
+    """As `hd95`, but one percentile over the distances of both directions together, as in medpy's `hd95`."""
     found = _both_directions(a, b, spacing)
     return float(np.percentile(np.concatenate(found), 95)) if found else UNDEFINED
 
 
 def hd95_in_plane(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
-    """As `hd95`, but a surface voxel has one of its eight neighbours within its slice (x, y) outside the mask.
+    """As `hd95`, but a surface voxel has one of eight neighbours within its slice (x, y) outside the mask.
 
-    This is the definition of the WMH segmentation challenge of 2017: the outlines of lesions in slices.
+    This is the definition of the WMH segmentation challenge of 2017: the outlines of the lesions in each slice.
     """
     found = _both_directions(a, b, spacing, _outline)
     return max(float(np.percentile(distances, 95)) for distances in found) if found else UNDEFINED
@@ -147,7 +147,7 @@ def _outline(mask: np.ndarray) -> np.ndarray:
 def _both_directions(
     a: np.ndarray, b: np.ndarray, spacing: Spacing, surface: Callable[[np.ndarray], np.ndarray] = _surface
 ) -> list[np.ndarray]:
-    """Distances in mm from each surface voxel of `a` to the surface of `b`, and back; nothing if a mask is empty."""
+    """Distances in mm from each surface voxel of `a` to the surface of `b`, and back; [] if a mask is empty."""
     check_masks(a, b)
     size = check_spacing(spacing)
     if not a.any() or not b.any():
@@ -158,7 +158,7 @@ def _both_directions(
 
 
 def nearest_distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Distance in mm from each point of `source` to the nearest of `target`; points are the true places of a bool grid.
+    """Distance in mm from each True voxel of `source` to the nearest True voxel of `target`.
 
     Args:
         source: bool `(x, y, z)`.
@@ -166,16 +166,16 @@ def nearest_distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarra
         spacing: of the grid, in mm.
 
     Returns:
-        A distance for each point of `source`, in raster order.
+        `(n,)`, in raster order of the True voxels of `source`.
     """
-    # Where two segmentations agree their surfaces coincide, so most points need no search.
+    # Where two segmentations agree, their surfaces coincide: most points need no search.
     points = np.argwhere(source)
     apart = ~target[source]
     distances = np.zeros(len(points))
     if apart.any():
-        goal, start = np.argwhere(target), points[apart]
-        # Points on a grid: splitting cells at their middle builds faster than at the median and searches as fast.
-        tree = cKDTree(goal * spacing, leafsize=32, balanced_tree=False)
-        steps = start - goal[tree.query(start * spacing)[1]]  # whole voxels: the distance is exact to the last bit
+        goals, starts = np.argwhere(target), points[apart]
+        # For points on a grid, a tree split at the midpoint builds faster than at the median and searches as fast.
+        tree = cKDTree(goals * spacing, leafsize=32, balanced_tree=False)
+        steps = starts - goals[tree.query(starts * spacing)[1]]  # in whole voxels, so the distance is exact
         distances[apart] = np.sqrt((np.square(steps * spacing)).sum(axis=1))
     return distances

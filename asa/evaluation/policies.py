@@ -1,7 +1,7 @@
-"""Policies: what is measured, on which regions, and what every case with an empty mask counts as.
+"""Policies: which metrics are computed on which regions, and the value of each metric where a mask is empty.
 
-No number depends on a library's default: a metric of a policy has a value, or is said to be undefined, whichever
-mask is empty.
+Nothing is left to a library's default: a metric of a policy has a value for every combination of empty masks, or is
+undefined (NaN) there.
 """
 
 import math
@@ -12,27 +12,99 @@ from typing import Any
 
 import numpy as np
 
-from asa.evaluation import lesions, metrics
-from asa.evaluation import surface_distance as surfels
-from asa.evaluation.measures import Measure, Scoring, nullable
+from asa.evaluation import lesions, metrics, surface_distance
 from asa.evaluation.metrics import UNDEFINED, Spacing
+from asa.evaluation.statistics import nullable
+
+RESTORATION = "restoration"  # name of the policy for restored images
+WHOLE = "image"  # its only region
 
 Regions = dict[str, tuple[int, ...]]
+Mask = np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metric(Measure):
-    """One number for a pair of masks, with its value in every case in which a mask is empty.
+class MetricInfo:
+    """Metadata of a metric, for tables, figures and files.
 
     Args:
-        compute: `(prediction, truth, spacing)` -> value, called only when neither mask is empty (but see `exception`).
-        both_empty: value when both masks are empty; NaN is "undefined" (also below).
-        truth_empty: value when only the truth is empty.
-        prediction_empty: value when only the prediction is empty.
-        exception: if there is one to these three values, in words; `compute` is then called for empty masks too.
+        name: column in cases.csv and key in summary.json.
+        title: heading in tables and figures.
+        unit: empty if there is none.
+        meaning: definition in one sentence.
+        digits: decimals in tables.
+        higher_is_better: direction.
     """
 
-    compute: Callable[[np.ndarray, np.ndarray, Spacing], float]
+    name: str
+    title: str
+    unit: str = ""
+    meaning: str
+    digits: int
+    higher_is_better: bool
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Range of possible values: scores without a unit are at most 1, errors at least 0."""
+        if self.higher_is_better:
+            return -math.inf, math.inf if self.unit else 1.0
+        return 0.0, math.inf
+
+    @property
+    def heading(self) -> str:
+        """Title with its unit, e.g. `HD95 (mm)`."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def as_json(self) -> dict[str, Any]:
+        """The metadata for a JSON file."""
+        return {key: getattr(self, key) for key in ("name", "title", "unit", "meaning")}
+
+
+@dataclass(frozen=True)
+class PolicyInfo:
+    """Name, description and metrics of a policy.
+
+    Args:
+        name: as in `policy=`.
+        description: one sentence for the tables.
+        metrics: the metrics; cases are ranked by the first one.
+    """
+
+    name: str
+    description: str
+    metrics: tuple[MetricInfo, ...]
+
+    def truth_table(self) -> list[tuple[str, list[str]]]:
+        """The value of each metric where a mask is empty, `[(case, [value of each metric])]`; none without masks."""
+        return []
+
+    def exceptions(self) -> list[str]:
+        """Exceptions to the truth table, one sentence each."""
+        return []
+
+    def as_json(self) -> dict[str, Any]:
+        """The policy for a JSON file."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "metrics": [metric.as_json() for metric in self.metrics],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(MetricInfo):
+    """A metric of two masks, with its value for each combination of empty masks.
+
+    Args:
+        compute: `(prediction, truth, spacing)` -> value. Called only if neither mask is empty, unless there is an
+            `exception`.
+        both_empty: value if both masks are empty; NaN means undefined (here and below).
+        truth_empty: value if only the truth is empty.
+        prediction_empty: value if only the prediction is empty.
+        exception: an exception to these three values, in words; `compute` is then called for empty masks too.
+    """
+
+    compute: Callable[[Mask, Mask, Spacing], float]
     both_empty: float
     truth_empty: float
     prediction_empty: float
@@ -40,11 +112,11 @@ class Metric(Measure):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest value that there can be: scores end at 1, distances and errors nowhere."""
+        """Range of possible values: scores are in [0, 1], distances and errors at least 0."""
         return 0.0, 1.0 if self.higher_is_better else math.inf
 
-    def __call__(self, prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
-        """Value for two bool masks `(x, y, z)` and a spacing in mm; NaN where it is undefined."""
+    def __call__(self, prediction: Mask, truth: Mask, spacing: Spacing) -> float:
+        """Value for two bool masks `(x, y, z)` and a spacing in mm; NaN if undefined."""
         predicted, true = bool(prediction.any()), bool(truth.any())
         if self.exception or (predicted and true):
             return float(self.compute(prediction, truth, spacing))
@@ -58,90 +130,33 @@ class Metric(Measure):
         return super().as_json() | {"empty_masks_count_as": nullable(values), "exception": self.exception}
 
 
+# ---- regions ----
+
+
 def each_label(labels: Mapping[int, str]) -> Regions:
-    """Every declared label as a region of its own: name -> its values."""
+    """Every declared label as a region of its own: name -> its value."""
     return {name: (value,) for value, name in labels.items()}
 
 
 def joined_labels(labels: Mapping[int, str], joined: Mapping[str, Sequence[int]]) -> Regions:
-    """Regions as a cohort defines them: name -> declared label values whose union it is.
+    """Regions that a cohort declares: name -> declared label values that it joins.
 
     Raises:
-        ValueError: a region without values, or with one that is not declared.
+        ValueError: a region without values, or with an undeclared one.
     """
     for name, values in joined.items():
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-            raise ValueError(f"regions: {name} is a list of label values, like [1, 4], got {values!r}")
-        if unknown := [value for value in values if value not in labels]:
-            known = ", ".join(f"{value} {label}" for value, label in labels.items())
+            raise ValueError(f"regions: {name} must be a list of label values, like [1, 4], got {values!r}")
+        if undeclared := [value for value in values if value not in labels]:
+            declared = ", ".join(f"{value} {label}" for value, label in labels.items())
             raise ValueError(
-                f"regions: {name} joins {unknown[0]!r}, which is not a declared label value; declared are {known}"
+                f"regions: {name} joins {undeclared[0]!r}, which is not a declared label value; declared are {declared}"
             )
     return {name: tuple(values) for name, values in joined.items()}
 
 
-@dataclass(frozen=True)
-class Policy(Scoring):
-    """What is measured, on which regions, and what an empty mask counts as.
-
-    Args:
-        name, description: see `Scoring`.
-        metrics: the metrics of a pair of masks.
-        regions: declared labels -> the regions, name -> label values whose union it is.
-        ignored: label values of the truth whose voxels count neither for nor against a prediction.
-    """
-
-    metrics: tuple[Metric, ...]
-    regions: Callable[[Mapping[int, str]], Regions] = each_label
-    ignored: tuple[int, ...] = ()
-
-    def regions_of(self, labels: Mapping[int, str]) -> Regions:
-        """The regions for a declaration of labels, name -> values.
-
-        Raises:
-            ValueError: a declaration that is empty, names the background 0, or uses a name twice.
-        """
-        if not labels or 0 in labels or len(set(labels.values())) < len(labels):
-            raise ValueError(f"labels name each foreground value once, and not the background 0; got {dict(labels)}")
-        return self.regions(labels)
-
-    def of_cohort(self, regions: Mapping[str, Sequence[int]], ignored: Sequence[int]) -> "Policy":
-        """This policy on a cohort's own regions, if it has any, and without the voxels that it ignores.
-
-        Args:
-            regions: name -> label values whose union it is; empty leaves the policy's own.
-            ignored: label values of the truth.
-        """
-        own = partial(joined_labels, joined=dict(regions)) if regions else self.regions
-        return replace(self, regions=own, ignored=tuple(dict.fromkeys((*self.ignored, *ignored))))
-
-    def truth_table(self) -> list[tuple[str, list[str]]]:
-        """The value of each metric in each empty case: `[(case, [value of each metric])]`, for printing."""
-        cases = [
-            ("both empty", "both_empty"),
-            ("only truth empty", "truth_empty"),
-            ("only prediction empty", "prediction_empty"),
-        ]
-        return [
-            (title, [_with_unit(getattr(metric, field), metric.unit) for metric in self.metrics])
-            for title, field in cases
-        ]
-
-    def exceptions(self) -> list[str]:
-        """What the truth table does not hold for, one sentence each."""
-        texts: dict[str, list[str]] = {}
-        for metric in self.metrics:
-            if metric.exception:
-                texts.setdefault(metric.exception, []).append(metric.title)
-        return [f"{', '.join(titles)}: {text}" for text, titles in texts.items()]
-
-    def as_json(self) -> dict[str, Any]:
-        """The policy for a JSON file."""
-        return super().as_json() | {"ignored": list(self.ignored)}
-
-
 def tumour_regions(labels: Mapping[int, str]) -> Regions:
-    """WT, TC and ET of the label values of BraTS: 1 necrosis, 2 oedema, and the enhancing tumour 4 (2021) or 3 (2023).
+    """WT, TC and ET of the BraTS label values: 1 necrosis, 2 oedema, and enhancing tumour 4 (2021) or 3 (2023).
 
     Raises:
         ValueError: other label values.
@@ -155,34 +170,100 @@ def tumour_regions(labels: Mapping[int, str]) -> Regions:
     return {"WT": (1, 2, enhancing), "TC": (1, enhancing), "ET": (enhancing,)}
 
 
-def _with_unit(value: float, unit: str) -> str:
-    return "undefined" if math.isnan(value) else f"{value:g} {unit}".strip()
+@dataclass(frozen=True)
+class Policy(PolicyInfo):
+    """A policy for label maps.
+
+    Args:
+        name, description: see `PolicyInfo`.
+        metrics: metrics of two masks.
+        regions: declared labels -> the regions, name -> label values that it joins.
+        ignored: label values of the truth; their voxels are removed from the truth and the prediction.
+    """
+
+    metrics: tuple[Metric, ...]
+    regions: Callable[[Mapping[int, str]], Regions] = each_label
+    ignored: tuple[int, ...] = ()
+
+    def regions_of(self, labels: Mapping[int, str]) -> Regions:
+        """The regions of declared labels, value -> name.
+
+        Raises:
+            ValueError: no labels, a label for the background 0, or two labels of one name.
+        """
+        if not labels or 0 in labels or len(set(labels.values())) < len(labels):
+            raise ValueError(
+                f"labels must name each foreground value once, and not the background 0; got {dict(labels)}"
+            )
+        return self.regions(labels)
+
+    def of_cohort(self, regions: Mapping[str, Sequence[int]], ignored: Sequence[int]) -> "Policy":
+        """This policy with a cohort's own regions and ignored labels.
+
+        Args:
+            regions: name -> label values that it joins; empty keeps the policy's regions.
+            ignored: label values of the truth that are ignored too.
+        """
+        own = partial(joined_labels, joined=dict(regions)) if regions else self.regions
+        return replace(self, regions=own, ignored=tuple(dict.fromkeys((*self.ignored, *ignored))))
+
+    def truth_table(self) -> list[tuple[str, list[str]]]:
+        """The value of each metric for each combination of empty masks: `[(case, [value of each metric])]`."""
+        cases = [("both empty", "both_empty"), ("only truth empty", "truth_empty")]
+        cases += [("only prediction empty", "prediction_empty")]
+        return [(title, [_value_text(metric, field) for metric in self.metrics]) for title, field in cases]
+
+    def exceptions(self) -> list[str]:
+        """Exceptions to the truth table, one sentence each."""
+        titles: dict[str, list[str]] = {}
+        for metric in self.metrics:
+            if metric.exception:
+                titles.setdefault(metric.exception, []).append(metric.title)
+        return [f"{', '.join(names)}: {exception}" for exception, names in titles.items()]
+
+    def as_json(self) -> dict[str, Any]:
+        """The policy for a JSON file."""
+        return super().as_json() | {"ignored": list(self.ignored)}
+
+
+def _value_text(metric: Metric, field: str) -> str:
+    value = getattr(metric, field)
+    return "undefined" if math.isnan(value) else f"{value:g} {metric.unit}".strip()
 
 
 # ---- metrics ----
 
 
-def _without_spacing(
-    prediction: np.ndarray, truth: np.ndarray, spacing: Spacing, measure: Callable[[np.ndarray, np.ndarray], float]
-) -> float:
-    return measure(prediction, truth)
+def _no_spacing(function: Callable[[Mask, Mask], float], prediction: Mask, truth: Mask, spacing: Spacing) -> float:
+    return function(prediction, truth)
 
 
-def _hd95_in_voxels(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
+def _hd95_in_voxels(prediction: Mask, truth: Mask, spacing: Spacing) -> float:
     return metrics.hd95_pooled(prediction, truth, (1.0, 1.0, 1.0))
 
 
-DICE = Metric(
-    name="dice",
-    title="Dice",
-    unit="",
-    meaning="twice the voxels in common over the voxels of both masks; 1 is perfect.",
-    digits=3,
-    higher_is_better=True,
-    compute=partial(_without_spacing, measure=metrics.dice),
-    both_empty=1.0,
-    truth_empty=0.0,
-    prediction_empty=0.0,
+def _score(
+    name: str, title: str, meaning: str, compute: Callable[[Mask, Mask, Spacing], float], truth_empty: float = 0.0
+) -> Metric:
+    """A score in [0, 1] that is 1 if both masks are empty, and 0 if one of them is."""
+    return Metric(
+        name=name,
+        title=title,
+        meaning=meaning,
+        digits=3,
+        higher_is_better=True,
+        compute=compute,
+        both_empty=1.0,
+        truth_empty=truth_empty,
+        prediction_empty=0.0,
+    )
+
+
+DICE = _score(
+    "dice",
+    "Dice",
+    "twice the voxels in common over the voxels of both masks; 1 is perfect.",
+    partial(_no_spacing, metrics.dice),
 )
 HD95 = Metric(
     name="hd95_mm",
@@ -197,33 +278,80 @@ HD95 = Metric(
     truth_empty=UNDEFINED,
     prediction_empty=UNDEFINED,
 )
-NSD = Metric(
-    name="nsd_1mm",
-    title="NSD at 1 mm",
-    unit="",
-    meaning="normalised surface Dice: the share of both surfaces, by area, that lies within 1 mm of the other; "
-    "1 is perfect.",
-    digits=3,
-    higher_is_better=True,
-    compute=partial(surfels.surface_dice, tolerance=1.0),
-    both_empty=1.0,
+HD95_VOXELS = replace(
+    HD95,
+    name="hd95_voxels",
+    unit="voxels",
+    meaning="95th percentile of the distances in voxels from the surface voxels of one mask to the "
+    "nearest of the other, both directions together (as medpy).",
+    compute=_hd95_in_voxels,
     truth_empty=0.0,
     prediction_empty=0.0,
 )
-SENSITIVITY = Metric(
-    name="sensitivity",
-    title="Sensitivity",
-    unit="",
-    meaning="share of the true voxels that are predicted; 1 is perfect.",
-    digits=3,
-    higher_is_better=True,
-    compute=partial(_without_spacing, measure=metrics.sensitivity),
-    both_empty=1.0,
-    truth_empty=0.0,
-    prediction_empty=0.0,
+HD95_IN_PLANE = replace(
+    HD95,
+    meaning="95th percentile of the distances in mm from the outline of one mask in its slices to the "
+    "nearest of the other's, in each direction, the larger of the two; 0 is perfect.",
+    compute=metrics.hd95_in_plane,
 )
-LESIONWISE = "true lesions that meet when dilated by 3 voxels are one; those of at most 50 mm3 are left out"
-NONE_SCORED = "a truth without a lesion over 50 mm3 and without a false one counts as both empty"
+NSD = _score(
+    "nsd_1mm",
+    "NSD at 1 mm",
+    "normalised surface Dice: the share of both surfaces, by area, that lies within 1 mm of the other; 1 is perfect.",
+    partial(surface_distance.surface_dice, tolerance=1.0),
+)
+SENSITIVITY = _score(
+    "sensitivity",
+    "Sensitivity",
+    "share of the true voxels that are predicted; 1 is perfect.",
+    partial(_no_spacing, metrics.sensitivity),
+)
+VOLUME_DIFFERENCE = Metric(
+    name="volume_difference_percent",
+    title="AVD",
+    unit="%",
+    meaning="absolute difference of the volumes in percent of the true one; 0 is perfect.",
+    digits=1,
+    higher_is_better=False,
+    compute=partial(_no_spacing, metrics.volume_difference),
+    both_empty=0.0,
+    truth_empty=UNDEFINED,
+    prediction_empty=100.0,
+)
+LESION_RECALL = _score(
+    "lesion_recall",
+    "Lesion recall",
+    "share of the true lesions, connected in 3-D, that the prediction touches; 1 is perfect.",
+    partial(_no_spacing, lesions.lesion_recall),
+    truth_empty=1.0,
+)
+LESION_F1 = _score(
+    "lesion_f1",
+    "Lesion F1",
+    "harmonic mean of lesion recall and of the share of predicted lesions that touch a true one; 1 is perfect.",
+    partial(_no_spacing, lesions.lesion_f1),
+)
+_NO_LESION = "a truth without a lesion over 50 mm3 and without a false one counts as both empty"
+LESION_DICE = replace(
+    DICE,
+    name="lesion_dice",
+    title="Lesion Dice",
+    meaning="mean over lesions of the Dice coefficient of a true lesion and the predicted ones that touch it; "
+    "true lesions that meet when dilated by 3 voxels are one; those of at most 50 mm3 are left out; 1 is perfect.",
+    compute=lesions.lesionwise_dice,
+    exception=_NO_LESION,
+)
+LESION_HD95 = replace(
+    HD95,
+    name="lesion_hd95_mm",
+    title="Lesion HD95",
+    meaning="the same mean of the distance in mm within which 95 % of the area of each surface lies "
+    "from the other, the larger of the two; 0 is perfect.",
+    compute=lesions.lesionwise_hd95,
+    truth_empty=lesions.UNMATCHED_MM,
+    prediction_empty=lesions.UNMATCHED_MM,
+    exception=_NO_LESION,
+)
 
 # ---- policies ----
 
@@ -240,94 +368,21 @@ POLICIES: dict[str, Policy] = {
             name="brats21",
             description="WT, TC and ET as BraTS 2021 scored them: a region that only one of the two has is 0 in Dice "
             "and 373.13 mm, the diagonal of its images, in HD95. NSD is added.",
-            metrics=(
-                DICE,
-                replace(HD95, truth_empty=373.13, prediction_empty=373.13),
-                NSD,
-                SENSITIVITY,
-            ),
+            metrics=(DICE, replace(HD95, truth_empty=373.13, prediction_empty=373.13), NSD, SENSITIVITY),
             regions=tumour_regions,
         ),
         Policy(
             name="brats23_lesion",
             description="WT, TC and ET lesion by lesion as BraTS 2023 scored adult glioma: a missed or a false lesion "
             "is 0 in Dice and 374 mm in HD95. Dice and sensitivity of the whole region stand beside.",
-            metrics=(
-                replace(
-                    DICE,
-                    name="lesion_dice",
-                    title="Lesion Dice",
-                    meaning="mean over lesions of the Dice coefficient of a true lesion and the predicted ones that "
-                    f"touch it; {LESIONWISE}; 1 is perfect.",
-                    compute=lesions.lesionwise_dice,
-                    exception=NONE_SCORED,
-                ),
-                replace(
-                    HD95,
-                    name="lesion_hd95_mm",
-                    title="Lesion HD95",
-                    meaning="the same mean of the distance in mm within which 95 % of the area of each surface lies "
-                    "from the other, the larger of the two; 0 is perfect.",
-                    compute=lesions.lesionwise_hd95,
-                    truth_empty=lesions.UNMATCHED_MM,
-                    prediction_empty=lesions.UNMATCHED_MM,
-                    exception=NONE_SCORED,
-                ),
-                DICE,
-                SENSITIVITY,
-            ),
+            metrics=(LESION_DICE, LESION_HD95, DICE, SENSITIVITY),
             regions=tumour_regions,
         ),
         Policy(
             name="wmh2017",
             description="The five measures of the WMH segmentation challenge of 2017; other pathology, label 2 of the "
             "truth, is ignored.",
-            metrics=(
-                DICE,
-                replace(
-                    HD95,
-                    meaning="95th percentile of the distances in mm from the outline of one mask in its slices to the "
-                    "nearest of the other's, in each direction, the larger of the two; 0 is perfect.",
-                    compute=metrics.hd95_in_plane,
-                ),
-                Metric(
-                    name="volume_difference_percent",
-                    title="AVD",
-                    unit="%",
-                    meaning="absolute difference of the volumes in percent of the true one; 0 is perfect.",
-                    digits=1,
-                    higher_is_better=False,
-                    compute=partial(_without_spacing, measure=metrics.volume_difference),
-                    both_empty=0.0,
-                    truth_empty=UNDEFINED,
-                    prediction_empty=100.0,
-                ),
-                Metric(
-                    name="lesion_recall",
-                    title="Lesion recall",
-                    unit="",
-                    meaning="share of the true lesions, connected in 3-D, that the prediction touches; 1 is perfect.",
-                    digits=3,
-                    higher_is_better=True,
-                    compute=partial(_without_spacing, measure=lesions.lesion_recall),
-                    both_empty=1.0,
-                    truth_empty=1.0,
-                    prediction_empty=0.0,
-                ),
-                Metric(
-                    name="lesion_f1",
-                    title="Lesion F1",
-                    unit="",
-                    meaning="harmonic mean of lesion recall and of the share of predicted lesions that touch a true "
-                    "one; 1 is perfect.",
-                    digits=3,
-                    higher_is_better=True,
-                    compute=partial(_without_spacing, measure=lesions.lesion_f1),
-                    both_empty=1.0,
-                    truth_empty=0.0,
-                    prediction_empty=0.0,
-                ),
-            ),
+            metrics=(DICE, HD95_IN_PLANE, VOLUME_DIFFERENCE, LESION_RECALL, LESION_F1),
             ignored=(2,),
         ),
         Policy(
@@ -335,22 +390,7 @@ POLICIES: dict[str, Policy] = {
             description="As the scripts that the ASA paper's code is built on (nnFormer's) compute them, for setting a "
             "number beside a printed one: HD95 in voxels, whatever their size, and 0, as if perfect, where a mask is "
             "empty.",
-            metrics=(
-                DICE,
-                Metric(
-                    name="hd95_voxels",
-                    title="HD95",
-                    unit="voxels",
-                    meaning="95th percentile of the distances in voxels from the surface voxels of one mask to the "
-                    "nearest of the other, both directions together (as medpy).",
-                    digits=2,
-                    higher_is_better=False,
-                    compute=_hd95_in_voxels,
-                    both_empty=0.0,
-                    truth_empty=0.0,
-                    prediction_empty=0.0,
-                ),
-            ),
+            metrics=(DICE, HD95_VOXELS),
         ),
     )
 }
@@ -360,8 +400,51 @@ def get_policy(name: str) -> Policy:
     """The policy of that name.
 
     Raises:
-        ValueError: an unknown name, listing the known ones.
+        ValueError: an unknown name; the message lists the policies.
     """
     if name not in POLICIES:
         raise ValueError(f"unknown policy '{name}': choose one of {', '.join(sorted(POLICIES))}")
     return POLICIES[name]
+
+
+def restoration_policy(window: Sequence[float] | None) -> PolicyInfo:
+    """PSNR, SSIM and RMSE of restored images.
+
+    Args:
+        window: (low, high) in the images' units, the data range; None: the files' whole range, as 0 to 1.
+    """
+    width = 1.0 if window is None else float(window[1]) - float(window[0])
+    unit = "as a share of the data range" if window is None else "in the images' units"
+    psnr = MetricInfo(
+        name="psnr",
+        title="PSNR",
+        unit="dB",
+        meaning="peak signal-to-noise ratio, 10 log10(1 / mean squared error) over all pixels and channels, with the "
+        "data range as 1; 100 at most.",
+        digits=2,
+        higher_is_better=True,
+    )
+    ssim = MetricInfo(
+        name="ssim",
+        title="SSIM",
+        meaning="structural similarity (Wang et al., IEEE TIP 2004) with a Gaussian window of 11 pixels and sigma 1.5, "
+        "the mean where it lies inside the image, and over channels; undefined for smaller images; 1 is perfect.",
+        digits=4,
+        higher_is_better=True,
+    )
+    rmse = MetricInfo(
+        name="rmse",
+        title="RMSE",
+        meaning=f"root of the mean squared error, {unit}; 0 is perfect.",
+        digits=max(1, 4 - round(math.log10(width))),
+        higher_is_better=False,
+    )
+    description = f"Restored images against clean ones, both cut off to the data range: {range_text(window)}."
+    return PolicyInfo(RESTORATION, description, (psnr, ssim, rmse))
+
+
+def range_text(window: Sequence[float] | None) -> str:
+    """The data range in words."""
+    if window is None:
+        return "the files' whole range, as 0 to 1"
+    return f"{float(window[0]):g} to {float(window[1]):g} in the images' units"

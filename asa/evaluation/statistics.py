@@ -1,7 +1,7 @@
-"""Intervals and tests over cases: bootstrap, Wilcoxon's signed ranks, Holm's correction."""
+"""Intervals and tests over cases: bootstrap-t, Wilcoxon's signed-rank test, Holm's correction."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import norm, rankdata
@@ -10,19 +10,19 @@ from scipy.stats import t as student
 RESAMPLES = 10_000
 LEVEL = 0.95
 SEED = 0
-FEWEST_RESAMPLED = 4  # values
-LONGEST_SIDE = 2.0  # of an interval, in those of Student's
-EXACT_UP_TO = 200  # pairs; beyond it the normal approximation has no error that matters
+MIN_RESAMPLED = 4  # values; with fewer the interval is Student's
+MAX_SIDE = 2.0  # longest side of an interval, as a multiple of Student's
+EXACT_UP_TO = 200  # pairs; above, the error of the normal approximation is negligible
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Interval of the mean: bootstrap-t, which follows the skewness of the values.
+    """Bootstrap-t interval of the mean, which follows the skewness of the values.
 
-    Each resample's mean is brought to its own standard error, and the quantiles of that take the place of Student's
-    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5). Scores near their ceiling are skewed:
-    their interval reaches further down than up. A resample of nearly equal values has next to no standard error, which
-    makes the method unstable for few or tied values; each side is therefore at most twice as long as Student's.
-    Below four values, where there is too little to resample, the interval is Student's.
+    The deviation of each resample's mean is divided by the resample's own standard error. The quantiles of these
+    studentised deviations replace Student's quantiles (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+    section 12.5). Scores near their maximum are skewed, and their interval extends further down than up. A resample of
+    nearly equal values has a standard error close to 0, which makes the method unstable for few or tied values: each
+    side is therefore at most twice as long as Student's. Below four values the interval is Student's.
 
     Args:
         values: `(n,)`, finite.
@@ -37,35 +37,35 @@ def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RE
         return math.nan, math.nan
     mean, sd = float(values.mean()), float(values.std(ddof=1))
     error, quantile = sd / math.sqrt(n), float(student.ppf((1 + LEVEL) / 2, n - 1))
-    if n < FEWEST_RESAMPLED or sd == 0:
+    if n < MIN_RESAMPLED or sd == 0:
         return mean - quantile * error, mean + quantile * error
     scores = np.concatenate(list(_studentised(values, mean, sd, seed, resamples)))
     low, high = np.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    longest = LONGEST_SIDE * quantile
+    longest = MAX_SIDE * quantile
     return mean - min(float(high), longest) * error, mean - max(float(low), -longest) * error
 
 
 def _studentised(values: np.ndarray, mean: float, sd: float, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """Distances of resampled means from the mean, in the resample's standard errors; huge without any."""
+    """Deviations of resampled means from the mean, in the resample's standard errors; huge where that is 0."""
     n, generator = len(values), np.random.default_rng(seed)
-    for _ in range(10):  # bounds the memory of the draws
+    for _ in range(10):  # in ten parts, to bound the memory
         drawn = values[generator.integers(n, size=(resamples // 10, n))]
-        gap, spread = drawn.mean(axis=1) - mean, drawn.std(axis=1, ddof=1)
-        flat = spread <= 1e-9 * sd
-        yield np.where(flat, np.sign(gap) * np.finfo(np.float64).max, gap * math.sqrt(n) / np.where(flat, 1.0, spread))
+        gap, own_sd = drawn.mean(axis=1) - mean, drawn.std(axis=1, ddof=1)
+        flat = own_sd <= 1e-9 * sd
+        yield np.where(flat, np.sign(gap) * np.finfo(np.float64).max, gap * math.sqrt(n) / np.where(flat, 1.0, own_sd))
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:
     """Two-sided p of Wilcoxon's signed-rank test that paired differences are symmetric about 0.
 
-    Differences of 0 are left out and equal ones share their mean rank. Up to 200 differences the distribution of the
-    rank sum over all signs is exact, with these ties; beyond it is normal.
+    Differences of 0 are excluded, and tied differences get their mean rank. Up to 200 differences, the distribution of
+    the rank sum is exact, ties included; above, it is approximated by a normal distribution.
 
     Args:
         differences: `(n,)`, finite.
 
     Returns:
-        p; 1 if no difference is left, and never below 2 / 2^n.
+        p, at least 2 / 2^n; 1 if no difference is left.
     """
     differences = differences[differences != 0]
     if not len(differences):
@@ -76,21 +76,21 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     if len(doubled) > EXACT_UP_TO:
         z = (smaller - total / 2) / (math.sqrt(float(np.square(doubled).sum())) / 2)
         return min(1.0, 2 * float(norm.cdf(z)))
-    chance = np.zeros(total + 1)  # of each rank sum, one rank after the other
-    chance[0] = 1.0
+    probability = np.zeros(total + 1)  # of each rank sum, built up rank by rank
+    probability[0] = 1.0
     for rank in doubled:
-        chance[rank:] += chance[:-rank].copy()
-        chance /= 2
-    return min(1.0, 2 * float(chance[: smaller + 1].sum()))
+        probability[rank:] += probability[:-rank].copy()
+        probability /= 2
+    return min(1.0, 2 * float(probability[: smaller + 1].sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p corrected for the number of tests, so that any false finding among them has at most the level's chance.
+    """p corrected for the number of tests, which controls the family-wise error rate.
 
     Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979.
 
     Args:
-        p_values: of a family of tests; NaN where there was no test, which counts for nothing.
+        p_values: of a family of tests; NaN where there was no test, which is not counted.
 
     Returns:
         Corrected p in the same order, NaN where there was no test.
@@ -102,3 +102,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     factors = np.arange(len(order), 0, -1)
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1.0)
     return corrected.tolist()
+
+
+def nullable(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers for JSON, with null for NaN."""
+    return {key: None if math.isnan(value) else value for key, value in numbers.items()}

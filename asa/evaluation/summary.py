@@ -1,7 +1,5 @@
-"""Rows of an evaluation, their statistics over the cases, and both as CSV, JSON and plain text."""
+"""Rows of an evaluation and their statistics over the cases, as CSV, JSON and plain text."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from asa.evaluation.measures import Measure, Scoring, nullable
-from asa.evaluation.policies import Policy, Regions, get_policy
-from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval
+from asa.data.io.tables import csv_text
+from asa.evaluation.policies import MetricInfo, Policy, PolicyInfo, Regions, get_policy
+from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval, nullable
 
 
 @dataclass(frozen=True)
 class Row:
-    """One label of one case, or a whole image.
+    """The values of one label or region of a case, or of a whole image.
 
     Args:
-        case_id: the case.
+        case_id: of the case.
         label: name of the label or region.
-        values: metric name -> value; NaN where it is undefined.
+        values: metric name -> value; NaN if undefined.
     """
 
     case_id: str
@@ -31,14 +29,12 @@ class Row:
 
 @dataclass(frozen=True)
 class CaseRow(Row):
-    """One label of one case, with its size.
+    """The values of one label or region of a case, with its size.
 
     Args:
         case_id, label, values: see `Row`.
-        voxels_predicted: size of the region in the prediction, None if there is no prediction.
-        voxels_true: size of the region in the truth.
-        ml_predicted: the same in ml, None if there is no prediction.
-        ml_true: the same in ml.
+        voxels_predicted, ml_predicted: size in the prediction; None without a prediction.
+        voxels_true, ml_true: size in the truth.
     """
 
     voxels_predicted: int | None
@@ -48,7 +44,7 @@ class CaseRow(Row):
 
     @property
     def empty(self) -> str:
-        """Which mask holds no voxel, in words; empty text if both hold some."""
+        """Which mask is empty, in words; "" if neither is."""
         if self.voxels_predicted is None:
             return "no prediction"
         if self.voxels_predicted and self.voxels_true:
@@ -60,16 +56,15 @@ class CaseRow(Row):
 
 @dataclass(frozen=True)
 class Statistic:
-    """One metric of one label over the cases; NaN where too few values are defined.
+    """Statistics of one metric and label over the cases; NaN if too few values are defined.
 
     Args:
         mean: mean of the defined values.
         sd: their standard deviation with n - 1, NaN below two values.
         median: their median.
-        low: lower end of the bootstrap interval of the mean, NaN below two values.
-        high: upper end.
-        used: number of defined values, n used.
-        total: number of cases, n total.
+        low, high: bootstrap interval of the mean, NaN below two values.
+        used: number of defined values ("n used").
+        total: number of cases ("n total").
     """
 
     mean: float
@@ -82,28 +77,28 @@ class Statistic:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
-    """What an evaluation found.
+class Summary:
+    """Results of an evaluation.
 
     Args:
-        policy: what the numbers mean.
+        policy: defines the metrics.
         rows: every case and region, in order of case id.
         results: region -> metric name -> statistic over the cases.
         seed: of the bootstrap.
     """
 
-    policy: Scoring
+    policy: PolicyInfo
     rows: Sequence[Row]
     results: dict[str, dict[str, Statistic]]
     seed: int = SEED
 
     @property
     def case_ids(self) -> list[str]:
-        """Ids of the cases in order, those without a prediction included."""
+        """Ids of the cases in order, including those without a prediction."""
         return list(dict.fromkeys(row.case_id for row in self.rows))
 
     def as_json(self) -> dict[str, Any]:
-        """The findings for a JSON file, without the rows; undefined numbers are null."""
+        """The results for a JSON file, without the rows; undefined numbers are null."""
         from asa import __version__
 
         return {
@@ -118,22 +113,22 @@ class Findings:
                 "seed": self.seed,
             },
             "results": {
-                label: {name: nullable(asdict(statistic)) for name, statistic in found.items()}
-                for label, found in self.results.items()
+                label: {name: nullable(asdict(statistic)) for name, statistic in by_metric.items()}
+                for label, by_metric in self.results.items()
             },
         }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary(Findings):
-    """What an evaluation of label maps found.
+class SegmentationSummary(Summary):
+    """Results of an evaluation of label maps.
 
     Args:
-        policy, rows, results, seed: see `Findings`.
+        policy, rows, results, seed: see `Summary`.
         labels: declared label value -> name.
-        regions: name of each evaluated region -> label values whose union it is.
-        missing: cases without a prediction; they count in n total, never in n used.
-        unmatched: predictions without a truth; they count nowhere.
+        regions: name of each evaluated region -> label values that it joins.
+        missing: cases without a prediction; they count in n total, not in n used.
+        unmatched: predictions without a truth; they are not counted.
     """
 
     policy: Policy
@@ -161,29 +156,26 @@ def summarise(
     missing: Sequence[str] = (),
     unmatched: Sequence[str] = (),
     seed: int = SEED,
-) -> Summary:
-    """Statistics of each label and metric over the cases.
+) -> SegmentationSummary:
+    """Summarise the rows of label maps over the cases.
 
-    The interval of the mean is `bootstrap_interval` over cases. Every label and metric draws from the same
-    seed, so an interval does not depend on what else is evaluated.
+    The interval of a mean is `bootstrap_interval` over the cases. Every label and metric draws from the same seed, so
+    that an interval does not depend on which others are evaluated.
 
     Args:
         rows: of all cases, as `evaluate_case` returns them.
         labels: declared label value -> name.
-        policy: name of a policy, or one.
-        missing: cases whose rows stand for a missing prediction.
-        unmatched: predictions that have no truth.
+        policy: a policy or its name.
+        missing: cases without a prediction.
+        unmatched: predictions without a truth.
         seed: of the bootstrap.
 
-    Returns:
-        The summary.
-
     Raises:
-        ValueError: a bad declaration of labels, or an unknown policy.
+        ValueError: invalid labels, or an unknown policy.
     """
     policy = get_policy(policy) if isinstance(policy, str) else policy
     rows, regions = tuple(rows), policy.regions_of(labels)
-    return Summary(
+    return SegmentationSummary(
         policy=policy,
         rows=rows,
         results=statistics(rows, regions, policy.metrics, seed),
@@ -196,7 +188,7 @@ def summarise(
 
 
 def statistics(
-    rows: Sequence[Row], labels: Iterable[str], metrics: Sequence[Measure], seed: int = SEED
+    rows: Sequence[Row], labels: Iterable[str], metrics: Sequence[MetricInfo], seed: int = SEED
 ) -> dict[str, dict[str, Statistic]]:
     """Label -> metric name -> statistic over the cases."""
     return {
@@ -208,14 +200,14 @@ def statistics(
     }
 
 
-def summary_table(summary: Summary) -> str:
+def summary_table(summary: SegmentationSummary) -> str:
     """The summary as plain text for a terminal, with the policy's truth table; no trailing newline."""
     policy = summary.policy
-    lines = [f"policy {policy.name}: {policy.description}", *data_notes(summary), ""]
+    lines = [f"policy {policy.name}: {policy.description}", *label_notes(summary), ""]
     for metric in policy.metrics:
         table = [[metric.heading, "mean", "95 % interval", "sd", "median", "n used"]]
-        for label, found in summary.results.items():
-            table.append([label, *statistic_cells(found[metric.name], metric.digits)])
+        for label, by_metric in summary.results.items():
+            table.append([label, *statistic_cells(by_metric[metric.name], metric.digits)])
         lines += [*aligned(table), ""]
     truth = [["empty masks count as", *(metric.title for metric in policy.metrics)]]
     lines += aligned(truth + [[case, *values] for case, values in policy.truth_table()])
@@ -227,8 +219,8 @@ def summary_table(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def data_notes(summary: Summary) -> list[str]:
-    """What a reader has to know of the labels: which of them a region joins, which are ignored; may be empty."""
+def label_notes(summary: SegmentationSummary) -> list[str]:
+    """Notes for the reader: which labels the regions join, and which labels are ignored; may be empty."""
     notes = []
     if any(len(values) > 1 or name != summary.labels[values[0]] for name, values in summary.regions.items()):
         joined = (
@@ -241,49 +233,44 @@ def data_notes(summary: Summary) -> list[str]:
     return notes
 
 
-def statistic_cells(found: Statistic, digits: int) -> list[str]:
+def statistic_cells(statistic: Statistic, digits: int) -> list[str]:
     """Mean, interval, sd, median and `n used of n total` as text for a table."""
-    mean, sd, median = (number_text(value, digits) for value in (found.mean, found.sd, found.median))
-    interval = f"{number_text(found.low, digits)} to {number_text(found.high, digits)}"
-    return [
-        mean,
-        "undefined" if math.isnan(found.low) else interval,
-        sd,
-        median,
-        f"{found.used} of {found.total}",
-    ]
+    mean, low, high, sd, median = (
+        number_text(getattr(statistic, key), digits) for key in ("mean", "low", "high", "sd", "median")
+    )
+    interval = "undefined" if low == "undefined" else f"{low} to {high}"
+    return [mean, interval, sd, median, f"{statistic.used} of {statistic.total}"]
 
 
 def number_text(value: float, digits: int) -> str:
-    """A number with so many digits after the point, or `undefined`."""
+    """A number with this many decimals, or `undefined` for NaN."""
     return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def listed(ids: Sequence[str], limit: int = 20) -> str:
-    """Ids in one line, the first `limit` of them by name."""
+    """Ids in one line: the first `limit` of them, and the number of the others."""
     more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
     return ", ".join(ids[:limit]) + more
 
 
-def cases_csv(summary: Summary) -> str:
-    """One line a case and label; an undefined value is `nan`, the size of a missing prediction is empty."""
+def cases_csv(summary: SegmentationSummary) -> str:
+    """A CSV row per case and label; undefined values are `nan`, the sizes of a missing prediction are empty."""
     metrics = [metric.name for metric in summary.policy.metrics]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "label", *metrics, "voxels_predicted", "voxels_true", "ml_predicted", "ml_true"])
+    rows = []
     for row in summary.rows:
+        values = [f"{row.values[name]:.6f}" for name in metrics]
         ml_predicted = "" if row.ml_predicted is None else f"{row.ml_predicted:.6f}"
         sizes = [row.voxels_predicted, row.voxels_true, ml_predicted, f"{row.ml_true:.6f}"]
-        writer.writerow([row.case_id, row.label, *(f"{row.values[name]:.6f}" for name in metrics), *sizes])
-    return text.getvalue()
+        rows.append([row.case_id, row.label, *values, *sizes])
+    return csv_text(["id", "label", *metrics, "voxels_predicted", "voxels_true", "ml_predicted", "ml_true"], rows)
 
 
 def statistic(
     values: Sequence[float], seed: int = SEED, bounds: tuple[float, float] = (-math.inf, math.inf)
 ) -> Statistic:
-    """Mean, spread and interval over cases; undefined values (NaN) count in n total only.
+    """Mean, standard deviation and interval over cases; undefined values (NaN) count in n total only.
 
-    An end of the interval beyond `bounds`, which no mean can leave, is put on them.
+    The interval is clipped to `bounds`, the range of possible values.
     """
     used = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
     if not used.size:
@@ -296,7 +283,7 @@ def statistic(
 
 
 def aligned(table: list[list[str]]) -> list[str]:
-    """Rows of text as lines, with the first column to the left and the others to the right."""
+    """Rows of cells as lines, the first column left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for first, *rest in table:

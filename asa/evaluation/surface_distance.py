@@ -1,8 +1,8 @@
 """Surface distances with surface elements weighted by their area, as the `surface-distance` package defines them.
 
-The surface of a mask runs between voxel centres: around each corner of the grid stand eight voxels, and where some
-of them are inside and some outside, the marching-cubes triangles between them are one surface element (surfel) with
-an area in mm2, at that corner. (Nikolov et al., Clinically applicable segmentation of head and neck anatomy for
+The surface of a mask runs between voxel centres. Each corner of the voxel grid is surrounded by eight voxels. Where
+some of them are inside the mask and some outside, the marching-cubes triangles between them form one surface element
+at that corner, with an area in mm2. (Nikolov et al., Clinically applicable segmentation of head and neck anatomy for
 radiotherapy, J Med Internet Res 2021; github.com/google-deepmind/surface-distance.)
 """
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from asa.evaluation.metrics import UNDEFINED, Spacing, bounding_box, check_masks, check_spacing, nearest_distances
 
-# The 13 ways in which eight voxels can be divided, up to rotation, reflection and exchange of inside and outside. The
-# voxel at (a, b, c) of 0 and 1 has the number 4a + 2b + c. To each the normals of its triangles (signs do not matter),
-# whose length is the triangle's area on a grid of unit spacing.
+# The 13 configurations of eight voxels, up to rotation, reflection and exchange of inside and outside. A key lists the
+# voxels inside, where the voxel at (a, b, c) in {0, 1}^3 has the number 4a + 2b + c. The values are the normals of the
+# triangles (signs do not matter); the length of a normal is the triangle's area for unit spacing.
 EIGHTH, QUARTER, THREE_EIGHTHS = (0.125,) * 3, (0.25,) * 3, (0.375,) * 3
 FACE = (0.5, 0.0, 0.0)
 TRIANGLES: dict[tuple[int, ...], tuple[tuple[float, float, float], ...]] = {
@@ -36,7 +36,7 @@ TRIANGLES: dict[tuple[int, ...], tuple[tuple[float, float, float], ...]] = {
 
 
 def surface_dice(a: np.ndarray, b: np.ndarray, spacing: Spacing, tolerance: float) -> float:
-    """Normalised surface Dice (NSD): the share of both surfaces that lies within a tolerance of the other.
+    """Normalised surface Dice (NSD): the fraction of both surfaces, by area, within a tolerance of the other.
 
     Args:
         a: bool `(x, y, z)`.
@@ -45,7 +45,7 @@ def surface_dice(a: np.ndarray, b: np.ndarray, spacing: Spacing, tolerance: floa
         tolerance: in mm.
 
     Returns:
-        A value in [0, 1]; NaN if either mask is empty (a policy decides what that counts as).
+        A value in [0, 1]; NaN if either mask is empty (the policy defines what counts then).
 
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape; a spacing that is not three lengths.
@@ -58,21 +58,21 @@ def surface_dice(a: np.ndarray, b: np.ndarray, spacing: Spacing, tolerance: floa
 
 
 def hd95_by_area(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
-    """95th percentile Hausdorff distance in mm by area: 95 % of each surface lies within it of the other.
+    """95th percentile Hausdorff distance in mm by area: 95 % of each surface lies within this distance of the other.
 
     Arguments, NaN and errors are those of `surface_dice`.
     """
     percentiles = []
     for distances, areas in _distances_and_areas(a, b, spacing):
         order = np.lexsort((areas, distances))
-        share = np.cumsum(areas[order]) / np.sum(areas[order])
-        place = min(int(np.searchsorted(share, 0.95)), len(order) - 1)
-        percentiles.append(float(distances[order[place]]))
+        fraction = np.cumsum(areas[order]) / np.sum(areas[order])
+        index = min(int(np.searchsorted(fraction, 0.95)), len(order) - 1)
+        percentiles.append(float(distances[order[index]]))
     return max(percentiles, default=UNDEFINED)
 
 
 def _distances_and_areas(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Distance to the other surface and area of each surfel of `a`, and those of `b`; nothing if a mask is empty."""
+    """Distance to the other surface and area of each surface element of `a`, and of `b`; [] if a mask is empty."""
     check_masks(a, b)
     size = check_spacing(spacing)
     if not a.any() or not b.any():
@@ -80,14 +80,14 @@ def _distances_and_areas(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> list
     box = bounding_box(a | b)
     codes = [_corner_codes(a[box]), _corner_codes(b[box])]
     surfaces = [(code != 0) & (code != 255) for code in codes]
-    table = surfel_areas(*size.tolist())
+    table = surface_element_areas(*size.tolist())
     return [
         (nearest_distances(surfaces[own], surfaces[1 - own], size), table[codes[own][surfaces[own]]]) for own in (0, 1)
     ]
 
 
 def _corner_codes(mask: np.ndarray) -> np.ndarray:
-    """For each corner of the voxel grid which of its eight voxels are inside, one bit each; one longer on each axis."""
+    """A bit for each voxel inside, of the eight around each grid corner; one longer than the mask on each axis."""
     padded = np.pad(mask, 1).view(np.uint8)
     codes = np.zeros([side + 1 for side in mask.shape], dtype=np.uint8)
     for number, voxel in enumerate(product((0, 1), repeat=3)):
@@ -97,8 +97,8 @@ def _corner_codes(mask: np.ndarray) -> np.ndarray:
 
 
 @cache
-def surfel_areas(x: float, y: float, z: float) -> np.ndarray:
-    """Area in mm2 of the surfel of each code (bit 4a + 2b + c for voxel (a, b, c)) at a spacing in mm, `(256,)`."""
+def surface_element_areas(x: float, y: float, z: float) -> np.ndarray:
+    """Area in mm2 of each corner code (bit 4a + 2b + c for voxel (a, b, c)) at a spacing in mm: `(256,)`."""
     areas = np.zeros(256)
     sides = np.array([y * z, x * z, x * y])
     voxels = np.array(list(product((0, 1), repeat=3)))

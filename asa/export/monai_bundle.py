@@ -12,42 +12,42 @@ import torch
 from asa import __version__
 from asa.data.io.files import write_json, write_whole
 from asa.data.preprocessing.brain import TOOLS
-from asa.models.segmenting import SegmentationNetwork
+from asa.inference.segmentation import window_size
 from asa.training.checkpoint import read_model
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 METADATA = "configs/metadata.json"
-EXPRESSION = "$@%"  # signs that MONAI's parser reads as Python, references and files
-FACTS = ("channels", "labels", "regions", "prepare", "lateral_pairs", "spacing")  # not on whom it was trained
+EXPRESSION = "$@%"  # characters that mark Python code, references and files for MONAI's parser
+KEYS = ("channels", "labels", "regions", "prepare", "lateral_pairs", "spacing")  # exported metadata; no subjects
 
 
-def export_bundle(checkpoint: str | Path, out: Path) -> None:
-    """Write a segmentation network as a MONAI bundle, which predicts what `asa-predict` does.
+def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = ()) -> None:
+    """Write a segmentation network as a MONAI bundle that predicts the same label maps as `asa-predict`.
 
-    `monai.bundle` runs its `configs/inference.json`: scans are prepared and label maps written by this package, which
-    has to be installed where the bundle runs; the windows are MONAI's. `configs/metadata.json` follows MONAI's schema
-    of 2024-07-25, `configs/asa.json` holds what the checkpoint says of its training scans, `models/model.pt` the state
-    dict.
+    `monai.bundle` runs its `configs/inference.json`. Scans are prepared and label maps written by this package, which
+    must be installed where the bundle runs; the sliding window is MONAI's. `configs/metadata.json` follows MONAI's
+    schema of 2024-07-25, `configs/asa.json` holds the metadata of the training scans, `models/model.pt` the state dict.
 
     Args:
         checkpoint: run folder, checkpoint folder or `.safetensors` file of `asa-finetune`.
         out: the folder to write.
+        plugins: packages of your own that the checkpoint's network may come from.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint, a network that segments nothing or looks at the mirror image, a
-            name that MONAI would take for an expression, or a folder that holds something else.
+        FileNotFoundError, ValueError: no checkpoint; not a segmentation network, or one that cross-attends to the
+            mirror image; a name that MONAI would read as an expression; or a folder that holds something else.
     """
-    model, description = read_model(checkpoint)
+    model, description = read_model(checkpoint, plugins=plugins)
     data, node = description["data"], description["model"]
-    if not isinstance(model, SegmentationNetwork) or "labels" not in data:
+    if "labels" not in data:
         raise ValueError(f"{checkpoint}: a bundle holds a segmentation network: give a run of asa-finetune with labels")
     if getattr(model, "mirrored", False):
-        raise ValueError(f"{checkpoint}: a network that looks at the mirror image is not written as a bundle")
-    facts = {key: data[key] for key in FACTS if key in data}
+        raise ValueError(f"{checkpoint}: a network that cross-attends to the mirror image cannot be a bundle")
+    facts = {key: data[key] for key in KEYS if key in data}
     _check_plain([node, facts["channels"], facts["labels"], facts.get("regions", {})], str(checkpoint))
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / METADATA).is_file()):
         raise ValueError(f"{out} is not empty and not a bundle: choose another out=")
-    window, weights = list(model.encoder.img_size), io.BytesIO()
+    window, weights = list(window_size(model)), io.BytesIO()
     torch.save(model.state_dict(), weights)
     write_whole(out / "models" / "model.pt", weights.getvalue())
     write_json(out / "configs" / "asa.json", facts)
@@ -58,17 +58,19 @@ def export_bundle(checkpoint: str | Path, out: Path) -> None:
 
 
 def _check_plain(node: Any, source: str) -> None:
-    """Refuse texts that MONAI's parser would not take as they are: a checkpoint may come from somebody else."""
+    """Raise a ValueError for texts that MONAI would evaluate: the checkpoint may come from an untrusted source."""
     if isinstance(node, Mapping):
         node = [*node.keys(), *node.values()]
     if isinstance(node, str) and any(sign in node for sign in EXPRESSION):
-        raise ValueError(f"{source}: {node!r} has one of {' '.join(EXPRESSION)} in it, which MONAI reads as code")
+        raise ValueError(
+            f"{source}: {node!r} contains one of {' '.join(EXPRESSION)}, which MONAI reads as code: rename it"
+        )
     for item in node if isinstance(node, list | tuple) else ():
         _check_plain(item, source)
 
 
 def _inference(network: Mapping[str, Any], channels: Sequence[str], window: Sequence[int]) -> dict[str, Any]:
-    """`configs/inference.json`: the names that MONAI's inference workflows look for."""
+    """`configs/inference.json`, with the names that MONAI's inference workflows expect."""
     return {
         "imports": ["$import torch"],
         "bundle_root": ".",
@@ -126,12 +128,12 @@ def _inference(network: Mapping[str, Any], channels: Sequence[str], window: Sequ
 
 
 def _patterns(channels: Sequence[str]) -> dict[str, str]:
-    """How the files of each channel are called, unless the user says otherwise."""
+    """Default file pattern of each channel."""
     return {name: "*.nii.gz" if len(channels) == 1 else f"*_{name}.nii.gz" for name in channels}
 
 
 def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dict[str, Any]:
-    """`configs/metadata.json`, by MONAI's schema."""
+    """`configs/metadata.json`, following MONAI's schema."""
     channels, prepare = facts["channels"], facts["prepare"]
     outputs = _outputs(facts)
     tensor = {"type": "image", "spatial_shape": list(window), "dtype": "float32", "is_patch_data": True}
@@ -167,7 +169,7 @@ def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dic
                     "modality": "MR",
                     "num_channels": len(channels),
                     "value_range": [0, 1] if prepare.get("normalise", "percentile") == "percentile" else [],
-                    "channel_def": {str(place): name for place, name in enumerate(channels)},
+                    "channel_def": {str(k): name for k, name in enumerate(channels)},
                 }
             },
             "outputs": {
@@ -176,7 +178,7 @@ def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dic
                     "format": "logits",
                     "num_channels": len(outputs),
                     "value_range": [],
-                    "channel_def": {str(place): name for place, name in outputs.items()},
+                    "channel_def": {str(k): name for k, name in outputs.items()},
                 }
             },
         },
@@ -184,7 +186,7 @@ def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dic
 
 
 def _package(prepare: Mapping[str, Any]) -> str:
-    """How pip calls this package, with what the preparation takes."""
+    """This package's name for pip, with the extra that the preparation needs."""
     tools = prepare.get("bias") or prepare.get("register") or prepare.get("strip", "none") in TOOLS
     return "asa-mri[prepare]" if tools else "asa-mri"
 
@@ -214,32 +216,32 @@ Install {_package(prepare)}, then run MONAI in this folder, or from elsewhere wi
 python -m monai.bundle run --config_file configs/inference.json --dataset_dir FOLDER --output_dir OUT
 ```
 
-That needs MONAI's optional package `fire`; `monai.bundle.run(config_file=..., dataset_dir=..., output_dir=...)` in
-Python does without. Scans are {files} in FOLDER; `--images#{channels[0]} PATTERN` names others, with a * where names
+This needs MONAI's optional package `fire`; `monai.bundle.run(config_file=..., dataset_dir=..., output_dir=...)` in
+Python does not. Scans are {files} in FOLDER; `--images#{channels[0]} PATTERN` selects other files, with a * where names
 differ.
-`OUT/ID.nii.gz` lies on the scan's own grid, with its header, and is what asa-predict gives in float32.
+`OUT/ID.nii.gz` lies on the scan's own grid, with its header, and equals the label map of asa-predict in float32.
 
-Preparation is not MONAI's: `asa.export.monai_runtime.PrepareScan` does what asa-prepare did to the training scans, and
-`WriteLabelMap` undoes it. Scans that are skull-stripped already: `--strip none`.
+Preprocessing is not MONAI's: `asa.export.monai_runtime.PrepareScan` prepares a scan as asa-prepare prepared the
+training scans, and `WriteLabelMap` undoes it. For scans that are skull-stripped already, give `--strip none`.
 
 ```
 {json.dumps(prepare, indent=2, sort_keys=True)}
 ```
 
 The network takes windows of {" x ".join(map(str, window))} voxels, `C D H W`: {", ".join(channels)}; inferior to
-superior, back to front, left to right. Its logits take {activation} {", ".join(_outputs(facts).values())}.
+superior, back to front, left to right. Its logits need {activation} {", ".join(_outputs(facts).values())}.
 
 | value | label |
 |---|---|
 {rows}
 
-`configs/asa.json` says what else is known of the training scans. Not a medical device.
+`configs/asa.json` holds further metadata of the training scans. Not a medical device.
 """
 
 
 LICENSE = """The files in configs/ and docs/, and the package asa that they call, are under the Apache License,
 Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
 
-The weights in models/ belong to whoever trained them. No licence for them is stated here: state one before you hand
-this bundle on.
+The weights in models/ belong to whoever trained them. No licence is stated for them here: state one before you
+distribute this bundle.
 """

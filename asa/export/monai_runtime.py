@@ -1,8 +1,8 @@
-"""What the configuration of an exported MONAI bundle calls: MONAI's parser makes these by their names.
+"""Transforms and the evaluator that the configuration of an exported MONAI bundle names.
 
-A scan goes through the same preparation, and its result the same way back, as in `asa-predict`; MONAI's own transforms
-have neither the foreground's percentiles nor the smoothing before resampling. Letters: image `C D H W`, K classes or R
-regions.
+Class names and keywords are part of the bundle format: bundles that were exported before refer to them. Scans are
+prepared, and results brought back to each scan's grid, as in `asa-predict`: MONAI's own transforms have neither
+percentiles of the foreground nor smoothing before resampling. Letters: image `C D H W`, K classes or R regions.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 
 from asa.data.io.files import read_json
 from asa.data.io.nifti import write_label
-from asa.inference.preprocessing import Intake
-from asa.inference.segmentation import label_map, shares_of
+from asa.inference.label_maps import native_label_map, probabilities_of
+from asa.inference.preprocessing import ScanPreprocessor
 
 
 class PrepareScan(Transform):
     """Read a scan and bring it to the grid and the intensities of the training scans.
 
     Args:
-        facts: JSON file of what the checkpoint says of its training scans.
-        strip: how raw scans are skull-stripped, as in `PrepareSettings`; None: as the training scans were.
+        facts: JSON file with the checkpoint's metadata of its training scans.
+        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
 
     Raises:
-        ValueError: the training scans were stripped by a command, and `strip` is None.
+        ValueError: the training scans were skull-stripped by a command, and `strip` is None.
     """
 
     def __init__(self, facts: str | Path, strip: str | None = None) -> None:
-        self.intake = Intake(str(facts), read_json(facts), strip)
+        self.preprocessor = ScanPreprocessor(str(facts), read_json(facts), strip)
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Add "image" `(C, D, H, W)` float32, "chain" and "like" to an item with "images": channel -> file."""
-        case, like = self.intake.prepared(data["images"])
+        case, like = self.preprocessor.prepare(data["images"])
         return {**data, "image": torch.from_numpy(case.image), "chain": case.chain, "like": like}
 
 
@@ -45,34 +45,34 @@ class WriteLabelMap(Transform):
     Args:
         facts: as for `PrepareScan`.
         output_dir: folder for `ID.nii.gz`.
-        probabilities: write the probability of each class or region too, into `probabilities/ID` of the folder.
+        probabilities: also write the probability of each class or region, to `probabilities/ID` in the folder.
     """
 
     def __init__(self, facts: str | Path, output_dir: str | Path, probabilities: bool = False) -> None:
-        found = read_json(facts)
-        self.labels = {int(value): name for value, name in found["labels"].items()}
-        self.regions: dict[str, list[int]] = found.get("regions", {})
+        metadata = read_json(facts)
+        self.labels = {int(value): name for value, name in metadata["labels"].items()}
+        self.regions: dict[str, list[int]] = metadata.get("regions", {})
         self.out, self.probabilities = Path(output_dir), probabilities
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Add "label" (x, y, z), in the axes of the scan's file, to an item with "pred" `(K or R, D, H, W)`."""
         id, like = data["id"], data["like"]
         folder = self.out / "probabilities" / id if self.probabilities else None
-        shares = shares_of(data["pred"].cpu().float(), self.regions)
-        label = label_map(shares, data["chain"], self.labels, self.regions, like, folder)
+        probabilities = probabilities_of(data["pred"].cpu().float(), self.regions)
+        label = native_label_map(probabilities, data["chain"], self.labels, self.regions, like, folder)
         write_label(self.out / f"{id}.nii.gz", label, like)
         return {**data, "label": label}
 
 
 class Evaluator:
-    """Segments the scans of a data set one by one, which have a size of their own each.
+    """Segments the scans of a dataset one by one, since their sizes differ.
 
     Args:
         dataset: items of `PrepareScan`.
         network: on its device, in evaluation mode.
         inferer: (batch `(1, C, D, H, W)`, network) -> logits `(1, K or R, D, H, W)`.
         postprocessing: of an item with "pred", the logits of "image".
-        device: of the network.
+        device: device of the network.
     """
 
     def __init__(
@@ -96,6 +96,6 @@ class Evaluator:
 
 
 def load_network(network: nn.Module, weights: str | Path, device: torch.device) -> nn.Module:
-    """The network with its weights (a state dict, nothing else is loaded), on a device, in evaluation mode."""
+    """The network with weights from a state dict (pickled code is not run), on a device, in evaluation mode."""
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return network.to(device).eval()

@@ -1,10 +1,8 @@
-"""Zero-shot asymmetry: how unlike its mirror image a scan is to a pretrained SA-Swin, and where.
+"""Zero-shot asymmetry: how much, and where, a pretrained SA-Swin finds a scan to differ from its mirror image.
 
 Letters: image `C D H W`.
 """
 
-import csv
-import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,30 +16,30 @@ from torch import Tensor
 
 from asa.data.io.files import write_whole
 from asa.data.io.nifti import Volume, write_image
+from asa.data.io.tables import csv_text
 from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
-from asa.inference.preprocessing import Intake
+from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.segmentation import PredictSettings
-from asa.models.sa_swin import SASwin
 from asa.ops.symmetry import flip
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
 
 TABLE = "asymmetry.csv"
-TOP = 0.01  # share of the head whose mean is the column `top`
+TOP = 0.01  # fraction of the head's voxels whose mean is the column `top`
 
 
 @dataclass(frozen=True)
 class AsymmetryRow:
-    """What the table says of a scan.
+    """A scan's row in the table.
 
     Args:
         id: of the scan.
-        score: (1 - cos) / 2 of the two sides as the symmetry head sees them, from 0.
-        mean: of the map inside the head.
-        top: mean of the highest hundredth of it there.
+        score: (1 - cosine similarity) / 2 of the two sides in the symmetry head.
+        mean: mean of the asymmetry map inside the head.
+        top: mean of its highest hundredth there.
         peak: its highest value there.
-        x, y, z: place of the peak, or of its mirror, in mm of the scan's own space.
+        x, y, z: position of the peak, or of its mirror image, in mm of the scan's own space.
     """
 
     id: str
@@ -55,12 +53,12 @@ class AsymmetryRow:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found in a prepared scan.
+class Asymmetry:
+    """Asymmetry of a prepared scan.
 
     Args:
-        score: (1 - cos) / 2 of the two sides as the symmetry head sees them.
-        map: `(D, H, W)`, 0 outside of the head.
+        score: (1 - cosine similarity) / 2 of the two sides in the symmetry head.
+        map: `(D, H, W)`, 0 outside the head.
         inside: bool `(D, H, W)`: the head and its mirror image.
     """
 
@@ -70,7 +68,7 @@ class Found:
 
     @property
     def mean(self) -> float:
-        """Of the map inside the head."""
+        """Mean of the map inside the head."""
         return float(self.map[self.inside].mean()) if self.inside.any() else 0.0
 
     @property
@@ -80,57 +78,63 @@ class Found:
         return float(values.topk(math.ceil(TOP * len(values))).values.mean()) if len(values) else 0.0
 
 
-class HealthyScans:
-    """What the asymmetry map shows in healthy scans, place by place: healthy brains are not symmetric.
+class HealthyReference:
+    """Voxelwise mean and standard deviation of the asymmetry maps of healthy scans, which are not symmetric either.
 
     Args:
-        found: of two healthy scans or more, on one grid.
+        scans: asymmetry of two or more healthy scans, on one grid.
 
     Raises:
-        ValueError: fewer scans, or of different sizes.
+        ValueError: fewer scans, or scans of different sizes.
     """
 
-    def __init__(self, found: Sequence[Found]) -> None:
-        if len(found) < 2:
-            raise ValueError(f"healthy: {len(found)} scans have no spread: give two or more, better dozens")
-        sizes = {tuple(one.map.shape) for one in found}
+    def __init__(self, scans: Sequence[Asymmetry]) -> None:
+        if len(scans) < 2:
+            raise ValueError(
+                f"healthy: {len(scans)} scans have no standard deviation: give two or more, preferably dozens"
+            )
+        sizes = {tuple(scan.map.shape) for scan in scans}
         if len(sizes) > 1:
             raise ValueError(
-                f"healthy: places are compared, and its scans have {len(sizes)} sizes: use prepare.crop=SIZE"
+                f"healthy: its scans are compared voxel by voxel and have {len(sizes)} sizes: use prepare.crop=SIZE"
             )
         (self.size,) = sizes
-        maps, inside = (torch.stack(part) for part in zip(*((one.map, one.inside) for one in found), strict=True))
+        maps, inside = (torch.stack(part) for part in zip(*((scan.map, scan.inside) for scan in scans), strict=True))
         count = inside.sum(dim=0)
-        self.known = count > 0
+        self.covered = count > 0
         self.mean = (maps * inside).sum(dim=0) / count.clamp(min=1)
-        spread = (((maps - self.mean).square() * inside).sum(dim=0) / count.clamp(min=1)).sqrt()
-        # Few scans cover the rim, and their spread there is small by chance.
-        self.spread = spread + spread[self.known].median()
+        sd = (((maps - self.mean).square() * inside).sum(dim=0) / count.clamp(min=1)).sqrt()
+        # Few scans cover the rim of the head, where the standard deviation may be small by chance.
+        self.sd = sd + sd[self.covered].median()
 
-    def beyond(self, found: Found) -> Found:
-        """The map in spreads above the mean of the healthy: 0 where it is not above, or where none of them has a head.
+    def standardise(self, scan: Asymmetry) -> Asymmetry:
+        """The map in standard deviations above the healthy mean; 0 below the mean and outside every healthy head.
 
         Raises:
             ValueError: a scan of another size.
         """
-        if tuple(found.map.shape) != self.size:
-            size, known = ("x".join(map(str, shape)) for shape in (found.map.shape, self.size))
-            raise ValueError(f"a prepared scan of {size} voxels, and healthy scans of {known}: use prepare.crop=SIZE")
-        above = ((found.map - self.mean) / self.spread).clamp(min=0)
-        return replace(found, map=above * (self.known & found.inside))
+        if tuple(scan.map.shape) != self.size:
+            size, reference = ("x".join(map(str, shape)) for shape in (scan.map.shape, self.size))
+            raise ValueError(
+                f"a prepared scan of {size} voxels, and healthy scans of {reference}: use prepare.crop=SIZE"
+            )
+        above = ((scan.map - self.mean) / self.sd).clamp(min=0)
+        return replace(scan, map=above * (self.covered & scan.inside))
 
 
 class AsymmetryScorer:
-    """A pretrained SA-Swin that scores scans it was not trained for.
+    """A pretrained SA-Swin that scores the asymmetry of new scans without further training.
 
     Args:
         checkpoint: run folder, checkpoint folder or file of a pretraining with method=sa_swin.
         settings: device and precision; the whole volume is one window.
-        strip: how raw scans are skull-stripped, as in `PrepareSettings`; None: as the training scans were.
-        healthy: store of healthy scans, prepared as the training scans: maps are then in spreads above their mean.
+        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
+        healthy: store of healthy scans, prepared as the training scans: maps are then in standard deviations above
+            their mean.
+        plugins: packages of your own that the checkpoint's network may come from.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint, or not of a SA-Swin; healthy scans that do not fit it.
+        FileNotFoundError, ValueError: no checkpoint, or not of a SA-Swin; healthy scans that do not match it.
     """
 
     def __init__(
@@ -140,77 +144,73 @@ class AsymmetryScorer:
         *,
         strip: str | None = None,
         healthy: str | Path | None = None,
+        plugins: Sequence[str] = (),
     ) -> None:
-        model, description = read_model(checkpoint)
-        if not isinstance(model, SASwin):
+        model, description = read_model(checkpoint, plugins=plugins)
+        if not hasattr(model, "asymmetry"):
             raise ValueError(f"{checkpoint}: not a run of asa-pretrain method=sa_swin")
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
-        self.model = model.to(self.device)
-        self.intake = Intake(str(checkpoint), description["data"], strip)
-        if not (self.intake.settings.midway or self.intake.settings.register):
+        self.model: Any = model.to(self.device)
+        self.preprocessor = ScanPreprocessor(str(checkpoint), description["data"], strip)
+        if not (self.preprocessor.settings.midway or self.preprocessor.settings.register):
             warnings.warn(
                 f"{checkpoint}: its scans were prepared without prepare.midway=true: where the mid-sagittal plane is "
-                "not the middle of the volume, asymmetry is a matter of position",
+                "not the middle of the volume, the head's position counts as asymmetry",
                 stacklevel=2,
             )
 
-        self.healthy: HealthyScans | None = None
+        self.healthy: HealthyReference | None = None
         if healthy is not None:
             store = Store(healthy)
-            if store.channels != self.intake.channels or store.settings != self.intake.data["prepare"]:
-                raise ValueError(
-                    f"{store.path}: prepared in another way than the scans that {checkpoint} was trained on"
-                )
+            if store.channels != self.preprocessor.channels or store.settings != self.preprocessor.data["prepare"]:
+                raise ValueError(f"{store.path}: prepared in another way than the training scans of {checkpoint}")
             volumes = (np.array(store.image(record["id"]), dtype=np.float32) for record in store.records)
-            self.healthy = HealthyScans([self.compare(torch.from_numpy(volume)) for volume in volumes])
+            self.healthy = HealthyReference([self.measure(torch.from_numpy(volume)) for volume in volumes])
 
-    def compare(self, image: Tensor) -> Found:
-        """Score and map of a prepared volume `(C, D, H, W)`.
+    def measure(self, image: Tensor) -> Asymmetry:
+        """Asymmetry of a prepared volume `(C, D, H, W)`.
 
         Raises:
             ValueError: a size other than that of the healthy scans.
         """
         with torch.inference_mode(), autocast(self.device, self.precision):
-            score, unlike = self.model.asymmetry(image[None].to(self.device, torch.float32))
+            score, difference = self.model.asymmetry(image[None].to(self.device, torch.float32))
         inside = (image != 0).any(dim=0)
         inside = inside | flip(inside)
-        found = Found(float(score), unlike[0].cpu() * inside, inside)
-        return found if self.healthy is None else self.healthy.beyond(found)
+        scan = Asymmetry(float(score), difference[0].cpu() * inside, inside)
+        return scan if self.healthy is None else self.healthy.standardise(scan)
 
-    def score(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path) -> AsymmetryRow:
+    def score_prepared(
+        self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path
+    ) -> AsymmetryRow:
         """Score a prepared scan and write its map on the scan's own grid.
 
         Args:
             id: of the scan.
             image: `(C, D, H, W)`.
-            chain: how it was prepared.
-            like: the scan, for its geometry.
+            chain: its preprocessing steps.
+            like: the source scan, for its grid.
             out: the `.nii.gz` to write, float32.
         """
-        found = self.compare(torch.from_numpy(np.array(image, dtype=np.float32)))
-        write_image(out, to_native(found.map[None].numpy(), chain, order=1)[0], like.affine)
-        d, h, w = (int(place) for place in np.unravel_index(int(found.map.argmax()), found.map.shape))
+        scan = self.measure(torch.from_numpy(np.array(image, dtype=np.float32)))
+        write_image(out, to_native(scan.map[None].numpy(), chain, order=1)[0], like.affine)
+        d, h, w = (int(index) for index in np.unravel_index(int(scan.map.argmax()), scan.map.shape))
         x, y, z, _ = np.array(chain["stored_affine"]) @ (w, h, d, 1)
-        peak = float(found.map.max())
-        return AsymmetryRow(id, found.score, found.mean, found.top, peak, float(x), float(y), float(z))
+        peak = float(scan.map.max())
+        return AsymmetryRow(id, scan.score, scan.mean, scan.top, peak, float(x), float(y), float(z))
 
     def score_file(self, id: str, images: Mapping[str, str | Path | None], out: Path) -> AsymmetryRow:
-        """`score` of a raw scan, prepared as the training scans were.
+        """Score a raw scan, see `score_prepared`.
 
         Raises:
-            FileNotFoundError, ValueError: see `Intake.prepared`.
+            FileNotFoundError, ValueError: see `ScanPreprocessor.prepare`.
         """
-        case, like = self.intake.prepared(images)
-        return self.score(id, case.image, case.chain, like, out)
+        case, like = self.preprocessor.prepare(images)
+        return self.score_prepared(id, case.image, case.chain, like, out)
 
 
-def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Write dataclass rows as CSV, floats with six significant digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if rows:
-        writer.writerow(vars(rows[0]))
-    for row in rows:
-        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in vars(row).values()])
-    write_whole(path, text.getvalue().encode())
+def write_rows(path: Path, rows: Sequence[AsymmetryRow]) -> None:
+    """Write the table, floats with six significant digits."""
+    cells = [[f"{value:.6g}" if isinstance(value, float) else value for value in vars(row).values()] for row in rows]
+    write_whole(path, csv_text(list(vars(rows[0])), cells).encode() if rows else b"")

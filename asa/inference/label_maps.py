@@ -1,103 +1,155 @@
-"""From probabilities on a scan's own grid to its label map: of classes that compete, or of regions that are painted.
+"""From network outputs to label maps on a scan's own grid.
 
-Letters: K classes, background first, or R regions; volumes (x, y, z) as in the scan's file. Probabilities come one at
-a time, since a scan's grid may be large.
+Labels are either exclusive classes, compared by softmax, or nested regions, each with a sigmoid of its own.
+Letters: K classes (background first) or R regions; prepared volumes `D H W`; native volumes `(x, y, z)` as in the
+scan's file. Probabilities are resampled and compared one at a time, because a native grid may be large.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from asa.data.io.nifti import Volume, write_image
+from asa.data.preprocessing.pipeline import to_native
 from asa.ops.nested import paint, painting_order
 
-Shares = Iterable[np.ndarray]
+# Matches a label name that contains a side.
+SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
 
 
-def winning_labels(
-    shares: Shares,
+def probabilities_of(logits: Tensor, regions: Mapping[str, Sequence[int]]) -> Tensor:
+    """Probabilities `(K or R, D, H, W)` of logits: a sigmoid per region if there are regions, else a softmax."""
+    return logits.sigmoid() if regions else logits.softmax(dim=0)
+
+
+def native_label_map(
+    probabilities: Tensor,
+    chain: dict[str, Any],
     labels: Mapping[int, str],
     regions: Mapping[str, Sequence[int]],
     like: Volume,
     folder: Path | None = None,
 ) -> np.ndarray:
-    """Label values from probabilities on the scan's own grid.
+    """Resample the probabilities of a prepared scan to its own grid and choose the labels there.
 
     Args:
-        shares: of R regions, or of K - 1 classes, that of the background left out.
+        probabilities: `(K or R, D, H, W)` on the CPU.
+        chain: the preprocessing steps of the scan, to be undone.
         labels: label value -> name.
-        regions: name -> label values that it joins; {} where classes compete.
-        like: the scan.
-        folder: for each probability in a file of its own; None writes none.
+        regions: name -> label values that it joins; {} for exclusive classes.
+        like: the scan as it was read.
+        folder: where each probability is written to a file of its own; None writes none.
 
     Returns:
-        Label values, of the scan's shape.
+        Label values `(x, y, z)`.
+    """
+    channels = (probabilities if regions else probabilities[1:]).numpy()
+    native = (to_native(channel[None], chain, order=1)[0] for channel in channels)
+    return labels_from_probabilities(native, labels, regions, like, folder)
+
+
+def labels_from_probabilities(
+    probabilities: Iterable[np.ndarray],
+    labels: Mapping[int, str],
+    regions: Mapping[str, Sequence[int]],
+    like: Volume,
+    folder: Path | None = None,
+) -> np.ndarray:
+    """Choose the label of each voxel from probabilities on the scan's own grid.
+
+    Args:
+        probabilities: `(x, y, z)` of each of R regions, or of the K - 1 classes without the background.
+        labels, regions, like, folder: as for `native_label_map`.
+
+    Returns:
+        Label values `(x, y, z)`: the class of highest probability, or the innermost region above one half.
     """
     if regions:
-        return _paint_regions(shares, regions, like, folder)
-    return _compare_classes(shares, labels, like, folder)
+        written = _written(probabilities, probability_files(list(regions)), like, folder)
+        return paint((torch.from_numpy(one) for one in written), painting_order(regions)).numpy()
+    return _most_probable(probabilities, labels, like, folder)
 
 
-def _compare_classes(shares: Shares, labels: Mapping[int, str], like: Volume, folder: Path | None) -> np.ndarray:
-    """The class of the largest probability at each voxel.
-
-    What no class claims is background, so the probabilities sum to 1 everywhere.
-    """
-    values = sorted(labels)
-    files = share_files(["background", *(labels[value] for value in values)])
-    rest = np.ones(like.data.shape, np.float32)
-    best, winner = np.zeros_like(rest), np.zeros(like.data.shape, np.uint8)
-    for index, share in enumerate(_written(shares, files[1:], like, folder), start=1):
-        rest -= share
-        better = share > best
-        best[better], winner[better] = share[better], index
-    rest = rest.clip(min=0)
-    winner[rest >= best] = 0
-    if folder is not None:
-        write_image(folder / files[0], rest, like.affine)
-    return np.array([0, *values])[winner]
-
-
-def _paint_regions(
-    shares: Shares, regions: Mapping[str, Sequence[int]], like: Volume, folder: Path | None
+def _most_probable(
+    probabilities: Iterable[np.ndarray], labels: Mapping[int, str], like: Volume, folder: Path | None
 ) -> np.ndarray:
-    """The label of the innermost region that claims a voxel with more than one half, see `asa.ops.nested`."""
-    written = _written(shares, share_files(list(regions)), like, folder)
-    return paint((torch.from_numpy(share) for share in written), painting_order(regions)).numpy()
+    """The class of highest probability; the background has what the other classes leave, so that all sum to 1."""
+    values = sorted(labels)
+    files = probability_files(["background", *(labels[value] for value in values)])
+    background = np.ones(like.data.shape, np.float32)
+    highest, index = np.zeros_like(background), np.zeros(like.data.shape, np.uint8)
+    for k, probability in enumerate(_written(probabilities, files[1:], like, folder), start=1):
+        background -= probability
+        higher = probability > highest
+        highest[higher], index[higher] = probability[higher], k
+    background = background.clip(min=0)
+    index[background >= highest] = 0
+    if folder is not None:
+        write_image(folder / files[0], background, like.affine)
+    return np.array([0, *values])[index]
 
 
-def _written(shares: Shares, files: Sequence[str], like: Volume, folder: Path | None) -> Iterator[np.ndarray]:
-    """Hand the probabilities on, each written if there is a folder."""
-    for share, file in zip(shares, files, strict=True):
+def _written(
+    probabilities: Iterable[np.ndarray], files: Sequence[str], like: Volume, folder: Path | None
+) -> Iterator[np.ndarray]:
+    """Pass the probabilities on, after writing each to its file if there is a folder."""
+    for probability, file in zip(probabilities, files, strict=True):
         if folder is not None:
-            write_image(folder / file, share, like.affine)
-        yield share
+            write_image(folder / file, probability, like.affine)
+        yield probability
 
 
-def share_files(names: Sequence[str]) -> list[str]:
+def probability_files(names: Sequence[str]) -> list[str]:
     """A file name for each class or region.
 
     Raises:
-        ValueError: two would share one.
+        ValueError: two names give the same file.
     """
     files = [re.sub(r"[^\w.-]+", "_", name) + ".nii.gz" for name in names]
     for index, file in enumerate(files):
         if file in files[:index]:
-            raise ValueError(f"the classes {names[files.index(file)]!r} and {names[index]!r} would share {file}")
+            raise ValueError(
+                f"the classes {names[files.index(file)]!r} and {names[index]!r} would both be written to {file}: "
+                "rename one of them"
+            )
     return files
 
 
-def mirrored_classes(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) -> list[int]:
-    """For each class, background first, the one whose place it takes in a mirror.
+# ---- left and right ----
+
+
+def check_lateral_pairs(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) -> None:
+    """Check that every label whose name contains a side has a partner.
 
     Args:
         labels: label value -> name.
-        pairs: names of labels that change places, `[left, right]`.
+        pairs: `[left, right]` names of labels that are exchanged by mirroring.
+
+    Raises:
+        ValueError: a label without a partner.
     """
-    index = {labels[value]: place for place, value in enumerate(sorted(labels), start=1)}
+    paired = {name for pair in pairs for name in pair}
+    for name in labels.values():
+        if SIDE.search(name) and name not in paired:
+            raise ValueError(
+                f"mirror=true: the name of the label {name!r} contains a side, but the checkpoint lists no partner for "
+                "it: give mirror=false, or fine-tune with data.lateral_pairs"
+            )
+
+
+def mirrored_classes(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) -> list[int]:
+    """For each class, background first, the index of the class that replaces it in the mirror image.
+
+    Args:
+        labels: label value -> name.
+        pairs: `[left, right]` names of labels that are exchanged by mirroring.
+    """
+    index = {labels[value]: k for k, value in enumerate(sorted(labels), start=1)}
     classes = list(range(len(labels) + 1))
     for left, right in pairs:
         classes[index[left]], classes[index[right]] = index[right], index[left]
@@ -107,22 +159,22 @@ def mirrored_classes(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) 
 def mirrored_regions(
     regions: Mapping[str, Sequence[int]], labels: Mapping[int, str], pairs: Sequence[Sequence[str]]
 ) -> list[int]:
-    """For each region, the one whose place it takes in a mirror: that which joins the labels of the other side.
+    """For each region, the index of the region that replaces it in the mirror image.
 
     Args:
         regions: name -> label values that it joins.
         labels, pairs: as for `mirrored_classes`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no region joins the labels of the other side.
     """
     values = [0, *sorted(labels)]
-    partner = {value: values[place] for value, place in zip(values, mirrored_classes(labels, pairs), strict=True)}
+    partner = {value: values[k] for value, k in zip(values, mirrored_classes(labels, pairs), strict=True)}
     sets = [set(joined) for joined in regions.values()]
-    places = []
+    indices = []
     for name, joined in regions.items():
         mirrored = {partner[value] for value in joined}
         if mirrored not in sets:
             raise ValueError(f"the region {name!r} has no partner that joins the labels of the other side: declare one")
-        places.append(sets.index(mirrored))
-    return places
+        indices.append(sets.index(mirrored))
+    return indices

@@ -1,4 +1,4 @@
-"""How scans come to a trained network: brought to the grid and the intensities of its training scans."""
+"""Preprocessing of new scans: to the grid and the intensities of the network's training scans."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,17 @@ from asa.data.io.nifti import Volume, read_image, spacing_of, to_ras
 from asa.data.preprocessing.pipeline import PreparedCase, prepare_case
 from asa.data.preprocessing.steps import PrepareSettings
 
-SPACING_TOLERANCE = 0.1  # relative; a scan whose voxels are further from those of the training scans is resampled
+SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 
 
-def learnt_from(lateral_pairs: Sequence[Sequence[str]], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a checkpoint says of its training scans that prediction rests on.
+def training_scan_metadata(
+    lateral_pairs: Sequence[Sequence[str]], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Metadata of the training scans that a checkpoint keeps for prediction.
 
     Args:
-        lateral_pairs: names of labels that change places in a mirror, `[left, right]`.
-        records: the store's, of the training scans.
+        lateral_pairs: `[left, right]` names of labels that are exchanged by mirroring.
+        records: of the training scans in the store.
 
     Returns:
         "lateral_pairs", and "spacing": the smallest and the largest voxel size in mm along D, H, W.
@@ -37,81 +39,94 @@ def _spacing(affine: np.ndarray) -> np.ndarray:
     return spacing_of(affine)[::-1]
 
 
-class Intake:
-    """Prepares scans as a checkpoint says that its training scans were.
+class ScanPreprocessor:
+    """Preprocesses new scans with the settings that a checkpoint records for its training scans.
 
     Args:
-        path: names the checkpoint.
-        data: what it says of its training scans.
-        strip: how raw scans are skull-stripped, as in `PrepareSettings`; None: as the training scans were.
+        path: of the checkpoint, for messages.
+        data: the checkpoint's metadata of its training scans.
+        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
 
     Raises:
-        ValueError: its scans were stripped by a command.
+        ValueError: the training scans were skull-stripped by a command, and `strip` is None.
     """
 
     def __init__(self, path: str, data: Mapping[str, Any], strip: str | None) -> None:
         self.data = data
         self.channels: list[str] = data["channels"]
-        prepare = PrepareSettings(**data["prepare"])
-        if strip is None and "{mask}" in prepare.strip:  # a checkpoint often comes from somebody else
+        settings = PrepareSettings(**data["prepare"])
+        if strip is None and "{mask}" in settings.strip:  # the checkpoint may come from an untrusted source
             raise ValueError(
-                f"{path}: its scans were stripped by a command, and a checkpoint may not start one "
-                f"({prepare.strip}): give strip= the command, or none for scans that are stripped"
+                f"{path}: its training scans were skull-stripped by a command, and a checkpoint may not run commands "
+                f"({settings.strip}): give strip= the command, or strip=none for scans that are stripped already"
             )
-        self.settings = prepare if strip is None else replace(prepare, strip=strip)
+        self.settings = settings if strip is None else replace(settings, strip=strip)
 
-    def prepared(self, images: Mapping[str, str | Path | None]) -> tuple[PreparedCase, Volume]:
-        """A raw scan as `asa-prepare` would have brought it in, and its first channel as it was read.
+    def prepare(self, images: Mapping[str, str | Path | None]) -> tuple[PreparedCase, Volume]:
+        """Prepare a raw scan as `asa-prepare` does.
 
         Args:
             images: file of each channel.
 
+        Returns:
+            The prepared scan, and its first channel as it was read.
+
         Raises:
-            FileNotFoundError, ValueError: unreadable files, channels that are missing or that the network does not
-                know, or voxels unlike those of the training scans and no way to resample to them.
+            FileNotFoundError, ValueError: unreadable files; missing or unknown channels; or a voxel size that differs
+                from the training scans' and cannot be resampled to it.
         """
         self.check_channels(images)
         volumes: dict[str, Volume | None] = {}
         for channel in self.channels:
             path = images[channel]
             if path is None:
-                raise ValueError(f"no file of the channel {channel}, which this model needs")
+                raise ValueError(f"no file for the channel {channel}, which this model needs")
             volumes[channel] = read_image(path)
         like = volumes[self.channels[0]]
         assert like is not None
-        return prepare_case(volumes, None, {}, self._preparation(like)), like
+        return prepare_case(volumes, None, {}, self._settings_for(like)), like
 
     def check_channels(self, channels: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless these are the channels that the network takes."""
+        """Check that these are the channels that the network takes.
+
+        Raises:
+            ValueError: missing or unknown channels.
+        """
         if sorted(channels) != sorted(self.channels):
             raise ValueError(f"this model takes the channels {', '.join(self.channels)}, got {', '.join(channels)}")
 
     def check_stored(self, chain: Mapping[str, Any]) -> None:
-        """Raise a ValueError for a scan of a store whose voxels are unlike those of the training scans."""
-        if not self._knows(size := _spacing(np.array(chain["stored_affine"]))):
-            raise ValueError(f"{self._unlike(size)}: predict the raw scan, which is resampled if that can be done")
+        """Check the voxel size of a scan in a store, which is not resampled.
 
-    def _preparation(self, scan: Volume) -> PrepareSettings:
-        """How to prepare a raw scan: as the training scans, resampled where it has other voxels than they had."""
+        Raises:
+            ValueError: it differs from that of the training scans.
+        """
+        if not self._matches(size := _spacing(np.array(chain["stored_affine"]))):
+            raise ValueError(f"{self._mismatch(size)}: predict the raw scan instead, which is resampled where possible")
+
+    def _settings_for(self, scan: Volume) -> PrepareSettings:
+        """The training scans' settings, with resampling added where a raw scan has another voxel size."""
         settings = self.settings
         size = _spacing(to_ras(scan.data, scan.affine)[1])
-        if settings.spacing is not None or settings.register or self._knows(size):
+        if settings.spacing is not None or settings.register or self._matches(size):
             return settings
         low, high = np.array(self.data["spacing"])
         if high.max() > (1 + SPACING_TOLERANCE) * low.min():
-            raise ValueError(f"{self._unlike(size)}: resample the scan to that, or train with prepare.spacing")
+            raise ValueError(f"{self._mismatch(size)}: resample the scan to that, or train with prepare.spacing")
         spacing = round(float((low.mean() + high.mean()) / 2), 4)
-        warnings.warn(f"{self._unlike(size)}: resampled to {spacing:g} mm, and the result back", stacklevel=4)
+        warnings.warn(
+            f"{self._mismatch(size)}: resampled to {spacing:g} mm, and the result back to the scan's grid", stacklevel=4
+        )
         return replace(settings, spacing=spacing)
 
-    def _knows(self, size: np.ndarray) -> bool:
-        """Whether voxels of this size (D, H, W) are like those of the training scans, as far as those are known."""
+    def _matches(self, size: np.ndarray) -> bool:
+        """Whether a voxel size (D, H, W) is that of the training scans, within the tolerance."""
         if "spacing" not in self.data:  # an older checkpoint
             return True
         low, high = np.array(self.data["spacing"])
         return bool((size > (1 - SPACING_TOLERANCE) * low).all() and (size < (1 + SPACING_TOLERANCE) * high).all())
 
-    def _unlike(self, size: np.ndarray) -> str:
+    def _mismatch(self, size: np.ndarray) -> str:
         low, high = (" x ".join(f"{length:.3g}" for length in edge) for edge in self.data["spacing"])
         trained = low if low == high else f"{low} to {high}"
         shown = " x ".join(f"{length:.3g}" for length in size)

@@ -1,4 +1,4 @@
-"""Restoration of whole images, in tiles where they are large.
+"""Restoration of whole images, in tiles if they are large.
 
 Letters: image `C H W` in [0, 1], label map `H W`, upscaling factor s.
 """
@@ -17,7 +17,7 @@ from asa.inference.segmentation import PredictSettings
 from asa.models.rat import RegionAttentionTransformer
 from asa.training.device import autocast, pick_precision
 
-HALO = 32  # pixels around a tile whose result is not used
+HALO = 32  # pixels of context around a tile, whose output is discarded
 
 Box = tuple[slice, slice]
 
@@ -25,23 +25,23 @@ Box = tuple[slice, slice]
 def restore_image(
     model: RegionAttentionTransformer, image: Tensor, regions: Tensor, settings: PredictSettings, *, tile: int = 1024
 ) -> Tensor:
-    """Restore an image of any size, in tiles where it is larger than one.
+    """Restore an image of any size, in tiles if it is larger than one tile.
 
-    Around a tile lies context: a halo, and every region that meets the tile and is itself no larger than one. Such a
-    region is attended to as a whole; larger ones are cut at the edge of the context.
+    The context of a tile is a halo and every region that overlaps the tile and is no larger than a tile. These regions
+    are attended to as a whole; larger ones are cut at the edge of the context.
 
     Args:
         model: the network.
         image: `(C, H, W)`.
         regions: label map `(H, W)`.
-        settings: precision; its device is the model's.
+        settings: precision; the device is that of the model.
         tile: edge of a tile in pixels.
 
     Returns:
-        `(C, s*H, s*W)` float32 on the CPU, not cut off to [0, 1].
+        `(C, s*H, s*W)` float32 on the CPU, not clipped to [0, 1].
 
     Raises:
-        ValueError: an image, a label map or a tile that does not fit.
+        ValueError: an image and a label map that do not match, or a tile below one pixel.
     """
     if tile < 1:
         raise ValueError(f"tile={tile}: give 1 or more pixels")
@@ -50,17 +50,17 @@ def restore_image(
     out = torch.empty(len(image), s * image.shape[1], s * image.shape[2])
     with torch.inference_mode(), autocast(device, pick_precision(settings.precision, device)):
         for core, context in tiles(regions.numpy(), tile, model.multiple):
-            near = (image[:, *context][None].to(device), regions[context][None].to(device))
-            found = model(*near)[0].float().cpu()
+            inputs = (image[:, *context][None].to(device), regions[context][None].to(device))
+            restored = model(*inputs)[0].float().cpu()
             inner = (slice(s * (c.start - x.start), s * (c.stop - x.start)) for c, x in zip(core, context, strict=True))
-            out[:, *(slice(s * c.start, s * c.stop) for c in core)] = found[:, *inner]
+            out[:, *(slice(s * c.start, s * c.stop) for c in core)] = restored[:, *inner]
     return out
 
 
 def tiles(regions: np.ndarray, tile: int, multiple: int = 1) -> Iterator[tuple[Box, Box]]:
-    """Tiles that cover a label map `(H, W)` once, each with the box of its context. An image that fits is one tile.
+    """Tiles that cover a label map `(H, W)` once, each with the box of its context. A small image is one tile.
 
-    A context begins at a multiple of `multiple` pixels, so that windows lie where they lie in the whole image.
+    A context starts at a multiple of `multiple` pixels, so that its windows coincide with those of the whole image.
     """
     h, w = regions.shape
     if max(h, w) <= tile:

@@ -1,10 +1,9 @@
-"""Segmentation of whole volumes, back in the scan's own space.
+"""Segmentation of whole volumes by sliding windows, ensembles and mirroring.
 
-Letters: image `C D H W`, K classes, or R regions, whose sigmoids stand where the softmax of classes does.
+Letters: prepared volume `C D H W`; K classes (one softmax) or R regions (a sigmoid each).
 """
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,30 +13,31 @@ from typing import Any
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from asa.data.io.nifti import Volume, write_label
-from asa.data.preprocessing.pipeline import to_native
-from asa.inference.label_maps import mirrored_classes, mirrored_regions, winning_labels
-from asa.inference.preprocessing import Intake
-from asa.models.segmenting import SegmentationNetwork
+from asa.inference.label_maps import (
+    check_lateral_pairs,
+    mirrored_classes,
+    mirrored_regions,
+    native_label_map,
+    probabilities_of,
+)
+from asa.inference.preprocessing import ScanPreprocessor
 from asa.ops.symmetry import flip
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
 
-# A label name that has a side.
-SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
-
 
 @dataclass
 class PredictSettings:
-    """How a volume is covered by windows."""
+    """How a volume is covered by windows, and the device and precision of the network."""
 
     overlap: float = 0.5
-    "share of a window that the next one covers again"
+    "overlap of neighbouring windows, as a fraction of the window"
     batch_size: int = 1
-    "windows at a time"
+    "windows per forward pass"
     device: str = "auto"
     "auto (a GPU if there is one), cpu, cuda, ..."
     precision: str = "auto"
@@ -45,90 +45,102 @@ class PredictSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
-            raise ValueError(f"predict.overlap={self.overlap}: a share lies between 0 and below 1")
+            raise ValueError(f"predict.overlap={self.overlap}: a fraction must be in [0, 1)")
         if self.batch_size < 1:
             raise ValueError(f"predict.batch_size={self.batch_size}: give 1 or more")
         pick_precision(self.precision, pick_device(self.device))
 
 
+def window_size(model: nn.Module) -> tuple[int, int, int]:
+    """Window (D, H, W) of a network in voxels: the volume size of its encoder.
+
+    Raises:
+        ValueError: the network has no `encoder.img_size`.
+    """
+    size = getattr(getattr(model, "encoder", None), "img_size", None)
+    if size is None:
+        raise ValueError(f"{type(model).__name__} has no encoder.img_size, the size of the windows to predict")
+    d, h, w = size
+    return d, h, w
+
+
 def sliding_window(
-    model: SegmentationNetwork,
+    model: nn.Module,
     image: Tensor,
     settings: PredictSettings,
     *,
     tick: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Class logits of a volume of any size, from overlapping windows with Gaussian weights.
+    """Logits of a volume of any size, from overlapping windows with Gaussian weights.
 
-    Where the GPU has no room for the whole volume, the windows are computed there and put together on the CPU.
+    If the whole volume does not fit into GPU memory, windows are computed on the GPU and stitched on the CPU.
 
     Args:
-        model: the network; its window is the encoder's volume size.
+        model: the segmentation network; its window is `encoder.img_size`.
         image: `(C, D, H, W)`.
-        settings: overlap, windows at a time, precision.
-        tick: is called with the number of windows that were done.
+        settings: overlap, batch size and precision.
+        tick: called with the number of windows that were computed.
 
     Returns:
-        `(K, D, H, W)` float32, on the model's device or on the CPU.
+        `(K or R, D, H, W)` float32, on the model's device or on the CPU.
 
     Raises:
-        ValueError: the GPU has no room for one batch of windows.
+        ValueError: one batch of windows does not fit into GPU memory.
     """
     try:
         return _stitched(model, image, settings, tick, next(model.parameters()).device)
     except torch.OutOfMemoryError:
-        pass  # and out of this block, whose traceback holds on to the memory
-    warnings.warn("out of GPU memory: windows are put together on the CPU, which is slower", stacklevel=2)
+        pass  # leave this block first: its traceback keeps the memory allocated
+    warnings.warn("out of GPU memory: windows are stitched on the CPU, which is slower", stacklevel=2)
     try:
         return _stitched(model, image, settings, tick, torch.device("cpu"))
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"the GPU has no room for {settings.batch_size} windows of {model.encoder.img_size} voxels: "
-            "lower predict.batch_size, or predict.device=cpu"
+            f"{settings.batch_size} windows of {window_size(model)} voxels do not fit into GPU memory: "
+            "lower predict.batch_size, or give predict.device=cpu"
         ) from error
 
 
 def _stitched(
-    model: SegmentationNetwork,
+    model: nn.Module,
     image: Tensor,
     settings: PredictSettings,
     tick: Callable[[int], Any] | None,
-    place: torch.device,
+    stitch_device: torch.device,
 ) -> Tensor:
-    """Logits `(K, D, H, W)` of a volume, its windows put together at `place`.
+    """Logits `(K or R, D, H, W)` of a volume, stitched on a device of choice.
 
-    For a network that looks at the mirror image, this lies beside the volume in further channels: a window of it is the
-    box at the mirrored place, flipped.
+    For a network that cross-attends to the mirror image, the flipped volume is appended as further channels: a window
+    then holds the flipped box at the mirrored position too.
     """
     device = next(model.parameters()).device
-    mirrored = getattr(model, "mirrored", False)  # any network with an encoder's window may be asked
-    image = torch.cat([image, flip(image)]) if mirrored else image
+    mirrored = getattr(model, "mirrored", False)
+    image = torch.cat([image, flip(image)]) if mirrored else image  # C or 2C, D H W
 
-    def counted(windows: Tensor) -> Tensor:
-        here, *across = windows.chunk(2, dim=1) if mirrored else (windows,)
-        logits = model(here, mirrored=across[0]) if mirrored else model(here)
-        assert isinstance(logits, Tensor)
+    def predict(windows: Tensor) -> Tensor:
+        volume, *mirror = windows.chunk(2, dim=1) if mirrored else (windows,)
+        logits: Tensor = model(volume, mirrored=mirror[0]) if mirrored else model(volume)
         if tick is not None:
             tick(len(windows))
         return logits
 
     with torch.inference_mode(), autocast(device, pick_precision(settings.precision, device)):
         logits = sliding_window_inference(
-            image[None].to(place, torch.float32),
-            roi_size=model.encoder.img_size,
+            image[None].to(stitch_device, torch.float32),
+            roi_size=window_size(model),
             sw_batch_size=settings.batch_size,
-            predictor=counted,
+            predictor=predict,
             overlap=settings.overlap,
             mode="gaussian",
             sw_device=device,
-            device=place,
+            device=stitch_device,
         )
     assert isinstance(logits, Tensor)
     return logits[0].float()
 
 
 def count_windows(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
-    """Windows of `sliding_window` on a volume of `size` voxels (D, H, W)."""
+    """Number of windows of `sliding_window` on a volume of `size` voxels (D, H, W)."""
     count = 1
     for length, edge in zip(size, window, strict=True):
         step = max(int(edge * (1 - overlap)), 1)
@@ -137,23 +149,24 @@ def count_windows(size: Sequence[int], window: Sequence[int], overlap: float) ->
 
 
 class Segmenter:
-    """A trained segmentation network, or several as an ensemble, with what they were trained on.
+    """A trained segmentation network, or an ensemble of several.
 
-    The probabilities, of classes or of regions that may lie inside each other, are means over the networks and, with
-    `mirror`, over the scan and its mirror image, whose result is mirrored back with the sides of lateral pairs
-    exchanged.
+    Probabilities are averaged over the networks and, with `mirror`, over the scan and its mirror image, whose result is
+    flipped back with left and right labels exchanged.
 
     Args:
         checkpoints: run folder, checkpoint folder or file of `asa-finetune`, or several that agree in channels,
-            labels and preparation.
-        settings: how volumes are covered.
-        mirror: average with the mirror image, left and right.
-        strip: how raw scans are skull-stripped, as in `PrepareSettings`; None: as the training scans were.
-        progress: show a bar of windows.
+            labels, regions, preprocessing and lateral pairs.
+        settings: windows, device and precision.
+        mirror: average with the prediction of the mirror image.
+        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
+        progress: show a progress bar of windows.
+        plugins: packages of your own that the checkpoint's network may come from.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint, one that segments nothing, or whose scans were stripped by a
-            command; checkpoints that do not agree; `mirror` and a label or region with a side but no partner.
+        FileNotFoundError, ValueError: no checkpoint, or not of a segmentation network; checkpoints that do not agree;
+            training scans that were skull-stripped by a command, and no `strip`; `mirror` with a left or right label or
+            region that has no partner.
     """
 
     def __init__(
@@ -164,40 +177,41 @@ class Segmenter:
         mirror: bool = False,
         strip: str | None = None,
         progress: bool = False,
+        plugins: Sequence[str] = (),
     ) -> None:
         paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
         if not paths:
             raise ValueError("checkpoint=[]: give at least one")
         self.settings, self.mirror, self.progress = settings, mirror, progress
-        self.models: list[SegmentationNetwork] = []
-        described = []
+        self.models: list[nn.Module] = []
+        metadata: list[dict[str, Any]] = []
         for path in paths:
-            model, description = read_model(path)
+            model, description = read_model(path, plugins=plugins)
             if "labels" not in description["data"]:
                 raise ValueError(f"{path}: not a segmentation model: give a run of asa-finetune")
-            assert isinstance(model, SegmentationNetwork)
+            window_size(model)  # fails here and not at the first scan
             self.models.append(model.to(pick_device(settings.device)))
-            described.append(description["data"])
-        self.data: dict[str, Any] = described[0]
-        for path, other in zip(paths[1:], described[1:], strict=True):
+            metadata.append(description["data"])
+        self.data = metadata[0]
+        for path, other in zip(paths[1:], metadata[1:], strict=True):
             _check_agreement(str(paths[0]), self.data, str(path), other)
         self.labels: dict[int, str] = {int(value): name for value, name in self.data["labels"].items()}
         self.regions: dict[str, list[int]] = dict(self.data.get("regions", []))
-        self.mirrored_channels: list[int] = []
-        if mirror:
-            self._check_sides()
-            pairs = self.data.get("lateral_pairs", [])
-            self.mirrored_channels = (
-                mirrored_regions(self.regions, self.labels, pairs)
-                if self.regions
-                else mirrored_classes(self.labels, pairs)
-            )
-        self.intake = Intake(str(paths[0]), self.data, strip)
+        self.mirrored_channels = self._mirrored_channels() if mirror else []
+        self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip)
+
+    def _mirrored_channels(self) -> list[int]:
+        """For each output channel, the one that replaces it in the mirror image."""
+        pairs = self.data.get("lateral_pairs", [])
+        check_lateral_pairs(self.labels, pairs)
+        if self.regions:
+            return mirrored_regions(self.regions, self.labels, pairs)
+        return mirrored_classes(self.labels, pairs)
 
     def segment_file(
         self, images: Mapping[str, str | Path | None], out: Path, *, probabilities: Path | None = None
     ) -> None:
-        """Segment a raw scan as `asa-prepare` would have brought it in, and write the label map in its own space.
+        """Segment a raw scan and write the label map on the scan's own grid.
 
         Args:
             images: file of each channel.
@@ -205,91 +219,53 @@ class Segmenter:
             probabilities: folder for the probabilities of classes or regions; None writes none.
 
         Raises:
-            FileNotFoundError, ValueError: unreadable files, channels that are missing or that the network does not
-                know, or voxels unlike those of the training scans and no way to resample to them.
+            FileNotFoundError, ValueError: see `ScanPreprocessor.prepare`.
         """
-        case, like = self.intake.prepared(images)
+        case, like = self.preprocessor.prepare(images)
         self._write(case.image, case.chain, like, out, probabilities)
 
     def segment_prepared(
         self, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path, *, probabilities: Path | None = None
     ) -> None:
-        """Segment a volume of a store that was prepared as the training scans, and write as `segment_file` does.
+        """Segment a prepared volume of a store, and write as `segment_file` does.
 
         Args:
             image: `(C, D, H, W)` as stored.
-            chain: how it was prepared.
-            like: the source scan, for its header.
+            chain: its preprocessing steps.
+            like: the source scan, for its grid and header.
             out: the `.nii.gz` to write.
             probabilities: folder for the probabilities of classes or regions; None writes none.
 
         Raises:
-            ValueError: voxels unlike those of the training scans.
+            ValueError: the voxel size differs from that of the training scans.
         """
-        self.intake.check_stored(chain)
+        self.preprocessor.check_stored(chain)
         self._write(np.asarray(image, dtype=np.float32), chain, like, out, probabilities)
+
+    def _write(self, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path, folder: Path | None) -> None:
+        probabilities = self.probabilities(torch.from_numpy(np.ascontiguousarray(image)))
+        write_label(out, native_label_map(probabilities, chain, self.labels, self.regions, like, folder), like)
 
     def probabilities(self, image: Tensor) -> Tensor:
         """Probabilities of a prepared volume: `(C, D, H, W)` -> `(K or R, D, H, W)` float32 on the CPU."""
         views = (False, True) if self.mirror else (False,)
-        windows = sum(count_windows(image.shape[1:], m.encoder.img_size, self.settings.overlap) for m in self.models)
+        windows = sum(count_windows(image.shape[1:], window_size(m), self.settings.overlap) for m in self.models)
         total = torch.zeros(())
         with tqdm(total=windows * len(views), unit="window", leave=False, disable=not self.progress) as bar:
             for model in self.models:
                 for mirrored in views:
-                    view = image.flip(-1) if mirrored else image
+                    view = flip(image) if mirrored else image
                     logits = sliding_window(model, view, self.settings, tick=bar.update).cpu()
-                    shares = shares_of(logits, self.regions)
-                    total = total + (shares.flip(-1)[self.mirrored_channels] if mirrored else shares)
+                    found = probabilities_of(logits, self.regions)
+                    total = total + (flip(found)[self.mirrored_channels] if mirrored else found)
         return total / (len(self.models) * len(views))
-
-    def _write(
-        self, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path, probabilities: Path | None
-    ) -> None:
-        """The label map on the scan's own grid, and each probability if asked, in a file of its own."""
-        shares = self.probabilities(torch.from_numpy(np.ascontiguousarray(image)))
-        write_label(out, label_map(shares, chain, self.labels, self.regions, like, probabilities), like)
-
-    def _check_sides(self) -> None:
-        paired = {name for pair in self.data.get("lateral_pairs", []) for name in pair}
-        for name in self.labels.values():
-            if SIDE.search(name) and name not in paired:
-                raise ValueError(
-                    f"mirror=true: the label {name!r} has a side, and the checkpoint names no partner: "
-                    "mirror=false, or fine-tune with data.lateral_pairs"
-                )
-
-
-def shares_of(logits: Tensor, regions: Mapping[str, Sequence[int]]) -> Tensor:
-    """Probabilities `(K or R, D, H, W)`: a sigmoid for each region where there are regions, else a softmax."""
-    return logits.sigmoid() if regions else logits.softmax(dim=0)
-
-
-def label_map(
-    shares: Tensor,
-    chain: dict[str, Any],
-    labels: Mapping[int, str],
-    regions: Mapping[str, Sequence[int]],
-    like: Volume,
-    folder: Path | None = None,
-) -> np.ndarray:
-    """Label values on a scan's own grid, (x, y, z) as in its file.
-
-    Args:
-        shares: `(K or R, D, H, W)` on the CPU, of the prepared scan.
-        chain: how it was prepared.
-        labels: label value -> name.
-        regions: name -> label values that it joins; {} where classes compete.
-        like: the scan.
-        folder: for each probability in a file of its own; None writes none.
-    """
-    native = (to_native(share[None], chain, order=1)[0] for share in (shares if regions else shares[1:]).numpy())
-    return winning_labels(native, labels, regions, like, folder)
 
 
 def _check_agreement(first: str, data: Mapping[str, Any], path: str, other: Mapping[str, Any]) -> None:
-    """Raise a ValueError where two networks of an ensemble were trained on other things."""
+    """Raise a ValueError if two networks of an ensemble were trained on different kinds of data."""
     for key in ("channels", "labels", "regions", "prepare", "lateral_pairs"):
-        before, now = data.get(key, []), other.get(key, [])  # the last and the regions may be absent
-        if before != now:
-            raise ValueError(f"{path}: an ensemble agrees in {key}: {now} here, {before} in {first}")
+        expected, actual = data.get(key, []), other.get(key, [])  # regions and lateral pairs may be absent
+        if expected != actual:
+            raise ValueError(
+                f"{path}: the networks of an ensemble must agree in {key}: {actual} here, {expected} in {first}"
+            )

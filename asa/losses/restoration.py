@@ -1,4 +1,4 @@
-"""Losses of image restoration.
+"""Losses of image restoration, and the PSNR.
 
 Letters: image `B C H W`, label map `B H W` of regions r.
 """
@@ -59,3 +59,8 @@ class FocalRegionLoss(nn.Module):
         if not self.beta:
             return error.mean()
         return (error * (1 + self.beta * self.weights(error, regions))[:, None]).mean()
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB for a data range of 1: errors `(B, C, H, W)` -> `(B,)`, 100 at most."""
+    return -10 * error.square().flatten(1).mean(dim=1).clamp(min=1e-10).log10()

@@ -6,7 +6,7 @@ Letters: image `B C H W` and target `B C sH sW` in [0, 1], label map `B H W`, up
 import torch
 from torch import Tensor, nn
 
-from asa.losses.restoration import FocalRegionLoss
+from asa.losses.restoration import FocalRegionLoss, psnr
 from asa.methods.base import Batch
 from asa.models.rat import RegionAttentionTransformer
 
@@ -47,8 +47,3 @@ class Restoration(nn.Module):
         with torch.no_grad():
             error = prediction - target
             return {"loss": loss, "mae": error.abs().mean(), "psnr": psnr(error).mean()}
-
-
-def psnr(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB for a data range of 1: errors `(B, C, H, W)` -> `(B,)`, 100 at most."""
-    return -10 * error.square().flatten(1).mean(dim=1).clamp(min=1e-10).log10()

@@ -19,7 +19,7 @@ from asa.data.io.files import write_whole
 from asa.evaluation.comparison import Run, mean_text
 from asa.evaluation.policies import Metric, get_policy
 from asa.evaluation.summary import Statistic, number_text, statistic
-from asa.reporting.evaluation import png_of
+from asa.reporting.plots import png_of
 
 MEAN = "mean"  # of the regions of a case
 # Okabe and Ito's palette, in an order that is told apart on white.

@@ -1,4 +1,4 @@
-"""Panels of volumes in three planes, in plain numpy: gray slices tiled, labels blended in, sides marked.
+"""Panels of volumes in three planes, in plain numpy: grey slices, label overlays, marked sides.
 
 Volumes are RAS `(D, H, W)`: inferior->superior, posterior->anterior, left->right. They are drawn in the
 radiological convention: the patient's right is on the viewer's left in axial and coronal slices (marked R and L),
@@ -14,14 +14,14 @@ import numpy as np
 PLANES = ("axial", "coronal", "sagittal")
 _SIDES = (("R", "L"), ("R", "L"), ("A", "P"))
 GAP = 4  # pixels between tiles
-_HIDDEN = np.array([52, 66, 92], dtype=np.uint8)  # a masked patch: neither tissue nor background
+_MASKED = np.array([52, 66, 92], dtype=np.uint8)  # colour of masked patches, unlike tissue and background
 
-# Okabe and Ito's palette, told apart by colour-blind readers. Its other half marks differences in the report.
+# Half of Okabe and Ito's palette, safe for colour-blind readers. The other half marks differences in the report.
 _PALETTE = np.array([[86, 180, 233], [230, 159, 0], [0, 158, 115], [240, 228, 66]], dtype=np.uint8)
 
-OUTLINE, MIDLINE = _PALETTE[0], _PALETTE[1]  # of the brain and of the symmetry plane in a row of thumbnails
+OUTLINE, MIDLINE = _PALETTE[0], _PALETTE[1]  # of the brain, and the mid-sagittal plane, in thumbnails
 
-_GLYPHS = {  # 5 x 7 letters, so that a panel can be marked without a font
+_GLYPHS = {  # 5 x 7 bitmaps, so that no font is needed
     "A": "01110 10001 10001 11111 10001 10001 10001",
     "L": "10000 10000 10000 10000 10000 10000 11111",
     "P": "11110 10001 10001 11110 10000 10000 10000",
@@ -33,23 +33,23 @@ Lengths = tuple[float, float, float]
 
 
 def label_colours(count: int) -> np.ndarray:
-    """Colours of labels, RGB uint8 `(count, 3)`: four safe for colour-blind readers, then spread hues."""
-    spread = [colorsys.hsv_to_rgb((0.83 + k * 0.618034) % 1.0, 0.6, 0.95) for k in range(max(count - len(_PALETTE), 0))]
-    extra = np.rint(np.array(spread).reshape(-1, 3) * 255).astype(np.uint8)
+    """Colours of labels, RGB uint8 `(count, 3)`: four safe for colour-blind readers, then evenly distributed hues."""
+    hues = [colorsys.hsv_to_rgb((0.83 + k * 0.618034) % 1.0, 0.6, 0.95) for k in range(max(count - len(_PALETTE), 0))]
+    extra = np.rint(np.array(hues).reshape(-1, 3) * 255).astype(np.uint8)
     return np.concatenate([_PALETTE, extra])[:count]
 
 
 def central_slices(mask: np.ndarray) -> Index:
     """Slices `(d, h, w)` through the centre of a non-empty mask `(D, H, W)`; each of them meets the mask.
 
-    The centre is the median place on each axis. Along W it is that of the side with more of the mask: the
-    common centre of tissue in both hemispheres is the midline, which shows little.
+    The centre is the median position on each axis; along W, that of the half that contains more of the mask. The
+    median over both hemispheres would be the midline, where there is little to see.
     """
     middle = mask.shape[2] // 2
     left, right = np.count_nonzero(mask[..., :middle]), np.count_nonzero(mask[..., middle:])
     depths, heights, _ = np.nonzero(mask)
     widths = np.nonzero(mask[..., :middle])[2] if left > right else np.nonzero(mask[..., middle:])[2] + middle
-    depth, height, width = (int(np.sort(places)[(len(places) - 1) // 2]) for places in (depths, heights, widths))
+    depth, height, width = (int(np.sort(axis)[(len(axis) - 1) // 2]) for axis in (depths, heights, widths))
     return depth, height, width
 
 
@@ -63,18 +63,18 @@ def overlay_panel(
     tile_width: int | None = None,
     opacity: float = 0.45,
 ) -> np.ndarray:
-    """Draw an image and, beside it, one copy for each label map with the labels filled and outlined.
+    """Draw an image and, beside it, one copy per label map with the labels filled and outlined.
 
-    Rows are the axial, coronal and sagittal plane; columns are the plain image (left out when there is none)
-    and the label maps in order.
+    Rows are the axial, coronal and sagittal plane; columns are the plain image (if there is one) and the label maps in
+    order.
 
     Args:
-        image: gray values `(D, H, W)`, or None to draw the labels on black.
-        labels: integer maps `(D, H, W)`; value k > 0 takes row k - 1 of its colours, 0 is not drawn.
-        colours: for each label map RGB uint8 `(K, 3)`; `label_colours` for all of them if None.
+        image: grey values `(D, H, W)`, or None to draw the labels on black.
+        labels: integer maps `(D, H, W)`; value k > 0 has the colour in row k - 1, 0 is not drawn.
+        colours: for each label map RGB uint8 `(K, 3)`; None: `label_colours`.
         at: slices `(d, h, w)`; by default the middle, and beside the midline for the sagittal one.
         spacing: voxel size along D, H, W in mm; slices are drawn in true proportions.
-        tile_width: width of a column in pixels; by default a pixel is the smallest voxel side.
+        tile_width: width of a column in pixels; by default a pixel has the smallest voxel size.
         opacity: of the fill, 0 to 1.
 
     Returns:
@@ -88,18 +88,18 @@ def overlay_panel(
     tables = [label_colours(int(values.max(initial=0))) for values in maps] if colours is None else list(colours)
     at = _default_slices(shape) if at is None else at
     window = (0.0, 1.0) if image is None else _window(image)
-    gray_volume = np.zeros(shape, dtype=np.float32) if image is None else image
+    volume = np.zeros(shape, dtype=np.float32) if image is None else image
     pitch = min(spacing) if tile_width is None else max(shape[1] * spacing[1], shape[2] * spacing[2]) / tile_width
 
     rows = []
     for plane in range(3):
-        gray = _gray(_resize(_slice(gray_volume, plane, at), plane, spacing, pitch, smooth=True), window)
-        row = [] if image is None else [gray]
+        grey = _grey(_resize(_slice(volume, plane, at), plane, spacing, pitch, smooth=True), window)
+        row = [] if image is None else [grey]
         for values, table in zip(maps, tables, strict=True):
             drawn = _resize(_slice(values, plane, at), plane, spacing, pitch, smooth=False)
-            row.append(_blend(gray, drawn, table, opacity))
+            row.append(_blend(grey, drawn, table, opacity))
         rows.append(row)
-    return _tile(rows)
+    return _grid(rows)
 
 
 def reconstruction_panel(
@@ -112,13 +112,13 @@ def reconstruction_panel(
 ) -> np.ndarray:
     """Draw input, masked input, prediction and importance side by side, in three planes.
 
-    The first three share the input's gray window, so that a wrong intensity shows. Importance is drawn from
-    black over red and yellow to white on its own scale.
+    The first three have the grey window of the input, so that a wrong intensity is visible. Importance is drawn from
+    black over red and yellow to white, on its own scale.
 
     Args:
-        input: gray values `(D, H, W)`.
+        input: grey values `(D, H, W)`.
         masked: the input with its masked patches set to NaN, which are drawn in slate blue.
-        prediction: gray values `(D, H, W)`.
+        prediction: grey values `(D, H, W)`.
         importance: scores `(D, H, W)`, not normalised.
         at: slices `(d, h, w)`; by default the middle, and beside the midline for the sagittal one.
 
@@ -133,55 +133,60 @@ def reconstruction_panel(
     scores = (float(np.nanmin(importance)), float(np.nanpercentile(importance, 99.5)))
     rows = []
     for plane in range(3):
-        row = [_gray(_slice(volume, plane, at), window) for volume in (input, masked, prediction)]
+        row = [_grey(_slice(volume, plane, at), window) for volume in (input, masked, prediction)]
         row.append(heat(_slice(importance, plane, at), scores))
         rows.append(row)
-    return _tile(rows)
+    return _grid(rows)
 
 
 def thumbnail_row(
-    gray: Sequence[np.ndarray],
-    brain: Sequence[np.ndarray],
+    slices: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
     *,
     spacing: Lengths,
     midline: Sequence[tuple[float, float]] | None = None,
     side: int = 192,
 ) -> np.ndarray:
-    """Draw one scan's three slices side by side, with the brain's outline and the symmetry plane.
+    """Draw one scan's three slices side by side, with the outline of the brain and the mid-sagittal plane.
 
-    All three are on one scale, in true proportions, the longest side of the volume filling a cell.
+    All three have one scale and true proportions; the longest side of the volume fills a cell.
 
     Args:
-        gray: axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8.
-        brain: bool masks of the same shapes; their inner edge is drawn.
+        slices: axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8.
+        masks: bool brain masks of the same shapes; their inner edge is drawn.
         spacing: voxel size along D, H, W in mm.
-        midline: the symmetry plane as a dashed line, in voxels along W: (at h = 0, at h = H - 1) on the axial slice
-            and (at d = 0, at d = D - 1) on the coronal one.
+        midline: the mid-sagittal plane as a dashed line, in voxels along W: (at h = 0, at h = H - 1) on the axial
+            slice and (at d = 0, at d = D - 1) on the coronal one.
         side: of a cell in pixels.
 
     Returns:
         RGB uint8 `(side, 3 * side + two gaps, 3)`.
     """
-    (height, width), depth = gray[0].shape, len(gray[1])
+    (height, width), depth = slices[0].shape, len(slices[1])
     pitch = max(size * step for size, step in zip((depth, height, width), spacing, strict=True)) / side
     cells = []
-    for plane, (values, mask) in enumerate(zip(gray, brain, strict=True)):
-        turned = values[::-1, ::-1].astype(np.float32)
-        level = np.rint(_resize(turned, plane, spacing, pitch, smooth=True)).astype(np.uint8)
+    for plane, (values, mask) in enumerate(zip(slices, masks, strict=True)):
+        flipped = values[::-1, ::-1].astype(np.float32)
+        level = np.rint(_resize(flipped, plane, spacing, pitch, smooth=True)).astype(np.uint8)
         inside = _resize(mask[::-1, ::-1].astype(np.uint8), plane, spacing, pitch, smooth=False)
         tile = _blend(level[..., None].repeat(3, axis=2), inside, OUTLINE[None], opacity=0.0)
         if midline is not None and PLANES[plane] != "sagittal":
-            _dash(tile, values.shape, midline[plane])
-        top, left = (side - tile.shape[0]) // 2, (side - tile.shape[1]) // 2
-        cell = np.zeros((side, side, 3), dtype=np.uint8)
-        cell[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-        _mark(cell, _SIDES[plane], size=2)
-        cells += [cell, np.zeros((side, GAP, 3), dtype=np.uint8)]
-    return np.concatenate(cells[:-1], axis=1)
+            _draw_midline(tile, values.shape, midline[plane])
+        cells.append(_centred(tile, side, side))
+        _mark_sides(cells[-1], _SIDES[plane], size=2)
+    return with_gaps(cells, axis=1)
+
+
+def with_gaps(tiles: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Concatenate RGB tiles along an axis with a black gap between neighbours."""
+    shape = list(tiles[0].shape)
+    shape[axis] = GAP
+    gap = np.zeros(shape, dtype=np.uint8)
+    return np.concatenate([part for tile in tiles for part in (tile, gap)][:-1], axis=axis)
 
 
 def encode_png(panel: np.ndarray) -> bytes:
-    """A panel as PNG; needs matplotlib (the `report` extra)."""
+    """A panel as a PNG; needs matplotlib (the `report` extra)."""
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()
@@ -190,12 +195,8 @@ def encode_png(panel: np.ndarray) -> bytes:
 
 
 def hex_colour(colour: Sequence[int] | np.ndarray) -> str:
-    """A colour as in a style sheet, like `#56b4e9`."""
+    """A colour for CSS, like `#56b4e9`."""
     return "#" + "".join(f"{int(part):02x}" for part in colour)
-
-
-def _median(places: np.ndarray) -> int:
-    return int(np.sort(places)[(len(places) - 1) // 2])
 
 
 def _common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:
@@ -207,7 +208,7 @@ def _common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:
 
 
 def _default_slices(shape: tuple[int, int, int]) -> Index:
-    # The midline plane itself shows the fissure and little else.
+    # The midline itself shows little but the longitudinal fissure.
     return shape[0] // 2, shape[1] // 2, shape[2] * 2 // 5
 
 
@@ -217,26 +218,26 @@ def _slice(volume: np.ndarray, plane: int, at: Index) -> np.ndarray:
 
 
 def _resize(values: np.ndarray, plane: int, spacing: Lengths, pitch: float, smooth: bool) -> np.ndarray:
-    """Resample a slice to square pixels of `pitch` mm, linearly if `smooth`, else from the nearest voxel."""
+    """Resample a slice to square pixels of `pitch` mm, linearly if `smooth`, else to the nearest voxel."""
     sides = [side for axis, side in enumerate(spacing) if axis != plane]
     for axis in range(2):
-        have = values.shape[axis]
-        count = max(round(have * sides[axis] / pitch), 1)
-        if count == have:
+        length = values.shape[axis]
+        count = max(round(length * sides[axis] / pitch), 1)
+        if count == length:
             continue
-        place = np.clip((np.arange(count) + 0.5) * have / count - 0.5, 0, have - 1)
+        position = np.clip((np.arange(count) + 0.5) * length / count - 0.5, 0, length - 1)
         if smooth:
-            below = np.floor(place).astype(int)
-            share = (place - below).reshape((-1, 1) if axis == 0 else (1, -1))
-            above = np.minimum(below + 1, have - 1)
-            values = values.take(below, axis) * (1 - share) + values.take(above, axis) * share
+            below = np.floor(position).astype(int)
+            weight = (position - below).reshape((-1, 1) if axis == 0 else (1, -1))
+            above = np.minimum(below + 1, length - 1)
+            values = values.take(below, axis) * (1 - weight) + values.take(above, axis) * weight
         else:
-            values = values.take(np.rint(place).astype(int), axis)
+            values = values.take(np.rint(position).astype(int), axis)
     return values
 
 
 def _window(image: np.ndarray) -> tuple[float, float]:
-    """Gray levels drawn black and white: the least value, and the 99.5th percentile of what lies above it."""
+    """Values drawn black and white: the minimum, and the 99.5th percentile of the values above it."""
     values = image[np.isfinite(image)].astype(np.float32)
     if not values.size:
         raise ValueError("an image without a finite value cannot be drawn")
@@ -250,20 +251,20 @@ def _scaled(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     return np.clip((values.astype(np.float32) - low) / max(high - low, 1e-12), 0.0, 1.0)
 
 
-def _gray(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    hidden = np.isnan(values)
-    level = np.rint(_scaled(np.where(hidden, window[0], values), window) * 255).astype(np.uint8)
-    return np.where(hidden[..., None], _HIDDEN, level[..., None])
+def _grey(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    masked = np.isnan(values)
+    level = np.rint(_scaled(np.where(masked, window[0], values), window) * 255).astype(np.uint8)
+    return np.where(masked[..., None], _MASKED, level[..., None])
 
 
 def heat(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Values `(height, width)` from black over red and yellow to white, the ends of the window: RGB uint8."""
+    """Values `(height, width)` on a scale from black over red and yellow to white, as RGB uint8."""
     ramp = 3.0 * _scaled(values, window)[..., None] - np.array([0.0, 1.0, 2.0], dtype=np.float32)
     return np.rint(np.clip(ramp, 0.0, 1.0) * 255).astype(np.uint8)
 
 
-def _blend(gray: np.ndarray, values: np.ndarray, table: np.ndarray, opacity: float) -> np.ndarray:
-    """Fill labels with their colour and draw their inner edge solid; RGB `(height, width, 3)`."""
+def _blend(grey: np.ndarray, values: np.ndarray, table: np.ndarray, opacity: float) -> np.ndarray:
+    """Fill labels with their colour and draw their inner edge opaque; RGB `(height, width, 3)`."""
     if values.max(initial=0) > len(table):
         raise ValueError(f"label {values.max()} has no colour: the table holds {len(table)}")
     padded = np.pad(values, 1, mode="edge")
@@ -272,42 +273,45 @@ def _blend(gray: np.ndarray, values: np.ndarray, table: np.ndarray, opacity: flo
     edge = np.logical_or.reduce([core != other for other in neighbours])
     weight = np.where(edge, 1.0, opacity) * (values > 0)
     colour = np.concatenate([np.zeros((1, 3), dtype=np.uint8), table])[values]
-    return np.rint(gray * (1 - weight[..., None]) + colour * weight[..., None]).astype(np.uint8)
+    return np.rint(grey * (1 - weight[..., None]) + colour * weight[..., None]).astype(np.uint8)
 
 
-def _tile(planes: list[list[np.ndarray]]) -> np.ndarray:
-    """One row a plane, on black: columns of one width, each slice in the middle of its cell, sides marked."""
+def _grid(planes: list[list[np.ndarray]]) -> np.ndarray:
+    """One row of tiles per plane, centred in columns of one width, with the sides marked."""
     width = max(tile.shape[1] for row in planes for tile in row)
-    lines = []
+    rows = []
     for row, sides in zip(planes, _SIDES, strict=True):
-        cells = []
-        for tile in row:
-            left = (width - tile.shape[1]) // 2
-            cell = np.zeros((tile.shape[0], width, 3), dtype=np.uint8)
-            cell[:, left : left + tile.shape[1]] = tile
-            _mark(cell, sides)
-            cells += [cell, np.zeros((tile.shape[0], GAP, 3), dtype=np.uint8)]
-        lines += [np.concatenate(cells[:-1], axis=1)]
-        lines += [np.zeros((GAP, lines[-1].shape[1], 3), dtype=np.uint8)]
-    return np.concatenate(lines[:-1])
+        cells = [_centred(tile, len(tile), width) for tile in row]
+        for cell in cells:
+            _mark_sides(cell, sides)
+        rows.append(with_gaps(cells, axis=1))
+    return with_gaps(rows, axis=0)
 
 
-def _dash(tile: np.ndarray, shape: tuple[int, ...], ends: tuple[float, float]) -> None:
-    """Draw a dashed line from top to bottom of a tile.
+def _centred(tile: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A tile in the middle of a black cell."""
+    top, left = (height - tile.shape[0]) // 2, (width - tile.shape[1]) // 2
+    cell = np.zeros((height, width, 3), dtype=np.uint8)
+    cell[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return cell
 
-    `ends` are its places on the last axis of the slice, of this shape, at the first and last index of the other.
+
+def _draw_midline(tile: np.ndarray, shape: tuple[int, ...], ends: tuple[float, float]) -> None:
+    """Draw a dashed line from the top to the bottom of a tile.
+
+    `ends` are its positions along the last axis of the slice (of this shape) at the first and last row.
     """
     (rows, columns), (height, width) = shape, tile.shape[:2]
     y = np.flatnonzero(np.arange(height) % 8 < 5)
     row = rows - 0.5 - (y + 0.5) * rows / height  # upside down in the tile
-    place = ends[0] + (ends[1] - ends[0]) * row / max(rows - 1, 1)
-    x = np.rint((columns - 0.5 - place) * width / columns - 0.5)
-    seen = (x >= 0) & (x < width)
-    tile[y[seen], x[seen].astype(int)] = MIDLINE
+    position = ends[0] + (ends[1] - ends[0]) * row / max(rows - 1, 1)
+    x = np.rint((columns - 0.5 - position) * width / columns - 0.5)
+    visible = (x >= 0) & (x < width)
+    tile[y[visible], x[visible].astype(int)] = MIDLINE
 
 
-def _mark(cell: np.ndarray, sides: tuple[str, str], size: int | None = None) -> None:
-    """Write the two side letters into the upper corners of a cell, if it has room for them."""
+def _mark_sides(cell: np.ndarray, sides: tuple[str, str], size: int | None = None) -> None:
+    """Write the two side letters into the upper corners of a cell, if they fit."""
     size = max(round(cell.shape[1] / 150), 1) if size is None else size
     height, width, margin = 7 * size, 5 * size, 3 * size
     if cell.shape[0] < height + 2 * margin or cell.shape[1] < 2 * width + 4 * margin:

@@ -1,6 +1,6 @@
-"""The page on an evaluation of restored images: that of label maps, with pictures of the worst and the middle image.
+"""The page of an evaluation of restored images: tables, box plots, the worst and the median case.
 
-Pictures are `(C, H, W)` in [0, 1], drawn ones RGB uint8 `(height, width, 3)`.
+Images are `(C, H, W)` in [0, 1], panels RGB uint8 `(height, width, 3)`.
 """
 
 from __future__ import annotations
@@ -14,30 +14,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from asa.data.io.files import write_whole
 from asa.data.io.images2d import read_picture
-from asa.evaluation.image_quality import Quality
-from asa.evaluation.measures import range_text
-from asa.methods.restore import psnr
-from asa.reporting.evaluation import (
-    PANEL_WIDTH,
-    SHOWN,
-    data_uri,
-    page_values,
-    render,
-    require_extra,
-    scores,
-    titled,
-    value_cells,
-)
-from asa.reporting.figures import GAP, encode_png, heat
+from asa.evaluation.image_quality import RestorationSummary
+from asa.evaluation.policies import range_text
+from asa.losses.restoration import psnr
+from asa.reporting.evaluation import PANEL_WIDTH, SHOWN, case_scores, case_titles, summary_values, value_cells
+from asa.reporting.figures import GAP, encode_png, heat, with_gaps
+from asa.reporting.pages import data_uri, require_for_page, write_page
 
-BRIGHTEST = 99.5  # percentile of the drawn errors that the scale ends at
+BRIGHTEST = 99.5  # percentile of the drawn errors at which the colour scale ends
 
 
 @dataclass(frozen=True)
-class PictureFiles:
-    """Where the images of one case are; without the degraded one it is None."""
+class ImageFiles:
+    """Files of one case; None for a missing degraded image."""
 
     case_id: str
     prediction: Path
@@ -45,109 +35,104 @@ class PictureFiles:
     degraded: Path | None = None
 
 
-def write_quality_report(path: Path, quality: Quality, cases: Sequence[PictureFiles]) -> None:
-    """Write the page: one HTML file without links or scripts.
+def write_restoration_report(path: Path, summary: RestorationSummary, cases: Sequence[ImageFiles]) -> None:
+    """Write the page of an evaluation of restored images.
 
     Args:
-        path: the file, made whole or not at all.
-        quality: what was found.
-        cases: files of every case; those of the cases that are shown are read again.
+        path: the file to write.
+        summary: results of the evaluation.
+        cases: files of every case; those of the shown cases are read again.
 
     Raises:
-        ValueError: the `report` extra is absent, or a degraded image does not fit.
+        ValueError: the `report` extra is not installed, or a degraded image does not match its clean image.
     """
-    require_extra(path)
+    require_for_page(path)
     files = {case.case_id: case for case in cases}
-    chosen = [(title, read_case(files[id], quality.window)) for title, id in titled(quality, _chosen(quality))]
-    top = error_scale([pictures for _, pictures in chosen])
-    width = 1.0 if quality.window is None else quality.window[1] - quality.window[0]
-    page = render(
+    order = list(case_scores(summary))
+    worst, median = order[:SHOWN], order[len(order) // 2]
+    titles = case_titles(summary, {"Worst case": worst, "Median case": [median] * (median not in worst)})
+    shown = {title: read_case(files[case_id], summary.window) for case_id, title in titles.items()}
+    top = error_scale(list(shown.values()))
+    width = 1.0 if summary.window is None else summary.window[1] - summary.window[0]
+    write_page(
+        path,
         "restoration.html.j2",
-        **page_values(quality),
+        **summary_values(summary),
         notes=[],
-        data_range=range_text(quality.window),
+        data_range=range_text(summary.window),
         scale=f"{top * width:.2g}",
-        unit="of the range" if quality.window is None else "in the images' units",
-        shown=[_case_figure(title, pictures, top) for title, pictures in chosen],
-        cases=[{"id": row.case_id, "values": value_cells(row, quality)} for row in quality.rows],
+        unit="of the range" if summary.window is None else "in the images' units",
+        shown=[_case_figure(title, images, top) for title, images in shown.items()],
+        cases=[{"id": row.case_id, "values": value_cells(row, summary)} for row in summary.rows],
     )
-    write_whole(path, page.encode())
 
 
-def _chosen(quality: Quality) -> list[tuple[str, int, str]]:
-    """Title, rank and id of the cases to show: the worst ones, and the one in the middle if it is none of them."""
-    order = list(scores(quality))
-    ranked = [("Worst case", k, id) for k, id in enumerate(order[:SHOWN], start=1)]
-    middle = order[len(order) // 2]
-    return ranked + [("Median case", 1, middle)] * (middle not in order[:SHOWN])
-
-
-def read_case(files: PictureFiles, window: Sequence[float] | None) -> dict[str, np.ndarray]:
-    """A case's pictures by their title; the degraded one upscaled to the others' size, bilinearly.
+def read_case(files: ImageFiles, window: Sequence[float] | None) -> dict[str, np.ndarray]:
+    """A case's images by title; the degraded one is upscaled bilinearly to the size of the others.
 
     Raises:
-        ValueError: a degraded image with other channels.
+        ValueError: a degraded image with another number of channels.
     """
     truth, output = read_picture(files.truth, window), read_picture(files.prediction)
-    pictures = {"Output": output, "Truth": truth}
+    images = {"Output": output, "Truth": truth}
     if files.degraded is None:
-        return pictures
+        return images
     degraded = read_picture(files.degraded, window)
     if len(degraded) != len(truth):
-        raise ValueError(f"{files.degraded}: has {len(degraded)} channels, its clean image {len(truth)}: give its own")
-    plain = F.interpolate(torch.from_numpy(degraded)[None], truth.shape[1:], mode="bilinear")[0].numpy()
-    return {"Input": plain, **pictures}
+        raise ValueError(
+            f"{files.degraded}: has {len(degraded)} channels, its clean image {len(truth)}: give the degraded image of "
+            "this clean one"
+        )
+    upscaled = F.interpolate(torch.from_numpy(degraded)[None], truth.shape[1:], mode="bilinear")[0].numpy()
+    return {"Input": upscaled, **images}
 
 
-def error_map(pictures: dict[str, np.ndarray]) -> np.ndarray:
-    """Absolute error of the output, the mean over channels: `(H, W)`."""
-    return np.abs(pictures["Output"] - pictures["Truth"]).mean(axis=0)
+def error_map(images: dict[str, np.ndarray]) -> np.ndarray:
+    """Absolute error of the output, averaged over channels: `(H, W)`."""
+    return np.abs(images["Output"] - images["Truth"]).mean(axis=0)
 
 
 def error_scale(cases: Sequence[dict[str, np.ndarray]]) -> float:
-    """The error that is drawn white in all cases of a page: where nearly all errors of the worst of them lie below."""
-    return max((float(np.percentile(error_map(pictures), BRIGHTEST)) for pictures in cases), default=0.0) or 1.0
+    """The error that is drawn white in all cases of a page: a high percentile of the case with the largest errors."""
+    return max((float(np.percentile(error_map(images), BRIGHTEST)) for images in cases), default=0.0) or 1.0
 
 
-def picture_panel(pictures: dict[str, np.ndarray], top: float) -> np.ndarray:
-    """A case's pictures and the error of the output side by side, as wide as the page: RGB `(height, width, 3)`.
+def image_panel(images: dict[str, np.ndarray], top: float) -> np.ndarray:
+    """A case's images and the error of the output side by side, as wide as the page: RGB `(height, width, 3)`.
 
     Args:
-        pictures: title -> picture, "Output" and "Truth" among them.
+        images: title -> image, "Output" and "Truth" among them.
         top: the error that is drawn white.
     """
-    drawn = [*map(_gray, pictures.values()), heat(error_map(pictures), (0.0, top))]
+    drawn = [*map(_rgb, images.values()), heat(error_map(images), (0.0, top))]
     width = (PANEL_WIDTH - GAP * (len(drawn) - 1)) // len(drawn)
-    tiles = [_fitted(picture, width) for picture in drawn]
-    gap = np.zeros((len(tiles[0]), GAP, 3), dtype=np.uint8)
-    return np.concatenate([part for tile in tiles for part in (tile, gap)][:-1], axis=1)
+    return with_gaps([_fitted(image, width) for image in drawn], axis=1)
 
 
-def _case_figure(title: str, pictures: dict[str, np.ndarray], top: float) -> dict[str, Any]:
-    """Everything the page says about one case: its panel and what it shows."""
-    panel, before = picture_panel(pictures, top), None
-    if "Input" in pictures:
-        error = torch.from_numpy(pictures["Input"] - pictures["Truth"])[None]
-        before = f"{float(psnr(error)):.2f}"
+def _case_figure(title: str, images: dict[str, np.ndarray], top: float) -> dict[str, Any]:
+    """Template values of one case: its panel, and the PSNR of its input."""
+    panel, input_psnr = image_panel(images, top), None
+    if "Input" in images:
+        input_psnr = f"{float(psnr(torch.from_numpy(images['Input'] - images['Truth'])[None])):.2f}"
     return {
         "title": title,
-        "columns": [*pictures, "Error"],
+        "columns": [*images, "Error"],
         "panel": data_uri(encode_png(panel)),
         "width": panel.shape[1],
-        "before": before,
+        "input_psnr": input_psnr,
     }
 
 
-def _gray(picture: np.ndarray) -> np.ndarray:
-    colour = np.broadcast_to(picture, (3, *picture.shape[1:]))
+def _rgb(image: np.ndarray) -> np.ndarray:
+    colour = np.broadcast_to(image, (3, *image.shape[1:]))
     return np.rint(255 * colour.clip(0, 1)).astype(np.uint8).transpose(1, 2, 0)
 
 
-def _fitted(picture: np.ndarray, width: int) -> np.ndarray:
-    """A drawn picture as wide as this or a little less: whole pixels repeated, or averaged where it is wider."""
-    times = width // picture.shape[1]
+def _fitted(image: np.ndarray, width: int) -> np.ndarray:
+    """An RGB image at most this wide: its pixels repeated, or averaged if it is wider."""
+    times = width // image.shape[1]
     if times:
-        return picture.repeat(times, axis=0).repeat(times, axis=1)
-    size = (max(round(picture.shape[0] * width / picture.shape[1]), 1), width)
-    small = F.interpolate(torch.from_numpy(picture).permute(2, 0, 1)[None].float(), size, mode="area")[0]
+        return image.repeat(times, axis=0).repeat(times, axis=1)
+    size = (max(round(image.shape[0] * width / image.shape[1]), 1), width)
+    small = F.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].float(), size, mode="area")[0]
     return small.round().byte().permute(1, 2, 0).numpy()

@@ -20,8 +20,9 @@ from asa.data.io.nifti import Volume
 from asa.data.io.tables import read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.loader import CropDataset
-from asa.evaluation.classification import ClassPredictor, ClassScores, class_table, predict_classes, score_classes
-from asa.inference.preprocessing import learnt_from
+from asa.evaluation.classification import ClassScores, score_classes
+from asa.inference.classification import ClassPredictor, predict_classes, predictions_csv
+from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.tasks.base import Config
@@ -88,7 +89,7 @@ class Classification:
             "channels": self.store.channels,
             "classes": self.names,
             "prepare": self.store.settings,
-            **learnt_from([], self.parts["train"]),
+            **training_scan_metadata([], self.parts["train"]),
             **self.init.trained_on(self.parts["train"]),
         }
 
@@ -146,7 +147,7 @@ class Classification:
             (record["id"], str(record["subject"]), names[int(self.targets[record["id"]]["target"])])
             for record in records
         ]
-        write_whole(run / "predictions_test.csv", class_table(names, rows, probabilities).encode())
+        write_whole(run / "predictions_test.csv", predictions_csv(names, rows, probabilities).encode())
         write_json(run / "scores_test.json", {"classes": list(names), **asdict(scores)})
         print(
             f"test: AUC {scores.auc:.3f} ({scores.auc_low:.3f} to {scores.auc_high:.3f}), balanced accuracy "
@@ -168,22 +169,22 @@ class ClassificationPredictor:
         checkpoint = only_checkpoint(config, "a classification")
         settings = typed(PredictSettings, config["predict"])
         self.table = Path(str(config["out"])) / "predictions.csv"
-        self.network = ClassPredictor(checkpoint, settings, strip=config["strip"])
-        self.intake = self.network.intake
+        self.network = ClassPredictor(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
+        self.preprocessor = self.network.preprocessor
         self.ids: list[str] = []
         self.probabilities: list[np.ndarray] = []
 
     def predict_file(self, id: str, images: Channels) -> None:
-        self._add(id, self.intake.prepared(images)[0].image)
+        self._add(id, self.preprocessor.prepare(images)[0].image)
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
         self._add(id, image)
 
     def finish(self) -> str:
         rows = [(id, "", "") for id in self.ids]
-        write_whole(self.table, class_table(self.network.classes, rows, np.array(self.probabilities)).encode())
+        write_whole(self.table, predictions_csv(self.network.classes, rows, np.array(self.probabilities)).encode())
         return f"wrote {self.table}"
 
     def _add(self, id: str, image: np.ndarray) -> None:
-        self.probabilities.append(self.network.shares(image))
+        self.probabilities.append(self.network.probabilities(image))
         self.ids.append(id)

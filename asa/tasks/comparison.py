@@ -12,7 +12,7 @@ from pathlib import Path
 
 from asa.data.io.files import read_json, write_json, write_whole
 from asa.evaluation.comparison import Comparison, Run, compare_runs, latex_table, markdown_table
-from asa.evaluation.measures import RESTORATION, WHOLE
+from asa.evaluation.policies import RESTORATION, WHOLE
 from asa.reporting.comparison import write_comparison
 
 

@@ -19,7 +19,7 @@ from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.evaluation.metrics import bounding_box, dice, hd95
 from asa.evaluation.policies import POLICIES, Policy, get_policy
-from asa.evaluation.summary import SEED, CaseRow, Summary, cases_csv, listed, summarise, summary_table
+from asa.evaluation.summary import SEED, CaseRow, SegmentationSummary, cases_csv, listed, summarise, summary_table
 from asa.reporting.evaluation import CaseFiles, write_report
 
 __all__ = [
@@ -94,7 +94,7 @@ def evaluate_folder(
     allow_missing: bool = False,
     workers: int = 1,
     seed: int = SEED,
-) -> Summary:
+) -> SegmentationSummary:
     """Evaluate a folder of label maps and write cases.csv, summary.json and report.html.
 
     Nothing is written unless every case could be evaluated; each file is written whole or not at all.

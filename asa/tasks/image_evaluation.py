@@ -15,10 +15,10 @@ import torch
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.images2d import checked_window, list_pictures, read_picture, stored_window
-from asa.evaluation.image_quality import Quality, quality_table, score_image, scores_csv
-from asa.evaluation.measures import WHOLE, restoration
+from asa.evaluation.image_quality import RestorationSummary, restoration_table, score_image, scores_csv
+from asa.evaluation.policies import WHOLE, restoration_policy
 from asa.evaluation.summary import Row, statistics
-from asa.reporting.restoration import PictureFiles, write_quality_report
+from asa.reporting.restoration import ImageFiles, write_restoration_report
 
 
 def evaluate_pictures(
@@ -60,8 +60,8 @@ def evaluate_pictures(
             raise ValueError(f"{case.case_id}: {error}") from None
         rows.append(Row(case.case_id, WHOLE, found))
         truths[case.case_id] = hashlib.sha256(target.tobytes()).hexdigest()[:12]
-    policy = restoration(ends)
-    quality = Quality(
+    policy = restoration_policy(ends)
+    quality = RestorationSummary(
         policy=policy,
         rows=rows,
         results=statistics(rows, [WHOLE], policy.metrics),
@@ -73,11 +73,11 @@ def evaluate_pictures(
     page.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
     write_whole(page.with_name("cases.csv"), scores_csv(quality).encode())
     write_json(page.with_name("summary.json"), quality.as_json())
-    write_quality_report(page, quality, cases)
-    return quality_table(quality)
+    write_restoration_report(page, quality, cases)
+    return restoration_table(quality)
 
 
-def _common_window(cases: Sequence[PictureFiles], given: Sequence[float] | None) -> tuple[float, float] | None:
+def _common_window(cases: Sequence[ImageFiles], given: Sequence[float] | None) -> tuple[float, float] | None:
     """The window that 0 and 1 stand for in the predictions.
 
     Raises:
@@ -96,7 +96,7 @@ def _common_window(cases: Sequence[PictureFiles], given: Sequence[float] | None)
 
 def _match(
     predictions: str | Path, truth: str | Path, inputs: str | Path | None, allow_missing: bool
-) -> tuple[list[PictureFiles], int]:
+) -> tuple[list[ImageFiles], int]:
     """Files of each restored image, and the number of clean images that were not restored.
 
     Raises:
@@ -110,4 +110,4 @@ def _match(
     if (missing := sorted(clean.keys() - restored.keys())) and not allow_missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{predictions}: no prediction of {missing[0]}{more}: predict them, or allow_missing=true")
-    return [PictureFiles(id, restored[id], clean[id], degraded.get(id)) for id in restored], len(missing)
+    return [ImageFiles(id, restored[id], clean[id], degraded.get(id)) for id in restored], len(missing)

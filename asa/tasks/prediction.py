@@ -12,7 +12,7 @@ from asa.data.datasets import folder
 from asa.data.io.nifti import Volume, read_image
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
-from asa.inference.preprocessing import Intake
+from asa.inference.preprocessing import ScanPreprocessor
 from asa.tasks.base import Config
 
 ENDINGS = (".nii.gz", ".nii")
@@ -24,10 +24,10 @@ class ScanPredictor(Protocol):
     """A trained network that predicts scans one by one.
 
     Attributes:
-        intake: how raw scans are prepared for it.
+        preprocessor: how raw scans are prepared for it.
     """
 
-    intake: Intake
+    preprocessor: ScanPreprocessor
 
     def predict_file(self, id: str, images: Channels) -> None:
         """Predict a raw scan from its channel files."""
@@ -119,7 +119,7 @@ def _run_of(checkpoint: Path) -> Path:
 def _store_jobs(predictor: ScanPredictor, source: Path, config: Config) -> list[Job]:
     """The work for the scans of a store, or for one part of the run's split."""
     store = Store(source)
-    if store.channels != predictor.intake.channels or store.settings != predictor.intake.data["prepare"]:
+    if store.channels != predictor.preprocessor.channels or store.settings != predictor.preprocessor.data["prepare"]:
         raise ValueError(
             f"{store.path} was prepared in another way than what this model was trained on: predict the raw scans"
         )
@@ -128,7 +128,7 @@ def _store_jobs(predictor: ScanPredictor, source: Path, config: Config) -> list[
 
     def predict(record: dict[str, Any]) -> None:
         like = read_image(record["sources"][store.channels[0]]["path"])
-        predictor.intake.check_stored(record["chain"])
+        predictor.preprocessor.check_stored(record["chain"])
         predictor.predict_stored(record["id"], store.image(record["id"]), record["chain"], like)
 
     return [
@@ -143,15 +143,17 @@ def _file_jobs(predictor: ScanPredictor, source: Path, config: Config) -> list[J
         raise ValueError("part= chooses scans of a store; leave it out for files")
     return [
         (id, [path for path in images.values() if path is not None], partial(predictor.predict_file, id, images))
-        for id, images in _cases(source, Path(str(config["out"])), config["images"], predictor.intake)
+        for id, images in _cases(source, Path(str(config["out"])), config["images"], predictor.preprocessor)
     ]
 
 
-def _cases(source: Path, out: Path, images: dict[str, str] | None, intake: Intake) -> list[tuple[str, Channels]]:
+def _cases(
+    source: Path, out: Path, images: dict[str, str] | None, preprocessor: ScanPreprocessor
+) -> list[tuple[str, Channels]]:
     """Id and channel files of a scan or a folder of scans."""
-    channels = intake.channels
+    channels = preprocessor.channels
     if source.is_dir() and images:
-        intake.check_channels(images)
+        preprocessor.check_channels(images)
         return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
     if len(channels) != 1:
         raise ValueError(

@@ -20,7 +20,7 @@ from asa.data.leakage import trained_on
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.loader import CropDataset, collate
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
-from asa.inference.preprocessing import learnt_from
+from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.methods.base import Pretraining as PretrainingMethod
@@ -83,7 +83,7 @@ class Pretraining:
         return {
             "channels": self.store.channels,
             "prepare": self.store.settings,
-            **learnt_from([], self.parts["train"]),
+            **training_scan_metadata([], self.parts["train"]),
             **trained_on(self.parts["train"]),
         }
 
@@ -183,15 +183,17 @@ class AsymmetryPredictor:
         checkpoint = only_checkpoint(config, "an asymmetry score")
         settings = typed(PredictSettings, config["predict"])
         self.out = Path(str(config["out"]))
-        self.scorer = AsymmetryScorer(checkpoint, settings, strip=config["strip"], healthy=config["healthy"])
-        self.intake = self.scorer.intake
+        self.scorer = AsymmetryScorer(
+            checkpoint, settings, strip=config["strip"], healthy=config["healthy"], plugins=config["plugins"]
+        )
+        self.preprocessor = self.scorer.preprocessor
         self.rows: list[AsymmetryRow] = []
 
     def predict_file(self, id: str, images: Channels) -> None:
         self.rows.append(self.scorer.score_file(id, images, self.out / f"{id}.nii.gz"))
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self.rows.append(self.scorer.score(id, image, chain, like, self.out / f"{id}.nii.gz"))
+        self.rows.append(self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz"))
 
     def finish(self) -> str:
         write_rows(self.out / TABLE, self.rows)

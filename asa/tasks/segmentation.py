@@ -24,8 +24,9 @@ from asa.data.splits import read_split, select
 from asa.data.store import IGNORED, MANIFEST, Store
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
-from asa.inference.preprocessing import learnt_from
-from asa.inference.segmentation import SIDE, PredictSettings, Segmenter, sliding_window
+from asa.inference.label_maps import SIDE
+from asa.inference.preprocessing import training_scan_metadata
+from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.base import Batch
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.nested import painting_order
@@ -97,7 +98,7 @@ class Segmentation:
             "labels": self.store.labels,
             **({"regions": list(self.store.regions.items())} if self.regions else {}),
             "prepare": self.store.settings,
-            **learnt_from(self.config["data"]["lateral_pairs"], self.parts["train"]),
+            **training_scan_metadata(self.config["data"]["lateral_pairs"], self.parts["train"]),
             **self.init.trained_on(self.parts["train"]),
         }
 
@@ -240,8 +241,9 @@ class SegmentationPredictor:
             mirror=config["mirror"],
             strip=config["strip"],
             progress=True,
+            plugins=config["plugins"],
         )
-        self.intake = self.segmenter.intake
+        self.preprocessor = self.segmenter.preprocessor
 
     def predict_file(self, id: str, images: Channels) -> None:
         self.segmenter.segment_file(images, self.out / f"{id}.nii.gz", probabilities=self._probabilities(id))

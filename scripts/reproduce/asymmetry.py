@@ -21,21 +21,21 @@ from torch import Tensor
 from asa.config import build
 from asa.data.store import Store
 from asa.evaluation.classification import auc
-from asa.inference.asymmetry import AsymmetryScorer, Found, HealthyScans
+from asa.inference.asymmetry import Asymmetry, AsymmetryScorer, HealthyReference
 from asa.inference.segmentation import PredictSettings
 from asa.training.checkpoint import read_description
 from scripts.reproduce.commands import asa
 
-Compare = Callable[[Tensor], Found]
+Compare = Callable[[Tensor], Asymmetry]
 
 
-def difference(image: Tensor, blur: float = 0.0) -> Found:
+def difference(image: Tensor, blur: float = 0.0) -> Asymmetry:
     """Mean difference between a scan `(C, D, H, W)` and its mirror image, relative to the scan's mean, and its map."""
     unlike = (image - image.flip(-1)).abs().mean(dim=0)
     inside = (image != 0).any(dim=0)
     shown = torch.from_numpy(ndimage.gaussian_filter(unlike.numpy(), blur)) if blur else unlike
     inside = inside | inside.flip(-1)
-    return Found(float(unlike.mean() / image.mean()), shown * inside, inside)
+    return Asymmetry(float(unlike.mean() / image.mean()), shown * inside, inside)
 
 
 def volumes(store: Store) -> list[Tensor]:
@@ -43,7 +43,7 @@ def volumes(store: Store) -> list[Tensor]:
     return [torch.from_numpy(np.array(store.image(record["id"]), dtype=np.float32)) for record in store.records]
 
 
-def measure(healthy: list[Found], lesioned: list[Found], lesions: list[np.ndarray]) -> list[float]:
+def measure(healthy: list[Asymmetry], lesioned: list[Asymmetry], lesions: list[np.ndarray]) -> list[float]:
     """AUC of score, mean, top and peak, the fraction of peaks in the lesion or its mirror image, and that by chance."""
     both = [*healthy, *lesioned]
     numbers = np.array([(one.score, one.mean, one.top, float(one.map.max())) for one in both])
@@ -91,16 +91,16 @@ def main() -> None:
 
     def show(name: str, compare: Compare) -> None:
         found = [[compare(volume) for volume in part] for part in (healthy, lesioned, reference)]
-        above = HealthyScans(found[2]).beyond
+        above = HealthyReference(found[2]).standardise
         beyond = [[above(one) for one in part] for part in found[:2]]
         for title, rows in ((name, found[:2]), (f"{name}, beyond healthy", beyond)):
             print(f"{title:<42}" + "".join(f"{value:>11.3f}" for value in measure(*rows, lesions)), flush=True)
 
     scorer = AsymmetryScorer(out / "pretrained", PredictSettings())
-    show("pretrained", scorer.compare)
+    show("pretrained", scorer.measure)
     torch.manual_seed(0)
     scorer.model = build(read_description(out / "pretrained")["model"]).eval().to(scorer.device)
-    show("initial weights", scorer.compare)
+    show("initial weights", scorer.measure)
     show("plain difference", difference)
     show("plain difference, blurred", partial(difference, blur=2.0))
 

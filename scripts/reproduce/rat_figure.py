@@ -16,7 +16,7 @@ from asa.data.io.files import write_whole
 from asa.data.io.images2d import read_picture, read_regions
 from asa.data.restoration.region_maps import outlined
 from asa.reporting.figures import GAP, encode_png
-from asa.reporting.restoration import PictureFiles, error_map, error_scale, picture_panel, read_case
+from asa.reporting.restoration import ImageFiles, error_map, error_scale, image_panel, read_case
 from scripts.reproduce.rat import factor, run, write_task
 
 SHOWN = {"denoise": ("test_astronaut_3", 96), "super": ("test_26", 64)}  # task -> case, pixels shown
@@ -30,7 +30,7 @@ def pictures_of(task: str, case: str, edge: int, out: Path) -> dict[str, np.ndar
         write_task(task, root)
     run(task, "true", 0, STEPS, root, trained)
     low, high, restored = (folder / f"{case}.png" for folder in (root / "low", root / "high", trained / "restored"))
-    pictures = read_case(PictureFiles(case, restored, high, low), None)
+    pictures = read_case(ImageFiles(case, restored, high, low), None)
     regions = outlined(read_picture(low), read_regions(root / "regions" / f"{case}.png"))
     regions = regions.repeat(factor(task), axis=1).repeat(factor(task), axis=2)
     pictures = {"Input": pictures.pop("Input"), "Regions": regions, **pictures}
@@ -45,7 +45,7 @@ def main() -> None:
     for task, (case, edge) in SHOWN.items():
         pictures = pictures_of(task, case, edge, out)
         top = error_scale([pictures])
-        rows.append(picture_panel(pictures, top))
+        rows.append(image_panel(pictures, top))
         mean = {name: float(np.square(pictures[name] - pictures["Truth"]).mean()) for name in ("Input", "Output")}
         decibels = " -> ".join(f"{-10 * np.log10(value):.2f}" for value in mean.values())
         print(f"{task}, {case}: {decibels} dB; error 0 to {top:.2g}, mean {error_map(pictures).mean():.3f}")

@@ -97,7 +97,7 @@ def compare_flipped(run: Path, store: Store) -> None:
     scores, differences = [], []
     for record in store.records:
         image = torch.from_numpy(np.array(store.image(record["id"]), dtype=np.float32))
-        one, other = scorer.compare(image), scorer.compare(image.flip(-1))
+        one, other = scorer.measure(image), scorer.measure(image.flip(-1))
         scores.append((one.score, one.top))
         differences.append((abs(one.score - other.score), float((one.map.flip(-1) - other.map).abs().max())))
     (score, top), (apart, unlike) = np.median(scores, axis=0), np.max(differences, axis=0)

@@ -1,4 +1,4 @@
-"""What Dice and HD95 are, what an empty mask counts as, and what an evaluation writes."""
+"""Dice and HD95, values for empty masks, and the files of an evaluation."""
 
 import csv
 import json
@@ -57,17 +57,17 @@ def test_dice_of_known_overlaps():
     a = cube((4, 4, 4), 8)
     assert dice(a, a) == 1.0
     assert dice(a, cube((14, 14, 14), 8)) == 0.0
-    assert dice(a, cube((8, 4, 4), 8)) == pytest.approx(0.5)  # half of each is shared
+    assert dice(a, cube((8, 4, 4), 8)) == pytest.approx(0.5)  # half of each overlaps
     assert dice(a, ~a & False) == 0.0
 
 
-def test_metrics_leave_empty_masks_to_the_policy():
+def test_metrics_of_empty_masks_are_undefined():
     full, empty = cube((2, 2, 2), 3), np.zeros((24, 24, 24), dtype=bool)
     assert math.isnan(dice(empty, empty))
     assert all(math.isnan(hd95(a, b, (1, 1, 1))) for a, b in ((empty, empty), (full, empty), (empty, full)))
 
 
-def test_masks_that_are_not_bool_or_differ_in_shape_are_refused():
+def test_masks_that_are_not_bool_or_differ_in_shape_are_rejected():
     a = cube((2, 2, 2), 3)
     with pytest.raises(ValueError, match="must be bool"):
         dice(a.astype(np.uint8), a)
@@ -82,13 +82,13 @@ def test_masks_that_are_not_bool_or_differ_in_shape_are_refused():
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 0.7, 4.0)])
 @pytest.mark.parametrize("seed", range(5))
-def test_hd95_is_monais(seed, spacing):
+def test_hd95_equals_monais(seed, spacing):
     a, b = blobs(seed)
     assert hd95(a, b, spacing) == pytest.approx(monai_hd95(a, b, spacing), rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("axis", range(3))
-def test_a_shifted_slab_is_as_far_as_its_shift(axis):
+def test_hd95_of_a_shifted_slab_is_its_shift(axis):
     # A slab across the whole image, one voxel thick: every surface voxel lies exactly the shift away.
     spacing = (1.0, 2.0, 3.5)
     a, b = np.zeros((2, 20, 20, 20), dtype=bool)
@@ -97,14 +97,14 @@ def test_a_shifted_slab_is_as_far_as_its_shift(axis):
     assert hd95(a, b, spacing) == pytest.approx(5 * spacing[axis])
 
 
-def test_a_shifted_cube_has_a_closed_form():
+def test_hd95_of_a_shifted_cube_has_a_closed_form():
     # The 16 voxels of the leading face lie one step beyond the other cube: over 5 % of the 56 on its surface.
     a, b = cube((4, 4, 4), 4), cube((5, 4, 4), 4)
     assert hd95(a, b, (1, 1, 1)) == pytest.approx(1.0)
     assert hd95(a, b, (3, 1, 1)) == pytest.approx(3.0)
 
 
-def test_concentric_spheres_are_as_far_as_their_radii_differ():
+def test_hd95_of_concentric_spheres_is_the_difference_of_their_radii():
     distance = np.linalg.norm(np.indices((40, 40, 40)) - 19.5, axis=0)
     assert hd95(distance < 10, distance < 16, (0.5, 0.5, 0.5)) == pytest.approx(3.0, abs=0.5)
 
@@ -112,7 +112,7 @@ def test_concentric_spheres_are_as_far_as_their_radii_differ():
 @pytest.mark.parametrize(
     ("shift", "expected"), [((3, 0, 0), 3.0), ((0, 4, 0), 2.0), ((3, 4, 2), math.sqrt(9 + 4 + 64))]
 )
-def test_single_voxels_are_as_far_as_their_centres(shift, expected):
+def test_hd95_of_single_voxels_is_the_distance_of_their_centres(shift, expected):
     assert hd95(cube((5, 5, 5), 1), cube(tuple(5 + k for k in shift), 1), (1.0, 0.5, 4.0)) == pytest.approx(expected)
 
 
@@ -164,7 +164,7 @@ def volume(data: np.ndarray, spacing: tuple[float, float, float] = (1.0, 1.0, 1.
     return Volume(data, np.diag([*spacing, 1.0]), None)
 
 
-def test_the_policy_says_what_empty_masks_count_as():
+def test_the_policy_defines_the_values_of_empty_masks():
     nothing, truth = np.zeros((2, 12, 12, 12), dtype=np.uint8)
     truth[2:5, 2:5, 2:5] = 1
     values = {}
@@ -187,7 +187,7 @@ def test_rows_carry_sizes_in_voxels_and_ml():
     assert csf.values["dice"] == pytest.approx(1000 / 1100)
 
 
-def test_undeclared_label_values_are_refused_by_name():
+def test_undeclared_label_values_are_rejected_and_named():
     truth = np.ones((6, 6, 6), dtype=np.uint8)
     strange = truth.copy()
     strange[0, 0, :2] = 7
@@ -198,19 +198,19 @@ def test_undeclared_label_values_are_refused_by_name():
 
 
 @pytest.mark.parametrize("labels", [{}, {0: "background", 1: "csf"}, {1: "csf", 2: "csf"}])
-def test_a_bad_declaration_of_labels_is_refused(labels):
+def test_invalid_label_declarations_are_rejected(labels):
     truth = volume(np.ones((6, 6, 6), dtype=np.uint8))
-    with pytest.raises(ValueError, match="labels name each foreground value once"):
+    with pytest.raises(ValueError, match="labels must name each foreground value once"):
         evaluate_case(truth, truth, labels, case_id="a")
 
 
-def test_an_unknown_policy_is_refused_with_the_known_ones():
+def test_an_unknown_policy_is_rejected_and_the_policies_are_listed():
     with pytest.raises(ValueError, match=r"unknown policy 'brats': choose one of .*ibsr"):
         summarise([], LABELS, "brats")
 
 
 def test_a_policy_may_join_labels_and_ignore_others():
-    # What a lesion challenge needs: nested regions, and a pathology that counts neither way.
+    # As in a lesion challenge: nested regions, and a pathology that is excluded from scoring.
     policy = Policy(
         name="nested",
         description="",
@@ -228,13 +228,13 @@ def test_a_policy_may_join_labels_and_ignore_others():
     assert (core.label, core.voxels_predicted, core.values["dice"]) == ("core", 128, 1.0)
 
 
-# ---- a cohort's own regions, and what it ignores ----
+# ---- a cohort's own regions and ignored labels ----
 
 TUMOUR = {1: "necrosis", 2: "oedema", 4: "enhancing"}
 REGIONS = {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}
 
 
-def test_scores_over_what_is_not_ignored_are_those_of_the_other_voxels():
+def test_ignored_voxels_do_not_change_the_scores():
     generator = np.random.default_rng(0)
     truth, prediction = generator.integers(0, 3, (2, 12, 12, 12)).astype(np.uint8)
     prediction[prediction == 2] = 0
@@ -246,7 +246,7 @@ def test_scores_over_what_is_not_ignored_are_those_of_the_other_voxels():
     sizes = np.count_nonzero(prediction[kept] == 1), np.count_nonzero(truth[kept] == 1)
     assert (row.voxels_predicted, row.voxels_true) == sizes
     assert row.values["dice"] == pytest.approx(2 * agree / sum(sizes))
-    other = np.where(kept, prediction, 1 - prediction).astype(np.uint8)  # what is predicted there does not matter
+    other = np.where(kept, prediction, 1 - prediction).astype(np.uint8)  # another prediction in the ignored voxels
     policy = POLICIES["ibsr"].of_cohort({}, [2])
     assert evaluate_case(volume(other), volume(truth), {1: "wmh"}, policy, case_id="a") == [row]
 
@@ -274,14 +274,14 @@ def test_regions_join_labels_in_the_cohorts_order():
 
 
 @pytest.mark.parametrize("regions", [{"WT": [1, 3]}, {"WT": []}, {"WT": 1}, {"WT": "12"}])
-def test_a_region_of_what_is_not_declared_is_refused(regions):
+def test_a_region_of_undeclared_labels_is_rejected(regions):
     with pytest.raises(ValueError, match="regions: WT"):
         POLICIES["ibsr"].of_cohort(regions, []).regions_of(TUMOUR)
 
 
-def test_validation_leaves_out_what_is_ignored(monkeypatch):
+def test_validation_excludes_ignored_voxels(monkeypatch):
     truth = np.random.default_rng(0).choice([0, 1, IGNORED], (1, 8, 8, 8)).astype(np.uint8)
-    predicted = torch.from_numpy(truth[0] != 0).long()  # all that is not background is class 1
+    predicted = torch.from_numpy(truth[0] != 0).long()  # class 1 everywhere but in the background
     logits = torch.nn.functional.one_hot(predicted, 3).permute(3, 0, 1, 2).float()
     monkeypatch.setattr(segmentation, "sliding_window", lambda *_: logits)
     source = SimpleNamespace(image=lambda _: np.ones((1, 8, 8, 8), np.float16), label=lambda _: truth)
@@ -295,9 +295,9 @@ def test_validation_leaves_out_what_is_ignored(monkeypatch):
     assert numbers == {"dice": 1.0, "dice_wmh": 1.0, "dice_absent": 1.0} and len(pictures) == 1
 
 
-def test_the_picture_of_a_validation_shows_what_is_labelled_wherever_it_lies(monkeypatch):
+def test_the_validation_panel_shows_the_labelled_region_wherever_it_lies(monkeypatch):
     truth = np.zeros((1, 16, 16, 16), np.uint8)
-    truth[0, 1:3, 12:14, 2:4] = 1  # no middle slice meets it
+    truth[0, 1:3, 12:14, 2:4] = 1  # no middle slice intersects it
     logits = torch.zeros(2, 16, 16, 16)
     monkeypatch.setattr(segmentation, "sliding_window", lambda *_: logits)
     source = SimpleNamespace(image=lambda _: np.ones((1, 16, 16, 16), np.float16), label=lambda _: truth)
@@ -317,14 +317,14 @@ def rows_of(values: list[float], label: str = "csf") -> list[CaseRow]:
     ]
 
 
-def test_undefined_values_count_in_total_and_never_in_used():
+def test_undefined_values_count_in_total_and_not_in_used():
     found = summarise(rows_of([0.5, math.nan, 0.7]), {1: "csf"}).results["csf"]["dice"]
     assert (found.used, found.total) == (2, 3)
     assert found.mean == pytest.approx(0.6)
     assert found.sd == pytest.approx(math.sqrt(0.02))
 
 
-def test_one_value_has_no_spread_and_none_has_no_mean():
+def test_one_value_has_no_sd_and_no_value_has_no_mean():
     one = summarise(rows_of([0.5]), {1: "csf"}).results["csf"]["dice"]
     assert (one.mean, one.median, one.used) == (0.5, 0.5, 1)
     assert math.isnan(one.sd) and math.isnan(one.low) and math.isnan(one.high)
@@ -372,7 +372,7 @@ def cohort(tmp_path: Path) -> tuple[Path, dict[str, Path], dict[str, Path]]:
     return predictions, truths, images
 
 
-def test_a_folder_becomes_rows_a_summary_and_a_page(cohort, tmp_path):
+def test_evaluating_a_folder_writes_rows_a_summary_and_a_page(cohort, tmp_path):
     predictions, truths, images = cohort
     out = tmp_path / "new" / "out"
     summary = evaluate_folder(predictions, truths, LABELS, "ibsr", out, images, progress=False)
@@ -393,7 +393,7 @@ def test_a_folder_becomes_rows_a_summary_and_a_page(cohort, tmp_path):
     assert written["policy"]["metrics"][1]["empty_masks_count_as"]["prediction_empty"] is None
     hausdorff = written["results"]["gm"]["hd95_mm"]
     assert (hausdorff["used"], hausdorff["total"]) == (2, 3)
-    assert hausdorff["mean"] == pytest.approx((0.0 + 1.0) / 2)  # identical, and one voxel of 1 mm aside
+    assert hausdorff["mean"] == pytest.approx((0.0 + 1.0) / 2)  # identical, and shifted by one voxel of 1 mm
 
 
 def test_the_terminal_table_prints_the_policy_and_every_count(cohort, tmp_path):
@@ -459,7 +459,7 @@ def test_a_failing_case_leaves_nothing_written(cohort, tmp_path):
     assert not out.exists()
 
 
-def test_another_grid_is_refused_with_the_case(cohort, tmp_path):
+def test_another_grid_is_rejected_and_the_case_is_named(cohort, tmp_path):
     predictions, truths, _ = cohort
     truth = read_label(truths["case-b"])
     write_label(predictions / "case-b.nii.gz", truth.data, Volume(truth.data, np.diag([-1.0, 1.0, 2.5, 1.0]), None))
@@ -468,7 +468,7 @@ def test_another_grid_is_refused_with_the_case(cohort, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_regions_and_ignored_labels_are_named_wherever_numbers_stand(cohort, tmp_path, workers):
+def test_regions_and_ignored_labels_are_named_next_to_the_numbers(cohort, tmp_path, workers):
     predictions, truths, images = cohort
     like = read_label(truths["case-b"])
     marked = like.data.copy()
@@ -503,7 +503,7 @@ def test_a_missing_prediction_of_a_truth_with_ignored_voxels_is_counted(cohort, 
     assert (summary.results["csf"]["dice"].mean, summary.results["csf"]["dice"].used) == (1.0, 1)
 
 
-def test_a_store_knows_what_it_ignores_and_joins(raw, store, tmp_path, monkeypatch, capsys):
+def test_a_store_defines_its_ignored_labels_and_regions(raw, store, tmp_path, monkeypatch, capsys):
     predictions, own = tmp_path / "predictions", tmp_path / "store"
     predictions.mkdir()
     own.mkdir()

@@ -1,4 +1,4 @@
-"""What each policy counts: empty masks, the challenges' own definitions, surface elements, lesions."""
+"""Policies: empty masks, the challenges' own definitions, surface elements, lesions."""
 
 import math
 import pickle
@@ -15,7 +15,7 @@ from asa.data.io.nifti import Volume
 from asa.evaluation.lesions import lesion_f1, lesion_recall, lesionwise_dice, lesionwise_hd95
 from asa.evaluation.metrics import hd95, hd95_in_plane, hd95_pooled, sensitivity, volume_difference
 from asa.evaluation.policies import POLICIES, tumour_regions
-from asa.evaluation.surface_distance import hd95_by_area, surface_dice, surfel_areas
+from asa.evaluation.surface_distance import hd95_by_area, surface_dice, surface_element_areas
 from asa.tasks.evaluation import evaluate_case, evaluate_folder
 
 UNIT = (1.0, 1.0, 1.0)
@@ -71,34 +71,34 @@ TABLES = {
 }
 
 
-def test_every_policy_has_its_truth_table_here():
+def test_every_policy_has_a_truth_table_in_this_file():
     assert TABLES.keys() == POLICIES.keys()
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_policy_does_what_its_truth_table_says(name):
+def test_a_policy_scores_empty_masks_as_its_truth_table_states(name):
     labels = {1: "necrosis", 2: "oedema", 3: "enhancing"} if "brats" in name else {1: "lesion"}
     value = max(labels)
     full, nothing = volume(value * box((4, 4, 4), 6)), volume(box((0, 0, 0), 0))
     cases = [(nothing, nothing), (full, nothing), (nothing, full)]  # both empty, the truth, the prediction
     printed = POLICIES[name].truth_table()
     assert [title for title, _ in printed] == ["both empty", "only truth empty", "only prediction empty"]
-    for place, (prediction, truth) in enumerate(cases):
+    for index, (prediction, truth) in enumerate(cases):
         for row in evaluate_case(prediction, truth, labels, name, case_id="a"):
-            expected = {metric: values[place] for metric, values in TABLES[name].items()}
+            expected = {metric: values[index] for metric, values in TABLES[name].items()}
             assert row.values == pytest.approx(expected, nan_ok=True)
-            for text, value in zip(printed[place][1], expected.values(), strict=True):
+            for text, value in zip(printed[index][1], expected.values(), strict=True):
                 assert text.split()[0] == ("undefined" if math.isnan(value) else f"{value:g}")
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_a_perfect_prediction_is_perfect_and_a_policy_travels_to_workers(policy):
+def test_a_perfect_prediction_scores_perfectly_and_policies_can_be_pickled(policy):
     truth = box((4, 4, 4), 6)
     for metric in pickle.loads(pickle.dumps(policy)).metrics:
         assert metric(truth, truth, (1.0, 1.0, 3.0)) == metric.both_empty
 
 
-def test_a_policy_scores_the_tumour_regions_of_either_year():
+def test_tumour_regions_follow_the_label_values_of_either_year():
     assert tumour_regions({1: "a", 2: "b", 4: "c"}) == {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
     assert tumour_regions({1: "a", 2: "b", 3: "c"}) == {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
     with pytest.raises(ValueError, match=r"declared are \[1, 2\]: give regions="):
@@ -107,7 +107,7 @@ def test_a_policy_scores_the_tumour_regions_of_either_year():
     assert own.regions_of({1: "a", 2: "b"}) == {"WT": (1, 2)}
 
 
-def test_wmh2017_ignores_other_pathology_and_refuses_it_as_a_label(tmp_path):
+def test_wmh2017_ignores_other_pathology_and_rejects_it_as_a_label(tmp_path):
     truth, prediction = np.zeros((2, 12, 12, 6), dtype=np.uint8)
     truth[2:5, 2:5, 2:4], truth[7:10, 7:10, 2:4] = 1, 2
     prediction[truth > 0] = 1  # the other pathology too
@@ -136,14 +136,14 @@ def test_sensitivity_and_volume_difference_have_closed_forms():
 
 
 @pytest.mark.parametrize("spacing", [UNIT, (0.7, 1.1, 3.0)])
-def test_areas_of_surface_elements_are_those_of_the_surface_distance_package(spacing):
+def test_areas_of_surface_elements_equal_those_of_the_surface_distance_package(spacing):
     theirs = lookup_tables.create_table_neighbour_code_to_surface_area(spacing)
     reversed_bits = [int(f"{code:08b}"[::-1], 2) for code in range(256)]
-    np.testing.assert_allclose(surfel_areas(*spacing), theirs[reversed_bits], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(surface_element_areas(*spacing), theirs[reversed_bits], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_nsd_and_hd95_by_area_are_those_of_the_surface_distance_package(seed):
+def test_nsd_and_hd95_by_area_equal_those_of_the_surface_distance_package(seed):
     a, b, spacing = masks(seed)
     theirs = surface_distance.compute_surface_distances(a, b, spacing)
     for tolerance in (0.0, 0.1, 0.5, 1.0, 2.0):
@@ -153,8 +153,8 @@ def test_nsd_and_hd95_by_area_are_those_of_the_surface_distance_package(seed):
     assert hd95_by_area(a, b, spacing) == pytest.approx(expected, rel=0, abs=1e-6)
 
 
-def test_nsd_is_the_share_of_the_surface_within_the_tolerance():
-    # Two slabs across the image, two voxels apart: of both surfaces only the faces that look at each other are near.
+def test_nsd_is_the_fraction_of_the_surface_within_the_tolerance():
+    # Two adjacent slabs across the whole image: only the two faces that touch are within the tolerance.
     a, b = np.zeros((2, 12, 40, 40), dtype=bool)
     a[2:4], b[4:6] = True, True
     assert surface_dice(a, b, (1.0, 1.0, 1.0), 0.0) == pytest.approx(0.5, abs=0.06)
@@ -172,21 +172,21 @@ def test_hd95_by_area_of_a_shifted_slab_is_its_shift(axis):
     assert hd95_by_area(a, b, spacing) == pytest.approx(5 * spacing[axis])
 
 
-def test_surface_measures_of_an_empty_mask_are_left_to_the_policy():
+def test_surface_metrics_of_an_empty_mask_are_undefined():
     full, empty = box((2, 2, 2), 3), box((0, 0, 0), 0)
     for a, b in ((empty, empty), (full, empty), (empty, full)):
         assert math.isnan(surface_dice(a, b, UNIT, 1.0)) and math.isnan(hd95_by_area(a, b, UNIT))
         assert math.isnan(hd95_in_plane(a, b, UNIT)) and math.isnan(hd95_pooled(a, b, UNIT))
 
 
-def test_the_pooled_hd95_is_below_that_of_the_worse_direction():
+def test_pooled_hd95_is_below_that_of_the_worse_direction():
     a = box((2, 2, 2), 12)
     b = a | box((15, 15, 15), 4)  # an island: far from a, while all of a is near b
     assert hd95_pooled(a, b, UNIT) < hd95(a, b, UNIT)
     assert hd95_pooled(a, a, UNIT) == 0.0
 
 
-def test_the_papers_hd95_does_not_know_the_spacing():
+def test_the_hd95_of_the_paper_ignores_the_spacing():
     truth, prediction = box((4, 4, 4), 6), box((4, 4, 6), 6)
     rows = [
         evaluate_case(volume(prediction, spacing), volume(truth, spacing), {1: "wm"}, "asa_paper", case_id="a")[0]
@@ -218,7 +218,7 @@ def challenge_wmh(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[floa
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_wmh_measures_are_those_of_the_challenge(seed):
+def test_wmh_metrics_equal_those_of_the_challenge(seed):
     generator = np.random.default_rng(seed)
     field = gaussian_filter(generator.normal(size=(26, 24, 9)), (1.5, 1.5, 0.7))
     other = field + 0.6 * gaussian_filter(generator.normal(size=field.shape), (1.5, 1.5, 0.7))
@@ -229,7 +229,7 @@ def test_wmh_measures_are_those_of_the_challenge(seed):
     assert lesion_f1(prediction, truth) == pytest.approx(f1)
 
 
-def test_lesions_are_counted_and_not_voxels():
+def test_lesion_metrics_count_lesions_and_not_voxels():
     truth = box((1, 1, 1), 8) | box((12, 12, 12), 1) | box((13, 13, 13), 1) | box((17, 1, 1), 1)
     assert lesion_recall(box((1, 1, 1), 1), truth) == pytest.approx(1 / 3)  # a corner connects the two single voxels
     assert lesion_recall(box((13, 13, 13), 1), truth) == pytest.approx(1 / 3)
@@ -266,7 +266,7 @@ def challenge_lesions(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_lesionwise_measures_are_those_of_the_challenge(seed):
+def test_lesionwise_metrics_equal_those_of_the_challenge(seed):
     generator = np.random.default_rng(seed)
     field = gaussian_filter(generator.normal(size=(40, 36, 30)), 2)
     other = field + 0.7 * gaussian_filter(generator.normal(size=field.shape), 2)
@@ -296,7 +296,7 @@ def test_an_exception_to_the_truth_table_is_printed_with_it():
     assert (values["lesion_dice"], values["lesion_hd95_mm"]) == (1.0, 0.0)
 
 
-def test_true_lesions_that_nearly_touch_are_one():
+def test_true_lesions_that_nearly_touch_are_one_lesion():
     truth = box((2, 2, 2), 5) | box((2, 2, 11), 5)  # four voxels apart: dilated by three they meet
     assert lesionwise_dice(box((2, 2, 2), 5), truth, UNIT) == pytest.approx(2 / 3)
     apart = box((2, 2, 1), 5) | box((2, 2, 14), 5)

@@ -1,4 +1,4 @@
-"""Intervals that cover, tests that err as often as they say, corrections that hold."""
+"""Coverage of intervals, error rates of tests, and the correction for multiple tests."""
 
 import itertools
 import math
@@ -11,12 +11,12 @@ from asa.evaluation import statistics
 from asa.evaluation.statistics import bootstrap_interval, holm, wilcoxon_p
 
 
-def test_an_interval_of_one_value_is_undefined_and_of_equal_values_a_point():
+def test_the_interval_of_one_value_is_undefined_and_of_equal_values_a_point():
     assert all(math.isnan(end) for end in bootstrap_interval(np.array([0.5])))
     assert bootstrap_interval(np.full(7, 0.5)) == (0.5, 0.5)
 
 
-def test_an_interval_follows_the_values_scale_and_reaches_further_to_the_side_of_their_tail():
+def test_the_interval_is_equivariant_and_longer_on_the_side_of_the_tail():
     values = np.array([0.91, 0.9, 0.92, 0.89, 0.93, 0.6, 0.9, 0.88])
     low, high = bootstrap_interval(values)
     assert low < values.mean() < high and values.mean() - low > 1.3 * (high - values.mean())
@@ -25,7 +25,7 @@ def test_an_interval_follows_the_values_scale_and_reaches_further_to_the_side_of
 
 
 @pytest.mark.parametrize("values", [[0.9, 0.9, 0.9, 0.9, 0.5], [1.0] * 9 + [0.2], [0.9, 0.9 + 1e-12, 0.9, 0.1]])
-def test_an_interval_of_tied_values_is_bounded_by_twice_students(values):
+def test_the_interval_of_tied_values_is_at_most_twice_students(values):
     values = np.array(values)
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     low, high = bootstrap_interval(values)
@@ -33,26 +33,26 @@ def test_an_interval_of_tied_values_is_bounded_by_twice_students(values):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_an_interval_of_two_or_three_values_is_students(count):
+def test_the_interval_of_two_or_three_values_is_students(count):
     values = np.random.default_rng(0).beta(9, 2, count)
     expected = stats.t.interval(0.95, count - 1, values.mean(), stats.sem(values))
     assert bootstrap_interval(values) == pytest.approx(expected)
 
 
-def test_an_interval_is_that_of_the_slow_bootstrap_t():
+def test_the_interval_equals_that_of_a_slow_bootstrap_t():
     values, generator = np.random.default_rng(1).beta(12, 2, 24), np.random.default_rng(2)
     found = []
     for _ in range(4000):
         drawn = generator.choice(values, len(values))
         found.append((drawn.mean() - values.mean()) / stats.sem(drawn))
-    ends = [values.mean() - np.quantile(found, share) * stats.sem(values) for share in (0.975, 0.025)]
+    ends = [values.mean() - np.quantile(found, level) * stats.sem(values) for level in (0.975, 0.025)]
     assert bootstrap_interval(values) == pytest.approx(ends, abs=0.05 * (ends[1] - ends[0]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", [5, 6, 8, 24])
 @pytest.mark.parametrize("kind", ["normal", "differences of Dice", "Dice", "skewed Dice"])
-def test_95_percent_of_intervals_hold_the_true_mean(cases, kind):
+def test_95_percent_of_intervals_contain_the_true_mean(cases, kind):
     generator, repeats = np.random.default_rng(cases), 2000
     if kind == "normal":
         draws, truth = generator.normal(0.8, 0.1, (repeats, cases)), 0.8
@@ -77,14 +77,14 @@ def brute_force_p(differences: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_exact_p_is_that_of_all_signs_with_ties_and_zeros(seed):
+def test_the_exact_p_equals_enumeration_of_all_signs_with_ties_and_zeros(seed):
     generator = np.random.default_rng(seed)
     differences = np.round(generator.normal(0.3, 1.0, 4 + seed), 0 if seed % 2 else 2)
     assert wilcoxon_p(differences) == pytest.approx(brute_force_p(differences), rel=1e-9)
 
 
 @pytest.mark.parametrize("pairs", [12, 40, 300])
-def test_p_is_scipys_where_there_are_no_ties(pairs):
+def test_p_equals_scipys_without_ties(pairs):
     differences = np.random.default_rng(pairs).normal(0.15, 1.0, pairs)
     method = "exact" if pairs <= statistics.EXACT_UP_TO else "approx"
     expected = stats.wilcoxon(differences, method=method, correction=False).pvalue
@@ -92,26 +92,26 @@ def test_p_is_scipys_where_there_are_no_ties(pairs):
     assert wilcoxon_p(-differences) == pytest.approx(expected, rel=1e-6)
 
 
-def test_p_without_a_difference_is_1_and_of_few_never_small():
+def test_p_without_a_difference_is_1_and_of_few_pairs_never_small():
     assert wilcoxon_p(np.zeros(9)) == 1.0
     assert wilcoxon_p(np.arange(1.0, 6.0)) == 2 / 2**5
     assert wilcoxon_p(np.arange(1.0, 7.0)) == 2 / 2**6 < 0.05
 
 
 @pytest.mark.parametrize("pairs", [10, 24, 60])
-def test_5_percent_of_tests_without_a_difference_find_one(pairs):
+def test_the_false_positive_rate_is_5_percent(pairs):
     runs = np.random.default_rng(pairs).beta(12, 2, (2, 4000, pairs))  # two runs that score alike
     found = [wilcoxon_p(differences) < 0.05 for differences in runs[0] - runs[1]]
     assert np.mean(found) == pytest.approx(0.05, abs=0.02)
 
 
-def test_holm_is_sequential_monotone_and_leaves_out_what_was_not_tested():
+def test_holm_is_sequential_and_monotone_and_skips_undefined_p():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, math.nan, 0.9]) == pytest.approx([1.0, math.nan, 1.0], nan_ok=True)
     assert holm([]) == []
 
 
-def test_holm_keeps_the_chance_of_any_false_finding():
+def test_holm_controls_the_family_wise_error_rate():
     runs = np.random.default_rng(0).normal(size=(1000, 6, 20))  # six tests without a difference, a thousand times
     any_found = [min(holm([wilcoxon_p(differences) for differences in family])) < 0.05 for family in runs]
     assert np.mean(any_found) <= 0.05 + 0.02

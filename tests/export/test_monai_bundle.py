@@ -1,4 +1,4 @@
-"""MONAI bundles: MONAI runs them, and the label maps are those of asa-predict."""
+"""MONAI bundles: MONAI runs them, and the label maps equal those of asa-predict."""
 
 import json
 import sys
@@ -41,10 +41,10 @@ def checkpoint(folder: Path, model: dict | None = None, **data: object) -> Path:
 
 
 def write_scan(folder: Path, channels: list[str]) -> dict[str, Path]:
-    """An ellipsoid of noise in LPS orientation on anisotropic voxels, in files of their own."""
+    """An ellipsoid of noise in LPS orientation on anisotropic voxels, one file per channel."""
     rng = np.random.default_rng(0)
-    place = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in (24, 34, 26)), indexing="ij")
-    inside, affine = sum(axis**2 for axis in place) < 1, np.diag([-1.0, -1.0, 1.2, 1.0])
+    grid = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in (24, 34, 26)), indexing="ij")
+    inside, affine = sum(axis**2 for axis in grid) < 1, np.diag([-1.0, -1.0, 1.2, 1.0])
     files = {name: folder / f"a_{name}.nii.gz" for name in channels}
     for file in files.values():
         write_image(file, np.where(inside, rng.uniform(100, 900, inside.shape), 0), affine)
@@ -52,7 +52,7 @@ def write_scan(folder: Path, channels: list[str]) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("data", [{}, {**REGIONS, "channels": ["t1"]}], ids=["classes", "regions"])
-def test_monai_runs_a_bundle_and_its_label_maps_are_those_of_asa_predict(
+def test_monai_runs_a_bundle_and_its_label_maps_equal_those_of_asa_predict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: dict
 ) -> None:
     trained, bundle = checkpoint(tmp_path / "run", **data), tmp_path / "bundle"
@@ -68,11 +68,11 @@ def test_monai_runs_a_bundle_and_its_label_maps_are_those_of_asa_predict(
     assert written.name == ("a_t1.nii.gz" if len(files) == 1 else "a.nii.gz")
     assert np.array_equal(found.data, expected.data) and np.array_equal(found.affine, expected.affine)
     assert len(np.unique(found.data)) > 1
-    shares = [read_image(file).data for file in sorted((tmp_path / "out" / "probabilities").rglob("*.nii.gz"))]
-    assert len(shares) == (3 if "regions" in data else 4)
+    probabilities = [read_image(file).data for file in sorted((tmp_path / "out" / "probabilities").rglob("*.nii.gz"))]
+    assert len(probabilities) == (3 if "regions" in data else 4)
 
 
-def test_a_bundle_has_what_monai_looks_for(tmp_path: Path) -> None:
+def test_a_bundle_has_the_files_and_keys_that_monai_expects(tmp_path: Path) -> None:
     export_bundle(checkpoint(tmp_path / "run"), tmp_path / "bundle")
     config, metadata = (str(tmp_path / "bundle" / "configs" / f"{name}.json") for name in ("inference", "metadata"))
     write_scan(tmp_path / "scans", DATA["channels"])
@@ -81,19 +81,19 @@ def test_a_bundle_has_what_monai_looks_for(tmp_path: Path) -> None:
     workflow.initialize()
     assert workflow.check_properties() == [] and workflow.channel_def["3"] == "wm"
     verify_net_in_out(net_id="network_def", config_file=config, meta_file=metadata, device="cpu")
-    said = json.loads(Path(metadata).read_text())
+    content = json.loads(Path(metadata).read_text())
     required = "schema version monai_version pytorch_version numpy_version required_packages_version task description"
-    assert {*required.split(), "authors", "copyright", "network_data_format"} <= said.keys()
+    assert {*required.split(), "authors", "copyright", "network_data_format"} <= content.keys()
     tensor = {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"}
     for side, name in (("inputs", "image"), ("outputs", "pred")):
-        assert tensor <= said["network_data_format"][side][name].keys()
+        assert tensor <= content["network_data_format"][side][name].keys()
     for file in ("LICENSE", "docs/README.md", "models/model.pt"):
         assert (tmp_path / "bundle" / file).is_file()
     assert not any("ab12" in path.read_text() for path in (tmp_path / "bundle").rglob("*.json"))
 
 
-def test_what_a_bundle_cannot_hold_is_refused(tmp_path: Path) -> None:
-    def refused(words: str, run: Path) -> None:
+def test_networks_that_cannot_be_a_bundle_are_rejected(tmp_path: Path) -> None:
+    def rejected(words: str, run: Path) -> None:
         with pytest.raises(ValueError, match=words):
             export_bundle(run, tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -105,15 +105,15 @@ def test_what_a_bundle_cannot_hold_is_refused(tmp_path: Path) -> None:
     shell = nn.Module()
     shell.model = build(pretraining)
     save_checkpoint(tmp_path / "pre", 1, shell, {"model": pretraining, "data": {"channels": ["t1"]}}, {}, keep=1)
-    refused("holds a segmentation network", tmp_path / "pre")
-    refused("looks at the mirror image", checkpoint(tmp_path / "mirrored", {"symmetry": True}))
+    rejected("holds a segmentation network", tmp_path / "pre")
+    rejected("cross-attends to the mirror image", checkpoint(tmp_path / "mirrored", {"symmetry": True}))
     code = checkpoint(tmp_path / "code", labels={"1": "$__import__('os').abort()", "2": "gm", "5": "wm"})
-    refused("which MONAI reads as code", code)
+    rejected("which MONAI reads as code", code)
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_rejected(tmp_path: Path) -> None:
     trained, out = checkpoint(tmp_path / "run"), tmp_path / "out"
-    for _ in range(2):  # its own place may be written again
+    for _ in range(2):  # a bundle may be overwritten
         export_bundle(trained, out)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""ONNX: the file computes what PyTorch computes."""
+"""ONNX: exported networks compute the same as in PyTorch."""
 
 import builtins
 import json
@@ -45,15 +45,15 @@ def test_a_u_net_computes_the_same_in_onnx_for_any_batch_size(
         image = torch.randn(batch, 2, 64, 32, 32)
         with torch.inference_mode():
             expected = load_model(run)(image).numpy()
-        (found,) = session.run(["logits"], {"image": image.numpy()})
-        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
-    said = session.get_modelmeta().custom_metadata_map["asa"]
-    assert json.loads(said)["window"] == [64, 32, 32] and json.loads(said)["labels"] == {"1": "csf"}
-    assert "ab12" not in said
+        (actual,) = session.run(["logits"], {"image": image.numpy()})
+        np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+    metadata = session.get_modelmeta().custom_metadata_map["asa"]
+    assert json.loads(metadata)["window"] == [64, 32, 32] and json.loads(metadata)["labels"] == {"1": "csf"}
+    assert "ab12" not in metadata
 
 
 @pytest.mark.slow
-def test_of_a_pretraining_the_encoder_is_written_and_a_wrong_one_is_not(
+def test_the_encoder_of_a_pretraining_is_exported_and_a_deviating_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -68,7 +68,7 @@ def test_of_a_pretraining_the_encoder_is_written_and_a_wrong_one_is_not(
     assert not (tmp_path / "other.onnx").exists()
 
 
-def test_the_missing_package_and_a_wrong_ending_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_and_a_wrong_file_ending_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"ends in \.onnx"):
         export_onnx(tmp_path, tmp_path / "net.pt")
     real = builtins.__import__

@@ -1,4 +1,4 @@
-"""Prediction: laws of mirrors, ensembles, probabilities and other grids."""
+"""Prediction: mirroring, ensembles, probabilities, and scans on other grids."""
 
 import sys
 import warnings
@@ -20,7 +20,7 @@ from asa.data.io.nifti import from_ras, read_image, to_ras, write_image
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.inference import segmentation as engine
+from asa.inference import segmentation
 from asa.inference.segmentation import PredictSettings, Segmenter, count_windows, sliding_window
 from asa.training.checkpoint import read_weights, save_checkpoint
 
@@ -51,10 +51,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def a_scan(folder: Path, name: str = "a") -> Path:
-    """An ellipsoid of noise: nothing in it is symmetric."""
+    """An ellipsoid of noise without any symmetry."""
     rng = np.random.default_rng(0)
-    place = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in (30, 42, 28)), indexing="ij")
-    inside = sum(axis**2 for axis in place) < 1
+    grid = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in (30, 42, 28)), indexing="ij")
+    inside = sum(axis**2 for axis in grid) < 1
     affine = np.diag([-1.0, 1.0, 1.0, 1.0])  # LAS
     write_image(folder / f"{name}.nii.gz", np.where(inside, rng.uniform(100, 900, inside.shape), 0), affine)
     return folder / f"{name}.nii.gz"
@@ -80,13 +80,13 @@ def test_with_mirror_the_prediction_of_a_mirrored_head_is_the_mirrored_predictio
     assert same[True] == 1.0 and same[False] < 0.9
 
 
-def test_an_ensemble_of_twice_the_same_network_is_that_network(run: Path) -> None:
+def test_an_ensemble_of_one_network_twice_predicts_as_that_network(run: Path) -> None:
     image = torch.rand(1, 32, 40, 64)
     once = Segmenter(run, SETTINGS).probabilities(image)
     assert torch.equal(Segmenter([run, run], SETTINGS).probabilities(image), once)
 
 
-def test_an_ensemble_is_the_mean_of_its_networks(run: Path, tmp_path: Path) -> None:
+def test_an_ensemble_predicts_the_mean_of_its_networks(run: Path, tmp_path: Path) -> None:
     image, other = torch.rand(1, 32, 32, 64), checkpoint(tmp_path / "fold1", seed=1)
     one, two = (Segmenter(path, SETTINGS).probabilities(image) for path in (run, other))
     torch.testing.assert_close(Segmenter([run, other], SETTINGS).probabilities(image), (one + two) / 2)
@@ -101,9 +101,11 @@ def test_an_ensemble_is_the_mean_of_its_networks(run: Path, tmp_path: Path) -> N
         ("lateral_pairs", []),
     ],
 )
-def test_networks_that_do_not_agree_are_no_ensemble(run: Path, tmp_path: Path, key: str, value: object) -> None:
+def test_networks_with_different_metadata_are_rejected_as_an_ensemble(
+    run: Path, tmp_path: Path, key: str, value: object
+) -> None:
     other = checkpoint(tmp_path / "other", **{key: value})
-    with pytest.raises(ValueError, match=f"other: an ensemble agrees in {key}: .* in .*fold0"):
+    with pytest.raises(ValueError, match=f"other: .* ensemble must agree in {key}: .* in .*fold0"):
         Segmenter([run, other], SETTINGS)
 
 
@@ -115,10 +117,10 @@ def test_probabilities_sum_to_1_and_the_largest_is_the_label(tmp_path: Path, pre
     files = [nibabel.load(tmp_path / "p" / f"{name}.nii.gz") for name in ("background", "left_x", "right_x", "middle")]
     for file in files:
         assert file.get_data_dtype() == np.float32 and np.array_equal(file.affine, nibabel.load(path).affine)
-    shares = np.stack([np.asarray(file.dataobj) for file in files])
-    assert shares.min() >= 0
-    np.testing.assert_allclose(shares.sum(axis=0), 1, atol=1e-5)
-    assert np.array_equal(np.array([0, 1, 2, 5])[shares.argmax(axis=0)], label)
+    probabilities = np.stack([np.asarray(file.dataobj) for file in files])
+    assert probabilities.min() >= 0
+    np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
+    assert np.array_equal(np.array([0, 1, 2, 5])[probabilities.argmax(axis=0)], label)
     assert len(np.unique(label)) > 2
 
 
@@ -127,7 +129,7 @@ def test_without_resampling_the_probabilities_are_those_of_the_prepared_grid(run
     segmenter = Segmenter(run, SETTINGS)
     predicted(segmenter, path, tmp_path / "p")
     volume = read_image(path)
-    case = prepare_case({"t1": volume}, None, {}, segmenter.intake.settings)
+    case = prepare_case({"t1": volume}, None, {}, segmenter.preprocessor.settings)
     expected = segmenter.probabilities(torch.from_numpy(case.image))[3].numpy()
     found = to_ras(read_image(tmp_path / "p" / "middle.nii.gz").data, volume.affine)[0].transpose(2, 1, 0)
     crop = case.chain["steps"][-1]
@@ -135,7 +137,7 @@ def test_without_resampling_the_probabilities_are_those_of_the_prepared_grid(run
     assert np.array_equal(found[box], expected)
 
 
-def test_labels_chosen_on_the_scans_own_grid_are_closer_to_the_truth_than_labels_brought_back(tmp_path: Path) -> None:
+def test_labels_chosen_on_the_scans_own_grid_are_closer_to_the_truth_than_resampled_labels(tmp_path: Path) -> None:
     shape = (150, 190, 144)
     image, truth = scan(shape, centred(shape, np.eye(3)))
     write_image(tmp_path / "head.nii.gz", image.data, image.affine)
@@ -143,19 +145,19 @@ def test_labels_chosen_on_the_scans_own_grid_are_closer_to_the_truth_than_labels
     chain = prepare_case({"t1": image}, None, {}, settings).chain
     (step,) = (step for step in chain["steps"] if step["stage"] == "align")
     masks = [ndimage.gaussian_filter((value == truth.data.T).astype(np.float32), 1.3) for value in (0, 2, 7)]
-    shares = np.stack([sample_affine(mask, np.array(step["matrix"]), step["shape"], 1) for mask in masks])
+    probabilities = np.stack([sample_affine(mask, np.array(step["matrix"]), step["shape"], 1) for mask in masks])
     node = {"labels": {2: "outer", 7: "inner"}, "lateral_pairs": [], "prepare": {"spacing": 3.0, "crop": "none"}}
     segmenter = Segmenter(checkpoint(tmp_path / "run", **node), SETTINGS)
-    segmenter.probabilities = lambda _: torch.from_numpy(shares)
+    segmenter.probabilities = lambda _: torch.from_numpy(probabilities)
     here = predicted(segmenter, tmp_path / "head.nii.gz")
-    brought = np.array([0, 2, 7])[to_native(shares.argmax(axis=0).astype(np.uint8)[None], chain, order=0)[0]]
+    resampled = np.array([0, 2, 7])[to_native(probabilities.argmax(axis=0).astype(np.uint8)[None], chain, order=0)[0]]
     for value in (2, 7):
-        error, before = (1 - dice(label == value, truth.data == value) for label in (here, brought))
+        error, before = (1 - dice(label == value, truth.data == value) for label in (here, resampled))
         assert error < before / 2
 
 
 @pytest.mark.parametrize("axes", [[[1, 1], [2, -1], [0, 1]], [[2, 1], [0, -1], [1, -1]]])
-def test_a_reoriented_copy_gets_the_same_labels(run: Path, tmp_path: Path, axes: list[list[int]]) -> None:
+def test_a_reoriented_scan_gets_the_same_labels(run: Path, tmp_path: Path, axes: list[list[int]]) -> None:
     path, segmenter = a_scan(tmp_path), Segmenter(run, SETTINGS)
     image = nibabel.load(path)
     turned = image.as_reoriented(np.array(axes))
@@ -167,7 +169,7 @@ def test_a_reoriented_copy_gets_the_same_labels(run: Path, tmp_path: Path, axes:
 
 
 class Pointwise(nn.Module):
-    """A network whose classes are ranges of the intensity: smooth, and the same in every place."""
+    """A network whose classes are smooth intensity ranges, independent of position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,38 +188,36 @@ def head_file(folder: Path, spacing: float) -> Path:
     return folder / "head.nii.gz"
 
 
-def test_a_scan_with_other_voxels_is_resampled_to_those_of_the_training_and_back(tmp_path: Path) -> None:
+def test_a_scan_with_another_voxel_size_is_resampled_to_that_of_the_training_and_back(tmp_path: Path) -> None:
     run = checkpoint(tmp_path / "run", spacing=[[3.0, 3.0, 3.0], [3.1, 3.0, 3.0]])
     segmenter = Segmenter(run, SETTINGS)
     segmenter.models = [Pointwise()]
     coarse, fine = head_file(tmp_path / "coarse", 3.0), head_file(tmp_path / "fine", 2.0)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         there = predicted(segmenter, fine)
-    assert any("voxels of 2 x 2 x 2 mm" in str(one.message) and "resampled to 3" in str(one.message) for one in said)
+    assert any("voxels of 2 x 2 x 2 mm" in str(one.message) and "resampled to 3" in str(one.message) for one in caught)
     here = predicted(segmenter, coarse)
     assert there.shape == nibabel.load(fine).shape
     # Voxel centres of the coarse grid, read from the prediction on the fine one.
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in here.shape), indexing="ij"), -1)
     to_fine = np.linalg.inv(nibabel.load(fine).affine) @ nibabel.load(coarse).affine
     nearest = np.rint(grid @ to_fine[:3, :3].T + to_fine[:3, 3]).astype(int).clip(0, np.array(there.shape) - 1)
-    brought = there[tuple(np.moveaxis(nearest, -1, 0))]
-    assert min(dice(brought == value, here == value) for value in (0, 5)) > 0.9
-    assert dice(brought > 0, here > 0) > 0.97
+    sampled = there[tuple(np.moveaxis(nearest, -1, 0))]
+    assert min(dice(sampled == value, here == value) for value in (0, 5)) > 0.9
+    assert dice(sampled > 0, here > 0) > 0.97
 
 
-def test_voxels_that_no_isotropic_grid_matches_are_refused(tmp_path: Path) -> None:
+def test_a_voxel_size_unlike_that_of_an_anisotropic_training_grid_is_rejected(tmp_path: Path) -> None:
     segmenter = Segmenter(checkpoint(tmp_path / "run", spacing=[[3.0, 1.0, 1.0], [3.0, 1.0, 1.0]]), SETTINGS)
     with pytest.raises(ValueError, match=r"voxels of 1 x 1 x 1 mm .* trained on 3 x 1 x 1: resample"):
         predicted(segmenter, a_scan(tmp_path))
 
 
-def test_without_room_on_the_gpu_the_windows_are_put_together_on_the_cpu(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_windows_are_stitched_on_the_cpu_if_gpu_memory_runs_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segmenter, image = Segmenter(run, SETTINGS), torch.rand(1, 40, 32, 64)
     expected = sliding_window(segmenter.models[0], image, SETTINGS)
-    real, calls = engine.sliding_window_inference, []
+    real, calls = segmentation.sliding_window_inference, []
 
     def crowded(*inputs: object, **options: object) -> object:
         calls.append(options["device"])
@@ -225,22 +225,22 @@ def test_without_room_on_the_gpu_the_windows_are_put_together_on_the_cpu(
             raise torch.OutOfMemoryError("full")
         return real(*inputs, **options)
 
-    monkeypatch.setattr(engine, "sliding_window_inference", crowded)
-    with pytest.warns(UserWarning, match="put together on the CPU"):
+    monkeypatch.setattr(segmentation, "sliding_window_inference", crowded)
+    with pytest.warns(UserWarning, match="stitched on the CPU"):
         assert torch.equal(sliding_window(segmenter.models[0], image, SETTINGS), expected)
     assert calls == [torch.device("cpu")] * 2
 
     def full(*_: object, **__: object) -> object:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(engine, "sliding_window_inference", full)
+    monkeypatch.setattr(segmentation, "sliding_window_inference", full)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"lower predict\.batch_size"):
         sliding_window(segmenter.models[0], image, SETTINGS)
 
 
 @pytest.mark.parametrize("size", [(32, 32, 64), (20, 40, 65), (70, 33, 64), (48, 49, 130)])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.3])
-def test_the_windows_of_the_bar_are_those_that_are_computed(size: tuple[int, int, int], overlap: float) -> None:
+def test_the_progress_bar_counts_the_windows_that_are_computed(size: tuple[int, int, int], overlap: float) -> None:
     model, done = Pointwise(), []
     model.encoder.img_size = (32, 32, 64)
     settings = PredictSettings(device="cpu", overlap=overlap, batch_size=3)
@@ -248,16 +248,16 @@ def test_the_windows_of_the_bar_are_those_that_are_computed(size: tuple[int, int
     assert sum(done) == count_windows(size, (32, 32, 64), overlap)
 
 
-def test_mirroring_wants_a_partner_for_a_label_with_a_side(tmp_path: Path) -> None:
+def test_mirroring_needs_a_partner_for_every_lateral_label(tmp_path: Path) -> None:
     run = checkpoint(tmp_path / "run", lateral_pairs=[])
-    with pytest.raises(ValueError, match="'left_x' has a side"):
+    with pytest.raises(ValueError, match="'left_x' contains a side"):
         Segmenter(run, SETTINGS, mirror=True)
     Segmenter(run, SETTINGS)
 
 
-def test_classes_that_would_share_a_file_are_refused(tmp_path: Path) -> None:
+def test_classes_with_the_same_file_name_are_rejected(tmp_path: Path) -> None:
     run = checkpoint(tmp_path / "run", labels={1: "a b", 2: "a/b", 3: "c"}, lateral_pairs=[])
-    with pytest.raises(ValueError, match=r"'a b' and 'a/b' would share a_b\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"'a b' and 'a/b' would both be written to a_b\.nii\.gz"):
         predicted(Segmenter(run, SETTINGS), a_scan(tmp_path))
 
 
@@ -266,7 +266,7 @@ def call(module, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return module.main()
 
 
-def test_a_scan_that_lacks_a_channel_is_named_and_the_others_are_done(
+def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
@@ -282,7 +282,7 @@ def test_a_scan_that_lacks_a_channel_is_named_and_the_others_are_done(
     files = "images={t1: '*_t1.nii.gz', flair: '*_flair.nii.gz'}"
     code = call(predict, monkeypatch, *common, files, "probabilities=true", "predict.device=cpu")
     shown = capsys.readouterr()
-    assert code == 1 and "b: failed: no file of the channel flair" in shown.out and "1 scans failed" in shown.err
+    assert code == 1 and "b: failed: no file for the channel flair" in shown.out and "1 scans failed" in shown.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "probabilities"]
     assert len(list((tmp_path / "out" / "probabilities" / "a").iterdir())) == 4
     assert call(predict, monkeypatch, *common, "images={t1: '*_t1.nii.gz'}") == 1
@@ -291,12 +291,12 @@ def test_a_scan_that_lacks_a_channel_is_named_and_the_others_are_done(
 
 @pytest.fixture
 def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run asa-predict on a folder of files at the given places: code, names of the label maps, what was said."""
+    """Run asa-predict on a folder with files at the given paths: exit code, names of the label maps, output."""
     monkeypatch.setattr(Segmenter, "segment_file", lambda self, images, out, probabilities: write_whole(out, b"label"))
 
-    def predict_scans(*places: str, out: str = "out", images: str = "null") -> tuple[int, list[str], str]:
-        for place in places:
-            write_whole(tmp_path / "scans" / place, b"scan")
+    def predict_scans(*paths: str, out: str = "out", images: str = "null") -> tuple[int, list[str], str]:
+        for path in paths:
+            write_whole(tmp_path / "scans" / path, b"scan")
         arguments = [f"checkpoint={run}", f"input={tmp_path}/scans", f"out={tmp_path}/{out}", f"images={images}"]
         code = call(predict, monkeypatch, *arguments)
         shown = capsys.readouterr()
@@ -305,7 +305,7 @@ def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     return predict_scans
 
 
-def test_scans_of_one_name_in_several_folders_keep_apart(predicted_folder) -> None:
+def test_scans_of_one_name_in_several_folders_get_different_ids(predicted_folder) -> None:
     code, maps, _ = predicted_folder("a.nii.gz", "x/scan.nii.gz", "y/scan.nii.gz", "y/.hidden/scan.nii.gz")
     assert code == 0 and maps == ["a.nii.gz", "x_scan.nii.gz", "y_scan.nii.gz"]
 
@@ -316,21 +316,22 @@ def test_label_maps_inside_the_folder_of_the_scans_are_not_predicted(predicted_f
         assert code == 0 and maps == ["a.nii.gz"]
 
 
-@pytest.mark.parametrize("places", [("x/a.nii.gz", "x_a.nii.gz"), ("x/a.nii.gz", "x/a.nii"), ("b.nii", "b.nii.gz")])
-def test_scans_that_would_share_a_label_map_are_refused(predicted_folder, places: tuple[str, str]) -> None:
-    code, maps, said = predicted_folder(*places)
-    assert code == 1 and not maps and "would both give" in said
+@pytest.mark.parametrize("paths", [("x/a.nii.gz", "x_a.nii.gz"), ("x/a.nii.gz", "x/a.nii"), ("b.nii", "b.nii.gz")])
+def test_scans_with_the_same_id_are_rejected(predicted_folder, paths: tuple[str, str]) -> None:
+    code, maps, output = predicted_folder(*paths)
+    assert code == 1 and not maps and "would both give" in output
 
 
-def test_of_a_bids_tree_with_several_kinds_of_scans_one_is_chosen(predicted_folder) -> None:
-    places = [f"sub-{k}/anat/sub-{k}_{kind}.nii.gz" for k in (1, 2) for kind in ("FLAIR", "T1w")]
-    code, maps, said = predicted_folder(*places)
-    assert code == 1 and not maps and "several kinds (FLAIR, T1w)" in said and "images={t1: **/*_T1w.nii.gz}" in said
-    code, maps, _ = predicted_folder(*places, images="{t1: '**/*_T1w.nii.gz'}")
+def test_in_a_bids_tree_with_several_suffixes_one_must_be_chosen(predicted_folder) -> None:
+    paths = [f"sub-{k}/anat/sub-{k}_{kind}.nii.gz" for k in (1, 2) for kind in ("FLAIR", "T1w")]
+    code, maps, output = predicted_folder(*paths)
+    assert code == 1 and not maps and "several kinds (FLAIR, T1w)" in output
+    assert "images={t1: **/*_T1w.nii.gz}" in output
+    code, maps, _ = predicted_folder(*paths, images="{t1: '**/*_T1w.nii.gz'}")
     assert code == 0 and maps == ["sub-1_anat_sub-1.nii.gz", "sub-2_anat_sub-2.nii.gz"]
 
 
-def test_a_checkpoint_says_its_lateral_pairs_and_voxels(
+def test_a_checkpoint_records_lateral_pairs_and_voxel_size(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [

@@ -1,4 +1,4 @@
-"""Evaluations against each other: what is compared, what is refused, and the tables that come of it."""
+"""Comparisons of evaluations: paired differences, runs that cannot be compared, tables and pages."""
 
 import html
 import json
@@ -68,7 +68,7 @@ def test_a_difference_is_the_mean_over_the_same_cases(folders, tmp_path):
     assert found["dice", "gm", "mae"].p_holm > 0.05
 
 
-def test_an_undefined_value_leaves_its_pair_out_and_is_counted(tmp_path):
+def test_pairs_with_an_undefined_value_are_excluded_and_counted(tmp_path):
     values = [0.5, 0.6, 0.7, 0.8]
     folders = {
         "a": write_run(tmp_path / "a", {"csf": values}),
@@ -97,7 +97,7 @@ def test_all_files_hold_the_same_rows(folders, tmp_path):
     assert len({line.count("|") for line in files["comparison.md"].splitlines() if line.startswith("|")}) == 1
 
 
-def test_the_latex_table_has_equal_rows_and_escapes(tmp_path):
+def test_the_latex_table_has_rows_of_equal_length_and_is_escaped(tmp_path):
     folders = {
         name: write_run(tmp_path / str(k), {"csf": [0.5 + k / 10, 0.6 + k / 10]})
         for k, name in enumerate(("a_b", "50 % & more"))
@@ -110,7 +110,7 @@ def test_the_latex_table_has_equal_rows_and_escapes(tmp_path):
     assert r"a\_b" in text and r"50 \% \& more" in text and r"(95 \% interval)" in text
 
 
-def test_the_page_stands_alone_and_escapes(tmp_path):
+def test_the_page_is_self_contained_and_escaped(tmp_path):
     folders = {name: write_run(tmp_path / str(k), {"csf": [0.5, 0.6 + k / 9]}) for k, name in enumerate(("a", "<b>"))}
     compare_folders(folders, tmp_path / "out")
     page = (tmp_path / "out" / "comparison.html").read_text()
@@ -119,12 +119,12 @@ def test_the_page_stands_alone_and_escapes(tmp_path):
     assert "only truth empty" in page and "policy ibsr" in page
 
 
-def test_only_what_is_clear_after_the_correction_is_bold(folders, tmp_path):
+def test_only_differences_significant_after_correction_are_bold(folders, tmp_path):
     compare_folders({name: folders[name] for name in ("scratch", "mae")}, tmp_path / "noise")
     assert '<td class="strong">' not in (tmp_path / "noise" / "comparison.html").read_text()
     compare_folders(folders, tmp_path / "out")
-    clear = 2 * 2  # Dice and HD95 of both regions in the run that is better in every case
-    assert (tmp_path / "out" / "comparison.html").read_text().count('<td class="strong">') == 2 * clear
+    significant = 2 * 2  # Dice and HD95 of both regions in the run that is better in every case
+    assert (tmp_path / "out" / "comparison.html").read_text().count('<td class="strong">') == 2 * significant
 
 
 def test_the_same_comparison_writes_the_same_bytes(folders, tmp_path):
@@ -134,7 +134,7 @@ def test_the_same_comparison_writes_the_same_bytes(folders, tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_what_cannot_be_compared_is_refused_with_the_reason(folders, tmp_path):
+def test_runs_that_cannot_be_compared_are_rejected_with_the_reason(folders, tmp_path):
     values = {"csf": [0.5, 0.6], "gm": [0.5, 0.6]}
     out, first = tmp_path / "out", folders["scratch"]
     others = {
@@ -158,7 +158,7 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(folders, tmp_path):
     assert not out.exists()
 
 
-def test_common_cases_are_compared_on_request_and_the_others_named(folders, tmp_path):
+def test_common_cases_are_compared_on_request_and_the_others_are_named(folders, tmp_path):
     fewer = write_run(tmp_path / "fewer", {"csf": [0.5, 0.6], "gm": [0.5, 0.6]})
     found = compare_folders({"a": folders["scratch"], "b": fewer}, tmp_path / "out", allow_missing=True)
     assert found.case_ids == ("case00", "case01") and len(found.left_out) == 10
@@ -169,14 +169,14 @@ def test_common_cases_are_compared_on_request_and_the_others_named(folders, tmp_
     )
 
 
-def test_an_absent_extra_leaves_the_tables(folders, tmp_path, monkeypatch):
+def test_without_the_extra_the_tables_are_still_written(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match="jinja2 is not installed"):
         compare_folders(folders, tmp_path / "out")
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_the_command_names_runs_by_folder_or_as_told(folders, tmp_path, monkeypatch, capsys):
+def test_the_command_names_runs_by_folder_or_by_key(folders, tmp_path, monkeypatch, capsys):
     def command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["asa-evaluate", *arguments])
         code = evaluate_command.main()

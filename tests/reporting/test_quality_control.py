@@ -1,4 +1,4 @@
-"""The checkup: every scan once, what is wrong first, names taken for names, pictures that tell the truth."""
+"""The quality control page: one row per scan, failures first, escaped names, correct thumbnails."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ import pytest
 
 from asa.data.preprocessing.quality_control import Look, Visit
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, thumbnail_row
-from asa.reporting.quality_control import Checkup
+from asa.reporting.quality_control import QualityControlReport
 
 D, H, W = 40, 48, 32
 SIDE = 96  # two pixels a voxel
@@ -25,23 +25,23 @@ def planes(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return volume[D // 2], volume[:, H // 2], volume[:, :, W // 2]
 
 
-def box_look(midline=((15.5, 15.5), (15.5, 15.5))) -> Look:
+def box_thumbnails(midline=((15.5, 15.5), (15.5, 15.5))) -> Look:
     brain = np.zeros((D, H, W), dtype=bool)
     brain[8:30, 10:40, 6:26] = True
     gray = np.where(brain, 100, 0).astype(np.uint8)
     return Look(planes(gray), planes(brain), (1.0, 1.0, 1.0), (D // 2, H // 2, W // 2), midline)
 
 
-def visit(id="sub-01", reason="", warnings=(), facts=None, look=None, subject="s", site="") -> Visit:
+def scan(id="sub-01", reason="", warnings=(), facts=None, look=None, subject="s", site="") -> Visit:
     return Visit(id, subject, site, reason, list(warnings), facts or {}, look)
 
 
-def made(folder: Path, *visits: Visit, settings=None) -> tuple[str, list[dict[str, str]]]:
-    """The page and the table of a checkup."""
-    checkup = Checkup(folder)
-    for one in visits:
-        checkup.add(one)
-    checkup.finish(settings or {})
+def report(folder: Path, *scans: Visit, settings=None) -> tuple[str, list[dict[str, str]]]:
+    """The page and the table of a quality control."""
+    writer = QualityControlReport(folder)
+    for one in scans:
+        writer.add(one)
+    writer.finish(settings or {})
     return (folder / "checkup.html").read_text(), list(
         csv.DictReader(io.StringIO((folder / "checkup.csv").read_text()))
     )
@@ -53,11 +53,11 @@ def drawn(row: np.ndarray, colour: np.ndarray, plane: int) -> np.ndarray:
     return (cell == colour).all(axis=-1)
 
 
-# ------------------------------------------------------------------------------------------ the pictures
+# ------------------------------------------------------------------------------------------ thumbnails
 
 
 def test_the_outline_lies_on_the_border_of_the_mask():
-    look = box_look()
+    look = box_thumbnails()
     row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, side=SIDE)
     for plane, mask in enumerate(look.brain):
         inside = mask[::-1, ::-1].repeat(2, axis=0).repeat(2, axis=1)
@@ -70,28 +70,28 @@ def test_the_outline_lies_on_the_border_of_the_mask():
 
 
 @pytest.mark.parametrize("ends", [(15.5, 15.5), (4.0, 4.0), (10.0, 22.0)])
-def test_the_symmetry_plane_is_drawn_where_it_was_found(ends):
-    look = box_look(midline=(ends, (20.0, 20.0)))
+def test_the_mid_sagittal_plane_is_drawn_at_its_position(ends):
+    look = box_thumbnails(midline=(ends, (20.0, 20.0)))
     row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline, side=SIDE)
     for plane, length, (first, last) in ((0, H, ends), (1, D, (20.0, 20.0))):
         y, x = np.nonzero(drawn(row, MIDLINE, plane))
         assert len(y) > length  # more than half of two pixels a voxel
-        along = length - 1 - ((y - (SIDE - 2 * length) // 2 + 0.5) / 2 - 0.5)  # the picture is upside down
-        across = W - 1 - ((x - (SIDE - 2 * W) // 2 + 0.5) / 2 - 0.5)  # and the patient's right is on its left
+        along = length - 1 - ((y - (SIDE - 2 * length) // 2 + 0.5) / 2 - 0.5)  # superior and anterior are up
+        across = W - 1 - ((x - (SIDE - 2 * W) // 2 + 0.5) / 2 - 0.5)  # the patient's right is on the left
         np.testing.assert_allclose(across, first + (last - first) * along / (length - 1), atol=0.26)
     assert not drawn(row, MIDLINE, 2).any()
 
 
 @pytest.mark.parametrize("midline", [None, ((-9.0, -5.0), (90.0, 90.0)), ((math.nan, 1.0), (math.nan, math.nan))])
-def test_a_plane_that_is_not_in_the_picture_is_not_drawn(midline):
-    look = box_look(midline)
+def test_a_plane_outside_the_slices_is_not_drawn(midline):
+    look = box_thumbnails(midline)
     row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline, side=SIDE)
     assert not any(drawn(row, MIDLINE, plane).any() for plane in range(3))
 
 
-def test_slices_keep_their_proportions_whatever_the_voxels():
+def test_slices_have_true_proportions_for_any_voxel_size():
     for depth in (1.0, 2.0):
-        look = replace(box_look(), spacing=(depth, 1.0, 1.0))
+        look = replace(box_thumbnails(), spacing=(depth, 1.0, 1.0))
         row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, side=SIDE)
         assert row.shape == (SIDE, 3 * SIDE + 2 * GAP, 3)
         filled = np.argwhere(drawn(row, OUTLINE, 1))
@@ -99,8 +99,8 @@ def test_slices_keep_their_proportions_whatever_the_voxels():
         assert height / width == pytest.approx(22 * depth / 20, rel=0.06)
 
 
-def test_the_patients_right_and_front_are_on_the_left_of_the_picture():
-    look = box_look(None)
+def test_the_patients_right_and_anterior_are_on_the_left_of_the_image():
+    look = box_thumbnails(None)
     for values in look.gray[:2]:
         values[:, 20:] = 250  # right
     look.gray[2][:, 30:] = 250  # front
@@ -113,8 +113,8 @@ def test_the_patients_right_and_front_are_on_the_left_of_the_picture():
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def test_every_scan_has_a_row_and_every_scan_that_was_read_a_thumbnail(tmp_path):
-    page, table = made(tmp_path, *(visit(f"sub-{k}", look=None if k == 2 else box_look()) for k in (3, 1, 2)))
+def test_every_scan_has_a_row_and_every_readable_scan_a_thumbnail(tmp_path):
+    page, table = report(tmp_path, *(scan(f"sub-{k}", look=None if k == 2 else box_thumbnails()) for k in (3, 1, 2)))
     assert [row["id"] for row in table] == ["sub-1", "sub-2", "sub-3"]
     assert page.count("<article") == 3 and "could not be read" in page
     sources = re.findall(r'<img loading="lazy" src="([^"]+)"', page)
@@ -122,23 +122,23 @@ def test_every_scan_has_a_row_and_every_scan_that_was_read_a_thumbnail(tmp_path)
     assert all((tmp_path / source).read_bytes().startswith(b"\x89PNG") for source in sources)
 
 
-def test_thumbnails_are_written_at_once_and_the_arrays_forgotten(tmp_path):
-    checkup = Checkup(tmp_path)
-    checkup.add(visit("a", look=box_look()))
-    look = box_look()
+def test_thumbnails_are_written_at_once_and_the_arrays_are_not_kept(tmp_path):
+    writer = QualityControlReport(tmp_path)
+    writer.add(scan("a", look=box_thumbnails()))
+    look = box_thumbnails()
     row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline)
     assert (tmp_path / "thumbnails/a.png").read_bytes() == encode_png(row)
-    assert all(kept.look is None for kept in checkup._visits.values())
+    assert all(kept.look is None for kept in writer._scans.values())
 
 
-def test_failed_scans_come_first_then_warned_ones(tmp_path):
-    page, table = made(
+def test_failed_scans_come_first_then_those_with_warnings(tmp_path):
+    page, table = report(
         tmp_path,
-        visit("a"),
-        visit("b", warnings=["odd", "dark"]),
-        visit("c", reason="cut"),
-        visit("d"),
-        visit("e", "x"),
+        scan("a"),
+        scan("b", warnings=["odd", "dark"]),
+        scan("c", reason="cut"),
+        scan("d"),
+        scan("e", "x"),
     )
     order = re.findall(r'class="status">\W*(\w+)</span>(\w)<', page)
     assert order == [("failed", "c"), ("failed", "e"), ("warning", "b"), ("good", "a"), ("good", "d")]
@@ -148,11 +148,11 @@ def test_failed_scans_come_first_then_warned_ones(tmp_path):
         assert f"<b>{count}</b>{word}</a>" in page
 
 
-def test_names_and_reasons_are_never_taken_for_html(tmp_path):
+def test_names_and_reasons_are_escaped(tmp_path):
     evil = "<script>alert('x')</script> \"&"
     id = "a&b #1 50% 'q' <i>"
-    page, table = made(
-        tmp_path, visit(id, evil, [evil], {evil: evil}, box_look(), evil, evil), settings={evil: evil, "n": [evil]}
+    page, table = report(
+        tmp_path, scan(id, evil, [evil], {evil: evil}, box_thumbnails(), evil, evil), settings={evil: evil, "n": [evil]}
     )
     assert "<script" not in page and "<i>" not in page
     (source,) = re.findall(r'src="([^"]+)"', page)
@@ -164,38 +164,38 @@ def test_names_and_reasons_are_never_taken_for_html(tmp_path):
     }
 
 
-def test_a_file_name_that_is_not_unicode_is_written_nevertheless(tmp_path):
-    page, table = made(tmp_path, visit("caf\udce9", look=box_look()))
+def test_a_file_name_that_is_not_valid_unicode_is_supported(tmp_path):
+    page, table = report(tmp_path, scan("caf\udce9", look=box_thumbnails()))
     assert "thumbnails/caf%E9.png" in page and (tmp_path / "thumbnails/caf\udce9.png").is_file()
     assert table[0]["id"] == "caf\\udce9"
 
 
 def test_the_table_has_every_fact_in_order_of_first_appearance(tmp_path):
-    _, table = made(
+    _, table = report(
         tmp_path,
-        visit("b", facts={"new": 3, "shape": "4x4x4"}),
-        visit("a", facts={"shape": "5x5x5", "yaw_degrees": 1.5}),
+        scan("b", facts={"new": 3, "shape": "4x4x4"}),
+        scan("a", facts={"shape": "5x5x5", "yaw_degrees": 1.5}),
     )
     assert list(table[0])[6:] == ["shape", "yaw_degrees", "new"]
     assert [list(row.values())[6:] for row in table] == [["5x5x5", "1.5", ""], ["4x4x4", "", "3"]]
 
 
-def test_what_is_not_a_number_is_an_empty_cell(tmp_path):
+def test_values_that_are_not_finite_are_empty_cells(tmp_path):
     facts = {"a_mm": math.nan, "b_mm": math.inf, "c": None, "d": np.float32(math.nan), "e": np.float32(0.1)}
-    page, table = made(tmp_path, visit(facts=facts))
+    page, table = report(tmp_path, scan(facts=facts))
     assert list(table[0].values())[6:] == ["", "", "", "", "0.1"]
     assert not re.search(r"\b(nan|inf|None)\b", page[page.index("<main>") :], re.IGNORECASE)
 
 
-def test_the_summary_gives_medians_and_ranges_and_leads_to_the_extreme_scans(tmp_path):
+def test_the_summary_lists_medians_and_ranges_and_links_to_the_extreme_scans(tmp_path):
     yaws = {"a": 0.5, "b": -7.25, "c": 2.0, "d": math.nan}
     facts = {
         id: {"yaw_degrees": yaw, "brain_ml": 1400.4, "seconds_strip": 30 + k}
         for k, (id, yaw) in enumerate(yaws.items())
     }
-    page, _ = made(tmp_path, *(visit(id, facts=facts[id]) for id in yaws), visit("e", reason="cut"))
-    found = page[page.index("What was found") : page.index("Time of each stage")]
-    times = page[page.index("Time of each stage") : page.index("<article")]
+    page, _ = report(tmp_path, *(scan(id, facts=facts[id]) for id in yaws), scan("e", reason="cut"))
+    found = page[page.index("Measurements") : page.index("Time per stage")]
+    times = page[page.index("Time per stage") : page.index("<article")]
     assert ">yaw<" in found and "<b>0.5°</b>" in found and "<td>3</td>" in found
     assert '<a href="#scan-1">\N{MINUS SIGN}7.2°</a>' in found and '<a href="#scan-2">2.0°</a>' in found
     assert "<b>1400 ml</b>" in found and "strip" not in found
@@ -203,48 +203,48 @@ def test_the_summary_gives_medians_and_ranges_and_leads_to_the_extreme_scans(tmp
     assert re.search(r'id="scan-1">.*?</span>b<', page, re.DOTALL)
 
 
-def test_the_page_stands_alone_and_says_what_cannot_be_seen(tmp_path):
-    page, _ = made(tmp_path, visit(look=box_look()), settings={"check": "only", "spacing": 1.0, "strip": None})
+def test_the_page_is_self_contained_and_states_its_limits(tmp_path):
+    page, _ = report(tmp_path, scan(look=box_thumbnails()), settings={"check": "only", "spacing": 1.0, "strip": None})
     assert "<script" not in page and "http" not in page and "<link" not in page
     assert "left-right flip cannot be seen" in page and "orientation codes" in page
     assert "<dt>spacing</dt><dd>1.0</dd>" in page and "<dt>strip</dt><dd>null</dd>" in page
 
 
 def test_the_order_in_which_scans_finish_does_not_matter(tmp_path):
-    visits = [visit(f"s{k}", facts={f"f{k}": k}, warnings=["w"] * (k % 2)) for k in range(5)]
-    assert made(tmp_path / "one", *visits) == made(tmp_path / "two", *visits[::-1])
+    scans = [scan(f"s{k}", facts={f"f{k}": k}, warnings=["w"] * (k % 2)) for k in range(5)]
+    assert report(tmp_path / "one", *scans) == report(tmp_path / "two", *scans[::-1])
 
 
 # -------------------------------------------------------------------------------------------- the folder
 
 
-def test_an_earlier_checkup_goes_as_soon_as_another_begins(tmp_path):
-    made(tmp_path, visit("old", look=box_look()))
+def test_an_earlier_quality_control_is_removed_when_another_starts(tmp_path):
+    report(tmp_path, scan("old", look=box_thumbnails()))
     (tmp_path / "thumbnails/.cut.png.part").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("mine")
-    checkup = Checkup(tmp_path)
+    writer = QualityControlReport(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkup.html", "notes.txt", "thumbnails"]
     assert not list((tmp_path / "thumbnails").iterdir())
     assert "not finished" in (tmp_path / "checkup.html").read_text()
-    checkup.add(visit("new", look=box_look()))
-    Checkup(tmp_path)  # as after an interruption
+    writer.add(scan("new", look=box_thumbnails()))
+    QualityControlReport(tmp_path)  # as after an interruption
     assert not list((tmp_path / "thumbnails").iterdir())
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
-    picture = tmp_path / "thumbnails" / "mine.png"
-    picture.parent.mkdir()
-    picture.write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"not empty, and not an earlier checkup; give a new folder"):
-        Checkup(tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [picture]
+def test_a_folder_with_other_content_is_rejected_and_not_changed(tmp_path):
+    image = tmp_path / "thumbnails" / "mine.png"
+    image.parent.mkdir()
+    image.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"not empty, and not an earlier quality control; give a new folder"):
+        QualityControlReport(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [image]
     with pytest.raises(ValueError, match=r"mine\.png: is a file"):
-        Checkup(picture)
+        QualityControlReport(image)
 
 
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib.image"])
-def test_an_absent_extra_is_named_before_the_work_begins(tmp_path, monkeypatch, module):
+def test_a_missing_extra_is_named_before_the_work_starts(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf'{module} is not installed.*pip install "asa-mri\[report\]"'):
-        Checkup(tmp_path / "new")
+        QualityControlReport(tmp_path / "new")
     assert not (tmp_path / "new").exists()

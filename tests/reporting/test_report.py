@@ -1,4 +1,4 @@
-"""The page: self-contained, complete, the right cases, the right side up."""
+"""The page of an evaluation: self-contained, complete, the right cases, the right orientation."""
 
 import math
 import re
@@ -47,7 +47,7 @@ def page_of(tmp_path):
     return page
 
 
-def test_the_page_stands_alone(page_of):
+def test_the_page_is_self_contained(page_of):
     page = page_of(3)
     assert "<script" not in page and "http" not in page and "<link" not in page
     assert all(uri.startswith("data:image/png;base64,") for uri in re.findall(r'src="([^"]{30})', page))
@@ -58,11 +58,11 @@ def test_the_page_prints_the_policy_its_truth_table_and_every_case(page_of):
     page = page_of(3)
     for text in ("policy ibsr", "both empty", "only truth empty", "only prediction empty", "95 % interval", "3 of 3"):
         assert text in page
-    table = page[page.index("Every case") :]
+    table = page[page.index("All cases") :]
     assert all(table.count(f">case{k}<") == 1 for k in range(3))
 
 
-def test_worst_and_best_cases_are_shown_in_order_and_none_twice(page_of):
+def test_worst_and_best_cases_are_shown_in_order_and_only_once(page_of):
     titles = re.findall(r"<h3>(.*?) \(mean", page_of(6))
     assert titles == [
         "Worst case: case5",
@@ -91,7 +91,7 @@ def test_names_are_escaped(page_of):
     assert "&lt;b&gt;csf&lt;/b&gt;" in page and "gm &amp; more" in page
 
 
-def test_undefined_values_are_printed_as_such_with_the_reason(tmp_path):
+def test_undefined_values_are_marked_with_the_reason(tmp_path):
     predictions, truths, _ = write_cohort(tmp_path, 1)
     write_label(
         predictions / "case0.nii.gz",
@@ -100,12 +100,12 @@ def test_undefined_values_are_printed_as_such_with_the_reason(tmp_path):
     )
     evaluate_folder(predictions, truths, {1: "csf", 2: "gm"}, "ibsr", tmp_path / "out", progress=False)
     page = (tmp_path / "out" / "report.html").read_text()
-    table = page[page.index("Every case") :]
+    table = page[page.index("All cases") :]
     assert table.count("undefined</span>") == 2 and table.count("prediction empty") == 2
     assert "0 of 1" in page
 
 
-def test_an_absent_extra_is_named_after_the_numbers_are_saved(tmp_path, monkeypatch):
+def test_a_missing_extra_is_named_after_the_numbers_are_written(tmp_path, monkeypatch):
     predictions, truths, _ = write_cohort(tmp_path, 1)
     out = tmp_path / "out"
     out.mkdir()
@@ -117,7 +117,7 @@ def test_an_absent_extra_is_named_after_the_numbers_are_saved(tmp_path, monkeypa
     assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "summary.json"]
 
 
-def test_an_image_on_another_grid_is_refused(tmp_path):
+def test_an_image_on_another_grid_is_rejected(tmp_path):
     predictions, truths, images = write_cohort(tmp_path, 1)
     write_image(images["case0"], np.ones((20, 24, 15)), AFFINE)
     with pytest.raises(ValueError, match="case case0: image and truth"):
@@ -162,7 +162,7 @@ def test_superior_is_up_and_sagittal_slices_face_left():
 
 
 def test_native_orientation_does_not_change_the_panel(tmp_path):
-    # The same head stored LAS and RAS must be drawn the same way round.
+    # The same head stored as LAS and as RAS must give the same page.
     pages = []
     for name, flip in (("las", -1), ("ras", 1)):
         root = tmp_path / name
@@ -189,7 +189,7 @@ def test_voxels_are_drawn_in_true_proportions():
     assert wide.shape[1] == 2 * 80 + 4
 
 
-def test_labels_are_filled_with_a_solid_edge():
+def test_labels_are_filled_with_an_opaque_edge():
     labels = np.zeros((30, 30, 30), dtype=int)
     labels[10:20, 10:20, 10:20] = 2
     panel = overlay_panel(None, [labels], at=(15, 15, 15), opacity=0.5)
@@ -204,36 +204,36 @@ def test_label_colours_differ():
     assert np.array_equal(label_colours(60)[:3], label_colours(3))
 
 
-def test_central_slices_meet_the_mask():
+def test_central_slices_intersect_the_mask():
     ring = np.zeros((20, 20, 20), dtype=bool)
     ring[5, 2:18, 2:18] = True
     ring[5, 4:16, 4:16] = False
-    for axis, place in enumerate(central_slices(ring)):
-        assert ring.take(place, axis).any()
+    for axis, index in enumerate(central_slices(ring)):
+        assert ring.take(index, axis).any()
     both = np.zeros((9, 9, 20), dtype=bool)
     both[4, 4, 2:5] = both[4, 4, 14:19] = True
-    assert central_slices(both) == (4, 4, 16)  # of the larger side, not the midline between them
+    assert central_slices(both) == (4, 4, 16)  # in the larger part, not on the midline between both
 
 
-def test_hidden_patches_are_told_from_tissue_and_background():
+def test_masked_patches_differ_in_colour_from_tissue_and_background():
     volume = np.random.default_rng(0).random((16, 16, 16))
     masked = volume.copy()
     masked[:, :8] = np.nan
     panel = reconstruction_panel(volume, masked, volume, volume, at=(8, 8, 8))
     assert panel.shape == (16 * 3 + 2 * 4, 16 * 4 + 3 * 4, 3)
     tile = panel[:16, 20:36]
-    gray = (tile == tile[..., :1]).all(axis=-1)
-    assert gray[:8].all() and not gray[8:].any()  # anterior is up and stays visible
+    grey = (tile == tile[..., :1]).all(axis=-1)
+    assert grey[:8].all() and not grey[8:].any()  # anterior is up and stays visible
 
 
-def test_prediction_is_drawn_with_the_inputs_gray_window():
+def test_the_prediction_is_drawn_with_the_grey_window_of_the_input():
     volume = np.linspace(0.0, 1.0, 16**3).reshape(16, 16, 16)
     panel = reconstruction_panel(volume, volume, 0.5 * volume, volume)
     input_tile, prediction_tile = panel[:16, :16, 0].astype(int), panel[:16, 40:56, 0].astype(int)
     assert np.abs(prediction_tile - input_tile / 2).max() <= 2
 
 
-def test_arrays_of_different_shapes_are_refused():
+def test_arrays_of_different_shapes_are_rejected():
     with pytest.raises(ValueError, match="one shape"):
         overlay_panel(np.zeros((4, 4, 4)), [np.zeros((4, 4, 5), dtype=int)])
     with pytest.raises(ValueError, match="no colour"):

@@ -1,4 +1,4 @@
-"""The page on restored images, and evaluations of them against each other."""
+"""The page of restored images, and comparisons of such evaluations."""
 
 import html
 import json
@@ -13,7 +13,7 @@ import pytest
 from asa.cli import evaluate as evaluate_command
 from asa.data.io.images2d import write_picture
 from asa.evaluation.comparison import latex_table
-from asa.evaluation.measures import restoration
+from asa.evaluation.policies import restoration_policy
 from asa.reporting.restoration import _fitted, error_map, error_scale
 from asa.tasks.comparison import compare_folders
 from asa.tasks.image_evaluation import evaluate_pictures
@@ -40,7 +40,7 @@ def evaluated(root: Path, **settings) -> Path:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_page_stands_alone_and_shows_the_worst_and_the_median_case(tmp_path: Path, channels: int) -> None:
+def test_the_page_is_self_contained_and_shows_the_worst_and_the_median_case(tmp_path: Path, channels: int) -> None:
     root = write_cohort(tmp_path, 5, channels=channels)
     page = (evaluated(root, inputs=root / "low") / "report.html").read_text()
     assert "<script" not in page and "http" not in page and "<link" not in page
@@ -51,13 +51,13 @@ def test_the_page_stands_alone_and_shows_the_worst_and_the_median_case(tmp_path:
     assert page.count("<span>Input</span><span>Output</span><span>Truth</span><span>Error</span>") == 3
     for text in ("Restoration report", "policy restoration", "the files&#39; whole range, as 0 to 1", "5 of 5"):
         assert text in page
-    assert all(page[page.index("Every case") :].count(f">case{k}<") == 1 for k in range(5))
+    assert all(page[page.index("All cases") :].count(f">case{k}<") == 1 for k in range(5))
 
 
-def test_a_page_without_degraded_images_leaves_their_column_out(tmp_path: Path) -> None:
+def test_a_page_without_degraded_images_has_no_column_for_them(tmp_path: Path) -> None:
     page = (evaluated(write_cohort(tmp_path, 1)) / "report.html").read_text()
     assert "<span>Output</span><span>Truth</span><span>Error</span>" in page and "<span>Input</span>" not in page
-    assert "The case: case0 (PSNR" in page and "The input itself" not in page
+    assert "The case: case0 (PSNR" in page and "The input, upscaled" not in page
 
 
 def test_clean_images_that_were_not_restored_are_counted(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_clean_images_that_were_not_restored_are_counted(tmp_path: Path) -> None
     assert "1 clean images without a prediction" in page and "2 of 2" in page
 
 
-def test_errors_are_drawn_on_one_scale_that_is_stated(tmp_path: Path) -> None:
+def test_errors_are_drawn_on_one_stated_scale(tmp_path: Path) -> None:
     truth = np.full((3, 10, 10), 0.5)
     small, large = ({"Truth": truth, "Output": truth + error} for error in (0.01, -0.04))
     assert np.allclose(error_map(large), 0.04) and error_scale([small, large]) == pytest.approx(0.04)
@@ -80,15 +80,15 @@ def test_errors_are_drawn_on_one_scale_that_is_stated(tmp_path: Path) -> None:
     assert "0 to 0.04 of the range" in page
 
 
-def test_pictures_are_drawn_in_whole_pixels_or_averaged_to_the_width() -> None:
-    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    assert np.array_equal(_fitted(picture, 13), picture.repeat(2, axis=0).repeat(2, axis=1))
-    small = _fitted(picture, 3)
-    blocks = picture.reshape(2, 2, 3, 2, 3).mean(axis=(1, 3))
+def test_images_are_enlarged_by_whole_factors_or_averaged_to_the_width() -> None:
+    image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    assert np.array_equal(_fitted(image, 13), image.repeat(2, axis=0).repeat(2, axis=1))
+    small = _fitted(image, 3)
+    blocks = image.reshape(2, 2, 3, 2, 3).mean(axis=(1, 3))
     assert small.shape == (2, 3, 3) and np.abs(small - blocks).max() <= 0.5
 
 
-def test_degraded_images_have_to_fit(tmp_path: Path) -> None:
+def test_degraded_images_that_do_not_match_are_rejected(tmp_path: Path) -> None:
     root = write_cohort(tmp_path, 2)
     write_picture(root / "low" / "case0.png", np.zeros((3, 12, 10)))
     with pytest.raises(ValueError, match=r"case0\.png: has 3 channels, its clean image 1"):
@@ -98,7 +98,7 @@ def test_degraded_images_have_to_fit(tmp_path: Path) -> None:
         evaluated(root, inputs=root / "low")
 
 
-def test_an_absent_extra_is_named_after_the_numbers_are_saved(tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_extra_is_named_after_the_numbers_are_written(tmp_path: Path, monkeypatch) -> None:
     root = write_cohort(tmp_path, 2)
     evaluated(root)
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -107,10 +107,10 @@ def test_an_absent_extra_is_named_after_the_numbers_are_saved(tmp_path: Path, mo
     assert sorted(path.name for path in (root / "scores").iterdir()) == ["cases.csv", "summary.json"]
 
 
-def test_means_of_restored_images_have_the_bounds_that_they_can_have() -> None:
-    psnr, ssim, rmse = restoration((-1000, 1500)).metrics
+def test_metrics_of_restored_images_have_their_range_as_bounds() -> None:
+    psnr, ssim, rmse = restoration_policy((-1000, 1500)).metrics
     assert (psnr.bounds, ssim.bounds, rmse.bounds) == ((-math.inf, math.inf), (-math.inf, 1), (0, math.inf))
-    assert rmse.digits == 1 and restoration(None).metrics[2].digits == 4
+    assert rmse.digits == 1 and restoration_policy(None).metrics[2].digits == 4
 
 
 # ------------------------------------------------------------------------------------------ comparisons

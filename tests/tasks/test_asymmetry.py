@@ -16,7 +16,7 @@ from asa.data.io.nifti import read_image, write_image
 from asa.data.io.tables import read_column
 from asa.data.store import MANIFEST, Store, write_array
 from asa.export.onnx import export_onnx
-from asa.inference.asymmetry import TABLE, AsymmetryScorer, Found, HealthyScans
+from asa.inference.asymmetry import TABLE, Asymmetry, AsymmetryScorer, HealthyReference
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.models.sa_swin import SASwin
 from asa.models.swin import Swin
@@ -99,8 +99,8 @@ def test_a_scan_that_is_its_own_mirror_image_scores_0(trained: Path, tmp_path: P
     assert not read_image(tmp_path / "map.nii.gz").data.any()
 
 
-def found_of(map: Tensor, inside: Tensor) -> Found:
-    return Found(0.0, map * inside, inside)
+def found_of(map: Tensor, inside: Tensor) -> Asymmetry:
+    return Asymmetry(0.0, map * inside, inside)
 
 
 def test_the_top_is_the_mean_of_the_highest_hundredth_inside_the_head() -> None:
@@ -125,16 +125,17 @@ def test_beyond_healthy_counts_spreads_above_the_healthy_scans_that_reach_a_plac
     reach = {place: [float(map[place]) for map, inside in drawn if inside[place]] for place in np.ndindex(3, 4, 5)}
     spreads = {place: float(np.std(values)) for place, values in reach.items() if values}
     typical = sorted(spreads.values())[(len(spreads) - 1) // 2]
-    found = HealthyScans([found_of(*one) for one in drawn]).beyond(new)
+    found = HealthyReference([found_of(*one) for one in drawn]).standardise(new)
     for place, values in reach.items():
         above = (float(new.map[place]) - np.mean(values)) / (spreads[place] + typical) if values else 0
         assert float(found.map[place]) == pytest.approx(max(above, 0), abs=1e-5)
+    smaller = found_of(torch.rand(3, 4, 4), torch.ones(3, 4, 4) > 0)
     with pytest.raises(ValueError, match="3x4x4 voxels, and healthy scans of 3x4x5"):
-        HealthyScans([found_of(*one) for one in drawn]).beyond(found_of(torch.rand(3, 4, 4), torch.ones(3, 4, 4) > 0))
+        HealthyReference([found_of(*one) for one in drawn]).standardise(smaller)
     with pytest.raises(ValueError, match="two or more"):
-        HealthyScans([new])
+        HealthyReference([new])
     with pytest.raises(ValueError, match="2 sizes"):
-        HealthyScans([new, found_of(torch.rand(3, 4, 4), torch.ones(3, 4, 4) > 0)])
+        HealthyReference([new, smaller])
 
 
 @pytest.fixture
@@ -159,13 +160,13 @@ def test_maps_are_beyond_healthy_scans_where_these_are_given(
         assert run(monkeypatch, predict, *arguments, f"healthy={alike}") == 0
         scorer = AsymmetryScorer(trained, PredictSettings(device="cpu"), healthy=alike)
     image = torch.from_numpy(np.array(Store(alike).image("a1"), dtype=np.float32))
-    found, turned = scorer.compare(image), scorer.compare(image.flip(-1))
+    found, turned = scorer.measure(image), scorer.measure(image.flip(-1))
     row = rows_of(tmp_path / "out" / TABLE)["a1"]
     assert float(row["top"]) == pytest.approx(found.top, rel=1e-4)
     assert float(row["mean"]) <= float(row["top"]) <= float(row["peak"])
     assert turned.score == pytest.approx(found.score, rel=1e-3)
     torch.testing.assert_close(turned.map, found.map.flip(-1), atol=1e-3, rtol=1e-3)
-    symmetric = scorer.compare((image + image.flip(-1)) / 2)
+    symmetric = scorer.measure((image + image.flip(-1)) / 2)
     assert symmetric.score == symmetric.top == 0 and not symmetric.map.any()
 
 

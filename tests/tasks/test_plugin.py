@@ -21,7 +21,7 @@ from torch import nn
 
 from asa.data.io.files import write_json
 from asa.data.loading.crops import CropDataset
-from asa.inference.preprocessing import ScanPreprocessor, training_metadata
+from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.tasks.prediction import only_checkpoint, predict_scans
 from asa.tasks.volumes import open_store, set_model
 from asa.training.checkpoint import read_model
@@ -89,7 +89,7 @@ class BrainVolume:
         return validate
 
     def metadata(self):
-        metadata = training_metadata([], self.parts["train"])
+        metadata = training_scan_metadata([], self.parts["train"])
         return {"channels": self.store.channels, "prepare": self.store.settings, **metadata}
 
     def begin(self, run):

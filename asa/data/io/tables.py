@@ -1,7 +1,8 @@
 """Tables (CSV) that say something of each scan."""
 
 import csv
-from collections.abc import Iterable, Mapping
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,12 @@ def read_column(path: str | Path, column: str, records: Iterable[Mapping[str, An
     if not found:
         raise ValueError(f"{path}: no {key} of its {len(values)} rows is in the store, like {records[0][key]}")
     return found
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV text, its lines ended by a newline on every system."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()

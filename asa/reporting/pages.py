@@ -1,0 +1,61 @@
+"""HTML pages from the templates in `templates/`.
+
+jinja2 and matplotlib (the `report` extra) are imported when a page is written, so that the numbers need neither.
+"""
+
+import base64
+import importlib
+from pathlib import Path
+from typing import Any
+
+from asa.data.io.files import write_whole
+
+
+def require_report_extra(purpose: str) -> None:
+    """Check that the `report` extra is installed.
+
+    Args:
+        purpose: what needs it; the message starts with it.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    try:
+        for module in ("jinja2", "matplotlib.figure", "matplotlib.image"):
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{purpose}: {error.name} is not installed: pip install "asa-mri[report]"') from None
+
+
+def require_for_page(path: Path) -> None:
+    """`require_report_extra` for the page of an evaluation, whose numbers have been written before."""
+    require_report_extra(f"{path}: not written (the other files do not need the extra and are complete)")
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Fill in a template and write the page: one HTML file without links or scripts.
+
+    Args:
+        path: the file; it is written whole or not at all.
+        template: file name in `templates/`.
+        values: for the template; escaped for HTML.
+    """
+    import jinja2
+
+    from asa import __version__
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("asa.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(version=__version__, **values)
+    # An id may come from a file name that is not valid Unicode.
+    write_whole(path, page.encode("utf-8", errors="backslashreplace"))
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG as text that is embedded in a page."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
