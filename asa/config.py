@@ -275,7 +275,7 @@ def _written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(_written(item) for item in value)}]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{_written(key)}:{_written(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}: {_written(item)}" for key, item in value.items()) + "}"
     if isinstance(value, int | float):
         return repr(value)
     quoted = str(value).replace("'", "\\'")

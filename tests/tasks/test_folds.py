@@ -74,8 +74,8 @@ def test_each_scan_is_scored_by_the_run_that_did_not_see_it(finetune, store: Pat
         (["data.split.folds=9", "data.split.fold=all"], "folds=9 must be from 2 to the number of subjects, 4"),
         ([*ALL, "data.split_file=x.json"], "leave out data.split_file"),
         ([*ALL, "data.split.site=there"], "contradict"),
-        ([*ALL, "method=classify", "~model.feature_size", "model=asa_classifier_tiny"], "fold=all is for segmentation"),
-        ([*ALL, "method=restore", "~model.feature_size", "model=rat_tiny"], "fold=all is for segmentation"),
+        ([*ALL, "method=classify", "~model.feature_size", "model=asa_classifier_tiny"], "fold=all is not for"),
+        ([*ALL, "method=restore", "~model.feature_size", "model=rat_tiny"], "fold=all is not for"),
     ],
 )
 def test_folds_that_cannot_be_are_one_line_and_leave_nothing(
