@@ -1,10 +1,10 @@
-"""The memory that `plan=only` tells beside what a run takes: python -m scripts.plan_check [NAME ...]
+"""Compare the memory that `plan=only` reports with the memory that a run takes: python -m scripts.plan_check [NAME ...]
 
-Each row trains for a few steps on made-up volumes in a process of its own, started from here, where torch is not
-imported: a child's high-water mark of memory begins with its parent's. Its peak is the most memory that the process
-held, less what it held after a first run of a tiny network (Python, libraries). By default with a heap that gives
-freed memory back (MALLOC_MMAP_THRESHOLD_), so that what is in use shows; `--heap` measures as a run goes, where glibc's
-heap holds more. Fails where plan and peak differ by more than 15 % (not with --heap).
+Each row trains for a few steps on synthetic volumes in its own process. It is started from this one, which does not
+import torch, as the peak memory of a child process starts at its parent's. The measured memory is the peak of the
+process minus its memory after a first run of a tiny network (Python, libraries). By default the heap returns freed
+memory (MALLOC_MMAP_THRESHOLD_), so that only memory in use is measured; `--heap` measures as in a real run, where
+glibc's heap takes more. Fails if plan and peak differ by more than 15 % (not with --heap).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """A network and the settings that it is trained with."""
+    """A network and its training settings."""
 
     network: str
     size: tuple[int, ...]
@@ -52,8 +53,8 @@ ROWS = {
     "rat_base": Row("rat_base", (64, 64), batch=2),
 }
 CHANNELS = {"asa": 1, "unet": 4}
-FIRST = {"asa": (64, 32, 32), "unet": (64, 32, 32), "rat": (32, 32)}  # sizes of what is run first
-REGIONS = 40  # of an image, for rat
+FIRST = {"asa": (64, 32, 32), "unet": (64, 32, 32), "rat": (32, 32)}  # sizes of the first run
+REGIONS = 40  # per image, for rat
 
 
 def make(row: Row) -> Any:
@@ -74,7 +75,7 @@ def make(row: Row) -> Any:
 
 
 def run(row: Row, folder: Path) -> None:
-    """Train for a few steps, as the commands do."""
+    """Train for a few steps as the commands do."""
     from asa.data.loading.loader import LoaderSettings
     from asa.training.loop import TrainSettings, train
     from asa.training.optim import OptimSettings
@@ -87,7 +88,7 @@ def run(row: Row, folder: Path) -> None:
 
 
 def samples(row: Row, folder: Path) -> Any:
-    """Made-up volumes, or pairs of images with regions of unequal sizes, in a folder."""
+    """Synthetic volumes, or image pairs with regions of unequal sizes, in a folder."""
     import numpy as np
 
     from asa.data.io.images2d import write_picture, write_regions
@@ -109,7 +110,7 @@ def samples(row: Row, folder: Path) -> Any:
 
 
 def measured(name: str) -> int:
-    """Bytes that a row takes beside Python and libraries."""
+    """Bytes that a row takes in addition to Python and libraries."""
     row = ROWS[name]
     with tempfile.TemporaryDirectory() as scratch:
         kind = row.network.partition("_")[0]
@@ -122,43 +123,44 @@ def measured(name: str) -> int:
 
 
 def planned(name: str) -> int:
-    """Bytes that the plan tells for it."""
+    """Bytes that the plan reports for a row."""
     from asa.data.loading.loader import collate
     from asa.training.loop import TrainSettings
     from asa.training.optim import OptimSettings
-    from asa.training.plan import make_plan
+    from asa.training.plan import make_plan, micro_batch, volume_batch
 
-    row, example = ROWS[name], None
+    row = ROWS[name]
+    settings = TrainSettings(steps=3, batch_size=row.batch, **{"precision": "fp32", **row.train})
     if row.network.startswith("rat"):
         with tempfile.TemporaryDirectory() as scratch:
             dataset = samples(row, Path(scratch))
-            example = collate([dataset[k % 2, 0] for k in range(row.batch)])
-    settings = TrainSettings(steps=3, batch_size=row.batch, **{"precision": "fp32", **row.train})
-    labelled = row.network.startswith("unet")
-    plan = make_plan(lambda: make(row), labelled=labelled, settings=settings, optim=OptimSettings(), example=example)
+            batch: Any = collate([dataset[k % 2, 0] for k in range(row.batch)])
+    else:
+        batch = partial(volume_batch, count=micro_batch(settings), label=row.network.startswith("unet"))
+    plan = make_plan(lambda: make(row), batch, settings=settings, optim=OptimSettings())
     return next(memory.peak for place, memory in plan.memory.items() if place.startswith("CPU"))
 
 
 def main() -> int:
-    """Print a table; 1 if a row is off."""
+    """Print a table; 1 if the memory of a row differs."""
     parser = argparse.ArgumentParser(prog="python -m scripts.plan_check", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ROWS)}; all by default")
-    parser.add_argument("--heap", action="store_true", help="with the heap as it is")
+    parser.add_argument("--heap", action="store_true", help="measure with the heap of a real run")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.names) - set(ROWS):
-        parser.error(f"no row {', '.join(sorted(unknown))}")
+        parser.error(f"unknown row {', '.join(sorted(unknown))}")
     if options.one:
         (name,) = options.names
-        if not options.heap:  # training keeps what is freed
+        if not options.heap:  # training keeps freed memory
             from asa.training import loop as train
 
             train.keep_freed_memory = lambda: False
         print(json.dumps([measured(name), planned(name)]))
         return 0
-    # Above the smallest tensors; fixed, or the first large tensor that is freed would raise it.
+    # Above the smallest tensors; set explicitly, as the first large tensor that is freed would raise it otherwise.
     environment = {**os.environ} if options.heap else {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    off = []
+    wrong = []
     print(f"{'row':<26}{'planned':>12}{'measured':>12}{'planned / measured':>20}")
     for name in options.names or ROWS:
         command = [sys.executable, "-m", "scripts.plan_check", "--one", name, *(["--heap"] if options.heap else [])]
@@ -166,10 +168,10 @@ def main() -> int:
         if done.returncode:
             print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             return 1
-        found, told = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name:<26}{told / MIB:>8.0f} MiB{found / MIB:>8.0f} MiB{told / found:>20.2f}", flush=True)
-        off += [name] * (abs(told / found - 1) > TOLERANCE and not options.heap)
-    return 1 if off else 0
+        found, expected = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:<26}{expected / MIB:>8.0f} MiB{found / MIB:>8.0f} MiB{expected / found:>20.2f}", flush=True)
+        wrong += [name] * (abs(expected / found - 1) > TOLERANCE and not options.heap)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

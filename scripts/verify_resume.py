@@ -1,4 +1,4 @@
-"""Is a run that is killed again and again the same as one that is left alone? See scripts/verify-resume."""
+"""Compare a run that is killed and resumed many times with an uninterrupted one. See scripts/verify-resume."""
 
 import argparse
 import os
@@ -14,14 +14,14 @@ from asa.training.checkpoint import find_weights
 
 
 def main() -> int:
-    """Run both, compare; 1 if they differ."""
+    """Run both and compare them; 1 if they differ."""
     parser = argparse.ArgumentParser(
         prog="scripts/verify-resume",
-        description="Run a training command once undisturbed and once with kill -9 at random moments, each time "
-        "resumed, and compare the SHA-256 of the final weights.",
+        description="Run a training command once without interruption and once with kill -9 at random times, resuming "
+        "each time, and compare the SHA-256 of the final weights.",
     )
-    parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the times")
     parser.add_argument("--out", type=Path, required=True, help="a new folder for the two runs")
     parser.add_argument("command", choices=["pretrain", "finetune"])
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as for asa-pretrain, without out=")
@@ -29,7 +29,7 @@ def main() -> int:
     if chosen.out.exists():
         parser.error(f"{chosen.out} exists: give a new folder")
     chosen.out.mkdir(parents=True)
-    moments = random.Random(chosen.seed)
+    times = random.Random(chosen.seed)
 
     started = time.monotonic()
     whole = start(chosen, "whole")
@@ -39,20 +39,20 @@ def main() -> int:
         print((chosen.out / "whole.txt").read_text(), file=sys.stderr)
         return 1
     training = time.monotonic() - begun
-    print(f"undisturbed: {time.monotonic() - started:.0f} s, of which training {training:.0f} s", flush=True)
+    print(f"uninterrupted: {time.monotonic() - started:.0f} s, of which training {training:.0f} s", flush=True)
 
     kills = finished = 0
-    # Moments spread over what is left, so that the kills together reach about three quarters of the run; what a kill
-    # undoes comes on top.
+    # Each time is drawn from an equal part of the remaining run, so that the last kill comes at about three quarters;
+    # steps that are lost by kills are repeated.
     steps = last_step(chosen.out / "whole")
     while kills < chosen.kills and not finished:
         process = start(chosen, "killed")
         until_training(process, chosen.out / "killed")
         try:
             left = 1 - last_step(chosen.out / "killed") / steps
-            finished = process.wait(moments.uniform(0, 1.5 * training * left / (chosen.kills - kills))) == 0
+            finished = process.wait(times.uniform(0, 1.5 * training * left / (chosen.kills - kills))) == 0
             if not finished:
-                break  # it failed by itself: the last start says why
+                break  # it failed without a kill: the start below shows why
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -62,15 +62,15 @@ def main() -> int:
         print((chosen.out / "killed.txt").read_text(), file=sys.stderr)
         return 1
     one, other = (sha256_of(find_weights(chosen.out / name)) for name in ("whole", "killed"))
-    print(f"undisturbed     {one}\n{kills:2d} kills -9     {other}")
+    print(f"uninterrupted   {one}\n{kills:2d} x kill -9    {other}")
     print("the same weights" if one == other else "the weights differ")
     if kills < chosen.kills:
-        print(f"the run ended before {chosen.kills} kills: more train.steps, or fewer of train.log_every, leave room")
+        print(f"the run ended before {chosen.kills} kills: raise train.steps, or lower train.log_every")
     return int(one != other)
 
 
 def start(chosen: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
-    """Start the command, in a process group of its own."""
+    """Start the command in its own process group."""
     run = str(chosen.out / name).replace("'", "\\'")
     with (chosen.out / f"{name}.txt").open("ab") as output:
         return subprocess.Popen(
@@ -80,23 +80,23 @@ def start(chosen: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
 
 
 def until_training(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Wait until this process has logged a step, or has ended: what comes now is worth killing."""
-    known = len(lines(run / "log.jsonl"))
+    """Wait until this process has logged a step or has ended."""
+    before = len(lines(run / "log.jsonl"))
     while process.poll() is None:
         now = len(lines(run / "log.jsonl"))
-        if now > known:
+        if now > before:
             return
-        known = now  # fewer: the process drops what was logged beyond its checkpoint
+        before = now  # fewer: the process removed the lines after its checkpoint
         time.sleep(0.02)
 
 
 def lines(log: Path) -> list[str]:
-    """Lines of a log, none if there is no log yet."""
+    """Lines of a log; none if the log does not exist yet."""
     return log.read_text().splitlines() if log.exists() else []
 
 
 def last_step(run: Path) -> int:
-    """The newest step of the log."""
+    """The last step of the log."""
     newest = lines(run / "log.jsonl")[-1:]
     return int(newest[0].partition(",")[0].rpartition(" ")[2]) if newest else 0
 

@@ -1,1 +1,1 @@
-"""The training loop, and what keeps a run going: optimizers, checkpoints, ranks, logs, the cost of a run."""
+"""The training loop with its optimizers, checkpoints, ranks and logs, and the cost of a run."""

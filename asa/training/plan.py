@@ -29,7 +29,7 @@ from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, Schedule, freeze
 
 GIB = 2**30
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 ExampleBatch: TypeAlias = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
 
@@ -221,7 +221,7 @@ def make_plan(
         precisions.pop("CPU")
     for device, name in precisions.items():
         trace, memory[f"{device}, {'16 bit' if device == 'GPU' and name != 'fp32' else name}"] = step_memory(
-            make, PRECISIONS[name], batch, settings=settings, optim=optim, gpu=device == "GPU"
+            make, pick_precision(name, GPU), batch, settings=settings, optim=optim, gpu=device == "GPU"
         )
     assert trace is not None
     return Plan(

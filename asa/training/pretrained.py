@@ -116,5 +116,5 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     named = content.items() if isinstance(content, dict) else ()
     tensors = {name: value for name, value in named if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError("contains no named tensors: save its state_dict()")
+        raise ValueError("no named tensors: save its state_dict()")
     return tensors

@@ -127,7 +127,7 @@ def test_a_plan_is_printed_and_leaves_nothing_behind(pairs: Path, tmp_path: Path
     shown = capsys.readouterr().out
     assert "encoder" not in shown and "total 0.2" in shown
     for text in (
-        "crops in one piece",
+        "crops in one micro-batch",
         "GFLOP forward",
         "CPU, fp32",
         "GPU, 16 bit",

@@ -107,8 +107,8 @@ def gradients(out: Path, store: Path) -> None:
         batch = collate([dataset[address] for address in addresses])
         ddp = distributed.data_parallel(method)
         ddp(batch)["loss"].backward()
-        # It must be deleted before its process group: torch 2.13 may otherwise deadlock, waiting for a gloo thread
-        # while holding the interpreter's lock.
+        # Delete it before its process group: torch 2.13 may otherwise deadlock, waiting for a gloo thread while
+        # holding the interpreter's lock.
         del ddp
     if distributed.is_main():
         torch.save({name: weight.grad for name, weight in method.named_parameters()}, out)

@@ -198,7 +198,12 @@ def test_a_plan_needs_the_manifest_only_and_writes_nothing(
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [("plan=also", "plan=also: choose only"), ("plan_rate=-1", "plan_rate=-1"), ("plan_rate=fast", "plan_rate=fast")],
+    [
+        ("plan=also", "plan=also: choose only"),
+        ("plan_rate=-1", "plan_rate=-1"),
+        ("plan_rate=fast", "plan_rate=fast"),
+        ("train.precision=fp8", "precision is auto, fp32, bf16, fp16"),
+    ],
 )
 def test_invalid_plan_settings_are_refused_in_one_line(
     wrong: str, message: str, without_voxels: Path, tmp_path: Path, monkeypatch, capsys
