@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+ALIGN = "prepare.bias=true prepare.register=true prepare.spacing=4"
 TRAIN = "loader.workers=0 train.device=cpu train.log_every=1 optim.warmup=1"
 PREDICT = "predict.device=cpu predict.overlap=0.25"
 PRETRAIN = (
@@ -36,7 +37,7 @@ PRETRAIN = (
 ASA = f"{PRETRAIN} model=asa_tiny data.mirror_probability=0.5"
 FINETUNE = f"{TRAIN} data.store=ibsr_store data.split='{{validation: 1, test: 1}}' train.batch_size=1 {PREDICT}"
 SEGMENT = f"{FINETUNE} model=unet_tiny +model.feature_size=4 crop='[64,32,32]' train.best=dice"
-CLASSIFY = f"{FINETUNE} method=classify data.classes=classes.csv crop=32"
+CLASSIFY = f"{FINETUNE} method=classify data.classes=classes.csv data.split_file=classes.json crop=32"
 RESTORE = f"{TRAIN} method=restore model=rat_tiny crop=16 data.split='{{validation: 1, test: 1}}' train.batch_size=2"
 SPLIT = "split_file=tuned/split.json truth=ibsr_store"
 
@@ -44,8 +45,7 @@ SPLIT = "split_file=tuned/split.json truth=ibsr_store"
 CHAIN = [
     "phantom kind=t1 subjects=3 seed=1 resolution=4 out=t1",
     "phantom kind=ibsr subjects=4 seed=2 resolution=4 out=ibsr",
-    "prepare data=bids data.root=t1 prepare.bias=true prepare.register=true prepare.spacing=4 "
-    "prepare.crop='[48,64,64]' out=t1_store",
+    f"prepare data=bids data.root=t1 {ALIGN} prepare.crop='[48,64,64]' out=t1_store",
     "prepare data=ibsr data.root=ibsr prepare.midway=true out=ibsr_store",
     f"pretrain {ASA} train.steps=8 train.validate_every=4 out=pretrained",
     f"finetune {SEGMENT} train.steps=6 train.validate_every=3 init=pretrained out=tuned",
@@ -117,12 +117,14 @@ def run_side_by_side(checkouts: list[Checkout], lines: list[str]) -> None:
 
 
 def write_inputs(folder: Path) -> None:
-    """Clean images and a table of classes: what the commands do not make themselves."""
+    """Write clean images, and classes with a split that has both in each part."""
     (folder / "clean").mkdir(parents=True)
     for k in range(5):
         write_png(folder / "clean" / f"{k}.png", random.Random(k))
     classes = "".join(f"IBSR_0{k},{'patient' if k % 2 else 'control'}\n" for k in range(1, 5))
     (folder / "classes.csv").write_text(f"subject,class\n{classes}")
+    split = {"train": ["IBSR_01", "IBSR_02"], "validation": [], "test": ["IBSR_03", "IBSR_04"]}
+    (folder / "classes.json").write_text(json.dumps(split))
 
 
 def write_png(path: Path, draw: random.Random, edge: int = 64) -> None:
