@@ -180,6 +180,42 @@ class Pointwise(nn.Module):
         return -60 * (volume - self.centre) ** 2
 
 
+USERS_PACKAGE = """
+from types import SimpleNamespace
+
+from torch import nn
+
+
+class WithoutWindow(nn.Conv3d):
+    pass
+
+
+class WithWindow(nn.Conv3d):
+    encoder = SimpleNamespace(img_size=(32, 32, 64))
+"""
+
+
+def test_a_network_of_a_users_package_is_loaded_if_the_package_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_networks.py").write_text(USERS_PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    options = {"in_channels": 1, "out_channels": 4, "kernel_size": 1}
+    shell = nn.Module()
+    shell.model = nn.Conv3d(**options)
+    for name in ("WithWindow", "WithoutWindow"):
+        node = {"_target_": f"my_networks.{name}", **options}
+        save_checkpoint(tmp_path / name, 1, shell, {"model": node, "data": DATA}, {}, keep=1)
+    image = torch.rand(1, 32, 40, 64)
+    found = Segmenter(tmp_path / "WithWindow", SETTINGS, plugins=["my_networks"]).probabilities(image)
+    torch.testing.assert_close(found, shell.model(image[None])[0].softmax(dim=0).detach())
+    with pytest.raises(ValueError, match="my_networks"):
+        Segmenter(tmp_path / "WithWindow", SETTINGS)
+    with pytest.raises(ValueError, match=r"WithoutWindow has no encoder\.img_size"):
+        Segmenter(tmp_path / "WithoutWindow", SETTINGS, plugins=["my_networks"])
+
+
 def head_file(folder: Path, spacing: float) -> Path:
     shape = tuple(round(size / spacing) for size in (150, 190, 144))
     volume, _ = scan(shape, centred(shape, np.diag([spacing] * 3)))
