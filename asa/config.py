@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from asa.errors import one_line
+
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the YAML files are the package asa.configs; in a checkout they lie beside the package.
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
@@ -142,7 +144,7 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
     """One line for the user: which key is wrong, and which one was probably meant."""
     if type(error).__name__ == "OverrideParseException" or "Ambiguous value" in str(error):
         return f"cannot read a setting ({_first_line(error)}): quote a value with special signs, as in \"out='a,b'\""
-    text = " ".join(str(error).split()) if "Available options" in str(error) else _first_line(error)
+    text = one_line(error) if "Available options" in str(error) else _first_line(error)
     text = text.split(" Config search path")[0]
     cause = _first_line(error.__cause__) if error.__cause__ else ""
     unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)

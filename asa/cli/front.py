@@ -15,6 +15,7 @@ from asa.cli.chain import with_groups_of
 from asa.config import CONFIG_DIR, compose, describe
 from asa.data.io.files import write_whole
 from asa.data.splits import write_split
+from asa.errors import EXPECTED, reason_of
 from asa.training.checkpoint import list_checkpoints
 from asa.training.device import pick_device
 from asa.training.distributed import StoppedElsewhere, is_main, joined, leave, on_main, rank, world_size
@@ -104,12 +105,12 @@ def _run(
     except StoppedElsewhere:
         return 1
     except Exception as error:
-        expected = isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
+        expected = isinstance(error, EXPECTED)
         if chosen.traceback or (world_size() > 1 and not expected):
             traceback.print_exc()
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = reason_of(error)
         if not expected:
-            text = f"{type(error).__name__}: {text} (--traceback shows where; check the types of the settings)"
+            text = f"{text} (--traceback shows where; check the types of the settings)"
         place = f"process {rank()}: " if world_size() > 1 else ""
         print(f"asa-{command}: error: {place}{text}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from asa.data.io.files import write_whole
+from asa.errors import require
 from asa.models.segmenting import SegmentationNetwork
 from asa.models.sw_vit import SWViT
 from asa.training.checkpoint import read_model
@@ -40,11 +41,8 @@ def export_onnx(checkpoint: str | Path, out: Path) -> float:
     """
     if out.suffix != ".onnx":
         raise ValueError(f"{out}: give a name that ends in .onnx")
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - what torch.onnx works with
-    except ImportError as error:
-        raise ImportError(f'{error.name} is not installed: pip install "asa-mri[export]"') from None
+    onnxruntime = require("onnxruntime", "export", "ONNX export")
+    require("onnxscript", "export", "ONNX export")  # used by torch.onnx
     model, description = read_model(checkpoint)
     encoder = getattr(model, "encoder", None)
     if not isinstance(encoder, SWViT):

@@ -24,7 +24,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         comparison: what was found.
 
     Raises:
-        ValueError: the `report` extra is absent.
+        ImportError: the `report` extra is not installed.
     """
     require_extra(path)
     page = render(

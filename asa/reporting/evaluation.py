@@ -17,6 +17,7 @@ import numpy as np
 
 from asa.data.io.files import write_whole
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, spacing_of, to_ras
+from asa.errors import require
 from asa.evaluation.measures import Measure
 from asa.evaluation.metrics import bounding_box
 from asa.evaluation.statistics import LEVEL, RESAMPLES
@@ -57,7 +58,8 @@ def write_report(path: Path, summary: Summary, cases: Sequence[CaseFiles]) -> No
         cases: files of every case of the summary; those of the worst and best cases are read again.
 
     Raises:
-        ValueError: the `report` extra is absent, or an image does not lie on its truth's grid.
+        ImportError: the `report` extra is not installed.
+        ValueError: an image does not lie on its truth's grid.
     """
     require_extra(path)
     files = {case.case_id: case for case in cases}
@@ -89,19 +91,13 @@ def page_values(findings: Findings) -> dict[str, Any]:
 
 
 def require_extra(path: Path) -> None:
-    """Refuse to make a page without what draws it.
+    """Check that the packages that draw a page are installed.
 
     Raises:
-        ValueError: the `report` extra is absent.
+        ImportError: the `report` extra is not installed.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{path}: not written, as {error.name} is not installed (the other files do not need it and are there); "
-            'run pip install "asa-mri[report]" and evaluate again'
-        ) from None
+    for module in ("jinja2", "matplotlib.figure"):
+        require(module, "report", f"{path} (the other files are written)")
 
 
 def render(template: str, **values: Any) -> str:

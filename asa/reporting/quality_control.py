@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from asa.data.io.files import write_whole
 from asa.data.preprocessing.quality_control import Visit
+from asa.errors import require
 from asa.reporting.evaluation import render
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, hex_colour, thumbnail_row
 
@@ -58,11 +59,13 @@ class Checkup:
         folder: made where it is missing. The thumbnails, the table and the page of an earlier checkup go.
 
     Raises:
-        ValueError: the `report` extra is absent, or the folder holds something else.
+        ImportError: the `report` extra is not installed.
+        ValueError: the folder holds something else.
     """
 
     def __init__(self, folder: Path) -> None:
-        _require_extra()
+        for module in ("jinja2", "matplotlib.image"):
+            require(module, "report", "the page of check=only")
         self.folder = Path(folder)
         self._visits: dict[str, Visit] = {}
         self._drawn: set[str] = set()
@@ -115,16 +118,6 @@ class Checkup:
             "picture": f"{THUMBNAILS}/{quote(os.fsencode(visit.id))}.png" if visit.id in self._drawn else "",
             "facts": [(_title(key), text) for key, text in known.items() if text],
         }
-
-
-def _require_extra() -> None:
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib.image  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f'check=only: {error.name} is not installed, and the page needs it; run pip install "asa-mri[report]"'
-        ) from None
 
 
 def _clear(folder: Path) -> None:

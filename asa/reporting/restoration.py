@@ -54,7 +54,8 @@ def write_quality_report(path: Path, quality: Quality, cases: Sequence[PictureFi
         cases: files of every case; those of the cases that are shown are read again.
 
     Raises:
-        ValueError: the `report` extra is absent, or a degraded image does not fit.
+        ImportError: the `report` extra is not installed.
+        ValueError: a degraded image does not fit.
     """
     require_extra(path)
     files = {case.case_id: case for case in cases}

@@ -245,6 +245,6 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib.image"])
 def test_an_absent_extra_is_named_before_the_work_begins(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf'{module} is not installed.*pip install "asa-mri\[report\]"'):
+    with pytest.raises(ImportError, match=rf'{module} is not installed.*pip install "asa-mri\[report\]"'):
         Checkup(tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -5,7 +5,6 @@ Arrays are `C H W` with 1 (grey) or 3 (colour) channels in [0, 1], label maps `H
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,22 +17,11 @@ import numpy as np
 from asa.data.datasets.record import existing_folder
 from asa.data.io.files import write_whole
 from asa.data.io.nifti import read_slice
+from asa.errors import require
 
 ENDINGS = (".png", ".nii.gz", ".nii", ".dcm")
 WINDOW = "asa-window"  # text in a PNG: what its 0 and its largest value stand for, in the image's units
 DEPTHS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
-
-
-def needed(module: str) -> Any:
-    """A module of the `restore` extra.
-
-    Raises:
-        ImportError: it is not installed; the message says what to install.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise ImportError(f'{module} is not installed: pip install "asa-mri[restore]"') from None
 
 
 def list_pictures(folder: str | Path) -> dict[str, Path]:
@@ -122,7 +110,7 @@ def _read(path: Path) -> np.ndarray:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A PNG whose header is read; damage that shows while it is open names the file."""
-    image = needed("PIL.Image")
+    image = require("PIL.Image", "restore", "PNG")
     try:
         with image.open(path) as opened:
             yield opened
@@ -138,7 +126,7 @@ def _read_png(path: Path) -> np.ndarray:
 
 
 def _read_dicom(path: Path) -> np.ndarray:
-    pydicom = needed("pydicom")
+    pydicom = require("pydicom", "restore", "DICOM")
     try:
         found = pydicom.dcmread(path)
         values = np.asarray(pydicom.pixels.apply_modality_lut(found.pixel_array, found), dtype=np.float32)
@@ -173,10 +161,11 @@ def write_regions(path: Path, labels: np.ndarray) -> None:
 
 
 def _write_png(path: Path, values: np.ndarray, text: Mapping[str, str]) -> None:
-    buffer, notes = io.BytesIO(), needed("PIL.PngImagePlugin").PngInfo()
+    buffer, notes = io.BytesIO(), require("PIL.PngImagePlugin", "restore", "PNG").PngInfo()
     for key, value in text.items():
         notes.add_text(key, value)
-    needed("PIL.Image").fromarray(np.ascontiguousarray(values)).save(buffer, format="png", pnginfo=notes)
+    image = require("PIL.Image", "restore", "PNG").fromarray(np.ascontiguousarray(values))
+    image.save(buffer, format="png", pnginfo=notes)
     write_whole(path, buffer.getvalue())
 
 

@@ -22,6 +22,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError, ImageDataError
 
 from asa.data.io.files import gzipped, write_whole
+from asa.errors import one_line
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz")
 GEOMETRY_TOLERANCE = 0.1  # mm between the corner points of two volumes that are one subject's
@@ -324,7 +325,7 @@ def _load(path: Path) -> Any:
     ) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{path}: not a NIfTI or Analyze image ({_line(error)}); convert it again") from None
+        raise ValueError(f"{path}: not a NIfTI or Analyze image ({one_line(error)}); convert it again") from None
 
 
 def _header_size(payload: bytes) -> int:
@@ -348,7 +349,7 @@ def _voxels(image: Any, path: Path) -> np.ndarray:
     try:
         return np.asanyarray(image.dataobj)
     except (OSError, ValueError) as error:  # fewer bytes than the header announces
-        raise ValueError(f"{path}: truncated ({_line(error)}); copy or download it again") from None
+        raise ValueError(f"{path}: truncated ({one_line(error)}); copy or download it again") from None
 
 
 def _three_d(data: np.ndarray, path: Path) -> np.ndarray:
@@ -417,8 +418,3 @@ def _write(path: Path, image: Any) -> None:
         raise ValueError(f"{path}: images are written as .nii or .nii.gz; change the ending")
     payload = image.to_bytes()
     write_whole(path, gzipped(payload) if path.suffix == ".gz" else payload)
-
-
-def _line(error: BaseException) -> str:
-    """An error's text in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

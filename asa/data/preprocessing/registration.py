@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from asa.data.preprocessing.resampling import Lengths, grid_map, sample_affine
 from asa.data.preprocessing.template import load_map
+from asa.errors import require
 
 # Of the template's space, in mm along D, H, W: the brain with room for larger ones, and below it for the brain stem,
 # which the template's own array cuts off. Symmetric about x = 0.
@@ -148,13 +149,10 @@ def simpleitk() -> Iterator[Any]:
     Raises:
         ImportError: not installed.
     """
+    sitk = require("SimpleITK", "prepare", "registration or N4")
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
-        import SimpleITK
-    except ImportError:
-        raise ImportError('registration and N4 need SimpleITK: pip install "asa-mri[prepare]"') from None
-    threads = SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    try:
-        yield SimpleITK
+        yield sitk
     finally:
-        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)

@@ -20,6 +20,7 @@ from asa.data.preprocessing.pipeline import PreparedCase, prepare_case, stored_i
 from asa.data.preprocessing.quality_control import Look, Visit, look_at
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.store import DTYPES, array_path, open_array, write_array
+from asa.errors import reason_of
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,7 @@ def attempt(job: Job) -> Outcome:
         try:
             outcome = _prepare_record(job)
         except Exception as error:  # one scan must not stop the cohort
-            text = " ".join(str(error).split())
-            expected = isinstance(error, (ValueError, FileNotFoundError, ImportError))
-            outcome = Outcome(reason=text if expected else f"{type(error).__name__}: {text}")
+            outcome = Outcome(reason=reason_of(error))
         finally:
             torch.set_num_threads(threads)
     said = [str(warning.message) for warning in caught if warning.category is UserWarning]

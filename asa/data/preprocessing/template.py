@@ -10,6 +10,8 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
+from asa.errors import require
+
 NAME = "ICBM 152 nonlinear 2009a symmetric"
 LOADERS = {
     "t1": "load_mni152_template",
@@ -31,12 +33,7 @@ def load_map(kind: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ImportError: nilearn is not installed.
     """
-    try:
-        from nilearn import datasets
-    except ImportError:
-        raise ImportError(
-            f'the template ({NAME}) comes with nilearn: pip install "asa-mri[phantom]" or "asa-mri[prepare]"'
-        ) from None
+    datasets = require("nilearn.datasets", "phantom", f'the template {NAME} (also part of "asa-mri[prepare]")')
     image = getattr(datasets, LOADERS[kind])(resolution=1)
     data = np.asarray(image.dataobj, dtype=np.float32).transpose(2, 1, 0)
     data.setflags(write=False)

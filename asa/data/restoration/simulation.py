@@ -14,9 +14,10 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 from tqdm import tqdm
 
-from asa.data.io.images2d import list_pictures, needed, read_picture, write_picture
+from asa.data.io.images2d import list_pictures, read_picture, write_picture
 from asa.data.io.parallel import KILLED, in_processes
 from asa.data.loading.seeds import sample_seed
+from asa.errors import require
 
 KINDS = ("ct", "pet", "sr")
 Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -86,7 +87,7 @@ def _noise_through_projections(image: np.ndarray, noise: Callable[[np.ndarray], 
 
     Back-projection is linear: only the noise goes through it, so the image itself keeps its resolution.
     """
-    transform = needed("skimage.transform")
+    transform = require("skimage.transform", "restore", "the simulation of projections")
     edge = max(image.shape)
     above, left = ((edge - n) // 2 for n in image.shape)
     square = np.zeros((edge, edge))

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from asa.data.io.images2d import needed, read_regions
+from asa.data.io.images2d import read_regions
+from asa.errors import require
 
 Provider = Callable[[str, np.ndarray], np.ndarray]  # id and image -> label map
 PROVIDERS = ("felzenszwalb", "slic", "sam", "stored")
@@ -58,7 +59,7 @@ def make_provider(
 
 def _felzenszwalb(_: str, image: np.ndarray, *, scale: float) -> np.ndarray:
     smallest = max(20, image[0].size // 2000)  # pixels; at a quarter of the resolution a few features
-    found = needed("skimage.segmentation").felzenszwalb(
+    found = require("skimage.segmentation", "restore", "superpixels").felzenszwalb(
         image.transpose(1, 2, 0).astype(np.float64), scale=scale, sigma=0.8, min_size=smallest, channel_axis=-1
     )
     return found.astype(np.int64)
@@ -66,7 +67,7 @@ def _felzenszwalb(_: str, image: np.ndarray, *, scale: float) -> np.ndarray:
 
 def _slic(_: str, image: np.ndarray, *, regions: int) -> np.ndarray:
     # Colour is compared in Lab, whose lightness goes to 100, grey as it is.
-    found = needed("skimage.segmentation").slic(
+    found = require("skimage.segmentation", "restore", "superpixels").slic(
         image.transpose(1, 2, 0).astype(np.float64),
         n_segments=regions,
         compactness=10.0 if len(image) == 3 else 0.1,
@@ -89,10 +90,7 @@ def _stored(id: str, image: np.ndarray, *, folder: Path) -> np.ndarray:
 def _sam(weights: str | Path | None, model: str, device: str) -> Provider:
     if weights is None or not Path(weights).is_file():
         raise ValueError(f"provider=sam needs weights= a file of Segment Anything that you have, got {weights}")
-    try:
-        import segment_anything
-    except ModuleNotFoundError:
-        raise ImportError("provider=sam needs the package segment-anything: pip install segment-anything") from None
+    segment_anything = require("segment_anything", None, "provider=sam")
     network = segment_anything.sam_model_registry[model](checkpoint=str(weights)).to(device)
     generator = segment_anything.SamAutomaticMaskGenerator(network)
 
