@@ -17,7 +17,7 @@ from asa.config import typed
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.tables import read_column
 from asa.data.loading.augment import AugmentSettings
-from asa.data.loading.loader import CropDataset
+from asa.data.loading.crops import CropDataset
 from asa.evaluation.classification import ClassScores, class_table, predict_classes, score_classes
 from asa.inference.preprocessing import learnt_from
 from asa.training.checkpoint import find_weights, load_model

@@ -12,7 +12,8 @@ from asa.cli.job import Job
 from asa.cli.start import loaded, start
 from asa.config import typed
 from asa.data.loading.augment import AugmentSettings
-from asa.data.loading.loader import CropDataset, LoaderSettings
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import LoaderSettings
 from asa.data.store import Store
 from asa.inference.preprocessing import learnt_from
 from asa.inference.segmentation import SIDE, PredictSettings

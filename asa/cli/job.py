@@ -12,8 +12,9 @@ from asa.cli.front import Config, open_run
 from asa.cli.planning import preflight, show_plan, wants_plan
 from asa.config import build, typed
 from asa.data.io.files import write_json
-from asa.data.leakage import Seen
-from asa.data.loading.loader import LoaderSettings, Samples
+from asa.data.leakage import LeakedSubject
+from asa.data.loading.crops import Samples
+from asa.data.loading.loader import LoaderSettings
 from asa.training.distributed import is_main
 from asa.training.loop import TrainSettings, Validate, check_settings, train
 from asa.training.optim import OptimSettings
@@ -64,7 +65,7 @@ class Job:
         return make()
 
     @contextmanager
-    def run(self, split: Mapping[str, Sequence[str]], seen: list[Seen] | None = None) -> Iterator[Path]:
+    def run(self, split: Mapping[str, Sequence[str]], seen: list[LeakedSubject] | None = None) -> Iterator[Path]:
         """The run folder, locked (see `open_run`), with the held-out subjects that `init` has seen written down."""
         with open_run(self.config, split, self.settings) as run:
             if seen is not None and is_main():

@@ -6,10 +6,11 @@ from pathlib import Path
 from asa.cli.cohort import open_parts
 from asa.cli.front import Config, run_command
 from asa.cli.job import Job
-from asa.data.leakage import trained_on
+from asa.data.leakage import training_digests
 from asa.data.loading.augment import AugmentSettings
+from asa.data.loading.crops import CropDataset
 from asa.data.loading.health import HEALTHY, read_health
-from asa.data.loading.loader import CropDataset, LoaderSettings
+from asa.data.loading.loader import LoaderSettings
 from asa.inference.preprocessing import learnt_from
 from asa.tasks.feature_health import FeatureHealth, open_probe
 from asa.tasks.validation import validate_pretraining
@@ -61,7 +62,7 @@ def pretrain(config: Config) -> None:
         "channels": store.channels,
         "prepare": store.settings,
         **learnt_from([], parts["train"]),
-        **trained_on(parts["train"]),
+        **training_digests(parts["train"]),
     }
     with job.run(split) as run:
         print(f"pretraining on {len(parts['train'])} scans, watched on {held_out}, in {run}")

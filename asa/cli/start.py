@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asa.cli.front import Config
-from asa.data.leakage import Seen, Trained, known_trained, seen_subjects, trained_on
+from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.store import Store
 from asa.evaluation.summary import listed
 from asa.models.swin import Swin
@@ -28,7 +28,7 @@ def start(
     records: Sequence[dict[str, Any]],
     store: Store,
     split: Mapping[str, Sequence[str]],
-) -> tuple[Trained | None, list[Seen] | None]:
+) -> tuple[TrainingDigests | None, list[LeakedSubject] | None]:
     """Load what a run starts from, and print what came of it.
 
     Args:
@@ -43,15 +43,15 @@ def start(
         is not known, or from scratch nothing was seen.
     """
     if opened is None:
-        return trained_on(records), None
+        return training_digests(records), None
     print(loaded(config, opened, model))
-    before = known_trained(opened[1].get("data", {}))
-    seen = seen_subjects(store.records, split, before) if before else None
+    before = stored_digests(opened[1].get("data", {}))
+    seen = find_leaks(store.records, split, before) if before else None
     print("\n".join(seen_report(seen, config["init"])))
-    return trained_on(records, before) if before else None, seen
+    return training_digests(records, before) if before else None, seen
 
 
-def seen_report(seen: list[Seen] | None, init: str) -> list[str]:
+def seen_report(seen: list[LeakedSubject] | None, init: str) -> list[str]:
     """Lines on the held-out subjects that the encoder of `init` was trained on; None: it does not say on which."""
     if seen is None:
         return [
@@ -73,6 +73,6 @@ def seen_report(seen: list[Seen] | None, init: str) -> list[str]:
     return lines
 
 
-def _listed_by_part(seen: list[Seen]) -> str:
+def _listed_by_part(seen: list[LeakedSubject]) -> str:
     parts = dict.fromkeys(one.part for one in seen)
     return "; ".join(f"{part}: {listed([one.subject for one in seen if one.part == part], 5)}" for part in parts)

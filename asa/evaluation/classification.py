@@ -15,7 +15,8 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from asa.data.loading.loader import CropDataset, collate
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import collate
 from asa.inference.preprocessing import Intake
 from asa.inference.segmentation import PredictSettings
 from asa.models.classifier import Classifier

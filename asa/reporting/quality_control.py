@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from asa.data.io.files import write_whole
-from asa.data.preprocessing.quality_control import Visit
+from asa.data.preprocessing.quality_control import ScanQuality
 from asa.errors import require
 from asa.reporting.evaluation import render
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, hex_colour, thumbnail_row
@@ -67,19 +67,19 @@ class Checkup:
         for module in ("jinja2", "matplotlib.image"):
             require(module, "report", "the page of check=only")
         self.folder = Path(folder)
-        self._visits: dict[str, Visit] = {}
+        self._visits: dict[str, ScanQuality] = {}
         self._drawn: set[str] = set()
         _clear(self.folder)
         write_whole(self.folder / PAGE, _UNFINISHED.encode())
 
-    def add(self, visit: Visit) -> None:
+    def add(self, visit: ScanQuality) -> None:
         """Draw a scan's thumbnails and keep its row; scans come in any order."""
-        if visit.look is not None:
-            look = visit.look
-            row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline)
+        if visit.thumbnail is not None:
+            look = visit.thumbnail
+            row = thumbnail_row(look.grey, look.brain, spacing=look.spacing, midline=look.midline)
             write_whole(self.folder / THUMBNAILS / f"{visit.id}.png", encode_png(row))
             self._drawn.add(visit.id)
-        self._visits[visit.id] = replace(visit, look=None)
+        self._visits[visit.id] = replace(visit, thumbnail=None)
 
     def finish(self, settings: dict[str, Any]) -> None:
         """Write the table and the page.
@@ -95,7 +95,7 @@ class Checkup:
         # a file name need not be valid Unicode, and its id stands in both files
         write_whole(self.folder / name, text.encode("utf-8", errors="backslashreplace"))
 
-    def _page(self, visits: Sequence[Visit], settings: dict[str, Any]) -> str:
+    def _page(self, visits: Sequence[ScanQuality], settings: dict[str, Any]) -> str:
         rows = [self._row(number, visit) for number, visit in enumerate(visits)]
         measures = _measures(visits)
         return render(
@@ -109,7 +109,7 @@ class Checkup:
             midline=hex_colour(MIDLINE),
         )
 
-    def _row(self, number: int, visit: Visit) -> dict[str, Any]:
+    def _row(self, number: int, visit: ScanQuality) -> dict[str, Any]:
         known = {key: _cell(value, key) for key, value in visit.facts.items() if not key.startswith(SECONDS)}
         return {
             "number": number,
@@ -132,11 +132,11 @@ def _clear(folder: Path) -> None:
         stale.unlink()
 
 
-def _status(visit: Visit) -> str:
+def _status(visit: ScanQuality) -> str:
     return "failed" if visit.reason else "warning" if visit.warnings else "good"
 
 
-def _table(visits: Sequence[Visit]) -> str:
+def _table(visits: Sequence[ScanQuality]) -> str:
     """The table as CSV; a fact that a scan lacks, or that is not finite, is an empty cell."""
     keys = list(dict.fromkeys(key for visit in visits for key in visit.facts))
     text = io.StringIO()
@@ -174,7 +174,7 @@ def _title(key: str) -> str:
     return _TITLES.get(key, " ".join(words[:-1] if len(words) > 1 and words[-1] in _UNITS else words))
 
 
-def _measures(visits: Sequence[Visit]) -> dict[str, _Measure]:
+def _measures(visits: Sequence[ScanQuality]) -> dict[str, _Measure]:
     """Every numeric fact over the cohort, in the order of first appearance."""
     values: dict[str, list[tuple[float, int]]] = {}
     for number, visit in enumerate(visits):

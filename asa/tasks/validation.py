@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from asa.data.loading.loader import CropDataset, VolumeSource, collate
+from asa.data.loading.crops import CropDataset, VolumeSource
+from asa.data.loading.loader import collate
 from asa.data.restoration.pairs import PairDataset
-from asa.data.store import IGNORED
 from asa.evaluation.image_quality import score_image
 from asa.evaluation.metrics import dice
 from asa.inference.restoration import restore_image
@@ -19,6 +19,7 @@ from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.methods.base import Pretraining
 from asa.methods.restore import Restoration
 from asa.methods.segment import Segmentation
+from asa.ops.labels import IGNORED
 from asa.reporting.figures import central_slices, overlay_panel, reconstruction_panel
 from asa.training.device import on_device
 from asa.training.distributed import spread

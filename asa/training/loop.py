@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asa.data.loading.loader import LoaderSettings, Samples, check_batch, make_loader
+from asa.data.loading.crops import Samples
+from asa.data.loading.loader import LoaderSettings, check_batch, make_loader
 from asa.training import distributed
 from asa.training.allocator import keep_freed_memory
 from asa.training.best import best_line, keep_best

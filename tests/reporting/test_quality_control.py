@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from asa.data.preprocessing.quality_control import Look, Visit
+from asa.data.preprocessing.quality_control import ScanQuality, Thumbnail
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, thumbnail_row
 from asa.reporting.quality_control import Checkup
 
@@ -25,18 +25,18 @@ def planes(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return volume[D // 2], volume[:, H // 2], volume[:, :, W // 2]
 
 
-def box_look(midline=((15.5, 15.5), (15.5, 15.5))) -> Look:
+def box_look(midline=((15.5, 15.5), (15.5, 15.5))) -> Thumbnail:
     brain = np.zeros((D, H, W), dtype=bool)
     brain[8:30, 10:40, 6:26] = True
     gray = np.where(brain, 100, 0).astype(np.uint8)
-    return Look(planes(gray), planes(brain), (1.0, 1.0, 1.0), (D // 2, H // 2, W // 2), midline)
+    return Thumbnail(planes(gray), planes(brain), (1.0, 1.0, 1.0), (D // 2, H // 2, W // 2), midline)
 
 
-def visit(id="sub-01", reason="", warnings=(), facts=None, look=None, subject="s", site="") -> Visit:
-    return Visit(id, subject, site, reason, list(warnings), facts or {}, look)
+def visit(id="sub-01", reason="", warnings=(), facts=None, look=None, subject="s", site="") -> ScanQuality:
+    return ScanQuality(id, subject, site, reason, list(warnings), facts or {}, look)
 
 
-def made(folder: Path, *visits: Visit, settings=None) -> tuple[str, list[dict[str, str]]]:
+def made(folder: Path, *visits: ScanQuality, settings=None) -> tuple[str, list[dict[str, str]]]:
     """The page and the table of a checkup."""
     checkup = Checkup(folder)
     for one in visits:
@@ -58,7 +58,7 @@ def drawn(row: np.ndarray, colour: np.ndarray, plane: int) -> np.ndarray:
 
 def test_the_outline_lies_on_the_border_of_the_mask():
     look = box_look()
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, side=SIDE)
+    row = thumbnail_row(look.grey, look.brain, spacing=look.spacing, side=SIDE)
     for plane, mask in enumerate(look.brain):
         inside = mask[::-1, ::-1].repeat(2, axis=0).repeat(2, axis=1)
         core = inside.copy()
@@ -72,7 +72,7 @@ def test_the_outline_lies_on_the_border_of_the_mask():
 @pytest.mark.parametrize("ends", [(15.5, 15.5), (4.0, 4.0), (10.0, 22.0)])
 def test_the_symmetry_plane_is_drawn_where_it_was_found(ends):
     look = box_look(midline=(ends, (20.0, 20.0)))
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline, side=SIDE)
+    row = thumbnail_row(look.grey, look.brain, spacing=look.spacing, midline=look.midline, side=SIDE)
     for plane, length, (first, last) in ((0, H, ends), (1, D, (20.0, 20.0))):
         y, x = np.nonzero(drawn(row, MIDLINE, plane))
         assert len(y) > length  # more than half of two pixels a voxel
@@ -85,14 +85,14 @@ def test_the_symmetry_plane_is_drawn_where_it_was_found(ends):
 @pytest.mark.parametrize("midline", [None, ((-9.0, -5.0), (90.0, 90.0)), ((math.nan, 1.0), (math.nan, math.nan))])
 def test_a_plane_that_is_not_in_the_picture_is_not_drawn(midline):
     look = box_look(midline)
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline, side=SIDE)
+    row = thumbnail_row(look.grey, look.brain, spacing=look.spacing, midline=look.midline, side=SIDE)
     assert not any(drawn(row, MIDLINE, plane).any() for plane in range(3))
 
 
 def test_slices_keep_their_proportions_whatever_the_voxels():
     for depth in (1.0, 2.0):
         look = replace(box_look(), spacing=(depth, 1.0, 1.0))
-        row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, side=SIDE)
+        row = thumbnail_row(look.grey, look.brain, spacing=look.spacing, side=SIDE)
         assert row.shape == (SIDE, 3 * SIDE + 2 * GAP, 3)
         filled = np.argwhere(drawn(row, OUTLINE, 1))
         height, width = np.ptp(filled, axis=0) + 1
@@ -101,10 +101,10 @@ def test_slices_keep_their_proportions_whatever_the_voxels():
 
 def test_the_patients_right_and_front_are_on_the_left_of_the_picture():
     look = box_look(None)
-    for values in look.gray[:2]:
+    for values in look.grey[:2]:
         values[:, 20:] = 250  # right
-    look.gray[2][:, 30:] = 250  # front
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, side=SIDE)
+    look.grey[2][:, 30:] = 250  # front
+    row = thumbnail_row(look.grey, look.brain, spacing=look.spacing, side=SIDE)
     for plane in range(3):
         columns = np.nonzero((row[30:, plane * (SIDE + GAP) :][:, :SIDE] == 250).all(axis=-1))[1]
         assert columns.size and columns.max() < SIDE / 2 + 4
@@ -126,9 +126,9 @@ def test_thumbnails_are_written_at_once_and_the_arrays_forgotten(tmp_path):
     checkup = Checkup(tmp_path)
     checkup.add(visit("a", look=box_look()))
     look = box_look()
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline)
+    row = thumbnail_row(look.grey, look.brain, spacing=look.spacing, midline=look.midline)
     assert (tmp_path / "thumbnails/a.png").read_bytes() == encode_png(row)
-    assert all(kept.look is None for kept in checkup._visits.values())
+    assert all(kept.thumbnail is None for kept in checkup._visits.values())
 
 
 def test_failed_scans_come_first_then_warned_ones(tmp_path):
