@@ -29,7 +29,7 @@ def prepare(config: Config) -> None:
     if check != "only" and files and not (out / MANIFEST).exists():
         raise ValueError(f"{out} is not empty and not a store: choose another out=")
     if config["data"]["root"] is None and not config["data"].get("table"):
-        raise ValueError("data.root is missing: add data.root=FOLDER")
+        raise ValueError("data.root has to be given: add data.root=FOLDER")
     cohort = _cohort(config)
     records = build(config["data"], plugins=config["plugins"])
     checkup = Checkup(Path(str(config["report"] or f"{out}_check"))) if check else None

@@ -40,5 +40,5 @@ def read_column(path: str | Path, column: str, records: Iterable[Mapping[str, An
                 values[name] = value
     found = {record["id"]: values[record[key]] for record in records if record[key] in values}
     if not found:
-        raise ValueError(f"{path}: none of its {len(values)} rows names a {key} in the store, like {records[0][key]}")
+        raise ValueError(f"{path}: no {key} of its {len(values)} rows is in the store, like {records[0][key]}")
     return found

@@ -29,5 +29,5 @@ def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dic
         return {record["id"]: {"health": 1.0} for record in records}
     values = read_column(source, "health", records)
     if wrong := [value for value in values.values() if value not in ("0", "1")]:
-        raise ValueError(f"{source}: health is {wrong[0]!r}: give 1 for healthy, 0 for a patient, or an empty cell")
+        raise ValueError(f"{source}: a health of {wrong[0]!r}: give 1 for healthy, 0 for a patient, or an empty cell")
     return {record["id"]: {"health": float(values.get(record["id"], UNKNOWN))} for record in records}

@@ -131,9 +131,9 @@ def test_the_commands_write_pairs_and_label_maps(tmp_path: Path, monkeypatch, ca
     assert read_regions(pairs / "regions" / "a.png").shape == (32, 36)
     assert "1 label maps with" in capsys.readouterr().out
     for arguments, message in (
-        (["kind=ct"], "computes in HU"),
-        (["kind=mri"], "kind is one of ct, pet, sr"),
-        (["kind=sr", "factor=3"], "by 2 or 4"),
+        (["kind=ct"], "kind=ct needs HU"),
+        (["kind=mri"], "choose one of ct, pet, sr"),
+        (["kind=sr", "factor=3"], "choose 2 or 4"),
     ):
         monkeypatch.setattr(sys, "argv", ["asa-simulate", f"input={tmp_path / 'clean'}", f"out={pairs}", *arguments])
         assert simulate.main() == 1
