@@ -1,4 +1,4 @@
-from .data.loading.loader import CropDataset as CropDataset
+from .data.loading.crops import CropDataset as CropDataset
 from .data.store import Store as Store
 from .evaluation.metrics import dice as dice
 from .evaluation.metrics import hd95 as hd95

@@ -92,7 +92,7 @@ def samples(row: Row, folder: Path) -> Any:
     import numpy as np
 
     from asa.data.io.images2d import write_picture, write_regions
-    from asa.data.loading.loader import CropDataset
+    from asa.data.loading.crops import CropDataset
     from asa.data.restoration.pairs import PairDataset, find_pairs
     from scripts.benchmark.crops import RandomVolumes
 

@@ -8,7 +8,7 @@ import torch
 
 from asa.data.datasets import folder
 from asa.data.io.nifti import read_image, write_image, write_label
-from asa.data.preprocessing.cohort import Plan, prepare_cohort
+from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 
 # Tiny tensors: threads would cost more than they give.
 torch.set_num_threads(1)
@@ -48,6 +48,6 @@ def store(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four scans prepared, with labels."""
     out = tmp_path_factory.mktemp("stores") / "store"
     records = folder.records(raw, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")
-    report = prepare_cohort(records, out, Plan(labels=LABELS), progress=False)
+    report = prepare_cohort(records, out, CohortSettings(labels=LABELS), progress=False)
     assert not report.failures
     return out

@@ -33,8 +33,9 @@ MODEL = {
 
 
 def tiny_run(run: Path, store: Path, steps: int = 6, workers: int = 0, timeout: float = 0.5, **settings: Any) -> None:
-    """Pretrain a tiny autoencoder on four scans, in one or several processes."""
-    from asa.data.loading.loader import CropDataset, LoaderSettings
+    """Pretrain a tiny autoencoder on four scans, in as many processes as the environment says."""
+    from asa.data.loading.crops import CropDataset
+    from asa.data.loading.loader import LoaderSettings
     from asa.data.store import Store
     from asa.methods.pretrain import MaskedPretraining
     from asa.models.masked_autoencoder import asa_tiny

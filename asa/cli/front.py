@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from asa.config import CONFIG_DIR, compose, describe
+from asa.errors import EXPECTED, reason_of
 from asa.training.distributed import MainRankFailed, exit_process, is_main, rank, world_size
 from asa.training.signals import RESUME_CODE, Stopped
 
@@ -79,12 +80,12 @@ def _run(
     except MainRankFailed:
         return 1
     except Exception as error:
-        expected = isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
+        expected = isinstance(error, EXPECTED)
         if chosen.traceback or (world_size() > 1 and not expected):
             traceback.print_exc()
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = reason_of(error)
         if not expected:
-            text = f"{type(error).__name__}: {text} (--traceback shows where; check the types of the settings)"
+            text = f"{text} (--traceback shows where; check the types of the settings)"
         place = f"process {rank()}: " if world_size() > 1 else ""
         print(f"asa-{command}: error: {place}{text}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""asa-orient: NIfTI files with a stated orientation from files that store none."""
+"""asa-orient: write files that store no orientation as NIfTI with a stated orientation."""
 
 import sys
 from pathlib import Path
@@ -11,21 +11,21 @@ def orient(config: Config) -> None:
     """Write the files.
 
     Raises:
-        ValueError: files failed; they are listed before, and the others are done.
+        ValueError: files failed; they are listed first, and the others are written.
     """
     report = orient_files(Path(str(config["input"])), Path(str(config["out"])), str(config["axes"]))
     for name, reason in report.failures.items():
         print(f"{name}: failed: {reason}")
     if report.kept:
-        print(f"{len(report.kept)} files store an orientation and were left alone, like {report.kept[0]}")
+        print(f"{len(report.kept)} files store an orientation and were not written, like {report.kept[0]}")
     if report.failures:
         raise ValueError(f"{len(report.failures)} files failed, listed above")
-    print(f"wrote {len(report.written)} files to {config['out']}: look at some of them, left and right above all")
+    print(f"wrote {len(report.written)} files to {config['out']}: check some of them, left and right above all")
 
 
 def main() -> int:
     """Entry point."""
-    return run_command("orient", "Write files that store no orientation as NIfTI, with the one you state.", orient)
+    return run_command("orient", "Write files that store no orientation as NIfTI with a stated orientation.", orient)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""asa-phantom: a cohort made from the anatomy that nilearn ships, in the layout of a real data set."""
+"""asa-phantom: a synthetic cohort from the ICBM template of nilearn, in the layout of a public dataset."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ def make(config: Config) -> None:
 
 def main() -> int:
     """Entry point."""
-    return run_command("phantom", "Make a phantom cohort: every command can be tried on it without a download.", make)
+    return run_command("phantom", "Make a phantom cohort, to try every command without a download.", make)
 
 
 if __name__ == "__main__":

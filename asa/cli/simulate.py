@@ -1,4 +1,4 @@
-"""asa-simulate: degraded partners of clean images, by simulation."""
+"""asa-simulate: simulated degradations of clean images."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def simulate(config: Config) -> None:
 
 def main() -> int:
     """Entry point."""
-    return run_command("simulate", "Make degraded partners of clean images by simulation.", simulate)
+    return run_command("simulate", "Simulate degraded images from clean ones, as pairs for restoration.", simulate)
 
 
 if __name__ == "__main__":

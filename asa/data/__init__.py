@@ -1,1 +1,1 @@
-"""Files to records to tensors: readers, preparation, the store, the phantom cohort."""
+"""Files to records to tensors: readers, preprocessing, the store, crops, the phantom cohort."""

@@ -1,8 +1,9 @@
-"""Which scans and subjects a network was trained on, carried in its checkpoint without a name, and found again.
+"""Leakage check: were held-out subjects part of the data that a network was pretrained on?
 
-A scan is known by the digests of its voxels in the manifest (see `asa.data.io.nifti.identity_of`): it is found under
-another id and in another store, but not once it was resampled. A subject is known by a digest of its name, which keeps
-names out of shared weights but does not withstand guessing.
+A checkpoint carries digests of its training scans and subjects, without any name. A scan is identified by the digests
+of its voxels in the manifest (see `asa.data.io.nifti.identity_of`): it is found under another id and in another store,
+but not after resampling. A subject is identified by a digest of its name. That keeps names out of shared weights, but
+names can be guessed and confirmed.
 """
 
 from __future__ import annotations
@@ -12,65 +13,67 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Trained = dict[str, list[str]]
+TrainingDigests = dict[str, list[str]]
 KEYS = ("scans", "subjects")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A held-out subject that the network was trained on: in the part `part`, found by its "scan" or its "name"."""
+class LeakedSubject:
+    """A held-out subject of the part `part` that the network was trained on, found by its "scan" or its "name"."""
 
     part: str
     subject: str
     match: str
 
 
-def trained_on(records: Iterable[Mapping[str, Any]], before: Mapping[str, Sequence[str]] | None = None) -> Trained:
-    """What a checkpoint says of the scans that it was trained on.
+def training_digests(
+    records: Iterable[Mapping[str, Any]], previous: Mapping[str, Sequence[str]] | None = None
+) -> TrainingDigests:
+    """Digests of the training data, for a checkpoint.
 
     Args:
-        records: entries of a store's manifest.
-        before: the same of the checkpoint that training started from; None: from scratch.
+        records: entries of the manifest of a store.
+        previous: the digests of the checkpoint that training started from; None: from scratch.
 
     Returns:
-        "scans": digests of the scans' voxels, a channel each; "subjects": digests of the subjects' names. Both sorted.
+        "scans": digests of the voxels, one per channel of a scan; "subjects": digests of the subjects' names; sorted.
     """
-    known = {key: set(before[key]) if before else set() for key in KEYS}
+    digests = {key: set(previous[key]) if previous else set() for key in KEYS}
     for record in records:
-        known["scans"].update(record["identity"].values())
-        known["subjects"].add(_name(record["subject"]))
-    return {key: sorted(known[key]) for key in KEYS}
+        digests["scans"].update(record["identity"].values())
+        digests["subjects"].add(_name_digest(record["subject"]))
+    return {key: sorted(digests[key]) for key in KEYS}
 
 
-def known_trained(data: Mapping[str, Any]) -> Trained | None:
-    """The same out of a checkpoint's description of its data; None where an older one does not say it."""
+def stored_digests(data: Mapping[str, Any]) -> TrainingDigests | None:
+    """The digests in the data description of a checkpoint; None where an older checkpoint has none."""
     return {key: data[key] for key in KEYS} if all(key in data for key in KEYS) else None
 
 
-def seen_subjects(
-    records: Iterable[Mapping[str, Any]], split: Mapping[str, Sequence[str]], trained: Mapping[str, Sequence[str]]
-) -> list[Seen]:
+def find_leaks(
+    records: Iterable[Mapping[str, Any]], split: Mapping[str, Sequence[str]], digests: Mapping[str, Sequence[str]]
+) -> list[LeakedSubject]:
     """Subjects of the validation and test parts that a network was trained on.
 
     Args:
-        records: entries of a store's manifest; every scan of a subject is looked at, whichever is used.
+        records: entries of the manifest of a store; all scans of a subject are checked, used or not.
         split: subjects under "train", "validation" and "test".
-        trained: of `trained_on`.
+        digests: of `training_digests`.
 
     Returns:
-        In the order of the split. A subject whose name alone is known may be another person.
+        In the order of the split. A subject that matches by name only may be another person.
     """
-    scans, names = (set(trained[key]) for key in KEYS)
+    scans, names = (set(digests[key]) for key in KEYS)
     by_scan = {str(record["subject"]) for record in records if not scans.isdisjoint(record["identity"].values())}
-    seen = []
+    leaks = []
     for part in ("validation", "test"):
         for subject in split[part]:
             if subject in by_scan:
-                seen.append(Seen(part, subject, "scan"))
-            elif _name(subject) in names:
-                seen.append(Seen(part, subject, "name"))
-    return seen
+                leaks.append(LeakedSubject(part, subject, "scan"))
+            elif _name_digest(subject) in names:
+                leaks.append(LeakedSubject(part, subject, "name"))
+    return leaks
 
 
-def _name(subject: object) -> str:
+def _name_digest(subject: object) -> str:
     return hashlib.sha256(str(subject).encode()).hexdigest()[:16]

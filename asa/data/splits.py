@@ -1,4 +1,4 @@
-"""Splits of a cohort into train, validation and test, which keep a subject in one part."""
+"""Splits of a cohort into train, validation and test by subject: all scans of a subject are in one part."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def make_split(
 ) -> dict[str, list[str]]:
     """Split subjects, not scans, in one of four ways: by size, by ratio, into folds, or by site.
 
-    All follow from the order that a hash of (seed, subject) gives: it does not depend on the order of the records,
-    a subject that joins the cohort later does not shuffle the others, and the first n of the train list are nested
+    Subjects are ordered by a hash of (seed, subject). So the split does not depend on the order of the records, a
+    subject that is added later does not change the order of the others, and the first n training subjects are nested
     subsets for experiments with few labels.
 
     Args:
         records: records of a cohort or of a store.
-        validation, test: an int counts subjects, a float in [0, 1) is a share of them (at least one subject if
-            above 0). `ratio` replaces both; `folds` and `site` replace `test`, and a share for validation is then one
-            of the subjects that are not tested.
-        ratio: weights of train, validation and test, like (7, 1, 2); the sizes add up by largest remainders.
-        folds, fold: test on fold 0, 1, ... of so many, which are disjoint, cover the cohort, and differ in size by
-            one subject at most.
-        site: test on the subjects of this site, and on no other.
-        seed: another seed, another split.
+        validation, test: an int is a number of subjects, a float in [0, 1) a fraction of them (at least one subject if
+            above 0). `ratio` replaces both; `folds` and `site` replace `test`, and a fraction for validation is then
+            one of the subjects that are not tested.
+        ratio: weights of train, validation and test, like (7, 1, 2), rounded by largest remainders.
+        folds, fold: number of folds, and which of them (from 0) to test on. Folds are disjoint, cover the cohort, and
+            differ in size by at most one subject.
+        site: test on the subjects of this site.
+        seed: random seed.
 
     Returns:
         Lists of subjects under "train", "validation" and "test".
 
     Raises:
-        ValueError: options that contradict each other, or that this cohort cannot fulfil.
+        ValueError: options that contradict each other, or that are impossible with this cohort.
     """
     chosen = [name for name, value in (("ratio", ratio), ("folds", folds), ("site", site)) if value is not None]
     if len(chosen) > 1:
@@ -59,13 +59,13 @@ def make_split(
     records = list(records)
     order = _order(records, seed)
     if ratio is not None:
-        _, validation, test = _shares(ratio, len(order))
+        _, validation, test = _sizes(ratio, len(order))
         return _parts(order, validation, order[:test])
     if folds is not None and fold is not None:
         return _parts(order, validation, _fold(order, folds, fold))
     if site is not None:
         return _parts(order, validation, _from_site(records, order, str(site)))
-    count = _count(validation, len(order), "validation")  # a share of all subjects
+    count = _count(validation, len(order), "validation")  # a fraction of all subjects
     return _parts(order, count, order[: _count(test, len(order), "test")])
 
 
@@ -75,7 +75,7 @@ def _order(records: Iterable[Mapping[str, Any]], seed: int) -> list[str]:
 
 
 def _parts(order: Sequence[str], validation: int | float, tested: Iterable[str]) -> dict[str, list[str]]:
-    """Test on some subjects, validate on the first of the others, train on the rest."""
+    """Test on the given subjects, validate on the first of the others, train on the rest."""
     held_out = set(tested)
     rest = [subject for subject in order if subject not in held_out]
     count = _count(validation, len(rest), "validation")
@@ -99,20 +99,20 @@ def _count(size: int | float, total: int, part: str) -> int:
     return max(1, round(size * total)) if size > 0 else 0
 
 
-def _shares(ratio: Sequence[float], total: int) -> list[int]:
-    """Sizes in proportion to the weights: the whole parts, and what is left to the largest remainders."""
+def _sizes(ratio: Sequence[float], total: int) -> list[int]:
+    """Sizes in proportion to the weights, rounded by largest remainders."""
     weights = list(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else []
     numbers = [weight for weight in weights if isinstance(weight, (int, float)) and math.isfinite(weight)]
     if len(weights) != 3 or len(numbers) != 3 or min(numbers) < 0 or numbers[0] == 0:
         raise ValueError(f"split: ratio={ratio} must be three weights, train above 0, like [7, 1, 2]")
     exact = [total * weight / sum(weights) for weight in weights]
     sizes = [math.floor(size) for size in exact]
-    remainders = sorted(range(3), key=lambda part: sizes[part] - exact[part])  # stable: ties go to the earlier part
+    remainders = sorted(range(3), key=lambda part: sizes[part] - exact[part])  # stable: the earlier part wins ties
     for part in remainders[: total - sum(sizes)]:
         sizes[part] += 1
     for name, weight, size in zip(PARTS, weights, sizes, strict=True):
         if weight > 0 and size == 0:
-            raise ValueError(f"split: ratio={ratio} leaves {name} none of {total} subjects; give sizes instead")
+            raise ValueError(f"split: ratio={ratio} leaves {name} without any of {total} subjects; give sizes instead")
     return sizes
 
 
@@ -125,30 +125,30 @@ def _fold(order: Sequence[str], folds: int, fold: int) -> Sequence[str]:
 
 
 def _from_site(records: Iterable[Mapping[str, Any]], order: Sequence[str], site: str) -> list[str]:
-    homes: dict[str, str] = {}
+    sites: dict[str, str] = {}
     for record in records:
-        subject, here = str(record["subject"]), str(record.get("site") or "")
-        if not here:
+        subject, own = str(record["subject"]), str(record.get("site") or "")
+        if not own:
             raise ValueError(
                 f"split: site={site} needs the site of every scan, and {record['id']} has none; split in another way, "
                 "or prepare the cohort with sites (data=wmh, participants.tsv, a table's column site)"
             )
-        if homes.setdefault(subject, here) != here:
+        if sites.setdefault(subject, own) != own:
             raise ValueError(
-                f"split: subject {subject} was scanned at {homes[subject]} and at {here}, so no site can be left out "
-                "without it; split in another way, or leave out its scans of one site"
+                f"split: subject {subject} was scanned at {sites[subject]} and at {own}, so neither site can be left "
+                "out alone; split in another way, or leave out its scans of one site"
             )
-    if site not in homes.values():
-        raise ValueError(f"split: no site {site}; the sites are {', '.join(sorted(set(homes.values())))}")
-    return [subject for subject in order if homes[subject] == site]
+    if site not in sites.values():
+        raise ValueError(f"split: no site {site}; the sites are {', '.join(sorted(set(sites.values())))}")
+    return [subject for subject in order if sites[subject] == site]
 
 
 def keep_labelled(split: Mapping[str, Sequence[str]], labelled: int | float) -> dict[str, list[str]]:
-    """Train on the first subjects of the training part only; more labels keep those of fewer.
+    """Train on the first subjects of the training part only; subsets of different sizes are nested.
 
     Args:
         split: of subjects.
-        labelled: an int counts subjects, a float in (0, 1] is a share of the training part (at least one).
+        labelled: an int is a number of subjects, a float in (0, 1] a fraction of the training part (at least one).
 
     Returns:
         The split with a shorter training part.
@@ -164,7 +164,7 @@ def keep_labelled(split: Mapping[str, Sequence[str]], labelled: int | float) -> 
     else:
         raise ValueError(
             f"data.labelled={labelled}, but the split has {total} training subjects: give a count from 1 to {total}, "
-            "or a share above 0 and up to 1.0"
+            "or a fraction above 0 and up to 1.0"
         )
     return {name: list(subjects)[: count if name == "train" else None] for name, subjects in split.items()}
 
@@ -200,13 +200,13 @@ def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:
     unknown = [name for name in split if name not in PARTS]
     if unknown:
         raise ValueError(f"{path}: unknown part {unknown[0]!r}; a split has train, validation and test")
-    home: dict[str, str] = {}
+    part_of: dict[str, str] = {}
     for name in PARTS:
         for subject in split.get(name, ()):
-            if subject in home:
-                where = f"in {home[subject]} and in {name}" if home[subject] != name else f"twice in {name}"
-                raise ValueError(f"{path}: subject {subject} is {where}; leave it in one place")
-            home[subject] = name
+            if subject in part_of:
+                where = f"in {part_of[subject]} and in {name}" if part_of[subject] != name else f"twice in {name}"
+                raise ValueError(f"{path}: subject {subject} is {where}; list it once")
+            part_of[subject] = name
     return {name: [str(subject) for subject in split.get(name, ())] for name in PARTS}
 
 

@@ -1,9 +1,9 @@
 """The prepared store: one manifest and plain memory-mapped arrays, `C D H W` in RAS+ (W left to right).
 
-STORE/manifest.json      settings, software, channels, labels, one entry for each scan sorted by id
+STORE/manifest.json      settings, software, channels, labels, and one entry per scan, sorted by id
 STORE/images/ID.npy      float16 (C, D, H, W)
-STORE/labels/ID.npy      uint8 (1, D, H, W), consecutive: index k means value ([0] + label_values)[k], and
-                         IGNORED a place that counts neither in the loss nor in a score
+STORE/labels/ID.npy      uint8 (1, D, H, W), class indices: index k means value ([0] + label_values)[k];
+                         `asa.ops.labels.IGNORED` (255) marks voxels that count neither in a loss nor in a score
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ KEYS = {"format", "settings", "channels", "labels", "ignored", "regions", "recor
 MANIFEST = "manifest.json"
 FOLDERS = {"image": "images", "label": "labels"}
 DTYPES = {"image": np.float16, "label": np.uint8}
-IGNORED = 255  # in stored labels
 
 
 class Store:
@@ -34,23 +34,22 @@ class Store:
 
     Attributes:
         path: that folder, absolute.
-        records: the manifest's entries, sorted by id; they carry id, subject, site, sources, shape, chain,
-            statistics.
+        records: entries of the manifest, sorted by id, with id, subject, site, sources, shape, chain, statistics.
         channels: names of the image channels, in stored order.
-        labels: label value as in the source files -> name.
-        ignored: label values of the source files that are stored as `IGNORED`.
-        regions: name -> label values that it joins, to learn or to score, in order; may be empty.
-        settings: how the store was made.
+        labels: label value in the source files -> name.
+        ignored: label values of the source files that are stored as `asa.ops.labels.IGNORED`.
+        regions: name -> label values that it joins, for training or evaluation, in order; may be empty.
+        settings: the preprocessing settings.
         fingerprint: SHA-256 of what all scans have in common (format, settings, channels, labels).
 
     Raises:
-        ValueError: no store there, of another format, or empty; the message says what to run.
+        ValueError: no store at the path, another format, or no scans; the message says what to run.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         if not (self.path / MANIFEST).is_file():
-            raise ValueError(f"{self.path}: no prepared store there; make one with asa-prepare out={self.path}")
+            raise ValueError(f"{self.path}: no prepared store here; make one with asa-prepare out={self.path}")
         manifest = read_manifest(self.path)
         self.records: list[dict[str, Any]] = manifest["records"]
         self.channels: list[str] = manifest["channels"]
@@ -61,9 +60,7 @@ class Store:
         common = json.dumps({key: manifest[key] for key in sorted(KEYS - {"records"})}, sort_keys=True)
         self.fingerprint = hashlib.sha256(common.encode()).hexdigest()
         if not self.records:
-            raise ValueError(
-                f"{self.path}: the store holds no scan; run asa-prepare again and see why the scans failed"
-            )
+            raise ValueError(f"{self.path}: the store holds no scans; run asa-prepare again to see why they failed")
         self._by_id = {record["id"]: record for record in self.records}
 
     def __len__(self) -> int:
@@ -75,7 +72,7 @@ class Store:
         return sorted(self.labels)
 
     def record(self, id: str) -> dict[str, Any]:
-        """The manifest's entry of one scan.
+        """The manifest entry of one scan.
 
         Raises:
             ValueError: the store has no such scan.
@@ -85,7 +82,7 @@ class Store:
         return self._by_id[id]
 
     def image(self, id: str) -> np.ndarray:
-        """Memory-mapped image (C, D, H, W) float16: a crop reads only its own pages.
+        """Memory-mapped image (C, D, H, W) float16; reading a crop reads only its pages.
 
         Raises:
             ValueError: no such scan, or its array is missing or damaged.
@@ -93,7 +90,7 @@ class Store:
         return self._array(id, "image")
 
     def label(self, id: str) -> np.ndarray | None:
-        """Memory-mapped label (1, D, H, W) uint8 with consecutive indices, None for an unlabelled scan.
+        """Memory-mapped label map (1, D, H, W) uint8 of class indices, None for an unlabelled scan.
 
         Raises:
             ValueError: no such scan, or its array is missing or damaged.
@@ -101,10 +98,10 @@ class Store:
         return self._array(id, "label") if "label" in self.record(id)["arrays"] else None
 
     def verify(self) -> list[tuple[str, str]]:
-        """Compare every array with the SHA-256 that was taken when it was written.
+        """Compare every array with the SHA-256 in the manifest.
 
         Returns:
-            (id, reason) of the scans that are not as they were written; empty when all is well.
+            (id, reason) for each array that is missing or has changed; empty for an intact store.
         """
         damaged = []
         for record in self.records:
@@ -121,17 +118,17 @@ class Store:
         path = array_path(self.path, id, kind)
         array = open_array(path, shape if kind == "image" else (1, *shape[1:]), DTYPES[kind])
         if array is None:
-            raise ValueError(f"{path}: missing or damaged; run asa-prepare again, it redoes only what is not there")
+            raise ValueError(f"{path}: missing or damaged; run asa-prepare again, which prepares only what is missing")
         return array
 
 
 def array_path(root: Path, id: str, kind: str) -> Path:
-    """Where a scan's "image" or "label" lies in a store."""
+    """Path of the "image" or "label" of a scan in a store."""
     return root / FOLDERS[kind] / f"{id}.npy"
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
-    """Memory-map a `.npy`; None where it is missing, cut short, or of another shape or type."""
+    """Memory-map a `.npy` file; None if it is missing, truncated, or of another shape or type."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -139,8 +136,26 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | N
     return array if array.shape == shape and array.dtype == dtype else None
 
 
+def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """Copy a box out of an array, with zeros where it lies outside. Only the pages of the box are read.
+
+    Args:
+        volume: `(C, D, H, W)`, memory-mapped or not.
+        start: first voxel (D, H, W) of the box; may be negative.
+        size: (D, H, W) of the box.
+
+    Returns:
+        `(C, *size)`.
+    """
+    inner = [slice(max(a, 0), max(min(a + n, m), 0)) for a, n, m in zip(start, size, volume.shape[1:], strict=True)]
+    box = np.zeros((volume.shape[0], *size), dtype=volume.dtype)
+    outer = [slice(s.start - a, s.start - a + max(s.stop - s.start, 0)) for s, a in zip(inner, start, strict=True)]
+    box[(slice(None), *outer)] = volume[(slice(None), *inner)]
+    return box
+
+
 def write_array(root: Path, id: str, kind: str, array: np.ndarray) -> str:
-    """Write a scan's array whole and return the SHA-256 of the file.
+    """Write an array of a scan atomically and return the SHA-256 of the file.
 
     Args:
         root: folder of the store.
@@ -159,8 +174,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a store.
 
     Raises:
-        FileNotFoundError: none there.
-        ValueError: not a manifest, or of another format.
+        FileNotFoundError: there is none.
+        ValueError: not a manifest, or another format.
     """
     manifest = read_json(root / MANIFEST)
     found = manifest.get("format") if isinstance(manifest, dict) and manifest.keys() >= KEYS else None
@@ -172,6 +187,6 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest whole, records sorted by id."""
+    """Write the manifest atomically, with records sorted by id."""
     ordered = {**manifest, "records": sorted(manifest["records"], key=lambda record: record["id"])}
     write_json(root / MANIFEST, ordered)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from asa.data.io.files import write_whole
+from asa.errors import require
 from asa.models.segmenting import SegmentationNetwork
 from asa.models.sw_vit import SWViT
 from asa.training.checkpoint import read_model
@@ -43,11 +44,8 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
     """
     if out.suffix != ".onnx":
         raise ValueError(f"{out}: give a file name that ends in .onnx")
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch.onnx needs it
-    except ImportError as error:
-        raise ImportError(f'{error.name} is not installed: pip install "asa-mri[export]"') from None
+    onnxruntime = require("onnxruntime", "export", "ONNX export")
+    require("onnxscript", "export", "ONNX export")  # used by torch.onnx
     model, description = read_model(checkpoint, plugins=plugins)
     encoder = getattr(model, "encoder", None)
     if not isinstance(encoder, SWViT):

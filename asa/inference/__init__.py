@@ -1,1 +1,1 @@
-"""Trained networks on whole scans, with results in each scan's own space."""
+"""TrainingDigests networks on whole scans, with results in each scan's own space."""

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from asa.data.io.tables import csv_text
-from asa.data.loading.loader import CropDataset, collate
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import collate
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.segmentation import PredictSettings, window_size
 from asa.training.checkpoint import read_model

@@ -9,9 +9,8 @@ from monai.losses import MaskedDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asa.ops.labels import IGNORED
 from asa.ops.nested import region_masks
-
-IGNORED = 255
 
 
 def over_scales(logits: Sequence[Tensor], label: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ Batch = Mapping[str, Any]
 class Method(Protocol):
     """A pretraining objective or a fine-tuning task: an `nn.Module` with these members.
 
-    Calling it on a batch (see `asa.data.loading.loader`) returns a dict with the scalar "loss" to minimise, and any
+    Calling it on a batch (see `asa.data.loading.crops`) returns a dict with the scalar "loss" to minimise, and any
     other scalars to log, detached. `model` is the network that is kept afterwards, `mirrored` whether batches hold the
     "mirror" of each image. Optional: `run_untiled(batch)`, see `asa.methods.pretrain.MaskedPretraining`.
     """

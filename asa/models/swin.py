@@ -4,13 +4,13 @@ Letters: volume `B C D H W`, embedding width e; level k = 0..4 lies at 1 / 2^(k+
 e * 2^k channels; tokens `B L E` are those of the last level, E = 16 e, in raster order.
 """
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
+from asa.errors import require
 from asa.ops.patches import grid_size, triple
 from asa.ops.position import sincos_position_encoding
 
@@ -47,8 +47,7 @@ class Swin(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if importlib.util.find_spec("einops") is None:
-            raise ImportError('Swin networks need einops: pip install "asa-mri[swin]"')
+        require("einops", "swin", "MONAI's Swin")
         self.img_size, self.in_channels, self.embed_dim = triple(img_size), in_channels, 16 * embed_dim
         self.grid = grid_size(self.img_size, STRIDE)
         self.widths = [embed_dim * 2**level for level in range(5)]

@@ -17,7 +17,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write the page of a comparison.
 
     Raises:
-        ValueError: the `report` extra is not installed.
+        ImportError: the `report` extra is not installed.
     """
     require_for_page(path)
     write_page(

@@ -50,7 +50,8 @@ def write_report(path: Path, summary: SegmentationSummary, cases: Sequence[CaseF
         cases: files of every case; those of the worst and best cases are read again.
 
     Raises:
-        ValueError: the `report` extra is not installed, or an image does not lie on its truth's grid.
+        ImportError: the `report` extra is not installed.
+        ValueError: an image does not lie on its truth's grid.
     """
     require_for_page(path)
     files = {case.case_id: case for case in cases}

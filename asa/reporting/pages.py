@@ -4,32 +4,29 @@ jinja2 and matplotlib (the `report` extra) are imported when a page is written, 
 """
 
 import base64
-import importlib
 from pathlib import Path
 from typing import Any
 
 from asa.data.io.files import write_whole
+from asa.errors import require
 
 
 def require_report_extra(purpose: str) -> None:
     """Check that the `report` extra is installed.
 
     Args:
-        purpose: what needs it; the message starts with it.
+        purpose: what needs it.
 
     Raises:
-        ValueError: a package is missing.
+        ImportError: a package is missing.
     """
-    try:
-        for module in ("jinja2", "matplotlib.figure", "matplotlib.image"):
-            importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{purpose}: {error.name} is not installed: pip install "asa-mri[report]"') from None
+    for module in ("jinja2", "matplotlib.figure", "matplotlib.image"):
+        require(module, "report", purpose)
 
 
 def require_for_page(path: Path) -> None:
     """`require_report_extra` for the page of an evaluation, whose numbers have been written before."""
-    require_report_extra(f"{path}: not written (the other files do not need the extra and are complete)")
+    require_report_extra(f"{path} (the other files do not need the extra and are complete)")
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:

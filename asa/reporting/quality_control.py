@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
-from asa.data.preprocessing.quality_control import Visit
+from asa.data.preprocessing.quality_control import ScanQuality
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, hex_colour, thumbnail_row
 from asa.reporting.pages import require_report_extra, write_page
 
@@ -57,24 +57,25 @@ class QualityControlReport:
         folder: made if missing. The thumbnails, table and page of an earlier quality control are removed.
 
     Raises:
-        ValueError: the `report` extra is not installed, or the folder holds something else.
+        ImportError: the `report` extra is not installed.
+        ValueError: the folder holds something else.
     """
 
     def __init__(self, folder: Path) -> None:
         require_report_extra("check=only")
         self.folder = Path(folder)
-        self._scans: dict[str, Visit] = {}
+        self._scans: dict[str, ScanQuality] = {}
         self._drawn: set[str] = set()
         _clear(self.folder)
         write_whole(self.folder / PAGE, _UNFINISHED.encode())
 
-    def add(self, scan: Visit) -> None:
+    def add(self, scan: ScanQuality) -> None:
         """Draw a scan's thumbnails and keep its row; scans may come in any order."""
-        if (look := scan.look) is not None:
-            row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline)
+        if (thumbnail := scan.thumbnail) is not None:
+            row = thumbnail_row(thumbnail.grey, thumbnail.brain, spacing=thumbnail.spacing, midline=thumbnail.midline)
             write_whole(self.folder / THUMBNAILS / f"{scan.id}.png", encode_png(row))
             self._drawn.add(scan.id)
-        self._scans[scan.id] = replace(scan, look=None)
+        self._scans[scan.id] = replace(scan, thumbnail=None)
 
     def finish(self, settings: dict[str, Any]) -> None:
         """Write the table and the page.
@@ -100,7 +101,7 @@ class QualityControlReport:
             table=TABLE,
         )
 
-    def _row(self, number: int, scan: Visit) -> dict[str, Any]:
+    def _row(self, number: int, scan: ScanQuality) -> dict[str, Any]:
         facts = {key: _cell(value, key) for key, value in scan.facts.items() if not key.startswith(SECONDS)}
         return {
             "number": number,
@@ -123,11 +124,11 @@ def _clear(folder: Path) -> None:
         stale.unlink()
 
 
-def _status(scan: Visit) -> str:
+def _status(scan: ScanQuality) -> str:
     return "failed" if scan.reason else "warning" if scan.warnings else "good"
 
 
-def _table(scans: Sequence[Visit]) -> str:
+def _table(scans: Sequence[ScanQuality]) -> str:
     """The table as CSV; a fact that is missing or not finite is an empty cell."""
     keys = list(dict.fromkeys(key for scan in scans for key in scan.facts))
     rows = []
@@ -156,7 +157,7 @@ def _title(key: str) -> str:
     return _TITLES.get(key, " ".join(words[:-1] if len(words) > 1 and words[-1] in _UNITS else words))
 
 
-def _summarise(scans: Sequence[Visit]) -> dict[str, _FactSummary]:
+def _summarise(scans: Sequence[ScanQuality]) -> dict[str, _FactSummary]:
     """Every numeric fact over the cohort, in the order of first appearance."""
     values: dict[str, list[tuple[float, int]]] = {}
     for number, scan in enumerate(scans):

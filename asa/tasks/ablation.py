@@ -1,6 +1,5 @@
 """Ablations: arms x labelled subjects x seeds, trained and scored on the same held-out subjects."""
 
-import importlib.util
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -14,8 +13,10 @@ from asa.config import flatten
 from asa.data.io.files import read_json, write_whole
 from asa.data.splits import keep_labelled, make_split, write_split
 from asa.data.store import Store
+from asa.errors import reason_of
 from asa.evaluation.summary import listed
 from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablation
+from asa.reporting.pages import require_report_extra
 from asa.tasks.base import Config
 from asa.tasks.commands import finetune_task
 from asa.tasks.comparison import read_run
@@ -79,8 +80,7 @@ def _check(config: Config) -> None:
     """Refuse what cannot be run, before anything is."""
     if world_size() > 1:
         raise ValueError("asa-ablate runs in one process: start it without torchrun")
-    if absent := [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]:
-        raise ValueError(f'{absent[0]} is not installed, and reports need it: run pip install "asa-mri[report]"')
+    require_report_extra("asa-ablate")
     for key in ("seeds", "labelled"):
         if not isinstance(config[key], list) or not config[key] or len(set(map(repr, config[key]))) < len(config[key]):
             raise ValueError(f"{key}={config[key]}: give a list of one or more, each once")
@@ -206,9 +206,7 @@ def _attempt(ablation: Ablation, name: str, work: Any) -> str | None:
         except Stopped:
             raise
         except Exception as error:  # whatever it is, the other runs go on
-            text = " ".join(str(error).split()) or type(error).__name__
-            expected = isinstance(error, ValueError | OSError | FloatingPointError)
-            reason = text if expected else f"{type(error).__name__}: {text}"
+            reason = reason_of(error)
             print(f"failed: {reason}")
             return reason
     return None

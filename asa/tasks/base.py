@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from asa.config import locate
-from asa.data.loading.loader import Samples
+from asa.data.loading.crops import Samples
 from asa.methods.base import Batch
 from asa.moved import current_name
 from asa.training.loop import Validate

@@ -19,7 +19,7 @@ from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import read_column
 from asa.data.loading.augment import AugmentSettings
-from asa.data.loading.loader import CropDataset
+from asa.data.loading.crops import CropDataset
 from asa.evaluation.classification import ClassScores, score_classes
 from asa.inference.classification import ClassPredictor, predict_classes, predictions_csv
 from asa.inference.preprocessing import training_scan_metadata
@@ -90,7 +90,7 @@ class Classification:
             "classes": self.names,
             "prepare": self.store.settings,
             **training_scan_metadata([], self.parts["train"]),
-            **self.init.trained_on(self.parts["train"]),
+            **self.init.digests(self.parts["train"]),
         }
 
     def begin(self, run: Path) -> None:

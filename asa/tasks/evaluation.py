@@ -7,16 +7,14 @@ OUT/report.html    both for reading, with figures (needs the `report` extra)
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
+from asa.data.io.parallel import KILLED, in_processes
 from asa.evaluation.metrics import bounding_box, dice, hd95
 from asa.evaluation.policies import POLICIES, Policy, get_policy
 from asa.evaluation.summary import SEED, CaseRow, SegmentationSummary, cases_csv, listed, summarise, summary_table
@@ -191,19 +189,12 @@ def _evaluate_all(
 ) -> Iterator[list[CaseRow]]:
     """Rows of each case in order; nothing else of a case is kept."""
     jobs = [(case, dict(labels), policy) for case in cases]
-    with tqdm(total=len(cases), desc="evaluate", unit="case", disable=not progress) as bar:
-        if workers <= 1:
-            for job in jobs:
-                yield _evaluate_files(job)
-                bar.update()
-            return
-        pool = ProcessPoolExecutor(min(workers, len(cases)), mp_context=get_context("spawn"))
-        try:
-            for rows in pool.map(_evaluate_files, jobs):
-                yield rows
-                bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a failure the waiting cases are not begun
+    for (case, *_), rows in in_processes(
+        _evaluate_files, jobs, workers, title="evaluate", unit="case", progress=progress, ordered=True
+    ):
+        if rows is None:
+            raise ValueError(f"case {case.case_id}: {KILLED}")
+        yield rows
 
 
 def _evaluate_files(job: tuple[CaseFiles, dict[int, str], Policy]) -> list[CaseRow]:

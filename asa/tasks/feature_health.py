@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from asa.data.loading.loader import CropDataset
-from asa.data.store import IGNORED, Store
+from asa.data.loading.crops import CropDataset
+from asa.data.store import Store
 from asa.methods.base import Pretraining
 from asa.models.sw_vit import SWViT
 from asa.models.swin import SwinPatches
+from asa.ops.labels import IGNORED
 from asa.ops.patches import patchify
 from asa.training.device import autocast
 

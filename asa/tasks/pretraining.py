@@ -16,9 +16,10 @@ from torch import nn
 from asa.config import typed
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import read_column
-from asa.data.leakage import trained_on
+from asa.data.leakage import training_digests
 from asa.data.loading.augment import AugmentSettings
-from asa.data.loading.loader import CropDataset, collate
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import collate
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
 from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
@@ -84,7 +85,7 @@ class Pretraining:
             "channels": self.store.channels,
             "prepare": self.store.settings,
             **training_scan_metadata([], self.parts["train"]),
-            **trained_on(self.parts["train"]),
+            **training_digests(self.parts["train"]),
         }
 
     def begin(self, run: Path) -> None:

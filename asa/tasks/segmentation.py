@@ -19,9 +19,9 @@ from asa.config import typed
 from asa.data.datasets import folder
 from asa.data.io.nifti import Volume
 from asa.data.loading.augment import AugmentSettings
-from asa.data.loading.loader import CropDataset, VolumeSource
+from asa.data.loading.crops import CropDataset, VolumeSource
 from asa.data.splits import read_split, select
-from asa.data.store import IGNORED, MANIFEST, Store
+from asa.data.store import MANIFEST, Store
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.label_maps import SIDE
@@ -29,6 +29,7 @@ from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.base import Batch
 from asa.methods.segment import Segmentation as SegmentationMethod
+from asa.ops.labels import IGNORED
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, overlay_panel
 from asa.tasks.base import Config
@@ -99,7 +100,7 @@ class Segmentation:
             **({"regions": list(self.store.regions.items())} if self.regions else {}),
             "prepare": self.store.settings,
             **training_scan_metadata(self.config["data"]["lateral_pairs"], self.parts["train"]),
-            **self.init.trained_on(self.parts["train"]),
+            **self.init.digests(self.parts["train"]),
         }
 
     def begin(self, run: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asa.data.io.files import write_json
-from asa.data.leakage import Seen, Trained, known_trained, seen_subjects, trained_on
+from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.splits import keep_labelled, make_split, read_split, select
 from asa.data.store import Store
 from asa.evaluation.summary import listed
@@ -80,8 +80,8 @@ class Initialisation:
         self.description: dict[str, Any] = {}
         if self.init:
             self.source, self.description = read_source(self.init)
-        self.before: Trained | None = known_trained(self.description.get("data", {}))
-        self.seen: list[Seen] | None = seen_subjects(store.records, split, self.before) if self.before else None
+        self.before: TrainingDigests | None = stored_digests(self.description.get("data", {}))
+        self.seen: list[LeakedSubject] | None = find_leaks(store.records, split, self.before) if self.before else None
 
     def load(self, model: Any, *, explain: bool = False) -> str:
         """Load the encoder into a network, or with `explain` only report what would happen to each tensor."""
@@ -94,11 +94,11 @@ class Initialisation:
             print(self.load(model))
             print("\n".join(leakage_report(self.seen, self.init)))
 
-    def trained_on(self, records: Records) -> Trained:
+    def digests(self, records: Records) -> TrainingDigests:
         """Digests of the scans and subjects that the network is trained on in the end; {} where that is not known."""
         if self.init and self.before is None:
             return {}
-        return trained_on(records, self.before)
+        return training_digests(records, self.before)
 
     def write(self, run: Path) -> None:
         """Write the held-out subjects that the encoder was pretrained on into the run, if they are known."""
@@ -106,7 +106,7 @@ class Initialisation:
             write_json(run / "seen.json", {"init": self.init, "seen": [asdict(one) for one in self.seen]})
 
 
-def leakage_report(seen: list[Seen] | None, init: str) -> list[str]:
+def leakage_report(seen: list[LeakedSubject] | None, init: str) -> list[str]:
     """Lines about the held-out subjects that `init` was trained on; None: its training subjects are not known."""
     if seen is None:
         return [f"{init} does not hold its training subjects: whether held-out subjects are among them is not checked"]
@@ -126,6 +126,6 @@ def leakage_report(seen: list[Seen] | None, init: str) -> list[str]:
     return lines
 
 
-def _by_part(seen: list[Seen]) -> str:
+def _by_part(seen: list[LeakedSubject]) -> str:
     parts = dict.fromkeys(one.part for one in seen)
     return "; ".join(f"{part}: {listed([one.subject for one in seen if one.part == part], 5)}" for part in parts)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from asa.data.loading.loader import LoaderSettings, Samples, check_batch, make_loader
+from asa.data.loading.crops import Samples
+from asa.data.loading.loader import LoaderSettings, check_batch, make_loader
 from asa.training import distributed
 from asa.training.checkpoint import describe_best, keep_best, load_newest, load_training, load_weights, save_checkpoint
 from asa.training.device import autocast, keep_freed_memory, on_device, pick_device, pick_precision

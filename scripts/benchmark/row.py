@@ -80,7 +80,8 @@ def step(spec: Spec, device: torch.device) -> Work:
 
 def fed(spec: Spec, device: torch.device) -> Work:
     """A pretraining step on crops as the loader gives them, and how long it waits for them."""
-    from asa.data.loading.loader import CropDataset, LoaderSettings, make_loader
+    from asa.data.loading.crops import CropDataset
+    from asa.data.loading.loader import LoaderSettings, make_loader
     from scripts.benchmark.crops import RandomVolumes
 
     source = RandomVolumes.write(Path(spec["scratch"]), spec["volume"], channels=1)
@@ -137,7 +138,8 @@ def window(spec: Spec, device: torch.device) -> Work:
 def loader(spec: Spec, device: torch.device) -> Work:
     """Training crops from memory maps in the page cache, as fast as the loader gives them."""
     from asa.data.loading.augment import AugmentSettings
-    from asa.data.loading.loader import CropDataset, LoaderSettings, make_loader
+    from asa.data.loading.crops import CropDataset
+    from asa.data.loading.loader import LoaderSettings, make_loader
     from scripts.benchmark.crops import RandomVolumes, finetuning_augmentation
 
     folder = Path(spec["scratch"])

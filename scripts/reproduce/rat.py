@@ -24,11 +24,12 @@ import numpy as np
 import torch
 
 from asa.data.io.files import write_json
-from asa.data.io.images2d import needed, read_picture, write_picture, write_regions
+from asa.data.io.images2d import read_picture, write_picture, write_regions
 from asa.data.loading.loader import LoaderSettings
 from asa.data.restoration.pairs import Pair, PairDataset, find_pairs
 from asa.data.restoration.simulation import decimated, make_degradation
 from asa.data.restoration.superpixels import make_provider
+from asa.errors import require
 from asa.evaluation.image_quality import score_image
 from asa.evaluation.statistics import bootstrap_interval
 from asa.inference.restoration import restore_image
@@ -51,8 +52,8 @@ Sample = tuple[str, np.ndarray, np.ndarray]  # id, degraded and clean image; ids
 
 def grey(name: str) -> np.ndarray:
     """A picture of scikit-image, `(1, H, W)` in [0, 1]."""
-    path = Path(needed("skimage").__file__).parent / "data" / name
-    with needed("PIL.Image").open(path) as opened:
+    path = Path(require("skimage", "restore", "this script").__file__).parent / "data" / name
+    with require("PIL.Image", "restore", "this script").open(path) as opened:
         return np.asarray(opened.convert("L"), dtype=np.float32)[None] / 255
 
 
@@ -81,7 +82,7 @@ def decimation() -> Iterator[Sample]:
 def low_dose() -> Iterator[Sample]:
     """Tiles of CT slices, with noise simulated in the projections of the whole slice."""
     for k, (part, (name, photons, pixel, first, edge)) in enumerate(SLICES.items()):
-        file = needed("pydicom.data").get_testdata_file(name, download=False)
+        file = require("pydicom.data", "restore", "this script").get_testdata_file(name, download=False)
         clean = read_picture(file, HU)
         low = make_degradation("ct", window=HU, photons=photons, pixel=pixel)(clean, np.random.default_rng(k))
         starts = range(first, clean.shape[1] - first, edge)

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.image import imsave
 
 from asa import load_model
-from asa.data.loading.loader import CropDataset, collate
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining

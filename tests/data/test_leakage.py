@@ -1,4 +1,4 @@
-"""A checkpoint says which scans it was trained on, and fine-tuning warns when a held-out subject is among them."""
+"""A checkpoint carries digests of its training data, and fine-tuning warns when a held-out subject is part of it."""
 
 import hashlib
 import importlib
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from asa.data.leakage import Seen, known_trained, seen_subjects, trained_on
+from asa.data.leakage import LeakedSubject, find_leaks, stored_digests, training_digests
 from asa.data.splits import write_split
 from asa.data.store import MANIFEST
 from asa.training.checkpoint import find_weights, read_weights
@@ -25,33 +25,33 @@ def entry(subject: str, **identity: str) -> dict[str, Any]:
     return {"id": f"{subject}-{'-'.join(identity.values())}", "subject": subject, "identity": identity}
 
 
-def test_a_scan_is_known_by_the_voxels_of_any_of_its_channels() -> None:
-    trained = trained_on([entry("a", t1="11"), entry("b", t1="22")])
+def test_a_scan_is_identified_by_the_voxels_of_any_channel() -> None:
+    digests = training_digests([entry("a", t1="11"), entry("b", t1="22")])
     here = [entry("x", t1="11", flair="99"), entry("y", t1="33"), entry("z", t1="44")]
     split = {"train": ["z"], "validation": ["y"], "test": ["x"]}
-    assert seen_subjects(here, split, trained) == [Seen("test", "x", "scan")]
+    assert find_leaks(here, split, digests) == [LeakedSubject("test", "x", "scan")]
 
 
-def test_one_seen_session_makes_the_subject_seen_and_training_subjects_may_be() -> None:
-    trained = trained_on([entry("a", t1="11")])
+def test_one_session_is_enough_for_a_leak_and_training_subjects_are_none() -> None:
+    digests = training_digests([entry("a", t1="11")])
     here = [entry("x", t1="55"), entry("x", t1="11"), entry("y", t1="11")]
-    found = seen_subjects(here, {"train": ["y"], "validation": ["x"], "test": []}, trained)
-    assert found == [Seen("validation", "x", "scan")]
+    found = find_leaks(here, {"train": ["y"], "validation": ["x"], "test": []}, digests)
+    assert found == [LeakedSubject("validation", "x", "scan")]
 
 
 def test_a_name_alone_is_a_weaker_match() -> None:
-    trained = trained_on([entry("sub-1", t1="11"), entry("sub-2", t1="22")])
+    digests = training_digests([entry("sub-1", t1="11"), entry("sub-2", t1="22")])
     here = [entry("sub-1", t1="33"), entry("sub-2", t1="22"), entry("sub-3", t1="44")]
-    found = seen_subjects(here, {"train": [], "validation": [], "test": ["sub-1", "sub-2", "sub-3"]}, trained)
-    assert found == [Seen("test", "sub-1", "name"), Seen("test", "sub-2", "scan")]
+    found = find_leaks(here, {"train": [], "validation": [], "test": ["sub-1", "sub-2", "sub-3"]}, digests)
+    assert found == [LeakedSubject("test", "sub-1", "name"), LeakedSubject("test", "sub-2", "scan")]
 
 
-def test_what_was_seen_before_is_kept_and_names_are_not() -> None:
-    first = trained_on([entry("Jane Roe", t1="11", t2="12")])
-    both = trained_on([entry("b", t1="22"), entry("Jane Roe", t1="11")], first)
+def test_digests_accumulate_and_contain_no_names() -> None:
+    first = training_digests([entry("Jane Roe", t1="11", t2="12")])
+    both = training_digests([entry("b", t1="22"), entry("Jane Roe", t1="11")], first)
     names = sorted(hashlib.sha256(name.encode()).hexdigest()[:16] for name in ("Jane Roe", "b"))
     assert both == {"scans": ["11", "12", "22"], "subjects": names}
-    assert known_trained({"channels": ["t1"], **both}) == both and known_trained({"channels": ["t1"]}) is None
+    assert stored_digests({"channels": ["t1"], **both}) == both and stored_digests({"channels": ["t1"]}) is None
 
 
 # ---- the commands ----
@@ -84,7 +84,7 @@ def store_of(store: Path, out: Path, subjects: dict[str, str]) -> Path:
     return out
 
 
-def test_a_held_out_subject_that_was_seen_is_warned_of(command, store: Path, tmp_path: Path) -> None:
+def test_fine_tuning_warns_of_leaked_subjects(command, store: Path, tmp_path: Path) -> None:
     wide = store_of(store, tmp_path / "wide", {"a0": "00", "b3": "33", "a2": "22", "a9": "99"})
     own = store_of(store, tmp_path / "own", {"b0": "b0", "b1": "b1", "b2": "22", "b3": "b3"})
     write_split(tmp_path / "before.json", {"train": ["a0", "b3", "a2"], "validation": [], "test": ["a9"]})
@@ -113,7 +113,7 @@ def test_a_held_out_subject_that_was_seen_is_warned_of(command, store: Path, tmp
     assert not any(name in json.dumps(after) for name in ("a0", "b3"))
 
 
-def test_a_clean_start_says_so_and_an_older_checkpoint_cannot(command, store: Path, tmp_path: Path) -> None:
+def test_no_leak_is_reported_and_an_older_checkpoint_cannot_be_checked(command, store: Path, tmp_path: Path) -> None:
     own = store_of(store, tmp_path / "own", {"b0": "b0", "b1": "b1", "b2": "b2", "b3": "b3"})
     write_split(tmp_path / "split.json", SPLIT)
     data = [f"data.store={own}", f"data.split_file={tmp_path}/split.json"]
@@ -131,4 +131,4 @@ def test_a_clean_start_says_so_and_an_older_checkpoint_cannot(command, store: Pa
     out = command("finetune", f"out={tmp_path}/later", f"init={old}", *data, *FINETUNE)
     assert "is not checked" in out and not (tmp_path / "later" / "seen.json").exists()
     # What came before stays unknown: the next check must not find the list whole.
-    assert known_trained(read_weights(tmp_path / "later")[1]["data"]) is None
+    assert stored_digests(read_weights(tmp_path / "later")[1]["data"]) is None

@@ -1,4 +1,4 @@
-"""Splits keep a person in one part, use everybody, and follow from their seed."""
+"""Splits keep a subject in one part, use all subjects, and are determined by their seed."""
 
 import itertools
 import json
@@ -60,19 +60,19 @@ def test_every_kind_of_split_uses_every_subject_once_and_keeps_its_scans_togethe
         assert split == make_split(cohort[::-1], **way, seed=seed)
 
 
-def test_another_seed_is_another_split():
+def test_another_seed_gives_another_split():
     cohort = people(30)
     for way in ({"test": 5}, {"ratio": [7, 1, 2]}, {"folds": 5, "fold": 0}, {"site": "Utrecht"}):
         assert make_split(cohort, **way) != make_split(cohort, **way, seed=1)
 
 
-def test_a_subject_that_joins_does_not_shuffle_the_others():
+def test_an_added_subject_does_not_change_the_order_of_the_others():
     for way in ({}, {"site": "Singapore"}):
         before, after = (make_split(people(n), **way)["train"] for n in (20, 21))
         assert [subject for subject in after if subject != "p20"] == before
 
 
-def test_splits_stay_what_they_were():
+def test_splits_do_not_change_between_versions():
     split = make_split(people(8), validation=0.25, test=2)  # runs are repeated by their seed
     assert split == {
         "train": ["p07", "p03", "p04", "p06"],
@@ -99,7 +99,7 @@ def test_options_that_contradict_each_other_are_named(options, reason):
 # ---------------------------------------------------------------------------------------------- sizes and ratios
 
 
-def test_a_count_counts_subjects_and_a_share_is_of_all():
+def test_an_int_is_a_number_of_subjects_and_a_float_a_fraction_of_all():
     assert sizes(make_split(people(20, scans=3), validation=0.1, test=5)) == [13, 2, 5]
     assert sizes(make_split(people(4), validation=0.01, test=0.01)) == [2, 1, 1]  # at least one
 
@@ -108,7 +108,7 @@ def test_a_count_counts_subjects_and_a_share_is_of_all():
     "wrong",
     [{"test": 4}, {"validation": 2, "test": 2}, {"test": 1.0}, {"test": -1}, {"validation": -0.1}, {"test": "2"}],
 )
-def test_a_split_that_leaves_nothing_to_train_on_is_refused(wrong):
+def test_a_split_without_training_subjects_is_refused(wrong):
     with pytest.raises(ValueError, match="split: "):
         make_split(people(4), **wrong)
 
@@ -125,7 +125,7 @@ def test_a_split_that_leaves_nothing_to_train_on_is_refused(wrong):
         (5, [1, 0, 0], [5, 0, 0]),
     ],
 )
-def test_a_ratio_is_met_by_largest_remainders(n, ratio, expected):
+def test_a_ratio_is_rounded_by_largest_remainders(n, ratio, expected):
     cohort = [{"id": str(k), "subject": str(k)} for k in range(n)]
     assert sizes(make_split(cohort, ratio=ratio, validation=0.1, test=0.2)) == expected
 
@@ -139,10 +139,10 @@ def test_a_ratio_is_met_by_largest_remainders(n, ratio, expected):
         ([0, 1, 1], "train above 0"),
         ([7, "x", 2], "three weights"),
         ([1, float("nan"), 1], "three weights"),
-        ([70, 1, 2], "leaves validation none of 9 subjects"),
+        ([70, 1, 2], "leaves validation without any of 9 subjects"),
     ],
 )
-def test_a_ratio_that_cannot_be_is_refused(ratio, reason):
+def test_an_invalid_ratio_is_refused(ratio, reason):
     with pytest.raises(ValueError, match=f"split: ratio=.*{reason}"):
         make_split(people(9), ratio=ratio)
 
@@ -157,7 +157,7 @@ def test_folds_are_disjoint_cover_all_and_differ_by_one_subject_at_most(n, folds
     assert max(map(len, tested)) - min(map(len, tested)) <= 1
 
 
-def test_validation_is_drawn_from_what_a_fold_or_a_site_leaves():
+def test_validation_is_drawn_from_the_subjects_that_are_not_tested():
     assert sizes(make_split(people(20), folds=5, fold=4, validation=0.25)) == [12, 4, 4]
     assert sizes(make_split(people(21), site="Utrecht", validation=2)) == [12, 2, 7]
 
@@ -172,12 +172,12 @@ def test_validation_is_drawn_from_what_a_fold_or_a_site_leaves():
         ({"folds": 3, "fold": 0, "validation": 6}, "and leave one for training"),
     ],
 )
-def test_folds_that_cannot_be_are_refused(options, reason):
+def test_invalid_folds_are_refused(options, reason):
     with pytest.raises(ValueError, match=f"split: .*{reason}"):
         make_split(people(9), **options)
 
 
-def test_leaving_a_site_out_tests_on_all_of_it_and_on_nothing_else():
+def test_leaving_a_site_out_tests_on_that_site_only():
     cohort = people(12, scans=2)
     split = make_split(cohort, site="Utrecht", validation=1, test=0.2)
     assert {record["site"] for record in select(cohort, split["test"])} == {"Utrecht"}
@@ -199,7 +199,7 @@ def test_sites_that_cannot_be_left_out_are_refused():
 # ---------------------------------------------------------------------------------------------- few labels
 
 
-def test_subsets_of_labels_are_nested_and_leave_the_other_parts_alone():
+def test_labelled_subsets_are_nested_and_keep_the_other_parts():
     split = make_split(people(20), validation=3, test=4)
     subsets = [keep_labelled(split, labelled) for labelled in (1, 0.1, 3, 0.5, 12, 1.0)]
     assert [len(subset["train"]) for subset in subsets] == [1, 1, 3, 6, 12, 13]
@@ -215,7 +215,7 @@ def test_an_impossible_number_of_labels_is_refused(labelled):
         keep_labelled(make_split(people(5)), labelled)
 
 
-def test_a_run_that_goes_on_keeps_its_subjects(store: Path, tmp_path: Path):
+def test_a_resumed_run_keeps_its_subjects(store: Path, tmp_path: Path):
     data = {"store": str(store), "split_file": None, "split": {"test": 1, "seed": 0}, "labelled": 0.6}
     _, split, parts = open_store(data, tmp_path)
     assert sizes(split) == [2, 0, 1] and [record["subject"] for record in parts["train"]] == split["train"]
@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_keeps_its_subjects(store: Path, tmp_path: Path):
     assert open_store({**data, "split": {"test": 2, "seed": 5}}, tmp_path)[1] == split
 
 
-def test_a_split_file_comes_before_the_options(store: Path, tmp_path: Path):
+def test_a_split_file_takes_precedence_over_the_options(store: Path, tmp_path: Path):
     (tmp_path / "mine.json").write_text(json.dumps({"train": ["s3", "s0"], "test": ["s1"]}))
     data = {"store": str(store), "split_file": tmp_path / "mine.json", "split": {"test": 2}, "labelled": 0.5}
     assert open_store(data, tmp_path)[1] == {"train": ["s3"], "validation": [], "test": ["s1"]}
@@ -233,7 +233,7 @@ def test_a_split_file_comes_before_the_options(store: Path, tmp_path: Path):
 # ---------------------------------------------------------------------------------------------- files and records
 
 
-def test_a_split_survives_its_file(tmp_path):
+def test_a_split_is_the_same_after_writing_and_reading(tmp_path):
     split = make_split(people(9), validation=2, test=2)
     write_split(tmp_path / "run/split.json", split)
     assert read_split(tmp_path / "run/split.json") == split
@@ -257,7 +257,7 @@ def test_a_bad_split_file_is_refused_by_name(tmp_path, text, reason):
         read_split(tmp_path / "split.json")
 
 
-def test_selecting_keeps_the_order_of_the_subjects_and_names_the_missing():
+def test_selection_keeps_the_order_of_subjects_and_names_missing_ones():
     cohort = people(3, scans=2)
     assert [record["id"] for record in select(cohort, ["p02", "p00"])] == ["p02_0", "p02_1", "p00_0", "p00_1"]
     with pytest.raises(ValueError, match=r"2 of its subjects are not in the cohort \(x, y\)"):

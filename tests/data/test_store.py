@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from asa.data.io.nifti import write_image
-from asa.data.preprocessing.cohort import Plan, prepare_cohort
+from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 from asa.data.store import FORMAT, Store
 
 
@@ -27,11 +27,11 @@ def made(tmp_path: Path) -> Path:
     label[2:5, 3:6, 2:6] = 4
     write_image(tmp_path / "b_label.nii", label, np.eye(4), dtype=np.uint8)
     records[0]["label"] = str(tmp_path / "b_label.nii")
-    prepare_cohort(records, tmp_path / "store", Plan(labels={4: "tumour", 1: "core"}), progress=False)
+    prepare_cohort(records, tmp_path / "store", CohortSettings(labels={4: "tumour", 1: "core"}), progress=False)
     return tmp_path / "store"
 
 
-def test_a_store_says_what_it_holds(made):
+def test_a_store_lists_its_contents(made):
     store = Store(made)
     assert len(store) == 2 and [record["id"] for record in store.records] == ["a", "b"]
     assert store.channels == ["t1", "flair"]
@@ -45,7 +45,7 @@ def test_a_store_says_what_it_holds(made):
     assert record["intensity"]["t1"]["max"] == 1.0
 
 
-def test_arrays_are_memory_mapped_halves_and_bytes(made):
+def test_arrays_are_memory_mapped_float16_and_uint8(made):
     store = Store(made)
     image, label = store.image("b"), store.label("b")
     assert isinstance(image, np.memmap) and image.dtype == np.float16 and image.shape == (2, 7, 8, 9)
@@ -86,7 +86,7 @@ def test_a_flipped_byte_and_a_lost_file_are_found(made):
         Store(made).label("b")
 
 
-def test_a_cut_array_is_refused_when_it_is_opened(made):
+def test_a_truncated_array_is_refused_when_it_is_opened(made):
     path = made / "images/a.npy"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"images/a.npy: missing or damaged"):
@@ -94,14 +94,14 @@ def test_a_cut_array_is_refused_when_it_is_opened(made):
 
 
 def test_what_is_not_a_store_is_refused_with_what_to_run(made, tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere: no prepared store there; make one with asa-prepare out="):
+    with pytest.raises(ValueError, match=r"nowhere: no prepared store here; make one with asa-prepare out="):
         Store(tmp_path / "nowhere")
     manifest = json.loads((made / "manifest.json").read_text())
     for content, reason in (
         ({**manifest, "format": FORMAT + 1}, f"store format {FORMAT + 1}, this asa reads {FORMAT}"),
         ({"format": FORMAT}, "store format None"),
         ([], "store format None"),
-        ({**manifest, "records": []}, "holds no scan; run asa-prepare again"),
+        ({**manifest, "records": []}, "holds no scans; run asa-prepare again"),
     ):
         (made / "manifest.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=reason):

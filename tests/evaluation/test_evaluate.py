@@ -16,11 +16,11 @@ from scipy.ndimage import gaussian_filter
 
 from asa.cli import evaluate as evaluate_command
 from asa.data.io.nifti import Volume, read_label, write_image, write_label
-from asa.data.store import IGNORED
 from asa.evaluation.policies import Policy
 from asa.evaluation.summary import CaseRow
 from asa.evaluation.surface_distance import surface_dice
 from asa.inference.segmentation import PredictSettings
+from asa.ops.labels import IGNORED
 from asa.reporting.figures import label_colours
 from asa.tasks import segmentation
 from asa.tasks.evaluation import POLICIES, dice, evaluate_case, evaluate_folder, hd95, summarise, summary_table

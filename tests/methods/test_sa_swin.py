@@ -10,7 +10,8 @@ from ranks import log, ranks
 from torch.nn import functional as F
 
 from asa.data.io.nifti import to_ras
-from asa.data.loading.loader import CropDataset, LoaderSettings, collate
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import LoaderSettings, collate
 from asa.data.loading.seeds import sample_seed
 from asa.data.store import Store
 from asa.losses.contrastive import NTXent, SymmetryLoss

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import asa
-from asa.data.store import IGNORED
 from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.models.sw_vit import SWViT
 from asa.models.unet import InstanceNorm, PointwiseConv, SegmentationUNet, unet_base, unet_small, unet_tiny
+from asa.ops.labels import IGNORED
 
 
 def encoder(**overrides: object) -> SWViT:

@@ -13,13 +13,13 @@ from torch import nn
 from asa.cli import finetune, predict
 from asa.config import build
 from asa.data.datasets import folder
-from asa.data.preprocessing.cohort import Plan, prepare_cohort
-from asa.data.store import IGNORED
+from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 from asa.inference.label_maps import mirrored_regions
 from asa.inference.segmentation import Segmenter
 from asa.losses.segmentation import DeeplySupervisedRegionLoss
 from asa.methods.segment import RegionSegmentation
 from asa.models.unet import unet_tiny
+from asa.ops.labels import IGNORED
 from asa.ops.nested import paint, painting_order, region_masks
 from asa.training.checkpoint import read_weights, save_checkpoint
 
@@ -191,7 +191,7 @@ def test_the_stores_regions_are_learnt_validated_and_predicted_as_labels(
     raw: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = folder.records(raw, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")[:3]
-    plan = Plan(labels=LABELS, regions={"whole": [1, 2, 5], "core": [2, 5], "inner": [5]})
+    plan = CohortSettings(labels=LABELS, regions={"whole": [1, 2, 5], "core": [2, 5], "inner": [5]})
     assert not prepare_cohort(records, tmp_path / "store", plan, progress=False).failures
     tiny = [
         "method=regions", "model=unet_tiny", "+model.feature_size=4", "crop=[64,32,32]", "train.steps=1",

@@ -171,7 +171,7 @@ def test_common_cases_are_compared_on_request_and_the_others_are_named(folders, 
 
 def test_without_the_extra_the_tables_are_still_written(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ValueError, match="jinja2 is not installed"):
+    with pytest.raises(ImportError, match="jinja2 is not installed"):
         compare_folders(folders, tmp_path / "out")
     assert len(list((tmp_path / "out").iterdir())) == 3
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from asa.data.preprocessing.quality_control import Look, Visit
+from asa.data.preprocessing.quality_control import ScanQuality, Thumbnail
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, thumbnail_row
 from asa.reporting.quality_control import QualityControlReport
 
@@ -25,18 +25,18 @@ def planes(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return volume[D // 2], volume[:, H // 2], volume[:, :, W // 2]
 
 
-def box_thumbnails(midline=((15.5, 15.5), (15.5, 15.5))) -> Look:
+def box_thumbnails(midline=((15.5, 15.5), (15.5, 15.5))) -> Thumbnail:
     brain = np.zeros((D, H, W), dtype=bool)
     brain[8:30, 10:40, 6:26] = True
     gray = np.where(brain, 100, 0).astype(np.uint8)
-    return Look(planes(gray), planes(brain), (1.0, 1.0, 1.0), (D // 2, H // 2, W // 2), midline)
+    return Thumbnail(planes(gray), planes(brain), (1.0, 1.0, 1.0), (D // 2, H // 2, W // 2), midline)
 
 
-def scan(id="sub-01", reason="", warnings=(), facts=None, look=None, subject="s", site="") -> Visit:
-    return Visit(id, subject, site, reason, list(warnings), facts or {}, look)
+def scan(id="sub-01", reason="", warnings=(), facts=None, thumbnail=None, subject="s", site="") -> ScanQuality:
+    return ScanQuality(id, subject, site, reason, list(warnings), facts or {}, thumbnail)
 
 
-def report(folder: Path, *scans: Visit, settings=None) -> tuple[str, list[dict[str, str]]]:
+def report(folder: Path, *scans: ScanQuality, settings=None) -> tuple[str, list[dict[str, str]]]:
     """The page and the table of a quality control."""
     writer = QualityControlReport(folder)
     for one in scans:
@@ -57,9 +57,9 @@ def drawn(row: np.ndarray, colour: np.ndarray, plane: int) -> np.ndarray:
 
 
 def test_the_outline_lies_on_the_border_of_the_mask():
-    look = box_thumbnails()
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, side=SIDE)
-    for plane, mask in enumerate(look.brain):
+    thumbnail = box_thumbnails()
+    row = thumbnail_row(thumbnail.grey, thumbnail.brain, spacing=thumbnail.spacing, side=SIDE)
+    for plane, mask in enumerate(thumbnail.brain):
         inside = mask[::-1, ::-1].repeat(2, axis=0).repeat(2, axis=1)
         core = inside.copy()
         core[1:-1, 1:-1] &= inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
@@ -71,8 +71,10 @@ def test_the_outline_lies_on_the_border_of_the_mask():
 
 @pytest.mark.parametrize("ends", [(15.5, 15.5), (4.0, 4.0), (10.0, 22.0)])
 def test_the_mid_sagittal_plane_is_drawn_at_its_position(ends):
-    look = box_thumbnails(midline=(ends, (20.0, 20.0)))
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline, side=SIDE)
+    thumbnail = box_thumbnails(midline=(ends, (20.0, 20.0)))
+    row = thumbnail_row(
+        thumbnail.grey, thumbnail.brain, spacing=thumbnail.spacing, midline=thumbnail.midline, side=SIDE
+    )
     for plane, length, (first, last) in ((0, H, ends), (1, D, (20.0, 20.0))):
         y, x = np.nonzero(drawn(row, MIDLINE, plane))
         assert len(y) > length  # more than half of two pixels a voxel
@@ -84,15 +86,17 @@ def test_the_mid_sagittal_plane_is_drawn_at_its_position(ends):
 
 @pytest.mark.parametrize("midline", [None, ((-9.0, -5.0), (90.0, 90.0)), ((math.nan, 1.0), (math.nan, math.nan))])
 def test_a_plane_outside_the_slices_is_not_drawn(midline):
-    look = box_thumbnails(midline)
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline, side=SIDE)
+    thumbnail = box_thumbnails(midline)
+    row = thumbnail_row(
+        thumbnail.grey, thumbnail.brain, spacing=thumbnail.spacing, midline=thumbnail.midline, side=SIDE
+    )
     assert not any(drawn(row, MIDLINE, plane).any() for plane in range(3))
 
 
 def test_slices_have_true_proportions_for_any_voxel_size():
     for depth in (1.0, 2.0):
-        look = replace(box_thumbnails(), spacing=(depth, 1.0, 1.0))
-        row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, side=SIDE)
+        thumbnail = replace(box_thumbnails(), spacing=(depth, 1.0, 1.0))
+        row = thumbnail_row(thumbnail.grey, thumbnail.brain, spacing=thumbnail.spacing, side=SIDE)
         assert row.shape == (SIDE, 3 * SIDE + 2 * GAP, 3)
         filled = np.argwhere(drawn(row, OUTLINE, 1))
         height, width = np.ptp(filled, axis=0) + 1
@@ -100,11 +104,11 @@ def test_slices_have_true_proportions_for_any_voxel_size():
 
 
 def test_the_patients_right_and_anterior_are_on_the_left_of_the_image():
-    look = box_thumbnails(None)
-    for values in look.gray[:2]:
+    thumbnail = box_thumbnails(None)
+    for values in thumbnail.grey[:2]:
         values[:, 20:] = 250  # right
-    look.gray[2][:, 30:] = 250  # front
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, side=SIDE)
+    thumbnail.grey[2][:, 30:] = 250  # front
+    row = thumbnail_row(thumbnail.grey, thumbnail.brain, spacing=thumbnail.spacing, side=SIDE)
     for plane in range(3):
         columns = np.nonzero((row[30:, plane * (SIDE + GAP) :][:, :SIDE] == 250).all(axis=-1))[1]
         assert columns.size and columns.max() < SIDE / 2 + 4
@@ -114,7 +118,9 @@ def test_the_patients_right_and_anterior_are_on_the_left_of_the_image():
 
 
 def test_every_scan_has_a_row_and_every_readable_scan_a_thumbnail(tmp_path):
-    page, table = report(tmp_path, *(scan(f"sub-{k}", look=None if k == 2 else box_thumbnails()) for k in (3, 1, 2)))
+    page, table = report(
+        tmp_path, *(scan(f"sub-{k}", thumbnail=None if k == 2 else box_thumbnails()) for k in (3, 1, 2))
+    )
     assert [row["id"] for row in table] == ["sub-1", "sub-2", "sub-3"]
     assert page.count("<article") == 3 and "could not be read" in page
     sources = re.findall(r'<img loading="lazy" src="([^"]+)"', page)
@@ -124,11 +130,11 @@ def test_every_scan_has_a_row_and_every_readable_scan_a_thumbnail(tmp_path):
 
 def test_thumbnails_are_written_at_once_and_the_arrays_are_not_kept(tmp_path):
     writer = QualityControlReport(tmp_path)
-    writer.add(scan("a", look=box_thumbnails()))
-    look = box_thumbnails()
-    row = thumbnail_row(look.gray, look.brain, spacing=look.spacing, midline=look.midline)
+    writer.add(scan("a", thumbnail=box_thumbnails()))
+    thumbnail = box_thumbnails()
+    row = thumbnail_row(thumbnail.grey, thumbnail.brain, spacing=thumbnail.spacing, midline=thumbnail.midline)
     assert (tmp_path / "thumbnails/a.png").read_bytes() == encode_png(row)
-    assert all(kept.look is None for kept in writer._scans.values())
+    assert all(kept.thumbnail is None for kept in writer._scans.values())
 
 
 def test_failed_scans_come_first_then_those_with_warnings(tmp_path):
@@ -165,7 +171,7 @@ def test_names_and_reasons_are_escaped(tmp_path):
 
 
 def test_a_file_name_that_is_not_valid_unicode_is_supported(tmp_path):
-    page, table = report(tmp_path, scan("caf\udce9", look=box_thumbnails()))
+    page, table = report(tmp_path, scan("caf\udce9", thumbnail=box_thumbnails()))
     assert "thumbnails/caf%E9.png" in page and (tmp_path / "thumbnails/caf\udce9.png").is_file()
     assert table[0]["id"] == "caf\\udce9"
 
@@ -204,7 +210,9 @@ def test_the_summary_lists_medians_and_ranges_and_links_to_the_extreme_scans(tmp
 
 
 def test_the_page_is_self_contained_and_states_its_limits(tmp_path):
-    page, _ = report(tmp_path, scan(look=box_thumbnails()), settings={"check": "only", "spacing": 1.0, "strip": None})
+    page, _ = report(
+        tmp_path, scan(thumbnail=box_thumbnails()), settings={"check": "only", "spacing": 1.0, "strip": None}
+    )
     assert "<script" not in page and "http" not in page and "<link" not in page
     assert "left-right flip cannot be seen" in page and "orientation codes" in page
     assert "<dt>spacing</dt><dd>1.0</dd>" in page and "<dt>strip</dt><dd>null</dd>" in page
@@ -219,14 +227,14 @@ def test_the_order_in_which_scans_finish_does_not_matter(tmp_path):
 
 
 def test_an_earlier_quality_control_is_removed_when_another_starts(tmp_path):
-    report(tmp_path, scan("old", look=box_thumbnails()))
+    report(tmp_path, scan("old", thumbnail=box_thumbnails()))
     (tmp_path / "thumbnails/.cut.png.part").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("mine")
     writer = QualityControlReport(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkup.html", "notes.txt", "thumbnails"]
     assert not list((tmp_path / "thumbnails").iterdir())
     assert "not finished" in (tmp_path / "checkup.html").read_text()
-    writer.add(scan("new", look=box_thumbnails()))
+    writer.add(scan("new", thumbnail=box_thumbnails()))
     QualityControlReport(tmp_path)  # as after an interruption
     assert not list((tmp_path / "thumbnails").iterdir())
 
@@ -245,6 +253,6 @@ def test_a_folder_with_other_content_is_rejected_and_not_changed(tmp_path):
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib.image"])
 def test_a_missing_extra_is_named_before_the_work_starts(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf'{module} is not installed.*pip install "asa-mri\[report\]"'):
+    with pytest.raises(ImportError, match=rf'{module} is not installed.*pip install "asa-mri\[report\]"'):
         QualityControlReport(tmp_path / "new")
     assert not (tmp_path / "new").exists()

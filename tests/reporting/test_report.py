@@ -111,7 +111,7 @@ def test_a_missing_extra_is_named_after_the_numbers_are_written(tmp_path, monkey
     out.mkdir()
     (out / "report.html").write_text("of an earlier evaluation")
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ValueError, match=r'jinja2 is not installed.*pip install "asa-mri\[report\]"') as error:
+    with pytest.raises(ImportError, match=r'jinja2 is not installed.*pip install "asa-mri\[report\]"') as error:
         evaluate_folder(predictions, truths, {1: "csf", 2: "gm"}, "ibsr", out, progress=False)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "summary.json"]

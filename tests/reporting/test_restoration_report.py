@@ -102,7 +102,7 @@ def test_a_missing_extra_is_named_after_the_numbers_are_written(tmp_path: Path, 
     root = write_cohort(tmp_path, 2)
     evaluated(root)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ValueError, match=r'jinja2 is not installed.*pip install "asa-mri\[report\]"'):
+    with pytest.raises(ImportError, match=r'jinja2 is not installed.*pip install "asa-mri\[report\]"'):
         evaluated(root)
     assert sorted(path.name for path in (root / "scores").iterdir()) == ["cases.csv", "summary.json"]
 

@@ -211,7 +211,7 @@ def test_health_is_of_all_or_of_a_table_or_unknown(store: Path, tmp_path: Path) 
     [
         ("id,health\ns0,yes\n", "health of 'yes'"),
         ("id,ill\ns0,1\n", "give id or subject, and health"),
-        ("id,health\ns0,1\ns0,1\n", "s0 stands in two rows"),
+        ("id,health\ns0,1\ns0,1\n", "s0 is in two rows"),
         ("subject,health\nx,1\n", "no subject of its 1 rows is in the store"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from asa.cli import pretrain
-from asa.data.loading.loader import CropDataset
+from asa.data.loading.crops import CropDataset
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny

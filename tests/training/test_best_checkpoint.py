@@ -10,7 +10,8 @@ from ranks import MODEL, log, ranks, replaced
 from torch import nn
 
 from asa.data.io.files import sha256_of
-from asa.data.loading.loader import CropDataset, LoaderSettings
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import LoaderSettings
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny

@@ -14,12 +14,14 @@ import torch
 from ranks import Job, command, log, losses, ranks, replaced, steps_done, tiny_run, until
 from safetensors.torch import load_file
 
-from asa.data.loading.loader import CropDataset, EndlessSampler, LoaderSettings, collate
-from asa.data.store import IGNORED, Store
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import EndlessSampler, LoaderSettings, collate
+from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.segment import Segmentation
 from asa.models.masked_autoencoder import asa_tiny
 from asa.models.unet import unet_tiny
+from asa.ops.labels import IGNORED
 from asa.training import distributed
 from asa.training.checkpoint import list_checkpoints
 from asa.training.distributed import process_group

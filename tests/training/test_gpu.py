@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import asa
-from asa.data.loading.loader import CropDataset, LoaderSettings
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import LoaderSettings
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.ops.regions import find_varlen, runs_varlen

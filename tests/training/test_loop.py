@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from asa.data.loading.loader import CropDataset, LoaderSettings
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import LoaderSettings
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asa.data.io.files import sha256_of
-from asa.data.loading.loader import CropDataset
+from asa.data.loading.crops import CropDataset
 from asa.data.store import array_path
 from asa.methods.pretrain import MaskedPretraining
 from asa.training import lock as lock_module

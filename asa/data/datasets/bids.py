@@ -1,4 +1,4 @@
-"""BIDS trees and derivatives: an image of each channel for every session, or run, of a subject."""
+"""BIDS datasets and derivatives: one image per channel of each session, or run, of a subject."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from asa.data.datasets.record import Record, check_records, existing_folder
 
 CHANNELS = {"t1": "T1w"}
-FOLDERS = ("anat", "t1_linear")  # of the standard; of Clinica's t1-linear pipeline
+FOLDERS = ("anat", "t1_linear")  # of BIDS, and of Clinica's t1-linear pipeline
 _ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")
 
 
@@ -26,28 +26,28 @@ def records(
     desc: str | None = None,
     space: str | None = None,
 ) -> list[Record]:
-    """Records of `sub-*/[ses-*/]anat/*_SUFFIX.nii[.gz]`, also below `subjects/` as Clinica lays it out.
+    """Records of `sub-*/[ses-*/]anat/*_SUFFIX.nii[.gz]`, also under `subjects/` as in Clinica.
 
-    With one channel every run is a scan, and its id sub-XX[_ses-YY][_run-ZZ]; with several, a session is one, and
-    a channel it lacks is None. The subject is sub-XX, so that all sessions of a person stay in one split. A column
-    `site` of the root's participants.tsv is the site.
+    With one channel each run is a scan with the id sub-XX[_ses-YY][_run-ZZ]. With several channels each session is a
+    scan, and a channel that it lacks is None. The subject is sub-XX, so that all its sessions are in one part of a
+    split. The site is read from a column `site` of participants.tsv.
 
     Args:
         root: of the dataset, or of one derivative.
-        channels: names of the images in the store and the suffixes of their files, like `{"t1": "T1w", "flair":
-            "FLAIR"}`; None: the T1w as t1.
+        channels: channel name in the store -> suffix of its files, like `{"t1": "T1w", "flair": "FLAIR"}`; None: the
+            T1w as t1.
         label: suffix of the label maps, like dseg; None for an unlabelled cohort.
-        label_root: of the tree that holds the label maps, when it is another one.
-        session, run, acq, desc, space: values of these entities, of images and label maps; None takes any. A file
-            without a run counts as the one wanted, and so does a label map without desc.
+        label_root: root of the label maps, if it is another folder.
+        session, run, acq, desc, space: required values of these entities, for images and label maps; None accepts any.
+            A file without a run, or a label map without desc, matches any value.
 
     Returns:
-        Records sorted by id; where a label map is missing, the name it would have with the image's entities.
+        Records sorted by id; a missing label map has the path expected from the entities of the image.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: nothing found, or several files for one channel of a scan: the message names the entities
-            that tell them apart.
+        ValueError: nothing found, or several files for one channel of a scan; the message names the entities that
+            distinguish them.
     """
     root = existing_folder(root, "sub-XX, sub-YY, ... (of a BIDS dataset or of one derivative)").absolute()
     channels = channels or CHANNELS
@@ -87,11 +87,11 @@ def _find(
     """Scan -> the file of this suffix whose entities have the chosen values.
 
     Args:
-        root: of the tree.
-        suffix: what the file names end in.
-        chosen: entity -> value.
-        keys: entities that make the scan's id.
-        optional: entities that a file may lack though a value is chosen.
+        root: of the dataset.
+        suffix: of the file names.
+        chosen: entity -> required value.
+        keys: entities in the id of a scan.
+        optional: entities that a file may lack although a value is required.
     """
     found: dict[str, Path] = {}
     for path in _files(root, suffix):
@@ -121,19 +121,19 @@ def _entities(path: Path) -> dict[str, str]:
 
 
 def _stem(path: Path) -> str:
-    """A file's name without suffix and ending."""
+    """The name of a file without suffix and ending."""
     return path.name.rpartition("_")[0]
 
 
 def _ambiguous(scan: str, one: Path, other: Path) -> str:
     first, second = _entities(one), _entities(other)
     differ = [key for key in ("run", "acq", "desc", "space") if first.get(key) != second.get(key)]
-    remedy = f"choose one with {' or '.join(f'{key}=' for key in differ)}" if differ else "leave one of them out"
-    return f"{scan}: both {one.name} and {other.name} fit; {remedy}"
+    remedy = f"choose one with {' or '.join(f'{key}=' for key in differ)}" if differ else "remove one of them"
+    return f"{scan}: both {one.name} and {other.name} match; {remedy}"
 
 
 def _sites(root: Path) -> dict[str, str]:
-    """Subject -> site, of participants.tsv."""
+    """Subject -> site, from participants.tsv."""
     path = root / "participants.tsv"
     if not path.is_file():
         return {}
@@ -144,7 +144,7 @@ def _sites(root: Path) -> dict[str, str]:
 
 
 def _source(root: Path, channels: Mapping[str, str], chosen: Mapping[str, str]) -> str:
-    """What was looked for and where, for the message about an empty cohort."""
+    """The files that were searched for, for the message about an empty cohort."""
     names = "|".join(channels.values())
     entities = "".join(f" with {entity}-{value}" for entity, value in chosen.items())
     pipelines = sorted(f"derivatives/{path.name}" for path in root.glob("derivatives/*/"))

@@ -1,7 +1,7 @@
-"""BraTS: T1, T1 with gadolinium, T2, FLAIR and tumour labels, with the names of 2021 and those since 2023.
+"""BraTS: T1, T1 with gadolinium, T2, FLAIR and tumour labels, with the names of 2021 or those since 2023.
 
-The years differ in names and in label values: the enhancing tumour was 4 and is 3. The other challenges of 2023 (MEN,
-MET, PED, SSA) are laid out like GLI. Later ones that add a label value need a row of their own in these tables.
+The years differ in file names and label values: enhancing tumour was 4 and is 3. The other challenges of 2023 (MEN,
+MET, PED, SSA) have the layout of GLI. A later release with another label value needs its own row in these tables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHANNELS = {
     2023: {"t1": "-t1n", "t1ce": "-t1c", "t2": "-t2w", "flair": "-t2f"},
 }
 LABEL_FILES = {2021: "_seg", 2023: "-seg"}
-# Group 1 is the subject; since 2023 the last number counts the time points of one.
+# Group 1 is the subject; since 2023 the last number is the time point.
 _NAMES = {2021: re.compile(r"(BraTS2021_\d+)"), 2023: re.compile(r"(BraTS-[A-Za-z0-9]+-\d+)-\d+")}
 
 
@@ -34,13 +34,12 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
     """Records of the folders NAME with `NAME_t1.nii.gz`, ... (2021) or `NAME-t1n.nii.gz`, ... (since 2023).
 
     Args:
-        root: folder of the scans' folders, or one above it.
-        year: 2021, or 2023 for the names and label values since then. Verified against the names of the folders.
+        root: folder that contains the folders of the scans, or its parent.
+        year: 2021, or 2023 for the names and label values since then. Checked against the names of the folders.
         label: False for scans without label maps.
 
     Returns:
-        Records sorted by id, channels t1, t1ce, t2, flair. Since 2023 the time points of a person are scans of one
-        subject.
+        Records sorted by id, channels t1, t1ce, t2, flair. Since 2023 time points are scans of one subject.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -51,12 +50,12 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
         raise ValueError(f"year={year}: choose 2021, or 2023 for the names since then")
     result: list[Record] = []
     for folder in (*root.glob("BraTS*/"), *root.glob("*/BraTS*/")):
-        for known, pattern in _NAMES.items():
+        for found, pattern in _NAMES.items():
             match = pattern.fullmatch(folder.name)
-            if match and known != year:
+            if match and found != year:
                 raise ValueError(
-                    f"{folder}: has a name of {known}, whose label values are not those of {year}; use "
-                    f"data={CONFIGS[known]}, and keep the years in folders of their own"
+                    f"{folder}: has a name of {found}, whose label values differ from those of {year}; use "
+                    f"data={CONFIGS[found]}, and keep the years in separate folders"
                 )
             if match:
                 result.append(_record(folder, match.group(1), year, label))

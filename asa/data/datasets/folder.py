@@ -11,7 +11,7 @@ from typing import Any
 from asa.data.datasets.record import Record, check_records, existing_folder
 from asa.data.io.files import read_json
 
-COLUMNS = ("id", "subject", "site", "label")  # of a table; every other column is a channel
+COLUMNS = ("id", "subject", "site", "label")  # of a table; all other columns are channels
 
 
 def records(
@@ -24,27 +24,25 @@ def records(
 ) -> list[Record]:
     """Records from globs, or from a table.
 
-    With globs, the id is the text that the wildcards of the first channel's glob match, joined by "_" (a text
-    that repeats counts once); the other globs are matched to it by the same wildcard text. A file that is not there, or
-    an empty cell, is None for a channel. A label map that a glob does not find is named where it has to be, an
-    empty cell makes a scan unlabelled.
+    With globs, the id is the text matched by the wildcards of the first channel, joined by "_" (repeated texts once);
+    files of the other globs belong to the id with the same wildcard texts. A channel without a file, or with an empty
+    cell, is None. A label map that a glob does not find has the expected path; an empty cell makes a scan unlabelled.
 
     Args:
         root: folder that the globs start from; not used with an absolute `table`.
-        images: channel name to glob, like `{"t1": "*_T1.nii.gz"}`; with `table`, channel name to column.
+        images: channel name -> glob, like `{"t1": "*_T1.nii.gz"}`; with `table`, channel name -> column.
         label: glob of the label maps; None for an unlabelled cohort.
-        subject: regular expression searched in the id, whose group 1 is the subject; None: each id is one
-            subject.
-        table: CSV or JSON list with the columns id, subject (optional), site (optional), label (optional) and
-            one for each channel; paths are relative to the table.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: each id is one subject.
+        table: CSV or JSON list with the columns id, subject (optional), site (optional), label (optional) and one per
+            channel; paths are relative to the table.
 
     Returns:
         Records sorted by id.
 
     Raises:
         FileNotFoundError: the root or the table is missing.
-        ValueError: nothing found, a scan without the first channel, a glob that fits no scan, wildcards that do not
-            correspond, or a bad table.
+        ValueError: nothing found, a scan without the first channel, a glob that matches no scan, different numbers of
+            wildcards, or an invalid table.
     """
     if table is not None:
         if label is not None:
@@ -54,9 +52,7 @@ def records(
     else:
         root = existing_folder(root, "the images")
         if not images:
-            raise ValueError(
-                f"{root}: say what the images are called, like images={{t1: '*_T1.nii.gz'}}, or give table="
-            )
+            raise ValueError(f"{root}: give the names of the images, like images={{t1: '*_T1.nii.gz'}}, or a table=")
         found, source = _from_globs(root, images, label), f"{next(iter(images.values()))!r} below {root}"
     name_subjects(found, subject)
     found.sort(key=lambda record: record["id"])
@@ -65,7 +61,7 @@ def records(
 
 
 def name_subjects(found: Iterable[Record], subject: str | None) -> None:
-    """Set each record's subject to what `subject_of` finds in its id; None leaves it.
+    """Set the subject of each record to `subject_of` its id; None changes nothing.
 
     Raises:
         ValueError: the expression finds no group 1.
@@ -114,18 +110,18 @@ Matched = tuple[str, str, Mapping[tuple[str, ...], Path]]  # name, glob, wildcar
 
 
 def _check_match(root: Path, one: Matched, first: Matched) -> None:
-    """Refuse a glob that cannot belong to the first one."""
+    """Check that a glob can match the same scans as the first one."""
     (name, glob, files), (first_name, first_glob, first_files) = one, first
     if len(_WILDCARD.findall(glob)) != len(_WILDCARD.findall(first_glob)):
         raise ValueError(f"{name}: glob {glob!r} needs as many wildcards as {first_glob!r}, matching the same text")
     if first_files and not files.keys() & first_files.keys():
-        hint = "correct it, or give label=null to go unlabelled" if name == "label" else "correct it"
-        raise ValueError(f"{name}: glob {glob!r} fits none of the scans that {first_glob!r} finds below {root}; {hint}")
+        hint = "correct it, or give label=null for an unlabelled cohort" if name == "label" else "correct it"
+        raise ValueError(f"{name}: glob {glob!r} matches none of the scans of {first_glob!r} below {root}; {hint}")
     lone = sorted(files.keys() - first_files.keys())
     if lone and name != "label":
         raise ValueError(
             f"{join_texts(lone[0])}: no {first_name} for this and {len(lone) - 1} other scans with {name} by "
-            f"{first_glob!r} below {root}; add the files, make a channel that no scan lacks the first, or give a table"
+            f"{first_glob!r} below {root}; add the files, put a channel that no scan lacks first, or give a table"
         )
 
 
@@ -138,18 +134,18 @@ def has_wildcard(glob: str) -> bool:
 
 
 def join_texts(texts: tuple[str, ...]) -> str:
-    """The id that wildcard texts make."""
+    """The id of a scan from its wildcard texts."""
     return "_".join(dict.fromkeys(text for text in texts if text)).replace("/", "_")
 
 
 def find_files(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
-    """Wildcard texts -> absolute path, for all files that a glob finds; names that start with a dot are left out.
+    """Wildcard texts -> absolute path of all files that a glob matches, except names that start with a dot.
 
     Raises:
         ValueError: the glob has no wildcard.
     """
     if not has_wildcard(glob):
-        raise ValueError(f"{root}: glob {glob!r} has no wildcard to tell scans apart; put a * where the names differ")
+        raise ValueError(f"{root}: glob {glob!r} has no wildcard; put a * where the names of the scans differ")
     expression, position = "", 0
     for wildcard in _WILDCARD.finditer(glob):
         expression += re.escape(glob[position : wildcard.start()])
@@ -184,7 +180,7 @@ def _fill(glob: str, texts: tuple[str, ...]) -> str:
 
 def _from_table(path: Path, images: Mapping[str, str] | None) -> list[Record]:
     rows = _rows(path)
-    names = list(dict.fromkeys(name for row in rows for name in row))  # rows in JSON may leave out what is empty
+    names = list(dict.fromkeys(name for row in rows for name in row))  # JSON rows may omit empty columns
     columns = images or {name: name for name in names if name not in COLUMNS}
     unknown = [column for column in columns.values() if column not in names]
     if rows and (unknown or not columns):
@@ -219,9 +215,9 @@ def _rows(path: Path) -> list[dict[str, str]]:
     if path.suffix == ".json":
         content: Any = read_json(path)
         if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-            raise ValueError(f"{path}: a table in JSON is a list of objects, one for each scan")
+            raise ValueError(f"{path}: a JSON table is a list of objects, one per scan")
         return [{str(key): "" if value is None else str(value) for key, value in row.items()} for row in content]
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in csv.DictReader(file)]
     if rows and "id" not in rows[0]:
         raise ValueError(f"{path}: no column 'id' (columns are {', '.join(rows[0])}); add it, separated by commas")

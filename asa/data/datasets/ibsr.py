@@ -15,7 +15,7 @@ def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
     """Records of `IBSR_NN/IBSR_NN_ana_strip` with their tissue labels, as NIfTI or Analyze.
 
     Args:
-        root: folder of the IBSR_NN folders, or one above it.
+        root: folder that contains the folders IBSR_NN, or its parent.
         label: "fill" (`segTRI_fill_ana`, sulcal CSF filled in), "plain" (`segTRI_ana`), or None for no
             labels.
 

@@ -1,4 +1,4 @@
-"""Pairs for restoration: degraded and clean images with the same names."""
+"""Pairs for restoration: degraded and clean volumes with the same names."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ def records(root: str | Path, *, input: str, target: str, subject: str | None = 
 
     Args:
         root: folder that `input` and `target` start from.
-        input, target: two folders of NIfTI files with the same names, whose name is the id; or two globs, whose
-            wildcards match the same text, like `"*_low.nii.gz"` and `"*_full.nii.gz"`.
-        subject: regular expression searched in the id, whose group 1 is the subject; None: each pair is one
-            subject.
+        input, target: two folders of NIfTI files with the same names, which are the ids; or two globs whose wildcards
+            match the same text, like `"*_low.nii.gz"` and `"*_full.nii.gz"`.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: each pair is one subject.
 
     Returns:
-        Records sorted by id; an image without its partner has None for it.
+        Records sorted by id; the missing partner of an image is None.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -54,6 +53,6 @@ def _images(root: Path, where: str) -> dict[str, str]:
     files: dict[str, str] = {}
     for name, path in named:
         if name in files:
-            raise ValueError(f"{name}: both {files[name]} and {path} have this name; leave one of them out")
+            raise ValueError(f"{name}: both {files[name]} and {path} have this name; remove one of them")
         files[name] = str(path.absolute())
     return files

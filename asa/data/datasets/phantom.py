@@ -1,4 +1,4 @@
-"""The phantom cohort where a data set is expected: made where it is missing, read by the reader of its layout."""
+"""The phantom cohort as a dataset: generated if it does not exist, and read by the reader of its layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asa.data.datasets.record import Record
 from asa.data.io.files import read_json
 from asa.data.phantom.cohort import make_cohort
 
-VOLUMES = {"t1": 1, "ibsr": 2, "wmh": 3, "brats": 5}  # of one person, label map included
+VOLUMES = {"t1": 1, "ibsr": 2, "wmh": 3, "brats": 5}  # per subject, including the label map
 
 
 def records(
@@ -26,19 +26,19 @@ def records(
     asymmetry: float = 0.25,
     names: int = 2021,
 ) -> list[Record]:
-    """Records of a phantom cohort in `root`, which is made first unless it is there already.
+    """Records of a phantom cohort in `root`, which is generated if it does not exist.
 
     Args:
-        root: folder of the cohort; made where it is missing.
-        kind: "t1", "ibsr", "wmh" or "brats": the layout, and so the reader.
+        root: folder of the cohort.
+        kind: "t1", "ibsr", "wmh" or "brats": the layout.
         subjects, seed, resolution, rim, asymmetry, names: as for `asa.data.phantom.cohort.make_cohort`.
 
     Returns:
         Records as the reader of that layout returns them.
 
     Raises:
-        ImportError: it has to be made, and nilearn, which carries the template, is not installed.
-        ValueError: an option outside its range, or the folder holds another phantom cohort or more people.
+        ImportError: nilearn, which contains the template, is not installed.
+        ValueError: an option out of range, or the folder holds another phantom cohort or more subjects.
     """
     root = Path(root)
     options: dict[str, Any] = {
@@ -58,13 +58,13 @@ def records(
     found = readers[kind](root)
     if len(found) != subjects:
         raise ValueError(
-            f"{root}: holds {len(found)} people, not subjects={subjects}; give subjects={len(found)}, or another root"
+            f"{root}: holds {len(found)} subjects, not subjects={subjects}; give subjects={len(found)}, or another root"
         )
     return found
 
 
 def _is_made(root: Path, kind: str, subjects: int, options: dict[str, Any]) -> bool:
-    """Whether the folder holds all volumes of such a cohort."""
+    """Whether the folder holds all volumes of a cohort with these options."""
     if not (root / "phantom.json").is_file():
         return False
     about = read_json(root / "phantom.json")

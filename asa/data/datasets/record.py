@@ -1,4 +1,4 @@
-"""Records of a cohort: what a reader returns, and how it is checked."""
+"""Records of a cohort, as readers return them, and their checks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import NotRequired, TypedDict
 class Record(TypedDict):
     """One scan of one subject.
 
-    `id` is unique in the cohort and names the files of the store; `subject` groups scans (sessions, runs) of
-    one person; `images` maps channel names to paths, None where this scan lacks the channel; `label` of a
-    labelled cohort is where the label map has to be, even if it is not there.
+    Args:
+        id: unique in the cohort; the name of the files in the store.
+        subject: groups the scans (sessions, runs) of one person.
+        site: where the scan was acquired.
+        images: channel name -> path, None where this scan lacks the channel.
+        label: path of the label map in a labelled cohort, even if the file does not exist.
     """
 
     id: str
@@ -24,21 +27,21 @@ class Record(TypedDict):
 
 
 def check_records(records: Sequence[Record], *, source: str = "") -> None:
-    """Refuse a cohort that cannot be prepared as one.
+    """Check that records form a cohort.
 
     Args:
         records: the cohort.
-        source: what was looked for and where, for the message about an empty cohort.
+        source: the files that were searched for, for the message about an empty cohort.
 
     Raises:
-        ValueError: empty, an id twice or unfit for a file name, a scan without any image, or records with
+        ValueError: no records, an id that repeats or cannot be a file name, a scan without any image, or records with
             different channels.
     """
     if not records:
         raise ValueError(f"no scans found{': ' + source if source else ''}; check the folder and the patterns")
     for name, count in Counter(record["id"] for record in records).items():
         if count > 1:
-            raise ValueError(f"{name}: {count} scans have this id; make the wildcards or the table tell them apart")
+            raise ValueError(f"{name}: {count} scans have this id; change the wildcards or the table")
         if not name or name.startswith(".") or any(sign in name for sign in '/\\\0\n:*?"<>|'):
             raise ValueError(f"{name!r}: not usable as an id, because it names files; use letters, digits, - and _")
     channels = list(records[0]["images"])
@@ -49,16 +52,16 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
                 f"{channels}; every scan needs the same ones in the same order"
             )
         if not any(record["images"].values()):
-            looked = f" (looked for {source})" if source else ""
-            raise ValueError(f"{record['id']}: no image of {', '.join(channels)}{looked}; add it, or take the scan out")
+            searched = f" (searched for {source})" if source else ""
+            raise ValueError(f"{record['id']}: no image of {', '.join(channels)}{searched}; add it or remove the scan")
 
 
 def existing_folder(root: str | Path, holds: str) -> Path:
-    """The folder that a reader starts from.
+    """The root folder of a reader.
 
     Args:
-        root: as the user gave it.
-        holds: what is expected in it, for the message.
+        root: as given by the user.
+        holds: its expected contents, for the message.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -70,5 +73,5 @@ def existing_folder(root: str | Path, holds: str) -> Path:
 
 
 def first_file(*paths: Path) -> str | None:
-    """The first of some paths where a file is, absolute; None if there is none."""
+    """The first path that is a file, absolute; None if there is none."""
     return next((str(path.absolute()) for path in paths if path.is_file()), None)

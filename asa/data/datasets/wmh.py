@@ -8,7 +8,7 @@ from pathlib import Path
 from asa.data.datasets.record import Record, check_records, existing_folder, first_file
 
 LABELS = {1: "wmh"}
-IGNORED = [2]  # other pathology: it counts neither in the loss nor in a score
+IGNORED = [2]  # other pathology, excluded from losses and scores
 CHANNELS = {"t1": "T1", "flair": "FLAIR"}
 RELEASES = ("training", "test", "public")  # folders of the release, above those of the sites
 
@@ -16,8 +16,8 @@ RELEASES = ("training", "test", "public")  # folders of the release, above those
 def records(root: str | Path, *, label: bool = True) -> list[Record]:
     """Records of `[training/|test/]SITE/SUBJECT/pre/T1.nii.gz`, `pre/FLAIR.nii.gz` and `wmh.nii.gz`.
 
-    A site is a folder, or two: Amsterdam/GE3T is the site Amsterdam_GE3T. The id and the subject are SITE_SUBJECT, as
-    numbers repeat. Signs that do not go into a file name become "_".
+    A site is one folder or two: Amsterdam/GE3T is the site Amsterdam_GE3T. Id and subject are SITE_SUBJECT, because
+    numbers repeat between sites. Characters that cannot be part of a file name become "_".
 
     Args:
         root: folder of the sites, or of `training` and `test`.
@@ -28,7 +28,7 @@ def records(root: str | Path, *, label: bool = True) -> list[Record]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: nothing found, a scan twice, or a root too far above.
+        ValueError: nothing found, a scan that repeats, or a root too far above the sites.
     """
     root = existing_folder(root, "the sites, Utrecht, Singapore, ...")
     patterns = [f"{above}/pre/{file}.nii.gz" for above in ("*/*", "*/*/*", "*/*/*/*") for file in CHANNELS.values()]
@@ -36,10 +36,10 @@ def records(root: str | Path, *, label: bool = True) -> list[Record]:
     result: list[Record] = []
     for folder in folders:
         *above, number = folder.relative_to(root).parts
-        places = above[1:] if above[0] in RELEASES and len(above) > 1 else above
-        if len(places) > 2:
-            raise ValueError(f"{folder}: lies too deep; give as root the folder that holds Utrecht, Singapore, ...")
-        site = "_".join(_clean(place) for place in places)
+        site_folders = above[1:] if above[0] in RELEASES and len(above) > 1 else above
+        if len(site_folders) > 2:
+            raise ValueError(f"{folder}: too deep below the root; give the folder that holds Utrecht, Singapore, ...")
+        site = "_".join(_clean(part) for part in site_folders)
         name = f"{site}_{_clean(number)}"
         images = {channel: first_file(folder / "pre" / f"{file}.nii.gz") for channel, file in CHANNELS.items()}
         record: Record = {"id": name, "subject": name, "site": site, "images": images}

@@ -1,1 +1,1 @@
-"""Files: NIfTI, 2-D images, tables, and parallel processes that read them."""
+"""Files: NIfTI, 2-D images, tables, and parallel processes."""

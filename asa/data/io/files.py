@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, with bytes that depend on their content only."""
+"""Files written atomically, with bytes that depend on their content only."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-PART = ".part"  # ending of a file that is being written; one that is found later was left by an interruption
+PART = ".part"  # ending of a file while it is written; an interruption may leave one behind
 
 
 def write_whole(path: str | Path, payload: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never sees half of it.
+    """Write a file atomically: under a temporary name, which is then renamed.
 
     Args:
-        path: the file; its folder is made where it is missing.
-        payload: the whole content.
+        path: the file; its folder is created if it does not exist.
+        payload: the complete content.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def write_whole(path: str | Path, payload: bytes) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON whole, two spaces of indent, keys in the order given."""
+    """Write JSON atomically, indented by two spaces, with keys in the given order."""
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
@@ -50,11 +50,11 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); restore it or write it again") from None
+        raise ValueError(f"{path}: not valid JSON ({error}); restore or correct the file") from None
 
 
 def gzipped(payload: bytes, level: int = 6) -> bytes:
-    """Compress without time and file name in the header: the same content gives the same bytes."""
+    """Compress without time and file name in the header, so that the same content gives the same bytes."""
     return gzip.compress(payload, compresslevel=level, mtime=0)
 
 

@@ -5,7 +5,6 @@ Arrays are `C H W` with 1 (grey) or 3 (colour) channels in [0, 1], label maps `H
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,30 +17,19 @@ import numpy as np
 from asa.data.datasets.record import existing_folder
 from asa.data.io.files import write_whole
 from asa.data.io.nifti import read_slice
+from asa.errors import require
 
 ENDINGS = (".png", ".nii.gz", ".nii", ".dcm")
-WINDOW = "asa-window"  # text in a PNG: what its 0 and its largest value stand for, in the image's units
+WINDOW = "asa-window"  # key of the PNG text with the intensities that 0 and the largest value represent
 DEPTHS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
-def needed(module: str) -> Any:
-    """A module of the `restore` extra.
-
-    Raises:
-        ImportError: it is not installed; the message says what to install.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise ImportError(f'{module} is not installed: pip install "asa-mri[restore]"') from None
-
-
 def list_pictures(folder: str | Path) -> dict[str, Path]:
-    """Id (name without ending) -> path of the images in a folder, sorted.
+    """The images in a folder: id (name without ending) -> path, sorted.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no image in it, or two of one name.
+        ValueError: no image in it, or two with the same name.
     """
     folder = existing_folder(folder, "images (.png, .nii, .nii.gz or .dcm)")
     found: dict[str, Path] = {}
@@ -51,7 +39,7 @@ def list_pictures(folder: str | Path) -> dict[str, Path]:
             continue
         name = path.name[: -len(ending)]
         if name in found:
-            raise ValueError(f"{name}: both {found[name]} and {path} have this name; leave one of them out")
+            raise ValueError(f"{name}: both {found[name]} and {path} have this name; remove one of them")
         found[name] = path
     if not found:
         raise ValueError(f"{folder}: no images here ({', '.join(ENDINGS)})")
@@ -59,19 +47,19 @@ def list_pictures(folder: str | Path) -> dict[str, Path]:
 
 
 def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.ndarray:
-    """Read an image and bring its values to [0, 1].
+    """Read an image and scale its values to [0, 1].
 
     Args:
-        path: `.png` (grey or colour), `.nii`, `.nii.gz` (one slice) or `.dcm` (grey, values as the modality
-            defines them: HU for CT).
-        window: (low, high), in the image's units, which become 0 and 1; what lies outside is cut off. None: the
-            whole range of an 8- or 16-bit PNG. A PNG that was written with a window is in that window's units.
+        path: `.png` (grey or colour), `.nii`, `.nii.gz` (one slice) or `.dcm` (grey, in the units of the modality, like
+            HU for CT).
+        window: (low, high) in the units of the image, which become 0 and 1; other values are clipped. None: the whole
+            range of an 8- or 16-bit PNG. A PNG written with a window has the units of that window.
 
     Returns:
         `(C, H, W)` float32.
 
     Raises:
-        FileNotFoundError, ValueError: no image, a damaged one, or no window for an image that needs one.
+        FileNotFoundError, ValueError: no such file, a damaged one, or no window for an image that needs one.
     """
     path = Path(path)
     values, stored = _read(path), stored_window(path)
@@ -81,7 +69,7 @@ def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.
     if window is None:
         if values.dtype not in DEPTHS:
             raise ValueError(
-                f"{path}: say which values become 0 and 1, like window=[-1000,1000] for CT in HU (asa-finetune: "
+                f"{path}: give the values that become 0 and 1, like window=[-1000,1000] for CT in HU (asa-finetune: "
                 "data.window=[-1000,1000])"
             )
         window = (0, DEPTHS[values.dtype])
@@ -91,7 +79,7 @@ def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.
 
 
 def stored_window(path: str | Path) -> tuple[float, float] | None:
-    """The window that a PNG was written with by `write_picture`, if it was; None for other files."""
+    """The window that `write_picture` stored in a PNG; None for other files."""
     if not str(path).lower().endswith(".png"):
         return None
     with _opened(Path(path)) as opened:
@@ -99,10 +87,10 @@ def stored_window(path: str | Path) -> tuple[float, float] | None:
 
 
 def checked_window(window: Sequence[float]) -> tuple[float, float]:
-    """A window's two ends.
+    """Both ends of a window as floats.
 
     Raises:
-        ValueError: it is none.
+        ValueError: not two increasing numbers.
     """
     if isinstance(window, str) or len(window) != 2 or not float(window[0]) < float(window[1]):
         raise ValueError(f"data.window={window}: give the values that become 0 and 1, like [-1000,1000]")
@@ -121,38 +109,38 @@ def _read(path: Path) -> np.ndarray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A PNG whose header is read; damage that shows while it is open names the file."""
-    image = needed("PIL.Image")
+    """An open PNG; errors while it is read name the file."""
+    image = require("PIL.Image", "restore", "PNG")
     try:
         with image.open(path) as opened:
             yield opened
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a whole PNG ({error})") from None
+        raise ValueError(f"{path}: a damaged PNG ({error}); write or copy it again") from None
 
 
 def _read_png(path: Path) -> np.ndarray:
     with _opened(path) as opened:
-        if opened.mode not in ("L", "RGB", "I;16"):  # a palette, transparency, black and white
+        if opened.mode not in ("L", "RGB", "I;16"):  # palette, transparency, black and white
             return np.asarray(opened.convert("L" if opened.mode in ("1", "LA") else "RGB"))
         return np.asarray(opened)
 
 
 def _read_dicom(path: Path) -> np.ndarray:
-    pydicom = needed("pydicom")
+    pydicom = require("pydicom", "restore", "DICOM")
     try:
         found = pydicom.dcmread(path)
         values = np.asarray(pydicom.pixels.apply_modality_lut(found.pixel_array, found), dtype=np.float32)
-    except Exception as error:  # pydicom raises what it likes for what is damaged or compressed
-        raise ValueError(f"{path}: not a DICOM image that pydicom reads ({error})") from None
+    except Exception as error:  # pydicom raises many types for damaged or compressed files
+        raise ValueError(f"{path}: pydicom cannot read this DICOM image ({error})") from None
     if values.ndim != 2:
-        raise ValueError(f"{path}: shape {values.shape}: give grey slices, one a file")
+        raise ValueError(f"{path}: shape {values.shape}: give grey slices, one per file")
     return values
 
 
 def write_picture(path: Path, image: np.ndarray, window: Sequence[float] | None = None) -> None:
-    """Write `(C, H, W)` in [0, 1] as a PNG, grey with 16 bits or colour with 8, whole or not at all.
+    """Write `(C, H, W)` in [0, 1] as a PNG, grey with 16 bits or colour with 8, atomically.
 
-    The window, (low, high) in the image's units that 0 and 1 stand for, goes into the file, for `read_picture`.
+    The window, the values (low, high) that 0 and 1 represent, is stored in the file for `read_picture`.
     """
     grey = len(image) == 1
     depth, dtype = (65535, np.uint16) if grey else (255, np.uint8)
@@ -165,7 +153,7 @@ def write_regions(path: Path, labels: np.ndarray) -> None:
     """Write a label map `(H, W)` as a 16-bit PNG.
 
     Raises:
-        ValueError: labels that are not in 0..65535.
+        ValueError: labels outside 0 to 65535.
     """
     if labels.min() < 0 or labels.max() > 65535:
         raise ValueError(f"{path}: labels {labels.min()} to {labels.max()}: a stored label map holds 0 to 65535")
@@ -173,10 +161,11 @@ def write_regions(path: Path, labels: np.ndarray) -> None:
 
 
 def _write_png(path: Path, values: np.ndarray, text: Mapping[str, str]) -> None:
-    buffer, notes = io.BytesIO(), needed("PIL.PngImagePlugin").PngInfo()
+    buffer, notes = io.BytesIO(), require("PIL.PngImagePlugin", "restore", "PNG").PngInfo()
     for key, value in text.items():
         notes.add_text(key, value)
-    needed("PIL.Image").fromarray(np.ascontiguousarray(values)).save(buffer, format="png", pnginfo=notes)
+    image = require("PIL.Image", "restore", "PNG").fromarray(np.ascontiguousarray(values))
+    image.save(buffer, format="png", pnginfo=notes)
     write_whole(path, buffer.getvalue())
 
 
@@ -184,12 +173,12 @@ def read_regions(path: str | Path) -> np.ndarray:
     """Read a label map, a grey PNG or a NIfTI slice: `(H, W)` int64.
 
     Raises:
-        FileNotFoundError, ValueError: none there, or no label map.
+        FileNotFoundError, ValueError: no such file, or not a label map.
     """
     path = Path(path)
     values = _read(path)
     if values.ndim != 2 or (values.dtype.kind == "f" and (values != np.rint(values)).any()):
-        raise ValueError(f"{path}: not a label map: one whole number a pixel, in a grey PNG or a NIfTI slice")
+        raise ValueError(f"{path}: a label map has one whole number per pixel, in a grey PNG or a NIfTI slice")
     if not values.size:
         raise ValueError(f"{path}: the label map is empty")
     return values.astype(np.int64)

@@ -1,6 +1,6 @@
-"""NIfTI and Analyze in, NIfTI out: whole files, checked; exact reorientation to RAS+ and back.
+"""Read and check NIfTI and Analyze files, write NIfTI, and reorient arrays to RAS+ and back without interpolation.
 
-Arrays here are (x, y, z) in the file's own axes; nothing outside this file imports nibabel.
+Arrays are (x, y, z) in the axes of the file.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError, ImageDataError
 
 from asa.data.io.files import gzipped, write_whole
+from asa.errors import one_line
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz")
-GEOMETRY_TOLERANCE = 0.1  # mm between the corner points of two volumes that are one subject's
+GEOMETRY_TOLERANCE = 0.1  # mm between the corners of two volumes on the same grid
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A volume as it lies in its file.
+    """A volume as it is stored in its file.
 
     Args:
-        data: array (x, y, z) in the file's axes; float32 for images, an integer type for labels.
+        data: array (x, y, z) in the axes of the file; float32 for images, an integer type for labels.
         affine: (4, 4) float64, voxel index to mm in RAS+.
-        header: the nibabel header, opaque to callers; `write_label` carries it over.
+        header: the nibabel header, opaque to callers; `write_label` copies it.
     """
 
     data: np.ndarray
@@ -49,11 +50,11 @@ def read_image(path: str | Path) -> Volume:
         path: `.nii`, `.nii.gz`, or either file of an Analyze or NIfTI pair (`.hdr`/`.img`, also gzipped).
 
     Returns:
-        The volume, (x, y, z) float32, intensities scaled as the header says.
+        The volume, (x, y, z) float32, with the header's intensity scaling applied.
 
     Raises:
         FileNotFoundError: the file, or the other file of its pair, is missing.
-        ValueError: empty, damaged, not an image, NaN or inf, not 3-D, or without a usable affine.
+        ValueError: empty, damaged, not an image, NaN or inf, not 3-D, or without a valid affine.
     """
     image = _load(Path(path))
     data = _voxels(image, Path(path)).astype(np.float32, order="F", copy=False)
@@ -64,20 +65,20 @@ def read_image(path: str | Path) -> Volume:
 
 
 def read_slice(path: str | Path) -> np.ndarray:
-    """Read a single slice, `(H, W)` float32: its first axis is W, as a volume's first is left to right.
+    """Read a single slice, `(H, W)` float32; the first axis of the file is W, left to right in a volume.
 
     Args:
         path: as in `read_image`.
 
     Raises:
-        FileNotFoundError, ValueError: no image, a damaged one, NaN or inf, or more than one slice.
+        FileNotFoundError, ValueError: no such file, a damaged one, NaN or inf, or more than one slice.
     """
     data = _voxels(_load(Path(path)), Path(path)).astype(np.float32)
     if not np.isfinite(data).all():
         raise ValueError(f"{path}: pixels are NaN or infinite; repair the image or leave the case out")
     sizes = [n for n in data.shape if n > 1]
     if len(sizes) != 2:
-        raise ValueError(f"{path}: shape {data.shape} is not one slice; cut the volume into slices, one a file")
+        raise ValueError(f"{path}: shape {data.shape} is not one slice; split the volume into slices, one per file")
     return np.ascontiguousarray(data.reshape(sizes).T)
 
 
@@ -111,16 +112,15 @@ def read_label(path: str | Path) -> Volume:
 
 
 def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
-    """Write a label map on another volume's own grid, with that volume's header.
+    """Write a label map on the grid of another volume, with the header of that volume.
 
-    qform, sform, their codes and the units are those of `like`; the type is uint8, or int16 (int32) where the
-    values need it, with slope 1. The file is written under a temporary name and renamed; equal input gives
-    equal bytes.
+    qform, sform, their codes and the units are those of `like`; the type is uint8, or int16 or int32 where the values
+    need it, with slope 1. The file is written atomically, and equal input gives equal bytes.
 
     Args:
         path: `.nii` or `.nii.gz`.
         data_xyz: integers or bool, of the shape of `like`, in the axes of its file.
-        like: the volume whose space this is.
+        like: the volume that defines the grid.
 
     Raises:
         ValueError: another shape, not integers, or another file ending.
@@ -131,18 +131,18 @@ def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
     if data_xyz.dtype.kind not in "biu":
         raise ValueError(f"{path}: labels must be integers, not {data_xyz.dtype}; take the argmax first")
     dtype = _label_dtype(data_xyz, path)
-    # nibabel leaves qform, sform and codes alone as long as the affine is the header's own best one
+    # nibabel keeps qform, sform and codes if the affine equals the header's best affine
     image = nib.Nifti1Image(data_xyz.astype(dtype), like.affine, like.header if _is_nifti(like.header) else None)
     image.header.set_data_dtype(dtype)
     image.header.set_slope_inter(1, 0)
-    image.header["cal_min"] = image.header["cal_max"] = 0  # a display window meant for the image
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the display window of the image
     _write(path, image)
 
 
 def write_image(
     path: str | Path, data_xyz: np.ndarray, affine: np.ndarray, *, dtype: np.dtype | type = np.float32
 ) -> None:
-    """Write an image: float32 unless asked otherwise, units mm, under a temporary name and renamed.
+    """Write an image atomically, in units of mm.
 
     Args:
         path: `.nii` or `.nii.gz`.
@@ -169,23 +169,23 @@ def write_image(
 
 
 def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
-    """Write a file that stores no orientation as NIfTI with the one that its source states.
+    """Write a file that stores no orientation as NIfTI with the given orientation.
 
-    The voxels keep their order and values, integers their type; floats, and what the header scales, become float32. The
-    origin is the middle.
+    Voxels keep their order and values, and integers their type; floats and scaled intensities become float32. The
+    origin is the centre of the volume.
 
     Args:
         path: `.nii` or `.nii.gz`.
-        source: as in `read_image`, Analyze or NIfTI whose codes are both 0.
-        axes: where the array's first, second and third axis point to, like `ASL`.
+        source: as in `read_image`, Analyze or NIfTI with both codes 0.
+        axes: directions of the array's first, second and third axis, like `ASL`.
 
     Returns:
-        Whether it was written: a file that stores an orientation keeps it.
+        Whether the file was written; False for a source that stores an orientation.
 
     Raises:
-        FileNotFoundError, ValueError: an unreadable file, or axes that are none.
+        FileNotFoundError, ValueError: an unreadable file, or invalid axes.
     """
-    wanted = orientation_of(axes)
+    orientation = orientation_of(axes)
     image = _load(Path(source))
     if _stores_orientation(image.header):
         return False
@@ -193,15 +193,15 @@ def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
     data = data.astype(np.float32) if data.dtype.kind == "f" else data.astype(data.dtype.newbyteorder("="))
     size = image.header.get_zooms()
     affine = np.diag([0.0, 0, 0, 1])
-    for place, (axis, sign) in enumerate(wanted):
-        affine[int(axis), place] = sign * size[place]
+    for index, (axis, sign) in enumerate(orientation):
+        affine[int(axis), index] = sign * size[index]
     affine[:3, 3] = -affine[:3, :3] @ (np.array(data.shape) - 1) / 2
     write_image(path, data, affine, dtype=data.dtype)
     return True
 
 
 def orientation_of(axes: str) -> np.ndarray:
-    """Three letters, where an array's axes point to, as nibabel's orientation: 3 rows (RAS axis, +1 or -1).
+    """The directions of an array's axes, in three letters, as nibabel's orientation: 3 rows (RAS axis, +1 or -1).
 
     Raises:
         ValueError: not one letter each of R or L, A or P, S or I.
@@ -212,20 +212,20 @@ def orientation_of(axes: str) -> np.ndarray:
         found = np.full((3, 2), np.nan)
     if sorted(found[:, 0].tolist()) != [0, 1, 2]:
         raise ValueError(
-            f"axes={axes}: give three letters, where the array's axes point to, of R or L, A or P, S or I, like LAS"
+            f"axes={axes}: give three letters, the directions of the array's axes: R or L, A or P, S or I, like LAS"
         )
     return found
 
 
 def identity_of(volume: Volume) -> str:
-    """What a scan's voxels are, whatever its file is called and however it is packed: 32 hexadecimal digits.
+    """Digest of the voxels of a scan, 32 hexadecimal digits.
 
-    The first half of the SHA-256 of shape and values in RAS+ axes as float32. Compression, data type, header and the
-    order of the axes do not change it; resampling, cropping and rescaling do.
+    The first half of the SHA-256 of shape and values in RAS+ axes as float32. File name, compression, data type, header
+    and the order of the axes do not change it; resampling, cropping and rescaling do.
     """
-    turned = to_ras(volume.data, volume.affine)[0]
-    digest = hashlib.sha256(f"{turned.shape}".encode())
-    digest.update(np.ascontiguousarray(turned, dtype="<f4").tobytes())
+    data = to_ras(volume.data, volume.affine)[0]
+    digest = hashlib.sha256(f"{data.shape}".encode())
+    digest.update(np.ascontiguousarray(data, dtype="<f4").tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -235,14 +235,14 @@ def spacing_of(affine: np.ndarray) -> np.ndarray:
 
 
 def check_same_geometry(a: Volume, b: Volume, what: str) -> None:
-    """Refuse two volumes that do not lie on the same grid.
+    """Check that two volumes have the same grid.
 
     Args:
         a, b: the volumes.
-        what: names them in the message, like `"t1 and label of sub-01"`.
+        what: both of them, for the message, like `"t1 and label of sub-01"`.
 
     Raises:
-        ValueError: the shapes differ, or corner points lie more than 0.1 mm apart.
+        ValueError: the shapes differ, or corners are more than 0.1 mm apart.
     """
     if a.data.shape != b.data.shape:
         raise ValueError(f"{what}: shapes {a.data.shape} and {b.data.shape} differ; resample one onto the other first")
@@ -250,41 +250,41 @@ def check_same_geometry(a: Volume, b: Volume, what: str) -> None:
     apart = np.linalg.norm((corners @ (a.affine - b.affine).T)[:, :3], axis=1).max()
     if apart > GEOMETRY_TOLERANCE:
         raise ValueError(
-            f"{what}: same shape, but their corners lie {apart:.2f} mm apart (at most {GEOMETRY_TOLERANCE}); "
-            "resample one onto the other, or copy the right header"
+            f"{what}: same shape, but their corners are {apart:.2f} mm apart (at most {GEOMETRY_TOLERANCE}); "
+            "resample one onto the other, or copy the correct header"
         )
 
 
 def to_ras(data_xyz: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
-    """Turn an array's axes to the nearest RAS+ ones: only permuted and flipped, no value changes.
+    """Permute and flip the axes of an array to the nearest RAS+ axes; no value changes.
 
     Args:
-        data_xyz: (x, y, z) in the file's axes.
+        data_xyz: (x, y, z) in the axes of the file.
         affine: (4, 4), voxel index to mm.
 
     Returns:
         The array in RAS+ axes, its affine, and the orientation (3 rows: RAS axis, +1 or -1) for `from_ras`.
     """
     orientation = nib.orientations.io_orientation(affine)
-    turned = nib.orientations.apply_orientation(data_xyz, orientation)
-    turned_affine = affine @ nib.orientations.inv_ornt_aff(orientation, data_xyz.shape)
-    return turned, turned_affine, [[int(axis), int(flip)] for axis, flip in orientation]
+    data = nib.orientations.apply_orientation(data_xyz, orientation)
+    data_affine = affine @ nib.orientations.inv_ornt_aff(orientation, data_xyz.shape)
+    return data, data_affine, [[int(axis), int(flip)] for axis, flip in orientation]
 
 
 def from_ras(data_ras: np.ndarray, orientation: list[list[int]]) -> np.ndarray:
-    """Undo `to_ras`: an array (x, y, z) in RAS+ axes back in the file's axes."""
+    """Undo `to_ras`: an array (x, y, z) in RAS+ axes, in the axes of the file."""
     ras = [[axis, 1] for axis in range(3)]
     back = nib.orientations.ornt_transform(np.array(ras), np.array(orientation))
     return nib.orientations.apply_orientation(data_ras, back)
 
 
 def axis_codes(affine: np.ndarray) -> str:
-    """Orientation of an array's axes in three letters, like `LAS`."""
+    """Directions of an array's axes in three letters, like `LAS`."""
     return "".join(str(code) for code in nib.orientations.aff2axcodes(affine))
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The whole file, unpacked: gzip.decompress checks CRC and length, which nibabel's reader does not."""
+    """The decompressed file: gzip.decompress checks CRC and length, which nibabel's reader does not."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
     payload = path.read_bytes()
@@ -299,7 +299,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _load(path: Path) -> Any:
-    """Nibabel image over bytes that are in memory already."""
+    """A nibabel image on bytes in memory."""
     if not path.name.endswith(IMAGE_ENDINGS):
         raise ValueError(f"{path}: not an image that asa reads; give one of {', '.join(IMAGE_ENDINGS)}")
     payload = _read_bytes(path)
@@ -324,7 +324,7 @@ def _load(path: Path) -> Any:
     ) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{path}: not a NIfTI or Analyze image ({_line(error)}); convert it again") from None
+        raise ValueError(f"{path}: not a NIfTI or Analyze image ({one_line(error)}); convert it again") from None
 
 
 def _header_size(payload: bytes) -> int:
@@ -338,17 +338,17 @@ def _partner(path: Path) -> Path:
     other = stem[:-4] + (".img" if stem.endswith(".hdr") else ".hdr")
     found = [candidate for candidate in (path.with_name(other), path.with_name(other + ".gz")) if candidate.is_file()]
     if not found:
-        raise FileNotFoundError(f"{path}: its other half {other} is missing; put the two files side by side")
+        raise FileNotFoundError(f"{path}: the other file of the pair, {other}, is missing; keep both in one folder")
     return found[0]
 
 
 def _voxels(image: Any, path: Path) -> np.ndarray:
     if image.get_data_dtype().kind not in "biuf":
-        raise ValueError(f"{path}: voxels are of type {image.get_data_dtype()}, not numbers; convert to a plain image")
+        raise ValueError(f"{path}: voxels have type {image.get_data_dtype()}, not numbers; convert to a scalar image")
     try:
         return np.asanyarray(image.dataobj)
-    except (OSError, ValueError) as error:  # fewer bytes than the header announces
-        raise ValueError(f"{path}: truncated ({_line(error)}); copy or download it again") from None
+    except (OSError, ValueError) as error:  # fewer bytes than in the header
+        raise ValueError(f"{path}: truncated ({one_line(error)}); copy or download it again") from None
 
 
 def _three_d(data: np.ndarray, path: Path) -> np.ndarray:
@@ -365,34 +365,34 @@ def _affine(image: Any, path: Path) -> np.ndarray:
     header = image.header
     if not _is_nifti(header):
         warnings.warn(
-            f"{path}: Analyze stores no orientation; taken as {axis_codes(image.affine)}, "
-            "check it before you trust left and right, and say what it is with asa-orient if that is wrong",
+            f"{path}: Analyze stores no orientation; assumed to be {axis_codes(image.affine)}; check left and right, "
+            "and state the orientation with asa-orient if this is wrong",
             stacklevel=3,
         )
     elif not _stores_orientation(header):
         raise ValueError(
-            f"{path}: no orientation (qform and sform codes are both 0); find out which way its axes run, left and "
-            "right above all, and say it with asa-orient"
+            f"{path}: no orientation (qform and sform codes are both 0); find out the directions of its axes, left and "
+            "right above all, and state them with asa-orient"
         )
     else:
         _compare_codes(header, path)
     affine = np.asarray(image.affine, dtype=np.float64)
     spacing = spacing_of(affine)
     if not np.isfinite(affine).all() or (spacing < 1e-3).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-2:
-        raise ValueError(f"{path}: the affine is singular or not finite; write a right header, or convert it again")
+        raise ValueError(f"{path}: the affine is singular or not finite; correct the header, or convert the file again")
     return affine
 
 
 def _compare_codes(header: Any, path: Path) -> None:
-    """Say so where a header's two orientations disagree: in a symmetric brain nothing else shows exchanged sides."""
+    """Warn if qform and sform disagree: exchanged sides cannot be seen in a nearly symmetric brain."""
     if int(header["qform_code"]) and int(header["sform_code"]):
         try:
             codes = axis_codes(header.get_qform()), axis_codes(header.get_sform())
         except (HeaderDataError, ValueError):
-            return  # not a rotation, or singular: judged on its own
+            return  # not a rotation, or singular, which is checked separately
         if codes[0] != codes[1]:
             warnings.warn(
-                f"{path}: qform says {codes[0]}, sform says {codes[1]} (taken); check left and right", stacklevel=4
+                f"{path}: qform is {codes[0]}, but sform is {codes[1]} (used); check left and right", stacklevel=4
             )
 
 
@@ -417,8 +417,3 @@ def _write(path: Path, image: Any) -> None:
         raise ValueError(f"{path}: images are written as .nii or .nii.gz; change the ending")
     payload = image.to_bytes()
     write_whole(path, gzipped(payload) if path.suffix == ".gz" else payload)
-
-
-def _line(error: BaseException) -> str:
-    """An error's text in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

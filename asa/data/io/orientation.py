@@ -1,4 +1,4 @@
-"""Files that store no orientation, written as NIfTI with the one that their source states."""
+"""Files that store no orientation, written as NIfTI with the orientation that the user states."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,34 +9,34 @@ from asa.data.io.nifti import IMAGE_ENDINGS, orientation_of, write_oriented
 
 
 @dataclass
-class Oriented:
-    """Files by their path inside the folder: written, left alone because they store an orientation, and failed."""
+class OrientReport:
+    """Files by their path inside the folder: written, kept because they store an orientation, and failed."""
 
     written: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def orient_files(source: Path, out: Path, axes: str) -> Oriented:
-    """Write each file under `source` into `out`, at the same place with the ending `.nii.gz`; see `write_oriented`.
+def orient_files(source: Path, out: Path, axes: str) -> OrientReport:
+    """Write each file under `source` to the same path under `out`, with the ending `.nii.gz`; see `write_oriented`.
 
-    Of an Analyze pair either file stands for both. What is in `out` from an earlier call is written again.
+    Both files of an Analyze pair are one image. Files in `out` are overwritten.
 
     Args:
-        source: a file, or a folder that is looked through with its subfolders.
-        out: a folder that does not lie in `source`, nor is it.
-        axes: where the arrays' axes point to, like `ASL`.
+        source: a file, or a folder that is searched with its subfolders.
+        out: a folder outside `source`.
+        axes: directions of the arrays' axes, like `ASL`.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: axes that are none, no image there, two that would have one name, or an `out` inside the folder.
+        ValueError: invalid axes, no image, two images with the same name, or an `out` inside the folder.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"out={out} lies in {source}, whose files are read: choose a folder beside it")
-    orientation_of(axes)  # refused now, not file by file
-    report = Oriented()
+        raise ValueError(f"out={out} lies in {source}, whose files are read: choose a folder outside it")
+    orientation_of(axes)  # checked before any file is read
+    report = OrientReport()
     for name, path in tqdm(sorted(_by_name(source).items()), desc="orient", unit="file"):
         try:
             written = write_oriented(out / f"{name}.nii.gz", path, axes)
@@ -58,12 +58,12 @@ def _by_name(source: Path) -> dict[str, Path]:
         name = str(path.relative_to(root)).removesuffix(ending)
         first = found.setdefault(name, path)
         if first != path and {_kind(first), _kind(path)} != {"hdr", "img"}:
-            raise ValueError(f"{first} and {path} would both become {name}.nii.gz: leave one")
+            raise ValueError(f"{first} and {path} would both become {name}.nii.gz: remove one")
     if not found:
-        raise ValueError(f"{source}: no image ({', '.join(IMAGE_ENDINGS)}) here")
+        raise ValueError(f"{source}: no image ({', '.join(IMAGE_ENDINGS)}) found")
     return found
 
 
 def _kind(path: Path) -> str:
-    """A file's ending without what packs it."""
+    """The ending of a file without `.gz`."""
     return path.name.removesuffix(".gz").rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Worker processes, and what one owes the process that started it: to end with it, and to leave stopping to it."""
+"""Worker processes: a parallel map, and workers that end with their parent and leave its signals to it."""
 
 from __future__ import annotations
 
@@ -7,44 +7,76 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import closing
 from typing import TypeVar
+
+from tqdm import tqdm
 
 J = TypeVar("J")
 T = TypeVar("T")
 
-KILLED = "a worker process was killed, out of memory perhaps; run again with fewer workers"
+KILLED = "a worker process was killed, perhaps because memory ran out; run again with fewer workers"
 
 
-def in_processes(function: Callable[[J], T], jobs: Mapping[str, J], workers: int) -> Iterator[tuple[str, T | None]]:
-    """A function of each job, as they are done: the job's name and what came out, None where its process was killed.
+def in_processes(
+    function: Callable[[J], T],
+    jobs: Sequence[J],
+    workers: int,
+    *,
+    title: str,
+    unit: str,
+    progress: bool = True,
+    ordered: bool = False,
+) -> Iterator[tuple[J, T | None]]:
+    """Call a function for each job in worker processes, under a progress bar.
 
     Args:
-        function: can be pickled, as its jobs and results; it raises nothing that is expected.
-        jobs: by name.
-        workers: processes; 1 works in this one.
+        function: can be pickled, like its jobs and results. An exception in it is raised here, and jobs that have not
+            started are cancelled.
+        jobs: arguments of the calls.
+        workers: number of processes; 1 calls the function in this process.
+        title, unit: text of the progress bar.
+        progress: show it.
+        ordered: yield in the order of the jobs instead of the order in which they finish.
+
+    Yields:
+        (job, result); the result is None where the worker process was killed, see `KILLED`.
     """
-    if workers == 1:
-        for name, job in jobs.items():
-            yield name, function(job)
-        return
+    results = _in_pool(function, jobs, workers, ordered) if workers > 1 else ((job, function(job)) for job in jobs)
+    with tqdm(total=len(jobs), desc=title, unit=unit, disable=not progress) as bar, closing(results):
+        for pair in results:
+            yield pair
+            bar.update()
+
+
+def _in_pool(
+    function: Callable[[J], T], jobs: Sequence[J], workers: int, ordered: bool
+) -> Generator[tuple[J, T | None], None, None]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        futures = {pool.submit(function, job): name for name, job in jobs.items()}
+    count = min(workers, max(len(jobs), 1))
+    with ProcessPoolExecutor(count, mp_context=context, initializer=end_with_parent) as pool:
+        futures = {pool.submit(function, job): job for job in jobs}
         try:
-            for future in as_completed(futures):
-                name = futures.pop(future)
+            for future in list(futures) if ordered else as_completed(futures):
+                job = futures.pop(future)
                 try:
-                    yield name, future.result()
+                    yield job, future.result()
                 except BrokenExecutor:
-                    yield name, None
+                    yield job, None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+def check_workers(workers: int) -> None:
+    """Raise a ValueError for fewer than one process."""
+    if workers < 1:
+        raise ValueError(f"workers={workers}: give 1 or more processes")
+
+
 def end_with_parent() -> None:
-    """In a worker: end as soon as the parent is gone, killed perhaps. It would go on alone, or wait for ever."""
+    """In a worker: exit as soon as the parent process has ended, also when it was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -55,17 +87,18 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def leave_stopping_to_parent() -> None:
-    """In a worker: ignore SIGTERM and SIGUSR1. See `end_workers_at_exit`, without which the parent cannot exit.
+def ignore_stop_signals() -> None:
+    """In a worker: ignore SIGTERM and SIGUSR1. The parent then needs `end_workers_at_exit` to exit.
 
-    Slurm and others signal the whole group. The training process saves then, and needs its workers until it has.
+    Slurm and other schedulers send these signals to the whole process group. The training process then saves a
+    checkpoint, and needs its workers until it has done so.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers_at_exit() -> None:
-    """In the parent: kill workers that are still there when it exits, of a loader that nobody closed.
+    """In the parent: kill the workers of a loader that is still open when the process exits.
 
     Python would send them SIGTERM, which they ignore, and wait for them.
     """

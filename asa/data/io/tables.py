@@ -1,4 +1,4 @@
-"""Tables (CSV) that say something of each scan."""
+"""CSV tables with a value for each scan."""
 
 import csv
 import io
@@ -8,21 +8,22 @@ from typing import Any
 
 
 def read_column(path: str | Path, column: str, records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """What a table says of each scan in one of its columns.
+    """One column of a table, by scan.
 
-    Its rows name scans in a column "id", or all scans of a subject in a column "subject". Empty cells say nothing.
+    A row describes a scan, named in a column "id", or all scans of a subject, named in a column "subject". Empty cells
+    are skipped.
 
     Args:
         path: a CSV file with a header.
-        column: to read.
+        column: name of the column.
         records: of a store.
 
     Returns:
-        The values by record id; scans that the table does not name are left out.
+        Record id -> value, for the scans that the table lists.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: columns that are missing, a name in two rows, or no row that names a scan of the store.
+        ValueError: a missing column, a name in two rows, or no row for any scan of the store.
     """
     records = list(records)
     with Path(path).open(newline="", encoding="utf-8-sig") as file:
@@ -30,12 +31,12 @@ def read_column(path: str | Path, column: str, records: Iterable[Mapping[str, An
         header = reader.fieldnames or []
         key = next((name for name in ("id", "subject") if name in header), None)
         if key is None or column not in header:
-            raise ValueError(f"{path}: the table has the columns {', '.join(header)}: give id or subject, and {column}")
+            raise ValueError(f"{path}: the columns are {', '.join(header)}; give id or subject, and {column}")
         values: dict[str, str] = {}
         for row in reader:
             name, value = str(row[key] or "").strip(), str(row[column] or "").strip()
             if name in values:
-                raise ValueError(f"{path}: {key} {name} stands in two rows: leave one")
+                raise ValueError(f"{path}: {key} {name} is in two rows: remove one")
             if value:
                 values[name] = value
     found = {record["id"]: values[record[key]] for record in records if record[key] in values}

@@ -1,9 +1,9 @@
-"""Seeds of single draws. Apart from what draws, so that a process that draws without PyTorch need not load it."""
+"""The seed of each random draw; a module of its own, so that processes without PyTorch can draw too."""
 
 import hashlib
 
 
 def sample_seed(*parts: object) -> int:
-    """A seed in 0..2^63-1 from what makes a draw unique; equal on every machine."""
+    """A seed from 0 to 2^63 - 1, determined by what identifies a draw, like (run seed, epoch, record id)."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,4 +1,4 @@
-"""The phantom's people: a template's anatomy under a random diffeomorphism, and pictures of it by modality.
+"""The phantom's subjects: the anatomy of a template under a random diffeomorphism, and simulated images of it.
 
 Arrays are (D, H, W) in RAS+ axes, lengths are mm. Intensities are relative to white matter on T1.
 """
@@ -20,15 +20,15 @@ from asa.data.preprocessing.template import load_map
 
 TISSUES = {1: "csf", 2: "gm", 3: "wm"}
 
-# Mean and standard deviation between people of each modality's CSF, GM and WM, where WM of T1 is about 1.
+# Mean and standard deviation between subjects of CSF, GM and WM in each modality, where WM of T1 is about 1.
 CONTRAST: dict[str, tuple[tuple[float, float], ...]] = {
     "t1": ((0.28, 0.04), (0.70, 0.04), (1.00, 0.03)),
     "t1ce": ((0.28, 0.04), (0.72, 0.04), (0.98, 0.03)),
     "t2": ((1.30, 0.08), (0.72, 0.04), (0.52, 0.03)),
     "flair": ((0.18, 0.04), (0.78, 0.04), (0.62, 0.03)),
 }
-RAISED = 16  # slices of 1 mm
-TEXTURE = {"t1": 1.0, "t1ce": 1.0, "t2": -0.6, "flair": -0.3}  # how the template's own T1 detail shows
+ADDED_BELOW = 16  # slices of 1 mm
+TEXTURE = {"t1": 1.0, "t1ce": 1.0, "t2": -0.6, "flair": -0.3}  # factor of the template's T1 texture
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ class Template:
 
 
 @dataclass
-class Person:
-    """One made-up anatomy on the output grid.
+class Subject:
+    """The anatomy of one synthetic subject on the output grid.
 
     Args:
         tissue: fractions of CSF, GM, WM (3, D, H, W), summing to 1 in the brain and 0 outside.
-        spread: the same, times how far each place's signal is from its tissue's mean in standard deviations.
+        deviation: the same, times the deviation of the local signal from the tissue mean, in standard deviations.
         brain: bool (D, H, W).
         maps: warped template maps (channel, D, H, W), by the template's names.
         extent: of the field of view along D, H, W in mm.
-        rng: the person's own random numbers.
+        rng: random numbers of the subject.
     """
 
     tissue: Tensor
-    spread: Tensor
+    deviation: Tensor
     brain: Tensor
     maps: dict[str, Tensor]
     extent: tuple[float, ...]
@@ -71,27 +71,26 @@ class Person:
 
 @lru_cache(maxsize=2)
 def load_template(rim: bool, ventricles: bool) -> Template:
-    """The template's maps and what is derived from them once.
+    """The maps of the template, and maps derived from them.
 
     Channels: csf, gm, wm (log fractions), texture (T1 that the tissue fractions do not explain), brain (0 or
-    1), white (share of white matter nearby).
+    1), white (local fraction of white matter).
 
     Args:
         rim: also outside, the distance from the brain in mm.
-        ventricles: also ventricle and horn, the distances from the lateral ventricles and from their horns'
-            tips.
+        ventricles: also ventricle and horn, the distances from the lateral ventricles and from the tips of their horns.
 
     Raises:
         ImportError: nilearn is not installed.
     """
-    t1, gm, wm = (_raised(load_map(kind)[0]) for kind in ("t1", "gm", "wm"))
+    t1, gm, wm = (_shifted_up(load_map(kind)[0]) for kind in ("t1", "gm", "wm"))
     affine = load_map("t1")[1]
-    middle = np.array([(size - 1) / 2 for size in t1.shape[::-1]]) - (0, 0, RAISED)
-    centre = affine[:3, :3] @ middle + affine[:3, 3]
+    centre_voxel = np.array([(size - 1) / 2 for size in t1.shape[::-1]]) - (0, 0, ADDED_BELOW)
+    centre = affine[:3, :3] @ centre_voxel + affine[:3, 3]
     brain = ndimage.binary_fill_holes(t1 > 0)
     fractions = np.stack([np.zeros_like(gm), gm * brain, wm * brain])
     fractions[0] = np.clip(brain - fractions[1] - fractions[2], 0, 1)
-    means = np.array([(t1 * part).sum() / part.sum() for part in fractions**4])  # nearly pure voxels decide
+    means = np.array([(t1 * part).sum() / part.sum() for part in fractions**4])  # weighted towards nearly pure voxels
     texture = np.clip(t1 - np.tensordot(means, fractions, 1), -0.12, 0.12) / (means[2] - means[0]) * brain
     maps = {
         **{name: np.log(part + 0.02) for name, part in zip(TISSUES.values(), fractions, strict=True)},
@@ -108,21 +107,21 @@ def load_template(rim: bool, ventricles: bool) -> Template:
     return Template(stacked, {name: k for k, name in enumerate(maps)}, extent, tuple(centre.tolist()))
 
 
-def _raised(array: np.ndarray) -> np.ndarray:
-    """Room below the brain, which the template's own grid does not have: slices go from top to bottom."""
-    return np.concatenate([np.zeros_like(array[:RAISED]), array[:-RAISED]])
+def _shifted_up(array: np.ndarray) -> np.ndarray:
+    """Add space below the brain, which the template's grid lacks, and remove slices at the top."""
+    return np.concatenate([np.zeros_like(array[:ADDED_BELOW]), array[:-ADDED_BELOW]])
 
 
 def _ventricle_distances(csf: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distances in mm from the lateral ventricles, and from the tips of their frontal and occipital horns."""
     z, y, x = (np.arange(size) - (size - 1) / 2 for size in csf.shape)
-    x, y, z = (axis + middle for axis, middle in zip((x, y, z), centre, strict=True))
+    x, y, z = (axis + offset for axis, offset in zip((x, y, z), centre, strict=True))
     inside = (abs(x) < 40)[None, None] & ((y > -75) & (y < 45))[None, :, None] & ((z > -10) & (z < 32))[:, None, None]
     parts, _ = ndimage.label((csf > 0.5) & inside)
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     lateral = parts == sizes.argmax()
-    lateral |= lateral[..., ::-1]  # the two are parts of their own where the septum divides them
+    lateral |= lateral[..., ::-1]  # the septum may separate the two
     forward = np.flatnonzero(lateral.any(axis=(0, 2)))
     tips = np.zeros_like(lateral)
     for row in (forward[0], forward[-1]):
@@ -130,28 +129,28 @@ def _ventricle_distances(csf: np.ndarray, centre: np.ndarray) -> tuple[np.ndarra
     return ndimage.distance_transform_edt(~lateral), ndimage.distance_transform_edt(~tips)
 
 
-def make_person(
+def make_subject(
     template: Template,
     rng: np.random.Generator,
     resolution: float,
     asymmetry: float,
     plan: TumourPlan | None = None,
-) -> Person:
-    """Draw an anatomy: the template under a random affine map and diffeomorphism, with folds of its own.
+) -> Subject:
+    """Draw an anatomy: the template under a random affine map and diffeomorphism, with its own cortical folds.
 
     Args:
-        template: the anatomy that all people vary.
-        rng: the person's random numbers.
+        template: the common anatomy.
+        rng: random numbers of the subject.
         resolution: voxel size in mm.
         asymmetry: of the deformation.
-        plan: a tumour, whose mass effect goes into the deformation.
+        plan: a tumour, whose mass effect is added to the deformation.
     """
     extent = template.extent
     shape = tuple(int(side / resolution + 1e-6) + 1 for side in extent)
     velocity = random_velocity(rng, extent, asymmetry)
     if plan is not None:
         velocity = velocity + plan.velocity(tuple(velocity.shape[1:]), extent)
-    covered = tuple((size - 1) * resolution for size in shape)  # a little less than the extent where it does not divide
+    covered = tuple((size - 1) * resolution for size in shape)  # at most the extent
     points = grid_points(shape, covered)
     moved = points + to_grid(displacement_of(velocity, extent), shape).permute(1, 2, 3, 0)
     scale = rng.normal(1.0, 0.03) * rng.normal(1.0, 0.03, 3)
@@ -162,86 +161,86 @@ def make_person(
     maps = {name: warped[k] for name, k in template.names.items()}
     brain = maps["brain"] > 0.5
     fold = to_grid(smooth_noise(rng, extent, 2.3), shape)[0].abs()
-    doubt = to_grid(smooth_noise(rng, extent, 4.0, channels=3), shape)
+    variation = to_grid(smooth_noise(rng, extent, 4.0, channels=3), shape)
     atrophy = float(rng.uniform(0.0, 0.9))
-    logits = torch.stack([maps[name] for name in TISSUES.values()]) + 0.2 * doubt
-    logits[0] += 1.6 * torch.exp(-((fold / 0.4) ** 2)) - 0.5 + atrophy  # sulci run where the noise changes its sign
-    logits[2] += 0.8 * (fold - 0.9)  # and gyri between them carry white matter
+    logits = torch.stack([maps[name] for name in TISSUES.values()]) + 0.2 * variation
+    logits[0] += 1.6 * torch.exp(-((fold / 0.4) ** 2)) - 0.5 + atrophy  # sulci lie where the noise changes its sign
+    logits[2] += 0.8 * (fold - 0.9)  # gyri between them contain white matter
     tissue = torch.softmax(2.0 * logits, dim=0) * brain
-    spread = to_grid(smooth_noise(rng, extent, 7.0, channels=3), shape)
-    return Person(tissue, tissue * spread, brain, maps, extent, rng)
+    deviation = to_grid(smooth_noise(rng, extent, 7.0, channels=3), shape)
+    return Subject(tissue, tissue * deviation, brain, maps, extent, rng)
 
 
-def tissue_label(person: Person) -> np.ndarray:
+def tissue_label(subject: Subject) -> np.ndarray:
     """The largest of the fractions in each voxel of the brain: 1 CSF, 2 GM, 3 WM, (D, H, W)."""
-    csf, gm, wm = person.tissue
+    csf, gm, wm = subject.tissue
     label = 1 + (gm > csf).to(torch.uint8)
     label[wm > torch.maximum(csf, gm)] = 3
-    return (label * person.brain).numpy()
+    return (label * subject.brain).numpy()
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:
     matrix = np.eye(3)
     for axis, angle in enumerate(angles):
-        turn = np.eye(3)
+        about_axis = np.eye(3)
         i, j = [other for other in range(3) if other != axis]
-        turn[i, i] = turn[j, j] = np.cos(angle)
-        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ turn
+        about_axis[i, i] = about_axis[j, j] = np.cos(angle)
+        about_axis[i, j], about_axis[j, i] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ about_axis
     return matrix
 
 
 def blend(lesions: list[Lesion], brain: Tensor) -> tuple[list[Tensor], np.ndarray]:
-    """Shares of the lesions in each voxel, later ones over earlier ones, and their label map (D, H, W)."""
-    left = brain.float()
-    shares: list[Tensor] = []
+    """Fraction of each lesion in each voxel, later lesions over earlier ones, and their label map (D, H, W)."""
+    remaining = brain.float()
+    fractions: list[Tensor] = []
     for lesion in reversed(lesions):
-        shares.insert(0, lesion.share * left)
-        left = left * (1 - lesion.share)
+        fractions.insert(0, lesion.fraction * remaining)
+        remaining = remaining * (1 - lesion.fraction)
     label = np.zeros(tuple(brain.shape), np.uint8)
     if lesions:
         values = torch.tensor([0] + [lesion.value for lesion in lesions], dtype=torch.uint8)
-        diseased = torch.stack(shares)
+        diseased = torch.stack(fractions)
         winner = values[1:][diseased.argmax(dim=0)]
         label = torch.where(diseased.sum(dim=0) > 0.5, winner, values[0]).numpy()
-    return shares, label
+    return fractions, label
 
 
 def take_image(
-    person: Person,
+    subject: Subject,
     modality: str,
     lesions: list[Lesion],
-    shares: list[Tensor],
+    fractions: list[Tensor],
     *,
     rim: bool,
     quality: float = 1.0,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Scan a person: draw contrast, bias field and noise of one modality.
+    """Simulate an image: draw contrast, bias field and noise of one modality.
 
     Args:
-        person: the anatomy.
+        subject: the anatomy.
         modality: key of `CONTRAST`.
-        lesions, shares: as `blend` gives them.
-        rim: put a skull-like rim around the brain, and noise in the air.
-        quality: factor on the noise, of a site.
+        lesions, fractions: the lesions, and their fractions from `blend`.
+        rim: add a skull-like rim around the brain, and noise in the air.
+        quality: factor of the noise, for a site.
 
     Returns:
-        (D, H, W) float32 in scanner units (white matter of T1 at some hundreds), and what was drawn.
+        (D, H, W) float32 in scanner units (some hundreds in white matter on T1), and the drawn parameters.
     """
-    rng, extent, shape = person.rng, person.extent, tuple(person.brain.shape)
+    rng, extent, shape = subject.rng, subject.extent, tuple(subject.brain.shape)
     means = [float(rng.normal(mean, sd)) for mean, sd in CONTRAST[modality]]
-    spread = float(rng.uniform(0.01, 0.03))
+    sd = float(rng.uniform(0.01, 0.03))  # relative to the tissue mean
     image = torch.zeros(shape)
-    for mean, share, deviation in zip(means, person.tissue, person.spread, strict=True):
-        image += mean * share + spread * mean * deviation
-    image += float(rng.uniform(0.4, 0.7)) * TEXTURE[modality] * person.maps["texture"] * person.brain
+    for mean, fraction, deviation in zip(means, subject.tissue, subject.deviation, strict=True):
+        image += mean * fraction + sd * mean * deviation
+    image += float(rng.uniform(0.4, 0.7)) * TEXTURE[modality] * subject.maps["texture"] * subject.brain
     if lesions:
-        mottled = 1 + 0.07 * to_grid(smooth_noise(rng, extent, 3.0), shape)[0]
-        image *= 1 - sum(shares)
-        for lesion, share in zip(lesions, shares, strict=True):
-            image += lesion.intensity[modality] * share * mottled
+        texture = 1 + 0.07 * to_grid(smooth_noise(rng, extent, 3.0), shape)[0]
+        image *= 1 - sum(fractions)
+        for lesion, fraction in zip(lesions, fractions, strict=True):
+            image += lesion.intensity[modality] * fraction * texture
     if rim:
-        image += _rim(person.maps["outside"], modality, rng) * ~person.brain
+        image += _rim(subject.maps["outside"], modality, rng) * ~subject.brain
     image = image.clamp_min(0)
     bias = float(rng.uniform(0.03, 0.12))
     image *= torch.exp(bias * to_grid(smooth_noise(rng, extent, 45.0), shape)[0].clamp(-2.5, 2.5))
@@ -251,7 +250,7 @@ def take_image(
     gain = float(rng.uniform(400, 900))
     image = (gain * image).round()
     if not rim:
-        image = image.clamp_min(1) * person.brain  # exactly 0 outside the brain, and nowhere in it
+        image = image.clamp_min(1) * subject.brain  # 0 outside the brain, and above 0 inside it
     drawn = {
         "csf_gm_wm": [round(mean, 4) for mean in means],
         "bias": round(bias, 4),

@@ -1,8 +1,8 @@
-"""The embedded cohort: made-up people with a real anatomy, written in the layouts of the real benchmarks.
+"""The phantom cohort: synthetic subjects with realistic anatomy, written in the layouts of the public datasets.
 
-Each person is the ICBM 2009a symmetric template (T1, GM and WM maps, as nilearn's wheel ships them) under a
-random diffeomorphism, with folds, tissue contrast, bias field and noise of their own. Nothing here is a
-patient: every folder holds a JSON that says "phantom". Arrays are (D, H, W) in RAS+ axes, lengths are mm.
+Each subject is the ICBM 2009a symmetric template (T1, GM and WM maps from the package nilearn) under a random
+diffeomorphism, with its own cortical folds, tissue contrast, bias field and noise. No subject is a patient: every
+folder has a JSON file with "phantom": true. Arrays are (D, H, W) in RAS+ axes, lengths are mm.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from asa.data.io.files import read_json, write_json
 from asa.data.io.nifti import write_image
-from asa.data.phantom.anatomy import Template, blend, load_template, make_person, take_image, tissue_label
+from asa.data.phantom.anatomy import Template, blend, load_template, make_subject, take_image, tissue_label
 from asa.data.phantom.lesions import Lesion, hyperintensities, plan_tumour, tumour
 
-KINDS = ("t1", "ibsr", "wmh", "brats")  # a kind's place here goes into its seeds: append only
+KINDS = ("t1", "ibsr", "wmh", "brats")  # the index of a kind is part of its seeds: append only
 SITES = ("Utrecht", "Singapore", "Amsterdam/GE3T")  # of the WMH challenge
 
 
@@ -35,29 +35,29 @@ def make_cohort(
     names: int = 2021,
     progress: bool = True,
 ) -> list[Path]:
-    """Write a cohort of made-up people, skull-stripped unless `rim` is set.
+    """Write a cohort of synthetic subjects, skull-stripped unless `rim` is set.
 
-    A person depends on (seed, number, kind) and the options only: the same call writes the same bytes, and
-    more subjects leave the first ones as they are.
+    A subject depends on (seed, number, kind) and the options only: the same call writes the same bytes, and more
+    subjects do not change the first ones.
 
     Args:
         kind: "t1" (BIDS, unlabelled), "ibsr" (IBSR_18 with CSF, GM, WM), "wmh" (WMH challenge: T1 and FLAIR,
             labels 1 lesion, 2 other pathology), or "brats" (T1, T1Gd, T2, FLAIR and a tumour).
-        subjects: how many people.
-        seed: another seed, other people.
+        subjects: number of subjects.
+        seed: random seed.
         out: folder of the cohort.
         resolution: isotropic voxel size in mm, from 0.7 to 8.
         rim: add a skull-like rim around the brain, and noise in the air.
         asymmetry: size of the deformation's left-right asymmetric part, relative to its symmetric part.
         names: year of BraTS whose names and label values "brats" writes: 2021 (1, 2, 4) or 2023 (1, 2, 3).
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
         The files written.
 
     Raises:
-        ImportError: nilearn, which carries the template, is not installed.
-        ValueError: an option outside its range, or `out` holds another phantom cohort.
+        ImportError: nilearn, which contains the template, is not installed.
+        ValueError: an option out of range, or `out` holds another phantom cohort.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
@@ -80,18 +80,18 @@ def make_cohort(
     _claim(out, about)
     written: list[Path] = []
     for number in tqdm(range(1, subjects + 1), desc=f"phantom {kind}", unit="subject", disable=not progress):
-        written += _write_person(template, out, number, seed, about)
+        written += _write_subject(template, out, number, seed, about)
     return written
 
 
 def _claim(out: Path, about: dict[str, Any]) -> None:
-    """Say what the folder holds, and refuse to mix two cohorts in it."""
+    """Write the description of the cohort; a folder of another cohort is an error."""
     path = out / "phantom.json"
     if path.is_file():
-        there = read_json(path)
-        if there != about:
-            differ = [key for key in about if not isinstance(there, dict) or there.get(key) != about[key]]
-            raise ValueError(f"{out}: holds another phantom cohort (other {', '.join(differ)}); choose another out=")
+        existing = read_json(path)
+        if existing != about:
+            differ = [key for key in about if not isinstance(existing, dict) or existing.get(key) != about[key]]
+            raise ValueError(f"{out}: holds another phantom cohort ({', '.join(differ)} differ); choose another out=")
     write_json(path, about)
     if about["kind"] == "t1":
         write_json(
@@ -110,7 +110,7 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Files:
-    """Where a person's images (by modality), label map and JSON go."""
+    """Paths of a subject's images (by modality), label map and JSON."""
 
     images: dict[str, Path]
     label: Path | None
@@ -140,32 +140,32 @@ def _files(out: Path, kind: str, number: int, names: int) -> _Files:
     return _Files(images, folder / f"{name}{label_ending}.nii.gz", folder / "phantom.json")
 
 
-def _write_person(template: Template, out: Path, number: int, seed: int, about: dict[str, Any]) -> list[Path]:
-    """Make one person, scan it, write it."""
+def _write_subject(template: Template, out: Path, number: int, seed: int, about: dict[str, Any]) -> list[Path]:
+    """Draw one subject, simulate its images, and write them."""
     kind, resolution = about["kind"], about["resolution"]
     rng = np.random.default_rng([seed, KINDS.index(kind), number])
     files = _files(out, kind, number, about["names"])
     drawn: dict[str, Any] = {}
     plan = plan_tumour(template.maps[template.names["white"]], template.extent, rng) if kind == "brats" else None
-    person = make_person(template, rng, resolution, about["asymmetry"], plan)
+    subject = make_subject(template, rng, resolution, about["asymmetry"], plan)
     lesions: list[Lesion] = []
     if kind == "wmh":
-        lesions, drawn = hyperintensities(person.maps, template.extent, rng)
+        lesions, drawn = hyperintensities(subject.maps, template.extent, rng)
     elif plan is not None:
         values = (1, 2, 4) if about["names"] == 2021 else (1, 2, 3)
         lesions, drawn = (
-            tumour(person.maps, person.tissue[0], plan, template.extent, rng, values),
+            tumour(subject.maps, subject.tissue[0], plan, template.extent, rng, values),
             {"tumour": asdict(plan)},
         )
-    shares, label = blend(lesions, person.brain)
+    fractions, label = blend(lesions, subject.brain)
     if kind == "ibsr":
-        label = tissue_label(person)
+        label = tissue_label(subject)
     quality = {"wmh": (0.8, 1.0, 1.5)[(number - 1) % len(SITES)]}.get(kind, 1.0)
 
     affine = np.diag([resolution, resolution, resolution, 1.0])
     affine[:3, 3] = np.array(template.centre) - resolution * (np.array(label.shape[::-1]) - 1) / 2
     for modality, path in files.images.items():
-        image, drawn[modality] = take_image(person, modality, lesions, shares, rim=about["rim"], quality=quality)
+        image, drawn[modality] = take_image(subject, modality, lesions, fractions, rim=about["rim"], quality=quality)
         write_image(path, image.transpose(2, 1, 0), affine, dtype=np.int16)
     if files.label is not None:
         write_image(files.label, label.transpose(2, 1, 0), affine, dtype=np.uint8)

@@ -18,22 +18,22 @@ from asa.data.phantom.warp import grid_points, smooth_noise, to_grid
 
 @dataclass(frozen=True)
 class Lesion:
-    """One kind of diseased tissue in a person.
+    """One kind of diseased tissue.
 
     Args:
-        share: of each voxel that it takes, (D, H, W) in [0, 1].
+        fraction: of each voxel that the lesion fills, (D, H, W) in [0, 1].
         value: its label.
         intensity: its mean in each modality, where white matter of T1 is about 1.
     """
 
-    share: Tensor
+    fraction: Tensor
     value: int
     intensity: dict[str, float]
 
 
 @dataclass(frozen=True)
 class TumourPlan:
-    """Where a tumour sits and how large it is, in mm; `push` is how far it moves the tissue around it."""
+    """Position and size of a tumour in mm; `push` is the displacement of the surrounding tissue."""
 
     centre: tuple[float, ...]
     radius: float
@@ -42,7 +42,7 @@ class TumourPlan:
     push: float
 
     def velocity(self, shape: tuple[int, ...], extent: tuple[float, ...]) -> Tensor:
-        """Mass effect as a velocity (3, d, h, w): looking back to the centre moves tissue away from it."""
+        """The mass effect as a velocity (3, d, h, w). It points to the centre: sampling there moves tissue outwards."""
         away = grid_points(shape, extent) - torch.tensor(self.centre)
         reach = self.radius + 6.0
         pull = torch.exp(0.5 - away.square().sum(-1) / (2 * reach**2)) / reach
@@ -52,28 +52,28 @@ class TumourPlan:
 def hyperintensities(
     maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.Generator
 ) -> tuple[list[Lesion], dict[str, Any]]:
-    """White-matter hyperintensities: caps and bands around the ventricles, spots in the deep white matter.
+    """White-matter hyperintensities: periventricular caps and bands, and spots in the deep white matter.
 
     Args:
-        maps: the person's warped maps `ventricle`, `horn` (distances in mm) and `white`, `brain` (shares).
+        maps: the subject's warped maps `ventricle`, `horn` (distances in mm) and `white`, `brain` (fractions).
         extent: mm along D, H, W.
-        rng: the person's random numbers.
+        rng: random numbers of the subject.
 
     Returns:
-        The lesions (value 1; in every fourth person or so also an old infarct, value 2), and what was drawn.
+        The lesions (value 1; in about every fourth subject also an old infarct, value 2), and the drawn parameters.
     """
-    load = float(np.exp(rng.normal(0.0, 0.55)))  # between people: from hardly any to confluent
+    load = float(np.exp(rng.normal(0.0, 0.55)))  # between subjects: from hardly any lesions to confluent ones
     shape = tuple(maps["white"].shape)
     ragged, rough, spots = (to_grid(smooth_noise(rng, extent, width), shape)[0] for width in (5.0, 2.2, 3.0))
     white = torch.sigmoid((maps["white"] - 0.55) / 0.06)
-    band = 1.2 + 1.2 * load  # mm from the ventricle's wall
+    band = 1.2 + 1.2 * load  # mm from the wall of the ventricle
     cap = 4.0 * load**0.7 * torch.exp(-((maps["horn"] / 11.0) ** 2))
     around = band + cap + 1.6 * ragged + 0.5 * rough - maps["ventricle"]
     deep = 3.2 * (spots + 0.3 * rough - (2.75 - 0.3 * min(load, 2.0)))
-    deep = deep - 3.0 * torch.relu(0.9 - maps["white"]) / 0.3  # spots stay clear of the cortex
-    share = white * torch.maximum(torch.sigmoid(around / 0.45), torch.sigmoid(deep / 0.35))
-    share = share * (maps["ventricle"] > 0.3)
-    lesions = [Lesion(share, 1, {"t1": float(rng.normal(0.72, 0.04)), "flair": float(rng.normal(1.12, 0.06))})]
+    deep = deep - 3.0 * torch.relu(0.9 - maps["white"]) / 0.3  # no spots near the cortex
+    fraction = white * torch.maximum(torch.sigmoid(around / 0.45), torch.sigmoid(deep / 0.35))
+    fraction = fraction * (maps["ventricle"] > 0.3)
+    lesions = [Lesion(fraction, 1, {"t1": float(rng.normal(0.72, 0.04)), "flair": float(rng.normal(1.12, 0.06))})]
     infarct = bool(rng.random() < 0.25)
     if infarct:
         lesions += _infarct(maps, extent, rng)
@@ -81,10 +81,10 @@ def hyperintensities(
 
 
 def _infarct(maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.Generator) -> list[Lesion]:
-    """An old infarct in the white matter: a cavity like CSF with a bright margin on FLAIR."""
+    """An old infarct in the white matter: a cavity with the signal of CSF, and a bright margin on FLAIR."""
     shape = tuple(maps["white"].shape)
     points = grid_points(shape, extent)
-    centre = _somewhere((maps["white"] > 0.7) & (maps["ventricle"] > 8) & (maps["brain"] > 0.5), points, rng)
+    centre = _random_point((maps["white"] > 0.7) & (maps["ventricle"] > 8) & (maps["brain"] > 0.5), points, rng)
     radius = float(rng.uniform(3.0, 6.0))
     noise = to_grid(smooth_noise(rng, extent, 3.0), shape)[0]
     depth = radius + 0.25 * radius * noise - (points - centre).norm(dim=-1)
@@ -97,14 +97,14 @@ def plan_tumour(white: Tensor, extent: tuple[float, ...], rng: np.random.Generat
     """Draw a tumour in the white matter of one hemisphere.
 
     Args:
-        white: the template's share of white matter nearby.
+        white: local fraction of white matter in the template.
         extent: mm along D, H, W.
-        rng: the person's random numbers.
+        rng: random numbers of the subject.
     """
     points = grid_points(tuple(white.shape), extent)
     lateral = points[..., 0].abs() > 16.0
     above_stem = points[..., 2] > -22.0  # the grid's centre is 22 mm above the anterior commissure
-    centre = _somewhere((white > 0.75) & lateral & above_stem, points, rng)
+    centre = _random_point((white > 0.75) & lateral & above_stem, points, rng)
     radius = float(rng.uniform(9.0, 19.0))
     return TumourPlan(
         centre=tuple(centre.tolist()),
@@ -123,14 +123,14 @@ def tumour(
     rng: np.random.Generator,
     values: tuple[int, int, int] = (1, 2, 4),
 ) -> list[Lesion]:
-    """A tumour at its place: oedema along the white matter, enhancing rim, necrotic core.
+    """A tumour: oedema along the white matter, enhancing rim, necrotic core.
 
     Args:
-        maps: the person's warped maps.
-        csf: the person's CSF fraction, which oedema does not enter.
-        plan: where and how large.
+        maps: the subject's warped maps.
+        csf: the subject's CSF fraction, which oedema does not enter.
+        plan: its position and size.
         extent: mm along D, H, W.
-        rng: the person's random numbers.
+        rng: random numbers of the subject.
         values: labels of necrotic core, oedema, enhancing tumour.
     """
     shape = tuple(csf.shape)
@@ -139,8 +139,8 @@ def tumour(
     depth = plan.radius * (1 + 0.17 * coarse + 0.05 * fine) - distance
     core = depth - (plan.radius - plan.core) * (1 + 0.3 * inner).clamp_min(0.25)
     along = torch.sigmoid((maps["white"] - 0.5) / 0.12)
-    spread = 2.0 + plan.oedema * along * (0.75 + 0.3 * finger).clamp(0.1, 1.4)
-    oedema = _attached(torch.sigmoid((depth + spread) / 0.7) * (1 - csf), depth > 0)
+    reach = 2.0 + plan.oedema * along * (0.75 + 0.3 * finger).clamp(0.1, 1.4)
+    oedema = _connected(torch.sigmoid((depth + reach) / 0.7) * (1 - csf), depth > 0)
     necrotic, swollen, enhancing = values
 
     def vary(**means: float) -> dict[str, float]:
@@ -153,14 +153,14 @@ def tumour(
     ]
 
 
-def _attached(share: Tensor, seed: Tensor) -> Tensor:
-    """Keep the parts that hang together with the seed; straight distance would also reach across the falx."""
-    parts, _ = ndimage.label((share > 0.1).numpy())
+def _connected(fraction: Tensor, seed: Tensor) -> Tensor:
+    """Keep the components that are connected to the seed, so that oedema does not cross the falx."""
+    parts, _ = ndimage.label((fraction > 0.1).numpy())
     kept = np.unique(parts[seed.numpy()])
-    return share * torch.from_numpy(np.isin(parts, kept[kept > 0]))
+    return fraction * torch.from_numpy(np.isin(parts, kept[kept > 0]))
 
 
-def _somewhere(allowed: Tensor, points: Tensor, rng: np.random.Generator) -> Tensor:
+def _random_point(allowed: Tensor, points: Tensor, rng: np.random.Generator) -> Tensor:
     """One of the allowed points, (3,)."""
     candidates = points[allowed]
     return candidates[int(rng.integers(len(candidates)))]

@@ -1,8 +1,8 @@
 """Smooth random fields and diffeomorphisms for the phantom, on coarse grids that span the field of view.
 
 Fields are (channel, d, h, w); vectors are in mm, in the order (x, y, z). The grid of a field, coarse or fine,
-has its first and last voxel at the edges of the same `extent` (mm along D, H, W), so one is the other's
-interpolation.
+has its first and last voxel at the edges of the same `extent` (mm along D, H, W), so that one can be interpolated to
+the other.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def smooth_noise(
     channels: int = 1,
     step: float | None = None,
 ) -> Tensor:
-    """Gaussian noise of mean 0 and standard deviation 1 with a smooth random course.
+    """Smooth Gaussian noise with zero mean and unit SD.
 
     Args:
-        rng: the random numbers.
+        rng: random numbers.
         extent: mm along D, H, W.
         width: standard deviation in mm of the Gaussian that smooths white noise.
-        channels: how many independent fields.
-        step: mm between points; a little less than `width` by default.
+        channels: number of independent fields.
+        step: mm between points; 0.8 `width` by default.
 
     Returns:
         (channels, d, h, w) float32 on a coarse grid.
@@ -39,14 +39,14 @@ def smooth_noise(
     step = step or 0.8 * width
     shape = tuple(round(side / step) + 1 for side in extent)
     sigma = width / step
-    reach = int(np.ceil(3 * sigma))  # noise from beyond the edges, so that the edges look like the middle
+    reach = int(np.ceil(3 * sigma))  # noise beyond the edges keeps their statistics
     fields = []
     for _ in range(channels):
         white = rng.standard_normal([side + 2 * reach for side in shape], dtype=np.float32)
         inner = tuple(slice(reach, reach + side) for side in shape)
         fields.append(ndimage.gaussian_filter(white, sigma, mode="constant", truncate=3)[inner])
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    unit = (np.sum((kernel / kernel.sum()) ** 2)) ** 1.5  # standard deviation that the smoothing leaves
+    unit = (np.sum((kernel / kernel.sum()) ** 2)) ** 1.5  # standard deviation after smoothing
     return torch.from_numpy(np.stack(fields) / np.float32(unit))
 
 
@@ -62,23 +62,23 @@ def grid_points(shape: tuple[int, ...], extent: tuple[float, ...]) -> Tensor:
 
 
 def sample(field: Tensor, points: Tensor, extent: tuple[float, ...]) -> Tensor:
-    """Read a field (channel, d, h, w) at points (D, H, W, 3) in mm, trilinear, edges held."""
+    """Sample a field (channel, d, h, w) at points (D, H, W, 3) in mm, trilinear, with repeated edges."""
     half = torch.tensor([side / 2 for side in extent[::-1]])
     return F.grid_sample(field[None], (points / half)[None], padding_mode="border", align_corners=True)[0]
 
 
 def random_velocity(rng: np.random.Generator, extent: tuple[float, ...], asymmetry: float) -> Tensor:
-    """A stationary velocity field: bodily shape and local variation, mirror-symmetric but for a part.
+    """A stationary velocity field with coarse and fine variation, mirror-symmetric except for one part.
 
     Args:
-        rng: the random numbers.
+        rng: random numbers.
         extent: mm along D, H, W.
         asymmetry: size of the asymmetric part relative to the symmetric part.
 
     Returns:
         (3, d, h, w) in mm.
     """
-    mirror = torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1, 1)  # a mirrored vector has its x turned round
+    mirror = torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1, 1)  # the x of a mirrored vector changes its sign
     velocity = torch.zeros(0)
     for width, size in ((24.0, 3.2), (9.0, 1.3)):
         noise = smooth_noise(rng, extent, width, channels=6, step=STEP)
@@ -92,14 +92,14 @@ def random_velocity(rng: np.random.Generator, extent: tuple[float, ...], asymmet
 
 
 def displacement_of(velocity: Tensor, extent: tuple[float, ...]) -> Tensor:
-    """Displacement of a diffeomorphism: the flow of a stationary velocity, by scaling and squaring.
+    """The displacement of the diffeomorphism of a stationary velocity, by scaling and squaring.
 
     Args:
         velocity: (3, d, h, w) in mm.
         extent: mm along D, H, W.
 
     Returns:
-        (3, d, h, w) in mm; the flow takes point p to p + displacement(p).
+        (3, d, h, w) in mm; the flow maps point p to p + displacement(p).
     """
     points = grid_points(tuple(velocity.shape[1:]), extent)
     flow = velocity / 2**SQUARINGS

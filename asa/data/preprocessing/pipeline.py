@@ -1,4 +1,4 @@
-"""One scan through all stages, in memory, and results back to its own grid."""
+"""One scan through all stages in memory, and results back to the grid of the scan."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 
 from asa.data.io.nifti import Volume, check_same_geometry
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
-from asa.data.preprocessing.steps import STAGES, Case, PrepareSettings, judge
-from asa.data.store import IGNORED
+from asa.data.preprocessing.steps import STAGES, Case, PrepareSettings, measure_quality
+from asa.ops.labels import IGNORED
 
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """One scan as it goes into the store or into a network.
+    """One prepared scan, as it is stored or given to a network.
 
     Args:
         image: (C, D, H, W) float32.
-        label: (1, D, H, W) uint8, consecutive indices (0 is background) and `IGNORED`, or None.
-        chain: JSON-able; everything `to_native` needs, and the affine of this grid.
-        quality: JSON-able; where the mid-sagittal plane is, and how well stages did.
-        first: the channel that the stages went by, the first one that the scan has.
-        brain: (D, H, W) bool, that channel's foreground.
+        label: (1, D, H, W) uint8, class indices (0 is background) and `IGNORED`, or None.
+        chain: JSON-able: the steps with their parameters for `to_native`, and the affine of this grid.
+        quality: JSON-able: the mid-sagittal plane and figures of merit of the stages.
+        first: index of the reference channel, the first one that the scan has.
+        brain: (D, H, W) bool, the foreground of that channel.
         plane: the mid-sagittal plane relative to the centre of this grid, if it was found.
-        seconds: that each stage took.
+        seconds: duration of each stage.
     """
 
     image: np.ndarray
@@ -49,37 +49,37 @@ def prepare_case(
     ignored: Sequence[int] = (),
     name: str = "case",
 ) -> PreparedCase:
-    """Bring one scan through all stages, in memory; `asa-prepare` and `asa-predict` both come through here.
+    """Run all stages on one scan in memory; both `asa-prepare` and `asa-predict` call this.
 
     Args:
-        images: channel name -> volume, all on one grid; None where the scan lacks a channel, which becomes 0.
+        images: channel name -> volume, all on one grid; None where the scan lacks a channel, which is filled with 0.
         label: label map on the same grid, or None.
         labels: declared values -> names; 0 is the background and is not declared.
-        settings: as for the cohort.
+        settings: of the cohort.
         ignored: label values that are stored as `IGNORED`.
-        name: names the case in messages.
+        name: of the case, for messages.
 
     Returns:
-        Arrays on the prepared grid, and the chain of steps that leads back.
+        Arrays on the prepared grid, and the chain of steps that is undone for the way back.
 
     Raises:
         ImportError: a stage needs a package that is not installed.
-        ValueError: channels or label on different grids, a label value that is not declared, an empty image, no
-            channel at all, or a stage that fails.
+        ValueError: channels or label on different grids, an undeclared label value, an empty image, no channel at
+            all, or a stage that fails.
     """
-    there = {channel: volume for channel, volume in images.items() if volume is not None}
-    if not there:
+    present = {channel: volume for channel, volume in images.items() if volume is not None}
+    if not present:
         raise ValueError(f"{name}: has none of the channels {', '.join(images)}")
-    first, *others = there
-    reference = there[first]
+    first, *others = present
+    reference = present[first]
     for channel in others:
-        check_same_geometry(reference, there[channel], f"{first} and {channel} of {name}")
+        check_same_geometry(reference, present[channel], f"{first} and {channel} of {name}")
     indices = None
     if label is not None:
         check_same_geometry(reference, label, f"{first} and label of {name}")
         indices = stored_indices(label.data, labels, ignored, name)
-    nothing = np.zeros(reference.data.shape, np.float32)
-    stacked = np.stack([nothing if volume is None else volume.data for volume in images.values()]).astype(np.float32)
+    zeros = np.zeros(reference.data.shape, np.float32)
+    stacked = np.stack([zeros if volume is None else volume.data for volume in images.values()]).astype(np.float32)
     absent = tuple(number for number, volume in enumerate(images.values()) if volume is None)
     case = Case(stacked, np.zeros(0, bool), indices, reference.affine, absent)
     chain: dict[str, Any] = {
@@ -94,28 +94,29 @@ def prepare_case(
             parameters = stage.apply(case, settings)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        taken = time.perf_counter() - started
+        duration = time.perf_counter() - started
         if parameters is not None:
             chain["steps"].append({"stage": stage.name, **parameters})
-        if parameters is not None or taken > 0.1:  # the symmetry plane is looked for even where nothing is aligned
-            seconds[stage.name] = taken
+        if parameters is not None or duration > 0.1:  # align may only estimate the plane
+            seconds[stage.name] = duration
     chain["stored_affine"] = case.affine.tolist()
     stored_label = None if case.label is None else np.ascontiguousarray(case.label[None])
     image, brain = np.ascontiguousarray(case.image), case.foreground[case.first]
-    return PreparedCase(image, stored_label, chain, judge(case), case.first, brain, case.plane, seconds)
+    quality = measure_quality(case)
+    return PreparedCase(image, stored_label, chain, quality, case.first, brain, case.plane, seconds)
 
 
 def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.ndarray:
-    """Bring a result on the prepared grid back to the scan's own grid.
+    """Resample a result from the prepared grid to the grid of the scan.
 
     Args:
         array: (C, D, H, W), float (probabilities; take the argmax afterwards) or integer (labels).
         chain: of the prepared case.
-        order: 0 nearest neighbour, 1 trilinear, for floats of a scan that was resampled. Integers take 0;
-            there each label's mask is brought back linearly and the largest wins, which keeps borders smooth.
+        order: 0 nearest neighbour, 1 trilinear, for floats of a scan that was resampled. Integers take 0; the mask of
+            each label is then resampled linearly and the largest value wins, which keeps borders smooth.
 
     Returns:
-        (C, x, y, z) in the axes of the scan's file; 0 outside the crop.
+        (C, x, y, z) in the axes of the file; 0 outside the crop.
 
     Raises:
         ValueError: the array does not fit the chain, or integers with order 1.
@@ -126,11 +127,11 @@ def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.nda
     if array.ndim != 4 or array.shape[1:] != expected:
         raise ValueError(f"to_native: array of shape {array.shape} is not (C, D, H, W) with D, H, W = {expected}")
     if array.dtype == np.float16:
-        array = array.astype(np.float32)  # scipy does not interpolate halves
+        array = array.astype(np.float32)  # scipy does not interpolate float16
     undo = {stage.name: stage.undo for stage in STAGES}
     for step in reversed(chain["steps"]):
-        back = undo[step["stage"]]
-        array = array if back is None else back(array, step, order)
+        if (inverse := undo[step["stage"]]) is not None:
+            array = inverse(array, step, order)
     return np.ascontiguousarray(array)
 
 
@@ -150,13 +151,13 @@ def _prepared_shape(chain: dict[str, Any]) -> tuple[int, ...]:
 
 
 def stored_indices(label: np.ndarray, labels: Mapping[int, str], ignored: Sequence[int], name: str) -> np.ndarray:
-    """Label values as they are stored: 0 and the declared ones as uint8 0, 1, 2, ..., ignored ones as `IGNORED`.
+    """Class indices of label values: 0 and the declared values become uint8 0, 1, 2, ..., ignored ones `IGNORED`.
 
     Args:
         label: values, any shape.
         labels: declared values -> names.
         ignored: values that count neither in a loss nor in a score.
-        name: names the case in messages.
+        name: of the case, for messages.
 
     Raises:
         ValueError: a value that is neither declared nor ignored.

@@ -16,49 +16,50 @@ from scipy import ndimage
 
 from asa.data.preprocessing.resampling import Lengths, grid_map, sample_affine
 from asa.data.preprocessing.template import load_map
+from asa.errors import require
 
-# Of the template's space, in mm along D, H, W: the brain with room for larger ones, and below it for the brain stem,
-# which the template's own array cuts off. Symmetric about x = 0.
-FIELD = ((-94.0, 98.0), (-128.0, 96.0), (-96.0, 96.0))
+# Field of view in the template's space, mm along D, H, W: the brain with a margin for larger brains, and below it for
+# the brain stem, which the template's array cuts off. Symmetric about x = 0.
+FIELD_OF_VIEW = ((-94.0, 98.0), (-128.0, 96.0), (-96.0, 96.0))
 LEVELS = ((4, 2.0), (2, 1.0))  # shrink factor of the template, smoothing in mm
-SAMPLED = 0.25  # share of the template's voxels, drawn with a fixed seed
+SAMPLED = 0.25  # fraction of the template's voxels, drawn with a fixed seed
 BINS = 32
-AROUND = 30.0  # mm of zeros around the brain, whatever the file has: the search compares only what lies in both arrays
+PADDING = 30.0  # mm of zeros around the brain, independent of the file: only points inside both arrays are compared
 
 
-def register_to_template(brain: np.ndarray, spacing: Lengths, turn: np.ndarray) -> np.ndarray:
-    """Find the affine map that lays the template on a brain: mutual information (Mattes), from coarse to fine.
+def register_to_template(brain: np.ndarray, spacing: Lengths, rotation: np.ndarray) -> np.ndarray:
+    """Find the affine map from the template to a brain: mutual information (Mattes), from coarse to fine.
 
     Args:
         brain: (D, H, W), 0 outside the brain, any contrast.
         spacing: voxel size in mm along D, H, W.
-        turn: (3, 3) rotation from the scanner's axes (d, h, w) to the array's, as its header has it. The search
-            begins upright to the array or to the scanner, whichever fits better.
+        rotation: (3, 3), from the scanner's axes (d, h, w) to the array's, according to the header. The search starts
+            aligned with the array or with the scanner, whichever fits better.
 
     Returns:
         (4, 4), template point to scan point.
 
     Raises:
         ImportError: SimpleITK or nilearn is not installed.
-        ValueError: no brain, or the search fails.
+        ValueError: an empty image, or the search fails.
     """
     template, template_affine = load_map("t1")
     if not (brain > 0).any():
-        raise ValueError("registration needs a brain, and the image is empty")
+        raise ValueError("registration needs a brain, but the image is empty")
     half = (np.array(brain.shape) - 1) / 2 * np.asarray(spacing)
     bounded = np.clip(brain, 0, np.percentile(brain[brain > 0], 99.5))
     box = ndimage.find_objects((brain > 0).astype(np.uint8))[0]
-    pad = [math.ceil(AROUND / side) for side in spacing]
+    pad = [math.ceil(PADDING / side) for side in spacing]
     start = np.array([side.start for side in box]) - pad
     with simpleitk() as sitk:
         fixed = _image(sitk, template, (1.0, 1.0, 1.0), template_affine[:3, 3][::-1])
         moving = _image(sitk, np.pad(bounded[box], [(n, n) for n in pad]), spacing, start * np.asarray(spacing) - half)
-        starts = _starts(sitk, template, template_affine, brain, spacing, (np.eye(3), turn))
+        starts = _starts(sitk, template, template_affine, brain, spacing, (np.eye(3), rotation))
         try:
-            found = _search(sitk, fixed, moving, starts)
+            found = _optimise(sitk, fixed, moving, starts)
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1]
-            raise ValueError(f"registration to the template fails ({reason}); look at the image") from None
+            raise ValueError(f"registration to the template fails ({reason}); check the image") from None
         matrix, centre = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
         offset = centre + np.array(found.GetTranslation()) - matrix @ centre
     result = np.eye(4)  # SimpleITK's points are (x, y, z)
@@ -66,8 +67,8 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, turn: np.ndarray) 
     return result
 
 
-def _search(sitk: Any, fixed: Any, moving: Any, starts: Sequence[Any]) -> Any:
-    """Climb from the better of the starts, which is changed in place and returned."""
+def _optimise(sitk: Any, fixed: Any, moving: Any, starts: Sequence[Any]) -> Any:
+    """Optimise the best of the initial transforms in place, and return it."""
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(BINS)
     method.SetMetricSamplingStrategy(method.RANDOM)
@@ -98,7 +99,7 @@ def _starts(
     spacing: Lengths,
     rotations: Sequence[np.ndarray],
 ) -> list[Any]:
-    """Centres of mass on each other, volumes made equal, turned in each of the ways."""
+    """Initial transforms that match the centres of mass and the brain volumes, one for each rotation."""
     voxel = float(np.prod(spacing))
     size = ((brain > 0).sum() * voxel / (template > 0).sum()) ** (1 / 3)
     centre = _centre(template) + template_affine[:3, 3][::-1]
@@ -112,7 +113,7 @@ def _starts(
 
 
 def _centre(brain: np.ndarray) -> np.ndarray:
-    """Middle of the voxels other than 0."""
+    """Centre of mass of the voxels above 0."""
     return np.array(ndimage.center_of_mass(brain > 0))
 
 
@@ -126,15 +127,15 @@ def template_overlap(inside: np.ndarray, pose: np.ndarray, spacing: Lengths) -> 
     """
     template, affine = load_map("t1")
     brain = template > 0
-    middle = np.eye(4)  # the middle of the template's array, in its space
-    middle[:3, 3] = (np.array(template.shape) - 1) / 2 + affine[:3, 3][::-1]
-    matrix = grid_map(pose @ middle, template.shape, (1.0, 1.0, 1.0), inside.shape, spacing)
+    centre = np.eye(4)  # of the template's array, in its space
+    centre[:3, 3] = (np.array(template.shape) - 1) / 2 + affine[:3, 3][::-1]
+    matrix = grid_map(pose @ centre, template.shape, (1.0, 1.0, 1.0), inside.shape, spacing)
     moved = sample_affine(inside.astype(np.float32), matrix, template.shape, order=1) >= 0.5
     return float(2 * (moved & brain).sum() / max(moved.sum() + brain.sum(), 1))
 
 
 def _image(sitk: Any, array: np.ndarray, spacing: Lengths, origin: np.ndarray) -> Any:
-    """A SimpleITK image whose axes are those of the array; its points are (x, y, z) of ours, no LPS."""
+    """A SimpleITK image with the axes of the array: its points are our (x, y, z), not LPS."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(array, dtype=np.float32))
     image.SetSpacing([float(side) for side in spacing][::-1])
     image.SetOrigin(np.asarray(origin, dtype=np.float64)[::-1].tolist())
@@ -143,18 +144,15 @@ def _image(sitk: Any, array: np.ndarray, spacing: Lengths, origin: np.ndarray) -
 
 @contextmanager
 def simpleitk() -> Iterator[Any]:
-    """The SimpleITK module, on one thread: with more, sums and so the result would differ from run to run.
+    """The SimpleITK module on one thread: with more threads, sums and so results would differ between runs.
 
     Raises:
         ImportError: not installed.
     """
+    sitk = require("SimpleITK", "prepare", "registration or N4")
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
-        import SimpleITK
-    except ImportError:
-        raise ImportError('registration and N4 need SimpleITK: pip install "asa-mri[prepare]"') from None
-    threads = SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    try:
-        yield SimpleITK
+        yield sitk
     finally:
-        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)

@@ -1,4 +1,4 @@
-"""From one voxel grid to another by an affine map, and back. Arrays are (D, H, W); maps go from new voxel to old."""
+"""Affine resampling between voxel grids. Arrays are (D, H, W); maps go from new voxel to old voxel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 Lengths = Sequence[float] | np.ndarray
-FWHM_PER_SIGMA = 2.355  # full width at half maximum of a Gaussian in its standard deviations
+FWHM_PER_SIGMA = 2.355  # full width at half maximum of a Gaussian with unit standard deviation
 
 
 def grid_map(
@@ -18,10 +18,10 @@ def grid_map(
     old_shape: Sequence[int],
     old_spacing: Lengths,
 ) -> np.ndarray:
-    """The map from voxels to voxels of a map between points.
+    """The map between voxels that corresponds to a map between points.
 
     Args:
-        pose: (4, 4), point of the new grid to point of the old one, each (d, h, w) in mm from its grid's centre.
+        pose: (4, 4), point of the new grid to point of the old one, each (d, h, w) in mm from the centre of its grid.
         new_shape, old_shape: voxels along D, H, W.
         new_spacing, old_spacing: voxel size in mm.
 
@@ -36,16 +36,16 @@ def grid_map(
 
 
 def sample_affine(array: np.ndarray, matrix: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:
-    """Read an array (D, H, W) at the places of another grid.
+    """Sample an array (D, H, W) at the voxels of another grid.
 
-    Where the map only scales, the array's edge is held, as half a voxel of the new grid may lie beyond it; elsewhere
-    what lies beyond is 0.
+    Beyond the array its edge is repeated if the map only scales (half a voxel of the new grid may lie there); otherwise
+    values are 0.
 
     Args:
         array: float, or any type with order 0.
         matrix: (4, 4), new voxel to old.
         shape: of the new grid.
-        order: 0 nearest voxel, 1 trilinear.
+        order: 0 nearest neighbour, 1 trilinear.
     """
     linear, offset = matrix[:3, :3], matrix[:3, 3]
     if is_scaling(matrix):
@@ -56,7 +56,7 @@ def sample_affine(array: np.ndarray, matrix: np.ndarray, shape: Sequence[int], o
 
 
 def is_scaling(matrix: np.ndarray) -> bool:
-    """Whether a map leaves the axes as they are."""
+    """Whether a map only scales and shifts each axis."""
     linear = matrix[:3, :3]
     return bool(np.array_equal(linear, np.diag(np.diagonal(linear))))
 
@@ -64,10 +64,10 @@ def is_scaling(matrix: np.ndarray) -> bool:
 def sample_image(
     image: np.ndarray, inside: np.ndarray, matrix: np.ndarray, shape: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bring an image and its foreground to another grid: trilinear, smoothed first where the new grid is coarser.
+    """Resample an image and its foreground: trilinear, with smoothing first where the new grid is coarser.
 
-    The image is divided by the foreground's own share, so that the background stays exactly 0 and does not darken the
-    brain's rim.
+    The image is divided by the resampled foreground, so that the background stays exactly 0 and does not darken the
+    edge of the brain.
 
     Args:
         image: (D, H, W) float32.
@@ -81,21 +81,21 @@ def sample_image(
     steps = np.linalg.norm(matrix[:3, :3], axis=1)  # old voxels, along each old axis, per step of the new grid
     blur = np.sqrt(np.maximum(steps**2 - 1, 0)) / FWHM_PER_SIGMA
     blur = np.where(blur < 0.05, 0, blur)
-    share = sample_affine(ndimage.gaussian_filter(inside.astype(np.float32), blur), matrix, shape, order=1)
+    fraction = sample_affine(ndimage.gaussian_filter(inside.astype(np.float32), blur), matrix, shape, order=1)
     total = sample_affine(ndimage.gaussian_filter(image, blur), matrix, shape, order=1)
-    foreground = share >= 0.5
+    foreground = fraction >= 0.5
     result = np.zeros(tuple(shape), np.float32)
-    np.divide(total, share, out=result, where=foreground)
+    np.divide(total, fraction, out=result, where=foreground)
     return result, foreground
 
 
 def sample_label(label: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Bring a label map to another grid: each label's mask linearly, the largest share wins.
+    """Resample a label map: the mask of each label is resampled linearly, and the largest value wins.
 
-    The border is smoother than with the nearest voxel's value. A label is looked at only near where it lies.
+    Borders are smoother than with nearest neighbour. Each label is resampled only in the box that it can reach.
 
     Args:
-        label: (D, H, W) of an integer type; 0 is what is beyond the array.
+        label: (D, H, W) of an integer type; voxels beyond the array are 0.
         matrix: (4, 4), new voxel to old.
         shape: of the new grid.
     """
@@ -107,28 +107,27 @@ def sample_label(label: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) ->
         part = np.eye(4)
         part[:3, 3] = [side.start for side in box]
         size = [side.stop - side.start for side in box]
-        share = sample_affine((label == value).astype(np.float32), matrix @ part, size, order=1)
-        wins = share > best[box]
-        result[box][wins] = value
-        np.maximum(best[box], share, out=best[box])
+        fraction = sample_affine((label == value).astype(np.float32), matrix @ part, size, order=1)
+        result[box][fraction > best[box]] = value
+        np.maximum(best[box], fraction, out=best[box])
     return result
 
 
 def _compact(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The map with values 1, 2, 3, ... for what is not 0, and the values that these stand for."""
-    values, places = np.unique(label, return_inverse=True)
+    """The map with consecutive indices 1, 2, 3, ... for values other than 0, and the values of these indices."""
+    values, indices = np.unique(label, return_inverse=True)
     if values[0] != 0:
-        values, places = np.concatenate([[0], values]).astype(values.dtype), places + 1
-    return places.reshape(label.shape).astype(np.int32), values[1:]
+        values, indices = np.concatenate([[0], values]).astype(values.dtype), indices + 1
+    return indices.reshape(label.shape).astype(np.int32), values[1:]
 
 
 def _reach(
     box: tuple[slice, ...], old_shape: Sequence[int], matrix: np.ndarray, shape: Sequence[int]
 ) -> tuple[slice, ...]:
-    """The part of the new grid that a box of the old one can reach, with a margin of interpolation."""
-    held = 1e6 if is_scaling(matrix) else 1.0  # a held edge reaches as far as one looks
+    """The box of the new grid that a box of the old grid can reach, with a margin for interpolation."""
+    edge = 1e6 if is_scaling(matrix) else 1.0  # a repeated edge reaches to the end of the new grid
     ends = [
-        (side.start - (1.0 if side.start else held), side.stop + (held if side.stop == size else 0.0))
+        (side.start - (1.0 if side.start else edge), side.stop + (edge if side.stop == size else 0.0))
         for side, size in zip(box, old_shape, strict=True)
     ]
     corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)

@@ -1,7 +1,7 @@
-"""The stages that bring a scan to the prepared grid, in order, and what undoes each.
+"""The stages of preprocessing in order, each with its inverse.
 
-Arrays are `C D H W` in RAS+ (D inferior to superior, H posterior to anterior, W left to right) between the stages.
-A stage changes a case in place and returns what its undoing needs.
+Between the stages, arrays are `C D H W` in RAS+ (D inferior to superior, H posterior to anterior, W left to right).
+A stage changes a case in place and returns the parameters that its inverse needs.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import TOOLS, brain_mask, correct_bias
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
-from asa.data.preprocessing.template import brain_middle
+from asa.data.preprocessing.template import brain_centre
+from asa.data.store import read_box
 
 PERCENTILES = (0.5, 99.9)
 ZERO_BACKGROUND = 0.01  # below this fraction of zero voxels an image is taken to have no zero background
 PLAUSIBLE_BRAIN = (600.0, 2300.0)  # ml
-TILTED, SHIFTED = 2.0, 2.0  # degrees and mm, above which the mid-sagittal plane is said to be off
+LARGEST_TILT, LARGEST_SHIFT = 2.0, 2.0  # degrees and mm of the mid-sagittal plane, above which a warning is given
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """How scans are brought to the store. What works on whole heads, and alignment, is off by default.
+    """Preprocessing of a scan. Alignment, and the stages for whole heads, are off by default.
 
-    The foreground of a channel is its voxels other than 0. An image with (almost) no voxel at 0, like a raw
-    head with noise all around, has no such background: everything is foreground. After skull stripping it is the
-    brain mask. Where a stage looks at one channel (strip, registration, symmetry), it is the first one that the scan
-    has, and the others follow.
+    The foreground of a channel is its voxels other than 0. An image with (almost) no voxels at 0, like a raw head with
+    noise in the air, has no such background: all of it is foreground. After skull stripping the foreground is the brain
+    mask. Stages that use one channel (strip, registration, mid-sagittal plane) use the first one that the scan has, and
+    apply the result to all.
 
     Args:
         bias: correct the bias field of each channel (N4).
         strip: "none"; "deepbet"; "robex"; or a command with {image} and {mask} in it, which reads a NIfTI file and
-            writes the brain's mask.
+            writes the brain mask.
         register: affine registration of the brain to the ICBM 2009a symmetric template (MNI space, 1 mm unless
-            `spacing` says otherwise).
-        midway: turn and shift the scan so that its mid-sagittal plane is the middle of the volume.
-        normalise: "percentile" maps the 0.5 and 99.9 percentiles of the foreground to 0 and 1, clipped;
-            "zscore" makes mean 0 and standard deviation 1 in the foreground. The background is 0 in both. Per
-            channel.
-        spacing: isotropic voxel size in mm to resample to; None keeps the scan's own grid.
-        crop: "foreground" (the box of any channel's foreground, with a margin), "none", or a size, one int or
-            D, H, W: a box of this size around the middle of the foreground's box, padded with 0 where it is
-            larger. After registration a box of this size lies around the middle of the template's brain, so that a
-            place in it is the same place in every brain. After registration or midway alignment the box is symmetric
+            `spacing` is given).
+        midway: midway alignment: rotate and shift the scan so that its mid-sagittal plane is the middle of the volume.
+        normalise: "percentile" maps the 0.5 and 99.9 percentiles of the foreground to 0 and 1, clipped; "zscore" gives
+            the foreground zero mean and unit SD. The background is 0 in both. Per channel.
+        spacing: isotropic voxel size in mm to resample to; None keeps the grid of the scan.
+        crop: "foreground" (the bounding box of the foreground of any channel, with a margin), "none", or a size, one
+            int or D, H, W: a box of this size around the centre of the foreground's bounding box, padded with 0 where
+            it is larger. After registration the box lies around the centre of the template's brain, so that an index
+            is the same anatomical position in every scan. After registration or midway alignment the box is symmetric
             about the middle of the volume, so that the mid-sagittal plane stays there.
-        margin: voxels around the foreground's box, for crop "foreground".
+        margin: voxels around the bounding box, for crop "foreground".
     """
 
     bias: bool = False
@@ -83,7 +83,7 @@ class PrepareSettings:
         elif isinstance(self.crop, int):
             valid = self.crop > 0
         else:
-            object.__setattr__(self, "crop", list(self.crop))  # as JSON gives it back
+            object.__setattr__(self, "crop", list(self.crop))  # a list, as JSON returns it
             valid = len(self.crop) == 3 and all(isinstance(size, int) and size > 0 for size in self.crop)
         if not valid:
             raise ValueError(f"crop={self.crop!r}: choose foreground, none, a size in voxels, or three sizes D, H, W")
@@ -101,10 +101,10 @@ class Case:
         foreground: bool, of the same shape; empty for a channel that the scan lacks.
         label: (D, H, W), or None.
         affine: (4, 4) of the (x, y, z) axes.
-        absent: numbers of the channels that the scan lacks.
-        plane: mid-sagittal plane, relative to the centre of the grid; None before it was looked for.
-        found: that plane before midway alignment made it the middle; None without.
-        centred: whether the middle of the grid is meant to be that plane.
+        absent: indices of the channels that the scan lacks.
+        plane: mid-sagittal plane relative to the centre of the grid; None before it is estimated.
+        original_plane: that plane before midway alignment; None without.
+        centred: whether the plane should be the middle of the grid.
         quality: figures of merit, JSON-able.
     """
 
@@ -114,13 +114,13 @@ class Case:
     affine: np.ndarray
     absent: tuple[int, ...] = ()
     plane: MidsagittalPlane | None = None
-    found: MidsagittalPlane | None = None
+    original_plane: MidsagittalPlane | None = None
     centred: bool = False
     quality: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first(self) -> int:
-        """The channel that the others follow."""
+        """Index of the reference channel, the first one that the scan has."""
         return next(number for number in range(len(self.image)) if number not in self.absent)
 
     @property
@@ -132,12 +132,12 @@ class Case:
 def _orient(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     affine, code = case.affine, axis_codes(case.affine)
 
-    def turned(array: np.ndarray) -> np.ndarray:  # (x, y, z) of the file -> (D, H, W)
+    def reoriented(array: np.ndarray) -> np.ndarray:  # (x, y, z) of the file -> (D, H, W)
         return to_ras(array, affine)[0].transpose(2, 1, 0)
 
     _, case.affine, axes = to_ras(case.image[0], affine)
-    case.image = np.stack([turned(channel) for channel in case.image])
-    case.label = None if case.label is None else turned(case.label)
+    case.image = np.stack([reoriented(channel) for channel in case.image])
+    case.label = None if case.label is None else reoriented(case.label)
     case.foreground = _foreground(case.image)
     for channel in case.absent:
         case.foreground[channel] = False
@@ -149,7 +149,7 @@ def _undo_orient(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndar
 
 
 def _foreground(image: np.ndarray) -> np.ndarray:
-    """Bool (C, D, H, W): what is not background; see `PrepareSettings`."""
+    """Bool (C, D, H, W), see `PrepareSettings`."""
     foreground = image != 0
     for channel in foreground:
         if channel.mean() > 1 - ZERO_BACKGROUND:
@@ -173,7 +173,7 @@ def _strip(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     volume = float(mask.sum() * np.prod(case.spacing) / 1000)
     low, high = PLAUSIBLE_BRAIN
     if not low <= volume <= high:
-        warnings.warn(f"the brain mask has {volume:.0f} ml, not {low:.0f} to {high:.0f}; look at it", stacklevel=2)
+        warnings.warn(f"the brain mask has {volume:.0f} ml, not {low:.0f} to {high:.0f}; check it", stacklevel=2)
     case.image *= mask
     for channel in range(len(case.image)):
         case.foreground[channel] = mask if channel not in case.absent else False
@@ -181,7 +181,7 @@ def _strip(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
 
 
 def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
-    found = align(
+    alignment = align(
         case.image[case.first],
         case.foreground[case.first],
         case.affine,
@@ -189,34 +189,34 @@ def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
         register=settings.register,
         midway=settings.midway,
     )
-    case.plane = found.found
-    if found.overlap is not None:
-        case.quality["template_dice"] = round(found.overlap, 4)
+    case.plane = alignment.plane
+    if alignment.overlap is not None:
+        case.quality["template_dice"] = round(alignment.overlap, 4)
     case.centred = settings.register or settings.midway
-    if found.matrix is None:
+    if alignment.matrix is None:
         return None
-    before, matrix, shape = case.image.shape[1:], found.matrix, found.shape
+    before, matrix, shape = case.image.shape[1:], alignment.matrix, alignment.shape
     pairs = [
         sample_image(image, inside, matrix, shape) for image, inside in zip(case.image, case.foreground, strict=True)
     ]
     kept = np.count_nonzero(pairs[case.first][1]) * abs(np.linalg.det(matrix[:3, :3]))
     lost = 1 - kept / max(np.count_nonzero(case.foreground[case.first]), 1)
     if case.centred and lost > 0.02:
-        warnings.warn(f"{lost:.0%} of the foreground lies outside the new grid; look at it", stacklevel=2)
+        warnings.warn(f"{lost:.0%} of the foreground lies outside the new grid; check the alignment", stacklevel=2)
     case.image, case.foreground = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
     if case.label is not None:
         case.label = sample_label(case.label, matrix, shape)
-    case.affine = found.affine
-    if settings.midway and found.found is not None:
-        case.found, case.plane = found.found, MidsagittalPlane(0.0, 0.0, 0.0, found.found.correlation)
+    case.affine = alignment.affine
+    if settings.midway and case.plane is not None:
+        case.original_plane, case.plane = case.plane, MidsagittalPlane(0.0, 0.0, 0.0, case.plane.correlation)
     return {"matrix": matrix.tolist(), "before": list(before), "shape": list(shape)}
 
 
 def _undo_align(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
-    back, before = np.linalg.inv(step["matrix"]), step["before"]
+    inverse, before = np.linalg.inv(step["matrix"]), step["before"]
     if array.dtype.kind != "f":
-        return np.stack([sample_label(channel, back, before) for channel in array])
-    return np.stack([sample_affine(channel, back, before, order) for channel in array])
+        return np.stack([sample_label(channel, inverse, before) for channel in array])
+    return np.stack([sample_affine(channel, inverse, before, order) for channel in array])
 
 
 def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any]:
@@ -228,11 +228,11 @@ def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any]:
             continue
         values = channel[inside]
         if values.size == 0 or values.min() == values.max():
-            raise ValueError("an image is empty or constant; look at it, and leave the case out")
+            raise ValueError("an image is empty or constant; check it, or leave the case out")
         if settings.normalise == "percentile":
             low, high = (float(value) for value in np.percentile(values, PERCENTILES))
             if high <= low:
-                raise ValueError(f"the {PERCENTILES} percentiles of an image are equal ({low:g}); look at it")
+                raise ValueError(f"the {PERCENTILES} percentiles of an image are equal ({low:g}); check it")
             channel[inside] = np.clip((values - low) / (high - low), 0, 1)
             used["low"].append(low)
             used["high"].append(high)
@@ -261,85 +261,63 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     else:
         size = [settings.crop] * 3 if isinstance(settings.crop, int) else [int(side) for side in settings.crop]
         if settings.register:
-            middle = np.linalg.inv(case.affine) @ [*brain_middle(), 1]
-            start = [round(place - (want - 1) / 2) for place, want in zip(middle[2::-1], size, strict=True)]
+            centre = np.linalg.inv(case.affine) @ [*brain_centre(), 1]
+            start = [round(middle - (edge - 1) / 2) for middle, edge in zip(centre[2::-1], size, strict=True)]
         else:
-            start = [(side.start + side.stop - want) // 2 for side, want in zip(box, size, strict=True)]
+            start = [(side.start + side.stop - edge) // 2 for side, edge in zip(box, size, strict=True)]
         if case.centred:
             start[2] = (before[2] - size[2]) // 2
-    step = {"start": start, "size": size, "before": list(before)}
-    lost = anywhere.sum() - _cut(anywhere[None], step).sum()
+    lost = anywhere.sum() - read_box(anywhere[None], start, size).sum()
     if lost:
         warnings.warn(f"the crop to {size} leaves out {lost / anywhere.sum():.1%} of the foreground", stacklevel=2)
     if case.label is not None:
-        lost = (case.label > 0).sum() - (_cut(case.label[None], step) > 0).sum()
-        if lost:
+        label = read_box(case.label[None], start, size)[0]
+        if lost := (case.label > 0).sum() - (label > 0).sum():
             warnings.warn(f"the crop to {size} leaves out {lost} labelled voxels", stacklevel=2)
-        case.label = _cut(case.label[None], step)[0]
-    case.image, case.foreground = _cut(case.image, step), _cut(case.foreground, step)
-    moved = np.array(start) + (np.array(size) - 1) / 2 - (np.array(before) - 1) / 2  # voxels, from centre to centre
+        case.label = label
+    case.image, case.foreground = read_box(case.image, start, size), read_box(case.foreground, start, size)
+    offset = np.array(start) + (np.array(size) - 1) / 2 - (np.array(before) - 1) / 2  # voxels, from centre to centre
     if case.plane is not None:
-        case.plane = case.plane.seen_from(moved * case.spacing)
+        case.plane = case.plane.relative_to(offset * case.spacing)
     case.affine = case.affine.copy()
     case.affine[:3, 3] += case.affine[:3, :3] @ np.array(start)[::-1]
-    return step
+    return {"start": start, "size": size, "before": list(before)}
 
 
-def judge(case: Case) -> dict[str, Any]:
-    """Figures of merit of a scan that went through the stages, JSON-able, and warnings about what looks wrong."""
+def measure_quality(case: Case) -> dict[str, Any]:
+    """Figures of merit of a scan after all stages, JSON-able; warns about a mid-sagittal plane that is off."""
     brain = case.foreground[case.first]
     quality: dict[str, Any] = {"brain_ml": round(float(brain.sum() * np.prod(case.spacing) / 1000), 1)}
     if case.plane is not None:
-        shown = case.found or case.plane
+        shown = case.original_plane or case.plane
         quality |= {
             "yaw_degrees": round(shown.yaw, 3),
             "roll_degrees": round(shown.roll, 3),
             "shift_mm": round(shown.shift, 3),
             "mirror_correlation": round(shown.correlation, 4),
         }
-        if case.plane.angle > TILTED or abs(case.plane.shift) > SHIFTED:
+        if case.plane.angle > LARGEST_TILT or abs(case.plane.shift) > LARGEST_SHIFT:
             warnings.warn(
                 f"the mid-sagittal plane is off by yaw {shown.yaw:.1f}, roll {shown.roll:.1f} degrees and "
-                f"{shown.shift:.1f} mm; the symmetric encoding rests on it: prepare.midway=true puts it in the middle",
+                f"{shown.shift:.1f} mm; the symmetric position encoding assumes that it is the middle of the volume: "
+                "prepare.midway=true aligns it",
                 stacklevel=3,
             )
     return quality | case.quality
 
 
 def _undo_crop(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
-    whole = np.zeros((len(array), *step["before"]), array.dtype)
-    inside, part = _overlap(step)
-    whole[(slice(None), *inside)] = array[(slice(None), *part)]
-    return whole
-
-
-def _cut(array: np.ndarray, step: dict[str, Any]) -> np.ndarray:
-    """The crop's box out of an array (C, D, H, W), 0 where the box reaches beyond it."""
-    part = np.zeros((len(array), *step["size"]), array.dtype)
-    inside, where = _overlap(step)
-    part[(slice(None), *where)] = array[(slice(None), *inside)]
-    return part
-
-
-def _overlap(step: dict[str, Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where whole and crop overlap, as slices of the whole and as slices of the crop."""
-    whole, part = [], []
-    for start, size, total in zip(step["start"], step["size"], step["before"], strict=True):
-        first, last = max(start, 0), max(start, 0, min(start + size, total))
-        whole.append(slice(first, last))
-        part.append(slice(first - start, last - start))
-    return tuple(whole), tuple(part)
+    return read_box(array, [-first for first in step["start"]], step["before"])
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the preparation.
+    """A stage of preprocessing.
 
     Args:
-        name: as it stands in the chain.
-        apply: changes the case in place; returns JSON-able parameters, or None where there was nothing to do.
-        undo: (array (C, ...), parameters, order) -> array before this stage; None where the grid stays as it
-            is.
+        name: its name in the chain.
+        apply: changes the case in place; returns JSON-able parameters, or None if there was nothing to do.
+        undo: (array (C, ...), parameters, order) -> array before this stage; None if the stage keeps the grid.
     """
 
     name: str

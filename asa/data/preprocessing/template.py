@@ -1,4 +1,4 @@
-"""The ICBM 152 nonlinear 2009a symmetric template, as nilearn's wheel carries it: 1 mm, skull-stripped.
+"""The ICBM 152 nonlinear 2009a symmetric template from the package nilearn: 1 mm, skull-stripped.
 
 Fonov et al., NeuroImage 54 (2011); Fonov et al., NeuroImage 47 (2009).
 """
@@ -10,6 +10,8 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
+from asa.errors import require
+
 NAME = "ICBM 152 nonlinear 2009a symmetric"
 LOADERS = {
     "t1": "load_mni152_template",
@@ -20,7 +22,7 @@ LOADERS = {
 
 @lru_cache(maxsize=3)
 def load_map(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """One of the template's maps.
+    """One map of the template.
 
     Args:
         kind: "t1", 0 outside the brain; "gm" or "wm", fractions from 0 to 1.
@@ -31,12 +33,7 @@ def load_map(kind: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ImportError: nilearn is not installed.
     """
-    try:
-        from nilearn import datasets
-    except ImportError:
-        raise ImportError(
-            f'the template ({NAME}) comes with nilearn: pip install "asa-mri[phantom]" or "asa-mri[prepare]"'
-        ) from None
+    datasets = require("nilearn.datasets", "phantom", f'the template {NAME} (also part of "asa-mri[prepare]")')
     image = getattr(datasets, LOADERS[kind])(resolution=1)
     data = np.asarray(image.dataobj, dtype=np.float32).transpose(2, 1, 0)
     data.setflags(write=False)
@@ -44,8 +41,8 @@ def load_map(kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=1)
-def brain_middle() -> np.ndarray:
-    """Middle of the box around the template's brain, (x, y, z) in mm.
+def brain_centre() -> np.ndarray:
+    """Centre of the bounding box of the template's brain, (x, y, z) in mm.
 
     Raises:
         ImportError: nilearn is not installed.

@@ -1,4 +1,4 @@
-"""Pairs of degraded and clean 2-D images, with label maps of regions beside them.
+"""Pairs of degraded and clean 2-D images, with their label maps of regions.
 
 ROOT/low/ID.png       degraded; .nii, .nii.gz and .dcm too
 ROOT/high/ID.png      clean; for super-resolution larger by a whole factor s
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from asa.data.datasets.folder import subject_of
 from asa.data.io.images2d import list_pictures, read_picture, read_regions
-from asa.data.loading.loader import Samples
+from asa.data.loading.crops import Samples
 from asa.data.loading.seeds import sample_seed
 
 
 class Pair(TypedDict):
-    """Files of one case; `regions` is None where regions are not used."""
+    """Files of one case; `regions` is None without label maps."""
 
     id: str
     subject: str
@@ -46,13 +46,13 @@ def find_pairs(
 
     Args:
         root: the folder.
-        low, high, regions: folders in it; no `regions` means that every image is one region.
+        low, high, regions: folders in it; with `regions` None every image is one region.
         subject: regular expression searched in the id, whose group 1 is the subject; None: each pair is one subject.
-            Slices of one person belong in one part of a split.
+            All slices of one person should have the same subject, so that they are in one part of a split.
 
     Raises:
-        FileNotFoundError: a folder is missing; for the regions the message says how to make them.
-        ValueError: images of different cases: one has no partner, or no label map.
+        FileNotFoundError: a folder is missing; for the regions the message says how to create it.
+        ValueError: an image has no partner, or no label map.
     """
     root = Path(root)
     images = {"low": list_pictures(root / low), "high": list_pictures(root / high)}
@@ -60,7 +60,7 @@ def find_pairs(
         if not (root / regions).is_dir():
             raise FileNotFoundError(
                 f"{root / regions}: no label maps: asa-regions input={root / low} out={root / regions}, or "
-                "data.regions=null for one region an image"
+                "data.regions=null for one region per image"
             )
         images["regions"] = list_pictures(root / regions)
     folders = {"low": low, "high": high, "regions": regions}
@@ -69,8 +69,8 @@ def find_pairs(
             if lone := sorted(images[one].keys() - images[other].keys()):
                 more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
                 raise ValueError(
-                    f"{root}: {lone[0]}{more} is in {folders[one]}/ and not in {folders[other]}/: the files of a case "
-                    "have one name"
+                    f"{root}: {lone[0]}{more} is in {folders[one]}/ and not in {folders[other]}/: all files of a case "
+                    "must have the same name"
                 )
     pairs: list[Pair] = []
     for name in images["low"]:
@@ -90,9 +90,9 @@ def find_pairs(
 
 
 class PairDataset(Samples):
-    """Random square crops of pairs, turned by a multiple of 90 degrees.
+    """Random square crops of pairs, rotated by a multiple of 90 degrees.
 
-    An item is addressed by (pair, epoch), so that the same address always gives the same bytes.
+    An item is addressed by (index of the pair, epoch); the same address always gives the same bytes.
 
     Args:
         pairs: see `find_pairs`.
@@ -100,7 +100,7 @@ class PairDataset(Samples):
         channels: 1 or 3, of all images.
         upscale: factor s between clean and degraded images.
         window: see `asa.data.io.images2d.read_picture`.
-        seed: the run's seed.
+        seed: the seed of the run.
 
     Raises:
         ValueError: no pairs.
@@ -128,7 +128,7 @@ class PairDataset(Samples):
         """The whole images of a pair: "image" `(C, H, W)`, "target" `(C, s*H, s*W)`, "regions" `(H, W)`.
 
         Raises:
-            ValueError: images that do not fit each other, the channels or the factor.
+            ValueError: sizes that do not match each other and the factor, or another number of channels.
         """
         pair = self.pairs[index]
         files = (pair["low"], pair["high"])
@@ -139,45 +139,45 @@ class PairDataset(Samples):
         if target.shape != expected:
             raise ValueError(
                 f"{pair['high']}: is {_size(target)} pixels and {pair['low']} {_size(image)}: with model.upscale="
-                f"{self.upscale} it has to be {_size(torch.empty(expected))}"
+                f"{self.upscale} it must be {_size(torch.empty(expected))}"
             )
         return {"image": image, "target": target, "regions": regions_of(pair["regions"], image)}
 
     def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
         index, epoch = address
-        pair, views = self.pairs[index], self.whole(index)
+        pair, images = self.pairs[index], self.whole(index)
         seed = sample_seed(self.seed, epoch, pair["id"])
         generator = torch.Generator().manual_seed(seed)
         edge = self.size
-        if min(views["image"].shape[1:]) < edge:
-            raise ValueError(f"{pair['low']}: is {_size(views['image'])} pixels, smaller than crop={edge}: lower crop")
-        top, left = (int(torch.randint(n - edge + 1, (), generator=generator)) for n in views["image"].shape[1:])
-        turns = int(torch.randint(4, (), generator=generator))
+        if min(images["image"].shape[1:]) < edge:
+            raise ValueError(f"{pair['low']}: is {_size(images['image'])} pixels, smaller than crop={edge}: lower crop")
+        top, left = (int(torch.randint(n - edge + 1, (), generator=generator)) for n in images["image"].shape[1:])
+        quarter_turns = int(torch.randint(4, (), generator=generator))
 
-        def cut(view: Tensor, scale: int) -> Tensor:
-            rows, columns = (slice(scale * at, scale * (at + edge)) for at in (top, left))
-            return torch.rot90(view[..., rows, columns], turns, (-2, -1)).contiguous()
+        def crop(whole: Tensor, scale: int) -> Tensor:
+            rows, columns = (slice(scale * first, scale * (first + edge)) for first in (top, left))
+            return torch.rot90(whole[..., rows, columns], quarter_turns, (-2, -1)).contiguous()
 
         sample: dict[str, Any] = {
-            "image": cut(views["image"], 1),
-            "target": cut(views["target"], self.upscale),
-            "regions": cut(views["regions"], 1),
+            "image": crop(images["image"], 1),
+            "target": crop(images["target"], self.upscale),
+            "regions": crop(images["regions"], 1),
         }
         return {**sample, "seed": seed, "id": pair["id"]}
 
 
 def check_channels(path: str, image: Tensor, channels: int) -> None:
-    """Raise a ValueError when an image `(C, H, W)` has other channels than a network takes."""
+    """Raise a ValueError if an image `(C, H, W)` has another number of channels than the network."""
     if len(image) != channels:
         kind = {1: "grey", 3: "colour"}
         raise ValueError(
-            f"{path}: is a {kind[len(image)]} image, and the network takes {kind[channels]} ones: convert it, or train "
-            f"with model.in_channels={len(image)}"
+            f"{path}: is a {kind[len(image)]} image, but the network takes {kind[channels]} images: convert it, or "
+            f"train with model.in_channels={len(image)}"
         )
 
 
 def regions_of(path: str | None, image: Tensor) -> Tensor:
-    """The label map of an image `(C, H, W)`, `(H, W)` int64; without a file, one region.
+    """The label map `(H, W)` int64 of an image `(C, H, W)`; one region without a file.
 
     Raises:
         ValueError: a label map of another size.

@@ -1,6 +1,6 @@
-"""Simulated degradations, for images without a degraded partner. What comes out is not a measurement: say "simulated".
+"""Simulated degradations of images without a degraded partner. Results are not measurements: report them as simulated.
 
-Images are `(H, W)` or `(C, H, W)` float; randomness comes from a numpy Generator.
+Images are `(H, W)` or `(C, H, W)` float; random numbers come from a numpy Generator.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
-from tqdm import tqdm
 
-from asa.data.io.images2d import list_pictures, needed, read_picture, write_picture
-from asa.data.io.parallel import KILLED, in_processes
+from asa.data.io.images2d import list_pictures, read_picture, write_picture
+from asa.data.io.parallel import KILLED, check_workers, in_processes
 from asa.data.loading.seeds import sample_seed
+from asa.data.store import read_box
+from asa.errors import require
 
 KINDS = ("ct", "pet", "sr")
 Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -28,26 +29,26 @@ def low_dose_ct(
 ) -> np.ndarray:
     """A CT slice with the quantum noise of fewer photons, simulated.
 
-    HU become attenuation, mu = 0.0193 / mm * (1 + HU / 1000); parallel projections p over 180 degrees; the photons
-    that reach the detector are Poisson with mean N exp(-p); the noise of -log(counts / N) is filtered back-projected
-    (ramp filter) and added. One energy, no scatter, no electronic noise, no bow-tie filter.
+    HU are converted to attenuation, mu = 0.0193 / mm * (1 + HU / 1000), and to parallel projections p over 180 degrees.
+    The photons at the detector are Poisson with mean N exp(-p). The noise of -log(counts / N) is back-projected with a
+    ramp filter and added. The simulation is monoenergetic, without scatter, electronic noise or bow-tie filter.
 
     Args:
         image: `(H, W)` in HU.
-        generator: of the noise.
-        photons: N that leave the tube along a ray; fewer are noisier, and the noise grows as 1 / sqrt(N).
+        generator: random numbers.
+        photons: N emitted along a ray; the noise is proportional to 1 / sqrt(N).
         pixel: edge of a pixel in mm.
-        views: projection angles.
+        views: number of projection angles.
 
     Returns:
         `(H, W)` in HU.
     """
 
     def noise(line: np.ndarray) -> np.ndarray:
-        counts = generator.poisson(photons * np.exp(-line)).clip(min=1)  # a ray that nothing passes has no logarithm
+        counts = generator.poisson(photons * np.exp(-line)).clip(min=1)  # log(0) is not finite
         return -np.log(counts / photons) - line
 
-    attenuation = WATER * pixel * (1 + image / 1000).clip(min=0)  # a pixel's
+    attenuation = WATER * pixel * (1 + image / 1000).clip(min=0)  # of a pixel
     return image + 1000 / (WATER * pixel) * _noise_through_projections(attenuation, noise, views)
 
 
@@ -56,23 +57,23 @@ def low_count_pet(
 ) -> np.ndarray:
     """A PET slice with the noise of fewer counts, simulated.
 
-    Parallel projections of the activity are scaled to a sum of `counts`, become Poisson counts, are scaled back, and
-    the noise is filtered back-projected (ramp filter) and added. No attenuation, scatter, randoms or resolution model.
+    Parallel projections of the activity are scaled to a sum of `counts`, drawn as Poisson counts and scaled back. The
+    noise is back-projected with a ramp filter and added. Without attenuation, scatter, randoms or resolution model.
 
     Args:
         image: `(H, W)` activity or uptake, 0 or more, in any unit.
-        generator: of the noise.
+        generator: random numbers.
         counts: true coincidences in the slice.
-        views: projection angles.
+        views: number of projection angles.
 
     Returns:
         `(H, W)` in the same unit, 0 or more.
 
     Raises:
-        ValueError: negative or no activity.
+        ValueError: negative activity, or none.
     """
     if image.min() < 0 or not image.max() > 0:
-        raise ValueError(f"activity is 0 or more and not 0 everywhere, got {image.min():g} to {image.max():g}")
+        raise ValueError(f"activity must be 0 or more, and not 0 everywhere, got {image.min():g} to {image.max():g}")
 
     def noise(line: np.ndarray) -> np.ndarray:
         scale = counts / line.sum()
@@ -84,28 +85,27 @@ def low_count_pet(
 def _noise_through_projections(image: np.ndarray, noise: Callable[[np.ndarray], np.ndarray], views: int) -> np.ndarray:
     """The image `(H, W)` of noise that depends on the projections, in the image's unit per pixel.
 
-    Back-projection is linear: only the noise goes through it, so the image itself keeps its resolution.
+    Back-projection is linear. Only the noise is back-projected, so that the image keeps its resolution.
     """
-    transform = needed("skimage.transform")
+    transform = require("skimage.transform", "restore", "the simulation of projections")
     edge = max(image.shape)
     above, left = ((edge - n) // 2 for n in image.shape)
-    square = np.zeros((edge, edge))
-    square[above : above + image.shape[0], left : left + image.shape[1]] = image
+    square = read_box(image[None].astype(np.float64), (-above, -left), (edge, edge))[0]
     angles = np.linspace(0, 180, views, endpoint=False)
-    lines = transform.radon(square, angles, circle=False)
-    back = transform.iradon(noise(lines), angles, output_size=edge, circle=False, filter_name="ramp")
-    return back[above : above + image.shape[0], left : left + image.shape[1]]
+    projections = transform.radon(square, angles, circle=False)
+    back = transform.iradon(noise(projections), angles, output_size=edge, circle=False, filter_name="ramp")
+    return read_box(back[None], (above, left), image.shape)[0]
 
 
 def decimated(image: np.ndarray, factor: int, *, blur: float = 0.5) -> np.ndarray:
-    """A smaller image for super-resolution, simulated: a Gaussian blur, then one sample a block.
+    """A smaller image for super-resolution, simulated: a Gaussian blur, then one sample per block.
 
-    The samples lie at the centres of blocks of factor x factor pixels, where bilinear upscaling puts them back.
+    The samples are taken at the centres of blocks of factor x factor pixels, as bilinear upscaling assumes.
 
     Args:
         image: `(C, H, W)`.
-        factor: 2 or more; H and W are cut to multiples of it.
-        blur: standard deviation of the blur over the factor.
+        factor: 2 or more; H and W are cropped to multiples of it.
+        blur: standard deviation of the blur in units of the factor.
 
     Returns:
         `(C, H // factor, W // factor)`.
@@ -125,26 +125,26 @@ def make_degradation(
     factor: int = 2,
     blur: float = 0.5,
 ) -> Degradation:
-    """What makes the degraded partner of an image `(C, H, W)` in [0, 1].
+    """The function that degrades an image `(C, H, W)` in [0, 1].
 
     Args:
         kind: `"ct"` (`low_dose_ct` with `photons` and `pixel`), `"pet"` (`low_count_pet` with `counts`) or `"sr"`
             (`decimated` by `factor` with `blur`).
-        window: for ct the HU that are 0 and 1.
+        window: the HU that are 0 and 1, for ct.
 
     Raises:
-        ValueError: an unknown kind, or settings that do not fit.
+        ValueError: an unknown kind, or invalid settings.
     """
     if kind == "sr":
         if factor not in (2, 4):
-            raise ValueError(f"factor={factor}: super-resolution is by 2 or 4")
+            raise ValueError(f"factor={factor}: choose 2 or 4")
         return lambda image, _: decimated(image, factor, blur=blur)
     if kind == "pet":
         return lambda image, generator: low_count_pet(_grey(image), generator, counts=counts)[None]
     if kind != "ct":
-        raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
     if window is None:
-        raise ValueError("kind=ct computes in HU: say which HU become 0 and 1, like window=[-1000,1000]")
+        raise ValueError("kind=ct needs HU: give the values that become 0 and 1, like window=[-1000,1000]")
     low, width = window[0], window[1] - window[0]
 
     def ct(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -156,7 +156,7 @@ def make_degradation(
 
 def _grey(image: np.ndarray) -> np.ndarray:
     if len(image) != 1:
-        raise ValueError("a colour image, and only super-resolution is simulated for colour")
+        raise ValueError("a colour image, but only super-resolution can be simulated in colour")
     return image[0]
 
 
@@ -171,41 +171,38 @@ def simulate_folder(
     workers: int = 1,
     **physics: Any,
 ) -> int:
-    """Write OUT/high/ID.png and its degraded partner OUT/low/ID.png for every image in a folder.
+    """Write OUT/high/ID.png and the degraded OUT/low/ID.png for every image in a folder.
 
     Args:
         images: folder of clean images.
         out: folder of the pairs.
         kind: see `make_degradation`.
-        window: see `asa.data.io.images2d.read_picture`; the pairs remember it.
-        multiple: the sizes are cut to multiples of it.
-        seed: of every random draw; an image's do not depend on the others.
-        workers: processes; 1 works in this one.
+        window: see `asa.data.io.images2d.read_picture`; stored in the PNG files.
+        multiple: sizes are cropped to multiples of it.
+        seed: random seed; the draws of an image do not depend on the others.
+        workers: number of processes; 1 works in this process.
         physics: see `make_degradation`.
 
     Returns:
         The number of pairs.
 
     Raises:
-        FileNotFoundError, ValueError: no images, settings that do not fit, or an image that cannot be read or degraded;
-            the message names it.
+        FileNotFoundError, ValueError: no images, invalid settings, or an image that cannot be read or degraded; the
+            message names it.
     """
-    if workers < 1:
-        raise ValueError(f"workers={workers}: give 1 or more processes")
+    check_workers(workers)
     settings = {"kind": kind, "window": window, **physics}
-    make_degradation(**settings)  # what does not fit is said once, not for every image
-    jobs = {id: (id, str(path)) for id, path in list_pictures(images).items()}
+    make_degradation(**settings)  # invalid settings fail once, not for every image
+    jobs = [(id, str(path)) for id, path in list_pictures(images).items()]
     make = partial(_write_pair, out=out, settings=settings, multiple=multiple, seed=seed)
-    with tqdm(total=len(jobs), desc="simulate", unit="image") as bar:
-        for id, failure in in_processes(make, jobs, workers):
-            if failure is None or failure:
-                raise ValueError(failure or f"{jobs[id][1]}: {KILLED}")
-            bar.update()
+    for (_, path), failure in in_processes(make, jobs, workers, title="simulate", unit="image"):
+        if failure is None or failure:
+            raise ValueError(failure or f"{path}: {KILLED}")
     return len(jobs)
 
 
 def _write_pair(job: tuple[str, str], *, out: Path, settings: dict[str, Any], multiple: int, seed: int) -> str:
-    """Read, degrade and write an image, (id, path): why it failed, or nothing."""
+    """Read, degrade and write an image, (id, path): the reason of a failure, or an empty text."""
     (id, path), window = job, settings["window"]
     try:
         clean = read_picture(path, window)

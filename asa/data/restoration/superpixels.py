@@ -1,4 +1,4 @@
-"""Label maps of regions: from Felzenszwalb's or SLIC's superpixels, from Segment Anything, or as they are stored.
+"""Label maps of regions: superpixels by Felzenszwalb or SLIC, masks by Segment Anything, or stored label maps.
 
 Images are `C H W` in [0, 1], label maps `H W` int64.
 """
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from asa.data.io.images2d import needed, read_regions
+from asa.data.io.images2d import read_regions
+from asa.errors import require
 
 Provider = Callable[[str, np.ndarray], np.ndarray]  # id and image -> label map
 PROVIDERS = ("felzenszwalb", "slic", "sam", "stored")
@@ -28,19 +29,19 @@ def make_provider(
     folder: str | Path | None = None,
     device: str = "cpu",
 ) -> Provider:
-    """What computes the label map of an image.
+    """The function that computes the label map of an image.
 
     Args:
         name: `"felzenszwalb"` (graph-based, IJCV 2004), `"slic"` (PAMI 2012), `"sam"` (Segment Anything, ICCV 2023) or
             `"stored"`.
-        regions: about how many, for slic.
-        scale: larger means larger regions, for felzenszwalb.
-        weights, model: for sam, a file of yours and its kind (vit_h, vit_l, vit_b); nothing is downloaded.
+        regions: approximate number of regions, for slic.
+        scale: larger values give larger regions, for felzenszwalb.
+        weights, model: for sam, a local file and its model (vit_h, vit_l, vit_b); nothing is downloaded.
         folder: for stored, label maps ID.png, ID.nii or ID.nii.gz.
         device: for sam.
 
     Raises:
-        ValueError: an unknown provider, or one that lacks what it needs.
+        ValueError: an unknown provider, or a required setting that is missing.
         ImportError: a package that is not installed.
     """
     if name == "felzenszwalb":
@@ -51,22 +52,22 @@ def make_provider(
         return _sam(weights, model, device)
     if name == "stored":
         if folder is None:
-            raise ValueError("provider=stored reads label maps: give stored= their folder")
+            raise ValueError("provider=stored needs the folder of the label maps: give stored=")
         return partial(_stored, folder=Path(folder))
-    raise ValueError(f"provider is one of {', '.join(PROVIDERS)}, not {name!r}")
+    raise ValueError(f"provider={name!r}: choose one of {', '.join(PROVIDERS)}")
 
 
 def _felzenszwalb(_: str, image: np.ndarray, *, scale: float) -> np.ndarray:
-    smallest = max(20, image[0].size // 2000)  # pixels; at a quarter of the resolution a few features
-    found = needed("skimage.segmentation").felzenszwalb(
+    smallest = max(20, image[0].size // 2000)  # pixels: a few features at a quarter of the resolution
+    found = require("skimage.segmentation", "restore", "superpixels").felzenszwalb(
         image.transpose(1, 2, 0).astype(np.float64), scale=scale, sigma=0.8, min_size=smallest, channel_axis=-1
     )
     return found.astype(np.int64)
 
 
 def _slic(_: str, image: np.ndarray, *, regions: int) -> np.ndarray:
-    # Colour is compared in Lab, whose lightness goes to 100, grey as it is.
-    found = needed("skimage.segmentation").slic(
+    # Colour is compared in Lab with lightness up to 100, grey in [0, 1].
+    found = require("skimage.segmentation", "restore", "superpixels").slic(
         image.transpose(1, 2, 0).astype(np.float64),
         n_segments=regions,
         compactness=10.0 if len(image) == 3 else 0.1,
@@ -88,31 +89,28 @@ def _stored(id: str, image: np.ndarray, *, folder: Path) -> np.ndarray:
 
 def _sam(weights: str | Path | None, model: str, device: str) -> Provider:
     if weights is None or not Path(weights).is_file():
-        raise ValueError(f"provider=sam needs weights= a file of Segment Anything that you have, got {weights}")
-    try:
-        import segment_anything
-    except ModuleNotFoundError:
-        raise ImportError("provider=sam needs the package segment-anything: pip install segment-anything") from None
+        raise ValueError(f"provider=sam needs weights=, a local file of Segment Anything weights, got {weights}")
+    segment_anything = require("segment_anything", None, "provider=sam")
     network = segment_anything.sam_model_registry[model](checkpoint=str(weights)).to(device)
     generator = segment_anything.SamAutomaticMaskGenerator(network)
 
     def compute(_: str, image: np.ndarray) -> np.ndarray:
         colour = np.rint(255 * np.broadcast_to(image, (3, *image.shape[1:]))).astype(np.uint8).transpose(1, 2, 0)
-        found: Sequence[dict[str, Any]] = generator.generate(np.ascontiguousarray(colour))
-        return paint([one["segmentation"] for one in found], image.shape[1:])
+        masks: Sequence[dict[str, Any]] = generator.generate(np.ascontiguousarray(colour))
+        return paint([mask["segmentation"] for mask in masks], image.shape[1:])
 
     return compute
 
 
 def paint(masks: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-    """One label map from masks that may overlap: painted from large to small, so that small ones stay visible.
+    """One label map from masks that may overlap: painted from large to small, so that small masks stay visible.
 
     Args:
         masks: bool `(H, W)`.
         shape: (H, W).
 
     Returns:
-        Labels 1, 2, ... in the order of painting; what no mask covers is 0, one more region.
+        Labels 1, 2, ... in the order of painting; 0, one more region, where there is no mask.
     """
     labels = np.zeros(tuple(shape), dtype=np.int64)
     by_size = sorted(masks, key=np.count_nonzero, reverse=True)

@@ -53,7 +53,7 @@ def test_two_stars_reach_through_folders_of_any_depth(tmp_path):
     assert found[1]["label"].endswith("Utrecht/1/wmh.nii.gz")
 
 
-def test_a_glob_that_misses_a_file_gives_none_and_the_place_of_the_label(tmp_path):
+def test_a_missing_file_is_none_and_a_missing_label_has_its_expected_path(tmp_path):
     plant(tmp_path, "1/a_T1.nii", "1/a_T2.nii", "1/a_seg.nii", "1/b_T1.nii", "c_T1.nii")
     found = folder.records(tmp_path, images={"t1": "**/*_T1.nii", "t2": "**/*_T2.nii"}, label="**/*_seg.nii")
     assert [record["images"]["t2"] for record in found] == [str(tmp_path / "1/a_T2.nii"), None, None]
@@ -74,15 +74,15 @@ def test_a_scan_without_the_first_channel_is_refused_because_it_has_no_id(tmp_pa
         ({"images": {"t1": "*_T2.nii"}}, "no scans found: '\\*_T2.nii' below"),
         ({"images": {"t1": "a_T1.nii"}}, "no wildcard"),
         ({"images": {"t1": "*_T1.nii"}, "label": "*/*.nii"}, "as many wildcards"),
-        ({"images": {"t1": "*_T1.nii"}, "label": "*_sge.nii"}, "label: .* fits none of the scans .* label=null"),
-        ({"images": {"t1": "*_T1.nii", "t2": "*_T3.nii"}}, "t2: glob .* fits none of the scans"),
+        ({"images": {"t1": "*_T1.nii"}, "label": "*_sge.nii"}, "label: .* matches none of the scans .* label=null"),
+        ({"images": {"t1": "*_T1.nii", "t2": "*_T3.nii"}}, "t2: glob .* matches none of the scans"),
         ({"images": {"t1": "*_T1.nii"}, "subject": "x(.)"}, "finds no group 1"),
         ({"images": {"t1": "*.nii", "label": "*.nii"}, "label": "*.nii"}, "cannot be called 'label'"),
-        ({}, "say what the images are called"),
+        ({}, "give the names of the images"),
         ({"table": "cohort.csv", "label": "*.nii"}, "leave out label"),
     ],
 )
-def test_globs_that_cannot_work_are_refused_with_a_way_out(tmp_path, settings, reason):
+def test_invalid_globs_are_refused_with_a_remedy(tmp_path, settings, reason):
     with pytest.raises(ValueError, match=reason):
         folder.records(plant(tmp_path, "a_T1.nii"), **settings)
 
@@ -98,7 +98,7 @@ def test_a_missing_folder_is_refused(tmp_path):
             reader(tmp_path / "absent")
 
 
-def test_csv_and_json_tables_say_the_same(tmp_path):
+def test_csv_and_json_tables_give_the_same_records(tmp_path):
     (tmp_path / "a.csv").write_text(
         "\ufeffid,subject,site,label,t1,flair\nx2,x,Rome,,img/2.nii,img/2f.nii\nx1,x,,seg/1.nii,img/1.nii,/far/1f.nii\n"
     )
@@ -163,7 +163,7 @@ def test_a_bad_table_is_refused(tmp_path, text, reason):
 # ---------------------------------------------------------------------------------------------- bids
 
 
-def test_bids_finds_sessions_and_runs_and_keeps_the_person_apart(tmp_path):
+def test_bids_finds_sessions_and_runs_of_each_subject(tmp_path):
     plant(
         tmp_path,
         "sub-01/anat/sub-01_T1w.nii.gz",
@@ -185,10 +185,10 @@ def test_bids_finds_sessions_and_runs_and_keeps_the_person_apart(tmp_path):
     assert [record["id"] for record in bids.records(tmp_path, session="2")] == ["sub-02_ses-2"]
 
 
-def test_bids_asks_for_the_entity_that_tells_two_files_apart(tmp_path):
+def test_bids_names_the_entity_that_distinguishes_two_files(tmp_path):
     anat = "sub-01/anat/sub-01"
     plant(tmp_path, f"{anat}_desc-preproc_T1w.nii.gz", f"{anat}_space-MNI_desc-preproc_T1w.nii.gz")
-    with pytest.raises(ValueError, match=r"sub-01: both .* fit; choose one with space="):
+    with pytest.raises(ValueError, match=r"sub-01: both .* match; choose one with space="):
         bids.records(tmp_path)
     (found,) = bids.records(tmp_path, space="MNI", desc="preproc")
     assert "space-MNI" in found["images"]["t1"]
@@ -221,7 +221,7 @@ def test_bids_channels_of_a_session_make_one_scan_and_a_missing_one_is_none(tmp_
 def test_bids_asks_for_the_run_and_a_file_without_one_is_the_only_run(tmp_path):
     plant(tmp_path, *(f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("run-1_T1w", "run-2_T1w", "FLAIR")))
     channels = {"t1": "T1w", "flair": "FLAIR"}
-    with pytest.raises(ValueError, match=r"sub-01: both .* fit; choose one with run="):
+    with pytest.raises(ValueError, match=r"sub-01: both .* match; choose one with run="):
         bids.records(tmp_path, channels=channels)
     (found,) = bids.records(tmp_path, channels=channels, run="2")
     assert [Path(path).name for path in found["images"].values()] == ["sub-01_run-2_T1w.nii.gz", "sub-01_FLAIR.nii.gz"]
@@ -277,7 +277,7 @@ def test_ibsr_names_the_place_of_a_missing_label_and_refuses_a_folder_without_it
     (found,) = ibsr.records(tmp_path)
     assert found["label"] == str(tmp_path / "IBSR_01/IBSR_01_segTRI_fill_ana.nii.gz")
     plant(tmp_path, "IBSR_02/IBSR_02_ana.nii.gz")
-    with pytest.raises(ValueError, match="IBSR_02: no image of t1 .looked for IBSR_NN/IBSR_NN_ana_strip"):
+    with pytest.raises(ValueError, match="IBSR_02: no image of t1 .searched for IBSR_NN/IBSR_NN_ana_strip"):
         ibsr.records(tmp_path)
     with pytest.raises(ValueError, match="no scans found: IBSR_NN/IBSR_NN_ana_strip"):
         ibsr.records(tmp_path / "IBSR_02")
@@ -327,7 +327,7 @@ def test_brats_years_are_told_by_their_names_and_never_mixed(tmp_path):
     for root, year, reason in (
         (tmp_path / "new", 2021, "has a name of 2023, .* use data=brats23"),
         (tmp_path / "old", 2023, "has a name of 2021, .* use data=brats,"),
-        (tmp_path, 2021, "keep the years in folders of their own"),
+        (tmp_path, 2021, "keep the years in separate folders"),
         (tmp_path, 2022, "choose 2021, or 2023"),
         (
             tmp_path / "old/BraTS2021_00001",
@@ -382,7 +382,7 @@ def test_wmh_reads_training_and_test_of_the_later_release_with_ids_that_name_fil
 def test_wmh_says_what_a_scan_lacks_and_refuses_a_root_too_high_or_too_low(tmp_path):
     (found,) = wmh.records(plant(tmp_path / "a", "Utrecht/0/pre/FLAIR.nii.gz"))
     assert found["images"]["t1"] is None and found["label"] == str(tmp_path / "a/Utrecht/0/wmh.nii.gz")
-    with pytest.raises(ValueError, match="lies too deep; give as root the folder that holds Utrecht"):
+    with pytest.raises(ValueError, match="too deep below the root; give the folder that holds Utrecht"):
         wmh.records(plant(tmp_path / "b", *lesions("wmh/Amsterdam/GE3T/100")))
     with pytest.raises(ValueError, match=r"no scans found: \[training/\|test/\]SITE/SUBJECT/pre/T1.nii.gz below"):
         wmh.records(tmp_path / "a/Utrecht")
@@ -411,7 +411,7 @@ def test_pairs_are_matched_by_the_wildcards_of_two_globs(tmp_path):
     ]
 
 
-def test_pairs_that_cannot_be_are_refused(tmp_path):
+def test_invalid_pairs_are_refused(tmp_path):
     plant(tmp_path, "low/a_low.nii", "full/a_full.nii", "twice/a_low.nii", "twice/a_low.nii.gz", "none/readme.txt")
     for settings, reason in (
         ({"input": "low", "target": "full"}, "no image of 'low' has the name of one of 'full'; .* give globs"),
@@ -461,9 +461,9 @@ def test_a_phantom_cohort_is_completed_and_never_another_one_than_asked_for(tmp_
     (first,) = phantom.records(tmp_path, subjects=1, **settings)
     Path(first["label"]).unlink()
     assert phantom.records(tmp_path, subjects=2, **settings)[0] == first and Path(first["label"]).is_file()
-    with pytest.raises(ValueError, match="holds 2 people, not subjects=1; give subjects=2"):
+    with pytest.raises(ValueError, match="holds 2 subjects, not subjects=1; give subjects=2"):
         phantom.records(tmp_path, subjects=1, **settings)
-    with pytest.raises(ValueError, match="holds another phantom cohort .other seed"):
+    with pytest.raises(ValueError, match="holds another phantom cohort .seed differ"):
         phantom.records(tmp_path, subjects=2, **{**settings, "seed": 4})
 
 

@@ -1,4 +1,4 @@
-"""What a reader returns is checked before anything is prepared."""
+"""The records of a reader are checked before preprocessing."""
 
 import pytest
 
@@ -9,7 +9,7 @@ def scan(id: str, **images: str | None) -> Record:
     return {"id": id, "subject": id, "images": images}
 
 
-def test_cohorts_that_cannot_be_prepared_as_one_are_refused():
+def test_inconsistent_records_are_refused():
     one, two = scan("a", t1="a.nii", flair=None), scan("b", t1=None, flair="b.nii")
     for records, reason in (
         ([], "no scans found: here; check"),
@@ -18,7 +18,7 @@ def test_cohorts_that_cannot_be_prepared_as_one_are_refused():
         ([one, scan("b", flair="b.nii", t1=None)], "in the same order"),
         ([scan("../x", t1="x.nii")], "not usable as an id"),
         ([scan("a")], "channels"),
-        ([one, scan("b", t1=None, flair=None)], r"b: no image of t1, flair \(looked for here\); add it"),
+        ([one, scan("b", t1=None, flair=None)], r"b: no image of t1, flair \(searched for here\); add it"),
     ):
         with pytest.raises(ValueError, match=reason):
             check_records(records, source="here")

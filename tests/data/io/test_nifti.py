@@ -53,7 +53,7 @@ def noise() -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.img", "a.img.gz"])
-def test_what_nibabel_wrote_is_read(tmp_path, noise, name):
+def test_files_of_nibabel_are_read(tmp_path, noise, name):
     kind = nib.Nifti1Pair if ".img" in name else nib.Nifti1Image
     nib.save(kind(noise, OBLIQUE), tmp_path / name)
     read = read_image(tmp_path / name)
@@ -85,7 +85,7 @@ def test_a_trailing_axis_of_one_is_dropped(tmp_path, noise):
 def test_analyze_is_read_with_a_warning_about_its_orientation(tmp_path, noise):
     nib.save(nib.AnalyzeImage(noise, np.diag([-2.0, 2, 2, 1])), tmp_path / "a.img")
     for name in ("a.img", "a.hdr"):
-        with pytest.warns(UserWarning, match=r"a\.(img|hdr): Analyze stores no orientation; taken as LAS"):
+        with pytest.warns(UserWarning, match=r"a\.(img|hdr): Analyze stores no orientation; assumed to be LAS"):
             read = read_image(tmp_path / name)
         np.testing.assert_array_equal(read.data, noise)
         np.testing.assert_allclose(spacing_of(read.affine), 2)
@@ -100,7 +100,7 @@ def test_a_truncated_file_is_refused(tmp_path, noise, cut):
             read_image(path)
 
 
-def test_any_flipped_byte_of_a_gzip_is_noticed(tmp_path, noise):
+def test_any_flipped_byte_of_a_gzip_is_detected(tmp_path, noise):
     path = save(tmp_path / "a.nii.gz", noise)
     whole = path.read_bytes()
     for place in range(40, len(whole), 97):
@@ -109,7 +109,7 @@ def test_any_flipped_byte_of_a_gzip_is_noticed(tmp_path, noise):
             read_image(path)
 
 
-def test_what_is_not_a_usable_image_is_refused_by_name(tmp_path, noise):
+def test_an_invalid_image_is_refused_by_name(tmp_path, noise):
     broken = noise.copy()
     broken[0, 0, :2] = np.nan, np.inf
     headless = nib.Nifti1Image(noise, None)
@@ -137,7 +137,7 @@ def test_what_is_not_a_usable_image_is_refused_by_name(tmp_path, noise):
         "nan.nii": "2 voxels are NaN or infinite",
         "series.nii": "not 3-D",
         "slice.nii": "single slice",
-        "alone.img": "other half alone.hdr is missing",
+        "alone.img": "the other file of the pair, alone.hdr, is missing",
         "missing.nii.gz": "no such file",
     }
     for name, reason in reasons.items():
@@ -202,7 +202,7 @@ def test_a_label_has_the_smallest_type_that_holds_it(tmp_path, noise, value, dty
     assert nib.load(tmp_path / "label.nii.gz").get_data_dtype() == dtype
 
 
-def test_a_label_goes_out_in_the_space_of_an_analyze_pair_or_a_series_of_one(tmp_path, noise):
+def test_a_label_is_written_on_the_grid_of_an_analyze_pair_or_a_4d_file_with_one_volume(tmp_path, noise):
     nib.save(nib.AnalyzeImage(noise, np.diag([-2.0, 2, 2, 1])), tmp_path / "a.img")
     nib.save(nib.Nifti1Pair(noise, OBLIQUE), tmp_path / "b.img")
     save(tmp_path / "c.nii", noise[..., None])
@@ -297,7 +297,7 @@ def test_geometry_may_differ_by_a_tenth_of_a_millimetre(tmp_path, noise):
         check_same_geometry(one, smaller, "t1 and label of x")
 
 
-def test_a_turned_voxel_grid_is_noticed_at_its_corners(tmp_path, noise):
+def test_a_rotated_grid_is_detected_at_its_corners(tmp_path, noise):
     one = read_image(save(tmp_path / "a.nii", noise, np.eye(4)))
     angle = 0.1  # the first voxel stays, the far corners move
     turned = np.eye(4)

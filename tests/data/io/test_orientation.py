@@ -1,4 +1,4 @@
-"""Files that store no orientation become NIfTI with the one that is stated."""
+"""Files that store no orientation become NIfTI with the stated orientation."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def nameless(path: Path, array: np.ndarray, zooms: tuple[float, ...] = (1.0, 1.2
 
 @pytest.mark.parametrize("axes", ["RAS", "LAS", "ASL", "PIR", "SLP", "asl"])
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.img"])
-def test_a_stated_orientation_puts_every_voxel_where_it_lies(tmp_path: Path, axes: str, name: str) -> None:
+def test_with_the_stated_orientation_every_voxel_has_its_position(tmp_path: Path, axes: str, name: str) -> None:
     source = nameless(tmp_path / "in" / name, as_stored(axes.upper()))
     report = orient_files(source, tmp_path / "out", axes)
     assert (report.written, report.kept, report.failures) == (["a"], [], {})
@@ -47,7 +47,7 @@ def test_a_stated_orientation_puts_every_voxel_where_it_lies(tmp_path: Path, axe
     np.testing.assert_allclose(middle[:3], 0, atol=1e-5)
 
 
-def test_a_big_endian_series_of_one_and_scaled_values_are_kept(tmp_path: Path) -> None:
+def test_big_endian_and_scaled_values_are_kept(tmp_path: Path) -> None:
     nib.save(nib.AnalyzeImage(HEAD[..., None].astype(">i2"), None), tmp_path / "raw.img")
     scaled = nib.Nifti1Image(HEAD, None)
     scaled.header.set_slope_inter(0.5, -3)
@@ -59,7 +59,7 @@ def test_a_big_endian_series_of_one_and_scaled_values_are_kept(tmp_path: Path) -
         np.testing.assert_allclose(read_image(tmp_path / "out" / f"{name[:-4]}.nii.gz").data, values)
 
 
-def test_a_folder_keeps_its_shape_and_what_has_an_orientation_is_left_alone(
+def test_a_folder_keeps_its_layout_and_files_with_an_orientation_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in"
@@ -70,8 +70,8 @@ def test_a_folder_keeps_its_shape_and_what_has_an_orientation_is_left_alone(
     arguments = ["asa-orient", f"input={folder}", f"out={tmp_path / 'out'}", "axes=LAS"]
     monkeypatch.setattr(sys, "argv", arguments)
     assert command.main() == 1
-    said = "".join(capsys.readouterr())
-    assert "broken: failed: " in said and "1 files store an orientation" in said and "like known" in said
+    output = "".join(capsys.readouterr())
+    assert "broken: failed: " in output and "1 files store an orientation" in output and "like known" in output
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.nii.gz"))
     assert found == ["one/t1.nii.gz", "two/t1.nii.gz"]
     (folder / "broken.nii").unlink()
@@ -79,7 +79,7 @@ def test_a_folder_keeps_its_shape_and_what_has_an_orientation_is_left_alone(
     assert "wrote 2 files" in capsys.readouterr().out
 
 
-def test_what_cannot_be_oriented_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_invalid_input_is_refused_with_a_remedy(tmp_path: Path) -> None:
     source = nameless(tmp_path / "in" / "a.nii", HEAD)
     for axes in ("LA", "LAX", "LRS", "LASS", ""):
         with pytest.raises(ValueError, match="three letters"):

@@ -1,4 +1,4 @@
-"""Worker processes end with the process that started them, and leave stopping to it."""
+"""The parallel map; worker processes end with their parent and ignore the signals that stop it."""
 
 import os
 import signal
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-# A process with a loader whose worker it names, and which it neither uses up nor closes.
+# A process that prints the pid of the worker of its loader, and neither exhausts nor closes the loader.
 LOADING = """
 import sys, time
 import numpy as np
-from asa.data.loading.loader import CropDataset, LoaderSettings, make_loader
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import LoaderSettings, make_loader
 
 class Volumes:
     def image(self, id): return np.zeros((1, 8, 8, 8), np.float16)
@@ -53,7 +54,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 
 
 @needs_proc
-def test_a_process_ends_though_its_loader_is_still_open(tmp_path):
+def test_a_process_ends_while_its_loader_is_open(tmp_path):
     process, worker = loading(tmp_path, 0)
     assert process.wait(30) == 0
     assert gone(worker, 10)

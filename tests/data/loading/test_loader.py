@@ -11,15 +11,16 @@ from asa.data.loading.augment import (
     Augmentation,
     AugmentSettings,
     draw_augmentation,
-    move,
-    recolour,
+    intensity_transform,
     source_size,
+    spatial_transform,
     swap_sides,
 )
-from asa.data.loading.foreground import Foreground
-from asa.data.loading.loader import CropDataset, EndlessSampler, LoaderSettings, make_loader, read_box
+from asa.data.loading.crops import CropDataset, Foreground
+from asa.data.loading.loader import EndlessSampler, LoaderSettings, make_loader
 from asa.data.loading.seeds import sample_seed
-from asa.data.store import IGNORED, Store
+from asa.data.store import Store, read_box
+from asa.ops.labels import IGNORED
 
 STRONG = AugmentSettings(
     rotation=30,
@@ -60,7 +61,7 @@ def test_a_box_is_zero_outside_the_volume() -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8, 8), (12, 10, 9), (5, 7, 20)])
-def test_a_centre_crop_has_the_volumes_middle_in_its_middle(size: tuple[int, int, int]) -> None:
+def test_a_centre_crop_is_centred_on_the_volume(size: tuple[int, int, int]) -> None:
     volume = np.zeros((1, 12, 10, 14), dtype=np.float32)
     volume[:, 5:7, 4:6, 6:8] = 1.0
     crop = CropDataset(Memory(volume), [{"id": "a"}], size)[0, 0]["image"]
@@ -69,7 +70,7 @@ def test_a_centre_crop_has_the_volumes_middle_in_its_middle(size: tuple[int, int
         assert abs(place - (edge - 1) / 2) <= 0.5
 
 
-def test_random_crops_lie_inside_and_reach_everywhere() -> None:
+def test_random_crops_lie_inside_and_cover_the_volume() -> None:
     volume = np.arange(10 * 9 * 8, dtype=np.float32).reshape(1, 10, 9, 8) + 1
     dataset = CropDataset(Memory(volume), [{"id": "a"}], (4, 4, 8), crop="random")
     starts = set()
@@ -99,7 +100,7 @@ def test_a_sample_depends_on_seed_epoch_and_record_alone(store) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_batches_are_the_same_whatever_the_workers_and_wherever_one_starts(store, workers: int) -> None:
+def test_batches_do_not_depend_on_workers_or_start_step(store, workers: int) -> None:
     opened = Store(store)
     dataset = CropDataset(opened, opened.records[:3], (16, 16, 16), crop="random", labelled=True, augment=STRONG)
     settings = LoaderSettings(workers=workers)
@@ -111,7 +112,7 @@ def test_batches_are_the_same_whatever_the_workers_and_wherever_one_starts(store
             assert torch.equal(expected[key], found[key])
 
 
-def test_the_sampler_visits_every_record_once_an_epoch() -> None:
+def test_the_sampler_draws_every_record_once_per_epoch() -> None:
     addresses = [address for batch in islice(EndlessSampler(5, 4, micro_batches=2, seed=1), 20) for address in batch]
     assert len(addresses) == 40
     for epoch in range(8):
@@ -121,7 +122,7 @@ def test_the_sampler_visits_every_record_once_an_epoch() -> None:
         EndlessSampler(5, 4, micro_batches=3)
 
 
-def test_image_and_label_move_alike() -> None:
+def test_spatial_transforms_are_the_same_for_image_and_label() -> None:
     rng = np.random.default_rng(0)
     label = np.zeros((1, 40, 40, 40), dtype=np.uint8)
     label[:, 10:30, 12:26, 8:22] = 1
@@ -142,7 +143,7 @@ def test_image_and_label_move_alike() -> None:
         assert set(sample["label"].unique().tolist()) <= {0, 1, 2}
 
 
-def test_intensity_changes_leave_labels_alone(store) -> None:
+def test_intensity_transforms_leave_labels_unchanged(store) -> None:
     opened = Store(store)
     changed = AugmentSettings(gamma=[0.5, 2.0], gamma_probability=1, noise=0.2, brightness=0.3)
     plain, bright = (
@@ -188,7 +189,7 @@ def test_an_identity_matrix_changes_nothing() -> None:
         volume = torch.rand(2, *box)
         start = [(b - s) // 2 for b, s in zip(box, size, strict=True)]
         inner = volume[:, start[0] : start[0] + size[0], start[1] : start[1] + size[1], start[2] : start[2] + size[2]]
-        torch.testing.assert_close(move(volume, size, drawn), inner)
+        torch.testing.assert_close(spatial_transform(volume, size, drawn), inner)
 
 
 def test_a_quarter_turn_is_exact_and_a_zoom_enlarges() -> None:
@@ -197,12 +198,12 @@ def test_a_quarter_turn_is_exact_and_a_zoom_enlarges() -> None:
     volume = torch.rand(1, *box)
     k = (box[0] - 8) // 2
     inner = volume[:, k : k + 8, k : k + 8, k : k + 8]
-    turned = move(volume, (8, 8, 8), turn)
+    turned = spatial_transform(volume, (8, 8, 8), turn)
     assert any(torch.allclose(turned, torch.rot90(inner, n, (2, 3)), atol=1e-5) for n in (1, 3))
     zoom = Augmentation(matrix=torch.eye(3, dtype=torch.float64) / 2)
     ball = torch.zeros(1, *source_size((16, 16, 16), zoom))
     ball[:, ball.shape[1] // 2 - 2 : ball.shape[1] // 2 + 2, ball.shape[2] // 2 - 2 : ball.shape[2] // 2 + 2] = 1.0
-    assert (move(ball, (16, 16, 16), zoom)[0, :, 8, 8] > 0.5).sum() == 8
+    assert (spatial_transform(ball, (16, 16, 16), zoom)[0, :, 8, 8] > 0.5).sum() == 8
 
 
 def test_drawn_parameters_stay_in_their_ranges() -> None:
@@ -220,14 +221,14 @@ def test_drawn_parameters_stay_in_their_ranges() -> None:
 
 def test_gamma_keeps_the_range_and_noise_is_drawn_from_its_seed() -> None:
     image = torch.rand(1, 6, 6, 6)
-    bent = recolour(image, Augmentation(gamma=2.0))
+    bent = intensity_transform(image, Augmentation(gamma=2.0))
     assert bent.min().item() == pytest.approx(image.min().item(), abs=1e-4)
     assert bent.max().item() == pytest.approx(image.max().item(), abs=1e-4)
     low, high = image.min(), image.max()
     torch.testing.assert_close(bent, ((image - low) / (high - low)) ** 2 * (high - low) + low, atol=1e-4, rtol=1e-4)
     noisy = Augmentation(noise=0.5, noise_seed=9)
-    assert torch.equal(recolour(image, noisy), recolour(image, noisy))
-    assert (recolour(image, noisy) - image).std().item() == pytest.approx(0.5, rel=0.2)
+    assert torch.equal(intensity_transform(image, noisy), intensity_transform(image, noisy))
+    assert (intensity_transform(image, noisy) - image).std().item() == pytest.approx(0.5, rel=0.2)
 
 
 def test_a_record_without_label_is_named() -> None:
@@ -242,7 +243,7 @@ def test_a_record_without_label_is_named() -> None:
 # --- channels that are missing
 
 
-def test_channels_are_dropped_with_their_probability_and_never_all() -> None:
+def test_channels_are_dropped_with_their_probability_and_never_all_of_them() -> None:
     settings, source = AugmentSettings(modality_dropout=0.4), generator()
     dropped = [draw_augmentation(settings, source, channels=3).dropped for _ in range(3000)]
     assert max(len(channels) for channels in dropped) == 2
@@ -252,15 +253,15 @@ def test_channels_are_dropped_with_their_probability_and_never_all() -> None:
     assert {draw_augmentation(settings, source, channels=1).dropped for _ in range(50)} == {()}
 
 
-def test_a_dropped_channel_is_zero_and_the_others_are_as_they_were() -> None:
+def test_a_dropped_channel_is_zero_and_the_others_are_unchanged() -> None:
     image, noisy = torch.rand(3, 5, 5, 5), Augmentation(noise=0.5, noise_seed=9, gain=1.1)
     before = image.clone()
-    found = recolour(image, replace(noisy, dropped=(0, 2)))
+    found = intensity_transform(image, replace(noisy, dropped=(0, 2)))
     assert not found[0].any() and not found[2].any() and torch.equal(image, before)
-    assert torch.equal(found[1], recolour(image, noisy)[1])
+    assert torch.equal(found[1], intensity_transform(image, noisy)[1])
 
 
-def test_without_dropout_a_crop_is_what_it_was(store) -> None:
+def test_without_dropout_no_channel_is_zero(store) -> None:
     opened = Store(store)
     plain, dropped = (
         CropDataset(opened, opened.records, (24,) * 3, crop="random", augment=AugmentSettings(modality_dropout=p))[1, 5]
@@ -281,7 +282,7 @@ def blobs(seed: int = 0) -> np.ndarray:
     return label.astype(np.uint8)
 
 
-def test_every_class_and_every_voxel_of_it_is_drawn_alike() -> None:
+def test_classes_and_their_voxels_are_drawn_with_equal_probabilities() -> None:
     label = blobs()
     foreground, counts = Foreground(label), {}
     for index, value in enumerate([1, 3, 7]):
@@ -295,7 +296,7 @@ def test_every_class_and_every_voxel_of_it_is_drawn_alike() -> None:
     assert Foreground(np.full((1, 4, 4, 4), IGNORED, np.uint8)).draw(label, (0.5, 0.5)) is None
 
 
-def test_the_share_of_crops_around_labelled_voxels_is_the_one_asked_for() -> None:
+def test_crops_are_centred_on_labelled_voxels_with_the_given_probability() -> None:
     label = np.zeros((1, 40, 40, 40), np.uint8)
     label[0, 20, 9, 31], label[0, 1, 20, 20], label[0, :2, :2, :2] = 1, 2, IGNORED
     image = np.ones((1, 40, 40, 40), np.float32)
@@ -306,7 +307,7 @@ def test_the_share_of_crops_around_labelled_voxels_is_the_one_asked_for() -> Non
     assert np.mean(middle) == pytest.approx(0.2, abs=0.05) and np.mean(edge) == pytest.approx(0.2, abs=0.05)
 
 
-def test_a_labelled_voxel_stays_in_the_middle_however_the_crop_is_turned() -> None:
+def test_a_labelled_voxel_stays_at_the_centre_under_rotation() -> None:
     label = np.zeros((1, 60, 60, 60), np.uint8)
     label[0, 28:33, 36:41, 22:27] = 1
     dataset = CropDataset(
@@ -328,7 +329,7 @@ def test_crops_around_labelled_voxels_depend_on_seed_epoch_and_record_alone(stor
     whole = [used[1, epoch] for epoch in range(8)]
     for epoch in (7, 2):
         assert torch.equal(dataset()[1, epoch]["image"], whole[epoch]["image"])
-    assert used.places[opened.records[1]["id"]].classes == [1, 2, 3] and not plain.places
+    assert used.foregrounds[opened.records[1]["id"]].classes == [1, 2, 3] and not plain.foregrounds
     for wrong in ({"labelled": False}, {"crop": "centre"}, {"foreground": 1.5}):
         with pytest.raises(ValueError, match=r"data\.foreground"):
             CropDataset(

@@ -16,7 +16,7 @@ from asa.data.phantom.cohort import make_cohort
 from asa.data.phantom.lesions import TumourPlan
 from asa.data.phantom.warp import displacement_of, random_velocity, smooth_noise
 from asa.data.preprocessing import template
-from asa.data.preprocessing.cohort import Plan, prepare_cohort
+from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 
 EXTENT = (96.0, 120.0, 100.0)
 needs_template = pytest.mark.skipif(
@@ -111,7 +111,7 @@ def test_one_thread_and_two_make_the_same_bytes(tmp_path):
 
 
 @needs_template
-def test_t1_is_a_bids_dataset_of_unlabelled_people(tmp_path):
+def test_t1_is_an_unlabelled_bids_dataset(tmp_path):
     root = cohort(tmp_path, "t1")
     assert "phantom" in json.loads((root / "dataset_description.json").read_text())["Name"]
     found = bids.records(root)
@@ -125,7 +125,7 @@ def test_t1_is_a_bids_dataset_of_unlabelled_people(tmp_path):
 
 
 @needs_template
-def test_ibsr_people_have_the_tissues_of_a_t1(tmp_path):
+def test_ibsr_subjects_have_the_tissue_contrast_of_t1(tmp_path):
     for record in ibsr.records(cohort(tmp_path, "ibsr", 3, resolution=3)):
         image, label = read_image(record["images"]["t1"]), read_label(record["label"])
         check_same_geometry(image, label, record["id"])
@@ -154,7 +154,7 @@ def test_a_rim_surrounds_the_same_brain_and_fills_the_air_with_noise(tmp_path):
 
 @needs_template
 @pytest.mark.parametrize(("year", "values"), [(2021, [1, 2, 4]), (2023, [1, 2, 3])])
-def test_a_tumour_looks_like_one_in_every_modality(tmp_path, year, values):
+def test_a_tumour_has_its_contrast_in_every_modality(tmp_path, year, values):
     root = cohort(tmp_path, "brats", 2, seed=1, resolution=2.5, names=year)
     globs = {"t1": "_t1", "t1ce": "_t1ce", "t2": "_t2", "flair": "_flair"}
     if year == 2023:
@@ -187,7 +187,7 @@ def test_a_tumour_looks_like_one_in_every_modality(tmp_path, year, values):
 
 
 @needs_template
-def test_hyperintensities_lie_in_white_matter_near_the_ventricles_and_shine_on_flair(tmp_path):
+def test_hyperintensities_lie_in_white_matter_near_the_ventricles_and_are_bright_on_flair(tmp_path):
     root = cohort(tmp_path, "wmh", 4, seed=1, resolution=2.5)
     sites = ("Utrecht/1", "Singapore/2", "Amsterdam/GE3T/3", "Utrecht/4")
     assert all((root / site / "pre/FLAIR.nii.gz").is_file() for site in sites)
@@ -214,12 +214,12 @@ def test_hyperintensities_lie_in_white_matter_near_the_ventricles_and_shine_on_f
 @needs_template
 def test_phantoms_go_through_preparation(tmp_path):
     root = cohort(tmp_path / "raw", "ibsr", 1)
-    report = prepare_cohort(ibsr.records(root), tmp_path / "store", Plan(labels=ibsr.LABELS), progress=False)
+    report = prepare_cohort(ibsr.records(root), tmp_path / "store", CohortSettings(labels=ibsr.LABELS), progress=False)
     assert report.prepared == ["IBSR_01"] and not report.warnings
 
 
 @needs_template
-def test_every_person_says_phantom_beside_it(tmp_path):
+def test_every_subject_has_a_json_that_marks_it_as_a_phantom(tmp_path):
     for kind in ("t1", "ibsr", "brats", "wmh"):
         root = cohort(tmp_path / kind, kind, 1, resolution=6)
         assert json.loads((root / "phantom.json").read_text())["phantom"] is True
@@ -234,20 +234,20 @@ def test_every_person_says_phantom_beside_it(tmp_path):
 @needs_template
 def test_two_cohorts_are_not_mixed_in_one_folder(tmp_path):
     root = cohort(tmp_path, "t1", 1)
-    with pytest.raises(ValueError, match=r"holds another phantom cohort \(other kind, seed\)"):
+    with pytest.raises(ValueError, match=r"holds another phantom cohort \(kind, seed differ\)"):
         cohort(root, "ibsr", 1, seed=6)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"kind": "ct"}, {"subjects": 0}, {"seed": -1}, {"resolution": 0.1}, {"asymmetry": -1}, {"names": 2022}]
 )
-def test_options_without_a_meaning_are_refused_before_anything_is_written(tmp_path, wrong):
+def test_invalid_options_are_refused_before_anything_is_written(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         make_cohort(**{"kind": "t1", "subjects": 1, "seed": 0, "out": tmp_path / "out", "progress": False, **wrong})
     assert not (tmp_path / "out").exists()
 
 
-def test_without_nilearn_the_way_to_install_it_is_given(tmp_path, monkeypatch):
+def test_without_nilearn_the_install_command_is_given(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nilearn", None)
     anatomy.load_template.cache_clear()
     template.load_map.cache_clear()

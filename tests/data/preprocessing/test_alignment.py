@@ -55,7 +55,7 @@ def naive_label(label: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_label_moves_as_if_every_label_were_looked_at_everywhere(seed):
+def test_a_resampled_label_map_equals_that_of_whole_masks(seed):
     rng = np.random.default_rng(seed)
     label = np.kron(rng.choice([0, 0, 3, 9, 250], (4, 5, 4)), np.ones((4, 4, 4))).astype(np.uint8)
     matrix = np.eye(4)
@@ -67,7 +67,7 @@ def test_a_label_moves_as_if_every_label_were_looked_at_everywhere(seed):
     np.testing.assert_array_equal(sample_label(label, matrix, shape), naive_label(label, matrix, shape))
 
 
-def test_the_background_stays_0_and_the_rim_as_bright_as_the_brain():
+def test_the_background_stays_0_and_the_edge_of_the_brain_keeps_its_intensity():
     image, _ = scan((90, 100, 80), centred((90, 100, 80), 2.0 * np.eye(3)))
     flat = np.where(image.data > 0, 100.0, 0).astype(np.float32).transpose(2, 1, 0)
     matrix = np.eye(4)
@@ -194,7 +194,7 @@ def test_a_crop_of_a_registered_brain_lies_in_the_same_place_of_the_template(mon
 
 @pytest.mark.slow
 @needs_scans
-def test_a_real_brain_lies_on_the_template_whatever_its_header_says_of_its_axes(tmp_path):
+def test_a_real_brain_is_registered_with_any_orientation_in_its_header(tmp_path):
     volume = read_image(SHARED / "oasis15/1001_SS.nii.gz")
     label = read_label(SHARED / "oasis15/1001_tissues.nii.gz")
     labels = {1: "csf", 2: "gm", 3: "wm"}
@@ -216,14 +216,14 @@ def test_registration_of_a_head_with_its_skull_is_warned_about(monkeypatch):
     pytest.importorskip("nilearn")
     monkeypatch.setattr("asa.data.preprocessing.alignment.register_to_template", lambda *_: np.eye(4))
     noise = np.random.default_rng(0).random((60, 60, 60)).astype(np.float32) + 1
-    with pytest.warns(UserWarning, match="the skull is still there; set strip"):
+    with pytest.warns(UserWarning, match="the skull is not stripped; set prepare.strip"):
         align(noise, np.ones(noise.shape, bool), np.eye(4), spacing=None, register=True, midway=False)
 
 
 # ------------------------------------------------------------------------------------- bias field and skull
 
 
-def test_n4_takes_a_known_field_out():
+def test_n4_removes_a_known_field():
     pytest.importorskip("SimpleITK")
     shape = (96, 112, 96)
     label = scan(shape, centred(shape, 2.0 * np.eye(3)))[1].data.transpose(2, 1, 0)
@@ -264,13 +264,13 @@ def test_any_command_can_strip_the_skull(tmp_path):
         (f"{PYTHON} -c '{THRESHOLD.replace('> 100', '> 1e9')}' {{image}} {{mask}}", "finds no brain"),
     ],
 )
-def test_a_command_that_fails_is_named_with_what_it_said(command, reason):
+def test_a_command_that_fails_is_named_with_its_output(command, reason):
     image, _ = scan((30, 36, 30), centred((30, 36, 30), 6.0 * np.eye(3)))
     with pytest.raises(ValueError, match=reason.replace("{", r"\{")):
         brain_mask(command, image.data.transpose(2, 1, 0), image.affine)
 
 
-def test_an_unknown_way_to_strip_is_refused():
+def test_an_unknown_strip_method_is_refused():
     with pytest.raises(ValueError, match="choose none, deepbet, robex, or a command"):
         PrepareSettings(strip="bet")
 

@@ -27,8 +27,8 @@ from asa.cli.prepare import prepare
 from asa.data.datasets import folder
 from asa.data.io.files import gzipped
 from asa.data.io.nifti import Volume, identity_of, read_image, read_label, write_image, write_label
-from asa.data.preprocessing.cohort import Plan, prepare_cohort
-from asa.data.preprocessing.quality_control import Visit
+from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.quality_control import ScanQuality
 from asa.data.store import Store
 
 SHAPE = (30, 36, 32)
@@ -37,11 +37,11 @@ SROW_X, SROW_Y = slice(280, 296), slice(296, 312)  # rows of the sform in a NIfT
 GOOD = [f"good_{number}" for number in range(3)]
 GLOBS = {"t1": "*_t1.nii.gz", "flair": "*_flair.nii.gz"}
 
-Fault = Callable[[Path, str], None]  # spoils the files of one id in a folder
+Fault = Callable[[Path, str], None]  # damages the files of one id in a folder
 
 
 class Result(NamedTuple):
-    """What a command gave back."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -87,11 +87,11 @@ def write_scan(root: Path, id: str) -> None:
 def packed(change: Callable[[bytes], bytes]) -> Fault:
     """Change the bytes of the T1's file."""
 
-    def spoil(root: Path, id: str) -> None:
+    def damage(root: Path, id: str) -> None:
         path = root / f"{id}_t1.nii.gz"
         path.write_bytes(change(path.read_bytes()))
 
-    return spoil
+    return damage
 
 
 def unpacked(change: Callable[[bytes], bytes]) -> Fault:
@@ -102,25 +102,25 @@ def unpacked(change: Callable[[bytes], bytes]) -> Fault:
 def image(change: Callable[[np.ndarray], np.ndarray]) -> Fault:
     """Change the voxels of the T1."""
 
-    def spoil(root: Path, id: str) -> None:
+    def damage(root: Path, id: str) -> None:
         path = root / f"{id}_t1.nii.gz"
         volume = read_image(path)
         write_image(path, change(volume.data), volume.affine)
 
-    return spoil
+    return damage
 
 
 def label(change: Callable[[np.ndarray], np.ndarray], shift: float = 0) -> Fault:
-    """Change the voxels of the label map, and move it to the front by so many mm."""
+    """Change the voxels of the label map, and shift it to the front by some mm."""
 
-    def spoil(root: Path, id: str) -> None:
+    def damage(root: Path, id: str) -> None:
         path = root / f"{id}_seg.nii.gz"
         volume = read_label(path)
         affine = volume.affine.copy()
         affine[1, 3] += shift
         write_image(path, change(volume.data), affine, dtype=np.uint8)
 
-    return spoil
+    return damage
 
 
 def lacks(channel: str) -> Fault:
@@ -128,23 +128,23 @@ def lacks(channel: str) -> Fault:
 
 
 def twin(level: int = 6, dtype: type = np.float32) -> Fault:
-    """The T1 of the first good scan, packed or stored in another way."""
+    """The T1 of the first good scan, with another compression or data type."""
 
-    def spoil(root: Path, id: str) -> None:
+    def damage(root: Path, id: str) -> None:
         source, copy = root / f"{GOOD[0]}_t1.nii.gz", root / f"{id}_t1.nii.gz"
         volume = read_image(source)
         write_image(copy, volume.data, volume.affine, dtype=dtype)
         copy.write_bytes(gzipped(gzip.decompress(copy.read_bytes()), level))
         assert copy.read_bytes() != source.read_bytes()
 
-    return spoil
+    return damage
 
 
 def flip_a_bit(content: bytes) -> bytes:
-    """Flip one bit so that every voxel still unpacks, to another number, and only the checksum tells."""
+    """Flip one bit so that all voxels decompress, with other values, and only the checksum reveals it."""
     whole = np.frombuffer(gzip.decompress(content), np.float32, offset=352)
-    for place in range(len(content) // 2, len(content) - 8):
-        changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    for index in range(len(content) // 2, len(content) - 8):
+        changed = content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :]
         try:
             stream = zlib.decompressobj(-zlib.MAX_WBITS).decompress(changed[10:])
         except zlib.error:
@@ -163,7 +163,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "series": (image(lambda data: np.stack([data, data], -1)), r"_t1\.nii\.gz: shape .* is not 3-D; give one volume"),
     "flat": (unpacked(lambda raw: raw[:296] + raw[SROW_X] + raw[312:]), r"_t1\.nii\.gz: the affine is singular"),
     "other_shape": (label(lambda data: data[1:]), r"t1 and label .*: shapes \(30, 36, 32\) and \(29, 36, 32\) differ"),
-    "elsewhere": (label(np.copy, shift=2), r"t1 and label of elsewhere: .* corners lie 2\.00 mm apart"),
+    "elsewhere": (label(np.copy, shift=2), r"t1 and label of elsewhere: .* corners are 2\.00 mm apart"),
     "undeclared": (label(lambda data: data + 2 * (data == 7)), r"_seg\.nii\.gz: label value 9 \(\d+ voxels\) is not"),
     "no_flair": (lacks("flair"), r"has no flair; add the file"),
     "twin_packed": (twin(level=1), r"t1 is the same scan as in good_0, of another subject \(good_0\), voxel for voxel"),
@@ -178,7 +178,7 @@ def plant(root: Path, *names: str) -> None:
 
 
 class Cohort(NamedTuple):
-    """Good scans alone, then among all faults: the raw files, the two stores, and what the second command said."""
+    """Good scans alone and among all faults: the raw files, both stores, and the output of the second command."""
 
     raw: Path
     alone: Path
@@ -213,7 +213,7 @@ def test_a_flipped_bit_that_nibabel_accepts_is_planted(cohort: Cohort) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_every_fault_is_named_with_its_reason(cohort: Cohort, name: str) -> None:
+def test_every_fault_is_reported_with_its_reason(cohort: Cohort, name: str) -> None:
     assert re.search(FAULTS[name][1], cohort.result.lines("failed")[name])
 
 
@@ -223,7 +223,7 @@ def test_a_cohort_with_faults_ends_with_an_error_and_their_number(cohort: Cohort
     assert f"{len(GOOD)} prepared, 0 done before, {len(FAULTS)} failed" in cohort.result.out
 
 
-def test_the_store_is_to_the_byte_that_of_the_good_scans_alone(cohort: Cohort) -> None:
+def test_the_store_has_the_same_bytes_as_one_of_the_good_scans_alone(cohort: Cohort) -> None:
     assert bytes_of(cohort.store) == bytes_of(cohort.alone)
     assert [record["id"] for record in Store(cohort.store).records] == GOOD
 
@@ -234,7 +234,7 @@ def test_a_check_finds_the_same_faults_and_writes_no_store(cohort: Cohort, check
     assert "nothing written: " in checked.out
 
 
-def test_a_check_has_one_row_a_scan_and_shows_the_faults_first(cohort: Cohort, checked: Result) -> None:
+def test_a_check_has_one_row_per_scan_and_shows_the_faults_first(cohort: Cohort, checked: Result) -> None:
     page = cohort.raw.with_name("checked_check")
     rows = list(csv.DictReader((page / "checkup.csv").open(newline="")))
     assert [row["id"] for row in rows] == sorted([*FAULTS, *GOOD])
@@ -256,7 +256,7 @@ def raw(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_missing_channel_is_zero_where_that_is_asked_for_and_refused_again_where_not(raw: Path) -> None:
+def test_a_missing_channel_is_zero_with_missing_zero_and_refused_otherwise(raw: Path) -> None:
     plant(raw, "no_flair")
     out = raw.with_name("store")
     filled = command(*settings(raw, out, "missing=zero"))
@@ -271,7 +271,7 @@ def test_a_missing_channel_is_zero_where_that_is_asked_for_and_refused_again_whe
     assert [record["id"] for record in Store(out).records] == [GOOD[0]]
 
 
-def test_duplicates_stay_with_a_warning_where_that_is_asked_for(raw: Path) -> None:
+def test_duplicates_are_kept_with_a_warning_if_asked_for(raw: Path) -> None:
     plant(raw, "twin_packed")
     kept = command(*settings(raw, raw.with_name("store"), "duplicates=keep"))
     assert kept.code == 0
@@ -289,23 +289,23 @@ def test_a_scan_that_the_store_holds_from_another_folder_is_a_duplicate(raw: Pat
     assert [record["id"] for record in Store(out).records] == [GOOD[0]]
 
 
-def test_the_site_of_a_scan_stands_in_the_manifest(raw: Path) -> None:
+def test_the_site_of_a_scan_is_in_the_manifest(raw: Path) -> None:
     (raw / "table.csv").write_text(f"id,site,t1\na,Rome,{GOOD[0]}_t1.nii.gz\nb,,{GOOD[0]}_flair.nii.gz\n")
     assert command(f"data.root={raw}", "data.table=table.csv", f"out={raw}_store").code == 0
     assert [record.get("site") for record in Store(f"{raw}_store").records] == ["Rome", None]
 
 
-def test_a_header_whose_two_forms_exchange_the_sides_is_warned_of(raw: Path) -> None:
-    def mirrored(content: bytes) -> bytes:  # the sform says RAS now, the qform LAS
+def test_qform_and_sform_with_exchanged_sides_are_warned_about(raw: Path) -> None:
+    def mirrored(content: bytes) -> bytes:  # the sform is RAS now, the qform LAS
         return content[: SROW_X.start] + (-np.frombuffer(content[SROW_X], "<f4")).tobytes() + content[SROW_X.stop :]
 
     unpacked(mirrored)(raw, GOOD[0])
     result = command(f"data.root={raw}", "data.images={t1: '*_t1.nii.gz'}", f"out={raw}_store")
     assert result.code == 0
-    assert result.lines("warning")[GOOD[0]].endswith("qform says LAS, sform says RAS (taken); check left and right")
+    assert result.lines("warning")[GOOD[0]].endswith("qform is LAS, but sform is RAS (used); check left and right")
 
 
-def test_a_changed_byte_is_found_and_redone_as_the_message_says(raw: Path) -> None:
+def test_a_changed_byte_is_detected_and_repaired_as_the_message_says(raw: Path) -> None:
     write_scan(raw, GOOD[1])
     out = raw.with_name("store")
     assert command(*settings(raw, out)).code == 0
@@ -320,7 +320,7 @@ def test_a_changed_byte_is_found_and_redone_as_the_message_says(raw: Path) -> No
     array.unlink()
     assert command(*settings(raw, out)).code == 0
     assert bytes_of(out) == before
-    assert "all 2 scans are as they were written" in command(*settings(raw, out, "verify=true")).out
+    assert "all 2 scans are unchanged" in command(*settings(raw, out, "verify=true")).out
 
 
 # ---------------------------------------------------------------------------------------------- identity
@@ -329,7 +329,7 @@ def test_a_changed_byte_is_found_and_redone_as_the_message_says(raw: Path) -> No
 @pytest.mark.parametrize("level", [1, 9])
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 @pytest.mark.parametrize("axes", [(0,), (0, 1, 2)])
-def test_the_same_voxels_have_one_identity_however_they_are_filed(
+def test_the_identity_of_voxels_does_not_depend_on_their_file(
     raw: Path, axes: tuple[int, ...], dtype: type, level: int
 ) -> None:
     original = read_image(raw / f"{GOOD[0]}_t1.nii.gz")
@@ -378,7 +378,7 @@ def running_until(count: int, arguments: list[str], out: Path) -> Iterator[subpr
 
 
 @pytest.mark.parametrize(("count", "workers"), [(1, 2), (2, 1)])
-def test_a_killed_command_takes_its_workers_along_and_goes_on_to_the_same_bytes(
+def test_a_killed_command_ends_its_workers_and_continues_to_the_same_bytes(
     cohort: Cohort, tmp_path: Path, count: int, workers: int
 ) -> None:
     arguments = settings(cohort.raw, tmp_path / "store")
@@ -392,14 +392,16 @@ def test_a_killed_command_takes_its_workers_along_and_goes_on_to_the_same_bytes(
     assert bytes_of(tmp_path / "store") == bytes_of(cohort.store)
 
 
-def test_a_killed_worker_costs_no_scan_that_was_done(cohort: Cohort, tmp_path: Path) -> None:
-    def kill_workers(visit: Visit) -> None:
+def test_a_killed_worker_does_not_affect_finished_scans(cohort: Cohort, tmp_path: Path) -> None:
+    def kill_workers(_: ScanQuality) -> None:
         for worker in multiprocessing.active_children():
             worker.kill()
 
     store = shutil.copytree(cohort.store, tmp_path / "store")
-    records, plan = folder.records(cohort.raw, images=GLOBS, label="*_seg.nii.gz"), Plan(labels=LABELS)
-    report = prepare_cohort(records, store, plan, workers=2, progress=False, watch=kill_workers)
+    records = folder.records(cohort.raw, images=GLOBS, label="*_seg.nii.gz")
+    report = prepare_cohort(
+        records, store, CohortSettings(labels=LABELS), workers=2, progress=False, on_scan=kill_workers
+    )
     assert any("a worker process was killed" in reason for reason in report.failures.values())
     assert bytes_of(store) == bytes_of(cohort.store)
 
@@ -412,7 +414,7 @@ def test_a_command_killed_before_its_first_manifest_can_be_started_again(raw: Pa
     assert not [name for name in bytes_of(out) if name.endswith(".part")]
 
 
-def test_arrays_that_a_kill_left_without_an_entry_go_when_their_scan_fails(raw: Path) -> None:
+def test_arrays_without_an_entry_are_removed_when_their_scan_fails(raw: Path) -> None:
     out = raw.with_name("store")
     assert command(*settings(raw, out)).code == 0
     before = bytes_of(out)

@@ -58,7 +58,7 @@ def test_pitch_and_the_other_shifts_do_not_matter():
     np.testing.assert_allclose([found.yaw, found.roll, found.shift], 0, atol=0.1)
 
 
-def test_thick_slices_and_noise_are_borne():
+def test_the_plane_is_found_with_thick_slices_and_noise():
     shape = (160, 200, 44)
     image, _ = scan(shape, centred(shape, np.diag([1.0, 1.0, 4.0])))
     noisy = image.data + np.abs(np.random.default_rng(0).normal(0, 30, shape)).astype(np.float32)
@@ -80,17 +80,17 @@ def test_yaw_turns_the_nose_and_roll_tilts_the_top_to_the_left():
     assert MidsagittalPlane(0, 0, 4, 1).pose()[2, 3] == pytest.approx(4)
 
 
-def test_a_plane_seen_from_a_point_on_it_has_no_shift():
+def test_a_plane_relative_to_one_of_its_points_has_no_shift():
     plane = MidsagittalPlane(12, -8, 5, 1)
     pose = plane.pose()
     on_it = pose[:3, 3] + pose[:3, :3] @ np.array([13.0, -21.0, 0.0])
-    assert plane.seen_from(on_it).shift == pytest.approx(0)
-    assert plane.seen_from(on_it).yaw == 12
+    assert plane.relative_to(on_it).shift == pytest.approx(0)
+    assert plane.relative_to(on_it).yaw == 12
 
 
 @pytest.mark.parametrize("volume", [np.ones((40, 40, 40)), np.random.default_rng(0).random((6, 40, 40))])
-def test_what_has_no_sides_is_refused(volume):
-    with pytest.raises(ValueError, match="too small or too flat"):
+def test_a_volume_that_is_constant_or_too_small_is_refused(volume):
+    with pytest.raises(ValueError, match="is too small, or constant"):
         find_midsagittal_plane(volume, (1, 1, 1))
 
 

@@ -18,7 +18,7 @@ from asa.data.datasets import folder
 from asa.data.datasets.record import Record
 from asa.data.io.nifti import Volume, check_same_geometry, read_image, read_label, write_label
 from asa.data.preprocessing import cohort as prepare
-from asa.data.preprocessing.cohort import Plan, prepare_cohort
+from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_image
 from asa.data.preprocessing.steps import PrepareSettings
@@ -99,7 +99,7 @@ def test_a_smooth_label_returns_from_resampling(spacing):
         assert dice(back == 2, label == 7) > 0.96  # a ball of 11 voxels radius only
 
 
-def test_resampling_keeps_places_in_the_head():
+def test_resampling_keeps_anatomical_positions():
     """A linear ramp is reproduced by trilinear interpolation, so each new voxel must hold its own x in mm."""
     affine = np.diag([1.5, 1.0, 2.0, 1.0])
     affine[:3, 3] = (-20, 5, 9)
@@ -115,7 +115,7 @@ def test_resampling_keeps_places_in_the_head():
     np.testing.assert_allclose(back[2:-2], scaled[2:-2], atol=1e-4)
 
 
-def test_a_head_on_other_voxels_and_turned_comes_to_the_same_image():
+def test_another_voxel_size_and_orientation_give_the_same_image():
     """Rendered in each pose, not interpolated: what differs is what resampling adds."""
     wanted, images = centred((50, 58, 44), np.eye(3) * 3.0), []
     for shape, axes in (((68, 88, 66), np.eye(3) * 2.0), ((106, 126, 100), turn((6, -4, 8)) * 1.5)):
@@ -130,7 +130,7 @@ def test_a_head_on_other_voxels_and_turned_comes_to_the_same_image():
 
 
 @pytest.mark.parametrize("cut", [(1, 0, 0), (1, 2, 3)])
-def test_air_that_a_file_lacks_does_not_move_the_grid_in_the_head(cut):
+def test_the_amount_of_air_in_a_file_does_not_shift_the_grid(cut):
     image, _ = ball((52, 60, 50))
     affine = np.eye(4)
     affine[:3, 3] = cut
@@ -150,7 +150,7 @@ def test_a_mirrored_head_is_prepared_to_the_mirrored_array():
         np.testing.assert_allclose(one, two[..., ::-1], atol=1e-5)
 
 
-def test_resampling_does_not_darken_the_rim_of_the_brain():
+def test_resampling_does_not_darken_the_edge_of_the_brain():
     flat = (ball()[1] > 0).astype(np.float32) * 100
     flat[13, 15, 12] = 101  # not constant
     for spacing in (0.8, 2.0):
@@ -182,7 +182,7 @@ def test_without_a_zero_background_everything_is_foreground():
     assert case.image[0, 0, 0, 0] < -10
 
 
-def test_the_foreground_box_has_its_margin_and_stays_inside_the_scan():
+def test_the_bounding_box_has_its_margin_and_stays_inside_the_scan():
     image = np.zeros((20, 20, 20), np.float32)
     image[5:9, 1:6, 10:18] = np.arange(4)[:, None, None] + 1
     case = prepare_case({"t1": volume(image)}, None, {}, PrepareSettings(margin=3))
@@ -200,13 +200,13 @@ def test_channels_share_the_box_and_keep_their_own_intensities():
     assert (case.image[1] > 0).sum() <= 8
 
 
-def test_a_crop_that_cuts_the_brain_says_so():
+def test_a_crop_that_cuts_the_brain_is_warned_about():
     image, label = ball()
     with pytest.warns(UserWarning, match=r"leaves out \d+\.\d% of the foreground|leaves out \d+ labelled voxels"):
         prepare_case({"t1": volume(image)}, volume(label), LABELS, PrepareSettings(crop=8))
 
 
-def test_outside_the_crop_the_way_back_holds_zeros():
+def test_results_are_zero_outside_the_crop():
     image, _ = ball()
     with pytest.warns(UserWarning):
         case = prepare_case({"t1": volume(image)}, None, {}, PrepareSettings(crop=6))
@@ -229,7 +229,7 @@ def test_label_values_become_consecutive_and_undeclared_ones_are_refused():
         prepare_case({"t1": volume(image)}, volume(label), {2: "outer"}, PrepareSettings(), name="sub-1")
 
 
-def test_images_that_are_empty_or_elsewhere_are_refused():
+def test_empty_images_and_images_on_other_grids_are_refused():
     image, label = ball()
     with pytest.raises(ValueError, match="sub-1: an image is empty or constant"):
         prepare_case({"t1": volume(np.zeros_like(image))}, None, {}, PrepareSettings(), name="sub-1")
@@ -241,7 +241,7 @@ def test_images_that_are_empty_or_elsewhere_are_refused():
         prepare_case({"t1": volume(image), "t2": volume(image, moved)}, None, {}, PrepareSettings(), name="sub-1")
 
 
-def test_a_result_of_another_shape_does_not_go_back():
+def test_a_result_of_another_shape_is_refused():
     case = prepare_case({"t1": volume(ball()[0])}, None, {}, PrepareSettings())
     with pytest.raises(ValueError, match="is not \\(C, D, H, W\\)"):
         to_native(np.zeros((1, 5, 5, 5)), case.chain, order=0)
@@ -253,7 +253,7 @@ def test_a_result_of_another_shape_does_not_go_back():
     "wrong",
     [{"normalise": "minmax"}, {"spacing": 0.0}, {"crop": "box"}, {"crop": [64, 64]}, {"crop": 0}, {"margin": -1}],
 )
-def test_settings_without_a_meaning_are_refused(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PrepareSettings(**wrong)
 
@@ -279,10 +279,10 @@ def bytes_of(store: Path) -> dict[str, bytes]:
 
 def run(records: list[Record], out: Path, **more: object) -> prepare.Report:
     workers = more.pop("workers", 1)
-    return prepare_cohort(records, out, Plan(**{"labels": LABELS, **more}), workers=workers, progress=False)
+    return prepare_cohort(records, out, CohortSettings(**{"labels": LABELS, **more}), workers=workers, progress=False)
 
 
-def test_a_cohort_becomes_a_store_and_a_second_run_has_nothing_to_do(cohort, tmp_path):
+def test_a_second_run_skips_all_scans(cohort, tmp_path):
     first = run(cohort, tmp_path / "store")
     assert first.prepared == ["s0", "s1", "s2", "s3"] and not first.failures and not first.warnings
     before = bytes_of(tmp_path / "store")
@@ -298,7 +298,7 @@ def test_workers_write_the_same_bytes_as_one_process(cohort, tmp_path):
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
-def test_a_bad_scan_is_named_and_leaves_the_others_alone(cohort, tmp_path):
+def test_a_bad_scan_is_named_and_does_not_affect_the_others(cohort, tmp_path):
     run(cohort, tmp_path / "good")
     Path(cohort[1]["images"]["t1"]).write_bytes(b"\x1f\x8b broken")
     Path(cohort[3]["label"]).unlink()
@@ -329,7 +329,7 @@ def test_a_replaced_file_is_prepared_again(cohort, tmp_path):
     assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "fresh")
 
 
-def test_a_scan_that_went_bad_leaves_the_store(cohort, tmp_path):
+def test_a_scan_that_became_invalid_is_removed_from_the_store(cohort, tmp_path):
     run(cohort, tmp_path / "store")
     Path(cohort[2]["images"]["t1"]).write_bytes(b"")
     assert list(run(cohort, tmp_path / "store").failures) == ["s2"]
@@ -337,7 +337,7 @@ def test_a_scan_that_went_bad_leaves_the_store(cohort, tmp_path):
     assert not (tmp_path / "store/images/s2.npy").exists()
 
 
-def test_a_lost_array_is_made_again(cohort, tmp_path):
+def test_a_missing_array_is_prepared_again(cohort, tmp_path):
     run(cohort, tmp_path / "store")
     before = bytes_of(tmp_path / "store")
     (tmp_path / "store/images/s1.npy").unlink()
@@ -346,7 +346,7 @@ def test_a_lost_array_is_made_again(cohort, tmp_path):
     assert bytes_of(tmp_path / "store") == before
 
 
-def test_the_fingerprint_follows_what_the_scans_have_in_common(cohort, tmp_path):
+def test_the_fingerprint_depends_on_what_the_scans_have_in_common(cohort, tmp_path):
     made = {}
     for name, more in (("a", {}), ("b", {"settings": PrepareSettings(margin=1)}), ("c", {"labels": {2: "x", 7: "y"}})):
         run(cohort[:1], tmp_path / name, **more)
@@ -355,13 +355,13 @@ def test_the_fingerprint_follows_what_the_scans_have_in_common(cohort, tmp_path)
     assert Store(tmp_path / "d").fingerprint == made["a"] and len(set(made.values())) == 3
 
 
-def test_a_crop_given_as_a_tuple_goes_on_with_its_store(cohort, tmp_path):
+def test_a_crop_given_as_a_tuple_continues_its_store(cohort, tmp_path):
     settings = PrepareSettings(crop=(16, 16, 16))
     assert len(run(cohort, tmp_path / "store", settings=settings).prepared) == 4
     assert len(run(cohort, tmp_path / "store", settings=settings).skipped) == 4
 
 
-def test_a_store_made_in_another_way_is_not_mixed(cohort, tmp_path):
+def test_a_store_with_other_settings_is_refused(cohort, tmp_path):
     run(cohort, tmp_path / "store")
     for other, reason in (
         ({"settings": PrepareSettings(margin=1)}, "made with settings .*'margin': 4.* now asked for .*'margin': 1"),
@@ -371,16 +371,16 @@ def test_a_store_made_in_another_way_is_not_mixed(cohort, tmp_path):
             run(cohort, tmp_path / "store", **other)
 
 
-def test_an_exception_in_the_middle_keeps_what_was_done(cohort, tmp_path, monkeypatch):
+def test_an_exception_keeps_the_scans_that_are_done(cohort, tmp_path, monkeypatch):
     run(cohort, tmp_path / "whole")
-    attempt = prepare.attempt
+    prepare_scan = prepare.prepare_scan
 
     def stop_at_the_third(job):
         if job.record["id"] == "s2":
             raise KeyboardInterrupt
-        return attempt(job)
+        return prepare_scan(job)
 
-    monkeypatch.setattr(prepare, "attempt", stop_at_the_third)
+    monkeypatch.setattr(prepare, "prepare_scan", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(cohort, tmp_path / "store")
     monkeypatch.undo()
@@ -389,7 +389,7 @@ def test_an_exception_in_the_middle_keeps_what_was_done(cohort, tmp_path, monkey
     assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "whole")
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(cohort, tmp_path):
+def test_a_killed_run_continues_to_the_same_bytes(cohort, tmp_path):
     run(cohort, tmp_path / "whole")
     script = (
         "import os, sys\n"
@@ -402,7 +402,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cohort, tmp_path):
         "    os._exit(9) if len(calls) == 5 else replace(part, path)\n"
         "os.replace = die\n"
         "records = folder.records(sys.argv[1], images={'t1': '*_t1.nii.gz'}, label='*_seg.nii.gz')\n"
-        "prepare.prepare_cohort(records, sys.argv[2], prepare.Plan({2: 'outer', 7: 'inner'}), progress=False)\n"
+        "cohort = prepare.CohortSettings({2: 'outer', 7: 'inner'})\n"
+        "prepare.prepare_cohort(records, sys.argv[2], cohort, progress=False)\n"
     )
     root = str(Path(prepare.__file__).parents[3])
     done = subprocess.run(
@@ -416,21 +417,21 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cohort, tmp_path):
     assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "whole")
 
 
-def test_the_manifest_is_saved_along_the_way(cohort, tmp_path, monkeypatch):
+def test_the_manifest_is_saved_during_the_run(cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SAVE_EVERY", 0.0)
     counts = []
-    attempt = prepare.attempt
+    prepare_scan = prepare.prepare_scan
 
     def count(*job):
         counts.append(len(json.loads((tmp_path / "store/manifest.json").read_text())["records"]))
-        return attempt(*job)
+        return prepare_scan(*job)
 
-    monkeypatch.setattr(prepare, "attempt", count)
+    monkeypatch.setattr(prepare, "prepare_scan", count)
     run(cohort, tmp_path / "store")
     assert counts == [0, 1, 2, 3]
 
 
-def test_the_store_does_not_know_what_time_it_is(cohort, tmp_path, monkeypatch):
+def test_the_store_does_not_depend_on_the_time(cohort, tmp_path, monkeypatch):
     run(cohort, tmp_path / "one")
     monkeypatch.setattr(time, "time", lambda: 0.0)
     run(cohort, tmp_path / "two")
@@ -438,7 +439,7 @@ def test_the_store_does_not_know_what_time_it_is(cohort, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("labels", [{0: "background"}, {1: ""}, {1: "a", 2: "a"}])
-def test_labels_that_cannot_be_told_apart_are_refused(cohort, tmp_path, labels):
+def test_invalid_labels_are_refused(cohort, tmp_path, labels):
     with pytest.raises(ValueError, match="labels: "):
         run(cohort, tmp_path / "store", labels=labels)
     assert not (tmp_path / "store").exists()
@@ -454,7 +455,7 @@ def test_warnings_of_a_scan_are_reported_with_it(cohort, tmp_path):
 def test_a_real_label_goes_through_the_store_and_back_into_its_own_file(tmp_path):
     records = folder.records(SHARED / "oasis15", images={"t1": "*_SS.nii.gz"}, label="*_tissues.nii.gz")[:1]
     labels = {1: "csf", 2: "gm", 3: "wm"}
-    report = prepare_cohort(records, tmp_path / "store", Plan(labels=labels), progress=False)
+    report = prepare_cohort(records, tmp_path / "store", CohortSettings(labels=labels), progress=False)
     assert report.prepared == ["1000"] and not report.warnings
     store = Store(tmp_path / "store")
     values = np.array([0, *store.label_values], np.uint8)

@@ -29,7 +29,7 @@ def write_pairs(root: Path, count: int = 3, size: tuple[int, int] = (24, 20), up
     return root
 
 
-def test_a_written_picture_is_read_as_it_was(tmp_path: Path) -> None:
+def test_a_written_image_is_read_unchanged(tmp_path: Path) -> None:
     for image in (np.random.default_rng(0).random((1, 7, 5)), np.random.default_rng(1).random((3, 7, 5))):
         write_picture(tmp_path / "a.png", image)
         step = 65535 if len(image) == 1 else 255
@@ -52,12 +52,12 @@ def test_pngs_of_every_mode_are_grey_or_colour(tmp_path: Path, mode: str) -> Non
     np.testing.assert_allclose(found, 1)
 
 
-def test_a_window_becomes_zero_to_one_and_what_lies_outside_is_cut_off(tmp_path: Path) -> None:
+def test_a_window_becomes_zero_to_one_and_other_values_are_clipped(tmp_path: Path) -> None:
     values = np.array([[-2000, -1000, 0], [500, 1000, 3000]], dtype=np.float32)  # rows, columns
     nib.save(nib.Nifti1Image(values.T[:, :, None], np.eye(4)), tmp_path / "a.nii.gz")
     found = read_picture(tmp_path / "a.nii.gz", (-1000, 1000))
     np.testing.assert_allclose(found[0], [[0, 0, 0.5], [0.75, 1, 1]])
-    with pytest.raises(ValueError, match=r"a\.nii\.gz: say which values.*data\.window="):
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: give the values.*data\.window="):
         read_picture(tmp_path / "a.nii.gz")
     for wrong in ((1, 0), (0,), "01"):
         with pytest.raises(ValueError, match=r"data\.window"):
@@ -92,21 +92,21 @@ def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
         read_picture(tmp_path / name, (0, 1))
 
 
-def test_unfit_files_are_named(tmp_path: Path) -> None:
+def test_invalid_files_are_named(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), dtype=np.float32), np.eye(4)), tmp_path / "v.nii")
     with pytest.raises(ValueError, match="not one slice"):
         read_picture(tmp_path / "v.nii", (0, 1))
     Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(tmp_path / "colour.png")
     nib.save(nib.Nifti1Image(np.full((4, 5), 0.5, dtype=np.float32), np.eye(4)), tmp_path / "half.nii")
     for name in ("colour.png", "half.nii"):
-        with pytest.raises(ValueError, match="not a label map"):
+        with pytest.raises(ValueError, match="a label map has one whole number"):
             read_regions(tmp_path / name)
     nib.save(nib.Nifti1Image(np.zeros((0, 5), dtype=np.int16), np.eye(4)), tmp_path / "empty.nii")
     with pytest.raises(ValueError, match=r"empty\.nii"):
         read_regions(tmp_path / "empty.nii")
 
 
-def test_a_crop_is_one_place_of_all_three_images(tmp_path: Path) -> None:
+def test_a_crop_has_the_same_position_in_all_three_images(tmp_path: Path) -> None:
     pairs = find_pairs(write_pairs(tmp_path, size=(24, 20)))
     dataset = PairDataset(pairs, 8, upscale=2)
     places, turned = set(), set()
@@ -152,7 +152,7 @@ def test_images_of_different_cases_are_refused(tmp_path: Path) -> None:
         find_pairs(root, low="dark")
 
 
-def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_images_of_different_sizes_or_channels_are_refused(tmp_path: Path) -> None:
     root = write_pairs(tmp_path, 1)
     pairs = find_pairs(root)
     with pytest.raises(ValueError, match=r"high/s0\.png: is 40 x 48 pixels.*model\.upscale=1.*20 x 24"):
@@ -162,7 +162,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lower crop"):
         PairDataset(pairs, 22, upscale=2)[0, 0]
     write_picture(root / "low" / "s0.png", np.zeros((3, 24, 20)))
-    with pytest.raises(ValueError, match=r"low/s0\.png: is a colour image, and the network takes grey"):
+    with pytest.raises(ValueError, match=r"low/s0\.png: is a colour image, but the network takes grey"):
         PairDataset(pairs, 8, upscale=2).whole(0)
     write_picture(root / "low" / "s0.png", coordinates(24, 20))
     write_regions(root / "regions" / "s0.png", np.zeros((12, 10)))

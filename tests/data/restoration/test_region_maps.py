@@ -29,7 +29,7 @@ def discs(h: int = 64, w: int = 72) -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", ["felzenszwalb", "slic"])
-def test_superpixels_keep_plain_shapes_apart(name: str, channels: int) -> None:
+def test_superpixels_separate_simple_shapes(name: str, channels: int) -> None:
     image = np.repeat(discs(), channels, axis=0)
     labels = make_provider(name)("a", image)
     assert labels.shape == image.shape[1:] and labels.dtype == np.int64
@@ -39,13 +39,13 @@ def test_superpixels_keep_plain_shapes_apart(name: str, channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_slic_makes_about_as_many_regions_as_asked_for(channels: int) -> None:
+def test_slic_makes_approximately_the_requested_number_of_regions(channels: int) -> None:
     image = np.repeat(discs(), channels, axis=0) + np.random.default_rng(0).normal(0, 0.03, (channels, 64, 72))
     found = len(np.unique(make_provider("slic", regions=30)("a", image.clip(0, 1))))
     assert 15 <= found <= 45
 
 
-def test_masks_are_painted_from_large_to_small_and_the_rest_is_a_region() -> None:
+def test_masks_are_painted_from_large_to_small_and_the_rest_is_one_region() -> None:
     small, large, hidden = np.zeros((3, 6, 6), dtype=bool)
     large[:4, :4], small[1:3, 1:3], hidden[1, 1] = True, True, True
     labels = paint([hidden, large, small], (6, 6))
@@ -56,7 +56,7 @@ def test_masks_are_painted_from_large_to_small_and_the_rest_is_a_region() -> Non
 
 
 def test_segment_anything_runs_with_the_users_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="a file of Segment Anything that you have"):
+    with pytest.raises(ValueError, match="a local file of Segment Anything weights"):
         make_provider("sam")
     weights = tmp_path / "sam.pth"
     weights.touch()
@@ -88,7 +88,7 @@ def test_stored_label_maps_are_checked_and_numbered_anew(tmp_path: Path) -> None
         provider("a", discs()[:, :10])
     with pytest.raises(ValueError, match="give stored="):
         make_provider("stored")
-    with pytest.raises(ValueError, match="provider is one of"):
+    with pytest.raises(ValueError, match="choose one of felzenszwalb"):
         make_provider("magic")
 
 
@@ -106,7 +106,7 @@ def test_label_maps_are_stored_once_with_previews(tmp_path: Path, workers: int) 
     (tmp_path / "low" / "bad.png").unlink()
     again = store_regions(tmp_path / "low", out, settings, progress=False)
     assert not again.regions and again.kept == ["s0", "s1", "s2"]
-    with pytest.raises(ValueError, match="made in another way"):
+    with pytest.raises(ValueError, match="made with other settings"):
         store_regions(tmp_path / "low", out, {"name": "slic", "regions": 10}, progress=False)
     with pytest.raises(ValueError, match="would replace the images"):
         store_regions(out, out, settings, progress=False)
@@ -131,9 +131,9 @@ def test_the_commands_write_pairs_and_label_maps(tmp_path: Path, monkeypatch, ca
     assert read_regions(pairs / "regions" / "a.png").shape == (32, 36)
     assert "1 label maps with" in capsys.readouterr().out
     for arguments, message in (
-        (["kind=ct"], "computes in HU"),
-        (["kind=mri"], "kind is one of ct, pet, sr"),
-        (["kind=sr", "factor=3"], "by 2 or 4"),
+        (["kind=ct"], "kind=ct needs HU"),
+        (["kind=mri"], "choose one of ct, pet, sr"),
+        (["kind=sr", "factor=3"], "choose 2 or 4"),
     ):
         monkeypatch.setattr(sys, "argv", ["asa-simulate", f"input={tmp_path / 'clean'}", f"out={pairs}", *arguments])
         assert simulate.main() == 1
@@ -146,7 +146,7 @@ def water(edge: int = 64) -> np.ndarray:
     return np.where(x**2 + y**2 < (0.4 * edge) ** 2, 0.0, -1000.0)
 
 
-def test_ct_noise_is_unbiased_and_falls_with_the_root_of_the_photons() -> None:
+def test_ct_noise_is_unbiased_and_decreases_with_the_root_of_the_photons() -> None:
     image = water()
     inside = image == 0
     spread = []
@@ -169,7 +169,7 @@ def test_ct_noise_is_that_of_filtered_back_projection() -> None:
     assert 0.5 * expected < found < expected
 
 
-def test_pet_noise_is_unbiased_and_falls_with_the_root_of_the_counts() -> None:
+def test_pet_noise_is_unbiased_and_decreases_with_the_root_of_the_counts() -> None:
     image = np.where(water() == 0, 5.0, 0.0)
     inside = image > 0
     spread = []
@@ -186,7 +186,7 @@ def test_pet_noise_is_unbiased_and_falls_with_the_root_of_the_counts() -> None:
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_decimation_keeps_a_ramp_where_bilinear_upscaling_puts_it(factor: int) -> None:
+def test_bilinear_upscaling_restores_a_decimated_ramp(factor: int) -> None:
     import torch
 
     ramp = np.broadcast_to(np.arange(32.0), (1, 32, 32))
@@ -210,7 +210,7 @@ def test_simulated_pairs_are_read_in_the_units_of_their_source(tmp_path: Path, m
     assert 0 < np.abs(low - high).mean() < 0.1
 
 
-def test_simulation_does_not_depend_on_the_processes(tmp_path: Path) -> None:
+def test_simulation_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     for k in range(2):
         write_picture(tmp_path / "clean" / f"{k}.png", discs(24, 20))
     for workers in (1, 2):

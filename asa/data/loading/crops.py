@@ -1,0 +1,206 @@
+"""Training crops of prepared volumes, cropped at random or at the centre, and augmented.
+
+Every random draw of a sample comes from a seed of its own, made of (run seed, epoch, record id). It does not depend on
+the worker that draws it, on the number of workers, or on where the run was interrupted.
+
+A sample is a dict: "image" `(C, D, H, W)` float32; "label" `(1, D, H, W)` uint8 of labelled records (class indices as
+stored, and `asa.ops.labels.IGNORED`); "mirror" like "image" if asked for (voxel i is the counterpart of voxel i of the
+image on the other side of the volume); the numbers attached to the record; "seed" int; "id" of the record.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from asa.data.loading.augment import (
+    AugmentSettings,
+    draw_augmentation,
+    intensity_transform,
+    source_size,
+    spatial_transform,
+    swap_sides,
+)
+from asa.data.loading.seeds import sample_seed
+from asa.data.store import read_box
+from asa.ops.labels import IGNORED
+from asa.ops.symmetry import flip, mirrored_start
+
+CROPS = ("centre", "random")
+
+
+class VolumeSource(Protocol):
+    """What crops are read from: the prepared store, or anything with arrays `C D H W` by record id."""
+
+    def image(self, record_id: str) -> np.ndarray: ...
+
+    def label(self, record_id: str) -> np.ndarray | None: ...
+
+
+class Samples(Dataset[dict[str, Any]], ABC):
+    """A dataset for `make_loader`: items addressed by (index, epoch), each with its "seed" and "id"."""
+
+    seed: int
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+
+class CropDataset(Samples):
+    """Augmented crops of prepared volumes.
+
+    An item is addressed by (index of the record, epoch); the same address always gives the same bytes.
+
+    Args:
+        source: the store.
+        records: its records to read, dicts with "id".
+        size: crop size (D, H, W) in voxels. A volume that is smaller is padded with zeros, evenly on both sides.
+        crop: `"centre"`, or `"random"` along each axis where the volume is larger than the crop.
+        labelled: read label maps too.
+        foreground: probability that a random crop is centred on a voxel of a labelled class, or as near to it as a crop
+            inside the volume can be: first a class is drawn from those that the scan has, then one of its voxels.
+        augment: settings; None switches augmentation off.
+        lateral_pairs: stored class indices (left, right) that are exchanged in a mirrored crop.
+        mirrored: also read the crop at the mirrored position, flipped, with the same transforms.
+        attached: numbers that belong to a scan, by record id and then by their key in the batch.
+        seed: the seed of the run.
+
+    Raises:
+        ValueError: an unknown crop, no records, a record without label, or a foreground probability that is out of
+            range or has no effect.
+    """
+
+    def __init__(
+        self,
+        source: VolumeSource,
+        records: Sequence[Mapping[str, Any]],
+        size: Sequence[int],
+        *,
+        crop: str = "centre",
+        labelled: bool = False,
+        foreground: float = 0.0,
+        augment: AugmentSettings | None = None,
+        lateral_pairs: Sequence[tuple[int, int]] = (),
+        mirrored: bool = False,
+        attached: Mapping[str, Mapping[str, float]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if crop not in CROPS:
+            raise ValueError(f"crop={crop!r}: choose {' or '.join(CROPS)}")
+        if not records:
+            raise ValueError("there are no records to train on: check the split")
+        if not 0 <= foreground <= 1:
+            raise ValueError(f"data.foreground={foreground}: a probability must be from 0 to 1")
+        if foreground and not (labelled and crop == "random"):
+            raise ValueError(
+                f"data.foreground={foreground} needs random crops of labelled scans: set data.placement=random"
+            )
+        self.source, self.records, self.size = source, list(records), tuple(size)
+        self.crop, self.labelled, self.augment = crop, labelled, augment
+        self.lateral_pairs, self.seed = tuple(lateral_pairs), seed
+        self.foreground = foreground
+        self.foregrounds: dict[str, Foreground] = {}  # by record id, made when the record is first read
+        self.mirrored, self.attached = mirrored, attached or {}
+        if labelled:
+            for record in self.records:
+                if source.label(record["id"]) is None:
+                    raise ValueError(
+                        f"{record['id']}: has no label map; leave it out of the split or prepare it with one"
+                    )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
+        index, epoch = address
+        record_id = self.records[index]["id"]
+        seed = sample_seed(self.seed, epoch, record_id)
+        generator = torch.Generator().manual_seed(seed)
+        image = self.source.image(record_id)
+        drawn = draw_augmentation(self.augment or AugmentSettings(), generator, channels=len(image))
+        box = source_size(self.size, drawn)
+        start = self._start(record_id, image.shape[1:], generator, box)
+        crop = spatial_transform(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
+        sample = {"image": intensity_transform(crop, drawn).contiguous(), "seed": seed, "id": record_id}
+        if self.mirrored:
+            across = torch.from_numpy(read_box(image, mirrored_start(start, box, image.shape[-1]), box)).float()
+            across = spatial_transform(flip(across), self.size, drawn)
+            sample["mirror"] = intensity_transform(across, drawn).contiguous()
+        for key, value in self.attached.get(record_id, {}).items():
+            sample[key] = torch.tensor(value)
+        if self.labelled:
+            source_label = self.source.label(record_id)
+            assert source_label is not None
+            label = torch.from_numpy(read_box(source_label, start, box))
+            label = spatial_transform(label, self.size, drawn, label=True)
+            if drawn.mirror:
+                label = swap_sides(label, self.lateral_pairs)
+            sample["label"] = label.contiguous()
+        return sample
+
+    def _start(self, record_id: str, shape: Sequence[int], generator: torch.Generator, box: Sequence[int]) -> list[int]:
+        """First voxel of the box to read, which surrounds a crop at the centre or at a random position."""
+        draws = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        centre = self._foreground_centre(record_id, generator) if self.foreground else None
+        start = []
+        for axis, (n, size, edge) in enumerate(zip(shape, self.size, box, strict=True)):
+            slack = n - size
+            if self.crop == "centre" or slack <= 0:
+                first = slack // 2
+            elif centre is None:
+                first = int(draws[axis] * (slack + 1))
+            else:
+                first = min(max(centre[axis] - size // 2, 0), slack)
+            start.append(first - (edge - size) // 2)
+        return start
+
+    def _foreground_centre(self, record_id: str, generator: torch.Generator) -> tuple[int, int, int] | None:
+        """A voxel of a labelled class with probability `foreground`, else None."""
+        chosen, *draws = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        if chosen >= self.foreground:
+            return None
+        label = self.source.label(record_id)
+        assert label is not None
+        if record_id not in self.foregrounds:
+            self.foregrounds[record_id] = Foreground(label)
+        return self.foregrounds[record_id].draw(label, draws)
+
+
+class Foreground:
+    """Draws voxels of the classes of one label map: it keeps the number of voxels of each class in every slice.
+
+    The volume is read once, and the counts take a few kilobytes; a draw then reads one slice. Neither the background
+    nor `IGNORED` is a class.
+
+    Args:
+        label: class indices `(1, D, H, W)` uint8, memory-mapped or not.
+    """
+
+    def __init__(self, label: np.ndarray) -> None:
+        counts = np.stack([np.bincount(part.ravel(), minlength=IGNORED + 1) for part in label[0]])
+        self.classes = [int(index) for index in np.flatnonzero(counts.sum(axis=0)) if 0 < index != IGNORED]
+        self.cumulative = counts[:, self.classes].cumsum(axis=0)  # D K, up to and including each slice
+
+    def draw(self, label: np.ndarray, draws: Sequence[float]) -> tuple[int, int, int] | None:
+        """Draw a class with equal probabilities, then one of its voxels with equal probabilities.
+
+        Args:
+            label: the same label map.
+            draws: two numbers in [0, 1).
+
+        Returns:
+            (d, h, w), or None where there is no class.
+        """
+        if not self.classes:
+            return None
+        column = int(draws[0] * len(self.classes))
+        cumulative = self.cumulative[:, column]
+        number = int(draws[1] * cumulative[-1])
+        depth = int(np.searchsorted(cumulative, number, side="right"))
+        before = int(cumulative[depth - 1]) if depth else 0
+        indices = np.flatnonzero(label[0, depth] == self.classes[column])
+        height, width = divmod(int(indices[number - before]), label.shape[3])
+        return depth, height, width

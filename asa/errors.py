@@ -1,0 +1,36 @@
+"""Errors as one line for the user, and packages that only an optional extra installs."""
+
+import importlib
+from typing import Any
+
+EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # their messages are written for the user
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks; its type where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in one line; the type of an unexpected error comes first."""
+    return one_line(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {one_line(error)}"
+
+
+def require(module: str, extra: str | None, purpose: str) -> Any:
+    """Import a module that belongs to an optional extra.
+
+    Args:
+        module: dotted name, like `"PIL.Image"`.
+        extra: the extra of asa-mri that installs it; None for a package that no extra installs.
+        purpose: what needs it, for the message.
+
+    Raises:
+        ImportError: it is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        target = f'"asa-mri[{extra}]"' if extra else module.replace("_", "-")
+        raise ImportError(
+            f"{error.name or module} is not installed, and {purpose} needs it: run pip install {target}"
+        ) from None
