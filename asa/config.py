@@ -183,7 +183,7 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
             value = override.value()
             folder, _, name = f"{override.key_or_group}/{value}".rpartition("/")
             if value is not None and name not in loader.get_group_options(folder, overrides=list(search)):
-                return f"{override.input_line}: there is no such choice; choose one of {', '.join(choices)}"
+                return f"{override.key_or_group}={value}: there is no such choice; choose one of {', '.join(choices)}"
             groups.append(str(override.input_line))
         keys: list[str] = []
         try:

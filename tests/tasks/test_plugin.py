@@ -157,8 +157,8 @@ def test_a_task_of_another_package_is_planned_trained_and_asked_for_predictions(
 ) -> None:
     run = tmp_path / "run"
     chosen: dict = dict(
-        config_dir=package, plugins=["brainvolume"], model="net", method="volume", crop=32, **{"train.device": "cpu"},
-        train=dict(steps=3, batch_size=1, log_every=1), loader={"workers": 0},
+        config_dir=package, plugins=["brainvolume"], model="net", method="volume", crop=32,
+        train=dict(steps=3, batch_size=1, log_every=1, device="cpu"), loader={"workers": 0}, optim={"warmup": 0},
         data={"split": {"validation": 1, "test": 1}},
     )  # fmt: skip
     assert asa.finetune(store, run, plan="only", plan_rate=1, **chosen) is None
