@@ -89,18 +89,18 @@ def _lesion_scores(
     check_masks(prediction, truth)
     lesions, _ = label(binary_dilation(truth, DILATION, DILATIONS), CONNECTIVITY)
     lesions[~truth] = 0
-    found, count = label(prediction, CONNECTIVITY)
+    predicted, count = label(prediction, CONNECTIVITY)
     voxel = float(np.prod(check_spacing(spacing)))
     unmatched, scores = set(range(1, count + 1)), []
-    boxes = find_objects(found)
+    boxes = find_objects(predicted)
     for number, own in enumerate(find_objects(lesions), start=1):
         around = tuple(slice(max(side.start - DILATIONS, 0), side.stop + DILATIONS) for side in own)
         near = binary_dilation(lesions[around] == number, DILATION, DILATIONS)
-        matched = np.setdiff1d(found[around][near], [0])
+        matched = np.setdiff1d(predicted[around][near], [0])
         unmatched -= set(matched.tolist())
         if np.count_nonzero(lesions[own] == number) * voxel > MIN_VOLUME_MM3:
             box = _joint([own, *(boxes[k - 1] for k in matched)])
-            pair = np.isin(found[box], matched), lesions[box] == number
+            pair = np.isin(predicted[box], matched), lesions[box] == number
             scores.append(score(*pair) if len(matched) else worst)
     return scores + [worst] * len(unmatched)
 

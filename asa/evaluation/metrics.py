@@ -100,14 +100,14 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape; a spacing that is not three lengths.
     """
-    found = _both_directions(a, b, spacing)
-    return max(float(np.percentile(distances, 95)) for distances in found) if found else UNDEFINED
+    directions = _both_directions(a, b, spacing)
+    return max(float(np.percentile(distances, 95)) for distances in directions) if directions else UNDEFINED
 
 
 def hd95_pooled(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     """As `hd95`, but one percentile over the distances of both directions together, as in medpy's `hd95`."""
-    found = _both_directions(a, b, spacing)
-    return float(np.percentile(np.concatenate(found), 95)) if found else UNDEFINED
+    directions = _both_directions(a, b, spacing)
+    return float(np.percentile(np.concatenate(directions), 95)) if directions else UNDEFINED
 
 
 def hd95_in_plane(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
@@ -115,12 +115,12 @@ def hd95_in_plane(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
 
     This is the definition of the WMH segmentation challenge of 2017: the outlines of the lesions in each slice.
     """
-    found = _both_directions(a, b, spacing, _outline)
-    return max(float(np.percentile(distances, 95)) for distances in found) if found else UNDEFINED
+    directions = _both_directions(a, b, spacing, _outline)
+    return max(float(np.percentile(distances, 95)) for distances in directions) if directions else UNDEFINED
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds a non-empty mask, as three slices."""
+    """The smallest box that contains a non-empty mask, as three slices."""
     box = []
     for axis in range(3):
         hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))

@@ -63,7 +63,7 @@ def overlay_panel(
     tile_width: int | None = None,
     opacity: float = 0.45,
 ) -> np.ndarray:
-    """Draw an image and, beside it, one copy per label map with the labels filled and outlined.
+    """Draw an image and, next to it, one copy per label map with the labels filled and outlined.
 
     Rows are the axial, coronal and sagittal plane; columns are the plain image (if there is one) and the label maps in
     order.
@@ -72,7 +72,7 @@ def overlay_panel(
         image: grey values `(D, H, W)`, or None to draw the labels on black.
         labels: integer maps `(D, H, W)`; value k > 0 has the colour in row k - 1, 0 is not drawn.
         colours: for each label map RGB uint8 `(K, 3)`; None: `label_colours`.
-        at: slices `(d, h, w)`; by default the middle, and beside the midline for the sagittal one.
+        at: slices `(d, h, w)`; by default the middle, for the sagittal plane next to the midline.
         spacing: voxel size along D, H, W in mm; slices are drawn in true proportions.
         tile_width: width of a column in pixels; by default a pixel has the smallest voxel size.
         opacity: of the fill, 0 to 1.
@@ -120,7 +120,7 @@ def reconstruction_panel(
         masked: the input with its masked patches set to NaN, which are drawn in slate blue.
         prediction: grey values `(D, H, W)`.
         importance: scores `(D, H, W)`, not normalised.
-        at: slices `(d, h, w)`; by default the middle, and beside the midline for the sagittal one.
+        at: slices `(d, h, w)`; by default the middle, for the sagittal plane next to the midline.
 
     Returns:
         RGB uint8 `(height, width, 3)`: rows axial, coronal, sagittal; four columns.
@@ -266,7 +266,7 @@ def heat(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 def _blend(grey: np.ndarray, values: np.ndarray, table: np.ndarray, opacity: float) -> np.ndarray:
     """Fill labels with their colour and draw their inner edge opaque; RGB `(height, width, 3)`."""
     if values.max(initial=0) > len(table):
-        raise ValueError(f"label {values.max()} has no colour: the table holds {len(table)}")
+        raise ValueError(f"label {values.max()} has no colour: there are {len(table)} colours")
     padded = np.pad(values, 1, mode="edge")
     core = padded[1:-1, 1:-1]
     neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])

@@ -285,14 +285,14 @@ def test_validation_excludes_ignored_voxels(monkeypatch):
     logits = torch.nn.functional.one_hot(predicted, 3).permute(3, 0, 1, 2).float()
     monkeypatch.setattr(segmentation, "sliding_window", lambda *_: logits)
     source = SimpleNamespace(image=lambda _: np.ones((1, 8, 8, 8), np.float16), label=lambda _: truth)
-    numbers, pictures = segmentation.validate_segmentation(
+    numbers, panels = segmentation.validate_segmentation(
         SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0)),
         source,
         ["a"],
         {"wmh": [1], "absent": [2]},
         PredictSettings(),
     )
-    assert numbers == {"dice": 1.0, "dice_wmh": 1.0, "dice_absent": 1.0} and len(pictures) == 1
+    assert numbers == {"dice": 1.0, "dice_wmh": 1.0, "dice_absent": 1.0} and len(panels) == 1
 
 
 def test_the_validation_panel_shows_the_labelled_region_wherever_it_lies(monkeypatch):
@@ -302,8 +302,8 @@ def test_the_validation_panel_shows_the_labelled_region_wherever_it_lies(monkeyp
     monkeypatch.setattr(segmentation, "sliding_window", lambda *_: logits)
     source = SimpleNamespace(image=lambda _: np.ones((1, 16, 16, 16), np.float16), label=lambda _: truth)
     method = SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0))
-    _, pictures = segmentation.validate_segmentation(method, source, ["a"], {"lesion": [1]}, PredictSettings())
-    (panel,) = pictures.values()
+    _, panels = segmentation.validate_segmentation(method, source, ["a"], {"lesion": [1]}, PredictSettings())
+    (panel,) = panels.values()
     rows = (panel == label_colours(1)[0]).all(axis=2).any(axis=1)
     assert all(rows[part * 20 : part * 20 + 16].any() for part in range(3))  # in each of the three planes
 
@@ -335,8 +335,8 @@ def test_one_value_has_no_sd_and_no_value_has_no_mean():
 def test_the_interval_is_seeded_and_does_not_depend_on_other_labels():
     values = list(np.random.default_rng(0).normal(0.8, 0.1, 40))
     alone = summarise(rows_of(values), {1: "csf"}, seed=3)
-    beside = summarise([*rows_of([0.1, 0.9], "gm"), *rows_of(values)], LABELS, seed=3)
-    assert alone.results["csf"] == beside.results["csf"]
+    together = summarise([*rows_of([0.1, 0.9], "gm"), *rows_of(values)], LABELS, seed=3)
+    assert alone.results["csf"] == together.results["csf"]
     assert alone.results["csf"] != summarise(rows_of(values), {1: "csf"}, seed=4).results["csf"]
 
 

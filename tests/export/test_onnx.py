@@ -57,7 +57,7 @@ def test_the_encoder_of_a_pretraining_is_exported_and_a_deviating_one_is_not(
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    run = checkpoint(tmp_path / "run", "asa.asa_tiny", img_size=[16, 24, 16], decoder_depth=1)
+    run = checkpoint(tmp_path / "run", "masked_autoencoder.asa_tiny", img_size=[16, 24, 16], decoder_depth=1)
     assert export_onnx(run, tmp_path / "encoder.onnx") < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].name == "tokens" and session.get_outputs()[0].shape[1:] == [12, 24]

@@ -173,7 +173,7 @@ def test_an_ensemble_of_regions_is_the_mean_of_sigmoids(tmp_path: Path) -> None:
         torch.testing.assert_close(parts[0].probabilities(image), parts[0].models[0](image[None])[0].sigmoid())
     one, two = (part.probabilities(image) for part in parts)
     torch.testing.assert_close(Segmenter(folders, SETTINGS).probabilities(image), (one + two) / 2)
-    with pytest.raises(ValueError, match="agrees in regions"):
+    with pytest.raises(ValueError, match="agree in regions"):
         Segmenter([folders[0], checkpoint(tmp_path / "x", regions=[["all", [1, 2, 5]]])], SETTINGS)
 
 
