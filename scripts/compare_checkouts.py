@@ -67,11 +67,13 @@ CHAIN = [
     f"predict {PREDICT} checkpoint=rat input=pairs/low regions=pairs/regions out=restored",
     "evaluate policy=restoration predictions=restored truth=pairs/high out=evaluated_restored",
 ]
-# Half by BEFORE, the rest by AFTER. A constant learning rate does not depend on the number of steps.
-RESUMED = {
-    "pretrained": (f"pretrain {ASA} optim.schedule=constant train.save_every=1 train.steps=", 4, 8),
-    "tuned": (f"finetune {SEGMENT} optim.schedule=constant train.ema=0.9 train.validate_every=2 train.steps=", 3, 6),
-}
+# Settings, and steps done by BEFORE and in all. A constant learning rate does not depend on the number of steps.
+CONSTANT = "optim.schedule=constant train.save_every=1"
+RESUMED = [
+    (f"pretrain {ASA} {CONSTANT} data.store=../before/t1_store out=pretrained", 4, 8),
+    (f"finetune {SEGMENT} {CONSTANT} data.store=../before/ibsr_store train.ema=0.9 train.validate_every=2 "
+     "init=../before/pretrained out=tuned", 3, 6),
+]  # fmt: skip
 # Values that differ between two runs of one checkout, or between versions on purpose.
 IGNORED = {"software", "asa", "description", "volumes_per_second", "data_wait"}
 
@@ -113,7 +115,8 @@ def run_side_by_side(checkouts: list[Checkout], lines: list[str]) -> None:
         for line in lines:
             seconds = list(pool.map(lambda checkout, line=line: checkout.run(line), checkouts))
             took = " / ".join(f"{s:.0f}" for s in seconds)
-            print(f"ran      asa-{line.split()[0]} {line.split()[-1]}: {took} s", flush=True)
+            out = next(word for word in line.split() if word.startswith("out="))
+            print(f"ran      asa-{line.split()[0]} {out}: {took} s", flush=True)
 
 
 def write_inputs(folder: Path) -> None:
@@ -263,29 +266,27 @@ def differ(one: dict[str, Items], other: dict[str, Items]) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ resuming
 
 
-def compare_resumed(before: Checkout, after: Checkout, folder: Path) -> bool:
+def compare_resumed(before: Checkout, after: Checkout, out: Path) -> bool:
     """Whether AFTER predicts from BEFORE's checkpoints as BEFORE did, and continues its runs as if its own."""
-    inherited = folder / "inherited"
-    made = {line.rpartition("out=")[2] for line in CHAIN if line.startswith("predict")}
-    shutil.copytree(before.folder, inherited, ignore=shutil.ignore_patterns(*made))
-    heir = Checkout(after.path, inherited)
-    run_side_by_side([heir], [line for line in CHAIN if line.startswith("predict")])
-    same = compare(before.folder, inherited)
+    predictions = [line for line in CHAIN if line.startswith("predict")]
+    made = shutil.ignore_patterns(*(line.rpartition("out=")[2] for line in predictions))
+    shutil.copytree(before.folder, out / "inherited", ignore=made)
+    inheriting = Checkout(after.path, out / "inherited")
 
-    halves, wholes = folder / "resumed", folder / "alone"
-    for place in (halves, wholes):
-        place.mkdir()
-        for store in ("t1_store", "ibsr_store"):
-            (place / store).symlink_to(after.folder / store)
-    first, second, alone = Checkout(before.path, halves), Checkout(after.path, halves), Checkout(after.path, wholes)
-    for out, (line, half, whole) in RESUMED.items():
-        init = " init=../after/pretrained" if out == "tuned" else ""
-        run_side_by_side([first], [f"{line}{half}{init} out={out}"])
-        run_side_by_side([second, alone], [f"{line}{whole}{init} out={out}"])
-    for place in (halves, wholes):
-        for store in ("t1_store", "ibsr_store"):
-            (place / store).unlink()
-    return compare(halves, wholes) and same
+    def train() -> None:
+        resumed, alone = out / "resumed", out / "alone"
+        for folder in (resumed, alone):
+            folder.mkdir()
+        for line, half, whole in RESUMED:
+            run_side_by_side([Checkout(before.path, resumed)], [f"{line} train.steps={half}"])
+            run_side_by_side([Checkout(after.path, resumed)], [f"{line} train.steps={whole}"])
+            run_side_by_side([Checkout(after.path, alone)], [f"{line} train.steps={whole}"])
+
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(train), pool.submit(run_side_by_side, [inheriting], predictions)]:
+            job.result()
+    results = [compare(before.folder, inheriting.folder), compare(out / "resumed", out / "alone")]
+    return all(results)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, at tiny size, and are committed without what they print."""
+"""The notebooks run from top to bottom, at tiny size, and are committed without output."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_every_notebook_is_run_here() -> None:
 
 
 @pytest.mark.parametrize("name", SMALLER)
-def test_a_notebook_holds_nothing_that_it_printed(name: str) -> None:
+def test_a_notebook_is_committed_without_output(name: str) -> None:
     for cell in cells(name):
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
@@ -45,6 +45,6 @@ def test_a_notebook_runs_from_top_to_bottom(name: str, tmp_path: Path, monkeypat
         if "parameters" in cell["metadata"].get("tags", []):
             before = set(names)
             exec(SMALLER[name], names)
-            assert set(names) == before, "the test makes smaller what the notebook sets"
+            assert set(names) == before, "the test may only override parameters of the notebook"
             parameters += 1
     assert parameters == 1 and len(shown) == PICTURES[name]

@@ -1,4 +1,4 @@
-"""The wheel holds all that the commands need."""
+"""The wheel contains everything that the commands need."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources, unpacked: what an installation holds."""
+    """A wheel built from a copy of the sources, unpacked, as in an installation."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("asa", "configs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -30,7 +30,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_wheel_holds_every_configuration_and_the_report_template(unpacked: Path) -> None:
+def test_the_wheel_contains_every_configuration_and_the_report_templates(unpacked: Path) -> None:
     expected = {path.relative_to(CONFIG_DIR) for path in CONFIG_DIR.rglob("*.yaml")}
     assert {
         path.relative_to(unpacked / "asa/configs") for path in (unpacked / "asa/configs").rglob("*.yaml")
@@ -45,7 +45,7 @@ def test_an_installed_wheel_composes_its_configurations_from_another_directory(u
         "import asa, sys; from asa.config import CONFIG_DIR; print(asa.__file__, CONFIG_DIR); "
         "from asa.cli.pretrain import main; sys.argv = ['asa-pretrain', '--print', 'out=x', 'data.store=y']; main()"
     )
-    # No site-packages of the checkout's editable install come before the wheel.
+    # PYTHONPATH precedes the checkout's editable install.
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

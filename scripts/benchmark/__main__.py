@@ -1,7 +1,7 @@
-"""Speed and memory of asa on this machine, beside other networks.
+"""Speed and memory of asa on this machine, compared with other networks.
 
-Every row is measured in a process of its own, started from here. This process stays small: on Linux a child's
-high-water mark of memory begins with its parent's, so torch is imported in the children only.
+Every row is measured in a new process. The parent process does not import torch: on Linux, a child's peak memory
+starts at the memory of its parent.
 """
 
 import argparse
@@ -34,32 +34,34 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     number.__name__ = "positive number"
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Speed and memory of asa.", formatter_class=form)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device")
     types = ("fp32", "bf16", "fp16")
-    parser.add_argument("--precision", choices=types, default="fp32", help="of the networks' matrix products")
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
-    parser.add_argument("--size", choices=("base", "small", "tiny"), default="base", help="of the networks")
-    parser.add_argument("--batch", type=number, default=1, help="volumes a step")
-    parser.add_argument("--repeats", type=number, default=5, help="timed repeats of a row, fewer after 60 s")
-    parser.add_argument("--threads", type=number, default=None, help="CPU threads; None: what torch takes")
-    parser.add_argument("--edge", type=number, default=128, help="training volumes' edge in voxels, in steps of 32")
-    parser.add_argument("--matrix", type=number, default=4096, help="edge of the matrices of the machine's own rate")
-    parser.add_argument("--timeout", type=number, default=900, help="seconds after which a row has failed")
+    parser.add_argument("--precision", choices=types, default="fp32", help="autocast precision")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts to measure")
+    parser.add_argument("--size", choices=("base", "small", "tiny"), default="base", help="size of the networks")
+    parser.add_argument("--batch", type=number, default=1, help="global batch size")
+    parser.add_argument("--repeats", type=number, default=5, help="timed repeats per row, fewer after 60 s")
+    parser.add_argument("--threads", type=number, default=None, help="CPU threads; None: the default of torch")
+    parser.add_argument(
+        "--edge", type=number, default=128, help="edge of the training volumes in voxels, a multiple of 32"
+    )
+    parser.add_argument("--matrix", type=number, default=4096, help="edge of the matrices for the machine's rate")
+    parser.add_argument("--timeout", type=number, default=900, help="seconds until a row counts as failed")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and bench.md")
     options = parser.parse_args(arguments)
     options.parts = options.parts.split(",")
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
-        parser.error(f"--parts are of {', '.join(PARTS)}, not {', '.join(unknown)}")
+        parser.error(f"--parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}")
     if options.edge % 32 or options.edge < 64:
-        parser.error(f"--edge is a multiple of 32 from 64 on, got {options.edge}")
+        parser.error(f"--edge must be a multiple of 32 and at least 64, got {options.edge}")
     return options
 
 
 def run_row(spec: Spec, timeout: float) -> dict[str, Any]:
-    """Measure a row in a process of its own: its numbers and "status" "ok", or "failed" and the "reason"."""
+    """Measure a row in a new process: its numbers and "status" "ok", or "failed" and the "reason"."""
     command = [sys.executable, "-m", "scripts.benchmark.row", json.dumps(spec)]
-    # A session of its own, so that what it started ends with it.
+    # A new session, so that its child processes can be ended with it.
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

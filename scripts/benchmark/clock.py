@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-BUDGET = 60.0  # seconds: what takes longer is repeated no more
-SECOND = 5.0  # seconds: what is faster is warmed up by a second call
-SHORTEST = 0.2  # seconds of a repeat: what is faster is called several times in one
+BUDGET = 60.0  # seconds: after these, a call is not repeated
+SECOND = 5.0  # seconds: faster calls are warmed up twice
+SHORTEST = 0.2  # seconds: a repeat of a faster call consists of several calls
 
 Rates = Callable[[], dict[str, float]]
 
 
 @dataclass
 class Work:
-    """What a row times.
+    """The call that a row times.
 
-    `volumes` are what one call works through; `operations` counts one call's, after its memory was read; `warm_up`
-    stands in for a first call that would be too long, and `prepare` runs untimed before every repeat of `calls` calls.
-    `waited` tells the seconds that all calls so far have waited for data; `before` is the peak memory before any call.
+    `volumes` is the number of volumes per call. `operations` counts the operations of a call, after its memory was
+    measured. `warm_up` replaces a first call that would be too long. `prepare` runs untimed before every repeat of
+    `calls` calls. `waited` returns the seconds that all calls so far have waited for data. `before` is the peak memory
+    before any call.
     """
 
     call: Callable[[], object]
@@ -38,19 +39,19 @@ class Work:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def host_peak() -> int:
-    """Largest memory that this process ever held, in bytes."""
+    """Peak memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory so far, in bytes: of the GPU's tensors, or of the process on a CPU."""
+    """Peak memory so far, in bytes: of the GPU's tensors, or of the process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
 
 
@@ -62,15 +63,14 @@ def count_operations(call: Callable[[], object]) -> int:
 
 
 def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | None, precision: str) -> dict[str, Any]:
-    """Time a piece of work, warm, and set it against the matrix-product rates measured around every repeat.
+    """Time a call after warm-up, relative to the matrix-product rates measured around every repeat.
 
     Returns:
         "seconds" (median) and "seconds_best" of a call, "seconds_all" of the "repeats", "calls" in each,
-        "volumes_per_second", "peak_bytes", "host_peak_bytes". With `waited` also "waiting", the share of the time; with
-        `before` also "extra_bytes". With
-        rates also "matrix_rate" (of the precision in use), "matrix_rate_fp32", and "equivalent": what the machine's
-        large matrix products would have done in the time of a volume, in operations. With operations also "operations"
-        of a call, and the "fraction" (median) and "fraction_best" that they are of it.
+        "volumes_per_second", "peak_bytes", "host_peak_bytes". With `waited` also "waiting", as a fraction of the time;
+        with `before` also "extra_bytes". With rates also "matrix_rate" (of the precision in use), "matrix_rate_fp32",
+        and "equivalent": operations that large matrix products would have done in the time of a volume. With operations
+        also "operations" of a call, and their ratio to the equivalent, "fraction" (median) and "fraction_best".
     """
     warm_up = work.warm_up or work.call
     first = _seconds(warm_up, device)
@@ -86,7 +86,7 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
         if work.prepare:
             work.prepare()
         elif calls > 1:
-            work.call()  # the first after a pause is slower
+            work.call()  # the first call after a pause is slower
         waited = work.waited() if work.waited else 0.0
         seconds.append(_seconds(work.call, device, calls) / calls)
         if work.waited:
@@ -110,7 +110,7 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
     if work.waited:
         row["waiting"] = sum(waits) / (sum(seconds) * calls)
     if work.operations:
-        row["operations"] = work.operations()  # after the memory was read
+        row["operations"] = work.operations()  # after the memory was measured
     if rates:
         row |= _against_machine(row.get("operations"), work.volumes, measured, equivalents, precision)
     return row
@@ -119,7 +119,7 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
 def _against_machine(
     operations: int | None, volumes: float, rates: list[dict[str, float]], equivalents: list[float], precision: str
 ) -> dict[str, float]:
-    """What a row says about the machine's rates, `equivalents` being operations that it would have done in a call."""
+    """A row relative to the machine's rates; `equivalents` are operations that matrix products would do in a call."""
     median = statistics.median(equivalents)
     found = {
         "matrix_rate": statistics.median(rate[precision] for rate in rates),

@@ -1,4 +1,4 @@
-"""Volumes of random numbers in files, for the loader."""
+"""Files of random volumes, for the loader."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from asa.data.loading.augment import AugmentSettings
 
 @dataclass
 class RandomVolumes:
-    """A source of crops like the prepared store: float16 images and uint8 labels, memory-mapped."""
+    """A stand-in for the prepared store: float16 images and uint8 labels, memory-mapped."""
 
     folder: Path
     records: list[dict[str, str]]
@@ -39,5 +39,5 @@ class RandomVolumes:
 
 
 def finetuning_augmentation() -> AugmentSettings:
-    """The augmentation that `asa-finetune` starts with."""
+    """The default augmentation of `asa-finetune`."""
     return AugmentSettings(**yaml.safe_load((CONFIG_DIR / "finetune.yaml").read_text())["augment"])

@@ -1,7 +1,7 @@
-"""The machine's own rate of large matrix products, measured by a process of its own.
+"""The machine's rate of large matrix products, measured in a separate process.
 
-The rate drifts with the machine's load and clock, so it is measured again before and after every timed repeat; and in
-another process, so that its matrices and buffers do not count as the memory of what is measured.
+The rate drifts with the machine's load and clock, so it is measured before and after every timed repeat. It is measured
+in another process, so that its matrices and buffers do not count towards the memory of a row.
 """
 
 import json
@@ -16,7 +16,7 @@ SECONDS = 0.25  # products are repeated for about this long
 
 
 class MatrixRate:
-    """Asks the other process for rates. Use it as a context manager.
+    """Client of the measuring process, a context manager.
 
     Args:
         spec: "device", "precision", "matrix" (edge of the square matrices) and "threads".
@@ -33,10 +33,10 @@ class MatrixRate:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.process.communicate()  # closes its input: it ends
+        self.process.communicate()  # closes its input, which ends it
 
     def __call__(self) -> dict[str, float]:
-        """Operations per second now, by precision: fp32, and the one in use. The first call waits until all is warm.
+        """Current operations per second by precision: fp32, and the one in use. The first call waits for the warm-up.
 
         Raises:
             RuntimeError: the other process ended.
@@ -51,7 +51,7 @@ class MatrixRate:
 
 
 def serve(spec: dict[str, Any]) -> None:
-    """Answer each line of the input by the rates, one JSON object a line, until the input ends."""
+    """Answer each line of the input with the rates, one JSON object per line, until the input ends."""
     import torch
 
     from scripts.benchmark.clock import synchronise
@@ -61,7 +61,7 @@ def serve(spec: dict[str, Any]) -> None:
     matrices = {}
     for name in {"fp32", spec["precision"]}:
         a, b = (torch.randn(n, n, device=device).to(getattr(torch, TYPES[name])) for _ in range(2))
-        # Written into the same memory each time: fresh pages would cost a quarter of the rate.
+        # Always written into the same memory: new pages would cost a quarter of the rate.
         matrices[name] = a, b, torch.mm(a, b)
 
     def seconds(name: str, products: int) -> float:

@@ -1,4 +1,4 @@
-"""What is measured: networks of this library and those they stand beside, each as a method of the training loop.
+"""The networks that are measured, of this library and of others, each as a method of the training loop.
 
 Letters: volume `B C D H W`, L tokens `B L E`, M attention heads of d = E / M.
 """
@@ -26,8 +26,8 @@ class DenseAttention(nn.Module):
     """Full self-attention on the layers of a window attention, without a bias.
 
     Args:
-        windows: its linear layers are taken over.
-        written: softmax(q k^T) v written out, as MAE's and most ViT code has it; else PyTorch's fused kernels.
+        windows: the window attention whose linear layers are used.
+        written: explicit softmax(q k^T) v, as in MAE and most ViT code; else PyTorch's fused kernels.
     """
 
     def __init__(self, windows: LinearWindowAttention, written: bool) -> None:
@@ -47,7 +47,7 @@ class DenseAttention(nn.Module):
 
 
 class Peer(nn.Module):
-    """A segmentation network of MONAI, trained as `Segmentation` trains ours but on its one output."""
+    """A segmentation network of MONAI, trained like ours in `Segmentation`, but on its single output."""
 
     def __init__(self, network: nn.Module, edge: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Peer(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """The network itself, where the methods have it."""
+        """The network itself, under the name that methods use."""
         return self
 
     def forward(self, batch: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor] | Tensor:
@@ -69,7 +69,7 @@ class Peer(nn.Module):
 
 
 def dense_twin(size: str, edge: int, written: bool) -> MaskedPretraining:
-    """A ViT-MAE as large as `asa_*`, on as many visible patches: dense attention, plain positions, plain loss."""
+    """A ViT-MAE of the size of `asa_*` and as many visible patches: dense attention, sine-cosine encoding, MSE."""
     model = getattr(asa, f"asa_{size}")(img_size=edge, position="sincos")
     for block in [*model.encoder.blocks, *model.decoder]:
         block.attention = DenseAttention(block.attention, written)

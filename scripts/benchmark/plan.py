@@ -1,4 +1,4 @@
-"""Which rows a run has, in words and as the specs that `row.py` measures. Imports nothing heavy: see `__main__.py`."""
+"""The rows of a run: their names, and the specs that `row.py` measures. Does not import torch: see `__main__.py`."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 PARTS = ("pretrain", "finetune", "importance", "loader", "fed", "window", "growth", "regions")
 OVERLAP = 0.5
 CHANNELS = {"asa": 1, "dense": 1, "written": 1, "unet": 4, "unetr": 4, "swin": 4}
-# Sizes of the peers beside ours. Base is what their papers and MONAI's examples use.
+# Sizes of the other networks. Base is that of their papers and of MONAI's examples.
 UNETR_SIZE = {"base": (768, 12, 16), "small": (384, 6, 16), "tiny": (96, 3, 8)}  # width, heads, features
 SWIN_FEATURES = {"base": 48, "small": 24, "tiny": 12}
 
@@ -14,14 +14,14 @@ Spec = dict[str, Any]
 
 
 def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> list[Spec]:
-    """The rows of a run, in order. A step that stands in two parts has the same spec in both but for the part.
+    """The rows of a run, in order. A step in two parts has the same spec in both, except for the part.
 
     Args:
         parts: some of `PARTS`.
         size: `"base"`, `"small"` or `"tiny"`.
         edge: of the training volumes, in voxels.
-        batch: volumes a step.
-        common: what all specs share.
+        batch: volumes per step.
+        common: entries shared by all specs.
     """
 
     def step(part: str, network: str, side: int) -> Spec:
@@ -36,7 +36,7 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
             "batch": batch,
         }
 
-    # As 160 x 192 x 160 is to 128^3.
+    # In the ratio of 160 x 192 x 160 to 128^3.
     whole = [8 * round(n * edge / 128 / 8) for n in (160, 192, 160)]
     rows: list[Spec] = []
     if "pretrain" in parts:
@@ -78,7 +78,7 @@ def region_rows(size: str) -> list[Spec]:
     """Attention inside 40 regions of 128 x 128 tokens by both backends, its growth, and the whole network."""
     rows: list[Spec] = []
     for backend, edge in (("segments", 128), ("dense", 128), ("segments", 64), ("segments", 256)):
-        regions = edge**2 * 40 // 128**2  # of one size on the average
+        regions = edge**2 * 40 // 128**2  # of one size on average
         way = {"segments": "by segments", "dense": "by one masked product"}[backend]
         name = f"attention {way}, {edge}^2 tokens, {regions} regions"
         own = {"kind": "attention", "backend": backend, "edge": edge, "regions": regions, "tokens": edge**2}
@@ -88,7 +88,7 @@ def region_rows(size: str) -> list[Spec]:
 
 
 def count_windows(volume: list[int], edge: int) -> int:
-    """Windows of edge^3 voxels that cover a volume with the usual overlap, as MONAI lays them."""
+    """Number of windows of edge^3 voxels that cover a volume with the default overlap, as in MONAI."""
     stride = int(edge * (1 - OVERLAP))
     return math.prod(math.ceil(max(n - edge, 0) / stride) + 1 for n in volume)
 
@@ -99,7 +99,7 @@ def tokens(edge: int) -> int:
 
 
 def describe(network: str, size: str, edge: int) -> str:
-    """A network and its input in words."""
+    """Name of a network and its input."""
     voxels = f"{CHANNELS[network]} x {edge}^3"
     names = {
         "asa": f"asa_{size}",

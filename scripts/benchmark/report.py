@@ -14,23 +14,23 @@ TITLES = {
     "pretrain": "Pretraining step",
     "finetune": "Fine-tuning step",
     "importance": "Importance of a volume",
-    "loader": "Loader, a volume being a crop, files in the page cache",
+    "loader": "Loader, in crops, files in the page cache",
     "fed": "Pretraining step fed by the loader, files in the page cache",
     "window": "Sliding window over a whole volume",
     "growth": "Growth of the pretraining step",
     "regions": "Attention inside regions, and the restoration network",
 }
 NOTES = """\
-s: seconds, median of n repeats, and the best. TFLOP: the work's own matrix products and convolutions. Matrix TFLOP/s:
-the rate of large matrix products, measured right before and after each repeat; fraction: the share of it that the work
-reaches. Relative time: against the first row, drift of that rate taken out. Peak: memory of the row's own process on
-a CPU (Python and libraries included; loader workers not), of the tensors on a GPU. Per token: against the smallest
-volume of the same network. Waiting: the share of the time in which a step waits for its batch and the device idles.
-Extra: memory beyond queries, keys, values and index."""
+s: seconds, median of n repeats, and the best. TFLOP: operations in matrix products and convolutions. Matrix TFLOP/s:
+the rate of large matrix products, measured immediately before and after each repeat; fraction: of this rate. Relative
+time: relative to the first row, corrected for the drift of that rate. Peak: memory of the row's process on a CPU
+(including Python and libraries, without loader workers), of the tensors on a GPU. Per token: relative to the smallest
+volume of the same network. Waiting: fraction of the time in which a step waits for its batch and the device is idle.
+Extra: memory in addition to queries, keys, values and index."""
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """Set each row against the first of its part, and each size of a growing network against its smallest."""
+    """Add ratios: of each row to the first of its part, and of each volume size to the smallest of the same network."""
     first: dict[str, Row] = {}
     for row in rows:
         if row["status"] != "ok" or row["kind"] == "restore":
@@ -40,9 +40,9 @@ def add_ratios(rows: list[Row]) -> None:
         row["relative_time"] = _cost(row) / _cost(base)
         if row["part"] != "growth":
             continue
-        share = tokens(base["edge"]) / tokens(row["edge"])
-        row["relative_time_per_token"] = row["relative_time"] * share
-        row["relative_peak_per_token"] = row["peak_bytes"] / base["peak_bytes"] * share
+        ratio = tokens(base["edge"]) / tokens(row["edge"])
+        row["relative_time_per_token"] = row["relative_time"] * ratio
+        row["relative_peak_per_token"] = row["peak_bytes"] / base["peak_bytes"] * ratio
         if row is not base:
             further = (tokens(row["edge"]) - tokens(base["edge"])) * row["batch"]
             row["bytes_per_further_token"] = (row["peak_bytes"] - base["peak_bytes"]) / further
@@ -83,7 +83,7 @@ OWN = {"growth": GROWTH, "regions": REGIONS}
 
 
 def table(rows: list[Row], columns: list[Column]) -> str:
-    """A Markdown table that reads well as plain text, without empty columns; below it the failed rows' reasons."""
+    """An aligned Markdown table without empty columns, followed by the reasons of failed rows."""
     good = [row for row in rows if row["status"] == "ok"]
     cells = [[form(row) for row in good] for _, form in columns]
     shown = [(title, column) for (title, _), column in zip(columns, cells, strict=True) if any(column)]
@@ -105,7 +105,7 @@ def write(out: Path, machine: dict[str, Any], rows: list[Row]) -> str:
 
     Args:
         out: the folder.
-        machine: what it ran on and how.
+        machine: the machine and the settings.
         rows: with "part", "name", "status" and the numbers.
 
     Returns:

@@ -1,7 +1,7 @@
-"""One row of the benchmark, measured in a process of its own: `python -m scripts.benchmark.row SPEC` prints it as JSON.
+"""One row of the benchmark: `python -m scripts.benchmark.row SPEC` measures it in this process and prints JSON.
 
 A spec is a dict: "kind", "device" ("cpu" or "cuda"), "precision", "threads", "repeats", "matrix",
-"scratch" (a folder for files), and what the kind needs.
+"scratch" (a folder for files), and entries of the kind.
 """
 
 import json
@@ -29,19 +29,19 @@ from scripts.benchmark.plan import CHANNELS, Spec
 Batch = dict[str, Any]
 Step = Callable[[Batch], None]
 
-BATCHES = 24  # of the loader, timed in a repeat
-STEPS = 12  # fed by it, timed in a repeat
-READY = 10  # of the loader, taken before: what workers made ready meanwhile (4 x 2) would look like speed
+BATCHES = 24  # batches of the loader per repeat
+STEPS = 12  # steps per repeat, with batches from the loader
+READY = 10  # batches taken before timing: those that workers have prefetched (4 x 2) would count as speed
 
 
 def make_step(spec: Spec, device: torch.device) -> tuple[nn.Module, Step]:
-    """A method and its training step, as `asa.training.loop` makes it: forward, loss, backward, clip, fused AdamW."""
+    """A method and its training step, as in `asa.training.loop`: forward, loss, backward, clip, fused AdamW."""
     from scripts.benchmark.networks import make_method
 
     method: nn.Module = make_method(spec["network"], spec["size"], spec["edge"]).to(device).train()
     optimizer = make_optimizer(method, OptimSettings())
     dtype, clip = PRECISIONS[spec["precision"]], TrainSettings().clip
-    # The loop's scale falls to a fitting one while it skips steps; this one skips none.
+    # The scale of the loop decreases while it skips steps; here no step may be skipped.
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=dtype == torch.float16)
 
     def take(batch: Batch) -> None:
@@ -58,7 +58,7 @@ def make_step(spec: Spec, device: torch.device) -> tuple[nn.Module, Step]:
 
 
 def step(spec: Spec, device: torch.device) -> Work:
-    """A training step on a batch that is on the device."""
+    """A training step on a batch on the device."""
     from scripts.benchmark.networks import CLASSES
 
     method, take = make_step(spec, device)
@@ -70,7 +70,7 @@ def step(spec: Spec, device: torch.device) -> Work:
     }
 
     def operations() -> int:
-        # Without data, so that fused attention is counted too: on a CPU the counter does not know its kernel.
+        # On the meta device, because the counter does not support the CPU kernel of fused attention.
         method.to("meta")
         shapes = {key: value if key == "seed" else value.to("meta") for key, value in batch.items()}
         return count_operations(lambda: method(shapes)["loss"].backward())
@@ -79,7 +79,7 @@ def step(spec: Spec, device: torch.device) -> Work:
 
 
 def fed(spec: Spec, device: torch.device) -> Work:
-    """A pretraining step on crops as the loader gives them, and how long it waits for them."""
+    """A pretraining step on crops from the loader, and the time it waits for them."""
     from asa.data.loading.crops import CropDataset
     from asa.data.loading.loader import LoaderSettings, make_loader
     from scripts.benchmark.crops import RandomVolumes
@@ -158,7 +158,7 @@ def loader(spec: Spec, device: torch.device) -> Work:
 
 
 def attention(spec: Spec, device: torch.device) -> Work:
-    """Attention inside regions: 8 heads of width 32, as in RAT. The index is made before, as once for 12 layers."""
+    """Attention within regions: 8 heads of width 32, as in RAT. The index is computed before, as once for 12 layers."""
     from asa.ops.regions import region_attention, region_index
 
     n, heads, width = spec["edge"], 8, 32
@@ -191,7 +191,7 @@ def restore(spec: Spec, device: torch.device) -> Work:
 
 
 def voronoi(edge: int, regions: int) -> torch.Tensor:
-    """A label map `(1, edge, edge)`: each pixel has the number of the nearest of some random points."""
+    """A label map `(1, edge, edge)` of the Voronoi cells of random points."""
     points = torch.rand(regions, 2, generator=torch.Generator().manual_seed(0)) * edge
     pixels = torch.cartesian_prod(torch.arange(edge), torch.arange(edge)).float()
     return torch.cdist(pixels, points).argmin(dim=1).view(1, edge, edge)
@@ -213,20 +213,20 @@ def measure(spec: Spec, rates: Rates | None) -> dict[str, Any]:
 
     Args:
         spec: see above; "kind" is one of `KINDS`.
-        rates: gives the matrix-product rates, by precision; None where they mean nothing.
+        rates: returns the matrix-product rates by precision; None for rows without matrix products.
 
     Returns:
         See `time_work`.
     """
     torch.manual_seed(0)
     device = torch.device(spec["device"])
-    if device.type == "cpu":  # as training does; for the peers too, so that networks are compared and not allocators
+    if device.type == "cpu":  # as in training; for all networks, so that networks are compared and not allocators
         keep_freed_memory()
     return time_work(KINDS[spec["kind"]](spec, device), device, spec["repeats"], rates, spec["precision"])
 
 
 def machine(spec: Spec) -> dict[str, Any]:
-    """What this machine is, and what "auto" means on it."""
+    """Description of the machine, and the meaning of "auto" on it."""
     import monai
 
     device = pick_device(spec["device"])
@@ -260,7 +260,7 @@ def processor() -> str:
 
 
 def first_to_go() -> None:
-    """Where memory runs out, Linux ends this process, not the user's other work."""
+    """If memory runs out, Linux should end this process and not other work of the user."""
     score = Path("/proc/self/oom_score_adj")
     with suppress(OSError):  # another system, or /proc is read-only
         score.write_text("1000")

@@ -1,6 +1,5 @@
 """Prediction: mirroring, ensembles, probabilities, and scans on other grids."""
 
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import torch
 from heads import centred, dice, scan
 from scipy import ndimage
 from torch import nn
+from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicted
 
 from asa.cli import finetune, predict
 from asa.config import build
@@ -24,46 +24,10 @@ from asa.inference import segmentation
 from asa.inference.segmentation import PredictSettings, Segmenter, count_windows, sliding_window
 from asa.training.checkpoint import read_weights, save_checkpoint
 
-WINDOW = [32, 32, 64]
-DATA = {
-    "channels": ["t1"],
-    "labels": {1: "left_x", 2: "right_x", 5: "middle"},
-    "prepare": {"crop": "foreground"},
-    "lateral_pairs": [["left_x", "right_x"]],
-    "spacing": [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]],
-}
-SETTINGS = PredictSettings(device="cpu", overlap=0.25)
-
-
-def checkpoint(folder: Path, seed: int = 0, **data: object) -> Path:
-    """An untrained network as asa-finetune saves it."""
-    torch.manual_seed(seed)
-    node = dict(_target_="asa.models.unet.unet_tiny", out_channels=4, in_channels=1, feature_size=4, img_size=WINDOW)
-    shell = nn.Module()
-    shell.model = build(node)
-    save_checkpoint(folder, 1, shell, {"model": node, "data": {**DATA, **data}}, {}, keep=1)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("runs") / "fold0")
-
-
-def a_scan(folder: Path, name: str = "a") -> Path:
-    """An ellipsoid of noise without any symmetry."""
-    rng = np.random.default_rng(0)
-    grid = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in (30, 42, 28)), indexing="ij")
-    inside = sum(axis**2 for axis in grid) < 1
-    affine = np.diag([-1.0, 1.0, 1.0, 1.0])  # LAS
-    write_image(folder / f"{name}.nii.gz", np.where(inside, rng.uniform(100, 900, inside.shape), 0), affine)
-    return folder / f"{name}.nii.gz"
-
-
-def predicted(segmenter: Segmenter, path: Path, probabilities: Path | None = None) -> np.ndarray:
-    out = path.with_name("prediction.nii.gz")
-    segmenter.segment_file({"t1": path}, out, probabilities=probabilities)
-    return np.asarray(nibabel.load(out).dataobj)
 
 
 def test_with_mirror_the_prediction_of_a_mirrored_head_is_the_mirrored_prediction(run: Path, tmp_path: Path) -> None:
@@ -184,6 +148,7 @@ USERS_PACKAGE = """
 from types import SimpleNamespace
 
 from torch import nn
+from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicted
 
 
 class WithoutWindow(nn.Conv3d):
@@ -295,11 +260,6 @@ def test_classes_with_the_same_file_name_are_rejected(tmp_path: Path) -> None:
     run = checkpoint(tmp_path / "run", labels={1: "a b", 2: "a/b", 3: "c"}, lateral_pairs=[])
     with pytest.raises(ValueError, match=r"'a b' and 'a/b' would both be written to a_b\.nii\.gz"):
         predicted(Segmenter(run, SETTINGS), a_scan(tmp_path))
-
-
-def call(module, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["asa", *map(str, arguments)])
-    return module.main()
 
 
 def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(

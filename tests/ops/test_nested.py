@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import LABELS
-from test_predict import DATA, SETTINGS, WINDOW, a_scan, call, predicted
 from torch import nn
+from untrained import DATA, SETTINGS, WINDOW, a_scan, call, predicted
 
 from asa.cli import finetune, predict
 from asa.config import build

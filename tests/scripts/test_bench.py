@@ -1,4 +1,4 @@
-"""The benchmark's rows, operation counts and failures, at toy sizes. No timings: they belong to the machine."""
+"""The benchmark's rows, operation counts and failures, at tiny sizes. Timings are not tested."""
 
 import importlib
 import json
@@ -73,7 +73,7 @@ def test_both_dense_attentions_compute_the_same() -> None:
     torch.testing.assert_close(fused, written)
 
 
-def test_the_twin_differs_in_attention_only() -> None:
+def test_the_dense_network_differs_in_attention_only() -> None:
     networks = importlib.import_module("scripts.benchmark.networks")
     ours, twin = (networks.make_method(name, "tiny", 32).model for name in ("asa", "dense"))
     sizes = [
@@ -85,7 +85,7 @@ def test_the_twin_differs_in_attention_only() -> None:
 
 
 @pytest.mark.parametrize("network", ["unet", "unetr", "swin"])
-def test_segmentation_networks_train_and_slide(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segmentation_networks_train_and_predict(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SECOND", 0)  # warm enough after one call
     trained = row.measure(toy(network), rates)
     window: dict[str, Any] = {"kind": "window", "volume": [64, 64, 64], "windows": 1, "overlap": 0.5}
@@ -113,7 +113,7 @@ def test_region_rows_are_measured() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_fed_step_tells_the_share_of_its_time_that_it_waits(
+def test_a_step_with_a_loader_reports_the_fraction_of_time_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(row, "READY", 1)
@@ -122,7 +122,7 @@ def test_a_fed_step_tells_the_share_of_its_time_that_it_waits(
     assert 0 < found["waiting"] < 1 and found["calls"] == row.STEPS and "equivalent" not in found
 
 
-def test_windows_are_counted_as_they_are_laid() -> None:
+def test_windows_are_counted_as_monai_places_them() -> None:
     torch, inferers = importlib.import_module("torch"), importlib.import_module("monai.inferers")
     for volume in ([80, 96, 80], [64, 64, 64], [64, 65, 130]):
         seen: list[int] = []
@@ -166,7 +166,7 @@ def test_a_run_writes_table_and_json(tmp_path: Path) -> None:
     assert page in done.stdout and "| asa_tiny, 1 x 64^3" in page and "## Pretraining step" in page
 
 
-def test_a_failing_row_says_why_and_the_others_go_on(
+def test_a_failing_row_gives_its_reason_and_the_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measured(spec: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def test_a_failing_row_says_why_and_the_others_go_on(
     assert "asa_base, 1 x 96^3: FAILED: MemoryError: too large" in capsys.readouterr().out
 
 
-def test_a_row_fails_by_its_own_error_or_by_time() -> None:
+def test_a_row_fails_by_its_own_error_or_by_timeout() -> None:
     broken = main.run_row(toy("asa", 20), timeout=300)
     assert broken["status"] == "failed" and "not a whole number of patches" in broken["reason"]
     late = main.run_row(toy("asa"), timeout=0.1)
