@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from asa.cli.chain import with_groups_of
-from asa.config import CONFIG_DIR, compose, describe
+from asa.config import CONFIG_DIR, compose, describe, sized_models
 from asa.data.io.files import write_whole
 from asa.data.splits import write_split
 from asa.training.checkpoint import list_checkpoints
@@ -140,8 +140,9 @@ def _help_text(command: str, settings: Mapping[str, type]) -> str:
         if not used:
             continue
         choices = sorted(folder.glob("*.yaml"))
-        nested = sorted(folder.glob("*/*.yaml"))
+        nested = sorted(path for path in folder.glob("*/*.yaml") if path.parent.name != "family")
         names = [str(choice.relative_to(folder).with_suffix("")) for choice in (*choices, *nested)]
+        names += sized_models() if folder.name == "model" else []
         lines.append(f"  {folder.name}= one of: {', '.join(names)}")
         if folder.name == "data":  # each reader has keys of its own
             for choice in choices:

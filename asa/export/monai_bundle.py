@@ -12,7 +12,7 @@ import torch
 from asa import __version__
 from asa.data.io.files import write_json, write_whole
 from asa.data.preprocessing.brain import TOOLS
-from asa.models.segmenting import SegmentationNetwork
+from asa.methods.segment import SegmentationNetwork
 from asa.training.checkpoint import read_model
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"

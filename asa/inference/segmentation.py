@@ -21,7 +21,7 @@ from asa.data.io.nifti import Volume, write_label
 from asa.data.preprocessing.pipeline import to_native
 from asa.inference.label_maps import mirrored_classes, mirrored_regions, winning_labels
 from asa.inference.preprocessing import Intake
-from asa.models.segmenting import SegmentationNetwork
+from asa.methods.segment import SegmentationNetwork
 from asa.ops.symmetry import flip
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from asa.models.sw_vit import Block, SWViT
 from asa.models.transfer import (
     Source,
-    check_kind,
+    check_position,
     from_monai,
     plan_transfer,
     transfer_encoder,
     transfer_report,
-    transfer_sides,
+    transfer_sa_swin,
     transfer_table,
     why_refused,
 )
@@ -67,7 +67,7 @@ def start_from(
     """
     note = ""
     if origin:
-        check_kind(origin["model"], model)
+        check_position(origin["model"], model)
     else:
         note = f"\n{init} does not say its number of heads: taken as {_heads(encoder)}"
     if not explain:
@@ -97,7 +97,7 @@ def start_sides(init: str, source: Source, origin: Mapping[str, Any], model: nn.
             raise ValueError(
                 f"{init} was pretrained with {key}={before}, this model has {now}: add model.{key}={before}"
             )
-    return f"{transfer_sides(source, model)}, from {init}"
+    return f"{transfer_sa_swin(source, model)}, from {init}"
 
 
 def _heads(encoder: SWViT) -> int:
