@@ -9,6 +9,8 @@ from .losses.reconstruction import AttentiveReconstructionLoss as AttentiveRecon
 from .losses.restoration import FocalRegionLoss as FocalRegionLoss
 from .methods.pretrain import MaskedPretraining as MaskedPretraining
 from .methods.sa_swin import SASwinPretraining as SASwinPretraining
+from .models.create import create_model as create_model
+from .models.create import list_models as list_models
 from .models.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
 from .models.masked_autoencoder import asa_base as asa_base
 from .models.masked_autoencoder import asa_small as asa_small

@@ -6,6 +6,7 @@ only; `typed` fills a dataclass.
 
 import dataclasses
 import difflib
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+
+from asa.models import list_models
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the YAML files are the package asa.configs; in a checkout they lie beside the package.
@@ -131,6 +134,7 @@ def compose(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _offer_models()
     for group, cls in (settings or {}).items():
         ConfigStore.instance().store(group=group, name="defaults", node=cls)
     if config_dir and not Path(config_dir).is_dir():
@@ -147,6 +151,28 @@ def compose(
         raise ValueError(_explain(error, command, overrides, search)) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+@functools.cache
+def _offer_models() -> None:
+    """Offer Hydra the group `model`: each FAMILY_SIZE of `asa.models` whose family has a YAML file.
+
+    The node is that file with the size appended to its `_target_`, so that no size needs a file of its own.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    for name in sized_models():
+        family, _, size = name.rpartition("_")
+        node = OmegaConf.load(CONFIG_DIR / "model" / "family" / f"{family}.yaml")
+        node._target_ += f"_{size}"
+        ConfigStore.instance().store(group="model", name=name, node=node)
+
+
+def sized_models() -> list[str]:
+    """The values of `model=` that have no YAML file of their own: those whose family has one."""
+    families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
+    return [name for name in list_models() if name.rpartition("_")[0] in families]
 
 
 def initialised() -> AbstractContextManager[Any]:

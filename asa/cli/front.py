@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from asa.config import CONFIG_DIR, compose, describe
+from asa.config import CONFIG_DIR, compose, describe, sized_models
 from asa.errors import EXPECTED, reason_of
 from asa.training.distributed import MainRankFailed, exit_process, is_main, rank, world_size
 from asa.training.signals import RESUME_CODE, Stopped
@@ -116,8 +116,9 @@ def _help_text(command: str, settings: Mapping[str, type]) -> str:
         if not used:
             continue
         choices = sorted(folder.glob("*.yaml"))
-        nested = sorted(folder.glob("*/*.yaml"))
+        nested = sorted(path for path in folder.glob("*/*.yaml") if path.parent.name != "family")
         names = [str(choice.relative_to(folder).with_suffix("")) for choice in (*choices, *nested)]
+        names += sized_models() if folder.name == "model" else []
         lines.append(f"  {folder.name}= one of: {', '.join(names)}")
         if folder.name == "data":  # each reader has keys of its own
             for choice in choices:

@@ -14,7 +14,7 @@ import torch
 
 from asa.data.io.files import write_whole
 from asa.errors import require
-from asa.models.segmenting import SegmentationNetwork
+from asa.methods.segment import SegmentationNetwork
 from asa.models.sw_vit import SWViT
 from asa.training.checkpoint import read_model
 

@@ -1,4 +1,4 @@
-"""Losses that compare features: two views of one sample, and the two sides of one brain.
+"""Losses that compare features: of two views of a sample, and of the two sides of a brain.
 
 Letters: B samples of this rank, R ranks, E features.
 """
@@ -16,21 +16,21 @@ from asa.ops.symmetry import asymmetry
 class NTXent(nn.Module):
     """Normalised temperature-scaled cross-entropy (SimCLR, Chen et al., ICML 2020, Eq. (1)).
 
-    Each view has to find the other view of its sample among all other views of the batch, by their cosine. The views of
-    all ranks are compared (in evaluation mode those of this rank only); with gradients averaged over the ranks, N ranks
-    give the step of one. A batch of one sample has nothing to be told from, and gives 0.
+    The other view of the same sample is classified among all other views of the batch, by cosine similarity. In
+    training the batch is that of all ranks, in evaluation mode that of this rank. With gradients averaged over the
+    ranks, several ranks take the same step as one. A batch of one sample has no negatives, and its loss is 0.
 
     Args:
-        temperature: to start from; it is learnt, and never falls below a fiftieth of that.
+        temperature: initial value; it is learnt, and is at least a fiftieth of this value.
 
     Raises:
-        ValueError: a temperature that is not above 0.
+        ValueError: a temperature that is not positive.
     """
 
     def __init__(self, temperature: float = 0.5) -> None:
         super().__init__()
         if temperature <= 0:
-            raise ValueError(f"temperature={temperature}: give a number above 0")
+            raise ValueError(f"temperature={temperature}: must be above 0")
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.least = math.log(temperature / 50)
 
@@ -42,8 +42,8 @@ class NTXent(nn.Module):
         """
         own = F.normalize(torch.stack([one, other], dim=1).float(), dim=-1)  # B 2 E
         everyone, first = gather(own) if self.training else (own, 0)  # R*B 2 E
-        own, everyone = own.flatten(0, 1), everyone.flatten(0, 1)  # 2B E, 2RB E; neighbours are views of one sample
-        with torch.autocast(own.device.type, enabled=False):  # which would multiply in 16 bits
+        own, everyone = own.flatten(0, 1), everyone.flatten(0, 1)  # 2B E, 2RB E; rows 2k and 2k+1 are views of sample k
+        with torch.autocast(own.device.type, enabled=False):  # autocast would multiply in 16 bits
             logits = own @ everyone.T / self.log_temperature.clamp(min=self.least).exp()  # 2B 2RB
         rows = torch.arange(len(own), device=own.device)
         itself = F.one_hot(rows + 2 * first, len(everyone)).bool()
@@ -51,14 +51,14 @@ class NTXent(nn.Module):
 
 
 class SymmetryLoss(nn.Module):
-    """The two sides of a healthy brain are alike, those of a patient are not.
+    """Makes the two sides of a healthy brain similar, and those of a patient's brain dissimilar.
 
-    With s = cos(z, z~) and h = 1 for healthy: the mean of h (1 - s) / 2 + (1 - h) (1 + s) / 2, which is 0 where every
-    healthy sample has s = 1 and every patient s = -1. As `"bce"` the binary cross-entropy of h under the probability
-    sigmoid(a s + b), with a and b learnt. It is a mean over samples to which those of unknown health add 0, so a batch
-    computed in parts, or by several ranks, gives the same loss.
+    With s = cos(z, z~) and h = 1 for healthy: the mean of h (1 - s) / 2 + (1 - h) (1 + s) / 2, which is 0 if every
+    healthy sample has s = 1 and every patient s = -1. `"bce"` is the binary cross-entropy of h with the probability
+    sigmoid(a s + b), with learnt a and b. The mean is over all samples, and those of unknown health add 0, so that a
+    batch computed in parts, or by several ranks, has the same loss.
 
-    The forms of the released code of SA-Swin (MICCAI 2024) are not used: one cannot reach its floor, and two compare
+    The forms in the released code of SA-Swin (MICCAI 2024) are not used: one cannot reach its minimum, and two compare
     samples with each other.
 
     Args:
@@ -71,7 +71,7 @@ class SymmetryLoss(nn.Module):
     def __init__(self, form: str = "cosine") -> None:
         super().__init__()
         if form not in ("cosine", "bce"):
-            raise ValueError(f"the symmetry loss is cosine or bce, not {form!r}")
+            raise ValueError(f"the symmetry loss must be cosine or bce, got {form!r}")
         if form == "bce":
             self.affine = nn.Parameter(torch.tensor([5.0, 0.0]))  # a, b
         self.form = form
@@ -84,12 +84,12 @@ class SymmetryLoss(nn.Module):
             mirrored: z~, `(B, E)`.
             health: `(B,)`, 1 healthy, 0 patient, NaN unknown.
         """
-        known = ~health.isnan()
+        labelled = ~health.isnan()
         healthy = health.float().nan_to_num(0.0)
-        unlike = asymmetry(side, mirrored)  # (1 - s) / 2
+        difference = asymmetry(side, mirrored)  # (1 - s) / 2
         if self.form == "cosine":
-            each = healthy * unlike + (1 - healthy) * (1 - unlike)
+            each = healthy * difference + (1 - healthy) * (1 - difference)
         else:
-            logit = self.affine[0] * (1 - 2 * unlike) + self.affine[1]
+            logit = self.affine[0] * (1 - 2 * difference) + self.affine[1]
             each = F.binary_cross_entropy_with_logits(logit, healthy, reduction="none")
-        return (each * known).mean()
+        return (each * labelled).mean()

@@ -10,13 +10,13 @@ from asa.ops.regions import region_keys
 
 
 class FocalRegionLoss(nn.Module):
-    """Absolute error, weighted more where a region is restored badly (RAT, MICCAI 2024).
+    """Absolute error with larger weights for regions that are restored badly (RAT, MICCAI 2024).
 
     e = |prediction - target|, a_r = mean of e over region r, w = a_r / the largest a_r of the image, and
-    L = mean of e * (1 + beta * w). The weights carry no gradient; an image that is restored perfectly has weights 0.
+    L = mean of e * (1 + beta * w). The weights have no gradient; they are 0 in an image that is restored perfectly.
 
     Args:
-        beta: how much more the worst region counts; 0 is the plain absolute error (L1).
+        beta: additional weight of the worst region; 0 is the plain absolute error (L1).
 
     Raises:
         ValueError: a negative beta.
@@ -25,11 +25,11 @@ class FocalRegionLoss(nn.Module):
     def __init__(self, beta: float = 1.0) -> None:
         super().__init__()
         if beta < 0:
-            raise ValueError(f"beta={beta}: a weight is 0 or more")
+            raise ValueError(f"beta={beta}: must be 0 or more")
         self.beta = beta
 
     def weights(self, error: Tensor, regions: Tensor) -> Tensor:
-        """w of each pixel, `(B, H, W)`, from errors `(B, C, H, W)` and a label map `(B, H, W)`."""
+        """w of each pixel, `(B, H, W)`, from errors `(B, C, H, W)` and label maps `(B, H, W)`."""
         keys, count = region_keys(regions)
         flat = keys.flatten()
         total = torch.zeros(count, dtype=torch.float32, device=error.device)
@@ -47,13 +47,14 @@ class FocalRegionLoss(nn.Module):
             regions: label map `(B, H, W)`, any integers.
 
         Raises:
-            ValueError: shapes that do not fit each other.
+            ValueError: inconsistent shapes.
         """
         if prediction.shape != target.shape:
             raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
         if regions.shape != (len(target), *target.shape[2:]):
             raise ValueError(
-                f"a label map of {tuple(regions.shape)} does not fit images of {tuple(target.shape)}: it is (B, H, W)"
+                f"a label map of shape {tuple(regions.shape)} does not fit images of shape {tuple(target.shape)}: it "
+                "must be (B, H, W)"
             )
         error = (prediction.float() - target.float()).abs()
         if not self.beta:

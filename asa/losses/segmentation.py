@@ -1,6 +1,6 @@
 """Deeply supervised segmentation losses.
 
-Letters: logits `B K D H W` with K classes, or `B R D H W` with R regions, label `B 1 D H W`.
+Letters: logits `B K D H W` for K classes, or `B R D H W` for R regions, label `B 1 D H W`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from asa.ops.nested import region_masks
 
 
 def over_scales(logits: Sequence[Tensor], label: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The mean of a loss over resolutions, each coarser one with half the weight; the weights sum to 1.
+    """The weighted mean of a loss over resolutions, the weight halved at each coarser one.
 
     Args:
         logits: from the finest `(B, K, D, H, W)` to the coarsest.
         label: class indices `(B, 1, D, H, W)`, any integer type.
-        loss: of one resolution's logits in float32, and of the label brought to it by nearest neighbour, without
-            shifting it.
+        loss: takes one resolution's logits in float32 and the label resampled to it by nearest neighbour, without a
+            shift.
 
     Returns:
         A scalar in float32.
@@ -36,11 +36,11 @@ def over_scales(logits: Sequence[Tensor], label: Tensor, loss: Callable[[Tensor,
 class DeeplySupervisedDiceCE(nn.Module):
     """Dice plus cross-entropy at several resolutions, see `over_scales`.
 
-    Dice leaves the background out. Voxels that are ignored count in neither term. Both terms are means over samples, so
-    a batch computed in parts gives the same loss; a sample of which nothing counts adds 0.
+    Dice is without the background. Ignored voxels are in neither term. Both terms are means over samples, so that a
+    batch computed in parts has the same loss; a sample with only ignored voxels adds 0.
 
     Args:
-        ignored: class index in the label of voxels that do not count, whatever is predicted there.
+        ignored: class index of voxels that are ignored.
     """
 
     def __init__(self, *, ignored: int = IGNORED) -> None:
@@ -59,21 +59,21 @@ class DeeplySupervisedDiceCE(nn.Module):
 
     def _at_one_scale(self, logits: Tensor, target: Tensor) -> Tensor:
         counted = target != self.ignored
-        # The mask makes ignored voxels background of probability 0, and Dice leaves the background out.
+        # The mask makes ignored voxels background with probability 0, and Dice is without the background.
         dice = self.dice(logits, target, counted)
         voxels = F.cross_entropy(logits, target[:, 0].long(), ignore_index=self.ignored, reduction="none")
         return dice + _mean_of_counted(voxels, counted[:, 0])
 
 
 class DeeplySupervisedRegionLoss(nn.Module):
-    """Dice plus binary cross-entropy of regions that may lie inside each other, at several resolutions.
+    """Dice plus binary cross-entropy of regions that may be nested, at several resolutions.
 
-    Each region has a channel and a sigmoid of its own, as nnU-Net trains on BraTS (Isensee et al., BrainLes 2020).
+    Each region has its own channel with a sigmoid, as nnU-Net trains on BraTS (Isensee et al., BrainLes 2020).
     Resolutions, ignored voxels and means over samples are as in `DeeplySupervisedDiceCE`.
 
     Args:
-        regions: class indices that each region joins.
-        ignored: class index in the label of voxels that do not count, whatever is predicted there.
+        regions: class indices of each region.
+        ignored: class index of voxels that are ignored.
     """
 
     def __init__(self, regions: Sequence[Sequence[int]], *, ignored: int = IGNORED) -> None:
@@ -93,12 +93,12 @@ class DeeplySupervisedRegionLoss(nn.Module):
     def _at_one_scale(self, logits: Tensor, target: Tensor) -> Tensor:
         counted = target != self.ignored
         inside = region_masks(target, self.regions).float()
-        # The mask makes ignored voxels empty, with probability 0: they add to neither part of Dice.
+        # The mask makes ignored voxels background with probability 0: they change no sum of Dice.
         dice = self.dice(logits, inside, counted)
         voxels = F.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(dim=1)
         return dice + _mean_of_counted(voxels * counted[:, 0], counted[:, 0])
 
 
 def _mean_of_counted(voxels: Tensor, counted: Tensor) -> Tensor:
-    """Mean over samples of the mean over counted voxels: values `(B, D, H, W)` that are 0 where nothing counts."""
+    """Mean over samples of the mean over counted voxels, of values `(B, D, H, W)` that are 0 in ignored ones."""
     return (voxels.flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp(min=1)).mean()

@@ -1,4 +1,4 @@
-"""What the training loop asks of a method."""
+"""The interface between a method and the training loop."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -9,13 +9,19 @@ Batch = Mapping[str, Any]
 
 
 class Method(Protocol):
-    """A pretraining objective or a fine-tuning task: an `nn.Module` with these members.
+    """A pretraining or fine-tuning objective: an `nn.Module` with these members.
 
-    Calling it on a batch (see `asa.data.loading.crops`) returns a dict with the scalar "loss" to minimise, and any
-    other scalars to log, detached. `model` is the network that is kept afterwards, `mirrored` whether batches hold the
-    "mirror" of each image. Optional: `run_untiled(batch)`, see `asa.methods.pretrain.MaskedPretraining`.
+    Calling it on a batch (see `asa.data.loading.crops`) returns a dict with the scalar "loss" to minimise, and other
+    scalars to log, detached.
+
+    - `task`: the task of `asa.tasks` that trains it: "pretraining", "segmentation", "classification", "restoration",
+      or `package.module.Class` of a plugin.
+    - `model`: the network, which is kept in checkpoints.
+    - `mirrored`: whether batches have the "mirror" of each image.
+    - optional: `run_untiled(batch)`, see `asa.methods.pretrain.MaskedPretraining`.
     """
 
+    task: str
     model: nn.Module
     mirrored: bool
 
@@ -23,10 +29,10 @@ class Method(Protocol):
 
 
 class Pretraining(Method, Protocol):
-    """A pretraining objective, with what is shown of its progress.
+    """A pretraining objective, with what its validation shows.
 
-    `error` names two of the numbers that it returns: its error, and that of a trivial prediction of the same voxels.
-    `pictures` gives volumes to draw of a batch: each picture four `(B, C, D, H, W)`, the last one as a heat map.
+    - `error`: names of two returned scalars: its error, and that of a trivial prediction of the same voxels.
+    - `pictures`: figures of a batch by name: four volumes `(B, C, D, H, W)` each, the last drawn as a heat map.
     """
 
     error: tuple[str, str]

@@ -18,10 +18,10 @@ class Classification(nn.Module):
 
     Args:
         model: the network.
-        weights: of the classes; None weighs all alike.
+        weights: weights of the classes; None: equal ones.
 
     Raises:
-        ValueError: a model that classifies nothing, or another number of weights than classes.
+        ValueError: a model that is not a classifier, or another number of weights than classes.
     """
 
     task = "classification"
@@ -29,7 +29,7 @@ class Classification(nn.Module):
     def __init__(self, *, model: Classifier, weights: Sequence[float] | None = None) -> None:
         super().__init__()
         if not isinstance(model, Classifier):
-            raise ValueError(f"method=classify takes model=..._classifier_..., not {type(model).__name__}")
+            raise ValueError(f"method=classify needs model=..._classifier_..., got {type(model).__name__}")
         classes = model.head.out_features
         if weights is not None and len(weights) != classes:
             raise ValueError(f"method.weights has {len(weights)} numbers for {classes} classes")
@@ -39,13 +39,13 @@ class Classification(nn.Module):
 
     @property
     def mirrored(self) -> bool:
-        """Whether batches hold the mirror image."""
+        """Whether batches have the mirror image."""
         return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch with "image", "target" `(B,)` of class indices, and "mirror" where it is looked at.
+        """Loss of a batch with "image", class indices "target" `(B,)`, and "mirror" if the network takes it.
 
-        The loss is a mean over samples, each weighed by its class, so a batch computed in parts gives the same.
+        The loss is a mean over samples, weighted by their class, so that a batch computed in parts has the same loss.
         """
         logits, target = self.model(batch["image"], batch.get("mirror")).float(), batch["target"]
         loss = (F.cross_entropy(logits, target, reduction="none") * self.weights[target]).mean()

@@ -16,19 +16,20 @@ class Restoration(nn.Module):
 
     Args:
         model: the network.
-        beta: weight of the focal part of the loss; 0 is the plain absolute error.
+        beta: weight of the focal term of the loss; 0 is the plain absolute error.
 
     Raises:
-        ValueError: a model that restores nothing, or a negative beta.
+        ValueError: a model that is not a region attention transformer, or a negative beta.
     """
 
     task = "restoration"
+    mirrored = False
 
     def __init__(self, *, model: RegionAttentionTransformer, beta: float = 1.0) -> None:
         super().__init__()
         if not isinstance(model, RegionAttentionTransformer):
             raise ValueError(
-                f"restoration takes a region attention transformer (model=rat_...), not {type(model).__name__}"
+                f"restoration needs a region attention transformer (model=rat_...), got {type(model).__name__}"
             )
         self.model = model
         self.loss = FocalRegionLoss(beta)

@@ -1,7 +1,7 @@
 """SA-Swin pretraining (MICCAI 2024): four proxy tasks on a volume and its mirror image.
 
-Letters: image and mirror `B C D H W`, where voxel i of the mirror is the counterpart of voxel i of the image; V = 2 B
-rows of views, the first views of all samples before the second ones.
+Letters: image and mirror `B C D H W`, voxel i of the mirror being the counterpart of voxel i of the image; V = 2 B
+views, the first views of all samples before the second ones.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from asa.losses.contrastive import NTXent, SymmetryLoss
 from asa.methods.base import Batch
-from asa.models.sa_swin import SASwin, Seen
+from asa.models.sa_swin import SASwin, SASwinOutput
 from asa.ops.masking import random_boxes
 from asa.ops.symmetry import rotate_about_left_right
 
@@ -23,11 +23,11 @@ class Views:
     """Two views of each sample.
 
     Args:
-        cut: rotated, with boxes filled by noise and by another sample, `(V, C, D, H, W)`.
-        whole: rotated only.
-        mirror: the mirror images, rotated alike and not cut.
-        hidden: bool `(V, 1, D, H, W)`, True in a box.
-        quarters: turns, int64 `(V,)`.
+        cut: the images rotated, with boxes filled by noise and by another sample, `(V, C, D, H, W)`.
+        whole: the images rotated only.
+        mirror: the mirror images, with the same rotation and without boxes.
+        hidden: bool `(V, 1, D, H, W)`, True inside a box.
+        quarters: quarter turns, int64 `(V,)`.
     """
 
     cut: Tensor
@@ -38,18 +38,18 @@ class Views:
 
 
 class SASwinPretraining(nn.Module):
-    """Rotation, contrast, inpainting and symmetry at once. Every draw of a sample comes from its own seed.
+    """Rotation, contrastive, inpainting and symmetry tasks together. A sample's random draws come from its own seed.
 
     Args:
         model: the network.
         rotation, contrastive, inpainting, symmetry: weights of the tasks' losses.
         form: of the symmetry loss, `"cosine"` or `"bce"`.
-        temperature: that the contrastive one starts from.
-        cutout: largest share of a view's voxels that boxes hide; twice, by noise and by another sample.
+        temperature: initial temperature of the contrastive loss.
+        cutout: largest fraction of a view's voxels that boxes of noise hide, and again boxes of another sample.
 
     Raises:
-        ValueError: a model that is no SA-Swin, a size whose D and H differ (quarter turns exchange them), or a share
-            outside [0, 1).
+        ValueError: a model that is not an SA-Swin, a size with D other than H (quarter turns exchange them), or a
+            cutout outside [0, 1).
     """
 
     task = "pretraining"
@@ -70,38 +70,40 @@ class SASwinPretraining(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(model, SASwin):
-            raise ValueError(f"method=sa_swin takes model=sa_swin_..., not {type(model).__name__}")
+            raise ValueError(f"method=sa_swin needs model=sa_swin_..., got {type(model).__name__}")
         size = model.encoder.img_size
         if size[0] != size[1]:
-            raise ValueError(f"crop={list(size)}: quarter turns about left-right exchange D and H: give them one size")
+            raise ValueError(
+                f"crop={list(size)}: D and H must be equal, as quarter turns about left-right exchange them"
+            )
         if not 0 <= cutout < 1:
-            raise ValueError(f"method.cutout={cutout}: a share lies from 0 to below 1")
+            raise ValueError(f"method.cutout={cutout}: must be in [0, 1)")
         self.model, self.cutout = model, cutout
         self.weights = dict(rotation=rotation, contrastive=contrastive, inpainting=inpainting, symmetry=symmetry)
         self.contrast, self.symmetry = NTXent(temperature), SymmetryLoss(form)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch with "image", "mirror", "seed", and "health" `(B,)` where it is known (see `SymmetryLoss`).
+        """Loss of a batch with "image", "mirror", "seed", and optionally "health" `(B,)` (see `SymmetryLoss`).
 
         Returns:
             "loss"; and for the log each task's loss, "rotation_accuracy", "hidden_l1", the error inside the boxes, and
-            "mean_predictor_l1", the error there of predicting the mean of what is visible.
+            "mean_predictor_l1", the error there of predicting the mean of the visible voxels.
         """
         views = self.views(batch["image"], batch["mirror"], batch["seed"])
-        seen = self.model(views.cut, views.mirror)
+        output = self.model(views.cut, views.mirror)
         health = batch.get("health", torch.full((len(batch["image"]),), float("nan"))).to(views.cut.device)
         losses = {
-            "rotation": rotation_loss(seen, views),
-            "contrastive": self.contrast(*seen.contrast.chunk(2)),
-            "inpainting": inpainting_loss(seen, views),
-            "symmetry": self.symmetry(seen.side, seen.mirrored, health.repeat(2)),
+            "rotation": rotation_loss(output, views),
+            "contrastive": self.contrast(*output.contrast.chunk(2)),
+            "inpainting": inpainting_loss(output, views),
+            "symmetry": self.symmetry(output.side, output.mirrored, health.repeat(2)),
         }
         loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
-        numbers = {name: value.detach() for name, value in losses.items()}
-        return {"loss": loss, **numbers, **watched(seen, views)}
+        detached = {name: value.detach() for name, value in losses.items()}
+        return {"loss": loss, **detached, **proxy_metrics(output, views)}
 
     def views(self, image: Tensor, mirror: Tensor, seeds: Tensor) -> Views:
-        """Draw and apply what makes the views: rotations, and the boxes of the cutout.
+        """Draw and apply the rotations and the boxes of the cutout.
 
         Args:
             image, mirror: `(B, C, D, H, W)`.
@@ -126,35 +128,35 @@ class SASwinPretraining(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """What a reader wants to see: four volumes `(B, C, D, H, W)` a picture, the last of each `(B, 1, D, H, W)`.
+        """Figures of a batch: four volumes `(B, C, D, H, W)` each, the last of them `(B, 1, D, H, W)`.
 
-        "reconstruction" shows a rotated view, cut, restored, and the error; "symmetry" the image, its mirror image,
-        the difference and the asymmetry map.
+        "reconstruction": a rotated view, the same with boxes, inpainted, and the error. "symmetry": the image, its
+        mirror image, the difference and the asymmetry map.
         """
         image, mirror = batch["image"], batch["mirror"]
         views = self.views(image, mirror, batch["seed"])
-        whole, cut, sides = (part[: len(image)] for part in (views.whole, views.cut, views.mirror))
-        restored = self.model(cut, sides).volume
-        difference, found = (image - mirror).abs(), self.model.asymmetry(image, mirror)[1]
+        whole, cut, mirrored = (part[: len(image)] for part in (views.whole, views.cut, views.mirror))
+        inpainted = self.model(cut, mirrored).volume
+        difference, asymmetry = (image - mirror).abs(), self.model.asymmetry(image, mirror)[1]
         return {
             "reconstruction": {
                 "input": whole,
                 "cut": cut,
-                "prediction": restored,
-                "error": (restored - whole).abs().mean(dim=1, keepdim=True),
+                "prediction": inpainted,
+                "error": (inpainted - whole).abs().mean(dim=1, keepdim=True),
             },
-            "symmetry": {"image": image, "mirror": mirror, "difference": difference, "asymmetry": found[:, None]},
+            "symmetry": {"image": image, "mirror": mirror, "difference": difference, "asymmetry": asymmetry[:, None]},
         }
 
 
 @dataclass(frozen=True)
 class ViewDraw:
-    """What was drawn for a view.
+    """The random parameters of a view.
 
     Args:
-        quarters: turns.
+        quarters: quarter turns.
         noise: in [0, 1], `(C, D, H, W)`.
-        noisy, other: bool `(1, D, H, W)`, True in a box of noise and of another sample.
+        noisy, other: bool `(1, D, H, W)`, True inside a box of noise and of another sample.
     """
 
     quarters: int
@@ -164,26 +166,26 @@ class ViewDraw:
 
 
 def draw_view(shape: Sequence[int], cutout: float, generator: torch.Generator) -> ViewDraw:
-    """Draw a view of an image of shape (C, D, H, W); the same state of the generator draws the same."""
+    """Draw the parameters of a view of an image of shape (C, D, H, W)."""
     quarters = int(torch.randint(4, (), generator=generator))
     noise = torch.randn(tuple(shape), generator=generator)
     noise = (noise - noise.min()) / (noise.max() - noise.min())
     return ViewDraw(quarters, noise, *(random_boxes(shape[1:], cutout, generator)[None] for _ in range(2)))
 
 
-def rotation_loss(seen: Seen, views: Views) -> Tensor:
+def rotation_loss(output: SASwinOutput, views: Views) -> Tensor:
     """Cross-entropy of the quarter turns about the left-right axis."""
-    return F.cross_entropy(seen.rotation.float(), views.quarters)
+    return F.cross_entropy(output.rotation.float(), views.quarters)
 
 
-def inpainting_loss(seen: Seen, views: Views) -> Tensor:
-    """Mean absolute error of the restored views, to the rotated ones that were not cut."""
-    return (seen.volume.float() - views.whole.float()).abs().mean()
+def inpainting_loss(output: SASwinOutput, views: Views) -> Tensor:
+    """Mean absolute error of the inpainted views against the rotated ones without boxes."""
+    return (output.volume.float() - views.whole.float()).abs().mean()
 
 
 @torch.no_grad()
-def watched(seen: Seen, views: Views) -> dict[str, Tensor]:
-    """Numbers that say whether anything is learnt; see `SASwinPretraining.forward`."""
+def proxy_metrics(output: SASwinOutput, views: Views) -> dict[str, Tensor]:
+    """How well the proxy tasks are solved; see `SASwinPretraining.forward`."""
     whole, hidden = views.whole.float(), views.hidden.expand_as(views.whole)
     visible = (~hidden).flatten(1)
     mean = (whole.flatten(1) * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
@@ -192,17 +194,17 @@ def watched(seen: Seen, views: Views) -> dict[str, Tensor]:
         return (error.abs() * hidden).sum() / hidden.sum().clamp(min=1)
 
     return {
-        "rotation_accuracy": (seen.rotation.argmax(dim=1) == views.quarters).float().mean(),
-        "hidden_l1": inside(seen.volume.float() - whole),
+        "rotation_accuracy": (output.rotation.argmax(dim=1) == views.quarters).float().mean(),
+        "hidden_l1": inside(output.volume.float() - whole),
         "mean_predictor_l1": inside(mean[:, None, None, None, None] - whole),
     }
 
 
 def partners(samples: int) -> Tensor:
-    """For each of the 2 B views, the row of the other sample that boxes are filled from.
+    """For each of the 2 B views, the index of the other sample's view that boxes are filled from.
 
-    Samples pair up as 0 and 1, 2 and 3, and so on, which ranks that share a batch in even parts do not tear apart. The
-    last of an odd number takes from the one before; a single sample from itself.
+    Samples are paired as 0 and 1, 2 and 3, and so on: ranks with an even number of samples each keep these pairs. The
+    last of an odd number takes the one before it, a single sample itself.
     """
     rows = torch.arange(samples)
     other = (rows ^ 1).where((rows ^ 1) < samples, (rows - 1).clamp(min=0))

@@ -1,16 +1,21 @@
 """Segmentation: a U-Net trained by Dice and cross-entropy at five resolutions, or a linear probe at one.
 
-Letters: image `B C D H W`, label `B 1 D H W` of class indices (or 255: counts nowhere), K classes or R regions.
+Letters: image `B C D H W`, label `B 1 D H W` of class indices (or 255: ignored), K classes or R regions.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from asa.losses.segmentation import DeeplySupervisedDiceCE, DeeplySupervisedRegionLoss
 from asa.methods.base import Batch
-from asa.models.segmenting import SegmentationNetwork
+from asa.models.probe import LinearProbe
+from asa.models.sa_swin_unet import SASwinUNet
+from asa.models.unet import SegmentationUNet
 from asa.ops.nested import paint, painting_order
+
+SegmentationNetwork: TypeAlias = SegmentationUNet | SASwinUNet | LinearProbe
 
 
 class Segmentation(nn.Module):
@@ -20,7 +25,7 @@ class Segmentation(nn.Module):
         model: the network; its `out_channels` is the number of classes, background included.
 
     Raises:
-        ValueError: a model that segments nothing.
+        ValueError: a model that is not a segmentation network.
     """
 
     task = "segmentation"
@@ -29,20 +34,20 @@ class Segmentation(nn.Module):
         super().__init__()
         if not isinstance(model, SegmentationNetwork):
             raise ValueError(
-                f"segmentation takes model=unet_..., sa_swin_unet_... or probe_..., not {type(model).__name__}"
+                f"segmentation needs model=unet_..., sa_swin_unet_... or probe_..., got {type(model).__name__}"
             )
         self.model = model
         self.loss: nn.Module = DeeplySupervisedDiceCE()
 
     @property
     def mirrored(self) -> bool:
-        """Whether batches hold the mirror image."""
+        """Whether batches have the mirror image."""
         return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch with "image" and "label", and "mirror" where the network looks at it."""
-        across = {"mirrored": batch["mirror"]} if self.mirrored else {}
-        logits = self.model(batch["image"], deep_supervision=True, **across)
+        """Loss of a batch with "image" and "label", and "mirror" if the network takes it."""
+        mirrored = {"mirrored": batch["mirror"]} if self.mirrored else {}
+        logits = self.model(batch["image"], deep_supervision=True, **mirrored)
         return {"loss": self.loss(logits, batch["label"])}
 
     def label_map(self, logits: Tensor) -> Tensor:
@@ -51,22 +56,24 @@ class Segmentation(nn.Module):
 
 
 class RegionSegmentation(Segmentation):
-    """Supervised segmentation of regions that may lie inside each other, a sigmoid each, with deep supervision.
+    """Supervised segmentation of regions that may be nested, each with a sigmoid, with deep supervision.
 
     Args:
         model: the network; its `out_channels` is the number of regions.
-        regions: name -> class indices that it joins.
+        regions: name -> class indices.
 
     Raises:
-        ValueError: a model that segments nothing or has other channels; regions that do not make labels, see
-            `asa.ops.nested.painting_order`.
+        ValueError: a model that is not a segmentation network or has another number of channels; regions that cannot
+            be converted to labels, see `asa.ops.nested.painting_order`.
     """
 
     def __init__(self, *, model: SegmentationNetwork, regions: Mapping[str, Sequence[int]]) -> None:
         super().__init__(model=model)
         self.order = painting_order(regions)
         if model.out_channels != len(regions):
-            raise ValueError(f"a network of {model.out_channels} channels for {len(regions)} regions: one for each")
+            raise ValueError(
+                f"the network has {model.out_channels} output channels for {len(regions)} regions: one each is needed"
+            )
         self.loss = DeeplySupervisedRegionLoss(list(regions.values()))
 
     def label_map(self, logits: Tensor) -> Tensor:

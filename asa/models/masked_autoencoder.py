@@ -17,11 +17,11 @@ from asa.ops.masking import split_indices, tokens_at
 class MaskedAutoencoder(nn.Module):
     """Predicts the masked patches of a volume from the visible ones.
 
-    The encoder sees the visible patches only. The decoder sees all places, restored to raster order: the projected
-    encoder outputs, and one learnable token at the masked places, all with their position codes. Its head predicts
+    The encoder takes the visible patches only. The decoder takes all tokens in raster order, with their position
+    encoding: the projected outputs of the encoder, and one learnable mask token at each masked index. Its head predicts
     the masked patches.
 
-    With `position="mirror"` it is ASA's network; with `"sincos"` a plain MAE on the same windows.
+    With `position="mirror"` this is ASA's network, with `"sincos"` a plain MAE with the same attention windows.
 
     Args:
         img_size: volume size in voxels, one number or (D, H, W).
@@ -33,8 +33,8 @@ class MaskedAutoencoder(nn.Module):
         mlp_ratio: hidden width of the MLPs over E.
         window: tokens in an attention window.
         decoder_depth: decoder blocks.
-        position: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
-        checkpointing: keep only each block's input for the gradient: less memory, one more forward pass of time.
+        position: position encoding: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
+        checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MaskedAutoencoder(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone, beside biases and norms."""
+        """Names of the parameters without weight decay, besides biases and norms."""
         return {"mask_token"}
 
     def forward(self, volume: Tensor, mask: Tensor) -> Tensor:
@@ -75,17 +75,17 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             volume: `(B, C, D, H, W)`.
-            mask: bool `(B, L)`, True = masked, the same count M in every sample. On a CPU tensor the count is read
-                without waiting for the device.
+            mask: bool `(B, L)`, True = masked, the same count M in every sample. For a CPU tensor the count is read
+                without synchronising with the GPU.
 
         Returns:
             `(B, M, C*s^3)`, the masked patches in raster order.
 
         Raises:
-            ValueError: a volume or mask of another size, or unequal counts.
+            ValueError: a volume or mask of another size, or different counts per sample.
         """
         self.encoder.check_mask(volume, mask)
-        visible, masked = (places.to(volume.device, non_blocking=True) for places in split_indices(mask))
+        visible, masked = (index.to(volume.device, non_blocking=True) for index in split_indices(mask))
         encoded = self.projection(self.encoder.encode(volume, visible))  # B V E
         b, _, e = encoded.shape
         tokens = self.mask_token.to(encoded.dtype).expand(b, mask.shape[1], e)  # B L E
@@ -102,7 +102,7 @@ def asa_base(**overrides: Any) -> MaskedAutoencoder:
 
 
 def asa_small(**overrides: Any) -> MaskedAutoencoder:
-    """8 + 4 blocks of width 192: for a workstation, or a CPU with patience."""
+    """8 + 4 blocks of width 192: for a single workstation GPU."""
     return MaskedAutoencoder(**{**sw_vit.SMALL, "decoder_depth": 4, **overrides})
 
 

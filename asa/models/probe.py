@@ -1,4 +1,4 @@
-"""A linear probe: what of the labels can be read off an encoder's tokens by a linear map.
+"""A linear probe: how well a linear map predicts labels from an encoder's tokens.
 
 Letters: volume `B C D H W`, L tokens `B L E`, patch size s, K output channels.
 """
@@ -13,9 +13,9 @@ from asa.ops.patches import unpatchify
 
 
 class LinearProbe(nn.Module):
-    """A linear map from each token to the logits of its patch's voxels, in the place of the U-Net.
+    """A linear map from each token to the logits of its patch's voxels, instead of a U-Net.
 
-    With the encoder frozen it measures the encoder: nothing else can learn.
+    With a frozen encoder it measures the quality of the encoder's features.
 
     Args:
         encoder: the token encoder.
@@ -34,7 +34,7 @@ class LinearProbe(nn.Module):
         """Segment a volume `(B, C, D, H, W)`.
 
         Returns:
-            Logits `(B, K, D, H, W)`, or with `deep_supervision` a list of that one resolution.
+            Logits `(B, K, D, H, W)`, with `deep_supervision` in a list of this one resolution.
 
         Raises:
             ValueError: a volume of another size than the encoder's.
@@ -44,7 +44,7 @@ class LinearProbe(nn.Module):
 
 
 def probe_base(out_channels: int, **overrides: Any) -> LinearProbe:
-    """The probe of `sw_vit_base`; `overrides` go to that."""
+    """The probe of `sw_vit_base`, which takes `overrides`."""
     return LinearProbe(sw_vit.sw_vit_base(**overrides), out_channels)
 
 

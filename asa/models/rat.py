@@ -1,6 +1,6 @@
 """RAT: region attention transformer for the restoration of images (MICCAI 2024, arXiv 2407.09268).
 
-Letters: image `B C H W`, label map `B H W`, features `B E h w` at a quarter of the image, tokens `B L E` of them in
+Letters: image `B C H W`, label map `B H W`, features `B E h w` at a quarter of the resolution, their tokens `B L E` in
 raster order, M attention heads, upscaling factor s.
 """
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from asa.ops.regions import RegionIndex, check_labels, coarse_labels, region_attention, region_index
 
-REDUCTION = 4  # the attention works at 1/4 of the image's resolution
-BLOCKS = 2  # NAF blocks a stage
+REDUCTION = 4  # attention is at 1/4 of the image's resolution
+BLOCKS = 2  # NAF blocks per stage
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -25,7 +25,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class NAFBlock(nn.Module):
-    """A convolution block without activation functions (NAFNet, ECCV 2022): gates multiply the halves of the channels.
+    """Convolution block without activation functions (NAFNet, ECCV 2022): gates multiply two halves of the channels.
 
     y = x + b * C1(SCA(SG(DW3(C1(LN x))))), out = y + g * C1(SG(C1(LN y))); b and g start at 0.
     """
@@ -35,14 +35,14 @@ class NAFBlock(nn.Module):
         self.norm1, self.norm2 = ChannelNorm(dim), ChannelNorm(dim)
         self.expand = nn.Conv2d(dim, 2 * dim, 1)
         self.depthwise = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim)
-        self.channels = nn.Conv2d(dim, dim, 1)  # SCA: weighs channels by their mean over the image
+        self.channels = nn.Conv2d(dim, dim, 1)  # SCA: channel weights from their means over the image
         self.project = nn.Conv2d(dim, dim, 1)
         self.mix = nn.Conv2d(dim, 2 * dim, 1)
         self.out = nn.Conv2d(dim, dim, 1)
         self.scale1, self.scale2 = (nn.Parameter(torch.zeros(dim, 1, 1)) for _ in range(2))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone, beside biases and norms."""
+        """Names of the parameters without weight decay, besides biases and norms."""
         return {"scale1", "scale2"}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _gate(x: Tensor) -> Tensor:
 class RegionAttention(nn.Module):
     """Multi-head self-attention inside the regions of a label map: R-MSA.
 
-    Scaled by 1 / sqrt(head dimension); the released code divides by the root of the number of heads.
+    Scaled by 1 / sqrt(head dimension); the released code divides by the square root of the number of heads.
 
     Args:
         dim: token width E.
@@ -68,7 +68,7 @@ class RegionAttention(nn.Module):
         backend: see `asa.ops.regions.region_attention`.
 
     Raises:
-        ValueError: heads that do not divide the width.
+        ValueError: a width that is not divisible by the heads.
     """
 
     def __init__(self, dim: int, num_heads: int, backend: str = "auto") -> None:
@@ -83,7 +83,7 @@ class RegionAttention(nn.Module):
 
         Args:
             tokens: `(B, L, E)`.
-            regions: labels `(B, L)`, or their `asa.ops.regions.region_index` where several layers share it.
+            regions: labels `(B, L)`, or their `asa.ops.regions.region_index`, which several layers can share.
 
         Returns:
             `(B, L, E)`.
@@ -96,7 +96,7 @@ class RegionAttention(nn.Module):
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside square windows that tile the image: W-MSA.
 
-    Assumed: no code of the place inside a window; the convolutions around it tell places apart.
+    Assumed: no position encoding inside a window; the convolutions around it distinguish positions.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int) -> None:
@@ -107,7 +107,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`(B, L, E)` in raster order of the grid (h, w), which the window divides -> `(B, L, E)`."""
+        """`(B, L, E)` in raster order of the grid (h, w), divisible by the window -> `(B, L, E)`."""
         (h, w), s = grid, self.window
         b = len(tokens)
         qkv = self.qkv(tokens).view(b, h // s, s, w // s, s, 3, self.num_heads, -1)
@@ -120,7 +120,7 @@ class WindowAttention(nn.Module):
 
 def _check_heads(dim: int, num_heads: int) -> None:
     if dim % num_heads:
-        raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
+        raise ValueError(f"a token width of {dim} is not divisible by {num_heads} attention heads")
 
 
 class RegionLayer(nn.Module):
@@ -146,7 +146,7 @@ class RegionLayer(nn.Module):
 
 
 class RegionGroup(nn.Module):
-    """Some layers and a 3x3 convolution, with a shortcut over both."""
+    """Layers and a 3x3 convolution, with one residual connection over both."""
 
     def __init__(self, depth: int, **layer: Any) -> None:
         super().__init__()
@@ -165,23 +165,23 @@ class RegionGroup(nn.Module):
 class RegionAttentionTransformer(nn.Module):
     """U-shaped restoration network with region and window attention at a quarter of the resolution.
 
-    Predicts what is to be added to the image, upscaled bilinearly first for super-resolution.
+    Predicts the residual that is added to the image; for super-resolution the image is upscaled bilinearly first.
 
     Args:
         in_channels: channels C of the image and of the result.
         upscale: factor s of super-resolution, 1 (none), 2 or 4.
         dim: features at full resolution; twice as many at 1/2 and four times as many, E, at 1/4.
         groups: groups of layers.
-        depth: layers a group.
+        depth: layers per group.
         num_heads: heads M of both attentions.
-        mlp_ratio: hidden width of an MLP over E.
+        mlp_ratio: hidden width of the MLPs over E.
         window: edge of the attention windows, in features.
-        majority: a feature's region is the most frequent one of its 4 x 4 pixels; else, as released, that of the pixel
-            at its corner.
+        majority: a feature's region is the most frequent one of its 4 x 4 pixels; False, as released: that of the
+            pixel at its corner.
         backend: of the region attention, see `asa.ops.regions.region_attention`.
 
     Raises:
-        ValueError: another upscaling factor, or heads that do not divide the width.
+        ValueError: another upscaling factor, or a width that is not divisible by the heads.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class RegionAttentionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if upscale not in (1, 2, 4):
-            raise ValueError(f"upscale is 1, 2 or 4, not {upscale}")
+            raise ValueError(f"upscale must be 1, 2 or 4, got {upscale}")
         self.in_channels, self.upscale, self.multiple = in_channels, upscale, REDUCTION * window
         self.majority = majority
         layer = dict(dim=4 * dim, num_heads=num_heads, mlp_ratio=mlp_ratio, window=window, backend=backend)
@@ -224,7 +224,7 @@ class RegionAttentionTransformer(nn.Module):
             `(B, C, s*H, s*W)`.
 
         Raises:
-            ValueError: other channels, or a label map that does not fit the image.
+            ValueError: other channels, or a label map of another size than the image.
         """
         self.check(image, regions)
         if self.upscale > 1:
@@ -239,11 +239,11 @@ class RegionAttentionTransformer(nn.Module):
         """The region of each feature `(B, h, w)` of the padded image, from a label map of the input image."""
         labels = coarse_labels(regions.long(), REDUCTION // self.upscale, majority=self.majority)
         bottom, right = (n // REDUCTION - m for n, m in zip(shape, labels.shape[1:], strict=True))
-        # Padding is a region of its own: no pixel of the image attends to it, but in windows at the rim.
+        # Padding is a region of its own: pixels of the image attend to it only in the windows at the border.
         return F.pad(labels, (0, right, 0, bottom), value=int(regions.max()) + 1)
 
     def _residual(self, image: Tensor, index: RegionIndex) -> Tensor:
-        """What to add to an image whose sizes fit the windows: `(B, C, H, W)` -> `(B, C, H, W)`."""
+        """The residual of an image whose sizes are multiples of the windows': `(B, C, H, W)` -> `(B, C, H, W)`."""
         features, skips = self.stem(image), []
         for encoder, down in zip(self.encoders, self.downs, strict=True):
             skips.append(encoder(features))
@@ -257,17 +257,18 @@ class RegionAttentionTransformer(nn.Module):
         return self.head(features)
 
     def check(self, image: Tensor, regions: Tensor) -> None:
-        """Raise a ValueError when images are not what this network takes, or a label map does not fit them."""
+        """Raise a ValueError for images of other channels, or label maps of another shape than the images."""
         if image.ndim != 4 or image.shape[1] != self.in_channels:
             kind = {1: "grey", 3: "colour"}.get(self.in_channels, "")
             raise ValueError(
-                f"this network takes {kind} images of (batch, {self.in_channels}, H, W), got {tuple(image.shape)}: "
+                f"this network takes {kind} images of shape (batch, {self.in_channels}, H, W), got "
+                f"{tuple(image.shape)}: "
                 "convert the image, or build the network with that in_channels"
             )
         check_labels(regions)
         if regions.shape != (len(image), *image.shape[2:]):
             raise ValueError(
-                f"the label map is of {tuple(regions.shape)}, the images of {tuple(image.shape)}: it has to be "
+                f"the label map has shape {tuple(regions.shape)}, the images {tuple(image.shape)}: it must be "
                 f"{(len(image), *image.shape[2:])}; compute it from this image"
             )
 
@@ -282,7 +283,7 @@ def rat_base(**overrides: Any) -> RegionAttentionTransformer:
 
 
 def rat_small(**overrides: Any) -> RegionAttentionTransformer:
-    """2.1 M parameters: for a workstation, or a CPU with patience."""
+    """2.1 M parameters: for a single workstation GPU."""
     return RegionAttentionTransformer(**{**dict(dim=32, groups=2, depth=3, num_heads=8), **overrides})
 
 

@@ -1,6 +1,6 @@
-"""SA-Swin (MICCAI 2024): a shared Swin encoder on a volume and its mirror image, SACA between the two, four heads.
+"""SA-Swin (MICCAI 2024): a shared Swin encoder for a volume and its mirror image, SACA between the two, four heads.
 
-Letters: volume `B C D H W`, tokens f and f~ `B L E` of its two sides, P the width of the projections.
+Letters: volume `B C D H W`, tokens f and f~ `B L E` of a volume and of its mirror image, projection width P.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.models.saca import SymmetryAwareBlock, look_across
+from asa.models.cpu_kernels import in_safe_precision
+from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.swin import STRIDE, Swin
 from asa.ops.symmetry import asymmetry, flip, pad_to_multiple
 
-MAP_LEVEL = 0  # of the encoder, 1/2 of the resolution, where the asymmetry map is taken: coarser ones find less
+MAP_LEVEL = 0  # encoder level of the asymmetry map, 1/2 of the resolution: coarser ones are less sensitive
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the four heads say of volumes.
+class SASwinOutput:
+    """Outputs of the four heads.
 
     Args:
-        rotation: logits of the four quarter turns, `(B, 4)`.
-        contrast: `(B, P)`, to be compared between views.
-        volume: the restored volume, `(B, C, D, H, W)`.
+        rotation: logits of the four rotations by quarter turns, `(B, 4)`.
+        contrast: projection for the contrastive loss, `(B, P)`.
+        volume: the inpainted volume, `(B, C, D, H, W)`.
         side, mirrored: z and z~ of the symmetry head, `(B, P)`.
     """
 
@@ -38,22 +39,18 @@ class Seen:
 
 
 class SASwin(nn.Module):
-    """The pretraining network. Encoder and SACA are what is used afterwards.
+    """The pretraining network. Its encoder and SACA are what downstream networks start from.
 
     The symmetry head reads the mean of f and that of f~ before SACA; the other three read SACA(f, f~).
 
     Args:
-        img_size: volume size in voxels, one number or (D, H, W), that 32 divides. Whole volumes may have another.
+        img_size: volume size in voxels, one number or (D, H, W), divisible by 32. Whole volumes may have another size.
         in_channels: channels C.
         embed_dim: width of the Swin's first level; E is 16 times that.
-        depths, num_heads, window: of the Swin, see `asa.models.swin.Swin`.
-        cross_heads: heads of SACA.
-        norm: of SACA's block, `"pre"` or `"post"`.
-        self_attention: of f before the cross-attention, as released.
-        position: add the places' codes to f and f~ before SACA. Off as released, where SACA cannot know which token
-            mirrors which.
+        depths, num_heads, window: see `asa.models.swin.Swin`.
+        cross_heads, norm, self_attention, position: of SACA, see `asa.models.saca.SymmetryAwareBlock`.
         projection: width P.
-        checkpointing: keep only each block's input for the gradient: less memory, one more forward pass of time.
+        checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
     """
 
     def __init__(
@@ -74,8 +71,7 @@ class SASwin(nn.Module):
         super().__init__()
         self.encoder = Swin(img_size, in_channels, embed_dim, depths, num_heads, window, checkpointing)
         width = self.encoder.embed_dim
-        self.saca = SymmetryAwareBlock(width, cross_heads, norm=norm, self_attention=self_attention)
-        self.position = position
+        self.saca = SymmetryAwareBlock(width, cross_heads, 4.0, norm, self_attention, position)
         self.rotation = nn.Linear(width, 4)
         self.contrast = nn.Linear(width, projection)
         self.symmetry = nn.Linear(width, projection)
@@ -83,119 +79,123 @@ class SASwin(nn.Module):
 
     def tokens(self, volume: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f, f~ and SACA(f, f~), each `(B, L, E)`, of volumes and their mirror images `(B, C, D, H, W)`."""
-        code = self.encoder.code(volume) if self.position else None
-        return look_across(self.encoder, self.saca, volume, mirrored, code)
+        f, counterpart = self.encoder(with_mirror(volume, mirrored)).chunk(2)
+        return f, counterpart, self.saca(f, counterpart, self.encoder.token_grid(volume))
 
-    def forward(self, volume: Tensor, mirrored: Tensor) -> Seen:
-        """The heads' view of volumes whose mirror images lie beside them.
+    def forward(self, volume: Tensor, mirrored: Tensor) -> SASwinOutput:
+        """The heads' outputs for volumes with their mirror images.
 
         Args:
             volume: `(B, C, D, H, W)`.
             mirrored: the same shape; voxel i is the counterpart of voxel i of `volume`.
 
         Raises:
-            ValueError: shapes that do not fit; training in bfloat16 on a CPU with a depth at which PyTorch's
-                convolution returns wrong gradients.
+            ValueError: shapes that the encoder does not take.
         """
-        check_bfloat16_depth(volume)
         f, counterpart, fused = self.tokens(volume, mirrored)
         pooled = fused.mean(dim=1)
-        grid = [size // STRIDE for size in volume.shape[2:]]
-        return Seen(
+        return SASwinOutput(
             rotation=self.rotation(pooled),
             contrast=self.contrast(pooled),
-            volume=self.decoder(fused.transpose(1, 2).unflatten(2, grid)),
+            volume=self.decoder(fused.transpose(1, 2).unflatten(2, self.encoder.token_grid(volume))),
             side=self.symmetry(f.mean(dim=1)),
             mirrored=self.symmetry(counterpart.mean(dim=1)),
         )
 
     def asymmetry(self, volume: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """How unlike its mirror image a volume is, without any training for it.
+        """Asymmetry of volumes: how much they differ from their mirror images. Zero-shot: nothing is trained for it.
+
+        The map is computed from the encoder's features at 1/2 of the resolution and resampled to the volume's grid.
+        Each channel is standardised first, over the foreground of both sides: features have a large common mean, next
+        to which differences are small.
 
         Args:
             volume: `(B, C, D, H, W)` of any size.
-            mirrored: what faces each voxel, of the same shape. None: the volume's own mirror image, for whole volumes
-                with the mid-sagittal plane in the middle of W.
+            mirrored: the counterpart of each voxel, of the same shape. None: the volume's own mirror image, for whole
+                volumes with the mid-sagittal plane in the middle of W.
 
         Returns:
-            The score (1 - cos(z, z~)) / 2, `(B,)`, and a map `(B, D, H, W)`: the same of the encoder's features at
-            mirrored places, at 1/2 of the resolution, each channel brought to mean 0 and spread 1 over both sides of
-            the scan's foreground before (features share a large mean, beside which differences look small), and then
-            to the volume's grid. Without `mirrored` it is the mean with its own mirror image: the flipped volume has
-            the flipped map. Both in float32, from 0 to 1, and exactly 0 where the volume is its own mirror image.
+            The score (1 - cos(z, z~)) / 2, `(B,)`, and a map `(B, D, H, W)` of (1 - cos) / 2 between the features of
+            each voxel and of its counterpart. Without `mirrored` the map is averaged with its own mirror image, so
+            that the flipped volume has the flipped map. Both are float32 from 0 to 1, and exactly 0 for a volume
+            that equals its mirror image.
         """
         both = torch.cat([volume, flip(volume) if mirrored is None else mirrored])
         padded = pad_to_multiple(both, STRIDE)
         levels = self.encoder.levels(padded)
         here, there = _standardised(levels[MAP_LEVEL], padded)
-        unlike = asymmetry(here, there, dim=1)[:, None]
-        found = F.interpolate(unlike, padded.shape[2:], mode="trilinear")[:, 0]
+        coarse = asymmetry(here, there, dim=1)[:, None]
+        fine = F.interpolate(coarse, padded.shape[2:], mode="trilinear")[:, 0]
         d, h, w = volume.shape[2:]
-        found = found[:, :d, :h, :w]
+        fine = fine[:, :d, :h, :w]
         side, other = self.symmetry(levels[-1].flatten(2).mean(dim=2)).chunk(2)
-        return asymmetry(side, other), found if mirrored is not None else (found + flip(found)) / 2
+        return asymmetry(side, other), fine if mirrored is not None else (fine + flip(fine)) / 2
 
 
 def _standardised(features: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
-    """Features `(2 B, E, ...)` of volumes and then of what faces them, in two: mean 0 and spread 1 in each channel.
+    """Features `(2 B, E, ...)` of volumes and of their counterparts, standardised per channel and in two halves.
 
-    Mean and spread are those over the two sides' foreground: voxels of `both` `(2 B, C, D, H, W)` other than 0.
+    Mean and standard deviation are over the foreground of both: voxels of `both` `(2 B, C, D, H, W)` other than 0.
     """
     head = (both != 0).any(dim=1, keepdim=True).float()
-    one, other = F.interpolate(head, features.shape[2:], mode="area").chunk(2)  # the share of foreground
+    one, other = F.interpolate(head, features.shape[2:], mode="area").chunk(2)  # fraction of foreground
     sides, voxels = features.float().chunk(2), (one + other).sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
 
     def average(here: Tensor, there: Tensor) -> Tensor:
-        # A sum of each side before they meet: the same to the bit with the sides exchanged.
-        sums = [(part * share).sum(dim=(2, 3, 4), keepdim=True) for part, share in ((here, one), (there, other))]
+        # Each side is summed by itself first: the same to the bit with the sides exchanged.
+        sums = [(part * inside).sum(dim=(2, 3, 4), keepdim=True) for part, inside in ((here, one), (there, other))]
         return (sums[0] + sums[1]) / voxels
 
     mean = average(*sides)
     here, there = (side - mean for side in sides)
-    spread = average(here.square(), there.square()).sqrt() + 1e-6
-    return here / spread, there / spread
+    deviation = average(here.square(), there.square()).sqrt() + 1e-6
+    return here / deviation, there / deviation
 
 
-def check_bfloat16_depth(volume: Tensor) -> None:
-    """Raise a ValueError where PyTorch would compute wrong gradients of convolutions at five halved resolutions.
+class Decoder(nn.Sequential):
+    """Convolutions in the precision that is safe for each resolution."""
 
-    oneDNN's bfloat16 weight gradient of a 3x3x3 convolution reads memory that was never written when the depth is 2,
-    and only then: random gradients, now and then NaN (torch 2.13, AVX-512). A level has it for 32 and 64.
-    """
-    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if low and torch.is_grad_enabled() and volume.device.type == "cpu" and volume.shape[2] in (32, 64):
-        raise ValueError(
-            f"a crop of depth {volume.shape[2]} cannot be trained in bf16 on a CPU, where PyTorch's "
-            "convolution returns wrong gradients for it: take crop=[96, ...] or train.precision=fp32"
-        )
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, E, ...)` -> `(B, C, D, H, W)`."""
+        for stage in self:
+            features = in_safe_precision(stage, features)
+        return features
 
 
-def _decoder(width: int, embed_dim: int, channels: int) -> nn.Sequential:
-    """Tokens as a map `(B, E, ...)` -> the volume `(B, C, D, H, W)`: a convolution a level, each followed by x2."""
-    widths = [width, *(embed_dim * part for part in (8, 4, 2, 1, 1))]
+def _decoder(width: int, embed_dim: int, channels: int) -> Decoder:
+    """Tokens as a map `(B, E, ...)` -> the volume `(B, C, D, H, W)`: one convolution per level, each followed by x2."""
+    widths = [width, *(embed_dim * factor for factor in (8, 4, 2, 1, 1))]
     stages: list[nn.Module] = []
     for before, after in pairwise(widths):
         stages += [
             nn.Conv3d(before, after, 3, padding=1),
-            nn.GroupNorm(1, after),  # instance norm has nothing to say of a single voxel
+            nn.GroupNorm(1, after),  # an instance norm of a single voxel would be 0
             nn.GELU(),
             nn.Upsample(scale_factor=2, mode="trilinear"),
         ]
-    return nn.Sequential(*stages, nn.Conv3d(widths[-1], channels, 3, padding=1))
+    return Decoder(*stages, nn.Conv3d(widths[-1], channels, 3, padding=1))
 
 
-BASE: dict[str, Any] = dict(embed_dim=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24), window=7, cross_heads=12)
-SMALL: dict[str, Any] = dict(embed_dim=24, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24), window=7, cross_heads=12)
-TINY: dict[str, Any] = dict(embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window=4, cross_heads=4)
+def swin_with_saca(
+    cross_heads: int, norm: str = "pre", self_attention: bool = True, position: bool = False, **encoder: Any
+) -> tuple[Swin, SymmetryAwareBlock]:
+    """Encoder and symmetry-aware block of a network that starts from SA-Swin; `encoder`: keywords of the Swin."""
+    swin = Swin(**encoder)
+    return swin, SymmetryAwareBlock(swin.embed_dim, cross_heads, 4.0, norm, self_attention, position)
+
+
+BASE: dict[str, Any] = dict(embed_dim=48, num_heads=(3, 6, 12, 24), window=7, cross_heads=12)
+SMALL: dict[str, Any] = {**BASE, "embed_dim": 24}
+TINY: dict[str, Any] = dict(embed_dim=12, num_heads=(1, 2, 4, 8), window=4, cross_heads=4)
 
 
 def sa_swin_base(**overrides: Any) -> SASwin:
-    """The released network: width 48, two blocks a stage."""
+    """The released network: width 48, two blocks per stage."""
     return SASwin(**{**BASE, **overrides})
 
 
 def sa_swin_small(**overrides: Any) -> SASwin:
-    """Half the width: for a workstation, or a CPU with patience."""
+    """Half the width: for a single workstation GPU."""
     return SASwin(**{**SMALL, **overrides})
 
 

@@ -1,33 +1,37 @@
-"""Symmetry-aware cross-attention (SACA; SA-Swin, MICCAI 2024): tokens of a volume look at those of its mirror image.
+"""Symmetry-aware cross-attention (SACA; SA-Swin, MICCAI 2024): tokens cross-attend to those of the mirror image.
 
-Letters: tokens f and f~ `B L E`, M attention heads of d = E / M.
+Letters: volume `B C D H W`, tokens f and f~ `B L E` of a volume and its mirror image, M attention heads of d = E / M.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asa.ops.position import sincos_position_encoding
+
 NORMS = ("pre", "post")
 
 
 class SymmetryAwareCrossAttention(nn.Module):
-    """SACA(f, f~) = softmax(Q K~^T / sqrt(d)) V~ with Q of f, K~ and V~ of f~, in each head, and a linear map of all.
+    """SACA(f, f~) = softmax(Q K~^T / sqrt(d)) V~ per head, Q from f, K~ and V~ from f~, then a linear map of all heads.
 
-    The equation of the paper's abstract; heads and the last map as in its released code. SACA(f, f) is self-attention.
-    Nothing in it knows where a token stands: permuting f~ changes nothing, permuting f permutes the output.
+    The equation is that of the paper's abstract; heads and the last map are as in its released code. SACA(f, f) is
+    self-attention. It has no position encoding: permuting f~ changes nothing, permuting f permutes the output.
 
     Args:
         dim: token width E.
         num_heads: heads M; M divides E.
 
     Raises:
-        ValueError: heads that do not divide the width.
+        ValueError: a width that is not divisible by the heads.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
+            raise ValueError(f"a token width of {dim} is not divisible by {num_heads} attention heads")
         self.num_heads = num_heads
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
@@ -53,26 +57,36 @@ class SymmetryAwareCrossAttention(nn.Module):
 
 
 class SymmetryAwareBlock(nn.Module):
-    """Self-attention of f, cross-attention from f to f~, an MLP: each with a residual. One layer of the released code.
+    """Self-attention of f, cross-attention from f to f~ and an MLP, each with a residual connection.
+
+    One layer of the released code.
 
     Args:
         dim: token width E.
         num_heads: attention heads M.
         mlp_ratio: hidden width of the MLP over E.
-        norm: `"pre"` normalises what goes into each part, `"post"` what comes out of its sum.
-        self_attention: False leaves the first part out.
+        norm: `"pre"` normalises the input of each part, `"post"` the sum of its input and output.
+        self_attention: False leaves out the first part.
+        position: add a plain sin-cos position encoding to f and f~. Without it, as released, the block cannot know
+            which token is the counterpart of which.
 
     Raises:
-        ValueError: another norm, or heads that do not divide the width.
+        ValueError: another norm, or a width that is not divisible by the heads.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, norm: str = "pre", self_attention: bool = True
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        norm: str = "pre",
+        self_attention: bool = True,
+        position: bool = False,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
-            raise ValueError(f"the norm of the symmetry-aware block is {' or '.join(NORMS)}, not {norm!r}")
-        self.pre = norm == "pre"
+            raise ValueError(f"the norm of the symmetry-aware block must be {' or '.join(NORMS)}, got {norm!r}")
+        self.pre, self.position = norm == "pre", position
         self.attention = SymmetryAwareCrossAttention(dim, num_heads) if self_attention else None
         self.norm1 = nn.LayerNorm(dim) if self_attention else None
         self.cross = SymmetryAwareCrossAttention(dim, num_heads)
@@ -81,18 +95,19 @@ class SymmetryAwareBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, mirrored: Tensor, position: Tensor | None = None) -> Tensor:
-        """f and f~ to what f has seen of f~.
+    def forward(self, tokens: Tensor, mirrored: Tensor, grid: Sequence[int] = ()) -> Tensor:
+        """Update f from itself and from f~.
 
         Args:
-            tokens, mirrored: f and f~, `(B, L, E)`.
-            position: codes of the places, `(L, E)`, added to both: then the block can tell which token mirrors which.
+            tokens, mirrored: f and f~, `(B, L, E)`, in raster order.
+            grid: tokens along each axis; needed with `position` only.
 
         Returns:
             `(B, L, E)`.
         """
-        if position is not None:
-            tokens, mirrored = tokens + position, mirrored + position
+        if self.position:
+            encoding = sincos_position_encoding(grid, tokens.shape[2]).to(tokens.device)  # L E
+            tokens, mirrored = tokens + encoding, mirrored + encoding
         if self.attention is not None and self.norm1 is not None:
             inside = self.norm1(tokens) if self.pre else tokens
             tokens = tokens + self.attention(inside, inside)
@@ -104,16 +119,12 @@ class SymmetryAwareBlock(nn.Module):
         return self.norm3(tokens + self.mlp(tokens))
 
 
-def look_across(
-    encoder: nn.Module, saca: SymmetryAwareBlock, volume: Tensor, mirrored: Tensor, position: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """f, f~ and SACA(f, f~), each `(B, L, E)`, by one batched call of a shared encoder.
+def with_mirror(volume: Tensor, mirrored: Tensor | None) -> Tensor:
+    """Volumes and their mirror images in one batch for a shared encoder: `(B, C, D, H, W)` twice -> `(2 B, ...)`.
 
-    Args:
-        encoder: volumes to tokens.
-        saca: the block.
-        volume, mirrored: `(B, C, D, H, W)`; voxel i of the one is the counterpart of voxel i of the other.
-        position: codes of the places, see `SymmetryAwareBlock`.
+    Raises:
+        ValueError: the mirror images are missing.
     """
-    f, counterpart = encoder(torch.cat([volume, mirrored])).chunk(2)
-    return f, counterpart, saca(f, counterpart, position)
+    if mirrored is None:
+        raise ValueError("this network compares a volume with its mirror image: pass both")
+    return torch.cat([volume, mirrored])

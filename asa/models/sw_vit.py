@@ -1,9 +1,10 @@
-"""SW-ViT: a vision transformer with attention inside linear windows (ASA, MICCAI 2022, section 2.1).
+"""SW-ViT: a vision transformer with attention inside linear windows (ASA, MICCAI 2022, section 2.2).
 
 Letters: volume `B C D H W`, patch size s, L tokens `B L E` in raster order (W fastest), windows `B N S E` of S
 consecutive tokens, M attention heads of d = E / M. Masks are bool and True means masked (removed).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from asa.ops.masking import split_indices, tokens_at
 from asa.ops.patches import grid_size, patchify, triple
 from asa.ops.position import sincos_position_encoding, symmetric_position_encoding
-from asa.ops.windows import window_runs
 
 
 class LinearWindowAttention(nn.Module):
     """Self-attention inside windows of consecutive tokens: LW-MSA, and SLW-MSA when shifted.
 
-    Cost and memory grow linearly with the tokens. Any sequence length works: a window at an end of the sequence is
-    shorter.
+    Cost and memory are linear in the number of tokens. Any sequence length works: windows at the ends may be shorter.
 
     Args:
         dim: token width E.
@@ -31,27 +30,27 @@ class LinearWindowAttention(nn.Module):
         shift: first window edge; 0 for LW-MSA, S // 2 for SLW-MSA.
 
     Raises:
-        ValueError: heads that do not divide the width, or a shift outside 0..S-1.
+        ValueError: a width that is not divisible by the heads, or a shift outside 0..S-1.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, shift: int = 0) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
+            raise ValueError(f"a token width of {dim} is not divisible by {num_heads} attention heads")
         if window < 1 or not 0 <= shift < window:
-            raise ValueError(f"a shift lies in 0..window-1, got window {window}, shift {shift}")
+            raise ValueError(f"the shift must be in 0..window-1, got window {window}, shift {shift}")
         self.num_heads, self.window, self.shift = num_heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias = nn.Parameter(torch.zeros(num_heads, 2 * window - 1))
         nn.init.trunc_normal_(self.relative_position_bias, std=0.02)
-        place = torch.arange(window)
-        offset = place[:, None] - place[None, :] + window - 1  # S S, in 0..2S-2
+        index = torch.arange(window)
+        offset = index[:, None] - index[None, :] + window - 1  # S S, in 0..2S-2
         self.register_buffer("offset", offset, persistent=False)
         self.offset: Tensor
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone, beside biases and norms."""
+        """Names of the parameters without weight decay, besides biases and norms."""
         return {"relative_position_bias"}
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ class LinearWindowAttention(nn.Module):
         qkv = self.qkv(tokens)
         bias = self.relative_position_bias[:, self.offset]  # M S S
         runs = window_runs(tokens.shape[1], self.window, self.shift)
-        # The gradient of a split is one copy, that of slices a sum.
+        # The gradient of a split is one copy, that of several slices a sum.
         parts = qkv.split([n * size for _, n, size in runs], dim=1) if len(runs) > 1 else [qkv]
         out = [self._attend(part, size, bias) for part, (_, _, size) in zip(parts, runs, strict=True)]
         return self.proj(torch.cat(out, dim=1) if len(out) > 1 else out[0])
@@ -67,7 +66,7 @@ class LinearWindowAttention(nn.Module):
     def _attend(self, qkv: Tensor, size: int, bias: Tensor) -> Tensor:
         """Windows of one size, `(B, N*S, 3*E)` -> `(B, N*S, E)`.
 
-        The offsets inside a shorter window are a corner of the table.
+        A shorter window uses a corner of the bias table.
         """
         b, length, _ = qkv.shape
         windows = qkv.reshape(b * length // size, size, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 B*N M S d
@@ -76,8 +75,28 @@ class LinearWindowAttention(nn.Module):
         return out.transpose(1, 2).reshape(b, length, -1)
 
 
+def window_runs(length: int, window: int, shift: int = 0) -> list[tuple[int, int, int]]:
+    """Cut a sequence into consecutive windows, as runs of windows of equal size.
+
+    The window edges are shift, shift + window, shift + 2*window, ... The tokens before the first edge and after the
+    last one form shorter windows, so no window joins the two ends of the sequence and none contains padding.
+
+    Args:
+        length: tokens L in the sequence.
+        window: tokens S in a window.
+        shift: first window edge, 0 <= shift < window.
+
+    Returns:
+        (start, count, size) of each run, at most three, in order and covering 0..L-1 once.
+    """
+    head = min(shift, length)
+    count, tail = divmod(length - head, window)
+    runs = [(0, 1, head), (head, count, window), (length - tail, 1, tail)]
+    return [(start, n, size) for start, n, size in runs if n and size]
+
+
 def fused_attention(windows: Tensor, bias: Tensor) -> Tensor:
-    """Softmax(q k^T / sqrt(d) + bias) v by PyTorch's fused kernels: the faster one on a GPU.
+    """Softmax(q k^T / sqrt(d) + bias) v by PyTorch's fused kernels: faster on a GPU.
 
     Args:
         windows: queries, keys and values, `(3, N, M, S, d)`.
@@ -91,7 +110,7 @@ def fused_attention(windows: Tensor, bias: Tensor) -> Tensor:
 
 
 def written_attention(windows: Tensor, bias: Tensor) -> Tensor:
-    """The same, written out: with small windows the faster one on a CPU."""
+    """The same, written out: faster on a CPU for small windows."""
     n, m = windows.shape[1:3]
     q, k, v = windows.flatten(1, 2).unbind()  # N*M S d, one copy for all three
     logits = torch.baddbmm(bias.repeat(n, 1, 1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
@@ -99,7 +118,7 @@ def written_attention(windows: Tensor, bias: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: linear-window attention, then an MLP, each with a residual."""
+    """Pre-norm transformer block: linear-window attention, then an MLP, each with a residual connection."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, window: int, shift: int) -> None:
         super().__init__()
@@ -120,14 +139,14 @@ class Block(nn.Module):
 
 
 def window_blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float, window: int) -> nn.ModuleList:
-    """A stack of blocks in which every second one shifts its windows by half."""
+    """A stack of blocks of which every second one shifts its windows by half a window."""
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio, window, shift=(i % 2) * (window // 2)) for i in range(depth))
 
 
 def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool) -> Tensor:
-    """A block's output. Checkpointing keeps its inputs only, and computes what lies inside again for the gradient.
+    """A block's output. With `checkpointing` only its inputs are stored, and it is recomputed in the backward pass.
 
-    The same numbers to the bit: the blocks draw nothing at random.
+    The results are the same to the bit, as the blocks draw no random numbers.
     """
     if checkpointing and torch.is_grad_enabled():
         out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -135,8 +154,8 @@ def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool) -> Tensor:
     return block(*inputs)
 
 
-def position_code(grid: Sequence[int], dim: int, position: str) -> Tensor:
-    """The codes of a token grid `(L, dim)`: `"mirror"` or `"paper"` (symmetric, see SPE) or `"sincos"` (plain).
+def position_encoding(grid: Sequence[int], dim: int, position: str) -> Tensor:
+    """The position encoding of a token grid `(L, dim)`: `"mirror"` or `"paper"` (symmetric), or `"sincos"` (plain).
 
     Raises:
         ValueError: an unknown kind.
@@ -144,7 +163,7 @@ def position_code(grid: Sequence[int], dim: int, position: str) -> Tensor:
     if position == "sincos":
         return sincos_position_encoding(grid, dim)
     if position not in ("mirror", "paper"):
-        raise ValueError(f'position is "mirror", "paper" or "sincos", not {position!r}')
+        raise ValueError(f'position must be "mirror", "paper" or "sincos", got {position!r}')
     return symmetric_position_encoding(grid, dim, convention=position)
 
 
@@ -160,11 +179,11 @@ class SWViT(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over E.
         window: tokens S in a window.
-        position: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
-        checkpointing: keep only each block's input for the gradient: less memory, one more forward pass of time.
+        position: position encoding: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
+        checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: a volume size that is not divisible by the patch size, or a width that is not by the heads.
     """
 
     def __init__(
@@ -187,8 +206,8 @@ class SWViT(nn.Module):
         self.patch_embed = nn.Linear(in_channels * patch_size**3, embed_dim)
         nn.init.xavier_uniform_(self.patch_embed.weight)
         nn.init.zeros_(self.patch_embed.bias)
-        # Computed, not stored: weights move to other grids as they are.
-        self.register_buffer("position", position_code(self.grid, embed_dim, position), persistent=False)
+        # Computed, not stored in checkpoints: weights transfer to other grids unchanged.
+        self.register_buffer("position", position_encoding(self.grid, embed_dim, position), persistent=False)
         self.position: Tensor
         self.blocks = window_blocks(depth, embed_dim, num_heads, mlp_ratio, window)
         self.norm = nn.LayerNorm(embed_dim)
@@ -196,14 +215,21 @@ class SWViT(nn.Module):
     def layers_above(self, name: str) -> int:
         """Layers between a parameter and the encoder's output: 0 for the final norm, 1 for the last block, and so on.
 
-        Layer-wise learning rates go by it (as in BEiT and MAE).
+        Used for layer-wise learning rate decay (as in BEiT and MAE).
         """
         if name.startswith("blocks."):
             return len(self.blocks) - int(name.split(".")[1])
         return 0 if name.startswith("norm.") else len(self.blocks) + 1
 
+    def token_grid(self, volume: Tensor) -> tuple[int, int, int]:
+        """Tokens along each axis, the same for all volumes that the network takes."""
+        return self.grid
+
     def embed(self, volume: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Patches with their codes: `(B, C, D, H, W)` -> `(B, L, E)`, or `(B, V, E)` at `visible` `(B, V)`."""
+        """Embed patches with their position encoding: `(B, C, D, H, W)` -> `(B, L, E)`.
+
+        With the indices `visible` `(B, V)` of some patches only those: `(B, V, E)`.
+        """
         self.check(volume)
         patches = patchify(volume, self.patch_size)  # B L C*s^3
         if visible is None:
@@ -211,7 +237,7 @@ class SWViT(nn.Module):
         return self.patch_embed(tokens_at(patches, visible)) + self.position[visible]
 
     def hidden_states(self, volume: Tensor) -> list[Tensor]:
-        """Tokens after each block, `depth` times `(B, L, E)`; the last with the final norm."""
+        """Tokens after each block, `depth` times `(B, L, E)`; the last ones after the final norm."""
         tokens, states = self.embed(volume), []
         for block in self.blocks:
             tokens = run_block(block, tokens, checkpointing=self.checkpointing)
@@ -238,26 +264,26 @@ class SWViT(nn.Module):
         return self.encode(volume, visible)
 
     def encode(self, volume: Tensor, visible: Tensor | None) -> Tensor:
-        """Encode the patches at the places `visible` `(B, V)`, or all: `(B, V or L, E)`."""
+        """Encode the patches at the indices `visible` `(B, V)`, or all: `(B, V or L, E)`."""
         tokens = self.embed(volume, visible)
         for block in self.blocks:
             tokens = run_block(block, tokens, checkpointing=self.checkpointing)
         return self.norm(tokens)
 
     def check(self, volume: Tensor) -> None:
-        """Raise a ValueError when a volume is not of the size and channels that this network was made for."""
+        """Raise a ValueError for a volume of another size or number of channels than the network's."""
         expected = (self.in_channels, *self.img_size)
         if volume.ndim != 5 or tuple(volume.shape[1:]) != expected:
             raise ValueError(
-                f"this network takes volumes of (batch, {', '.join(map(str, expected))}), got {tuple(volume.shape)}: "
-                "crop the volume or build the network with that img_size and in_channels"
+                f"this network takes volumes of shape (batch, {', '.join(map(str, expected))}), got "
+                f"{tuple(volume.shape)}: crop the volume or build the network with that img_size and in_channels"
             )
 
     def check_mask(self, volume: Tensor, mask: Tensor) -> None:
-        """Raise a ValueError when a mask does not fit the volumes' tokens."""
-        length = self.grid[0] * self.grid[1] * self.grid[2]
-        if mask.shape != (volume.shape[0], length):
-            raise ValueError(f"a mask is (batch, tokens) = {(volume.shape[0], length)}, got {tuple(mask.shape)}")
+        """Raise a ValueError for a mask that does not have one entry per token of the volumes."""
+        expected = (volume.shape[0], math.prod(self.grid))
+        if mask.shape != expected:
+            raise ValueError(f"the mask must be of shape (batch, tokens) = {expected}, got {tuple(mask.shape)}")
 
 
 BASE: dict[str, Any] = dict(embed_dim=384, depth=12, num_heads=12, window=32)
@@ -271,7 +297,7 @@ def sw_vit_base(**overrides: Any) -> SWViT:
 
 
 def sw_vit_small(**overrides: Any) -> SWViT:
-    """8 blocks of width 192: for a workstation, or a CPU with patience."""
+    """8 blocks of width 192: for a single workstation GPU."""
     return SWViT(**{**SMALL, **overrides})
 
 

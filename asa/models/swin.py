@@ -1,7 +1,7 @@
 """The Swin backbone: MONAI's 3-D Swin transformer (Liu et al., ICCV 2021; Tang et al., CVPR 2022).
 
-Letters: volume `B C D H W`, embedding width e; level k = 0..4 lies at 1 / 2^(k+1) of the volume's resolution and has
-e * 2^k channels; tokens `B L E` are those of the last level, E = 16 e, in raster order.
+Letters: volume `B C D H W`, embedding width e; level k = 0..4 has 1 / 2^(k+1) of the volume's resolution and e * 2^k
+channels; tokens `B L E` are those of the last level, E = 16 e, in raster order.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from asa.errors import require
 from asa.ops.patches import grid_size, triple
-from asa.ops.position import sincos_position_encoding
 
-STRIDE = 32  # voxels along the edge of a token of the last level
+STRIDE = 32  # edge in voxels of a token of the last level
 
 
 class Swin(nn.Module):
-    """Swin transformer of four stages, two blocks and a merging each as published.
+    """Swin transformer of four stages, each of two blocks and a patch merging as published.
 
-    Volumes of any size that 32 divides are taken: `img_size` is what crops and windows are cut to.
+    It takes volumes of any size that is divisible by 32; `img_size` is the size of training crops and of windows.
 
     Args:
         img_size: volume size in voxels, one number or (D, H, W).
@@ -29,11 +28,11 @@ class Swin(nn.Module):
         depths: blocks of each stage.
         num_heads: attention heads of each stage.
         window: edge of an attention window in tokens.
-        checkpointing: keep only each block's input for the gradient: less memory, one more forward pass of time.
+        checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
 
     Raises:
-        ImportError: einops, which MONAI's Swin calls, is not installed.
-        ValueError: a size that 32 does not divide.
+        ImportError: einops, which MONAI's Swin needs, is not installed.
+        ValueError: a size that is not divisible by 32.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Swin(nn.Module):
         self.img_size, self.in_channels, self.embed_dim = triple(img_size), in_channels, 16 * embed_dim
         self.grid = grid_size(self.img_size, STRIDE)
         self.widths = [embed_dim * 2**level for level in range(5)]
-        with torch.device("cpu"):  # MONAI reads numbers off a tensor of its own, which a meta tensor has not
+        with torch.device("cpu"):  # MONAI reads values of a tensor that it makes, which a meta tensor does not have
             swin = SwinTransformer(
                 in_chans=in_channels,
                 embed_dim=embed_dim,
@@ -69,27 +68,26 @@ class Swin(nn.Module):
         """Features of the five levels, finest first, each normalised over its channels: `(B, e * 2^k, ...)`.
 
         Raises:
-            ValueError: other channels, or a size that 32 does not divide.
+            ValueError: other channels, or a size that is not divisible by 32.
         """
         if volume.ndim != 5 or volume.shape[1] != self.in_channels:
             raise ValueError(
-                f"this network takes volumes of (batch, {self.in_channels}, D, H, W), got {tuple(volume.shape)}"
+                f"this network takes volumes of shape (batch, {self.in_channels}, D, H, W), got {tuple(volume.shape)}"
             )
-        grid_size(volume.shape[2:], STRIDE)
+        self.token_grid(volume)  # checks the size
         return self.swin(volume)
+
+    def token_grid(self, volume: Tensor) -> tuple[int, int, int]:
+        """Tokens of the last level along each axis of volumes `(B, C, D, H, W)`."""
+        return grid_size(volume.shape[2:], STRIDE)
 
     def forward(self, volume: Tensor) -> Tensor:
         """The tokens of the last level: `(B, C, D, H, W)` -> `(B, L, E)`."""
         return self.levels(volume)[-1].flatten(2).transpose(1, 2)
 
-    def code(self, volume: Tensor) -> Tensor:
-        """Plain codes of the places of a volume's tokens, `(L, E)`."""
-        grid = grid_size(volume.shape[2:], STRIDE)
-        return sincos_position_encoding(grid, self.embed_dim).to(volume.device)
-
 
 class SwinPatches(nn.Module):
-    """The features of a Swin at 1/8 of the resolution, as tokens of patches of 8^3 voxels, for a linear probe.
+    """The features of a Swin at 1/8 of the resolution as tokens of patches of 8^3 voxels, for a linear probe.
 
     Args:
         encoder: the Swin.

@@ -1,7 +1,7 @@
-"""Pretrained weights into the encoder of another model: a plan that can be read, then applied.
+"""Transfer of a pretrained encoder's weights to another model: first a plan that can be printed, then loading.
 
-Only the encoder moves. What the encoder computes (position codes, window offsets) is no weight, so another volume
-size needs nothing. Other channels, patch sizes and windows are adapted, and MONAI's ViT has names of its own.
+Only the encoder is transferred. Position encodings and window offsets are computed, not stored, so another volume size
+changes no weight. Other channels, patch sizes and windows are adapted; weights of MONAI's ViT are renamed.
 
 Letters: token width E, channels C, patch size s, heads M, window S.
 """
@@ -22,7 +22,7 @@ PREFIX = "encoder."
 PATCH_WEIGHT = "patch_embed.weight"
 WINDOW_BIAS = "relative_position_bias"
 QKV_BIAS = "attention.qkv.bias"
-# MONAI's names, as regular expressions after the prefix, and ours.
+# MONAI's names as regular expressions, after the prefix, and ours.
 MONAI = (
     (r"patch_embedding\.patch_embeddings\.(?:1\.)?(weight|bias)", r"patch_embed.\1"),
     (r"blocks\.(\d+)\.(norm[12]\.(?:weight|bias))", r"blocks.\1.\2"),
@@ -36,30 +36,16 @@ POSITIONS = "patch_embedding.position_embeddings"
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """What happens to one tensor.
-
-    `action` is "loaded", "adapted", "left out" (in the checkpoint only) or "not found" (in the encoder only). `source`
-    is the tensor's name in the checkpoint, empty where it has none.
-    """
-
-    name: str
-    action: str
-    why: str
-    source: str = ""
-
-
-@dataclass(frozen=True)
 class Source:
-    """Weights that an encoder may be started from.
+    """Weights that an encoder can be initialised from.
 
     Args:
-        weights: those of the encoder are named `encoder.*`.
-        patch_size: that they were trained with; None: the new encoder's.
-        names: their names in the checkpoint, where these are others.
-        reasons: why tensors are left out or were changed already, by their name in `weights`.
-        absent: ends of names that this kind of encoder has no tensors for; they start at 0, which is what their
-            absence means.
+        weights: names to tensors; those of the encoder are named `encoder.*`.
+        patch_size: the patch size they were trained with; None: the new encoder's.
+        names: names in the checkpoint of tensors that were renamed.
+        reasons: why tensors are left out or have been changed already, by their name in `weights`.
+        absent: suffixes of tensor names that this kind of encoder does not have; they are initialised with 0, which
+            is equivalent.
     """
 
     weights: Mapping[str, Tensor]
@@ -69,35 +55,96 @@ class Source:
     absent: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """What happens to one tensor.
+
+    Args:
+        name: with the prefix `encoder.` where it belongs to the encoder.
+        action: "loaded", "adapted", "left out" (in the checkpoint only) or "not found" (in the encoder only).
+        why: the reason.
+        source: the tensor's name in the checkpoint, empty if it is not there.
+        tensor: what the encoder's tensor is set to; None: it keeps its initial values.
+    """
+
+    name: str
+    action: str
+    why: str
+    source: str = ""
+    tensor: Tensor | None = None
+
+
 def plan_transfer(source: Source, encoder: SWViT) -> list[Transfer]:
-    """Say for each tensor of a checkpoint and of an encoder what a transfer would do."""
-    own = encoder.state_dict()
-    plan = []
+    """The action of a transfer for each tensor of a checkpoint and of an encoder."""
+    own, plan = encoder.state_dict(), []
     for name, tensor in source.weights.items():
-        inner, called = name.removeprefix(PREFIX), source.names.get(name, name)
+        inner, original, reason = name.removeprefix(PREFIX), source.names.get(name, name), source.reasons.get(name, "")
         if inner == name or inner not in own:
-            why = "not part of the encoder" if inner == name else "the new encoder has no such tensor"
-            plan.append(Transfer(name, "left out", source.reasons.get(name, why), called))
+            missing = "not part of the encoder" if inner == name else "the new encoder has no such tensor"
+            plan.append(Transfer(name, "left out", reason or missing, original))
             continue
-        changed = _change(inner, tensor, source, encoder)
-        if changed is None:
+        adapted, change = _adapt(inner, tensor, source.patch_size, encoder)
+        if adapted.shape != own[inner].shape:
             why = f"{tuple(tensor.shape)} does not fit {tuple(own[inner].shape)}"
-            plan.append(Transfer(name, "left out", why, called))
+            plan.append(Transfer(name, "left out", why, original))
         else:
-            known = source.reasons.get(name)
-            why = "; ".join(part for part in (known, changed) if part)
-            plan.append(Transfer(name, "adapted" if why else "loaded", why or "same shape", called))
-    for inner in own:
-        if PREFIX + inner not in source.weights:
-            if inner.endswith(source.absent):
-                plan.append(Transfer(PREFIX + inner, "adapted", "0, as the checkpoint's kind has no such term"))
-            else:
-                plan.append(Transfer(PREFIX + inner, "not found", "keeps its first values"))
+            why = "; ".join(part for part in (reason, change) if part)
+            plan.append(Transfer(name, "adapted" if why else "loaded", why or "same shape", original, adapted))
+    for inner, tensor in own.items():
+        name = PREFIX + inner
+        if name in source.weights:
+            continue
+        if inner.endswith(source.absent):
+            why = "0, as the checkpoint's kind has no such term"
+            plan.append(Transfer(name, "adapted", why, tensor=torch.zeros_like(tensor)))
+        else:
+            plan.append(Transfer(name, "not found", "keeps its initial values"))
     return plan
 
 
-def check_kind(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-    """Compare what no tensor's shape tells: the position codes of two models' descriptions.
+def transfer_encoder(source: Source, encoder: SWViT) -> list[Transfer]:
+    """Load a checkpoint's encoder into another encoder, in place.
+
+    These differences are adapted:
+
+    - number of channels: the patch projection is summed over the old channels, repeated for each new one and divided
+      by their number, so that equal channels give the same tokens as before.
+    - patch size: the patch projection is resampled by the pseudoinverse of the trilinear enlargement (FlexiViT,
+      CVPR 2023), so that an enlarged patch gives the same token as before.
+    - window: offsets in tokens keep their bias; offsets beyond the old window take the bias of its outermost one.
+
+    Args:
+        source: the weights.
+        encoder: the target.
+
+    Returns:
+        The plan that was carried out; see `transfer_report`.
+
+    Raises:
+        ValueError: a tensor of the encoder would keep its initial values; nothing is loaded then.
+    """
+    plan = plan_transfer(source, encoder)
+    if refused := why_refused(plan, encoder):
+        raise ValueError(refused)
+    encoder.load_state_dict({e.name.removeprefix(PREFIX): e.tensor for e in plan if e.tensor is not None})
+    return plan
+
+
+def why_refused(plan: list[Transfer], encoder: SWViT) -> str | None:
+    """Why a plan is refused: it would leave a tensor of the encoder untrained. None: it is not."""
+    entries, names = {entry.name: entry for entry in plan}, [PREFIX + name for name in encoder.state_dict()]
+    untrained = [name for name in names if entries[name].tensor is None]
+    if not untrained:
+        return None
+    return (
+        f"the pretrained encoder does not match: {len(untrained)} of {len(names)} tensors would stay untrained, the "
+        f"first is {untrained[0]} ({entries[untrained[0]].why}). Choose the model size that it was pretrained with "
+        "(transfer=explain lists every tensor)"
+    )
+
+
+def check_position(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+    """Compare the position encodings of two models' configurations, which no tensor's shape tells.
 
     Raises:
         ValueError: they differ; the message says what to set.
@@ -109,113 +156,107 @@ def check_kind(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
         )
 
 
-def why_refused(plan: list[Transfer], encoder: SWViT) -> str | None:
-    """Why a plan cannot be carried out: a tensor of the encoder would keep its first values. None: it can."""
-    filled = {entry.name.removeprefix(PREFIX) for entry in plan if entry.action in ("loaded", "adapted")}
-    unfilled = [name for name in encoder.state_dict() if name not in filled]
-    if not unfilled:
-        return None
-    reasons = {entry.name: entry.why for entry in plan}
-    first = PREFIX + unfilled[0]
-    return (
-        f"the pretrained encoder does not match: {len(unfilled)} of {len(encoder.state_dict())} tensors would stay "
-        f"untrained, the first is {first} ({reasons[first]}). Choose the model size that it was pretrained with "
-        "(transfer=explain lists every tensor)"
-    )
-
-
-def transfer_encoder(source: Source, encoder: SWViT) -> list[Transfer]:
-    """Load a checkpoint's encoder into another encoder, in place.
-
-    What is adapted, and how:
-
-    - other channels: the projection of the patches is summed over the old channels, repeated for each new one and
-      divided by their number, so that equal channels give the same tokens as before.
-    - another patch size: the projection is resampled by the pseudoinverse of the trilinear enlargement (FlexiViT,
-      CVPR 2023), so that an enlarged patch gives the same token as before.
-    - another window: offsets in tokens keep their bias; those that the old window did not reach take its outermost.
-
-    Args:
-        source: the weights.
-        encoder: the target.
-
-    Returns:
-        The plan that was carried out; see `transfer_report`.
-
-    Raises:
-        ValueError: a tensor of the encoder would keep its first values; nothing has been loaded then.
-    """
-    plan = plan_transfer(source, encoder)
-    if refused := why_refused(plan, encoder):
-        raise ValueError(refused)
-    own, state = encoder.state_dict(), {}
-    for entry in plan:
-        if entry.action in ("loaded", "adapted"):
-            inner = entry.name.removeprefix(PREFIX)
-            tensor = source.weights.get(entry.name)
-            state[inner] = torch.zeros_like(own[inner]) if tensor is None else _adapt(inner, tensor, source, encoder)
-    encoder.load_state_dict(state)
-    return plan
-
-
 def transfer_report(plan: list[Transfer]) -> str:
-    """A short table of a transfer: how many tensors met which fate, and what was adapted."""
+    """A short table of a transfer: how many tensors had each action, and why."""
     lines = []
     for action in ("loaded", "adapted", "left out", "not found"):
-        entries = [entry for entry in plan if entry.action == action]
-        reasons = Counter(entry.why for entry in entries)
+        reasons = Counter(entry.why for entry in plan if entry.action == action)
         why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-        lines.append(f"  {action:<10}{len(entries):>4} tensors{'  ' + why if why else ''}")
+        lines.append(f"  {action:<10}{reasons.total():>4} tensors{'  ' + why if why else ''}")
     return "\n".join(lines)
 
 
 def transfer_table(plan: list[Transfer], encoder: SWViT) -> str:
-    """All of a plan, a line a tensor: its name here, its name in the checkpoint, what happens, and why."""
+    """The whole plan, one line per tensor: its name here, its name in the checkpoint, the action and the reason."""
     rows = [("tensor", "in the checkpoint", "action", "why")]
     for entry in plan:
         here = "-" if entry.action == "left out" else entry.name
         rows.append((here, entry.source or "-", entry.action, entry.why))
     grid = " x ".join(map(str, encoder.grid))
-    rows.append((f"{PREFIX}position", "-", "computed", f"for the grid of {grid} tokens; no weight"))
+    rows.append((f"{PREFIX}position", "-", "computed", f"for the grid of {grid} tokens; not a weight"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
     )
 
 
-def from_monai(weights: Mapping[str, Tensor]) -> Source:
-    """Weights of MONAI's ViT, or of a network that holds one (ViTAutoEnc, UNETR), under this project's names.
+def _adapt(inner: str, tensor: Tensor, patch_size: int | None, encoder: SWViT) -> tuple[Tensor, str]:
+    """A checkpoint's tensor as the encoder needs it, and what was changed; the tensor itself where that is impossible.
 
-    MONAI reads volumes as (x, y, z), here they are (z, y, x): the patches' axes are turned round. Its learnt positions
-    are left out, as they are computed here. It has no window and no bias of the position in one: that one starts at 0.
+    See `transfer_encoder`.
+    """
+    own = encoder.state_dict()[inner]
+    if inner == PATCH_WEIGHT:
+        s, now = patch_size or encoder.patch_size, encoder.patch_size
+        fits = tensor.ndim == 2 and len(tensor) == len(own) and tensor.shape[1] % s**3 == 0
+        return _other_patches(tensor, s, now, encoder.in_channels) if fits else (tensor, "")
+    if inner.endswith(WINDOW_BIAS) and tensor.ndim == 2 and len(tensor) == len(own) and tensor.shape[1] % 2:
+        return _other_window(tensor, (own.shape[1] + 1) // 2)
+    return tensor, ""
+
+
+def _other_patches(weight: Tensor, s: int, size: int, channels: int) -> tuple[Tensor, str]:
+    """Patch projection (E, C*s^3) for other channels and patches of another size."""
+    kernel, changes = weight.reshape(len(weight), -1, s, s, s), []
+    before = kernel.shape[1]
+    if before != channels:
+        changes.append(f"{before} to {channels} input channels")
+    if s != size:
+        changes.append(f"patches of {s} to {size} voxels, resampled")
+        enlarge = F.interpolate(torch.eye(s, dtype=torch.float64)[None], size=size, mode="linear")[0]  # s size
+        back = torch.linalg.pinv(enlarge).to(kernel.dtype)  # size s
+        kernel = torch.einsum("ecdhw,xd,yh,zw->ecxyz", kernel, back, back, back)
+    if before != channels:
+        kernel = (kernel.sum(dim=1, keepdim=True) / channels).expand(-1, channels, -1, -1, -1)
+    return kernel.flatten(1), "; ".join(changes)
+
+
+def _other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
+    """Bias table (M, 2S-1) for another window; its middle is offset 0."""
+    before = (bias.shape[1] + 1) // 2
+    wider = window - before
+    if wider == 0:
+        return bias, ""
+    if wider > 0:
+        padded = F.pad(bias[None], (wider, wider), mode="replicate")[0]
+        return padded, f"window {before} to {window}, the outermost offset repeated"
+    return bias[:, -wider : bias.shape[1] + wider], f"window {before} to {window}, the outer offsets cut off"
+
+
+def from_monai(weights: Mapping[str, Tensor]) -> Source:
+    """Weights of MONAI's ViT, or of a network that contains one (ViTAutoEnc, UNETR), under this project's names.
+
+    MONAI reads volumes as (x, y, z) and this project as (z, y, x), so the patches' axes are reversed. MONAI's learnt
+    position embeddings are left out, as positions are computed here. MONAI has no windows, so the relative position
+    bias inside them starts at 0.
 
     Args:
         weights: names to tensors, as `state_dict()` gives them.
 
     Raises:
-        ValueError: no such network in it, or patches that are no cubes.
+        ValueError: no such network, or patches that are not cubes.
     """
     marks = [name for name in weights if re.search(r"patch_embedding\.patch_embeddings\.(1\.)?weight$", name)]
     if len(marks) != 1:
         shown = ", ".join(list(weights)[:3])
-        raise ValueError(f"no ViT of MONAI's naming in this checkpoint (its tensors are {shown}, ...)")
+        raise ValueError(f"no ViT with MONAI's tensor names in this checkpoint (its tensors are {shown}, ...)")
     prefix = marks[0].split("patch_embedding.")[0]
     found: dict[str, Tensor] = {}
     names, reasons = {}, {}
     patch_size = 0
     for source, tensor in weights.items():
-        ours = _ours(source, prefix)
+        ours = _renamed(source, prefix)
         found[ours], names[ours] = tensor, source
         if ours == PREFIX + PATCH_WEIGHT:
-            found[ours], patch_size = _turned_patches(tensor)
+            found[ours], patch_size = _reversed_patches(tensor)
             reasons[ours] = "axes x y z turned to z y x"
         elif source == prefix + POSITIONS:
             reasons[ours] = "positions are computed here"
     return Source(found, patch_size, names, reasons, absent=(WINDOW_BIAS, QKV_BIAS))
 
 
-def _ours(source: str, prefix: str) -> str:
-    """A tensor's name here, or the one it has."""
+def _renamed(source: str, prefix: str) -> str:
+    """This project's name of one of MONAI's tensors; other names are returned unchanged."""
     if source.startswith(prefix):
         for pattern, name in MONAI:
             if match := re.fullmatch(pattern, source.removeprefix(prefix)):
@@ -223,10 +264,10 @@ def _ours(source: str, prefix: str) -> str:
     return source
 
 
-def _turned_patches(tensor: Tensor) -> tuple[Tensor, int]:
+def _reversed_patches(tensor: Tensor) -> tuple[Tensor, int]:
     """MONAI's patch projection as `(E, C*s^3)` in this project's order, and s.
 
-    A convolution's is (E, C, x, y, z), that of its "perceptron" (E, x*y*z*C).
+    It is (E, C, x, y, z) as a convolution and (E, x*y*z*C) as MONAI's "perceptron".
     """
     if tensor.ndim == 2:
         voxels = tensor.shape[1]
@@ -238,67 +279,17 @@ def _turned_patches(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.permute(0, 1, 4, 3, 2).flatten(1).contiguous(), tensor.shape[2]
 
 
-def _change(inner: str, tensor: Tensor, source: Source, encoder: SWViT) -> str | None:
-    """What has to change for a tensor to fit: empty for nothing, None where it cannot."""
-    own = encoder.state_dict()[inner]
-    if inner == PATCH_WEIGHT:
-        s, now = source.patch_size or encoder.patch_size, encoder.patch_size
-        if tensor.ndim != 2 or len(tensor) != len(own) or tensor.shape[1] % s**3:
-            return None
-        channels = tensor.shape[1] // s**3
-        parts = [f"{channels} to {encoder.in_channels} input channels"] if channels != encoder.in_channels else []
-        return "; ".join(parts + ([f"patches of {s} to {now} voxels, resampled"] if s != now else []))
-    if tensor.shape == own.shape:
-        return ""
-    if inner.endswith(WINDOW_BIAS) and tensor.ndim == 2 and len(tensor) == len(own) and tensor.shape[1] % 2:
-        before, now = (tensor.shape[1] + 1) // 2, (own.shape[1] + 1) // 2
-        how = "the outer offsets cut off" if now < before else "the outermost offset repeated"
-        return f"window {before} to {now}, {how}"
-    return None
+def transfer_sa_swin(source: Source, model: nn.Module) -> str:
+    """Load an SA-Swin's encoder and cross-attention into a network that has the same two, in place.
 
-
-def _adapt(inner: str, tensor: Tensor, source: Source, encoder: SWViT) -> Tensor:
-    """A tensor as the encoder takes it; see `transfer_encoder`."""
-    if inner.endswith(WINDOW_BIAS):
-        return _other_window(tensor, (encoder.state_dict()[inner].shape[1] + 1) // 2)
-    if inner != PATCH_WEIGHT:
-        return tensor
-    s, c = source.patch_size or encoder.patch_size, encoder.in_channels
-    kernel = tensor.reshape(len(tensor), -1, s, s, s)
-    if s != encoder.patch_size:
-        kernel = _other_patch(kernel, encoder.patch_size)
-    if kernel.shape[1] != c:
-        kernel = (kernel.sum(dim=1, keepdim=True) / c).expand(-1, c, -1, -1, -1)
-    return kernel.flatten(1)
-
-
-def _other_window(bias: Tensor, window: int) -> Tensor:
-    """Bias table (M, 2S-1) of another window; its middle is offset 0."""
-    wider = window - (bias.shape[1] + 1) // 2
-    if wider > 0:
-        return F.pad(bias[None], (wider, wider), mode="replicate")[0]
-    return bias[:, -wider : bias.shape[1] + wider]
-
-
-def _other_patch(kernel: Tensor, size: int) -> Tensor:
-    """Patch projection (E, C, s, s, s) for patches of another edge."""
-    s = kernel.shape[-1]
-    resize = F.interpolate(torch.eye(s, dtype=torch.float64)[None], size=size, mode="linear")[0]  # s size
-    back = torch.linalg.pinv(resize).to(kernel.dtype)  # size s
-    return torch.einsum("ecdhw,xd,yh,zw->ecxyz", kernel, back, back, back)
-
-
-def transfer_sides(source: Source, model: nn.Module) -> str:
-    """Load a SA-Swin's encoder and cross-attention into a network that has the same two, in place.
-
-    A patch embedding of other channels is averaged over the old ones and shared by the new ones.
+    A patch embedding for another number of channels is averaged over the old channels and shared by the new ones.
 
     Args:
         source: the checkpoint's weights.
         model: has `encoder` and `saca` as `asa.models.sa_swin.SASwin`.
 
     Returns:
-        What was done, in a line.
+        A line that says what was done.
 
     Raises:
         ValueError: a tensor that the checkpoint does not have, or that has another shape.

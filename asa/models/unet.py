@@ -1,84 +1,48 @@
-"""The segmentation U-Net on a token encoder (ASA, MICCAI 2022, section 2.4).
+"""The segmentation U-Net on a token encoder (ASA, MICCAI 2022, section 2.2).
 
-Letters: volume `B C D H W`, feature size f, patch size s, K output channels. A level k lies at 1 / 2^k of the
-volume's resolution and has f * 2^k channels.
+Letters: volume `B C D H W`, feature size f, patch size s, K output channels. Level k has 1 / 2^k of the volume's
+resolution and f * 2^k channels.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
-from monai.networks.layers.factories import Norm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from asa.models import sw_vit
-from asa.models.saca import SymmetryAwareBlock
+from asa.models.cpu_kernels import in_float32, use_cpu_kernels
+from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.sw_vit import SWViT, run_block
-from asa.ops.normalise import InstanceNormalisation
 
 LEVELS = 6  # resolutions 1 to 1/32
 HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
 
 
-class InstanceNorm(nn.InstanceNorm3d):
-    """Instance normalisation that leaves channels last where they are; PyTorch's own brings them to the front.
-
-    On a CPU it also brings them there: the plain convolution that PyTorch takes for one channel and for small maps
-    gives them first.
-    """
-
-    def forward(self, features: Tensor) -> Tensor:
-        """`(B, C, D, H, W)` -> the same."""
-        wide = features.dtype in (torch.float32, torch.float64)
-        # ONNX has an operator for PyTorch's own.
-        if features.device.type == "cpu" and wide and not torch.compiler.is_exporting():
-            last = features.contiguous(memory_format=torch.channels_last_3d)
-            return InstanceNormalisation.apply(last, self.eps)
-        if features.is_contiguous() or not features.is_contiguous(memory_format=torch.channels_last_3d):
-            return super().forward(features)
-        return F.group_norm(features, self.num_features, eps=self.eps)
-
-
-Norm.add_factory_class("instance_any_layout", InstanceNorm)
-
-
-class PointwiseConv(nn.Conv3d):
-    """1x1x1 convolution. On a CPU it is a matrix product, which leaves channels last where they are.
-
-    With one thread, what torchrun gives a process, PyTorch takes a plain convolution that brings them to the front.
-    """
-
-    def forward(self, features: Tensor) -> Tensor:
-        """`(B, C, D, H, W)` -> the same with other channels."""
-        if features.device.type != "cpu" or torch.compiler.is_exporting():
-            return super().forward(features)
-        out = F.linear(features.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias)
-        return out.permute(0, 4, 1, 2, 3)
-
-
 class SegmentationUNet(nn.Module):
     """U-Net whose skips are hidden states of a transformer, brought to six resolutions by residual convolutions.
 
-    Level 0 reads the image itself; levels 1 to 5 read the hidden states after 3/12, 5/12, 7/12, 9/12 and all of the
-    encoder's blocks, up- or downsampled from the token grid. Five up blocks with skips lead back; the five finest
-    levels have a 1x1x1 head each.
+    Level 0 reads the image; levels 1 to 5 read the hidden states after 3/12, 5/12, 7/12, 9/12 and all of the encoder's
+    blocks, upsampled or downsampled from the token grid. The decoder has five up blocks with skips, and a 1x1x1 head
+    at each of the five finest levels.
 
     Args:
         encoder: the token encoder; its patch size is a power of two.
         out_channels: classes K, background included.
         feature_size: channels f of the finest level.
-        checkpointing: keep only what goes from block to block for the gradient: less memory, one more forward pass of
-            time. The encoder has a keyword of its own.
-        symmetry: the last tokens look at those of the mirror image (SACA) before they are decoded. Attention is over
-            all pairs of tokens there.
+        checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
+            The encoder has a keyword of its own.
+        symmetry: the last tokens cross-attend to those of the mirror image (SACA) before they are decoded. That
+            attention is over all pairs of tokens.
 
     Raises:
-        ValueError: a volume size that 32 does not divide, or too small for six levels; a patch size that is no power
-            of two.
+        ValueError: a volume size that is not divisible by 32 or too small for six levels; a patch size that is not a
+            power of two.
     """
 
     def __init__(
@@ -93,7 +57,8 @@ class SegmentationUNet(nn.Module):
         size, coarsest = encoder.img_size, 2 ** (LEVELS - 1)
         if any(n % coarsest for n in size) or math.prod(size) == coarsest**3:
             raise ValueError(
-                f"the U-Net takes volumes whose sizes {coarsest} divides, larger than {coarsest}^3 voxels, got {size}"
+                f"the U-Net takes volumes of more than {coarsest}^3 voxels, with sizes divisible by {coarsest}, "
+                f"got {size}"
             )
         scale = encoder.patch_size.bit_length() - 1
         if 2**scale != encoder.patch_size:
@@ -105,7 +70,7 @@ class SegmentationUNet(nn.Module):
         # The states after blocks 3, 5, 7, 9 and 12 of 12.
         self.taps = [max(round(depth * part / 12), 1) - 1 for part in (3, 5, 7, 9, 12)]
         width = [feature_size * 2**level for level in range(LEVELS)]
-        block: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, norm_name="instance_any_layout")
+        block: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, norm_name="instance")
         self.image_block = UnetrBasicBlock(
             in_channels=encoder.in_channels, out_channels=width[0], stride=1, res_block=True, **block
         )
@@ -123,13 +88,11 @@ class SegmentationUNet(nn.Module):
         self.heads = nn.ModuleList(
             UnetOutBlock(spatial_dims=3, in_channels=width[level], out_channels=out_channels) for level in range(HEADS)
         )
-        for module in self.modules():  # MONAI's blocks make their convolutions themselves
-            if type(module) is nn.Conv3d and module.kernel_size == module.stride == (1, 1, 1):
-                module.__class__ = PointwiseConv
+        use_cpu_kernels(self)
 
     @property
     def mirrored(self) -> bool:
-        """Whether the mirror image is looked at."""
+        """Whether the network also takes the mirror image."""
         return self.saca is not None
 
     def forward(
@@ -140,14 +103,14 @@ class SegmentationUNet(nn.Module):
         Args:
             volume: `(B, C, D, H, W)`.
             deep_supervision: return the logits of all five heads.
-            mirrored: with `symmetry`, what faces each voxel of the volume, of the same shape.
+            mirrored: with `symmetry`, the mirror image: voxel i is the counterpart of the volume's voxel i.
 
         Returns:
             Logits `(B, K, D, H, W)`, or a list of five from the finest to the coarsest, each at half the resolution
             of the one before.
 
         Raises:
-            ValueError: a volume of another size than the encoder's, or without its mirror image.
+            ValueError: a volume of another size than the encoder's, or a missing mirror image.
         """
         states = self._states(volume, mirrored)
         skips = [_run(0, self.image_block, volume, checkpointing=self.checkpointing)]
@@ -165,12 +128,10 @@ class SegmentationUNet(nn.Module):
         return self.heads[0](decoded[0])
 
     def _states(self, volume: Tensor, mirrored: Tensor | None) -> list[Tensor]:
-        """The encoder's hidden states, the last after a look at the mirror image's."""
+        """The encoder's hidden states; with `symmetry` the last one after cross-attention to the mirror image's."""
         if self.saca is None:
             return self.encoder.hidden_states(volume)
-        if mirrored is None:
-            raise ValueError("this network compares a volume with its mirror image: give both")
-        both = [state.chunk(2) for state in self.encoder.hidden_states(torch.cat([volume, mirrored]))]
+        both = [state.chunk(2) for state in self.encoder.hidden_states(with_mirror(volume, mirrored))]
         return [*(own for own, _ in both[:-1]), run_block(self.saca, *both[-1], checkpointing=self.checkpointing)]
 
     def _as_map(self, tokens: Tensor) -> Tensor:
@@ -178,19 +139,16 @@ class SegmentationUNet(nn.Module):
         return tokens.unflatten(1, self.encoder.grid).permute(0, 4, 1, 2, 3)
 
 
-def _run(level: int, block: nn.Module, *inputs: Tensor, checkpointing: bool) -> Tensor:
-    """A block's output: on a CPU with channels last, and at the two coarsest levels in float32 at least.
+def _run(level: int, block: nn.Module, *maps: Tensor, checkpointing: bool) -> Tensor:
+    """A block's output: on a CPU with channels last, and in float32 at the two coarsest levels.
 
-    oneDNN's other layout has blocks of 16 channels, and pads 24 to 32. Its bfloat16 convolutions read memory that was
-    never written where a depth is 2 or a strided one ends at a width of 1: NaN, or worse (torch 2.13, AVX-512 and AMX).
+    The layout also avoids oneDNN's own, which has blocks of 16 channels and pads 24 to 32. At the coarsest levels a
+    bfloat16 convolution may be wrong: where a depth is 2, or a strided one ends at a width of 1.
     """
-    on_cpu = inputs[0].device.type == "cpu"
-    layout = torch.channels_last_3d if on_cpu else torch.contiguous_format
-    inputs = tuple(features.contiguous(memory_format=layout) for features in inputs)
-    if not (on_cpu and level >= LEVELS - 2 and torch.is_autocast_enabled("cpu")):
-        return run_block(block, *inputs, checkpointing=checkpointing)
-    with torch.autocast("cpu", enabled=False):
-        return run_block(block, *(features.float() for features in inputs), checkpointing=checkpointing)
+    layout = torch.channels_last_3d if maps[0].device.type == "cpu" else torch.contiguous_format
+    maps = tuple(features.contiguous(memory_format=layout) for features in maps)
+    run = partial(run_block, block, checkpointing=checkpointing)
+    return in_float32(run, *maps) if level >= LEVELS - 2 else run(*maps)
 
 
 def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[str, Any]) -> nn.Module:
@@ -212,37 +170,28 @@ def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[
     return nn.Sequential(*(UnetResBlock(in_channels=a, out_channels=b, stride=2, **block) for a, b in pairwise(widths)))
 
 
-def unet_base(
-    out_channels: int,
-    feature_size: int = 24,
-    checkpointing: bool = False,
-    symmetry: bool = False,
-    **overrides: Any,
-) -> SegmentationUNet:
-    """The paper's segmentation network; `overrides` go to its encoder, `sw_vit_base`."""
-    encoder = sw_vit.sw_vit_base(checkpointing=checkpointing, **overrides)
-    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing, symmetry)
+def unet_base(out_channels: int, feature_size: int = 24, **overrides: Any) -> SegmentationUNet:
+    """The paper's segmentation network; `overrides` are keywords of the U-Net and of its encoder, `sw_vit_base`."""
+    return _unet(sw_vit.sw_vit_base, out_channels, feature_size, **overrides)
 
 
-def unet_small(
-    out_channels: int,
-    feature_size: int = 16,
-    checkpointing: bool = False,
-    symmetry: bool = False,
-    **overrides: Any,
-) -> SegmentationUNet:
-    """The U-Net on `sw_vit_small`: for a workstation, or a CPU with patience."""
-    encoder = sw_vit.sw_vit_small(checkpointing=checkpointing, **overrides)
-    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing, symmetry)
+def unet_small(out_channels: int, feature_size: int = 16, **overrides: Any) -> SegmentationUNet:
+    """The U-Net on `sw_vit_small`: for a single workstation GPU."""
+    return _unet(sw_vit.sw_vit_small, out_channels, feature_size, **overrides)
 
 
-def unet_tiny(
-    out_channels: int,
-    feature_size: int = 8,
-    checkpointing: bool = False,
-    symmetry: bool = False,
-    **overrides: Any,
-) -> SegmentationUNet:
+def unet_tiny(out_channels: int, feature_size: int = 8, **overrides: Any) -> SegmentationUNet:
     """The U-Net on `sw_vit_tiny`: for tests and demonstrations on a CPU."""
-    encoder = sw_vit.sw_vit_tiny(checkpointing=checkpointing, **overrides)
-    return SegmentationUNet(encoder, out_channels, feature_size, checkpointing, symmetry)
+    return _unet(sw_vit.sw_vit_tiny, out_channels, feature_size, **overrides)
+
+
+def _unet(
+    make_encoder: Callable[..., SWViT],
+    out_channels: int,
+    feature_size: int,
+    checkpointing: bool = False,
+    symmetry: bool = False,
+    **encoder: Any,
+) -> SegmentationUNet:
+    made = make_encoder(checkpointing=checkpointing, **encoder)
+    return SegmentationUNet(made, out_channels, feature_size, checkpointing, symmetry)

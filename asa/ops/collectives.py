@@ -1,4 +1,4 @@
-"""What the ranks of a job compute together inside a forward pass. In one process everything here is the identity."""
+"""Collective operations inside a forward pass. In a single process they are the identity."""
 
 from typing import Any
 
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 def several_ranks() -> bool:
-    """Whether this process is one of several that are connected."""
+    """Whether this process is one of several in a process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gather(part: Tensor) -> tuple[Tensor, int]:
-    """Each rank's rows, on all ranks in their order; gradients go back to the rank that a row came from.
+    """All ranks' rows, in the order of the ranks, on every rank, with gradients.
 
-    The gradient of a row is the sum of what all ranks' losses ask of it. Where every rank's loss is a mean over its own
-    rows, and gradients are then averaged over the ranks, that is the gradient of the mean over all rows.
+    The gradient of a row is the sum of its gradients from all ranks' losses. If each rank's loss is a mean over its own
+    rows and gradients are averaged over the ranks, this is the gradient of the mean over all rows.
 
     Args:
         part: `(N, ...)`, of the same shape on all ranks.
 
     Returns:
-        `(ranks * N, ...)`, and the place of this rank's first row in it.
+        `(ranks * N, ...)`, and the index of this rank's first row in it.
     """
     if not several_ranks():
         return part, 0

@@ -1,4 +1,4 @@
-"""Random masks with an exact count. True means masked (removed)."""
+"""Random masks of tokens and voxels. True means masked (removed)."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def random_mask(batch: int, length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Mask the same number of tokens in each sample, at random places.
+    """Mask the same number of random tokens in each sample.
 
     Args:
         batch: samples B.
         length: tokens L in a sample.
-        ratio: share of tokens to mask; round(ratio * L) are masked, at least one and never all.
-        generator: source of the draws; the same state gives the same mask. On its device the mask is made.
+        ratio: fraction of tokens to mask; round(ratio * L) are masked, at least one and never all.
+        generator: random generator; the same state gives the same mask, on the generator's device.
 
     Returns:
         bool `(B, L)`, True = masked.
@@ -23,9 +23,9 @@ def random_mask(batch: int, length: int, ratio: float, generator: torch.Generato
         ValueError: a ratio outside (0, 1) or fewer than two tokens.
     """
     if not 0 < ratio < 1:
-        raise ValueError(f"the mask ratio lies between 0 and 1, got {ratio}")
+        raise ValueError(f"the mask ratio must be in (0, 1), got {ratio}")
     if length < 2:
-        raise ValueError(f"{length} token cannot be split into visible and masked: take a larger volume")
+        raise ValueError(f"{length} token cannot be split into visible and masked ones: use a larger volume")
     count = min(max(round(ratio * length), 1), length - 1)
     device = generator.device if generator is not None else None
     order = torch.rand(batch, length, generator=generator, device=device).argsort(dim=1)
@@ -34,7 +34,7 @@ def random_mask(batch: int, length: int, ratio: float, generator: torch.Generato
 
 
 def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the visible and of the masked tokens, each in raster order.
+    """Indices of the visible and of the masked tokens, each in raster order.
 
     Args:
         mask: bool `(B, L)`, True = masked, the same count in every sample.
@@ -43,38 +43,40 @@ def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
         visible `(B, L-M)` and masked `(B, M)`, int64.
 
     Raises:
-        ValueError: not a bool mask, counts that differ between samples, nothing visible or nothing masked.
+        ValueError: not a bool mask, different counts per sample, nothing visible or nothing masked.
     """
     if mask.dtype != torch.bool or mask.ndim != 2:
-        raise ValueError(f"a mask is a bool tensor of (batch, tokens), got {mask.dtype} {tuple(mask.shape)}")
+        raise ValueError(f"a mask must be a bool tensor of shape (batch, tokens), got {mask.dtype} {tuple(mask.shape)}")
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) != 1:
-        raise ValueError(f"every sample of a batch masks the same number of tokens, got {sorted(set(counts))}")
+        raise ValueError(f"all samples of a batch must mask the same number of tokens, got {sorted(set(counts))}")
     if not 0 < counts[0] < mask.shape[1]:
-        raise ValueError(f"a mask leaves some tokens visible and some masked, got {counts[0]} of {mask.shape[1]}")
+        raise ValueError(
+            f"a mask must leave some tokens visible and mask some, got {counts[0]} masked of {mask.shape[1]}"
+        )
     # A stable sort of False before True keeps raster order on both sides.
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)
     return order[:, : mask.shape[1] - counts[0]], order[:, mask.shape[1] - counts[0] :]
 
 
-def tokens_at(tokens: Tensor, places: Tensor) -> Tensor:
-    """Tokens `(B, L, E)` at the places `(B, N)`: `(B, N, E)`."""
-    return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
+def tokens_at(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens `(B, L, E)` at the indices `(B, N)`: `(B, N, E)`."""
+    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def random_boxes(
     shape: Sequence[int], largest: float, generator: torch.Generator, *, edges: tuple[float, float] = (0.05, 0.25)
 ) -> Tensor:
-    """Boxes at random places, added until a share of the voxels drawn from 0 to `largest` is covered.
+    """Random boxes that cover a fraction of the voxels, drawn uniformly from 0 to `largest`, or slightly more.
 
     Args:
-        shape: of the volume (D, H, W).
-        largest: of the shares; 0 gives no boxes.
-        generator: source of the draws, on the CPU.
-        edges: smallest and largest edge of a box, as a share of the volume's side.
+        shape: size of the volume (D, H, W).
+        largest: largest fraction; 0 gives no boxes.
+        generator: random generator on the CPU.
+        edges: smallest and largest edge of a box, as a fraction of the volume's size along each axis.
 
     Returns:
-        bool `(D, H, W)` on the CPU, True in a box.
+        bool `(D, H, W)` on the CPU, True inside a box.
     """
     covered = np.zeros(tuple(shape), dtype=bool)
     wanted = largest * torch.rand((), generator=generator, dtype=torch.float64).item() * covered.size

@@ -1,7 +1,8 @@
-"""Regions that join labels, each predicted by itself: from a label map to masks, and back.
+"""Nested regions, each predicted by its own channel: from a label map to region masks, and back.
 
-Letters: label map `B 1 D H W`, R regions `B R D H W`. A region is the set of the labels that it joins, as the whole
-tumour joins oedema, necrosis and enhancing tumour (BraTS).
+A region is a set of labels, as the whole tumour is oedema, necrosis and enhancing tumour (BraTS).
+
+Letters: label map `B 1 D H W`, R regions `B R D H W`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +12,11 @@ from torch import Tensor
 
 
 def region_masks(label: Tensor, regions: Sequence[Sequence[int]]) -> Tensor:
-    """Where each region lies.
+    """Binary masks of regions.
 
     Args:
         label: label map `(B, 1, D, H, W)`.
-        regions: the labels that each joins.
+        regions: the labels of each region.
 
     Returns:
         Bool `(B, R, D, H, W)`.
@@ -25,54 +26,54 @@ def region_masks(label: Tensor, regions: Sequence[Sequence[int]]) -> Tensor:
 
 
 def painting_order(regions: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:
-    """How a label map is painted from regions: the outer ones first, the inner ones over them.
+    """The order in which regions are painted into a label map: outer ones first, inner ones over them.
 
-    Each region paints the one label that no region inside it holds. A voxel then has the label of the innermost
-    region that claims it, whether or not those around that one do.
+    Each region paints its own label: the one that no region inside it has. A voxel gets the label of the innermost
+    region predicted there, whether or not the regions around that one are predicted too.
 
     Args:
-        regions: name -> the labels that it joins.
+        regions: name -> labels.
 
     Returns:
-        (place of the region in `regions`, the label that it paints), in order.
+        (index of the region in `regions`, its own label), in order.
 
     Raises:
-        ValueError: no regions; two that overlap, and neither lies inside the other; one with no label of its own, or
-            with several.
+        ValueError: no regions; two that overlap without one being inside the other; a region with no or several labels
+            of its own.
     """
     sets = {name: frozenset(values) for name, values in regions.items()}
     if not sets:
-        raise ValueError("there are no regions to learn")
+        raise ValueError("no regions are given")
     for name, values in sets.items():
         for other, others in sets.items():
             if values & others and not (values <= others or others <= values):
-                raise ValueError(f"regions {name} and {other} overlap, and neither lies inside the other")
+                raise ValueError(f"regions {name} and {other} overlap, and neither is inside the other")
     order = []
-    for place, (name, values) in enumerate(sets.items()):
+    for index, (name, values) in enumerate(sets.items()):
         own = values.difference(*(inner for inner in sets.values() if inner < values))
         if len(own) != 1 or list(sets.values()).count(values) > 1:
             raise ValueError(
-                f"region {name} has to hold one label that no region inside it holds, and that it shares with no "
-                f"other, to be turned into labels; it has {sorted(own)}"
+                f"region {name} must have exactly one label of its own, which no region inside it and no equal region "
+                f"has, to be converted to labels; it has {sorted(own)}"
             )
-        order.append((len(values), place, *own))
-    return [(place, label) for _, place, label in sorted(order, key=lambda item: (-item[0], item[1]))]
+        order.append((len(values), index, *own))
+    return [(index, label) for _, index, label in sorted(order, key=lambda item: (-item[0], item[1]))]
 
 
-def paint(shares: Iterable[Tensor], order: Sequence[tuple[int, int]]) -> Tensor:
+def paint(probabilities: Iterable[Tensor], order: Sequence[tuple[int, int]]) -> Tensor:
     """The label map of region probabilities.
 
     Args:
-        shares: R probabilities `(D, H, W)`, taken one after the other; a region claims a voxel above one half.
-        order: of `painting_order`.
+        probabilities: R probability maps `(D, H, W)`, read one by one; a region is predicted above 0.5.
+        order: from `painting_order`.
 
     Returns:
-        int32 `(D, H, W)`, 0 where no region claims a voxel.
+        int32 `(D, H, W)`, 0 where no region is predicted.
     """
-    turn = {place: n for n, (place, _) in enumerate(order, start=1)}
+    turn = {index: n for n, (index, _) in enumerate(order, start=1)}
     labels = torch.tensor([0, *(label for _, label in order)], dtype=torch.int32)
     innermost = torch.zeros((), dtype=torch.uint8)
-    for place, share in enumerate(shares):
-        claimed = torch.where(share > 0.5, turn[place], 0).to(torch.uint8)
-        innermost = torch.maximum(innermost.to(share.device), claimed)
+    for index, probability in enumerate(probabilities):
+        predicted = torch.where(probability > 0.5, turn[index], 0).to(torch.uint8)
+        innermost = torch.maximum(innermost.to(probability.device), predicted)
     return labels.to(innermost.device)[innermost.int()]

@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def triple(size: int | Sequence[int]) -> tuple[int, int, int]:
-    """One edge length for all three axes, or three: always three integers.
+    """A size along three axes from one number for all axes, or from three.
 
     Raises:
         ValueError: not one or three positive integers.
     """
     sizes = (size,) * 3 if isinstance(size, int) else tuple(int(n) for n in size)
     if len(sizes) != 3 or min(sizes) < 1:
-        raise ValueError(f"a size is one or three positive integers (D, H, W), got {size}")
+        raise ValueError(f"a size must be one or three positive integers (D, H, W), got {size}")
     return sizes
 
 
@@ -29,18 +29,18 @@ def grid_size(spatial: Sequence[int], patch_size: int) -> tuple[int, int, int]:
         patch_size: edge of a patch in voxels.
 
     Raises:
-        ValueError: a size that the patch size does not divide.
+        ValueError: a size that is not divisible by the patch size.
     """
     sizes = triple(spatial)
     if any(n % patch_size for n in sizes):
         raise ValueError(
-            f"a volume of {tuple(sizes)} voxels is not a whole number of patches of {patch_size}: crop or pad it first"
+            f"a volume of {tuple(sizes)} voxels is not a whole number of patches of {patch_size}: crop or pad it"
         )
     return sizes[0] // patch_size, sizes[1] // patch_size, sizes[2] // patch_size
 
 
 def patchify(volume: Tensor, patch_size: int) -> Tensor:
-    """Cut volumes into patch tokens.
+    """Split volumes into patch tokens.
 
     Args:
         volume: `(B, C, D, H, W)`.
@@ -50,7 +50,7 @@ def patchify(volume: Tensor, patch_size: int) -> Tensor:
         `(B, L, C*s^3)`, L in raster order.
 
     Raises:
-        ValueError: sizes that s does not divide.
+        ValueError: sizes that are not divisible by s.
     """
     t, h, w = grid_size(volume.shape[2:], patch_size)
     b, c = volume.shape[:2]
@@ -61,7 +61,7 @@ def patchify(volume: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
-    """Put patch tokens back into volumes: the inverse of `patchify`.
+    """Join patch tokens to volumes: the inverse of `patchify`.
 
     Args:
         tokens: `(B, L, C*s^3)`, L in raster order.
@@ -72,7 +72,7 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
         `(B, C, T*s, H*s, W*s)`.
 
     Raises:
-        ValueError: a token count or width that does not fit the grid.
+        ValueError: a number or width of tokens that does not fit the grid.
     """
     t, h, w = triple(grid)
     b, length, width = tokens.shape

@@ -1,7 +1,7 @@
 """Attention inside the regions of a label map, and sums over them.
 
-Letters: label map `B H W` or, one label a token, `B L`; heads M of width d; T = B*L tokens of a batch; a group is c
-regions of n tokens each.
+Letters: label map `B H W` or, with one label per token, `B L`; M heads of width d; T = B*L tokens of a batch; a group
+is c regions of n tokens each.
 """
 
 import importlib
@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BACKENDS = ("auto", "segments", "dense", "varlen")
-# Up to here one masked product is as fast as gathering, or faster, whatever the regions; at 1,024 tokens it is slower
-# even where nine tenths of the scores lie inside regions (CPU, 8 heads of width 32).
+# Up to this length one masked product is as fast as gathering, or faster, for any regions; at 1,024 tokens it is slower
+# even if nine tenths of the scores are inside regions (CPU, 8 heads of width 32).
 DENSE_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class RegionIndex:
-    """Where the tokens of each region are: computed once from a label map, shared by all layers.
+    """The tokens of each region: computed once from a label map, shared by all layers.
 
-    Attributes:
+    Args:
         keys: region of each token `(B, L)`, numbered over the whole batch: images share no region.
         order: tokens of the batch sorted by the length of their region, then by region, `(T,)`.
-        inverse: place of each token in that order, `(T,)`.
+        inverse: index of each token in that order, `(T,)`.
         groups: (c, n) of the runs of equally long regions in that order.
     """
 
@@ -37,23 +37,23 @@ class RegionIndex:
 
 
 def region_keys(labels: Tensor) -> tuple[Tensor, int]:
-    """Number the regions of a batch from 0 on, so that two images share none.
+    """Number the regions of a batch from 0, so that images share no region.
 
     Args:
-        labels: `(B, ...)`, any integers, negative and sparse ones too.
+        labels: `(B, ...)`, any integers, also negative and sparse ones.
 
     Returns:
-        Numbers of `labels`' shape, and a number K that they all lie below; not every number has to occur.
+        Numbers of `labels`' shape, and an upper bound K that they are all below; some numbers may not occur.
 
     Raises:
-        ValueError: no label at all, or labels that are no integers.
+        ValueError: no labels, or labels that are not integers.
     """
     check_labels(labels)
     labels = labels.long()
     low, high = (int(end) for end in torch.aminmax(labels))
     if high - low < labels.numel() // len(labels):
         keys, count = labels - low, high - low + 1
-    else:  # sparse ids: sorting them is slower
+    else:  # sparse labels: sorting them is slower
         values, keys = torch.unique(labels, return_inverse=True)
         count = len(values)
     first = count * torch.arange(len(labels), device=labels.device)
@@ -61,21 +61,21 @@ def region_keys(labels: Tensor) -> tuple[Tensor, int]:
 
 
 def check_labels(labels: Tensor) -> None:
-    """Raise a ValueError for labels that are none: no pixel, or no integers."""
+    """Raise a ValueError for an empty label map, or labels that are not integers."""
     if labels.numel() == 0:
-        raise ValueError(f"a label map of {tuple(labels.shape)} is empty: every pixel needs a region")
+        raise ValueError(f"a label map of shape {tuple(labels.shape)} is empty: every pixel needs a region")
     if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"a label map holds integers, got {labels.dtype}")
+        raise ValueError(f"a label map must have integers, got {labels.dtype}")
 
 
 def coarse_labels(labels: Tensor, factor: int, *, majority: bool) -> Tensor:
-    """A label map at a lower resolution, one label for each block of pixels.
+    """A label map at a lower resolution, one label per block of pixels.
 
     Args:
         labels: `(B, H, W)`, any integers.
-        factor: edge F of a block in pixels. Blocks that the edge cuts are filled with the nearest pixels.
-        majority: the most frequent label of the block; of equally frequent ones that which comes first in raster order.
-            False: the label of the block's first pixel (nearest neighbour).
+        factor: edge F of a block in pixels. Blocks cut by the border are filled with the nearest pixels.
+        majority: take the most frequent label of the block, of equally frequent ones the first in raster order. False:
+            the label of the block's first pixel (nearest neighbour).
 
     Returns:
         `(B, ceil(H / F), ceil(W / F))`.
@@ -89,24 +89,24 @@ def coarse_labels(labels: Tensor, factor: int, *, majority: bool) -> Tensor:
     for label in blocks.unbind(3):
         votes += blocks == label[..., None]
     pixels = blocks.shape[3]
-    rank = votes * pixels - torch.arange(pixels, dtype=torch.int32, device=labels.device)  # no two are equal
+    rank = votes * pixels - torch.arange(pixels, dtype=torch.int32, device=labels.device)  # without ties
     return blocks.gather(3, rank.argmax(dim=3, keepdim=True))[..., 0]
 
 
 def region_index(labels: Tensor) -> RegionIndex:
     """Sort the tokens of a batch by region.
 
-    Regions of one length stand side by side, and so are attended to in one call without padding. As the lengths sum
-    to T, there are at most sqrt(2 T) different ones.
+    Regions of equal length are consecutive, so that one attention call without padding takes them all. As the lengths
+    sum to T, there are at most sqrt(2 T) different ones.
 
     Args:
-        labels: `(B, L)`, any integers. A region may have many parts, and each image regions of its own.
+        labels: `(B, L)`, any integers. A region may consist of several parts.
 
     Raises:
-        ValueError: not `(B, L)`, empty, or no integers.
+        ValueError: not `(B, L)`, empty, or not integers.
     """
     if labels.ndim != 2:
-        raise ValueError(f"the labels of tokens are (batch, tokens), got {tuple(labels.shape)}: flatten the map")
+        raise ValueError(f"token labels must be of shape (batch, tokens), got {tuple(labels.shape)}: flatten the map")
     keys, count = region_keys(labels)
     lengths = torch.bincount(keys.flatten(), minlength=count)
     by_length = torch.argsort(lengths, stable=True)
@@ -125,33 +125,35 @@ def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Ten
 
     Args:
         q, k, v: `(B, M, L, d)`.
-        regions: labels `(B, L)`, or their `region_index` where several layers share it.
-        backend: `"segments"` gathers each region and attends inside it: any device and type, memory linear in L.
+        regions: labels `(B, L)`, or their `region_index`, which several layers can share.
+        backend: `"segments"` gathers each region and attends inside it: any device and dtype, memory linear in L.
             `"dense"` is one product with an L x L mask. `"varlen"` is PyTorch's variable-length attention: a GPU of
-            compute capability 8.0 or more, float16 or bfloat16. `"auto"` takes varlen where it runs, dense for short
+            compute capability 8.0 or higher, float16 or bfloat16. `"auto"` is varlen where it runs, dense for short
             sequences, else segments.
 
     Returns:
         `(B, M, L, d)`.
 
     Raises:
-        ValueError: shapes that do not fit each other, an unknown backend, or one that does not run here.
+        ValueError: inconsistent shapes, an unknown backend, or one that does not run here.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {backend!r}")
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     index = region_index(regions) if isinstance(regions, Tensor) else regions
     if q.ndim != 4 or not q.shape == k.shape == v.shape:
-        raise ValueError(f"q, k, v are (B, M, L, d) alike, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(f"q, k, v must all be (B, M, L, d), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if index.keys.shape != (q.shape[0], q.shape[2]):
-        raise ValueError(f"labels of {tuple(index.keys.shape)} do not fit {q.shape[2]} tokens of {q.shape[0]} images")
+        raise ValueError(
+            f"labels of shape {tuple(index.keys.shape)} do not fit {q.shape[2]} tokens of {q.shape[0]} images"
+        )
     chosen = choose_backend(index, q) if backend == "auto" else backend
     if chosen == "dense":
         mask = index.keys[:, None, :, None] == index.keys[:, None, None, :]  # B 1 L L
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if chosen == "varlen" and not (runs_varlen(q) and find_varlen()):
         raise ValueError(
-            "variable-length attention needs a GPU of capability 8.0, float16 or bfloat16, d in steps of 8, and "
-            f"torch.nn.attention.varlen, got {q.dtype} on {q.device.type}: use backend='segments'"
+            "variable-length attention needs a GPU of compute capability 8.0, float16 or bfloat16, a head width "
+            f"divisible by 8 and torch.nn.attention.varlen, got {q.dtype} on {q.device.type}: use backend='segments'"
         )
     b, m, length, d = q.shape
     rows = [_permute(x.transpose(1, 2).reshape(b * length, m, d), index.order, index.inverse) for x in (q, k, v)]
@@ -161,20 +163,20 @@ def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Ten
 
 
 def choose_backend(index: RegionIndex, q: Tensor) -> str:
-    """What `"auto"` means for these regions and queries."""
+    """The backend that `"auto"` is for these regions and queries."""
     if runs_varlen(q) and find_varlen():
         return "varlen"
     return "dense" if q.shape[2] <= DENSE_TOKENS and len(index.groups) > 1 else "segments"
 
 
 def runs_varlen(q: Tensor) -> bool:
-    """Whether variable-length attention, which is FlashAttention's, takes such queries."""
+    """Whether variable-length attention, which is FlashAttention's, supports such queries."""
     fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
     return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def find_varlen() -> Callable[..., Any] | None:
-    """PyTorch's variable-length attention, None where this version has none."""
+    """PyTorch's variable-length attention, None if this version does not have it."""
     try:
         return importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
@@ -184,7 +186,7 @@ def find_varlen() -> Callable[..., Any] | None:
 def _by_segments(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
     """Attention inside each region, `(T, M, d)` sorted by group -> the same."""
     sizes = [c * n for c, n in groups]
-    parts = (x.split(sizes) for x in (q, k, v))  # its gradient is one copy, that of slices a sum
+    parts = (x.split(sizes) for x in (q, k, v))  # its gradient is one copy, that of several slices a sum
     out = []
     for (c, n), q_part, k_part, v_part in zip(groups, *parts, strict=True):
         if n == 1:
@@ -196,7 +198,7 @@ def _by_segments(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, int],
 
 
 def _variable_length(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
-    """The same by one kernel that is told where each region ends."""
+    """The same by one kernel, which takes the end of each region."""
     attend = find_varlen()
     assert attend is not None
     lengths = torch.tensor([0, *(n for c, n in groups for _ in range(c))])
@@ -207,7 +209,7 @@ def _variable_length(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, i
 
 
 class _Permutation(torch.autograd.Function):
-    # The gradient of a permutation is the inverse one. What autograd makes of indexing adds row by row instead.
+    # The gradient of a permutation is the inverse permutation; autograd's of indexing is a slower row-wise sum.
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order, inverse)

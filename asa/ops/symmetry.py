@@ -1,6 +1,6 @@
-"""The left-right mirror of volumes, of places in them, and how unlike two mirrored things are.
+"""Left-right mirroring of volumes and positions, and the asymmetry of features.
 
-Letters: volumes `... D H W`, W left to right, so the mid-sagittal plane cuts the last axis in half.
+Letters: volumes `... D H W`, W left to right, so that the mid-sagittal plane cuts the last axis in half.
 """
 
 from collections.abc import Sequence
@@ -10,39 +10,39 @@ from torch.nn import functional as F
 
 
 def flip(volume: Tensor) -> Tensor:
-    """The mirror image, left for right: `(..., D, H, W)` -> the same shape. Its own inverse."""
+    """The left-right mirror image: `(..., D, H, W)` -> the same shape. It is its own inverse."""
     return volume.flip(-1)
 
 
 def mirrored_start(start: Sequence[int], size: Sequence[int], width: int) -> list[int]:
-    """First voxel of the box at the mirrored place: w becomes W - w - size, the other axes stay.
+    """First voxel of the mirrored box: w becomes W - w - size, the other axes are unchanged.
 
-    The box read there and flipped has the counterpart of voxel i of the box at `start` as its voxel i. Places outside
+    Voxel i of the flipped mirrored box is the counterpart of voxel i of the box at `start`. Boxes that extend beyond
     the volume are mirrored as well.
 
     Args:
         start: first voxel of the box (D, H, W).
-        size: the box (D, H, W).
+        size: size of the box (D, H, W).
         width: W of the volume.
     """
     return [*start[:-1], width - start[-1] - size[-1]]
 
 
 def rotate_about_left_right(volume: Tensor, quarters: int) -> Tensor:
-    """Rotate by quarters of a turn about the left-right axis, the only axis whose rotations commute with the flip.
+    """Rotate by quarter turns about the left-right axis, the only axis whose rotations commute with the flip.
 
     Args:
         volume: `(..., D, H, W)`.
-        quarters: of a turn; an odd number exchanges D and H.
+        quarters: number of quarter turns; an odd number exchanges D and H.
     """
     return volume.rot90(quarters, dims=(-3, -2))
 
 
 def asymmetry(one: Tensor, other: Tensor, dim: int = -1) -> Tensor:
-    """(1 - cos) / 2 between vectors along an axis, in float32: 0 alike, 1/2 orthogonal, 1 opposite.
+    """(1 - cos) / 2 between vectors along an axis, in float32: 0 for equal, 1/2 for orthogonal, 1 for opposite ones.
 
-    Computed as a quarter of the squared distance of the unit vectors: exactly 0 for equal ones, and not rounded away
-    for nearly equal ones.
+    Computed as a quarter of the squared distance of the unit vectors, which is exactly 0 for equal vectors and keeps
+    its precision for nearly equal ones.
 
     Args:
         one, other: of the same shape.
@@ -53,9 +53,9 @@ def asymmetry(one: Tensor, other: Tensor, dim: int = -1) -> Tensor:
 
 
 def pad_to_multiple(volume: Tensor, multiple: int) -> Tensor:
-    """Zeros at the far ends so that `multiple` divides each size: `(..., D, H, W)`.
+    """Zero-pad the end of each axis to a multiple: `(..., D, H, W)`.
 
-    A volume and its mirror image padded alike still have voxel i facing its counterpart.
+    If a volume and its mirror image are padded, voxel i of one is still the counterpart of voxel i of the other.
     """
     sizes = volume.shape[-3:]
     ends = [part for size in reversed(sizes) for part in (0, -size % multiple)]

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from asa.models.transfer import (
     Source,
-    check_kind,
+    check_position,
     from_monai,
     plan_transfer,
     transfer_encoder,
     transfer_report,
-    transfer_sides,
+    transfer_sa_swin,
     transfer_table,
     why_refused,
 )
@@ -76,7 +76,7 @@ def load_pretrained(
         return _load_swin(init, source, description, model, model_config)
     note = ""
     if description:
-        check_kind(description["model"], model_config)
+        check_position(description["model"], model_config)
     else:
         heads = model.encoder.blocks[0].attention.num_heads
         note = f"\n{init} does not contain its number of heads: {heads} assumed"
@@ -98,7 +98,7 @@ def _load_swin(
             raise ValueError(
                 f"{init} was pretrained with {key}={before}, this model has {now}: add model.{key}={before}"
             )
-    return f"{transfer_sides(source, model)}, from {init}"
+    return f"{transfer_sa_swin(source, model)}, from {init}"
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The laws of symmetry-aware pretraining: SACA, mirrored crops, the four tasks, the asymmetry of whole volumes."""
+"""Symmetry-aware pretraining: SACA, mirrored crops, the four proxy tasks, the asymmetry of whole volumes."""
 
 import itertools
 import math
@@ -17,6 +17,7 @@ from asa.data.store import Store
 from asa.losses.contrastive import NTXent, SymmetryLoss
 from asa.methods.sa_swin import SASwinPretraining, partners
 from asa.models.sa_swin import SASwin, sa_swin_tiny
+from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.saca import SymmetryAwareBlock, SymmetryAwareCrossAttention
 from asa.ops.masking import random_boxes
 from asa.ops.symmetry import asymmetry, flip, mirrored_start, pad_to_multiple, rotate_about_left_right
@@ -24,7 +25,8 @@ from asa.training.distributed import is_main, process_group
 from asa.training.loop import TrainSettings, train
 from asa.training.optim import OptimSettings
 
-SMALLEST = dict(embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2, projection=8)
+SMALL_UNET = dict(embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
+SMALLEST = dict(**SMALL_UNET, projection=8)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,27 +74,28 @@ def test_saca_of_f_and_f_is_self_attention() -> None:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("self_attention", [True, False])
-def test_without_codes_the_order_of_the_mirrored_tokens_is_not_seen_and_with_them_it_is(norm, self_attention) -> None:
+def test_the_order_of_the_mirrored_tokens_has_an_effect_with_position_encoding_only(norm, self_attention) -> None:
     torch.manual_seed(0)
     block = SymmetryAwareBlock(12, 3, norm=norm, self_attention=self_attention)
-    f, mirrored, code = draw(2, 6, 12), draw(2, 6, 12, seed=1), draw(6, 12, seed=2)
+    f, mirrored, grid = draw(2, 6, 12), draw(2, 6, 12, seed=1), (1, 2, 3)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(block(f, mirrored[:, order]), block(f, mirrored))
     torch.testing.assert_close(block(f[:, order], mirrored), block(f, mirrored)[:, order])
-    assert (block(f, mirrored[:, order], code) - block(f, mirrored, code)).abs().max() > 1e-3
+    block.position = True
+    assert (block(f, mirrored[:, order], grid) - block(f, mirrored, grid)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [1, 5, 27])
-def test_any_batch_size_and_token_count_is_taken(batch: int, length: int) -> None:
+def test_any_batch_size_and_token_count_works(batch: int, length: int) -> None:
     tokens = draw(batch, length, 12)
     assert SymmetryAwareBlock(12, 3)(tokens, tokens).shape == tokens.shape
 
 
-def test_a_wrong_norm_or_head_count_is_named() -> None:
+def test_a_wrong_norm_or_head_count_raises_an_error() -> None:
     with pytest.raises(ValueError, match="pre or post"):
         SymmetryAwareBlock(12, 3, norm="middle")
-    with pytest.raises(ValueError, match="5 heads do not divide"):
+    with pytest.raises(ValueError, match="not divisible by 5 attention heads"):
         SymmetryAwareCrossAttention(12, 5)
 
 
@@ -129,7 +132,7 @@ def test_only_rotations_about_left_right_commute_with_the_flip() -> None:
 
 @pytest.mark.parametrize("size", [4, 5, 9])
 @pytest.mark.parametrize("width", [8, 9])
-def test_the_mirrored_place_is_where_the_flipped_box_lies(size: int, width: int) -> None:
+def test_the_mirrored_box_of_a_volume_is_the_same_box_of_its_flip(size: int, width: int) -> None:
     volume = torch.arange(width)[None, None]
     for start in range(max(width - size, 0) + 1):
         there = mirrored_start([0, 0, start], (1, 1, size), width)[2]
@@ -154,7 +157,7 @@ class Memory:
 @pytest.mark.parametrize("width", [12, 13])
 @pytest.mark.parametrize("size", [(6, 6, 6), (6, 6, 7), (14, 14, 15)])
 @pytest.mark.parametrize("crop", ["centre", "random"])
-def test_the_pair_of_a_flipped_volume_is_the_pair_with_its_roles_swapped(width, size, crop) -> None:
+def test_flipping_the_volume_swaps_the_two_crops_of_a_pair(width, size, crop) -> None:
     volume = draw(1, 10, 11, width).numpy()
     for epoch in range(4):
         pair, swapped = (
@@ -164,7 +167,7 @@ def test_the_pair_of_a_flipped_volume_is_the_pair_with_its_roles_swapped(width, 
         assert torch.equal(pair["image"], swapped["mirror"]) and torch.equal(pair["mirror"], swapped["image"])
 
 
-def test_a_symmetric_volume_has_equal_crops_on_both_sides_however_they_are_augmented() -> None:
+def test_a_symmetric_volume_has_equal_crops_on_both_sides_with_any_augmentation() -> None:
     from asa.data.loading.augment import AugmentSettings
 
     strong = AugmentSettings(
@@ -178,7 +181,7 @@ def test_a_symmetric_volume_has_equal_crops_on_both_sides_however_they_are_augme
         assert torch.equal(data[0, epoch]["image"], data[0, epoch]["mirror"])
 
 
-def test_attached_numbers_reach_the_batch() -> None:
+def test_attached_numbers_are_in_the_batch() -> None:
     records = [{"id": "a"}, {"id": "b"}]
     attached = {"a": {"health": 1.0}, "b": {"health": math.nan}}
     data = CropDataset(Memory(draw(1, 4, 4, 4).numpy()), records, (4, 4, 4), attached=attached)
@@ -208,12 +211,12 @@ def test_whole_volumes_of_any_size_have_a_map_of_their_own_size(size: tuple[int,
     assert found.shape == (1, *size) and 0 < float(score) < 1 and 0 < float(found.max()) < 1
     torch.testing.assert_close(score, again)
     torch.testing.assert_close(flipped, flip(found))
-    torch.testing.assert_close(found, flip(found))  # a place and its counterpart are compared: neither is told apart
+    torch.testing.assert_close(found, flip(found))  # both sides of a difference have the same value
 
 
 def test_the_map_is_of_features_standardised_over_both_sides_of_the_foreground() -> None:
     volume, model = draw(1, 1, 32, 32, 64).sigmoid(), network()
-    volume[..., :10] = 0  # of W: background, half of it facing the head
+    volume[..., :10] = 0  # background along W, half of it opposite the head
     with torch.no_grad():
         _, found = model.asymmetry(volume, flip(volume))
         levels = model.encoder.levels(torch.cat([volume, flip(volume)]))[0].double()
@@ -244,7 +247,7 @@ def test_the_symmetric_template_scores_0() -> None:
 
 
 @pytest.mark.parametrize("position", [False, True])
-def test_the_total_loss_reaches_every_parameter_and_temperatures_are_among_them(position: bool) -> None:
+def test_every_parameter_gets_a_gradient_and_temperatures_are_parameters(position: bool) -> None:
     for form in ("cosine", "bce"):
         method = SASwinPretraining(model=network(position=position), form=form)
         names = [name for name, _ in method.named_parameters()]
@@ -255,21 +258,21 @@ def test_the_total_loss_reaches_every_parameter_and_temperatures_are_among_them(
         ] == []
 
 
-def test_the_pooled_feature_hears_of_all_octants_alike() -> None:
+def test_the_pooled_feature_depends_on_all_octants_equally() -> None:
     model, volume = network(64, 64, 64), draw(1, 1, 64, 64, 64).sigmoid().requires_grad_()
     tokens = model.encoder(volume)
 
-    def shares(feature: torch.Tensor) -> list[float]:
+    def gradients(feature: torch.Tensor) -> list[float]:
         (gradient,) = torch.autograd.grad(feature.square().sum(), volume, retain_graph=True)
         halves = [slice(0, 32), slice(32, 64)]
-        return [float(gradient[0, 0][place].abs().sum()) for place in itertools.product(halves, repeat=3)]
+        return [float(gradient[0, 0][octant].abs().sum()) for octant in itertools.product(halves, repeat=3)]
 
-    pooled, corner = shares(tokens.mean(dim=1)), shares(tokens[:, 0])
+    pooled, corner = gradients(tokens.mean(dim=1)), gradients(tokens[:, 0])
     assert max(pooled) < 2 * min(pooled)
     assert max(corner) > 2 * min(corner)
 
 
-def test_every_size_of_the_network_is_made_by_its_name() -> None:
+def test_the_sizes_of_the_network_decrease() -> None:
     from asa.models import sa_swin
 
     with torch.device("meta"):
@@ -279,7 +282,7 @@ def test_every_size_of_the_network_is_made_by_its_name() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_a_size_that_32_does_not_divide_is_named() -> None:
+def test_a_size_that_is_not_divisible_by_32_raises_an_error() -> None:
     with pytest.raises(ValueError, match="whole number of patches of 32"):
         sa_swin_tiny(img_size=40)
 
@@ -332,11 +335,11 @@ def test_nt_xent_over_two_ranks_has_the_value_and_the_gradient_of_one(tmp_path) 
     halves = [torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2)]
     torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, whole[0])
     torch.testing.assert_close((halves[0][3] + halves[1][3]) / 2, whole[3])
-    for k in (1, 2):  # the mean over ranks of what reaches shared weights
+    for k in (1, 2):  # averaged over ranks, as gradients of shared weights are
         torch.testing.assert_close(torch.cat([half[k] for half in halves]) / 2, whole[k])
 
 
-def test_the_symmetry_loss_is_least_where_the_healthy_are_alike_and_the_patients_opposite() -> None:
+def test_the_symmetry_loss_is_minimal_for_symmetric_healthy_and_opposite_patient_features() -> None:
     z = draw(2, 6)
     sides = {1.0: z, 0.0: draw(2, 6, seed=1), -1.0: -z}
     health = torch.tensor([1.0, 0.0])
@@ -367,17 +370,17 @@ def test_the_symmetry_loss_is_the_loop_over_its_definition() -> None:
 
 
 @pytest.mark.parametrize("form", ["cosine", "bce"])
-def test_one_sample_all_patients_and_nobody_known_have_finite_losses(form: str) -> None:
+def test_one_sample_only_patients_and_unknown_health_have_finite_losses(form: str) -> None:
     loss, z = SymmetryLoss(form), draw(3, 6).requires_grad_()
     for rows, health in ((1, 1.0), (3, 0.0)):
         value = loss(z[:rows], draw(rows, 6, seed=1), torch.full((rows,), health))
         assert value.isfinite() and value > 0
-    nobody = loss(z, draw(3, 6, seed=1), torch.full((3,), math.nan))
-    nobody.backward()
-    assert float(nobody) == 0 and not z.grad.any()
+    unknown = loss(z, draw(3, 6, seed=1), torch.full((3,), math.nan))
+    unknown.backward()
+    assert float(unknown) == 0 and not z.grad.any()
 
 
-def test_asymmetry_is_half_of_one_minus_the_cosine_and_0_to_the_bit_for_equals() -> None:
+def test_asymmetry_is_half_of_one_minus_the_cosine_and_exactly_0_for_equal_vectors() -> None:
     one, other = draw(4, 7), draw(4, 7, seed=1)
     torch.testing.assert_close(asymmetry(one, other), (1 - F.cosine_similarity(one, other)) / 2)
     assert not asymmetry(one, one).any()
@@ -388,7 +391,7 @@ def test_asymmetry_is_half_of_one_minus_the_cosine_and_0_to_the_bit_for_equals()
 # ---------------------------------------------------------------------------------------------- the method
 
 
-def test_views_follow_from_the_samples_seed_alone() -> None:
+def test_views_depend_only_on_the_seed_of_their_sample() -> None:
     method, batch = SASwinPretraining(model=network()), batch_of(4)
     whole = method.views(batch["image"], batch["mirror"], batch["seed"])
     again = method.views(batch["image"][2:], batch["mirror"][2:], batch["seed"][2:])
@@ -397,7 +400,7 @@ def test_views_follow_from_the_samples_seed_alone() -> None:
         assert torch.equal(getattr(whole, name)[rows], getattr(again, name))
 
 
-def test_a_view_shows_the_rotated_image_noise_and_the_partner_and_its_mirror_is_not_cut() -> None:
+def test_a_view_is_the_rotated_image_with_noise_and_another_sample_in_boxes_and_its_mirror_has_no_boxes() -> None:
     method, batch = SASwinPretraining(model=network()), batch_of(3)
     views = method.views(batch["image"], batch["mirror"], batch["seed"])
     for row in range(6):
@@ -411,33 +414,33 @@ def test_a_view_shows_the_rotated_image_noise_and_the_partner_and_its_mirror_is_
     assert len(views.quarters.unique()) > 1
 
 
-def test_boxes_cover_up_to_the_largest_share_and_one_box_more() -> None:
-    shares = []
+def test_boxes_cover_up_to_the_largest_fraction_and_one_box_more() -> None:
+    fractions = []
     for seed in range(40):
         boxes = random_boxes((20, 24, 28), 0.3, torch.Generator().manual_seed(seed))
-        shares.append(float(boxes.float().mean()))
-    assert max(shares) <= 0.3 + 0.25**3 + 0.01 and 0.1 < np.mean(shares) < 0.2
+        fractions.append(float(boxes.float().mean()))
+    assert max(fractions) <= 0.3 + 0.25**3 + 0.01 and 0.1 < np.mean(fractions) < 0.2
     assert not random_boxes((8, 8, 8), 0.0, torch.Generator()).any()
 
 
-def test_padding_keeps_counterparts_opposite() -> None:
+def test_padding_keeps_the_correspondence_of_the_two_sides() -> None:
     volume = draw(1, 1, 3, 5, 7)
     one, other = pad_to_multiple(volume, 4), pad_to_multiple(flip(volume), 4)
     assert one.shape[2:] == (4, 8, 8)
     assert torch.equal(one[..., :7], flip(other[..., :7])) and torch.equal(one[..., :3, :5, :7], volume)
 
 
-def test_a_model_or_a_size_that_does_not_fit_is_named() -> None:
-    with pytest.raises(ValueError, match="takes model=sa_swin"):
+def test_a_wrong_model_or_size_raises_an_error() -> None:
+    with pytest.raises(ValueError, match="needs model=sa_swin"):
         SASwinPretraining(model=torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="exchange D and H"):
+    with pytest.raises(ValueError, match="D and H must be equal"):
         SASwinPretraining(model=network(32, 64, 32))
     with pytest.raises(ValueError, match="cutout=1"):
         SASwinPretraining(model=network(), cutout=1)
 
 
 def pretrain(run, store) -> None:
-    """Some steps on four scans, in as many processes as the environment says."""
+    """Some steps on four scans, in as many processes as the environment sets."""
     opened = Store(store)
     method = SASwinPretraining(model=network(32, 32, 32))
     attached = {record["id"]: {"health": float(k % 2)} for k, record in enumerate(opened.records)}
@@ -453,7 +456,7 @@ def pretrain(run, store) -> None:
 
 
 @pytest.mark.distributed
-def test_two_ranks_pretrain_as_one_does(tmp_path, store) -> None:
+def test_two_ranks_pretrain_like_one(tmp_path, store) -> None:
     for world in (1, 2):
         (tmp_path / f"out{world}").mkdir()
         ended = ranks(tmp_path / f"out{world}", world, pretrain, tmp_path / str(world), store)
@@ -464,10 +467,25 @@ def test_two_ranks_pretrain_as_one_does(tmp_path, store) -> None:
     np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
-def test_a_depth_with_wrong_bfloat16_gradients_is_refused_in_training() -> None:
-    model, batch = network(), batch_of(1)
-    with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(ValueError, match="wrong gradients"):
-            model(batch["image"], batch["mirror"])
-        with torch.no_grad():
-            assert model(batch["image"], batch["mirror"]).volume.isfinite().all()
+@pytest.mark.parametrize("depth", [32, 64, 96])
+@pytest.mark.parametrize("kind", ["pretraining", "segmentation"])
+def test_bfloat16_on_a_cpu_is_close_to_float32_at_every_depth(depth: int, kind: str) -> None:
+    torch.manual_seed(0)
+    size = (depth, 64, 64)
+    model = network(*size) if kind == "pretraining" else sa_swin_unet_tiny(2, img_size=size, **SMALL_UNET)
+    volume, weights, results = draw(1, 1, *size).sigmoid(), [], []
+    for enabled in (False, True, True):
+        # Fill freed memory with NaN, to detect kernels that read memory that was never written.
+        garbage = [torch.full((2**k,), float("nan")) for k in range(8, 22)]
+        del garbage
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(volume, mirrored=flip(volume))
+        out = out.volume if kind == "pretraining" else out
+        weights = weights or [draw(*out.shape, seed=1)]
+        (out.float() * weights[0]).sum().backward()
+        gradients = [p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+        results.append((out.detach().double().flatten(), torch.cat(gradients).double()))
+    for one, other in zip(results[0], results[1], strict=True):
+        assert F.cosine_similarity(one, other, dim=0) > 0.98
+    assert all(torch.equal(one, other) for one, other in zip(results[1], results[2], strict=True))

@@ -5,14 +5,13 @@ import torch
 from torch import Tensor
 
 from asa import LinearWindowAttention, SWViT
-from asa.models.sw_vit import fused_attention, written_attention
-from asa.ops.windows import window_runs
+from asa.models.sw_vit import fused_attention, window_runs, written_attention
 
 LENGTHS = [64, 50, 17, 16, 15, 9, 5, 1]
 
 
 def window_of(token: int, window: int, shift: int) -> int:
-    """Number of the window that holds a token: the edges lie at shift, shift + window, ..."""
+    """Number of a token's window: the edges are shift, shift + window, ..."""
     return (token - shift) // window
 
 
@@ -24,18 +23,18 @@ def dense_reference(layer: LinearWindowAttention, tokens: Tensor) -> Tensor:
     for b in range(batch):
         q, k, v = (layer.qkv(tokens[b]) @ torch.eye(3 * dim, dtype=tokens.dtype)).chunk(3, dim=1)
         for i in range(length):
-            mates = [
+            neighbours = [
                 j
                 for j in range(length)
                 if window_of(i, layer.window, layer.shift) == window_of(j, layer.window, layer.shift)
             ]
             for m in range(heads):
                 part = slice(m * d, (m + 1) * d)
-                bias = torch.stack([layer.relative_position_bias[m, i - j + layer.window - 1] for j in mates])
-                logits = torch.stack([q[i, part] @ k[j, part] for j in mates]) / d**0.5 + bias
-                share = torch.exp(logits - logits.max())
-                share = share / share.sum()
-                out[b, i, part] = sum(share[n] * v[j, part] for n, j in enumerate(mates))
+                bias = torch.stack([layer.relative_position_bias[m, i - j + layer.window - 1] for j in neighbours])
+                logits = torch.stack([q[i, part] @ k[j, part] for j in neighbours]) / d**0.5 + bias
+                weights = torch.exp(logits - logits.max())
+                weights = weights / weights.sum()
+                out[b, i, part] = sum(weights[n] * v[j, part] for n, j in enumerate(neighbours))
     return layer.proj(out)
 
 
@@ -75,7 +74,7 @@ def test_fused_and_written_attention_agree() -> None:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("shift", range(8))
-def test_runs_cover_the_sequence_once(length: int, shift: int) -> None:
+def test_runs_of_windows_cover_the_sequence_once(length: int, shift: int) -> None:
     windows = [
         list(range(start + i * size, start + (i + 1) * size))
         for start, count, size in window_runs(length, 8, shift)
@@ -111,6 +110,6 @@ def test_every_second_block_is_shifted_by_half_a_window() -> None:
 @pytest.mark.parametrize(
     ("dim", "heads", "window", "shift"), [(10, 3, 8, 0), (12, 3, 8, 8), (12, 3, 8, -1), (12, 3, 0, 0)]
 )
-def test_sizes_that_do_not_fit_are_refused(dim: int, heads: int, window: int, shift: int) -> None:
+def test_inconsistent_sizes_raise_an_error(dim: int, heads: int, window: int, shift: int) -> None:
     with pytest.raises(ValueError):
         LinearWindowAttention(dim, heads, window, shift)

@@ -44,7 +44,7 @@ def test_with_the_papers_windows_every_masked_prediction_depends_on_visible_voxe
     assert ((before - after).abs().amax(dim=2) > 1e-6).all()
 
 
-def test_the_target_of_visible_patches_and_the_voxels_of_masked_ones_do_not_matter() -> None:
+def test_targets_of_visible_patches_and_voxels_of_masked_ones_have_no_effect() -> None:
     model = small_autoencoder()
     volume, mask = torch.rand(2, 1, 16, 16, 16), random_mask(2, 64, 0.75)
     prediction = model(volume, mask)
@@ -58,7 +58,7 @@ def test_the_target_of_visible_patches_and_the_voxels_of_masked_ones_do_not_matt
 
 
 def test_mirrored_masked_positions_get_different_predictions() -> None:
-    # The codes of (t, h, w) and (t, h, W-1-w) are equal: only the relative position bias tells the sides apart.
+    # The encodings of (t, h, w) and (t, h, W-1-w) are equal: only the relative position bias distinguishes the sides.
     model = small_autoencoder()
     mask = torch.ones(1, 4, 4, 4, dtype=torch.bool)
     mask[:, ::2, ::2, 1] = False
@@ -108,7 +108,7 @@ def test_every_parameter_of_every_size_gets_a_gradient(factory, position: str) -
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-def test_visible_tokens_come_in_raster_order() -> None:
+def test_visible_tokens_are_in_raster_order() -> None:
     encoder = SWViT(img_size=16, patch_size=4, embed_dim=12, depth=0, num_heads=2)
     volume, mask = torch.rand(2, 1, 16, 16, 16), random_mask(2, 64, 0.75)
     tokens = encoder(volume)
@@ -124,10 +124,10 @@ def test_the_attentive_loss_is_equations_1_and_2(importance: str) -> None:
     target, scores = patchify(volume, 4), gradient_importance(volume, 4, 9, importance)
     total = 0.0
     for b in range(2):
-        places = [i for i in range(64) if mask[b, i]]
-        p = [scores[b, i].item() / sum(scores[b, j].item() for j in places) for i in places]
+        masked = [i for i in range(64) if mask[b, i]]
+        p = [scores[b, i].item() / sum(scores[b, j].item() for j in masked) for i in masked]
         assert sum(p) == pytest.approx(1.0)
-        errors = [(prediction[b, n] - target[b, i]).square().mean().item() for n, i in enumerate(places)]
+        errors = [(prediction[b, n] - target[b, i]).square().mean().item() for n, i in enumerate(masked)]
         total += sum(weight * error for weight, error in zip(p, errors, strict=True)) / 2
     loss = AttentiveReconstructionLoss(patch_size=4, importance=importance)
     assert loss(prediction, volume, mask).item() == pytest.approx(total, rel=1e-5)
@@ -169,10 +169,10 @@ def test_pretraining_on_one_volume_beats_predicting_the_mean() -> None:
     assert result["loss"] < 0.1 * result["mean_predictor_loss"]
 
 
-def test_the_mean_predictor_is_weighed_as_the_loss_is() -> None:
+def test_the_mean_predictor_is_weighted_like_the_loss() -> None:
     torch.manual_seed(0)
     image, seed = torch.rand(2, 1, 16, 16, 16), torch.tensor([4, 5])
-    image[..., 8:] = 0.25  # flat: weighs nothing
+    image[..., 8:] = 0.25  # constant: weight 0
     for importance in ("orientation", None):
         method = MaskedPretraining(model=small_autoencoder(embed_dim=48, depth=2), importance=importance)
         result, mask, expected = method({"image": image, "seed": seed}), method.mask(seed), []
@@ -187,14 +187,14 @@ def test_the_mean_predictor_is_weighed_as_the_loss_is() -> None:
     assert result["loss"].item() == pytest.approx(result["masked_mse"].item(), rel=1e-6)
 
 
-def test_a_mask_depends_on_the_samples_own_seed_only() -> None:
+def test_a_mask_depends_on_the_seed_of_its_sample_only() -> None:
     method = MaskedPretraining(model=small_autoencoder())
     together, alone = method.mask(torch.tensor([7, 8])), method.mask(torch.tensor([8]))
     assert torch.equal(together[1:], alone) and not torch.equal(together[0], together[1])
     assert together.sum(dim=1).tolist() == [48, 48]
 
 
-def test_a_reconstruction_keeps_what_is_visible() -> None:
+def test_a_reconstruction_keeps_the_visible_patches() -> None:
     method = MaskedPretraining(model=small_autoencoder())
     volume, mask = torch.rand(1, 1, 16, 16, 16), random_mask(1, 64, 0.75)
     views = method.reconstruct(volume, mask)
@@ -205,15 +205,15 @@ def test_a_reconstruction_keeps_what_is_visible() -> None:
     assert all(view.shape == volume.shape for view in views.values())
 
 
-def test_wrong_sizes_are_refused_with_what_to_do() -> None:
+def test_wrong_sizes_raise_an_error_that_says_what_to_do() -> None:
     model = small_autoencoder()
     with pytest.raises(ValueError, match="crop the volume or build the network"):
         model(torch.rand(1, 1, 16, 16, 20), random_mask(1, 64, 0.75))
-    with pytest.raises(ValueError, match="a mask is"):
+    with pytest.raises(ValueError, match="the mask must be"):
         model(torch.rand(1, 1, 16, 16, 16), random_mask(1, 63, 0.75))
     with pytest.raises(ValueError, match="prediction of the masked patches"):
         AttentiveReconstructionLoss(patch_size=4)(
             torch.zeros(1, 3, 64), torch.rand(1, 1, 16, 16, 16), random_mask(1, 64, 0.75)
         )
-    with pytest.raises(ValueError, match="position is"):
+    with pytest.raises(ValueError, match="position must be"):
         SWViT(img_size=16, position="learned")

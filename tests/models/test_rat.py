@@ -9,8 +9,8 @@ from asa.models.rat import NAFBlock, WindowAttention
 from asa.ops.regions import coarse_labels
 
 
-def woken(**overrides) -> RegionAttentionTransformer:
-    """A tiny network whose scales are not at their start of 0."""
+def network(**overrides) -> RegionAttentionTransformer:
+    """A tiny network whose residual scales are not at their initial value of 0."""
     torch.manual_seed(0)
     model = rat_tiny(**{**dict(dim=8, groups=1, depth=2, num_heads=2), **overrides})
     for name, parameter in model.named_parameters():
@@ -47,9 +47,9 @@ def test_every_parameter_gets_a_gradient(make, channels: int, upscale: int) -> N
 
 @pytest.mark.parametrize(("h", "w"), [(32, 32), (1, 1), (17, 50), (37, 16)])
 @pytest.mark.parametrize("upscale", [1, 2, 4])
-def test_any_height_and_width(h: int, w: int, upscale: int) -> None:
+def test_any_height_and_width_is_restored(h: int, w: int, upscale: int) -> None:
     image, labels = picture(h, w)
-    out = woken(upscale=upscale)(image, labels)
+    out = network(upscale=upscale)(image, labels)
     assert out.shape == (2, 1, h * upscale, w * upscale) and out.isfinite().all()
 
 
@@ -62,7 +62,7 @@ def test_padding_is_a_region_of_its_own(upscale: int, majority: bool, monkeypatc
     indexed = rat.region_index
     monkeypatch.setattr(rat, "region_index", lambda labels: (seen.append(labels), indexed(labels))[1])
     image, labels = picture(18, 27, b=1)
-    woken(upscale=upscale, majority=majority)(image, labels)
+    network(upscale=upscale, majority=majority)(image, labels)
     (only,) = seen  # one index for all layers
     inner = coarse_labels(labels, 4 // upscale, majority=majority)[0]
     h, w = inner.shape
@@ -74,8 +74,8 @@ def test_padding_is_a_region_of_its_own(upscale: int, majority: bool, monkeypatc
     assert len(grid[outside].unique()) == 1 and not torch.isin(grid[outside], labels).any()
 
 
-def test_labels_matter_only_through_the_scale_of_the_region_attention() -> None:
-    model = woken()
+def test_labels_have_no_effect_where_the_scale_of_the_region_attention_is_0() -> None:
+    model = network()
     image, labels = picture()
     shuffled = labels.flatten(1)[:, torch.randperm(32 * 32)].view_as(labels)
     assert not torch.allclose(model(image, labels), model(image, shuffled), atol=1e-5)
@@ -86,28 +86,28 @@ def test_labels_matter_only_through_the_scale_of_the_region_attention() -> None:
 
 
 def test_relabelling_changes_nothing() -> None:
-    model = woken()
+    model = network()
     image, labels = picture()
     renamed = torch.tensor([70000, -9, 3, 12])[labels]
     torch.testing.assert_close(model(image, labels), model(image, renamed))
 
 
-def test_a_batch_is_its_images() -> None:
-    model = woken()
+def test_the_images_of_a_batch_are_independent() -> None:
+    model = network()
     image, labels = picture()
     for i in range(2):
         alone = model(image[i : i + 1], labels[i : i + 1])
         torch.testing.assert_close(model(image, labels)[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_backends_give_one_network() -> None:
+def test_all_backends_give_the_same_output() -> None:
     image, labels = picture()
-    results = [woken(backend=backend)(image, labels) for backend in ("segments", "dense", "auto")]
+    results = [network(backend=backend)(image, labels) for backend in ("segments", "dense", "auto")]
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-5)
 
 
-def test_windows_attend_to_themselves_only() -> None:
+def test_windows_attend_only_to_themselves() -> None:
     torch.manual_seed(0)
     attention = WindowAttention(8, 2, 4)
     tokens = torch.randn(1, 64, 8)
@@ -119,23 +119,23 @@ def test_windows_attend_to_themselves_only() -> None:
     assert torch.equal(difference > 0, expected)
 
 
-def test_a_fresh_naf_block_is_the_identity() -> None:
+def test_a_new_naf_block_is_the_identity() -> None:
     features = torch.randn(2, 6, 5, 7)
     assert torch.equal(NAFBlock(6)(features), features)
 
 
-def test_wrong_images_and_label_maps_are_refused() -> None:
-    model = woken()
+def test_wrong_images_and_label_maps_raise_an_error() -> None:
+    model = network()
     image, labels = picture()
     with pytest.raises(ValueError, match="takes grey images of"):
         model(image.expand(-1, 3, -1, -1), labels)
     with pytest.raises(ValueError, match="takes colour images of"):
-        woken(in_channels=3)(image, labels)
-    with pytest.raises(ValueError, match="the label map is of"):
+        network(in_channels=3)(image, labels)
+    with pytest.raises(ValueError, match="the label map has shape"):
         model(image, labels[:, :16])
     with pytest.raises(ValueError, match="is empty"):
         model(image, labels[:, :0])
-    with pytest.raises(ValueError, match="holds integers"):
+    with pytest.raises(ValueError, match="must have integers"):
         model(image, labels + 0.5)
-    with pytest.raises(ValueError, match="upscale is 1, 2 or 4"):
+    with pytest.raises(ValueError, match="upscale must be 1, 2 or 4"):
         rat_tiny(upscale=3)

@@ -1,4 +1,4 @@
-"""Segmentation that looks at the mirror image: networks, windows, and the commands."""
+"""Segmentation with cross-attention to the mirror image: networks, windows, and the commands."""
 
 import sys
 from pathlib import Path
@@ -27,28 +27,28 @@ def network(kind: str) -> nn.Module:
         options = dict(embed_dim=12, depth=2, num_heads=2, feature_size=2)
         return unet_tiny(3, img_size=(32, 32, 64), symmetry=True, **options)
     across = {3: 2} if kind == "two levels" else None
-    return sa_swin_unet_tiny(3, img_size=(32, 32, 64), across=across, position=kind == "codes", **SMALLEST)
+    return sa_swin_unet_tiny(3, img_size=(32, 32, 64), across=across, position=kind == "encoding", **SMALLEST)
 
 
-@pytest.mark.parametrize("kind", ["asa", "one level", "two levels", "codes"])
-def test_every_parameter_hears_of_the_loss_and_every_logit_of_the_mirror_image(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["asa", "one level", "two levels", "encoding"])
+def test_every_parameter_gets_a_gradient_and_every_logit_depends_on_the_mirror_image(kind: str) -> None:
     model, volume = network(kind), torch.rand(2, 1, 32, 32, 64, generator=torch.Generator().manual_seed(0))
     method = Segmentation(model=model)
     assert method.mirrored
     label = torch.arange(3).repeat_interleave(22)[:64].expand(2, 1, 32, 32, 64)
     method({"image": volume, "mirror": volume.flip(-1), "label": label})["loss"].backward()
-    silent = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
-    # An instance norm takes off what a convolution's or a block's last bias adds to a whole channel.
-    assert [name for name in silent if not name.endswith("bias")] == []
+    without = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    # Instance norms remove the constant that the bias of a convolution or a block adds to a channel.
+    assert [name for name in without if not name.endswith("bias")] == []
     with torch.no_grad():
         logits, other = model(volume, mirrored=volume.flip(-1)), model(volume, mirrored=volume)
     assert logits.shape == (2, 3, 32, 32, 64)
     assert (logits != other).float().mean() > 0.99
-    with pytest.raises(ValueError, match="give both"):
+    with pytest.raises(ValueError, match="pass both"):
         model(volume)
 
 
-def test_without_symmetry_the_u_net_is_what_it_was() -> None:
+def test_without_symmetry_the_u_net_has_no_cross_attention() -> None:
     options = dict(img_size=(32, 32, 64), embed_dim=12, depth=2, num_heads=2, feature_size=2)
     names = {name for name, _ in unet_tiny(3, **options).named_parameters()}
     assert not unet_tiny(3, **options).mirrored and not [name for name in names if "saca" in name]
@@ -56,7 +56,7 @@ def test_without_symmetry_the_u_net_is_what_it_was() -> None:
     assert more and all(name.startswith("saca.") for name in more)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_invalid_sizes_and_levels_raise_an_error() -> None:
     with pytest.raises(ValueError, match="larger than 32"):
         sa_swin_unet_tiny(3, img_size=32, **SMALLEST)
     with pytest.raises(ValueError, match="names level 7"):
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 class Across(nn.Module):
-    """A network that answers with the mirror image's window."""
+    """A network that returns the mirror image's window."""
 
     mirrored = True
 
@@ -74,18 +74,18 @@ class Across(nn.Module):
         self.anywhere = nn.Parameter(torch.zeros(1))
 
     def forward(self, volume: Tensor, mirrored: Tensor) -> Tensor:
-        return mirrored.clone()  # MONAI weighs it in place
+        return mirrored.clone()  # MONAI multiplies it in place
 
 
 @pytest.mark.parametrize("width", [5, 8, 13, 20])
-def test_every_window_faces_the_window_at_the_mirrored_place(width: int) -> None:
+def test_every_window_is_paired_with_the_mirrored_window(width: int) -> None:
     volume = torch.rand(2, 9, 12, width, generator=torch.Generator().manual_seed(0))
     found = sliding_window(Across(), volume, PredictSettings(device="cpu"))
     torch.testing.assert_close(found, volume.flip(-1))
 
 
 @pytest.mark.parametrize("kind", ["sa_swin", "asa"])
-def test_a_segmentation_goes_from_pretraining_to_label_maps(
+def test_pretraining_fine_tuning_and_prediction_run_in_sequence(
     kind: str, store: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     def run(command, *arguments: object) -> int:
@@ -104,8 +104,8 @@ def test_a_segmentation_goes_from_pretraining_to_label_maps(
     assert run(pretrain, *common, f"out={tmp_path / 'pretrained'}", *models[0]) == 0
     arguments = [*common, f"out={tmp_path / 'run'}", f"init={tmp_path / 'pretrained'}", "data.split.test=1", *models[1]]
     assert run(finetune, *arguments, "predict.overlap=0") == 0
-    said = capsys.readouterr().out
-    assert "loaded" in said and "dice" in said
+    shown = capsys.readouterr().out
+    assert "loaded" in shown and "dice" in shown
     model = load_model(tmp_path / "run")
     assert model.mirrored and isinstance(model, SASwinUNet) == (kind == "sa_swin")
     scan = raw / "s0_T1.nii.gz"

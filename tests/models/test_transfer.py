@@ -1,4 +1,4 @@
-"""The transfer of a pretrained encoder: what is loaded computes what it computed before."""
+"""The transfer of a pretrained encoder: the loaded encoder computes the same as before."""
 
 import sys
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_an_encoder_of_the_same_kind_is_loaded_whole() -> None:
 
 
 @pytest.mark.parametrize(("before", "now"), [(1, 4), (3, 3), (4, 1), (2, 3)])
-def test_other_channels_keep_the_tokens_of_equal_channels(before: int, now: int) -> None:
+def test_with_other_channels_equal_channels_give_the_same_tokens(before: int, now: int) -> None:
     source, target = encoder(img_size=16, in_channels=before), encoder(img_size=16, in_channels=now)
     plan = transfer_encoder(source_of(source), target)
     adapted = [entry.name for entry in plan if entry.action == "adapted"]
@@ -78,7 +78,7 @@ def test_smaller_patches_give_smooth_patches_tokens_close_to_before() -> None:
 
 
 @pytest.mark.parametrize("window", [4, 16, 7])
-def test_another_window_keeps_the_bias_of_every_offset_that_both_have(window: int) -> None:
+def test_another_window_keeps_the_bias_of_the_offsets_in_both(window: int) -> None:
     source, target = encoder(), encoder(window=window)
     plan = transfer_encoder(source_of(source), target)
     adapted = [entry for entry in plan if entry.action == "adapted"]
@@ -90,7 +90,7 @@ def test_another_window_keeps_the_bias_of_every_offset_that_both_have(window: in
             assert torch.equal(new[:, offset + window - 1], old[:, nearest + 7])
 
 
-def test_a_sequence_that_fits_both_windows_is_encoded_alike() -> None:
+def test_a_sequence_that_fits_both_windows_has_the_same_tokens() -> None:
     # 8 tokens: one window of 8, or a part of one of 16.
     source, target = encoder(img_size=16, depth=1), encoder(img_size=16, depth=1, window=16)
     transfer_encoder(source_of(source), target)
@@ -99,7 +99,7 @@ def test_a_sequence_that_fits_both_windows_is_encoded_alike() -> None:
 
 
 @pytest.mark.parametrize("other", [dict(depth=5), dict(embed_dim=12), dict(num_heads=4)])
-def test_a_poor_match_is_refused_and_nothing_is_loaded(other: dict[str, int]) -> None:
+def test_an_encoder_that_does_not_match_raises_an_error_and_loads_nothing(other: dict[str, int]) -> None:
     target = encoder(**other)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     with pytest.raises(ValueError, match="does not match"):
@@ -122,7 +122,7 @@ def monai_vit(proj_type: str = "conv", **overrides: object) -> ViT:
 
 @pytest.mark.parametrize("proj_type", ["conv", "perceptron"])
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_with_one_window_and_our_positions_monai_encodes_the_same(proj_type: str, qkv_bias: bool) -> None:
+def test_with_one_window_and_equal_positions_monai_computes_the_same(proj_type: str, qkv_bias: bool) -> None:
     vit = monai_vit(proj_type, qkv_bias=qkv_bias)
     target = encoder(img_size=16, depth=2, window=8).eval()  # 8 tokens: one window, but for the shifted block
     target.blocks[1].attention.shift = 0
@@ -135,13 +135,13 @@ def test_with_one_window_and_our_positions_monai_encodes_the_same(proj_type: str
         torch.testing.assert_close(target(volume), theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_networks_that_hold_a_vit_are_known_by_their_names() -> None:
-    holders = [
+def test_networks_that_contain_a_vit_are_recognised() -> None:
+    networks = [
         ViTAutoEnc(1, (16, 16, 16), (4, 4, 4), hidden_size=24, mlp_dim=96, num_layers=12, num_heads=2),
         UNETR(out_channels=2, **MONAI),
         nn.ModuleDict({"module": ViT(patch_size=(8, 8, 8), num_layers=12, **MONAI)}),
     ]
-    for model, patch in zip(holders, (4, 16, 8), strict=True):
+    for model, patch in zip(networks, (4, 16, 8), strict=True):
         target = encoder(depth=12, patch_size=patch)
         plan = transfer_encoder(from_monai(model.state_dict()), target)
         by_name = {entry.name: entry for entry in plan}
@@ -153,7 +153,7 @@ def test_networks_that_hold_a_vit_are_known_by_their_names() -> None:
         assert left.action == "left out" and left.why == "positions are computed here"
 
 
-def test_the_table_has_a_line_for_every_tensor() -> None:
+def test_the_table_has_one_line_per_tensor() -> None:
     target = encoder(in_channels=2, window=4)
     plan = plan_transfer(source_of(encoder()), target)
     lines = transfer_table(plan, target).splitlines()
@@ -163,7 +163,7 @@ def test_the_table_has_a_line_for_every_tensor() -> None:
         assert sum(line.startswith(f"encoder.{name} ") for line in lines) == 1
 
 
-def test_a_pt_file_is_read_and_what_could_run_code_is_not(tmp_path: Path) -> None:
+def test_a_pt_file_is_read_unless_it_could_run_code(tmp_path: Path) -> None:
     vit = monai_vit()
     for content in (vit.state_dict(), {"epoch": 3, "state_dict": vit.state_dict()}):
         torch.save(content, tmp_path / "vit.pt")
@@ -173,7 +173,7 @@ def test_a_pt_file_is_read_and_what_could_run_code_is_not(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"whole\.pt: .*could run code.*state_dict"):
         read_source(tmp_path / "whole.pt")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt: no ViT of MONAI"):
+    with pytest.raises(ValueError, match=r"other\.pt: no ViT with MONAI"):
         read_source(tmp_path / "other.pt")
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt: no named tensors"):

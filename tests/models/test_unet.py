@@ -6,8 +6,9 @@ import torch
 
 import asa
 from asa.losses.segmentation import DeeplySupervisedDiceCE
+from asa.models.cpu_kernels import InstanceNorm, PointwiseConv, use_cpu_kernels
 from asa.models.sw_vit import SWViT
-from asa.models.unet import InstanceNorm, PointwiseConv, SegmentationUNet, unet_base, unet_small, unet_tiny
+from asa.models.unet import SegmentationUNet, unet_base, unet_small, unet_tiny
 from asa.ops.labels import IGNORED
 
 
@@ -37,7 +38,7 @@ def test_deep_supervision_gives_five_scales_and_the_finest_alone_otherwise() -> 
 
 
 @pytest.mark.parametrize("patch_size", [4, 8, 16])
-def test_any_power_of_two_patch_works(patch_size: int) -> None:
+def test_any_patch_size_that_is_a_power_of_two_works(patch_size: int) -> None:
     model = SegmentationUNet(encoder(patch_size=patch_size, img_size=(64, 32, 32)), 2, feature_size=4)
     assert model(torch.rand(1, 1, 64, 32, 32)).shape == (1, 2, 64, 32, 32)
 
@@ -51,8 +52,8 @@ def test_every_parameter_of_every_size_gets_a_gradient(factory) -> None:
 
 
 @pytest.mark.parametrize("size", [48, 32, (64, 64, 40)])
-def test_sizes_that_the_levels_do_not_divide_are_refused(size) -> None:
-    with pytest.raises(ValueError, match="32 divides"):
+def test_sizes_that_are_not_divisible_by_32_raise_an_error(size) -> None:
+    with pytest.raises(ValueError, match="divisible by 32"):
         SegmentationUNet(encoder(img_size=size), 2)
 
 
@@ -63,7 +64,7 @@ def test_bfloat16_on_a_cpu_is_close_to_float32_at_every_size(size: tuple[int, in
     volume, label = torch.rand(1, 1, *size), torch.randint(0, 2, (1, 1, *size), dtype=torch.uint8)
     outputs, gradients = [], []
     for enabled in (False, True, True):
-        # Freed memory full of NaN: a kernel that reads what was never written shows.
+        # Fill freed memory with NaN, to detect kernels that read memory that was never written.
         garbage = [torch.full((2**k,), float("nan")) for k in range(8, 22)]
         del garbage
         model.zero_grad()
@@ -77,7 +78,7 @@ def test_bfloat16_on_a_cpu_is_close_to_float32_at_every_size(size: tuple[int, in
     assert torch.equal(outputs[1], outputs[2]) and torch.equal(gradients[1], gradients[2])
 
 
-def test_channels_last_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_last_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     norm = InstanceNorm(24).double()
     first = (3 * torch.randn(2, 24, 6, 5, 4, dtype=torch.float64) + 1).requires_grad_()
@@ -104,7 +105,7 @@ def test_channels_last_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_on_a_cpu_every_norm_gives_channels_last(batch: int, channels: int) -> None:
+def test_on_a_cpu_every_norm_and_pointwise_convolution_gives_channels_last(batch: int, channels: int) -> None:
     net, layouts = encoder(img_size=(64, 32, 32), in_channels=channels), []
     model = SegmentationUNet(net, 2, feature_size=4)
     for module in model.modules():
@@ -132,13 +133,28 @@ def test_a_pointwise_convolution_is_a_convolution() -> None:
     torch.testing.assert_close(*results)
 
 
-def test_statistics_of_many_voxels_keep_their_digits() -> None:
+def test_cpu_kernels_replace_modules_but_not_parameters_and_draw_nothing() -> None:
+    network = torch.nn.Sequential(
+        torch.nn.Conv3d(2, 3, 1),
+        torch.nn.InstanceNorm3d(3),
+        torch.nn.Conv3d(3, 3, 3),
+        torch.nn.Conv3d(3, 1, 1, bias=False),
+    )
+    before, state = dict(network.named_parameters()), torch.get_rng_state()
+    use_cpu_kernels(network)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [type(module) for module in network] == [PointwiseConv, InstanceNorm, torch.nn.Conv3d, PointwiseConv]
+    after = dict(network.named_parameters())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+
+
+def test_statistics_of_many_voxels_are_accurate_in_float32() -> None:
     torch.manual_seed(0)
     features = (10 + 2 * torch.randn(1, 3, 64, 64, 64)).contiguous(memory_format=torch.channels_last_3d)
     results = []
     for x in (features.requires_grad_(), features.detach().double().contiguous().requires_grad_()):
         out = InstanceNorm(3)(x)
-        (out**3).mean().backward()  # a loss that would like to change what the norm takes out
+        (out**3).mean().backward()  # a loss with a gradient in the directions that the norm removes
         results.append((out.detach().double(), x.grad.double()))
     (out, gradient), (true, true_gradient) = results
     assert (out - true).abs().max() < 5e-6  # PyTorch's group norm: 1e-3
@@ -171,7 +187,7 @@ def test_micro_batches_give_the_loss_of_the_whole_batch() -> None:
     torch.testing.assert_close(sum(parts) / 2, loss(logits, label))
 
 
-def loss_of_what_counts(logits: np.ndarray, label: np.ndarray) -> float:
+def loss_of_counted_voxels(logits: np.ndarray, label: np.ndarray) -> float:
     """Dice + cross-entropy of a sample's counted voxels, written out: logits (n, K), label (n,)."""
     logits, label = logits[label != IGNORED], label[label != IGNORED]
     if not len(label):
@@ -193,7 +209,7 @@ def with_ignored(batch: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
     return [torch.randn(batch, 3, 8 // 2**k, 8 // 2**k, 8 // 2**k) for k in range(3)], label
 
 
-def test_the_loss_with_ignored_voxels_is_that_of_the_others() -> None:
+def test_the_loss_with_ignored_voxels_is_that_of_the_other_voxels() -> None:
     logits, label = with_ignored()
     expected = 0.0
     for k, out in enumerate(logits):
@@ -202,11 +218,11 @@ def test_the_loss_with_ignored_voxels_is_that_of_the_others() -> None:
         target = label[:, 0, near, near, near]
         assert (target == IGNORED).any()
         for one, values in zip(out.double().numpy(), target.numpy(), strict=True):
-            expected += 0.5**k * loss_of_what_counts(one.reshape(3, -1).T, values.ravel()) / len(out)
+            expected += 0.5**k * loss_of_counted_voxels(one.reshape(3, -1).T, values.ravel()) / len(out)
     assert float(DeeplySupervisedDiceCE()(logits, label)) == pytest.approx(expected / 1.75, rel=1e-5)
 
 
-def test_what_is_predicted_at_ignored_voxels_changes_nothing() -> None:
+def test_predictions_at_ignored_voxels_change_nothing() -> None:
     logits, label = with_ignored()
     finest = logits[0].requires_grad_()
     loss = DeeplySupervisedDiceCE()
@@ -219,7 +235,7 @@ def test_what_is_predicted_at_ignored_voxels_changes_nothing() -> None:
     assert torch.equal(loss([other, *logits[1:]], label), before)
 
 
-def test_a_sample_of_which_nothing_counts_adds_nothing() -> None:
+def test_a_sample_with_only_ignored_voxels_adds_nothing() -> None:
     logits, label = with_ignored()
     label[1] = IGNORED
     logits = [out.requires_grad_() for out in logits]
@@ -232,12 +248,12 @@ def test_a_sample_of_which_nothing_counts_adds_nothing() -> None:
 
 def test_micro_batches_give_the_loss_of_the_whole_batch_with_ignored_voxels() -> None:
     logits, label = with_ignored(4)
-    label[0, :, :5] = IGNORED  # few of this sample count
+    label[0, :, :5] = IGNORED  # most voxels of this sample are ignored
     loss = DeeplySupervisedDiceCE()
     parts = [loss([out[k : k + 2] for out in logits], label[k : k + 2]) for k in (0, 2)]
     torch.testing.assert_close(sum(parts) / 2, loss(logits, label))
 
 
-def test_public_names_are_the_ones_of_their_modules() -> None:
+def test_every_public_name_can_be_imported() -> None:
     for name in asa.__all__:
         assert getattr(asa, name) is not None

@@ -53,11 +53,11 @@ def test_importance_equals_a_loop_over_voxels(kind: str, bins: int) -> None:
         np.testing.assert_allclose(scores[sample].numpy(), expected, atol=1e-6)
 
 
-def test_axis_aligned_edges_fall_into_their_own_class() -> None:
+def test_axis_aligned_edges_fall_into_one_bin() -> None:
     ramp = torch.arange(8.0)
     for axis, sign in ((2, 1), (2, -1), (3, 1), (3, -1), (4, 1), (4, -1)):
         volume = (sign * ramp.reshape([-1 if i == axis else 1 for i in range(5)])).expand(1, 1, 8, 8, 8)
-        # One direction in one class: the normalised histogram holds a single 1.
+        # One direction in one bin: the normalised histogram has a single 1.
         scores = gradient_importance(volume, 8, 9)
         assert scores.item() == pytest.approx(1 / 81)
         np.testing.assert_allclose(
@@ -80,7 +80,7 @@ def test_scaling_the_intensities_changes_no_orientation_score() -> None:
     )
 
 
-def test_channels_are_averaged_and_samples_are_apart() -> None:
+def test_channels_are_averaged_and_samples_are_independent() -> None:
     volume = torch.rand(3, 2, 8, 16, 8)
     scores = gradient_importance(volume)
     for sample in range(3):
@@ -106,8 +106,8 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert torch.equal(gradient_importance(volume), gradient_importance(volume.float()))
 
 
-def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="importance is one of"):
+def test_invalid_arguments_raise_an_error() -> None:
+    with pytest.raises(ValueError, match="importance must be one of"):
         gradient_importance(torch.zeros(1, 1, 8, 8, 8), kind="edges")
-    with pytest.raises(ValueError, match="at least one bin"):
+    with pytest.raises(ValueError, match="bins must be at least 1"):
         gradient_importance(torch.zeros(1, 1, 8, 8, 8), bins=0)

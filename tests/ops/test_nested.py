@@ -1,4 +1,4 @@
-"""Regions: masks and back, their loss, and prediction."""
+"""Nested regions: masks and label maps, their loss, and prediction."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def one_hot_regions(label: np.ndarray, regions: dict[str, list[int]]) -> torch.T
     return torch.from_numpy(np.stack([np.isin(label, values) for values in regions.values()]).astype(np.float32))
 
 
-def test_a_voxel_lies_in_every_region_that_joins_its_label() -> None:
+def test_a_voxel_is_in_every_region_that_has_its_label() -> None:
     label = torch.tensor([0, 1, 2, 4, IGNORED]).view(1, 1, 1, 1, 5)
     found = region_masks(label, list(BRATS.values()))[0].flatten(1).int().tolist()
     assert found == [[0, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 0]]
@@ -40,15 +40,15 @@ def test_a_voxel_lies_in_every_region_that_joins_its_label() -> None:
     "regions", [BRATS, dict(reversed(BRATS.items())), {"a": [7], "b": [2, 1000], "c": [2]}, {"one": [3]}]
 )
 def test_the_regions_of_a_label_map_paint_that_label_map(regions: dict[str, list[int]]) -> None:
-    values = sorted({value for joined in regions.values() for value in joined})
+    values = sorted({value for labels in regions.values() for value in labels})
     label = np.random.default_rng(0).choice([0, *values], (5, 6, 7))
     painted = paint(one_hot_regions(label, regions), painting_order(regions))
     np.testing.assert_array_equal(painted.numpy(), label)
 
 
-def test_the_innermost_region_that_claims_a_voxel_wins_whatever_those_around_it_say() -> None:
-    shares = torch.tensor([[0.9, 0.9, 0.1, 0.5, 0.6], [0.1, 0.9, 0.1, 0.5, 0.4], [0.1, 0.6, 0.6, 0.5, 0.4]])
-    painted = paint(shares.view(3, 1, 1, 5), painting_order(BRATS)).flatten().tolist()
+def test_a_voxel_gets_the_label_of_the_innermost_region_predicted_there() -> None:
+    probabilities = torch.tensor([[0.9, 0.9, 0.1, 0.5, 0.6], [0.1, 0.9, 0.1, 0.5, 0.4], [0.1, 0.6, 0.6, 0.5, 0.4]])
+    painted = paint(probabilities.view(3, 1, 1, 5), painting_order(BRATS)).flatten().tolist()
     assert painted == [2, 4, 4, 0, 2]
 
 
@@ -57,17 +57,17 @@ def test_the_innermost_region_that_claims_a_voxel_wins_whatever_those_around_it_
     [
         ({}, "no regions"),
         ({"a": [1, 2], "b": [2, 3]}, "a and b overlap"),
-        ({"a": [1, 2]}, r"region a has to hold one label .* it has \[1, 2\]"),
+        ({"a": [1, 2]}, r"region a must have exactly one label .* it has \[1, 2\]"),
         ({"a": [1, 2], "b": [1], "c": [2]}, r"region a .* it has \[\]"),
-        ({"a": [1], "b": [1]}, "region a .* shares with no other"),
+        ({"a": [1], "b": [1]}, "region a .* no equal region"),
     ],
 )
-def test_regions_that_make_no_labels_are_refused(regions: dict[str, list[int]], message: str) -> None:
+def test_regions_that_cannot_be_converted_to_labels_raise_an_error(regions: dict[str, list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         painting_order(regions)
 
 
-def loss_of_what_counts(logits: np.ndarray, label: np.ndarray, regions: dict[str, list[int]]) -> float:
+def loss_of_counted_voxels(logits: np.ndarray, label: np.ndarray, regions: dict[str, list[int]]) -> float:
     """Dice + binary cross-entropy of a sample's counted voxels, written out: logits (n, R), label (n,)."""
     logits, label = logits[label != IGNORED], label[label != IGNORED]
     if not len(label):
@@ -89,7 +89,7 @@ def with_ignored(batch: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_the_loss_is_dice_plus_binary_cross_entropy_of_what_counts_halved_at_each_scale(ignored: bool) -> None:
+def test_the_loss_is_dice_plus_binary_cross_entropy_of_counted_voxels_halved_at_each_scale(ignored: bool) -> None:
     logits, label = with_ignored()
     if not ignored:
         label[label == IGNORED] = 0
@@ -97,12 +97,12 @@ def test_the_loss_is_dice_plus_binary_cross_entropy_of_what_counts_halved_at_eac
     for k, out in enumerate(logits):
         near = slice(2**k // 2, None, 2**k)
         for one, values in zip(out.double().numpy(), label[:, 0, near, near, near].numpy(), strict=True):
-            expected += 0.5**k * loss_of_what_counts(one.reshape(3, -1).T, values.ravel(), BRATS) / len(out)
+            expected += 0.5**k * loss_of_counted_voxels(one.reshape(3, -1).T, values.ravel(), BRATS) / len(out)
     found = DeeplySupervisedRegionLoss(list(BRATS.values()))(logits, label)
     assert float(found) == pytest.approx(expected / 1.75, rel=1e-5)
 
 
-def test_what_is_predicted_at_ignored_voxels_changes_nothing_and_a_sample_of_them_adds_nothing() -> None:
+def test_predictions_at_ignored_voxels_change_nothing_and_a_sample_of_them_adds_nothing() -> None:
     logits, label = with_ignored()
     loss = DeeplySupervisedRegionLoss(list(BRATS.values()))
     finest = logits[0].requires_grad_()
@@ -131,7 +131,7 @@ def test_the_method_learns_regions_and_every_parameter_gets_a_gradient() -> None
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
     logits = 9 * (2 * region_masks(label[:1], method.loss.regions)[0].float() - 1)
     assert torch.equal(method.label_map(logits), label[0, 0].int())
-    with pytest.raises(ValueError, match="3 channels for 1 regions"):
+    with pytest.raises(ValueError, match="3 output channels for 1 regions"):
         RegionSegmentation(model=model, regions={"WT": [1]})
 
 
@@ -153,15 +153,15 @@ def checkpoint(folder: Path, seed: int = 0, **data: object) -> Path:
 
 
 @pytest.mark.parametrize("prepare", [{"crop": "foreground"}, {"crop": "foreground", "spacing": 1.4}])
-def test_the_regions_that_are_written_paint_the_label_map(tmp_path: Path, prepare: dict) -> None:
+def test_the_saved_region_probabilities_give_the_label_map(tmp_path: Path, prepare: dict) -> None:
     path = a_scan(tmp_path)
     segmenter = Segmenter(checkpoint(tmp_path / "run", prepare=prepare), SETTINGS)
     label = predicted(segmenter, path, tmp_path / "p")
     assert sorted(file.name for file in (tmp_path / "p").iterdir()) == ["all.nii.gz", "left.nii.gz", "right.nii.gz"]
-    shares = {name: np.asarray(nibabel.load(tmp_path / "p" / f"{name}.nii.gz").dataobj) for name in SIDED}
+    probabilities = {name: np.asarray(nibabel.load(tmp_path / "p" / f"{name}.nii.gz").dataobj) for name in SIDED}
     expected = np.zeros(label.shape)
     for name, value in (("all", 5), ("left", 1), ("right", 2)):
-        expected[shares[name] > 0.5] = value
+        expected[probabilities[name] > 0.5] = value
     np.testing.assert_array_equal(label, expected)
     assert len(np.unique(label)) > 2
 
@@ -177,7 +177,7 @@ def test_an_ensemble_of_regions_is_the_mean_of_sigmoids(tmp_path: Path) -> None:
         Segmenter([folders[0], checkpoint(tmp_path / "x", regions=[["all", [1, 2, 5]]])], SETTINGS)
 
 
-def test_in_a_mirror_a_region_takes_the_place_of_the_other_sides(tmp_path: Path) -> None:
+def test_mirroring_exchanges_the_regions_of_the_two_sides(tmp_path: Path) -> None:
     image = torch.rand(1, 32, 32, 64)
     segmenter = Segmenter(checkpoint(tmp_path / "run"), SETTINGS, mirror=True)
     assert segmenter.mirrored_channels == [0, 2, 1]

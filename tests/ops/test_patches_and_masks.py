@@ -28,7 +28,7 @@ def test_tokens_are_patches_in_raster_order() -> None:
     assert tokens.shape == (2, row, 24)
 
 
-def test_sizes_that_the_patch_does_not_divide_are_refused() -> None:
+def test_sizes_that_are_not_divisible_by_the_patch_size_raise_an_error() -> None:
     with pytest.raises(ValueError, match="whole number of patches"):
         patchify(torch.zeros(1, 1, 8, 8, 9), 4)
     with pytest.raises(ValueError, match="do not fill"):
@@ -51,19 +51,19 @@ def test_the_same_generator_gives_the_same_mask_and_samples_differ() -> None:
     assert not torch.equal(first, random_mask(3, 64, 0.75, torch.Generator().manual_seed(6)))
 
 
-def test_all_places_are_masked_equally_often() -> None:
+def test_all_tokens_are_masked_equally_often() -> None:
     mask = random_mask(4000, 16, 0.75, torch.Generator().manual_seed(0))
-    # 4000 draws: the standard deviation of a share of 0.75 is 0.007.
+    # 4000 draws: the standard deviation of a fraction of 0.75 is 0.007.
     assert (mask.float().mean(dim=0) - 0.75).abs().max() < 0.035
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5])
-def test_a_ratio_outside_0_to_1_is_refused(ratio: float) -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
+def test_a_ratio_outside_0_to_1_raises_an_error(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\)"):
         random_mask(1, 8, ratio)
 
 
-def test_indices_are_the_two_sides_of_the_mask_in_raster_order() -> None:
+def test_indices_of_visible_and_masked_tokens_are_in_raster_order() -> None:
     mask = random_mask(3, 20, 0.6)
     visible, masked = split_indices(mask)
     for row in range(3):
@@ -71,7 +71,7 @@ def test_indices_are_the_two_sides_of_the_mask_in_raster_order() -> None:
         assert masked[row].tolist() == [i for i in range(20) if mask[row, i]]
 
 
-def test_unequal_counts_are_refused() -> None:
+def test_different_counts_per_sample_raise_an_error() -> None:
     with pytest.raises(ValueError, match="same number"):
         split_indices(torch.tensor([[True, False, False], [True, True, False]]))
     with pytest.raises(ValueError, match="some tokens visible"):

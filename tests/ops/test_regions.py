@@ -1,4 +1,4 @@
-"""Laws of attention inside regions, and of the focal loss over them."""
+"""Laws of attention inside regions, and of the focal region loss."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def qkv(b: int = 3, m: int = 2, length: int = 30, d: int = 8) -> list[Tensor]:
 
 
 def random_labels(b: int = 3, length: int = 30) -> Tensor:
-    """Images with 2, 7 and 15 regions, each in many parts."""
+    """Images with 2, 7 and 15 regions, each of many parts."""
     generator = torch.Generator().manual_seed(2)
     counts = (2, 7, 15)
     return torch.stack([torch.randint(counts[i % 3], (length,), generator=generator) for i in range(b)])
@@ -44,8 +44,8 @@ def value_and_gradients(attend: Callable[..., Tensor], inputs: list[Tensor]) -> 
     return (out, *torch.autograd.grad((out * weights).sum(), inputs))
 
 
-def varlen_stand_in(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest: int, _: int) -> Tensor:
-    """What PyTorch's kernel computes, sequence by sequence: its interface can be tested without a GPU."""
+def varlen_reference(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest: int, _: int) -> Tensor:
+    """What PyTorch's kernel computes, sequence by sequence, to test the call without a GPU."""
     assert ends_q.dtype == torch.int32 and ends_q[0] == 0 and ends_q[-1] == len(q)
     assert ends_q.diff().max() == longest and torch.equal(ends_q, ends_k)
     parts = []
@@ -59,7 +59,7 @@ def varlen_stand_in(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Ten
 def test_every_backend_is_dense_masked_attention(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "varlen":
         monkeypatch.setattr(regions, "runs_varlen", lambda q: True)
-        monkeypatch.setattr(regions, "find_varlen", lambda: varlen_stand_in)
+        monkeypatch.setattr(regions, "find_varlen", lambda: varlen_reference)
     inputs, labels = qkv(), random_labels()
     found = value_and_gradients(lambda *x: region_attention(*x, labels, backend), inputs)
     expected = value_and_gradients(lambda *x: one_query_at_a_time(*x, labels), inputs)
@@ -68,7 +68,7 @@ def test_every_backend_is_dense_masked_attention(backend: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("backend", ["segments", "dense"])
-def test_what_happens_outside_a_region_leaves_the_inside_unchanged(backend: str) -> None:
+def test_changes_outside_a_region_do_not_change_its_attention(backend: str) -> None:
     torch.manual_seed(0)
     attention, labels = RegionAttention(16, 2, backend), random_labels()
     tokens = torch.randn(3, 30, 16)
@@ -103,7 +103,7 @@ def test_one_region_is_global_attention_and_singletons_give_v() -> None:
     assert torch.equal(region_attention(q, k, v, torch.arange(30).expand(3, -1)), v)
 
 
-def test_true_regions_restore_what_shuffled_ones_and_the_whole_image_cannot() -> None:
+def test_true_regions_denoise_better_than_shuffled_ones_and_the_whole_image() -> None:
     torch.manual_seed(0)
     labels = (torch.arange(400) // 50)[None]
     clean = torch.randn(8)[labels].view(1, 1, 400, 1)
@@ -137,38 +137,38 @@ def test_the_index_sorts_tokens_into_whole_regions() -> None:
     assert len(ends) == sum(len(row.unique()) for row in labels)
 
 
-def test_numbers_of_regions_lie_below_their_count() -> None:
+def test_region_numbers_are_below_their_upper_bound() -> None:
     for labels in (random_labels(), torch.tensor([[10**15, 3], [-5, 3]])):
         keys, count = region_keys(labels)
         assert keys.min() >= 0 and keys.max() < count
         assert not set(keys[0].tolist()) & set(keys[1].tolist())
 
 
-def test_only_short_sequences_are_masked() -> None:
+def test_only_short_sequences_use_a_dense_mask() -> None:
     def chosen(labels: Tensor) -> str:
         return choose_backend(region_index(labels), torch.zeros(1, 1, labels.shape[1], 8))
 
     edge = regions.DENSE_TOKENS
     assert chosen((torch.arange(edge)[None] > 5).long()) == "dense"
-    assert chosen(torch.zeros(1, edge, dtype=torch.int64)) == "segments"  # no mask for what is global
-    assert chosen((torch.arange(edge + 1)[None] > 5).long()) == "segments"  # the mask would grow with the square
+    assert chosen(torch.zeros(1, edge, dtype=torch.int64)) == "segments"  # global attention needs no mask
+    assert chosen((torch.arange(edge + 1)[None] > 5).long()) == "segments"  # the mask would grow quadratically
 
 
-def test_wrong_inputs_of_the_attention_are_refused() -> None:
+def test_wrong_inputs_of_the_attention_raise_an_error() -> None:
     inputs = qkv()
     for labels, message in (
-        (torch.zeros(3, 30), "holds integers"),
+        (torch.zeros(3, 30), "must have integers"),
         (torch.zeros(3, 0, dtype=torch.int64), "empty"),
         (torch.zeros(3, 29, dtype=torch.int64), "do not fit 30 tokens"),
         (torch.zeros(3, 5, 6, dtype=torch.int64), "flatten"),
     ):
         with pytest.raises(ValueError, match=message):
             region_attention(*inputs, labels)
-    with pytest.raises(ValueError, match="backend is one of"):
+    with pytest.raises(ValueError, match="backend must be one of"):
         region_attention(*inputs, random_labels(), "fast")
     with pytest.raises(ValueError, match="needs a GPU"):
         region_attention(*inputs, random_labels(), "varlen")
-    with pytest.raises(ValueError, match="heads do not divide"):
+    with pytest.raises(ValueError, match="not divisible by 3 attention heads"):
         RegionAttention(10, 3)
 
 
@@ -183,7 +183,7 @@ def high_water():  # KiB
 def peak(length):
     q, k, v = (torch.randn(1, 8, length, 32) for _ in range(3))
     labels = torch.arange(length)[None] // 256
-    open("/proc/self/clear_refs", "w").write("5")  # forgets the high-water mark, which a child has from its parent
+    open("/proc/self/clear_refs", "w").write("5")  # resets the high-water mark, which a child inherits
     before = high_water()
     region_attention(q, k, v, labels, "segments")
     return high_water() - before
@@ -194,7 +194,7 @@ print(peak(4096), peak(16384))
 
 
 @pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells the peak of a part of the work"
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory of a part of a process needs Linux"
 )
 def test_peak_memory_is_linear_in_the_tokens() -> None:
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
@@ -203,7 +203,7 @@ def test_peak_memory_is_linear_in_the_tokens() -> None:
     assert many < 128 * 1024  # a mask of 16,384^2 alone has 256 MiB
 
 
-def written_out_focal_loss(prediction: Tensor, target: Tensor, labels: Tensor, beta: float) -> Tensor:
+def reference_focal_loss(prediction: Tensor, target: Tensor, labels: Tensor, beta: float) -> Tensor:
     """Image by image and region by region."""
     losses = []
     for b in range(len(target)):
@@ -223,16 +223,16 @@ def pictures() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("beta", [1.0, 1e-3, 3.0])
-def test_the_focal_loss_is_the_one_written_out(beta: float) -> None:
+def test_the_focal_loss_equals_its_reference(beta: float) -> None:
     prediction, target, labels = pictures()
     found = FocalRegionLoss(beta)(prediction, target, labels)
-    expected = written_out_focal_loss(prediction, target, labels, beta)
+    expected = reference_focal_loss(prediction, target, labels, beta)
     torch.testing.assert_close(found, expected)
     for a, b in zip(*(torch.autograd.grad(loss, prediction) for loss in (found, expected)), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_a_uniform_error_costs_one_plus_beta_times_itself() -> None:
+def test_the_loss_of_a_uniform_error_is_one_plus_beta_times_the_error() -> None:
     _, target, labels = pictures()
     assert FocalRegionLoss(0.5)(target + 0.25, target, labels).item() == pytest.approx(1.5 * 0.25)
 
@@ -242,7 +242,7 @@ def test_beta_zero_is_the_absolute_error() -> None:
     torch.testing.assert_close(FocalRegionLoss(0)(prediction, target, labels), F.l1_loss(prediction, target))
 
 
-def test_a_perfect_prediction_costs_nothing_and_has_a_finite_gradient() -> None:
+def test_a_perfect_prediction_has_zero_loss_and_a_finite_gradient() -> None:
     _, target, labels = pictures()
     prediction = target.clone().requires_grad_()
     loss = FocalRegionLoss()(prediction, target, labels)
@@ -250,14 +250,14 @@ def test_a_perfect_prediction_costs_nothing_and_has_a_finite_gradient() -> None:
     assert loss == 0 and prediction.grad is not None and prediction.grad.isfinite().all()
 
 
-def test_a_batch_is_the_mean_of_its_images() -> None:
+def test_the_loss_of_a_batch_is_the_mean_over_its_images() -> None:
     prediction, target, labels = pictures()
     loss = FocalRegionLoss()
     alone = [loss(prediction[i : i + 1], target[i : i + 1], labels[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(loss(prediction, target, labels), torch.stack(alone).mean())
 
 
-def test_the_worst_region_counts_most() -> None:
+def test_the_worst_region_has_the_largest_weight() -> None:
     target = torch.zeros(1, 1, 2, 4)
     labels = torch.tensor([[[0, 0, 1, 1]] * 2])
     prediction = torch.tensor([[[[0.1, 0.1, 0.4, 0.4]] * 2]])
@@ -265,7 +265,7 @@ def test_the_worst_region_counts_most() -> None:
     torch.testing.assert_close(weights, torch.tensor([[[0.25, 0.25, 1, 1]] * 2]))
 
 
-def test_wrong_inputs_of_the_focal_loss_are_refused() -> None:
+def test_wrong_inputs_of_the_focal_loss_raise_an_error() -> None:
     prediction, target, labels = pictures()
     with pytest.raises(ValueError, match="differ in shape"):
         FocalRegionLoss()(prediction[:, :1], target, labels)
@@ -278,8 +278,8 @@ def test_wrong_inputs_of_the_focal_loss_are_refused() -> None:
 # ------------------------------------------------------------------------------------------ coarser label maps
 
 
-def majority_by_hand(labels: Tensor, factor: int) -> Tensor:
-    """Block by block: count, and take the first of the most frequent."""
+def reference_majority(labels: Tensor, factor: int) -> Tensor:
+    """Block by block: the first of the most frequent labels."""
     b, h, w = labels.shape
     out = torch.empty(b, -(-h // factor), -(-w // factor), dtype=labels.dtype)
     for k in range(b):
@@ -294,14 +294,14 @@ def majority_by_hand(labels: Tensor, factor: int) -> Tensor:
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (13, 6), (1, 3)])
-def test_majority_pooling_is_a_count_in_each_block(factor: int, h: int, w: int) -> None:
+def test_majority_pooling_takes_the_most_frequent_label_of_each_block(factor: int, h: int, w: int) -> None:
     generator = torch.Generator().manual_seed(7)
-    labels = torch.randint(-2, 2, (3, h, w), generator=generator) * 70000  # few labels: ties are many
+    labels = torch.randint(-2, 2, (3, h, w), generator=generator) * 70000  # few labels give many ties
     found = coarse_labels(labels, factor, majority=True)
-    assert found.dtype == labels.dtype and torch.equal(found, majority_by_hand(labels, factor))
+    assert found.dtype == labels.dtype and torch.equal(found, reference_majority(labels, factor))
 
 
-def test_a_lone_pixel_changes_the_corner_of_a_block_and_not_its_majority() -> None:
+def test_a_single_pixel_changes_the_corner_of_a_block_but_not_its_majority() -> None:
     labels = torch.zeros(1, 8, 8, dtype=torch.int64)
     labels[0, 4, 4] = 1
     assert coarse_labels(labels, 4, majority=False).sum() == 1 and not coarse_labels(labels, 4, majority=True).any()

@@ -112,12 +112,12 @@ def test_a_network_with_cross_attention_wants_both_sides_and_hears_of_both(kind:
     volume = torch.rand(2, 1, 32, 32, 64)
     assert model.mirrored and model(volume, volume.flip(-1)).shape == (2, 3)
     assert not torch.equal(model(volume, volume.flip(-1)), model(volume, volume))
-    with pytest.raises(ValueError, match="give both"):
+    with pytest.raises(ValueError, match="pass both"):
         model(volume)
 
 
 def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(ValueError, match="two classes or more"):
+    with pytest.raises(ValueError, match="at least two classes"):
         Classifier(sw_vit_tiny(img_size=16), 1)
     with pytest.raises(ValueError, match="classifier"):
         Classification(model=torch.nn.Linear(1, 2))

@@ -1,0 +1,162 @@
+"""Layers and precision of 3-D convolutional networks on a CPU.
+
+Layout: a U-Net step on a CPU is faster with channels last in memory, which PyTorch's instance norm and, with one
+thread, its 1x1x1 convolution give up. `use_cpu_kernels` replaces both by layers that keep the layout. On a GPU and in
+an ONNX export they compute as PyTorch's own.
+
+Precision: oneDNN's bfloat16 convolutions read memory that was never written, for some shapes of small feature maps:
+random numbers, sometimes NaN (torch 2.13, AVX-512 and AMX). There the networks compute in float32, by `in_float32`.
+
+Letters: features `B C D H W`, N = D*H*W voxels, rows `B N C`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+PARTS = 64  # partial sums over the voxels: a single float32 sum over all of them loses digits
+JOINED = 8  # voxels per row of element-wise arithmetic: C values alone are too few for a CPU's inner loop
+
+
+def in_float32(block: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """Apply a block to feature maps `(B, C, D, H, W)`, on a CPU with autocast in float32."""
+    if maps[0].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return block(*maps)
+    with torch.autocast("cpu", enabled=False):
+        return block(*(features.float() for features in maps))
+
+
+def in_safe_precision(block: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """Apply a block to feature maps `(B, C, D, H, W)`, in float32 where a bfloat16 weight gradient would be wrong.
+
+    On a CPU, that of 3x3x3 convolutions is wrong at a depth of 2 and only there.
+    """
+    training = torch.is_grad_enabled() and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if training and any(features.shape[2] == 2 for features in maps):
+        return in_float32(block, *maps)
+    return block(*maps)
+
+
+def use_cpu_kernels(network: nn.Module) -> None:
+    """Replace the instance norms and 1x1x1 convolutions of a network by those of this file, in place.
+
+    Parameters stay the same objects under the same names, and no random number is drawn.
+    """
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.InstanceNorm3d and not child.affine and not child.track_running_stats:
+                setattr(parent, name, InstanceNorm(child.num_features, child.eps))
+            elif type(child) is nn.Conv3d and child.kernel_size == child.stride == (1, 1, 1):
+                setattr(parent, name, PointwiseConv.sharing(child))
+
+
+class PointwiseConv(nn.Conv3d):
+    """1x1x1 convolution. On a CPU it is a matrix product, which keeps channels last in memory.
+
+    With one thread, as torchrun gives to each process, PyTorch takes a plain convolution that brings them to the front.
+    """
+
+    @classmethod
+    def sharing(cls, convolution: nn.Conv3d) -> "PointwiseConv":
+        """A layer with the parameters of a 1x1x1 convolution."""
+        with torch.device("meta"):  # draws nothing from the random generator
+            made = cls(convolution.in_channels, convolution.out_channels, 1, bias=convolution.bias is not None)
+        made.weight, made.bias = convolution.weight, convolution.bias
+        return made
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, C, D, H, W)` -> the same with other channels."""
+        if features.device.type != "cpu" or torch.compiler.is_exporting():
+            return super().forward(features)
+        out = F.linear(features.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias)
+        return out.permute(0, 4, 1, 2, 3)
+
+
+class InstanceNorm(nn.InstanceNorm3d):
+    """Instance normalisation that keeps channels last in memory; PyTorch's own brings them to the front.
+
+    On a CPU in float32 it also brings them last, as the plain convolution that PyTorch takes for one channel and for
+    small maps gives them first.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, C, D, H, W)` -> the same."""
+        wide = features.dtype in (torch.float32, torch.float64)
+        # ONNX has an operator for PyTorch's own.
+        if features.device.type == "cpu" and wide and not torch.compiler.is_exporting():
+            last = features.contiguous(memory_format=torch.channels_last_3d)
+            return InstanceNormalisation.apply(last, self.eps)
+        if features.is_contiguous() or not features.is_contiguous(memory_format=torch.channels_last_3d):
+            return super().forward(features)
+        return F.group_norm(features, self.num_features, eps=self.eps)
+
+
+class InstanceNormalisation(torch.autograd.Function):
+    """Zero mean and unit variance per sample and channel (Ulyanov et al. 2016), `(B, C, D, H, W)` -> the same.
+
+    For channels last PyTorch has group norm with one channel per group. Its statistics of 128^3 voxels are accurate to
+    three digits in float32, and its gradient is slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(features, memory_format=torch.channels_last_3d)
+        x, z = _rows(features), _rows(out)
+        mean = _mean(x)
+        torch.sub(_joined(x), _repeated(mean, x), out=_joined(z))
+        rstd = (_mean_product(z, z) + eps).rsqrt()
+        _joined(z).mul_(_repeated(rstd, x))
+        ctx.save_for_backward(features, mean, rstd)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        features, mean, rstd = ctx.saved_tensors
+        x, g = _rows(features), _rows(gradient)
+        g_mean = _mean(g)
+        # rstd * (g - mean(g) - z * mean(g * z)) with z = rstd * (x - mean): its terms in x, in g, and without either.
+        by_x = -(rstd**3) * (_mean_product(g, x) - g_mean * mean)
+        constant = -rstd * g_mean - by_x * mean
+        out = torch.addcmul(_repeated(constant, x), _joined(x), _repeated(by_x, x))
+        out.addcmul_(_joined(g), _repeated(rstd, x))
+        return out.view(*features.permute(0, 2, 3, 4, 1).shape).permute(0, 4, 1, 2, 3), None
+
+
+def _rows(features: Tensor) -> Tensor:
+    """`(B, C, D, H, W)` -> `(B, N, C)`, a view where the channels are last in memory."""
+    return features.permute(0, 2, 3, 4, 1).contiguous().flatten(1, 3)
+
+
+def _joined(rows: Tensor) -> Tensor:
+    """`(B, N, C)` -> `(B, N/JOINED, JOINED*C)`, with fewer voxels per row where JOINED does not divide N."""
+    b, n, c = rows.shape
+    joined = math.gcd(n, JOINED)
+    return rows.view(b, n // joined, joined * c)
+
+
+def _repeated(values: Tensor, rows: Tensor) -> Tensor:
+    """`(B, C)` -> `(B, 1, JOINED*C)`, to be broadcast against the joined rows."""
+    return values[:, None].repeat(1, 1, math.gcd(rows.shape[1], JOINED))
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Mean over voxels, `(B, N, C)` -> `(B, C)`."""
+    b, n, c = rows.shape
+    sums = _joined(rows.view(b * math.gcd(n, PARTS), -1, c)).sum(dim=1)
+    return sums.view(b, -1, c).sum(dim=1) / n
+
+
+def _mean_product(one: Tensor, other: Tensor) -> Tensor:
+    """Mean over voxels of a product, `(B, N, C)` twice -> `(B, C)`.
+
+    The diagonal of all pairs of channels: a matrix product is faster than the element-wise one and its sum.
+    """
+    b, n, c = one.shape
+    one, other = (rows.view(b * math.gcd(n, PARTS), -1, c) for rows in (one, other))
+    return torch.bmm(one.transpose(1, 2), other).diagonal(dim1=1, dim2=2).reshape(b, -1, c).sum(dim=1) / n

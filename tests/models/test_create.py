@@ -1,0 +1,65 @@
+"""The public names of `asa.models`: models by name and as values of `model=`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mypy import api
+
+import asa.models
+from asa.cli import finetune, pretrain
+from asa.config import CONFIG_DIR, compose, sized_models
+from asa.models import MaskedAutoencoder, create_model, list_models
+
+
+def test_every_public_name_can_be_imported_and_every_model_made() -> None:
+    assert all(getattr(asa.models, name) is not None for name in dir(asa.models))
+    for name in list_models():
+        needed = {"unet": "out_channels", "probe": "out_channels", "classifier": "classes"}
+        keywords = {keyword: 2 for kind, keyword in needed.items() if f"{kind}_" in name}
+        with torch.device("meta"):
+            assert isinstance(create_model(name, **keywords), torch.nn.Module)
+
+
+def test_a_model_is_made_by_name_with_its_keywords() -> None:
+    model = create_model("asa_tiny", img_size=32, depth=1)
+    assert isinstance(model, MaskedAutoencoder) and len(model.encoder.blocks) == 1
+    with pytest.raises(ValueError, match="unknown model 'unet_bsae'; did you mean unet_base"):
+        create_model("unet_bsae")
+
+
+def test_names_are_listed_without_importing_torch() -> None:
+    code = "import sys; from asa.models import list_models; print('unet_base' in list_models(), 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["True", "False"]
+
+
+def test_a_type_checker_knows_the_public_names(tmp_path: Path) -> None:
+    file = tmp_path / "user.py"
+    file.write_text(
+        "from asa.models import create_model, unet_base, SWViT, nothing\n"
+        "reveal_type(unet_base(out_channels=3))\nreveal_type(create_model('unet_base'))\nSWViT(window='wide')\n"
+    )
+    shown, _, code = api.run(["--ignore-missing-imports", "--follow-imports=silent", str(file)])
+    assert code == 1 and 'has no attribute "nothing"' in shown and 'incompatible type "str"' in shown
+    assert '"asa.models.unet.SegmentationUNet"' in shown and '"torch.nn.modules.module.Module"' in shown
+
+
+def test_every_family_has_three_sizes_as_values_of_model() -> None:
+    families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
+    assert len(families) == 8
+    assert sized_models() == sorted(f"{family}_{size}" for family in families for size in ("base", "small", "tiny"))
+    config = compose("finetune", ["out=x", "model=sa_swin_unet_small"], settings=finetune.SETTINGS)
+    assert config["model"]["_target_"] == "asa.models.sa_swin_unet.sa_swin_unet_small"
+    assert list(config["model"])[:2] == ["_target_", "img_size"]
+
+
+def test_a_users_own_model_file_can_extend_a_size(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [asa_base]\npatch_size: 16\ndepth: 6\n")
+    overrides = ["out=x", "data.store=y", "model=mine", "method=mae"]
+    model = compose("pretrain", overrides, settings=pretrain.SETTINGS, config_dir=tmp_path)["method"]["model"]
+    assert model["_target_"] == "asa.models.masked_autoencoder.asa_base"
+    assert (model["patch_size"], model["depth"], model["position"]) == (16, 6, "sincos")
