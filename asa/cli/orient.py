@@ -25,9 +25,7 @@ def orient(config: Config) -> None:
 
 def main() -> int:
     """Entry point."""
-    return run_command(
-        "orient", "Write files that store no orientation as NIfTI with a stated orientation.", orient
-    )
+    return run_command("orient", "Write files that store no orientation as NIfTI with a stated orientation.", orient)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,7 @@ def prepare(config: Config) -> None:
         checkup.finish(asdict(cohort.settings))
         print(f"wrote {checkup.folder / TABLE} and {checkup.folder / PAGE}")
     if report.failures:
-        raise ValueError(
-            f"{len(report.failures)} scans failed, listed above: fix or leave them out, and run again"
-        )
+        raise ValueError(f"{len(report.failures)} scans failed, listed above: fix or leave them out, and run again")
 
 
 def verify(path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from asa.data.datasets import bids, folder, ibsr
 from asa.data.io.nifti import axis_codes, check_same_geometry, read_image, read_label, spacing_of
-from asa.data.phantom.cohort import anatomy, make_cohort
+from asa.data.phantom import anatomy
+from asa.data.phantom.cohort import make_cohort
 from asa.data.phantom.lesions import TumourPlan
 from asa.data.phantom.warp import displacement_of, random_velocity, smooth_noise
 from asa.data.preprocessing import template
@@ -247,7 +248,7 @@ def test_invalid_options_are_refused_before_anything_is_written(tmp_path, wrong)
 
 
 def test_without_nilearn_the_install_command_is_given(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nilearn", None)
+    monkeypatch.setitem(sys.modules, "nilearn.datasets", None)
     anatomy.load_template.cache_clear()
     template.load_map.cache_clear()
     with pytest.raises(ImportError, match=r'pip install "asa-mri\[phantom\]"'):
