@@ -41,12 +41,7 @@ def records(
         ValueError: an option out of range, or the folder holds another phantom cohort or more subjects.
     """
     root = Path(root)
-    options: dict[str, Any] = {
-        "resolution": float(resolution),
-        "rim": rim,
-        "asymmetry": float(asymmetry),
-        "names": names,
-    }
+    options: dict[str, Any] = dict(resolution=float(resolution), rim=rim, asymmetry=float(asymmetry), names=names)
     if not _is_made(root, kind, subjects, {"seed": seed, **options}):
         make_cohort(kind, subjects, seed, root, **options)
     readers: dict[str, Callable[[Path], list[Record]]] = {

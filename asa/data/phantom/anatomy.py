@@ -251,11 +251,7 @@ def take_image(
     image = (gain * image).round()
     if not rim:
         image = image.clamp_min(1) * subject.brain  # 0 outside the brain, and above 0 inside it
-    drawn = {
-        "csf_gm_wm": [round(mean, 4) for mean in means],
-        "bias": round(bias, 4),
-        "noise": round(noise, 4),
-    }
+    drawn = {"csf_gm_wm": [round(mean, 4) for mean in means], "bias": round(bias, 4), "noise": round(noise, 4)}
     return image.numpy(), {**drawn, "gain": round(gain, 2)}
 
 

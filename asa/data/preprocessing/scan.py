@@ -93,13 +93,9 @@ class ScanOutcome:
     """The manifest entry of one record, or the reason of its failure.
 
     Args:
-        entry: None after a failure.
-        reason: of the failure.
         killed: the worker process was killed, so that nothing is known about the scan.
         unchanged: the store held the scan already.
-        warnings: possible problems.
-        seconds: duration of each stage.
-        thumbnail: for quality control.
+        seconds: stage -> duration.
     """
 
     entry: dict[str, Any] | None = None

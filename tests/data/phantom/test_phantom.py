@@ -248,7 +248,7 @@ def test_invalid_options_are_refused_before_anything_is_written(tmp_path, wrong)
 
 
 def test_without_nilearn_the_install_command_is_given(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nilearn", None)
+    monkeypatch.setitem(sys.modules, "nilearn.datasets", None)
     anatomy.load_template.cache_clear()
     template.load_map.cache_clear()
     with pytest.raises(ImportError, match=r'pip install "asa-mri\[phantom\]"'):
