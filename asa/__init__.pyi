@@ -6,6 +6,7 @@ from .inference.segmentation import PredictSettings as PredictSettings
 from .inference.segmentation import Segmenter as Segmenter
 from .inference.segmentation import sliding_window as sliding_window
 from .losses.reconstruction import AttentiveReconstructionLoss as AttentiveReconstructionLoss
+from .losses.reconstruction import gradient_importance as gradient_importance
 from .losses.restoration import FocalRegionLoss as FocalRegionLoss
 from .methods.pretrain import MaskedPretraining as MaskedPretraining
 from .methods.sa_swin import SASwinPretraining as SASwinPretraining
@@ -28,9 +29,8 @@ from .models.saca import SymmetryAwareCrossAttention as SymmetryAwareCrossAttent
 from .models.sw_vit import LinearWindowAttention as LinearWindowAttention
 from .models.sw_vit import SWViT as SWViT
 from .models.unet import SegmentationUNet as SegmentationUNet
-from .ops.gradients import gradient_importance as gradient_importance
-from .ops.masking import random_mask as random_mask
 from .ops.patches import patchify as patchify
+from .ops.patches import random_mask as random_mask
 from .ops.patches import unpatchify as unpatchify
 from .ops.position import symmetric_position_encoding as symmetric_position_encoding
 from .ops.regions import region_attention as region_attention

@@ -1,13 +1,122 @@
-"""The attentive reconstruction loss (ASA, MICCAI 2022, section 2.1).
+"""The attentive reconstruction loss (ASA, MICCAI 2022, section 2.1): each patch's importance from its gradients.
 
-Letters: volume `B C D H W`, L tokens in raster order of which M are masked, patch size s.
+Letters: volume `B C D H W`; x, y, z are the axes W, H, D; patch size s; L patches in raster order of which M are
+masked; b bins per angle.
 """
 
-from torch import Tensor, nn
+import math
+from collections.abc import Iterator
 
-from asa.ops.gradients import KINDS, gradient_importance
-from asa.ops.masking import split_indices, tokens_at
-from asa.ops.patches import patchify
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asa.ops.patches import grid_size, patchify, split_indices, tokens_at
+
+KINDS = ("orientation", "magnitude")
+
+
+def gradient_importance(volume: Tensor, patch_size: int = 8, bins: int = 9, kind: str = "orientation") -> Tensor:
+    """Score the patches of a volume by their image gradients (Eq. (1), ASA, MICCAI 2022).
+
+    The gradient g is the difference of the two neighbours along each axis (the mask [-1, 0, 1]; at the border, the
+    voxel itself replaces the missing neighbour). |g| is added to a histogram of bins x bins directions, theta =
+    arccos(gz / |g|) and phi = |atan2(gy, gx)|, both in [0, pi].
+
+    `"orientation"`, the paper's: the mean of a patch's histogram divided by its L2 norm. It measures the variety of
+    directions, not the strength of edges, and does not depend on the intensity scale.
+    `"magnitude"`: the mean of |g| in the patch.
+
+    Computed in float32 on the volume's device, without gradient. The scores of several channels are averaged.
+
+    Args:
+        volume: `(B, C, D, H, W)`, finite.
+        patch_size: edge s of a patch in voxels.
+        bins: histogram bins b per angle.
+        kind: `"orientation"` or `"magnitude"`.
+
+    Returns:
+        `(B, L)` float32, not normalised; 0 for a patch of constant intensity.
+
+    Raises:
+        ValueError: sizes that are not divisible by s, less than one bin, or an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"importance must be one of {', '.join(KINDS)}, got {kind!r}")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    grid_size(volume.shape[2:], patch_size)
+    score = _orientation_score if kind == "orientation" else _magnitude_score
+    b, c = volume.shape[:2]
+    # On a CPU, in slabs that fit into the cache: allocating whole volumes would cost more than the arithmetic.
+    budget = 2**18 if volume.device.type == "cpu" else 2**26
+    with torch.no_grad():
+        scores = [
+            torch.cat([score(slab, patch_size, bins) for slab in slabs], dim=1)
+            for slabs in _slabs(volume.detach().flatten(0, 1).float(), patch_size, budget)
+        ]
+        return torch.cat(scores).reshape(b, c, -1).mean(dim=1)
+
+
+def _slabs(volumes: Tensor, patch_size: int, budget: int) -> Iterator[Iterator[Tensor]]:
+    """Cut `(N, D, H, W)` into groups of volumes, each into slabs of whole patches of about `budget` voxels.
+
+    Slabs have a border of one voxel: from the neighbouring slabs, or replicated at the volume's border.
+    """
+    depth, plane = volumes.shape[1], volumes.shape[2] * volumes.shape[3]
+    step = max(budget // (plane * patch_size), 1) * patch_size
+
+    def cut(group: Tensor) -> Iterator[Tensor]:
+        for start in range(0, depth, step):
+            stop = min(start + step, depth)
+            first, last = start == 0, stop == depth
+            slab = group[:, start - (not first) : stop + (not last)]
+            yield F.pad(slab[:, None], (1, 1, 1, 1, int(first), int(last)), mode="replicate")[:, 0]
+
+    for group in volumes.split(max(budget // (plane * min(step, depth)), 1)):
+        yield cut(group)
+
+
+def _gradients(padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbour differences along x, y and z of `(N, D+2, H+2, W+2)`, each `(N, D, H, W)`."""
+    inner = slice(1, -1)
+    gx = padded[:, inner, inner, 2:] - padded[:, inner, inner, :-2]
+    gy = padded[:, inner, 2:, inner] - padded[:, inner, :-2, inner]
+    gz = padded[:, 2:, inner, inner] - padded[:, :-2, inner, inner]
+    return gx, gy, gz
+
+
+def _magnitude_score(padded: Tensor, patch_size: int, bins: int) -> Tensor:
+    gx, gy, gz = _gradients(padded)
+    magnitude = (gx.square_() + gy.square_() + gz.square_()).sqrt_()
+    return patchify(magnitude[:, None], patch_size).mean(dim=2)
+
+
+def _orientation_score(padded: Tensor, patch_size: int, bins: int) -> Tensor:
+    gx, gy, gz = _gradients(padded)
+    in_plane = gx.square().add_(gy.square_())
+    magnitude = (in_plane + gz.square()).sqrt_()
+    in_plane.sqrt_()
+    # Where gx = gy = 0, phi is atan2(0, 0) = 0, the first bin: +1 is above every edge.
+    gx.masked_fill_(in_plane == 0, 1.0)
+    direction = _angle_bin(gz, magnitude, bins).mul_(bins).add_(_angle_bin(gx, in_plane, bins))
+    weight = patchify(magnitude[:, None], patch_size)  # N L s^3
+    histogram = weight.new_zeros(*weight.shape[:2], bins * bins)
+    histogram.scatter_add_(2, patchify(direction[:, None], patch_size).long(), weight)
+    norm = histogram.norm(dim=2)
+    return torch.where(norm > 0, histogram.mean(dim=2) / norm, 0.0)
+
+
+def _angle_bin(adjacent: Tensor, length: Tensor, bins: int) -> Tensor:
+    """floor(angle / (pi / bins)) where cos(angle) = adjacent / length, with pi itself in the last bin.
+
+    Counts the inner edges k*pi/bins at or below the angle, without arccos or atan2: their rounding in float32 moves
+    values across edges.
+    """
+    count = torch.zeros_like(length, dtype=torch.uint8 if bins <= 15 else torch.int32)  # bins^2 directions
+    for k in range(1, bins):
+        count += adjacent <= length * math.cos(k * math.pi / bins)
+    return count
 
 
 class AttentiveReconstructionLoss(nn.Module):

@@ -6,12 +6,10 @@ Letters: image `B C D H W`, L tokens of which M are masked, patch size s.
 import torch
 from torch import Tensor, nn
 
-from asa.losses.reconstruction import AttentiveReconstructionLoss, patch_errors, weighted_mean
+from asa.losses.reconstruction import AttentiveReconstructionLoss, gradient_importance, patch_errors, weighted_mean
 from asa.methods.base import Batch
 from asa.models.masked_autoencoder import MaskedAutoencoder
-from asa.ops.gradients import gradient_importance
-from asa.ops.masking import random_mask, split_indices, tokens_at
-from asa.ops.patches import patchify, unpatchify
+from asa.ops.patches import patchify, random_mask, split_indices, tokens_at, unpatchify
 
 
 class MaskedPretraining(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from asa.losses.contrastive import NTXent, SymmetryLoss
 from asa.methods.base import Batch
 from asa.models.sa_swin import SASwin, SASwinOutput
-from asa.ops.masking import random_boxes
+from asa.ops.patches import random_boxes
 from asa.ops.symmetry import rotate_about_left_right
 
 

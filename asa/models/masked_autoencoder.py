@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from asa.models import sw_vit
 from asa.models.sw_vit import SWViT, run_block, window_blocks
-from asa.ops.masking import split_indices, tokens_at
+from asa.ops.patches import split_indices, tokens_at
 
 
 class MaskedAutoencoder(nn.Module):

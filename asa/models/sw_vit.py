@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from asa.ops.masking import split_indices, tokens_at
-from asa.ops.patches import grid_size, patchify, triple
+from asa.ops.patches import grid_size, patchify, split_indices, tokens_at, triple
 from asa.ops.position import sincos_position_encoding, symmetric_position_encoding
 
 

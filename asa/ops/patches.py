@@ -1,4 +1,4 @@
-"""Volumes to patch tokens and back.
+"""Patches of volumes as tokens, back to volumes, and random masks of them. True means masked (removed).
 
 Letters: volume `B C D H W` (W left to right), patch size s, grid T x H x W = the volume's sizes over s,
 L = T*H*W tokens in raster order (W fastest), a token holds C*s^3 values in the order (C, depth, height, width).
@@ -6,6 +6,8 @@ L = T*H*W tokens in raster order (W fastest), a token holds C*s^3 values in the 
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -83,3 +85,85 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
     volume = tokens.reshape(b, t, h, w, c, s, s, s)
     volume = volume.permute(0, 4, 1, 5, 2, 6, 3, 7)  # B C T s H s W s
     return volume.reshape(b, c, t * s, h * s, w * s)
+
+
+def random_mask(batch: int, length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+    """Mask the same number of random tokens in each sample.
+
+    Args:
+        batch: samples B.
+        length: tokens L in a sample.
+        ratio: fraction of tokens to mask; round(ratio * L) are masked, at least one and never all.
+        generator: random generator; the same state gives the same mask, on the generator's device.
+
+    Returns:
+        bool `(B, L)`, True = masked.
+
+    Raises:
+        ValueError: a ratio outside (0, 1) or fewer than two tokens.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"the mask ratio must be in (0, 1), got {ratio}")
+    if length < 2:
+        raise ValueError(f"{length} token cannot be split into visible and masked ones: use a larger volume")
+    count = min(max(round(ratio * length), 1), length - 1)
+    device = generator.device if generator is not None else None
+    order = torch.rand(batch, length, generator=generator, device=device).argsort(dim=1)
+    mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    return mask.scatter_(1, order[:, :count], True)
+
+
+def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the visible and of the masked tokens, each in raster order.
+
+    Args:
+        mask: bool `(B, L)`, True = masked, the same count in every sample.
+
+    Returns:
+        visible `(B, L-M)` and masked `(B, M)`, int64.
+
+    Raises:
+        ValueError: not a bool mask, different counts per sample, nothing visible or nothing masked.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"a mask must be a bool tensor of shape (batch, tokens), got {mask.dtype} {tuple(mask.shape)}")
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) != 1:
+        raise ValueError(f"all samples of a batch must mask the same number of tokens, got {sorted(set(counts))}")
+    if not 0 < counts[0] < mask.shape[1]:
+        raise ValueError(
+            f"a mask must leave some tokens visible and mask some, got {counts[0]} masked of {mask.shape[1]}"
+        )
+    # A stable sort of False before True keeps raster order on both sides.
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, : mask.shape[1] - counts[0]], order[:, mask.shape[1] - counts[0] :]
+
+
+def tokens_at(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens `(B, L, E)` at the indices `(B, N)`: `(B, N, E)`."""
+    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def random_boxes(
+    shape: Sequence[int], largest: float, generator: torch.Generator, *, edges: tuple[float, float] = (0.05, 0.25)
+) -> Tensor:
+    """Random boxes that cover a fraction of the voxels, drawn uniformly from 0 to `largest`, or slightly more.
+
+    Args:
+        shape: size of the volume (D, H, W).
+        largest: largest fraction; 0 gives no boxes.
+        generator: random generator on the CPU.
+        edges: smallest and largest edge of a box, as a fraction of the volume's size along each axis.
+
+    Returns:
+        bool `(D, H, W)` on the CPU, True inside a box.
+    """
+    covered = np.zeros(tuple(shape), dtype=bool)
+    wanted = largest * torch.rand((), generator=generator, dtype=torch.float64).item() * covered.size
+    low, high = edges
+    while np.count_nonzero(covered) < wanted:
+        draws = torch.rand(2, len(shape), generator=generator, dtype=torch.float64).tolist()
+        sizes = [max(round(n * (low + (high - low) * u)), 1) for n, u in zip(shape, draws[0], strict=True)]
+        starts = [int(u * (n - size + 1)) for n, size, u in zip(shape, sizes, draws[1], strict=True)]
+        covered[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))] = True
+    return torch.from_numpy(covered)

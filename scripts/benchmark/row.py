@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from asa.inference.segmentation import PredictSettings, sliding_window
-from asa.ops.gradients import gradient_importance
+from asa.losses.reconstruction import gradient_importance
 from asa.training.device import PRECISIONS, autocast, keep_freed_memory, pick_device, pick_precision
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer

@@ -10,16 +10,15 @@ from ranks import log, ranks
 from torch.nn import functional as F
 
 from asa.data.io.nifti import to_ras
-from asa.data.loading.crops import CropDataset
+from asa.data.loading.crops import CropDataset, sample_seed
 from asa.data.loading.loader import LoaderSettings, collate
-from asa.data.loading.seeds import sample_seed
 from asa.data.store import Store
 from asa.losses.contrastive import NTXent, SymmetryLoss
 from asa.methods.sa_swin import SASwinPretraining, partners
 from asa.models.sa_swin import SASwin, sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.saca import SymmetryAwareBlock, SymmetryAwareCrossAttention
-from asa.ops.masking import random_boxes
+from asa.ops.patches import random_boxes
 from asa.ops.symmetry import asymmetry, flip, mirrored_start, pad_to_multiple, rotate_about_left_right
 from asa.training.distributed import is_main, process_group
 from asa.training.loop import TrainSettings, train

@@ -135,7 +135,7 @@ def test_the_attentive_loss_is_equations_1_and_2(importance: str) -> None:
 
 def test_the_weights_sum_to_1_over_the_masked_patches() -> None:
     volume, mask = torch.rand(3, 1, 16, 16, 16), random_mask(3, 64, 0.6)
-    _, masked = asa.ops.masking.split_indices(mask)
+    _, masked = asa.ops.patches.split_indices(mask)
     weights = AttentiveReconstructionLoss(patch_size=4).weights(volume, masked)
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(3))
     assert weights.std() > 0

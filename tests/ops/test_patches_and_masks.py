@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from asa import patchify, random_mask, unpatchify
-from asa.ops.masking import split_indices
+from asa.ops.patches import split_indices
 
 
 @pytest.mark.parametrize(("channels", "size", "patch"), [(1, (8, 8, 8), 4), (3, (4, 12, 8), 4), (2, (6, 4, 10), 2)])

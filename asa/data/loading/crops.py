@@ -8,6 +8,7 @@ stored, and `asa.ops.labels.IGNORED`); "mirror" like "image" if asked for (voxel
 image on the other side of the volume); the numbers attached to the record; "seed" int; "id" of the record.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -24,7 +25,6 @@ from asa.data.loading.augment import (
     spatial_transform,
     swap_sides,
 )
-from asa.data.loading.seeds import sample_seed
 from asa.data.store import read_box
 from asa.ops.labels import IGNORED
 from asa.ops.symmetry import flip, mirrored_start
@@ -204,3 +204,9 @@ class Foreground:
         indices = np.flatnonzero(label[0, depth] == self.classes[column])
         height, width = divmod(int(indices[number - before]), label.shape[3])
         return depth, height, width
+
+
+def sample_seed(*parts: object) -> int:
+    """A seed from 0 to 2^63 - 1, determined by what identifies a draw, like (run seed, epoch, record id)."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from asa.data.io.parallel import end_with_parent, end_workers_at_exit, ignore_stop_signals
-from asa.data.loading.crops import Samples
-from asa.data.loading.seeds import sample_seed
+from asa.data.loading.crops import Samples, sample_seed
 
 
 @dataclass

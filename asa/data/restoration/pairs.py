@@ -20,8 +20,7 @@ from torch import Tensor
 
 from asa.data.datasets.folder import subject_of
 from asa.data.io.images2d import list_pictures, read_picture, read_regions
-from asa.data.loading.crops import Samples
-from asa.data.loading.seeds import sample_seed
+from asa.data.loading.crops import Samples, sample_seed
 
 
 class Pair(TypedDict):

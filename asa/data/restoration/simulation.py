@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from asa.data.io.images2d import list_pictures, read_picture, write_picture
 from asa.data.io.parallel import KILLED, check_workers, in_processes
-from asa.data.loading.seeds import sample_seed
+from asa.data.loading.crops import sample_seed
 from asa.data.store import read_box
 from asa.errors import require
 

@@ -16,9 +16,8 @@ from asa.data.loading.augment import (
     spatial_transform,
     swap_sides,
 )
-from asa.data.loading.crops import CropDataset, Foreground
+from asa.data.loading.crops import CropDataset, Foreground, sample_seed
 from asa.data.loading.loader import EndlessSampler, LoaderSettings, make_loader
-from asa.data.loading.seeds import sample_seed
 from asa.data.store import Store, read_box
 from asa.ops.labels import IGNORED
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from asa import gradient_importance
-from asa.ops import gradients
+from asa.losses import reconstruction
 
 
 def per_voxel_reference(volume: np.ndarray, patch: int, bins: int, kind: str) -> np.ndarray:
@@ -90,14 +90,14 @@ def test_channels_are_averaged_and_samples_are_independent() -> None:
 
 def test_cutting_into_slabs_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     volume = torch.rand(3, 2, 40, 16, 24)
-    slabs = list(gradients._slabs(volume.flatten(0, 1), 8, 1))
+    slabs = list(reconstruction._slabs(volume.flatten(0, 1), 8, 1))
     assert len(slabs) == 6 and all(len(list(group)) == 5 for group in slabs)
-    whole = list(gradients._slabs(volume.flatten(0, 1), 8, 2**30))
+    whole = list(reconstruction._slabs(volume.flatten(0, 1), 8, 2**30))
     assert len(whole) == 1
-    original = gradients._slabs
-    monkeypatch.setattr(gradients, "_slabs", lambda volumes, patch, budget: original(volumes, patch, 1))
+    original = reconstruction._slabs
+    monkeypatch.setattr(reconstruction, "_slabs", lambda volumes, patch, budget: original(volumes, patch, 1))
     cut = gradient_importance(volume)
-    monkeypatch.setattr(gradients, "_slabs", lambda volumes, patch, budget: original(volumes, patch, 2**30))
+    monkeypatch.setattr(reconstruction, "_slabs", lambda volumes, patch, budget: original(volumes, patch, 2**30))
     assert torch.equal(gradient_importance(volume), cut)
 
 
