@@ -93,9 +93,9 @@ class SASwinPretraining(nn.Module):
         output = self.model(views.cut, views.mirror)
         health = batch.get("health", torch.full((len(batch["image"]),), float("nan"))).to(views.cut.device)
         losses = {
-            "rotation": rotation_loss(output, views),
+            "rotation": F.cross_entropy(output.rotation.float(), views.quarters),
             "contrastive": self.contrast(*output.contrast.chunk(2)),
-            "inpainting": inpainting_loss(output, views),
+            "inpainting": (output.volume.float() - views.whole.float()).abs().mean(),
             "symmetry": self.symmetry(output.side, output.mirrored, health.repeat(2)),
         }
         loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
@@ -110,21 +110,19 @@ class SASwinPretraining(nn.Module):
             seeds: `(B,)` on the CPU.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-        drawn = [draw_view(image.shape[1:], self.cutout, generator) for _ in range(2) for generator in generators]
+        draws = [draw_view(image.shape[1:], self.cutout, generator) for _ in range(2) for generator in generators]
+        quarters, *maps = zip(*draws, strict=True)
 
         def stacked(parts: Iterable[Tensor]) -> Tensor:
             return torch.stack(list(parts)).to(image.device, non_blocking=True)
 
-        def turned(volumes: Tensor) -> Tensor:
-            return stacked(
-                rotate_about_left_right(v, d.quarters) for v, d in zip(torch.cat([volumes] * 2), drawn, strict=True)
-            )
+        def rotated(volumes: Tensor) -> Tensor:
+            twice = torch.cat([volumes, volumes])
+            return stacked(rotate_about_left_right(volume, n) for volume, n in zip(twice, quarters, strict=True))
 
-        whole = turned(image)
-        noise, noisy, other = (stacked(getattr(one, name) for one in drawn) for name in ("noise", "noisy", "other"))
+        whole, (noise, noisy, other) = rotated(image), (stacked(parts) for parts in maps)
         cut = whole.where(~noisy, noise.to(whole.dtype)).where(~other, whole[partners(len(image)).to(image.device)])
-        quarters = torch.tensor([one.quarters for one in drawn], device=image.device)
-        return Views(cut, whole, turned(mirror), noisy | other, quarters)
+        return Views(cut, whole, rotated(mirror), noisy | other, torch.tensor(quarters, device=image.device))
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
@@ -149,38 +147,18 @@ class SASwinPretraining(nn.Module):
         }
 
 
-@dataclass(frozen=True)
-class ViewDraw:
-    """The random parameters of a view.
+def draw_view(shape: Sequence[int], cutout: float, generator: torch.Generator) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Draw the random parameters of a view of an image of shape (C, D, H, W).
 
-    Args:
-        quarters: quarter turns.
-        noise: in [0, 1], `(C, D, H, W)`.
-        noisy, other: bool `(1, D, H, W)`, True inside a box of noise and of another sample.
+    Returns:
+        Number of quarter turns; noise in [0, 1], `(C, D, H, W)`; and two bool `(1, D, H, W)`, True inside the boxes of
+        noise and of another sample.
     """
-
-    quarters: int
-    noise: Tensor
-    noisy: Tensor
-    other: Tensor
-
-
-def draw_view(shape: Sequence[int], cutout: float, generator: torch.Generator) -> ViewDraw:
-    """Draw the parameters of a view of an image of shape (C, D, H, W)."""
     quarters = int(torch.randint(4, (), generator=generator))
     noise = torch.randn(tuple(shape), generator=generator)
     noise = (noise - noise.min()) / (noise.max() - noise.min())
-    return ViewDraw(quarters, noise, *(random_boxes(shape[1:], cutout, generator)[None] for _ in range(2)))
-
-
-def rotation_loss(output: SASwinOutput, views: Views) -> Tensor:
-    """Cross-entropy of the quarter turns about the left-right axis."""
-    return F.cross_entropy(output.rotation.float(), views.quarters)
-
-
-def inpainting_loss(output: SASwinOutput, views: Views) -> Tensor:
-    """Mean absolute error of the inpainted views against the rotated ones without boxes."""
-    return (output.volume.float() - views.whole.float()).abs().mean()
+    noisy, other = (random_boxes(shape[1:], cutout, generator)[None] for _ in range(2))
+    return quarters, noise, noisy, other
 
 
 @torch.no_grad()

@@ -24,17 +24,9 @@ class MaskedAutoencoder(nn.Module):
     With `position="mirror"` this is ASA's network, with `"sincos"` a plain MAE with the same attention windows.
 
     Args:
-        img_size: volume size in voxels, one number or (D, H, W).
-        patch_size: patch edge s in voxels.
-        in_channels: channels C.
-        embed_dim: token width E of encoder and decoder.
-        depth: encoder blocks.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLPs over E.
-        window: tokens in an attention window.
-        decoder_depth: decoder blocks.
-        position: position encoding: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
-        checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
+        img_size, patch_size, in_channels, embed_dim, num_heads, mlp_ratio, window, position, checkpointing: of encoder
+            and decoder, see `asa.models.sw_vit.SWViT`.
+        depth, decoder_depth: blocks of the encoder and of the decoder.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ encoder has 1 / 2^(k+1) of the resolution.
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from monai.networks.blocks.dynunet_block import UnetOutBlock
@@ -59,10 +60,9 @@ class SASwinUNet(nn.Module):
             UnetrBasicBlock(in_channels=width, out_channels=width, stride=1, **block) for width in widths[:3]
         )
         self.bottleneck = UnetrBasicBlock(in_channels=widths[4], out_channels=widths[4], stride=1, **block)
-        ups = [(widths[4], widths[3]), (widths[3], widths[2]), (widths[2], widths[1]), (widths[1], widths[0])]
         self.ups = nn.ModuleList(
-            UnetrUpBlock(in_channels=before, out_channels=after, upsample_kernel_size=2, **block)
-            for before, after in [*ups, (widths[0], widths[0])]
+            UnetrUpBlock(in_channels=a, out_channels=b, upsample_kernel_size=2, **block)
+            for a, b in pairwise([*reversed(widths), widths[0]])
         )
         self.head = UnetOutBlock(spatial_dims=3, in_channels=widths[0], out_channels=out_channels)
 

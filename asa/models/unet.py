@@ -76,14 +76,8 @@ class SegmentationUNet(nn.Module):
         )
         self.skips = nn.ModuleList(_skip(encoder.embed_dim, width, scale, level, block) for level in range(1, LEVELS))
         self.ups = nn.ModuleList(
-            UnetrUpBlock(
-                in_channels=width[level + 1],
-                out_channels=width[level],
-                upsample_kernel_size=2,
-                res_block=True,
-                **block,
-            )
-            for level in reversed(range(LEVELS - 1))
+            UnetrUpBlock(in_channels=a, out_channels=b, upsample_kernel_size=2, res_block=True, **block)
+            for a, b in pairwise(reversed(width))
         )
         self.heads = nn.ModuleList(
             UnetOutBlock(spatial_dims=3, in_channels=width[level], out_channels=out_channels) for level in range(HEADS)

@@ -36,6 +36,7 @@ def test_names_are_listed_without_importing_torch() -> None:
     assert out.split() == ["True", "False"]
 
 
+@pytest.mark.slow
 def test_a_type_checker_knows_the_public_names(tmp_path: Path) -> None:
     file = tmp_path / "user.py"
     file.write_text(

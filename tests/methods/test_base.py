@@ -1,0 +1,24 @@
+"""What every method of this package declares."""
+
+import pytest
+
+from asa.methods.classify import Classification
+from asa.methods.pretrain import MaskedPretraining
+from asa.methods.restore import Restoration
+from asa.methods.sa_swin import SASwinPretraining
+from asa.methods.segment import RegionSegmentation, Segmentation
+
+TASKS = {
+    MaskedPretraining: "pretraining",
+    SASwinPretraining: "pretraining",
+    Segmentation: "segmentation",
+    RegionSegmentation: "segmentation",
+    Classification: "classification",
+    Restoration: "restoration",
+}
+
+
+@pytest.mark.parametrize("method", TASKS)
+def test_a_method_names_its_task_and_whether_it_takes_the_mirror_image(method: type) -> None:
+    assert method.task == TASKS[method]
+    assert hasattr(method, "mirrored")
