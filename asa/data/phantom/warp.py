@@ -18,11 +18,7 @@ SQUARINGS = 6
 
 
 def smooth_noise(
-    rng: np.random.Generator,
-    extent: tuple[float, ...],
-    width: float,
-    channels: int = 1,
-    step: float | None = None,
+    rng: np.random.Generator, extent: tuple[float, ...], width: float, channels: int = 1, step: float | None = None
 ) -> Tensor:
     """Smooth Gaussian noise with zero mean and unit SD.
 

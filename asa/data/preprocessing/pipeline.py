@@ -82,11 +82,7 @@ def prepare_case(
     stacked = np.stack([zeros if volume is None else volume.data for volume in images.values()]).astype(np.float32)
     absent = tuple(number for number, volume in enumerate(images.values()) if volume is None)
     case = Case(stacked, np.zeros(0, bool), indices, reference.affine, absent)
-    chain: dict[str, Any] = {
-        "shape": list(reference.data.shape),
-        "affine": reference.affine.tolist(),
-        "steps": [],
-    }
+    chain: dict[str, Any] = {"shape": list(reference.data.shape), "affine": reference.affine.tolist(), "steps": []}
     seconds = {}
     for stage in STAGES:
         started = time.perf_counter()

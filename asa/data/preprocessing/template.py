@@ -13,11 +13,7 @@ from scipy import ndimage
 from asa.errors import require
 
 NAME = "ICBM 152 nonlinear 2009a symmetric"
-LOADERS = {
-    "t1": "load_mni152_template",
-    "gm": "load_mni152_gm_template",
-    "wm": "load_mni152_wm_template",
-}
+LOADERS = {"t1": "load_mni152_template", "gm": "load_mni152_gm_template", "wm": "load_mni152_wm_template"}
 
 
 @lru_cache(maxsize=3)
