@@ -4,8 +4,6 @@ The years differ in file names and label values: enhancing tumour was 4 and is 3
 MET, PED, SSA) have the layout of GLI. A later release with another label value needs its own row in these tables.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Arrays are (D, H, W) in RAS+ axes, lengths are mm. Intensities are relative to white matter on T1.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any

@@ -5,8 +5,6 @@ has its first and last voxel at the edges of the same `extent` (mm along D, H, W
 the other.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

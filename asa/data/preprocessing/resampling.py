@@ -1,7 +1,5 @@
 """Affine resampling between voxel grids. Arrays are (D, H, W); maps go from new voxel to old voxel."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
