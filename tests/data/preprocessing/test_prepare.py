@@ -277,7 +277,7 @@ def bytes_of(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
 
 
-def run(records: list[Record], out: Path, **more: object) -> prepare.Report:
+def run(records: list[Record], out: Path, **more: object) -> prepare.CohortReport:
     workers = more.pop("workers", 1)
     return prepare_cohort(records, out, CohortSettings(**{"labels": LABELS, **more}), workers=workers, progress=False)
 
