@@ -6,8 +6,6 @@ but not after resampling. A subject is identified by a digest of its name. That 
 names can be guessed and confirmed.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Splits of a cohort into train, validation and test by subject: all scans of a subject are in one part."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence

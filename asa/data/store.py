@@ -6,8 +6,6 @@ STORE/labels/ID.npy      uint8 (1, D, H, W), class indices: index k means value 
                          `asa.ops.labels.IGNORED` (255) marks voxels that count neither in a loss nor in a score
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """BIDS datasets and derivatives: one image per channel of each session, or run, of a subject."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Mapping

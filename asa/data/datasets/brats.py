@@ -4,21 +4,13 @@ The years differ in file names and label values: enhancing tumour was 4 and is 3
 MET, PED, SSA) have the layout of GLI. A later release with another label value needs its own row in these tables.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 from asa.data.datasets.record import Record, check_records, existing_folder, first_file
 
-LABELS = {
-    2021: {1: "necrosis", 2: "oedema", 4: "enhancing"},
-    2023: {1: "necrosis", 2: "oedema", 3: "enhancing"},
-}
-REGIONS = {
-    2021: {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]},
-    2023: {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]},
-}
+LABELS = {2021: {1: "necrosis", 2: "oedema", 4: "enhancing"}, 2023: {1: "necrosis", 2: "oedema", 3: "enhancing"}}
+REGIONS = {2021: {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}, 2023: {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}}
 CONFIGS = {2021: "brats", 2023: "brats23"}  # data=
 # Endings of the channels, in stored order, and of the label map.
 CHANNELS = {

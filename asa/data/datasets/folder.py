@@ -1,7 +1,5 @@
 """Any folder of images: a glob for each channel, or a CSV or JSON table."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """IBSR_18 v2: 18 skull-stripped T1 scans with CSF, GM and WM labels (https://www.nitrc.org/projects/ibsr)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from asa.data.datasets.record import Record, check_records, existing_folder, first_file

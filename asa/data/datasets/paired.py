@@ -1,7 +1,5 @@
 """Pairs for restoration: degraded and clean volumes with the same names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from asa.data.datasets.folder import find_files, has_wildcard, join_texts, name_subjects

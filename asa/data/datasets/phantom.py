@@ -1,7 +1,5 @@
 """The phantom cohort as a dataset: generated if it does not exist, and read by the reader of its layout."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

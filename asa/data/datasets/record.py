@@ -1,7 +1,5 @@
 """Records of a cohort, as readers return them, and their checks."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

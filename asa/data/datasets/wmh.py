@@ -1,7 +1,5 @@
 """WMH Segmentation Challenge: T1, FLAIR and white-matter hyperintensities of several scanners (https://wmh.isi.uu.nl)."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

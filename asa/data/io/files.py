@@ -1,7 +1,5 @@
 """Files written atomically, with bytes that depend on their content only."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

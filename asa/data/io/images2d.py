@@ -3,8 +3,6 @@
 Arrays are `C H W` with 1 (grey) or 3 (colour) channels in [0, 1], label maps `H W`.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence

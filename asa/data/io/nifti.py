@@ -3,8 +3,6 @@
 Arrays are (x, y, z) in the axes of the file.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

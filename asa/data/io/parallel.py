@@ -1,7 +1,5 @@
 """Worker processes: a parallel map, and workers that end with their parent and leave its signals to it."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os

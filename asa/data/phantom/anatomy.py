@@ -3,8 +3,6 @@
 Arrays are (D, H, W) in RAS+ axes, lengths are mm. Intensities are relative to white matter on T1.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -130,11 +128,7 @@ def _ventricle_distances(csf: np.ndarray, centre: np.ndarray) -> tuple[np.ndarra
 
 
 def make_subject(
-    template: Template,
-    rng: np.random.Generator,
-    resolution: float,
-    asymmetry: float,
-    plan: TumourPlan | None = None,
+    template: Template, rng: np.random.Generator, resolution: float, asymmetry: float, plan: TumourPlan | None = None
 ) -> Subject:
     """Draw an anatomy: the template under a random affine map and diffeomorphism, with its own cortical folds.
 
@@ -207,13 +201,7 @@ def blend(lesions: list[Lesion], brain: Tensor) -> tuple[list[Tensor], np.ndarra
 
 
 def take_image(
-    subject: Subject,
-    modality: str,
-    lesions: list[Lesion],
-    fractions: list[Tensor],
-    *,
-    rim: bool,
-    quality: float = 1.0,
+    subject: Subject, modality: str, lesions: list[Lesion], fractions: list[Tensor], *, rim: bool, quality: float = 1.0
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Simulate an image: draw contrast, bias field and noise of one modality.
 
@@ -259,12 +247,7 @@ def _rim(outside: Tensor, modality: str, rng: np.random.Generator) -> Tensor:
     """Shells around the brain by distance in mm: fluid, bone, scalp; then air."""
     fluid, bone, scalp = (float(rng.uniform(low, high)) for low, high in ((1.5, 3.0), (4.0, 7.0), (4.0, 8.0)))
     bright = {"t1": 1.15, "t1ce": 1.15, "t2": 0.85, "flair": 0.6}[modality]
-    shells = (
-        (0.0, CONTRAST[modality][0][0]),
-        (fluid, 0.12),
-        (fluid + bone, bright),
-        (fluid + bone + scalp, 0.0),
-    )
+    shells = ((0.0, CONTRAST[modality][0][0]), (fluid, 0.12), (fluid + bone, bright), (fluid + bone + scalp, 0.0))
     rim = torch.zeros_like(outside)
     before = 0.0
     for start, level in shells:

@@ -5,8 +5,6 @@ diffeomorphism, with its own cortical folds, tissue contrast, bias field and noi
 folder has a JSON file with "phantom": true. Arrays are (D, H, W) in RAS+ axes, lengths are mm.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

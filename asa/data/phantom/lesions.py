@@ -3,8 +3,6 @@
 Fields are (D, H, W) on the output grid, points (D, H, W, 3) and lengths in mm: x right, y forward, z up.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

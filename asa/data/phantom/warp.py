@@ -5,8 +5,6 @@ has its first and last voxel at the edges of the same `extent` (mm along D, H, W
 the other.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,11 +16,7 @@ SQUARINGS = 6
 
 
 def smooth_noise(
-    rng: np.random.Generator,
-    extent: tuple[float, ...],
-    width: float,
-    channels: int = 1,
-    step: float | None = None,
+    rng: np.random.Generator, extent: tuple[float, ...], width: float, channels: int = 1, step: float | None = None
 ) -> Tensor:
     """Smooth Gaussian noise with zero mean and unit SD.
 

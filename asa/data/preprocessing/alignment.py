@@ -3,8 +3,6 @@
 Arrays are (D, H, W) in RAS+ axes. All of these are combined into one map, so that the scan is interpolated once.
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 

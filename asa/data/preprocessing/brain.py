@@ -1,7 +1,5 @@
 """Bias field correction (N4) and skull stripping. Arrays are (D, H, W) in RAS+ axes."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import tempfile

@@ -1,7 +1,5 @@
 """A cohort of raw scans to the store, in parallel and resumable. `scan.py` prepares one scan."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import time
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ the volume in mm, in the same order. The comparison determines yaw, roll and the
 pitch or the other shifts.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, replace
 
@@ -49,7 +47,7 @@ class MidsagittalPlane:
         pose[:3, 3] = pose[:3, 2] * self.shift
         return pose
 
-    def relative_to(self, centre: np.ndarray) -> MidsagittalPlane:
+    def relative_to(self, centre: np.ndarray) -> "MidsagittalPlane":
         """The same plane relative to another centre, at offset (d, h, w) in mm from this one."""
         normal = self.pose()[:3, 2]
         return replace(self, shift=self.shift - float(normal @ centre))

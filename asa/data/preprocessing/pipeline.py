@@ -1,7 +1,5 @@
 """One scan through all stages in memory, and results back to the grid of the scan."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

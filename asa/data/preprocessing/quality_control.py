@@ -1,7 +1,5 @@
 """Quality control of one prepared scan: its thumbnail, and what the QC table lists about it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

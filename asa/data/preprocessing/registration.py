@@ -4,8 +4,6 @@ Arrays are (D, H, W) in RAS+ axes. Points of a scan are (d, h, w) in mm from its
 points of the template are (d, h, w) in mm of its own space: z, y, x.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Affine resampling between voxel grids. Arrays are (D, H, W); maps go from new voxel to old voxel."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,11 +10,7 @@ FWHM_PER_SIGMA = 2.355  # full width at half maximum of a Gaussian with unit sta
 
 
 def grid_map(
-    pose: np.ndarray,
-    new_shape: Sequence[int],
-    new_spacing: Lengths,
-    old_shape: Sequence[int],
-    old_spacing: Lengths,
+    pose: np.ndarray, new_shape: Sequence[int], new_spacing: Lengths, old_shape: Sequence[int], old_spacing: Lengths
 ) -> np.ndarray:
     """The map between voxels that corresponds to a map between points.
 

@@ -1,7 +1,5 @@
 """One record of a cohort: read, prepared and written to the store, or the reason why it failed."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Between the stages, arrays are `C D H W` in RAS+ (D inferior to superior, H post
 A stage changes a case in place and returns the parameters that its inverse needs.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field

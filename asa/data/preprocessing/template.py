@@ -3,8 +3,6 @@
 Fonov et al., NeuroImage 54 (2011); Fonov et al., NeuroImage 47 (2009).
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

@@ -8,8 +8,6 @@ A batch is a dict: "image" `(B, C, H, W)` and "target" `(B, C, s*H, s*W)` float3
 int64, "seed" and "id" as in `asa.data.loading.loader`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict

@@ -5,8 +5,6 @@ OUT/previews/ID.png   the image with its regions outlined
 OUT/regions.json      the settings of the maps
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial

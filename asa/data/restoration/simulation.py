@@ -3,8 +3,6 @@
 Images are `(H, W)` or `(C, H, W)` float; random numbers come from a numpy Generator.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

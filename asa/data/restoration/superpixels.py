@@ -3,8 +3,6 @@
 Images are `C H W` in [0, 1], label maps `H W` int64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
