@@ -1,6 +1,7 @@
-"""asa-prepare: raw scans to a prepared store."""
+"""Prepare raw scans into a store: checked, parallel and resumable."""
 
 import sys
+from functools import partial
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -89,10 +90,7 @@ def _print(report: CohortReport, where: str) -> None:
     print(f"{where}: {len(report.prepared)} prepared, {len(report.skipped)} done before, {len(report.failures)} failed")
 
 
-def main() -> int:
-    """Entry point."""
-    return run_command("prepare", "Prepare raw scans into a store: checked, parallel and resumable.", prepare)
-
+main = partial(run_command, "prepare", __doc__, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
-"""asa-simulate: simulated degradations of clean images."""
+"""Simulate degraded images from clean ones, as pairs for restoration."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
@@ -27,10 +28,7 @@ def simulate(config: Config) -> None:
     print(f"wrote {count} simulated pairs to {out}")
 
 
-def main() -> int:
-    """Entry point."""
-    return run_command("simulate", "Simulate degraded images from clean ones, as pairs for restoration.", simulate)
-
+main = partial(run_command, "simulate", __doc__, simulate)
 
 if __name__ == "__main__":
     sys.exit(main())
