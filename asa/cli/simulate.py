@@ -13,18 +13,13 @@ PHYSICS = ("window", "photons", "pixel", "counts", "factor", "blur")
 
 def simulate(config: Config) -> None:
     """Write low/, high/ and simulated.json."""
-    kind, out = config["kind"], Path(str(config["out"]))
+    kind, seed, out = config["kind"], config["seed"], Path(str(config["out"]))
     physics = {key: config[key] for key in PHYSICS}
+    multiple = config["factor"] if kind == "sr" else 1
     count = simulate_folder(
-        config["input"],
-        out,
-        kind,
-        multiple=config["factor"] if kind == "sr" else 1,
-        seed=config["seed"],
-        workers=config["workers"],
-        **physics,
+        config["input"], out, kind, multiple=multiple, seed=seed, workers=config["workers"], **physics
     )
-    write_json(out / "simulated.json", {"kind": kind, **physics, "seed": config["seed"]})
+    write_json(out / "simulated.json", {"kind": kind, **physics, "seed": seed})
     print(f"wrote {count} simulated pairs to {out}")
 
 
