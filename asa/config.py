@@ -4,16 +4,27 @@
 only; `typed` fills a dataclass.
 """
 
+import ast
 import dataclasses
 import difflib
 import functools
 import importlib
+import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from asa.models import list_models
 
@@ -22,7 +33,6 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
 T = TypeVar("T")
-
 
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.steps")
@@ -44,21 +54,17 @@ def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CO
         ValueError: a target outside the allow-list or one that does not exist, or keywords that it does not take.
     """
     if isinstance(node, Mapping):
-        items = {
-            key: build(value, plugins=plugins, targets=targets) for key, value in node.items() if key != "_target_"
-        }
-        return _call(node["_target_"], items, (*targets, *plugins)) if "_target_" in node else items
+        items = {key: build(item, plugins=plugins, targets=targets) for key, item in node.items() if key != "_target_"}
+        if "_target_" not in node:
+            return items
+        function = locate(node["_target_"], (*targets, *plugins))
+        try:
+            return function(**items)
+        except TypeError as error:
+            raise ValueError(f"{node['_target_']}: {error}") from error
     if isinstance(node, (list, tuple)):
         return [build(item, plugins=plugins, targets=targets) for item in node]
     return node
-
-
-def _call(target: Any, keywords: dict[str, Any], allowed: Sequence[str]) -> Any:
-    function = locate(target, allowed)
-    try:
-        return function(**keywords)
-    except TypeError as error:
-        raise ValueError(f"{target}: {error}") from error
 
 
 def locate(target: Any, allowed: Sequence[str]) -> Any:
@@ -93,9 +99,6 @@ def typed(cls: type[T], node: Mapping[str, Any]) -> T:
     Raises:
         ValueError: an unknown key or a value of the wrong type.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(node)))
     except OmegaConfBaseException as error:
@@ -127,13 +130,6 @@ def compose(
         ValueError: an unknown key (its nearest neighbour is named), a value of the wrong type, or a value that is
             missing.
     """
-    # Imported here: notebooks that only load a model do without.
-    from hydra import compose as hydra_compose
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     _offer_models()
     for group, cls in (settings or {}).items():
         ConfigStore.instance().store(group=group, name="defaults", node=cls)
@@ -143,8 +139,7 @@ def compose(
     try:
         with initialised():
             config = hydra_compose(command, [*search, *overrides])
-            missing = sorted(OmegaConf.missing_keys(config))
-            if missing:
+            if missing := sorted(OmegaConf.missing_keys(config)):
                 raise ValueError(f"{', '.join(missing)} has to be given: add {missing[0]}=...")
             plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -159,9 +154,6 @@ def _offer_models() -> None:
 
     The node is that file with the size appended to its `_target_`, so that no size needs a file of its own.
     """
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
     for name in sized_models():
         family, _, size = name.rpartition("_")
         node = OmegaConf.load(CONFIG_DIR / "model" / "family" / f"{family}.yaml")
@@ -177,19 +169,11 @@ def sized_models() -> list[str]:
 
 def initialised() -> AbstractContextManager[Any]:
     """Hydra, with the package's configuration folder."""
-    from hydra import initialize_config_dir
-
     return initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
 
 
 def _explain(error: Exception, command: str, overrides: Sequence[str], search: Sequence[str]) -> str:
     """One line for the user: which setting is wrong, and which one was probably meant."""
-    from hydra import compose as hydra_compose
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     advice = "quote a value with special characters, as in \"out='a,b'\""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -197,8 +181,7 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
         return f"cannot read a setting ({first_line(unreadable)}): {advice}"
     if several := [override.input_line for override in parsed if override.is_sweep_override()]:
         return f"cannot read a setting ({several[0]} has several values): {advice}"
-    groups: list[str] = []
-    single = []
+    groups, single = list(search), []
     with initialised():
         loader = GlobalHydra.instance().config_loader()
         for override in parsed:
@@ -213,9 +196,9 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
             groups.append(str(override.input_line))
         keys: list[str] = []
         try:
-            keys = _keys(hydra_compose(command, [*search, *groups]))
+            keys = _keys(hydra_compose(command, groups))
             for override in single:
-                hydra_compose(command, [*search, *groups, str(override.input_line)])
+                hydra_compose(command, [*groups, str(override.input_line)])
         except (HydraException, OmegaConfBaseException) as found:
             return _explain_one(found, command, override.key_or_group if keys else None, keys)
     return _typed_message(error)
@@ -223,8 +206,6 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
 
 def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence[str]) -> str:
     """What is wrong with the setting `key`, or with a file of a group where it is None."""
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
-
     if key is None or not isinstance(_cause(error), ConfigAttributeError | ConfigKeyError):
         message = _typed_message(error)
         return message if key is None or key in message else f"{key}: {message}"
@@ -240,8 +221,6 @@ def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence
 
 def _cause(error: Exception) -> BaseException:
     """OmegaConf's error inside an error of Hydra, else the error itself."""
-    from omegaconf.errors import OmegaConfBaseException
-
     return error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
 
 
@@ -253,8 +232,6 @@ def _typed_message(error: Exception) -> str:
 
 def _keys(node: Any, prefix: str = "") -> list[str]:
     """Dotted keys of a configuration, those of inner nodes too."""
-    from omegaconf import DictConfig
-
     keys = []
     for key in node:
         keys.append(f"{prefix}{key}")
@@ -310,25 +287,15 @@ def _written(value: Any) -> str:
 
 def describe(cls: type) -> list[tuple[str, Any, str]]:
     """Fields of a settings dataclass: (name, default, the string literal below it)."""
-    import ast
-    import inspect
-
     body = ast.parse(inspect.getsource(cls)).body[0]
     assert isinstance(body, ast.ClassDef)
-    notes = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            notes[statement.target.id] = str(following.value.value)
-    return [
-        (
-            field.name,
-            field.default_factory() if callable(field.default_factory) else field.default,
-            notes.get(field.name, ""),
-        )
-        for field in dataclasses.fields(cls)
-    ]
+    notes: dict[str, str] = {}
+    for statement, following in itertools.pairwise(body.body):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=note)):
+                notes[name] = str(note)
+    described = []
+    for field in dataclasses.fields(cls):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        described.append((field.name, default, notes.get(field.name, "")))
+    return described

@@ -1,1 +1,1 @@
-"""The commands. Each composes a configuration, builds what it names and calls the engine."""
+"""The commands. Each composes a configuration and calls a task."""

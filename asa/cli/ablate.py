@@ -1,19 +1,12 @@
-"""asa-ablate: arms x labelled subjects x seeds in one table."""
+"""Compare arms of the method (the paper's Table 4) over numbers of labelled subjects and seeds, in one table."""
 
 import sys
+from functools import partial
 
 from asa.cli.front import run_command
 from asa.tasks.ablation import ablate
 
-
-def main() -> int:
-    """Entry point."""
-    return run_command(
-        "ablate",
-        "Compare arms of the method (the paper's Table 4) over numbers of labelled subjects and seeds, in one table.",
-        ablate,
-    )
-
+main = partial(run_command, "ablate", __doc__, ablate)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
-"""asa-export: a trained network as an ONNX file or a MONAI bundle."""
+"""Write a trained network as ONNX, or as a MONAI bundle."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
@@ -21,10 +22,7 @@ def export(config: Config) -> None:
         raise ValueError(f"format={config['format']}: choose onnx or bundle")
 
 
-def main() -> int:
-    """Entry point."""
-    return run_command("export", "Write a trained network as ONNX, or as a MONAI bundle.", export)
-
+main = partial(run_command, "export", __doc__, export)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -83,11 +83,9 @@ def _run(
         expected = isinstance(error, EXPECTED)
         if chosen.traceback or (world_size() > 1 and not expected):
             traceback.print_exc()
-        text = reason_of(error)
-        if not expected:
-            text = f"{text} (--traceback shows where; check the types of the settings)"
+        advice = "" if expected else " (--traceback shows where; check the types of the settings)"
         place = f"process {rank()}: " if world_size() > 1 else ""
-        print(f"asa-{command}: error: {place}{text}", file=sys.stderr)
+        print(f"asa-{command}: error: {place}{reason_of(error)}{advice}", file=sys.stderr)
         return 1
     return 0
 
@@ -112,8 +110,7 @@ def _help_text(command: str, settings: Mapping[str, type]) -> str:
             lines.append(f"  {group}.{name}={_plain(value)}\n      {note}")
         lines.append("")
     for folder in sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir()):
-        used = any(folder.name in str(entry) for entry in own["defaults"] if isinstance(entry, dict))
-        if not used:
+        if not any(folder.name in str(entry) for entry in own["defaults"] if isinstance(entry, dict)):
             continue
         choices = sorted(folder.glob("*.yaml"))
         nested = sorted(path for path in folder.glob("*/*.yaml") if path.parent.name != "family")

@@ -1,6 +1,7 @@
-"""asa-orient: write files that store no orientation as NIfTI with a stated orientation."""
+"""Write files that store no orientation as NIfTI with a stated orientation."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
@@ -23,10 +24,7 @@ def orient(config: Config) -> None:
     print(f"wrote {len(report.written)} files to {config['out']}: check some of them, left and right above all")
 
 
-def main() -> int:
-    """Entry point."""
-    return run_command("orient", "Write files that store no orientation as NIfTI with a stated orientation.", orient)
-
+main = partial(run_command, "orient", __doc__, orient)
 
 if __name__ == "__main__":
     sys.exit(main())

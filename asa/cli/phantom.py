@@ -1,6 +1,7 @@
-"""asa-phantom: a synthetic cohort from the ICBM template of nilearn, in the layout of a public dataset."""
+"""Make a phantom cohort, to try every command without a download."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
@@ -15,10 +16,7 @@ def make(config: Config) -> None:
     print(f"wrote {len(files)} files to {out}")
 
 
-def main() -> int:
-    """Entry point."""
-    return run_command("phantom", "Make a phantom cohort, to try every command without a download.", make)
-
+main = partial(run_command, "phantom", __doc__, make)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,8 @@
-"""asa-prepare: raw scans to a prepared store."""
+"""Prepare raw scans into a store: checked, parallel and resumable."""
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -33,13 +34,8 @@ def prepare(config: Config) -> None:
     cohort = _cohort(config)
     records = build(config["data"], plugins=config["plugins"])
     checkup = QualityControlReport(Path(str(config["report"] or f"{out}_check"))) if check else None
-    report = prepare_cohort(
-        records,
-        None if check == "only" else out,
-        cohort,
-        workers=config["workers"],
-        on_scan=checkup.add if checkup else None,
-    )
+    target, on_scan = None if check == "only" else out, checkup.add if checkup else None
+    report = prepare_cohort(records, target, cohort, workers=config["workers"], on_scan=on_scan)
     _print(report, "nothing written" if check == "only" else str(out))
     if checkup:
         checkup.finish(asdict(cohort.settings))
@@ -89,10 +85,7 @@ def _print(report: CohortReport, where: str) -> None:
     print(f"{where}: {len(report.prepared)} prepared, {len(report.skipped)} done before, {len(report.failures)} failed")
 
 
-def main() -> int:
-    """Entry point."""
-    return run_command("prepare", "Prepare raw scans into a store: checked, parallel and resumable.", prepare)
-
+main = partial(run_command, "prepare", __doc__, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

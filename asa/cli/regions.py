@@ -1,6 +1,7 @@
-"""asa-regions: label maps of regions for restoration, from a folder of images."""
+"""Divide each image in a folder into regions, and store the label maps."""
 
 import sys
+from functools import partial
 from typing import Any
 
 from asa.cli.front import Config, run_command
@@ -35,10 +36,7 @@ def compute(config: Config) -> None:
     print(f"wrote label maps to {config['out']}, and previews to {config['out']}/previews")
 
 
-def main() -> int:
-    """Entry point."""
-    return run_command("regions", "Divide each image in a folder into regions, and store the label maps.", compute)
-
+main = partial(run_command, "regions", __doc__, compute)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
-"""asa-simulate: simulated degradations of clean images."""
+"""Simulate degraded images from clean ones, as pairs for restoration."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
@@ -12,25 +13,17 @@ PHYSICS = ("window", "photons", "pixel", "counts", "factor", "blur")
 
 def simulate(config: Config) -> None:
     """Write low/, high/ and simulated.json."""
-    kind, out = config["kind"], Path(str(config["out"]))
+    kind, seed, out = config["kind"], config["seed"], Path(str(config["out"]))
     physics = {key: config[key] for key in PHYSICS}
+    multiple = config["factor"] if kind == "sr" else 1
     count = simulate_folder(
-        config["input"],
-        out,
-        kind,
-        multiple=config["factor"] if kind == "sr" else 1,
-        seed=config["seed"],
-        workers=config["workers"],
-        **physics,
+        config["input"], out, kind, multiple=multiple, seed=seed, workers=config["workers"], **physics
     )
-    write_json(out / "simulated.json", {"kind": kind, **physics, "seed": config["seed"]})
+    write_json(out / "simulated.json", {"kind": kind, **physics, "seed": seed})
     print(f"wrote {count} simulated pairs to {out}")
 
 
-def main() -> int:
-    """Entry point."""
-    return run_command("simulate", "Simulate degraded images from clean ones, as pairs for restoration.", simulate)
-
+main = partial(run_command, "simulate", __doc__, simulate)
 
 if __name__ == "__main__":
     sys.exit(main())

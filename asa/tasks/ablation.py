@@ -1,8 +1,8 @@
 """Ablations: arms x labelled subjects x seeds, trained and scored on the same held-out subjects."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,14 +135,12 @@ def _keep_config(file: Path, config: Config) -> None:
 
 def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> str:
     """Train, predict and score one run, unless it is there; a line on it."""
-    name, out, begun = _name(seed, arm, count), ablation.out, time.monotonic()
-    evaluation = out / "evaluations" / name
+    name, begun = _name(seed, arm, count), time.monotonic()
+    evaluation = ablation.out / "evaluations" / name
     done = (evaluation / "summary.json").exists()
-    if not done:
-        failure = _attempt(ablation, name, lambda: _train_and_score(ablation, seed, count, arm))
-        if failure is not None:
-            ablation.failures[name] = failure
-            return f"failed: {failure}"
+    if not done and (failure := _attempt(ablation, name, lambda: _train_and_score(ablation, seed, count, arm))):
+        ablation.failures[name] = failure
+        return f"failed: {failure}"
     trial = Trial(arm, labelled_text(count), seed, read_run(evaluation.name, evaluation))
     ablation.trials.append(trial)
     return f"{trial_line(trial)} ({'done before' if done else f'{time.monotonic() - begun:.0f} s'})"
@@ -150,9 +148,8 @@ def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> 
 
 def _train_and_score(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> None:
     config, out, name = ablation.config, ablation.out, _name(seed, arm, count)
-    init = None
-    if ablation.arms[arm]["pretrain"] is not None:
-        init = out / "pretrained" / _pretrain(ablation, seed, arm)
+    pretrained = ablation.arms[arm]["pretrain"] is not None
+    init = out / "pretrained" / _pretrain(ablation, seed, arm) if pretrained else None
     split_file, run = _split_file(out, seed), out / "runs" / name
     fixed = {"data.store": config["store"], "data.split_file": split_file, "data.labelled": count}
     fixed |= {"train.seed": seed, "init": init, "out": run}
@@ -189,9 +186,7 @@ def _pretrain(ablation: Ablation, seed: int, arm: str) -> str:
             fixed["train.seed"] = seed
         settings = (config["pretrain"], ablation.arms[arm]["pretrain"], fixed)
         ablation.pretrained[name] = _attempt(
-            ablation,
-            f"pretrained_{name}",
-            lambda: call("pretrain", *settings, config_dir=config["config_dir"]),
+            ablation, f"pretrained_{name}", lambda: call("pretrain", *settings, config_dir=config["config_dir"])
         )
     if failure := ablation.pretrained[name]:
         raise ValueError(f"pretraining: {failure}")
@@ -200,7 +195,9 @@ def _pretrain(ablation: Ablation, seed: int, arm: str) -> str:
 
 def _attempt(ablation: Ablation, name: str, work: Any) -> str | None:
     """Do a part of the work, its output into a file of its own; what went wrong, in a line, or None."""
-    with _output(ablation.out / "logs" / f"{name}.txt"):
+    file = ablation.out / "logs" / f"{name}.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as log, redirect_stdout(log):
         try:
             work()
         except Stopped:
@@ -210,13 +207,6 @@ def _attempt(ablation: Ablation, name: str, work: Any) -> str | None:
             print(f"failed: {reason}")
             return reason
     return None
-
-
-@contextmanager
-def _output(file: Path) -> Iterator[None]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as log, redirect_stdout(log):
-        yield
 
 
 def _notes(ablation: Ablation) -> list[str]:

@@ -75,8 +75,7 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
         error: names of the method's error and of the mean predictor's.
         warm: the warm-up is over; before that the error may be any.
     """
-    lines = []
-    rank, variance = metrics["effective_rank"], metrics["feature_variance"]
+    lines, rank, variance = [], metrics["effective_rank"], metrics["feature_variance"]
     if rank < COLLAPSED * width or variance < FLAT:
         lines.append(
             f"ALARM: the encoder's features have collapsed: effective rank {rank:.1f} of {width}, variance "
@@ -108,7 +107,9 @@ def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequen
     labels = [patchify(dataset[index, 0]["label"][None], encoder.patch_size)[0] for index in range(len(features))]
     overlap, size = torch.zeros(2, classes, dtype=torch.float64)
     with autocast(features.device, torch.float32):  # whatever the encoder computes in
-        weights = fit_linear(features[::2], (_one_hot(label, classes) for label in labels[::2]))
+        # `(L, s^3)` -> `(L, s^3, K)`; an ignored voxel has no class
+        one_hot = (torch.stack([label == k for k in range(classes)], dim=2) for label in labels[::2])
+        weights = fit_linear(features[::2], one_hot)
         for tokens, label in zip(features[1::2], labels[1::2], strict=True):
             found = predict_linear(weights, tokens).reshape(*label.shape, classes).argmax(dim=2)
             for k in range(1, classes):
@@ -116,26 +117,14 @@ def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequen
                 overlap[k] += (guess & truth).sum()
                 size[k] += guess.sum() + truth.sum()
     dice = (2 * overlap / size.clamp(min=1))[1:].tolist()
-    return {
-        "probe_dice": sum(dice) / len(dice),
-        **{f"probe_dice_{name}": value for name, value in zip(names, dice, strict=True)},
-    }
-
-
-def _one_hot(label: Tensor, classes: int) -> Tensor:
-    """`(L, s^3)` -> `(L, s^3, K)`; an ignored voxel has no class."""
-    return torch.stack([label == k for k in range(classes)], dim=2)
+    own = {f"probe_dice_{name}": value for name, value in zip(names, dice, strict=True)}
+    return {"probe_dice": sum(dice) / len(dice), **own}
 
 
 def fit_linear(features: Tensor, targets: Iterable[Tensor]) -> Tensor:
-    """Ridge regression with an intercept, in closed form.
+    """Ridge regression in closed form, `(V, L, E)` and `(L, ...)` of each volume -> `(E + 1, O)` float32.
 
-    Args:
-        features: `(V, L, E)`.
-        targets: of each volume, `(L, ...)`, with O values a token.
-
-    Returns:
-        `(E + 1, O)` float32.
+    O is the number of values per token; the last row is the intercept.
     """
     gram, products = torch.zeros((), dtype=torch.float64), torch.zeros(())
     for tokens, target in zip(features, targets, strict=True):
@@ -174,12 +163,7 @@ class FeatureHealth:
     def add(
         self, step: int, metrics: dict[str, float], panels: dict[str, np.ndarray]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Add feature statistics and the probe's Dice to the metrics of a validation, and print alarms.
-
-        Args:
-            step: steps done.
-            metrics, panels: of `asa.tasks.pretraining.validate_pretraining`.
-        """
+        """Add feature statistics and the probe's Dice to the metrics of a validation, and print alarms."""
         found, lines = self.measure(step, metrics)
         for line in lines:
             tqdm.write(line)  # does not break the progress bar
@@ -192,8 +176,7 @@ class FeatureHealth:
         if self.probe is not None:
             found |= probe_dice(self.probed, self.probe, self.names)
         width = min(features.shape[2], freedom(features))
-        lines = alarms({**metrics, **found}, width, self.error, warm=step > self.warmup)
-        return found, lines
+        return found, alarms({**metrics, **found}, width, self.error, warm=step > self.warmup)
 
 
 def open_probe(path: str, channels: Sequence[str], size: Sequence[int]) -> tuple[CropDataset, list[str]]:

@@ -53,7 +53,7 @@ def save_checkpoint(
         run: the run folder.
         step: steps done.
         model: its weights are saved.
-        description: plain data. `description["model"]` is what `build` takes, `description["task"]` names the task.
+        description: plain data, see the module's docstring.
         training: plain data and tensors to continue with.
         keep: number of checkpoints to keep: this one and the newest others.
         folder: of the run, for this kind of checkpoint.
@@ -82,10 +82,9 @@ def save_checkpoint(
         _flush(parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of the three
         shutil.rmtree(temporary, ignore_errors=True)
-        before = [path.name for path in list_checkpoints(run)[-1:]]
         raise OSError(
             f"{final}: could not be written ({str(error).strip().splitlines()[0]}). The last complete checkpoint is "
-            f"{before[0] if before else 'none'}; free disk space and run the same command again"
+            f"{newest_name(run)}; free disk space and run the same command again"
         ) from error
     others = [path for path in list_checkpoints(run, folder) if path != final]
     for old in others[: max(len(others) - (keep - 1), 0)]:
@@ -123,8 +122,7 @@ def keep_best(
         step: steps done.
         name: of a metric, of which the highest value is best; with a minus sign before it, the lowest.
         metrics: of this validation. A non-finite value is never the best.
-        method: its weights are saved.
-        description: as for `save_checkpoint`.
+        method, description: as `model` and `description` of `save_checkpoint`.
 
     Returns:
         Whether they were saved.
@@ -146,11 +144,7 @@ def keep_best(
 
 
 def read_best(run: Path) -> dict[str, Any] | None:
-    """Name and value of the metric of the best checkpoint; None if there is none.
-
-    Raises:
-        DamagedCheckpoint: it cannot be read.
-    """
+    """Name and value of the metric of the best checkpoint; None if there is none."""
     best = list_checkpoints(run, BEST)
     return dict(read_description(best[-1] / WEIGHTS)["best"]) if best else None
 
@@ -170,6 +164,11 @@ def describe_best(run: Path) -> str:
 def list_checkpoints(run: Path, folder: str = NEWEST) -> list[Path]:
     """The run's checkpoints in one of its folders, oldest first."""
     return sorted((run / folder).glob("step-*"))
+
+
+def newest_name(run: Path) -> str:
+    """Name of the run's newest checkpoint, for messages; "none" if there is none."""
+    return next((path.name for path in list_checkpoints(run)[-1:]), "none")
 
 
 def load_newest(run: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
@@ -235,8 +234,8 @@ def find_weights(path: str | Path) -> Path:
     )
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and description from a run folder, checkpoint folder or file.
+def read_weights(path: str | Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights (none without `tensors`) and description from a run folder, checkpoint folder or file.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -244,32 +243,22 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: not a checkpoint of this package.
     """
     file = find_weights(path)
-    description = read_description(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, description  # noqa: SIM118 - not a dict
+            header = (opened.metadata() or {}).get("asa")
+            if header is None:
+                raise ValueError(f"{file}: not a checkpoint of asa: its header has no description of the model")
+            description: dict[str, Any] = json.loads(header)
+            if description.get("format") != FORMAT:
+                raise ValueError(f"{file}: checkpoint format {description.get('format')}; this version reads {FORMAT}")
+            return {name: opened.get_tensor(name) for name in opened.keys() if tensors}, description  # noqa: SIM118
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{file}: not a complete safetensors file ({error})") from error
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """Only the description of a checkpoint, without its weights.
-
-    Raises:
-        FileNotFoundError, DamagedCheckpoint, ValueError: as `read_weights`.
-    """
-    file = find_weights(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = (opened.metadata() or {}).get("asa")
-    except SafetensorError as error:
-        raise DamagedCheckpoint(f"{file}: not a complete safetensors file ({error})") from error
-    if header is None:
-        raise ValueError(f"{file}: not a checkpoint of asa: its header has no description of the model")
-    description: dict[str, Any] = json.loads(header)
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{file}: checkpoint format {description.get('format')}; this version reads {FORMAT}")
-    return description
+    """Only the description of a checkpoint; raises the errors of `read_weights`."""
+    return read_weights(path, tensors=False)[1]
 
 
 def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:

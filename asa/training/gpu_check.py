@@ -39,13 +39,7 @@ def preflight(
 
 
 def check_gpu(device: torch.device) -> list[str]:
-    """Compare a GPU's architecture with those that this PyTorch was built for.
-
-    Args:
-        device: of the run; a CPU is always supported.
-
-    Returns:
-        Lines of advice, usually none.
+    """Lines of advice on the GPU of a run and this PyTorch, usually none.
 
     Raises:
         ValueError: PyTorch has no kernels for this GPU; the message says what to install.
@@ -84,12 +78,7 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def fit_line(needed: int, device: torch.device) -> str:
-    """A line that compares the memory of a step with the free memory of a GPU.
-
-    Args:
-        needed: peak of a step in bytes.
-        device: a CUDA device.
-    """
+    """A line that compares the memory that a step needs at its peak, in bytes, with the free memory of a GPU."""
     free, total = torch.cuda.mem_get_info(device)
     line = (
         f"memory: a step takes about {needed / GIB:.1f} GiB, {free / GIB:.1f} of {total / GIB:.1f} GiB are free "

@@ -274,17 +274,9 @@ def train(
 
 
 def resume(
-    run: Path,
-    method: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: EMA,
+    run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ema: EMA
 ) -> dict[str, Any]:
-    """Load the newest intact checkpoint of a run on all ranks.
-
-    Returns:
-        Its training state; empty if there is no checkpoint.
-    """
+    """Load the newest intact checkpoint of a run on all ranks; its training state, empty if there is none."""
     found: Any = None
 
     def newest() -> str | None:

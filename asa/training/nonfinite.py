@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asa.training.checkpoint import list_checkpoints
+from asa.training.checkpoint import newest_name
 from asa.training.distributed import gather_objects, rank
 from asa.training.run_log import RunLog
 
@@ -24,21 +24,13 @@ SCALE_HALVINGS = 16
 
 @dataclass
 class StepCheck:
-    """The check of one step, on its way from the device.
+    """The check of one step, on its way from the device."""
 
-    Args:
-        step: its number, from 1.
-        flags: bool [gradient is not finite, loss of micro-batch 1 is not finite, ...].
-        copied: when `flags` has arrived on the CPU; None: it was computed there.
-        ids: record ids of each micro-batch.
-        batches: the micro-batches, kept only after a skipped step.
-    """
-
-    step: int
-    flags: Tensor
-    copied: torch.cuda.Event | None
-    ids: list[list[str]]
-    batches: list[dict[str, Any]]
+    step: int  # from 1
+    flags: Tensor  # bool [gradient is not finite, loss of micro-batch 1 is not finite, ...]
+    copied: torch.cuda.Event | None  # when `flags` has arrived on the CPU; None: it was computed there
+    ids: list[list[str]]  # record ids of each micro-batch
+    batches: list[dict[str, Any]]  # the micro-batches, kept only after a skipped step
 
 
 class NonFiniteGuard:
@@ -94,11 +86,7 @@ class NonFiniteGuard:
         return skip
 
     def resolve(self) -> None:
-        """Read the result of the pending check.
-
-        Raises:
-            FloatingPointError: too many steps in a row were skipped.
-        """
+        """Read the result of the pending check; raises as `check`."""
         pending, self.pending = self.pending, None
         if pending is None:
             return
@@ -128,10 +116,9 @@ class NonFiniteGuard:
             dump = self.run / "nonfinite" / f"step-{skipped.step:08d}-rank-{rank()}.pt"
             dump.parent.mkdir(exist_ok=True)
             torch.save({"step": skipped.step, "batches": [skipped.batches[k] for k in suspects]}, dump)
-        saved = [path.name for path in list_checkpoints(self.run)[-1:]]
         raise FloatingPointError(
             f"the {what} was not finite in {self.in_a_row} steps in a row, the last of them step {skipped.step}: "
-            f"stopped before saving; the last checkpoint is {saved[0] if saved else 'none'}. The batch is in "
+            f"stopped before saving; the last checkpoint is {newest_name(self.run)}. The batch is in "
             f"{self.run / 'nonfinite'}. Lower optim.lr, or check the scans {_first(ids)}"
         )
 

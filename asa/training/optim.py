@@ -86,7 +86,6 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
     """Exclude parts of a network from training: their gradients, and what these would need, are not computed.
 
     Args:
-        model: the network.
         parts: dotted names of modules or parameters.
 
     Raises:

@@ -38,10 +38,7 @@ class TensorTracker(TorchDispatchMode):
     """Counts the operations in its context, and the bytes of the tensors that are created there and still alive.
 
     Operations on tensors without data are not computed. Others are, as they decide shapes: for example the indices of
-    masked patches.
-
-    Args:
-        existing: tensors created before, which are not counted; neither are views of them.
+    masked patches. Tensors `existing` before and their views are not counted.
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
@@ -93,19 +90,12 @@ def _without_data(tree: Any) -> bool:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """The micro-batches of a step, traced without data.
+    """The micro-batches of a step, traced without data."""
 
-    Args:
-        forward: operations of a micro-batch's forward pass.
-        both: operations of its forward and backward passes.
-        kept: bytes of the batch and the activations that a micro-batch keeps for its backward pass.
-        peak: maximum of bytes alive at the same time, including gradients, excluding weights and optimizer.
-    """
-
-    forward: int
-    both: int
-    kept: int
-    peak: int
+    forward: int  # operations of a micro-batch's forward pass
+    both: int  # operations of its forward and backward passes
+    kept: int  # bytes of the batch and the activations that a micro-batch keeps for its backward pass
+    peak: int  # maximum of bytes alive at the same time, including gradients, excluding weights and optimizer
 
 
 def trace_step(method: nn.Module, batch: Mapping[str, Tensor], dtype: torch.dtype, micro_batches: int) -> StepTrace:
@@ -138,49 +128,33 @@ def trace_step(method: nn.Module, batch: Mapping[str, Tensor], dtype: torch.dtyp
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of a step in bytes, weights and gradients in float32.
-
-    Args:
-        weights: parameters.
-        gradients: of the trained parameters.
-        states: of the optimizer.
-        kept: batch and activations that a micro-batch keeps for its backward pass.
-        peak: maximum of everything together. The other four do not add up to it.
-    """
+    """Memory of a step in bytes, weights and gradients in float32."""
 
     weights: int
-    gradients: int
-    states: int
-    kept: int
-    peak: int
+    gradients: int  # of the trained parameters
+    states: int  # of the optimizer
+    kept: int  # batch and activations that a micro-batch keeps for its backward pass
+    peak: int  # maximum of everything together; the other four do not add up to it
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a run.
+    """The cost of a run."""
 
-    Args:
-        encoder, total: parameters.
-        forward, step: operations of the forward passes of a step over all its micro-batches, and of the whole step
-            (including what checkpointing computes again).
-        memory: by device and precision, like "CPU, fp32" and "GPU, 16 bit".
-    """
-
-    encoder: int
-    total: int
-    forward: int
-    step: int
-    memory: dict[str, StepMemory]
+    encoder: int  # parameters; 0 without an encoder
+    total: int  # parameters
+    forward: int  # operations of the forward passes of a step over all its micro-batches
+    step: int  # operations of a whole step, including what checkpointing computes again
+    memory: dict[str, StepMemory]  # by device and precision, like "CPU, fp32" and "GPU, 16 bit"
 
 
 def volume_batch(method: Any, count: int, *, label: bool = False, target: bool = False) -> dict[str, Tensor]:
-    """A micro-batch of volumes on the meta device, of the channels and size of the method's encoder.
+    """A micro-batch of `count` volumes on the meta device, of the channels and size of the method's encoder.
 
     Args:
         method: its `model.encoder` has `in_channels` and `img_size`.
         count: volumes.
-        label: add a label map "label".
-        target: add a class index "target".
+        label, target: add a label map "label", a class index "target".
     """
     encoder = method.model.encoder
     image = torch.empty(count, encoder.in_channels, *encoder.img_size, device="meta")
@@ -214,12 +188,8 @@ def make_plan(
     """
     Schedule(optim, settings.steps, settings.batch_size)
     memory, trace, method = {}, None, _on_meta(make)
-    precisions = {"CPU": settings.precision, "GPU": settings.precision}
-    if settings.precision == "auto":
-        precisions = {"CPU": "fp32", "GPU": "fp16"}
-    elif settings.precision == "fp16":
-        precisions.pop("CPU")
-    for device, name in precisions.items():
+    special = {"auto": {"CPU": "fp32", "GPU": "fp16"}, "fp16": {"GPU": "fp16"}}
+    for device, name in special.get(settings.precision, dict.fromkeys(("CPU", "GPU"), settings.precision)).items():
         trace, memory[f"{device}, {'16 bit' if device == 'GPU' and name != 'fp32' else name}"] = step_memory(
             make, pick_precision(name, GPU), batch, settings=settings, optim=optim, gpu=device == "GPU"
         )
@@ -257,7 +227,7 @@ def step_memory(
         with TensorTracker() as tracker:
             method.run_untiled(example)
         peak = max(peak, trace.kept + tracker.peak + (weights if settings.accumulate > 1 else 0))
-    gradients = 4 * sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    gradients = 4 * sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
     states = gradients * (2 if optim.name == "adamw" else int(optim.momentum > 0))
     ema = weights if settings.ema else 0
     return trace, StepMemory(weights, gradients, states, trace.kept, weights + states + ema + peak)
@@ -297,8 +267,8 @@ def show_plan(
     scans: int,
     settings: TrainSettings,
     optim: OptimSettings,
-    rate: float | None = None,
-    names: tuple[str, str] = ("volumes", "scans"),
+    rate: float | None,
+    names: tuple[str, str],
 ) -> str:
     """The plan of a run as text.
 
@@ -345,16 +315,7 @@ def plan_report(
     source: str,
     names: tuple[str, str] = ("volumes", "scans"),
 ) -> str:
-    """A plan as text of about ten lines.
-
-    Args:
-        plan: from `make_plan`.
-        settings: of the run.
-        scans: in the training part.
-        rate: operations per second.
-        source: of the rate.
-        names: of the items of a batch and of the training part.
-    """
+    """A plan as text of about ten lines: `rate` operations per second, from `source`; the rest as in `show_plan`."""
     volumes, seconds = settings.steps * settings.batch_size, plan.step / rate
     days = settings.steps * seconds / 86400
     parts = f"{settings.accumulate} micro-batches" if settings.accumulate > 1 else "one micro-batch"

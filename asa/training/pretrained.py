@@ -7,17 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asa.models.transfer import (
-    Source,
-    check_position,
-    from_monai,
-    plan_transfer,
-    transfer_encoder,
-    transfer_report,
-    transfer_sa_swin,
-    transfer_table,
-    why_refused,
-)
+from asa.models import transfer
+from asa.models.transfer import Source
 from asa.training.checkpoint import find_weights, read_weights
 
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")  # written by torch.save
@@ -37,7 +28,7 @@ def read_source(path: str | Path) -> tuple[Source, dict[str, Any]]:
     file = find_weights(path)
     if file.suffix in TORCH_FILES:
         try:
-            return from_monai(_tensors(file)), {}
+            return transfer.from_monai(_tensors(file)), {}
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
     weights, description = read_weights(file)
@@ -62,8 +53,7 @@ def load_pretrained(
     Args:
         init: name of the source, for messages.
         source, description: from `read_source`.
-        model: the network, with an `encoder`; changed in place.
-        model_config: the network's description.
+        model, model_config: the network, whose `encoder` is changed in place, and its description.
         explain: report only.
 
     Returns:
@@ -76,16 +66,17 @@ def load_pretrained(
         return _load_swin(init, source, description, model, model_config)
     note = ""
     if description:
-        check_position(description["model"], model_config)
+        transfer.check_position(description["model"], model_config)
     else:
         heads = model.encoder.blocks[0].attention.num_heads
         note = f"\n{init} does not contain its number of heads: {heads} assumed"
     if not explain:
-        return f"encoder from {init}:\n{transfer_report(transfer_encoder(source, model.encoder))}{note}"
-    plan = plan_transfer(source, model.encoder)
-    refused = why_refused(plan, model.encoder)
+        loaded = transfer.transfer_encoder(source, model.encoder)
+        return f"encoder from {init}:\n{transfer.transfer_report(loaded)}{note}"
+    plan = transfer.plan_transfer(source, model.encoder)
+    refused = transfer.why_refused(plan, model.encoder)
     verdict = f"refused: {refused}" if refused else "the transfer is possible; nothing was trained (transfer=explain)"
-    return f"{transfer_table(plan, model.encoder)}\n{transfer_report(plan)}{note}\n{verdict}"
+    return f"{transfer.transfer_table(plan, model.encoder)}\n{transfer.transfer_report(plan)}{note}\n{verdict}"
 
 
 def _load_swin(
@@ -98,7 +89,7 @@ def _load_swin(
             raise ValueError(
                 f"{init} was pretrained with {key}={before}, this model has {now}: add model.{key}={before}"
             )
-    return f"{transfer_sa_swin(source, model)}, from {init}"
+    return f"{transfer.transfer_sa_swin(source, model)}, from {init}"
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def test_a_fresh_encoder_does_not_alarm_and_one_that_forgets_its_input_does(stor
     torch.manual_seed(0)
     method = MaskedPretraining(model=asa_tiny(img_size=32))
     encoder = method.model.encoder
-    health = FeatureHealth(method, dataset, None, [], warm_up=0)
+    health = FeatureHealth(method, dataset, None, [], warmup=0)
     numbers = {"loss": 0.5, "mean_predictor_loss": 1.0}
     assert health.measure(1, numbers)[1] == []
     torch.nn.init.zeros_(encoder.patch_embed.weight)  # tells places apart still
