@@ -65,11 +65,7 @@ def window_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def sliding_window(
-    model: nn.Module,
-    image: Tensor,
-    settings: PredictSettings,
-    *,
-    tick: Callable[[int], Any] | None = None,
+    model: nn.Module, image: Tensor, settings: PredictSettings, *, tick: Callable[[int], Any] | None = None
 ) -> Tensor:
     """Logits of a volume of any size, from overlapping windows with Gaussian weights.
 

@@ -103,12 +103,7 @@ def overlay_panel(
 
 
 def reconstruction_panel(
-    input: np.ndarray,
-    masked: np.ndarray,
-    prediction: np.ndarray,
-    importance: np.ndarray,
-    *,
-    at: Index | None = None,
+    input: np.ndarray, masked: np.ndarray, prediction: np.ndarray, importance: np.ndarray, *, at: Index | None = None
 ) -> np.ndarray:
     """Draw input, masked input, prediction and importance side by side, in three planes.
 

@@ -20,27 +20,13 @@ from asa.evaluation.policies import POLICIES, Policy, get_policy
 from asa.evaluation.summary import SEED, CaseRow, SegmentationSummary, cases_csv, listed, summarise, summary_table
 from asa.reporting.evaluation import CaseFiles, write_report
 
-__all__ = [
-    "POLICIES",
-    "CaseFiles",
-    "dice",
-    "evaluate_case",
-    "evaluate_folder",
-    "hd95",
-    "summarise",
-    "summary_table",
-]
+__all__ = ["POLICIES", "CaseFiles", "dice", "evaluate_case", "evaluate_folder", "hd95", "summarise", "summary_table"]
 
 ENDING = ".nii.gz"
 
 
 def evaluate_case(
-    prediction: Volume,
-    truth: Volume,
-    labels: Mapping[int, str],
-    policy: str | Policy = "ibsr",
-    *,
-    case_id: str,
+    prediction: Volume, truth: Volume, labels: Mapping[int, str], policy: str | Policy = "ibsr", *, case_id: str
 ) -> list[CaseRow]:
     """Compare one label map with the truth.
 
