@@ -37,6 +37,7 @@ from .ops.regions import region_attention as region_attention
 from .tasks.commands import evaluate as evaluate
 from .tasks.commands import finetune as finetune
 from .tasks.commands import predict as predict
+from .tasks.commands import prepare as prepare
 from .tasks.commands import pretrain as pretrain
 from .tasks.run import compare as compare
 from .training.checkpoint import load_encoder as load_encoder

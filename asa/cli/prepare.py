@@ -1,91 +1,12 @@
 """Prepare raw scans into a store: checked, parallel and resumable."""
 
 import sys
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from statistics import median
 
-from asa.cli.front import Config, run_command
-from asa.config import build
-from asa.data.io.files import PART
-from asa.data.preprocessing.cohort import CohortReport, CohortSettings, prepare_cohort
-from asa.data.store import MANIFEST, Store
-from asa.reporting.quality_control import PAGE, TABLE, QualityControlReport
+from asa.cli.front import run_command
+from asa.tasks.preparation import prepare_task
 
-
-def prepare(config: Config) -> None:
-    """Prepare a cohort, run its quality control, or verify a store.
-
-    Raises:
-        ValueError: scans failed or are damaged; they are listed first.
-    """
-    out, check = Path(str(config["out"])), config["check"]
-    if config["verify"]:
-        verify(out)
-        return
-    if check not in (None, "only", "also"):
-        raise ValueError(f"check={check}: choose only, also, or null")
-    files = [path for path in out.iterdir() if not path.name.endswith(PART)] if out.is_dir() else []
-    if check != "only" and files and not (out / MANIFEST).exists():
-        raise ValueError(f"{out} is not empty and not a store: choose another out=")
-    if config["data"]["root"] is None and not config["data"].get("table"):
-        raise ValueError("data.root has to be given: add data.root=FOLDER")
-    cohort = _cohort(config)
-    records = build(config["data"], plugins=config["plugins"])
-    checkup = QualityControlReport(Path(str(config["report"] or f"{out}_check"))) if check else None
-    target, on_scan = None if check == "only" else out, checkup.add if checkup else None
-    report = prepare_cohort(records, target, cohort, workers=config["workers"], on_scan=on_scan)
-    _print(report, "nothing written" if check == "only" else str(out))
-    if checkup:
-        checkup.finish(asdict(cohort.settings))
-        print(f"wrote {checkup.folder / TABLE} and {checkup.folder / PAGE}")
-    if report.failures:
-        raise ValueError(f"{len(report.failures)} scans failed, listed above: fix or leave them out, and run again")
-
-
-def verify(path: Path) -> None:
-    """Compare a store with its checksums.
-
-    Raises:
-        ValueError: scans are damaged; they are listed first.
-    """
-    store = Store(path)
-    damaged = store.verify()
-    for id, reason in damaged:
-        print(f"{id}: {reason}")
-    if damaged:
-        raise ValueError(f"{len(damaged)} scans of {path} are damaged, listed above with what to do")
-    print(f"{path}: all {len(store)} scans are unchanged")
-
-
-def _cohort(config: Config) -> CohortSettings:
-    labels = config["labels"] or {}
-    if not isinstance(labels, dict) or not all(isinstance(value, int) for value in labels):
-        raise ValueError(f"labels={labels}: give values and names, like labels={{1: csf, 2: gm, 3: wm}}")
-    return CohortSettings(
-        labels=labels,
-        ignored=config["ignored"] or (),
-        regions=config["regions"] or {},
-        settings=build(config["prepare"]),
-        missing=config["missing"],
-        duplicates=config["duplicates"],
-    )
-
-
-def _print(report: CohortReport, where: str) -> None:
-    for id, warnings in report.warnings.items():
-        for warning in warnings:
-            print(f"{id}: warning: {warning}")
-    for id, reason in report.failures.items():
-        print(f"{id}: failed: {reason}")
-    if report.seconds:
-        times = ", ".join(f"{stage} {median(durations):.1f}" for stage, durations in report.seconds.items())
-        print(f"median seconds per scan: {times}")
-    print(f"{where}: {len(report.prepared)} prepared, {len(report.skipped)} done before, {len(report.failures)} failed")
-
-
-main = partial(run_command, "prepare", __doc__, prepare)
+main = partial(run_command, "prepare", __doc__, prepare_task)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The commands as functions: pretrain, finetune, predict, evaluate.
+"""The commands as functions: prepare, pretrain, finetune, predict, evaluate.
 
 Keyword arguments are the commands' keys, nested or dotted: `finetune("stores/ibsr", "runs/ibsr", experiment="ibsr",
 train={"steps": 5000}, **{"optim.lr": 1e-3})`. `asa-finetune --help` lists them.
@@ -11,7 +11,25 @@ from typing import Any
 from asa.data.io.files import read_json
 from asa.tasks.base import Config, task_of_method
 from asa.tasks.cross_validation import cross_validate
+from asa.tasks.preparation import prepare_task
 from asa.tasks.run import configure, evaluate_task, predict_task, train_task
+
+
+def prepare(out: str | Path, **settings: Any) -> Path:
+    """Prepare raw scans into a store, as asa-prepare does; scans that are prepared already are not done again.
+
+    Args:
+        out: folder of the store.
+        settings: keys of asa-prepare, like `data="bids", **{"data.root": FOLDER}`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: settings that do not fit, or scans that failed; the others are prepared.
+    """
+    prepare_task(configure("prepare", settings, {"out": str(out)}))
+    return Path(out)
 
 
 def pretrain(

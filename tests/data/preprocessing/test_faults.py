@@ -23,7 +23,7 @@ import pytest
 from heads import LABELS, centred, scan
 
 from asa.cli.front import run_command
-from asa.cli.prepare import prepare
+from asa.tasks.preparation import prepare_task
 from asa.data.datasets import folder
 from asa.data.io.files import gzipped
 from asa.data.io.nifti import Volume, identity_of, read_image, read_label, write_image, write_label
@@ -63,7 +63,7 @@ def settings(root: Path, out: Path, *more: str) -> list[str]:
 def command(*arguments: str) -> Result:
     """asa-prepare in this process, with its configuration composed as on the command line."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = run_command("prepare", "", prepare, arguments=arguments)
+        code = run_command("prepare", "", prepare_task, arguments=arguments)
     return Result(code, out.getvalue(), err.getvalue())
 
 
