@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from asa.data.io.parallel import in_processes
+
 ROOT = Path(__file__).parents[3]
 # A process that prints the pid of the worker of its loader, and neither exhausts nor closes the loader.
 LOADING = """
@@ -79,3 +81,19 @@ def test_a_worker_outlives_the_signals_that_stop_a_run(tmp_path):
         process.kill()
         process.wait(10)
     assert gone(worker, 10)
+
+
+# ---------------------------------------------------------------------------------------------- the parallel map
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_ordered_map_yields_results_in_the_order_of_the_jobs(workers):
+    pairs = in_processes(abs, [-3, 2, -1], workers, title="", unit="", progress=False, ordered=True)
+    assert list(pairs) == [(-3, 3), (2, 2), (-1, 1)]
+
+
+def test_the_job_of_a_killed_process_has_no_result_and_an_exception_is_raised():
+    keywords = {"title": "", "unit": "", "progress": False}
+    assert list(in_processes(os._exit, [3], 2, **keywords)) == [(3, None)]
+    with pytest.raises(ValueError, match="invalid literal"):
+        list(in_processes(int, ["1", "x"], 2, **keywords))
