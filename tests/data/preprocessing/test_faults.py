@@ -23,13 +23,13 @@ import pytest
 from heads import LABELS, centred, scan
 
 from asa.cli.front import run_command
-from asa.tasks.preparation import prepare_task
 from asa.data.datasets import folder
 from asa.data.io.files import gzipped
 from asa.data.io.nifti import Volume, identity_of, read_image, read_label, write_image, write_label
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 from asa.data.preprocessing.quality_control import ScanQuality
 from asa.data.store import Store
+from asa.tasks.preparation import prepare_task
 
 SHAPE = (30, 36, 32)
 LAS = centred(SHAPE, np.diag([-5.0, 5.0, 5.0]))  # so coarse that a whole head is small
