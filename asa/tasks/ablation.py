@@ -24,18 +24,18 @@ from asa.tasks.run import configure, evaluate_task, predict_task, train_task
 from asa.training.distributed import world_size
 from asa.training.signals import Stopped
 
-# What may change when an ablation goes on: more runs beside those that are there.
+# Settings that may change when an ablation is continued: they add runs to the existing ones.
 FREE = ("only", "labelled", "seeds", "config_dir")
 
 
 @dataclass
 class Ablation:
-    """The runs of an ablation and where they stand."""
+    """The state of an ablation."""
 
     config: Config
     out: Path
     arms: dict[str, dict[str, Any]]
-    pretrained: dict[str, str | None] = field(default_factory=dict)  # name -> what went wrong, None: done
+    pretrained: dict[str, str | None] = field(default_factory=dict)  # name -> why it failed, None: done
     trials: list[Trial] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -44,13 +44,13 @@ def ablate(config: Config) -> None:
     """Run an ablation.
 
     Raises:
-        ValueError: settings that do not fit, or runs that failed; these are named, and the others are done.
+        ValueError: invalid settings, or runs that failed; these are listed, and the others are done.
     """
     out = Path(str(config["out"]))
     for key in ("pretrain", "finetune", "predict"):
         config[key] = config[key] or {}
     for key in ("store", "unlabelled"):
-        config[key] = config[key] and str(Path(str(config[key])).resolve())  # goes on from any directory
+        config[key] = config[key] and str(Path(str(config[key])).resolve())  # it can be continued from any directory
     _check(config)
     ablation = Ablation(config, out, _arms(config))
     splits = _splits(config)
@@ -61,7 +61,7 @@ def ablate(config: Config) -> None:
             write_split(_split_file(out, seed), splits[seed])
             print(f"[{number}/{len(planned)}] {_name(seed, arm, count)}: ", end="", flush=True)
             print(_one(ablation, seed, count, arm), flush=True)
-    finally:  # asked to stop as well: the table of what there is
+    finally:  # if it is stopped too: the table of the finished runs
         if ablation.trials:
             write_ablation(out, ablation.trials, list(ablation.arms), _notes(ablation))
     if ablation.trials:
@@ -72,12 +72,12 @@ def ablate(config: Config) -> None:
             print(f"{name}: failed: {reason}")
         raise ValueError(
             f"{len(ablation.failures)} of {len(planned)} runs failed, listed above (their output: {out / 'logs'}): "
-            "the same command does them again"
+            "the same command repeats them"
         )
 
 
 def _check(config: Config) -> None:
-    """Refuse what cannot be run, before anything is."""
+    """Raise a ValueError for invalid settings before anything is run."""
     if world_size() > 1:
         raise ValueError("asa-ablate runs in one process: start it without torchrun")
     require_report_extra("asa-ablate")
@@ -89,7 +89,7 @@ def _check(config: Config) -> None:
     own = {"data.store", "data.split_file", "data.labelled", "init", "out", "train.seed", "checkpoint", "input", "part"}
     for key in ("pretrain", "finetune", "predict"):
         if taken := own & flatten(config[key]).keys():
-            raise ValueError(f"{key}.{min(taken)} is what asa-ablate sets for each run: leave it out")
+            raise ValueError(f"{key}.{min(taken)} is set by asa-ablate for each run: leave it out")
 
 
 def _arms(config: Config) -> dict[str, dict[str, Any]]:
@@ -106,7 +106,7 @@ def _arms(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def _splits(config: Config) -> dict[int, dict[str, list[str]]]:
-    """The split of each seed, which has test subjects and as many training subjects as asked for."""
+    """The split of each seed; raises a ValueError without test subjects, or with too few training subjects."""
     store, fixed = Store(config["store"]), config["split"]["seed"]
     splits = {}
     for seed in config["seeds"]:
@@ -121,7 +121,7 @@ def _splits(config: Config) -> dict[int, dict[str, list[str]]]:
 
 
 def _keep_config(file: Path, config: Config) -> None:
-    """Write the settings beside the runs; refuse to add to runs that were made with others."""
+    """Write the settings beside the runs; raise a ValueError if existing runs have other settings."""
     lasting = {key: value for key, value in config.items() if key not in (*FREE, "out")}
     if file.exists():
         before = yaml.safe_load(file.read_text())
@@ -134,7 +134,7 @@ def _keep_config(file: Path, config: Config) -> None:
 
 
 def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> str:
-    """Train, predict and score one run, unless it is there; a line on it."""
+    """Train, predict and score one run unless it is done; returns the line to print."""
     name, begun = _name(seed, arm, count), time.monotonic()
     evaluation = ablation.out / "evaluations" / name
     done = (evaluation / "summary.json").exists()

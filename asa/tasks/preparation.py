@@ -31,13 +31,13 @@ def prepare_task(config: Config) -> None:
         raise ValueError("data.root has to be given: add data.root=FOLDER")
     cohort = _cohort(config)
     records = build(config["data"], plugins=config["plugins"])
-    checkup = QualityControlReport(Path(str(config["report"] or f"{out}_check"))) if check else None
-    target, on_scan = None if check == "only" else out, checkup.add if checkup else None
+    quality = QualityControlReport(Path(str(config["report"] or f"{out}_check"))) if check else None
+    target, on_scan = None if check == "only" else out, quality.add if quality else None
     report = prepare_cohort(records, target, cohort, workers=config["workers"], on_scan=on_scan)
     _print(report, "nothing written" if check == "only" else str(out))
-    if checkup:
-        checkup.finish(asdict(cohort.settings))
-        print(f"wrote {checkup.folder / TABLE} and {checkup.folder / PAGE}")
+    if quality:
+        quality.finish(asdict(cohort.settings))
+        print(f"wrote {quality.folder / TABLE} and {quality.folder / PAGE}")
     if report.failures:
         raise ValueError(f"{len(report.failures)} scans failed, listed above: fix or leave them out, and run again")
 

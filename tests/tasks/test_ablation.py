@@ -224,7 +224,7 @@ def test_a_folder_takes_more_runs_and_no_other_settings(ablate, recorded) -> Non
         ("labelled=[9]", "data.labelled=9, but the split has 3 training subjects"),
         ("seeds=[]", "seeds=[]: give a list"),
         ("split.test=0", "no test subjects"),
-        ("+finetune.init=x", "finetune.init is what asa-ablate sets"),
+        ("+finetune.init=x", "finetune.init is set by asa-ablate"),
         ("+arms.mine={pretrain: null}", "arms.mine needs pretrain"),
     ],
 )
