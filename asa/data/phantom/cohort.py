@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from asa.data.datasets import brats, wmh
 from asa.data.io.files import read_json, write_json
 from asa.data.io.nifti import write_image
 from asa.data.phantom.anatomy import Template, blend, load_template, make_subject, take_image, tissue_label
@@ -103,9 +104,6 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- layouts
-
-
 @dataclass(frozen=True)
 class _Files:
     """Paths of a subject's images (by modality), label map and JSON."""
@@ -126,16 +124,12 @@ def _files(out: Path, kind: str, number: int, names: int) -> _Files:
         return _Files({"t1": folder / f"{name}_ana_strip.nii.gz"}, label, folder / "phantom.json")
     if kind == "wmh":
         folder = out / SITES[(number - 1) % len(SITES)] / str(number)
-        images = {name: folder / "pre" / f"{file}.nii.gz" for name, file in (("t1", "T1"), ("flair", "FLAIR"))}
+        images = {modality: folder / "pre" / f"{file}.nii.gz" for modality, file in wmh.CHANNELS.items()}
         return _Files(images, folder / "wmh.nii.gz", folder / "phantom.json")
-    if names == 2021:
-        name, endings, label_ending = f"BraTS2021_{number:05d}", ("_t1", "_t1ce", "_t2", "_flair"), "_seg"
-    else:
-        name, endings, label_ending = f"BraTS-GLI-{number:05d}-000", ("-t1n", "-t1c", "-t2w", "-t2f"), "-seg"
+    name = f"BraTS2021_{number:05d}" if names == 2021 else f"BraTS-GLI-{number:05d}-000"
     folder = out / name
-    modalities = ("t1", "t1ce", "t2", "flair")
-    images = {key: folder / f"{name}{ending}.nii.gz" for key, ending in zip(modalities, endings, strict=True)}
-    return _Files(images, folder / f"{name}{label_ending}.nii.gz", folder / "phantom.json")
+    images = {modality: folder / f"{name}{ending}.nii.gz" for modality, ending in brats.CHANNELS[names].items()}
+    return _Files(images, folder / f"{name}{brats.LABEL_FILES[names]}.nii.gz", folder / "phantom.json")
 
 
 def _write_subject(template: Template, out: Path, number: int, seed: int, about: dict[str, Any]) -> list[Path]:
@@ -150,11 +144,9 @@ def _write_subject(template: Template, out: Path, number: int, seed: int, about:
     if kind == "wmh":
         lesions, drawn = hyperintensities(subject.maps, template.extent, rng)
     elif plan is not None:
-        values = (1, 2, 4) if about["names"] == 2021 else (1, 2, 3)
-        lesions, drawn = (
-            tumour(subject.maps, subject.tissue[0], plan, template.extent, rng, values),
-            {"tumour": asdict(plan)},
-        )
+        values = tuple(brats.LABELS[about["names"]])
+        lesions = tumour(subject.maps, subject.tissue[0], plan, template.extent, rng, values)
+        drawn = {"tumour": asdict(plan)}
     fractions, label = blend(lesions, subject.brain)
     if kind == "ibsr":
         label = tissue_label(subject)
