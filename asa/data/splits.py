@@ -167,9 +167,6 @@ def keep_labelled(split: Mapping[str, Sequence[str]], labelled: int | float) -> 
     return {name: list(subjects)[: count if name == "train" else None] for name, subjects in split.items()}
 
 
-# ---------------------------------------------------------------------------------------------- files and records
-
-
 def write_split(path: str | Path, split: Mapping[str, Sequence[str]]) -> None:
     """Write a split as JSON, beside the run that used it.
 
@@ -210,10 +207,6 @@ def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:
 
 def select(records: Iterable[AnyRecord], subjects: Iterable[str]) -> list[AnyRecord]:
     """Records of the given subjects, in the order of the subjects.
-
-    Args:
-        records: records of a cohort or of a store.
-        subjects: as in one part of a split.
 
     Raises:
         ValueError: a subject has no record.

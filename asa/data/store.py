@@ -153,14 +153,7 @@ def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> n
 
 
 def write_array(root: Path, id: str, kind: str, array: np.ndarray) -> str:
-    """Write an array of a scan atomically and return the SHA-256 of the file.
-
-    Args:
-        root: folder of the store.
-        id: names the file.
-        kind: "image" (stored as float16) or "label" (uint8).
-        array: (C, D, H, W).
-    """
+    """Write an "image" (as float16) or "label" (uint8) (C, D, H, W) of a scan atomically: the SHA-256 of the file."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array, dtype=DTYPES[kind]), allow_pickle=False)
     path = array_path(root, id, kind)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from asa.data.datasets.record import Record, check_records, existing_folder
+from asa.data.datasets.record import Record, existing_folder, sorted_records
 
 CHANNELS = {"t1": "T1w"}
 FOLDERS = ("anat", "t1_linear")  # of BIDS, and of Clinica's t1-linear pipeline
@@ -53,14 +53,13 @@ def records(
     chosen = {entity: str(value) for entity, value in wanted.items() if value is not None}
     keys = ("sub", "ses", "run") if len(channels) == 1 else ("sub", "ses")
     found = {channel: _find(root, suffix, chosen, keys) for channel, suffix in channels.items()}
-    scans = sorted({scan for files in found.values() for scan in files})
     labels, labels_root = {}, root
     if label is not None:
         labels_root = existing_folder(label_root or root, "the label maps").absolute()
         labels = _find(labels_root, label, chosen, keys, optional=("run", "desc"))
     sites = _sites(root)
     result: list[Record] = []
-    for scan in scans:
+    for scan in {scan for files in found.values() for scan in files}:
         paths = {channel: files.get(scan) for channel, files in found.items()}
         subject = scan.split("_")[0]
         record: Record = {
@@ -75,22 +74,13 @@ def records(
             expected = labels_root / image.relative_to(root).with_name(f"{_stem(image)}_{label}.nii.gz")
             record["label"] = str(labels.get(scan, expected))
         result.append(record)
-    check_records(result, source=_source(root, channels, chosen))
-    return result
+    return sorted_records(result, source=_source(root, channels, chosen))
 
 
 def _find(
     root: Path, suffix: str, chosen: Mapping[str, str], keys: tuple[str, ...], optional: tuple[str, ...] = ("run",)
 ) -> dict[str, Path]:
-    """Scan -> the file of this suffix whose entities have the chosen values.
-
-    Args:
-        root: of the dataset.
-        suffix: of the file names.
-        chosen: entity -> required value.
-        keys: entities in the id of a scan.
-        optional: entities that a file may lack although a value is required.
-    """
+    """Scan, named by its entities `keys`, -> the file with the chosen values, which may lack the `optional` ones."""
     found: dict[str, Path] = {}
     for path in _files(root, suffix):
         entities = _entities(path)

@@ -7,7 +7,7 @@ MET, PED, SSA) have the layout of GLI. A later release with another label value 
 import re
 from pathlib import Path
 
-from asa.data.datasets.record import Record, check_records, existing_folder, first_file
+from asa.data.datasets.record import Record, existing_folder, first_file, sorted_records
 
 LABELS = {2021: {1: "necrosis", 2: "oedema", 4: "enhancing"}, 2023: {1: "necrosis", 2: "oedema", 3: "enhancing"}}
 REGIONS = {2021: {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}, 2023: {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}}
@@ -51,10 +51,8 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
                 )
             if match:
                 result.append(_record(folder, match.group(1), year, label))
-    result.sort(key=lambda record: record["id"])
     example = "BraTS2021_00000" if year == 2021 else "BraTS-GLI-00000-000"
-    check_records(result, source=f"{example}/{example}{CHANNELS[year]['t1']}.nii.gz, ... below {root}")
-    return result
+    return sorted_records(result, source=f"{example}/{example}{CHANNELS[year]['t1']}.nii.gz, ... below {root}")
 
 
 def _record(folder: Path, subject: str, year: int, label: bool) -> Record:

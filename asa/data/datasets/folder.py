@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from asa.data.datasets.record import Record, check_records, existing_folder
+from asa.data.datasets.record import Record, existing_folder, sorted_records
 from asa.data.io.files import read_json
 
 COLUMNS = ("id", "subject", "site", "label")  # of a table; all other columns are channels
@@ -53,17 +53,11 @@ def records(
             raise ValueError(f"{root}: give the names of the images, like images={{t1: '*_T1.nii.gz'}}, or a table=")
         found, source = _from_globs(root, images, label), f"{next(iter(images.values()))!r} below {root}"
     name_subjects(found, subject)
-    found.sort(key=lambda record: record["id"])
-    check_records(found, source=source)
-    return found
+    return sorted_records(found, source=source)
 
 
 def name_subjects(found: Iterable[Record], subject: str | None) -> None:
-    """Set the subject of each record to `subject_of` its id; None changes nothing.
-
-    Raises:
-        ValueError: the expression finds no group 1.
-    """
+    """Set the subject of each record to `subject_of` its id; None changes nothing."""
     for record in found if subject is not None else ():
         record["subject"] = subject_of(record["id"], subject)
 
@@ -80,9 +74,6 @@ def subject_of(id: str, subject: str | None) -> str:
     if match is None or not match.groups() or not match.group(1):
         raise ValueError(f"{id}: subject={subject!r} finds no group 1 in this id; correct the expression")
     return str(match.group(1))
-
-
-# ---------------------------------------------------------------------------------------------- globs
 
 
 def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> list[Record]:
@@ -156,9 +147,8 @@ def find_files(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
     for path in sorted(root.glob(glob)):
         relative = path.relative_to(root).as_posix()
         match = pattern.fullmatch(relative)
-        if match is None or any(part.startswith(".") for part in relative.split("/")):
-            continue
-        files[tuple(text.strip("/") for text in match.groups())] = path.absolute()
+        if match is not None and not any(part.startswith(".") for part in relative.split("/")):
+            files[tuple(text.strip("/") for text in match.groups())] = path.absolute()
     return files
 
 
@@ -171,9 +161,6 @@ def _fill(glob: str, texts: tuple[str, ...]) -> str:
         return f"{found}/" if found and wildcard.group() == "**/" else found
 
     return _WILDCARD.sub(text, glob)
-
-
-# ---------------------------------------------------------------------------------------------- tables
 
 
 def _from_table(path: Path, images: Mapping[str, str] | None) -> list[Record]:

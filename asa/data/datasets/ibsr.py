@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from asa.data.datasets.record import Record, check_records, existing_folder, first_file
+from asa.data.datasets.record import Record, existing_folder, first_file, sorted_records
 
 LABELS = {1: "csf", 2: "gm", 3: "wm"}
 LABEL_FILES = {"fill": "segTRI_fill_ana", "plain": "segTRI_ana"}
@@ -14,8 +14,7 @@ def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
 
     Args:
         root: folder that contains the folders IBSR_NN, or its parent.
-        label: "fill" (`segTRI_fill_ana`, sulcal CSF filled in), "plain" (`segTRI_ana`), or None for no
-            labels.
+        label: "fill" (`segTRI_fill_ana`, sulcal CSF filled in), "plain" (`segTRI_ana`), or None for no labels.
 
     Returns:
         Records sorted by id, channel t1; label values 1 CSF, 2 GM, 3 WM.
@@ -34,9 +33,7 @@ def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
             expected = folder.absolute() / f"{folder.name}_{LABEL_FILES[label]}.nii.gz"
             record["label"] = _file(folder, LABEL_FILES[label]) or str(expected)
         result.append(record)
-    result.sort(key=lambda record: record["id"])
-    check_records(result, source=f"IBSR_NN/IBSR_NN_ana_strip.nii.gz or .img below {root}")
-    return result
+    return sorted_records(result, source=f"IBSR_NN/IBSR_NN_ana_strip.nii.gz or .img below {root}")
 
 
 def _file(folder: Path, what: str) -> str | None:

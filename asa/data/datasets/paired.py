@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from asa.data.datasets.folder import find_files, has_wildcard, join_texts, name_subjects
-from asa.data.datasets.record import Record, check_records, existing_folder
+from asa.data.datasets.record import Record, existing_folder, sorted_records
 
 ENDINGS = (".nii.gz", ".nii")
 
@@ -37,8 +37,7 @@ def records(root: str | Path, *, input: str, target: str, subject: str | None = 
         for name in names
     ]
     name_subjects(result, subject)
-    check_records(result, source=f"{input!r} and {target!r} below {root}")
-    return result
+    return sorted_records(result, source=f"{input!r} and {target!r} below {root}")
 
 
 def _images(root: Path, where: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Records of a cohort, as readers return them, and their checks."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -24,12 +24,15 @@ class Record(TypedDict):
     label: NotRequired[str]
 
 
-def check_records(records: Sequence[Record], *, source: str = "") -> None:
-    """Check that records form a cohort.
+def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:
+    """Records sorted by id, after `check_records`."""
+    result = sorted(records, key=lambda record: record["id"])
+    check_records(result, source=source)
+    return result
 
-    Args:
-        records: the cohort.
-        source: the files that were searched for, for the message about an empty cohort.
+
+def check_records(records: Sequence[Record], *, source: str = "") -> None:
+    """Check that records form a cohort; `source`, the files that were searched for, is part of the messages.
 
     Raises:
         ValueError: no records, an id that repeats or cannot be a file name, a scan without any image, or records with
@@ -55,15 +58,7 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
 
 
 def existing_folder(root: str | Path, holds: str) -> Path:
-    """The root folder of a reader.
-
-    Args:
-        root: as given by the user.
-        holds: its expected contents, for the message.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
+    """The root folder of a reader; a FileNotFoundError says what it `holds` if there is no such folder."""
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds {holds}")

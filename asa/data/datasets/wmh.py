@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from asa.data.datasets.record import Record, check_records, existing_folder, first_file
+from asa.data.datasets.record import Record, existing_folder, first_file, sorted_records
 
 LABELS = {1: "wmh"}
 IGNORED = [2]  # other pathology, excluded from losses and scores
@@ -44,9 +44,7 @@ def records(root: str | Path, *, label: bool = True) -> list[Record]:
         if label:
             record["label"] = str(folder.absolute() / "wmh.nii.gz")
         result.append(record)
-    result.sort(key=lambda record: record["id"])
-    check_records(result, source=f"[training/|test/]SITE/SUBJECT/pre/T1.nii.gz below {root}")
-    return result
+    return sorted_records(result, source=f"[training/|test/]SITE/SUBJECT/pre/T1.nii.gz below {root}")
 
 
 def _clean(name: str) -> str:

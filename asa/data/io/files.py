@@ -11,12 +11,7 @@ PART = ".part"  # ending of a file while it is written; an interruption may leav
 
 
 def write_whole(path: str | Path, payload: bytes) -> None:
-    """Write a file atomically: under a temporary name, which is then renamed.
-
-    Args:
-        path: the file; its folder is created if it does not exist.
-        payload: the complete content.
-    """
+    """Write a file atomically, under a temporary name that is then renamed; its folder is created if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}{PART}")

@@ -5,7 +5,7 @@ Arrays are `C H W` with 1 (grey) or 3 (colour) channels in [0, 1], label maps `H
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,12 @@ def _read(path: Path) -> np.ndarray:
     """Values `(H, W)`, or `(H, W, 3)` of a colour PNG."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    name = path.name.lower()
-    if name.endswith(".png"):
-        return _read_png(path)
-    return _read_dicom(path) if name.endswith(".dcm") else read_slice(path)
+    if path.name.lower().endswith(".png"):
+        with _opened(path) as opened:
+            if opened.mode not in ("L", "RGB", "I;16"):  # palette, transparency, black and white
+                return np.asarray(opened.convert("L" if opened.mode in ("1", "LA") else "RGB"))
+            return np.asarray(opened)
+    return _read_dicom(path) if path.name.lower().endswith(".dcm") else read_slice(path)
 
 
 @contextmanager
@@ -114,13 +116,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield opened
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path}: a damaged PNG ({error}); write or copy it again") from None
-
-
-def _read_png(path: Path) -> np.ndarray:
-    with _opened(path) as opened:
-        if opened.mode not in ("L", "RGB", "I;16"):  # palette, transparency, black and white
-            return np.asarray(opened.convert("L" if opened.mode in ("1", "LA") else "RGB"))
-        return np.asarray(opened)
 
 
 def _read_dicom(path: Path) -> np.ndarray:
@@ -143,8 +138,7 @@ def write_picture(path: Path, image: np.ndarray, window: Sequence[float] | None 
     grey = len(image) == 1
     depth, dtype = (65535, np.uint16) if grey else (255, np.uint8)
     values = np.rint(np.clip(image, 0, 1) * depth).astype(dtype)
-    text = {} if window is None else {WINDOW: json.dumps([float(end) for end in window])}
-    _write_png(path, values[0] if grey else values.transpose(1, 2, 0), text)
+    _write_png(path, values[0] if grey else values.transpose(1, 2, 0), window)
 
 
 def write_regions(path: Path, labels: np.ndarray) -> None:
@@ -155,13 +149,13 @@ def write_regions(path: Path, labels: np.ndarray) -> None:
     """
     if labels.min() < 0 or labels.max() > 65535:
         raise ValueError(f"{path}: labels {labels.min()} to {labels.max()}: a stored label map holds 0 to 65535")
-    _write_png(path, labels.astype(np.uint16), {})
+    _write_png(path, labels.astype(np.uint16))
 
 
-def _write_png(path: Path, values: np.ndarray, text: Mapping[str, str]) -> None:
+def _write_png(path: Path, values: np.ndarray, window: Sequence[float] | None = None) -> None:
     buffer, notes = io.BytesIO(), require("PIL.PngImagePlugin", "restore", "PNG").PngInfo()
-    for key, value in text.items():
-        notes.add_text(key, value)
+    if window is not None:
+        notes.add_text(WINDOW, json.dumps([float(end) for end in window]))
     image = require("PIL.Image", "restore", "PNG").fromarray(np.ascontiguousarray(values))
     image.save(buffer, format="png", pnginfo=notes)
     write_whole(path, buffer.getvalue())

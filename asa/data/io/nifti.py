@@ -16,8 +16,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError, ImageDataError
+from nibabel.wrapstruct import WrapStructError
 
 from asa.data.io.files import gzipped, write_whole
 from asa.errors import one_line
@@ -131,10 +133,8 @@ def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
     dtype = _label_dtype(data_xyz, path)
     # nibabel keeps qform, sform and codes if the affine equals the header's best affine
     image = nib.Nifti1Image(data_xyz.astype(dtype), like.affine, like.header if _is_nifti(like.header) else None)
-    image.header.set_data_dtype(dtype)
-    image.header.set_slope_inter(1, 0)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the display window of the image
-    _write(path, image)
+    _write(path, image, dtype)
 
 
 def write_image(
@@ -158,12 +158,10 @@ def write_image(
         if data_xyz.min() < limits.min or data_xyz.max() > limits.max:
             raise ValueError(f"{path}: values {data_xyz.min():g} to {data_xyz.max():g} do not fit {dtype}")
     image = nib.Nifti1Image(data_xyz.astype(dtype), affine)
-    image.header.set_data_dtype(dtype)
-    image.header.set_slope_inter(1, 0)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
-    _write(path, image)
+    _write(path, image, dtype)
 
 
 def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
@@ -304,7 +302,8 @@ def _load(path: Path) -> Any:
     stem = path.name.removesuffix(".gz")
     try:
         if stem.endswith(".nii"):
-            kind = nib.Nifti2Image if _header_size(payload) == 540 else nib.Nifti1Image
+            is_second = 540 in (int.from_bytes(payload[:4], order) for order in ("little", "big"))  # size of the header
+            kind = nib.Nifti2Image if is_second else nib.Nifti1Image
             return kind.from_file_map({"image": FileHolder(fileobj=io.BytesIO(payload))})
         header, pixels = (payload, None) if stem.endswith(".hdr") else (None, payload)
         partner = _partner(path)
@@ -312,22 +311,10 @@ def _load(path: Path) -> Any:
         pair: Any = nib.Nifti1Pair if header[344:347] == b"ni1" else nib.AnalyzeImage
         holders = {name: FileHolder(fileobj=io.BytesIO(part)) for name, part in (("header", header), ("image", pixels))}
         return pair.from_file_map(holders)
-    except (
-        HeaderDataError,
-        ImageDataError,
-        nib.filebasedimages.ImageFileError,
-        nib.wrapstruct.WrapStructError,
-        struct.error,
-        OSError,
-    ) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:  # the other file of a pair
+        raise
+    except (HeaderDataError, ImageDataError, ImageFileError, WrapStructError, struct.error, OSError) as error:
         raise ValueError(f"{path}: not a NIfTI or Analyze image ({one_line(error)}); convert it again") from None
-
-
-def _header_size(payload: bytes) -> int:
-    size = payload[:4]
-    return 540 if 540 in (int.from_bytes(size, "little"), int.from_bytes(size, "big")) else 348
 
 
 def _partner(path: Path) -> Path:
@@ -410,8 +397,10 @@ def _label_dtype(data: np.ndarray, path: Path) -> np.dtype:
     raise ValueError(f"{path}: label values {low} to {high} are too large; renumber them below 2147483648")
 
 
-def _write(path: Path, image: Any) -> None:
+def _write(path: Path, image: Any, dtype: np.dtype) -> None:
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: images are written as .nii or .nii.gz; change the ending")
+    image.header.set_data_dtype(dtype)
+    image.header.set_slope_inter(1, 0)
     payload = image.to_bytes()
     write_whole(path, gzipped(payload) if path.suffix == ".gz" else payload)

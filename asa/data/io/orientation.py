@@ -57,13 +57,8 @@ def _by_name(source: Path) -> dict[str, Path]:
             continue
         name = str(path.relative_to(root)).removesuffix(ending)
         first = found.setdefault(name, path)
-        if first != path and {_kind(first), _kind(path)} != {"hdr", "img"}:
+        if first != path and {Path(one.name.removesuffix(".gz")).suffix for one in (first, path)} != {".hdr", ".img"}:
             raise ValueError(f"{first} and {path} would both become {name}.nii.gz: remove one")
     if not found:
         raise ValueError(f"{source}: no image ({', '.join(IMAGE_ENDINGS)}) found")
     return found
-
-
-def _kind(path: Path) -> str:
-    """The ending of a file without `.gz`."""
-    return path.name.removesuffix(".gz").rpartition(".")[2]

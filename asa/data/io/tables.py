@@ -13,13 +13,8 @@ def read_column(path: str | Path, column: str, records: Iterable[Mapping[str, An
     A row describes a scan, named in a column "id", or all scans of a subject, named in a column "subject". Empty cells
     are skipped.
 
-    Args:
-        path: a CSV file with a header.
-        column: name of the column.
-        records: of a store.
-
     Returns:
-        Record id -> value, for the scans that the table lists.
+        Record id -> value, for the records of a store that the table lists.
 
     Raises:
         FileNotFoundError: no such file.

@@ -104,12 +104,9 @@ class CropDataset(Samples):
         self.foreground = foreground
         self.foregrounds: dict[str, Foreground] = {}  # by record id, made when the record is first read
         self.mirrored, self.attached = mirrored, attached or {}
-        if labelled:
-            for record in self.records:
-                if source.label(record["id"]) is None:
-                    raise ValueError(
-                        f"{record['id']}: has no label map; leave it out of the split or prepare it with one"
-                    )
+        unlabelled = [record["id"] for record in self.records if labelled and source.label(record["id"]) is None]
+        if unlabelled:
+            raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the split or prepare it with one")
 
     def __len__(self) -> int:
         return len(self.records)

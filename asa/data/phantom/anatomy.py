@@ -132,12 +132,7 @@ def make_subject(
 ) -> Subject:
     """Draw an anatomy: the template under a random affine map and diffeomorphism, with its own cortical folds.
 
-    Args:
-        template: the common anatomy.
-        rng: random numbers of the subject.
-        resolution: voxel size in mm.
-        asymmetry: of the deformation.
-        plan: a tumour, whose mass effect is added to the deformation.
+    The resolution is the voxel size in mm, the asymmetry that of the deformation; the mass effect of a tumour is added.
     """
     extent = template.extent
     shape = tuple(int(side / resolution + 1e-6) + 1 for side in extent)

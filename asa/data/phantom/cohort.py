@@ -104,9 +104,6 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- layouts
-
-
 @dataclass(frozen=True)
 class _Files:
     """Paths of a subject's images (by modality), label map and JSON."""
@@ -127,11 +124,11 @@ def _files(out: Path, kind: str, number: int, names: int) -> _Files:
         return _Files({"t1": folder / f"{name}_ana_strip.nii.gz"}, label, folder / "phantom.json")
     if kind == "wmh":
         folder = out / SITES[(number - 1) % len(SITES)] / str(number)
-        images = {name: folder / "pre" / f"{file}.nii.gz" for name, file in wmh.CHANNELS.items()}
+        images = {modality: folder / "pre" / f"{file}.nii.gz" for modality, file in wmh.CHANNELS.items()}
         return _Files(images, folder / "wmh.nii.gz", folder / "phantom.json")
     name = f"BraTS2021_{number:05d}" if names == 2021 else f"BraTS-GLI-{number:05d}-000"
     folder = out / name
-    images = {key: folder / f"{name}{ending}.nii.gz" for key, ending in brats.CHANNELS[names].items()}
+    images = {modality: folder / f"{name}{ending}.nii.gz" for modality, ending in brats.CHANNELS[names].items()}
     return _Files(images, folder / f"{name}{brats.LABEL_FILES[names]}.nii.gz", folder / "phantom.json")
 
 
@@ -147,7 +144,7 @@ def _write_subject(template: Template, out: Path, number: int, seed: int, about:
     if kind == "wmh":
         lesions, drawn = hyperintensities(subject.maps, template.extent, rng)
     elif plan is not None:
-        values = (1, 2, 4) if about["names"] == 2021 else (1, 2, 3)
+        values = tuple(brats.LABELS[about["names"]])
         lesions = tumour(subject.maps, subject.tissue[0], plan, template.extent, rng, values)
         drawn = {"tumour": asdict(plan)}
     fractions, label = blend(lesions, subject.brain)

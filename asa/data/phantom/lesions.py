@@ -92,13 +92,7 @@ def _infarct(maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.
 
 
 def plan_tumour(white: Tensor, extent: tuple[float, ...], rng: np.random.Generator) -> TumourPlan:
-    """Draw a tumour in the white matter of one hemisphere.
-
-    Args:
-        white: local fraction of white matter in the template.
-        extent: mm along D, H, W.
-        rng: random numbers of the subject.
-    """
+    """Draw a tumour in one hemisphere, where the local fraction of white matter in the template is high."""
     points = grid_points(tuple(white.shape), extent)
     lateral = points[..., 0].abs() > 16.0
     above_stem = points[..., 2] > -22.0  # the grid's centre is 22 mm above the anterior commissure
@@ -119,7 +113,7 @@ def tumour(
     plan: TumourPlan,
     extent: tuple[float, ...],
     rng: np.random.Generator,
-    values: tuple[int, int, int] = (1, 2, 4),
+    values: tuple[int, ...],
 ) -> list[Lesion]:
     """A tumour: oedema along the white matter, enhancing rim, necrotic core.
 

@@ -62,38 +62,25 @@ def sample(field: Tensor, points: Tensor, extent: tuple[float, ...]) -> Tensor:
 
 
 def random_velocity(rng: np.random.Generator, extent: tuple[float, ...], asymmetry: float) -> Tensor:
-    """A stationary velocity field with coarse and fine variation, mirror-symmetric except for one part.
+    """A stationary velocity field (3, d, h, w) in mm with coarse and fine variation.
 
-    Args:
-        rng: random numbers.
-        extent: mm along D, H, W.
-        asymmetry: size of the asymmetric part relative to the symmetric part.
-
-    Returns:
-        (3, d, h, w) in mm.
+    It is mirror-symmetric except for one part, whose size relative to the symmetric part is `asymmetry`.
     """
     mirror = torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1, 1)  # the x of a mirrored vector changes its sign
-    velocity = torch.zeros(0)
+    parts = []
     for width, size in ((24.0, 3.2), (9.0, 1.3)):
         noise = smooth_noise(rng, extent, width, channels=6, step=STEP)
         symmetric, other = (
             part + sign * mirror * part.flip(-1) for part, sign in zip(noise.split(3), (1, -1), strict=True)
         )
-        scale = size / 2**0.5
-        part = scale * (symmetric + asymmetry * other)
-        velocity = part if velocity.numel() == 0 else velocity + part
-    return velocity
+        parts.append(size / 2**0.5 * (symmetric + asymmetry * other))
+    return parts[0] + parts[1]
 
 
 def displacement_of(velocity: Tensor, extent: tuple[float, ...]) -> Tensor:
     """The displacement of the diffeomorphism of a stationary velocity, by scaling and squaring.
 
-    Args:
-        velocity: (3, d, h, w) in mm.
-        extent: mm along D, H, W.
-
-    Returns:
-        (3, d, h, w) in mm; the flow maps point p to p + displacement(p).
+    Both are (3, d, h, w) in mm; the flow maps point p to p + displacement(p).
     """
     points = grid_points(tuple(velocity.shape[1:]), extent)
     flow = velocity / 2**SQUARINGS

@@ -86,8 +86,7 @@ def brain_mask(method: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray
 
 
 def _deepbet(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    model = _deepbet_model()
-    return np.asarray(model.run_model(image.copy()) > 0.5)
+    return np.asarray(_deepbet_model().run_model(image.copy()) > 0.5)
 
 
 @lru_cache(maxsize=1)

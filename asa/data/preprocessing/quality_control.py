@@ -58,7 +58,7 @@ class ScanQuality:
 
 def case_thumbnail(case: PreparedCase) -> Thumbnail:
     """The thumbnail of a scan that was just prepared."""
-    return make_thumbnail(case.image[case.first], case.brain, _stored_spacing(case.chain), case.plane)
+    return make_thumbnail(case.image[case.first], case.brain, case.chain, case.plane)
 
 
 def stored_thumbnail(entry: dict[str, Any], root: Path, settings: PrepareSettings) -> Thumbnail:
@@ -73,25 +73,21 @@ def stored_thumbnail(entry: dict[str, Any], root: Path, settings: PrepareSetting
             0.0 if settings.midway else quality[key] for key in ("yaw_degrees", "roll_degrees", "shift_mm")
         )
         plane = MidsagittalPlane(yaw, roll, shift, quality["mirror_correlation"])
-    return make_thumbnail(np.asarray(first), first != 0, _stored_spacing(entry["chain"]), plane)
-
-
-def _stored_spacing(chain: dict[str, Any]) -> np.ndarray:
-    """Voxel size of the prepared grid along D, H, W in mm."""
-    return spacing_of(np.array(chain["stored_affine"]))[::-1]
+    return make_thumbnail(np.asarray(first), first != 0, entry["chain"], plane)
 
 
 def make_thumbnail(
-    image: np.ndarray, brain: np.ndarray, spacing: np.ndarray, plane: MidsagittalPlane | None
+    image: np.ndarray, brain: np.ndarray, chain: dict[str, Any], plane: MidsagittalPlane | None
 ) -> Thumbnail:
     """Three slices through the middle of a brain.
 
     Args:
         image: (D, H, W), any intensities.
         brain: bool, not empty.
-        spacing: voxel size along D, H, W in mm.
+        chain: of the prepared case, with the affine of its grid.
         plane: the mid-sagittal plane relative to the centre of the grid.
     """
+    spacing = spacing_of(np.array(chain["stored_affine"]))[::-1]  # mm along D, H, W
     extents = [np.flatnonzero(brain.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
     depth, height, width = (int(found[0] + found[-1]) // 2 for found in extents)
     low, high = np.percentile(image[brain], (0.5, 99.5))

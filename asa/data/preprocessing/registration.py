@@ -52,7 +52,7 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, rotation: np.ndarr
     with simpleitk() as sitk:
         fixed = _image(sitk, template, (1.0, 1.0, 1.0), template_affine[:3, 3][::-1])
         moving = _image(sitk, np.pad(bounded[box], [(n, n) for n in pad]), spacing, start * np.asarray(spacing) - half)
-        starts = _starts(sitk, template, template_affine, brain, spacing, (np.eye(3), rotation))
+        starts = _starts(sitk, brain, spacing, (np.eye(3), rotation))
         try:
             found = _optimise(sitk, fixed, moving, starts)
         except RuntimeError as error:
@@ -89,15 +89,9 @@ def _optimise(sitk: Any, fixed: Any, moving: Any, starts: Sequence[Any]) -> Any:
     return best
 
 
-def _starts(
-    sitk: Any,
-    template: np.ndarray,
-    template_affine: np.ndarray,
-    brain: np.ndarray,
-    spacing: Lengths,
-    rotations: Sequence[np.ndarray],
-) -> list[Any]:
+def _starts(sitk: Any, brain: np.ndarray, spacing: Lengths, rotations: Sequence[np.ndarray]) -> list[Any]:
     """Initial transforms that match the centres of mass and the brain volumes, one for each rotation."""
+    template, template_affine = load_map("t1")
     voxel = float(np.prod(spacing))
     size = ((brain > 0).sum() * voxel / (template > 0).sum()) ** (1 / 3)
     centre = _centre(template) + template_affine[:3, 3][::-1]
@@ -116,13 +110,7 @@ def _centre(brain: np.ndarray) -> np.ndarray:
 
 
 def template_overlap(inside: np.ndarray, pose: np.ndarray, spacing: Lengths) -> float:
-    """Dice of a registered brain mask and the template's.
-
-    Args:
-        inside: bool (D, H, W).
-        pose: (4, 4), template point to scan point.
-        spacing: voxel size of the mask in mm.
-    """
+    """Dice of a brain mask (D, H, W), registered by a pose (4, 4) from template to scan points, and the template's."""
     template, affine = load_map("t1")
     brain = template > 0
     centre = np.eye(4)  # of the template's array, in its space

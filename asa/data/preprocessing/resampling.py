@@ -41,12 +41,10 @@ def sample_affine(array: np.ndarray, matrix: np.ndarray, shape: Sequence[int], o
         shape: of the new grid.
         order: 0 nearest neighbour, 1 trilinear.
     """
-    linear, offset = matrix[:3, :3], matrix[:3, 3]
+    linear, offset, mode = matrix[:3, :3], matrix[:3, 3], "constant"
     if is_scaling(matrix):
-        return ndimage.affine_transform(
-            array, np.diagonal(linear), offset, tuple(shape), order=order, mode="nearest", prefilter=False
-        )
-    return ndimage.affine_transform(array, linear, offset, tuple(shape), order=order, mode="constant", prefilter=False)
+        linear, mode = np.diagonal(linear), "nearest"
+    return ndimage.affine_transform(array, linear, offset, tuple(shape), order=order, mode=mode, prefilter=False)
 
 
 def is_scaling(matrix: np.ndarray) -> bool:

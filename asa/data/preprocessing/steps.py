@@ -218,9 +218,8 @@ def _undo_align(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarr
 
 
 def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any]:
-    used: dict[str, list[float]] = (
-        {"low": [], "high": []} if settings.normalise == "percentile" else {"mean": [], "sd": []}
-    )
+    names = ("low", "high") if settings.normalise == "percentile" else ("mean", "sd")
+    used: dict[str, list[float]] = {name: [] for name in names}
     for number, (channel, inside) in enumerate(zip(case.image, case.foreground, strict=True)):
         if number in case.absent:
             continue

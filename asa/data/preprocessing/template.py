@@ -36,11 +36,7 @@ def load_map(kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def brain_centre() -> np.ndarray:
-    """Centre of the bounding box of the template's brain, (x, y, z) in mm.
-
-    Raises:
-        ImportError: nilearn is not installed.
-    """
+    """Centre of the bounding box of the template's brain, (x, y, z) in mm; raises as `load_map`."""
     template, affine = load_map("t1")
     box = ndimage.find_objects((template > 0).astype(np.uint8))[0]
     voxel = [(side.start + side.stop - 1) / 2 for side in reversed(box)]
