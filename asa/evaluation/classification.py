@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+from asa.evaluation.statistics import LEVEL
+
 RESAMPLES = 2000
-LEVEL = 0.95
 BINS = 15
 
 
@@ -20,7 +21,6 @@ class ClassScores:
     """Scores of a set of scans.
 
     Args:
-        scans, subjects: number of each.
         auc: area under the ROC curve; for more than two classes the mean of one-versus-rest over the classes present.
         auc_low, auc_high: its 95 % interval over resampled subjects; NaN with fewer than two subjects.
         balanced_accuracy: mean recall over the classes present.
@@ -75,8 +75,8 @@ def auc_interval(probabilities: np.ndarray, truth: np.ndarray, subjects: Sequenc
         value = mean_auc(probabilities[chosen], truth[chosen])
         if not math.isnan(value):
             values.append(value)
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return low, high
 
 
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> float:
@@ -93,7 +93,7 @@ def score_classes(probabilities: np.ndarray, truth: np.ndarray, subjects: Sequen
     Args:
         probabilities: `(N, K)`, rows summing to 1.
         truth: `(N,)`.
-        subjects: subject of each scan.
+        subjects: of each scan.
     """
     classes, predicted = probabilities.shape[1], probabilities.argmax(axis=1)
     confusion = np.zeros((classes, classes), dtype=int)

@@ -2,15 +2,16 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 
+from asa import __version__
 from asa.evaluation.policies import RESTORATION, MetricInfo, PolicyInfo, get_policy, restoration_policy
-from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval, holm, nullable, wilcoxon_p
+from asa.evaluation.statistics import INTERVAL, LEVEL, RESAMPLES, SEED, bootstrap_interval, holm, nullable, wilcoxon_p
 from asa.evaluation.summary import Statistic, aligned, listed, number_text, statistic
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "better / worse / equal"]
@@ -23,7 +24,6 @@ class Run:
     """One evaluation, read from its files.
 
     Args:
-        name: for tables.
         setting: policy, labels, regions and ignored labels, or the data range of images; must be equal in all runs.
         values: (case id, region) -> metric name -> value, NaN if undefined.
         truths: (case id, region) -> identifies the truth, like "500 voxels"; must be equal in all runs.
@@ -45,8 +45,7 @@ class Difference:
     """A run minus the first one, over the cases in which both are defined; NaN if there are too few.
 
     Args:
-        mean: mean of the paired differences.
-        low, high: its bootstrap interval.
+        low, high: bootstrap interval of the mean.
         better, worse: number of cases in which the run is better or worse than the first.
         p: of Wilcoxon's signed-rank test, two-sided.
         p_holm: p corrected for all tests of the comparison.
@@ -70,11 +69,9 @@ class Comparison:
     """Results of a comparison.
 
     Args:
-        policy: defines the metrics.
         runs: the evaluations; the others are compared with the first.
         case_ids: the cases compared, in order.
         left_out: cases that are missing in some run; they are not counted.
-        regions: names of the regions.
         results: (metric name, region, run name) -> statistic over the cases.
         differences: the same keys without those of the first run -> difference from the first run.
     """
@@ -94,8 +91,6 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """The comparison for a JSON file; undefined numbers are null."""
-        from asa import __version__
-
         return {
             "asa": __version__,
             "policy": self.policy.name,
@@ -103,14 +98,13 @@ class Comparison:
             "compared_with": self.runs[0].name,
             "cases": len(self.case_ids),
             "left_out": list(self.left_out),
-            "interval": {"kind": "bootstrap-t over cases", "level": LEVEL} | {"resamples": RESAMPLES, "seed": SEED},
+            "interval": INTERVAL | {"seed": SEED},
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
             "results": [
-                {"metric": metric, "region": region, "run": run}
+                dict(zip(("metric", "region", "run"), key, strict=True))
                 | nullable(asdict(result))
                 | ({"difference": nullable(asdict(self.differences[key]))} if key in self.differences else {})
                 for key, result in self.results.items()
-                for metric, region, run in (key,)
             ],
         }
 
@@ -126,7 +120,9 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
         ValueError: runs with different settings, cases or truths.
     """
     case_ids, left_out = _common_cases(runs, allow_missing)
-    policy, regions = policy_of(runs[0].setting), tuple(runs[0].setting["regions"])
+    setting = runs[0].setting
+    name, regions = setting["policy"], tuple(setting["regions"])
+    policy = restoration_policy(setting["data range"]) if name == RESTORATION else get_policy(name)
     empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {})
     keys = list(product(empty.metrics, regions, runs))
     results = {
@@ -135,24 +131,13 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
         )
         for metric, region, run in keys
     }
-    pairs = [
-        (metric, region, run, paired_differences(empty, metric, region, run))
-        for metric, region, run in keys
-        if run is not runs[0]
-    ]
+    pairs = [(*key, paired_differences(empty, *key)) for key in keys if key[-1] is not runs[0]]
     p = [wilcoxon_p(d[~np.isnan(d)]) if not np.isnan(d).all() else math.nan for *_, d in pairs]
     differences = {
         (metric.name, region, run.name): _difference(metric, paired, p=own, p_holm=corrected)
         for (metric, region, run, paired), own, corrected in zip(pairs, p, holm(p), strict=True)
     }
     return replace(empty, results=results, differences=differences)
-
-
-def policy_of(setting: Mapping[str, Any]) -> PolicyInfo:
-    """The policy of a run's setting."""
-    return (
-        restoration_policy(setting["data range"]) if setting["policy"] == RESTORATION else get_policy(setting["policy"])
-    )
 
 
 def paired_differences(comparison: Comparison, metric: MetricInfo, region: str, run: Run) -> np.ndarray:

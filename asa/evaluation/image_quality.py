@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asa.data.io.tables import csv_text
 from asa.evaluation.policies import WHOLE
-from asa.evaluation.summary import Summary, aligned, statistic_cells
+from asa.evaluation.summary import STATISTICS, Summary, aligned, statistic_cells
 from asa.losses.restoration import psnr
 
 SSIM_WINDOW = 11  # pixels
@@ -46,10 +46,9 @@ def score_image(prediction: Tensor, target: Tensor, width: float = 1.0) -> dict[
 
 @dataclass(frozen=True, kw_only=True)
 class RestorationSummary(Summary):
-    """Results of an evaluation of restored images.
+    """Results of an evaluation of restored images; the only region is the whole image.
 
     Args:
-        policy, rows, results, seed: see `Summary`; the only region is the whole image.
         window: (low, high) in the images' units, the data range; None: the files' whole range.
         truths: id -> checksum of the clean image.
         left_out: number of clean images without a restored one; they are not counted.
@@ -70,19 +69,13 @@ class RestorationSummary(Summary):
 def scores_csv(summary: RestorationSummary) -> str:
     """A CSV row per image; `truth` is the checksum of the clean image."""
     names = [metric.name for metric in summary.policy.metrics]
-    return csv_text(
-        ["id", *names, "truth"],
-        (
-            [row.case_id, *(f"{row.values[name]:.6f}" for name in names), summary.truths[row.case_id]]
-            for row in summary.rows
-        ),
-    )
+    rows = [[row.case_id, *(f"{row.values[name]:.6f}" for name in names)] for row in summary.rows]
+    return csv_text(["id", *names, "truth"], ([*row, summary.truths[row[0]]] for row in rows))
 
 
 def restoration_table(summary: RestorationSummary) -> str:
     """The summary as plain text for a terminal; no trailing newline."""
-    table = [["", "mean", "95 % interval", "sd", "median", "n used"]]
-    for metric in summary.policy.metrics:
-        table.append([metric.heading, *statistic_cells(summary.results[WHOLE][metric.name], metric.digits)])
+    found = summary.results[WHOLE]
+    rows = [[metric.heading, *statistic_cells(found[metric.name], metric.digits)] for metric in summary.policy.metrics]
     left_out = [f"no prediction (left out): {summary.left_out}"] if summary.left_out else []
-    return "\n".join([summary.policy.description, *aligned(table), *left_out])
+    return "\n".join([summary.policy.description, *aligned([["", *STATISTICS], *rows]), *left_out])

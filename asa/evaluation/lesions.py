@@ -29,8 +29,7 @@ def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Fraction of the true lesions that the prediction overlaps; 1 if there are none.
 
     Args:
-        prediction: bool `(x, y, z)`.
-        truth: bool `(x, y, z)`.
+        prediction, truth: bool `(x, y, z)`.
 
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape.
@@ -60,22 +59,19 @@ def lesionwise_dice(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing)
     50 mm3 are excluded. If no lesion is left, the mean is 1.
 
     Args:
-        prediction: bool `(x, y, z)`.
-        truth: bool `(x, y, z)`.
+        prediction, truth: bool `(x, y, z)`.
         spacing: voxel size in mm along the three array axes.
 
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape.
     """
-    scores = _lesion_scores(prediction, truth, spacing, dice, worst=0.0)
-    return float(np.mean(scores)) if scores else 1.0
+    return float(np.mean(_lesion_scores(prediction, truth, spacing, dice, worst=0.0) or 1.0))
 
 
 def lesionwise_hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
     """As `lesionwise_dice`, for HD95 by area in mm: 374 mm for a lesion without a partner, 0 if no lesion is left."""
     hd95 = partial(hd95_by_area, spacing=spacing)
-    scores = _lesion_scores(prediction, truth, spacing, hd95, worst=UNMATCHED_MM)
-    return float(np.mean(scores)) if scores else 0.0
+    return float(np.mean(_lesion_scores(prediction, truth, spacing, hd95, worst=UNMATCHED_MM) or 0.0))
 
 
 def _lesion_scores(

@@ -47,8 +47,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     """Dice coefficient 2|a and b| / (|a| + |b|).
 
     Args:
-        a: bool `(x, y, z)`.
-        b: bool `(x, y, z)`.
+        a, b: bool `(x, y, z)`.
 
     Returns:
         A value in [0, 1]; NaN if both masks are empty (the policy defines what counts then).
@@ -90,8 +89,7 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     see `surface_distance.hd95_by_area`.
 
     Args:
-        a: bool `(x, y, z)`.
-        b: bool `(x, y, z)`.
+        a, b: bool `(x, y, z)`.
         spacing: voxel size in mm along the three array axes.
 
     Returns:
@@ -100,8 +98,7 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape; a spacing that is not three lengths.
     """
-    directions = _both_directions(a, b, spacing)
-    return max(float(np.percentile(distances, 95)) for distances in directions) if directions else UNDEFINED
+    return max((float(np.percentile(one, 95)) for one in _both_directions(a, b, spacing)), default=UNDEFINED)
 
 
 def hd95_pooled(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
@@ -115,8 +112,7 @@ def hd95_in_plane(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
 
     This is the definition of the WMH segmentation challenge of 2017: the outlines of the lesions in each slice.
     """
-    directions = _both_directions(a, b, spacing, _outline)
-    return max(float(np.percentile(distances, 95)) for distances in directions) if directions else UNDEFINED
+    return max((float(np.percentile(one, 95)) for one in _both_directions(a, b, spacing, _outline)), default=UNDEFINED)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -161,8 +157,7 @@ def nearest_distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarra
     """Distance in mm from each True voxel of `source` to the nearest True voxel of `target`.
 
     Args:
-        source: bool `(x, y, z)`.
-        target: bool `(x, y, z)` of the same shape, not empty.
+        source, target: bool `(x, y, z)` of one shape; the target is not empty.
         spacing: of the grid, in mm.
 
     Returns:

@@ -18,6 +18,7 @@ from asa.evaluation.statistics import nullable
 
 RESTORATION = "restoration"  # name of the policy for restored images
 WHOLE = "image"  # its only region
+EMPTY = {"both_empty": "both empty", "truth_empty": "only truth empty", "prediction_empty": "only prediction empty"}
 
 Regions = dict[str, tuple[int, ...]]
 Mask = np.ndarray
@@ -30,10 +31,8 @@ class MetricInfo:
     Args:
         name: column in cases.csv and key in summary.json.
         title: heading in tables and figures.
-        unit: empty if there is none.
         meaning: definition in one sentence.
         digits: decimals in tables.
-        higher_is_better: direction.
     """
 
     name: str
@@ -62,13 +61,7 @@ class MetricInfo:
 
 @dataclass(frozen=True)
 class PolicyInfo:
-    """Name, description and metrics of a policy.
-
-    Args:
-        name: as in `policy=`.
-        description: one sentence for the tables.
-        metrics: the metrics; cases are ranked by the first one.
-    """
+    """Name, as in `policy=`, description and metrics of a policy; cases are ranked by the first metric."""
 
     name: str
     description: str
@@ -84,11 +77,8 @@ class PolicyInfo:
 
     def as_json(self) -> dict[str, Any]:
         """The policy for a JSON file."""
-        return {
-            "name": self.name,
-            "description": self.description,
-            "metrics": [metric.as_json() for metric in self.metrics],
-        }
+        metrics = [metric.as_json() for metric in self.metrics]
+        return {"name": self.name, "description": self.description, "metrics": metrics}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +116,13 @@ class Metric(MetricInfo):
 
     def as_json(self) -> dict[str, Any]:
         """The metric for a JSON file; undefined values are null."""
-        values = {key: getattr(self, key) for key in ("both_empty", "truth_empty", "prediction_empty")}
-        return super().as_json() | {"empty_masks_count_as": nullable(values), "exception": self.exception}
+        values = nullable({key: getattr(self, key) for key in EMPTY})
+        return super().as_json() | {"empty_masks_count_as": values, "exception": self.exception}
+
+    def value_text(self, empty: str) -> str:
+        """The value for one of `EMPTY`, with its unit."""
+        value = getattr(self, empty)
+        return "undefined" if math.isnan(value) else f"{value:g} {self.unit}".strip()
 
 
 # ---- regions ----
@@ -175,8 +170,6 @@ class Policy(PolicyInfo):
     """A policy for label maps.
 
     Args:
-        name, description: see `PolicyInfo`.
-        metrics: metrics of two masks.
         regions: declared labels -> the regions, name -> label values that it joins.
         ignored: label values of the truth; their voxels are removed from the truth and the prediction.
     """
@@ -198,20 +191,13 @@ class Policy(PolicyInfo):
         return self.regions(labels)
 
     def of_cohort(self, regions: Mapping[str, Sequence[int]], ignored: Sequence[int]) -> "Policy":
-        """This policy with a cohort's own regions and ignored labels.
-
-        Args:
-            regions: name -> label values that it joins; empty keeps the policy's regions.
-            ignored: label values of the truth that are ignored too.
-        """
+        """This policy with a cohort's own regions ({} keeps the policy's) and further ignored label values."""
         own = partial(joined_labels, joined=dict(regions)) if regions else self.regions
         return replace(self, regions=own, ignored=tuple(dict.fromkeys((*self.ignored, *ignored))))
 
     def truth_table(self) -> list[tuple[str, list[str]]]:
         """The value of each metric for each combination of empty masks: `[(case, [value of each metric])]`."""
-        cases = [("both empty", "both_empty"), ("only truth empty", "truth_empty")]
-        cases += [("only prediction empty", "prediction_empty")]
-        return [(title, [_value_text(metric, field) for metric in self.metrics]) for title, field in cases]
+        return [(title, [metric.value_text(key) for metric in self.metrics]) for key, title in EMPTY.items()]
 
     def exceptions(self) -> list[str]:
         """Exceptions to the truth table, one sentence each."""
@@ -224,11 +210,6 @@ class Policy(PolicyInfo):
     def as_json(self) -> dict[str, Any]:
         """The policy for a JSON file."""
         return super().as_json() | {"ignored": list(self.ignored)}
-
-
-def _value_text(metric: Metric, field: str) -> str:
-    value = getattr(metric, field)
-    return "undefined" if math.isnan(value) else f"{value:g} {metric.unit}".strip()
 
 
 # ---- metrics ----
@@ -445,6 +426,5 @@ def restoration_policy(window: Sequence[float] | None) -> PolicyInfo:
 
 def range_text(window: Sequence[float] | None) -> str:
     """The data range in words."""
-    if window is None:
-        return "the files' whole range, as 0 to 1"
-    return f"{float(window[0]):g} to {float(window[1]):g} in the images' units"
+    whole = "the files' whole range, as 0 to 1"
+    return whole if window is None else f"{float(window[0]):g} to {float(window[1]):g} in the images' units"

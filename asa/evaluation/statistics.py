@@ -10,6 +10,7 @@ from scipy.stats import t as student
 RESAMPLES = 10_000
 LEVEL = 0.95
 SEED = 0
+INTERVAL = {"kind": "bootstrap-t over cases", "level": LEVEL, "resamples": RESAMPLES}  # for JSON files
 MIN_RESAMPLED = 4  # values; with fewer the interval is Student's
 MAX_SIDE = 2.0  # longest side of an interval, as a multiple of Student's
 EXACT_UP_TO = 200  # pairs; above, the error of the normal approximation is negligible
@@ -26,8 +27,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RE
 
     Args:
         values: `(n,)`, finite.
-        seed: of the resamples.
-        resamples: number of resamples, a multiple of 10.
+        resamples: a multiple of 10.
 
     Returns:
         The lower and upper end, which may lie outside the values; NaN below two values.

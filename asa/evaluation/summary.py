@@ -7,20 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from asa import __version__
 from asa.data.io.tables import csv_text
 from asa.evaluation.policies import MetricInfo, Policy, PolicyInfo, Regions, get_policy
-from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, bootstrap_interval, nullable
+from asa.evaluation.statistics import INTERVAL, SEED, bootstrap_interval, nullable
+
+STATISTICS = ["mean", "95 % interval", "sd", "median", "n used"]  # headings of `statistic_cells`
 
 
 @dataclass(frozen=True)
 class Row:
-    """The values of one label or region of a case, or of a whole image.
-
-    Args:
-        case_id: of the case.
-        label: name of the label or region.
-        values: metric name -> value; NaN if undefined.
-    """
+    """The values of one label or region of a case, or of a whole image: metric name -> value, NaN if undefined."""
 
     case_id: str
     label: str
@@ -29,13 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CaseRow(Row):
-    """The values of one label or region of a case, with its size.
-
-    Args:
-        case_id, label, values: see `Row`.
-        voxels_predicted, ml_predicted: size in the prediction; None without a prediction.
-        voxels_true, ml_true: size in the truth.
-    """
+    """The values of one label or region of a case, with its size in both masks; None without a prediction."""
 
     voxels_predicted: int | None
     voxels_true: int
@@ -59,9 +50,7 @@ class Statistic:
     """Statistics of one metric and label over the cases; NaN if too few values are defined.
 
     Args:
-        mean: mean of the defined values.
-        sd: their standard deviation with n - 1, NaN below two values.
-        median: their median.
+        sd: with n - 1, NaN below two values.
         low, high: bootstrap interval of the mean, NaN below two values.
         used: number of defined values ("n used").
         total: number of cases ("n total").
@@ -81,7 +70,6 @@ class Summary:
     """Results of an evaluation.
 
     Args:
-        policy: defines the metrics.
         rows: every case and region, in order of case id.
         results: region -> metric name -> statistic over the cases.
         seed: of the bootstrap.
@@ -99,19 +87,11 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """The results for a JSON file, without the rows; undefined numbers are null."""
-        from asa import __version__
-
         return {
             "asa": __version__,
             "policy": self.policy.as_json(),
             "cases": len(self.case_ids),
-            "interval": {
-                "of": "mean",
-                "kind": "bootstrap-t over cases",
-                "level": LEVEL,
-                "resamples": RESAMPLES,
-                "seed": self.seed,
-            },
+            "interval": {"of": "mean", **INTERVAL, "seed": self.seed},
             "results": {
                 label: {name: nullable(asdict(statistic)) for name, statistic in by_metric.items()}
                 for label, by_metric in self.results.items()
@@ -121,10 +101,9 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSummary(Summary):
-    """Results of an evaluation of label maps.
+    """Results of an evaluation of label maps; `policy`, `rows`, `results` and `seed` as in `Summary`.
 
     Args:
-        policy, rows, results, seed: see `Summary`.
         labels: declared label value -> name.
         regions: name of each evaluated region -> label values that it joins.
         missing: cases without a prediction; they count in n total, not in n used.
@@ -159,16 +138,12 @@ def summarise(
 ) -> SegmentationSummary:
     """Summarise the rows of label maps over the cases.
 
-    The interval of a mean is `bootstrap_interval` over the cases. Every label and metric draws from the same seed, so
-    that an interval does not depend on which others are evaluated.
+    Every label and metric draws from the same seed, so that an interval does not depend on which others are evaluated.
 
     Args:
         rows: of all cases, as `evaluate_case` returns them.
-        labels: declared label value -> name.
         policy: a policy or its name.
-        missing: cases without a prediction.
-        unmatched: predictions without a truth.
-        seed: of the bootstrap.
+        labels, missing, unmatched, seed: as in `SegmentationSummary`.
 
     Raises:
         ValueError: invalid labels, or an unknown policy.
@@ -205,10 +180,9 @@ def summary_table(summary: SegmentationSummary) -> str:
     policy = summary.policy
     lines = [f"policy {policy.name}: {policy.description}", *label_notes(summary), ""]
     for metric in policy.metrics:
-        table = [[metric.heading, "mean", "95 % interval", "sd", "median", "n used"]]
-        for label, by_metric in summary.results.items():
-            table.append([label, *statistic_cells(by_metric[metric.name], metric.digits)])
-        lines += [*aligned(table), ""]
+        found = {label: by_metric[metric.name] for label, by_metric in summary.results.items()}
+        rows = [[label, *statistic_cells(statistic, metric.digits)] for label, statistic in found.items()]
+        lines += [*aligned([[metric.heading, *STATISTICS], *rows]), ""]
     truth = [["empty masks count as", *(metric.title for metric in policy.metrics)]]
     lines += aligned(truth + [[case, *values] for case, values in policy.truth_table()])
     lines += [f"  but {exception}" for exception in policy.exceptions()]
@@ -221,15 +195,13 @@ def summary_table(summary: SegmentationSummary) -> str:
 
 def label_notes(summary: SegmentationSummary) -> list[str]:
     """Notes for the reader: which labels the regions join, and which labels are ignored; may be empty."""
-    notes = []
-    if any(len(values) > 1 or name != summary.labels[values[0]] for name, values in summary.regions.items()):
-        joined = (
-            f"{name} = {' + '.join(summary.labels[value] for value in values)}"
-            for name, values in summary.regions.items()
-        )
-        notes.append(f"regions: {'; '.join(joined)}")
-    for value in summary.policy.ignored:
-        notes.append(f"label {value} is ignored: its voxels in the truth count neither for nor against a prediction")
+    notes = [
+        f"label {value} is ignored: its voxels in the truth count neither for nor against a prediction"
+        for value in summary.policy.ignored
+    ]
+    joined = {name: [summary.labels[value] for value in values] for name, values in summary.regions.items()}
+    if any(names != [name] for name, names in joined.items()):
+        notes.insert(0, "regions: " + "; ".join(f"{name} = {' + '.join(names)}" for name, names in joined.items()))
     return notes
 
 
@@ -259,9 +231,8 @@ def cases_csv(summary: SegmentationSummary) -> str:
     rows = []
     for row in summary.rows:
         values = [f"{row.values[name]:.6f}" for name in metrics]
-        ml_predicted = "" if row.ml_predicted is None else f"{row.ml_predicted:.6f}"
-        sizes = [row.voxels_predicted, row.voxels_true, ml_predicted, f"{row.ml_true:.6f}"]
-        rows.append([row.case_id, row.label, *values, *sizes])
+        volumes = ["" if ml is None else f"{ml:.6f}" for ml in (row.ml_predicted, row.ml_true)]
+        rows.append([row.case_id, row.label, *values, row.voxels_predicted, row.voxels_true, *volumes])
     return csv_text(["id", "label", *metrics, "voxels_predicted", "voxels_true", "ml_predicted", "ml_true"], rows)
 
 
@@ -274,8 +245,7 @@ def statistic(
     """
     used = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
     if not used.size:
-        nan = math.nan
-        return Statistic(nan, nan, nan, nan, nan, used=0, total=len(values))
+        return Statistic(math.nan, math.nan, math.nan, math.nan, math.nan, used=0, total=len(values))
     mean, median = float(used.mean()), float(np.median(used))
     low, high = np.clip(bootstrap_interval(used, seed), *bounds).tolist()
     sd = float(used.std(ddof=1)) if used.size > 1 else math.nan
@@ -285,8 +255,4 @@ def statistic(
 def aligned(table: list[list[str]]) -> list[str]:
     """Rows of cells as lines, the first column left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for first, *rest in table:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return lines
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]

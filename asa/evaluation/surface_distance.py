@@ -39,8 +39,7 @@ def surface_dice(a: np.ndarray, b: np.ndarray, spacing: Spacing, tolerance: floa
     """Normalised surface Dice (NSD): the fraction of both surfaces, by area, within a tolerance of the other.
 
     Args:
-        a: bool `(x, y, z)`.
-        b: bool `(x, y, z)`.
+        a, b: bool `(x, y, z)`.
         spacing: voxel size in mm along the three array axes.
         tolerance: in mm.
 

@@ -69,7 +69,7 @@ def _check_plain(node: Any, source: str) -> None:
         _check_plain(item, source)
 
 
-def _inference(network: Mapping[str, Any], channels: Sequence[str], window: Sequence[int]) -> dict[str, Any]:
+def _inference(network: Mapping[str, Any], channels: Sequence[str], window: list[int]) -> dict[str, Any]:
     """`configs/inference.json`, with the names that MONAI's inference workflows expect."""
     return {
         "imports": ["$import torch"],
@@ -88,10 +88,7 @@ def _inference(network: Mapping[str, Any], channels: Sequence[str], window: Sequ
             "weights": "$@bundle_root + '/models/model.pt'",
             "device": "@device",
         },
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [{"_target_": "asa.export.monai_runtime.PrepareScan", "facts": "@facts", "strip": "@strip"}],
-        },
+        "preprocessing": {"_target_": "Compose", "transforms": [_runtime("PrepareScan", "facts", "strip")]},
         "dataset": {
             "_target_": "Dataset",
             "data": {"_target_": "asa.data.datasets.folder.records", "root": "@dataset_dir", "images": "@images"},
@@ -99,32 +96,23 @@ def _inference(network: Mapping[str, Any], channels: Sequence[str], window: Sequ
         },
         "inferer": {
             "_target_": "SlidingWindowInferer",
-            "roi_size": list(window),
+            "roi_size": window,
             "sw_batch_size": 1,
             "overlap": 0.5,
             "mode": "gaussian",
         },
         "postprocessing": {
             "_target_": "Compose",
-            "transforms": [
-                {
-                    "_target_": "asa.export.monai_runtime.WriteLabelMap",
-                    "facts": "@facts",
-                    "output_dir": "@output_dir",
-                    "probabilities": "@probabilities",
-                }
-            ],
+            "transforms": [_runtime("WriteLabelMap", "facts", "output_dir", "probabilities")],
         },
-        "evaluator": {
-            "_target_": "asa.export.monai_runtime.Evaluator",
-            "dataset": "@dataset",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "device": "@device",
-        },
+        "evaluator": _runtime("Evaluator", "dataset", "network", "inferer", "postprocessing", "device"),
         "run": ["$@evaluator.run()"],
     }
+
+
+def _runtime(name: str, *arguments: str) -> dict[str, Any]:
+    """An object of `monai_runtime` whose arguments are the entries of the same names."""
+    return {"_target_": f"asa.export.monai_runtime.{name}"} | {argument: f"@{argument}" for argument in arguments}
 
 
 def _patterns(channels: Sequence[str]) -> dict[str, str]:
@@ -137,7 +125,7 @@ def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dic
     channels, prepare = facts["channels"], facts["prepare"]
     outputs = _outputs(facts)
     tensor = {"type": "image", "spatial_shape": list(window), "dtype": "float32", "is_patch_data": True}
-    names = list(outputs.values())
+    names, packages = list(outputs.values()), {name: version(name) for name in ("nibabel", "scipy")}
     return {
         "schema": SCHEMA,
         "version": "1.0.0",
@@ -145,10 +133,7 @@ def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dic
         "monai_version": version("monai"),
         "pytorch_version": version("torch").partition("+")[0],
         "numpy_version": version("numpy"),
-        "required_packages_version": {
-            _package(prepare): __version__,
-            **{name: version(name) for name in ("nibabel", "scipy")},
-        },
+        "required_packages_version": {_package(prepare): __version__} | packages,
         "task": f"Segmentation of {', '.join(name for name in names if name != 'background')} on MRI of the brain",
         "description": (
             "A network on the encoder of the Attentive Symmetric Autoencoder (MICCAI 2022). Scans are prepared and "

@@ -14,6 +14,7 @@ import torch
 
 from asa.data.io.files import write_whole
 from asa.errors import require
+from asa.export.monai_bundle import KEYS
 from asa.methods.segment import SegmentationNetwork
 from asa.models.sw_vit import SWViT
 from asa.training.checkpoint import read_model
@@ -54,7 +55,9 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
         raise ValueError(f"{checkpoint}: a network that cross-attends to the mirror image cannot be exported to ONNX")
     network, output = (model, "logits") if isinstance(model, SegmentationNetwork) else (encoder, "tokens")
     shape = (encoder.in_channels, *encoder.img_size)
-    content = _onnx(network, output, shape, _metadata(encoder, description["data"]))
+    data, axes = description["data"], "C D H W: inferior to superior, back to front, left to right"
+    metadata = {"window": list(encoder.img_size), "axes": axes} | {key: data[key] for key in KEYS if key in data}
+    content = _onnx(network, output, shape, metadata)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch in (1, 3):  # other sizes than the traced one
@@ -87,14 +90,3 @@ def _onnx(network: torch.nn.Module, output: str, shape: tuple[int, ...], metadat
     assert program is not None
     program.model.metadata_props["asa"] = json.dumps(metadata, sort_keys=True)
     return program.model_proto.SerializeToString()
-
-
-def _metadata(encoder: SWViT, data: dict[str, Any]) -> dict[str, Any]:
-    """Metadata needed to use the network, without the training subjects."""
-    keys = "channels", "labels", "regions", "prepare", "lateral_pairs", "spacing"
-    kept: dict[str, Any] = {key: data[key] for key in keys if key in data}
-    return {
-        "window": list(encoder.img_size),
-        "axes": "C D H W: inferior to superior, back to front, left to right",
-        **kept,
-    }

@@ -1,1 +1,1 @@
-"""TrainingDigests networks on whole scans, with results in each scan's own space."""
+"""Trained networks on whole scans, with results in each scan's own space."""

@@ -34,11 +34,8 @@ class AsymmetryRow:
     """A scan's row in the table.
 
     Args:
-        id: of the scan.
         score: (1 - cosine similarity) / 2 of the two sides in the symmetry head.
-        mean: mean of the asymmetry map inside the head.
-        top: mean of its highest hundredth there.
-        peak: its highest value there.
+        mean, top, peak: mean, mean of the highest hundredth, and highest value of the asymmetry map inside the head.
         x, y, z: position of the peak, or of its mirror image, in mm of the scan's own space.
     """
 
@@ -184,14 +181,12 @@ class AsymmetryScorer:
     def score_prepared(
         self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path
     ) -> AsymmetryRow:
-        """Score a prepared scan and write its map on the scan's own grid.
+        """Score a prepared scan `(C, D, H, W)` and write its map, float32, on the scan's own grid.
 
         Args:
-            id: of the scan.
-            image: `(C, D, H, W)`.
             chain: its preprocessing steps.
             like: the source scan, for its grid.
-            out: the `.nii.gz` to write, float32.
+            out: the `.nii.gz` to write.
         """
         scan = self.measure(torch.from_numpy(np.array(image, dtype=np.float32)))
         write_image(out, to_native(scan.map[None].numpy(), chain, order=1)[0], like.affine)

@@ -96,10 +96,7 @@ def predictions_csv(names: Sequence[str], rows: Sequence[tuple[str, str, str]], 
         rows: id, subject and true class of each scan; "" if unknown.
         probabilities: `(N, K)`.
     """
-    return csv_text(
-        ["id", "subject", "class", "predicted", *(f"p_{name}" for name in names)],
-        (
-            [*row, names[int(values.argmax())], *(f"{value:.6f}" for value in values)]
-            for row, values in zip(rows, probabilities, strict=True)
-        ),
-    )
+    predicted = [names[int(values.argmax())] for values in probabilities]
+    cells = [[f"{value:.6f}" for value in values] for values in probabilities]
+    table = [[*row, name, *own] for row, name, own in zip(rows, predicted, cells, strict=True)]
+    return csv_text(["id", "subject", "class", "predicted", *(f"p_{name}" for name in names)], table)

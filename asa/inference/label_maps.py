@@ -120,15 +120,11 @@ def probability_files(names: Sequence[str]) -> list[str]:
     return files
 
 
-# ---- left and right ----
+# ---- left and right: labels are value -> name, pairs are `[left, right]` names of labels exchanged by mirroring ----
 
 
 def check_lateral_pairs(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) -> None:
     """Check that every label whose name contains a side has a partner.
-
-    Args:
-        labels: label value -> name.
-        pairs: `[left, right]` names of labels that are exchanged by mirroring.
 
     Raises:
         ValueError: a label without a partner.
@@ -143,12 +139,7 @@ def check_lateral_pairs(labels: Mapping[int, str], pairs: Sequence[Sequence[str]
 
 
 def mirrored_classes(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) -> list[int]:
-    """For each class, background first, the index of the class that replaces it in the mirror image.
-
-    Args:
-        labels: label value -> name.
-        pairs: `[left, right]` names of labels that are exchanged by mirroring.
-    """
+    """For each class, background first, the index of the class that replaces it in the mirror image."""
     index = {labels[value]: k for k, value in enumerate(sorted(labels), start=1)}
     classes = list(range(len(labels) + 1))
     for left, right in pairs:
@@ -159,11 +150,7 @@ def mirrored_classes(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) 
 def mirrored_regions(
     regions: Mapping[str, Sequence[int]], labels: Mapping[int, str], pairs: Sequence[Sequence[str]]
 ) -> list[int]:
-    """For each region, the index of the region that replaces it in the mirror image.
-
-    Args:
-        regions: name -> label values that it joins.
-        labels, pairs: as for `mirrored_classes`.
+    """For each region (name -> label values), the index of the region that replaces it in the mirror image.
 
     Raises:
         ValueError: no region joins the labels of the other side.

@@ -28,10 +28,8 @@ def training_scan_metadata(
         "lateral_pairs", and "spacing": the smallest and the largest voxel size in mm along D, H, W.
     """
     sizes = np.array([_spacing(np.array(record["chain"]["stored_affine"])) for record in records])
-    return {
-        "lateral_pairs": [list(pair) for pair in lateral_pairs],
-        "spacing": [sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()],
-    }
+    spacing = [sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()]
+    return {"lateral_pairs": [list(pair) for pair in lateral_pairs], "spacing": spacing}
 
 
 def _spacing(affine: np.ndarray) -> np.ndarray:
@@ -63,13 +61,7 @@ class ScanPreprocessor:
         self.settings = settings if strip is None else replace(settings, strip=strip)
 
     def prepare(self, images: Mapping[str, str | Path | None]) -> tuple[PreparedCase, Volume]:
-        """Prepare a raw scan as `asa-prepare` does.
-
-        Args:
-            images: file of each channel.
-
-        Returns:
-            The prepared scan, and its first channel as it was read.
+        """The prepared scan of a file per channel, as `asa-prepare` makes it, and the first channel as it was read.
 
         Raises:
             FileNotFoundError, ValueError: unreadable files; missing or unknown channels; or a voxel size that differs

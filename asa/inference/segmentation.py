@@ -137,11 +137,9 @@ def _stitched(
 
 def count_windows(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
     """Number of windows of `sliding_window` on a volume of `size` voxels (D, H, W)."""
-    count = 1
-    for length, edge in zip(size, window, strict=True):
-        step = max(int(edge * (1 - overlap)), 1)
-        count *= math.ceil(max(length - edge, 0) / step) + 1
-    return count
+    steps = [max(int(edge * (1 - overlap)), 1) for edge in window]
+    sides = zip(size, window, steps, strict=True)
+    return math.prod(math.ceil(max(length - edge, 0) / step) + 1 for length, edge, step in sides)
 
 
 class Segmenter:
@@ -207,10 +205,9 @@ class Segmenter:
     def segment_file(
         self, images: Mapping[str, str | Path | None], out: Path, *, probabilities: Path | None = None
     ) -> None:
-        """Segment a raw scan and write the label map on the scan's own grid.
+        """Segment a raw scan, a file per channel, and write the label map on the scan's own grid.
 
         Args:
-            images: file of each channel.
             out: the `.nii.gz` to write.
             probabilities: folder for the probabilities of classes or regions; None writes none.
 
@@ -223,14 +220,12 @@ class Segmenter:
     def segment_prepared(
         self, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path, *, probabilities: Path | None = None
     ) -> None:
-        """Segment a prepared volume of a store, and write as `segment_file` does.
+        """Segment a prepared volume `(C, D, H, W)` of a store, and write as `segment_file` does.
 
         Args:
-            image: `(C, D, H, W)` as stored.
             chain: its preprocessing steps.
             like: the source scan, for its grid and header.
-            out: the `.nii.gz` to write.
-            probabilities: folder for the probabilities of classes or regions; None writes none.
+            out, probabilities: as for `segment_file`.
 
         Raises:
             ValueError: the voxel size differs from that of the training scans.

@@ -5,24 +5,24 @@ OUT/ablation.md    the same for reading
 OUT/ablation.png   the first metric against the labelled subjects (needs the `report` extra)
 """
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from asa.data.io.files import write_whole
+from asa.data.io.tables import csv_text
 from asa.evaluation.comparison import Run, mean_text
 from asa.evaluation.policies import Metric, get_policy
 from asa.evaluation.summary import Statistic, number_text, statistic
 from asa.reporting.plots import png_of
 
 MEAN = "mean"  # of the regions of a case
-# Okabe and Ito's palette, in an order that is told apart on white.
+# Okabe and Ito's palette, in an order of high contrast on white.
 COLOURS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#f0e442")
 
 
@@ -31,7 +31,6 @@ class Trial:
     """One trained network and its evaluation.
 
     Args:
-        arm: name of the arm.
         labelled: how many subjects it was fine-tuned on, as text.
         seed: of its split, first weights and crops.
         run: the evaluation.
@@ -48,8 +47,6 @@ class Row:
     """One arm with one number of labelled subjects, in one metric and region.
 
     Args:
-        labelled, arm: of which trials.
-        metric, region: of which values.
         values: over the cases, each averaged over the seeds that tested it.
         seeds: number of trials.
         seed_sd: standard deviation of the trials' means with n - 1; NaN below two.
@@ -86,7 +83,7 @@ def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], note
     Args:
         out: folder to write to.
         trials: of all arms and seeds.
-        arms: their names in order; the first is what the others are compared with.
+        arms: their names in order; the others are compared with the first.
         notes: lines for the reader of the Markdown.
 
     Raises:
@@ -105,10 +102,6 @@ def ablation_rows(trials: Sequence[Trial], arms: Sequence[str]) -> list[Row]:
     not become narrower by testing a case again. The difference from the first arm is taken seed by seed and case by
     case, so that both were fine-tuned and tested on the same subjects.
 
-    Args:
-        trials: of all arms and seeds.
-        arms: their names in order.
-
     Returns:
         Rows by metric, number of labelled subjects, arm, and region, with the mean of the regions last.
 
@@ -118,15 +111,16 @@ def ablation_rows(trials: Sequence[Trial], arms: Sequence[str]) -> list[Row]:
     for trial in trials[1:]:
         if different := [key for key, value in trials[0].run.setting.items() if trial.run.setting[key] != value]:
             raise ValueError(f"{trial.run.name} was evaluated with another {different[0]} than {trials[0].run.name}")
-    rows = []
-    for metric in _metrics(trials):
-        for labelled in dict.fromkeys(trial.labelled for trial in trials):
-            first = [trial for trial in trials if (trial.arm, trial.labelled) == (arms[0], labelled)]
-            for arm in arms:
-                chosen = [trial for trial in trials if (trial.arm, trial.labelled) == (arm, labelled)]
-                regions = _regions(trials) if chosen else []
-                rows += [_row(chosen, None if arm == arms[0] else first, metric, region) for region in regions]
-    return rows
+    groups: dict[tuple[str, str], list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.labelled, trial.arm), []).append(trial)
+    counts = dict.fromkeys(trial.labelled for trial in trials)
+    return [
+        _row(groups[count, arm], None if arm == arms[0] else groups.get((count, arms[0]), []), metric, region)
+        for metric, count, arm in product(_metrics(trials), counts, arms)
+        if (count, arm) in groups
+        for region in _regions(trials)
+    ]
 
 
 def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: Metric, region: str) -> Row:
@@ -185,19 +179,16 @@ def _regions(trials: Sequence[Trial]) -> list[str]:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     heads = ["metric", "labelled", "arm", "region", "mean", "low", "high", "seeds", "seed_sd", "cases_used"]
     heads += ["cases_total", "difference", "difference_low", "difference_high", "pairs"]
-    writer.writerow(heads)
+    table = []
     for row in rows:
         found, gap = row.values, row.difference
-        numbers: list[float | str] = [found.mean, found.low, found.high, row.seeds, row.seed_sd]
-        numbers += [found.used, found.total]
-        numbers += [gap.mean, gap.low, gap.high, gap.used] if gap else ["", "", "", ""]
+        numbers = [found.mean, found.low, found.high, row.seeds, row.seed_sd, found.used, found.total]
+        numbers += [gap.mean, gap.low, gap.high, gap.used] if gap else []
         cells = [f"{value:.6f}" if isinstance(value, float) else value for value in numbers]
-        writer.writerow([row.metric.name, row.labelled, row.arm, row.region, *cells])
-    return text.getvalue()
+        table.append([row.metric.name, row.labelled, row.arm, row.region, *cells, *[""] * (0 if gap else 4)])
+    return csv_text(heads, table)
 
 
 def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> str:
@@ -258,10 +249,9 @@ def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:
 
 
 def _draw(axis: Any, found: Sequence[Row], counts: Sequence[str], shift: float, colour: str) -> None:
-    """One arm's line, moved aside a little so that the intervals of several arms can be told apart."""
-    places = [counts.index(row.labelled) + shift for row in found]
-    means = np.array([row.values.mean for row in found])
-    below = means - [row.values.low for row in found]
-    above = [row.values.high for row in found] - means
-    spread = np.nan_to_num(np.stack([below, above]), nan=0.0).clip(min=0.0)
-    axis.errorbar(places, means, spread, label=found[0].arm, color=colour, marker="o", markersize=4, linewidth=1.2)
+    """One arm's line, shifted sideways so that the intervals of several arms do not overlap."""
+    positions = [counts.index(row.labelled) + shift for row in found]
+    means = [row.values.mean for row in found]
+    sides = np.array([(row.values.mean - row.values.low, row.values.high - row.values.mean) for row in found]).T
+    errors = np.nan_to_num(sides, nan=0.0).clip(min=0.0)
+    axis.errorbar(positions, means, errors, label=found[0].arm, color=colour, marker="o", markersize=4, linewidth=1.2)

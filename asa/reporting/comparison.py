@@ -1,6 +1,6 @@
 """The page of a comparison: table, plots of the paired differences, cases that differ most."""
 
-import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,14 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 def _table(comparison: Comparison, metric: MetricInfo) -> list[dict[str, Any]]:
     """A row for each region and run."""
     rows = []
-    for region in comparison.regions:
-        for run in comparison.runs:
-            key = (metric.name, region, run.name)
-            difference = comparison.differences.get(key)
-            rows.append(
-                {
-                    "region": region if run is comparison.runs[0] else "",
-                    "run": run.name,
-                    "mean": mean_text(comparison.results[key], metric.digits),
-                    "cells": difference_cells(difference, metric.digits),
-                    "significant": difference is not None and difference.p_holm < 0.05,
-                }
-            )
+    for region, run in product(comparison.regions, comparison.runs):
+        key = (metric.name, region, run.name)
+        difference = comparison.differences.get(key)
+        row: dict[str, Any] = {"region": region if run is comparison.runs[0] else "", "run": run.name}
+        row |= {"mean": mean_text(comparison.results[key], metric.digits)}
+        row |= {"cells": difference_cells(difference, metric.digits)}
+        row |= {"significant": difference is not None and difference.p_holm < 0.05}
+        rows.append(row)
     return rows
 
 
@@ -56,13 +51,11 @@ def _extremes(comparison: Comparison) -> list[dict[str, str]]:
     """The cases with the largest losses in the first metric, the largest first, then those with the largest gains."""
     metric, first = comparison.metrics[0], comparison.runs[0]
     entries = []
-    for run in comparison.runs[1:]:
-        for region in comparison.regions:
-            differences = paired_differences(comparison, metric, region, run)
-            for case_id, difference in zip(comparison.case_ids, differences.tolist(), strict=True):
-                if difference and not math.isnan(difference):
-                    gain = difference if metric.higher_is_better else -difference
-                    entries.append((gain, case_id, region, run))
+    for run, region in product(comparison.runs[1:], comparison.regions):
+        differences = paired_differences(comparison, metric, region, run)
+        gained = (differences if metric.higher_is_better else -differences).tolist()
+        pairs = zip(gained, comparison.case_ids, strict=True)
+        entries += [(gain, case_id, region, run) for gain, case_id in pairs if abs(gain) > 0]  # neither NaN nor 0
     entries.sort(key=lambda entry: entry[:3])
     losses, gains = ([entry for entry in entries if entry[0] * sign > 0] for sign in (-1, 1))
     return [

@@ -42,12 +42,7 @@ class CaseFiles:
 
 
 def write_report(path: Path, summary: SegmentationSummary, cases: Sequence[CaseFiles]) -> None:
-    """Write the page of an evaluation of label maps.
-
-    Args:
-        path: the file to write.
-        summary: results of the evaluation.
-        cases: files of every case; those of the worst and best cases are read again.
+    """Write the page of an evaluation of label maps; the files of the worst and best cases are read again.
 
     Raises:
         ImportError: the `report` extra is not installed.
@@ -101,15 +96,7 @@ def case_scores(summary: Summary) -> dict[str, float]:
 
 
 def case_titles(summary: Summary, ranked: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Title, with rank and score, of each case that is shown.
-
-    Args:
-        summary: results of the evaluation.
-        ranked: title -> case ids by rank.
-
-    Returns:
-        Case id -> title.
-    """
+    """Case id -> title, with rank and score, of each case that is shown; `ranked` is title -> case ids by rank."""
     metric, scores = summary.policy.metrics[0], case_scores(summary)
     ranked = ranked if len(scores) > 1 else {"The case": list(scores)}
     mean = "mean " if len(summary.results) > 1 else ""
@@ -129,9 +116,7 @@ def value_cells(row: Row, summary: Summary) -> list[str]:
 
 def _badness(metric: MetricInfo, value: float) -> float:
     """Sort key: larger is worse, undefined values are last."""
-    if math.isnan(value):
-        return -math.inf
-    return -value if metric.higher_is_better else value
+    return -math.inf if math.isnan(value) else -value if metric.higher_is_better else value
 
 
 # ---- cases of label maps ----
@@ -204,18 +189,12 @@ def _case_volumes(files: CaseFiles) -> tuple[dict[str, np.ndarray], tuple[float,
         native["image"] = image.data
     volumes = {name: to_ras(data, truth.affine)[0].transpose(2, 1, 0) for name, data in native.items()}
     width, height, depth = spacing_of(to_ras(truth.data, truth.affine)[1]).tolist()
-    box = _head_box(volumes)
-    return {name: volume[box] for name, volume in volumes.items()}, (depth, height, width)
-
-
-def _head_box(volumes: Mapping[str, np.ndarray]) -> tuple[slice, ...]:
-    """The box of everything that is not background, with a margin."""
     filled = (volumes["truth"] != 0) | (volumes["prediction"] != 0)
     if "image" in volumes:
         filled |= volumes["image"] > volumes["image"].min()
-    if not filled.any():
-        return (slice(None),) * 3
-    return tuple(slice(max(side.start - MARGIN, 0), side.stop + MARGIN) for side in bounding_box(filled))
+    head = bounding_box(filled) if filled.any() else ()
+    box = tuple(slice(max(side.start - MARGIN, 0), side.stop + MARGIN) for side in head)
+    return {name: volume[box] for name, volume in volumes.items()}, (depth, height, width)
 
 
 def _colour_indices(data: np.ndarray, labels: Sequence[int]) -> np.ndarray:
@@ -227,9 +206,5 @@ def _colour_indices(data: np.ndarray, labels: Sequence[int]) -> np.ndarray:
 
 def _differences(truth: np.ndarray, prediction: np.ndarray, ignored: Sequence[int]) -> np.ndarray:
     """Where two label maps differ: 1 missed, 2 added, 3 another label, as in `DIFFERENCES`."""
-    kind = np.zeros(truth.shape, dtype=np.int64)
-    kind[(truth != 0) & (prediction == 0)] = 1
-    kind[(truth == 0) & (prediction != 0)] = 2
-    kind[(truth != 0) & (prediction != 0) & (truth != prediction)] = 3
-    kind[np.isin(truth, ignored)] = 0
-    return kind
+    same = (truth == prediction) | np.isin(truth, ignored)
+    return np.select([same, prediction == 0, truth == 0], [0, 1, 2], default=3)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PLANES = ("axial", "coronal", "sagittal")
-_SIDES = (("R", "L"), ("R", "L"), ("A", "P"))
+_SIDES = (("R", "L"), ("R", "L"), ("A", "P"))  # of the axial, coronal and sagittal plane
 GAP = 4  # pixels between tiles
 _MASKED = np.array([52, 66, 92], dtype=np.uint8)  # colour of masked patches, unlike tissue and background
 
@@ -83,9 +82,8 @@ def overlay_panel(
     Raises:
         ValueError: no arrays, or arrays that are not 3-D and of one shape.
     """
-    maps = list(labels)
-    shape = _common_shape([*maps] if image is None else [image, *maps])
-    tables = [label_colours(int(values.max(initial=0))) for values in maps] if colours is None else list(colours)
+    shape = _common_shape([*labels] if image is None else [image, *labels])
+    tables = [label_colours(int(values.max(initial=0))) for values in labels] if colours is None else colours
     at = _default_slices(shape) if at is None else at
     window = (0.0, 1.0) if image is None else _window(image)
     volume = np.zeros(shape, dtype=np.float32) if image is None else image
@@ -95,7 +93,7 @@ def overlay_panel(
     for plane in range(3):
         grey = _grey(_resize(_slice(volume, plane, at), plane, spacing, pitch, smooth=True), window)
         row = [] if image is None else [grey]
-        for values, table in zip(maps, tables, strict=True):
+        for values, table in zip(labels, tables, strict=True):
             drawn = _resize(_slice(values, plane, at), plane, spacing, pitch, smooth=False)
             row.append(_blend(grey, drawn, table, opacity))
         rows.append(row)
@@ -165,7 +163,7 @@ def thumbnail_row(
         level = np.rint(_resize(flipped, plane, spacing, pitch, smooth=True)).astype(np.uint8)
         inside = _resize(mask[::-1, ::-1].astype(np.uint8), plane, spacing, pitch, smooth=False)
         tile = _blend(level[..., None].repeat(3, axis=2), inside, OUTLINE[None], opacity=0.0)
-        if midline is not None and PLANES[plane] != "sagittal":
+        if midline is not None and plane < 2:
             _draw_midline(tile, values.shape, midline[plane])
         cells.append(_centred(tile, side, side))
         _mark_sides(cells[-1], _SIDES[plane], size=2)
@@ -198,7 +196,7 @@ def _common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:
     shapes = {volume.shape for volume in volumes}
     if len(shapes) != 1 or len(next(iter(shapes))) != 3:
         raise ValueError(f"a panel takes (D, H, W) arrays of one shape, got {sorted(shapes)}")
-    depth, height, width = next(iter(shapes))
+    ((depth, height, width),) = shapes
     return depth, height, width
 
 

@@ -12,10 +12,7 @@ from asa.errors import require
 
 
 def require_report_extra(purpose: str) -> None:
-    """Check that the `report` extra is installed.
-
-    Args:
-        purpose: what needs it.
+    """Check that the `report` extra, which `purpose` needs, is installed.
 
     Raises:
         ImportError: a package is missing.

@@ -22,10 +22,8 @@ def box_plots(summary: Summary) -> bytes:
     figure, axes = _panels(metrics, labels, height)
     line = {"color": LINE, "linewidth": 1.1}
     for axis, metric in zip(axes, metrics, strict=True):
-        groups = []
-        for label in labels:
-            values = [row.values[metric.name] for row in summary.rows if row.label == label]
-            groups.append([value for value in values if not math.isnan(value)])
+        found = [(row.label, row.values[metric.name]) for row in summary.rows]
+        groups = [[value for own, value in found if own == label and not math.isnan(value)] for label in labels]
         axis.boxplot(
             groups,
             positions=np.arange(len(labels)),

@@ -36,12 +36,7 @@ class ImageFiles:
 
 
 def write_restoration_report(path: Path, summary: RestorationSummary, cases: Sequence[ImageFiles]) -> None:
-    """Write the page of an evaluation of restored images.
-
-    Args:
-        path: the file to write.
-        summary: results of the evaluation.
-        cases: files of every case; those of the shown cases are read again.
+    """Write the page of an evaluation of restored images; the files of the shown cases are read again.
 
     Raises:
         ValueError: the `report` extra is not installed, or a degraded image does not match its clean image.

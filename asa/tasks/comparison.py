@@ -25,9 +25,6 @@ def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bo
         out: folder for the results, made if missing.
         allow_missing: compare the cases that all of them have, instead of refusing when they differ.
 
-    Returns:
-        The comparison.
-
     Raises:
         FileNotFoundError: a folder that holds no evaluation.
         ValueError: evaluations that cannot be compared: another policy, other regions, cases or truths; or the

@@ -6,7 +6,7 @@ OUT/report.html    both for reading, with figures (needs the `report` extra)
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,9 +99,6 @@ def evaluate_folder(
         workers: processes; with more than one the caller's main module must be importable (spawn).
         seed: of the bootstrap.
 
-    Returns:
-        The summary.
-
     Raises:
         FileNotFoundError: no such folder or file.
         ValueError: cases that do not match, a case that cannot be evaluated, a bad declaration, an unknown
@@ -112,7 +109,13 @@ def evaluate_folder(
     if both := sorted(set(labels) & set(rules.ignored)):
         raise ValueError(f"label {both[0]} is declared as {labels[both[0]]} and ignored: leave it in one of the two")
     cases, unmatched = _match(Path(predictions), truths, images, allow_missing)
-    rows = [row for found in _evaluate_all(cases, labels, rules, workers, progress) for row in found]
+    jobs, rows = [(case, dict(labels), rules) for case in cases], list[CaseRow]()
+    for (case, *_), found in in_processes(
+        _evaluate_files, jobs, workers, title="evaluate", unit="case", progress=progress, ordered=True
+    ):
+        if found is None:
+            raise ValueError(f"case {case.case_id}: {KILLED}")
+        rows += found
     missing = [case.case_id for case in cases if case.prediction is None]
     summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched, seed=seed)
 
@@ -127,12 +130,12 @@ def evaluate_folder(
 def _check_values(data: np.ndarray, labels: Mapping[int, str], what: str, ignored: Sequence[int] = ()) -> None:
     values, counts = np.unique(data, return_counts=True)
     allowed = {0, *labels, *ignored}
-    strange = [(int(v), int(n)) for v, n in zip(values, counts, strict=True) if int(v) not in allowed]
-    if strange:
-        found = listed([f"{value} ({count} voxels)" for value, count in strange], limit=10)
-        known = ", ".join(f"{value} {name}" for value, name in labels.items())
+    pairs = zip(values.tolist(), counts.tolist(), strict=True)
+    if undeclared := [f"{int(value)} ({count} voxels)" for value, count in pairs if int(value) not in allowed]:
+        found = listed(undeclared, limit=10)
+        declared = ", ".join(f"{value} {name}" for value, name in labels.items())
         raise ValueError(
-            f"{what} holds undeclared label values: {found}; declared are {known}: declare or relabel them"
+            f"{what} holds undeclared label values: {found}; declared are {declared}: declare or relabel them"
         )
 
 
@@ -156,8 +159,7 @@ def _match(
             f"{predictions}: {len(unmatched)} predictions without a truth: {listed(unmatched)}; "
             "give their truth, move them away, or allow missing ones"
         )
-    imageless = [] if images is None else sorted(set(truths) - set(images))
-    if imageless:
+    if imageless := [] if images is None else sorted(set(truths) - set(images)):
         raise ValueError(f"no image for {listed(imageless)}: give one for every case, or none at all")
     cases = []
     for case_id in sorted(truths):
@@ -168,19 +170,6 @@ def _match(
                 raise FileNotFoundError(f"{path}: no such file; correct the path of the {what} of {case_id}")
         cases.append(case)
     return cases, unmatched
-
-
-def _evaluate_all(
-    cases: Sequence[CaseFiles], labels: Mapping[int, str], policy: Policy, workers: int, progress: bool
-) -> Iterator[list[CaseRow]]:
-    """Rows of each case in order; nothing else of a case is kept."""
-    jobs = [(case, dict(labels), policy) for case in cases]
-    for (case, *_), rows in in_processes(
-        _evaluate_files, jobs, workers, title="evaluate", unit="case", progress=progress, ordered=True
-    ):
-        if rows is None:
-            raise ValueError(f"case {case.case_id}: {KILLED}")
-        yield rows
 
 
 def _evaluate_files(job: tuple[CaseFiles, dict[int, str], Policy]) -> list[CaseRow]:

@@ -61,13 +61,9 @@ def evaluate_pictures(
         rows.append(Row(case.case_id, WHOLE, found))
         truths[case.case_id] = hashlib.sha256(target.tobytes()).hexdigest()[:12]
     policy = restoration_policy(ends)
+    results = statistics(rows, [WHOLE], policy.metrics)
     quality = RestorationSummary(
-        policy=policy,
-        rows=rows,
-        results=statistics(rows, [WHOLE], policy.metrics),
-        window=ends,
-        truths=truths,
-        left_out=left_out,
+        policy=policy, rows=rows, results=results, window=ends, truths=truths, left_out=left_out
     )
     page = Path(out) / "report.html"
     page.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers

@@ -60,9 +60,6 @@ class Segmentation:
         self.regions = _regions(config["method"], store)
         set_model(config, in_channels=len(store.channels), out_channels=len(self.regions) or len(self.index) + 1)
         self.lateral_pairs = lateral_indices(config["data"]["lateral_pairs"], self.index, self.augment)
-        for record in self.parts["validation"]:
-            if store.label(record["id"]) is None:
-                raise ValueError(f"{record['id']}: has no label map; leave it out of the validation part of the split")
 
     def example(self, method: Any, count: int) -> Batch:
         return volume_batch(method, count, label=True)
@@ -90,6 +87,8 @@ class Segmentation:
 
     def validation(self, method: Any) -> Any:
         ids = [record["id"] for record in self.parts["validation"]]
+        if unlabelled := [id for id in ids if self.store.label(id) is None]:
+            raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
         scored = self.regions or {name: [k] for name, k in self.index.items()}
         return (lambda step: validate_segmentation(method, self.store, ids, scored, self.windows)) if ids else None
 

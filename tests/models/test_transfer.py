@@ -218,6 +218,6 @@ def test_fine_tuning_starts_from_a_vit_of_monai(
     torch.save({"model": vit.state_dict()}, tmp_path / "vit.pth")
     assert tuned(monkeypatch, store, tmp_path / "run", f"init={tmp_path}/vit.pth") == 0
     shown = capsys.readouterr().out
-    assert "axes x y z turned to z y x" in shown and "does not say which scans it was trained on" in shown
+    assert "axes x y z turned to z y x" in shown and "does not hold its training subjects" in shown
     assert "does not contain its number of heads: 3 assumed" in shown
     assert "transfer" not in (tmp_path / "run" / "config.yaml").read_text()
