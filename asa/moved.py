@@ -5,10 +5,8 @@ before a module moved name its old home, which stays importable.
 """
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 
 MOVED = {
@@ -24,16 +22,15 @@ def current_name(target: str) -> str:
     return f"{MOVED.get(module, module)}.{name}"
 
 
-class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports a module by an old name of `MOVED`, and packages that only such names lie in."""
+class _MovedModules:
+    """Finds and loads a module by an old name of `MOVED`, and packages that only such names lie in."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    # Not an importlib.abc.Loader: importing that would take most of the time of `import asa`.
+    def find_spec(self, fullname: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
         if fullname in MOVED:
-            return importlib.machinery.ModuleSpec(fullname, self)
+            return importlib.machinery.ModuleSpec(fullname, self)  # type: ignore[arg-type]
         if any(old.startswith(f"{fullname}.") for old in MOVED):
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)  # type: ignore[arg-type]
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
