@@ -21,6 +21,7 @@ from asa.data.io.tables import read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.evaluation.classification import ClassScores, score_classes
+from asa.evaluation.statistics import nullable
 from asa.inference.classification import ClassPredictor, predict_classes, predictions_csv
 from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
@@ -148,7 +149,9 @@ class Classification:
             for record in records
         ]
         write_whole(run / "predictions_test.csv", predictions_csv(names, rows, probabilities).encode())
-        write_json(run / "scores_test.json", {"classes": list(names), **asdict(scores)})
+        written = {"classes": list(names), **asdict(scores)}
+        numbers = nullable({key: value for key, value in written.items() if isinstance(value, float)})
+        write_json(run / "scores_test.json", written | numbers)
         print(
             f"test: AUC {scores.auc:.3f} ({scores.auc_low:.3f} to {scores.auc_high:.3f}), balanced accuracy "
             f"{scores.balanced_accuracy:.3f}, ECE {scores.ece:.3f}, {scores.scans} scans of {scores.subjects} subjects"

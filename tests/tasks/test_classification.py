@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from asa.models.classifier import Classifier, asa_classifier_tiny, sa_swin_class
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.sw_vit import sw_vit_tiny
+from asa.tasks import classification
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings
 from asa.training.plan import make_plan, volume_batch
@@ -227,3 +229,13 @@ def test_what_a_classification_lacks_is_named(store: Path, tmp_path: Path, monke
     split.write_text(json.dumps({"train": ["s0", "s2"], "test": ["s1", "s3"]}))
     assert run(monkeypatch, finetune, *options, f"data.split_file={split}") == 1
     assert "has no scan in the training part" in capsys.readouterr().err
+
+
+def test_scores_of_a_test_part_with_one_class_are_written_with_an_undefined_auc(tmp_path: Path) -> None:
+    records = [{"id": name, "subject": name} for name in "ab"]
+    task = SimpleNamespace(parts={"test": records}, names=["x", "y"], targets={name: {"target": 1} for name in "ab"})
+    probabilities = np.array([[0.2, 0.8], [0.4, 0.6]])
+    scores = score_classes(probabilities, np.array([1, 1]), ["a", "b"])
+    classification.Classification._write_test(task, tmp_path, scores, probabilities)
+    written = json.loads((tmp_path / "scores_test.json").read_text())
+    assert written["auc"] is None and written["balanced_accuracy"] == 1
