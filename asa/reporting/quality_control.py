@@ -1,7 +1,7 @@
 """The page of a quality control (QC): a table, and one row of thumbnails per scan.
 
-FOLDER/checkup.csv        one line per scan
-FOLDER/checkup.html       for reading; needs the `report` extra (jinja2, matplotlib)
+FOLDER/quality_control.csv        one line per scan
+FOLDER/quality_control.html       for reading; needs the `report` extra (jinja2, matplotlib)
 FOLDER/thumbnails/ID.png  three slices of each scan that could be read
 """
 
@@ -22,7 +22,7 @@ from asa.data.preprocessing.quality_control import ScanQuality
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, hex_colour, thumbnail_row
 from asa.reporting.pages import require_report_extra, write_page
 
-TABLE, PAGE, THUMBNAILS = "checkup.csv", "checkup.html", "thumbnails"
+TABLE, PAGE, THUMBNAILS = "quality_control.csv", "quality_control.html", "thumbnails"
 STATUSES = ("failed", "warning", "good")  # in the order of the page
 SECONDS = "seconds_"  # prefix of a fact that is the time of a stage
 

@@ -42,8 +42,8 @@ def report(folder: Path, *scans: ScanQuality, settings=None) -> tuple[str, list[
     for one in scans:
         writer.add(one)
     writer.finish(settings or {})
-    return (folder / "checkup.html").read_text(), list(
-        csv.DictReader(io.StringIO((folder / "checkup.csv").read_text()))
+    return (folder / "quality_control.html").read_text(), list(
+        csv.DictReader(io.StringIO((folder / "quality_control.csv").read_text()))
     )
 
 
@@ -231,9 +231,9 @@ def test_an_earlier_quality_control_is_removed_when_another_starts(tmp_path):
     (tmp_path / "thumbnails/.cut.png.part").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("mine")
     writer = QualityControlReport(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkup.html", "notes.txt", "thumbnails"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "quality_control.html", "thumbnails"]
     assert not list((tmp_path / "thumbnails").iterdir())
-    assert "not finished" in (tmp_path / "checkup.html").read_text()
+    assert "not finished" in (tmp_path / "quality_control.html").read_text()
     writer.add(scan("new", thumbnail=box_thumbnails()))
     QualityControlReport(tmp_path)  # as after an interruption
     assert not list((tmp_path / "thumbnails").iterdir())

@@ -236,10 +236,10 @@ def test_a_check_finds_the_same_faults_and_writes_no_store(cohort: Cohort, check
 
 def test_a_check_has_one_row_per_scan_and_shows_the_faults_first(cohort: Cohort, checked: Result) -> None:
     page = cohort.raw.with_name("checked_check")
-    rows = list(csv.DictReader((page / "checkup.csv").open(newline="")))
+    rows = list(csv.DictReader((page / "quality_control.csv").open(newline="")))
     assert [row["id"] for row in rows] == sorted([*FAULTS, *GOOD])
     assert {row["id"]: row["reason"] for row in rows if row["status"] == "failed"} == checked.lines("failed")
-    text = (page / "checkup.html").read_text()
+    text = (page / "quality_control.html").read_text()
     shown = [text.index(f">{row['id']}<") for row in rows if row["status"] == "failed"]
     assert max(shown) < min(text.index(f">{id}<") for id in GOOD)
 
