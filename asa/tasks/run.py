@@ -83,6 +83,7 @@ def train_task(config: Config, command: str) -> Path | None:
     if explain:
         print(task.explain_init(method))
         return None
+    example(method)  # samples that do not fit are found before the run folder is made
     task.load_init(method)
     dataset, validate = task.dataset(method), task.validation(method)
     description = {"model": config["model"], "task": name, "data": task.metadata()}
@@ -108,8 +109,6 @@ def _explains(config: Config) -> bool:
     chosen = config.pop("transfer", "load")
     if chosen not in ("load", "explain"):
         raise ValueError(f"transfer={chosen}: choose load or explain")
-    if chosen == "explain" and not config["init"]:
-        raise ValueError("transfer=explain reports what would be loaded from a checkpoint: give init=")
     return chosen == "explain"
 
 

@@ -68,6 +68,8 @@ class Segmentation:
         self.init.load_and_print(method.model)
 
     def explain_init(self, method: Any) -> str:
+        if not self.config["init"]:
+            raise ValueError("transfer=explain reports what would be loaded from a checkpoint: give init=")
         return self.init.load(method.model, explain=True)
 
     def dataset(self, method: Any) -> CropDataset:

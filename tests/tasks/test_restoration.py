@@ -104,7 +104,7 @@ def test_a_run_starts_from_another_one(pairs: Path, trained: Path, tmp_path: Pat
         (["crop=[16,16]"], "crops of images are square"),
         (["data.root=null"], "data.root has to be given"),
         (["model.upscale=2"], "with model.upscale=2"),
-        (["model.in_channels=3"], "is a grey image, and the network takes colour"),
+        (["model.in_channels=3"], "is a grey image, but the network takes colour"),
         (["model=unet_tiny"], "takes a region attention transformer"),
         (["crop=48"], "lower crop"),
         (["data.regions=maps"], "asa-regions"),
@@ -150,7 +150,7 @@ def test_wrong_inputs_of_prediction_are_named(pairs: Path, trained: Path, tmp_pa
     inputs = [f"checkpoint={trained}", f"input={source}", f"out={tmp_path / 'out'}"]
     assert run(monkeypatch, predict, *inputs, f"regions={labels}") == 1
     shown = "".join(capsys.readouterr())
-    assert "colour: failed:" in shown and "is a colour image, and the network takes grey" in shown
+    assert "colour: failed:" in shown and "is a colour image, but the network takes grey" in shown
     assert "lone: failed: no label map of this image" in shown
     assert "other: failed:" in shown and "the label map is 24 x 20 pixels, its image 20 x 20" in shown
     for more, message in (
