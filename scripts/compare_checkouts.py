@@ -277,7 +277,8 @@ def compare_resumed(before: Checkout, after: Checkout, out: Path) -> bool:
         resumed, alone = out / "resumed", out / "alone"
         for folder in (resumed, alone):
             folder.mkdir()
-        for line, half, whole in RESUMED:
+        for settings, half, whole in RESUMED:
+            line = f"{settings} train.validate_every={half}"  # a run that ends there validates there
             run_side_by_side([Checkout(before.path, resumed)], [f"{line} train.steps={half}"])
             run_side_by_side([Checkout(after.path, resumed)], [f"{line} train.steps={whole}"])
             run_side_by_side([Checkout(after.path, alone)], [f"{line} train.steps={whole}"])
