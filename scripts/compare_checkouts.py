@@ -71,7 +71,7 @@ CHAIN = [
 CONSTANT = "optim.schedule=constant train.save_every=1"
 RESUMED = [
     (f"pretrain {ASA} {CONSTANT} data.store=../before/t1_store out=pretrained", 4, 8),
-    (f"finetune {SEGMENT} {CONSTANT} data.store=../before/ibsr_store train.ema=0.9 train.validate_every=2 "
+    (f"finetune {SEGMENT} {CONSTANT} data.store=../before/ibsr_store train.ema=0.9 "
      "init=../before/pretrained out=tuned", 3, 6),
 ]  # fmt: skip
 # Values that differ between two runs of one checkout, or between versions on purpose.
