@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from asa.models import list_models
+from asa.moved import current_name
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the YAML files are the package asa.configs; in a checkout they lie beside the package.
@@ -73,7 +74,7 @@ def locate(target: Any, allowed: Sequence[str]) -> Any:
     Raises:
         ValueError: it is not, or does not exist.
     """
-    module_name, _, name = str(target).rpartition(".")
+    module_name, _, name = current_name(str(target)).rpartition(".")
     if not _lies_under(module_name, allowed):
         raise ValueError(
             f"_target_={target} is not allowed: only what lies under {', '.join(allowed)}; packages of your own go "

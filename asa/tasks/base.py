@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol
 from asa.config import locate
 from asa.data.loading.crops import Samples
 from asa.methods.base import Batch
-from asa.moved import current_name
 from asa.training.loop import Validate
 
 Config = dict[str, Any]
@@ -104,7 +103,7 @@ def task_of_method(config: Config, command: str) -> tuple[str, type[Task]]:
         ValueError: the method names no task, or one of another command.
     """
     target, plugins = config["method"]["_target_"], config["plugins"]
-    name = getattr(locate(current_name(target), ("asa.methods", *plugins)), "task", None)
+    name = getattr(locate(target, ("asa.methods", *plugins)), "task", None)
     if not isinstance(name, str):
         raise ValueError(f"_target_={target} names no task: give the method an attribute task = 'package.module.Class'")
     task = find_task(name, plugins)
