@@ -32,6 +32,7 @@ from asa.tasks.volumes import Initialisation, absolute, open_store, set_model
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
 from asa.training.distributed import is_main
+from asa.training.loop import Validate, Validation
 from asa.training.plan import volume_batch
 
 
@@ -75,11 +76,11 @@ class Classification:
     def dataset(self, method: Any) -> CropDataset:
         return self._crops(method, "train", crop=self.config["data"]["placement"], augment=self.augment)
 
-    def validation(self, method: Any) -> Any:
+    def validation(self, method: Any) -> Validate | None:
         if not self.parts["validation"]:
             return None
 
-        def validate(step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        def validate(step: int) -> Validation:
             scores = self._score(method.model, method, "validation")[0]
             return {name: getattr(scores, name) for name in ("auc", "balanced_accuracy", "ece")}, {}
 

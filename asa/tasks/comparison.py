@@ -27,8 +27,8 @@ def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bo
 
     Raises:
         FileNotFoundError: a folder that holds no evaluation.
-        ValueError: evaluations that cannot be compared: another policy, other regions, cases or truths; or the
-            `report` extra is absent, when all but the page is written all the same.
+        ValueError: evaluations that cannot be compared: another policy, other regions, cases or truths.
+        ImportError: the `report` extra is not installed; all but the page is written all the same.
     """
     if len(folders) < 2:
         raise ValueError(f"a comparison needs two evaluations or more, got {len(folders)}: compare=[RUN_A, RUN_B]")

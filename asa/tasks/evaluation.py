@@ -102,7 +102,8 @@ def evaluate_folder(
     Raises:
         FileNotFoundError: no such folder or file.
         ValueError: cases that do not match, a case that cannot be evaluated, a bad declaration, an unknown
-            policy; or the `report` extra is absent, when cases.csv and summary.json are written all the same.
+            policy.
+        ImportError: the `report` extra is not installed; cases.csv and summary.json are written all the same.
     """
     rules = get_policy(policy).of_cohort(regions or {}, ignored)
     rules.regions_of(labels)

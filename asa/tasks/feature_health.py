@@ -20,6 +20,7 @@ from asa.models.swin import SwinPatches
 from asa.ops.labels import IGNORED
 from asa.ops.patches import patchify
 from asa.training.device import autocast
+from asa.training.loop import Validation
 
 VOLUMES = 8  # at most
 FLAT = 1e-5  # variance between volumes, of features that the final norm scales to a total variance of about 1
@@ -160,9 +161,7 @@ class FeatureHealth:
         # The last tokens of a Swin stand for 32^3 voxels each, too many for one matrix.
         self.probed: Any = SwinPatches(encoder) if hasattr(encoder, "levels") else encoder
 
-    def add(
-        self, step: int, metrics: dict[str, float], panels: dict[str, np.ndarray]
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    def add(self, step: int, metrics: dict[str, float], panels: dict[str, np.ndarray]) -> Validation:
         """Add feature statistics and the probe's Dice to the metrics of a validation, and print alarms."""
         found, lines = self.measure(step, metrics)
         for line in lines:

@@ -45,8 +45,8 @@ def evaluate_pictures(
         The table as text.
 
     Raises:
-        FileNotFoundError, ValueError: images of different cases or sizes; or the `report` extra is absent, when
-            cases.csv and summary.json are written all the same.
+        FileNotFoundError, ValueError: images of different cases or sizes.
+        ImportError: the `report` extra is not installed; cases.csv and summary.json are written all the same.
     """
     cases, left_out = _match(predictions, truth, inputs, allow_missing)
     ends = _common_window(cases, window)

@@ -32,11 +32,11 @@ from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
 from asa.tasks.volumes import absolute, open_store, set_model
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
+from asa.training.loop import Validate, Validation
 from asa.training.plan import volume_batch
 
 HEALTHY = "healthy"  # value of data.health for a cohort of healthy subjects
 UNKNOWN = float("nan")
-Metrics = tuple[dict[str, float], dict[str, np.ndarray]]
 
 
 class Pretraining:
@@ -72,7 +72,7 @@ class Pretraining:
         augment = AugmentSettings(mirror_probability=self.data["mirror_probability"])
         return self._crops(method, self.parts["train"], crop=self.data["placement"], augment=augment)
 
-    def validation(self, method: Any) -> Any:
+    def validation(self, method: Any) -> Validate:
         # Without held-out subjects the error is computed on training scans, and the log says so.
         held_out = self._crops(method, self.parts["validation"] or self.parts["train"][:4])
         probe = self.data["probe"]
@@ -114,7 +114,7 @@ class Pretraining:
         )
 
 
-def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Metrics:
+def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Validation:
     """A method's metrics over all records, always under the same random draws, and panels of the first record.
 
     Several processes divide the records between them; each returns the whole result, and the main one the panels.

@@ -27,11 +27,13 @@ from asa.methods.base import Batch
 from asa.methods.restore import Restoration as RestorationMethod
 from asa.tasks.base import Config
 from asa.tasks.image_evaluation import evaluate_pictures
-from asa.tasks.prediction import checkpoints_of, subjects_of_part
+from asa.tasks.prediction import only_checkpoint, subjects_of_part
 from asa.tasks.volumes import absolute, choose_split, set_model
 from asa.training.checkpoint import load_weights, read_model, read_weights
 from asa.training.device import pick_device
 from asa.training.distributed import map_over_ranks
+from asa.training.loop import TrainSettings, Validate, Validation
+from asa.training.plan import micro_batch
 
 
 class Restoration:
@@ -69,11 +71,12 @@ class Restoration:
             for name, subjects in self.split.items()
             if (chosen := select(pairs, subjects)) or name == "train"
         }
+        # Real images, as operations depend on their regions; those that do not fit are found before anything is made.
+        train, count = self.parts["train"], micro_batch(typed(TrainSettings, config["train"]))
+        self.batch = collate([train[k % len(train), 0] for k in range(count)])
 
     def example(self, method: Any, count: int) -> Batch:
-        # Real images: operations depend on their regions, and images that do not fit are found before training.
-        train = self.parts["train"]
-        return collate([train[k % len(train), 0] for k in range(count)])
+        return self.batch
 
     def load_init(self, method: Any) -> None:
         """Load the weights of an earlier run of the same network."""
@@ -89,7 +92,7 @@ class Restoration:
     def dataset(self, method: Any) -> PairDataset:
         return self.parts["train"]
 
-    def validation(self, method: Any) -> Any:
+    def validation(self, method: Any) -> Validate | None:
         pairs = self.parts.get("validation")
         return None if pairs is None else lambda step: validate_restoration(method, pairs, self.windows)
 
@@ -106,11 +109,9 @@ class Restoration:
     @staticmethod
     def predict(config: Config) -> None:
         """Restore an image or the images of a folder, as PNG in the training images' window."""
-        checkpoints = checkpoints_of(config)
-        if len(checkpoints) != 1 or config["mirror"] or config["probabilities"]:
-            raise ValueError("restoration takes one checkpoint, and neither mirror=true nor probabilities=true")
+        checkpoint = only_checkpoint(config, "a restored image")
         settings, out = typed(PredictSettings, config["predict"]), Path(str(config["out"]))
-        network, description = read_model(checkpoints[0], plugins=config["plugins"])
+        network, description = read_model(checkpoint, plugins=config["plugins"])
         model: Any = network.to(pick_device(settings.device))
         data = description["data"]
         images, maps = _inputs(config, data)
@@ -166,9 +167,7 @@ def _inputs(config: Config, data: Mapping[str, Any]) -> tuple[dict[str, Path], d
     return images, list_pictures(config["regions"])
 
 
-def validate_restoration(
-    method: RestorationMethod, dataset: PairDataset, settings: PredictSettings
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def validate_restoration(method: RestorationMethod, dataset: PairDataset, settings: PredictSettings) -> Validation:
     """PSNR and SSIM of whole images, those of the bilinearly upscaled input beside them, and a panel of the first.
 
     Several processes divide the images between them; each returns the whole result, and the main one the panel.

@@ -83,7 +83,6 @@ def train_task(config: Config, command: str) -> Path | None:
     if explain:
         print(task.explain_init(method))
         return None
-    example(method)  # samples that do not fit are found before the run folder is made
     task.load_init(method)
     dataset, validate = task.dataset(method), task.validation(method)
     description = {"model": config["model"], "task": name, "data": task.metadata()}

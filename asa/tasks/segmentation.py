@@ -37,9 +37,8 @@ from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
 from asa.tasks.volumes import Initialisation, open_store, set_model
 from asa.training.distributed import map_over_ranks
+from asa.training.loop import Validate, Validation
 from asa.training.plan import volume_batch
-
-Metrics = tuple[dict[str, float], dict[str, np.ndarray]]
 
 
 class Segmentation:
@@ -87,7 +86,7 @@ class Segmentation:
             seed=self.config["train"]["seed"],
         )
 
-    def validation(self, method: Any) -> Any:
+    def validation(self, method: Any) -> Validate | None:
         ids = [record["id"] for record in self.parts["validation"]]
         if unlabelled := [id for id in ids if self.store.label(id) is None]:
             raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
@@ -192,7 +191,7 @@ def validate_segmentation(
     ids: Sequence[str],
     parts: Mapping[str, Sequence[int]],
     settings: PredictSettings,
-) -> Metrics:
+) -> Validation:
     """Dice of whole prepared volumes, ignored voxels left out, and an overlay of the first volume with its truth.
 
     Several processes divide the scans between them; each returns the whole result, and the main one the overlay.

@@ -23,8 +23,9 @@ from asa.training.optim import OptimSettings, Schedule, freeze, make_optimizer, 
 from asa.training.run_log import RunLog, SilentLog
 from asa.training.signals import Stopped, stop_signals
 
-# step -> (metrics, pictures), both by name; a picture is (H, W, 3) uint8
-Validate = Callable[[int], tuple[dict[str, float], dict[str, np.ndarray]]]
+# Metrics and pictures, both by name; a picture is (H, W, 3) uint8.
+Validation = tuple[dict[str, float], dict[str, np.ndarray]]
+Validate = Callable[[int], Validation]  # called with the steps done
 
 
 @dataclass
