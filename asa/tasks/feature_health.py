@@ -3,7 +3,7 @@
 Letters: V volumes `C D H W`, patch size s, L tokens in raster order, token width E, K classes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,8 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
     """Signs in the metrics of a validation that pretraining has failed, a line each.
 
     Args:
-        metrics: "effective_rank", "feature_variance", and the two errors.
+        metrics: "effective_rank", "feature_variance", the two errors, and with a probe "probe_dice" and
+            "probe_dice_first".
         width: E of the encoder, or the largest possible rank if that is smaller.
         error: names of the method's error and of the mean predictor's.
         warm: the warm-up is over; before that the error may be any.
@@ -81,6 +82,12 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
         lines.append(
             f"ALARM: the encoder's features have collapsed: effective rank {rank:.1f} of {width}, variance "
             f"{variance:.2g} (alarm below {COLLAPSED * width:.1f} or {FLAT:g}): lower optim.lr and check the data"
+        )
+    first = metrics.get("probe_dice_first", 0.0)
+    if warm and first > metrics.get("probe_dice", first):
+        lines.append(
+            f"ALARM: the probe's Dice of {metrics['probe_dice']:.3f} is below that of the first weights, {first:.3f}: "
+            "train longer, on tens of thousands of crops, or raise optim.lr"
         )
     ratio = metrics[error[0]] / max(metrics[error[1]], 1e-12)
     if warm and ratio > NO_BETTER:
@@ -92,9 +99,11 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
 
 
 def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequence[str]) -> dict[str, float]:
-    """Dice of a linear map from frozen tokens to labels, fitted on half of the volumes and scored on the others.
+    """Soft Dice of a linear map from frozen tokens to labels, fitted on all volumes but the scored one, in turn.
 
-    The map goes from a patch's token to the classes of its voxels. It is a ridge regression in closed form.
+    The map goes from a patch's token to the fraction of its voxels that each class takes. It is a ridge regression in
+    closed form; the volumes' matrices are computed once. Soft Dice of fractions p (clamped to 0 and 1) and t is
+    2 sum(p t) / sum(p^2 + t^2) (Milletari et al., 3DV 2016): 1 where they are equal.
 
     Args:
         encoder: its tokens are the features.
@@ -102,41 +111,49 @@ def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequen
         names: of the classes 1, 2, ...
 
     Returns:
-        "probe_dice_NAME" of each class over the scored volumes together, and "probe_dice", their mean.
+        "probe_dice_NAME" of each class in the crops, over all volumes together, and "probe_dice", their mean.
     """
-    features, classes = encode(encoder, dataset, VOLUMES), len(names) + 1
-    labels = [patchify(dataset[index, 0]["label"][None], encoder.patch_size)[0] for index in range(len(features))]
-    overlap, size = torch.zeros(2, classes, dtype=torch.float64)
+    features = encode(encoder, dataset, VOLUMES)
+    fractions = [class_fractions(dataset[k, 0]["label"], encoder.patch_size, len(names)) for k in range(len(features))]
     with autocast(features.device, torch.float32):  # whatever the encoder computes in
-        # `(L, s^3)` -> `(L, s^3, K)`; an ignored voxel has no class
-        one_hot = (torch.stack([label == k for k in range(classes)], dim=2) for label in labels[::2])
-        weights = fit_linear(features[::2], one_hot)
-        for tokens, label in zip(features[1::2], labels[1::2], strict=True):
-            found = predict_linear(weights, tokens).reshape(*label.shape, classes).argmax(dim=2)
-            for k in range(1, classes):
-                guess, truth = (found == k) & (label != IGNORED), label == k
-                overlap[k] += (guess & truth).sum()
-                size[k] += guess.sum() + truth.sum()
-    dice = (2 * overlap / size.clamp(min=1))[1:].tolist()
-    own = {f"probe_dice_{name}": value for name, value in zip(names, dice, strict=True)}
-    return {"probe_dice": sum(dice) / len(dice), **own}
+        equations = [normal_equations(*pair) for pair in zip(features, fractions, strict=True)]
+        gram, products = (sum(parts, torch.zeros(())) for parts in zip(*equations, strict=True))
+        overlap, size = torch.zeros(2, len(names), dtype=torch.float64)
+        for tokens, truth, (own_gram, own_products) in zip(features, fractions, equations, strict=True):
+            weights = solve_ridge(gram - own_gram, products - own_products)
+            found = predict_linear(weights, tokens).clamp(0, 1)
+            overlap += (found * truth).sum(dim=0)
+            size += (found.square() + truth.square()).sum(dim=0)
+    present = torch.stack(fractions).amax(dim=(0, 1)) > 0
+    dice = {name: float(2 * overlap[k] / size[k]) for k, name in enumerate(names) if present[k]}
+    mean = sum(dice.values()) / len(dice) if dice else 0.0
+    return {"probe_dice": mean, **{f"probe_dice_{name}": value for name, value in dice.items()}}
 
 
-def fit_linear(features: Tensor, targets: Iterable[Tensor]) -> Tensor:
-    """Ridge regression in closed form, `(V, L, E)` and `(L, ...)` of each volume -> `(E + 1, O)` float32.
+def class_fractions(label: Tensor, patch_size: int, classes: int) -> Tensor:
+    """The fraction of each patch's voxels that are of class 1, 2, ..., K: `(1, D, H, W)` -> `(L, K)` float32.
 
-    O is the number of values per token; the last row is the intercept.
+    An ignored voxel has no class.
     """
-    gram, products = torch.zeros((), dtype=torch.float64), torch.zeros(())
-    for tokens, target in zip(features, targets, strict=True):
-        x = F.pad(tokens, (0, 1), value=1.0)  # L E+1
-        gram, products = gram + x.double().T @ x.double(), products + x.T @ target.flatten(1).float()
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    return torch.linalg.solve(gram, products.double()).float()
+    patches = patchify(label[None], patch_size)[0].long()  # L s^3
+    counts = torch.zeros(len(patches), IGNORED + 1).scatter_add_(1, patches, torch.ones(patches.shape))
+    return counts[:, 1 : classes + 1] / patches.shape[1]
+
+
+def normal_equations(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """X^T X and X^T Y of tokens with an intercept `(L, E)` and targets `(L, O)`: `(E+1, E+1)`, `(E+1, O)` float64."""
+    x = F.pad(tokens, (0, 1), value=1.0).double()  # L E+1
+    return x.T @ x, x.T @ targets.double()
+
+
+def solve_ridge(gram: Tensor, products: Tensor) -> Tensor:
+    """Ridge regression from `normal_equations`: `(E+1, O)` float32; the last row is the intercept."""
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + ridge, products).float()
 
 
 def predict_linear(weights: Tensor, features: Tensor) -> Tensor:
-    """`(E + 1, O)` on `(L, E)` -> `(L, O)`."""
+    """`(E+1, O)` on `(L, E)` -> `(L, O)`."""
     return features @ weights[:-1] + weights[-1]
 
 
@@ -144,7 +161,8 @@ class FeatureHealth:
     """What a pretraining run measures of its encoder at each validation, beside the method's error.
 
     Args:
-        method: whose encoder is measured.
+        method: whose encoder is measured, with its first weights: the probe's Dice of these is what pretraining has to
+            exceed.
         validation: crops that it is not trained on, without augmentation.
         probe: labelled crops for the linear probe, or None.
         names: of the probe's classes 1, 2, ...
@@ -160,6 +178,10 @@ class FeatureHealth:
         self.names, self.warmup = names, warmup
         # The last tokens of a Swin stand for 32^3 voxels each, too many for one matrix.
         self.probed: Any = SwinPatches(encoder) if hasattr(encoder, "levels") else encoder
+        self.first: dict[str, float] = {}
+        if probe is not None:
+            encoder.eval()
+            self.first = {"probe_dice_first": probe_dice(self.probed, probe, names)["probe_dice"]}
 
     def add(self, step: int, metrics: dict[str, float], panels: dict[str, np.ndarray]) -> Validation:
         """Add feature statistics and the probe's Dice to the metrics of a validation, and print alarms."""
@@ -173,7 +195,7 @@ class FeatureHealth:
         features = encode(self.encoder, self.validation, VOLUMES)
         found = feature_health(features)
         if self.probe is not None:
-            found |= probe_dice(self.probed, self.probe, self.names)
+            found |= probe_dice(self.probed, self.probe, self.names) | self.first
         width = min(features.shape[2], freedom(features))
         return found, alarms({**metrics, **found}, width, self.error, warm=step > self.warmup)
 

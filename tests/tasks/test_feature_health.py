@@ -17,12 +17,14 @@ from asa.models.swin import Swin, SwinPatches
 from asa.tasks.feature_health import (
     FeatureHealth,
     alarms,
+    class_fractions,
     feature_health,
-    fit_linear,
     freedom,
+    normal_equations,
     open_probe,
     predict_linear,
     probe_dice,
+    solve_ridge,
 )
 
 HEALTHY = {"effective_rank": 40.0, "feature_variance": 0.5, "loss": 0.5, "mean_predictor_loss": 1.0}
@@ -91,9 +93,17 @@ def test_a_fresh_encoder_does_not_alarm_and_one_that_forgets_its_input_does(stor
 
 
 def test_ridge_equals_least_squares_on_well_conditioned_features() -> None:
-    x, true = draw(5, 100, 6), torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    x, true = draw(500, 6), torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
     y = x @ true[:-1] + true[-1]
-    torch.testing.assert_close(predict_linear(fit_linear(x, y), x[0]), y[0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(predict_linear(solve_ridge(*normal_equations(x, y)), x), y, atol=1e-3, rtol=0)
+
+
+def test_class_fractions_count_the_voxels_of_each_patch() -> None:
+    label = torch.zeros(1, 4, 4, 8, dtype=torch.uint8)
+    label[0, :, :, 4:] = 2
+    label[0, 0, 0, :4] = torch.tensor([1, 1, 255, 2])
+    expected = torch.tensor([[2 / 64, 1 / 64, 0], [0, 1, 0]])
+    torch.testing.assert_close(class_fractions(label, 4, 3), expected)
 
 
 class Planted:
@@ -135,7 +145,10 @@ def test_a_probe_reads_what_features_hold_linearly_and_nothing_from_noise() -> N
     dataset = CropDataset(source, source.records, (64, 64, 64), labelled=True)
     told, noise = (probe_dice(Told(tell), dataset, ["a", "b"]) for tell in (True, False))
     assert told["probe_dice"] > 0.99
-    assert noise["probe_dice"] < 0.45  # all one class, or drawn
+    share = float((torch.from_numpy(source.labels[:, ::32, ::32, ::32].copy()) > 0).float().mean()) / 2
+    assert noise["probe_dice"] == pytest.approx(
+        2 * share / (1 + share), abs=0.1
+    )  # that of the class's share everywhere
     assert told["probe_dice"] == pytest.approx((told["probe_dice_a"] + told["probe_dice_b"]) / 2)
 
 
@@ -165,7 +178,7 @@ def test_the_log_of_a_run_holds_health_and_probe(store: Path, tmp_path: Path, mo
     monkeypatch.setattr(sys, "argv", ["asa-pretrain", *arguments])
     assert pretrain.main() == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert {"effective_rank", "feature_variance", "probe_dice", "probe_dice_wm", "masked_mse"} <= lines[-1].keys()
+    assert {"effective_rank", "feature_variance", "probe_dice", "probe_dice_first", "probe_dice_wm"} <= lines[-1].keys()
     # Two steps teach nothing, and the run says so.
     assert "ALARM: no better than the mean" in capsys.readouterr().out
 
@@ -180,6 +193,26 @@ def test_the_probe_of_a_swin_reads_its_features_at_an_eighth(store: Path) -> Non
     torch.testing.assert_close(tokens[0, at], encoder.levels(volume)[2][0, :, 1, 2, 3])
     dataset, names = open_probe(str(store), ["t1"], (64, 64, 64))
     assert {"probe_dice", "probe_dice_wm"} <= probe_dice(patches, dataset, names).keys()
+
+
+def test_a_probe_below_the_first_weights_alarms() -> None:
+    numbers = {**HEALTHY, "probe_dice": 0.2, "probe_dice_first": 0.21}
+    assert alarms(numbers, 96, ERROR, warm=False) == []
+    (line,) = alarms(numbers, 96, ERROR, warm=True)
+    assert "0.200 is below that of the first weights, 0.210" in line
+    assert alarms({**numbers, "probe_dice": 0.22}, 96, ERROR, warm=True) == []
+
+
+def test_the_probe_of_the_first_weights_is_kept(store: Path) -> None:
+    dataset, names = open_probe(str(store), ["t1"], (32, 32, 32))
+    torch.manual_seed(0)
+    method = MaskedPretraining(model=asa_tiny(img_size=32))
+    health = FeatureHealth(method, dataset, dataset, names, warmup=0)
+    before = health.measure(1, {"loss": 0.5, "mean_predictor_loss": 1.0})[0]
+    assert before["probe_dice"] == before["probe_dice_first"] > 0
+    torch.nn.init.zeros_(method.model.encoder.patch_embed.weight)
+    after = health.measure(2, {"loss": 0.5, "mean_predictor_loss": 1.0})[0]
+    assert after["probe_dice"] < after["probe_dice_first"] == before["probe_dice_first"]
 
 
 def test_few_tokens_are_not_taken_for_a_collapse() -> None:
