@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.ops.patches import grid_size, patchify, split_indices, tokens_at
+from asa.ops.patches import Selection, grid_size, patchify, split_indices, tokens_at
 
 KINDS = ("orientation", "magnitude")
+TINY = 1e-12  # weight with which patches of weight 0 are drawn
+ROUNDING = 1e-9
 
 
 def gradient_importance(volume: Tensor, patch_size: int = 8, bins: int = 9, kind: str = "orientation") -> Tensor:
@@ -140,13 +142,25 @@ class AttentiveReconstructionLoss(nn.Module):
             raise ValueError(f"importance must be one of {', '.join(KINDS)} or null, got {importance!r}")
         self.patch_size, self.bins, self.importance = patch_size, bins, importance
 
-    def weights(self, volume: Tensor, masked: Tensor) -> Tensor:
-        """p of the patches `masked` `(B, M)` of volumes `(B, C, D, H, W)`: `(B, M)` float32, each row summing to 1."""
+    def weights(self, volume: Tensor, masked: Tensor, counted: Tensor | None = None) -> Tensor:
+        """The weights p of masked patches.
+
+        Args:
+            volume: `(B, C, D, H, W)`.
+            masked: indices of the patches `(B, M)`, or with R masks of each volume `(B*R, M)`.
+            counted: bool like `masked`, False for patches without weight; None: all count.
+
+        Returns:
+            `(B*R, M)` float32. Each row sums to 1, to 0 if none of its patches counts.
+        """
+        equal = torch.ones(masked.shape, device=volume.device) if counted is None else counted.float()
+        plain = equal / equal.sum(dim=1, keepdim=True).clamp(min=1)
         if self.importance is None:
-            return volume.new_full(masked.shape, 1 / masked.shape[1], dtype=masked.new_empty(0).float().dtype)
-        scores = gradient_importance(volume, self.patch_size, self.bins, self.importance).gather(1, masked)
+            return plain
+        scores = gradient_importance(volume, self.patch_size, self.bins, self.importance)[:, :, None]
+        scores = tokens_at(scores, masked)[:, :, 0] * equal
         total = scores.sum(dim=1, keepdim=True)
-        return (scores / total).where(total > 0, 1 / masked.shape[1])
+        return (scores / total).where(total > 0, plain)
 
     def forward(self, prediction: Tensor, volume: Tensor, mask: Tensor) -> Tensor:
         """The loss, a scalar in float32.
@@ -162,6 +176,43 @@ class AttentiveReconstructionLoss(nn.Module):
         masked = split_indices(mask)[1].to(volume.device, non_blocking=True)
         errors = patch_errors(prediction, tokens_at(patchify(volume, self.patch_size), masked))
         return weighted_mean(errors, self.weights(volume, masked))
+
+
+def draw_patches(masked: Selection, weights: Tensor, counts: Tensor, offsets: Tensor) -> tuple[Selection, Tensor]:
+    """Draw some of the masked patches, so that their weighted errors estimate those of all without bias.
+
+    Patch i is drawn with a probability q_i proportional to its weight p_i, or 1 where that would be more, and then
+    weighs p_i / q_i: the expectation of the drawn errors' weighted sum is sum_i p_i e_i (Horvitz and Thompson, 1952).
+    The drawing is systematic: patch i is drawn if one of the points u, u+1, u+2, ... lies in its part, of length q_i,
+    of the line on which the parts follow each other. So exactly the wanted number is drawn, no patch twice.
+
+    Args:
+        masked: `(N, M)`.
+        weights: p, `(N, M)`; 0 for padding.
+        counts: patches to draw of each row, `(N,)` int64, at most as many as it has; on the CPU.
+        offsets: u of each row, in [0, 1), `(N,)` float64.
+
+    Returns:
+        The drawn patches `(N, K)` with K the largest count, and their weights, 0 for padding.
+    """
+    index, valid = masked
+    device, most, fewest = index.device, int(counts.max()), int(counts.min())
+    count = counts.to(device, non_blocking=True)[:, None].double()
+    # Patches without weight are drawn if there are not enough others.
+    p = weights.double() + TINY * (1.0 if valid is None else valid.double())
+    # The largest factor for which all probabilities below 1 are proportional to p and their sum is the count: with
+    # the j largest set to 1, the others share count - j.
+    ordered = p.sort(dim=1, descending=True).values
+    rest = ordered.flip(1).cumsum(dim=1).flip(1).clamp(min=TINY)
+    factor = (count - torch.arange(p.shape[1], device=device)) / rest
+    fits = factor * ordered <= 1 + ROUNDING
+    chances = (factor.gather(1, fits.int().argmax(dim=1, keepdim=True)) * p).clamp(max=1.0)
+    ends = chances.cumsum(dim=1)
+    points = torch.arange(most, device=device) + offsets.to(device, non_blocking=True)[:, None]
+    drawn = torch.searchsorted(ends * (count / ends[:, -1:]), points, right=True).clamp(max=p.shape[1] - 1)
+    kept = None if most == fewest else torch.arange(most, device=device) < count
+    share = (weights.double() / chances.clamp(min=TINY)).gather(1, drawn)
+    return Selection(index.gather(1, drawn), kept), (share if kept is None else share * kept).float()
 
 
 def weighted_mean(errors: Tensor, weights: Tensor) -> Tensor:

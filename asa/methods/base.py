@@ -18,6 +18,7 @@ class Method(Protocol):
       or `package.module.Class` of a plugin.
     - `model`: the network, which is kept in checkpoints.
     - `mirrored`: whether batches have the "mirror" of each image.
+    - optional: `drops_air`: whether batches have "air", the patches of constant intensity of each image.
     - optional: `run_untiled(batch)`, see `asa.methods.pretrain.MaskedPretraining`.
     """
 

@@ -3,13 +3,24 @@
 Letters: image `B C D H W`, L tokens of which M are masked, patch size s.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from asa.losses.reconstruction import AttentiveReconstructionLoss, gradient_importance, patch_errors, weighted_mean
+from asa.losses.reconstruction import (
+    AttentiveReconstructionLoss,
+    draw_patches,
+    gradient_importance,
+    patch_errors,
+    weighted_mean,
+)
 from asa.methods.base import Batch
 from asa.models.masked_autoencoder import MaskedAutoencoder
-from asa.ops.patches import patchify, random_mask, split_indices, tokens_at, unpatchify
+from asa.ops.patches import Selection, patchify, random_mask, select_tokens, tokens_at, unpatchify
+
+FEWEST = 2  # patches of a sample that are not air: one to encode, one to predict
+FLAT = 1e-6  # variance below which a patch is constant
 
 
 class MaskedPretraining(nn.Module):
@@ -20,9 +31,16 @@ class MaskedPretraining(nn.Module):
         mask_ratio: fraction of the patches that are masked.
         importance: `"orientation"` (the attentive loss), `"magnitude"`, or None for equal weights.
         bins: histogram bins per angle.
+        decode: fraction of the masked patches that are decoded. They are drawn so that their errors estimate the loss
+            over all masked patches without bias, see `asa.losses.reconstruction.draw_patches`. 1: all of them.
+        air: `"keep"`, or `"drop"`: patches of constant intensity are neither encoded nor decoded.
+        masks: masks of each volume, which are encoded and decoded one by one; loading, patches and importance are
+            shared.
+        normalise: the targets are normalised patch by patch to mean 0 and variance 1, as in MAE (He et al., CVPR 2022).
+            Patches of constant intensity then have no weight in the loss.
 
     Raises:
-        ValueError: a model that is not a masked autoencoder, or a ratio outside (0, 1).
+        ValueError: a model that is not a masked autoencoder, or a setting outside its range.
     """
 
     task = "pretraining"
@@ -36,44 +54,109 @@ class MaskedPretraining(nn.Module):
         mask_ratio: float = 0.75,
         importance: str | None = "orientation",
         bins: int = 9,
+        decode: float = 1.0,
+        air: str = "keep",
+        masks: int = 1,
+        normalise: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, MaskedAutoencoder):
             raise ValueError(f"masked pretraining needs an autoencoder (model=asa_...), got {type(model).__name__}")
         if not isinstance(mask_ratio, float) or not 0 < mask_ratio < 1:
             raise ValueError(f"method.mask_ratio={mask_ratio}: must be in (0, 1)")
+        if isinstance(decode, bool) or not isinstance(decode, int | float) or not 0 < decode <= 1:
+            raise ValueError(f"method.decode={decode}: must be in (0, 1]")
+        if air not in ("keep", "drop"):
+            raise ValueError(f"method.air={air}: choose keep or drop")
+        if isinstance(masks, bool) or not isinstance(masks, int) or masks < 1:
+            raise ValueError(f"method.masks={masks}: must be a whole number from 1")
+        if not isinstance(normalise, bool):
+            raise ValueError(f"method.normalise={normalise}: choose true or false")
         self.model = model
-        self.mask_ratio = mask_ratio
+        self.mask_ratio, self.decode, self.masks = mask_ratio, decode, masks
+        self.drops_air, self.normalise = air == "drop", normalise
         self.loss = AttentiveReconstructionLoss(model.encoder.patch_size, bins, importance)
 
-    def mask(self, seeds: Tensor) -> Tensor:
-        """One mask per sample from its own seed: `(B,)` -> bool `(B, L)` on the CPU, True = masked."""
-        t, h, w = self.model.encoder.grid
-        return torch.cat(
-            [random_mask(1, t * h * w, self.mask_ratio, torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
-        )
+    def mask(self, seeds: Tensor, air: Tensor | None = None) -> Tensor:
+        """The masks of each sample, from its own seed.
+
+        Args:
+            seeds: `(B,)`.
+            air: bool `(B, L)` on the CPU, patches that are not masked.
+
+        Returns:
+            bool `(B*R, L)` on the CPU with R masks of each sample, True = masked.
+        """
+        return self._draw(seeds, air)[0]
+
+    def _draw(self, seeds: Tensor, air: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The masks `(B*R, L)`, and a number in [0, 1) for each, `(B*R,)` float64."""
+        length = math.prod(self.model.encoder.grid)
+        masks, offsets = [], []
+        for k, seed in enumerate(seeds.tolist()):
+            generator = torch.Generator().manual_seed(seed)
+            own = None if air is None else air[k : k + 1]
+            masks += [random_mask(1, length, self.mask_ratio, generator, own) for _ in range(self.masks)]
+            offsets.append(torch.rand(self.masks, generator=generator, dtype=torch.float64))
+        return torch.cat(masks), torch.cat(offsets)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch with "image" and "seed".
+        """Loss of a batch with "image" and "seed", and for `air="drop"` "air", bool `(B, L)` on the CPU.
 
         Returns:
             "loss"; and for the log "mean_predictor_loss", the loss of predicting the mean of the visible voxels
-            everywhere; "masked_mse" and "mean_predictor_mse", the same two with equal weights.
+            everywhere (0 where targets are normalised); "masked_mse" and "mean_predictor_mse", the same two with equal
+            weights. All of them are over the decoded patches.
         """
-        image, mask = batch["image"], self.mask(batch["seed"])
-        prediction = self.model(image, mask)
-        visible, masked = (index.to(image.device, non_blocking=True) for index in split_indices(mask))
+        image, air = batch["image"], self._air(batch)
+        mask, offsets = self._draw(batch["seed"], air)
+        air = None if air is None else air.repeat_interleave(self.masks, dim=0)
+        masked = select_tokens(mask)
+        counts = masked.counts()
+        masked = masked.to(image.device)
         patches = patchify(image.float(), self.loss.patch_size)
-        target = tokens_at(patches, masked)
+        weights = self.loss.weights(image, masked.indices, self._counted(patches, masked))
+        if self.decode < 1:
+            counts = (self.decode * counts).round().long().clamp(min=1)
+            masked, weights = draw_patches(masked, weights, counts, offsets)
+        prediction = self.model(image, mask, air=air, decoded=masked)
+        target = tokens_at(patches, masked.indices)
+        if self.normalise:
+            target = normalised(target)
+            mean = torch.zeros((), device=image.device)
+        else:
+            seen = ~mask if air is None else ~mask & ~air
+            visible = select_tokens(seen).to(image.device)
+            voxels = tokens_at(patches, visible.indices)
+            if visible.valid is not None:
+                voxels = voxels * (visible.valid / visible.valid.float().mean(dim=1, keepdim=True))[:, :, None]
+            mean = voxels.mean(dim=(1, 2), keepdim=True)
         errors = patch_errors(prediction, target)
-        mean_errors = patch_errors(tokens_at(patches, visible).mean(dim=(1, 2), keepdim=True).expand_as(target), target)
-        weights = self.loss.weights(image, masked)
+        mean_errors = patch_errors(mean.expand_as(target), target)
         return {
             "loss": weighted_mean(errors, weights),
             "mean_predictor_loss": weighted_mean(mean_errors, weights),
-            "masked_mse": errors.detach().mean(),
-            "mean_predictor_mse": mean_errors.mean(),
+            "masked_mse": _mean(errors.detach(), masked.valid),
+            "mean_predictor_mse": _mean(mean_errors, masked.valid),
         }
+
+    def _air(self, batch: Batch) -> Tensor | None:
+        """The patches to drop, bool `(B, L)` on the CPU; None without any."""
+        if not self.drops_air:
+            return None
+        if "air" not in batch:
+            raise ValueError('method.air=drop needs the batch\'s "air": give the dataset patch_size')
+        air = batch["air"]
+        # A sample with nothing but air keeps it.
+        air = air & ((~air).sum(dim=1, keepdim=True) >= FEWEST)
+        return air if air.any() else None
+
+    def _counted(self, patches: Tensor, masked: Selection) -> Tensor | None:
+        """The masked patches that count in the loss, `(N, M)`; None: all."""
+        if not self.normalise:
+            return masked.valid
+        varies = tokens_at((patches.var(dim=2, correction=0) > FLAT)[:, :, None], masked.indices)[:, :, 0]
+        return varies if masked.valid is None else varies & masked.valid
 
     def run_untiled(self, batch: Batch) -> None:
         """Compute what a GPU computes for the whole batch and a CPU in slabs, for the memory plan of a step."""
@@ -81,30 +164,62 @@ class MaskedPretraining(nn.Module):
             gradient_importance(batch["image"], self.loss.patch_size, self.loss.bins, self.loss.importance)
 
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """The figure "reconstruction" of a batch, see `reconstruct`."""
-        return {"reconstruction": self.reconstruct(batch["image"], self.mask(batch["seed"]))}
+        """The figure "reconstruction" of a batch, see `reconstruct`. Of several masks the first one is drawn."""
+        air = self._air(batch)
+        mask = self.mask(batch["seed"], air)[:: self.masks]
+        return {"reconstruction": self.reconstruct(batch["image"], mask, air)}
 
     @torch.no_grad()
-    def reconstruct(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def reconstruct(self, image: Tensor, mask: Tensor, air: Tensor | None = None) -> dict[str, Tensor]:
         """A reconstruction as volumes to draw.
+
+        With `decode` below 1 the masked patches are decoded in parts, as in training. Predictions of normalised patches
+        get the true mean and variance.
 
         Args:
             image: `(B, C, D, H, W)`.
             mask: bool `(B, L)`, True = masked.
+            air: bool `(B, L)`, patches that are dropped; they are not masked.
 
         Returns:
             "input", "masked" (masked patches NaN), "prediction" (visible patches unchanged, masked ones predicted)
             of the image's shape, and "importance" `(B, 1, D, H, W)`, the score of each patch.
         """
         s, grid = self.loss.patch_size, self.model.encoder.grid
-        masked = split_indices(mask)[1].to(image.device)
         patches = patchify(image.float(), s)
-        index = masked[:, :, None].expand(-1, -1, patches.shape[2])
-        prediction = self.model(image, mask).float()
+        hidden = mask.to(image.device)[:, :, None]
+        filled = patches.clone()
+        masked = select_tokens(mask).to(image.device)
+        parts = round(1 / self.decode)
+        for part in range(min(parts, masked.indices.shape[1])):
+            index, valid = (rows if rows is None else rows[:, part::parts] for rows in masked)
+            assert index is not None
+            prediction = self.model(image, mask, air=air, decoded=Selection(index, valid)).float()
+            if self.normalise:
+                prediction = denormalised(prediction, tokens_at(patches, index))
+            filled.scatter_(1, index[:, :, None].expand_as(prediction), prediction)
         scores = gradient_importance(image, s, self.loss.bins, self.loss.importance or "orientation")
         return {
             "input": image,
-            "masked": unpatchify(patches.scatter(1, index, float("nan")), grid, s),
-            "prediction": unpatchify(patches.scatter(1, index, prediction), grid, s),
+            "masked": unpatchify(patches.masked_fill(hidden, float("nan")), grid, s),
+            # Padding may have been written to visible patches.
+            "prediction": unpatchify(filled.where(hidden, patches), grid, s),
             "importance": unpatchify(scores[:, :, None].expand(-1, -1, s**3), grid, s),
         }
+
+
+def normalised(patches: Tensor) -> Tensor:
+    """Patches `(..., P)` with mean 0 and variance 1 each."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=0)
+    return (patches - mean) / (variance + FLAT).sqrt()
+
+
+def denormalised(patches: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `normalised`, with the means and variances of the patches `like`."""
+    variance, mean = torch.var_mean(like, dim=-1, keepdim=True, correction=0)
+    return patches * (variance + FLAT).sqrt() + mean
+
+
+def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of `(N, K)` without padding."""
+    return values.mean() if valid is None else (values * valid).sum() / valid.sum()

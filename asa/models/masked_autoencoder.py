@@ -1,6 +1,7 @@
 """The masked autoencoder of ASA (MICCAI 2022): an SW-ViT encoder on the visible patches, an SW-ViT decoder on all.
 
-Letters: volume `B C D H W`, L tokens in raster order of which M are masked and V visible, token width E, patch size s.
+Letters: volume `B C D H W`, N = B*R masks (R of each volume), L tokens in raster order of which V are visible and K
+decoded, token width E of the encoder and F of the decoder, patch size s.
 """
 
 from collections.abc import Sequence
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from asa.models import sw_vit
-from asa.models.sw_vit import SWViT, run_block, window_blocks
-from asa.ops.patches import split_indices, tokens_at
+from asa.models.sw_vit import SWViT, position_encoding, run_block, window_blocks
+from asa.ops.patches import Selection, select_tokens, split_indices, tokens_at
 
 
 class MaskedAutoencoder(nn.Module):
     """Predicts the masked patches of a volume from the visible ones.
 
-    The encoder takes the visible patches only. The decoder takes all tokens in raster order, with their position
-    encoding: the projected outputs of the encoder, and one learnable mask token at each masked index. Its head predicts
-    the masked patches.
+    The encoder takes the visible patches only. The decoder takes these and the patches to predict in raster order, with
+    their position encoding: the projected outputs of the encoder, and one learnable mask token for each patch to
+    predict. These are all masked patches, or a part of them, which is cheaper (as in CrossMAE, Fu et al., 2024, which
+    has cross-attention in the decoder).
 
     With `position="mirror"` this is ASA's network, with `"sincos"` a plain MAE with the same attention windows.
 
@@ -27,6 +29,10 @@ class MaskedAutoencoder(nn.Module):
         img_size, patch_size, in_channels, embed_dim, num_heads, mlp_ratio, window, position, checkpointing: of encoder
             and decoder, see `asa.models.sw_vit.SWViT`.
         depth, decoder_depth: blocks of the encoder and of the decoder.
+        decoder_dim: token width F of the decoder, whose heads are as wide as the encoder's; None: E.
+
+    Raises:
+        ValueError: a width of the decoder that is not a multiple of the width of a head.
     """
 
     def __init__(
@@ -42,18 +48,27 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int = 8,
         position: str = "mirror",
         checkpointing: bool = False,
+        decoder_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.encoder = SWViT(
             img_size, patch_size, in_channels, embed_dim, depth, num_heads, mlp_ratio, window, position, checkpointing
         )
         self.checkpointing = checkpointing
-        self.projection = nn.Linear(embed_dim, embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(embed_dim))
+        width, head = decoder_dim or embed_dim, embed_dim // num_heads
+        if width % head:
+            raise ValueError(f"decoder_dim={width} is not a multiple of {head}, the width of the encoder's heads")
+        self.projection = nn.Linear(embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.decoder = window_blocks(decoder_depth, embed_dim, num_heads, mlp_ratio, window)
-        self.norm = nn.LayerNorm(embed_dim)
-        self.head = nn.Linear(embed_dim, in_channels * patch_size**3)
+        encoding = (
+            self.encoder.position if width == embed_dim else position_encoding(self.encoder.grid, width, position)
+        )
+        self.register_buffer("position", encoding, persistent=False)
+        self.position: Tensor
+        self.decoder = window_blocks(decoder_depth, width, width // head, mlp_ratio, window)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, in_channels * patch_size**3)
         for linear in (self.projection, self.head):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -62,42 +77,91 @@ class MaskedAutoencoder(nn.Module):
         """Names of the parameters without weight decay, besides biases and norms."""
         return {"mask_token"}
 
-    def forward(self, volume: Tensor, mask: Tensor) -> Tensor:
-        """Predict the masked patches.
+    def forward(
+        self, volume: Tensor, mask: Tensor, *, air: Tensor | None = None, decoded: Selection | None = None
+    ) -> Tensor:
+        """Predict masked patches.
 
         Args:
             volume: `(B, C, D, H, W)`.
-            mask: bool `(B, L)`, True = masked, the same count M in every sample. For a CPU tensor the count is read
-                without synchronising with the GPU.
+            mask: bool `(N, L)`, True = masked. Without `air`, the same count in every sample. For a CPU tensor the
+                count is read without synchronising with the GPU.
+            air: bool `(N, L)`, tokens that are neither encoded nor decoded; they are not masked.
+            decoded: the masked tokens to predict, on the volume's device; None: all.
 
         Returns:
-            `(B, M, C*s^3)`, the masked patches in raster order.
+            `(N, K, C*s^3)`, the decoded patches in raster order. Values of padding are arbitrary.
 
         Raises:
             ValueError: a volume or mask of another size, or different counts per sample.
         """
         self.encoder.check_mask(volume, mask)
-        visible, masked = (index.to(volume.device, non_blocking=True) for index in split_indices(mask))
-        encoded = self.projection(self.encoder.encode(volume, visible))  # B V E
-        b, _, e = encoded.shape
-        tokens = self.mask_token.to(encoded.dtype).expand(b, mask.shape[1], e)  # B L E
-        tokens = tokens.scatter(1, visible[:, :, None].expand(-1, -1, e), encoded)
-        tokens = tokens + self.encoder.position
+        if air is None:
+            visible, masked = map(Selection, split_indices(mask))
+        else:
+            self.encoder.check_mask(volume, air)
+            visible, masked = select_tokens(~mask & ~air), select_tokens(mask)
+        visible = visible.to(volume.device)
+        if decoded is None:
+            decoded = masked.to(volume.device)
+        encoded = self.projection(self.encoder.encode(volume, visible))  # N V F
+        index, valid, places, wanted = merge(visible, decoded, mask.shape[1])
+        n, length = index.shape
+        tokens = self.mask_token.to(encoded.dtype).expand(n, length, -1)
+        tokens = tokens.scatter(1, places[:, :, None].expand(-1, -1, encoded.shape[2]), encoded)
+        tokens = tokens + self.position[index]
         for block in self.decoder:
-            tokens = run_block(block, tokens, checkpointing=self.checkpointing)
-        return self.head(self.norm(tokens_at(tokens, masked)))
+            tokens = run_block(block, tokens, valid, checkpointing=self.checkpointing)
+        return self.head(self.norm(tokens_at(tokens, wanted)))
+
+
+def merge(first: Selection, second: Selection, length: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Merge two selections of different tokens into one sequence in raster order, padding last.
+
+    Args:
+        first, second: `(N, V)` and `(N, K)`.
+        length: tokens L of a volume.
+
+    Returns:
+        index `(N, V+K)` of the sequence's tokens, and which of them are valid (None: all); the places of the first
+        selection's tokens in the sequence `(N, V)`, and those of the second's `(N, K)`.
+    """
+    index = torch.cat([first.indices, second.indices], dim=1)
+    valid, key = None, index
+    if first.valid is not None or second.valid is not None:
+        parts = [
+            torch.ones_like(part.indices, dtype=torch.bool) if part.valid is None else part.valid
+            for part in (first, second)
+        ]
+        valid = torch.cat(parts, dim=1)
+        key = index.where(valid, length)
+    order = key.argsort(dim=1, stable=True)
+    places = order.argsort(dim=1)
+    split = first.indices.shape[1]
+    return (
+        index.gather(1, order),
+        None if valid is None else valid.gather(1, order),
+        places[:, :split],
+        places[:, split:],
+    )
 
 
 def asa_base(**overrides: Any) -> MaskedAutoencoder:
     """The paper's autoencoder: 12 + 8 blocks of width 384, 36 M parameters."""
-    return MaskedAutoencoder(**{**sw_vit.BASE, "decoder_depth": 8, **overrides})
+    return _sized(sw_vit.BASE, 8, overrides)
 
 
 def asa_small(**overrides: Any) -> MaskedAutoencoder:
     """8 + 4 blocks of width 192: for a single workstation GPU."""
-    return MaskedAutoencoder(**{**sw_vit.SMALL, "decoder_depth": 4, **overrides})
+    return _sized(sw_vit.SMALL, 4, overrides)
 
 
 def asa_tiny(**overrides: Any) -> MaskedAutoencoder:
     """4 + 2 blocks of width 96: for tests and demonstrations on a CPU."""
-    return MaskedAutoencoder(**{**sw_vit.TINY, "decoder_depth": 2, **overrides})
+    return _sized(sw_vit.TINY, 2, overrides)
+
+
+def _sized(size: dict[str, Any], decoder_depth: int, overrides: dict[str, Any]) -> MaskedAutoencoder:
+    if overrides.get("decoder_depth") is None:
+        overrides["decoder_depth"] = decoder_depth
+    return MaskedAutoencoder(**{**size, **overrides})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from asa.ops.patches import grid_size, patchify, split_indices, tokens_at, triple
+from asa.ops.patches import Selection, grid_size, patchify, split_indices, tokens_at, triple
 from asa.ops.position import sincos_position_encoding, symmetric_position_encoding
 
 
@@ -52,25 +52,35 @@ class LinearWindowAttention(nn.Module):
         """Names of the parameters without weight decay, besides biases and norms."""
         return {"relative_position_bias"}
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Attend inside windows: `(B, L, E)` -> `(B, L, E)`."""
+    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Attend inside windows: `(B, L, E)` -> `(B, L, E)`.
+
+        No token attends to padding, where `valid`, bool `(B, L)`, is False.
+        """
         qkv = self.qkv(tokens)
         bias = self.relative_position_bias[:, self.offset]  # M S S
         runs = window_runs(tokens.shape[1], self.window, self.shift)
         # The gradient of a split is one copy, that of several slices a sum.
         parts = qkv.split([n * size for _, n, size in runs], dim=1) if len(runs) > 1 else [qkv]
-        out = [self._attend(part, size, bias) for part, (_, _, size) in zip(parts, runs, strict=True)]
+        out = []
+        for part, (start, n, size) in zip(parts, runs, strict=True):
+            keys = None if valid is None else valid[:, start : start + n * size].reshape(-1, size)
+            out.append(self._attend(part, size, bias, keys))
         return self.proj(torch.cat(out, dim=1) if len(out) > 1 else out[0])
 
-    def _attend(self, qkv: Tensor, size: int, bias: Tensor) -> Tensor:
-        """Windows of one size, `(B, N*S, 3*E)` -> `(B, N*S, E)`.
+    def _attend(self, qkv: Tensor, size: int, bias: Tensor, valid: Tensor | None) -> Tensor:
+        """Windows of one size, `(B, N*S, 3*E)` -> `(B, N*S, E)`; `valid` is bool `(B*N, S)`.
 
         A shorter window uses a corner of the bias table.
         """
         b, length, _ = qkv.shape
         windows = qkv.reshape(b * length // size, size, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 B*N M S d
         attend = fused_attention if qkv.is_cuda else written_attention
-        out = attend(windows, bias[:, :size, :size].to(qkv.dtype))  # B*N M S d
+        bias = bias[:, :size, :size].to(qkv.dtype)
+        if valid is not None:  # finite, as a window may hold nothing but padding
+            excluded = torch.zeros_like(valid, dtype=qkv.dtype).masked_fill(~valid, torch.finfo(qkv.dtype).min / 2)
+            bias = bias + excluded[:, None, None]  # N M S S
+        out = attend(windows, bias)  # B*N M S d
         return out.transpose(1, 2).reshape(b, length, -1)
 
 
@@ -99,20 +109,21 @@ def fused_attention(windows: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         windows: queries, keys and values, `(3, N, M, S, d)`.
-        bias: added to the logits, `(M, S, S)`.
+        bias: added to the logits, `(M, S, S)` or `(N, M, S, S)`.
 
     Returns:
         `(N, M, S, d)`.
     """
     q, k, v = windows.unbind()
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], *bias.shape[-3:]))
 
 
 def written_attention(windows: Tensor, bias: Tensor) -> Tensor:
     """The same, written out: faster on a CPU for small windows."""
     n, m = windows.shape[1:3]
     q, k, v = windows.flatten(1, 2).unbind()  # N*M S d, one copy for all three
-    logits = torch.baddbmm(bias.repeat(n, 1, 1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    bias = bias.repeat(n, 1, 1) if bias.ndim == 3 else bias.flatten(0, 1)
+    logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return torch.bmm(logits.softmax(dim=-1), v).unflatten(0, (n, m))
 
 
@@ -131,9 +142,9 @@ class Block(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`(B, L, E)` -> `(B, L, E)`."""
-        tokens = tokens + self.attention(self.norm1(tokens))
+    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`(B, L, E)` -> `(B, L, E)`, without attention to padding, where `valid`, bool `(B, L)`, is False."""
+        tokens = tokens + self.attention(self.norm1(tokens), valid)
         return tokens + self.mlp(self.norm2(tokens))
 
 
@@ -142,7 +153,7 @@ def window_blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float, window
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio, window, shift=(i % 2) * (window // 2)) for i in range(depth))
 
 
-def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool) -> Tensor:
+def run_block(block: nn.Module, *inputs: Tensor | None, checkpointing: bool) -> Tensor:
     """A block's output. With `checkpointing` only its inputs are stored, and it is recomputed in the backward pass.
 
     The results are the same to the bit, as the blocks draw no random numbers.
@@ -227,7 +238,8 @@ class SWViT(nn.Module):
     def embed(self, volume: Tensor, visible: Tensor | None = None) -> Tensor:
         """Embed patches with their position encoding: `(B, C, D, H, W)` -> `(B, L, E)`.
 
-        With the indices `visible` `(B, V)` of some patches only those: `(B, V, E)`.
+        With the indices `visible` `(B, V)` of some patches only those: `(B, V, E)`; with R rows of indices for each
+        volume `(B*R, V, E)`.
         """
         self.check(volume)
         patches = patchify(volume, self.patch_size)  # B L C*s^3
@@ -248,10 +260,10 @@ class SWViT(nn.Module):
 
         Args:
             volume: `(B, C, D, H, W)`.
-            mask: bool `(B, L)`, True = masked, the same count in every sample.
+            mask: bool `(B, L)`, True = masked, the same count in every sample; or `(B*R, L)`, R masks of each volume.
 
         Returns:
-            `(B, L, E)`, or the visible tokens in raster order `(B, visible, E)`.
+            `(B, L, E)`, or the visible tokens in raster order `(B, visible, E)`, of R masks `(B*R, visible, E)`.
 
         Raises:
             ValueError: a volume or mask of another size.
@@ -259,14 +271,15 @@ class SWViT(nn.Module):
         visible = None
         if mask is not None:
             self.check_mask(volume, mask)
-            visible = split_indices(mask)[0].to(volume.device)
+            visible = Selection(split_indices(mask)[0].to(volume.device))
         return self.encode(volume, visible)
 
-    def encode(self, volume: Tensor, visible: Tensor | None) -> Tensor:
-        """Encode the patches at the indices `visible` `(B, V)`, or all: `(B, V or L, E)`."""
-        tokens = self.embed(volume, visible)
+    def encode(self, volume: Tensor, visible: Selection | None) -> Tensor:
+        """Encode some patches `(B*R, V)`, R >= 1 selections of each volume, or all: `(B*R, V, E)` or `(B, L, E)`."""
+        index, valid = visible or (None, None)
+        tokens = self.embed(volume, index)
         for block in self.blocks:
-            tokens = run_block(block, tokens, checkpointing=self.checkpointing)
+            tokens = run_block(block, tokens, valid, checkpointing=self.checkpointing)
         return self.norm(tokens)
 
     def check(self, volume: Tensor) -> None:
@@ -279,9 +292,9 @@ class SWViT(nn.Module):
             )
 
     def check_mask(self, volume: Tensor, mask: Tensor) -> None:
-        """Raise a ValueError for a mask that does not have one entry per token of the volumes."""
+        """Raise a ValueError for masks that do not have one entry per token, or are not R >= 1 for each volume."""
         expected = (volume.shape[0], math.prod(self.grid))
-        if mask.shape != expected:
+        if mask.ndim != 2 or mask.shape[1] != expected[1] or mask.shape[0] % expected[0] or not len(mask):
             raise ValueError(f"the mask must be of shape (batch, tokens) = {expected}, got {tuple(mask.shape)}")
 
 

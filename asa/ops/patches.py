@@ -5,10 +5,33 @@ L = T*H*W tokens in raster order (W fastest), a token holds C*s^3 values in the 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Selection(NamedTuple):
+    """Some tokens of each sample, in raster order.
+
+    Args:
+        indices: int64 `(B, N)`. Samples with fewer than N tokens are padded with other tokens of theirs.
+        valid: bool `(B, N)`, False for padding; None where every sample has N tokens.
+    """
+
+    indices: Tensor
+    valid: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Selection":
+        """On another device, without waiting for it."""
+        valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
+        return Selection(self.indices.to(device, non_blocking=True), valid)
+
+    def counts(self) -> Tensor:
+        """Tokens of each sample, `(B,)` int64."""
+        rows, most = self.indices.shape
+        return torch.full((rows,), most) if self.valid is None else self.valid.sum(dim=1)
 
 
 def triple(size: int | Sequence[int]) -> tuple[int, int, int]:
@@ -87,30 +110,55 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
     return volume.reshape(b, c, t * s, h * s, w * s)
 
 
-def random_mask(batch: int, length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Mask the same number of random tokens in each sample.
+def constant_patches(volume: Tensor, patch_size: int) -> Tensor:
+    """Which patches of volumes `(B, C, D, H, W)` have a constant intensity in each channel: bool `(B, L)`.
+
+    Patches of background are such, patches of tissue are not.
+
+    Raises:
+        ValueError: sizes that are not divisible by the patch size.
+    """
+    t, h, w = grid_size(volume.shape[2:], patch_size)
+    s = patch_size
+    patches = volume.reshape(*volume.shape[:2], t, s, h, s, w, s)
+    low, high = patches.amin(dim=(3, 5, 7)), patches.amax(dim=(3, 5, 7))  # B C T H W
+    return (low == high).all(dim=1).flatten(1)
+
+
+def random_mask(
+    batch: int,
+    length: int,
+    ratio: float,
+    generator: torch.Generator | None = None,
+    air: Tensor | None = None,
+) -> Tensor:
+    """Mask the same fraction of random tokens in each sample.
 
     Args:
         batch: samples B.
         length: tokens L in a sample.
         ratio: fraction of tokens to mask; round(ratio * L) are masked, at least one and never all.
         generator: random generator; the same state gives the same mask, on the generator's device.
+        air: bool `(B, L)`, tokens that are neither masked nor counted in L; None: there are none.
 
     Returns:
         bool `(B, L)`, True = masked.
 
     Raises:
-        ValueError: a ratio outside (0, 1) or fewer than two tokens.
+        ValueError: a ratio outside (0, 1), or fewer than two tokens besides air.
     """
     if not 0 < ratio < 1:
         raise ValueError(f"the mask ratio must be in (0, 1), got {ratio}")
-    if length < 2:
+    if length < 2 or (air is not None and int((~air).sum(dim=1).min()) < 2):
         raise ValueError(f"{length} token cannot be split into visible and masked ones: use a larger volume")
-    count = min(max(round(ratio * length), 1), length - 1)
     device = generator.device if generator is not None else None
-    order = torch.rand(batch, length, generator=generator, device=device).argsort(dim=1)
+    draws = torch.rand(batch, length, generator=generator, device=device)
+    lengths = [length] * batch
+    if air is not None:
+        draws, lengths = draws.masked_fill(air, 2.0), (~air).sum(dim=1).tolist()
+    counts = torch.tensor([min(max(round(ratio * n), 1), n - 1) for n in lengths], device=device)
     mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    return mask.scatter_(1, order[:, :count], True)
+    return mask.scatter_(1, draws.argsort(dim=1), torch.arange(length, device=device) < counts[:, None])
 
 
 def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,14 +182,25 @@ def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"a mask must leave some tokens visible and mask some, got {counts[0]} masked of {mask.shape[1]}"
         )
-    # A stable sort of False before True keeps raster order on both sides.
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, : mask.shape[1] - counts[0]], order[:, mask.shape[1] - counts[0] :]
+    return select_tokens(~mask).indices, select_tokens(mask).indices
+
+
+def select_tokens(chosen: Tensor) -> Selection:
+    """The chosen tokens of each sample, `(B, L)` bool.
+
+    Their largest number is read from the tensor, so this waits for a tensor on a GPU.
+    """
+    counts = chosen.sum(dim=1)
+    fewest, most = counts.aminmax()
+    # A stable sort of True before False keeps raster order.
+    index = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(most)]
+    return Selection(index, None if fewest == most else torch.arange(int(most), device=chosen.device) < counts[:, None])
 
 
 def tokens_at(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Tokens `(B, L, E)` at the indices `(B, N)`: `(B, N, E)`."""
-    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
+    """Tokens `(B, L, E)` at the indices `(B, N)`: `(B, N, E)`. With R rows of indices a sample, `(B*R, N, E)`."""
+    rows = indices.reshape(len(tokens), -1)
+    return tokens.gather(1, rows[:, :, None].expand(-1, -1, tokens.shape[2])).reshape(*indices.shape, -1)
 
 
 def random_boxes(

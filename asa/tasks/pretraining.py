@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from asa.config import typed
@@ -57,7 +58,11 @@ class Pretraining:
         set_model(config, in_channels=len(self.store.channels))
 
     def example(self, method: Any, count: int) -> Batch:
-        return volume_batch(method, count)
+        batch = volume_batch(method, count)
+        if getattr(method, "drops_air", False):  # its amount decides how many tokens there are
+            crops = self.dataset(method)
+            batch["air"] = torch.stack([crops[k % len(crops), 0]["air"] for k in range(count)])
+        return batch
 
     def load_init(self, method: Any) -> None:
         if self.health and not method.mirrored:
@@ -108,9 +113,16 @@ class Pretraining:
         raise ValueError("policy=pretraining: there are no predictions to evaluate: fine-tune the encoder first")
 
     def _crops(self, method: Any, records: Sequence[dict[str, Any]], **options: Any) -> CropDataset:
-        size, seed = method.model.encoder.img_size, self.settings["seed"]
+        encoder = method.model.encoder
         return CropDataset(
-            self.store, records, size, mirrored=method.mirrored, attached=self.health, seed=seed, **options
+            self.store,
+            records,
+            encoder.img_size,
+            mirrored=method.mirrored,
+            air=encoder.patch_size if getattr(method, "drops_air", False) else None,
+            attached=self.health,
+            seed=self.settings["seed"],
+            **options,
         )
 
 

@@ -65,9 +65,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on a device; seeds stay on the CPU, where masks are drawn from them."""
+    """A batch with its tensors on a device; what masks are drawn from stays on the CPU."""
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key != "seed" else value
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key not in ("seed", "air") else value
         for key, value in batch.items()
     }
 

@@ -5,7 +5,8 @@ the worker that draws it, on the number of workers, or on where the run was inte
 
 A sample is a dict: "image" `(C, D, H, W)` float32; "label" `(1, D, H, W)` uint8 of labelled records (class indices as
 stored, and `asa.ops.labels.IGNORED`); "mirror" like "image" if asked for (voxel i is the counterpart of voxel i of the
-image on the other side of the volume); the numbers attached to the record; "seed" int; "id" of the record.
+image on the other side of the volume); "air" bool `(L,)` if asked for, the patches of constant intensity; the numbers
+attached to the record; "seed" int; "id" of the record.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from asa.data.loading.augment import (
 )
 from asa.data.store import read_box
 from asa.ops.labels import IGNORED
+from asa.ops.patches import constant_patches
 from asa.ops.symmetry import flip, mirrored_start
 
 CROPS = ("centre", "random")
@@ -65,6 +67,7 @@ class CropDataset(Samples):
         augment: settings; None switches augmentation off.
         lateral_pairs: stored class indices (left, right) that are exchanged in a mirrored crop.
         mirrored: also read the crop at the mirrored position, flipped, with the same transforms.
+        air: edge of the patches in voxels for "air"; None: without it.
         attached: numbers that belong to a scan, by record id and then by their key in the batch.
         seed: the seed of the run.
 
@@ -85,6 +88,7 @@ class CropDataset(Samples):
         augment: AugmentSettings | None = None,
         lateral_pairs: Sequence[tuple[int, int]] = (),
         mirrored: bool = False,
+        air: int | None = None,
         attached: Mapping[str, Mapping[str, float]] | None = None,
         seed: int = 0,
     ) -> None:
@@ -103,7 +107,7 @@ class CropDataset(Samples):
         self.lateral_pairs, self.seed = tuple(lateral_pairs), seed
         self.foreground = foreground
         self.foregrounds: dict[str, Foreground] = {}  # by record id, made when the record is first read
-        self.mirrored, self.attached = mirrored, attached or {}
+        self.mirrored, self.air, self.attached = mirrored, air, attached or {}
         unlabelled = [record["id"] for record in self.records if labelled and source.label(record["id"]) is None]
         if unlabelled:
             raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the split or prepare it with one")
@@ -126,6 +130,8 @@ class CropDataset(Samples):
             across = torch.from_numpy(read_box(image, mirrored_start(start, box, image.shape[-1]), box)).float()
             across = spatial_transform(flip(across), self.size, drawn)
             sample["mirror"] = intensity_transform(across, drawn).contiguous()
+        if self.air is not None:
+            sample["air"] = constant_patches(sample["image"][None], self.air)[0]
         for key, value in self.attached.get(record_id, {}).items():
             sample[key] = torch.tensor(value)
         if self.labelled:

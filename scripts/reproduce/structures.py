@@ -1,0 +1,71 @@
+"""Eleven structures of OASIS-1 brains, their sides joined: python -m scripts.reproduce.structures DATA OUT
+
+DATA: skull-stripped brains, ID_SS.nii.gz, with the manual regions of the MICCAI 2012 challenge, ID_glm.nii.gz; the R
+package malf.templates carries such a set. OUT receives ID_SS.nii.gz (a link) and ID_structures.nii.gz.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from asa.data.io.nifti import read_image, read_label, write_label
+
+# Names in the order of their values 1, 2, ..., with the values of both sides in ID_glm.
+STRUCTURES = {
+    "ventricle": (51, 52),
+    "thalamus": (59, 60),
+    "caudate": (36, 37),
+    "putamen": (57, 58),
+    "pallidum": (55, 56),
+    "hippocampus": (47, 48),
+    "amygdala": (31, 32),
+    "accumbens": (23, 30),
+    "brainstem": (35,),
+    "cerebellum_gm": (38, 39, 71, 72, 73),
+    "cerebellum_wm": (40, 41),
+}
+LABELS = "labels={" + ", ".join(f"{value}: {name}" for value, name in enumerate(STRUCTURES, start=1)) + "}"
+FILES = ("data=folder", "data.images={t1: *_SS.nii.gz}", "data.label=*_structures.nii.gz", LABELS)
+
+
+def write_structures(data: Path, out: Path, ids: list[str]) -> None:
+    """Write what `FILES` describes, for some subjects; what is there is left as it is."""
+    out.mkdir(parents=True, exist_ok=True)
+    for id in ids:
+        label, link = out / f"{id}_structures.nii.gz", out / f"{id}_SS.nii.gz"
+        if not link.exists():
+            link.symlink_to((data / link.name).resolve())
+        if not label.exists():
+            regions = read_label(data / f"{id}_glm.nii.gz").data
+            joined = np.zeros(regions.shape, np.uint8)
+            for value, sides in enumerate(STRUCTURES.values(), start=1):
+                joined[np.isin(regions, sides)] = value
+            write_label(label, joined, read_image(link))
+
+
+def subjects(data: Path) -> list[str]:
+    """The ids of the brains in a folder, sorted.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = sorted(path.name.removesuffix("_glm.nii.gz") for path in data.glob("*_glm.nii.gz"))
+    if not found:
+        raise FileNotFoundError(f"{data}: holds no ID_glm.nii.gz: give the folder of the labelled brains")
+    return found
+
+
+def main() -> None:
+    """Write the labels of all brains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    ids = subjects(options.data)
+    write_structures(options.data, options.out, ids)
+    print(f"wrote {len(ids)} brains to {options.out}; asa-prepare with {' '.join(map(repr, FILES))}")
+
+
+if __name__ == "__main__":
+    main()
