@@ -221,5 +221,5 @@ def denormalised(patches: Tensor, like: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of `(N, K)` without padding."""
-    return values.mean() if valid is None else (values * valid).sum() / valid.sum()
+    """Mean over the rows of `(N, K)` of their means without padding."""
+    return values.mean() if valid is None else ((values * valid).sum(dim=1) / valid.sum(dim=1)).mean()

@@ -324,7 +324,8 @@ def plan_report(
         "plan only: nothing is trained and no folder is made",
         f"parameters  {halves if plan.encoder else ''}total {plan.total / 1e6:.2f} M",
         f"operations  per step of {settings.batch_size} {names[0]} in {parts}: "
-        f"{plan.forward / 1e9:,.1f} GFLOP forward, {plan.step / 1e9:,.1f} forward and backward",
+        f"{plan.forward / 1e9:,.1f} GFLOP forward, {plan.step / 1e9:,.1f} forward and backward, "
+        f"{plan.step / settings.batch_size / 1e12:.3g} TFLOP each",
         "            (matrix products and convolutions, by the formulas of torch.utils.flop_counter)",
     ]
     for title, (device, memory) in zip(("memory", ""), plan.memory.items(), strict=False):

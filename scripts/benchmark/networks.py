@@ -11,6 +11,7 @@ from monai.networks.nets import UNETR, SwinUNETR
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asa.config import compose
 from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.segment import Segmentation
@@ -87,6 +88,11 @@ def make_method(network: str, size: str, edge: int) -> Any:
     channels = CHANNELS[network]
     if network == "asa":
         return MaskedPretraining(model=getattr(asa, f"asa_{size}")(img_size=edge))
+    if network == "fast":
+        fast = compose("pretrain", ["data.store=none", "out=none", "experiment=asa_fast"])
+        chosen = {key: value for key, value in fast["method"].items() if key not in ("_target_", "model")}
+        depth = fast["model"]["decoder_depth"]
+        return MaskedPretraining(model=getattr(asa, f"asa_{size}")(img_size=edge, decoder_depth=depth), **chosen)
     if network in ("dense", "written"):
         return dense_twin(size, edge, network == "written")
     if network == "unet":

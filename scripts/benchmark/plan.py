@@ -5,7 +5,8 @@ from typing import Any
 
 PARTS = ("pretrain", "finetune", "importance", "loader", "fed", "window", "growth", "regions")
 OVERLAP = 0.5
-CHANNELS = {"asa": 1, "dense": 1, "written": 1, "unet": 4, "unetr": 4, "swin": 4}
+AIR = 0.27  # of the patches of 15 stripped OASIS brains in centre crops of 128^3
+CHANNELS = {"asa": 1, "fast": 1, "dense": 1, "written": 1, "unet": 4, "unetr": 4, "swin": 4}
 # Sizes of the other networks. Base is that of their papers and of MONAI's examples.
 UNETR_SIZE = {"base": (768, 12, 16), "small": (384, 6, 16), "tiny": (96, 3, 8)}  # width, heads, features
 SWIN_FEATURES = {"base": 48, "small": 24, "tiny": 12}
@@ -40,7 +41,7 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
     whole = [8 * round(n * edge / 128 / 8) for n in (160, 192, 160)]
     rows: list[Spec] = []
     if "pretrain" in parts:
-        rows += [step("pretrain", network, edge) for network in ("asa", "dense", "written")]
+        rows += [step("pretrain", network, edge) for network in ("asa", "fast", "dense", "written")]
     if "finetune" in parts:
         rows += [step("finetune", network, edge) for network in ("unet", "unetr", "swin")]
     if "importance" in parts:
@@ -103,6 +104,7 @@ def describe(network: str, size: str, edge: int) -> str:
     voxels = f"{CHANNELS[network]} x {edge}^3"
     names = {
         "asa": f"asa_{size}",
+        "fast": f"asa_{size} with the settings of asa_fast, {AIR:.0%} air",
         "dense": f"dense ViT-MAE twin of asa_{size}, fused attention",
         "written": f"dense ViT-MAE twin of asa_{size}, written-out attention",
         "unet": f"unet_{size}",

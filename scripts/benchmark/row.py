@@ -19,12 +19,13 @@ from torch import nn
 
 from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.losses.reconstruction import gradient_importance
+from asa.ops.patches import unpatchify
 from asa.training.device import PRECISIONS, autocast, keep_freed_memory, pick_device, pick_precision
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
-from scripts.benchmark.plan import CHANNELS, Spec
+from scripts.benchmark.plan import AIR, CHANNELS, Spec
 
 Batch = dict[str, Any]
 Step = Callable[[Batch], None]
@@ -63,8 +64,11 @@ def step(spec: Spec, device: torch.device) -> Work:
 
     method, take = make_step(spec, device)
     cube, b = (spec["edge"],) * 3, spec["batch"]
+    air = outer_patches(spec["edge"] // 8)
+    hidden = unpatchify(air.float()[None, :, None].expand(b, -1, 8**3), (spec["edge"] // 8,) * 3, 8)
     batch = {
-        "image": torch.rand(b, CHANNELS[spec["network"]], *cube, device=device),
+        "image": torch.rand(b, CHANNELS[spec["network"]], *cube, device=device) * (1 - hidden).to(device),
+        "air": air.expand(b, -1),
         "label": torch.randint(CLASSES, (b, 1, *cube), dtype=torch.uint8, device=device),
         "seed": torch.arange(b),
     }
@@ -72,10 +76,19 @@ def step(spec: Spec, device: torch.device) -> Work:
     def operations() -> int:
         # On the meta device, because the counter does not support the CPU kernel of fused attention.
         method.to("meta")
-        shapes = {key: value if key == "seed" else value.to("meta") for key, value in batch.items()}
+        shapes = {key: value if key in ("seed", "air") else value.to("meta") for key, value in batch.items()}
         return count_operations(lambda: method(shapes)["loss"].backward())
 
     return Work(lambda: take(batch), volumes=b, operations=operations)
+
+
+def outer_patches(side: int) -> torch.Tensor:
+    """The patches of a cube of side^3 patches that are the farthest from its centre, a fraction `AIR`: bool `(L,)`."""
+    axis = torch.arange(side) - (side - 1) / 2
+    distance = torch.cartesian_prod(axis, axis, axis).norm(dim=1)
+    air = torch.zeros(side**3, dtype=torch.bool)
+    air[distance.argsort(descending=True)[: round(AIR * side**3)]] = True
+    return air
 
 
 def fed(spec: Spec, device: torch.device) -> Work:

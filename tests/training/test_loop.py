@@ -30,14 +30,19 @@ MODEL = {
 OPTIM = OptimSettings(lr=1e-3, warmup=1)
 
 
-def run(folder: Path, store: Path, steps: int = 6, workers: int = 0, **settings: object) -> dict[str, float]:
-    """Train a tiny autoencoder on four scans."""
+CHEAPER = {"decode": 0.25, "air": "drop", "masks": 2, "normalise": True}
+
+
+def run(
+    folder: Path, store: Path, steps: int = 6, workers: int = 0, own: dict | None = None, **settings: object
+) -> dict[str, float]:
+    """Train a tiny autoencoder on four scans, with settings of the method's own."""
     torch.manual_seed(0)
     opened = Store(store)
-    method = MaskedPretraining(model=asa_tiny(**{k: v for k, v in MODEL.items() if k != "_target_"}))
+    method = MaskedPretraining(model=asa_tiny(**{k: v for k, v in MODEL.items() if k != "_target_"}), **(own or {}))
     chosen = TrainSettings(**{**dict(steps=steps, batch_size=4, log_every=1, save_every=2, device="cpu"), **settings})
     folder.mkdir(exist_ok=True)
-    dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", seed=chosen.seed)
+    dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", air=8, seed=chosen.seed)
     loader = LoaderSettings(workers=workers)
     return train(method, dataset, folder, settings=chosen, optim=OPTIM, loader=loader, description={"model": MODEL})
 
@@ -60,12 +65,11 @@ class Stopped(Exception):
     """Raised to stop a run."""
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize(("workers", "stop", "own"), [(0, 3, {}), (0, 5, {}), (2, 3, {}), (2, 5, {}), (0, 3, CHEAPER)])
 def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, stop: int
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, stop: int, own: dict
 ) -> None:
-    run(tmp_path / "whole", store)
+    run(tmp_path / "whole", store, own=own)
     original = MaskedPretraining.forward
     calls = []
 
@@ -77,19 +81,20 @@ def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
 
     monkeypatch.setattr(MaskedPretraining, "forward", failing)
     with pytest.raises(Stopped):
-        run(tmp_path / "cut", store, workers=workers)
+        run(tmp_path / "cut", store, workers=workers, own=own)
     monkeypatch.undo()
     assert len(list_checkpoints(tmp_path / "cut")) == stop // 2
-    run(tmp_path / "cut", store, workers=workers)
+    run(tmp_path / "cut", store, workers=workers, own=own)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     keys = ("step", "loss", "lr", "gradient_norm")
     assert log(tmp_path / "cut", *keys) == log(tmp_path / "whole", *keys)
 
 
-def test_gradient_accumulation_equals_the_whole_batch(store: Path, tmp_path: Path) -> None:
-    run(tmp_path / "one", store)
-    run(tmp_path / "two", store, accumulate=2)
-    run(tmp_path / "four", store, accumulate=4)
+@pytest.mark.parametrize("own", [{}, CHEAPER])
+def test_gradient_accumulation_equals_the_whole_batch(store: Path, tmp_path: Path, own: dict) -> None:
+    run(tmp_path / "one", store, own=own)
+    run(tmp_path / "two", store, own=own, accumulate=2)
+    run(tmp_path / "four", store, own=own, accumulate=4)
     one = np.array(log(tmp_path / "one", "loss", "masked_mse", "gradient_norm"))
     for other in ("two", "four"):
         np.testing.assert_allclose(

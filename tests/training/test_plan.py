@@ -188,7 +188,15 @@ def test_a_plan_needs_the_manifest_only_and_writes_nothing(
     monkeypatch.setattr(sys, "argv", [f"asa-{command}", *given, "plan_rate=2", *arguments])
     assert importlib.import_module(f"asa.cli.{command}").main() == 0
     out = capsys.readouterr().out
-    for part in ("encoder", "GFLOP forward", "CPU, fp32", "GPU, 16 bit", "epochs of", "at 2 TFLOP/s, as given"):
+    for part in (
+        "encoder",
+        "GFLOP forward",
+        "TFLOP each",
+        "CPU, fp32",
+        "GPU, 16 bit",
+        "epochs of",
+        "at 2 TFLOP/s, as given",
+    ):
         assert part in out
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,262 @@
+"""What makes pretraining cheaper at equal quality: python -m scripts.reproduce.recipe DATA OUT
+
+Pretrains the same encoder in several ways ("arms") on 9 OASIS-1 brains, with the same number of samples, and compares
+what a linear probe and a fine-tuning on one and three labelled brains read from it on the 6 others, against operations
+and seconds. Writes OUT/recipe.md, the table of docs/recipe.md, and OUT/recipe.png. Finished runs are not repeated.
+
+DATA: see scripts/reproduce/structures.py.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from scipy.stats import t
+
+from asa.config import build, compose, typed
+from asa.data.io.files import read_json
+from asa.data.loading.loader import collate
+from asa.tasks.pretraining import Pretraining
+from asa.tasks.run import SETTINGS
+from asa.training.loop import TrainSettings
+from asa.training.optim import OptimSettings, make_optimizer
+from asa.training.plan import make_plan
+from scripts.reproduce.structures import FILES, subjects, write_structures
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HELD_OUT = 6  # brains, the last ones
+# Four blocks of the encoder and three of the decoder: nearly the paper's ratio of 12 and 8.
+BASE = (
+    "model=asa_tiny", "+model.window=32", "model.decoder_depth=3", "crop=[64,64,160]", "data.placement=random",
+    "data.mirror_probability=0.5", "train.steps=500", "train.batch_size=16", "train.validate_every=100",
+    "train.save_every=500", "train.precision=fp32", "train.device=cpu", "loader.workers=0", "optim.lr=1.0e-3",
+    "optim.reference_batch=null", "optim.warmup=50",
+)  # fmt: skip
+FAST = ("method.decode=0.25", "method.air=drop", "model.decoder_depth=1")
+# Settings of each arm; each is ASA as published but for these.
+ARMS: dict[str, tuple[str, ...]] = {
+    "paper": (),
+    "decode": ("method.decode=0.25",),
+    "air": ("method.air=drop",),
+    "decoder": ("model.decoder_depth=1",),
+    "masks": ("method.masks=2", "train.batch_size=8"),
+    "normalise": ("method.normalise=true",),
+    "equal": ("method.importance=null",),
+    "fast": FAST,
+    "fast_normalise": (*FAST, "method.normalise=true"),
+}
+FINETUNED = ("scratch", "paper", "fast", "fast_normalise")
+FINETUNE = (
+    "model=probe_tiny", "+model.window=32", "crop=[64,64,160]", "train.steps=200", "train.batch_size=4",
+    "train.precision=fp32", "train.device=cpu", "train.validate_every=0", "train.save_every=200", "loader.workers=0",
+    "data.placement=random", "augment.mirror_probability=0.5", "optim.lr=1.0e-3", "optim.warmup=20",
+    "optim.weight_decay=0.01",
+)  # fmt: skip
+LABELLED = (1, 3)
+SAMPLES = 16  # of a step: crops times masks
+
+
+def run(command: str, log: Path, *settings: str) -> None:
+    """Run a command of this checkout with one thread, its output in a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", f"asa.cli.{command}", *settings],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    if done.returncode:
+        raise RuntimeError(f"asa-{command} failed: see {log}")
+
+
+def prepare(data: Path, out: Path) -> None:
+    """Two stores: all brains, and the held-out ones for the probe; and the split."""
+    ids = subjects(data)
+    held_out = ids[-HELD_OUT:]
+    for name, chosen in (("brains", ids), ("held_out", held_out)):
+        write_structures(data, out / name, chosen)
+        store = out / f"store_{name}"
+        run("prepare", out / "logs" / f"prepare_{name}.txt", *FILES, f"data.root={out / name}", f"out={store}")
+    split = {"train": ids[:-HELD_OUT], "validation": [], "test": held_out}
+    (out / "split.json").write_text(json.dumps(split, indent=2))
+
+
+def pretrain_settings(out: Path, arm: str, seed: int) -> list[str]:
+    """The settings of a pretraining run."""
+    paths = {"data.store": "store_brains", "data.probe": "store_held_out", "data.split_file": "split.json"}
+    own = [f"{key}={out / name}" for key, name in paths.items()]
+    return [*BASE, *ARMS[arm], *own, f"train.seed={seed}", f"out={out / 'pretrained' / f'{arm}_{seed}'}"]
+
+
+def validations(folder: Path) -> list[dict[str, Any]]:
+    """The logged validations of a run."""
+    file = folder / "log.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [line for line in lines if "probe_dice" in line]
+
+
+def pretrain(out: Path, arm: str, seed: int) -> None:
+    """Pretrain one arm with one seed."""
+    name = f"{arm}_{seed}"
+    run("pretrain", out / "logs" / f"pretrain_{name}.txt", *pretrain_settings(out, arm, seed))
+    last = validations(out / "pretrained" / name)[-1]
+    print(f"pretrained {name}: probe {last['probe_dice']:.4f}, first {last['probe_dice_first']:.4f}", flush=True)
+
+
+def finetune(out: Path, arm: str, seed: int, labelled: int) -> None:
+    """Fine-tune, predict the held-out brains, and evaluate."""
+    name = f"{arm}_{seed}_{labelled}"
+    folders = {key: out / key / name for key in ("finetuned", "predicted", "evaluated")}
+    log = out / "logs" / f"finetune_{name}.txt"
+    init = () if arm == "scratch" else (f"init={out / 'pretrained' / f'{arm}_{seed}'}",)
+    if not (folders["evaluated"] / "summary.json").exists():
+        data = (f"data.store={out / 'store_brains'}", f"data.split_file={out / 'split.json'}")
+        own = (f"data.labelled={labelled}", f"train.seed={seed}", f"out={folders['finetuned']}")
+        run("finetune", log, *FINETUNE, *data, *init, *own)
+        source = (f"checkpoint={folders['finetuned']}", f"input={out / 'store_brains'}", "part=test")
+        run("predict", log, *source, "predict.device=cpu", f"out={folders['predicted']}")
+        truth = (f"predictions={folders['predicted']}", f"truth={out / 'store_brains'}")
+        run("evaluate", log, *truth, f"split_file={out / 'split.json'}", f"out={folders['evaluated']}")
+    print(f"fine-tuned {name}: Dice {finetuned_dice(folders['evaluated']):.4f}", flush=True)
+
+
+def finetuned_dice(folder: Path) -> float:
+    """Mean Dice over structures and brains."""
+    regions = read_json(folder / "summary.json")["regions"]
+    return float(np.mean([scores["dice"]["mean"] for scores in regions.values()]))
+
+
+def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """GFLOP and seconds of a sample in each arm's training step; seconds are medians of alternating steps."""
+    torch.set_num_threads(1)
+    steps, operations = {}, {}
+    for arm in arms:
+        config = compose("pretrain", pretrain_settings(out, arm, 0), settings=SETTINGS["pretrain"])
+        settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
+        task = Pretraining(config)
+        samples = settings.batch_size * config["method"]["masks"]
+
+        make = partial(build, config["method"])
+        plan = make_plan(make, partial(task.example, count=settings.batch_size), settings=settings, optim=optim)
+        operations[arm] = plan.step / samples / 1e9
+        method: Any = make()
+        crops = task.dataset(method)
+        batch = collate([crops[k % len(crops), k] for k in range(settings.batch_size)])
+        steps[arm] = (method, make_optimizer(method, optim), batch, samples)
+
+    def step(arm: str) -> float:
+        method, optimizer, batch, samples = steps[arm]
+        started = time.process_time()
+        method(batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return (time.process_time() - started) / samples
+
+    times = {arm: [] for arm in arms}
+    for repeat in range(6):
+        for arm in arms:
+            times[arm].append(step(arm)) if repeat else step(arm)
+    return {arm: (operations[arm], float(np.median(times[arm]))) for arm in arms}
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and 95 % interval of the mean over seeds (t distribution)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def report(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
+    """The table of the finished runs; draws the figure beside it."""
+    costs = cost(out, arms)
+    probes = {
+        arm: {seed: logged for seed in seeds if len(logged := validations(out / "pretrained" / f"{arm}_{seed}")) >= 5}
+        for arm in arms
+    }
+    first = [logged[0]["probe_dice_first"] for runs in probes.values() for logged in runs.values()]
+    lines = [
+        f"First weights: probe {interval(sorted(set(first)))}.",
+        "",
+        "| arm | GFLOP a sample | of `paper` | seconds, of `paper` | probe | less `paper` | "
+        + " | ".join(f"Dice, {n} labelled" for n in LABELLED) + " |",
+        "|---|---:|---:|---:|---:|---:|" + "---:|" * len(LABELLED),
+    ]  # fmt: skip
+    base = costs["paper"]
+    for arm in ["scratch", *arms]:
+        tuned = []
+        for n in LABELLED:
+            folders = [out / "evaluated" / f"{arm}_{seed}_{n}" for seed in seeds]
+            done = [finetuned_dice(folder) for folder in folders if folder.exists()]
+            tuned.append(interval(done) if done else "")
+        if arm == "scratch":
+            lines.append(f"| scratch | | | | | | {' | '.join(tuned)} |")
+            continue
+        runs = probes[arm]
+        last = {seed: logged[-1]["probe_dice"] for seed, logged in runs.items()}
+        paired = [
+            value - probes["paper"][seed][-1]["probe_dice"] for seed, value in last.items() if seed in probes["paper"]
+        ]
+        operations, seconds = costs[arm]
+        lines.append(
+            f"| {arm} | {operations:.1f} | {operations / base[0]:.2f} | {seconds / base[1]:.2f} | "
+            f"{interval(list(last.values()))} | {interval(paired) if arm != 'paper' else ''} | {' | '.join(tuned)} |"
+        )
+    draw(out / "recipe.png", probes, costs)
+    return "\n".join(lines) + "\n"
+
+
+def draw(file: Path, probes: dict[str, dict[int, list[dict[str, Any]]]], costs: dict[str, tuple[float, float]]) -> None:
+    """Probe Dice against operations and against seconds, the mean over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for arm, runs in probes.items():
+        if runs:
+            samples = [line["step"] * SAMPLES for line in next(iter(runs.values()))]
+            mean = np.mean([[line["probe_dice"] for line in logged] for logged in runs.values()], axis=0)
+            for axis, unit, scale in zip(axes, costs[arm], (1e-3, 1.0), strict=True):
+                axis.plot(np.array(samples) * unit * scale, mean, marker="o", markersize=3, label=arm)
+    axes[0].set(xlabel="TFLOP", ylabel="probe, soft Dice")
+    axes[1].set(xlabel="seconds on one core")
+    axes[1].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run what is not done, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    options = parser.parse_args()
+    out, arms, seeds = options.out.resolve(), options.arms, options.seeds
+    prepare(options.data, out)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for seed in seeds:
+            list(pool.map(lambda arm, seed=seed: pretrain(out, arm, seed), arms))
+        tuned = [(arm, seed, n) for seed in seeds for arm in FINETUNED for n in LABELLED if arm in ("scratch", *arms)]
+        list(pool.map(lambda job: finetune(out, *job), tuned))
+    text = report(out, arms, seeds)
+    (out / "recipe.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
