@@ -3,9 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+
+# Parts of a transformer block, whose matrices Muon trains.
+HIDDEN = ("attention", "mlp", "attn")
 
 
 @dataclass
@@ -13,13 +17,13 @@ class OptimSettings:
     """The optimizer and its learning-rate schedule."""
 
     name: str = "adamw"
-    "adamw, or sgd (Nesterov)"
+    "adamw, sgd (Nesterov), or muon (the matrices of transformer blocks; AdamW for all else)"
     lr: float = 1.5e-4
     "peak learning rate"
     reference_batch: int | None = None
     "if set, lr is multiplied by train.batch_size / reference_batch"
     weight_decay: float = 0.05
-    "decoupled for AdamW; not applied to biases, norms and tokens"
+    "decoupled for AdamW and Muon; not applied to biases, norms and tokens"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     "beta1 and beta2 of AdamW"
     momentum: float = 0.99
@@ -38,8 +42,12 @@ class OptimSettings:
     "parts of the network that are not trained, like [encoder] or [encoder.patch_embed,encoder.blocks.0]"
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd"):
-            raise ValueError(f"optim.name is adamw or sgd, not {self.name!r}")
+        if self.name not in ("adamw", "sgd", "muon"):
+            raise ValueError(f"optim.name is adamw, sgd or muon, not {self.name!r}")
+        if self.name == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                "optim.name=muon needs a PyTorch with torch.optim.Muon, 2.10 or newer: update, or take adamw"
+            )
         if self.schedule not in ("cosine", "poly", "constant"):
             raise ValueError(f"optim.schedule is cosine, poly or constant, not {self.schedule!r}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
@@ -111,8 +119,64 @@ def set_training(method: nn.Module) -> None:
             module.eval()
 
 
-def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """The optimizer over all parameters that require a gradient.
+class MuonWithAdamW:
+    """Muon (Jordan et al., 2024) on matrices and AdamW on the other parameters, with the interface of one optimizer.
+
+    Muon's updates have the RMS of AdamW's (`match_rms_adamw`), so that both take the same learning rate and weight
+    decay. As a fused optimizer does, a step with `found_inf` = 1 leaves weights and state unchanged.
+
+    Args:
+        groups: of both, see `torch.optim.AdamW`; those with `muon=True` are Muon's.
+        settings: learning rate and betas.
+
+    Raises:
+        ValueError: no group for Muon.
+    """
+
+    found_inf: torch.Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], settings: OptimSettings) -> None:
+        matrices = [group for group in groups if group["muon"] and group["params"]]
+        if not matrices:
+            raise ValueError("optim.name=muon: the network has no transformer blocks to train: take adamw")
+        rest = [group for group in groups if not group["muon"]]
+        self.muon = torch.optim.Muon(matrices, lr=settings.lr, adjust_lr_fn="match_rms_adamw")
+        low, high = settings.betas
+        self.adamw = torch.optim.AdamW(rest, lr=settings.lr, betas=(low, high), fused=True)
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        self.state = self.muon.state  # where the momentum of SGD and Muon is kept
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take a step, unless `found_inf` is 1."""
+        weights = [weight for group in self.muon.param_groups for weight in group["params"] if weight.grad is not None]
+        tensors = [*weights, *(self.state[weight]["momentum_buffer"] for weight in weights if weight in self.state)]
+        before = [] if self.found_inf is None else [tensor.clone() for tensor in tensors]
+        self.muon.step()
+        if self.found_inf is not None:  # read on the device, without waiting for it
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.copy_(torch.where(self.found_inf.bool(), old, tensor))
+            self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both."""
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the states of both."""
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def make_optimizer(model: nn.Module, settings: OptimSettings) -> Any:
+    """The optimizer over all parameters that require a gradient: a `torch.optim.Optimizer`, or `MuonWithAdamW`.
 
     Weight decay is not applied to vectors (biases, norms) and to what a module lists in `no_weight_decay()`. Where a
     module has `layers_above(name)`, the learning rate of that parameter is scaled by `layer_decay` to this power; the
@@ -129,15 +193,25 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
                 dot + name: settings.layer_decay ** module.layers_above(name) for name, _ in module.named_parameters()
             }
     # Both groups of scale 1 are always there, so that the optimizer states of all checkpoints have the same layout.
-    members: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    members: dict[tuple[float, bool, bool], list[nn.Parameter]] = {(1.0, True, False): [], (1.0, False, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and name not in no_decay
-            members.setdefault((scales.get(name, 1.0), decays), []).append(parameter)
-    groups = [
-        {"params": parameters, "weight_decay": settings.weight_decay * decays, "lr_scale": scale}
-        for (scale, decays), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
+            hidden = (
+                settings.name == "muon"
+                and decays
+                and parameter.ndim == 2
+                and any(f".{part}." in name for part in HIDDEN)
+            )
+            members.setdefault((scales.get(name, 1.0), decays, hidden), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": settings.weight_decay * decays, "lr_scale": scale, "muon": hidden}
+        for (scale, decays, hidden), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
     ]
+    if settings.name == "muon":
+        return MuonWithAdamW(groups, settings)
+    for group in groups:
+        del group["muon"]
     if settings.name == "adamw":
         low, high = settings.betas
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(low, high), fused=True)
@@ -146,7 +220,7 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Any, lr: float) -> None:
     """Set a step's learning rate in every group of `make_optimizer`, times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -55,6 +55,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "masks": ("method.masks=2", "train.batch_size=8"),
     "normalise": ("method.normalise=true",),
     "equal": ("method.importance=null",),
+    "muon": ("optim.name=muon",),
     "fast": FAST,
     "fast_normalise": (*FAST, "method.normalise=true"),
 }

@@ -34,7 +34,13 @@ CHEAPER = {"decode": 0.25, "air": "drop", "masks": 2, "normalise": True}
 
 
 def run(
-    folder: Path, store: Path, steps: int = 6, workers: int = 0, own: dict | None = None, **settings: object
+    folder: Path,
+    store: Path,
+    steps: int = 6,
+    workers: int = 0,
+    own: dict | None = None,
+    optim: OptimSettings = OPTIM,
+    **settings: object,
 ) -> dict[str, float]:
     """Train a tiny autoencoder on four scans, with settings of the method's own."""
     torch.manual_seed(0)
@@ -44,7 +50,7 @@ def run(
     folder.mkdir(exist_ok=True)
     dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", air=8, seed=chosen.seed)
     loader = LoaderSettings(workers=workers)
-    return train(method, dataset, folder, settings=chosen, optim=OPTIM, loader=loader, description={"model": MODEL})
+    return train(method, dataset, folder, settings=chosen, optim=optim, loader=loader, description={"model": MODEL})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,11 +71,21 @@ class Stopped(Exception):
     """Raised to stop a run."""
 
 
-@pytest.mark.parametrize(("workers", "stop", "own"), [(0, 3, {}), (0, 5, {}), (2, 3, {}), (2, 5, {}), (0, 3, CHEAPER)])
+@pytest.mark.parametrize(
+    ("workers", "stop", "own"),
+    [
+        (0, 3, {}),
+        (0, 5, {}),
+        (2, 3, {}),
+        (2, 5, {}),
+        (0, 3, {"own": CHEAPER}),
+        (0, 3, {"optim": OptimSettings(name="muon", lr=1e-3, warmup=1)}),
+    ],
+)
 def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, stop: int, own: dict
 ) -> None:
-    run(tmp_path / "whole", store, own=own)
+    run(tmp_path / "whole", store, **own)
     original = MaskedPretraining.forward
     calls = []
 
@@ -81,10 +97,10 @@ def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
 
     monkeypatch.setattr(MaskedPretraining, "forward", failing)
     with pytest.raises(Stopped):
-        run(tmp_path / "cut", store, workers=workers, own=own)
+        run(tmp_path / "cut", store, workers=workers, **own)
     monkeypatch.undo()
     assert len(list_checkpoints(tmp_path / "cut")) == stop // 2
-    run(tmp_path / "cut", store, workers=workers, own=own)
+    run(tmp_path / "cut", store, workers=workers, **own)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     keys = ("step", "loss", "lr", "gradient_norm")
     assert log(tmp_path / "cut", *keys) == log(tmp_path / "whole", *keys)
