@@ -41,9 +41,9 @@ HELD_OUT = 6  # brains, the last ones
 # Four blocks of the encoder and three of the decoder: nearly the paper's ratio of 12 and 8.
 BASE = (
     "model=asa_tiny", "+model.window=32", "model.decoder_depth=3", "crop=[64,64,160]", "data.placement=random",
-    "data.mirror_probability=0.5", "train.steps=500", "train.batch_size=16", "train.validate_every=100",
-    "train.save_every=500", "train.precision=fp32", "train.device=cpu", "loader.workers=0", "optim.lr=1.0e-3",
-    "optim.reference_batch=null", "optim.warmup=50",
+    "data.mirror_probability=0.5", "train.steps=300", "train.batch_size=16", "train.validate_every=60",
+    "train.save_every=100", "train.precision=fp32", "train.device=cpu", "loader.workers=0", "optim.lr=1.0e-3",
+    "optim.reference_batch=null", "optim.warmup=30",
 )  # fmt: skip
 FAST = ("method.decode=0.25", "method.air=drop", "model.decoder_depth=1")
 # Settings of each arm; each is ASA as published but for these.
@@ -61,8 +61,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 FINETUNED = ("scratch", "paper", "fast", "fast_normalise")
 FINETUNE = (
-    "model=probe_tiny", "+model.window=32", "crop=[64,64,160]", "train.steps=200", "train.batch_size=4",
-    "train.precision=fp32", "train.device=cpu", "train.validate_every=0", "train.save_every=200", "loader.workers=0",
+    "model=probe_tiny", "+model.window=32", "crop=[64,64,160]", "train.steps=120", "train.batch_size=4",
+    "train.precision=fp32", "train.device=cpu", "train.validate_every=0", "train.save_every=120", "loader.workers=0",
     "data.placement=random", "augment.mirror_probability=0.5", "optim.lr=1.0e-3", "optim.warmup=20",
     "optim.weight_decay=0.01",
 )  # fmt: skip
