@@ -165,15 +165,18 @@ def run_block(block: nn.Module, *inputs: Tensor | None, checkpointing: bool) -> 
 
 
 def position_encoding(grid: Sequence[int], dim: int, position: str) -> Tensor:
-    """The position encoding of a token grid `(L, dim)`: `"mirror"` or `"paper"` (symmetric), or `"sincos"` (plain).
+    """The position encoding of a token grid `(L, dim)`.
+
+    `"mirror"` and `"paper"` are symmetric, `"raster"` is the same code of a token's number without the symmetry, and
+    `"sincos"` has a code for each of the three axes.
 
     Raises:
         ValueError: an unknown kind.
     """
     if position == "sincos":
         return sincos_position_encoding(grid, dim)
-    if position not in ("mirror", "paper"):
-        raise ValueError(f'position must be "mirror", "paper" or "sincos", got {position!r}')
+    if position not in ("mirror", "paper", "raster"):
+        raise ValueError(f'position must be "mirror", "paper", "raster" or "sincos", got {position!r}')
     return symmetric_position_encoding(grid, dim, convention=position)
 
 
@@ -189,7 +192,8 @@ class SWViT(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over E.
         window: tokens S in a window.
-        position: position encoding: `"mirror"` (SPE), `"paper"` (SPE as printed) or `"sincos"` (plain).
+        position: position encoding: `"mirror"` (SPE), `"paper"` (SPE as printed), `"raster"` (SPE's code without its
+            symmetry) or `"sincos"` (of the three axes).
         checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
 
     Raises:

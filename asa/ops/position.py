@@ -21,11 +21,12 @@ def symmetric_position_encoding(
     `"mirror"` (the default) is the position t*H*W + h*W + min(w, W-1-w): columns w and W-1-w have the same encoding to
     the bit, all others different ones, on any grid. `"paper"` is Eq. (3) as printed, t*T^2 + h*H - |W/2 - w| + W/2: it
     pairs w with W - w, so that the outermost columns differ, and rows can collide on a grid that is not a cube.
+    `"raster"` is the number of the token, t*H*W + h*W + w, without symmetry: the baseline that differs in nothing else.
 
     Args:
         grid: tokens along each axis, (T, H, W) or one number for a cube.
         dim: width D of the encoding, even.
-        convention: `"mirror"` or `"paper"`.
+        convention: `"mirror"`, `"paper"` or `"raster"`.
         temperature: base of the wavelengths.
 
     Returns:
@@ -40,8 +41,10 @@ def symmetric_position_encoding(
         position = t * h_size * w_size + h * w_size + torch.minimum(w, w_size - 1 - w)
     elif convention == "paper":
         position = t * t_size**2 + h * h_size - (w_size / 2 - w).abs() + w_size / 2
+    elif convention == "raster":
+        position = t * h_size * w_size + h * w_size + w
     else:
-        raise ValueError(f'convention must be "mirror" or "paper", got {convention!r}')
+        raise ValueError(f'convention must be "mirror", "paper" or "raster", got {convention!r}')
     return _sines_and_cosines(position.reshape(-1), dim, temperature).float()
 
 

@@ -70,7 +70,7 @@ def test_mirrored_masked_positions_get_different_predictions() -> None:
     assert (grid[..., 0, :] - grid[..., 3, :]).abs().amax(dim=-1).min() > 1e-5
 
 
-@pytest.mark.parametrize(("position", "holds"), [("mirror", True), ("sincos", False)])
+@pytest.mark.parametrize(("position", "holds"), [("mirror", True), ("raster", False), ("sincos", False)])
 def test_mirroring_embedded_patches_in_their_rows_mirrors_the_output(position: str, holds: bool) -> None:
     torch.manual_seed(0)
     # Windows of two whole rows; half a window is one row, so shifted windows hold whole rows too.

@@ -1,6 +1,8 @@
 """Laws of the symmetric position encoding."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -50,8 +52,20 @@ def test_the_printed_form_does_not_pair_the_outermost_columns() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_plain_encodings_all_differ(grid: tuple[int, int, int]) -> None:
-    encoding = sincos_position_encoding(grid, 24)
+def test_without_its_symmetry_the_code_is_that_of_the_token_number(grid: tuple[int, int, int]) -> None:
+    raster, mirror = (symmetric_position_encoding(grid, 24, convention=name) for name in ("raster", "mirror"))
+    row = symmetric_position_encoding((1, 1, 2 * math.prod(grid)), 24)[: math.prod(grid)]
+    assert torch.equal(raster, row)
+    left = (grid[2] + 1) // 2  # the columns where both are the same
+    assert torch.equal(raster.reshape(*grid, 24)[:, :, :left], mirror.reshape(*grid, 24)[:, :, :left])
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "encode", [sincos_position_encoding, partial(symmetric_position_encoding, convention="raster")]
+)
+def test_plain_encodings_all_differ(grid: tuple[int, int, int], encode: Callable[..., torch.Tensor]) -> None:
+    encoding = encode(grid, 24)
     assert encoding.shape == (math.prod(grid), 24)
     assert len(torch.unique(encoding, dim=0)) == len(encoding)
 

@@ -153,9 +153,9 @@ def test_the_six_arms_are_those_of_table_4(ablate, recorded, tmp_path: Path) -> 
         else:
             found[arm] = (position, False, None)
     assert found == {
-        "scratch": ("sincos", False, None),
-        "mae": ("sincos", True, None),
-        "attentive_mae": ("sincos", True, "orientation"),
+        "scratch": ("raster", False, None),
+        "mae": ("raster", True, None),
+        "attentive_mae": ("raster", True, "orientation"),
         "spe": ("mirror", False, None),
         "spe_mae": ("mirror", True, None),
         "asa": ("mirror", True, "orientation"),

@@ -1,4 +1,4 @@
-"""Training crops of prepared volumes, cropped at random or at the centre, and augmented.
+"""Training crops of prepared volumes, cropped at random, at the centre or along the mid-sagittal plane, and augmented.
 
 Every random draw of a sample comes from a seed of its own, made of (run seed, epoch, record id). It does not depend on
 the worker that draws it, on the number of workers, or on where the run was interrupted.
@@ -31,7 +31,7 @@ from asa.ops.labels import IGNORED
 from asa.ops.patches import constant_patches
 from asa.ops.symmetry import flip, mirrored_start
 
-CROPS = ("centre", "random")
+CROPS = ("centre", "random", "midplane")
 
 
 class VolumeSource(Protocol):
@@ -60,7 +60,8 @@ class CropDataset(Samples):
         source: the store.
         records: its records to read, dicts with "id".
         size: crop size (D, H, W) in voxels. A volume that is smaller is padded with zeros, evenly on both sides.
-        crop: `"centre"`, or `"random"` along each axis where the volume is larger than the crop.
+        crop: `"centre"`, `"random"` along each axis where the volume is larger than the crop, or `"midplane"`: random
+            along D and H and centred along W, so that the mid-sagittal plane of aligned scans stays in the middle.
         labelled: read label maps too.
         foreground: probability that a random crop is centred on a voxel of a labelled class, or as near to it as a crop
             inside the volume can be: first a class is drawn from those that the scan has, then one of its voxels.
@@ -93,12 +94,12 @@ class CropDataset(Samples):
         seed: int = 0,
     ) -> None:
         if crop not in CROPS:
-            raise ValueError(f"crop={crop!r}: choose {' or '.join(CROPS)}")
+            raise ValueError(f"crop={crop!r}: choose {', '.join(CROPS[:-1])} or {CROPS[-1]}")
         if not records:
             raise ValueError("there are no records to train on: check the split")
         if not 0 <= foreground <= 1:
             raise ValueError(f"data.foreground={foreground}: a probability must be from 0 to 1")
-        if foreground and not (labelled and crop == "random"):
+        if foreground and not (labelled and crop != "centre"):
             raise ValueError(
                 f"data.foreground={foreground} needs random crops of labelled scans: set data.placement=random"
             )
@@ -151,7 +152,7 @@ class CropDataset(Samples):
         start = []
         for axis, (n, size, edge) in enumerate(zip(shape, self.size, box, strict=True)):
             slack = n - size
-            if self.crop == "centre" or slack <= 0:
+            if self.crop == "centre" or slack <= 0 or (self.crop == "midplane" and axis == 2):
                 first = slack // 2
             elif centre is None:
                 first = int(draws[axis] * (slack + 1))

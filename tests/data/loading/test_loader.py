@@ -82,6 +82,14 @@ def test_random_crops_lie_inside_and_cover_the_volume() -> None:
     assert starts == {(z, y) for z in range(7) for y in range(6)}
 
 
+def test_crops_along_the_midplane_are_random_but_for_the_left_right_axis() -> None:
+    volume = np.arange(10 * 9 * 8, dtype=np.float32).reshape(1, 10, 9, 8) + 1
+    dataset = CropDataset(Memory(volume), [{"id": "a"}], (4, 4, 4), crop="midplane")
+    firsts = [int(dataset[0, epoch]["image"][0, 0, 0, 0]) - 1 for epoch in range(300)]
+    starts = {tuple(int(n) for n in np.unravel_index(first, (10, 9, 8))) for first in firsts}
+    assert starts == {(z, y, 2) for z in range(7) for y in range(6)}
+
+
 def test_a_sample_depends_on_seed_epoch_and_record_alone(store) -> None:
     opened = Store(store)
     dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", labelled=True, augment=STRONG, seed=3)
@@ -235,7 +243,7 @@ def test_a_record_without_label_is_named() -> None:
         CropDataset(Memory(np.zeros((1, 4, 4, 4), np.float32)), [{"id": "a"}], (4, 4, 4), labelled=True)
     with pytest.raises(ValueError, match="no records"):
         CropDataset(Memory(np.zeros((1, 4, 4, 4), np.float32)), [], (4, 4, 4))
-    with pytest.raises(ValueError, match="centre or random"):
+    with pytest.raises(ValueError, match="centre, random or midplane"):
         CropDataset(Memory(np.zeros((1, 4, 4, 4), np.float32)), [{"id": "a"}], (4, 4, 4), crop="corner")
 
 
