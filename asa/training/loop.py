@@ -19,7 +19,15 @@ from asa.training.device import autocast, keep_freed_memory, on_device, pick_dev
 from asa.training.ema import EMA
 from asa.training.meter import Meter
 from asa.training.nonfinite import NonFiniteGuard
-from asa.training.optim import OptimSettings, Schedule, freeze, make_optimizer, set_learning_rate, set_training
+from asa.training.optim import (
+    OptimSettings,
+    Schedule,
+    freeze,
+    make_optimizer,
+    set_learning_rate,
+    set_training,
+    unfreeze,
+)
 from asa.training.run_log import RunLog, SilentLog
 from asa.training.signals import Stopped, stop_signals
 
@@ -131,10 +139,12 @@ def train(
     dtype = pick_precision(settings.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    freeze(method.get_submodule("model"), optim.freeze)
-    set_training(method.to(device))
+    model = method.get_submodule("model")
+    if not optim.freeze_until:
+        freeze(model, optim.freeze)
+    method.to(device)
     if settings.compile:
-        method.get_submodule("model").compile()
+        model.compile()
 
     # --- optimizer
     schedule = Schedule(optim, settings.steps, settings.batch_size)
@@ -145,6 +155,9 @@ def train(
     # --- resume
     before = resume(run, method, optimizer, scaler, ema)
     step: int = before.get("step", 0)
+    if step < optim.freeze_until:  # after the optimizer was made, which has these parts too
+        freeze(model, optim.freeze)
+    set_training(method)
     log = RunLog(run, settings.steps, step) if distributed.is_main() else SilentLog()
     if step:
         log.message(f"continuing from step {step} of {settings.steps}")
@@ -219,6 +232,11 @@ def train(
         while step < settings.steps:
             # forward and backward passes of the micro-batches
             distributed.heartbeat()
+            if optim.freeze_until and step == optim.freeze_until:
+                unfreeze(model, optim.freeze)
+                set_training(method)
+                ddp = distributed.data_parallel(method)
+                log.message(f"step {step}: {', '.join(optim.freeze)} trained from here on")
             set_learning_rate(optimizer, schedule[step])
             meter.start_step()
             for micro_batch in range(settings.accumulate):

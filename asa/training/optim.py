@@ -40,6 +40,10 @@ class OptimSettings:
     "layer-wise decay for fine-tuning: learning rate of an encoder block relative to the block above it; 1: no decay"
     freeze: list[str] = field(default_factory=list)
     "parts of the network that are not trained, like [encoder] or [encoder.patch_embed,encoder.blocks.0]"
+    freeze_until: int = 0
+    "step at which freeze ends: then all is trained, with a warm-up of its own; 0: it lasts for the whole run"
+    encoder_lr: float = 1.0
+    "learning rate of the encoder, relative to that of the other parts"
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "sgd", "muon"):
@@ -54,6 +58,14 @@ class OptimSettings:
             raise ValueError(
                 f"optim.betas={list(self.betas)}, optim.momentum={self.momentum}: all three must be in [0, 1)"
             )
+        if self.freeze_until < 0 or (self.freeze_until and not self.freeze):
+            raise ValueError(
+                f"optim.freeze_until={self.freeze_until}: give a step, and in optim.freeze what is frozen until"
+            )
+        if not 0 < self.encoder_lr <= 1:
+            raise ValueError(
+                f"optim.encoder_lr={self.encoder_lr}: must be in (0, 1]; 0 would be optim.freeze=[encoder]"
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"optim.layer_decay={self.layer_decay}: must be in (0, 1]")
         if self.lr < 0 or self.weight_decay < 0 or (self.reference_batch is not None and self.reference_batch < 1):
@@ -63,26 +75,38 @@ class OptimSettings:
 class Schedule:
     """Learning rate of each step: `schedule[step]`, for steps 0 to total - 1.
 
+    With `freeze_until` the steps before it have a warm-up and then the peak rate, and the others a warm-up and the
+    schedule.
+
     Args:
         settings: the optimizer's settings.
         total: steps of the run.
         batch_size: global batch size, for `reference_batch`.
 
     Raises:
-        ValueError: a warm-up as long as the run.
+        ValueError: a warm-up as long as the run, or as what follows `freeze_until`.
     """
 
     def __init__(self, settings: OptimSettings, total: int, batch_size: int) -> None:
         if not 0 <= settings.warmup < total:
             raise ValueError(f"optim.warmup={settings.warmup} must be shorter than the run of {total} steps")
+        if settings.freeze_until and settings.freeze_until + settings.warmup >= total:
+            raise ValueError(
+                f"optim.freeze_until={settings.freeze_until} and the warm-up of {settings.warmup} steps after it must "
+                f"be shorter than the run of {total} steps"
+            )
         self.settings, self.total = settings, total
         self.peak = settings.lr * (batch_size / settings.reference_batch if settings.reference_batch else 1.0)
 
     def __getitem__(self, step: int) -> float:
         s = self.settings
-        if step < s.warmup:
-            return s.warmup_lr + (self.peak - s.warmup_lr) * step / s.warmup
-        t = min((step - s.warmup) / (self.total - s.warmup), 1.0)
+        begin = s.freeze_until if step >= s.freeze_until else 0
+        if step - begin < s.warmup:
+            return s.warmup_lr + (self.peak - s.warmup_lr) * (step - begin) / s.warmup
+        if step < s.freeze_until:
+            return self.peak
+        begin += s.warmup
+        t = min((step - begin) / (self.total - begin), 1.0)
         if s.schedule == "cosine":
             return s.final_lr + (self.peak - s.final_lr) * (1 + math.cos(math.pi * t)) / 2
         if s.schedule == "poly":
@@ -92,6 +116,8 @@ class Schedule:
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
     """Exclude parts of a network from training: their gradients, and what these would need, are not computed.
+
+    Parameters that are in an optimizer already are not changed by it, as they get no gradient.
 
     Args:
         parts: dotted names of modules or parameters.
@@ -108,6 +134,13 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
             weight.requires_grad_(False)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(f"optim.freeze=[{','.join(parts)}] leaves no parameter to train")
+
+
+def unfreeze(model: nn.Module, parts: Sequence[str]) -> None:
+    """Train the parts of `freeze` again."""
+    for name, weight in model.named_parameters():
+        if any(f"{name}.".startswith(f"{part}.") for part in parts):
+            weight.requires_grad_(True)
 
 
 def set_training(method: nn.Module) -> None:
@@ -179,8 +212,8 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> Any:
     """The optimizer over all parameters that require a gradient: a `torch.optim.Optimizer`, or `MuonWithAdamW`.
 
     Weight decay is not applied to vectors (biases, norms) and to what a module lists in `no_weight_decay()`. Where a
-    module has `layers_above(name)`, the learning rate of that parameter is scaled by `layer_decay` to this power; the
-    factor is "lr_scale" in its group, for `set_learning_rate`.
+    module has `layers_above(name)`, as encoders do, the learning rate of that parameter is scaled by `encoder_lr` and
+    by `layer_decay` to this power; the factor is "lr_scale" in its group, for `set_learning_rate`.
     """
     no_decay: set[str] = set()
     scales: dict[str, float] = {}
@@ -190,7 +223,8 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> Any:
             no_decay |= {dot + name for name in module.no_weight_decay()}
         if hasattr(module, "layers_above"):
             scales |= {
-                dot + name: settings.layer_decay ** module.layers_above(name) for name, _ in module.named_parameters()
+                dot + name: settings.encoder_lr * settings.layer_decay ** module.layers_above(name)
+                for name, _ in module.named_parameters()
             }
     # Both groups of scale 1 are always there, so that the optimizer states of all checkpoints have the same layout.
     members: dict[tuple[float, bool, bool], list[nn.Parameter]] = {(1.0, True, False): [], (1.0, False, False): []}

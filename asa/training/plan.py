@@ -217,7 +217,8 @@ def step_memory(
     On a GPU the attention probabilities are counted although its fused kernels do not keep them: a few percent.
     """
     method = _on_meta(make)
-    freeze(method.model, optim.freeze)
+    if not optim.freeze_until:
+        freeze(method.model, optim.freeze)
     example = _without_values(batch(method) if callable(batch) else batch)
     weights = 4 * _count(method)
     # The trace runs on a CPU, where not every network supports bf16; any 16-bit type has the same size.

@@ -80,6 +80,8 @@ class Stopped(Exception):
         (2, 5, {}),
         (0, 3, {"own": CHEAPER}),
         (0, 3, {"optim": OptimSettings(name="muon", lr=1e-3, warmup=1)}),
+        (0, 3, {"optim": OptimSettings(lr=1e-3, freeze=["encoder"], freeze_until=3)}),
+        (0, 5, {"optim": OptimSettings(lr=1e-3, freeze=["encoder"], freeze_until=3)}),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
@@ -104,6 +106,16 @@ def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     keys = ("step", "loss", "lr", "gradient_norm")
     assert log(tmp_path / "cut", *keys) == log(tmp_path / "whole", *keys)
+
+
+def test_what_is_frozen_until_a_step_is_trained_from_there_on(store: Path, tmp_path: Path) -> None:
+    optim = OptimSettings(lr=1e-3, schedule="constant", freeze=["encoder"], freeze_until=4)
+    run(tmp_path, store, optim=optim, keep=9)
+    first, second, third = (load_file(path / "model.safetensors") for path in list_checkpoints(tmp_path))
+    encoder = [name for name in first if ".encoder." in name]
+    assert encoder and all(torch.equal(first[name], second[name]) for name in encoder)
+    assert not any(torch.equal(second[name], third[name]) for name in encoder if name.endswith("weight"))
+    assert not any(torch.equal(first[name], second[name]) for name in first.keys() - set(encoder) if "weight" in name)
 
 
 @pytest.mark.parametrize("own", [{}, CHEAPER])

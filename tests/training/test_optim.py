@@ -14,7 +14,7 @@ from asa.models.probe import probe_tiny
 from asa.models.unet import unet_tiny
 from asa.ops.patches import patchify
 from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings, freeze, make_optimizer, set_learning_rate, set_training
+from asa.training.optim import OptimSettings, Schedule, freeze, make_optimizer, set_learning_rate, set_training
 from asa.training.plan import make_plan, volume_batch
 
 DEPTH = 4  # of unet_tiny's encoder
@@ -79,7 +79,29 @@ def test_a_layer_decay_outside_its_range_is_refused() -> None:
             OptimSettings(layer_decay=wrong)
 
 
+def test_the_encoder_may_have_a_lower_learning_rate(method: Segmentation) -> None:
+    plain, found = rates(method, 1e-3), rates(method, 1e-3, encoder_lr=0.3, layer_decay=0.5)
+    alone = rates(method, 1e-3, layer_decay=0.5)
+    for name, rate in found.items():
+        factor = 0.3 if name.startswith("model.encoder.") else 1.0
+        assert rate == pytest.approx(factor * alone[name]) and plain[name] == 1e-3
+
+
 # --- frozen parts
+
+
+def test_each_phase_has_its_own_warm_up() -> None:
+    settings = OptimSettings(lr=1.0, warmup=4, warmup_lr=0.0, freeze=["encoder"], freeze_until=10)
+    schedule = Schedule(settings, 30, 1)
+    alone = Schedule(OptimSettings(lr=1.0, warmup=4, warmup_lr=0.0), 20, 1)
+    assert [schedule[k] for k in range(4)] == [0.0, 0.25, 0.5, 0.75] and all(schedule[k] == 1.0 for k in range(4, 10))
+    assert [schedule[k] for k in range(10, 30)] == [alone[k] for k in range(20)]
+    with pytest.raises(ValueError, match=r"optim\.freeze_until=10 and the warm-up of 4"):
+        Schedule(settings, 14, 1)
+    with pytest.raises(ValueError, match=r"optim\.freeze_until=10: give a step, and in optim\.freeze"):
+        OptimSettings(freeze_until=10)
+    with pytest.raises(ValueError, match=r"optim\.encoder_lr=0"):
+        OptimSettings(encoder_lr=0)
 
 
 def tiny() -> Segmentation:
