@@ -41,3 +41,7 @@ from .unet import SegmentationUNet as SegmentationUNet
 from .unet import unet_base as unet_base
 from .unet import unet_small as unet_small
 from .unet import unet_tiny as unet_tiny
+from .vit_seg import SegmentationViT as SegmentationViT
+from .vit_seg import vit_seg_base as vit_seg_base
+from .vit_seg import vit_seg_small as vit_seg_small
+from .vit_seg import vit_seg_tiny as vit_seg_tiny

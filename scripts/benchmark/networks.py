@@ -11,13 +11,13 @@ from monai.networks.nets import UNETR, SwinUNETR
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.config import compose
 from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.segment import Segmentation
 from asa.models import masked_autoencoder as asa
 from asa.models import unet
 from asa.models.sw_vit import LinearWindowAttention
+from asa.tasks.run import configure
 from scripts.benchmark.plan import CHANNELS, SWIN_FEATURES, UNETR_SIZE
 
 CLASSES = 4
@@ -89,7 +89,7 @@ def make_method(network: str, size: str, edge: int) -> Any:
     if network == "asa":
         return MaskedPretraining(model=getattr(asa, f"asa_{size}")(img_size=edge))
     if network == "fast":
-        fast = compose("pretrain", ["data.store=none", "out=none", "experiment=asa_fast"])
+        fast = configure("pretrain", {"data.store": "none", "out": "none", "experiment": "asa_fast"})
         chosen = {key: value for key, value in fast["method"].items() if key not in ("_target_", "model")}
         depth = fast["model"]["decoder_depth"]
         return MaskedPretraining(model=getattr(asa, f"asa_{size}")(img_size=edge, decoder_depth=depth), **chosen)

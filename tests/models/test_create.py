@@ -9,15 +9,15 @@ import torch
 from mypy import api
 
 import asa.models
-from asa.cli import finetune, pretrain
 from asa.config import CONFIG_DIR, compose, sized_models
 from asa.models import MaskedAutoencoder, create_model, list_models
+from asa.tasks.run import SETTINGS
 
 
 def test_every_public_name_can_be_imported_and_every_model_made() -> None:
     assert all(getattr(asa.models, name) is not None for name in dir(asa.models))
     for name in list_models():
-        needed = {"unet": "out_channels", "probe": "out_channels", "classifier": "classes"}
+        needed = dict.fromkeys(("unet", "probe", "vit_seg"), "out_channels") | {"classifier": "classes"}
         keywords = {keyword: 2 for kind, keyword in needed.items() if f"{kind}_" in name}
         with torch.device("meta"):
             assert isinstance(create_model(name, **keywords), torch.nn.Module)
@@ -50,9 +50,9 @@ def test_a_type_checker_knows_the_public_names(tmp_path: Path) -> None:
 
 def test_every_family_has_three_sizes_as_values_of_model() -> None:
     families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
-    assert len(families) == 8
+    assert len(families) == 9
     assert sized_models() == sorted(f"{family}_{size}" for family in families for size in ("base", "small", "tiny"))
-    config = compose("finetune", ["out=x", "model=sa_swin_unet_small"], settings=finetune.SETTINGS)
+    config = compose("finetune", ["out=x", "model=sa_swin_unet_small"], settings=SETTINGS["finetune"])
     assert config["model"]["_target_"] == "asa.models.sa_swin_unet.sa_swin_unet_small"
     assert list(config["model"])[:2] == ["_target_", "img_size"]
 
@@ -61,6 +61,6 @@ def test_a_users_own_model_file_can_extend_a_size(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("defaults: [asa_base]\npatch_size: 16\ndepth: 6\n")
     overrides = ["out=x", "data.store=y", "model=mine", "method=mae"]
-    model = compose("pretrain", overrides, settings=pretrain.SETTINGS, config_dir=tmp_path)["method"]["model"]
+    model = compose("pretrain", overrides, settings=SETTINGS["pretrain"], config_dir=tmp_path)["method"]["model"]
     assert model["_target_"] == "asa.models.masked_autoencoder.asa_base"
     assert (model["patch_size"], model["depth"], model["position"]) == (16, 6, "sincos")
