@@ -120,17 +120,9 @@ class MaskedPretraining(nn.Module):
             counts = (self.decode * counts).round().long().clamp(min=1)
             masked, weights = draw_patches(masked, weights, counts, offsets)
         prediction = self.model(image, mask, air=air, decoded=masked)
-        target = tokens_at(patches, masked.indices)
+        target, mean = tokens_at(patches, masked.indices), _visible_mean(patches, mask, air)
         if self.normalise:
-            target = normalised(target)
-            mean = torch.zeros((), device=image.device)
-        else:
-            seen = ~mask if air is None else ~mask & ~air
-            visible = select_tokens(seen).to(image.device)
-            voxels = tokens_at(patches, visible.indices)
-            if visible.valid is not None:
-                voxels = voxels * (visible.valid / visible.valid.float().mean(dim=1, keepdim=True))[:, :, None]
-            mean = voxels.mean(dim=(1, 2), keepdim=True)
+            target, mean = normalised(target), torch.zeros_like(mean)
         errors = patch_errors(prediction, target)
         mean_errors = patch_errors(mean.expand_as(target), target)
         return {
@@ -145,7 +137,7 @@ class MaskedPretraining(nn.Module):
         if not self.drops_air:
             return None
         if "air" not in batch:
-            raise ValueError('method.air=drop needs the batch\'s "air": give the dataset patch_size')
+            raise ValueError('method.air=drop needs "air" in the batch: give CropDataset(air=PATCH_SIZE)')
         air = batch["air"]
         # A sample with nothing but air keeps it.
         air = air & ((~air).sum(dim=1, keepdim=True) >= FEWEST)
@@ -218,6 +210,15 @@ def denormalised(patches: Tensor, like: Tensor) -> Tensor:
     """The inverse of `normalised`, with the means and variances of the patches `like`."""
     variance, mean = torch.var_mean(like, dim=-1, keepdim=True, correction=0)
     return patches * (variance + FLAT).sqrt() + mean
+
+
+def _visible_mean(patches: Tensor, mask: Tensor, air: Tensor | None) -> Tensor:
+    """Mean of the voxels that the encoder takes: `(B, L, P)` and masks `(B*R, L)` -> `(B*R, 1, 1)`."""
+    visible = select_tokens(~mask if air is None else ~mask & ~air).to(patches.device)
+    voxels = tokens_at(patches, visible.indices)
+    if visible.valid is not None:
+        voxels = voxels * (visible.valid / visible.valid.float().mean(dim=1, keepdim=True))[:, :, None]
+    return voxels.mean(dim=(1, 2), keepdim=True)
 
 
 def _mean(values: Tensor, valid: Tensor | None) -> Tensor:

@@ -36,8 +36,9 @@ class DenseAttention(nn.Module):
         self.num_heads, self.qkv, self.proj = windows.num_heads, windows.qkv, windows.proj
         self.written = written
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`(B, L, E)` -> `(B, L, E)`."""
+    def forward(self, tokens: Tensor, valid: None = None) -> Tensor:
+        """`(B, L, E)` -> `(B, L, E)`; padding is not supported."""
+        assert valid is None
         qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))  # B L 3 M d
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # B M L d
         if self.written:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-PARTS = ("pretrain", "finetune", "importance", "loader", "fed", "window", "growth", "regions")
+PARTS = ("pretrain", "fast", "finetune", "importance", "loader", "fed", "window", "growth", "regions")
 OVERLAP = 0.5
 AIR = 0.27  # of the patches of 15 stripped OASIS brains in centre crops of 128^3
 CHANNELS = {"asa": 1, "fast": 1, "dense": 1, "written": 1, "unet": 4, "unetr": 4, "swin": 4}
@@ -41,7 +41,9 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
     whole = [8 * round(n * edge / 128 / 8) for n in (160, 192, 160)]
     rows: list[Spec] = []
     if "pretrain" in parts:
-        rows += [step("pretrain", network, edge) for network in ("asa", "fast", "dense", "written")]
+        rows += [step("pretrain", network, edge) for network in ("asa", "dense", "written")]
+    if "fast" in parts:
+        rows += [step("fast", network, edge) for network in ("asa", "fast")]
     if "finetune" in parts:
         rows += [step("finetune", network, edge) for network in ("unet", "unetr", "swin")]
     if "importance" in parts:

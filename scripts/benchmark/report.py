@@ -12,6 +12,7 @@ Column = tuple[str, Callable[[Row], str]]
 
 TITLES = {
     "pretrain": "Pretraining step",
+    "fast": "Pretraining step, asa_fast",
     "finetune": "Fine-tuning step",
     "importance": "Importance of a volume",
     "loader": "Loader, in crops, files in the page cache",

@@ -250,8 +250,8 @@ def main() -> None:
     out, arms, seeds = options.out.resolve(), options.arms, options.seeds
     prepare(options.data, out)
     with ThreadPoolExecutor(options.jobs) as pool:
-        for seed in seeds:
-            list(pool.map(lambda arm, seed=seed: pretrain(out, arm, seed), arms))
+        runs = [(arm, seed) for seed in seeds for arm in arms]
+        list(pool.map(lambda job: pretrain(out, *job), runs))
         tuned = [(arm, seed, n) for seed in seeds for arm in FINETUNED for n in LABELLED if arm in ("scratch", *arms)]
         list(pool.map(lambda job: finetune(out, *job), tuned))
     text = report(out, arms, seeds)

@@ -200,7 +200,7 @@ def test_a_volume_of_nothing_but_air_keeps_it() -> None:
     method = make(air="drop")
     result = method(batch_of(volumes(2, air=(64, 30)), [3, 4]))
     assert all(torch.isfinite(value) for value in result.values())
-    with pytest.raises(ValueError, match="patch_size"):
+    with pytest.raises(ValueError, match="PATCH_SIZE"):
         method({"image": volumes(1), "seed": torch.tensor([3])})
 
 
