@@ -110,17 +110,16 @@ class MaskedPretraining(nn.Module):
         """
         image, air = batch["image"], self._air(batch)
         mask, offsets = self._draw(batch["seed"], air)
-        air = None if air is None else air.repeat_interleave(self.masks, dim=0)
-        masked = select_tokens(mask)
+        visible, masked = self._select(mask, air)
         counts = masked.counts()
-        masked = masked.to(image.device)
+        visible, masked = visible.to(image.device), masked.to(image.device)
         patches = patchify(image.float(), self.loss.patch_size)
         weights = self.loss.weights(image, masked.indices, self._counted(patches, masked))
         if self.decode < 1:
             counts = (self.decode * counts).round().long().clamp(min=1)
             masked, weights = draw_patches(masked, weights, counts, offsets)
-        prediction = self.model(image, mask, air=air, decoded=masked)
-        target, mean = tokens_at(patches, masked.indices), _visible_mean(patches, mask, air)
+        prediction = self.model(image, visible=visible, decoded=masked)
+        target, mean = tokens_at(patches, masked.indices), _mean_voxel(patches, visible)
         if self.normalise:
             target, mean = normalised(target), torch.zeros_like(mean)
         errors = patch_errors(prediction, target)
@@ -142,6 +141,13 @@ class MaskedPretraining(nn.Module):
         # A sample with nothing but air keeps it.
         air = air & ((~air).sum(dim=1, keepdim=True) >= FEWEST)
         return air if air.any() else None
+
+    def _select(self, mask: Tensor, air: Tensor | None) -> tuple[Selection, Selection]:
+        """The visible and the masked patches of each mask."""
+        if air is None:
+            return select_tokens(~mask), select_tokens(mask)
+        kept = ~air.repeat_interleave(len(mask) // len(air), dim=0)
+        return select_tokens(~mask & kept), select_tokens(mask & kept)
 
     def _counted(self, patches: Tensor, masked: Selection) -> Tensor | None:
         """The masked patches that count in the loss, `(N, M)`; None: all."""
@@ -181,15 +187,16 @@ class MaskedPretraining(nn.Module):
         patches = patchify(image.float(), s)
         hidden = mask.to(image.device)[:, :, None]
         filled = patches.clone()
-        masked = select_tokens(mask).to(image.device)
+        visible, masked = (chosen.to(image.device) for chosen in self._select(mask, air))
         parts = round(1 / self.decode)
         for part in range(min(parts, masked.indices.shape[1])):
-            index, valid = (rows if rows is None else rows[:, part::parts] for rows in masked)
-            assert index is not None
-            prediction = self.model(image, mask, air=air, decoded=Selection(index, valid)).float()
+            some = Selection(
+                masked.indices[:, part::parts], None if masked.valid is None else masked.valid[:, part::parts]
+            )
+            prediction = self.model(image, visible=visible, decoded=some).float()
             if self.normalise:
-                prediction = denormalised(prediction, tokens_at(patches, index))
-            filled.scatter_(1, index[:, :, None].expand_as(prediction), prediction)
+                prediction = denormalised(prediction, tokens_at(patches, some.indices))
+            filled.scatter_(1, some.indices[:, :, None].expand_as(prediction), prediction)
         scores = gradient_importance(image, s, self.loss.bins, self.loss.importance or "orientation")
         return {
             "input": image,
@@ -212,9 +219,8 @@ def denormalised(patches: Tensor, like: Tensor) -> Tensor:
     return patches * (variance + FLAT).sqrt() + mean
 
 
-def _visible_mean(patches: Tensor, mask: Tensor, air: Tensor | None) -> Tensor:
-    """Mean of the voxels that the encoder takes: `(B, L, P)` and masks `(B*R, L)` -> `(B*R, 1, 1)`."""
-    visible = select_tokens(~mask if air is None else ~mask & ~air).to(patches.device)
+def _mean_voxel(patches: Tensor, visible: Selection) -> Tensor:
+    """Mean of the voxels that the encoder takes: `(B, L, P)` and R selections of each -> `(B*R, 1, 1)`."""
     voxels = tokens_at(patches, visible.indices)
     if visible.valid is not None:
         voxels = voxels * (visible.valid / visible.valid.float().mean(dim=1, keepdim=True))[:, :, None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from asa.models import sw_vit
 from asa.models.sw_vit import SWViT, position_encoding, run_block, window_blocks
-from asa.ops.patches import Selection, select_tokens, split_indices, tokens_at
+from asa.ops.patches import Selection, split_indices, tokens_at
 
 
 class MaskedAutoencoder(nn.Module):
@@ -78,34 +78,35 @@ class MaskedAutoencoder(nn.Module):
         return {"mask_token"}
 
     def forward(
-        self, volume: Tensor, mask: Tensor, *, air: Tensor | None = None, decoded: Selection | None = None
+        self,
+        volume: Tensor,
+        mask: Tensor | None = None,
+        *,
+        visible: Selection | None = None,
+        decoded: Selection | None = None,
     ) -> Tensor:
         """Predict masked patches.
 
         Args:
             volume: `(B, C, D, H, W)`.
-            mask: bool `(N, L)`, True = masked. Without `air`, the same count in every sample. For a CPU tensor the
-                count is read without synchronising with the GPU.
-            air: bool `(N, L)`, tokens that are neither encoded nor decoded; they are not masked.
-            decoded: the masked tokens to predict, on the volume's device; None: all.
+            mask: bool `(N, L)`, True = masked, the same count in every sample: the visible patches are all others, and
+                all masked ones are decoded. For a CPU tensor the count is read without synchronising with the GPU.
+            visible, decoded: instead of the mask, the patches to encode and those to predict, none in both, on the
+                volume's device.
 
         Returns:
             `(N, K, C*s^3)`, the decoded patches in raster order. Values of padding are arbitrary.
 
         Raises:
-            ValueError: a volume or mask of another size, or different counts per sample.
+            ValueError: a volume or mask of another size, different counts per sample, or neither a mask nor selections.
         """
-        self.encoder.check_mask(volume, mask)
-        if air is None:
-            visible, masked = map(Selection, split_indices(mask))
-        else:
-            self.encoder.check_mask(volume, air)
-            visible, masked = select_tokens(~mask & ~air), select_tokens(mask)
-        visible = visible.to(volume.device)
-        if decoded is None:
-            decoded = masked.to(volume.device)
+        if mask is not None:
+            self.encoder.check_mask(volume, mask)
+            visible, decoded = (Selection(index).to(volume.device) for index in split_indices(mask))
+        if visible is None or decoded is None:
+            raise ValueError("give a mask, or the visible and the decoded patches")
         encoded = self.projection(self.encoder.encode(volume, visible))  # N V F
-        index, valid, places, wanted = merge(visible, decoded, mask.shape[1])
+        index, valid, places, wanted = merge(visible, decoded, len(self.position))
         n, length = index.shape
         tokens = self.mask_token.to(encoded.dtype).expand(n, length, -1)
         tokens = tokens.scatter(1, places[:, :, None].expand(-1, -1, encoded.shape[2]), encoded)

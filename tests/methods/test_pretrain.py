@@ -154,7 +154,7 @@ def test_every_decoded_prediction_depends_on_visible_voxels_and_on_no_others() -
     mask, air = method.mask(batch["seed"], batch["air"]), batch["air"]
     masked = select_tokens(mask)
     drawn, _ = draw_patches(masked, torch.ones(masked.indices.shape) / 33, torch.tensor([8]), torch.tensor([0.5]))
-    prediction = method.model(image, mask, air=air, decoded=drawn)
+    prediction = method.model(image, visible=select_tokens(~mask & ~air), decoded=drawn)
     assert prediction.shape == (1, 8, 64)
     for row in range(8):
         (gradient,) = torch.autograd.grad(prediction[0, row].sum(), image, retain_graph=True)
@@ -181,7 +181,8 @@ def test_without_air_a_sample_is_the_sequence_of_its_other_patches() -> None:
     row.load_state_dict(method.model.state_dict())
     row.encoder.position = method.model.encoder.position[:40]
     row.position = row.encoder.position
-    prediction = method.model(image, mask, air=batch["air"])
+    visible, masked = select_tokens(~mask & ~batch["air"]), select_tokens(mask)
+    prediction = method.model(image, visible=visible, decoded=masked)
     expected = row(unpatchify(patchify(image, 4)[:, :40], (1, 1, 40), 4), mask[:, :40])
     torch.testing.assert_close(prediction, expected, rtol=1e-9, atol=1e-12)
 
