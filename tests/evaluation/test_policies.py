@@ -67,7 +67,8 @@ TABLES = {
         "lesion_recall": (1, 1, 0),
         "lesion_f1": (1, 0, 0),
     },
-    "asa_paper": {"dice": (1, 0, 0), "hd95_voxels": (0, 0, 0)},
+    "asa_paper": {"dice": (1, 0, 0), "hd95_voxels": (0, 373.12866, 373.12866)},
+    "asa_paper_brats": {"dice": (1, 0, 0), "hd95_voxels": (0, 373.12866, 373.12866)},
 }
 
 
@@ -89,6 +90,23 @@ def test_a_policy_scores_empty_masks_as_its_truth_table_states(name):
             assert row.values == pytest.approx(expected, nan_ok=True)
             for text, value in zip(printed[index][1], expected.values(), strict=True):
                 assert text.split()[0] == ("undefined" if math.isnan(value) else f"{value:g}")
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_no_missed_or_invented_region_scores_better_than_an_overlap(policy):
+    # The worst overlap of an image of BraTS: one voxel in common, and one in the opposite corner.
+    truth, prediction = np.zeros((2, 240, 240, 155), dtype=bool)
+    truth[0, 0, 0] = prediction[0, 0, 0] = prediction[-1, -1, -1] = True
+    compared = [
+        metric for metric in policy.metrics if metric.name.startswith(("dice", "lesion_dice", "hd95", "lesion_hd95"))
+    ]
+    assert compared
+    for metric in compared:
+        if metric.exception:  # lesions of at most 50 mm3 do not count
+            continue
+        overlap = metric(prediction, truth, (1.0, 1.0, 1.0))
+        for empty in (metric.truth_empty, metric.prediction_empty):
+            assert math.isnan(empty) or (empty <= overlap if metric.higher_is_better else empty >= overlap)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
