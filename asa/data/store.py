@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from asa.data.io.files import read_json, sha256_of, write_json, write_whole
+from asa.data.io.files import check_id, read_json, sha256_of, write_json, write_whole
 
 FORMAT = 2
 KEYS = {"format", "settings", "channels", "labels", "ignored", "regions", "records"}
@@ -174,6 +174,14 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise ValueError(
             f"{root / MANIFEST}: store format {found!r}, this asa reads {FORMAT}; prepare it again into a new folder"
         )
+    ids = [record.get("id") for record in manifest["records"]]
+    try:
+        for id in ids:
+            check_id(id)
+    except ValueError as error:
+        raise ValueError(f"{root / MANIFEST}: {error}") from error
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{root / MANIFEST}: scans with the same id; prepare the store again into a new folder")
     return manifest
 
 

@@ -114,3 +114,20 @@ def test_what_is_not_a_store_is_refused_with_what_to_run(made, tmp_path):
 def test_an_unknown_scan_is_named(made):
     with pytest.raises(ValueError, match="no scan 'c' in this store of 2"):
         Store(made).image("c")
+
+
+@pytest.mark.parametrize("id", ["../../escaped", "/etc/hostname", "a\nb", "", None, "x" * 300])
+def test_an_id_of_a_manifest_names_no_file_outside_the_store(made, tmp_path, id):
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["records"][0]["id"] = id
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json: .*not usable as an id"):
+        Store(tmp_path)
+
+
+def test_an_id_that_occurs_twice_in_a_manifest_is_refused(made, tmp_path):
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["records"].append(manifest["records"][0])
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json: scans with the same id"):
+        Store(tmp_path)

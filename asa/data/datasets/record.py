@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from asa.data.io.files import check_id
+
 
 class Record(TypedDict):
     """One scan of one subject.
@@ -43,8 +45,7 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
     for name, count in Counter(record["id"] for record in records).items():
         if count > 1:
             raise ValueError(f"{name}: {count} scans have this id; change the wildcards or the table")
-        if not name or name.startswith(".") or any(sign in name for sign in '/\\\0\n:*?"<>|'):
-            raise ValueError(f"{name!r}: not usable as an id, because it names files; use letters, digits, - and _")
+        check_id(name)
     channels = list(records[0]["images"])
     for record in records:
         if not record["images"] or list(record["images"]) != channels:

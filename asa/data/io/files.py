@@ -7,7 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
+LONGEST_ID = 200  # bytes; file systems allow names of 255
 PART = ".part"  # ending of a file while it is written; an interruption may leave one behind
+
+
+def check_id(id: object) -> None:
+    """Check that the id of a scan can name its files, in every file system and table.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not isinstance(id, str) or not id or not id.isprintable() or id != id.strip() or id.startswith("."):
+        reason = "it is empty, begins with a dot, or has blanks at its ends or control characters"
+    elif found := sorted(set('/\\:*?"<>|') & set(id)):
+        reason = f"it contains {' '.join(found)}"
+    elif len(id.encode(errors="surrogatepass")) > LONGEST_ID:
+        reason = f"it is longer than {LONGEST_ID} bytes"
+    else:
+        return
+    raise ValueError(f"{id!r}: not usable as an id, because it names files: {reason}; use letters, digits, - and _")
 
 
 def write_whole(path: str | Path, payload: bytes) -> None:

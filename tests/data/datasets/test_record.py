@@ -17,6 +17,10 @@ def test_inconsistent_records_are_refused():
         ([one, scan("b", t2="b.nii")], r"b: has the channels \['t2'\], but a has \['t1', 'flair'\]"),
         ([one, scan("b", flair="b.nii", t1=None)], "in the same order"),
         ([scan("../x", t1="x.nii")], "not usable as an id"),
+        ([scan("a\tb", t1="x.nii")], "control characters"),
+        ([scan(" a", t1="x.nii")], "blanks at its ends"),
+        ([scan("caf\udce9", t1="x.nii")], "not usable as an id"),
+        ([scan("a" * 201, t1="x.nii")], "longer than 200 bytes"),
         ([scan("a")], "channels"),
         ([one, scan("b", t1=None, flair=None)], r"b: no image of t1, flair \(searched for here\); add it"),
     ):
