@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-NNNNNNNN/model.safetensors    weights; the description of the model in the header
     RUN/checkpoints/step-NNNNNNNN/training.pt          optimizer, loss scale, random state
+    RUN/checkpoints/step-NNNNNNNN/digests.json         SHA-256 of both, compared whenever they are read
     RUN/best/step-NNNNNNNN/                            the best checkpoint, without a training state (`train.best`)
 
 With `train.ema` the first file holds the averaged weights, which everything but the training itself reads, and the
@@ -24,14 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from asa.config import CHECKPOINT_TARGETS, build
+from asa.data.io.files import read_json, sha256_of
 
 FORMAT = 1
-WEIGHTS, TRAINING = "model.safetensors", "training.pt"
+WEIGHTS, TRAINING, DIGESTS = "model.safetensors", "training.pt", "digests.json"
 NEWEST, BEST = "checkpoints", "best"  # folders of a run
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is incomplete or cannot be read."""
+    """A checkpoint that is incomplete, was changed after it was written, or cannot be read."""
 
 
 # --- saving
@@ -74,7 +76,9 @@ def save_checkpoint(
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, temporary / WEIGHTS, metadata=header)
         torch.save({"step": step, **training}, temporary / TRAINING)
-        for name in (WEIGHTS, TRAINING):
+        digests = {name: sha256_of(temporary / name) for name in (WEIGHTS, TRAINING)}
+        (temporary / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
+        for name in (WEIGHTS, TRAINING, DIGESTS):
             _flush(temporary / name)
         _flush(temporary)
         _remove(final)
@@ -203,16 +207,37 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and training state of a checkpoint folder, on the CPU.
 
     Raises:
-        DamagedCheckpoint: a file is missing or cannot be read.
+        DamagedCheckpoint: a file is missing, has changed or cannot be read.
     """
     for name in (WEIGHTS, TRAINING):
         if not (checkpoint / name).is_file():
             raise DamagedCheckpoint(f"{checkpoint / name}: missing")
     weights, _ = read_weights(checkpoint / WEIGHTS)
+    check_digest(checkpoint / TRAINING)
     try:
         return weights, torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DamagedCheckpoint(f"{checkpoint / TRAINING}: damaged ({type(error).__name__})") from error
+
+
+def check_digest(file: Path) -> None:
+    """Compare a file with the SHA-256 that was written with its checkpoint.
+
+    A file without digests beside it, taken out of its folder or written by an earlier version, is not compared.
+
+    Raises:
+        DamagedCheckpoint: it has changed, or the digests cannot be read.
+    """
+    digests = file.with_name(DIGESTS)
+    if not digests.is_file():
+        return
+    try:
+        found = read_json(digests)
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    expected = found.get(file.name) if isinstance(found, dict) else None
+    if sha256_of(file) != expected:
+        raise DamagedCheckpoint(f"{file}: has changed since it was written: its SHA-256 is not that in {DIGESTS}")
 
 
 def find_weights(path: str | Path) -> Path:
@@ -239,21 +264,34 @@ def read_weights(path: str | Path, *, tensors: bool = True) -> tuple[dict[str, T
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        DamagedCheckpoint: not a complete safetensors file.
+        DamagedCheckpoint: not a complete safetensors file, or with `tensors` a changed one.
         ValueError: not a checkpoint of this package.
     """
     file = find_weights(path)
+    if tensors:
+        check_digest(file)
     try:
         with safe_open(file, framework="pt") as opened:
             header = (opened.metadata() or {}).get("asa")
             if header is None:
                 raise ValueError(f"{file}: not a checkpoint of asa: its header has no description of the model")
-            description: dict[str, Any] = json.loads(header)
+            description = _parsed(header, file)
             if description.get("format") != FORMAT:
                 raise ValueError(f"{file}: checkpoint format {description.get('format')}; this version reads {FORMAT}")
             return {name: opened.get_tensor(name) for name in opened.keys() if tensors}, description  # noqa: SIM118
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{file}: not a complete safetensors file ({error})") from error
+
+
+def _parsed(header: str, file: Path) -> dict[str, Any]:
+    """The description in a file's header; a DamagedCheckpoint if it cannot be one."""
+    try:
+        description = json.loads(header)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{file}: its description is not JSON ({error})") from error
+    if not isinstance(description, dict):
+        raise DamagedCheckpoint(f"{file}: its description is a {type(description).__name__}, not a mapping")
+    return description
 
 
 def read_description(path: str | Path) -> dict[str, Any]:

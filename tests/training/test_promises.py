@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import FORK, MODEL, Job, command, log, losses, replaced, steps_done, tiny_run, until
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asa.data.io.files import sha256_of
@@ -29,6 +29,7 @@ from asa.training.checkpoint import (
     list_checkpoints,
     load_model,
     load_newest,
+    load_training,
     read_weights,
     save_checkpoint,
 )
@@ -120,6 +121,41 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_loaded(tmp_path: 
     assert names(tmp_path) == ["step-00000001"]  # a new run does not start silently
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "digests.json"])
+def test_a_flipped_bit_anywhere_is_noticed_and_the_previous_checkpoint_is_loaded(tmp_path: Path, name: str) -> None:
+    first, second = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+    whole, draws = (second / name).read_bytes(), np.random.default_rng(0)
+    for position in draws.integers(0, 8 * len(whole), 20):
+        changed = bytearray(whole)
+        changed[position // 8] ^= 1 << (position % 8)
+        (second / name).write_bytes(changed)
+        with pytest.raises(DamagedCheckpoint):
+            load_training(second)
+    (second / name).write_bytes(whole + b"more" if name != "digests.json" else b"[]")
+    messages: list[str] = []
+    found = load_newest(tmp_path, messages.append)
+    assert found is not None and found[0] == first and "step-00000002" in messages[0]
+
+
+def test_a_changed_model_is_not_used(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path, 1) / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedCheckpoint, match="has changed since it was written"):
+        read_weights(tmp_path)
+    alone = file.rename(tmp_path / "model.safetensors")
+    assert read_weights(alone)[1]["step"] == 1  # out of its folder there is nothing to compare with
+
+
+@pytest.mark.parametrize("header", ["{", "[]", "3"])
+def test_a_header_without_a_description_is_damage(tmp_path: Path, header: str) -> None:
+    folder = checkpoint(tmp_path, 1)
+    save_file({"w": torch.ones(2)}, folder / "model.safetensors", metadata={"asa": header})
+    (folder / "digests.json").unlink()
+    with pytest.raises(DamagedCheckpoint, match="its description is"):
+        read_weights(tmp_path)
+
+
 def test_a_damaged_checkpoint_does_not_change_the_final_weights(store: Path, tmp_path: Path) -> None:
     tiny_run(tmp_path / "whole", store, 6)
     tiny_run(tmp_path / "run", store, 4, optim=OptimSettings(lr=1e-3, schedule="constant"))
@@ -170,6 +206,7 @@ def test_a_malicious_training_state_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 1)
     for write in (torch.save, lambda bomb, file: file.write_bytes(pickle.dumps(bomb))):
         write({"step": Bomb(tmp_path / "owned")}, folder / "training.pt")
+        (folder / "digests.json").unlink(missing_ok=True)  # an attacker would write their own
         with pytest.raises(DamagedCheckpoint, match="UnpicklingError"):
             load_newest(tmp_path, print)
     assert not (tmp_path / "owned").exists()
