@@ -38,6 +38,13 @@ FREE_ON_RESUME = (
     "train.device",
     "train.timeout_minutes",
 )
+# Settings that later versions added, with the value that changes nothing; runs of earlier versions lack them.
+ADDED = {
+    "optim.encoder_lr": 1.0,
+    "method.decode": 1.0,
+    "method.air": "keep",
+    "method.masks": 1,
+}
 
 
 @contextmanager
@@ -81,8 +88,8 @@ def _check_folder(run: Path) -> None:
 def _check_config(run: Path, config: Mapping[str, Any]) -> None:
     """Raise a ValueError if the folder's run was made with other settings.
 
-    A setting that only one of the two has is no difference while it is off (null, false, 0 or empty), so a run can be
-    resumed after an upgrade that added settings.
+    A setting that only one of the two has is no difference while it is off (null, false, 0, empty, or as in `ADDED`),
+    so a run can be resumed after an upgrade that added settings.
     """
     file = run / "config.yaml"
     if not (list_checkpoints(run) and file.exists()):
@@ -90,7 +97,8 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
     before, now = _comparable(yaml.safe_load(file.read_text())), _comparable(config)
     for key in sorted(before.keys() | now.keys()):
         in_both = key in before and key in now
-        same = before[key] == now[key] if in_both else not (before | now)[key]
+        alone = (before | now)[key]
+        same = before[key] == now[key] if in_both else not alone or ADDED.get(key) == alone
         if not (same or key.startswith(FREE_ON_RESUME)):
             raise ValueError(
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "

@@ -1,8 +1,8 @@
 """What makes pretraining cheaper at equal quality: python -m scripts.reproduce.recipe DATA OUT
 
 Pretrains the same encoder in several ways ("arms") on 9 OASIS-1 brains, with the same number of samples, and compares
-what a linear probe and a fine-tuning on one and three labelled brains read from it on the 6 others, against operations
-and seconds. Writes OUT/recipe.md, the table of docs/recipe.md, and OUT/recipe.png. Finished runs are not repeated.
+what a linear probe reads from it on 6 others, against operations and seconds. Writes OUT/recipe.md, the table of
+docs/recipe.md, and OUT/recipe.png. Finished runs are not repeated.
 
 DATA: see scripts/reproduce/structures.py.
 """
@@ -25,7 +25,6 @@ import torch
 from scipy.stats import t
 
 from asa.config import build, compose, typed
-from asa.data.io.files import read_json
 from asa.data.loading.loader import collate
 from asa.tasks.pretraining import Pretraining
 from asa.tasks.run import SETTINGS
@@ -59,14 +58,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     "fast": FAST,
     "fast_normalise": (*FAST, "method.normalise=true"),
 }
-FINETUNED = ("scratch", "paper", "fast", "fast_normalise")
-FINETUNE = (
-    "model=probe_tiny", "+model.window=32", "crop=[64,64,160]", "train.steps=120", "train.batch_size=4",
-    "train.precision=fp32", "train.device=cpu", "train.validate_every=0", "train.save_every=120", "loader.workers=0",
-    "data.placement=random", "augment.mirror_probability=0.5", "optim.lr=1.0e-3", "optim.warmup=20",
-    "optim.weight_decay=0.01",
-)  # fmt: skip
-LABELLED = (1, 3)
 SAMPLES = 16  # of a step: crops times masks
 
 
@@ -118,29 +109,6 @@ def pretrain(out: Path, arm: str, seed: int) -> None:
     print(f"pretrained {name}: probe {last['probe_dice']:.4f}, first {last['probe_dice_first']:.4f}", flush=True)
 
 
-def finetune(out: Path, arm: str, seed: int, labelled: int) -> None:
-    """Fine-tune, predict the held-out brains, and evaluate."""
-    name = f"{arm}_{seed}_{labelled}"
-    folders = {key: out / key / name for key in ("finetuned", "predicted", "evaluated")}
-    log = out / "logs" / f"finetune_{name}.txt"
-    init = () if arm == "scratch" else (f"init={out / 'pretrained' / f'{arm}_{seed}'}",)
-    if not (folders["evaluated"] / "summary.json").exists():
-        data = (f"data.store={out / 'store_brains'}", f"data.split_file={out / 'split.json'}")
-        own = (f"data.labelled={labelled}", f"train.seed={seed}", f"out={folders['finetuned']}")
-        run("finetune", log, *FINETUNE, *data, *init, *own)
-        source = (f"checkpoint={folders['finetuned']}", f"input={out / 'store_brains'}", "part=test")
-        run("predict", log, *source, "predict.device=cpu", f"out={folders['predicted']}")
-        truth = (f"predictions={folders['predicted']}", f"truth={out / 'store_brains'}")
-        run("evaluate", log, *truth, f"split_file={out / 'split.json'}", f"out={folders['evaluated']}")
-    print(f"fine-tuned {name}: Dice {finetuned_dice(folders['evaluated']):.4f}", flush=True)
-
-
-def finetuned_dice(folder: Path) -> float:
-    """Mean Dice over structures and brains."""
-    regions = read_json(folder / "summary.json")["regions"]
-    return float(np.mean([scores["dice"]["mean"] for scores in regions.values()]))
-
-
 def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
     """GFLOP and seconds of a sample in each arm's training step; seconds are medians of alternating steps."""
     torch.set_num_threads(1)
@@ -185,38 +153,26 @@ def interval(values: Sequence[float]) -> str:
 
 def report(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
     """The table of the finished runs; draws the figure beside it."""
+    arms = ["paper", *(arm for arm in arms if arm != "paper")]
     costs = cost(out, arms)
     probes = {
         arm: {seed: logged for seed in seeds if len(logged := validations(out / "pretrained" / f"{arm}_{seed}")) >= 5}
         for arm in arms
     }
-    first = [logged[0]["probe_dice_first"] for runs in probes.values() for logged in runs.values()]
-    lines = [
-        f"First weights: probe {interval(sorted(set(first)))}.",
-        "",
-        "| arm | GFLOP a sample | of `paper` | seconds, of `paper` | probe | less `paper` | "
-        + " | ".join(f"Dice, {n} labelled" for n in LABELLED) + " |",
-        "|---|---:|---:|---:|---:|---:|" + "---:|" * len(LABELLED),
-    ]  # fmt: skip
     base = costs["paper"]
-    for arm in ["scratch", *arms]:
-        tuned = []
-        for n in LABELLED:
-            folders = [out / "evaluated" / f"{arm}_{seed}_{n}" for seed in seeds]
-            done = [finetuned_dice(folder) for folder in folders if folder.exists()]
-            tuned.append(interval(done) if done else "")
-        if arm == "scratch":
-            lines.append(f"| scratch | | | | | | {' | '.join(tuned)} |")
-            continue
-        runs = probes[arm]
-        last = {seed: logged[-1]["probe_dice"] for seed, logged in runs.items()}
-        paired = [
-            value - probes["paper"][seed][-1]["probe_dice"] for seed, value in last.items() if seed in probes["paper"]
-        ]
+    lines = [
+        "| arm | GFLOP a sample | of `paper` | seconds, of `paper` | probe | less `paper` | less first weights |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for arm in arms:
+        ends = {seed: logged[-1] for seed, logged in probes[arm].items()}
+        last = {seed: line["probe_dice"] for seed, line in ends.items()}
+        paired = [last[seed] - probes["paper"][seed][-1]["probe_dice"] for seed in last if seed in probes["paper"]]
+        gained = [line["probe_dice"] - line["probe_dice_first"] for line in ends.values()]
         operations, seconds = costs[arm]
         lines.append(
-            f"| {arm} | {operations:.1f} | {operations / base[0]:.2f} | {seconds / base[1]:.2f} | "
-            f"{interval(list(last.values()))} | {interval(paired) if arm != 'paper' else ''} | {' | '.join(tuned)} |"
+            f"| `{arm}` | {operations:.2f} | {operations / base[0]:.2f} | {seconds / base[1]:.2f} | "
+            f"{interval(list(last.values()))} | {interval(paired) if arm != 'paper' else ''} | {interval(gained)} |"
         )
     draw(out / "recipe.png", probes, costs)
     return "\n".join(lines) + "\n"
@@ -252,8 +208,6 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [(arm, seed) for seed in seeds for arm in arms]
         list(pool.map(lambda job: pretrain(out, *job), runs))
-        tuned = [(arm, seed, n) for seed in seeds for arm in FINETUNED for n in LABELLED if arm in ("scratch", *arms)]
-        list(pool.map(lambda job: finetune(out, *job), tuned))
     text = report(out, arms, seeds)
     (out / "recipe.md").write_text(text)
     print(text)
