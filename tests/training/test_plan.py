@@ -1,6 +1,7 @@
 """The cost of a run is planned without running it."""
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -199,6 +200,18 @@ def test_a_plan_needs_the_manifest_only_and_writes_nothing(
     ):
         assert part in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_counts_what_is_encoded_and_decoded(store: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def operations(*arguments: str) -> float:
+        given = [f"data.store={store}", f"out={tmp_path}/run", "plan=only", "plan_rate=2", "model=asa_tiny", "crop=64"]
+        monkeypatch.setattr(sys, "argv", ["asa-pretrain", *given, *arguments])
+        assert importlib.import_module("asa.cli.pretrain").main() == 0
+        return float(re.search(r"([0-9.]+) GFLOP forward", capsys.readouterr().out.replace(",", ""))[1])
+
+    whole, part = operations(), operations("method.decode=0.25")
+    assert part < 0.8 * whole
+    assert operations("method.decode=0.25", "method.air=drop") < 0.95 * part  # the crops are read for it
 
 
 @pytest.mark.parametrize(
