@@ -151,7 +151,7 @@ def test_a_type_checker_sees_the_types_of_public_names(tmp_path: Path) -> None:
     snippet = tmp_path / "snippet.py"
     snippet.write_text(
         "import asa\n"
-        "from asa.models import create_model, list_models, sw_vit_base, unet_base\n"
+        "from asa.models import SWViT, create_model, list_models, sw_vit_base, unet_base\n"
         "reveal_type(asa.Store('x').channels)\n"
         "reveal_type(asa.MaskedPretraining(model=asa.asa_tiny()).model)\n"
         "reveal_type(unet_base(4))\n"
@@ -160,6 +160,7 @@ def test_a_type_checker_sees_the_types_of_public_names(tmp_path: Path) -> None:
         "reveal_type(asa.pretrain('store', 'run', crop=96))\n"
         "reveal_type(asa.dice)\n"
         "asa.dize\n"
+        "SWViT(window='wide')\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", "/dev/null", "--ignore-missing-imports", "snippet.py"],
@@ -169,4 +170,5 @@ def test_a_type_checker_sees_the_types_of_public_names(tmp_path: Path) -> None:
     expected = ("list[", "MaskedAutoencoder", "SegmentationUNet", "SWViT", "list[", "pathlib.Path")
     assert all(type_ in line for type_, line in zip(expected, shown, strict=False)), done.stdout
     assert "ndarray" in shown[6] and "float" in shown[6]
-    assert done.stdout.count("error:") == 1 and 'has no attribute "dize"' in done.stdout
+    assert done.stdout.count("error:") == 2 and 'has no attribute "dize"' in done.stdout
+    assert 'incompatible type "str"' in done.stdout

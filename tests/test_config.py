@@ -14,6 +14,7 @@ COMMANDS = {name: SETTINGS[name] for name in ("pretrain", "finetune")}
 EXPERIMENTS = {
     "asa_paper_prepare": "prepare",
     "asa_paper": "pretrain",
+    "asa_fast": "pretrain",
     "asa_paper_finetune": "finetune",
     "brats21": "finetune",
     "ibsr": "finetune",

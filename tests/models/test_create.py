@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mypy import api
 
 import asa.models
 from asa.config import CONFIG_DIR, compose, sized_models
@@ -34,18 +33,6 @@ def test_names_are_listed_without_importing_torch() -> None:
     code = "import sys; from asa.models import list_models; print('unet_base' in list_models(), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["True", "False"]
-
-
-@pytest.mark.slow
-def test_a_type_checker_knows_the_public_names(tmp_path: Path) -> None:
-    file = tmp_path / "user.py"
-    file.write_text(
-        "from asa.models import create_model, unet_base, SWViT, nothing\n"
-        "reveal_type(unet_base(out_channels=3))\nreveal_type(create_model('unet_base'))\nSWViT(window='wide')\n"
-    )
-    shown, _, code = api.run(["--ignore-missing-imports", "--follow-imports=silent", str(file)])
-    assert code == 1 and 'has no attribute "nothing"' in shown and 'incompatible type "str"' in shown
-    assert '"asa.models.unet.SegmentationUNet"' in shown and '"torch.nn.modules.module.Module"' in shown
 
 
 def test_every_family_has_three_sizes_as_values_of_model() -> None:
