@@ -159,8 +159,10 @@ def test_a_type_checker_sees_the_types_of_public_names(tmp_path: Path) -> None:
         "reveal_type(list_models())\n"
         "reveal_type(asa.pretrain('store', 'run', crop=96))\n"
         "reveal_type(asa.dice)\n"
+        "reveal_type(create_model('unet_base'))\n"
         "asa.dize\n"
         "SWViT(window='wide')\n"
+        "from asa.models import nothing\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", "/dev/null", "--ignore-missing-imports", "snippet.py"],
@@ -170,5 +172,6 @@ def test_a_type_checker_sees_the_types_of_public_names(tmp_path: Path) -> None:
     expected = ("list[", "MaskedAutoencoder", "SegmentationUNet", "SWViT", "list[", "pathlib.Path")
     assert all(type_ in line for type_, line in zip(expected, shown, strict=False)), done.stdout
     assert "ndarray" in shown[6] and "float" in shown[6]
-    assert done.stdout.count("error:") == 2 and 'has no attribute "dize"' in done.stdout
-    assert 'incompatible type "str"' in done.stdout
+    assert shown[7] == 'Revealed type is "torch.nn.modules.module.Module"'
+    assert done.stdout.count("error:") == 3 and 'has no attribute "dize"' in done.stdout
+    assert 'has no attribute "nothing"' in done.stdout and 'incompatible type "str"' in done.stdout

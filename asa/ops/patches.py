@@ -149,13 +149,13 @@ def random_mask(
     """
     if not 0 < ratio < 1:
         raise ValueError(f"the mask ratio must be in (0, 1), got {ratio}")
-    if length < 2 or (air is not None and int((~air).sum(dim=1).min()) < 2):
-        raise ValueError(f"{length} token cannot be split into visible and masked ones: use a larger volume")
+    lengths = [length] * batch if air is None else (~air).sum(dim=1).tolist()
+    if batch and min(lengths) < 2:
+        raise ValueError(f"{min(lengths)} token cannot be split into visible and masked ones: use a larger volume")
     device = generator.device if generator is not None else None
     draws = torch.rand(batch, length, generator=generator, device=device)
-    lengths = [length] * batch
     if air is not None:
-        draws, lengths = draws.masked_fill(air, 2.0), (~air).sum(dim=1).tolist()
+        draws = draws.masked_fill(air, 2.0)
     counts = torch.tensor([min(max(round(ratio * n), 1), n - 1) for n in lengths], device=device)
     mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
     return mask.scatter_(1, draws.argsort(dim=1), torch.arange(length, device=device) < counts[:, None])

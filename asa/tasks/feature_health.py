@@ -3,7 +3,7 @@
 Letters: V volumes `C D H W`, patch size s, L tokens in raster order, token width E, K classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,15 @@ ROUNDING = 1e-13  # fraction of the mean square below which variance is the roun
 
 
 @torch.no_grad()
-def encode(encoder: nn.Module, dataset: CropDataset, count: int) -> Tensor:
-    """Tokens of the first crops with nothing masked: `(V, L, E)` float32 on the CPU."""
+def encode(encoder: nn.Module, crops: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """Tokens of crops with nothing masked: `(V, L, E)` float32 on the CPU."""
     device = next(encoder.parameters()).device
-    images = (dataset[index, 0]["image"][None] for index in range(min(len(dataset), count)))
-    return torch.cat([encoder(image.to(device)).float().cpu() for image in images])
+    return torch.cat([encoder(crop["image"][None].to(device)).float().cpu() for crop in crops])
+
+
+def first_crops(dataset: CropDataset) -> Iterator[dict[str, Any]]:
+    """The first crops, at most `VOLUMES`."""
+    return (dataset[index, 0] for index in range(min(len(dataset), VOLUMES)))
 
 
 def feature_health(features: Tensor) -> dict[str, float]:
@@ -113,8 +117,9 @@ def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequen
     Returns:
         "probe_dice_NAME" of each class in the crops, over all volumes together, and "probe_dice", their mean.
     """
-    features = encode(encoder, dataset, VOLUMES)
-    fractions = [class_fractions(dataset[k, 0]["label"], encoder.patch_size, len(names)) for k in range(len(features))]
+    crops = list(first_crops(dataset))
+    features = encode(encoder, crops)
+    fractions = [class_fractions(crop["label"], encoder.patch_size, len(names)) for crop in crops]
     with autocast(features.device, torch.float32):  # whatever the encoder computes in
         equations = [normal_equations(*pair) for pair in zip(features, fractions, strict=True)]
         gram, products = (sum(parts, torch.zeros(())) for parts in zip(*equations, strict=True))
@@ -192,7 +197,7 @@ class FeatureHealth:
 
     def measure(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """Statistics to log, and alarms to print. See `add`."""
-        features = encode(self.encoder, self.validation, VOLUMES)
+        features = encode(self.encoder, first_crops(self.validation))
         found = feature_health(features)
         if self.probe is not None:
             found |= probe_dice(self.probed, self.probe, self.names) | self.first

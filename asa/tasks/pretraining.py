@@ -58,9 +58,8 @@ class Pretraining:
         set_model(config, in_channels=len(self.store.channels))
 
     def example(self, method: Any, count: int) -> Batch:
-        batch = volume_batch(method, count)
-        if getattr(method, "drops_air", False):  # its amount decides how many tokens there are
-            crops = self.dataset(method)
+        batch, crops = volume_batch(method, count), self.dataset(method)
+        if crops.air is not None:  # its amount decides how many tokens there are
             batch["air"] = torch.stack([crops[k % len(crops), 0]["air"] for k in range(count)])
         return batch
 

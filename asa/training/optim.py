@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 # Parts of a transformer block, whose matrices Muon trains.
-HIDDEN = ("attention", "mlp", "attn")
+HIDDEN = (".attention.", ".mlp.")
 
 
 @dataclass
@@ -126,7 +126,7 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
         ValueError: a name that the network does not have, or no parameter left to train.
     """
     for part in parts:
-        found = [weight for name, weight in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
+        found = _weights_in(model, part)
         if not found:
             names = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
             raise ValueError(f"optim.freeze: no part {part!r}; the network's parts are {names}, and those inside them")
@@ -138,9 +138,13 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
 
 def unfreeze(model: nn.Module, parts: Sequence[str]) -> None:
     """Train the parts of `freeze` again."""
-    for name, weight in model.named_parameters():
-        if any(f"{name}.".startswith(f"{part}.") for part in parts):
+    for part in parts:
+        for weight in _weights_in(model, part):
             weight.requires_grad_(True)
+
+
+def _weights_in(model: nn.Module, part: str) -> list[nn.Parameter]:
+    return [weight for name, weight in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
 
 
 def set_training(method: nn.Module) -> None:
@@ -159,25 +163,31 @@ class MuonWithAdamW:
     decay. As a fused optimizer does, a step with `found_inf` = 1 leaves weights and state unchanged.
 
     Args:
-        groups: of both, see `torch.optim.AdamW`; those with `muon=True` are Muon's.
+        matrices, rest: parameter groups of each.
         settings: learning rate and betas.
 
     Raises:
-        ValueError: no group for Muon.
+        ValueError: no matrices.
     """
 
     found_inf: torch.Tensor | None = None
 
-    def __init__(self, groups: list[dict[str, Any]], settings: OptimSettings) -> None:
-        matrices = [group for group in groups if group["muon"] and group["params"]]
+    def __init__(self, matrices: list[dict[str, Any]], rest: list[dict[str, Any]], settings: OptimSettings) -> None:
         if not matrices:
             raise ValueError("optim.name=muon: the network has no transformer blocks to train: take adamw")
-        rest = [group for group in groups if not group["muon"]]
         self.muon = torch.optim.Muon(matrices, lr=settings.lr, adjust_lr_fn="match_rms_adamw")
-        low, high = settings.betas
-        self.adamw = torch.optim.AdamW(rest, lr=settings.lr, betas=(low, high), fused=True)
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
-        self.state = self.muon.state  # where the momentum of SGD and Muon is kept
+        self.adamw = _adamw(rest, settings)
+
+    # Loading a state replaces the groups and the states of both, so neither is kept here.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of both."""
+        return [*self.muon.param_groups, *self.adamw.param_groups]
+
+    @property
+    def state(self) -> Any:
+        """Muon's, where the momentum is."""
+        return self.muon.state
 
     @torch.no_grad()
     def step(self) -> None:
@@ -205,7 +215,11 @@ class MuonWithAdamW:
         """Continue from the states of both."""
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def _adamw(groups: list[dict[str, Any]], settings: OptimSettings) -> torch.optim.AdamW:
+    low, high = settings.betas
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(low, high), fused=True)
 
 
 def make_optimizer(model: nn.Module, settings: OptimSettings) -> Any:
@@ -226,29 +240,23 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> Any:
                 dot + name: settings.encoder_lr * settings.layer_decay ** module.layers_above(name)
                 for name, _ in module.named_parameters()
             }
+    muon = settings.name == "muon"
     # Both groups of scale 1 are always there, so that the optimizer states of all checkpoints have the same layout.
     members: dict[tuple[float, bool, bool], list[nn.Parameter]] = {(1.0, True, False): [], (1.0, False, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and name not in no_decay
-            hidden = (
-                settings.name == "muon"
-                and decays
-                and parameter.ndim == 2
-                and any(f".{part}." in name for part in HIDDEN)
-            )
+            hidden = muon and decays and parameter.ndim == 2 and any(part in name for part in HIDDEN)
             members.setdefault((scales.get(name, 1.0), decays, hidden), []).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "weight_decay": settings.weight_decay * decays, "lr_scale": scale, "muon": hidden}
-        for (scale, decays, hidden), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
-    ]
-    if settings.name == "muon":
-        return MuonWithAdamW(groups, settings)
-    for group in groups:
-        del group["muon"]
+    matrices: list[dict[str, Any]] = []
+    groups: list[dict[str, Any]] = []
+    for (scale, decays, hidden), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True):
+        group = {"params": parameters, "weight_decay": settings.weight_decay * decays, "lr_scale": scale}
+        (matrices if hidden else groups).append(group)
+    if muon:
+        return MuonWithAdamW(matrices, groups, settings)
     if settings.name == "adamw":
-        low, high = settings.betas
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=(low, high), fused=True)
+        return _adamw(groups, settings)
     return torch.optim.SGD(
         groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True
     )

@@ -285,7 +285,8 @@ def test_a_pretrained_network_cannot_predict_and_an_image_with_nan_is_named(
 
 
 @pytest.mark.parametrize("name", ["phantom", "prepare", "finetune", "predict", "evaluate", "export", "ablate"])
-def test_help_lists_every_key_with_a_note(name: str, monkeypatch, capsys) -> None:
+def test_help_lists_every_key_with_a_note(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)  # as a user would, from another directory
     monkeypatch.setattr(sys, "argv", [f"asa-{name}", "--help"])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"asa.cli.{name}").main()

@@ -203,6 +203,33 @@ def test_muon_trains_the_matrices_of_blocks_and_adamw_all_else() -> None:
         assert torch.equal(found, expected), name
 
 
+def test_a_skipped_step_of_muon_changes_nothing_after_its_state_was_loaded() -> None:
+    torch.manual_seed(0)
+    method = MaskedPretraining(model=asa_tiny(img_size=32, depth=1, decoder_depth=1))
+    batch = {"image": torch.rand(1, 1, 32, 32, 32), "seed": torch.tensor([3])}
+    settings = OptimSettings(name="muon", lr=1e-3)
+
+    def step(optimizer: object, skip: float) -> None:
+        method.zero_grad()
+        method(batch)["loss"].backward()
+        optimizer.found_inf = torch.tensor(skip)
+        optimizer.step()
+
+    first, again = make_optimizer(method, settings), make_optimizer(method, settings)
+    step(first, 0.0)
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    set_learning_rate(again, 5e-4)
+    assert {group["lr"] for part in (again.muon, again.adamw) for group in part.param_groups} == {5e-4}
+    weights = [weight.detach().clone() for weight in method.parameters()]
+    momenta = [again.state[weight]["momentum_buffer"].clone() for weight in again.muon.param_groups[0]["params"]]
+    step(again, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(weights, method.parameters(), strict=True))
+    kept = [again.muon.state[weight]["momentum_buffer"] for weight in again.muon.param_groups[0]["params"]]
+    assert momenta and all(torch.equal(a, b) for a, b in zip(momenta, kept, strict=True))
+    step(again, 0.0)
+    assert not any(torch.equal(a, b) for a, b in zip(momenta, kept, strict=True))
+
+
 def test_muon_needs_transformer_blocks() -> None:
     with pytest.raises(ValueError, match="no transformer blocks"):
         make_optimizer(nn.Linear(3, 3), OptimSettings(name="muon"))
