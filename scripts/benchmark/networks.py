@@ -11,6 +11,7 @@ from monai.networks.nets import UNETR, SwinUNETR
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asa.config import build
 from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.segment import Segmentation
@@ -90,10 +91,9 @@ def make_method(network: str, size: str, edge: int) -> Any:
     if network == "asa":
         return MaskedPretraining(model=getattr(asa, f"asa_{size}")(img_size=edge))
     if network == "fast":
-        fast = configure("pretrain", {"data.store": "none", "out": "none", "experiment": "asa_fast"})
-        chosen = {key: value for key, value in fast["method"].items() if key not in ("_target_", "model")}
-        depth = fast["model"]["decoder_depth"]
-        return MaskedPretraining(model=getattr(asa, f"asa_{size}")(img_size=edge, decoder_depth=depth), **chosen)
+        own = {"model": f"asa_{size}", "crop": edge, "model.in_channels": channels}
+        needed = {"data.store": "none", "out": "none"}
+        return build(configure("pretrain", {"experiment": "asa_fast", **needed, **own})["method"])
     if network in ("dense", "written"):
         return dense_twin(size, edge, network == "written")
     if network == "unet":

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from asa.config import build
 from asa.data.splits import read_split, select
 from asa.data.store import Store
-from asa.inference.segmentation import PredictSettings, sliding_window
+from asa.inference.segmentation import PredictSettings
+from asa.methods.segment import Segmentation
 from asa.models.sw_vit import Block, SWViT
-from asa.ops.labels import IGNORED
+from asa.tasks.segmentation import validate_segmentation
 from asa.training.checkpoint import read_model
 
 
@@ -49,22 +49,6 @@ def first_weights(config: Mapping[str, Any]) -> Callable[[SWViT, ExitStack], Non
     return replace
 
 
-def scores(model: nn.Module, store: Store, ids: list[str]) -> dict[str, float]:
-    """Mean Dice over the scans by label; a scan with a label neither in the truth nor in the prediction counts 1."""
-    names = [store.labels[value] for value in store.label_values]
-    total = torch.zeros(len(names))
-    for id in ids:
-        logits = sliding_window(model, torch.from_numpy(store.image(id).copy()).float(), PredictSettings())
-        found: Tensor = logits.argmax(dim=0).cpu()
-        truth = torch.from_numpy(store.label(id).copy())[0].long()
-        counted = truth != IGNORED
-        for k in range(1, len(names) + 1):
-            a, b = (found == k) & counted, truth == k
-            size = int(a.sum() + b.sum())
-            total[k - 1] += 2 * float((a & b).sum()) / size if size else 1.0
-    return dict(zip(names, (total / len(ids)).tolist(), strict=True))
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,8 +60,8 @@ def main() -> None:
     encoder, data = getattr(model, "encoder", None), description["data"]
     if not isinstance(encoder, SWViT) or "labels" not in data or "regions" in data or not store.labels:
         parser.error("RUN must be a segmentation of labels with ASA's encoder, and STORE have labels")
-    records = select(store.records, read_split(options.run / "split.json")[options.part])
-    if not records:
+    ids = [record["id"] for record in select(store.records, read_split(options.run / "split.json")[options.part])]
+    if not ids:
         parser.error(f"the {options.part} part of the split is empty: give --part")
     ways: dict[str, Callable[[SWViT, ExitStack], None]] = {
         "as trained": lambda encoder, stack: None,
@@ -85,14 +69,15 @@ def main() -> None:
         "blocks skipped": skip_blocks,
         "first weights": first_weights(description["model"]),
     }
-    print(f"| encoder | mean | {' | '.join(store.labels[value] for value in store.label_values)} |")
-    print("|---|" + "---:|" * (1 + len(store.labels)))
+    method = Segmentation(model=model)
+    labels = {store.labels[value]: [k] for k, value in enumerate(store.label_values, 1)}
+    print(f"| encoder | mean | {' | '.join(labels)} |")
+    print("|---|" + "---:|" * (1 + len(labels)))
     for name, change in ways.items():
         with ExitStack() as stack:
             change(encoder, stack)
-            dice = scores(model, store, [record["id"] for record in records])
-        shown = " | ".join(f"{value:.3f}" for value in (sum(dice.values()) / len(dice), *dice.values()))
-        print(f"| {name} | {shown} |", flush=True)
+            dice, _ = validate_segmentation(method, store, ids, labels, PredictSettings())
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in dice.values())} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ DATA: see scripts/reproduce/structures.py.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +19,17 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from scipy.stats import t
 
 from asa.config import build, compose, typed
 from asa.data.loading.loader import collate
+from asa.data.splits import write_split
+from asa.evaluation.statistics import bootstrap_interval
 from asa.tasks.pretraining import Pretraining
 from asa.tasks.run import SETTINGS
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from asa.training.plan import make_plan
+from scripts.reproduce.commands import asa, quoted
 from scripts.reproduce.structures import FILES, subjects, write_structures
 
 matplotlib.use("Agg")
@@ -61,52 +60,41 @@ ARMS: dict[str, tuple[str, ...]] = {
 SAMPLES = 16  # of a step: crops times masks
 
 
-def run(command: str, log: Path, *settings: str) -> None:
-    """Run a command of this checkout with one thread, its output in a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", f"asa.cli.{command}", *settings],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    if done.returncode:
-        raise RuntimeError(f"asa-{command} failed: see {log}")
-
-
 def prepare(data: Path, out: Path) -> None:
     """Two stores: all brains, and the held-out ones for the probe; and the split."""
     ids = subjects(data)
     held_out = ids[-HELD_OUT:]
     for name, chosen in (("brains", ids), ("held_out", held_out)):
         write_structures(data, out / name, chosen)
-        store = out / f"store_{name}"
-        run("prepare", out / "logs" / f"prepare_{name}.txt", *FILES, f"data.root={out / name}", f"out={store}")
-    split = {"train": ids[:-HELD_OUT], "validation": [], "test": held_out}
-    (out / "split.json").write_text(json.dumps(split, indent=2))
+        paths = {"data.root": out / name, "out": out / f"store_{name}"}
+        asa("prepare", *FILES, log=out / "logs" / f"prepare_{name}.txt", **paths)
+    write_split(out / "split.json", {"train": ids[:-HELD_OUT], "validation": [], "test": held_out})
 
 
 def pretrain_settings(out: Path, arm: str, seed: int) -> list[str]:
     """The settings of a pretraining run."""
-    paths = {"data.store": "store_brains", "data.probe": "store_held_out", "data.split_file": "split.json"}
-    own = [f"{key}={out / name}" for key, name in paths.items()]
-    return [*BASE, *ARMS[arm], *own, f"train.seed={seed}", f"out={out / 'pretrained' / f'{arm}_{seed}'}"]
+    names = {"data.store": "store_brains", "data.probe": "store_held_out", "data.split_file": "split.json"}
+    paths = {key: out / name for key, name in names.items()} | {"out": run_folder(out, arm, seed)}
+    return [*BASE, *ARMS[arm], f"train.seed={seed}", *quoted(**paths)]
+
+
+def run_folder(out: Path, arm: str, seed: int) -> Path:
+    """Where one arm is pretrained with one seed."""
+    return out / "pretrained" / f"{arm}_{seed}"
 
 
 def validations(folder: Path) -> list[dict[str, Any]]:
     """The logged validations of a run."""
-    file = folder / "log.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "probe_dice" in line]
 
 
 def pretrain(out: Path, arm: str, seed: int) -> None:
     """Pretrain one arm with one seed."""
-    name = f"{arm}_{seed}"
-    run("pretrain", out / "logs" / f"pretrain_{name}.txt", *pretrain_settings(out, arm, seed))
-    last = validations(out / "pretrained" / name)[-1]
-    print(f"pretrained {name}: probe {last['probe_dice']:.4f}, first {last['probe_dice_first']:.4f}", flush=True)
+    folder = run_folder(out, arm, seed)
+    asa("pretrain", *pretrain_settings(out, arm, seed), log=out / "logs" / f"pretrain_{folder.name}.txt", threads=1)
+    last = validations(folder)[-1]
+    print(f"pretrained {folder.name}: probe {last['probe_dice']:.4f}, first {last['probe_dice_first']:.4f}", flush=True)
 
 
 def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -143,36 +131,29 @@ def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and 95 % interval of the mean over seeds (t distribution)."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-    return f"{mean:.3f} ± {half:.3f}"
+    """Mean and 95 % interval of the mean over seeds."""
+    low, high = bootstrap_interval(np.array(values))
+    return f"{np.mean(values):.3f}" + (f" ({low:.3f} to {high:.3f})" if len(values) > 1 else "")
 
 
 def report(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
-    """The table of the finished runs; draws the figure beside it."""
-    arms = ["paper", *(arm for arm in arms if arm != "paper")]
+    """The table of all runs; draws the figure beside it."""
     costs = cost(out, arms)
-    probes = {
-        arm: {seed: logged for seed in seeds if len(logged := validations(out / "pretrained" / f"{arm}_{seed}")) >= 5}
-        for arm in arms
-    }
+    probes = {arm: {seed: validations(run_folder(out, arm, seed)) for seed in seeds} for arm in arms}
     base = costs["paper"]
     lines = [
         "| arm | GFLOP a sample | of `paper` | seconds, of `paper` | probe | less `paper` | less first weights |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for arm in arms:
-        ends = {seed: logged[-1] for seed, logged in probes[arm].items()}
-        last = {seed: line["probe_dice"] for seed, line in ends.items()}
-        paired = [last[seed] - probes["paper"][seed][-1]["probe_dice"] for seed in last if seed in probes["paper"]]
-        gained = [line["probe_dice"] - line["probe_dice_first"] for line in ends.values()]
+        ends = [probes[arm][seed][-1] for seed in seeds]
+        last = [line["probe_dice"] for line in ends]
+        paired = [value - probes["paper"][seed][-1]["probe_dice"] for value, seed in zip(last, seeds, strict=True)]
+        gained = [line["probe_dice"] - line["probe_dice_first"] for line in ends]
         operations, seconds = costs[arm]
         lines.append(
             f"| `{arm}` | {operations:.2f} | {operations / base[0]:.2f} | {seconds / base[1]:.2f} | "
-            f"{interval(list(last.values()))} | {interval(paired) if arm != 'paper' else ''} | {interval(gained)} |"
+            f"{interval(last)} | {interval(paired) if arm != 'paper' else ''} | {interval(gained)} |"
         )
     draw(out / "recipe.png", probes, costs)
     return "\n".join(lines) + "\n"
@@ -182,11 +163,10 @@ def draw(file: Path, probes: dict[str, dict[int, list[dict[str, Any]]]], costs: 
     """Probe Dice against operations and against seconds, the mean over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for arm, runs in probes.items():
-        if runs:
-            samples = [line["step"] * SAMPLES for line in next(iter(runs.values()))]
-            mean = np.mean([[line["probe_dice"] for line in logged] for logged in runs.values()], axis=0)
-            for axis, unit, scale in zip(axes, costs[arm], (1e-3, 1.0), strict=True):
-                axis.plot(np.array(samples) * unit * scale, mean, marker="o", markersize=3, label=arm)
+        samples = SAMPLES * np.array([line["step"] for line in next(iter(runs.values()))])
+        mean = np.mean([[line["probe_dice"] for line in logged] for logged in runs.values()], axis=0)
+        for axis, unit, scale in zip(axes, costs[arm], (1e-3, 1.0), strict=True):
+            axis.plot(samples * unit * scale, mean, marker="o", markersize=3, label=arm)
     axes[0].set(xlabel="TFLOP", ylabel="probe, soft Dice")
     axes[1].set(xlabel="seconds on one core")
     axes[1].legend(fontsize=8)
@@ -203,7 +183,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     options = parser.parse_args()
-    out, arms, seeds = options.out.resolve(), options.arms, options.seeds
+    out, seeds = options.out.resolve(), options.seeds
+    arms = ["paper", *(arm for arm in options.arms if arm != "paper")]  # what the others are compared with
     prepare(options.data, out)
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [(arm, seed) for seed in seeds for arm in arms]
