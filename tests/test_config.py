@@ -25,6 +25,8 @@ EXPERIMENTS = {
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "oasis_ablation": "ablate",
+    "structures_pretrain": "pretrain",
+    "structures_finetune": "finetune",
     "rat_ct_denoise": "finetune",
     "rat_pet": "finetune",
     "rat_sr": "finetune",

@@ -5,6 +5,7 @@ Letters: logits `B K D H W` for K classes, or `B R D H W` for R regions, label `
 
 from collections.abc import Callable, Sequence
 
+import torch
 from monai.losses import MaskedDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,12 +41,20 @@ class DeeplySupervisedDiceCE(nn.Module):
     batch computed in parts has the same loss; a sample with only ignored voxels adds 0.
 
     Args:
+        background_weight: of a background voxel in the cross-entropy, where that of a labelled one is 1: small where
+            the labels take little of the volume. A network may else predict background everywhere, where the gradient
+            of Dice is small, and stay there.
         ignored: class index of voxels that are ignored.
+
+    Raises:
+        ValueError: a weight outside (0, 1].
     """
 
-    def __init__(self, *, ignored: int = IGNORED) -> None:
+    def __init__(self, *, background_weight: float = 1.0, ignored: int = IGNORED) -> None:
         super().__init__()
-        self.ignored = ignored
+        if not 0 < background_weight <= 1:
+            raise ValueError(f"method.background_weight={background_weight}: must be in (0, 1]")
+        self.background_weight, self.ignored = background_weight, ignored
         self.dice = MaskedDiceLoss(softmax=True, to_onehot_y=True, include_background=False)
 
     def forward(self, logits: Sequence[Tensor], label: Tensor) -> Tensor:
@@ -61,8 +70,10 @@ class DeeplySupervisedDiceCE(nn.Module):
         counted = target != self.ignored
         # The mask makes ignored voxels background with probability 0, and Dice is without the background.
         dice = self.dice(logits, target, counted)
-        voxels = F.cross_entropy(logits, target[:, 0].long(), ignore_index=self.ignored, reduction="none")
-        return dice + _mean_of_counted(voxels, counted[:, 0])
+        classes = target[:, 0].long()
+        voxels = F.cross_entropy(logits, classes, ignore_index=self.ignored, reduction="none")
+        weights = torch.where(classes == 0, self.background_weight, counted[:, 0].float())
+        return dice + _mean_of_counted(weights * voxels, weights)
 
 
 class DeeplySupervisedRegionLoss(nn.Module):
@@ -100,5 +111,9 @@ class DeeplySupervisedRegionLoss(nn.Module):
 
 
 def _mean_of_counted(voxels: Tensor, counted: Tensor) -> Tensor:
-    """Mean over samples of the mean over counted voxels, of values `(B, D, H, W)` that are 0 in ignored ones."""
-    return (voxels.flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp(min=1)).mean()
+    """Mean over samples of the mean over counted voxels, of values `(B, D, H, W)` that are 0 in ignored ones.
+
+    `counted` is bool, or weights by which the values have been multiplied.
+    """
+    total = counted.flatten(1).sum(dim=1)
+    return (voxels.flatten(1).sum(dim=1) / total.masked_fill(total == 0, 1)).mean()

@@ -1,4 +1,4 @@
-"""Segmentation: a U-Net trained by Dice and cross-entropy at five resolutions, or a linear probe at one.
+"""Segmentation: a U-Net trained by Dice and cross-entropy at five resolutions, or a head on tokens at one.
 
 Letters: image `B C D H W`, label `B 1 D H W` of class indices (or 255: ignored), K classes or R regions.
 """
@@ -13,9 +13,10 @@ from asa.methods.base import Batch
 from asa.models.probe import LinearProbe
 from asa.models.sa_swin_unet import SASwinUNet
 from asa.models.unet import SegmentationUNet
+from asa.models.vit_seg import SegmentationViT
 from asa.ops.nested import paint, painting_order
 
-SegmentationNetwork: TypeAlias = SegmentationUNet | SASwinUNet | LinearProbe
+SegmentationNetwork: TypeAlias = SegmentationUNet | SASwinUNet | SegmentationViT | LinearProbe
 
 
 class Segmentation(nn.Module):
@@ -23,21 +24,23 @@ class Segmentation(nn.Module):
 
     Args:
         model: the network; its `out_channels` is the number of classes, background included.
+        background_weight: of a background voxel in the cross-entropy, see `DeeplySupervisedDiceCE`.
 
     Raises:
-        ValueError: a model that is not a segmentation network.
+        ValueError: a model that is not a segmentation network, or a weight outside (0, 1].
     """
 
     task = "segmentation"
 
-    def __init__(self, *, model: SegmentationNetwork) -> None:
+    def __init__(self, *, model: SegmentationNetwork, background_weight: float = 1.0) -> None:
         super().__init__()
         if not isinstance(model, SegmentationNetwork):
             raise ValueError(
-                f"segmentation needs model=unet_..., sa_swin_unet_... or probe_..., got {type(model).__name__}"
+                "segmentation needs model=unet_..., sa_swin_unet_..., vit_seg_... or probe_..., got "
+                f"{type(model).__name__}"
             )
         self.model = model
-        self.loss: nn.Module = DeeplySupervisedDiceCE()
+        self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=background_weight)
 
     @property
     def mirrored(self) -> bool:

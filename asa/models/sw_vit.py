@@ -168,15 +168,15 @@ def position_encoding(grid: Sequence[int], dim: int, position: str) -> Tensor:
     """The position encoding of a token grid `(L, dim)`.
 
     `"mirror"` and `"paper"` are symmetric, `"raster"` is the same code of a token's number without the symmetry, and
-    `"sincos"` has a code for each of the three axes.
+    `"sincos"` has a code for each of the three axes, `"mirror_sincos"` the same with the symmetry.
 
     Raises:
         ValueError: an unknown kind.
     """
-    if position == "sincos":
-        return sincos_position_encoding(grid, dim)
+    if position in ("sincos", "mirror_sincos"):
+        return sincos_position_encoding(grid, dim, symmetric=position == "mirror_sincos")
     if position not in ("mirror", "paper", "raster"):
-        raise ValueError(f'position must be "mirror", "paper", "raster" or "sincos", got {position!r}')
+        raise ValueError(f'position must be "mirror", "paper", "raster", "sincos" or "mirror_sincos", got {position!r}')
     return symmetric_position_encoding(grid, dim, convention=position)
 
 
@@ -193,7 +193,7 @@ class SWViT(nn.Module):
         mlp_ratio: hidden width of the MLP over E.
         window: tokens S in a window.
         position: position encoding: `"mirror"` (SPE), `"paper"` (SPE as printed), `"raster"` (SPE's code without its
-            symmetry) or `"sincos"` (of the three axes).
+            symmetry), `"sincos"` (of the three axes) or `"mirror_sincos"` (the same with the symmetry).
         checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
 
     Raises:

@@ -48,14 +48,19 @@ def symmetric_position_encoding(
     return _sines_and_cosines(position.reshape(-1), dim, temperature).float()
 
 
-def sincos_position_encoding(grid: int | Sequence[int], dim: int, *, temperature: float = 10000.0) -> Tensor:
-    """Plain sin-cos encoding of a 3-D grid: a third of the width for each axis, a different encoding for each token.
+def sincos_position_encoding(
+    grid: int | Sequence[int], dim: int, *, symmetric: bool = False, temperature: float = 10000.0
+) -> Tensor:
+    """Sin-cos encoding of a 3-D grid: a third of the width for each axis.
 
-    The encoding of masked autoencoders (He et al., CVPR 2022) with a third axis; the baseline of SPE.
+    The encoding of masked autoencoders (He et al., CVPR 2022) with a third axis. Without symmetry each token has its
+    own encoding. `symmetric` applies the law of SPE to it: columns w and W-1-w have the same encoding, all others
+    different ones. Unlike in SPE, which encodes one number, neighbours along every axis have similar encodings.
 
     Args:
         grid: tokens along each axis, (T, H, W) or one number for a cube.
         dim: width D of the encoding, at least 6. It is padded with zeros from the largest multiple of 6.
+        symmetric: encode min(w, W-1-w) instead of w.
         temperature: base of the wavelengths.
 
     Returns:
@@ -67,6 +72,8 @@ def sincos_position_encoding(grid: int | Sequence[int], dim: int, *, temperature
     if dim < 6:
         raise ValueError(f"a 3-D sin-cos encoding needs dim >= 6, got {dim}")
     axes = [torch.arange(n, dtype=torch.float64) for n in triple(grid)]
+    if symmetric:
+        axes[2] = torch.minimum(axes[2], axes[2].flip(0))
     width = 2 * (dim // 6)
     parts = [_sines_and_cosines(axis.reshape(-1), width, temperature) for axis in torch.meshgrid(*axes, indexing="ij")]
     encoding = torch.cat(parts, dim=1)

@@ -23,6 +23,7 @@ from asa.training.device import autocast
 from asa.training.loop import Validation
 
 VOLUMES = 8  # at most
+PLACES = 6  # crops of each volume for the probe, where their placement is random
 FLAT = 1e-5  # variance between volumes, of features that the final norm scales to a total variance of about 1
 COLLAPSED = 0.05  # lowest effective rank, as a fraction of the width
 NO_BETTER = 0.98  # of the mean predictor's error
@@ -37,9 +38,9 @@ def encode(encoder: nn.Module, crops: Iterable[Mapping[str, Tensor]]) -> Tensor:
     return torch.cat([encoder(crop["image"][None].to(device)).float().cpu() for crop in crops])
 
 
-def first_crops(dataset: CropDataset) -> Iterator[dict[str, Any]]:
-    """The first crops, at most `VOLUMES`."""
-    return (dataset[index, 0] for index in range(min(len(dataset), VOLUMES)))
+def first_crops(dataset: CropDataset, places: int = 1) -> Iterator[dict[str, Any]]:
+    """Some crops of each of the first volumes, at most `VOLUMES`: always the same."""
+    return (dataset[index, place] for index in range(min(len(dataset), VOLUMES)) for place in range(places))
 
 
 def feature_health(features: Tensor) -> dict[str, float]:
@@ -111,15 +112,19 @@ def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequen
 
     Args:
         encoder: its tokens are the features.
-        dataset: labelled centre crops of at least two volumes; the first ones are taken.
+        dataset: labelled crops of at least two volumes; the first ones are taken. At random places, `PLACES` crops of
+            each: the place in the volume is then not known from the place in the crop.
         names: of the classes 1, 2, ...
 
     Returns:
         "probe_dice_NAME" of each class in the crops, over all volumes together, and "probe_dice", their mean.
     """
-    crops = list(first_crops(dataset))
-    features = encode(encoder, crops)
-    fractions = [class_fractions(crop["label"], encoder.patch_size, len(names)) for crop in crops]
+    places = 1 if dataset.crop == "centre" else PLACES
+    crops = list(first_crops(dataset, places))
+    volumes = len(crops) // places
+    features = encode(encoder, crops).unflatten(0, (volumes, -1)).flatten(1, 2)
+    each = [class_fractions(crop["label"], encoder.patch_size, len(names)) for crop in crops]
+    fractions = torch.stack(each).unflatten(0, (volumes, -1)).flatten(1, 2)
     with autocast(features.device, torch.float32):  # whatever the encoder computes in
         equations = [normal_equations(*pair) for pair in zip(features, fractions, strict=True)]
         gram, products = (sum(parts, torch.zeros(())) for parts in zip(*equations, strict=True))
@@ -129,7 +134,7 @@ def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequen
             found = predict_linear(weights, tokens).clamp(0, 1)
             overlap += (found * truth).sum(dim=0)
             size += (found.square() + truth.square()).sum(dim=0)
-    present = torch.stack(fractions).amax(dim=(0, 1)) > 0
+    present = fractions.amax(dim=(0, 1)) > 0
     dice = {name: float(2 * overlap[k] / size[k]) for k, name in enumerate(names) if present[k]}
     mean = sum(dice.values()) / len(dice) if dice else 0.0
     return {"probe_dice": mean, **{f"probe_dice_{name}": value for name, value in dice.items()}}
@@ -205,13 +210,16 @@ class FeatureHealth:
         return found, alarms({**metrics, **found}, width, self.error, warm=step > self.warmup)
 
 
-def open_probe(path: str, channels: Sequence[str], size: Sequence[int]) -> tuple[CropDataset, list[str]]:
-    """Labelled centre crops for the linear probe, and the names of their classes.
+def open_probe(
+    path: str, channels: Sequence[str], size: Sequence[int], placement: str
+) -> tuple[CropDataset, list[str]]:
+    """Labelled crops for the linear probe, and the names of their classes.
 
     Args:
         path: a store with labels.
         channels: that the network is trained on.
         size: crop (D, H, W).
+        placement: of the crops, as in training.
 
     Raises:
         ValueError: no store, other channels, or less than two volumes with labels.
@@ -223,4 +231,4 @@ def open_probe(path: str, channels: Sequence[str], size: Sequence[int]) -> tuple
     if len(labelled) < 2 or not store.labels:
         raise ValueError(f"data.probe={path}: the probe takes two or more volumes with labels, found {len(labelled)}")
     names = [store.labels[value] for value in store.label_values]
-    return CropDataset(store, labelled[:VOLUMES], size, labelled=True), names
+    return CropDataset(store, labelled[:VOLUMES], size, crop=placement, labelled=True), names

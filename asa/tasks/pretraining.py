@@ -79,8 +79,8 @@ class Pretraining:
     def validation(self, method: Any) -> Validate:
         # Without held-out subjects the error is computed on training scans, and the log says so.
         held_out = self._crops(method, self.parts["validation"] or self.parts["train"][:4])
-        probe = self.data["probe"]
-        labelled, names = open_probe(probe, self.store.channels, held_out.size) if probe else (None, [])
+        probe, placement = self.data["probe"], self.data["placement"]
+        labelled, names = open_probe(probe, self.store.channels, held_out.size, placement) if probe else (None, [])
         health = FeatureHealth(method, held_out, labelled, names, self.warmup)
         return lambda step: health.add(step, *validate_pretraining(method, held_out))
 

@@ -44,6 +44,7 @@ ADDED = {
     "method.decode": 1.0,
     "method.air": "keep",
     "method.masks": 1,
+    "method.background_weight": 1.0,
 }
 
 

@@ -214,6 +214,21 @@ def test_a_linear_probe_leaves_the_encoder_that_it_measures_as_it_was(command, s
     assert failed_in_one_line(command("finetune", *wrong, "optim.freeze=[encodre]"), "encodre", "encoder, head")
 
 
+def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Path, tmp_path: Path) -> None:
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN).code == 0
+    trained = command(
+        "finetune", f"data.store={store}", f"out={tmp_path}/fine", f"init={tmp_path}/pre", *TINY, "model=vit_seg_tiny",
+        "crop=32", "train.steps=2", "data.split={validation: 1, test: 1}", "method.background_weight=0.1",
+        "optim.encoder_lr=0.05", "optim.warmup=0", "predict.overlap=0",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    arguments = [f"checkpoint={tmp_path}/fine", f"input={store}", "part=test"]
+    assert command("predict", *arguments, f"out={tmp_path}/p", "predict.overlap=0").code == 0
+    assert len(list((tmp_path / "p").iterdir())) == 1
+    refused = [f"data.store={store}", f"out={tmp_path}/other", *FINETUNE, "method.background_weight=0"]
+    assert failed_in_one_line(command("finetune", *refused), "method.background_weight=0: must be in (0, 1]")
+
+
 def test_labels_with_a_side_want_a_partner_under_mirroring(command, raw: Path, tmp_path: Path) -> None:
     prepared = command(
         "prepare", f"data.root={raw}", "data.images={t1: *_T1.nii.gz}", "data.label=*_seg.nii.gz",

@@ -19,7 +19,7 @@ def test_the_paper_size_has_36_million_parameters() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75])
-@pytest.mark.parametrize("position", ["mirror", "paper", "sincos"])
+@pytest.mark.parametrize("position", ["mirror", "paper", "sincos", "mirror_sincos"])
 def test_every_masked_prediction_depends_on_visible_voxels_and_on_no_others(ratio: float, position: str) -> None:
     model = small_autoencoder(position=position).double()
     mask = random_mask(1, 64, ratio, torch.Generator().manual_seed(3))
@@ -70,7 +70,10 @@ def test_mirrored_masked_positions_get_different_predictions() -> None:
     assert (grid[..., 0, :] - grid[..., 3, :]).abs().amax(dim=-1).min() > 1e-5
 
 
-@pytest.mark.parametrize(("position", "holds"), [("mirror", True), ("raster", False), ("sincos", False)])
+@pytest.mark.parametrize(
+    ("position", "holds"),
+    [("mirror", True), ("mirror_sincos", True), ("raster", False), ("sincos", False)],
+)
 def test_mirroring_embedded_patches_in_their_rows_mirrors_the_output(position: str, holds: bool) -> None:
     torch.manual_seed(0)
     # Windows of two whole rows; half a window is one row, so shifted windows hold whole rows too.

@@ -187,13 +187,14 @@ def test_micro_batches_give_the_loss_of_the_whole_batch() -> None:
     torch.testing.assert_close(sum(parts) / 2, loss(logits, label))
 
 
-def loss_of_counted_voxels(logits: np.ndarray, label: np.ndarray) -> float:
-    """Dice + cross-entropy of a sample's counted voxels, written out: logits (n, K), label (n,)."""
+def loss_of_counted_voxels(logits: np.ndarray, label: np.ndarray, background_weight: float) -> float:
+    """Dice + weighted cross-entropy of a sample's counted voxels, written out: logits (n, K), label (n,)."""
     logits, label = logits[label != IGNORED], label[label != IGNORED]
     if not len(label):
         return 0.0
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    entropy = -np.mean([np.log(p[i, c]) for i, c in enumerate(label)])
+    weights = [background_weight if c == 0 else 1.0 for c in label]
+    entropy = -sum(w * np.log(p[i, c]) for i, (c, w) in enumerate(zip(label, weights, strict=True))) / sum(weights)
     dice = [
         1 - (2 * p[label == c, c].sum() + 1e-5) / (p[:, c].sum() + (label == c).sum() + 1e-5)
         for c in range(1, p.shape[1])
@@ -209,7 +210,8 @@ def with_ignored(batch: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
     return [torch.randn(batch, 3, 8 // 2**k, 8 // 2**k, 8 // 2**k) for k in range(3)], label
 
 
-def test_the_loss_with_ignored_voxels_is_that_of_the_other_voxels() -> None:
+@pytest.mark.parametrize("background_weight", [1.0, 0.1])
+def test_the_loss_with_ignored_voxels_is_that_of_the_other_voxels(background_weight: float) -> None:
     logits, label = with_ignored()
     expected = 0.0
     for k, out in enumerate(logits):
@@ -218,8 +220,17 @@ def test_the_loss_with_ignored_voxels_is_that_of_the_other_voxels() -> None:
         target = label[:, 0, near, near, near]
         assert (target == IGNORED).any()
         for one, values in zip(out.double().numpy(), target.numpy(), strict=True):
-            expected += 0.5**k * loss_of_counted_voxels(one.reshape(3, -1).T, values.ravel()) / len(out)
-    assert float(DeeplySupervisedDiceCE()(logits, label)) == pytest.approx(expected / 1.75, rel=1e-5)
+            expected += (
+                0.5**k * loss_of_counted_voxels(one.reshape(3, -1).T, values.ravel(), background_weight) / len(out)
+            )
+    found = DeeplySupervisedDiceCE(background_weight=background_weight)(logits, label)
+    assert float(found) == pytest.approx(expected / 1.75, rel=1e-5)
+
+
+def test_a_background_weight_outside_0_to_1_is_refused() -> None:
+    for weight in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"background_weight=.*in \(0, 1\]"):
+            DeeplySupervisedDiceCE(background_weight=weight)
 
 
 def test_predictions_at_ignored_voxels_change_nothing() -> None:

@@ -14,9 +14,12 @@ GRIDS = [(4, 4, 4), (3, 5, 6), (5, 3, 7), (2, 7, 1), (1, 1, 8), (16, 16, 16), (1
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_mirrored_positions_have_the_same_encoding_and_no_others_do(grid: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("encode", [symmetric_position_encoding, partial(sincos_position_encoding, symmetric=True)])
+def test_mirrored_positions_have_the_same_encoding_and_no_others_do(
+    grid: tuple[int, int, int], encode: Callable[..., torch.Tensor]
+) -> None:
     t, h, w = grid
-    encoding = symmetric_position_encoding(grid, 24).reshape(t, h, w, 24)
+    encoding = encode(grid, 24).reshape(t, h, w, 24)
     assert torch.equal(encoding, encoding.flip(2))
     one_side = encoding[:, :, : (w + 1) // 2].reshape(-1, 24)
     assert len(torch.unique(one_side, dim=0)) == len(one_side)
@@ -58,6 +61,13 @@ def test_without_its_symmetry_the_code_is_that_of_the_token_number(grid: tuple[i
     assert torch.equal(raster, row)
     left = (grid[2] + 1) // 2  # the columns where both are the same
     assert torch.equal(raster.reshape(*grid, 24)[:, :, :left], mirror.reshape(*grid, 24)[:, :, :left])
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_left_half_of_the_symmetric_code_of_three_axes_is_that_of_the_plain_one(grid: tuple[int, int, int]) -> None:
+    left = (grid[2] + 1) // 2
+    plain, symmetric = (sincos_position_encoding(grid, 24, symmetric=s).reshape(*grid, 24) for s in (False, True))
+    assert torch.equal(plain[:, :, :left], symmetric[:, :, :left])
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -152,6 +152,20 @@ def test_a_probe_reads_what_features_hold_linearly_and_nothing_from_noise() -> N
     assert told["probe_dice"] == pytest.approx((told["probe_dice_a"] + told["probe_dice_b"]) / 2)
 
 
+class Placed(Told):
+    """An encoder whose tokens hold nothing but their place in the crop."""
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        return torch.eye(512).expand(len(volume), -1, -1)
+
+
+def test_a_probe_of_random_crops_does_not_learn_places(store: Path) -> None:
+    centred, placed = (open_probe(str(store), ["t1"], (64, 64, 64), how)[0] for how in ("centre", "random"))
+    names = ["csf", "gm", "wm"]
+    at_centre, anywhere = (probe_dice(Placed(True), dataset, names)["probe_dice"] for dataset in (centred, placed))
+    assert 0 < anywhere < at_centre
+
+
 def test_the_probe_computes_in_float32_whatever_the_encoder_does() -> None:
     source = Planted()
     dataset = CropDataset(source, source.records, (64, 64, 64), labelled=True)
@@ -161,12 +175,12 @@ def test_the_probe_computes_in_float32_whatever_the_encoder_does() -> None:
 
 
 def test_a_probe_store_has_to_fit(store: Path) -> None:
-    dataset, names = open_probe(str(store), ["t1"], (32, 32, 32))
+    dataset, names = open_probe(str(store), ["t1"], (32, 32, 32), "centre")
     assert len(dataset) == 4 and names == ["csf", "gm", "wm"] and "label" in dataset[0, 0]
     with pytest.raises(ValueError, match=r"data\.probe=.*channels"):
-        open_probe(str(store), ["flair"], (32, 32, 32))
+        open_probe(str(store), ["flair"], (32, 32, 32), "centre")
     with pytest.raises(ValueError, match="no prepared store"):
-        open_probe("absent", ["t1"], (32, 32, 32))
+        open_probe("absent", ["t1"], (32, 32, 32), "centre")
 
 
 def test_the_log_of_a_run_holds_health_and_probe(store: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -191,7 +205,7 @@ def test_the_probe_of_a_swin_reads_its_features_at_an_eighth(store: Path) -> Non
     assert tokens.shape == (1, 8**3, 16)
     at = (1 * 8 + 2) * 8 + 3  # the patch whose voxels begin at 8, 16, 24
     torch.testing.assert_close(tokens[0, at], encoder.levels(volume)[2][0, :, 1, 2, 3])
-    dataset, names = open_probe(str(store), ["t1"], (64, 64, 64))
+    dataset, names = open_probe(str(store), ["t1"], (64, 64, 64), "centre")
     assert {"probe_dice", "probe_dice_wm"} <= probe_dice(patches, dataset, names).keys()
 
 
@@ -204,7 +218,7 @@ def test_a_probe_below_the_first_weights_alarms() -> None:
 
 
 def test_the_probe_of_the_first_weights_is_kept(store: Path) -> None:
-    dataset, names = open_probe(str(store), ["t1"], (32, 32, 32))
+    dataset, names = open_probe(str(store), ["t1"], (32, 32, 32), "centre")
     torch.manual_seed(0)
     method = MaskedPretraining(model=asa_tiny(img_size=32))
     health = FeatureHealth(method, dataset, dataset, names, warmup=0)

@@ -1,0 +1,165 @@
+"""What pretraining is worth to a segmentation from few labels: python -m scripts.reproduce.few_labels DATA OUT
+
+Eleven structures of real brains, from 1 and 3 labelled ones, from a pretrained encoder and from scratch. The encoder is
+pretrained on brains that the network is not tested on (experiment=structures_pretrain), and fine-tuned on the first of
+them (experiment=structures_finetune). Each arm has the best of its learning rates, by the Dice of one more brain of
+the training part. Prints the tables of docs/structures.md. Finished runs are not repeated, and interrupted ones are
+resumed: an hour for an encoder, half an hour for a fine-tuning, on one core each.
+
+DATA: see scripts/reproduce/structures.py.
+"""
+
+import argparse
+import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from asa.data.splits import write_split
+from asa.evaluation.statistics import bootstrap_interval, wilcoxon_p
+from scripts.reproduce.commands import asa
+from scripts.reproduce.structures import FILES, STRUCTURES, subjects, write_structures
+
+TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
+ARMS = ("pretrained", "scratch")
+CHOSEN_WITH = 0  # seed of the runs that choose the learning rate
+CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
+
+
+class Run(NamedTuple):
+    """A fine-tuning."""
+
+    fold: int
+    labelled: int
+    seed: int
+    arm: str
+    rate: str
+
+    def name(self) -> str:
+        """Name of its folders."""
+        return f"fold{self.fold}_{self.labelled}_{self.arm}_{self.rate}_seed{self.seed}"
+
+
+def prepare(data: Path, out: Path, folds: list[int]) -> None:
+    """A store of all brains, and each fold's split: the last brain of the training part validates."""
+    ids = subjects(data)
+    write_structures(data, out / "brains", ids)
+    asa("prepare", *FILES, log=out / "logs" / "prepare.txt", **{"data.root": out / "brains", "out": out / "store"})
+    for fold in folds:
+        first, last = TESTED[fold]
+        train = ids[:first] + ids[last:]
+        write_split(out / f"pretrain{fold}.json", {"train": train, "validation": [], "test": ids[first:last]})
+        parts = {"train": train[:-1], "validation": train[-1:], "test": ids[first:last]}
+        write_split(out / f"finetune{fold}.json", parts)
+
+
+def pretrain(out: Path, fold: int) -> None:
+    """Pretrain an encoder on the training part of a fold."""
+    paths = {"data.store": out / "store", "data.split_file": out / f"pretrain{fold}.json"}
+    run = out / f"pretrained{fold}"
+    asa("pretrain", "experiment=structures_pretrain", *CPU, log=log(out, run.name), threads=1, **paths, out=run)
+    print(f"pretrained fold {fold}", flush=True)
+
+
+def finetune(out: Path, run: Run, steps: int) -> None:
+    """Fine-tune, predict the test brains, and score them."""
+    name = run.name()
+    folder, predictions = out / "finetuned" / name, out / "predicted" / name
+    settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}")
+    paths = {"data.store": out / "store", "data.split_file": out / f"finetune{run.fold}.json", "out": folder}
+    init = {"init": out / f"pretrained{run.fold}"} if run.arm == "pretrained" else {}
+    experiment = ("experiment=structures_finetune", f"train.steps={steps}", f"train.validate_every={steps}")
+    asa("finetune", *experiment, *CPU, *settings, log=log(out, name), threads=1, **paths, **init)
+    truth = {"truth": out / "store", "split_file": folder / "split.json", "out": out / "evaluated" / name}
+    asa("predict", "part=test", log=log(out, name), threads=1, checkpoint=folder, input=out / "store", out=predictions)
+    asa("evaluate", log=log(out, name), predictions=predictions, **truth)
+    print(f"{name}: validation {validation_dice(out, run):.3f}, test {test_dice(out, run).mean():.3f}", flush=True)
+
+
+def log(out: Path, name: str) -> Path:
+    """The file with a command's output."""
+    return out / "logs" / f"{name}.txt"
+
+
+def validation_dice(out: Path, run: Run) -> float:
+    """Mean Dice of the validation brain after the last step."""
+    lines = (out / "finetuned" / run.name() / "log.jsonl").read_text().splitlines()
+    return float([line["dice"] for line in map(json.loads, lines) if line["group"] == "validation"][-1])
+
+
+def test_dice(out: Path, run: Run) -> np.ndarray:
+    """Dice of the test brains, `(brains, structures)`."""
+    rows = [line.split(",") for line in (out / "evaluated" / run.name() / "cases.csv").read_text().splitlines()]
+    column = rows[0].index("dice")
+    return np.array([float(row[column]) for row in rows[1:]]).reshape(-1, len(STRUCTURES))
+
+
+def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, str], str]) -> str:
+    """The tables: Dice and differences by seed, and Dice by structure, for each number of labels."""
+    dice = {}  # (seeds, brains, structures)
+    for (count, arm), rate in best.items():
+        runs = [[Run(fold, count, seed, arm, rate) for fold in folds] for seed in seeds]
+        dice[count, arm] = np.stack([np.concatenate([test_dice(out, run) for run in row]) for row in runs])
+    lines = [
+        "| labelled | seed | pretrained | scratch | difference, 95 % interval over brains | p |",
+        "|---:|---|---:|---:|---|---:|",
+    ]
+    for count in sorted({count for count, _ in best}):
+        one, other = (dice[count, arm].mean(axis=2) for arm in ARMS)  # (seeds, brains)
+        rows = dict(zip(map(str, seeds), zip(one, other, strict=True), strict=True))
+        if len(seeds) > 1:
+            rows["all"] = (one.mean(axis=0), other.mean(axis=0))
+        for name, (a, b) in rows.items():
+            low, high = bootstrap_interval(a - b)
+            gain = f"{(a - b).mean():+.3f} ({low:+.3f} to {high:+.3f})"
+            lines.append(f"| {count} | {name} | {a.mean():.3f} | {b.mean():.3f} | {gain} | {wilcoxon_p(a - b):.3f} |")
+    lines += [
+        "",
+        f"| labelled | arm | rate | {' | '.join(STRUCTURES)} |",
+        "|---:|---|---:|" + "---:|" * len(STRUCTURES),
+    ]
+    for (count, arm), values in dice.items():
+        means = " | ".join(f"{value:.2f}" for value in values.mean(axis=(0, 1)))
+        lines.append(f"| {count} | {arm} | {best[count, arm]} | {means} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what has not been run, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--labelled", nargs="+", type=int, default=[1, 3])
+    parser.add_argument("--folds", nargs="+", type=int, default=[0, 1, 2], choices=range(len(TESTED)))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rates", nargs="+", default=["3e-3", "1e-2", "3e-2"], help="learning rates to choose from")
+    parser.add_argument("--steps", type=int, default=1200, help="of a fine-tuning")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    options = parser.parse_args()
+    out, folds, seeds, labelled = options.out.resolve(), options.folds, options.seeds, options.labelled
+    prepare(options.data, out, folds)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda fold: pretrain(out, fold), folds))
+
+        def run_all(runs: list[Run]) -> None:
+            list(pool.map(lambda run: finetune(out, run, options.steps), runs))
+
+        choices = {
+            (count, arm): [Run(folds[0], count, CHOSEN_WITH, arm, rate) for rate in options.rates]
+            for count, arm in itertools.product(labelled, ARMS)
+        }
+        run_all([run for runs in choices.values() for run in runs])
+        best = {key: max(runs, key=lambda run: validation_dice(out, run)).rate for key, runs in choices.items()}
+        run_all(
+            [Run(fold, count, seed, arm, best[count, arm]) for fold in folds for seed in seeds for count, arm in best]
+        )
+    table = report(out, folds, seeds, best)
+    (out / "structures.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
