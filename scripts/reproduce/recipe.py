@@ -56,8 +56,13 @@ ARMS: dict[str, tuple[str, ...]] = {
     "muon": ("optim.name=muon",),
     "fast": FAST,
     "fast_normalise": (*FAST, "method.normalise=true"),
-}
-SAMPLES = 16  # of a step: crops times masks
+    "fast_axes": (*FAST, "model.position=mirror_sincos"),
+    "fast_axes_steps": (
+        *FAST, "model.position=mirror_sincos", "train.batch_size=4", "train.steps=1200", "train.validate_every=240",
+        "optim.warmup=120",
+    ),
+}  # fmt: skip
+SAMPLES = 4800  # of a run: steps times crops times masks
 
 
 def prepare(data: Path, out: Path) -> None:
@@ -163,7 +168,8 @@ def draw(file: Path, probes: dict[str, dict[int, list[dict[str, Any]]]], costs: 
     """Probe Dice against operations and against seconds, the mean over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for arm, runs in probes.items():
-        samples = SAMPLES * np.array([line["step"] for line in next(iter(runs.values()))])
+        steps = np.array([line["step"] for line in next(iter(runs.values()))])
+        samples = SAMPLES * steps / steps[-1]
         mean = np.mean([[line["probe_dice"] for line in logged] for logged in runs.values()], axis=0)
         for axis, unit, scale in zip(axes, costs[arm], (1e-3, 1.0), strict=True):
             axis.plot(samples * unit * scale, mean, marker="o", markersize=3, label=arm)

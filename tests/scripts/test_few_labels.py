@@ -1,0 +1,32 @@
+"""The tables of scripts/reproduce/few_labels.py."""
+
+from pathlib import Path
+
+from scripts.reproduce.few_labels import TESTED, Run, report
+from scripts.reproduce.structures import STRUCTURES
+
+
+def evaluated(out: Path, run: Run, brains: list[float]) -> None:
+    """What asa-evaluate writes: these Dice for all structures of each brain."""
+    rows = [f"{id},{name},{dice},nan" for id, dice in enumerate(brains) for name in STRUCTURES]
+    folder = out / "evaluated" / run.name()
+    folder.mkdir(parents=True)
+    (folder / "cases.csv").write_text("\n".join(["id,label,dice,hd95_mm", *rows]))
+
+
+def test_each_brain_is_tested_once() -> None:
+    assert sorted(brain for first, last in TESTED for brain in range(first, last)) == list(range(15))
+
+
+def test_the_tables_pair_the_arms_by_brain_and_seed(tmp_path: Path) -> None:
+    best = {(1, "pretrained"): "1e-2", (1, "scratch"): "3e-2"}
+    dice = {("pretrained", 0): [0.5, 0.6], ("pretrained", 1): [0.7, 0.8]}
+    dice |= {("scratch", 0): [0.4, 0.4], ("scratch", 1): [0.2, 0.4]}
+    for (arm, seed), brains in dice.items():
+        evaluated(tmp_path, Run(0, 1, seed, arm, best[1, arm]), brains)
+    table = report(tmp_path, [0], [0, 1], best)
+    # Differences 0.1 and 0.2 for seed 0, 0.5 and 0.4 for seed 1, 0.3 for both brains over the seeds.
+    assert "| 1 | 0 | 0.550 | 0.400 | +0.150 (" in table
+    assert "| 1 | 1 | 0.750 | 0.300 | +0.450 (" in table
+    assert "| 1 | all | 0.650 | 0.350 | +0.300 (+0.300 to +0.300)" in table
+    assert f"| 1 | scratch | 3e-2 | {' | '.join(['0.35'] * len(STRUCTURES))} |" in table
