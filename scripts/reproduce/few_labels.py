@@ -76,7 +76,7 @@ def finetune(out: Path, run: Run, steps: int) -> None:
     truth = {"truth": out / "store", "split_file": folder / "split.json", "out": out / "evaluated" / name}
     asa("predict", "part=test", log=log(out, name), threads=1, checkpoint=folder, input=out / "store", out=predictions)
     asa("evaluate", log=log(out, name), predictions=predictions, **truth)
-    print(f"{name}: validation {validation_dice(out, run):.3f}, test {test_dice(out, run).mean():.3f}", flush=True)
+    print(f"{name}: validation {validation_dice(out, run):.3f}, test {brain_dice(out, run).mean():.3f}", flush=True)
 
 
 def log(out: Path, name: str) -> Path:
@@ -90,7 +90,7 @@ def validation_dice(out: Path, run: Run) -> float:
     return float([line["dice"] for line in map(json.loads, lines) if line["group"] == "validation"][-1])
 
 
-def test_dice(out: Path, run: Run) -> np.ndarray:
+def brain_dice(out: Path, run: Run) -> np.ndarray:
     """Dice of the test brains, `(brains, structures)`."""
     rows = [line.split(",") for line in (out / "evaluated" / run.name() / "cases.csv").read_text().splitlines()]
     column = rows[0].index("dice")
@@ -102,7 +102,7 @@ def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, 
     dice = {}  # (seeds, brains, structures)
     for (count, arm), rate in best.items():
         runs = [[Run(fold, count, seed, arm, rate) for fold in folds] for seed in seeds]
-        dice[count, arm] = np.stack([np.concatenate([test_dice(out, run) for run in row]) for row in runs])
+        dice[count, arm] = np.stack([np.concatenate([brain_dice(out, run) for run in row]) for row in runs])
     lines = [
         "| labelled | seed | pretrained | scratch | difference, 95 % interval over brains | p |",
         "|---:|---|---:|---:|---|---:|",
