@@ -212,16 +212,16 @@ def comparison_table(comparison: Comparison) -> str:
 
 
 def markdown_table(comparison: Comparison) -> str:
-    """The comparison as a Markdown table with its notes."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (HEADINGS, *_rows(comparison))]
+    """The comparison as a Markdown table with its notes; names in it cannot be HTML."""
+    escaped = [[_markdown(cell).replace("|", "\\|") for cell in row] for row in (HEADINGS, *_rows(comparison))]
     lines = [f"| {' | '.join(row)} |" for row in escaped]
     lines.insert(1, "|---|---|---|" + "---:|" * (len(HEADINGS) - 3))
-    return "\n".join([*lines, "", *notes(comparison)]) + "\n"
+    return "\n".join([*lines, "", *map(_markdown, notes(comparison))]) + "\n"
 
 
 def latex_table(comparison: Comparison) -> str:
     r"""The comparison as a LaTeX tabular with its notes as comments; it needs \usepackage{booktabs}."""
-    lines = [f"% {note}" for note in ("Needs \\usepackage{booktabs}.", *notes(comparison))]
+    lines = [f"% {_one_line(note)}" for note in ("Needs \\usepackage{booktabs}.", *notes(comparison))]
     lines += [f"\\begin{{tabular}}{{lll{'r' * (len(HEADINGS) - 3)}}}", "\\toprule"]
     metric = ""
     for row in (HEADINGS, *_rows(comparison)):
@@ -232,7 +232,17 @@ def latex_table(comparison: Comparison) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 
+def _one_line(text: str) -> str:
+    """Names come from tables of others: a line break in one would end a comment or a row."""
+    return " ".join(text.split())
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", _one_line(text))  # what begins a tag; p stays <0.001
+
+
 def _latex(text: str) -> str:
+    text = _one_line(text)
     for character in "\\&%$#_{}":  # the backslash first
         text = text.replace(character, "\\textbackslash " if character == "\\" else f"\\{character}")
     text = re.sub(r"(?<!\w)-(?=\d)", "$-$", text)

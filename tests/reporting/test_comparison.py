@@ -110,6 +110,20 @@ def test_the_latex_table_has_rows_of_equal_length_and_is_escaped(tmp_path):
     assert r"a\_b" in text and r"50 \% \& more" in text and r"(95 \% interval)" in text
 
 
+def test_names_from_tables_of_others_can_be_neither_tex_commands_nor_html(tmp_path):
+    hostile = "a\n\\write18{ls}<script>"
+    runs = {}
+    for k, name in enumerate(("first", "second")):
+        runs[name] = write_run(tmp_path / name, {"csf": [0.5 + k / 10, 0.6 + k / 10]})
+    cases = runs["second"] / "cases.csv"
+    cases.write_text(cases.read_text().replace("case00", f'"{hostile}"'))
+    found = compare_folders(runs, tmp_path / "out", allow_missing=True)
+    assert hostile in "".join(found.left_out)
+    tex, markdown = latex_table(found), markdown_table(found)
+    assert all(line.startswith("%") for line in tex.splitlines() if "write18" in line) and "write18" in tex
+    assert "<script>" not in markdown and "&lt;script>" in markdown
+
+
 def test_the_page_is_self_contained_and_escaped(tmp_path):
     folders = {name: write_run(tmp_path / str(k), {"csf": [0.5, 0.6 + k / 9]}) for k, name in enumerate(("a", "<b>"))}
     compare_folders(folders, tmp_path / "out")

@@ -13,7 +13,7 @@ COLUMNS = ("id", "subject", "site", "label")  # of a table; all other columns ar
 
 
 def records(
-    root: str | Path,
+    root: str | Path | None,
     *,
     images: Mapping[str, str] | None = None,
     label: str | None = None,
@@ -27,7 +27,7 @@ def records(
     cell, is None. A label map that a glob does not find has the expected path; an empty cell makes a scan unlabelled.
 
     Args:
-        root: folder that the globs start from; not used with an absolute `table`.
+        root: folder that the globs and a relative `table` start from; with a table it may be None.
         images: channel name -> glob, like `{"t1": "*_T1.nii.gz"}`; with `table`, channel name -> column.
         label: glob of the label maps; None for an unlabelled cohort.
         subject: regular expression searched in the id, whose group 1 is the subject; None: each id is one subject.
@@ -39,15 +39,17 @@ def records(
 
     Raises:
         FileNotFoundError: the root or the table is missing.
-        ValueError: nothing found, a scan without the first channel, a glob that matches no scan, different numbers of
-            wildcards, or an invalid table.
+        ValueError: neither a root nor a table, nothing found, a scan without the first channel, a glob that matches no
+            scan, different numbers of wildcards, or an invalid table.
     """
     if table is not None:
         if label is not None:
             raise ValueError(f"{table}: a table names its labels in its own column; leave out label={label!r}")
-        path = Path(root, table)
+        path = Path(root or "", table)
         found, source = _from_table(path, images), f"rows of {path}"
     else:
+        if root is None:
+            raise ValueError("data.root has to be given, or a table: add data.root=FOLDER")
         root = existing_folder(root, "the images")
         if not images:
             raise ValueError(f"{root}: give the names of the images, like images={{t1: '*_T1.nii.gz'}}, or a table=")

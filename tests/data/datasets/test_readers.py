@@ -125,6 +125,14 @@ def test_csv_and_json_tables_give_the_same_records(tmp_path):
     ]
 
 
+def test_a_table_needs_no_root_and_globs_do(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("id,t1\nx,x.nii.gz\n")
+    monkeypatch.chdir(tmp_path)
+    assert folder.records(None, table="a.csv") == folder.records(tmp_path, table="a.csv")
+    with pytest.raises(ValueError, match=r"data\.root has to be given, or a table"):
+        folder.records(None, images={"t1": "*.nii.gz"})
+
+
 def test_a_table_with_other_columns_takes_its_channels_from_images(tmp_path):
     (tmp_path / "a.csv").write_text("id,age,path\nx,61,x.nii\n")
     (found,) = folder.records(tmp_path, table="a.csv", images={"t1": "path"})
