@@ -151,9 +151,17 @@ def _match(
     found = {path.name.removesuffix(ENDING): path for path in predictions.glob(f"*{ENDING}")}
     missing, unmatched = sorted(set(truths) - set(found)), sorted(set(found) - set(truths))
     if missing and (not allow_missing or len(missing) == len(truths)):
+        if len(missing) < len(truths):
+            advice = "predict them first, or allow missing ones"
+        elif found:
+            advice = (
+                f"the folder holds {listed(sorted(found))}: ids have to be the same in both; that of a true label map "
+                "is what the * of pattern= matches"
+            )
+        else:
+            advice = "predict them first"
         raise ValueError(
-            f"{predictions}: no ID{ENDING} for {len(missing)} of {len(truths)} cases: {listed(missing)}; "
-            "predict them first" + ("" if len(missing) == len(truths) else ", or allow missing ones")
+            f"{predictions}: no ID{ENDING} for {len(missing)} of {len(truths)} cases: {listed(missing)}; {advice}"
         )
     if unmatched and not allow_missing:
         raise ValueError(

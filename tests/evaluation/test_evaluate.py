@@ -422,6 +422,9 @@ def test_worker_processes_give_the_same_rows(cohort, tmp_path):
 
 def test_cases_that_do_not_match_are_listed(cohort, tmp_path):
     predictions, truths, images = cohort
+    renamed = {f"{id}_seg": path for id, path in truths.items()}
+    with pytest.raises(ValueError, match=r"for 3 of 3 cases: case-a_seg.*the folder holds case-a, .*\* of pattern="):
+        evaluate_folder(predictions, renamed, LABELS, "ibsr", tmp_path / "out", progress=False)
     (predictions / "case-b.nii.gz").rename(predictions / "case-x.nii.gz")
     with pytest.raises(ValueError, match=r"no ID\.nii\.gz for 1 of 3 cases: case-b"):
         evaluate_folder(predictions, truths, LABELS, "ibsr", tmp_path / "out", progress=False)
