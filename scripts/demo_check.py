@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scripts.reproduce.commands import validations
+
 
 def read_means(folder: Path) -> dict[str, dict[str, float]]:
     """Label -> metric -> mean over the cases, of a folder that asa-evaluate wrote."""
@@ -28,8 +30,7 @@ def table(folders: list[Path]) -> str:
 def main() -> int:
     """Print; 1 if a score is too low."""
     out = Path(sys.argv[1])
-    lines = [json.loads(line) for line in (out / "pretrained" / "log.jsonl").read_text().splitlines()]
-    error = [line for line in lines if line["group"] == "validation"][-1]
+    error = validations(out / "pretrained")[-1]
     ratio = error["masked_mse"] / error["mean_predictor_mse"]
     evaluations = [out / "evaluation_pretrained", out / "evaluation_scratch"]
     print("Phantom subjects, not patients. The test subjects were held out from every stage.\n")

@@ -1,10 +1,16 @@
-"""Run the commands of this checkout from the other files here."""
+"""Run the commands of this checkout from the other files here, and read and show what they give."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from asa.evaluation.statistics import bootstrap_interval
 
 
 def quoted(**paths: Any) -> list[str]:
@@ -33,3 +39,16 @@ def asa(command: str, *settings: str, log: Path | None = None, threads: int | No
         output.close()
     if done.returncode:
         raise RuntimeError(f"asa-{command} failed{f': see {log}' if log else ''}")
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    """The logged validations of a run."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["group"] == "validation"]
+
+
+def interval(values: Sequence[float] | np.ndarray, sign: str = "") -> str:
+    """Mean and 95 % interval of the mean, as text; with `sign="+"` always with a sign."""
+    low, high = bootstrap_interval(np.array(values))
+    mean = f"{np.mean(values):{sign}.3f}"
+    return mean if len(values) < 2 else f"{mean} ({low:{sign}.3f} to {high:{sign}.3f})"

@@ -11,7 +11,6 @@ DATA: see scripts/reproduce/structures.py.
 
 import argparse
 import itertools
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from asa.data.splits import write_split
-from asa.evaluation.statistics import bootstrap_interval, wilcoxon_p
-from scripts.reproduce.commands import asa
-from scripts.reproduce.structures import FILES, STRUCTURES, subjects, write_structures
+from asa.evaluation.statistics import wilcoxon_p
+from asa.tasks.comparison import read_run
+from scripts.reproduce.commands import asa, interval, validations
+from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
 TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
 ARMS = ("pretrained", "scratch")
+STORE = "store_brains"
 CHOSEN_WITH = 0  # seed of the runs that choose the learning rate
 CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
 
@@ -46,8 +47,7 @@ class Run(NamedTuple):
 def prepare(data: Path, out: Path, folds: list[int]) -> None:
     """A store of all brains, and each fold's split: the last brain of the training part validates."""
     ids = subjects(data)
-    write_structures(data, out / "brains", ids)
-    asa("prepare", *FILES, log=out / "logs" / "prepare.txt", **{"data.root": out / "brains", "out": out / "store"})
+    make_store(data, out, "brains", ids)
     for fold in folds:
         first, last = TESTED[fold]
         train = ids[:first] + ids[last:]
@@ -58,7 +58,7 @@ def prepare(data: Path, out: Path, folds: list[int]) -> None:
 
 def pretrain(out: Path, fold: int) -> None:
     """Pretrain an encoder on the training part of a fold."""
-    paths = {"data.store": out / "store", "data.split_file": out / f"pretrain{fold}.json"}
+    paths = {"data.store": out / STORE, "data.split_file": out / f"pretrain{fold}.json"}
     run = out / f"pretrained{fold}"
     asa("pretrain", "experiment=structures_pretrain", *CPU, log=log(out, run.name), threads=1, **paths, out=run)
     print(f"pretrained fold {fold}", flush=True)
@@ -69,12 +69,12 @@ def finetune(out: Path, run: Run, steps: int) -> None:
     name = run.name()
     folder, predictions = out / "finetuned" / name, out / "predicted" / name
     settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}")
-    paths = {"data.store": out / "store", "data.split_file": out / f"finetune{run.fold}.json", "out": folder}
+    paths = {"data.store": out / STORE, "data.split_file": out / f"finetune{run.fold}.json", "out": folder}
     init = {"init": out / f"pretrained{run.fold}"} if run.arm == "pretrained" else {}
     experiment = ("experiment=structures_finetune", f"train.steps={steps}", f"train.validate_every={steps}")
     asa("finetune", *experiment, *CPU, *settings, log=log(out, name), threads=1, **paths, **init)
-    truth = {"truth": out / "store", "split_file": folder / "split.json", "out": out / "evaluated" / name}
-    asa("predict", "part=test", log=log(out, name), threads=1, checkpoint=folder, input=out / "store", out=predictions)
+    truth = {"truth": out / STORE, "split_file": folder / "split.json", "out": out / "evaluated" / name}
+    asa("predict", "part=test", log=log(out, name), threads=1, checkpoint=folder, input=out / STORE, out=predictions)
     asa("evaluate", log=log(out, name), predictions=predictions, **truth)
     print(f"{name}: validation {validation_dice(out, run):.3f}, test {brain_dice(out, run).mean():.3f}", flush=True)
 
@@ -86,15 +86,14 @@ def log(out: Path, name: str) -> Path:
 
 def validation_dice(out: Path, run: Run) -> float:
     """Mean Dice of the validation brain after the last step."""
-    lines = (out / "finetuned" / run.name() / "log.jsonl").read_text().splitlines()
-    return float([line["dice"] for line in map(json.loads, lines) if line["group"] == "validation"][-1])
+    return float(validations(out / "finetuned" / run.name())[-1]["dice"])
 
 
 def brain_dice(out: Path, run: Run) -> np.ndarray:
     """Dice of the test brains, `(brains, structures)`."""
-    rows = [line.split(",") for line in (out / "evaluated" / run.name() / "cases.csv").read_text().splitlines()]
-    column = rows[0].index("dice")
-    return np.array([float(row[column]) for row in rows[1:]]).reshape(-1, len(STRUCTURES))
+    values = read_run(run.name(), out / "evaluated" / run.name()).values
+    ids = sorted({id for id, _ in values})
+    return np.array([[values[id, name]["dice"] for name in STRUCTURES] for id in ids])
 
 
 def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, str], str]) -> str:
@@ -113,8 +112,7 @@ def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, 
         if len(seeds) > 1:
             rows["all"] = (one.mean(axis=0), other.mean(axis=0))
         for name, (a, b) in rows.items():
-            low, high = bootstrap_interval(a - b)
-            gain = f"{(a - b).mean():+.3f} ({low:+.3f} to {high:+.3f})"
+            gain = interval(a - b, sign="+")
             lines.append(f"| {count} | {name} | {a.mean():.3f} | {b.mean():.3f} | {gain} | {wilcoxon_p(a - b):.3f} |")
     lines += [
         "",
@@ -151,11 +149,13 @@ def main() -> None:
             (count, arm): [Run(folds[0], count, CHOSEN_WITH, arm, rate) for rate in options.rates]
             for count, arm in itertools.product(labelled, ARMS)
         }
-        run_all([run for runs in choices.values() for run in runs])
+        first = [run for runs in choices.values() for run in runs]
+        run_all(first)
         best = {key: max(runs, key=lambda run: validation_dice(out, run)).rate for key, runs in choices.items()}
-        run_all(
-            [Run(fold, count, seed, arm, best[count, arm]) for fold in folds for seed in seeds for count, arm in best]
-        )
+        wanted = [
+            Run(fold, count, seed, arm, best[count, arm]) for fold in folds for seed in seeds for count, arm in best
+        ]
+        run_all([run for run in wanted if run not in first])
     table = report(out, folds, seeds, best)
     (out / "structures.md").write_text(table)
     print(table)

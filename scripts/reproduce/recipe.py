@@ -8,7 +8,6 @@ DATA: see scripts/reproduce/structures.py.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +22,13 @@ import torch
 from asa.config import build, compose, typed
 from asa.data.loading.loader import collate
 from asa.data.splits import write_split
-from asa.evaluation.statistics import bootstrap_interval
 from asa.tasks.pretraining import Pretraining
 from asa.tasks.run import SETTINGS
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from asa.training.plan import make_plan
-from scripts.reproduce.commands import asa, quoted
-from scripts.reproduce.structures import FILES, subjects, write_structures
+from scripts.reproduce.commands import asa, interval, quoted, validations
+from scripts.reproduce.structures import make_store, subjects
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -69,10 +67,8 @@ def prepare(data: Path, out: Path) -> None:
     """Two stores: all brains, and the held-out ones for the probe; and the split."""
     ids = subjects(data)
     held_out = ids[-HELD_OUT:]
-    for name, chosen in (("brains", ids), ("held_out", held_out)):
-        write_structures(data, out / name, chosen)
-        paths = {"data.root": out / name, "out": out / f"store_{name}"}
-        asa("prepare", *FILES, log=out / "logs" / f"prepare_{name}.txt", **paths)
+    make_store(data, out, "brains", ids)
+    make_store(data, out, "held_out", held_out)
     write_split(out / "split.json", {"train": ids[:-HELD_OUT], "validation": [], "test": held_out})
 
 
@@ -86,12 +82,6 @@ def pretrain_settings(out: Path, arm: str, seed: int) -> list[str]:
 def run_folder(out: Path, arm: str, seed: int) -> Path:
     """Where one arm is pretrained with one seed."""
     return out / "pretrained" / f"{arm}_{seed}"
-
-
-def validations(folder: Path) -> list[dict[str, Any]]:
-    """The logged validations of a run."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "probe_dice" in line]
 
 
 def pretrain(out: Path, arm: str, seed: int) -> None:
@@ -133,12 +123,6 @@ def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
         for arm in arms:
             times[arm].append(step(arm)) if repeat else step(arm)
     return {arm: (operations[arm], float(np.median(times[arm]))) for arm in arms}
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and 95 % interval of the mean over seeds."""
-    low, high = bootstrap_interval(np.array(values))
-    return f"{np.mean(values):.3f}" + (f" ({low:.3f} to {high:.3f})" if len(values) > 1 else "")
 
 
 def report(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from asa.data.io.nifti import read_image, read_label, write_label
+from scripts.reproduce.commands import asa
 
 # Names in the order of their values 1, 2, ..., with the values of both sides in ID_glm.
 STRUCTURES = {
@@ -42,6 +43,13 @@ def write_structures(data: Path, out: Path, ids: list[str]) -> None:
             for value, sides in enumerate(STRUCTURES.values(), start=1):
                 joined[np.isin(regions, sides)] = value
             write_label(label, joined, read_image(link))
+
+
+def make_store(data: Path, out: Path, name: str, ids: list[str]) -> None:
+    """Write OUT/NAME for some subjects, and prepare it to the store OUT/store_NAME."""
+    write_structures(data, out / name, ids)
+    paths = {"data.root": out / name, "out": out / f"store_{name}"}
+    asa("prepare", *FILES, log=out / "logs" / f"prepare_{name}.txt", **paths)
 
 
 def subjects(data: Path) -> list[str]:

@@ -1,17 +1,25 @@
 """The tables of scripts/reproduce/few_labels.py."""
 
+import json
 from pathlib import Path
 
+from asa.evaluation.summary import CaseRow, cases_csv, summarise
 from scripts.reproduce.few_labels import TESTED, Run, report
 from scripts.reproduce.structures import STRUCTURES
 
 
 def evaluated(out: Path, run: Run, brains: list[float]) -> None:
     """What asa-evaluate writes: these Dice for all structures of each brain."""
-    rows = [f"{id},{name},{dice},nan" for id, dice in enumerate(brains) for name in STRUCTURES]
+    rows = [
+        CaseRow(f"case{id}", name, {"dice": value, "hd95_mm": 1.0, "nsd_1mm": 0.5}, 10, 10, 0.1, 0.1)
+        for id, value in enumerate(brains)
+        for name in STRUCTURES
+    ]
+    summary = summarise(rows, dict(enumerate(STRUCTURES, start=1)), "ibsr")
     folder = out / "evaluated" / run.name()
     folder.mkdir(parents=True)
-    (folder / "cases.csv").write_text("\n".join(["id,label,dice,hd95_mm", *rows]))
+    (folder / "cases.csv").write_text(cases_csv(summary))
+    (folder / "summary.json").write_text(json.dumps(summary.as_json()))
 
 
 def test_each_brain_is_tested_once() -> None:
