@@ -3,8 +3,9 @@
 Eleven structures of real brains, from 1 and 3 labelled ones, from a pretrained encoder and from scratch. The encoder is
 pretrained on brains that the network is not tested on (experiment=structures_pretrain), and fine-tuned on the first of
 them (experiment=structures_finetune). Each arm has the best of its learning rates, by the Dice of one more brain of
-the training part. Prints the tables of docs/structures.md. Finished runs are not repeated, and interrupted ones are
-resumed: an hour for an encoder, half an hour for a fine-tuning, on one core each.
+the training part. `--arms pretrained mae scratch` adds an encoder pretrained as a plain masked autoencoder. Prints the
+tables of docs/structures.md. Finished runs are not repeated, and interrupted ones are resumed: an hour for an encoder,
+half an hour for a fine-tuning, on one core each.
 
 DATA: see scripts/reproduce/structures.py.
 """
@@ -24,7 +25,12 @@ from scripts.reproduce.commands import asa, interval, validations
 from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
 TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
-ARMS = ("pretrained", "scratch")
+# Settings of each arm's encoder, for asa-pretrain and asa-finetune.
+ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "pretrained": ((), ()),
+    "mae": (("method=mae",), ("model.position=sincos",)),  # a plain masked autoencoder of the same size
+    "scratch": ((), ()),
+}
 STORE = "store_brains"
 CHOSEN_WITH = 0  # seed of the runs that choose the learning rate
 CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
@@ -56,12 +62,12 @@ def prepare(data: Path, out: Path, folds: list[int]) -> None:
         write_split(out / f"finetune{fold}.json", parts)
 
 
-def pretrain(out: Path, fold: int) -> None:
-    """Pretrain an encoder on the training part of a fold."""
-    paths = {"data.store": out / STORE, "data.split_file": out / f"pretrain{fold}.json"}
-    run = out / f"pretrained{fold}"
-    asa("pretrain", "experiment=structures_pretrain", *CPU, log=log(out, run.name), threads=1, **paths, out=run)
-    print(f"pretrained fold {fold}", flush=True)
+def pretrain(out: Path, arm: str, fold: int) -> None:
+    """Pretrain an arm's encoder on the training part of a fold."""
+    paths = {"data.store": out / STORE, "data.split_file": out / f"pretrain{fold}.json", "out": out / f"{arm}{fold}"}
+    settings = ("experiment=structures_pretrain", *CPU, *ARMS[arm][0])
+    asa("pretrain", *settings, log=log(out, f"{arm}{fold}"), threads=1, **paths)
+    print(f"{arm}{fold}: done", flush=True)
 
 
 def finetune(out: Path, run: Run, steps: int) -> None:
@@ -70,9 +76,9 @@ def finetune(out: Path, run: Run, steps: int) -> None:
     folder, predictions = out / "finetuned" / name, out / "predicted" / name
     settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}")
     paths = {"data.store": out / STORE, "data.split_file": out / f"finetune{run.fold}.json", "out": folder}
-    init = {"init": out / f"pretrained{run.fold}"} if run.arm == "pretrained" else {}
+    init = {} if run.arm == "scratch" else {"init": out / f"{run.arm}{run.fold}"}
     experiment = ("experiment=structures_finetune", f"train.steps={steps}", f"train.validate_every={steps}")
-    asa("finetune", *experiment, *CPU, *settings, log=log(out, name), threads=1, **paths, **init)
+    asa("finetune", *experiment, *CPU, *ARMS[run.arm][1], *settings, log=log(out, name), threads=1, **paths, **init)
     truth = {"truth": out / STORE, "split_file": folder / "split.json", "out": out / "evaluated" / name}
     asa("predict", "part=test", log=log(out, name), threads=1, checkpoint=folder, input=out / STORE, out=predictions)
     asa("evaluate", log=log(out, name), predictions=predictions, **truth)
@@ -102,18 +108,21 @@ def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, 
     for (count, arm), rate in best.items():
         runs = [[Run(fold, count, seed, arm, rate) for fold in folds] for seed in seeds]
         dice[count, arm] = np.stack([np.concatenate([brain_dice(out, run) for run in row]) for row in runs])
+    arms = list(dict.fromkeys(arm for _, arm in best))
     lines = [
-        "| labelled | seed | pretrained | scratch | difference, 95 % interval over brains | p |",
-        "|---:|---|---:|---:|---|---:|",
+        "| labelled | seed | arm | Dice | first arm minus this one, 95 % interval over brains | p |",
+        "|---:|---|---|---:|---|---:|",
     ]
     for count in sorted({count for count, _ in best}):
-        one, other = (dice[count, arm].mean(axis=2) for arm in ARMS)  # (seeds, brains)
-        rows = dict(zip(map(str, seeds), zip(one, other, strict=True), strict=True))
+        means = {arm: dice[count, arm].mean(axis=2) for arm in arms}  # (seeds, brains)
+        rows = {str(seed): {arm: values[k] for arm, values in means.items()} for k, seed in enumerate(seeds)}
         if len(seeds) > 1:
-            rows["all"] = (one.mean(axis=0), other.mean(axis=0))
-        for name, (a, b) in rows.items():
-            gain = interval(a - b, sign="+")
-            lines.append(f"| {count} | {name} | {a.mean():.3f} | {b.mean():.3f} | {gain} | {wilcoxon_p(a - b):.3f} |")
+            rows["all"] = {arm: values.mean(axis=0) for arm, values in means.items()}
+        for name, row in rows.items():
+            for arm in arms:
+                gain = row[arms[0]] - row[arm]
+                against = " | " if arm == arms[0] else f"{interval(gain, sign='+')} | {wilcoxon_p(gain):.3f}"
+                lines.append(f"| {count} | {name} | {arm} | {row[arm].mean():.3f} | {against} |")
     lines += [
         "",
         f"| labelled | arm | rate | {' | '.join(STRUCTURES)} |",
@@ -131,6 +140,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 3])
+    parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"], choices=ARMS)
     parser.add_argument("--folds", nargs="+", type=int, default=[0, 1, 2], choices=range(len(TESTED)))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", default=["3e-3", "1e-2", "3e-2"], help="learning rates to choose from")
@@ -140,14 +150,15 @@ def main() -> None:
     out, folds, seeds, labelled = options.out.resolve(), options.folds, options.seeds, options.labelled
     prepare(options.data, out, folds)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda fold: pretrain(out, fold), folds))
+        encoders = [(arm, fold) for fold in folds for arm in options.arms if arm != "scratch"]
+        list(pool.map(lambda encoder: pretrain(out, *encoder), encoders))
 
         def run_all(runs: list[Run]) -> None:
             list(pool.map(lambda run: finetune(out, run, options.steps), runs))
 
         choices = {
             (count, arm): [Run(folds[0], count, CHOSEN_WITH, arm, rate) for rate in options.rates]
-            for count, arm in itertools.product(labelled, ARMS)
+            for count, arm in itertools.product(labelled, options.arms)
         }
         first = [run for runs in choices.values() for run in runs]
         run_all(first)

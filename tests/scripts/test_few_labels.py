@@ -34,7 +34,8 @@ def test_the_tables_pair_the_arms_by_brain_and_seed(tmp_path: Path) -> None:
         evaluated(tmp_path, Run(0, 1, seed, arm, best[1, arm]), brains)
     table = report(tmp_path, [0], [0, 1], best)
     # Differences 0.1 and 0.2 for seed 0, 0.5 and 0.4 for seed 1, 0.3 for both brains over the seeds.
-    assert "| 1 | 0 | 0.550 | 0.400 | +0.150 (" in table
-    assert "| 1 | 1 | 0.750 | 0.300 | +0.450 (" in table
-    assert "| 1 | all | 0.650 | 0.350 | +0.300 (+0.300 to +0.300)" in table
+    assert "| 1 | 0 | scratch | 0.400 | +0.150 (" in table
+    assert "| 1 | 1 | scratch | 0.300 | +0.450 (" in table
+    assert "| 1 | all | pretrained | 0.650 |" in table
+    assert "| 1 | all | scratch | 0.350 | +0.300 (+0.300 to +0.300)" in table
     assert f"| 1 | scratch | 3e-2 | {' | '.join(['0.35'] * len(STRUCTURES))} |" in table

@@ -5,12 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from asa.data.datasets import bids, brats, ibsr, wmh
+from asa.data.datasets import bids, brats, folder, ibsr, wmh
 from asa.data.datasets.record import Record
 from asa.data.io.files import read_json
 from asa.data.phantom.cohort import make_cohort
 
-VOLUMES = {"t1": 1, "ibsr": 2, "wmh": 3, "brats": 5}  # per subject, including the label map
+VOLUMES = {"t1": 1, "ibsr": 2, "wmh": 3, "brats": 5, "structures": 2}  # per subject, including the label map
 
 
 def records(
@@ -28,7 +28,7 @@ def records(
 
     Args:
         root: folder of the cohort.
-        kind: "t1", "ibsr", "wmh" or "brats": the layout.
+        kind: "t1", "ibsr", "wmh", "brats" or "structures": the layout.
         subjects, seed, resolution, rim, asymmetry, names: as for `asa.data.phantom.cohort.make_cohort`.
 
     Returns:
@@ -47,6 +47,7 @@ def records(
         "ibsr": ibsr.records,
         "wmh": wmh.records,
         "brats": partial(brats.records, year=names),
+        "structures": partial(folder.records, images={"t1": "*_T1.nii.gz"}, label="*_structures.nii.gz"),
     }
     found = readers[kind](root)
     if len(found) != subjects:

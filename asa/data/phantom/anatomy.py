@@ -13,6 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from asa.data.phantom.lesions import Lesion, TumourPlan
+from asa.data.phantom.structures import lateral_ventricles, structure_maps
 from asa.data.phantom.warp import displacement_of, grid_points, random_velocity, sample, smooth_noise, to_grid
 from asa.data.preprocessing.template import load_map
 
@@ -68,7 +69,7 @@ class Subject:
 
 
 @lru_cache(maxsize=2)
-def load_template(rim: bool, ventricles: bool) -> Template:
+def load_template(*, rim: bool = False, ventricles: bool = False, structures: bool = False) -> Template:
     """The maps of the template, and maps derived from them.
 
     Channels: csf, gm, wm (log fractions), texture (T1 that the tissue fractions do not explain), brain (0 or
@@ -76,7 +77,8 @@ def load_template(rim: bool, ventricles: bool) -> Template:
 
     Args:
         rim: also outside, the distance from the brain in mm.
-        ventricles: also ventricle and horn, the distances from the lateral ventricles and from the tips of their horns.
+        ventricles: also lateral and horn, the distances from the lateral ventricles and from the tips of their horns.
+        structures: also the masks of `asa.data.phantom.structures`, by their names.
 
     Raises:
         ImportError: nilearn is not installed.
@@ -99,7 +101,9 @@ def load_template(rim: bool, ventricles: bool) -> Template:
     if rim:
         maps["outside"] = ndimage.distance_transform_edt(~brain)
     if ventricles:
-        maps["ventricle"], maps["horn"] = _ventricle_distances(fractions[0], centre)
+        maps["lateral"], maps["horn"] = _ventricle_distances(lateral_ventricles(fractions[0], centre))
+    if structures:
+        maps |= structure_maps(fractions, centre)
     stacked = torch.from_numpy(np.stack([part.astype(np.float32) for part in maps.values()]))
     extent = tuple(float(size - 1) for size in t1.shape)
     return Template(stacked, {name: k for k, name in enumerate(maps)}, extent, tuple(centre.tolist()))
@@ -110,16 +114,8 @@ def _shifted_up(array: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(array[:ADDED_BELOW]), array[:-ADDED_BELOW]])
 
 
-def _ventricle_distances(csf: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ventricle_distances(lateral: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distances in mm from the lateral ventricles, and from the tips of their frontal and occipital horns."""
-    z, y, x = (np.arange(size) - (size - 1) / 2 for size in csf.shape)
-    x, y, z = (axis + offset for axis, offset in zip((x, y, z), centre, strict=True))
-    inside = (abs(x) < 40)[None, None] & ((y > -75) & (y < 45))[None, :, None] & ((z > -10) & (z < 32))[:, None, None]
-    parts, _ = ndimage.label((csf > 0.5) & inside)
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    lateral = parts == sizes.argmax()
-    lateral |= lateral[..., ::-1]  # the septum may separate the two
     forward = np.flatnonzero(lateral.any(axis=(0, 2)))
     tips = np.zeros_like(lateral)
     for row in (forward[0], forward[-1]):

@@ -17,8 +17,9 @@ from asa.data.io.files import read_json, write_json
 from asa.data.io.nifti import write_image
 from asa.data.phantom.anatomy import Template, blend, load_template, make_subject, take_image, tissue_label
 from asa.data.phantom.lesions import Lesion, hyperintensities, plan_tumour, tumour
+from asa.data.phantom.structures import structure_label
 
-KINDS = ("t1", "ibsr", "wmh", "brats")  # the index of a kind is part of its seeds: append only
+KINDS = ("t1", "ibsr", "wmh", "brats", "structures")  # the index of a kind is part of its seeds: append only
 SITES = ("Utrecht", "Singapore", "Amsterdam/GE3T")  # of the WMH challenge
 
 
@@ -41,7 +42,8 @@ def make_cohort(
 
     Args:
         kind: "t1" (BIDS, unlabelled), "ibsr" (IBSR_18 with CSF, GM, WM), "wmh" (WMH challenge: T1 and FLAIR,
-            labels 1 lesion, 2 other pathology), or "brats" (T1, T1Gd, T2, FLAIR and a tumour).
+            labels 1 lesion, 2 other pathology), "brats" (T1, T1Gd, T2, FLAIR and a tumour), or "structures" (T1 with
+            the deep structures of `asa.data.phantom.structures`, in one folder).
         subjects: number of subjects.
         seed: random seed.
         out: folder of the cohort.
@@ -75,7 +77,7 @@ def make_cohort(
         "template": "ICBM 152 nonlinear 2009a symmetric",
         **options,
     }
-    template = load_template(rim, kind == "wmh")
+    template = load_template(rim=rim, ventricles=kind == "wmh", structures=kind == "structures")
     _claim(out, about)
     written: list[Path] = []
     for number in tqdm(range(1, subjects + 1), desc=f"phantom {kind}", unit="subject", disable=not progress):
@@ -122,6 +124,10 @@ def _files(out: Path, kind: str, number: int, names: int) -> _Files:
         folder = out / name
         label = folder / f"{name}_segTRI_fill_ana.nii.gz"
         return _Files({"t1": folder / f"{name}_ana_strip.nii.gz"}, label, folder / "phantom.json")
+    if kind == "structures":
+        name = f"subject_{number:03d}"
+        label = out / f"{name}_structures.nii.gz"
+        return _Files({"t1": out / f"{name}_T1.nii.gz"}, label, out / f"{name}.json")
     if kind == "wmh":
         folder = out / SITES[(number - 1) % len(SITES)] / str(number)
         images = {modality: folder / "pre" / f"{file}.nii.gz" for modality, file in wmh.CHANNELS.items()}
@@ -150,6 +156,8 @@ def _write_subject(template: Template, out: Path, number: int, seed: int, about:
     fractions, label = blend(lesions, subject.brain)
     if kind == "ibsr":
         label = tissue_label(subject)
+    elif kind == "structures":
+        label = structure_label(subject.maps, subject.brain)
     quality = {"wmh": (0.8, 1.0, 1.5)[(number - 1) % len(SITES)]}.get(kind, 1.0)
 
     affine = np.diag([resolution, resolution, resolution, 1.0])

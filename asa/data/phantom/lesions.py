@@ -53,7 +53,7 @@ def hyperintensities(
     """White-matter hyperintensities: periventricular caps and bands, and spots in the deep white matter.
 
     Args:
-        maps: the subject's warped maps `ventricle`, `horn` (distances in mm) and `white`, `brain` (fractions).
+        maps: the subject's warped maps `lateral`, `horn` (distances in mm) and `white`, `brain` (fractions).
         extent: mm along D, H, W.
         rng: random numbers of the subject.
 
@@ -66,11 +66,11 @@ def hyperintensities(
     white = torch.sigmoid((maps["white"] - 0.55) / 0.06)
     band = 1.2 + 1.2 * load  # mm from the wall of the ventricle
     cap = 4.0 * load**0.7 * torch.exp(-((maps["horn"] / 11.0) ** 2))
-    around = band + cap + 1.6 * ragged + 0.5 * rough - maps["ventricle"]
+    around = band + cap + 1.6 * ragged + 0.5 * rough - maps["lateral"]
     deep = 3.2 * (spots + 0.3 * rough - (2.75 - 0.3 * min(load, 2.0)))
     deep = deep - 3.0 * torch.relu(0.9 - maps["white"]) / 0.3  # no spots near the cortex
     fraction = white * torch.maximum(torch.sigmoid(around / 0.45), torch.sigmoid(deep / 0.35))
-    fraction = fraction * (maps["ventricle"] > 0.3)
+    fraction = fraction * (maps["lateral"] > 0.3)
     lesions = [Lesion(fraction, 1, {"t1": float(rng.normal(0.72, 0.04)), "flair": float(rng.normal(1.12, 0.06))})]
     infarct = bool(rng.random() < 0.25)
     if infarct:
@@ -82,7 +82,7 @@ def _infarct(maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.
     """An old infarct in the white matter: a cavity with the signal of CSF, and a bright margin on FLAIR."""
     shape = tuple(maps["white"].shape)
     points = grid_points(shape, extent)
-    centre = _random_point((maps["white"] > 0.7) & (maps["ventricle"] > 8) & (maps["brain"] > 0.5), points, rng)
+    centre = _random_point((maps["white"] > 0.7) & (maps["lateral"] > 8) & (maps["brain"] > 0.5), points, rng)
     radius = float(rng.uniform(3.0, 6.0))
     noise = to_grid(smooth_noise(rng, extent, 3.0), shape)[0]
     depth = radius + 0.25 * radius * noise - (points - centre).norm(dim=-1)

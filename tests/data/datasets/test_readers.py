@@ -8,6 +8,7 @@ import pytest
 
 from asa.config import CONFIG_DIR, build, compose
 from asa.data.datasets import bids, brats, folder, ibsr, paired, phantom, wmh
+from asa.data.phantom.structures import STRUCTURES
 
 
 def plant(root: Path, *names: str) -> Path:
@@ -490,6 +491,7 @@ def test_configurations_declare_the_labels_of_their_readers():
         "brats23": (brats.LABELS[2023], [], brats.REGIONS[2023]),
     }
     labelled |= {f"phantom/{name}": labelled[name] for name in ("ibsr", "wmh", "brats")}
+    labelled["phantom/structures"] = (STRUCTURES, [], {})
     assert names == sorted([*labelled, "bids", "folder", "paired", "phantom/t1"])
     for name, config in configs.items():
         labels, ignored, regions = labelled.get(name, (None, [], {}))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from asa.data.datasets import bids, folder, ibsr
+from asa.data.datasets import bids, folder, ibsr, phantom
 from asa.data.io.nifti import axis_codes, check_same_geometry, read_image, read_label, spacing_of
 from asa.data.phantom import anatomy
-from asa.data.phantom.cohort import make_cohort
+from asa.data.phantom.cohort import KINDS, make_cohort
 from asa.data.phantom.lesions import TumourPlan
+from asa.data.phantom.structures import STRUCTURES
 from asa.data.phantom.warp import displacement_of, random_velocity, smooth_noise
 from asa.data.preprocessing import template
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
@@ -82,7 +83,7 @@ def test_a_tumour_pushes_tissue_away():
 
 @needs_template
 def test_the_template_is_mirror_symmetric():
-    maps = anatomy.load_template(False, False).maps
+    maps = anatomy.load_template().maps
     torch.testing.assert_close(maps, maps.flip(-1), atol=1e-4, rtol=0)
 
 
@@ -211,6 +212,46 @@ def test_hyperintensities_lie_in_white_matter_near_the_ventricles_and_are_bright
     assert {0, 1, 2} >= values > {0}
 
 
+# Volumes of both sides in adults, in ml: FreeSurfer's and manual atlases' means lie well within them.
+VOLUMES = {
+    "ventricle": (10, 40),
+    "thalamus": (10, 18),
+    "caudate": (6, 11),
+    "putamen": (7, 13),
+    "hippocampus": (6, 12),
+    "brainstem": (18, 32),
+}
+
+
+@needs_template
+def test_structures_of_the_template_are_symmetric_and_disjoint_and_of_adult_size():
+    template = anatomy.load_template(structures=True)
+    masks = {name: template.maps[template.names[name]] for name in STRUCTURES.values()}
+    assert set(masks) == set(VOLUMES)
+    assert torch.stack(list(masks.values())).sum(dim=0).max() == 1
+    for name, mask in masks.items():
+        assert torch.equal(mask, mask.flip(-1)), name
+        low, high = VOLUMES[name]
+        assert low < mask.sum() / 1000 < high, name
+
+
+@needs_template
+def test_structures_follow_the_anatomy_of_each_subject(tmp_path):
+    records = phantom.records(tmp_path, kind="structures", subjects=2, resolution=3)
+    assert [record["id"] for record in records] == ["subject_001", "subject_002"]
+    labels = []
+    for record in records:
+        image, label = read_image(record["images"]["t1"]), read_label(record["label"])
+        check_same_geometry(image, label, record["id"])
+        labels.append(label.data)
+        assert set(np.unique(label.data)) == {0, *STRUCTURES}
+        assert (image.data[label.data > 0] > 0).all()
+        level = {name: np.median(image.data[label.data == value]) for value, name in STRUCTURES.items()}
+        white = np.percentile(image.data[image.data > 0], 90)
+        assert level["ventricle"] < 0.8 * level["caudate"] and level["caudate"] < 0.9 * white
+    assert labels[0].shape == labels[1].shape and (labels[0] != labels[1]).any()
+
+
 @needs_template
 def test_phantoms_go_through_preparation(tmp_path):
     root = cohort(tmp_path / "raw", "ibsr", 1)
@@ -220,7 +261,7 @@ def test_phantoms_go_through_preparation(tmp_path):
 
 @needs_template
 def test_every_subject_has_a_json_that_marks_it_as_a_phantom(tmp_path):
-    for kind in ("t1", "ibsr", "brats", "wmh"):
+    for kind in KINDS:
         root = cohort(tmp_path / kind, kind, 1, resolution=6)
         assert json.loads((root / "phantom.json").read_text())["phantom"] is True
         for image in root.rglob("*.nii.gz"):
