@@ -88,6 +88,9 @@ class ClassPredictor:
         return predict_classes(self.model, dataset)[0]
 
 
+TABLE = "predictions.csv"
+
+
 def predictions_csv(names: Sequence[str], rows: Sequence[tuple[str, str, str]], probabilities: np.ndarray) -> str:
     """A table (CSV) of the most likely class of each scan, and the probability of every class.
 

@@ -7,7 +7,6 @@ checkpoint holds the class names, channels and preparation. Prediction: a table 
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,19 @@ import numpy as np
 from torch import nn
 
 from asa.config import typed
-from asa.data.io.files import write_json, write_whole
+from asa.data.io.files import write_whole
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.evaluation.classification import ClassScores, score_classes
-from asa.evaluation.statistics import nullable
-from asa.inference.classification import ClassPredictor, predict_classes, predictions_csv
+from asa.inference.classification import TABLE, ClassPredictor, predict_classes, predictions_csv
 from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.tasks.base import Config
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans, refuse_healthy
+from asa.tasks.table_evaluation import described, evaluate_classes, tables_of, write_scores
 from asa.tasks.volumes import Initialisation, absolute, open_store, set_model
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
@@ -114,7 +113,7 @@ class Classification:
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        raise ValueError("policy=classification: asa-finetune writes the scores of the test part, scores_test.json")
+        print(described(*evaluate_classes(*tables_of(config))))
 
     def _balanced_weights(self) -> list[float]:
         """Weights of the classes inverse to their number of training scans, with mean 1 over these."""
@@ -150,16 +149,8 @@ class Classification:
             for record in records
         ]
         write_whole(run / "predictions_test.csv", predictions_csv(names, rows, probabilities).encode())
-        written = {"classes": list(names), **asdict(scores)}
-        numbers = nullable({key: value for key, value in written.items() if isinstance(value, float)})
-        write_json(run / "scores_test.json", written | numbers)
-        print(
-            f"test: AUC {scores.auc:.3f} ({scores.auc_low:.3f} to {scores.auc_high:.3f}), balanced accuracy "
-            f"{scores.balanced_accuracy:.3f}, ECE {scores.ece:.3f}, {scores.scans} scans of {scores.subjects} subjects"
-        )
-        for name, row in zip(names, scores.confusion, strict=True):
-            given = ", ".join(f"{count} as {other}" for count, other in zip(row, names, strict=True) if count)
-            print(f"  {name}: {given}")
+        write_scores(run / "scores_test.json", scores, names)
+        print(f"test: {described(scores, names)}")
 
 
 class ClassificationPredictor:
@@ -172,7 +163,7 @@ class ClassificationPredictor:
     def __init__(self, config: Config) -> None:
         checkpoint = only_checkpoint(config, "a classification")
         settings = typed(PredictSettings, config["predict"])
-        self.table = Path(str(config["out"])) / "predictions.csv"
+        self.table = Path(str(config["out"])) / TABLE
         self.network = ClassPredictor(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
         self.preprocessor = self.network.preprocessor
         self.ids: list[str] = []

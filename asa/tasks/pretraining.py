@@ -16,7 +16,7 @@ from torch import nn
 
 from asa.config import typed
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import read_column
+from asa.data.io.tables import check_health, read_column
 from asa.data.leakage import training_digests
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
@@ -30,6 +30,7 @@ from asa.reporting.figures import reconstruction_panel
 from asa.tasks.base import Config
 from asa.tasks.feature_health import FeatureHealth, open_probe
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
+from asa.tasks.table_evaluation import evaluate_asymmetry, tables_of
 from asa.tasks.volumes import absolute, open_store, set_model
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
@@ -109,7 +110,8 @@ class Pretraining:
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        raise ValueError("policy=pretraining: there are no predictions to evaluate: fine-tune the encoder first")
+        for measure, row in evaluate_asymmetry(*tables_of(config)).items():
+            print(f"AUC of {measure:<6} {row['auc']:.3f} ({row['auc_low']:.3f} to {row['auc_high']:.3f})")
 
     def _crops(self, method: Any, records: Sequence[dict[str, Any]], **options: Any) -> CropDataset:
         encoder = method.model.encoder
@@ -179,8 +181,7 @@ def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dic
     if source == HEALTHY:
         return {record["id"]: {"health": 1.0} for record in records}
     values = read_column(source, "health", records)
-    if wrong := [value for value in values.values() if value not in ("0", "1")]:
-        raise ValueError(f"{source}: a health of {wrong[0]!r}: give 1 for healthy, 0 for not, or leave the cell empty")
+    check_health(source, values.values())
     return {record["id"]: {"health": float(values.get(record["id"], UNKNOWN))} for record in records}
 
 

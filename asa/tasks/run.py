@@ -131,15 +131,20 @@ def predict_task(config: Config) -> None:
 def evaluate_task(config: Config) -> None:
     """Score predictions, or compare evaluations; print the table, write the results.
 
-    The policies of label maps belong to segmentation; another policy is the name of a task.
+    The policies of label maps belong to segmentation; another policy is the name of a task, or asymmetry: the scores of
+    a pretrained SA-Swin.
     """
     if config["compare"] is not None:
         if given := [key for key in ("predictions", "truth") if config[key] is not None]:
             raise ValueError(f"{given[0]}= and compare= exclude each other: evaluate each run first, then compare them")
         compare(config["compare"], config["out"], allow_missing=config["allow_missing"])
         return
-    policy = config["policy"]
-    find_task("segmentation" if policy in POLICIES else policy, config["plugins"]).evaluate(config)
+    task = str(config["policy"])
+    if task in POLICIES:
+        task = "segmentation"
+    elif task == "asymmetry":
+        task = "pretraining"
+    find_task(task, config["plugins"]).evaluate(config)
 
 
 def compare(

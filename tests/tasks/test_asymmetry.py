@@ -212,7 +212,7 @@ def test_health_is_of_all_or_of_a_table_or_unknown(store: Path, tmp_path: Path) 
         ("id,health\ns0,yes\n", "health of 'yes'"),
         ("id,ill\ns0,1\n", "give id or subject, and health"),
         ("id,health\ns0,1\ns0,1\n", "s0 is in two rows"),
-        ("subject,health\nx,1\n", "no subject of its 1 rows is in the store"),
+        ("subject,health\nx,1\n", "no subject of its 1 rows is one of the scans"),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(store: Path, tmp_path: Path, text: str, message: str) -> None:

@@ -1,0 +1,125 @@
+"""Predicted tables against a table of diagnoses: class probabilities, and asymmetry scores.
+
+OUT/summary.json   the scores, with intervals over resampled subjects
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asa.data.io.files import write_json
+from asa.data.io.tables import check_health, read_column
+from asa.evaluation.classification import ClassScores, auc, auc_interval, score_classes
+from asa.evaluation.statistics import nullable
+from asa.inference.asymmetry import TABLE as ASYMMETRY
+from asa.inference.classification import TABLE as CLASSES
+from asa.tasks.base import Config
+
+MEASURES = ("score", "mean", "top", "peak")  # of a scan's asymmetry
+
+
+def tables_of(config: Config) -> tuple[Path, Path, Path]:
+    """The folder of predictions, the table of the truth and the folder for results of an asa-evaluate.
+
+    Raises:
+        ValueError: one is not given.
+    """
+    for key in ("predictions", "truth"):
+        if config[key] is None:
+            raise ValueError(f"{key}= has to be given: predictions=FOLDER of asa-predict, and truth=TABLE.csv")
+    return Path(str(config["predictions"])), Path(str(config["truth"])), Path(str(config["out"]))
+
+
+def write_scores(path: Path, scores: ClassScores, names: Sequence[str]) -> None:
+    """Write the scores of a classification as JSON, null where a number is undefined."""
+    written = {"classes": list(names), **asdict(scores)}
+    write_json(path, written | nullable({key: value for key, value in written.items() if isinstance(value, float)}))
+
+
+def described(scores: ClassScores, names: Sequence[str]) -> str:
+    """The scores of a classification as text."""
+    lines = [
+        f"AUC {scores.auc:.3f} ({scores.auc_low:.3f} to {scores.auc_high:.3f}), balanced accuracy "
+        f"{scores.balanced_accuracy:.3f}, ECE {scores.ece:.3f}, {scores.scans} scans of {scores.subjects} subjects"
+    ]
+    for name, row in zip(names, scores.confusion, strict=True):
+        found = ", ".join(f"{count} as {other}" for count, other in zip(row, names, strict=True) if count)
+        lines.append(f"  {name}: {found}")
+    return "\n".join(lines)
+
+
+def evaluate_classes(predictions: Path, truth: Path, out: Path) -> tuple[ClassScores, list[str]]:
+    """Score the class probabilities that asa-predict wrote.
+
+    Args:
+        predictions: folder with predictions.csv.
+        truth: table (CSV) with the columns subject (or id) and class. Scans not in it are left out.
+        out: folder for summary.json.
+
+    Returns:
+        The scores, and the names of the classes.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: a table that does not fit, a class that the network does not know, or no scan with a class.
+    """
+    rows, known, subjects = _matched(predictions / CLASSES, truth, "class")
+    names = [column.removeprefix("p_") for column in rows[0] if column.startswith("p_")]
+    if unknown := sorted(set(known) - set(names)):
+        raise ValueError(f"{truth}: the class {unknown[0]!r} is none of the network's: {', '.join(names)}")
+    probabilities = np.array([[float(row[f"p_{name}"]) for name in names] for row in rows])
+    scores = score_classes(probabilities, np.array([names.index(name) for name in known]), subjects)
+    write_scores(out / "summary.json", scores, names)
+    return scores, names
+
+
+def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, dict[str, Any]]:
+    """How well each measure of asymmetry separates patients from healthy subjects.
+
+    Args:
+        predictions: folder with asymmetry.csv.
+        truth: table (CSV) with the columns subject (or id) and health, 1 or 0. Scans not in it are left out.
+        out: folder for summary.json.
+
+    Returns:
+        By measure: auc, auc_low, auc_high (the 95 % interval over resampled subjects; NaN if undefined).
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: a table that does not fit, another health, or scans of one kind only.
+    """
+    rows, health, subjects = _matched(predictions / ASYMMETRY, truth, "health")
+    check_health(truth, health)
+    patient = np.array(health) == "0"
+    if patient.all() or not patient.any():
+        raise ValueError(f"{truth}: all {len(rows)} scans are of health {health[0]}: an AUC needs both")
+    results: dict[str, dict[str, Any]] = {}
+    for measure in MEASURES:
+        values = np.array([float(row[measure]) for row in rows])
+        low, high = auc_interval(np.stack([-values, values], axis=1), patient.astype(int), subjects)
+        results[measure] = {"auc": auc(values, patient), "auc_low": low, "auc_high": high}
+    written = {measure: nullable(numbers) for measure, numbers in results.items()}
+    counts = {"patients": int(patient.sum()), "healthy": int((~patient).sum())}
+    write_json(out / "summary.json", {**counts, "results": written})
+    return results
+
+
+def _matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]], list[str], list[str]]:
+    """The rows of a predicted table that the truth lists, what it says of them, and their subjects.
+
+    A scan is a subject of its own, unless the truth has a column "subject".
+    """
+    if not table.is_file():
+        raise FileNotFoundError(f"{table}: no such table; predictions= is the folder that asa-predict wrote")
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{table}: has no scans")
+    scans = [{"id": row["id"], "subject": row["id"]} for row in rows]
+    said, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
+    rows = [row for row in rows if row["id"] in said]
+    return rows, [said[row["id"]] for row in rows], [subjects.get(row["id"], row["id"]) for row in rows]

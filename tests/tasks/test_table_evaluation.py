@@ -1,0 +1,103 @@
+"""Predicted tables against a table of diagnoses: python -m asa.cli.evaluate policy=classification, policy=asymmetry."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asa.config import compose
+from asa.inference.asymmetry import AsymmetryRow, write_rows
+from asa.inference.classification import predictions_csv
+from asa.tasks.run import evaluate_task
+
+
+def pairs_won(scores: list[float], positive: list[bool]) -> float:
+    """The area under the ROC curve, by counting pairs."""
+    won = [
+        (one > other) + 0.5 * (one == other)
+        for one, ill in zip(scores, positive, strict=True)
+        for other, other_ill in zip(scores, positive, strict=True)
+        if ill and not other_ill
+    ]
+    return sum(won) / len(won)
+
+
+def asymmetry_table(folder: Path, scores: list[float]) -> None:
+    """asymmetry.csv of the scans s0, s1, ...: `score` as given, `top` its opposite, the others constant."""
+    folder.mkdir()
+    rows = [AsymmetryRow(f"s{n}", score, 0.5, -score, 1.0, 0, 0, 0) for n, score in enumerate(scores)]
+    write_rows(folder / "asymmetry.csv", rows)
+
+
+def evaluate(tmp_path: Path, policy: str, truth: str) -> dict:
+    (tmp_path / "truth.csv").write_text(truth)
+    folders = {"predictions": tmp_path / "predicted", "truth": tmp_path / "truth.csv", "out": tmp_path / "out"}
+    evaluate_task(compose("evaluate", [f"policy={policy}", *(f"{key}='{path}'" for key, path in folders.items())]))
+    return json.loads((tmp_path / "out/summary.json").read_text())
+
+
+def test_the_auc_of_asymmetry_counts_pairs_of_patients_and_healthy(tmp_path, capsys):
+    scores, patient = [0.9, 0.2, 0.5, 0.5, 0.1, 0.7], [True, True, True, False, False, False]
+    asymmetry_table(tmp_path / "predicted", [*scores, 0.3])
+    rows = [f"s{n},{int(not ill)}" for n, ill in enumerate(patient)]
+    summary = evaluate(tmp_path, "asymmetry", "\n".join(["id,health", *rows, "s6,"]))  # s6: health unknown
+    assert (summary["patients"], summary["healthy"]) == (3, 3)
+    results = summary["results"]
+    assert results["score"]["auc"] == pytest.approx(pairs_won(scores, patient))
+    assert results["top"]["auc"] == pytest.approx(1 - results["score"]["auc"])
+    assert results["mean"]["auc"] == 0.5
+    assert results["score"]["auc_low"] < results["score"]["auc"] < results["score"]["auc_high"]
+    assert f"AUC of score  {results['score']['auc']:.3f} (" in capsys.readouterr().out
+
+
+def test_scans_of_one_subject_are_resampled_together(tmp_path):
+    """Copies of every scan do not narrow the interval, if the table names their subjects."""
+    scores = [0.9, 0.2, 0.5, 0.4, 0.1, 0.7]
+    header, rows = "id,subject,health", [f"s{n},p{n % 6},{int(n % 6 > 2)}" for n in range(12)]
+    asymmetry_table(tmp_path / "predicted", scores * 2)
+    named = evaluate(tmp_path, "asymmetry", "\n".join([header, *rows]))["results"]["score"]
+    alone = "\n".join(["id,health", *(f"s{n},{int(n > 2)}" for n in range(6))])
+    asymmetry_table(tmp_path / "predicted_once", scores)
+    (tmp_path / "predicted").rename(tmp_path / "twice")
+    (tmp_path / "predicted_once").rename(tmp_path / "predicted")
+    assert named == evaluate(tmp_path, "asymmetry", alone)["results"]["score"]
+
+
+def test_the_scores_of_predicted_classes(tmp_path, capsys):
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.8, 0.2]])
+    (tmp_path / "predicted").mkdir()
+    table = predictions_csv(["cn", "ad"], [(f"s{n}", "", "") for n in range(4)], probabilities)
+    (tmp_path / "predicted/predictions.csv").write_text(table)
+    summary = evaluate(tmp_path, "classification", "subject,class\ns0,cn\ns1,cn\ns2,ad\ns3,ad\nelsewhere,ad\n")
+    assert summary["classes"] == ["cn", "ad"]
+    assert summary["confusion"] == [[1, 1], [1, 1]] and summary["balanced_accuracy"] == 0.5
+    assert summary["auc"] == pytest.approx(pairs_won([0.1, 0.6, 0.7, 0.2], [False, False, True, True]))
+    assert "cn: 1 as cn, 1 as ad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("policy", "truth", "message"),
+    [
+        ("asymmetry", "id,health\ns0,2\ns1,0\n", "a health of '2': give 1 for healthy"),
+        ("asymmetry", "id,health\ns0,1\ns1,1\n", "all 2 scans are of health 1: an AUC needs both"),
+        ("asymmetry", "id,class\ns0,ad\n", "the columns are id, class; give id or subject, and health"),
+        ("asymmetry", "id,health\nelsewhere,1\n", "no id of its 1 rows is one of the scans, like s0"),
+        ("classification", "id,class\ns0,ftd\n", "the class 'ftd' is none of the network's: cn, ad"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(tmp_path, policy, truth, message):
+    asymmetry_table(tmp_path / "predicted", [0.1, 0.2])
+    table = predictions_csv(["cn", "ad"], [("s0", "", ""), ("s1", "", "")], np.full((2, 2), 0.5))
+    (tmp_path / "predicted/predictions.csv").write_text(table)
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path, policy, truth)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_that_are_not_there_are_named(tmp_path):
+    (tmp_path / "predicted").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"asymmetry.csv: no such table; predictions= is the folder"):
+        evaluate(tmp_path, "asymmetry", "id,health\n")
+    with pytest.raises(ValueError, match="truth= has to be given: predictions=FOLDER"):
+        evaluate_task(compose("evaluate", ["policy=asymmetry", f"predictions='{tmp_path}'", "out=x"]))
