@@ -1,4 +1,4 @@
-"""Write a trained network as ONNX, or as a MONAI bundle."""
+"""Write a trained network as ONNX or as a MONAI bundle, or a store as a dataset of nnU-Net."""
 
 import sys
 from functools import partial
@@ -6,20 +6,27 @@ from pathlib import Path
 
 from asa.cli.front import Config, run_command
 from asa.export.monai_bundle import export_bundle
+from asa.export.nnunet import export_nnunet
 from asa.export.onnx import export_onnx
 
 
 def export(config: Config) -> None:
     """Write the file or the folder."""
-    out = Path(str(config["out"]))
-    if config["format"] == "onnx":
+    out, source = Path(str(config["out"])), "store" if config["format"] == "nnunet" else "checkpoint"
+    for key in ("checkpoint", "store"):
+        if (config[key] is None) == (key == source):
+            raise ValueError(f"format={config['format']} writes a {source}: give {source}=, and no other source")
+    if config["format"] == "nnunet":
+        about = export_nnunet(config["store"], out)
+        print(f"wrote {out}: {about['numTraining']} training cases, labels {about['labels']}")
+    elif config["format"] == "onnx":
         difference = export_onnx(config["checkpoint"], out, plugins=config["plugins"])
         print(f"wrote {out}; its outputs differ from PyTorch's by at most {difference:.1e} of the largest")
     elif config["format"] == "bundle":
         export_bundle(config["checkpoint"], out, plugins=config["plugins"])
         print(f"wrote {out}; {out}/docs/README.md says how MONAI runs it")
     else:
-        raise ValueError(f"format={config['format']}: choose onnx or bundle")
+        raise ValueError(f"format={config['format']}: choose onnx, bundle or nnunet")
 
 
 main = partial(run_command, "export", __doc__, export)

@@ -176,17 +176,29 @@ def write_split(path: str | Path, split: Mapping[str, Sequence[str]]) -> None:
     write_json(path, _checked_split(split, Path(path)))
 
 
-def read_split(path: str | Path) -> dict[str, list[str]]:
-    """Read a split of subjects.
+def read_split(path: str | Path, fold: int | None = None) -> dict[str, list[str]]:
+    """Read a split of subjects, or one of the folds of nnU-Net's splits_final.json, whose "val" is tested here.
+
+    Args:
+        path: JSON file.
+        fold: number of the fold, from 0, of a file with several.
 
     Returns:
         Lists of subjects under "train", "validation" and "test"; a part that the file leaves out is empty.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not JSON, not a split, or a subject in two parts.
+        ValueError: not JSON, not a split, a fold that it does not have, or a subject in two parts.
     """
-    return _checked_split(read_json(path), Path(path))
+    split = read_json(path)
+    if isinstance(split, list) and split and isinstance(split[0], Mapping):
+        if fold is None or not 0 <= fold < len(split):
+            raise ValueError(f"{path}: has {len(split)} folds: give data.split.fold=0 to {len(split) - 1}")
+        split = split[fold]
+        if set(split) != {"train", "val"}:
+            raise ValueError(f"{path}: a fold of nnU-Net has lists of cases under train and val")
+        split = {"train": split["train"], "test": split["val"]}
+    return _checked_split(split, Path(path))
 
 
 def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 
 from asa.config import build
+from asa.data.datasets.nnunet import label_scheme
 from asa.data.io.files import PART
 from asa.data.preprocessing.cohort import CohortReport, CohortSettings, prepare_cohort
 from asa.data.store import MANIFEST, Store
@@ -58,13 +59,15 @@ def verify(path: Path) -> None:
 
 
 def _cohort(config: Config) -> CohortSettings:
-    labels = config["labels"] or {}
+    labels, ignored, regions = config["labels"] or {}, config["ignored"] or (), config["regions"] or {}
+    if labels == "dataset":
+        labels, ignored, regions = label_scheme(config["data"]["root"])
     if not isinstance(labels, dict) or not all(isinstance(value, int) for value in labels):
         raise ValueError(f"labels={labels}: give values and names, like labels={{1: csf, 2: gm, 3: wm}}")
     return CohortSettings(
         labels=labels,
-        ignored=config["ignored"] or (),
-        regions=config["regions"] or {},
+        ignored=ignored,
+        regions=regions,
         settings=build(config["prepare"]),
         missing=config["missing"],
         duplicates=config["duplicates"],

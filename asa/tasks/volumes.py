@@ -52,7 +52,7 @@ def choose_split(records: Sequence[Mapping[str, Any]], data: Mapping[str, Any], 
     if list_checkpoints(run):  # in a run that is resumed no subject changes its part, whatever the options are now
         return read_split(run / "split.json")
     file = data["split_file"]
-    split = make_split(records, **data["split"]) if file is None else read_split(file)
+    split = make_split(records, **data["split"]) if file is None else read_split(file, data["split"].get("fold"))
     return split if data.get("labelled") is None else keep_labelled(split, data["labelled"])
 
 

@@ -492,6 +492,7 @@ def test_configurations_declare_the_labels_of_their_readers():
     }
     labelled |= {f"phantom/{name}": labelled[name] for name in ("ibsr", "wmh", "brats")}
     labelled["phantom/structures"] = (STRUCTURES, [], {})
+    labelled["nnunet"] = ("dataset", [], {})
     assert names == sorted([*labelled, "bids", "folder", "paired", "phantom/t1"])
     for name, config in configs.items():
         labels, ignored, regions = labelled.get(name, (None, [], {}))
@@ -500,7 +501,10 @@ def test_configurations_declare_the_labels_of_their_readers():
         assert config["data"]["root"] is None, name
 
 
-@pytest.mark.parametrize("name", ["bids", "brats", "brats23", "folder", "ibsr", "paired", "phantom/t1", "wmh"])
+READERS = ("bids", "brats", "brats23", "folder", "ibsr", "nnunet", "paired", "phantom/t1", "wmh")
+
+
+@pytest.mark.parametrize("name", READERS)
 def test_every_key_of_a_configuration_is_a_keyword_of_its_reader(tmp_path, name):
     node = compose("prepare", [f"data={name}", "out=x"])["data"]
     with pytest.raises((FileNotFoundError, ValueError)) as error:  # of the reader: there is no such folder

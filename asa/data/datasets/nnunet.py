@@ -1,0 +1,137 @@
+"""nnU-Net's raw datasets, version 2: imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz, imagesTs and dataset.json.
+
+https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from asa.data.datasets.folder import name_subjects
+from asa.data.datasets.record import Record, existing_folder, sorted_records
+from asa.data.io.files import read_json
+
+DESCRIPTION = "dataset.json"
+PARTS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", None)}
+ENDINGS = (".nii.gz", ".nii")
+BACKGROUND, IGNORE = "background", "ignore"
+
+
+class LabelScheme(NamedTuple):
+    """What a dataset.json says of its labels.
+
+    Args:
+        labels: value -> name, without the background.
+        ignored: values whose voxels are excluded.
+        regions: name -> values that it joins; empty for a dataset of plain labels.
+    """
+
+    labels: dict[int, str]
+    ignored: list[int]
+    regions: dict[str, list[int]]
+
+
+def records(root: str | Path, *, part: str = "train", subject: str | None = None) -> list[Record]:
+    """Records of a dataset's training cases with their labels, or of its test cases.
+
+    Args:
+        root: folder DatasetNNN_NAME with dataset.json.
+        part: "train" (imagesTr and labelsTr, or the files that dataset.json lists) or "test" (imagesTs, unlabelled).
+        subject: regular expression searched in the case, whose group 1 is the subject; None: each case is one subject.
+
+    Returns:
+        Records sorted by id, the case; channels as dataset.json names them, None where a case has no file.
+
+    Raises:
+        FileNotFoundError: there is no such folder or dataset.json.
+        ValueError: nothing found, another file format, or an invalid dataset.json.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part={part!r}: choose train or test")
+    root = existing_folder(root, f"{DESCRIPTION}, imagesTr and labelsTr").absolute()
+    about = _description(root)
+    channels, ending = _channels(root, about), str(about["file_ending"])
+    images, labels = PARTS[part]
+    if part == "train" and "dataset" in about:
+        found, source = _listed(root, about["dataset"], channels), f"the cases that {root / DESCRIPTION} lists"
+    else:
+        found = []
+        for case in sorted({path.name.removesuffix(ending)[:-5] for path in (root / images).glob(f"*_????{ending}")}):
+            files = {name: root / images / f"{case}_{number:04d}{ending}" for number, name in channels.items()}
+            paths = {name: str(path) if path.is_file() else None for name, path in files.items()}
+            record: Record = {"id": case, "subject": case, "images": paths}
+            if labels is not None:
+                record["label"] = str(root / labels / f"{case}{ending}")
+            found.append(record)
+        source = f"CASE_0000{ending} in {root / images}"
+    name_subjects(found, subject)
+    return sorted_records(found, source=source)
+
+
+def label_scheme(root: str | Path) -> LabelScheme:
+    """The labels, ignored values and regions that a dataset.json declares.
+
+    The labels of a dataset of regions have no names of their own: a value that is a region by itself has that region's
+    name, another value v is called label_v.
+
+    Raises:
+        FileNotFoundError: there is no such folder or dataset.json.
+        ValueError: an invalid dataset.json.
+    """
+    root = existing_folder(root, DESCRIPTION)
+    declared = _description(root)["labels"]
+    joined = {name: _values(root, name, values) for name, values in declared.items() if name != BACKGROUND}
+    ignored = joined.pop(IGNORE, [])
+    single = {values[0]: name for name, values in joined.items() if len(values) == 1}
+    used = sorted({value for values in joined.values() for value in values})
+    labels = {value: single.get(value, f"label_{value}") for value in used}
+    has_regions = any(len(values) > 1 for values in joined.values())
+    return LabelScheme(labels, ignored, joined if has_regions else {})
+
+
+def _description(root: Path) -> dict[str, Any]:
+    """The content of dataset.json, with the keys that nnU-Net requires."""
+    path = root / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; data.root= is the folder DatasetNNN_NAME of nnU-Net")
+    about = read_json(path)
+    if not isinstance(about, dict) or not isinstance(about.get("labels"), dict):
+        raise ValueError(f"{path}: has no labels, like {{background: 0, csf: 1}}: is it of nnU-Net's version 2?")
+    for key in ("channel_names", "file_ending"):
+        if key not in about:
+            raise ValueError(f"{path}: has no {key}: it is not of nnU-Net's version 2")
+    if about["file_ending"] not in ENDINGS:
+        raise ValueError(f"{path}: file_ending is {about['file_ending']}; asa reads {' and '.join(ENDINGS)}: convert")
+    if about["labels"].get(BACKGROUND) != 0:
+        raise ValueError(f"{path}: {BACKGROUND} has to be declared as 0")
+    return about
+
+
+def _channels(root: Path, about: dict[str, Any]) -> dict[int, str]:
+    """Channel number -> name."""
+    names = about["channel_names"]
+    if not isinstance(names, dict) or not all(str(number).isdecimal() for number in names) or not names:
+        raise ValueError(f"{root / DESCRIPTION}: channel_names has to be like {{0: T1, 1: FLAIR}}")
+    channels = {int(number): str(name) for number, name in names.items()}
+    if len(set(channels.values())) < len(channels):
+        raise ValueError(f"{root / DESCRIPTION}: two channels have one name; rename one")
+    return dict(sorted(channels.items()))
+
+
+def _listed(root: Path, cases: Any, channels: dict[int, str]) -> list[Record]:
+    """Records of the cases whose files dataset.json lists, relative to its folder."""
+    found: list[Record] = []
+    for case, files in cases.items():
+        paths = [root / image for image in files["images"]]
+        if len(paths) != len(channels):
+            raise ValueError(f"{root / DESCRIPTION}: {case} has {len(paths)} images for {len(channels)} channels")
+        present = [str(path) if path.is_file() else None for path in paths]
+        images = dict(zip(channels.values(), present, strict=True))
+        found.append({"id": case, "subject": case, "images": images, "label": str(root / files["label"])})
+    return found
+
+
+def _values(root: Path, name: str, values: Any) -> list[int]:
+    listed = values if isinstance(values, list) else [values]
+    if not listed or not all(isinstance(value, int) and value > 0 for value in listed):
+        raise ValueError(f"{root / DESCRIPTION}: the label {name} is {values!r}; give values above 0")
+    return sorted(set(listed))

@@ -1,0 +1,117 @@
+"""A store's scans as a raw dataset of nnU-Net, version 2.
+
+https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asa.data.datasets.nnunet import BACKGROUND, DESCRIPTION, IGNORE
+from asa.data.io.files import gzipped, sha256_of, write_json, write_whole
+from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_label
+from asa.data.store import Store
+
+ENDING = ".nii.gz"
+
+
+def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the source files of a store's scans, so that nnU-Net trains on the same cases.
+
+    Images are copied to the byte (nnU-Net has a preprocessing of its own), labelled scans into imagesTr, the others
+    into imagesTs. Label values are renumbered 1, 2, ... in their order, as nnU-Net requires, and an ignored value
+    becomes the highest. Regions are written in place of the labels if nnU-Net can paint them, one value on top of
+    another.
+
+    Args:
+        store: folder made by asa-prepare.
+        out: the folder to write, DatasetNNN_NAME.
+
+    Returns:
+        The content of dataset.json.
+
+    Raises:
+        FileNotFoundError: a source file is gone.
+        ValueError: no store; no labelled scan; a scan without one of the channels; a source file that has changed since
+            it was prepared, or that is not NIfTI; several ignored values; or a folder that holds something else.
+    """
+    data, out = Store(store), Path(out)
+    if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / DESCRIPTION).is_file()):
+        raise ValueError(f"{out} is not empty and not a dataset of nnU-Net: choose another out=")
+    labelled = [record for record in data.records if "label" in record["sources"]]
+    if not labelled:
+        raise ValueError(f"{store}: has no labelled scan, and nnU-Net needs some")
+    if len(data.ignored) > 1:
+        raise ValueError(f"{store}: ignores the values {data.ignored}, and nnU-Net can ignore one")
+    values = {value: number for number, value in enumerate((*data.label_values, *data.ignored), start=1)}
+    for record in data.records:
+        _check_sources(record, data.channels)
+    for record in data.records:
+        _write_case(record, data.channels, values, out)
+    about = {
+        "channel_names": {str(number): name for number, name in enumerate(data.channels)},
+        **_declaration(data, values),
+        "numTraining": len(labelled),
+        "file_ending": ENDING,
+    }
+    write_json(out / DESCRIPTION, about)
+    return about
+
+
+def _check_sources(record: Mapping[str, Any], channels: Sequence[str]) -> None:
+    """Check that all source files of a scan are there and as they were prepared, before anything is written."""
+    for name in channels:
+        if name not in record["sources"]:
+            raise ValueError(f"{record['id']}: has no {name}, and nnU-Net needs every channel of every case")
+    for name, source in record["sources"].items():
+        path = Path(source["path"])
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; put it back, or prepare the store again")
+        if name != "label" and not path.name.endswith((".nii.gz", ".nii")):
+            raise ValueError(f"{path}: is not NIfTI: convert it, or give NIfTI files to asa-prepare")
+        if sha256_of(path) != source["sha256"]:
+            raise ValueError(f"{path}: has changed since it was prepared: run asa-prepare again")
+
+
+def _write_case(record: Mapping[str, Any], channels: Sequence[str], values: Mapping[int, int], out: Path) -> None:
+    id, sources = record["id"], record["sources"]
+    folder = out / ("imagesTr" if "label" in sources else "imagesTs")
+    for number, name in enumerate(channels):
+        path = Path(sources[name]["path"])
+        payload = path.read_bytes()
+        write_whole(folder / f"{id}_{number:04d}{ENDING}", payload if path.suffix == ".gz" else gzipped(payload))
+    if "label" in sources:
+        image, label = read_image(sources[channels[0]]["path"]), read_label(sources["label"]["path"])
+        check_same_geometry(image, label, f"{id}: image and label")
+        numbers = np.zeros(label.data.shape, np.uint8)
+        for value, number in values.items():
+            numbers[label.data == value] = number
+        write_label(out / "labelsTr" / f"{id}{ENDING}", numbers, image)
+
+
+def _declaration(data: Store, values: Mapping[int, int]) -> dict[str, Any]:
+    """labels and, for regions, regions_class_order."""
+    regions = {name: sorted(values[value] for value in joined) for name, joined in data.regions.items()}
+    order = painting_order(list(regions.values()))
+    joined: dict[str, int | list[int]] = dict(regions) if order else {data.labels[v]: values[v] for v in data.labels}
+    ignored = {IGNORE: values[data.ignored[0]]} if data.ignored else {}
+    labels = {"labels": {BACKGROUND: 0, **joined, **ignored}}
+    return {**labels, "regions_class_order": order} if order else labels
+
+
+def painting_order(regions: Sequence[Sequence[int]]) -> list[int]:
+    """The value that each region paints, so that regions painted one over the other give the label map again.
+
+    Returns:
+        A value for each region; empty where there is none: a region without exactly one value that no later region
+        has, or values that none of them paints.
+    """
+    order: list[int] = []
+    for number, region in enumerate(regions):
+        own = set(region).difference(*regions[number + 1 :])
+        if len(own) != 1:
+            return []
+        order += own
+    return order if set(order) == {value for region in regions for value in region} else []
