@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from asa.inference.label_maps import (
     probabilities_of,
 )
 from asa.inference.preprocessing import ScanPreprocessor
-from asa.ops.symmetry import flip
+from asa.ops.symmetry import check_axes, flip
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
 
@@ -145,14 +146,15 @@ def count_windows(size: Sequence[int], window: Sequence[int], overlap: float) ->
 class Segmenter:
     """A trained segmentation network, or an ensemble of several.
 
-    Probabilities are averaged over the networks and, with `mirror`, over the scan and its mirror image, whose result is
-    flipped back with left and right labels exchanged.
+    Probabilities are averaged over the networks and, with `mirror`, over the scan and its mirror images, whose results
+    are flipped back, with left and right labels exchanged where W was flipped.
 
     Args:
         checkpoints: run folder, checkpoint folder or file of `asa-finetune`, or several that agree in channels,
             labels, regions, preprocessing and lateral pairs.
         settings: windows, device and precision.
-        mirror: average with the prediction of the mirror image.
+        mirror: average with the prediction of the left-right mirror image; or axes, like "DHW", of whose flips all
+            combinations are averaged.
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
         progress: show a progress bar of windows.
         plugins: packages of your own that the checkpoint's network may come from.
@@ -168,7 +170,7 @@ class Segmenter:
         checkpoints: str | Path | Sequence[str | Path],
         settings: PredictSettings,
         *,
-        mirror: bool = False,
+        mirror: bool | str = False,
         strip: str | None = None,
         progress: bool = False,
         plugins: Sequence[str] = (),
@@ -176,7 +178,11 @@ class Segmenter:
         paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
         if not paths:
             raise ValueError("checkpoint=[]: give at least one")
-        self.settings, self.mirror, self.progress = settings, mirror, progress
+        axes = ("W" if mirror else "") if isinstance(mirror, bool) else mirror
+        if mirror is not False:
+            check_axes(axes, "mirror")
+        self.views = ["".join(view) for n in range(len(axes) + 1) for view in combinations(axes, n)]  # "", "W", ...
+        self.settings, self.progress = settings, progress
         self.models: list[nn.Module] = []
         metadata: list[dict[str, Any]] = []
         for path in paths:
@@ -191,7 +197,7 @@ class Segmenter:
             _check_agreement(str(paths[0]), self.data, str(path), other)
         self.labels: dict[int, str] = {int(value): name for value, name in self.data["labels"].items()}
         self.regions: dict[str, list[int]] = dict(self.data.get("regions", []))
-        self.mirrored_channels = self._mirrored_channels() if mirror else []
+        self.mirrored_channels = self._mirrored_channels() if "W" in axes else []
         self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip)
 
     def _mirrored_channels(self) -> list[int]:
@@ -239,17 +245,15 @@ class Segmenter:
 
     def probabilities(self, image: Tensor) -> Tensor:
         """Probabilities of a prepared volume: `(C, D, H, W)` -> `(K or R, D, H, W)` float32 on the CPU."""
-        views = (False, True) if self.mirror else (False,)
         windows = sum(count_windows(image.shape[1:], window_size(m), self.settings.overlap) for m in self.models)
         total = torch.zeros(())
-        with tqdm(total=windows * len(views), unit="window", leave=False, disable=not self.progress) as bar:
+        with tqdm(total=windows * len(self.views), unit="window", leave=False, disable=not self.progress) as bar:
             for model in self.models:
-                for mirrored in views:
-                    view = flip(image) if mirrored else image
-                    logits = sliding_window(model, view, self.settings, tick=bar.update).cpu()
-                    found = probabilities_of(logits, self.regions)
-                    total = total + (flip(found)[self.mirrored_channels] if mirrored else found)
-        return total / (len(self.models) * len(views))
+                for axes in self.views:
+                    logits = sliding_window(model, flip(image, axes), self.settings, tick=bar.update).cpu()
+                    found = flip(probabilities_of(logits, self.regions), axes)
+                    total = total + (found[self.mirrored_channels] if "W" in axes else found)
+        return total / (len(self.models) * len(self.views))
 
 
 def _check_agreement(first: str, data: Mapping[str, Any], path: str, other: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Left-right mirroring of volumes and positions, and the asymmetry of features.
+"""Mirroring of volumes and positions, left to right unless another axis is named, and the asymmetry of features.
 
 Letters: volumes `... D H W`, W left to right, so that the mid-sagittal plane cuts the last axis in half.
 """
@@ -8,10 +8,24 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
+AXES = {"D": -3, "H": -2, "W": -1}
 
-def flip(volume: Tensor) -> Tensor:
-    """The left-right mirror image: `(..., D, H, W)` -> the same shape. It is its own inverse."""
-    return volume.flip(-1)
+
+def flip(volume: Tensor, axes: str = "W") -> Tensor:
+    """The mirror image, `(..., D, H, W)` -> the same shape; by default left-right. It is its own inverse.
+
+    Args:
+        axes: letters of the axes that are reversed, like "DW"; "" returns the volume.
+    """
+    return volume.flip([AXES[axis] for axis in axes]) if axes else volume
+
+
+def check_axes(axes: str, setting: str) -> None:
+    """Raise a ValueError that names the setting if `axes` are not different letters of D, H, W."""
+    if not isinstance(axes, str) or not axes or len(set(axes)) < len(axes) or set(axes) - set(AXES):
+        raise ValueError(
+            f"{setting}={axes}: name axes to mirror, each once: D (up-down), H (front-back), W (left-right)"
+        )
 
 
 def mirrored_start(start: Sequence[int], size: Sequence[int], width: int) -> list[int]:

@@ -15,6 +15,7 @@ from asa.data.loading.loader import LoaderSettings
 from asa.evaluation.comparison import comparison_table
 from asa.evaluation.policies import POLICIES
 from asa.inference.segmentation import PredictSettings
+from asa.ops.symmetry import check_axes
 from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
 from asa.tasks.comparison import compare_folders
 from asa.tasks.prediction import checkpoints_of
@@ -117,9 +118,10 @@ def predict_task(config: Config) -> None:
     Raises:
         FileNotFoundError, ValueError: no such input or checkpoint, or scans that failed.
     """
-    for key in ("mirror", "probabilities"):
-        if not isinstance(config[key], bool):
-            raise ValueError(f"{key}={config[key]}: choose true or false")
+    if not isinstance(config["probabilities"], bool):
+        raise ValueError(f"probabilities={config['probabilities']}: choose true or false")
+    if not isinstance(config["mirror"], bool):
+        check_axes(config["mirror"], "mirror")
     checkpoints, source = checkpoints_of(config), Path(str(config["input"]))
     if not checkpoints:
         raise ValueError("checkpoint=[]: give at least one")

@@ -177,10 +177,10 @@ def lateral_indices(
         if name not in index:
             raise ValueError(f"data.lateral_pairs names {name!r}; the store's labels are {', '.join(index)}")
     unpaired = [name for name in index if SIDE.search(name) and name not in paired]
-    if unpaired and augment.mirror_probability > 0:
+    if unpaired and augment.mirror_probability > 0 and "W" in augment.mirror_axes:
         raise ValueError(
             f"the label {unpaired[0]!r} has a side and no partner to be exchanged with in mirrored crops: "
-            "give data.lateral_pairs=[[left_x, right_x]], or augment.mirror_probability=0"
+            "give data.lateral_pairs=[[left_x, right_x]], or augment.mirror_axes=DH"
         )
     return [(index[left], index[right]) for left, right in pairs]
 

@@ -35,6 +35,7 @@ FREE_ON_RESUME = (
     "train.save_minutes",
     "train.keep",
     "train.best",
+    "train.patience",
     "train.device",
     "train.timeout_minutes",
 )
@@ -45,6 +46,12 @@ ADDED = {
     "method.air": "keep",
     "method.masks": 1,
     "method.background_weight": 1.0,
+    "method.learn_temperature": True,
+    "augment.mirror_axes": "W",
+    "augment.contrast": [1.0, 1.0],
+    "augment.contrast_probability": 0.15,
+    "augment.blur": [0.0, 0.0],
+    "augment.blur_probability": 0.1,
 }
 
 

@@ -44,6 +44,19 @@ def test_with_mirror_the_prediction_of_a_mirrored_head_is_the_mirrored_predictio
     assert same[True] == 1.0 and same[False] < 0.9
 
 
+def test_mirroring_of_all_axes_is_the_mean_over_their_eight_flips(run: Path) -> None:
+    image, plain = torch.rand(1, 32, 32, 64), Segmenter(run, SETTINGS)
+    expected = torch.zeros(())
+    for axes in ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3)):
+        found = plain.probabilities(image.flip(axes) if axes else image)
+        found = found.flip(axes) if axes else found
+        expected = expected + (found[[0, 2, 1, 3]] if 3 in axes else found) / 8  # left and right exchanged
+    torch.testing.assert_close(Segmenter(run, SETTINGS, mirror="DHW").probabilities(image), expected)
+    for wrong in ("", "LR", "WW"):
+        with pytest.raises(ValueError, match=f"mirror={wrong}: name axes"):
+            Segmenter(run, SETTINGS, mirror=wrong)
+
+
 def test_an_ensemble_of_one_network_twice_predicts_as_that_network(run: Path) -> None:
     image = torch.rand(1, 32, 40, 64)
     once = Segmenter(run, SETTINGS).probabilities(image)

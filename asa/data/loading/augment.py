@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from monai.transforms import AdjustContrast, Affine
+from monai.transforms import AdjustContrast, Affine, GaussianSmooth
 from monai.utils import convert_to_tensor
 from torch import Tensor
+
+from asa.ops.symmetry import check_axes, flip
 
 
 @dataclass
@@ -28,7 +30,9 @@ class AugmentSettings:
     scale_probability: float = 0.2
     "probability of a zoom"
     mirror_probability: float = 0.0
-    "probability of a left-right flip"
+    "probability of a flip, along each of mirror_axes by itself"
+    mirror_axes: str = "W"
+    "axes that are flipped: D (up-down), H (front-back), W (left-right), like DHW"
     gamma: list[float] = field(default_factory=lambda: [1.0, 1.0])
     "smallest and largest gamma, the exponent of the intensities"
     gamma_probability: float = 0.3
@@ -37,15 +41,26 @@ class AugmentSettings:
     "largest standard deviation of added Gaussian noise, in units of the intensities"
     brightness: float = 0.0
     "largest relative change of the intensities (0.2: times 0.8 to 1.2)"
+    contrast: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    "smallest and largest factor of the distances from the mean of a channel; results stay in the channel's range"
+    contrast_probability: float = 0.15
+    "probability of a change of contrast"
+    blur: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    "smallest and largest standard deviation of a Gaussian blur in voxels; [0, 0]: none"
+    blur_probability: float = 0.1
+    "probability of a blur, of each channel by itself"
     modality_dropout: float = 0.0
     "probability that a channel of a crop is set to zero, never all of them; no effect with one channel"
 
     def __post_init__(self) -> None:
-        for name in ("scale", "gamma"):
+        check_axes(self.mirror_axes, "augment.mirror_axes")
+        if len(self.blur) != 2 or not 0 <= self.blur[0] <= self.blur[1]:
+            raise ValueError(f"augment.blur={list(self.blur)}: give the smallest and the largest width, 0 or more")
+        for name in ("scale", "gamma", "contrast"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
                 raise ValueError(f"augment.{name}={list(bounds)}: give the smallest and the largest factor, above 0")
-        for name in ("rotation", "scale", "mirror", "gamma"):
+        for name in ("rotation", "scale", "mirror", "gamma", "contrast", "blur"):
             probability = getattr(self, f"{name}_probability")
             if not 0 <= probability <= 1:
                 raise ValueError(f"augment.{name}_probability={probability}: a probability must be from 0 to 1")
@@ -62,20 +77,24 @@ class Augmentation:
 
     Args:
         matrix: (3, 3), offset from the centre of the crop to offset in the volume; None for no rotation or zoom.
-        mirror: flip left-right.
+        mirror: axes that are flipped, like "DW".
         gamma, gain: exponent and factor of the intensities.
         noise: standard deviation of the noise.
         noise_seed: seed of the noise.
         dropped: channels that are set to zero.
+        contrast: factor of the distances from the mean.
+        blur: standard deviation of the blur of each channel in voxels; empty for none.
     """
 
     matrix: Tensor | None = None
-    mirror: bool = False
+    mirror: str = ""
     gamma: float = 1.0
     gain: float = 1.0
     noise: float = 0.0
     noise_seed: int = 0
     dropped: tuple[int, ...] = ()
+    contrast: float = 1.0
+    blur: tuple[float, ...] = ()
 
 
 def draw_augmentation(settings: AugmentSettings, generator: torch.Generator, channels: int = 1) -> Augmentation:
@@ -85,16 +104,39 @@ def draw_augmentation(settings: AugmentSettings, generator: torch.Generator, cha
     zoom = draws[1] < settings.scale_probability and list(settings.scale) != [1.0, 1.0]
     angles = [math.radians(settings.rotation) * (2 * u - 1) if rotate else 0.0 for u in draws[2:5]]
     factor = _log_uniform(settings.scale, draws[5]) if zoom else 1.0
-    change_contrast = draws[6] < settings.gamma_probability
+    change_gamma = draws[6] < settings.gamma_probability
+    flipped = draws[7] < settings.mirror_probability and "W" in settings.mirror_axes
+    # From a generator of their own: the draws of the settings above, and the crop's place, do not depend on these.
+    more = torch.Generator().manual_seed(int(draws[11] * 2**53) + 1)
+    others = [axis for axis in "DH" if _uniform(more) < settings.mirror_probability and axis in settings.mirror_axes]
     return Augmentation(
         matrix=_rotation(angles) / factor if rotate or zoom else None,
-        mirror=draws[7] < settings.mirror_probability,
-        gamma=_log_uniform(settings.gamma, draws[8]) if change_contrast else 1.0,
+        mirror="".join(others) + "W" * flipped,
+        gamma=_log_uniform(settings.gamma, draws[8]) if change_gamma else 1.0,
         gain=1.0 + settings.brightness * (2 * draws[9] - 1),
         noise=settings.noise * draws[10],
         noise_seed=int(draws[11] * 2**53),
         dropped=_dropped(settings.modality_dropout, channels, generator) if settings.modality_dropout else (),
+        contrast=_contrast(settings, more),
+        blur=_blur(settings, channels, more) if settings.blur[1] else (),
     )
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def _contrast(settings: AugmentSettings, generator: torch.Generator) -> float:
+    chosen, u = _uniform(generator), _uniform(generator)
+    return _log_uniform(settings.contrast, u) if chosen < settings.contrast_probability else 1.0
+
+
+def _blur(settings: AugmentSettings, channels: int, generator: torch.Generator) -> tuple[float, ...]:
+    """Standard deviation of each channel, 0 for a channel that stays sharp; empty if all do."""
+    draws = torch.rand(channels, 2, generator=generator, dtype=torch.float64).tolist()
+    low, high = settings.blur
+    widths = [low + u * (high - low) if chosen < settings.blur_probability else 0.0 for chosen, u in draws]
+    return tuple(widths) if any(widths) else ()
 
 
 def _dropped(probability: float, channels: int, generator: torch.Generator) -> tuple[int, ...]:
@@ -131,7 +173,7 @@ def spatial_transform(volume: Tensor, size: Sequence[int], drawn: Augmentation, 
         warp = Affine(affine=affine, spatial_size=tuple(size), padding_mode="zeros", image_only=True)
         warped = warp(volume.float(), mode="nearest" if label else "bilinear")
         volume = _plain(warped).to(volume.dtype).contiguous()
-    return volume.flip(-1) if drawn.mirror else volume
+    return flip(volume, drawn.mirror)
 
 
 def swap_sides(label: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -144,10 +186,20 @@ def swap_sides(label: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
-    """Apply gamma (within the range of each channel), gain, noise and channel dropout to an image `(C, D, H, W)`."""
+    """Apply blur, gamma, contrast (both within the range of each channel), gain, noise and channel dropout.
+
+    Args:
+        image: `(C, D, H, W)`.
+        drawn: the parameters.
+    """
+    if drawn.blur:
+        pairs = zip(image, drawn.blur, strict=True)
+        image = torch.stack([_blurred(part, width) if width else part for part, width in pairs])
     if drawn.gamma != 1.0:
         adjust = AdjustContrast(gamma=drawn.gamma)
         image = torch.stack([_plain(adjust(channel[None]))[0] for channel in image])
+    if drawn.contrast != 1.0:
+        image = torch.stack([_contrasted(channel, drawn.contrast) for channel in image])
     if drawn.gain != 1.0:
         image = image * drawn.gain
     if drawn.noise > 0:
@@ -157,6 +209,16 @@ def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
         image = image.clone()
         image[list(drawn.dropped)] = 0
     return image
+
+
+def _blurred(channel: Tensor, width: float) -> Tensor:
+    return _plain(GaussianSmooth(width, approx="sampled")(channel[None]))[0]
+
+
+def _contrasted(channel: Tensor, factor: float) -> Tensor:
+    """Distances from the mean times a factor, clipped to the range that the channel had."""
+    mean = channel.mean()
+    return ((channel - mean) * factor + mean).clamp(channel.min(), channel.max())
 
 
 def _plain(array: Any) -> Tensor:

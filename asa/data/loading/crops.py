@@ -140,7 +140,7 @@ class CropDataset(Samples):
             assert source_label is not None
             label = torch.from_numpy(read_box(source_label, start, box))
             label = spatial_transform(label, self.size, drawn, label=True)
-            if drawn.mirror:
+            if "W" in drawn.mirror:
                 label = swap_sides(label, self.lateral_pairs)
             sample["label"] = label.contiguous()
         return sample

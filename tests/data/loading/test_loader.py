@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from asa.data.loading.augment import (
     Augmentation,
@@ -152,7 +153,10 @@ def test_spatial_transforms_are_the_same_for_image_and_label() -> None:
 
 def test_intensity_transforms_leave_labels_unchanged(store) -> None:
     opened = Store(store)
-    changed = AugmentSettings(gamma=[0.5, 2.0], gamma_probability=1, noise=0.2, brightness=0.3)
+    changed = AugmentSettings(
+        gamma=[0.5, 2.0], gamma_probability=1, noise=0.2, brightness=0.3,
+        contrast=[0.5, 0.8], contrast_probability=1, blur=[0.5, 1.0], blur_probability=1,
+    )  # fmt: skip
     plain, bright = (
         CropDataset(opened, opened.records, (24, 24, 24), crop="random", labelled=True, augment=augment)[2, 3]
         for augment in (None, changed)
@@ -219,7 +223,7 @@ def test_drawn_parameters_stay_in_their_ranges() -> None:
     zooms = [float(torch.linalg.det(d.matrix) ** (-1 / 3)) for d in drawn if d.matrix is not None]
     assert 0.7 <= min(zooms) < 0.75 and 1.33 < max(zooms) <= 1.4
     assert all(0.7 <= d.gamma <= 1.5 for d in drawn)
-    assert 60 < sum(d.mirror for d in drawn) < 140
+    assert 60 < sum(d.mirror == "W" for d in drawn) < 140 and {d.mirror for d in drawn} == {"", "W"}
     nothing = draw_augmentation(AugmentSettings(), source)
     assert nothing.matrix is None and not nothing.mirror and nothing.gamma == nothing.gain == 1 and nothing.noise == 0
     with pytest.raises(ValueError, match="augment.scale"):
@@ -236,6 +240,68 @@ def test_gamma_keeps_the_range_and_noise_is_drawn_from_its_seed() -> None:
     noisy = Augmentation(noise=0.5, noise_seed=9)
     assert torch.equal(intensity_transform(image, noisy), intensity_transform(image, noisy))
     assert (intensity_transform(image, noisy) - image).std().item() == pytest.approx(0.5, rel=0.2)
+
+
+def test_a_blur_is_a_gaussian_of_its_width_and_keeps_the_mean_inside() -> None:
+    image = torch.rand(2, 24, 24, 24)
+    found = intensity_transform(image, Augmentation(blur=(0.8, 0.0)))
+    expected = gaussian_filter(image[0].numpy(), 0.8, mode="constant", truncate=4)
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
+    assert torch.equal(found[1], image[1]) and found[0].std() < 0.5 * image[0].std()
+    settings, source = AugmentSettings(blur=[0.5, 1.0], blur_probability=0.5), generator()
+    widths = [draw_augmentation(settings, source, channels=2).blur for _ in range(400)]
+    assert all(width == 0 or 0.5 <= width <= 1 for pair in widths for width in pair)
+    assert np.mean([bool(pair) for pair in widths]) == pytest.approx(0.75, abs=0.06)  # of two channels, one or both
+    with pytest.raises(ValueError, match=r"augment.blur=\[1, 0\]"):
+        AugmentSettings(blur=[1, 0])
+
+
+def test_contrast_scales_the_distances_from_the_mean_and_stays_in_the_range() -> None:
+    image = torch.rand(2, 8, 8, 8)
+    weak, strong = (intensity_transform(image, Augmentation(contrast=factor)) for factor in (0.5, 2.0))
+    mean = image.mean(dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(weak, mean + (image - mean) / 2)
+    for before, after in zip(image, strong, strict=True):
+        assert after.min() == before.min() and after.max() == before.max() and after.std() > before.std()
+    settings, source = AugmentSettings(contrast=[0.75, 1.25]), generator()
+    drawn = [draw_augmentation(settings, source).contrast for _ in range(400)]
+    assert all(0.75 <= factor <= 1.25 for factor in drawn)
+    assert np.mean([factor != 1 for factor in drawn]) == pytest.approx(0.15, abs=0.05)
+
+
+def test_settings_that_are_off_leave_the_draws_of_the_others_unchanged() -> None:
+    more = replace(
+        STRONG, mirror_axes="DHW", contrast=[0.5, 2], contrast_probability=1, blur=[1, 1], blur_probability=1
+    )
+    for seed in range(20):
+        one, other = (draw_augmentation(settings, generator(seed)) for settings in (STRONG, more))
+        assert torch.equal(one.matrix, other.matrix) and ("W" in one.mirror) == ("W" in other.mirror)
+        assert (one.gamma, one.gain, one.noise, one.noise_seed) == (
+            other.gamma,
+            other.gain,
+            other.noise,
+            other.noise_seed,
+        )
+        assert other.contrast != 1 and other.blur and (one.contrast, one.blur) == (1, ())
+
+
+def test_each_axis_is_mirrored_by_itself_and_labels_change_sides_with_w_alone() -> None:
+    settings, source = AugmentSettings(mirror_probability=0.5, mirror_axes="DHW"), generator()
+    drawn = [draw_augmentation(settings, source).mirror for _ in range(400)]
+    assert len(set(drawn)) == 8 and all(0.4 < np.mean([axis in found for found in drawn]) < 0.6 for axis in "DHW")
+    volume = torch.rand(1, 3, 4, 5)
+    assert torch.equal(spatial_transform(volume, (3, 4, 5), Augmentation(mirror="DW")), volume.flip(1).flip(3))
+    label = np.zeros((1, 8, 8, 8), dtype=np.uint8)
+    label[..., :4], label[..., 4:], label[:, :2] = 1, 2, 3
+    always = AugmentSettings(mirror_probability=1.0, mirror_axes="DH")
+    dataset = CropDataset(
+        Memory(label.astype(np.float32), label), [{"id": "a"}], (8, 8, 8), labelled=True, augment=always,
+        lateral_pairs=[(1, 2)],
+    )  # fmt: skip
+    assert torch.equal(dataset[0, 0]["label"], torch.from_numpy(label).flip(1))
+    for wrong in ("", "X", "DD"):
+        with pytest.raises(ValueError, match="augment.mirror_axes"):
+            AugmentSettings(mirror_axes=wrong)
 
 
 def test_a_record_without_label_is_named() -> None:
