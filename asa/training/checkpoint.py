@@ -153,13 +153,19 @@ def read_best(run: Path) -> dict[str, Any] | None:
     return dict(read_description(best[-1] / WEIGHTS)["best"]) if best else None
 
 
+def best_step(run: Path) -> int | None:
+    """Steps done when the best checkpoint was saved; None if there is none."""
+    best = list_checkpoints(run, BEST)
+    return int(best[-1].name[5:]) if best else None
+
+
 def describe_best(run: Path) -> str:
     """A line about the best checkpoint: its metric, step and file."""
     best = read_best(run)
     if best is None:
         return "no validation gave a best checkpoint"
     path = list_checkpoints(run, BEST)[-1]
-    return f"best {best['name']} {best['value']:.4g} at step {int(path.name[5:])}: {path / WEIGHTS}"
+    return f"best {best['name']} {best['value']:.4g} at step {best_step(run)}: {path / WEIGHTS}"
 
 
 # --- loading

@@ -1,9 +1,10 @@
 """The device and precision of a computation, and CPU memory settings."""
 
 import ctypes
+import os
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,35 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Mixed precision of a device and dtype; float32 disables an enclosing autocast."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Deterministic kernels inside the block, if wanted: the same inputs give the same bits, also on a GPU.
+
+    Raises:
+        ValueError: the block uses an operation that has no deterministic kernel on its device.
+    """
+    if not wanted:
+        yield
+        return
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        operation = str(error).split()[0]
+        raise ValueError(
+            f"train.deterministic=true: {operation} has no deterministic kernel on this device: train with false, or "
+            "another network"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -14,8 +14,16 @@ from torch import nn
 from asa.data.loading.crops import Samples
 from asa.data.loading.loader import LoaderSettings, check_batch, make_loader
 from asa.training import distributed
-from asa.training.checkpoint import describe_best, keep_best, load_newest, load_training, load_weights, save_checkpoint
-from asa.training.device import autocast, keep_freed_memory, on_device, pick_device, pick_precision
+from asa.training.checkpoint import (
+    best_step,
+    describe_best,
+    keep_best,
+    load_newest,
+    load_training,
+    load_weights,
+    save_checkpoint,
+)
+from asa.training.device import autocast, deterministic, keep_freed_memory, on_device, pick_device, pick_precision
 from asa.training.ema import EMA
 from asa.training.meter import Meter
 from asa.training.nonfinite import NonFiniteGuard
@@ -70,6 +78,10 @@ class TrainSettings:
     "number of most recent checkpoints to keep"
     best: str | None = None
     "validation metric that selects the best checkpoint, like dice (highest) or -loss (lowest); it is kept in OUT/best"
+    patience: int = 0
+    "the run ends early after this many validations without a better train.best; 0: never"
+    deterministic: bool = False
+    "deterministic kernels only, also on a GPU: the same run gives the same bits; slower, and some networks have none"
     timeout_minutes: float = 10.0
     "with several processes: the run ends if one of them makes no progress for this long"
 
@@ -77,9 +89,14 @@ class TrainSettings:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be 1 or more")
-        for name in ("clip", "seed", "validate_every", "save_minutes"):
+        for name in ("clip", "seed", "validate_every", "save_minutes", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be 0 or more")
+        if self.patience and not (self.best and self.validate_every):
+            raise ValueError(
+                f"train.patience={self.patience} counts validations without a better train.best: give a metric there, "
+                "like dice or -loss, and train.validate_every"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema={self.ema}: the decay must be in [0, 1)")
         if not 0 < self.timeout_minutes < float("inf"):
@@ -223,13 +240,20 @@ def train(
         meter.restart()
         return metrics
 
+    def out_of_patience() -> bool:
+        if not settings.patience:
+            return False
+        best = distributed.on_main(lambda: best_step(run))
+        return best is not None and step - best >= settings.patience * settings.validate_every
+
     # --- loop
     last: dict[str, float] = {}
-    with closing(log), stop_signals() as stop:
+    with closing(log), stop_signals() as stop, deterministic(settings.deterministic):
         if step and validation_due() and not distributed.on_main(lambda: log.has(step, "validation")):
             last = run_validation()  # the run was stopped between its checkpoint and this validation
 
-        while step < settings.steps:
+        ended = out_of_patience()
+        while step < settings.steps and not ended:
             # forward and backward passes of the micro-batches
             distributed.heartbeat()
             if optim.freeze_until and step == optim.freeze_until:
@@ -286,7 +310,12 @@ def train(
             # validation
             if validation_due():
                 last = run_validation()
+                ended = out_of_patience()
 
+        if ended and step < settings.steps:
+            log.message(f"ended early at step {step}: {settings.patience} validations without a better {settings.best}")
+            if step > saved_step:
+                distributed.on_main(save)
         if settings.best and distributed.is_main():
             log.message(describe_best(run))
     return last

@@ -161,3 +161,28 @@ def test_two_processes_keep_the_same_best_checkpoint_as_one(store: Path, tmp_pat
     assert one[1] == two[1] and kept(tmp_path / "two") == ["step-00000004"]
     for name in one[0]:
         torch.testing.assert_close(one[0][name], two[0][name], atol=1e-5, rtol=1e-4)
+
+
+# --- early stopping
+
+
+def test_a_run_ends_after_as_many_validations_without_a_better_one_as_its_patience(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {2: 0.3, 4: 0.7, 6: 0.7, 8: 0.5, 10: 0.9}
+    run(tmp_path / "a", store, steps=10, scores=scores, patience=2)
+    assert "ended early at step 8: 2 validations without a better dice" in capsys.readouterr().out
+    assert list_checkpoints(tmp_path / "a")[-1].name == "step-00000008" and kept(tmp_path / "a") == ["step-00000004"]
+    steps = len(log(tmp_path / "a", "step"))
+    run(tmp_path / "a", store, steps=10, scores=scores, patience=2)  # it has ended: nothing is trained
+    assert len(log(tmp_path / "a", "step")) == steps
+    run(tmp_path / "a", store, steps=10, scores=scores, patience=3)  # more patience: it goes on
+    assert kept(tmp_path / "a") == ["step-00000010"]
+    run(tmp_path / "b", store, steps=10, scores=scores, patience=3)
+    assert kept(tmp_path / "b") == ["step-00000010"]
+
+
+def test_patience_needs_a_metric_and_validations(store: Path, tmp_path: Path) -> None:
+    for wrong in ({"best": None}, {"validate_every": 0}):
+        with pytest.raises(ValueError, match=r"train\.patience=2 counts validations"):
+            TrainSettings(**{"best": "dice", "patience": 2, **wrong})

@@ -16,7 +16,7 @@ from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
 from asa.training import checkpoint as checkpoint_module
 from asa.training.checkpoint import list_checkpoints, load_encoder, load_model, read_weights, save_checkpoint
-from asa.training.device import pick_device, pick_precision
+from asa.training.device import deterministic, pick_device, pick_precision
 from asa.training.loop import TrainSettings, train
 from asa.training.optim import OptimSettings, Schedule, make_optimizer
 
@@ -233,3 +233,20 @@ def test_invalid_settings_are_refused(store: Path, tmp_path: Path) -> None:
         make_optimizer(nn.Linear(2, 2), OptimSettings(name="lion"))
     with pytest.raises(ValueError, match="does not divide"):
         run(tmp_path, store, accumulate=3)
+
+
+def test_deterministic_kernels_give_the_same_run_and_are_switched_off_afterwards(store: Path, tmp_path: Path) -> None:
+    run(tmp_path / "a", store), run(tmp_path / "b", store, deterministic=True)
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
+    with (
+        pytest.raises(ValueError, match="train.deterministic=true: put_ has no deterministic kernel"),
+        deterministic(True),
+    ):
+        raise RuntimeError("put_ does not have a deterministic implementation, but you set ...")
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="out of memory"), deterministic(True):
+        raise RuntimeError("out of memory")
