@@ -1,10 +1,12 @@
 """Configurations compose, build, and explain what is wrong with them."""
 
+import re
+
 import pytest
 import torch
 import yaml
 
-from asa.config import CONFIG_DIR, as_overrides, build, compose, describe, typed
+from asa.config import CONFIG_DIR, as_overrides, build, compose, describe, flatten, typed
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.splits import make_split
 from asa.tasks.run import SETTINGS
@@ -32,6 +34,8 @@ EXPERIMENTS = {
     "rat_sr": "finetune",
     "demo_pretrain": "pretrain",
     "sa_swin_paper": "pretrain",
+    "sa_swin_classify": "finetune",
+    "sa_swin_segment": "finetune",
     "sa_swin_demo": "pretrain",
     "demo_finetune": "finetune",
 }
@@ -115,6 +119,55 @@ def test_the_papers_settings_are_the_printed_ones() -> None:
     optim = config["optim"]
     assert (optim["name"], optim["lr"], optim["momentum"], optim["weight_decay"]) == ("sgd", 0.01, 0.99, 3e-5)
     assert (config["train"]["steps"], config["train"]["batch_size"], optim["schedule"]) == (250_000, 2, "poly")
+
+
+SA_SWIN = ("sa_swin_paper", "sa_swin_classify", "sa_swin_segment")
+SOURCE = re.compile(r"# (printed \d\.\d|released|assumed)\b")
+
+
+@pytest.mark.parametrize("experiment", ["asa_paper", "asa_paper_finetune", "brats21", "ibsr", "wmh", *SA_SWIN])
+def test_every_setting_of_a_papers_experiment_names_its_source(experiment: str) -> None:
+    lines = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    settings = [line for line in lines if re.match(r"\s*(- override )?[\w/]+: \S|\s+- override", line)]
+    assert settings and [line for line in settings if not SOURCE.search(line)] == []
+
+
+def test_the_table_of_the_papers_settings_holds_what_the_experiments_do() -> None:
+    text = (CONFIG_DIR.parent / "docs" / "method.md").read_text()
+    commands = {"asa_paper": "pretrain", "asa_paper_finetune": "finetune"}
+    for experiment, command in commands.items():
+        config = flatten(composed(command, f"experiment={experiment}"))
+        table = re.search(rf"\| `{experiment}` \|.*\n\|---.*\n((?:\|.*\n)+)", text)
+        assert table, experiment
+        shown = {}
+        for row in table[1].splitlines():
+            key, *_, ours, _why = (cell.strip() for cell in row.strip("|").split("|"))
+            shown[key.strip("`")] = typed_value(ours)
+        assert shown == {key: config[key] for key in shown}
+        settings = flatten(yaml.safe_load((CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text()))
+        assert settings.keys() - {"defaults"} <= shown.keys()
+
+
+def typed_value(text: str) -> object:
+    value = yaml.safe_load(text)
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e-?\d+", value) else value
+
+
+def test_the_papers_steps_are_epochs_of_its_cohort() -> None:
+    optim, train = (composed("pretrain", "experiment=asa_paper")[key] for key in ("optim", "train"))
+    epoch = (9952 + 2041) // train["batch_size"]
+    assert (train["steps"], optim["warmup"], train["validate_every"]) == (1000 * epoch, 40 * epoch, 10 * epoch)
+
+
+def test_sa_swin_has_its_released_settings() -> None:
+    method = built("pretrain", "experiment=sa_swin_paper")
+    assert not method.contrast.log_temperature.requires_grad and not method.model.saca.pre
+    # Released: the losses of both views summed, with a weight of 0.5. Here they are averaged.
+    assert method.weights == {"rotation": 1.0, "contrastive": 1.0, "inpainting": 1.0, "symmetry": 0.5 * 2}
+    for experiment in ("sa_swin_classify", "sa_swin_segment"):
+        method = built("finetune", f"experiment={experiment}")
+        assert method.mirrored and not method.model.saca.pre
+        assert composed("finetune", f"experiment={experiment}")["optim"]["lr"] == 1e-4
 
 
 def test_the_papers_cohorts_differ_in_their_split_alone() -> None:

@@ -21,17 +21,18 @@ class NTXent(nn.Module):
     ranks, several ranks take the same step as one. A batch of one sample has no negatives, and its loss is 0.
 
     Args:
-        temperature: initial value; it is learnt, and is at least a fiftieth of this value.
+        temperature: initial value; learnt, it is at least a fiftieth of this value.
+        learnt: whether the temperature is trained.
 
     Raises:
         ValueError: a temperature that is not positive.
     """
 
-    def __init__(self, temperature: float = 0.5) -> None:
+    def __init__(self, temperature: float = 0.5, learnt: bool = True) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: must be above 0")
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnt)
         self.least = math.log(temperature / 50)
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from asa.ops.labels import IGNORED
 from asa.ops.nested import region_masks
 
 
-def over_scales(logits: Sequence[Tensor], label: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def over_scales(
+    logits: Sequence[Tensor], label: Tensor, loss: Callable[[Tensor, Tensor], Tensor], scales: int | None = None
+) -> Tensor:
     """The weighted mean of a loss over resolutions, the weight halved at each coarser one.
 
     Args:
@@ -22,12 +24,13 @@ def over_scales(logits: Sequence[Tensor], label: Tensor, loss: Callable[[Tensor,
         label: class indices `(B, 1, D, H, W)`, any integer type.
         loss: takes one resolution's logits in float32 and the label resampled to it by nearest neighbour, without a
             shift.
+        scales: resolutions with a weight, from the finest; coarser ones have the weight 0. None: all.
 
     Returns:
         A scalar in float32.
     """
     target = label.float()
-    weights = [0.5**level for level in range(len(logits))]
+    weights = [0.5**level if scales is None or level < scales else 0.0 for level in range(len(logits))]
     total = target.new_zeros(())
     for weight, out in zip(weights, logits, strict=True):
         total = total + weight * loss(out.float(), F.interpolate(target, out.shape[2:], mode="nearest-exact"))
@@ -44,14 +47,16 @@ class DeeplySupervisedDiceCE(nn.Module):
         background_weight: of a background voxel in the cross-entropy, where that of a labelled one is 1: small where
             the labels take little of the volume. A network may else predict background everywhere, where the gradient
             of Dice is small, and stay there.
+        scales: resolutions with a weight, see `over_scales`.
         ignored: class index of voxels that are ignored.
 
     Raises:
-        ValueError: a weight outside (0, 1].
+        ValueError: a weight outside (0, 1], or fewer than 1 resolution.
     """
 
-    def __init__(self, *, background_weight: float = 1.0, ignored: int = IGNORED) -> None:
+    def __init__(self, *, background_weight: float = 1.0, scales: int | None = None, ignored: int = IGNORED) -> None:
         super().__init__()
+        self.scales = _checked_scales(scales)
         if not 0 < background_weight <= 1:
             raise ValueError(f"method.background_weight={background_weight}: must be in (0, 1]")
         self.background_weight, self.ignored = background_weight, ignored
@@ -64,7 +69,7 @@ class DeeplySupervisedDiceCE(nn.Module):
             logits: from the finest `(B, K, D, H, W)` to the coarsest.
             label: class indices `(B, 1, D, H, W)`, any integer type.
         """
-        return over_scales(logits, label, self._at_one_scale)
+        return over_scales(logits, label, self._at_one_scale, self.scales)
 
     def _at_one_scale(self, logits: Tensor, target: Tensor) -> Tensor:
         counted = target != self.ignored
@@ -84,11 +89,16 @@ class DeeplySupervisedRegionLoss(nn.Module):
 
     Args:
         regions: class indices of each region.
+        scales: resolutions with a weight, see `over_scales`.
         ignored: class index of voxels that are ignored.
+
+    Raises:
+        ValueError: fewer than 1 resolution.
     """
 
-    def __init__(self, regions: Sequence[Sequence[int]], *, ignored: int = IGNORED) -> None:
+    def __init__(self, regions: Sequence[Sequence[int]], *, scales: int | None = None, ignored: int = IGNORED) -> None:
         super().__init__()
+        self.scales = _checked_scales(scales)
         self.regions, self.ignored = [list(values) for values in regions], ignored
         self.dice = MaskedDiceLoss(sigmoid=True)
 
@@ -99,7 +109,7 @@ class DeeplySupervisedRegionLoss(nn.Module):
             logits: from the finest `(B, R, D, H, W)` to the coarsest.
             label: class indices `(B, 1, D, H, W)`, any integer type.
         """
-        return over_scales(logits, label, self._at_one_scale)
+        return over_scales(logits, label, self._at_one_scale, self.scales)
 
     def _at_one_scale(self, logits: Tensor, target: Tensor) -> Tensor:
         counted = target != self.ignored
@@ -108,6 +118,12 @@ class DeeplySupervisedRegionLoss(nn.Module):
         dice = self.dice(logits, inside, counted)
         voxels = F.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(dim=1)
         return dice + _mean_of_counted(voxels * counted[:, 0], counted[:, 0])
+
+
+def _checked_scales(scales: int | None) -> int | None:
+    if scales is not None and scales < 1:
+        raise ValueError(f"method.scales={scales}: give 1 or more resolutions, or null for all")
+    return scales
 
 
 def _mean_of_counted(voxels: Tensor, counted: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class SASwinPretraining(nn.Module):
         rotation, contrastive, inpainting, symmetry: weights of the tasks' losses.
         form: of the symmetry loss, `"cosine"` or `"bce"`.
         temperature: initial temperature of the contrastive loss.
+        learn_temperature: False keeps it, as released.
         cutout: largest fraction of a view's voxels that boxes of noise hide, and again boxes of another sample.
 
     Raises:
@@ -66,6 +67,7 @@ class SASwinPretraining(nn.Module):
         symmetry: float = 0.5,
         form: str = "cosine",
         temperature: float = 0.5,
+        learn_temperature: bool = True,
         cutout: float = 0.3,
     ) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class SASwinPretraining(nn.Module):
             raise ValueError(f"method.cutout={cutout}: must be in [0, 1)")
         self.model, self.cutout = model, cutout
         self.weights = dict(rotation=rotation, contrastive=contrastive, inpainting=inpainting, symmetry=symmetry)
-        self.contrast, self.symmetry = NTXent(temperature), SymmetryLoss(form)
+        self.contrast, self.symmetry = NTXent(temperature, learn_temperature), SymmetryLoss(form)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image", "mirror", "seed", and optionally "health" `(B,)` (see `SymmetryLoss`).

@@ -25,14 +25,17 @@ class Segmentation(nn.Module):
     Args:
         model: the network; its `out_channels` is the number of classes, background included.
         background_weight: of a background voxel in the cross-entropy, see `DeeplySupervisedDiceCE`.
+        scales: resolutions whose loss has a weight, from the finest; None: all.
 
     Raises:
-        ValueError: a model that is not a segmentation network, or a weight outside (0, 1].
+        ValueError: a model that is not a segmentation network, a weight outside (0, 1], or no resolution.
     """
 
     task = "segmentation"
 
-    def __init__(self, *, model: SegmentationNetwork, background_weight: float = 1.0) -> None:
+    def __init__(
+        self, *, model: SegmentationNetwork, background_weight: float = 1.0, scales: int | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(model, SegmentationNetwork):
             raise ValueError(
@@ -40,7 +43,7 @@ class Segmentation(nn.Module):
                 f"{type(model).__name__}"
             )
         self.model = model
-        self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=background_weight)
+        self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=background_weight, scales=scales)
 
     @property
     def mirrored(self) -> bool:
@@ -64,20 +67,23 @@ class RegionSegmentation(Segmentation):
     Args:
         model: the network; its `out_channels` is the number of regions.
         regions: name -> class indices.
+        scales: as for `Segmentation`.
 
     Raises:
         ValueError: a model that is not a segmentation network or has another number of channels; regions that cannot
             be converted to labels, see `asa.ops.nested.painting_order`.
     """
 
-    def __init__(self, *, model: SegmentationNetwork, regions: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, *, model: SegmentationNetwork, regions: Mapping[str, Sequence[int]], scales: int | None = None
+    ) -> None:
         super().__init__(model=model)
         self.order = painting_order(regions)
         if model.out_channels != len(regions):
             raise ValueError(
                 f"the network has {model.out_channels} output channels for {len(regions)} regions: one each is needed"
             )
-        self.loss = DeeplySupervisedRegionLoss(list(regions.values()))
+        self.loss = DeeplySupervisedRegionLoss(list(regions.values()), scales=scales)
 
     def label_map(self, logits: Tensor) -> Tensor:
         """Class indices of a volume's logits: `(R, D, H, W)` -> `(D, H, W)`."""

@@ -180,6 +180,18 @@ def test_the_loss_is_dice_plus_cross_entropy_halved_at_each_scale() -> None:
     torch.testing.assert_close(DeeplySupervisedDiceCE()(logits, label), expected / 1.75)
 
 
+def test_scales_beyond_the_weighted_ones_change_neither_the_loss_nor_the_other_weights() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(2, 3, 16 // 2**k, 16, 16, requires_grad=True) for k in range(3)]
+    label = torch.randint(3, (2, 1, 16, 16, 16))
+    found = DeeplySupervisedDiceCE(scales=2)(logits, label)
+    torch.testing.assert_close(found, DeeplySupervisedDiceCE()(logits[:2], label))
+    found.backward()
+    assert not logits[2].grad.any() and logits[1].grad.any()
+    with pytest.raises(ValueError, match="method.scales=0"):
+        DeeplySupervisedDiceCE(scales=0)
+
+
 def test_micro_batches_give_the_loss_of_the_whole_batch() -> None:
     logits, label = [torch.randn(4, 3, 8, 8, 8), torch.randn(4, 3, 4, 4, 4)], torch.randint(0, 3, (4, 1, 8, 8, 8))
     loss = DeeplySupervisedDiceCE()

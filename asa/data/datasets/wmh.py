@@ -1,6 +1,7 @@
 """WMH Segmentation Challenge: T1, FLAIR and white-matter hyperintensities of several scanners (https://wmh.isi.uu.nl)."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, first_file, sorted_records
@@ -11,7 +12,7 @@ CHANNELS = {"t1": "T1", "flair": "FLAIR"}
 RELEASES = ("training", "test", "public")  # folders of the release, above those of the sites
 
 
-def records(root: str | Path, *, label: bool = True) -> list[Record]:
+def records(root: str | Path, *, channels: Sequence[str] = tuple(CHANNELS), label: bool = True) -> list[Record]:
     """Records of `[training/|test/]SITE/SUBJECT/pre/T1.nii.gz`, `pre/FLAIR.nii.gz` and `wmh.nii.gz`.
 
     A site is one folder or two: Amsterdam/GE3T is the site Amsterdam_GE3T. Id and subject are SITE_SUBJECT, because
@@ -19,15 +20,18 @@ def records(root: str | Path, *, label: bool = True) -> list[Record]:
 
     Args:
         root: folder of the sites, or of `training` and `test`.
+        channels: t1, flair or both, in the order of the store.
         label: False for scans without `wmh.nii.gz`.
 
     Returns:
-        Records sorted by id, channels t1 and flair, each with its site.
+        Records sorted by id, each with its site.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: nothing found, a scan that repeats, or a root too far above the sites.
+        ValueError: unknown channels, nothing found, a scan that repeats, or a root too far above the sites.
     """
+    if not channels or isinstance(channels, str) or set(channels) - set(CHANNELS):
+        raise ValueError(f"data.channels={channels}: choose from [{', '.join(CHANNELS)}]")
     root = existing_folder(root, "the sites, Utrecht, Singapore, ...")
     patterns = [f"{above}/pre/{file}.nii.gz" for above in ("*/*", "*/*/*", "*/*/*/*") for file in CHANNELS.values()]
     folders = {path.parent.parent for pattern in patterns for path in root.glob(pattern)}
@@ -39,7 +43,7 @@ def records(root: str | Path, *, label: bool = True) -> list[Record]:
             raise ValueError(f"{folder}: too deep below the root; give the folder that holds Utrecht, Singapore, ...")
         site = "_".join(_clean(part) for part in site_folders)
         name = f"{site}_{_clean(number)}"
-        images = {channel: first_file(folder / "pre" / f"{file}.nii.gz") for channel, file in CHANNELS.items()}
+        images = {channel: first_file(folder / "pre" / f"{CHANNELS[channel]}.nii.gz") for channel in channels}
         record: Record = {"id": name, "subject": name, "site": site, "images": images}
         if label:
             record["label"] = str(folder.absolute() / "wmh.nii.gz")

@@ -355,6 +355,14 @@ def lesions(*folders: str) -> list[str]:
     return [f"{folder}/{file}.nii.gz" for folder in folders for file in ("orig/T1", "pre/T1", "pre/FLAIR", "wmh")]
 
 
+def test_wmh_can_be_read_with_t1_alone_as_in_the_asa_paper(tmp_path):
+    root = plant(tmp_path, *lesions("Utrecht/0"))
+    (both,), (one,) = wmh.records(root), wmh.records(root, channels=["t1"])
+    assert list(both["images"]) == ["t1", "flair"] and one["images"] == {"t1": both["images"]["t1"]}
+    with pytest.raises(ValueError, match=r"data.channels=\['t2'\]: choose from \[t1, flair\]"):
+        wmh.records(root, channels=["t2"])
+
+
 def test_wmh_knows_the_sites_of_the_first_release(tmp_path):
     found = wmh.records(plant(tmp_path, *lesions("Utrecht/0", "Singapore/50", "GE3T/100", "Amsterdam/GE3T/100")))
     assert [(record["id"], record["site"]) for record in found] == [
