@@ -142,7 +142,7 @@ def test_the_public_names_need_no_extra() -> None:
         "for name in asa.models.__all__: getattr(asa.models, name)\n"
         "import asa.cli.phantom, asa.cli.prepare, asa.cli.pretrain\n"
         "import asa.cli.finetune, asa.cli.predict, asa.cli.evaluate, asa.cli.export, asa.cli.ablate\n"
-        "import asa.cli.regions, asa.cli.simulate, asa.cli.orient\n"
+        "import asa.cli.regions, asa.cli.simulate, asa.cli.orient, asa.cli.dicom\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

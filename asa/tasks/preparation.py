@@ -1,6 +1,5 @@
 """Preparation: raw scans to a store, checked, parallel and resumable; their quality control; a store's checksums."""
 
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -37,7 +36,7 @@ def prepare_task(config: Config) -> None:
     report = prepare_cohort(records, target, cohort, workers=config["workers"], on_scan=on_scan)
     _print(report, "nothing written" if check == "only" else str(out))
     if quality:
-        quality.finish(asdict(cohort.settings))
+        quality.finish(cohort.settings.as_json())
         print(f"wrote {quality.folder / TABLE} and {quality.folder / PAGE}")
     if report.failures:
         raise ValueError(f"{len(report.failures)} scans failed, listed above: fix or leave them out, and run again")

@@ -19,6 +19,8 @@ from asa.errors import require
 IMAGE, MASK = "{image}", "{mask}"  # placeholders for files in a command
 N4_SPACING = 4.0  # mm: the field is smooth, so it is estimated on a coarse copy
 N4_ITERATIONS = (50, 50, 30)
+TISSUE_HU = -300.0  # between air, -1000 HU, and fat, -100 HU
+OPENING_MM = 2.0  # what is thinner than twice this, like a table top or a headrest's shell, is parted from the head
 
 
 def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.ndarray:
@@ -57,6 +59,33 @@ def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.
             raise ValueError(f"N4 fails ({reason}); check the image") from None
         counted = inside & (sitk.GetArrayFromImage(mask) > 0)
     return np.where(inside, image * (float(field[counted].mean()) / field), 0).astype(np.float32)
+
+
+def head_of_ct(image: np.ndarray, spacing: Lengths) -> np.ndarray:
+    """The head in a CT scan: the largest part above -300 HU and what it encloses, without table and headrest.
+
+    Args:
+        image: (D, H, W) in HU.
+        spacing: voxel size in mm.
+
+    Returns:
+        Bool (D, H, W). A scan without air, as it is after skull stripping, has its voxels other than 0 instead.
+
+    Raises:
+        ValueError: nothing above -300 HU.
+    """
+    tissue = image > TISSUE_HU
+    if tissue.all():
+        return image != 0
+    width = [
+        2 * round(min(OPENING_MM / side, (size - 1) / 4)) + 1 for side, size in zip(spacing, image.shape, strict=True)
+    ]
+    core, count = ndimage.label(ndimage.minimum_filter(tissue, size=width, mode="nearest"))
+    if not count:
+        raise ValueError(f"window= is for CT in HU, and hardly a voxel is above {TISSUE_HU:g}: check the image")
+    largest = core == np.bincount(core.ravel())[1:].argmax() + 1
+    head = tissue & ndimage.maximum_filter(largest, size=width, mode="nearest")
+    return np.stack([ndimage.binary_fill_holes(part) for part in head])
 
 
 def brain_mask(method: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def _header(records: Sequence[Record], cohort: CohortSettings) -> dict[str, Any]
         "format": FORMAT,
         "asa": __version__,
         "software": {name: version for name in SOFTWARE if (version := _version(name))},
-        "settings": asdict(cohort.settings),
+        "settings": cohort.settings.as_json(),
         "channels": list(records[0]["images"]),
         "labels": {str(value): name for value, name in cohort.labels.items()},
         "ignored": list(cohort.ignored),

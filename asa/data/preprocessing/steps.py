@@ -5,8 +5,8 @@ A stage changes a case in place and returns the parameters that its inverse need
 """
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from asa.data.io.nifti import axis_codes, from_ras, spacing_of, to_ras
 from asa.data.preprocessing.alignment import align
-from asa.data.preprocessing.brain import TOOLS, brain_mask, correct_bias
+from asa.data.preprocessing.brain import TOOLS, brain_mask, correct_bias, head_of_ct
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
 from asa.data.preprocessing.template import brain_centre
@@ -32,8 +32,9 @@ class PrepareSettings:
 
     The foreground of a channel is its voxels other than 0. An image with (almost) no voxels at 0, like a raw head with
     noise in the air, has no such background: all of it is foreground. After skull stripping the foreground is the brain
-    mask. Stages that use one channel (strip, registration, mid-sagittal plane) use the first one that the scan has, and
-    apply the result to all.
+    mask. With `window`, for CT, it is the head: see `asa.data.preprocessing.brain.head_of_ct`.
+    Stages that use one channel (strip, registration, mid-sagittal plane) use the first one that the scan has, and apply
+    the result to all.
 
     Args:
         bias: correct the bias field of each channel (N4).
@@ -44,6 +45,7 @@ class PrepareSettings:
         midway: midway alignment: rotate and shift the scan so that its mid-sagittal plane is the middle of the volume.
         normalise: "percentile" maps the 0.5 and 99.9 percentiles of the foreground to 0 and 1, clipped; "zscore" gives
             the foreground zero mean and unit SD. The background is 0 in both. Per channel.
+        window: for CT, in place of `normalise`: the values in HU that become 0 and 1, clipped, in every channel.
         spacing: isotropic voxel size in mm to resample to; None keeps the grid of the scan.
         crop: "foreground" (the bounding box of the foreground of any channel, with a margin), "none", or a size, one
             int or D, H, W: a box of this size around the centre of the foreground's bounding box, padded with 0 where
@@ -58,6 +60,7 @@ class PrepareSettings:
     register: bool = False
     midway: bool = False
     normalise: str = "percentile"
+    window: list[float] | None = None
     spacing: float | None = None
     crop: str | int | list[int] = "foreground"
     margin: int = 4
@@ -72,6 +75,8 @@ class PrepareSettings:
             )
         if self.normalise not in ("percentile", "zscore"):
             raise ValueError(f"normalise={self.normalise!r}: choose percentile or zscore")
+        if self.window is not None:
+            self._check_window(self.window)
         if self.spacing is not None and not 0.1 <= self.spacing <= 20:
             raise ValueError(f"spacing={self.spacing}: give a voxel size from 0.1 to 20 mm, or null to keep the grid")
         if self.margin < 0:
@@ -88,6 +93,31 @@ class PrepareSettings:
         width = self.crop[2] if isinstance(self.crop, list) else self.crop
         if (self.register or self.midway) and isinstance(width, int) and width % 2:
             raise ValueError(f"crop={self.crop!r}: an even width keeps the mid-sagittal plane in the middle; give one")
+
+    def _check_window(self, window: Sequence[float]) -> None:
+        try:
+            low, high = (float(value) for value in window)
+        except (TypeError, ValueError):
+            low, high = 0.0, 0.0
+        if not low < high:
+            raise ValueError(
+                f"window={window!r}: give the HU that become 0 and 1, like [0, 80] for brain in CT, or null"
+            )
+        object.__setattr__(self, "window", [low, high])
+        if self.bias:
+            raise ValueError("window= is for CT, which has no bias field: leave out bias")
+        if self.strip in TOOLS:
+            raise ValueError(
+                f"strip={self.strip} is made for T1-weighted MR, and there is no skull strip for CT here: give "
+                "strip=none, which keeps the skull, or a command with {image} and {mask} that strips CT in HU"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as a store and a checkpoint keep them; `window`, which is newer than they are, only if used."""
+        settings = asdict(self)
+        if self.window is None:
+            del settings["window"]
+        return settings
 
 
 @dataclass
@@ -137,6 +167,8 @@ def _orient(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     case.image = np.stack([reoriented(channel) for channel in case.image])
     case.label = None if case.label is None else reoriented(case.label)
     case.foreground = _foreground(case.image)
+    if settings.window is not None:
+        case.foreground = np.stack([head_of_ct(channel, case.spacing) for channel in case.image])
     for channel in case.absent:
         case.foreground[channel] = False
     return {"from": code, "axes": axes}
@@ -178,6 +210,14 @@ def _strip(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     return {"method": settings.strip}
 
 
+def _window(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
+    if settings.window is None:
+        return None
+    low, high = settings.window
+    case.image = np.clip((case.image - low) / (high - low), 0, 1, dtype=np.float32) * case.foreground
+    return {"low": low, "high": high}
+
+
 def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     alignment = align(
         case.image[case.first],
@@ -217,7 +257,10 @@ def _undo_align(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarr
     return np.stack([sample_affine(channel, inverse, before, order) for channel in array])
 
 
-def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any]:
+def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
+    if settings.window is not None:  # scaled before the alignment, which adds the value 0 outside
+        case.image[~case.foreground] = 0
+        return None
     names = ("low", "high") if settings.normalise == "percentile" else ("mean", "sd")
     used: dict[str, list[float]] = {name: [] for name in names}
     for number, (channel, inside) in enumerate(zip(case.image, case.foreground, strict=True)):
@@ -326,6 +369,7 @@ STAGES = (
     Stage("orient", _orient, _undo_orient),
     Stage("bias", _bias),
     Stage("strip", _strip),
+    Stage("window", _window),
     Stage("align", _align, _undo_align),
     Stage("normalise", _normalise),
     Stage("crop", _crop, _undo_crop),

@@ -258,6 +258,62 @@ def test_invalid_settings_are_refused(wrong):
         PrepareSettings(**wrong)
 
 
+# ---------------------------------------------------------------------------------------------- CT
+
+
+def head_ct(spacing: tuple[float, float, float] = (2.0, 2.0, 3.0)) -> tuple[Volume, np.ndarray]:
+    """A made-up head CT in HU (x, y, z), with a skull, ventricles, sinuses and a table; and its head, bool."""
+    shape = tuple(int(230 / side) for side in spacing)
+    affine = centred(shape, np.diag(spacing))
+    x, y, z = np.moveaxis(
+        np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1) @ np.diag(spacing), -1, 0
+    )
+    x, y, z = (axis - axis.mean() for axis in (x, y, z))
+    radius = np.sqrt((x / 72) ** 2 + (y / 90) ** 2 + (z / 80) ** 2)
+    hu = np.select([radius < 0.88, radius < 0.96, radius < 1], [35.0, 1000.0, 40.0], -1000.0) + x / 10
+    hu[np.sqrt(x**2 + y**2 + z**2) < 20] = 5  # ventricles
+    hu[np.sqrt(x**2 + (y - 60) ** 2 + (z + 20) ** 2) < 10] = -1000  # a sinus
+    hu[(np.abs(y + 105) < 2) & (np.abs(x) < 100)] = 200  # the table
+    return volume(hu.astype(np.float32), affine), radius < 1
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 2.0, 3.0), (1.5, 1.5, 6.0)])
+def test_the_foreground_of_ct_is_the_head_without_air_and_table_and_with_its_sinuses(spacing):
+    scanned, head = head_ct(spacing)
+    case = prepare_case({"ct": scanned}, None, {}, PrepareSettings(window=[0, 80], crop="none"))
+    assert dice(case.brain, head.transpose(2, 1, 0)) > 0.99
+    expected = np.where(case.brain, np.clip(scanned.data.transpose(2, 1, 0) / 80, 0, 1), 0)
+    np.testing.assert_allclose(case.image[0], expected, atol=1e-6)
+    cropped = prepare_case({"ct": scanned}, None, {}, PrepareSettings(window=[0, 80], margin=0)).image
+    assert cropped.shape[2] * spacing[1] < 190  # 180 mm of head: neither air nor table
+    aligned = prepare_case({"ct": scanned}, None, {}, PrepareSettings(window=[0, 80], midway=True, spacing=3.0))
+    assert aligned.image.min() == 0 and aligned.image.max() == 1 and abs(aligned.quality["shift_mm"]) < 0.5
+
+
+def test_a_ct_window_needs_ct_and_what_is_for_mr_is_refused():
+    with pytest.raises(ValueError, match="a: window= is for CT in HU"):
+        prepare_case({"ct": volume(np.full((9, 9, 9), -1000.0))}, None, {}, PrepareSettings(window=[0, 80]), name="a")
+    stripped, head = head_ct()
+    stripped = volume(np.where(head, np.maximum(stripped.data, 1), 0))
+    case = prepare_case({"ct": stripped}, None, {}, PrepareSettings(window=[0, 80], crop="none"))
+    assert np.array_equal(case.brain, head.transpose(2, 1, 0))
+    for wrong, said in (
+        ({"window": [80, 0]}, "window=.*like"),
+        ({"window": [0]}, "window="),
+        ({"window": "brain"}, "window="),
+        ({"window": [0, 80], "bias": True}, "no bias field"),
+        ({"window": [0, 80], "strip": "robex"}, "no skull strip for CT"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            PrepareSettings(**wrong)
+
+
+def test_settings_without_a_window_are_those_of_stores_made_before_there_was_one():
+    assert "window" not in PrepareSettings().as_json()
+    settings = PrepareSettings(window=[0, 80])
+    assert PrepareSettings(**json.loads(json.dumps(settings.as_json()))) == settings
+
+
 # ---------------------------------------------------------------------------------------------- a cohort
 
 
