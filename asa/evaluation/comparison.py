@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -11,11 +11,23 @@ import numpy as np
 
 from asa import __version__
 from asa.evaluation.policies import RESTORATION, MetricInfo, PolicyInfo, get_policy, restoration_policy
-from asa.evaluation.statistics import INTERVAL, LEVEL, RESAMPLES, SEED, bootstrap_interval, holm, nullable, wilcoxon_p
+from asa.evaluation.statistics import (
+    ALPHA,
+    INTERVAL,
+    LEVEL,
+    POWER,
+    RESAMPLES,
+    SEED,
+    bootstrap_interval,
+    detectable_difference,
+    holm,
+    nullable,
+    wilcoxon_p,
+)
 from asa.evaluation.summary import Statistic, aligned, listed, number_text, statistic
 
-HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "better / worse / equal"]
-HEADINGS += ["p", "p (Holm)", "pairs"]
+HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "detectable"]
+HEADINGS += ["better / worse / equal", "p", "p (Holm)", "pairs"]
 MIN_PAIRS = 6  # with fewer pairs, the p of a two-sided signed-rank test cannot be below 0.05
 
 
@@ -27,12 +39,14 @@ class Run:
         setting: policy, labels, regions and ignored labels, or the data range of images; must be equal in all runs.
         values: (case id, region) -> metric name -> value, NaN if undefined.
         truths: (case id, region) -> identifies the truth, like "500 voxels"; must be equal in all runs.
+        files: case id -> paths of its "prediction", "truth" and "image", for figures; cases may be missing.
     """
 
     name: str
     setting: dict[str, Any]
     values: dict[tuple[str, str], dict[str, float]]
     truths: dict[tuple[str, str], str]
+    files: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
 
     @property
     def case_ids(self) -> list[str]:
@@ -46,6 +60,8 @@ class Difference:
 
     Args:
         low, high: bootstrap interval of the mean.
+        detectable: smallest mean difference that these pairs could have shown, see `detectable_difference`; NaN below
+            `MIN_PAIRS` pairs, which cannot show any.
         better, worse: number of cases in which the run is better or worse than the first.
         p: of Wilcoxon's signed-rank test, two-sided.
         p_holm: p corrected for all tests of the comparison.
@@ -56,6 +72,7 @@ class Difference:
     mean: float
     low: float
     high: float
+    detectable: float
     better: int
     worse: int
     p: float
@@ -155,7 +172,8 @@ def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm
     up, down = int(np.count_nonzero(used > 0)), int(np.count_nonzero(used < 0))
     better, worse = (up, down) if metric.higher_is_better else (down, up)
     mean = float(used.mean()) if used.size else math.nan
-    return Difference(mean, low, high, better, worse, p, p_holm, used.size, differences.size)
+    detectable = detectable_difference(used) if used.size >= MIN_PAIRS else math.nan
+    return Difference(mean, low, high, detectable, better, worse, p, p_holm, used.size, differences.size)
 
 
 def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -197,7 +215,9 @@ def notes(comparison: Comparison) -> list[str]:
         f"{len(comparison.case_ids)} cases; pairs are the cases in which both are defined.",
         f"Intervals: {LEVEL * 100:g} % bootstrap over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
         f"two-sided; Holm's correction is for the {tests} test{'' if tests == 1 else 's'} of this table.",
-        "They say what to expect of other cases like these from these same runs, not of other training runs.",
+        f"Detectable: the smallest mean difference that so many cases, as variable as these, show in {POWER:.0%} of "
+        f"repeats with p below {ALPHA:g}, before correction. Smaller ones may exist where none is significant.",
+        "All of them say what to expect of other cases like these from these same runs, not of other training runs.",
     ]
     if any(difference.used < MIN_PAIRS for difference in comparison.differences.values()):
         text.append(f"With fewer than {MIN_PAIRS} pairs no such p can be below 0.05, however large the difference.")
@@ -258,12 +278,13 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
 
 
 def difference_cells(difference: Difference | None, digits: int) -> list[str]:
-    """Difference, counts, both p and pairs as text for a table; empty cells for the first run."""
+    """Difference, detectable difference, counts, both p and pairs as text for a table; empty for the first run."""
     if difference is None:
         return [""] * (len(HEADINGS) - 4)
     equal = difference.used - difference.better - difference.worse
     return [
         mean_text(difference, digits, sign="+"),
+        "none" if math.isnan(difference.detectable) else f"{difference.detectable:.{digits}f}",
         f"{difference.better} / {difference.worse} / {equal}",
         _p_text(difference.p),
         _p_text(difference.p_holm),

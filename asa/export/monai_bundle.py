@@ -151,9 +151,11 @@ def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dic
                 "image": {
                     **tensor,
                     "format": "magnitude",
-                    "modality": "MR",
+                    "modality": "CT" if "window" in prepare else "MR",
                     "num_channels": len(channels),
-                    "value_range": [0, 1] if prepare.get("normalise", "percentile") == "percentile" else [],
+                    "value_range": [0, 1]
+                    if "window" in prepare or prepare.get("normalise", "percentile") == "percentile"
+                    else [],
                     "channel_def": {str(k): name for k, name in enumerate(channels)},
                 }
             },

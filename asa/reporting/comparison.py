@@ -1,16 +1,22 @@
-"""The page of a comparison: table, plots of the paired differences, cases that differ most."""
+"""The page of a comparison: table, plots of the paired differences, cases that differ most, and their overlays."""
 
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from asa.evaluation.comparison import Comparison, difference_cells, mean_text, notes, paired_differences
 from asa.evaluation.policies import MetricInfo
 from asa.evaluation.summary import number_text
+from asa.reporting.evaluation import case_volumes, colour_indices
+from asa.reporting.figures import central_slices, encode_png, hex_colour, label_colours, overlay_panel
 from asa.reporting.pages import data_uri, require_for_page, write_page
 from asa.reporting.plots import difference_plots
 
 EXTREMES = 5  # largest losses listed, and as many of the largest gains
+OVERLAYS = 2  # cases drawn of each
+PANEL_WIDTH = 1160  # pixels
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
@@ -20,6 +26,8 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         ImportError: the `report` extra is not installed.
     """
     require_for_page(path)
+    extremes = _extremes(comparison)
+    overlays = [figure for row in _shown(extremes) if (figure := _overlay(comparison, row)) is not None]
     write_page(
         path,
         "comparison.html.j2",
@@ -29,7 +37,9 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         notes=notes(comparison),
         table=[(metric, _table(comparison, metric)) for metric in comparison.metrics],
         plots=data_uri(difference_plots(comparison)),
-        extremes=_extremes(comparison),
+        extremes=extremes,
+        overlays=overlays,
+        labels=_legend(comparison),
     )
 
 
@@ -69,3 +79,68 @@ def _extremes(comparison: Comparison) -> list[dict[str, str]]:
         }
         for gain, case_id, region, run in losses[:EXTREMES] + gains[::-1][:EXTREMES]
     ]
+
+
+# ---- overlays of label maps ----
+
+
+def _shown(extremes: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows whose cases are drawn: the largest losses and gains, each case once."""
+    rows: dict[str, dict[str, str]] = {}
+    for kind in ("worse", "better"):
+        found = list(dict.fromkeys(row["case"] for row in extremes if row["kind"] == kind))
+        chosen = [case_id for case_id in found if case_id not in rows][:OVERLAYS]
+        rows |= {case_id: next(row for row in extremes if row["case"] == case_id) for case_id in chosen}
+    return list(rows.values())
+
+
+def _names(comparison: Comparison) -> dict[int, str]:
+    """Label value -> name of what is drawn; none for images."""
+    setting = comparison.runs[0].setting
+    names = {int(value): name for value, name in setting.get("labels", {}).items()}
+    return names | {value: f"ignored ({value})" for value in setting.get("ignored labels", []) if value not in names}
+
+
+def _legend(comparison: Comparison) -> list[tuple[str, str]]:
+    names = list(_names(comparison).values())
+    return [(name, hex_colour(colour)) for name, colour in zip(names, label_colours(len(names)), strict=True)]
+
+
+def _overlay(comparison: Comparison, row: dict[str, str]) -> dict[str, Any] | None:
+    """Truth and every run's label map of a case on the same slices; None where a file is not recorded or has gone."""
+    case_id, region, first = row["case"], row["region"], comparison.runs[0]
+    files = [run.files.get(case_id, {}) for run in comparison.runs]
+    needed = [files[0].get("truth"), *(paths.get("prediction") for paths in files)]
+    image = files[0].get("image")
+    paths = [Path(path) for path in (*needed, image) if path is not None]
+    if None in needed or not all(path.is_file() for path in paths):
+        return None
+    truth, predictions, volume, spacing = case_volumes(
+        case_id, paths[0], paths[1 : len(needed)], None if image is None else Path(image)
+    )
+    inside = np.isin(truth, first.setting["regions"][region])
+    for prediction in () if inside.any() else predictions:
+        inside |= np.isin(prediction, first.setting["regions"][region])
+    values = list(_names(comparison))
+    maps = [colour_indices(labels, values) for labels in (truth, *predictions)]
+    columns = ["Truth", *(run.name for run in comparison.runs)]
+    columns = columns if volume is None else ["Image", *columns]
+    metric = comparison.metrics[0]
+    scores = [
+        f"{run.name} {number_text(run.values[case_id, region][metric.name], metric.digits)}" for run in comparison.runs
+    ]
+    panel = overlay_panel(
+        volume,
+        maps,
+        colours=[label_colours(len(values))] * len(maps),
+        at=central_slices(inside) if inside.any() else None,
+        spacing=spacing,
+        tile_width=PANEL_WIDTH // len(columns),
+    )
+    return {
+        "id": case_id,
+        "title": f"{case_id}, {region}: {metric.title} {', '.join(scores)}",
+        "columns": columns,
+        "panel": data_uri(encode_png(panel)),
+        "width": panel.shape[1],
+    }

@@ -144,14 +144,14 @@ def _case_figure(title: str, files: CaseFiles, summary: SegmentationSummary) -> 
     rows.sort(key=lambda row: _badness(metric, row.values[metric.name]), reverse=True)
     focus = rows[0].label
 
-    volumes, spacing = _case_volumes(files)
-    truth, prediction, image = volumes["truth"], volumes["prediction"], volumes.get("image")
+    assert files.prediction is not None, "a case without a prediction has no score and no figure"
+    truth, (prediction,), image, spacing = case_volumes(files.case_id, files.truth, [files.prediction], files.image)
     region = np.isin(truth, summary.regions[focus]) | np.isin(prediction, summary.regions[focus])
     if not region.any():
         region |= truth != 0
     at = central_slices(region) if region.any() else tuple(side // 2 for side in truth.shape)
     names = summary.labels | {v: f"ignored ({v})" for v in summary.policy.ignored if v not in summary.labels}
-    maps = [_colour_indices(truth, list(names)), _colour_indices(prediction, list(names))]
+    maps = [colour_indices(truth, list(names)), colour_indices(prediction, list(names))]
     colours = label_colours(len(names))
     columns = ["Image", "Truth", "Prediction", "Differences"][image is None :]
     panel = overlay_panel(
@@ -178,26 +178,35 @@ def _case_figure(title: str, files: CaseFiles, summary: SegmentationSummary) -> 
     }
 
 
-def _case_volumes(files: CaseFiles) -> tuple[dict[str, np.ndarray], tuple[float, float, float]]:
-    """A case's volumes in RAS `(D, H, W)`, cropped to the head, and their voxel size along D, H, W in mm."""
-    assert files.prediction is not None, "a case without a prediction has no score and no figure"
-    truth = read_label(files.truth)
-    native = {"truth": truth.data, "prediction": read_label(files.prediction).data}
-    if files.image is not None:
-        image = read_image(files.image)
-        check_same_geometry(image, truth, f"case {files.case_id}: image and truth")
-        native["image"] = image.data
-    volumes = {name: to_ras(data, truth.affine)[0].transpose(2, 1, 0) for name, data in native.items()}
-    width, height, depth = spacing_of(to_ras(truth.data, truth.affine)[1]).tolist()
-    filled = (volumes["truth"] != 0) | (volumes["prediction"] != 0)
-    if "image" in volumes:
-        filled |= volumes["image"] > volumes["image"].min()
+Lengths = tuple[float, float, float]
+CaseVolumes = tuple[np.ndarray, list[np.ndarray], np.ndarray | None, Lengths]
+
+
+def case_volumes(case_id: str, truth: Path, predictions: Sequence[Path], image: Path | None) -> CaseVolumes:
+    """A case's truth, predictions and image in RAS `(D, H, W)`, cropped to the head, and their voxel size in mm.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing, unreadable or on another grid.
+    """
+    reference = read_label(truth)
+    native = [reference.data, *(read_label(path).data for path in predictions)]
+    if image is not None:
+        scan = read_image(image)
+        check_same_geometry(scan, reference, f"case {case_id}: image and truth")
+        native.append(scan.data)
+    volumes = [to_ras(data, reference.affine)[0].transpose(2, 1, 0) for data in native]
+    width, height, depth = spacing_of(to_ras(reference.data, reference.affine)[1]).tolist()
+    count = 1 + len(predictions)
+    filled = np.logical_or.reduce([labels != 0 for labels in volumes[:count]])
+    if image is not None:
+        filled |= volumes[-1] > volumes[-1].min()
     head = bounding_box(filled) if filled.any() else ()
     box = tuple(slice(max(side.start - MARGIN, 0), side.stop + MARGIN) for side in head)
-    return {name: volume[box] for name, volume in volumes.items()}, (depth, height, width)
+    volumes = [volume[box] for volume in volumes]
+    return volumes[0], volumes[1:count], volumes[-1] if image is not None else None, (depth, height, width)
 
 
-def _colour_indices(data: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+def colour_indices(data: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     """Label values as their position in `labels`, from 1; background stays 0."""
     values = np.array([0, *labels])
     order = np.argsort(values)

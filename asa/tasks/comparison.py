@@ -69,4 +69,5 @@ def read_run(name: str, folder: Path) -> Run:
         raise ValueError(f"{folder}: cases.csv is not of the evaluation in summary.json: evaluate again")
     values = {(row["id"], row["label"]): {metric: float(row[metric]) for metric in metrics} for row in rows}
     unit = "" if images else " voxels"
-    return Run(name, setting, values, {(row["id"], row["label"]): f"{row[truth]}{unit}" for row in rows})
+    truths = {(row["id"], row["label"]): f"{row[truth]}{unit}" for row in rows}
+    return Run(name, setting, values, truths, summary.get("files", {}))

@@ -123,7 +123,8 @@ def evaluate_folder(
     report = Path(out) / "report.html"
     report.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
     write_whole(report.with_name("cases.csv"), cases_csv(summary).encode())
-    write_json(report.with_name("summary.json"), summary.as_json())
+    files = {case.case_id: _paths(case) for case in cases}
+    write_json(report.with_name("summary.json"), summary.as_json() | {"files": files})
     write_report(report, summary, cases)
     return summary
 
@@ -179,6 +180,12 @@ def _match(
                 raise FileNotFoundError(f"{path}: no such file; correct the path of the {what} of {case_id}")
         cases.append(case)
     return cases, unmatched
+
+
+def _paths(case: CaseFiles) -> dict[str, str | None]:
+    """Absolute paths of a case's files, with which a comparison draws them again."""
+    paths = {"prediction": case.prediction, "truth": case.truth, "image": case.image}
+    return {kind: None if path is None else str(path.absolute()) for kind, path in paths.items()}
 
 
 def _evaluate_files(job: tuple[CaseFiles, dict[int, str], Policy]) -> list[CaseRow]:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from asa.evaluation import statistics
-from asa.evaluation.statistics import bootstrap_interval, holm, wilcoxon_p
+from asa.evaluation.statistics import bootstrap_interval, detectable_difference, holm, wilcoxon_p
 
 
 def test_the_interval_of_one_value_is_undefined_and_of_equal_values_a_point():
@@ -115,3 +115,25 @@ def test_holm_controls_the_family_wise_error_rate():
     runs = np.random.default_rng(0).normal(size=(1000, 6, 20))  # six tests without a difference, a thousand times
     any_found = [min(holm([wilcoxon_p(differences) for differences in family])) < 0.05 for family in runs]
     assert np.mean(any_found) <= 0.05 + 0.02
+
+
+# --- smallest detectable difference
+
+
+@pytest.mark.parametrize("n", [6, 12, 40])
+def test_a_detectable_difference_is_found_in_four_of_five_repeats(n):
+    generator = np.random.default_rng(n)
+    pattern = generator.normal(size=n)
+    pattern = (pattern - pattern.mean()) / pattern.std(ddof=1)  # sd 1
+    difference = detectable_difference(pattern)
+    assert detectable_difference(3 * pattern + 7) == pytest.approx(3 * difference)
+    samples = generator.normal(difference, 1, (4000, n))
+    found = stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.025)
+
+
+def test_more_pairs_and_less_variation_detect_smaller_differences():
+    wide, narrow = np.array([-2.0, 2, -1, 1, 0.5, -0.5]), np.array([-0.2, 0.2, -0.1, 0.1, 0.05, -0.05])
+    assert detectable_difference(np.tile(wide, 4)) < 0.5 * detectable_difference(wide)
+    assert detectable_difference(narrow) == pytest.approx(detectable_difference(wide) / 10)
+    assert detectable_difference(np.full(8, 0.5)) == 0 and math.isnan(detectable_difference(np.array([0.3])))

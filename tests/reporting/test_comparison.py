@@ -1,6 +1,8 @@
 """Comparisons of evaluations: paired differences, runs that cannot be compared, tables and pages."""
 
+import base64
 import html
+import io
 import json
 import math
 import re
@@ -9,12 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from asa.cli import evaluate as evaluate_command
+from asa.data.io.nifti import Volume, write_image, write_label
 from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, markdown_table
 from asa.evaluation.policies import get_policy
+from asa.evaluation.statistics import detectable_difference
 from asa.evaluation.summary import CaseRow, cases_csv, summarise
+from asa.reporting import comparison as reporting
+from asa.reporting.figures import GAP
 from asa.tasks.comparison import compare_folders, read_run
+from asa.tasks.evaluation import evaluate_folder
 
 LABELS = {1: "csf", 2: "gm"}
 
@@ -93,7 +101,9 @@ def test_all_files_hold_the_same_rows(folders, tmp_path):
     for text in (*files.values(), comparison_table(found)):
         assert "Wilcoxon" in text and "Holm" in text
     for text in (files["comparison.md"], html.unescape(files["comparison.html"]), comparison_table(found)):
-        assert "+0.030 (+0.030 to +0.030)" in text and "12 / 0 / 0" in text and "<0.001" in text
+        assert (
+            "detectable" in text and "+0.030 (+0.030 to +0.030)" in text and "12 / 0 / 0" in text and "<0.001" in text
+        )
     assert len({line.count("|") for line in files["comparison.md"].splitlines() if line.startswith("|")}) == 1
 
 
@@ -209,3 +219,55 @@ def test_the_command_names_runs_by_folder_or_by_key(folders, tmp_path, monkeypat
     ):
         code, _, error = command(*arguments)
         assert code == 1 and reason in error and error.count("\n") == 1
+
+
+# --- detectable differences and overlays
+
+
+def test_too_few_pairs_detect_nothing_and_others_their_smallest_difference(folders, tmp_path):
+    found = compare_folders(folders, tmp_path / "out").differences["dice", "gm", "mae"]
+    read = {name: read_run(name, folder).values for name, folder in folders.items()}
+    pairs = [read["mae"][key]["dice"] - read["scratch"][key]["dice"] for key in read["mae"] if key[1] == "gm"]
+    assert found.detectable == pytest.approx(detectable_difference(np.array(pairs)), rel=1e-5)
+    few = {name: write_run(tmp_path / name, {"csf": [0.5, 0.6 + k / 10, 0.7]}) for k, name in enumerate("ab")}
+    assert math.isnan(compare_folders(few, tmp_path / "few").differences["dice", "csf", "b"].detectable)
+    assert "| none |" in (tmp_path / "few" / "comparison.md").read_text()
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> dict[str, Path]:
+    """Three cases: the run "same" predicts the truth, "noisy" misses more of it from case to case."""
+    truth = np.zeros((20, 24, 14), dtype=np.uint8)
+    truth[3:17, 4:20, 2:12], truth[6:14, 8:16, 4:9] = 1, 2
+    generator, like, truths, images = np.random.default_rng(0), Volume(truth, np.diag([-1.0, 1, 2, 1]), None), {}, {}
+    for k in range(3):
+        truths[f"case{k}"], images[f"case{k}"] = tmp_path / f"t{k}.nii.gz", tmp_path / f"i{k}.nii.gz"
+        write_label(truths[f"case{k}"], truth, like)
+        write_image(images[f"case{k}"], truth * 50.0, like.affine)
+        for name, missed in (("same", 0.0), ("noisy", 0.1 * (k + 1))):
+            prediction = np.where(generator.random(truth.shape) < missed, 0, truth).astype(np.uint8)
+            write_label(tmp_path / name / f"case{k}.nii.gz", prediction, like)
+    for name in ("same", "noisy"):
+        evaluate_folder(tmp_path / name, truths, LABELS, "ibsr", tmp_path / f"{name} scores", images, progress=False)
+    return {name: tmp_path / f"{name} scores" for name in ("same", "noisy")}
+
+
+def test_overlays_show_every_run_on_the_same_slice(evaluated, tmp_path):
+    comparison = compare_folders(evaluated, tmp_path / "out")
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert page.count("<img") == 1 + 2 and re.findall(r"<h3>(case\d), ", page) == ["case2", "case1"]  # largest losses
+    assert "same 1.000, noisy 0." in page
+    assert "<span>Truth</span><span>same</span><span>noisy</span>" in re.sub(r"\s", "", page)
+    drawn = reporting._overlay(comparison, {"case": "case2", "region": "gm"})
+    panel = imread(io.BytesIO(base64.b64decode(drawn["panel"].split(",")[1])))
+    step = (panel.shape[1] + GAP) // 4
+    image, truth, same, noisy = (panel[:, k * step : (k + 1) * step - GAP] for k in range(4))
+    assert np.array_equal(truth, same) and not np.array_equal(truth, noisy) and not np.array_equal(truth, image)
+
+
+def test_without_the_files_a_comparison_has_no_overlays(evaluated, tmp_path):
+    for path in (tmp_path / "noisy").iterdir():
+        path.unlink()
+    compare_folders(evaluated, tmp_path / "out")
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert page.count("<img") == 1 and "The same slices" not in page
