@@ -388,6 +388,9 @@ def test_evaluating_a_folder_writes_rows_a_summary_and_a_page(cohort, tmp_path):
     assert float(missed["ml_true"]) == pytest.approx(0.096)
 
     written = json.loads((out / "summary.json").read_text())
+    for case_id, files in written.pop("files").items():
+        assert files["prediction"] == str((predictions / f"{case_id}.nii.gz").absolute())
+        assert (files["truth"], files["image"]) == (str(truths[case_id].absolute()), str(images[case_id].absolute()))
     assert written == json.loads(json.dumps(summary.as_json()))
     assert written["policy"]["name"] == "ibsr"
     assert written["policy"]["metrics"][1]["empty_masks_count_as"]["prediction_empty"] is None
