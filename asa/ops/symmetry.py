@@ -15,9 +15,9 @@ def flip(volume: Tensor, axes: str = "W") -> Tensor:
     """The mirror image, `(..., D, H, W)` -> the same shape; by default left-right. It is its own inverse.
 
     Args:
-        axes: letters of the axes that are reversed, like "DW"; "" returns the volume.
+        axes: letters of the axes that are reversed, like "DW".
     """
-    return volume.flip([AXES[axis] for axis in axes]) if axes else volume
+    return volume.flip([AXES[axis] for axis in axes])
 
 
 def check_axes(axes: str, setting: str) -> None:

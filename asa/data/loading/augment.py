@@ -173,7 +173,7 @@ def spatial_transform(volume: Tensor, size: Sequence[int], drawn: Augmentation, 
         warp = Affine(affine=affine, spatial_size=tuple(size), padding_mode="zeros", image_only=True)
         warped = warp(volume.float(), mode="nearest" if label else "bilinear")
         volume = _plain(warped).to(volume.dtype).contiguous()
-    return flip(volume, drawn.mirror)
+    return flip(volume, drawn.mirror) if drawn.mirror else volume
 
 
 def swap_sides(label: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:

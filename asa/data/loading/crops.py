@@ -104,7 +104,7 @@ class CropDataset(Samples):
                 f"data.foreground={foreground} needs random crops of labelled scans: set data.placement=random"
             )
         self.source, self.records, self.size = source, list(records), tuple(size)
-        self.crop, self.labelled, self.augment = crop, labelled, augment
+        self.crop, self.labelled, self.augment = crop, labelled, augment or AugmentSettings()
         self.lateral_pairs, self.seed = tuple(lateral_pairs), seed
         self.foreground = foreground
         self.foregrounds: dict[str, Foreground] = {}  # by record id, made when the record is first read
@@ -122,7 +122,7 @@ class CropDataset(Samples):
         seed = sample_seed(self.seed, epoch, record_id)
         generator = torch.Generator().manual_seed(seed)
         image = self.source.image(record_id)
-        drawn = draw_augmentation(self.augment or AugmentSettings(), generator, channels=len(image))
+        drawn = draw_augmentation(self.augment, generator, channels=len(image))
         box = source_size(self.size, drawn)
         start = self._start(record_id, image.shape[1:], generator, box)
         crop = spatial_transform(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
