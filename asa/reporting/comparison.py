@@ -88,9 +88,11 @@ def _shown(extremes: list[dict[str, str]]) -> list[dict[str, str]]:
     """The rows whose cases are drawn: the largest losses and gains, each case once."""
     rows: dict[str, dict[str, str]] = {}
     for kind in ("worse", "better"):
-        found = list(dict.fromkeys(row["case"] for row in extremes if row["kind"] == kind))
-        chosen = [case_id for case_id in found if case_id not in rows][:OVERLAYS]
-        rows |= {case_id: next(row for row in extremes if row["case"] == case_id) for case_id in chosen}
+        found: dict[str, dict[str, str]] = {}
+        for row in extremes:
+            if row["kind"] == kind and row["case"] not in rows:
+                found.setdefault(row["case"], row)
+        rows |= dict(list(found.items())[:OVERLAYS])
     return list(rows.values())
 
 

@@ -265,6 +265,18 @@ def test_overlays_show_every_run_on_the_same_slice(evaluated, tmp_path):
     assert np.array_equal(truth, same) and not np.array_equal(truth, noisy) and not np.array_equal(truth, image)
 
 
+def test_the_largest_losses_and_gains_are_drawn_each_case_once_for_the_region_of_its_difference():
+    rows = [
+        {"case": case_id, "kind": kind, "region": region}
+        for case_id, kind, region in (
+            ("a", "worse", "csf"), ("a", "worse", "gm"), ("b", "worse", "gm"), ("c", "worse", "gm"),
+            ("b", "better", "csf"), ("c", "better", "csf"), ("c", "better", "gm"),
+        )
+    ]  # fmt: skip
+    shown = [(row["case"], row["kind"], row["region"]) for row in reporting._shown(rows)]
+    assert shown == [("a", "worse", "csf"), ("b", "worse", "gm"), ("c", "better", "csf")]
+
+
 def test_without_the_files_a_comparison_has_no_overlays(evaluated, tmp_path):
     for path in (tmp_path / "noisy").iterdir():
         path.unlink()
