@@ -38,6 +38,7 @@ EXPERIMENTS = {
     "sa_swin_segment": "finetune",
     "sa_swin_demo": "pretrain",
     "demo_finetune": "finetune",
+    "tissues_demo": "finetune",
 }
 
 

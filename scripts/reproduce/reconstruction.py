@@ -21,17 +21,15 @@ from asa.tasks.pretraining import reconstruction_panels
 SCALE = 2  # pixels per voxel
 
 
-def main() -> None:
+def draw(run: Path, path: Path, out: Path) -> None:
     """Draw the first scan of the run's validation part."""
-    run, path, out = (Path(argument) for argument in sys.argv[1:4])
     model, store = load_model(run), Store(path)
     assert isinstance(model, MaskedAutoencoder)
     records = select(store.records, read_split(run / "split.json")["validation"])
     batch = collate([CropDataset(store, records, model.encoder.img_size)[0, 0]])
     picture = reconstruction_panels(MaskedPretraining(model=model), batch)["reconstruction"]
     imsave(out, np.kron(picture, np.ones((SCALE, SCALE, 1), dtype=np.uint8)))
-    print(f"wrote {out}: {records[0]['id']}, {picture.shape[1] * SCALE} x {picture.shape[0] * SCALE} pixels")
 
 
 if __name__ == "__main__":
-    main()
+    draw(*(Path(argument) for argument in sys.argv[1:4]))
