@@ -9,6 +9,7 @@ import torch
 from asa.data.datasets import folder
 from asa.data.io.nifti import read_image, write_image, write_label
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.training import device
 
 # Tiny tensors: threads would cost more than they give.
 torch.set_num_threads(1)
@@ -32,6 +33,12 @@ def write_brain(folder_: Path, name: str, seed: int, size: tuple[int, int, int] 
     write_image(folder_ / f"{name}_T1.nii.gz", image, affine)
     like = read_image(folder_ / f"{name}_T1.nii.gz")
     write_label(folder_ / f"{name}_seg.nii.gz", label, like)
+
+
+@pytest.fixture(autouse=True)
+def same_precision_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.precision=auto is float32, whether or not this CPU has bfloat16 units."""
+    monkeypatch.setattr(device, "has_bf16_units", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,8 @@ def tiny_run(run: Path, store: Path, steps: int = 6, workers: int = 0, timeout: 
     opened = Store(store)
     method = MaskedPretraining(model=asa_tiny(**{k: v for k, v in MODEL.items() if k != "_target_"}))
     optim = settings.pop("optim", OptimSettings(lr=1e-3, warmup=1))
-    chosen = TrainSettings(**{**dict(steps=steps, batch_size=4, log_every=1, save_every=2, device="cpu"), **settings})
+    cpu = dict(device="cpu", precision="fp32")
+    chosen = TrainSettings(**{**cpu, **dict(steps=steps, batch_size=4, log_every=1, save_every=2), **settings})
     dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", seed=chosen.seed)
     if is_main():
         run.mkdir(parents=True, exist_ok=True)

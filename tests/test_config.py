@@ -63,6 +63,12 @@ def built(command: str, *overrides: str):
         return build(node)
 
 
+def test_no_experiment_chooses_a_precision() -> None:
+    """It is the machine's to choose: bf16 is slow where it is emulated, and fp16 needs a GPU."""
+    texts = {path.name: path.read_text() for path in (CONFIG_DIR / "experiment").glob("*.yaml")}
+    assert [name for name, text in texts.items() if "precision:" in text] == []
+
+
 def test_every_experiment_composes_and_builds() -> None:
     assert {path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml")} == set(EXPERIMENTS)
     for experiment, command in EXPERIMENTS.items():

@@ -42,7 +42,7 @@ class PredictSettings:
     device: str = "auto"
     "auto (a GPU if there is one), cpu, cuda, ..."
     precision: str = "auto"
-    "auto, fp32, bf16 or fp16"
+    "auto (as in training), fp32, bf16 or fp16"
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:

@@ -115,16 +115,19 @@ class SASwinPretraining(nn.Module):
         draws = [draw_view(image.shape[1:], self.cutout, generator) for _ in range(2) for generator in generators]
         quarters, *maps = zip(*draws, strict=True)
 
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(image.device, non_blocking=True)
+
         def stacked(parts: Iterable[Tensor]) -> Tensor:
-            return torch.stack(list(parts)).to(image.device, non_blocking=True)
+            return moved(torch.stack(list(parts)))
 
         def rotated(volumes: Tensor) -> Tensor:
             twice = torch.cat([volumes, volumes])
             return stacked(rotate_about_left_right(volume, n) for volume, n in zip(twice, quarters, strict=True))
 
         whole, (noise, noisy, other) = rotated(image), (stacked(parts) for parts in maps)
-        cut = whole.where(~noisy, noise.to(whole.dtype)).where(~other, whole[partners(len(image)).to(image.device)])
-        return Views(cut, whole, rotated(mirror), noisy | other, torch.tensor(quarters, device=image.device))
+        cut = whole.where(~noisy, noise.to(whole.dtype)).where(~other, whole[moved(partners(len(image)))])
+        return Views(cut, whole, rotated(mirror), noisy | other, moved(torch.tensor(quarters)))
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:

@@ -24,7 +24,7 @@ from asa.training.gpu_check import preflight
 from asa.training.loop import TrainSettings, check_settings, train
 from asa.training.optim import OptimSettings
 from asa.training.plan import micro_batch, show_plan, wants_plan
-from asa.training.run_folder import open_run
+from asa.training.run_folder import open_run, run_precision
 
 TRAINING = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
 # Typed settings of each command, by their key.
@@ -64,6 +64,7 @@ def train_task(config: Config, command: str) -> Path | None:
     planned = wants_plan(config["plan"], config["plan_rate"])
     if not planned:  # a plan may be for another machine
         check_settings(settings, optim)
+        settings.precision = config["train"]["precision"] = run_precision(Path(str(config["out"])), settings)
     explain = _explains(config)
     name, make_task = task_of_method(config, command)
     task = make_task(config)

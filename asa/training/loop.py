@@ -23,7 +23,15 @@ from asa.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from asa.training.device import autocast, deterministic, keep_freed_memory, on_device, pick_device, pick_precision
+from asa.training.device import (
+    autocast,
+    deterministic,
+    keep_freed_memory,
+    on_device,
+    pick_device,
+    pick_precision,
+    precision_name,
+)
 from asa.training.ema import EMA
 from asa.training.meter import Meter
 from asa.training.nonfinite import NonFiniteGuard
@@ -57,7 +65,7 @@ class TrainSettings:
     device: str = "auto"
     "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     precision: str = "auto"
-    "auto (bf16 or fp16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16"
+    "auto (bf16 where the GPU or CPU has units for it, else fp16 on a GPU and fp32 on a CPU), fp32, bf16 or fp16"
     compile: bool = False
     "compile the network with torch.compile: the first steps take a minute or more"
     ema: float = 0.0
@@ -176,6 +184,7 @@ def train(
         freeze(model, optim.freeze)
     set_training(method)
     log = RunLog(run, settings.steps, step) if distributed.is_main() else SilentLog()
+    log.message(f"computing in {precision_name(dtype)} on {device}")
     if step:
         log.message(f"continuing from step {step} of {settings.steps}")
     if before.get("steps", settings.steps) != settings.steps and optim.schedule != "constant":

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from asa.training.device import PRECISIONS, autocast, pick_device, pick_precision
+from asa.training.device import autocast, pick_device, pick_precision, precision_name
 from asa.training.distributed import world_size
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, Schedule, freeze
@@ -188,7 +188,8 @@ def make_plan(
     """
     Schedule(optim, settings.steps, settings.batch_size)
     memory, trace, method = {}, None, _on_meta(make)
-    special = {"auto": {"CPU": "fp32", "GPU": "fp16"}, "fp16": {"GPU": "fp16"}}
+    cpu = precision_name(pick_precision("auto", torch.device("cpu")))
+    special = {"auto": {"CPU": cpu, "GPU": "fp16"}, "fp16": {"GPU": "fp16"}}
     for device, name in special.get(settings.precision, dict.fromkeys(("CPU", "GPU"), settings.precision)).items():
         trace, memory[f"{device}, {'16 bit' if device == 'GPU' and name != 'fp32' else name}"] = step_memory(
             make, pick_precision(name, GPU), batch, settings=settings, optim=optim, gpu=device == "GPU"
@@ -285,7 +286,7 @@ def show_plan(
     device = pick_device("auto")
     for_gpu = settings.precision == "fp16" and device.type == "cpu"
     dtype = torch.float32 if for_gpu else pick_precision(settings.precision, device)
-    kind = next(name for name, value in PRECISIONS.items() if value == dtype)
+    kind = precision_name(dtype)
     source = f"measured here by {kind} matrix products ({device.type}): an upper limit, so the run takes longer"
     return plan_report(plan, settings, scans, measure_rate(device, dtype), source, names)
 

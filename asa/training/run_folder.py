@@ -12,7 +12,7 @@ from asa.data.io.files import write_whole
 from asa.data.splits import write_split
 from asa.moved import current_name
 from asa.training.checkpoint import list_checkpoints
-from asa.training.device import pick_device
+from asa.training.device import pick_device, pick_precision, precision_name
 from asa.training.distributed import on_main, process_group
 from asa.training.lock import LOCK, locked
 from asa.training.loop import TrainSettings
@@ -53,6 +53,17 @@ ADDED = {
     "augment.blur": [0.0, 0.0],
     "augment.blur_probability": 0.1,
 }
+
+
+def run_precision(run: Path, settings: TrainSettings) -> str:
+    """The name of a run's precision: what "auto" was when the run began, or what it is on this machine for a new run.
+
+    Raises:
+        ValueError: a precision that is unknown, or that the device cannot compute in.
+    """
+    name, device = settings.precision, pick_device(settings.device)
+    before = _config_of_started(run).get("train.precision", "auto") if name == "auto" else name
+    return precision_name(pick_precision(str(before), device))
 
 
 @contextmanager
@@ -99,19 +110,25 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
     A setting that only one of the two has is no difference while it is off (null, false, 0, empty, or as in `ADDED`),
     so a run can be resumed after an upgrade that added settings.
     """
-    file = run / "config.yaml"
-    if not (list_checkpoints(run) and file.exists()):
+    before, now = _config_of_started(run), _comparable(config)
+    if not before:
         return
-    before, now = _comparable(yaml.safe_load(file.read_text())), _comparable(config)
     for key in sorted(before.keys() | now.keys()):
         in_both = key in before and key in now
         alone = (before | now)[key]
         same = before[key] == now[key] if in_both else not alone or ADDED.get(key) == alone
+        same = same or (key, before.get(key)) == ("train.precision", "auto")  # a run of an earlier version
         if not (same or key.startswith(FREE_ON_RESUME)):
             raise ValueError(
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
                 "choose another out="
             )
+
+
+def _config_of_started(run: Path) -> dict[str, Any]:
+    """The configuration of a folder's run by dotted keys, empty before its first checkpoint."""
+    file = run / "config.yaml"
+    return _comparable(yaml.safe_load(file.read_text())) if list_checkpoints(run) and file.exists() else {}
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:

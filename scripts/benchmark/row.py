@@ -20,7 +20,14 @@ from torch import nn
 from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.losses.reconstruction import gradient_importance
 from asa.ops.patches import unpatchify
-from asa.training.device import PRECISIONS, autocast, keep_freed_memory, pick_device, pick_precision
+from asa.training.device import (
+    PRECISIONS,
+    autocast,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    precision_name,
+)
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
@@ -246,7 +253,7 @@ def machine(spec: Spec) -> dict[str, Any]:
     dtype = pick_precision(spec["precision"], device)
     info = {
         "device": device.type,
-        "precision": next(name for name, value in PRECISIONS.items() if value == dtype),
+        "precision": precision_name(dtype),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": spec["threads"] or torch.get_num_threads(),

@@ -44,8 +44,7 @@ def main() -> None:
             settings = ("experiment=oasis_finetune", f"data.labelled={labelled}", f"train.steps={steps}")
             init = {"init": out / "pretrained"} if start == "pretrained" else {}
             timed(f"finetune_{name}", "finetune", *settings, **store, **init, **{"data.split_file": split}, out=run)
-            bf16 = ("part=test", "predict.precision=bf16")
-            timed(f"predict_{name}", "predict", *bf16, checkpoint=run, input=out / "store", out=predictions)
+            timed(f"predict_{name}", "predict", "part=test", checkpoint=run, input=out / "store", out=predictions)
             asa("evaluate", predictions=predictions, truth=out / "store", split_file=run / "split.json", out=evaluation)
             evaluations.append(evaluation)
     print(table(evaluations))

@@ -18,6 +18,7 @@ from asa.training.checkpoint import find_weights
 
 TINY = ["loader.workers=0", "train.device=cpu", "optim.warmup=0", "model=unet_tiny", "+model.feature_size=4"]
 TINY += ["crop=[64,32,32]", "train.steps=2", "train.batch_size=1", "data.split.validation=0"]
+TINY += ["predict.overlap=0"]
 ALL = ["data.split.folds=2", "data.split.fold=all"]
 
 
@@ -54,7 +55,7 @@ def test_each_scan_is_scored_by_the_run_that_did_not_see_it(finetune, store: Pat
         record = next(record for record in cohort.records if record["subject"] == splits[k]["test"][0])
         id, by_hand = record["id"], tmp_path / f"{k}.nii.gz"
         like = read_image(record["sources"]["t1"]["path"])
-        segmenter = Segmenter(folder / f"fold{k}", PredictSettings())
+        segmenter = Segmenter(folder / f"fold{k}", PredictSettings(overlap=0))
         segmenter.segment_prepared(cohort.image(id), record["chain"], like, by_hand)
         assert by_hand.read_bytes() == (folder / "predictions" / f"{id}.nii.gz").read_bytes()
 

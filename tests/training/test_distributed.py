@@ -295,7 +295,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_is_the_same(store: Path,
         "train.log_every=1",
         "model=asa_tiny",
         "crop=32",
-        "train.steps=60",
+        "train.steps=40",
         "optim.warmup=1",
     ]
     arguments = [f"data.store={store}", *tiny, "train.batch_size=4", "train.save_every=5"]

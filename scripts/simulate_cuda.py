@@ -1,0 +1,195 @@
+"""Take the training step of every method to simulated CUDA tensors, on a machine without a GPU.
+
+PyTorch's FakeTensorMode computes devices, dtypes and shapes, but no values: it finds tensors of different devices or
+dtypes that meet, and every point where the host waits for the device. Autograd needs a real device, so this is the
+forward pass, with the guard and the average of the weights. It needs a CUDA build of PyTorch, for example in an
+environment of its own:
+
+    python -m venv cuda && cuda/bin/python -m pip install torch==2.12.0 .
+    cuda/bin/python scripts/simulate_cuda.py
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from asa.methods.classify import Classification
+from asa.methods.pretrain import MaskedPretraining
+from asa.methods.sa_swin import SASwinPretraining
+from asa.methods.segment import RegionSegmentation, Segmentation
+from asa.models.classifier import asa_classifier_tiny, sa_swin_classifier_tiny
+from asa.models.masked_autoencoder import asa_tiny
+from asa.models.probe import probe_tiny
+from asa.models.sa_swin import sa_swin_tiny
+from asa.models.sa_swin_unet import sa_swin_unet_tiny
+from asa.models.unet import unet_tiny
+from asa.models.vit_seg import vit_seg_tiny
+from asa.training.device import PRECISIONS, on_device
+from asa.training.ema import EMA
+from asa.training.nonfinite import NonFiniteGuard
+from asa.training.run_log import SilentLog
+
+SIZE = 64  # edge of the volumes
+VOLUME, CLASSES = dict(img_size=SIZE), dict(out_channels=3)
+CHEAP: dict[str, Any] = dict(decode=0.25, air="drop", masks=2, normalise=True)
+REGIONS = {"whole": [1, 2], "core": [2]}
+# Restoration is not among them: its attention groups the regions by their lengths, which it reads from the label map.
+ROWS: dict[str, Callable[..., nn.Module]] = {
+    "asa": lambda: MaskedPretraining(model=asa_tiny(**VOLUME)),
+    "asa, decoded in part": lambda: MaskedPretraining(model=asa_tiny(**VOLUME), **CHEAP),
+    "mae": lambda: MaskedPretraining(model=asa_tiny(**VOLUME, position="sincos"), importance=None),
+    "sa_swin": lambda: SASwinPretraining(model=sa_swin_tiny(**VOLUME)),
+    "unet": lambda: Segmentation(model=unet_tiny(**VOLUME, **CLASSES)),
+    "unet with the mirror image": lambda: Segmentation(model=unet_tiny(**VOLUME, **CLASSES, symmetry=True)),
+    "unet, regions": lambda: RegionSegmentation(model=unet_tiny(**VOLUME, out_channels=2), regions=REGIONS),
+    "vit_seg": lambda: Segmentation(model=vit_seg_tiny(**VOLUME, **CLASSES)),
+    "sa_swin_unet": lambda: Segmentation(model=sa_swin_unet_tiny(**VOLUME, **CLASSES)),
+    "linear probe": lambda: Segmentation(model=probe_tiny(**VOLUME, **CLASSES)),
+    "asa classifier": lambda: Classification(model=asa_classifier_tiny(**VOLUME, classes=3)),
+    "sa_swin classifier": lambda: Classification(model=sa_swin_classifier_tiny(**VOLUME, classes=3)),
+}
+PREDICTED = ("unet", "unet with the mirror image", "vit_seg", "sa_swin_unet", "linear probe")
+
+
+class Device(TorchDispatchMode):
+    """Computes on the host with values and on the simulated device without, and collects where the host waits for it.
+
+    Reading a value of the device raises PyTorch's DataDependentOutputException; a copy that blocks is in `waits`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        fake = any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs)))
+        if not fake and torch.device(kwargs.get("device") or "cpu").type == "cpu":
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        out = function(*args, **kwargs)
+        name = function.overloadpacket.__name__
+        if name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
+            waits = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+            if waits and source.device.type != out.device.type:
+                self.waits.append(f"copy from {source.device.type} to {out.device.type}")
+        return out
+
+
+@contextmanager
+def simulated() -> Iterator[Device]:
+    """A simulated device, which autocast takes for present."""
+    with ExitStack() as stack:
+        stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", bool))
+        stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda *_, **__: True))
+        stack.enter_context(patch("torch.cuda.Event", NoEvent))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(Device())
+
+
+class NoEvent:
+    """Stands for a CUDA event."""
+
+    def record(self) -> None: ...
+
+
+def example(method: nn.Module) -> dict[str, Any]:
+    """A batch of two on the host."""
+    seed = torch.arange(2)
+    image = torch.rand(2, 1, SIZE, SIZE, SIZE)
+    label = torch.randint(3, (2, 1, SIZE, SIZE, SIZE), dtype=torch.uint8)
+    batch: dict[str, Any] = {"image": image, "label": label, "seed": seed, "target": seed, "id": ["a", "b"]}
+    if getattr(method, "drops_air", False):
+        batch["air"] = torch.arange((SIZE // 8) ** 3)[None] < torch.tensor([[20], [90]])
+    if getattr(method, "mirrored", False):
+        batch |= {"mirror": image.flip(-1), "health": torch.tensor([1.0, float("nan")])}
+    return batch
+
+
+def waits_of_step(name: str, precision: str) -> list[str]:
+    """Where the host waits for the device in the forward pass of a step, guard and averaged weights included.
+
+    Raises:
+        RuntimeError: tensors of different devices or dtypes meet; and others of PyTorch's.
+    """
+    method = ROWS[name]()
+    batch, dtype = example(method), PRECISIONS[precision]
+    with simulated() as device:
+        to_device(method)
+        guard = NonFiniteGuard(Path(), SilentLog(), torch.optim.SGD(method.parameters()), fp16=precision == "fp16")
+        ema = EMA(method, 0.9)
+        device.waits.clear()
+        inputs = on_device(batch, torch.device("cuda"))
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            assert torch.is_autocast_enabled("cuda") == (dtype != torch.float32)
+            result = method(inputs)
+        loss = guard.add(inputs, result["loss"])
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32
+        guard.check(1, loss)
+        ema.update(1)
+    return device.waits
+
+
+def waits_of_prediction(name: str, precision: str) -> list[str]:
+    """Where the host waits in the forward pass of one window of a prediction."""
+    method, dtype = ROWS[name](), PRECISIONS[precision]
+    with simulated() as device:
+        to_device(method)
+        model = method.get_submodule("model").eval()
+        device.waits.clear()
+        volume = torch.rand(1, 1, SIZE, SIZE, SIZE).to("cuda", non_blocking=True)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            logits = model(volume, mirrored=volume.flip(-1)) if model.mirrored else model(volume)
+        assert logits.device.type == "cuda"
+    return device.waits
+
+
+def to_device(method: nn.Module) -> None:
+    """Replace the parameters and buffers of a method by those of the device (`nn.Module.to` cannot)."""
+    for module in method.modules():
+        for key, value in module._parameters.items():
+            module._parameters[key] = None if value is None else nn.Parameter(value.detach().to("cuda"))
+        for key, value in module._buffers.items():
+            module._buffers[key] = None if value is None else value.to("cuda")
+
+
+def main() -> int:
+    """Print a table of all rows; the exit code is 1 if one of them fails or waits."""
+    if torch.version.cuda is None:
+        print(f"torch {torch.__version__} is not a CUDA build: see the top of this script", file=sys.stderr)
+        return 1
+    warnings.simplefilter("ignore")
+    print(f"torch {torch.__version__}, volumes of {SIZE}^3, batch 2: where the host waits for the device\n")
+    print(f"| | {' | '.join(PRECISIONS)} |\n|---|---|---|---|")
+    bad = False
+    for kind, waits, names in (("step", waits_of_step, ROWS), ("prediction", waits_of_prediction, PREDICTED)):
+        for name in names:
+            said = [_said(partial(waits, name, precision)) for precision in PRECISIONS]
+            print(f"| {name}, {kind} | {' | '.join(said)} |", flush=True)
+            bad |= set(said) != {"0"}
+    return int(bad)
+
+
+def _said(run: Callable[[], list[str]]) -> str:
+    try:
+        found = run()
+    except Exception as error:
+        return f"FAILED: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    return f"{len(found)}: {', '.join(found)}" if found else "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
