@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 from asa.config import flatten
-from asa.data.io.files import write_whole
+from asa.data.io.files import read_yaml, write_whole
+from asa.data.io.lock import LOCK, locked
 from asa.data.splits import write_split
 from asa.moved import current_name
 from asa.training.checkpoint import list_checkpoints
 from asa.training.device import pick_device
 from asa.training.distributed import on_main, process_group
-from asa.training.lock import LOCK, locked
 from asa.training.loop import TrainSettings
 
 # Settings that may change when a run is resumed: its length, its reports, and how it is computed.
@@ -102,7 +102,7 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
     file = run / "config.yaml"
     if not (list_checkpoints(run) and file.exists()):
         return
-    before, now = _comparable(yaml.safe_load(file.read_text())), _comparable(config)
+    before, now = _comparable(read_yaml(file)), _comparable(config)
     for key in sorted(before.keys() | now.keys()):
         in_both = key in before and key in now
         alone = (before | now)[key]
