@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -476,6 +477,18 @@ def test_tensors_that_repeat_a_value_are_refused(tmp_path: Path) -> None:
     torch.save({"blocks.0.attn.qkv.weight": torch.zeros(1).expand(1_000_000, 1_000_000)}, tmp_path / "x.pt")
     assert (tmp_path / "x.pt").stat().st_size < 2000
     with pytest.raises(ValueError, match=rf"^{tmp_path}/x.pt: a tensor repeats the values"):
+        read_source(tmp_path / "x.pt")
+
+
+def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(1_000_000)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as plain:
+        entries = {entry.filename: plain.read(entry) for entry in plain.infolist()}
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name, content in entries.items():
+            compressed.writestr(name, content)
+    assert torch.load(tmp_path / "x.pt", weights_only=True)  # torch does
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/x.pt: a compressed archive of 4\d+ bytes"):
         read_source(tmp_path / "x.pt")
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,9 +236,14 @@ def load_tensors(file: Path) -> Any:
     """What `torch.save` wrote: plain data and tensors on the CPU, and nothing that could run code.
 
     Raises:
-        ValueError: tensors that are larger than the file, which would be allocated when they are used.
+        ValueError: a compressed file, or tensors larger than it, which would be allocated when they are used.
         Exception: of many types, for a damaged file or one with other objects.
     """
+    if zipfile.is_zipfile(file):  # torch.save does not compress, but torch.load unpacks whatever is compressed
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > file.stat().st_size:
+            raise ValueError(f"a compressed archive of {unpacked} bytes: save it with torch.save")
     content = torch.load(file, map_location="cpu", weights_only=True)
     for tensor in tree_leaves(content):
         if isinstance(tensor, Tensor) and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
