@@ -14,6 +14,11 @@ from asa.training import device
 # Tiny tensors: threads would cost more than they give.
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", type=float, default=1.0, help="time for each kind of file in test_fuzz.py")
+
+
 LABELS = {1: "csf", 2: "gm", 5: "wm"}
 
 

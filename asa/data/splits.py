@@ -207,9 +207,11 @@ def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:
     unknown = [name for name in split if name not in PARTS]
     if unknown:
         raise ValueError(f"{path}: unknown part {unknown[0]!r}; a split has train, validation and test")
-    part_of: dict[str, str] = {}
+    part_of: dict[str | int, str] = {}
     for name in PARTS:
         for subject in split.get(name, ()):
+            if not isinstance(subject, str | int):
+                raise ValueError(f"{path}: {name} lists {subject!r}, which is no name of a subject")
             if subject in part_of:
                 where = f"in {part_of[subject]} and in {name}" if part_of[subject] != name else f"twice in {name}"
                 raise ValueError(f"{path}: subject {subject} is {where}; list it once")

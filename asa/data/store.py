@@ -9,7 +9,7 @@ STORE/labels/ID.npy      uint8 (1, D, H, W), class indices: index k means value 
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ FORMAT = 2
 KEYS = {"format", "settings", "channels", "labels", "ignored", "regions", "records"}
 MANIFEST = "manifest.json"
 FOLDERS = {"image": "images", "label": "labels"}
+CHANGED = "bytes changed; delete it and run asa-prepare again"
 DTYPES = {"image": np.float16, "label": np.uint8}
 
 
@@ -60,6 +61,7 @@ class Store:
         if not self.records:
             raise ValueError(f"{self.path}: the store holds no scans; run asa-prepare again to see why they failed")
         self._by_id = {record["id"]: record for record in self.records}
+        self._compared: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -81,6 +83,8 @@ class Store:
 
     def image(self, id: str) -> np.ndarray:
         """Memory-mapped image (C, D, H, W) float16; reading a crop reads only its pages.
+
+        When a process first opens an array, it compares the file with the SHA-256 in the manifest.
 
         Raises:
             ValueError: no such scan, or its array is missing or damaged.
@@ -108,7 +112,7 @@ class Store:
                 if not path.is_file():
                     damaged.append((record["id"], f"{path}: missing; run asa-prepare again"))
                 elif sha256_of(path) != digest:
-                    damaged.append((record["id"], f"{path}: bytes changed; delete it and run asa-prepare again"))
+                    damaged.append((record["id"], f"{path}: {CHANGED}"))
         return damaged
 
     def _array(self, id: str, kind: str) -> np.ndarray:
@@ -117,6 +121,12 @@ class Store:
         array = open_array(path, shape if kind == "image" else (1, *shape[1:]), DTYPES[kind])
         if array is None:
             raise ValueError(f"{path}: missing or damaged; run asa-prepare again, which prepares only what is missing")
+        if path not in self._compared:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != self.record(id)["arrays"].get(kind):
+                raise ValueError(f"{path}: {CHANGED}")
+            self._compared.add(path)
         return array
 
 
@@ -128,8 +138,8 @@ def array_path(root: Path, id: str, kind: str) -> Path:
 def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
     """Memory-map a `.npy` file; None if it is missing, truncated, or of another shape or type."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError):
         return None
     return array if array.shape == shape and array.dtype == dtype else None
 
@@ -168,21 +178,45 @@ def read_manifest(root: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: not a manifest, or another format.
     """
-    manifest = read_json(root / MANIFEST)
+    file = root / MANIFEST
+    manifest = read_json(file)
     found = manifest.get("format") if isinstance(manifest, dict) and manifest.keys() >= KEYS else None
     if found != FORMAT:
-        raise ValueError(
-            f"{root / MANIFEST}: store format {found!r}, this asa reads {FORMAT}; prepare it again into a new folder"
-        )
+        raise ValueError(f"{file}: store format {found!r}, this asa reads {FORMAT}; prepare it again into a new folder")
+    if wrong := _wrong_entry(manifest):
+        raise ValueError(f"{file}: {wrong} is missing or not as asa-prepare writes it; prepare into a new folder")
     ids = [record.get("id") for record in manifest["records"]]
     try:
         for id in ids:
             check_id(id)
     except ValueError as error:
-        raise ValueError(f"{root / MANIFEST}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
     if len(set(ids)) < len(ids):
-        raise ValueError(f"{root / MANIFEST}: scans with the same id; prepare the store again into a new folder")
+        raise ValueError(f"{file}: scans with the same id; prepare the store again into a new folder")
     return manifest
+
+
+def _wrong_entry(manifest: Mapping[str, Any]) -> str:
+    """The first entry of another type than `write_manifest` writes, as a store may come from anybody; else ""."""
+    common = {"settings": dict, "channels": list, "labels": dict, "ignored": list, "regions": dict, "records": list}
+    for key, kind in common.items():
+        if not isinstance(manifest[key], kind):
+            return key
+    if not all(value.isdecimal() for value in manifest["labels"]):
+        return "labels"
+    own = {"subject": str, "shape": list, "sources": dict, "arrays": dict, "chain": dict}
+    for number, record in enumerate(manifest["records"], start=1):
+        for key, kind in own.items():
+            if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+                return f"{key} of record {number}"
+        if len(record["shape"]) != 4 or not all(isinstance(size, int) for size in record["shape"]):
+            return f"shape of record {number}"
+        sources = record["sources"].values()
+        if not all(isinstance(source, dict) and isinstance(source.get("path"), str) for source in sources):
+            return f"sources of record {number}"
+        if not record["arrays"].keys() <= FOLDERS.keys():
+            return f"arrays of record {number}"
+    return ""
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:

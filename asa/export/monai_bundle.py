@@ -17,6 +17,7 @@ from asa.training.checkpoint import read_model
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 METADATA = "configs/metadata.json"
+OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command; the user has to give one
 EXPRESSION = "$@%"  # characters that mark Python code, references and files for MONAI's parser
 KEYS = ("channels", "labels", "regions", "prepare", "lateral_pairs", "spacing")  # exported metadata; no subjects
 
@@ -43,7 +44,7 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
         raise ValueError(f"{checkpoint}: a bundle holds a segmentation network: give a run of asa-finetune with labels")
     if getattr(model, "mirrored", False):
         raise ValueError(f"{checkpoint}: a network that cross-attends to the mirror image cannot be a bundle")
-    facts = {key: data[key] for key in KEYS if key in data}
+    facts = exported(data)
     _check_plain([node, facts["channels"], facts["labels"], facts.get("regions", {})], str(checkpoint))
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / METADATA).is_file()):
         raise ValueError(f"{out} is not empty and not a bundle: choose another out=")
@@ -55,6 +56,14 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
     write_json(out / METADATA, _metadata(facts, window, int(description["step"])))
     write_whole(out / "docs" / "README.md", _readme(facts, window).encode())
     write_whole(out / "LICENSE", LICENSE.encode())
+
+
+def exported(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export says of the training scans: neither subjects nor a command with paths of somebody's machine."""
+    facts = {key: data[key] for key in KEYS if key in data}
+    if "{mask}" in facts.get("prepare", {}).get("strip", ""):
+        facts["prepare"] = {**facts["prepare"], "strip": OWN_COMMAND}
+    return facts
 
 
 def _check_plain(node: Any, source: str) -> None:

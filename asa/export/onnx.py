@@ -14,7 +14,7 @@ import torch
 
 from asa.data.io.files import write_whole
 from asa.errors import require
-from asa.export.monai_bundle import KEYS
+from asa.export.monai_bundle import exported
 from asa.methods.segment import SegmentationNetwork
 from asa.models.sw_vit import SWViT
 from asa.training.checkpoint import read_model
@@ -56,7 +56,7 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
     network, output = (model, "logits") if isinstance(model, SegmentationNetwork) else (encoder, "tokens")
     shape = (encoder.in_channels, *encoder.img_size)
     data, axes = description["data"], "C D H W: inferior to superior, back to front, left to right"
-    metadata = {"window": list(encoder.img_size), "axes": axes} | {key: data[key] for key in KEYS if key in data}
+    metadata = {"window": list(encoder.img_size), "axes": axes} | exported(data)
     content = _onnx(network, output, shape, metadata)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     generator, worst = torch.Generator().manual_seed(0), 0.0

@@ -11,6 +11,7 @@ import numpy as np
 from asa.data.io.nifti import Volume, read_image, spacing_of, to_ras
 from asa.data.preprocessing.pipeline import PreparedCase, prepare_case
 from asa.data.preprocessing.steps import PrepareSettings
+from asa.errors import reason_of
 
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 
@@ -37,6 +38,31 @@ def _spacing(affine: np.ndarray) -> np.ndarray:
     return spacing_of(affine)[::-1]
 
 
+def check_metadata(path: str, data: Mapping[str, Any]) -> None:
+    """Check the metadata of a checkpoint, which may come from anybody.
+
+    Raises:
+        ValueError: an entry of another kind than asa writes; the message names the checkpoint and the entry.
+    """
+    try:
+        for names in data["channels"], [*data.get("labels", {}).values()], [*data.get("regions", {})]:
+            if not isinstance(names, list) or len({name for name in names if isinstance(name, str)}) < len(names):
+                raise ValueError(f"{names} are not different names")
+        [int(value) for value in data.get("labels", {})]
+        for values in data.get("regions", {}).values():
+            if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+                raise ValueError(f"a region joins {values}")
+        for left, right in data.get("lateral_pairs", []):
+            if not isinstance(left, str) or not isinstance(right, str):
+                raise ValueError(f"{[left, right]} is not a pair of labels")
+        size = np.array(data.get("spacing", np.ones((2, 3))), dtype=np.float64)
+        if size.shape != (2, 3) or not (size > 0).all():
+            raise ValueError(f"spacing={data['spacing']}")
+        PrepareSettings(**data["prepare"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: its metadata of the training scans is not usable ({reason_of(error)})") from None
+
+
 class ScanPreprocessor:
     """Preprocesses new scans with the settings that a checkpoint records for its training scans.
 
@@ -46,12 +72,13 @@ class ScanPreprocessor:
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
 
     Raises:
-        ValueError: the training scans were skull-stripped by a command, and `strip` is None.
+        ValueError: unusable metadata; or the training scans were skull-stripped by a command, and `strip` is None.
     """
 
     def __init__(self, path: str, data: Mapping[str, Any], strip: str | None) -> None:
         self.data = data
         self.channels: list[str] = data["channels"]
+        check_metadata(path, data)
         settings = PrepareSettings(**data["prepare"])
         if strip is None and "{mask}" in settings.strip:  # the checkpoint may come from an untrusted source
             raise ValueError(

@@ -25,7 +25,7 @@ from asa.inference.label_maps import (
     native_label_map,
     probabilities_of,
 )
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, check_metadata
 from asa.ops.symmetry import check_axes, flip
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
@@ -189,6 +189,7 @@ class Segmenter:
             model, description = read_model(path, plugins=plugins)
             if "labels" not in description["data"]:
                 raise ValueError(f"{path}: not a segmentation model: give a run of asa-finetune")
+            check_metadata(str(path), description["data"])
             window_size(model)  # fails here and not at the first scan
             self.models.append(model.to(pick_device(settings.device)))
             metadata.append(description["data"])

@@ -1,7 +1,7 @@
 """Ablations: arms x labelled subjects x seeds, trained and scored on the same held-out subjects."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from asa.config import flatten
-from asa.data.io.files import read_json, write_whole
+from asa.data.io.files import open_unlinked, read_json, read_yaml, write_whole
+from asa.data.io.lock import LOCK, locked
 from asa.data.splits import keep_labelled, make_split, write_split
 from asa.data.store import Store
-from asa.errors import reason_of
+from asa.errors import one_line, reason_of
 from asa.evaluation.summary import listed
 from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablation
 from asa.reporting.pages import require_report_extra
@@ -52,9 +53,18 @@ def ablate(config: Config) -> None:
     for key in ("store", "unlabelled"):
         config[key] = config[key] and str(Path(str(config[key])).resolve())  # it can be continued from any directory
     _check(config)
-    ablation = Ablation(config, out, _arms(config))
-    splits = _splits(config)
-    _keep_config(out / "config.yaml", config)
+    ablation, splits = Ablation(config, out, _arms(config)), _splits(config)
+    _check_folder(out, config)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        _run(ablation, splits)
+
+
+def _run(ablation: Ablation, splits: Mapping[int, Mapping[str, Sequence[str]]]) -> None:
+    """Do what is not done yet, and write the tables of all runs that are."""
+    config, out = ablation.config, ablation.out
+    _check_folder(out, config)  # again, as another process may have begun before the lock was held
+    write_whole(out / "config.yaml", yaml.safe_dump(_lasting(config), sort_keys=False).encode())
     planned = [(seed, count, arm) for seed in config["seeds"] for count in config["labelled"] for arm in ablation.arms]
     try:
         for number, (seed, count, arm) in enumerate(planned, start=1):
@@ -120,17 +130,21 @@ def _splits(config: Config) -> dict[int, dict[str, list[str]]]:
     return splits
 
 
-def _keep_config(file: Path, config: Config) -> None:
-    """Write the settings beside the runs; raise a ValueError if existing runs have other settings."""
-    lasting = {key: value for key, value in config.items() if key not in (*FREE, "out")}
+def _lasting(config: Config) -> Config:
+    """The settings that all runs of an ablation share."""
+    return {key: value for key, value in config.items() if key not in (*FREE, "out")}
+
+
+def _check_folder(out: Path, config: Config) -> None:
+    """Raise a ValueError for a folder that holds anything but an ablation with these settings."""
+    file = out / "config.yaml"
     if file.exists():
-        before = yaml.safe_load(file.read_text())
-        for key, value in lasting.items():
-            if not isinstance(before, Mapping) or before.get(key) != value:
-                raise ValueError(f"{file.parent} holds an ablation with another {key}: choose another out=")
-    elif file.parent.exists() and any(file.parent.iterdir()):
-        raise ValueError(f"{file.parent} is not empty and not an ablation: choose another out=")
-    write_whole(file, yaml.safe_dump(lasting, sort_keys=False).encode())
+        before = read_yaml(file)
+        for key, value in _lasting(config).items():
+            if before.get(key) != value:
+                raise ValueError(f"{out} holds an ablation with another {key}: choose another out=")
+    elif out.exists() and any(path.name != LOCK for path in out.iterdir()):
+        raise ValueError(f"{out} is not empty and not an ablation: choose another out=")
 
 
 def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> str:
@@ -141,7 +155,12 @@ def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> 
     if not done and (failure := _attempt(ablation, name, lambda: _train_and_score(ablation, seed, count, arm))):
         ablation.failures[name] = failure
         return f"failed: {failure}"
-    trial = Trial(arm, labelled_text(count), seed, read_run(evaluation.name, evaluation))
+    try:
+        found = read_run(evaluation.name, evaluation)
+    except (ValueError, OSError) as error:  # damaged: the other runs go on
+        ablation.failures[name] = one_line(error)
+        return f"failed: {one_line(error)}"
+    trial = Trial(arm, labelled_text(count), seed, found)
     ablation.trials.append(trial)
     return f"{trial_line(trial)} ({'done before' if done else f'{time.monotonic() - begun:.0f} s'})"
 
@@ -197,7 +216,7 @@ def _attempt(ablation: Ablation, name: str, work: Any) -> str | None:
     """Do a part of the work, its output into a file of its own; what went wrong, in a line, or None."""
     file = ablation.out / "logs" / f"{name}.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as log, redirect_stdout(log):
+    with open_unlinked(file, "a") as log, redirect_stdout(log):
         try:
             work()
         except Stopped:

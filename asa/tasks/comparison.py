@@ -6,11 +6,13 @@ OUT/comparison.tex    the same as a LaTeX table (booktabs)
 OUT/comparison.html   both for reading, with a figure (needs the `report` extra)
 """
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from asa.data.io.files import read_json, write_json, write_whole
+from asa.data.io.tables import read_rows
+from asa.errors import reason_of
 from asa.evaluation.comparison import Comparison, Run, compare_runs, latex_table, markdown_table
 from asa.evaluation.policies import RESTORATION, WHOLE
 from asa.reporting.comparison import write_comparison
@@ -47,12 +49,19 @@ def read_run(name: str, folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: no summary.json or cases.csv in it.
-        ValueError: files that do not belong together.
+        ValueError: files that do not belong together, or are not of an evaluation.
     """
     for file in ("summary.json", "cases.csv"):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file}: no such file; give folders that asa-evaluate wrote")
-    summary = read_json(folder / "summary.json")
+    summary, rows = read_json(folder / "summary.json"), read_rows(folder / "cases.csv")
+    try:
+        return _run(name, folder, summary, rows)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder}: not an evaluation ({reason_of(error)}): evaluate again") from None
+
+
+def _run(name: str, folder: Path, summary: Any, rows: list[dict[str, str]]) -> Run:
     metrics = [metric["name"] for metric in summary["policy"]["metrics"]]
     images = summary["policy"]["name"] == RESTORATION
     setting = {"policy": summary["policy"]["name"], "metrics": metrics}
@@ -61,8 +70,6 @@ def read_run(name: str, folder: Path) -> Run:
     else:
         setting |= {"labels": summary["labels"], "regions": summary["regions"]}
         setting |= {"ignored labels": summary["policy"]["ignored"]}
-    with (folder / "cases.csv").open(newline="", encoding="utf-8") as table:
-        rows = list(csv.DictReader(table))
     truth = "truth" if images else "voxels_true"
     regions = {row.setdefault("label", WHOLE) for row in rows}
     if regions != set(setting["regions"]) or not {*metrics, truth} <= set(rows[0]):

@@ -1,14 +1,20 @@
 """Cross-validation: a fine-tuning for each fold, and every scan scored by the run that did not train on its subject."""
 
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
+from asa.data.io.files import read_json, sha256_of, write_json
+from asa.data.io.lock import locked
 from asa.data.splits import make_split, read_split, select
 from asa.data.store import Store
 from asa.tasks.base import Config
 from asa.tasks.run import configure, evaluate_task, predict_task, train_task
 from asa.training.checkpoint import find_weights
 from asa.training.distributed import world_size
+
+PREDICTED = "predicted.json"  # of a fold: SHA-256 of its weights and of the label maps that they predicted
 
 
 def cross_validate(config: Config, policy: str) -> Path | None:
@@ -29,14 +35,16 @@ def cross_validate(config: Config, policy: str) -> Path | None:
         print(f"fold 0 of {len(folds)}:")
         train_task(folds[0], "finetune")  # the others take the same
         return None
-    for number, fold in enumerate(folds, start=1):
-        print(f"fold {number} of {len(folds)}")
-        train_task(fold, "finetune")
     folders = [out / f"fold{k}" for k in range(len(folds))]
-    for folder in folders:
-        _predict(folder, out / "predictions", config)
-    scored = {"predictions": out / "predictions", "truth": config["data"]["store"], "policy": policy}
-    evaluate_task(configure("evaluate", scored, {"out": out / "evaluation"}))
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        for number, fold in enumerate(folds, start=1):
+            print(f"fold {number} of {len(folds)}")
+            train_task(fold, "finetune")
+        for folder in folders:
+            _predict(folder, out / "predictions", config)
+        scored = {"predictions": out / "predictions", "truth": config["data"]["store"], "policy": policy}
+        evaluate_task(configure("evaluate", scored, {"out": out / "evaluation"}))
     listed = ",".join(map(str, folders))
     print(f"new scans, by all of them: asa-predict checkpoint=[{listed}] input=SCANS out=PREDICTIONS")
     return out
@@ -66,11 +74,17 @@ def _fold_configs(config: Config) -> list[Config]:
 
 
 def _predict(run: Path, out: Path, config: Config) -> None:
-    """Predict the test part of a run, unless its label maps are there and newer than its weights."""
-    store = Store(config["data"]["store"])
-    ids = [record["id"] for record in select(store.records, read_split(run / "split.json")["test"])]
-    trained = find_weights(run).stat().st_mtime
-    maps = [out / f"{id}.nii.gz" for id in ids]
-    if not all(path.exists() and path.stat().st_mtime >= trained for path in maps):
-        scans = {"checkpoint": run, "input": store.path, "part": "test", "out": out, "plugins": config["plugins"]}
-        predict_task(configure("predict", {"predict": config["predict"]}, scans))
+    """Predict the test part of a run, unless its label maps are there, unchanged, and of these weights and settings."""
+    store, record = Store(config["data"]["store"]), run / PREDICTED
+    ids = [scan["id"] for scan in select(store.records, read_split(run / "split.json")["test"])]
+
+    def state() -> dict[str, Any]:
+        maps = {id: sha256_of(out / f"{id}.nii.gz") for id in ids}
+        return {"weights": sha256_of(find_weights(run)), "predict": config["predict"], "maps": maps}
+
+    with suppress(FileNotFoundError, ValueError):  # not predicted yet, or a record that cannot be read
+        if read_json(record) == state():
+            return
+    scans = {"checkpoint": run, "input": store.path, "part": "test", "out": out, "plugins": config["plugins"]}
+    predict_task(configure("predict", {"predict": config["predict"]}, scans))
+    write_json(record, state())

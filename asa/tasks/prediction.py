@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from asa.data.datasets import folder
 from asa.data.io.nifti import Volume, read_image
+from asa.data.io.parallel import each_tried
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
 from asa.inference.preprocessing import ScanPreprocessor
@@ -53,14 +54,17 @@ def predict_scans(predictor: ScanPredictor, config: Config) -> None:
     source, out = Path(str(config["input"])), Path(str(config["out"]))
     jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
     failures = 0
-    for id, inputs, work in tqdm(jobs(predictor, source, config), desc="predict", unit="scan"):
-        try:
-            if (out / f"{id}.nii.gz").resolve() in {Path(path).resolve() for path in inputs}:
-                raise ValueError(f"the result would replace the scan itself: choose another out= than {out}")
-            work()
-        except (ValueError, OSError) as error:
+
+    def predict(job: Job) -> None:
+        id, inputs, work = job
+        if (out / f"{id}.nii.gz").resolve() in {Path(path).resolve() for path in inputs}:
+            raise ValueError(f"the result would replace the scan itself: choose another out= than {out}")
+        work()
+
+    for (id, *_), _, reason in each_tried(predict, jobs(predictor, source, config), title="predict", unit="scan"):
+        if reason:
             failures += 1
-            tqdm.write(f"{id}: failed: {error}")
+            tqdm.write(f"{id}: failed: {reason}")
     written = predictor.finish()
     if failures:
         raise ValueError(f"{failures} scans failed, listed above")

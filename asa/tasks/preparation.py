@@ -6,6 +6,7 @@ from statistics import median
 from asa.config import build
 from asa.data.datasets.nnunet import label_scheme
 from asa.data.io.files import PART
+from asa.data.io.lock import LOCK
 from asa.data.preprocessing.cohort import CohortReport, CohortSettings, prepare_cohort
 from asa.data.store import MANIFEST, Store
 from asa.reporting.quality_control import PAGE, TABLE, QualityControlReport
@@ -24,7 +25,7 @@ def prepare_task(config: Config) -> None:
         return
     if check not in (None, "only", "also"):
         raise ValueError(f"check={check}: choose only, also, or null")
-    files = [path for path in out.iterdir() if not path.name.endswith(PART)] if out.is_dir() else []
+    files = [path for path in out.iterdir() if path.name != LOCK and path.suffix != PART] if out.is_dir() else []
     if check != "only" and files and not (out / MANIFEST).exists():
         raise ValueError(f"{out} is not empty and not a store: choose another out=")
     if config["data"]["root"] is None and not config["data"].get("table"):

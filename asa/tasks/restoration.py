@@ -17,6 +17,7 @@ from tqdm import tqdm
 from asa.config import typed
 from asa.data.datasets.folder import subject_of
 from asa.data.io.images2d import list_pictures, read_picture, write_picture
+from asa.data.io.parallel import each_tried
 from asa.data.loading.loader import collate
 from asa.data.restoration.pairs import PairDataset, check_channels, find_pairs, regions_of
 from asa.data.splits import select
@@ -116,20 +117,23 @@ class Restoration:
         data = description["data"]
         images, maps = _inputs(config, data)
         failures = 0
-        for id, path in tqdm(images.items(), desc="restore", unit="image"):
-            try:
-                if (out / f"{id}.png").resolve() == path.resolve():
-                    raise ValueError(f"the result would replace the image itself: choose another out= than {out}")
-                image = torch.from_numpy(read_picture(path, data["window"]))
-                check_channels(str(path), image, model.in_channels)
-                if maps is not None and id not in maps:
-                    raise ValueError(f"no label map of this image in {config['regions']}")
-                labels = regions_of(None if maps is None else str(maps[id]), image)
-                restored = restore_image(model, image, labels, settings, tile=config["tile"]).numpy()
-                write_picture(out / f"{id}.png", restored, data["window"])
-            except (ValueError, OSError) as error:
+
+        def restore(job: tuple[str, Path]) -> None:
+            id, path = job
+            if (out / f"{id}.png").resolve() == path.resolve():
+                raise ValueError(f"the result would replace the image itself: choose another out= than {out}")
+            image = torch.from_numpy(read_picture(path, data["window"]))
+            check_channels(str(path), image, model.in_channels)
+            if maps is not None and id not in maps:
+                raise ValueError(f"no label map of this image in {config['regions']}")
+            labels = regions_of(None if maps is None else str(maps[id]), image)
+            restored = restore_image(model, image, labels, settings, tile=config["tile"]).numpy()
+            write_picture(out / f"{id}.png", restored, data["window"])
+
+        for (id, _), _, reason in each_tried(restore, list(images.items()), title="restore", unit="image"):
+            if reason:
                 failures += 1
-                tqdm.write(f"{id}: failed: {error}")
+                tqdm.write(f"{id}: failed: {reason}")
         if failures:
             raise ValueError(f"{failures} images failed, listed above")
         print(f"wrote restored images to {out}" + (f": 0 to 1 is {data['window']}" if data["window"] else ""))

@@ -3,7 +3,6 @@
 OUT/summary.json   the scores, with intervals over resampled subjects
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from asa.data.io.files import write_json
-from asa.data.io.tables import check_health, read_column
+from asa.data.io.tables import check_health, read_column, read_rows
 from asa.evaluation.classification import ClassScores, auc, auc_interval, score_classes
 from asa.evaluation.statistics import nullable
 from asa.inference.asymmetry import TABLE as ASYMMETRY
@@ -115,10 +114,9 @@ def _matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]
     """
     if not table.is_file():
         raise FileNotFoundError(f"{table}: no such table; predictions= is the folder that asa-predict wrote")
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise ValueError(f"{table}: has no scans")
+    rows = read_rows(table)
+    if not rows or "id" not in rows[0]:
+        raise ValueError(f"{table}: has no scans, or no column id")
     scans = [{"id": row["id"], "subject": row["id"]} for row in rows]
     said, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
     rows = [row for row in rows if row["id"] in said]

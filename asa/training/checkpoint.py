@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from asa.config import CHECKPOINT_TARGETS, build
+from asa.config import CHECKPOINT_TARGETS, build, flatten
 from asa.data.io.files import read_json, sha256_of
+from asa.errors import reason_of
 
 FORMAT = 1
+LARGEST_NUMBER = 1 << 16  # of the keywords of a model
+LAYERS = ("depth", "groups")  # in the names of keywords that count layers
+LARGEST_TABLES = 1 << 30  # bytes of buffers that a model computes and a checkpoint does not hold
 WEIGHTS, TRAINING, DIGESTS = "model.safetensors", "training.pt", "digests.json"
 NEWEST, BEST = "checkpoints", "best"  # folders of a run
 
@@ -69,7 +75,7 @@ def save_checkpoint(
     parent = run / folder
     final, temporary = parent / f"step-{step:08d}", parent / f".step-{step:08d}.tmp"
     for leftover in parent.glob(".step-*.tmp"):  # of a process that was killed while saving
-        shutil.rmtree(leftover, ignore_errors=True)
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover, ignore_errors=True)
     header = {"asa": json.dumps({"format": FORMAT, "step": step, **description}, sort_keys=True)}
     try:
         temporary.mkdir(parents=True)
@@ -221,9 +227,28 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights, _ = read_weights(checkpoint / WEIGHTS)
     check_digest(checkpoint / TRAINING)
     try:
-        return weights, torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+        return weights, load_tensors(checkpoint / TRAINING)
     except Exception as error:
         raise DamagedCheckpoint(f"{checkpoint / TRAINING}: damaged ({type(error).__name__})") from error
+
+
+def load_tensors(file: Path) -> Any:
+    """What `torch.save` wrote: plain data and tensors on the CPU, and nothing that could run code.
+
+    Raises:
+        ValueError: a compressed file, or tensors larger than it, which would be allocated when they are used.
+        Exception: of many types, for a damaged file or one with other objects.
+    """
+    if zipfile.is_zipfile(file):  # torch.save does not compress, but torch.load unpacks whatever is compressed
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > file.stat().st_size:
+            raise ValueError(f"a compressed archive of {unpacked} bytes: save it with torch.save")
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    for tensor in tree_leaves(content):
+        if isinstance(tensor, Tensor) and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError("a tensor repeats the values of a smaller one: save it with .contiguous()")
+    return content
 
 
 def check_digest(file: Path) -> None:
@@ -321,10 +346,40 @@ def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
 def read_model(path: str | Path, *, plugins: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
     """The network as `load_model` returns it, and the checkpoint's description."""
     weights, description = read_weights(path)
-    model = build(description["model"], plugins=plugins, targets=CHECKPOINT_TARGETS)
+    node = description.get("model")
+    if not isinstance(node, Mapping) or not isinstance(description.get("data"), Mapping):
+        raise ValueError(f"{path}: its description has no model and data: not a checkpoint of this package")
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
+    _check_size(node, own, str(path), plugins)
+    model = build(node, plugins=plugins, targets=CHECKPOINT_TARGETS)
     load_weights(model, own, str(path))
     return model.eval(), description
+
+
+def _check_size(node: Mapping[str, Any], weights: Mapping[str, Tensor], source: str, plugins: Sequence[str]) -> None:
+    """Compare a network with its weights before memory is allocated: a file of 1 kB can describe one of any size.
+
+    Raises:
+        ValueError: it has more layers, other tensors, or larger tables than the file accounts for.
+    """
+    for key, value in flatten(node).items():
+        numbers = value if isinstance(value, list) else [value]
+        limit = len(weights) if any(name in key for name in LAYERS) else LARGEST_NUMBER
+        if wrong := [number for number in numbers if isinstance(number, int | float) and not abs(number) <= limit]:
+            raise ValueError(f"{source}: does not match the model: {key}={wrong[0]} with {len(weights)} tensors")
+    try:
+        with torch.device("meta"):
+            model = build(node, plugins=plugins, targets=CHECKPOINT_TARGETS)
+    except ValueError:
+        raise
+    except Exception as error:  # keywords of wrong types fail in many ways
+        raise ValueError(f"{source}: its model cannot be built ({reason_of(error)})") from error
+    compare_shapes(model, weights, source)
+    tables = sum(
+        buffer.numel() * buffer.element_size() for name, buffer in model.named_buffers() if name not in weights
+    )
+    if tables > LARGEST_TABLES:
+        raise ValueError(f"{source}: its model computes tables of {tables / 2**30:.1f} GiB, which no network needs")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -333,6 +388,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     Raises:
         ValueError: names the first tensor that does not match, and `source`.
     """
+    compare_shapes(model, weights, source)
+    model.load_state_dict(dict(weights))
+
+
+def compare_shapes(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise a ValueError that names the first tensor that is not the same in a model and in weights."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here = tuple(own[name].shape) if name in own else "absent"
@@ -341,7 +402,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
             raise ValueError(
                 f"{source}: does not match the model: {name} is {there} in the checkpoint and {here} in the model"
             )
-    model.load_state_dict(dict(weights))
 
 
 def load_encoder(path: str | Path) -> nn.Module:

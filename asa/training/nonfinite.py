@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asa.data.io.files import open_unlinked
 from asa.training.checkpoint import newest_name
 from asa.training.distributed import gather_objects, rank
 from asa.training.run_log import RunLog
@@ -115,7 +116,8 @@ class NonFiniteGuard:
         if suspects and skipped.batches:
             dump = self.run / "nonfinite" / f"step-{skipped.step:08d}-rank-{rank()}.pt"
             dump.parent.mkdir(exist_ok=True)
-            torch.save({"step": skipped.step, "batches": [skipped.batches[k] for k in suspects]}, dump)
+            with open_unlinked(dump, "wb") as file:
+                torch.save({"step": skipped.step, "batches": [skipped.batches[k] for k in suspects]}, file)
         raise FloatingPointError(
             f"the {what} was not finite in {self.in_a_row} steps in a row, the last of them step {skipped.step}: "
             f"stopped before saving; the last checkpoint is {newest_name(self.run)}. The batch is in "

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from asa.models import transfer
 from asa.models.transfer import Source
-from asa.training.checkpoint import find_weights, read_weights
+from asa.training.checkpoint import find_weights, load_tensors, read_weights
 
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")  # written by torch.save
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")  # used by training scripts
@@ -95,7 +94,9 @@ def _load_swin(
 def _tensors(file: Path) -> dict[str, Tensor]:
     """The named tensors of a file written by torch.save."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = load_tensors(file)
+    except ValueError:
+        raise
     except Exception as error:
         raise ValueError(
             f"damaged, or contains more than tensors, which could run code ({type(error).__name__}): "

@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 from asa.config import flatten
-from asa.data.io.files import write_whole
+from asa.data.io.files import read_yaml, write_whole
+from asa.data.io.lock import LOCK, locked
 from asa.data.splits import write_split
 from asa.moved import current_name
 from asa.training.checkpoint import list_checkpoints
 from asa.training.device import pick_device, pick_precision, precision_name
 from asa.training.distributed import on_main, process_group
-from asa.training.lock import LOCK, locked
 from asa.training.loop import TrainSettings
 
 # Settings that may change when a run is resumed: its length, its reports, and how it is computed.
@@ -128,7 +128,7 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
 def _config_of_started(run: Path) -> dict[str, Any]:
     """The configuration of a folder's run by dotted keys, empty before its first checkpoint."""
     file = run / "config.yaml"
-    return _comparable(yaml.safe_load(file.read_text())) if list_checkpoints(run) and file.exists() else {}
+    return _comparable(read_yaml(file)) if list_checkpoints(run) and file.exists() else {}
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:

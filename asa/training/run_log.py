@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from asa.data.io.files import open_unlinked, write_whole
+
 
 class RunLog:
     """Scalars and pictures of a run. The progress bar, the JSON lines and TensorBoard show the same numbers.
@@ -25,7 +27,7 @@ class RunLog:
         self.path = run / "log.jsonl"
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= start]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            write_whole(self.path, "".join(f"{line}\n" for line in lines).encode())
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
         self.board: Any = None
         try:
@@ -43,7 +45,7 @@ class RunLog:
 
     def record(self, step: int, group: str, content: Mapping[str, Any]) -> None:
         """Write a line of JSON about a step."""
-        with self.path.open("a") as file:
+        with open_unlinked(self.path, "a") as file:
             file.write(json.dumps({"step": step, "group": group, **content}) + "\n")
 
     def has(self, step: int, group: str) -> bool:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-PARTS = ("pretrain", "fast", "finetune", "importance", "loader", "fed", "window", "growth", "regions")
+PARTS = ("pretrain", "fast", "finetune", "importance", "loader", "fed", "window", "growth", "regions", "digests")
 OVERLAP = 0.5
 AIR = 0.27  # of the patches of 15 stripped OASIS brains in centre crops of 128^3
 CHANNELS = {"asa": 1, "fast": 1, "dense": 1, "written": 1, "unet": 4, "unetr": 4, "swin": 4}
@@ -74,6 +74,13 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
         rows += [step("growth", network, side) for network in ("asa", "dense") for side in sides]
     if "regions" in parts:
         rows += region_rows(size)
+    if "digests" in parts:
+        for first in (False, True):
+            when = "opened for the first time, with its SHA-256" if first else "opened before"
+            name = f"a 1 x {edge}^3 crop of an array of {'x'.join(map(str, whole))}, {when}"
+            rows.append(
+                {"part": "digests", "name": name, "kind": "digests", "edge": edge, "volume": whole, "first": first}
+            )
     return [{**row, **common} for row in rows]
 
 

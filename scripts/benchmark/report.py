@@ -19,6 +19,7 @@ TITLES = {
     "fed": "Pretraining step fed by the loader, files in the page cache",
     "window": "Sliding window over a whole volume",
     "growth": "Growth of the pretraining step",
+    "digests": "Reading from the store, files in the page cache",
     "regions": "Attention inside regions, and the restoration network",
 }
 NOTES = """\

@@ -177,6 +177,25 @@ def loader(spec: Spec, device: torch.device) -> Work:
     return Work(lambda: take(1), volumes=spec["batch"], prepare=lambda: take(READY), calls=BATCHES)
 
 
+def digests(spec: Spec, device: torch.device) -> Work:
+    """A crop of a stored volume, whose file is compared with its SHA-256 when a process first opens it."""
+    from asa.data.store import FORMAT, Store, read_box, write_array, write_manifest
+
+    root, image = Path(spec["scratch"]), torch.rand(1, *spec["volume"]).numpy()
+    own = {"subject": "s", "sources": {}, "chain": {}, "shape": list(image.shape)}
+    record = {"id": "s", **own, "arrays": {"image": write_array(root, "s", "image", image)}}
+    empty = {"settings": {}, "channels": ["t1"], "labels": {}, "ignored": [], "regions": {}}
+    write_manifest(root, {"format": FORMAT, **empty, "records": [record]})
+    opened = Store(root)
+    opened.image("s")
+
+    def read() -> None:
+        store = Store(root) if spec["first"] else opened
+        read_box(store.image("s"), (8, 8, 8), (spec["edge"],) * 3)
+
+    return Work(read, calls=10)
+
+
 def attention(spec: Spec, device: torch.device) -> Work:
     """Attention within regions: 8 heads of width 32, as in RAT. The index is computed before, as once for 12 layers."""
     from asa.ops.regions import region_attention, region_index
@@ -223,6 +242,7 @@ KINDS: dict[str, Callable[[Spec, torch.device], Work]] = {
     "window": window,
     "loader": loader,
     "fed": fed,
+    "digests": digests,
     "attention": attention,
     "restore": restore,
 }

@@ -137,7 +137,7 @@ def test_a_full_run_has_every_row_once_in_its_part() -> None:
     parts = [spec["part"] for spec in rows]
     assert {part: parts.count(part) for part in plan.PARTS} == {
         "pretrain": 3, "fast": 2, "finetune": 3, "importance": 2, "loader": 6, "fed": 3, "window": 3, "growth": 8,
-        "regions": 5,
+        "regions": 5, "digests": 2,
     }  # fmt: skip
     assert len({(spec["part"], spec["name"]) for spec in rows}) == len(rows)
     growth = [(spec["network"], spec["edge"]) for spec in rows if spec["part"] == "growth"]

@@ -18,11 +18,12 @@ from ranks import FORK, MODEL, Job, command, log, losses, replaced, steps_done, 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from asa.data.io import lock as lock_module
 from asa.data.io.files import sha256_of
+from asa.data.io.lock import LOCK, locked
 from asa.data.loading.crops import CropDataset
 from asa.data.store import array_path
 from asa.methods.pretrain import MaskedPretraining
-from asa.training import lock as lock_module
 from asa.training.checkpoint import (
     DamagedCheckpoint,
     find_weights,
@@ -34,7 +35,6 @@ from asa.training.checkpoint import (
     save_checkpoint,
 )
 from asa.training.ema import EMA
-from asa.training.lock import LOCK, locked
 from asa.training.loop import TrainSettings
 from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import OptimSettings

@@ -1,11 +1,11 @@
 """BIDS datasets and derivatives: one image per channel of each session, or run, of a subject."""
 
-import csv
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, sorted_records
+from asa.data.io.tables import read_rows
 
 CHANNELS = {"t1": "T1w"}
 FOLDERS = ("anat", "t1_linear")  # of BIDS, and of Clinica's t1-linear pipeline
@@ -125,9 +125,7 @@ def _sites(root: Path) -> dict[str, str]:
     path = root / "participants.tsv"
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    sites = {str(row.get("participant_id")): (row.get("site") or "").strip() for row in rows}
+    sites = {row.get("participant_id", ""): row.get("site", "") for row in read_rows(path, delimiter="\t")}
     return {subject: site for subject, site in sites.items() if site not in ("", "n/a")}
 
 

@@ -1,6 +1,5 @@
 """Any folder of images: a glob for each channel, or a CSV or JSON table."""
 
-import csv
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from asa.data.datasets.record import Record, existing_folder, sorted_records
 from asa.data.io.files import read_json
+from asa.data.io.tables import read_rows
 
 COLUMNS = ("id", "subject", "site", "label")  # of a table; all other columns are channels
 
@@ -204,8 +204,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
             raise ValueError(f"{path}: a JSON table is a list of objects, one per scan")
         return [{str(key): "" if value is None else str(value) for key, value in row.items()} for row in content]
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in csv.DictReader(file)]
+    rows = [{key: value for key, value in row.items() if key} for row in read_rows(path)]
     if rows and "id" not in rows[0]:
         raise ValueError(f"{path}: no column 'id' (columns are {', '.join(rows[0])}); add it, separated by commas")
     return rows

@@ -1,12 +1,17 @@
-"""Files written atomically, with bytes that depend on their content only."""
+"""Files written atomically, with bytes that depend on their content only; and text that is read with the file named."""
 
+import errno
 import gzip
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
+import yaml
+
+LARGEST_YAML = 100_000  # values in a configuration; a repeated alias makes billions of a few lines
 LONGEST_ID = 200  # bytes; file systems allow names of 255
 PART = ".part"  # ending of a file while it is written; an interruption may leave one behind
 
@@ -28,13 +33,30 @@ def check_id(id: object) -> None:
     raise ValueError(f"{id!r}: not usable as an id, because it names files: {reason}; use letters, digits, - and _")
 
 
+def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
+    """Open a file that may exist for writing, but not through a symbolic link.
+
+    In a folder that others may write to, a link under a predictable name would have any file of the user overwritten.
+
+    Raises:
+        OSError: the path is a symbolic link, or cannot be opened.
+    """
+    try:
+        return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(f"{path}: is a symbolic link, and nothing is written through one: remove it") from None
+
+
 def write_whole(path: str | Path, payload: bytes) -> None:
     """Write a file atomically, under a temporary name that is then renamed; its folder is created if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}{PART}")
+    # A name of its own, so that two processes that write the same file do not write into one another's.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
@@ -55,13 +77,46 @@ def read_json(path: str | Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is not JSON; the message names the file and the line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a number in JSON")
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(_text(path), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); restore or correct the file") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read the configuration of a run: a mapping in YAML.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not YAML, holds something else, or more than `LARGEST_YAML` values.
+    """
+    try:
+        content = yaml.safe_load(_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date may be none, and numbers too long
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}); restore the file") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path}: is empty or not a mapping of settings; restore the file")
+    count = 0
+    waiting: list[dict[Any, Any] | list[Any]] = [content]
+    while waiting:
+        node = waiting.pop()
+        inner = list(node.values()) if isinstance(node, dict) else node
+        count += len(inner)
+        if count > LARGEST_YAML:
+            raise ValueError(f"{path}: more than {LARGEST_YAML} values; this is no configuration of a run")
+        waiting += [item for item in inner if isinstance(item, dict | list)]
+    return content
+
+
+def _text(path: str | Path) -> str:
+    """The text of a file that has to exist."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return Path(path).read_text(encoding="utf-8")
 
 
 def gzipped(payload: bytes, level: int = 6) -> bytes:

@@ -5,6 +5,7 @@ Arrays are `C H W` with 1 (grey) or 3 (colour) channels in [0, 1], label maps `H
 
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,18 +82,25 @@ def stored_window(path: str | Path) -> tuple[float, float] | None:
     if not str(path).lower().endswith(".png"):
         return None
     with _opened(Path(path)) as opened:
-        return checked_window(json.loads(opened.info[WINDOW])) if WINDOW in opened.info else None
+        try:
+            return checked_window(json.loads(opened.info[WINDOW])) if WINDOW in opened.info else None
+        except RecursionError:
+            raise ValueError(f"{WINDOW} is not a window") from None
 
 
 def checked_window(window: Sequence[float]) -> tuple[float, float]:
     """Both ends of a window as floats.
 
     Raises:
-        ValueError: not two increasing numbers.
+        ValueError: not two finite, increasing numbers.
     """
-    if isinstance(window, str) or len(window) != 2 or not float(window[0]) < float(window[1]):
-        raise ValueError(f"data.window={window}: give the values that become 0 and 1, like [-1000,1000]")
-    return float(window[0]), float(window[1])
+    try:
+        low, high = map(float, window)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if isinstance(window, str) or not low < high or not math.isfinite(high - low):
+        raise ValueError(f"data.window={window}: give two finite values, which become 0 and 1, like [-1000,1000]")
+    return low, high
 
 
 def _read(path: Path) -> np.ndarray:
@@ -114,8 +122,8 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with image.open(path) as opened:
             yield opened
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: a damaged PNG ({error}); write or copy it again") from None
+    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a usable PNG ({error}); write or copy it again") from None
 
 
 def _read_dicom(path: Path) -> np.ndarray:

@@ -7,24 +7,28 @@ import gzip
 import hashlib
 import io
 import itertools
-import struct
+import math
+import os
 import warnings
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.fileholders import FileHolder
-from nibabel.spatialimages import HeaderDataError, ImageDataError
-from nibabel.wrapstruct import WrapStructError
+from nibabel.spatialimages import HeaderDataError
 
 from asa.data.io.files import gzipped, write_whole
-from asa.errors import one_line
+from asa.errors import one_line, reason_of
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz")
+LONGEST_HEADER = 1 << 20  # bytes, with the extensions of a NIfTI file
+LARGEST_OFFSET = 1 << 30  # of the voxels in their file, in bytes
+PADDING = 1 << 16  # bytes after the voxels that are accepted
 GEOMETRY_TOLERANCE = 0.1  # mm between the corners of two volumes on the same grid
 
 
@@ -279,42 +283,84 @@ def axis_codes(affine: np.ndarray) -> str:
     return "".join(str(code) for code in nib.orientations.aff2axcodes(affine))
 
 
-def _read_bytes(path: Path) -> bytes:
-    """The decompressed file: gzip.decompress checks CRC and length, which nibabel's reader does not."""
+def check_memory(voxels: float, what: str) -> None:
+    """Check that a volume can be held in memory, before it is made.
+
+    Args:
+        voxels: all of them, of all channels.
+        what: the volume and where it comes from, for the message.
+
+    Raises:
+        ValueError: as float32 with one copy it needs more than half of the memory of this machine.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not 8 * voxels <= memory / 2:
+        raise ValueError(f"{what}: {voxels:.3g} voxels do not fit into the memory of this machine")
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The first `limit` bytes of a file, decompressed; a file that ends earlier has the length and CRC of its gzip."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
-    payload = path.read_bytes()
-    if not payload:
+    if not path.stat().st_size:
         raise ValueError(f"{path}: the file is empty; copy or download it again")
-    if path.suffix != ".gz":
-        return payload
     try:
-        return gzip.decompress(payload)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return file.read(limit)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated gzip ({error}); copy or download it again") from None
+
+
+def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int) -> bytes:
+    """The file with the voxels, if it holds what its header announces and at most `PADDING` bytes more.
+
+    A gzip file of a few bytes may hold any number of them, and a header may announce any number of voxels.
+    """
+    voxels = math.prod(shape)
+    if not 0 <= start <= LARGEST_OFFSET or not shape or min(shape) < 1:
+        raise ValueError(f"{path}: its header announces shape {tuple(shape)} from byte {start} on; convert it again")
+    check_memory(voxels, f"{path}: shape {tuple(shape)}")
+    size = start + voxels * itemsize
+    payload = _read(path, size + PADDING + 1)
+    if len(payload) < size:
+        raise ValueError(f"{path}: truncated: {len(payload)} of {size} bytes; copy or download it again")
+    if len(payload) > size + PADDING:
+        raise ValueError(f"{path}: holds more than the {size} bytes that its header announces; convert it again")
+    return payload
 
 
 def _load(path: Path) -> Any:
     """A nibabel image on bytes in memory."""
     if not path.name.endswith(IMAGE_ENDINGS):
         raise ValueError(f"{path}: not an image that asa reads; give one of {', '.join(IMAGE_ENDINGS)}")
-    payload = _read_bytes(path)
     stem = path.name.removesuffix(".gz")
+    kind: Any = nib.Nifti1Image
+    single = stem.endswith(".nii")
+    files = [path] if single else [path, _partner(path)]
+    if stem.endswith(".img"):
+        files.reverse()
+    beginning = _read(files[0], LONGEST_HEADER)
+    if single and 540 in (int.from_bytes(beginning[:4], order) for order in ("little", "big")):  # size of the header
+        kind = nib.Nifti2Image
+    elif not single:
+        kind = nib.Nifti1Pair if beginning[344:347] == b"ni1" else nib.AnalyzeImage
+    with _named(path):
+        header = kind.header_class.from_fileobj(io.BytesIO(beginning))
+        announced = int(header.get_data_offset()), tuple(map(int, header.get_data_shape()))
+        itemsize = header.get_data_dtype().itemsize
+    pixels = _read_announced(files[-1], *announced, itemsize)
+    with _named(path):
+        parts = {"image": pixels} if single else {"header": beginning, "image": pixels}
+        return kind.from_file_map({name: FileHolder(fileobj=io.BytesIO(part)) for name, part in parts.items()})
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of nibabel about a header as a ValueError that names the file."""
     try:
-        if stem.endswith(".nii"):
-            is_second = 540 in (int.from_bytes(payload[:4], order) for order in ("little", "big"))  # size of the header
-            kind = nib.Nifti2Image if is_second else nib.Nifti1Image
-            return kind.from_file_map({"image": FileHolder(fileobj=io.BytesIO(payload))})
-        header, pixels = (payload, None) if stem.endswith(".hdr") else (None, payload)
-        partner = _partner(path)
-        header, pixels = header or _read_bytes(partner), pixels or _read_bytes(partner)
-        pair: Any = nib.Nifti1Pair if header[344:347] == b"ni1" else nib.AnalyzeImage
-        holders = {name: FileHolder(fileobj=io.BytesIO(part)) for name, part in (("header", header), ("image", pixels))}
-        return pair.from_file_map(holders)
-    except FileNotFoundError:  # the other file of a pair
-        raise
-    except (HeaderDataError, ImageDataError, ImageFileError, WrapStructError, struct.error, OSError) as error:
-        raise ValueError(f"{path}: not a NIfTI or Analyze image ({one_line(error)}); convert it again") from None
+        yield
+    except Exception as error:  # of many types, for the many ways in which a header can be wrong
+        raise ValueError(f"{path}: not a NIfTI or Analyze image ({reason_of(error)}); convert it again") from None
 
 
 def _partner(path: Path) -> Path:
@@ -332,8 +378,8 @@ def _voxels(image: Any, path: Path) -> np.ndarray:
         raise ValueError(f"{path}: voxels have type {image.get_data_dtype()}, not numbers; convert to a scalar image")
     try:
         return np.asanyarray(image.dataobj)
-    except (OSError, ValueError) as error:  # fewer bytes than in the header
-        raise ValueError(f"{path}: truncated ({one_line(error)}); copy or download it again") from None
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path}: its voxels cannot be read ({one_line(error)}); copy or convert it again") from None
 
 
 def _three_d(data: np.ndarray, path: Path) -> np.ndarray:

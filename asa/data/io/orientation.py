@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from asa.data.io.nifti import IMAGE_ENDINGS, orientation_of, write_oriented
+from asa.data.io.parallel import each_tried
 
 
 @dataclass
@@ -37,11 +36,14 @@ def orient_files(source: Path, out: Path, axes: str) -> OrientReport:
         raise ValueError(f"out={out} lies in {source}, whose files are read: choose a folder outside it")
     orientation_of(axes)  # checked before any file is read
     report = OrientReport()
-    for name, path in tqdm(sorted(_by_name(source).items()), desc="orient", unit="file"):
-        try:
-            written = write_oriented(out / f"{name}.nii.gz", path, axes)
-        except (FileNotFoundError, ValueError) as error:
-            report.failures[name] = str(error)
+
+    def orient(job: tuple[str, Path]) -> bool:
+        name, path = job
+        return write_oriented(out / f"{name}.nii.gz", path, axes)
+
+    for (name, _), written, reason in each_tried(orient, sorted(_by_name(source).items()), title="orient", unit="file"):
+        if reason:
+            report.failures[name] = reason
         else:
             (report.written if written else report.kept).append(name)
     return report

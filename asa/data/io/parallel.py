@@ -8,9 +8,12 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import closing
+from functools import partial
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from asa.errors import reason_of
 
 J = TypeVar("J")
 T = TypeVar("T")
@@ -47,6 +50,28 @@ def in_processes(
         for pair in results:
             yield pair
             bar.update()
+
+
+def each_tried(
+    function: Callable[[J], T], jobs: Sequence[J], workers: int = 1, *, title: str, unit: str, progress: bool = True
+) -> Iterator[tuple[J, T | None, str]]:
+    """`in_processes` for jobs of which one that fails, whatever the reason, does not stop the others.
+
+    Yields:
+        (job, result, ""), or (job, None, reason in one line).
+    """
+    for job, outcome in in_processes(
+        partial(_tried, function), jobs, workers, title=title, unit=unit, progress=progress
+    ):
+        result, reason = (None, KILLED) if outcome is None else outcome
+        yield job, result, reason
+
+
+def _tried(function: Callable[[J], T], job: J) -> tuple[T | None, str]:
+    try:
+        return function(job), ""
+    except Exception as error:
+        return None, reason_of(error)
 
 
 def _in_pool(

@@ -6,6 +6,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters that make a spreadsheet compute a cell
+
+
+def read_rows(path: str | Path, delimiter: str = ",") -> list[dict[str, str]]:
+    """The rows of a table, cells without blanks at their ends; what `csv_text` quoted is as it was before.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no table in UTF-8.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(file, delimiter=delimiter)
+            rows = [
+                {key: _unquoted((value or "").strip()) for key, value in row.items() if key is not None}
+                for row in reader
+            ]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a table of text in UTF-8 ({error}): export it again") from None
+    return rows
+
 
 def read_column(
     path: str | Path, column: str, records: Iterable[Mapping[str, Any]], *, missing_ok: bool = False
@@ -29,21 +50,20 @@ def read_column(
         ValueError: a missing column, a name in two rows, or no row for any of the scans.
     """
     records = list(records)
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        header = reader.fieldnames or []
-        if missing_ok and column not in header:
-            return {}
-        key = next((name for name in ("id", "subject") if name in header), None)
-        if key is None or column not in header:
-            raise ValueError(f"{path}: the columns are {', '.join(header)}; give id or subject, and {column}")
-        values: dict[str, str] = {}
-        for row in reader:
-            name, value = str(row[key] or "").strip(), str(row[column] or "").strip()
-            if name in values:
-                raise ValueError(f"{path}: {key} {name} is in two rows: remove one")
-            if value:
-                values[name] = value
+    rows = read_rows(path)
+    header = list(rows[0]) if rows else []
+    if missing_ok and column not in header:
+        return {}
+    key = next((name for name in ("id", "subject") if name in header), None)
+    if key is None or column not in header:
+        raise ValueError(f"{path}: the columns are {', '.join(header)}; give id or subject, and {column}")
+    values: dict[str, str] = {}
+    for row in rows:
+        name, value = row[key], row[column]
+        if name in values:
+            raise ValueError(f"{path}: {key} {name} is in two rows: remove one")
+        if value:
+            values[name] = value
     found = {record["id"]: values[record[key]] for record in records if record[key] in values}
     if not found:
         raise ValueError(f"{path}: no {key} of its {len(values)} rows is one of the scans, like {records[0][key]}")
@@ -57,9 +77,26 @@ def check_health(source: str | Path, values: Iterable[str]) -> None:
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as CSV text, its lines ended by a newline on every system."""
+    """A table as CSV text, its lines ended by a newline on every system.
+
+    A text that a spreadsheet would compute, like `=cmd|...`, gets a ' before it, which `read_rows` removes.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_quoted(cell) for cell in row] for row in rows)
     return text.getvalue()
+
+
+def _quoted(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.startswith((*FORMULA, "'")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell  # a number
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith((*FORMULA, "'")) else cell

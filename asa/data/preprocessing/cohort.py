@@ -3,6 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from asa.data.datasets.record import Record, check_records
 from asa.data.io.files import PART
+from asa.data.io.lock import locked
 from asa.data.io.nifti import axis_codes, spacing_of
 from asa.data.io.parallel import KILLED, check_workers, in_processes
 from asa.data.preprocessing.quality_control import ScanQuality
@@ -68,11 +70,27 @@ def prepare_cohort(
         The report.
 
     Raises:
-        ValueError: an invalid cohort, or `out` is a store made with other settings.
+        ValueError: an invalid cohort, or `out` is a store made with other settings, or in use by another process.
     """
     check_records(records)
     check_workers(workers)
     root = None if out is None else Path(out).absolute()
+    with ExitStack() as stack:
+        if root is not None:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(root))
+        return _prepare(records, root, cohort, workers, progress, on_scan)
+
+
+def _prepare(
+    records: Sequence[Record],
+    root: Path | None,
+    cohort: CohortSettings,
+    workers: int,
+    progress: bool,
+    on_scan: Callable[[ScanQuality], None] | None,
+) -> CohortReport:
+    """`prepare_cohort` into a folder that is locked."""
     header = _header(records, cohort)
     manifest = header if root is None else _open(root, header)
     entries = {entry["id"]: entry for entry in manifest["records"]}
@@ -141,6 +159,9 @@ def _version(package: str) -> str | None:
 
 def _open(root: Path, header: dict[str, Any]) -> dict[str, Any]:
     """Create a store, or continue one that was made with the same settings."""
+    for folder in (root, *(root / name for name in FOLDERS.values())):
+        for unfinished in folder.glob(f".*{PART}"):
+            unfinished.unlink()
     if not (root / MANIFEST).is_file():
         write_manifest(root, header)
         return header
@@ -151,9 +172,6 @@ def _open(root: Path, header: dict[str, Any]) -> dict[str, Any]:
                 f"{root}: this store was made with {key} {existing[key]}, now asked for {header[key]}; "
                 "use the same, or another out="
             )
-    for folder in FOLDERS.values():
-        for unfinished in (root / folder).glob(f".*{PART}"):
-            unfinished.unlink()
     return {**header, "records": existing["records"]}
 
 

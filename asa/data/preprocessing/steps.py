@@ -4,6 +4,7 @@ Between the stages, arrays are `C D H W` in RAS+ (D inferior to superior, H post
 A stage changes a case in place and returns the parameters that its inverse needs.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from asa.data.io.nifti import axis_codes, from_ras, spacing_of, to_ras
+from asa.data.io.nifti import axis_codes, check_memory, from_ras, spacing_of, to_ras
 from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import TOOLS, brain_mask, correct_bias, head_of_ct
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
@@ -234,6 +235,7 @@ def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     if alignment.matrix is None:
         return None
     before, matrix, shape = case.image.shape[1:], alignment.matrix, alignment.shape
+    check_memory(len(case.image) * math.prod(shape), f"spacing={settings.spacing} gives a grid of {shape}")
     pairs = [
         sample_image(image, inside, matrix, shape) for image, inside in zip(case.image, case.foreground, strict=True)
     ]
@@ -307,6 +309,7 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
             start = [(side.start + side.stop - edge) // 2 for side, edge in zip(box, size, strict=True)]
         if case.centred:
             start[2] = (before[2] - size[2]) // 2
+    check_memory(len(case.image) * math.prod(size), f"crop={settings.crop}")
     lost = anywhere.sum() - read_box(anywhere[None], start, size).sum()
     if lost:
         warnings.warn(f"the crop to {size} leaves out {lost / anywhere.sum():.1%} of the foreground", stacklevel=2)

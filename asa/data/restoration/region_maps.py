@@ -15,7 +15,7 @@ import numpy as np
 
 from asa.data.io.files import read_json, write_json
 from asa.data.io.images2d import list_pictures, read_picture, write_picture, write_regions
-from asa.data.io.parallel import KILLED, check_workers, in_processes
+from asa.data.io.parallel import check_workers, each_tried
 from asa.data.restoration.superpixels import Provider, make_provider
 
 SETTINGS = "regions.json"
@@ -66,11 +66,11 @@ def store_regions(
     report = RegionReport(kept=[id for id in found if (out / f"{id}.png").is_file()])
     jobs = [(id, str(path)) for id, path in found.items() if id not in report.kept]
     compute = partial(_compute, out=out, settings=tuple(settings.items()), window=window)
-    for (id, _), result in in_processes(compute, jobs, workers, title="regions", unit="image", progress=progress):
-        if isinstance(result, int):
-            report.regions[id] = result
+    for (id, _), count, reason in each_tried(compute, jobs, workers, title="regions", unit="image", progress=progress):
+        if count is None:
+            report.failures[id] = reason
         else:
-            report.failures[id] = result or KILLED
+            report.regions[id] = count
     return report
 
 
@@ -81,16 +81,13 @@ def _provider(settings: tuple[tuple[str, Any], ...]) -> Provider:
 
 def _compute(
     job: tuple[str, str], *, out: Path, settings: tuple[tuple[str, Any], ...], window: Sequence[float] | None
-) -> int | str:
-    """Compute and store the label map of an image (id, path): its number of regions, or the reason of a failure."""
+) -> int:
+    """Compute and store the label map of an image (id, path); returns its number of regions."""
     id, path = job
-    try:
-        image = read_picture(path, window)
-        labels = _provider(settings)(id, image)
-        write_picture(out / "previews" / f"{id}.png", outlined(image, labels))
-        write_regions(out / f"{id}.png", labels)  # last, so that an existing map has its preview
-    except (ValueError, OSError, ImportError) as error:
-        return str(error)
+    image = read_picture(path, window)
+    labels = _provider(settings)(id, image)
+    write_picture(out / "previews" / f"{id}.png", outlined(image, labels))
+    write_regions(out / f"{id}.png", labels)  # last, so that an existing map has its preview
     return len(np.unique(labels))
 
 

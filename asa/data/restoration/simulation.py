@@ -12,7 +12,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from asa.data.io.images2d import list_pictures, read_picture, write_picture
-from asa.data.io.parallel import KILLED, check_workers, in_processes
+from asa.data.io.parallel import check_workers, each_tried
 from asa.data.loading.crops import sample_seed
 from asa.data.store import read_box
 from asa.errors import require
@@ -168,7 +168,7 @@ def simulate_folder(
     seed: int = 0,
     workers: int = 1,
     **physics: Any,
-) -> int:
+) -> tuple[int, dict[str, str]]:
     """Write OUT/high/ID.png and the degraded OUT/low/ID.png for every image in a folder.
 
     Args:
@@ -182,35 +182,29 @@ def simulate_folder(
         physics: see `make_degradation`.
 
     Returns:
-        The number of pairs.
+        The number of pairs, and id -> reason of each image that cannot be read or degraded; the others are written.
 
     Raises:
-        FileNotFoundError, ValueError: no images, invalid settings, or an image that cannot be read or degraded; the
-            message names it.
+        FileNotFoundError, ValueError: no images, or invalid settings.
     """
     check_workers(workers)
     settings = {"kind": kind, "window": window, **physics}
     make_degradation(**settings)  # invalid settings fail once, not for every image
     jobs = [(id, str(path)) for id, path in list_pictures(images).items()]
     make = partial(_write_pair, out=out, settings=settings, multiple=multiple, seed=seed)
-    for (_, path), failure in in_processes(make, jobs, workers, title="simulate", unit="image"):
-        if failure is None or failure:
-            raise ValueError(failure or f"{path}: {KILLED}")
-    return len(jobs)
+    tried = each_tried(make, jobs, workers, title="simulate", unit="image")
+    failures = {id: reason for (id, _), _, reason in tried if reason}
+    return len(jobs) - len(failures), failures
 
 
-def _write_pair(job: tuple[str, str], *, out: Path, settings: dict[str, Any], multiple: int, seed: int) -> str:
-    """Read, degrade and write an image, (id, path): the reason of a failure, or an empty text."""
+def _write_pair(job: tuple[str, str], *, out: Path, settings: dict[str, Any], multiple: int, seed: int) -> None:
+    """Read, degrade and write an image, (id, path)."""
     (id, path), window = job, settings["window"]
-    try:
-        clean = read_picture(path, window)
-    except ValueError as error:
-        return str(error)
+    clean = read_picture(path, window)
     clean = clean[:, : clean.shape[1] // multiple * multiple, : clean.shape[2] // multiple * multiple]
     try:
         low = make_degradation(**settings)(clean, np.random.default_rng(sample_seed(seed, id)))
     except ValueError as error:
-        return f"{path}: {error}"
+        raise ValueError(f"{path}: {error}") from None
     write_picture(out / "high" / f"{id}.png", clean, window)
     write_picture(out / "low" / f"{id}.png", low, window)
-    return ""

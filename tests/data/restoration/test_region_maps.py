@@ -215,7 +215,7 @@ def test_simulation_does_not_depend_on_the_number_of_processes(tmp_path: Path) -
         write_picture(tmp_path / "clean" / f"{k}.png", discs(24, 20))
     for workers in (1, 2):
         out = tmp_path / str(workers)
-        assert simulate_folder(tmp_path / "clean", out, "pet", workers=workers, counts=1e5) == 2
+        assert simulate_folder(tmp_path / "clean", out, "pet", workers=workers, counts=1e5) == (2, {})
     for path in (tmp_path / "1").glob("*/*.png"):
         assert path.read_bytes() == (tmp_path / "2" / path.relative_to(tmp_path / "1")).read_bytes()
     assert (tmp_path / "1" / "low" / "0.png").read_bytes() != (tmp_path / "1" / "low" / "1.png").read_bytes()

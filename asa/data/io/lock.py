@@ -1,4 +1,4 @@
-"""A lock file in the run folder: one run, one writer."""
+"""A lock file in the folder of a run or a store: one writer."""
 
 import fcntl
 import json
@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from asa.data.io.files import open_unlinked
+
 LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds between updates of the lock's modification time
 STALE_AFTER = 45.0  # seconds without an update, after which a lock from another machine is stale
@@ -20,7 +22,7 @@ Holder = dict[str, Any]  # content of the lock file: {"host", "pid", "born", "jo
 
 @contextmanager
 def locked(run: Path, report: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold a run folder's lock.
+    """Hold the lock of a run folder or a store.
 
     A lock whose process has ended is taken over, with a message. A process of another machine cannot be looked up: its
     lock is stale if its modification time does not change. A job that Slurm restarted takes over its own lock at once.
@@ -63,7 +65,7 @@ def locked(run: Path, report: Callable[[str], None] = print) -> Iterator[None]:
 def _acquire(file: Path, own: Holder, stale: Holder | None) -> Holder | None:
     """Write the lock if it is free or still the stale one; otherwise return its holder."""
     while True:
-        with file.open("a+") as handle:
+        with open_unlinked(file, "a+") as handle:
             with suppress(OSError):  # not supported by some network file systems
                 fcntl.flock(handle, fcntl.LOCK_EX)  # against other processes of this machine, while the file is open
             if not _is_same(handle.fileno(), file):
@@ -85,11 +87,15 @@ def _is_same(descriptor: int, file: Path) -> bool:
 
 
 def _parse(text: str) -> Holder | None:
+    """The holder that a lock file names; None if it is empty, cut off by a power failure, or no lock."""
     try:
         holder = json.loads(text)
-    except ValueError:
-        return None  # empty, or cut off by a power failure
-    return holder if isinstance(holder, dict) and holder.keys() == {"host", "pid", "born", "job"} else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(holder, dict) or holder.keys() != {"host", "pid", "born", "job"}:
+        return None
+    known = isinstance(holder["host"], str) and isinstance(holder["pid"], int) and 0 < holder["pid"] < 2**31
+    return holder if known else None
 
 
 def _is_running(file: Path, holder: Holder, own: Holder) -> bool:
