@@ -5,12 +5,13 @@ from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
-from asa.export.monai_bundle import export_bundle
-from asa.export.onnx import export_onnx
 
 
 def export(config: Config) -> None:
     """Write the file or the folder."""
+    from asa.export.monai_bundle import export_bundle
+    from asa.export.onnx import export_onnx
+
     out = Path(str(config["out"]))
     if config["format"] == "onnx":
         difference = export_onnx(config["checkpoint"], out, plugins=config["plugins"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asa.training import distributed
+from asa.training import ranks
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Options of mallopt, from glibc's malloc.h.
@@ -33,13 +33,13 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(
             f"device={name}, but torch {torch.__version__} sees no GPU: use device=cpu or install a CUDA build"
         )
-    if device.type != "cuda" or distributed.world_size() == 1:
+    if device.type != "cuda" or ranks.world_size() == 1:
         return device
     if device.index is not None:
         raise ValueError(f"device={name}: with several processes each uses its own GPU: use device=cuda")
-    if distributed.local_rank() >= torch.cuda.device_count():
+    if ranks.local_rank() >= torch.cuda.device_count():
         raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
-    return torch.device("cuda", distributed.local_rank())
+    return torch.device("cuda", ranks.local_rank())
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

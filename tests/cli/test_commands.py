@@ -12,9 +12,13 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+import asa
+from asa.cli import front, pretrain
+from asa.cli import main as asa_command
 from asa.data.store import Store
 from asa.training.checkpoint import list_checkpoints
 
+NOT_COMMANDS = ("__init__", "front", "main")
 TINY = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "optim.warmup=1"]
 PRETRAIN = [*TINY, "model=asa_tiny", "crop=32", "train.steps=2", "train.batch_size=2"]
 FINETUNE = [*TINY, "model=unet_tiny", "+model.feature_size=4", "crop=[64,32,32]", "train.steps=2", "train.batch_size=1"]
@@ -324,3 +328,58 @@ def test_the_resolved_configuration_can_be_printed(command, store: Path) -> None
 
 def test_a_store_remembers_its_preparation(store: Path) -> None:
     assert Store(store).settings["normalise"] == "percentile"
+
+
+HEAVY = "torch", "monai", "nibabel", "scipy"
+COMMANDS = sorted(path.stem for path in Path(front.__file__).parent.glob("*.py") if path.stem not in NOT_COMMANDS)
+
+
+def in_a_process(*arguments: str) -> tuple[str, str]:
+    """Output of `asa ...` in a process of its own, and the heavy packages that it imported."""
+    code = (
+        "import sys\nfrom asa.cli.main import main\n"
+        f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
+        f"print(*(name for name in {HEAVY!r} if name in sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr, done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_no_heavy_package(name: str) -> None:
+    shown, heavy = in_a_process(name, "--help")
+    assert shown.startswith(f"usage: asa-{name} ") and "settings:" in shown and heavy == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "out=x", "polcy=ibsr"), "did you mean policy?"),
+        (("pretrain", "out=x", "data.store=y", "train.stepz=3"), "did you mean train.steps?"),
+        (("pretrain", "out=x", "data.store=y", "train.steps=many"), "many"),
+        (("finetune", "out=x", "model=asa_tiny"), "choose unet_tiny"),
+        (("predict", "out=x"), "checkpoint, input has to be given"),
+    ],
+)
+def test_settings_are_checked_before_heavy_packages_are_imported(arguments: tuple[str, ...], message: str) -> None:
+    shown, heavy = in_a_process(*arguments)
+    assert f"asa-{arguments[0]}: error: " in shown and message in shown and heavy == ""
+
+
+def test_asa_with_a_command_is_that_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(asa_command.COMMANDS) == set(COMMANDS)
+    arguments = ["--print", "out=x", "data.store=y"]
+    printed = []
+    for run in (lambda: asa_command.main(["pretrain", *arguments]), lambda: pretrain.main(arguments=arguments)):
+        assert run() == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "steps: 20000" in printed[0]
+    assert asa_command.main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in COMMANDS)
+    assert asa_command.main(["pretrian", "out=x"]) == 1
+    assert "did you mean pretrain?" in capsys.readouterr().err
+    for main in (asa_command.main, lambda arguments: pretrain.main(arguments=arguments)):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--version"])
+        assert not stopped.value.code and capsys.readouterr().out == f"asa {asa.__version__}\n"
