@@ -1,5 +1,6 @@
 """Which scans asa-predict predicts, and where the results go: a file, a folder, or a store."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -57,7 +58,11 @@ def predict_scans(predictor: ScanPredictor, config: Config) -> None:
         try:
             if (out / f"{id}.nii.gz").resolve() in {Path(path).resolve() for path in inputs}:
                 raise ValueError(f"the result would replace the scan itself: choose another out= than {out}")
-            work()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                work()
+            for warning in caught:
+                tqdm.write(f"{id}: warning: {warning.message}")
         except (ValueError, OSError) as error:
             failures += 1
             tqdm.write(f"{id}: failed: {error}")
@@ -74,14 +79,16 @@ def checkpoints_of(config: Config) -> list[str]:
 
 
 def only_checkpoint(config: Config, result: str) -> str:
-    """The one checkpoint of a network that has neither an ensemble nor probability maps.
+    """The one checkpoint of a network that has neither an ensemble nor maps of probability and uncertainty.
 
     Raises:
         ValueError: several checkpoints, or settings of segmentation.
     """
     checkpoints = checkpoints_of(config)
-    if len(checkpoints) != 1 or config["mirror"] or config["probabilities"]:
-        raise ValueError(f"{result} comes from one checkpoint, without mirror and probabilities: leave these out")
+    if len(checkpoints) != 1 or any(config[key] for key in ("mirror", "probabilities", "uncertainty")):
+        raise ValueError(
+            f"{result} comes from one checkpoint, without mirror, probabilities and uncertainty: leave these out"
+        )
     return checkpoints[0]
 
 
@@ -129,6 +136,7 @@ def _store_jobs(predictor: ScanPredictor, source: Path, config: Config) -> list[
     def predict(record: dict[str, Any]) -> None:
         like = read_image(record["sources"][store.channels[0]]["path"])
         predictor.preprocessor.check_stored(record["chain"])
+        predictor.preprocessor.warn_outside_range(record["quality"], record["intensity"])
         predictor.predict_stored(record["id"], store.image(record["id"]), record["chain"], like)
 
     return [

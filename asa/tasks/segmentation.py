@@ -6,6 +6,8 @@ validation part. A checkpoint holds channels, labels, regions, preparation and v
 each scan's own space, by a sliding window. Evaluation: label maps against the truth under a named policy.
 """
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ import torch
 
 from asa.config import typed
 from asa.data.datasets import folder
+from asa.data.io.files import write_whole
 from asa.data.io.nifti import Volume
+from asa.data.io.tables import csv_text
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, VolumeSource
 from asa.data.splits import read_split, select
@@ -26,7 +30,7 @@ from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.label_maps import SIDE
 from asa.inference.preprocessing import training_scan_metadata
-from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
+from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, sliding_window
 from asa.methods.base import Batch
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED
@@ -35,10 +39,12 @@ from asa.reporting.figures import central_slices, overlay_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
-from asa.tasks.volumes import Initialisation, open_store, set_model
+from asa.tasks.volumes import Initialisation, open_store, padding_advice, set_model
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 from asa.training.plan import volume_batch
+
+VOLUMES = "volumes.csv"
 
 
 class Segmentation:
@@ -108,6 +114,8 @@ class Segmentation:
         start = f"the encoder of {self.config['init']}" if self.config["init"] else "scratch"
         train, validation = len(self.parts["train"]), len(self.parts["validation"])
         print(f"fine-tuning from {start} on {train} scans, validated on {validation}, in {run}")
+        if advice := padding_advice(self.config["crop"], self.parts["train"]):
+            print(advice)
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
         if "dice" in metrics:
@@ -228,7 +236,7 @@ def validate_segmentation(
 
 
 class SegmentationPredictor:
-    """Writes `OUT/ID.nii.gz` of each scan, and its probabilities into `OUT/probabilities/ID` where they are asked for.
+    """Writes `OUT/ID.nii.gz` of each scan and `OUT/volumes.csv`; on request also probabilities and uncertainty.
 
     Args:
         config: of asa-predict.
@@ -236,28 +244,53 @@ class SegmentationPredictor:
 
     def __init__(self, config: Config) -> None:
         self.out, self.with_probabilities = Path(str(config["out"])), config["probabilities"]
+        self.with_uncertainty = config["uncertainty"] is not None
         self.segmenter = Segmenter(
             checkpoints_of(config),
             typed(PredictSettings, config["predict"]),
             mirror=config["mirror"],
+            uncertainty=config["uncertainty"] or "entropy",
             strip=config["strip"],
             progress=True,
             plugins=config["plugins"],
         )
         self.preprocessor = self.segmenter.preprocessor
+        self.rows: dict[str, dict[str, str]] = {}
 
     def predict_file(self, id: str, images: Channels) -> None:
-        self.segmenter.segment_file(images, self.out / f"{id}.nii.gz", probabilities=self._probabilities(id))
+        self._add(id, self.segmenter.segment_file(images, self._map(id), **self._extra(id)))
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        target = self.out / f"{id}.nii.gz"
-        self.segmenter.segment_prepared(image, chain, like, target, probabilities=self._probabilities(id))
+        self._add(id, self.segmenter.segment_prepared(image, chain, like, self._map(id), **self._extra(id)))
 
     def finish(self) -> str:
-        return f"wrote label maps to {self.out}"
+        if self.rows:
+            header = list(next(iter(self.rows.values())))
+            rows = dict(sorted((self._rows_before(header) | self.rows).items()))
+            write_whole(self.out / VOLUMES, csv_text(header, [list(row.values()) for row in rows.values()]).encode())
+        return f"wrote label maps and {VOLUMES} to {self.out}"
 
-    def _probabilities(self, id: str) -> Path | None:
-        return self.out / "probabilities" / id if self.with_probabilities else None
+    def _rows_before(self, header: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Rows of an earlier table with these columns, of scans whose label maps are still here."""
+        file = self.out / VOLUMES
+        rows = list(csv.DictReader(io.StringIO(file.read_text()))) if file.exists() else []
+        return {row["id"]: row for row in rows if list(row) == list(header) and self._map(row["id"]).exists()}
+
+    def _add(self, id: str, found: Segmented) -> None:
+        volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
+        expected = found.expected_dice.items()
+        scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
+        self.rows[id] = {"id": id, **volumes, **scores}
+
+    def _map(self, id: str) -> Path:
+        return self.out / f"{id}.nii.gz"
+
+    def _extra(self, id: str) -> dict[str, Path | None]:
+        """Where the probabilities and the map of uncertainty of a scan go."""
+        return {
+            "probabilities": self.out / "probabilities" / id if self.with_probabilities else None,
+            "uncertainty": self.out / "uncertainty" / f"{id}.nii.gz" if self.with_uncertainty else None,
+        }
 
 
 @dataclass

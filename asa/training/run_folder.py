@@ -16,6 +16,7 @@ from asa.training.device import pick_device
 from asa.training.distributed import on_main, process_group
 from asa.training.lock import LOCK, locked
 from asa.training.loop import TrainSettings
+from asa.training.optim import warmup_steps
 
 # Settings that may change when a run is resumed: its length, its reports, and how it is computed.
 FREE_ON_RESUME = (
@@ -95,7 +96,9 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
     file = run / "config.yaml"
     if not (list_checkpoints(run) and file.exists()):
         return
-    before, now = _comparable(yaml.safe_load(file.read_text())), _comparable(config)
+    before = yaml.safe_load(file.read_text())
+    steps = before["train"]["steps"]
+    before, now = _comparable(before, steps), _comparable(config, steps)
     for key in sorted(before.keys() | now.keys()):
         in_both = key in before and key in now
         alone = (before | now)[key]
@@ -107,7 +110,8 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value, functions and classes by their present names."""
+def _comparable(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Dotted key -> value, functions and classes by their present names, the warm-up in steps of a run of `steps`."""
     flat = flatten(config)
+    flat["optim.warmup"] = warmup_steps(flat.get("optim.warmup", 0), steps)
     return {key: current_name(str(value)) if key.endswith("_target_") else value for key, value in flat.items()}

@@ -16,6 +16,7 @@ import asa
 from asa.cli import front, pretrain
 from asa.cli import main as asa_command
 from asa.data.store import Store
+from asa.tasks.volumes import padding_advice
 from asa.training.checkpoint import list_checkpoints
 
 NOT_COMMANDS = ("__init__", "front", "main")
@@ -70,7 +71,7 @@ def test_from_phantom_to_report(command, tmp_path: Path) -> None:
 
     predicted = command("predict", f"checkpoint={out}/fine", f"input={out}/store", "part=test", f"out={out}/pred")
     assert predicted.code == 0
-    (prediction,) = (out / "pred").iterdir()
+    (prediction,) = (out / "pred").glob("*.nii.gz")
     name = prediction.name.removesuffix(".nii.gz")
     source = nibabel.load(out / "raw" / name / f"{name}_ana_strip.nii.gz")
     made = nibabel.load(prediction)
@@ -213,7 +214,7 @@ def test_a_linear_probe_leaves_the_encoder_that_it_measures_as_it_was(command, s
     predicted = command(
         "predict", f"checkpoint={tmp_path}/probe/best", f"input={store}", "part=test", f"out={tmp_path}/p"
     )
-    assert predicted.code == 0 and len(list((tmp_path / "p").iterdir())) == 1
+    assert predicted.code == 0 and len(list((tmp_path / "p").glob("*.nii.gz"))) == 1
     wrong = [argument.replace("/probe", "/wrong") for argument in arguments]
     assert failed_in_one_line(command("finetune", *wrong, "optim.freeze=[encodre]"), "encodre", "encoder, head")
 
@@ -228,7 +229,7 @@ def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Pat
     assert trained.code == 0, trained.err
     arguments = [f"checkpoint={tmp_path}/fine", f"input={store}", "part=test"]
     assert command("predict", *arguments, f"out={tmp_path}/p", "predict.overlap=0").code == 0
-    assert len(list((tmp_path / "p").iterdir())) == 1
+    assert len(list((tmp_path / "p").glob("*.nii.gz"))) == 1
     refused = [f"data.store={store}", f"out={tmp_path}/other", *FINETUNE, "method.background_weight=0"]
     assert failed_in_one_line(command("finetune", *refused), "method.background_weight=0: must be in (0, 1]")
 
@@ -328,6 +329,37 @@ def test_the_resolved_configuration_can_be_printed(command, store: Path) -> None
 
 def test_a_store_remembers_its_preparation(store: Path) -> None:
     assert Store(store).settings["normalise"] == "percentile"
+
+
+def test_a_short_run_needs_no_settings_of_its_schedule(command, store: Path, tmp_path: Path) -> None:
+    arguments = [f"data.store={store}", "loader.workers=0", "train.device=cpu", "train.steps=1", "train.batch_size=1"]
+    short = command("pretrain", *arguments, f"out={tmp_path}/pre", "model=asa_tiny", "crop=128")
+    assert short.code == 0 and "a crop of 128x128x128 voxels is 8" in short.out and "crop=[96,96,96] fits" in short.out
+    # A run of a version whose default was a number of steps is continued.
+    file = tmp_path / "pre" / "config.yaml"
+    assert "warmup: 0.025" in file.read_text()
+    file.write_text(file.read_text().replace("warmup: 0.025", "warmup: 0"))
+    assert command("pretrain", *arguments, f"out={tmp_path}/pre", "model=asa_tiny", "crop=128").code == 0
+
+
+@pytest.mark.parametrize(
+    ("crop", "shapes", "fitting"),
+    [
+        (128, [(53, 66, 52)], "crop=[64,96,64] fits them and has 5.3 times fewer voxels"),
+        ([64, 96, 64], [(53, 66, 52)], None),
+        (128, [(150, 190, 140), (60, 200, 150)], None),
+        ([128, 64, 128], [(20, 200, 70), (40, 180, 60)], "crop=[64,64,96] fits"),
+        (32, [(10, 10, 10)], None),
+        (
+            64,
+            [(10, 10, 10), (20, 20, 20), (20, 24, 20)],
+            "is 98% padding, as the volumes have 20x20x20: crop=[32,32,32]",
+        ),
+    ],
+)
+def test_a_crop_that_is_mostly_padding_is_named_with_one_that_fits(crop, shapes, fitting) -> None:
+    advice = padding_advice(crop, [{"shape": [1, *shape]} for shape in shapes])
+    assert advice is None if fitting is None else fitting in advice
 
 
 HEAVY = "torch", "monai", "nibabel", "scipy"
