@@ -159,9 +159,11 @@ def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Val
 
 
 def reconstruction_panels(method: PretrainingMethod, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A method's panels of a batch's first sample, RGB uint8."""
+    """A method's panels of a batch's first sample, RGB uint8, by "FIGURE: COLUMN, COLUMN, ..."."""
     return {
-        name: reconstruction_panel(*(volume[0, 0].float().cpu().numpy() for volume in volumes.values()))
+        f"{name}: {', '.join(volumes)}": reconstruction_panel(
+            *(volume[0, 0].float().cpu().numpy() for volume in volumes.values())
+        )
         for name, volumes in method.pictures(batch).items()
     }
 

@@ -2,8 +2,9 @@
 
 Data: crops of a prepared store with labels; left and right labels are exchanged in mirrored crops. Loss: the method's
 (Dice and cross-entropy with deep supervision, over classes or over regions). Validation: Dice of whole volumes of the
-validation part. A checkpoint holds channels, labels, regions, preparation and voxel sizes. Prediction: label maps in
-each scan's own space, by a sliding window. Evaluation: label maps against the truth under a named policy.
+validation part, and the loss of their central crops. A checkpoint holds channels, labels, regions, preparation and
+voxel sizes. Prediction: label maps in each scan's own space, by a sliding window, and their volumes. Evaluation: label
+maps against the truth under a named policy.
 """
 
 import csv
@@ -24,6 +25,7 @@ from asa.data.io.nifti import Volume
 from asa.data.io.tables import csv_text
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, VolumeSource
+from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
 from asa.evaluation.metrics import dice
@@ -40,6 +42,7 @@ from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
 from asa.tasks.volumes import Initialisation, open_store, padding_advice, set_model
+from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 from asa.training.plan import volume_batch
@@ -97,7 +100,16 @@ class Segmentation:
         if unlabelled := [id for id in ids if self.store.label(id) is None]:
             raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
         scored = self.regions or {name: [k] for name, k in self.index.items()}
-        return (lambda step: validate_segmentation(method, self.store, ids, scored, self.windows)) if ids else None
+        if not ids:
+            return None
+        size = method.model.encoder.img_size
+        centres = CropDataset(self.store, self.parts["validation"], size, labelled=True, mirrored=method.mirrored)
+
+        def validate(step: int) -> Validation:
+            metrics, panels = validate_segmentation(method, self.store, ids, scored, self.windows)
+            return {**metrics, "loss": mean_loss(method, centres)}, panels
+
+        return validate
 
     def metadata(self) -> dict[str, Any]:
         return {
@@ -233,6 +245,15 @@ def validate_segmentation(
     columns = zip(*map_over_ranks(ids, scores), strict=True)
     metrics = {f"dice_{name}": float(np.mean(column)) for name, column in zip(parts, columns, strict=True)}
     return {"dice": float(np.mean(list(metrics.values()))), **metrics}, panels
+
+
+def mean_loss(method: SegmentationMethod, dataset: CropDataset) -> float:
+    """Mean loss over labelled crops; several processes divide them, and each returns the mean of all."""
+    device = next(method.parameters()).device
+    losses = map_over_ranks(
+        range(len(dataset)), lambda index: float(method(on_device(collate([dataset[index]]), device))["loss"])
+    )
+    return float(np.mean(losses))
 
 
 class SegmentationPredictor:

@@ -312,9 +312,13 @@ def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
     return read_model(path, plugins=plugins)[0]
 
 
-def read_model(path: str | Path, *, plugins: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
-    """The network as `load_model` returns it, and the checkpoint's description."""
+def read_model(
+    path: str | Path, *, plugins: Sequence[str] = (), img_size: int | Sequence[int] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network as `load_model` returns it, and the checkpoint's description; see `load_encoder` for `img_size`."""
     weights, description = read_weights(path)
+    if img_size is not None:
+        description["model"]["img_size"] = img_size if isinstance(img_size, int) else list(img_size)
     model = build(description["model"], plugins=plugins, targets=CHECKPOINT_TARGETS)
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
     load_weights(model, own, str(path))
@@ -338,16 +342,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     model.load_state_dict(dict(weights))
 
 
-def load_encoder(path: str | Path) -> nn.Module:
+def load_encoder(path: str | Path, *, img_size: int | Sequence[int] | None = None) -> nn.Module:
     """The encoder of a checkpoint's network, with its weights, in evaluation mode.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file, of pretraining or fine-tuning.
+        img_size: volume size in voxels that it is to take, one number or (D, H, W), with the position encoding of this
+            size; None: that of the training.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint there, or a network without an encoder.
+        FileNotFoundError, ValueError: no checkpoint there, a network without an encoder, or a size that it cannot take.
     """
-    encoder = getattr(load_model(path), "encoder", None)
+    encoder = getattr(read_model(path, img_size=img_size)[0], "encoder", None)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"{path}: this network has no encoder: give a run of asa-pretrain or of segmentation")
     return encoder

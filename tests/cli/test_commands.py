@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -360,6 +361,38 @@ def test_a_short_run_needs_no_settings_of_its_schedule(command, store: Path, tmp
 def test_a_crop_that_is_mostly_padding_is_named_with_one_that_fits(crop, shapes, fitting) -> None:
     advice = padding_advice(crop, [{"shape": [1, *shape]} for shape in shapes])
     assert advice is None if fitting is None else fitting in advice
+
+
+def test_a_scan_has_features_in_every_encoder_at_any_size(command, raw: Path, store: Path, tmp_path: Path) -> None:
+    method = ["model=sa_swin_tiny", "method=sa_swin"]
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/asa", *PRETRAIN).code == 0
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/swin", *PRETRAIN, *method).code == 0
+    tuned = command("finetune", f"data.store={store}", f"out={tmp_path}/unet", *FINETUNE, "data.split.validation=1")
+    assert tuned.code == 0 and "loss " in tuned.out
+    scan = raw / "s0_T1.nii.gz"
+    for run, edges in (("asa", (32, 32, 32)), ("swin", (32, 32, 32)), ("unet", (64, 32, 32))):
+        stride = getattr(asa.load_encoder(tmp_path / run), "patch_size", 32)
+        tokens = asa.features(scan, tmp_path / run, device="cpu")
+        assert tokens.shape[1:] == tuple(edge // stride for edge in edges) and np.isfinite(tokens).all()
+        if run != "unet":  # as pretraining sees it: the crop at the centre
+            (index,) = (k for k, record in enumerate(Store(store).records) if record["id"] == "s0")
+            crop = asa.CropDataset(Store(store), Store(store).records, edges)[index]["image"]
+            encoder = asa.load_encoder(tmp_path / run)
+            with torch.inference_mode():
+                expected = encoder(crop[None])[0]
+            np.testing.assert_allclose(tokens.reshape(len(tokens), -1).T, expected.numpy(), atol=2e-3)
+        larger = asa.features(scan, tmp_path / run, img_size=(64, 64, 96), device="cpu")
+        assert larger.shape == (len(tokens), *(edge // stride for edge in (64, 64, 96)))
+    with pytest.raises(ValueError, match="33"):
+        asa.load_encoder(tmp_path / "asa", img_size=33)
+
+
+def test_an_index_alone_is_the_crop_of_the_first_epoch(store: Path) -> None:
+    crops = asa.CropDataset(asa.Store(store), asa.Store(store).records, (32, 32, 32), crop="random", seed=3)
+    for index in range(len(crops)):
+        one, other = crops[index], crops[index, 0]
+        assert one["id"] == other["id"] and torch.equal(one["image"], other["image"])
+    assert [sample["id"] for sample in crops] == [record["id"] for record in crops.records]
 
 
 HEAVY = "torch", "monai", "nibabel", "scipy"

@@ -27,7 +27,6 @@ from asa.inference.segmentation import PredictSettings, Segmenter, count_windows
 from asa.inference.uncertainty import KINDS, expected_dice
 from asa.training.checkpoint import read_weights, save_checkpoint
 
-
 REGIONS = {
     "labels": {**DATA["labels"], 7: "x"},
     "regions": [["sides", [1, 2]], ["left", [1]], ["mid", [5]], ["none", [7]]],
