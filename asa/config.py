@@ -174,9 +174,22 @@ def compose(
             plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, command, overrides, search)) from error
+    _check_mappings(yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text()), plain)
     _check_model(command, chosen.get("method"), chosen.get("model"))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_mappings(shipped: Mapping[str, Any], plain: Any, prefix: str = "") -> None:
+    """Raise a ValueError for a single value in the place of a group of settings."""
+    for key, node in shipped.items():
+        value = plain.get(key)
+        if not isinstance(node, Mapping) or value is None:
+            continue
+        if not isinstance(value, Mapping):
+            like = f"{prefix}{key}.{next(iter(node))}="
+            raise ValueError(f"{prefix}{key}={value}: it is a group of settings: give them one by one, like {like}")
+        _check_mappings(node, value, f"{prefix}{key}.")
 
 
 def _check_model(command: str, method: str | None, model: str | None) -> None:
@@ -243,7 +256,18 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
     except HydraException as unreadable:
         return f"cannot read a setting ({first_line(unreadable)}): {advice}"
     if several := [override.input_line for override in parsed if override.is_sweep_override()]:
-        return f"cannot read a setting ({several[0]} has several values): {advice}"
+        name, _, text = str(several[0]).partition("=")
+        return (
+            f"cannot read a setting ({several[0]} has several values): quote a value with commas, as in "
+            f"\"{name}='{text}'\"; a list is {name}=[{text}]"
+        )
+    for override in parsed:
+        key = override.key_or_group
+        if key in SETTINGS.get(command, {}) and not isinstance(override.value(), str):
+            (first, *_) = describe(SETTINGS[command][key])
+            return (
+                f"{override.input_line}: {key} is a group of settings: give them one by one, like {key}.{first.name}="
+            )
     groups, single = list(search), []
     with initialised():
         loader = GlobalHydra.instance().config_loader()

@@ -151,7 +151,9 @@ def test_the_papers_cohorts_differ_in_their_split_alone() -> None:
         ("train.steps", "train.steps"),
         ("lr=3", "did you mean optim.lr?"),
         ("experiment=nope", "oasis_pretrain"),
-        ("out=a,b", "quote a value"),
+        ("out=a,b", "quote a value with commas, as in \"out='a,b'\"; a list is out=[a,b]"),
+        ("train=3", "train is a group of settings: give them one by one, like train.steps="),
+        ("data.split=3", "data.split=3: it is a group of settings: give them one by one, like data.split.validation="),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_its_nearest_neighbour(override: str, message: str) -> None:

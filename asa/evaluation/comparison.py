@@ -11,7 +11,17 @@ import numpy as np
 
 from asa import __version__
 from asa.evaluation.policies import RESTORATION, MetricInfo, PolicyInfo, get_policy, restoration_policy
-from asa.evaluation.statistics import INTERVAL, LEVEL, RESAMPLES, SEED, bootstrap_interval, holm, nullable, wilcoxon_p
+from asa.evaluation.statistics import (
+    LEVEL,
+    RESAMPLES,
+    SEED,
+    bootstrap_interval,
+    holm,
+    interval_as_json,
+    interval_kind,
+    nullable,
+    wilcoxon_p,
+)
 from asa.evaluation.summary import Statistic, aligned, listed, number_text, statistic
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "better / worse / equal"]
@@ -98,7 +108,7 @@ class Comparison:
             "compared_with": self.runs[0].name,
             "cases": len(self.case_ids),
             "left_out": list(self.left_out),
-            "interval": INTERVAL | {"seed": SEED},
+            "interval": interval_as_json([one.used for one in self.differences.values()], SEED),
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
             "results": [
                 dict(zip(("metric", "region", "run"), key, strict=True))
@@ -192,10 +202,11 @@ def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, 
 def notes(comparison: Comparison) -> list[str]:
     """Notes for the reader of the tables, one or two sentences each."""
     first, tests = comparison.runs[0].name, len(comparison.differences)
+    kind = interval_kind(difference.used for difference in comparison.differences.values())
     text = [
         f"Policy {comparison.policy.name}. Differences are a run less {first}, case by case over the "
         f"{len(comparison.case_ids)} cases; pairs are the cases in which both are defined.",
-        f"Intervals: {LEVEL * 100:g} % bootstrap over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
+        f"Intervals: {LEVEL * 100:g} % {kind} over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
         f"two-sided; Holm's correction is for the {tests} test{'' if tests == 1 else 's'} of this table.",
         "They say what to expect of other cases like these from these same runs, not of other training runs.",
     ]

@@ -160,13 +160,16 @@ def _cases(
 ) -> list[tuple[str, Channels]]:
     """Id and channel files of a scan or a folder of scans."""
     channels = preprocessor.channels
+    example = f"'images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}'"
+    if images is not None and not isinstance(images, Mapping):
+        raise ValueError(f"images={images}: give the file pattern of each channel by its name, like {example}")
     if source.is_dir() and images:
         preprocessor.check_channels(images)
         return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
     if len(channels) != 1:
         raise ValueError(
             f"this model takes the channels {', '.join(channels)}: give a folder and which file is which, like "
-            f"images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}"
+            f"{example}"
         )
     return [(id, {channels[0]: str(path)}) for id, path in _scans(source, out, channels[0]).items()]
 

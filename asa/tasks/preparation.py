@@ -61,10 +61,15 @@ def _cohort(config: Config) -> CohortSettings:
     labels = config["labels"] or {}
     if not isinstance(labels, dict) or not all(isinstance(value, int) for value in labels):
         raise ValueError(f"labels={labels}: give values and names, like labels={{1: csf, 2: gm, 3: wm}}")
+    regions = config["regions"] or {}
+    if not isinstance(regions, dict) or not all(isinstance(values, list) for values in regions.values()):
+        raise ValueError(
+            f"regions={regions}: give the labels of each region, like regions={{whole: [1, 2], core: [1]}}"
+        )
     return CohortSettings(
         labels=labels,
         ignored=config["ignored"] or (),
-        regions=config["regions"] or {},
+        regions=regions,
         settings=build(config["prepare"]),
         missing=config["missing"],
         duplicates=config["duplicates"],

@@ -359,4 +359,14 @@ def _truth_of_folder(path: Path, config: Config) -> Truth:
     records = folder.records(path, images={"label": config["pattern"]})
     truths = {record["id"]: Path(str(record["images"]["label"])) for record in records}
     labels = {int(value): name for value, name in config["labels"].items()}
-    return Truth(truths, None, labels, {}, config["ignored"])
+    return Truth(truths, _images_of(truths, config["images"]), labels, {}, config["ignored"])
+
+
+def _images_of(truths: Mapping[str, Path], pattern: str | None) -> dict[str, Path] | None:
+    """The images of the true label maps, by case id, from a path whose wildcards are the ids."""
+    if pattern is None:
+        return None
+    parts = Path(str(pattern)).parts
+    first = next((k for k, part in enumerate(parts) if folder.has_wildcard(part)), len(parts) - 1)
+    found = folder.records(Path(*parts[:first]), images={"image": "/".join(parts[first:])})
+    return {one["id"]: Path(str(one["images"]["image"])) for one in found if one["id"] in truths}

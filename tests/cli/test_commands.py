@@ -395,6 +395,34 @@ def test_an_index_alone_is_the_crop_of_the_first_epoch(store: Path) -> None:
     assert [sample["id"] for sample in crops] == [record["id"] for record in crops.records]
 
 
+def test_a_text_in_the_place_of_a_mapping_is_named_with_an_example(command, raw: Path, tmp_path: Path) -> None:
+    prepare = ["prepare", f"data.root={raw}", f"out={tmp_path}/x"]
+    assert failed_in_one_line(command(*prepare), "'data.images={t1: *_T1.nii.gz}'", "data.table=FILE")
+    one = command(*prepare, "data.images=*_T1.nii.gz")
+    assert failed_in_one_line(one, "data.images=*_T1.nii.gz: ", "like 'data.images={t1: *_T1.nii.gz}'")
+    images = "data.images={t1: *_T1.nii.gz}"
+    assert failed_in_one_line(command(*prepare, images, "regions=x"), "regions=x: ", "regions={whole: [1, 2]")
+    assert not (tmp_path / "x").exists()
+
+
+def test_images_are_shown_beside_a_folder_of_true_label_maps(
+    command, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pred").mkdir()
+    for k in range(2):
+        (tmp_path / "pred" / f"s{k}.nii.gz").write_bytes((raw / f"s{k}_seg.nii.gz").read_bytes())
+    drawn = []
+    monkeypatch.setattr("asa.tasks.evaluation.write_report", lambda path, summary, cases: drawn.append(cases))
+    arguments = [
+        f"predictions={tmp_path}/pred", f"truth={raw}", "pattern=*_seg.nii.gz", "labels={1: csf, 2: gm, 5: wm}",
+        f"out={tmp_path}/ev", "allow_missing=true",
+    ]  # fmt: skip
+    assert command("evaluate", *arguments, f"images='{raw}/*_T1.nii.gz'").code == 0
+    assert [case.image for case in drawn[0]] == [raw / f"s{k}_T1.nii.gz" for k in range(4)]
+    assert command("evaluate", *arguments).code == 0 and drawn[1][0].image is None
+    assert failed_in_one_line(command("evaluate", *arguments, f"images='{raw}/*_T9.nii.gz'"), "_T9.nii.gz")
+
+
 HEAVY = "torch", "monai", "nibabel", "scipy"
 COMMANDS = sorted(path.stem for path in Path(front.__file__).parent.glob("*.py") if path.stem not in NOT_COMMANDS)
 
