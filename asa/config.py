@@ -169,11 +169,12 @@ def compose(
             chosen = dict(config.hydra.runtime.choices)
             with open_dict(config):
                 del config.hydra
-            if missing := sorted(OmegaConf.missing_keys(config)):
-                raise ValueError(f"{', '.join(missing)} has to be given: add {missing[0]}=...")
-            plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    except (HydraException, OmegaConfBaseException) as error:
+            missing = sorted(OmegaConf.missing_keys(config))
+            plain = {} if missing else OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueErrors of its own too
         raise ValueError(_explain(error, command, overrides, search)) from error
+    if missing:
+        raise ValueError(f"{', '.join(missing)} has to be given: add {missing[0]}=...")
     _check_mappings(yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text()), plain)
     _check_model(command, chosen.get("method"), chosen.get("model"))
     assert isinstance(plain, dict)
