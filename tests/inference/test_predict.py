@@ -23,7 +23,7 @@ from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.store import Store
 from asa.inference import segmentation
 from asa.inference.preprocessing import training_scan_metadata
-from asa.inference.segmentation import PredictSettings, Segmenter, count_windows, sliding_window
+from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, count_windows, sliding_window
 from asa.inference.uncertainty import KINDS, expected_dice
 from asa.training.checkpoint import read_weights, save_checkpoint
 
@@ -120,7 +120,7 @@ def test_labels_chosen_on_the_scans_own_grid_are_closer_to_the_truth_than_resamp
     probabilities = np.stack([sample_affine(mask, np.array(step["matrix"]), step["shape"], 1) for mask in masks])
     node = {"labels": {2: "outer", 7: "inner"}, "lateral_pairs": [], "prepare": {"spacing": 3.0, "crop": "none"}}
     segmenter = Segmenter(checkpoint(tmp_path / "run", **node), SETTINGS)
-    segmenter.probabilities = lambda _: torch.from_numpy(probabilities)
+    segmenter.probabilities = lambda *_: torch.from_numpy(probabilities)
     here = predicted(segmenter, tmp_path / "head.nii.gz")
     resampled = np.array([0, 2, 7])[to_native(probabilities.argmax(axis=0).astype(np.uint8)[None], chain, order=0)[0]]
     for value in (2, 7):
@@ -298,7 +298,12 @@ def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(
 @pytest.fixture
 def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run asa-predict on a folder with files at the given paths: exit code, names of the label maps, output."""
-    monkeypatch.setattr(Segmenter, "segment_file", lambda self, images, out, probabilities: write_whole(out, b"label"))
+
+    def segment_file(self: Segmenter, images: object, out: Path, **_: object) -> Segmented:
+        write_whole(out, b"label")
+        return Segmented({}, {})
+
+    monkeypatch.setattr(Segmenter, "segment_file", segment_file)
 
     def predict_scans(*paths: str, out: str = "out", images: str = "null") -> tuple[int, list[str], str]:
         for path in paths:
@@ -306,7 +311,7 @@ def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         arguments = [f"checkpoint={run}", f"input={tmp_path}/scans", f"out={tmp_path}/{out}", f"images={images}"]
         code = call(predict, monkeypatch, *arguments)
         shown = capsys.readouterr()
-        return code, sorted(path.name for path in (tmp_path / out).glob("*")), shown.out + shown.err
+        return code, sorted(path.name for path in (tmp_path / out).glob("*.nii.gz")), shown.out + shown.err
 
     return predict_scans
 
