@@ -2,6 +2,7 @@ from .data.loading.crops import CropDataset as CropDataset
 from .data.store import Store as Store
 from .evaluation.metrics import dice as dice
 from .evaluation.metrics import hd95 as hd95
+from .inference.features import features as features
 from .inference.segmentation import PredictSettings as PredictSettings
 from .inference.segmentation import Segmenter as Segmenter
 from .inference.segmentation import sliding_window as sliding_window

@@ -5,12 +5,13 @@ only; `typed` fills a dataclass.
 """
 
 import ast
+import copy
 import dataclasses
 import difflib
 import functools
 import importlib
-import inspect
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from asa.models import list_models
@@ -34,6 +35,33 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
 T = TypeVar("T")
+
+# Typed settings of each command, by their key. They are read from the source: importing them would import torch.
+_TRAINING = {
+    "train": "asa.training.loop.TrainSettings",
+    "optim": "asa.training.optim.OptimSettings",
+    "loader": "asa.data.loading.loader.LoaderSettings",
+}
+_PREDICT = {"predict": "asa.inference.segmentation.PredictSettings"}
+SETTINGS: dict[str, dict[str, str]] = {
+    "pretrain": _TRAINING,
+    "finetune": {**_TRAINING, "augment": "asa.data.loading.augment.AugmentSettings", **_PREDICT},
+    "predict": _PREDICT,
+}
+# The methods of each command, and the families of models (`model=FAMILY_SIZE`) that each of them trains.
+_SEGMENTATION = ("unet", "vit_seg", "probe", "sa_swin_unet")
+METHODS: dict[str, dict[str, tuple[str, ...]]] = {
+    "pretrain": {"asa": ("asa",), "mae": ("asa",), "sa_swin": ("sa_swin",)},
+    "finetune": {
+        "segment": _SEGMENTATION,
+        "regions": _SEGMENTATION,
+        "classify": ("asa_classifier", "sa_swin_classifier"),
+        "restore": ("rat",),
+    },
+}
+_TYPES = {str(kind): kind for kind in (int | None, float | None, str | None, list[int], list[float], list[str])} | {
+    kind.__name__: kind for kind in (bool, int, float, str)
+}
 
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.steps")
@@ -113,7 +141,6 @@ def compose(
     command: str,
     overrides: Sequence[str],
     *,
-    settings: Mapping[str, type] | None = None,
     config_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """The resolved configuration of a command as plain data.
@@ -121,32 +148,81 @@ def compose(
     Args:
         command: name of a file in the configuration folder, without `.yaml`.
         overrides: `key=value` arguments, in Hydra's grammar.
-        settings: dataclasses whose fields and defaults stand under the given keys.
         config_dir: a folder of the user's own groups, searched too.
 
     Returns:
         Nested dicts, lists and scalars, interpolations resolved.
 
     Raises:
-        ValueError: an unknown key (its nearest neighbour is named), a value of the wrong type, or a value that is
-            missing.
+        ValueError: an unknown key (its nearest neighbour is named), a value of the wrong type, a value that is
+            missing, or a model that the method does not train.
     """
     _offer_models()
-    for group, cls in (settings or {}).items():
-        ConfigStore.instance().store(group=group, name="defaults", node=cls)
+    for group, target in SETTINGS.get(command, {}).items():
+        ConfigStore.instance().store(group=group, name="defaults", node=_structure(target))
     if config_dir and not Path(config_dir).is_dir():
         raise ValueError(f"--config-dir {config_dir}: no such folder")
     search = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"] if config_dir else []
     try:
         with initialised():
-            config = hydra_compose(command, [*search, *overrides])
-            if missing := sorted(OmegaConf.missing_keys(config)):
-                raise ValueError(f"{', '.join(missing)} has to be given: add {missing[0]}=...")
-            plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    except (HydraException, OmegaConfBaseException) as error:
+            config = hydra_compose(command, [*search, *overrides], return_hydra_config=True)
+            chosen = dict(config.hydra.runtime.choices)
+            with open_dict(config):
+                del config.hydra
+            missing = sorted(OmegaConf.missing_keys(config))
+            plain = {} if missing else OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueErrors of its own too
         raise ValueError(_explain(error, command, overrides, search)) from error
+    if missing:
+        raise ValueError(f"{', '.join(missing)} has to be given: add {missing[0]}=...")
+    _check_mappings(yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text()), plain)
+    _check_model(command, chosen.get("method"), chosen.get("model"))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_mappings(shipped: Mapping[str, Any], plain: Any, prefix: str = "") -> None:
+    """Raise a ValueError for a single value in the place of a group of settings."""
+    for key, node in shipped.items():
+        value = plain.get(key)
+        if not isinstance(node, Mapping) or value is None:
+            continue
+        if not isinstance(value, Mapping):
+            like = f"{prefix}{key}.{next(iter(node))}="
+            raise ValueError(f"{prefix}{key}={value}: it is a group of settings: give them one by one, like {like}")
+        _check_mappings(node, value, f"{prefix}{key}.")
+
+
+def _check_model(command: str, method: str | None, model: str | None) -> None:
+    """Raise a ValueError for one of our models that one of our methods does not train."""
+    families = METHODS.get(command, {}).get(str(method))
+    family, _, size = str(model).rpartition("_")
+    if families is not None and model in sized_models() and family not in families:
+        fitting = " or ".join(f"{family}_{size}" for family in families)
+        raise ValueError(f"model={model} is not for asa-{command} with method={method}: choose {fitting}")
+
+
+def choices(command: str, group: str) -> list[str]:
+    """The values of a group that come with the package and fit a command: of `data=`, `model=`, `experiment=`, ...
+
+    An experiment fits the command that its file starts with.
+    """
+    methods = METHODS.get(command, {})
+    if group == "method":
+        return sorted(methods)
+    if group == "model":
+        return [name for name in sized_models() if any(name.rpartition("_")[0] in f for f in methods.values())]
+    folder = CONFIG_DIR / group
+    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
+    if group == "experiment":
+        files = [file for file in files if _command_of(file) == command]
+    return [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+
+
+def _command_of(experiment: Path) -> str | None:
+    """The command that an experiment is for, from the comment at the beginning of its file."""
+    found = re.search(rf"^# *asa-(\w+) .*experiment={experiment.stem}\b", experiment.read_text(), re.MULTILINE)
+    return found[1] if found else None
 
 
 @functools.cache
@@ -181,19 +257,35 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
     except HydraException as unreadable:
         return f"cannot read a setting ({first_line(unreadable)}): {advice}"
     if several := [override.input_line for override in parsed if override.is_sweep_override()]:
-        return f"cannot read a setting ({several[0]} has several values): {advice}"
+        name, _, text = str(several[0]).partition("=")
+        return (
+            f"cannot read a setting ({several[0]} has several values): quote a value with commas, as in "
+            f"\"{name}='{text}'\"; a list is {name}=[{text}]"
+        )
+    for override in parsed:
+        key = override.key_or_group
+        if key in SETTINGS.get(command, {}) and not isinstance(override.value(), str):
+            (first, *_) = describe(SETTINGS[command][key])
+            return (
+                f"{override.input_line}: {key} is a group of settings: give them one by one, like {key}.{first.name}="
+            )
     groups, single = list(search), []
     with initialised():
         loader = GlobalHydra.instance().config_loader()
         for override in parsed:
-            choices = loader.get_group_options(override.key_or_group, overrides=list(search))
-            if not choices:
+            key = override.key_or_group
+            known = loader.get_group_options(key, overrides=list(search))
+            if not known:
                 single.append(override)
                 continue
             value = override.value()
-            folder, _, name = f"{override.key_or_group}/{value}".rpartition("/")
+            folder, _, name = f"{key}/{value}".rpartition("/")
             if value is not None and name not in loader.get_group_options(folder, overrides=list(search)):
-                return f"{override.key_or_group}={value}: there is no such choice; choose one of {', '.join(choices)}"
+                own = set(known) - {file.stem for file in (CONFIG_DIR / key).rglob("*.yaml")} - set(sized_models())
+                fitting = [*choices(command, key), *sorted(own - {"family", "phantom"})]
+                near = difflib.get_close_matches(str(value), fitting, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ";"
+                return f"{key}={value}: there is no such choice{hint} choose one of {', '.join(fitting)}"
             groups.append(str(override.input_line))
         keys: list[str] = []
         try:
@@ -286,17 +378,50 @@ def _written(value: Any) -> str:
     return f"'{quoted}'"
 
 
-def describe(cls: type) -> list[tuple[str, Any, str]]:
-    """Fields of a settings dataclass: (name, default, the string literal below it)."""
-    body = ast.parse(inspect.getsource(cls)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    notes: dict[str, str] = {}
-    for statement, following in itertools.pairwise(body.body):
-        match statement, following:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=note)):
-                notes[name] = str(note)
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A field of a settings dataclass; `note` is the string literal below it."""
+
+    name: str
+    kind: Any
+    default: Any
+    note: str
+
+
+def describe(target: str) -> list[Setting]:
+    """The fields of the settings dataclass `package.module.Class`, read from its source without importing it."""
+    module, _, name = target.rpartition(".")
+    source = (_PACKAGE.parent / Path(*module.split("."))).with_suffix(".py").read_text()
+    (node,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
     described = []
-    for field in dataclasses.fields(cls):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        described.append((field.name, default, notes.get(field.name, "")))
+    for statement, following in itertools.pairwise([*node.body, ast.Pass()]):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            match following:
+                case ast.Expr(value=ast.Constant(value=text)):
+                    note = str(text)
+                case _:
+                    note = ""
+            kind = _TYPES[ast.unparse(statement.annotation)]
+            described.append(Setting(statement.target.id, kind, _default(statement.value), note))
     return described
+
+
+def _default(value: ast.expr | None) -> Any:
+    """The default of a field: a literal, or what the factory of `field(default_factory=...)` returns."""
+    match value:
+        case ast.Call(keywords=[ast.keyword(arg="default_factory", value=ast.Lambda(body=body))]):
+            return ast.literal_eval(body)
+        case ast.Call(keywords=[ast.keyword(arg="default_factory", value=ast.Name(id="list"))]):
+            return []
+    assert value is not None
+    return ast.literal_eval(value)
+
+
+@functools.cache
+def _structure(target: str) -> type:
+    """A dataclass with the fields of a settings dataclass, for Hydra: names, types and defaults, without its checks."""
+    fields = []
+    for setting in describe(target):
+        default = dataclasses.field(default_factory=functools.partial(copy.copy, setting.default))
+        fields.append((setting.name, setting.kind, default))
+    return dataclasses.make_dataclass(target.rpartition(".")[2], fields)

@@ -1,18 +1,31 @@
 """Configurations compose, build, and explain what is wrong with them."""
 
+import dataclasses
+import importlib
 import re
+from typing import get_type_hints
 
 import pytest
 import torch
 import yaml
 
-from asa.config import CONFIG_DIR, as_overrides, build, compose, describe, flatten, typed
+from asa.config import (
+    CONFIG_DIR,
+    METHODS,
+    SETTINGS,
+    as_overrides,
+    build,
+    choices,
+    compose,
+    describe,
+    flatten,
+    typed,
+)
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.splits import make_split
-from asa.tasks.run import SETTINGS
+from asa.tasks.base import find_task
 from asa.training.loop import TrainSettings
 
-COMMANDS = {name: SETTINGS[name] for name in ("pretrain", "finetune")}
 EXPERIMENTS = {
     "asa_paper_prepare": "prepare",
     "asa_paper": "pretrain",
@@ -42,8 +55,13 @@ EXPERIMENTS = {
 }
 
 
+def settings_class(target: str) -> type:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 def composed(command: str, *overrides: str) -> dict:
-    return compose(command, ["out=x", "data.store=y", *overrides], settings=COMMANDS[command])
+    return compose(command, ["out=x", "data.store=y", *overrides])
 
 
 def built(command: str, *overrides: str):
@@ -57,7 +75,8 @@ def built(command: str, *overrides: str):
         node["regions"] = {"WT": [1, 2], "TC": [2], "a": [3], "b": [4]}
     if node.get("weights") == "balanced":  # the command counts the classes
         node["weights"] = None
-    for key, cls in COMMANDS[command].items():
+    for key, target in SETTINGS[command].items():
+        cls = settings_class(target)
         assert isinstance(typed(cls, config[key]), cls)
     with torch.device("meta"):
         return build(node)
@@ -196,10 +215,15 @@ def test_the_papers_cohorts_differ_in_their_split_alone() -> None:
         ("data.splits=1", "did you mean data.split?"),
         ("train.steps=many", "many"),
         ("model=asa_huge", "asa_small"),
+        ("model=asa_tny", "did you mean asa_tiny? choose one of"),
+        ("experiment=asa_papr", "did you mean asa_paper?"),
+        ("method=sa_swim", "did you mean sa_swin? choose one of asa, mae, sa_swin"),
         ("train.steps", "train.steps"),
         ("lr=3", "did you mean optim.lr?"),
         ("experiment=nope", "oasis_pretrain"),
-        ("out=a,b", "quote a value"),
+        ("out=a,b", "quote a value with commas, as in \"out='a,b'\"; a list is out=[a,b]"),
+        ("train=3", "train is a group of settings: give them one by one, like train.steps="),
+        ("data.split=3", "data.split=3: it is a group of settings: give them one by one, like data.split.validation="),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_its_nearest_neighbour(override: str, message: str) -> None:
@@ -225,20 +249,17 @@ def test_mappings_of_the_users_own_keys_can_be_given_on_the_command_line() -> No
 
 def test_a_missing_value_is_named() -> None:
     with pytest.raises(ValueError, match=r"data\.store.* has to be given"):
-        compose("pretrain", ["out=x"], settings=COMMANDS["pretrain"])
+        compose("pretrain", ["out=x"])
 
 
 def test_a_users_own_folder_of_experiments_is_found(tmp_path) -> None:
     (tmp_path / "experiment").mkdir()
     mine = {"train": {"steps": 7}}
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(mine))
-    config = compose(
-        "pretrain",
-        ["out=x", "data.store=y", "experiment=mine"],
-        settings=COMMANDS["pretrain"],
-        config_dir=tmp_path,
-    )
+    config = compose("pretrain", ["out=x", "data.store=y", "experiment=mine"], config_dir=tmp_path)
     assert config["train"]["steps"] == 7
+    with pytest.raises(ValueError, match=r"did you mean mine\?.* asa_paper.*, mine$"):
+        compose("pretrain", ["out=x", "data.store=y", "experiment=mien"], config_dir=tmp_path)
 
 
 def test_build_makes_targets_of_this_package_only() -> None:
@@ -269,7 +290,39 @@ def test_typed_settings_refuse_unknown_keys_and_wrong_types() -> None:
         typed(TrainSettings, {"steps": "many"})
 
 
-def test_every_setting_is_described() -> None:
-    for settings in COMMANDS.values():
-        for cls in settings.values():
-            assert [name for name, _, note in describe(cls) if not note] == []
+def test_settings_read_from_the_source_are_those_of_the_class() -> None:
+    for target in {target for settings in SETTINGS.values() for target in settings.values()}:
+        cls, described = settings_class(target), describe(target)
+        assert [setting.name for setting in described if not setting.note] == []
+        types = get_type_hints(cls)
+        assert {setting.name: setting.kind for setting in described} == types
+        made = cls()
+        assert {setting.name: setting.default for setting in described} == dataclasses.asdict(made)
+
+
+def test_a_command_offers_what_it_can_run() -> None:
+    for command in ("prepare", "pretrain", "finetune", "ablate"):
+        assert choices(command, "experiment") == sorted(name for name, of in EXPERIMENTS.items() if of == command)
+    for command, methods in METHODS.items():
+        offered = choices(command, "model")
+        assert {name.rpartition("_")[0] for name in offered} == {name for names in methods.values() for name in names}
+        for method, families in methods.items():
+            for family in families:
+                config = composed(command, f"method={method}", f"model={family}_tiny")
+                task = settings_class(config["method"]["_target_"]).task
+                assert find_task(task).command == command
+    assert "asa_tiny" not in choices("finetune", "model") and "ibsr" not in choices("pretrain", "experiment")
+    assert sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")) == sorted(
+        method for methods in METHODS.values() for method in methods
+    )
+
+
+def test_a_model_that_the_method_does_not_train_is_refused_with_those_that_it_does() -> None:
+    with pytest.raises(
+        ValueError, match=r"^model=asa_tiny is not for asa-finetune .*: choose unet_tiny or vit_seg_tiny"
+    ):
+        composed("finetune", "model=asa_tiny")
+    with pytest.raises(ValueError, match="choose rat_base"):
+        composed("finetune", "method=restore", "model=unet_base")
+    with pytest.raises(ValueError, match="choose sa_swin_small$"):
+        composed("pretrain", "method=sa_swin")

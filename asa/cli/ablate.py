@@ -3,8 +3,15 @@
 import sys
 from functools import partial
 
-from asa.cli.front import run_command
-from asa.tasks.ablation import ablate
+from asa.cli.front import Config, run_command
+
+
+def ablate(config: Config) -> None:
+    """Call the task."""
+    from asa.tasks.ablation import ablate as run
+
+    run(config)
+
 
 main = partial(run_command, "ablate", __doc__, ablate)
 

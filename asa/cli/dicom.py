@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
-from asa.data.io.dicom import convert_series
 
 
 def convert(config: Config) -> None:
@@ -14,6 +13,8 @@ def convert(config: Config) -> None:
     Raises:
         ValueError: no series could be converted; those that are no volumes are listed.
     """
+    from asa.data.io.dicom import convert_series
+
     report = convert_series(Path(str(config["input"])), Path(str(config["out"])))
     for name, reason in report.failures.items():
         print(f"{name}: not converted: {reason}")

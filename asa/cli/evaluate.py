@@ -3,10 +3,17 @@
 import sys
 from functools import partial
 
-from asa.cli.front import run_command
-from asa.tasks.run import evaluate_task
+from asa.cli.front import Config, run_command
 
-main = partial(run_command, "evaluate", __doc__, evaluate_task)
+
+def evaluate(config: Config) -> None:
+    """Call the task."""
+    from asa.tasks.run import evaluate_task
+
+    evaluate_task(config)
+
+
+main = partial(run_command, "evaluate", __doc__, evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

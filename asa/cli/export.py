@@ -5,13 +5,14 @@ from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
-from asa.export.monai_bundle import export_bundle
-from asa.export.nnunet import export_nnunet
-from asa.export.onnx import export_onnx
 
 
 def export(config: Config) -> None:
     """Write the file or the folder."""
+    from asa.export.monai_bundle import export_bundle
+    from asa.export.nnunet import export_nnunet
+    from asa.export.onnx import export_onnx
+
     out, source = Path(str(config["out"])), "store" if config["format"] == "nnunet" else "checkpoint"
     for key in ("checkpoint", "store"):
         if (config[key] is None) == (key == source):

@@ -3,11 +3,17 @@
 import sys
 from functools import partial
 
-from asa.cli.front import run_command
-from asa.tasks.commands import finetune_task
-from asa.tasks.run import SETTINGS
+from asa.cli.front import Config, run_command
 
-main = partial(run_command, "finetune", __doc__, finetune_task, settings=SETTINGS["finetune"])
+
+def finetune(config: Config) -> None:
+    """Call the task."""
+    from asa.tasks.commands import finetune_task
+
+    finetune_task(config)
+
+
+main = partial(run_command, "finetune", __doc__, finetune)
 
 if __name__ == "__main__":
     sys.exit(main())

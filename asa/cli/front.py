@@ -4,16 +4,17 @@ import argparse
 import io
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from asa.config import CONFIG_DIR, compose, describe, sized_models
+from asa import __version__
+from asa.config import CONFIG_DIR, SETTINGS, choices, compose, describe
 from asa.errors import EXPECTED, reason_of
-from asa.training.distributed import MainRankFailed, exit_process, is_main, rank, world_size
+from asa.training.ranks import MainRankFailed, exit_process, is_main, rank, world_size
 from asa.training.signals import RESUME_CODE, Stopped
 
 Config = dict[str, Any]
@@ -23,17 +24,16 @@ def run_command(
     command: str,
     about: str,
     main: Callable[[Config], object],
-    *,
-    settings: Mapping[str, type] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Parse the command line, compose the configuration, and run.
+
+    Help, and most errors in settings, need neither torch nor MONAI: a command imports them in `main`.
 
     Args:
         command: name of the YAML file and, after "asa-", of the command.
         about: what it does, for `--help`.
         main: gets the composed configuration.
-        settings: typed settings by their key.
         arguments: the command line; that of the process by default.
 
     Returns:
@@ -42,27 +42,26 @@ def run_command(
     """
     parser = argparse.ArgumentParser(
         prog=f"asa-{command}",
-        usage=f"asa-{command} [--help] [--print] [--config-dir DIR] [--traceback] key=value ...",
+        usage=f"asa-{command} [--help] [--version] [--print] [--config-dir DIR] [--traceback] key=value ...",
         description=about,
-        epilog=_help_text(command, settings or {}),
+        epilog=_help_text(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     parser.add_argument("--print", action="store_true", help="print the configuration and stop")
     parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups of your own, like experiment/")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--version", action="version", version=f"asa {__version__}")
     chosen = parser.parse_intermixed_args(arguments)
-    code = _run(command, main, settings, chosen)
+    code = _run(command, main, chosen)
     exit_process(code)
     return code
 
 
-def _run(
-    command: str, main: Callable[[Config], object], settings: Mapping[str, type] | None, chosen: argparse.Namespace
-) -> int:
+def _run(command: str, main: Callable[[Config], object], chosen: argparse.Namespace) -> int:
     """Compose, run, and turn errors into a line and an exit code."""
     try:
-        config = _at_home(compose(command, chosen.overrides, settings=settings, config_dir=chosen.config_dir))
+        config = _at_home(compose(command, chosen.overrides, config_dir=chosen.config_dir))
         if chosen.config_dir and "config_dir" in config:  # of a command that composes the configurations of others
             config["config_dir"] = chosen.config_dir
         if chosen.print:
@@ -99,27 +98,24 @@ def _at_home(node: Any) -> Any:
     return str(Path(node).expanduser()) if isinstance(node, str) and node.startswith("~/") else node
 
 
-def _help_text(command: str, settings: Mapping[str, type]) -> str:
+def _help_text(command: str) -> str:
     """The command's YAML with its comments, the typed settings with theirs, and the choices of each group."""
+    settings = SETTINGS.get(command, {})
     path = CONFIG_DIR / f"{command}.yaml"
     own = yaml.safe_load(path.read_text())
     lines = ["settings:", *(f"  {line}" for line in _body(path, hidden={"defaults", *settings})), ""]
-    for group, cls in settings.items():
-        for name, default, note in describe(cls):
-            value = own.get(group, {}).get(name, default)
-            lines.append(f"  {group}.{name}={_plain(value)}\n      {note}")
+    for group, target in settings.items():
+        for setting in describe(target):
+            value = own.get(group, {}).get(setting.name, setting.default)
+            lines.append(f"  {group}.{setting.name}={_plain(value)}\n      {setting.note}")
         lines.append("")
-    for folder in sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir()):
-        if not any(folder.name in str(entry) for entry in own["defaults"] if isinstance(entry, dict)):
-            continue
-        choices = sorted(folder.glob("*.yaml"))
-        nested = sorted(path for path in folder.glob("*/*.yaml") if path.parent.name != "family")
-        names = [str(choice.relative_to(folder).with_suffix("")) for choice in (*choices, *nested)]
-        names += sized_models() if folder.name == "model" else []
-        lines.append(f"  {folder.name}= one of: {', '.join(names)}")
-        if folder.name == "data":  # each reader has keys of its own
-            for choice in choices:
-                lines += ["", f"  data={choice.stem}", *(f"    {line}" for line in choice.read_text().splitlines())]
+    groups = [key for entry in own["defaults"] if isinstance(entry, dict) for key in entry if key not in settings]
+    for group in groups:
+        names = choices(command, group)
+        lines.append(f"  {group}= one of: {', '.join(names) or 'your own, in a folder that --config-dir names'}")
+        for name in names if group == "data" else ():  # each reader has keys of its own
+            text = (CONFIG_DIR / group / f"{name}.yaml").read_text()
+            lines += ["", f"  data={name}", *(f"    {line}" for line in text.splitlines())]
     return "\n".join(lines)
 
 

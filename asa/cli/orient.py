@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
-from asa.data.io.orientation import orient_files
 
 
 def orient(config: Config) -> None:
@@ -14,6 +13,8 @@ def orient(config: Config) -> None:
     Raises:
         ValueError: files failed; they are listed first, and the others are written.
     """
+    from asa.data.io.orientation import orient_files
+
     report = orient_files(Path(str(config["input"])), Path(str(config["out"])), str(config["axes"]))
     for name, reason in report.failures.items():
         print(f"{name}: failed: {reason}")

@@ -3,10 +3,17 @@
 import sys
 from functools import partial
 
-from asa.cli.front import run_command
-from asa.tasks.run import SETTINGS, predict_task
+from asa.cli.front import Config, run_command
 
-main = partial(run_command, "predict", __doc__, predict_task, settings=SETTINGS["predict"])
+
+def predict(config: Config) -> None:
+    """Call the task."""
+    from asa.tasks.run import predict_task
+
+    predict_task(config)
+
+
+main = partial(run_command, "predict", __doc__, predict)
 
 if __name__ == "__main__":
     sys.exit(main())

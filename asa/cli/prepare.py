@@ -3,10 +3,17 @@
 import sys
 from functools import partial
 
-from asa.cli.front import run_command
-from asa.tasks.preparation import prepare_task
+from asa.cli.front import Config, run_command
 
-main = partial(run_command, "prepare", __doc__, prepare_task)
+
+def prepare(config: Config) -> None:
+    """Call the task."""
+    from asa.tasks.preparation import prepare_task
+
+    prepare_task(config)
+
+
+main = partial(run_command, "prepare", __doc__, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,10 +3,17 @@
 import sys
 from functools import partial
 
-from asa.cli.front import run_command
-from asa.tasks.run import SETTINGS, train_task
+from asa.cli.front import Config, run_command
 
-main = partial(run_command, "pretrain", __doc__, partial(train_task, command="pretrain"), settings=SETTINGS["pretrain"])
+
+def pretrain(config: Config) -> None:
+    """Call the task."""
+    from asa.tasks.run import train_task
+
+    train_task(config, "pretrain")
+
+
+main = partial(run_command, "pretrain", __doc__, pretrain)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 
 from asa.cli.front import Config, run_command
-from asa.data.io.files import write_json
-from asa.data.restoration.simulation import simulate_folder
 
 PHYSICS = ("window", "photons", "pixel", "counts", "factor", "blur")
 
@@ -17,6 +15,9 @@ def simulate(config: Config) -> None:
     Raises:
         ValueError: images failed; they are listed first, and the others are written.
     """
+    from asa.data.io.files import write_json
+    from asa.data.restoration.simulation import simulate_folder
+
     kind, seed, out = config["kind"], config["seed"], Path(str(config["out"]))
     physics = {key: config[key] for key in PHYSICS}
     multiple = config["factor"] if kind == "sr" else 1

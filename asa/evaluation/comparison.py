@@ -13,7 +13,6 @@ from asa import __version__
 from asa.evaluation.policies import RESTORATION, MetricInfo, PolicyInfo, get_policy, restoration_policy
 from asa.evaluation.statistics import (
     ALPHA,
-    INTERVAL,
     LEVEL,
     POWER,
     RESAMPLES,
@@ -21,6 +20,8 @@ from asa.evaluation.statistics import (
     bootstrap_interval,
     detectable_difference,
     holm,
+    interval_as_json,
+    interval_kind,
     nullable,
     wilcoxon_p,
 )
@@ -115,7 +116,7 @@ class Comparison:
             "compared_with": self.runs[0].name,
             "cases": len(self.case_ids),
             "left_out": list(self.left_out),
-            "interval": INTERVAL | {"seed": SEED},
+            "interval": interval_as_json([one.used for one in self.differences.values()], SEED),
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
             "results": [
                 dict(zip(("metric", "region", "run"), key, strict=True))
@@ -210,10 +211,11 @@ def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, 
 def notes(comparison: Comparison) -> list[str]:
     """Notes for the reader of the tables, one or two sentences each."""
     first, tests = comparison.runs[0].name, len(comparison.differences)
+    kind = interval_kind(difference.used for difference in comparison.differences.values())
     text = [
         f"Policy {comparison.policy.name}. Differences are a run less {first}, case by case over the "
         f"{len(comparison.case_ids)} cases; pairs are the cases in which both are defined.",
-        f"Intervals: {LEVEL * 100:g} % bootstrap over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
+        f"Intervals: {LEVEL * 100:g} % {kind} over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
         f"two-sided; Holm's correction is for the {tests} test{'' if tests == 1 else 's'} of this table.",
         f"Detectable: the smallest mean difference that so many cases, as variable as these, show in {POWER:.0%} of "
         f"repeats with p below {ALPHA:g}, before correction. Smaller ones may exist where none is significant.",

@@ -1,7 +1,8 @@
 """Intervals and tests over cases: bootstrap-t, Wilcoxon's signed-rank test, Holm's correction."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -12,10 +13,23 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 ALPHA, POWER = 0.05, 0.8  # of the smallest difference that a comparison could have found
 SEED = 0
-INTERVAL = {"kind": "bootstrap-t over cases", "level": LEVEL, "resamples": RESAMPLES}  # for JSON files
 MIN_RESAMPLED = 4  # values; with fewer the interval is Student's
 MAX_SIDE = 2.0  # longest side of an interval, as a multiple of Student's
 EXACT_UP_TO = 200  # pairs; above, the error of the normal approximation is negligible
+
+
+def interval_kind(counts: Iterable[int]) -> str:
+    """The kinds of interval that `bootstrap_interval` gives for samples of these sizes, in words."""
+    sizes = [n for n in counts if n > 1]
+    kinds = ["bootstrap-t"] if any(n >= MIN_RESAMPLED for n in sizes) or not sizes else []
+    if any(n < MIN_RESAMPLED for n in sizes):
+        kinds.append("Student's t" + (f" where fewer than {MIN_RESAMPLED} values are defined" if kinds else ""))
+    return " or ".join(kinds)
+
+
+def interval_as_json(counts: Iterable[int], seed: int) -> dict[str, Any]:
+    """What a JSON file says about intervals of samples of these sizes."""
+    return {"kind": f"{interval_kind(counts)}, over cases", "level": LEVEL, "resamples": RESAMPLES, "seed": seed}
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RESAMPLES) -> tuple[float, float]:

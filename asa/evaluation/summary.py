@@ -10,7 +10,7 @@ import numpy as np
 from asa import __version__
 from asa.data.io.tables import csv_text
 from asa.evaluation.policies import MetricInfo, Policy, PolicyInfo, Regions, get_policy
-from asa.evaluation.statistics import INTERVAL, SEED, bootstrap_interval, nullable
+from asa.evaluation.statistics import SEED, bootstrap_interval, interval_as_json, nullable
 
 STATISTICS = ["mean", "95 % interval", "sd", "median", "n used"]  # headings of `statistic_cells`
 
@@ -85,13 +85,18 @@ class Summary:
         """Ids of the cases in order, including those without a prediction."""
         return list(dict.fromkeys(row.case_id for row in self.rows))
 
+    @property
+    def counts(self) -> list[int]:
+        """Number of defined values of each mean."""
+        return [statistic.used for by_metric in self.results.values() for statistic in by_metric.values()]
+
     def as_json(self) -> dict[str, Any]:
         """The results for a JSON file, without the rows; undefined numbers are null."""
         return {
             "asa": __version__,
             "policy": self.policy.as_json(),
             "cases": len(self.case_ids),
-            "interval": {"of": "mean", **INTERVAL, "seed": self.seed},
+            "interval": {"of": "mean", **interval_as_json(self.counts, self.seed)},
             "results": {
                 label: {name: nullable(asdict(statistic)) for name, statistic in by_metric.items()}
                 for label, by_metric in self.results.items()

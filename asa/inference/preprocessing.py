@@ -10,9 +10,13 @@ import numpy as np
 
 from asa.data.io.nifti import Volume, read_image, spacing_of, to_ras
 from asa.data.preprocessing.pipeline import PreparedCase, prepare_case
+from asa.data.preprocessing.scan import intensity_statistics
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.errors import reason_of
 
+MEASURED = ("mean", "sd")  # of the normalised intensities
+VOLUME_TOLERANCE = 0.25  # of the training scans' smallest and largest brain, beyond which a scan is warned about
+INTENSITY_TOLERANCE = 0.1  # the same of mean and SD, in units of the normalised intensities
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 
 
@@ -26,11 +30,28 @@ def training_scan_metadata(
         records: of the training scans in the store.
 
     Returns:
-        "lateral_pairs", and "spacing": the smallest and the largest voxel size in mm along D, H, W.
+        "lateral_pairs"; "spacing", the smallest and the largest voxel size in mm along D, H, W; and "range", the
+        smallest and the largest of each of `scan_measures`.
     """
     sizes = np.array([_spacing(np.array(record["chain"]["stored_affine"])) for record in records])
     spacing = [sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()]
-    return {"lateral_pairs": [list(pair) for pair in lateral_pairs], "spacing": spacing}
+    measures = [scan_measures(record["quality"], record["intensity"]) for record in records]
+    found: dict[str, list[float]] = {}
+    for name in measures[0]:
+        values = [one[name] for one in measures if name in one]
+        found[name] = [min(values), max(values)]
+    return {"lateral_pairs": [list(pair) for pair in lateral_pairs], "spacing": spacing, "range": found}
+
+
+def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What is compared between a scan and the training scans: "brain_ml", and "mean CHANNEL" and "sd CHANNEL".
+
+    Args:
+        quality: of the prepared scan.
+        intensity: `intensity_statistics` of each channel of the prepared scan; {} for one that it lacks.
+    """
+    named = {f"{name} {channel}": found[name] for channel, found in intensity.items() if found for name in MEASURED}
+    return {"brain_ml": quality["brain_ml"], **named}
 
 
 def _spacing(affine: np.ndarray) -> np.ndarray:
@@ -103,7 +124,10 @@ class ScanPreprocessor:
             volumes[channel] = read_image(path)
         like = volumes[self.channels[0]]
         assert like is not None
-        return prepare_case(volumes, None, {}, self._settings_for(like)), like
+        case = prepare_case(volumes, None, {}, self._settings_for(like))
+        statistics = map(intensity_statistics, case.image)
+        self.warn_outside_range(case.quality, dict(zip(self.channels, statistics, strict=True)))
+        return case, like
 
     def check_channels(self, channels: Mapping[str, Any]) -> None:
         """Check that these are the channels that the network takes.
@@ -122,6 +146,27 @@ class ScanPreprocessor:
         """
         if not self._matches(size := _spacing(np.array(chain["stored_affine"]))):
             raise ValueError(f"{self._mismatch(size)}: predict the raw scan instead, which is resampled where possible")
+
+    def warn_outside_range(self, quality: Mapping[str, Any], intensity: Mapping[str, Mapping[str, float]]) -> None:
+        """Warn about a scan whose brain volume or normalised intensities are unlike those of all training scans.
+
+        Args:
+            quality, intensity: as for `scan_measures`.
+        """
+        measures, unlike = scan_measures(quality, intensity), []
+        for name, (low, high) in self.data.get("range", {}).items():  # an older checkpoint has none
+            value = measures.get(name, low)
+            volume = name == "brain_ml"
+            below, above = (VOLUME_TOLERANCE * low, VOLUME_TOLERANCE * high) if volume else (INTENSITY_TOLERANCE,) * 2
+            if not low - below <= value <= high + above:
+                title, unit, digits = ("brain volume", " ml", 0) if volume else (f"{name} of the intensities", "", 2)
+                unlike.append(f"{title} {value:.{digits}f}{unit} (training {low:.{digits}f} to {high:.{digits}f})")
+        if unlike:
+            warnings.warn(
+                f"unlike the training scans: {'; '.join(unlike)}: check the prediction, and whether the scan was "
+                "prepared as they were (skull, contrast, resolution)",
+                stacklevel=4,
+            )
 
     def _settings_for(self, scan: Volume) -> PrepareSettings:
         """The training scans' settings, with resampling added where a raw scan has another voxel size."""

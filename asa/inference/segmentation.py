@@ -17,7 +17,8 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from asa.data.io.nifti import Volume, write_label
+from asa.data.io.nifti import Volume, write_image, write_label
+from asa.data.preprocessing.pipeline import to_native
 from asa.inference.label_maps import (
     check_lateral_pairs,
     mirrored_classes,
@@ -26,6 +27,8 @@ from asa.inference.label_maps import (
     probabilities_of,
 )
 from asa.inference.preprocessing import ScanPreprocessor, check_metadata
+from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map, expected_dice
+from asa.ops.nested import paint, painting_order
 from asa.ops.symmetry import check_axes, flip
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
@@ -143,6 +146,19 @@ def count_windows(size: Sequence[int], window: Sequence[int], overlap: float) ->
     return math.prod(math.ceil(max(length - edge, 0) / step) + 1 for length, edge, step in sides)
 
 
+@dataclass(frozen=True)
+class Segmented:
+    """What is measured of a predicted scan.
+
+    Args:
+        ml: label or region -> volume of its voxels on the scan's own grid, in ml.
+        expected_dice: label, or region of a network that predicts regions -> see `expected_dice`; on the prepared grid.
+    """
+
+    ml: dict[str, float]
+    expected_dice: dict[str, float]
+
+
 class Segmenter:
     """A trained segmentation network, or an ensemble of several.
 
@@ -155,6 +171,8 @@ class Segmenter:
         settings: windows, device and precision.
         mirror: average with the prediction of the left-right mirror image; or axes, like "DHW", of whose flips all
             combinations are averaged.
+        uncertainty: kind of the maps that are written on request: "entropy" of the probabilities, or their "spread"
+            over the networks and mirror images.
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
         progress: show a progress bar of windows.
         plugins: packages of your own that the checkpoint's network may come from.
@@ -162,7 +180,7 @@ class Segmenter:
     Raises:
         FileNotFoundError, ValueError: no checkpoint, or not of a segmentation network; checkpoints that do not agree;
             training scans that were skull-stripped by a command, and no `strip`; `mirror` with a left or right label or
-            region that has no partner.
+            region that has no partner; an unknown uncertainty, or a spread over a single prediction.
     """
 
     def __init__(
@@ -171,6 +189,7 @@ class Segmenter:
         settings: PredictSettings,
         *,
         mirror: bool | str = False,
+        uncertainty: str = "entropy",
         strip: str | None = None,
         progress: bool = False,
         plugins: Sequence[str] = (),
@@ -182,6 +201,11 @@ class Segmenter:
         if mirror is not False:
             check_axes(axes, "mirror")
         self.views = ["".join(view) for n in range(len(axes) + 1) for view in combinations(axes, n)]  # "", "W", ...
+        if uncertainty not in KINDS:
+            raise ValueError(f"uncertainty={uncertainty}: choose {' or '.join(KINDS)}, or null for none")
+        if uncertainty == "spread" and len(paths) == 1 and not axes:
+            raise ValueError("uncertainty=spread is over an ensemble: give several checkpoints or mirror=true")
+        self.uncertainty = uncertainty
         self.settings, self.progress = settings, progress
         self.models: list[nn.Module] = []
         metadata: list[dict[str, Any]] = []
@@ -210,42 +234,90 @@ class Segmenter:
         return mirrored_classes(self.labels, pairs)
 
     def segment_file(
-        self, images: Mapping[str, str | Path | None], out: Path, *, probabilities: Path | None = None
-    ) -> None:
+        self,
+        images: Mapping[str, str | Path | None],
+        out: Path,
+        *,
+        probabilities: Path | None = None,
+        uncertainty: Path | None = None,
+    ) -> Segmented:
         """Segment a raw scan, a file per channel, and write the label map on the scan's own grid.
 
         Args:
             out: the `.nii.gz` to write.
             probabilities: folder for the probabilities of classes or regions; None writes none.
+            uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
 
         Raises:
             FileNotFoundError, ValueError: see `ScanPreprocessor.prepare`.
         """
         case, like = self.preprocessor.prepare(images)
-        self._write(case.image, case.chain, like, out, probabilities)
+        return self._write(case.image, case.chain, like, out, probabilities, uncertainty)
 
     def segment_prepared(
-        self, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path, *, probabilities: Path | None = None
-    ) -> None:
+        self,
+        image: np.ndarray,
+        chain: dict[str, Any],
+        like: Volume,
+        out: Path,
+        *,
+        probabilities: Path | None = None,
+        uncertainty: Path | None = None,
+    ) -> Segmented:
         """Segment a prepared volume `(C, D, H, W)` of a store, and write as `segment_file` does.
 
         Args:
             chain: its preprocessing steps.
             like: the source scan, for its grid and header.
-            out, probabilities: as for `segment_file`.
+            out, probabilities, uncertainty: as for `segment_file`.
 
         Raises:
             ValueError: the voxel size differs from that of the training scans.
         """
         self.preprocessor.check_stored(chain)
-        self._write(np.asarray(image, dtype=np.float32), chain, like, out, probabilities)
+        return self._write(np.asarray(image, dtype=np.float32), chain, like, out, probabilities, uncertainty)
 
-    def _write(self, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path, folder: Path | None) -> None:
-        probabilities = self.probabilities(torch.from_numpy(np.ascontiguousarray(image)))
-        write_label(out, native_label_map(probabilities, chain, self.labels, self.regions, like, folder), like)
+    def _write(
+        self,
+        image: np.ndarray,
+        chain: dict[str, Any],
+        like: Volume,
+        out: Path,
+        folder: Path | None,
+        uncertainty: Path | None,
+    ) -> Segmented:
+        spread = RunningSpread() if uncertainty is not None and self.uncertainty == "spread" else None
+        probabilities = self.probabilities(torch.from_numpy(np.ascontiguousarray(image)), spread)
+        label = native_label_map(probabilities, chain, self.labels, self.regions, like, folder)
+        write_label(out, label, like)
+        if uncertainty is not None:
+            made = entropy_map(probabilities, regions=bool(self.regions)) if spread is None else spread.map()
+            write_image(uncertainty, to_native(made[None].numpy(), chain, order=1)[0], like.affine)
+        return Segmented(self._volumes(label, like), self._expected_dice(probabilities))
 
-    def probabilities(self, image: Tensor) -> Tensor:
-        """Probabilities of a prepared volume: `(C, D, H, W)` -> `(K or R, D, H, W)` float32 on the CPU."""
+    def _volumes(self, label: np.ndarray, like: Volume) -> dict[str, float]:
+        """Volume of each label and region in a label map (x, y, z), in ml."""
+        ml = abs(float(np.linalg.det(like.affine[:3, :3]))) / 1000
+        parts = {name: [value] for value, name in self.labels.items()} | self.regions
+        return {name: int(np.isin(label, values).sum()) * ml for name, values in parts.items()}
+
+    def _expected_dice(self, probabilities: Tensor) -> dict[str, float]:
+        """Of each label or region, from probabilities `(K or R, D, H, W)` of a prepared scan."""
+        if self.regions:
+            predicted = paint(probabilities, painting_order(self.regions))
+            masks = (torch.isin(predicted, torch.tensor(values)) for values in self.regions.values())
+            return {name: expected_dice(p, m) for name, p, m in zip(self.regions, probabilities, masks, strict=True)}
+        predicted = probabilities.argmax(dim=0)
+        names = [self.labels[value] for value in sorted(self.labels)]
+        return {name: expected_dice(probabilities[k], predicted == k) for k, name in enumerate(names, start=1)}
+
+    def probabilities(self, image: Tensor, spread: RunningSpread | None = None) -> Tensor:
+        """Probabilities of a prepared volume: `(C, D, H, W)` -> `(K or R, D, H, W)` float32 on the CPU.
+
+        Args:
+            image: the volume.
+            spread: gets those of each network and view.
+        """
         windows = sum(count_windows(image.shape[1:], window_size(m), self.settings.overlap) for m in self.models)
         total = torch.zeros(())
         with tqdm(total=windows * len(self.views), unit="window", leave=False, disable=not self.progress) as bar:
@@ -253,7 +325,10 @@ class Segmenter:
                 for axes in self.views:
                     logits = sliding_window(model, flip(image, axes), self.settings, tick=bar.update).cpu()
                     found = flip(probabilities_of(logits, self.regions), axes)
-                    total = total + (found[self.mirrored_channels] if "W" in axes else found)
+                    found = found[self.mirrored_channels] if "W" in axes else found
+                    total = total + found
+                    if spread is not None:
+                        spread.add(found)
         return total / (len(self.models) * len(self.views))
 
 

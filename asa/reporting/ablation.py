@@ -198,7 +198,7 @@ def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], 
         "# Ablation",
         "",
         f"Policy `{policy.name}`: {policy.description} Means over the cases, each averaged over the seeds that tested "
-        "it; in brackets the bootstrap 95 % interval, over cases. "
+        "it; in brackets the 95 % interval over cases (docs/evaluation.md). "
         f"The difference is from `{arms[0]}` with the same seeds and cases. Seed sd is the spread of the seeds' means.",
     ]
     lines += [f"- {note}" for note in ["", *notes]] if notes else []

@@ -33,6 +33,9 @@ _UNFINISHED = """<!DOCTYPE html>
 _TITLES = {
     "brain_ml": "brain volume",
     "mirror_correlation": "left-right correlation",
+    "raw_roll_degrees": "roll before registration",
+    "raw_shift_mm": "shift before registration",
+    "raw_yaw_degrees": "yaw before registration",
     "spacing_mm": "voxel size",
     "template_dice": "template Dice",
 }

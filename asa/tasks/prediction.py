@@ -1,5 +1,6 @@
 """Which scans asa-predict predicts, and where the results go: a file, a folder, or a store."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,11 @@ def predict_scans(predictor: ScanPredictor, config: Config) -> None:
         id, inputs, work = job
         if (out / f"{id}.nii.gz").resolve() in {Path(path).resolve() for path in inputs}:
             raise ValueError(f"the result would replace the scan itself: choose another out= than {out}")
-        work()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            work()
+        for warning in caught:
+            tqdm.write(f"{id}: warning: {warning.message}")
 
     for (id, *_), _, reason in each_tried(predict, jobs(predictor, source, config), title="predict", unit="scan"):
         if reason:
@@ -78,14 +83,16 @@ def checkpoints_of(config: Config) -> list[str]:
 
 
 def only_checkpoint(config: Config, result: str) -> str:
-    """The one checkpoint of a network that has neither an ensemble nor probability maps.
+    """The one checkpoint of a network that has neither an ensemble nor maps of probability and uncertainty.
 
     Raises:
         ValueError: several checkpoints, or settings of segmentation.
     """
     checkpoints = checkpoints_of(config)
-    if len(checkpoints) != 1 or config["mirror"] or config["probabilities"]:
-        raise ValueError(f"{result} comes from one checkpoint, without mirror and probabilities: leave these out")
+    if len(checkpoints) != 1 or any(config[key] for key in ("mirror", "probabilities", "uncertainty")):
+        raise ValueError(
+            f"{result} comes from one checkpoint, without mirror, probabilities and uncertainty: leave these out"
+        )
     return checkpoints[0]
 
 
@@ -133,6 +140,7 @@ def _store_jobs(predictor: ScanPredictor, source: Path, config: Config) -> list[
     def predict(record: dict[str, Any]) -> None:
         like = read_image(record["sources"][store.channels[0]]["path"])
         predictor.preprocessor.check_stored(record["chain"])
+        predictor.preprocessor.warn_outside_range(record["quality"], record["intensity"])
         predictor.predict_stored(record["id"], store.image(record["id"]), record["chain"], like)
 
     return [
@@ -156,13 +164,16 @@ def _cases(
 ) -> list[tuple[str, Channels]]:
     """Id and channel files of a scan or a folder of scans."""
     channels = preprocessor.channels
+    example = f"'images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}'"
+    if images is not None and not isinstance(images, Mapping):
+        raise ValueError(f"images={images}: give the file pattern of each channel by its name, like {example}")
     if source.is_dir() and images:
         preprocessor.check_channels(images)
         return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
     if len(channels) != 1:
         raise ValueError(
             f"this model takes the channels {', '.join(channels)}: give a folder and which file is which, like "
-            f"images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}"
+            f"{example}"
         )
     return [(id, {channels[0]: str(path)}) for id, path in _scans(source, out, channels[0]).items()]
 

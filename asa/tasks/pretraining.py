@@ -31,10 +31,11 @@ from asa.tasks.base import Config
 from asa.tasks.feature_health import FeatureHealth, open_probe
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
 from asa.tasks.table_evaluation import evaluate_asymmetry, tables_of
-from asa.tasks.volumes import absolute, open_store, set_model
+from asa.tasks.volumes import absolute, open_store, padding_advice, set_model
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
+from asa.training.optim import warmup_steps
 from asa.training.plan import volume_batch
 
 HEALTHY = "healthy"  # value of data.health for a cohort of healthy subjects
@@ -49,11 +50,13 @@ class Pretraining:
     cross_validates = False
 
     def __init__(self, config: Config) -> None:
-        data = self.data = config["data"]
+        self.config, data = config, config["data"]
+        self.data = data
         absolute(data, "probe")
         if data["health"] != HEALTHY:
             absolute(data, "health")
-        self.settings, self.warmup = config["train"], config["optim"]["warmup"]
+        self.settings = config["train"]
+        self.warmup = warmup_steps(config["optim"]["warmup"], self.settings["steps"])
         self.store, self.split, self.parts = open_store(data, Path(str(config["out"])))
         self.health = read_health(data["health"], self.store.records)
         set_model(config, in_channels=len(self.store.channels))
@@ -97,6 +100,8 @@ class Pretraining:
         held_out = len(self.parts["validation"])
         on = f"{held_out} held-out scans" if held_out else "training scans"
         print(f"pretraining on {len(self.parts['train'])} scans, validated on {on}, in {run}")
+        if advice := padding_advice(self.config["crop"], self.parts["train"]):
+            print(advice)
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
         name, mean = method.error
@@ -154,9 +159,11 @@ def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Val
 
 
 def reconstruction_panels(method: PretrainingMethod, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A method's panels of a batch's first sample, RGB uint8."""
+    """A method's panels of a batch's first sample, RGB uint8, by "FIGURE: COLUMN, COLUMN, ..."."""
     return {
-        name: reconstruction_panel(*(volume[0, 0].float().cpu().numpy() for volume in volumes.values()))
+        f"{name}: {', '.join(volumes)}": reconstruction_panel(
+            *(volume[0, 0].float().cpu().numpy() for volume in volumes.values())
+        )
         for name, volumes in method.pictures(batch).items()
     }
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from asa.config import as_overrides, build, compose, typed
-from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.loader import LoaderSettings
 from asa.evaluation.comparison import comparison_table
 from asa.evaluation.policies import POLICIES
-from asa.inference.segmentation import PredictSettings
 from asa.ops.symmetry import check_axes
 from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
 from asa.tasks.comparison import compare_folders
@@ -25,14 +23,6 @@ from asa.training.loop import TrainSettings, check_settings, train
 from asa.training.optim import OptimSettings
 from asa.training.plan import micro_batch, show_plan, wants_plan
 from asa.training.run_folder import open_run, run_precision
-
-TRAINING = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
-# Typed settings of each command, by their key.
-SETTINGS: dict[str, dict[str, type]] = {
-    "pretrain": TRAINING,
-    "finetune": {**TRAINING, "augment": AugmentSettings, "predict": PredictSettings},
-    "predict": {"predict": PredictSettings},
-}
 
 
 def configure(command: str, *settings: Mapping[str, Any], config_dir: str | Path | None = None) -> Config:
@@ -46,7 +36,7 @@ def configure(command: str, *settings: Mapping[str, Any], config_dir: str | Path
     Raises:
         ValueError: an unknown key, or a value of the wrong type.
     """
-    return compose(command, as_overrides(command, *settings), settings=SETTINGS.get(command), config_dir=config_dir)
+    return compose(command, as_overrides(command, *settings), config_dir=config_dir)
 
 
 def train_task(config: Config, command: str) -> Path | None:

@@ -2,10 +2,13 @@
 
 Data: crops of a prepared store with labels; left and right labels are exchanged in mirrored crops. Loss: the method's
 (Dice and cross-entropy with deep supervision, over classes or over regions). Validation: Dice of whole volumes of the
-validation part. A checkpoint holds channels, labels, regions, preparation and voxel sizes. Prediction: label maps in
-each scan's own space, by a sliding window. Evaluation: label maps against the truth under a named policy.
+validation part, and the loss of their central crops. A checkpoint holds channels, labels, regions, preparation and
+voxel sizes. Prediction: label maps in each scan's own space, by a sliding window, and their volumes. Evaluation: label
+maps against the truth under a named policy.
 """
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +20,19 @@ import torch
 
 from asa.config import typed
 from asa.data.datasets import folder
+from asa.data.io.files import write_whole
 from asa.data.io.nifti import Volume
+from asa.data.io.tables import csv_text
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, VolumeSource
+from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.label_maps import SIDE
 from asa.inference.preprocessing import training_scan_metadata
-from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
+from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, sliding_window
 from asa.methods.base import Batch
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED
@@ -35,10 +41,13 @@ from asa.reporting.figures import central_slices, overlay_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
-from asa.tasks.volumes import Initialisation, open_store, set_model
+from asa.tasks.volumes import Initialisation, open_store, padding_advice, set_model
+from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 from asa.training.plan import volume_batch
+
+VOLUMES = "volumes.csv"
 
 
 class Segmentation:
@@ -91,7 +100,16 @@ class Segmentation:
         if unlabelled := [id for id in ids if self.store.label(id) is None]:
             raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
         scored = self.regions or {name: [k] for name, k in self.index.items()}
-        return (lambda step: validate_segmentation(method, self.store, ids, scored, self.windows)) if ids else None
+        if not ids:
+            return None
+        size = method.model.encoder.img_size
+        centres = CropDataset(self.store, self.parts["validation"], size, labelled=True, mirrored=method.mirrored)
+
+        def validate(step: int) -> Validation:
+            metrics, panels = validate_segmentation(method, self.store, ids, scored, self.windows)
+            return {**metrics, "loss": mean_loss(method, centres)}, panels
+
+        return validate
 
     def metadata(self) -> dict[str, Any]:
         return {
@@ -108,6 +126,8 @@ class Segmentation:
         start = f"the encoder of {self.config['init']}" if self.config["init"] else "scratch"
         train, validation = len(self.parts["train"]), len(self.parts["validation"])
         print(f"fine-tuning from {start} on {train} scans, validated on {validation}, in {run}")
+        if advice := padding_advice(self.config["crop"], self.parts["train"]):
+            print(advice)
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
         if "dice" in metrics:
@@ -227,8 +247,17 @@ def validate_segmentation(
     return {"dice": float(np.mean(list(metrics.values()))), **metrics}, panels
 
 
+def mean_loss(method: SegmentationMethod, dataset: CropDataset) -> float:
+    """Mean loss over labelled crops; several processes divide them, and each returns the mean of all."""
+    device = next(method.parameters()).device
+    losses = map_over_ranks(
+        range(len(dataset)), lambda index: float(method(on_device(collate([dataset[index]]), device))["loss"])
+    )
+    return float(np.mean(losses))
+
+
 class SegmentationPredictor:
-    """Writes `OUT/ID.nii.gz` of each scan, and its probabilities into `OUT/probabilities/ID` where they are asked for.
+    """Writes `OUT/ID.nii.gz` of each scan and `OUT/volumes.csv`; on request also probabilities and uncertainty.
 
     Args:
         config: of asa-predict.
@@ -236,28 +265,53 @@ class SegmentationPredictor:
 
     def __init__(self, config: Config) -> None:
         self.out, self.with_probabilities = Path(str(config["out"])), config["probabilities"]
+        self.with_uncertainty = config["uncertainty"] is not None
         self.segmenter = Segmenter(
             checkpoints_of(config),
             typed(PredictSettings, config["predict"]),
             mirror=config["mirror"],
+            uncertainty=config["uncertainty"] or "entropy",
             strip=config["strip"],
             progress=True,
             plugins=config["plugins"],
         )
         self.preprocessor = self.segmenter.preprocessor
+        self.rows: dict[str, dict[str, str]] = {}
 
     def predict_file(self, id: str, images: Channels) -> None:
-        self.segmenter.segment_file(images, self.out / f"{id}.nii.gz", probabilities=self._probabilities(id))
+        self._add(id, self.segmenter.segment_file(images, self._map(id), **self._extra(id)))
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        target = self.out / f"{id}.nii.gz"
-        self.segmenter.segment_prepared(image, chain, like, target, probabilities=self._probabilities(id))
+        self._add(id, self.segmenter.segment_prepared(image, chain, like, self._map(id), **self._extra(id)))
 
     def finish(self) -> str:
-        return f"wrote label maps to {self.out}"
+        if self.rows:
+            header = list(next(iter(self.rows.values())))
+            rows = dict(sorted((self._rows_before(header) | self.rows).items()))
+            write_whole(self.out / VOLUMES, csv_text(header, [list(row.values()) for row in rows.values()]).encode())
+        return f"wrote label maps and {VOLUMES} to {self.out}"
 
-    def _probabilities(self, id: str) -> Path | None:
-        return self.out / "probabilities" / id if self.with_probabilities else None
+    def _rows_before(self, header: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Rows of an earlier table with these columns, of scans whose label maps are still here."""
+        file = self.out / VOLUMES
+        rows = list(csv.DictReader(io.StringIO(file.read_text()))) if file.exists() else []
+        return {row["id"]: row for row in rows if list(row) == list(header) and self._map(row["id"]).exists()}
+
+    def _add(self, id: str, found: Segmented) -> None:
+        volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
+        expected = found.expected_dice.items()
+        scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
+        self.rows[id] = {"id": id, **volumes, **scores}
+
+    def _map(self, id: str) -> Path:
+        return self.out / f"{id}.nii.gz"
+
+    def _extra(self, id: str) -> dict[str, Path | None]:
+        """Where the probabilities and the map of uncertainty of a scan go."""
+        return {
+            "probabilities": self.out / "probabilities" / id if self.with_probabilities else None,
+            "uncertainty": self.out / "uncertainty" / f"{id}.nii.gz" if self.with_uncertainty else None,
+        }
 
 
 @dataclass
@@ -305,4 +359,14 @@ def _truth_of_folder(path: Path, config: Config) -> Truth:
     records = folder.records(path, images={"label": config["pattern"]})
     truths = {record["id"]: Path(str(record["images"]["label"])) for record in records}
     labels = {int(value): name for value, name in config["labels"].items()}
-    return Truth(truths, None, labels, {}, config["ignored"])
+    return Truth(truths, _images_of(truths, config["images"]), labels, {}, config["ignored"])
+
+
+def _images_of(truths: Mapping[str, Path], pattern: str | None) -> dict[str, Path] | None:
+    """The images of the true label maps, by case id, from a path whose wildcards are the ids."""
+    if pattern is None:
+        return None
+    parts = Path(str(pattern)).parts
+    first = next((k for k, part in enumerate(parts) if folder.has_wildcard(part)), len(parts) - 1)
+    found = folder.records(Path(*parts[:first]), images={"image": "/".join(parts[first:])})
+    return {one["id"]: Path(str(one["images"]["image"])) for one in found if one["id"] in truths}

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from asa.data.io.files import write_json
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.splits import keep_labelled, make_split, read_split, select
@@ -17,6 +19,8 @@ from asa.training.distributed import is_main
 from asa.training.pretrained import load_pretrained, read_source
 
 Records = list[dict[str, Any]]
+MOSTLY_PADDING = 0.5  # fraction of a crop outside the volumes, above which a crop that fits is named
+DIVISOR = 32  # of the crop of any of our networks
 
 
 def absolute(data: dict[str, Any], *keys: str) -> None:
@@ -60,6 +64,26 @@ def set_model(config: Config, **values: Any) -> None:
     """Enter what follows from the data into the model's configuration, which stands in two places."""
     for node in (config["model"], config["method"]["model"]):
         node.update(values)
+
+
+def padding_advice(crop: int | Sequence[int], records: Records) -> str | None:
+    """A line about a crop that is mostly padding, with one that fits the volumes; None for any other crop.
+
+    Args:
+        crop: input size of the network in voxels, one number or (D, H, W).
+        records: of the training scans in the store.
+    """
+    shapes = np.array([record["shape"][1:] for record in records])
+    size = np.broadcast_to(crop, 3)
+    padding = 1 - float((np.minimum(shapes, size) / size).prod(axis=1).mean())
+    fitting = np.minimum(-(-shapes.max(axis=0) // DIVISOR) * DIVISOR, size)
+    if padding <= MOSTLY_PADDING or (fitting == size).all():
+        return None
+    median = "x".join(f"{edge:g}" for edge in np.median(shapes, axis=0))
+    return (
+        f"warning: a crop of {'x'.join(map(str, size))} voxels is {padding:.0%} padding, as the volumes have {median}: "
+        f"crop=[{','.join(map(str, fitting))}] fits them and has {size.prod() / fitting.prod():.1f} times fewer voxels"
+    )
 
 
 class Initialisation:

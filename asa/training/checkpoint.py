@@ -343,12 +343,16 @@ def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
     return read_model(path, plugins=plugins)[0]
 
 
-def read_model(path: str | Path, *, plugins: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
-    """The network as `load_model` returns it, and the checkpoint's description."""
+def read_model(
+    path: str | Path, *, plugins: Sequence[str] = (), img_size: int | Sequence[int] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network as `load_model` returns it, and the checkpoint's description; see `load_encoder` for `img_size`."""
     weights, description = read_weights(path)
     node = description.get("model")
     if not isinstance(node, Mapping) or not isinstance(description.get("data"), Mapping):
         raise ValueError(f"{path}: its description has no model and data: not a checkpoint of this package")
+    if img_size is not None:
+        node = {**node, "img_size": img_size if isinstance(img_size, int) else list(img_size)}
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
     _check_size(node, own, str(path), plugins)
     model = build(node, plugins=plugins, targets=CHECKPOINT_TARGETS)
@@ -404,16 +408,18 @@ def compare_shapes(model: nn.Module, weights: Mapping[str, Tensor], source: str)
             )
 
 
-def load_encoder(path: str | Path) -> nn.Module:
+def load_encoder(path: str | Path, *, img_size: int | Sequence[int] | None = None) -> nn.Module:
     """The encoder of a checkpoint's network, with its weights, in evaluation mode.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file, of pretraining or fine-tuning.
+        img_size: volume size in voxels that it is to take, one number or (D, H, W), with the position encoding of this
+            size; None: that of the training.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint there, or a network without an encoder.
+        FileNotFoundError, ValueError: no checkpoint there, a network without an encoder, or a size that it cannot take.
     """
-    encoder = getattr(load_model(path), "encoder", None)
+    encoder = getattr(read_model(path, img_size=img_size)[0], "encoder", None)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"{path}: this network has no encoder: give a run of asa-pretrain or of segmentation")
     return encoder

@@ -2,12 +2,10 @@
 
 No other module of the training uses `torch.distributed`. In a single process every function here is the identity, so
 the training loop reads the same for one process and for many. Rank, world size and local rank come from torchrun's
-environment.
+environment, which `asa.training.ranks` reads.
 """
 
 import faulthandler
-import gc
-import os
 import sys
 import time
 import uuid
@@ -22,32 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from asa.training.ranks import MainRankFailed, is_main, rank, world_size
+
 T = TypeVar("T")
 _heartbeat_timeout = 0.0  # seconds; 0: not in a process group
-
-
-class MainRankFailed(Exception):
-    """The main rank failed, and has printed why."""
-
-
-def world_size() -> int:
-    """Number of processes of the job."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def rank() -> int:
-    """This process's number, 0 to `world_size() - 1`."""
-    return int(os.environ["RANK"]) if world_size() > 1 else 0
-
-
-def local_rank() -> int:
-    """This process's number on its machine, which is the number of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
-
-
-def is_main() -> bool:
-    """Whether this is the rank that prints, logs and saves."""
-    return rank() == 0
 
 
 @contextmanager
@@ -105,19 +81,6 @@ def _fresh_store(store: dist.Store, rank: int, world: int, timeout: timedelta) -
                 return dist.PrefixStore(main, store)
             time.sleep(0.05)
     raise TimeoutError(f"process {rank} of {world} did not find the others within {timeout}")
-
-
-def exit_process(code: int) -> None:
-    """End this process immediately with an exit code, if it is one of several; otherwise do nothing.
-
-    torch 2.13 keeps gloo threads running until the interpreter ends, and these occasionally abort it at that point: a
-    finished run would look like a crashed one.
-    """
-    if world_size() > 1:
-        gc.collect()  # ends the loader's workers
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def heartbeat() -> None:

@@ -30,8 +30,8 @@ class OptimSettings:
     "momentum of SGD"
     schedule: str = "cosine"
     "learning rate after the warm-up: cosine (down to final_lr), poly ((1 - t)^0.9) or constant"
-    warmup: int = 0
-    "steps of linear warm-up to lr"
+    warmup: float = 0
+    "linear warm-up to lr: a number of steps, or below 1 a fraction of train.steps"
     warmup_lr: float = 1e-6
     "learning rate of the first step of the warm-up"
     final_lr: float = 0.0
@@ -58,6 +58,8 @@ class OptimSettings:
             raise ValueError(
                 f"optim.betas={list(self.betas)}, optim.momentum={self.momentum}: all three must be in [0, 1)"
             )
+        if self.warmup < 0 or (self.warmup >= 1 and self.warmup % 1):
+            raise ValueError(f"optim.warmup={self.warmup:g}: give whole steps, or a fraction of the run below 1")
         if self.freeze_until < 0 or (self.freeze_until and not self.freeze):
             raise ValueError(
                 f"optim.freeze_until={self.freeze_until}: give a step, and in optim.freeze what is frozen until"
@@ -70,6 +72,11 @@ class OptimSettings:
             raise ValueError(f"optim.layer_decay={self.layer_decay}: must be in (0, 1]")
         if self.lr < 0 or self.weight_decay < 0 or (self.reference_batch is not None and self.reference_batch < 1):
             raise ValueError("optim.lr and optim.weight_decay must be 0 or more, optim.reference_batch 1 or more")
+
+
+def warmup_steps(warmup: float, total: int) -> int:
+    """Steps of a warm-up that is given as `optim.warmup`, in a run of `total` steps."""
+    return round(warmup * total if warmup < 1 else warmup)
 
 
 class Schedule:
@@ -88,24 +95,25 @@ class Schedule:
     """
 
     def __init__(self, settings: OptimSettings, total: int, batch_size: int) -> None:
-        if not 0 <= settings.warmup < total:
-            raise ValueError(f"optim.warmup={settings.warmup} must be shorter than the run of {total} steps")
-        if settings.freeze_until and settings.freeze_until + settings.warmup >= total:
+        warmup = warmup_steps(settings.warmup, total)
+        if warmup >= total and warmup:
+            raise ValueError(f"optim.warmup={settings.warmup:g} must be shorter than the run of {total} steps")
+        if settings.freeze_until and settings.freeze_until + warmup >= total:
             raise ValueError(
-                f"optim.freeze_until={settings.freeze_until} and the warm-up of {settings.warmup} steps after it must "
+                f"optim.freeze_until={settings.freeze_until} and the warm-up of {warmup} steps after it must "
                 f"be shorter than the run of {total} steps"
             )
-        self.settings, self.total = settings, total
+        self.settings, self.total, self.warmup = settings, total, warmup
         self.peak = settings.lr * (batch_size / settings.reference_batch if settings.reference_batch else 1.0)
 
     def __getitem__(self, step: int) -> float:
         s = self.settings
         begin = s.freeze_until if step >= s.freeze_until else 0
-        if step - begin < s.warmup:
-            return s.warmup_lr + (self.peak - s.warmup_lr) * (step - begin) / s.warmup
+        if step - begin < self.warmup:
+            return s.warmup_lr + (self.peak - s.warmup_lr) * (step - begin) / self.warmup
         if step < s.freeze_until:
             return self.peak
-        begin += s.warmup
+        begin += self.warmup
         t = min((step - begin) / (self.total - begin), 1.0)
         if s.schedule == "cosine":
             return s.final_lr + (self.peak - s.final_lr) * (1 + math.cos(math.pi * t)) / 2

@@ -29,6 +29,7 @@ from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, Schedule, freeze
 
 GIB = 2**30
+HEAP = (1.2, 1.4)  # heap of a run on a CPU, relative to its tensors: the smallest and largest in docs/planning.md
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 ExampleBatch: TypeAlias = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
@@ -319,7 +320,7 @@ def plan_report(
 ) -> str:
     """A plan as text of about ten lines: `rate` operations per second, from `source`; the rest as in `show_plan`."""
     volumes, seconds = settings.steps * settings.batch_size, plan.step / rate
-    days = settings.steps * seconds / 86400
+    low, high = HEAP
     parts = f"{settings.accumulate} micro-batches" if settings.accumulate > 1 else "one micro-batch"
     halves = f"encoder {plan.encoder / 1e6:.2f} M, decoder {(plan.total - plan.encoder) / 1e6:.2f} M, "
     lines = [
@@ -337,9 +338,17 @@ def plan_report(
             f"batch and activations {memory.kept / GIB:.2f}"
         )
     lines += [
-        "            (of tensors; on a CPU the heap of a process takes 1.2 to 1.8 times as much: docs/planning.md)",
+        f"            (of tensors; the heap of a process on a CPU takes {low} to {high} times this: docs/planning.md)",
         f"run         {settings.steps} steps: {volumes} {names[0]}, "
         f"{volumes / scans:,.1f} epochs of {scans} {names[1]}",
-        f"time        {days:.3g} days ({seconds:.3g} s per step) at {rate / 1e12:.4g} TFLOP/s, {source}",
+        f"time        {_duration(settings.steps * seconds)} ({seconds:.3g} s per step) at {rate / 1e12:.4g} TFLOP/s, "
+        f"{source}",
     ]
     return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    """A time in the largest unit of which it is more than one."""
+    units = (("days", 86400), ("h", 3600), ("min", 60))
+    name, length = next(((name, length) for name, length in units if seconds > length), ("s", 1))
+    return f"{seconds / length:.3g} {name}"

@@ -16,6 +16,7 @@ from asa.training.checkpoint import list_checkpoints
 from asa.training.device import pick_device, pick_precision, precision_name
 from asa.training.distributed import on_main, process_group
 from asa.training.loop import TrainSettings
+from asa.training.optim import warmup_steps
 
 # Settings that may change when a run is resumed: its length, its reports, and how it is computed.
 FREE_ON_RESUME = (
@@ -62,7 +63,7 @@ def run_precision(run: Path, settings: TrainSettings) -> str:
         ValueError: a precision that is unknown, or that the device cannot compute in.
     """
     name, device = settings.precision, pick_device(settings.device)
-    before = _config_of_started(run).get("train.precision", "auto") if name == "auto" else name
+    before = flatten(_config_of_started(run)).get("train.precision", "auto") if name == "auto" else name
     return precision_name(pick_precision(str(before), device))
 
 
@@ -110,9 +111,11 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
     A setting that only one of the two has is no difference while it is off (null, false, 0, empty, or as in `ADDED`),
     so a run can be resumed after an upgrade that added settings.
     """
-    before, now = _config_of_started(run), _comparable(config)
-    if not before:
+    started = _config_of_started(run)
+    if not started:
         return
+    steps = int(flatten(started).get("train.steps", 0))
+    before, now = _comparable(started, steps), _comparable(config, steps)
     for key in sorted(before.keys() | now.keys()):
         in_both = key in before and key in now
         alone = (before | now)[key]
@@ -126,12 +129,13 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
 
 
 def _config_of_started(run: Path) -> dict[str, Any]:
-    """The configuration of a folder's run by dotted keys, empty before its first checkpoint."""
+    """The configuration of a folder's run, empty before its first checkpoint."""
     file = run / "config.yaml"
-    return _comparable(read_yaml(file)) if list_checkpoints(run) and file.exists() else {}
+    return read_yaml(file) if list_checkpoints(run) and file.exists() else {}
 
 
-def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value, functions and classes by their present names."""
+def _comparable(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Dotted key -> value, functions and classes by their present names, the warm-up in steps of a run of `steps`."""
     flat = flatten(config)
+    flat["optim.warmup"] = warmup_steps(flat.get("optim.warmup", 0), steps)
     return {key: current_name(str(value)) if key.endswith("_target_") else value for key, value in flat.items()}

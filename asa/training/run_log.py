@@ -1,14 +1,19 @@
 """The log of a run: progress bar, JSON lines and TensorBoard."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from tqdm import tqdm
 
+from asa.config import flatten
 from asa.data.io.files import open_unlinked, write_whole
+
+READABLE = 900  # width in pixels that a picture is enlarged to
+TITLE = 30  # height in pixels of the titles
 
 
 class RunLog:
@@ -34,6 +39,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+            self._configuration(run / "config.yaml")
         except Exception as error:
             self._give_up_board(error)
 
@@ -54,9 +60,11 @@ class RunLog:
         return any(_step(line) == step and json.loads(line).get("group") == group for line in lines)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Log pictures (H, W, 3) uint8 in TensorBoard."""
+        """Log pictures (H, W, 3) uint8 in TensorBoard, by "FIGURE: COLUMN, COLUMN" or "COLUMN, COLUMN"."""
         for name, picture in pictures.items():
-            self._track("add_image", name, picture, step, dataformats="HWC")
+            figure, _, columns = name.rpartition(": ")
+            if self.board:
+                self._track("add_image", figure or name, titled(picture, columns.split(", ")), step, dataformats="HWC")
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Update the progress bar and the numbers beside it."""
@@ -75,6 +83,23 @@ class RunLog:
         """Flush and close everything."""
         self.bar.close()
         self._track("close")
+
+    def _configuration(self, file: Path) -> None:
+        """Show the run's configuration in TensorBoard, as a text and as hyperparameters."""
+        if not file.exists():  # of a method trained without the commands
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        text = file.read_text()
+        self.board.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))
+        flat = flatten(yaml.safe_load(text))
+        values = {
+            key: value if isinstance(value, bool | int | float) else str(value)
+            for key, value in flat.items()
+            if not key.startswith("method.model.")  # the same as model
+        }
+        for summary in hparams(values, dict.fromkeys(("train/loss", "validation/loss"), 0.0)):
+            self.board.file_writer.add_summary(summary)
 
     def _track(self, call: str, *arguments: Any, **options: Any) -> None:
         """Call a method of the TensorBoard writer, if there is one."""
@@ -102,6 +127,19 @@ class SilentLog(RunLog):
     def message(self, text: str) -> None: ...
 
     def close(self) -> None: ...
+
+
+def titled(picture: np.ndarray, titles: Sequence[str]) -> np.ndarray:
+    """A picture (H, W, 3) enlarged to a readable size, by whole factors, with a title above each of its columns."""
+    from PIL import Image, ImageDraw, ImageFont  # comes with TensorBoard
+
+    factor = max(round(READABLE / picture.shape[1]), 1)
+    large = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    bar = Image.new("RGB", (large.shape[1], TITLE))
+    draw, font = ImageDraw.Draw(bar), ImageFont.load_default(TITLE * 0.6)
+    for column, title in enumerate(titles):
+        draw.text(((column + 0.5) * bar.width / len(titles), TITLE / 2), title, font=font, anchor="mm")
+    return np.concatenate([np.asarray(bar), large])
 
 
 def _step(line: str) -> int:

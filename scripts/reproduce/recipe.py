@@ -23,7 +23,6 @@ from asa.config import build, compose, typed
 from asa.data.loading.loader import collate
 from asa.data.splits import write_split
 from asa.tasks.pretraining import Pretraining
-from asa.tasks.run import SETTINGS
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from asa.training.plan import make_plan
@@ -97,7 +96,7 @@ def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
     torch.set_num_threads(1)
     steps, operations = {}, {}
     for arm in arms:
-        config = compose("pretrain", pretrain_settings(out, arm, 0), settings=SETTINGS["pretrain"])
+        config = compose("pretrain", pretrain_settings(out, arm, 0))
         settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
         task = Pretraining(config)
         samples = settings.batch_size * config["method"]["masks"]

@@ -9,12 +9,18 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+import asa
+from asa.cli import front, pretrain
+from asa.cli import main as asa_command
 from asa.data.store import Store
+from asa.tasks.volumes import padding_advice
 from asa.training.checkpoint import list_checkpoints
 
+NOT_COMMANDS = ("__init__", "front", "main")
 TINY = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "optim.warmup=1"]
 PRETRAIN = [*TINY, "model=asa_tiny", "crop=32", "train.steps=2", "train.batch_size=2"]
 FINETUNE = [*TINY, "model=unet_tiny", "+model.feature_size=4", "crop=[64,32,32]", "train.steps=2", "train.batch_size=1"]
@@ -66,7 +72,7 @@ def test_from_phantom_to_report(command, tmp_path: Path) -> None:
 
     predicted = command("predict", f"checkpoint={out}/fine", f"input={out}/store", "part=test", f"out={out}/pred")
     assert predicted.code == 0
-    (prediction,) = (out / "pred").iterdir()
+    (prediction,) = (out / "pred").glob("*.nii.gz")
     name = prediction.name.removesuffix(".nii.gz")
     source = nibabel.load(out / "raw" / name / f"{name}_ana_strip.nii.gz")
     made = nibabel.load(prediction)
@@ -209,7 +215,7 @@ def test_a_linear_probe_leaves_the_encoder_that_it_measures_as_it_was(command, s
     predicted = command(
         "predict", f"checkpoint={tmp_path}/probe/best", f"input={store}", "part=test", f"out={tmp_path}/p"
     )
-    assert predicted.code == 0 and len(list((tmp_path / "p").iterdir())) == 1
+    assert predicted.code == 0 and len(list((tmp_path / "p").glob("*.nii.gz"))) == 1
     wrong = [argument.replace("/probe", "/wrong") for argument in arguments]
     assert failed_in_one_line(command("finetune", *wrong, "optim.freeze=[encodre]"), "encodre", "encoder, head")
 
@@ -224,7 +230,7 @@ def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Pat
     assert trained.code == 0, trained.err
     arguments = [f"checkpoint={tmp_path}/fine", f"input={store}", "part=test"]
     assert command("predict", *arguments, f"out={tmp_path}/p", "predict.overlap=0").code == 0
-    assert len(list((tmp_path / "p").iterdir())) == 1
+    assert len(list((tmp_path / "p").glob("*.nii.gz"))) == 1
     refused = [f"data.store={store}", f"out={tmp_path}/other", *FINETUNE, "method.background_weight=0"]
     assert failed_in_one_line(command("finetune", *refused), "method.background_weight=0: must be in (0, 1]")
 
@@ -324,3 +330,149 @@ def test_the_resolved_configuration_can_be_printed(command, store: Path) -> None
 
 def test_a_store_remembers_its_preparation(store: Path) -> None:
     assert Store(store).settings["normalise"] == "percentile"
+
+
+def test_a_short_run_needs_no_settings_of_its_schedule(command, store: Path, tmp_path: Path) -> None:
+    arguments = [f"data.store={store}", "loader.workers=0", "train.device=cpu", "train.steps=1", "train.batch_size=1"]
+    short = command("pretrain", *arguments, f"out={tmp_path}/pre", "model=asa_tiny", "crop=128")
+    assert short.code == 0 and "a crop of 128x128x128 voxels is 8" in short.out and "crop=[96,96,96] fits" in short.out
+    # A run of a version whose default was a number of steps is continued.
+    file = tmp_path / "pre" / "config.yaml"
+    assert "warmup: 0.025" in file.read_text()
+    file.write_text(file.read_text().replace("warmup: 0.025", "warmup: 0"))
+    assert command("pretrain", *arguments, f"out={tmp_path}/pre", "model=asa_tiny", "crop=128").code == 0
+
+
+@pytest.mark.parametrize(
+    ("crop", "shapes", "fitting"),
+    [
+        (128, [(53, 66, 52)], "crop=[64,96,64] fits them and has 5.3 times fewer voxels"),
+        ([64, 96, 64], [(53, 66, 52)], None),
+        (128, [(150, 190, 140), (60, 200, 150)], None),
+        ([128, 64, 128], [(20, 200, 70), (40, 180, 60)], "crop=[64,64,96] fits"),
+        (32, [(10, 10, 10)], None),
+        (
+            64,
+            [(10, 10, 10), (20, 20, 20), (20, 24, 20)],
+            "is 98% padding, as the volumes have 20x20x20: crop=[32,32,32]",
+        ),
+    ],
+)
+def test_a_crop_that_is_mostly_padding_is_named_with_one_that_fits(crop, shapes, fitting) -> None:
+    advice = padding_advice(crop, [{"shape": [1, *shape]} for shape in shapes])
+    assert advice is None if fitting is None else fitting in advice
+
+
+def test_a_scan_has_features_in_every_encoder_at_any_size(command, raw: Path, store: Path, tmp_path: Path) -> None:
+    method = ["model=sa_swin_tiny", "method=sa_swin"]
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/asa", *PRETRAIN).code == 0
+    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/swin", *PRETRAIN, *method).code == 0
+    tuned = command("finetune", f"data.store={store}", f"out={tmp_path}/unet", *FINETUNE, "data.split.validation=1")
+    assert tuned.code == 0 and "loss " in tuned.out
+    scan = raw / "s0_T1.nii.gz"
+    for run, edges in (("asa", (32, 32, 32)), ("swin", (32, 32, 32)), ("unet", (64, 32, 32))):
+        stride = getattr(asa.load_encoder(tmp_path / run), "patch_size", 32)
+        tokens = asa.features(scan, tmp_path / run, device="cpu")
+        assert tokens.shape[1:] == tuple(edge // stride for edge in edges) and np.isfinite(tokens).all()
+        if run != "unet":  # as pretraining sees it: the crop at the centre
+            (index,) = (k for k, record in enumerate(Store(store).records) if record["id"] == "s0")
+            crop = asa.CropDataset(Store(store), Store(store).records, edges)[index]["image"]
+            encoder = asa.load_encoder(tmp_path / run)
+            with torch.inference_mode():
+                expected = encoder(crop[None])[0]
+            np.testing.assert_allclose(tokens.reshape(len(tokens), -1).T, expected.numpy(), atol=2e-3)
+        larger = asa.features(scan, tmp_path / run, img_size=(64, 64, 96), device="cpu")
+        assert larger.shape == (len(tokens), *(edge // stride for edge in (64, 64, 96)))
+    with pytest.raises(ValueError, match="33"):
+        asa.load_encoder(tmp_path / "asa", img_size=33)
+
+
+def test_an_index_alone_is_the_crop_of_the_first_epoch(store: Path) -> None:
+    crops = asa.CropDataset(asa.Store(store), asa.Store(store).records, (32, 32, 32), crop="random", seed=3)
+    for index in range(len(crops)):
+        one, other = crops[index], crops[index, 0]
+        assert one["id"] == other["id"] and torch.equal(one["image"], other["image"])
+    assert [sample["id"] for sample in crops] == [record["id"] for record in crops.records]
+
+
+def test_a_text_in_the_place_of_a_mapping_is_named_with_an_example(command, raw: Path, tmp_path: Path) -> None:
+    prepare = ["prepare", f"data.root={raw}", f"out={tmp_path}/x"]
+    assert failed_in_one_line(command(*prepare), "'data.images={t1: *_T1.nii.gz}'", "data.table=FILE")
+    one = command(*prepare, "data.images=*_T1.nii.gz")
+    assert failed_in_one_line(one, "data.images=*_T1.nii.gz: ", "like 'data.images={t1: *_T1.nii.gz}'")
+    images = "data.images={t1: *_T1.nii.gz}"
+    assert failed_in_one_line(command(*prepare, images, "regions=x"), "regions=x: ", "regions={whole: [1, 2]")
+    assert not (tmp_path / "x").exists()
+
+
+def test_images_are_shown_beside_a_folder_of_true_label_maps(
+    command, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pred").mkdir()
+    for k in range(2):
+        (tmp_path / "pred" / f"s{k}.nii.gz").write_bytes((raw / f"s{k}_seg.nii.gz").read_bytes())
+    drawn = []
+    monkeypatch.setattr("asa.tasks.evaluation.write_report", lambda path, summary, cases: drawn.append(cases))
+    arguments = [
+        f"predictions={tmp_path}/pred", f"truth={raw}", "pattern=*_seg.nii.gz", "labels={1: csf, 2: gm, 5: wm}",
+        f"out={tmp_path}/ev", "allow_missing=true",
+    ]  # fmt: skip
+    assert command("evaluate", *arguments, f"images='{raw}/*_T1.nii.gz'").code == 0
+    assert [case.image for case in drawn[0]] == [raw / f"s{k}_T1.nii.gz" for k in range(4)]
+    assert command("evaluate", *arguments).code == 0 and drawn[1][0].image is None
+    assert failed_in_one_line(command("evaluate", *arguments, f"images='{raw}/*_T9.nii.gz'"), "_T9.nii.gz")
+
+
+HEAVY = "torch", "monai", "nibabel", "scipy"
+COMMANDS = sorted(path.stem for path in Path(front.__file__).parent.glob("*.py") if path.stem not in NOT_COMMANDS)
+
+
+def in_a_process(*arguments: str) -> tuple[str, str]:
+    """Output of `asa ...` in a process of its own, and the heavy packages that it imported."""
+    code = (
+        "import sys\nfrom asa.cli.main import main\n"
+        f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
+        f"print(*(name for name in {HEAVY!r} if name in sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr, done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_no_heavy_package(name: str) -> None:
+    shown, heavy = in_a_process(name, "--help")
+    assert shown.startswith(f"usage: asa-{name} ") and "settings:" in shown and heavy == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "out=x", "polcy=ibsr"), "did you mean policy?"),
+        (("pretrain", "out=x", "data.store=y", "train.stepz=3"), "did you mean train.steps?"),
+        (("pretrain", "out=x", "data.store=y", "train.steps=many"), "many"),
+        (("finetune", "out=x", "model=asa_tiny"), "choose unet_tiny"),
+        (("predict", "out=x"), "checkpoint, input has to be given"),
+    ],
+)
+def test_settings_are_checked_before_heavy_packages_are_imported(arguments: tuple[str, ...], message: str) -> None:
+    shown, heavy = in_a_process(*arguments)
+    assert f"asa-{arguments[0]}: error: " in shown and message in shown and heavy == ""
+
+
+def test_asa_with_a_command_is_that_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(asa_command.COMMANDS) == set(COMMANDS)
+    arguments = ["--print", "out=x", "data.store=y"]
+    printed = []
+    for run in (lambda: asa_command.main(["pretrain", *arguments]), lambda: pretrain.main(arguments=arguments)):
+        assert run() == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "steps: 20000" in printed[0]
+    assert asa_command.main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in COMMANDS)
+    assert asa_command.main(["pretrian", "out=x"]) == 1
+    assert "did you mean pretrain?" in capsys.readouterr().err
+    for main in (asa_command.main, lambda arguments: pretrain.main(arguments=arguments)):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--version"])
+        assert not stopped.value.code and capsys.readouterr().out == f"asa {asa.__version__}\n"

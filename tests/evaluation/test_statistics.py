@@ -8,7 +8,14 @@ import pytest
 from scipy import stats
 
 from asa.evaluation import statistics
-from asa.evaluation.statistics import bootstrap_interval, detectable_difference, holm, wilcoxon_p
+from asa.evaluation.statistics import (
+    MIN_RESAMPLED,
+    bootstrap_interval,
+    detectable_difference,
+    holm,
+    interval_kind,
+    wilcoxon_p,
+)
 
 
 def test_the_interval_of_one_value_is_undefined_and_of_equal_values_a_point():
@@ -115,6 +122,16 @@ def test_holm_controls_the_family_wise_error_rate():
     runs = np.random.default_rng(0).normal(size=(1000, 6, 20))  # six tests without a difference, a thousand times
     any_found = [min(holm([wilcoxon_p(differences) for differences in family])) < 0.05 for family in runs]
     assert np.mean(any_found) <= 0.05 + 0.02
+
+
+def test_the_interval_that_is_named_is_the_one_that_is_used() -> None:
+    for n in range(2, 8):
+        values = np.random.default_rng(n).beta(8, 2, n)
+        half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
+        is_student = np.allclose(bootstrap_interval(values), (values.mean() - half, values.mean() + half))
+        assert interval_kind([n]) == ("Student's t" if is_student else "bootstrap-t")
+    assert interval_kind([9, 3, 1]) == f"bootstrap-t or Student's t where fewer than {MIN_RESAMPLED} values are defined"
+    assert interval_kind([1, 0]) == "bootstrap-t"
 
 
 # --- smallest detectable difference

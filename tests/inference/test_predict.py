@@ -20,9 +20,17 @@ from asa.data.io.nifti import from_ras, read_image, to_ras, write_image
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.store import Store
 from asa.inference import segmentation
-from asa.inference.segmentation import PredictSettings, Segmenter, count_windows, sliding_window
+from asa.inference.preprocessing import training_scan_metadata
+from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, count_windows, sliding_window
+from asa.inference.uncertainty import KINDS, expected_dice
 from asa.training.checkpoint import read_weights, save_checkpoint
+
+REGIONS = {
+    "labels": {**DATA["labels"], 7: "x"},
+    "regions": [["sides", [1, 2]], ["left", [1]], ["mid", [5]], ["none", [7]]],
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +133,7 @@ def test_labels_chosen_on_the_scans_own_grid_are_closer_to_the_truth_than_resamp
     probabilities = np.stack([sample_affine(mask, np.array(step["matrix"]), step["shape"], 1) for mask in masks])
     node = {"labels": {2: "outer", 7: "inner"}, "lateral_pairs": [], "prepare": {"spacing": 3.0, "crop": "none"}}
     segmenter = Segmenter(checkpoint(tmp_path / "run", **node), SETTINGS)
-    segmenter.probabilities = lambda _: torch.from_numpy(probabilities)
+    segmenter.probabilities = lambda *_: torch.from_numpy(probabilities)
     here = predicted(segmenter, tmp_path / "head.nii.gz")
     resampled = np.array([0, 2, 7])[to_native(probabilities.argmax(axis=0).astype(np.uint8)[None], chain, order=0)[0]]
     for value in (2, 7):
@@ -292,7 +300,9 @@ def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(
     code = call(predict, monkeypatch, *common, files, "probabilities=true", "predict.device=cpu")
     shown = capsys.readouterr()
     assert code == 1 and "b: failed: no file for the channel flair" in shown.out and "1 scans failed" in shown.err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "probabilities"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "a.nii.gz", "probabilities", "volumes.csv",
+    ]  # fmt: skip
     assert len(list((tmp_path / "out" / "probabilities" / "a").iterdir())) == 4
     assert call(predict, monkeypatch, *common, "images={t1: '*_t1.nii.gz'}") == 1
     assert "takes the channels t1, flair, got t1" in capsys.readouterr().err
@@ -301,7 +311,12 @@ def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(
 @pytest.fixture
 def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run asa-predict on a folder with files at the given paths: exit code, names of the label maps, output."""
-    monkeypatch.setattr(Segmenter, "segment_file", lambda self, images, out, probabilities: write_whole(out, b"label"))
+
+    def segment_file(self: Segmenter, images: object, out: Path, **_: object) -> Segmented:
+        write_whole(out, b"label")
+        return Segmented({}, {})
+
+    monkeypatch.setattr(Segmenter, "segment_file", segment_file)
 
     def predict_scans(*paths: str, out: str = "out", images: str = "null") -> tuple[int, list[str], str]:
         for path in paths:
@@ -309,7 +324,7 @@ def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         arguments = [f"checkpoint={run}", f"input={tmp_path}/scans", f"out={tmp_path}/{out}", f"images={images}"]
         code = call(predict, monkeypatch, *arguments)
         shown = capsys.readouterr()
-        return code, sorted(path.name for path in (tmp_path / out).glob("*")), shown.out + shown.err
+        return code, sorted(path.name for path in (tmp_path / out).glob("*.nii.gz")), shown.out + shown.err
 
     return predict_scans
 
@@ -353,3 +368,97 @@ def test_a_checkpoint_records_lateral_pairs_and_voxel_size(
     assert data["lateral_pairs"] == [["csf", "gm"]]
     assert data["spacing"] == [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     assert Segmenter(tmp_path / "run", SETTINGS, mirror=True).mirrored_channels == [0, 2, 1, 3]
+
+
+def test_volumes_are_those_of_the_label_maps_and_scans_predicted_later_are_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regions = REGIONS["regions"]
+    for name, more, header in (
+        ("classes", {}, "id,left_x_ml,right_x_ml,middle_ml,left_x_expected_dice,right_x_expected_dice"),
+        ("regions", REGIONS, "id,left_x_ml,right_x_ml,middle_ml,x_ml,sides_ml,left_ml,mid_ml,none_ml,sides_expected"),
+    ):
+        run, out = checkpoint(tmp_path / name, **more), tmp_path / f"{name} out"
+        for id in ("b", "a", "c"):
+            arguments = f"checkpoint={run}", f"input={a_scan(tmp_path, id)}", f"out='{out}'", "predict.device=cpu"
+            assert call(predict, monkeypatch, *arguments) == 0
+            if id == "a":
+                (out / "b.nii.gz").unlink()  # its row goes with it
+        table = (out / "volumes.csv").read_text().splitlines()
+        assert table[0].startswith(header) and [line[0] for line in table[1:]] == ["a", "c"]
+        row = dict(zip(table[0].split(","), table[1].split(","), strict=True))
+        made = nibabel.load(out / "a.nii.gz")
+        ml = np.prod(made.header.get_zooms()) / 1000
+        for label, values in (("left_x", [1]), ("right_x", [2]), ("middle", [5]), *(regions if more else ())):
+            assert float(row[f"{label}_ml"]) == pytest.approx(np.isin(made.dataobj, values).sum() * ml, abs=5e-4)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_maps_of_uncertainty_follow_their_formulas_on_the_scans_own_grid(tmp_path: Path, regions: bool) -> None:
+    more = REGIONS if regions else {}
+    runs = [checkpoint(tmp_path / str(seed), seed, prepare={"crop": "none"}, **more) for seed in range(3)]
+    scan = a_scan(tmp_path)
+    for kind in KINDS:
+        segmenter = Segmenter(runs, SETTINGS, uncertainty=kind)
+        segmenter.segment_file({"t1": scan}, tmp_path / "label.nii.gz", uncertainty=tmp_path / "map.nii.gz")
+        found = nibabel.load(tmp_path / "map.nii.gz")
+        assert np.array_equal(found.affine, nibabel.load(scan).affine)
+        image = torch.from_numpy(segmenter.preprocessor.prepare({"t1": scan})[0].image)
+        members = np.stack([Segmenter(run, SETTINGS).probabilities(image).numpy() for run in runs]).astype(np.float64)
+        p = members.mean(axis=0)
+        if kind == "spread":
+            expected = members.std(axis=0).max(axis=0)
+        elif regions:
+            expected = (-p * np.log2(p) - (1 - p) * np.log2(1 - p)).max(axis=0)
+        else:
+            expected = -(p * np.log(p)).sum(axis=0) / np.log(len(p))
+        native = np.asarray(found.dataobj)[::-1].transpose(2, 1, 0)  # the file is LAS
+        np.testing.assert_allclose(native, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="several checkpoints or mirror=true"):
+        Segmenter(runs[0], SETTINGS, uncertainty="spread")
+    with pytest.raises(ValueError, match="choose entropy or spread"):
+        Segmenter(runs[0], SETTINGS, uncertainty="sd")
+
+
+def test_the_expected_dice_is_the_mean_over_truths_drawn_from_the_probabilities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probability = torch.rand(12, 12, 12, generator=generator) ** 2
+    for mask in (probability > 0.5, probability > 0.2):
+        truths = torch.rand(400, 12, 12, 12, generator=generator) < probability
+        scores = 2 * (truths & mask).sum(dim=(1, 2, 3)) / (truths.sum(dim=(1, 2, 3)) + mask.sum())
+        assert expected_dice(probability, mask) == pytest.approx(float(scores.mean()), abs=0.003)
+    certain = probability > 0.5
+    assert expected_dice(certain.float(), certain) == 1 and expected_dice(certain.float(), ~certain) == 0
+    assert np.isnan(expected_dice(torch.zeros(4, 4, 4), torch.zeros(4, 4, 4, dtype=torch.bool)))
+
+
+def test_a_scan_unlike_the_training_scans_is_named_with_what_is_unlike(
+    tmp_path: Path, store: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = Store(store).records
+    measured = training_scan_metadata([], records)
+    volumes = [record["quality"]["brain_ml"] for record in records]
+    assert measured["range"]["brain_ml"] == [min(volumes), max(volumes)]
+    means = [record["intensity"]["t1"]["mean"] for record in records]
+    assert measured["range"]["mean t1"] == [min(means), max(means)]
+    run = checkpoint(tmp_path / "run", range=measured["range"])
+    scans = tmp_path / "scans"
+    like = read_image(raw / "s0_T1.nii.gz")
+    noise = np.random.default_rng(0).uniform(800, 1000, like.data.shape).astype(np.float32)
+    write_image(scans / "usual.nii.gz", like.data, like.affine)
+    write_image(scans / "head.nii.gz", np.where(like.data > 0, like.data, noise), like.affine)
+    write_image(scans / "dark.nii.gz", np.where(like.data > 800, like.data, like.data / 9), like.affine)
+    code = call(
+        predict, monkeypatch, f"checkpoint={run}", f"input={scans}", f"out={tmp_path}/out", "predict.device=cpu"
+    )
+    assert code == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning: unlike the training scans" in line]
+    assert [line.split(":")[0] for line in lines] == ["dark", "head"]
+    assert "mean t1 of the intensities" in lines[0] and "brain volume" not in lines[0] and "brain volume" in lines[1]
+    preprocessor = Segmenter(run, SETTINGS).preprocessor
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for record in records:
+            preprocessor.warn_outside_range(record["quality"], record["intensity"])
+    with pytest.warns(UserWarning, match=r"brain volume 9999 ml \(training \d+ to \d+\)"):
+        preprocessor.warn_outside_range({"brain_ml": 9999.0}, {})

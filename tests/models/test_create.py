@@ -10,7 +10,6 @@ import torch
 import asa.models
 from asa.config import CONFIG_DIR, compose, sized_models
 from asa.models import MaskedAutoencoder, create_model, list_models
-from asa.tasks.run import SETTINGS
 
 
 def test_every_public_name_can_be_imported_and_every_model_made() -> None:
@@ -39,7 +38,7 @@ def test_every_family_has_three_sizes_as_values_of_model() -> None:
     families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
     assert len(families) == 9
     assert sized_models() == sorted(f"{family}_{size}" for family in families for size in ("base", "small", "tiny"))
-    config = compose("finetune", ["out=x", "model=sa_swin_unet_small"], settings=SETTINGS["finetune"])
+    config = compose("finetune", ["out=x", "model=sa_swin_unet_small"])
     assert config["model"]["_target_"] == "asa.models.sa_swin_unet.sa_swin_unet_small"
     assert list(config["model"])[:2] == ["_target_", "img_size"]
 
@@ -48,6 +47,6 @@ def test_a_users_own_model_file_can_extend_a_size(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("defaults: [asa_base]\npatch_size: 16\ndepth: 6\n")
     overrides = ["out=x", "data.store=y", "model=mine", "method=mae"]
-    model = compose("pretrain", overrides, settings=SETTINGS["pretrain"], config_dir=tmp_path)["method"]["model"]
+    model = compose("pretrain", overrides, config_dir=tmp_path)["method"]["model"]
     assert model["_target_"] == "asa.models.masked_autoencoder.asa_base"
     assert (model["patch_size"], model["depth"], model["position"]) == (16, 6, "sincos")

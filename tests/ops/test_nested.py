@@ -206,7 +206,7 @@ def test_the_stores_regions_are_learnt_validated_and_predicted_as_labels(
     assert description["data"]["regions"] == [["whole", [1, 2, 5]], ["core", [2, 5]], ["inner", [5]]]
     arguments = [f"checkpoint={tmp_path}/run", f"input={tmp_path}/store", "part=test", f"out={tmp_path}/out"]
     assert call(predict, monkeypatch, *arguments, "predict.overlap=0") == 0
-    (file,) = (tmp_path / "out").iterdir()
+    (file,) = (tmp_path / "out").glob("*.nii.gz")
     assert set(np.unique(nibabel.load(file).dataobj)) <= {0, 1, 2, 5}
     assert call(finetune, monkeypatch, f"data.store={store}", f"out={tmp_path}/none", *tiny) == 1
     assert "the store has no regions" in capsys.readouterr().err

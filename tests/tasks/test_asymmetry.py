@@ -53,12 +53,20 @@ def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_pretraining_keeps_a_network_that_loads_and_draws_reconstruction_and_symmetry(trained: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     assert isinstance(load_model(trained), SASwin) and isinstance(load_encoder(trained), Swin)
     events = EventAccumulator(str(trained / "tensorboard"))
     events.Reload()
     names = events.Tags()
     assert {name.split("/")[-1] for name in names["images"]} >= {"reconstruction", "symmetry"}
+    assert events.Images("reconstruction")[0].width >= 600
+    text = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "    _target_: asa.models.sa_swin.sa_swin_tiny" in text
+    hparams = HParamsPluginData.FromString(
+        events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    ).session_start_info.hparams
+    assert hparams["train.steps"].number_value == 2 and hparams["data.placement"].string_value == "random"
     shown = {name.split("/")[-1] for name in names["scalars"]}
     assert {"rotation", "contrastive", "inpainting", "symmetry", "hidden_l1", "effective_rank"} <= shown
 

@@ -13,7 +13,6 @@ from asa.data.store import Store
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.tasks import cross_validation
 from asa.tasks.commands import finetune_task
-from asa.tasks.run import SETTINGS
 from asa.training.checkpoint import find_weights
 
 TINY = ["loader.workers=0", "train.device=cpu", "optim.warmup=0", "model=unet_tiny", "+model.feature_size=4"]
@@ -29,7 +28,7 @@ def finetune(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def run(*overrides: str) -> tuple[int, str, str]:
         capsys.readouterr()
         arguments = [f"data.store={store}", f"out={tmp_path}/cv", *TINY, *overrides]
-        code = run_command("finetune", "", finetune_task, settings=SETTINGS["finetune"], arguments=arguments)
+        code = run_command("finetune", "", finetune_task, arguments=arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -91,7 +90,7 @@ def test_several_processes_are_told_to_take_the_folds_one_by_one(
     finetune, monkeypatch: pytest.MonkeyPatch, store: Path
 ) -> None:
     monkeypatch.setattr(cross_validation, "world_size", lambda: 2)
-    config = compose("finetune", [f"data.store={store}", "out=x", *ALL], settings=SETTINGS["finetune"])
+    config = compose("finetune", [f"data.store={store}", "out=x", *ALL])
     with pytest.raises(ValueError, match="under torchrun give each fold by itself"):
         finetune_task(config)
 

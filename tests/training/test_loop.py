@@ -206,6 +206,11 @@ def test_schedules_follow_their_formulas() -> None:
     assert scaled[3] == pytest.approx(1.5e-4 * 96 / 256)
     with pytest.raises(ValueError, match="optim.warmup=10"):
         Schedule(OptimSettings(warmup=10), 10, 1)
+    for total, steps in ((20000, 500), (20, 0), (1, 0), (400, 10)):
+        fraction, number = (Schedule(OptimSettings(warmup=warmup), total, 1) for warmup in (0.025, steps))
+        assert [fraction[step] for step in range(min(total, 600))] == [number[step] for step in range(min(total, 600))]
+    with pytest.raises(ValueError, match=r"optim.warmup=2.5: give whole steps, or a fraction"):
+        OptimSettings(warmup=2.5)
     with pytest.raises(ValueError, match="optim.schedule"):
         Schedule(OptimSettings(schedule="step"), 10, 1)
 

@@ -26,7 +26,8 @@ from asa.models.sa_swin import sa_swin_tiny
 from asa.models.unet import unet_tiny
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings
-from asa.training.plan import TensorTracker, make_plan, plan_report, trace_step, volume_batch
+from asa.training.plan import HEAP, TensorTracker, _duration, make_plan, plan_report, trace_step, volume_batch
+from scripts.plan_check import CHANNELS, ROWS
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 32, 32)
@@ -239,3 +240,28 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak() -> None:
     command = [sys.executable, "-m", "scripts.plan_check", "tiny"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_memory_table_of_the_docs_has_one_notation_and_the_heap_of_a_plan() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if re.match(r"\| .* \| \d+ \|", line)
+    ]
+    named = [row for row in table if row[0].startswith("`")]
+    rows = [row for row in ROWS.values() if not row.checkpointing and "precision" not in row.train]
+    for cells, row in zip(named, rows, strict=True):
+        network, batch, channels, edge = re.match(r"`(\w+)`, (\d+) x (\d+) x (\d+)[³²]", cells[0]).groups()
+        assert (network, int(batch), (int(edge),) * len(row.size)) == (row.network, row.batch, row.size)
+        assert int(channels) == CHANNELS.get(network.partition("_")[0], 1)
+    heaps = [int(row[4]) / int(row[2]) for row in table if row[4]]
+    assert tuple(round(edge, 1) for edge in (min(heaps), max(heaps))) == HEAP
+    assert f"takes {HEAP[0]} to {HEAP[1]} times as much" in page
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.5, "0.5 s"), (59, "59 s"), (90, "1.5 min"), (7200, "2 h"), (864000, "10 days")]
+)
+def test_a_planned_time_has_a_readable_unit(seconds: float, shown: str) -> None:
+    assert _duration(seconds) == shown

@@ -38,7 +38,7 @@ from asa.training.ema import EMA
 from asa.training.loop import TrainSettings
 from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import OptimSettings
-from asa.training.run_log import RunLog, SilentLog
+from asa.training.run_log import READABLE, TITLE, RunLog, SilentLog, titled
 from asa.training.signals import RESUME_CODE, Stopped, stop_signals
 
 ROOT = Path(__file__).parents[2]
@@ -479,6 +479,15 @@ def test_a_tensorboard_failure_does_not_stop_the_run(
         tiny_run(tmp_path / "later", store, 3)
     assert len(losses(tmp_path / "later")) == 3
     assert capsys.readouterr().out.count("TensorBoard failed (read-only file system)") == 1
+
+
+def test_each_column_of_a_picture_has_its_title_above_it() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)
+    drawn = titled(picture, ["image", "", "prediction"])
+    assert np.array_equal(drawn[TITLE::10, ::10], picture) and drawn.shape == (TITLE + 600, READABLE, 3)
+    ink = [bool(part.any()) for part in np.split(drawn[:TITLE], 3, axis=1)]
+    assert ink == [True, False, True]
+    assert titled(np.zeros((10, 3 * READABLE, 3), np.uint8), ["x"]).shape == (TITLE + 10, 3 * READABLE, 3)
 
 
 def test_the_log_of_a_resumed_run_has_no_duplicate_lines(tmp_path: Path) -> None:

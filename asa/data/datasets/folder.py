@@ -9,6 +9,7 @@ from asa.data.datasets.record import Record, existing_folder, sorted_records
 from asa.data.io.files import read_json
 from asa.data.io.tables import read_rows
 
+IMAGES = "'data.images={t1: *_T1.nii.gz}'"  # an example for messages
 COLUMNS = ("id", "subject", "site", "label")  # of a table; all other columns are channels
 
 
@@ -44,7 +45,7 @@ def records(
     """
     if table is not None:
         if label is not None:
-            raise ValueError(f"{table}: a table names its labels in its own column; leave out label={label!r}")
+            raise ValueError(f"{table}: a table names its labels in its own column; leave out data.label={label!r}")
         path = Path(root or "", table)
         found, source = _from_table(path, images), f"rows of {path}"
     else:
@@ -52,7 +53,9 @@ def records(
             raise ValueError("data.root has to be given, or a table: add data.root=FOLDER")
         root = existing_folder(root, "the images")
         if not images:
-            raise ValueError(f"{root}: give the names of the images, like images={{t1: '*_T1.nii.gz'}}, or a table=")
+            raise ValueError(f"{root}: give the names of the images, like {IMAGES}, or data.table=FILE")
+        if not isinstance(images, Mapping):
+            raise ValueError(f"data.images={images}: give the file pattern of each channel by its name, like {IMAGES}")
         found, source = _from_globs(root, images, label), f"{next(iter(images.values()))!r} below {root}"
     name_subjects(found, subject)
     return sorted_records(found, source=source)
@@ -106,7 +109,7 @@ def _check_match(root: Path, one: Matched, first: Matched) -> None:
     if len(_WILDCARD.findall(glob)) != len(_WILDCARD.findall(first_glob)):
         raise ValueError(f"{name}: glob {glob!r} needs as many wildcards as {first_glob!r}, matching the same text")
     if first_files and not files.keys() & first_files.keys():
-        hint = "correct it, or give label=null for an unlabelled cohort" if name == "label" else "correct it"
+        hint = "correct it, or give data.label=null for an unlabelled cohort" if name == "label" else "correct it"
         raise ValueError(f"{name}: glob {glob!r} matches none of the scans of {first_glob!r} below {root}; {hint}")
     lone = sorted(files.keys() - first_files.keys())
     if lone and name != "label":

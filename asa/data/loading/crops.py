@@ -54,7 +54,8 @@ class Samples(Dataset[dict[str, Any]], ABC):
 class CropDataset(Samples):
     """Augmented crops of prepared volumes.
 
-    An item is addressed by (index of the record, epoch); the same address always gives the same bytes.
+    An item is addressed by (index of the record, epoch), or by the index for epoch 0; the same address always gives the
+    same bytes.
 
     Args:
         source: the store.
@@ -116,8 +117,8 @@ class CropDataset(Samples):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
-        index, epoch = address
+    def __getitem__(self, address: int | tuple[int, int]) -> dict[str, Any]:
+        index, epoch = (address, 0) if isinstance(address, int) else address
         record_id = self.records[index]["id"]
         seed = sample_seed(self.seed, epoch, record_id)
         generator = torch.Generator().manual_seed(seed)

@@ -29,6 +29,7 @@ class Alignment:
         plane: the mid-sagittal plane before midway alignment, relative to the centre of the scan's grid (of the
             template's field of view after registration); None for a volume that is too small.
         overlap: Dice of the registered brain and the template's; None without registration.
+        raw_plane: after registration, the same plane relative to the centre of the scan's own grid; else None.
     """
 
     matrix: np.ndarray | None
@@ -36,6 +37,7 @@ class Alignment:
     affine: np.ndarray
     plane: MidsagittalPlane | None
     overlap: float | None = None
+    raw_plane: MidsagittalPlane | None = None
 
 
 def align(
@@ -96,13 +98,14 @@ def _register(image: np.ndarray, inside: np.ndarray, affine: np.ndarray, spacing
 
     shape, matrix = grid_of(WORKING_SPACING)
     plane = _plane(sample_image(image, inside, matrix, shape)[0], (WORKING_SPACING,) * 3, needed=midway)
+    raw_plane = plane.mapped(pose) if plane is not None else None
     if midway:
         assert plane is not None
         pose = pose @ plane.pose()
     shape, matrix = grid_of(spacing)
     target = np.diag([spacing, spacing, spacing, 1.0])
     target[:3, 3] = ((low + high) / 2 - spacing * (np.array(shape) - 1) / 2)[::-1]
-    return Alignment(matrix, shape, target, plane, overlap)
+    return Alignment(matrix, shape, target, plane, overlap, raw_plane)
 
 
 def _plane(image: np.ndarray, spacing: Lengths, *, needed: bool) -> MidsagittalPlane | None:

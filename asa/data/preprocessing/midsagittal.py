@@ -52,6 +52,15 @@ class MidsagittalPlane:
         normal = self.pose()[:3, 2]
         return replace(self, shift=self.shift - float(normal @ centre))
 
+    def mapped(self, pose: np.ndarray) -> "MidsagittalPlane":
+        """The plane that an affine map (4, 4) of points (d, h, w) in mm makes of this one."""
+        normal = self.pose()[:3, 2] @ np.linalg.inv(pose[:3, :3])
+        length = float(np.linalg.norm(normal))
+        shift = (self.shift + float(normal @ pose[:3, 3])) / length
+        d, h, w = normal / length
+        yaw, roll = float(np.degrees(np.arctan2(h, w))), float(np.degrees(np.arcsin(d)))
+        return replace(self, yaw=yaw, roll=roll, shift=shift)
+
     @property
     def angle(self) -> float:
         """Degrees between the plane's normal and the left-right axis."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from asa.data.io.nifti import Volume, check_same_geometry
+from asa.data.io.nifti import Volume, check_same_geometry, to_ras
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
+from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.steps import STAGES, Case, PrepareSettings, measure_quality
+from asa.data.store import read_box
 from asa.ops.labels import IGNORED
 
 
@@ -127,6 +129,17 @@ def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.nda
         if (inverse := undo[step["stage"]]) is not None:
             array = inverse(array, step, order)
     return np.ascontiguousarray(array)
+
+
+def to_prepared(volume: Volume, chain: dict[str, Any]) -> np.ndarray:
+    """Resample a scan as it was read, with its skull, to the prepared grid: (D, H, W), trilinear."""
+    array = to_ras(volume.data, volume.affine)[0].transpose(2, 1, 0).astype(np.float32)
+    for step in chain["steps"]:
+        if step["stage"] == "align":
+            array = sample_affine(array, np.array(step["matrix"]), step["shape"], 1)
+        elif step["stage"] == "crop":
+            array = read_box(array[None], step["start"], step["size"])[0]
+    return array
 
 
 def _prepared_shape(chain: dict[str, Any]) -> tuple[int, ...]:

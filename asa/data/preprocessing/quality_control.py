@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from asa.data.io.nifti import spacing_of
+from asa.data.io.nifti import Volume, spacing_of
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
-from asa.data.preprocessing.pipeline import PreparedCase
+from asa.data.preprocessing.pipeline import PreparedCase, to_prepared
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.store import DTYPES, array_path, open_array
 
@@ -19,7 +19,7 @@ class Thumbnail:
 
     Args:
         grey: axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8.
-        brain: the same shapes, bool: the foreground or the brain mask.
+        brain: the same shapes, bool: the foreground or the brain mask. After a strip, `grey` shows the head around it.
         spacing: voxel size along D, H, W in mm.
         at: (d, h, w) of the slices.
         midline: the mid-sagittal plane in voxels: (w at h = 0, w at h = H - 1) on the axial slice, and
@@ -56,13 +56,14 @@ class ScanQuality:
     thumbnail: Thumbnail | None
 
 
-def case_thumbnail(case: PreparedCase) -> Thumbnail:
-    """The thumbnail of a scan that was just prepared."""
-    return make_thumbnail(case.image[case.first], case.brain, case.chain, case.plane)
+def case_thumbnail(case: PreparedCase, head: Volume | None) -> Thumbnail:
+    """The thumbnail of a scan that was just prepared; `head` is what a stripped brain is shown in."""
+    image = case.image[case.first] if head is None else to_prepared(head, case.chain)
+    return make_thumbnail(image, case.brain, case.chain, case.plane)
 
 
-def stored_thumbnail(entry: dict[str, Any], root: Path, settings: PrepareSettings) -> Thumbnail:
-    """The thumbnail of a scan that the store holds already."""
+def stored_thumbnail(entry: dict[str, Any], root: Path, settings: PrepareSettings, head: Volume | None) -> Thumbnail:
+    """The thumbnail of a scan that the store holds already; `head` is what a stripped brain is shown in."""
     image = open_array(array_path(root, entry["id"], "image"), tuple(entry["shape"]), DTYPES["image"])
     assert image is not None
     first = next(channel for channel in image if channel.any())
@@ -73,7 +74,8 @@ def stored_thumbnail(entry: dict[str, Any], root: Path, settings: PrepareSetting
             0.0 if settings.midway else quality[key] for key in ("yaw_degrees", "roll_degrees", "shift_mm")
         )
         plane = MidsagittalPlane(yaw, roll, shift, quality["mirror_correlation"])
-    return make_thumbnail(np.asarray(first), first != 0, entry["chain"], plane)
+    shown = np.asarray(first) if head is None else to_prepared(head, entry["chain"])
+    return make_thumbnail(shown, first != 0, entry["chain"], plane)
 
 
 def make_thumbnail(
@@ -90,7 +92,7 @@ def make_thumbnail(
     spacing = spacing_of(np.array(chain["stored_affine"]))[::-1]  # mm along D, H, W
     extents = [np.flatnonzero(brain.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
     depth, height, width = (int(found[0] + found[-1]) // 2 for found in extents)
-    low, high = np.percentile(image[brain], (0.5, 99.5))
+    low, high = np.percentile(image, 0.5), np.percentile(image[brain], 99.5)
     cuts = (np.s_[depth], np.s_[:, height], np.s_[:, :, width])
     scale = 255 / max(float(high) - float(low), 1e-6)
     greys = [np.clip((image[cut].astype(np.float32) - low) * scale, 0, 255).astype(np.uint8) for cut in cuts]

@@ -12,7 +12,7 @@ import torch
 
 from asa.data.datasets.record import Record
 from asa.data.io.files import sha256_of
-from asa.data.io.nifti import identity_of, read_image, read_label
+from asa.data.io.nifti import Volume, identity_of, read_image, read_label
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices
 from asa.data.preprocessing.quality_control import Thumbnail, case_thumbnail, stored_thumbnail
 from asa.data.preprocessing.steps import PrepareSettings
@@ -133,7 +133,8 @@ def _prepare(job: ScanJob) -> ScanOutcome:
     sources = _sources(record)
     if root is not None and job.previous is not None and _is_unchanged(job.previous, sources, root):
         entry = {**job.previous, **_subject(record), "sources": sources}
-        thumbnail = stored_thumbnail(entry, root, cohort.settings) if job.thumbnail else None
+        head = _head(record) if job.thumbnail and cohort.settings.strip != "none" else None
+        thumbnail = stored_thumbnail(entry, root, cohort.settings, head) if job.thumbnail else None
         return ScanOutcome(entry, unchanged=True, warnings=flags, thumbnail=thumbnail)
     started = time.perf_counter()
     images = {channel: None if path is None else read_image(path) for channel, path in record["images"].items()}
@@ -162,12 +163,18 @@ def _prepare(job: ScanJob) -> ScanOutcome:
         "shape": list(case.image.shape),
         "chain": case.chain,
         "quality": case.quality,
-        "intensity": {channel: _statistics(part) for channel, part in zip(images, case.image, strict=True)},
+        "intensity": {channel: intensity_statistics(part) for channel, part in zip(images, case.image, strict=True)},
         **counts,
         "arrays": arrays,
     }
-    thumbnail = case_thumbnail(case) if job.thumbnail else None
+    head = _head(record) if job.thumbnail and cohort.settings.strip != "none" else None
+    thumbnail = case_thumbnail(case, head) if job.thumbnail else None
     return ScanOutcome(entry, warnings=flags, seconds=seconds, thumbnail=thumbnail)
+
+
+def _head(record: Record) -> Volume:
+    """The reference channel of a scan as it was read, the first one that it has."""
+    return read_image(next(path for path in record["images"].values() if path is not None))
 
 
 def _sources(record: Record) -> dict[str, dict[str, str]]:
@@ -195,7 +202,7 @@ def _is_unchanged(entry: dict[str, Any], sources: dict[str, dict[str, str]], roo
     )
 
 
-def _statistics(channel: np.ndarray) -> dict[str, float]:
+def intensity_statistics(channel: np.ndarray) -> dict[str, float]:
     """Statistics of the stored values other than 0, to six digits; empty for a channel that the scan lacks."""
     values = channel[channel != 0].astype(np.float64)
     if not len(values):

@@ -201,10 +201,6 @@ def _strip(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     if settings.strip == "none":
         return None
     mask = brain_mask(settings.strip, case.image[case.first], case.affine)
-    volume = float(mask.sum() * np.prod(case.spacing) / 1000)
-    low, high = PLAUSIBLE_BRAIN
-    if not low <= volume <= high:
-        warnings.warn(f"the brain mask has {volume:.0f} ml, not {low:.0f} to {high:.0f}; check it", stacklevel=2)
     case.image *= mask
     for channel in range(len(case.image)):
         case.foreground[channel] = mask if channel not in case.absent else False
@@ -219,7 +215,26 @@ def _window(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     return {"low": low, "high": high}
 
 
+def _measure_brain(case: Case, settings: PrepareSettings) -> None:
+    """Record the volume of the brain on the scan's own grid: registration would change it. Warn if it is implausible.
+
+    Without a strip there may be a skull, so that only a volume that is too large is reported.
+    """
+    volume = float(case.foreground[case.first].sum() * np.prod(case.spacing) / 1000)
+    case.quality["brain_ml"] = round(volume, 1)
+    low, high = PLAUSIBLE_BRAIN
+    if settings.strip != "none" and not low <= volume <= high:
+        warnings.warn(f"the brain mask has {volume:.0f} ml, not {low:.0f} to {high:.0f}; check it", stacklevel=3)
+    elif volume > high:
+        warnings.warn(
+            f"the foreground has {volume:.0f} ml, and a brain at most {high:.0f}: is it a head with its skull? "
+            "prepare.strip=deepbet removes it",
+            stacklevel=3,
+        )
+
+
 def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
+    _measure_brain(case, settings)
     alignment = align(
         case.image[case.first],
         case.foreground[case.first],
@@ -231,6 +246,12 @@ def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     case.plane = alignment.plane
     if alignment.overlap is not None:
         case.quality["template_dice"] = round(alignment.overlap, 4)
+    if (raw := alignment.raw_plane) is not None:
+        case.quality |= {
+            "raw_yaw_degrees": round(raw.yaw, 3),
+            "raw_roll_degrees": round(raw.roll, 3),
+            "raw_shift_mm": round(raw.shift, 3),
+        }
     case.centred = settings.register or settings.midway
     if alignment.matrix is None:
         return None
@@ -329,8 +350,7 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
 
 def measure_quality(case: Case) -> dict[str, Any]:
     """Figures of merit of a scan after all stages, JSON-able; warns about a mid-sagittal plane that is off."""
-    brain = case.foreground[case.first]
-    quality: dict[str, Any] = {"brain_ml": round(float(brain.sum() * np.prod(case.spacing) / 1000), 1)}
+    quality: dict[str, Any] = {"brain_ml": case.quality["brain_ml"]}
     if case.plane is not None:
         shown = case.original_plane or case.plane
         quality |= {

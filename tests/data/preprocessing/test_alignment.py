@@ -4,6 +4,7 @@ import itertools
 import shlex
 import sys
 import warnings
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from asa.data.io.nifti import Volume, read_image, read_label, spacing_of, write_
 from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import brain_mask, correct_bias
 from asa.data.preprocessing.midsagittal import find_midsagittal_plane
-from asa.data.preprocessing.pipeline import prepare_case, to_native
+from asa.data.preprocessing.pipeline import prepare_case, to_native, to_prepared
+from asa.data.preprocessing.quality_control import case_thumbnail
 from asa.data.preprocessing.registration import register_to_template
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
 from asa.data.preprocessing.steps import PrepareSettings
@@ -26,6 +28,13 @@ PYTHON = shlex.quote(sys.executable)
 SHARED = Path(__file__).parents[4] / "shared/data"
 needs_scans = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real scans are not here: no {SHARED}")
 CODES = ["".join(turned) for code in itertools.product("LR", "PA", "IS") for turned in itertools.permutations(code)]
+
+
+def turn_pose(yaw: float) -> np.ndarray:
+    """A head turned by an angle about its vertical axis (4, 4)."""
+    pose = np.eye(4)
+    pose[:3, :3] = turn((0.0, 0.0, yaw))
+    return pose
 
 
 @lru_cache(maxsize=8)
@@ -282,6 +291,47 @@ def test_any_command_can_strip_the_skull(tmp_path):
     np.testing.assert_array_equal(case.brain[:, :, ::-1].transpose(2, 1, 0), label.data > 0)
     assert (case.image[:, ~case.brain] == 0).all()
     assert case.quality["brain_ml"] == pytest.approx((label.data > 0).sum() * 3.6**3 / 1000, abs=0.1)
+
+
+def test_a_thumbnail_shows_what_the_strip_removed(tmp_path):
+    (tmp_path / "strip it.py").write_text(THRESHOLD.replace("> 100", "> 450"))
+    shape = (50, 60, 50)
+    image, _ = scan(shape, centred(shape, np.diag([-3.6, 3.6, 3.6])))
+    command = f"{PYTHON} '{tmp_path}/strip it.py' {{image}} {{mask}}"
+    for settings in (PrepareSettings(strip=command), PrepareSettings(strip=command, midway=True, crop=[48, 60, 48])):
+        case = prepare_case({"t1": image}, None, {}, settings)
+        head = to_prepared(image, case.chain)
+        inside = ndimage.binary_erosion(case.brain)  # the prepared brain, before its intensities were normalised
+        assert np.corrcoef(head[inside], case.image[0][inside])[0, 1] > 0.999
+        shown, bare = case_thumbnail(case, image), case_thumbnail(case, None)
+        assert all((grey[~mask] > 40).mean() > 0.02 for grey, mask in zip(shown.grey, shown.brain, strict=True))
+        assert all((grey[~mask] == 0).all() for grey, mask in zip(bare.grey, bare.brain, strict=True))
+
+
+def test_a_head_with_its_skull_is_warned_about(tmp_path):
+    shape = (50, 60, 50)
+    brain, _ = scan(shape, centred(shape, 3.6 * np.eye(3)))
+    larger, _ = scan(shape, centred(shape, 3.6 * np.eye(3)), np.diag([1.3, 1.3, 1.3, 1.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepare_case({"t1": brain}, None, {}, PrepareSettings()).quality["brain_ml"] < 2300
+    with pytest.warns(UserWarning, match=r"the foreground has \d+ ml, .* at most 2300: .*strip=deepbet"):
+        prepare_case({"t1": larger}, None, {}, PrepareSettings())
+
+
+def test_volume_and_pose_are_those_of_the_scan_before_registration(monkeypatch):
+    pytest.importorskip("nilearn")
+    shape, settings = (100, 110, 100), PrepareSettings(register=True, spacing=2)
+    image, label = scan(shape, centred(shape, 2 * np.eye(3)), turn_pose(yaw=7.0))
+    own = prepare_case({"t1": image}, None, {}, PrepareSettings(crop="none")).quality
+    pose = np.diag([0.9, 0.9, 0.9, 1.0]) @ find_midsagittal_plane(image.data.transpose(2, 1, 0), (2.0,) * 3).pose()
+    monkeypatch.setattr("asa.data.preprocessing.alignment.register_to_template", lambda *_: pose)
+    for midway in (False, True):
+        found = prepare_case({"t1": image}, None, {}, replace(settings, midway=midway)).quality
+        assert found["brain_ml"] == own["brain_ml"] == pytest.approx((label.data > 0).sum() * 8 / 1000, abs=0.1)
+        assert abs(own["yaw_degrees"]) == pytest.approx(7, abs=0.5) and abs(found["yaw_degrees"]) < 0.5
+        for key in ("yaw_degrees", "roll_degrees", "shift_mm"):
+            assert found[f"raw_{key}"] == pytest.approx(own[key], abs=0.5)
 
 
 @pytest.mark.parametrize(

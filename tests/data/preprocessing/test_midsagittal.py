@@ -109,3 +109,16 @@ def test_injected_poses_of_a_real_brain_are_found_and_undone(name):
         np.testing.assert_allclose([found.yaw, found.roll, found.shift], place, atol=0.25)
         undone = find_midsagittal_plane(moved(injected, spacing, found.pose()), spacing)
         np.testing.assert_allclose([undone.yaw, undone.roll, undone.shift], 0, atol=0.25)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_mapped_plane_contains_the_mapped_points(seed):
+    rng = np.random.default_rng(seed)
+    plane = MidsagittalPlane(*rng.uniform(-20, 20, 3), correlation=0.9)
+    pose = np.eye(4)
+    pose[:3, :3] += rng.uniform(-0.3, 0.3, (3, 3))  # with shear and zoom
+    pose[:3, 3] = rng.uniform(-10, 10, 3)
+    points = plane.pose() @ np.concatenate([rng.uniform(-50, 50, (2, 20)), np.zeros((1, 20)), np.ones((1, 20))])
+    mapped = plane.mapped(pose)
+    assert np.abs((np.linalg.inv(mapped.pose()) @ pose @ points)[2]).max() < 1e-9
+    assert plane.mapped(np.eye(4)).pose() == pytest.approx(plane.pose())
