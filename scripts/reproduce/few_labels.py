@@ -4,7 +4,7 @@ Eleven structures of real brains, from 1 and 3 labelled ones, from a pretrained 
 pretrained on brains that the network is not tested on (experiment=structures_pretrain), and fine-tuned on the first of
 them (experiment=structures_finetune). Each arm has the best of its learning rates, by the Dice of one more brain of
 the training part. `--arms pretrained mae scratch` adds an encoder pretrained as a plain masked autoencoder. Prints the
-tables of docs/structures.md. Finished runs are not repeated, and interrupted ones are resumed: an hour for an encoder,
+tables of docs/evidence.md. Finished runs are not repeated, and interrupted ones are resumed: an hour for an encoder,
 half an hour for a fine-tuning, on one core each.
 
 DATA: see scripts/reproduce/structures.py.

@@ -2,7 +2,7 @@
 
 Pretrains the same encoder in several ways ("arms") on 9 OASIS-1 brains, with the same number of samples, and compares
 what a linear probe reads from it on 6 others, against operations and seconds. Writes OUT/recipe.md, the table of
-docs/recipe.md, and OUT/recipe.png. Finished runs are not repeated.
+docs/evidence.md, and OUT/recipe.png. Finished runs are not repeated.
 
 DATA: see scripts/reproduce/structures.py.
 """

@@ -27,7 +27,7 @@ def draw(run: Path, path: Path, out: Path) -> None:
     assert isinstance(model, MaskedAutoencoder)
     records = select(store.records, read_split(run / "split.json")["validation"])
     batch = collate([CropDataset(store, records, model.encoder.img_size)[0, 0]])
-    picture = reconstruction_panels(MaskedPretraining(model=model), batch)["reconstruction"]
+    (picture,) = reconstruction_panels(MaskedPretraining(model=model), batch).values()
     imsave(out, np.kron(picture, np.ones((SCALE, SCALE, 1), dtype=np.uint8)))
 
 
