@@ -102,7 +102,8 @@ def locate(target: Any, allowed: Sequence[str]) -> Any:
     Raises:
         ValueError: it is not, or does not exist.
     """
-    module_name, _, name = current_name(str(target)).rpartition(".")
+    target = " ".join(str(target).split())  # one line, whatever a checkpoint holds
+    module_name, _, name = current_name(target).rpartition(".")
     if not _lies_under(module_name, allowed):
         raise ValueError(
             f"_target_={target} is not allowed: only what lies under {', '.join(allowed)}; packages of your own go "

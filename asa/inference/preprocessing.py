@@ -66,11 +66,12 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
         ValueError: an entry of another kind than asa writes; the message names the checkpoint and the entry.
     """
     try:
-        for names in data["channels"], [*data.get("labels", {}).values()], [*data.get("regions", {})]:
+        regions = dict(data.get("regions", ()))
+        for names in data["channels"], [*data.get("labels", {}).values()], [*regions]:
             if not isinstance(names, list) or len({name for name in names if isinstance(name, str)}) < len(names):
                 raise ValueError(f"{names} are not different names")
         [int(value) for value in data.get("labels", {})]
-        for values in data.get("regions", {}).values():
+        for values in regions.values():
             if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
                 raise ValueError(f"a region joins {values}")
         for left, right in data.get("lateral_pairs", []):
@@ -97,9 +98,9 @@ class ScanPreprocessor:
     """
 
     def __init__(self, path: str, data: Mapping[str, Any], strip: str | None) -> None:
+        check_metadata(path, data)
         self.data = data
         self.channels: list[str] = data["channels"]
-        check_metadata(path, data)
         settings = PrepareSettings(**data["prepare"])
         if strip is None and "{mask}" in settings.strip:  # the checkpoint may come from an untrusted source
             raise ValueError(

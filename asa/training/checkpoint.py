@@ -349,8 +349,8 @@ def read_model(
     """The network as `load_model` returns it, and the checkpoint's description; see `load_encoder` for `img_size`."""
     weights, description = read_weights(path)
     node = description.get("model")
-    if not isinstance(node, Mapping) or not isinstance(description.get("data"), Mapping):
-        raise ValueError(f"{path}: its description has no model and data: not a checkpoint of this package")
+    if not isinstance(node, Mapping) or not isinstance(description.setdefault("data", {}), Mapping):
+        raise ValueError(f"{path}: its description has no model or no data: not a checkpoint of this package")
     if img_size is not None:
         node = {**node, "img_size": img_size if isinstance(img_size, int) else list(img_size)}
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}

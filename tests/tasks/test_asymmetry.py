@@ -153,10 +153,11 @@ def alike(store: Path, tmp_path: Path) -> Path:
     first, image = manifest["records"][0], np.array(Store(store).image("s0"))
     manifest["records"] = [{**first, "id": f"a{k}", "subject": f"a{k}"} for k in range(2)]
     (tmp_path / "alike").mkdir()
-    (tmp_path / "alike" / MANIFEST).write_text(json.dumps(manifest))
-    for k in range(2):
+    for k, record in enumerate(manifest["records"]):
         noise = np.random.default_rng(k).normal(0, 0.05, image.shape)
-        write_array(tmp_path / "alike", f"a{k}", "image", (image + noise * (image != 0)).astype(np.float16))
+        array = (image + noise * (image != 0)).astype(np.float16)
+        record["arrays"] = {"image": write_array(tmp_path / "alike", record["id"], "image", array)}
+    (tmp_path / "alike" / MANIFEST).write_text(json.dumps(manifest))
     return tmp_path / "alike"
 
 

@@ -105,7 +105,7 @@ def test_a_run_starts_from_another_one(pairs: Path, trained: Path, tmp_path: Pat
         (["data.root=null"], "data.root has to be given"),
         (["model.upscale=2"], "with model.upscale=2"),
         (["model.in_channels=3"], "is a grey image, but the network takes colour"),
-        (["model=unet_tiny"], "takes a region attention transformer"),
+        (["model=unet_tiny"], "model=unet_tiny is not for asa-finetune with method=restore: choose rat_tiny"),
         (["crop=48"], "lower crop"),
         (["data.regions=maps"], "asa-regions"),
     ],

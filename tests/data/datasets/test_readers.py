@@ -75,12 +75,15 @@ def test_a_scan_without_the_first_channel_is_refused_because_it_has_no_id(tmp_pa
         ({"images": {"t1": "*_T2.nii"}}, "no scans found: '\\*_T2.nii' below"),
         ({"images": {"t1": "a_T1.nii"}}, "no wildcard"),
         ({"images": {"t1": "*_T1.nii"}, "label": "*/*.nii"}, "as many wildcards"),
-        ({"images": {"t1": "*_T1.nii"}, "label": "*_sge.nii"}, "label: .* matches none of the scans .* label=null"),
+        (
+            {"images": {"t1": "*_T1.nii"}, "label": "*_sge.nii"},
+            "label: .* matches none of the scans .* data.label=null",
+        ),
         ({"images": {"t1": "*_T1.nii", "t2": "*_T3.nii"}}, "t2: glob .* matches none of the scans"),
         ({"images": {"t1": "*_T1.nii"}, "subject": "x(.)"}, "finds no group 1"),
         ({"images": {"t1": "*.nii", "label": "*.nii"}, "label": "*.nii"}, "cannot be called 'label'"),
         ({}, "give the names of the images"),
-        ({"table": "cohort.csv", "label": "*.nii"}, "leave out label"),
+        ({"table": "cohort.csv", "label": "*.nii"}, "leave out data.label"),
     ],
 )
 def test_invalid_globs_are_refused_with_a_remedy(tmp_path, settings, reason):
