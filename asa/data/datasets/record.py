@@ -43,10 +43,13 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
     if not records:
         raise ValueError(f"no scans found{': ' + source if source else ''}; check the folder and the patterns")
     for name, count in Counter(record["id"] for record in records).items():
+        check_id(name)
         if count > 1:
             raise ValueError(f"{name}: {count} scans have this id; change the wildcards or the table")
-        check_id(name)
     channels = list(records[0]["images"])
+    for name in channels:
+        if not str(name).isprintable():
+            raise ValueError(f"the channel {name!r} has line breaks or other control characters: rename it")
     for record in records:
         if not record["images"] or list(record["images"]) != channels:
             raise ValueError(

@@ -22,6 +22,7 @@ def test_inconsistent_records_are_refused():
         ([scan("caf\udce9", t1="x.nii")], "not usable as an id"),
         ([scan("a" * 201, t1="x.nii")], "longer than 200 bytes"),
         ([scan("a")], "channels"),
+        ([scan("a", **{"t1\nt2": "x.nii"})], r"the channel 't1\\nt2' has line breaks"),
         ([one, scan("b", t1=None, flair=None)], r"b: no image of t1, flair \(searched for here\); add it"),
     ):
         with pytest.raises(ValueError, match=reason):
