@@ -21,6 +21,7 @@ from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.segmentation import PredictSettings
+from asa.models.sa_swin import MAP_LEVEL
 from asa.ops.symmetry import flip
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
@@ -165,14 +166,14 @@ class AsymmetryScorer:
             volumes = (np.array(store.image(record["id"]), dtype=np.float32) for record in store.records)
             self.healthy = HealthyReference([self.measure(torch.from_numpy(volume)) for volume in volumes])
 
-    def measure(self, image: Tensor) -> Asymmetry:
-        """Asymmetry of a prepared volume `(C, D, H, W)`.
+    def measure(self, image: Tensor, level: int = MAP_LEVEL) -> Asymmetry:
+        """Asymmetry of a prepared volume `(C, D, H, W)`; `level` as in `asa.models.sa_swin.SASwin.asymmetry`.
 
         Raises:
             ValueError: a size other than that of the healthy scans.
         """
         with torch.inference_mode(), autocast(self.device, self.precision):
-            score, difference = self.model.asymmetry(image[None].to(self.device, torch.float32))
+            score, difference = self.model.asymmetry(image[None].to(self.device, torch.float32), level=level)
         inside = (image != 0).any(dim=0)
         inside = inside | flip(inside)
         scan = Asymmetry(float(score), difference[0].cpu() * inside, inside)

@@ -102,17 +102,20 @@ class SASwin(nn.Module):
             mirrored=self.symmetry(counterpart.mean(dim=1)),
         )
 
-    def asymmetry(self, volume: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def asymmetry(
+        self, volume: Tensor, mirrored: Tensor | None = None, level: int = MAP_LEVEL
+    ) -> tuple[Tensor, Tensor]:
         """Asymmetry of volumes: how much they differ from their mirror images. Zero-shot: nothing is trained for it.
 
-        The map is computed from the encoder's features at 1/2 of the resolution and resampled to the volume's grid.
-        Each channel is standardised first, over the foreground of both sides: features have a large common mean, next
-        to which differences are small.
+        The map is computed from the encoder's features at one resolution and resampled to the volume's grid. Each
+        channel is standardised first, over the foreground of both sides: features have a large common mean, next to
+        which differences are small.
 
         Args:
             volume: `(B, C, D, H, W)` of any size.
             mirrored: the counterpart of each voxel, of the same shape. None: the volume's own mirror image, for whole
                 volumes with the mid-sagittal plane in the middle of W.
+            level: of the features that the map compares: 0 for 1/2 of the resolution, 1 for 1/4, to 4 for 1/32.
 
         Returns:
             The score (1 - cos(z, z~)) / 2, `(B,)`, and a map `(B, D, H, W)` of (1 - cos) / 2 between the features of
@@ -123,7 +126,7 @@ class SASwin(nn.Module):
         both = torch.cat([volume, flip(volume) if mirrored is None else mirrored])
         padded = pad_to_multiple(both, STRIDE)
         levels = self.encoder.levels(padded)
-        here, there = _standardised(levels[MAP_LEVEL], padded)
+        here, there = _standardised(levels[level], padded)
         coarse = asymmetry(here, there, dim=1)[:, None]
         fine = F.interpolate(coarse, padded.shape[2:], mode="trilinear")[:, 0]
         d, h, w = volume.shape[2:]

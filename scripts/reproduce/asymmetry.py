@@ -53,8 +53,8 @@ def measure(healthy: list[Asymmetry], lesioned: list[Asymmetry], lesions: list[n
     return [*(auc(numbers[:, k], truth) for k in range(4)), float(np.mean(hits)), float(np.mean(chance))]
 
 
-def make(out: Path) -> None:
-    """Phantoms, stores, the pretrained run and the maps."""
+def make_stores(out: Path) -> None:
+    """Phantoms and their stores."""
     cohorts = (("t1", 48, 1, "train"), ("t1", 24, 2, "healthy"), ("brats", 24, 3, "lesioned"))
     for kind, subjects, seed, cohort in cohorts:
         asa("phantom", f"kind={kind}", f"subjects={subjects}", f"seed={seed}", "resolution=3", out=out / cohort)
@@ -67,6 +67,11 @@ def make(out: Path) -> None:
     for cohort, reader in readers.items():
         paths = {"data.root": out / cohort, "out": out / f"{cohort}_store"}
         asa("prepare", *reader, "prepare.midway=true", "prepare.crop=64", **paths)
+
+
+def make(out: Path) -> None:
+    """Phantoms, stores, the pretrained run and the maps."""
+    make_stores(out)
     run = out / "pretrained"
     asa("pretrain", "experiment=sa_swin_demo", **{"data.store": out / "train_store"}, out=run)
     for cohort in ("healthy", "lesioned"):

@@ -213,13 +213,14 @@ def test_whole_volumes_of_any_size_have_a_map_of_their_own_size(size: tuple[int,
     torch.testing.assert_close(found, flip(found))  # both sides of a difference have the same value
 
 
-def test_the_map_is_of_features_standardised_over_both_sides_of_the_foreground() -> None:
+@pytest.mark.parametrize("level", [0, 2])
+def test_the_map_is_of_features_standardised_over_both_sides_of_the_foreground(level: int) -> None:
     volume, model = draw(1, 1, 32, 32, 64).sigmoid(), network()
     volume[..., :10] = 0  # background along W, half of it opposite the head
     with torch.no_grad():
-        _, found = model.asymmetry(volume, flip(volume))
-        levels = model.encoder.levels(torch.cat([volume, flip(volume)]))[0].double()
-    head = F.avg_pool3d((torch.cat([volume, flip(volume)]) != 0).double(), 2)[:, 0]
+        _, found = model.asymmetry(volume, flip(volume), level=level)
+        levels = model.encoder.levels(torch.cat([volume, flip(volume)]))[level].double()
+    head = F.avg_pool3d((torch.cat([volume, flip(volume)]) != 0).double(), 2 ** (level + 1))[:, 0]
     channels = []
     for channel in levels.unbind(dim=1):
         mean = (channel * head).sum() / head.sum()
