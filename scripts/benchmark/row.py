@@ -43,12 +43,17 @@ READY = 10  # batches taken before timing: those that workers have prefetched (4
 
 
 def make_step(spec: Spec, device: torch.device) -> tuple[nn.Module, Step]:
-    """A method and its training step, as in `asa.training.loop`: forward, loss, backward, clip, fused AdamW."""
+    """A method and its training step."""
     from scripts.benchmark.networks import make_method
 
     method: nn.Module = make_method(spec["network"], spec["size"], spec["edge"]).to(device).train()
+    return method, training_step(method, spec["precision"], device)
+
+
+def training_step(method: nn.Module, precision: str, device: torch.device) -> Step:
+    """A method's training step, as in `asa.training.loop`: forward, loss, backward, clip, fused AdamW."""
     optimizer = make_optimizer(method, OptimSettings())
-    dtype, clip = PRECISIONS[spec["precision"]], TrainSettings().clip
+    dtype, clip = PRECISIONS[precision], TrainSettings().clip
     # The scale of the loop decreases while it skips steps; here no step may be skipped.
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=dtype == torch.float16)
 
@@ -62,7 +67,7 @@ def make_step(spec: Spec, device: torch.device) -> tuple[nn.Module, Step]:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    return method, take
+    return take
 
 
 def step(spec: Spec, device: torch.device) -> Work:
