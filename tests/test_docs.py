@@ -1,0 +1,103 @@
+"""Every command line in the README, the documentation and the experiments' headers composes."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asa.cli.main import COMMANDS
+from asa.config import compose
+from scripts.docs_pages import public_names
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs/experiment").glob("*.yaml")])
+STARTS = re.compile(r"(?:asa-|asa |torchrun\b.* -m asa\.cli\.|sbatch\b.*slurm\.sbatch )(?P<command>\w+)(?= |$)")
+OPEN = re.compile(r"\.\.\.|\bSETTINGS\b")  # what a reader fills in
+
+
+def command_lines(text: str) -> list[str]:
+    """The lines of a page that run a command: in fenced blocks, in comments, and, with "..." added, in prose."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    comments = "\n".join(re.findall(r"^# +(.*)", text, flags=re.MULTILINE))
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    spans = [" ".join([*span.split(), "..."]) for span in re.findall(r"`([^`]*)`", prose)]
+    lines = [line.strip() for block in (*blocks, comments) for line in re.sub(r"\\\n", " ", block).splitlines()]
+    return [line for line in (*lines, *(span for span in spans if "=" in span)) if STARTS.match(line)]
+
+
+def parsed(line: str) -> tuple[str, list[str]]:
+    """The command of a line and its settings."""
+    found = STARTS.match(line)
+    assert found is not None
+    words = shlex.split(line[found.end() :], comments=True)
+    return found["command"], [word for word in words if "=" in word and not word.startswith("--")]
+
+
+def test_a_command_line_is_found_wherever_it_stands() -> None:
+    text = "# asa-pretrain a=1\n```\nasa-prepare b=2 \\\n  'c={d: e}' out=f   # why\nls\n```\nand `asa export\ng=3`\n"
+    lines = command_lines(text)
+    assert [parsed(line) for line in lines] == [
+        ("prepare", ["b=2", "c={d: e}", "out=f"]),
+        ("pretrain", ["a=1"]),
+        ("export", ["g=3"]),
+    ]
+    shown = (
+        "torchrun --nproc-per-node=4 -m asa.cli.pretrain out=x",
+        "sbatch --nodes=2 scripts/slurm.sbatch finetune out=x",
+    )
+    assert [parsed(line) for line in shown] == [("pretrain", ["out=x"]), ("finetune", ["out=x"])]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_of_a_page_composes(page: Path) -> None:
+    for line in command_lines(page.read_text()):
+        command, settings = parsed(line)
+        assert command in COMMANDS, line
+        while (reason := why_not(command, settings)) is not None:
+            missing = re.match(r"([\w., ]+) has to be given", reason)
+            if not (missing and OPEN.search(line)):
+                pytest.fail(f"{line}\n{reason}")
+            settings += [f"{key}=x" for key in missing[1].split(", ")]
+
+
+def why_not(command: str, settings: list[str]) -> str | None:
+    """Why a command line does not compose; None if it does."""
+    try:
+        compose(command, settings)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built manual; a broken link or an unknown name stops its building."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_every_public_name_is_on_a_page_of_the_manual(site: Path) -> None:
+    names = list(public_names())
+    assert len(names) > 50
+    for module, name in names:
+        assert f'id="{module}.{name}"' in (site / "api" / f"{module}.html").read_text(), name
+
+
+def test_every_command_and_every_experiment_has_a_page(site: Path) -> None:
+    for name in COMMANDS:
+        assert f"usage: asa-{name}" in (site / "commands" / f"asa-{name}.html").read_text()
+    for file in (ROOT / "configs" / "experiment").glob("*.yaml"):
+        page = (site / "recipes" / f"{file.stem}.html").read_text()
+        assert f'<h1 id="{file.stem}"' in page
+
+
+def test_the_manual_fetches_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        for source in re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text()):
+            pytest.fail(f"{page.name}: {source}")
