@@ -27,7 +27,7 @@ def require_for_page(path: Path) -> None:
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Fill in a template and write the page: one HTML file without links or scripts.
+    """Fill in a template and write the page: one HTML file that fetches nothing.
 
     Args:
         path: the file; it is written whole or not at all.

@@ -1,0 +1,137 @@
+"""Looking at a store, at predictions, or at the reconstructions of a pretraining run, in one page for a browser."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from asa.data.io.files import read_yaml
+from asa.data.io.nifti import read_label, write_image
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import collate
+from asa.data.splits import read_split, select
+from asa.data.store import MANIFEST, Store
+from asa.methods.pretrain import MaskedPretraining
+from asa.models.masked_autoencoder import MaskedAutoencoder
+from asa.ops.labels import IGNORED
+from asa.reporting.viewer import Layer, write_viewer
+from asa.tasks.base import Config
+from asa.training.checkpoint import load_model
+
+Cases = dict[str, list[Layer]]
+
+
+def view_task(config: Config) -> None:
+    """Write the page that asa-view is asked for.
+
+    Raises:
+        FileNotFoundError: no such folder, viewer or scan.
+        ValueError: a folder that holds none of what can be shown, or settings that do not fit.
+    """
+    source, out = Path(str(config["input"])), Path(str(config["out"]))
+    if out.suffix != ".html":
+        raise ValueError(f"out={out}: the page is one file, give a name that ends with .html")
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder; give a store, a folder of asa-predict, or a run")
+    if not isinstance(config["count"], int) or config["count"] < 1:
+        raise ValueError(f"count={config['count']}: give a number of scans from 1")
+    if (source / MANIFEST).is_file():
+        cases = stored(Store(source), config)
+    elif (source / "checkpoints").is_dir():
+        cases = reconstructed(source, config)
+    else:
+        cases = predicted(source, config)
+    write_viewer(out, Path(str(config["viewer"])), source.name, cases)
+    print(f"wrote {len(cases)} scans to {out}")
+
+
+def stored(store: Store, config: Config) -> Cases:
+    """The prepared images of a store, channel by channel, and their labels."""
+    cases = {}
+    for record in select_ids(store.records, config):
+        affine = np.array(record["chain"]["stored_affine"], dtype=float)
+        image, label = store.image(record["id"]), store.label(record["id"])
+        layers = [Layer(name, nifti(volume, affine)) for name, volume in zip(store.channels, image, strict=True)]
+        if label is not None:
+            shown = np.where(label[0] == IGNORED, 0, label[0])
+            names = dict(enumerate(store.labels.values(), start=1))
+            layers.append(Layer("labels", nifti(shown, affine, np.uint8), "labels", names))
+        cases[record["id"]] = layers
+    return cases
+
+
+def predicted(folder: Path, config: Config) -> Cases:
+    """Label maps on the grids of their scans, with the scans and the probabilities where there are any."""
+    files = {path.name.removesuffix(".nii.gz"): path for path in sorted(folder.glob("*.nii.gz"))}
+    if not files:
+        raise ValueError(f"{folder}: neither a store nor a run, and no ID.nii.gz of asa-predict in it")
+    images = None if config["images"] is None else Path(str(config["images"]))
+    store = Store(images) if images is not None and (images / MANIFEST).is_file() else None
+    cases = {}
+    for id in (one["id"] for one in select_ids([{"id": id} for id in files], config)):
+        values = [int(value) for value in np.unique(read_label(files[id]).data) if value]
+        names = {value: str(value) for value in values} if store is None else store.labels
+        scan = None if images is None else _scan(id, images, store)
+        layers = [] if scan is None else [Layer("image", scan.read_bytes())]
+        layers.append(Layer("prediction", files[id].read_bytes(), "labels", names))
+        for path in sorted((folder / "probabilities" / id).glob("*.nii.gz")):
+            layers.append(Layer(f"p({path.name.removesuffix('.nii.gz')})", path.read_bytes(), "plasma"))
+        cases[id] = layers
+    return cases
+
+
+def _scan(id: str, images: Path, store: Store | None) -> Path:
+    """The file of a predicted scan, in a folder or of a store."""
+    if store is not None:
+        record = next((record for record in store.records if record["id"] == id), None)
+        paths = [] if record is None else [Path(record["sources"][store.channels[0]]["path"])]
+    else:
+        paths = [images / f"{id}{ending}" for ending in (".nii.gz", ".nii")]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"images={images}: no scan of {id} there")
+    return found
+
+
+def reconstructed(run: Path, config: Config) -> Cases:
+    """Image, masked image, reconstruction and importance of scans that a run has not been trained on, or else has."""
+    model = load_model(run)
+    if not isinstance(model, MaskedAutoencoder):
+        raise ValueError(f"{run}: not a run of asa-pretrain method=asa or mae: give what asa-predict wrote with it")
+    settings = read_yaml(run / "config.yaml")
+    store, split = Store(settings["data"]["store"]), read_split(run / "split.json")
+    records = select_ids(select(store.records, split["validation"] or split["train"]), config)
+    dataset, method = CropDataset(store, records, model.encoder.img_size), MaskedPretraining(model=model.eval())
+    cases = {}
+    for k, record in enumerate(records):
+        volumes = method.pictures(collate([dataset[k]]))["reconstruction"]
+        cases[record["id"]] = [
+            Layer(name, nifti(torch.nan_to_num(volume)[0, 0].float().numpy(), np.eye(4)), kind)
+            for (name, volume), kind in zip(volumes.items(), ("gray", "gray", "gray", "plasma"), strict=True)
+        ]
+    return cases
+
+
+def select_ids(records: Sequence[Mapping[str, Any]], config: Config) -> list[Any]:
+    """The scans that are asked for.
+
+    Raises:
+        ValueError: ids that do not exist.
+    """
+    if config["ids"] is None:
+        return list(records[: config["count"]])
+    by_id = {record["id"]: record for record in records}
+    if unknown := [id for id in map(str, config["ids"]) if id not in by_id]:
+        raise ValueError(f"ids: no {unknown[0]!r}; there are {', '.join(list(by_id)[:8])}, ...")
+    return [by_id[str(id)] for id in config["ids"]]
+
+
+def nifti(volume: np.ndarray, affine: np.ndarray, dtype: type = np.float32) -> bytes:
+    """A volume `(D, H, W)` as the bytes of a compressed NIfTI file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "volume.nii.gz"
+        write_image(path, np.asarray(volume).transpose(2, 1, 0), affine, dtype=dtype)
+        return path.read_bytes()

@@ -1,0 +1,115 @@
+"""Pages for looking at a store, at predictions and at reconstructions."""
+
+import base64
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from asa.cli import pretrain, view
+from asa.data.io.nifti import read_image, write_image
+from asa.data.store import Store
+
+CODE = "(function(a,b){b((a=self).niivue={})})(this,function(){});"  # no NiiVue: what is drawn is not tested here
+SMALL = ("model=asa_tiny", "crop=32", "+model.embed_dim=24", "+model.num_heads=2", "model.decoder_depth=1")
+
+
+@pytest.fixture
+def viewer(tmp_path: Path) -> Path:
+    """A file that looks like NiiVue's."""
+    path = tmp_path / "niivue.umd.js"
+    path.write_text(CODE)
+    return path
+
+
+def cases_of(page: Path) -> dict[str, dict[str, Any]]:
+    """The layers of each case of a page, by name."""
+    found = re.search(r"^const cases = (.*);$", page.read_text(), flags=re.MULTILINE)
+    assert found is not None and CODE in page.read_text()
+    return {id: {layer["name"]: layer for layer in layers} for id, layers in json.loads(found[1]).items()}
+
+
+def array_of(layer: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The voxels of a layer, (x, y, z), and its affine."""
+    data = base64.b64decode(layer["data"])
+    assert layer["file"].endswith(".gz") == (data[:2] == b"\x1f\x8b")
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(data) if layer["file"].endswith(".gz") else data)
+    return np.asarray(image.dataobj), image.affine
+
+
+def test_a_stores_scans_are_shown_in_their_stored_space(store: Path, viewer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    assert view.main([f"input={store}", f"out={out}", f"viewer={viewer}", "count=2"]) == 0
+    opened, cases = Store(store), cases_of(out)
+    assert list(cases) == [record["id"] for record in opened.records[:2]]
+    for record in opened.records[:2]:
+        layer = cases[record["id"]][opened.channels[0]]
+        voxels, affine = array_of(layer)
+        expected = opened.image(record["id"])[0]
+        assert np.array_equal(voxels, expected.transpose(2, 1, 0).astype(np.float32))
+        np.testing.assert_allclose(affine, record["chain"]["stored_affine"], atol=1e-5)
+        assert layer["labels"] is None and layer["opacity"] == 1
+
+
+def test_predictions_are_shown_over_their_scans_with_their_probabilities(viewer: Path, tmp_path: Path) -> None:
+    affine, rng = np.diag([1.0, 2.0, 1.5, 1.0]), np.random.default_rng(0)
+    scan, labels = rng.random((4, 5, 6)), rng.integers(0, 3, (4, 5, 6))
+    write_image(tmp_path / "scans" / "a.nii", scan, affine)
+    write_image(tmp_path / "predictions" / "a.nii.gz", labels, affine, dtype=np.uint8)
+    write_image(tmp_path / "predictions" / "probabilities" / "a" / "gm.nii.gz", scan, affine)
+    out = tmp_path / "page.html"
+    inputs = (f"input={tmp_path / 'predictions'}", f"images={tmp_path / 'scans'}")
+    assert view.main([*inputs, f"out={out}", f"viewer={viewer}"]) == 0
+    (layers,) = cases_of(out).values()
+    assert list(layers) == ["image", "prediction", "p(gm)"]
+    for name, path in (("image", "scans/a.nii"), ("prediction", "predictions/a.nii.gz")):
+        voxels, found = array_of(layers[name])
+        assert np.array_equal(voxels, read_image(tmp_path / path).data) and np.array_equal(found, affine)
+    shown = layers["prediction"]["labels"]
+    assert shown["I"] == [0, 1, 2] and shown["labels"] == ["", "1", "2"] and shown["A"] == [0, 255, 255]
+    assert layers["p(gm)"]["opacity"] == 0
+
+
+def test_a_reconstruction_shows_what_was_masked(store: Path, viewer: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "page.html"
+    quick = ("train.steps=1", "train.batch_size=2", "optim.warmup=0", "loader.workers=0", "train.device=cpu")
+    assert pretrain.main([f"data.store={store}", f"out={run}", *SMALL, *quick, "data.split.validation=1"]) == 0
+    assert view.main([f"input={run}", f"out={out}", f"viewer={viewer}"]) == 0
+    (layers,) = cases_of(out).values()
+    image, masked, prediction = (array_of(layers[name])[0] for name in ("input", "masked", "prediction"))
+    visible = masked != 0
+    assert visible.any() and np.array_equal(image[visible], prediction[visible])
+    assert not np.array_equal(image, prediction) and layers["importance"]["opacity"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"input": "missing"}, "no such folder"),
+        ({"input": "."}, "neither a store nor a run"),
+        ({"out": "page"}, "ends with .html"),
+        ({"viewer": "none.js"}, "no such file; viewer= is NiiVue's"),
+        ({"viewer": "other.js"}, "not NiiVue's"),
+        ({"ids": "[nobody]"}, "no 'nobody'"),
+        ({"count": "0"}, "from 1"),
+    ],
+)
+def test_what_cannot_be_shown_is_named(
+    settings: dict[str, str],
+    message: str,
+    store: Path,
+    viewer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.js").write_text("alert()")
+    given = {"input": str(store), "out": "page.html", "viewer": str(viewer)} | settings
+    assert view.main([f"{key}={value}" for key, value in given.items()]) == 1
+    assert message in capsys.readouterr().err and not Path("page.html").exists()
