@@ -28,10 +28,10 @@ TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the 
 # Settings of each arm's encoder, for asa-pretrain and asa-finetune.
 ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrained": ((), ()),
-    "mae": (
-        ("method=mae", "model.position=sincos"),
-        ("model.position=sincos",),
-    ),  # a plain masked autoencoder of the same size
+    # A plain masked autoencoder of the same size.
+    "mae": (("method=mae", "model.position=sincos"), ("model.position=sincos",)),
+    # With ASA's encoding, which mirrored positions share: differs from "pretrained" by the weights of the loss alone.
+    "mae_mirror": (("method=mae", "model.position=mirror_sincos"), ()),
     "scratch": ((), ()),
 }
 STORE = "store_brains"
