@@ -10,7 +10,7 @@ from asa import __version__
 
 COMMANDS = (
     *("phantom", "orient", "prepare", "pretrain", "finetune", "predict", "evaluate", "ablate", "export"),
-    *("dicom", "regions", "simulate", "view"),
+    *("dicom", "embed", "regions", "simulate", "view"),
 )
 
 

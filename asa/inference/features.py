@@ -9,11 +9,62 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from asa.data.store import read_box
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.training.checkpoint import load_encoder, read_description
 from asa.training.device import pick_device
+
+
+class FeatureExtractor:
+    """The encoder of a checkpoint, with the preparation of its training scans.
+
+    Args:
+        checkpoint: run folder, checkpoint folder or `.safetensors` file of asa-pretrain or asa-finetune.
+        img_size: input size in voxels, one number or (D, H, W); None: that of the training.
+        strip: skull stripping, as in `PrepareSettings`; None: that of the training scans.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", ...
+
+    Raises:
+        FileNotFoundError, ValueError: no checkpoint there, a network without an encoder, or a size it cannot take.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        img_size: int | Sequence[int] | None = None,
+        strip: str | None = None,
+        device: str = "auto",
+    ) -> None:
+        self.preprocessor = ScanPreprocessor(str(checkpoint), read_description(checkpoint)["data"], strip)
+        self.device = pick_device(device)
+        self.encoder: Any = load_encoder(checkpoint, img_size=img_size).to(self.device)
+
+    def crop(self, volume: np.ndarray) -> np.ndarray:
+        """A prepared volume `(C, D, H, W)`, cropped or padded about its centre to the encoder's size."""
+        sizes = zip(volume.shape[1:], self.encoder.img_size, strict=True)
+        return read_box(volume, [(length - size) // 2 for length, size in sizes], self.encoder.img_size)
+
+    def tokens(self, volume: np.ndarray) -> np.ndarray:
+        """The tokens of a prepared volume `(C, D, H, W)`, cropped: `(E, d, h, w)` float32."""
+        image = torch.from_numpy(self.crop(volume))[None].to(self.device, torch.float32)
+        with torch.inference_mode():
+            tokens = self.encoder(image)[0].T.unflatten(1, self.encoder.token_grid(image))
+        return np.asarray(tokens.float().cpu().numpy())
+
+    def fractions(self, mask: np.ndarray) -> np.ndarray:
+        """The fraction of each token's patch that a mask `(D, H, W)` of a prepared volume covers: `(d, h, w)`."""
+        inside = torch.from_numpy(self.crop(mask[None].astype(np.float32)))[None]
+        grid = self.encoder.token_grid(inside.expand(-1, self.encoder.in_channels, -1, -1, -1))
+        return np.asarray(F.interpolate(inside, grid, mode="area")[0, 0].numpy())
+
+
+def pooled(tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weighted mean of tokens `(E, d, h, w)`; NaN where all weights `(d, h, w)` are 0."""
+    total = float(weights.sum())
+    return (tokens * weights).sum(axis=(1, 2, 3)) / total if total else np.full(len(tokens), np.nan)
 
 
 def features(
@@ -43,12 +94,6 @@ def features(
         FileNotFoundError, ValueError: no checkpoint or scan there, a network without an encoder, a size that it cannot
             take, or a scan that cannot be prepared like the training scans.
     """
-    preprocessor = ScanPreprocessor(str(checkpoint), read_description(checkpoint)["data"], strip)
-    encoder: Any = load_encoder(checkpoint, img_size=img_size).to(pick_device(device))
-    images = path if isinstance(path, Mapping) else {preprocessor.channels[0]: path}
-    image = preprocessor.prepare(images)[0].image
-    start = [(length - size) // 2 for length, size in zip(image.shape[1:], encoder.img_size, strict=True)]
-    volume = torch.from_numpy(read_box(image, start, encoder.img_size))[None].to(pick_device(device), torch.float32)
-    with torch.inference_mode():
-        tokens = encoder(volume)[0].T.unflatten(1, encoder.token_grid(volume))
-    return np.asarray(tokens.float().cpu().numpy())
+    extractor = FeatureExtractor(checkpoint, img_size=img_size, strip=strip, device=device)
+    images = path if isinstance(path, Mapping) else {extractor.preprocessor.channels[0]: path}
+    return extractor.tokens(extractor.preprocessor.prepare(images)[0].image)

@@ -16,6 +16,7 @@ from asa.evaluation.policies import POLICIES
 from asa.ops.symmetry import check_axes
 from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
 from asa.tasks.comparison import compare_folders
+from asa.tasks.embedding import evaluate_probe
 from asa.tasks.prediction import checkpoints_of
 from asa.training.checkpoint import find_weights, read_description
 from asa.training.gpu_check import preflight
@@ -125,7 +126,7 @@ def evaluate_task(config: Config) -> None:
     """Score predictions, or compare evaluations; print the table, write the results.
 
     The policies of label maps belong to segmentation; another policy is the name of a task, or asymmetry: the scores of
-    a pretrained SA-Swin.
+    a pretrained SA-Swin, or probe: features of asa-embed.
     """
     if config["compare"] is not None:
         if given := [key for key in ("predictions", "truth") if config[key] is not None]:
@@ -133,6 +134,9 @@ def evaluate_task(config: Config) -> None:
         compare(config["compare"], config["out"], allow_missing=config["allow_missing"])
         return
     task = str(config["policy"])
+    if task == "probe":
+        evaluate_probe(config)
+        return
     if task in POLICIES:
         task = "segmentation"
     elif task == "asymmetry":

@@ -66,7 +66,7 @@ def evaluate_classes(predictions: Path, truth: Path, out: Path) -> tuple[ClassSc
         FileNotFoundError: no such table.
         ValueError: a table that does not fit, a class that the network does not know, or no scan with a class.
     """
-    rows, known, subjects = _matched(predictions / CLASSES, truth, "class")
+    rows, known, subjects = matched(predictions / CLASSES, truth, "class")
     names = [column.removeprefix("p_") for column in rows[0] if column.startswith("p_")]
     if unknown := sorted(set(known) - set(names)):
         raise ValueError(f"{truth}: the class {unknown[0]!r} is none of the network's: {', '.join(names)}")
@@ -91,7 +91,7 @@ def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, d
         FileNotFoundError: no such table.
         ValueError: a table that does not fit, another health, or scans of one kind only.
     """
-    rows, health, subjects = _matched(predictions / ASYMMETRY, truth, "health")
+    rows, health, subjects = matched(predictions / ASYMMETRY, truth, "health")
     check_health(truth, health)
     patient = np.array(health) == "0"
     if patient.all() or not patient.any():
@@ -107,13 +107,15 @@ def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, d
     return results
 
 
-def _matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]], list[str], list[str]]:
+def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]], list[str], list[str]]:
     """The rows of a predicted table that the truth lists, what it says of them, and their subjects.
 
     A scan is a subject of its own, unless the truth has a column "subject".
     """
     if not table.is_file():
-        raise FileNotFoundError(f"{table}: no such table; predictions= is the folder that asa-predict wrote")
+        raise FileNotFoundError(
+            f"{table}: no such table; predictions= is the folder that asa-predict or asa-embed wrote"
+        )
     rows = read_rows(table)
     if not rows or "id" not in rows[0]:
         raise ValueError(f"{table}: has no scans, or no column id")

@@ -1,0 +1,160 @@
+"""Features of whole scans as a table, and what a ridge regression reads from such a table.
+
+asa-embed                   OUT/features.csv      id, and PART_0, PART_1, ... of each part of the scan
+asa-evaluate policy=probe   OUT/summary.json      the scores
+                            OUT/predictions.csv   of each scan, by folds that have not seen its subject
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asa.data.io.files import write_json, write_whole
+from asa.data.io.nifti import Volume
+from asa.data.io.tables import csv_text, read_column
+from asa.data.store import MANIFEST, Store
+from asa.evaluation.probe import ClassProbe, NumberProbe, probe_classes, probe_numbers
+from asa.evaluation.statistics import nullable
+from asa.inference.features import FeatureExtractor, pooled
+from asa.tasks.base import Config
+from asa.tasks.prediction import Channels, predict_scans
+from asa.tasks.table_evaluation import matched, tables_of
+
+TABLE = "features.csv"
+PARTS = ("whole", "sides", "labels")
+LEAK = 0.5  # the AUC of guessing
+
+
+class Embedder:
+    """Collects the features of each scan for `OUT/features.csv`.
+
+    Args:
+        config: of asa-embed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.parts, self.out = config["of"], Path(str(config["out"]))
+        if self.parts not in PARTS:
+            raise ValueError(f"of={self.parts}: choose {', '.join(PARTS)}")
+        source = Path(str(config["input"]))
+        self.store = Store(source) if (source / MANIFEST).exists() else None
+        if self.parts == "labels" and (self.store is None or not self.store.labels):
+            raise ValueError("of=labels: needs the labels of a store, input=STORE")
+        self.extractor = FeatureExtractor(
+            str(config["checkpoint"]), img_size=config["img_size"], strip=config["strip"], device=config["device"]
+        )
+        self.preprocessor = self.extractor.preprocessor
+        self.rows: dict[str, dict[str, np.ndarray]] = {}
+
+    def predict_file(self, id: str, images: Channels) -> None:
+        self._add(id, self.preprocessor.prepare(images)[0].image)
+
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+        self._add(id, image)
+
+    def finish(self) -> str:
+        rows = sorted(self.rows.items())
+        if rows:
+            header = [f"{part}_{k}" for part, values in rows[0][1].items() for k in range(len(values))]
+            cells = [[id, *map(_cell, np.concatenate(list(parts.values())))] for id, parts in rows]
+            write_whole(self.out / TABLE, csv_text(["id", *header], cells).encode())
+        return f"wrote {self.out / TABLE}: {len(rows)} scans"
+
+    def _add(self, id: str, image: np.ndarray) -> None:
+        volume = np.asarray(image, dtype=np.float32)
+        tokens, head = self.extractor.tokens(volume), (volume != 0).any(axis=0)
+        if not head.any():
+            raise ValueError("every voxel is 0")
+        if self.parts == "labels":
+            assert self.store is not None
+            label = self.store.label(id)
+            if label is None:
+                raise ValueError("of=labels: this scan has no labels")
+            masks = {name: label[0] == k for k, name in enumerate(self.store.labels.values(), start=1)}
+            self.rows[id] = {name: pooled(tokens, self.extractor.fractions(mask)) for name, mask in masks.items()}
+            return
+        weights = self.extractor.fractions(head)
+        if self.parts == "whole":
+            self.rows[id] = {"whole": pooled(tokens, weights)}
+            return
+        half = weights.shape[2] // 2
+        left, right = pooled(tokens[..., :half], weights[..., :half]), pooled(tokens[..., -half:], weights[..., -half:])
+        self.rows[id] = {"left": left, "right": right, "difference": left - right}
+
+
+def embed_task(config: Config) -> None:
+    """Write the features of a scan, a folder of scans or a store.
+
+    Raises:
+        FileNotFoundError, ValueError: no such input or checkpoint, or scans that failed; the others are in the table.
+    """
+    if not Path(str(config["input"])).exists():
+        raise FileNotFoundError(f"{config['input']}: no such file or folder")
+    predict_scans(Embedder(config), config)
+
+
+def evaluate_probe(config: Config) -> None:
+    """Score what a ridge regression reads from features about a column of a table, and how well they tell the site.
+
+    Raises:
+        FileNotFoundError, ValueError: a table or a setting that does not fit.
+    """
+    folder, truth, out = tables_of(config)
+    column = config["column"]
+    if column is None:
+        raise ValueError("column= has to be given: the column of the table to predict, like age or diagnosis")
+    rows, values, subjects = matched(folder / TABLE, truth, column)
+    names = [name for name in rows[0] if name != "id"]
+    if empty := next((name for name in names for row in rows if not row[name]), None):
+        raise ValueError(f"{folder / TABLE}: {empty} is empty in some scans: leave these out, or embed of=whole")
+    features = np.array([[float(row[name]) for name in names] for row in rows])
+    scans = [{"id": row["id"], "subject": subject} for row, subject in zip(rows, subjects, strict=True)]
+    folds = config["folds"]
+    numbers = all(map(_is_number, values))
+    found = (probe_numbers if numbers else probe_classes)(features, values, subjects, folds)
+    written: dict[str, Any] = {"column": column, "folds": folds, "scans": len(rows), **described(found)}
+    print(f"{column}: {found.text()}, {len(rows)} scans of {len(set(subjects))} subjects, {folds} folds")
+    for key in ("group", "site"):
+        if config[key] is None:
+            continue
+        of = read_column(truth, config[key], scans)
+        if len(of) < len(rows):
+            raise ValueError(
+                f"{truth}: {len(rows) - len(of)} scans have no {config[key]}: fill it in, or leave out {key}="
+            )
+        there = np.array([of[row["id"]] for row in rows])
+        if key == "group":
+            written["groups"] = {name: described(found.only(there == name)) for name in sorted(set(there))}
+            for name in written["groups"]:
+                print(f"  {config[key]} {name}: {found.only(there == name).text()}, {(there == name).sum()} scans")
+        else:
+            leak = probe_classes(features, list(there), subjects, folds)
+            written["site"] = described(leak)
+            print(f"{config[key]}: {leak.text()}")
+            if leak.low > LEAK:
+                print(
+                    f"ALARM: the features tell {config[key]}s apart: what they say about {column} may be the "
+                    f"{config[key]}, unless it is as frequent in each"
+                )
+    write_json(out / "summary.json", written)
+    text = csv_text(["id", column, "predicted"], zip((row["id"] for row in rows), values, found.predicted, strict=True))
+    write_whole(out / "predictions.csv", text.encode())
+    print(f"wrote summary.json and predictions.csv to {out}")
+
+
+def described(found: NumberProbe | ClassProbe) -> dict[str, Any]:
+    """The scores of a probe for a JSON file."""
+    return nullable(found.scores())
+
+
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

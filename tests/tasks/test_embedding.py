@@ -1,0 +1,114 @@
+"""From scans with a planted age and site to features, and from these to what a linear map reads."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asa import features
+from asa.cli import embed, evaluate, prepare, pretrain
+from asa.data.io.nifti import write_image
+from asa.data.store import Store
+from asa.inference.features import FeatureExtractor
+
+SCANS = 16
+SMALL = ("model=asa_tiny", "crop=32", "+model.embed_dim=24", "+model.num_heads=2", "model.decoder_depth=1")
+QUICK = ("train.steps=1", "train.batch_size=2", "optim.warmup=0", "loader.workers=0", "train.device=cpu")
+
+
+def brain(path: Path, ventricle: float, noise: float, seed: int) -> None:
+    """A ball with a dark middle; `ventricle` is its radius."""
+    axes = np.meshgrid(*[np.linspace(-1.05, 1.05, 32)] * 3, indexing="ij")
+    radius = np.sqrt(sum(axis**2 for axis in axes))
+    image = np.where(radius < ventricle, 300.0, 900.0) + np.random.default_rng(seed).normal(0, noise, radius.shape)
+    write_image(path, np.where(radius < 1, image.clip(min=1), 0), np.diag([4.0, 4.0, 4.0, 1.0]))
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scans with older subjects' larger ventricles, and one site's noise; a store, a run, and a table."""
+    folder = tmp_path_factory.mktemp("cohort")
+    lines = ["subject,age,sex,site"]
+    for k in range(SCANS):
+        age, site = 20 + 4 * ((5 * k) % SCANS), k % 2
+        brain(folder / "raw" / f"s{k:02}_T1.nii.gz", 0.1 + age / 120, 20 + 150 * site, k)
+        lines.append(f"s{k:02},{age},{'fm'[k // 2 % 2]},{'AB'[site]}")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    store = [f"data.root={folder / 'raw'}", "data=folder", "data.images={t1: '*_T1.nii.gz'}", f"out={folder / 'store'}"]
+    assert prepare.main(store) == 0
+    assert pretrain.main([f"data.store={folder / 'store'}", f"out={folder / 'run'}", *SMALL, *QUICK]) == 0
+    return folder
+
+
+def embedded(cohort: Path, out: Path, *settings: str) -> dict[str, dict[str, str]]:
+    """The table of an asa-embed."""
+    given = (f"checkpoint={cohort / 'run'}", f"out={out}", "device=cpu", *settings)
+    assert embed.main([*given]) == 0
+    with (out / "features.csv").open(newline="") as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+def vector(row: dict[str, str], part: str) -> np.ndarray:
+    return np.array([float(value) for name, value in row.items() if name.startswith(f"{part}_")])
+
+
+def test_a_row_is_the_mean_of_the_heads_tokens_for_a_store_and_for_raw_scans(cohort: Path, tmp_path: Path) -> None:
+    stored = embedded(cohort, tmp_path / "a", f"input={cohort / 'store'}")
+    raw = embedded(cohort, tmp_path / "b", f"input={cohort / 'raw'}", "images={t1: '*_T1.nii.gz'}")
+    assert len(stored) == len(raw) == SCANS
+    volume = np.asarray(Store(cohort / "store").image("s03"), dtype=np.float32)
+    extractor = FeatureExtractor(cohort / "run", device="cpu")
+    image, tokens = extractor.crop(volume)[0], features(cohort / "raw" / "s03_T1.nii.gz", cohort / "run", device="cpu")
+    total, weight = np.zeros(24), 0.0
+    for d, h, w in np.ndindex(4, 4, 4):  # patches of 8^3 of a crop of 32^3
+        inside = (image[8 * d : 8 * d + 8, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8] != 0).mean()
+        total, weight = total + inside * tokens[:, d, h, w], weight + inside
+    np.testing.assert_allclose(vector(stored["s03"], "whole"), total / weight, atol=2e-3)
+    np.testing.assert_allclose(vector(raw["s03"], "whole"), vector(stored["s03"], "whole"), atol=2e-3)
+
+
+def test_the_difference_of_the_sides_is_left_minus_right(cohort: Path, tmp_path: Path) -> None:
+    row = embedded(cohort, tmp_path, f"input={cohort / 'store'}", "of=sides")["s00"]
+    np.testing.assert_allclose(vector(row, "left") - vector(row, "right"), vector(row, "difference"), atol=1e-4)
+
+
+def test_a_planted_age_is_read_and_a_planted_site_raises_an_alarm(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded(cohort, tmp_path / "features", f"input={cohort / 'store'}")
+    given = (f"predictions={tmp_path / 'features'}", f"truth={cohort / 'table.csv'}", "policy=probe", "folds=4")
+    assert evaluate.main([*given, "column=age", "site=site", "group=sex", f"out={tmp_path / 'age'}"]) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((tmp_path / "age" / "summary.json").read_text())
+    assert summary["r2"] > 0.5 and summary["high"] < summary["of_the_mean"]
+    assert summary["groups"].keys() == {"f", "m"} and summary["site"]["low"] > 0.5
+    assert "ALARM: the features tell sites apart" in printed and "  sex f: mean absolute error" in printed
+    rows = list(csv.DictReader((tmp_path / "age" / "predictions.csv").open(newline="")))
+    assert [row["id"] for row in rows] == [f"s{k:02}" for k in range(SCANS)] and float(rows[0]["age"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "column= has to be given"),
+        ({"column": "height"}, "the columns are subject, age, sex, site"),
+        ({"column": "age", "folds": "40"}, "from 2 to that of the subjects, 16"),
+    ],
+)
+def test_a_probe_that_cannot_be_done_is_named(
+    cohort: Path, tmp_path: Path, settings: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded(cohort, tmp_path / "features", f"input={cohort / 'store'}")
+    given = {"predictions": str(tmp_path / "features"), "truth": str(cohort / "table.csv"), "policy": "probe"}
+    given |= {"out": str(tmp_path / "out"), **settings}
+    assert evaluate.main([f"{key}={value}" for key, value in given.items()]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_parts_that_are_not_there_are_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = (f"checkpoint={cohort / 'run'}", f"input={cohort / 'store'}", f"out={tmp_path}", "device=cpu")
+    for of, message in (("labels", "needs the labels of a store"), ("halves", "choose whole, sides, labels")):
+        assert embed.main([*given, f"of={of}"]) == 1
+        assert message in capsys.readouterr().err
