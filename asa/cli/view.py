@@ -8,7 +8,7 @@ from asa.cli.front import Config, run_command
 
 def view(config: Config) -> None:
     """Write the page."""
-    from asa.tasks.viewing import view_task
+    from asa.reporting.viewing import view_task
 
     view_task(config)
 

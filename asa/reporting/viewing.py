@@ -18,9 +18,9 @@ from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.labels import IGNORED
 from asa.reporting.viewer import Layer, write_viewer
-from asa.tasks.base import Config
 from asa.training.checkpoint import load_model
 
+Config = dict[str, Any]  # of asa-view
 Cases = dict[str, list[Layer]]
 
 
