@@ -51,7 +51,13 @@ SETTINGS: dict[str, dict[str, str]] = {
 # The methods of each command, and the families of models (`model=FAMILY_SIZE`) that each of them trains.
 _SEGMENTATION = ("unet", "vit_seg", "probe", "sa_swin_unet")
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
-    "pretrain": {"asa": ("asa",), "mae": ("asa",), "sa_swin": ("sa_swin",)},
+    "pretrain": {
+        "asa": ("asa",),
+        "mae": ("asa",),
+        "sa_swin": ("sa_swin",),
+        "rpl": ("puzzle",),
+        "jigsaw": ("puzzle",),
+    },
     "finetune": {
         "segment": _SEGMENTATION,
         "regions": _SEGMENTATION,

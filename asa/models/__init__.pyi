@@ -16,6 +16,10 @@ from .probe import LinearProbe as LinearProbe
 from .probe import probe_base as probe_base
 from .probe import probe_small as probe_small
 from .probe import probe_tiny as probe_tiny
+from .puzzle import PuzzleNet as PuzzleNet
+from .puzzle import puzzle_base as puzzle_base
+from .puzzle import puzzle_small as puzzle_small
+from .puzzle import puzzle_tiny as puzzle_tiny
 from .rat import RegionAttention as RegionAttention
 from .rat import RegionAttentionTransformer as RegionAttentionTransformer
 from .rat import rat_base as rat_base
