@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "segment": _SEGMENTATION,
         "regions": _SEGMENTATION,
         "classify": ("asa_classifier", "sa_swin_classifier"),
-        "restore": ("rat",),
+        "restore": ("rat", "restormer"),
     },
 }
 _TYPES = {str(kind): kind for kind in (int | None, float | None, str | None, list[int], list[float], list[str])} | {

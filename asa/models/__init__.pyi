@@ -25,6 +25,10 @@ from .rat import RegionAttentionTransformer as RegionAttentionTransformer
 from .rat import rat_base as rat_base
 from .rat import rat_small as rat_small
 from .rat import rat_tiny as rat_tiny
+from .restormer import Restormer as Restormer
+from .restormer import restormer_base as restormer_base
+from .restormer import restormer_small as restormer_small
+from .restormer import restormer_tiny as restormer_tiny
 from .sa_swin import SASwin as SASwin
 from .sa_swin import sa_swin_base as sa_swin_base
 from .sa_swin import sa_swin_small as sa_swin_small

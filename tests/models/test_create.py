@@ -37,7 +37,7 @@ def test_names_are_listed_without_importing_torch() -> None:
 
 def test_every_family_has_three_sizes_as_values_of_model() -> None:
     families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
-    assert len(families) == 10
+    assert len(families) == 11
     assert sized_models() == sorted(f"{family}_{size}" for family in families for size in ("base", "small", "tiny"))
     config = compose("finetune", ["out=x", "model=sa_swin_unet_small"])
     assert config["model"]["_target_"] == "asa.models.sa_swin_unet.sa_swin_unet_small"
