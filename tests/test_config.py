@@ -40,6 +40,10 @@ EXPERIMENTS = {
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "oasis_ablation": "ablate",
+    "tables_pretrain": "pretrain",
+    "table2": "ablate",
+    "table3": "ablate",
+    "table4": "ablate",
     "structures_pretrain": "pretrain",
     "structures_finetune": "finetune",
     "rat_ct_denoise": "finetune",
@@ -118,6 +122,7 @@ def test_every_model_composes_and_builds(size: str) -> None:
     assert order == [(0, 1), (1, 2), (2, 3), (3, 4)]
     model = built("finetune", "method=restore", f"model=rat_{size}", "model.upscale=2").model
     assert (model.upscale, model.in_channels) == (2, 1)
+    assert built("finetune", "method=restore", f"model=restormer_{size}", "model.upscale=4").model.upscale == 4
     model = built("pretrain", f"model=sa_swin_{size}", "method=sa_swin", "crop=[32,32,64]").model
     assert model.encoder.img_size == (32, 32, 64)
     assert built("finetune", f"model=sa_swin_unet_{size}", "crop=64").model.out_channels == 4
