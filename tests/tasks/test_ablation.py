@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from asa.cli.front import run_command
-from asa.config import as_overrides, flatten
+from asa.config import as_overrides, compose, flatten
 from asa.data.splits import read_split
 from asa.evaluation.comparison import Run
 from asa.reporting.ablation import Trial, ablation_rows, labelled_text, latex, markdown, overview
@@ -177,6 +177,20 @@ def test_the_six_arms_are_those_of_table_4(ablate, recorded, tmp_path: Path) -> 
         "spe_mae": ("mirror", True, None),
         "asa": ("mirror", True, "orientation"),
     }
+
+
+def test_arms_keep_what_sets_them_apart_under_an_experiment_that_sets_it_too() -> None:
+    arms = compose("ablate", ["out=x", "store=y"])["arms"]
+    for name, importance in (
+        ("mae", None),
+        ("spe_mae", None),
+        ("attentive_mae", "orientation"),
+        ("asa", "orientation"),
+    ):
+        settings = ({"experiment": "asa_paper", "data.store": "y", "out": "x"}, arms[name]["pretrain"])
+        method = configure("pretrain", *settings)["method"]
+        assert method["importance"] == importance
+        assert method["model"]["position"] == arms[name]["finetune"]["model.position"]
 
 
 def test_arms_of_a_seed_share_the_split_and_pretraining_never_sees_the_test_subjects(
