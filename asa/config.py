@@ -51,12 +51,18 @@ SETTINGS: dict[str, dict[str, str]] = {
 # The methods of each command, and the families of models (`model=FAMILY_SIZE`) that each of them trains.
 _SEGMENTATION = ("unet", "vit_seg", "probe", "sa_swin_unet")
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
-    "pretrain": {"asa": ("asa",), "mae": ("asa",), "sa_swin": ("sa_swin",)},
+    "pretrain": {
+        "asa": ("asa",),
+        "mae": ("asa",),
+        "sa_swin": ("sa_swin",),
+        "rpl": ("puzzle",),
+        "jigsaw": ("puzzle",),
+    },
     "finetune": {
         "segment": _SEGMENTATION,
         "regions": _SEGMENTATION,
         "classify": ("asa_classifier", "sa_swin_classifier"),
-        "restore": ("rat",),
+        "restore": ("rat", "restormer"),
     },
 }
 _TYPES = {str(kind): kind for kind in (int | None, float | None, str | None, list[int], list[float], list[str])} | {

@@ -26,11 +26,13 @@ from torch.utils._pytree import tree_leaves
 
 from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
+from asa.methods.puzzle import PuzzlePretraining
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import RegionSegmentation, Segmentation
 from asa.models.classifier import asa_classifier_tiny, sa_swin_classifier_tiny
 from asa.models.masked_autoencoder import asa_tiny
 from asa.models.probe import probe_tiny
+from asa.models.puzzle import puzzle_tiny
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.unet import unet_tiny
@@ -50,6 +52,8 @@ ROWS: dict[str, Callable[..., nn.Module]] = {
     "asa, decoded in part": lambda: MaskedPretraining(model=asa_tiny(**VOLUME), **CHEAP),
     "mae": lambda: MaskedPretraining(model=asa_tiny(**VOLUME, position="sincos"), importance=None),
     "sa_swin": lambda: SASwinPretraining(model=sa_swin_tiny(**VOLUME)),
+    "rpl": lambda: PuzzlePretraining(model=puzzle_tiny(2, 26, **VOLUME)),
+    "jigsaw": lambda: PuzzlePretraining(model=puzzle_tiny(27, 100, **VOLUME), permutations=100),
     "unet": lambda: Segmentation(model=unet_tiny(**VOLUME, **CLASSES)),
     "unet with the mirror image": lambda: Segmentation(model=unet_tiny(**VOLUME, **CLASSES, symmetry=True)),
     "unet, regions": lambda: RegionSegmentation(model=unet_tiny(**VOLUME, out_channels=2), regions=REGIONS),

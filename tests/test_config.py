@@ -40,6 +40,10 @@ EXPERIMENTS = {
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "oasis_ablation": "ablate",
+    "tables_pretrain": "pretrain",
+    "table2": "ablate",
+    "table3": "ablate",
+    "table4": "ablate",
     "structures_pretrain": "pretrain",
     "structures_finetune": "finetune",
     "rat_ct_denoise": "finetune",
@@ -109,12 +113,16 @@ def test_every_model_composes_and_builds(size: str) -> None:
     for method in ("asa", "mae"):
         model = built("pretrain", f"model=asa_{size}", f"method={method}", "crop=[32,64,32]").model
         assert model.encoder.img_size == (32, 64, 32)
+    for method, kinds in (("rpl", (2, 26)), ("jigsaw", (27, 100))):
+        model = built("pretrain", f"model=puzzle_{size}", f"method={method}", "crop=[64,96,64]").model
+        assert (model.pieces, model.answers) == kinds and model.encoder.img_size == (64, 96, 64)
     for name in ("unet", "probe"):
         assert built("finetune", f"model={name}_{size}", "crop=64").model.out_channels == 4
     order = built("finetune", f"model=unet_{size}", "crop=64", "method=regions").order
     assert order == [(0, 1), (1, 2), (2, 3), (3, 4)]
     model = built("finetune", "method=restore", f"model=rat_{size}", "model.upscale=2").model
     assert (model.upscale, model.in_channels) == (2, 1)
+    assert built("finetune", "method=restore", f"model=restormer_{size}", "model.upscale=4").model.upscale == 4
     model = built("pretrain", f"model=sa_swin_{size}", "method=sa_swin", "crop=[32,32,64]").model
     assert model.encoder.img_size == (32, 32, 64)
     assert built("finetune", f"model=sa_swin_unet_{size}", "crop=64").model.out_channels == 4
@@ -129,6 +137,11 @@ def test_mae_is_the_same_class_with_both_ideas_off() -> None:
     assert asa["_target_"] == mae["_target_"]
     assert (asa["importance"], asa["model"]["position"]) == ("orientation", "mirror")
     assert (mae["importance"], mae["model"]["position"]) == (None, "sincos")
+
+
+def test_puzzles_have_the_size_that_their_method_sets() -> None:
+    assert built("pretrain", "method=rpl").model.encoder.embed_dim == 192  # model=puzzle_small
+    assert built("pretrain", "method=jigsaw", "method.permutations=30").model.answers == 30
 
 
 def test_the_papers_settings_are_the_printed_ones() -> None:
@@ -217,7 +230,7 @@ def test_the_papers_cohorts_differ_in_their_split_alone() -> None:
         ("model=asa_huge", "asa_small"),
         ("model=asa_tny", "did you mean asa_tiny? choose one of"),
         ("experiment=asa_papr", "did you mean asa_paper?"),
-        ("method=sa_swim", "did you mean sa_swin? choose one of asa, mae, sa_swin"),
+        ("method=sa_swim", "did you mean sa_swin? choose one of asa, jigsaw, mae, rpl, sa_swin"),
         ("train.steps", "train.steps"),
         ("lr=3", "did you mean optim.lr?"),
         ("experiment=nope", "oasis_pretrain"),

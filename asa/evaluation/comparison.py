@@ -242,14 +242,25 @@ def markdown_table(comparison: Comparison) -> str:
 
 
 def latex_table(comparison: Comparison) -> str:
-    r"""The comparison as a LaTeX tabular with its notes as comments; it needs \usepackage{booktabs}."""
-    lines = [f"% {_one_line(note)}" for note in ("Needs \\usepackage{booktabs}.", *notes(comparison))]
-    lines += [f"\\begin{{tabular}}{{lll{'r' * (len(HEADINGS) - 3)}}}", "\\toprule"]
-    metric = ""
-    for row in (HEADINGS, *_rows(comparison)):
-        if row is not HEADINGS and row[0] != metric:
+    """The comparison as a LaTeX tabular with its notes."""
+    return latex_tabular([list(HEADINGS), *_rows(comparison)], 3, notes(comparison))
+
+
+def latex_tabular(rows: Sequence[Sequence[str]], words: int, notes: Sequence[str]) -> str:
+    r"""Rows as a LaTeX tabular, which needs \usepackage{booktabs}.
+
+    Args:
+        rows: of equal length, the headings first. There is a rule where the first cell changes.
+        words: columns of words, on the left; the others are of numbers.
+        notes: written before it as comments.
+    """
+    lines = [f"% {_one_line(note)}" for note in ("Needs \\usepackage{booktabs}.", *notes)]
+    lines += [f"\\begin{{tabular}}{{{'l' * words}{'r' * (len(rows[0]) - words)}}}", "\\toprule"]
+    first = ""
+    for row in rows:
+        if row is not rows[0] and row[0] != first:
             lines.append("\\midrule")
-            metric = row[0]
+            first = row[0]
         lines.append(" & ".join(_latex(cell) for cell in row) + r" \\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 

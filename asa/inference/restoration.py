@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asa.inference.segmentation import PredictSettings
 from asa.models.rat import RegionAttentionTransformer
+from asa.models.restormer import Restormer
 from asa.training.device import autocast, pick_precision
 
 HALO = 32  # pixels of context around a tile, whose output is discarded
@@ -23,7 +24,12 @@ Box = tuple[slice, slice]
 
 
 def restore_image(
-    model: RegionAttentionTransformer, image: Tensor, regions: Tensor, settings: PredictSettings, *, tile: int = 1024
+    model: RegionAttentionTransformer | Restormer,
+    image: Tensor,
+    regions: Tensor,
+    settings: PredictSettings,
+    *,
+    tile: int = 1024,
 ) -> Tensor:
     """Restore an image of any size, in tiles if it is larger than one tile.
 

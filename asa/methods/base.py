@@ -32,7 +32,8 @@ class Method(Protocol):
 class Pretraining(Method, Protocol):
     """A pretraining objective, with what its validation shows.
 
-    - `error`: names of two returned scalars: its error, and that of a trivial prediction of the same voxels.
+    - `error`: names of two returned scalars: its error, and that of a trivial prediction, as
+      PREDICTOR_loss or PREDICTOR_l1.
     - `pictures`: figures of a batch by name: four volumes `(B, C, D, H, W)` each, the last drawn as a heat map.
     """
 

@@ -1,4 +1,4 @@
-"""Restoration of images: a region attention transformer trained by the focal region loss.
+"""Restoration of images: a network trained by the focal region loss.
 
 Letters: image `B C H W` and target `B C sH sW` in [0, 1], label map `B H W`, upscaling factor s.
 """
@@ -9,28 +9,27 @@ from torch import Tensor, nn
 from asa.losses.restoration import FocalRegionLoss, psnr
 from asa.methods.base import Batch
 from asa.models.rat import RegionAttentionTransformer
+from asa.models.restormer import Restormer
 
 
 class Restoration(nn.Module):
     """Denoising, synthesis or super-resolution from pairs of degraded and clean images.
 
     Args:
-        model: the network.
+        model: the network, a region attention transformer, or a Restormer to compare it with.
         beta: weight of the focal term of the loss; 0 is the plain absolute error.
 
     Raises:
-        ValueError: a model that is not a region attention transformer, or a negative beta.
+        ValueError: a model that is neither, or a negative beta.
     """
 
     task = "restoration"
     mirrored = False
 
-    def __init__(self, *, model: RegionAttentionTransformer, beta: float = 1.0) -> None:
+    def __init__(self, *, model: RegionAttentionTransformer | Restormer, beta: float = 1.0) -> None:
         super().__init__()
-        if not isinstance(model, RegionAttentionTransformer):
-            raise ValueError(
-                f"restoration needs a region attention transformer (model=rat_...), got {type(model).__name__}"
-            )
+        if not isinstance(model, RegionAttentionTransformer | Restormer):
+            raise ValueError(f"restoration needs model=rat_... or model=restormer_..., got {type(model).__name__}")
         self.model = model
         self.loss = FocalRegionLoss(beta)
 

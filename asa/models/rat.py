@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.ops.regions import RegionIndex, check_labels, coarse_labels, region_attention, region_index
+from asa.ops.regions import RegionIndex, check_images, coarse_labels, region_attention, region_index
 
 REDUCTION = 4  # attention is at 1/4 of the image's resolution
 BLOCKS = 2  # NAF blocks per stage
@@ -184,6 +184,8 @@ class RegionAttentionTransformer(nn.Module):
         ValueError: another upscaling factor, or a width that is not divisible by the heads.
     """
 
+    regional = True  # label maps have an effect
+
     def __init__(
         self,
         in_channels: int = 1,
@@ -258,19 +260,7 @@ class RegionAttentionTransformer(nn.Module):
 
     def check(self, image: Tensor, regions: Tensor) -> None:
         """Raise a ValueError for images of other channels, or label maps of another shape than the images."""
-        if image.ndim != 4 or image.shape[1] != self.in_channels:
-            kind = {1: "grey", 3: "colour"}.get(self.in_channels, "")
-            raise ValueError(
-                f"this network takes {kind} images of shape (batch, {self.in_channels}, H, W), got "
-                f"{tuple(image.shape)}: "
-                "convert the image, or build the network with that in_channels"
-            )
-        check_labels(regions)
-        if regions.shape != (len(image), *image.shape[2:]):
-            raise ValueError(
-                f"the label map has shape {tuple(regions.shape)}, the images {tuple(image.shape)}: it must be "
-                f"{(len(image), *image.shape[2:])}; compute it from this image"
-            )
+        check_images(image, regions, self.in_channels)
 
 
 def _naf_stage(dim: int) -> nn.Sequential:

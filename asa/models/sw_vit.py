@@ -281,7 +281,10 @@ class SWViT(nn.Module):
     def encode(self, volume: Tensor, visible: Selection | None) -> Tensor:
         """Encode some patches `(B*R, V)`, R >= 1 selections of each volume, or all: `(B*R, V, E)` or `(B, L, E)`."""
         index, valid = visible or (None, None)
-        tokens = self.embed(volume, index)
+        return self.run(self.embed(volume, index), valid)
+
+    def run(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The blocks and the final norm: `(B, L, E)` -> `(B, L, E)`. Padding is where `valid`, `(B, L)`, is False."""
         for block in self.blocks:
             tokens = run_block(block, tokens, valid, checkpointing=self.checkpointing)
         return self.norm(tokens)

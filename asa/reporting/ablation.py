@@ -1,7 +1,8 @@
-"""Trials of an ablation, arms x labelled subjects x seeds, as one table and one figure.
+"""Trials of an ablation, arms x labelled subjects x seeds, as tables and one figure.
 
 OUT/ablation.csv   a row for each arm, number of labelled subjects, metric and region
-OUT/ablation.md    the same for reading
+OUT/ablation.md    the same for reading; first a table with a column for each metric and region
+OUT/ablation.tex   this first table for LaTeX
 OUT/ablation.png   the first metric against the labelled subjects (needs the `report` extra)
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
-from asa.evaluation.comparison import Run, mean_text
+from asa.evaluation.comparison import Run, latex_tabular, mean_text
 from asa.evaluation.policies import Metric, get_policy
 from asa.evaluation.summary import Statistic, number_text, statistic
 from asa.reporting.plots import png_of
@@ -78,13 +79,13 @@ def trial_line(trial: Trial) -> str:
 
 
 def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> None:
-    """Write the table, as CSV and Markdown, and the figure.
+    """Write the tables, as CSV, Markdown and LaTeX, and the figure.
 
     Args:
         out: folder to write to.
         trials: of all arms and seeds.
         arms: their names in order; the others are compared with the first.
-        notes: lines for the reader of the Markdown.
+        notes: lines for the reader of the tables.
 
     Raises:
         ValueError: trials that were scored in different ways.
@@ -92,6 +93,7 @@ def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], note
     rows = ablation_rows(trials, arms)
     write_whole(out / "ablation.csv", _csv(rows).encode())
     write_whole(out / "ablation.md", markdown(rows, trials, arms, notes).encode())
+    write_whole(out / "ablation.tex", latex(rows, trials, notes).encode())
     write_whole(out / "ablation.png", _figure(rows, arms))
 
 
@@ -191,17 +193,43 @@ def _csv(rows: Sequence[Row]) -> str:
     return csv_text(heads, table)
 
 
+def overview(rows: Sequence[Row]) -> list[list[str]]:
+    """All metrics in one table, as papers print them: headings, then a line for each labelled subjects and arm."""
+    shown = [row for row in rows if row.region != MEAN]
+    columns = list(dict.fromkeys((row.metric, row.region) for row in shown))
+    found = {(row.labelled, row.arm, row.metric, row.region): row for row in shown}
+    lines = [["labelled", "arm", *(f"{metric.heading} {region}" for metric, region in columns)]]
+    for labelled, arm in dict.fromkeys((row.labelled, row.arm) for row in shown):
+        cells = [mean_text(found[labelled, arm, *column].values, column[0].digits) for column in columns]
+        lines.append([labelled, arm, *cells])
+    return lines
+
+
+def latex(rows: Sequence[Row], trials: Sequence[Trial], notes: Sequence[str] = ()) -> str:
+    """`overview` as a LaTeX tabular."""
+    return latex_tabular(overview(rows), 2, [_explained(trials), *notes])
+
+
+def _explained(trials: Sequence[Trial]) -> str:
+    policy = get_policy(trials[0].run.setting["policy"])
+    return (
+        f"Policy {policy.name}: {policy.description} Means over the cases, each averaged over the seeds that tested "
+        "it; in brackets the 95 % interval over cases (docs/evaluation.md)."
+    )
+
+
 def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> str:
-    """The table for reading: a part for each metric, a line for each number of labelled subjects and arm."""
-    policy, regions = get_policy(trials[0].run.setting["policy"]), _regions(trials)
+    """The tables for reading: `overview`, and a part for each metric with the differences from the first arm."""
+    regions = _regions(trials)
     lines = [
         "# Ablation",
         "",
-        f"Policy `{policy.name}`: {policy.description} Means over the cases, each averaged over the seeds that tested "
-        "it; in brackets the 95 % interval over cases (docs/evaluation.md). "
-        f"The difference is from `{arms[0]}` with the same seeds and cases. Seed sd is the spread of the seeds' means.",
+        f"{_explained(trials)} The difference is from `{arms[0]}` with the same seeds and cases. Seed sd is the spread "
+        "of the seeds' means.",
     ]
     lines += [f"- {note}" for note in ["", *notes]] if notes else []
+    heads, *table = overview(rows)
+    lines += ["", _line(heads), _line(["---:", "---", *["---"] * (len(heads) - 2)]), *map(_line, table)]
     for metric in dict.fromkeys(row.metric for row in rows):
         heads = ["labelled", "arm", *regions, f"difference from {arms[0]}", "seed sd", "seeds", "cases"]
         lines += ["", f"## {metric.heading}", "", _line(heads), _line(["---:", "---", *["---"] * (len(heads) - 2)])]

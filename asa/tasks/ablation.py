@@ -1,7 +1,7 @@
 """Ablations: arms x labelled subjects x seeds, trained and scored on the same held-out subjects."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +21,12 @@ from asa.reporting.pages import require_report_extra
 from asa.tasks.base import Config
 from asa.tasks.commands import finetune_task
 from asa.tasks.comparison import read_run
+from asa.tasks.preparation import prepare_task
 from asa.tasks.run import configure, evaluate_task, predict_task, train_task
 from asa.training.distributed import world_size
 from asa.training.signals import Stopped
 
+COMMANDS = ("prepare", "pretrain", "finetune", "predict")  # whose settings can be given
 # Settings that may change when an ablation is continued: they add runs to the existing ones.
 FREE = ("only", "labelled", "seeds", "config_dir")
 
@@ -35,6 +37,7 @@ class Ablation:
 
     config: Config
     out: Path
+    store: Path  # the given one, or that of `prepare`
     arms: dict[str, dict[str, Any]]
     pretrained: dict[str, str | None] = field(default_factory=dict)  # name -> why it failed, None: done
     trials: list[Trial] = field(default_factory=list)
@@ -48,23 +51,28 @@ def ablate(config: Config) -> None:
         ValueError: invalid settings, or runs that failed; these are listed, and the others are done.
     """
     out = Path(str(config["out"]))
-    for key in ("pretrain", "finetune", "predict"):
+    for key in COMMANDS:
         config[key] = config[key] or {}
     for key in ("store", "unlabelled"):
         config[key] = config[key] and str(Path(str(config[key])).resolve())  # it can be continued from any directory
     _check(config)
-    ablation, splits = Ablation(config, out, _arms(config)), _splits(config)
+    ablation = Ablation(config, out, Path(config["store"] or out.resolve() / "store"), _arms(config))
+    if config["store"]:
+        _splits(ablation)
     _check_folder(out, config)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        _run(ablation, splits)
+        _run(ablation)
 
 
-def _run(ablation: Ablation, splits: Mapping[int, Mapping[str, Sequence[str]]]) -> None:
+def _run(ablation: Ablation) -> None:
     """Do what is not done yet, and write the tables of all runs that are."""
     config, out = ablation.config, ablation.out
     _check_folder(out, config)  # again, as another process may have begun before the lock was held
     write_whole(out / "config.yaml", yaml.safe_dump(_lasting(config), sort_keys=False).encode())
+    if not config["store"]:
+        _prepare(ablation)
+    splits = _splits(ablation)
     planned = [(seed, count, arm) for seed in config["seeds"] for count in config["labelled"] for arm in ablation.arms]
     try:
         for number, (seed, count, arm) in enumerate(planned, start=1):
@@ -76,7 +84,7 @@ def _run(ablation: Ablation, splits: Mapping[int, Mapping[str, Sequence[str]]]) 
             write_ablation(out, ablation.trials, list(ablation.arms), _notes(ablation))
     if ablation.trials:
         print((out / "ablation.md").read_text(), end="")
-        print(f"wrote ablation.md, .csv and .png to {out}")
+        print(f"wrote ablation.md, .tex, .csv and .png to {out}")
     if ablation.failures:
         for name, reason in ablation.failures.items():
             print(f"{name}: failed: {reason}")
@@ -96,8 +104,10 @@ def _check(config: Config) -> None:
             raise ValueError(f"{key}={config[key]}: give a list of one or more, each once")
     if not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
         raise ValueError(f"seeds={config['seeds']}: give whole numbers from 0")
+    if not config["store"] and not config["prepare"]:
+        raise ValueError("store has to be given, or prepare: settings of asa-prepare that make one")
     own = {"data.store", "data.split_file", "data.labelled", "init", "out", "train.seed", "checkpoint", "input", "part"}
-    for key in ("pretrain", "finetune", "predict"):
+    for key in COMMANDS:
         if taken := own & flatten(config[key]).keys():
             raise ValueError(f"{key}.{min(taken)} is set by asa-ablate for each run: leave it out")
 
@@ -115,9 +125,23 @@ def _arms(config: Config) -> dict[str, dict[str, Any]]:
     return {name: arms[name] for name in (arms if chosen is None else chosen)}
 
 
-def _splits(config: Config) -> dict[int, dict[str, list[str]]]:
+def _prepare(ablation: Ablation) -> None:
+    """Make the store by asa-prepare; scans that are prepared already are not done again.
+
+    Raises:
+        ValueError: scans failed.
+    """
+    print(f"store: {ablation.store}", flush=True)
+    raw = {"data.root": ablation.out.resolve() / "scans"}  # where phantoms are generated
+    fixed = {"out": ablation.store}
+    if failure := _attempt(ablation, "prepare", lambda: call("prepare", raw, ablation.config["prepare"], fixed)):
+        raise ValueError(f"prepare: {failure}")
+
+
+def _splits(ablation: Ablation) -> dict[int, dict[str, list[str]]]:
     """The split of each seed; raises a ValueError without test subjects, or with too few training subjects."""
-    store, fixed = Store(config["store"]), config["split"]["seed"]
+    config = ablation.config
+    store, fixed = Store(ablation.store), config["split"]["seed"]
     splits = {}
     for seed in config["seeds"]:
         split = make_split(store.records, **config["split"] | {"seed": seed if fixed is None else fixed})
@@ -170,22 +194,28 @@ def _train_and_score(ablation: Ablation, seed: int, count: int | float | None, a
     pretrained = ablation.arms[arm]["pretrain"] is not None
     init = out / "pretrained" / _pretrain(ablation, seed, arm) if pretrained else None
     split_file, run = _split_file(out, seed), out / "runs" / name
-    fixed = {"data.store": config["store"], "data.split_file": split_file, "data.labelled": count}
+    fixed = {"data.store": ablation.store, "data.split_file": split_file, "data.labelled": count}
     fixed |= {"train.seed": seed, "init": init, "out": run}
     call("finetune", config["finetune"], ablation.arms[arm]["finetune"], fixed, config_dir=config["config_dir"])
-    scans = {"checkpoint": run, "input": config["store"], "part": "test", "out": out / "predictions" / name}
+    scans = {"checkpoint": run, "input": ablation.store, "part": "test", "out": out / "predictions" / name}
     call("predict", config["predict"], scans)
-    scored = {"predictions": scans["out"], "truth": config["store"], "split_file": split_file}
+    scored = {"predictions": scans["out"], "truth": ablation.store, "split_file": split_file}
     call("evaluate", scored, {"policy": config["policy"], "out": out / "evaluations" / name})
 
 
 def call(command: str, *settings: Mapping[str, Any], config_dir: str | None = None) -> None:
-    """Run asa-pretrain, asa-finetune, asa-predict or asa-evaluate with settings, of which later ones win."""
+    """Run a command with settings, of which later ones win.
+
+    Args:
+        command: its name, without "asa-": prepare, pretrain, finetune, predict or evaluate.
+        settings, config_dir: see `configure`.
+    """
     config = configure(command, *settings, config_dir=config_dir)
     if command == "pretrain":
         train_task(config, command)
-    else:
-        {"finetune": finetune_task, "predict": predict_task, "evaluate": evaluate_task}[command](config)
+        return
+    tasks = {"prepare": prepare_task, "finetune": finetune_task, "predict": predict_task, "evaluate": evaluate_task}
+    tasks[command](config)
 
 
 def _pretrain(ablation: Ablation, seed: int, arm: str) -> str:
@@ -196,7 +226,7 @@ def _pretrain(ablation: Ablation, seed: int, arm: str) -> str:
     name = f"seed{seed}_{arm}" if each else arm
     if name not in ablation.pretrained:
         fixed: dict[str, Any] = {
-            "data.store": config["unlabelled"] or config["store"],
+            "data.store": config["unlabelled"] or ablation.store,
             "out": out / "pretrained" / name,
         }
         if own_part:

@@ -26,7 +26,7 @@ VOLUMES = 8  # at most
 PLACES = 6  # crops of each volume for the probe, where their placement is random
 FLAT = 1e-5  # variance between volumes, of features that the final norm scales to a total variance of about 1
 COLLAPSED = 0.05  # lowest effective rank, as a fraction of the width
-NO_BETTER = 0.98  # of the mean predictor's error
+NO_BETTER = 0.98  # of the trivial predictor's error
 RIDGE = 1e-6
 ROUNDING = 1e-13  # fraction of the mean square below which variance is the rounding of float32
 
@@ -79,7 +79,7 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
         metrics: "effective_rank", "feature_variance", the two errors, and with a probe "probe_dice" and
             "probe_dice_first".
         width: E of the encoder, or the largest possible rank if that is smaller.
-        error: names of the method's error and of the mean predictor's.
+        error: names of the method's error and of a trivial predictor's.
         warm: the warm-up is over; before that the error may be any.
     """
     lines, rank, variance = [], metrics["effective_rank"], metrics["feature_variance"]
@@ -97,10 +97,15 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
     ratio = metrics[error[0]] / max(metrics[error[1]], 1e-12)
     if warm and ratio > NO_BETTER:
         lines.append(
-            f"ALARM: no better than the mean: {error[0]} is {ratio:.2f} of predicting the mean's after the "
-            "warm-up: raise or lower optim.lr, and check the volumes of the store"
+            f"ALARM: no better than the {predictor_of(error[1])}: {error[0]} is {ratio:.2f} of its after the warm-up: "
+            "raise or lower optim.lr, and check the volumes of the store"
         )
     return lines
+
+
+def predictor_of(error: str) -> str:
+    """The trivial predictor that an error's name begins with: `mean predictor` of "mean_predictor_loss"."""
+    return error.rpartition("_")[0].replace("_", " ")
 
 
 def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequence[str]) -> dict[str, float]:
@@ -176,7 +181,7 @@ class FeatureHealth:
         validation: crops that it is not trained on, without augmentation.
         probe: labelled crops for the linear probe, or None.
         names: of the probe's classes 1, 2, ...
-        warmup: steps before the method's error has to be lower than the mean predictor's.
+        warmup: steps before the method's error has to be lower than the trivial predictor's.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Pretraining: an encoder learns from unlabelled scans.
 
-Data: crops of a prepared store. Loss: the method's (masked reconstruction, or the proxy tasks of SA-Swin). Validation:
-the method's error on held-out crops beside that of predicting the mean, feature statistics, and the Dice of a linear
-probe. A checkpoint holds channels, preparation and digests of the training scans. Prediction: a SA-Swin scores the
-asymmetry of new scans; other encoders are fine-tuned first.
+Data: crops of a prepared store. Loss: the method's (masked reconstruction, the proxy tasks of SA-Swin, or puzzles).
+Validation: the method's error on held-out crops beside that of a trivial prediction, feature statistics, and the Dice
+of a linear probe. A checkpoint holds channels, preparation and digests of the training scans. Prediction: a SA-Swin
+scores the asymmetry of new scans; other encoders are fine-tuned first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from asa.methods.base import Batch
 from asa.methods.base import Pretraining as PretrainingMethod
 from asa.reporting.figures import reconstruction_panel
 from asa.tasks.base import Config
-from asa.tasks.feature_health import FeatureHealth, open_probe
+from asa.tasks.feature_health import FeatureHealth, open_probe, predictor_of
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
 from asa.tasks.table_evaluation import evaluate_asymmetry, tables_of
 from asa.tasks.volumes import absolute, open_store, padding_advice, set_model
@@ -104,10 +104,10 @@ class Pretraining:
             print(advice)
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
-        name, mean = method.error
+        name, trivial = method.error
         if name in metrics:
-            ratio = metrics[name] / metrics[mean]
-            print(f"{name} {metrics[name]:.5f}, {ratio:.2f} of the mean predictor's {metrics[mean]:.5f}")
+            ratio = metrics[name] / metrics[trivial]
+            print(f"{name} {metrics[name]:.5f}, {ratio:.2f} of the {predictor_of(trivial)}'s {metrics[trivial]:.5f}")
 
     @staticmethod
     def predict(config: Config) -> None:

@@ -48,7 +48,7 @@ class Restoration:
         self.config, self.windows = config, typed(PredictSettings, config["predict"])
         if "upscale" not in config["model"]:
             raise ValueError(
-                "method=restore takes a region attention transformer: model=rat_base, rat_small or rat_tiny"
+                "method=restore takes a restoration network: model=rat_base, rat_small or rat_tiny, or restormer_..."
             )
         if not isinstance(config["crop"], int):
             raise ValueError(f"crop={config['crop']}: crops of images are square, give one number")
@@ -114,7 +114,7 @@ class Restoration:
         settings, out = typed(PredictSettings, config["predict"]), Path(str(config["out"]))
         network, description = read_model(checkpoint, plugins=config["plugins"])
         model: Any = network.to(pick_device(settings.device))
-        data = description["data"]
+        data = description["data"] if model.regional else description["data"] | {"regions": None}
         images, maps = _inputs(config, data)
         failures = 0
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from asa.cli.front import run_command
-from asa.config import as_overrides, flatten
+from asa.config import as_overrides, compose, flatten
 from asa.data.splits import read_split
 from asa.evaluation.comparison import Run
-from asa.reporting.ablation import Trial, ablation_rows, labelled_text, markdown
+from asa.reporting.ablation import Trial, ablation_rows, labelled_text, latex, markdown, overview
 from asa.tasks import ablation
 from asa.tasks.run import configure
 from asa.training.signals import RESUME_CODE, Stopped
 
 SETTING = {"policy": "ibsr", "metrics": ["dice", "hd95_mm", "nsd_1mm"], "labels": {"1": "a", "2": "b"}}
+HEADINGS = ("Dice", "HD95 (mm)", "NSD at 1 mm")
 SETTING |= {"regions": {"a": [1], "b": [2]}, "ignored labels": []}
 
 
@@ -72,6 +73,22 @@ def test_an_arm_without_the_first_beside_it_has_no_difference_and_a_line_all_the
     assert dice_rows(trials, ["x", "y"])["y", "a"].difference.used == 0
     text = markdown(ablation_rows(trials, ["x", "y"]), trials, ["x", "y"], ["something to know"])
     assert "| 3 | y | 0.200 | 0.400 | 0.300 | undefined |" in text and "- something to know" in text
+
+
+def test_the_overview_has_a_column_for_each_metric_and_region_and_a_line_for_each_arm() -> None:
+    trials = [trial("x", 0, {"p": (0.2, 0.4), "q": (0.6, 0.4)}), trial("y_1", 0, {"p": (0.5, 0.6), "q": (0.5, 0.6)})]
+    rows = ablation_rows(trials, ["x", "y_1"])
+    heads, *lines = overview(rows)
+    assert heads == ["labelled", "arm", *(f"{metric} {region}" for metric in HEADINGS for region in "ab")]
+    assert [line[:4] for line in lines] == [
+        ["3", "x", "0.400 (0.000 to 1.000)", "0.400 (0.400 to 0.400)"],
+        ["3", "y_1", "0.500 (0.500 to 0.500)", "0.600 (0.600 to 0.600)"],
+    ]
+    tex, text = latex(rows, trials, ["100 % of it"]), markdown(rows, trials, ["x", "y_1"])
+    assert r"3 & y\_1 & 0.500 (0.500 to 0.500) & " in tex and "% 100 % of it" in tex.splitlines()
+    written = [line for line in tex.splitlines() if line.endswith(r"\\")]
+    assert len(written) == 3 and {line.count("&") for line in written} == {7}
+    assert f"| {' | '.join(lines[1])} |" in text
 
 
 def test_numbers_of_labelled_subjects_have_one_name_each() -> None:
@@ -137,7 +154,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
 def test_the_six_arms_are_those_of_table_4(ablate, recorded, tmp_path: Path) -> None:
     calls_of, _ = recorded
     code, out, _ = ablate("labelled=[1,2]")
-    assert code == 0 and "wrote ablation.md, .csv and .png" in out
+    assert code == 0 and "wrote ablation.md, .tex, .csv and .png" in out
     assert len(calls_of("pretrain")) == 4  # once an arm, not once a number of labels
     tuned = calls_of("finetune")
     assert len(tuned) == 12
@@ -160,6 +177,20 @@ def test_the_six_arms_are_those_of_table_4(ablate, recorded, tmp_path: Path) -> 
         "spe_mae": ("mirror", True, None),
         "asa": ("mirror", True, "orientation"),
     }
+
+
+def test_arms_keep_what_sets_them_apart_under_an_experiment_that_sets_it_too() -> None:
+    arms = compose("ablate", ["out=x", "store=y"])["arms"]
+    for name, importance in (
+        ("mae", None),
+        ("spe_mae", None),
+        ("attentive_mae", "orientation"),
+        ("asa", "orientation"),
+    ):
+        settings = ({"experiment": "asa_paper", "data.store": "y", "out": "x"}, arms[name]["pretrain"])
+        method = configure("pretrain", *settings)["method"]
+        assert method["importance"] == importance
+        assert method["model"]["position"] == arms[name]["finetune"]["model.position"]
 
 
 def test_arms_of_a_seed_share_the_split_and_pretraining_never_sees_the_test_subjects(
@@ -224,6 +255,8 @@ def test_a_folder_takes_more_runs_and_no_other_settings(ablate, recorded) -> Non
         ("labelled=[9]", "data.labelled=9, but the split has 3 training subjects"),
         ("seeds=[]", "seeds=[]: give a list"),
         ("split.test=0", "no test subjects"),
+        ("store=null", "store has to be given, or prepare"),
+        ("+prepare.out=x", "prepare.out is set by asa-ablate"),
         ("+finetune.init=x", "finetune.init is set by asa-ablate"),
         ("+arms.mine={pretrain: null}", "arms.mine needs pretrain"),
     ],
@@ -234,6 +267,73 @@ def test_wrong_settings_are_one_line_before_anything_is_run(
     code, _, err = ablate(override)
     assert code == 1 and message in err and len(err.splitlines()) == 1
     assert recorded[0]("finetune") == [] and not (tmp_path / "out").exists()
+
+
+def test_arms_of_any_method_and_network_reach_the_commands(ablate, recorded) -> None:
+    calls_of, _ = recorded
+    arms = {
+        "jigsaw": {"pretrain": {"method": "jigsaw", "model": "puzzle_tiny"}, "finetune": {"model.position": "raster"}},
+        "tokens": {"pretrain": None, "finetune": {"model": "vit_seg_tiny", "method": "regions"}},
+        "swin": {
+            "pretrain": {"method": "sa_swin", "model": "sa_swin_tiny", "data.health": "healthy"},
+            "finetune": {"model": "sa_swin_unet_tiny", "optim.lr": 0.5},
+        },
+    }
+    own = [*as_overrides("ablate", {"+arms": arms}), "finetune={crop: 32}", "pretrain={crop: 32}"]
+    code, _, err = ablate(*own, f"only=[{','.join(arms)}]")
+    assert code == 0, err
+    pretrained = [configure("pretrain", flat)["method"] for flat in calls_of("pretrain")]
+    assert [method["_target_"].rpartition(".")[2] for method in pretrained] == [
+        "PuzzlePretraining",
+        "SASwinPretraining",
+    ]
+    tuned = [configure("finetune", flat) for flat in calls_of("finetune")]
+    assert [config["model"]["_target_"].rpartition(".")[2] for config in tuned] == [
+        "unet_tiny",
+        "vit_seg_tiny",
+        "sa_swin_unet_tiny",
+    ]
+    assert [bool(config["init"]) for config in tuned] == [True, False, True] and tuned[2]["optim"]["lr"] == 0.5
+    assert tuned[1]["method"]["_target_"].endswith("RegionSegmentation")
+
+
+# --- without a store
+
+
+def test_without_a_store_one_is_made_once_and_all_runs_take_it(
+    ablate, recorded, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls_of, broken = recorded
+    fake = ablation.call
+
+    def prepare(name: str, *settings: dict, config_dir: str | None = None) -> None:
+        fake(name, *settings, config_dir=config_dir)
+        if name == "prepare" and not (made := tmp_path / "out" / "store").exists():
+            made.symlink_to(store)
+
+    monkeypatch.setattr(ablation, "call", prepare)
+    wanted = ["store=null", "prepare={data: phantom/ibsr, data.subjects: 4}", "only=[scratch,asa]"]
+    broken["prepare store"] = ValueError("3 scans failed")
+    code, _, err = ablate(*wanted)
+    assert code == 1 and "prepare: 3 scans failed" in err and calls_of("finetune") == []
+    broken.clear()
+    code, out, err = ablate(*wanted)
+    assert code == 0, err
+    assert f"store: {tmp_path}/out/store" in out
+    (_, made) = calls_of("prepare")
+    assert (made["data"], made["data.root"], made["data.subjects"]) == ("phantom/ibsr", tmp_path / "out" / "scans", 4)
+    stores = {flat["data.store"] for name in ("pretrain", "finetune") for flat in calls_of(name)}
+    stores |= {flat["truth"] for flat in calls_of("evaluate")} | {flat["input"] for flat in calls_of("predict")}
+    assert stores == {made["out"]} == {tmp_path / "out" / "store"}
+    assert ablate(*wanted, "seeds=[0,1]")[0] == 0
+    code, _, err = ablate("store=null", "prepare={data: phantom/ibsr, data.subjects: 5}", "only=[scratch]")
+    assert code == 1 and "another prepare" in err
+
+
+def test_the_users_store_is_taken_where_it_is_given(ablate, recorded, store: Path) -> None:
+    calls_of, _ = recorded
+    assert ablate("prepare={data: phantom/ibsr}", "only=[scratch]")[0] == 0
+    assert calls_of("prepare") == [] and {Path(flat["data.store"]) for flat in calls_of("finetune")} == {store}
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from asa.inference.restoration import restore_image, tiles
 from asa.inference.segmentation import PredictSettings
 from asa.methods.restore import Restoration
 from asa.models.rat import rat_tiny
+from asa.models.restormer import Restormer
 from asa.models.unet import unet_tiny
 from asa.tasks.image_evaluation import evaluate_pictures
 
@@ -76,6 +77,25 @@ def test_the_commands_denoise_held_out_subjects(
     assert "PSNR (dB)" in shown and "95 % interval" in shown and "data range" in shown
     rows = (tmp_path / "restored_scores" / "cases.csv").read_text().splitlines()
     assert rows[0] == "id,psnr,ssim,rmse,truth" and len(rows) == 1 + len(found)
+
+
+def test_restormer_is_trained_resumed_and_scored_by_the_same_commands_and_predicts_without_regions(
+    pairs: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    own = [f"data.root={pairs}", f"out={tmp_path / 'run'}", *TINY, *SPLIT, "model=restormer_tiny"]
+    own += ["method.beta=0", "train.batch_size=4", "optim.lr=3e-3", "optim.warmup=0"]
+    for steps in (15, 30):  # in two parts
+        assert run(monkeypatch, finetune, *own, f"train.steps={steps}") == 0
+    assert "continuing from step 15" in capsys.readouterr().out
+    assert isinstance(asa.load_model(tmp_path / "run"), Restormer)
+    inputs = [f"checkpoint={tmp_path / 'run'}", f"input={pairs / 'low'}", "part=test", f"out={tmp_path / 'restored'}"]
+    assert run(monkeypatch, predict, *inputs) == 0
+    scores = {}
+    for name, folder in (("restored", tmp_path / "restored"), ("input", pairs / "low")):
+        options = ["policy=restoration", "allow_missing=true", f"truth={pairs / 'high'}"]
+        assert run(monkeypatch, evaluate, *options, f"predictions={folder}", f"out={tmp_path / name}_scores") == 0
+        scores[name] = json.loads((tmp_path / f"{name}_scores" / "summary.json").read_text())["results"]["image"]
+    assert scores["restored"]["psnr"]["mean"] > scores["input"]["psnr"]["mean"] + 1
 
 
 def test_a_run_goes_on_and_its_network_loads(pairs: Path, trained: Path, monkeypatch, capsys) -> None:
