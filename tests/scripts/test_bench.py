@@ -2,13 +2,15 @@
 
 import importlib
 import json
-import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import FORK, replaced
 
 from asa import LinearWindowAttention
 
@@ -147,11 +149,35 @@ def test_a_full_run_has_every_row_once_in_its_part() -> None:
     assert regions == [("segments", 16384, 40), ("dense", 16384, 40), ("segments", 4096, 10), ("segments", 65536, 160)]
 
 
-def test_a_run_writes_table_and_json(tmp_path: Path) -> None:
+def print_row(spec: dict[str, Any], output: Path) -> None:
+    """Measure a row as its process does, and print it to a file."""
+    with output.open("w") as file, redirect_stdout(file), replaced(sys, "argv", ["row", json.dumps(spec)]):
+        row.main()
+
+
+def in_forks(folder: Path) -> Callable[[dict[str, Any], float], dict[str, Any]]:
+    """As `run_row`, but rows are measured in processes that have imported torch; only the machine's starts anew."""
+    run_row = main.run_row
+
+    def measured(spec: dict[str, Any], timeout: float) -> dict[str, Any]:
+        if spec["kind"] == "machine":
+            return run_row(spec, timeout)
+        process = FORK.Process(target=print_row, args=(spec, folder / "row.json"))
+        process.start()
+        process.join(timeout)
+        assert process.exitcode == 0
+        return {"status": "ok", **json.loads((folder / "row.json").read_text())}
+
+    return measured
+
+
+def test_a_run_writes_table_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "run_row", in_forks(tmp_path))
     options = ["--parts=pretrain", "--size=tiny", "--edge=64", "--matrix=64", "--repeats=2", "--threads=1"]
-    command = [sys.executable, "-m", "scripts.benchmark", "--device=cpu", f"--out={tmp_path / 'out'}", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert main.main(["--device=cpu", f"--out={tmp_path / 'out'}", *options]) == 0
+    shown = capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [found["name"] for found in written["rows"]] == [
         "asa_tiny, 1 x 64^3",
@@ -164,7 +190,7 @@ def test_a_run_writes_table_and_json(tmp_path: Path) -> None:
     assert written["rows"][0]["relative_time"] == 1
     assert written["machine"]["torch"] and written["machine"]["threads"] == 1 and written["machine"]["processor"]
     page = (tmp_path / "out" / "bench.md").read_text()
-    assert page in done.stdout and "| asa_tiny, 1 x 64^3" in page and "## Pretraining step" in page
+    assert page in shown and "| asa_tiny, 1 x 64^3" in page and "## Pretraining step" in page
 
 
 def test_a_failing_row_gives_its_reason_and_the_others_continue(
