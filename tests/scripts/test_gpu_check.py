@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 AGREEMENT = {"kind": "agreement", "precision": "fp32", "size": "tiny"}
 
 
+@pytest.mark.slow
 def test_the_whole_check_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nilearn")
     monkeypatch.setattr(bench, "run_row", forked_rows(bench.run_row, row.main, tmp_path))
