@@ -24,15 +24,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.puzzle import PuzzlePretraining
+from asa.methods.restore import Restoration
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import RegionSegmentation, Segmentation
 from asa.models.classifier import asa_classifier_tiny, sa_swin_classifier_tiny
 from asa.models.masked_autoencoder import asa_tiny
 from asa.models.probe import probe_tiny
 from asa.models.puzzle import puzzle_tiny
+from asa.models.rat import rat_tiny
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.unet import unet_tiny
@@ -46,7 +49,6 @@ SIZE = 64  # edge of the volumes
 VOLUME, CLASSES = dict(img_size=SIZE), dict(out_channels=3)
 CHEAP: dict[str, Any] = dict(decode=0.25, air="drop", masks=2, normalise=True)
 REGIONS = {"whole": [1, 2], "core": [2]}
-# Restoration is not among them: its attention groups the regions by their lengths, which it reads from the label map.
 ROWS: dict[str, Callable[..., nn.Module]] = {
     "asa": lambda: MaskedPretraining(model=asa_tiny(**VOLUME)),
     "asa, decoded in part": lambda: MaskedPretraining(model=asa_tiny(**VOLUME), **CHEAP),
@@ -62,7 +64,10 @@ ROWS: dict[str, Callable[..., nn.Module]] = {
     "linear probe": lambda: Segmentation(model=probe_tiny(**VOLUME, **CLASSES)),
     "asa classifier": lambda: Classification(model=asa_classifier_tiny(**VOLUME, classes=3)),
     "sa_swin classifier": lambda: Classification(model=sa_swin_classifier_tiny(**VOLUME, classes=3)),
+    "rat": lambda: Restoration(model=rat_tiny(upscale=2)),
+    "rat, by segments": lambda: Restoration(model=rat_tiny(backend="segments")),
 }
+WEIGHTS = "MONAI's window weights are read"
 PREDICTED = ("unet", "unet with the mirror image", "vit_seg", "sa_swin_unet", "linear probe")
 
 
@@ -98,6 +103,7 @@ def simulated() -> Iterator[Device]:
     with ExitStack() as stack:
         stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", bool))
         stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda *_, **__: True))
+        stack.enter_context(patch("torch.cuda.get_device_capability", lambda *_: (9, 0)))
         stack.enter_context(patch("torch.cuda.Event", NoEvent))
         stack.enter_context(torch.no_grad())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -113,6 +119,15 @@ class NoEvent:
 def example(method: nn.Module) -> dict[str, Any]:
     """A batch of two on the host."""
     seed = torch.arange(2)
+    if isinstance(method, Restoration):
+        edge = SIZE * method.model.upscale
+        images = {"image": torch.rand(2, 1, SIZE, SIZE), "target": torch.rand(2, 1, edge, edge)}
+        return {
+            **images,
+            "regions": torch.arange(2 * SIZE**2).view(2, SIZE, SIZE) // 300,
+            "seed": seed,
+            "id": ["a", "b"],
+        }
     image = torch.rand(2, 1, SIZE, SIZE, SIZE)
     label = torch.randint(3, (2, 1, SIZE, SIZE, SIZE), dtype=torch.uint8)
     batch: dict[str, Any] = {"image": image, "label": label, "seed": seed, "target": seed, "id": ["a", "b"]}
@@ -148,16 +163,27 @@ def waits_of_step(name: str, precision: str) -> list[str]:
 
 
 def waits_of_prediction(name: str, precision: str) -> list[str]:
-    """Where the host waits in the forward pass of one window of a prediction."""
-    method, dtype = ROWS[name](), PRECISIONS[precision]
-    with simulated() as device:
+    """Where the host waits in the sliding window over a volume on the device, until its logits are there.
+
+    MONAI reads the smallest weight of its Gaussian once per volume. The simulated device has no values, so the weights
+    are replaced and the wait is noted.
+    """
+    method = ROWS[name]()
+    with patch("torch.cuda.is_available", lambda: True):
+        settings = PredictSettings(device="cuda", precision=precision)
+    with simulated() as device, ExitStack() as stack:
         to_device(method)
         model = method.get_submodule("model").eval()
         device.waits.clear()
-        volume = torch.rand(1, 1, SIZE, SIZE, SIZE).to("cuda", non_blocking=True)
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            logits = model(volume, mirrored=volume.flip(-1)) if model.mirrored else model(volume)
-        assert logits.device.type == "cuda"
+
+        def weights(size: tuple[int, ...], **own: Any) -> torch.Tensor:
+            device.waits.append(WEIGHTS)
+            return torch.empty(size, device=own["device"], dtype=own["dtype"])
+
+        stack.enter_context(patch("monai.inferers.utils.compute_importance_map", weights))
+        volume = torch.rand(1, SIZE, SIZE + 9, 2 * SIZE).to("cuda", non_blocking=True)
+        logits = sliding_window(model, volume, settings)
+        assert logits.device.type == "cuda" and logits.shape[1:] == volume.shape[1:]
     return device.waits
 
 
@@ -171,7 +197,7 @@ def to_device(method: nn.Module) -> None:
 
 
 def main() -> int:
-    """Print a table of all rows; the exit code is 1 if one of them fails or waits."""
+    """Print a table of all rows; the exit code is 1 if one of them fails or waits, but for MONAI's window weights."""
     if torch.version.cuda is None:
         print(f"torch {torch.__version__} is not a CUDA build: see the top of this script", file=sys.stderr)
         return 1
@@ -183,7 +209,7 @@ def main() -> int:
         for name in names:
             said = [_said(partial(waits, name, precision)) for precision in PRECISIONS]
             print(f"| {name}, {kind} | {' | '.join(said)} |", flush=True)
-            bad |= set(said) != {"0"}
+            bad |= set(said) != {"0" if kind == "step" else f"1: {WEIGHTS}"}
     return int(bad)
 
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,3 +157,26 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[Any]:
         yield before
     finally:
         setattr(owner, name, before)
+
+
+def forked_rows(run_row: Callable[..., dict[str, Any]], main: Callable[[], None], folder: Path) -> Callable[..., Any]:
+    """A benchmark's `run_row` whose rows run in processes that have imported torch; only the machine's starts anew."""
+
+    def measured(spec: dict[str, Any], timeout: float) -> dict[str, Any]:
+        if spec["kind"] == "machine":
+            return run_row(spec, timeout)
+        output = folder / "row.txt"
+        process = FORK.Process(target=_print_row, args=(main, spec, output))
+        process.start()
+        process.join(timeout)
+        lines = output.read_text().splitlines()
+        assert process.exitcode == 0, lines
+        return {"status": "ok", **json.loads(lines[-1])}
+
+    return measured
+
+
+def _print_row(main: Callable[[], None], spec: dict[str, Any], output: Path) -> None:
+    with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        sys.argv = ["row", json.dumps(spec)]
+        main()

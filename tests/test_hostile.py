@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import Job, command
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -544,24 +545,17 @@ def test_an_evaluation_that_is_killed_leaves_whole_files_and_can_be_repeated(raw
     (tmp_path / "p").mkdir()
     for path in raw.glob("*_seg.nii.gz"):
         shutil.copy(path, tmp_path / "p" / path.name.replace("_seg", ""))
-    command = [
-        sys.executable,
-        "-m",
-        "asa.cli.evaluate",
-        f"predictions={tmp_path}/p",
-        f"truth={raw}",
-        f"out={tmp_path}/out",
-    ]
-    command += ["pattern=*_seg.nii.gz", "labels={1: csf, 2: gm, 5: wm}"]
-    whole = subprocess.run(command, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+    arguments = ["evaluate", f"predictions={tmp_path}/p", f"truth={raw}", f"out={tmp_path}/out"]
+    arguments += ["pattern=*_seg.nii.gz", "labels={1: csf, 2: gm, 5: wm}"]
+    (whole,) = Job(tmp_path, 1, command, *arguments).wait(120)
+    assert whole.code == 0, whole.text
     before = {name: (tmp_path / "out" / name).read_bytes() for name in ("cases.csv", "summary.json")}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    job = Job(tmp_path, 1, command, *arguments)
+    time.sleep(1)
+    job.processes[0].kill()
+    job.wait()
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert Job(tmp_path, 1, command, *arguments).wait(120)[0].code == 0
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
 
 

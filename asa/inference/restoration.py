@@ -56,8 +56,7 @@ def restore_image(
     out = torch.empty(len(image), s * image.shape[1], s * image.shape[2])
     with torch.inference_mode(), autocast(device, pick_precision(settings.precision, device)):
         for core, context in tiles(regions.numpy(), tile, model.multiple):
-            inputs = (image[:, *context][None].to(device), regions[context][None].to(device))
-            restored = model(*inputs)[0].float().cpu()
+            restored = model(image[:, *context][None].to(device), regions[context][None])[0].float().cpu()
             inner = (slice(s * (c.start - x.start), s * (c.stop - x.start)) for c, x in zip(core, context, strict=True))
             out[:, *(slice(s * c.start, s * c.stop) for c in core)] = restored[:, *inner]
     return out

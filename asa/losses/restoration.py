@@ -30,7 +30,8 @@ class FocalRegionLoss(nn.Module):
 
     def weights(self, error: Tensor, regions: Tensor) -> Tensor:
         """w of each pixel, `(B, H, W)`, from errors `(B, C, H, W)` and label maps `(B, H, W)`."""
-        keys, count = region_keys(regions)
+        keys, count = region_keys(regions)  # on the host where the labels are: their range is read
+        keys = keys.to(error.device, non_blocking=True)
         flat = keys.flatten()
         total = torch.zeros(count, dtype=torch.float32, device=error.device)
         sums = total.index_add(0, flat, error.detach().float().mean(dim=1).flatten())
@@ -44,7 +45,7 @@ class FocalRegionLoss(nn.Module):
 
         Args:
             prediction, target: `(B, C, H, W)`.
-            regions: label map `(B, H, W)`, any integers.
+            regions: label map `(B, H, W)`, any integers, on the host or the images' device.
 
         Raises:
             ValueError: inconsistent shapes.

@@ -220,7 +220,8 @@ class RegionAttentionTransformer(nn.Module):
 
         Args:
             image: `(B, C, H, W)`.
-            regions: label map `(B, H, W)` of the input image, any integers.
+            regions: label map `(B, H, W)` of the input image, any integers, on the image's device or on the host:
+                its values are read, which waits for a GPU.
 
         Returns:
             `(B, C, s*H, s*W)`.
@@ -234,7 +235,7 @@ class RegionAttentionTransformer(nn.Module):
         h, w = image.shape[2:]
         bottom, right = (-n % self.multiple for n in (h, w))
         padded = F.pad(image, (0, right, 0, bottom), mode="replicate")
-        index = region_index(self._labels(regions, (h + bottom, w + right)).flatten(1))
+        index = region_index(self._labels(regions, (h + bottom, w + right)).flatten(1)).to(image.device)
         return image + self._residual(padded, index)[:, :, :h, :w]
 
     def _labels(self, regions: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -35,6 +35,11 @@ class RegionIndex:
     inverse: Tensor
     groups: tuple[tuple[int, int], ...]
 
+    def to(self, device: torch.device) -> "RegionIndex":
+        """The index of tokens on a device. From the host this does not wait for the device."""
+        keys, order, inverse = (x.to(device, non_blocking=True) for x in (self.keys, self.order, self.inverse))
+        return RegionIndex(keys, order, inverse, self.groups)
+
 
 def region_keys(labels: Tensor) -> tuple[Tensor, int]:
     """Number the regions of a batch from 0, so that images share no region.
@@ -117,7 +122,8 @@ def region_index(labels: Tensor) -> RegionIndex:
     sum to T, there are at most sqrt(2 T) different ones.
 
     Args:
-        labels: `(B, L)`, any integers. A region may consist of several parts.
+        labels: `(B, L)`, any integers. A region may consist of several parts. The lengths are read from the labels, so
+            that labels on a GPU are waited for and those on the host are not.
 
     Raises:
         ValueError: not `(B, L)`, empty, or not integers.
@@ -219,7 +225,7 @@ def _variable_length(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, i
     attend = find_varlen()
     assert attend is not None
     lengths = torch.tensor([0, *(n for c, n in groups for _ in range(c))])
-    ends = lengths.cumsum(0).to(q.device, torch.int32)
+    ends = lengths.cumsum(0, dtype=torch.int32).to(q.device, non_blocking=True)
     longest = int(lengths.max())
     out: Tensor = attend(q, k, v, ends, ends, longest, longest)
     return out

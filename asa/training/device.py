@@ -20,6 +20,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 # Options of mallopt, from glibc's malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+ON_HOST = ("seed", "air", "regions")  # of a batch: values that decide shapes, for which the host would wait
 HEAP_GROWTH = 64 * 2**20  # bytes requested from the system at a time
 
 
@@ -134,9 +135,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on a device; what masks are drawn from stays on the CPU."""
+    """A batch with its tensors on a device; what masks and regions are computed from stays on the CPU."""
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key not in ("seed", "air") else value
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key not in ON_HOST else value
         for key, value in batch.items()
     }
 

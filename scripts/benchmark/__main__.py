@@ -11,12 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import asa
 from scripts.benchmark.plan import PARTS, Spec, plan
 from scripts.benchmark.report import write
 
@@ -59,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_row(spec: Spec, timeout: float) -> dict[str, Any]:
-    """Measure a row in a new process: its numbers and "status" "ok", or "failed" and the "reason"."""
+    """Measure a row in a new process: its numbers and "status" "ok", or another one and its "reason"."""
     command = [sys.executable, "-m", "scripts.benchmark.row", json.dumps(spec)]
     # A new session, so that its child processes can be ended with it.
     process = subprocess.Popen(
@@ -94,21 +93,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(machine["reason"], file=sys.stderr)
             return 1
         common |= {key: machine[key] for key in ("device", "precision", "threads")}
-        machine |= {"asa": asa.__version__, "matrix": options.matrix, "size": options.size, "batch": options.batch}
+        machine |= {"matrix": options.matrix, "size": options.size, "batch": options.batch}
         specs = plan(options.parts, options.size, options.edge, options.batch, common)
-        rows: list[dict[str, Any]] = []
-        done: dict[str, dict[str, Any]] = {}
-        for k, spec in enumerate(specs, start=1):
-            print(f"[{k}/{len(specs)}] {spec['part']}: {spec['name']} ...", end=" ", flush=True)
-            key = json.dumps({name: value for name, value in spec.items() if name != "part"})
-            if key not in done:
-                done[key] = run_row(spec, options.timeout)
-            row = done[key]
-            print(f"{row['seconds']:.4g} s" if row["status"] == "ok" else f"FAILED: {row['reason']}", flush=True)
-            rows.append({**spec, **row})
-            page = write(options.out, machine, rows)
-    print(f"\n{page}\nwrote {options.out.absolute() / 'bench.md'} and bench.json")
-    return 1 if any(row["status"] != "ok" for row in rows) else 0
+        return measure(specs, machine, options.out, lambda: options.timeout)
+
+
+def measure(specs: Sequence[Spec], machine: dict[str, Any], out: Path, left: Callable[[], float]) -> int:
+    """Measure rows, print them and write the report after each; 1 if one failed.
+
+    Args:
+        specs: of the rows.
+        machine: what is written above the tables.
+        out: folder of the report.
+        left: seconds until the next row counts as failed.
+    """
+    rows: list[dict[str, Any]] = []
+    done: dict[str, dict[str, Any]] = {}
+    for k, spec in enumerate(specs, start=1):
+        print(f"[{k}/{len(specs)}] {spec['part']}: {spec['name']} ...", end=" ", flush=True)
+        key = json.dumps({name: value for name, value in spec.items() if name != "part"})
+        if key not in done:
+            timeout = left()
+            done[key] = run_row(spec, timeout) if timeout else {"status": "failed", "reason": "no time was left"}
+        row = done[key]
+        shown = f"{row['seconds']:.4g} s" if row["status"] == "ok" else f"{row['status'].upper()}: {row['reason']}"
+        print(shown, flush=True)
+        rows.append({**spec, **row})
+        page = write(out, machine, rows)
+    print(f"\n{page}\nwrote {out.absolute() / 'bench.md'} and bench.json")
+    return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.segment import Segmentation
 from asa.models import masked_autoencoder as asa
-from asa.models import unet
+from asa.models import unet, vit_seg
 from asa.models.sw_vit import LinearWindowAttention
 from asa.tasks.run import configure
 from scripts.benchmark.plan import CHANNELS, SWIN_FEATURES, UNETR_SIZE
@@ -98,6 +98,8 @@ def make_method(network: str, size: str, edge: int) -> Any:
         return dense_twin(size, edge, network == "written")
     if network == "unet":
         return Segmentation(model=getattr(unet, f"unet_{size}")(CLASSES, img_size=edge, in_channels=channels))
+    if network == "light":
+        return Segmentation(model=getattr(vit_seg, f"vit_seg_{size}")(CLASSES, img_size=edge, in_channels=channels))
     if network == "unetr":
         width, heads, features = UNETR_SIZE[size]
         unetr = UNETR(channels, CLASSES, (edge,) * 3, features, hidden_size=width, mlp_dim=4 * width, num_heads=heads)

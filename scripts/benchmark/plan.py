@@ -6,7 +6,7 @@ from typing import Any
 PARTS = ("pretrain", "fast", "finetune", "importance", "loader", "fed", "window", "growth", "regions", "digests")
 OVERLAP = 0.5
 AIR = 0.27  # of the patches of 15 stripped OASIS brains in centre crops of 128^3
-CHANNELS = {"asa": 1, "fast": 1, "dense": 1, "written": 1, "unet": 4, "unetr": 4, "swin": 4}
+CHANNELS = {"asa": 1, "fast": 1, "dense": 1, "written": 1, "unet": 4, "light": 4, "unetr": 4, "swin": 4}
 # Sizes of the other networks. Base is that of their papers and of MONAI's examples.
 UNETR_SIZE = {"base": (768, 12, 16), "small": (384, 6, 16), "tiny": (96, 3, 8)}  # width, heads, features
 SWIN_FEATURES = {"base": 48, "small": 24, "tiny": 12}
@@ -45,7 +45,7 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
     if "fast" in parts:
         rows += [step("fast", network, edge) for network in ("asa", "fast")]
     if "finetune" in parts:
-        rows += [step("finetune", network, edge) for network in ("unet", "unetr", "swin")]
+        rows += [step("finetune", network, edge) for network in ("unet", "light", "unetr", "swin")]
     if "importance" in parts:
         shared = {"part": "importance", "kind": "importance", "edge": edge, "batch": batch}
         rows += [{"name": f"{kind}, {edge}^3", "importance": kind, **shared} for kind in ("orientation", "magnitude")]
@@ -70,8 +70,9 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
                 {"part": "window", "name": name, "kind": "window", "windows": windows, "overlap": OVERLAP, **own}
             )
     if "growth" in parts:
-        sides = [edge * k // 4 for k in (2, 3, 4, 5)]
-        rows += [step("growth", network, side) for network in ("asa", "dense") for side in sides]
+        sides = [edge * k // 4 for k in (2, 3, 4, 5, 6)]
+        rows += [step("growth", "asa", side) for side in sides]
+        rows += [step("growth", "dense", side) for side in sides[:-1]]
     if "regions" in parts:
         rows += region_rows(size)
     if "digests" in parts:
@@ -117,6 +118,7 @@ def describe(network: str, size: str, edge: int) -> str:
         "dense": f"dense ViT-MAE twin of asa_{size}, fused attention",
         "written": f"dense ViT-MAE twin of asa_{size}, written-out attention",
         "unet": f"unet_{size}",
+        "light": f"vit_seg_{size}",
         "unetr": f"MONAI UNETR (width {UNETR_SIZE[size][0]})",
         "swin": f"MONAI SwinUNETR (feature size {SWIN_FEATURES[size]})",
     }

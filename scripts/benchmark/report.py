@@ -10,7 +10,10 @@ from scripts.benchmark.plan import tokens
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 
+OF_THE_GPU_CHECK = ("checks", "scale")
 TITLES = {
+    "checks": "Checks",
+    "scale": "Training steps",
     "pretrain": "Pretraining step",
     "fast": "Pretraining step, asa_fast",
     "finetune": "Fine-tuning step",
@@ -28,14 +31,15 @@ the rate of large matrix products, measured immediately before and after each re
 time: relative to the first row, corrected for the drift of that rate. Peak: memory of the row's process on a CPU
 (including Python and libraries, without loader workers), of the tensors on a GPU. Per token: relative to the smallest
 volume of the same network. Waiting: fraction of the time in which a step waits for its batch and the device is idle.
-Extra: memory in addition to queries, keys, values and index."""
+Extra: memory in addition to queries, keys, values and index. Difference: to the written-out operation in float32,
+relative to its largest value. Fraction of the matrix rate in this precision: the model FLOP utilisation (MFU)."""
 
 
 def add_ratios(rows: list[Row]) -> None:
     """Add ratios: of each row to the first of its part, and of each volume size to the smallest of the same network."""
     first: dict[str, Row] = {}
     for row in rows:
-        if row["status"] != "ok" or row["kind"] == "restore":
+        if row["status"] != "ok" or row["kind"] == "restore" or row["part"] in OF_THE_GPU_CHECK:
             continue
         key = f"growth of {row['network']}" if row["part"] == "growth" else row["part"]
         base = first.setdefault(key, row)
@@ -81,7 +85,21 @@ GROWTH: list[Column] = [
     ("peak per token", _number("relative_peak_per_token", ".2f")),
     ("KiB per further token", _number("bytes_per_further_token", ".0f", 2**10)),
 ]
-OWN = {"growth": GROWTH, "regions": REGIONS}
+CHECKS: list[Column] = [
+    ("written-out s", _number("written_seconds", ".4g")),
+    ("difference", _number("error", ".1e")),
+    ("of the gradient", _number("gradient_error", ".1e")),
+    ("passed", _number("passed", ".0f")),
+    ("skipped", _number("skipped", ".0f")),
+    ("loss at first", _number("first_loss", ".3f")),
+    ("at last", _number("loss", ".3f")),
+    ("steps/s", _number("steps_per_second", ".2f")),
+]
+SCALE: list[Column] = [
+    ("plan=only GiB", _number("planned_bytes", ".2f", 2**30)),
+    ("peak / plan", _number("peak_to_plan", ".2f")),
+]
+OWN = {"growth": GROWTH, "regions": REGIONS, "checks": CHECKS, "scale": SCALE}
 
 
 def table(rows: list[Row], columns: list[Column]) -> str:
@@ -98,7 +116,7 @@ def table(rows: list[Row], columns: list[Column]) -> str:
         for line in lines
     ]
     rule = "|" + "|".join("-" * (n + 1) + (":" if k else "-") for k, n in enumerate(width)) + "|"
-    failed = [f"- {row['name']}: FAILED: {row['reason']}" for row in rows if row["status"] != "ok"]
+    failed = [f"- {row['name']}: {row['status'].upper()}: {row['reason']}" for row in rows if row["status"] != "ok"]
     return "\n".join([*([text[0], rule, *text[1:]] if good else []), *([""] if good and failed else []), *failed])
 
 

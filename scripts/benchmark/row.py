@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import asa
 from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.losses.reconstruction import gradient_importance
 from asa.ops.patches import unpatchify
@@ -28,8 +30,11 @@ from asa.training.device import (
     pick_precision,
     precision_name,
 )
+from asa.training.gpu_check import USABLE
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
+from asa.training.plan import GIB, step_memory, volume_batch
+from scripts.benchmark.checks import CHECKS
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
 from scripts.benchmark.plan import AIR, CHANNELS, Spec
@@ -92,6 +97,21 @@ def step(spec: Spec, device: torch.device) -> Work:
         return count_operations(lambda: method(shapes)["loss"].backward())
 
     return Work(lambda: take(batch), volumes=b, operations=operations)
+
+
+def planned(spec: Spec, device: torch.device) -> int:
+    """Bytes that `plan=only` gives for a training step."""
+    from scripts.benchmark.networks import make_method
+
+    memory = step_memory(
+        lambda: make_method(spec["network"], spec["size"], spec["edge"]),
+        PRECISIONS[spec["precision"]],
+        partial(volume_batch, count=spec["batch"], label=spec["network"] != "asa"),
+        settings=TrainSettings(batch_size=spec["batch"]),
+        optim=OptimSettings(),
+        gpu=device.type == "cuda",
+    )[1]
+    return memory.peak
 
 
 def outer_patches(side: int) -> torch.Tensor:
@@ -261,13 +281,24 @@ def measure(spec: Spec, rates: Rates | None) -> dict[str, Any]:
         rates: returns the matrix-product rates by precision; None for rows without matrix products.
 
     Returns:
-        See `time_work`.
+        See `time_work`. For a row that is "planned" also "planned_bytes" and, on a GPU, "peak_to_plan"; if the plan
+        does not fit there, "status" and "reason" only.
     """
     torch.manual_seed(0)
     device = torch.device(spec["device"])
     if device.type == "cpu":  # as in training; for all networks, so that networks are compared and not allocators
         keep_freed_memory()
-    return time_work(KINDS[spec["kind"]](spec, device), device, spec["repeats"], rates, spec["precision"])
+    row: dict[str, Any] = {}
+    if spec.get("planned"):
+        row["planned_bytes"] = planned(spec, device)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        if free and row["planned_bytes"] > USABLE * free:
+            reason = f"plan=only: {row['planned_bytes'] / GIB:.0f} GiB, of which {free / GIB:.0f} are free"
+            return {**row, "status": "left out", "reason": reason}
+    row |= time_work(KINDS[spec["kind"]](spec, device), device, spec["repeats"], rates, spec["precision"])
+    if spec.get("planned") and device.type == "cuda":  # on a CPU the peak is that of the process, libraries included
+        row["peak_to_plan"] = row["peak_bytes"] / row["planned_bytes"]
+    return row
 
 
 def machine(spec: Spec) -> dict[str, Any]:
@@ -284,6 +315,7 @@ def machine(spec: Spec) -> dict[str, Any]:
         "threads": spec["threads"] or torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "asa": asa.__version__,
         "torch": torch.__version__,
         "monai": monai.__version__,
     }
@@ -319,6 +351,9 @@ def main() -> None:
         torch.set_num_threads(spec["threads"])
     if spec["kind"] == "machine":
         row = machine(spec)
+    elif spec["kind"] in CHECKS:
+        torch.manual_seed(0)
+        row = CHECKS[spec["kind"]](spec, torch.device(spec["device"]))
     else:
         with nullcontext() if spec["kind"] in ("loader", "fed") else MatrixRate(spec) as rates:
             row = measure(spec, rates)

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
@@ -427,36 +428,36 @@ HEAVY = "torch", "monai", "nibabel", "scipy"
 COMMANDS = sorted(path.stem for path in Path(front.__file__).parent.glob("*.py") if path.stem not in NOT_COMMANDS)
 
 
-def in_a_process(*arguments: str) -> tuple[str, str]:
-    """Output of `asa ...` in a process of its own, and the heavy packages that it imported."""
+def in_a_process(calls: Sequence[Sequence[str]]) -> list[tuple[str, list[str]]]:
+    """Output of each `asa ...`, one after the other in one new process, and the heavy packages imported until then."""
     code = (
-        "import sys\nfrom asa.cli.main import main\n"
-        f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
-        f"print(*(name for name in {HEAVY!r} if name in sys.modules), file=sys.stderr)"
+        "import contextlib, io, json, sys\nfrom asa.cli.main import main\n"
+        f"for arguments in {calls!r}:\n"
+        "    shown = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):\n"
+        "        with contextlib.suppress(SystemExit): main(arguments)\n"
+        f"    print(json.dumps([shown.getvalue(), [name for name in {HEAVY!r} if name in sys.modules]]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr, done.stderr.splitlines()[-1]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_needs_no_heavy_package(name: str) -> None:
-    shown, heavy = in_a_process(name, "--help")
-    assert shown.startswith(f"usage: asa-{name} ") and "settings:" in shown and heavy == ""
+def test_help_needs_no_heavy_package() -> None:
+    for name, (shown, heavy) in zip(COMMANDS, in_a_process([[name, "--help"] for name in COMMANDS]), strict=True):
+        assert shown.startswith(f"usage: asa-{name} ") and "settings:" in shown and heavy == [], name
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("evaluate", "out=x", "polcy=ibsr"), "did you mean policy?"),
-        (("pretrain", "out=x", "data.store=y", "train.stepz=3"), "did you mean train.steps?"),
-        (("pretrain", "out=x", "data.store=y", "train.steps=many"), "many"),
-        (("finetune", "out=x", "model=asa_tiny"), "choose unet_tiny"),
-        (("predict", "out=x"), "checkpoint, input has to be given"),
-    ],
-)
-def test_settings_are_checked_before_heavy_packages_are_imported(arguments: tuple[str, ...], message: str) -> None:
-    shown, heavy = in_a_process(*arguments)
-    assert f"asa-{arguments[0]}: error: " in shown and message in shown and heavy == ""
+def test_settings_are_checked_before_heavy_packages_are_imported() -> None:
+    wrong = {
+        ("evaluate", "out=x", "polcy=ibsr"): "did you mean policy?",
+        ("pretrain", "out=x", "data.store=y", "train.stepz=3"): "did you mean train.steps?",
+        ("pretrain", "out=x", "data.store=y", "train.steps=many"): "many",
+        ("finetune", "out=x", "model=asa_tiny"): "choose unet_tiny",
+        ("predict", "out=x"): "checkpoint, input has to be given",
+    }
+    found = in_a_process([list(arguments) for arguments in wrong])
+    for (arguments, message), (shown, heavy) in zip(wrong.items(), found, strict=True):
+        assert f"asa-{arguments[0]}: error: " in shown and message in shown and heavy == [], arguments
 
 
 def test_asa_with_a_command_is_that_command(capsys: pytest.CaptureFixture[str]) -> None:

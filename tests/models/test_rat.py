@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from asa import FocalRegionLoss, RegionAttentionTransformer, rat_base, rat_small, rat_tiny
+from asa.methods.restore import Restoration
 from asa.models.rat import NAFBlock, WindowAttention
 from asa.ops.regions import coarse_labels
+from asa.training.device import on_device
 
 
 def network(**overrides) -> RegionAttentionTransformer:
@@ -105,6 +107,15 @@ def test_all_backends_give_the_same_output() -> None:
     results = [network(backend=backend)(image, labels) for backend in ("segments", "dense", "auto")]
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_a_step_reads_no_value_of_its_device(backend: str) -> None:
+    image, labels = picture()
+    batch = on_device({"image": image, "target": image, "regions": labels}, torch.device("meta"))
+    assert batch["image"].is_meta and batch["regions"] is labels  # the meta device has no values
+    loss = Restoration(model=network(backend=backend)).to("meta")(batch)["loss"]
+    assert loss.is_meta and loss.shape == ()
 
 
 def test_windows_attend_only_to_themselves() -> None:

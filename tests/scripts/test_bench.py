@@ -2,13 +2,13 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import forked_rows
 
 from asa import LinearWindowAttention
 
@@ -84,7 +84,7 @@ def test_the_dense_network_differs_in_attention_only() -> None:
     assert not any("relative_position_bias" in name for name, _ in twin.named_parameters())
 
 
-@pytest.mark.parametrize("network", ["unet", "unetr", "swin"])
+@pytest.mark.parametrize("network", ["unet", "light", "unetr", "swin"])
 def test_segmentation_networks_train_and_predict(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SECOND", 0)  # warm enough after one call
     trained = row.measure(toy(network), rates)
@@ -136,22 +136,25 @@ def test_a_full_run_has_every_row_once_in_its_part() -> None:
     rows = plan.plan(list(plan.PARTS), "base", 128, 1, {})
     parts = [spec["part"] for spec in rows]
     assert {part: parts.count(part) for part in plan.PARTS} == {
-        "pretrain": 3, "fast": 2, "finetune": 3, "importance": 2, "loader": 6, "fed": 3, "window": 3, "growth": 8,
+        "pretrain": 3, "fast": 2, "finetune": 4, "importance": 2, "loader": 6, "fed": 3, "window": 3, "growth": 9,
         "regions": 5, "digests": 2,
     }  # fmt: skip
     assert len({(spec["part"], spec["name"]) for spec in rows}) == len(rows)
     growth = [(spec["network"], spec["edge"]) for spec in rows if spec["part"] == "growth"]
-    assert growth == [(network, edge) for network in ("asa", "dense") for edge in (64, 96, 128, 160)]
+    edges = (64, 96, 128, 160)
+    assert growth == [("asa", edge) for edge in (*edges, 192)] + [("dense", edge) for edge in edges]
     assert [spec["windows"] for spec in rows if spec["part"] == "window"] == [8, 8, 8]
     regions = [(spec["backend"], spec["tokens"], spec["regions"]) for spec in rows if spec["kind"] == "attention"]
     assert regions == [("segments", 16384, 40), ("dense", 16384, 40), ("segments", 4096, 10), ("segments", 65536, 160)]
 
 
-def test_a_run_writes_table_and_json(tmp_path: Path) -> None:
+def test_a_run_writes_table_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "run_row", forked_rows(main.run_row, row.main, tmp_path))
     options = ["--parts=pretrain", "--size=tiny", "--edge=64", "--matrix=64", "--repeats=2", "--threads=1"]
-    command = [sys.executable, "-m", "scripts.benchmark", "--device=cpu", f"--out={tmp_path / 'out'}", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert main.main(["--device=cpu", f"--out={tmp_path / 'out'}", *options]) == 0
+    shown = capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [found["name"] for found in written["rows"]] == [
         "asa_tiny, 1 x 64^3",
@@ -164,7 +167,7 @@ def test_a_run_writes_table_and_json(tmp_path: Path) -> None:
     assert written["rows"][0]["relative_time"] == 1
     assert written["machine"]["torch"] and written["machine"]["threads"] == 1 and written["machine"]["processor"]
     page = (tmp_path / "out" / "bench.md").read_text()
-    assert page in done.stdout and "| asa_tiny, 1 x 64^3" in page and "## Pretraining step" in page
+    assert page in shown and "| asa_tiny, 1 x 64^3" in page and "## Pretraining step" in page
 
 
 def test_a_failing_row_gives_its_reason_and_the_others_continue(
@@ -180,7 +183,15 @@ def test_a_failing_row_gives_its_reason_and_the_others_continue(
                 "cores": 1,
                 "system": "an OS",
             }
-            return {"status": "ok", **known, "torch": "2", "monai": "1", "python": "3", "matrix_rates": rates()}
+            return {
+                "status": "ok",
+                **known,
+                "asa": "0",
+                "torch": "2",
+                "monai": "1",
+                "python": "3",
+                "matrix_rates": rates(),
+            }
         if spec["edge"] == 96 and spec["network"] == "asa":
             return {"status": "failed", "reason": "MemoryError: too large"}
         numbers = {"seconds": 2.0, "seconds_best": 1.0, "repeats": 3, "volumes_per_second": 0.5, "peak_bytes": 2**30}
@@ -189,8 +200,8 @@ def test_a_failing_row_gives_its_reason_and_the_others_continue(
     monkeypatch.setattr(main, "run_row", measured)
     assert main.main(["--parts=growth", f"--out={tmp_path}"]) == 1
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [found["status"] for found in rows] == ["ok", "failed", *["ok"] * 6]
-    assert [found.get("relative_time_per_token") for found in rows] == [1, None, 1, 1, 1, 1, 1, 1]
+    assert [found["status"] for found in rows] == ["ok", "failed", *["ok"] * 7]
+    assert [found.get("relative_time_per_token") for found in rows] == [1, None, 1, 1, 1, 1, 1, 1, 1]
     assert rows[3]["relative_peak_per_token"] == pytest.approx((64 / 160) ** 3)
     assert "asa_base, 1 x 96^3: FAILED: MemoryError: too large" in capsys.readouterr().out
 

@@ -25,8 +25,8 @@ def test_no_step_waits_for_the_device(name: str, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", simulation.PREDICTED)
-def test_no_window_of_a_prediction_waits_for_the_device(name: str, precision: str) -> None:
-    assert simulation.waits_of_prediction(name, precision) == []
+def test_a_sliding_window_waits_once_for_the_device_and_no_window_does(name: str, precision: str) -> None:
+    assert simulation.waits_of_prediction(name, precision) == [simulation.WEIGHTS]
 
 
 def test_copies_that_block_and_values_that_are_read_are_noticed() -> None:

@@ -271,7 +271,7 @@ def test_only_the_main_process_prints(store: Path, tmp_path: Path) -> None:
     ended = ranks(
         tmp_path, 2, command, "finetune", f"data.store={store}", f"out={tmp_path}/fine", f"init={run}",
         *tiny[:3], "model=unet_tiny", "+model.feature_size=4", "crop=[64,32,32]", "train.steps=2", "train.batch_size=2",
-        "data.split={validation: 1, test: 0}",
+        "data.split={validation: 1, test: 0}", "predict.overlap=0",
     )  # fmt: skip
     assert finished(ended) and "dice" in ended[0].text and ended[1].text == ""
 

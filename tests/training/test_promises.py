@@ -1,6 +1,8 @@
 """Laws of training under failures, in one process."""
 
+import argparse
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +44,7 @@ from asa.training.optim import OptimSettings
 from asa.training.run_log import READABLE, TITLE, RunLog, SilentLog, titled
 from asa.training.signals import RESUME_CODE, Stopped, stop_signals
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[2]))  # of scripts, which are of the checkout and not of the package
 
 
 def names(run: Path) -> list[str]:
@@ -556,14 +559,40 @@ def test_invalid_ema_and_timeout_settings_are_refused() -> None:
 # --- scripts
 
 
+class Forked:
+    """A forked process with what the script uses of a Popen."""
+
+    def __init__(self, process: Any) -> None:
+        self.process, self.pid = process, process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0)
+        return self.process.exitcode
+
+
 @pytest.mark.slow
-def test_verify_resume_compares_a_killed_run_with_an_uninterrupted_one(store: Path, tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "scripts" / "verify_resume.py"), "--kills", "2", "--out", str(tmp_path / "v")]
+def test_verify_resume_compares_a_killed_run_with_an_uninterrupted_one(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the uninterrupted run is started from the command line: the others need not import torch again."""
+    verify = importlib.import_module("scripts.verify_resume")
+    start = verify.start
+
+    def started(chosen: argparse.Namespace, name: str) -> "subprocess.Popen[bytes] | Forked":
+        if name == "whole":
+            return start(chosen, name)
+        job = Job(tmp_path, 1, command, chosen.command, *chosen.settings, f"out={chosen.out / name}")
+        return Forked(job.processes[0])
+
+    monkeypatch.setattr(verify, "start", started)
     tiny = ["loader.workers=0", "train.device=cpu", "model=asa_tiny", "crop=32", "optim.warmup=1", "train.steps=40"]
-    done = subprocess.run(
-        [*script, "pretrain", f"data.store={store}", *tiny, "train.save_every=5"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    print(done.stdout, done.stderr)
-    assert done.returncode == 0 and "the same weights" in done.stdout
+    arguments = ["pretrain", f"data.store={store}", *tiny, "train.save_every=5"]
+    monkeypatch.setattr(sys, "argv", ["verify", "--kills", "2", "--out", str(tmp_path / "v"), *arguments])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert verify.main() == 0
+    assert "the same weights" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Scans find their grid, labels find their way back, and the mid-sagittal plane ends in the middle."""
 
+import hashlib
 import itertools
 import shlex
 import sys
@@ -16,7 +17,7 @@ from scipy import ndimage
 from asa.data.io.nifti import Volume, read_image, read_label, spacing_of, write_label
 from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import brain_mask, correct_bias
-from asa.data.preprocessing.midsagittal import find_midsagittal_plane
+from asa.data.preprocessing.midsagittal import MidsagittalPlane, find_midsagittal_plane
 from asa.data.preprocessing.pipeline import prepare_case, to_native, to_prepared
 from asa.data.preprocessing.quality_control import case_thumbnail
 from asa.data.preprocessing.registration import register_to_template
@@ -28,6 +29,22 @@ PYTHON = shlex.quote(sys.executable)
 SHARED = Path(__file__).parents[4] / "shared/data"
 needs_scans = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real scans are not here: no {SHARED}")
 CODES = ["".join(turned) for code in itertools.product("LR", "PA", "IS") for turned in itertools.permutations(code)]
+
+
+PLANES: dict[bytes, MidsagittalPlane] = {}
+
+
+@pytest.fixture(autouse=True)
+def each_plane_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search takes seconds, and several tests prepare the same scan with other settings."""
+
+    def searched(volume: np.ndarray, spacing: tuple[float, ...]) -> MidsagittalPlane:
+        key = hashlib.sha256(f"{volume.shape} {spacing}".encode() + volume.tobytes()).digest()
+        if key not in PLANES:
+            PLANES[key] = find_midsagittal_plane(volume, spacing)
+        return PLANES[key]
+
+    monkeypatch.setattr("asa.data.preprocessing.alignment.find_midsagittal_plane", searched)
 
 
 def turn_pose(yaw: float) -> np.ndarray:
@@ -197,7 +214,9 @@ def test_the_template_itself_is_brought_back_from_an_affine_map(seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_map_is_the_same_to_the_bit_and_does_not_depend_on_the_field_of_view(seed, monkeypatch):
     pytest.importorskip("nilearn")
-    monkeypatch.setattr("asa.data.preprocessing.registration.SAMPLED", 0.03)  # this holds for any number
+    # This holds for any number of samples and levels.
+    monkeypatch.setattr("asa.data.preprocessing.registration.SAMPLED", 0.03)
+    monkeypatch.setattr("asa.data.preprocessing.registration.LEVELS", ((4, 2.0),))
     spacing, shape = 3.0, (66, 78, 66)
     brain, _ = warped_template(seed, shape, spacing)
     found = register_to_template(brain, (spacing,) * 3, np.eye(3))
@@ -232,7 +251,8 @@ def halved(volume: Volume) -> Volume:
 
 @pytest.mark.slow
 @needs_scans
-def test_a_real_brain_is_registered_with_any_orientation_in_its_header(tmp_path):
+def test_a_real_brain_is_registered_with_any_orientation_in_its_header(monkeypatch):
+    monkeypatch.setattr("asa.data.preprocessing.registration.SAMPLED", 0.05)  # a fifth: the law is no easier so
     volume = halved(read_image(SHARED / "oasis15/1001_SS.nii.gz"))
     label = halved(read_label(SHARED / "oasis15/1001_tissues.nii.gz"))
     labels = {1: "csf", 2: "gm", 3: "wm"}
