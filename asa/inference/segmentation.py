@@ -225,6 +225,7 @@ class Segmenter:
         self.labels: dict[int, str] = {int(value): name for value, name in self.data["labels"].items()}
         self.regions: dict[str, list[int]] = dict(self.data.get("regions", []))
         self.outputs = output_names(self.labels, self.regions)
+        probability_files(Path(), self.outputs)  # refuses names of one file here and not at the first scan
         self.mirrored_channels = self._mirrored_channels() if "W" in axes else []
         self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip)
 

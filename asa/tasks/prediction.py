@@ -17,6 +17,7 @@ from asa.data.store import MANIFEST, Store
 from asa.inference.layout import Flat, Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.tasks.base import Config
+from asa.training.hub import on_hub
 
 ENDINGS = (".nii.gz", ".nii")
 LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settings
@@ -118,6 +119,8 @@ def subjects_of_part(config: Config) -> list[str] | None:
     part, paths = config["part"], checkpoints_of(config)
     if part is None:
         return None
+    if remote := [path for path in paths if on_hub(path)]:
+        raise ValueError(f"part={part}: {remote[0]} has no split, which a run on this machine has: leave part= out")
     splits = [read_split(_run_of(Path(path)) / "split.json") for path in paths]
     subjects = splits[0].get(part)
     if not subjects:
