@@ -86,8 +86,9 @@ class BidsDerivative:
     def __init__(self, out: Path, segmenter: Segmenter, checkpoints: Sequence[str], probabilities: bool) -> None:
         self.out = out
         self.outputs = abbreviations(segmenter.outputs)
-        self.labels = {0: "background", **{value: segmenter.labels[value] for value in sorted(segmenter.labels)}}
-        self.lookup = lookup_table(self.labels)
+        self.lookup = lookup_table(
+            {0: "background"} | {value: name for value, name in sorted(segmenter.labels.items())}
+        )
         self.with_probabilities = probabilities
         self.software: dict[str, Any] = {
             "Name": "asa",
@@ -105,7 +106,7 @@ class BidsDerivative:
             ValueError: files outside a BIDS dataset, of two datasets, or that would give one name; or a folder that
                 holds anything but predictions of these labels for this dataset.
         """
-        files = {id: [Path(path).absolute() for path in paths] for id, paths in scans.items()}
+        files = {id: [Path(os.path.abspath(path)) for path in paths] for id, paths in scans.items()}
         roots = {bids_root(path): path for paths in files.values() for path in paths}
         if len(roots) != 1:
             found = " and ".join(map(str, roots.values())) or "no scans"
@@ -161,7 +162,8 @@ class BidsDerivative:
         """dataset_description.json, dseg.tsv and .bidsignore, unless the folder holds something else."""
         raw = read_json(root / DESCRIPTION) if (root / DESCRIPTION).is_file() else {}
         doi = {"DOI": raw["DatasetDOI"]} if isinstance(raw, dict) and raw.get("DatasetDOI") else {}
-        link = quote(Path(os.path.relpath(root, self.out.absolute())).as_posix())
+        out = Path(os.path.abspath(self.out))
+        link = quote(Path(os.path.relpath(root, out)).as_posix())
         about = {
             "Name": "Segmentations by asa",
             "BIDSVersion": BIDS_VERSION,
@@ -171,7 +173,7 @@ class BidsDerivative:
             "DatasetLinks": {"raw": link},
         }
         before = read_json(self.out / DESCRIPTION) if (self.out / DESCRIPTION).exists() else None
-        if self.out.absolute() == root or (before is None and self.out.exists() and any(self.out.iterdir())):
+        if out == root or (before is None and self.out.exists() and any(self.out.iterdir())):
             raise ValueError(f"{self.out} is not empty and not a derivative of asa-predict: choose another out=")
         if before is not None:
             same = isinstance(before, dict) and all(before.get(key) == about[key] for key in ("Name", "DatasetLinks"))
