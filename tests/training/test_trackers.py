@@ -121,6 +121,7 @@ def test_mlflow_holds_the_rows_of_the_log_in_one_run_that_is_resumed_without_a_n
 ) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     pytest.importorskip("sqlalchemy", reason="mlflow-skinny has no local database")
+    monkeypatch.setattr(trackers, "PATIENCE", 600)  # a busy machine takes a minute to import it
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def refused(*_: object) -> None:
@@ -145,6 +146,7 @@ def test_wandb_writes_the_rows_of_the_log_to_the_run_folder_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setattr(trackers, "PATIENCE", 600)
     for name in ("WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     run = tmp_path / "run"
