@@ -48,7 +48,12 @@ def a_scan(folder: Path, name: str = "a") -> Path:
 def predicted(segmenter: Segmenter, path: Path, probabilities: Path | None = None) -> np.ndarray:
     out = path.with_name("prediction.nii.gz")
     segmenter.segment_file({"t1": path}, out, probabilities=probabilities)
-    return np.asarray(nibabel.load(out).dataobj)
+    return voxels(out)
+
+
+def voxels(path: Path) -> np.ndarray:
+    """The array of a file, (x, y, z)."""
+    return np.asarray(nibabel.load(path).dataobj)
 
 
 def call(module, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -1,4 +1,4 @@
-"""Write a trained network as ONNX or as a MONAI bundle, or a store as a dataset of nnU-Net."""
+"""Write a trained network as ONNX, a MONAI bundle or a folder for the Hub, or a store as a dataset of nnU-Net."""
 
 import sys
 from functools import partial
@@ -9,6 +9,7 @@ from asa.cli.front import Config, run_command
 
 def export(config: Config) -> None:
     """Write the file or the folder."""
+    from asa.export.hub import export_hub
     from asa.export.monai_bundle import export_bundle
     from asa.export.nnunet import export_nnunet
     from asa.export.onnx import export_onnx
@@ -26,8 +27,12 @@ def export(config: Config) -> None:
     elif config["format"] == "bundle":
         export_bundle(config["checkpoint"], out, plugins=config["plugins"])
         print(f"wrote {out}; {out}/docs/README.md says how MONAI runs it")
+    elif config["format"] == "hub":
+        card = {key: config[key] for key in ("licence", "trained_on", "evaluation")}
+        export_hub(config["checkpoint"], out, **card, plugins=config["plugins"])
+        print(f"wrote {out}: read {out}/README.md, then publish it with hf upload ORG/NAME {out}")
     else:
-        raise ValueError(f"format={config['format']}: choose onnx, bundle or nnunet")
+        raise ValueError(f"format={config['format']}: choose onnx, bundle, hub or nnunet")
 
 
 main = partial(run_command, "export", __doc__, export)

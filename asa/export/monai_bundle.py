@@ -60,10 +60,15 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
 
 def exported(data: Mapping[str, Any]) -> dict[str, Any]:
     """What an export says of the training scans: neither subjects nor a command with paths of somebody's machine."""
-    facts = {key: data[key] for key in KEYS if key in data}
-    if "{mask}" in facts.get("prepare", {}).get("strip", ""):
-        facts["prepare"] = {**facts["prepare"], "strip": OWN_COMMAND}
-    return facts
+    return without_command({key: data[key] for key in KEYS if key in data})
+
+
+def without_command(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's metadata with a skull stripping command replaced, which may name files of somebody's machine."""
+    prepare = data.get("prepare", {})
+    if "{mask}" not in prepare.get("strip", ""):
+        return dict(data)
+    return {**data, "prepare": {**prepare, "strip": OWN_COMMAND}}
 
 
 def _check_plain(node: Any, source: str) -> None:

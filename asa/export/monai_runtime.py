@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from asa.data.io.files import read_json
 from asa.data.io.nifti import write_label
-from asa.inference.label_maps import native_label_map, probabilities_of
+from asa.inference.label_maps import native_label_map, output_names, probabilities_of, probability_files
 from asa.inference.preprocessing import ScanPreprocessor
 
 
@@ -57,9 +57,10 @@ class WriteLabelMap(Transform):
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Add "label" (x, y, z), in the axes of the scan's file, to an item with "pred" `(K or R, D, H, W)`."""
         id, like = data["id"], data["like"]
-        folder = self.out / "probabilities" / id if self.probabilities else None
+        names = output_names(self.labels, self.regions)
+        files = probability_files(self.out / "probabilities" / id, names) if self.probabilities else None
         probabilities = probabilities_of(data["pred"].cpu().float(), self.regions)
-        label = native_label_map(probabilities, data["chain"], self.labels, self.regions, like, folder)
+        label = native_label_map(probabilities, data["chain"], self.labels, self.regions, like, files)
         write_label(self.out / f"{id}.nii.gz", label, like)
         return {**data, "label": label}
 

@@ -7,6 +7,7 @@ scan's file. Probabilities are resampled and compared one at a time, because a n
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def native_label_map(
     labels: Mapping[int, str],
     regions: Mapping[str, Sequence[int]],
     like: Volume,
-    folder: Path | None = None,
+    files: Sequence[Path] | None = None,
 ) -> np.ndarray:
     """Resample the probabilities of a prepared scan to its own grid and choose the labels there.
 
@@ -43,14 +44,14 @@ def native_label_map(
         labels: label value -> name.
         regions: name -> label values that it joins; {} for exclusive classes.
         like: the scan as it was read.
-        folder: where each probability is written to a file of its own; None writes none.
+        files: where the probability of each of the K classes or R regions is written; None writes none.
 
     Returns:
         Label values `(x, y, z)`.
     """
     channels = (probabilities if regions else probabilities[1:]).numpy()
     native = (to_native(channel[None], chain, order=1)[0] for channel in channels)
-    return labels_from_probabilities(native, labels, regions, like, folder)
+    return labels_from_probabilities(native, labels, regions, like, files)
 
 
 def labels_from_probabilities(
@@ -58,54 +59,56 @@ def labels_from_probabilities(
     labels: Mapping[int, str],
     regions: Mapping[str, Sequence[int]],
     like: Volume,
-    folder: Path | None = None,
+    files: Sequence[Path] | None = None,
 ) -> np.ndarray:
     """Choose the label of each voxel from probabilities on the scan's own grid.
 
     Args:
         probabilities: `(x, y, z)` of each of R regions, or of the K - 1 classes without the background.
-        labels, regions, like, folder: as for `native_label_map`.
+        labels, regions, like, files: as for `native_label_map`.
 
     Returns:
         Label values `(x, y, z)`: the class of highest probability, or the innermost region above one half.
     """
     if regions:
-        written = _written(probabilities, probability_files(list(regions)), like, folder)
+        written = _written(probabilities, files, like)
         return paint((torch.from_numpy(one) for one in written), painting_order(regions)).numpy()
-    return _most_probable(probabilities, labels, like, folder)
+    return _most_probable(probabilities, labels, like, files)
 
 
 def _most_probable(
-    probabilities: Iterable[np.ndarray], labels: Mapping[int, str], like: Volume, folder: Path | None
+    probabilities: Iterable[np.ndarray], labels: Mapping[int, str], like: Volume, files: Sequence[Path] | None
 ) -> np.ndarray:
     """The class of highest probability; the background has what the other classes leave, so that all sum to 1."""
-    values = sorted(labels)
-    files = probability_files(["background", *(labels[value] for value in values)])
     background = np.ones(like.data.shape, np.float32)
     highest, index = np.zeros_like(background), np.zeros(like.data.shape, np.uint8)
-    for k, probability in enumerate(_written(probabilities, files[1:], like, folder), start=1):
+    for k, probability in enumerate(_written(probabilities, files and files[1:], like), start=1):
         background -= probability
         higher = probability > highest
         highest[higher], index[higher] = probability[higher], k
     background = background.clip(min=0)
     index[background >= highest] = 0
-    if folder is not None:
-        write_image(folder / files[0], background, like.affine)
-    return np.array([0, *values])[index]
+    if files is not None:
+        write_image(files[0], background, like.affine)
+    return np.array([0, *sorted(labels)])[index]
 
 
-def _written(
-    probabilities: Iterable[np.ndarray], files: Sequence[str], like: Volume, folder: Path | None
-) -> Iterator[np.ndarray]:
-    """Pass the probabilities on, after writing each to its file if there is a folder."""
-    for probability, file in zip(probabilities, files, strict=True):
-        if folder is not None:
-            write_image(folder / file, probability, like.affine)
+def _written(probabilities: Iterable[np.ndarray], files: Sequence[Path] | None, like: Volume) -> Iterator[np.ndarray]:
+    """Pass the probabilities on, after writing each to its file if there are files."""
+    paired = zip(probabilities, repeat(None)) if files is None else zip(probabilities, files, strict=True)
+    for probability, file in paired:
+        if file is not None:
+            write_image(file, probability, like.affine)
         yield probability
 
 
-def probability_files(names: Sequence[str]) -> list[str]:
-    """A file name for each class or region.
+def output_names(labels: Mapping[int, str], regions: Mapping[str, Sequence[int]]) -> list[str]:
+    """What the probabilities of a network are of: its regions, or the background and its labels."""
+    return list(regions) or ["background", *(labels[value] for value in sorted(labels))]
+
+
+def probability_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """A file in the folder for each class or region.
 
     Raises:
         ValueError: two names give the same file.
@@ -117,7 +120,7 @@ def probability_files(names: Sequence[str]) -> list[str]:
                 f"the classes {names[files.index(file)]!r} and {names[index]!r} would both be written to {file}: "
                 "rename one of them"
             )
-    return files
+    return [folder / file for file in files]
 
 
 # ---- left and right: labels are value -> name, pairs are `[left, right]` names of labels exchanged by mirroring ----

@@ -24,7 +24,9 @@ from asa.inference.label_maps import (
     mirrored_classes,
     mirrored_regions,
     native_label_map,
+    output_names,
     probabilities_of,
+    probability_files,
 )
 from asa.inference.preprocessing import ScanPreprocessor, check_metadata
 from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map, expected_dice
@@ -222,6 +224,8 @@ class Segmenter:
             _check_agreement(str(paths[0]), self.data, str(path), other)
         self.labels: dict[int, str] = {int(value): name for value, name in self.data["labels"].items()}
         self.regions: dict[str, list[int]] = dict(self.data.get("regions", []))
+        self.outputs = output_names(self.labels, self.regions)
+        probability_files(Path(), self.outputs)  # refuses names of one file here and not at the first scan
         self.mirrored_channels = self._mirrored_channels() if "W" in axes else []
         self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip)
 
@@ -238,14 +242,14 @@ class Segmenter:
         images: Mapping[str, str | Path | None],
         out: Path,
         *,
-        probabilities: Path | None = None,
+        probabilities: Path | Sequence[Path] | None = None,
         uncertainty: Path | None = None,
     ) -> Segmented:
         """Segment a raw scan, a file per channel, and write the label map on the scan's own grid.
 
         Args:
             out: the `.nii.gz` to write.
-            probabilities: folder for the probabilities of classes or regions; None writes none.
+            probabilities: folder for the probabilities, or a `.nii.gz` for each of `outputs`; None writes none.
             uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
 
         Raises:
@@ -261,7 +265,7 @@ class Segmenter:
         like: Volume,
         out: Path,
         *,
-        probabilities: Path | None = None,
+        probabilities: Path | Sequence[Path] | None = None,
         uncertainty: Path | None = None,
     ) -> Segmented:
         """Segment a prepared volume `(C, D, H, W)` of a store, and write as `segment_file` does.
@@ -283,12 +287,14 @@ class Segmenter:
         chain: dict[str, Any],
         like: Volume,
         out: Path,
-        folder: Path | None,
+        files: Path | Sequence[Path] | None,
         uncertainty: Path | None,
     ) -> Segmented:
         spread = RunningSpread() if uncertainty is not None and self.uncertainty == "spread" else None
         probabilities = self.probabilities(torch.from_numpy(np.ascontiguousarray(image)), spread)
-        label = native_label_map(probabilities, chain, self.labels, self.regions, like, folder)
+        if isinstance(files, Path):
+            files = probability_files(files, self.outputs)
+        label = native_label_map(probabilities, chain, self.labels, self.regions, like, files)
         write_label(out, label, like)
         if uncertainty is not None:
             made = entropy_map(probabilities, regions=bool(self.regions)) if spread is None else spread.map()

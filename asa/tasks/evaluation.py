@@ -18,6 +18,7 @@ from asa.data.io.parallel import KILLED, in_processes
 from asa.evaluation.metrics import bounding_box, dice, hd95
 from asa.evaluation.policies import POLICIES, Policy, get_policy
 from asa.evaluation.summary import SEED, CaseRow, SegmentationSummary, cases_csv, listed, summarise, summary_table
+from asa.inference.layout import label_maps_of
 from asa.reporting.evaluation import CaseFiles, write_report
 
 __all__ = ["POLICIES", "CaseFiles", "dice", "evaluate_case", "evaluate_folder", "hd95", "summarise", "summary_table"]
@@ -84,7 +85,7 @@ def evaluate_folder(
     Nothing is written unless every case could be evaluated; each file is written whole or not at all.
 
     Args:
-        predictions: folder of `ID.nii.gz`.
+        predictions: folder of `ID.nii.gz`, or a BIDS derivative of asa-predict.
         truths: case id -> label map.
         labels: declared label value -> name; 0 is background and not declared.
         policy: name of a policy.
@@ -149,7 +150,7 @@ def _match(
         raise FileNotFoundError(f"{predictions}: no such folder; give the one that asa-predict wrote")
     if not truths:
         raise ValueError("no truth to evaluate against: give at least one case")
-    found = {path.name.removesuffix(ENDING): path for path in predictions.glob(f"*{ENDING}")}
+    found = label_maps_of(predictions)
     missing, unmatched = sorted(set(truths) - set(found)), sorted(set(found) - set(truths))
     if missing and (not allow_missing or len(missing) == len(truths)):
         if len(missing) < len(truths):

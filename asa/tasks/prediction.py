@@ -9,16 +9,21 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from asa.data.datasets import folder
+from asa.data.datasets import bids, folder
 from asa.data.io.nifti import Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
+from asa.inference.layout import Flat, Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.tasks.base import Config
+from asa.training.hub import on_hub
 
 ENDINGS = (".nii.gz", ".nii")
-Job = tuple[str, list[str], Callable[[], None]]  # scan id, the files it reads, the work
+LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settings
+# Suffix in BIDS of the channels that are named as usual.
+SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR", "pd": "PDw"}
+Job = tuple[str, dict[str, str], Callable[[], None]]  # scan id, file of each channel (and label), the work
 Channels = Mapping[str, str | None]  # file of each channel; None for one that the scan lacks
 
 
@@ -41,32 +46,37 @@ class ScanPredictor(Protocol):
         """Write what is written once for all scans; say what was written."""
 
 
-def predict_scans(predictor: ScanPredictor, config: Config) -> None:
+def predict_scans(predictor: ScanPredictor, config: Config, layout: Layout | None = None) -> None:
     """Predict a scan, a folder of scans, or a store.
 
     Args:
         predictor: of the task.
         config: of asa-predict.
+        layout: where the predictor writes; None: `OUT/ID.nii.gz`.
 
     Raises:
         FileNotFoundError: no such input.
         ValueError: scans failed; they are listed before, and the others are done.
     """
     source, out = Path(str(config["input"])), Path(str(config["out"]))
-    jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
+    make_jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
+    jobs, layout = make_jobs(predictor, source, config), layout or Flat(out)
+    channels = predictor.preprocessor.channels
+    layout.begin({id: [files[name] for name in channels if name in files] for id, files, _ in jobs})
     failures = 0
 
     def predict(job: Job) -> None:
-        id, inputs, work = job
-        if (out / f"{id}.nii.gz").resolve() in {Path(path).resolve() for path in inputs}:
+        id, files, work = job
+        if layout.label_map(id).resolve() in {Path(path).resolve() for path in files.values()}:
             raise ValueError(f"the result would replace the scan itself: choose another out= than {out}")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             work()
+        layout.describe(id)
         for warning in caught:
             tqdm.write(f"{id}: warning: {warning.message}")
 
-    for (id, *_), _, reason in each_tried(predict, jobs(predictor, source, config), title="predict", unit="scan"):
+    for (id, *_), _, reason in each_tried(predict, jobs, title="predict", unit="scan"):
         if reason:
             failures += 1
             tqdm.write(f"{id}: failed: {reason}")
@@ -83,16 +93,14 @@ def checkpoints_of(config: Config) -> list[str]:
 
 
 def only_checkpoint(config: Config, result: str) -> str:
-    """The one checkpoint of a network that has neither an ensemble nor maps of probability and uncertainty.
+    """The one checkpoint of a network that has neither an ensemble nor what belongs to label maps alone.
 
     Raises:
         ValueError: several checkpoints, or settings of segmentation.
     """
     checkpoints = checkpoints_of(config)
-    if len(checkpoints) != 1 or any(config[key] for key in ("mirror", "probabilities", "uncertainty")):
-        raise ValueError(
-            f"{result} comes from one checkpoint, without mirror, probabilities and uncertainty: leave these out"
-        )
+    if len(checkpoints) != 1 or any(config[key] for key in LABEL_MAPS_ONLY):
+        raise ValueError(f"{result} comes from one checkpoint, without {', '.join(LABEL_MAPS_ONLY)}: leave these out")
     return checkpoints[0]
 
 
@@ -111,6 +119,8 @@ def subjects_of_part(config: Config) -> list[str] | None:
     part, paths = config["part"], checkpoints_of(config)
     if part is None:
         return None
+    if remote := [path for path in paths if on_hub(path)]:
+        raise ValueError(f"part={part}: {remote[0]} has no split, which a run on this machine has: leave part= out")
     splits = [read_split(_run_of(Path(path)) / "split.json") for path in paths]
     subjects = splits[0].get(part)
     if not subjects:
@@ -144,7 +154,7 @@ def _store_jobs(predictor: ScanPredictor, source: Path, config: Config) -> list[
         predictor.predict_stored(record["id"], store.image(record["id"]), record["chain"], like)
 
     return [
-        (record["id"], [found["path"] for found in record["sources"].values()], partial(predict, record))
+        (record["id"], {name: found["path"] for name, found in record["sources"].items()}, partial(predict, record))
         for record in records
     ]
 
@@ -154,28 +164,35 @@ def _file_jobs(predictor: ScanPredictor, source: Path, config: Config) -> list[J
     if config["part"] is not None:
         raise ValueError("part= chooses scans of a store; leave it out for files")
     return [
-        (id, [path for path in images.values() if path is not None], partial(predictor.predict_file, id, images))
-        for id, images in _cases(source, Path(str(config["out"])), config["images"], predictor.preprocessor)
+        (
+            id,
+            {name: path for name, path in images.items() if path is not None},
+            partial(predictor.predict_file, id, images),
+        )
+        for id, images in _cases(source, config, predictor.preprocessor)
     ]
 
 
-def _cases(
-    source: Path, out: Path, images: dict[str, str] | None, preprocessor: ScanPreprocessor
-) -> list[tuple[str, Channels]]:
+def _cases(source: Path, config: Config, preprocessor: ScanPreprocessor) -> list[tuple[str, Channels]]:
     """Id and channel files of a scan or a folder of scans."""
-    channels = preprocessor.channels
+    channels, images = preprocessor.channels, config["images"]
     example = f"'images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}'"
     if images is not None and not isinstance(images, Mapping):
         raise ValueError(f"images={images}: give the file pattern of each channel by its name, like {example}")
     if source.is_dir() and images:
         preprocessor.check_channels(images)
         return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
+    if source.is_dir() and config["layout"] == "bids" and all(channel in SUFFIXES for channel in channels):
+        suffixes = {channel: SUFFIXES[channel] for channel in channels}
+        return [(record["id"], record["images"]) for record in bids.records(source, channels=suffixes)]
     if len(channels) != 1:
         raise ValueError(
             f"this model takes the channels {', '.join(channels)}: give a folder and which file is which, like "
             f"{example}"
         )
-    return [(id, {channels[0]: str(path)}) for id, path in _scans(source, out, channels[0]).items()]
+    return [
+        (id, {channels[0]: str(path)}) for id, path in _scans(source, Path(str(config["out"])), channels[0]).items()
+    ]
 
 
 def _scans(source: Path, out: Path, channel: str) -> dict[str, Path]:

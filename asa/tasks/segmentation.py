@@ -31,6 +31,7 @@ from asa.data.store import MANIFEST, Store
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.label_maps import SIDE
+from asa.inference.layout import VOLUMES, BidsDerivative, Flat, Layout, label_maps_of
 from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, sliding_window
 from asa.methods.base import Batch
@@ -46,8 +47,6 @@ from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 from asa.training.plan import volume_batch
-
-VOLUMES = "volumes.csv"
 
 
 class Segmentation:
@@ -136,7 +135,8 @@ class Segmentation:
     @staticmethod
     def predict(config: Config) -> None:
         refuse_healthy(config)
-        predict_scans(SegmentationPredictor(config), config)
+        predictor = SegmentationPredictor(config)
+        predict_scans(predictor, config, predictor.layout)
 
     @staticmethod
     def evaluate(config: Config) -> None:
@@ -257,10 +257,13 @@ def mean_loss(method: SegmentationMethod, dataset: CropDataset) -> float:
 
 
 class SegmentationPredictor:
-    """Writes `OUT/ID.nii.gz` of each scan and `OUT/volumes.csv`; on request also probabilities and uncertainty.
+    """Writes the label map of each scan and `OUT/volumes.csv`; on request also probabilities and uncertainty.
 
     Args:
         config: of asa-predict.
+
+    Raises:
+        FileNotFoundError, ValueError: see `Segmenter`; an unknown layout, or labels that it cannot name.
     """
 
     def __init__(self, config: Config) -> None:
@@ -276,13 +279,19 @@ class SegmentationPredictor:
             plugins=config["plugins"],
         )
         self.preprocessor = self.segmenter.preprocessor
+        if config["layout"] not in (None, "bids"):
+            raise ValueError(f"layout={config['layout']}: choose bids, or null for OUT/ID.nii.gz")
+        self.layout: Layout = Flat(self.out)
+        if config["layout"] == "bids":
+            self.layout = BidsDerivative(self.out, self.segmenter, checkpoints_of(config), self.with_probabilities)
         self.rows: dict[str, dict[str, str]] = {}
 
     def predict_file(self, id: str, images: Channels) -> None:
-        self._add(id, self.segmenter.segment_file(images, self._map(id), **self._extra(id)))
+        self._add(id, self.segmenter.segment_file(images, self.layout.label_map(id), **self._extra(id)))
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self._add(id, self.segmenter.segment_prepared(image, chain, like, self._map(id), **self._extra(id)))
+        out = self.layout.label_map(id)
+        self._add(id, self.segmenter.segment_prepared(image, chain, like, out, **self._extra(id)))
 
     def finish(self) -> str:
         if self.rows:
@@ -295,22 +304,22 @@ class SegmentationPredictor:
         """Rows of an earlier table with these columns, of scans whose label maps are still here."""
         file = self.out / VOLUMES
         rows = list(csv.DictReader(io.StringIO(file.read_text()))) if file.exists() else []
-        return {row["id"]: row for row in rows if list(row) == list(header) and self._map(row["id"]).exists()}
+        there = label_maps_of(self.out)
+        return {row["id"]: row for row in rows if list(row) == list(header) and row["id"] in there}
 
     def _add(self, id: str, found: Segmented) -> None:
         volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
         expected = found.expected_dice.items()
         scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
-        self.rows[id] = {"id": id, **volumes, **scores}
+        named = not isinstance(self.layout, Flat)
+        file = {"file": self.layout.label_map(id).relative_to(self.out).as_posix()} if named else {}
+        self.rows[id] = {"id": id, **file, **volumes, **scores}
 
-    def _map(self, id: str) -> Path:
-        return self.out / f"{id}.nii.gz"
-
-    def _extra(self, id: str) -> dict[str, Path | None]:
+    def _extra(self, id: str) -> dict[str, Any]:
         """Where the probabilities and the map of uncertainty of a scan go."""
         return {
-            "probabilities": self.out / "probabilities" / id if self.with_probabilities else None,
-            "uncertainty": self.out / "uncertainty" / f"{id}.nii.gz" if self.with_uncertainty else None,
+            "probabilities": self.layout.probabilities(id) if self.with_probabilities else None,
+            "uncertainty": self.layout.uncertainty(id) if self.with_uncertainty else None,
         }
 
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from asa.config import CHECKPOINT_TARGETS, build, flatten
 from asa.data.io.files import read_json, sha256_of
 from asa.errors import reason_of
+from asa.training.hub import fetch, on_hub
 
 FORMAT = 1
 LARGEST_NUMBER = 1 << 16  # of the keywords of a model
@@ -274,9 +275,14 @@ def check_digest(file: Path) -> None:
 def find_weights(path: str | Path) -> Path:
     """The weights file of a path: the file itself, that of a checkpoint folder, or the newest of a run or of RUN/best.
 
+    One of `hf://ORG/NAME[@REVISION]` is fetched to the local cache, with its digests, which have to be there.
+
     Raises:
         FileNotFoundError: there is none.
+        ImportError, OSError, ValueError: see `asa.training.hub.fetch`.
     """
+    if on_hub(path):
+        return fetch(str(path), WEIGHTS, DIGESTS) / WEIGHTS
     path = Path(path).expanduser()
     if path.is_file():
         return path
@@ -334,11 +340,12 @@ def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
     """The network of a checkpoint, with its weights, in evaluation mode.
 
     Args:
-        path: run folder, checkpoint folder or `.safetensors` file.
+        path: run folder, checkpoint folder or `.safetensors` file; or `hf://ORG/NAME[@REVISION]`, on the Hub.
         plugins: your own packages that the checkpoint's model may come from. The file itself cannot add any.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint there, or one that does not match its model.
+        ImportError, OSError: `hf://` without the extra `hub`, or without a network and a copy in the cache.
     """
     return read_model(path, plugins=plugins)[0]
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from asa.training.optim import (
 )
 from asa.training.run_log import RunLog, SilentLog
 from asa.training.signals import Stopped, stop_signals
+from asa.training.trackers import check_trackers
 
 # Metrics and pictures, both by name; a picture is (H, W, 3) uint8.
 Validation = tuple[dict[str, float], dict[str, np.ndarray]]
@@ -90,6 +91,8 @@ class TrainSettings:
     "the run ends early after this many validations without a better train.best; 0: never"
     deterministic: bool = False
     "deterministic kernels only, also on a GPU: the same run gives the same bits; slower, and some networks have none"
+    log_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    "trackers beside log.jsonl: tensorboard, and with their extras mlflow and wandb, which stay offline by default"
     timeout_minutes: float = 10.0
     "with several processes: the run ends if one of them makes no progress for this long"
 
@@ -117,10 +120,12 @@ def check_settings(settings: TrainSettings, optim: OptimSettings) -> None:
 
     Raises:
         ValueError: settings that do not fit each other or this machine.
+        ImportError: the extra of a tracker is not installed.
     """
     pick_precision(settings.precision, pick_device(settings.device))
     Schedule(optim, settings.steps, settings.batch_size)
     check_batch(settings.batch_size, settings.accumulate, distributed.world_size())
+    check_trackers(settings.log_to)
 
 
 def train(
@@ -183,7 +188,7 @@ def train(
     if step < optim.freeze_until:  # after the optimizer was made, which has these parts too
         freeze(model, optim.freeze)
     set_training(method)
-    log = RunLog(run, settings.steps, step) if distributed.is_main() else SilentLog()
+    log = RunLog(run, settings.steps, step, settings.log_to) if distributed.is_main() else SilentLog()
     log.message(f"computing in {precision_name(dtype)} on {device}")
     if step:
         log.message(f"continuing from step {step} of {settings.steps}")

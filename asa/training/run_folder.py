@@ -31,6 +31,7 @@ FREE_ON_RESUME = (
     "train.steps",
     "train.accumulate",
     "train.log_every",
+    "train.log_to",
     "train.validate_every",
     "train.save_every",
     "train.save_minutes",

@@ -92,8 +92,8 @@ def main() -> int:
                 segmenter.segment_file(files, out, probabilities=Path(folder))
                 there, forth = read_label(out).data, np.linalg.inv(here.affine) @ copy.affine
                 back, shape = np.linalg.inv(forth), here.data.shape
-                maps = probability_files(list(segmenter.regions or segmenter.labels.values()))
-                moved = (sample_affine(read_image(Path(folder) / file).data, back, shape, order=1) for file in maps)
+                maps = probability_files(Path(folder), list(segmenter.regions or segmenter.labels.values()))
+                moved = (sample_affine(read_image(file).data, back, shape, order=1) for file in maps)
                 winner = labels_from_probabilities(moved, segmenter.labels, segmenter.regions, here)
                 probabilities[kind].append(scores(winner, here.data, values))
                 labels[kind].append(scores(sample_label(there, back, shape), here.data, values))

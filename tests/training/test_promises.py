@@ -41,8 +41,9 @@ from asa.training.ema import EMA
 from asa.training.loop import TrainSettings
 from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import OptimSettings
-from asa.training.run_log import READABLE, TITLE, RunLog, SilentLog, titled
+from asa.training.run_log import RunLog, SilentLog
 from asa.training.signals import RESUME_CODE, Stopped, stop_signals
+from asa.training.trackers import READABLE, TITLE, titled
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of scripts, which are of the checkout and not of the package
 

@@ -83,7 +83,7 @@ def _find(
     """Scan, named by its entities `keys`, -> the file with the chosen values, which may lack the `optional` ones."""
     found: dict[str, Path] = {}
     for path in _files(root, suffix):
-        entities = _entities(path)
+        entities = entities_of(path)
         if any(entities.get(key, value if key in optional else None) != value for key, value in chosen.items()):
             continue
         scan = "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
@@ -104,7 +104,8 @@ def _files(root: Path, suffix: str) -> list[Path]:
     return sorted(path for pattern in patterns for path in root.glob(pattern))
 
 
-def _entities(path: Path) -> dict[str, str]:
+def entities_of(path: Path) -> dict[str, str]:
+    """Entity -> value of a file name, like `{"sub": "01", "ses": "1"}`, without the suffix."""
     return dict(_ENTITY.findall(_stem(path)))
 
 
@@ -114,7 +115,7 @@ def _stem(path: Path) -> str:
 
 
 def _ambiguous(scan: str, one: Path, other: Path) -> str:
-    first, second = _entities(one), _entities(other)
+    first, second = entities_of(one), entities_of(other)
     differ = [key for key in ("run", "acq", "desc", "space") if first.get(key) != second.get(key)]
     remedy = f"choose one with {' or '.join(f'{key}=' for key in differ)}" if differ else "remove one of them"
     return f"{scan}: both {one.name} and {other.name} match; {remedy}"

@@ -1,0 +1,205 @@
+"""A trained network as a folder for the Hugging Face Hub, which `hf upload ORG/NAME FOLDER` publishes as it is.
+
+model.safetensors        weights; the description of network and preparation in the header
+config.json              the same description, to read
+training_subjects.json   digests of the training scans and subjects (see `asa.data.leakage`)
+README.md                the model card: https://huggingface.co/docs/hub/model-cards
+digests.json             SHA-256 of each file; that of the weights is compared whenever they are read
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save
+
+from asa import __version__
+from asa.data.io.files import read_json, sha256_of, write_json, write_whole
+from asa.data.leakage import stored_digests
+from asa.export.monai_bundle import without_command
+from asa.training.checkpoint import DIGESTS, WEIGHTS, read_model, read_weights
+
+CONFIG, SUBJECTS, CARD = "config.json", "training_subjects.json", "README.md"
+LIBRARY = "asa-mri"
+# What the Hub calls the tasks; others are tagged only.
+PIPELINES = {
+    "pretraining": "image-feature-extraction",
+    "segmentation": "image-segmentation",
+    "classification": "image-classification",
+    "restoration": "image-to-image",
+}
+
+
+def export_hub(
+    checkpoint: str | Path,
+    out: Path,
+    *,
+    licence: str | None,
+    trained_on: str | None,
+    evaluation: str | Path | None = None,
+    plugins: Sequence[str] = (),
+) -> dict[str, str]:
+    """Write a checkpoint as a folder for the Hub.
+
+    A command of skull stripping is left out of the preparation, as it may hold paths of your machine.
+
+    Args:
+        checkpoint: run folder, checkpoint folder or `.safetensors` file.
+        out: the folder to write.
+        licence: of the weights, in the Hub's words, like cc-by-4.0.
+        trained_on: the training data, in words, for the card.
+        evaluation: folder that asa-evaluate wrote, for the card; None: the card says that there is none.
+        plugins: packages of your own that the checkpoint's network may come from.
+
+    Returns:
+        SHA-256 of each file.
+
+    Raises:
+        FileNotFoundError, ValueError: no checkpoint or evaluation; no licence or no words about the data; or a folder
+            that holds something else.
+    """
+    if not licence or not re.fullmatch(r"[a-z0-9.-]+", licence):
+        raise ValueError(
+            f"licence={licence}: weights without a licence may not be used: give one in the Hub's words, like "
+            "apache-2.0, cc-by-4.0, cc-by-nc-4.0 or other"
+        )
+    if not trained_on:
+        raise ValueError(
+            "trained_on= has to be given: the data, its source and its terms, in words, for the model card"
+        )
+    if out.is_file() or (out.exists() and any(out.iterdir()) and not _is_ours(out)):
+        raise ValueError(f"{out} is not empty and not a folder of asa-export format=hub: choose another out=")
+    results = None if evaluation is None else _results(Path(evaluation))
+    read_model(checkpoint, plugins=plugins)  # what cannot be loaded is not published
+    weights, description = read_weights(checkpoint)
+    description["data"] = without_command(description["data"])
+    digests = stored_digests(description["data"]) or {}
+    config = {"library_name": LIBRARY, "asa_version": __version__, **description}
+    config["data"] = {key: value for key, value in description["data"].items() if key not in digests}
+    header = {"asa": json.dumps(description, sort_keys=True)}
+    write_whole(out / WEIGHTS, save(weights, metadata=header))
+    write_json(out / CONFIG, config)
+    write_json(out / SUBJECTS, digests)
+    card = _card(config, digests, licence, trained_on, results, sha256_of(out / WEIGHTS))
+    write_whole(out / CARD, card.encode())
+    written = {name: sha256_of(out / name) for name in (WEIGHTS, CONFIG, SUBJECTS, CARD)}
+    write_json(out / DIGESTS, written)
+    return written
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / DIGESTS).is_file() and (folder / SUBJECTS).is_file()
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """What asa-evaluate wrote about labels and metrics."""
+    summary = read_json(folder / "summary.json")
+    if not isinstance(summary, dict) or not isinstance(summary.get("results"), dict):
+        raise ValueError(f"{folder}/summary.json: has no results by label: give a folder that asa-evaluate wrote")
+    return summary
+
+
+def _card(
+    config: Mapping[str, Any],
+    digests: Mapping[str, Sequence[str]],
+    licence: str,
+    trained_on: str,
+    summary: Mapping[str, Any] | None,
+    weights: str,
+) -> str:
+    """`README.md`: metadata that the Hub reads, and the card."""
+    data = config["data"]
+    task = str(config.get("task", "segmentation" if "labels" in data else "pretraining"))  # an older one names none
+    metrics = [] if summary is None else _metrics(summary)
+    tags = ["mri", "brain", "medical", "3d", task]
+    about: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
+    if task in PIPELINES:
+        about["pipeline_tag"] = PIPELINES[task]
+    if summary is not None and metrics:
+        result = {
+            "task": {"type": PIPELINES.get(task, task)},
+            "dataset": {"name": f"{summary['cases']} cases, see the card", "type": "private"},
+            "metrics": [
+                {"type": row["metric"], "name": f"{row['metric']} {row['label']}", "value": row["mean"]}
+                for row in metrics
+            ],
+        }
+        about["model-index"] = [{"name": "asa", "results": [result]}]
+    known = {key: data[key] for key in ("channels", "labels", "classes", "regions") if key in data}
+    seen = (
+        f"{len(digests['subjects'])} subjects and {len(digests['scans'])} images. `{SUBJECTS}` holds digests of them, "
+        "without names, by which asa-finetune warns of held-out subjects that this network has seen. Whoever has a "
+        "scan, or guesses the name of a subject, can confirm that it was among them."
+        if digests
+        else "The checkpoint does not hold digests of its training subjects: what it has seen cannot be checked."
+    )
+    return f"""---
+{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---
+
+# {task.capitalize()} of brain MRI by asa
+
+```
+pip install "asa-mri[hub]"
+asa-{"finetune init" if task == "pretraining" else "predict checkpoint"}=hf://ORG/NAME@REVISION ...
+```
+
+In Python `asa.load_model("hf://ORG/NAME@REVISION")`. A commit as REVISION fixes what is loaded.
+
+Made by asa {config["asa_version"]} in {config["step"]} steps. Research only: not a medical device.
+
+## Data
+
+{trained_on}
+
+{seen}
+
+## Network and input
+
+{_fenced({"model": config["model"], **known})}
+Scans are prepared as follows, by asa itself when it predicts:
+
+{_fenced(data.get("prepare", {}))}
+## Evaluation
+
+{_evaluated(summary, metrics)}
+
+## Licence
+
+{licence}, stated by whoever published these weights.
+
+SHA-256 of `{WEIGHTS}`: `{weights}`. asa compares it with `{DIGESTS}` whenever it reads the weights.
+"""
+
+
+def _evaluated(summary: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the evaluation."""
+    if summary is None:
+        return "Not evaluated: whoever uses it has to."
+    lines = [
+        f"Means over {summary['cases']} cases with 95 % bootstrap intervals, policy "
+        f"`{summary['policy'].get('name', 'unnamed')}` of asa {summary['asa']}.",
+        "",
+        "| label | metric | mean | interval | n |",
+        "|---|---|---|---|---|",
+    ]
+    for row in metrics:
+        interval = f"{row['low']:.4g} to {row['high']:.4g}"
+        lines.append(f"| {row['label']} | {row['metric']} | {row['mean']:.4g} | {interval} | {row['used']} |")
+    return "\n".join(lines)
+
+
+def _metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table: means that are defined."""
+    return [
+        {"label": label, "metric": metric, **statistic}
+        for label, by_metric in summary["results"].items()
+        for metric, statistic in by_metric.items()
+        if None not in (statistic["mean"], statistic["low"], statistic["high"])
+    ]
+
+
+def _fenced(content: Any) -> str:
+    return f"```json\n{json.dumps(content, indent=2, ensure_ascii=False)}\n```\n"

@@ -1,0 +1,238 @@
+"""Where predicted label maps go: into one folder by id, or into a BIDS derivative.
+
+https://bids-specification.readthedocs.io/en/stable/derivatives/imaging.html#segmentations
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from asa import __version__
+from asa.data.datasets.bids import entities_of
+from asa.data.io.files import read_json, sha256_of, write_json, write_whole
+from asa.data.io.tables import read_rows
+from asa.inference.segmentation import Segmenter
+from asa.training.checkpoint import find_weights
+
+VOLUMES = "volumes.csv"
+DESCRIPTION, LOOKUP = "dataset_description.json", "dseg.tsv"
+BIDS_VERSION = "1.10.0"
+# Entities that BIDS allows in the name of an anatomical segmentation, in its order. Those that a network's channels
+# differ in are left out, and so are others, like inv- of an MP2RAGE.
+# fmt: off
+ENTITIES = (
+    "sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "space", "chunk", "atlas", "seg", "scale", "res",
+    "label", "desc",
+)
+# fmt: on
+STANDARD = {"background": "BG", "gm": "GM", "wm": "WM", "csf": "CSF"}  # abbreviations that BIDS defines
+# Files beside those of the standard, for its validators.
+IGNORED = f"{VOLUMES}\n*_uncertainty.nii.gz\n"
+
+
+class Layout(Protocol):
+    """The files of each scan's predictions, by the scan's id."""
+
+    def begin(self, scans: Mapping[str, Sequence[str]]) -> None:
+        """Get the source files of all scans, before the first is predicted; a ValueError if they cannot be placed."""
+
+    def label_map(self, id: str) -> Path: ...
+
+    def probabilities(self, id: str) -> Path | list[Path]:
+        """As `Segmenter.segment_file` takes them."""
+
+    def uncertainty(self, id: str) -> Path: ...
+
+    def describe(self, id: str) -> None:
+        """Write what is written about a scan after its prediction."""
+
+
+class Flat:
+    """`OUT/ID.nii.gz`, `OUT/probabilities/ID/CLASS.nii.gz`, `OUT/uncertainty/ID.nii.gz`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def begin(self, scans: Mapping[str, Sequence[str]]) -> None: ...
+
+    def label_map(self, id: str) -> Path:
+        return self.out / f"{id}.nii.gz"
+
+    def probabilities(self, id: str) -> Path:
+        return self.out / "probabilities" / id
+
+    def uncertainty(self, id: str) -> Path:
+        return self.out / "uncertainty" / f"{id}.nii.gz"
+
+    def describe(self, id: str) -> None: ...
+
+
+class BidsDerivative:
+    """`OUT/sub-*/[ses-*/]anat/*_dseg.nii.gz` and `*_label-*_probseg.nii.gz`, with sidecars and what describes them all.
+
+    Args:
+        out: root of the derivative, like BIDS/derivatives/asa.
+        segmenter: whose labels or regions are predicted.
+        checkpoints: of its networks.
+        probabilities: whether probabilities are written too.
+
+    Raises:
+        ValueError: names of labels that BIDS cannot hold, or cannot tell apart.
+    """
+
+    def __init__(self, out: Path, segmenter: Segmenter, checkpoints: Sequence[str], probabilities: bool) -> None:
+        self.out = out
+        self.outputs = abbreviations(segmenter.outputs)
+        self.lookup = lookup_table(
+            {0: "background"} | {value: name for value, name in sorted(segmenter.labels.items())}
+        )
+        self.with_probabilities = probabilities
+        self.software: dict[str, Any] = {
+            "Name": "asa",
+            "Version": __version__,
+            "Networks": [{"Name": Path(path).name, "SHA256": sha256_of(find_weights(path))} for path in checkpoints],
+            "TestTimeFlips": segmenter.views[1:],
+        }
+        self.entities: dict[str, dict[str, str]] = {}
+        self.sources: dict[str, list[str]] = {}
+
+    def begin(self, scans: Mapping[str, Sequence[str]]) -> None:
+        """Name the results of all scans, and write what is written once.
+
+        Raises:
+            ValueError: files outside a BIDS dataset, of two datasets, or that would give one name; or a folder that
+                holds anything but predictions of these labels for this dataset.
+        """
+        files = {id: [Path(os.path.abspath(path)) for path in paths] for id, paths in scans.items()}
+        roots = {bids_root(path): path for paths in files.values() for path in paths}
+        if len(roots) != 1:
+            found = " and ".join(map(str, roots.values())) or "no scans"
+            raise ValueError(f"layout=bids: {found}: give the scans of one dataset, and each dataset its own out=")
+        (root,) = roots
+        for id, paths in files.items():
+            first, *others = [entities_of(path) for path in paths]
+            shared = (key for key in ENTITIES if all(one.get(key) == first.get(key) for one in others))
+            self.entities[id] = {key: first[key] for key in shared if key in first and key != "label"}
+            self.sources[id] = [f"bids:raw:{quote(path.relative_to(root).as_posix())}" for path in paths]
+        places: dict[Path, str] = {}
+        for id in files:
+            if (other := places.setdefault(self.label_map(id), id)) != id:
+                raise ValueError(
+                    f"layout=bids: {files[other][0].name} and {files[id][0].name} would both give "
+                    f"{self.label_map(id).name}: choose one with images="
+                )
+        self._write_about(root)
+
+    def label_map(self, id: str) -> Path:
+        return self._file(id, "dseg.nii.gz")
+
+    def probabilities(self, id: str) -> list[Path]:
+        return [self._file(id, "probseg.nii.gz", label=label) for label in self.outputs.values()]
+
+    def uncertainty(self, id: str) -> Path:
+        return self._file(id, "uncertainty.nii.gz")
+
+    def describe(self, id: str) -> None:
+        described = [(self.label_map(id), "Label map: see dseg.tsv")]
+        if self.with_probabilities:
+            notes = (f"Probability of {name}, from 0 to 1" for name in self.outputs)
+            described += zip(self.probabilities(id), notes, strict=True)
+        resolution = {"Resolution": "that of the source image"} if "res" in self.entities[id] else {}
+        for file, note in described:
+            about = {
+                "Description": note,
+                "Manual": False,
+                "Sources": self.sources[id],
+                "SpatialReference": self.sources[id][0],
+                **resolution,
+                "GeneratedBy": self.software,
+            }
+            write_json(file.with_name(file.name.replace(".nii.gz", ".json")), about)
+
+    def _file(self, id: str, suffix: str, **entities: str) -> Path:
+        named = self.entities[id] | entities
+        folders = [f"{key}-{named[key]}" for key in ("sub", "ses") if key in named]
+        stem = "_".join(f"{key}-{named[key]}" for key in ENTITIES if key in named)
+        return self.out.joinpath(*folders, "anat", f"{stem}_{suffix}")
+
+    def _write_about(self, root: Path) -> None:
+        """dataset_description.json, dseg.tsv and .bidsignore, unless the folder holds something else."""
+        raw = read_json(root / DESCRIPTION) if (root / DESCRIPTION).is_file() else {}
+        doi = {"DOI": raw["DatasetDOI"]} if isinstance(raw, dict) and raw.get("DatasetDOI") else {}
+        out = Path(os.path.abspath(self.out))
+        link = quote(Path(os.path.relpath(root, out)).as_posix())
+        about = {
+            "Name": "Segmentations by asa",
+            "BIDSVersion": BIDS_VERSION,
+            "DatasetType": "derivative",
+            "GeneratedBy": [{"Name": "asa", "Version": __version__, "Description": "Label maps by asa-predict"}],
+            "SourceDatasets": [{"URL": link, **doi}],
+            "DatasetLinks": {"raw": link},
+        }
+        before = read_json(self.out / DESCRIPTION) if (self.out / DESCRIPTION).exists() else None
+        if out == root or (before is None and self.out.exists() and any(self.out.iterdir())):
+            raise ValueError(f"{self.out} is not empty and not a derivative of asa-predict: choose another out=")
+        if before is not None:
+            same = isinstance(before, dict) and all(before.get(key) == about[key] for key in ("Name", "DatasetLinks"))
+            lookup = self.out / LOOKUP
+            if not same or not lookup.is_file() or lookup.read_text(encoding="utf-8") != self.lookup:
+                raise ValueError(
+                    f"{self.out} holds another dataset, or predictions of other labels or of other scans: choose "
+                    "another out="
+                )
+        write_json(self.out / DESCRIPTION, about)
+        write_whole(self.out / LOOKUP, self.lookup.encode())
+        write_whole(self.out / ".bidsignore", IGNORED.encode())
+
+
+def bids_root(path: Path) -> Path:
+    """The folder of the dataset that an image belongs to, by its place `ROOT/sub-*/[ses-*/]DATATYPE/sub-*_SUFFIX`.
+
+    Raises:
+        ValueError: it has no such place, or a name that does not agree with it.
+    """
+    entities = entities_of(path)
+    folders = [f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities]
+    above = path.parents[len(folders) + 1 :]
+    if "sub" in entities and above and path.parent.parent == above[0].joinpath(*folders):
+        return above[0]
+    raise ValueError(
+        f"layout=bids: {path} is not named and placed as BIDS has it, sub-01/[ses-1/]anat/sub-01_[ses-1_]T1w.nii.gz: "
+        "leave layout= out, or predict the files of a BIDS dataset"
+    )
+
+
+def abbreviations(names: Sequence[str]) -> dict[str, str]:
+    """Name -> what stands for it in names of files: letters and digits, and BIDS's own where it has one.
+
+    Raises:
+        ValueError: a name without any letter or digit, or two that give the same.
+    """
+    short: dict[str, str] = {}
+    for name in names:
+        first, *rest = re.findall(r"[a-zA-Z0-9]+", name) or [""]
+        found = STANDARD.get(name.lower(), first + "".join(word[:1].upper() + word[1:] for word in rest))
+        if not found or found in short.values():
+            other = next((f", as for {one!r}" for one, value in short.items() if found and value == found), "")
+            raise ValueError(f"layout=bids: {name!r} would be {found!r} in names of files{other}: rename the label")
+        short[name] = found
+    return short
+
+
+def lookup_table(labels: Mapping[int, str]) -> str:
+    """`dseg.tsv`: value, name and abbreviation of each label."""
+    short = abbreviations(list(labels.values()))
+    rows = [f"{value}\t{' '.join(name.split())}\t{short[name]}" for value, name in labels.items()]
+    return "\n".join(["index\tname\tabbreviation", *rows]) + "\n"
+
+
+def label_maps_of(predictions: Path) -> dict[str, Path]:
+    """The label maps that asa-predict wrote to a folder, in either layout, by the id of the scan."""
+    if not (predictions / DESCRIPTION).is_file():
+        return {path.name.removesuffix(".nii.gz"): path for path in predictions.glob("*.nii.gz")}
+    files = {path.relative_to(predictions).as_posix(): path for path in predictions.glob("sub-*/**/*_dseg.nii.gz")}
+    rows = read_rows(predictions / VOLUMES) if (predictions / VOLUMES).is_file() else []
+    return {row["id"]: files[row["file"]] for row in rows if row.get("file") in files}

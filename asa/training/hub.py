@@ -1,0 +1,75 @@
+"""Checkpoints on the Hugging Face Hub: `hf://ORG/NAME[@REVISION]` as a folder of the local cache.
+
+Only named files are fetched, and asa names weights and digests: nothing else of a repository is read, so that nothing
+in it can run code. https://huggingface.co/docs/huggingface_hub/guides/download
+"""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from asa.errors import one_line, require
+
+_REFERENCE = re.compile(r"hf:/{1,2}(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")  # a Path has one slash
+
+
+def on_hub(path: str | Path) -> bool:
+    """Whether a path is a reference to the Hub."""
+    return str(path).startswith("hf:/")
+
+
+@functools.cache
+def fetch(reference: str, *files: str) -> Path:
+    """The folder of the cache that holds files of a repository, which are fetched unless they are there.
+
+    A process fetches a reference once, so that everything it reads is of one revision.
+
+    Args:
+        reference: `hf://ORG/NAME`, or with `@` and a branch, tag or commit.
+        files: names.
+
+    Raises:
+        ImportError: the extra `hub` is not installed.
+        ValueError: not a reference, or a repository without one of the files.
+        FileNotFoundError: no such repository or revision; or neither the Hub nor a copy in the cache can be reached.
+        OSError: another failure of the download.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise ValueError(f"{reference}: give hf://ORG/NAME, or hf://ORG/NAME@REVISION (a branch, tag or commit)")
+    hub = require("huggingface_hub", "hub", "a checkpoint hf://...")
+    errors = require("huggingface_hub.errors", "hub", "a checkpoint hf://...")
+    repository, revision = match["repository"], match["revision"]
+    try:
+        folder = Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{reference}: the model has no revision {revision or 'main'}") from None
+    except errors.RepositoryNotFoundError:  # the Hub answers the same about private ones
+        raise FileNotFoundError(
+            f"{reference}: no such model on the Hub, or a private or gated one: check the name, or run hf auth login"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        raise FileNotFoundError(_unreachable(hub, reference, repository, error)) from None
+    except Exception as error:  # of the HTTP library, which is not the same in all versions
+        raise OSError(f"{reference}: could not be fetched ({type(error).__name__}: {one_line(error)})") from None
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise ValueError(f"{reference}: has no {missing[0]}: not a folder that asa-export format=hub wrote")
+    return folder
+
+
+def _unreachable(hub: Any, reference: str, repository: str, error: BaseException) -> str:
+    """What to do without a network, and what the cache holds."""
+    cache, offline = hub.constants.HF_HUB_CACHE, hub.constants.HF_HUB_OFFLINE
+    why = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({one_line(error.__cause__ or error)})"
+    try:
+        repos = [repo for repo in hub.scan_cache_dir().repos if repo.repo_id == repository]
+    except hub.errors.CacheNotFound:
+        repos = []
+    cached = sorted(name for repo in repos for one in repo.revisions for name in (*one.refs, one.commit_hash))
+    held = f"holds only the revisions {', '.join(cached)}" if cached else "does not hold it"
+    connect = "unset HF_HUB_OFFLINE" if offline else "connect to the network"
+    return (
+        f"{reference}: {why}, and the cache {cache} {held}: {connect}, or run hf download {repository} on another "
+        "machine and give the path of that folder, or set HF_HOME to a cache that has it"
+    )
