@@ -27,7 +27,7 @@ from asa.methods.base import Batch
 from asa.tasks.base import Config
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans, refuse_healthy
 from asa.tasks.table_evaluation import described, evaluate_classes, tables_of, write_scores
-from asa.tasks.volumes import Initialisation, absolute, open_store, set_model
+from asa.tasks.volumes import Initialisation, absolute, open_store, set_model, warn_of_padding
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
 from asa.training.distributed import is_main
@@ -62,6 +62,7 @@ class Classification:
         if config["method"].get("weights") == "balanced":
             config["method"]["weights"] = self._balanced_weights()
         set_model(config, in_channels=len(self.store.channels), classes=len(self.names))
+        warn_of_padding(config, self.parts["train"])
 
     def example(self, method: Any, count: int) -> Batch:
         return volume_batch(method, count, target=True)

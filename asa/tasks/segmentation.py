@@ -41,7 +41,7 @@ from asa.reporting.figures import central_slices, overlay_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
-from asa.tasks.volumes import Initialisation, open_store, padding_advice, set_model
+from asa.tasks.volumes import Initialisation, open_store, set_model, warn_of_padding
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
@@ -67,6 +67,7 @@ class Segmentation:
         self.index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
         self.regions = _regions(config["method"], store)
         set_model(config, in_channels=len(store.channels), out_channels=len(self.regions) or len(self.index) + 1)
+        warn_of_padding(config, self.parts["train"])
         self.lateral_pairs = lateral_indices(config["data"]["lateral_pairs"], self.index, self.augment)
 
     def example(self, method: Any, count: int) -> Batch:
@@ -126,8 +127,6 @@ class Segmentation:
         start = f"the encoder of {self.config['init']}" if self.config["init"] else "scratch"
         train, validation = len(self.parts["train"]), len(self.parts["validation"])
         print(f"fine-tuning from {start} on {train} scans, validated on {validation}, in {run}")
-        if advice := padding_advice(self.config["crop"], self.parts["train"]):
-            print(advice)
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
         if "dice" in metrics:

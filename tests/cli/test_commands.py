@@ -344,6 +344,23 @@ def test_a_short_run_needs_no_settings_of_its_schedule(command, store: Path, tmp
 
 
 @pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("pretrain", ["model=asa_tiny"]),
+        ("finetune", ["model=unet_tiny"]),
+        ("finetune", ["model=asa_classifier_tiny", "method=classify", "data.classes={classes}"]),
+    ],
+)
+def test_a_plan_names_a_crop_that_is_mostly_padding(command, store: Path, tmp_path: Path, name, arguments) -> None:
+    classes = tmp_path / "classes.csv"
+    classes.write_text("subject,class\ns0,a\ns1,b\ns2,a\ns3,b\n")
+    arguments = [argument.format(classes=classes) for argument in arguments]
+    planned = command(name, *arguments, f"data.store={store}", f"out={tmp_path}/run", "plan=only", "plan_rate=1")
+    assert planned.code == 0 and "a crop of 128x128x128 voxels is 8" in planned.out, planned.err
+    assert planned.out.index("crop=[96,96,96] fits") < planned.out.index("memory")
+
+
+@pytest.mark.parametrize(
     ("crop", "shapes", "fitting"),
     [
         (128, [(53, 66, 52)], "crop=[64,96,64] fits them and has 5.3 times fewer voxels"),
