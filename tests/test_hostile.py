@@ -20,26 +20,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LABELS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from untrained import DATA, a_scan, call, checkpoint
 
 from asa.cli import export, orient, predict, regions, simulate
-from asa.data.io.files import LARGEST_YAML, open_unlinked, read_json, read_yaml, write_json, write_whole
+from asa.data.datasets import folder as datasets_folder
+from asa.data.io.files import DIGESTS, LARGEST_YAML, open_unlinked, read_json, read_yaml, write_json, write_whole
 from asa.data.io.images2d import checked_window, read_picture, write_picture
 from asa.data.io.lock import LOCK, locked
-from asa.data.io.nifti import PADDING, read_image
+from asa.data.io.nifti import PADDING, read_image, read_label, write_label
 from asa.data.io.tables import csv_text, read_rows
 from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.export.monai_bundle import exported
 from asa.inference.preprocessing import ScanPreprocessor
-from asa.tasks.comparison import read_run
+from asa.tasks.comparison import compare_folders, read_run
 from asa.tasks.cross_validation import _predict
+from asa.tasks.evaluation import evaluate_folder
+from asa.tasks.volumes import choose_split
 from asa.training.checkpoint import WEIGHTS, load_model, read_model, save_checkpoint
+from asa.training.loop import TrainSettings
 from asa.training.pretrained import read_source
-from asa.training.run_folder import _check_config
+from asa.training.run_folder import _check_config, open_run
 from asa.training.run_log import RunLog
 
 FORK = multiprocessing.get_context("fork")
@@ -537,6 +543,84 @@ def test_folds_predict_again_when_their_weights_or_maps_changed_whatever_the_clo
     assert len(calls) == 3
     _predict(run, tmp_path / "out", {**config, "predict": {"overlap": 0.25}})
     assert len(calls) == 4
+
+
+def an_evaluation(raw: Path, folder: Path) -> Path:
+    """Label maps that are the truth, two voxels of each changed, and their evaluation in FOLDER/scores."""
+    for path in raw.glob("*_seg.nii.gz"):
+        label = read_label(path)
+        label.data[40, 40, 40:42] = 0
+        write_label(folder / "maps" / path.name.replace("_seg", ""), label.data, label)
+    records = datasets_folder.records(raw, images={"label": "*_seg.nii.gz"})
+    truths = {record["id"]: Path(record["images"]["label"]) for record in records}
+    evaluate_folder(folder / "maps", truths, LABELS, "ibsr", folder / "scores", progress=False)
+    return folder / "scores"
+
+
+def test_a_flipped_bit_of_scores_is_noticed_before_they_are_compared(raw: Path, tmp_path: Path) -> None:
+    scores = an_evaluation(raw, tmp_path)
+    assert read_run("x", scores).values
+    for name in ("cases.csv", "summary.json"):
+        whole, draws = (scores / name).read_bytes(), np.random.default_rng(0)
+        for position in draws.integers(0, 8 * len(whole), 20):
+            changed = bytearray(whole)
+            changed[position // 8] ^= 1 << (position % 8)
+            (scores / name).write_bytes(changed)
+            with pytest.raises(ValueError, match=rf"^{scores}/{name}: has changed.*evaluate again"):
+                read_run("x", scores)
+        (scores / name).write_bytes(whole)
+    (scores / DIGESTS).unlink()
+    assert read_run("x", scores).values  # of an earlier version
+
+
+def test_a_flipped_bit_of_a_label_map_is_noticed_before_it_is_scored(tmp_path: Path) -> None:
+    """By the CRC of gzip: whatever the bit, the voxels are the same or the file is refused."""
+    path = tmp_path / "a.nii"
+    path.write_bytes(nifti_header((20, 20, 20), code=2, bits=8) + bytes(range(8)) * 1000)
+    label = read_label(path)
+    write_label(tmp_path / "a.nii.gz", label.data, label)
+    whole, refused = (tmp_path / "a.nii.gz").read_bytes(), 0
+    for position in np.random.default_rng(0).integers(0, 8 * len(whole), 300):
+        changed = bytearray(whole)
+        changed[position // 8] ^= 1 << (position % 8)
+        (tmp_path / "a.nii.gz").write_bytes(changed)
+        try:
+            found = read_label(tmp_path / "a.nii.gz")
+        except ValueError as error:
+            assert str(error).startswith(f"{tmp_path}/a.nii.gz: ")
+            refused += 1
+        else:
+            assert np.array_equal(found.data, label.data) and np.array_equal(found.affine, label.affine), position
+    assert refused > 200
+
+
+def test_a_label_map_that_is_another_than_the_scored_one_is_not_drawn(raw: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scores = an_evaluation(raw, tmp_path)
+    for path in (tmp_path / "maps").iterdir():
+        shutil.copy(raw / path.name.replace(".nii", "_seg.nii"), path)
+    records = datasets_folder.records(raw, images={"label": "*_seg.nii.gz"})
+    truths = {record["id"]: Path(record["images"]["label"]) for record in records}
+    evaluate_folder(tmp_path / "maps", truths, LABELS, "ibsr", tmp_path / "other", progress=False)
+    compare_folders({"a": scores, "b": tmp_path / "other"}, tmp_path / "out")
+    without = (tmp_path / "out" / "comparison.html").read_text().count("<img")
+    (tmp_path / "again").mkdir()
+    compare_folders({"b": tmp_path / "other", "a": an_evaluation(raw, tmp_path / "again")}, tmp_path / "out")
+    assert (tmp_path / "out" / "comparison.html").read_text().count("<img") > without
+
+
+def test_a_changed_split_of_a_run_is_not_used(store: Path, tmp_path: Path) -> None:
+    config, split = {"out": str(tmp_path / "run")}, {"train": ["s0", "s1"], "validation": [], "test": ["s2"]}
+    with open_run(config, split, TrainSettings(steps=1, device="cpu")) as run:
+        pass
+    assert read_split(run / "split.json") == split
+    text = (run / "split.json").read_text()
+    (run / "split.json").write_text(text.replace("s2", "s3"))
+    (run / "checkpoints/step-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"^{run}/split.json: has changed since it was written"):
+        choose_split([], {"split_file": None}, run)
+    shutil.copy(run / "split.json", tmp_path / "mine.json")
+    assert read_split(tmp_path / "mine.json")["test"] == ["s3"]  # a file of one's own
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asa.data.io.files import read_json, write_json, write_whole
+from asa.data.io.files import check_digest, read_json, write_json, write_whole
 from asa.data.io.tables import read_rows
 from asa.errors import reason_of
 from asa.evaluation.comparison import Comparison, Run, compare_runs, latex_table, markdown_table
@@ -49,11 +49,15 @@ def read_run(name: str, folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: no summary.json or cases.csv in it.
-        ValueError: files that do not belong together, or are not of an evaluation.
+        ValueError: files that have changed since, do not belong together, or are not of an evaluation.
     """
     for file in ("summary.json", "cases.csv"):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file}: no such file; give folders that asa-evaluate wrote")
+        try:
+            check_digest(folder / file)
+        except ValueError as error:  # or its evaluation was killed between the two
+            raise ValueError(f"{error}; or evaluate again") from None
     summary, rows = read_json(folder / "summary.json"), read_rows(folder / "cases.csv")
     try:
         return _run(name, folder, summary, rows)

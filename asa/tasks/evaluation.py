@@ -2,6 +2,7 @@
 
 OUT/cases.csv      one row a case and label
 OUT/summary.json   statistics of each label and metric, with the policy and its truth table
+OUT/digests.json   SHA-256 of both, which a comparison compares
 OUT/report.html    both for reading, with figures (needs the `report` extra)
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asa.data.io.files import write_json, write_whole
+from asa.data.io.files import sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
 from asa.evaluation.metrics import bounding_box, dice, hd95
@@ -125,6 +126,7 @@ def evaluate_folder(
     write_whole(report.with_name("cases.csv"), cases_csv(summary).encode())
     files = {case.case_id: _paths(case) for case in cases}
     write_json(report.with_name("summary.json"), summary.as_json() | {"files": files})
+    write_digests(report.parent, ("cases.csv", "summary.json"))
     write_report(report, summary, cases)
     return summary
 
@@ -183,9 +185,10 @@ def _match(
 
 
 def _paths(case: CaseFiles) -> dict[str, str | None]:
-    """Absolute paths of a case's files, with which a comparison draws them again."""
+    """Absolute paths of a case's files, with which a comparison draws them again, and the SHA-256 of the label maps."""
     paths = {"prediction": case.prediction, "truth": case.truth, "image": case.image}
-    return {kind: None if path is None else str(path.absolute()) for kind, path in paths.items()}
+    digests = {f"{kind}_sha256": sha256_of(path) for kind, path in paths.items() if path and kind != "image"}
+    return {kind: None if path is None else str(path.absolute()) for kind, path in paths.items()} | digests
 
 
 def _evaluate_files(job: tuple[CaseFiles, dict[int, str], Policy]) -> list[CaseRow]:
