@@ -27,6 +27,7 @@ from torch import nn
 from untrained import DATA, a_scan, call, checkpoint
 
 from asa.cli import export, orient, predict, regions, simulate
+from asa.config import build
 from asa.data.datasets import folder as datasets_folder
 from asa.data.io.files import DIGESTS, LARGEST_YAML, open_unlinked, read_json, read_yaml, write_json, write_whole
 from asa.data.io.images2d import checked_window, read_picture, write_picture
@@ -297,6 +298,30 @@ def test_a_dicom_that_holds_less_than_it_says_is_named(tmp_path: Path, rows: int
         read_picture(tmp_path / "x.dcm", [0, 1])
 
 
+@pytest.mark.parametrize("deflated", [False, True])
+def test_a_dicom_is_not_unpacked_beyond_a_limit(tmp_path: Path, deflated: bool) -> None:
+    """60,000 x 60,000 pixels by run-length coding, and 100 MB of zeros as a deflated file of 100 kB."""
+    import tracemalloc
+
+    pydicom = pytest.importorskip("pydicom")
+    meta, edge = pydicom.dataset.FileMetaDataset(), 7000 if deflated else 60000
+    syntaxes = (pydicom.uid.RLELossless, pydicom.uid.DeflatedExplicitVRLittleEndian)
+    meta.TransferSyntaxUID = syntaxes[deflated]
+    data = pydicom.dataset.FileDataset(str(tmp_path / "x.dcm"), {}, file_meta=meta, preamble=bytes(128))
+    data.Rows, data.Columns, data.BitsAllocated, data.BitsStored, data.HighBit = edge, edge, 16, 16, 15
+    data.SamplesPerPixel, data.PixelRepresentation, data.PhotometricInterpretation = 1, 0, "MONOCHROME2"
+    coded = pydicom.encaps.encapsulate([struct.pack("<16I", 2, 64, 68, *[0] * 13) + b"\x81\0\0\0" * 2])
+    data.PixelData = bytes(2 * edge * edge) if deflated else coded
+    data["PixelData"].is_undefined_length = not deflated
+    data.save_as(tmp_path / "x.dcm", enforce_file_format=False)
+    del data
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/x.dcm: .*(deflated|pixels, more than)"):
+        read_picture(tmp_path / "x.dcm", [0, 1])
+    assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    tracemalloc.stop()
+
+
 def test_a_file_that_cannot_be_oriented_is_named_and_the_others_are_written(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -468,7 +493,8 @@ def test_a_checkpoints_preparation_takes_no_more_memory_than_there_is(
     {"prepare": {"spacing": "a"}}, {"channels": 3}, {"channels": [["t1"]]}, {"labels": {"x": "y"}}, {"labels": 3},
     {"labels": {"1": "a", "2": "a", "5": "b"}}, {"regions": {"a": 3}}, {"regions": {"a": ["x"]}}, {"lateral_pairs": 1},
     {"lateral_pairs": [["left_x"]]}, {"spacing": "x"}, {"spacing": [[1, 1, 1]]},
-    {"spacing": [[0, 1, 1], [1, 1, float("nan")]]},
+    {"spacing": [[0, 1, 1], [1, 1, float("nan")]]}, {"spacing": [[1, 1, 1], [1, 1, float("inf")]]}, {"channels": []},
+    {"range": 3}, {"range": {"brain_ml": None}}, {"range": {"brain_ml": ["x", 1]}}, {"prepare": {"crop": True}},
 ])  # fmt: skip
 def test_a_checkpoints_metadata_of_other_types_is_one_line_with_its_name(
     tmp_path: Path, monkeypatch, capsys, data: dict
@@ -477,6 +503,48 @@ def test_a_checkpoints_metadata_of_other_types_is_one_line_with_its_name(
     assert call(predict, monkeypatch, f"checkpoint={file}", f"input={scan}", f"out={tmp_path}/out") == 1
     captured = capsys.readouterr()
     assert str(file) in captured.err and "--traceback" not in captured.err, captured.err
+
+
+def trained_as(folder: Path, task: str, model: dict[str, object], data: dict) -> Path:
+    """An untrained network of a task, as asa-finetune saves it."""
+    shell = nn.Module()
+    shell.model = build(model)
+    save_checkpoint(folder, 1, shell, {"model": model, "task": task, "data": data}, {}, keep=1)
+    return folder
+
+
+@pytest.mark.parametrize("classes", [3, ["a"], ["a", "b", "c"], [1, 2], ["a", "a"], [["x"], {}], {"a": 1, "b": 2}])
+def test_a_classifier_with_other_classes_is_refused_by_name(
+    tmp_path: Path, monkeypatch, capsys, classes: object
+) -> None:
+    model = {"_target_": "asa.models.classifier.asa_classifier_tiny", "classes": 2, "img_size": 32, "embed_dim": 24}
+    data = {"channels": ["t1"], "classes": classes, "prepare": {"crop": "foreground"}}
+    run = trained_as(tmp_path / "run", "classification", {**model, "depth": 1, "num_heads": 2}, data)
+    assert call(predict, monkeypatch, f"checkpoint={run}", f"input={a_scan(tmp_path)}", f"out={tmp_path}/out") == 1
+    captured = capsys.readouterr()
+    assert f"error: {run}: " in captured.err and "--traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"window": 3}, {"window": [1, 0]}, {"subject": "("}, {"subject": 3}, {"regions": 3}]
+)
+def test_a_restoration_with_other_metadata_is_refused_by_name(
+    tmp_path: Path, monkeypatch, capsys, change: dict
+) -> None:
+    pytest.importorskip("PIL")
+    write_picture(tmp_path / "images" / "a.png", np.random.default_rng(0).uniform(size=(1, 32, 32)))
+    model = {"_target_": "asa.models.rat.rat_tiny", "in_channels": 1}
+    data = {"window": None, "regions": None, "subject": None}
+    arguments = [f"input={tmp_path}/images", f"out={tmp_path}/out"]
+    run = trained_as(tmp_path / "good", "restoration", model, data)
+    assert call(predict, monkeypatch, f"checkpoint={run}", *arguments) == 0
+    shutil.rmtree(tmp_path / "out")
+    for metadata in ({**data, **change}, {}):
+        run = trained_as(tmp_path / f"run{len(metadata)}", "restoration", model, metadata)
+        assert call(predict, monkeypatch, f"checkpoint={run}", *arguments) == 1
+        captured = capsys.readouterr()
+        assert f"error: {run}: its metadata" in captured.err and not (tmp_path / "out").exists()
 
 
 def test_tensors_that_repeat_a_value_are_refused(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Classification: classes of whole volumes, from a table.
 
 Data: crops of a prepared store, and a table of the scans' classes. Loss: the method's (weighted cross-entropy).
-Validation: AUC, balanced accuracy and calibration on the validation part; the test part is scored after training. A
-checkpoint holds the class names, channels and preparation. Prediction: a table of class probabilities.
+Validation: loss, AUC, balanced accuracy and calibration on the validation part; the test part is scored after training.
+A checkpoint holds the class names, channels and preparation. Prediction: a table of class probabilities.
 """
 
 from collections import Counter
@@ -81,8 +81,9 @@ class Classification:
             return None
 
         def validate(step: int) -> Validation:
-            scores = self._score(method.model, method, "validation")[0]
-            return {name: getattr(scores, name) for name in ("auc", "balanced_accuracy", "ece")}, {}
+            scores, probabilities = self._score(method.model, method, "validation")
+            metrics = {name: getattr(scores, name) for name in ("auc", "balanced_accuracy", "ece")}
+            return {**metrics, "loss": self._loss(method, probabilities)}, {}
 
         return validate
 
@@ -141,6 +142,12 @@ class Classification:
         probabilities = predict_classes(model, self._crops(method, part))
         truth = np.array([self.targets[record["id"]]["target"] for record in records])
         return score_classes(probabilities, truth, [str(record["subject"]) for record in records]), probabilities
+
+    def _loss(self, method: Any, probabilities: np.ndarray) -> float:
+        """The method's loss of the validation part, from its probabilities `(N, K)`."""
+        target = [int(self.targets[record["id"]]["target"]) for record in self.parts["validation"]]
+        true = probabilities[np.arange(len(target)), target].clip(min=np.finfo(np.float32).tiny)
+        return float((-np.log(true) * method.weights.cpu().numpy()[target]).mean())
 
     def _write_test(self, run: Path, scores: ClassScores, probabilities: np.ndarray) -> None:
         """The test part's probabilities as a table, its scores as JSON and as text."""

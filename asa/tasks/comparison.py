@@ -81,4 +81,7 @@ def _run(name: str, folder: Path, summary: Any, rows: list[dict[str, str]]) -> R
     values = {(row["id"], row["label"]): {metric: float(row[metric]) for metric in metrics} for row in rows}
     unit = "" if images else " voxels"
     truths = {(row["id"], row["label"]): f"{row[truth]}{unit}" for row in rows}
-    return Run(name, setting, values, truths, summary.get("files", {}))
+    files = summary.get("files", {})
+    if any(not isinstance(path, str | None) for paths in files.values() for path in paths.values()):
+        raise ValueError(f"{folder}: files in summary.json are not paths: evaluate again")
+    return Run(name, setting, values, truths, files)
