@@ -23,13 +23,17 @@ from test_hostile import nifti_header
 from untrained import checkpoint
 
 from asa.config import flatten
-from asa.data.datasets import folder
+from asa.data.datasets import folder, nnunet
 from asa.data.io.files import read_yaml
 from asa.data.io.nifti import read_image, read_label
 from asa.data.io.tables import read_column
+from asa.data.preprocessing.scan import CohortSettings
 from asa.data.splits import read_split
 from asa.data.store import Store
+from asa.evaluation.summary import CaseRow, cases_csv, summarise
 from asa.inference.preprocessing import check_metadata
+from asa.tasks.comparison import read_run
+from asa.tasks.table_evaluation import ASYMMETRY, CLASSES, MEASURES, _numbers, matched
 from asa.training.checkpoint import WEIGHTS, read_model
 
 DECLARED = (ValueError, OSError)
@@ -210,7 +214,66 @@ def _runs(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[Path]
     return make, lambda path: flatten(read_yaml(path))
 
 
-@pytest.mark.parametrize("kind", [_images, _checkpoints, _manifests, _tables, _runs])
+def _datasets(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[Path], object]]:
+    """The dataset.json of nnU-Net, with the files listed or found."""
+    found = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz", "numTraining": 1}
+    found |= {"labels": {"background": 0, "x": 1, "all": [1, 2], "ignore": 3}, "regions_class_order": [1, 2]}
+    cases = {"a": {"images": ["a_0000.nii.gz", "a_0001.nii.gz"], "label": "a.nii.gz"}}
+    for name in ("a_0000.nii.gz", "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).touch()
+
+    def make(rng: random.Random) -> Path:
+        about = rng.choice([found, {**found, "dataset": cases}])
+        tree = rng.random() < 0.7
+        other = (
+            json.dumps(changed_tree(about, rng)).encode() if tree else changed_bytes(json.dumps(about).encode(), rng)
+        )
+        (place / "dataset.json").write_bytes(other)
+        return place / "dataset.json"
+
+    def read(path: Path) -> None:
+        labels, ignored, regions = nnunet.label_scheme(path.parent)
+        CohortSettings(labels=labels, ignored=ignored, regions=regions)
+        for record in nnunet.records(path.parent):
+            assert (place / f"{record['id']}.nii.gz").resolve().parent == place.resolve(), record["id"]
+
+    return make, read
+
+
+def _evaluations(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[Path], object]]:
+    """What asa-evaluate wrote, and tables of predictions with that of the truth."""
+    rows = [CaseRow(id, "x", {"dice": 0.5, "hd95_mm": 2.0, "nsd_1mm": 1.0}, 3, 4, 0.1, 0.2) for id in "abc"]
+    summary = summarise(rows, {1: "x"}, "ibsr")
+    files = {id: {"prediction": f"{id}.nii.gz", "truth": f"{id}.nii.gz", "image": None} for id in "abc"}
+    whole, table = summary.as_json() | {"files": files}, cases_csv(summary).encode()
+    truth, classes = b"id,subject,class,health\na,p,x,1\nb,q,y,0\n", b"id,p_x,p_y\na,0.9,0.1\nb,0.2,0.8\n"
+    scores = b"id,score,mean,top,peak\na,0.9,0.1,0.1,1\nb,0.2,0.8,0.1,2\n"
+
+    def make(rng: random.Random) -> Path:
+        changed = rng.choice(["summary.json", "cases.csv", "predictions.csv", "asymmetry.csv", "truth.csv"])
+        contents = {"summary.json": json.dumps(whole).encode(), "cases.csv": table, "truth.csv": truth}
+        contents |= {"predictions.csv": classes, "asymmetry.csv": scores}
+        for name, content in contents.items():
+            tree = changed == "summary.json" and rng.random() < 0.8
+            other = json.dumps(changed_tree(whole, rng)).encode() if tree else changed_bytes(content, rng)
+            (place / name).write_bytes(other if name == changed else content)
+        return place / changed
+
+    def read(path: Path) -> None:
+        if path.name in ("summary.json", "cases.csv"):
+            run = read_run("other", path.parent)
+            assert all(
+                value is None or isinstance(value, str) for paths in run.files.values() for value in paths.values()
+            )
+        else:
+            _numbers(place, matched(place / CLASSES, place / "truth.csv", "class")[0][0], ["p_x", "p_y"])
+            _numbers(place, matched(place / ASYMMETRY, place / "truth.csv", "health")[0][0], MEASURES)
+
+    return make, read
+
+
+@pytest.mark.parametrize("kind", [_images, _checkpoints, _manifests, _tables, _runs, _datasets, _evaluations])
 def test_changed_files_give_declared_errors_only(
     kind: Callable[[Path], Any], tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LABELS
 from ranks import Job, command
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,20 +28,26 @@ from torch import nn
 from untrained import DATA, a_scan, call, checkpoint
 
 from asa.cli import export, orient, predict, regions, simulate
-from asa.data.io.files import LARGEST_YAML, open_unlinked, read_json, read_yaml, write_json, write_whole
+from asa.config import build
+from asa.data.datasets import folder as datasets_folder
+from asa.data.io.files import DIGESTS, LARGEST_YAML, open_unlinked, read_json, read_yaml, write_json, write_whole
 from asa.data.io.images2d import checked_window, read_picture, write_picture
 from asa.data.io.lock import LOCK, locked
-from asa.data.io.nifti import PADDING, read_image
+from asa.data.io.nifti import PADDING, read_image, read_label, write_label
 from asa.data.io.tables import csv_text, read_rows
 from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.export.monai_bundle import exported
 from asa.inference.preprocessing import ScanPreprocessor
-from asa.tasks.comparison import read_run
+from asa.tasks.comparison import compare_folders, read_run
 from asa.tasks.cross_validation import _predict
+from asa.tasks.evaluation import evaluate_folder
+from asa.tasks.volumes import choose_split
 from asa.training.checkpoint import WEIGHTS, load_model, read_model, save_checkpoint
+from asa.training.loop import TrainSettings
 from asa.training.pretrained import read_source
-from asa.training.run_folder import _check_config
+from asa.training.run_folder import _check_config, open_run
 from asa.training.run_log import RunLog
 
 FORK = multiprocessing.get_context("fork")
@@ -292,6 +299,30 @@ def test_a_dicom_that_holds_less_than_it_says_is_named(tmp_path: Path, rows: int
         read_picture(tmp_path / "x.dcm", [0, 1])
 
 
+@pytest.mark.parametrize("deflated", [False, True])
+def test_a_dicom_is_not_unpacked_beyond_a_limit(tmp_path: Path, deflated: bool) -> None:
+    """60,000 x 60,000 pixels by run-length coding, and 100 MB of zeros as a deflated file of 100 kB."""
+    import tracemalloc
+
+    pydicom = pytest.importorskip("pydicom")
+    meta, edge = pydicom.dataset.FileMetaDataset(), 7000 if deflated else 60000
+    syntaxes = (pydicom.uid.RLELossless, pydicom.uid.DeflatedExplicitVRLittleEndian)
+    meta.TransferSyntaxUID = syntaxes[deflated]
+    data = pydicom.dataset.FileDataset(str(tmp_path / "x.dcm"), {}, file_meta=meta, preamble=bytes(128))
+    data.Rows, data.Columns, data.BitsAllocated, data.BitsStored, data.HighBit = edge, edge, 16, 16, 15
+    data.SamplesPerPixel, data.PixelRepresentation, data.PhotometricInterpretation = 1, 0, "MONOCHROME2"
+    coded = pydicom.encaps.encapsulate([struct.pack("<16I", 2, 64, 68, *[0] * 13) + b"\x81\0\0\0" * 2])
+    data.PixelData = bytes(2 * edge * edge) if deflated else coded
+    data["PixelData"].is_undefined_length = not deflated
+    data.save_as(tmp_path / "x.dcm", enforce_file_format=False)
+    del data
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/x.dcm: .*(deflated|pixels, more than)"):
+        read_picture(tmp_path / "x.dcm", [0, 1])
+    assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    tracemalloc.stop()
+
+
 def test_a_file_that_cannot_be_oriented_is_named_and_the_others_are_written(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -463,7 +494,8 @@ def test_a_checkpoints_preparation_takes_no_more_memory_than_there_is(
     {"prepare": {"spacing": "a"}}, {"channels": 3}, {"channels": [["t1"]]}, {"labels": {"x": "y"}}, {"labels": 3},
     {"labels": {"1": "a", "2": "a", "5": "b"}}, {"regions": {"a": 3}}, {"regions": {"a": ["x"]}}, {"lateral_pairs": 1},
     {"lateral_pairs": [["left_x"]]}, {"spacing": "x"}, {"spacing": [[1, 1, 1]]},
-    {"spacing": [[0, 1, 1], [1, 1, float("nan")]]},
+    {"spacing": [[0, 1, 1], [1, 1, float("nan")]]}, {"spacing": [[1, 1, 1], [1, 1, float("inf")]]}, {"channels": []},
+    {"range": 3}, {"range": {"brain_ml": None}}, {"range": {"brain_ml": ["x", 1]}}, {"prepare": {"crop": True}},
 ])  # fmt: skip
 def test_a_checkpoints_metadata_of_other_types_is_one_line_with_its_name(
     tmp_path: Path, monkeypatch, capsys, data: dict
@@ -472,6 +504,48 @@ def test_a_checkpoints_metadata_of_other_types_is_one_line_with_its_name(
     assert call(predict, monkeypatch, f"checkpoint={file}", f"input={scan}", f"out={tmp_path}/out") == 1
     captured = capsys.readouterr()
     assert str(file) in captured.err and "--traceback" not in captured.err, captured.err
+
+
+def trained_as(folder: Path, task: str, model: dict[str, object], data: dict) -> Path:
+    """An untrained network of a task, as asa-finetune saves it."""
+    shell = nn.Module()
+    shell.model = build(model)
+    save_checkpoint(folder, 1, shell, {"model": model, "task": task, "data": data}, {}, keep=1)
+    return folder
+
+
+@pytest.mark.parametrize("classes", [3, ["a"], ["a", "b", "c"], [1, 2], ["a", "a"], [["x"], {}], {"a": 1, "b": 2}])
+def test_a_classifier_with_other_classes_is_refused_by_name(
+    tmp_path: Path, monkeypatch, capsys, classes: object
+) -> None:
+    model = {"_target_": "asa.models.classifier.asa_classifier_tiny", "classes": 2, "img_size": 32, "embed_dim": 24}
+    data = {"channels": ["t1"], "classes": classes, "prepare": {"crop": "foreground"}}
+    run = trained_as(tmp_path / "run", "classification", {**model, "depth": 1, "num_heads": 2}, data)
+    assert call(predict, monkeypatch, f"checkpoint={run}", f"input={a_scan(tmp_path)}", f"out={tmp_path}/out") == 1
+    captured = capsys.readouterr()
+    assert f"error: {run}: " in captured.err and "--traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"window": 3}, {"window": [1, 0]}, {"subject": "("}, {"subject": 3}, {"regions": 3}]
+)
+def test_a_restoration_with_other_metadata_is_refused_by_name(
+    tmp_path: Path, monkeypatch, capsys, change: dict
+) -> None:
+    pytest.importorskip("PIL")
+    write_picture(tmp_path / "images" / "a.png", np.random.default_rng(0).uniform(size=(1, 32, 32)))
+    model = {"_target_": "asa.models.rat.rat_tiny", "in_channels": 1}
+    data = {"window": None, "regions": None, "subject": None}
+    arguments = [f"input={tmp_path}/images", f"out={tmp_path}/out"]
+    run = trained_as(tmp_path / "good", "restoration", model, data)
+    assert call(predict, monkeypatch, f"checkpoint={run}", *arguments) == 0
+    shutil.rmtree(tmp_path / "out")
+    for metadata in ({**data, **change}, {}):
+        run = trained_as(tmp_path / f"run{len(metadata)}", "restoration", model, metadata)
+        assert call(predict, monkeypatch, f"checkpoint={run}", *arguments) == 1
+        captured = capsys.readouterr()
+        assert f"error: {run}: its metadata" in captured.err and not (tmp_path / "out").exists()
 
 
 def test_tensors_that_repeat_a_value_are_refused(tmp_path: Path) -> None:
@@ -538,6 +612,84 @@ def test_folds_predict_again_when_their_weights_or_maps_changed_whatever_the_clo
     assert len(calls) == 3
     _predict(run, tmp_path / "out", {**config, "predict": {"overlap": 0.25}})
     assert len(calls) == 4
+
+
+def an_evaluation(raw: Path, folder: Path) -> Path:
+    """Label maps that are the truth, two voxels of each changed, and their evaluation in FOLDER/scores."""
+    for path in raw.glob("*_seg.nii.gz"):
+        label = read_label(path)
+        label.data[40, 40, 40:42] = 0
+        write_label(folder / "maps" / path.name.replace("_seg", ""), label.data, label)
+    records = datasets_folder.records(raw, images={"label": "*_seg.nii.gz"})
+    truths = {record["id"]: Path(record["images"]["label"]) for record in records}
+    evaluate_folder(folder / "maps", truths, LABELS, "ibsr", folder / "scores", progress=False)
+    return folder / "scores"
+
+
+def test_a_flipped_bit_of_scores_is_noticed_before_they_are_compared(raw: Path, tmp_path: Path) -> None:
+    scores = an_evaluation(raw, tmp_path)
+    assert read_run("x", scores).values
+    for name in ("cases.csv", "summary.json"):
+        whole, draws = (scores / name).read_bytes(), np.random.default_rng(0)
+        for position in draws.integers(0, 8 * len(whole), 20):
+            changed = bytearray(whole)
+            changed[position // 8] ^= 1 << (position % 8)
+            (scores / name).write_bytes(changed)
+            with pytest.raises(ValueError, match=rf"^{scores}/{name}: has changed.*evaluate again"):
+                read_run("x", scores)
+        (scores / name).write_bytes(whole)
+    (scores / DIGESTS).unlink()
+    assert read_run("x", scores).values  # of an earlier version
+
+
+def test_a_flipped_bit_of_a_label_map_is_noticed_before_it_is_scored(tmp_path: Path) -> None:
+    """By the CRC of gzip: whatever the bit, the voxels are the same or the file is refused."""
+    path = tmp_path / "a.nii"
+    path.write_bytes(nifti_header((20, 20, 20), code=2, bits=8) + bytes(range(8)) * 1000)
+    label = read_label(path)
+    write_label(tmp_path / "a.nii.gz", label.data, label)
+    whole, refused = (tmp_path / "a.nii.gz").read_bytes(), 0
+    for position in np.random.default_rng(0).integers(0, 8 * len(whole), 300):
+        changed = bytearray(whole)
+        changed[position // 8] ^= 1 << (position % 8)
+        (tmp_path / "a.nii.gz").write_bytes(changed)
+        try:
+            found = read_label(tmp_path / "a.nii.gz")
+        except ValueError as error:
+            assert str(error).startswith(f"{tmp_path}/a.nii.gz: ")
+            refused += 1
+        else:
+            assert np.array_equal(found.data, label.data) and np.array_equal(found.affine, label.affine), position
+    assert refused > 200
+
+
+def test_a_label_map_that_is_another_than_the_scored_one_is_not_drawn(raw: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scores = an_evaluation(raw, tmp_path)
+    for path in (tmp_path / "maps").iterdir():
+        shutil.copy(raw / path.name.replace(".nii", "_seg.nii"), path)
+    records = datasets_folder.records(raw, images={"label": "*_seg.nii.gz"})
+    truths = {record["id"]: Path(record["images"]["label"]) for record in records}
+    evaluate_folder(tmp_path / "maps", truths, LABELS, "ibsr", tmp_path / "other", progress=False)
+    compare_folders({"a": scores, "b": tmp_path / "other"}, tmp_path / "out")
+    without = (tmp_path / "out" / "comparison.html").read_text().count("<img")
+    (tmp_path / "again").mkdir()
+    compare_folders({"b": tmp_path / "other", "a": an_evaluation(raw, tmp_path / "again")}, tmp_path / "out")
+    assert (tmp_path / "out" / "comparison.html").read_text().count("<img") > without
+
+
+def test_a_changed_split_of_a_run_is_not_used(store: Path, tmp_path: Path) -> None:
+    config, split = {"out": str(tmp_path / "run")}, {"train": ["s0", "s1"], "validation": [], "test": ["s2"]}
+    with open_run(config, split, TrainSettings(steps=1, device="cpu")) as run:
+        pass
+    assert read_split(run / "split.json") == split
+    text = (run / "split.json").read_text()
+    (run / "split.json").write_text(text.replace("s2", "s3"))
+    (run / "checkpoints/step-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"^{run}/split.json: has changed since it was written"):
+        choose_split([], {"split_file": None}, run)
+    shutil.copy(run / "split.json", tmp_path / "mine.json")
+    assert read_split(tmp_path / "mine.json")["test"] == ["s3"]  # a file of one's own
 
 
 @pytest.mark.slow

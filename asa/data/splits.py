@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from asa.data.io.files import read_json, write_json
+from asa.data.io.files import check_digest, read_json, write_json
 
 PARTS = ("train", "validation", "test")
 
@@ -188,9 +188,11 @@ def read_split(path: str | Path, fold: int | None = None) -> dict[str, list[str]
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not JSON, not a split, a fold that it does not have, or a subject in two parts.
+        ValueError: changed since a run wrote it, not JSON, not a split, a fold that it does not have, or a subject in
+            two parts.
     """
     split = read_json(path)
+    check_digest(path)
     if isinstance(split, list) and split and isinstance(split[0], Mapping):
         if fold is None or not 0 <= fold < len(split):
             raise ValueError(f"{path}: has {len(split)} folds: give data.split.fold=0 to {len(split) - 1}")

@@ -202,8 +202,14 @@ def _wrong_entry(manifest: Mapping[str, Any]) -> str:
     for key, kind in common.items():
         if not isinstance(manifest[key], kind):
             return key
-    if not all(value.isdecimal() for value in manifest["labels"]):
+    labels, names = manifest["labels"], [*manifest["labels"].values(), *manifest["channels"]]
+    if len(labels) > 254 or not all(value.isdecimal() and len(value) < 20 for value in labels):
         return "labels"
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        return "a name in labels or channels"
+    joined = [str(value) for values in manifest["regions"].values() for value in (values if values else [""])]
+    if not labels.keys() >= set(joined) or not all(isinstance(value, int) for value in manifest["ignored"]):
+        return "a value in regions or ignored"
     own = {"subject": str, "shape": list, "sources": dict, "arrays": dict, "chain": dict}
     for number, record in enumerate(manifest["records"], start=1):
         for key, kind in own.items():
@@ -212,7 +218,8 @@ def _wrong_entry(manifest: Mapping[str, Any]) -> str:
         if len(record["shape"]) != 4 or not all(isinstance(size, int) for size in record["shape"]):
             return f"shape of record {number}"
         sources = record["sources"].values()
-        if not all(isinstance(source, dict) and isinstance(source.get("path"), str) for source in sources):
+        paths = [source.get(key) for source in sources if isinstance(source, dict) for key in ("path", "sha256")]
+        if len(paths) < 2 * len(sources) or not all(isinstance(path, str) for path in paths):
             return f"sources of record {number}"
         if not record["arrays"].keys() <= FOLDERS.keys():
             return f"arrays of record {number}"

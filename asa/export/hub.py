@@ -17,10 +17,10 @@ import yaml
 from safetensors.torch import save
 
 from asa import __version__
-from asa.data.io.files import read_json, sha256_of, write_json, write_whole
+from asa.data.io.files import DIGESTS, read_json, sha256_of, write_json, write_whole
 from asa.data.leakage import stored_digests
 from asa.export.monai_bundle import without_command
-from asa.training.checkpoint import DIGESTS, WEIGHTS, read_model, read_weights
+from asa.training.checkpoint import WEIGHTS, read_model, read_weights
 
 CONFIG, SUBJECTS, CARD = "config.json", "training_subjects.json", "README.md"
 LIBRARY = "asa-mri"

@@ -34,8 +34,9 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: a source file is gone.
-        ValueError: no store; no labelled scan; a scan without one of the channels; a source file that has changed since
-            it was prepared, or that is not NIfTI; several ignored values; or a folder that holds something else.
+        ValueError: no store; no labelled scan; a label called background or ignore; a scan without one of the channels;
+            a source file that has changed since it was prepared, or that is not NIfTI; several ignored values; or a
+            folder that holds something else.
     """
     data, out = Store(store), Path(out)
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / DESCRIPTION).is_file()):
@@ -43,6 +44,11 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
     labelled = [record for record in data.records if "label" in record["sources"]]
     if not labelled:
         raise ValueError(f"{store}: has no labelled scan, and nnU-Net needs some")
+    reserved = {BACKGROUND, IGNORE} & {*data.labels.values(), *data.regions}
+    if reserved:
+        raise ValueError(
+            f"{store}: a label is called {min(reserved)}, which means something else in nnU-Net: rename it"
+        )
     if len(data.ignored) > 1:
         raise ValueError(f"{store}: ignores the values {data.ignored}, and nnU-Net can ignore one")
     values = {value: number for number, value in enumerate((*data.label_values, *data.ignored), start=1)}

@@ -78,8 +78,10 @@ class ClassPredictor:
             raise ValueError(f"{checkpoint}: not a run of asa-finetune method=classify")
         self.model = model.to(pick_device(settings.device))
         self.window = window_size(model)
-        self.classes: list[str] = description["data"]["classes"]
         self.preprocessor = ScanPreprocessor(str(checkpoint), description["data"], strip)
+        self.classes: list[str] = description["data"]["classes"]
+        if len(self.classes) != (outputs := len(model.get_parameter("head.bias"))):
+            raise ValueError(f"{checkpoint}: names {len(self.classes)} classes, and its network has {outputs}")
 
     def probabilities(self, image: np.ndarray) -> np.ndarray:
         """Class probabilities `(K,)` of a prepared volume `(C, D, H, W)`."""

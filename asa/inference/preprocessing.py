@@ -67,7 +67,7 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
     """
     try:
         regions = dict(data.get("regions", ()))
-        for names in data["channels"], [*data.get("labels", {}).values()], [*regions]:
+        for names in data["channels"], [*data.get("labels", {}).values()], [*regions], data.get("classes", []):
             if not isinstance(names, list) or len({name for name in names if isinstance(name, str)}) < len(names):
                 raise ValueError(f"{names} are not different names")
         [int(value) for value in data.get("labels", {})]
@@ -77,8 +77,12 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
         for left, right in data.get("lateral_pairs", []):
             if not isinstance(left, str) or not isinstance(right, str):
                 raise ValueError(f"{[left, right]} is not a pair of labels")
+        if not data["channels"]:
+            raise ValueError("no channels")
+        if not all(low <= high for low, high in data.get("range", {}).values()):
+            raise ValueError(f"range={data['range']}")
         size = np.array(data.get("spacing", np.ones((2, 3))), dtype=np.float64)
-        if size.shape != (2, 3) or not (size > 0).all():
+        if size.shape != (2, 3) or not (size > 0).all() or not np.isfinite(size).all():
             raise ValueError(f"spacing={data['spacing']}")
         PrepareSettings(**data["prepare"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -107,7 +111,10 @@ class ScanPreprocessor:
                 f"{path}: its training scans were skull-stripped by a command, and a checkpoint may not run commands "
                 f"({settings.strip}): give strip= the command, or strip=none for scans that are stripped already"
             )
-        self.settings = settings if strip is None else replace(settings, strip=strip)
+        try:
+            self.settings = settings if strip is None else replace(settings, strip=strip)
+        except ValueError as error:  # of asa-predict, whose key it is
+            raise ValueError(str(error).removeprefix("prepare.")) from None
 
     def prepare(self, images: Mapping[str, str | Path | None]) -> tuple[PreparedCase, Volume]:
         """The prepared scan of a file per channel, as `asa-prepare` makes it, and the first channel as it was read.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from asa.data.io.files import sha256_of
 from asa.evaluation.comparison import Comparison, difference_cells, mean_text, notes, paired_differences
 from asa.evaluation.policies import MetricInfo
 from asa.evaluation.summary import number_text
@@ -109,7 +110,7 @@ def _legend(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _overlay(comparison: Comparison, row: dict[str, str]) -> dict[str, Any] | None:
-    """Truth and every run's label map of a case on the same slices; None where a file is not recorded or has gone."""
+    """Truth and every run's label map of a case on the same slices; None if a file is unknown, gone, or another now."""
     case_id, region, first = row["case"], row["region"], comparison.runs[0]
     files = [run.files.get(case_id, {}) for run in comparison.runs]
     needed = [files[0].get("truth"), *(paths.get("prediction") for paths in files)]
@@ -117,6 +118,9 @@ def _overlay(comparison: Comparison, row: dict[str, str]) -> dict[str, Any] | No
     paths = [Path(path) for path in (*needed, image) if path is not None]
     if None in needed or not all(path.is_file() for path in paths):
         return None
+    recorded = [files[0].get("truth_sha256"), *(each.get("prediction_sha256") for each in files)]
+    if any(digest not in (None, sha256_of(path)) for path, digest in zip(paths, recorded, strict=False)):
+        return None  # predicted again since it was scored
     truth, predictions, volume, spacing = case_volumes(
         case_id, paths[0], paths[1 : len(needed)], None if image is None else Path(image)
     )

@@ -15,6 +15,7 @@ from asa.data.io.lock import LOCK, locked
 from asa.data.splits import keep_labelled, make_split, write_split
 from asa.data.store import Store
 from asa.errors import one_line, reason_of
+from asa.evaluation.comparison import Run
 from asa.evaluation.summary import listed
 from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablation
 from asa.reporting.pages import require_report_extra
@@ -175,18 +176,27 @@ def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> 
     """Train, predict and score one run unless it is done; returns the line to print."""
     name, begun = _name(seed, arm, count), time.monotonic()
     evaluation = ablation.out / "evaluations" / name
-    done = (evaluation / "summary.json").exists()
-    if not done and (failure := _attempt(ablation, name, lambda: _train_and_score(ablation, seed, count, arm))):
-        ablation.failures[name] = failure
-        return f"failed: {failure}"
-    try:
-        found = read_run(evaluation.name, evaluation)
-    except (ValueError, OSError) as error:  # damaged: the other runs go on
-        ablation.failures[name] = one_line(error)
-        return f"failed: {one_line(error)}"
+    found, reason = _evaluated(evaluation)
+    done = found is not None
+    if found is None:
+        if failure := _attempt(ablation, name, lambda: _train_and_score(ablation, seed, count, arm)):
+            ablation.failures[name] = failure
+            return f"failed: {failure}"
+        found, reason = _evaluated(evaluation)
+    if found is None:
+        ablation.failures[name] = reason
+        return f"failed: {reason}"
     trial = Trial(arm, labelled_text(count), seed, found)
     ablation.trials.append(trial)
     return f"{trial_line(trial)} ({'done before' if done else f'{time.monotonic() - begun:.0f} s'})"
+
+
+def _evaluated(folder: Path) -> tuple[Run | None, str]:
+    """The evaluation of a run; None and the reason where there is none, or a damaged one, which is made again."""
+    try:
+        return read_run(folder.name, folder), ""
+    except (ValueError, OSError) as error:
+        return None, one_line(error)
 
 
 def _train_and_score(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> None:

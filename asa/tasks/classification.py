@@ -1,8 +1,8 @@
 """Classification: classes of whole volumes, from a table.
 
 Data: crops of a prepared store, and a table of the scans' classes. Loss: the method's (weighted cross-entropy).
-Validation: AUC, balanced accuracy and calibration on the validation part; the test part is scored after training. A
-checkpoint holds the class names, channels and preparation. Prediction: a table of class probabilities.
+Validation: loss, AUC, balanced accuracy and calibration on the validation part; the test part is scored after training.
+A checkpoint holds the class names, channels and preparation. Prediction: a table of class probabilities.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ from asa.methods.base import Batch
 from asa.tasks.base import Config
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans, refuse_healthy
 from asa.tasks.table_evaluation import described, evaluate_classes, tables_of, write_scores
-from asa.tasks.volumes import Initialisation, absolute, open_store, set_model
+from asa.tasks.volumes import Initialisation, absolute, open_store, set_model, warn_of_padding
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
 from asa.training.distributed import is_main
@@ -62,6 +62,7 @@ class Classification:
         if config["method"].get("weights") == "balanced":
             config["method"]["weights"] = self._balanced_weights()
         set_model(config, in_channels=len(self.store.channels), classes=len(self.names))
+        warn_of_padding(config, self.parts["train"])
 
     def example(self, method: Any, count: int) -> Batch:
         return volume_batch(method, count, target=True)
@@ -80,8 +81,9 @@ class Classification:
             return None
 
         def validate(step: int) -> Validation:
-            scores = self._score(method.model, method, "validation")[0]
-            return {name: getattr(scores, name) for name in ("auc", "balanced_accuracy", "ece")}, {}
+            scores, probabilities = self._score(method.model, method, "validation")
+            metrics = {name: getattr(scores, name) for name in ("auc", "balanced_accuracy", "ece")}
+            return {**metrics, "loss": self._loss(method, probabilities)}, {}
 
         return validate
 
@@ -140,6 +142,12 @@ class Classification:
         probabilities = predict_classes(model, self._crops(method, part))
         truth = np.array([self.targets[record["id"]]["target"] for record in records])
         return score_classes(probabilities, truth, [str(record["subject"]) for record in records]), probabilities
+
+    def _loss(self, method: Any, probabilities: np.ndarray) -> float:
+        """The method's loss of the validation part, from its probabilities `(N, K)`."""
+        target = [int(self.targets[record["id"]]["target"]) for record in self.parts["validation"]]
+        true = probabilities[np.arange(len(target)), target].clip(min=np.finfo(np.float32).tiny)
+        return float((-np.log(true) * method.weights.cpu().numpy()[target]).mean())
 
     def _write_test(self, run: Path, scores: ClassScores, probabilities: np.ndarray) -> None:
         """The test part's probabilities as a table, its scores as JSON and as text."""

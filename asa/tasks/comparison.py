@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asa.data.io.files import read_json, write_json, write_whole
+from asa.data.io.files import check_digest, read_json, write_json, write_whole
 from asa.data.io.tables import read_rows
 from asa.errors import reason_of
 from asa.evaluation.comparison import Comparison, Run, compare_runs, latex_table, markdown_table
@@ -49,11 +49,15 @@ def read_run(name: str, folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: no summary.json or cases.csv in it.
-        ValueError: files that do not belong together, or are not of an evaluation.
+        ValueError: files that have changed since, do not belong together, or are not of an evaluation.
     """
     for file in ("summary.json", "cases.csv"):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file}: no such file; give folders that asa-evaluate wrote")
+        try:
+            check_digest(folder / file)
+        except ValueError as error:  # or its evaluation was killed between the two
+            raise ValueError(f"{error}; or evaluate again") from None
     summary, rows = read_json(folder / "summary.json"), read_rows(folder / "cases.csv")
     try:
         return _run(name, folder, summary, rows)
@@ -77,4 +81,7 @@ def _run(name: str, folder: Path, summary: Any, rows: list[dict[str, str]]) -> R
     values = {(row["id"], row["label"]): {metric: float(row[metric]) for metric in metrics} for row in rows}
     unit = "" if images else " voxels"
     truths = {(row["id"], row["label"]): f"{row[truth]}{unit}" for row in rows}
-    return Run(name, setting, values, truths, summary.get("files", {}))
+    files = summary.get("files", {})
+    if any(not isinstance(path, str | None) for paths in files.values() for path in paths.values()):
+        raise ValueError(f"{folder}: files in summary.json are not paths: evaluate again")
+    return Run(name, setting, values, truths, files)

@@ -2,6 +2,7 @@
 
 OUT/cases.csv      one row a case and label
 OUT/summary.json   statistics of each label and metric, with the policy and its truth table
+OUT/digests.json   SHA-256 of both, which a comparison compares
 OUT/report.html    both for reading, with figures (needs the `report` extra)
 """
 
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from asa.data.io.files import write_json, write_whole
+from asa.data.datasets.folder import files_by_id, has_wildcard, matching_globs
+from asa.data.io.files import sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
 from asa.evaluation.metrics import bounding_box, dice, hd95
@@ -85,7 +87,8 @@ def evaluate_folder(
     Nothing is written unless every case could be evaluated; each file is written whole or not at all.
 
     Args:
-        predictions: folder of `ID.nii.gz`, or a BIDS derivative of asa-predict.
+        predictions: folder of `ID.nii.gz`, a BIDS derivative of asa-predict, or a path with wildcards that stand for
+            the id, like `maps/*_seg.nii.gz`.
         truths: case id -> label map.
         labels: declared label value -> name; 0 is background and not declared.
         policy: name of a policy.
@@ -126,6 +129,7 @@ def evaluate_folder(
     write_whole(report.with_name("cases.csv"), cases_csv(summary).encode())
     files = {case.case_id: _paths(case) for case in cases}
     write_json(report.with_name("summary.json"), summary.as_json() | {"files": files})
+    write_digests(report.parent, ("cases.csv", "summary.json"))
     write_report(report, summary, cases)
     return summary
 
@@ -146,20 +150,20 @@ def _match(
     predictions: Path, truths: Mapping[str, Path], images: Mapping[str, Path] | None, allow_missing: bool
 ) -> tuple[list[CaseFiles], list[str]]:
     """Pair files by case id, and refuse what does not match before any work is done."""
-    if not predictions.is_dir():
-        raise FileNotFoundError(f"{predictions}: no such folder; give the one that asa-predict wrote")
     if not truths:
         raise ValueError("no truth to evaluate against: give at least one case")
-    found = label_maps_of(predictions)
+    if predictions.is_dir():
+        found = label_maps_of(predictions)
+    elif has_wildcard(str(predictions)):
+        found = files_by_id(predictions)
+    else:
+        raise FileNotFoundError(f"{predictions}: no such folder; give the one that asa-predict wrote")
     missing, unmatched = sorted(set(truths) - set(found)), sorted(set(found) - set(truths))
     if missing and (not allow_missing or len(missing) == len(truths)):
         if len(missing) < len(truths):
             advice = "predict them first, or allow missing ones"
         elif found:
-            advice = (
-                f"the folder holds {listed(sorted(found))}: ids have to be the same in both; that of a true label map "
-                "is what the * of pattern= matches"
-            )
+            advice = f"the folder holds {listed(sorted(found))}: ids have to be the same in both{_globs(found, truths)}"
         else:
             advice = "predict them first"
         raise ValueError(
@@ -183,10 +187,24 @@ def _match(
     return cases, unmatched
 
 
+def _globs(found: Mapping[str, Path], truths: Mapping[str, Path]) -> str:
+    """Advice about the patterns by which the files of two folders match."""
+    names = [path.name for path in found.values()]
+    as_ids = matching_globs(names, [f"{id}{ENDING}" for id in truths])
+    own = next(iter(found.values())).parent
+    if as_ids and as_ids[1] == f"*{ENDING}":
+        return f"; predictions='{own}/{as_ids[0]}' would match {as_ids[2]} of them"
+    if (globs := matching_globs(names, [path.name for path in truths.values()])) is None:
+        return "; that of a true label map is what the * of pattern= matches"
+    mine = "" if globs[0] == f"*{ENDING}" else f"predictions='{own}/{globs[0]}' "
+    return f"; with a folder of true label maps, {mine}pattern='{globs[1]}' would match {globs[2]} of them"
+
+
 def _paths(case: CaseFiles) -> dict[str, str | None]:
-    """Absolute paths of a case's files, with which a comparison draws them again."""
+    """Absolute paths of a case's files, with which a comparison draws them again, and the SHA-256 of the label maps."""
     paths = {"prediction": case.prediction, "truth": case.truth, "image": case.image}
-    return {kind: None if path is None else str(path.absolute()) for kind, path in paths.items()}
+    digests = {f"{kind}_sha256": sha256_of(path) for kind, path in paths.items() if path and kind != "image"}
+    return {kind: None if path is None else str(path.absolute()) for kind, path in paths.items()} | digests
 
 
 def _evaluate_files(job: tuple[CaseFiles, dict[int, str], Policy]) -> list[CaseRow]:

@@ -2,6 +2,7 @@
 
 OUT/cases.csv      a row an image
 OUT/summary.json   statistics over the images, and the data range
+OUT/digests.json   SHA-256 of both, which a comparison compares
 OUT/report.html    both for reading, with pictures of the worst and of the middle image (needs the `report` extra)
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from asa.data.io.files import write_json, write_whole
+from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.images2d import checked_window, list_pictures, read_picture, stored_window
 from asa.evaluation.image_quality import RestorationSummary, restoration_table, score_image, scores_csv
 from asa.evaluation.policies import WHOLE, restoration_policy
@@ -69,6 +70,7 @@ def evaluate_pictures(
     page.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
     write_whole(page.with_name("cases.csv"), scores_csv(quality).encode())
     write_json(page.with_name("summary.json"), quality.as_json())
+    write_digests(page.parent, ("cases.csv", "summary.json"))
     write_restoration_report(page, quality, cases)
     return restoration_table(quality)
 

@@ -31,7 +31,7 @@ from asa.tasks.base import Config
 from asa.tasks.feature_health import FeatureHealth, open_probe, predictor_of
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
 from asa.tasks.table_evaluation import evaluate_asymmetry, tables_of
-from asa.tasks.volumes import absolute, open_store, padding_advice, set_model
+from asa.tasks.volumes import absolute, open_store, set_model, warn_of_padding
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
@@ -60,6 +60,7 @@ class Pretraining:
         self.store, self.split, self.parts = open_store(data, Path(str(config["out"])))
         self.health = read_health(data["health"], self.store.records)
         set_model(config, in_channels=len(self.store.channels))
+        warn_of_padding(config, self.parts["train"])
 
     def example(self, method: Any, count: int) -> Batch:
         batch, crops = volume_batch(method, count), self.dataset(method)
@@ -100,8 +101,6 @@ class Pretraining:
         held_out = len(self.parts["validation"])
         on = f"{held_out} held-out scans" if held_out else "training scans"
         print(f"pretraining on {len(self.parts['train'])} scans, validated on {on}, in {run}")
-        if advice := padding_advice(self.config["crop"], self.parts["train"]):
-            print(advice)
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
         name, trivial = method.error

@@ -1,10 +1,11 @@
 """Restoration of 2-D images: denoising, synthesis and super-resolution.
 
 Data: pairs of degraded and clean images, and label maps of their regions. Loss: the method's (focal region loss).
-Validation: PSNR and SSIM of whole images. A checkpoint holds the intensity window, and how subjects and regions are
-found. Prediction: restored images as PNG. Evaluation: PSNR, SSIM and RMSE against clean images.
+Validation: PSNR, SSIM and loss of whole images. A checkpoint holds the intensity window, and how subjects and regions
+are found. Prediction: restored images as PNG. Evaluation: PSNR, SSIM and RMSE against clean images.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from tqdm import tqdm
 
 from asa.config import typed
 from asa.data.datasets.folder import subject_of
-from asa.data.io.images2d import list_pictures, read_picture, write_picture
+from asa.data.io.images2d import checked_window, list_pictures, read_picture, write_picture
 from asa.data.io.parallel import each_tried
 from asa.data.loading.loader import collate
 from asa.data.restoration.pairs import PairDataset, check_channels, find_pairs, regions_of
 from asa.data.splits import select
+from asa.errors import reason_of
 from asa.evaluation.image_quality import score_image
 from asa.inference.restoration import restore_image
 from asa.inference.segmentation import PredictSettings
@@ -114,7 +116,8 @@ class Restoration:
         settings, out = typed(PredictSettings, config["predict"]), Path(str(config["out"]))
         network, description = read_model(checkpoint, plugins=config["plugins"])
         model: Any = network.to(pick_device(settings.device))
-        data = description["data"] if model.regional else description["data"] | {"regions": None}
+        data = _checked_metadata(checkpoint, description["data"])
+        data = data if model.regional else {**data, "regions": None}
         images, maps = _inputs(config, data)
         failures = 0
 
@@ -154,6 +157,19 @@ class Restoration:
         print(f"{table}\nwrote cases.csv, summary.json and report.html to {config['out']}")
 
 
+def _checked_metadata(path: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata of a checkpoint, which may come from anybody; a ValueError names it if this is no restoration's."""
+    try:
+        if data["window"] is not None:
+            checked_window(data["window"])
+        re.compile(data["subject"] or "")
+        if not isinstance(data["regions"], str | None):
+            raise ValueError(f"regions={data['regions']}")
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise ValueError(f"{path}: its metadata of the training images is not usable ({reason_of(error)})") from None
+    return data
+
+
 def _inputs(config: Config, data: Mapping[str, Any]) -> tuple[dict[str, Path], dict[str, Path] | None]:
     """Images that are asked for, and label maps or None, by id."""
     source, subjects = Path(str(config["input"])), subjects_of_part(config)
@@ -182,7 +198,7 @@ def validate_restoration(method: RestorationMethod, dataset: PairDataset, settin
         settings: precision.
 
     Returns:
-        "psnr", "ssim", "input_psnr", "input_ssim"; and a panel of input, prediction and target.
+        "psnr", "ssim", "input_psnr", "input_ssim", "loss"; and a panel of input, prediction and target.
     """
     panels: dict[str, np.ndarray] = {}
 
@@ -195,8 +211,10 @@ def validate_restoration(method: RestorationMethod, dataset: PairDataset, settin
             panel = torch.cat([upscaled, restored.clamp(0, 1), target], dim=2).expand(3, -1, -1)
             panels["input, prediction, target"] = (255 * panel).byte().permute(1, 2, 0).numpy()
         found, before = (score_image(image, target) for image in (restored, upscaled))
+        fine = views["regions"].repeat_interleave(dataset.upscale, dim=0).repeat_interleave(dataset.upscale, dim=1)
         return {name: found[name] for name in ("psnr", "ssim")} | {
-            f"input_{name}": before[name] for name in ("psnr", "ssim")
+            **{f"input_{name}": before[name] for name in ("psnr", "ssim")},
+            "loss": float(method.loss(restored[None], target[None], fine[None])),
         }
 
     rows = map_over_ranks(range(len(dataset)), scores)

@@ -38,15 +38,16 @@ from asa.methods.base import Batch
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED
 from asa.ops.nested import painting_order
-from asa.reporting.figures import central_slices, overlay_panel
+from asa.reporting.figures import central_slices, label_colours, overlay_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
-from asa.tasks.volumes import Initialisation, open_store, padding_advice, set_model
+from asa.tasks.volumes import Initialisation, open_store, set_model, warn_of_padding
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 from asa.training.plan import volume_batch
+from asa.training.trackers import with_legend
 
 
 class Segmentation:
@@ -66,6 +67,7 @@ class Segmentation:
         self.index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
         self.regions = _regions(config["method"], store)
         set_model(config, in_channels=len(store.channels), out_channels=len(self.regions) or len(self.index) + 1)
+        warn_of_padding(config, self.parts["train"])
         self.lateral_pairs = lateral_indices(config["data"]["lateral_pairs"], self.index, self.augment)
 
     def example(self, method: Any, count: int) -> Batch:
@@ -105,7 +107,7 @@ class Segmentation:
         centres = CropDataset(self.store, self.parts["validation"], size, labelled=True, mirrored=method.mirrored)
 
         def validate(step: int) -> Validation:
-            metrics, panels = validate_segmentation(method, self.store, ids, scored, self.windows)
+            metrics, panels = validate_segmentation(method, self.store, ids, scored, self.windows, list(self.index))
             return {**metrics, "loss": mean_loss(method, centres)}, panels
 
         return validate
@@ -125,8 +127,6 @@ class Segmentation:
         start = f"the encoder of {self.config['init']}" if self.config["init"] else "scratch"
         train, validation = len(self.parts["train"]), len(self.parts["validation"])
         print(f"fine-tuning from {start} on {train} scans, validated on {validation}, in {run}")
-        if advice := padding_advice(self.config["crop"], self.parts["train"]):
-            print(advice)
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
         if "dice" in metrics:
@@ -211,6 +211,7 @@ def validate_segmentation(
     ids: Sequence[str],
     parts: Mapping[str, Sequence[int]],
     settings: PredictSettings,
+    names: Sequence[str],
 ) -> Validation:
     """Dice of whole prepared volumes, ignored voxels left out, and an overlay of the first volume with its truth.
 
@@ -222,10 +223,11 @@ def validate_segmentation(
         ids: labelled scans.
         parts: name -> class indices that are scored as one: labels, or regions.
         settings: of the sliding window.
+        names: of the classes from 1, for the legend.
 
     Returns:
         "dice_NAME" of each part (1 for a scan where neither map holds it) and "dice", their mean; and a panel of
-        image, truth and prediction in three planes, through the middle of what is labelled.
+        image, truth and prediction in three planes, through the middle of what is labelled, with a legend.
     """
     panels: dict[str, np.ndarray] = {}
 
@@ -238,7 +240,8 @@ def validate_segmentation(
         truth, prediction = truth[0] * counted, prediction * counted
         if not panels:
             at = central_slices(truth > 0) if truth.any() else None
-            panels["image, truth, prediction"] = overlay_panel(volume[0].numpy(), [truth, prediction], at=at)
+            panel = overlay_panel(volume[0].numpy(), [truth, prediction], at=at)
+            panels["image, truth, prediction"] = with_legend(panel, names, label_colours(len(names)))
         found = [dice(np.isin(prediction, values), np.isin(truth, values)) for values in parts.values()]
         return [1.0 if math.isnan(score) else score for score in found]  # in neither map: right
 
@@ -375,7 +378,4 @@ def _images_of(truths: Mapping[str, Path], pattern: str | None) -> dict[str, Pat
     """The images of the true label maps, by case id, from a path whose wildcards are the ids."""
     if pattern is None:
         return None
-    parts = Path(str(pattern)).parts
-    first = next((k for k, part in enumerate(parts) if folder.has_wildcard(part)), len(parts) - 1)
-    found = folder.records(Path(*parts[:first]), images={"image": "/".join(parts[first:])})
-    return {one["id"]: Path(str(one["images"]["image"])) for one in found if one["id"] in truths}
+    return {id: path for id, path in folder.files_by_id(str(pattern)).items() if id in truths}

@@ -3,7 +3,9 @@
 OUT/summary.json   the scores, with intervals over resampled subjects
 """
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,9 @@ def evaluate_classes(predictions: Path, truth: Path, out: Path) -> tuple[ClassSc
     names = [column.removeprefix("p_") for column in rows[0] if column.startswith("p_")]
     if unknown := sorted(set(known) - set(names)):
         raise ValueError(f"{truth}: the class {unknown[0]!r} is none of the network's: {', '.join(names)}")
-    probabilities = np.array([[float(row[f"p_{name}"]) for name in names] for row in rows])
+    probabilities = np.array([_numbers(predictions / CLASSES, row, [f"p_{name}" for name in names]) for row in rows])
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError(f"{predictions / CLASSES}: probabilities have to be from 0 to 1: predict again")
     scores = score_classes(probabilities, np.array([names.index(name) for name in known]), subjects)
     write_scores(out / "summary.json", scores, names)
     return scores, names
@@ -97,14 +101,26 @@ def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, d
     if patient.all() or not patient.any():
         raise ValueError(f"{truth}: all {len(rows)} scans are of health {health[0]}: an AUC needs both")
     results: dict[str, dict[str, Any]] = {}
-    for measure in MEASURES:
-        values = np.array([float(row[measure]) for row in rows])
+    measured = np.array([_numbers(predictions / ASYMMETRY, row, MEASURES) for row in rows])
+    for measure, values in zip(MEASURES, measured.T, strict=True):
         low, high = auc_interval(np.stack([-values, values], axis=1), patient.astype(int), subjects)
         results[measure] = {"auc": auc(values, patient), "auc_low": low, "auc_high": high}
     written = {measure: nullable(numbers) for measure, numbers in results.items()}
     counts = {"patients": int(patient.sum()), "healthy": int((~patient).sum())}
     write_json(out / "summary.json", {**counts, "results": written})
     return results
+
+
+def _numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list[float]:
+    """The numbers of a scan in some columns; a ValueError names the table, the scan and the column without one."""
+    for column in columns:
+        try:
+            known = math.isfinite(float(row[column]))
+        except (KeyError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(f"{table}: {row['id']}: {column} is {row.get(column)!r} and not a number: predict again")
+    return [float(row[column]) for column in columns]
 
 
 def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]], list[str], list[str]]:
@@ -119,6 +135,8 @@ def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]]
     rows = read_rows(table)
     if not rows or "id" not in rows[0]:
         raise ValueError(f"{table}: has no scans, or no column id")
+    if twice := [id for id, count in Counter(row["id"] for row in rows).items() if count > 1]:
+        raise ValueError(f"{table}: {twice[0]} is in two rows: remove one")
     scans = [{"id": row["id"], "subject": row["id"]} for row in rows]
     said, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
     rows = [row for row in rows if row["id"] in said]

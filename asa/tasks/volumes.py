@@ -66,6 +66,12 @@ def set_model(config: Config, **values: Any) -> None:
         node.update(values)
 
 
+def warn_of_padding(config: Config, records: Records) -> None:
+    """Print `padding_advice` for the crop of a command, before anything is planned or trained."""
+    if advice := padding_advice(config["crop"], records):
+        print(advice)
+
+
 def padding_advice(crop: int | Sequence[int], records: Records) -> str | None:
     """A line about a crop that is mostly padding, with one that fits the volumes; None for any other crop.
 

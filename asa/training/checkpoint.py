@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from asa.config import CHECKPOINT_TARGETS, build, flatten
-from asa.data.io.files import read_json, sha256_of
+from asa.data.io.files import DIGESTS, check_digest, write_digests
 from asa.errors import reason_of
 from asa.training.hub import fetch, on_hub
 
@@ -35,7 +35,7 @@ FORMAT = 1
 LARGEST_NUMBER = 1 << 16  # of the keywords of a model
 LAYERS = ("depth", "groups")  # in the names of keywords that count layers
 LARGEST_TABLES = 1 << 30  # bytes of buffers that a model computes and a checkpoint does not hold
-WEIGHTS, TRAINING, DIGESTS = "model.safetensors", "training.pt", "digests.json"
+WEIGHTS, TRAINING = "model.safetensors", "training.pt"
 NEWEST, BEST = "checkpoints", "best"  # folders of a run
 
 
@@ -83,9 +83,8 @@ def save_checkpoint(
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, temporary / WEIGHTS, metadata=header)
         torch.save({"step": step, **training}, temporary / TRAINING)
-        digests = {name: sha256_of(temporary / name) for name in (WEIGHTS, TRAINING)}
-        (temporary / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
-        for name in (WEIGHTS, TRAINING, DIGESTS):
+        write_digests(temporary, (WEIGHTS, TRAINING))
+        for name in (WEIGHTS, TRAINING):
             _flush(temporary / name)
         _flush(temporary)
         _remove(final)
@@ -226,7 +225,7 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not (checkpoint / name).is_file():
             raise DamagedCheckpoint(f"{checkpoint / name}: missing")
     weights, _ = read_weights(checkpoint / WEIGHTS)
-    check_digest(checkpoint / TRAINING)
+    _compare(checkpoint / TRAINING)
     try:
         return weights, load_tensors(checkpoint / TRAINING)
     except Exception as error:
@@ -252,24 +251,12 @@ def load_tensors(file: Path) -> Any:
     return content
 
 
-def check_digest(file: Path) -> None:
-    """Compare a file with the SHA-256 that was written with its checkpoint.
-
-    A file without digests beside it, taken out of its folder or written by an earlier version, is not compared.
-
-    Raises:
-        DamagedCheckpoint: it has changed, or the digests cannot be read.
-    """
-    digests = file.with_name(DIGESTS)
-    if not digests.is_file():
-        return
+def _compare(file: Path) -> None:
+    """Compare a file with its digest: see `check_digest`, whose error is a DamagedCheckpoint here."""
     try:
-        found = read_json(digests)
+        check_digest(file, listed=True)
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from error
-    expected = found.get(file.name) if isinstance(found, dict) else None
-    if sha256_of(file) != expected:
-        raise DamagedCheckpoint(f"{file}: has changed since it was written: its SHA-256 is not that in {DIGESTS}")
 
 
 def find_weights(path: str | Path) -> Path:
@@ -306,7 +293,7 @@ def read_weights(path: str | Path, *, tensors: bool = True) -> tuple[dict[str, T
     """
     file = find_weights(path)
     if tensors:
-        check_digest(file)
+        _compare(file)
     try:
         with safe_open(file, framework="pt") as opened:
             header = (opened.metadata() or {}).get("asa")

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from asa.config import flatten
-from asa.data.io.files import read_yaml, write_whole
+from asa.data.io.files import read_yaml, write_digests, write_whole
 from asa.data.io.lock import LOCK, locked
 from asa.data.splits import write_split
 from asa.moved import current_name
@@ -92,6 +92,7 @@ def open_run(config: Mapping[str, Any], split: Mapping[str, Sequence[str]], sett
             _check_config(run, config)
             write_whole(run / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
             write_split(run / "split.json", split)
+            write_digests(run, ["split.json"])
 
         on_main(create)
         yield run

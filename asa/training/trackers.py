@@ -264,10 +264,34 @@ def titled(picture: np.ndarray, titles: Sequence[str]) -> np.ndarray:
     """A picture (H, W, 3) enlarged to a readable size, by whole factors, with a title above each of its columns."""
     from PIL import Image, ImageDraw, ImageFont  # comes with TensorBoard
 
-    factor = max(round(READABLE / picture.shape[1]), 1)
-    large = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    large = _readable(picture)
     bar = Image.new("RGB", (large.shape[1], TITLE))
     draw, font = ImageDraw.Draw(bar), ImageFont.load_default(TITLE * 0.6)
     for column, title in enumerate(titles):
         draw.text(((column + 0.5) * bar.width / len(titles), TITLE / 2), title, font=font, anchor="mm")
     return np.concatenate([np.asarray(bar), large])
+
+
+def with_legend(picture: np.ndarray, names: Sequence[str], colours: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) enlarged as by `titled`, and below it the names of labels, each after its colour (RGB)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    large, font = _readable(picture), ImageFont.load_default(TITLE * 0.6)
+    square, places, right, row = TITLE // 2, [], 0, 0
+    for name in names:
+        width = 2 * square + round(font.getlength(name)) + square
+        if right + width > large.shape[1] and right:
+            right, row = 0, row + 1
+        places.append((right, row * TITLE))
+        right += width
+    bar = Image.new("RGB", (large.shape[1], (row + 1) * TITLE))
+    draw = ImageDraw.Draw(bar)
+    for name, colour, (x, y) in zip(names, colours, places, strict=True):
+        draw.rectangle((x, y + square // 2, x + square, y + square // 2 + square), fill=tuple(map(int, colour)))
+        draw.text((x + 2 * square, y + TITLE / 2), name, font=font, anchor="lm")
+    return np.concatenate([large, np.asarray(bar)])
+
+
+def _readable(picture: np.ndarray) -> np.ndarray:
+    factor = max(round(READABLE / picture.shape[1]), 1)
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)

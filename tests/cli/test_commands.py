@@ -94,7 +94,8 @@ def test_from_phantom_to_report(command, tmp_path: Path) -> None:
         f"out={out}/ev",
     )
     assert scored.code == 0 and "HD95" in scored.out
-    assert {path.name for path in (out / "ev").iterdir()} == {"cases.csv", "summary.json", "report.html"}
+    written = {"cases.csv", "summary.json", "digests.json", "report.html"}
+    assert {path.name for path in (out / "ev").iterdir()} == written
     assert json.loads((out / "ev" / "summary.json").read_text())["results"]["gm"]["dice"]["used"] == 1
 
 
@@ -110,6 +111,22 @@ def test_a_perfect_prediction_scores_1_from_a_folder(command, raw: Path, tmp_pat
     found = json.loads((tmp_path / "ev" / "summary.json").read_text())["results"]
     assert [found[tissue]["dice"]["mean"] for tissue in ("csf", "gm", "wm")] == [1, 1, 1]
     assert [found[tissue]["hd95_mm"]["mean"] for tissue in ("csf", "gm", "wm")] == [0, 0, 0]
+
+
+def test_names_that_do_not_match_are_shown_with_the_patterns_that_would(command, raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "pred").mkdir()
+    for k in range(4):
+        (tmp_path / "pred" / f"s{k}_SS.nii.gz").write_bytes((raw / f"s{k}_seg.nii.gz").read_bytes())
+    (tmp_path / "truth").mkdir()
+    for k in range(4):
+        (tmp_path / "truth" / f"s{k}_tissues.nii.gz").write_bytes((raw / f"s{k}_seg.nii.gz").read_bytes())
+    arguments = [f"truth={tmp_path}/truth", "labels={1: csf, 2: gm, 5: wm}", f"out={tmp_path}/ev"]
+    failed = command("evaluate", f"predictions={tmp_path}/pred", *arguments)
+    assert failed.code == 1 and "the folder holds s0_SS, s1_SS" in failed.err
+    patterns = [f"predictions='{tmp_path}/pred/*_SS.nii.gz'", "pattern='*_tissues.nii.gz'"]
+    assert f"{' '.join(patterns)} would match 4 of them" in failed.err
+    assert command("evaluate", *arguments, *patterns).code == 0
+    assert len((tmp_path / "ev" / "cases.csv").read_text().splitlines()) == 1 + 4 * 3
 
 
 def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(command, store: Path, tmp_path: Path) -> None:
@@ -342,6 +359,23 @@ def test_a_short_run_needs_no_settings_of_its_schedule(command, store: Path, tmp
     assert "warmup: 0.025" in file.read_text()
     file.write_text(file.read_text().replace("warmup: 0.025", "warmup: 0"))
     assert command("pretrain", *arguments, f"out={tmp_path}/pre", "model=asa_tiny", "crop=128").code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("pretrain", ["model=asa_tiny"]),
+        ("finetune", ["model=unet_tiny"]),
+        ("finetune", ["model=asa_classifier_tiny", "method=classify", "data.classes={classes}"]),
+    ],
+)
+def test_a_plan_names_a_crop_that_is_mostly_padding(command, store: Path, tmp_path: Path, name, arguments) -> None:
+    classes = tmp_path / "classes.csv"
+    classes.write_text("subject,class\ns0,a\ns1,b\ns2,a\ns3,b\n")
+    arguments = [argument.format(classes=classes) for argument in arguments]
+    planned = command(name, *arguments, f"data.store={store}", f"out={tmp_path}/run", "plan=only", "plan_rate=1")
+    assert planned.code == 0 and "a crop of 128x128x128 voxels is 8" in planned.out, planned.err
+    assert planned.out.index("crop=[96,96,96] fits") < planned.out.index("memory")
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,7 @@ def test_validation_excludes_ignored_voxels(monkeypatch):
         ["a"],
         {"wmh": [1], "absent": [2]},
         PredictSettings(),
+        ["wmh", "absent"],
     )
     assert numbers == {"dice": 1.0, "dice_wmh": 1.0, "dice_absent": 1.0} and len(panels) == 1
 
@@ -302,10 +303,14 @@ def test_the_validation_panel_shows_the_labelled_region_wherever_it_lies(monkeyp
     monkeypatch.setattr(segmentation, "sliding_window", lambda *_: logits)
     source = SimpleNamespace(image=lambda _: np.ones((1, 16, 16, 16), np.float16), label=lambda _: truth)
     method = SimpleNamespace(model=None, label_map=lambda logits: logits.argmax(dim=0))
-    _, panels = segmentation.validate_segmentation(method, source, ["a"], {"lesion": [1]}, PredictSettings())
+    _, panels = segmentation.validate_segmentation(
+        method, source, ["a"], {"lesion": [1]}, PredictSettings(), ["lesion"]
+    )
     (panel,) = panels.values()
-    rows = (panel == label_colours(1)[0]).all(axis=2).any(axis=1)
+    enlarged = panel.shape[1] // 56  # three tiles of 16 voxels, and two gaps of 4
+    rows = (panel == label_colours(1)[0]).all(axis=2).any(axis=1)[::enlarged]
     assert all(rows[part * 20 : part * 20 + 16].any() for part in range(3))  # in each of the three planes
+    assert rows[56:].any()  # and in the legend
 
 
 # ---- statistics ----
@@ -377,7 +382,7 @@ def test_evaluating_a_folder_writes_rows_a_summary_and_a_page(cohort, tmp_path):
     out = tmp_path / "new" / "out"
     summary = evaluate_folder(predictions, truths, LABELS, "ibsr", out, images, progress=False)
 
-    assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "report.html", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "digests.json", "report.html", "summary.json"]
     with (out / "cases.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [(row["id"], row["label"]) for row in table] == [(i, n) for i in sorted(truths) for n in ("csf", "gm")]
@@ -426,7 +431,7 @@ def test_worker_processes_give_the_same_rows(cohort, tmp_path):
 def test_cases_that_do_not_match_are_listed(cohort, tmp_path):
     predictions, truths, images = cohort
     renamed = {f"{id}_seg": path for id, path in truths.items()}
-    with pytest.raises(ValueError, match=r"for 3 of 3 cases: case-a_seg.*the folder holds case-a, .*\* of pattern="):
+    with pytest.raises(ValueError, match=r"for 3 of 3 cases: case-a_seg.*the folder holds case-a, .*pattern='"):
         evaluate_folder(predictions, renamed, LABELS, "ibsr", tmp_path / "out", progress=False)
     (predictions / "case-b.nii.gz").rename(predictions / "case-x.nii.gz")
     with pytest.raises(ValueError, match=r"no ID\.nii\.gz for 1 of 3 cases: case-b"):

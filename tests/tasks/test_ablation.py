@@ -141,12 +141,18 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
         if error := broken.get(f"{name} {place.name}"):
             raise error
         if name == "evaluate":
-            place.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)
             (place / "summary.json").write_text("{}")
 
     monkeypatch.setattr(ablation, "call", fake)
     evaluated = trial("x", 0, {"p": (0.2, 0.4), "q": (0.3, 0.3)}).run
-    monkeypatch.setattr(ablation, "read_run", lambda name, folder: evaluated)
+
+    def read(name: str, folder: Path) -> Run:
+        if (folder / "summary.json").read_text() != "{}":
+            raise ValueError(f"{folder}: damaged")
+        return evaluated
+
+    monkeypatch.setattr(ablation, "read_run", read)
     calls_of = lambda name: [flat for called, flat in calls if called == name]  # noqa: E731
     return calls_of, broken
 
@@ -228,6 +234,14 @@ def test_a_run_that_fails_is_named_the_others_go_on_and_the_same_command_does_it
     before = len(calls_of("evaluate"))
     code, out, _ = ablate("only=[scratch,mae,spe,asa]")
     assert code == 0 and out.count("done before") == 2 and len(calls_of("evaluate")) == before + 2
+
+
+def test_a_run_whose_evaluation_is_damaged_is_scored_again(ablate, recorded, tmp_path: Path) -> None:
+    calls_of, _ = recorded
+    assert ablate("only=[scratch,spe]")[0] == 0
+    (tmp_path / "out" / "evaluations" / "seed0_1_spe" / "summary.json").write_text("{")
+    code, out, _ = ablate("only=[scratch,spe]")
+    assert code == 0 and out.count("done before") == 1 and len(calls_of("evaluate")) == 3
 
 
 def test_one_that_is_asked_to_stop_leaves_with_the_code_that_says_so_and_a_table(

@@ -231,6 +231,27 @@ def test_what_a_classification_lacks_is_named(store: Path, tmp_path: Path, monke
     assert "has no scan in the training part" in capsys.readouterr().err
 
 
+def test_the_validation_loss_is_that_of_training(store: Path, tmp_path: Path, monkeypatch) -> None:
+    logits, target = torch.randn(5, 3, generator=torch.manual_seed(0)), torch.tensor([0, 2, 1, 1, 0])
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    expected = (torch.nn.functional.cross_entropy(logits, target, reduction="none") * weights[target]).mean()
+    task = SimpleNamespace(
+        parts={"validation": [{"id": str(k)} for k in range(5)]},
+        targets={str(k): {"target": int(target[k])} for k in range(5)},
+    )
+    found = classification.Classification._loss(task, SimpleNamespace(weights=weights), logits.softmax(1).numpy())
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    table, split = tmp_path / "classes.csv", tmp_path / "split.json"
+    table.write_text("subject,class\ns0,sick\ns1,well\ns2,well\ns3,sick\n")
+    split.write_text(json.dumps({"train": ["s2", "s3"], "validation": ["s0", "s1"]}))
+    small = ["model=asa_classifier_tiny", "+model.embed_dim=24", "+model.depth=1", "+model.num_heads=2"]
+    options = [*options_of(store, tmp_path / "run", table), *small, f"data.split_file={split}"]
+    assert run(monkeypatch, finetune, *options) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(line["loss"]) for line in lines if line["group"] == "validation")
+    assert {line["group"] for line in lines} >= {"validation"}
+
+
 def test_scores_of_a_test_part_with_one_class_are_written_with_an_undefined_auc(tmp_path: Path) -> None:
     records = [{"id": name, "subject": name} for name in "ab"]
     task = SimpleNamespace(parts={"test": records}, names=["x", "y"], targets={name: {"target": 1} for name in "ab"})

@@ -11,6 +11,7 @@ import torch
 import asa
 from asa.cli import evaluate, finetune, predict
 from asa.data.io.images2d import read_picture, write_picture, write_regions
+from asa.data.loading.loader import collate
 from asa.data.restoration.pairs import PairDataset, find_pairs
 from asa.evaluation.image_quality import score_image
 from asa.inference.restoration import restore_image, tiles
@@ -299,7 +300,10 @@ def test_validation_sees_whole_images_beside_the_plain_input(pairs: Path) -> Non
     one = score_image(views["image"], views["target"])["psnr"]
     other = score_image(dataset.whole(1)["image"], dataset.whole(1)["target"])["psnr"]
     assert numbers["input_psnr"] == pytest.approx((one + other) / 2)
-    assert set(numbers) == {"psnr", "ssim", "input_psnr", "input_ssim"}
+    assert set(numbers) == {"psnr", "ssim", "input_psnr", "input_ssim", "loss"}
+    with torch.no_grad():  # these images fit into one crop, and their loss is that of training
+        losses = [float(method(collate([{**dataset.whole(k), "seed": 0, "id": ""}]))["loss"]) for k in (0, 1)]
+    assert numbers["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     (panel,) = pictures.values()
     assert panel.shape == (32, 120, 3) and panel.dtype == np.uint8
 

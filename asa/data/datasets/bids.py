@@ -117,7 +117,7 @@ def _stem(path: Path) -> str:
 def _ambiguous(scan: str, one: Path, other: Path) -> str:
     first, second = entities_of(one), entities_of(other)
     differ = [key for key in ("run", "acq", "desc", "space") if first.get(key) != second.get(key)]
-    remedy = f"choose one with {' or '.join(f'{key}=' for key in differ)}" if differ else "remove one of them"
+    remedy = f"choose one with {' or '.join(f'data.{key}=' for key in differ)}" if differ else "remove one of them"
     return f"{scan}: both {one.name} and {other.name} match; {remedy}"
 
 
@@ -135,5 +135,5 @@ def _source(root: Path, channels: Mapping[str, str], chosen: Mapping[str, str]) 
     names = "|".join(channels.values())
     entities = "".join(f" with {entity}-{value}" for entity, value in chosen.items())
     pipelines = sorted(f"derivatives/{path.name}" for path in root.glob("derivatives/*/"))
-    hint = f" (to read a derivative, give its folder as root: {' or '.join(pipelines)})" if pipelines else ""
+    hint = f" (to read a derivative, give its folder as data.root: {' or '.join(pipelines)})" if pipelines else ""
     return f"sub-*/[ses-*/]anat/*_{names}.nii[.gz]{entities} below {root}{hint}"

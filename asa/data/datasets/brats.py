@@ -39,7 +39,7 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
     """
     root = existing_folder(root, "BraTS2021_00000, ... or BraTS-GLI-00000-000, ...")
     if year not in _NAMES:
-        raise ValueError(f"year={year}: choose 2021, or 2023 for the names since then")
+        raise ValueError(f"data.year={year}: choose 2021, or 2023 for the names since then")
     result: list[Record] = []
     for folder in (*root.glob("BraTS*/"), *root.glob("*/BraTS*/")):
         for found, pattern in _NAMES.items():

@@ -1,7 +1,8 @@
 """Any folder of images: a glob for each channel, or a CSV or JSON table."""
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,22 @@ def subject_of(id: str, subject: str | None) -> str:
     """Group 1 of a regular expression searched in an id; None: the id.
 
     Raises:
-        ValueError: the expression finds no group 1.
+        ValueError: no regular expression, or it finds no group 1.
     """
     if subject is None:
         return id
-    match = re.search(subject, id)
+    try:
+        match = re.search(subject, id)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"data.subject={subject!r}: not a regular expression ({error}); correct it") from None
     if match is None or not match.groups() or not match.group(1):
-        raise ValueError(f"{id}: subject={subject!r} finds no group 1 in this id; correct the expression")
+        raise ValueError(f"{id}: data.subject={subject!r} finds no group 1 in this id; correct the expression")
     return str(match.group(1))
 
 
 def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> list[Record]:
     if label is not None and "label" in images:
-        raise ValueError(f"{root}: a channel cannot be called 'label'; rename it in images")
+        raise ValueError(f"{root}: a channel cannot be called 'label'; rename it in data.images")
     globs = dict(images) | ({"label": label} if label is not None else {})
     first = next(iter(globs))
     matches = {name: find_files(root, glob) for name, glob in globs.items()}
@@ -157,6 +161,49 @@ def find_files(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
     return files
 
 
+def files_by_id(pattern: str | Path) -> dict[str, Path]:
+    """Id -> file of a path whose wildcards stand for the id, like scans/*_T1.nii.gz.
+
+    Raises:
+        FileNotFoundError, ValueError: see `records`.
+    """
+    parts = Path(pattern).parts
+    first = next((k for k, part in enumerate(parts) if has_wildcard(part)), len(parts) - 1)
+    found = records(Path(*parts[:first]), images={"image": "/".join(parts[first:])})
+    return {one["id"]: Path(str(one["images"]["image"])) for one in found}
+
+
+def matching_globs(first: Sequence[str], second: Sequence[str]) -> tuple[str, str, int] | None:
+    """A glob for each of two lists of file names, whose * stand for the same texts in as many names as possible.
+
+    The * stands for whole words, between _, - and dots; the longest of several that match as many.
+
+    Returns:
+        Both globs and the number of texts that they share; None where that is less than half of the shorter list.
+    """
+    best: tuple[tuple[int, int], tuple[str, str, int]] | None = None
+    sides = [_spans(names) for names in (first, second)]
+    for (glob, texts), (other, other_texts) in itertools.product(*(side.items() for side in sides)):
+        shared = len(texts & other_texts)
+        rank = (shared, -len(glob) - len(other))
+        if 2 * shared >= min(len(first), len(second)) and (best is None or rank > best[0]):
+            best = rank, (glob, other, shared)
+    return best[1] if best else None
+
+
+def _spans(names: Sequence[str]) -> dict[str, set[str]]:
+    """Glob -> texts of its *, for each run of whole words of the first of some file names."""
+    name, dot, ending = min(names).partition(".")
+    words = re.split(r"([_-])", name)
+    found: dict[str, set[str]] = {}
+    for start, stop in itertools.combinations(range(0, len(words) + 2, 2), 2):
+        before, after = "".join(words[:start]), "".join(words[stop - 1 :]) + dot + ending
+        fitting = [one for one in names if one.startswith(before) and one.endswith(after)]
+        texts = {one[len(before) : len(one) - len(after)] for one in fitting if len(one) > len(before) + len(after)}
+        found[f"{before}*{after}"] = texts
+    return found
+
+
 def _fill(glob: str, texts: tuple[str, ...]) -> str:
     """A glob with its wildcards replaced by their texts."""
     rest = iter(texts)
@@ -175,8 +222,8 @@ def _from_table(path: Path, images: Mapping[str, str] | None) -> list[Record]:
     unknown = [column for column in columns.values() if column not in names]
     if rows and (unknown or not columns):
         raise ValueError(
-            f"{path}: no column {unknown[0] if unknown else 't1'!r} with images (columns are {', '.join(names)}); "
-            "add it, or name the columns in images"
+            f"{path}: no column {unknown[0] if unknown else 't1'!r} with data.images (columns are {', '.join(names)}); "
+            "add it, or name the columns in data.images"
         )
     found: list[Record] = []
     for number, row in enumerate(rows, start=1):

@@ -25,7 +25,7 @@ def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
     """
     root = existing_folder(root, "IBSR_01, IBSR_02, ...")
     if label is not None and label not in LABEL_FILES:
-        raise ValueError(f"label={label!r}: choose fill, plain, or null for no labels")
+        raise ValueError(f"data.label={label!r}: choose fill, plain, or null for no labels")
     result: list[Record] = []
     for folder in (*root.glob("IBSR_[0-9]*/"), *root.glob("*/IBSR_[0-9]*/")):
         record: Record = {"id": folder.name, "subject": folder.name, "images": {"t1": _file(folder, "ana_strip")}}

@@ -46,7 +46,7 @@ def records(root: str | Path, *, part: str = "train", subject: str | None = None
         ValueError: nothing found, another file format, or an invalid dataset.json.
     """
     if part not in PARTS:
-        raise ValueError(f"part={part!r}: choose train or test")
+        raise ValueError(f"data.part={part!r}: choose train or test")
     root = existing_folder(root, f"{DESCRIPTION}, imagesTr and labelsTr").absolute()
     about = _description(root)
     channels, ending = _channels(root, about), str(about["file_ending"])
@@ -100,7 +100,7 @@ def _description(root: Path) -> dict[str, Any]:
         if key not in about:
             raise ValueError(f"{path}: has no {key}: it is not of nnU-Net's version 2")
     if about["file_ending"] not in ENDINGS:
-        raise ValueError(f"{path}: file_ending is {about['file_ending']}; asa reads {' and '.join(ENDINGS)}: convert")
+        raise ValueError(f"{path}: file_ending is {about['file_ending']!r}; asa reads {' and '.join(ENDINGS)}: convert")
     if about["labels"].get(BACKGROUND) != 0:
         raise ValueError(f"{path}: {BACKGROUND} has to be declared as 0")
     return about
@@ -109,7 +109,7 @@ def _description(root: Path) -> dict[str, Any]:
 def _channels(root: Path, about: dict[str, Any]) -> dict[int, str]:
     """Channel number -> name."""
     names = about["channel_names"]
-    if not isinstance(names, dict) or not all(str(number).isdecimal() for number in names) or not names:
+    if not isinstance(names, dict) or not all(number.isdecimal() and len(number) < 5 for number in names) or not names:
         raise ValueError(f"{root / DESCRIPTION}: channel_names has to be like {{0: T1, 1: FLAIR}}")
     channels = {int(number): str(name) for number, name in names.items()}
     if len(set(channels.values())) < len(channels):
@@ -120,18 +120,24 @@ def _channels(root: Path, about: dict[str, Any]) -> dict[int, str]:
 def _listed(root: Path, cases: Any, channels: dict[int, str]) -> list[Record]:
     """Records of the cases whose files dataset.json lists, relative to its folder."""
     found: list[Record] = []
-    for case, files in cases.items():
-        paths = [root / image for image in files["images"]]
+    try:
+        listed = {
+            case: ([root / image for image in files["images"]], root / files["label"]) for case, files in cases.items()
+        }
+    except (TypeError, KeyError, AttributeError):
+        example = "{CASE: {images: [PATH], label: PATH}}"
+        raise ValueError(f"{root / DESCRIPTION}: dataset has to be like {example}") from None
+    for case, (paths, label) in listed.items():
         if len(paths) != len(channels):
             raise ValueError(f"{root / DESCRIPTION}: {case} has {len(paths)} images for {len(channels)} channels")
         present = [str(path) if path.is_file() else None for path in paths]
         images = dict(zip(channels.values(), present, strict=True))
-        found.append({"id": case, "subject": case, "images": images, "label": str(root / files["label"])})
+        found.append({"id": case, "subject": case, "images": images, "label": str(label)})
     return found
 
 
 def _values(root: Path, name: str, values: Any) -> list[int]:
     listed = values if isinstance(values, list) else [values]
-    if not listed or not all(isinstance(value, int) and value > 0 for value in listed):
+    if not listed or not all(type(value) is int and value > 0 for value in listed):
         raise ValueError(f"{root / DESCRIPTION}: the label {name} is {values!r}; give values above 0")
     return sorted(set(listed))

@@ -30,7 +30,7 @@ def records(root: str | Path, *, input: str, target: str, subject: str | None = 
     if names and not found["input"].keys() & found["target"].keys():
         raise ValueError(
             f"{root}: no image of {input!r} has the name of one of {target!r}; rename them, or give globs like "
-            "input='*_low.nii.gz' target='*_full.nii.gz'"
+            "data.input='*_low.nii.gz' data.target='*_full.nii.gz'"
         )
     result: list[Record] = [
         {"id": name, "subject": name, "images": {channel: files.get(name) for channel, files in found.items()}}

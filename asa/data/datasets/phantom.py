@@ -52,7 +52,8 @@ def records(
     found = readers[kind](root)
     if len(found) != subjects:
         raise ValueError(
-            f"{root}: holds {len(found)} subjects, not subjects={subjects}; give subjects={len(found)}, or another root"
+            f"{root}: holds {len(found)} subjects, not data.subjects={subjects}; give data.subjects={len(found)}, or "
+            "another data.root"
         )
     return found
 

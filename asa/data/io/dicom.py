@@ -13,10 +13,12 @@ from asa.errors import require
 # What dcm2niix writes beside a volume: resampled without the gantry's tilt, and resampled to even slices.
 CORRECTED, EVEN = re.compile(r"_Tilt(_\d+)?$"), re.compile(r"_Eq(_\d+)?$")
 
+FOUND, USED = r"Found (\d+) DICOM", r"Convert (\d+) DICOM"  # numbers of files in what dcm2niix prints
+
 
 @dataclass
 class DicomReport:
-    """Names of the volumes written, and series that are none with the reason."""
+    """Names of the volumes written, and series that are none, or a number of files, with the reason."""
 
     written: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -43,8 +45,8 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     program = require("dcm2niix", "dicom", "DICOM series").bin
     report = DicomReport()
     with tempfile.TemporaryDirectory(prefix="asa-") as space:
-        command = [program, "-b", "n", "-z", "y", "-d", "9", "-f", "%i_%s", "-o", space, str(source)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [program, "-b", "n", "-z", "y", "-d", "9", "-f", "%i_%s", "-o", space, str(source.absolute())]
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         found = {path.name.removesuffix(".nii.gz"): path for path in sorted(Path(space).glob("*.nii.gz"))}
         if not found:
             said = " ".join((run.stderr or run.stdout).split())[-200:]
@@ -64,4 +66,9 @@ def convert_series(source: Path, out: Path) -> DicomReport:
             else:
                 write_whole(out / f"{title}.nii.gz", path.read_bytes())
                 report.written.append(title)
+    files, used = (sum(map(int, re.findall(count, run.stdout))) for count in (FOUND, USED))
+    if files > used:  # dcm2niix leaves them out, and a volume may have fewer slices than its series
+        report.failures[f"{files - used} of {files} DICOM files"] = (
+            "in none of the volumes: damaged, or not of an image"
+        )
     return report

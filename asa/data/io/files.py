@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -13,6 +14,7 @@ import yaml
 
 LARGEST_YAML = 100_000  # values in a configuration; a repeated alias makes billions of a few lines
 LONGEST_ID = 200  # bytes; file systems allow names of 255
+DIGESTS = "digests.json"  # SHA-256 of files in its folder, by name
 PART = ".part"  # ending of a file while it is written; an interruption may leave one behind
 
 
@@ -135,3 +137,39 @@ def sha256_of(path: str | Path) -> str:
         raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_digests(folder: Path, names: Iterable[str]) -> None:
+    """Write the SHA-256 of files of a folder into its `DIGESTS`, which keeps those of other files."""
+    try:
+        before = read_json(folder / DIGESTS)
+    except (FileNotFoundError, ValueError):
+        before = {}
+    others = before if isinstance(before, dict) else {}
+    write_json(folder / DIGESTS, others | {name: sha256_of(folder / name) for name in names})
+
+
+def check_digest(path: str | Path, *, listed: bool = False) -> None:
+    """Compare a file with the SHA-256 that was written beside it.
+
+    Without digests beside it, as for a file of an earlier version or from elsewhere, it is not compared.
+
+    Args:
+        path: of the file.
+        listed: where there are digests, its own has to be among them.
+
+    Raises:
+        ValueError: it has changed, or the digests cannot be read.
+    """
+    path = Path(path)
+    digests = path.with_name(DIGESTS)
+    if not digests.is_file():
+        return
+    found = read_json(digests)
+    if not isinstance(found, dict):
+        raise ValueError(f"{digests}: no digests of files: restore it, or remove it to leave out the comparison")
+    if (listed or path.name in found) and sha256_of(path) != found.get(path.name):
+        raise ValueError(
+            f"{path}: has changed since it was written: its SHA-256 is not that in {DIGESTS}. Restore it; if you "
+            "changed it on purpose, remove its entry there"
+        )

@@ -14,17 +14,20 @@ def read_rows(path: str | Path, delimiter: str = ",") -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no table in UTF-8.
+        ValueError: the file is no table in UTF-8, or two of its columns have one name.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             reader = csv.DictReader(file, delimiter=delimiter)
+            header = [name for name in reader.fieldnames or () if name]
+            if len(set(header)) < len(header) or not all(name.isprintable() for name in header):
+                raise csv.Error("two columns have one name, or a name has line breaks")
             rows = [
                 {key: _unquoted((value or "").strip()) for key, value in row.items() if key is not None}
                 for row in reader
             ]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a table of text in UTF-8 ({error}): export it again") from None
+        raise ValueError(f"{path}: not a table of text in UTF-8 ({error}): correct it or export it again") from None
     return rows
 
 
@@ -47,7 +50,7 @@ def read_column(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a missing column, a name in two rows, or no row for any of the scans.
+        ValueError: a missing column, a name in two rows, a value with line breaks, or no row for any of the scans.
     """
     records = list(records)
     rows = read_rows(path)
@@ -62,6 +65,8 @@ def read_column(
         name, value = row[key], row[column]
         if name in values:
             raise ValueError(f"{path}: {key} {name} is in two rows: remove one")
+        if not value.isprintable():
+            raise ValueError(f"{path}: {key} {name}: {value!r} has line breaks or other control characters: correct it")
         if value:
             values[name] = value
     found = {record["id"]: values[record[key]] for record in records if record[key] in values}

@@ -95,7 +95,7 @@ class CropDataset(Samples):
         seed: int = 0,
     ) -> None:
         if crop not in CROPS:
-            raise ValueError(f"crop={crop!r}: choose {', '.join(CROPS[:-1])} or {CROPS[-1]}")
+            raise ValueError(f"data.placement={crop!r}: choose {', '.join(CROPS[:-1])} or {CROPS[-1]}")
         if not records:
             raise ValueError("there are no records to train on: check the split")
         if not 0 <= foreground <= 1:

@@ -62,10 +62,14 @@ def make_cohort(
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
-    if subjects < 1 or seed < 0 or not 0.7 <= resolution <= 8 or asymmetry < 0 or names not in (2021, 2023):
+    typed = isinstance(subjects, int) and isinstance(seed, int) and isinstance(rim, bool)
+    typed = typed and isinstance(resolution, int | float) and isinstance(asymmetry, int | float)
+    in_range = typed and subjects >= 1 and seed >= 0 and 0.7 <= resolution <= 8 and 0 <= asymmetry <= 10
+    if not in_range or names not in (2021, 2023):
         raise ValueError(
-            f"subjects={subjects} seed={seed} resolution={resolution} asymmetry={asymmetry} names={names}: "
-            "give 1 subject or more, seed from 0, resolution from 0.7 to 8 mm, asymmetry from 0, names 2021 or 2023"
+            f"subjects={subjects} seed={seed} resolution={resolution} asymmetry={asymmetry} rim={rim} names={names}: "
+            "give 1 subject or more, seed from 0, resolution 0.7 to 8 mm, asymmetry 0 to 10, rim true or false, "
+            "names 2021 or 2023"
         )
     out = Path(out)
     options = {"resolution": float(resolution), "rim": rim, "asymmetry": float(asymmetry), "names": names}
@@ -93,6 +97,8 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
         if existing != about:
             differ = [key for key in about if not isinstance(existing, dict) or existing.get(key) != about[key]]
             raise ValueError(f"{out}: holds another phantom cohort ({', '.join(differ)} differ); choose another out=")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty and not a phantom cohort: choose another out=")
     write_json(path, about)
     if about["kind"] == "t1":
         write_json(

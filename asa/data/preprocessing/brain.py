@@ -82,7 +82,7 @@ def head_of_ct(image: np.ndarray, spacing: Lengths) -> np.ndarray:
     ]
     core, count = ndimage.label(ndimage.minimum_filter(tissue, size=width, mode="nearest"))
     if not count:
-        raise ValueError(f"window= is for CT in HU, and hardly a voxel is above {TISSUE_HU:g}: check the image")
+        raise ValueError(f"prepare.window= is for CT in HU, and hardly a voxel is above {TISSUE_HU:g}: check the image")
     largest = core == np.bincount(core.ravel())[1:].argmax() + 1
     head = tissue & ndimage.maximum_filter(largest, size=width, mode="nearest")
     return np.stack([ndimage.binary_fill_holes(part) for part in head])
@@ -109,7 +109,7 @@ def brain_mask(method: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray
     found = (tool(xyz, affine) if tool else _mask_of(shlex.split(method), xyz, affine)).transpose(2, 1, 0)
     parts, count = ndimage.label(found)
     if not count:
-        raise ValueError(f"strip={method}: finds no brain; check the image, or use another method")
+        raise ValueError(f"prepare.strip={method}: finds no brain; check the image, or use another method")
     largest = np.bincount(parts.ravel())[1:].argmax() + 1
     return np.asarray(ndimage.binary_fill_holes(parts == largest))
 

@@ -45,9 +45,10 @@ class CohortSettings:
 
     def __post_init__(self) -> None:
         for value, name in self.labels.items():
-            if not isinstance(value, int) or value <= 0 or not name:
+            if not isinstance(value, int) or value <= 0 or not name or not str(name).isprintable():
                 raise ValueError(
-                    f"labels: {value!r}: {name!r} should be a whole number above 0 (the background is 0) and a name"
+                    f"labels: {value!r}: {name!r} should be a whole number above 0 (the background is 0) and a name of "
+                    "printable characters"
                 )
         if len(self.labels) > 254 or len(set(self.labels.values())) < len(self.labels):
             raise ValueError("labels: at most 254 values, each with a name of its own")
@@ -55,6 +56,8 @@ class CohortSettings:
             if not isinstance(value, int) or value in self.labels or value == 0:
                 raise ValueError(f"ignored: {value!r} should be a label value that labels does not name")
         for name, values in self.regions.items():
+            if not str(name).isprintable():
+                raise ValueError(f"regions: {name!r} has line breaks or other control characters: rename it")
             undeclared = [value for value in values if value not in self.labels]
             if undeclared or not values:
                 raise ValueError(f"regions: {name} joins {undeclared or 'nothing'}; give values that labels names")

@@ -69,31 +69,38 @@ class PrepareSettings:
     def __post_init__(self) -> None:
         for name in ("bias", "register", "midway"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose true or false")
+                raise ValueError(f"prepare.{name}={getattr(self, name)!r}: choose true or false")
         if self.strip not in ("none", *TOOLS) and not ("{image}" in self.strip and "{mask}" in self.strip):
             raise ValueError(
-                f"strip={self.strip!r}: choose none, {', '.join(TOOLS)}, or a command with {{image}} and {{mask}} in it"
+                f"prepare.strip={self.strip!r}: choose none, {', '.join(TOOLS)}, or a command with "
+                "{image} and {mask} in it"
             )
         if self.normalise not in ("percentile", "zscore"):
-            raise ValueError(f"normalise={self.normalise!r}: choose percentile or zscore")
+            raise ValueError(f"prepare.normalise={self.normalise!r}: choose percentile or zscore")
         if self.window is not None:
             self._check_window(self.window)
         if self.spacing is not None and not 0.1 <= self.spacing <= 20:
-            raise ValueError(f"spacing={self.spacing}: give a voxel size from 0.1 to 20 mm, or null to keep the grid")
+            raise ValueError(
+                f"prepare.spacing={self.spacing}: give a voxel size from 0.1 to 20 mm, or null to keep the grid"
+            )
         if self.margin < 0:
-            raise ValueError(f"margin={self.margin}: give 0 or more voxels")
+            raise ValueError(f"prepare.margin={self.margin}: give 0 or more voxels")
         if isinstance(self.crop, str):
             valid = self.crop in ("foreground", "none")
         elif isinstance(self.crop, int):
-            valid = self.crop > 0
+            valid = self.crop > 0 and self.crop is not True
         else:
             object.__setattr__(self, "crop", list(self.crop))  # a list, as JSON returns it
             valid = len(self.crop) == 3 and all(isinstance(size, int) and size > 0 for size in self.crop)
         if not valid:
-            raise ValueError(f"crop={self.crop!r}: choose foreground, none, a size in voxels, or three sizes D, H, W")
+            raise ValueError(
+                f"prepare.crop={self.crop!r}: choose foreground, none, a size in voxels, or three sizes D, H, W"
+            )
         width = self.crop[2] if isinstance(self.crop, list) else self.crop
         if (self.register or self.midway) and isinstance(width, int) and width % 2:
-            raise ValueError(f"crop={self.crop!r}: an even width keeps the mid-sagittal plane in the middle; give one")
+            raise ValueError(
+                f"prepare.crop={self.crop!r}: an even width keeps the mid-sagittal plane in the middle; give one"
+            )
 
     def _check_window(self, window: Sequence[float]) -> None:
         try:
@@ -102,15 +109,15 @@ class PrepareSettings:
             low, high = 0.0, 0.0
         if not low < high:
             raise ValueError(
-                f"window={window!r}: give the HU that become 0 and 1, like [0, 80] for brain in CT, or null"
+                f"prepare.window={window!r}: give the HU that become 0 and 1, like [0, 80] for brain in CT, or null"
             )
         object.__setattr__(self, "window", [low, high])
         if self.bias:
-            raise ValueError("window= is for CT, which has no bias field: leave out bias")
+            raise ValueError("prepare.window= is for CT, which has no bias field: leave out prepare.bias")
         if self.strip in TOOLS:
             raise ValueError(
-                f"strip={self.strip} is made for T1-weighted MR, and there is no skull strip for CT here: give "
-                "strip=none, which keeps the skull, or a command with {image} and {mask} that strips CT in HU"
+                f"prepare.strip={self.strip} is made for T1-weighted MR, and there is no skull strip for CT here: give "
+                "prepare.strip=none, which keeps the skull, or a command with {image} and {mask} that strips CT in HU"
             )
 
     def as_json(self) -> dict[str, Any]:
@@ -256,7 +263,7 @@ def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     if alignment.matrix is None:
         return None
     before, matrix, shape = case.image.shape[1:], alignment.matrix, alignment.shape
-    check_memory(len(case.image) * math.prod(shape), f"spacing={settings.spacing} gives a grid of {shape}")
+    check_memory(len(case.image) * math.prod(shape), f"prepare.spacing={settings.spacing} gives a grid of {shape}")
     pairs = [
         sample_image(image, inside, matrix, shape) for image, inside in zip(case.image, case.foreground, strict=True)
     ]
@@ -330,7 +337,7 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
             start = [(side.start + side.stop - edge) // 2 for side, edge in zip(box, size, strict=True)]
         if case.centred:
             start[2] = (before[2] - size[2]) // 2
-    check_memory(len(case.image) * math.prod(size), f"crop={settings.crop}")
+    check_memory(len(case.image) * math.prod(size), f"prepare.crop={settings.crop}")
     lost = anywhere.sum() - read_box(anywhere[None], start, size).sum()
     if lost:
         warnings.warn(f"the crop to {size} leaves out {lost / anywhere.sum():.1%} of the foreground", stacklevel=2)

@@ -153,7 +153,7 @@ def test_an_empty_cell_is_a_missing_image_or_an_unlabelled_scan(tmp_path):
     assert y["images"] == {"t1": str(tmp_path / "y.nii"), "flair": None} and y["label"] == str(tmp_path / "ys.nii")
     again = folder.records(tmp_path, table="a.json", images={"t1": "t1", "flair": "flair"})
     assert again == [x, y]
-    with pytest.raises(ValueError, match=r"no column 't2' with images \(columns are id, label, t1, flair\)"):
+    with pytest.raises(ValueError, match=r"no column 't2' with data.images \(columns are id, label, t1, flair\)"):
         folder.records(tmp_path, table="a.csv", images={"t1": "t1", "t2": "t2"})
 
 
@@ -163,7 +163,7 @@ def test_an_empty_cell_is_a_missing_image_or_an_unlabelled_scan(tmp_path):
         ("name,t1\nx,x.nii\n", "no column 'id'"),
         ("id,t1\n,x.nii\n", "row 1 has no id"),
         ("id,t1\nx,\n", "x: no image of t1"),
-        ("id,site\nx,\n", "no column 't1' with images"),
+        ("id,site\nx,\n", "no column 't1' with data.images"),
     ],
 )
 def test_a_bad_table_is_refused(tmp_path, text, reason):
@@ -200,7 +200,7 @@ def test_bids_finds_sessions_and_runs_of_each_subject(tmp_path):
 def test_bids_names_the_entity_that_distinguishes_two_files(tmp_path):
     anat = "sub-01/anat/sub-01"
     plant(tmp_path, f"{anat}_desc-preproc_T1w.nii.gz", f"{anat}_space-MNI_desc-preproc_T1w.nii.gz")
-    with pytest.raises(ValueError, match=r"sub-01: both .* match; choose one with space="):
+    with pytest.raises(ValueError, match=r"sub-01: both .* match; choose one with data.space="):
         bids.records(tmp_path)
     (found,) = bids.records(tmp_path, space="MNI", desc="preproc")
     assert "space-MNI" in found["images"]["t1"]
@@ -233,7 +233,7 @@ def test_bids_channels_of_a_session_make_one_scan_and_a_missing_one_is_none(tmp_
 def test_bids_asks_for_the_run_and_a_file_without_one_is_the_only_run(tmp_path):
     plant(tmp_path, *(f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("run-1_T1w", "run-2_T1w", "FLAIR")))
     channels = {"t1": "T1w", "flair": "FLAIR"}
-    with pytest.raises(ValueError, match=r"sub-01: both .* match; choose one with run="):
+    with pytest.raises(ValueError, match=r"sub-01: both .* match; choose one with data.run="):
         bids.records(tmp_path, channels=channels)
     (found,) = bids.records(tmp_path, channels=channels, run="2")
     assert [Path(path).name for path in found["images"].values()] == ["sub-01_run-2_T1w.nii.gz", "sub-01_FLAIR.nii.gz"]
@@ -260,7 +260,7 @@ def test_bids_takes_the_site_from_the_participants(tmp_path):
 
 def test_derivatives_are_read_by_giving_one_as_the_root(tmp_path):
     plant(tmp_path, *(f"derivatives/{tool}/sub-1/anat/sub-1_desc-x_T1w.nii.gz" for tool in ("one", "two")))
-    with pytest.raises(ValueError, match=r"give its folder as root: derivatives/one or derivatives/two"):
+    with pytest.raises(ValueError, match=r"give its folder as data.root: derivatives/one or derivatives/two"):
         bids.records(tmp_path)
     assert bids.records(tmp_path / "derivatives/two")[0]["id"] == "sub-1"
 
@@ -521,3 +521,19 @@ def test_every_key_of_a_configuration_is_a_keyword_of_its_reader(tmp_path, name)
     with pytest.raises((FileNotFoundError, ValueError)) as error:  # of the reader: there is no such folder
         build({**node, "root": str(tmp_path / "absent"), **({"subjects": 0} if name.startswith("phantom") else {})})
     assert "unexpected keyword" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "globs"),
+    [
+        (["1015_SS.nii.gz", "1016_SS.nii.gz"], ["1015_tissues.nii.gz", "1016_tissues.nii.gz"], ("*_SS", "*_tissues")),
+        (["1015.nii.gz", "1016.nii.gz"], ["1015_tissues.nii.gz", "1016_tissues.nii.gz"], ("*", "*_tissues")),
+        (["a-1_T1_x.nii.gz", "a-2_T1_x.nii.gz"], ["a-1_T1_y.nii.gz", "a-2_T1_y.nii.gz"], ("*_x", "*_y")),
+        (["pred_a_b.nii.gz", "pred_c_d.nii.gz"], ["a_b-true.nii.gz", "c_d-true.nii.gz"], ("pred_*", "*-true")),
+        (["a_x.nii.gz", "b_x.nii.gz", "c_x.nii.gz"], ["c_y.nii.gz", "d_y.nii.gz"], ("*_x", "*_y")),
+        (["x.nii.gz"], ["y.nii.gz"], None),
+    ],
+)
+def test_the_longest_words_that_two_folders_share_are_found(first, second, globs) -> None:
+    found = folder.matching_globs(first, second)
+    assert globs is None if found is None else [f"{glob}.nii.gz" for glob in globs] == list(found[:2])

@@ -11,6 +11,7 @@ import pytest
 
 from asa.cli import dicom as command
 from asa.data.io.dicom import convert_series
+from asa.data.io.files import check_id
 from asa.data.io.nifti import read_image
 from asa.data.preprocessing.pipeline import prepare_case
 from asa.data.preprocessing.steps import PrepareSettings
@@ -67,6 +68,37 @@ def test_a_series_with_a_missing_slice_is_refused_and_the_others_are_converted(s
     assert report.written == ["77654033_2"] and list(report.failures) == ["other_2"]
     assert "not evenly spaced" in report.failures["other_2"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["77654033_2.nii.gz"]
+
+
+@pytest.mark.parametrize("damage", ["header", "pixels"])
+def test_damaged_files_are_counted_and_the_others_are_converted(series: Path, tmp_path: Path, damage: str) -> None:
+    for path in shutil.copytree(series / "scan 1", series / "other").iterdir():
+        changed = pydicom.dcmread(path)
+        changed.PatientID, changed.SeriesInstanceUID = "other", changed.SeriesInstanceUID + ".1"
+        changed.save_as(path)
+    cut = series / "other" / NEIGHBOURS[0]
+    cut.write_bytes(cut.read_bytes()[: 600 if damage == "header" else -300])
+    report = convert_series(series, tmp_path / "out")
+    # Without its header the slice is not known to belong to the series; without pixels the whole series is left out.
+    written, left_out = (["77654033_2", "other_2"], 1) if damage == "header" else (["77654033_2"], 3)
+    assert report.written == written
+    assert report.failures == {f"{left_out} of 6 DICOM files": "in none of the volumes: damaged, or not of an image"}
+
+
+@pytest.mark.parametrize("patient", ["../../x", "/tmp/x", ".hidden", "a\nb", "é", "%i%s", "-x", "=cmd", "*", "x" * 64])
+def test_a_patients_id_of_any_text_names_a_file_in_the_folder(tmp_path: Path, patient: str, monkeypatch) -> None:
+    (tmp_path / "-in").mkdir()
+    for name in NEIGHBOURS:
+        changed = pydicom.dcmread(HEAD / name)
+        changed.SpecificCharacterSet = "ISO_IR 100"  # Latin-1
+        changed.PatientID = patient
+        changed.save_as(tmp_path / "-in" / name)
+    monkeypatch.chdir(tmp_path)
+    report = convert_series(Path("-in"), Path("out"))  # a folder, not an option of dcm2niix
+    (title,) = report.written
+    check_id(title)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{title}.nii.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["-in", "out"] and not report.failures
 
 
 def test_the_command_says_what_it_wrote_and_what_is_missing(
