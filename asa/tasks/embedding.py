@@ -20,7 +20,7 @@ from asa.evaluation.statistics import nullable
 from asa.inference.features import FeatureExtractor, pooled
 from asa.tasks.base import Config
 from asa.tasks.prediction import Channels, predict_scans
-from asa.tasks.table_evaluation import matched, tables_of
+from asa.tasks.table_evaluation import matched, numbers, tables_of
 
 TABLE = "features.csv"
 PARTS = ("whole", "sides", "labels")
@@ -107,13 +107,11 @@ def evaluate_probe(config: Config) -> None:
         raise ValueError("column= has to be given: the column of the table to predict, like age or diagnosis")
     rows, values, subjects = matched(folder / TABLE, truth, column)
     names = [name for name in rows[0] if name != "id"]
-    if empty := next((name for name in names for row in rows if not row[name]), None):
-        raise ValueError(f"{folder / TABLE}: {empty} is empty in some scans: leave these out, or embed of=whole")
-    features = np.array([[float(row[name]) for name in names] for row in rows])
+    features = np.array([numbers(folder / TABLE, row, names) for row in rows])
     scans = [{"id": row["id"], "subject": subject} for row, subject in zip(rows, subjects, strict=True)]
     folds = config["folds"]
-    numbers = all(map(_is_number, values))
-    found = (probe_numbers if numbers else probe_classes)(features, values, subjects, folds)
+    predict = probe_numbers if all(map(_is_number, values)) else probe_classes
+    found = predict(features, values, subjects, folds)
     written: dict[str, Any] = {"column": column, "folds": folds, "scans": len(rows), **described(found)}
     print(f"{column}: {found.text()}, {len(rows)} scans of {len(set(subjects))} subjects, {folds} folds")
     for key in ("group", "site"):

@@ -72,7 +72,7 @@ def evaluate_classes(predictions: Path, truth: Path, out: Path) -> tuple[ClassSc
     names = [column.removeprefix("p_") for column in rows[0] if column.startswith("p_")]
     if unknown := sorted(set(known) - set(names)):
         raise ValueError(f"{truth}: the class {unknown[0]!r} is none of the network's: {', '.join(names)}")
-    probabilities = np.array([_numbers(predictions / CLASSES, row, [f"p_{name}" for name in names]) for row in rows])
+    probabilities = np.array([numbers(predictions / CLASSES, row, [f"p_{name}" for name in names]) for row in rows])
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise ValueError(f"{predictions / CLASSES}: probabilities have to be from 0 to 1: predict again")
     scores = score_classes(probabilities, np.array([names.index(name) for name in known]), subjects)
@@ -101,7 +101,7 @@ def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, d
     if patient.all() or not patient.any():
         raise ValueError(f"{truth}: all {len(rows)} scans are of health {health[0]}: an AUC needs both")
     results: dict[str, dict[str, Any]] = {}
-    measured = np.array([_numbers(predictions / ASYMMETRY, row, MEASURES) for row in rows])
+    measured = np.array([numbers(predictions / ASYMMETRY, row, MEASURES) for row in rows])
     for measure, values in zip(MEASURES, measured.T, strict=True):
         low, high = auc_interval(np.stack([-values, values], axis=1), patient.astype(int), subjects)
         results[measure] = {"auc": auc(values, patient), "auc_low": low, "auc_high": high}
@@ -111,7 +111,7 @@ def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, d
     return results
 
 
-def _numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list[float]:
+def numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list[float]:
     """The numbers of a scan in some columns; a ValueError names the table, the scan and the column without one."""
     for column in columns:
         try:

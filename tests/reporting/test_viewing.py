@@ -14,6 +14,7 @@ import pytest
 from asa.cli import pretrain, view
 from asa.data.io.nifti import read_image, write_image
 from asa.data.store import Store
+from asa.reporting.viewer import Layer, write_viewer
 
 CODE = "(function(a,b){b((a=self).niivue={})})(this,function(){});"  # no NiiVue: what is drawn is not tested here
 SMALL = ("model=asa_tiny", "crop=32", "+model.embed_dim=24", "+model.num_heads=2", "model.decoder_depth=1")
@@ -85,6 +86,13 @@ def test_a_reconstruction_shows_what_was_masked(store: Path, viewer: Path, tmp_p
     visible = masked != 0
     assert visible.any() and np.array_equal(image[visible], prediction[visible])
     assert not np.array_equal(image, prediction) and layers["importance"]["opacity"] == 0
+
+
+def test_names_of_others_are_text_in_a_page(viewer: Path, tmp_path: Path) -> None:
+    bad = "</script><script>alert(1)</script>"
+    write_viewer(tmp_path / "page.html", viewer, bad, {bad: [Layer(bad, b"", "labels", {1: bad})]})
+    assert bad not in (tmp_path / "page.html").read_text()
+    assert cases_of(tmp_path / "page.html")[bad][bad]["labels"]["labels"] == ["", bad]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,15 @@ def test_a_probe_that_cannot_be_done_is_named(
     assert message in capsys.readouterr().err
 
 
+def test_a_feature_that_is_no_number_is_named_with_its_scan(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "features.csv").write_text("id,whole_0\n" + "".join(f"s{k:02},{k}\n" for k in range(3)) + "s03,\n")
+    given = (f"predictions={tmp_path}", f"truth={cohort / 'table.csv'}", "policy=probe", "column=age", "folds=2")
+    assert evaluate.main([*given, f"out={tmp_path / 'out'}"]) == 1
+    assert "s03: whole_0 is '' and not a number" in capsys.readouterr().err
+
+
 def test_parts_that_are_not_there_are_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = (f"checkpoint={cohort / 'run'}", f"input={cohort / 'store'}", f"out={tmp_path}", "device=cpu")
     for of, message in (("labels", "needs the labels of a store"), ("halves", "choose whole, sides, labels")):
