@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "predict": _PREDICT,
 }
 # The methods of each command, and the families of models (`model=FAMILY_SIZE`) that each of them trains.
-_SEGMENTATION = ("unet", "vit_seg", "probe", "sa_swin_unet")
+_SEGMENTATION = ("unet", "vit_seg", "probe", "sa_swin_unet", "unetr", "swin_unetr")
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "pretrain": {
         "asa": ("asa",),

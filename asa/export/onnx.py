@@ -16,6 +16,7 @@ from asa.data.io.files import write_whole
 from asa.errors import require
 from asa.export.monai_bundle import exported
 from asa.methods.segment import SegmentationNetwork
+from asa.models.comparators import Comparator
 from asa.models.sw_vit import SWViT
 from asa.training.checkpoint import read_model
 
@@ -49,10 +50,14 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
     require("onnxscript", "export", "ONNX export")  # used by torch.onnx
     model, description = read_model(checkpoint, plugins=plugins)
     encoder = getattr(model, "encoder", None)
-    if not isinstance(encoder, SWViT):
-        raise ValueError(f"{checkpoint}: only networks on a SW-ViT can be exported to ONNX, not {type(model).__name__}")
+    if not isinstance(encoder, SWViT) and not isinstance(model, Comparator):
+        raise ValueError(
+            f"{checkpoint}: only networks on a SW-ViT and comparators can be exported to ONNX, "
+            f"not {type(model).__name__}"
+        )
     if getattr(model, "mirrored", False):
         raise ValueError(f"{checkpoint}: a network that cross-attends to the mirror image cannot be exported to ONNX")
+    assert encoder is not None
     network, output = (model, "logits") if isinstance(model, SegmentationNetwork) else (encoder, "tokens")
     shape = (encoder.in_channels, *encoder.img_size)
     data, axes = description["data"], "C D H W: inferior to superior, back to front, left to right"

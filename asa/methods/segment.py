@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from asa.losses.segmentation import DeeplySupervisedDiceCE, DeeplySupervisedRegionLoss
 from asa.methods.base import Batch
+from asa.models.comparators import Comparator
 from asa.models.probe import LinearProbe
 from asa.models.sa_swin_unet import SASwinUNet
 from asa.models.unet import SegmentationUNet
 from asa.models.vit_seg import SegmentationViT
 from asa.ops.nested import paint, painting_order
 
-SegmentationNetwork: TypeAlias = SegmentationUNet | SASwinUNet | SegmentationViT | LinearProbe
+SegmentationNetwork: TypeAlias = SegmentationUNet | SASwinUNet | SegmentationViT | LinearProbe | Comparator
 
 
 class Segmentation(nn.Module):
@@ -39,8 +40,8 @@ class Segmentation(nn.Module):
         super().__init__()
         if not isinstance(model, SegmentationNetwork):
             raise ValueError(
-                "segmentation needs model=unet_..., sa_swin_unet_..., vit_seg_... or probe_..., got "
-                f"{type(model).__name__}"
+                "segmentation needs model=unet_..., sa_swin_unet_..., vit_seg_..., probe_..., unetr_... or "
+                f"swin_unetr_..., got {type(model).__name__}"
             )
         self.model = model
         self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=background_weight, scales=scales)

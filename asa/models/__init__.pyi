@@ -6,6 +6,13 @@ from .classifier import asa_classifier_tiny as asa_classifier_tiny
 from .classifier import sa_swin_classifier_base as sa_swin_classifier_base
 from .classifier import sa_swin_classifier_small as sa_swin_classifier_small
 from .classifier import sa_swin_classifier_tiny as sa_swin_classifier_tiny
+from .comparators import Comparator as Comparator
+from .comparators import swin_unetr_base as swin_unetr_base
+from .comparators import swin_unetr_small as swin_unetr_small
+from .comparators import swin_unetr_tiny as swin_unetr_tiny
+from .comparators import unetr_base as unetr_base
+from .comparators import unetr_small as unetr_small
+from .comparators import unetr_tiny as unetr_tiny
 from .create import create_model as create_model
 from .create import list_models as list_models
 from .masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder

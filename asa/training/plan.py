@@ -196,8 +196,9 @@ def make_plan(
             make, pick_precision(name, GPU), batch, settings=settings, optim=optim, gpu=device == "GPU"
         )
     assert trace is not None
+    encoder = getattr(method.model, "encoder", None)
     return Plan(
-        encoder=_count(method.model.encoder) if hasattr(method.model, "encoder") else 0,
+        encoder=_count(encoder) if isinstance(encoder, nn.Module) else 0,
         total=_count(method),
         forward=trace.forward * settings.accumulate,
         step=trace.both * settings.accumulate,

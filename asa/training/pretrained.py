@@ -59,8 +59,11 @@ def load_pretrained(
         The report to print.
 
     Raises:
-        ValueError: an encoder of another kind, or (without `explain`) one that does not match.
+        ValueError: an encoder of another kind, a network that takes none, or (without `explain`) one that does not
+            match.
     """
+    if not hasattr(model.encoder, "state_dict"):  # nothing to load into
+        raise ValueError(f"init={init}: this model is trained from scratch: leave init out, or choose model=unet_...")
     if hasattr(model.encoder, "levels"):
         return _load_swin(init, source, description, model, model_config)
     note = ""

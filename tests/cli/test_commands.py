@@ -253,6 +253,26 @@ def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Pat
     assert failed_in_one_line(command("finetune", *refused), "method.background_weight=0: must be in (0, 1]")
 
 
+@pytest.mark.parametrize("model", ["unetr_tiny", "swin_unetr_tiny"])
+def test_a_comparator_trains_resumes_predicts_and_exports(command, store: Path, tmp_path: Path, model: str) -> None:
+    arguments = [
+        f"data.store={store}", f"out={tmp_path}/fine", *TINY, f"model={model}", "crop=[32,32,64]",
+        "data.split={validation: 1, test: 1}", "optim.warmup=0", "train.batch_size=1", "predict.overlap=0",
+    ]  # fmt: skip
+    trained = command("finetune", *arguments, "train.steps=2")
+    assert trained.code == 0, trained.err
+    resumed = command("finetune", *arguments, "train.steps=3")
+    assert resumed.code == 0 and "step-00000003" in str(sorted((tmp_path / "fine/checkpoints").iterdir())), resumed.err
+    given = [f"checkpoint={tmp_path}/fine", f"input={store}", "part=test", "predict.overlap=0"]
+    assert command("predict", *given, f"out={tmp_path}/p").code == 0
+    assert len(list((tmp_path / "p").glob("*.nii.gz"))) == 1
+    exported = command("export", f"checkpoint={tmp_path}/fine", "format=onnx", f"out={tmp_path}/x.onnx")
+    assert exported.code == 0 and (tmp_path / "x.onnx").is_file(), exported.err
+    other = [argument.replace("/fine", "/other") for argument in arguments]
+    refused = command("finetune", *other, "train.steps=2", f"init={tmp_path}/fine")
+    assert failed_in_one_line(refused, "this model is trained from scratch")
+
+
 def test_labels_with_a_side_want_a_partner_under_mirroring(command, raw: Path, tmp_path: Path) -> None:
     prepared = command(
         "prepare", f"data.root={raw}", "data.images={t1: *_T1.nii.gz}", "data.label=*_seg.nii.gz",

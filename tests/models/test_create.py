@@ -15,7 +15,7 @@ from asa.models import MaskedAutoencoder, create_model, list_models
 def test_every_public_name_can_be_imported_and_every_model_made() -> None:
     assert all(getattr(asa.models, name) is not None for name in dir(asa.models))
     for name in list_models():
-        needed = {kind: ["out_channels"] for kind in ("unet", "probe", "vit_seg")}
+        needed = {kind: ["out_channels"] for kind in ("unet", "unetr", "probe", "vit_seg")}
         needed |= {"classifier": ["classes"], "puzzle": ["pieces", "answers"]}
         keywords = {keyword: 2 for kind, keywords in needed.items() if f"{kind}_" in name for keyword in keywords}
         with torch.device("meta"):
@@ -37,7 +37,7 @@ def test_names_are_listed_without_importing_torch() -> None:
 
 def test_every_family_has_three_sizes_as_values_of_model() -> None:
     families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
-    assert len(families) == 11
+    assert len(families) == 13
     assert sized_models() == sorted(f"{family}_{size}" for family in families for size in ("base", "small", "tiny"))
     config = compose("finetune", ["out=x", "model=sa_swin_unet_small"])
     assert config["model"]["_target_"] == "asa.models.sa_swin_unet.sa_swin_unet_small"
