@@ -207,7 +207,9 @@ def _wrong_entry(manifest: Mapping[str, Any]) -> str:
         return "labels"
     if not all(isinstance(name, str) and name.isprintable() for name in names):
         return "a name in labels or channels"
-    joined = [str(value) for values in manifest["regions"].values() for value in (values if values else [""])]
+    if not all(isinstance(values, list) and values for values in manifest["regions"].values()):
+        return "a region"
+    joined = [str(value) for values in manifest["regions"].values() for value in values]
     if not labels.keys() >= set(joined) or not all(isinstance(value, int) for value in manifest["ignored"]):
         return "a value in regions or ignored"
     own = {"subject": str, "shape": list, "sources": dict, "arrays": dict, "chain": dict}

@@ -114,7 +114,7 @@ def test_a_missing_extra_is_named_after_the_numbers_are_written(tmp_path, monkey
     with pytest.raises(ImportError, match=r'jinja2 is not installed.*pip install "asa-mri\[report\]"') as error:
         evaluate_folder(predictions, truths, {1: "csf", 2: "gm"}, "ibsr", out, progress=False)
     assert "\n" not in str(error.value)
-    assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "digests.json", "summary.json"]
 
 
 def test_an_image_on_another_grid_is_rejected(tmp_path):

@@ -104,7 +104,7 @@ def test_a_missing_extra_is_named_after_the_numbers_are_written(tmp_path: Path, 
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r'jinja2 is not installed.*pip install "asa-mri\[report\]"'):
         evaluated(root)
-    assert sorted(path.name for path in (root / "scores").iterdir()) == ["cases.csv", "summary.json"]
+    assert sorted(path.name for path in (root / "scores").iterdir()) == ["cases.csv", "digests.json", "summary.json"]
 
 
 def test_metrics_of_restored_images_have_their_range_as_bounds() -> None:

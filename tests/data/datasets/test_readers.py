@@ -481,7 +481,7 @@ def test_a_phantom_cohort_is_completed_and_never_another_one_than_asked_for(tmp_
     (first,) = phantom.records(tmp_path, subjects=1, **settings)
     Path(first["label"]).unlink()
     assert phantom.records(tmp_path, subjects=2, **settings)[0] == first and Path(first["label"]).is_file()
-    with pytest.raises(ValueError, match="holds 2 subjects, not subjects=1; give subjects=2"):
+    with pytest.raises(ValueError, match="holds 2 subjects, not data.subjects=1; give data.subjects=2"):
         phantom.records(tmp_path, subjects=1, **settings)
     with pytest.raises(ValueError, match="holds another phantom cohort .seed differ"):
         phantom.records(tmp_path, subjects=2, **{**settings, "seed": 4})

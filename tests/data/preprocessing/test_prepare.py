@@ -291,7 +291,7 @@ def test_the_foreground_of_ct_is_the_head_without_air_and_table_and_with_its_sin
 
 
 def test_a_ct_window_needs_ct_and_what_is_for_mr_is_refused():
-    with pytest.raises(ValueError, match="a: window= is for CT in HU"):
+    with pytest.raises(ValueError, match="a: prepare.window= is for CT in HU"):
         prepare_case({"ct": volume(np.full((9, 9, 9), -1000.0))}, None, {}, PrepareSettings(window=[0, 80]), name="a")
     stripped, head = head_ct()
     stripped = volume(np.where(head, np.maximum(stripped.data, 1), 0))
