@@ -361,7 +361,8 @@ def test_an_npz_named_npy_is_damage(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"records": 3}, {"records": [3]}, {"labels": {"x": "y"}}, {"channels": None}, {"settings": []}, {"regions": 1}, {"regions": {"a": True}}, {"regions": {"a": []}},
+    {"records": 3}, {"records": [3]}, {"labels": {"x": "y"}}, {"channels": None}, {"settings": []},
+    {"regions": 1}, {"regions": {"a": True}}, {"regions": {"a": []}},
     {"shape": [1, 2]}, {"shape": None}, {"sources": {"t1": 3}}, {"arrays": {"../x": ""}}, {"subject": 1}, {"chain": []},
 ])  # fmt: skip
 def test_a_manifest_with_other_types_is_named(store: Path, tmp_path: Path, change: dict) -> None:
