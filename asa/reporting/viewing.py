@@ -14,6 +14,7 @@ from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
+from asa.inference.layout import Flat, label_maps_of
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.labels import IGNORED
@@ -65,9 +66,9 @@ def stored(store: Store, config: Config) -> Cases:
 
 def predicted(folder: Path, config: Config) -> Cases:
     """Label maps on the grids of their scans, with the scans and the probabilities where there are any."""
-    files = {path.name.removesuffix(".nii.gz"): path for path in sorted(folder.glob("*.nii.gz"))}
+    files = dict(sorted(label_maps_of(folder).items()))
     if not files:
-        raise ValueError(f"{folder}: neither a store nor a run, and no ID.nii.gz of asa-predict in it")
+        raise ValueError(f"{folder}: neither a store nor a run, and no label map of asa-predict in it")
     images = None if config["images"] is None else Path(str(config["images"]))
     store = Store(images) if images is not None and (images / MANIFEST).is_file() else None
     cases = {}
@@ -77,7 +78,7 @@ def predicted(folder: Path, config: Config) -> Cases:
         scan = None if images is None else _scan(id, images, store)
         layers = [] if scan is None else [Layer("image", scan.read_bytes())]
         layers.append(Layer("prediction", files[id].read_bytes(), "labels", names))
-        for path in sorted((folder / "probabilities" / id).glob("*.nii.gz")):
+        for path in sorted(Flat(folder).probabilities(id).glob("*.nii.gz")):
             layers.append(Layer(f"p({path.name.removesuffix('.nii.gz')})", path.read_bytes(), "plasma"))
         cases[id] = layers
     return cases

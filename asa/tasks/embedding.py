@@ -39,7 +39,7 @@ class Embedder:
         if self.parts not in PARTS:
             raise ValueError(f"of={self.parts}: choose {', '.join(PARTS)}")
         source = Path(str(config["input"]))
-        self.store = Store(source) if (source / MANIFEST).exists() else None
+        self.store = Store(source) if self.parts == "labels" and (source / MANIFEST).exists() else None
         if self.parts == "labels" and (self.store is None or not self.store.labels):
             raise ValueError("of=labels: needs the labels of a store, input=STORE")
         self.extractor = FeatureExtractor(
@@ -114,28 +114,21 @@ def evaluate_probe(config: Config) -> None:
     found = predict(features, values, subjects, folds)
     written: dict[str, Any] = {"column": column, "folds": folds, "scans": len(rows), **described(found)}
     print(f"{column}: {found.text()}, {len(rows)} scans of {len(set(subjects))} subjects, {folds} folds")
-    for key in ("group", "site"):
-        if config[key] is None:
-            continue
-        of = read_column(truth, config[key], scans)
-        if len(of) < len(rows):
-            raise ValueError(
-                f"{truth}: {len(rows) - len(of)} scans have no {config[key]}: fill it in, or leave out {key}="
+    if config["group"] is not None:
+        groups = _complete(truth, config["group"], scans)
+        parts = {name: found.only(groups == name) for name in sorted(set(groups))}
+        written["groups"] = {name: described(part) for name, part in parts.items()}
+        for name, part in parts.items():
+            print(f"  {config['group']} {name}: {part.text()}, {len(part.truth)} scans")
+    if (site := config["site"]) is not None:
+        leak = probe_classes(features, list(_complete(truth, site, scans)), subjects, folds)
+        written["site"] = described(leak)
+        print(f"{site}: {leak.text()}")
+        if leak.low > LEAK:
+            print(
+                f"ALARM: the features tell {site}s apart: what they say about {column} may be the {site}, unless it is "
+                "as frequent in each"
             )
-        there = np.array([of[row["id"]] for row in rows])
-        if key == "group":
-            written["groups"] = {name: described(found.only(there == name)) for name in sorted(set(there))}
-            for name in written["groups"]:
-                print(f"  {config[key]} {name}: {found.only(there == name).text()}, {(there == name).sum()} scans")
-        else:
-            leak = probe_classes(features, list(there), subjects, folds)
-            written["site"] = described(leak)
-            print(f"{config[key]}: {leak.text()}")
-            if leak.low > LEAK:
-                print(
-                    f"ALARM: the features tell {config[key]}s apart: what they say about {column} may be the "
-                    f"{config[key]}, unless it is as frequent in each"
-                )
     write_json(out / "summary.json", written)
     text = csv_text(["id", column, "predicted"], zip((row["id"] for row in rows), values, found.predicted, strict=True))
     write_whole(out / "predictions.csv", text.encode())
@@ -145,6 +138,16 @@ def evaluate_probe(config: Config) -> None:
 def described(found: NumberProbe | ClassProbe) -> dict[str, Any]:
     """The scores of a probe for a JSON file."""
     return nullable(found.scores())
+
+
+def _complete(table: Path, column: str, scans: list[dict[str, str]]) -> np.ndarray:
+    """A column of a table for all scans; a ValueError if it is empty for some."""
+    found = read_column(table, column, scans)
+    if len(found) < len(scans):
+        raise ValueError(
+            f"{table}: {len(scans) - len(found)} scans have no {column}: fill it in, or leave the setting out"
+        )
+    return np.array([found[scan["id"]] for scan in scans])
 
 
 def _cell(value: float) -> str:

@@ -29,13 +29,13 @@ def main() -> None:
     volume, grid = volume[cut], (2 * t, 2 * h, 2 * w)
     level = t  # the slice of tokens
     brain = volume[level * PATCH + PATCH // 2].numpy()
-    codes = F.normalize(symmetric_position_encoding(grid, 96).reshape(*grid, -1)[level], dim=-1)
-    alike = (codes @ codes[TOKEN]).numpy()
+    encodings = F.normalize(symmetric_position_encoding(grid, 96).reshape(*grid, -1)[level], dim=-1)
+    alike = (encodings @ encodings[TOKEN]).numpy()
     weights = gradient_importance(volume[None, None]).reshape(grid)[level].numpy()
     windows = (torch.arange(grid[0] * grid[1] * grid[2]) // WINDOW % 4).reshape(grid)[level].numpy()
 
     figure, axes = plt.subplots(1, 4, figsize=(13, 4.2), layout="constrained")
-    shown = (("a slice and its patches", None), ("likeness of the position's code", alike))
+    shown = (("a slice and its patches", None), ("similarity of position encodings", alike))
     shown += (("importance of a patch", weights), ("windows of 32 tokens", windows))
     edges = (0, grid[2], 0, grid[1])
     for axis, (title, values) in zip(axes, shown, strict=True):
