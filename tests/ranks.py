@@ -23,6 +23,8 @@ FORK.set_forkserver_preload(
     ["asa.cli.pretrain", "asa.cli.finetune", "torch.utils.tensorboard", "torch._dynamo", "hydra"]
 )
 
+PATIENCE = 120  # seconds that a test waits for what takes a few; a busy machine may need most of them
+
 MODEL = {
     "_target_": "asa.models.masked_autoencoder.asa_tiny",
     "img_size": 32,
@@ -99,9 +101,9 @@ class Job:
             process.start()
             self.processes.append(process)
 
-    def wait(self, timeout: float = 30) -> list[Ended]:
+    def wait(self) -> list[Ended]:
         """Wait for all processes; those that do not end are killed, and their code is None."""
-        until = time.monotonic() + timeout
+        until = time.monotonic() + PATIENCE
         ended = []
         for process, output in zip(self.processes, self.outputs, strict=True):
             process.join(max(0.0, until - time.monotonic()))
@@ -123,7 +125,7 @@ def _child(env: dict[str, Any], output: Path, function: Callable[..., None], arg
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    faulthandler.dump_traceback_later(25, file=handle)  # prints the stack of a hanging process before it is killed
+    faulthandler.dump_traceback_later(PATIENCE - 5, file=handle)  # prints where a process hangs before it is killed
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in a background job
     torch.set_num_threads(1)
     function(*arguments, **keywords)
@@ -134,9 +136,9 @@ def ranks(folder: Path, world: int, function: Callable[..., None], *arguments: A
     return Job(folder, world, function, *arguments, **keywords).wait()
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def until(condition: Callable[[], bool]) -> None:
     """Wait until a condition is true."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "timeout"
         time.sleep(0.01)

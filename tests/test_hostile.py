@@ -700,7 +700,7 @@ def test_an_evaluation_that_is_killed_leaves_whole_files_and_can_be_repeated(raw
         shutil.copy(path, tmp_path / "p" / path.name.replace("_seg", ""))
     arguments = ["evaluate", f"predictions={tmp_path}/p", f"truth={raw}", f"out={tmp_path}/out"]
     arguments += ["pattern=*_seg.nii.gz", "labels={1: csf, 2: gm, 5: wm}"]
-    (whole,) = Job(tmp_path, 1, command, *arguments).wait(120)
+    (whole,) = Job(tmp_path, 1, command, *arguments).wait()
     assert whole.code == 0, whole.text
     before = {name: (tmp_path / "out" / name).read_bytes() for name in ("cases.csv", "summary.json")}
     job = Job(tmp_path, 1, command, *arguments)
@@ -708,7 +708,7 @@ def test_an_evaluation_that_is_killed_leaves_whole_files_and_can_be_repeated(raw
     job.processes[0].kill()
     job.wait()
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
-    assert Job(tmp_path, 1, command, *arguments).wait(120)[0].code == 0
+    assert Job(tmp_path, 1, command, *arguments).wait()[0].code == 0
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
 
 

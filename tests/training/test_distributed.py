@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import Job, command, log, losses, ranks, replaced, steps_done, tiny_run, until
+from ranks import PATIENCE, Job, command, log, losses, ranks, replaced, steps_done, tiny_run, until
 from safetensors.torch import load_file
 
 from asa.data.loading.crops import CropDataset
@@ -178,7 +178,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(
     job = Job(tmp_path, 2, slow, run, store)
     until(lambda: steps_done(run) >= 3)
     job.send(rank, number)
-    ended = job.wait(20)
+    ended = job.wait()
     print(*[one.text for one in ended])
     assert [one.code for one in ended] == [RESUME_CODE, RESUME_CODE]
     (checkpoint,) = list_checkpoints(run)
@@ -246,7 +246,7 @@ def failing(run: Path, store: Path, kind: str) -> None:
 @several
 @pytest.mark.parametrize("kind", ["dies", "raises", "hangs"])
 def test_a_process_that_fails_ends_the_job_within_the_timeout(store: Path, tmp_path: Path, kind: str) -> None:
-    ended = Job(tmp_path, 2, failing, tmp_path / "run", store, kind).wait(30)
+    ended = Job(tmp_path, 2, failing, tmp_path / "run", store, kind).wait()
     print(*[one.text for one in ended])
     assert all(one.code not in (0, None) for one in ended)
     if kind == "raises":
@@ -308,9 +308,9 @@ def test_torchrun_restarts_a_killed_process_and_the_run_is_the_same(store: Path,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        until(lambda: steps_done(run) >= 12, 60)
+        until(lambda: steps_done(run) >= 12)
         os.kill(process_of_rank(1, run), signal.SIGKILL)
-        text, _ = process.communicate(timeout=90)
+        text, _ = process.communicate(timeout=PATIENCE)
     finally:
         for rank in (0, 1):
             with suppress(AssertionError):

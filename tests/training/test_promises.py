@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import FORK, MODEL, Job, command, log, losses, replaced, steps_done, tiny_run, until
+from ranks import FORK, MODEL, PATIENCE, Job, command, log, losses, replaced, steps_done, tiny_run, until
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -93,7 +93,7 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoints_intact(tm
         checkpoint(tmp_path, step)
     process = FORK.Process(target=killed_while_saving, args=(tmp_path, call))
     process.start()
-    process.join(20)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
     assert load_newest(tmp_path, print)[0].name == "step-00000002"
@@ -247,14 +247,14 @@ def test_a_signal_to_the_process_group_saves_too(store: Path, tmp_path: Path) ->
     (ended,) = job.wait()
     print(ended.text)
     assert ended.code == RESUME_CODE and names(run) == [f"step-{steps_done(run):08d}"]
-    until(lambda: members(job.processes[0].pid) == [], 10)
+    until(lambda: members(job.processes[0].pid) == [])
 
 
 def test_signal_handlers_are_restored_after_a_run() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        until(lambda: stop.requested, 5)
+        until(lambda: stop.requested)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -269,7 +269,7 @@ def test_ctrl_c_leaves_no_process_behind(store: Path, tmp_path: Path) -> None:
     os.killpg(group, signal.SIGINT)  # as a terminal sends it
     (ended,) = job.wait()
     assert ended.code == 130 and "interrupted" in ended.text and "Traceback" not in ended.text
-    until(lambda: members(group) == [], 30)  # a loader worker checks for its parent every 5 s
+    until(lambda: members(group) == [])  # a loader worker checks for its parent every 5 s
     assert not (run / LOCK).exists()
 
 

@@ -58,16 +58,16 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 @needs_proc
 def test_a_process_ends_while_its_loader_is_open(tmp_path):
     process, worker = loading(tmp_path, 0)
-    assert process.wait(30) == 0
-    assert gone(worker, 10)
+    assert process.wait(60) == 0
+    assert gone(worker, 60)
 
 
 @needs_proc
 def test_a_killed_process_leaves_no_worker(tmp_path):
     process, worker = loading(tmp_path, 60)
     process.kill()
-    process.wait(10)
-    assert gone(worker, 10)
+    process.wait(60)
+    assert gone(worker, 60)
 
 
 @needs_proc
@@ -79,8 +79,8 @@ def test_a_worker_outlives_the_signals_that_stop_a_run(tmp_path):
         assert not gone(worker, 1)
     finally:
         process.kill()
-        process.wait(10)
-    assert gone(worker, 10)
+        process.wait(60)
+    assert gone(worker, 60)
 
 
 # ---------------------------------------------------------------------------------------------- the parallel map

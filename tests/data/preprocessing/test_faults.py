@@ -384,7 +384,7 @@ def test_a_killed_command_ends_its_workers_and_continues_to_the_same_bytes(
     arguments = settings(cohort.raw, tmp_path / "store")
     with running_until(count, arguments, tmp_path / "store") as process:
         process.kill()
-        process.communicate(timeout=10)  # ends with the last worker, because they hold the output too
+        process.communicate(timeout=60)  # ends with the last worker, because they hold the output too
         assert process.returncode == -signal.SIGKILL
     assert bytes_of(tmp_path / "store") != bytes_of(cohort.store)
     again = command(*arguments, f"workers={workers}")
