@@ -28,10 +28,10 @@ GPU: dict[str, Any] = {
 CPU: dict[str, Any] = {
     "size": "tiny",
     "edge": 64,
-    "batches": (1, 2),
+    "batches": (1,),
     "precisions": ("fp32",),
     "tests": "tests/training/test_gpu.py",
-    "demo": {"subjects": 2, "resolution": 4, "steps": 20, "warmup": 2},
+    "demo": {"subjects": 2, "resolution": 4, "steps": 10, "warmup": 2},
     "matrix": 64,
 }
 

@@ -112,7 +112,7 @@ def test_region_rows_are_measured() -> None:
     assert row.measure({"kind": "restore", "size": "tiny", "edge": 32, "regions": 3, **COMMON}, rates)["seconds"] > 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_with_a_loader_reports_the_fraction_of_time_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
@@ -148,6 +148,7 @@ def test_a_full_run_has_every_row_once_in_its_part() -> None:
     assert regions == [("segments", 16384, 40), ("dense", 16384, 40), ("segments", 4096, 10), ("segments", 65536, 160)]
 
 
+@pytest.mark.slow
 def test_a_run_writes_table_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

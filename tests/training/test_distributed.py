@@ -256,6 +256,7 @@ def test_a_process_that_fails_ends_the_job_within_the_timeout(store: Path, tmp_p
 
 
 @several
+@pytest.mark.slow
 def test_only_the_main_process_prints(store: Path, tmp_path: Path) -> None:
     tiny = ["loader.workers=0", "train.device=cpu", "optim.warmup=1", "model=asa_tiny", "crop=32", "train.steps=2"]
     run = tmp_path / "run"
