@@ -1,5 +1,8 @@
 """Scores of a classification: AUC with an interval, balanced accuracy, calibration error, confusion matrix.
 
+The AUC and the balanced accuracy are of a set of scans, but each scan has its share in them (`scan_scores`), so that
+runs can be averaged and compared scan by scan.
+
 Letters: N scans, K classes; probabilities `(N, K)`, true class indices `(N,)`.
 """
 
@@ -61,6 +64,43 @@ def mean_auc(probabilities: np.ndarray, truth: np.ndarray) -> float:
     values = [auc(probabilities[:, k], truth == k) for k in range(probabilities.shape[1])]
     defined = [value for value in values if not math.isnan(value)]
     return float(np.mean(defined)) if defined else math.nan
+
+
+def scan_scores(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """What each scan adds to the scores of all: values whose mean is the score, and whose spread is its error.
+
+    A scan's AUC is the share of the scans of the other kind that it is on the right side of, its distance from the AUC
+    weighted by N over the scans of its own kind. The variance of the mean of these is that of DeLong et al. (Biometrics
+    1988), also for the difference of two runs. Likewise its part in the balanced accuracy. Values may leave 0 to 1.
+
+    Args:
+        probabilities: `(N, K)`.
+        truth: `(N,)`.
+
+    Returns:
+        "auc" and "balanced_accuracy", each `(N,)`; the AUC is NaN where all scans are of one class.
+    """
+    classes = probabilities.shape[1]
+    kinds = [1] if classes == 2 else [k for k in range(classes) if 0 < (truth == k).sum() < len(truth)]
+    parts = [_auc_of_scans(probabilities[:, k], truth == k) for k in kinds]
+    counts = np.bincount(truth, minlength=classes)
+    correct = probabilities.argmax(axis=1) == truth
+    return {
+        "auc": np.mean(parts, axis=0) if parts else np.full(len(truth), math.nan),
+        "balanced_accuracy": correct * len(truth) / (counts[truth] * np.count_nonzero(counts)),
+    }
+
+
+def _auc_of_scans(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    n, m = int(positive.sum()), int((~positive).sum())
+    if not n or not m:
+        return np.full(len(scores), math.nan)
+    wins = rankdata(scores)  # less its rank among its own kind: scans of the other kind below it, ties as half
+    share = np.empty(len(scores))
+    share[positive] = (wins[positive] - rankdata(scores[positive])) / m
+    share[~positive] = 1 - (wins[~positive] - rankdata(scores[~positive])) / n
+    whole = auc(scores, positive)
+    return whole + (share - whole) * len(scores) / np.where(positive, n, m)
 
 
 def auc_interval(probabilities: np.ndarray, truth: np.ndarray, subjects: Sequence[str]) -> tuple[float, float]:

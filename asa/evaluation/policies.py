@@ -18,6 +18,7 @@ from asa.evaluation.statistics import nullable
 
 RESTORATION = "restoration"  # name of the policy for restored images
 WHOLE = "image"  # its only region
+ALL = "all"  # the only region of the policy for classes
 EMPTY = {"both_empty": "both empty", "truth_empty": "only truth empty", "prediction_empty": "only prediction empty"}
 
 Regions = dict[str, tuple[int, ...]]
@@ -380,6 +381,29 @@ POLICIES: dict[str, Policy] = {
         ),
     )
 }
+
+
+CLASSIFICATION = PolicyInfo(
+    "classification",
+    "Classes of whole scans. A scan's values are its shares in the AUC and in the balanced accuracy of all, so that "
+    "the interval of an AUC is wide as DeLong's.",
+    (
+        MetricInfo(
+            name="auc",
+            title="AUC",
+            meaning="area under the ROC curve; for more than two classes the mean of one-versus-rest.",
+            digits=3,
+            higher_is_better=True,
+        ),
+        MetricInfo(
+            name="balanced_accuracy",
+            title="Balanced accuracy",
+            meaning="mean recall over the classes present.",
+            digits=3,
+            higher_is_better=True,
+        ),
+    ),
+)
 
 
 def get_policy(name: str) -> Policy:

@@ -18,7 +18,7 @@ import numpy as np
 from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
 from asa.evaluation.comparison import Run, latex_tabular, mean_text
-from asa.evaluation.policies import Metric, get_policy
+from asa.evaluation.policies import CLASSIFICATION, MetricInfo, PolicyInfo, get_policy
 from asa.evaluation.summary import Statistic, number_text, statistic
 from asa.reporting.plots import png_of
 
@@ -56,7 +56,7 @@ class Row:
 
     labelled: str
     arm: str
-    metric: Metric
+    metric: MetricInfo
     region: str
     values: Statistic
     seeds: int
@@ -125,7 +125,7 @@ def ablation_rows(trials: Sequence[Trial], arms: Sequence[str]) -> list[Row]:
     ]
 
 
-def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: Metric, region: str) -> Row:
+def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: MetricInfo, region: str) -> Row:
     values = _values(chosen, metric, region)
     means = [_mean(trial, metric, region) for trial in chosen]
     difference = None
@@ -145,7 +145,7 @@ def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: Metric,
     )
 
 
-def _values(trials: Sequence[Trial], metric: Metric, region: str) -> dict[tuple[int, str], float]:
+def _values(trials: Sequence[Trial], metric: MetricInfo, region: str) -> dict[tuple[int, str], float]:
     """(seed, case) -> value. The mean of the regions is undefined where one of them is."""
     found = {}
     for trial in trials:
@@ -165,13 +165,18 @@ def _over_cases(values: dict[tuple[int, str], float], bounds: tuple[float, float
     return statistic([float(np.mean(found)) if found else math.nan for found in defined.values()], bounds=bounds)
 
 
-def _mean(trial: Trial, metric: Metric, region: str) -> float:
+def _mean(trial: Trial, metric: MetricInfo, region: str) -> float:
     defined = [value for value in _values([trial], metric, region).values() if not math.isnan(value)]
     return float(np.mean(defined)) if defined else math.nan
 
 
-def _metrics(trials: Sequence[Trial]) -> list[Metric]:
-    return list(get_policy(trials[0].run.setting["policy"]).metrics)
+def _policy(trials: Sequence[Trial]) -> PolicyInfo:
+    name = trials[0].run.setting["policy"]
+    return CLASSIFICATION if name == CLASSIFICATION.name else get_policy(name)
+
+
+def _metrics(trials: Sequence[Trial]) -> list[MetricInfo]:
+    return list(_policy(trials).metrics)
 
 
 def _regions(trials: Sequence[Trial]) -> list[str]:
@@ -211,7 +216,7 @@ def latex(rows: Sequence[Row], trials: Sequence[Trial], notes: Sequence[str] = (
 
 
 def _explained(trials: Sequence[Trial]) -> str:
-    policy = get_policy(trials[0].run.setting["policy"])
+    policy = _policy(trials)
     return (
         f"Policy {policy.name}: {policy.description} Means over the cases, each averaged over the seeds that tested "
         "it; in brackets the 95 % interval over cases (docs/evaluation.md)."

@@ -1,7 +1,7 @@
 """Ablations: arms x labelled subjects x seeds, trained and scored on the same held-out subjects."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from asa.data.splits import keep_labelled, make_split, write_split
 from asa.data.store import Store
 from asa.errors import one_line, reason_of
 from asa.evaluation.comparison import Run
+from asa.evaluation.policies import CLASSIFICATION
 from asa.evaluation.summary import listed
 from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablation
 from asa.reporting.pages import require_report_extra
@@ -24,6 +25,7 @@ from asa.tasks.commands import finetune_task
 from asa.tasks.comparison import read_run
 from asa.tasks.preparation import prepare_task
 from asa.tasks.run import configure, evaluate_task, predict_task, train_task
+from asa.tasks.table_evaluation import read_class_run
 from asa.training.distributed import world_size
 from asa.training.signals import Stopped
 
@@ -57,6 +59,9 @@ def ablate(config: Config) -> None:
     for key in ("store", "unlabelled"):
         config[key] = config[key] and str(Path(str(config[key])).resolve())  # it can be continued from any directory
     _check(config)
+    if _of_classes(config):
+        table = flatten(config["finetune"])["data.classes"]
+        config["finetune"] = {**config["finetune"], "data.classes": str(Path(str(table)).resolve())}
     ablation = Ablation(config, out, Path(config["store"] or out.resolve() / "store"), _arms(config))
     if config["store"]:
         _splits(ablation)
@@ -107,10 +112,16 @@ def _check(config: Config) -> None:
         raise ValueError(f"seeds={config['seeds']}: give whole numbers from 0")
     if not config["store"] and not config["prepare"]:
         raise ValueError("store has to be given, or prepare: settings of asa-prepare that make one")
+    if _of_classes(config) and not flatten(config["finetune"]).get("data.classes"):
+        raise ValueError("finetune.data.classes has to be given with policy=classification: the table of the classes")
     own = {"data.store", "data.split_file", "data.labelled", "init", "out", "train.seed", "checkpoint", "input", "part"}
     for key in COMMANDS:
         if taken := own & flatten(config[key]).keys():
             raise ValueError(f"{key}.{min(taken)} is set by asa-ablate for each run: leave it out")
+
+
+def _of_classes(config: Config) -> bool:
+    return bool(config["policy"] == CLASSIFICATION.name)
 
 
 def _arms(config: Config) -> dict[str, dict[str, Any]]:
@@ -176,13 +187,14 @@ def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> 
     """Train, predict and score one run unless it is done; returns the line to print."""
     name, begun = _name(seed, arm, count), time.monotonic()
     evaluation = ablation.out / "evaluations" / name
-    found, reason = _evaluated(evaluation)
+    read = read_class_run if _of_classes(ablation.config) else read_run
+    found, reason = _evaluated(evaluation, read)
     done = found is not None
     if found is None:
         if failure := _attempt(ablation, name, lambda: _train_and_score(ablation, seed, count, arm)):
             ablation.failures[name] = failure
             return f"failed: {failure}"
-        found, reason = _evaluated(evaluation)
+        found, reason = _evaluated(evaluation, read)
     if found is None:
         ablation.failures[name] = reason
         return f"failed: {reason}"
@@ -191,10 +203,10 @@ def _one(ablation: Ablation, seed: int, count: int | float | None, arm: str) -> 
     return f"{trial_line(trial)} ({'done before' if done else f'{time.monotonic() - begun:.0f} s'})"
 
 
-def _evaluated(folder: Path) -> tuple[Run | None, str]:
+def _evaluated(folder: Path, read: Callable[[str, Path], Run]) -> tuple[Run | None, str]:
     """The evaluation of a run; None and the reason where there is none, or a damaged one, which is made again."""
     try:
-        return read_run(folder.name, folder), ""
+        return read(folder.name, folder), ""
     except (ValueError, OSError) as error:
         return None, one_line(error)
 
@@ -209,8 +221,15 @@ def _train_and_score(ablation: Ablation, seed: int, count: int | float | None, a
     call("finetune", config["finetune"], ablation.arms[arm]["finetune"], fixed, config_dir=config["config_dir"])
     scans = {"checkpoint": run, "input": ablation.store, "part": "test", "out": out / "predictions" / name}
     call("predict", config["predict"], scans)
-    scored = {"predictions": scans["out"], "truth": ablation.store, "split_file": split_file}
-    call("evaluate", scored, {"policy": config["policy"], "out": out / "evaluations" / name})
+    truth = {"truth": ablation.store, "split_file": split_file}
+    if _of_classes(config):
+        truth = {"truth": config["finetune"]["data.classes"]}
+    call(
+        "evaluate",
+        {"predictions": scans["out"]},
+        truth,
+        {"policy": config["policy"], "out": out / "evaluations" / name},
+    )
 
 
 def call(command: str, *settings: Mapping[str, Any], config_dir: str | None = None) -> None:

@@ -1,6 +1,8 @@
 """Predicted tables against a table of diagnoses: class probabilities, and asymmetry scores.
 
 OUT/summary.json   the scores, with intervals over resampled subjects
+OUT/scans.csv      of a classification: each scan's class and its shares in AUC and balanced accuracy
+OUT/digests.json   SHA-256 of both, which asa-ablate compares
 """
 
 import math
@@ -12,14 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from asa.data.io.files import write_json
-from asa.data.io.tables import check_health, read_column, read_rows
-from asa.evaluation.classification import ClassScores, auc, auc_interval, score_classes
+from asa.data.io.files import check_digest, write_digests, write_json, write_whole
+from asa.data.io.tables import check_health, csv_text, read_column, read_rows
+from asa.errors import reason_of
+from asa.evaluation.classification import ClassScores, auc, auc_interval, scan_scores, score_classes
+from asa.evaluation.comparison import Run
+from asa.evaluation.policies import ALL, CLASSIFICATION
 from asa.evaluation.statistics import nullable
 from asa.inference.asymmetry import TABLE as ASYMMETRY
 from asa.inference.classification import TABLE as CLASSES
 from asa.tasks.base import Config
 
+SCANS = "scans.csv"
 MEASURES = ("score", "mean", "top", "peak")  # of a scan's asymmetry
 
 
@@ -59,7 +65,7 @@ def evaluate_classes(predictions: Path, truth: Path, out: Path) -> tuple[ClassSc
     Args:
         predictions: folder with predictions.csv.
         truth: table (CSV) with the columns subject (or id) and class. Scans not in it are left out.
-        out: folder for summary.json.
+        out: folder for summary.json and scans.csv.
 
     Returns:
         The scores, and the names of the classes.
@@ -75,9 +81,35 @@ def evaluate_classes(predictions: Path, truth: Path, out: Path) -> tuple[ClassSc
     probabilities = np.array([numbers(predictions / CLASSES, row, [f"p_{name}" for name in names]) for row in rows])
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise ValueError(f"{predictions / CLASSES}: probabilities have to be from 0 to 1: predict again")
-    scores = score_classes(probabilities, np.array([names.index(name) for name in known]), subjects)
+    indices = np.array([names.index(name) for name in known])
+    scores = score_classes(probabilities, indices, subjects)
+    shares = scan_scores(probabilities, indices)
+    table = [[row["id"], *cells] for row, *cells in zip(rows, known, *shares.values(), strict=True)]
     write_scores(out / "summary.json", scores, names)
+    write_whole(out / SCANS, csv_text(["id", "class", *shares], table).encode())
+    write_digests(out, (SCANS, "summary.json"))
     return scores, names
+
+
+def read_class_run(name: str, folder: Path) -> Run:
+    """What `evaluate_classes` wrote, scan by scan.
+
+    Raises:
+        FileNotFoundError: no scans.csv in the folder.
+        ValueError: a file that has changed since, or is of something else.
+    """
+    file = folder / SCANS
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; evaluate with policy=classification")
+    check_digest(file)
+    metrics = [metric.name for metric in CLASSIFICATION.metrics]
+    rows = read_rows(file)
+    try:
+        values = {(row["id"], ALL): {metric: float(row[metric]) for metric in metrics} for row in rows}
+        truths = {(row["id"], ALL): row["class"] for row in rows}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not of an evaluation ({reason_of(error)}): evaluate again") from None
+    return Run(name, {"policy": CLASSIFICATION.name, "metrics": metrics, "regions": [ALL]}, values, truths)
 
 
 def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, dict[str, Any]]:

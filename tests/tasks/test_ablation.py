@@ -1,6 +1,7 @@
 """The ablation: what its numbers are, and the command on tiny brains."""
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -364,6 +365,33 @@ def test_from_a_store_to_a_table_and_a_figure(ablate, tmp_path: Path) -> None:
     assert "was not trained on any held-out subject" in (folder / "logs" / "seed0_1_asa.txt").read_text()
     again = ablate("only=[scratch,asa]")
     assert again[0] == 0 and again[1].count("done before") == 2
+
+
+def test_a_classification_is_ablated_over_the_labelled_scans(
+    ablate, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few-shot classification in one command, and it can be continued from another folder."""
+    (tmp_path / "classes.csv").write_text("subject,class\ns0,sick\ns1,well\ns2,well\ns3,sick\n")
+    monkeypatch.chdir(tmp_path)
+    wanted = ["policy=classification", "only=[scratch,spe]", "labelled=[2]", "split.test=2", "finetune=null"]
+    small = {"+model.embed_dim": 24, "+model.depth": 1, "+model.num_heads": 2}
+    finetune = {"finetune": {**TINY, "method": "classify", "model": "asa_classifier_tiny", "crop": 32, **small}}
+    code, _, err = ablate(*wanted, *as_overrides("ablate", finetune))
+    assert code == 1 and "finetune.data.classes has to be given" in err
+    finetune["finetune"]["data.classes"] = "classes.csv"
+    code, out, err = ablate(*wanted, *as_overrides("ablate", finetune))
+    assert code == 0, out + err
+    assert "| labelled | arm | AUC all | Balanced accuracy all |" in out and "| 2 | spe |" in out
+    with (tmp_path / "out/evaluations/seed0_2_scratch/scans.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    summary = json.loads((tmp_path / "out/evaluations/seed0_2_scratch/summary.json").read_text())
+    assert len(rows) == 2 and {row["class"] for row in rows} <= {"sick", "well"}
+    mean = sum(float(row["balanced_accuracy"]) for row in rows) / len(rows)
+    assert mean == pytest.approx(summary["balanced_accuracy"])
+    monkeypatch.chdir(Path("/"))
+    finetune["finetune"]["data.classes"] = str(tmp_path / "classes.csv")
+    code, out, err = ablate(*wanted, *as_overrides("ablate", finetune))
+    assert code == 0 and out.count("done before") == 2, out + err
 
 
 def test_experiments_of_the_users_own_folder_reach_the_commands_that_are_called(

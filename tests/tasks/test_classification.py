@@ -13,7 +13,7 @@ import torch
 
 from asa.cli import finetune, predict, pretrain
 from asa.data.splits import read_split
-from asa.evaluation.classification import auc, auc_interval, calibration_error, mean_auc, score_classes
+from asa.evaluation.classification import auc, auc_interval, calibration_error, mean_auc, scan_scores, score_classes
 from asa.methods.classify import Classification
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import Segmentation
@@ -83,6 +83,37 @@ def test_balanced_accuracy_weighs_classes_alike_and_confusion_counts() -> None:
     truth = np.array([0] * 9 + [1])
     scores = score_classes(np.tile([0.9, 0.1], (10, 1)), truth, [str(k) for k in range(10)])
     assert scores.balanced_accuracy == 0.5 and scores.confusion == [[9, 0], [1, 0]] and scores.auc == 0.5
+
+
+def random_classes(classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities with ties, and classes of different sizes."""
+    draws = np.random.default_rng(classes)
+    truth = np.repeat(np.arange(classes), np.arange(5, 5 + classes))
+    scores = np.round(draws.random((len(truth), classes)) + np.eye(classes)[truth], 1) + 0.1
+    return scores / scores.sum(axis=1, keepdims=True), truth
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_mean_of_the_shares_of_all_scans_is_the_score(classes: int) -> None:
+    probabilities, truth = random_classes(classes)
+    scores = score_classes(probabilities, truth, [str(k) for k in range(len(truth))])
+    for name, shares in scan_scores(probabilities, truth).items():
+        assert shares.mean() == pytest.approx(getattr(scores, name))
+
+
+def test_the_variance_of_the_mean_share_is_that_of_delong() -> None:
+    (probabilities, truth), first = random_classes(2), lambda values: values[:, 1]
+    wins = np.array(
+        [[(a > b) + (a == b) / 2 for b in first(probabilities[truth == 0])] for a in first(probabilities[truth == 1])]
+    )
+    ours = scan_scores(probabilities, truth)["auc"]
+    spread = sum(np.square(wins.mean(axis=axis) - wins.mean()).mean() / wins.shape[1 - axis] for axis in (0, 1))
+    assert np.square(ours - ours.mean()).mean() / len(ours) == pytest.approx(spread)
+
+
+def test_without_scans_of_a_second_class_there_is_no_auc() -> None:
+    found = scan_scores(np.tile([0.9, 0.1], (3, 1)), np.zeros(3, dtype=int))
+    assert np.isnan(found["auc"]).all() and (found["balanced_accuracy"] == 1).all()
 
 
 # ---------------------------------------------------------------------------------------------- networks
