@@ -57,7 +57,10 @@ def test_sizes_that_are_not_divisible_by_32_raise_an_error(size) -> None:
         SegmentationUNet(encoder(img_size=size), 2)
 
 
-@pytest.mark.parametrize("size", [(96, 32, 32), (64, 64, 32), (96, 64, 32), (64, 32, 64)])
+LARGER = [pytest.param(size, marks=pytest.mark.slow) for size in [(64, 64, 32), (96, 64, 32), (64, 32, 64)]]
+
+
+@pytest.mark.parametrize("size", [(96, 32, 32), *LARGER])
 def test_bfloat16_on_a_cpu_is_close_to_float32_at_every_size(size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     model = SegmentationUNet(encoder(img_size=size), 2, feature_size=4)
