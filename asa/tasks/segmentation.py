@@ -342,6 +342,8 @@ class Truth:
 
 def _truth_of_store(path: Path, config: Config) -> Truth:
     """Source label files and images of a store's scans."""
+    if given := [key for key in ("labels", "ignored", "images") if config[key]]:
+        raise ValueError(f"{given[0]}= is for a folder of label maps, and {path} is a store with its own: leave it out")
     store = Store(path)
     records = store.records
     if config["split_file"] is not None:

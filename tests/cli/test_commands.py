@@ -113,6 +113,12 @@ def test_a_perfect_prediction_scores_1_from_a_folder(command, raw: Path, tmp_pat
     assert [found[tissue]["hd95_mm"]["mean"] for tissue in ("csf", "gm", "wm")] == [0, 0, 0]
 
 
+def test_what_a_store_says_itself_is_not_given_beside_it(command, store: Path, tmp_path: Path) -> None:
+    for given in ("labels={1: csf}", "ignored=[3]", "images='x/*.nii.gz'"):
+        failed = command("evaluate", f"predictions={tmp_path}", f"truth={store}", f"out={tmp_path}/ev", given)
+        assert failed_in_one_line(failed, f"{given.partition('=')[0]}= is for a folder of label maps")
+
+
 def test_names_that_do_not_match_are_shown_with_the_patterns_that_would(command, raw: Path, tmp_path: Path) -> None:
     (tmp_path / "pred").mkdir()
     for k in range(4):
