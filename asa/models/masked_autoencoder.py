@@ -26,8 +26,8 @@ class MaskedAutoencoder(nn.Module):
     With `position="mirror"` this is ASA's network, with `"sincos"` a plain MAE with the same attention windows.
 
     Args:
-        img_size, patch_size, in_channels, embed_dim, num_heads, mlp_ratio, window, position, checkpointing: of encoder
-            and decoder, see `asa.models.sw_vit.SWViT`.
+        img_size, patch_size, in_channels, embed_dim, num_heads, mlp_ratio, window, position, checkpointing,
+            mirror_patches: of encoder and decoder, see `asa.models.sw_vit.SWViT`.
         depth, decoder_depth: blocks of the encoder and of the decoder.
         decoder_dim: token width F of the decoder, whose heads are as wide as the encoder's; None: E.
 
@@ -49,10 +49,21 @@ class MaskedAutoencoder(nn.Module):
         position: str = "mirror",
         checkpointing: bool = False,
         decoder_dim: int | None = None,
+        mirror_patches: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = SWViT(
-            img_size, patch_size, in_channels, embed_dim, depth, num_heads, mlp_ratio, window, position, checkpointing
+            img_size,
+            patch_size,
+            in_channels,
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio,
+            window,
+            position,
+            checkpointing,
+            mirror_patches,
         )
         self.checkpointing = checkpointing
         width, head = decoder_dim or embed_dim, embed_dim // num_heads
@@ -113,7 +124,13 @@ class MaskedAutoencoder(nn.Module):
         tokens = tokens + self.position[index]
         for block in self.decoder:
             tokens = run_block(block, tokens, valid, checkpointing=self.checkpointing)
-        return self.head(self.norm(tokens_at(tokens, wanted)))
+        patches = self.head(self.norm(tokens_at(tokens, wanted)))
+        if self.encoder.mirror_patches:
+            width, size = self.encoder.grid[2], self.encoder.patch_size
+            right = decoded.indices % width >= (width + 1) // 2
+            mirrored = patches.unflatten(2, (-1, size)).flip(3).flatten(2)
+            patches = torch.where(right[:, :, None], mirrored, patches)
+        return patches
 
 
 def merge(first: Selection, second: Selection, length: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from asa.models import sw_vit
 from asa.models.sw_vit import SWViT
 from asa.ops.patches import unpatchify
+from asa.ops.symmetry import mirror_patches
 
 
 class LinearProbe(nn.Module):
@@ -40,6 +41,8 @@ class LinearProbe(nn.Module):
             ValueError: a volume of another size than the encoder's.
         """
         logits = unpatchify(self.head(self.encoder(volume)), self.encoder.grid, self.encoder.patch_size)
+        if self.encoder.mirror_patches:
+            logits = mirror_patches(logits, self.encoder.patch_size)
         return [logits] if deep_supervision else logits
 
 

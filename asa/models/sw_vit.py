@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from asa.ops.patches import Selection, grid_size, patchify, split_indices, tokens_at, triple
 from asa.ops.position import sincos_position_encoding, symmetric_position_encoding
+from asa.ops.symmetry import mirror_patches
 
 
 class LinearWindowAttention(nn.Module):
@@ -195,6 +196,7 @@ class SWViT(nn.Module):
         position: position encoding: `"mirror"` (SPE), `"paper"` (SPE as printed), `"raster"` (SPE's code without its
             symmetry), `"sincos"` (of the three axes) or `"mirror_sincos"` (the same with the symmetry).
         checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
+        mirror_patches: read the patches of the right half mirrored, see `asa.ops.symmetry.mirror_patches`.
 
     Raises:
         ValueError: a volume size that is not divisible by the patch size, or a width that is not by the heads.
@@ -212,8 +214,10 @@ class SWViT(nn.Module):
         window: int = 32,
         position: str = "mirror",
         checkpointing: bool = False,
+        mirror_patches: bool = False,
     ) -> None:
         super().__init__()
+        self.mirror_patches = mirror_patches
         self.img_size, self.patch_size, self.in_channels = triple(img_size), patch_size, in_channels
         self.embed_dim, self.num_heads, self.checkpointing = embed_dim, num_heads, checkpointing
         self.grid = grid_size(self.img_size, patch_size)
@@ -246,6 +250,8 @@ class SWViT(nn.Module):
         volume `(B*R, V, E)`.
         """
         self.check(volume)
+        if self.mirror_patches:
+            volume = mirror_patches(volume, self.patch_size)
         patches = patchify(volume, self.patch_size)  # B L C*s^3
         if visible is None:
             return self.patch_embed(patches) + self.position

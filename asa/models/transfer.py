@@ -144,16 +144,16 @@ def why_refused(plan: list[Transfer], encoder: SWViT) -> str | None:
 
 
 def check_position(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-    """Compare the position encodings of two models' configurations, which no tensor's shape tells.
+    """Compare how two models' configurations treat positions, which no tensor's shape tells.
 
     Raises:
         ValueError: they differ; the message says what to set.
     """
-    before, now = source.get("position", "mirror"), target.get("position", "mirror")
-    if before != now:
-        raise ValueError(
-            f"the encoder was pretrained with position={before}, this model has {now}: add model.position={before}"
-        )
+    for key, usual in (("position", "mirror"), ("mirror_patches", False)):
+        before, now = source.get(key, usual), target.get(key, usual)
+        if before != now:
+            wanted = f"model.{key}={str(before).lower()}"
+            raise ValueError(f"the encoder was pretrained with {wanted[6:]}, this model has {now}: add {wanted}")
 
 
 def transfer_report(plan: list[Transfer]) -> str:

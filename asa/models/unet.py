@@ -19,6 +19,7 @@ from asa.models import sw_vit
 from asa.models.cpu_kernels import in_float32, use_cpu_kernels
 from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.sw_vit import SWViT, run_block
+from asa.ops.symmetry import mirror_patches
 
 LEVELS = 6  # resolutions 1 to 1/32
 HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
@@ -109,7 +110,9 @@ class SegmentationUNet(nn.Module):
         states = self._states(volume, mirrored)
         skips = [_run(0, self.image_block, volume, checkpointing=self.checkpointing)]
         for level, (tap, skip) in enumerate(zip(self.taps, self.skips, strict=True), start=1):
-            skips.append(_run(level, skip, self._as_map(states[tap]), checkpointing=self.checkpointing))
+            features = _run(level, skip, self._as_map(states[tap]), checkpointing=self.checkpointing)
+            finer = self.encoder.patch_size >> level  # voxels of this level along a token
+            skips.append(mirror_patches(features, finer) if self.encoder.mirror_patches and finer > 1 else features)
         features = skips.pop()
         decoded = []
         for up in self.ups:

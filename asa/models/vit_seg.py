@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from asa.models import sw_vit
 from asa.models.sw_vit import SWViT
 from asa.ops.patches import unpatchify
+from asa.ops.symmetry import mirror_patches
 
 
 class SegmentationViT(nn.Module):
@@ -62,6 +63,8 @@ class SegmentationViT(nn.Module):
             tokens, grid = split(up(tokens), grid)
             tokens = nn.functional.gelu(norm(tokens))
         logits = unpatchify(self.head(tokens), grid, 2)
+        if self.encoder.mirror_patches:
+            logits = mirror_patches(logits, self.encoder.patch_size)
         return [logits] if deep_supervision else logits
 
 

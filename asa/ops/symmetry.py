@@ -5,6 +5,7 @@ Letters: volumes `... D H W`, W left to right, so that the mid-sagittal plane cu
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -74,3 +75,16 @@ def pad_to_multiple(volume: Tensor, multiple: int) -> Tensor:
     sizes = volume.shape[-3:]
     ends = [part for size in reversed(sizes) for part in (0, -size % multiple)]
     return F.pad(volume, ends) if any(ends) else volume
+
+
+def mirror_patches(volume: Tensor, patch_size: int) -> Tensor:
+    """Mirror each patch of the right half within itself, so that mirrored structures have equal patches.
+
+    The patches stay in their places; those of the middle column, if there is one, stay as they are. Its own inverse.
+
+    Args:
+        volume: `(B, C, D, H, W)`, W a multiple of the patch size.
+    """
+    columns = volume.unflatten(-1, (-1, patch_size))  # B C D H W/s s
+    half = (columns.shape[-2] + 1) // 2
+    return torch.cat([columns[..., :half, :], columns[..., half:, :].flip(-1)], dim=-2).flatten(-2)

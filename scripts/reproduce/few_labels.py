@@ -26,14 +26,19 @@ from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
 TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
 # Settings of each arm's encoder, for asa-pretrain and asa-finetune.
+PLAIN = ("model.mirror_patches=false",)
 ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrained": ((), ()),
+    # Patches as they are, as in the paper.
+    "plain_patches": (PLAIN, PLAIN),
     # A plain masked autoencoder of the same size.
-    "mae": (("method=mae", "model.position=sincos"), ("model.position=sincos",)),
-    # With ASA's encoding, which mirrored positions share: differs from "pretrained" by the weights of the loss alone.
-    "mae_mirror": (("method=mae", "model.position=mirror_sincos"), ()),
+    "mae": (("method=mae", "model.position=sincos", *PLAIN), ("model.position=sincos", *PLAIN)),
+    # ASA's encoding, which mirrored positions share: differs from "plain_patches" by the weights of the loss alone.
+    "mae_mirror": (("method=mae", *PLAIN), PLAIN),
     "scratch": ((), ()),
+    "plain_scratch": ((), PLAIN),
 }
+SCRATCH = ("scratch", "plain_scratch")
 STORE = "store_brains"
 CHOSEN_WITH = 0  # seed of the runs that choose the learning rate
 CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
@@ -79,7 +84,7 @@ def finetune(out: Path, run: Run, steps: int) -> None:
     folder, predictions = out / "finetuned" / name, out / "predicted" / name
     settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}")
     paths = {"data.store": out / STORE, "data.split_file": out / f"finetune{run.fold}.json", "out": folder}
-    init = {} if run.arm == "scratch" else {"init": out / f"{run.arm}{run.fold}"}
+    init = {} if run.arm in SCRATCH else {"init": out / f"{run.arm}{run.fold}"}
     experiment = ("experiment=structures_finetune", f"train.steps={steps}", f"train.validate_every={steps}")
     asa("finetune", *experiment, *CPU, *ARMS[run.arm][1], *settings, log=log(out, name), threads=1, **paths, **init)
     truth = {"truth": out / STORE, "split_file": folder / "split.json", "out": out / "evaluated" / name}
@@ -153,7 +158,7 @@ def main() -> None:
     out, folds, seeds, labelled = options.out.resolve(), options.folds, options.seeds, options.labelled
     prepare(options.data, out, folds)
     with ThreadPoolExecutor(options.jobs) as pool:
-        encoders = [(arm, fold) for fold in folds for arm in options.arms if arm != "scratch"]
+        encoders = [(arm, fold) for fold in folds for arm in options.arms if arm not in SCRATCH]
         list(pool.map(lambda encoder: pretrain(out, *encoder), encoders))
 
         def run_all(runs: list[Run]) -> None:
