@@ -259,7 +259,10 @@ def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Pat
     assert failed_in_one_line(command("finetune", *refused), "method.background_weight=0: must be in (0, 1]")
 
 
-@pytest.mark.parametrize("model", ["unetr_tiny", "swin_unetr_tiny"])
+@pytest.mark.parametrize(
+    "model",
+    ["unetr_tiny", "swin_unetr_tiny", "nnformer_tiny", "transbts_tiny", "resenc_tiny", "primus_tiny"],
+)
 def test_a_comparator_trains_resumes_predicts_and_exports(command, store: Path, tmp_path: Path, model: str) -> None:
     arguments = [
         f"data.store={store}", f"out={tmp_path}/fine", *TINY, f"model={model}", "crop=[32,32,64]",
