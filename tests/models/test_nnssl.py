@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import asa
 from asa.models import create_model
 from asa.training.pretrained import load_pretrained, read_source
 
@@ -199,6 +200,19 @@ def test_a_loaded_encoder_has_the_features_of_its_reference(tmp_path: Path, kind
     torch.testing.assert_close(last_features(model, volume), expected, rtol=1e-4, atol=1e-4)
     count = len(model.encoder.state_dict())
     assert f"loaded    {count:>4} tensors" in report and "not found    0 tensors" in report
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_fine_tuning_starts_from_such_a_file(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    torch.manual_seed(0)
+    file = write(tmp_path / "x.pth", kind, written_out(kind)[0])
+    settings: dict[str, Any] = {"model": f"{kind}_tiny", "crop": list(SIZE), "init": str(file), "transfer": "explain"}
+    assert asa.finetune(store, tmp_path / "run", **settings) is None
+    shown = capsys.readouterr().out
+    name = {"resenc": "encoder.stages.1.0.skip.project.conv.weight", "primus": "encoder.blocks.0.attn.q_proj.weight"}
+    assert name[kind] in shown and "left out" in shown and "the transfer is possible" in shown
 
 
 @pytest.mark.parametrize("kind", KEYS)
