@@ -44,7 +44,9 @@ class Level(nn.Module):
         super().__init__()
         self.window = tuple(min(window, n) for n in grid)
         self.shift = tuple(window // 2 if n > window else 0 for n in grid)
-        self.grid = tuple(-(-n // w) * w for n, w in zip(grid, self.window, strict=True))  # padded by the blocks
+        padded = [-(-n // w) * w for n, w in zip(grid, self.window, strict=True)]  # as the blocks do
+        mask = compute_mask(padded, self.window, self.shift, None) if any(self.shift) else None
+        self.register_buffer("mask", mask, persistent=False)
         kinds = (SkipBlock if crossed else SwinTransformerBlock, SwinTransformerBlock)
         self.blocks = nn.ModuleList(
             kind(width, heads, self.window, shift, drop_path=drop)
@@ -53,10 +55,9 @@ class Level(nn.Module):
 
     def forward(self, features: Tensor, skip: Tensor | None = None) -> Tensor:
         """`(B, E, G0, G1, G2)` -> the same; with `skip` of this shape, the first block attends to that."""
-        mask = compute_mask(self.grid, self.window, self.shift, features.device) if any(self.shift) else None
         out = features.movedim(1, -1)
         out = self.blocks[0](out, None) if skip is None else self.blocks[0](out, skip.movedim(1, -1))
-        return self.blocks[1](out, mask).movedim(-1, 1)
+        return self.blocks[1](out, self.mask).movedim(-1, 1)
 
 
 class SkipAttention(WindowAttention):
