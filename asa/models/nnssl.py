@@ -73,7 +73,7 @@ def _on_grid(positions: Tensor, plan: Mapping[str, Any]) -> Tensor:
     length = positions.shape[1] if positions.ndim == 3 and len(positions) == 1 else 0
     for size in _volume_sizes(plan):
         grid = [int(n) // PATCH for n in size]
-        if len(grid) == 3 and math.prod(grid) == length:
+        if len(grid) == 3 and min(grid) > 0 and math.prod(grid) == length:
             return positions[0].T.unflatten(1, grid).contiguous()
     edge = round(length ** (1 / 3))
     if not length or edge**3 != length:

@@ -124,7 +124,7 @@ def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
     for key in WEIGHT_KEYS:
         if isinstance(content.get(key), dict):
             content = content[key]
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ValueError("no named tensors: save its state_dict()")
     return tensors

@@ -262,8 +262,13 @@ def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Pat
 @pytest.mark.parametrize(
     ("model", "init"),
     [
-        *((f"{family}_tiny", "trained from scratch") for family in ("unetr", "swin_unetr", "nnformer", "transbts")),
-        *((f"{family}_tiny", "the transfer is possible") for family in ("resenc", "primus")),
+        ("unetr_tiny", "trained from scratch"),
+        # Shifted windows make a large graph to export.
+        pytest.param("swin_unetr_tiny", "trained from scratch", marks=pytest.mark.slow),
+        pytest.param("nnformer_tiny", "trained from scratch", marks=pytest.mark.slow),
+        ("transbts_tiny", "trained from scratch"),
+        ("resenc_tiny", "the transfer is possible"),
+        ("primus_tiny", "the transfer is possible"),
     ],
 )
 def test_a_comparator_trains_resumes_predicts_and_exports(

@@ -257,6 +257,9 @@ def test_files_that_cannot_be_loaded_are_refused_with_the_reason(tmp_path: Path)
         loaded(file, "unet")
     with pytest.raises(ValueError, match="trained from scratch: leave init out, or choose .*resenc_"):
         loaded(file, "unetr")
+    flat = {**weights, "encoder.stem.convs.0.conv.weight": torch.zeros(3), 5: torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"encoder\.stem\.conv\.weight \(\(3,\) does not fit"):
+        loaded(write(tmp_path / "flat.pth", "resenc", flat), "resenc")
     with pytest.raises(ValueError, match="does not name key_to_encoder"):
         read_source(write(tmp_path / "no_key.pth", "resenc", weights, key_to_encoder=None))
     with pytest.raises(ValueError, match=r"no tensors of ResEnc or Primus under nothing\.here"):

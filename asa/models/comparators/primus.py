@@ -123,7 +123,7 @@ class PrimusEncoder(nn.Module):
         """
         if name == "patch_embed.weight":
             return other_channels(tensor, self.in_channels)
-        if name == "pos_embed" and tensor.ndim == 4 and tensor.shape[1:] != self.grid:
+        if name == "pos_embed" and tensor.ndim == 4 and tensor.is_floating_point() and tensor.shape[1:] != self.grid:
             grids = " to ".join("x".join(map(str, grid)) for grid in (tensor.shape[1:], self.grid))
             return F.interpolate(tensor[None], self.grid, mode="trilinear")[0], f"positions of {grids} tokens"
         return tensor, ""

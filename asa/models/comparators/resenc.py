@@ -117,9 +117,9 @@ def other_channels(weight: Tensor, channels: int) -> tuple[Tensor, str]:
     It is summed over the old channels, repeated for each new one and divided by their number, so that equal channels
     give the same features as before.
     """
-    before = weight.shape[1]
-    if before == channels:
+    if weight.ndim != 5 or weight.shape[1] == channels:
         return weight, ""
+    before = weight.shape[1]
     weight = (weight.sum(dim=1, keepdim=True) / channels).repeat_interleave(channels, dim=1)
     return weight, f"{before} to {channels} input channels"
 
