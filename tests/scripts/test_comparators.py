@@ -1,4 +1,4 @@
-"""The comparison of scripts/reproduce/comparators.py, at a size of seconds."""
+"""The comparison of scripts/reproduce/comparators.py, at a small size."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ from scripts.reproduce import comparators
 from tests.conftest import write_brain
 
 
+@pytest.mark.slow
 def test_a_network_is_trained_scored_and_measured_in_one_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
