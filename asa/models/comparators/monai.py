@@ -15,8 +15,8 @@ from asa.ops.patches import grid_size, triple
 def unetr_base(out_channels: int, img_size: int | Sequence[int] = 96, in_channels: int = 1) -> Comparator:
     """UNETR (Hatamizadeh et al., WACV 2022) with its published sizes: a ViT-B, patches of 16^3 voxels.
 
-    92.78 million parameters for one channel, 14 classes and 96^3 voxels, as other papers print for it; the UNETR++
-    paper prints 92.49 (ratio 1.003).
+    92.78 million parameters for one channel, 14 classes and 96^3 voxels, as some papers print for it; others
+    print 92.49 (ratio 1.003).
     """
     return _unetr(out_channels, img_size, in_channels, 16, 768, 12)
 

@@ -1,5 +1,7 @@
 """nnFormer: window attention on the way down, and from the way up to it (Zhou et al., IEEE TIP 2023, arXiv 2109.03201).
 
+Where the paper leaves a detail open, it is that of the released code. Its queries are not projected in skip attention.
+
 Letters: volume `B C D H W`; at level l features of width E_l = 2^l E on a grid G0 x G1 x G2, 1/(4*2^l) of the volume's
 sizes; windows `N S E_l` of S tokens, heads M, head width d, K output channels.
 """
@@ -166,8 +168,8 @@ def _drops(levels: int) -> list[tuple[float, float]]:
 def nnformer_base(out_channels: int, img_size: int | Sequence[int] = 128, in_channels: int = 1) -> Comparator:
     """nnFormer with its published sizes: widths from 192 to 1536, 6 to 48 heads, two blocks a level.
 
-    150.66 million parameters for one channel, 14 classes and 128^3 voxels. The UNETR++ paper prints 150.5 for it (ratio
-    1.001), other papers 149.3 (1.009).
+    150.66 million parameters for one channel, 14 classes and 128^3 voxels. Papers that compare with it print 150.5
+    (ratio 1.001) or 149.3 (1.009).
     """
     return _nnformer(out_channels, img_size, in_channels, 192, (6, 12, 24, 48))
 

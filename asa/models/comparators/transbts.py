@@ -1,5 +1,7 @@
 """TransBTS: a transformer at the bottom of a 3-D CNN (Wang et al., MICCAI 2021).
 
+Where the paper leaves a detail open, it is that of the released code.
+
 Letters: volume `B C D H W`, first width F, tokens `B L E` of an eighth of the volume's sizes, K output channels.
 """
 
@@ -114,8 +116,8 @@ def _double(before: int, after: int) -> nn.Sequential:
 def transbts_base(out_channels: int, img_size: int | Sequence[int] = 128, in_channels: int = 1) -> Comparator:
     """TransBTS with its published sizes: 16 features, 4 blocks of width 512 with MLPs of 4096 and 8 heads.
 
-    32.72 million parameters for four channels, four classes and 128^3 voxels. The paper prints 32.99: the released code
-    also makes a linear layer of 0.26 million that it never calls, and biases before some norms.
+    32.72 million parameters for four channels, four classes and 128^3 voxels. 32.99 are printed for it: the
+    released code also makes a linear layer of 0.26 million that it never calls.
     """
     sizes = {"width": 16, "embed_dim": 512, "depth": 4, "heads": 8, "hidden": 4096}
     return _transbts(out_channels, img_size, in_channels, sizes)
