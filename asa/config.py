@@ -49,7 +49,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "predict": _PREDICT,
 }
 # The methods of each command, and the families of models (`model=FAMILY_SIZE`) that each of them trains.
-_SEGMENTATION = ("unet", "vit_seg", "probe", "sa_swin_unet", "unetr", "swin_unetr")
+_COMPARATORS = ("unetr", "swin_unetr", "nnformer", "transbts", "resenc", "primus")
+_SEGMENTATION = ("unet", "vit_seg", "probe", "sa_swin_unet", *_COMPARATORS)
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "pretrain": {
         "asa": ("asa",),
@@ -205,8 +206,9 @@ def _check_model(command: str, method: str | None, model: str | None) -> None:
     families = METHODS.get(command, {}).get(str(method))
     family, _, size = str(model).rpartition("_")
     if families is not None and model in sized_models() and family not in families:
-        fitting = " or ".join(f"{family}_{size}" for family in families)
-        raise ValueError(f"model={model} is not for asa-{command} with method={method}: choose {fitting}")
+        offered = [name for family in families for name in sized_models() if name.rpartition("_")[0] == family]
+        fitting = [name for name in offered if name.endswith(f"_{size}")] or offered
+        raise ValueError(f"model={model} is not for asa-{command} with method={method}: choose {' or '.join(fitting)}")
 
 
 def choices(command: str, group: str) -> list[str]:

@@ -132,6 +132,12 @@ def test_every_model_composes_and_builds(size: str) -> None:
         assert model.head.out_features == 4 and model.mirrored == (kind == "sa_swin")
 
 
+@pytest.mark.parametrize("published", ["nnformer_base", "transbts_base", "resenc_l", "primus_m"])
+def test_every_comparator_composes_and_builds(published: str) -> None:
+    for name in (published, f"{published.rpartition('_')[0]}_tiny"):
+        assert built("finetune", f"model={name}", "crop=64").model.out_channels == 4
+
+
 def test_mae_is_the_same_class_with_both_ideas_off() -> None:
     asa, mae = (composed("pretrain", f"method={name}")["method"] for name in ("asa", "mae"))
     assert asa["_target_"] == mae["_target_"]

@@ -40,8 +40,8 @@ class Segmentation(nn.Module):
         super().__init__()
         if not isinstance(model, SegmentationNetwork):
             raise ValueError(
-                "segmentation needs model=unet_..., sa_swin_unet_..., vit_seg_..., probe_..., unetr_... or "
-                f"swin_unetr_..., got {type(model).__name__}"
+                "segmentation needs model=unet_..., sa_swin_unet_..., vit_seg_..., probe_... or a comparator, "
+                f"got {type(model).__name__}"
             )
         self.model = model
         self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=background_weight, scales=scales)

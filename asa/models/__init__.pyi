@@ -1,4 +1,4 @@
-# The public names, for lazy loading and for type checkers. Functions that end with _base, _small or _tiny are models.
+# The public names, for lazy loading and for type checkers. Functions that end with a size (create.SIZES) are models.
 from .classifier import Classifier as Classifier
 from .classifier import asa_classifier_base as asa_classifier_base
 from .classifier import asa_classifier_small as asa_classifier_small
@@ -6,13 +6,21 @@ from .classifier import asa_classifier_tiny as asa_classifier_tiny
 from .classifier import sa_swin_classifier_base as sa_swin_classifier_base
 from .classifier import sa_swin_classifier_small as sa_swin_classifier_small
 from .classifier import sa_swin_classifier_tiny as sa_swin_classifier_tiny
-from .comparators import Comparator as Comparator
-from .comparators import swin_unetr_base as swin_unetr_base
-from .comparators import swin_unetr_small as swin_unetr_small
-from .comparators import swin_unetr_tiny as swin_unetr_tiny
-from .comparators import unetr_base as unetr_base
-from .comparators import unetr_small as unetr_small
-from .comparators import unetr_tiny as unetr_tiny
+from .comparators.base import Comparator as Comparator
+from .comparators.monai import swin_unetr_base as swin_unetr_base
+from .comparators.monai import swin_unetr_small as swin_unetr_small
+from .comparators.monai import swin_unetr_tiny as swin_unetr_tiny
+from .comparators.monai import unetr_base as unetr_base
+from .comparators.monai import unetr_small as unetr_small
+from .comparators.monai import unetr_tiny as unetr_tiny
+from .comparators.nnformer import nnformer_base as nnformer_base
+from .comparators.nnformer import nnformer_tiny as nnformer_tiny
+from .comparators.primus import primus_m as primus_m
+from .comparators.primus import primus_tiny as primus_tiny
+from .comparators.resenc import resenc_l as resenc_l
+from .comparators.resenc import resenc_tiny as resenc_tiny
+from .comparators.transbts import transbts_base as transbts_base
+from .comparators.transbts import transbts_tiny as transbts_tiny
 from .create import create_model as create_model
 from .create import list_models as list_models
 from .masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder

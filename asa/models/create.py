@@ -8,10 +8,12 @@ import asa.models
 if TYPE_CHECKING:
     from torch import nn
 
+SIZES = ("_base", "_small", "_tiny", "_l", "_m")  # the last two are nnU-Net's
+
 
 def list_models() -> list[str]:
     """Names of all model functions of `asa.models`, as FAMILY_SIZE, without importing torch."""
-    return [name for name in dir(asa.models) if name.endswith(("_base", "_small", "_tiny"))]
+    return [name for name in dir(asa.models) if name.endswith(SIZES)]
 
 
 def create_model(name: str, **overrides: Any) -> "nn.Module":

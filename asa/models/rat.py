@@ -17,11 +17,11 @@ BLOCKS = 2  # NAF blocks per stage
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each pixel."""
+    """Layer norm over the channels of each pixel or voxel."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(B, E, h, w)` -> `(B, E, h, w)`."""
-        return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        """`(B, E, ...)` -> `(B, E, ...)`."""
+        return super().forward(features.movedim(1, -1)).movedim(-1, 1)
 
 
 class NAFBlock(nn.Module):

@@ -1,7 +1,8 @@
 """Transfer of a pretrained encoder's weights to another model: first a plan that can be printed, then loading.
 
 Only the encoder is transferred. Position encodings and window offsets are computed, not stored, so another volume size
-changes no weight. Other channels, patch sizes and windows are adapted; weights of MONAI's ViT are renamed.
+changes no weight. Other channels, patch sizes and windows are adapted; weights of MONAI's ViT are renamed. The encoders
+of ResEnc and Primus adapt checkpoints themselves.
 
 Letters: token width E, channels C, patch size s, heads M, window S.
 """
@@ -10,13 +11,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asa.models.comparators.primus import PrimusEncoder
+from asa.models.comparators.resenc import ResidualEncoder
 from asa.models.sw_vit import SWViT
+
+Encoder: TypeAlias = SWViT | ResidualEncoder | PrimusEncoder
 
 PREFIX = "encoder."
 PATCH_WEIGHT = "patch_embed.weight"
@@ -74,7 +79,7 @@ class Transfer:
     tensor: Tensor | None = None
 
 
-def plan_transfer(source: Source, encoder: SWViT) -> list[Transfer]:
+def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
     """The action of a transfer for each tensor of a checkpoint and of an encoder."""
     own, plan = encoder.state_dict(), []
     for name, tensor in source.weights.items():
@@ -102,7 +107,7 @@ def plan_transfer(source: Source, encoder: SWViT) -> list[Transfer]:
     return plan
 
 
-def transfer_encoder(source: Source, encoder: SWViT) -> list[Transfer]:
+def transfer_encoder(source: Source, encoder: Encoder) -> list[Transfer]:
     """Load a checkpoint's encoder into another encoder, in place.
 
     These differences are adapted:
@@ -130,7 +135,7 @@ def transfer_encoder(source: Source, encoder: SWViT) -> list[Transfer]:
     return plan
 
 
-def why_refused(plan: list[Transfer], encoder: SWViT) -> str | None:
+def why_refused(plan: list[Transfer], encoder: Encoder) -> str | None:
     """Why a plan is refused: it would leave a tensor of the encoder untrained. None: it is not."""
     entries, names = {entry.name: entry for entry in plan}, [PREFIX + name for name in encoder.state_dict()]
     untrained = [name for name in names if entries[name].tensor is None]
@@ -166,25 +171,28 @@ def transfer_report(plan: list[Transfer]) -> str:
     return "\n".join(lines)
 
 
-def transfer_table(plan: list[Transfer], encoder: SWViT) -> str:
+def transfer_table(plan: list[Transfer], encoder: Encoder) -> str:
     """The whole plan, one line per tensor: its name here, its name in the checkpoint, the action and the reason."""
     rows = [("tensor", "in the checkpoint", "action", "why")]
     for entry in plan:
         here = "-" if entry.action == "left out" else entry.name
         rows.append((here, entry.source or "-", entry.action, entry.why))
-    grid = " x ".join(map(str, encoder.grid))
-    rows.append((f"{PREFIX}position", "-", "computed", f"for the grid of {grid} tokens; not a weight"))
+    if isinstance(encoder, SWViT):
+        grid = " x ".join(map(str, encoder.grid))
+        rows.append((f"{PREFIX}position", "-", "computed", f"for the grid of {grid} tokens; not a weight"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
     )
 
 
-def _adapt(inner: str, tensor: Tensor, patch_size: int | None, encoder: SWViT) -> tuple[Tensor, str]:
+def _adapt(inner: str, tensor: Tensor, patch_size: int | None, encoder: Encoder) -> tuple[Tensor, str]:
     """A checkpoint's tensor as the encoder needs it, and what was changed; the tensor itself where that is impossible.
 
     See `transfer_encoder`.
     """
+    if not isinstance(encoder, SWViT):
+        return encoder.adapted(inner, tensor)
     own = encoder.state_dict()[inner]
     if inner == PATCH_WEIGHT:
         s, now = patch_size or encoder.patch_size, encoder.patch_size

@@ -413,7 +413,9 @@ def load_encoder(path: str | Path, *, img_size: int | Sequence[int] | None = Non
     Raises:
         FileNotFoundError, ValueError: no checkpoint there, a network without an encoder, or a size that it cannot take.
     """
-    encoder = getattr(read_model(path, img_size=img_size)[0], "encoder", None)
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(f"{path}: this network has no encoder: give a run of asa-pretrain or of segmentation")
+    encoder: Any = getattr(read_model(path, img_size=img_size)[0], "encoder", None)
+    if not hasattr(encoder, "token_grid"):
+        raise ValueError(
+            f"{path}: this network has no encoder with tokens to read: give a run of asa-pretrain or of segmentation"
+        )
     return encoder

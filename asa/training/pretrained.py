@@ -1,4 +1,4 @@
-"""Pretrained weights for fine-tuning: from a checkpoint of this package, or from a MONAI ViT."""
+"""Pretrained weights for fine-tuning: from a checkpoint of this package, of nnssl, or from a MONAI ViT."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from asa.models import transfer
+from asa.models.nnssl import from_nnssl
+from asa.models.sw_vit import SWViT
 from asa.models.transfer import Source
 from asa.training.checkpoint import find_weights, load_tensors, read_weights
 
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")  # written by torch.save
+NNSSL_PLAN = "nnssl_adaptation_plan"
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")  # used by training scripts
 
 
@@ -19,7 +22,8 @@ def read_source(path: str | Path) -> tuple[Source, dict[str, Any]]:
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file of this package; or a `.pt`, `.pth`, `.ckpt` or
-            `.bin` file with a MONAI ViT, ViTAutoEnc or UNETR, from which only tensors are loaded.
+            `.bin` file of nnssl, or with a MONAI ViT, ViTAutoEnc or UNETR, from which only plain data and tensors are
+            loaded.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint there, or of an unknown kind.
@@ -27,7 +31,10 @@ def read_source(path: str | Path) -> tuple[Source, dict[str, Any]]:
     file = find_weights(path)
     if file.suffix in TORCH_FILES:
         try:
-            return transfer.from_monai(_tensors(file)), {}
+            content = _content(file)
+            if isinstance(plan := content.get(NNSSL_PLAN), dict):
+                return from_nnssl(_tensors(content), plan), {}
+            return transfer.from_monai(_tensors(content)), {}
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
     weights, description = read_weights(file)
@@ -63,14 +70,18 @@ def load_pretrained(
             match.
     """
     if not hasattr(model.encoder, "state_dict"):  # nothing to load into
-        raise ValueError(f"init={init}: this model is trained from scratch: leave init out, or choose model=unet_...")
+        raise ValueError(
+            f"init={init}: this model is trained from scratch: leave init out, or choose model=unet_..., resenc_... or "
+            "primus_..."
+        )
     if hasattr(model.encoder, "levels"):
         return _load_swin(init, source, description, model, model_config)
     note = ""
     if description:
         transfer.check_position(description["model"], model_config)
-    else:
-        heads = model.encoder.blocks[0].attention.num_heads
+    elif isinstance(model.encoder, SWViT):
+        block: Any = model.encoder.blocks[0]
+        heads = block.attention.num_heads
         note = f"\n{init} does not contain its number of heads: {heads} assumed"
     if not explain:
         loaded = transfer.transfer_encoder(source, model.encoder)
@@ -94,8 +105,8 @@ def _load_swin(
     return f"{transfer.transfer_sa_swin(source, model)}, from {init}"
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """The named tensors of a file written by torch.save."""
+def _content(file: Path) -> dict[str, Any]:
+    """What torch.save wrote, {} if it is not a dict."""
     try:
         content = load_tensors(file)
     except ValueError:
@@ -105,11 +116,15 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             f"damaged, or contains more than tensors, which could run code ({type(error).__name__}): "
             "save only its state_dict()"
         ) from None
+    return content if isinstance(content, dict) else {}
+
+
+def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint."""
     for key in WEIGHT_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+        if isinstance(content.get(key), dict):
             content = content[key]
-    named = content.items() if isinstance(content, dict) else ()
-    tensors = {name: value for name, value in named if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ValueError("no named tensors: save its state_dict()")
     return tensors

@@ -16,6 +16,7 @@ def test_every_public_name_can_be_imported_and_every_model_made() -> None:
     assert all(getattr(asa.models, name) is not None for name in dir(asa.models))
     for name in list_models():
         needed = {kind: ["out_channels"] for kind in ("unet", "unetr", "probe", "vit_seg")}
+        needed |= {kind: ["out_channels"] for kind in ("nnformer", "transbts", "resenc", "primus")}
         needed |= {"classifier": ["classes"], "puzzle": ["pieces", "answers"]}
         keywords = {keyword: 2 for kind, keywords in needed.items() if f"{kind}_" in name for keyword in keywords}
         with torch.device("meta"):
@@ -35,10 +36,14 @@ def test_names_are_listed_without_importing_torch() -> None:
     assert out.split() == ["True", "False"]
 
 
-def test_every_family_has_three_sizes_as_values_of_model() -> None:
+def test_every_family_has_its_sizes_as_values_of_model() -> None:
     families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
-    assert len(families) == 13
-    assert sized_models() == sorted(f"{family}_{size}" for family in families for size in ("base", "small", "tiny"))
+    assert len(families) == 17
+    written = {family: ("base", "tiny") for family in ("nnformer", "transbts")}
+    sizes = written | {"resenc": ("l", "tiny"), "primus": ("m", "tiny")}
+    assert sized_models() == sorted(
+        f"{family}_{size}" for family in families for size in sizes.get(family, ("base", "small", "tiny"))
+    )
     config = compose("finetune", ["out=x", "model=sa_swin_unet_small"])
     assert config["model"]["_target_"] == "asa.models.sa_swin_unet.sa_swin_unet_small"
     assert list(config["model"])[:2] == ["_target_", "img_size"]

@@ -1,0 +1,65 @@
+"""What the published networks to compare with have in common, as `asa-finetune` takes them.
+
+Letters: volume `B C D H W`, K output channels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from asa.models.cpu_kernels import in_float32
+
+
+@dataclass(frozen=True)
+class Window:
+    """In the place of an encoder: the volume size in voxels and the channels of a network without one to load.
+
+    It has no weights: nothing is transferred to such a network, and no features are read from it.
+    """
+
+    img_size: tuple[int, int, int]
+    in_channels: int
+
+    def __call__(self, volume: Tensor) -> Tensor:
+        """The volume itself."""
+        return volume
+
+
+class Comparator(nn.Module):
+    """A published network for windows of one size.
+
+    On a CPU it computes in float32: some bfloat16 convolutions of small feature maps are wrong there (see
+    `asa.models.cpu_kernels`).
+
+    Args:
+        network: maps what the encoder returns to logits `(B, K, D, H, W)`, or to a list of them from the finest
+            resolution to the coarsest.
+        encoder: a module with `img_size` and `in_channels`, whose weights can be loaded, or a `Window`.
+        out_channels: classes K, background included, or regions.
+    """
+
+    mirrored = False
+
+    def __init__(self, network: nn.Module, encoder: Any, out_channels: int) -> None:
+        super().__init__()
+        self.network, self.encoder, self.out_channels = network, encoder, out_channels
+
+    def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
+        """Segment a volume `(B, C, D, H, W)`.
+
+        Returns:
+            Logits `(B, K, D, H, W)`, with `deep_supervision` those of all resolutions, from the finest to the coarsest.
+
+        Raises:
+            ValueError: a volume of another size or with other channels.
+        """
+        expected = (self.encoder.in_channels, *self.encoder.img_size)
+        if tuple(volume.shape[1:]) != expected:
+            raise ValueError(f"this network takes volumes of shape (batch, *{expected}), got {tuple(volume.shape)}")
+        logits: Any = in_float32(self._segment, volume)
+        scales = logits if isinstance(logits, list) else [logits]
+        return scales if deep_supervision else scales[0]
+
+    def _segment(self, volume: Tensor) -> Any:
+        return self.network(self.encoder(volume))
