@@ -30,6 +30,13 @@ def test_the_containers_are_used_as_an_ordinary_user() -> None:
     assert re.search(r"^install --directory --mode 1777 /input /output$", STEPS, re.MULTILINE)
 
 
+def test_the_commands_are_checked_in_the_containers_environment() -> None:
+    (settings,) = re.findall(r"^ENV (.*)$", DOCKER, re.MULTILINE)
+    assert settings in CHECK and "USER=" in settings  # PyTorch and MONAI ask for the name of a user that has none
+    (exported,) = re.findall(r"^    export (.*)$", APPTAINER, re.MULTILINE)
+    assert set(exported.split()) == set(settings.split()) - {"HOME=/tmp"}  # Apptainer has a home of the user's
+
+
 def test_the_steps_install_the_tested_versions_of_extras_that_exist() -> None:
     installs = re.findall(r"pip install (.*)", STEPS)
     assert len(installs) == 2 and all('--constraint "$source/constraints.txt"' in line for line in installs)
