@@ -17,6 +17,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seconds", type=float, default=1.0, help="time for each kind of file in test_fuzz.py")
+    parser.addoption("--niivue", type=Path, help="NiiVue's niivue.umd.js, for tests in a browser: see CONTRIBUTING.md")
 
 
 LABELS = {1: "csf", 2: "gm", 5: "wm"}
