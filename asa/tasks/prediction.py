@@ -21,7 +21,7 @@ from asa.training.hub import on_hub
 
 ENDINGS = (".nii.gz", ".nii")
 LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settings
-# Suffix in BIDS of the channels that are named as usual.
+# Suffix in BIDS of the channels that are named as usual, also as T1 or T1w.
 SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR", "pd": "PDw"}
 Job = tuple[str, dict[str, str], Callable[[], None]]  # scan id, file of each channel (and label), the work
 Channels = Mapping[str, str | None]  # file of each channel; None for one that the scan lacks
@@ -182,8 +182,10 @@ def _cases(source: Path, config: Config, preprocessor: ScanPreprocessor) -> list
     if source.is_dir() and images:
         preprocessor.check_channels(images)
         return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
-    if source.is_dir() and config["layout"] == "bids" and all(channel in SUFFIXES for channel in channels):
-        suffixes = {channel: SUFFIXES[channel] for channel in channels}
+    usual = {channel: channel.lower().removesuffix("w") for channel in channels}
+    named = SUFFIXES.keys() >= set(usual.values()) and len(set(usual.values())) == len(channels)
+    if source.is_dir() and config["layout"] == "bids" and named:
+        suffixes = {channel: SUFFIXES[name] for channel, name in usual.items()}
         return [(record["id"], record["images"]) for record in bids.records(source, channels=suffixes)]
     if len(channels) != 1:
         raise ValueError(

@@ -110,6 +110,16 @@ def test_both_layouts_hold_the_same_voxels(dataset: Path, tmp_path: Path, monkey
         (dataset / name).with_name("prediction.nii.gz").unlink()
 
 
+@pytest.mark.parametrize("channel", ["T1", "T1w"])
+def test_a_channel_named_as_in_nnunet_or_bids_is_found(
+    channel: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = checkpoint(tmp_path / "run", channels=[channel]), dataset / "derivatives" / "asa"
+    flags = ("layout=bids", "predict.device=cpu", "predict.overlap=0.25")
+    assert call(predict, monkeypatch, f"checkpoint={run}", f"input={dataset}", f"out={out}", *flags) == 0
+    assert [row["id"] for row in read_rows(out / "volumes.csv")] == ["sub-01_ses-1", "sub-01_ses-2", "sub-b"]
+
+
 def test_channels_give_the_name_what_they_share_and_are_all_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
