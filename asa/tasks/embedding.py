@@ -1,6 +1,6 @@
-"""Features of whole scans as a table, and what a ridge regression reads from such a table.
+"""Features of whole scans as a table, and what a simple model reads from such a table.
 
-asa-embed                   OUT/features.csv      id, and PART_0, PART_1, ... of each part of the scan
+asa-embed                   OUT/features.csv      id, and PART_0, PART_1, ... of each part of the scan; or OUT, a table
 asa-evaluate policy=probe   OUT/summary.json      the scores
                             OUT/predictions.csv   of each scan, by folds that have not seen its subject
 """
@@ -13,9 +13,9 @@ import numpy as np
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import csv_text, read_column
+from asa.data.io.tables import ENDINGS, check_table, csv_text, read_column, write_numbers
 from asa.data.store import MANIFEST, Store
-from asa.evaluation.probe import ClassProbe, NumberProbe, probe_classes, probe_numbers
+from asa.evaluation.probe import FITS, ClassProbe, NumberProbe, gap, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
 from asa.inference.features import FeatureExtractor, pooled
 from asa.tasks.base import Config
@@ -25,6 +25,7 @@ from asa.tasks.table_evaluation import matched, numbers, tables_of
 TABLE = "features.csv"
 PARTS = ("whole", "sides", "labels")
 LEAK = 0.5  # the AUC of guessing
+MOST_CLASSES = 10  # of a column of numbers that a logistic regression takes
 
 
 class Embedder:
@@ -35,7 +36,8 @@ class Embedder:
     """
 
     def __init__(self, config: Config) -> None:
-        self.parts, self.out = config["of"], Path(str(config["out"]))
+        self.parts, self.table = config["of"], table_of(Path(str(config["out"])))
+        check_table(self.table)
         if self.parts not in PARTS:
             raise ValueError(f"of={self.parts}: choose {', '.join(PARTS)}")
         source = Path(str(config["input"]))
@@ -55,12 +57,12 @@ class Embedder:
         self._add(id, image)
 
     def finish(self) -> str:
-        rows = sorted(self.rows.items())
+        rows = {id: np.concatenate(list(parts.values())) for id, parts in sorted(self.rows.items())}
         if rows:
-            header = [f"{part}_{k}" for part, values in rows[0][1].items() for k in range(len(values))]
-            cells = [[id, *map(_cell, np.concatenate(list(parts.values())))] for id, parts in rows]
-            write_whole(self.out / TABLE, csv_text(["id", *header], cells).encode())
-        return f"wrote {self.out / TABLE}: {len(rows)} scans"
+            parts = next(iter(self.rows.values()))
+            header = [f"{part}_{k}" for part, values in parts.items() for k in range(len(values))]
+            write_numbers(self.table, header, rows)
+        return f"wrote {self.table}: {len(rows)} scans"
 
     def _add(self, id: str, image: np.ndarray) -> None:
         volume = np.asarray(image, dtype=np.float32)
@@ -84,6 +86,11 @@ class Embedder:
         self.rows[id] = {"left": left, "right": right, "difference": left - right}
 
 
+def table_of(path: Path) -> Path:
+    """The table of features that `out=` or `predictions=` means: itself, or features.csv in a folder."""
+    return path if path.suffix in ENDINGS else path / TABLE
+
+
 def embed_task(config: Config) -> None:
     """Write the features of a scan, a folder of scans or a store.
 
@@ -96,32 +103,42 @@ def embed_task(config: Config) -> None:
 
 
 def evaluate_probe(config: Config) -> None:
-    """Score what a ridge regression reads from features about a column of a table, and how well they tell the site.
+    """Score what a simple model reads from features about a column of a table, and how well they tell the site.
 
     Raises:
         FileNotFoundError, ValueError: a table or a setting that does not fit.
     """
-    folder, truth, out = tables_of(config)
+    source, truth, out = tables_of(config)
+    table = table_of(source)
     column = config["column"]
     if column is None:
         raise ValueError("column= has to be given: the column of the table to predict, like age or diagnosis")
-    rows, values, subjects = matched(folder / TABLE, truth, column)
+    rows, values, subjects = matched(table, truth, column)
     names = [name for name in rows[0] if name != "id"]
-    features = np.array([numbers(folder / TABLE, row, names) for row in rows])
+    features = np.array([numbers(table, row, names) for row in rows])
     scans = [{"id": row["id"], "subject": subject} for row, subject in zip(rows, subjects, strict=True)]
-    folds = config["folds"]
-    predict = probe_numbers if all(map(_is_number, values)) else probe_classes
-    found = predict(features, values, subjects, folds)
-    written: dict[str, Any] = {"column": column, "folds": folds, "scans": len(rows), **described(found)}
+    folds, probe = config["folds"], config["probe"]
+    if probe not in FITS:
+        raise ValueError(f"probe={probe}: choose {', '.join(FITS)}")
+    numeric = all(map(_is_number, values))
+    if numeric and probe == "logistic" and len(set(values)) > MOST_CLASSES:
+        raise ValueError(
+            f"probe=logistic is for classes, and {column} has {len(set(values))} values: choose ridge or knn"
+        )
+    predict = probe_numbers if numeric and probe != "logistic" else probe_classes
+    found = predict(features, values, subjects, folds, FITS[probe])
+    written: dict[str, Any] = {"column": column, "probe": probe, "folds": folds, "scans": len(rows), **described(found)}
     print(f"{column}: {found.text()}, {len(rows)} scans of {len(set(subjects))} subjects, {folds} folds")
     if config["group"] is not None:
         groups = _complete(truth, config["group"], scans)
         parts = {name: found.only(groups == name) for name in sorted(set(groups))}
-        written["groups"] = {name: described(part) for name, part in parts.items()}
+        gaps = {name: gap(found, groups == name) for name in parts}
+        written["groups"] = {name: described(part) | {"gap": nullable(gaps[name])} for name, part in parts.items()}
         for name, part in parts.items():
-            print(f"  {config['group']} {name}: {part.text()}, {len(part.truth)} scans")
+            less = "{gap:+.3g} ({low:+.3g} to {high:+.3g})".format(**gaps[name])
+            print(f"  {config['group']} {name}: {part.text()}, {len(part.truth)} scans, less the others' {less}")
     if (site := config["site"]) is not None:
-        leak = probe_classes(features, list(_complete(truth, site, scans)), subjects, folds)
+        leak = probe_classes(features, list(_complete(truth, site, scans)), subjects, folds, FITS[probe])
         written["site"] = described(leak)
         print(f"{site}: {leak.text()}")
         if leak.low > LEAK:
@@ -148,10 +165,6 @@ def _complete(table: Path, column: str, scans: list[dict[str, str]]) -> np.ndarr
             f"{table}: {len(scans) - len(found)} scans have no {column}: fill it in, or leave the setting out"
         )
     return np.array([found[scan["id"]] for scan in scans])
-
-
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def _is_number(text: str) -> bool:

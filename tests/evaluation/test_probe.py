@@ -1,9 +1,22 @@
-"""Ridge regression of numbers and classes from features, by folds of subjects."""
+"""Numbers and classes from features, by folds of subjects: ridge and logistic regression, and nearest neighbours."""
 
 import numpy as np
 import pytest
 
-from asa.evaluation.probe import PENALTIES, folds_of, predict_by_folds, probe_classes, probe_numbers, ridge
+from asa.evaluation.probe import (
+    FITS,
+    INNER_FOLDS,
+    LOGISTIC_PENALTIES,
+    PENALTIES,
+    folds_of,
+    gap,
+    logistic,
+    nearest,
+    predict_by_folds,
+    probe_classes,
+    probe_numbers,
+    ridge,
+)
 
 
 def by_hand(train: np.ndarray, targets: np.ndarray, test: np.ndarray, penalty: float) -> np.ndarray:
@@ -28,14 +41,82 @@ def test_the_penalty_is_the_one_with_the_least_error_of_scans_that_were_left_out
     np.testing.assert_allclose(ridge(train, targets, test), expected, atol=1e-6)
 
 
+def test_the_neighbours_are_as_many_as_have_the_least_error_of_scans_that_were_left_out() -> None:
+    rng = np.random.default_rng(3)
+    train, test = rng.normal(size=(12, 3)), rng.normal(size=(4, 3))
+    targets = np.sin(2 * train[:, :2]) + 0.1 * rng.normal(size=(12, 2))
+
+    def mean_of_nearest(others: np.ndarray, values: np.ndarray, place: np.ndarray, count: int) -> np.ndarray:
+        order = sorted(range(len(others)), key=lambda k: float(np.sum((others[k] - place) ** 2)))
+        return sum(values[k] for k in order[:count]) / count
+
+    errors = {}
+    for count in range(1, 12):
+        rest = [np.delete(np.arange(12), k) for k in range(12)]
+        left = [mean_of_nearest(train[some], targets[some], train[k], count) for k, some in enumerate(rest)]
+        errors[count] = np.square(np.array(left) - targets).sum()
+    best = min(errors, key=errors.__getitem__)
+    expected = [mean_of_nearest(train, targets, place, best) for place in test]
+    np.testing.assert_allclose(nearest(train, targets, test), expected)
+
+
+@pytest.mark.parametrize("width", [3, 30])
+def test_the_logistic_regression_is_scikit_learns_with_the_likeliest_penalty(width: int) -> None:
+    linear = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(4)
+    train, test = rng.normal(size=(40, width)), rng.normal(size=(9, width))
+    truth = (train[:, :3] + rng.normal(size=(40, 3))).argmax(axis=1)
+    targets = np.eye(3)[truth]
+
+    def theirs(penalty: float, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+        model = linear.LogisticRegression(C=1 / penalty, tol=1e-8, max_iter=5000)
+        return model.fit(train[rows], truth[rows]).predict_proba(places)
+
+    fold, everyone = np.arange(40) % INNER_FOLDS, np.ones(40, dtype=bool)
+    likelihood = {}
+    for penalty in LOGISTIC_PENALTIES:
+        found = np.empty((40, 3))
+        for own in range(INNER_FOLDS):
+            found[fold == own] = theirs(penalty, fold != own, train[fold == own])
+        likelihood[penalty] = np.log(found[np.arange(40), truth]).sum()
+    best = max(likelihood, key=likelihood.__getitem__)
+    np.testing.assert_allclose(logistic(train, targets, test), theirs(best, everyone, test), atol=2e-3)
+
+
+def test_a_gap_is_the_score_of_a_group_less_that_of_the_others() -> None:
+    rng = np.random.default_rng(5)
+    age, group = rng.uniform(20, 80, 80), np.arange(80) % 2 == 0
+    features = np.column_stack([age + np.where(group, 12, 2) * rng.normal(size=80), rng.normal(size=80)])
+    subjects = [f"s{k}" for k in range(80)]
+    found = probe_numbers(features, [str(value) for value in age], subjects, 5, ridge)
+    errors, less = np.abs(found.predicted - found.truth), gap(found, group)
+    assert less["gap"] == pytest.approx(errors[group].mean() - errors[~group].mean())
+    assert 0 < less["low"] < less["gap"] < less["high"]
+    other = gap(found, ~group)
+    assert other["gap"] == pytest.approx(-less["gap"]) and other["high"] < 0
+    assert all(np.isnan(value) for value in gap(found, np.ones(80, dtype=bool)).values())
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_every_probe_reads_a_planted_class_and_no_noise(kind: str) -> None:
+    rng = np.random.default_rng(6)
+    site, features = rng.integers(0, 2, 40), rng.normal(size=(40, 5))
+    features[:, 2] += 4 * site
+    subjects, noise = [f"s{k}" for k in range(40)], [("f", "m")[k % 2] for k in range(40)]
+    assert probe_classes(features, [f"site{k}" for k in site], subjects, 2, FITS[kind]).low > 0.7
+    assert probe_classes(features, noise, subjects, 2, FITS[kind]).low < 0.5
+
+
 def test_a_prediction_comes_from_folds_without_the_scans_subject() -> None:
     rng = np.random.default_rng(1)
     subjects = [f"s{k // 2}" for k in range(20)]
     fold, features, targets = folds_of(subjects, 5), rng.normal(size=(20, 3)), rng.normal(size=(20, 1))
     assert all(fold[k] == fold[k + 1] for k in range(0, 20, 2)) and np.array_equal(np.bincount(fold), [4] * 5)
-    found = predict_by_folds(features, targets, fold)
+    found = predict_by_folds(features, targets, fold, ridge)
     changed = targets + 100 * (fold == fold[0])[:, None]  # what is true of a fold does not reach its predictions
-    np.testing.assert_array_equal(predict_by_folds(features, changed, fold)[fold == fold[0]], found[fold == fold[0]])
+    np.testing.assert_array_equal(
+        predict_by_folds(features, changed, fold, ridge)[fold == fold[0]], found[fold == fold[0]]
+    )
 
 
 def test_planted_numbers_and_classes_are_read_and_noise_is_not() -> None:
@@ -45,11 +126,11 @@ def test_planted_numbers_and_classes_are_read_and_noise_is_not() -> None:
     features[:, 3] += age / 10
     features[:, 7] += 3 * site
     subjects, sexes = [f"s{k}" for k in range(60)], [("f", "m")[k % 2] for k in range(60)]
-    ages = probe_numbers(features, [f"{value:.2f}" for value in age], subjects, 5)
+    ages = probe_numbers(features, [f"{value:.2f}" for value in age], subjects, 5, ridge)
     scores = ages.scores()
     assert scores["r2"] > 0.6 and scores["low"] < scores["mean_absolute_error"] < scores["high"] < scores["of_the_mean"]
-    assert probe_classes(features, [f"site{k}" for k in site], subjects, 5).low > 0.8
-    sex = probe_classes(features, sexes, subjects, 5)
+    assert probe_classes(features, [f"site{k}" for k in site], subjects, 5, ridge).low > 0.8
+    sex = probe_classes(features, sexes, subjects, 5, ridge)
     assert sex.low < 0.5 and set(sex.predicted) == {"f", "m"}
     some = age > 50
     older = ages.only(some)
@@ -60,4 +141,4 @@ def test_too_few_subjects_and_one_class_are_refused() -> None:
     with pytest.raises(ValueError, match="from 2 to that of the subjects, 2"):
         folds_of(["a", "a", "b"], 3)
     with pytest.raises(ValueError, match="two or more"):
-        probe_classes(np.zeros((4, 2)), ["x"] * 4, list("abcd"), 2)
+        probe_classes(np.zeros((4, 2)), ["x"] * 4, list("abcd"), 2, ridge)

@@ -2,14 +2,18 @@
 
 import csv
 import json
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from asa import features
 from asa.cli import embed, evaluate, prepare, pretrain
 from asa.data.io.nifti import write_image
+from asa.data.io.tables import read_rows, write_numbers
 from asa.data.store import Store
 from asa.inference.features import FeatureExtractor
 
@@ -74,6 +78,47 @@ def test_the_difference_of_the_sides_is_left_minus_right(cohort: Path, tmp_path:
     np.testing.assert_allclose(vector(row, "left") - vector(row, "right"), vector(row, "difference"), atol=1e-4)
 
 
+@pytest.mark.parametrize("ending", ["parquet", "tsv"])
+def test_a_table_of_another_kind_holds_the_same_and_is_probed(ending: str, cohort: Path, tmp_path: Path) -> None:
+    rows = embedded(cohort, tmp_path, f"input={cohort / 'store'}", "of=sides")
+    table = tmp_path / f"features.{ending}"
+    assert embed.main([f"checkpoint={cohort / 'run'}", f"input={cohort / 'store'}", f"out={table}", "of=sides"]) == 0
+    other = {row["id"]: row for row in read_rows(table)}
+    assert list(other) == list(rows) and list(other["s00"]) == list(rows["s00"])
+    for id, row in rows.items():
+        np.testing.assert_allclose(vector(other[id], "left"), vector(row, "left"), rtol=1e-5, atol=1e-6)
+    given = (f"truth={cohort / 'table.csv'}", "policy=probe", "folds=4", "column=age")
+    for source, out in ((tmp_path, "a"), (table, "b")):
+        assert evaluate.main([*given, f"predictions={source}", f"out={tmp_path / out}"]) == 0
+    one, two = (json.loads((tmp_path / out / "summary.json").read_text()) for out in ("a", "b"))
+    assert two.keys() == one.keys() and two["r2"] == pytest.approx(one["r2"], rel=1e-3)
+
+
+def test_parquet_keeps_types_and_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    write_numbers(path, ["x", "y"], {"a": [1 / 3, math.nan], "=b": [2.0, 3.0]})
+    table = pyarrow.parquet.read_table(path)
+    assert [str(field.type) for field in table.schema] == ["string", "float", "float"]
+    assert table["x"].to_pylist() == [float(np.float32(1 / 3)), 2.0] and table["y"].null_count == 1
+    assert read_rows(path) == [
+        {"id": "a", "x": str(float(np.float32(1 / 3))), "y": ""},
+        {"id": "=b", "x": "2.0", "y": "3.0"},
+    ]
+    path.write_bytes(b"no table")
+    with pytest.raises(ValueError, match="t.parquet: not a Parquet file"):
+        read_rows(path)
+
+
+def test_parquet_without_its_package_names_the_extra_before_any_scan(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    given = (f"checkpoint={cohort / 'run'}", f"input={cohort / 'store'}", f"out={tmp_path / 'f.parquet'}")
+    assert embed.main([*given]) == 1
+    captured = capsys.readouterr()
+    assert 'pip install "asa-mri[parquet]"' in captured.err and "scan" not in captured.out
+
+
 def test_a_planted_age_is_read_and_a_planted_site_raises_an_alarm(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,7 +128,8 @@ def test_a_planted_age_is_read_and_a_planted_site_raises_an_alarm(
     printed = capsys.readouterr().out
     summary = json.loads((tmp_path / "age" / "summary.json").read_text())
     assert summary["r2"] > 0.5 and summary["high"] < summary["of_the_mean"]
-    assert summary["groups"].keys() == {"f", "m"} and summary["site"]["low"] > 0.5
+    assert summary["groups"].keys() == {"f", "m"} and summary["groups"]["f"]["gap"].keys() == {"gap", "low", "high"}
+    assert summary["site"]["low"] > 0.5
     assert "ALARM: the features tell sites apart" in printed and "  sex f: mean absolute error" in printed
     rows = list(csv.DictReader((tmp_path / "age" / "predictions.csv").open(newline="")))
     assert [row["id"] for row in rows] == [f"s{k:02}" for k in range(SCANS)] and float(rows[0]["age"]) == 20
@@ -95,6 +141,8 @@ def test_a_planted_age_is_read_and_a_planted_site_raises_an_alarm(
         ({}, "column= has to be given"),
         ({"column": "height"}, "the columns are subject, age, sex, site"),
         ({"column": "age", "folds": "40"}, "from 2 to that of the subjects, 16"),
+        ({"column": "age", "probe": "tree"}, "choose ridge, logistic, knn"),
+        ({"column": "age", "probe": "logistic"}, "age has 16 values: choose ridge or knn"),
     ],
 )
 def test_a_probe_that_cannot_be_done_is_named(

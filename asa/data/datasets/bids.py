@@ -126,7 +126,7 @@ def _sites(root: Path) -> dict[str, str]:
     path = root / "participants.tsv"
     if not path.is_file():
         return {}
-    sites = {row.get("participant_id", ""): row.get("site", "") for row in read_rows(path, delimiter="\t")}
+    sites = {row.get("participant_id", ""): row.get("site", "") for row in read_rows(path)}
     return {subject: site for subject, site in sites.items() if site not in ("", "n/a")}
 
 

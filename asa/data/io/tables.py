@@ -1,24 +1,33 @@
-"""CSV tables with a value for each scan."""
+"""Tables with a value for each scan: CSV, and by their ending TSV and Parquet (extra parquet)."""
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from asa.data.io.files import write_whole
+from asa.errors import one_line, require
+
+PARQUET = ".parquet"
+ENDINGS = (".csv", ".tsv", PARQUET)
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters that make a spreadsheet compute a cell
 
 
-def read_rows(path: str | Path, delimiter: str = ",") -> list[dict[str, str]]:
+def read_rows(path: str | Path) -> list[dict[str, str]]:
     """The rows of a table, cells without blanks at their ends; what `csv_text` quoted is as it was before.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is no table in UTF-8, or two of its columns have one name.
+        ImportError: a .parquet without the `parquet` extra.
     """
+    if Path(path).suffix == PARQUET:
+        return _parquet_rows(Path(path))
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-            reader = csv.DictReader(file, delimiter=delimiter)
+            reader = csv.DictReader(file, delimiter="\t" if Path(path).suffix == ".tsv" else ",")
             header = [name for name in reader.fieldnames or () if name]
             if len(set(header)) < len(header) or not all(name.isprintable() for name in header):
                 raise csv.Error("two columns have one name, or a name has line breaks")
@@ -75,22 +84,88 @@ def read_column(
     return found
 
 
+def as_number(source: str | Path, scan: str, column: str, text: str) -> float:
+    """The number of a cell; a ValueError that names the table, the scan and the column where it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{source}: {scan}: {column} is {text!r} and not a number: give one, or leave the cell empty to leave the "
+            "scan out"
+        )
+    return value
+
+
 def check_health(source: str | Path, values: Iterable[str]) -> None:
     """Raise a ValueError that names the table `source` if a value of its column "health" is neither 0 nor 1."""
     if wrong := [value for value in values if value not in ("0", "1")]:
         raise ValueError(f"{source}: a health of {wrong[0]!r}: give 1 for healthy, 0 for not, or leave the cell empty")
 
 
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]], delimiter: str = ",") -> str:
     """A table as CSV text, its lines ended by a newline on every system.
 
     A text that a spreadsheet would compute, like `=cmd|...`, gets a ' before it, which `read_rows` removes.
     """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", delimiter=delimiter)
     writer.writerow(header)
     writer.writerows([_quoted(cell) for cell in row] for row in rows)
     return text.getvalue()
+
+
+def check_table(path: Path) -> None:
+    """Raise a ValueError for a file that `write_numbers` cannot write, an ImportError for a missing extra."""
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"{path}: a table ends with {', '.join(ENDINGS)}")
+    if path.suffix == PARQUET:
+        _pyarrow()
+
+
+def write_numbers(path: Path, header: Sequence[str], rows: Mapping[str, Iterable[float]]) -> None:
+    """Write numbers of scans as a table: id, and the columns of `header`; CSV, TSV or Parquet by the file's ending.
+
+    Args:
+        header: names of the columns, without id.
+        rows: of each scan, by id; NaN becomes an empty cell, or null in Parquet. Parquet holds float32, text 6 digits.
+
+    Raises:
+        ValueError, ImportError: as `check_table`.
+    """
+    check_table(path)
+    if path.suffix == PARQUET:
+        arrow, content = _pyarrow(), io.BytesIO()
+        columns = [
+            arrow.array(values, arrow.float32(), from_pandas=True) for values in zip(*rows.values(), strict=True)
+        ]
+        table = arrow.table([arrow.array(list(rows), arrow.string()), *columns], names=["id", *header])
+        arrow.parquet.write_table(table, content)
+        write_whole(path, content.getvalue())
+        return
+    cells = ([id, *("" if math.isnan(value) else f"{value:.6g}" for value in row)] for id, row in rows.items())
+    write_whole(path, csv_text(["id", *header], cells, delimiter="\t" if path.suffix == ".tsv" else ",").encode())
+
+
+def _pyarrow() -> Any:
+    require("pyarrow.parquet", "parquet", "Parquet")
+    return require("pyarrow", "parquet", "Parquet")
+
+
+def _parquet_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a Parquet file as texts; null and NaN are empty."""
+    arrow = _pyarrow()
+    try:
+        table = arrow.parquet.read_table(path, memory_map=False)
+    except arrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file ({one_line(error)}): write it again") from None
+    if len(set(table.column_names)) < len(table.column_names):
+        raise ValueError(f"{path}: two columns have one name: rename one")
+    return [
+        {name: "" if value is None or value != value else str(value).strip() for name, value in row.items()}
+        for row in table.to_pylist()
+    ]
 
 
 def _quoted(cell: Any) -> Any:
