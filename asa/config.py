@@ -63,6 +63,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "segment": _SEGMENTATION,
         "regions": _SEGMENTATION,
         "classify": ("asa_classifier", "sa_swin_classifier"),
+        "regress": ("asa_regressor", "sa_swin_regressor"),
         "restore": ("rat", "restormer"),
     },
 }

@@ -52,6 +52,7 @@ EXPERIMENTS = {
     "demo_pretrain": "pretrain",
     "sa_swin_paper": "pretrain",
     "sa_swin_classify": "finetune",
+    "brain_age": "finetune",
     "sa_swin_segment": "finetune",
     "sa_swin_demo": "pretrain",
     "demo_finetune": "finetune",
@@ -75,6 +76,8 @@ def built(command: str, *overrides: str):
     if command == "finetune":
         for key in {"classes", "out_channels"} & node["model"].keys():
             node["model"][key] = 4
+        for key in {"mean", "sd"} & node["model"].keys():
+            node["model"][key] = 1.0
     if node.get("regions", {}) is None:
         node["regions"] = {"WT": [1, 2], "TC": [2], "a": [3], "b": [4]}
     if node.get("weights") == "balanced":  # the command counts the classes
@@ -130,6 +133,8 @@ def test_every_model_composes_and_builds(size: str) -> None:
     for kind in ("asa", "sa_swin"):
         model = built("finetune", "method=classify", f"model={kind}_classifier_{size}", "crop=64").model
         assert model.head.out_features == 4 and model.mirrored == (kind == "sa_swin")
+        model = built("finetune", "method=regress", f"model={kind}_regressor_{size}", "crop=64").model
+        assert model.head.out_features == 1 and model.mirrored == (kind == "sa_swin")
 
 
 @pytest.mark.parametrize("published", ["nnformer_base", "transbts_base", "resenc_l", "primus_m"])

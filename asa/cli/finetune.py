@@ -1,4 +1,4 @@
-"""Fine-tune a segmentation or classification network, from a pretrained encoder or from scratch."""
+"""Fine-tune a segmentation, classification or regression network, from a pretrained encoder or from scratch."""
 
 import sys
 from functools import partial

@@ -128,7 +128,7 @@ def _card(
             ],
         }
         about["model-index"] = [{"name": "asa", "results": [result]}]
-    known = {key: data[key] for key in ("channels", "labels", "classes", "regions") if key in data}
+    known = {key: data[key] for key in ("channels", "labels", "classes", "number", "regions") if key in data}
     seen = (
         f"{len(digests['subjects'])} subjects and {len(digests['scans'])} images. `{SUBJECTS}` holds digests of them, "
         "without names, by which asa-finetune warns of held-out subjects that this network has seen. Whoever has a "

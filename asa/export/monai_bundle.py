@@ -19,7 +19,8 @@ SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/downlo
 METADATA = "configs/metadata.json"
 OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command; the user has to give one
 EXPRESSION = "$@%"  # characters that mark Python code, references and files for MONAI's parser
-KEYS = ("channels", "labels", "regions", "prepare", "lateral_pairs", "spacing")  # exported metadata; no subjects
+# Exported metadata; no subjects.
+KEYS = ("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "spacing")
 
 
 def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = ()) -> None:

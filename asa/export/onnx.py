@@ -16,6 +16,7 @@ from asa.data.io.files import write_whole
 from asa.errors import require
 from asa.export.monai_bundle import exported
 from asa.methods.segment import SegmentationNetwork
+from asa.models.classifier import Classifier, Regressor
 from asa.models.comparators import Comparator
 from asa.models.sw_vit import SWViT
 from asa.training.checkpoint import read_model
@@ -27,9 +28,10 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
     """Write the network of a run as ONNX, after a check of its outputs against PyTorch.
 
     A segmentation network maps "image" `(batch, C, D, H, W)`, a window of the trained size, to "logits"
-    `(batch, K, D, H, W)`. Of a pretraining, the encoder is written, with output "tokens" `(batch, L, E)`. The batch
-    size is free. The entry "asa" of the file's metadata describes inputs and outputs in JSON: window, channels, labels,
-    preprocessing; and "regions" if each logit belongs to a region, with a sigmoid in place of the softmax.
+    `(batch, K, D, H, W)`, a classifier to "logits" `(batch, K)`, and a regression network to "number" `(batch,)`. Of a
+    pretraining, the encoder is written, with output "tokens" `(batch, L, E)`. The batch size is free. The entry "asa"
+    of the file's metadata describes inputs and outputs in JSON: window, channels, labels, preprocessing; and "regions"
+    if each logit belongs to a region, with a sigmoid in place of the softmax.
 
     Args:
         checkpoint: run folder, checkpoint folder or `.safetensors` file.
@@ -58,7 +60,10 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
     if getattr(model, "mirrored", False):
         raise ValueError(f"{checkpoint}: a network that cross-attends to the mirror image cannot be exported to ONNX")
     assert encoder is not None
-    network, output = (model, "logits") if isinstance(model, SegmentationNetwork) else (encoder, "tokens")
+    network: torch.nn.Module = encoder
+    output = "tokens"
+    if isinstance(model, SegmentationNetwork | Classifier | Regressor):
+        network, output = model, "number" if isinstance(model, Regressor) else "logits"
     shape = (encoder.in_channels, *encoder.img_size)
     data, axes = description["data"], "C D H W: inferior to superior, back to front, left to right"
     metadata = {"window": list(encoder.img_size), "axes": axes} | exported(data)

@@ -14,8 +14,8 @@ class Method(Protocol):
     Calling it on a batch (see `asa.data.loading.crops`) returns a dict with the scalar "loss" to minimise, and other
     scalars to log, detached.
 
-    - `task`: the task of `asa.tasks` that trains it: "pretraining", "segmentation", "classification", "restoration",
-      or `package.module.Class` of a plugin.
+    - `task`: the task of `asa.tasks` that trains it: "pretraining", "segmentation", "classification", "regression",
+      "restoration", or `package.module.Class` of a plugin.
     - `model`: the network, which is kept in checkpoints.
     - `mirrored`: whether batches have the "mirror" of each image.
     - optional: `drops_air`: whether batches have "air", the patches of constant intensity of each image.

@@ -1,11 +1,18 @@
 # The public names, for lazy loading and for type checkers. Functions that end with a size (create.SIZES) are models.
 from .classifier import Classifier as Classifier
+from .classifier import Regressor as Regressor
 from .classifier import asa_classifier_base as asa_classifier_base
 from .classifier import asa_classifier_small as asa_classifier_small
 from .classifier import asa_classifier_tiny as asa_classifier_tiny
+from .classifier import asa_regressor_base as asa_regressor_base
+from .classifier import asa_regressor_small as asa_regressor_small
+from .classifier import asa_regressor_tiny as asa_regressor_tiny
 from .classifier import sa_swin_classifier_base as sa_swin_classifier_base
 from .classifier import sa_swin_classifier_small as sa_swin_classifier_small
 from .classifier import sa_swin_classifier_tiny as sa_swin_classifier_tiny
+from .classifier import sa_swin_regressor_base as sa_swin_regressor_base
+from .classifier import sa_swin_regressor_small as sa_swin_regressor_small
+from .classifier import sa_swin_regressor_tiny as sa_swin_regressor_tiny
 from .comparators.base import Comparator as Comparator
 from .comparators.monai import swin_unetr_base as swin_unetr_base
 from .comparators.monai import swin_unetr_small as swin_unetr_small

@@ -18,7 +18,8 @@ Config = dict[str, Any]
 BUILT_IN = {
     "pretraining": "asa.tasks.pretraining.Pretraining",
     "segmentation": "asa.tasks.segmentation.Segmentation",
-    "classification": "asa.tasks.classification.Classification",
+    "classification": "asa.tasks.whole_scans.Classification",
+    "regression": "asa.tasks.whole_scans.Regression",
     "restoration": "asa.tasks.restoration.Restoration",
 }
 

@@ -1,4 +1,4 @@
-"""Predicted tables against a table of diagnoses: class probabilities, and asymmetry scores.
+"""Predicted tables against a table of the truth: class probabilities, numbers, and asymmetry scores.
 
 OUT/summary.json   the scores, with intervals over resampled subjects
 OUT/scans.csv      of a classification: each scan's class and its shares in AUC and balanced accuracy
@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from asa.data.io.files import check_digest, write_digests, write_json, write_whole
-from asa.data.io.tables import check_health, csv_text, read_column, read_rows
+from asa.data.io.tables import as_number, check_health, csv_text, read_column, read_rows
 from asa.errors import reason_of
 from asa.evaluation.classification import ClassScores, auc, auc_interval, scan_scores, score_classes
 from asa.evaluation.comparison import Run
 from asa.evaluation.policies import ALL, CLASSIFICATION
+from asa.evaluation.regression import NumberScores, score_numbers
 from asa.evaluation.statistics import nullable
 from asa.inference.asymmetry import TABLE as ASYMMETRY
-from asa.inference.classification import TABLE as CLASSES
+from asa.inference.whole_scans import PREDICTED, RESERVED, TRAINING_MEAN
+from asa.inference.whole_scans import TABLE as PREDICTIONS
 from asa.tasks.base import Config
 
 SCANS = "scans.csv"
@@ -74,13 +76,13 @@ def evaluate_classes(predictions: Path, truth: Path, out: Path) -> tuple[ClassSc
         FileNotFoundError: no such table.
         ValueError: a table that does not fit, a class that the network does not know, or no scan with a class.
     """
-    rows, known, subjects = matched(predictions / CLASSES, truth, "class")
+    rows, known, subjects = matched(predictions / PREDICTIONS, truth, "class")
     names = [column.removeprefix("p_") for column in rows[0] if column.startswith("p_")]
     if unknown := sorted(set(known) - set(names)):
         raise ValueError(f"{truth}: the class {unknown[0]!r} is none of the network's: {', '.join(names)}")
-    probabilities = np.array([numbers(predictions / CLASSES, row, [f"p_{name}" for name in names]) for row in rows])
+    probabilities = np.array([numbers(predictions / PREDICTIONS, row, [f"p_{name}" for name in names]) for row in rows])
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError(f"{predictions / CLASSES}: probabilities have to be from 0 to 1: predict again")
+        raise ValueError(f"{predictions / PREDICTIONS}: probabilities have to be from 0 to 1: predict again")
     indices = np.array([names.index(name) for name in known])
     scores = score_classes(probabilities, indices, subjects)
     shares = scan_scores(probabilities, indices)
@@ -110,6 +112,40 @@ def read_class_run(name: str, folder: Path) -> Run:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: not of an evaluation ({reason_of(error)}): evaluate again") from None
     return Run(name, {"policy": CLASSIFICATION.name, "metrics": metrics, "regions": [ALL]}, values, truths)
+
+
+def evaluate_numbers(predictions: Path, truth: Path, out: Path, column: str | None = None) -> tuple[NumberScores, str]:
+    """Score the numbers that asa-predict wrote.
+
+    Args:
+        predictions: folder with predictions.csv.
+        truth: table (CSV) with the columns subject (or id) and the number's. Scans not in it are left out.
+        out: folder for summary.json.
+        column: of the truth; None: called as in the training table.
+
+    Returns:
+        The scores, and the name of the number.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: a table that does not fit, or a number that is none.
+    """
+    table = predictions / PREDICTIONS
+    own = [name for name in predicted_rows(table)[0] if name not in RESERVED]
+    if len(own) != 1:
+        raise ValueError(f"{table}: not the table of a regression: choose another policy=, or predict again")
+    column = column or own[0]
+    rows, known, subjects = matched(table, truth, column)
+    found = np.array([numbers(table, row, (PREDICTED, TRAINING_MEAN)) for row in rows])
+    true = np.array([as_number(truth, row["id"], column, text) for row, text in zip(rows, known, strict=True)])
+    scores = score_numbers(found[:, 0], true, found[:, 1], subjects)
+    write_json(out / "summary.json", numbers_as_json(scores, column))
+    return scores, column
+
+
+def numbers_as_json(scores: NumberScores, column: str) -> dict[str, Any]:
+    """The scores of a regression for a JSON file, null where one is undefined."""
+    return {"column": column, **nullable(asdict(scores))}
 
 
 def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, dict[str, Any]]:
@@ -160,6 +196,15 @@ def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]]
 
     A scan is a subject of its own, unless the truth has a column "subject".
     """
+    rows = predicted_rows(table)
+    scans = [{"id": row["id"], "subject": row["id"]} for row in rows]
+    said, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
+    rows = [row for row in rows if row["id"] in said]
+    return rows, [said[row["id"]] for row in rows], [subjects.get(row["id"], row["id"]) for row in rows]
+
+
+def predicted_rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a predicted table, one for each scan."""
     if not table.is_file():
         raise FileNotFoundError(
             f"{table}: no such table; predictions= is the folder that asa-predict or asa-embed wrote"
@@ -169,7 +214,4 @@ def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]]
         raise ValueError(f"{table}: has no scans, or no column id")
     if twice := [id for id, count in Counter(row["id"] for row in rows).items() if count > 1]:
         raise ValueError(f"{table}: {twice[0]} is in two rows: remove one")
-    scans = [{"id": row["id"], "subject": row["id"]} for row in rows]
-    said, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
-    rows = [row for row in rows if row["id"] in said]
-    return rows, [said[row["id"]] for row in rows], [subjects.get(row["id"], row["id"]) for row in rows]
+    return rows

@@ -4,6 +4,7 @@ import pytest
 
 from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
+from asa.methods.regress import Regression
 from asa.methods.restore import Restoration
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import RegionSegmentation, Segmentation
@@ -14,6 +15,7 @@ TASKS = {
     Segmentation: "segmentation",
     RegionSegmentation: "segmentation",
     Classification: "classification",
+    Regression: "regression",
     Restoration: "restoration",
 }
 

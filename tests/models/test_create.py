@@ -17,7 +17,7 @@ def test_every_public_name_can_be_imported_and_every_model_made() -> None:
     for name in list_models():
         needed = {kind: ["out_channels"] for kind in ("unet", "unetr", "probe", "vit_seg")}
         needed |= {kind: ["out_channels"] for kind in ("nnformer", "transbts", "resenc", "primus")}
-        needed |= {"classifier": ["classes"], "puzzle": ["pieces", "answers"]}
+        needed |= {"classifier": ["classes"], "regressor": ["mean", "sd"], "puzzle": ["pieces", "answers"]}
         keywords = {keyword: 2 for kind, keywords in needed.items() if f"{kind}_" in name for keyword in keywords}
         with torch.device("meta"):
             assert isinstance(create_model(name, **keywords), torch.nn.Module)
@@ -38,7 +38,7 @@ def test_names_are_listed_without_importing_torch() -> None:
 
 def test_every_family_has_its_sizes_as_values_of_model() -> None:
     families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
-    assert len(families) == 17
+    assert len(families) == 19
     written = {family: ("base", "tiny") for family in ("nnformer", "transbts")}
     sizes = written | {"resenc": ("l", "tiny"), "primus": ("m", "tiny")}
     assert sized_models() == sorted(

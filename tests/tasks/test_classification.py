@@ -21,7 +21,7 @@ from asa.models.classifier import Classifier, asa_classifier_tiny, sa_swin_class
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.sw_vit import sw_vit_tiny
-from asa.tasks import classification
+from asa.tasks import whole_scans
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings
 from asa.training.plan import make_plan, volume_batch
@@ -270,7 +270,7 @@ def test_the_validation_loss_is_that_of_training(store: Path, tmp_path: Path, mo
         parts={"validation": [{"id": str(k)} for k in range(5)]},
         targets={str(k): {"target": int(target[k])} for k in range(5)},
     )
-    found = classification.Classification._loss(task, SimpleNamespace(weights=weights), logits.softmax(1).numpy())
+    found = whole_scans.Classification._loss(task, SimpleNamespace(weights=weights), logits.softmax(1).numpy())
     assert found == pytest.approx(float(expected), rel=1e-5)
     table, split = tmp_path / "classes.csv", tmp_path / "split.json"
     table.write_text("subject,class\ns0,sick\ns1,well\ns2,well\ns3,sick\n")
@@ -288,6 +288,6 @@ def test_scores_of_a_test_part_with_one_class_are_written_with_an_undefined_auc(
     task = SimpleNamespace(parts={"test": records}, names=["x", "y"], targets={name: {"target": 1} for name in "ab"})
     probabilities = np.array([[0.2, 0.8], [0.4, 0.6]])
     scores = score_classes(probabilities, np.array([1, 1]), ["a", "b"])
-    classification.Classification._write_test(task, tmp_path, scores, probabilities)
+    whole_scans.Classification._write_test(task, tmp_path, scores, probabilities)
     written = json.loads((tmp_path / "scores_test.json").read_text())
     assert written["auc"] is None and written["balanced_accuracy"] == 1

@@ -8,7 +8,7 @@ import pytest
 
 from asa.config import compose
 from asa.inference.asymmetry import AsymmetryRow, write_rows
-from asa.inference.classification import predictions_csv
+from asa.inference.whole_scans import predictions_csv
 from asa.tasks.run import evaluate_task
 
 

@@ -1,0 +1,173 @@
+"""Classes and numbers of whole volumes.
+
+Letters: prepared volume `C D H W`, N scans, K classes.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from asa.data.io.tables import csv_text
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import collate
+from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.segmentation import PredictSettings, window_size
+from asa.training.checkpoint import read_model
+from asa.training.device import on_device, pick_device
+from asa.training.distributed import map_over_ranks
+
+TABLE = "predictions.csv"
+PREDICTED, TRAINING_MEAN = "predicted", "training_mean"
+RESERVED = ("id", "subject", PREDICTED, TRAINING_MEAN)  # columns of a table of numbers
+
+
+def predict_classes(model: nn.Module, dataset: CropDataset) -> np.ndarray:
+    """Class probabilities `(N, K)` of all records, from crops without augmentation.
+
+    The records are divided over the processes, and each process gets the whole result.
+
+    Args:
+        model: a classifier in evaluation mode.
+        dataset: with "mirror" for a network that cross-attends to the mirror image.
+    """
+    return _outputs(model, dataset, lambda logits: logits.float().softmax(dim=1))
+
+
+def predict_numbers(model: nn.Module, dataset: CropDataset) -> np.ndarray:
+    """The numbers `(N,)` that a regression network predicts of all records, as `predict_classes`."""
+    return _outputs(model, dataset, lambda numbers: numbers)
+
+
+def _outputs(model: nn.Module, dataset: CropDataset, read: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """What `read` takes from the network's output for each record."""
+    device = next(model.parameters()).device
+
+    def predict(index: int) -> Any:
+        batch = on_device(collate([dataset[index, 0]]), device)
+        return read(model(batch["image"], batch.get("mirror")))[0].tolist()
+
+    with torch.inference_mode():
+        return np.array(map_over_ranks(range(len(dataset)), predict))
+
+
+class _OneVolume:
+    """A prepared volume as the source of a `CropDataset`."""
+
+    def __init__(self, volume: np.ndarray) -> None:
+        self.volume = volume
+
+    def image(self, record_id: str) -> np.ndarray:
+        return self.volume
+
+    def label(self, record_id: str) -> None:
+        return None
+
+
+class _Network:
+    """A trained network for new scans, and what its checkpoint says.
+
+    Args:
+        checkpoint: run folder, checkpoint folder or file of `asa-finetune`.
+        settings: the device; a scan is one window.
+        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
+        plugins: packages of your own that the checkpoint's network may come from.
+
+    Raises:
+        FileNotFoundError, ValueError: no checkpoint, or of another task.
+    """
+
+    key: str  # of what the checkpoint says of the task
+    method: str
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        settings: PredictSettings,
+        *,
+        strip: str | None = None,
+        plugins: Sequence[str] = (),
+    ) -> None:
+        model, description = read_model(checkpoint, plugins=plugins)
+        if self.key not in description["data"]:
+            raise ValueError(f"{checkpoint}: not a run of asa-finetune method={self.method}")
+        self.model = model.to(pick_device(settings.device))
+        self.window = window_size(model)
+        self.preprocessor = ScanPreprocessor(str(checkpoint), description["data"], strip)
+        self.about: Any = description["data"][self.key]
+        self.outputs = len(model.get_parameter("head.bias"))
+
+    def crop(self, image: np.ndarray) -> CropDataset:
+        """The window of a prepared volume `(C, D, H, W)`."""
+        mirrored = getattr(self.model, "mirrored", False)
+        return CropDataset(_OneVolume(image), [{"id": ""}], self.window, mirrored=mirrored)
+
+
+class ClassPredictor(_Network):
+    """A trained classifier for new scans; arguments as of `_Network`."""
+
+    key, method = "classes", "classify"
+
+    def __init__(self, checkpoint: str | Path, settings: PredictSettings, **options: Any) -> None:
+        super().__init__(checkpoint, settings, **options)
+        self.classes: list[str] = self.about
+        if len(self.classes) != self.outputs:
+            raise ValueError(f"{checkpoint}: names {len(self.classes)} classes, and its network has {self.outputs}")
+
+    def probabilities(self, image: np.ndarray) -> np.ndarray:
+        """Class probabilities `(K,)` of a prepared volume `(C, D, H, W)`."""
+        return predict_classes(self.model, self.crop(image))[0]
+
+    def table(self, rows: Sequence[tuple[str, str, str]], found: np.ndarray) -> str:
+        """The table of predictions, see `predictions_csv`."""
+        return predictions_csv(self.classes, rows, found)
+
+
+class NumberPredictor(_Network):
+    """A trained regression network for new scans; arguments as of `_Network`."""
+
+    key, method = "number", "regress"
+
+    def __init__(self, checkpoint: str | Path, settings: PredictSettings, **options: Any) -> None:
+        super().__init__(checkpoint, settings, **options)
+        if self.outputs != 1:
+            raise ValueError(f"{checkpoint}: a regression has one output, and its network has {self.outputs}")
+        self.column, self.mean = str(self.about["column"]), float(self.about["mean"])
+
+    def number(self, image: np.ndarray) -> float:
+        """The number predicted for a prepared volume `(C, D, H, W)`, in the units of the training table."""
+        return float(predict_numbers(self.model, self.crop(image))[0])
+
+    def table(self, rows: Sequence[tuple[str, str, str]], found: np.ndarray) -> str:
+        """The table of predictions, see `numbers_csv`."""
+        return numbers_csv(self.column, rows, found, self.mean)
+
+
+def predictions_csv(names: Sequence[str], rows: Sequence[tuple[str, str, str]], probabilities: np.ndarray) -> str:
+    """A table (CSV) of the most likely class of each scan, and the probability of every class.
+
+    Args:
+        names: of the classes.
+        rows: id, subject and true class of each scan; "" if unknown.
+        probabilities: `(N, K)`.
+    """
+    predicted = [names[int(values.argmax())] for values in probabilities]
+    cells = [[f"{value:.6f}" for value in values] for values in probabilities]
+    table = [[*row, name, *own] for row, name, own in zip(rows, predicted, cells, strict=True)]
+    return csv_text(["id", "subject", "class", PREDICTED, *(f"p_{name}" for name in names)], table)
+
+
+def numbers_csv(column: str, rows: Sequence[tuple[str, str, str]], predicted: np.ndarray, mean: float) -> str:
+    """A table (CSV) of a number of each scan, and in each row the training scans' mean, to compare with.
+
+    Args:
+        column: name of the number.
+        rows: id, subject and true number of each scan; "" if unknown.
+        predicted: `(N,)`.
+        mean: of the training scans.
+    """
+    table = [[*row, f"{value:.6g}", f"{mean:.6g}"] for row, value in zip(rows, predicted, strict=True)]
+    return csv_text(["id", "subject", column, PREDICTED, TRAINING_MEAN], table)
