@@ -100,11 +100,11 @@ def test_a_gap_is_the_score_of_a_group_less_that_of_the_others() -> None:
 @pytest.mark.parametrize("kind", FITS)
 def test_every_probe_reads_a_planted_class_and_no_noise(kind: str) -> None:
     rng = np.random.default_rng(6)
-    site, features = rng.integers(0, 2, 40), rng.normal(size=(40, 5))
+    site, features = rng.integers(0, 2, 60), rng.normal(size=(60, 5))
     features[:, 2] += 4 * site
-    subjects, noise = [f"s{k}" for k in range(40)], [("f", "m")[k % 2] for k in range(40)]
-    assert probe_classes(features, [f"site{k}" for k in site], subjects, 2, FITS[kind]).low > 0.7
-    assert probe_classes(features, noise, subjects, 2, FITS[kind]).low < 0.5
+    subjects, noise = [f"s{k}" for k in range(60)], [("f", "m")[k % 2] for k in range(60)]
+    assert probe_classes(features, [f"site{k}" for k in site], subjects, 5, FITS[kind]).low > 0.7
+    assert probe_classes(features, noise, subjects, 5, FITS[kind]).low < 0.5
 
 
 def test_a_prediction_comes_from_folds_without_the_scans_subject() -> None:
