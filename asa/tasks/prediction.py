@@ -182,7 +182,7 @@ def _cases(source: Path, config: Config, preprocessor: ScanPreprocessor) -> list
     if source.is_dir() and images:
         preprocessor.check_channels(images)
         return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
-    if source.is_dir() and config["layout"] == "bids" and all(channel in SUFFIXES for channel in channels):
+    if source.is_dir() and config.get("layout") == "bids" and all(channel in SUFFIXES for channel in channels):
         suffixes = {channel: SUFFIXES[channel] for channel in channels}
         return [(record["id"], record["images"]) for record in bids.records(source, channels=suffixes)]
     if len(channels) != 1:
