@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -43,6 +44,7 @@ from asa.inference.preprocessing import ScanPreprocessor
 from asa.tasks.comparison import compare_folders, read_run
 from asa.tasks.cross_validation import _predict
 from asa.tasks.evaluation import evaluate_folder
+from asa.tasks.segmentation import SegmentationPredictor
 from asa.tasks.volumes import choose_split
 from asa.training.checkpoint import WEIGHTS, load_model, read_model, save_checkpoint
 from asa.training.loop import TrainSettings
@@ -248,6 +250,43 @@ def test_bad_scans_are_named_and_the_good_one_is_predicted(tmp_path: Path, monke
     assert f"{len(BAD_SCANS)} scans failed, listed above" in captured.err
     assert sorted(re.findall(r"^(bad\d): failed: ", captured.out + captured.err, re.M)) == [f"bad{k}" for k in range(8)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.nii.gz", "volumes.csv"]
+
+
+def test_predictions_that_end_at_the_same_moment_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        **{"checkpoint": str(checkpoint(tmp_path / "run")), "out": str(tmp_path / "out"), "predict": {"device": "cpu"}},
+        **dict.fromkeys(("probabilities", "mirror"), False),
+        **dict.fromkeys(("uncertainty", "strip", "layout"), None),
+        "plugins": [],
+    }
+    predictors = {id: SegmentationPredictor(config) for id in "ab"}
+    before = SegmentationPredictor._rows_before
+
+    def slow(self: SegmentationPredictor, header: list[str]) -> dict[str, dict[str, str]]:
+        rows = before(self, header)
+        time.sleep(0.5)  # the other one's time to write its rows
+        return rows
+
+    monkeypatch.setattr(SegmentationPredictor, "_rows_before", slow)
+    (tmp_path / "out").mkdir()
+    for id, predictor in predictors.items():
+        (tmp_path / "out" / f"{id}.nii.gz").touch()
+        predictor.rows[id] = {"id": id, "x_ml": "1.000"}
+    threads = [threading.Thread(target=predictor.finish) for predictor in predictors.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [row["id"] for row in read_rows(tmp_path / "out" / "volumes.csv")] == ["a", "b"]
+
+
+def test_a_damaged_table_of_volumes_is_named_before_the_work(tmp_path: Path, monkeypatch, capsys) -> None:
+    trained, out = checkpoint(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    (out / "volumes.csv").write_bytes(b"id,x_ml\n\xff,1\n")
+    assert call(predict, monkeypatch, f"checkpoint={trained}", f"input={a_scan(tmp_path)}", f"out={out}") == 1
+    assert f"{out / 'volumes.csv'}: not a table" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["volumes.csv"]
 
 
 def test_a_png_bomb_is_named_and_the_others_are_done(tmp_path: Path, monkeypatch, capsys) -> None:

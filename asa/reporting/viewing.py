@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from asa.data.io.files import read_yaml
-from asa.data.io.nifti import read_label, write_image
+from asa.data.io.nifti import read_image, read_label, write_image
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
@@ -73,15 +73,22 @@ def predicted(folder: Path, config: Config) -> Cases:
     store = Store(images) if images is not None and (images / MANIFEST).is_file() else None
     cases = {}
     for id in (one["id"] for one in select_ids([{"id": id} for id in files], config)):
-        values = [int(value) for value in np.unique(read_label(files[id]).data) if value]
+        label = read_label(files[id])
+        values = [int(value) for value in np.unique(label.data) if value]
         names = {value: str(value) for value in values} if store is None else store.labels
         scan = None if images is None else _scan(id, images, store)
-        layers = [] if scan is None else [Layer("image", scan.read_bytes())]
-        layers.append(Layer("prediction", files[id].read_bytes(), "labels", names))
+        layers = [] if scan is None else [_layer("image", scan)]
+        layers.append(Layer("prediction", nifti(label.data.T, label.affine, label.data.dtype), "labels", names))
         for path in sorted(Flat(folder).probabilities(id).glob("*.nii.gz")):
-            layers.append(Layer(f"p({path.name.removesuffix('.nii.gz')})", path.read_bytes(), "plasma"))
+            layers.append(_layer(f"p({path.name.removesuffix('.nii.gz')})", path, "plasma"))
         cases[id] = layers
     return cases
+
+
+def _layer(name: str, path: Path, kind: str = "gray") -> Layer:
+    """An image as a layer. Its voxels alone get into the page: a store, or a link, may name any file of the user's."""
+    image = read_image(path)
+    return Layer(name, nifti(image.data.T, image.affine), kind)
 
 
 def _scan(id: str, images: Path, store: Store | None) -> Path:
@@ -130,7 +137,7 @@ def select_ids(records: Sequence[Mapping[str, Any]], config: Config) -> list[Any
     return [by_id[str(id)] for id in config["ids"]]
 
 
-def nifti(volume: np.ndarray, affine: np.ndarray, dtype: type = np.float32) -> bytes:
+def nifti(volume: np.ndarray, affine: np.ndarray, dtype: Any = np.float32) -> bytes:
     """A volume `(D, H, W)` as the bytes of a compressed NIfTI file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "volume.nii.gz"

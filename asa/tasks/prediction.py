@@ -184,7 +184,7 @@ def _cases(source: Path, config: Config, preprocessor: ScanPreprocessor) -> list
         return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
     usual = {channel: channel.lower().removesuffix("w") for channel in channels}
     named = SUFFIXES.keys() >= set(usual.values()) and len(set(usual.values())) == len(channels)
-    if source.is_dir() and config["layout"] == "bids" and named:
+    if source.is_dir() and config.get("layout") == "bids" and named:
         suffixes = {channel: SUFFIXES[name] for channel, name in usual.items()}
         return [(record["id"], record["images"]) for record in bids.records(source, channels=suffixes)]
     if len(channels) != 1:

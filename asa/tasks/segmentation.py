@@ -7,8 +7,6 @@ voxel sizes. Prediction: label maps in each scan's own space, by a sliding windo
 maps against the truth under a named policy.
 """
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +19,9 @@ import torch
 from asa.config import typed
 from asa.data.datasets import folder
 from asa.data.io.files import write_whole
+from asa.data.io.lock import in_turn
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import csv_text
+from asa.data.io.tables import csv_text, read_rows
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, VolumeSource
 from asa.data.loading.loader import collate
@@ -266,11 +265,14 @@ class SegmentationPredictor:
         config: of asa-predict.
 
     Raises:
-        FileNotFoundError, ValueError: see `Segmenter`; an unknown layout, or labels that it cannot name.
+        FileNotFoundError, ValueError: see `Segmenter`; an unknown layout, labels that it cannot name, or
+            a damaged table of volumes.
     """
 
     def __init__(self, config: Config) -> None:
         self.out, self.with_probabilities = Path(str(config["out"])), config["probabilities"]
+        if (self.out / VOLUMES).exists():
+            read_rows(self.out / VOLUMES)  # rows are added to it: refused before the work if it is no table
         self.with_uncertainty = config["uncertainty"] is not None
         self.segmenter = Segmenter(
             checkpoints_of(config),
@@ -299,14 +301,16 @@ class SegmentationPredictor:
     def finish(self) -> str:
         if self.rows:
             header = list(next(iter(self.rows.values())))
-            rows = dict(sorted((self._rows_before(header) | self.rows).items()))
-            write_whole(self.out / VOLUMES, csv_text(header, [list(row.values()) for row in rows.values()]).encode())
+            with in_turn(self.out):  # another process may add its scans at the same moment
+                rows = dict(sorted((self._rows_before(header) | self.rows).items()))
+                table = csv_text(header, [list(row.values()) for row in rows.values()])
+                write_whole(self.out / VOLUMES, table.encode())
         return f"wrote label maps and {VOLUMES} to {self.out}"
 
     def _rows_before(self, header: Sequence[str]) -> dict[str, dict[str, str]]:
         """Rows of an earlier table with these columns, of scans whose label maps are still here."""
         file = self.out / VOLUMES
-        rows = list(csv.DictReader(io.StringIO(file.read_text()))) if file.exists() else []
+        rows = read_rows(file) if file.exists() else []
         there = label_maps_of(self.out)
         return {row["id"]: row for row in rows if list(row) == list(header) and row["id"] in there}
 

@@ -76,6 +76,27 @@ def test_predictions_are_shown_over_their_scans_with_their_probabilities(viewer:
     assert layers["p(gm)"]["opacity"] == 0
 
 
+@pytest.mark.parametrize("place", ["store", "probabilities"])
+def test_a_file_that_is_no_image_does_not_get_into_a_page(
+    store: Path, viewer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    secret, other, out = tmp_path / "id_rsa", tmp_path / "other", tmp_path / "page.html"
+    secret.write_text("a key of the user's")
+    manifest = json.loads((store / "manifest.json").read_text())
+    id = manifest["records"][0]["id"]
+    manifest["records"][0]["sources"]["t1"]["path"] = str(secret)
+    other.mkdir()
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    predictions = tmp_path / "predictions"
+    write_image(predictions / f"{id}.nii.gz", np.ones((4, 5, 6)), np.eye(4), dtype=np.uint8)
+    if place == "probabilities":
+        (predictions / "probabilities" / id).mkdir(parents=True)
+        (predictions / "probabilities" / id / "gm.nii.gz").symlink_to(secret)
+    images = (f"images={other}",) if place == "store" else ()
+    assert view.main([f"input={predictions}", f"out={out}", f"viewer={viewer}", *images]) == 1
+    assert not out.exists() and len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_reconstruction_shows_what_was_masked(store: Path, viewer: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "page.html"
     quick = ("train.steps=1", "train.batch_size=2", "optim.warmup=0", "loader.workers=0", "train.device=cpu")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -71,6 +72,12 @@ def test_a_row_is_the_mean_of_the_heads_tokens_for_a_store_and_for_raw_scans(coh
         total, weight = total + inside * tokens[:, d, h, w], weight + inside
     np.testing.assert_allclose(vector(stored["s03"], "whole"), total / weight, atol=2e-3)
     np.testing.assert_allclose(vector(raw["s03"], "whole"), vector(stored["s03"], "whole"), atol=2e-3)
+
+
+def test_a_folder_of_scans_needs_no_pattern(cohort: Path, tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    shutil.copy(cohort / "raw" / "s03_T1.nii.gz", tmp_path / "raw" / "=s03.nii.gz")
+    assert list(embedded(cohort, tmp_path / "out", f"input={tmp_path / 'raw'}")) == ["'=s03"]  # a spreadsheet's text
 
 
 def test_the_difference_of_the_sides_is_left_minus_right(cohort: Path, tmp_path: Path) -> None:

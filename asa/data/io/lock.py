@@ -62,6 +62,18 @@ def locked(run: Path, report: Callable[[str], None] = print) -> Iterator[None]:
                 file.unlink()
 
 
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Let processes of this machine change a table of a folder one after another; nothing is written for it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # not supported by some network file systems
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _acquire(file: Path, own: Holder, stale: Holder | None) -> Holder | None:
     """Write the lock if it is free or still the stale one; otherwise return its holder."""
     while True:
