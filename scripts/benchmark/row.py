@@ -204,13 +204,13 @@ def loader(spec: Spec, device: torch.device) -> Work:
 
 def digests(spec: Spec, device: torch.device) -> Work:
     """A crop of a stored volume, whose file is compared with its SHA-256 when a process first opens it."""
-    from asa.data.store import FORMAT, Store, read_box, write_array, write_manifest
+    from asa.data.store import FORMAT, Store, entry_line, read_box, write_array, write_manifest
 
     root, image = Path(spec["scratch"]), torch.rand(1, *spec["volume"]).numpy()
     own = {"subject": "s", "sources": {}, "chain": {}, "shape": list(image.shape)}
     record = {"id": "s", **own, "arrays": {"image": write_array(root, "s", "image", image)}}
     empty = {"settings": {}, "channels": ["t1"], "labels": {}, "ignored": [], "regions": {}}
-    write_manifest(root, {"format": FORMAT, **empty, "records": [record]})
+    write_manifest(root, {"format": FORMAT, **empty}, {"s": entry_line(record)})
     opened = Store(root)
     opened.image("s")
 
