@@ -38,6 +38,7 @@ from scripts.benchmark.checks import CHECKS
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
 from scripts.benchmark.plan import AIR, CHANNELS, Spec
+from scripts.benchmark.scale import scale
 
 Batch = dict[str, Any]
 Step = Callable[[Batch], None]
@@ -354,6 +355,8 @@ def main() -> None:
     elif spec["kind"] in CHECKS:
         torch.manual_seed(0)
         row = CHECKS[spec["kind"]](spec, torch.device(spec["device"]))
+    elif spec["kind"] == "scale":
+        row = scale(spec, torch.device(spec["device"]))
     else:
         with nullcontext() if spec["kind"] in ("loader", "fed") else MatrixRate(spec) as rates:
             row = measure(spec, rates)

@@ -127,7 +127,7 @@ def _prepare(
                 started = time.monotonic()
                 save()
                 next_save = time.monotonic() + SAVE_EVERY * max(1, time.monotonic() - started)
-        for id, reason in _duplicates(manifest_file, entries, ids).items():
+        for id, reason in find_duplicates(manifest_file, entries, ids).items():
             if cohort.duplicates == "keep":
                 report.warnings.setdefault(id, []).append(reason)
                 failure = ""
@@ -226,7 +226,7 @@ def _quality(record: Record, outcome: ScanOutcome) -> ScanQuality:
     return ScanQuality(record["id"], record["subject"], site, reason, outcome.warnings, facts, outcome.thumbnail)
 
 
-def _duplicates(manifest: Path, entries: dict[str, bytes], ids: set[str]) -> dict[str, str]:
+def find_duplicates(manifest: Path, entries: dict[str, bytes], ids: set[str]) -> dict[str, str]:
     """Of scans with the same voxels all but the first, among the given ids: id -> which scan it repeats.
 
     Scans that only the store holds come first, the others in the order of their ids.

@@ -95,12 +95,28 @@ def test_a_worker_that_does_not_see_the_store_is_named(cluster, tmp_path, monkey
 
 
 def test_workers_with_threads_are_refused() -> None:
-    quiet = {"dashboard_address": None, "silence_logs": 50}
+    options = {"threads_per_worker": 2, "processes": False, "dashboard_address": ":0", "silence_logs": 50}
     with (
-        distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, **quiet) as cluster,
+        distributed.LocalCluster(n_workers=1, **options) as cluster,
         pytest.raises(ValueError, match="has 2 threads: start it with --nthreads 1"),
     ):
         list(on_cluster(double, [1], cluster.scheduler_address, title="t", unit="u", progress=False))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (["executor=slurm"], "executor=slurm: choose processes or dask"),
+        (["executor=dask"], "executor=dask and scheduler=ADDRESS go together"),
+        (["scheduler=tcp://a:1"], "executor=dask and scheduler=ADDRESS go together"),
+        (["executor=dask", "scheduler=tcp://a:1", "workers=2"], "workers= is for executor=processes"),
+    ],
+)
+def test_settings_of_the_executor_that_contradict_each_other_are_named(tmp_path, capsys, wrong, reason) -> None:
+    from asa.cli.prepare import main
+
+    assert main(arguments=[f"data.root={tmp_path}", f"out={tmp_path}/store", *wrong]) == 1
+    assert f"error: {reason}" in capsys.readouterr().err and not (tmp_path / "store").exists()
 
 
 def test_no_scheduler_and_no_dask_are_named(monkeypatch) -> None:
