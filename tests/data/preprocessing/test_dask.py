@@ -3,6 +3,7 @@
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,21 @@ def test_workers_with_threads_are_refused() -> None:
         pytest.raises(ValueError, match="has 2 threads: start it with --nthreads 1"),
     ):
         list(on_cluster(double, [1], cluster.scheduler_address, title="t", unit="u", progress=False))
+
+
+def slow(number: int) -> int:
+    time.sleep(0.5)
+    return number
+
+
+def test_a_scheduler_that_is_lost_ends_the_command() -> None:
+    options = {"threads_per_worker": 1, "processes": False, "dashboard_address": ":0", "silence_logs": 50}
+    with (
+        distributed.LocalCluster(n_workers=1, **options) as cluster,
+        pytest.raises(ConnectionError, match="the dask scheduler was lost; give the same command again"),
+    ):
+        for _ in on_cluster(slow, range(8), cluster.scheduler_address, title="t", unit="u", progress=False):
+            cluster.close()
 
 
 @pytest.mark.parametrize(
