@@ -23,10 +23,12 @@ A manifest that is written in another way, by an earlier version or by hand, is 
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from operator import lt
 from pathlib import Path
 from typing import IO, Any, overload
@@ -168,6 +170,25 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | N
     except (OSError, ValueError, EOFError, OverflowError):
         return None
     return array if array.shape == shape and array.dtype == dtype else None
+
+
+def has_array(path: Path, shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether `open_array` would open a file, without the cost of a memory map where `write_array` wrote it."""
+    header = _array_header(shape, dtype)
+    try:
+        with path.open("rb", buffering=0) as file:
+            if file.read(len(header)) == header:
+                return os.fstat(file.fileno()).st_size >= len(header) + math.prod(shape) * np.dtype(dtype).itemsize
+    except OSError:
+        return False
+    return open_array(path, shape, dtype) is not None
+
+
+@lru_cache
+def _array_header(shape: tuple[int, ...], dtype: Any) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:

@@ -39,7 +39,7 @@ def scale(spec: Spec, device: torch.device) -> dict[str, Any]:
     before, start, began = host_peak(), time.perf_counter(), time.process_time()
     call()
     found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - began}
-    found["peak_bytes"] = host_peak()
+    found |= {"peak_bytes": host_peak(), "repeats": 1}
     size = (root / "store" / MANIFEST).stat().st_size
     return {**found, "extra_bytes": found["peak_bytes"] - before, "manifest_bytes": size}
 

@@ -12,7 +12,7 @@ import pytest
 
 from asa.data.io.nifti import write_image
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
-from asa.data.store import FORMAT, Store, entry_line, read_manifest, write_manifest
+from asa.data.store import FORMAT, Store, entry_line, has_array, open_array, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -214,3 +214,15 @@ def test_opening_a_store_of_many_scans_leaves_their_entries_on_disk(made):
     assert store.records.ids == ids and store.record("s04321")["id"] == "s04321"
     assert (made / "manifest.json").stat().st_size > 10_000_000 and held < peak < 3_000_000
     assert len(pickle.dumps(store)) < 500_000  # of which each worker of a loader has one
+
+
+def test_an_array_is_there_exactly_if_it_can_be_opened(made, tmp_path):
+    whole, shape = made / "images/a.npy", (2, 7, 8, 9)
+    for k, payload in enumerate((whole.read_bytes(), whole.read_bytes()[:-1], b"", whole.read_bytes() + b"x")):
+        (tmp_path / f"{k}.npy").write_bytes(payload)
+    np.save(tmp_path / "4.npy", np.asfortranarray(np.load(whole)))
+    np.lib.format.write_array((tmp_path / "5.npy").open("wb"), np.load(whole), version=(2, 0))
+    for path in (*(tmp_path / f"{k}.npy" for k in range(6)), tmp_path / "none.npy"):
+        for size, dtype in ((shape, np.float16), (shape, np.uint8), ((1, 7, 8, 9), np.float16)):
+            assert has_array(path, size, dtype) == (open_array(path, size, dtype) is not None), (path, size, dtype)
+    assert has_array(whole, shape, np.float16) and not has_array(tmp_path / "1.npy", shape, np.float16)

@@ -17,7 +17,7 @@ from asa.data.io.nifti import Volume, identity_of, read_image, read_label
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices
 from asa.data.preprocessing.quality_control import Thumbnail, case_thumbnail, stored_thumbnail
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.store import DTYPES, MANIFEST, array_path, open_array, parse_entry, write_array
+from asa.data.store import DTYPES, MANIFEST, array_path, has_array, parse_entry, write_array
 from asa.errors import reason_of
 
 
@@ -210,8 +210,7 @@ def _is_unchanged(entry: dict[str, Any], sources: dict[str, dict[str, Any]], roo
     digests = [{name: source["sha256"] for name, source in group.items()} for group in (entry["sources"], sources)]
     channels, *size = entry["shape"]
     return digests[0] == digests[1] and all(
-        open_array(array_path(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind])
-        is not None
+        has_array(array_path(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind])
         for kind in entry["arrays"]
     )
 
