@@ -141,7 +141,7 @@ def _checkpoints(place: Path) -> tuple[Callable[[random.Random], Path], Callable
 
 
 def _manifests(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[Path], object]]:
-    from asa.data.store import FORMAT, write_array, write_manifest
+    from asa.data.store import CLOSING, FORMAT, OPENING, entry_line, write_array, write_manifest
 
     record = {"id": "s", "subject": "s", "sources": {"t1": {"path": "a.nii", "sha256": ""}}, "chain": {"steps": []}}
     record |= {"shape": [1, 4, 4, 4], "arrays": {"image": write_array(place, "s", "image", np.ones((1, 4, 4, 4)))}}
@@ -153,12 +153,20 @@ def _manifests(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[
         "regions": {"a": [1]},
     }
     manifest = {"format": FORMAT, **common, "records": [record]}
-    write_manifest(place, manifest)
+    write_manifest(place, manifest, {"s": entry_line(record)})
     content = (place / "manifest.json").read_bytes()
 
     def make(rng: random.Random) -> Path:
         tree = rng.random() < 0.7
-        other = json.dumps(changed_tree(manifest, rng)).encode() if tree else changed_bytes(content, rng)
+        changed = changed_tree(manifest, rng) if tree else None
+        if changed is None:
+            other = changed_bytes(content, rng)
+        elif isinstance(changed, dict) and isinstance(changed.get("records"), list) and rng.random() < 0.5:
+            head = json.dumps({**changed, "records": []}, indent=2).encode().removesuffix(b'  "records": []\n}')
+            lines = b",\n".join(json.dumps(record).encode() for record in changed["records"])
+            other = head + OPENING + lines + b"\n" + CLOSING  # as asa-prepare writes it
+        else:
+            other = json.dumps(changed).encode()
         (place / "manifest.json").write_bytes(other)
         return place / "manifest.json"
 

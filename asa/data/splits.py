@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from asa.data.io.files import check_digest, read_json, write_json
+from asa.data.store import Records
 
 PARTS = ("train", "validation", "test")
 
@@ -14,7 +15,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Mapping[str, Any])
 
 
 def make_split(
-    records: Iterable[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     *,
     validation: int | float = 0,
     test: int | float = 0,
@@ -54,8 +55,7 @@ def make_split(
         raise ValueError(
             f"split: folds={folds} and fold={fold} go together, as in folds=5 fold=0; give both or neither"
         )
-    records = list(records)
-    order = _order(records, seed)
+    order = _order(subjects_of(records), seed)
     if ratio is not None:
         _, validation, test = _sizes(ratio, len(order))
         return _parts(order, validation, order[:test])
@@ -67,9 +67,13 @@ def make_split(
     return _parts(order, count, order[: _count(test, len(order), "test")])
 
 
-def _order(records: Iterable[Mapping[str, Any]], seed: int) -> list[str]:
-    subjects = {str(record["subject"]) for record in records}
-    return sorted(subjects, key=lambda subject: (hashlib.sha256(f"{seed}/{subject}".encode()).digest(), subject))
+def subjects_of(records: Iterable[Mapping[str, Any]]) -> Sequence[str]:
+    """The subject of each record; those of a store are known without reading its entries."""
+    return records.subjects if isinstance(records, Records) else [str(record["subject"]) for record in records]
+
+
+def _order(subjects: Iterable[str], seed: int) -> list[str]:
+    return sorted(set(subjects), key=lambda subject: (hashlib.sha256(f"{seed}/{subject}".encode()).digest(), subject))
 
 
 def _parts(order: Sequence[str], validation: int | float, tested: Iterable[str]) -> dict[str, list[str]]:
@@ -221,15 +225,15 @@ def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:
     return {name: [str(subject) for subject in split.get(name, ())] for name in PARTS}
 
 
-def select(records: Iterable[AnyRecord], subjects: Iterable[str]) -> list[AnyRecord]:
-    """Records of the given subjects, in the order of the subjects.
+def select(records: Sequence[AnyRecord], subjects: Iterable[str]) -> Sequence[AnyRecord]:
+    """Records of the given subjects, in the order of the subjects; those of a store are not read.
 
     Raises:
         ValueError: a subject has no record.
     """
-    scans: dict[str, list[AnyRecord]] = {}
-    for record in records:
-        scans.setdefault(str(record["subject"]), []).append(record)
+    scans: dict[str, list[int]] = {}
+    for k, subject in enumerate(subjects_of(records)):
+        scans.setdefault(subject, []).append(k)
     subjects = list(subjects)
     missing = [subject for subject in subjects if subject not in scans]
     if missing:
@@ -237,4 +241,6 @@ def select(records: Iterable[AnyRecord], subjects: Iterable[str]) -> list[AnyRec
             f"split: {len(missing)} of its subjects are not in the cohort ({', '.join(map(str, missing[:3]))}"
             f"{', ...' if len(missing) > 3 else ''}); prepare them or correct the split"
         )
-    return [record for subject in subjects for record in scans[subject]]
+    chosen = [k for subject in subjects for k in scans[subject]]
+    taken: Any = records.take(chosen) if isinstance(records, Records) else [records[k] for k in chosen]
+    return taken

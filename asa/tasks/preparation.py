@@ -28,13 +28,14 @@ def prepare_task(config: Config) -> None:
     files = [path for path in out.iterdir() if path.name != LOCK and path.suffix != PART] if out.is_dir() else []
     if check != "only" and files and not (out / MANIFEST).exists():
         raise ValueError(f"{out} is not empty and not a store: choose another out=")
+    scheduler = _scheduler(config)
     if config["data"]["root"] is None and not config["data"].get("table"):
         raise ValueError("data.root has to be given: add data.root=FOLDER")
     cohort = _cohort(config)
     records = build(config["data"], plugins=config["plugins"])
     quality = QualityControlReport(Path(str(config["report"] or f"{out}_check"))) if check else None
     target, on_scan = None if check == "only" else out, quality.add if quality else None
-    report = prepare_cohort(records, target, cohort, workers=config["workers"], on_scan=on_scan)
+    report = prepare_cohort(records, target, cohort, workers=config["workers"], scheduler=scheduler, on_scan=on_scan)
     _print(report, "nothing written" if check == "only" else str(out))
     if quality:
         quality.finish(cohort.settings.as_json())
@@ -56,6 +57,18 @@ def verify(path: Path) -> None:
     if damaged:
         raise ValueError(f"{len(damaged)} scans of {path} are damaged, listed above with what to do")
     print(f"{path}: all {len(store)} scans are unchanged")
+
+
+def _scheduler(config: Config) -> str | None:
+    """Address of the dask scheduler; None for processes of this machine."""
+    executor, scheduler = config["executor"], config["scheduler"]
+    if executor not in ("processes", "dask"):
+        raise ValueError(f"executor={executor}: choose processes or dask")
+    if (executor == "dask") != (scheduler is not None):
+        raise ValueError("executor=dask and scheduler=ADDRESS go together, as in scheduler=tcp://login1:8786")
+    if executor == "dask" and config["workers"] != 1:
+        raise ValueError("workers= is for executor=processes: start as many dask workers as the cluster has room for")
+    return None if scheduler is None else str(scheduler)
 
 
 def _cohort(config: Config) -> CohortSettings:

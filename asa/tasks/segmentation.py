@@ -349,7 +349,7 @@ def _truth_of_store(path: Path, config: Config) -> Truth:
     if given := [key for key in ("labels", "ignored", "images") if config[key]]:
         raise ValueError(f"{given[0]}= is for a folder of label maps, and {path} is a store with its own: leave it out")
     store = Store(path)
-    records = store.records
+    records: Sequence[Mapping[str, Any]] = store.records
     if config["split_file"] is not None:
         split = read_split(config["split_file"])
         if not split.get(config["part"]):

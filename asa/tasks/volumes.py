@@ -18,7 +18,7 @@ from asa.training.checkpoint import list_checkpoints
 from asa.training.distributed import is_main
 from asa.training.pretrained import load_pretrained, read_source
 
-Records = list[dict[str, Any]]
+Records = Sequence[dict[str, Any]]
 MOSTLY_PADDING = 0.5  # fraction of a crop outside the volumes, above which a crop that fits is named
 DIVISOR = 32  # of the crop of any of our networks
 

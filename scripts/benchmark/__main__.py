@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.plan import PARTS, Spec, plan
+from scripts.benchmark.plan import PARTS, SCALES, Spec, plan
 from scripts.benchmark.report import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--edge", type=number, default=128, help="edge of the training volumes in voxels, a multiple of 32"
     )
+    parser.add_argument("--records", type=number, nargs="+", default=SCALES, help="scans in the stores of part scale")
     parser.add_argument("--matrix", type=number, default=4096, help="edge of the matrices for the machine's rate")
     parser.add_argument("--timeout", type=number, default=900, help="seconds until a row counts as failed")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and bench.md")
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         common |= {key: machine[key] for key in ("device", "precision", "threads")}
         machine |= {"matrix": options.matrix, "size": options.size, "batch": options.batch}
-        specs = plan(options.parts, options.size, options.edge, options.batch, common)
+        specs = plan(options.parts, options.size, options.edge, options.batch, common, options.records)
         return measure(specs, machine, options.out, lambda: options.timeout)
 
 

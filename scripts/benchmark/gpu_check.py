@@ -50,7 +50,7 @@ def plan(sizes: dict[str, Any], common: Spec) -> list[Spec]:
             for precision in sizes["precisions"]:
                 name = f"{describe(network, sizes['size'], sizes['edge'])}, batch {batch}, {precision}"
                 own = {"network": network, "size": sizes["size"], "edge": sizes["edge"], "batch": batch}
-                step = {"part": "scale", "name": name, "kind": "step", **own, "precision": precision, "planned": True}
+                step = {"part": "steps", "name": name, "kind": "step", **own, "precision": precision, "planned": True}
                 rows.append(step)
     return [{**common, **row} for row in rows]
 

@@ -1,9 +1,25 @@
 """The rows of a run: their names, and the specs that `row.py` measures. Does not import torch: see `__main__.py`."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-PARTS = ("pretrain", "fast", "finetune", "importance", "loader", "fed", "window", "growth", "regions", "digests")
+PARTS = (
+    "pretrain",
+    "fast",
+    "finetune",
+    "importance",
+    "loader",
+    "fed",
+    "window",
+    "growth",
+    "regions",
+    "digests",
+    "scale",
+)
+SCALES = (1_000, 10_000, 100_000)
+# By what they do with a store, see `scale.py`.
+OPERATIONS = ("make", "open", "split", "split by site", "duplicates", "leakage", "first batch", "resume")
 OVERLAP = 0.5
 AIR = 0.27  # of the patches of 15 stripped OASIS brains in centre crops of 128^3
 CHANNELS = {"asa": 1, "fast": 1, "dense": 1, "written": 1, "unet": 4, "light": 4, "unetr": 4, "swin": 4}
@@ -14,7 +30,9 @@ SWIN_FEATURES = {"base": 48, "small": 24, "tiny": 12}
 Spec = dict[str, Any]
 
 
-def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> list[Spec]:
+def plan(
+    parts: list[str], size: str, edge: int, batch: int, common: Spec, records: Sequence[int] = SCALES
+) -> list[Spec]:
     """The rows of a run, in order. A step in two parts has the same spec in both, except for the part.
 
     Args:
@@ -23,6 +41,7 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
         edge: of the training volumes, in voxels.
         batch: volumes per step.
         common: entries shared by all specs.
+        records: numbers of scans in the stores of the part "scale".
     """
 
     def step(part: str, network: str, side: int) -> Spec:
@@ -82,6 +101,11 @@ def plan(parts: list[str], size: str, edge: int, batch: int, common: Spec) -> li
             rows.append(
                 {"part": "digests", "name": name, "kind": "digests", "edge": edge, "volume": whole, "first": first}
             )
+    if "scale" in parts:
+        for count in records:
+            for operation in OPERATIONS:
+                own = {"operation": operation, "records": count, "edge": edge, "volume": whole}
+                rows.append({"part": "scale", "name": f"{count:,} scans: {operation}", "kind": "scale", **own})
     return [{**row, **common} for row in rows]
 
 

@@ -10,10 +10,10 @@ from scripts.benchmark.plan import tokens
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 
-OF_THE_GPU_CHECK = ("checks", "scale")
+ABSOLUTE = ("checks", "steps", "scale")  # parts whose rows are not compared with the first
 TITLES = {
     "checks": "Checks",
-    "scale": "Training steps",
+    "steps": "Training steps",
     "pretrain": "Pretraining step",
     "fast": "Pretraining step, asa_fast",
     "finetune": "Fine-tuning step",
@@ -22,6 +22,7 @@ TITLES = {
     "fed": "Pretraining step fed by the loader, files in the page cache",
     "window": "Sliding window over a whole volume",
     "growth": "Growth of the pretraining step",
+    "scale": "Stores of many scans",
     "digests": "Reading from the store, files in the page cache",
     "regions": "Attention inside regions, and the restoration network",
 }
@@ -31,15 +32,16 @@ the rate of large matrix products, measured immediately before and after each re
 time: relative to the first row, corrected for the drift of that rate. Peak: memory of the row's process on a CPU
 (including Python and libraries, without loader workers), of the tensors on a GPU. Per token: relative to the smallest
 volume of the same network. Waiting: fraction of the time in which a step waits for its batch and the device is idle.
-Extra: memory in addition to queries, keys, values and index. Difference: to the written-out operation in float32,
-relative to its largest value. Fraction of the matrix rate in this precision: the model FLOP utilisation (MFU)."""
+Extra: memory in addition to queries, keys, values and index; of a store, in addition to libraries. Difference: to the
+written-out operation in float32, relative to its largest value. Fraction of the matrix rate in this precision: the
+model FLOP utilisation (MFU)."""
 
 
 def add_ratios(rows: list[Row]) -> None:
     """Add ratios: of each row to the first of its part, and of each volume size to the smallest of the same network."""
     first: dict[str, Row] = {}
     for row in rows:
-        if row["status"] != "ok" or row["kind"] == "restore" or row["part"] in OF_THE_GPU_CHECK:
+        if row["status"] != "ok" or row["kind"] == "restore" or row["part"] in ABSOLUTE:
             continue
         key = f"growth of {row['network']}" if row["part"] == "growth" else row["part"]
         base = first.setdefault(key, row)
@@ -96,10 +98,15 @@ CHECKS: list[Column] = [
     ("steps/s", _number("steps_per_second", ".2f")),
 ]
 SCALE: list[Column] = [
+    ("CPU s", _number("cpu_seconds", ".3g")),
+    ("extra MiB", _number("extra_bytes", ".0f", 2**20)),
+    ("manifest MB", _number("manifest_bytes", ".1f", 1e6)),
+]
+STEPS: list[Column] = [
     ("plan=only GiB", _number("planned_bytes", ".2f", 2**30)),
     ("peak / plan", _number("peak_to_plan", ".2f")),
 ]
-OWN = {"growth": GROWTH, "regions": REGIONS, "checks": CHECKS, "scale": SCALE}
+OWN = {"growth": GROWTH, "regions": REGIONS, "checks": CHECKS, "scale": SCALE, "steps": STEPS}
 
 
 def table(rows: list[Row], columns: list[Column]) -> str:

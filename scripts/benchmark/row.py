@@ -38,6 +38,7 @@ from scripts.benchmark.checks import CHECKS
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
 from scripts.benchmark.plan import AIR, CHANNELS, Spec
+from scripts.benchmark.scale import scale
 
 Batch = dict[str, Any]
 Step = Callable[[Batch], None]
@@ -204,13 +205,13 @@ def loader(spec: Spec, device: torch.device) -> Work:
 
 def digests(spec: Spec, device: torch.device) -> Work:
     """A crop of a stored volume, whose file is compared with its SHA-256 when a process first opens it."""
-    from asa.data.store import FORMAT, Store, read_box, write_array, write_manifest
+    from asa.data.store import FORMAT, Store, entry_line, read_box, write_array, write_manifest
 
     root, image = Path(spec["scratch"]), torch.rand(1, *spec["volume"]).numpy()
     own = {"subject": "s", "sources": {}, "chain": {}, "shape": list(image.shape)}
     record = {"id": "s", **own, "arrays": {"image": write_array(root, "s", "image", image)}}
     empty = {"settings": {}, "channels": ["t1"], "labels": {}, "ignored": [], "regions": {}}
-    write_manifest(root, {"format": FORMAT, **empty, "records": [record]})
+    write_manifest(root, {"format": FORMAT, **empty}, {"s": entry_line(record)})
     opened = Store(root)
     opened.image("s")
 
@@ -354,6 +355,8 @@ def main() -> None:
     elif spec["kind"] in CHECKS:
         torch.manual_seed(0)
         row = CHECKS[spec["kind"]](spec, torch.device(spec["device"]))
+    elif spec["kind"] == "scale":
+        row = scale(spec, torch.device(spec["device"]))
     else:
         with nullcontext() if spec["kind"] in ("loader", "fed") else MatrixRate(spec) as rates:
             row = measure(spec, rates)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import pickle
 import resource
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from asa.data.io.nifti import write_image
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
-from asa.data.store import FORMAT, Store
+from asa.data.store import FORMAT, Store, entry_line, has_array, open_array, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -64,8 +66,10 @@ def test_a_crop_reads_only_its_own_pages(made):
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         file.truncate(file.tell() + 2 * math.prod(shape))
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["records"][0]["shape"] = list(shape)
+    (made / "manifest.json").write_text(json.dumps(manifest))
     store = Store(made)
-    store.record("a")["shape"] = list(shape)
     store._compared.add(path)  # with its SHA-256, as after the first time
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     crop = np.array(store.image("a")[:, 500:532, 1000:1032, 500:532])
@@ -132,3 +136,93 @@ def test_an_id_that_occurs_twice_in_a_manifest_is_refused(made, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"manifest\.json: scans with the same id"):
         Store(tmp_path)
+
+
+def test_the_entries_of_a_store_are_those_of_its_manifest(made):
+    records, whole = Store(made).records, json.loads((made / "manifest.json").read_text())["records"]
+    assert list(records) == whole and [records[0], records[-1]] == whole
+    assert list(records[1:]) == whole[1:] and list(records.take([1, 0])) == whole[::-1]
+    assert records.ids == ["a", "b"] and records.subjects == ["person-a", "person-b"]
+    assert list(pickle.loads(pickle.dumps(records))) == whole
+    with pytest.raises(IndexError):
+        records[2]
+
+
+def test_every_scan_has_a_line_that_is_json(made):
+    lines = (made / "manifest.json").read_text().splitlines()
+    scans = [json.loads(line.removesuffix(",")) for line in lines if line.startswith("{") and line != "{"]
+    assert scans == json.loads((made / "manifest.json").read_text())["records"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_manifest_without_lines_gives_the_same_entries(made, indent):
+    """As earlier versions wrote it; asa-prepare then writes it with lines."""
+    file, records = made / "manifest.json", list(Store(made).records)
+    by_line = file.read_bytes()
+    manifest = json.loads(by_line)
+    file.write_text(json.dumps({**manifest, "records": manifest["records"][::-1]}, indent=indent))
+    old = Store(made)
+    assert list(old.records) == records == list(pickle.loads(pickle.dumps(old.records)))
+    assert old.record("b") == records[1] and old.image("b").shape == (2, 7, 8, 9)
+    write_manifest(made, manifest, dict(zip(old.records.ids, old.records.lines(), strict=True)))
+    assert file.read_bytes() == by_line
+
+
+def test_entries_are_found_again_in_a_manifest_that_has_new_ones(made):
+    """asa-prepare may add scans to a store that a training reads."""
+    store = Store(made)
+    before, first, state = list(store.records), store.records[:1], pickle.dumps(store)
+    manifest = read_manifest(made)
+    new = {**before[0], "id": "_first", "subject": "new"}
+    write_manifest(made, manifest, {entry["id"]: entry_line(entry) for entry in (new, *before)})
+    for opened in (store, pickle.loads(state)):
+        assert list(opened.records) == before and opened.record("b") == before[1]
+    assert list(first) == before[:1]
+    write_manifest(made, manifest, {"b": entry_line(before[1])})
+    with pytest.raises(ValueError, match=r"manifest\.json: a was removed from the store while it was in use"):
+        list(first)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (('"subject": "person-a"', '"subject": "person-a", "subject": 1'), "subject of a is missing or not"),
+        (('"subject": "person-a"', '"subject": "person-a", "subject": "b"'), "id or subject of a is missing or not"),
+        (('"subject": "person-a"', '"subject": "person-a", "id": "../b"'), "id or subject of a is missing or not"),
+        (('"subject": "person-a"', '"subject": "person-a", "x": NaN'), "a: not valid JSON .NaN is not a number"),
+        (('"subject": "person-a"', '"subject": "person-a", "x": ['), "a: not valid JSON"),
+        (('"subject": "person-a"', '"subject": "person-a", "x": ' + "[" * 100_000), "a: not valid JSON"),
+        (('"subject": "person-a"', '"subject": "person-a", "shape": [1], "y": "'), "a: not valid JSON"),
+    ],
+)
+def test_an_entry_that_asa_did_not_write_is_refused_when_it_is_read(made, change, reason):
+    path = made / "manifest.json"
+    path.write_text(path.read_text().replace(*change, 1))
+    with pytest.raises(ValueError, match=f"manifest.json: {reason}"):
+        Store(made).record("a")
+
+
+def test_opening_a_store_of_many_scans_leaves_their_entries_on_disk(made):
+    manifest = read_manifest(made)
+    entry = {**manifest["records"][0], "filler": "x" * 2000}
+    ids = [f"s{k:05d}" for k in range(5000)]
+    write_manifest(made, manifest, {id: entry_line({**entry, "id": id}) for id in ids})
+    tracemalloc.start()
+    store = Store(made)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert store.records.ids == ids and store.record("s04321")["id"] == "s04321"
+    assert (made / "manifest.json").stat().st_size > 10_000_000 and held < peak < 3_000_000
+    assert len(pickle.dumps(store)) < 500_000  # of which each worker of a loader has one
+
+
+def test_an_array_is_there_exactly_if_it_can_be_opened(made, tmp_path):
+    whole, shape = made / "images/a.npy", (2, 7, 8, 9)
+    for k, payload in enumerate((whole.read_bytes(), whole.read_bytes()[:-1], b"", whole.read_bytes() + b"x")):
+        (tmp_path / f"{k}.npy").write_bytes(payload)
+    np.save(tmp_path / "4.npy", np.asfortranarray(np.load(whole)))
+    np.lib.format.write_array((tmp_path / "5.npy").open("wb"), np.load(whole), version=(2, 0))
+    for path in (*(tmp_path / f"{k}.npy" for k in range(6)), tmp_path / "none.npy"):
+        for size, dtype in ((shape, np.float16), (shape, np.uint8), ((1, 7, 8, 9), np.float16)):
+            assert has_array(path, size, dtype) == (open_array(path, size, dtype) is not None), (path, size, dtype)
+    assert has_array(whole, shape, np.float16) and not has_array(tmp_path / "1.npy", shape, np.float16)

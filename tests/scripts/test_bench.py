@@ -112,6 +112,19 @@ def test_region_rows_are_measured() -> None:
     assert row.measure({"kind": "restore", "size": "tiny", "edge": 32, "regions": 3, **COMMON}, rates)["seconds"] > 0
 
 
+def test_operations_on_a_store_of_many_scans_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in one process here; the command takes a new one for each."""
+    monkeypatch.setattr(importlib.import_module("scripts.benchmark.scale"), "LINKS", 5)
+    rows = plan.plan(["scale"], "tiny", 64, 1, {**COMMON, "scratch": str(tmp_path)}, [16])
+    for spec in rows:
+        found = row.scale(spec, torch.device("cpu"))
+        assert found["seconds"] > 0 and found["extra_bytes"] >= 0 and found["manifest_bytes"] > 5000, spec["name"]
+    store = importlib.import_module("asa").Store(tmp_path / "scale-16" / "store")
+    assert len(store) == 16 and store.verify() == []
+    on_disk = sum(512 * path.stat().st_blocks / path.stat().st_nlink for path in tmp_path.rglob("*.*"))
+    assert on_disk < 500_000 < 16 * store.image(store.records.ids[0]).nbytes
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_with_a_loader_reports_the_fraction_of_time_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
@@ -137,7 +150,7 @@ def test_a_full_run_has_every_row_once_in_its_part() -> None:
     parts = [spec["part"] for spec in rows]
     assert {part: parts.count(part) for part in plan.PARTS} == {
         "pretrain": 3, "fast": 2, "finetune": 4, "importance": 2, "loader": 6, "fed": 3, "window": 3, "growth": 9,
-        "regions": 5, "digests": 2,
+        "regions": 5, "digests": 2, "scale": 24,
     }  # fmt: skip
     assert len({(spec["part"], spec["name"]) for spec in rows}) == len(rows)
     growth = [(spec["network"], spec["edge"]) for spec in rows if spec["part"] == "growth"]

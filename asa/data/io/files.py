@@ -79,14 +79,17 @@ def read_json(path: str | Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is not JSON; the message names the file and the line.
     """
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a number in JSON")
-
     try:
-        return json.loads(_text(path), parse_constant=refuse)
+        return JSON.decode(_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); restore or correct the file") from None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number in JSON")
+
+
+JSON = json.JSONDecoder(parse_constant=_refuse)  # of finite numbers
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from asa.data.loading.augment import (
     spatial_transform,
     swap_sides,
 )
-from asa.data.store import read_box
+from asa.data.store import Records, read_box
 from asa.ops.labels import IGNORED
 from asa.ops.patches import constant_patches
 from asa.ops.symmetry import flip, mirrored_start
@@ -104,22 +104,23 @@ class CropDataset(Samples):
             raise ValueError(
                 f"data.foreground={foreground} needs random crops of labelled scans: set data.placement=random"
             )
-        self.source, self.records, self.size = source, list(records), tuple(size)
+        self.source, self.records, self.size = source, records, tuple(size)
+        self.ids = records.ids if isinstance(records, Records) else [record["id"] for record in records]
         self.crop, self.labelled, self.augment = crop, labelled, augment or AugmentSettings()
         self.lateral_pairs, self.seed = tuple(lateral_pairs), seed
         self.foreground = foreground
         self.foregrounds: dict[str, Foreground] = {}  # by record id, made when the record is first read
         self.mirrored, self.air, self.attached = mirrored, air, attached or {}
-        unlabelled = [record["id"] for record in self.records if labelled and source.label(record["id"]) is None]
+        unlabelled = [record["id"] for record in records if not _has_label(record, source)] if labelled else []
         if unlabelled:
             raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the split or prepare it with one")
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.ids)
 
     def __getitem__(self, address: int | tuple[int, int]) -> dict[str, Any]:
         index, epoch = (address, 0) if isinstance(address, int) else address
-        record_id = self.records[index]["id"]
+        record_id = self.ids[index]
         seed = sample_seed(self.seed, epoch, record_id)
         generator = torch.Generator().manual_seed(seed)
         image = self.source.image(record_id)
@@ -127,7 +128,7 @@ class CropDataset(Samples):
         box = source_size(self.size, drawn)
         start = self._start(record_id, image.shape[1:], generator, box)
         crop = spatial_transform(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
-        sample = {"image": intensity_transform(crop, drawn).contiguous(), "seed": seed, "id": record_id}
+        sample: dict[str, Any] = {"image": intensity_transform(crop, drawn).contiguous(), "seed": seed, "id": record_id}
         if self.mirrored:
             across = torch.from_numpy(read_box(image, mirrored_start(start, box, image.shape[-1]), box)).float()
             across = spatial_transform(flip(across), self.size, drawn)
@@ -172,6 +173,11 @@ class CropDataset(Samples):
         if record_id not in self.foregrounds:
             self.foregrounds[record_id] = Foreground(label)
         return self.foregrounds[record_id].draw(label, draws)
+
+
+def _has_label(record: Mapping[str, Any], source: VolumeSource) -> bool:
+    """Whether a record has a label map, which is opened only where the record does not tell."""
+    return "label" in record["arrays"] if "arrays" in record else source.label(record["id"]) is not None
 
 
 class Foreground:

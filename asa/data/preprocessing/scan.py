@@ -1,5 +1,6 @@
 """One record of a cohort: read, prepared and written to the store, or the reason why it failed."""
 
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from asa.data.io.nifti import Volume, identity_of, read_image, read_label
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices
 from asa.data.preprocessing.quality_control import Thumbnail, case_thumbnail, stored_thumbnail
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.store import DTYPES, array_path, open_array, write_array
+from asa.data.store import DTYPES, MANIFEST, array_path, has_array, parse_entry, write_array
 from asa.errors import reason_of
 
 
@@ -78,14 +79,14 @@ class ScanJob:
         record: the scan.
         root: folder of the store; None writes nothing.
         cohort: how to prepare it.
-        previous: its entry in the manifest of an earlier run.
+        previous: its line in the manifest of an earlier run.
         thumbnail: make one.
     """
 
     record: Record
     root: Path | None
     cohort: CohortSettings
-    previous: dict[str, Any] | None
+    previous: bytes | None
     thumbnail: bool
 
 
@@ -133,9 +134,12 @@ def _prepare(job: ScanJob) -> ScanOutcome:
             f"has no {', '.join(absent)}; add the file, leave the scan out, or set missing=zero to fill in zeros"
         )
     flags = [f"has no {', '.join(absent)}: filled with zeros"] if absent else []
-    sources = _sources(record)
-    if root is not None and job.previous is not None and _is_unchanged(job.previous, sources, root):
-        entry = {**job.previous, **_subject(record), "sources": sources}
+    previous = None
+    if root is not None and job.previous is not None:
+        previous = parse_entry(root / MANIFEST, record["id"], job.previous)
+    sources = _sources(record, previous)
+    if root is not None and previous is not None and _is_unchanged(previous, sources, root):
+        entry = {**previous, **_subject(record), "sources": sources}
         head = _head(record) if job.thumbnail and cohort.settings.strip != "none" else None
         thumbnail = stored_thumbnail(entry, root, cohort.settings, head) if job.thumbnail else None
         return ScanOutcome(entry, unchanged=True, warnings=flags, thumbnail=thumbnail)
@@ -180,13 +184,20 @@ def _head(record: Record) -> Volume:
     return read_image(next(path for path in record["images"].values() if path is not None))
 
 
-def _sources(record: Record) -> dict[str, dict[str, str]]:
+def _sources(record: Record, previous: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The source files; one with the path, size and modification time of the previous entry is not read again."""
     paths = {**record["images"]} | ({"label": record["label"]} if "label" in record else {})
-    return {
-        name: {"path": str(Path(path).absolute()), "sha256": sha256_of(path)}
-        for name, path in paths.items()
-        if path is not None
-    }
+    known = previous["sources"] if previous else {}
+    return {name: _source(path, known.get(name, {})) for name, path in paths.items() if path is not None}
+
+
+def _source(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
+    source: dict[str, Any] = {"path": os.path.abspath(path)}
+    if Path(path).is_file():  # before its bytes are read, so that a later change has another time
+        found = os.stat(path)
+        source |= {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+    same = source.items() <= known.items() and "size" in source
+    return {**source, "sha256": known["sha256"] if same else sha256_of(path)}
 
 
 def _subject(record: Record) -> dict[str, str]:
@@ -194,13 +205,12 @@ def _subject(record: Record) -> dict[str, str]:
     return {"id": record["id"], "subject": record["subject"], **site}
 
 
-def _is_unchanged(entry: dict[str, Any], sources: dict[str, dict[str, str]], root: Path) -> bool:
+def _is_unchanged(entry: dict[str, Any], sources: dict[str, dict[str, Any]], root: Path) -> bool:
     """Whether the source files have the same bytes (their paths may differ) and the arrays exist."""
     digests = [{name: source["sha256"] for name, source in group.items()} for group in (entry["sources"], sources)]
     channels, *size = entry["shape"]
     return digests[0] == digests[1] and all(
-        open_array(array_path(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind])
-        is not None
+        has_array(array_path(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind])
         for kind in entry["arrays"]
     )
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -408,3 +409,12 @@ def test_crops_around_labelled_voxels_depend_on_seed_epoch_and_record_alone(stor
             CropDataset(
                 opened, opened.records, (24,) * 3, **{"crop": "random", "labelled": True, "foreground": 0.5, **wrong}
             )
+
+
+def test_labels_of_a_store_are_not_opened_to_know_of_them(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Store(store)
+    monkeypatch.setattr(Store, "label", lambda self, id: pytest.fail(f"{id} was opened"))
+    assert len(CropDataset(opened, opened.records, (8, 8, 8), labelled=True)) == len(opened)
+    entry = {**opened.records[0], "arrays": {"image": ""}}
+    with pytest.raises(ValueError, match=f"{entry['id']}: has no label map"):
+        CropDataset(opened, [entry], (8, 8, 8), labelled=True)

@@ -18,6 +18,7 @@ from asa.data.datasets import folder
 from asa.data.datasets.record import Record
 from asa.data.io.nifti import Volume, check_same_geometry, read_image, read_label, write_label
 from asa.data.preprocessing import cohort as prepare
+from asa.data.preprocessing import scan as one_scan
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_image
@@ -346,6 +347,27 @@ def test_a_second_run_skips_all_scans(cohort, tmp_path):
     assert second.skipped == first.prepared and not second.prepared
     assert bytes_of(tmp_path / "store") == before
     assert Store(tmp_path / "store").verify() == []
+
+
+def test_a_source_is_read_again_only_if_its_path_size_or_time_has_changed(cohort, tmp_path, monkeypatch):
+    run(cohort, tmp_path / "store")
+    read, digest = [], one_scan.sha256_of
+    monkeypatch.setattr(one_scan, "sha256_of", lambda path: (read.append(Path(path).name), digest(path))[1])
+    assert len(run(cohort, tmp_path / "store").skipped) == 4 and read == []
+    os.utime(cohort[0]["images"]["t1"], ns=(0, 0))  # the same bytes
+    assert len(run(cohort, tmp_path / "store").skipped) == 4 and read == ["s0_t1.nii.gz"]
+    other = nib.load(cohort[2]["images"]["t1"])
+    nib.save(nib.Nifti1Image(other.get_fdata()[:15], other.affine), cohort[1]["images"]["t1"])
+    read.clear()
+    assert run(cohort, tmp_path / "store").prepared == ["s1"] and read == ["s1_t1.nii.gz"]
+    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+    for record in manifest["records"]:
+        for source in record["sources"].values():
+            del source["size"], source["mtime_ns"]  # as earlier versions wrote it
+    (tmp_path / "store/manifest.json").write_text(json.dumps(manifest, indent=2))
+    read.clear()
+    assert len(run(cohort, tmp_path / "store").skipped) == 4
+    assert sorted(set(read)) == sorted(path.name for path in (tmp_path / "raw").iterdir())
 
 
 def test_workers_write_the_same_bytes_as_one_process(cohort, tmp_path):
