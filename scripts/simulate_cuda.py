@@ -5,7 +5,7 @@ dtypes that meet, and every point where the host waits for the device. Autograd 
 forward pass, with the guard and the average of the weights. It needs a CUDA build of PyTorch, for example in an
 environment of its own:
 
-    python -m venv cuda && cuda/bin/python -m pip install torch==2.12.0 .
+    python -m venv cuda && cuda/bin/python -m pip install torch==2.12.0 ".[swin]"
     cuda/bin/python scripts/simulate_cuda.py
 """
 
@@ -28,14 +28,17 @@ from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.puzzle import PuzzlePretraining
+from asa.methods.regress import Regression
 from asa.methods.restore import Restoration
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import RegionSegmentation, Segmentation
-from asa.models.classifier import asa_classifier_tiny, sa_swin_classifier_tiny
+from asa.models.classifier import asa_classifier_tiny, asa_regressor_tiny, sa_swin_classifier_tiny
+from asa.models.create import create_model
 from asa.models.masked_autoencoder import asa_tiny
 from asa.models.probe import probe_tiny
 from asa.models.puzzle import puzzle_tiny
 from asa.models.rat import rat_tiny
+from asa.models.restormer import restormer_tiny
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.unet import unet_tiny
@@ -49,6 +52,19 @@ SIZE = 64  # edge of the volumes
 VOLUME, CLASSES = dict(img_size=SIZE), dict(out_channels=3)
 CHEAP: dict[str, Any] = dict(decode=0.25, air="drop", masks=2, normalise=True)
 REGIONS = {"whole": [1, 2], "core": [2]}
+COMPARATORS = ("unetr_tiny", "swin_unetr_tiny", "nnformer_tiny", "transbts_tiny", "resenc_tiny", "primus_tiny")
+
+
+def compiled(method: nn.Module) -> nn.Module:
+    """The method with its network's graph captured as `train.compile` does, and then run without code generation."""
+    method.get_submodule("model").compile(backend="eager")
+    return method
+
+
+def _comparator(name: str) -> nn.Module:
+    return Segmentation(model=create_model(name, **VOLUME, **CLASSES))
+
+
 ROWS: dict[str, Callable[..., nn.Module]] = {
     "asa": lambda: MaskedPretraining(model=asa_tiny(**VOLUME)),
     "asa, decoded in part": lambda: MaskedPretraining(model=asa_tiny(**VOLUME), **CHEAP),
@@ -64,11 +80,17 @@ ROWS: dict[str, Callable[..., nn.Module]] = {
     "linear probe": lambda: Segmentation(model=probe_tiny(**VOLUME, **CLASSES)),
     "asa classifier": lambda: Classification(model=asa_classifier_tiny(**VOLUME, classes=3)),
     "sa_swin classifier": lambda: Classification(model=sa_swin_classifier_tiny(**VOLUME, classes=3)),
+    "asa regressor": lambda: Regression(model=asa_regressor_tiny(40.0, 10.0, **VOLUME)),
     "rat": lambda: Restoration(model=rat_tiny(upscale=2)),
     "rat, by segments": lambda: Restoration(model=rat_tiny(backend="segments")),
+    "restormer": lambda: Restoration(model=restormer_tiny(upscale=2)),
+    "asa, mirrored patches": lambda: MaskedPretraining(model=asa_tiny(**VOLUME, mirror_patches=True)),
+    "asa, compiled": lambda: compiled(MaskedPretraining(model=asa_tiny(**VOLUME))),
+    "unet, compiled": lambda: compiled(Segmentation(model=unet_tiny(**VOLUME, **CLASSES))),
+    **{name: partial(_comparator, name) for name in COMPARATORS},
 }
 WEIGHTS = "MONAI's window weights are read"
-PREDICTED = ("unet", "unet with the mirror image", "vit_seg", "sa_swin_unet", "linear probe")
+PREDICTED = (*COMPARATORS, "unet", "unet with the mirror image", "vit_seg", "sa_swin_unet", "linear probe")
 
 
 class Device(TorchDispatchMode):
