@@ -33,7 +33,7 @@ from asa.data.store import Store
 from asa.evaluation.summary import CaseRow, cases_csv, summarise
 from asa.inference.preprocessing import check_metadata
 from asa.tasks.comparison import read_run
-from asa.tasks.table_evaluation import ASYMMETRY, CLASSES, MEASURES, matched, numbers
+from asa.tasks.table_evaluation import ASYMMETRY, MEASURES, PREDICTIONS, matched, numbers
 from asa.training.checkpoint import WEIGHTS, read_model
 
 DECLARED = (ValueError, OSError)
@@ -275,7 +275,7 @@ def _evaluations(place: Path) -> tuple[Callable[[random.Random], Path], Callable
                 value is None or isinstance(value, str) for paths in run.files.values() for value in paths.values()
             )
         else:
-            numbers(place, matched(place / CLASSES, place / "truth.csv", "class")[0][0], ["p_x", "p_y"])
+            numbers(place, matched(place / PREDICTIONS, place / "truth.csv", "class")[0][0], ["p_x", "p_y"])
             numbers(place, matched(place / ASYMMETRY, place / "truth.csv", "health")[0][0], MEASURES)
 
     return make, read
