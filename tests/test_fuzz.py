@@ -143,7 +143,8 @@ def _checkpoints(place: Path) -> tuple[Callable[[random.Random], Path], Callable
 def _manifests(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[Path], object]]:
     from asa.data.store import CLOSING, FORMAT, OPENING, entry_line, write_array, write_manifest
 
-    record = {"id": "s", "subject": "s", "sources": {"t1": {"path": "a.nii", "sha256": ""}}, "chain": {"steps": []}}
+    record = {"id": "s", "subject": "s", "sources": {"t1": {"path": "a.nii", "sha256": ""}}, "identity": {"t1": "0"}}
+    record["chain"] = {"steps": [], "stored_affine": np.eye(4).tolist()}
     record |= {"shape": [1, 4, 4, 4], "arrays": {"image": write_array(place, "s", "image", np.ones((1, 4, 4, 4)))}}
     common = {
         "settings": {"crop": "none"},

@@ -403,6 +403,7 @@ def test_an_npz_named_npy_is_damage(store: Path, tmp_path: Path) -> None:
     {"records": 3}, {"records": [3]}, {"labels": {"x": "y"}}, {"channels": None}, {"settings": []},
     {"regions": 1}, {"regions": {"a": True}}, {"regions": {"a": []}},
     {"shape": [1, 2]}, {"shape": None}, {"sources": {"t1": 3}}, {"arrays": {"../x": ""}}, {"subject": 1}, {"chain": []},
+    {"chain": {}}, {"chain": {"stored_affine": [[1, 0], [2]]}}, {"identity": {"t1": 3}}, {"identity": None},
 ])  # fmt: skip
 def test_a_manifest_with_other_types_is_named(store: Path, tmp_path: Path, change: dict) -> None:
     manifest = json.loads((store / "manifest.json").read_text())

@@ -467,15 +467,27 @@ def _wrong_common(manifest: Mapping[str, Any]) -> str:
 
 def _wrong_record(record: object) -> str:
     """The first key of an entry of one scan with another type than `asa-prepare` writes; else ""."""
-    own = {"subject": str, "shape": list, "sources": dict, "arrays": dict, "chain": dict}
+    own = {"subject": str, "shape": list, "sources": dict, "arrays": dict, "chain": dict, "identity": dict}
     for key, kind in own.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
             return key
     assert isinstance(record, dict)
     if len(record["shape"]) != 4 or not all(isinstance(size, int) for size in record["shape"]):
         return "shape"
+    if not all(isinstance(digest, str) for digest in record["identity"].values()):
+        return "identity"
+    if not _is_affine(record["chain"].get("stored_affine")):
+        return "chain.stored_affine"
     sources = record["sources"].values()
     paths = [source.get(key) for source in sources if isinstance(source, dict) for key in ("path", "sha256")]
     if len(paths) < 2 * len(sources) or not all(isinstance(path, str) for path in paths):
         return "sources"
     return "" if record["arrays"].keys() <= FOLDERS.keys() else "arrays"
+
+
+def _is_affine(value: object) -> bool:
+    try:
+        affine = np.array(value, dtype=float)
+    except (TypeError, ValueError):
+        return False
+    return affine.shape == (4, 4) and bool(np.isfinite(affine).all())

@@ -208,7 +208,13 @@ def digests(spec: Spec, device: torch.device) -> Work:
     from asa.data.store import FORMAT, Store, entry_line, read_box, write_array, write_manifest
 
     root, image = Path(spec["scratch"]), torch.rand(1, *spec["volume"]).numpy()
-    own = {"subject": "s", "sources": {}, "chain": {}, "shape": list(image.shape)}
+    own = {
+        "subject": "s",
+        "sources": {},
+        "identity": {},
+        "chain": {"stored_affine": torch.eye(4).tolist()},
+        "shape": list(image.shape),
+    }
     record = {"id": "s", **own, "arrays": {"image": write_array(root, "s", "image", image)}}
     empty = {"settings": {}, "channels": ["t1"], "labels": {}, "ignored": [], "regions": {}}
     write_manifest(root, {"format": FORMAT, **empty}, {"s": entry_line(record)})
