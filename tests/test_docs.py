@@ -76,7 +76,7 @@ def why_not(command: str, settings: list[str]) -> str | None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built manual; a broken link or an unknown name stops its building."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return folder

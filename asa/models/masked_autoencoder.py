@@ -26,8 +26,9 @@ class MaskedAutoencoder(nn.Module):
     With `position="mirror"` this is ASA's network, with `"sincos"` a plain MAE with the same attention windows.
 
     Args:
-        img_size, patch_size, in_channels, embed_dim, num_heads, mlp_ratio, window, position, checkpointing,
-            mirror_patches: of encoder and decoder, see `asa.models.sw_vit.SWViT`.
+        img_size, patch_size, in_channels, embed_dim, num_heads, mlp_ratio, window, position: of encoder and decoder,
+            see `asa.models.sw_vit.SWViT`.
+        checkpointing, mirror_patches: of both too.
         depth, decoder_depth: blocks of the encoder and of the decoder.
         decoder_dim: token width F of the decoder, whose heads are as wide as the encoder's; None: E.
 
