@@ -160,7 +160,7 @@ class Store:
 
 def array_path(root: Path, id: str, kind: str) -> Path:
     """Path of the "image" or "label" of a scan in a store."""
-    return root / FOLDERS[kind] / f"{id}.npy"
+    return root.joinpath(FOLDERS[kind], f"{id}.npy")
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
@@ -486,8 +486,6 @@ def _wrong_record(record: object) -> str:
 
 
 def _is_affine(value: object) -> bool:
-    try:
-        affine = np.array(value, dtype=float)
-    except (TypeError, ValueError):
-        return False
-    return affine.shape == (4, 4) and bool(np.isfinite(affine).all())
+    rows = value if isinstance(value, list) and len(value) == 4 else [None]
+    numbers = [x for row in rows if isinstance(row, list) and len(row) == 4 for x in row]
+    return len(numbers) == 16 and all(isinstance(x, int | float) and abs(x) < 1e300 for x in numbers)

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from asa import __version__
 from asa.data.io.files import write_json, write_whole
 from asa.data.preprocessing.brain import TOOLS
 from asa.inference.segmentation import window_size
+from asa.models.unet import SegmentationUNet
+from asa.models.vit_seg import SegmentationViT
 from asa.training.checkpoint import read_model
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 METADATA = "configs/metadata.json"
+PAPER = "Attentive Symmetric Autoencoder for Brain MRI Segmentation, MICCAI 2022"
 OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command; the user has to give one
 EXPRESSION = "$@%"  # characters that mark Python code, references and files for MONAI's parser
 # Exported metadata; no subjects.
@@ -54,7 +58,7 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
     write_whole(out / "models" / "model.pt", weights.getvalue())
     write_json(out / "configs" / "asa.json", facts)
     write_json(out / "configs" / "inference.json", _inference(node, facts["channels"], window))
-    write_json(out / METADATA, _metadata(facts, window, int(description["step"])))
+    write_json(out / METADATA, _metadata(model, facts, window, description))
     write_whole(out / "docs" / "README.md", _readme(facts, window).encode())
     write_whole(out / "LICENSE", LICENSE.encode())
 
@@ -135,7 +139,9 @@ def _patterns(channels: Sequence[str]) -> dict[str, str]:
     return {name: "*.nii.gz" if len(channels) == 1 else f"*_{name}.nii.gz" for name in channels}
 
 
-def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dict[str, Any]:
+def _metadata(
+    model: nn.Module, facts: Mapping[str, Any], window: Sequence[int], description: Mapping[str, Any]
+) -> dict[str, Any]:
     """`configs/metadata.json`, following MONAI's schema."""
     channels, prepare = facts["channels"], facts["prepare"]
     outputs = _outputs(facts)
@@ -144,15 +150,15 @@ def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dic
     return {
         "schema": SCHEMA,
         "version": "1.0.0",
-        "changelog": {"1.0.0": f"exported by asa {__version__} from a run of {step} steps"},
+        "changelog": {"1.0.0": f"exported by asa {__version__} from a run of {description['step']} steps"},
         "monai_version": version("monai"),
         "pytorch_version": version("torch").partition("+")[0],
         "numpy_version": version("numpy"),
         "required_packages_version": {_package(prepare): __version__} | packages,
         "task": f"Segmentation of {', '.join(name for name in names if name != 'background')} on MRI of the brain",
         "description": (
-            "A network on the encoder of the Attentive Symmetric Autoencoder (MICCAI 2022). Scans are prepared and "
-            "label maps brought back to each scan's own grid by the package asa, as asa-predict does."
+            f"The network {description['model']['_target_']}. Scans are prepared and label maps brought back to each "
+            "scan's own grid by the package asa, as asa-predict does."
         ),
         "authors": "not stated: fill in",
         "copyright": "not stated: fill in",
@@ -160,7 +166,7 @@ def _metadata(facts: Mapping[str, Any], window: Sequence[int], step: int) -> dic
         "image_classes": f"{', '.join(channels)}, prepared as configs/asa.json says",
         "pred_classes": f"a logit for each of {', '.join(names)}",
         "intended_use": "Research. Not a medical device.",
-        "references": ["Attentive Symmetric Autoencoder for Brain MRI Segmentation, MICCAI 2022"],
+        "references": [PAPER] if isinstance(model, SegmentationUNet | SegmentationViT) else [],
         "network_data_format": {
             "inputs": {
                 "image": {

@@ -236,3 +236,17 @@ def label_maps_of(predictions: Path) -> dict[str, Path]:
     files = {path.relative_to(predictions).as_posix(): path for path in predictions.glob("sub-*/**/*_dseg.nii.gz")}
     rows = read_rows(predictions / VOLUMES) if (predictions / VOLUMES).is_file() else []
     return {row["id"]: files[row["file"]] for row in rows if row.get("file") in files}
+
+
+def probabilities_of(predictions: Path, id: str, label_map: Path) -> dict[str, Path]:
+    """The probabilities that asa-predict wrote beside a label map of `label_maps_of`, by class or region."""
+    if not (predictions / DESCRIPTION).is_file():
+        files = sorted(Flat(predictions).probabilities(id).glob("*.nii.gz"))
+        return {path.name.removesuffix(".nii.gz"): path for path in files}
+    found = {}
+    for path in sorted(label_map.parent.glob("*_probseg.nii.gz")):
+        entities = entities_of(path)
+        name = entities.pop("label", "")
+        if entities == entities_of(label_map):
+            found[name] = path
+    return found

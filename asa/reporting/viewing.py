@@ -14,7 +14,7 @@ from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
-from asa.inference.layout import Flat, label_maps_of
+from asa.inference.layout import label_maps_of, probabilities_of
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.labels import IGNORED
@@ -79,8 +79,8 @@ def predicted(folder: Path, config: Config) -> Cases:
         scan = None if images is None else _scan(id, images, store)
         layers = [] if scan is None else [_layer("image", scan)]
         layers.append(Layer("prediction", nifti(label.data.T, label.affine, label.data.dtype), "labels", names))
-        for path in sorted(Flat(folder).probabilities(id).glob("*.nii.gz")):
-            layers.append(_layer(f"p({path.name.removesuffix('.nii.gz')})", path, "plasma"))
+        for name, path in probabilities_of(folder, id, files[id]).items():
+            layers.append(_layer(f"p({name})", path, "plasma"))
         cases[id] = layers
     return cases
 

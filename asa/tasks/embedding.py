@@ -6,6 +6,7 @@ asa-evaluate policy=probe   OUT/summary.json      the scores
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import ENDINGS, check_table, csv_text, read_column, write_numbers
+from asa.data.io.tables import ENDINGS, check_table, csv_text, read_column, read_header, write_numbers
 from asa.data.store import MANIFEST, Store
 from asa.evaluation.probe import FITS, ClassProbe, NumberProbe, gap, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
@@ -24,6 +25,7 @@ from asa.tasks.table_evaluation import matched, numbers, tables_of
 
 TABLE = "features.csv"
 PARTS = ("whole", "sides", "labels")
+COLUMN = re.compile(r"id|.*_\d+")  # of a table of features
 LEAK = 0.5  # the AUC of guessing
 MOST_CLASSES = 10  # of a column of numbers that a logistic regression takes
 
@@ -38,6 +40,8 @@ class Embedder:
     def __init__(self, config: Config) -> None:
         self.parts, self.table = config["of"], table_of(Path(str(config["out"])))
         check_table(self.table)
+        if self.table.exists() and not all(COLUMN.fullmatch(name) for name in read_header(self.table)):
+            raise ValueError(f"{self.table}: exists and is no table of asa-embed: choose another out=")
         if self.parts not in PARTS:
             raise ValueError(f"of={self.parts}: choose {', '.join(PARTS)}")
         source = Path(str(config["input"]))

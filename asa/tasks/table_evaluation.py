@@ -194,13 +194,14 @@ def numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list
 def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]], list[str], list[str]]:
     """The rows of a predicted table that the truth lists, what it says of them, and their subjects.
 
-    A scan is a subject of its own, unless the truth has a column "subject".
+    A scan is a subject of its own, unless the truth has a column "subject", or the id is one of BIDS, sub-XX_ses-YY.
     """
     rows = predicted_rows(table)
-    scans = [{"id": row["id"], "subject": row["id"]} for row in rows]
+    own = {row["id"]: row["id"].partition("_")[0] if row["id"].startswith("sub-") else row["id"] for row in rows}
+    scans = [{"id": id, "subject": subject} for id, subject in own.items()]
     said, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
     rows = [row for row in rows if row["id"] in said]
-    return rows, [said[row["id"]] for row in rows], [subjects.get(row["id"], row["id"]) for row in rows]
+    return rows, [said[row["id"]] for row in rows], [subjects.get(row["id"], own[row["id"]]) for row in rows]
 
 
 def predicted_rows(table: Path) -> list[dict[str, str]]:

@@ -119,8 +119,7 @@ def by_site(root: Path, spec: Spec) -> Call:
 def duplicates(root: Path, spec: Spec) -> Call:
     """The search for scans with the same voxels."""
     records = Store(root / "store").records
-    entries = dict(zip(records.ids, records.lines(), strict=True))
-    return lambda: find_duplicates(records.file, entries, set(records.ids))
+    return lambda: find_duplicates(records, [])
 
 
 def leakage(root: Path, spec: Spec) -> Call:

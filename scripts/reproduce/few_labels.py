@@ -35,6 +35,8 @@ ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mae": (("method=mae", "model.position=sincos", *PLAIN), ("model.position=sincos", *PLAIN)),
     # ASA's encoding, which mirrored positions share: differs from "plain_patches" by the weights of the loss alone.
     "mae_mirror": (("method=mae", *PLAIN), PLAIN),
+    # The plain autoencoder whose patches of the right half are read mirrored, too.
+    "mae_mirror_patches": (("method=mae", "model.position=sincos"), ("model.position=sincos",)),
     "scratch": ((), ()),
     "plain_scratch": ((), PLAIN),
 }

@@ -19,7 +19,7 @@ from asa.cli import front, pretrain
 from asa.cli import main as asa_command
 from asa.data.store import Store
 from asa.tasks.volumes import padding_advice
-from asa.training.checkpoint import list_checkpoints
+from asa.training.checkpoint import list_checkpoints, load_model
 
 NOT_COMMANDS = ("__init__", "front", "main")
 TINY = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "optim.warmup=1"]
@@ -287,6 +287,12 @@ def test_a_comparator_trains_resumes_predicts_and_exports(
     assert len(list((tmp_path / "p").glob("*.nii.gz"))) == 1
     exported = command("export", f"checkpoint={tmp_path}/fine", "format=onnx", f"out={tmp_path}/x.onnx")
     assert exported.code == 0 and (tmp_path / "x.onnx").is_file(), exported.err
+    assert command("export", f"checkpoint={tmp_path}/fine", "format=bundle", f"out={tmp_path}/bundle").code == 0
+    described = json.loads((tmp_path / "bundle/configs/metadata.json").read_text())
+    assert f"comparators.{model}" in described["description"] and described["references"] == []
+    words = ["licence=cc-by-4.0", "trained_on=phantoms"]
+    hub = command("export", f"checkpoint={tmp_path}/fine", "format=hub", f"out={tmp_path}/hub", *words)
+    assert hub.code == 0 and load_model(tmp_path / "hub").out_channels == 4, hub.err
     other = [argument.replace("/fine", "/other") for argument in arguments]
     started = command("finetune", *other, "train.steps=2", f"init={tmp_path}/fine", "transfer=explain")
     assert init in (started.out if started.code == 0 else started.err)

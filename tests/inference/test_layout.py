@@ -19,7 +19,7 @@ from asa.data.io.tables import read_rows
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 from asa.data.splits import write_split
 from asa.data.store import Store
-from asa.inference.layout import BidsDerivative, abbreviations, bids_root, label_maps_of
+from asa.inference.layout import BidsDerivative, abbreviations, bids_root, label_maps_of, probabilities_of
 from asa.inference.segmentation import Segmenter
 from asa.training.checkpoint import find_weights
 
@@ -103,10 +103,12 @@ def test_both_layouts_hold_the_same_voxels(dataset: Path, tmp_path: Path, monkey
         expected = predicted(Segmenter(run, SETTINGS), dataset / f"{name}.nii.gz", tmp_path / "p")
         assert row["file"] == f"{name.removesuffix('_T1w')}_dseg.nii.gz"
         assert np.array_equal(voxels(out / row["file"]), expected) and len(np.unique(expected)) > 2
-        for label, file in (("BG", "background"), ("leftX", "left_x"), ("middle", "middle")):
-            stem = row["file"].removesuffix("_dseg.nii.gz")
+        stem, names = row["file"].removesuffix("_dseg.nii.gz"), ("BG", "leftX", "middle", "rightX")
+        for label, file in zip(names, ("background", "left_x", "middle", "right_x"), strict=True):
             probability = voxels(out / f"{stem}_label-{label}_probseg.nii.gz")
             assert np.array_equal(probability, voxels(tmp_path / "p" / f"{file}.nii.gz"))
+        written = {name: out / f"{stem}_label-{name}_probseg.nii.gz" for name in names}
+        assert probabilities_of(out, row["id"], out / row["file"]) == written
         (dataset / name).with_name("prediction.nii.gz").unlink()
 
 

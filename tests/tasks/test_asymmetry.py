@@ -21,6 +21,7 @@ from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.models.sa_swin import SASwin
 from asa.models.swin import Swin
 from asa.tasks.pretraining import read_health
+from asa.tasks.table_evaluation import matched
 from asa.training.checkpoint import load_encoder, load_model
 
 SMALLEST = ("+model.embed_dim=4", "+model.num_heads=[1,1,2,2]", "+model.window=2", "+model.cross_heads=2")
@@ -219,7 +220,7 @@ def test_health_is_of_all_or_of_a_table_or_unknown(store: Path, tmp_path: Path) 
     ("text", "message"),
     [
         ("id,health\ns0,yes\n", "health of 'yes'"),
-        ("id,ill\ns0,1\n", "give id or subject, and health"),
+        ("id,ill\ns0,1\n", "give id, subject or participant_id, and health"),
         ("id,health\ns0,1\ns0,1\n", "s0 is in two rows"),
         ("subject,health\nx,1\n", "no subject of its 1 rows is one of the scans"),
     ],
@@ -234,3 +235,13 @@ def test_a_subjects_row_holds_for_all_its_scans(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("subject,class\na,x\n")
     records = [{"id": "a_1", "subject": "a"}, {"id": "a_2", "subject": "a"}, {"id": "b_1", "subject": "b"}]
     assert read_column(tmp_path / "t.csv", "class", records) == {"a_1": "x", "a_2": "x"}
+
+
+def test_the_participants_of_bids_are_a_table_of_subjects(tmp_path: Path) -> None:
+    (tmp_path / "participants.tsv").write_text("participant_id\tclass\nsub-a\tx\nsub-b\tn/a\n")
+    records = [{"id": f"sub-{name}", "subject": f"sub-{name[0]}"} for name in ("a_ses-1", "a_ses-2", "b")]
+    assert read_column(tmp_path / "participants.tsv", "class", records) == {"sub-a_ses-1": "x", "sub-a_ses-2": "x"}
+    (tmp_path / "rows.csv").write_text("id\n" + "".join(f"{record['id']}\n" for record in records))
+    rows, classes, subjects = matched(tmp_path / "rows.csv", tmp_path / "participants.tsv", "class")
+    assert [row["id"] for row in rows] == ["sub-a_ses-1", "sub-a_ses-2"]
+    assert classes == ["x", "x"] and subjects == ["sub-a", "sub-a"]

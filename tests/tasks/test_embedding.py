@@ -171,6 +171,17 @@ def test_a_feature_that_is_no_number_is_named_with_its_scan(
     assert "s03: whole_0 is '' and not a number" in capsys.readouterr().err
 
 
+def test_a_table_of_the_users_is_not_replaced(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(cohort / "table.csv", tmp_path)
+    write_numbers(tmp_path / "table.parquet", ["age"], {"s00": [20.0]})
+    for name in ("table.csv", "table.parquet"):
+        before = (tmp_path / name).read_bytes()
+        given = (f"checkpoint={cohort / 'run'}", f"input={cohort / 'store'}", f"out={tmp_path / name}", "device=cpu")
+        assert embed.main([*given]) == 1
+        assert f"{name}: exists and is no table of asa-embed" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == before
+
+
 def test_parts_that_are_not_there_are_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = (f"checkpoint={cohort / 'run'}", f"input={cohort / 'store'}", f"out={tmp_path}", "device=cpu")
     for of, message in (("labels", "needs the labels of a store"), ("halves", "choose whole, sides, labels")):

@@ -12,6 +12,8 @@ from asa.errors import one_line, require
 
 PARQUET = ".parquet"
 ENDINGS = (".csv", ".tsv", PARQUET)
+# Columns that name what a row is about -> the same of a scan. The last is that of BIDS, where n/a is an empty cell.
+NAMED_BY = {"id": "id", "subject": "subject", "participant_id": "subject"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters that make a spreadsheet compute a cell
 
 
@@ -36,8 +38,23 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
                 for row in reader
             ]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a table of text in UTF-8 ({error}): correct it or export it again") from None
+        raise ValueError(_no_text(path, error)) from None
     return rows
+
+
+def read_header(path: Path) -> list[str]:
+    """Names of the columns of a table, of which no rows are read; a ValueError where it is none."""
+    if path.suffix == PARQUET:
+        arrow = _pyarrow()
+        try:
+            return list(arrow.parquet.read_schema(path).names)
+        except arrow.ArrowInvalid as error:
+            raise ValueError(_no_parquet(path, error)) from None
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), [])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(_no_text(path, error)) from None
 
 
 def read_column(
@@ -45,8 +62,8 @@ def read_column(
 ) -> dict[str, str]:
     """One column of a table, by scan.
 
-    A row describes a scan, named in a column "id", or all scans of a subject, named in a column "subject". Empty cells
-    are skipped.
+    A row describes a scan, named in a column "id", or all scans of a subject, named in a column "subject", or
+    "participant_id" as in participants.tsv of BIDS, whose n/a is an empty cell. Empty cells are skipped.
 
     Args:
         path: of the table.
@@ -66,9 +83,12 @@ def read_column(
     header = list(rows[0]) if rows else []
     if missing_ok and column not in header:
         return {}
-    key = next((name for name in ("id", "subject") if name in header), None)
+    key = next((name for name in NAMED_BY if name in header), None)
     if key is None or column not in header:
-        raise ValueError(f"{path}: the columns are {', '.join(header)}; give id or subject, and {column}")
+        raise ValueError(
+            f"{path}: the columns are {', '.join(header)}; give id, subject or participant_id, and {column}"
+        )
+    empty = ("", "n/a") if key == "participant_id" else ("",)
     values: dict[str, str] = {}
     for row in rows:
         name, value = row[key], row[column]
@@ -76,11 +96,12 @@ def read_column(
             raise ValueError(f"{path}: {key} {name} is in two rows: remove one")
         if not value.isprintable():
             raise ValueError(f"{path}: {key} {name}: {value!r} has line breaks or other control characters: correct it")
-        if value:
+        if value not in empty:
             values[name] = value
-    found = {record["id"]: values[record[key]] for record in records if record[key] in values}
+    own = NAMED_BY[key]
+    found = {record["id"]: values[record[own]] for record in records if record[own] in values}
     if not found:
-        raise ValueError(f"{path}: no {key} of its {len(values)} rows is one of the scans, like {records[0][key]}")
+        raise ValueError(f"{path}: no {key} of its {len(values)} rows is one of the scans, like {records[0][own]}")
     return found
 
 
@@ -159,13 +180,21 @@ def _parquet_rows(path: Path) -> list[dict[str, str]]:
     try:
         table = arrow.parquet.read_table(path, memory_map=False)
     except arrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file ({one_line(error)}): write it again") from None
+        raise ValueError(_no_parquet(path, error)) from None
     if len(set(table.column_names)) < len(table.column_names):
         raise ValueError(f"{path}: two columns have one name: rename one")
     return [
         {name: "" if value is None or value != value else str(value).strip() for name, value in row.items()}
         for row in table.to_pylist()
     ]
+
+
+def _no_text(path: str | Path, error: Exception) -> str:
+    return f"{path}: not a table of text in UTF-8 ({error}): correct it or export it again"
+
+
+def _no_parquet(path: Path, error: Exception) -> str:
+    return f"{path}: not a Parquet file ({one_line(error)}): write it again"
 
 
 def _quoted(cell: Any) -> Any:

@@ -2,10 +2,11 @@
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from asa.data.io.nifti import axis_codes, spacing_of
 from asa.data.io.parallel import KILLED, check_workers, in_processes
 from asa.data.preprocessing.quality_control import ScanQuality
 from asa.data.preprocessing.scan import CohortSettings, ScanJob, ScanOutcome, prepare_scan
-from asa.data.store import FOLDERS, FORMAT, MANIFEST, array_path, entry_line, parse_entry, read_manifest, write_manifest
+from asa.data.store import FOLDERS, FORMAT, MANIFEST, Entry, array_path, parse_entry, read_manifest, write_manifest
 
 __all__ = ["CohortReport", "CohortSettings", "prepare_cohort"]
 
@@ -107,8 +108,12 @@ def _prepare(
     jobs = [ScanJob(record, root, cohort, entries.get(record["id"]), on_scan is not None) for record in records]
     ids = {record["id"] for record in records}
     qualities: dict[str, ScanQuality] = {}
+    identities: dict[str, Entry] = {}  # what `find_duplicates` reads of an entry
     report, next_save = CohortReport(), time.monotonic() + SAVE_EVERY
-    manifest_file = Path(MANIFEST) if root is None else root / MANIFEST
+
+    def read(id: str) -> Entry:
+        assert root is not None  # without a store, no scan has an entry of an earlier run
+        return parse_entry(root / MANIFEST, id, entries[id])
 
     def save() -> None:
         if root is not None:
@@ -119,6 +124,8 @@ def _prepare(
             outcome = result or ScanOutcome(reason=KILLED, killed=True)
             id = job.record["id"]
             _add(id, outcome, root, entries, report)
+            if outcome.entry is not None:
+                identities[id] = {key: outcome.entry[key] for key in ("id", "subject", "identity")}
             if on_scan is not None:
                 quality = _quality(job.record, outcome)
                 on_scan(quality)
@@ -127,7 +134,9 @@ def _prepare(
                 started = time.monotonic()
                 save()
                 next_save = time.monotonic() + SAVE_EVERY * max(1, time.monotonic() - started)
-        for id, reason in find_duplicates(manifest_file, entries, ids).items():
+        killed = [read(id) for id in entries if id in ids and id not in identities]
+        known = (read(id) for id in entries if id not in ids)
+        for id, reason in find_duplicates(known, [*identities.values(), *killed]).items():
             if cohort.duplicates == "keep":
                 report.warnings.setdefault(id, []).append(reason)
                 failure = ""
@@ -193,7 +202,7 @@ def _add(id: str, outcome: ScanOutcome, root: Path | None, entries: dict[str, by
     for stage, duration in outcome.seconds.items():
         report.seconds.setdefault(stage, []).append(duration)
     if outcome.entry is not None:
-        entries[id] = entry_line(outcome.entry)
+        entries[id] = outcome.line
         (report.skipped if outcome.unchanged else report.prepared).append(id)
         return
     report.failures[id] = outcome.reason
@@ -226,18 +235,22 @@ def _quality(record: Record, outcome: ScanOutcome) -> ScanQuality:
     return ScanQuality(record["id"], record["subject"], site, reason, outcome.warnings, facts, outcome.thumbnail)
 
 
-def find_duplicates(manifest: Path, entries: dict[str, bytes], ids: set[str]) -> dict[str, str]:
-    """Of scans with the same voxels all but the first, among the given ids: id -> which scan it repeats.
+def find_duplicates(known: Iterable[Entry], found: Iterable[Entry]) -> dict[str, str]:
+    """Of scans with the same voxels all but the first, among the found: id -> which scan it repeats.
 
-    Scans that only the store holds come first, the others in the order of their ids.
+    Args:
+        known: entries of scans that only the store holds; these come first.
+        found: entries of the scans of this run; of entries, `id`, `subject` and `identity` are read.
     """
     first_with: dict[str, tuple[str, str]] = {}
     reasons = {}
-    for id in sorted(entries, key=lambda id: (id in ids, id)):
-        entry = parse_entry(manifest, id, entries[id])
+    for entry in known:
+        for identity in entry["identity"].values():
+            first_with.setdefault(identity, (entry["id"], entry["subject"]))
+    for entry in sorted(found, key=itemgetter("id")):
         for channel, identity in entry["identity"].items():
-            first, subject = first_with.setdefault(identity, (id, entry["subject"]))
-            if first != id:
+            first, subject = first_with.setdefault(identity, (entry["id"], entry["subject"]))
+            if first != entry["id"]:
                 other = "" if subject == entry["subject"] else f", of another subject ({subject})"
-                reasons[id] = f"{channel} is the same scan as in {first}{other}, voxel for voxel"
-    return {id: reason for id, reason in reasons.items() if id in ids}
+                reasons[entry["id"]] = f"{channel} is the same scan as in {first}{other}, voxel for voxel"
+    return reasons

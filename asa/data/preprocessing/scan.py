@@ -17,7 +17,7 @@ from asa.data.io.nifti import Volume, identity_of, read_image, read_label
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices
 from asa.data.preprocessing.quality_control import Thumbnail, case_thumbnail, stored_thumbnail
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.store import DTYPES, MANIFEST, array_path, has_array, parse_entry, write_array
+from asa.data.store import DTYPES, MANIFEST, array_path, entry_line, has_array, parse_entry, write_array
 from asa.errors import reason_of
 
 
@@ -95,12 +95,14 @@ class ScanOutcome:
     """The manifest entry of one record, or the reason of its failure.
 
     Args:
+        line: of the entry in the manifest.
         killed: the worker process was killed, so that nothing is known about the scan.
         unchanged: the store held the scan already.
         seconds: stage -> duration.
     """
 
     entry: dict[str, Any] | None = None
+    line: bytes = b""
     reason: str = ""
     killed: bool = False
     unchanged: bool = False
@@ -142,7 +144,8 @@ def _prepare(job: ScanJob) -> ScanOutcome:
         entry = {**previous, **_subject(record), "sources": sources}
         head = _head(record) if job.thumbnail and cohort.settings.strip != "none" else None
         thumbnail = stored_thumbnail(entry, root, cohort.settings, head) if job.thumbnail else None
-        return ScanOutcome(entry, unchanged=True, warnings=flags, thumbnail=thumbnail)
+        line = job.previous if job.previous is not None and entry == previous else entry_line(entry)
+        return ScanOutcome(entry, line, unchanged=True, warnings=flags, thumbnail=thumbnail)
     started = time.perf_counter()
     images = {channel: None if path is None else read_image(path) for channel, path in record["images"].items()}
     label = read_label(record["label"]) if "label" in record else None
@@ -176,7 +179,7 @@ def _prepare(job: ScanJob) -> ScanOutcome:
     }
     head = _head(record) if job.thumbnail and cohort.settings.strip != "none" else None
     thumbnail = case_thumbnail(case, head) if job.thumbnail else None
-    return ScanOutcome(entry, warnings=flags, seconds=seconds, thumbnail=thumbnail)
+    return ScanOutcome(entry, entry_line(entry), warnings=flags, seconds=seconds, thumbnail=thumbnail)
 
 
 def _head(record: Record) -> Volume:
@@ -193,7 +196,7 @@ def _sources(record: Record, previous: dict[str, Any] | None) -> dict[str, dict[
 
 def _source(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
     source: dict[str, Any] = {"path": os.path.abspath(path)}
-    if Path(path).is_file():  # before its bytes are read, so that a later change has another time
+    if os.path.isfile(path):  # before its bytes are read, so that a later change has another time
         found = os.stat(path)
         source |= {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
     same = source.items() <= known.items() and "size" in source
