@@ -160,7 +160,12 @@ class Store:
 
 def array_path(root: Path, id: str, kind: str) -> Path:
     """Path of the "image" or "label" of a scan in a store."""
-    return root.joinpath(FOLDERS[kind], f"{id}.npy")
+    return Path(array_file(root, id, kind))
+
+
+def array_file(root: Path, id: str, kind: str) -> str:
+    """`array_path` as text, for loops over a whole store: a Path takes as long to make as the file to open."""
+    return os.path.join(root, FOLDERS[kind], f"{id}.npy")
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
@@ -172,23 +177,24 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | N
     return array if array.shape == shape and array.dtype == dtype else None
 
 
-def has_array(path: Path, shape: tuple[int, ...], dtype: Any) -> bool:
+def has_array(path: str, shape: tuple[int, ...], dtype: Any) -> bool:
     """Whether `open_array` would open a file, without the cost of a memory map where `write_array` wrote it."""
-    header = _array_header(shape, dtype)
+    header, size = _array_header(shape, dtype)
     try:
-        with path.open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) as file:
             if file.read(len(header)) == header:
-                return os.fstat(file.fileno()).st_size >= len(header) + math.prod(shape) * np.dtype(dtype).itemsize
+                return os.fstat(file.fileno()).st_size >= size
     except OSError:
         return False
-    return open_array(path, shape, dtype) is not None
+    return open_array(Path(path), shape, dtype) is not None
 
 
 @lru_cache
-def _array_header(shape: tuple[int, ...], dtype: Any) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
-    return header.getvalue()
+def _array_header(shape: tuple[int, ...], dtype: Any) -> tuple[bytes, int]:
+    """What a file of `write_array` begins with, and its size in bytes."""
+    header, kind = io.BytesIO(), np.dtype(dtype)
+    np.lib.format.write_array_header_1_0(header, {"descr": kind.str, "fortran_order": False, "shape": shape})
+    return header.getvalue(), len(header.getvalue()) + math.prod(shape) * kind.itemsize
 
 
 def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -485,7 +491,8 @@ def _wrong_record(record: object) -> str:
     return "" if record["arrays"].keys() <= FOLDERS.keys() else "arrays"
 
 
-def _is_affine(value: object) -> bool:
-    rows = value if isinstance(value, list) and len(value) == 4 else [None]
-    numbers = [x for row in rows if isinstance(row, list) and len(row) == 4 for x in row]
-    return len(numbers) == 16 and all(isinstance(x, int | float) and abs(x) < 1e300 for x in numbers)
+def _is_affine(value: Any) -> bool:
+    try:
+        return [len(row) for row in value] == 4 * [4] and sum(abs(x) for row in value for x in row) < 1e300
+    except TypeError:
+        return False

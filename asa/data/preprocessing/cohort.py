@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from asa.data.datasets.record import Record, check_records
 from asa.data.io.cluster import on_cluster
@@ -19,7 +20,7 @@ from asa.data.io.lock import LOCK, locked
 from asa.data.io.nifti import axis_codes, spacing_of
 from asa.data.io.parallel import KILLED, check_workers, in_processes
 from asa.data.preprocessing.quality_control import ScanQuality
-from asa.data.preprocessing.scan import CohortSettings, ScanJob, ScanOutcome, prepare_scan
+from asa.data.preprocessing.scan import CohortSettings, ScanJob, ScanOutcome, known_entry, prepare_scan
 from asa.data.store import FOLDERS, FORMAT, MANIFEST, Entry, array_path, parse_entry, read_manifest, write_manifest
 
 __all__ = ["CohortReport", "CohortSettings", "prepare_cohort"]
@@ -91,7 +92,7 @@ def prepare_cohort(
         else:
             in_parallel = partial(on_cluster, scheduler=scheduler, shared=None if root is None else root / LOCK)
         in_parallel = partial(in_parallel, title="prepare", unit="scan", progress=progress)
-        return _prepare(records, root, cohort, in_parallel, on_scan)
+        return _prepare(records, root, cohort, in_parallel, on_scan, progress)
 
 
 def _prepare(
@@ -100,16 +101,25 @@ def _prepare(
     cohort: CohortSettings,
     in_parallel: Callable[..., Iterator[tuple[ScanJob, ScanOutcome | None]]],
     on_scan: Callable[[ScanQuality], None] | None,
+    progress: bool,
 ) -> CohortReport:
     """`prepare_cohort` into a folder that is locked."""
     header = _header(records, cohort)
     manifest = header if root is None else _open(root, header)
     entries = {} if root is None else dict(zip(manifest["records"].ids, manifest["records"].lines(), strict=True))
-    jobs = [ScanJob(record, root, cohort, entries.get(record["id"]), on_scan is not None) for record in records]
     ids = {record["id"] for record in records}
     qualities: dict[str, ScanQuality] = {}
-    identities: dict[str, Entry] = {}  # what `find_duplicates` reads of an entry
-    report, next_save = CohortReport(), time.monotonic() + SAVE_EVERY
+    identities: dict[str, Entry] = {}
+    report, jobs = CohortReport(), []
+    for record in tqdm(records, "compare", unit="scan", disable=not progress or not entries):
+        line = entries.get(record["id"])
+        entry = None if root is None or line is None or on_scan else known_entry(record, root, line)
+        if entry is None:
+            jobs.append(ScanJob(record, root, cohort, line, on_scan is not None))
+        else:
+            report.skipped.append(entry["id"])
+            identities[entry["id"]] = _identity(entry)
+    next_save = time.monotonic() + SAVE_EVERY
 
     def read(id: str) -> Entry:
         assert root is not None  # without a store, no scan has an entry of an earlier run
@@ -125,7 +135,7 @@ def _prepare(
             id = job.record["id"]
             _add(id, outcome, root, entries, report)
             if outcome.entry is not None:
-                identities[id] = {key: outcome.entry[key] for key in ("id", "subject", "identity")}
+                identities[id] = _identity(outcome.entry)
             if on_scan is not None:
                 quality = _quality(job.record, outcome)
                 on_scan(quality)
@@ -235,12 +245,17 @@ def _quality(record: Record, outcome: ScanOutcome) -> ScanQuality:
     return ScanQuality(record["id"], record["subject"], site, reason, outcome.warnings, facts, outcome.thumbnail)
 
 
+def _identity(entry: Entry) -> Entry:
+    """What `find_duplicates` reads of an entry."""
+    return {key: entry[key] for key in ("id", "subject", "identity")}
+
+
 def find_duplicates(known: Iterable[Entry], found: Iterable[Entry]) -> dict[str, str]:
     """Of scans with the same voxels all but the first, among the found: id -> which scan it repeats.
 
     Args:
         known: entries of scans that only the store holds; these come first.
-        found: entries of the scans of this run; of entries, `id`, `subject` and `identity` are read.
+        found: entries of the scans of this run.
     """
     first_with: dict[str, tuple[str, str]] = {}
     reasons = {}

@@ -17,7 +17,7 @@ from asa.data.io.nifti import Volume, identity_of, read_image, read_label
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices
 from asa.data.preprocessing.quality_control import Thumbnail, case_thumbnail, stored_thumbnail
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.store import DTYPES, MANIFEST, array_path, entry_line, has_array, parse_entry, write_array
+from asa.data.store import DTYPES, MANIFEST, Entry, array_file, entry_line, has_array, parse_entry, write_array
 from asa.errors import reason_of
 
 
@@ -111,6 +111,26 @@ class ScanOutcome:
     thumbnail: Thumbnail | None = None
 
 
+def known_entry(record: Record, root: Path, line: bytes) -> Entry | None:
+    """The entry of a scan that the store holds and whose files have the path, size and time that they had; else None.
+
+    None, too, where `prepare_scan` has something to say of it. This reads headers of arrays at most.
+
+    Args:
+        record: the scan.
+        root: folder of the store.
+        line: of the scan in the manifest.
+    """
+    try:
+        entry = parse_entry(root, record["id"], line)
+    except ValueError:
+        return None
+    paths, known = _paths(record), entry["sources"]
+    same = paths.keys() == known.keys() and _subject(record).items() <= entry.items()
+    unread = same and all(path is not None and _is_known(_facts(path), known[name]) for name, path in paths.items())
+    return entry if unread and _has_arrays(entry, root) else None
+
+
 def prepare_scan(job: ScanJob) -> ScanOutcome:
     """Prepare one record in a worker process; an exception becomes a reason in one line."""
     threads = torch.get_num_threads()
@@ -144,8 +164,7 @@ def _prepare(job: ScanJob) -> ScanOutcome:
         entry = {**previous, **_subject(record), "sources": sources}
         head = _head(record) if job.thumbnail and cohort.settings.strip != "none" else None
         thumbnail = stored_thumbnail(entry, root, cohort.settings, head) if job.thumbnail else None
-        line = job.previous if job.previous is not None and entry == previous else entry_line(entry)
-        return ScanOutcome(entry, line, unchanged=True, warnings=flags, thumbnail=thumbnail)
+        return ScanOutcome(entry, entry_line(entry), unchanged=True, warnings=flags, thumbnail=thumbnail)
     started = time.perf_counter()
     images = {channel: None if path is None else read_image(path) for channel, path in record["images"].items()}
     label = read_label(record["label"]) if "label" in record else None
@@ -189,18 +208,31 @@ def _head(record: Record) -> Volume:
 
 def _sources(record: Record, previous: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     """The source files; one with the path, size and modification time of the previous entry is not read again."""
-    paths = {**record["images"]} | ({"label": record["label"]} if "label" in record else {})
     known = previous["sources"] if previous else {}
-    return {name: _source(path, known.get(name, {})) for name, path in paths.items() if path is not None}
+    return {name: _source(path, known.get(name, {})) for name, path in _paths(record).items() if path is not None}
+
+
+def _paths(record: Record) -> dict[str, str | None]:
+    return {**record["images"]} | ({"label": record["label"]} if "label" in record else {})
 
 
 def _source(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
+    source = _facts(path)  # before its bytes are read, so that a later change has another time
+    return {**source, "sha256": known["sha256"] if _is_known(source, known) else sha256_of(path)}
+
+
+def _facts(path: str | Path) -> dict[str, Any]:
+    """Path, size and modification time of a source file; the path alone where there is none."""
     source: dict[str, Any] = {"path": os.path.abspath(path)}
-    if os.path.isfile(path):  # before its bytes are read, so that a later change has another time
+    try:
         found = os.stat(path)
-        source |= {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
-    same = source.items() <= known.items() and "size" in source
-    return {**source, "sha256": known["sha256"] if same else sha256_of(path)}
+    except OSError:
+        return source
+    return {**source, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def _is_known(source: dict[str, Any], known: dict[str, Any]) -> bool:
+    return "size" in source and source.items() <= known.items()
 
 
 def _subject(record: Record) -> dict[str, str]:
@@ -211,9 +243,13 @@ def _subject(record: Record) -> dict[str, str]:
 def _is_unchanged(entry: dict[str, Any], sources: dict[str, dict[str, Any]], root: Path) -> bool:
     """Whether the source files have the same bytes (their paths may differ) and the arrays exist."""
     digests = [{name: source["sha256"] for name, source in group.items()} for group in (entry["sources"], sources)]
+    return digests[0] == digests[1] and _has_arrays(entry, root)
+
+
+def _has_arrays(entry: dict[str, Any], root: Path) -> bool:
     channels, *size = entry["shape"]
-    return digests[0] == digests[1] and all(
-        has_array(array_path(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind])
+    return all(
+        has_array(array_file(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind])
         for kind in entry["arrays"]
     )
 

@@ -339,11 +339,12 @@ def run(records: list[Record], out: Path, **more: object) -> prepare.CohortRepor
     return prepare_cohort(records, out, CohortSettings(**{"labels": LABELS, **more}), workers=workers, progress=False)
 
 
-def test_a_second_run_skips_all_scans(cohort, tmp_path):
+def test_a_second_run_skips_all_scans_without_giving_them_to_workers(cohort, tmp_path, monkeypatch):
     first = run(cohort, tmp_path / "store")
     assert first.prepared == ["s0", "s1", "s2", "s3"] and not first.failures and not first.warnings
     before = bytes_of(tmp_path / "store")
-    second = run(cohort, tmp_path / "store")
+    monkeypatch.setattr(prepare, "prepare_scan", None)
+    second = run(cohort, tmp_path / "store", workers=2)
     assert second.skipped == first.prepared and not second.prepared
     assert bytes_of(tmp_path / "store") == before
     assert Store(tmp_path / "store").verify() == []
