@@ -262,11 +262,11 @@ def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Pat
 @pytest.mark.parametrize(
     ("model", "init"),
     [
-        ("unetr_tiny", "trained from scratch"),
+        pytest.param("unetr_tiny", "trained from scratch", marks=pytest.mark.slow),
         # Shifted windows make a large graph to export.
         pytest.param("swin_unetr_tiny", "trained from scratch", marks=pytest.mark.slow),
         pytest.param("nnformer_tiny", "trained from scratch", marks=pytest.mark.slow),
-        ("transbts_tiny", "trained from scratch"),
+        pytest.param("transbts_tiny", "trained from scratch", marks=pytest.mark.slow),
         ("resenc_tiny", "the transfer is possible"),
         ("primus_tiny", "the transfer is possible"),
     ],

@@ -449,8 +449,9 @@ def test_a_scan_unlike_the_training_scans_is_named_with_what_is_unlike(
     write_image(scans / "head.nii.gz", np.where(like.data > 0, like.data, noise), like.affine)
     write_image(scans / "dark.nii.gz", np.where(like.data > 800, like.data, like.data / 9), like.affine)
     code = call(
-        predict, monkeypatch, f"checkpoint={run}", f"input={scans}", f"out={tmp_path}/out", "predict.device=cpu"
-    )
+        predict, monkeypatch, f"checkpoint={run}", f"input={scans}", f"out={tmp_path}/out", "predict.device=cpu",
+        "predict.overlap=0",
+    )  # fmt: skip
     assert code == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning: unlike the training scans" in line]
     assert [line.split(":")[0] for line in lines] == ["dark", "head"]

@@ -84,7 +84,7 @@ def test_the_dense_network_differs_in_attention_only() -> None:
     assert not any("relative_position_bias" in name for name, _ in twin.named_parameters())
 
 
-@pytest.mark.parametrize("network", ["unet", "light", "unetr", "swin"])
+@pytest.mark.parametrize("network", ["unet", "light", "unetr", pytest.param("swin", marks=pytest.mark.slow)])
 def test_segmentation_networks_train_and_predict(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SECOND", 0)  # warm enough after one call
     trained = row.measure(toy(network), rates)

@@ -215,7 +215,7 @@ def test_the_network_is_exported_with_its_units(cohort: Path, run: Path, tmp_pat
         ("subject,age\ns00,20\ns01,nan\n", "age", "s01: age is 'nan' and not a number"),
         ("subject,age\ns00,20\ns01,1e999\n", "age", "s01: age is '1e999' and not a number"),
         ("subject,age\ns00,20\ns01,20\n", "age", "the training scans have 1 values of age"),
-        ("subject,age\ns00,20\n", "height", "give id or subject, and height"),
+        ("subject,age\ns00,20\n", "height", "give id, subject or participant_id, and height"),
         ("subject,predicted\ns00,20\n", "predicted", "predictions have a column of this name: rename yours"),
         ("subject,age\ns00,20\n", "null", "data.table and data.column have to be given with method=regress"),
     ],

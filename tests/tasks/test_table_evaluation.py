@@ -81,7 +81,7 @@ def test_the_scores_of_predicted_classes(tmp_path, capsys):
     [
         ("asymmetry", "id,health\ns0,2\ns1,0\n", "a health of '2': give 1 for healthy"),
         ("asymmetry", "id,health\ns0,1\ns1,1\n", "all 2 scans are of health 1: an AUC needs both"),
-        ("asymmetry", "id,class\ns0,ad\n", "the columns are id, class; give id or subject, and health"),
+        ("asymmetry", "id,class\ns0,ad\n", "the columns are id, class; give id, subject or participant_id, and health"),
         ("asymmetry", "id,health\nelsewhere,1\n", "no id of its 1 rows is one of the scans, like s0"),
         ("classification", "id,class\ns0,ftd\n", "the class 'ftd' is none of the network's: cn, ad"),
     ],

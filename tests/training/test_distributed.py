@@ -53,7 +53,7 @@ def segment(run: Path, store: Path) -> None:
     )
     dataset = CropDataset(opened, opened.records, (64, 32, 32), crop="random", labelled=True)
     run.mkdir(exist_ok=True)
-    settings = TrainSettings(steps=20, batch_size=2, device="cpu", log_every=1)
+    settings = TrainSettings(steps=8, batch_size=2, device="cpu", log_every=1)
     optim = OptimSettings(name="sgd", lr=0.01, schedule="poly")
     loader = LoaderSettings(workers=0)
     with process_group(torch.device("cpu"), 0.5), replaced(torch.Tensor, "float", torch.Tensor.double):

@@ -219,7 +219,7 @@ def test_a_malicious_training_state_is_refused(tmp_path: Path) -> None:
 # --- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_with_the_resume_code(store: Path, tmp_path: Path, number: signal.Signals) -> None:
     tiny = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "model=asa_tiny", "crop=32", "optim.warmup=1"]
     arguments = [f"data.store={store}", *tiny, "train.steps=30", "train.batch_size=4"]

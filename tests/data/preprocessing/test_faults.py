@@ -377,7 +377,8 @@ def running_until(count: int, arguments: list[str], out: Path) -> Iterator[subpr
         process.communicate()
 
 
-@pytest.mark.parametrize(("count", "workers"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "workers"), [(1, 2), (2, 1)])
 def test_a_killed_command_ends_its_workers_and_continues_to_the_same_bytes(
     cohort: Cohort, tmp_path: Path, count: int, workers: int
 ) -> None:
