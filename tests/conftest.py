@@ -1,5 +1,6 @@
 """Shared by the tests: few threads, and a store of tiny synthetic brains."""
 
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,15 @@ def write_brain(folder_: Path, name: str, seed: int, size: tuple[int, int, int] 
     write_image(folder_ / f"{name}_T1.nii.gz", image, affine)
     like = read_image(folder_ / f"{name}_T1.nii.gz")
     write_label(folder_ / f"{name}_seg.nii.gz", label, like)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers_have_imported_what_they_need() -> None:
+    """Ranks and loader workers are forks of a process that starts here, before a loader starts one that knows less."""
+    tasks = ["asa.tasks.pretraining", "asa.tasks.segmentation", "asa.tasks.evaluation"]
+    libraries = ["torch.utils.tensorboard", "torch._dynamo", "hydra"]
+    forkserver.set_forkserver_preload([*tasks, "asa.data.preprocessing.cohort", *libraries])
+    forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)

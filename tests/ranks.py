@@ -18,10 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(
-    ["asa.cli.pretrain", "asa.cli.finetune", "torch.utils.tensorboard", "torch._dynamo", "hydra"]
-)
+FORK = multiprocessing.get_context("forkserver")  # which has imported what conftest.py says
 
 PATIENCE = 120  # seconds that a test waits for what takes a few; a busy machine may need most of them
 

@@ -267,7 +267,7 @@ def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Pat
         pytest.param("swin_unetr_tiny", "trained from scratch", marks=pytest.mark.slow),
         pytest.param("nnformer_tiny", "trained from scratch", marks=pytest.mark.slow),
         pytest.param("transbts_tiny", "trained from scratch", marks=pytest.mark.slow),
-        ("resenc_tiny", "the transfer is possible"),
+        pytest.param("resenc_tiny", "the transfer is possible", marks=pytest.mark.slow),
         ("primus_tiny", "the transfer is possible"),
     ],
 )

@@ -9,7 +9,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
-from typing import TypeVar
+from multiprocessing.context import ForkServerContext
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -77,9 +78,11 @@ def _tried(function: Callable[[J], T], job: J) -> tuple[T | None, str]:
 def _in_pool(
     function: Callable[[J], T], jobs: Sequence[J], workers: int, ordered: bool
 ) -> Generator[tuple[J, T | None], None, None]:
-    context = multiprocessing.get_context("spawn")
+    called: Any = function
+    while isinstance(called, partial):
+        called = called.args[0] if called.func is _tried else called.func
     count = min(workers, max(len(jobs), 1))
-    with ProcessPoolExecutor(count, mp_context=context, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(count, mp_context=worker_context(called.__module__), initializer=end_with_parent) as pool:
         futures = {pool.submit(function, job): job for job in jobs}
         try:
             for future in list(futures) if ordered else as_completed(futures):
@@ -90,6 +93,13 @@ def _in_pool(
                     yield job, None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def worker_context(module: str) -> ForkServerContext:
+    """How workers are started: as forks of one process that has imported `module`, which takes seconds, for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])  # of no effect once that process has been started
+    return context
 
 
 def check_workers(workers: int) -> None:

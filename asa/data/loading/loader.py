@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from asa.data.io.parallel import end_with_parent, end_workers_at_exit, ignore_stop_signals
+from asa.data.io.parallel import end_with_parent, end_workers_at_exit, ignore_stop_signals, worker_context
 from asa.data.loading.crops import Samples, sample_seed
 
 
@@ -143,7 +143,7 @@ def make_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=worker_context(type(dataset).__module__) if workers else None,
     )
 
 
