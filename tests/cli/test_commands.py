@@ -56,11 +56,11 @@ def failed_in_one_line(result: Result, *parts: str) -> bool:
 
 def test_from_phantom_to_report(command, tmp_path: Path) -> None:
     out = tmp_path / "with space"
-    assert command("phantom", "kind=ibsr", "subjects=4", "seed=3", "resolution=4", f"out={out}/raw").code == 0
+    assert command("phantom", "kind=ibsr", "subjects=3", "seed=3", "resolution=4", f"out={out}/raw").code == 0
     prepared = command("prepare", "data=ibsr", f"data.root={out}/raw", f"out={out}/store")
-    assert prepared.code == 0 and "4 prepared" in prepared.out
+    assert prepared.code == 0 and "3 prepared" in prepared.out
     again = command("prepare", "data=ibsr", f"data.root={out}/raw", f"out={out}/store")
-    assert "0 prepared, 4 done before" in again.out
+    assert "0 prepared, 3 done before" in again.out
     assert command("prepare", "data=ibsr", f"data.root={out}/raw", f"out={out}/store", "verify=true").code == 0
 
     pretrained = command(

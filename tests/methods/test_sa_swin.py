@@ -467,7 +467,7 @@ def test_two_ranks_pretrain_like_one(tmp_path, store) -> None:
     np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
-@pytest.mark.parametrize("depth", [32, 64, pytest.param(96, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("depth", [32, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 96))])
 @pytest.mark.parametrize("kind", ["pretraining", "segmentation"])
 def test_bfloat16_on_a_cpu_is_close_to_float32_at_every_depth(depth: int, kind: str) -> None:
     torch.manual_seed(0)

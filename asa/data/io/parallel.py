@@ -46,7 +46,8 @@ def in_processes(
     Yields:
         (job, result); the result is None where the worker process was killed, see `KILLED`.
     """
-    results = _in_pool(function, jobs, workers, ordered) if workers > 1 else ((job, function(job)) for job in jobs)
+    pooled = workers > 1 and len(jobs) > 0
+    results = _in_pool(function, jobs, workers, ordered) if pooled else ((job, function(job)) for job in jobs)
     with tqdm(total=len(jobs), desc=title, unit=unit, disable=not progress) as bar, closing(results):
         for pair in results:
             yield pair
@@ -81,7 +82,7 @@ def _in_pool(
     called: Any = function
     while isinstance(called, partial):
         called = called.args[0] if called.func is _tried else called.func
-    count = min(workers, max(len(jobs), 1))
+    count = min(workers, len(jobs))
     with ProcessPoolExecutor(count, mp_context=worker_context(called.__module__), initializer=end_with_parent) as pool:
         futures = {pool.submit(function, job): job for job in jobs}
         try:

@@ -341,14 +341,14 @@ def test_a_head_with_its_skull_is_warned_about(tmp_path):
 
 def test_volume_and_pose_are_those_of_the_scan_before_registration(monkeypatch):
     pytest.importorskip("nilearn")
-    shape, settings = (100, 110, 100), PrepareSettings(register=True, spacing=2)
-    image, label = scan(shape, centred(shape, 2 * np.eye(3)), turn_pose(yaw=7.0))
+    shape, settings = (66, 74, 66), PrepareSettings(register=True, spacing=3)
+    image, label = scan(shape, centred(shape, 3 * np.eye(3)), turn_pose(yaw=7.0))
     own = prepare_case({"t1": image}, None, {}, PrepareSettings(crop="none")).quality
-    pose = np.diag([0.9, 0.9, 0.9, 1.0]) @ find_midsagittal_plane(image.data.transpose(2, 1, 0), (2.0,) * 3).pose()
+    pose = np.diag([0.9, 0.9, 0.9, 1.0]) @ find_midsagittal_plane(image.data.transpose(2, 1, 0), (3.0,) * 3).pose()
     monkeypatch.setattr("asa.data.preprocessing.alignment.register_to_template", lambda *_: pose)
     for midway in (False, True):
         found = prepare_case({"t1": image}, None, {}, replace(settings, midway=midway)).quality
-        assert found["brain_ml"] == own["brain_ml"] == pytest.approx((label.data > 0).sum() * 8 / 1000, abs=0.1)
+        assert found["brain_ml"] == own["brain_ml"] == pytest.approx((label.data > 0).sum() * 27 / 1000, abs=0.1)
         assert abs(own["yaw_degrees"]) == pytest.approx(7, abs=0.5) and abs(found["yaw_degrees"]) < 0.5
         for key in ("yaw_degrees", "roll_degrees", "shift_mm"):
             assert found[f"raw_{key}"] == pytest.approx(own[key], abs=0.5)

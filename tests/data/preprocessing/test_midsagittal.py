@@ -95,7 +95,7 @@ def test_a_volume_that_is_constant_or_too_small_is_refused(volume):
 
 
 @needs_scans
-@pytest.mark.parametrize("name", ["1000", "1006"])
+@pytest.mark.parametrize("name", ["1000", pytest.param("1006", marks=pytest.mark.slow)])
 def test_injected_poses_of_a_real_brain_are_found_and_undone(name):
     volume = read_image(SCANS / f"{name}_SS.nii.gz")
     turned, affine, _ = to_ras(volume.data, volume.affine)

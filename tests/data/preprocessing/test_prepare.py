@@ -278,7 +278,7 @@ def head_ct(spacing: tuple[float, float, float] = (2.0, 2.0, 3.0)) -> tuple[Volu
     return volume(hu.astype(np.float32), affine), radius < 1
 
 
-@pytest.mark.parametrize("spacing", [(2.0, 2.0, 3.0), (1.5, 1.5, 6.0)])
+@pytest.mark.parametrize("spacing", [(2.0, 2.0, 3.0), pytest.param((1.5, 1.5, 6.0), marks=pytest.mark.slow)])
 def test_the_foreground_of_ct_is_the_head_without_air_and_table_and_with_its_sinuses(spacing):
     scanned, head = head_ct(spacing)
     case = prepare_case({"ct": scanned}, None, {}, PrepareSettings(window=[0, 80], crop="none"))
