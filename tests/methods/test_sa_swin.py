@@ -445,7 +445,7 @@ def pretrain(run, store) -> None:
     method = SASwinPretraining(model=network(32, 32, 32))
     attached = {record["id"]: {"health": float(k % 2)} for k, record in enumerate(opened.records)}
     dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", mirrored=True, attached=attached)
-    settings = TrainSettings(steps=3, batch_size=4, log_every=1, device="cpu")
+    settings = TrainSettings(steps=3, batch_size=4, log_every=1, device="cpu", precision="fp32")
     if is_main():
         run.mkdir()
     with process_group(torch.device("cpu"), 0.5):

@@ -17,6 +17,8 @@ from asa.cli import predict
 from asa.data.io.nifti import read_image, read_label
 from asa.data.store import Store
 from asa.inference.layout import label_maps_of
+from asa.training import device
+from asa.training.device import has_bf16_units
 from asa.training.hub import fetch
 
 pytestmark = pytest.mark.slow
@@ -64,6 +66,7 @@ def test_the_network_from_the_hub_predicts_what_the_run_predicted(
     assert trained.keys() == loaded.keys() and all(torch.equal(trained[key], loaded[key]) for key in trained)
     card = (done / "hub/README.md").read_text()
     assert "license: cc0-1.0" in card and "| WM | dice |" in card
+    monkeypatch.setattr(device, "has_bf16_units", has_bf16_units)  # the script had this machine's precision
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
         monkeypatch.delitem(sys.modules, name)  # it reads the environment when it is imported

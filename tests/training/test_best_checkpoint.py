@@ -41,7 +41,8 @@ def run(folder: Path, store: Path, steps: int = 8, scores: dict[int, float] = SC
     opened = Store(store)
     method = MaskedPretraining(model=asa_tiny(**{k: v for k, v in MODEL.items() if k != "_target_"}))
     dataset = CropDataset(opened, opened.records, (32, 32, 32))
-    chosen = dict(steps=steps, batch_size=2, log_every=1, save_every=3, validate_every=2, device="cpu", best="dice")
+    chosen = dict(steps=steps, batch_size=2, log_every=1, save_every=3, validate_every=2, best="dice")
+    chosen |= dict(device="cpu", precision="fp32")
     if is_main():
         folder.mkdir(exist_ok=True)
     with process_group(torch.device("cpu"), 0.5):

@@ -53,7 +53,7 @@ def segment(run: Path, store: Path) -> None:
     )
     dataset = CropDataset(opened, opened.records, (64, 32, 32), crop="random", labelled=True)
     run.mkdir(exist_ok=True)
-    settings = TrainSettings(steps=8, batch_size=2, device="cpu", log_every=1)
+    settings = TrainSettings(steps=8, batch_size=2, device="cpu", precision="fp32", log_every=1)
     optim = OptimSettings(name="sgd", lr=0.01, schedule="poly")
     loader = LoaderSettings(workers=0)
     with process_group(torch.device("cpu"), 0.5), replaced(torch.Tensor, "float", torch.Tensor.double):
@@ -293,6 +293,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_is_the_same(store: Path,
     tiny = [
         "loader.workers=0",
         "train.device=cpu",
+        "train.precision=fp32",
         "train.log_every=1",
         "model=asa_tiny",
         "crop=32",

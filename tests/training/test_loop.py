@@ -97,10 +97,9 @@ def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
             raise Stopped
         return original(self, batch)
 
-    monkeypatch.setattr(MaskedPretraining, "forward", failing)
-    with pytest.raises(Stopped):
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(MaskedPretraining, "forward", failing)
         run(tmp_path / "cut", store, workers=workers, **own)
-    monkeypatch.undo()
     assert len(list_checkpoints(tmp_path / "cut")) == stop // 2
     run(tmp_path / "cut", store, workers=workers, **own)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
