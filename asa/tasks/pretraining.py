@@ -17,7 +17,6 @@ from torch import nn
 from asa.config import typed
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import check_health, read_column
-from asa.data.leakage import training_digests
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
@@ -31,7 +30,7 @@ from asa.tasks.base import Config
 from asa.tasks.feature_health import FeatureHealth, open_probe, predictor_of
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
 from asa.tasks.table_evaluation import evaluate_asymmetry, tables_of
-from asa.tasks.volumes import absolute, open_store, set_model, warn_of_padding
+from asa.tasks.volumes import Initialisation, absolute, open_store, set_model, warn_of_padding
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
@@ -58,6 +57,7 @@ class Pretraining:
         self.settings = config["train"]
         self.warmup = warmup_steps(config["optim"]["warmup"], self.settings["steps"])
         self.store, self.split, self.parts = open_store(data, Path(str(config["out"])))
+        self.init = Initialisation(config, self.store, self.split)
         self.health = read_health(data["health"], self.store.records)
         set_model(config, in_channels=len(self.store.channels))
         warn_of_padding(config, self.parts["train"])
@@ -73,9 +73,10 @@ class Pretraining:
             raise ValueError("data.health is what method=sa_swin learns symmetry from: leave it out for this method")
         if method.mirrored and not self.health:
             print("note: without data.health no subject is known to be healthy, and the symmetry loss has no samples")
+        self.init.load_network(method.model)
 
     def explain_init(self, method: Any) -> str:
-        raise ValueError("transfer=explain is for fine-tuning: pretraining starts from scratch")
+        raise ValueError("transfer=explain is for fine-tuning: pretraining takes the whole network of init")
 
     def dataset(self, method: Any) -> CropDataset:
         augment = AugmentSettings(mirror_probability=self.data["mirror_probability"])
@@ -94,12 +95,13 @@ class Pretraining:
             "channels": self.store.channels,
             "prepare": self.store.settings,
             **training_scan_metadata([], self.parts["train"]),
-            **training_digests(self.parts["train"]),
+            **self.init.digests(self.parts["train"]),
         }
 
     def begin(self, run: Path) -> None:
         held_out = len(self.parts["validation"])
         on = f"{held_out} held-out scans" if held_out else "training scans"
+        self.init.write(run)
         print(f"pretraining on {len(self.parts['train'])} scans, validated on {on}, in {run}")
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from asa.data.io.files import write_json
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.splits import keep_labelled, make_split, read_split, select
 from asa.data.store import Store
 from asa.evaluation.summary import listed
-from asa.models.transfer import Source
+from asa.models.transfer import Source, check_position
 from asa.tasks.base import Config
-from asa.training.checkpoint import list_checkpoints
+from asa.training.checkpoint import list_checkpoints, load_weights
 from asa.training.distributed import is_main
 from asa.training.pretrained import load_pretrained, read_source
 
@@ -93,7 +94,7 @@ def padding_advice(crop: int | Sequence[int], records: Records) -> str | None:
 
 
 class Initialisation:
-    """The checkpoint that a fine-tuning starts from, and the held-out subjects that it was pretrained on.
+    """The checkpoint that a training starts from, and the held-out subjects that it was trained on.
 
     Args:
         config: of the command, with `init` and `model`; without `init` training starts from scratch.
@@ -123,6 +124,32 @@ class Initialisation:
         if self.init:
             print(self.load(model))
             print("\n".join(leakage_report(self.seen, self.init)))
+
+    def load_network(self, model: nn.Module) -> None:
+        """Load all weights of the same network, which may have been trained on volumes of another size.
+
+        Raises:
+            ValueError: another network, or a checkpoint of another package.
+        """
+        if not self.init:
+            return
+        assert self.source is not None
+        if not self.description:
+            raise ValueError(
+                f"init={self.init}: pretraining continues from a run of asa-pretrain; asa-finetune takes encoders of "
+                "other packages"
+            )
+        before, now = self.description["model"], self.model_config
+        check_position(before, now)
+        for key in sorted(before.keys() & now.keys() - {"_target_", "img_size", "checkpointing"}):
+            if before[key] != now[key]:
+                raise ValueError(
+                    f"{self.init} was trained with model.{key}={before[key]}, this run has {now[key]}: add "
+                    f"model.{key}={before[key]}"
+                )
+        load_weights(model, self.source.weights, self.init)
+        print(f"all {len(self.source.weights)} tensors of the network from {self.init}")
+        print("\n".join(leakage_report(self.seen, self.init)))
 
     def digests(self, records: Records) -> TrainingDigests:
         """Digests of the scans and subjects that the network is trained on in the end; {} where that is not known."""
