@@ -41,6 +41,10 @@ BASE = (
     "optim.reference_batch=null", "optim.warmup=30",
 )  # fmt: skip
 FAST = ("method.decode=0.25", "method.air=drop", "model.decoder_depth=1")
+STEPS = (
+    *FAST, "model.position=mirror_sincos", "train.batch_size=4", "train.steps=1200", "train.validate_every=240",
+    "optim.warmup=120",
+)  # fmt: skip
 # Settings of each arm; each is ASA as published but for these.
 ARMS: dict[str, tuple[str, ...]] = {
     "paper": (),
@@ -54,11 +58,15 @@ ARMS: dict[str, tuple[str, ...]] = {
     "fast": FAST,
     "fast_normalise": (*FAST, "method.normalise=true"),
     "fast_axes": (*FAST, "model.position=mirror_sincos"),
-    "fast_axes_steps": (
-        *FAST, "model.position=mirror_sincos", "train.batch_size=4", "train.steps=1200", "train.validate_every=240",
-        "optim.warmup=120",
-    ),
+    "fast_axes_steps": STEPS,
+    # After a run at 2 mm, whose operations are those of the steps left out.
+    "coarse_first": (*STEPS, "train.steps=1050", "train.validate_every=210"),
+    "coarse": (*STEPS, "crop=[32,32,80]"),
+    # Of scripts/reproduce/trials.py.
+    "latent": (*STEPS, "plugins=[scripts]", "method._target_=scripts.reproduce.trials.LatentPretraining"),
+    "hilbert": (*STEPS, "plugins=[scripts]", "model._target_=scripts.reproduce.trials.asa_tiny_hilbert"),
 }  # fmt: skip
+CONTINUES = {"coarse_first": "coarse"}  # the arm that an arm continues from
 SAMPLES = 4800  # of a run: steps times crops times masks
 
 
@@ -68,13 +76,18 @@ def prepare(data: Path, out: Path) -> None:
     held_out = ids[-HELD_OUT:]
     make_store(data, out, "brains", ids)
     make_store(data, out, "held_out", held_out)
+    make_store(data, out, "brains_2mm", ids, "prepare.spacing=2")
+    make_store(data, out, "held_out_2mm", held_out, "prepare.spacing=2")
     write_split(out / "split.json", {"train": ids[:-HELD_OUT], "validation": [], "test": held_out})
 
 
 def pretrain_settings(out: Path, arm: str, seed: int) -> list[str]:
     """The settings of a pretraining run."""
-    names = {"data.store": "store_brains", "data.probe": "store_held_out", "data.split_file": "split.json"}
-    paths = {key: out / name for key, name in names.items()} | {"out": run_folder(out, arm, seed)}
+    spacing = "_2mm" if arm == "coarse" else ""
+    paths = {"data.store": out / f"store_brains{spacing}", "data.probe": out / f"store_held_out{spacing}"}
+    paths |= {"data.split_file": out / "split.json", "out": run_folder(out, arm, seed)}
+    if arm in CONTINUES:
+        paths["init"] = run_folder(out, CONTINUES[arm], seed)
     return [*BASE, *ARMS[arm], f"train.seed={seed}", *quoted(**paths)]
 
 
@@ -84,7 +97,9 @@ def run_folder(out: Path, arm: str, seed: int) -> Path:
 
 
 def pretrain(out: Path, arm: str, seed: int) -> None:
-    """Pretrain one arm with one seed."""
+    """Pretrain one arm with one seed, after the one that it continues from."""
+    if arm in CONTINUES:
+        pretrain(out, CONTINUES[arm], seed)
     folder = run_folder(out, arm, seed)
     asa("pretrain", *pretrain_settings(out, arm, seed), log=out / "logs" / f"pretrain_{folder.name}.txt", threads=1)
     last = validations(folder)[-1]
@@ -128,20 +143,22 @@ def report(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
     """The table of all runs; draws the figure beside it."""
     costs = cost(out, arms)
     probes = {arm: {seed: validations(run_folder(out, arm, seed)) for seed in seeds} for arm in arms}
-    base = costs["paper"]
+    first = arms[0]
+    base = costs[first]
     lines = [
-        "| arm | GFLOP a sample | of `paper` | seconds, of `paper` | probe | less `paper` | less first weights |",
+        f"| arm | GFLOP a sample | of `{first}` | seconds, of `{first}` | probe | less `{first}` | "
+        "less first weights |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for arm in arms:
         ends = [probes[arm][seed][-1] for seed in seeds]
         last = [line["probe_dice"] for line in ends]
-        paired = [value - probes["paper"][seed][-1]["probe_dice"] for value, seed in zip(last, seeds, strict=True)]
+        paired = [value - probes[first][seed][-1]["probe_dice"] for value, seed in zip(last, seeds, strict=True)]
         gained = [line["probe_dice"] - line["probe_dice_first"] for line in ends]
         operations, seconds = costs[arm]
         lines.append(
             f"| `{arm}` | {operations:.2f} | {operations / base[0]:.2f} | {seconds / base[1]:.2f} | "
-            f"{interval(last)} | {interval(paired) if arm != 'paper' else ''} | {interval(gained)} |"
+            f"{interval(last)} | {interval(paired) if arm != first else ''} | {interval(gained)} |"
         )
     draw(out / "recipe.png", probes, costs)
     return "\n".join(lines) + "\n"
@@ -168,12 +185,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="compared with the first of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     options = parser.parse_args()
-    out, seeds = options.out.resolve(), options.seeds
-    arms = ["paper", *(arm for arm in options.arms if arm != "paper")]  # what the others are compared with
+    out, seeds, arms = options.out.resolve(), options.seeds, options.arms
     prepare(options.data, out)
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [(arm, seed) for seed in seeds for arm in arms]
