@@ -116,7 +116,7 @@ def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
         task = Pretraining(config)
         samples = settings.batch_size * config["method"]["masks"]
 
-        make = partial(build, config["method"])
+        make = partial(build, config["method"], plugins=config["plugins"])
         plan = make_plan(make, partial(task.example, count=settings.batch_size), settings=settings, optim=optim)
         operations[arm] = plan.step / samples / 1e9
         method: Any = make()
