@@ -41,10 +41,6 @@ BASE = (
     "optim.reference_batch=null", "optim.warmup=30",
 )  # fmt: skip
 FAST = ("method.decode=0.25", "method.air=drop", "model.decoder_depth=1")
-STEPS = (
-    *FAST, "model.position=mirror_sincos", "train.batch_size=4", "train.steps=1200", "train.validate_every=240",
-    "optim.warmup=120",
-)  # fmt: skip
 # Settings of each arm; each is ASA as published but for these.
 ARMS: dict[str, tuple[str, ...]] = {
     "paper": (),
@@ -58,15 +54,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "fast": FAST,
     "fast_normalise": (*FAST, "method.normalise=true"),
     "fast_axes": (*FAST, "model.position=mirror_sincos"),
-    "fast_axes_steps": STEPS,
-    # After a run at 2 mm, whose operations are those of the steps left out.
-    "coarse_first": (*STEPS, "train.steps=1050", "train.validate_every=210"),
-    "coarse": (*STEPS, "crop=[32,32,80]"),
-    # Of scripts/reproduce/trials.py.
-    "latent": (*STEPS, "plugins=[scripts]", "method._target_=scripts.reproduce.trials.LatentPretraining"),
-    "hilbert": (*STEPS, "plugins=[scripts]", "model._target_=scripts.reproduce.trials.asa_tiny_hilbert"),
+    "fast_axes_steps": (
+        *FAST, "model.position=mirror_sincos", "train.batch_size=4", "train.steps=1200", "train.validate_every=240",
+        "optim.warmup=120",
+    ),
 }  # fmt: skip
-CONTINUES = {"coarse_first": "coarse"}  # the arm that an arm continues from
 SAMPLES = 4800  # of a run: steps times crops times masks
 
 
@@ -76,18 +68,13 @@ def prepare(data: Path, out: Path) -> None:
     held_out = ids[-HELD_OUT:]
     make_store(data, out, "brains", ids)
     make_store(data, out, "held_out", held_out)
-    make_store(data, out, "brains_2mm", ids, "prepare.spacing=2")
-    make_store(data, out, "held_out_2mm", held_out, "prepare.spacing=2")
     write_split(out / "split.json", {"train": ids[:-HELD_OUT], "validation": [], "test": held_out})
 
 
 def pretrain_settings(out: Path, arm: str, seed: int) -> list[str]:
     """The settings of a pretraining run."""
-    spacing = "_2mm" if arm == "coarse" else ""
-    paths = {"data.store": out / f"store_brains{spacing}", "data.probe": out / f"store_held_out{spacing}"}
-    paths |= {"data.split_file": out / "split.json", "out": run_folder(out, arm, seed)}
-    if arm in CONTINUES:
-        paths["init"] = run_folder(out, CONTINUES[arm], seed)
+    names = {"data.store": "store_brains", "data.probe": "store_held_out", "data.split_file": "split.json"}
+    paths = {key: out / name for key, name in names.items()} | {"out": run_folder(out, arm, seed)}
     return [*BASE, *ARMS[arm], f"train.seed={seed}", *quoted(**paths)]
 
 
@@ -97,9 +84,7 @@ def run_folder(out: Path, arm: str, seed: int) -> Path:
 
 
 def pretrain(out: Path, arm: str, seed: int) -> None:
-    """Pretrain one arm with one seed, after the one that it continues from."""
-    if arm in CONTINUES:
-        pretrain(out, CONTINUES[arm], seed)
+    """Pretrain one arm with one seed."""
     folder = run_folder(out, arm, seed)
     asa("pretrain", *pretrain_settings(out, arm, seed), log=out / "logs" / f"pretrain_{folder.name}.txt", threads=1)
     last = validations(folder)[-1]
@@ -116,7 +101,7 @@ def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
         task = Pretraining(config)
         samples = settings.batch_size * config["method"]["masks"]
 
-        make = partial(build, config["method"], plugins=config["plugins"])
+        make = partial(build, config["method"])
         plan = make_plan(make, partial(task.example, count=settings.batch_size), settings=settings, optim=optim)
         operations[arm] = plan.step / samples / 1e9
         method: Any = make()

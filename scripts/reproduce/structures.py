@@ -45,11 +45,11 @@ def write_structures(data: Path, out: Path, ids: list[str]) -> None:
             write_label(label, joined, read_image(link))
 
 
-def make_store(data: Path, out: Path, name: str, ids: list[str], *settings: str) -> None:
-    """Write OUT/NAME for some subjects, and prepare it to the store OUT/store_NAME, with settings of asa-prepare."""
+def make_store(data: Path, out: Path, name: str, ids: list[str]) -> None:
+    """Write OUT/NAME for some subjects, and prepare it to the store OUT/store_NAME."""
     write_structures(data, out / name, ids)
     paths = {"data.root": out / name, "out": out / f"store_{name}"}
-    asa("prepare", *FILES, *settings, log=out / "logs" / f"prepare_{name}.txt", **paths)
+    asa("prepare", *FILES, log=out / "logs" / f"prepare_{name}.txt", **paths)
 
 
 def subjects(data: Path) -> list[str]:
