@@ -131,7 +131,7 @@ def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, 
         for name, row in rows.items():
             for arm in arms:
                 gain = row[arms[0]] - row[arm]
-                against = " | " if arm == arms[0] else f"{interval(gain, sign='+')} | {wilcoxon_p(gain):.3f}"
+                against = " | " if arm == arms[0] else f"{interval(gain, sign='+')} | {_rounded(wilcoxon_p(gain))}"
                 lines.append(f"| {count} | {name} | {arm} | {row[arm].mean():.3f} | {against} |")
     lines += [
         "",
@@ -142,6 +142,10 @@ def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, 
         means = " | ".join(f"{value:.2f}" for value in values.mean(axis=(0, 1)))
         lines.append(f"| {count} | {arm} | {best[count, arm]} | {means} |")
     return "\n".join(lines) + "\n"
+
+
+def _rounded(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def main() -> None:
