@@ -299,13 +299,14 @@ def difference_cells(difference: Difference | None, digits: int) -> list[str]:
         mean_text(difference, digits, sign="+"),
         "none" if math.isnan(difference.detectable) else f"{difference.detectable:.{digits}f}",
         f"{difference.better} / {difference.worse} / {equal}",
-        _p_text(difference.p),
-        _p_text(difference.p_holm),
+        p_text(difference.p),
+        p_text(difference.p_holm),
         f"{difference.used} of {difference.total}",
     ]
 
 
-def _p_text(p: float) -> str:
+def p_text(p: float) -> str:
+    """A p-value in three digits."""
     return "<0.001" if p < 0.001 else number_text(p, 3)
 
 

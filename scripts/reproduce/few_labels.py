@@ -12,6 +12,7 @@ DATA: see scripts/reproduce/structures.py.
 
 import argparse
 import itertools
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from asa.data.splits import write_split
+from asa.evaluation.comparison import p_text
 from asa.evaluation.statistics import wilcoxon_p
 from asa.tasks.comparison import read_run
 from scripts.reproduce.commands import asa, interval, validations
@@ -80,19 +82,26 @@ def pretrain(out: Path, arm: str, fold: int) -> None:
     print(f"{arm}{fold}: done", flush=True)
 
 
-def finetune(out: Path, run: Run, steps: int) -> None:
-    """Fine-tune, predict the test brains, and score them."""
-    name = run.name()
-    folder, predictions = out / "finetuned" / name, out / "predicted" / name
-    settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}")
-    paths = {"data.store": out / STORE, "data.split_file": out / f"finetune{run.fold}.json", "out": folder}
-    init = {} if run.arm in SCRATCH else {"init": out / f"{run.arm}{run.fold}"}
+def finetune_run(out: Path, run: Run, steps: int) -> None:
+    """Fine-tune an arm and score it."""
+    settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}", *ARMS[run.arm][1])
+    init = None if run.arm in SCRATCH else out / f"{run.arm}{run.fold}"
+    finetune(out, run.name(), f"finetune{run.fold}.json", steps, *settings, init=init)
+
+
+def finetune(out: Path, name: str, split: str, steps: int, *settings: str, init: Path | None) -> None:
+    """Fine-tune on the brains of OUT/store_brains, predict those of the test part, and score them."""
+    folder, predictions, scores = (out / kind / name for kind in ("finetuned", "predicted", "evaluated"))
+    paths = {"data.store": out / STORE, "data.split_file": out / split, "out": folder}
+    start = {} if init is None else {"init": init}
     experiment = ("experiment=structures_finetune", f"train.steps={steps}", f"train.validate_every={steps}")
-    asa("finetune", *experiment, *CPU, *ARMS[run.arm][1], *settings, log=log(out, name), threads=1, **paths, **init)
-    truth = {"truth": out / STORE, "split_file": folder / "split.json", "out": out / "evaluated" / name}
-    asa("predict", "part=test", log=log(out, name), threads=1, checkpoint=folder, input=out / STORE, out=predictions)
-    asa("evaluate", log=log(out, name), predictions=predictions, **truth)
-    print(f"{name}: validation {validation_dice(out, run):.3f}, test {brain_dice(out, run).mean():.3f}", flush=True)
+    asa("finetune", *experiment, *CPU, *settings, log=log(out, name), threads=1, **paths, **start)
+    if not (scores / "digests.json").exists():  # the last file of an evaluation
+        brains = {"checkpoint": folder, "input": out / STORE, "out": predictions}
+        asa("predict", "part=test", log=log(out, name), threads=1, **brains)
+        truth = {"truth": out / STORE, "split_file": folder / "split.json", "out": scores}
+        asa("evaluate", log=log(out, name), predictions=predictions, **truth)
+    print(f"{name}: validation {validation_dice(out, name):.3f}, test {brain_dice(out, name).mean():.3f}", flush=True)
 
 
 def log(out: Path, name: str) -> Path:
@@ -100,14 +109,14 @@ def log(out: Path, name: str) -> Path:
     return out / "logs" / f"{name}.txt"
 
 
-def validation_dice(out: Path, run: Run) -> float:
+def validation_dice(out: Path, name: str) -> float:
     """Mean Dice of the validation brain after the last step."""
-    return float(validations(out / "finetuned" / run.name())[-1]["dice"])
+    return float(validations(out / "finetuned" / name)[-1]["dice"])
 
 
-def brain_dice(out: Path, run: Run) -> np.ndarray:
+def brain_dice(out: Path, name: str) -> np.ndarray:
     """Dice of the test brains, `(brains, structures)`."""
-    values = read_run(run.name(), out / "evaluated" / run.name()).values
+    values = read_run(name, out / "evaluated" / name).values
     ids = sorted({id for id, _ in values})
     return np.array([[values[id, name]["dice"] for name in STRUCTURES] for id in ids])
 
@@ -117,22 +126,8 @@ def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, 
     dice = {}  # (seeds, brains, structures)
     for (count, arm), rate in best.items():
         runs = [[Run(fold, count, seed, arm, rate) for fold in folds] for seed in seeds]
-        dice[count, arm] = np.stack([np.concatenate([brain_dice(out, run) for run in row]) for row in runs])
-    arms = list(dict.fromkeys(arm for _, arm in best))
-    lines = [
-        "| labelled | seed | arm | Dice | first arm minus this one, 95 % interval over brains | p |",
-        "|---:|---|---|---:|---|---:|",
-    ]
-    for count in sorted({count for count, _ in best}):
-        means = {arm: dice[count, arm].mean(axis=2) for arm in arms}  # (seeds, brains)
-        rows = {str(seed): {arm: values[k] for arm, values in means.items()} for k, seed in enumerate(seeds)}
-        if len(seeds) > 1:
-            rows["all"] = {arm: values.mean(axis=0) for arm, values in means.items()}
-        for name, row in rows.items():
-            for arm in arms:
-                gain = row[arms[0]] - row[arm]
-                against = " | " if arm == arms[0] else f"{interval(gain, sign='+')} | {_rounded(wilcoxon_p(gain))}"
-                lines.append(f"| {count} | {name} | {arm} | {row[arm].mean():.3f} | {against} |")
+        dice[count, arm] = np.stack([np.concatenate([brain_dice(out, run.name()) for run in row]) for row in runs])
+    lines = gains({key: values.mean(axis=2) for key, values in dice.items()}, seeds)
     lines += [
         "",
         f"| labelled | arm | rate | {' | '.join(STRUCTURES)} |",
@@ -144,8 +139,24 @@ def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, 
     return "\n".join(lines) + "\n"
 
 
-def _rounded(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+def gains(dice: Mapping[tuple[int, str], np.ndarray], seeds: Sequence[int]) -> list[str]:
+    """A table of the Dice of each number of labels and arm, `(seeds, brains)`, and of what the first arm gains."""
+    lines = [
+        "| labelled | seed | arm | Dice | first arm minus this one, 95 % interval over brains | p |",
+        "|---:|---|---|---:|---|---:|",
+    ]
+    for count in sorted({count for count, _ in dice}):
+        means = {arm: values for (labelled, arm), values in dice.items() if labelled == count}
+        rows = {str(seed): {arm: values[k] for arm, values in means.items()} for k, seed in enumerate(seeds)}
+        if len(seeds) > 1:
+            rows["all"] = {arm: values.mean(axis=0) for arm, values in means.items()}
+        first = next(iter(means))
+        for name, row in rows.items():
+            for arm in means:
+                gain = row[first] - row[arm]
+                against = " | " if arm == first else f"{interval(gain, sign='+')} | {p_text(wilcoxon_p(gain))}"
+                lines.append(f"| {count} | {name} | {arm} | {row[arm].mean():.3f} | {against} |")
+    return lines
 
 
 def main() -> None:
@@ -168,7 +179,7 @@ def main() -> None:
         list(pool.map(lambda encoder: pretrain(out, *encoder), encoders))
 
         def run_all(runs: list[Run]) -> None:
-            list(pool.map(lambda run: finetune(out, run, options.steps), runs))
+            list(pool.map(lambda run: finetune_run(out, run, options.steps), runs))
 
         choices = {
             (count, arm): [Run(folds[0], count, CHOSEN_WITH, arm, rate) for rate in options.rates]
@@ -176,7 +187,7 @@ def main() -> None:
         }
         first = [run for runs in choices.values() for run in runs]
         run_all(first)
-        best = {key: max(runs, key=lambda run: validation_dice(out, run)).rate for key, runs in choices.items()}
+        best = {key: max(runs, key=lambda run: validation_dice(out, run.name())).rate for key, runs in choices.items()}
         wanted = [
             Run(fold, count, seed, arm, best[count, arm]) for fold in folds for seed in seeds for count, arm in best
         ]

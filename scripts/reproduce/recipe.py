@@ -1,8 +1,9 @@
 """What makes pretraining cheaper at equal quality: python -m scripts.reproduce.recipe DATA OUT
 
 Pretrains the same encoder in several ways ("arms") on 9 OASIS-1 brains, with the same number of samples, and compares
-what a linear probe reads from it on 6 others, against operations and seconds. Writes OUT/recipe.md, the table of
-docs/evidence.md, and OUT/recipe.png. Finished runs are not repeated.
+what a linear probe reads from it on 6 others, against operations and seconds; the arms of `--finetune` also by the
+Dice of the 6 after a fine-tuning on 1 and 3 of the 9 (experiment=structures_finetune). Writes OUT/recipe.md, the tables
+of docs/evidence.md, and OUT/recipe.png. Finished runs are not repeated.
 
 DATA: see scripts/reproduce/structures.py.
 """
@@ -27,6 +28,7 @@ from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from asa.training.plan import make_plan
 from scripts.reproduce.commands import asa, interval, quoted, validations
+from scripts.reproduce.few_labels import STORE, brain_dice, finetune, gains
 from scripts.reproduce.structures import make_store, subjects
 
 matplotlib.use("Agg")
@@ -68,12 +70,14 @@ def prepare(data: Path, out: Path) -> None:
     held_out = ids[-HELD_OUT:]
     make_store(data, out, "brains", ids)
     make_store(data, out, "held_out", held_out)
-    write_split(out / "split.json", {"train": ids[:-HELD_OUT], "validation": [], "test": held_out})
+    train = ids[:-HELD_OUT]
+    write_split(out / "split.json", {"train": train, "validation": [], "test": held_out})
+    write_split(out / "finetune.json", {"train": train[:-1], "validation": train[-1:], "test": held_out})
 
 
 def pretrain_settings(out: Path, arm: str, seed: int) -> list[str]:
     """The settings of a pretraining run."""
-    names = {"data.store": "store_brains", "data.probe": "store_held_out", "data.split_file": "split.json"}
+    names = {"data.store": STORE, "data.probe": "store_held_out", "data.split_file": "split.json"}
     paths = {key: out / name for key, name in names.items()} | {"out": run_folder(out, arm, seed)}
     return [*BASE, *ARMS[arm], f"train.seed={seed}", *quoted(**paths)]
 
@@ -89,6 +93,19 @@ def pretrain(out: Path, arm: str, seed: int) -> None:
     asa("pretrain", *pretrain_settings(out, arm, seed), log=out / "logs" / f"pretrain_{folder.name}.txt", threads=1)
     last = validations(folder)[-1]
     print(f"pretrained {folder.name}: probe {last['probe_dice']:.4f}, first {last['probe_dice_first']:.4f}", flush=True)
+
+
+def finetuned_name(arm: str, labelled: int, seed: int) -> str:
+    """Name of the folders of a fine-tuning."""
+    return f"{arm}_{labelled}_{seed}"
+
+
+def finetune_arm(out: Path, arm: str, labelled: int, seed: int, steps: int) -> None:
+    """Fine-tune the encoder of one arm and seed, and score it on the held-out brains."""
+    encoding = [setting for setting in ("model.position=mirror", *ARMS[arm]) if setting.startswith("model.position=")]
+    settings = ("model.mirror_patches=false", encoding[-1], f"data.labelled={labelled}", f"train.seed={seed}")
+    name, init = finetuned_name(arm, labelled, seed), run_folder(out, arm, seed)
+    finetune(out, name, "finetune.json", steps, *settings, init=init)
 
 
 def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -171,15 +188,28 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="compared with the first of them")
+    parser.add_argument("--finetune", nargs="*", choices=ARMS, default=["paper", "fast"], help="fine-tuned, too")
+    parser.add_argument("--labelled", nargs="+", type=int, default=[1, 3], help="brains of a fine-tuning")
+    parser.add_argument("--steps", type=int, default=1200, help="of a fine-tuning")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     options = parser.parse_args()
     out, seeds, arms = options.out.resolve(), options.seeds, options.arms
+    tuned = [arm for arm in options.finetune if arm in arms]
     prepare(options.data, out)
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = [(arm, seed) for seed in seeds for arm in arms]
-        list(pool.map(lambda job: pretrain(out, *job), runs))
+        list(pool.map(lambda run: pretrain(out, *run), [(arm, seed) for seed in seeds for arm in arms]))
+        runs = [(arm, count, seed) for seed in seeds for count in options.labelled for arm in tuned]
+        list(pool.map(lambda run: finetune_arm(out, *run, options.steps), runs))
     text = report(out, arms, seeds)
+    if tuned:
+        names = {
+            (count, arm): [finetuned_name(arm, count, seed) for seed in seeds]
+            for count in options.labelled
+            for arm in tuned
+        }
+        dice = {key: np.stack([brain_dice(out, name).mean(axis=1) for name in row]) for key, row in names.items()}
+        text += "\n" + "\n".join(gains(dice, seeds)) + "\n"
     (out / "recipe.md").write_text(text)
     print(text)
 
