@@ -40,6 +40,7 @@ EXPERIMENTS = {
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
     "oasis_ablation": "ablate",
+    "structures_ablation": "ablate",
     "tables_pretrain": "pretrain",
     "table2": "ablate",
     "table3": "ablate",

@@ -98,10 +98,7 @@ def _orientation_score(padded: Tensor, patch_size: int, bins: int) -> Tensor:
     gx, gy, gz = _gradients(padded)
     in_plane = gx.square().add_(gy.square_())
     magnitude = (in_plane + gz.square()).sqrt_()
-    in_plane.sqrt_()
-    # Where gx = gy = 0, phi is atan2(0, 0) = 0, the first bin: +1 is above every edge.
-    gx.masked_fill_(in_plane == 0, 1.0)
-    direction = _angle_bin(gz, magnitude, bins).mul_(bins).add_(_angle_bin(gx, in_plane, bins))
+    direction = _angle_bin(gz.div_(magnitude), bins).mul_(bins).add_(_angle_bin(gx.div_(in_plane.sqrt_()), bins))
     weight = patchify(magnitude[:, None], patch_size)  # N L s^3
     histogram = weight.new_zeros(*weight.shape[:2], bins * bins)
     histogram.scatter_add_(2, patchify(direction[:, None], patch_size).long(), weight)
@@ -109,16 +106,19 @@ def _orientation_score(padded: Tensor, patch_size: int, bins: int) -> Tensor:
     return torch.where(norm > 0, histogram.mean(dim=2) / norm, 0.0)
 
 
-def _angle_bin(adjacent: Tensor, length: Tensor, bins: int) -> Tensor:
-    """floor(angle / (pi / bins)) where cos(angle) = adjacent / length, with pi itself in the last bin.
+def _angle_bin(cosine: Tensor, bins: int) -> Tensor:
+    """floor(angle / (pi / bins)) of angles in [0, pi], pi in the last bin, and 0 for NaN, as of atan2(0, 0).
 
-    Counts the inner edges k*pi/bins at or below the angle, without arccos or atan2: their rounding in float32 moves
-    values across edges.
+    Counts the edges below pi/2 that are at or below the angle or, from pi/2, at or below its counterpart pi - angle:
+    without arccos or atan2, whose rounding in float32 moves values across edges. Overwrites its input.
     """
-    count = torch.zeros_like(length, dtype=torch.uint8 if bins <= 15 else torch.int32)  # bins^2 directions
-    for k in range(1, bins):
-        count += adjacent <= length * math.cos(k * math.pi / bins)
-    return count
+    dtype = torch.int8 if bins <= 11 else torch.int32  # holds bins^2 directions
+    obtuse = (cosine <= 0).to(dtype)
+    cosine.abs_()
+    count = torch.zeros_like(obtuse)
+    for k in range(1, (bins + 1) // 2):
+        count += cosine <= math.cos(k * math.pi / bins)
+    return obtuse.mul_(bins - 1).sub_(count).abs_()  # bins - 1 - count where obtuse
 
 
 class AttentiveReconstructionLoss(nn.Module):
