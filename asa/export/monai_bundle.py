@@ -13,7 +13,8 @@ from torch import nn
 from asa import __version__
 from asa.data.io.files import write_json, write_whole
 from asa.data.preprocessing.brain import TOOLS
-from asa.inference.segmentation import window_size
+from asa.inference.preprocessing import check_metadata
+from asa.inference.segmentation import overlap_of, window_size
 from asa.models.unet import SegmentationUNet
 from asa.models.vit_seg import SegmentationViT
 from asa.training.checkpoint import read_model
@@ -49,6 +50,7 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
         raise ValueError(f"{checkpoint}: a bundle holds a segmentation network: give a run of asa-finetune with labels")
     if getattr(model, "mirrored", False):
         raise ValueError(f"{checkpoint}: a network that cross-attends to the mirror image cannot be a bundle")
+    check_metadata(str(checkpoint), data)
     facts = exported(data)
     _check_plain([node, facts["channels"], facts["labels"], facts.get("regions", {})], str(checkpoint))
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / METADATA).is_file()):
@@ -57,7 +59,7 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
     torch.save(model.state_dict(), weights)
     write_whole(out / "models" / "model.pt", weights.getvalue())
     write_json(out / "configs" / "asa.json", facts)
-    write_json(out / "configs" / "inference.json", _inference(node, facts["channels"], window))
+    write_json(out / "configs" / "inference.json", _inference(node, facts["channels"], window, overlap_of([data])))
     write_json(out / METADATA, _metadata(model, facts, window, description))
     write_whole(out / "docs" / "README.md", _readme(facts, window).encode())
     write_whole(out / "LICENSE", LICENSE.encode())
@@ -88,7 +90,9 @@ def _check_plain(node: Any, source: str) -> None:
         _check_plain(item, source)
 
 
-def _inference(network: Mapping[str, Any], channels: Sequence[str], window: list[int]) -> dict[str, Any]:
+def _inference(
+    network: Mapping[str, Any], channels: Sequence[str], window: list[int], overlap: float
+) -> dict[str, Any]:
     """`configs/inference.json`, with the names that MONAI's inference workflows expect."""
     return {
         "imports": ["$import torch"],
@@ -117,7 +121,7 @@ def _inference(network: Mapping[str, Any], channels: Sequence[str], window: list
             "_target_": "SlidingWindowInferer",
             "roi_size": window,
             "sw_batch_size": 1,
-            "overlap": 0.5,
+            "overlap": overlap,
             "mode": "gaussian",
         },
         "postprocessing": {

@@ -17,6 +17,7 @@ from asa.errors import reason_of
 MEASURED = ("mean", "sd")  # of the normalised intensities
 VOLUME_TOLERANCE = 0.25  # of the training scans' smallest and largest brain, beyond which a scan is warned about
 INTENSITY_TOLERANCE = 0.1  # the same of mean and SD, in units of the normalised intensities
+LARGEST_OVERLAP = 0.9  # of windows: each axis then takes ten times as many as without
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 
 
@@ -84,6 +85,8 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
         size = np.array(data.get("spacing", np.ones((2, 3))), dtype=np.float64)
         if size.shape != (2, 3) or not (size > 0).all() or not np.isfinite(size).all():
             raise ValueError(f"spacing={data['spacing']}")
+        if not 0 <= data.get("overlap", 0) <= LARGEST_OVERLAP:
+            raise ValueError(f"overlap={data['overlap']}")
         PrepareSettings(**data["prepare"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: its metadata of the training scans is not usable ({reason_of(error)})") from None

@@ -6,7 +6,7 @@ Letters: prepared volume `C D H W`; K classes (one softmax) or R regions (a sigm
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,22 @@ from asa.inference.label_maps import (
     probabilities_of,
     probability_files,
 )
-from asa.inference.preprocessing import ScanPreprocessor, check_metadata
+from asa.inference.preprocessing import LARGEST_OVERLAP, ScanPreprocessor, check_metadata
 from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map, expected_dice
 from asa.ops.nested import paint, painting_order
 from asa.ops.symmetry import check_axes, flip
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
 
+OVERLAP = 0.5  # of windows, where the settings give none
+
 
 @dataclass
 class PredictSettings:
     """How a volume is covered by windows, and the device and precision of the network."""
 
-    overlap: float = 0.5
-    "overlap of neighbouring windows, as a fraction of the window"
+    overlap: float | None = None
+    "overlap of neighbouring windows, as a fraction of the window; null: 0.5, or more if the network was validated so"
     batch_size: int = 1
     "windows per forward pass"
     device: str = "auto"
@@ -50,8 +52,8 @@ class PredictSettings:
     "auto (as in training), fp32, bf16 or fp16"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"predict.overlap={self.overlap}: a fraction must be in [0, 1)")
+        if self.overlap is not None and not 0 <= self.overlap <= LARGEST_OVERLAP:
+            raise ValueError(f"predict.overlap={self.overlap}: a fraction must be in [0, {LARGEST_OVERLAP}]")
         if self.batch_size < 1:
             raise ValueError(f"predict.batch_size={self.batch_size}: give 1 or more")
         pick_precision(self.precision, pick_device(self.device))
@@ -132,13 +134,18 @@ def _stitched(
             roi_size=window_size(model),
             sw_batch_size=settings.batch_size,
             predictor=predict,
-            overlap=settings.overlap,
+            overlap=OVERLAP if settings.overlap is None else settings.overlap,
             mode="gaussian",
             sw_device=device,
             device=stitch_device,
         )
     assert isinstance(logits, Tensor)
     return logits[0].float()
+
+
+def overlap_of(metadata: Sequence[Mapping[str, Any]]) -> float:
+    """Overlap of windows for networks of these metadata: that of their validation, and at least `OVERLAP`."""
+    return max(OVERLAP, *(data.get("overlap", OVERLAP) for data in metadata))
 
 
 def count_windows(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
@@ -208,7 +215,7 @@ class Segmenter:
         if uncertainty == "spread" and len(paths) == 1 and not axes:
             raise ValueError("uncertainty=spread is over an ensemble: give several checkpoints or mirror=true")
         self.uncertainty = uncertainty
-        self.settings, self.progress = settings, progress
+        self.progress = progress
         self.models: list[nn.Module] = []
         metadata: list[dict[str, Any]] = []
         for path in paths:
@@ -219,6 +226,8 @@ class Segmenter:
             window_size(model)  # fails here and not at the first scan
             self.models.append(model.to(pick_device(settings.device)))
             metadata.append(description["data"])
+        self.overlap = overlap_of(metadata) if settings.overlap is None else settings.overlap
+        self.settings = replace(settings, overlap=self.overlap)
         self.data = metadata[0]
         for path, other in zip(paths[1:], metadata[1:], strict=True):
             _check_agreement(str(paths[0]), self.data, str(path), other)
@@ -324,7 +333,7 @@ class Segmenter:
             image: the volume.
             spread: gets those of each network and view.
         """
-        windows = sum(count_windows(image.shape[1:], window_size(m), self.settings.overlap) for m in self.models)
+        windows = sum(count_windows(image.shape[1:], window_size(m), self.overlap) for m in self.models)
         total = torch.zeros(())
         with tqdm(total=windows * len(self.views), unit="window", leave=False, disable=not self.progress) as bar:
             for model in self.models:

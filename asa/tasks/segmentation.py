@@ -117,6 +117,7 @@ class Segmentation:
             "labels": self.store.labels,
             **({"regions": list(self.store.regions.items())} if self.regions else {}),
             "prepare": self.store.settings,
+            **({} if self.windows.overlap is None else {"overlap": self.windows.overlap}),
             **training_scan_metadata(self.config["data"]["lateral_pairs"], self.parts["train"]),
             **self.init.digests(self.parts["train"]),
         }

@@ -19,7 +19,7 @@ from asa.cli import front, pretrain
 from asa.cli import main as asa_command
 from asa.data.store import Store
 from asa.tasks.volumes import padding_advice
-from asa.training.checkpoint import list_checkpoints, load_model
+from asa.training.checkpoint import list_checkpoints, load_model, read_description
 
 NOT_COMMANDS = ("__init__", "front", "main")
 TINY = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "optim.warmup=1"]
@@ -252,6 +252,7 @@ def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Pat
         "optim.encoder_lr=0.05", "optim.warmup=0", "predict.overlap=0",
     )  # fmt: skip
     assert trained.code == 0, trained.err
+    assert read_description(tmp_path / "fine")["data"]["overlap"] == 0
     arguments = [f"checkpoint={tmp_path}/fine", f"input={store}", "part=test"]
     assert command("predict", *arguments, f"out={tmp_path}/p", "predict.overlap=0").code == 0
     assert len(list((tmp_path / "p").glob("*.nii.gz"))) == 1

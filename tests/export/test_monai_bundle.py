@@ -51,7 +51,7 @@ def write_scan(folder: Path, channels: list[str]) -> dict[str, Path]:
     return files
 
 
-@pytest.mark.parametrize("data", [{}, {**REGIONS, "channels": ["t1"]}], ids=["classes", "regions"])
+@pytest.mark.parametrize("data", [{"overlap": 0.7}, {**REGIONS, "channels": ["t1"]}], ids=["classes", "regions"])
 def test_monai_runs_a_bundle_and_its_label_maps_equal_those_of_asa_predict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: dict
 ) -> None:

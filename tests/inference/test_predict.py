@@ -270,6 +270,18 @@ def test_the_progress_bar_counts_the_windows_that_are_computed(size: tuple[int, 
     assert sum(done) == count_windows(size, (32, 32, 64), overlap)
 
 
+def test_windows_overlap_as_in_the_validation_unless_by_less_than_half(run: Path, tmp_path: Path) -> None:
+    more, less = (checkpoint(tmp_path / str(overlap), overlap=overlap) for overlap in (0.7, 0.2))
+    auto = PredictSettings(device="cpu")
+    for paths, expected in (([run], 0.5), ([less], 0.5), ([more], 0.7), ([run, less, more], 0.7)):
+        assert Segmenter(paths, auto).overlap == expected
+    image, given = torch.rand(1, 48, 32, 64), PredictSettings(device="cpu", overlap=0.7)
+    assert Segmenter(more, SETTINGS).overlap == SETTINGS.overlap == 0.25
+    found = Segmenter(more, auto).probabilities(image)
+    assert torch.equal(found, Segmenter(run, given).probabilities(image))
+    assert not torch.equal(found, Segmenter(run, auto).probabilities(image))
+
+
 def test_mirroring_needs_a_partner_for_every_lateral_label(tmp_path: Path) -> None:
     run = checkpoint(tmp_path / "run", lateral_pairs=[])
     with pytest.raises(ValueError, match="'left_x' contains a side"):
