@@ -167,12 +167,13 @@ def report(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
 
 
 def draw(file: Path, probes: dict[str, dict[int, list[dict[str, Any]]]], costs: dict[str, tuple[float, float]]) -> None:
-    """Probe Dice against operations and against seconds, the mean over seeds."""
+    """Probe Dice against operations and against seconds from the first weights on, the mean over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for arm, runs in probes.items():
-        steps = np.array([line["step"] for line in next(iter(runs.values()))])
+        steps = np.array([0, *(line["step"] for line in next(iter(runs.values())))])
         samples = SAMPLES * steps / steps[-1]
-        mean = np.mean([[line["probe_dice"] for line in logged] for logged in runs.values()], axis=0)
+        curves = [[logged[0]["probe_dice_first"], *(line["probe_dice"] for line in logged)] for logged in runs.values()]
+        mean = np.mean(curves, axis=0)
         for axis, unit, scale in zip(axes, costs[arm], (1e-3, 1.0), strict=True):
             axis.plot(samples * unit * scale, mean, marker="o", markersize=3, label=arm)
     axes[0].set(xlabel="TFLOP", ylabel="probe, soft Dice")
