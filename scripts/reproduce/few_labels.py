@@ -39,6 +39,8 @@ ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mae_mirror": (("method=mae", *PLAIN), PLAIN),
     # The plain autoencoder whose patches of the right half are read mirrored, too.
     "mae_mirror_patches": (("method=mae", "model.position=sincos"), ("model.position=sincos",)),
+    # Without the savings of structures_pretrain: the background, too, and all masked patches decoded, by three blocks.
+    "slow": (("method.decode=1", "method.air=keep", "model.decoder_depth=3"), ()),
     "scratch": ((), ()),
     "plain_scratch": ((), PLAIN),
 }
