@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="compared with the first of them")
-    parser.add_argument("--finetune", nargs="*", choices=ARMS, default=["paper", "fast"], help="fine-tuned, too")
+    parser.add_argument("--finetune", nargs="*", choices=ARMS, default=[], help="arms that are fine-tuned, too")
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 3], help="brains of a fine-tuning")
     parser.add_argument("--steps", type=int, default=1200, help="of a fine-tuning")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
