@@ -41,6 +41,9 @@ ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mae_mirror_patches": (("method=mae", "model.position=sincos"), ("model.position=sincos",)),
     # Without the savings of structures_pretrain: the background, too, and all masked patches decoded, by three blocks.
     "slow": (("method.decode=1", "method.air=keep", "model.decoder_depth=3"), ()),
+    # With a decoder of three blocks, and with twice as many steps, which take as long as "slow".
+    "three_blocks": (("model.decoder_depth=3",), ()),
+    "long": (("train.steps=12000",), ()),
     "scratch": ((), ()),
     "plain_scratch": ((), PLAIN),
 }
