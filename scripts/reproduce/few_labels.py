@@ -2,8 +2,9 @@
 
 Eleven structures of real brains, from 1 and 3 labelled ones, from a pretrained encoder and from scratch. The encoder is
 pretrained on brains that the network is not tested on (experiment=structures_pretrain), and fine-tuned on the first of
-them (experiment=structures_finetune). Each arm has the best of its learning rates, by the Dice of one more brain of
-the training part. `--arms pretrained mae scratch` adds an encoder pretrained as a plain masked autoencoder. Prints the
+them (experiment=structures_finetune), each seed from its own encoder. Each arm has the best of its learning rates, by
+the Dice of one more brain of the training part, with the first fold and seed.
+`--arms pretrained mae scratch` adds an encoder pretrained as a plain masked autoencoder. Prints the
 tables of docs/evidence.md. Finished runs are not repeated, and interrupted ones are resumed: an hour for an encoder,
 half an hour for a fine-tuning, on one core each.
 
@@ -39,17 +40,18 @@ ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mae_mirror": (("method=mae", *PLAIN), PLAIN),
     # The plain autoencoder whose patches of the right half are read mirrored, too.
     "mae_mirror_patches": (("method=mae", "model.position=sincos"), ("model.position=sincos",)),
-    # Without the savings of structures_pretrain: the background, too, and all masked patches decoded, by three blocks.
-    "slow": (("method.decode=1", "method.air=keep", "model.decoder_depth=3"), ()),
-    # With a decoder of three blocks, and with twice as many steps, which take as long as "slow".
-    "three_blocks": (("model.decoder_depth=3",), ()),
-    "long": (("train.steps=12000",), ()),
+    # Without the savings of structures_pretrain: the background, too, and a decoder of three blocks.
+    "slow": (("method.air=keep", "model.decoder_depth=3"), ()),
+    # With further savings: a narrower decoder, or a quarter of the masked patches decoded.
+    "narrow": (("model.decoder_dim=64",), ()),
+    "quarter": (("method.decode=0.25",), ()),
+    "quarter_air": (("method.decode=0.25", "method.air=keep"), ()),
+    "quarter_blocks": (("method.decode=0.25", "model.decoder_depth=3"), ()),
     "scratch": ((), ()),
     "plain_scratch": ((), PLAIN),
 }
 SCRATCH = ("scratch", "plain_scratch")
 STORE = "store_brains"
-CHOSEN_WITH = 0  # seed of the runs that choose the learning rate
 CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
 
 
@@ -79,18 +81,24 @@ def prepare(data: Path, out: Path, folds: list[int]) -> None:
         write_split(out / f"finetune{fold}.json", parts)
 
 
-def pretrain(out: Path, arm: str, fold: int) -> None:
+def pretrain(out: Path, arm: str, fold: int, seed: int) -> None:
     """Pretrain an arm's encoder on the training part of a fold."""
-    paths = {"data.store": out / STORE, "data.split_file": out / f"pretrain{fold}.json", "out": out / f"{arm}{fold}"}
-    settings = ("experiment=structures_pretrain", *CPU, *ARMS[arm][0])
-    asa("pretrain", *settings, log=log(out, f"{arm}{fold}"), threads=1, **paths)
-    print(f"{arm}{fold}: done", flush=True)
+    name = encoder(arm, fold, seed)
+    paths = {"data.store": out / STORE, "data.split_file": out / f"pretrain{fold}.json", "out": out / name}
+    settings = ("experiment=structures_pretrain", f"train.seed={seed}", *CPU, *ARMS[arm][0])
+    asa("pretrain", *settings, log=log(out, name), threads=1, **paths)
+    print(f"{name}: done", flush=True)
+
+
+def encoder(arm: str, fold: int, seed: int) -> str:
+    """Name of the folder of an encoder."""
+    return f"{arm}{fold}_seed{seed}"
 
 
 def finetune_run(out: Path, run: Run, steps: int) -> None:
     """Fine-tune an arm and score it."""
     settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}", *ARMS[run.arm][1])
-    init = None if run.arm in SCRATCH else out / f"{run.arm}{run.fold}"
+    init = None if run.arm in SCRATCH else out / encoder(run.arm, run.fold, run.seed)
     finetune(out, run.name(), f"finetune{run.fold}.json", steps, *settings, init=init)
 
 
@@ -180,14 +188,14 @@ def main() -> None:
     out, folds, seeds, labelled = options.out.resolve(), options.folds, options.seeds, options.labelled
     prepare(options.data, out, folds)
     with ThreadPoolExecutor(options.jobs) as pool:
-        encoders = [(arm, fold) for fold in folds for arm in options.arms if arm not in SCRATCH]
-        list(pool.map(lambda encoder: pretrain(out, *encoder), encoders))
+        arms = [arm for arm in options.arms if arm not in SCRATCH]
+        list(pool.map(lambda which: pretrain(out, *which), itertools.product(arms, folds, seeds)))
 
         def run_all(runs: list[Run]) -> None:
             list(pool.map(lambda run: finetune_run(out, run, options.steps), runs))
 
         choices = {
-            (count, arm): [Run(folds[0], count, CHOSEN_WITH, arm, rate) for rate in options.rates]
+            (count, arm): [Run(folds[0], count, seeds[0], arm, rate) for rate in options.rates]
             for count, arm in itertools.product(labelled, options.arms)
         }
         first = [run for runs in choices.values() for run in runs]
