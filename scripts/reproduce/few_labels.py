@@ -30,6 +30,7 @@ from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
 # Settings of each arm's encoder, for asa-pretrain and asa-finetune.
 PLAIN = ("model.mirror_patches=false",)
+DEEP = ("+model.depth=12",)
 ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrained": ((), ()),
     # Patches as they are, as in the paper.
@@ -42,6 +43,9 @@ ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mae_mirror_patches": (("method=mae", "model.position=sincos"), ("model.position=sincos",)),
     # Without the savings of structures_pretrain: the background, too, and a decoder of three blocks.
     "slow": (("method.air=keep", "model.decoder_depth=3"), ()),
+    # The paper's depths, 12 blocks and 8: as experiment=asa_paper and experiment=asa_fast, of width 96.
+    "deep_slow": ((*DEEP, "method.air=keep", "model.decoder_depth=8"), DEEP),
+    "deep": (DEEP, DEEP),
     # With further savings: a narrower decoder, or a quarter of the masked patches decoded.
     "narrow": (("model.decoder_dim=64",), ()),
     "quarter": (("method.decode=0.25",), ()),
