@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -520,6 +521,15 @@ def in_a_process(calls: Sequence[Sequence[str]]) -> list[tuple[str, list[str]]]:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_threads_do_not_spin_for_long_beside_other_processes() -> None:
+    code = "import os, sys, asa.cli; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    others = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for given, expected in (({}, "10000 False"), ({"GOMP_SPINCOUNT": "7"}, "7 False")):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=others | given, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 def test_help_needs_no_heavy_package() -> None:
