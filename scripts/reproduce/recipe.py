@@ -43,6 +43,7 @@ BASE = (
     "optim.reference_batch=null", "optim.warmup=30",
 )  # fmt: skip
 THREE = ("method.decode=0.25", "method.air=drop", "model.decoder_depth=1")
+DEEP = ("+model.depth=12",)
 # Settings of each arm; each is ASA as published but for these.
 ARMS: dict[str, tuple[str, ...]] = {
     "paper": (),
@@ -55,6 +56,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "muon": ("optim.name=muon",),
     # As experiment=asa_fast, with a narrower decoder too: about the share of one block in the paper's eight.
     "fast": ("method.air=drop", "model.decoder_depth=1", "model.decoder_dim=64"),
+    # The paper's depths, as experiment=asa_paper and experiment=asa_fast.
+    "deep": (*DEEP, "model.decoder_depth=8"),
+    "deep_fast": (*DEEP, "method.air=drop", "model.decoder_depth=1"),
     "three": THREE,
     "three_normalise": (*THREE, "method.normalise=true"),
     "three_axes": (*THREE, "model.position=mirror_sincos"),
