@@ -28,7 +28,7 @@ from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from asa.training.plan import make_plan
 from scripts.reproduce.commands import asa, interval, quoted, validations
-from scripts.reproduce.few_labels import STORE, brain_dice, finetune, gains
+from scripts.reproduce.few_labels import DEEP, STORE, brain_dice, finetune, gains
 from scripts.reproduce.structures import make_store, subjects
 
 matplotlib.use("Agg")
@@ -43,7 +43,6 @@ BASE = (
     "optim.reference_batch=null", "optim.warmup=30",
 )  # fmt: skip
 THREE = ("method.decode=0.25", "method.air=drop", "model.decoder_depth=1")
-DEEP = ("+model.depth=12",)
 # Settings of each arm; each is ASA as published but for these.
 ARMS: dict[str, tuple[str, ...]] = {
     "paper": (),
@@ -57,8 +56,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     # As experiment=asa_fast, with a narrower decoder too: about the share of one block in the paper's eight.
     "fast": ("method.air=drop", "model.decoder_depth=1", "model.decoder_dim=64"),
     # The paper's depths, as experiment=asa_paper and experiment=asa_fast.
-    "deep": (*DEEP, "model.decoder_depth=8"),
-    "deep_fast": (*DEEP, "method.air=drop", "model.decoder_depth=1"),
+    "deep_slow": (*DEEP, "model.decoder_depth=8"),
+    "deep": (*DEEP, "method.air=drop", "model.decoder_depth=1"),
     "three": THREE,
     "three_normalise": (*THREE, "method.normalise=true"),
     "three_axes": (*THREE, "model.position=mirror_sincos"),
