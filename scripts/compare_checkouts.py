@@ -133,7 +133,7 @@ def write_inputs(folder: Path) -> None:
 def write_png(path: Path, draw: random.Random, edge: int = 64) -> None:
     """A grey image of noisy discs."""
     discs = [
-        [draw.uniform(0, edge), draw.uniform(0, edge), draw.uniform(6, 20), draw.randrange(40, 200)] for _ in "abcdef"
+        (draw.uniform(0, edge), draw.uniform(0, edge), draw.uniform(6, 20), draw.randrange(40, 200)) for _ in "abcdef"
     ]
     rows = b""
     for y in range(edge):

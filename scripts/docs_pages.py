@@ -35,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def fill(nav: list[Any] | dict[str, Any], place: str, pages: list[str]) -> None:
+def fill(nav: Any, place: str, pages: list[str]) -> None:
     """Put pages where the navigation of mkdocs.yml names their folder."""
     for key, entry in nav.items() if isinstance(nav, dict) else enumerate(nav):
         if entry == place:

@@ -49,7 +49,8 @@ from asa.training.nonfinite import NonFiniteGuard
 from asa.training.run_log import SilentLog
 
 SIZE = 64  # edge of the volumes
-VOLUME, CLASSES = dict(img_size=SIZE), dict(out_channels=3)
+VOLUME: dict[str, Any] = dict(img_size=SIZE)
+CLASSES: dict[str, Any] = dict(out_channels=3)
 CHEAP: dict[str, Any] = dict(decode=0.25, air="drop", masks=2, normalise=True)
 REGIONS = {"whole": [1, 2], "core": [2]}
 COMPARATORS = ("unetr_tiny", "swin_unetr_tiny", "nnformer_tiny", "transbts_tiny", "resenc_tiny", "primus_tiny")
@@ -62,7 +63,8 @@ def compiled(method: nn.Module) -> nn.Module:
 
 
 def _comparator(name: str) -> nn.Module:
-    return Segmentation(model=create_model(name, **VOLUME, **CLASSES))
+    model: Any = create_model(name, **VOLUME, **CLASSES)
+    return Segmentation(model=model)
 
 
 ROWS: dict[str, Callable[..., nn.Module]] = {
@@ -214,8 +216,8 @@ def to_device(method: nn.Module) -> None:
     for module in method.modules():
         for key, value in module._parameters.items():
             module._parameters[key] = None if value is None else nn.Parameter(value.detach().to("cuda"))
-        for key, value in module._buffers.items():
-            module._buffers[key] = None if value is None else value.to("cuda")
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to("cuda")
 
 
 def main() -> int:

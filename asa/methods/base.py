@@ -23,8 +23,10 @@ class Method(Protocol):
     """
 
     task: str
-    model: nn.Module
     mirrored: bool
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def forward(self, batch: Batch) -> dict[str, Tensor]: ...
 

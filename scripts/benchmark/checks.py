@@ -70,8 +70,8 @@ def regions(spec: Spec, device: torch.device) -> tuple[Attention, Attention, Ten
     varlen = runs_varlen(inputs.to(PRECISIONS[spec["precision"]])[0]) and find_varlen() is not None
     chosen = "varlen" if varlen else "segments"
     return (
-        lambda x: region_attention(*x.unbind(), index, chosen),
-        lambda x: region_attention(*x.unbind(), index, "dense"),
+        lambda x: region_attention(x[0], x[1], x[2], index, chosen),
+        lambda x: region_attention(x[0], x[1], x[2], index, "dense"),
         inputs,
     )
 
@@ -158,11 +158,11 @@ def demo(spec: Spec, device: torch.device) -> dict[str, Any]:
         raise RuntimeError("asa-phantom failed")
     asa.prepare(folder / "store", data="bids", **{"data.root": str(folder / "raw")})
     train = {"steps": spec["steps"], "log_every": 1, "device": str(device), "validate_every": 0}
-    settings = {f"train.{key}": value for key, value in train.items()}
+    settings: dict[str, Any] = {f"train.{key}": value for key, value in train.items()}
     settings |= {"optim.warmup": spec["warmup"], "loader.workers": 2 if device.type == "cuda" else 0}
-    split = {"data.split": {"validation": 0, "test": 0}}
+    settings["data.split"] = {"validation": 0, "test": 0}
     began = time.perf_counter()
-    asa.pretrain(folder / "store", folder / "run", experiment="demo_pretrain", **settings, **split)
+    asa.pretrain(folder / "store", folder / "run", experiment="demo_pretrain", **settings)
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if line["group"] == "train"]
     part = max(1, len(losses) // 5)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from asa.data.datasets.record import Record
 from asa.data.io.files import sha256_of
 from asa.data.io.nifti import write_image
 from asa.data.leakage import find_leaks, training_digests
@@ -65,8 +66,9 @@ def make(root: Path, count: int, volume: list[int]) -> None:
             with stored.open("wb") as file:
                 file.write(array.read_bytes()[:128])
                 file.truncate(array.stat().st_size)
-        own = record(root / "raw" / f"scan-{k:07d}.nii", k)
-        os.link(source, own["images"]["t1"])
+        path = root / "raw" / f"scan-{k:07d}.nii"
+        own = record(path, k)
+        os.link(source, path)
         if k:
             os.link(stored, array_path(store.path, own["id"], "image"))
         facts = os.stat(source)
@@ -78,7 +80,7 @@ def make(root: Path, count: int, volume: list[int]) -> None:
     write_manifest(store.path, read_manifest(store.path), entries)
 
 
-def record(path: Path, k: int) -> dict[str, Any]:
+def record(path: Path, k: int) -> Record:
     """Scan k as a reader returns it."""
     subject = f"sub-{k // 2:07d}"
     return {

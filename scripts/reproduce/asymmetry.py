@@ -24,7 +24,7 @@ from asa.evaluation.classification import auc
 from asa.inference.asymmetry import Asymmetry, AsymmetryScorer, HealthyReference
 from asa.inference.segmentation import PredictSettings
 from asa.training.checkpoint import read_description
-from scripts.reproduce.commands import asa
+from scripts.reproduce.commands import asa, quoted
 
 Compare = Callable[[Tensor], Asymmetry]
 
@@ -66,17 +66,17 @@ def make_stores(out: Path) -> None:
     }
     for cohort, reader in readers.items():
         paths = {"data.root": out / cohort, "out": out / f"{cohort}_store"}
-        asa("prepare", *reader, "prepare.midway=true", "prepare.crop=64", **paths)
+        asa("prepare", *reader, "prepare.midway=true", "prepare.crop=64", *quoted(**paths))
 
 
 def make(out: Path) -> None:
     """Phantoms, stores, the pretrained run and the maps."""
     make_stores(out)
     run = out / "pretrained"
-    asa("pretrain", "experiment=sa_swin_demo", **{"data.store": out / "train_store"}, out=run)
+    asa("pretrain", "experiment=sa_swin_demo", *quoted(**{"data.store": out / "train_store"}), out=run)
     for cohort in ("healthy", "lesioned"):
         paths = {"input": out / f"{cohort}_store", "healthy": out / "train_store", "out": out / f"{cohort}_maps"}
-        asa("predict", checkpoint=run, **paths)
+        asa("predict", *quoted(**paths), checkpoint=run)
 
 
 def main() -> None:
@@ -98,8 +98,9 @@ def main() -> None:
         found = [[compare(volume) for volume in part] for part in (healthy, lesioned, reference)]
         above = HealthyReference(found[2]).standardise
         beyond = [[above(one) for one in part] for part in found[:2]]
-        for title, rows in ((name, found[:2]), (f"{name}, beyond healthy", beyond)):
-            print(f"{title:<42}" + "".join(f"{value:>11.3f}" for value in measure(*rows, lesions)), flush=True)
+        for title, (symmetric, asymmetric) in ((name, found[:2]), (f"{name}, beyond healthy", beyond)):
+            values = measure(symmetric, asymmetric, lesions)
+            print(f"{title:<42}" + "".join(f"{value:>11.3f}" for value in values), flush=True)
 
     scorer = AsymmetryScorer(out / "pretrained", PredictSettings())
     show("pretrained", scorer.measure)

@@ -31,7 +31,8 @@ def line(scorer: AsymmetryScorer, parts: list[list[torch.Tensor]]) -> list[float
         if not level:
             values.append(separation(found[0], found[1], "score"))
         above = HealthyReference(found[2]).standardise
-        values.append(separation(*([above(one) for one in part] for part in found[:2]), "top"))
+        healthy, lesioned = ([above(one) for one in part] for part in found[:2])
+        values.append(separation(healthy, lesioned, "top"))
     return values
 
 

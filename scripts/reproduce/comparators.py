@@ -50,7 +50,7 @@ def prepare(data: Path, out: Path, spacing: float, tested: int) -> None:
     labels = "labels={" + ", ".join(f"{value}: {name}" for value, name in TISSUES.items()) + "}"
     files = ("data=folder", "data.images={t1: *_SS.nii.gz}", "data.label=*_tissues.nii.gz", labels)
     paths = {"data.root": data.resolve(), "out": out / "store"}
-    asa("prepare", *files, f"prepare.spacing={spacing}", log=out / "logs" / "prepare.txt", **paths)
+    asa("prepare", *files, f"prepare.spacing={spacing}", *quoted(**paths), log=out / "logs" / "prepare.txt")
     write_split(out / "split.json", {"train": ids[:-tested], "validation": [], "test": ids[-tested:]})
 
 
@@ -70,7 +70,7 @@ def finetune(out: Path, network: str, options: argparse.Namespace) -> None:
     asa("finetune", *settings(out, network, options), log=log, threads=1)
     asa("predict", "part=test", log=log, threads=1, checkpoint=run, input=out / "store", out=predictions)
     truth = {"truth": out / "store", "split_file": run / "split.json", "out": out / "evaluated" / network}
-    asa("evaluate", log=log, predictions=predictions, **truth)
+    asa("evaluate", *quoted(**truth), log=log, predictions=predictions)
     print(f"{network}: {interval(brain_dice(out, network))}", flush=True)
 
 

@@ -35,8 +35,12 @@ def main() -> None:
     windows = (torch.arange(grid[0] * grid[1] * grid[2]) // WINDOW % 4).reshape(grid)[level].numpy()
 
     figure, axes = plt.subplots(1, 4, figsize=(13, 4.2), layout="constrained")
-    shown = (("a slice and its patches", None), ("similarity of position encodings", alike))
-    shown += (("importance of a patch", weights), ("windows of 32 tokens", windows))
+    shown = (
+        ("a slice and its patches", None),
+        ("similarity of position encodings", alike),
+        ("importance of a patch", weights),
+        ("windows of 32 tokens", windows),
+    )
     edges = (0, grid[2], 0, grid[1])
     for axis, (title, values) in zip(axes, shown, strict=True):
         axis.imshow(brain, cmap="gray", origin="lower", extent=edges)

@@ -16,9 +16,11 @@ import torch
 from asa.config import build
 from asa.data.splits import read_split, select
 from asa.data.store import Store
-from asa.inference.segmentation import PredictSettings
+from asa.inference.segmentation import PredictSettings, overlap_of
 from asa.methods.segment import Segmentation
 from asa.models.sw_vit import Block, SWViT
+from asa.models.unet import SegmentationUNet
+from asa.models.vit_seg import SegmentationViT
 from asa.tasks.segmentation import validate_segmentation
 from asa.training.checkpoint import read_model
 
@@ -57,8 +59,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("train", "validation", "test"), default="test")
     options = parser.parse_args()
     store, (model, description) = Store(options.store), read_model(options.run)
-    encoder, data = getattr(model, "encoder", None), description["data"]
-    if not isinstance(encoder, SWViT) or "labels" not in data or "regions" in data or not store.labels:
+    data = description["data"]
+    if not isinstance(model, SegmentationUNet | SegmentationViT) or "regions" in data or not store.labels:
         parser.error("RUN must be a segmentation of labels with ASA's encoder, and STORE have labels")
     ids = [record["id"] for record in select(store.records, read_split(options.run / "split.json")[options.part])]
     if not ids:
@@ -69,14 +71,14 @@ def main() -> None:
         "blocks skipped": skip_blocks,
         "first weights": first_weights(description["model"]),
     }
-    method = Segmentation(model=model)
+    method, settings = Segmentation(model=model), PredictSettings(overlap=overlap_of([data]))
     labels = {store.labels[value]: [k] for k, value in enumerate(store.label_values, 1)}
     print(f"| encoder | mean | {' | '.join(labels)} |")
     print("|---|" + "---:|" * (1 + len(labels)))
     for name, change in ways.items():
         with ExitStack() as stack:
-            change(encoder, stack)
-            dice, _ = validate_segmentation(method, store, ids, labels, PredictSettings())
+            change(model.encoder, stack)
+            dice, _ = validate_segmentation(method, store, ids, labels, settings, list(labels))
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in dice.values())} |", flush=True)
 
 

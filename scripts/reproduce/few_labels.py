@@ -24,7 +24,7 @@ from asa.data.splits import write_split
 from asa.evaluation.comparison import p_text
 from asa.evaluation.statistics import wilcoxon_p
 from asa.tasks.comparison import read_run
-from scripts.reproduce.commands import asa, interval, validations
+from scripts.reproduce.commands import asa, interval, quoted, validations
 from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
 TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
@@ -117,7 +117,7 @@ def finetune(out: Path, name: str, split: str, steps: int, *settings: str, init:
         brains = {"checkpoint": folder, "input": out / STORE, "out": predictions}
         asa("predict", "part=test", log=log(out, name), threads=1, **brains)
         truth = {"truth": out / STORE, "split_file": folder / "split.json", "out": scores}
-        asa("evaluate", log=log(out, name), predictions=predictions, **truth)
+        asa("evaluate", *quoted(**truth), log=log(out, name), predictions=predictions)
     print(f"{name}: validation {validation_dice(out, name):.3f}, test {brain_dice(out, name).mean():.3f}", flush=True)
 
 

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.demo_check import table
+from asa.reporting.ablation import Trial, write_ablation
+from asa.tasks.comparison import read_run
 from scripts.reproduce.commands import asa
 
 STEPS = {1: 200, 3: 200, 12: 300}  # of fine-tuning, by labelled brains
+ARMS = ("scratch", "pretrained")
 
 
 def main() -> None:
@@ -36,9 +38,9 @@ def main() -> None:
     timed("prepare", "prepare", "data=folder", *files, **{"data.root": options.data, "out": out / "store"})
     store = {"data.store": out / "store"}
     timed("pretrain", "pretrain", "experiment=oasis_pretrain", **store, out=out / "pretrained")
-    split, evaluations = out / "pretrained" / "split.json", []
+    split, trials = out / "pretrained" / "split.json", []
     for labelled, steps in STEPS.items():
-        for start in ("scratch", "pretrained"):
+        for start in ARMS:
             name = f"{start}_{labelled}"
             run, predictions, evaluation = out / name, out / f"predictions_{name}", out / f"evaluation_{name}"
             settings = ("experiment=oasis_finetune", f"data.labelled={labelled}", f"train.steps={steps}")
@@ -46,8 +48,9 @@ def main() -> None:
             timed(f"finetune_{name}", "finetune", *settings, **store, **init, **{"data.split_file": split}, out=run)
             timed(f"predict_{name}", "predict", "part=test", checkpoint=run, input=out / "store", out=predictions)
             asa("evaluate", predictions=predictions, truth=out / "store", split_file=run / "split.json", out=evaluation)
-            evaluations.append(evaluation)
-    print(table(evaluations))
+            trials.append(Trial(start, str(labelled), 0, read_run(name, evaluation)))
+    write_ablation(out, trials, ARMS)
+    print((out / "ablation.md").read_text())
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
         optimizer.zero_grad()
         return (time.process_time() - started) / samples
 
-    times = {arm: [] for arm in arms}
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
     for repeat in range(6):
         for arm in arms:
             times[arm].append(step(arm)) if repeat else step(arm)
@@ -207,7 +207,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda run: pretrain(out, *run), [(arm, seed) for seed in seeds for arm in arms]))
         runs = [(arm, count, seed) for seed in seeds for count in options.labelled for arm in tuned]
-        list(pool.map(lambda run: finetune_arm(out, *run, options.steps), runs))
+        list(pool.map(lambda run: finetune_arm(out, run[0], run[1], run[2], options.steps), runs))
     text = report(out, arms, seeds)
     if tuned:
         names = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from asa.data.io.nifti import read_image, read_label, write_label
-from scripts.reproduce.commands import asa
+from scripts.reproduce.commands import asa, quoted
 
 # Names in the order of their values 1, 2, ..., with the values of both sides in ID_glm.
 STRUCTURES = {
@@ -49,7 +49,7 @@ def make_store(data: Path, out: Path, name: str, ids: list[str]) -> None:
     """Write OUT/NAME for some subjects, and prepare it to the store OUT/store_NAME."""
     write_structures(data, out / name, ids)
     paths = {"data.root": out / name, "out": out / f"store_{name}"}
-    asa("prepare", *FILES, log=out / "logs" / f"prepare_{name}.txt", **paths)
+    asa("prepare", *FILES, *quoted(**paths), log=out / "logs" / f"prepare_{name}.txt")
 
 
 def subjects(data: Path) -> list[str]:
