@@ -3,8 +3,8 @@
 Both checkouts run the same commands on a CPU with one thread each: phantoms, stores, pretraining (ASA and SA-Swin),
 fine-tuning (segmentation, classification, restoration), prediction, evaluation. What they write is then compared file
 by file: stored arrays and manifests, every logged number, the tensors of every checkpoint, voxels and headers of label,
-probability and asymmetry maps, images, tables, JSON files. Not compared: software versions, durations, paths of the
-checkouts, module paths, and text for people (pages, Markdown, LaTeX, descriptions).
+probability and asymmetry maps, images, tables, JSON files. Not compared: software versions, durations, dates and paths
+of the files, module paths, text for people (pages, Markdown, LaTeX, descriptions), and the digests of such files.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 ALIGN = "prepare.bias=true prepare.register=true prepare.spacing=4"
 TRAIN = "loader.workers=0 train.device=cpu train.log_every=1 optim.warmup=1"
 PREDICT = "predict.device=cpu predict.overlap=0.25"
@@ -75,7 +74,7 @@ RESUMED = [
      "init=../before/pretrained out=tuned", 3, 6),
 ]  # fmt: skip
 # Values that differ between two runs of one checkout, or between versions on purpose.
-IGNORED = {"software", "asa", "description", "volumes_per_second", "data_wait"}
+IGNORED = {"software", "asa", "description", "volumes_per_second", "data_wait", "mtime_ns"}
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -210,7 +209,8 @@ def read_log(path: Path, root: str) -> Items:
     return dict(flat([json.loads(line) for line in path.read_text().splitlines()]))
 
 
-READERS: list[tuple[str, str, Callable[[Path, str], Items]]] = [  # first match
+READERS: list[tuple[str, str, Callable[[Path, str], Items] | None]] = [  # first match; None: not compared
+    ("digests.json", "", None),  # of files that hold paths and descriptions
     ("log.jsonl", "logged numbers", read_log),
     ("*.safetensors", "weights", read_tensors),
     ("manifest.json", "manifest", read_json),
@@ -229,7 +229,8 @@ def read_folder(root: Path) -> dict[tuple[str, str], dict[str, Items]]:
         name = path.relative_to(root)
         for pattern, kind, read in READERS:
             if path.match(pattern):
-                found[name.parts[0], kind][str(name)] = read(path, str(root))
+                if read is not None:
+                    found[name.parts[0], kind][str(name)] = read(path, str(root))
                 break
     return found
 

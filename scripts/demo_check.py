@@ -9,13 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
+from asa import load_model
 from asa.data.io.files import write_whole
 from asa.data.io.nifti import read_image, read_label
+from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import collate
+from asa.data.splits import read_split, select
+from asa.data.store import Store
+from asa.methods.pretrain import MaskedPretraining
+from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.reporting.ablation import MEAN, Trial, ablation_rows, write_ablation
 from asa.reporting.figures import central_slices, encode_png, overlay_panel
 from asa.tasks.comparison import read_run
+from asa.tasks.pretraining import reconstruction_panels
 from scripts.reproduce.commands import validations
-from scripts.reproduce.reconstruction import draw
 
 ARMS, LABELLED = ("scratch", "pretrained"), ("1", "3")
 
@@ -36,6 +43,17 @@ def label_maps(out: Path) -> bytes:
     return encode_png(panel.repeat(2, axis=0).repeat(2, axis=1))
 
 
+def reconstruction(out: Path) -> bytes:
+    """Input, masked input, prediction and importance of a held-out unlabelled subject, in three planes; PNG."""
+    run, store = out / "pretrained", Store(out / "unlabelled_store")
+    model = load_model(run)
+    assert isinstance(model, MaskedAutoencoder)
+    records = select(store.records, read_split(run / "split.json")["validation"])
+    batch = collate([CropDataset(store, records, model.encoder.img_size)[0, 0]])
+    (picture,) = reconstruction_panels(MaskedPretraining(model=model), batch).values()
+    return encode_png(picture.repeat(2, axis=0).repeat(2, axis=1))
+
+
 def main() -> int:
     """Print and draw; 1 if a result is worse than expected."""
     out = Path(sys.argv[1])
@@ -45,7 +63,7 @@ def main() -> int:
     trials = [Trial(arm, count, 0, read_run(name, out / "evaluations" / name)) for arm, count, name in names]
     write_ablation(out, trials, ARMS)
     write_whole(out / "labels.png", label_maps(out))
-    draw(out / "pretrained", out / "unlabelled_store", out / "reconstruction.png")
+    write_whole(out / "reconstruction.png", reconstruction(out))
 
     print("Phantom subjects, not patients. The test subjects were held out from every stage.\n")
     print(f"masked error on held-out subjects: {error['masked_mse']:.4f}, {ratio:.2f} of the mean predictor's\n")

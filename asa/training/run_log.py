@@ -27,6 +27,7 @@ class RunLog:
     """
 
     def __init__(self, run: Path, total: int, start: int, trackers: Sequence[str] = ("tensorboard",)) -> None:
+        run.mkdir(parents=True, exist_ok=True)
         self.path = run / "log.jsonl"
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= start]

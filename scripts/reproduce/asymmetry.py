@@ -70,13 +70,10 @@ def make_stores(out: Path) -> None:
 
 
 def make(out: Path) -> None:
-    """Phantoms, stores, the pretrained run and the maps."""
+    """Phantoms, stores and the pretrained run."""
     make_stores(out)
-    run = out / "pretrained"
-    asa("pretrain", "experiment=sa_swin_demo", *quoted(**{"data.store": out / "train_store"}), out=run)
-    for cohort in ("healthy", "lesioned"):
-        paths = {"input": out / f"{cohort}_store", "healthy": out / "train_store", "out": out / f"{cohort}_maps"}
-        asa("predict", *quoted(**paths), checkpoint=run)
+    paths = {"data.store": out / "train_store", "out": out / "pretrained"}
+    asa("pretrain", "experiment=sa_swin_demo", *quoted(**paths))
 
 
 def main() -> None:

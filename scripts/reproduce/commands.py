@@ -15,11 +15,12 @@ from asa.evaluation.statistics import bootstrap_interval
 
 def quoted(**paths: Any) -> list[str]:
     """Paths as settings on the command line, whatever signs they contain."""
-    return [f"{key}='{path}'" for key, path in paths.items()]
+    written = {key: str(path).replace("'", "\\'") for key, path in paths.items()}
+    return [f"{key}='{path}'" for key, path in written.items()]
 
 
 def asa(command: str, *settings: str, log: Path | None = None, threads: int | None = None, **paths: Any) -> None:
-    """Run a command with settings as on the command line, and with paths. What was done before is not done again.
+    """Run a command with settings as on the command line, and with paths. Preparation and training are not repeated.
 
     Args:
         log: file that the output is added to; None prints it.

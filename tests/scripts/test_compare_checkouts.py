@@ -33,7 +33,8 @@ def write_volume(folder: Path, voxel: int, shift: float = 0) -> None:
 
 
 def write_manifest(folder: Path, version: str) -> None:
-    content = {"software": version, "source": str(folder / "a.nii.gz")}
+    source = {"path": str(folder / "a.nii.gz"), "mtime_ns": folder.stat().st_mtime_ns, "sha256": "0" * 64}
+    content = {"software": version, "records": [{"sources": {"t1": source}}]}
     (folder / "run" / "manifest.json").write_text(json.dumps(content))
 
 
@@ -49,10 +50,11 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         write_manifest(folder, name)
         np.save(folder / "run" / "image.npy", np.zeros(3))
         (folder / "run" / "report.html").write_text(name)
+        (folder / "run" / "digests.json").write_text(json.dumps({"summary.json": name}))
     return tmp_path / "before", tmp_path / "after"
 
 
-def test_versions_speed_paths_and_pages_are_not_compared(folders: tuple[Path, Path], capsys) -> None:
+def test_versions_speed_paths_dates_digests_and_pages_are_not_compared(folders: tuple[Path, Path], capsys) -> None:
     assert checkouts.compare(*folders)
     shown = capsys.readouterr().out
     assert shown.count("same") == 5 and "DIFFERS" not in shown and "html" not in shown

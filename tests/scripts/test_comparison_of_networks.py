@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from asa.config import compose
 from asa.data.io.nifti import read_image, read_label, write_label
 from asa.models import create_model
 from scripts.reproduce import comparators
+from scripts.reproduce.commands import quoted
 from tests.conftest import write_brain
 
 
@@ -37,3 +39,8 @@ def test_a_network_is_trained_scored_and_measured_in_one_command(
 def test_too_few_brains_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds 0 ID_tissues"):
         comparators.prepare(tmp_path, tmp_path / "out", 2.0, tested=6)
+
+
+def test_a_path_with_any_sign_is_one_setting() -> None:
+    place = "/a b/it's, {here}=[1]"
+    assert compose("export", quoted(out=place))["out"] == place

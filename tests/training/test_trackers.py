@@ -56,6 +56,13 @@ def write_rows(run: Path, names: list[str], first: int = 1, last: int = 5) -> No
     log.close()
 
 
+def test_a_log_makes_its_folder(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "new" / "run", 5, 0, ())
+    log.scalars(1, "train", {"loss": 0.5})
+    log.close()
+    assert (tmp_path / "new" / "run" / "log.jsonl").read_text() == '{"step": 1, "group": "train", "loss": 0.5}\n'
+
+
 def test_a_tracker_gets_the_rows_of_the_log_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trackers.TRACKERS, "fake", Fake)
     write_rows(tmp_path / "run", ["fake"])
