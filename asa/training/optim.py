@@ -3,13 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
-
-# Parts of a transformer block, whose matrices Muon trains.
-HIDDEN = (".attention.", ".mlp.")
 
 
 @dataclass
@@ -17,13 +13,13 @@ class OptimSettings:
     """The optimizer and its learning-rate schedule."""
 
     name: str = "adamw"
-    "adamw, sgd (Nesterov), or muon (the matrices of transformer blocks; AdamW for all else)"
+    "adamw, or sgd (Nesterov)"
     lr: float = 1.5e-4
     "peak learning rate"
     reference_batch: int | None = None
     "if set, lr is multiplied by train.batch_size / reference_batch"
     weight_decay: float = 0.05
-    "decoupled for AdamW and Muon; not applied to biases, norms and tokens"
+    "decoupled for AdamW; not applied to biases, norms and tokens"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     "beta1 and beta2 of AdamW"
     momentum: float = 0.99
@@ -46,12 +42,8 @@ class OptimSettings:
     "learning rate of the encoder, relative to that of the other parts"
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd", "muon"):
-            raise ValueError(f"optim.name is adamw, sgd or muon, not {self.name!r}")
-        if self.name == "muon" and not hasattr(torch.optim, "Muon"):
-            raise ValueError(
-                "optim.name=muon needs a PyTorch with torch.optim.Muon, 2.10 or newer: update, or take adamw"
-            )
+        if self.name not in ("adamw", "sgd"):
+            raise ValueError(f"optim.name is adamw or sgd, not {self.name!r}")
         if self.schedule not in ("cosine", "poly", "constant"):
             raise ValueError(f"optim.schedule is cosine, poly or constant, not {self.schedule!r}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
@@ -164,74 +156,8 @@ def set_training(method: nn.Module) -> None:
             module.eval()
 
 
-class MuonWithAdamW:
-    """Muon (Jordan et al., 2024) on matrices and AdamW on the other parameters, with the interface of one optimizer.
-
-    Muon's updates have the RMS of AdamW's (`match_rms_adamw`), so that both take the same learning rate and weight
-    decay. As a fused optimizer does, a step with `found_inf` = 1 leaves weights and state unchanged.
-
-    Args:
-        matrices, rest: parameter groups of each.
-        settings: learning rate and betas.
-
-    Raises:
-        ValueError: no matrices.
-    """
-
-    found_inf: torch.Tensor | None = None
-
-    def __init__(self, matrices: list[dict[str, Any]], rest: list[dict[str, Any]], settings: OptimSettings) -> None:
-        if not matrices:
-            raise ValueError("optim.name=muon: the network has no transformer blocks to train: take adamw")
-        self.muon = torch.optim.Muon(matrices, lr=settings.lr, adjust_lr_fn="match_rms_adamw")
-        self.adamw = _adamw(rest, settings)
-
-    # Loading a state replaces the groups and the states of both, so neither is kept here.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of both."""
-        return [*self.muon.param_groups, *self.adamw.param_groups]
-
-    @property
-    def state(self) -> Any:
-        """Muon's, where the momentum is."""
-        return self.muon.state
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Take a step, unless `found_inf` is 1."""
-        weights = [weight for group in self.muon.param_groups for weight in group["params"] if weight.grad is not None]
-        tensors = [*weights, *(self.state[weight]["momentum_buffer"] for weight in weights if weight in self.state)]
-        before = [] if self.found_inf is None else [tensor.clone() for tensor in tensors]
-        self.muon.step()
-        if self.found_inf is not None:  # read on the device, without waiting for it
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(torch.where(self.found_inf.bool(), old, tensor))
-            self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
-        self.adamw.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
-        self.muon.zero_grad(set_to_none)
-        self.adamw.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the states of both."""
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
-
-
-def _adamw(groups: list[dict[str, Any]], settings: OptimSettings) -> torch.optim.AdamW:
-    low, high = settings.betas
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(low, high), fused=True)
-
-
-def make_optimizer(model: nn.Module, settings: OptimSettings) -> Any:
-    """The optimizer over all parameters that require a gradient: a `torch.optim.Optimizer`, or `MuonWithAdamW`.
+def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """The optimizer over all parameters that require a gradient.
 
     Weight decay is not applied to vectors (biases, norms) and to what a module lists in `no_weight_decay()`. Where a
     module has `layers_above(name)`, as encoders do, the learning rate of that parameter is scaled by `encoder_lr` and
@@ -248,29 +174,25 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> Any:
                 dot + name: settings.encoder_lr * settings.layer_decay ** module.layers_above(name)
                 for name, _ in module.named_parameters()
             }
-    muon = settings.name == "muon"
     # Both groups of scale 1 are always there, so that the optimizer states of all checkpoints have the same layout.
-    members: dict[tuple[float, bool, bool], list[nn.Parameter]] = {(1.0, True, False): [], (1.0, False, False): []}
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and name not in no_decay
-            hidden = muon and decays and parameter.ndim == 2 and any(part in name for part in HIDDEN)
-            members.setdefault((scales.get(name, 1.0), decays, hidden), []).append(parameter)
-    matrices: list[dict[str, Any]] = []
-    groups: list[dict[str, Any]] = []
-    for (scale, decays, hidden), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True):
-        group = {"params": parameters, "weight_decay": settings.weight_decay * decays, "lr_scale": scale}
-        (matrices if hidden else groups).append(group)
-    if muon:
-        return MuonWithAdamW(matrices, groups, settings)
+            members.setdefault((scales.get(name, 1.0), decays), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": settings.weight_decay * decays, "lr_scale": scale}
+        for (scale, decays), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
+    ]
     if settings.name == "adamw":
-        return _adamw(groups, settings)
+        low, high = settings.betas
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(low, high), fused=True)
     return torch.optim.SGD(
         groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True
     )
 
 
-def set_learning_rate(optimizer: Any, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set a step's learning rate in every group of `make_optimizer`, times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

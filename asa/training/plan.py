@@ -232,7 +232,7 @@ def step_memory(
             method.run_untiled(example)
         peak = max(peak, trace.kept + tracker.peak + (weights if settings.accumulate > 1 else 0))
     gradients = 4 * sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
-    states = gradients * (int(optim.momentum > 0) if optim.name == "sgd" else 2)  # of Muon's matrices it would be 1
+    states = gradients * (int(optim.momentum > 0) if optim.name == "sgd" else 2)
     ema = weights if settings.ema else 0
     return trace, StepMemory(weights, gradients, states, trace.kept, weights + states + ema + peak)
 

@@ -52,7 +52,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     "masks": ("method.masks=2", "train.batch_size=8"),
     "normalise": ("method.normalise=true",),
     "equal": ("method.importance=null",),
-    "muon": ("optim.name=muon",),
     # As experiment=asa_fast, with a narrower decoder too: about the share of one block in the paper's eight.
     "fast": ("method.air=drop", "model.decoder_depth=1", "model.decoder_dim=64"),
     # The paper's depths, as experiment=asa_paper and experiment=asa_fast.

@@ -79,7 +79,6 @@ class Stopped(Exception):
         (2, 3, {}),
         (2, 5, {}),
         (0, 3, {"own": CHEAPER}),
-        (0, 3, {"optim": OptimSettings(name="muon", lr=1e-3, warmup=1)}),
         (0, 3, {"optim": OptimSettings(lr=1e-3, freeze=["encoder"], freeze_until=3)}),
         (0, 5, {"optim": OptimSettings(lr=1e-3, freeze=["encoder"], freeze_until=3)}),
     ],

@@ -1,15 +1,10 @@
-"""Layer-wise learning rates, frozen parts, and Muon."""
-
-import copy
-import re
+"""Layer-wise learning rates and frozen parts."""
 
 import pytest
 import torch
 from torch import nn
 
-from asa.methods.pretrain import MaskedPretraining
 from asa.methods.segment import Segmentation
-from asa.models.masked_autoencoder import asa_tiny
 from asa.models.probe import probe_tiny
 from asa.models.unet import unet_tiny
 from asa.ops.patches import patchify
@@ -176,60 +171,3 @@ def test_only_the_matrix_of_a_probe_on_a_frozen_encoder_is_trained() -> None:
         "model.head.weight",
         "model.head.bias",
     }
-
-
-def test_muon_trains_the_matrices_of_blocks_and_adamw_all_else() -> None:
-    torch.manual_seed(0)
-    method = MaskedPretraining(model=asa_tiny(img_size=32))
-    twin = copy.deepcopy(method)
-    batch = {"image": torch.rand(1, 1, 32, 32, 32), "seed": torch.tensor([3])}
-    optimizer = make_optimizer(method, OptimSettings(name="muon", lr=1e-3))
-    hidden = {name: p for name, p in twin.named_parameters() if re.search(r"(attention|mlp)\..*weight$", name)}
-    assert len(hidden) == 4 * 6
-    muon = torch.optim.Muon(hidden.values(), lr=1e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    vectors = ("bias", "norm", "mask_token")
-    rest = {name: p for name, p in twin.named_parameters() if name not in hidden}
-    plain = [p for name, p in rest.items() if any(part in name for part in vectors)]
-    decayed = [p for name, p in rest.items() if not any(part in name for part in vectors)]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
-    for _ in range(2):
-        for one, steps in ((method, (optimizer,)), (twin, (muon, adamw))):
-            one.zero_grad()
-            one(batch)["loss"].backward()
-            for own in steps:
-                own.step()
-    for (name, found), expected in zip(method.named_parameters(), twin.parameters(), strict=True):
-        assert torch.equal(found, expected), name
-
-
-def test_a_skipped_step_of_muon_changes_nothing_after_its_state_was_loaded() -> None:
-    torch.manual_seed(0)
-    method = MaskedPretraining(model=asa_tiny(img_size=32, depth=1, decoder_depth=1))
-    batch = {"image": torch.rand(1, 1, 32, 32, 32), "seed": torch.tensor([3])}
-    settings = OptimSettings(name="muon", lr=1e-3)
-
-    def step(optimizer: object, skip: float) -> None:
-        method.zero_grad()
-        method(batch)["loss"].backward()
-        optimizer.found_inf = torch.tensor(skip)
-        optimizer.step()
-
-    first, again = make_optimizer(method, settings), make_optimizer(method, settings)
-    step(first, 0.0)
-    again.load_state_dict(copy.deepcopy(first.state_dict()))
-    set_learning_rate(again, 5e-4)
-    assert {group["lr"] for part in (again.muon, again.adamw) for group in part.param_groups} == {5e-4}
-    weights = [weight.detach().clone() for weight in method.parameters()]
-    momenta = [again.state[weight]["momentum_buffer"].clone() for weight in again.muon.param_groups[0]["params"]]
-    step(again, 1.0)
-    assert all(torch.equal(a, b) for a, b in zip(weights, method.parameters(), strict=True))
-    kept = [again.muon.state[weight]["momentum_buffer"] for weight in again.muon.param_groups[0]["params"]]
-    assert momenta and all(torch.equal(a, b) for a, b in zip(momenta, kept, strict=True))
-    step(again, 0.0)
-    assert not any(torch.equal(a, b) for a, b in zip(momenta, kept, strict=True))
-
-
-def test_muon_needs_transformer_blocks() -> None:
-    with pytest.raises(ValueError, match="no transformer blocks"):
-        make_optimizer(nn.Linear(3, 3), OptimSettings(name="muon"))

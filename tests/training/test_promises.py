@@ -304,7 +304,7 @@ class NonFiniteLoss:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("nonfinite", [1, 4])
 def test_a_non_finite_step_changes_only_the_count(
     store: Path, tmp_path: Path, value: float, optimizer: str, nonfinite: int
