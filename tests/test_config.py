@@ -39,7 +39,6 @@ EXPERIMENTS = {
     "wmh_demo": "finetune",
     "oasis_pretrain": "pretrain",
     "oasis_finetune": "finetune",
-    "oasis_ablation": "ablate",
     "structures_ablation": "ablate",
     "tables_pretrain": "pretrain",
     "table2": "ablate",
