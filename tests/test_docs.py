@@ -1,10 +1,12 @@
 """Every command line in the README, the documentation and the experiments' headers composes."""
 
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from pydoc import locate
 
 import pytest
 
@@ -64,12 +66,14 @@ def test_every_command_line_of_a_page_composes(page: Path) -> None:
 
 
 def why_not(command: str, settings: list[str]) -> str | None:
-    """Why a command line does not compose; None if it does."""
+    """Why a command line does not compose, or its method not take a setting; None if they do."""
     try:
-        compose(command, settings)
+        method = compose(command, settings).get("method")
     except ValueError as error:
         return str(error)
-    return None
+    known = {"_target_", *inspect.signature(locate(method["_target_"])).parameters} if method else set()
+    wrong = set(method or ()) - known
+    return f"{method['_target_']} has no {', '.join(sorted(wrong))}" if wrong else None
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def gradient_importance(volume: Tensor, patch_size: int = 8, bins: int = 9, kind
         kind: `"orientation"` or `"magnitude"`.
 
     Returns:
-        `(B, L)` float32, not normalised; 0 for a patch of constant intensity.
+        `(B, L)` float32, not normalised; 0 for a patch that is constant with the voxels beside it.
 
     Raises:
         ValueError: sizes that are not divisible by s, less than one bin, or an unknown kind.
