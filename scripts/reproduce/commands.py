@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from asa.evaluation.statistics import bootstrap_interval
+from asa.tasks.comparison import read_run
 
 
 def quoted(**paths: Any) -> list[str]:
@@ -40,6 +41,23 @@ def asa(command: str, *settings: str, log: Path | None = None, threads: int | No
         output.close()
     if done.returncode:
         raise RuntimeError(f"asa-{command} failed{f': see {log}' if log else ''}")
+
+
+def score(out: Path, name: str, store: Path, log: Path | None = None, threads: int | None = None) -> None:
+    """Predict the test brains of OUT/finetuned/NAME into OUT/predicted, and score them in OUT/evaluated, once."""
+    run, predictions, scores = (out / kind / name for kind in ("finetuned", "predicted", "evaluated"))
+    if (scores / "digests.json").exists():  # the last file of an evaluation
+        return
+    asa("predict", "part=test", log=log, threads=threads, checkpoint=run, input=store, out=predictions)
+    split = run / "split.json"
+    asa("evaluate", log=log, threads=threads, predictions=predictions, truth=store, split_file=split, out=scores)
+
+
+def brain_dice(out: Path, name: str, labels: Iterable[str]) -> np.ndarray:
+    """Dice of the test brains of a fine-tuning, `(brains, labels)`."""
+    values = read_run(name, out / "evaluated" / name).values
+    ids = sorted({id for id, _ in values})
+    return np.array([[values[id, label]["dice"] for label in labels] for id in ids])
 
 
 def validations(run: Path) -> list[dict[str, Any]]:

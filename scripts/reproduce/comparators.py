@@ -23,12 +23,11 @@ import torch
 from asa.config import build, compose, typed
 from asa.data.loading.loader import collate
 from asa.data.splits import write_split
-from asa.tasks.comparison import read_run
 from asa.tasks.segmentation import Segmentation
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from asa.training.plan import Plan, make_plan
-from scripts.reproduce.commands import asa, interval, quoted
+from scripts.reproduce.commands import asa, brain_dice, interval, quoted, score
 
 TISSUES = {1: "csf", 2: "gm", 3: "wm"}
 NETWORKS = (
@@ -66,19 +65,15 @@ def settings(out: Path, network: str, options: argparse.Namespace) -> list[str]:
 
 def finetune(out: Path, network: str, options: argparse.Namespace) -> None:
     """Fine-tune, predict the test brains, and score them."""
-    log, run, predictions = out / "logs" / f"{network}.txt", out / "finetuned" / network, out / "predicted" / network
+    log = out / "logs" / f"{network}.txt"
     asa("finetune", *settings(out, network, options), log=log, threads=1)
-    asa("predict", "part=test", log=log, threads=1, checkpoint=run, input=out / "store", out=predictions)
-    truth = {"truth": out / "store", "split_file": run / "split.json", "out": out / "evaluated" / network}
-    asa("evaluate", *quoted(**truth), log=log, predictions=predictions)
-    print(f"{network}: {interval(brain_dice(out, network))}", flush=True)
+    score(out, network, out / "store", log=log, threads=1)
+    print(f"{network}: {interval(mean_dice(out, network))}", flush=True)
 
 
-def brain_dice(out: Path, network: str) -> np.ndarray:
+def mean_dice(out: Path, network: str) -> np.ndarray:
     """Mean Dice of the tissues of each test brain."""
-    values = read_run(network, out / "evaluated" / network).values
-    ids = sorted({id for id, _ in values})
-    return np.array([np.mean([values[id, name]["dice"] for name in TISSUES.values()]) for id in ids])
+    return brain_dice(out, network, TISSUES.values()).mean(axis=1)
 
 
 def costs(out: Path, options: argparse.Namespace) -> dict[str, tuple[Plan, float]]:
@@ -122,7 +117,7 @@ def report(out: Path, networks: Sequence[str], cost: dict[str, tuple[Plan, float
     for network in networks:
         plan, seconds = cost[network]
         lines.append(
-            f"| `{network}` | {plan.total / 1e6:.2f} | {interval(brain_dice(out, network))} | "
+            f"| `{network}` | {plan.total / 1e6:.2f} | {interval(mean_dice(out, network))} | "
             f"{seconds / cost[networks[0]][1]:.1f} | {plan.memory['CPU, fp32'].peak / 2**30:.2f} |"
         )
     return "\n".join(lines) + "\n"

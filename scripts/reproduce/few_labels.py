@@ -23,8 +23,7 @@ import numpy as np
 from asa.data.splits import write_split
 from asa.evaluation.comparison import p_text
 from asa.evaluation.statistics import wilcoxon_p
-from asa.tasks.comparison import read_run
-from scripts.reproduce.commands import asa, interval, quoted, validations
+from scripts.reproduce.commands import asa, brain_dice, interval, score, validations
 from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
 TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
@@ -108,17 +107,13 @@ def finetune_run(out: Path, run: Run, steps: int) -> None:
 
 def finetune(out: Path, name: str, split: str, steps: int, *settings: str, init: Path | None) -> None:
     """Fine-tune on the brains of OUT/store_brains, predict those of the test part, and score them."""
-    folder, predictions, scores = (out / kind / name for kind in ("finetuned", "predicted", "evaluated"))
-    paths = {"data.store": out / STORE, "data.split_file": out / split, "out": folder}
+    paths = {"data.store": out / STORE, "data.split_file": out / split, "out": out / "finetuned" / name}
     start = {} if init is None else {"init": init}
     experiment = ("experiment=structures_finetune", f"train.steps={steps}", f"train.validate_every={steps}")
     asa("finetune", *experiment, *CPU, *settings, log=log(out, name), threads=1, **paths, **start)
-    if not (scores / "digests.json").exists():  # the last file of an evaluation
-        brains = {"checkpoint": folder, "input": out / STORE, "out": predictions}
-        asa("predict", "part=test", log=log(out, name), threads=1, **brains)
-        truth = {"truth": out / STORE, "split_file": folder / "split.json", "out": scores}
-        asa("evaluate", *quoted(**truth), log=log(out, name), predictions=predictions)
-    print(f"{name}: validation {validation_dice(out, name):.3f}, test {brain_dice(out, name).mean():.3f}", flush=True)
+    score(out, name, out / STORE, log=log(out, name), threads=1)
+    test = brain_dice(out, name, STRUCTURES).mean()
+    print(f"{name}: validation {validation_dice(out, name):.3f}, test {test:.3f}", flush=True)
 
 
 def log(out: Path, name: str) -> Path:
@@ -131,19 +126,13 @@ def validation_dice(out: Path, name: str) -> float:
     return float(validations(out / "finetuned" / name)[-1]["dice"])
 
 
-def brain_dice(out: Path, name: str) -> np.ndarray:
-    """Dice of the test brains, `(brains, structures)`."""
-    values = read_run(name, out / "evaluated" / name).values
-    ids = sorted({id for id, _ in values})
-    return np.array([[values[id, name]["dice"] for name in STRUCTURES] for id in ids])
-
-
 def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, str], str]) -> str:
     """The tables: Dice and differences by seed, and Dice by structure, for each number of labels."""
     dice = {}  # (seeds, brains, structures)
     for (count, arm), rate in best.items():
         runs = [[Run(fold, count, seed, arm, rate) for fold in folds] for seed in seeds]
-        dice[count, arm] = np.stack([np.concatenate([brain_dice(out, run.name()) for run in row]) for row in runs])
+        rows = [[brain_dice(out, run.name(), STRUCTURES) for run in row] for row in runs]
+        dice[count, arm] = np.stack([np.concatenate(row) for row in rows])
     lines = gains({key: values.mean(axis=2) for key, values in dice.items()}, seeds)
     lines += [
         "",

@@ -27,9 +27,9 @@ from asa.tasks.pretraining import Pretraining
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, make_optimizer
 from asa.training.plan import make_plan
-from scripts.reproduce.commands import asa, interval, quoted, validations
-from scripts.reproduce.few_labels import DEEP, STORE, brain_dice, finetune, gains
-from scripts.reproduce.structures import make_store, subjects
+from scripts.reproduce.commands import asa, brain_dice, interval, quoted, validations
+from scripts.reproduce.few_labels import DEEP, STORE, finetune, gains
+from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -214,7 +214,10 @@ def main() -> None:
             for count in options.labelled
             for arm in tuned
         }
-        dice = {key: np.stack([brain_dice(out, name).mean(axis=1) for name in row]) for key, row in names.items()}
+        dice = {
+            key: np.stack([brain_dice(out, name, STRUCTURES).mean(axis=1) for name in row])
+            for key, row in names.items()
+        }
         text += "\n" + "\n".join(gains(dice, seeds)) + "\n"
     (out / "recipe.md").write_text(text)
     print(text)

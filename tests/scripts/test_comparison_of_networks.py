@@ -28,7 +28,7 @@ def test_a_network_is_trained_scored_and_measured_in_one_command(
     monkeypatch.setattr(sys, "argv", ["comparators", str(data), str(out), *arguments, "--tested", "1"])
     comparators.main()
     millions = sum(p.numel() for p in create_model("primus_tiny", out_channels=4, img_size=32).parameters()) / 1e6
-    dice = comparators.brain_dice(out, "primus_tiny")
+    dice = comparators.mean_dice(out, "primus_tiny")
     assert dice.shape == (1,) and 0 <= dice[0] < 1
     row = (out / "comparators.md").read_text().splitlines()[-1]
     assert row.startswith(f"| `primus_tiny` | {millions:.2f} | {dice[0]:.3f} | 1.0 | ")
