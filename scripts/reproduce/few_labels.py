@@ -3,7 +3,8 @@
 Eleven structures of real brains, from 1 and 3 labelled ones, from a pretrained encoder and from scratch. The encoder is
 pretrained on brains that the network is not tested on (experiment=structures_pretrain), and fine-tuned on the first of
 them (experiment=structures_finetune), each seed from its own encoder. Each arm has the best of its learning rates, by
-the Dice of one more brain of the training part, with the first fold and seed.
+the Dice of one more brain of the training part, with the first fold and seed. `--tested 3 --labelled 12 --rates 1e-2`
+tests three brains in each of five folds, and labels all others: none is left to choose a rate by.
 `--arms pretrained mae scratch` adds an encoder pretrained as a plain masked autoencoder. Prints the
 tables of docs/evidence.md. Finished runs are not repeated, and interrupted ones are resumed: an hour for an encoder,
 half an hour for a fine-tuning, on one core each.
@@ -52,8 +53,10 @@ ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "quarter_blocks": (("method.decode=0.25", "model.decoder_depth=3"), ()),
     "scratch": ((), ()),
     "plain_scratch": ((), PLAIN),
+    # A U-Net that also reads the image itself, all of it at one learning rate.
+    "unet": ((), ("model=unet_tiny", "optim.encoder_lr=1")),
 }
-SCRATCH = ("scratch", "plain_scratch")
+SCRATCH = ("scratch", "plain_scratch", "unet")
 STORE = "store_brains"
 CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
 
@@ -72,16 +75,22 @@ class Run(NamedTuple):
         return f"fold{self.fold}_{self.labelled}_{self.arm}_{self.rate}_seed{self.seed}"
 
 
-def prepare(data: Path, out: Path, folds: list[int]) -> None:
-    """A store of all brains, and each fold's split: the last brain of the training part validates."""
+def prepare(data: Path, out: Path, tested: Mapping[int, tuple[int, int]], validating: bool) -> None:
+    """A store of all brains, and each fold's split, where the last brain of the training part may validate."""
     ids = subjects(data)
     make_store(data, out, "brains", ids)
-    for fold in folds:
-        first, last = TESTED[fold]
-        train = ids[:first] + ids[last:]
-        write_split(out / f"pretrain{fold}.json", {"train": train, "validation": [], "test": ids[first:last]})
-        parts = {"train": train[:-1], "validation": train[-1:], "test": ids[first:last]}
+    for fold, (first, last) in tested.items():
+        train, test = ids[:first] + ids[last:], ids[first:last]
+        labelled = train[:-1] if validating else train
+        write_split(out / f"pretrain{fold}.json", {"train": train, "validation": [], "test": test})
+        parts = {"train": labelled, "validation": train[len(labelled) :], "test": test}
         write_split(out / f"finetune{fold}.json", parts)
+
+
+def folds_of(tested: int) -> list[tuple[int, int]]:
+    """The brains of each fold, where each has so many of the 15, the last one perhaps fewer."""
+    brains = max(last for _, last in TESTED)
+    return [(first, min(first + tested, brains)) for first in range(0, brains, tested)]
 
 
 def pretrain(out: Path, arm: str, fold: int, seed: int) -> None:
@@ -112,8 +121,8 @@ def finetune(out: Path, name: str, split: str, steps: int, *settings: str, init:
     experiment = ("experiment=structures_finetune", f"train.steps={steps}", f"train.validate_every={steps}")
     asa("finetune", *experiment, *CPU, *settings, log=log(out, name), threads=1, **paths, **start)
     score(out, name, out / STORE, log=log(out, name), threads=1)
-    test = brain_dice(out, name, STRUCTURES).mean()
-    print(f"{name}: validation {validation_dice(out, name):.3f}, test {test:.3f}", flush=True)
+    validated = f"validation {validation_dice(out, name):.3f}, " if validations(out / "finetuned" / name) else ""
+    print(f"{name}: {validated}test {brain_dice(out, name, STRUCTURES).mean():.3f}", flush=True)
 
 
 def log(out: Path, name: str) -> Path:
@@ -124,6 +133,11 @@ def log(out: Path, name: str) -> Path:
 def validation_dice(out: Path, name: str) -> float:
     """Mean Dice of the validation brain after the last step."""
     return float(validations(out / "finetuned" / name)[-1]["dice"])
+
+
+def chosen(out: Path, runs: Sequence[Run]) -> Run:
+    """The run with the best validation, or the only one."""
+    return runs[0] if len(runs) == 1 else max(runs, key=lambda run: validation_dice(out, run.name()))
 
 
 def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, str], str]) -> str:
@@ -172,14 +186,22 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"], choices=ARMS)
-    parser.add_argument("--folds", nargs="+", type=int, default=[0, 1, 2], choices=range(len(TESTED)))
+    parser.add_argument("--tested", type=int, help="brains of a fold, where all others are labelled; none validates")
+    parser.add_argument("--folds", nargs="+", type=int, help="all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", default=["3e-3", "1e-2", "3e-2"], help="learning rates to choose from")
     parser.add_argument("--steps", type=int, default=1200, help="of a fine-tuning")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     options = parser.parse_args()
-    out, folds, seeds, labelled = options.out.resolve(), options.folds, options.seeds, options.labelled
-    prepare(options.data, out, folds)
+    tested = options.tested
+    if tested and len(options.rates) > 1:
+        parser.error("with --tested no brain is left to choose a rate by: give one of --rates")
+    ranges = dict(enumerate(TESTED if tested is None else folds_of(tested)))
+    folds = list(ranges) if options.folds is None else options.folds
+    if not ranges.keys() >= set(folds):
+        parser.error(f"--folds: there are {', '.join(map(str, ranges))}")
+    out, seeds, labelled = options.out.resolve(), options.seeds, options.labelled
+    prepare(options.data, out, {fold: ranges[fold] for fold in folds}, validating=tested is None)
     with ThreadPoolExecutor(options.jobs) as pool:
         arms = [arm for arm in options.arms if arm not in SCRATCH]
         list(pool.map(lambda which: pretrain(out, *which), itertools.product(arms, folds, seeds)))
@@ -193,7 +215,7 @@ def main() -> None:
         }
         first = [run for runs in choices.values() for run in runs]
         run_all(first)
-        best = {key: max(runs, key=lambda run: validation_dice(out, run.name())).rate for key, runs in choices.items()}
+        best = {key: chosen(out, runs).rate for key, runs in choices.items()}
         wanted = [
             Run(fold, count, seed, arm, best[count, arm]) for fold in folds for seed in seeds for count, arm in best
         ]

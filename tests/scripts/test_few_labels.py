@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from asa.evaluation.summary import CaseRow, cases_csv, summarise
-from scripts.reproduce.few_labels import TESTED, Run, report
+from scripts.reproduce.few_labels import TESTED, Run, folds_of, report
 from scripts.reproduce.structures import STRUCTURES
 
 
@@ -22,8 +24,9 @@ def evaluated(out: Path, run: Run, brains: list[float]) -> None:
     (folder / "summary.json").write_text(json.dumps(summary.as_json()))
 
 
-def test_each_brain_is_tested_once() -> None:
-    assert sorted(brain for first, last in TESTED for brain in range(first, last)) == list(range(15))
+@pytest.mark.parametrize("folds", [TESTED, folds_of(3), folds_of(4)])
+def test_each_brain_is_tested_once(folds: list[tuple[int, int]]) -> None:
+    assert sorted(brain for first, last in folds for brain in range(first, last)) == list(range(15))
 
 
 def test_the_tables_pair_the_arms_by_brain_and_seed(tmp_path: Path) -> None:
