@@ -126,6 +126,11 @@ class Store:
         """
         return self._array(id, "label") if "label" in self.record(id)["arrays"] else None
 
+    def first_source(self, record: Mapping[str, Any]) -> Path:
+        """The source image of the first channel that a scan has: one may be missing in the cohort."""
+        sources = record["sources"]
+        return next(Path(sources[channel]["path"]) for channel in self.channels if channel in sources)
+
     def verify(self) -> list[tuple[str, str]]:
         """Compare every array with the SHA-256 in the manifest.
 

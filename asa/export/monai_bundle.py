@@ -52,15 +52,16 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
         raise ValueError(f"{checkpoint}: a network that cross-attends to the mirror image cannot be a bundle")
     check_metadata(str(checkpoint), data)
     facts = exported(data)
-    _check_plain([node, facts["channels"], facts["labels"], facts.get("regions", {})], str(checkpoint))
+    _check_plain([node, facts["channels"], facts["labels"], facts.get("regions", [])], str(checkpoint))
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / METADATA).is_file()):
         raise ValueError(f"{out} is not empty and not a bundle: choose another out=")
     window, weights = list(window_size(model)), io.BytesIO()
+    metadata = _metadata(model, facts, window, description)
     torch.save(model.state_dict(), weights)
     write_whole(out / "models" / "model.pt", weights.getvalue())
     write_json(out / "configs" / "asa.json", facts)
     write_json(out / "configs" / "inference.json", _inference(node, facts["channels"], window, overlap_of([data])))
-    write_json(out / METADATA, _metadata(model, facts, window, description))
+    write_json(out / METADATA, metadata)
     write_whole(out / "docs" / "README.md", _readme(facts, window).encode())
     write_whole(out / "LICENSE", LICENSE.encode())
 
@@ -205,7 +206,7 @@ def _package(prepare: Mapping[str, Any]) -> str:
 
 def _outputs(facts: Mapping[str, Any]) -> dict[int, str]:
     """Output channel -> its class or region."""
-    names = list(facts["regions"]) if facts.get("regions") else ["background", *_labels(facts).values()]
+    names = list(dict(facts["regions"])) if facts.get("regions") else ["background", *_labels(facts).values()]
     return dict(enumerate(names))
 
 

@@ -51,7 +51,7 @@ class WriteLabelMap(Transform):
     def __init__(self, facts: str | Path, output_dir: str | Path, probabilities: bool = False) -> None:
         metadata = read_json(facts)
         self.labels = {int(value): name for value, name in metadata["labels"].items()}
-        self.regions: dict[str, list[int]] = metadata.get("regions", {})
+        self.regions: dict[str, list[int]] = dict(metadata.get("regions", {}))
         self.out, self.probabilities = Path(output_dir), probabilities
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:

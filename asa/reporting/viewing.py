@@ -95,7 +95,7 @@ def _scan(id: str, images: Path, store: Store | None) -> Path:
     """The file of a predicted scan, in a folder or of a store."""
     if store is not None:
         record = next((record for record in store.records if record["id"] == id), None)
-        paths = [] if record is None else [Path(record["sources"][store.channels[0]]["path"])]
+        paths = [] if record is None else [store.first_source(record)]
     else:
         paths = [images / f"{id}{ending}" for ending in (".nii.gz", ".nii")]
     found = next((path for path in paths if path.is_file()), None)

@@ -148,7 +148,7 @@ def _store_jobs(predictor: ScanPredictor, source: Path, config: Config) -> list[
     records = store.records if subjects is None else select(store.records, subjects)
 
     def predict(record: dict[str, Any]) -> None:
-        like = read_image(record["sources"][store.channels[0]]["path"])
+        like = read_image(store.first_source(record))
         predictor.preprocessor.check_stored(record["chain"])
         predictor.preprocessor.warn_outside_range(record["quality"], record["intensity"])
         predictor.predict_stored(record["id"], store.image(record["id"]), record["chain"], like)

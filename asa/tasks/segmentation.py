@@ -301,19 +301,19 @@ class SegmentationPredictor:
 
     def finish(self) -> str:
         if self.rows:
-            header = list(next(iter(self.rows.values())))
             with in_turn(self.out):  # another process may add its scans at the same moment
-                rows = dict(sorted((self._rows_before(header) | self.rows).items()))
-                table = csv_text(header, [list(row.values()) for row in rows.values()])
+                rows = dict(sorted((self._rows_before() | self.rows).items()))
+                header = list(dict.fromkeys(column for row in rows.values() for column in row))
+                table = csv_text(header, [[row.get(column, "") for column in header] for row in rows.values()])
                 write_whole(self.out / VOLUMES, table.encode())
         return f"wrote label maps and {VOLUMES} to {self.out}"
 
-    def _rows_before(self, header: Sequence[str]) -> dict[str, dict[str, str]]:
-        """Rows of an earlier table with these columns, of scans whose label maps are still here."""
+    def _rows_before(self) -> dict[str, dict[str, str]]:
+        """Rows of an earlier table, of scans whose label maps are still here; another network's have other columns."""
         file = self.out / VOLUMES
         rows = read_rows(file) if file.exists() else []
         there = label_maps_of(self.out)
-        return {row["id"]: row for row in rows if list(row) == list(header) and row["id"] in there}
+        return {row["id"]: row for row in rows if row.get("id") in there}
 
     def _add(self, id: str, found: Segmented) -> None:
         volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
@@ -360,13 +360,8 @@ def _truth_of_store(path: Path, config: Config) -> Truth:
     if not labelled:
         raise ValueError(f"{path}: none of the scans has a label map to compare with")
     truths = {record["id"]: Path(record["sources"]["label"]["path"]) for record in labelled}
-    images = {record["id"]: _first_image(record, store.channels) for record in labelled}
+    images = {record["id"]: store.first_source(record) for record in labelled}
     return Truth(truths, images, store.labels, store.regions, store.ignored)
-
-
-def _first_image(record: Mapping[str, Any], channels: Sequence[str]) -> Path:
-    """The first channel that the scan has: one may be missing in the cohort."""
-    return next(Path(record["sources"][channel]["path"]) for channel in channels if channel in record["sources"])
 
 
 def _truth_of_folder(path: Path, config: Config) -> Truth:

@@ -24,7 +24,7 @@ DATA = {
     "prepare": {"crop": "foreground", "spacing": 1.3},
     "train_scans": ["ab12"],
 }
-REGIONS = {"regions": {"whole": [1, 2, 5], "core": [2, 5], "inner": [5]}}
+REGIONS = {"regions": [["whole", [1, 2, 5]], ["core", [2, 5]], ["inner", [5]]]}
 
 
 def checkpoint(folder: Path, model: dict | None = None, **data: object) -> Path:

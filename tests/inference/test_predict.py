@@ -13,10 +13,11 @@ from scipy import ndimage
 from torch import nn
 from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicted
 
-from asa.cli import finetune, predict
+from asa.cli import finetune, predict, prepare
 from asa.config import build
 from asa.data.io.files import write_whole
 from asa.data.io.nifti import from_ras, read_image, to_ras, write_image
+from asa.data.io.tables import read_rows
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.steps import PrepareSettings
@@ -403,6 +404,39 @@ def test_volumes_are_those_of_the_label_maps_and_scans_predicted_later_are_added
         ml = np.prod(made.header.get_zooms()) / 1000
         for label, values in (("left_x", [1]), ("right_x", [2]), ("middle", [5]), *(regions if more else ())):
             assert float(row[f"{label}_ml"]) == pytest.approx(np.isin(made.dataobj, values).sum() * ml, abs=5e-4)
+
+
+def test_scans_predicted_later_by_a_network_with_other_labels_leave_the_rows_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rows = tmp_path / "out", {}
+    for id, more in (("b", {}), ("a", REGIONS), ("c", {})):
+        run = checkpoint(tmp_path / f"run_{id}", **more)
+        arguments = f"checkpoint={run}", f"input={a_scan(tmp_path, id)}", f"out={out}", "predict.device=cpu"
+        assert call(predict, monkeypatch, *arguments) == 0
+        rows = {row["id"]: row for row in read_rows(out / "volumes.csv")}
+    assert list(rows) == ["a", "b", "c"]
+    assert all(row["middle_ml"] for row in rows.values())
+    assert [bool(row["sides_ml"]) for row in rows.values()] == [True, False, False]
+
+
+def test_a_stored_scan_without_its_first_channel_is_predicted_on_the_grid_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a_t1", "a_flair", "b_flair"):
+        a_scan(tmp_path / "scans", name)
+    (tmp_path / "scans" / "table.csv").write_text("id,t1,flair\na,a_t1.nii.gz,a_flair.nii.gz\nb,,b_flair.nii.gz\n")
+    files = f"data.root={tmp_path}/scans", "data.table=table.csv"
+    assert call(prepare, monkeypatch, *files, "missing=zero", "duplicates=keep", f"out={tmp_path}/store") == 0
+    node = dict(_target_="asa.models.unet.unet_tiny", out_channels=4, in_channels=2, feature_size=4, img_size=WINDOW)
+    shell = nn.Module()
+    shell.model = build(node)
+    data = {**DATA, "channels": ["t1", "flair"], "prepare": Store(tmp_path / "store").settings}
+    save_checkpoint(tmp_path / "run", 1, shell, {"model": node, "data": data}, {}, keep=1)
+    paths = f"checkpoint={tmp_path}/run", f"input={tmp_path}/store", f"out={tmp_path}/out"
+    assert call(predict, monkeypatch, *paths, "predict.device=cpu") == 0
+    made, scan = read_image(tmp_path / "out" / "b.nii.gz"), read_image(tmp_path / "scans" / "b_flair.nii.gz")
+    assert made.data.shape == scan.data.shape and np.array_equal(made.affine, scan.affine)
 
 
 @pytest.mark.parametrize("regions", [False, True])

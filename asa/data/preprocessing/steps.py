@@ -225,14 +225,14 @@ def _window(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
 def _measure_brain(case: Case, settings: PrepareSettings) -> None:
     """Record the volume of the brain on the scan's own grid: registration would change it. Warn if it is implausible.
 
-    Without a strip there may be a skull, so that only a volume that is too large is reported.
+    Without a strip there may be a skull, so that only a volume that is too large is reported, and in CT none.
     """
     volume = float(case.foreground[case.first].sum() * np.prod(case.spacing) / 1000)
     case.quality["brain_ml"] = round(volume, 1)
     low, high = PLAUSIBLE_BRAIN
     if settings.strip != "none" and not low <= volume <= high:
         warnings.warn(f"the brain mask has {volume:.0f} ml, not {low:.0f} to {high:.0f}; check it", stacklevel=3)
-    elif volume > high:
+    elif volume > high and settings.window is None:
         warnings.warn(
             f"the foreground has {volume:.0f} ml, and a brain at most {high:.0f}: is it a head with its skull? "
             "prepare.strip=deepbet removes it",

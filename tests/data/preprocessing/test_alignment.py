@@ -337,6 +337,9 @@ def test_a_head_with_its_skull_is_warned_about(tmp_path):
         assert prepare_case({"t1": brain}, None, {}, PrepareSettings()).quality["brain_ml"] < 2300
     with pytest.warns(UserWarning, match=r"the foreground has \d+ ml, .* at most 2300: .*strip=deepbet"):
         prepare_case({"t1": larger}, None, {}, PrepareSettings())
+    with warnings.catch_warnings():  # nothing here strips CT
+        warnings.simplefilter("error")
+        prepare_case({"ct": larger}, None, {}, PrepareSettings(window=[0, 1000]))
 
 
 def test_volume_and_pose_are_those_of_the_scan_before_registration(monkeypatch):
