@@ -262,8 +262,8 @@ def test_predictions_that_end_at_the_same_moment_share_a_table(tmp_path: Path, m
     predictors = {id: SegmentationPredictor(config) for id in "ab"}
     before = SegmentationPredictor._rows_before
 
-    def slow(self: SegmentationPredictor, header: list[str]) -> dict[str, dict[str, str]]:
-        rows = before(self, header)
+    def slow(self: SegmentationPredictor) -> dict[str, dict[str, str]]:
+        rows = before(self)
         time.sleep(0.5)  # the other one's time to write its rows
         return rows
 
