@@ -169,7 +169,7 @@ def position_encoding(grid: Sequence[int], dim: int, position: str) -> Tensor:
     """The position encoding of a token grid `(L, dim)`.
 
     `"mirror"` and `"paper"` are symmetric, `"raster"` is the same code of a token's number without the symmetry, and
-    `"sincos"` has a code for each of the three axes, `"mirror_sincos"` the same with the symmetry.
+    `"sincos"` has an encoding of each of the three axes, `"mirror_sincos"` the same with the symmetry.
 
     Raises:
         ValueError: an unknown kind.

@@ -78,18 +78,8 @@ def training_step(method: nn.Module, precision: str, device: torch.device) -> St
 
 def step(spec: Spec, device: torch.device) -> Work:
     """A training step on a batch on the device."""
-    from scripts.benchmark.networks import CLASSES
-
     method, take = make_step(spec, device)
-    cube, b = (spec["edge"],) * 3, spec["batch"]
-    air = outer_patches(spec["edge"] // 8)
-    hidden = unpatchify(air.float()[None, :, None].expand(b, -1, 8**3), (spec["edge"] // 8,) * 3, 8)
-    batch = {
-        "image": torch.rand(b, CHANNELS[spec["network"]], *cube, device=device) * (1 - hidden).to(device),
-        "air": air.expand(b, -1),
-        "label": torch.randint(CLASSES, (b, 1, *cube), dtype=torch.uint8, device=device),
-        "seed": torch.arange(b),
-    }
+    batch = step_batch(spec["edge"], spec["batch"], device, CHANNELS[spec["network"]])
 
     def operations() -> int:
         # On the meta device, because the counter does not support the CPU kernel of fused attention.
@@ -97,7 +87,22 @@ def step(spec: Spec, device: torch.device) -> Work:
         shapes = {key: value if key in ("seed", "air") else value.to("meta") for key, value in batch.items()}
         return count_operations(lambda: method(shapes)["loss"].backward())
 
-    return Work(lambda: take(batch), volumes=b, operations=operations)
+    return Work(lambda: take(batch), volumes=spec["batch"], operations=operations)
+
+
+def step_batch(edge: int, count: int, device: torch.device, channels: int = 1) -> Batch:
+    """A batch of volumes of edge^3 voxels whose outer patches are air, with labels."""
+    from scripts.benchmark.networks import CLASSES
+
+    cube, side = (edge,) * 3, edge // 8
+    air = outer_patches(side)
+    hidden = unpatchify(air.float()[None, :, None].expand(count, -1, 8**3), (side,) * 3, 8)
+    return {
+        "image": torch.rand(count, channels, *cube, device=device) * (1 - hidden).to(device),
+        "air": air.expand(count, -1),
+        "label": torch.randint(CLASSES, (count, 1, *cube), dtype=torch.uint8, device=device),
+        "seed": torch.arange(count),
+    }
 
 
 def planned(spec: Spec, device: torch.device) -> int:

@@ -136,7 +136,7 @@ def test_class_weights_multiply_the_loss_of_their_samples() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sa_swin", "asa"])
-def test_a_network_with_cross_attention_wants_both_sides_and_hears_of_both(kind: str) -> None:
+def test_a_network_with_cross_attention_needs_both_sides_and_receives_both(kind: str) -> None:
     torch.manual_seed(0)
     if kind == "asa":
         model = asa_classifier_tiny(3, img_size=(32, 32, 64), embed_dim=24, depth=1, num_heads=2, symmetry=True)
