@@ -53,10 +53,11 @@ ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "quarter_blocks": (("method.decode=0.25", "model.decoder_depth=3"), ()),
     "scratch": ((), ()),
     "plain_scratch": ((), PLAIN),
-    # A U-Net that also reads the image itself, all of it at one learning rate.
-    "unet": ((), ("model=unet_tiny", "optim.encoder_lr=1")),
+    # A U-Net, which also reads the image itself.
+    "unet": ((), ("model=unet_tiny",)),
+    "unet_scratch": ((), ("model=unet_tiny",)),
 }
-SCRATCH = ("scratch", "plain_scratch", "unet")
+SCRATCH = ("scratch", "plain_scratch", "unet_scratch")
 STORE = "store_brains"
 CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
 
@@ -102,9 +103,14 @@ def pretrain(out: Path, arm: str, fold: int, seed: int) -> None:
     print(f"{name}: done", flush=True)
 
 
+def pretrained_as(arm: str) -> str:
+    """The first arm with the same settings of the pretraining: they share their encoders."""
+    return next(name for name, (settings, _) in ARMS.items() if settings == ARMS[arm][0])
+
+
 def encoder(arm: str, fold: int, seed: int) -> str:
     """Name of the folder of an encoder."""
-    return f"{arm}{fold}_seed{seed}"
+    return f"{pretrained_as(arm)}{fold}_seed{seed}"
 
 
 def finetune_run(out: Path, run: Run, steps: int) -> None:
@@ -203,7 +209,7 @@ def main() -> None:
     out, seeds, labelled = options.out.resolve(), options.seeds, options.labelled
     prepare(options.data, out, {fold: ranges[fold] for fold in folds}, validating=tested is None)
     with ThreadPoolExecutor(options.jobs) as pool:
-        arms = [arm for arm in options.arms if arm not in SCRATCH]
+        arms = dict.fromkeys(pretrained_as(arm) for arm in options.arms if arm not in SCRATCH)
         list(pool.map(lambda which: pretrain(out, *which), itertools.product(arms, folds, seeds)))
 
         def run_all(runs: list[Run]) -> None:

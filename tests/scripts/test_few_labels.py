@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from asa.evaluation.summary import CaseRow, cases_csv, summarise
-from scripts.reproduce.few_labels import TESTED, Run, folds_of, report
+from scripts.reproduce.few_labels import ARMS, SCRATCH, TESTED, Run, encoder, folds_of, report
 from scripts.reproduce.structures import STRUCTURES
 
 
@@ -27,6 +27,14 @@ def evaluated(out: Path, run: Run, brains: list[float]) -> None:
 @pytest.mark.parametrize("folds", [TESTED, folds_of(3), folds_of(4)])
 def test_each_brain_is_tested_once(folds: list[tuple[int, int]]) -> None:
     assert sorted(brain for first, last in folds for brain in range(first, last)) == list(range(15))
+
+
+def test_arms_share_an_encoder_where_the_pretraining_is_the_same() -> None:
+    assert encoder("unet", 1, 2) == encoder("pretrained", 1, 2) == "pretrained1_seed2"
+    pretrained = [arm for arm in ARMS if arm not in SCRATCH]
+    folders = {encoder(arm, 0, 0): ARMS[arm][0] for arm in pretrained}
+    assert all(folders[encoder(arm, 0, 0)] == ARMS[arm][0] for arm in pretrained)
+    assert len({*folders.values()}) == len(folders)
 
 
 def test_the_tables_pair_the_arms_by_brain_and_seed(tmp_path: Path) -> None:
