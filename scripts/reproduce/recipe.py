@@ -9,6 +9,7 @@ DATA: see scripts/reproduce/structures.py.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,8 +147,8 @@ def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
     return {arm: (operations[arm], float(np.median(times[arm]))) for arm in arms}
 
 
-def report(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
-    """The table of all runs; draws the figure beside it."""
+def report(out: Path, arms: Sequence[str], seeds: Sequence[int], tuned: Sequence[str], labelled: Sequence[int]) -> str:
+    """The tables of all runs; draws the figure beside them."""
     costs = cost(out, arms)
     probes = {arm: {seed: validations(run_folder(out, arm, seed)) for seed in seeds} for arm in arms}
     first = arms[0]
@@ -167,23 +168,57 @@ def report(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
             f"| `{arm}` | {operations:.2f} | {operations / base[0]:.2f} | {seconds / base[1]:.2f} | "
             f"{interval(last)} | {interval(paired) if arm != first else ''} | {interval(gained)} |"
         )
-    draw(out / "recipe.png", probes, costs)
+    dice = {
+        (count, arm): np.stack(
+            [brain_dice(out, finetuned_name(arm, count, seed), STRUCTURES).mean(axis=1) for seed in seeds]
+        )
+        for count in labelled
+        for arm in tuned
+    }
+    if dice:
+        lines += ["", *gains(dice, seeds)]
+    draw(out / "recipe.png", probes, costs, dice)
     return "\n".join(lines) + "\n"
 
 
-def draw(file: Path, probes: dict[str, dict[int, list[dict[str, Any]]]], costs: dict[str, tuple[float, float]]) -> None:
-    """Probe Dice against operations and against seconds from the first weights on, the mean over seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+def draw(
+    file: Path,
+    probes: dict[str, dict[int, list[dict[str, Any]]]],
+    costs: dict[str, tuple[float, float]],
+    dice: dict[tuple[int, str], np.ndarray],
+) -> None:
+    """Against operations and against seconds: the probe from the first weights on, and the Dice after a fine-tuning.
+
+    Args:
+        file: the picture.
+        probes: validations of each arm and seed; the mean over seeds is drawn.
+        costs: operations and seconds of a sample.
+        dice: of each number of labelled brains and arm, `(seeds, brains)`; the mean and each seed's are drawn.
+    """
+    rows = 2 if dice else 1
+    figure, grid = plt.subplots(
+        rows, 2, figsize=(10, 4 * rows), sharex="col", sharey="row", layout="constrained", squeeze=False
+    )
+    axes, colours = grid[0], {arm: f"C{k % 10}" for k, arm in enumerate(probes)}
+    markers = dict(zip(sorted({count for count, _ in dice}), itertools.cycle("os^D"), strict=False))
     for arm, runs in probes.items():
         steps = np.array([0, *(line["step"] for line in next(iter(runs.values())))])
         samples = SAMPLES * steps / steps[-1]
         curves = [[logged[0]["probe_dice_first"], *(line["probe_dice"] for line in logged)] for logged in runs.values()]
         mean = np.mean(curves, axis=0)
         for axis, unit, scale in zip(axes, costs[arm], (1e-3, 1.0), strict=True):
-            axis.plot(samples * unit * scale, mean, marker="o", markersize=3, label=arm)
-    axes[0].set(xlabel="TFLOP", ylabel="probe, soft Dice")
-    axes[1].set(xlabel="seconds on one core")
-    axes[1].legend(fontsize=8)
+            axis.plot(samples * unit * scale, mean, marker="o", markersize=3, label=arm, color=colours[arm])
+    for (count, arm), values in dice.items():
+        marker, seeds = markers[count], values.mean(axis=1)
+        for axis, unit, scale in zip(grid[1], costs[arm], (1e-3, 1.0), strict=True):
+            x, colour = SAMPLES * unit * scale, colours[arm]
+            axis.plot([x] * len(seeds), seeds, linestyle="none", marker=marker, markersize=3, color=colour, alpha=0.5)
+            axis.plot(x, seeds.mean(), linestyle="none", marker=marker, color=colour, label=f"{arm}, {count} labelled")
+    for row, label in zip(grid, ("probe, soft Dice", "Dice after fine-tuning"), strict=False):
+        row[0].set(ylabel=label)
+        row[1].legend(fontsize=8)
+    grid[-1, 0].set(xlabel="TFLOP")
+    grid[-1, 1].set(xlabel="seconds on one core")
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
@@ -207,18 +242,7 @@ def main() -> None:
         list(pool.map(lambda run: pretrain(out, *run), [(arm, seed) for seed in seeds for arm in arms]))
         runs = [(arm, count, seed) for seed in seeds for count in options.labelled for arm in tuned]
         list(pool.map(lambda run: finetune_arm(out, run[0], run[1], run[2], options.steps), runs))
-    text = report(out, arms, seeds)
-    if tuned:
-        names = {
-            (count, arm): [finetuned_name(arm, count, seed) for seed in seeds]
-            for count in options.labelled
-            for arm in tuned
-        }
-        dice = {
-            key: np.stack([brain_dice(out, name, STRUCTURES).mean(axis=1) for name in row])
-            for key, row in names.items()
-        }
-        text += "\n" + "\n".join(gains(dice, seeds)) + "\n"
+    text = report(out, arms, seeds, tuned, options.labelled)
     (out / "recipe.md").write_text(text)
     print(text)
 
