@@ -168,8 +168,8 @@ def run_block(block: nn.Module, *inputs: Tensor | None, checkpointing: bool) -> 
 def position_encoding(grid: Sequence[int], dim: int, position: str) -> Tensor:
     """The position encoding of a token grid `(L, dim)`.
 
-    `"mirror"` and `"paper"` are symmetric, `"raster"` is the same code of a token's number without the symmetry, and
-    `"sincos"` has an encoding of each of the three axes, `"mirror_sincos"` the same with the symmetry.
+    `"mirror"` and `"paper"` are symmetric, `"raster"` encodes a token's number in the same way without the symmetry,
+    and `"sincos"` has an encoding of each of the three axes, `"mirror_sincos"` the same with the symmetry.
 
     Raises:
         ValueError: an unknown kind.

@@ -14,9 +14,8 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ class Released(nn.Module):
         return {"loss": F.mse_loss(prediction, patches[mask].reshape(b, -1, voxels))}
 
 
-def load(checkout: Path) -> Any:
+def load(checkout: Path) -> Callable[..., nn.Module]:
     """The class of the released network.
 
     Raises:
@@ -69,10 +68,13 @@ def load(checkout: Path) -> Any:
     spec.loader.exec_module(module)
     if not hasattr(module, NAME):
         raise ValueError(f"{path} has no {NAME}")
-    return getattr(module, NAME)
+    network: Callable[..., nn.Module] = getattr(module, NAME)
+    return network
 
 
-def compare(network: Any, *, size: str, edge: int, batch: int, precision: str, repeats: int) -> str:
+def compare(
+    network: Callable[..., nn.Module], *, size: str, edge: int, batch: int, precision: str, repeats: int
+) -> str:
     """A line of the table; the first two steps of each network are not counted."""
     device = pick_device("auto")
     torch.manual_seed(0)
