@@ -199,14 +199,14 @@ def draw(
     figure, grid = plt.subplots(
         rows, 2, figsize=(10, 4 * rows), sharex="col", sharey="row", layout="constrained", squeeze=False
     )
-    axes, colours = grid[0], {arm: f"C{k % 10}" for k, arm in enumerate(probes)}
+    colours = {arm: f"C{k}" for k, arm in enumerate(probes)}
     markers = dict(zip(sorted({count for count, _ in dice}), itertools.cycle("os^D"), strict=False))
     for arm, runs in probes.items():
         steps = np.array([0, *(line["step"] for line in next(iter(runs.values())))])
         samples = SAMPLES * steps / steps[-1]
         curves = [[logged[0]["probe_dice_first"], *(line["probe_dice"] for line in logged)] for logged in runs.values()]
         mean = np.mean(curves, axis=0)
-        for axis, unit, scale in zip(axes, costs[arm], (1e-3, 1.0), strict=True):
+        for axis, unit, scale in zip(grid[0], costs[arm], (1e-3, 1.0), strict=True):
             axis.plot(samples * unit * scale, mean, marker="o", markersize=3, label=arm, color=colours[arm])
     for (count, arm), values in dice.items():
         marker, seeds = markers[count], values.mean(axis=1)
