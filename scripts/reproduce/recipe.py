@@ -44,6 +44,12 @@ BASE = (
     "optim.reference_batch=null", "optim.warmup=30",
 )  # fmt: skip
 THREE = ("method.decode=0.25", "method.air=drop", "model.decoder_depth=1")
+# The paper's depths, as experiment=asa_paper and experiment=asa_fast.
+DEEP_SLOW = (*DEEP, "model.decoder_depth=8")
+DEEP_FAST = (*DEEP, "method.air=drop", "model.decoder_depth=1")
+# An encoding of three axes, and four times as many steps, with as many samples.
+AXES = ("model.position=mirror_sincos",)
+STEPS = ("train.batch_size=4", "train.steps=1200", "train.validate_every=240", "optim.warmup=120")
 # Settings of each arm; each is ASA as published but for these.
 ARMS: dict[str, tuple[str, ...]] = {
     "paper": (),
@@ -55,17 +61,15 @@ ARMS: dict[str, tuple[str, ...]] = {
     "equal": ("method.importance=null",),
     # As experiment=asa_fast, with a narrower decoder too: about the share of one block in the paper's eight.
     "fast": ("method.air=drop", "model.decoder_depth=1", "model.decoder_dim=64"),
-    # The paper's depths, as experiment=asa_paper and experiment=asa_fast.
-    "deep_slow": (*DEEP, "model.decoder_depth=8"),
-    "deep": (*DEEP, "method.air=drop", "model.decoder_depth=1"),
+    "deep_slow": DEEP_SLOW,
+    "deep": DEEP_FAST,
+    "deep_slow_steps": (*DEEP_SLOW, *AXES, *STEPS),
+    "deep_steps": (*DEEP_FAST, *AXES, *STEPS),
     "three": THREE,
     "three_normalise": (*THREE, "method.normalise=true"),
-    "three_axes": (*THREE, "model.position=mirror_sincos"),
-    "three_axes_steps": (
-        *THREE, "model.position=mirror_sincos", "train.batch_size=4", "train.steps=1200", "train.validate_every=240",
-        "optim.warmup=120",
-    ),
-}  # fmt: skip
+    "three_axes": (*THREE, *AXES),
+    "three_axes_steps": (*THREE, *AXES, *STEPS),
+}
 SAMPLES = 4800  # of a run: steps times crops times masks
 
 

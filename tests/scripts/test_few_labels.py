@@ -1,27 +1,12 @@
 """The tables of scripts/reproduce/few_labels.py."""
 
-import json
 from pathlib import Path
 
 import pytest
+from scored import write_scores
 
-from asa.evaluation.summary import CaseRow, cases_csv, summarise
 from scripts.reproduce.few_labels import ARMS, SCRATCH, TESTED, Run, encoder, folds_of, report
 from scripts.reproduce.structures import STRUCTURES
-
-
-def evaluated(out: Path, run: Run, brains: list[float]) -> None:
-    """What asa-evaluate writes: these Dice for all structures of each brain."""
-    rows = [
-        CaseRow(f"case{id}", name, {"dice": value, "hd95_mm": 1.0, "nsd_1mm": 0.5}, 10, 10, 0.1, 0.1)
-        for id, value in enumerate(brains)
-        for name in STRUCTURES
-    ]
-    summary = summarise(rows, dict(enumerate(STRUCTURES, start=1)), "ibsr")
-    folder = out / "evaluated" / run.name()
-    folder.mkdir(parents=True)
-    (folder / "cases.csv").write_text(cases_csv(summary))
-    (folder / "summary.json").write_text(json.dumps(summary.as_json()))
 
 
 @pytest.mark.parametrize("folds", [TESTED, folds_of(3), folds_of(4)])
@@ -42,7 +27,8 @@ def test_the_tables_pair_the_arms_by_brain_and_seed(tmp_path: Path) -> None:
     dice = {("pretrained", 0): [0.5, 0.6], ("pretrained", 1): [0.7, 0.8]}
     dice |= {("scratch", 0): [0.4, 0.4], ("scratch", 1): [0.2, 0.4]}
     for (arm, seed), brains in dice.items():
-        evaluated(tmp_path, Run(0, 1, seed, arm, best[1, arm]), brains)
+        run = Run(0, 1, seed, arm, best[1, arm])
+        write_scores(tmp_path / "evaluated" / run.name(), brains, STRUCTURES)
     table = report(tmp_path, [0], [0, 1], best)
     # Differences 0.1 and 0.2 for seed 0, 0.5 and 0.4 for seed 1, 0.3 for both brains over the seeds.
     assert "| 1 | 0 | scratch | 0.400 | +0.150 (" in table
