@@ -12,40 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from scored import write_run
 
 from asa.cli import evaluate as evaluate_command
 from asa.data.io.nifti import Volume, write_image, write_label
 from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, markdown_table
-from asa.evaluation.policies import get_policy
 from asa.evaluation.statistics import detectable_difference
-from asa.evaluation.summary import CaseRow, cases_csv, summarise
 from asa.reporting import comparison as reporting
 from asa.reporting.figures import GAP
 from asa.tasks.comparison import compare_folders, read_run
 from asa.tasks.evaluation import evaluate_folder
 
 LABELS = {1: "csf", 2: "gm"}
-
-
-def write_run(folder: Path, dice: dict[str, list[float]], policy: str = "ibsr", voxels: int = 500) -> Path:
-    """An evaluation's files from Dice of each label; HD95 falls as Dice rises, NSD is the same in every case."""
-    rows = [
-        CaseRow(f"case{k:02}", label, values_of(policy, values[k]), voxels, voxels, 0.5, 0.5)
-        for k in range(len(next(iter(dice.values()))))
-        for label, values in dice.items()
-    ]
-    summary = summarise(rows, {value: name for value, name in LABELS.items() if name in dice}, policy)
-    folder.mkdir(parents=True)
-    (folder / "cases.csv").write_text(cases_csv(summary))
-    (folder / "summary.json").write_text(json.dumps(summary.as_json()))
-    return folder
-
-
-def values_of(policy: str, dice: float) -> dict[str, float]:
-    values = {metric.name: 0.5 for metric in get_policy(policy).metrics} | {"dice": dice}
-    if "hd95_mm" in values:
-        values["hd95_mm"] = 10 * (1 - dice) if dice else math.nan
-    return values
 
 
 @pytest.fixture

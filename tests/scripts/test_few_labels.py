@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from scored import write_scores
+from scored import write_run
 
 from scripts.reproduce.few_labels import ARMS, SCRATCH, TESTED, Run, encoder, folds_of, report
 from scripts.reproduce.structures import STRUCTURES
@@ -28,7 +28,7 @@ def test_the_tables_pair_the_arms_by_brain_and_seed(tmp_path: Path) -> None:
     dice |= {("scratch", 0): [0.4, 0.4], ("scratch", 1): [0.2, 0.4]}
     for (arm, seed), brains in dice.items():
         run = Run(0, 1, seed, arm, best[1, arm])
-        write_scores(tmp_path / "evaluated" / run.name(), brains, STRUCTURES)
+        write_run(tmp_path / "evaluated" / run.name(), dict.fromkeys(STRUCTURES, brains))
     table = report(tmp_path, [0], [0, 1], best)
     # Differences 0.1 and 0.2 for seed 0, 0.5 and 0.4 for seed 1, 0.3 for both brains over the seeds.
     assert "| 1 | 0 | scratch | 0.400 | +0.150 (" in table

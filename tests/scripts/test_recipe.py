@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from scored import write_scores
+from scored import write_run
 
 from asa.config import compose
 from scripts.reproduce import recipe
@@ -47,7 +47,7 @@ def test_the_tables_pair_the_arms_by_seed_and_brain(tmp_path: Path, monkeypatch:
     for arm, dice in {"deep_slow": [0.5, 0.6], "deep": [0.6, 0.8]}.items():
         for seed in seeds:
             name = recipe.finetuned_name(arm, 1, seed)
-            write_scores(tmp_path / "evaluated" / name, dice, STRUCTURES)
+            write_run(tmp_path / "evaluated" / name, dict.fromkeys(STRUCTURES, dice))
 
     table = recipe.report(tmp_path, arms, seeds, tuned=("deep", "deep_slow"), labelled=(1,))
 
