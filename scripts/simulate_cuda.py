@@ -51,6 +51,7 @@ from asa.training.run_log import SilentLog
 SIZE = 64  # edge of the volumes
 VOLUME: dict[str, Any] = dict(img_size=SIZE)
 CLASSES: dict[str, Any] = dict(out_channels=3)
+ALTERNATING: dict[str, Any] = dict(order="alternating", bias="grid")
 CHEAP: dict[str, Any] = dict(decode=0.25, air="drop", masks=2, normalise=True)
 REGIONS = {"whole": [1, 2], "core": [2]}
 COMPARATORS = ("unetr_tiny", "swin_unetr_tiny", "nnformer_tiny", "transbts_tiny", "resenc_tiny", "primus_tiny")
@@ -87,6 +88,8 @@ ROWS: dict[str, Callable[..., nn.Module]] = {
     "rat, by segments": lambda: Restoration(model=rat_tiny(backend="segments")),
     "restormer": lambda: Restoration(model=restormer_tiny(upscale=2)),
     "asa, mirrored patches": lambda: MaskedPretraining(model=asa_tiny(**VOLUME, mirror_patches=True)),
+    "asa, alternating orders": lambda: MaskedPretraining(model=asa_tiny(**VOLUME, **ALTERNATING), air="drop"),
+    "vit_seg, alternating orders": lambda: Segmentation(model=vit_seg_tiny(**VOLUME, **CLASSES, **ALTERNATING)),
     "asa, compiled": lambda: compiled(MaskedPretraining(model=asa_tiny(**VOLUME))),
     "unet, compiled": lambda: compiled(Segmentation(model=unet_tiny(**VOLUME, **CLASSES))),
     **{name: partial(_comparator, name) for name in COMPARATORS},

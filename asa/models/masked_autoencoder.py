@@ -5,6 +5,7 @@ decoded, token width E of the encoder and F of the decoder, patch size s.
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class MaskedAutoencoder(nn.Module):
     Args:
         img_size, patch_size, in_channels, embed_dim, num_heads, mlp_ratio, window, position: of encoder and decoder,
             see `asa.models.sw_vit.SWViT`.
-        checkpointing, mirror_patches: of both too.
+        checkpointing, mirror_patches, order, bias: of both too.
         depth, decoder_depth: blocks of the encoder and of the decoder.
         decoder_dim: token width F of the decoder, whose heads are as wide as the encoder's; None: E.
 
@@ -51,6 +52,8 @@ class MaskedAutoencoder(nn.Module):
         checkpointing: bool = False,
         decoder_dim: int | None = None,
         mirror_patches: bool = False,
+        order: str = "raster",
+        bias: str = "sequence",
     ) -> None:
         super().__init__()
         self.encoder = SWViT(
@@ -65,6 +68,8 @@ class MaskedAutoencoder(nn.Module):
             position,
             checkpointing,
             mirror_patches,
+            order,
+            bias,
         )
         self.checkpointing = checkpointing
         width, head = decoder_dim or embed_dim, embed_dim // num_heads
@@ -78,7 +83,7 @@ class MaskedAutoencoder(nn.Module):
         )
         self.register_buffer("position", encoding, persistent=False)
         self.position: Tensor
-        self.decoder = window_blocks(decoder_depth, width, width // head, mlp_ratio, window)
+        self.decoder = window_blocks(decoder_depth, width, width // head, mlp_ratio, window, bias)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, in_channels * patch_size**3)
         for linear in (self.projection, self.head):
@@ -123,8 +128,8 @@ class MaskedAutoencoder(nn.Module):
         tokens = self.mask_token.to(encoded.dtype).expand(n, length, -1)
         tokens = tokens.scatter(1, places[:, :, None].expand(-1, -1, encoded.shape[2]), encoded)
         tokens = tokens + self.position[index]
-        for block in self.decoder:
-            tokens = run_block(block, tokens, valid, checkpointing=self.checkpointing)
+        for block, sequence in zip(self.decoder, cycle(self.encoder.sequences(index, valid)), strict=False):
+            tokens = run_block(block, tokens, sequence, checkpointing=self.checkpointing)
         patches = self.head(self.norm(tokens_at(tokens, wanted)))
         if self.encoder.mirror_patches:
             width, size = self.encoder.grid[2], self.encoder.patch_size

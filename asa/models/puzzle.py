@@ -56,8 +56,9 @@ class PuzzleNet(nn.Module):
         if pieces.ndim != 6 or pieces.shape[1] != self.pieces:
             raise ValueError(f"this network takes {self.pieces} pieces of each volume, got {tuple(pieces.shape)}")
         patches = patchify(pieces.flatten(0, 1), self.encoder.patch_size)  # B*P L C*s^3
-        position = self.encoder.position[indices].repeat_interleave(self.pieces, dim=0)  # B*P L E
-        tokens = self.encoder.run(self.encoder.patch_embed(patches) + position)
+        indices = indices.repeat_interleave(self.pieces, dim=0)  # B*P L
+        tokens = self.encoder.patch_embed(patches) + self.encoder.position[indices]
+        tokens = self.encoder.run(tokens, self.encoder.sequences(indices))
         return self.head(tokens.mean(dim=1).unflatten(0, (-1, self.pieces)).flatten(1))
 
 

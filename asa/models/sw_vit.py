@@ -1,11 +1,13 @@
 """SW-ViT: a vision transformer with attention inside linear windows (ASA, MICCAI 2022, section 2.2).
 
 Letters: volume `B C D H W`, patch size s, L tokens `B L E` in raster order (W fastest), windows `B N S E` of S
-consecutive tokens, M attention heads of d = E / M. Masks are bool and True means masked (removed).
+consecutive tokens, M attention heads of d = E / M, A coordinates of a token (see `asa.ops.patches`). Masks are bool
+and True means masked (removed).
 """
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -13,9 +15,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from asa.ops.patches import Selection, grid_size, patchify, split_indices, tokens_at, triple
+from asa.ops.patches import (
+    Selection,
+    TokenSequence,
+    alternating_orders,
+    grid_size,
+    one_hot_coordinates,
+    patchify,
+    reorder,
+    split_indices,
+    token_sequences,
+    tokens_at,
+    triple,
+)
 from asa.ops.position import sincos_position_encoding, symmetric_position_encoding
 from asa.ops.symmetry import mirror_patches
+
+ORDERS, BIASES = ("raster", "alternating"), ("sequence", "grid")
+FARTHEST = 16  # tokens along an axis; larger offsets on the grid share one bias
 
 
 class LinearWindowAttention(nn.Module):
@@ -28,21 +45,28 @@ class LinearWindowAttention(nn.Module):
         num_heads: heads M; M divides E.
         window: tokens S in a window.
         shift: first window edge; 0 for LW-MSA, S // 2 for SLW-MSA.
+        bias: what the bias of two tokens depends on, for each head: `"sequence"`, their offset in the sequence, as in
+            the paper; `"grid"`, the sum over the three axes of a bias of their offset on the grid along that axis,
+            which means the same whichever tokens the sequence has, in whichever order.
 
     Raises:
-        ValueError: a width that is not divisible by the heads, or a shift outside 0..S-1.
+        ValueError: a width that is not divisible by the heads, a shift outside 0..S-1, or another bias.
     """
 
-    def __init__(self, dim: int, num_heads: int, window: int, shift: int = 0) -> None:
+    def __init__(self, dim: int, num_heads: int, window: int, shift: int = 0, bias: str = "sequence") -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"a token width of {dim} is not divisible by {num_heads} attention heads")
         if window < 1 or not 0 <= shift < window:
             raise ValueError(f"the shift must be in 0..window-1, got window {window}, shift {shift}")
+        if bias not in BIASES:
+            raise ValueError(f"the bias must be {' or '.join(BIASES)}, got {bias!r}")
         self.num_heads, self.window, self.shift = num_heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias = nn.Parameter(torch.zeros(num_heads, 2 * window - 1))
+        self.on_grid = bias == "grid"
+        offsets = (3, 2 * FARTHEST + 1) if self.on_grid else (2 * window - 1,)
+        self.relative_position_bias = nn.Parameter(torch.zeros(num_heads, *offsets))
         nn.init.trunc_normal_(self.relative_position_bias, std=0.02)
         index = torch.arange(window)
         offset = index[:, None] - index[None, :] + window - 1  # S S, in 0..2S-2
@@ -53,31 +77,48 @@ class LinearWindowAttention(nn.Module):
         """Names of the parameters without weight decay, besides biases and norms."""
         return {"relative_position_bias"}
 
-    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Attend inside windows: `(B, L, E)` -> `(B, L, E)`.
+    def forward(self, tokens: Tensor, sequence: TokenSequence | None = None) -> Tensor:
+        """Attend inside windows of a sequence of the tokens: `(B, L, E)` -> `(B, L, E)`, in the order given.
 
-        No token attends to padding, where `valid`, bool `(B, L)`, is False.
+        No token attends to padding. Without a sequence the tokens are one themselves.
+
+        Raises:
+            ValueError: a bias on the grid, and a sequence without coordinates.
         """
-        qkv = self.qkv(tokens)
-        bias = self.relative_position_bias[:, self.offset]  # M S S
+        order, back, coordinates, valid = sequence or TokenSequence()
+        qkv = self.qkv(reorder(tokens, order))
         runs = window_runs(tokens.shape[1], self.window, self.shift)
         # The gradient of a split is one copy, that of several slices a sum.
         parts = qkv.split([n * size for _, n, size in runs], dim=1) if len(runs) > 1 else [qkv]
+        table = self._table(coordinates)
         out = []
         for part, (start, n, size) in zip(parts, runs, strict=True):
-            keys = None if valid is None else valid[:, start : start + n * size].reshape(-1, size)
-            out.append(self._attend(part, size, bias, keys))
-        return self.proj(torch.cat(out, dim=1) if len(out) > 1 else out[0])
+            inside = slice(start, start + n * size)
+            if coordinates is None or not self.on_grid:
+                bias = table[:, :size, :size]  # a shorter window uses a corner of the table
+            else:
+                bias = grid_bias(coordinates[:, inside].unflatten(1, (n, size)).flatten(0, 1), table)
+                bias = bias.repeat(len(part) // len(coordinates), 1, 1, 1)  # B*N M S S
+            out.append(self._attend(part, bias, None if valid is None else valid[:, inside].reshape(-1, size)))
+        return reorder(self.proj(torch.cat(out, dim=1) if len(out) > 1 else out[0]), back)
 
-    def _attend(self, qkv: Tensor, size: int, bias: Tensor, valid: Tensor | None) -> Tensor:
-        """Windows of one size, `(B, N*S, 3*E)` -> `(B, N*S, E)`; `valid` is bool `(B*N, S)`.
+    def _table(self, coordinates: Tensor | None) -> Tensor:
+        """The bias of two places of a window `(M, S, S)`, or of two coordinates along each axis `(3, A, M, A)`."""
+        if not self.on_grid:
+            return self.relative_position_bias[:, self.offset]
+        if coordinates is None:
+            raise ValueError("a bias on the grid needs the coordinates of the tokens")
+        index = torch.arange(coordinates.shape[3], device=coordinates.device)
+        offset = (index[:, None] - index).clamp(-FARTHEST, FARTHEST) + FARTHEST  # A A
+        return self.relative_position_bias[:, :, offset].permute(1, 2, 0, 3)
 
-        A shorter window uses a corner of the bias table.
-        """
+    def _attend(self, qkv: Tensor, bias: Tensor, valid: Tensor | None) -> Tensor:
+        """Windows of one size, `(B, N*S, 3*E)` -> `(B, N*S, E)`; `valid` is bool `(B*N, S)`."""
         b, length, _ = qkv.shape
+        size = bias.shape[-1]
         windows = qkv.reshape(b * length // size, size, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 B*N M S d
         attend = fused_attention if qkv.is_cuda else written_attention
-        bias = bias[:, :size, :size].to(qkv.dtype)
+        bias = bias.to(qkv.dtype)
         if valid is not None:  # finite, as a window may hold nothing but padding
             excluded = torch.zeros_like(valid, dtype=qkv.dtype).masked_fill(~valid, torch.finfo(qkv.dtype).min / 2)
             bias = bias + excluded[:, None, None]  # N M S S
@@ -103,6 +144,26 @@ def window_runs(length: int, window: int, shift: int = 0) -> list[tuple[int, int
     count, tail = divmod(length - head, window)
     runs = [(0, 1, head), (head, count, window), (length - tail, 1, tail)]
     return [(start, n, size) for start, n, size in runs if n and size]
+
+
+def grid_bias(coordinates: Tensor, table: Tensor) -> Tensor:
+    """Bias of every two tokens of a window: the sum over the axes of the table's entries at their coordinates.
+
+    As products with one-hot coordinates, since the gradient of a lookup would be added up entry by entry.
+
+    Args:
+        coordinates: one-hot, `(N, S, 3, A)`.
+        table: bias of two coordinates along each axis, `(3, A, M, A)`.
+
+    Returns:
+        `(N, M, S, S)`: of the token at the third index for that at the fourth.
+    """
+    n, size, _, a = coordinates.shape
+    heads = table.shape[2]
+    rows = coordinates.permute(2, 0, 1, 3).reshape(3, n * size, a)
+    own = torch.bmm(rows, table.reshape(3, a, heads * a)).reshape(3, n, size, heads, a)
+    own = own.permute(1, 3, 2, 0, 4).reshape(n, heads * size, 3 * a)
+    return torch.bmm(own, coordinates.reshape(n, size, 3 * a).transpose(1, 2)).unflatten(1, (heads, size))
 
 
 def fused_attention(windows: Tensor, bias: Tensor) -> Tensor:
@@ -131,10 +192,12 @@ def written_attention(windows: Tensor, bias: Tensor) -> Tensor:
 class Block(nn.Module):
     """Pre-norm transformer block: linear-window attention, then an MLP, each with a residual connection."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, window: int, shift: int) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, window: int, shift: int, bias: str = "sequence"
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = LinearWindowAttention(dim, num_heads, window, shift)
+        self.attention = LinearWindowAttention(dim, num_heads, window, shift, bias)
         self.norm2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
@@ -143,18 +206,22 @@ class Block(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`(B, L, E)` -> `(B, L, E)`, without attention to padding, where `valid`, bool `(B, L)`, is False."""
-        tokens = tokens + self.attention(self.norm1(tokens), valid)
+    def forward(self, tokens: Tensor, sequence: TokenSequence | None = None) -> Tensor:
+        """`(B, L, E)` -> `(B, L, E)`, see `LinearWindowAttention.forward`."""
+        tokens = tokens + self.attention(self.norm1(tokens), sequence)
         return tokens + self.mlp(self.norm2(tokens))
 
 
-def window_blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float, window: int) -> nn.ModuleList:
+def window_blocks(
+    depth: int, dim: int, num_heads: int, mlp_ratio: float, window: int, bias: str = "sequence"
+) -> nn.ModuleList:
     """A stack of blocks of which every second one shifts its windows by half a window."""
-    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, window, shift=(i % 2) * (window // 2)) for i in range(depth))
+    return nn.ModuleList(
+        Block(dim, num_heads, mlp_ratio, window, shift=(i % 2) * (window // 2), bias=bias) for i in range(depth)
+    )
 
 
-def run_block(block: nn.Module, *inputs: Tensor | None, checkpointing: bool) -> Tensor:
+def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
     """A block's output. With `checkpointing` only its inputs are stored, and it is recomputed in the backward pass.
 
     The results are the same to the bit, as the blocks draw no random numbers.
@@ -197,9 +264,13 @@ class SWViT(nn.Module):
             symmetry), `"sincos"` (of the three axes) or `"mirror_sincos"` (the same with the symmetry).
         checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
         mirror_patches: read the patches of the right half mirrored, see `asa.ops.symmetry.mirror_patches`.
+        order: of the tokens in the sequence that a block's windows cut: `"raster"`, as in the paper, or
+            `"alternating"`, with another axis fastest in every block (`asa.ops.patches.alternating_orders`).
+        bias: relative position bias, see `LinearWindowAttention`.
 
     Raises:
-        ValueError: a volume size that is not divisible by the patch size, or a width that is not by the heads.
+        ValueError: a volume size that is not divisible by the patch size, a width that is not by the heads, or an
+            unknown encoding, order or bias.
     """
 
     def __init__(
@@ -215,8 +286,12 @@ class SWViT(nn.Module):
         position: str = "mirror",
         checkpointing: bool = False,
         mirror_patches: bool = False,
+        order: str = "raster",
+        bias: str = "sequence",
     ) -> None:
         super().__init__()
+        if order not in ORDERS:
+            raise ValueError(f"the order of the tokens must be {' or '.join(ORDERS)}, got {order!r}")
         self.mirror_patches = mirror_patches
         self.img_size, self.patch_size, self.in_channels = triple(img_size), patch_size, in_channels
         self.embed_dim, self.num_heads, self.checkpointing = embed_dim, num_heads, checkpointing
@@ -227,7 +302,13 @@ class SWViT(nn.Module):
         # Computed, not stored in checkpoints: weights transfer to other grids unchanged.
         self.register_buffer("position", position_encoding(self.grid, embed_dim, position), persistent=False)
         self.position: Tensor
-        self.blocks = window_blocks(depth, embed_dim, num_heads, mlp_ratio, window)
+        orders = alternating_orders(self.grid) if order == "alternating" else None
+        coordinates = one_hot_coordinates(self.grid) if bias == "grid" else None
+        self.register_buffer("orders", orders, persistent=False)
+        self.register_buffer("coordinates", coordinates, persistent=False)
+        self.orders: Tensor | None
+        self.coordinates: Tensor | None
+        self.blocks = window_blocks(depth, embed_dim, num_heads, mlp_ratio, window, bias)
         self.norm = nn.LayerNorm(embed_dim)
 
     def layers_above(self, name: str) -> int:
@@ -257,11 +338,22 @@ class SWViT(nn.Module):
             return self.patch_embed(patches) + self.position
         return self.patch_embed(tokens_at(patches, visible)) + self.position[visible]
 
+    def sequences(self, index: Tensor | None = None, valid: Tensor | None = None) -> list[TokenSequence]:
+        """The sequences that the blocks take in turn, of all tokens or of those at `index` `(B, V)`, without padding.
+
+        Padding is where `valid`, bool `(B, V)`, is False.
+        """
+        if index is None and (self.orders is not None or self.coordinates is not None):
+            index = torch.arange(len(self.position), device=self.position.device)[None]
+        if index is None:
+            return [TokenSequence(valid=valid)]
+        return token_sequences(index, valid, self.orders, self.coordinates)
+
     def hidden_states(self, volume: Tensor) -> list[Tensor]:
         """Tokens after each block, `depth` times `(B, L, E)`; the last ones after the final norm."""
         tokens, states = self.embed(volume), []
-        for block in self.blocks:
-            tokens = run_block(block, tokens, checkpointing=self.checkpointing)
+        for block, sequence in zip(self.blocks, cycle(self.sequences()), strict=False):
+            tokens = run_block(block, tokens, sequence, checkpointing=self.checkpointing)
             states.append(tokens)
         return [*states[:-1], self.norm(tokens)]
 
@@ -287,12 +379,12 @@ class SWViT(nn.Module):
     def encode(self, volume: Tensor, visible: Selection | None) -> Tensor:
         """Encode some patches `(B*R, V)`, R >= 1 selections of each volume, or all: `(B*R, V, E)` or `(B, L, E)`."""
         index, valid = visible or (None, None)
-        return self.run(self.embed(volume, index), valid)
+        return self.run(self.embed(volume, index), self.sequences(index, valid))
 
-    def run(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The blocks and the final norm: `(B, L, E)` -> `(B, L, E)`. Padding is where `valid`, `(B, L)`, is False."""
-        for block in self.blocks:
-            tokens = run_block(block, tokens, valid, checkpointing=self.checkpointing)
+    def run(self, tokens: Tensor, sequences: list[TokenSequence]) -> Tensor:
+        """The blocks, which take `sequences` in turn, and the final norm: `(B, L, E)` -> `(B, L, E)`."""
+        for block, sequence in zip(self.blocks, cycle(sequences), strict=False):
+            tokens = run_block(block, tokens, sequence, checkpointing=self.checkpointing)
         return self.norm(tokens)
 
     def check(self, volume: Tensor) -> None:

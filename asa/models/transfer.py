@@ -149,12 +149,12 @@ def why_refused(plan: list[Transfer], encoder: Encoder) -> str | None:
 
 
 def check_position(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-    """Compare how two models' configurations treat positions, which no tensor's shape tells.
+    """Compare how two models' configurations treat positions, which no tensor's shape tells or explains.
 
     Raises:
         ValueError: they differ; the message says what to set.
     """
-    for key, usual in (("position", "mirror"), ("mirror_patches", False)):
+    for key, usual in (("position", "mirror"), ("mirror_patches", False), ("order", "raster"), ("bias", "sequence")):
         before, now = source.get(key, usual), target.get(key, usual)
         if before != now:
             wanted = f"model.{key}={str(before).lower()}"

@@ -1,7 +1,8 @@
-"""Patches of volumes as tokens, back to volumes, and random masks of them. True means masked (removed).
+"""Patches of volumes as tokens, back to volumes, random masks of them (True means masked), and their sequences.
 
 Letters: volume `B C D H W` (W left to right), patch size s, grid T x H x W = the volume's sizes over s,
 L = T*H*W tokens in raster order (W fastest), a token holds C*s^3 values in the order (C, depth, height, width).
+Linear windows are runs of consecutive tokens of a sequence: V tokens, A = max(T, H, W) coordinates along an axis.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 
 class Selection(NamedTuple):
@@ -32,6 +34,24 @@ class Selection(NamedTuple):
         """Tokens of each sample, `(B,)` int64."""
         rows, most = self.indices.shape
         return torch.full((rows,), most) if self.valid is None else self.valid.sum(dim=1)
+
+
+class TokenSequence(NamedTuple):
+    """The order in which windows run over given tokens.
+
+    Args:
+        order: int64 `(B, V)`, or `(1, V)` for all samples alike: which of the given tokens is at each place of the
+            sequence; None: they are in order.
+        back: the inverse: the place of each token.
+        coordinates: `(B, V, 3, A)` or `(1, V, 3, A)` of the token at each place, see `one_hot_coordinates`; None: not
+            known.
+        valid: bool `(B, V)`, False for padding, which is at the end of the sequence; None: there is none.
+    """
+
+    order: Tensor | None = None
+    back: Tensor | None = None
+    coordinates: Tensor | None = None
+    valid: Tensor | None = None
 
 
 def triple(size: int | Sequence[int]) -> tuple[int, int, int]:
@@ -202,6 +222,79 @@ def tokens_at(tokens: Tensor, indices: Tensor) -> Tensor:
     """Tokens `(B, L, E)` at the indices `(B, N)`: `(B, N, E)`. With R rows of indices a sample, `(B*R, N, E)`."""
     rows = indices.reshape(len(tokens), -1)
     return tokens.gather(1, rows[:, :, None].expand(-1, -1, tokens.shape[2])).reshape(*indices.shape, -1)
+
+
+def alternating_orders(grid: int | Sequence[int]) -> Tensor:
+    """Three orders of the tokens of a grid, each with another axis fastest.
+
+    W, H and T are the fastest axes in turn, and H, T and W the second fastest: runs of tokens that are longer than a
+    row lie in each of the three planes.
+
+    Args:
+        grid: tokens along each axis, (T, H, W) or one number for a cube.
+
+    Returns:
+        int64 `(3, L)`: the place of each token in each of the three orders, of which the first is raster order.
+    """
+    t_size, h_size, w_size = triple(grid)
+    t, h, w = torch.meshgrid(*(torch.arange(n) for n in (t_size, h_size, w_size)), indexing="ij")
+    places = [
+        (t * h_size + h) * w_size + w,
+        (w * t_size + t) * h_size + h,
+        (h * w_size + w) * t_size + t,
+    ]
+    return torch.stack([place.flatten() for place in places])
+
+
+def one_hot_coordinates(grid: int | Sequence[int]) -> Tensor:
+    """One-hot coordinates of the tokens of a grid along each axis: `(L, 3, A)` float32.
+
+    Args:
+        grid: tokens along each axis, (T, H, W) or one number for a cube.
+    """
+    sizes = triple(grid)
+    axes = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
+    return one_hot(torch.stack([axis.flatten() for axis in axes], dim=1), max(sizes)).float()
+
+
+def token_sequences(
+    index: Tensor, valid: Tensor | None, orders: Tensor | None, coordinates: Tensor | None
+) -> list[TokenSequence]:
+    """The sequence of some tokens in each of several orders.
+
+    Args:
+        index: int64 `(B, V)` of the tokens, in any order.
+        valid: bool `(B, V)`, False for padding; None: there is none.
+        orders: `(K, L)`, see `alternating_orders`; None: one sequence, of the tokens as they are given.
+        coordinates: `(L, 3, A)`, see `one_hot_coordinates`; None: leave them out.
+
+    Returns:
+        K sequences, or one.
+    """
+    if orders is None:
+        return [TokenSequence(coordinates=None if coordinates is None else coordinates[index], valid=valid)]
+    sequences = []
+    for places in orders:
+        key = places[index]
+        if valid is not None:
+            key = key.where(valid, len(places))
+        order = key.argsort(dim=1)  # not stable, as ONNX has no such operator
+        sequences.append(
+            TokenSequence(
+                order,
+                order.argsort(dim=1),
+                None if coordinates is None else coordinates[index.gather(1, order)],
+                None if valid is None else valid.gather(1, order),
+            )
+        )
+    return sequences
+
+
+def reorder(tokens: Tensor, order: Tensor | None) -> Tensor:
+    """Tokens `(B, V, E)` in an order `(B, V)` or `(1, V)`; None: as they are."""
+    if order is None:
+        return tokens
+    return tokens.index_select(1, order[0]) if len(order) == 1 else tokens_at(tokens, order)
 
 
 def random_boxes(

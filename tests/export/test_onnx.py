@@ -34,7 +34,7 @@ def test_a_u_net_computes_the_same_in_onnx_for_any_batch_size(
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    size = dict(img_size=[64, 32, 32], out_channels=2, feature_size=2)
+    size = dict(img_size=[64, 32, 32], out_channels=2, feature_size=2, order="alternating", bias="grid")
     run = checkpoint(tmp_path / "run", "unet.unet_tiny", **size)
     monkeypatch.setattr(sys, "argv", ["asa-export", f"checkpoint={run}", f"out={tmp_path}/net.onnx"])
     assert command.main() == 0
@@ -57,7 +57,8 @@ def test_the_encoder_of_a_pretraining_is_exported_and_a_deviating_one_is_not(
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    run = checkpoint(tmp_path / "run", "masked_autoencoder.asa_tiny", img_size=[16, 24, 16], decoder_depth=1)
+    settings = dict(img_size=[16, 24, 16], decoder_depth=1, order="alternating", bias="grid")
+    run = checkpoint(tmp_path / "run", "masked_autoencoder.asa_tiny", **settings)
     assert export_onnx(run, tmp_path / "encoder.onnx") < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].name == "tokens" and session.get_outputs()[0].shape[1:] == [12, 24]
