@@ -36,11 +36,14 @@ def label_colours(count: int) -> np.ndarray:
 
 
 def central_slices(mask: np.ndarray) -> Index:
-    """Slices `(d, h, w)` through the centre of a non-empty mask `(D, H, W)`; each of them meets the mask.
+    """Slices `(d, h, w)` through the centre of a mask `(D, H, W)`; each of them meets the mask, unless it is empty.
 
     The centre is the median position on each axis; along W, that of the half that contains more of the mask. The
-    median over both hemispheres would be the midline, where there is little to see.
+    median over both hemispheres would be the midline, where there is little to see. The slices of an empty mask are
+    those in the middle, next to the midline.
     """
+    if not mask.any():
+        return _default_slices(mask.shape)
     middle = mask.shape[2] // 2
     left, right = np.count_nonzero(mask[..., :middle]), np.count_nonzero(mask[..., middle:])
     depths, heights, _ = np.nonzero(mask)
@@ -226,7 +229,7 @@ def _common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:
     return depth, height, width
 
 
-def _default_slices(shape: tuple[int, int, int]) -> Index:
+def _default_slices(shape: tuple[int, ...]) -> Index:
     # The midline itself shows little but the longitudinal fissure.
     return shape[0] // 2, shape[1] // 2, shape[2] * 2 // 5
 

@@ -238,9 +238,8 @@ def validate_segmentation(
         counted = truth[0] != IGNORED
         truth, prediction = truth[0] * counted, prediction * counted
         if not panels:
-            at = central_slices(truth > 0) if truth.any() else None
             columns = ["image", "truth", "prediction"]
-            panel = overlay_panel(volume[0].numpy(), [truth, prediction], at=at)
+            panel = overlay_panel(volume[0].numpy(), [truth, prediction], at=central_slices(truth > 0))
             panel = with_legend(panel, names, label_colours(len(names)))
             panels[", ".join(columns)] = titled(panel, columns)
         found = [dice(np.isin(prediction, values), np.isin(truth, values)) for values in parts.values()]
