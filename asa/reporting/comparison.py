@@ -8,7 +8,7 @@ from typing import Any
 from asa.data.io.files import sha256_of
 from asa.evaluation.comparison import HEADINGS, Comparison, Run, comparison_rows, notes, paired_differences
 from asa.evaluation.summary import number_text
-from asa.reporting.evaluation import label_panel, names_with_ignored, read_volumes
+from asa.reporting.evaluation import label_panel
 from asa.reporting.pages import data_uri, require_for_page, write_page
 from asa.reporting.plots import difference_plots
 
@@ -95,14 +95,16 @@ def _overlay(comparison: Comparison, row: dict[str, str]) -> dict[str, Any] | No
     predictions = {name: path for name, each in files.items() if (path := _unchanged(each, "prediction")) is not None}
     if truth is None or len(predictions) < len(files) or (image is None and first.get("image") is not None):
         return None
-    labels = {int(value): name for value, name in setting["labels"].items()}
-    names = names_with_ignored(labels, setting["ignored labels"])
-    volumes = read_volumes(case_id, truth, predictions, image)
+    panel = label_panel(
+        case_id,
+        [("Truth", truth), *predictions.items()],
+        image,
+        labels={int(value): name for value, name in setting["labels"].items()},
+        ignored=setting["ignored labels"],
+        region=setting["regions"][region],
+    )
     scores = [f"{run.name} {_score(comparison, run, case_id, region)}" for run in comparison.runs]
-    return label_panel(volumes, names, setting["regions"][region]) | {
-        "id": case_id,
-        "title": f"{case_id}, {region}: {metric.title} {', '.join(scores)}",
-    }
+    return panel | {"title": f"{case_id}, {region}: {metric.title} {', '.join(scores)}"}
 
 
 def _unchanged(files: Mapping[str, str | None], kind: str) -> Path | None:

@@ -148,11 +148,17 @@ def _case_figure(title: str, files: CaseFiles, summary: SegmentationSummary) -> 
     rows = [row for row in summary.rows if row.case_id == files.case_id]
     rows.sort(key=lambda row: _badness(metric, row.values[metric.name]), reverse=True)
     assert files.prediction is not None, "a case without a prediction has no score and no figure"
-    volumes = read_volumes(files.case_id, files.truth, {"Prediction": files.prediction}, files.image)
-    names = names_with_ignored(summary.labels, summary.policy.ignored)
-    return label_panel(volumes, names, summary.regions[rows[0].label], summary.policy.ignored) | {
+    panel = label_panel(
+        files.case_id,
+        [("Truth", files.truth), ("Prediction", files.prediction)],
+        files.image,
+        labels=summary.labels,
+        ignored=summary.policy.ignored,
+        region=summary.regions[rows[0].label],
+        differences=True,
+    )
+    return panel | {
         "title": title,
-        "id": files.case_id,
         "focus": rows[0].label,
         "rows": [(row.label, value_cells(row, summary), row.empty) for row in rows[:WORST_ROWS]],
         "hidden": max(len(rows) - WORST_ROWS, 0),
@@ -162,74 +168,47 @@ def _case_figure(title: str, files: CaseFiles, summary: SegmentationSummary) -> 
 # ---- panels of label maps, for the pages of evaluations and comparisons ----
 
 
-@dataclass(frozen=True)
-class CaseVolumes:
-    """A case in RAS `(D, H, W)`, cropped to the head: label maps by title, image, and voxel size in mm."""
+def label_panel(
+    case_id: str,
+    paths: Sequence[tuple[str, Path]],
+    image: Path | None,
+    *,
+    labels: Mapping[int, str],
+    ignored: Sequence[int],
+    region: Sequence[int],
+    differences: bool = False,
+) -> dict[str, Any]:
+    """Template values of a panel: a case's image and label maps on the slices through the middle of a region.
 
-    truth: np.ndarray
-    predictions: Mapping[str, np.ndarray]
-    image: np.ndarray | None
-    spacing: Lengths
-
-
-def read_volumes(case_id: str, truth: Path, predictions: Mapping[str, Path], image: Path | None) -> CaseVolumes:
-    """Read a case's truth, predictions by title and image.
+    Args:
+        paths: title and file of the truth, and of one prediction or more.
+        image: on the same grid.
+        labels: label value -> name.
+        ignored: values of the truth that a policy ignores.
+        region: label values; it is searched for in the truth, else in the predictions.
+        differences: draw those between the truth and the first prediction too.
 
     Raises:
         FileNotFoundError, ValueError: a file that is missing, unreadable or on another grid.
     """
-    reference = read_label(truth)
-    native = [reference.data, *(read_label(path).data for path in predictions.values())]
-    foreground = [labels != 0 for labels in native]
-    if image is not None:
-        scan = read_image(image)
-        check_same_geometry(scan, reference, f"case {case_id}: image and truth")
-        native.append(scan.data)
-        foreground.append(scan.data > scan.data.min())
-    head = bounding_box(np.logical_or.reduce(foreground)) if any(mask.any() for mask in foreground) else ()
-    box = tuple(slice(max(side.start - MARGIN, 0), side.stop + MARGIN) for side in head)
-    volumes = [to_ras(data[box], reference.affine)[0].transpose(2, 1, 0) for data in native]
-    width, height, depth = spacing_of(to_ras(reference.data, reference.affine)[1]).tolist()
-    return CaseVolumes(
-        truth=volumes[0],
-        predictions=dict(zip(predictions, volumes[1:], strict=False)),
-        image=None if image is None else volumes[-1],
-        spacing=(depth, height, width),
-    )
-
-
-def names_with_ignored(labels: Mapping[int, str], ignored: Sequence[int]) -> dict[int, str]:
-    """Label value -> name of what is drawn: the labels, and the values that a policy ignores."""
-    return {**labels, **{value: f"ignored ({value})" for value in ignored if value not in labels}}
-
-
-def label_panel(
-    volumes: CaseVolumes, names: Mapping[int, str], region: Sequence[int], ignored: Sequence[int] | None = None
-) -> dict[str, Any]:
-    """Template values of a panel: image, truth and predictions on the slices through the middle of a region.
-
-    Args:
-        names: label value -> name of what is drawn.
-        region: label values; it is searched for in the truth, else in the predictions.
-        ignored: draws the differences between truth and the only prediction too, without these values of the truth.
-    """
-    found = {"Truth": volumes.truth, **volumes.predictions}
-    inside = [np.isin(labels, region) for labels in found.values()]
+    volumes, grey, spacing = _read_volumes(case_id, [path for _, path in paths], image)
+    inside = [np.isin(values, region) for values in volumes]
     focus = inside[0] if inside[0].any() else np.logical_or.reduce(inside)
-    at = central_slices(focus if focus.any() else volumes.truth != 0)
+    at = central_slices(focus if focus.any() else volumes[0] != 0)
+    names = {**labels, **{value: f"ignored ({value})" for value in ignored if value not in labels}}
     colours = label_colours(len(names))
-    maps = [colour_indices(labels, list(names)) for labels in found.values()]
-    tables = [colours] * len(maps)
+    maps = [_colour_indices(values, list(names)) for values in volumes]
     drawn = {int(k) for values in maps for axis in range(3) for k in np.unique(values.take(at[axis], axis))}
-    columns = [*["Image"] * (volumes.image is not None), *found]
-    if ignored is not None:
+    columns, tables = [*["Image"] * (grey is not None), *(title for title, _ in paths)], [colours] * len(maps)
+    if differences:
         columns.append("Differences")
-        maps.append(_differences(*found.values(), ignored))
+        maps.append(_differences(volumes[0], volumes[1], ignored))
         tables.append(np.array(list(DIFFERENCES.values()), dtype=np.uint8))
     width = PANEL_WIDTH // len(columns)
-    panel = overlay_panel(volumes.image, maps, colours=tables, at=at, spacing=volumes.spacing, tile_width=width)
+    panel = overlay_panel(grey, maps, colours=tables, at=at, spacing=spacing, tile_width=width)
     legend = [(name, hex_colour(colour)) for name, colour in zip(names.values(), colours, strict=True)]
     return {
+        "id": case_id,
         "columns": columns,
         "panel": data_uri(encode_png(panel)),
         "width": panel.shape[1],
@@ -237,7 +216,26 @@ def label_panel(
     }
 
 
-def colour_indices(data: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+def _read_volumes(
+    case_id: str, paths: Sequence[Path], image: Path | None
+) -> tuple[list[np.ndarray], np.ndarray | None, Lengths]:
+    """A case's label maps and image in RAS `(D, H, W)`, cropped to the head, and their voxel size in mm."""
+    reference = read_label(paths[0])
+    native = [reference.data, *(read_label(path).data for path in paths[1:])]
+    foreground = np.logical_or.reduce([labels != 0 for labels in native])
+    if image is not None:
+        scan = read_image(image)
+        check_same_geometry(scan, reference, f"case {case_id}: image and truth")
+        native.append(scan.data)
+        foreground |= scan.data > scan.data.min()
+    head = bounding_box(foreground) if foreground.any() else ()
+    box = tuple(slice(max(side.start - MARGIN, 0), side.stop + MARGIN) for side in head)
+    volumes = [to_ras(data[box], reference.affine)[0].transpose(2, 1, 0) for data in native]
+    width, height, depth = spacing_of(to_ras(reference.data, reference.affine)[1]).tolist()
+    return volumes[: len(paths)], None if image is None else volumes[-1], (depth, height, width)
+
+
+def _colour_indices(data: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     """Label values as their position in `labels`, from 1; background stays 0."""
     values = np.array([0, *labels])
     order = np.argsort(values)
