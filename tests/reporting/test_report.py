@@ -224,6 +224,19 @@ def test_central_slices_intersect_the_mask():
     assert central_slices(both) == (4, 4, 16)  # in the larger part, not on the midline between both
 
 
+def test_an_empty_mask_has_the_slices_of_the_middle_next_to_the_midline():
+    assert central_slices(np.zeros((20, 22, 25), dtype=bool)) == (10, 11, 10)
+
+
+def test_the_sides_are_marked_in_the_upper_corners_where_they_fit():
+    panel = overlay_panel(np.zeros((60, 60, 60)), [])
+    for plane in range(3):
+        tile = panel[plane * 64 :][:60]
+        assert (tile[:15, :15] > 200).any() and (tile[:15, -15:] > 200).any()
+        assert not tile[15:].any() and not tile[:, 15:-15].any()
+    assert not overlay_panel(np.zeros((12, 12, 12)), []).any()
+
+
 def test_masked_patches_differ_in_colour_from_tissue_and_background():
     volume = np.random.default_rng(0).random((16, 16, 16))
     masked = volume.copy()
