@@ -15,7 +15,7 @@ from asa.data.io.images2d import write_picture
 from asa.evaluation.comparison import latex_table
 from asa.evaluation.policies import restoration_policy
 from asa.reporting.restoration import _fitted, error_map, error_scale
-from asa.tasks.comparison import compare_folders
+from asa.tasks.evaluation import compare_folders
 from asa.tasks.image_evaluation import evaluate_pictures
 
 pytest.importorskip("PIL")
