@@ -16,10 +16,9 @@ from scipy.ndimage import gaussian_filter
 
 from asa.cli import evaluate as evaluate_command
 from asa.data.io.nifti import Volume, read_label, write_image, write_label
-from asa.evaluation.metrics import dice, hd95
+from asa.evaluation.metrics import dice, hd95, surface_dice
 from asa.evaluation.policies import POLICIES, Policy
 from asa.evaluation.summary import CaseRow, summarise, summary_table
-from asa.evaluation.surface_distance import surface_dice
 from asa.inference.segmentation import PredictSettings
 from asa.ops.labels import IGNORED
 from asa.reporting.figures import label_colours
