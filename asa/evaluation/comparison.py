@@ -29,7 +29,6 @@ from asa.evaluation.statistics import (
     LEVEL,
     POWER,
     RESAMPLES,
-    bootstrap_interval,
     detectable_difference,
     holm,
     interval_as_json,
@@ -244,13 +243,11 @@ def paired_differences(comparison: Comparison, metric: MetricInfo, region: str, 
 
 
 def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
-    used = differences[~np.isnan(differences)]
-    low, high = bootstrap_interval(used)
+    found, used = statistic(differences.tolist()), differences[~np.isnan(differences)]
     up, down = int(np.count_nonzero(used > 0)), int(np.count_nonzero(used < 0))
     better, worse = (up, down) if metric.higher_is_better else (down, up)
-    mean = float(used.mean()) if used.size else math.nan
-    detectable = detectable_difference(used) if used.size >= MIN_PAIRS else math.nan
-    return Difference(mean, low, high, detectable, better, worse, p, p_holm, used.size, differences.size)
+    detectable = detectable_difference(used) if found.used >= MIN_PAIRS else math.nan
+    return Difference(found.mean, found.low, found.high, detectable, better, worse, p, p_holm, found.used, found.total)
 
 
 def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
