@@ -162,6 +162,8 @@ def test_planted_numbers_and_classes_are_read_and_noise_is_not() -> None:
     subjects, sexes = [f"s{k}" for k in range(60)], [("f", "m")[k % 2] for k in range(60)]
     ages = probe_numbers(features, [f"{value:.2f}" for value in age], subjects, 5, ridge)
     scores = ages.scores
+    residual, spread = np.square(ages.predicted - ages.truth).sum(), np.square(ages.truth - ages.truth.mean()).sum()
+    assert scores["r2"] == pytest.approx(1 - residual / spread)  # as of a regression
     assert scores["r2"] > 0.6 and scores["low"] < scores["mean_absolute_error"] < scores["high"] < scores["of_the_mean"]
     assert probe_classes(features, [f"site{k}" for k in site], subjects, 5, ridge).scores["low"] > 0.8
     sex = probe_classes(features, sexes, subjects, 5, ridge)
