@@ -16,11 +16,11 @@ from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import Store
+from asa.evaluation.comparison import read_run
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.reporting.ablation import MEAN, Trial, ablation_rows, write_ablation
 from asa.reporting.figures import central_slices, encode_png, overlay_panel
-from asa.tasks.comparison import read_run
 from asa.tasks.pretraining import reconstruction_panels
 from scripts.reproduce.commands import validations
 

@@ -12,7 +12,7 @@ import numpy as np
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, spacing_of, to_ras
 from asa.evaluation.metrics import bounding_box
 from asa.evaluation.policies import MetricInfo
-from asa.evaluation.statistics import LEVEL, RESAMPLES, interval_kind
+from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, interval_kind
 from asa.evaluation.summary import (
     CaseRow,
     Row,
@@ -92,6 +92,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         ],
         "level": f"{100 * LEVEL:g} %",
         "resamples": f"{RESAMPLES:,}",
+        "seed": SEED,
         "interval": interval_kind(summary.counts),
         "plots": data_uri(box_plots(summary)),
         "collapsed": len(summary.rows) > MAX_OPEN_ROWS,
