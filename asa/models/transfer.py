@@ -1,8 +1,7 @@
 """Transfer of a pretrained encoder's weights to another model: first a plan that can be printed, then loading.
 
 Only the encoder is transferred. Position encodings and window offsets are computed, not stored, so another volume size
-changes no weight. Other channels, patch sizes and windows are adapted; weights of MONAI's ViT are renamed. The encoders
-of ResEnc and Primus adapt checkpoints themselves.
+changes no weight. Each encoder adapts other sizes itself, by its method `adapted`; weights of MONAI's ViT are renamed.
 
 Letters: token width E, channels C, patch size s, heads M, window S.
 """
@@ -11,22 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.models.comparators.primus import PrimusEncoder
-from asa.models.comparators.resenc import ResidualEncoder
-from asa.models.sw_vit import SWViT
-
-Encoder: TypeAlias = SWViT | ResidualEncoder | PrimusEncoder
-
 PREFIX = "encoder."
-PATCH_WEIGHT = "patch_embed.weight"
-WINDOW_BIAS = "relative_position_bias"
-QKV_BIAS = "attention.qkv.bias"
+ABSENT = ("relative_position_bias", "attention.qkv.bias")  # a ViT of MONAI has no windows, and may have no such bias
 # MONAI's names as regular expressions, after the prefix, and ours.
 MONAI = (
     (r"patch_embedding\.patch_embeddings\.(?:1\.)?(weight|bias)", r"patch_embed.\1"),
@@ -38,6 +29,23 @@ MONAI = (
     (r"(norm\.(?:weight|bias))", r"\1"),
 )
 POSITIONS = "patch_embedding.position_embeddings"
+
+
+class Encoder(Protocol):
+    """A module whose weights can be initialised from a checkpoint of other sizes."""
+
+    def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
+        """A checkpoint's tensor as this encoder needs it, and what was changed; itself and "" if that is impossible.
+
+        Args:
+            name: of the tensor in this encoder.
+            tensor: the checkpoint's.
+            patch_size: that the checkpoint was trained with; None: this encoder's.
+        """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
             missing = "not part of the encoder" if inner == name else "the new encoder has no such tensor"
             plan.append(Transfer(name, "left out", reason or missing, original))
             continue
-        adapted, change = _adapt(inner, tensor, source.patch_size, encoder)
+        adapted, change = encoder.adapted(inner, tensor, source.patch_size)
         if adapted.shape != own[inner].shape:
             why = f"{tuple(tensor.shape)} does not fit {tuple(own[inner].shape)}"
             plan.append(Transfer(name, "left out", why, original))
@@ -109,14 +117,6 @@ def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
 
 def transfer_encoder(source: Source, encoder: Encoder) -> list[Transfer]:
     """Load a checkpoint's encoder into another encoder, in place.
-
-    These differences are adapted:
-
-    - number of channels: the patch projection is summed over the old channels, repeated for each new one and divided
-      by their number, so that equal channels give the same tokens as before.
-    - patch size: the patch projection is resampled by the pseudoinverse of the trilinear enlargement (FlexiViT,
-      CVPR 2023), so that an enlarged patch gives the same token as before.
-    - window: offsets in tokens keep their bias; offsets beyond the old window take the bias of its outermost one.
 
     Args:
         source: the weights.
@@ -177,8 +177,8 @@ def transfer_table(plan: list[Transfer], encoder: Encoder) -> str:
     for entry in plan:
         here = "-" if entry.action == "left out" else entry.name
         rows.append((here, entry.source or "-", entry.action, entry.why))
-    if isinstance(encoder, SWViT):
-        grid = " x ".join(map(str, encoder.grid))
+    if hasattr(encoder, "position"):
+        grid = " x ".join(map(str, getattr(encoder, "grid", ())))
         rows.append((f"{PREFIX}position", "-", "computed", f"for the grid of {grid} tokens; not a weight"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
@@ -186,25 +186,16 @@ def transfer_table(plan: list[Transfer], encoder: Encoder) -> str:
     )
 
 
-def _adapt(inner: str, tensor: Tensor, patch_size: int | None, encoder: Encoder) -> tuple[Tensor, str]:
-    """A checkpoint's tensor as the encoder needs it, and what was changed; the tensor itself where that is impossible.
+# ---- tensors for other sizes, as the encoders adapt them ----
 
-    See `transfer_encoder`.
+
+def other_patches(weight: Tensor, s: int, size: int, channels: int) -> tuple[Tensor, str]:
+    """A patch projection (E, C*s^3) for other channels and patches of another size, and what was changed.
+
+    Over the channels it is summed, repeated for each new one and divided by their number, so that equal channels give
+    the same tokens as before. Patches are resampled by the pseudoinverse of the trilinear enlargement (FlexiViT, CVPR
+    2023), so that an enlarged patch gives the same token as before.
     """
-    if not isinstance(encoder, SWViT):
-        return encoder.adapted(inner, tensor)
-    own = encoder.state_dict()[inner]
-    if inner == PATCH_WEIGHT:
-        s, now = patch_size or encoder.patch_size, encoder.patch_size
-        fits = tensor.ndim == 2 and len(tensor) == len(own) and tensor.shape[1] % s**3 == 0
-        return _other_patches(tensor, s, now, encoder.in_channels) if fits else (tensor, "")
-    if inner.endswith(WINDOW_BIAS) and tensor.ndim == 2 and len(tensor) == len(own) and tensor.shape[1] % 2:
-        return _other_window(tensor, (own.shape[1] + 1) // 2)
-    return tensor, ""
-
-
-def _other_patches(weight: Tensor, s: int, size: int, channels: int) -> tuple[Tensor, str]:
-    """Patch projection (E, C*s^3) for other channels and patches of another size."""
     kernel, changes = weight.reshape(len(weight), -1, s, s, s), []
     before = kernel.shape[1]
     if before != channels:
@@ -219,8 +210,11 @@ def _other_patches(weight: Tensor, s: int, size: int, channels: int) -> tuple[Te
     return kernel.flatten(1), "; ".join(changes)
 
 
-def _other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
-    """Bias table (M, 2S-1) for another window; its middle is offset 0."""
+def other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
+    """A bias table (M, 2S-1) for another window, and what was changed. Its middle is offset 0.
+
+    Offsets in tokens keep their bias; offsets beyond the old window take the bias of its outermost one.
+    """
     before = (bias.shape[1] + 1) // 2
     wider = window - before
     if wider == 0:
@@ -229,6 +223,9 @@ def _other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
         padded = F.pad(bias[None], (wider, wider), mode="replicate")[0]
         return padded, f"window {before} to {window}, the outermost offset repeated"
     return bias[:, -wider : bias.shape[1] + wider], f"window {before} to {window}, the outer offsets cut off"
+
+
+# ---- weights from elsewhere ----
 
 
 def from_monai(weights: Mapping[str, Tensor]) -> Source:
@@ -255,12 +252,12 @@ def from_monai(weights: Mapping[str, Tensor]) -> Source:
     for source, tensor in weights.items():
         ours = _renamed(source, prefix)
         found[ours], names[ours] = tensor, source
-        if ours == PREFIX + PATCH_WEIGHT:
+        if ours == f"{PREFIX}patch_embed.weight":
             found[ours], patch_size = _reversed_patches(tensor)
             reasons[ours] = "axes x y z turned to z y x"
         elif source == prefix + POSITIONS:
             reasons[ours] = "positions are computed here"
-    return Source(found, patch_size, names, reasons, absent=(WINDOW_BIAS, QKV_BIAS))
+    return Source(found, patch_size, names, reasons, absent=ABSENT)
 
 
 def _renamed(source: str, prefix: str) -> str:

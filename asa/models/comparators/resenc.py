@@ -82,7 +82,7 @@ class ResidualEncoder(nn.Module):
         """Stages between a parameter and the last level: 0 for that level's."""
         return len(self.stages) - (1 + int(name.split(".")[1]) if name.startswith("stages.") else 0)
 
-    def adapted(self, name: str, tensor: Tensor) -> tuple[Tensor, str]:
+    def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
         """A checkpoint's tensor for this number of channels, and what was changed; see `other_channels`."""
         return other_channels(tensor, self.in_channels) if name == "stem.conv.weight" else (tensor, "")
 
