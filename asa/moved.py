@@ -11,6 +11,7 @@ from types import ModuleType
 
 MOVED = {
     "asa.models.asa": "asa.models.masked_autoencoder",
+    "asa.models.probe": "asa.models.vit_seg",
     "asa.data.stages": "asa.data.preprocessing.steps",
     "asa.engine.bundled": "asa.export.monai_runtime",
 }

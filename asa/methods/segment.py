@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from asa.losses.segmentation import DeeplySupervisedDiceCE, DeeplySupervisedRegionLoss
 from asa.methods.base import Batch
 from asa.models.comparators import Comparator
-from asa.models.probe import LinearProbe
 from asa.models.sa_swin_unet import SASwinUNet
 from asa.models.unet import SegmentationUNet
-from asa.models.vit_seg import SegmentationViT
+from asa.models.vit_seg import LinearProbe, SegmentationViT
 from asa.ops.nested import paint, painting_order
 
 SegmentationNetwork: TypeAlias = SegmentationUNet | SASwinUNet | SegmentationViT | LinearProbe | Comparator
