@@ -85,10 +85,8 @@ class BidsDerivative:
 
     def __init__(self, out: Path, segmenter: Segmenter, checkpoints: Sequence[str], probabilities: bool) -> None:
         self.out = out
-        self.outputs = abbreviations(segmenter.outputs)
-        self.lookup = lookup_table(
-            {0: "background"} | {value: name for value, name in sorted(segmenter.labels.items())}
-        )
+        self.outputs = abbreviations(segmenter.outputs.names)
+        self.lookup = lookup_table({0: "background"} | dict(sorted(segmenter.outputs.labels.items())))
         self.with_probabilities = probabilities
         self.software: dict[str, Any] = {
             "Name": "asa",
