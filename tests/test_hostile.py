@@ -39,8 +39,7 @@ from asa.data.io.tables import csv_text, read_rows
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.splits import read_split
 from asa.data.store import Store
-from asa.export.monai_bundle import exported
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, exported
 from asa.tasks.comparison import compare_folders, read_run
 from asa.tasks.cross_validation import _predict
 from asa.tasks.evaluation import evaluate_folder
