@@ -11,7 +11,6 @@ from types import ModuleType
 
 MOVED = {
     "asa.models.asa": "asa.models.masked_autoencoder",
-    "asa.models.probe": "asa.models.vit_seg",
     "asa.data.stages": "asa.data.preprocessing.steps",
     "asa.engine.bundled": "asa.export.monai_runtime",
 }

@@ -21,12 +21,11 @@ ABSENT = ("relative_position_bias", "attention.qkv.bias")  # a ViT of MONAI has 
 # MONAI's names as regular expressions, after the prefix, and ours.
 MONAI = (
     (r"patch_embedding\.patch_embeddings\.(?:1\.)?(weight|bias)", r"patch_embed.\1"),
-    (r"blocks\.(\d+)\.(norm[12]\.(?:weight|bias))", r"blocks.\1.\2"),
     (r"blocks\.(\d+)\.attn\.(qkv\.(?:weight|bias))", r"blocks.\1.attention.\2"),
     (r"blocks\.(\d+)\.attn\.out_proj\.(weight|bias)", r"blocks.\1.attention.proj.\2"),
     (r"blocks\.(\d+)\.mlp\.linear1\.(weight|bias)", r"blocks.\1.mlp.0.\2"),
     (r"blocks\.(\d+)\.mlp\.linear2\.(weight|bias)", r"blocks.\1.mlp.2.\2"),
-    (r"(norm\.(?:weight|bias))", r"\1"),
+    (r"((?:blocks\.\d+\.norm[12]|norm)\.(?:weight|bias))", r"\1"),
 )
 POSITIONS = "patch_embedding.position_embeddings"
 
