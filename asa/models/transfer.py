@@ -188,25 +188,32 @@ def transfer_table(plan: list[Transfer], encoder: Encoder) -> str:
 # ---- tensors for other sizes, as the encoders adapt them ----
 
 
+def other_channels(kernel: Tensor, channels: int) -> tuple[Tensor, str]:
+    """The kernel (E, C, d, h, w) of a first convolution for other channels, and what was changed.
+
+    It is summed over the old channels, repeated for each new one and divided by their number, so that equal channels
+    give the same features as before.
+    """
+    if kernel.ndim != 5 or kernel.shape[1] == channels:
+        return kernel, ""
+    mean = kernel.sum(dim=1, keepdim=True) / channels
+    return mean.repeat_interleave(channels, dim=1), f"{kernel.shape[1]} to {channels} input channels"
+
+
 def other_patches(weight: Tensor, s: int, size: int, channels: int) -> tuple[Tensor, str]:
     """A patch projection (E, C*s^3) for other channels and patches of another size, and what was changed.
 
-    Over the channels it is summed, repeated for each new one and divided by their number, so that equal channels give
-    the same tokens as before. Patches are resampled by the pseudoinverse of the trilinear enlargement (FlexiViT, CVPR
-    2023), so that an enlarged patch gives the same token as before.
+    Patches are resampled by the pseudoinverse of the trilinear enlargement (FlexiViT, CVPR 2023), so that an enlarged
+    patch gives the same token as before.
     """
-    kernel, changes = weight.reshape(len(weight), -1, s, s, s), []
-    before = kernel.shape[1]
-    if before != channels:
-        changes.append(f"{before} to {channels} input channels")
+    kernel, resampled = weight.reshape(len(weight), -1, s, s, s), ""
     if s != size:
-        changes.append(f"patches of {s} to {size} voxels, resampled")
+        resampled = f"patches of {s} to {size} voxels, resampled"
         enlarge = F.interpolate(torch.eye(s, dtype=torch.float64)[None], size=size, mode="linear")[0]  # s size
         back = torch.linalg.pinv(enlarge).to(kernel.dtype)  # size s
         kernel = torch.einsum("ecdhw,xd,yh,zw->ecxyz", kernel, back, back, back)
-    if before != channels:
-        kernel = (kernel.sum(dim=1, keepdim=True) / channels).expand(-1, channels, -1, -1, -1)
-    return kernel.flatten(1), "; ".join(changes)
+    kernel, change = other_channels(kernel, channels)
+    return kernel.flatten(1), "; ".join(filter(None, (change, resampled)))
 
 
 def other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
@@ -286,7 +293,7 @@ def _reversed_patches(tensor: Tensor) -> tuple[Tensor, int]:
 def transfer_sa_swin(source: Source, model: nn.Module) -> str:
     """Load an SA-Swin's encoder and cross-attention into a network that has the same two, in place.
 
-    A patch embedding for another number of channels is averaged over the old channels and shared by the new ones.
+    A patch embedding for another number of channels is adapted, see `other_channels`.
 
     Args:
         source: the checkpoint's weights.
@@ -301,8 +308,8 @@ def transfer_sa_swin(source: Source, model: nn.Module) -> str:
     own, loaded = model.state_dict(), {}
     for name in (name for name in own if name.startswith(("encoder.", "saca."))):
         tensor = source.weights.get(name)
-        if tensor is not None and name.endswith("patch_embed.proj.weight") and tensor.shape[1] != own[name].shape[1]:
-            tensor = tensor.sum(dim=1, keepdim=True).expand(own[name].shape) / own[name].shape[1]
+        if tensor is not None and name.endswith("patch_embed.proj.weight"):
+            tensor, _ = other_channels(tensor, own[name].shape[1])
         if tensor is None or tensor.shape != own[name].shape:
             there = "absent" if tensor is None else f"{tuple(tensor.shape)}"
             raise ValueError(
