@@ -39,8 +39,7 @@ from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.evaluation.comparison import read_run
-from asa.export.monai_bundle import exported
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, exported
 from asa.restoration.images import checked_window, read_picture, write_picture
 from asa.tasks.cross_validation import _predict
 from asa.tasks.evaluation import compare_folders, evaluate_folder

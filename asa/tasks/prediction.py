@@ -14,7 +14,7 @@ from asa.data.io.nifti import Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
-from asa.inference.layout import Flat, Layout
+from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.tasks.base import Config
 from asa.training.hub import on_hub
@@ -60,7 +60,7 @@ def predict_scans(predictor: ScanPredictor, config: Config, layout: Layout | Non
     """
     source, out = Path(str(config["input"])), Path(str(config["out"]))
     make_jobs = _store_jobs if (source / MANIFEST).exists() else _file_jobs
-    jobs, layout = make_jobs(predictor, source, config), layout or Flat(out)
+    jobs, layout = make_jobs(predictor, source, config), layout or Layout(out)
     channels = predictor.preprocessor.channels
     layout.begin({id: [files[name] for name in channels if name in files] for id, files, _ in jobs})
     failures = 0

@@ -30,7 +30,7 @@ from asa.data.store import MANIFEST, Store
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.label_maps import SIDE
-from asa.inference.layout import VOLUMES, BidsDerivative, Flat, Layout, label_maps_of
+from asa.inference.layout import VOLUMES, BidsDerivative, Layout, label_maps_of
 from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, sliding_window
 from asa.methods.base import Batch
@@ -287,7 +287,7 @@ class SegmentationPredictor:
         self.preprocessor = self.segmenter.preprocessor
         if config["layout"] not in (None, "bids"):
             raise ValueError(f"layout={config['layout']}: choose bids, or null for OUT/ID.nii.gz")
-        self.layout: Layout = Flat(self.out)
+        self.layout = Layout(self.out)
         if config["layout"] == "bids":
             self.layout = BidsDerivative(self.out, self.segmenter, checkpoints_of(config), self.with_probabilities)
         self.rows: dict[str, dict[str, str]] = {}
@@ -319,7 +319,7 @@ class SegmentationPredictor:
         volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
         expected = found.expected_dice.items()
         scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
-        named = not isinstance(self.layout, Flat)
+        named = isinstance(self.layout, BidsDerivative)
         file = {"file": self.layout.label_map(id).relative_to(self.out).as_posix()} if named else {}
         self.rows[id] = {"id": id, **file, **volumes, **scores}
 
