@@ -28,7 +28,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from asa.models import list_models
-from asa.moved import current_name
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the YAML files are the package asa.configs; in a checkout they lie beside the package.
@@ -111,7 +110,7 @@ def locate(target: Any, allowed: Sequence[str]) -> Any:
         ValueError: it is not, or does not exist.
     """
     target = " ".join(str(target).split())  # one line, whatever a checkpoint holds
-    module_name, _, name = current_name(target).rpartition(".")
+    module_name, _, name = target.rpartition(".")
     if not _lies_under(module_name, allowed):
         raise ValueError(
             f"_target_={target} is not allowed: only what lies under {', '.join(allowed)}; packages of your own go "

@@ -11,7 +11,6 @@ from asa.config import flatten
 from asa.data.io.files import read_yaml, write_digests, write_whole
 from asa.data.io.lock import LOCK, locked
 from asa.data.splits import write_split
-from asa.moved import current_name
 from asa.training.checkpoint import list_checkpoints
 from asa.training.device import pick_device, pick_precision, precision_name
 from asa.training.distributed import on_main, process_group
@@ -41,20 +40,6 @@ FREE_ON_RESUME = (
     "train.device",
     "train.timeout_minutes",
 )
-# Settings that later versions added, with the value that changes nothing; runs of earlier versions lack them.
-ADDED = {
-    "optim.encoder_lr": 1.0,
-    "method.decode": 1.0,
-    "method.air": "keep",
-    "method.masks": 1,
-    "method.background_weight": 1.0,
-    "method.learn_temperature": True,
-    "augment.mirror_axes": "W",
-    "augment.contrast": [1.0, 1.0],
-    "augment.contrast_probability": 0.15,
-    "augment.blur": [0.0, 0.0],
-    "augment.blur_probability": 0.1,
-}
 
 
 def run_precision(run: Path, settings: TrainSettings) -> str:
@@ -108,22 +93,14 @@ def _check_folder(run: Path) -> None:
 
 
 def _check_config(run: Path, config: Mapping[str, Any]) -> None:
-    """Raise a ValueError if the folder's run was made with other settings.
-
-    A setting that only one of the two has is no difference while it is off (null, false, 0, empty, or as in `ADDED`),
-    so a run can be resumed after an upgrade that added settings.
-    """
+    """Raise a ValueError if the folder's run was made with other settings."""
     started = _config_of_started(run)
     if not started:
         return
     steps = int(flatten(started).get("train.steps", 0))
     before, now = _comparable(started, steps), _comparable(config, steps)
     for key in sorted(before.keys() | now.keys()):
-        in_both = key in before and key in now
-        alone = (before | now)[key]
-        same = before[key] == now[key] if in_both else not alone or ADDED.get(key) == alone
-        same = same or (key, before.get(key)) == ("train.precision", "auto")  # a run of an earlier version
-        if not (same or key.startswith(FREE_ON_RESUME)):
+        if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME):
             raise ValueError(
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
                 "choose another out="
@@ -137,7 +114,6 @@ def _config_of_started(run: Path) -> dict[str, Any]:
 
 
 def _comparable(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Dotted key -> value, functions and classes by their present names, the warm-up in steps of a run of `steps`."""
+    """Dotted key -> value, the warm-up in steps of a run of `steps`."""
     flat = flatten(config)
-    flat["optim.warmup"] = warmup_steps(flat.get("optim.warmup", 0), steps)
-    return {key: current_name(str(value)) if key.endswith("_target_") else value for key, value in flat.items()}
+    return flat | {"optim.warmup": warmup_steps(flat.get("optim.warmup", 0), steps)}

@@ -153,9 +153,6 @@ def test_a_resumed_run_keeps_the_precision_that_its_configuration_and_log_name(
     assert run("a", "train.steps=2") == "fp32"
     monkeypatch.setattr(device, "has_bf16_units", lambda: False)
     assert run("b", "train.steps=2") == "bf16"
-    file = tmp_path / "a" / "config.yaml"  # as an earlier version wrote it
-    file.write_text(file.read_text().replace("precision: fp32", "precision: auto"))
-    assert run("a", "train.steps=3") == "fp32"
     monkeypatch.setattr(
         sys, "argv", ["asa-pretrain", f"data.store={store}", f"out={tmp_path}/b", *tiny, "train.precision=fp32"]
     )
