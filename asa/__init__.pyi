@@ -3,7 +3,6 @@ from .data.store import Store as Store
 from .evaluation.metrics import dice as dice
 from .evaluation.metrics import hd95 as hd95
 from .inference.features import features as features
-from .inference.segmentation import PredictSettings as PredictSettings
 from .inference.segmentation import Segmenter as Segmenter
 from .inference.segmentation import sliding_window as sliding_window
 from .losses.reconstruction import AttentiveReconstructionLoss as AttentiveReconstructionLoss
@@ -35,6 +34,7 @@ from .ops.patches import random_mask as random_mask
 from .ops.patches import unpatchify as unpatchify
 from .ops.position import symmetric_position_encoding as symmetric_position_encoding
 from .ops.regions import region_attention as region_attention
+from .settings import PredictSettings as PredictSettings
 from .tasks.commands import evaluate as evaluate
 from .tasks.commands import finetune as finetune
 from .tasks.commands import predict as predict

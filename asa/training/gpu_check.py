@@ -6,9 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from asa.settings import OptimSettings, TrainSettings
 from asa.training.device import pick_device, pick_precision
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings
 from asa.training.plan import GIB, ExampleBatch, step_memory
 
 VOLTA = (7, 0)

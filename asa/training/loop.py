@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import nn
 
 from asa.data.loading.crops import Samples
-from asa.data.loading.loader import LoaderSettings, check_batch, make_loader
+from asa.data.loading.loader import make_loader
+from asa.settings import LoaderSettings, OptimSettings, TrainSettings, check_batch
 from asa.training import distributed
 from asa.training.checkpoint import (
     best_step,
@@ -36,7 +36,6 @@ from asa.training.ema import EMA
 from asa.training.meter import Meter
 from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import (
-    OptimSettings,
     Schedule,
     freeze,
     make_optimizer,
@@ -51,68 +50,6 @@ from asa.training.trackers import check_trackers
 # Metrics and pictures, both by name; a picture is (H, W, 3) uint8.
 Validation = tuple[dict[str, float], dict[str, np.ndarray]]
 Validate = Callable[[int], Validation]  # called with the steps done
-
-
-@dataclass
-class TrainSettings:
-    """Length, batch, precision and intervals of a training run."""
-
-    steps: int = 10000
-    "optimizer steps of the whole run"
-    batch_size: int = 2
-    "global batch size: samples per optimizer step, over all processes"
-    accumulate: int = 1
-    "micro-batches per step (gradient accumulation); saves memory and gives the same step"
-    device: str = "auto"
-    "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
-    precision: str = "auto"
-    "auto (bf16 where the GPU or CPU has units for it, else fp16 on a GPU and fp32 on a CPU), fp32, bf16 or fp16"
-    compile: bool = False
-    "compile the network with torch.compile: the first steps take a minute or more"
-    ema: float = 0.0
-    "decay of the exponential moving average of the weights, like 0.999, which is validated and saved; 0: no average"
-    clip: float = 1.0
-    "maximum gradient norm; 0 does not clip"
-    seed: int = 0
-    "random seed"
-    log_every: int = 10
-    "steps between lines of the log"
-    validate_every: int = 500
-    "steps between validations; 0: only at the end"
-    save_every: int = 500
-    "steps between checkpoints"
-    save_minutes: float = 20.0
-    "minutes between checkpoints, if that comes before save_every"
-    keep: int = 2
-    "number of most recent checkpoints to keep"
-    best: str | None = None
-    "validation metric that selects the best checkpoint, like dice (highest) or -loss (lowest); it is kept in OUT/best"
-    patience: int = 0
-    "the run ends early after this many validations without a better train.best; 0: never"
-    deterministic: bool = False
-    "deterministic kernels only, also on a GPU: the same run gives the same bits; slower, and some networks have none"
-    log_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    "trackers beside log.jsonl: tensorboard, and with their extras mlflow and wandb, which stay offline by default"
-    timeout_minutes: float = 10.0
-    "with several processes: the run ends if one of them makes no progress for this long"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be 1 or more")
-        for name in ("clip", "seed", "validate_every", "save_minutes", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be 0 or more")
-        if self.patience and not (self.best and self.validate_every):
-            raise ValueError(
-                f"train.patience={self.patience} counts validations without a better train.best: give a metric there, "
-                "like dice or -loss, and train.validate_every"
-            )
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"train.ema={self.ema}: the decay must be in [0, 1)")
-        if not 0 < self.timeout_minutes < float("inf"):
-            raise ValueError(f"train.timeout_minutes={self.timeout_minutes}: must be positive and finite")
-        check_batch(self.batch_size, self.accumulate, 1)
 
 
 def check_settings(settings: TrainSettings, optim: OptimSettings) -> None:

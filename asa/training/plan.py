@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from asa.settings import OptimSettings, TrainSettings
 from asa.training.device import autocast, pick_device, pick_precision, precision_name
 from asa.training.distributed import world_size
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings, Schedule, freeze
+from asa.training.optim import Schedule, freeze
 
 GIB = 2**30
 HEAP = (1.2, 1.4)  # heap of a run on a CPU, relative to its tensors: the smallest and largest in docs/planning.md

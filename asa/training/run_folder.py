@@ -11,10 +11,10 @@ from asa.config import flatten
 from asa.data.io.files import read_yaml, write_digests, write_whole
 from asa.data.io.lock import LOCK, locked
 from asa.data.splits import write_split
+from asa.settings import TrainSettings
 from asa.training.checkpoint import list_checkpoints
 from asa.training.device import pick_device, pick_precision, precision_name
 from asa.training.distributed import on_main, process_group
-from asa.training.loop import TrainSettings
 from asa.training.optim import warmup_steps
 
 # Settings that may change when a run is resumed: its length, its reports, and how it is computed.

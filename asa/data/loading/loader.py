@@ -5,7 +5,6 @@ of record ids.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from asa.data.io.parallel import end_with_parent, end_workers_at_exit, ignore_stop_signals, worker_context
 from asa.data.loading.crops import Samples, sample_seed
-
-
-@dataclass
-class LoaderSettings:
-    """How crops are loaded."""
-
-    workers: int = 2
-    "worker processes that read and augment crops; 0 reads in the training process"
-    prefetch: int = 2
-    "batches that each worker loads in advance"
-
-    def __post_init__(self) -> None:
-        if self.workers < 0 or self.prefetch < 1:
-            raise ValueError(
-                f"loader.workers={self.workers}, loader.prefetch={self.prefetch}: give 0 or more, 1 or more"
-            )
+from asa.settings import LoaderSettings, check_batch
 
 
 class EndlessSampler(Sampler[list[tuple[int, int]]]):
@@ -85,17 +69,6 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
                 n += 1
             n += self.micro_batch - self.per_rank
             yield batch
-
-
-def check_batch(batch_size: int, micro_batches: int, world_size: int) -> None:
-    """Raise a ValueError for a batch size that micro-batches times ranks do not divide."""
-    if batch_size < 1 or batch_size % micro_batches:
-        raise ValueError(f"train.accumulate={micro_batches} does not divide train.batch_size={batch_size}")
-    if batch_size % (micro_batches * world_size):
-        raise ValueError(
-            f"{world_size} processes with train.accumulate={micro_batches} do not divide "
-            f"train.batch_size={batch_size}, the global batch size"
-        )
 
 
 def make_loader(
