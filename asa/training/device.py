@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,29 @@ BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 ON_HOST = ("seed", "air", "regions")  # of a batch: values that decide shapes, for which the host would wait
 HEAP_GROWTH = 64 * 2**20  # bytes requested from the system at a time
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a run computes, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype  # of autocast
+
+    @classmethod
+    def of(cls, device: str, precision: str) -> "Backend":
+        """What settings stand for on this machine; see `pick_device` and `pick_precision`."""
+        place = pick_device(device)
+        return cls(place, pick_precision(precision, place))
+
+    @property
+    def precision(self) -> str:
+        """The precision setting that stands for `dtype`."""
+        return precision_name(self.dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision; float32 disables an enclosing autocast."""
+        return autocast(self.device, self.dtype)
 
 
 def pick_device(name: str) -> torch.device:

@@ -23,15 +23,7 @@ from asa.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from asa.training.device import (
-    autocast,
-    deterministic,
-    keep_freed_memory,
-    on_device,
-    pick_device,
-    pick_precision,
-    precision_name,
-)
+from asa.training.device import Backend, deterministic, keep_freed_memory, on_device
 from asa.training.ema import EMA
 from asa.training.meter import Meter
 from asa.training.nonfinite import NonFiniteGuard
@@ -56,10 +48,9 @@ def check_settings(settings: TrainSettings, optim: OptimSettings) -> None:
     """Check what `train` needs before a run folder is made.
 
     Raises:
-        ValueError: settings that do not fit each other or this machine.
+        ValueError: settings that do not fit each other or the number of processes.
         ImportError: the extra of a tracker is not installed.
     """
-    pick_precision(settings.precision, pick_device(settings.device))
     Schedule(optim, settings.steps, settings.batch_size)
     check_batch(settings.batch_size, settings.accumulate, distributed.world_size())
     check_trackers(settings.log_to)
@@ -75,6 +66,7 @@ def train(
     loader: LoaderSettings,
     description: Mapping[str, Any],
     validate: Validate | None = None,
+    backend: Backend | None = None,
 ) -> dict[str, float]:
     """Train a method to its last step, continuing from the run's newest checkpoint if there is one.
 
@@ -88,6 +80,7 @@ def train(
         description: plain data stored in every checkpoint, see `save_checkpoint`.
         validate: called by all processes with the number of steps done; returns metrics and pictures for the log. The
             method is in evaluation mode meanwhile, with the averaged weights under `train.ema`.
+        backend: what the settings' device and precision stand for; None: resolved here.
 
     Returns:
         The metrics of the last validation, or of the last logged step.
@@ -102,8 +95,8 @@ def train(
         raise ValueError(f"train.best={settings.best} needs validation: give the split a validation part")
 
     # --- model
-    device = pick_device(settings.device)
-    dtype = pick_precision(settings.precision, device)
+    backend = backend or Backend.of(settings.device, settings.precision)
+    device, fp16 = backend.device, backend.dtype == torch.float16
     if device.type == "cpu":
         keep_freed_memory()
     model = method.get_submodule("model")
@@ -116,7 +109,7 @@ def train(
     # --- optimizer
     schedule = Schedule(optim, settings.steps, settings.batch_size)
     optimizer = make_optimizer(method, optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     ema = EMA(method, settings.ema)
 
     # --- resume
@@ -126,14 +119,14 @@ def train(
         freeze(model, optim.freeze)
     set_training(method)
     log = RunLog(run, settings.steps, step, settings.log_to) if distributed.is_main() else SilentLog()
-    log.message(f"computing in {precision_name(dtype)} on {device}")
+    log.message(f"computing in {backend.precision} on {device}")
     if step:
         log.message(f"continuing from step {step} of {settings.steps}")
     if before.get("steps", settings.steps) != settings.steps and optim.schedule != "constant":
         log.message(
             f"warning: the learning-rate schedule was made for {before['steps']} steps and is now for {settings.steps}"
         )
-    guard = NonFiniteGuard(run, log, optimizer, fp16=dtype == torch.float16)
+    guard = NonFiniteGuard(run, log, optimizer, fp16=fp16)
     guard.load_state_dict(before.get("guard", guard.state_dict()))
     ddp = distributed.data_parallel(method)
 
@@ -177,7 +170,7 @@ def train(
     def run_validation() -> dict[str, float]:
         assert validate is not None
         method.eval()
-        with torch.no_grad(), autocast(device, dtype), ema.swapped_in():
+        with torch.no_grad(), backend.autocast(), ema.swapped_in():
             metrics, pictures = validate(step)
             metric = settings.best
             is_best = metric is not None and distributed.on_main(
@@ -222,7 +215,7 @@ def train(
                     late = time.monotonic() - saved_at >= 60 * settings.save_minutes
                     answers = distributed.any_rank(stop.requested, late and distributed.is_main())
                 with distributed.gradient_sync(ddp, is_last):
-                    with autocast(device, dtype):
+                    with backend.autocast():
                         result = ddp(inputs)
                     loss = guard.add(batch, result["loss"])
                     scaler.scale(loss / settings.accumulate).backward()

@@ -13,7 +13,7 @@ from asa.data.io.lock import LOCK, locked
 from asa.data.splits import write_split
 from asa.settings import TrainSettings
 from asa.training.checkpoint import list_checkpoints
-from asa.training.device import pick_device, pick_precision, precision_name
+from asa.training.device import Backend
 from asa.training.distributed import on_main, process_group
 from asa.training.optim import warmup_steps
 
@@ -42,19 +42,22 @@ FREE_ON_RESUME = (
 )
 
 
-def run_precision(run: Path, settings: TrainSettings) -> str:
-    """The name of a run's precision: what "auto" was when the run began, or what it is on this machine for a new run.
+def run_backend(run: Path, settings: TrainSettings) -> Backend:
+    """The device and precision of a run: of `precision=auto` what it was when the run began, or is on this machine.
 
     Raises:
         ValueError: a precision that is unknown, or that the device cannot compute in.
     """
-    name, device = settings.precision, pick_device(settings.device)
-    before = flatten(_config_of_started(run)).get("train.precision", "auto") if name == "auto" else name
-    return precision_name(pick_precision(str(before), device))
+    name = settings.precision
+    if name == "auto" and (started := _config_of_started(run)):
+        name = str(started["train"]["precision"])
+    return Backend.of(settings.device, name)
 
 
 @contextmanager
-def open_run(config: Mapping[str, Any], split: Mapping[str, Sequence[str]], settings: TrainSettings) -> Iterator[Path]:
+def open_run(
+    config: Mapping[str, Any], split: Mapping[str, Sequence[str]], settings: TrainSettings, backend: Backend
+) -> Iterator[Path]:
     """Join the job's other processes, and create and lock their run folder.
 
     The folder holds the configuration and the split. A run with the same configuration is resumed.
@@ -63,19 +66,21 @@ def open_run(config: Mapping[str, Any], split: Mapping[str, Sequence[str]], sett
         config: composed configuration of the command; `out` is the folder.
         split: subjects of each part.
         settings: of the training.
+        backend: of the run; its configuration holds this precision, so that it is resumed in the same.
 
     Raises:
         ValueError: the folder holds another run or other files, or is in use.
     """
     run = Path(str(config["out"]))
-    with process_group(pick_device(settings.device), settings.timeout_minutes), ExitStack() as stack:
+    config = {**config, "train": {**config["train"], "precision": backend.precision}}
+    with process_group(backend.device, settings.timeout_minutes), ExitStack() as stack:
 
         def create() -> None:
             _check_folder(run)
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run))
             _check_config(run, config)
-            write_whole(run / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
+            write_whole(run / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
             write_split(run / "split.json", split)
             write_digests(run, ["split.json"])
 
