@@ -12,10 +12,16 @@ T = TypeVar("T")
 LARGEST_OVERLAP = 0.9  # of windows: each axis then takes ten times as many as without
 
 
-def setting(default: T, help: str) -> T:
-    """A field with its default, of which each instance gets a copy if it is a list, and its help text."""
+def setting(default: T, help: str, *, free: bool = False) -> T:
+    """A field of a settings dataclass.
+
+    Args:
+        default: of which each instance gets a copy if it is a list.
+        help: what `--help` says.
+        free: whether the setting may change when a run is resumed.
+    """
     given: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    made: T = field(**given, metadata={"help": help})
+    made: T = field(**given, metadata={"help": help, "free": free})
     return made
 
 
@@ -23,48 +29,40 @@ def setting(default: T, help: str) -> T:
 class TrainSettings:
     """Length, batch, precision and intervals of a training run."""
 
-    steps: int = setting(10000, "optimizer steps of the whole run")
+    steps: int = setting(10000, "optimizer steps of the whole run", free=True)
     batch_size: int = setting(2, "global batch size: samples per optimizer step, over all processes")
-    accumulate: int = setting(1, "micro-batches per step (gradient accumulation); saves memory and gives the same step")
-    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    accumulate: int = setting(1, "micro-batches per step (gradient accumulation), to save memory", free=True)
+    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...", free=True)
     precision: str = setting(
-        "auto",
-        "auto (bf16 where the GPU or CPU has units for it, else fp16 on a GPU and fp32 on a CPU), fp32, bf16 or fp16",
+        "auto", "auto (bf16 where the GPU or CPU has units for it, else fp16 on a GPU, fp32 on a CPU), fp32, bf16, fp16"
     )
     compile: bool = setting(False, "compile the network with torch.compile: the first steps take a minute or more")
-    ema: float = setting(
-        0.0,
-        "decay of the exponential moving average (EMA) of the weights that is validated and saved, like 0.999; 0: none",
-    )
+    ema: float = setting(0.0, "decay of the moving average of the weights, validated and saved, like 0.999; 0: none")
     clip: float = setting(1.0, "maximum gradient norm; 0 does not clip")
     seed: int = setting(0, "random seed")
-    log_every: int = setting(10, "steps between lines of the log")
-    validate_every: int = setting(500, "steps between validations; 0: only at the end")
-    save_every: int = setting(500, "steps between checkpoints")
-    save_minutes: float = setting(20.0, "minutes between checkpoints, if that comes before save_every")
-    keep: int = setting(2, "number of most recent checkpoints to keep")
+    log_every: int = setting(10, "steps between lines of the log", free=True)
+    validate_every: int = setting(500, "steps between validations; 0: only at the end", free=True)
+    save_every: int = setting(500, "steps between checkpoints; there is also one every 20 minutes", free=True)
+    keep: int = setting(2, "number of most recent checkpoints to keep", free=True)
     best: str | None = setting(
-        None,
-        "validation metric that selects the best checkpoint, like dice (highest) or -loss (lowest), kept in OUT/best",
+        None, "validation metric of the best checkpoint, in OUT/best, like dice (highest) or -loss (lowest)", free=True
     )
-    patience: int = setting(0, "the run ends early after this many validations without a better train.best; 0: never")
+    patience: int = setting(0, "validations without a better train.best that end the run early; 0: never", free=True)
     deterministic: bool = setting(
-        False,
-        "deterministic kernels, also on a GPU: the same run gives the same bits; slower, and some networks have none",
+        False, "deterministic kernels: the same run gives the same bits, also on a GPU; slower, some networks have none"
     )
     log_to: list[str] = setting(
-        ["tensorboard"],
-        "trackers beside log.jsonl: tensorboard, and with their extras mlflow and wandb, which stay offline by default",
+        ["tensorboard"], "trackers beside log.jsonl: tensorboard; mlflow, wandb (extras; offline by default)", free=True
     )
     timeout_minutes: float = setting(
-        10.0, "with several processes: the run ends if one of them makes no progress for this long"
+        10.0, "with several processes: the run ends if one of them makes no progress for this long", free=True
     )
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be 1 or more")
-        for name in ("clip", "seed", "validate_every", "save_minutes", "patience"):
+        for name in ("clip", "seed", "validate_every", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be 0 or more")
         if self.patience and not (self.best and self.validate_every):
@@ -100,22 +98,13 @@ class OptimSettings:
     weight_decay: float = setting(0.05, "decoupled for AdamW; not applied to biases, norms and tokens")
     betas: list[float] = setting([0.9, 0.95], "beta1 and beta2 of AdamW")
     momentum: float = setting(0.99, "momentum of SGD")
-    schedule: str = setting(
-        "cosine", "learning rate after the warm-up: cosine (down to final_lr), poly ((1 - t)^0.9) or constant"
-    )
+    schedule: str = setting("cosine", "after the warm-up: cosine (down to final_lr), poly ((1 - t)^0.9) or constant")
     warmup: float = setting(0, "linear warm-up to lr: a number of steps, or below 1 a fraction of train.steps")
     warmup_lr: float = setting(1e-6, "learning rate of the first step of the warm-up")
     final_lr: float = setting(0.0, "learning rate at the end of the cosine")
-    layer_decay: float = setting(
-        1.0,
-        "layer-wise decay for fine-tuning: learning rate of an encoder block relative to the block above; 1: no decay",
-    )
-    freeze: list[str] = setting(
-        [], "parts of the network that are not trained, like [encoder] or [encoder.patch_embed,encoder.blocks.0]"
-    )
-    freeze_until: int = setting(
-        0, "step at which freeze ends: then all is trained, with a warm-up of its own; 0: it lasts for the whole run"
-    )
+    layer_decay: float = setting(1.0, "learning rate of an encoder block relative to the block above; 1: no decay")
+    freeze: list[str] = setting([], "parts that are not trained, like [encoder] or [encoder.blocks.0,encoder.blocks.1]")
+    freeze_until: int = setting(0, "step at which freeze ends: all is trained, with a new warm-up; 0: the whole run")
     encoder_lr: float = setting(1.0, "learning rate of the encoder, relative to that of the other parts")
 
     def __post_init__(self) -> None:
@@ -148,13 +137,10 @@ class LoaderSettings:
     """How crops are loaded."""
 
     workers: int = setting(2, "worker processes that read and augment crops; 0 reads in the training process")
-    prefetch: int = setting(2, "batches that each worker loads in advance")
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or self.prefetch < 1:
-            raise ValueError(
-                f"loader.workers={self.workers}, loader.prefetch={self.prefetch}: give 0 or more, 1 or more"
-            )
+        if self.workers < 0:
+            raise ValueError(f"loader.workers={self.workers}: give 0 or more")
 
 
 @dataclass
@@ -163,9 +149,7 @@ class AugmentSettings:
 
     rotation: float = setting(0.0, "largest rotation about each axis, degrees")
     rotation_probability: float = setting(0.2, "probability of a rotation")
-    scale: list[float] = setting(
-        [1.0, 1.0], "smallest and largest zoom factor (1.4: structures become 1.4 times larger)"
-    )
+    scale: list[float] = setting([1.0, 1.0], "smallest and largest zoom (1.4: structures become 1.4 times larger)")
     scale_probability: float = setting(0.2, "probability of a zoom")
     mirror_probability: float = setting(0.0, "probability of a flip, along each of mirror_axes by itself")
     mirror_axes: str = setting("W", "axes that are flipped: D (up-down), H (front-back), W (left-right), like DHW")
@@ -175,16 +159,12 @@ class AugmentSettings:
     brightness: float = setting(0.0, "largest relative change of the intensities (0.2: times 0.8 to 1.2)")
     contrast: list[float] = setting(
         [1.0, 1.0],
-        "smallest and largest factor of the distances from the mean of a channel; results stay in the channel's range",
+        "smallest and largest factor of the distances from a channel's mean; results stay in its range",
     )
     contrast_probability: float = setting(0.15, "probability of a change of contrast")
-    blur: list[float] = setting(
-        [0.0, 0.0], "smallest and largest standard deviation of a Gaussian blur in voxels; [0, 0]: none"
-    )
+    blur: list[float] = setting([0.0, 0.0], "smallest and largest standard deviation of a blur in voxels; [0, 0]: none")
     blur_probability: float = setting(0.1, "probability of a blur, of each channel by itself")
-    modality_dropout: float = setting(
-        0.0, "probability that a channel of a crop is set to zero, never all of them; no effect with one channel"
-    )
+    modality_dropout: float = setting(0.0, "probability that a channel of several is set to zero, never all of them")
 
     def __post_init__(self) -> None:
         from asa.ops.symmetry import check_axes  # imports torch
@@ -211,10 +191,7 @@ class AugmentSettings:
 class PredictSettings:
     """How a volume is covered by windows, and the device and precision of the network."""
 
-    overlap: float | None = setting(
-        None,
-        "overlap of neighbouring windows, a fraction of the window; null: 0.5, or more if the network was validated so",
-    )
+    overlap: float | None = setting(None, "overlap of windows, a fraction; null: 0.5, or more if it was validated so")
     batch_size: int = setting(1, "windows per forward pass")
     device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, ...")
     precision: str = setting("auto", "auto (as in training), fp32, bf16 or fp16")

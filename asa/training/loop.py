@@ -39,6 +39,7 @@ from asa.training.run_log import RunLog, SilentLog
 from asa.training.signals import Stopped, stop_signals
 from asa.training.trackers import check_trackers
 
+SAVE_MINUTES = 20  # between checkpoints, if that comes before `train.save_every`
 # Metrics and pictures, both by name; a picture is (H, W, 3) uint8.
 Validation = tuple[dict[str, float], dict[str, np.ndarray]]
 Validate = Callable[[int], Validation]  # called with the steps done
@@ -212,7 +213,7 @@ def train(
                 inputs = on_device(batch, device)
                 is_last = micro_batch == settings.accumulate - 1
                 if is_last:  # ask here, read the answers after the step: nothing waits for them
-                    late = time.monotonic() - saved_at >= 60 * settings.save_minutes
+                    late = time.monotonic() - saved_at >= 60 * SAVE_MINUTES
                     answers = distributed.any_rank(stop.requested, late and distributed.is_main())
                 with distributed.gradient_sync(ddp, is_last):
                     with backend.autocast():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,19 @@ from asa.training.device import Backend
 from asa.training.distributed import on_main, process_group
 from asa.training.optim import warmup_steps
 
-# Settings that may change when a run is resumed: its length, its reports, and how it is computed.
+# Settings that may change when a run is resumed, or how they begin: its length, its reports, and how it is computed.
 FREE_ON_RESUME = (
-    "out",
-    "loader",
-    "predict",
-    "plan",
-    "transfer",
-    "data.probe",
-    "model.checkpointing",
-    "method.model.checkpointing",
-    "train.steps",
-    "train.accumulate",
-    "train.log_every",
-    "train.log_to",
-    "train.validate_every",
-    "train.save_every",
-    "train.save_minutes",
-    "train.keep",
-    "train.best",
-    "train.patience",
-    "train.device",
-    "train.timeout_minutes",
+    *(
+        "out",
+        "loader",
+        "predict",
+        "plan",
+        "transfer",
+        "data.probe",
+        "model.checkpointing",
+        "method.model.checkpointing",
+    ),
+    *(f"train.{setting.name}" for setting in fields(TrainSettings) if setting.metadata["free"]),
 )
 
 

@@ -15,6 +15,8 @@ from asa.data.io.parallel import end_with_parent, end_workers_at_exit, ignore_st
 from asa.data.loading.crops import Samples, sample_seed
 from asa.settings import LoaderSettings, check_batch
 
+PREFETCH = 2  # batches that each worker loads in advance
+
 
 class EndlessSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (record index, epoch), starting at any step.
@@ -87,7 +89,7 @@ def make_loader(
     Args:
         dataset: the crops; its seed also determines their order.
         batch_size: global batch size: samples per step over all micro-batches and ranks.
-        settings: workers and prefetching.
+        settings: workers.
         micro_batches: micro-batches per step (gradient accumulation).
         start_step: first step.
         rank, world_size: of this process, and number of ranks.
@@ -112,7 +114,7 @@ def make_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        prefetch_factor=settings.prefetch if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
