@@ -25,7 +25,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from asa.settings import OptimSettings, TrainSettings
 from asa.training.device import Backend, pick_device
 from asa.training.distributed import world_size
-from asa.training.gpu_check import GIB, step_peak
+from asa.training.gpu_check import GIB, fit_line, step_peak
 from asa.training.optim import Schedule, freeze
 
 Example: TypeAlias = Callable[[Any], Mapping[str, Any]]
@@ -204,9 +204,7 @@ def show_plan(
     for_gpu = settings.precision == "fp16" and pick_device("auto").type == "cpu"
     backend = Backend.of("auto", "fp32" if for_gpu else settings.precision)
     if backend.device.type == "cuda":
-        peak = step_peak(make, example, settings, optim, backend)
-        takes = "does not fit" if peak is None else f"takes {peak / GIB:.2f} GiB"
-        memory = f"a step {takes} on {torch.cuda.get_device_name(backend.device)} in {backend.precision}, as measured"
+        memory = fit_line(step_peak(make, example, settings, optim, backend), backend.device)
     else:
         memory = "and the batch and activations, which are measured where there is a GPU"
     if rate is not None:

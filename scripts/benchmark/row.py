@@ -28,9 +28,6 @@ from asa.training.device import (
     Backend,
     autocast,
     keep_freed_memory,
-    pick_device,
-    pick_precision,
-    precision_name,
 )
 from asa.training.gpu_check import GIB, step_peak
 from asa.training.optim import make_optimizer
@@ -317,11 +314,11 @@ def machine(spec: Spec) -> dict[str, Any]:
     """Description of the machine, and the meaning of "auto" on it."""
     import monai
 
-    device = pick_device(spec["device"])
-    dtype = pick_precision(spec["precision"], device)
+    backend = Backend.of(spec["device"], spec["precision"])
+    device = backend.device
     info = {
         "device": device.type,
-        "precision": precision_name(dtype),
+        "precision": backend.precision,
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": spec["threads"] or torch.get_num_threads(),

@@ -199,10 +199,11 @@ def test_on_a_gpu_the_memory_of_real_steps_is_measured(kind: str, monkeypatch: p
 def test_a_plan_on_a_gpu_shows_the_measured_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning.Backend, "of", lambda device, precision: Backend(torch.device("cuda"), torch.bfloat16))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla X")
-    for peak, shown in ((3 * 2**30, "a step takes 3.00 GiB"), (None, "a step does not fit")):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 2**30, 32 * 2**30))
+    for peak, shown in ((3 * 2**30, "a step takes 3.0 GiB"), (None, "a step does not fit")):
         monkeypatch.setattr(planning, "step_peak", lambda *given, peak=peak: peak)
         text = show_plan(maker("pretrain"), VOLUMES, 8, SETTINGS, OPTIM, 2.0, ("volumes", "scans"))
-        assert f"{shown} on Tesla X in bf16, as measured" in text
+        assert f"memory: {shown}, 30.0 of 32.0 GiB are free on Tesla X" in text
 
 
 @pytest.fixture

@@ -110,12 +110,9 @@ def test_auto_is_bf16_on_a_gpu_that_does_not_emulate_it_and_fp16_on_others(
     assert pick_precision("auto", torch.device("cuda")) == dtype
 
 
-def test_bf16_by_name_on_a_cpu_without_units_warns_with_the_measured_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "bf16_slowdown", lambda: 4.25)
-    with pytest.warns(UserWarning, match=r"matrix products take 4\.2 times as long as in fp32; precision=auto"):
+def test_bf16_by_name_on_a_cpu_without_units_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match=r"several times as long as in fp32; precision=auto chooses fp32 here"):
         assert pick_precision("bf16", CPU) == torch.bfloat16
-    monkeypatch.undo()
-    assert device.bf16_slowdown() > 0
     monkeypatch.setattr(device, "has_bf16_units", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
