@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from asa.inference.segmentation import PredictSettings, sliding_window
+from asa.inference.segmentation import sliding_window
 from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.puzzle import PuzzlePretraining
@@ -43,6 +43,7 @@ from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.unet import unet_tiny
 from asa.models.vit_seg import vit_seg_tiny
+from asa.settings import PredictSettings
 from asa.training.device import PRECISIONS, on_device
 from asa.training.ema import EMA
 from asa.training.nonfinite import NonFiniteGuard

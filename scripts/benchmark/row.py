@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 import asa
-from asa.inference.segmentation import PredictSettings, sliding_window
+from asa.inference.segmentation import sliding_window
 from asa.losses.reconstruction import gradient_importance
 from asa.ops.patches import unpatchify
-from asa.settings import OptimSettings, TrainSettings
+from asa.settings import OptimSettings, PredictSettings, TrainSettings
 from asa.training.device import (
     PRECISIONS,
     Backend,
@@ -129,7 +129,8 @@ def outer_patches(side: int) -> torch.Tensor:
 def fed(spec: Spec, device: torch.device) -> Work:
     """A pretraining step on crops from the loader, and the time it waits for them."""
     from asa.data.loading.crops import CropDataset
-    from asa.data.loading.loader import LoaderSettings, make_loader
+    from asa.data.loading.loader import make_loader
+    from asa.settings import LoaderSettings
     from scripts.benchmark.crops import RandomVolumes
 
     source = RandomVolumes.write(Path(spec["scratch"]), spec["volume"], channels=1)
@@ -185,9 +186,9 @@ def window(spec: Spec, device: torch.device) -> Work:
 
 def loader(spec: Spec, device: torch.device) -> Work:
     """Training crops from memory maps in the page cache, as fast as the loader gives them."""
-    from asa.data.loading.augment import AugmentSettings
     from asa.data.loading.crops import CropDataset
-    from asa.data.loading.loader import LoaderSettings, make_loader
+    from asa.data.loading.loader import make_loader
+    from asa.settings import AugmentSettings, LoaderSettings
     from scripts.benchmark.crops import RandomVolumes, finetuning_augmentation
 
     folder = Path(spec["scratch"])

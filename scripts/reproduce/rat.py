@@ -25,7 +25,6 @@ import torch
 
 from asa.data.io.files import write_json
 from asa.data.io.images2d import read_picture, write_picture, write_regions
-from asa.data.loading.loader import LoaderSettings
 from asa.data.restoration.pairs import Pair, PairDataset, find_pairs
 from asa.data.restoration.simulation import decimated, make_degradation
 from asa.data.restoration.superpixels import make_provider
@@ -33,11 +32,10 @@ from asa.errors import require
 from asa.evaluation.image_quality import score_image
 from asa.evaluation.statistics import bootstrap_interval
 from asa.inference.restoration import restore_image
-from asa.inference.segmentation import PredictSettings
 from asa.methods.restore import Restoration
 from asa.models.rat import rat_tiny
-from asa.training.loop import TrainSettings, train
-from asa.training.optim import OptimSettings
+from asa.settings import LoaderSettings, OptimSettings, PredictSettings, TrainSettings
+from asa.training.loop import train
 
 TRAINING = ("camera.png", "coins.png", "moon.png", "cell.png", "chelsea.png", "coffee.png", "rocket.jpg", "gravel.png")
 HELD_OUT = ("astronaut.png", "retina.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")

@@ -7,13 +7,12 @@ import torch
 
 import asa
 from asa.data.loading.crops import CropDataset
-from asa.data.loading.loader import LoaderSettings
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.ops.regions import find_varlen, runs_varlen
+from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training.checkpoint import list_checkpoints
-from asa.training.loop import TrainSettings, train
-from asa.training.optim import OptimSettings
+from asa.training.loop import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

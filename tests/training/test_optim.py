@@ -8,8 +8,8 @@ from asa.methods.segment import Segmentation
 from asa.models.probe import probe_tiny
 from asa.models.unet import unet_tiny
 from asa.ops.patches import patchify
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings, Schedule, freeze, make_optimizer, set_learning_rate, set_training
+from asa.settings import OptimSettings, TrainSettings
+from asa.training.optim import Schedule, freeze, make_optimizer, set_learning_rate, set_training
 from asa.training.plan import make_plan, volume_batch
 from scripts.benchmark.memory import step_memory
 
