@@ -51,7 +51,7 @@ def reconstruction(out: Path) -> bytes:
     records = select(store.records, read_split(run / "split.json")["validation"])
     batch = collate([CropDataset(store, records, model.encoder.img_size)[0, 0]])
     (picture,) = reconstruction_panels(MaskedPretraining(model=model), batch).values()
-    return encode_png(picture.repeat(2, axis=0).repeat(2, axis=1))
+    return encode_png(picture)
 
 
 def main() -> int:

@@ -230,20 +230,26 @@ def notes(comparison: Comparison) -> list[str]:
 
 def comparison_table(comparison: Comparison) -> str:
     """The comparison as plain text for a terminal; no trailing newline."""
-    return "\n".join([*aligned([HEADINGS, *_rows(comparison)]), "", *notes(comparison)])
+    return "\n".join([*aligned([HEADINGS, *comparison_rows(comparison)]), "", *notes(comparison)])
 
 
 def markdown_table(comparison: Comparison) -> str:
     """The comparison as a Markdown table with its notes; names in it cannot be HTML."""
-    escaped = [[_markdown(cell).replace("|", "\\|") for cell in row] for row in (HEADINGS, *_rows(comparison))]
-    lines = [f"| {' | '.join(row)} |" for row in escaped]
-    lines.insert(1, "|---|---|---|" + "---:|" * (len(HEADINGS) - 3))
+    lines = markdown_lines([HEADINGS, *comparison_rows(comparison)], 3)
     return "\n".join([*lines, "", *map(_markdown, notes(comparison))]) + "\n"
+
+
+def markdown_lines(rows: Sequence[Sequence[str]], words: int) -> list[str]:
+    """Rows as the lines of a Markdown table; for the arguments see `latex_tabular`."""
+    escaped = [[_markdown(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    lines.insert(1, "|" + "---|" * words + "---:|" * (len(rows[0]) - words))
+    return lines
 
 
 def latex_table(comparison: Comparison) -> str:
     """The comparison as a LaTeX tabular with its notes."""
-    return latex_tabular([list(HEADINGS), *_rows(comparison)], 3, notes(comparison))
+    return latex_tabular([list(HEADINGS), *comparison_rows(comparison)], 3, notes(comparison))
 
 
 def latex_tabular(rows: Sequence[Sequence[str]], words: int, notes: Sequence[str]) -> str:
@@ -282,7 +288,8 @@ def _latex(text: str) -> str:
     return text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}").replace("<", "$<$")
 
 
-def _rows(comparison: Comparison) -> Iterator[list[str]]:
+def comparison_rows(comparison: Comparison) -> Iterator[list[str]]:
+    """The rows of every table of a comparison, of text, under `HEADINGS`."""
     metrics = {metric.name: metric for metric in comparison.policy.metrics}
     for (name, region, run), result in comparison.results.items():
         metric = metrics[name]

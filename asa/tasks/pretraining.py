@@ -25,7 +25,7 @@ from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.methods.base import Pretraining as PretrainingMethod
-from asa.reporting.figures import reconstruction_panel
+from asa.reporting.figures import reconstruction_panel, titled
 from asa.tasks.base import Config
 from asa.tasks.feature_health import FeatureHealth, open_probe, predictor_of
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
@@ -160,13 +160,12 @@ def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Val
 
 
 def reconstruction_panels(method: PretrainingMethod, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A method's panels of a batch's first sample, RGB uint8, by "FIGURE: COLUMN, COLUMN, ..."."""
-    return {
-        f"{name}: {', '.join(volumes)}": reconstruction_panel(
-            *(volume[0, 0].float().cpu().numpy() for volume in volumes.values())
-        )
-        for name, volumes in method.pictures(batch).items()
-    }
+    """A method's figures of a batch's first sample by name, RGB uint8, with a title above each column."""
+    panels = {}
+    for name, volumes in method.pictures(batch).items():
+        panel = reconstruction_panel(*(volume[0, 0].float().cpu().numpy() for volume in volumes.values()))
+        panels[name] = titled(panel, list(volumes))
+    return panels
 
 
 def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""CSF, GM and WM of real brains, the table of docs/evidence.md: python -m scripts.reproduce.oasis DATA OUT
+"""CSF, GM and WM of real brains, the table of docs/evidence_details.md: python -m scripts.reproduce.oasis DATA OUT
 
 Segmentation from 1, 3 and 12 labelled brains, from a pretrained encoder and from scratch.
 

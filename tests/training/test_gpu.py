@@ -10,7 +10,7 @@ import asa
 from asa.data.loading.crops import CropDataset
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
-from asa.ops.regions import find_varlen, runs_varlen
+from asa.restoration.regions import find_varlen, runs_varlen
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training.checkpoint import list_checkpoints
 from asa.training.device import Backend
