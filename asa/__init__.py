@@ -6,7 +6,5 @@ asa` takes little time.
 
 import lazy_loader
 
-import asa.moved  # noqa: F401 - makes the modules' old names importable
-
 __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

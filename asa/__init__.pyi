@@ -3,7 +3,6 @@ from .data.store import Store as Store
 from .evaluation.metrics import dice as dice
 from .evaluation.metrics import hd95 as hd95
 from .inference.features import features as features
-from .inference.segmentation import PredictSettings as PredictSettings
 from .inference.segmentation import Segmenter as Segmenter
 from .inference.segmentation import sliding_window as sliding_window
 from .losses.reconstruction import AttentiveReconstructionLoss as AttentiveReconstructionLoss
@@ -35,6 +34,7 @@ from .restoration.rat import rat_base as rat_base
 from .restoration.rat import rat_small as rat_small
 from .restoration.rat import rat_tiny as rat_tiny
 from .restoration.regions import region_attention as region_attention
+from .settings import PredictSettings as PredictSettings
 from .tasks.commands import evaluate as evaluate
 from .tasks.commands import finetune as finetune
 from .tasks.commands import predict as predict

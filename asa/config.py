@@ -4,13 +4,10 @@
 only; `typed` fills a dataclass.
 """
 
-import ast
-import copy
 import dataclasses
 import difflib
 import functools
 import importlib
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from asa.models import list_models
-from asa.moved import current_name
+from asa.settings import AugmentSettings, LoaderSettings, OptimSettings, PredictSettings, TrainSettings
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the YAML files are the package asa.configs; in a checkout they lie beside the package.
@@ -36,17 +33,12 @@ CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "con
 
 T = TypeVar("T")
 
-# Typed settings of each command, by their key. They are read from the source: importing them would import torch.
-_TRAINING = {
-    "train": "asa.training.loop.TrainSettings",
-    "optim": "asa.training.optim.OptimSettings",
-    "loader": "asa.data.loading.loader.LoaderSettings",
-}
-_PREDICT = {"predict": "asa.inference.segmentation.PredictSettings"}
-SETTINGS: dict[str, dict[str, str]] = {
+# Typed settings of each command, by their key.
+_TRAINING: dict[str, type] = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
+SETTINGS: dict[str, dict[str, type]] = {
     "pretrain": _TRAINING,
-    "finetune": {**_TRAINING, "augment": "asa.data.loading.augment.AugmentSettings", **_PREDICT},
-    "predict": _PREDICT,
+    "finetune": {**_TRAINING, "augment": AugmentSettings, "predict": PredictSettings},
+    "predict": {"predict": PredictSettings},
 }
 # The methods of each command, and the families of models (`model=FAMILY_SIZE`) that each of them trains.
 _COMPARATORS = ("unetr", "swin_unetr", "nnformer", "transbts", "resenc", "primus")
@@ -67,10 +59,6 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "restore": ("rat", "restormer"),
     },
 }
-_TYPES = {str(kind): kind for kind in (int | None, float | None, str | None, list[int], list[float], list[str])} | {
-    kind.__name__: kind for kind in (bool, int, float, str)
-}
-
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 PACKAGES = ("asa.baselines", "asa.restoration")  # reached by name only
 CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.steps", *PACKAGES)
@@ -112,7 +100,7 @@ def locate(target: Any, allowed: Sequence[str]) -> Any:
         ValueError: it is not, or does not exist.
     """
     target = " ".join(str(target).split())  # one line, whatever a checkpoint holds
-    module_name, _, name = current_name(target).rpartition(".")
+    module_name, _, name = target.rpartition(".")
     if not _lies_under(module_name, allowed):
         raise ValueError(
             f"_target_={target} is not allowed: only what lies under {', '.join(allowed)}; packages of your own go "
@@ -169,7 +157,7 @@ def compose(
     """
     _offer_models()
     for group, target in SETTINGS.get(command, {}).items():
-        ConfigStore.instance().store(group=group, name="defaults", node=_structure(target))
+        ConfigStore.instance().store(group=group, name="defaults", node=target)
     if config_dir and not Path(config_dir).is_dir():
         raise ValueError(f"--config-dir {config_dir}: no such folder")
     search = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"] if config_dir else []
@@ -391,48 +379,14 @@ def _written(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A field of a settings dataclass; `note` is the string literal below it."""
+    """A field of a settings dataclass; `note` is its help text."""
 
     name: str
-    kind: Any
     default: Any
     note: str
 
 
-def describe(target: str) -> list[Setting]:
-    """The fields of the settings dataclass `package.module.Class`, read from its source without importing it."""
-    module, _, name = target.rpartition(".")
-    source = (_PACKAGE.parent / Path(*module.split("."))).with_suffix(".py").read_text()
-    (node,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
-    described = []
-    for statement, following in itertools.pairwise([*node.body, ast.Pass()]):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            match following:
-                case ast.Expr(value=ast.Constant(value=text)):
-                    note = str(text)
-                case _:
-                    note = ""
-            kind = _TYPES[ast.unparse(statement.annotation)]
-            described.append(Setting(statement.target.id, kind, _default(statement.value), note))
-    return described
-
-
-def _default(value: ast.expr | None) -> Any:
-    """The default of a field: a literal, or what the factory of `field(default_factory=...)` returns."""
-    match value:
-        case ast.Call(keywords=[ast.keyword(arg="default_factory", value=ast.Lambda(body=body))]):
-            return ast.literal_eval(body)
-        case ast.Call(keywords=[ast.keyword(arg="default_factory", value=ast.Name(id="list"))]):
-            return []
-    assert value is not None
-    return ast.literal_eval(value)
-
-
-@functools.cache
-def _structure(target: str) -> type:
-    """A dataclass with the fields of a settings dataclass, for Hydra: names, types and defaults, without its checks."""
-    fields = []
-    for setting in describe(target):
-        default = dataclasses.field(default_factory=functools.partial(copy.copy, setting.default))
-        fields.append((setting.name, setting.kind, default))
-    return dataclasses.make_dataclass(target.rpartition(".")[2], fields)
+def describe(settings: type) -> list[Setting]:
+    """The fields of a settings dataclass, without its checks."""
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(settings))
+    return [Setting(field.name, defaults[field.name], field.metadata["help"]) for field in dataclasses.fields(settings)]

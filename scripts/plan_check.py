@@ -1,10 +1,10 @@
-"""Compare the memory that `plan=only` reports with the memory that a run takes: python -m scripts.plan_check [NAME ...]
+"""Compare the traced memory of a step with the memory that a run takes: python -m scripts.plan_check [NAME ...]
 
 Each row trains for a few steps on synthetic volumes in its own process. It is started from this one, which does not
 import torch, as the peak memory of a child process starts at its parent's. The measured memory is the peak of the
 process minus its memory after a first run of a tiny network (Python, libraries). By default the heap returns freed
 memory (MALLOC_MMAP_THRESHOLD_), so that only memory in use is measured; `--heap` measures as in a real run, where
-glibc's heap takes more. Fails if plan and peak differ by more than 15 % (not with --heap).
+glibc's heap takes more. Fails if trace and peak differ by more than 15 % (not with --heap).
 """
 
 import argparse
@@ -77,9 +77,8 @@ def make(row: Row) -> Any:
 
 def run(row: Row, folder: Path) -> None:
     """Train for a few steps as the commands do."""
-    from asa.data.loading.loader import LoaderSettings
-    from asa.training.loop import TrainSettings, train
-    from asa.training.optim import OptimSettings
+    from asa.settings import LoaderSettings, OptimSettings, TrainSettings
+    from asa.training.loop import train
 
     (folder / "run").mkdir(parents=True)
     settings = TrainSettings(steps=3, batch_size=row.batch, device="cpu", log_every=1, **row.train)
@@ -123,23 +122,25 @@ def measured(name: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def planned(name: str) -> int:
-    """Bytes that the plan reports for a row."""
+def traced(name: str) -> int:
+    """Bytes of a row's step by the trace."""
     from asa.data.loading.loader import collate
-    from asa.training.loop import TrainSettings
-    from asa.training.optim import OptimSettings
-    from asa.training.plan import make_plan, micro_batch, volume_batch
+    from asa.settings import OptimSettings, TrainSettings
+    from asa.training.device import PRECISIONS
+    from asa.training.plan import Example, micro_batch, volume_batch
+    from scripts.benchmark.memory import step_memory
 
     row = ROWS[name]
     settings = TrainSettings(steps=3, batch_size=row.batch, **{"precision": "fp32", **row.train})
     if row.network.startswith("rat"):
         with tempfile.TemporaryDirectory() as scratch:
             dataset = samples(row, Path(scratch))
-            batch: Any = collate([dataset[k % 2, 0] for k in range(row.batch)])
+            batch = collate([dataset[k % 2, 0] for k in range(row.batch)])
+        example: Example = lambda method: batch  # noqa: E731
     else:
-        batch = partial(volume_batch, count=micro_batch(settings), label=row.network.startswith("unet"))
-    plan = make_plan(lambda: make(row), batch, settings=settings, optim=OptimSettings())
-    return next(memory.peak for place, memory in plan.memory.items() if place.startswith("CPU"))
+        example = partial(volume_batch, count=micro_batch(settings), label=row.network.startswith("unet"))
+    dtype = PRECISIONS[settings.precision]
+    return step_memory(lambda: make(row), example, settings=settings, optim=OptimSettings(), dtype=dtype)
 
 
 def main() -> int:
@@ -157,12 +158,12 @@ def main() -> int:
             from asa.training import loop as train
 
             train.keep_freed_memory = lambda: False
-        print(json.dumps([measured(name), planned(name)]))
+        print(json.dumps([measured(name), traced(name)]))
         return 0
     # Above the smallest tensors; set explicitly, as the first large tensor that is freed would raise it otherwise.
     environment = {**os.environ} if options.heap else {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     wrong = []
-    print(f"{'row':<26}{'planned':>12}{'measured':>12}{'planned / measured':>20}")
+    print(f"{'row':<26}{'traced':>12}{'measured':>12}{'traced / measured':>20}")
     for name in options.names or ROWS:
         command = [sys.executable, "-m", "scripts.plan_check", "--one", name, *(["--heap"] if options.heap else [])]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from asa.baselines.puzzle import PuzzlePretraining
 from asa.baselines.puzzle_net import puzzle_tiny
-from asa.inference.segmentation import PredictSettings, sliding_window
+from asa.inference.segmentation import sliding_window
 from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.regress import Regression
@@ -42,6 +42,7 @@ from asa.models.vit_seg import probe_tiny, vit_seg_tiny
 from asa.restoration.method import Restoration
 from asa.restoration.rat import rat_tiny
 from asa.restoration.restormer import restormer_tiny
+from asa.settings import PredictSettings
 from asa.training.device import PRECISIONS, on_device
 from asa.training.ema import EMA
 from asa.training.nonfinite import NonFiniteGuard

@@ -35,13 +35,12 @@ MODEL = {
 def tiny_run(run: Path, store: Path, steps: int = 6, workers: int = 0, timeout: float = 0.5, **settings: Any) -> None:
     """Pretrain a tiny autoencoder on four scans, in as many processes as the environment says."""
     from asa.data.loading.crops import CropDataset
-    from asa.data.loading.loader import LoaderSettings
     from asa.data.store import Store
     from asa.methods.pretrain import MaskedPretraining
     from asa.models.masked_autoencoder import asa_tiny
+    from asa.settings import LoaderSettings, OptimSettings, TrainSettings
     from asa.training.distributed import is_main, process_group, rank
-    from asa.training.loop import TrainSettings, train
-    from asa.training.optim import OptimSettings
+    from asa.training.loop import train
 
     torch.set_num_threads(1)
     torch.manual_seed(rank())  # each rank starts from other weights: those of rank 0 must be used

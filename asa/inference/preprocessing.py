@@ -13,11 +13,11 @@ from asa.data.preprocessing.pipeline import PreparedCase, prepare_case
 from asa.data.preprocessing.scan import intensity_statistics
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.errors import reason_of
+from asa.settings import LARGEST_OVERLAP
 
 MEASURED = ("mean", "sd")  # of the normalised intensities
 VOLUME_TOLERANCE = 0.25  # of the training scans' smallest and largest brain, beyond which a scan is warned about
 INTENSITY_TOLERANCE = 0.1  # the same of mean and SD, in units of the normalised intensities
-LARGEST_OVERLAP = 0.9  # of windows: each axis then takes ten times as many as without
 OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command; the user has to give one
 EXPORTED = ("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "spacing")  # no subjects
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled

@@ -20,34 +20,14 @@ from tqdm import tqdm
 from asa.data.io.nifti import Volume, write_image, write_label
 from asa.data.preprocessing.pipeline import to_native
 from asa.inference.label_maps import Outputs
-from asa.inference.preprocessing import LARGEST_OVERLAP, ScanPreprocessor, check_metadata
+from asa.inference.preprocessing import ScanPreprocessor, check_metadata
 from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map
 from asa.ops.symmetry import check_axes, flip
+from asa.settings import PredictSettings
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
 
 OVERLAP = 0.5  # of windows, where the settings give none
-
-
-@dataclass
-class PredictSettings:
-    """How a volume is covered by windows, and the device and precision of the network."""
-
-    overlap: float | None = None
-    "overlap of neighbouring windows, as a fraction of the window; null: 0.5, or more if the network was validated so"
-    batch_size: int = 1
-    "windows per forward pass"
-    device: str = "auto"
-    "auto (a GPU if there is one), cpu, cuda, ..."
-    precision: str = "auto"
-    "auto (as in training), fp32, bf16 or fp16"
-
-    def __post_init__(self) -> None:
-        if self.overlap is not None and not 0 <= self.overlap <= LARGEST_OVERLAP:
-            raise ValueError(f"predict.overlap={self.overlap}: a fraction must be in [0, {LARGEST_OVERLAP}]")
-        if self.batch_size < 1:
-            raise ValueError(f"predict.batch_size={self.batch_size}: give 1 or more")
-        pick_precision(self.precision, pick_device(self.device))
 
 
 def window_size(model: nn.Module) -> tuple[int, int, int]:

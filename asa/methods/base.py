@@ -19,7 +19,6 @@ class Method(Protocol):
     - `model`: the network, which is kept in checkpoints.
     - `mirrored`: whether batches have the "mirror" of each image.
     - optional: `drops_air`: whether batches have "air", the patches of constant intensity of each image.
-    - optional: `run_untiled(batch)`, see `asa.methods.pretrain.MaskedPretraining`.
     """
 
     task: str

@@ -156,11 +156,6 @@ class MaskedPretraining(nn.Module):
         varies = tokens_at((patches.var(dim=2, correction=0) > FLAT)[:, :, None], masked.indices)[:, :, 0]
         return varies if masked.valid is None else varies & masked.valid
 
-    def run_untiled(self, batch: Batch) -> None:
-        """Compute what a GPU computes for the whole batch and a CPU in slabs, for the memory plan of a step."""
-        if self.loss.importance:
-            gradient_importance(batch["image"], self.loss.patch_size, self.loss.bins, self.loss.importance)
-
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """The figure "reconstruction" of a batch, see `reconstruct`. Of several masks the first one is drawn."""
         air = self._air(batch)

@@ -23,7 +23,7 @@ from asa.training.gpu_check import preflight
 from asa.training.loop import TrainSettings, check_settings, train
 from asa.training.optim import OptimSettings
 from asa.training.plan import micro_batch, show_plan, wants_plan
-from asa.training.run_folder import open_run, run_precision
+from asa.training.run_folder import open_run, run_backend
 
 
 def configure(command: str, *settings: Mapping[str, Any], config_dir: str | Path | None = None) -> Config:
@@ -55,7 +55,7 @@ def train_task(config: Config, command: str) -> Path | None:
     planned = wants_plan(config["plan"], config["plan_rate"])
     if not planned:  # a plan may be for another machine
         check_settings(settings, optim)
-        settings.precision = config["train"]["precision"] = run_precision(Path(str(config["out"])), settings)
+        backend = run_backend(Path(str(config["out"])), settings)
     explain = _explains(config)
     name, make_task = task_of_method(config, command)
     task = make_task(config)
@@ -69,7 +69,7 @@ def train_task(config: Config, command: str) -> Path | None:
     if planned:
         print(show_plan(make, example, len(task.parts["train"]), settings, optim, config["plan_rate"], task.units))
         return None
-    for line in preflight(make, example, settings, optim):
+    for line in preflight(make, example, settings, optim, backend):
         print(line)
     torch.manual_seed(settings.seed)
     method = make()
@@ -79,7 +79,7 @@ def train_task(config: Config, command: str) -> Path | None:
     task.load_init(method)
     dataset, validate = task.dataset(method), task.validation(method)
     description = {"model": config["model"], "task": name, "data": task.metadata()}
-    with open_run(config, task.split, settings) as run:
+    with open_run(config, task.split, settings, backend) as run:
         task.begin(run)
         metrics = train(
             method,
@@ -90,6 +90,7 @@ def train_task(config: Config, command: str) -> Path | None:
             loader=loader,
             description=description,
             validate=validate,
+            backend=backend,
         )
         task.finish(run, method, metrics)
     print(f"wrote {find_weights(run)}")

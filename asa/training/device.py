@@ -3,11 +3,10 @@
 import ctypes
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,29 @@ BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 ON_HOST = ("seed", "air", "regions")  # of a batch: values that decide shapes, for which the host would wait
 HEAP_GROWTH = 64 * 2**20  # bytes requested from the system at a time
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a run computes, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype  # of autocast
+
+    @classmethod
+    def of(cls, device: str, precision: str) -> "Backend":
+        """What settings stand for on this machine; see `pick_device` and `pick_precision`."""
+        place = pick_device(device)
+        return cls(place, pick_precision(precision, place))
+
+    @property
+    def precision(self) -> str:
+        """The precision setting that stands for `dtype`."""
+        return next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision; float32 disables an enclosing autocast."""
+        return autocast(self.device, self.dtype)
 
 
 def pick_device(name: str) -> torch.device:
@@ -65,16 +87,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         raise ValueError("train.precision=fp16 needs a GPU: use fp32, or bf16 if the CPU supports it")
     if name == "bf16" and device.type == "cpu" and not has_bf16_units() and ranks.is_main():
         warnings.warn(
-            f"precision=bf16 on a CPU without bfloat16 units: matrix products take {bf16_slowdown():.1f} times as long "
-            "as in fp32; precision=auto chooses fp32 here",
+            "precision=bf16 on a CPU without bfloat16 units: matrix products can take several times as long as in "
+            "fp32; precision=auto chooses fp32 here",
             stacklevel=2,
         )
     return PRECISIONS[name]
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    """The precision setting that stands for an autocast dtype."""
-    return next(name for name, value in PRECISIONS.items() if value == dtype)
 
 
 def has_bf16_units() -> bool:
@@ -82,22 +99,6 @@ def has_bf16_units() -> bool:
     # Older versions of torch cannot tell; float32 is always right there.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.backends.mkldnn.is_available() and any(capabilities.get(unit) for unit in BF16_UNITS)
-
-
-@lru_cache(maxsize=1)
-def bf16_slowdown() -> float:
-    """Time of a matrix product on this CPU in bfloat16, over its time in float32: the best of a few short ones."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(4):  # the first one warms up
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -1,28 +1,34 @@
 """Checks before a run starts on a GPU: does this PyTorch support it, and does a step fit in its memory?"""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from asa.training.device import pick_device, pick_precision
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings
-from asa.training.plan import GIB, ExampleBatch, step_memory
+from asa.settings import OptimSettings, TrainSettings
+from asa.training.device import Backend, on_device
+from asa.training.ema import EMA
+from asa.training.optim import freeze, make_optimizer
 
+GIB = 2**30
 VOLTA = (7, 0)
 FOR_VOLTA = "torch 2.8 built for CUDA 12.6 (pytorch.org/get-started/previous-versions)"
 USABLE = 0.9  # fraction of a GPU's free memory that a step may take; the allocator needs some
 
 
 def preflight(
-    make: Callable[[], nn.Module], batch: ExampleBatch, settings: TrainSettings, optim: OptimSettings
+    make: Callable[[], nn.Module],
+    example: Callable[[Any], Mapping[str, Any]],
+    settings: TrainSettings,
+    optim: OptimSettings,
+    backend: Backend,
 ) -> list[str]:
     """Check the GPU of a run, if it uses one.
 
     Args:
-        make, batch, settings, optim: see `asa.training.plan.make_plan`.
+        make, example, settings, optim, backend: see `step_peak`.
 
     Returns:
         Lines to print: advice, and the memory of a step compared with the free memory.
@@ -30,12 +36,50 @@ def preflight(
     Raises:
         ValueError: this PyTorch does not support the GPU.
     """
-    device = pick_device(settings.device)
-    if device.type != "cuda":
+    if backend.device.type != "cuda":
         return []
-    advice, dtype = check_gpu(device), pick_precision(settings.precision, device)
-    _, memory = step_memory(make, dtype, batch, settings=settings, optim=optim, gpu=True)
-    return [*advice, fit_line(memory.peak, device)]
+    advice = check_gpu(backend.device)
+    return [*advice, fit_line(step_peak(make, example, settings, optim, backend), backend.device)]
+
+
+def step_peak(
+    make: Callable[[], Any],
+    example: Callable[[Any], Mapping[str, Any]],
+    settings: TrainSettings,
+    optim: OptimSettings,
+    backend: Backend,
+) -> int | None:
+    """Bytes that tensors take on a GPU at the peak of a training step, measured in two steps; None: they do not fit.
+
+    Args:
+        make: makes the method.
+        example: makes a micro-batch of it; tensors on the meta device become zeros.
+        settings, optim: of the run.
+        backend: its GPU and precision.
+    """
+    try:
+        method = make()
+        if not optim.freeze_until:
+            freeze(method.model, optim.freeze)
+        tensors = {key: value for key, value in example(method).items() if isinstance(value, Tensor)}
+        filled = {k: torch.zeros_like(v, device="cpu") if v.is_meta else v for k, v in tensors.items()}
+        batch = on_device(filled, backend.device)
+        method.to(backend.device)
+        optimizer, average = make_optimizer(method, optim), EMA(method, settings.ema)
+        torch.cuda.reset_peak_memory_stats(backend.device)
+        for step in (1, 2):  # the first one makes the optimizer's states
+            for _ in range(min(settings.accumulate, 2)):
+                with backend.autocast():
+                    loss = method(batch)["loss"]
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(step)
+        return torch.cuda.max_memory_allocated(backend.device)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
 
 
 def check_gpu(device: torch.device) -> list[str]:
@@ -77,13 +121,14 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     return major == capability[0] and minor <= capability[1]
 
 
-def fit_line(needed: int, device: torch.device) -> str:
-    """A line that compares the memory that a step needs at its peak, in bytes, with the free memory of a GPU."""
+def fit_line(needed: int | None, device: torch.device) -> str:
+    """A line that compares the bytes that a step needs at its peak, None if they do not fit, with a GPU's free ones."""
     free, total = torch.cuda.mem_get_info(device)
+    takes = "does not fit" if needed is None else f"takes {needed / GIB:.1f} GiB"
     line = (
-        f"memory: a step takes about {needed / GIB:.1f} GiB, {free / GIB:.1f} of {total / GIB:.1f} GiB are free "
-        f"on {torch.cuda.get_device_name(device)}"
+        f"memory: a step {takes}, {free / GIB:.1f} of {total / GIB:.1f} GiB are free on "
+        f"{torch.cuda.get_device_name(device)}"
     )
-    if needed <= USABLE * free:
+    if needed is not None and needed <= USABLE * free:
         return line
     return f"warning: {line}: raise train.accumulate, set model.checkpointing=true, or take a smaller crop"

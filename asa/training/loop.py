@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import nn
 
 from asa.data.loading.crops import Samples
-from asa.data.loading.loader import LoaderSettings, check_batch, make_loader
+from asa.data.loading.loader import make_loader
+from asa.settings import LoaderSettings, OptimSettings, TrainSettings, check_batch
 from asa.training import distributed
 from asa.training.checkpoint import (
     best_step,
@@ -23,20 +23,11 @@ from asa.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from asa.training.device import (
-    autocast,
-    deterministic,
-    keep_freed_memory,
-    on_device,
-    pick_device,
-    pick_precision,
-    precision_name,
-)
+from asa.training.device import Backend, deterministic, keep_freed_memory, on_device
 from asa.training.ema import EMA
 from asa.training.meter import Meter
 from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import (
-    OptimSettings,
     Schedule,
     freeze,
     make_optimizer,
@@ -48,81 +39,19 @@ from asa.training.run_log import RunLog, SilentLog
 from asa.training.signals import Stopped, stop_signals
 from asa.training.trackers import check_trackers
 
+SAVE_MINUTES = 20  # between checkpoints, if that comes before `train.save_every`
 # Metrics and pictures, both by name; a picture is (H, W, 3) uint8.
 Validation = tuple[dict[str, float], dict[str, np.ndarray]]
 Validate = Callable[[int], Validation]  # called with the steps done
-
-
-@dataclass
-class TrainSettings:
-    """Length, batch, precision and intervals of a training run."""
-
-    steps: int = 10000
-    "optimizer steps of the whole run"
-    batch_size: int = 2
-    "global batch size: samples per optimizer step, over all processes"
-    accumulate: int = 1
-    "micro-batches per step (gradient accumulation); saves memory and gives the same step"
-    device: str = "auto"
-    "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
-    precision: str = "auto"
-    "auto (bf16 where the GPU or CPU has units for it, else fp16 on a GPU and fp32 on a CPU), fp32, bf16 or fp16"
-    compile: bool = False
-    "compile the network with torch.compile: the first steps take a minute or more"
-    ema: float = 0.0
-    "decay of the exponential moving average of the weights, like 0.999, which is validated and saved; 0: no average"
-    clip: float = 1.0
-    "maximum gradient norm; 0 does not clip"
-    seed: int = 0
-    "random seed"
-    log_every: int = 10
-    "steps between lines of the log"
-    validate_every: int = 500
-    "steps between validations; 0: only at the end"
-    save_every: int = 500
-    "steps between checkpoints"
-    save_minutes: float = 20.0
-    "minutes between checkpoints, if that comes before save_every"
-    keep: int = 2
-    "number of most recent checkpoints to keep"
-    best: str | None = None
-    "validation metric that selects the best checkpoint, like dice (highest) or -loss (lowest); it is kept in OUT/best"
-    patience: int = 0
-    "the run ends early after this many validations without a better train.best; 0: never"
-    deterministic: bool = False
-    "deterministic kernels only, also on a GPU: the same run gives the same bits; slower, and some networks have none"
-    log_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    "trackers beside log.jsonl: tensorboard, and with their extras mlflow and wandb, which stay offline by default"
-    timeout_minutes: float = 10.0
-    "with several processes: the run ends if one of them makes no progress for this long"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be 1 or more")
-        for name in ("clip", "seed", "validate_every", "save_minutes", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be 0 or more")
-        if self.patience and not (self.best and self.validate_every):
-            raise ValueError(
-                f"train.patience={self.patience} counts validations without a better train.best: give a metric there, "
-                "like dice or -loss, and train.validate_every"
-            )
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"train.ema={self.ema}: the decay must be in [0, 1)")
-        if not 0 < self.timeout_minutes < float("inf"):
-            raise ValueError(f"train.timeout_minutes={self.timeout_minutes}: must be positive and finite")
-        check_batch(self.batch_size, self.accumulate, 1)
 
 
 def check_settings(settings: TrainSettings, optim: OptimSettings) -> None:
     """Check what `train` needs before a run folder is made.
 
     Raises:
-        ValueError: settings that do not fit each other or this machine.
+        ValueError: settings that do not fit each other or the number of processes.
         ImportError: the extra of a tracker is not installed.
     """
-    pick_precision(settings.precision, pick_device(settings.device))
     Schedule(optim, settings.steps, settings.batch_size)
     check_batch(settings.batch_size, settings.accumulate, distributed.world_size())
     check_trackers(settings.log_to)
@@ -138,6 +67,7 @@ def train(
     loader: LoaderSettings,
     description: Mapping[str, Any],
     validate: Validate | None = None,
+    backend: Backend | None = None,
 ) -> dict[str, float]:
     """Train a method to its last step, continuing from the run's newest checkpoint if there is one.
 
@@ -151,6 +81,7 @@ def train(
         description: plain data stored in every checkpoint, see `save_checkpoint`.
         validate: called by all processes with the number of steps done; returns metrics and pictures for the log. The
             method is in evaluation mode meanwhile, with the averaged weights under `train.ema`.
+        backend: what the settings' device and precision stand for; None: resolved here.
 
     Returns:
         The metrics of the last validation, or of the last logged step.
@@ -165,8 +96,8 @@ def train(
         raise ValueError(f"train.best={settings.best} needs validation: give the split a validation part")
 
     # --- model
-    device = pick_device(settings.device)
-    dtype = pick_precision(settings.precision, device)
+    backend = backend or Backend.of(settings.device, settings.precision)
+    device, fp16 = backend.device, backend.dtype == torch.float16
     if device.type == "cpu":
         keep_freed_memory()
     model = method.get_submodule("model")
@@ -179,7 +110,7 @@ def train(
     # --- optimizer
     schedule = Schedule(optim, settings.steps, settings.batch_size)
     optimizer = make_optimizer(method, optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     ema = EMA(method, settings.ema)
 
     # --- resume
@@ -189,14 +120,14 @@ def train(
         freeze(model, optim.freeze)
     set_training(method)
     log = RunLog(run, settings.steps, step, settings.log_to) if distributed.is_main() else SilentLog()
-    log.message(f"computing in {precision_name(dtype)} on {device}")
+    log.message(f"computing in {backend.precision} on {device}")
     if step:
         log.message(f"continuing from step {step} of {settings.steps}")
     if before.get("steps", settings.steps) != settings.steps and optim.schedule != "constant":
         log.message(
             f"warning: the learning-rate schedule was made for {before['steps']} steps and is now for {settings.steps}"
         )
-    guard = NonFiniteGuard(run, log, optimizer, fp16=dtype == torch.float16)
+    guard = NonFiniteGuard(run, log, optimizer, fp16=fp16)
     guard.load_state_dict(before.get("guard", guard.state_dict()))
     ddp = distributed.data_parallel(method)
 
@@ -240,7 +171,7 @@ def train(
     def run_validation() -> dict[str, float]:
         assert validate is not None
         method.eval()
-        with torch.no_grad(), autocast(device, dtype), ema.swapped_in():
+        with torch.no_grad(), backend.autocast(), ema.swapped_in():
             metrics, pictures = validate(step)
             metric = settings.best
             is_best = metric is not None and distributed.on_main(
@@ -282,10 +213,10 @@ def train(
                 inputs = on_device(batch, device)
                 is_last = micro_batch == settings.accumulate - 1
                 if is_last:  # ask here, read the answers after the step: nothing waits for them
-                    late = time.monotonic() - saved_at >= 60 * settings.save_minutes
+                    late = time.monotonic() - saved_at >= 60 * SAVE_MINUTES
                     answers = distributed.any_rank(stop.requested, late and distributed.is_main())
                 with distributed.gradient_sync(ddp, is_last):
-                    with autocast(device, dtype):
+                    with backend.autocast():
                         result = ddp(inputs)
                     loss = guard.add(batch, result["loss"])
                     scaler.scale(loss / settings.accumulate).backward()

@@ -2,68 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-
-@dataclass
-class OptimSettings:
-    """The optimizer and its learning-rate schedule."""
-
-    name: str = "adamw"
-    "adamw, or sgd (Nesterov)"
-    lr: float = 1.5e-4
-    "peak learning rate"
-    reference_batch: int | None = None
-    "if set, lr is multiplied by train.batch_size / reference_batch"
-    weight_decay: float = 0.05
-    "decoupled for AdamW; not applied to biases, norms and tokens"
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    "beta1 and beta2 of AdamW"
-    momentum: float = 0.99
-    "momentum of SGD"
-    schedule: str = "cosine"
-    "learning rate after the warm-up: cosine (down to final_lr), poly ((1 - t)^0.9) or constant"
-    warmup: float = 0
-    "linear warm-up to lr: a number of steps, or below 1 a fraction of train.steps"
-    warmup_lr: float = 1e-6
-    "learning rate of the first step of the warm-up"
-    final_lr: float = 0.0
-    "learning rate at the end of the cosine"
-    layer_decay: float = 1.0
-    "layer-wise decay for fine-tuning: learning rate of an encoder block relative to the block above it; 1: no decay"
-    freeze: list[str] = field(default_factory=list)
-    "parts of the network that are not trained, like [encoder] or [encoder.patch_embed,encoder.blocks.0]"
-    freeze_until: int = 0
-    "step at which freeze ends: then all is trained, with a warm-up of its own; 0: it lasts for the whole run"
-    encoder_lr: float = 1.0
-    "learning rate of the encoder, relative to that of the other parts"
-
-    def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd"):
-            raise ValueError(f"optim.name is adamw or sgd, not {self.name!r}")
-        if self.schedule not in ("cosine", "poly", "constant"):
-            raise ValueError(f"optim.schedule is cosine, poly or constant, not {self.schedule!r}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
-            raise ValueError(
-                f"optim.betas={list(self.betas)}, optim.momentum={self.momentum}: all three must be in [0, 1)"
-            )
-        if self.warmup < 0 or (self.warmup >= 1 and self.warmup % 1):
-            raise ValueError(f"optim.warmup={self.warmup:g}: give whole steps, or a fraction of the run below 1")
-        if self.freeze_until < 0 or (self.freeze_until and not self.freeze):
-            raise ValueError(
-                f"optim.freeze_until={self.freeze_until}: give a step, and in optim.freeze what is frozen until"
-            )
-        if not 0 < self.encoder_lr <= 1:
-            raise ValueError(
-                f"optim.encoder_lr={self.encoder_lr}: must be in (0, 1]; 0 would be optim.freeze=[encoder]"
-            )
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay={self.layer_decay}: must be in (0, 1]")
-        if self.lr < 0 or self.weight_decay < 0 or (self.reference_batch is not None and self.reference_batch < 1):
-            raise ValueError("optim.lr and optim.weight_decay must be 0 or more, optim.reference_batch 1 or more")
+from asa.settings import OptimSettings
 
 
 def warmup_steps(warmup: float, total: int) -> int:

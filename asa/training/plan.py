@@ -1,17 +1,16 @@
 """The cost of a run before it is started: parameters, operations, memory and time.
 
-A step is traced with tensors that have a shape and no data (PyTorch's fake tensors), so a plan takes seconds whatever
-the model's size. Operations are those of matrix products and convolutions. Memory is that of all tensors of the step
-alive at the same time.
+Operations are those of matrix products and convolutions. A step is traced with tensors that have a shape and no data
+(PyTorch's fake tensors), so they are counted in seconds whatever the model's size. Memory is that of the weights and
+what belongs to them; the activations come on top, and are measured on a GPU (`asa.training.gpu_check.step_peak`).
 
-Batches are given as an example micro-batch, or as a function that makes one for a method, like `volume_batch`. Their
-floating-point values are not used, so these tensors may be on the meta device. Integers and booleans that decide
-shapes, like "seed" and the label maps of region attention, need their values.
+An example of a micro-batch is made by a function of the method, like `volume_batch`. Its floating-point values are not
+used, so these tensors may be on the meta device. Integers and booleans that decide shapes, like "seed" and the label
+maps of region attention, need their values.
 """
 
 import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -23,29 +22,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from asa.training.device import autocast, pick_device, pick_precision, precision_name
+from asa.settings import OptimSettings, TrainSettings
+from asa.training.device import Backend, pick_device
 from asa.training.distributed import world_size
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings, Schedule, freeze
+from asa.training.gpu_check import GIB, fit_line, step_peak
+from asa.training.optim import Schedule, freeze
 
-GIB = 2**30
-HEAP = (1.2, 1.4)  # heap of a run on a CPU, relative to its tensors: the smallest and largest in docs/planning.md
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-ExampleBatch: TypeAlias = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
+Example: TypeAlias = Callable[[Any], Mapping[str, Any]]
 
 
-class TensorTracker(TorchDispatchMode):
-    """Counts the operations in its context, and the bytes of the tensors that are created there and still alive.
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations in its context.
 
     Operations on tensors without data are not computed. Others are, as they decide shapes: for example the indices of
-    masked patches. Tensors `existing` before and their views are not counted.
+    masked patches.
     """
 
-    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.operations = 0
-        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
+        self.operations = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -53,26 +48,11 @@ class TensorTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         with nullcontext() if _without_data((args, kwargs)) else unset_fake_temporarily():
             out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        # Counted as FlopCounterMode does, which itself would keep the tensors of recomputed blocks alive.
         if func.overloadpacket is torch.ops.aten.convolution_backward:
             self.operations += _convolution_gradient(*args, **kwargs)
         elif func.overloadpacket in flop_registry:
             self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.live += self.sizes[key]
-            weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
 
 
 def _convolution_gradient(out: Tensor, image: Tensor, weight: Tensor, *rest: Any) -> int:
@@ -89,64 +69,43 @@ def _without_data(tree: Any) -> bool:
     return any(isinstance(leaf, FakeTensor) or getattr(leaf, "is_meta", False) for leaf in tree_leaves(tree))
 
 
-@dataclass(frozen=True)
-class StepTrace:
-    """The micro-batches of a step, traced without data."""
-
-    forward: int  # operations of a micro-batch's forward pass
-    both: int  # operations of its forward and backward passes
-    kept: int  # bytes of the batch and the activations that a micro-batch keeps for its backward pass
-    peak: int  # maximum of bytes alive at the same time, including gradients, excluding weights and optimizer
-
-
-def trace_step(method: nn.Module, batch: Mapping[str, Tensor], dtype: torch.dtype, micro_batches: int) -> StepTrace:
-    """Trace the forward and backward passes of a step without data.
+def count_operations(method: nn.Module, batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Operations of a micro-batch: of its forward pass, and of its forward and backward passes.
 
     Args:
         method: on the meta device; its parameters are replaced.
-        batch: a micro-batch on the meta device, except for tensors whose values decide shapes.
-        dtype: of autocast.
-        micro_batches: of the step. From the second one on, gradients exist from the beginning.
+        batch: an example micro-batch, see the module's docstring.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    counter, fake = OperationCounter(), FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        method.to_empty(device=CPU)
-    tracker = TensorTracker([*method.parameters(), *method.buffers()])
-    with fake, tracker:
-        for _ in range(min(micro_batches, 2)):
-            operations, live = tracker.operations, tracker.live
-            inputs = {
-                key: torch.empty_like(value, device=CPU) if value.is_meta else value for key, value in batch.items()
-            }
-            with autocast(CPU, dtype):
-                loss = method(inputs)["loss"]
-            forward, kept = tracker.operations - operations, tracker.live - live
-            loss.backward()
-            both = tracker.operations - operations
-            del loss, inputs
-    return StepTrace(forward, both, kept, tracker.peak)
+        method.to_empty(device="cpu")
+    with fake, counter:
+        loss = method(without_values(batch))["loss"]
+        forward = counter.operations
+        loss.backward()
+    return forward, counter.operations
 
 
-@dataclass(frozen=True)
-class StepMemory:
-    """Memory of a step in bytes, weights and gradients in float32."""
-
-    weights: int
-    gradients: int  # of the trained parameters
-    states: int  # of the optimizer
-    kept: int  # batch and activations that a micro-batch keeps for its backward pass
-    peak: int  # maximum of everything together; the other four do not add up to it
+def without_values(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an example, those whose values are not used as fake ones, inside a FakeTensorMode."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    return {
+        key: torch.empty_like(value, device="cpu") if value.is_meta or value.is_floating_point() else value
+        for key, value in tensors.items()
+    }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a run."""
+    """The cost of a run: parameters, operations of a step over all its micro-batches, and bytes in float32."""
 
     encoder: int  # parameters; 0 without an encoder
     total: int  # parameters
-    forward: int  # operations of the forward passes of a step over all its micro-batches
-    step: int  # operations of a whole step, including what checkpointing computes again
-    memory: dict[str, StepMemory]  # by device and precision, like "CPU, fp32" and "GPU, 16 bit"
+    forward: int  # operations of the forward passes
+    step: int  # operations of the whole step, including what checkpointing computes again
+    weights: int  # bytes, including those of their moving average
+    gradients: int  # of the trained parameters
+    states: int  # of the optimizer
 
 
 def volume_batch(method: Any, count: int, *, label: bool = False, target: bool = False) -> dict[str, Tensor]:
@@ -175,77 +134,36 @@ def micro_batch(settings: TrainSettings) -> int:
 
 
 def make_plan(
-    make: Callable[[], nn.Module], batch: ExampleBatch, *, settings: TrainSettings, optim: OptimSettings
+    make: Callable[[], nn.Module], example: Example, *, settings: TrainSettings, optim: OptimSettings
 ) -> Plan:
     """Compute the cost of a run without running it.
 
     Args:
         make: makes the method.
-        batch: an example micro-batch, see the module's docstring.
+        example: makes a micro-batch of it, see the module's docstring.
         settings, optim: of the run, which is planned for one process.
 
     Raises:
         ValueError: settings that do not fit each other.
     """
     Schedule(optim, settings.steps, settings.batch_size)
-    memory, trace, method = {}, None, _on_meta(make)
-    cpu = precision_name(pick_precision("auto", torch.device("cpu")))
-    special = {"auto": {"CPU": cpu, "GPU": "fp16"}, "fp16": {"GPU": "fp16"}}
-    for device, name in special.get(settings.precision, dict.fromkeys(("CPU", "GPU"), settings.precision)).items():
-        trace, memory[f"{device}, {'16 bit' if device == 'GPU' and name != 'fp32' else name}"] = step_memory(
-            make, pick_precision(name, GPU), batch, settings=settings, optim=optim, gpu=device == "GPU"
-        )
-    assert trace is not None
-    encoder = getattr(method.model, "encoder", None)
-    return Plan(
-        encoder=_count(encoder) if isinstance(encoder, nn.Module) else 0,
-        total=_count(method),
-        forward=trace.forward * settings.accumulate,
-        step=trace.both * settings.accumulate,
-        memory=memory,
-    )
-
-
-def step_memory(
-    make: Callable[[], nn.Module],
-    dtype: torch.dtype,
-    batch: ExampleBatch,
-    *,
-    settings: TrainSettings,
-    optim: OptimSettings,
-    gpu: bool,
-) -> tuple[StepTrace, StepMemory]:
-    """The trace of a step and its memory on a CPU or a GPU; see `make_plan`.
-
-    On a GPU the attention probabilities are counted although its fused kernels do not keep them: a few percent.
-    """
-    method = _on_meta(make)
+    with torch.device("meta"):
+        method: Any = make()
     if not optim.freeze_until:
         freeze(method.model, optim.freeze)
-    example = _without_values(batch(method) if callable(batch) else batch)
-    weights = 4 * _count(method)
-    # The trace runs on a CPU, where not every network supports bf16; any 16-bit type has the same size.
-    trace = trace_step(method, example, dtype if dtype == torch.float32 else torch.float16, settings.accumulate)
-    peak = trace.peak
-    if gpu and hasattr(method, "run_untiled"):
-        with TensorTracker() as tracker:
-            method.run_untiled(example)
-        peak = max(peak, trace.kept + tracker.peak + (weights if settings.accumulate > 1 else 0))
+    forward, both = count_operations(method, example(method))
+    encoder = getattr(method.model, "encoder", None)
+    total = _count(method)
     gradients = 4 * sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
-    states = gradients * (int(optim.momentum > 0) if optim.name == "sgd" else 2)
-    ema = weights if settings.ema else 0
-    return trace, StepMemory(weights, gradients, states, trace.kept, weights + states + ema + peak)
-
-
-def _on_meta(make: Callable[[], nn.Module]) -> Any:
-    with torch.device("meta"):
-        return make()
-
-
-def _without_values(example: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a micro-batch, floating-point ones on the meta device."""
-    tensors = {key: value for key, value in example.items() if isinstance(value, Tensor)}
-    return {key: value.to("meta") if value.is_floating_point() else value for key, value in tensors.items()}
+    return Plan(
+        encoder=_count(encoder) if isinstance(encoder, nn.Module) else 0,
+        total=total,
+        forward=forward * settings.accumulate,
+        step=both * settings.accumulate,
+        weights=4 * total * (2 if settings.ema else 1),
+        gradients=gradients,
+        states=gradients * (int(optim.momentum > 0) if optim.name == "sgd" else 2),
+    )
 
 
 def _count(module: nn.Module) -> int:
@@ -267,7 +185,7 @@ def wants_plan(plan: str | None, rate: float | None) -> bool:
 
 def show_plan(
     make: Callable[[], nn.Module],
-    batch: ExampleBatch,
+    example: Example,
     scans: int,
     settings: TrainSettings,
     optim: OptimSettings,
@@ -277,24 +195,28 @@ def show_plan(
     """The plan of a run as text.
 
     Args:
-        make, batch, settings, optim: see `make_plan`.
+        make, example, settings, optim: see `make_plan`.
         scans: in the training part.
         rate: TFLOP/s that the run will reach; None: the rate of matrix products is measured on this machine.
         names: of the items of a batch and of the training part.
     """
-    plan = make_plan(make, batch, settings=settings, optim=optim)
+    plan = make_plan(make, example, settings=settings, optim=optim)
+    for_gpu = settings.precision == "fp16" and pick_device("auto").type == "cpu"
+    backend = Backend.of("auto", "fp32" if for_gpu else settings.precision)
+    if backend.device.type == "cuda":
+        memory = fit_line(step_peak(make, example, settings, optim, backend), backend.device)
+    else:
+        memory = "and the batch and activations, which are measured where there is a GPU"
     if rate is not None:
-        return plan_report(plan, settings, scans, rate * 1e12, "as given by plan_rate", names)
-    device = pick_device("auto")
-    for_gpu = settings.precision == "fp16" and device.type == "cpu"
-    dtype = torch.float32 if for_gpu else pick_precision(settings.precision, device)
-    kind = precision_name(dtype)
-    source = f"measured here by {kind} matrix products ({device.type}): an upper limit, so the run takes longer"
-    return plan_report(plan, settings, scans, measure_rate(device, dtype), source, names)
+        return plan_report(plan, settings, scans, rate * 1e12, "as given by plan_rate", memory, names)
+    products = f"{backend.precision} matrix products ({backend.device.type})"
+    source = f"measured here by {products}: an upper limit, so the run takes longer"
+    return plan_report(plan, settings, scans, measure_rate(backend), source, memory, names)
 
 
-def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
+def measure_rate(backend: Backend) -> float:
     """Operations per second of large matrix products on this machine, measured in about a second."""
+    device, dtype = backend.device, backend.dtype
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.mm(a, b)
@@ -317,35 +239,37 @@ def plan_report(
     scans: int,
     rate: float,
     source: str,
+    memory: str,
     names: tuple[str, str] = ("volumes", "scans"),
 ) -> str:
-    """A plan as text of about ten lines: `rate` operations per second, from `source`; the rest as in `show_plan`."""
+    """A plan as text of about ten lines.
+
+    Args:
+        plan, settings: of the run.
+        rate: operations per second, from `source`.
+        memory: what is known of a step's memory beside that of the weights.
+        scans, names: see `show_plan`.
+    """
     volumes, seconds = settings.steps * settings.batch_size, plan.step / rate
-    low, high = HEAP
     parts = f"{settings.accumulate} micro-batches" if settings.accumulate > 1 else "one micro-batch"
     halves = f"encoder {plan.encoder / 1e6:.2f} M, decoder {(plan.total - plan.encoder) / 1e6:.2f} M, "
-    lines = [
-        "plan only: nothing is trained and no folder is made",
-        f"parameters  {halves if plan.encoder else ''}total {plan.total / 1e6:.2f} M",
-        f"operations  per step of {settings.batch_size} {names[0]} in {parts}: "
-        f"{plan.forward / 1e9:,.1f} GFLOP forward, {plan.step / 1e9:,.1f} forward and backward, "
-        f"{plan.step / settings.batch_size / 1e12:.3g} TFLOP each",
-        "            (matrix products and convolutions, by the formulas of torch.utils.flop_counter)",
-    ]
-    for title, (device, memory) in zip(("memory", ""), plan.memory.items(), strict=False):
-        lines.append(
-            f"{title:<12}{device}: peak {memory.peak / GIB:.2f} GiB per step; weights "
-            f"{memory.weights / GIB:.2f}, gradients {memory.gradients / GIB:.2f}, optimizer {memory.states / GIB:.2f}, "
-            f"batch and activations {memory.kept / GIB:.2f}"
-        )
-    lines += [
-        f"            (of tensors; the heap of a process on a CPU takes {low} to {high} times this: docs/planning.md)",
-        f"run         {settings.steps} steps: {volumes} {names[0]}, "
-        f"{volumes / scans:,.1f} epochs of {scans} {names[1]}",
-        f"time        {_duration(settings.steps * seconds)} ({seconds:.3g} s per step) at {rate / 1e12:.4g} TFLOP/s, "
-        f"{source}",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "plan only: nothing is trained and no folder is made",
+            f"parameters  {halves if plan.encoder else ''}total {plan.total / 1e6:.2f} M",
+            f"operations  per step of {settings.batch_size} {names[0]} in {parts}: "
+            f"{plan.forward / 1e9:,.1f} GFLOP forward, {plan.step / 1e9:,.1f} forward and backward, "
+            f"{plan.step / settings.batch_size / 1e12:.3g} TFLOP each",
+            "            (matrix products and convolutions, by the formulas of torch.utils.flop_counter)",
+            f"memory      weights {plan.weights / GIB:.2f} GiB, gradients {plan.gradients / GIB:.2f}, "
+            f"optimizer {plan.states / GIB:.2f};",
+            f"            {memory}",
+            f"run         {settings.steps} steps: {volumes} {names[0]}, "
+            f"{volumes / scans:,.1f} epochs of {scans} {names[1]}",
+            f"time        {_duration(settings.steps * seconds)} ({seconds:.3g} s per step) "
+            f"at {rate / 1e12:.4g} TFLOP/s, {source}",
+        ]
+    )
 
 
 def _duration(seconds: float) -> str:

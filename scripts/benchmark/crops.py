@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from asa.config import CONFIG_DIR
-from asa.data.loading.augment import AugmentSettings
+from asa.settings import AugmentSettings
 
 
 @dataclass

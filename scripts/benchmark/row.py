@@ -19,24 +19,23 @@ import torch
 from torch import nn
 
 import asa
-from asa.inference.segmentation import PredictSettings, sliding_window
+from asa.inference.segmentation import sliding_window
 from asa.losses.reconstruction import gradient_importance
 from asa.ops.patches import unpatchify
+from asa.settings import OptimSettings, PredictSettings, TrainSettings
 from asa.training.device import (
     PRECISIONS,
+    Backend,
     autocast,
     keep_freed_memory,
-    pick_device,
-    pick_precision,
-    precision_name,
 )
-from asa.training.gpu_check import USABLE
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings, make_optimizer
-from asa.training.plan import GIB, step_memory, volume_batch
+from asa.training.gpu_check import GIB, step_peak
+from asa.training.optim import make_optimizer
+from asa.training.plan import volume_batch
 from scripts.benchmark.checks import CHECKS
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
+from scripts.benchmark.memory import step_memory
 from scripts.benchmark.plan import AIR, CHANNELS, Spec
 from scripts.benchmark.scale import scale
 
@@ -105,19 +104,17 @@ def step_batch(edge: int, count: int, device: torch.device, channels: int = 1) -
     }
 
 
-def planned(spec: Spec, device: torch.device) -> int:
-    """Bytes that `plan=only` gives for a training step."""
+def planned(spec: Spec, device: torch.device) -> int | None:
+    """Bytes of a training step: on a GPU those that `plan=only` measures, None if they do not fit; else a trace's."""
     from scripts.benchmark.networks import make_method
 
-    memory = step_memory(
-        lambda: make_method(spec["network"], spec["size"], spec["edge"]),
-        PRECISIONS[spec["precision"]],
-        partial(volume_batch, count=spec["batch"], label=spec["network"] != "asa"),
-        settings=TrainSettings(batch_size=spec["batch"]),
-        optim=OptimSettings(),
-        gpu=device.type == "cuda",
-    )[1]
-    return memory.peak
+    make = partial(make_method, spec["network"], spec["size"], spec["edge"])
+    example = partial(volume_batch, count=spec["batch"], label=spec["network"] != "asa")
+    settings, optim = TrainSettings(batch_size=spec["batch"]), OptimSettings()
+    dtype = PRECISIONS[spec["precision"]]
+    if device.type == "cuda":
+        return step_peak(make, example, settings, optim, Backend(device, dtype))
+    return step_memory(make, example, settings=settings, optim=optim, dtype=dtype)
 
 
 def outer_patches(side: int) -> torch.Tensor:
@@ -132,7 +129,8 @@ def outer_patches(side: int) -> torch.Tensor:
 def fed(spec: Spec, device: torch.device) -> Work:
     """A pretraining step on crops from the loader, and the time it waits for them."""
     from asa.data.loading.crops import CropDataset
-    from asa.data.loading.loader import LoaderSettings, make_loader
+    from asa.data.loading.loader import make_loader
+    from asa.settings import LoaderSettings
     from scripts.benchmark.crops import RandomVolumes
 
     source = RandomVolumes.write(Path(spec["scratch"]), spec["volume"], channels=1)
@@ -188,9 +186,9 @@ def window(spec: Spec, device: torch.device) -> Work:
 
 def loader(spec: Spec, device: torch.device) -> Work:
     """Training crops from memory maps in the page cache, as fast as the loader gives them."""
-    from asa.data.loading.augment import AugmentSettings
     from asa.data.loading.crops import CropDataset
-    from asa.data.loading.loader import LoaderSettings, make_loader
+    from asa.data.loading.loader import make_loader
+    from asa.settings import AugmentSettings, LoaderSettings
     from scripts.benchmark.crops import RandomVolumes, finetuning_augmentation
 
     folder = Path(spec["scratch"])
@@ -302,11 +300,11 @@ def measure(spec: Spec, rates: Rates | None) -> dict[str, Any]:
         keep_freed_memory()
     row: dict[str, Any] = {}
     if spec.get("planned"):
-        row["planned_bytes"] = planned(spec, device)
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-        if free and row["planned_bytes"] > USABLE * free:
-            reason = f"plan=only: {row['planned_bytes'] / GIB:.0f} GiB, of which {free / GIB:.0f} are free"
-            return {**row, "status": "left out", "reason": reason}
+        needed = planned(spec, device)
+        if needed is None:
+            free = torch.cuda.mem_get_info(device)[0]
+            return {"status": "left out", "reason": f"plan=only: a step does not fit in the {free / GIB:.0f} GiB free"}
+        row["planned_bytes"] = needed
     row |= time_work(KINDS[spec["kind"]](spec, device), device, spec["repeats"], rates, spec["precision"])
     if spec.get("planned") and device.type == "cuda":  # on a CPU the peak is that of the process, libraries included
         row["peak_to_plan"] = row["peak_bytes"] / row["planned_bytes"]
@@ -317,11 +315,11 @@ def machine(spec: Spec) -> dict[str, Any]:
     """Description of the machine, and the meaning of "auto" on it."""
     import monai
 
-    device = pick_device(spec["device"])
-    dtype = pick_precision(spec["precision"], device)
+    backend = Backend.of(spec["device"], spec["precision"])
+    device = backend.device
     info = {
         "device": device.type,
-        "precision": precision_name(dtype),
+        "precision": backend.precision,
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": spec["threads"] or torch.get_num_threads(),

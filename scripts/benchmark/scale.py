@@ -16,10 +16,11 @@ from asa.data.io.files import sha256_of
 from asa.data.io.nifti import write_image
 from asa.data.leakage import find_leaks, training_digests
 from asa.data.loading.crops import CropDataset
-from asa.data.loading.loader import LoaderSettings, make_loader
+from asa.data.loading.loader import make_loader
 from asa.data.preprocessing.cohort import CohortSettings, find_duplicates, prepare_cohort
 from asa.data.splits import make_split, select
 from asa.data.store import MANIFEST, Store, array_path, entry_line, read_manifest, write_manifest
+from asa.settings import LoaderSettings
 from scripts.benchmark.clock import host_peak
 from scripts.benchmark.plan import Spec
 

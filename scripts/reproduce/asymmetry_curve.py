@@ -15,7 +15,7 @@ from asa.config import build
 from asa.data.store import Store
 from asa.evaluation.scans import auc
 from asa.inference.asymmetry import Asymmetry, AsymmetryScorer, HealthyReference
-from asa.inference.segmentation import PredictSettings
+from asa.settings import PredictSettings
 from asa.training.checkpoint import read_description
 from scripts.reproduce.asymmetry import make_stores, volumes
 from scripts.reproduce.commands import asa

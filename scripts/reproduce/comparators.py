@@ -23,10 +23,10 @@ import torch
 from asa.config import build, compose, typed
 from asa.data.loading.loader import collate
 from asa.data.splits import write_split
+from asa.settings import OptimSettings, TrainSettings
 from asa.tasks.segmentation import Segmentation
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings, make_optimizer
-from asa.training.plan import Plan, make_plan
+from asa.training.optim import make_optimizer
+from scripts.benchmark.memory import step_memory
 from scripts.reproduce.commands import asa, brain_dice, interval, quoted, score
 
 TISSUES = {1: "csf", 2: "gm", 3: "wm"}
@@ -76,17 +76,18 @@ def mean_dice(out: Path, network: str) -> np.ndarray:
     return brain_dice(out, network, TISSUES.values()).mean(axis=1)
 
 
-def costs(out: Path, options: argparse.Namespace) -> dict[str, tuple[Plan, float]]:
-    """The plan of each network, and the median seconds of its training step on one thread, all networks in turn."""
+def costs(out: Path, options: argparse.Namespace) -> dict[str, tuple[int, int, float]]:
+    """Parameters, traced bytes of a training step and its median seconds on one thread, all networks in turn."""
     torch.set_num_threads(1)
-    plans, ready = {}, {}
+    sizes, ready = {}, {}
     for network in options.networks:
         config = compose("finetune", settings(out, network, options))
         train, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
         task = Segmentation(config)
         make = partial(build, config["method"])
-        plans[network] = make_plan(make, partial(task.example, count=1), settings=train, optim=optim)
+        memory = step_memory(make, partial(task.example, count=1), settings=train, optim=optim)
         method: Any = make()
+        sizes[network] = (sum(weight.numel() for weight in method.parameters()), memory)
         crops = task.dataset(method)
         ready[network] = (method, make_optimizer(method, optim), collate([crops[0, 0]]))
 
@@ -104,10 +105,10 @@ def costs(out: Path, options: argparse.Namespace) -> dict[str, tuple[Plan, float
             seconds = step(network)
             if repeat:  # the first one also allocates
                 times[network].append(seconds)
-    return {network: (plans[network], float(np.median(times[network]))) for network in ready}
+    return {network: (*sizes[network], float(np.median(times[network]))) for network in ready}
 
 
-def report(out: Path, networks: Sequence[str], cost: dict[str, tuple[Plan, float]]) -> str:
+def report(out: Path, networks: Sequence[str], cost: dict[str, tuple[int, int, float]]) -> str:
     """The table."""
     lines = [
         f"| `model=` | million parameters | Dice of {', '.join(TISSUES.values())} (95 % interval) | "
@@ -115,10 +116,10 @@ def report(out: Path, networks: Sequence[str], cost: dict[str, tuple[Plan, float
         "|---|---:|---|---:|---:|",
     ]
     for network in networks:
-        plan, seconds = cost[network]
+        parameters, memory, seconds = cost[network]
         lines.append(
-            f"| `{network}` | {plan.total / 1e6:.2f} | {interval(mean_dice(out, network))} | "
-            f"{seconds / cost[networks[0]][1]:.1f} | {plan.memory['CPU, fp32'].peak / 2**30:.2f} |"
+            f"| `{network}` | {parameters / 1e6:.2f} | {interval(mean_dice(out, network))} | "
+            f"{seconds / cost[networks[0]][2]:.1f} | {memory / 2**30:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

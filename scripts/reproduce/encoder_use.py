@@ -16,11 +16,12 @@ import torch
 from asa.config import build
 from asa.data.splits import read_split, select
 from asa.data.store import Store
-from asa.inference.segmentation import PredictSettings, overlap_of
+from asa.inference.segmentation import overlap_of
 from asa.methods.segment import Segmentation
 from asa.models.sw_vit import Block, SWViT
 from asa.models.unet import SegmentationUNet
 from asa.models.vit_seg import SegmentationViT
+from asa.settings import PredictSettings
 from asa.tasks.segmentation import validate_segmentation
 from asa.training.checkpoint import read_model
 

@@ -21,7 +21,8 @@ from asa.data.preprocessing.resampling import sample_affine, sample_label
 from asa.data.splits import read_split, select
 from asa.data.store import Store
 from asa.evaluation.metrics import dice
-from asa.inference.segmentation import PredictSettings, Segmenter
+from asa.inference.segmentation import Segmenter
+from asa.settings import PredictSettings
 
 # Angles about x, y, z in degrees, factor of the voxel size, axes of the copy with their signs.
 COPIES = {

@@ -24,10 +24,8 @@ import numpy as np
 import torch
 
 from asa.data.io.files import write_json
-from asa.data.loading.loader import LoaderSettings
 from asa.errors import require
 from asa.evaluation.statistics import bootstrap_interval
-from asa.inference.segmentation import PredictSettings
 from asa.restoration.images import read_picture, write_picture, write_regions
 from asa.restoration.inference import restore_image
 from asa.restoration.measures import score_image
@@ -36,8 +34,8 @@ from asa.restoration.pairs import Pair, PairDataset, find_pairs
 from asa.restoration.rat import rat_tiny
 from asa.restoration.region_maps import make_provider
 from asa.restoration.simulation import decimated, make_degradation
-from asa.training.loop import TrainSettings, train
-from asa.training.optim import OptimSettings
+from asa.settings import LoaderSettings, OptimSettings, PredictSettings, TrainSettings
+from asa.training.loop import train
 
 TRAINING = ("camera.png", "coins.png", "moon.png", "cell.png", "chelsea.png", "coffee.png", "rocket.jpg", "gravel.png")
 HELD_OUT = ("astronaut.png", "retina.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")

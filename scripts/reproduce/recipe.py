@@ -24,9 +24,9 @@ import torch
 from asa.config import build, compose, typed
 from asa.data.loading.loader import collate
 from asa.data.splits import write_split
+from asa.settings import OptimSettings, TrainSettings
 from asa.tasks.pretraining import Pretraining
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings, make_optimizer
+from asa.training.optim import make_optimizer
 from asa.training.plan import make_plan
 from scripts.reproduce.commands import asa, brain_dice, interval, quoted, validations
 from scripts.reproduce.few_labels import DEEP, STORE, finetune, gains

@@ -19,7 +19,7 @@ from asa.data.io.nifti import read_image, write_label
 from asa.data.store import Store
 from asa.evaluation.metrics import dice
 from asa.inference.asymmetry import AsymmetryScorer
-from asa.inference.segmentation import PredictSettings
+from asa.settings import PredictSettings
 from scripts.reproduce.commands import asa
 
 # Values of that challenge, (left, right): accumbens, amygdala, caudate, hippocampus, pallidum, putamen, thalamus.

@@ -11,10 +11,10 @@ from torch import nn
 
 from asa.data.io.files import sha256_of
 from asa.data.loading.crops import CropDataset
-from asa.data.loading.loader import LoaderSettings
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
+from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training import checkpoint as checkpoint_module
 from asa.training.checkpoint import (
     describe_best,
@@ -26,8 +26,7 @@ from asa.training.checkpoint import (
     read_weights,
 )
 from asa.training.distributed import is_main, process_group, rank
-from asa.training.loop import TrainSettings, train
-from asa.training.optim import OptimSettings
+from asa.training.loop import train
 from asa.training.run_log import RunLog
 from asa.training.signals import Stopped
 

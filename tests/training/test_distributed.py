@@ -15,18 +15,18 @@ from ranks import PATIENCE, Job, command, log, losses, ranks, replaced, steps_do
 from safetensors.torch import load_file
 
 from asa.data.loading.crops import CropDataset
-from asa.data.loading.loader import EndlessSampler, LoaderSettings, collate
+from asa.data.loading.loader import EndlessSampler, collate
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.segment import Segmentation
 from asa.models.masked_autoencoder import asa_tiny
 from asa.models.unet import unet_tiny
 from asa.ops.labels import IGNORED
+from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training import distributed
 from asa.training.checkpoint import list_checkpoints
 from asa.training.distributed import process_group
-from asa.training.loop import TrainSettings, train
-from asa.training.optim import OptimSettings
+from asa.training.loop import train
 from asa.training.signals import RESUME_CODE
 
 several = pytest.mark.distributed

@@ -1,5 +1,6 @@
 """A GPU gives the same results as a CPU. Skipped without a GPU."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 
 import asa
 from asa.data.loading.crops import CropDataset
-from asa.data.loading.loader import LoaderSettings
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.restoration.regions import find_varlen, runs_varlen
+from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training.checkpoint import list_checkpoints
-from asa.training.loop import TrainSettings, train
-from asa.training.optim import OptimSettings
+from asa.training.device import Backend
+from asa.training.gpu_check import step_peak
+from asa.training.loop import train
+from asa.training.plan import volume_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -63,6 +66,20 @@ def test_pretraining_runs_and_stays_close_to_the_cpu(store: Path, tmp_path: Path
         )["loss"]
         assert list_checkpoints(run)
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
+
+
+def test_the_measured_peak_of_a_step_is_that_of_a_run(store: Path, tmp_path: Path) -> None:
+    opened, settings = Store(store), TrainSettings(steps=3, batch_size=4, device="cuda", precision="fp32")
+    optim, backend = OptimSettings(), Backend(torch.device("cuda"), torch.float32)
+
+    def make() -> MaskedPretraining:
+        return MaskedPretraining(model=asa.asa_tiny(img_size=64))
+
+    planned = step_peak(make, partial(volume_batch, count=4), settings, optim, backend)
+    torch.cuda.reset_peak_memory_stats()
+    dataset, loader = CropDataset(opened, opened.records, (64, 64, 64)), LoaderSettings(workers=0)
+    train(make(), dataset, tmp_path, settings=settings, optim=optim, loader=loader, description={"model": {}})
+    assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
 
 
 @pytest.mark.parametrize("backend", ["segments", "varlen"])

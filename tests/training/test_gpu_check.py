@@ -8,9 +8,10 @@ import torch
 from asa.cli import pretrain
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
+from asa.settings import OptimSettings, TrainSettings
+from asa.training import gpu_check
+from asa.training.device import Backend
 from asa.training.gpu_check import check_gpu, fit_line, preflight
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings
 from asa.training.plan import volume_batch
 
 GPU = torch.device("cuda")
@@ -39,11 +40,15 @@ def test_commands_check_the_gpu_before_they_start(gpu, store, tmp_path, monkeypa
     assert pretrain.main() == 1 and "sm_70" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     gpu((7, 0), ["sm_70"])
-    settings = TrainSettings(device="cuda")
+    monkeypatch.setattr(gpu_check, "step_peak", lambda *given: 2**30)
     (line,) = preflight(
-        lambda: MaskedPretraining(model=asa_tiny(img_size=32)), lambda m: volume_batch(m, 2), settings, OptimSettings()
+        lambda: MaskedPretraining(model=asa_tiny(img_size=32)),
+        lambda m: volume_batch(m, 2),
+        TrainSettings(),
+        OptimSettings(),
+        Backend(GPU, torch.float16),
     )
-    assert line.startswith("memory: a step takes about 0.0 GiB, 32.0 of 32.0")
+    assert line.startswith("memory: a step takes 1.0 GiB, 32.0 of 32.0")
 
 
 def test_a_cpu_is_always_supported() -> None:
@@ -95,6 +100,7 @@ def test_code_runs_on_later_minors_and_portable_code_on_all_later_gpus(gpu, capa
 
 def test_a_step_that_does_not_fit_gives_a_warning_with_advice(gpu) -> None:
     gpu((8, 0), ["sm_80"], free=10)
-    assert fit_line(4 * 2**30, GPU) == "memory: a step takes about 4.0 GiB, 10.0 of 32.0 GiB are free on Tesla X"
-    assert fit_line(int(9.5 * 2**30), GPU).startswith("warning: memory: a step takes about 9.5 GiB, 10.0 of 32.0")
+    assert fit_line(4 * 2**30, GPU) == "memory: a step takes 4.0 GiB, 10.0 of 32.0 GiB are free on Tesla X"
+    assert fit_line(int(9.5 * 2**30), GPU).startswith("warning: memory: a step takes 9.5 GiB, 10.0 of 32.0")
     assert "train.accumulate" in fit_line(20 * 2**30, GPU)
+    assert fit_line(None, GPU).startswith("warning: memory: a step does not fit, 10.0 of 32.0 GiB are free")

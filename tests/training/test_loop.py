@@ -10,15 +10,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asa.data.loading.crops import CropDataset
-from asa.data.loading.loader import LoaderSettings
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
+from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training import checkpoint as checkpoint_module
+from asa.training import loop
 from asa.training.checkpoint import list_checkpoints, load_encoder, load_model, read_weights, save_checkpoint
 from asa.training.device import deterministic, pick_device, pick_precision
-from asa.training.loop import TrainSettings, train
-from asa.training.optim import OptimSettings, Schedule, make_optimizer
+from asa.training.loop import train
+from asa.training.optim import Schedule, make_optimizer
 
 MODEL = {
     "_target_": "asa.models.masked_autoencoder.asa_tiny",
@@ -154,8 +155,9 @@ def test_a_save_that_fails_leaves_the_previous_checkpoint_intact(
     assert_same(before, weights(tmp_path))
 
 
-def test_save_minutes_triggers_checkpoints(store: Path, tmp_path: Path) -> None:
-    run(tmp_path, store, steps=3, save_every=100, save_minutes=0.0, keep=9)
+def test_time_triggers_checkpoints_too(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_MINUTES", 0)
+    run(tmp_path, store, steps=3, save_every=100, keep=9)
     assert len(list_checkpoints(tmp_path)) == 3
 
 

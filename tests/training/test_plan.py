@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +25,12 @@ from asa.models.sa_swin import sa_swin_tiny
 from asa.models.unet import unet_tiny
 from asa.restoration.method import Restoration
 from asa.restoration.rat import rat_tiny
-from asa.training.loop import TrainSettings
-from asa.training.optim import OptimSettings
-from asa.training.plan import HEAP, TensorTracker, _duration, make_plan, plan_report, trace_step, volume_batch
+from asa.settings import OptimSettings, TrainSettings
+from asa.training import gpu_check
+from asa.training import plan as planning
+from asa.training.device import Backend
+from asa.training.plan import _duration, count_operations, make_plan, plan_report, show_plan, volume_batch
+from scripts.benchmark.memory import TensorTracker, step_memory, trace_memory
 from scripts.plan_check import CHANNELS, ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -58,9 +62,12 @@ def batch_on(device: str, size: int = 2, kind: str = "") -> dict[str, torch.Tens
 
 
 def traced(kind: str, *, checkpointing: bool = False, size: int = 2, micro_batches: int = 1, dtype=torch.float32):
+    """Operations by the plan, and memory by the trace that the benchmark has."""
     with torch.device("meta"):
-        method = maker(kind, checkpointing)()
-    return trace_step(method, batch_on("meta", size, kind), dtype, micro_batches)
+        methods = [maker(kind, checkpointing)() for _ in range(2)]
+    batch = batch_on("meta", size, kind)
+    forward, both = count_operations(methods[0], batch)
+    return SimpleNamespace(forward=forward, both=both, **vars(trace_memory(methods[1], batch, dtype, micro_batches)))
 
 
 class Saved:
@@ -134,38 +141,69 @@ def test_a_plan_is_consistent_and_its_days_follow_from_the_rate() -> None:
     method = maker("pretrain")()
     weights = sum(parameter.numel() for parameter in method.parameters())
     assert plan.total == weights and plan.encoder == sum(p.numel() for p in method.model.encoder.parameters())
-    (cpu, gpu) = (plan.memory[place] for place in ("CPU, fp32", "GPU, fp32"))
-    assert cpu.weights == 4 * weights and cpu.states == 8 * weights
-    assert cpu.peak > cpu.weights + cpu.states + cpu.kept and gpu.peak >= cpu.peak
-    text = plan_report(replace(plan, step=86400 * 10**9), SETTINGS, scans=8, rate=1e9, source="as given")
+    assert plan.weights == plan.gradients == 4 * weights and plan.states == 8 * weights
+    averaged = make_plan(maker("pretrain"), VOLUMES, settings=replace(SETTINGS, ema=0.9), optim=OPTIM)
+    assert averaged.weights == 8 * weights
+    peak = step_memory(maker("pretrain"), VOLUMES, settings=SETTINGS, optim=OPTIM)
+    assert peak > plan.weights + plan.states + traced("pretrain").kept
+    text = plan_report(replace(plan, step=86400 * 10**9), SETTINGS, 8, 1e9, "as given", "and more")
     assert "100 days" in text and "200 volumes, 25.0 epochs of 8 scans" in text
 
 
 def test_accumulation_needs_the_same_operations_and_less_memory() -> None:
-    whole, parts = (
-        make_plan(
-            maker("finetune"),
-            partial(volume_batch, count=2 // n, label=True),
-            settings=replace(SETTINGS, accumulate=n),
-            optim=OPTIM,
-        )
+    given = [
+        (maker("finetune"), partial(volume_batch, count=2 // n, label=True), replace(SETTINGS, accumulate=n))
         for n in (1, 2)
-    )
-    assert whole.step == parts.step and parts.memory["CPU, fp32"].kept < 0.6 * whole.memory["CPU, fp32"].kept
+    ]
+    whole, parts = (make_plan(make, example, settings=settings, optim=OPTIM) for make, example, settings in given)
+    assert whole.step == parts.step
+    whole, parts = (step_memory(make, example, settings=settings, optim=OPTIM) for make, example, settings in given)
+    assert parts < whole and traced("finetune", size=1).kept < 0.6 * traced("finetune").kept
 
 
-def test_sgd_has_one_state_and_fp16_is_planned_for_a_gpu_only() -> None:
-    optim = OptimSettings(name="sgd")
-    plan = make_plan(maker("pretrain"), VOLUMES, settings=replace(SETTINGS, precision="fp16"), optim=optim)
-    assert list(plan.memory) == ["GPU, 16 bit"]
-    assert plan.memory["GPU, 16 bit"].states == plan.memory["GPU, 16 bit"].weights
+def test_sgd_has_one_state_and_fp16_can_be_planned_on_a_cpu() -> None:
+    settings, optim = replace(SETTINGS, precision="fp16"), OptimSettings(name="sgd")
+    plan = make_plan(maker("pretrain"), VOLUMES, settings=settings, optim=optim)
+    assert plan.states == plan.weights
+    text = show_plan(maker("pretrain"), VOLUMES, 8, settings, optim, None, ("volumes", "scans"))
+    assert "measured here by fp32 matrix products (cpu)" in text and "measured where there is a GPU" in text
 
 
-def test_a_network_with_float32_levels_under_bf16_is_planned_for_both_devices() -> None:
+def test_the_memory_of_a_network_with_float32_levels_is_traced_in_16_bits() -> None:
     network = dict(img_size=32, embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
-    bf16 = replace(SETTINGS, precision="bf16")
-    plan = make_plan(lambda: SASwinPretraining(model=sa_swin_tiny(**network)), VOLUMES, settings=bf16, optim=OPTIM)
-    assert list(plan.memory) == ["CPU, bf16", "GPU, 16 bit"]
+    given = (lambda: SASwinPretraining(model=sa_swin_tiny(**network)), VOLUMES)
+    whole, half = (
+        step_memory(*given, settings=SETTINGS, optim=OPTIM, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half < whole
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune", "restore"])
+def test_on_a_gpu_the_memory_of_real_steps_is_measured(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    steps = []
+    monkeypatch.setattr(gpu_check.EMA, "update", lambda self, step: steps.append(step))
+    backend, example = Backend(torch.device("cpu"), torch.float32), lambda method: batch_on("meta", kind=kind)
+    if kind == "restore":
+        example = lambda method: batch_on("cpu", kind=kind)  # noqa: E731
+    settings = replace(SETTINGS, accumulate=2)
+    assert gpu_check.step_peak(maker(kind), example, settings, OPTIM, backend) == 3 * 2**30 and steps == [1, 2]
+
+    def out_of_memory(method: nn.Module) -> None:
+        raise torch.OutOfMemoryError
+
+    assert gpu_check.step_peak(maker(kind), out_of_memory, settings, OPTIM, backend) is None
+
+
+def test_a_plan_on_a_gpu_shows_the_measured_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning.Backend, "of", lambda device, precision: Backend(torch.device("cuda"), torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla X")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 2**30, 32 * 2**30))
+    for peak, shown in ((3 * 2**30, "a step takes 3.0 GiB"), (None, "a step does not fit")):
+        monkeypatch.setattr(planning, "step_peak", lambda *given, peak=peak: peak)
+        text = show_plan(maker("pretrain"), VOLUMES, 8, SETTINGS, OPTIM, 2.0, ("volumes", "scans"))
+        assert f"memory: {shown}, 30.0 of 32.0 GiB are free on Tesla X" in text
 
 
 @pytest.fixture
@@ -194,8 +232,7 @@ def test_a_plan_needs_the_manifest_only_and_writes_nothing(
         "encoder",
         "GFLOP forward",
         "TFLOP each",
-        "CPU, fp32",
-        "GPU, 16 bit",
+        "optimizer",
         "epochs of",
         "at 2 TFLOP/s, as given",
     ):
@@ -242,7 +279,7 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_memory_table_of_the_docs_has_one_notation_and_the_heap_of_a_plan() -> None:
+def test_the_memory_table_of_the_docs_has_one_notation_and_the_range_of_its_heaps() -> None:
     page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
     table = [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -256,8 +293,7 @@ def test_the_memory_table_of_the_docs_has_one_notation_and_the_heap_of_a_plan() 
         assert (network, int(batch), (int(edge),) * len(row.size)) == (row.network, row.batch, row.size)
         assert int(channels) == CHANNELS.get(network.partition("_")[0], 1)
     heaps = [int(row[4]) / int(row[2]) for row in table if row[4]]
-    assert tuple(round(edge, 1) for edge in (min(heaps), max(heaps))) == HEAP
-    assert f"takes {HEAP[0]} to {HEAP[1]} times as much" in page
+    assert f"takes {min(heaps):.1f} to {max(heaps):.1f} times as much" in page
 
 
 @pytest.mark.parametrize(

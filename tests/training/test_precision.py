@@ -110,12 +110,9 @@ def test_auto_is_bf16_on_a_gpu_that_does_not_emulate_it_and_fp16_on_others(
     assert pick_precision("auto", torch.device("cuda")) == dtype
 
 
-def test_bf16_by_name_on_a_cpu_without_units_warns_with_the_measured_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "bf16_slowdown", lambda: 4.25)
-    with pytest.warns(UserWarning, match=r"matrix products take 4\.2 times as long as in fp32; precision=auto"):
+def test_bf16_by_name_on_a_cpu_without_units_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match=r"several times as long as in fp32; precision=auto chooses fp32 here"):
         assert pick_precision("bf16", CPU) == torch.bfloat16
-    monkeypatch.undo()
-    assert device.bf16_slowdown() > 0
     monkeypatch.setattr(device, "has_bf16_units", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -153,9 +150,6 @@ def test_a_resumed_run_keeps_the_precision_that_its_configuration_and_log_name(
     assert run("a", "train.steps=2") == "fp32"
     monkeypatch.setattr(device, "has_bf16_units", lambda: False)
     assert run("b", "train.steps=2") == "bf16"
-    file = tmp_path / "a" / "config.yaml"  # as an earlier version wrote it
-    file.write_text(file.read_text().replace("precision: fp32", "precision: auto"))
-    assert run("a", "train.steps=3") == "fp32"
     monkeypatch.setattr(
         sys, "argv", ["asa-pretrain", f"data.store={store}", f"out={tmp_path}/b", *tiny, "train.precision=fp32"]
     )

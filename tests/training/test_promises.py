@@ -27,6 +27,7 @@ from asa.data.io.lock import LOCK, locked
 from asa.data.loading.crops import CropDataset
 from asa.data.store import array_path
 from asa.methods.pretrain import MaskedPretraining
+from asa.settings import OptimSettings, TrainSettings
 from asa.training.checkpoint import (
     DamagedCheckpoint,
     find_weights,
@@ -38,9 +39,7 @@ from asa.training.checkpoint import (
     save_checkpoint,
 )
 from asa.training.ema import EMA
-from asa.training.loop import TrainSettings
 from asa.training.nonfinite import NonFiniteGuard
-from asa.training.optim import OptimSettings
 from asa.training.run_log import RunLog, SilentLog
 from asa.training.signals import RESUME_CODE, Stopped, stop_signals
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from asa.config import compose
+from asa.settings import OptimSettings, TrainSettings
 from asa.training import trackers
-from asa.training.loop import TrainSettings, check_settings
-from asa.training.optim import OptimSettings
+from asa.training.loop import check_settings
 from asa.training.run_folder import FREE_ON_RESUME
 from asa.training.run_log import RunLog
 from asa.training.trackers import allowed

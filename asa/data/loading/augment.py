@@ -6,7 +6,7 @@ Letters: image `C D H W`, label `1 D H W`, W left to right.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,61 +14,8 @@ from monai.transforms import AdjustContrast, Affine, GaussianSmooth
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
-from asa.ops.symmetry import check_axes, flip
-
-
-@dataclass
-class AugmentSettings:
-    """Augmentation of training crops. Angles in degrees; a probability of 0 switches a transform off."""
-
-    rotation: float = 0.0
-    "largest rotation about each axis, degrees"
-    rotation_probability: float = 0.2
-    "probability of a rotation"
-    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
-    "smallest and largest zoom factor (1.4: structures become 1.4 times larger)"
-    scale_probability: float = 0.2
-    "probability of a zoom"
-    mirror_probability: float = 0.0
-    "probability of a flip, along each of mirror_axes by itself"
-    mirror_axes: str = "W"
-    "axes that are flipped: D (up-down), H (front-back), W (left-right), like DHW"
-    gamma: list[float] = field(default_factory=lambda: [1.0, 1.0])
-    "smallest and largest gamma, the exponent of the intensities"
-    gamma_probability: float = 0.3
-    "probability of a gamma transform"
-    noise: float = 0.0
-    "largest standard deviation of added Gaussian noise, in units of the intensities"
-    brightness: float = 0.0
-    "largest relative change of the intensities (0.2: times 0.8 to 1.2)"
-    contrast: list[float] = field(default_factory=lambda: [1.0, 1.0])
-    "smallest and largest factor of the distances from the mean of a channel; results stay in the channel's range"
-    contrast_probability: float = 0.15
-    "probability of a change of contrast"
-    blur: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    "smallest and largest standard deviation of a Gaussian blur in voxels; [0, 0]: none"
-    blur_probability: float = 0.1
-    "probability of a blur, of each channel by itself"
-    modality_dropout: float = 0.0
-    "probability that a channel of a crop is set to zero, never all of them; no effect with one channel"
-
-    def __post_init__(self) -> None:
-        check_axes(self.mirror_axes, "augment.mirror_axes")
-        if len(self.blur) != 2 or not 0 <= self.blur[0] <= self.blur[1]:
-            raise ValueError(f"augment.blur={list(self.blur)}: give the smallest and the largest width, 0 or more")
-        for name in ("scale", "gamma", "contrast"):
-            bounds = getattr(self, name)
-            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-                raise ValueError(f"augment.{name}={list(bounds)}: give the smallest and the largest factor, above 0")
-        for name in ("rotation", "scale", "mirror", "gamma", "contrast", "blur"):
-            probability = getattr(self, f"{name}_probability")
-            if not 0 <= probability <= 1:
-                raise ValueError(f"augment.{name}_probability={probability}: a probability must be from 0 to 1")
-        if not 0 <= self.modality_dropout < 1:
-            raise ValueError(f"augment.modality_dropout={self.modality_dropout}: give 0 or more, and less than 1")
-        for name in ("rotation", "noise", "brightness"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"augment.{name}={getattr(self, name)}: give 0 or more")
+from asa.ops.symmetry import flip
+from asa.settings import AugmentSettings
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ of record ids.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +13,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from asa.data.io.parallel import end_with_parent, end_workers_at_exit, ignore_stop_signals, worker_context
 from asa.data.loading.crops import Samples, sample_seed
+from asa.settings import LoaderSettings, check_batch
 
-
-@dataclass
-class LoaderSettings:
-    """How crops are loaded."""
-
-    workers: int = 2
-    "worker processes that read and augment crops; 0 reads in the training process"
-    prefetch: int = 2
-    "batches that each worker loads in advance"
-
-    def __post_init__(self) -> None:
-        if self.workers < 0 or self.prefetch < 1:
-            raise ValueError(
-                f"loader.workers={self.workers}, loader.prefetch={self.prefetch}: give 0 or more, 1 or more"
-            )
+PREFETCH = 2  # batches that each worker loads in advance
 
 
 class EndlessSampler(Sampler[list[tuple[int, int]]]):
@@ -87,17 +73,6 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
             yield batch
 
 
-def check_batch(batch_size: int, micro_batches: int, world_size: int) -> None:
-    """Raise a ValueError for a batch size that micro-batches times ranks do not divide."""
-    if batch_size < 1 or batch_size % micro_batches:
-        raise ValueError(f"train.accumulate={micro_batches} does not divide train.batch_size={batch_size}")
-    if batch_size % (micro_batches * world_size):
-        raise ValueError(
-            f"{world_size} processes with train.accumulate={micro_batches} do not divide "
-            f"train.batch_size={batch_size}, the global batch size"
-        )
-
-
 def make_loader(
     dataset: Samples,
     batch_size: int,
@@ -114,7 +89,7 @@ def make_loader(
     Args:
         dataset: the crops; its seed also determines their order.
         batch_size: global batch size: samples per step over all micro-batches and ranks.
-        settings: workers and prefetching.
+        settings: workers.
         micro_batches: micro-batches per step (gradient accumulation).
         start_step: first step.
         rank, world_size: of this process, and number of ranks.
@@ -139,7 +114,7 @@ def make_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        prefetch_factor=settings.prefetch if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
