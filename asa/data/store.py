@@ -147,7 +147,9 @@ class Store:
         if array is None:
             raise ValueError(f"{path}: missing or damaged; run asa-prepare again, which prepares only what is missing")
         if path not in self._compared:
-            if sha256_of(path) != record["arrays"].get(kind):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != record["arrays"].get(kind):
                 raise ValueError(f"{path}: {CHANGED}")
             self._compared.add(path)
         return array
@@ -362,13 +364,13 @@ def read_records(file: Path, text: bytes | None = None) -> Records:
                     break  # the last one, which was cut off
                 if (found := LINE.match(line)) is None:
                     raise ValueError("not a record as asa-prepare writes it")
-                id, subject = map(_unquoted, found.groups())
-                check_id(id)
-                ids.append(id)
-                subjects.append(id if subject == id else subject)  # one text in memory
+                id, subject = found.groups()
+                ids.append(_unquoted(id))
+                subjects.append(ids[-1] if subject == id else _unquoted(subject))
+                check_id(ids[-1])
                 sizes.append(len(line))
         except ValueError as error:
-            reason = f"record {len(ids) + 1}: {error}; remove it, and run asa-prepare again"
+            reason = f"record {len(sizes) + 1}: {error}; remove it, and run asa-prepare again"
             raise ValueError(f"{file}: {reason}") from None
     lengths = np.array(sizes, dtype=np.int64)
     spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
