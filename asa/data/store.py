@@ -140,10 +140,8 @@ class Store:
         return damaged
 
     def _array(self, id: str, kind: str) -> np.ndarray:
-        record = self.record(id)
-        shape = tuple(record["shape"])
-        path = array_path(self.path, id, kind)
-        array = open_array(path, shape if kind == "image" else (1, *shape[1:]), DTYPES[kind])
+        record, path = self.record(id), array_path(self.path, id, kind)
+        array = open_array(self.path, record, kind)
         if array is None:
             raise ValueError(f"{path}: missing or damaged; run asa-prepare again, which prepares only what is missing")
         if path not in self._compared:
@@ -157,33 +155,33 @@ class Store:
 
 def array_path(root: Path, id: str, kind: str) -> Path:
     """Path of the "image" or "label" of a scan in a store."""
-    return Path(array_file(root, id, kind))
+    return root / FOLDERS[kind] / f"{id}.npy"
 
 
-def array_file(root: Path, id: str, kind: str) -> str:
-    """`array_path` as text, for loops over a whole store: a Path takes as long to make as the file to open."""
-    return os.path.join(root, FOLDERS[kind], f"{id}.npy")
-
-
-def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
-    """Memory-map a `.npy` file; None if it is missing, truncated, or of another shape or type."""
+def open_array(root: Path, entry: Mapping[str, Any], kind: str) -> np.ndarray | None:
+    """Memory-map the "image" or "label" of an entry; None if it is missing, truncated, or of another shape or type."""
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(array_path(root, entry["id"], kind), mode="r")
     except (OSError, ValueError, EOFError, OverflowError):
         return None
-    return array if array.shape == shape and array.dtype == dtype else None
+    return array if array.shape == _array_shape(entry, kind) and array.dtype == DTYPES[kind] else None
 
 
-def has_array(path: str, shape: tuple[int, ...], dtype: Any) -> bool:
+def has_array(root: Path, entry: Mapping[str, Any], kind: str) -> bool:
     """Whether `open_array` would open a file, without the cost of a memory map where `write_array` wrote it."""
-    header, size = _array_header(shape, dtype)
-    try:
-        with open(path, "rb", buffering=0) as file:
+    header, size = _array_header(_array_shape(entry, kind), DTYPES[kind])
+    try:  # the path is text, as a Path takes as long to make as the file to open
+        with open(os.path.join(root, FOLDERS[kind], f"{entry['id']}.npy"), "rb", buffering=0) as file:
             if file.read(len(header)) == header:
                 return os.fstat(file.fileno()).st_size >= size
     except OSError:
         return False
-    return open_array(Path(path), shape, dtype) is not None
+    return open_array(root, entry, kind) is not None
+
+
+def _array_shape(entry: Mapping[str, Any], kind: str) -> tuple[int, ...]:
+    channels, *size = entry["shape"]
+    return (channels if kind == "image" else 1, *size)
 
 
 @lru_cache

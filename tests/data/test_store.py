@@ -276,13 +276,21 @@ def test_opening_a_store_of_many_scans_leaves_their_entries_on_disk(made):
     assert len(pickle.dumps(store)) < 500_000  # of which each worker of a loader has one
 
 
-def test_an_array_is_there_exactly_if_it_can_be_opened(made, tmp_path):
-    whole, shape = made / "images/a.npy", (2, 7, 8, 9)
-    for k, payload in enumerate((whole.read_bytes(), whole.read_bytes()[:-1], b"", whole.read_bytes() + b"x")):
-        (tmp_path / f"{k}.npy").write_bytes(payload)
-    np.save(tmp_path / "4.npy", np.asfortranarray(np.load(whole)))
-    np.lib.format.write_array((tmp_path / "5.npy").open("wb"), np.load(whole), version=(2, 0))
-    for path in (*(tmp_path / f"{k}.npy" for k in range(6)), tmp_path / "none.npy"):
-        for size, dtype in ((shape, np.float16), (shape, np.uint8), ((1, 7, 8, 9), np.float16)):
-            assert has_array(path, size, dtype) == (open_array(path, size, dtype) is not None), (path, size, dtype)
-    assert has_array(whole, shape, np.float16) and not has_array(tmp_path / "1.npy", shape, np.float16)
+def test_an_array_is_there_exactly_if_it_can_be_opened(made):
+    whole, shape = (made / "images/a.npy").read_bytes(), [2, 7, 8, 9]
+    for k, payload in enumerate((whole, whole[:-1], b"", whole + b"x")):
+        (made / f"images/{k}.npy").write_bytes(payload)
+    np.save(made / "images/4.npy", np.asfortranarray(np.load(made / "images/a.npy")))
+    with (made / "images/5.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.load(made / "images/a.npy"), version=(2, 0))
+    np.save(made / "images/6.npy", np.zeros(shape, np.uint8))
+    found = {}
+    for id in (*map(str, range(7)), "none"):
+        for size in (shape, [1, 7, 8, 9]):
+            entry = {"id": id, "shape": size}
+            found[id, size[0]] = has_array(made, entry, "image")
+            assert found[id, size[0]] == (open_array(made, entry, "image") is not None), entry
+    assert [name for name, there in found.items() if there] == [("0", 2), ("3", 2), ("4", 2), ("5", 2)]
+    entry = Store(made).record("b")
+    assert has_array(made, entry, "label") and open_array(made, entry, "label").shape == (1, 7, 8, 9)
+    assert not has_array(made, {**entry, "id": "a"}, "label")

@@ -60,12 +60,9 @@ def read_image(path: str | Path) -> Volume:
         FileNotFoundError: the file, or the other file of its pair, is missing.
         ValueError: empty, damaged, not an image, NaN or inf, not 3-D, or without a valid affine.
     """
-    image = _load(Path(path))
-    data = _voxels(image, Path(path)).astype(np.float32, order="F", copy=False)
-    if not np.isfinite(data).all():
-        count = int(data.size - np.isfinite(data).sum())
-        raise ValueError(f"{path}: {count} voxels are NaN or infinite; repair the image or leave the case out")
-    return Volume(_three_d(data, Path(path)), _affine(image, Path(path)), image.header)
+    path = Path(path)
+    image = _load(path)
+    return Volume(_three_d(_intensities(image, path), path), _affine(image, path), image.header)
 
 
 def read_slice(path: str | Path) -> np.ndarray:
@@ -77,9 +74,8 @@ def read_slice(path: str | Path) -> np.ndarray:
     Raises:
         FileNotFoundError, ValueError: no such file, a damaged one, NaN or inf, or more than one slice.
     """
-    data = _voxels(_load(Path(path)), Path(path)).astype(np.float32)
-    if not np.isfinite(data).all():
-        raise ValueError(f"{path}: pixels are NaN or infinite; repair the image or leave the case out")
+    path = Path(path)
+    data = _intensities(_load(path), path)
     sizes = [n for n in data.shape if n > 1]
     if len(sizes) != 2:
         raise ValueError(f"{path}: shape {data.shape} is not one slice; split the volume into slices, one per file")
@@ -99,8 +95,9 @@ def read_label(path: str | Path) -> Volume:
         FileNotFoundError: the file, or the other file of its pair, is missing.
         ValueError: as in `read_image`, or a value is not a whole number.
     """
-    image = _load(Path(path))
-    data = _voxels(image, Path(path))
+    path = Path(path)
+    image = _load(path)
+    data = _voxels(image, path)
     if data.dtype.kind == "f":
         whole = np.rint(data)
         wrong = ~np.isclose(data, whole, rtol=0, atol=1e-4)  # NaN and inf are never close
@@ -111,8 +108,8 @@ def read_label(path: str | Path) -> Volume:
                 "give a label map that was resampled with nearest neighbour"
             )
         data = whole
-    dtype = _label_dtype(data, Path(path))
-    return Volume(_three_d(data.astype(dtype, order="F"), Path(path)), _affine(image, Path(path)), image.header)
+    data = data.astype(_label_dtype(data, path), order="F")
+    return Volume(_three_d(data, path), _affine(image, path), image.header)
 
 
 def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
@@ -186,10 +183,11 @@ def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
         FileNotFoundError, ValueError: an unreadable file, or invalid axes.
     """
     orientation = orientation_of(axes)
-    image = _load(Path(source))
+    source = Path(source)
+    image = _load(source)
     if _stores_orientation(image.header):
         return False
-    data = _three_d(_voxels(image, Path(source)), Path(source))
+    data = _three_d(_voxels(image, source), source)
     data = data.astype(np.float32) if data.dtype.kind == "f" else data.astype(data.dtype.newbyteorder("="))
     size = image.header.get_zooms()
     affine = np.diag([0.0, 0, 0, 1])
@@ -380,6 +378,14 @@ def _voxels(image: Any, path: Path) -> np.ndarray:
         return np.asanyarray(image.dataobj)
     except (OSError, ValueError, OverflowError, MemoryError) as error:
         raise ValueError(f"{path}: its voxels cannot be read ({one_line(error)}); copy or convert it again") from None
+
+
+def _intensities(image: Any, path: Path) -> np.ndarray:
+    """The voxels as float32, all of them finite."""
+    data = _voxels(image, path).astype(np.float32, order="F", copy=False)
+    if count := data.size - np.count_nonzero(np.isfinite(data)):
+        raise ValueError(f"{path}: {count} voxels are NaN or infinite; repair the image or leave the case out")
+    return data
 
 
 def _three_d(data: np.ndarray, path: Path) -> np.ndarray:

@@ -17,7 +17,7 @@ from asa.data.io.nifti import Volume, identity_of, read_image, read_label
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices
 from asa.data.preprocessing.quality_control import Thumbnail, case_thumbnail, stored_thumbnail
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.store import DTYPES, RECORDS, Entry, array_file, entry_line, has_array, parse_entry, write_array
+from asa.data.store import RECORDS, Entry, entry_line, has_array, parse_entry, write_array
 from asa.errors import reason_of
 
 
@@ -247,11 +247,7 @@ def _is_unchanged(entry: dict[str, Any], sources: dict[str, dict[str, Any]], roo
 
 
 def _has_arrays(entry: dict[str, Any], root: Path) -> bool:
-    channels, *size = entry["shape"]
-    return all(
-        has_array(array_file(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind])
-        for kind in entry["arrays"]
-    )
+    return all(has_array(root, entry, kind) for kind in entry["arrays"])
 
 
 def intensity_statistics(channel: np.ndarray) -> dict[str, float]:
