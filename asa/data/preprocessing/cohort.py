@@ -14,11 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets.record import Record, check_records
-from asa.data.io.cluster import on_cluster
 from asa.data.io.files import PART, write_json
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.nifti import axis_codes, spacing_of
-from asa.data.io.parallel import KILLED, check_workers, in_processes
+from asa.data.io.parallel import KILLED, check_workers, in_processes, on_cluster
 from asa.data.preprocessing.quality_control import ScanQuality
 from asa.data.preprocessing.scan import CohortSettings, ScanJob, ScanOutcome, known_entry, prepare_scan
 from asa.data.store import (
