@@ -51,7 +51,7 @@ def pretrain(
         Stopped: by SIGTERM or SIGUSR1, after saving.
     """
     required = {"data.store": str(store), "out": str(out)}
-    return train_task(configure("pretrain", settings, required, config_dir=config_dir), "pretrain")
+    return pretrain_task(configure("pretrain", settings, required, config_dir=config_dir))
 
 
 def finetune(
@@ -115,6 +115,11 @@ def evaluate(predictions: str | Path, truth: str | Path, out: str | Path, **sett
     evaluate_task(configure("evaluate", settings, required))
     summary: dict[str, Any] = read_json(Path(out) / "summary.json")
     return summary
+
+
+def pretrain_task(config: Config) -> Path | None:
+    """Pretrain an encoder."""
+    return train_task(config, "pretrain")
 
 
 def finetune_task(config: Config) -> Path | None:

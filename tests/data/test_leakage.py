@@ -1,7 +1,6 @@
 """A checkpoint carries digests of its training data, and fine-tuning warns when a held-out subject is part of it."""
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from stores import read_tree, write_tree
 
+from asa.cli import COMMANDS
 from asa.data.leakage import LeakedSubject, find_leaks, stored_digests, training_digests
 from asa.data.splits import write_split
 from asa.training.checkpoint import find_weights, read_weights
@@ -64,7 +64,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def run(name: str, *arguments: str) -> str:
         monkeypatch.setattr("sys.argv", [f"asa-{name}", *arguments])
         capsys.readouterr()
-        code = importlib.import_module(f"asa.cli.{name}").main()
+        code = COMMANDS[name].main()
         captured = capsys.readouterr()
         assert code == 0, captured.err
         return captured.out
