@@ -20,6 +20,7 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import lt
 from pathlib import Path
@@ -219,6 +220,7 @@ def write_array(root: Path, id: str, kind: str, array: np.ndarray) -> str:
     return sha256_of(path)
 
 
+@dataclass(eq=False, repr=False)
 class Records(Sequence[Entry]):
     """Entries of the scans of a store, each read from its line and checked when it is asked for.
 
@@ -233,17 +235,12 @@ class Records(Sequence[Entry]):
         text: what the spans are of in place of the file, for a store of format 2.
     """
 
-    def __init__(
-        self,
-        file: Path,
-        ids: Sequence[str],
-        subjects: Sequence[str],
-        spans: np.ndarray,
-        version: tuple[int, ...],
-        text: bytes | None = None,
-    ) -> None:
-        self.file, self.ids, self.subjects = file, ids, subjects
-        self._spans, self._file_version, self._text = spans, version, text
+    file: Path
+    ids: Sequence[str]
+    subjects: Sequence[str]
+    spans: np.ndarray
+    version: tuple[int, ...]
+    text: bytes | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -272,7 +269,7 @@ class Records(Sequence[Entry]):
         """The entries at these indices, in this order, not read yet."""
         chosen = list(indices)
         ids, subjects = [self.ids[k] for k in chosen], [self.subjects[k] for k in chosen]
-        return Records(self.file, ids, subjects, self._spans[chosen], self._file_version, self._text)
+        return replace(self, ids=ids, subjects=subjects, spans=self.spans[chosen])
 
     def find(self, id: str) -> int | None:
         """Index of a scan among the entries of a whole store, which are sorted; None where it has no such scan."""
@@ -291,13 +288,13 @@ class Records(Sequence[Entry]):
             yield entry
 
     def _read_lines(self, indices: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-        with self.file.open("rb", buffering=0) if self._text is None else io.BytesIO(self._text) as file:
-            if _version(file) != self._file_version:
+        with self.file.open("rb", buffering=0) if self.text is None else io.BytesIO(self.text) as file:
+            if _version(file) != self.version:
                 self._find_again()
                 yield from self._read_lines(indices)
                 return
             for k in indices:
-                start, size = self._spans[k].tolist()
+                start, size = self.spans[k].tolist()
                 file.seek(start)
                 yield k, file.read(size).rstrip(b"\n")
 
@@ -308,7 +305,7 @@ class Records(Sequence[Entry]):
         if gone := [id for id in self.ids if id not in places]:
             raise ValueError(f"{self.file}: {gone[0]} was removed from the store while it was in use; start again")
         part = new.take(places[id] for id in self.ids)
-        self.subjects, self._spans, self._file_version = part.subjects, part._spans, part._file_version
+        self.subjects, self.spans, self.version = part.subjects, part.spans, part.version
 
 
 def read_manifest(root: Path) -> tuple[dict[str, Any], Records]:
