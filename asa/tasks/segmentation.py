@@ -37,7 +37,7 @@ from asa.methods.base import Batch
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED
 from asa.ops.nested import painting_order
-from asa.reporting.figures import central_slices, label_colours, overlay_panel
+from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
@@ -46,7 +46,6 @@ from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 from asa.training.plan import volume_batch
-from asa.training.trackers import with_legend
 
 
 class Segmentation:
@@ -239,9 +238,10 @@ def validate_segmentation(
         counted = truth[0] != IGNORED
         truth, prediction = truth[0] * counted, prediction * counted
         if not panels:
-            at = central_slices(truth > 0) if truth.any() else None
-            panel = overlay_panel(volume[0].numpy(), [truth, prediction], at=at)
-            panels["image, truth, prediction"] = with_legend(panel, names, label_colours(len(names)))
+            columns = ["image", "truth", "prediction"]
+            panel = overlay_panel(volume[0].numpy(), [truth, prediction], at=central_slices(truth > 0))
+            panel = with_legend(panel, names, label_colours(len(names)))
+            panels[", ".join(columns)] = titled(panel, columns)
         found = [dice(np.isin(prediction, values), np.isin(truth, values)) for values in parts.values()]
         return [1.0 if math.isnan(score) else score for score in found]  # in neither map: right
 

@@ -21,8 +21,8 @@ from asa.data.io.nifti import Volume
 from asa.data.io.tables import as_number, read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
-from asa.evaluation.classification import ClassScores, score_classes
-from asa.evaluation.regression import NumberScores, score_numbers
+from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers
+from asa.evaluation.tables import evaluate_classes, evaluate_numbers
 from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
 from asa.inference.whole_scans import (
@@ -37,15 +37,8 @@ from asa.inference.whole_scans import (
 )
 from asa.methods.base import Batch
 from asa.tasks.base import Config
+from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import Channels, only_checkpoint, predict_scans, refuse_healthy
-from asa.tasks.table_evaluation import (
-    described,
-    evaluate_classes,
-    evaluate_numbers,
-    numbers_as_json,
-    tables_of,
-    write_scores,
-)
 from asa.tasks.volumes import Initialisation, Records, absolute, open_store, set_model, warn_of_padding
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
@@ -191,7 +184,8 @@ class Classification(WholeScans):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        print(described(*evaluate_classes(*tables_of(config))))
+        scores, names = evaluate_classes(*tables_of(config, TABLE))
+        print(scores.text(names))
 
     def _balanced_weights(self) -> list[float]:
         """Weights of the classes inverse to their number of training scans, with mean 1 over these."""
@@ -219,8 +213,8 @@ class Classification(WholeScans):
             for record in records
         ]
         write_whole(run / "predictions_test.csv", predictions_csv(names, rows, probabilities).encode())
-        write_scores(run / "scores_test.json", scores, names)
-        print(f"test: {described(scores, names)}")
+        write_json(run / "scores_test.json", scores.as_json(names))
+        print(f"test: {scores.text(names)}")
 
 
 class Regression(WholeScans):
@@ -275,7 +269,7 @@ class Regression(WholeScans):
             ]
             table = numbers_csv(self.column, rows, predicted, self.mean)
             write_whole(run / "predictions_test.csv", table.encode())
-            write_json(run / "scores_test.json", numbers_as_json(scores, self.column))
+            write_json(run / "scores_test.json", scores.as_json(self.column))
             print(f"test: {scores.text(self.column)}")
 
     @staticmethod
@@ -287,7 +281,7 @@ class Regression(WholeScans):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        scores, column = evaluate_numbers(*tables_of(config), config["column"])
+        scores, column = evaluate_numbers(*tables_of(config, TABLE), config["column"])
         print(scores.text(column))
 
     def _score(self, model: nn.Module, method: Any, part: str) -> tuple[NumberScores, np.ndarray]:

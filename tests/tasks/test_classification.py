@@ -13,7 +13,7 @@ import torch
 
 from asa.cli import finetune, predict, pretrain
 from asa.data.splits import read_split
-from asa.evaluation.classification import auc, auc_interval, calibration_error, mean_auc, scan_scores, score_classes
+from asa.evaluation.scans import auc, auc_interval, calibration_error, mean_auc, scan_scores, score_classes
 from asa.methods.classify import Classification
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import Segmentation
