@@ -204,6 +204,15 @@ def read_json(path: Path, root: str) -> Items:
     return dict(flat(json.loads(path.read_text().replace(root, "."))))
 
 
+def read_store(path: Path, root: str) -> Items:
+    """The values of a manifest and of the records beside it, or inside it in earlier versions."""
+    items, records = read_json(path, root), path.with_name("records.jsonl")
+    if records.is_file():
+        lines = records.read_text().replace(root, ".").splitlines()
+        items |= dict(flat({"records": [json.loads(line) for line in lines]}))
+    return items
+
+
 def read_log(path: Path, root: str) -> Items:
     """The numbers of a run's log."""
     return dict(flat([json.loads(line) for line in path.read_text().splitlines()]))
@@ -213,7 +222,8 @@ READERS: list[tuple[str, str, Callable[[Path, str], Items] | None]] = [  # first
     ("digests.json", "", None),  # of files that hold paths and descriptions
     ("log.jsonl", "logged numbers", read_log),
     ("*.safetensors", "weights", read_tensors),
-    ("manifest.json", "manifest", read_json),
+    ("manifest.json", "manifest", read_store),
+    ("records.jsonl", "", None),  # read with its manifest
     ("*.json", "JSON files", read_json),
     ("*.csv", "tables", read_lines),
     ("*.npy", "arrays", read_bytes),

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from stores import write_tree
 from test_hostile import nifti_header
 from untrained import checkpoint
 
@@ -143,7 +144,7 @@ def _checkpoints(place: Path) -> tuple[Callable[[random.Random], Path], Callable
 
 
 def _manifests(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[Path], object]]:
-    from asa.data.store import CLOSING, FORMAT, OPENING, entry_line, write_array, write_manifest
+    from asa.data.store import FORMAT, RECORDS_INSIDE, write_array
 
     record = {"id": "s", "subject": "s", "sources": {"t1": {"path": "a.nii", "sha256": ""}}, "identity": {"t1": "0"}}
     record["chain"] = {"steps": [], "stored_affine": np.eye(4).tolist()}
@@ -156,21 +157,18 @@ def _manifests(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[
         "regions": {"a": [1]},
     }
     manifest = {"format": FORMAT, **common, "records": [record]}
-    write_manifest(place, manifest, {"s": entry_line(record)})
-    content = (place / "manifest.json").read_bytes()
 
     def make(rng: random.Random) -> Path:
-        tree = rng.random() < 0.7
-        changed = changed_tree(manifest, rng) if tree else None
-        if changed is None:
-            other = changed_bytes(content, rng)
-        elif isinstance(changed, dict) and isinstance(changed.get("records"), list) and rng.random() < 0.5:
-            head = json.dumps({**changed, "records": []}, indent=2).encode().removesuffix(b'  "records": []\n}')
-            lines = b",\n".join(json.dumps(record).encode() for record in changed["records"])
-            other = head + OPENING + lines + b"\n" + CLOSING  # as asa-prepare writes it
-        else:
-            other = json.dumps(changed).encode()
-        (place / "manifest.json").write_bytes(other)
+        changed = changed_tree(manifest, rng) if rng.random() < 0.7 else None
+        if isinstance(changed, dict) and isinstance(changed.get("records"), list) and rng.random() < 0.7:
+            write_tree(place, changed)
+        elif changed is None:
+            write_tree(place, manifest)
+            file = place / rng.choice(["manifest.json", "records.jsonl"])
+            file.write_bytes(changed_bytes(file.read_bytes(), rng))
+        else:  # the records inside, as in earlier versions
+            old = {**changed, "format": RECORDS_INSIDE} if isinstance(changed, dict) else changed
+            (place / "manifest.json").write_text(json.dumps(old))
         return place / "manifest.json"
 
     def read(path: Path) -> None:

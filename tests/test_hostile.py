@@ -25,6 +25,7 @@ from conftest import LABELS
 from ranks import Job, command
 from safetensors import safe_open
 from safetensors.torch import save_file
+from stores import read_tree, write_tree
 from torch import nn
 from untrained import DATA, a_scan, call, checkpoint
 
@@ -399,18 +400,19 @@ def test_an_npz_named_npy_is_damage(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"records": 3}, {"records": [3]}, {"labels": {"x": "y"}}, {"channels": None}, {"settings": []},
+    {"labels": {"x": "y"}}, {"channels": None}, {"settings": []},
     {"regions": 1}, {"regions": {"a": True}}, {"regions": {"a": []}},
     {"shape": [1, 2]}, {"shape": None}, {"sources": {"t1": 3}}, {"arrays": {"../x": ""}}, {"subject": 1}, {"chain": []},
     {"chain": {}}, {"chain": {"stored_affine": [[1, 0], [2]]}}, {"identity": {"t1": 3}}, {"identity": None},
 ])  # fmt: skip
-def test_a_manifest_with_other_types_is_named(store: Path, tmp_path: Path, change: dict) -> None:
-    manifest = json.loads((store / "manifest.json").read_text())
+def test_a_store_with_other_types_is_named(store: Path, tmp_path: Path, change: dict) -> None:
+    manifest = read_tree(store)
     (key,) = change
+    file = "manifest.json" if key in manifest else "records.jsonl"
     (manifest if key in manifest else manifest["records"][0]).update(change)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/manifest.json: .*{key.removesuffix('s')}"):
-        Store(tmp_path)
+    write_tree(tmp_path, manifest)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{file}: .*(?:{key.removesuffix('s')}|record 1)"):
+        list(Store(tmp_path).records)
 
 
 def _hold(folder: Path, mark: Path) -> None:

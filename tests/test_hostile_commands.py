@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import read_tree, write_tree
 from untrained import a_scan, call
 
 from asa.cli import evaluate, export, phantom, prepare
@@ -61,20 +62,21 @@ def test_a_bad_case_is_named_and_the_others_are_prepared(tmp_path: Path, monkeyp
 def test_a_store_with_other_names_and_values_is_not_exported(
     store: Path, tmp_path: Path, monkeypatch, capsys, change: dict
 ) -> None:
-    manifest = json.loads((store / "manifest.json").read_text())
-    (manifest if change.keys() <= manifest.keys() else manifest["records"][0]).update(change)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_tree(store)
+    file = "manifest.json" if change.keys() <= manifest.keys() else "records.jsonl"
+    (manifest if file == "manifest.json" else manifest["records"][0]).update(change)
+    write_tree(tmp_path, manifest)
     assert call(export, monkeypatch, f"store={tmp_path}", f"out={tmp_path}/out", "format=nnunet") == 1
-    assert f"error: {tmp_path}/manifest.json: " in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert f"error: {tmp_path}/{file}: " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["background", "ignore"])
 def test_a_label_with_a_name_of_nnunets_own_is_not_exported(
     store: Path, tmp_path: Path, monkeypatch, capsys, name: str
 ) -> None:
-    manifest = json.loads((store / "manifest.json").read_text())
+    manifest = read_tree(store)
     manifest["labels"]["1"] = name
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write_tree(tmp_path, manifest)
     assert call(export, monkeypatch, f"store={tmp_path}", f"out={tmp_path}/out", "format=nnunet") == 1
     assert f"a label is called {name}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

@@ -1,7 +1,7 @@
 """Leakage check: were held-out subjects part of the data that a network was pretrained on?
 
 A checkpoint carries digests of its training scans and subjects, without any name. A scan is identified by the digests
-of its voxels in the manifest (see `asa.data.io.nifti.identity_of`): it is found under another id and in another store,
+of its voxels in the store (see `asa.data.io.nifti.identity_of`): it is found under another id and in another store,
 but not after resampling. A subject is identified by a digest of its name. That keeps names out of shared weights, but
 names can be guessed and confirmed.
 """
@@ -30,7 +30,7 @@ def training_digests(
     """Digests of the training data, for a checkpoint.
 
     Args:
-        records: entries of the manifest of a store.
+        records: entries of a store.
         previous: the digests of the checkpoint that training started from; None: from scratch.
 
     Returns:
@@ -54,7 +54,7 @@ def find_leaks(
     """Subjects of the validation and test parts that a network was trained on.
 
     Args:
-        records: entries of the manifest of a store; all scans of a subject are checked, used or not.
+        records: entries of a store; all scans of a subject are checked, used or not.
         split: subjects under "train", "validation" and "test".
         digests: of `training_digests`.
 

@@ -1,23 +1,15 @@
-"""The prepared store: one manifest and plain memory-mapped arrays, `C D H W` in RAS+ (W left to right).
+"""The prepared store: plain memory-mapped arrays `C D H W` in RAS+ (W left to right), and what is known of them.
 
-STORE/manifest.json      settings, software, channels, labels, and one line per scan, sorted by id
+STORE/manifest.json      what holds for the whole store: format, settings, software, channels, labels
+STORE/records.jsonl      one line of JSON per scan, sorted by id
 STORE/images/ID.npy      float16 (C, D, H, W)
 STORE/labels/ID.npy      uint8 (1, D, H, W), class indices: index k means value ([0] + label_values)[k];
                          `asa.ops.labels.IGNORED` (255) marks voxels that count neither in a loss nor in a score
 
-The manifest is JSON for every tool, and so is the line of a scan without its comma. Only the lines that are asked for
-are parsed, so that a store of a hundred thousand scans opens in a second:
-
-    {
-      "format": 2,
-      ...
-      "records": [
-    {"id": "a", "subject": "a", ...},
-    {"id": "b", "subject": "b", ...}
-    ]
-    }
-
-A manifest that is written in another way, by an earlier version or by hand, is parsed whole; asa-prepare rewrites it.
+While a cohort is prepared, lines are appended in any order: the last one of an id counts, and one without its line
+break was cut off and does not. Only the lines that are asked for are parsed, so that a store of a hundred thousand
+scans opens in a second. A store of format 2 has its records inside the manifest and is read whole; asa-prepare
+converts it.
 """
 
 import hashlib
@@ -28,6 +20,7 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import lt
 from pathlib import Path
@@ -35,17 +28,17 @@ from typing import IO, Any, overload
 
 import numpy as np
 
-from asa.data.io.files import JSON, check_id, read_json, sha256_of, write_whole
+from asa.data.io.files import JSON, check_id, open_unlinked, read_json, sha256_of, write_whole
 
-FORMAT = 2
-KEYS = {"format", "settings", "channels", "labels", "ignored", "regions", "records"}
-MANIFEST = "manifest.json"
+FORMAT, RECORDS_INSIDE = 3, 2  # the earlier format has its records inside the manifest
+MANIFEST, RECORDS = "manifest.json", "records.jsonl"
+COMMON = {"settings": dict, "channels": list, "labels": dict, "ignored": list, "regions": dict}  # keys of the manifest
+OF_SCAN = {"subject": str, "shape": list, "sources": dict, "arrays": dict, "chain": dict, "identity": dict}
 FOLDERS = {"image": "images", "label": "labels"}  # of the arrays
-OPENING, CLOSING = b'  "records": [\n', b"]\n}\n"  # the lines before and after those of the scans
+DTYPES = {"image": np.float16, "label": np.uint8}
 TEXT = rb'"((?:[^"\\\x00-\x1f]|\\.)*)"'
 LINE = re.compile(rb'\{"id": ' + TEXT + rb', "subject": ' + TEXT + rb"[,}]")
 CHANGED = "bytes changed; delete it and run asa-prepare again"
-DTYPES = {"image": np.float16, "label": np.uint8}
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps would make one for every entry
 
 Entry = dict[str, Any]
@@ -59,7 +52,7 @@ class Store:
 
     Attributes:
         path: that folder, absolute.
-        records: entries of the manifest, sorted by id, with id, subject, site, sources, shape, chain, statistics; each
+        records: entries of the scans, sorted by id, with id, subject, site, sources, shape, chain, statistics; each
             is read from the file when it is asked for.
         channels: names of the image channels, in stored order.
         labels: label value in the source files -> name.
@@ -76,14 +69,14 @@ class Store:
         self.path = Path(path).absolute()
         if not (self.path / MANIFEST).is_file():
             raise ValueError(f"{self.path}: no prepared store here; make one with asa-prepare out={self.path}")
-        manifest = read_manifest(self.path)
-        self.records: Records = manifest["records"]
+        self.records: Records
+        manifest, self.records = read_manifest(self.path)
         self.channels: list[str] = manifest["channels"]
         self.labels: dict[int, str] = {int(value): name for value, name in manifest["labels"].items()}
         self.ignored: list[int] = manifest["ignored"]
         self.regions: dict[str, list[int]] = manifest["regions"]
         self.settings: dict[str, Any] = manifest["settings"]
-        common = json.dumps({key: manifest[key] for key in sorted(KEYS - {"records"})}, sort_keys=True)
+        common = json.dumps({key: manifest[key] for key in ("format", *COMMON)}, sort_keys=True)
         self.fingerprint = hashlib.sha256(common.encode()).hexdigest()
         if not self.records:
             raise ValueError(f"{self.path}: the store holds no scans; run asa-prepare again to see why they failed")
@@ -98,7 +91,7 @@ class Store:
         return sorted(self.labels)
 
     def record(self, id: str) -> dict[str, Any]:
-        """The manifest entry of one scan.
+        """The entry of one scan.
 
         Raises:
             ValueError: the store has no such scan, or its entry is not as `asa-prepare` writes it.
@@ -111,7 +104,7 @@ class Store:
     def image(self, id: str) -> np.ndarray:
         """Memory-mapped image (C, D, H, W) float16; reading a crop reads only its pages.
 
-        When a process first opens an array, it compares the file with the SHA-256 in the manifest.
+        When a process first opens an array, it compares the file with the SHA-256 in its entry.
 
         Raises:
             ValueError: no such scan, or its array is missing or damaged.
@@ -132,7 +125,7 @@ class Store:
         return next(Path(sources[channel]["path"]) for channel in self.channels if channel in sources)
 
     def verify(self) -> list[tuple[str, str]]:
-        """Compare every array with the SHA-256 in the manifest.
+        """Compare every array with the SHA-256 in its entry.
 
         Returns:
             (id, reason) for each array that is missing or has changed; empty for an intact store.
@@ -148,10 +141,8 @@ class Store:
         return damaged
 
     def _array(self, id: str, kind: str) -> np.ndarray:
-        record = self.record(id)
-        shape = tuple(record["shape"])
-        path = array_path(self.path, id, kind)
-        array = open_array(path, shape if kind == "image" else (1, *shape[1:]), DTYPES[kind])
+        record, path = self.record(id), array_path(self.path, id, kind)
+        array = open_array(self.path, record, kind)
         if array is None:
             raise ValueError(f"{path}: missing or damaged; run asa-prepare again, which prepares only what is missing")
         if path not in self._compared:
@@ -165,33 +156,33 @@ class Store:
 
 def array_path(root: Path, id: str, kind: str) -> Path:
     """Path of the "image" or "label" of a scan in a store."""
-    return Path(array_file(root, id, kind))
+    return root / FOLDERS[kind] / f"{id}.npy"
 
 
-def array_file(root: Path, id: str, kind: str) -> str:
-    """`array_path` as text, for loops over a whole store: a Path takes as long to make as the file to open."""
-    return os.path.join(root, FOLDERS[kind], f"{id}.npy")
-
-
-def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
-    """Memory-map a `.npy` file; None if it is missing, truncated, or of another shape or type."""
+def open_array(root: Path, entry: Mapping[str, Any], kind: str) -> np.ndarray | None:
+    """Memory-map the "image" or "label" of an entry; None if it is missing, truncated, or of another shape or type."""
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(array_path(root, entry["id"], kind), mode="r")
     except (OSError, ValueError, EOFError, OverflowError):
         return None
-    return array if array.shape == shape and array.dtype == dtype else None
+    return array if array.shape == _array_shape(entry, kind) and array.dtype == DTYPES[kind] else None
 
 
-def has_array(path: str, shape: tuple[int, ...], dtype: Any) -> bool:
+def has_array(root: Path, entry: Mapping[str, Any], kind: str) -> bool:
     """Whether `open_array` would open a file, without the cost of a memory map where `write_array` wrote it."""
-    header, size = _array_header(shape, dtype)
-    try:
-        with open(path, "rb", buffering=0) as file:
+    header, size = _array_header(_array_shape(entry, kind), DTYPES[kind])
+    try:  # the path is text, as a Path takes as long to make as the file to open
+        with open(os.path.join(root, FOLDERS[kind], f"{entry['id']}.npy"), "rb", buffering=0) as file:
             if file.read(len(header)) == header:
                 return os.fstat(file.fileno()).st_size >= size
     except OSError:
         return False
-    return open_array(Path(path), shape, dtype) is not None
+    return open_array(root, entry, kind) is not None
+
+
+def _array_shape(entry: Mapping[str, Any], kind: str) -> tuple[int, ...]:
+    channels, *size = entry["shape"]
+    return (channels if kind == "image" else 1, *size)
 
 
 @lru_cache
@@ -229,31 +220,27 @@ def write_array(root: Path, id: str, kind: str, array: np.ndarray) -> str:
     return sha256_of(path)
 
 
+@dataclass(eq=False, repr=False)
 class Records(Sequence[Entry]):
-    """Entries of a manifest, each read from its line of the file and checked when it is asked for.
+    """Entries of the scans of a store, each read from its line and checked when it is asked for.
 
-    Only ids, subjects and the places of the lines are in memory, and only they go to worker processes. If the manifest
-    is replaced, as by `asa-prepare` when it adds scans, the entries of the same ids are read from the new one.
+    Only ids, subjects and the places of the lines are in memory, and only they go to worker processes. If the file
+    changes, as by `asa-prepare` when it adds scans, the entries of the same ids are read from the new one.
 
     Args:
-        file: the manifest.
+        file: that holds the entries.
         ids, subjects: of each entry, in the order of the ids.
         spans: offset and length in bytes of the line of each entry, int64 `(N, 2)`.
         version: `_version` of the file that the spans are of.
-        lines: what the spans are of in place of the file, for a manifest that has other lines.
+        text: what the spans are of in place of the file, for a store of format 2.
     """
 
-    def __init__(
-        self,
-        file: Path,
-        ids: Sequence[str],
-        subjects: Sequence[str],
-        spans: np.ndarray,
-        version: tuple[int, ...] = (),
-        lines: bytes | None = None,
-    ) -> None:
-        self.file, self.ids, self.subjects = file, ids, subjects
-        self._spans, self._file_version, self._lines = spans, version, lines
+    file: Path
+    ids: Sequence[str]
+    subjects: Sequence[str]
+    spans: np.ndarray
+    version: tuple[int, ...]
+    text: bytes | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -269,7 +256,7 @@ class Records(Sequence[Entry]):
 
         Raises:
             IndexError: there are not so many.
-            ValueError: the line is not an entry as `asa-prepare` writes it, or a new manifest does not have the scan.
+            ValueError: the line is not an entry as `asa-prepare` writes it, or a new file does not have the scan.
         """
         if isinstance(index, slice):
             return self.take(range(len(self))[index])
@@ -282,7 +269,7 @@ class Records(Sequence[Entry]):
         """The entries at these indices, in this order, not read yet."""
         chosen = list(indices)
         ids, subjects = [self.ids[k] for k in chosen], [self.subjects[k] for k in chosen]
-        return Records(self.file, ids, subjects, self._spans[chosen], self._file_version, self._lines)
+        return replace(self, ids=ids, subjects=subjects, spans=self.spans[chosen])
 
     def find(self, id: str) -> int | None:
         """Index of a scan among the entries of a whole store, which are sorted; None where it has no such scan."""
@@ -290,7 +277,7 @@ class Records(Sequence[Entry]):
         return k if k < len(self.ids) and self.ids[k] == id else None
 
     def lines(self) -> Iterator[bytes]:
-        """The entries as they were written, each without a comma."""
+        """The entries as they were written, without line breaks."""
         return (line for _, line in self._read_lines(range(len(self))))
 
     def _read(self, indices: Iterable[int]) -> Iterator[Entry]:
@@ -301,70 +288,105 @@ class Records(Sequence[Entry]):
             yield entry
 
     def _read_lines(self, indices: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-        if self._lines is not None:
-            for k in indices:
-                start, size = self._spans[k].tolist()
-                yield k, self._lines[start : start + size]
-            return
-        with self.file.open("rb", buffering=0) as file:
-            if _version(file) != self._file_version:
+        with self.file.open("rb", buffering=0) if self.text is None else io.BytesIO(self.text) as file:
+            if _version(file) != self.version:
                 self._find_again()
                 yield from self._read_lines(indices)
                 return
             for k in indices:
-                start, size = self._spans[k].tolist()
-                yield k, os.pread(file.fileno(), size, start).rstrip(b"\n").removesuffix(b",")
+                start, size = self.spans[k].tolist()
+                file.seek(start)
+                yield k, file.read(size).rstrip(b"\n")
 
     def _find_again(self) -> None:
-        """The lines of the same ids in a manifest that was replaced."""
-        new = read_manifest(self.file.parent)["records"]
-        places = [new.find(id) for id in self.ids]
-        if None in places:
-            gone = self.ids[places.index(None)]
-            raise ValueError(f"{self.file}: {gone} was removed from the store while it was in use; start again")
-        part = new.take(places)
-        self.subjects, self._spans = part.subjects, part._spans
-        self._file_version, self._lines = part._file_version, part._lines
+        """The lines of the same ids in a file that has changed."""
+        new = read_records(self.file)
+        places = {id: k for k, id in enumerate(new.ids)}
+        if gone := [id for id in self.ids if id not in places]:
+            raise ValueError(f"{self.file}: {gone[0]} was removed from the store while it was in use; start again")
+        part = new.take(places[id] for id in self.ids)
+        self.subjects, self.spans, self.version = part.subjects, part.spans, part.version
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of a store, with `Records`.
+def read_manifest(root: Path) -> tuple[dict[str, Any], Records]:
+    """The manifest of a store, and the records of its scans.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: not a manifest, or another format.
+        FileNotFoundError: one of the two files is missing.
+        ValueError: not a manifest, another format, or a line that is no record.
     """
     file = root / MANIFEST
-    manifest = _read_by_line(file) or read_json(file)
-    found = manifest.get("format") if isinstance(manifest, dict) and manifest.keys() >= KEYS else None
-    if found != FORMAT:
+    manifest = read_json(file)
+    found = manifest.get("format") if isinstance(manifest, dict) and manifest.keys() >= COMMON.keys() else None
+    if found not in (FORMAT, RECORDS_INSIDE):
         raise ValueError(f"{file}: store format {found!r}, this asa reads {FORMAT}; prepare it again into a new folder")
     if wrong := _wrong_common(manifest):
         raise ValueError(_not_ours(file, wrong))
-    records = manifest["records"]
-    ids = records.ids if isinstance(records, Records) else [record.get("id") for record in records]
+    if found == FORMAT:
+        return manifest, read_records(root / RECORDS)
+    entries = manifest.pop("records", None)
     try:
-        for id in ids:
-            check_id(id)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if len(set(ids)) < len(ids):
+        text = b"".join(entry_line(entry) + b"\n" for entry in entries)
+    except (TypeError, KeyError, ValueError, RecursionError):
+        raise ValueError(_not_ours(file, "records")) from None
+    records = read_records(file, text)
+    if len(records) < len(entries):
         raise ValueError(f"{file}: scans with the same id; prepare the store again into a new folder")
-    return manifest if isinstance(records, Records) else {**manifest, "records": _in_memory(file, records)}
+    return manifest, records
 
 
-def write_manifest(root: Path, common: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
-    """Write the manifest atomically.
+def read_records(file: Path, text: bytes | None = None) -> Records:
+    """The records of a file, sorted by id, of which only ids and subjects are read.
 
     Args:
-        root: folder of the store.
-        common: what all scans have in common; "records" in it is ignored.
-        entries: `entry_line` of each scan, by id.
+        file: of one line per scan.
+        text: its content, where the file has another form.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is no record, or an id that cannot be one.
     """
-    head = json.dumps({**common, "records": []}, indent=2, ensure_ascii=False, allow_nan=False).encode()
-    opening = head.removesuffix(b'  "records": []\n}') + OPENING
-    lines = b",\n".join(entries[id] for id in sorted(entries))
-    write_whole(root / MANIFEST, opening + lines + (b"\n" if lines else b"") + CLOSING)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, but a {MANIFEST}: restore it, or prepare into a new folder")
+    ids: list[str] = []
+    subjects: list[str] = []
+    sizes: list[int] = []
+    with file.open("rb", buffering=1 << 20) if text is None else io.BytesIO(text) as lines:
+        version = _version(lines)
+        try:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # the last one, which was cut off
+                if (found := LINE.match(line)) is None:
+                    raise ValueError("not a record as asa-prepare writes it")
+                id, subject = found.groups()
+                ids.append(_unquoted(id))
+                subjects.append(ids[-1] if subject == id else _unquoted(subject))
+                check_id(ids[-1])
+                sizes.append(len(line))
+        except ValueError as error:
+            reason = f"record {len(sizes) + 1}: {error}; remove it, and run asa-prepare again"
+            raise ValueError(f"{file}: {reason}") from None
+    lengths = np.array(sizes, dtype=np.int64)
+    spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
+    records = Records(file, ids, subjects, spans, version, text)
+    if all(map(lt, ids, ids[1:])):
+        return records
+    last = {id: k for k, id in enumerate(ids)}
+    return records.take(last[id] for id in sorted(last))
+
+
+def write_records(root: Path, entries: Mapping[str, bytes]) -> None:
+    """Write `entry_line` of each scan, by id, in place of all records, atomically."""
+    write_whole(root / RECORDS, b"".join(entries[id] + b"\n" for id in sorted(entries)))
+
+
+def append_records(root: Path, lines: Iterable[bytes]) -> None:
+    """Append `entry_line` of scans to records of which no line is cut off; what an interruption cuts off is ignored."""
+    with open_unlinked(root / RECORDS, "ab") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def entry_line(entry: Mapping[str, Any]) -> bytes:
@@ -391,55 +413,15 @@ def parse_entry(file: Path, id: str, line: bytes) -> Entry:
     return entry
 
 
-def _read_by_line(file: Path) -> dict[str, Any] | None:
-    """A manifest with a line for each entry; None if it is written in another way, or not sorted by id."""
-    head: list[bytes] = []
-    ids: list[str] = []
-    subjects: list[str] = []
-    sizes: list[int] = []
-    if not file.is_file():
-        return None
-    with file.open("rb", buffering=1 << 20) as lines:
-        version = _version(lines)
-        for line in lines:
-            head.append(line)
-            if line == OPENING:
-                break
-        line = b""
-        try:
-            for line in lines:
-                if (found := LINE.match(line)) is None:
-                    break
-                id, subject = found.groups()
-                ids.append(_text(id))
-                subjects.append(ids[-1] if subject == id else _text(subject))
-                sizes.append(len(line))
-            if line + lines.read(len(CLOSING)) != CLOSING or not all(map(lt, ids, ids[1:])):
-                return None
-            common = JSON.decode((b"".join(head) + CLOSING).decode())
-        except (ValueError, RecursionError):
-            return None  # `read_json` names what is wrong
-    ends = sum(map(len, head)) + np.cumsum(sizes, dtype=np.int64)
-    spans = np.stack([ends - sizes, np.array(sizes, dtype=np.int64)], axis=1)
-    return {**common, "records": Records(file, ids, subjects, spans, version)} if isinstance(common, dict) else None
-
-
-def _text(quoted: bytes) -> str:
+def _unquoted(text: bytes) -> str:
     """What stands between the quotes of a string in JSON."""
-    return json.loads(b'"' + quoted + b'"') if b"\\" in quoted else quoted.decode()
+    return json.loads(b'"' + text + b'"') if b"\\" in text else text.decode()
 
 
-def _in_memory(file: Path, entries: Sequence[Entry]) -> Records:
-    ordered = sorted(entries, key=lambda entry: entry["id"])
-    lines = [entry_line(entry) for entry in ordered]
-    sizes = np.array([len(line) for line in lines], dtype=np.int64)
-    spans = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1)
-    ids, subjects = [entry["id"] for entry in ordered], [entry["subject"] for entry in ordered]
-    return Records(file, ids, subjects, spans, lines=b"".join(lines))
-
-
-def _version(file: IO[bytes]) -> tuple[int, ...]:
-    """What is another one for a file that has replaced this one."""
+def _version(file: IO[bytes] | io.RawIOBase) -> tuple[int, ...]:
+    """What differs once a file has changed or another one has replaced it."""
+    if isinstance(file, io.BytesIO):
+        return ()
     found = os.fstat(file.fileno())
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -449,16 +431,10 @@ def _not_ours(file: Path, what: str) -> str:
 
 
 def _wrong_common(manifest: Mapping[str, Any]) -> str:
-    """The first entry of another type than `write_manifest` writes, as a store may come from anybody; else "".
-
-    The records are among them, unless they are read later.
-    """
-    common = {"settings": dict, "channels": list, "labels": dict, "ignored": list, "regions": dict}
-    for key, kind in common.items():
+    """The first entry of a manifest with another content than `asa-prepare` writes, as it may be anybody's; or ""."""
+    for key, kind in COMMON.items():
         if not isinstance(manifest[key], kind):
             return key
-    if not isinstance(manifest["records"], list | Records):
-        return "records"
     labels, names = manifest["labels"], [*manifest["labels"].values(), *manifest["channels"]]
     if len(labels) > 254 or not all(value.isdecimal() and len(value) < 20 for value in labels):
         return "labels"
@@ -466,33 +442,28 @@ def _wrong_common(manifest: Mapping[str, Any]) -> str:
         return "a name in labels or channels"
     if not all(isinstance(values, list) and values for values in manifest["regions"].values()):
         return "a region"
-    joined = [str(value) for values in manifest["regions"].values() for value in values]
-    if not labels.keys() >= set(joined) or not all(isinstance(value, int) for value in manifest["ignored"]):
+    joined = {str(value) for values in manifest["regions"].values() for value in values}
+    if not labels.keys() >= joined or not all(isinstance(value, int) for value in manifest["ignored"]):
         return "a value in regions or ignored"
-    if not isinstance(manifest["records"], Records):
-        for number, record in enumerate(manifest["records"], start=1):
-            if wrong := _wrong_record(record):
-                return f"{wrong} of record {number}"
     return ""
 
 
 def _wrong_record(record: object) -> str:
     """The first key of an entry of one scan with another type than `asa-prepare` writes; else ""."""
-    own = {"subject": str, "shape": list, "sources": dict, "arrays": dict, "chain": dict, "identity": dict}
-    for key, kind in own.items():
-        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+    if not isinstance(record, dict):
+        return "the entry"
+    for key, kind in OF_SCAN.items():
+        if not isinstance(record.get(key), kind):
             return key
-    assert isinstance(record, dict)
     if len(record["shape"]) != 4 or not all(isinstance(size, int) for size in record["shape"]):
         return "shape"
     if not all(isinstance(digest, str) for digest in record["identity"].values()):
         return "identity"
     if not _is_affine(record["chain"].get("stored_affine")):
         return "chain.stored_affine"
-    sources = record["sources"].values()
-    paths = [source.get(key) for source in sources if isinstance(source, dict) for key in ("path", "sha256")]
-    if len(paths) < 2 * len(sources) or not all(isinstance(path, str) for path in paths):
-        return "sources"
+    for source in record["sources"].values():
+        if not isinstance(source, dict) or not all(isinstance(source.get(key), str) for key in ("path", "sha256")):
+            return "sources"
     return "" if record["arrays"].keys() <= FOLDERS.keys() else "arrays"
 
 

@@ -13,10 +13,19 @@ from pathlib import Path
 import numpy as np
 
 from asa.data.io.files import write_digests, write_json, write_whole
-from asa.data.io.tables import ENDINGS, as_number, check_health, csv_text, read_column, read_rows
+from asa.data.io.tables import (
+    ENDINGS,
+    PREDICTED,
+    RESERVED,
+    TRAINING_MEAN,
+    as_number,
+    check_health,
+    csv_text,
+    read_column,
+    read_rows,
+)
 from asa.evaluation.scans import ClassScores, NumberScores, auc, auc_interval, scan_scores, score_classes, score_numbers
 from asa.evaluation.statistics import nullable
-from asa.inference.whole_scans import PREDICTED, RESERVED, TRAINING_MEAN
 
 SCANS = "scans.csv"
 MEASURES = ("score", "mean", "top", "peak")  # of a scan's asymmetry

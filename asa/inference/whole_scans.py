@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asa.data.io.tables import csv_text
+from asa.data.io.tables import PREDICTED, TRAINING_MEAN, csv_text
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.inference.preprocessing import ScanPreprocessor
@@ -21,8 +21,6 @@ from asa.training.device import on_device, pick_device
 from asa.training.distributed import map_over_ranks
 
 TABLE = "predictions.csv"
-PREDICTED, TRAINING_MEAN = "predicted", "training_mean"
-RESERVED = ("id", "subject", PREDICTED, TRAINING_MEAN)  # columns of a table of numbers
 
 
 def predict_classes(model: nn.Module, dataset: CropDataset) -> np.ndarray:

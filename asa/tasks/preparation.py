@@ -8,7 +8,7 @@ from asa.data.datasets.nnunet import label_scheme
 from asa.data.io.files import PART
 from asa.data.io.lock import LOCK
 from asa.data.preprocessing.cohort import CohortReport, CohortSettings, prepare_cohort
-from asa.data.store import MANIFEST, Store
+from asa.data.store import MANIFEST, RECORDS, Store
 from asa.reporting.quality_control import PAGE, TABLE, QualityControlReport
 from asa.tasks.base import Config
 
@@ -25,8 +25,7 @@ def prepare_task(config: Config) -> None:
         return
     if check not in (None, "only", "also"):
         raise ValueError(f"check={check}: choose only, also, or null")
-    files = [path for path in out.iterdir() if path.name != LOCK and path.suffix != PART] if out.is_dir() else []
-    if check != "only" and files and not (out / MANIFEST).exists():
+    if check != "only" and out.is_dir() and not (out / MANIFEST).exists() and any(map(_is_foreign, out.iterdir())):
         raise ValueError(f"{out} is not empty and not a store: choose another out=")
     scheduler = _scheduler(config)
     if config["data"]["root"] is None and not config["data"].get("table"):
@@ -42,6 +41,11 @@ def prepare_task(config: Config) -> None:
         print(f"wrote {quality.folder / TABLE} and {quality.folder / PAGE}")
     if report.failures:
         raise ValueError(f"{len(report.failures)} scans failed, listed above: fix or leave them out, and run again")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is none of those that a command leaves that was killed before its first manifest."""
+    return path.name != LOCK and path.suffix != PART and (path.name != RECORDS or path.stat().st_size > 0)
 
 
 def verify(path: Path) -> None:

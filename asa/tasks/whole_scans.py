@@ -18,7 +18,7 @@ from torch import nn
 from asa.config import typed
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import as_number, read_column
+from asa.data.io.tables import RESERVED, as_number, read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers
@@ -26,7 +26,6 @@ from asa.evaluation.tables import evaluate_classes, evaluate_numbers
 from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
 from asa.inference.whole_scans import (
-    RESERVED,
     TABLE,
     ClassPredictor,
     NumberPredictor,

@@ -208,7 +208,8 @@ def loader(spec: Spec, device: torch.device) -> Work:
 
 def digests(spec: Spec, device: torch.device) -> Work:
     """A crop of a stored volume, whose file is compared with its SHA-256 when a process first opens it."""
-    from asa.data.store import FORMAT, Store, entry_line, read_box, write_array, write_manifest
+    from asa.data.io.files import write_json
+    from asa.data.store import FORMAT, MANIFEST, Store, entry_line, read_box, write_array, write_records
 
     root, image = Path(spec["scratch"]), torch.rand(1, *spec["volume"]).numpy()
     own = {
@@ -220,7 +221,8 @@ def digests(spec: Spec, device: torch.device) -> Work:
     }
     record = {"id": "s", **own, "arrays": {"image": write_array(root, "s", "image", image)}}
     empty = {"settings": {}, "channels": ["t1"], "labels": {}, "ignored": [], "regions": {}}
-    write_manifest(root, {"format": FORMAT, **empty}, {"s": entry_line(record)})
+    write_records(root, {"s": entry_line(record)})
+    write_json(root / MANIFEST, {"format": FORMAT, **empty})
     opened = Store(root)
     opened.image("s")
 

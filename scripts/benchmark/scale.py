@@ -19,7 +19,7 @@ from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import make_loader
 from asa.data.preprocessing.cohort import CohortSettings, find_duplicates, prepare_cohort
 from asa.data.splits import make_split, select
-from asa.data.store import MANIFEST, Store, array_path, entry_line, read_manifest, write_manifest
+from asa.data.store import MANIFEST, RECORDS, Store, array_path, entry_line, write_records
 from asa.settings import LoaderSettings
 from scripts.benchmark.clock import host_peak
 from scripts.benchmark.plan import Spec
@@ -34,7 +34,7 @@ def scale(spec: Spec, device: torch.device) -> dict[str, Any]:
     Returns:
         "seconds", and "cpu_seconds" of this process, on which other work of the machine has less influence;
         "peak_bytes" of the process, libraries included, and "extra_bytes", by how much the operation raised it; the
-        size of the manifest as "manifest_bytes".
+        size of the manifest and the records as "manifest_bytes".
     """
     root = Path(spec["scratch"]) / f"scale-{spec['records']}"
     call = OPERATIONS[spec["operation"]](root, spec)
@@ -42,7 +42,7 @@ def scale(spec: Spec, device: torch.device) -> dict[str, Any]:
     call()
     found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - began}
     found |= {"peak_bytes": host_peak(), "repeats": 1}
-    size = (root / "store" / MANIFEST).stat().st_size
+    size = sum((root / "store" / file).stat().st_size for file in (MANIFEST, RECORDS))
     return {**found, "extra_bytes": found["peak_bytes"] - before, "manifest_bytes": size}
 
 
@@ -78,7 +78,7 @@ def make(root: Path, count: int, volume: list[int]) -> None:
         named = {key: own[key] for key in ("id", "subject", "site")}
         one = {**entry, **named, "sources": sources, "identity": {"t1": f"{k:032x}"}}
         entries[own["id"]] = entry_line(one)
-    write_manifest(store.path, read_manifest(store.path), entries)
+    write_records(store.path, entries)
 
 
 def record(path: Path, k: int) -> Record:
@@ -145,7 +145,7 @@ def first_batch(root: Path, spec: Spec) -> Call:
 
 
 def resume(root: Path, spec: Spec) -> Call:
-    """asa-prepare where nothing has changed: every source and array is looked at, and the manifest is written."""
+    """asa-prepare where nothing has changed: every source and array is looked at, and the records are written."""
     records = [record(root / "raw" / f"scan-{k:07d}.nii", k) for k in range(spec["records"])]
 
     def call() -> None:

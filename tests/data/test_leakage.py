@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from stores import read_tree, write_tree
 
 from asa.cli import COMMANDS
 from asa.data.leakage import LeakedSubject, find_leaks, stored_digests, training_digests
 from asa.data.splits import write_split
-from asa.data.store import MANIFEST
 from asa.training.checkpoint import find_weights, read_weights
 
 TINY = ["loader.workers=0", "train.device=cpu", "optim.warmup=1", "train.steps=2"]
@@ -74,11 +74,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def store_of(store: Path, out: Path, subjects: dict[str, str]) -> Path:
     """The four scans as a store of other subjects: name -> digest of the voxels."""
-    out.mkdir()
-    manifest = json.loads((store / MANIFEST).read_text())
+    manifest = read_tree(store)
     for record, (subject, digest) in zip(manifest["records"], subjects.items(), strict=True):
         record |= {"subject": subject, "identity": {"t1": digest}}
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    write_tree(out, manifest)
     for folder in ("images", "labels"):
         (out / folder).symlink_to(store / folder)
     return out

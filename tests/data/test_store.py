@@ -1,4 +1,4 @@
-"""The store is plain arrays and one manifest: cheap to open, cheap to crop, and damage is found."""
+"""The store is plain arrays, a manifest and a line per scan: cheap to open, cheap to crop, and damage is found."""
 
 import json
 import math
@@ -9,27 +9,47 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import read_tree, write_tree
 
+from asa.data.datasets.record import Record
+from asa.data.io.files import write_json
 from asa.data.io.nifti import write_image
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
-from asa.data.store import FORMAT, Store, entry_line, has_array, open_array, read_manifest, write_manifest
+from asa.data.store import (
+    FORMAT,
+    RECORDS_INSIDE,
+    Store,
+    append_records,
+    entry_line,
+    has_array,
+    open_array,
+    write_records,
+)
+
+SETTINGS = CohortSettings(labels={4: "tumour", 1: "core"})
+
+
+def cohort(root: Path) -> list[Record]:
+    """Two scans with two channels, the first one labelled."""
+    records: list[Record] = []
+    for name in ("b", "a"):
+        images = {channel: str(root / f"{name}_{channel}.nii") for channel in ("t1", "flair")}
+        records.append({"id": name, "subject": f"person-{name}", "site": "Rome", "images": images})
+    records[0]["label"] = str(root / "b_label.nii")
+    return records
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A store of two scans with two channels, the first one labelled."""
+    """The store of `cohort`."""
     rng = np.random.default_rng(0)
-    records = []
-    for name in ("b", "a"):
-        for channel in ("t1", "flair"):
-            write_image(tmp_path / f"{name}_{channel}.nii", rng.uniform(10, 99, (9, 8, 7)), np.eye(4))
-        images = {channel: str(tmp_path / f"{name}_{channel}.nii") for channel in ("t1", "flair")}
-        records.append({"id": name, "subject": f"person-{name}", "site": "Rome", "images": images})
+    for record in cohort(tmp_path):
+        for path in record["images"].values():
+            write_image(path, rng.uniform(10, 99, (9, 8, 7)), np.eye(4))
     label = np.zeros((9, 8, 7), np.uint8)
     label[2:5, 3:6, 2:6] = 4
     write_image(tmp_path / "b_label.nii", label, np.eye(4), dtype=np.uint8)
-    records[0]["label"] = str(tmp_path / "b_label.nii")
-    prepare_cohort(records, tmp_path / "store", CohortSettings(labels={4: "tumour", 1: "core"}), progress=False)
+    prepare_cohort(cohort(tmp_path), tmp_path / "store", SETTINGS, progress=False)
     return tmp_path / "store"
 
 
@@ -66,9 +86,9 @@ def test_a_crop_reads_only_its_own_pages(made):
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         file.truncate(file.tell() + 2 * math.prod(shape))
-    manifest = json.loads((made / "manifest.json").read_text())
+    manifest = read_tree(made)
     manifest["records"][0]["shape"] = list(shape)
-    (made / "manifest.json").write_text(json.dumps(manifest))
+    write_tree(made, manifest)
     store = Store(made)
     store._compared.add(path)  # with its SHA-256, as after the first time
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -101,18 +121,30 @@ def test_a_truncated_array_is_refused_when_it_is_opened(made):
 def test_what_is_not_a_store_is_refused_with_what_to_run(made, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere: no prepared store here; make one with asa-prepare out="):
         Store(tmp_path / "nowhere")
-    manifest = json.loads((made / "manifest.json").read_text())
+    manifest = read_tree(made)
+    common = {key: value for key, value in manifest.items() if key != "records"}
+    old = {**manifest, "format": RECORDS_INSIDE}
     for content, reason in (
-        ({**manifest, "format": FORMAT + 1}, f"store format {FORMAT + 1}, this asa reads {FORMAT}"),
+        ({**common, "format": FORMAT + 1}, f"store format {FORMAT + 1}, this asa reads {FORMAT}"),
         ({"format": FORMAT}, "store format None"),
         ([], "store format None"),
-        ({**manifest, "records": []}, "holds no scans; run asa-prepare again"),
+        ({**old, "records": []}, "holds no scans; run asa-prepare again"),
+        ({**old, "records": 3}, "manifest.json: records is missing or not as asa-prepare writes it"),
+        ({**old, "records": [3]}, "manifest.json: records is missing or not as asa-prepare writes it"),
+        ({**common, "format": RECORDS_INSIDE}, "manifest.json: records is missing or not as asa-prepare writes it"),
     ):
-        (made / "manifest.json").write_text(json.dumps(content))
+        write_json(made / "manifest.json", content)
         with pytest.raises(ValueError, match=reason):
             Store(made)
     (made / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json: not valid JSON"):
+        Store(made)
+    write_json(made / "manifest.json", common)
+    write_records(made, {})
+    with pytest.raises(ValueError, match="holds no scans; run asa-prepare again"):
+        Store(made)
+    (made / "records.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"records.jsonl: no such file"):
         Store(made)
 
 
@@ -121,66 +153,95 @@ def test_an_unknown_scan_is_named(made):
         Store(made).image("c")
 
 
+@pytest.mark.parametrize("format", [FORMAT, RECORDS_INSIDE])
 @pytest.mark.parametrize("id", ["../../escaped", "/etc/hostname", "a\nb", "", None, "x" * 300])
-def test_an_id_of_a_manifest_names_no_file_outside_the_store(made, tmp_path, id):
-    manifest = json.loads((made / "manifest.json").read_text())
-    manifest["records"][0]["id"] = id
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"manifest\.json: .*not usable as an id"):
+def test_an_id_of_a_store_names_no_file_outside_it(made, tmp_path, id, format):
+    manifest = read_tree(made)
+    manifest["records"][1]["id"] = id
+    write(tmp_path, manifest, format)
+    reason = "not a record as asa-prepare writes it" if id is None else "not usable as an id"
+    with pytest.raises(ValueError, match=rf"(records\.jsonl|manifest\.json): record 2: .*{reason}"):
         Store(tmp_path)
 
 
-def test_an_id_that_occurs_twice_in_a_manifest_is_refused(made, tmp_path):
-    manifest = json.loads((made / "manifest.json").read_text())
+def write(root: Path, manifest: dict, format: int) -> None:
+    """A store of this or of the earlier format."""
+    if format == FORMAT:
+        write_tree(root, manifest)
+    else:
+        write_json(root / "manifest.json", {**manifest, "format": format})
+
+
+def test_an_id_that_occurs_twice_in_an_earlier_manifest_is_refused(made):
+    manifest = read_tree(made)
     manifest["records"].append(manifest["records"][0])
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write(made, manifest, RECORDS_INSIDE)
     with pytest.raises(ValueError, match=r"manifest\.json: scans with the same id"):
-        Store(tmp_path)
+        Store(made)
 
 
-def test_the_entries_of_a_store_are_those_of_its_manifest(made):
-    records, whole = Store(made).records, json.loads((made / "manifest.json").read_text())["records"]
+def test_the_last_line_of_a_scan_counts_and_a_line_that_is_cut_off_does_not(made):
+    first, second = Store(made).records
+    append_records(made, [entry_line({**first, "site": "Oslo"}), entry_line({**second, "id": "0"})])
+    whole = (made / "records.jsonl").read_bytes()
+    for cut in range(1, len(entry_line(second)), 100):
+        (made / "records.jsonl").write_bytes(whole + entry_line({**second, "id": "cut"})[:cut])
+        records = Store(made).records
+        assert records.ids == ["0", "a", "b"] and records[1] == {**first, "site": "Oslo"} and records[2] == second
+    (made / "records.jsonl").write_bytes(whole + b'{"id": "cut"\n' + whole)
+    with pytest.raises(ValueError, match=r"records\.jsonl: record 5: not a record .* remove it"):
+        Store(made)
+
+
+def test_the_entries_of_a_store_are_its_lines(made):
+    records, whole = Store(made).records, read_tree(made)["records"]
     assert list(records) == whole and [records[0], records[-1]] == whole
     assert list(records[1:]) == whole[1:] and list(records.take([1, 0])) == whole[::-1]
     assert records.ids == ["a", "b"] and records.subjects == ["person-a", "person-b"]
     assert list(pickle.loads(pickle.dumps(records))) == whole
+    assert b"".join(line + b"\n" for line in records.lines()) == (made / "records.jsonl").read_bytes()
     with pytest.raises(IndexError):
         records[2]
 
 
-def test_every_scan_has_a_line_that_is_json(made):
-    lines = (made / "manifest.json").read_text().splitlines()
-    scans = [json.loads(line.removesuffix(",")) for line in lines if line.startswith("{") and line != "{"]
-    assert scans == json.loads((made / "manifest.json").read_text())["records"]
-
-
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_manifest_without_lines_gives_the_same_entries(made, indent):
-    """As earlier versions wrote it; asa-prepare then writes it with lines."""
-    file, records = made / "manifest.json", list(Store(made).records)
-    by_line = file.read_bytes()
-    manifest = json.loads(by_line)
-    file.write_text(json.dumps({**manifest, "records": manifest["records"][::-1]}, indent=indent))
-    old = Store(made)
-    assert list(old.records) == records == list(pickle.loads(pickle.dumps(old.records)))
-    assert old.record("b") == records[1] and old.image("b").shape == (2, 7, 8, 9)
-    write_manifest(made, manifest, dict(zip(old.records.ids, old.records.lines(), strict=True)))
-    assert file.read_bytes() == by_line
+def test_a_store_of_the_earlier_format_opens_and_is_converted_by_asa_prepare(made, indent):
+    records, before = list(Store(made).records), {path: path.read_bytes() for path in made.rglob("*.*")}
+    manifest = read_tree(made)
+    old = {**manifest, "format": RECORDS_INSIDE, "records": manifest["records"][::-1]}
+    (made / "manifest.json").write_text(json.dumps(old, indent=indent))
+    (made / "records.jsonl").unlink()
+    store = Store(made)
+    assert list(store.records) == records == list(pickle.loads(pickle.dumps(store.records)))
+    assert store.record("b") == records[1] and store.image("b").shape == (2, 7, 8, 9)
+    report = prepare_cohort(cohort(made.parent), made, SETTINGS, progress=False)
+    assert report.skipped == ["a", "b"] and {path: path.read_bytes() for path in made.rglob("*.*")} == before
+    assert list(store.records) == records
 
 
-def test_entries_are_found_again_in_a_manifest_that_has_new_ones(made):
+def test_entries_are_found_again_in_a_file_that_has_new_ones(made):
     """asa-prepare may add scans to a store that a training reads."""
     store = Store(made)
     before, first, state = list(store.records), store.records[:1], pickle.dumps(store)
-    manifest = read_manifest(made)
     new = {**before[0], "id": "_first", "subject": "new"}
-    write_manifest(made, manifest, {entry["id"]: entry_line(entry) for entry in (new, *before)})
+    append_records(made, [entry_line({**before[1], "site": "Oslo"})])
+    assert list(store.records) == [before[0], {**before[1], "site": "Oslo"}]
+    write_records(made, {entry["id"]: entry_line(entry) for entry in (new, *before)})
     for opened in (store, pickle.loads(state)):
         assert list(opened.records) == before and opened.record("b") == before[1]
     assert list(first) == before[:1]
-    write_manifest(made, manifest, {"b": entry_line(before[1])})
-    with pytest.raises(ValueError, match=r"manifest\.json: a was removed from the store while it was in use"):
+    write_records(made, {"b": entry_line(before[1])})
+    with pytest.raises(ValueError, match=r"records\.jsonl: a was removed from the store while it was in use"):
         list(first)
+
+
+def test_records_replaced_by_others_of_the_same_size_are_read_again(made):
+    store = Store(made)
+    entries = {entry["id"]: {**entry, "site": "Oslo"} for entry in store.records}
+    write_records(made, {id: entry_line(entry) for id, entry in entries.items()})
+    assert list(store.records) == list(entries.values())
+    (made / "records.jsonl").write_bytes((made / "records.jsonl").read_bytes().replace(b"Oslo", b"Rome"))
+    assert store.record("b") == {**entries["b"], "site": "Rome"}
 
 
 @pytest.mark.parametrize(
@@ -196,33 +257,40 @@ def test_entries_are_found_again_in_a_manifest_that_has_new_ones(made):
     ],
 )
 def test_an_entry_that_asa_did_not_write_is_refused_when_it_is_read(made, change, reason):
-    path = made / "manifest.json"
+    path = made / "records.jsonl"
     path.write_text(path.read_text().replace(*change, 1))
-    with pytest.raises(ValueError, match=f"manifest.json: {reason}"):
+    with pytest.raises(ValueError, match=f"records.jsonl: {reason}"):
         Store(made).record("a")
 
 
 def test_opening_a_store_of_many_scans_leaves_their_entries_on_disk(made):
-    manifest = read_manifest(made)
-    entry = {**manifest["records"][0], "filler": "x" * 2000}
+    entry = {**Store(made).records[0], "filler": "x" * 2000}
     ids = [f"s{k:05d}" for k in range(5000)]
-    write_manifest(made, manifest, {id: entry_line({**entry, "id": id}) for id in ids})
+    write_records(made, {id: entry_line({**entry, "id": id}) for id in ids})
     tracemalloc.start()
     store = Store(made)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert store.records.ids == ids and store.record("s04321")["id"] == "s04321"
-    assert (made / "manifest.json").stat().st_size > 10_000_000 and held < peak < 3_000_000
+    assert (made / "records.jsonl").stat().st_size > 10_000_000 and held < peak < 3_000_000
     assert len(pickle.dumps(store)) < 500_000  # of which each worker of a loader has one
 
 
-def test_an_array_is_there_exactly_if_it_can_be_opened(made, tmp_path):
-    whole, shape = made / "images/a.npy", (2, 7, 8, 9)
-    for k, payload in enumerate((whole.read_bytes(), whole.read_bytes()[:-1], b"", whole.read_bytes() + b"x")):
-        (tmp_path / f"{k}.npy").write_bytes(payload)
-    np.save(tmp_path / "4.npy", np.asfortranarray(np.load(whole)))
-    np.lib.format.write_array((tmp_path / "5.npy").open("wb"), np.load(whole), version=(2, 0))
-    for path in (*(tmp_path / f"{k}.npy" for k in range(6)), tmp_path / "none.npy"):
-        for size, dtype in ((shape, np.float16), (shape, np.uint8), ((1, 7, 8, 9), np.float16)):
-            assert has_array(path, size, dtype) == (open_array(path, size, dtype) is not None), (path, size, dtype)
-    assert has_array(whole, shape, np.float16) and not has_array(tmp_path / "1.npy", shape, np.float16)
+def test_an_array_is_there_exactly_if_it_can_be_opened(made):
+    whole, shape = (made / "images/a.npy").read_bytes(), [2, 7, 8, 9]
+    for k, payload in enumerate((whole, whole[:-1], b"", whole + b"x")):
+        (made / f"images/{k}.npy").write_bytes(payload)
+    np.save(made / "images/4.npy", np.asfortranarray(np.load(made / "images/a.npy")))
+    with (made / "images/5.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.load(made / "images/a.npy"), version=(2, 0))
+    np.save(made / "images/6.npy", np.zeros(shape, np.uint8))
+    found = {}
+    for id in (*map(str, range(7)), "none"):
+        for size in (shape, [1, 7, 8, 9]):
+            entry = {"id": id, "shape": size}
+            found[id, size[0]] = has_array(made, entry, "image")
+            assert found[id, size[0]] == (open_array(made, entry, "image") is not None), entry
+    assert [name for name, there in found.items() if there] == [("0", 2), ("3", 2), ("4", 2), ("5", 2)]
+    entry = Store(made).record("b")
+    assert has_array(made, entry, "label") and open_array(made, entry, "label").shape == (1, 7, 8, 9)
+    assert not has_array(made, {**entry, "id": "a"}, "label")

@@ -13,6 +13,7 @@ import surface_distance
 import torch
 from monai.metrics import compute_hausdorff_distance
 from scipy.ndimage import gaussian_filter
+from stores import read_tree, write_tree
 
 from asa.cli import evaluate as evaluate_command
 from asa.data.io.nifti import Volume, read_label, write_image, write_label
@@ -516,10 +517,9 @@ def test_a_missing_prediction_of_a_truth_with_ignored_voxels_is_counted(cohort, 
 def test_a_store_defines_its_ignored_labels_and_regions(raw, store, tmp_path, monkeypatch, capsys):
     predictions, own = tmp_path / "predictions", tmp_path / "store"
     predictions.mkdir()
-    own.mkdir()
-    manifest = json.loads((store / "manifest.json").read_text())
+    manifest = read_tree(store)
     manifest |= {"labels": {"1": "csf", "5": "wm"}, "ignored": [2], "regions": {"brain": [1, 5]}}
-    (own / "manifest.json").write_text(json.dumps(manifest))
+    write_tree(own, manifest)
     for record in manifest["records"]:
         truth = read_label(record["sources"]["label"]["path"])
         write_label(predictions / f"{record['id']}.nii.gz", np.where(truth.data == 2, 1, truth.data), truth)

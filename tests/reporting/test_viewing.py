@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from stores import read_tree, write_tree
 
 from asa.cli import pretrain, view
 from asa.data.io.nifti import read_image, write_image
@@ -82,11 +83,10 @@ def test_a_file_that_is_no_image_does_not_get_into_a_page(
 ) -> None:
     secret, other, out = tmp_path / "id_rsa", tmp_path / "other", tmp_path / "page.html"
     secret.write_text("a key of the user's")
-    manifest = json.loads((store / "manifest.json").read_text())
+    manifest = read_tree(store)
     id = manifest["records"][0]["id"]
     manifest["records"][0]["sources"]["t1"]["path"] = str(secret)
-    other.mkdir()
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    write_tree(other, manifest)
     predictions = tmp_path / "predictions"
     write_image(predictions / f"{id}.nii.gz", np.ones((4, 5, 6)), np.eye(4), dtype=np.uint8)
     if place == "probabilities":

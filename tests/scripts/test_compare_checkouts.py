@@ -34,8 +34,8 @@ def write_volume(folder: Path, voxel: int, shift: float = 0) -> None:
 
 def write_manifest(folder: Path, version: str) -> None:
     source = {"path": str(folder / "a.nii.gz"), "mtime_ns": folder.stat().st_mtime_ns, "sha256": "0" * 64}
-    content = {"software": version, "records": [{"sources": {"t1": source}}]}
-    (folder / "run" / "manifest.json").write_text(json.dumps(content))
+    (folder / "run" / "manifest.json").write_text(json.dumps({"software": version}))
+    (folder / "run" / "records.jsonl").write_text(json.dumps({"sources": {"t1": source}}) + "\n")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """From a pretraining that knows who is healthy to asymmetry scores and maps of new scans, by the commands."""
 
 import csv
-import json
 import math
 import sys
 from pathlib import Path
@@ -9,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stores import read_tree, write_tree
 from torch import Tensor
 
 from asa.cli import predict, pretrain
 from asa.data.io.nifti import read_image, write_image
 from asa.data.io.tables import read_column
-from asa.data.store import MANIFEST, Store, write_array
+from asa.data.store import Store, write_array
 from asa.evaluation.tables import matched
 from asa.export.onnx import export_onnx
 from asa.inference.asymmetry import TABLE, Asymmetry, AsymmetryScorer, HealthyReference
@@ -150,15 +150,14 @@ def test_beyond_healthy_counts_spreads_above_the_healthy_scans_that_reach_a_plac
 @pytest.fixture
 def alike(store: Path, tmp_path: Path) -> Path:
     """Two scans of one size, prepared like the others: the first of them with noise of its own in each."""
-    manifest = json.loads((store / MANIFEST).read_text())
+    manifest = read_tree(store)
     first, image = manifest["records"][0], np.array(Store(store).image("s0"))
     manifest["records"] = [{**first, "id": f"a{k}", "subject": f"a{k}"} for k in range(2)]
-    (tmp_path / "alike").mkdir()
     for k, record in enumerate(manifest["records"]):
         noise = np.random.default_rng(k).normal(0, 0.05, image.shape)
         array = (image + noise * (image != 0)).astype(np.float16)
         record["arrays"] = {"image": write_array(tmp_path / "alike", record["id"], "image", array)}
-    (tmp_path / "alike" / MANIFEST).write_text(json.dumps(manifest))
+    write_tree(tmp_path / "alike", manifest)
     return tmp_path / "alike"
 
 
@@ -181,9 +180,9 @@ def test_maps_are_beyond_healthy_scans_where_these_are_given(
 
 
 def test_healthy_scans_prepared_in_another_way_are_refused(trained: Path, store: Path, tmp_path: Path) -> None:
-    manifest = json.loads((store / MANIFEST).read_text())
+    manifest = read_tree(store)
     manifest["settings"]["margin"] += 1
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    write_tree(tmp_path, manifest)
     with pytest.raises(ValueError, match="prepared in another way"), pytest.warns(UserWarning, match="midway"):
         AsymmetryScorer(trained, PredictSettings(device="cpu"), healthy=tmp_path)
 

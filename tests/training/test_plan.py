@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from asa.cli import COMMANDS
+from asa.data.store import MANIFEST, RECORDS
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import Segmentation
@@ -208,9 +209,10 @@ def test_a_plan_on_a_gpu_shows_the_measured_memory_of_a_step(monkeypatch: pytest
 
 @pytest.fixture
 def without_voxels(store: Path, tmp_path: Path) -> Path:
-    """A store with its manifest only."""
+    """A store without its arrays."""
     (tmp_path / "store").mkdir()
-    shutil.copy(store / "manifest.json", tmp_path / "store")
+    for file in (MANIFEST, RECORDS):
+        shutil.copy(store / file, tmp_path / "store")
     return tmp_path / "store"
 
 
@@ -221,7 +223,7 @@ def without_voxels(store: Path, tmp_path: Path) -> Path:
         ("finetune", ["model=unet_tiny", "crop=[64,32,32]", "init=not/read/for/a/plan"]),
     ],
 )
-def test_a_plan_needs_the_manifest_only_and_writes_nothing(
+def test_a_plan_needs_no_arrays_and_writes_nothing(
     command: str, arguments: list[str], without_voxels: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     given = [f"data.store={without_voxels}", f"out={tmp_path}/run", "plan=only", "train.device=cuda:7"]

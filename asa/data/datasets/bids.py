@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from asa.data.datasets.record import Record, existing_folder, sorted_records
+from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
 from asa.data.io.tables import read_rows
 
 CHANNELS = {"t1": "T1w"}
@@ -61,19 +61,11 @@ def records(
     result: list[Record] = []
     for scan in {scan for files in found.values() for scan in files}:
         paths = {channel: files.get(scan) for channel, files in found.items()}
-        subject = scan.split("_")[0]
-        record: Record = {
-            "id": scan,
-            "subject": subject,
-            "images": {channel: str(path) if path else None for channel, path in paths.items()},
-        }
-        if sites.get(subject):
-            record["site"] = sites[subject]
-        if label is not None:
+        subject, truth = scan.split("_")[0], labels.get(scan)
+        if label is not None and truth is None:
             image = next(path for path in paths.values() if path)
-            expected = labels_root / image.relative_to(root).with_name(f"{_stem(image)}_{label}.nii.gz")
-            record["label"] = str(labels.get(scan, expected))
-        result.append(record)
+            truth = labels_root / image.relative_to(root).with_name(f"{_stem(image)}_{label}.nii.gz")
+        result.append(make_record(scan, subject, paths, site=sites.get(subject, ""), label=truth))
     return sorted_records(result, source=_source(root, channels, chosen))
 
 

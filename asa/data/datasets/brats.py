@@ -7,7 +7,7 @@ MET, PED, SSA) have the layout of GLI. A later release with another label value 
 import re
 from pathlib import Path
 
-from asa.data.datasets.record import Record, existing_folder, first_file, sorted_records
+from asa.data.datasets.record import Record, existing_folder, find_file, label_file, make_record, sorted_records
 
 LABELS = {2021: {1: "necrosis", 2: "oedema", 4: "enhancing"}, 2023: {1: "necrosis", 2: "oedema", 3: "enhancing"}}
 REGIONS = {2021: {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}, 2023: {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}}
@@ -50,19 +50,9 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
                     f"data={CONFIGS[found]}, and keep the years in separate folders"
                 )
             if match:
-                result.append(_record(folder, match.group(1), year, label))
+                stem = folder / folder.name
+                images = {channel: find_file(f"{stem}{ending}") for channel, ending in CHANNELS[year].items()}
+                truth = label_file(f"{stem}{LABEL_FILES[year]}") if label else None
+                result.append(make_record(folder.name, match.group(1), images, label=truth))
     example = "BraTS2021_00000" if year == 2021 else "BraTS-GLI-00000-000"
     return sorted_records(result, source=f"{example}/{example}{CHANNELS[year]['t1']}.nii.gz, ... below {root}")
-
-
-def _record(folder: Path, subject: str, year: int, label: bool) -> Record:
-    stem = folder.absolute() / folder.name
-    images = {channel: _file(stem, ending) for channel, ending in CHANNELS[year].items()}
-    record: Record = {"id": folder.name, "subject": subject, "images": images}
-    if label:
-        record["label"] = _file(stem, LABEL_FILES[year]) or f"{stem}{LABEL_FILES[year]}.nii.gz"
-    return record
-
-
-def _file(stem: Path, ending: str) -> str | None:
-    return first_file(Path(f"{stem}{ending}.nii.gz"), Path(f"{stem}{ending}.nii"))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asa.data.datasets.record import Record, existing_folder, sorted_records
+from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
 from asa.data.io.files import read_json
 from asa.data.io.tables import read_rows
 
@@ -96,11 +96,9 @@ def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> lis
     found: list[Record] = []
     for texts in matches[first]:
         name = join_texts(texts)
-        paths = {channel: str(path) if (path := matches[channel].get(texts)) else None for channel in images}
-        record: Record = {"id": name, "subject": name, "images": paths}
-        if label is not None:
-            record["label"] = str(matches["label"].get(texts) or (root / _fill(label, texts)).absolute())
-        found.append(record)
+        paths = {channel: matches[channel].get(texts) for channel in images}
+        truth = None if label is None else matches["label"].get(texts) or root / _fill(label, texts)
+        found.append(make_record(name, name, paths, label=truth))
     return found
 
 
@@ -206,13 +204,9 @@ def _spans(names: Sequence[str]) -> dict[str, set[str]]:
 
 def _fill(glob: str, texts: tuple[str, ...]) -> str:
     """A glob with its wildcards replaced by their texts."""
-    rest = iter(texts)
-
-    def text(wildcard: re.Match[str]) -> str:
-        found = next(rest)
-        return f"{found}/" if found and wildcard.group() == "**/" else found
-
-    return _WILDCARD.sub(text, glob)
+    pairs = zip(_WILDCARD.findall(glob), texts, strict=True)
+    filled = iter([f"{text}/" if text and wildcard == "**/" else text for wildcard, text in pairs])
+    return _WILDCARD.sub(lambda _: next(filled), glob)
 
 
 def _from_table(path: Path, images: Mapping[str, str] | None) -> list[Record]:
@@ -229,21 +223,11 @@ def _from_table(path: Path, images: Mapping[str, str] | None) -> list[Record]:
     for number, row in enumerate(rows, start=1):
         if not row.get("id"):
             raise ValueError(f"{path}: row {number} has no id; every row needs one")
-        record: Record = {
-            "id": row["id"],
-            "subject": row.get("subject") or row["id"],
-            "images": {channel: _path(path, row.get(column)) for channel, column in columns.items()},
-        }
-        if row.get("site"):
-            record["site"] = row["site"]
-        if labelled := _path(path, row.get("label")):
-            record["label"] = labelled
-        found.append(record)
+        subject, site = row.get("subject") or row["id"], row.get("site", "")
+        paths = {name: path.parent / cell if (cell := row.get(column)) else None for name, column in columns.items()}
+        truth = path.parent / row["label"] if row.get("label") else None
+        found.append(make_record(row["id"], subject, paths, site=site, label=truth))
     return found
-
-
-def _path(table: Path, cell: str | None) -> str | None:
-    return str((table.parent / cell).absolute()) if cell else None
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

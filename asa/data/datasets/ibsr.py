@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from asa.data.datasets.record import Record, existing_folder, first_file, sorted_records
+from asa.data.datasets.record import Record, existing_folder, find_file, label_file, make_record, sorted_records
 
 LABELS = {1: "csf", 2: "gm", 3: "wm"}
 LABEL_FILES = {"fill": "segTRI_fill_ana", "plain": "segTRI_ana"}
@@ -28,13 +28,8 @@ def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
         raise ValueError(f"data.label={label!r}: choose fill, plain, or null for no labels")
     result: list[Record] = []
     for folder in (*root.glob("IBSR_[0-9]*/"), *root.glob("*/IBSR_[0-9]*/")):
-        record: Record = {"id": folder.name, "subject": folder.name, "images": {"t1": _file(folder, "ana_strip")}}
-        if label is not None:
-            expected = folder.absolute() / f"{folder.name}_{LABEL_FILES[label]}.nii.gz"
-            record["label"] = _file(folder, LABEL_FILES[label]) or str(expected)
-        result.append(record)
+        stem = folder / folder.name
+        images = {"t1": find_file(f"{stem}_ana_strip", ENDINGS)}
+        truth = None if label is None else label_file(f"{stem}_{LABEL_FILES[label]}", ENDINGS)
+        result.append(make_record(folder.name, folder.name, images, label=truth))
     return sorted_records(result, source=f"IBSR_NN/IBSR_NN_ana_strip.nii.gz or .img below {root}")
-
-
-def _file(folder: Path, what: str) -> str | None:
-    return first_file(*(folder / f"{folder.name}_{what}{ending}" for ending in ENDINGS))

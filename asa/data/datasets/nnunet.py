@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asa.data.datasets.folder import name_subjects
-from asa.data.datasets.record import Record, existing_folder, sorted_records
+from asa.data.datasets.record import NIFTI, Record, existing_folder, find_file, make_record, sorted_records
 from asa.data.io.files import read_json
 
 DESCRIPTION = "dataset.json"
 PARTS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", None)}
-ENDINGS = (".nii.gz", ".nii")
 BACKGROUND, IGNORE = "background", "ignore"
 
 
@@ -56,12 +55,9 @@ def records(root: str | Path, *, part: str = "train", subject: str | None = None
     else:
         found = []
         for case in sorted({path.name.removesuffix(ending)[:-5] for path in (root / images).glob(f"*_????{ending}")}):
-            files = {name: root / images / f"{case}_{number:04d}{ending}" for number, name in channels.items()}
-            paths = {name: str(path) if path.is_file() else None for name, path in files.items()}
-            record: Record = {"id": case, "subject": case, "images": paths}
-            if labels is not None:
-                record["label"] = str(root / labels / f"{case}{ending}")
-            found.append(record)
+            stem = root / images / case
+            paths = {name: find_file(f"{stem}_{number:04d}", (ending,)) for number, name in channels.items()}
+            found.append(make_record(case, case, paths, label=root / labels / f"{case}{ending}" if labels else None))
         source = f"CASE_0000{ending} in {root / images}"
     name_subjects(found, subject)
     return sorted_records(found, source=source)
@@ -99,8 +95,8 @@ def _description(root: Path) -> dict[str, Any]:
     for key in ("channel_names", "file_ending"):
         if key not in about:
             raise ValueError(f"{path}: has no {key}: it is not of nnU-Net's version 2")
-    if about["file_ending"] not in ENDINGS:
-        raise ValueError(f"{path}: file_ending is {about['file_ending']!r}; asa reads {' and '.join(ENDINGS)}: convert")
+    if about["file_ending"] not in NIFTI:
+        raise ValueError(f"{path}: file_ending is {about['file_ending']!r}; asa reads {' and '.join(NIFTI)}: convert")
     if about["labels"].get(BACKGROUND) != 0:
         raise ValueError(f"{path}: {BACKGROUND} has to be declared as 0")
     return about
@@ -130,9 +126,9 @@ def _listed(root: Path, cases: Any, channels: dict[int, str]) -> list[Record]:
     for case, (paths, label) in listed.items():
         if len(paths) != len(channels):
             raise ValueError(f"{root / DESCRIPTION}: {case} has {len(paths)} images for {len(channels)} channels")
-        present = [str(path) if path.is_file() else None for path in paths]
+        present = [path if path.is_file() else None for path in paths]
         images = dict(zip(channels.values(), present, strict=True))
-        found.append({"id": case, "subject": case, "images": images, "label": str(label)})
+        found.append(make_record(case, case, images, label=label))
     return found
 
 

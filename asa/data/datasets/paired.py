@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from asa.data.datasets.folder import find_files, has_wildcard, join_texts, name_subjects
-from asa.data.datasets.record import Record, existing_folder, sorted_records
-
-ENDINGS = (".nii.gz", ".nii")
+from asa.data.datasets.record import NIFTI, Record, existing_folder, make_record, sorted_records
 
 
 def records(root: str | Path, *, input: str, target: str, subject: str | None = None) -> list[Record]:
@@ -32,24 +30,21 @@ def records(root: str | Path, *, input: str, target: str, subject: str | None = 
             f"{root}: no image of {input!r} has the name of one of {target!r}; rename them, or give globs like "
             "data.input='*_low.nii.gz' data.target='*_full.nii.gz'"
         )
-    result: list[Record] = [
-        {"id": name, "subject": name, "images": {channel: files.get(name) for channel, files in found.items()}}
-        for name in names
-    ]
+    result = [make_record(name, name, {channel: files.get(name) for channel, files in found.items()}) for name in names]
     name_subjects(result, subject)
     return sorted_records(result, source=f"{input!r} and {target!r} below {root}")
 
 
-def _images(root: Path, where: str) -> dict[str, str]:
+def _images(root: Path, where: str) -> dict[str, Path]:
     """Id -> path, of a folder or a glob."""
     if has_wildcard(where):
         named = [(join_texts(texts), path) for texts, path in find_files(root, where).items()]
     else:
         folder = existing_folder(root / where, "images, or a glob with a *")
-        named = [(path.name.removesuffix(ending), path) for ending in ENDINGS for path in folder.glob(f"[!.]*{ending}")]
-    files: dict[str, str] = {}
+        named = [(path.name.removesuffix(ending), path) for ending in NIFTI for path in folder.glob(f"[!.]*{ending}")]
+    files: dict[str, Path] = {}
     for name, path in named:
         if name in files:
             raise ValueError(f"{name}: both {files[name]} and {path} have this name; remove one of them")
-        files[name] = str(path.absolute())
+        files[name] = path.absolute()
     return files

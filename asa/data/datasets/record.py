@@ -1,11 +1,13 @@
 """Records of a cohort, as readers return them, and their checks."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from asa.data.io.files import check_id
+
+NIFTI = (".nii.gz", ".nii")
 
 
 class Record(TypedDict):
@@ -24,6 +26,19 @@ class Record(TypedDict):
     site: NotRequired[str]
     images: dict[str, str | None]
     label: NotRequired[str]
+
+
+def make_record(
+    id: str, subject: str, images: Mapping[str, Path | None], *, site: str = "", label: Path | None = None
+) -> Record:
+    """A record with absolute paths; without a site, or a label map, it has no such key."""
+    paths = {channel: str(path.absolute()) if path else None for channel, path in images.items()}
+    record: Record = {"id": id, "subject": subject, "images": paths}
+    if site:
+        record["site"] = site
+    if label is not None:
+        record["label"] = str(label.absolute())
+    return record
 
 
 def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:
@@ -69,6 +84,11 @@ def existing_folder(root: str | Path, holds: str) -> Path:
     return root
 
 
-def first_file(*paths: Path) -> str | None:
-    """The first path that is a file, absolute; None if there is none."""
-    return next((str(path.absolute()) for path in paths if path.is_file()), None)
+def find_file(stem: str | Path, endings: Sequence[str] = NIFTI) -> Path | None:
+    """The first file that is called `stem` and one of the endings; None if there is none."""
+    return next((path for ending in endings if (path := Path(f"{stem}{ending}")).is_file()), None)
+
+
+def label_file(stem: str | Path, endings: Sequence[str] = NIFTI) -> Path:
+    """The label map that `find_file` finds, or the path that it would have."""
+    return find_file(stem, endings) or Path(f"{stem}{endings[0]}")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from asa.data.datasets.record import Record, existing_folder, first_file, sorted_records
+from asa.data.datasets.record import Record, existing_folder, find_file, make_record, sorted_records
 
 LABELS = {1: "wmh"}
 IGNORED = [2]  # other pathology, excluded from losses and scores
@@ -43,11 +43,8 @@ def records(root: str | Path, *, channels: Sequence[str] = tuple(CHANNELS), labe
             raise ValueError(f"{folder}: too deep below the root; give the folder that holds Utrecht, Singapore, ...")
         site = "_".join(_clean(part) for part in site_folders)
         name = f"{site}_{_clean(number)}"
-        images = {channel: first_file(folder / "pre" / f"{CHANNELS[channel]}.nii.gz") for channel in channels}
-        record: Record = {"id": name, "subject": name, "site": site, "images": images}
-        if label:
-            record["label"] = str(folder.absolute() / "wmh.nii.gz")
-        result.append(record)
+        images = {channel: find_file(folder / "pre" / CHANNELS[channel], (".nii.gz",)) for channel in channels}
+        result.append(make_record(name, name, images, site=site, label=folder / "wmh.nii.gz" if label else None))
     return sorted_records(result, source=f"[training/|test/]SITE/SUBJECT/pre/T1.nii.gz below {root}")
 
 

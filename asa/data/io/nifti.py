@@ -60,12 +60,8 @@ def read_image(path: str | Path) -> Volume:
         FileNotFoundError: the file, or the other file of its pair, is missing.
         ValueError: empty, damaged, not an image, NaN or inf, not 3-D, or without a valid affine.
     """
-    image = _load(Path(path))
-    data = _voxels(image, Path(path)).astype(np.float32, order="F", copy=False)
-    if not np.isfinite(data).all():
-        count = int(data.size - np.isfinite(data).sum())
-        raise ValueError(f"{path}: {count} voxels are NaN or infinite; repair the image or leave the case out")
-    return Volume(_three_d(data, Path(path)), _affine(image, Path(path)), image.header)
+    image = _load(path)
+    return Volume(_three_d(_intensities(image, path), path), _affine(image, path), image.header)
 
 
 def read_slice(path: str | Path) -> np.ndarray:
@@ -77,9 +73,7 @@ def read_slice(path: str | Path) -> np.ndarray:
     Raises:
         FileNotFoundError, ValueError: no such file, a damaged one, NaN or inf, or more than one slice.
     """
-    data = _voxels(_load(Path(path)), Path(path)).astype(np.float32)
-    if not np.isfinite(data).all():
-        raise ValueError(f"{path}: pixels are NaN or infinite; repair the image or leave the case out")
+    data = _intensities(_load(path), path)
     sizes = [n for n in data.shape if n > 1]
     if len(sizes) != 2:
         raise ValueError(f"{path}: shape {data.shape} is not one slice; split the volume into slices, one per file")
@@ -99,8 +93,8 @@ def read_label(path: str | Path) -> Volume:
         FileNotFoundError: the file, or the other file of its pair, is missing.
         ValueError: as in `read_image`, or a value is not a whole number.
     """
-    image = _load(Path(path))
-    data = _voxels(image, Path(path))
+    image = _load(path)
+    data = _voxels(image, path)
     if data.dtype.kind == "f":
         whole = np.rint(data)
         wrong = ~np.isclose(data, whole, rtol=0, atol=1e-4)  # NaN and inf are never close
@@ -111,8 +105,8 @@ def read_label(path: str | Path) -> Volume:
                 "give a label map that was resampled with nearest neighbour"
             )
         data = whole
-    dtype = _label_dtype(data, Path(path))
-    return Volume(_three_d(data.astype(dtype, order="F"), Path(path)), _affine(image, Path(path)), image.header)
+    data = data.astype(_label_dtype(data, path), order="F")
+    return Volume(_three_d(data, path), _affine(image, path), image.header)
 
 
 def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
@@ -129,7 +123,6 @@ def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
     Raises:
         ValueError: another shape, not integers, or another file ending.
     """
-    path = Path(path)
     if data_xyz.shape != like.data.shape:
         raise ValueError(f"{path}: label of shape {data_xyz.shape} does not fit its image of shape {like.data.shape}")
     if data_xyz.dtype.kind not in "biu":
@@ -155,7 +148,7 @@ def write_image(
     Raises:
         ValueError: another file ending, or values outside `dtype`.
     """
-    path, dtype = Path(path), np.dtype(dtype)
+    dtype = np.dtype(dtype)
     if dtype.kind in "iu":
         data_xyz = np.rint(data_xyz)
         limits = np.iinfo(dtype)
@@ -186,10 +179,10 @@ def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
         FileNotFoundError, ValueError: an unreadable file, or invalid axes.
     """
     orientation = orientation_of(axes)
-    image = _load(Path(source))
+    image = _load(source)
     if _stores_orientation(image.header):
         return False
-    data = _three_d(_voxels(image, Path(source)), Path(source))
+    data = _three_d(_voxels(image, source), source)
     data = data.astype(np.float32) if data.dtype.kind == "f" else data.astype(data.dtype.newbyteorder("="))
     size = image.header.get_zooms()
     affine = np.diag([0.0, 0, 0, 1])
@@ -329,8 +322,9 @@ def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int)
     return payload
 
 
-def _load(path: Path) -> Any:
+def _load(path: str | Path) -> Any:
     """A nibabel image on bytes in memory."""
+    path = Path(path)
     if not path.name.endswith(IMAGE_ENDINGS):
         raise ValueError(f"{path}: not an image that asa reads; give one of {', '.join(IMAGE_ENDINGS)}")
     stem = path.name.removesuffix(".gz")
@@ -373,7 +367,7 @@ def _partner(path: Path) -> Path:
     return found[0]
 
 
-def _voxels(image: Any, path: Path) -> np.ndarray:
+def _voxels(image: Any, path: str | Path) -> np.ndarray:
     if image.get_data_dtype().kind not in "biuf":
         raise ValueError(f"{path}: voxels have type {image.get_data_dtype()}, not numbers; convert to a scalar image")
     try:
@@ -382,7 +376,15 @@ def _voxels(image: Any, path: Path) -> np.ndarray:
         raise ValueError(f"{path}: its voxels cannot be read ({one_line(error)}); copy or convert it again") from None
 
 
-def _three_d(data: np.ndarray, path: Path) -> np.ndarray:
+def _intensities(image: Any, path: str | Path) -> np.ndarray:
+    """The voxels as float32, all of them finite."""
+    data = _voxels(image, path).astype(np.float32, order="F", copy=False)
+    if count := data.size - np.count_nonzero(np.isfinite(data)):
+        raise ValueError(f"{path}: {count} voxels are NaN or infinite; repair the image or leave the case out")
+    return data
+
+
+def _three_d(data: np.ndarray, path: str | Path) -> np.ndarray:
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.ndim != 3:
@@ -392,7 +394,7 @@ def _three_d(data: np.ndarray, path: Path) -> np.ndarray:
     return data
 
 
-def _affine(image: Any, path: Path) -> np.ndarray:
+def _affine(image: Any, path: str | Path) -> np.ndarray:
     header = image.header
     if not _is_nifti(header):
         warnings.warn(
@@ -414,7 +416,7 @@ def _affine(image: Any, path: Path) -> np.ndarray:
     return affine
 
 
-def _compare_codes(header: Any, path: Path) -> None:
+def _compare_codes(header: Any, path: str | Path) -> None:
     """Warn if qform and sform disagree: exchanged sides cannot be seen in a nearly symmetric brain."""
     if int(header["qform_code"]) and int(header["sform_code"]):
         try:
@@ -435,7 +437,7 @@ def _is_nifti(header: Any) -> bool:
     return isinstance(header, nib.Nifti1Header)
 
 
-def _label_dtype(data: np.ndarray, path: Path) -> np.dtype:
+def _label_dtype(data: np.ndarray, path: str | Path) -> np.dtype:
     low, high = (int(data.min()), int(data.max())) if data.size else (0, 0)
     for dtype in (np.uint8, np.int16, np.int32):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
@@ -443,7 +445,8 @@ def _label_dtype(data: np.ndarray, path: Path) -> np.dtype:
     raise ValueError(f"{path}: label values {low} to {high} are too large; renumber them below 2147483648")
 
 
-def _write(path: Path, image: Any, dtype: np.dtype) -> None:
+def _write(path: str | Path, image: Any, dtype: np.dtype) -> None:
+    path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: images are written as .nii or .nii.gz; change the ending")
     image.header.set_data_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Worker processes: a parallel map, and workers that end with their parent and leave its signals to it."""
+"""A parallel map in processes or on a cluster, and workers that end with their parent and leave its signals to it."""
 
 import atexit
 import multiprocessing
@@ -7,19 +7,23 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
+from itertools import islice
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from asa.errors import reason_of
+from asa.errors import one_line, reason_of, require
 
 J = TypeVar("J")
 T = TypeVar("T")
 
 KILLED = "a worker process was killed, perhaps because memory ran out; run again with fewer workers"
+AHEAD = 2000  # jobs that a dask scheduler holds at a time: enough for the workers, and little of its memory
+PATIENCE = 30  # seconds that it has to answer
 
 
 def in_processes(
@@ -94,6 +98,88 @@ def _in_pool(
                     yield job, None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def on_cluster(
+    function: Callable[[J], T],
+    jobs: Sequence[J],
+    scheduler: str,
+    *,
+    title: str,
+    unit: str,
+    shared: Path | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[J, T | None]]:
+    """Call a function for each job on the workers of a dask scheduler, which may run on other machines.
+
+    A job whose worker is lost is given to another one, and waits for it if there is none. So a function may be called
+    twice for a job, even at the same time, and must then do the same.
+
+    Args:
+        function, jobs, title, unit, progress: as for `in_processes`.
+        scheduler: address of the scheduler, like tcp://login1:8786.
+        shared: a file that every worker has to find as it is here.
+
+    Yields:
+        (job, result) in the order in which they finish; the result is None where several workers were lost with the
+        job.
+
+    Raises:
+        ImportError: dask is not installed.
+        ConnectionError: no scheduler answers, or it was lost.
+        ValueError: a worker has several threads, or does not have the shared file.
+    """
+    dask = require("distributed", "dask", "executor=dask")
+    call = partial(_on_worker, function, shared, b"" if shared is None else shared.read_bytes())
+    with ExitStack() as stack:
+        try:
+            client = stack.enter_context(dask.Client(scheduler, timeout=PATIENCE, set_as_default=False))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConnectionError(
+                f"scheduler={scheduler}: no dask scheduler answers there ({one_line(error)}); start it with "
+                "dask scheduler, and give the address that it prints"
+            ) from error
+        bar = stack.enter_context(tqdm(total=len(jobs), desc=title, unit=unit, disable=not progress))
+        waiting = iter(jobs)
+        running: dict[str, J] = {}
+        finished = dask.as_completed(loop=client.loop)
+
+        def submit(count: int) -> None:
+            for job in islice(waiting, count):
+                future = client.submit(call, job, pure=False)
+                running[future.key] = job
+                finished.add(future)
+
+        submit(AHEAD)
+        for future in finished:
+            job = running.pop(future.key)
+            try:
+                yield job, future.result()
+            except dask.KilledWorker:
+                yield job, None
+            except dask.CancelledError as error:
+                raise ConnectionError(
+                    f"scheduler={scheduler}: the dask scheduler was lost; give the same command again, which goes on "
+                    "where this one stopped"
+                ) from error
+            bar.update()
+            submit(1)
+
+
+def _on_worker(function: Callable[[J], T], shared: Path | None, content: bytes, job: J) -> T:
+    """Call the function in a worker of dask, after checks of the worker."""
+    worker: Any = require("distributed", "dask", "executor=dask").get_worker()
+    if worker.state.nthreads != 1:  # warnings and the number of torch's threads are those of the whole process
+        raise ValueError(
+            f"dask worker {worker.address} has {worker.state.nthreads} threads: start it with --nthreads 1, and "
+            "with --nworkers for several at once"
+        )
+    if shared is not None and not (shared.is_file() and shared.read_bytes() == content):
+        raise ValueError(
+            f"dask worker {worker.address} does not see {shared.parent}: choose an out= on a file system that "
+            "all workers share, under the same path"
+        )
+    return function(job)
 
 
 def worker_context(module: str) -> ForkServerContext:

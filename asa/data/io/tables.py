@@ -3,7 +3,8 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ PARQUET = ".parquet"
 ENDINGS = (".csv", ".tsv", PARQUET)
 # Columns that name what a row is about -> the same of a scan. The last is that of BIDS, where n/a is an empty cell.
 NAMED_BY = {"id": "id", "subject": "subject", "participant_id": "subject"}
+# Columns of the tables that asa-predict writes; in a table of numbers no other column is called so.
+PREDICTED, TRAINING_MEAN = "predicted", "training_mean"
+RESERVED = ("id", "subject", PREDICTED, TRAINING_MEAN)
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters that make a spreadsheet compute a cell
 
 
@@ -25,36 +29,30 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
         ValueError: the file is no table in UTF-8, or two of its columns have one name.
         ImportError: a .parquet without the `parquet` extra.
     """
-    if Path(path).suffix == PARQUET:
-        return _parquet_rows(Path(path))
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-            reader = csv.DictReader(file, delimiter="\t" if Path(path).suffix == ".tsv" else ",")
-            header = [name for name in reader.fieldnames or () if name]
-            if len(set(header)) < len(header) or not all(name.isprintable() for name in header):
-                raise csv.Error("two columns have one name, or a name has line breaks")
-            rows = [
-                {key: _unquoted((value or "").strip()) for key, value in row.items() if key is not None}
-                for row in reader
-            ]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(_no_text(path, error)) from None
-    return rows
+    path = Path(path)
+    if path.suffix == PARQUET:
+        table = _read_parquet(path, "read_table", memory_map=False)
+        if len(set(table.column_names)) < len(table.column_names):
+            raise ValueError(f"{path}: two columns have one name: rename one")
+        return [
+            {name: "" if value is None or value != value else str(value).strip() for name, value in row.items()}
+            for row in table.to_pylist()
+        ]
+    with _text_rows(path) as reader:
+        header = [name for name in reader.fieldnames or () if name]
+        if len(set(header)) < len(header) or not all(name.isprintable() for name in header):
+            raise csv.Error("two columns have one name, or a name has line breaks")
+        return [
+            {key: _unquoted((value or "").strip()) for key, value in row.items() if key is not None} for row in reader
+        ]
 
 
 def read_header(path: Path) -> list[str]:
     """Names of the columns of a table, of which no rows are read; a ValueError where it is none."""
     if path.suffix == PARQUET:
-        arrow = _pyarrow()
-        try:
-            return list(arrow.parquet.read_schema(path).names)
-        except arrow.ArrowInvalid as error:
-            raise ValueError(_no_parquet(path, error)) from None
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), [])
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(_no_text(path, error)) from None
+        return list(_read_parquet(path, "read_schema").names)
+    with _text_rows(path) as reader:
+        return list(reader.fieldnames or ())
 
 
 def read_column(
@@ -166,7 +164,7 @@ def write_numbers(path: Path, header: Sequence[str], rows: Mapping[str, Iterable
         write_whole(path, content.getvalue())
         return
     cells = ([id, *("" if math.isnan(value) else f"{value:.6g}" for value in row)] for id, row in rows.items())
-    write_whole(path, csv_text(["id", *header], cells, delimiter="\t" if path.suffix == ".tsv" else ",").encode())
+    write_whole(path, csv_text(["id", *header], cells, _delimiter(path)).encode())
 
 
 def _pyarrow() -> Any:
@@ -174,27 +172,27 @@ def _pyarrow() -> Any:
     return require("pyarrow", "parquet", "Parquet")
 
 
-def _parquet_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a Parquet file as texts; null and NaN are empty."""
+def _read_parquet(path: Path, function: str, **options: Any) -> Any:
+    """What a function of `pyarrow.parquet` reads of a file."""
     arrow = _pyarrow()
     try:
-        table = arrow.parquet.read_table(path, memory_map=False)
+        return getattr(arrow.parquet, function)(path, **options)
     except arrow.ArrowInvalid as error:
-        raise ValueError(_no_parquet(path, error)) from None
-    if len(set(table.column_names)) < len(table.column_names):
-        raise ValueError(f"{path}: two columns have one name: rename one")
-    return [
-        {name: "" if value is None or value != value else str(value).strip() for name, value in row.items()}
-        for row in table.to_pylist()
-    ]
+        raise ValueError(f"{path}: not a Parquet file ({one_line(error)}): write it again") from None
 
 
-def _no_text(path: str | Path, error: Exception) -> str:
-    return f"{path}: not a table of text in UTF-8 ({error}): correct it or export it again"
+@contextmanager
+def _text_rows(path: Path) -> Iterator["csv.DictReader[str]"]:
+    """A reader of a table of text; what is wrong with the table is a ValueError that names it."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            yield csv.DictReader(file, delimiter=_delimiter(path))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a table of text in UTF-8 ({error}): correct it or export it again") from None
 
 
-def _no_parquet(path: Path, error: Exception) -> str:
-    return f"{path}: not a Parquet file ({one_line(error)}): write it again"
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix == ".tsv" else ","
 
 
 def _quoted(cell: Any) -> Any:

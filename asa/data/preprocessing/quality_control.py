@@ -10,7 +10,7 @@ from asa.data.io.nifti import Volume, spacing_of
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
 from asa.data.preprocessing.pipeline import PreparedCase, to_prepared
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.store import DTYPES, array_path, open_array
+from asa.data.store import open_array
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def case_thumbnail(case: PreparedCase, head: Volume | None) -> Thumbnail:
 
 def stored_thumbnail(entry: dict[str, Any], root: Path, settings: PrepareSettings, head: Volume | None) -> Thumbnail:
     """The thumbnail of a scan that the store holds already; `head` is what a stripped brain is shown in."""
-    image = open_array(array_path(root, entry["id"], "image"), tuple(entry["shape"]), DTYPES["image"])
+    image = open_array(root, entry, "image")
     assert image is not None
     first = next(channel for channel in image if channel.any())
     quality = entry["quality"]

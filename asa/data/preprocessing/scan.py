@@ -17,7 +17,7 @@ from asa.data.io.nifti import Volume, identity_of, read_image, read_label
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices
 from asa.data.preprocessing.quality_control import Thumbnail, case_thumbnail, stored_thumbnail
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.store import DTYPES, MANIFEST, Entry, array_file, entry_line, has_array, parse_entry, write_array
+from asa.data.store import RECORDS, Entry, entry_line, has_array, parse_entry, write_array
 from asa.errors import reason_of
 
 
@@ -79,7 +79,7 @@ class ScanJob:
         record: the scan.
         root: folder of the store; None writes nothing.
         cohort: how to prepare it.
-        previous: its line in the manifest of an earlier run.
+        previous: its line in the store of an earlier run.
         thumbnail: make one.
     """
 
@@ -92,10 +92,10 @@ class ScanJob:
 
 @dataclass
 class ScanOutcome:
-    """The manifest entry of one record, or the reason of its failure.
+    """The entry of one record in the store, or the reason of its failure.
 
     Args:
-        line: of the entry in the manifest.
+        line: of the entry.
         killed: the worker process was killed, so that nothing is known about the scan.
         unchanged: the store held the scan already.
         seconds: stage -> duration.
@@ -119,10 +119,10 @@ def known_entry(record: Record, root: Path, line: bytes) -> Entry | None:
     Args:
         record: the scan.
         root: folder of the store.
-        line: of the scan in the manifest.
+        line: of the scan in the store.
     """
     try:
-        entry = parse_entry(root, record["id"], line)
+        entry = parse_entry(root / RECORDS, record["id"], line)
     except ValueError:
         return None
     paths, known = _paths(record), entry["sources"]
@@ -158,7 +158,7 @@ def _prepare(job: ScanJob) -> ScanOutcome:
     flags = [f"has no {', '.join(absent)}: filled with zeros"] if absent else []
     previous = None
     if root is not None and job.previous is not None:
-        previous = parse_entry(root / MANIFEST, record["id"], job.previous)
+        previous = parse_entry(root / RECORDS, record["id"], job.previous)
     sources = _sources(record, previous)
     if root is not None and previous is not None and _is_unchanged(previous, sources, root):
         entry = {**previous, **_subject(record), "sources": sources}
@@ -247,11 +247,7 @@ def _is_unchanged(entry: dict[str, Any], sources: dict[str, dict[str, Any]], roo
 
 
 def _has_arrays(entry: dict[str, Any], root: Path) -> bool:
-    channels, *size = entry["shape"]
-    return all(
-        has_array(array_file(root, entry["id"], kind), (channels if kind == "image" else 1, *size), DTYPES[kind])
-        for kind in entry["arrays"]
-    )
+    return all(has_array(root, entry, kind) for kind in entry["arrays"])
 
 
 def intensity_statistics(channel: np.ndarray) -> dict[str, float]:

@@ -13,8 +13,8 @@ import pytest
 
 from asa.cli import prepare
 from asa.data.datasets.record import Record
-from asa.data.io.cluster import on_cluster
 from asa.data.io.nifti import write_image
+from asa.data.io.parallel import on_cluster
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 from asa.data.preprocessing.steps import PrepareSettings
 
@@ -138,7 +138,7 @@ def test_no_scheduler_and_no_dask_are_named(monkeypatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setattr("asa.data.io.cluster.PATIENCE", 0.2)
+    monkeypatch.setattr("asa.data.io.parallel.PATIENCE", 0.2)
     for wrong in (address, "nowhere"):
         with pytest.raises(ConnectionError, match=f"scheduler={wrong}: no dask scheduler answers there"):
             list(on_cluster(double, [1], wrong, title="t", unit="u"))

@@ -411,6 +411,7 @@ def test_a_command_killed_before_its_first_manifest_can_be_started_again(raw: Pa
     out = raw.with_name("store")
     out.mkdir()
     (out / ".manifest.json.part").write_bytes(b"{")
+    (out / "records.jsonl").touch()
     assert command(*settings(raw, out)).code == 0
     assert not [name for name in bytes_of(out) if name.endswith(".part")]
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from heads import LABELS, centred, dice, scan, turn
 from scipy import ndimage
+from stores import read_tree, write_tree
 
 from asa.data.datasets import folder
 from asa.data.datasets.record import Record
@@ -361,11 +362,11 @@ def test_a_source_is_read_again_only_if_its_path_size_or_time_has_changed(cohort
     nib.save(nib.Nifti1Image(other.get_fdata()[:15], other.affine), cohort[1]["images"]["t1"])
     read.clear()
     assert run(cohort, tmp_path / "store").prepared == ["s1"] and read == ["s1_t1.nii.gz"]
-    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+    manifest = read_tree(tmp_path / "store")
     for record in manifest["records"]:
         for source in record["sources"].values():
             del source["size"], source["mtime_ns"]  # as earlier versions wrote it
-    (tmp_path / "store/manifest.json").write_text(json.dumps(manifest, indent=2))
+    write_tree(tmp_path / "store", manifest)
     read.clear()
     assert len(run(cohort, tmp_path / "store").skipped) == 4
     assert sorted(set(read)) == sorted(path.name for path in (tmp_path / "raw").iterdir())
@@ -388,8 +389,8 @@ def test_a_bad_scan_is_named_and_does_not_affect_the_others(cohort, tmp_path):
     assert "s3_seg.nii.gz: no such file" in report.failures["s3"]
     assert all("\n" not in reason for reason in report.failures.values())
     good, some = bytes_of(tmp_path / "good"), bytes_of(tmp_path / "store")
-    assert {name for name in good if "/s0" in name or "/s2" in name} | {"manifest.json"} == set(some)
-    assert all(some[name] == good[name] for name in some if name != "manifest.json")
+    assert {name for name in good if "/s0" in name or "/s2" in name} | {"manifest.json", "records.jsonl"} == set(some)
+    assert all(some[name] == good[name] for name in some if name != "records.jsonl")
 
 
 def test_an_undeclared_label_names_the_file(cohort, tmp_path):
@@ -478,8 +479,8 @@ def test_a_killed_run_continues_to_the_same_bytes(cohort, tmp_path):
         "calls, replace = [], os.replace\n"
         "def die(part, path):\n"  # while the second scan's label lies half-way
         "    calls.append(path)\n"
-        "    os._exit(9) if len(calls) == 5 else replace(part, path)\n"
-        "os.replace = die\n"
+        "    os._exit(9) if len(calls) == 6 else replace(part, path)\n"
+        "os.replace, prepare.SAVE_EVERY = die, 0\n"
         "records = folder.records(sys.argv[1], images={'t1': '*_t1.nii.gz'}, label='*_seg.nii.gz')\n"
         "cohort = prepare.CohortSettings({2: 'outer', 7: 'inner'})\n"
         "prepare.prepare_cohort(records, sys.argv[2], cohort, progress=False)\n"
@@ -492,17 +493,18 @@ def test_a_killed_run_continues_to_the_same_bytes(cohort, tmp_path):
     )
     assert done.returncode == 9
     assert list((tmp_path / "store").rglob(".*.part"))  # the kill left a half-written file
-    run(cohort, tmp_path / "store")
+    assert Store(tmp_path / "store").records.ids == ["s0"]
+    assert run(cohort, tmp_path / "store").skipped == ["s0"]
     assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "whole")
 
 
-def test_the_manifest_is_saved_during_the_run(cohort, tmp_path, monkeypatch):
+def test_finished_scans_are_in_the_store_during_the_run(cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SAVE_EVERY", 0.0)
     counts = []
     prepare_scan = prepare.prepare_scan
 
     def count(*job):
-        counts.append(len(json.loads((tmp_path / "store/manifest.json").read_text())["records"]))
+        counts.append(len((tmp_path / "store/records.jsonl").read_text().splitlines()))
         return prepare_scan(*job)
 
     monkeypatch.setattr(prepare, "prepare_scan", count)

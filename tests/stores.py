@@ -1,0 +1,20 @@
+"""A store's manifest and records as one tree, for tests that change what it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from asa.data.io.files import write_json
+from asa.data.store import MANIFEST, RECORDS
+
+
+def read_tree(root: Path) -> dict[str, Any]:
+    """The manifest of a store, with the entries of its scans under "records"."""
+    entries = [json.loads(line) for line in (root / RECORDS).read_text().splitlines()]
+    return {**json.loads((root / MANIFEST).read_text()), "records": entries}
+
+
+def write_tree(root: Path, tree: dict[str, Any]) -> None:
+    """Write what `read_tree` returned, with any change, into a folder that is made if needed."""
+    write_json(root / MANIFEST, {key: value for key, value in tree.items() if key != "records"})
+    (root / RECORDS).write_text("".join(json.dumps(entry) + "\n" for entry in tree["records"]))
