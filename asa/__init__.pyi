@@ -27,7 +27,7 @@ from .ops.patches import patchify as patchify
 from .ops.patches import random_mask as random_mask
 from .ops.patches import unpatchify as unpatchify
 from .ops.position import symmetric_position_encoding as symmetric_position_encoding
-from .restoration.loss import FocalRegionLoss as FocalRegionLoss
+from .restoration.method import FocalRegionLoss as FocalRegionLoss
 from .restoration.rat import RegionAttention as RegionAttention
 from .restoration.rat import RegionAttentionTransformer as RegionAttentionTransformer
 from .restoration.rat import rat_base as rat_base

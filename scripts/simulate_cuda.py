@@ -44,8 +44,8 @@ from asa.restoration.rat import rat_tiny
 from asa.restoration.restormer import restormer_tiny
 from asa.settings import PredictSettings
 from asa.training.device import PRECISIONS, on_device
-from asa.training.ema import EMA
 from asa.training.nonfinite import NonFiniteGuard
+from asa.training.optim import EMA
 from asa.training.run_log import SilentLog
 
 SIZE = 64  # edge of the volumes

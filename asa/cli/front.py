@@ -16,8 +16,7 @@ import yaml
 from asa import __version__
 from asa.config import CONFIG_DIR, SETTINGS, choices, compose, describe
 from asa.errors import EXPECTED, reason_of
-from asa.training.ranks import MainRankFailed, exit_process, is_main, rank, world_size
-from asa.training.signals import RESUME_CODE, Stopped
+from asa.training.process import RESUME_CODE, MainRankFailed, Stopped, exit_process, is_main, rank, world_size
 
 Config = dict[str, Any]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from asa.data.io.tables import csv_text
 from asa.evaluation.policies import WHOLE
 from asa.evaluation.summary import STATISTICS, Summary, aligned, statistic_cells
-from asa.restoration.loss import psnr
+from asa.restoration.method import psnr
 
 SSIM_WINDOW = 11  # pixels
 

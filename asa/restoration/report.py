@@ -19,8 +19,8 @@ from asa.reporting.evaluation import PANEL_WIDTH, SHOWN, case_scores, case_title
 from asa.reporting.figures import GAP, encode_png, heat, with_gaps
 from asa.reporting.pages import data_uri, require_for_page, write_page
 from asa.restoration.images import read_picture
-from asa.restoration.loss import psnr
 from asa.restoration.measures import RestorationSummary
+from asa.restoration.method import psnr
 
 BRIGHTEST = 99.5  # percentile of the drawn errors at which the colour scale ends
 

@@ -25,7 +25,7 @@ from asa.tasks.commands import finetune_task
 from asa.tasks.preparation import prepare_task
 from asa.tasks.run import configure, evaluate_task, predict_task, train_task
 from asa.training.distributed import world_size
-from asa.training.signals import Stopped
+from asa.training.process import Stopped
 
 COMMANDS = ("prepare", "pretrain", "finetune", "predict")  # whose settings can be given
 # Settings that may change when an ablation is continued: they add runs to the existing ones.

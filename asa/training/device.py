@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asa.training import ranks
+from asa.training.process import is_main, local_rank, world_size
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Instructions for bfloat16 products, as torch.cpu.get_capabilities names them: two of x86, two of Arm.
@@ -62,13 +62,13 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(
             f"device={name}, but torch {torch.__version__} sees no GPU: use device=cpu or install a CUDA build"
         )
-    if device.type != "cuda" or ranks.world_size() == 1:
+    if device.type != "cuda" or world_size() == 1:
         return device
     if device.index is not None:
         raise ValueError(f"device={name}: with several processes each uses its own GPU: use device=cuda")
-    if ranks.local_rank() >= torch.cuda.device_count():
+    if local_rank() >= torch.cuda.device_count():
         raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
-    return torch.device("cuda", ranks.local_rank())
+    return torch.device("cuda", local_rank())
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -85,7 +85,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         raise ValueError(f"precision is auto, {', '.join(PRECISIONS)}, not {name!r}")
     if name == "fp16" and device.type == "cpu":
         raise ValueError("train.precision=fp16 needs a GPU: use fp32, or bf16 if the CPU supports it")
-    if name == "bf16" and device.type == "cpu" and not has_bf16_units() and ranks.is_main():
+    if name == "bf16" and device.type == "cpu" and not has_bf16_units() and is_main():
         warnings.warn(
             "precision=bf16 on a CPU without bfloat16 units: matrix products can take several times as long as in "
             "fp32; precision=auto chooses fp32 here",

@@ -2,7 +2,7 @@
 
 No other module of the training uses `torch.distributed`. In a single process every function here is the identity, so
 the training loop reads the same for one process and for many. Rank, world size and local rank come from torchrun's
-environment, which `asa.training.ranks` reads.
+environment, which `asa.training.process` reads.
 """
 
 import faulthandler
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from asa.training.ranks import MainRankFailed, is_main, rank, world_size
+from asa.training.process import MainRankFailed, is_main, rank, world_size
 
 T = TypeVar("T")
 _heartbeat_timeout = 0.0  # seconds; 0: not in a process group

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from asa.settings import OptimSettings, TrainSettings
 from asa.training.device import Backend, on_device
-from asa.training.ema import EMA
-from asa.training.optim import freeze, make_optimizer
+from asa.training.optim import EMA, freeze, make_optimizer
 
 GIB = 2**30
 VOLTA = (7, 0)

@@ -24,10 +24,9 @@ from asa.training.checkpoint import (
     save_checkpoint,
 )
 from asa.training.device import Backend, deterministic, keep_freed_memory, on_device
-from asa.training.ema import EMA
-from asa.training.meter import Meter
 from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import (
+    EMA,
     Schedule,
     freeze,
     make_optimizer,
@@ -35,8 +34,8 @@ from asa.training.optim import (
     set_training,
     unfreeze,
 )
-from asa.training.run_log import RunLog, SilentLog
-from asa.training.signals import Stopped, stop_signals
+from asa.training.process import Stopped, stop_signals
+from asa.training.run_log import Meter, RunLog, SilentLog
 from asa.training.trackers import check_trackers
 
 SAVE_MINUTES = 20  # between checkpoints, if that comes before `train.save_every`

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asa.restoration.loss import FocalRegionLoss
+from asa.restoration.method import FocalRegionLoss
 from asa.restoration.restormer import Restormer, restormer_base, restormer_tiny
 
 

@@ -14,7 +14,7 @@ from asa.evaluation.comparison import Run
 from asa.reporting.ablation import Trial, ablation_rows, labelled_text, latex, markdown, overview
 from asa.tasks import ablation
 from asa.tasks.run import configure
-from asa.training.signals import RESUME_CODE, Stopped
+from asa.training.process import RESUME_CODE, Stopped
 
 SETTING = {"policy": "ibsr", "metrics": ["dice", "hd95_mm", "nsd_1mm"], "labels": {"1": "a", "2": "b"}}
 HEADINGS = ("Dice", "HD95 (mm)", "NSD at 1 mm")

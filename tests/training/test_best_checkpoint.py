@@ -27,8 +27,8 @@ from asa.training.checkpoint import (
 )
 from asa.training.distributed import is_main, process_group, rank
 from asa.training.loop import train
+from asa.training.process import Stopped
 from asa.training.run_log import RunLog
-from asa.training.signals import Stopped
 
 SCORES = {2: 0.3, 4: 0.7, 6: 0.7, 8: 0.5}  # by step
 

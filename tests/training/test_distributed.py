@@ -27,7 +27,7 @@ from asa.training import distributed
 from asa.training.checkpoint import list_checkpoints
 from asa.training.distributed import process_group
 from asa.training.loop import train
-from asa.training.signals import RESUME_CODE
+from asa.training.process import RESUME_CODE
 
 several = pytest.mark.distributed
 
@@ -155,7 +155,7 @@ def stopped_after(run: Path, store: Path, step: int) -> None:
 
 def slow(run: Path, store: Path) -> None:
     """A long run with steps of at least 0.05 s, which exits with the resume code as a command does."""
-    from asa.training.signals import Stopped
+    from asa.training.process import Stopped
 
     def delayed(self, batch):
         time.sleep(0.05)

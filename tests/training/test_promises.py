@@ -38,10 +38,10 @@ from asa.training.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from asa.training.ema import EMA
 from asa.training.nonfinite import NonFiniteGuard
+from asa.training.optim import EMA
+from asa.training.process import RESUME_CODE, Stopped, stop_signals
 from asa.training.run_log import RunLog, SilentLog
-from asa.training.signals import RESUME_CODE, Stopped, stop_signals
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of scripts, which are of the checkout and not of the package
 
