@@ -8,7 +8,7 @@ from asa.cli.front import Config, run_command
 
 def ablate(config: Config) -> None:
     """Call the task."""
-    from asa.tasks.ablation import ablate as run
+    from asa.tasks.studies import ablate as run
 
     run(config)
 

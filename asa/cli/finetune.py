@@ -8,7 +8,7 @@ from asa.cli.front import Config, run_command
 
 def finetune(config: Config) -> None:
     """Call the task."""
-    from asa.tasks.commands import finetune_task
+    from asa.tasks.studies import finetune_task
 
     finetune_task(config)
 

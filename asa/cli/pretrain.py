@@ -8,9 +8,9 @@ from asa.cli.front import Config, run_command
 
 def pretrain(config: Config) -> None:
     """Call the task."""
-    from asa.tasks.run import train_task
+    from asa.tasks.run import pretrain_task
 
-    train_task(config, "pretrain")
+    pretrain_task(config)
 
 
 main = partial(run_command, "pretrain", __doc__, pretrain)
