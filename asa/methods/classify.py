@@ -33,14 +33,9 @@ class Classification(nn.Module):
         classes = model.head.out_features
         if weights is not None and len(weights) != classes:
             raise ValueError(f"method.weights has {len(weights)} numbers for {classes} classes")
-        self.model = model
+        self.model, self.mirrored = model, model.mirrored
         self.register_buffer("weights", torch.tensor(weights or [1.0] * classes), persistent=False)
         self.weights: Tensor
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether batches have the mirror image."""
-        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image", class indices "target" `(B,)`, and "mirror" if the network takes it.

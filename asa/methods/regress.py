@@ -25,12 +25,7 @@ class Regression(nn.Module):
         super().__init__()
         if not isinstance(model, Regressor):
             raise ValueError(f"method=regress needs model=..._regressor_..., got {type(model).__name__}")
-        self.model = model
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether batches have the mirror image."""
-        return self.model.mirrored
+        self.model, self.mirrored = model, model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image", numbers "target" `(B,)` in their units, and "mirror" if the network takes it.

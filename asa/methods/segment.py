@@ -43,13 +43,8 @@ class Segmentation(nn.Module):
                 "segmentation needs model=unet_..., sa_swin_unet_..., vit_seg_..., probe_... or a comparator, "
                 f"got {type(model).__name__}"
             )
-        self.model = model
+        self.model, self.mirrored = model, model.mirrored
         self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=background_weight, scales=scales)
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether batches have the mirror image."""
-        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image" and "label", and "mirror" if the network takes it."""

@@ -28,7 +28,7 @@ from asa.methods.base import Batch
 from asa.methods.base import Pretraining as PretrainingMethod
 from asa.reporting.figures import reconstruction_panel
 from asa.tasks.base import Config
-from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
+from asa.tasks.prediction import only_checkpoint, predict_scans
 from asa.tasks.table_evaluation import evaluate_asymmetry, tables_of
 from asa.tasks.volumes import Records, VolumeTask
 from asa.training.device import on_device
@@ -190,9 +190,6 @@ class AsymmetryPredictor:
         )
         self.preprocessor = self.scorer.preprocessor
         self.rows: list[AsymmetryRow] = []
-
-    def predict_file(self, id: str, images: Channels) -> None:
-        self.rows.append(self.scorer.score_file(id, images, self.out / f"{id}.nii.gz"))
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
         self.rows.append(self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz"))

@@ -31,14 +31,14 @@ from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.label_maps import SIDE
 from asa.inference.layout import VOLUMES, BidsDerivative, Flat, Layout, label_maps_of
-from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, sliding_window
+from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
-from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
+from asa.tasks.prediction import checkpoints_of, predict_scans, refuse_healthy
 from asa.tasks.volumes import VolumeTask
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
@@ -276,12 +276,19 @@ class SegmentationPredictor:
             self.layout = BidsDerivative(self.out, self.segmenter, checkpoints_of(config), self.with_probabilities)
         self.rows: dict[str, dict[str, str]] = {}
 
-    def predict_file(self, id: str, images: Channels) -> None:
-        self._add(id, self.segmenter.segment_file(images, self.layout.label_map(id), **self._extra(id)))
-
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
         out = self.layout.label_map(id)
-        self._add(id, self.segmenter.segment_prepared(image, chain, like, out, **self._extra(id)))
+        probabilities = self.layout.probabilities(id) if self.with_probabilities else None
+        uncertainty = self.layout.uncertainty(id) if self.with_uncertainty else None
+        found = self.segmenter.segment_prepared(
+            image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty
+        )
+        volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
+        expected = found.expected_dice.items()
+        scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
+        named = not isinstance(self.layout, Flat)
+        file = {"file": out.relative_to(self.out).as_posix()} if named else {}
+        self.rows[id] = {"id": id, **file, **volumes, **scores}
 
     def finish(self) -> str:
         if self.rows:
@@ -298,21 +305,6 @@ class SegmentationPredictor:
         rows = read_rows(file) if file.exists() else []
         there = label_maps_of(self.out)
         return {row["id"]: row for row in rows if row.get("id") in there}
-
-    def _add(self, id: str, found: Segmented) -> None:
-        volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
-        expected = found.expected_dice.items()
-        scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
-        named = not isinstance(self.layout, Flat)
-        file = {"file": self.layout.label_map(id).relative_to(self.out).as_posix()} if named else {}
-        self.rows[id] = {"id": id, **file, **volumes, **scores}
-
-    def _extra(self, id: str) -> dict[str, Any]:
-        """Where the probabilities and the map of uncertainty of a scan go."""
-        return {
-            "probabilities": self.layout.probabilities(id) if self.with_probabilities else None,
-            "uncertainty": self.layout.uncertainty(id) if self.with_uncertainty else None,
-        }
 
 
 @dataclass

@@ -36,7 +36,7 @@ from asa.inference.whole_scans import (
     predictions_csv,
 )
 from asa.tasks.base import Config
-from asa.tasks.prediction import Channels, only_checkpoint, predict_scans, refuse_healthy
+from asa.tasks.prediction import only_checkpoint, predict_scans, refuse_healthy
 from asa.tasks.table_evaluation import (
     described,
     evaluate_classes,
@@ -280,17 +280,11 @@ class TablePredictor:
         self.ids: list[str] = []
         self.found: list[Any] = []
 
-    def predict_file(self, id: str, images: Channels) -> None:
-        self._add(id, self.preprocessor.prepare(images)[0].image)
-
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self._add(id, image)
+        self.found.append(self.predict(image))
+        self.ids.append(id)
 
     def finish(self) -> str:
         rows = [(id, "", "") for id in self.ids]
         write_whole(self.table, self.network.table(rows, np.array(self.found)).encode())
         return f"wrote {self.table}"
-
-    def _add(self, id: str, image: np.ndarray) -> None:
-        self.found.append(self.predict(image))
-        self.ids.append(id)
