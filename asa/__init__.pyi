@@ -8,7 +8,6 @@ from .inference.segmentation import Segmenter as Segmenter
 from .inference.segmentation import sliding_window as sliding_window
 from .losses.reconstruction import AttentiveReconstructionLoss as AttentiveReconstructionLoss
 from .losses.reconstruction import gradient_importance as gradient_importance
-from .losses.restoration import FocalRegionLoss as FocalRegionLoss
 from .methods.pretrain import MaskedPretraining as MaskedPretraining
 from .methods.sa_swin import SASwinPretraining as SASwinPretraining
 from .models.create import create_model as create_model
@@ -17,11 +16,6 @@ from .models.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
 from .models.masked_autoencoder import asa_base as asa_base
 from .models.masked_autoencoder import asa_small as asa_small
 from .models.masked_autoencoder import asa_tiny as asa_tiny
-from .models.rat import RegionAttention as RegionAttention
-from .models.rat import RegionAttentionTransformer as RegionAttentionTransformer
-from .models.rat import rat_base as rat_base
-from .models.rat import rat_small as rat_small
-from .models.rat import rat_tiny as rat_tiny
 from .models.sa_swin import SASwin as SASwin
 from .models.sa_swin import sa_swin_base as sa_swin_base
 from .models.sa_swin import sa_swin_small as sa_swin_small
@@ -34,7 +28,13 @@ from .ops.patches import patchify as patchify
 from .ops.patches import random_mask as random_mask
 from .ops.patches import unpatchify as unpatchify
 from .ops.position import symmetric_position_encoding as symmetric_position_encoding
-from .ops.regions import region_attention as region_attention
+from .restoration.loss import FocalRegionLoss as FocalRegionLoss
+from .restoration.rat import RegionAttention as RegionAttention
+from .restoration.rat import RegionAttentionTransformer as RegionAttentionTransformer
+from .restoration.rat import rat_base as rat_base
+from .restoration.rat import rat_small as rat_small
+from .restoration.rat import rat_tiny as rat_tiny
+from .restoration.regions import region_attention as region_attention
 from .tasks.run import compare as compare
 from .tasks.run import evaluate as evaluate
 from .tasks.run import finetune as finetune

@@ -72,8 +72,9 @@ _TYPES = {str(kind): kind for kind in (int | None, float | None, str | None, lis
 }
 
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
-CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.steps")
-CHECKPOINT_TARGETS = ("asa.models",)
+PACKAGES = ("asa.baselines", "asa.restoration")  # reached by name only
+CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.steps", *PACKAGES)
+CHECKPOINT_TARGETS = ("asa.models", "asa.baselines", "asa.restoration.rat", "asa.restoration.restormer")
 
 
 def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CONFIG_TARGETS) -> Any:

@@ -100,7 +100,7 @@ class Checkout:
         environment = {**os.environ, **single, "PYTHONPATH": str(self.path), "CUDA_VISIBLE_DEVICES": ""}
         started = time.monotonic()
         done = subprocess.run(
-            [self.python, "-m", f"asa.cli.{command}", *settings],
+            [self.python, "-m", "asa", command, *settings],
             cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         if done.returncode:

@@ -1,7 +1,6 @@
 """Pages that mkdocs adds to those in docs/: commands from their help, recipes from the experiments, the public API."""
 
 import contextlib
-import importlib
 import io
 import itertools
 import re
@@ -12,7 +11,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from asa.cli.main import COMMANDS
+from asa.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = re.compile(r"^from \.(?P<module>[\w.]+) import (?P<name>\w+) as (?P=name)$", flags=re.MULTILINE)
@@ -48,7 +47,7 @@ def command_pages() -> dict[str, tuple[str, str]]:
     """What each command says of itself."""
     pages = {}
     for name in COMMANDS:
-        module, shown = importlib.import_module(f"asa.cli.{name}"), io.StringIO()
+        module, shown = COMMANDS[name], io.StringIO()
         with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
             module.main(arguments=["--help"])
         about = (module.__doc__ or "").splitlines()[0]

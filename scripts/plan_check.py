@@ -60,10 +60,11 @@ REGIONS = 40  # per image, for rat
 def make(row: Row) -> Any:
     """The row's method."""
     from asa.methods.pretrain import MaskedPretraining
-    from asa.methods.restore import Restoration
     from asa.methods.segment import Segmentation
     from asa.models import masked_autoencoder as asa
-    from asa.models import rat, unet
+    from asa.models import unet
+    from asa.restoration import rat
+    from asa.restoration.method import Restoration
 
     kind = row.network.partition("_")[0]
     if kind == "rat":
@@ -91,9 +92,9 @@ def samples(row: Row, folder: Path) -> Any:
     """Synthetic volumes, or image pairs with regions of unequal sizes, in a folder."""
     import numpy as np
 
-    from asa.data.io.images2d import write_picture, write_regions
     from asa.data.loading.crops import CropDataset
-    from asa.data.restoration.pairs import PairDataset, find_pairs
+    from asa.restoration.images import write_picture, write_regions
+    from asa.restoration.pairs import PairDataset, find_pairs
     from scripts.benchmark.crops import RandomVolumes
 
     kind = row.network.partition("_")[0]

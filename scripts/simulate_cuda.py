@@ -24,25 +24,25 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from asa.baselines.puzzle import PuzzlePretraining
+from asa.baselines.puzzle_net import puzzle_tiny
 from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
-from asa.methods.puzzle import PuzzlePretraining
 from asa.methods.regress import Regression
-from asa.methods.restore import Restoration
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import RegionSegmentation, Segmentation
 from asa.models.classifier import asa_classifier_tiny, asa_regressor_tiny, sa_swin_classifier_tiny
 from asa.models.create import create_model
 from asa.models.masked_autoencoder import asa_tiny
 from asa.models.probe import probe_tiny
-from asa.models.puzzle import puzzle_tiny
-from asa.models.rat import rat_tiny
-from asa.models.restormer import restormer_tiny
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.unet import unet_tiny
 from asa.models.vit_seg import vit_seg_tiny
+from asa.restoration.method import Restoration
+from asa.restoration.rat import rat_tiny
+from asa.restoration.restormer import restormer_tiny
 from asa.training.device import PRECISIONS, on_device
 from asa.training.ema import EMA
 from asa.training.nonfinite import NonFiniteGuard

@@ -74,7 +74,7 @@ def start(chosen: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
     run = str(chosen.out / name).replace("'", "\\'")
     with (chosen.out / f"{name}.txt").open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", f"asa.cli.{chosen.command}", *chosen.settings, f"out='{run}'"],
+            [sys.executable, "-m", "asa", chosen.command, *chosen.settings, f"out='{run}'"],
             stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Tiny runs in processes as torchrun starts them: forked from one that has imported torch, with a time limit."""
 
 import faulthandler
-import importlib
 import json
 import multiprocessing
 import os
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from asa.cli import COMMANDS
 
 FORK = multiprocessing.get_context("forkserver")  # which has imported what conftest.py says
 
@@ -71,7 +72,7 @@ def losses(run: Path) -> np.ndarray:
 def command(name: str, *arguments: object) -> None:
     """Run a command, and exit with its code."""
     sys.argv = [f"asa-{name}", *map(str, arguments)]
-    sys.exit(importlib.import_module(f"asa.cli.{name}").main())
+    sys.exit(COMMANDS[name].main())
 
 
 @dataclass

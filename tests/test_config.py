@@ -264,7 +264,7 @@ def test_restoration_has_the_released_settings() -> None:
     optim, train = config["optim"], config["train"]
     assert (optim["betas"], optim["lr"], optim["final_lr"], optim["schedule"]) == ([0.5, 0.999], 2e-4, 1e-6, "cosine")
     assert (train["steps"], train["batch_size"], config["method"]["beta"]) == (200000, 8, 1e-3)
-    assert (config["model"]["_target_"], config["method"]["model"]["upscale"]) == ("asa.models.rat.rat_base", 4)
+    assert (config["model"]["_target_"], config["method"]["model"]["upscale"]) == ("asa.restoration.rat.rat_base", 4)
 
 
 def test_mappings_of_the_users_own_keys_can_be_given_on_the_command_line() -> None:

@@ -10,7 +10,7 @@ from pydoc import locate
 
 import pytest
 
-from asa.cli.main import COMMANDS
+from asa.cli import COMMANDS
 from asa.config import compose
 from scripts.docs_pages import public_names
 
@@ -47,7 +47,7 @@ def test_a_command_line_is_found_wherever_it_stands() -> None:
         ("export", ["g=3"]),
     ]
     shown = (
-        "torchrun --nproc-per-node=4 -m asa.cli.pretrain out=x",
+        "torchrun --nproc-per-node=4 -m asa pretrain out=x",
         "sbatch --nodes=2 scripts/slurm.sbatch finetune out=x",
     )
     assert [parsed(line) for line in shown] == [("pretrain", ["out=x"]), ("finetune", ["out=x"])]

@@ -28,11 +28,10 @@ from safetensors.torch import save_file
 from torch import nn
 from untrained import DATA, a_scan, call, checkpoint
 
-from asa.cli import export, orient, predict, regions, simulate
+from asa.cli import COMMANDS, export, orient, predict, regions, simulate
 from asa.config import build
 from asa.data.datasets import folder as datasets_folder
 from asa.data.io.files import DIGESTS, LARGEST_YAML, open_unlinked, read_json, read_yaml, write_json, write_whole
-from asa.data.io.images2d import checked_window, read_picture, write_picture
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.nifti import PADDING, read_image, read_label, write_label
 from asa.data.io.tables import csv_text, read_rows
@@ -41,6 +40,7 @@ from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.export.monai_bundle import exported
 from asa.inference.preprocessing import ScanPreprocessor
+from asa.restoration.images import checked_window, read_picture, write_picture
 from asa.tasks.comparison import compare_folders, read_run
 from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.segmentation import SegmentationPredictor
@@ -424,7 +424,6 @@ def _hold(folder: Path, mark: Path) -> None:
 def test_a_store_an_ablation_and_folds_have_one_writer(
     raw: Path, store: Path, tmp_path: Path, command: str, monkeypatch, capsys
 ) -> None:
-    import importlib
 
     out, mark = tmp_path / "out", tmp_path / "mark"
     out.mkdir()
@@ -438,7 +437,7 @@ def test_a_store_an_ablation_and_folds_have_one_writer(
         "finetune": [f"data.store={store}", "data.split.folds=2", "data.split.fold=all", "model=unet_tiny"],
     }[command]
     try:
-        assert call(importlib.import_module(f"asa.cli.{command}"), monkeypatch, *arguments, f"out={out}") == 1
+        assert call(COMMANDS[command], monkeypatch, *arguments, f"out={out}") == 1
         assert f"{out} is in use by process {holder.pid}" in capsys.readouterr().err
         assert [path.name for path in out.iterdir()] == [LOCK]
     finally:
@@ -577,7 +576,7 @@ def test_a_restoration_with_other_metadata_is_refused_by_name(
 ) -> None:
     pytest.importorskip("PIL")
     write_picture(tmp_path / "images" / "a.png", np.random.default_rng(0).uniform(size=(1, 32, 32)))
-    model = {"_target_": "asa.models.rat.rat_tiny", "in_channels": 1}
+    model = {"_target_": "asa.restoration.rat.rat_tiny", "in_channels": 1}
     data = {"window": None, "regions": None, "subject": None}
     arguments = [f"input={tmp_path}/images", f"out={tmp_path}/out"]
     run = trained_as(tmp_path / "good", "restoration", model, data)

@@ -43,7 +43,7 @@ def test_the_wheel_contains_every_configuration_and_the_report_templates(unpacke
 def test_an_installed_wheel_composes_its_configurations_from_another_directory(unpacked: Path, tmp_path: Path) -> None:
     code = (
         "import asa, sys; from asa.config import CONFIG_DIR; print(asa.__file__, CONFIG_DIR); "
-        "from asa.cli.pretrain import main; sys.argv = ['asa-pretrain', '--print', 'out=x', 'data.store=y']; main()"
+        "from asa.cli import pretrain; sys.argv = ['asa-pretrain', '--print', 'out=x', 'data.store=y']; pretrain.main()"
     )
     # PYTHONPATH precedes the checkout's editable install.
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}

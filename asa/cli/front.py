@@ -1,11 +1,13 @@
 """What all commands share: arguments, help, and errors in one line."""
 
 import argparse
+import importlib
 import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,29 @@ from asa.training.ranks import MainRankFailed, exit_process, is_main, rank, worl
 from asa.training.signals import RESUME_CODE, Stopped
 
 Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, imported when it runs.
+
+    Args:
+        name: of its YAML file and, after "asa-", of the command.
+        target: "module:function", which gets the composed configuration.
+        about: what it does, for `--help`.
+    """
+
+    name: str
+    target: str
+    about: str
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Run it as on the command line; returns its exit code, see `run_command`."""
+        return run_command(self.name, self.about, self._call, arguments)
+
+    def _call(self, config: Config) -> None:
+        module, _, function = self.target.partition(":")
+        getattr(importlib.import_module(module), function)(config)
 
 
 def run_command(

@@ -17,8 +17,7 @@ from asa.errors import require
 from asa.export.monai_bundle import exported
 from asa.methods.segment import SegmentationNetwork
 from asa.models.classifier import Classifier, Regressor
-from asa.models.comparators import Comparator
-from asa.models.sw_vit import SWViT
+from asa.models.swin import Swin
 from asa.training.checkpoint import read_model
 
 TOLERANCE = 1e-3  # of the difference from PyTorch's output, relative to the largest output
@@ -52,7 +51,7 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
     require("onnxscript", "export", "ONNX export")  # used by torch.onnx
     model, description = read_model(checkpoint, plugins=plugins)
     encoder = getattr(model, "encoder", None)
-    if not isinstance(encoder, SWViT) and not isinstance(model, Comparator):
+    if encoder is None or isinstance(encoder, Swin):
         raise ValueError(
             f"{checkpoint}: only networks on a SW-ViT and comparators can be exported to ONNX, "
             f"not {type(model).__name__}"

@@ -4,20 +4,32 @@ Letters: image `B C D H W`, label `B 1 D H W` of class indices (or 255: ignored)
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from asa.losses.segmentation import DeeplySupervisedDiceCE, DeeplySupervisedRegionLoss
 from asa.methods.base import Batch
-from asa.models.comparators import Comparator
-from asa.models.probe import LinearProbe
-from asa.models.sa_swin_unet import SASwinUNet
-from asa.models.unet import SegmentationUNet
-from asa.models.vit_seg import SegmentationViT
 from asa.ops.nested import paint, painting_order
 
-SegmentationNetwork: TypeAlias = SegmentationUNet | SASwinUNet | SegmentationViT | LinearProbe | Comparator
+
+@runtime_checkable
+class SegmentationNetwork(Protocol):
+    """A module that segments volumes `(B, C, D, H, W)`, also one of your own package.
+
+    With the keyword `deep_supervision` it returns the logits of all its resolutions as a list, the finest first.
+
+    Attributes:
+        encoder: with `img_size` and `in_channels`; `init=` loads its weights.
+        out_channels: classes K, background included, or regions R.
+        mirrored: whether it also takes the mirror image, as the keyword `mirrored`.
+    """
+
+    encoder: Any
+    out_channels: int
+
+    @property
+    def mirrored(self) -> bool: ...
 
 
 class Segmentation(nn.Module):
@@ -43,7 +55,8 @@ class Segmentation(nn.Module):
                 "segmentation needs model=unet_..., sa_swin_unet_..., vit_seg_..., probe_... or a comparator, "
                 f"got {type(model).__name__}"
             )
-        self.model, self.mirrored = model, model.mirrored
+        self.model: Any = model
+        self.mirrored = model.mirrored
         self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=background_weight, scales=scales)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

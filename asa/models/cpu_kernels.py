@@ -1,4 +1,4 @@
-"""Layers and precision of 3-D convolutional networks on a CPU.
+"""Layers of convolutional networks, and their precision on a CPU.
 
 Layout: a U-Net step on a CPU is faster with channels last in memory, which PyTorch's instance norm and, with one
 thread, its 1x1x1 convolution give up. `use_cpu_kernels` replaces both by layers that keep the layout. On a GPU and in
@@ -53,6 +53,14 @@ def use_cpu_kernels(network: nn.Module) -> None:
                 setattr(parent, name, InstanceNorm(child.num_features, child.eps))
             elif type(child) is nn.Conv3d and child.kernel_size == child.stride == (1, 1, 1):
                 setattr(parent, name, PointwiseConv.sharing(child))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each pixel or voxel."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, E, ...)` -> `(B, E, ...)`."""
+        return super().forward(features.movedim(1, -1)).movedim(-1, 1)
 
 
 class PointwiseConv(nn.Conv3d):

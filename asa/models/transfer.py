@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.models.comparators.primus import PrimusEncoder
-from asa.models.comparators.resenc import ResidualEncoder
 from asa.models.sw_vit import SWViT
 
-Encoder: TypeAlias = SWViT | ResidualEncoder | PrimusEncoder
+Encoder: TypeAlias = Any  # a module that is a SWViT, or has `adapted(name, tensor)`
 
 PREFIX = "encoder."
 PATCH_WEIGHT = "patch_embed.weight"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from asa.config import locate
+from asa.config import PACKAGES, locate
 from asa.data.loading.crops import Samples
 from asa.methods.base import Batch
 from asa.training.loop import Validate
@@ -20,7 +20,7 @@ BUILT_IN = {
     "segmentation": "asa.tasks.segmentation.Segmentation",
     "classification": "asa.tasks.whole_scans.Classification",
     "regression": "asa.tasks.whole_scans.Regression",
-    "restoration": "asa.tasks.restoration.Restoration",
+    "restoration": "asa.restoration.task.Restoration",
 }
 
 
@@ -89,7 +89,7 @@ def find_task(name: str, plugins: Sequence[str] = ()) -> type[Task]:
     """
     if "." not in name and name not in BUILT_IN:
         raise ValueError(f"no task {name!r}: there are {', '.join(BUILT_IN)}, and package.module.Class of your own")
-    task: type[Task] = locate(BUILT_IN.get(name, name), ("asa.tasks", *plugins))
+    task: type[Task] = locate(BUILT_IN.get(name, name), ("asa.tasks", *PACKAGES, *plugins))
     return task
 
 
@@ -104,7 +104,7 @@ def task_of_method(config: Config, command: str) -> tuple[str, type[Task]]:
         ValueError: the method names no task, or one of another command.
     """
     target, plugins = config["method"]["_target_"], config["plugins"]
-    name = getattr(locate(target, ("asa.methods", *plugins)), "task", None)
+    name = getattr(locate(target, ("asa.methods", *PACKAGES, *plugins)), "task", None)
     if not isinstance(name, str):
         raise ValueError(f"_target_={target} names no task: give the method an attribute task = 'package.module.Class'")
     task = find_task(name, plugins)

@@ -1,5 +1,6 @@
 """Pretrained weights for fine-tuning: from a checkpoint of this package, of nnssl, or from a MONAI ViT."""
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from asa.models import transfer
-from asa.models.nnssl import from_nnssl
 from asa.models.sw_vit import SWViT
 from asa.models.transfer import Source
 from asa.training.checkpoint import find_weights, load_tensors, read_weights
@@ -33,7 +33,8 @@ def read_source(path: str | Path) -> tuple[Source, dict[str, Any]]:
         try:
             content = _content(file)
             if isinstance(plan := content.get(NNSSL_PLAN), dict):
-                return from_nnssl(_tensors(content), plan), {}
+                nnssl = importlib.import_module("asa.baselines.nnssl")
+                return nnssl.from_nnssl(_tensors(content), plan), {}
             return transfer.from_monai(_tensors(content)), {}
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None

@@ -1,6 +1,5 @@
 """Rows of the GPU check that are right or wrong, and measured once. Letters: B images, M heads, L tokens of width d."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asa.cli import COMMANDS
 from asa.models.sw_vit import fused_attention, written_attention
-from asa.ops.regions import find_varlen, region_attention, region_index, runs_varlen
+from asa.restoration.regions import find_varlen, region_attention, region_index, runs_varlen
 from asa.training.device import PRECISIONS
 from scripts.benchmark.clock import synchronise
 from scripts.benchmark.plan import Spec
@@ -153,7 +153,7 @@ def demo(spec: Spec, device: torch.device) -> dict[str, Any]:
 
     start, folder = time.perf_counter(), Path(spec["scratch"])
     own = {"kind": "t1", "subjects": spec["subjects"], "resolution": spec["resolution"], "out": folder / "raw"}
-    phantom = importlib.import_module("asa.cli.phantom")
+    phantom = COMMANDS["phantom"]
     if phantom.main(arguments=[f"{key}={value}" for key, value in own.items()]):
         raise RuntimeError("asa-phantom failed")
     asa.prepare(folder / "store", data="bids", **{"data.root": str(folder / "raw")})

@@ -235,7 +235,7 @@ def digests(spec: Spec, device: torch.device) -> Work:
 
 def attention(spec: Spec, device: torch.device) -> Work:
     """Attention within regions: 8 heads of width 32, as in RAT. The index is computed before, as once for 12 layers."""
-    from asa.ops.regions import region_attention, region_index
+    from asa.restoration.regions import region_attention, region_index
 
     n, heads, width = spec["edge"], 8, 32
     index = region_index(voronoi(n, spec["regions"]).flatten(1).to(device))
@@ -253,7 +253,7 @@ def attention(spec: Spec, device: torch.device) -> Work:
 
 def restore(spec: Spec, device: torch.device) -> Work:
     """A forward pass of the restoration network over a whole image."""
-    from asa.models import rat
+    from asa.restoration import rat
 
     model = getattr(rat, f"rat_{spec['size']}")().to(device).eval()
     image, regions = torch.rand(1, 1, *(spec["edge"],) * 2, device=device), voronoi(spec["edge"], spec["regions"])

@@ -30,7 +30,7 @@ def asa(command: str, *settings: str, log: Path | None = None, threads: int | No
     Raises:
         RuntimeError: the command failed.
     """
-    arguments = [sys.executable, "-m", f"asa.cli.{command}", *settings, *quoted(**paths)]
+    arguments = [sys.executable, "-m", "asa", command, *settings, *quoted(**paths)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     output = None
     if log is not None:

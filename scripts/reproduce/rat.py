@@ -24,18 +24,18 @@ import numpy as np
 import torch
 
 from asa.data.io.files import write_json
-from asa.data.io.images2d import read_picture, write_picture, write_regions
 from asa.data.loading.loader import LoaderSettings
-from asa.data.restoration.pairs import Pair, PairDataset, find_pairs
-from asa.data.restoration.simulation import decimated, make_degradation
-from asa.data.restoration.superpixels import make_provider
 from asa.errors import require
-from asa.evaluation.image_quality import score_image
 from asa.evaluation.statistics import bootstrap_interval
-from asa.inference.restoration import restore_image
 from asa.inference.segmentation import PredictSettings
-from asa.methods.restore import Restoration
-from asa.models.rat import rat_tiny
+from asa.restoration.images import read_picture, write_picture, write_regions
+from asa.restoration.inference import restore_image
+from asa.restoration.measures import score_image
+from asa.restoration.method import Restoration
+from asa.restoration.pairs import Pair, PairDataset, find_pairs
+from asa.restoration.rat import rat_tiny
+from asa.restoration.region_maps import make_provider
+from asa.restoration.simulation import decimated, make_degradation
 from asa.training.loop import TrainSettings, train
 from asa.training.optim import OptimSettings
 

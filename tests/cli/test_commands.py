@@ -1,6 +1,5 @@
 """The commands as a user runs them, on tiny phantoms, and what they say about bad input."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -16,13 +15,12 @@ import yaml
 from safetensors.torch import load_file
 
 import asa
-from asa.cli import front, pretrain
-from asa.cli import main as asa_command
+from asa import cli
+from asa.cli import COMMANDS
 from asa.data.store import Store
 from asa.tasks.volumes import padding_advice
 from asa.training.checkpoint import list_checkpoints, load_model, read_description
 
-NOT_COMMANDS = ("__init__", "front", "main")
 TINY = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "optim.warmup=1"]
 PRETRAIN = [*TINY, "model=asa_tiny", "crop=32", "train.steps=2", "train.batch_size=2"]
 FINETUNE = [*TINY, "model=unet_tiny", "+model.feature_size=4", "crop=[64,32,32]", "train.steps=2", "train.batch_size=1"]
@@ -42,7 +40,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def run(name: str, *arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", [f"asa-{name}", *map(str, arguments)])
         capsys.readouterr()
-        code = importlib.import_module(f"asa.cli.{name}").main()
+        code = COMMANDS[name].main()
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)
 
@@ -291,7 +289,7 @@ def test_a_comparator_trains_resumes_predicts_and_exports(
     assert exported.code == 0 and (tmp_path / "x.onnx").is_file(), exported.err
     assert command("export", f"checkpoint={tmp_path}/fine", "format=bundle", f"out={tmp_path}/bundle").code == 0
     described = json.loads((tmp_path / "bundle/configs/metadata.json").read_text())
-    assert f"comparators.{model}" in described["description"] and described["references"] == []
+    assert f"baselines.{model}" in described["description"] and described["references"] == []
     words = ["licence=cc-by-4.0", "trained_on=phantoms"]
     hub = command("export", f"checkpoint={tmp_path}/fine", "format=hub", f"out={tmp_path}/hub", *words)
     assert hub.code == 0 and load_model(tmp_path / "hub").out_channels == 4, hub.err
@@ -375,14 +373,14 @@ def test_help_lists_every_key_with_a_note(name: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)  # as a user would, from another directory
     monkeypatch.setattr(sys, "argv", [f"asa-{name}", "--help"])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"asa.cli.{name}").main()
+        COMMANDS[name].main()
     shown = capsys.readouterr().out
     assert not ended.value.code and f"asa-{name}" in shown and "out: ???" in shown
 
 
 def test_a_command_runs_from_another_directory(tmp_path: Path) -> None:
     shown = subprocess.run(
-        [sys.executable, "-m", "asa.cli.pretrain", "--help"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "asa", "pretrain", "--help"], cwd=tmp_path, capture_output=True, text=True
     )
     assert shown.returncode == 0 and "asa-pretrain" in shown.stdout and "out: ???" in shown.stdout
 
@@ -506,13 +504,12 @@ def test_images_are_shown_beside_a_folder_of_true_label_maps(
 
 
 HEAVY = "torch", "monai", "nibabel", "scipy"
-COMMANDS = sorted(path.stem for path in Path(front.__file__).parent.glob("*.py") if path.stem not in NOT_COMMANDS)
 
 
 def in_a_process(calls: Sequence[Sequence[str]]) -> list[tuple[str, list[str]]]:
     """Output of each `asa ...`, one after the other in one new process, and the heavy packages imported until then."""
     code = (
-        "import contextlib, io, json, sys\nfrom asa.cli.main import main\n"
+        "import contextlib, io, json, sys\nfrom asa.cli import main\n"
         f"for arguments in {calls!r}:\n"
         "    shown = io.StringIO()\n"
         "    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):\n"
@@ -551,19 +548,18 @@ def test_settings_are_checked_before_heavy_packages_are_imported() -> None:
 
 
 def test_asa_with_a_command_is_that_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(asa_command.COMMANDS) == set(COMMANDS)
     arguments = ["--print", "out=x", "data.store=y"]
     printed = []
-    for run in (lambda: asa_command.main(["pretrain", *arguments]), lambda: pretrain.main(arguments=arguments)):
+    for run in (lambda: cli.main(["pretrain", *arguments]), lambda: cli.pretrain.main(arguments)):
         assert run() == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and "steps: 20000" in printed[0]
-    assert asa_command.main([]) == 0
+    assert cli.main([]) == 0
     listed = capsys.readouterr().out
     assert all(f"  {name} " in listed for name in COMMANDS)
-    assert asa_command.main(["pretrian", "out=x"]) == 1
+    assert cli.main(["pretrian", "out=x"]) == 1
     assert "did you mean pretrain?" in capsys.readouterr().err
-    for main in (asa_command.main, lambda arguments: pretrain.main(arguments=arguments)):
+    for main in (cli.main, cli.pretrain.main):
         with pytest.raises(SystemExit) as stopped:
             main(["--version"])
         assert not stopped.value.code and capsys.readouterr().out == f"asa {asa.__version__}\n"

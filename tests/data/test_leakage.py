@@ -1,7 +1,6 @@
 """A checkpoint carries digests of its training data, and fine-tuning warns when a held-out subject is part of it."""
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from asa.cli import COMMANDS
 from asa.data.leakage import LeakedSubject, find_leaks, stored_digests, training_digests
 from asa.data.splits import write_split
 from asa.data.store import MANIFEST
@@ -64,7 +64,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def run(name: str, *arguments: str) -> str:
         monkeypatch.setattr("sys.argv", [f"asa-{name}", *arguments])
         capsys.readouterr()
-        code = importlib.import_module(f"asa.cli.{name}").main()
+        code = COMMANDS[name].main()
         captured = capsys.readouterr()
         assert code == 0, captured.err
         return captured.out

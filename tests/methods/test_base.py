@@ -5,9 +5,9 @@ import pytest
 from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
 from asa.methods.regress import Regression
-from asa.methods.restore import Restoration
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import RegionSegmentation, Segmentation
+from asa.restoration.method import Restoration
 
 TASKS = {
     MaskedPretraining: "pretraining",

@@ -1,4 +1,4 @@
-"""Predicted tables against a table of diagnoses: python -m asa.cli.evaluate policy=classification, policy=asymmetry."""
+"""Predicted tables against a table of diagnoses: python -m asa evaluate policy=classification, policy=asymmetry."""
 
 import json
 from pathlib import Path

@@ -306,7 +306,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_is_the_same(store: Path,
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*launch, "-m", "asa.cli.pretrain", *arguments, f"out={run}"], env=environment, start_new_session=True,
+        [*launch, "-m", "asa", "pretrain", *arguments, f"out={run}"], env=environment, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:

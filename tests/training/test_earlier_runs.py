@@ -36,7 +36,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory):
         opened.extractall(folder, filter="data")
 
     def run(command: str, *arguments: str) -> None:
-        code = [sys.executable, "-m", f"asa.cli.{command}", *arguments]
+        code = [sys.executable, "-m", "asa", command, *arguments]
         env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(code, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

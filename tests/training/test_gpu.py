@@ -10,7 +10,7 @@ from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import LoaderSettings
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
-from asa.ops.regions import find_varlen, runs_varlen
+from asa.restoration.regions import find_varlen, runs_varlen
 from asa.training.checkpoint import list_checkpoints
 from asa.training.loop import TrainSettings, train
 from asa.training.optim import OptimSettings

@@ -1,6 +1,5 @@
 """The cost of a run is planned without running it."""
 
-import importlib
 import re
 import shutil
 import subprocess
@@ -16,14 +15,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from asa.cli import COMMANDS
 from asa.methods.pretrain import MaskedPretraining
-from asa.methods.restore import Restoration
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import Segmentation
 from asa.models.masked_autoencoder import asa_tiny
-from asa.models.rat import rat_tiny
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.unet import unet_tiny
+from asa.restoration.method import Restoration
+from asa.restoration.rat import rat_tiny
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings
 from asa.training.plan import HEAP, TensorTracker, _duration, make_plan, plan_report, trace_step, volume_batch
@@ -188,7 +188,7 @@ def test_a_plan_needs_the_manifest_only_and_writes_nothing(
 ) -> None:
     given = [f"data.store={without_voxels}", f"out={tmp_path}/run", "plan=only", "train.device=cuda:7"]
     monkeypatch.setattr(sys, "argv", [f"asa-{command}", *given, "plan_rate=2", *arguments])
-    assert importlib.import_module(f"asa.cli.{command}").main() == 0
+    assert COMMANDS[command].main() == 0
     out = capsys.readouterr().out
     for part in (
         "encoder",
@@ -207,7 +207,7 @@ def test_a_plan_counts_what_is_encoded_and_decoded(store: Path, tmp_path: Path, 
     def operations(*arguments: str) -> float:
         given = [f"data.store={store}", f"out={tmp_path}/run", "plan=only", "plan_rate=2", "model=asa_tiny", "crop=64"]
         monkeypatch.setattr(sys, "argv", ["asa-pretrain", *given, *arguments])
-        assert importlib.import_module("asa.cli.pretrain").main() == 0
+        assert COMMANDS["pretrain"].main() == 0
         return float(re.search(r"([0-9.]+) GFLOP forward", capsys.readouterr().out.replace(",", ""))[1])
 
     whole, part = operations(), operations("method.decode=0.25")
@@ -229,7 +229,7 @@ def test_invalid_plan_settings_are_refused_in_one_line(
 ) -> None:
     given = [f"data.store={without_voxels}", f"out={tmp_path}/run", "model=asa_tiny", "crop=32", "plan=only", wrong]
     monkeypatch.setattr(sys, "argv", ["asa-pretrain", *given])
-    assert importlib.import_module("asa.cli.pretrain").main() == 1
+    assert COMMANDS["pretrain"].main() == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from asa.cli import prepare
 from asa.data.datasets.record import Record
 from asa.data.io.cluster import on_cluster
 from asa.data.io.nifti import write_image
@@ -129,9 +130,7 @@ def test_a_scheduler_that_is_lost_ends_the_command() -> None:
     ],
 )
 def test_settings_of_the_executor_that_contradict_each_other_are_named(tmp_path, capsys, wrong, reason) -> None:
-    from asa.cli.prepare import main
-
-    assert main(arguments=[f"data.root={tmp_path}", f"out={tmp_path}/store", *wrong]) == 1
+    assert prepare.main(arguments=[f"data.root={tmp_path}", f"out={tmp_path}/store", *wrong]) == 1
     assert f"error: {reason}" in capsys.readouterr().err and not (tmp_path / "store").exists()
 
 

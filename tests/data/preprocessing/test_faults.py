@@ -359,7 +359,7 @@ def test_permuted_axes_keep_the_identity_and_one_voxel_changes_it(raw: Path) -> 
 def running_until(count: int, arguments: list[str], out: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The command with two workers in a process group of its own, as soon as so many images are written."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "asa.cli.prepare", *arguments, "workers=2"],
+        [sys.executable, "-m", "asa", "prepare", *arguments, "workers=2"],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,0 +1,20 @@
+# The public names, for lazy loading and for type checkers. Functions that end with a size (create.SIZES) are models.
+from .base import Comparator as Comparator
+from .monai import swin_unetr_base as swin_unetr_base
+from .monai import swin_unetr_small as swin_unetr_small
+from .monai import swin_unetr_tiny as swin_unetr_tiny
+from .monai import unetr_base as unetr_base
+from .monai import unetr_small as unetr_small
+from .monai import unetr_tiny as unetr_tiny
+from .nnformer import nnformer_base as nnformer_base
+from .nnformer import nnformer_tiny as nnformer_tiny
+from .primus import primus_m as primus_m
+from .primus import primus_tiny as primus_tiny
+from .puzzle_net import PuzzleNet as PuzzleNet
+from .puzzle_net import puzzle_base as puzzle_base
+from .puzzle_net import puzzle_small as puzzle_small
+from .puzzle_net import puzzle_tiny as puzzle_tiny
+from .resenc import resenc_l as resenc_l
+from .resenc import resenc_tiny as resenc_tiny
+from .transbts import transbts_base as transbts_base
+from .transbts import transbts_tiny as transbts_tiny

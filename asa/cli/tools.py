@@ -1,0 +1,76 @@
+"""The commands that are a single call, with what they print."""
+
+from pathlib import Path
+
+from asa.cli.front import Config
+
+
+def make_phantoms(config: Config) -> None:
+    """Write the cohort."""
+    from asa.data.phantom.cohort import make_cohort
+
+    out = Path(str(config["out"]))
+    files = make_cohort(**{**config, "out": out})
+    print(f"wrote {len(files)} files to {out}")
+
+
+def orient(config: Config) -> None:
+    """Write the files.
+
+    Raises:
+        ValueError: files failed; they are listed first, and the others are written.
+    """
+    from asa.data.io.orientation import orient_files
+
+    report = orient_files(Path(str(config["input"])), Path(str(config["out"])), str(config["axes"]))
+    for name, reason in report.failures.items():
+        print(f"{name}: failed: {reason}")
+    if report.kept:
+        print(f"{len(report.kept)} files store an orientation and were not written, like {report.kept[0]}")
+    if report.failures:
+        raise ValueError(f"{len(report.failures)} files failed, listed above")
+    print(f"wrote {len(report.written)} files to {config['out']}: check some of them, left and right above all")
+
+
+def convert_dicom(config: Config) -> None:
+    """Convert the series.
+
+    Raises:
+        ValueError: no series could be converted; those that are no volumes are listed.
+    """
+    from asa.data.io.dicom import convert_series
+
+    report = convert_series(Path(str(config["input"])), Path(str(config["out"])))
+    for name, reason in report.failures.items():
+        print(f"{name}: not converted: {reason}")
+    if not report.written:
+        raise ValueError(f"{config['input']}: no series is a volume")
+    print(f"wrote {len(report.written)} volumes to {config['out']}; their names hold the patients' ids")
+
+
+def export(config: Config) -> None:
+    """Write the file or the folder."""
+    from asa.export.hub import export_hub
+    from asa.export.monai_bundle import export_bundle
+    from asa.export.nnunet import export_nnunet
+    from asa.export.onnx import export_onnx
+
+    out, source = Path(str(config["out"])), "store" if config["format"] == "nnunet" else "checkpoint"
+    for key in ("checkpoint", "store"):
+        if (config[key] is None) == (key == source):
+            raise ValueError(f"format={config['format']} writes a {source}: give {source}=, and no other source")
+    if config["format"] == "nnunet":
+        about = export_nnunet(config["store"], out)
+        print(f"wrote {out}: {about['numTraining']} training cases, labels {about['labels']}")
+    elif config["format"] == "onnx":
+        difference = export_onnx(config["checkpoint"], out, plugins=config["plugins"])
+        print(f"wrote {out}; its outputs differ from PyTorch's by at most {difference:.1e} of the largest")
+    elif config["format"] == "bundle":
+        export_bundle(config["checkpoint"], out, plugins=config["plugins"])
+        print(f"wrote {out}; {out}/docs/README.md says how MONAI runs it")
+    elif config["format"] == "hub":
+        card = {key: config[key] for key in ("licence", "trained_on", "evaluation")}
+        export_hub(config["checkpoint"], out, **card, plugins=config["plugins"])
+        print(f"wrote {out}: read {out}/README.md, then publish it with hf upload ORG/NAME {out}")
+    else:
+        raise ValueError(f"format={config['format']}: choose onnx, bundle, hub or nnunet")

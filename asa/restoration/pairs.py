@@ -1,0 +1,194 @@
+"""Pairs of degraded and clean 2-D images, with their label maps of regions.
+
+ROOT/low/ID.png       degraded; .nii, .nii.gz and .dcm too
+ROOT/high/ID.png      clean; for super-resolution larger by a whole factor s
+ROOT/regions/ID.png   label map of the degraded image, as `asa-regions` stores it
+
+A batch is a dict: "image" `(B, C, H, W)` and "target" `(B, C, s*H, s*W)` float32 in [0, 1], "regions" `(B, H, W)`
+int64, "seed" and "id" as in `asa.data.loading.loader`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asa.data.datasets.folder import subject_of
+from asa.data.loading.crops import Samples, sample_seed
+from asa.restoration.images import list_pictures, read_picture, read_regions
+
+
+class Pair(TypedDict):
+    """Files of one case; `regions` is None without label maps."""
+
+    id: str
+    subject: str
+    low: str
+    high: str
+    regions: str | None
+
+
+def find_pairs(
+    root: str | Path,
+    *,
+    low: str = "low",
+    high: str = "high",
+    regions: str | None = "regions",
+    subject: str | None = None,
+) -> list[Pair]:
+    """The pairs below a folder, sorted by id.
+
+    Args:
+        root: the folder.
+        low, high, regions: folders in it; with `regions` None every image is one region.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: each pair is one subject.
+            All slices of one person should have the same subject, so that they are in one part of a split.
+
+    Raises:
+        FileNotFoundError: a folder is missing; for the regions the message says how to create it.
+        ValueError: an image has no partner, or no label map.
+    """
+    root = Path(root)
+    images = {"low": list_pictures(root / low), "high": list_pictures(root / high)}
+    if regions is not None:
+        if not (root / regions).is_dir():
+            raise FileNotFoundError(
+                f"{root / regions}: no label maps: asa-regions input={root / low} out={root / regions}, or "
+                "data.regions=null for one region per image"
+            )
+        images["regions"] = list_pictures(root / regions)
+    folders = {"low": low, "high": high, "regions": regions}
+    for one in images:
+        for other in ("low", "high"):
+            if lone := sorted(images[one].keys() - images[other].keys()):
+                more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
+                raise ValueError(
+                    f"{root}: {lone[0]}{more} is in {folders[one]}/ and not in {folders[other]}/: all files of a case "
+                    "must have the same name"
+                )
+    pairs: list[Pair] = []
+    for name in images["low"]:
+        if regions is not None and name not in images["regions"]:
+            raise ValueError(f"{root}: {name} has no label map in {regions}/: run asa-regions again")
+        labels = str(images["regions"][name]) if regions is not None else None
+        pairs.append(
+            {
+                "id": name,
+                "subject": subject_of(name, subject),
+                "low": str(images["low"][name]),
+                "high": str(images["high"][name]),
+                "regions": labels,
+            }
+        )
+    return pairs
+
+
+class PairDataset(Samples):
+    """Random square crops of pairs, rotated by a multiple of 90 degrees.
+
+    An item is addressed by (index of the pair, epoch); the same address always gives the same bytes.
+
+    Args:
+        pairs: see `find_pairs`.
+        size: edge of the crops in pixels of the degraded image.
+        channels: 1 or 3, of all images.
+        upscale: factor s between clean and degraded images.
+        window: see `asa.restoration.images.read_picture`.
+        seed: the seed of the run.
+
+    Raises:
+        ValueError: no pairs.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        size: int,
+        *,
+        channels: int = 1,
+        upscale: int = 1,
+        window: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not pairs:
+            raise ValueError("there are no pairs to train on: check the split")
+        self.pairs, self.size, self.channels, self.upscale = list(pairs), size, channels, upscale
+        self.window, self.seed = window, seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def whole(self, index: int) -> dict[str, Tensor]:
+        """The whole images of a pair: "image" `(C, H, W)`, "target" `(C, s*H, s*W)`, "regions" `(H, W)`.
+
+        Raises:
+            ValueError: sizes that do not match each other and the factor, or another number of channels.
+        """
+        pair = self.pairs[index]
+        files = (pair["low"], pair["high"])
+        image, target = (torch.from_numpy(read_picture(path, self.window)) for path in files)
+        for path, picture in zip(files, (image, target), strict=True):
+            check_channels(path, picture, self.channels)
+        expected = (self.channels, *(n * self.upscale for n in image.shape[1:]))
+        if target.shape != expected:
+            raise ValueError(
+                f"{pair['high']}: is {_size(target)} pixels and {pair['low']} {_size(image)}: with model.upscale="
+                f"{self.upscale} it must be {_size(torch.empty(expected))}"
+            )
+        return {"image": image, "target": target, "regions": regions_of(pair["regions"], image)}
+
+    def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
+        index, epoch = address
+        pair, images = self.pairs[index], self.whole(index)
+        seed = sample_seed(self.seed, epoch, pair["id"])
+        generator = torch.Generator().manual_seed(seed)
+        edge = self.size
+        if min(images["image"].shape[1:]) < edge:
+            raise ValueError(f"{pair['low']}: is {_size(images['image'])} pixels, smaller than crop={edge}: lower crop")
+        top, left = (int(torch.randint(n - edge + 1, (), generator=generator)) for n in images["image"].shape[1:])
+        quarter_turns = int(torch.randint(4, (), generator=generator))
+
+        def crop(whole: Tensor, scale: int) -> Tensor:
+            rows, columns = (slice(scale * first, scale * (first + edge)) for first in (top, left))
+            return torch.rot90(whole[..., rows, columns], quarter_turns, (-2, -1)).contiguous()
+
+        sample: dict[str, Any] = {
+            "image": crop(images["image"], 1),
+            "target": crop(images["target"], self.upscale),
+            "regions": crop(images["regions"], 1),
+        }
+        return {**sample, "seed": seed, "id": pair["id"]}
+
+
+def check_channels(path: str, image: Tensor, channels: int) -> None:
+    """Raise a ValueError if an image `(C, H, W)` has another number of channels than the network."""
+    if len(image) != channels:
+        kind = {1: "grey", 3: "colour"}
+        raise ValueError(
+            f"{path}: is a {kind[len(image)]} image, but the network takes {kind[channels]} images: convert it, or "
+            f"train with model.in_channels={len(image)}"
+        )
+
+
+def regions_of(path: str | None, image: Tensor) -> Tensor:
+    """The label map `(H, W)` int64 of an image `(C, H, W)`; one region without a file.
+
+    Raises:
+        ValueError: a label map of another size.
+    """
+    if path is None:
+        return torch.zeros(image.shape[1:], dtype=torch.int64)
+    labels: np.ndarray = read_regions(path)
+    if labels.shape != image.shape[1:]:
+        raise ValueError(
+            f"{path}: the label map is {labels.shape[1]} x {labels.shape[0]} pixels, its image {_size(image)}: compute "
+            "it from this image (asa-regions)"
+        )
+    return torch.from_numpy(labels)
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[2]} x {image.shape[1]}"

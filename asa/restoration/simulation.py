@@ -1,0 +1,210 @@
+"""Simulated degradations of images without a degraded partner. Results are not measurements: report them as simulated.
+
+Images are `(H, W)` or `(C, H, W)` float; random numbers come from a numpy Generator.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+from asa.data.io.parallel import check_workers, each_tried
+from asa.data.loading.crops import sample_seed
+from asa.data.store import read_box
+from asa.errors import require
+from asa.restoration.images import list_pictures, read_picture, write_picture
+
+KINDS = ("ct", "pet", "sr")
+Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+WATER = 0.0193  # linear attenuation of water per mm at about 70 keV (NIST XCOM)
+
+
+def low_dose_ct(
+    image: np.ndarray, generator: np.random.Generator, *, photons: float = 1e4, pixel: float = 0.7, views: int = 360
+) -> np.ndarray:
+    """A CT slice with the quantum noise of fewer photons, simulated.
+
+    HU are converted to attenuation, mu = 0.0193 / mm * (1 + HU / 1000), and to parallel projections p over 180 degrees.
+    The photons at the detector are Poisson with mean N exp(-p). The noise of -log(counts / N) is back-projected with a
+    ramp filter and added. The simulation is monoenergetic, without scatter, electronic noise or bow-tie filter.
+
+    Args:
+        image: `(H, W)` in HU.
+        generator: random numbers.
+        photons: N emitted along a ray; the noise is proportional to 1 / sqrt(N).
+        pixel: edge of a pixel in mm.
+        views: number of projection angles.
+
+    Returns:
+        `(H, W)` in HU.
+    """
+
+    def noise(line: np.ndarray) -> np.ndarray:
+        counts = generator.poisson(photons * np.exp(-line)).clip(min=1)  # log(0) is not finite
+        return -np.log(counts / photons) - line
+
+    attenuation = WATER * pixel * (1 + image / 1000).clip(min=0)  # of a pixel
+    return image + 1000 / (WATER * pixel) * _noise_through_projections(attenuation, noise, views)
+
+
+def low_count_pet(
+    image: np.ndarray, generator: np.random.Generator, *, counts: float = 1e6, views: int = 180
+) -> np.ndarray:
+    """A PET slice with the noise of fewer counts, simulated.
+
+    Parallel projections of the activity are scaled to a sum of `counts`, drawn as Poisson counts and scaled back. The
+    noise is back-projected with a ramp filter and added. Without attenuation, scatter, randoms or resolution model.
+
+    Args:
+        image: `(H, W)` activity or uptake, 0 or more, in any unit.
+        generator: random numbers.
+        counts: true coincidences in the slice.
+        views: number of projection angles.
+
+    Returns:
+        `(H, W)` in the same unit, 0 or more.
+
+    Raises:
+        ValueError: negative activity, or none.
+    """
+    if image.min() < 0 or not image.max() > 0:
+        raise ValueError(f"activity must be 0 or more, and not 0 everywhere, got {image.min():g} to {image.max():g}")
+
+    def noise(line: np.ndarray) -> np.ndarray:
+        scale = counts / line.sum()
+        return generator.poisson(scale * line.clip(min=0)) / scale - line
+
+    return (image + _noise_through_projections(image, noise, views)).clip(min=0)
+
+
+def _noise_through_projections(image: np.ndarray, noise: Callable[[np.ndarray], np.ndarray], views: int) -> np.ndarray:
+    """The image `(H, W)` of noise that depends on the projections, in the image's unit per pixel.
+
+    Back-projection is linear. Only the noise is back-projected, so that the image keeps its resolution.
+    """
+    transform = require("skimage.transform", "restore", "the simulation of projections")
+    edge = max(image.shape)
+    above, left = ((edge - n) // 2 for n in image.shape)
+    square = read_box(image[None].astype(np.float64), (-above, -left), (edge, edge))[0]
+    angles = np.linspace(0, 180, views, endpoint=False)
+    projections = transform.radon(square, angles, circle=False)
+    back = transform.iradon(noise(projections), angles, output_size=edge, circle=False, filter_name="ramp")
+    return read_box(back[None], (above, left), image.shape)[0]
+
+
+def decimated(image: np.ndarray, factor: int, *, blur: float = 0.5) -> np.ndarray:
+    """A smaller image for super-resolution, simulated: a Gaussian blur, then one sample per block.
+
+    The samples are taken at the centres of blocks of factor x factor pixels, as bilinear upscaling assumes.
+
+    Args:
+        image: `(C, H, W)`.
+        factor: 2 or more; H and W are cropped to multiples of it.
+        blur: standard deviation of the blur in units of the factor.
+
+    Returns:
+        `(C, H // factor, W // factor)`.
+    """
+    soft = gaussian_filter(image.astype(np.float64), (0, blur * factor, blur * factor), mode="nearest")
+    centres = np.meshgrid(*((np.arange(n // factor) + 0.5) * factor - 0.5 for n in image.shape[1:]), indexing="ij")
+    return np.stack([map_coordinates(channel, centres, order=1, mode="nearest") for channel in soft])
+
+
+def make_degradation(
+    kind: str,
+    *,
+    window: Sequence[float] | None = None,
+    photons: float = 1e4,
+    pixel: float = 0.7,
+    counts: float = 1e6,
+    factor: int = 2,
+    blur: float = 0.5,
+) -> Degradation:
+    """The function that degrades an image `(C, H, W)` in [0, 1].
+
+    Args:
+        kind: `"ct"` (`low_dose_ct` with `photons` and `pixel`), `"pet"` (`low_count_pet` with `counts`) or `"sr"`
+            (`decimated` by `factor` with `blur`).
+        window: the HU that are 0 and 1, for ct.
+
+    Raises:
+        ValueError: an unknown kind, or invalid settings.
+    """
+    if kind == "sr":
+        if factor not in (2, 4):
+            raise ValueError(f"factor={factor}: choose 2 or 4")
+        return lambda image, _: decimated(image, factor, blur=blur)
+    if kind == "pet":
+        return lambda image, generator: low_count_pet(_grey(image), generator, counts=counts)[None]
+    if kind != "ct":
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+    if window is None:
+        raise ValueError("kind=ct needs HU: give the values that become 0 and 1, like window=[-1000,1000]")
+    low, width = window[0], window[1] - window[0]
+
+    def ct(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        noisy = low_dose_ct(_grey(image) * width + low, generator, photons=photons, pixel=pixel)
+        return ((noisy - low) / width)[None]
+
+    return ct
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    if len(image) != 1:
+        raise ValueError("a colour image, but only super-resolution can be simulated in colour")
+    return image[0]
+
+
+def simulate_folder(
+    images: str | Path,
+    out: Path,
+    kind: str,
+    *,
+    window: Sequence[float] | None = None,
+    multiple: int = 1,
+    seed: int = 0,
+    workers: int = 1,
+    **physics: Any,
+) -> tuple[int, dict[str, str]]:
+    """Write OUT/high/ID.png and the degraded OUT/low/ID.png for every image in a folder.
+
+    Args:
+        images: folder of clean images.
+        out: folder of the pairs.
+        kind: see `make_degradation`.
+        window: see `asa.restoration.images.read_picture`; stored in the PNG files.
+        multiple: sizes are cropped to multiples of it.
+        seed: random seed; the draws of an image do not depend on the others.
+        workers: number of processes; 1 works in this process.
+        physics: see `make_degradation`.
+
+    Returns:
+        The number of pairs, and id -> reason of each image that cannot be read or degraded; the others are written.
+
+    Raises:
+        FileNotFoundError, ValueError: no images, or invalid settings.
+    """
+    check_workers(workers)
+    settings = {"kind": kind, "window": window, **physics}
+    make_degradation(**settings)  # invalid settings fail once, not for every image
+    jobs = [(id, str(path)) for id, path in list_pictures(images).items()]
+    make = partial(_write_pair, out=out, settings=settings, multiple=multiple, seed=seed)
+    tried = each_tried(make, jobs, workers, title="simulate", unit="image")
+    failures = {id: reason for (id, _), _, reason in tried if reason}
+    return len(jobs) - len(failures), failures
+
+
+def _write_pair(job: tuple[str, str], *, out: Path, settings: dict[str, Any], multiple: int, seed: int) -> None:
+    """Read, degrade and write an image, (id, path)."""
+    (id, path), window = job, settings["window"]
+    clean = read_picture(path, window)
+    clean = clean[:, : clean.shape[1] // multiple * multiple, : clean.shape[2] // multiple * multiple]
+    try:
+        low = make_degradation(**settings)(clean, np.random.default_rng(sample_seed(seed, id)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    write_picture(out / "high" / f"{id}.png", clean, window)
+    write_picture(out / "low" / f"{id}.png", low, window)
