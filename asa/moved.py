@@ -11,6 +11,8 @@ from types import ModuleType
 
 MOVED = {
     "asa.models.asa": "asa.models.masked_autoencoder",
+    "asa.methods.classify": "asa.methods.whole_scans",
+    "asa.methods.regress": "asa.methods.whole_scans",
     "asa.data.stages": "asa.data.preprocessing.steps",
     "asa.engine.bundled": "asa.export.monai_runtime",
 }

@@ -56,8 +56,12 @@ class Segmentation(nn.Module):
                 f"got {type(model).__name__}"
             )
         self.model: Any = model
-        self.mirrored = model.mirrored
         self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=background_weight, scales=scales)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches have the mirror image."""
+        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image" and "label", and "mirror" if the network takes it."""

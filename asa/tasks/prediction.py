@@ -53,12 +53,6 @@ def only_checkpoint(config: Config, result: str) -> str:
     return checkpoints[0]
 
 
-def refuse_healthy(config: Config) -> None:
-    """Raise a ValueError where healthy scans are given to a task that does not compare with them."""
-    if config["healthy"] is not None:
-        raise ValueError("healthy= is for asymmetry maps of a run of method=sa_swin: leave it out")
-
-
 def subjects_of_part(config: Config) -> list[str] | None:
     """Subjects of the part of the runs' split that is asked for; None: all.
 

@@ -65,9 +65,6 @@ class Pretraining(VolumeTask):
             print("note: without data.health no subject is known to be healthy, and the symmetry loss has no samples")
         self.init.load_network(method.model)
 
-    def explain_init(self, method: Any) -> str:
-        raise ValueError("transfer=explain is for fine-tuning: pretraining takes the whole network of init")
-
     def dataset(self, method: Any) -> CropDataset:
         augment = AugmentSettings(mirror_probability=self.data.mirror_probability)
         return self.crops(method, self.parts["train"], crop=self.data.placement, augment=augment)

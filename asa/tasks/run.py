@@ -17,7 +17,6 @@ from asa.data.io.files import read_json
 from asa.data.loading.loader import LoaderSettings
 from asa.evaluation.comparison import comparison_table
 from asa.evaluation.policies import POLICIES
-from asa.ops.symmetry import check_axes
 from asa.tasks import COMMANDS
 from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
 from asa.tasks.comparison import compare_folders
@@ -253,14 +252,15 @@ def predict_task(config: Config) -> None:
     """
     if not isinstance(config["probabilities"], bool):
         raise ValueError(f"probabilities={config['probabilities']}: choose true or false")
-    if not isinstance(config["mirror"], bool):
-        check_axes(config["mirror"], "mirror")
     checkpoints, source = checkpoints_of(config), Path(str(config["input"]))
     if not checkpoints:
         raise ValueError("checkpoint=[]: give at least one")
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    task_of_checkpoint(read_description(checkpoints[0]), config["plugins"]).predict(config)
+    task = task_of_checkpoint(read_description(checkpoints[0]), config["plugins"])
+    if config["healthy"] is not None and task.command != "pretrain":
+        raise ValueError("healthy= is for asymmetry maps of a run of method=sa_swin: leave it out")
+    task.predict(config)
 
 
 def evaluate_task(config: Config) -> None:
@@ -274,14 +274,11 @@ def evaluate_task(config: Config) -> None:
             raise ValueError(f"{given[0]}= and compare= exclude each other: evaluate each run first, then compare them")
         compare(config["compare"], config["out"], allow_missing=config["allow_missing"])
         return
-    task = str(config["policy"])
-    if task == "probe":
+    policy = str(config["policy"])
+    if policy == "probe":
         evaluate_probe(config)
         return
-    if task in POLICIES:
-        task = "segmentation"
-    elif task == "asymmetry":
-        task = "pretraining"
+    task = "segmentation" if policy in POLICIES else "pretraining" if policy == "asymmetry" else policy
     find_task(task, config["plugins"]).evaluate(config)
 
 

@@ -38,7 +38,7 @@ from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
-from asa.tasks.prediction import checkpoints_of, predict_scans, refuse_healthy
+from asa.tasks.prediction import checkpoints_of, predict_scans
 from asa.tasks.volumes import VolumeTask
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
@@ -54,11 +54,9 @@ class Segmentation(VolumeTask):
     targets = ("label",)
 
     def __init__(self, config: Config) -> None:
-        self.windows, self.augment = (
-            typed(PredictSettings, config["predict"]),
-            typed(AugmentSettings, config["augment"]),
-        )
         super().__init__(config)
+        self.windows = typed(PredictSettings, config["predict"])
+        self.augment = typed(AugmentSettings, config["augment"])
         store = self.store
         if not store.labels:
             raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
@@ -84,11 +82,9 @@ class Segmentation(VolumeTask):
         )
 
     def validation(self, method: Any) -> Validate | None:
-        ids = [record["id"] for record in self.parts["validation"]]
-        if unlabelled := [id for id in ids if self.store.label(id) is None]:
-            raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
-        if not ids:
+        if not self.parts["validation"]:
             return None
+        ids = [record["id"] for record in self.parts["validation"]]
         scored = self.regions or {name: [k] for name, k in self.index.items()}
         centres = self.crops(method, self.parts["validation"], labelled=True)
 
@@ -118,7 +114,6 @@ class Segmentation(VolumeTask):
 
     @staticmethod
     def predict(config: Config) -> None:
-        refuse_healthy(config)
         predictor = SegmentationPredictor(config)
         predict_scans(predictor, config, predictor.layout)
 

@@ -86,6 +86,9 @@ class VolumeTask:
     def load_init(self, method: Any) -> None:
         self.init.load_and_print(method.model)
 
+    def explain_init(self, method: Any) -> str:
+        raise ValueError("transfer=explain is for segmentation: leave it out with other methods")
+
     def crops(self, method: Any, part: Records, **options: Any) -> CropDataset:
         """Crops for a method from some records; `options` are of `CropDataset`."""
         size = method.model.encoder.img_size

@@ -22,7 +22,7 @@ from asa.data.io.nifti import Volume
 from asa.data.io.tables import as_number, read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
-from asa.evaluation.classification import ClassScores, score_classes
+from asa.evaluation.classification import ClassScores, score_classes, weighted_cross_entropy
 from asa.evaluation.regression import NumberScores, score_numbers
 from asa.inference.segmentation import PredictSettings
 from asa.inference.whole_scans import (
@@ -36,7 +36,7 @@ from asa.inference.whole_scans import (
     predictions_csv,
 )
 from asa.tasks.base import Config
-from asa.tasks.prediction import only_checkpoint, predict_scans, refuse_healthy
+from asa.tasks.prediction import only_checkpoint, predict_scans
 from asa.tasks.table_evaluation import (
     described,
     evaluate_classes,
@@ -72,9 +72,6 @@ class WholeScans(VolumeTask, ABC):
         self.values = {id: {"target": value} for id, value in values.items()}
         self.parts = {name: [one for one in part if one["id"] in values] for name, part in self.all_parts.items()}
         self.set_model(**model)
-
-    def explain_init(self, method: Any) -> str:
-        raise ValueError("transfer=explain is for segmentation: leave it out with method=classify or regress")
 
     def dataset(self, method: Any) -> CropDataset:
         return self.crops(method, self.parts["train"], crop=self.data.placement, augment=self.augment)
@@ -176,17 +173,6 @@ class Classification(WholeScans):
         return score_classes(probabilities, self.truth(part), self.subjects(part)), probabilities
 
 
-def weighted_cross_entropy(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
-    """The loss of `asa.methods.classify.Classification`, from probabilities `(N, K)`.
-
-    Args:
-        truth: class indices `(N,)`.
-        weights: of the classes, `(K,)`.
-    """
-    true = probabilities[np.arange(len(truth)), truth].clip(min=np.finfo(np.float32).tiny)
-    return float((-np.log(true) * weights[truth]).mean())
-
-
 class Regression(WholeScans):
     """Regression of a column of numbers, like the age, from a prepared store and a table."""
 
@@ -257,7 +243,6 @@ P = TypeVar("P", ClassPredictor, NumberPredictor)
 
 def _predict(config: Config, result: str, make: type[P], read: Callable[[P, np.ndarray], Any]) -> None:
     """Predict scans with the checkpoint that is given; `read` takes what the network says of a prepared volume."""
-    refuse_healthy(config)
     settings, checkpoint = typed(PredictSettings, config["predict"]), only_checkpoint(config, result)
     network = make(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
     predict_scans(TablePredictor(network, partial(read, network), Path(str(config["out"]))), config)

@@ -13,10 +13,18 @@ import torch
 
 from asa.cli import finetune, predict, pretrain
 from asa.data.splits import read_split
-from asa.evaluation.classification import auc, auc_interval, calibration_error, mean_auc, scan_scores, score_classes
-from asa.methods.classify import Classification
+from asa.evaluation.classification import (
+    auc,
+    auc_interval,
+    calibration_error,
+    mean_auc,
+    scan_scores,
+    score_classes,
+    weighted_cross_entropy,
+)
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import Segmentation
+from asa.methods.whole_scans import Classification
 from asa.models.classifier import Classifier, asa_classifier_tiny, sa_swin_classifier_tiny
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
@@ -266,7 +274,7 @@ def test_the_validation_loss_is_that_of_training(store: Path, tmp_path: Path, mo
     logits, target = torch.randn(5, 3, generator=torch.manual_seed(0)), torch.tensor([0, 2, 1, 1, 0])
     weights = torch.tensor([0.5, 1.0, 2.0])
     expected = (torch.nn.functional.cross_entropy(logits, target, reduction="none") * weights[target]).mean()
-    found = whole_scans.weighted_cross_entropy(logits.softmax(1).numpy(), target.numpy(), weights.numpy())
+    found = weighted_cross_entropy(logits.softmax(1).numpy(), target.numpy(), weights.numpy())
     assert found == pytest.approx(float(expected), rel=1e-5)
     table, split = tmp_path / "classes.csv", tmp_path / "split.json"
     table.write_text("subject,class\ns0,sick\ns1,well\ns2,well\ns3,sick\n")
