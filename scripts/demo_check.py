@@ -16,11 +16,11 @@ from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import Store
+from asa.evaluation.comparison import read_run
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.reporting.ablation import MEAN, Trial, ablation_rows, write_ablation
 from asa.reporting.figures import central_slices, encode_png, overlay_panel
-from asa.tasks.comparison import read_run
 from asa.tasks.pretraining import reconstruction_panels
 from scripts.reproduce.commands import validations
 
@@ -51,7 +51,7 @@ def reconstruction(out: Path) -> bytes:
     records = select(store.records, read_split(run / "split.json")["validation"])
     batch = collate([CropDataset(store, records, model.encoder.img_size)[0, 0]])
     (picture,) = reconstruction_panels(MaskedPretraining(model=model), batch).values()
-    return encode_png(picture.repeat(2, axis=0).repeat(2, axis=1))
+    return encode_png(picture)
 
 
 def main() -> int:

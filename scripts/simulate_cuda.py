@@ -34,11 +34,10 @@ from asa.methods.whole_scans import Classification, Regression
 from asa.models.classifier import asa_classifier_tiny, asa_regressor_tiny, sa_swin_classifier_tiny
 from asa.models.create import create_model
 from asa.models.masked_autoencoder import asa_tiny
-from asa.models.probe import probe_tiny
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.unet import unet_tiny
-from asa.models.vit_seg import vit_seg_tiny
+from asa.models.vit_seg import probe_tiny, vit_seg_tiny
 from asa.restoration.method import Restoration
 from asa.restoration.rat import rat_tiny
 from asa.restoration.restormer import restormer_tiny

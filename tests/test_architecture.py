@@ -136,7 +136,7 @@ def test_import_loads_nothing_heavy() -> None:
 def test_the_public_names_need_no_extra() -> None:
     code = (
         "import sys\n"
-        "extras = 'matplotlib', 'jinja2', 'nilearn', 'SimpleITK', 'onnxruntime', 'skimage', 'pydicom'\n"
+        "extras = 'matplotlib', 'jinja2', 'nilearn', 'SimpleITK', 'onnxruntime', 'skimage', 'pydicom', 'sklearn'\n"
         "extras += 'huggingface_hub', 'mlflow', 'wandb'\n"
         "for name in extras: sys.modules[name] = None\n"
         "import asa, asa.models\n"

@@ -16,7 +16,7 @@ from scripts.docs_pages import public_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs/experiment").glob("*.yaml")])
-STARTS = re.compile(r"(?:asa-|asa |torchrun\b.* -m asa\.cli\.|sbatch\b.*slurm\.sbatch )(?P<command>\w+)(?= |$)")
+STARTS = re.compile(r"(?:asa-|asa |torchrun\b.* -m asa |sbatch\b.*slurm\.sbatch )(?P<command>\w+)(?= |$)")
 OPEN = re.compile(r"\.\.\.|\bSETTINGS\b")  # what a reader fills in
 
 

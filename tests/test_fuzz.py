@@ -30,10 +30,12 @@ from asa.data.io.tables import read_column
 from asa.data.preprocessing.scan import CohortSettings
 from asa.data.splits import read_split
 from asa.data.store import Store
+from asa.evaluation.comparison import read_run
 from asa.evaluation.summary import CaseRow, cases_csv, summarise
+from asa.evaluation.tables import MEASURES, matched, numbers
+from asa.inference.asymmetry import TABLE as ASYMMETRY
 from asa.inference.preprocessing import check_metadata
-from asa.tasks.comparison import read_run
-from asa.tasks.table_evaluation import ASYMMETRY, MEASURES, PREDICTIONS, matched, numbers
+from asa.inference.whole_scans import TABLE as PREDICTIONS
 from asa.training.checkpoint import WEIGHTS, read_model
 
 DECLARED = (ValueError, OSError)

@@ -38,11 +38,10 @@ from asa.data.io.tables import csv_text, read_rows
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.splits import read_split
 from asa.data.store import Store
-from asa.export.monai_bundle import exported
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.evaluation.comparison import read_run
+from asa.inference.preprocessing import ScanPreprocessor, exported
 from asa.restoration.images import checked_window, read_picture, write_picture
-from asa.tasks.comparison import compare_folders, read_run
-from asa.tasks.evaluation import evaluate_folder
+from asa.tasks.evaluation import compare_folders, evaluate_folder
 from asa.tasks.segmentation import SegmentationPredictor
 from asa.tasks.studies import _predict_fold
 from asa.tasks.volumes import choose_split

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asa.baselines.base import Comparator
-from asa.baselines.resenc import other_channels
 from asa.models.cpu_kernels import ChannelNorm
+from asa.models.transfer import other_channels
 from asa.ops.patches import grid_size, triple
 
 PATCH = 8  # voxels
@@ -116,7 +116,7 @@ class PrimusEncoder(nn.Module):
             return len(self.blocks) - int(name.split(".")[1])
         return 0 if name.startswith("norm.") else len(self.blocks) + 1
 
-    def adapted(self, name: str, tensor: Tensor) -> tuple[Tensor, str]:
+    def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
         """A checkpoint's tensor for these channels and this grid, and what was changed.
 
         Learnt positions (E, T, H, W) are interpolated trilinearly; for channels see `other_channels`.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asa.baselines.base import Comparator
+from asa.models.transfer import other_channels
 from asa.ops.patches import grid_size, triple
 
 
@@ -82,7 +83,7 @@ class ResidualEncoder(nn.Module):
         """Stages between a parameter and the last level: 0 for that level's."""
         return len(self.stages) - (1 + int(name.split(".")[1]) if name.startswith("stages.") else 0)
 
-    def adapted(self, name: str, tensor: Tensor) -> tuple[Tensor, str]:
+    def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
         """A checkpoint's tensor for this number of channels, and what was changed; see `other_channels`."""
         return other_channels(tensor, self.in_channels) if name == "stem.conv.weight" else (tensor, "")
 
@@ -109,19 +110,6 @@ class Decoder(nn.Module):
 def leaky(features: Tensor) -> Tensor:
     """The activation of nnU-Net."""
     return nn.functional.leaky_relu(features, 0.01)
-
-
-def other_channels(weight: Tensor, channels: int) -> tuple[Tensor, str]:
-    """The first convolution's weight (F, C, d, h, w) for other channels, and what was changed.
-
-    It is summed over the old channels, repeated for each new one and divided by their number, so that equal channels
-    give the same features as before.
-    """
-    if weight.ndim != 5 or weight.shape[1] == channels:
-        return weight, ""
-    before = weight.shape[1]
-    weight = (weight.sum(dim=1, keepdim=True) / channels).repeat_interleave(channels, dim=1)
-    return weight, f"{before} to {channels} input channels"
 
 
 def resenc_l(out_channels: int, img_size: int | Sequence[int] = 160, in_channels: int = 1) -> Comparator:

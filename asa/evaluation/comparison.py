@@ -5,19 +5,30 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from asa import __version__
-from asa.evaluation.policies import RESTORATION, MetricInfo, PolicyInfo, get_policy, restoration_policy
+from asa.data.io.files import check_digest, read_json
+from asa.data.io.tables import read_rows
+from asa.errors import reason_of
+from asa.evaluation.policies import (
+    ALL,
+    CLASSIFICATION,
+    RESTORATION,
+    WHOLE,
+    MetricInfo,
+    PolicyInfo,
+    get_policy,
+    restoration_policy,
+)
 from asa.evaluation.statistics import (
     ALPHA,
     LEVEL,
     POWER,
     RESAMPLES,
-    SEED,
-    bootstrap_interval,
     detectable_difference,
     holm,
     interval_as_json,
@@ -26,6 +37,7 @@ from asa.evaluation.statistics import (
     wilcoxon_p,
 )
 from asa.evaluation.summary import Statistic, aligned, listed, number_text, statistic
+from asa.evaluation.tables import SCANS
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "detectable"]
 HEADINGS += ["better / worse / equal", "p", "p (Holm)", "pairs"]
@@ -116,7 +128,7 @@ class Comparison:
             "compared_with": self.runs[0].name,
             "cases": len(self.case_ids),
             "left_out": list(self.left_out),
-            "interval": interval_as_json([one.used for one in self.differences.values()], SEED),
+            "interval": interval_as_json(one.used for one in self.differences.values()),
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
             "results": [
                 dict(zip(("metric", "region", "run"), key, strict=True))
@@ -125,6 +137,69 @@ class Comparison:
                 for key, result in self.results.items()
             ],
         }
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """An evaluation of label maps or images from its folder.
+
+    Raises:
+        FileNotFoundError: no summary.json or cases.csv in it.
+        ValueError: files that have changed since, do not belong together, or are not of an evaluation.
+    """
+    for file in ("summary.json", "cases.csv"):
+        _check_file(folder / file, "give folders that asa-evaluate wrote")
+    summary, rows = read_json(folder / "summary.json"), read_rows(folder / "cases.csv")
+    try:
+        return _run(name, folder, summary, rows)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder}: not an evaluation ({reason_of(error)}): evaluate again") from None
+
+
+def read_class_run(name: str, folder: Path) -> Run:
+    """An evaluation of classes from its folder, scan by scan.
+
+    Raises:
+        FileNotFoundError: no scans.csv in it.
+        ValueError: a file that has changed since, or is of something else.
+    """
+    file = folder / SCANS
+    _check_file(file, "evaluate with policy=classification")
+    metrics, rows = [metric.name for metric in CLASSIFICATION.metrics], read_rows(file)
+    try:
+        values = {(row["id"], ALL): {metric: float(row[metric]) for metric in metrics} for row in rows}
+        truths = {(row["id"], ALL): row["class"] for row in rows}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not of an evaluation ({reason_of(error)}): evaluate again") from None
+    return Run(name, {"policy": CLASSIFICATION.name, "metrics": metrics, "regions": [ALL]}, values, truths)
+
+
+def _check_file(file: Path, advice: str) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; {advice}")
+    try:
+        check_digest(file)
+    except ValueError as error:  # or its evaluation was killed between the two
+        raise ValueError(f"{error}; or evaluate again") from None
+
+
+def _run(name: str, folder: Path, summary: Any, rows: list[dict[str, str]]) -> Run:
+    policy, images = summary["policy"], summary["policy"]["name"] == RESTORATION
+    metrics = [metric["name"] for metric in policy["metrics"]]
+    setting = {"policy": policy["name"], "metrics": metrics}
+    if images:
+        setting |= {"data range": summary["data_range"], "regions": [WHOLE]}
+    else:
+        setting |= {key: summary[key] for key in ("labels", "regions")} | {"ignored labels": policy["ignored"]}
+    truth, unit = ("truth", "") if images else ("voxels_true", " voxels")
+    regions = {row.setdefault("label", WHOLE) for row in rows}
+    if regions != set(setting["regions"]) or not {*metrics, truth} <= set(rows[0]):
+        raise ValueError(f"{folder}: cases.csv is not of the evaluation in summary.json: evaluate again")
+    values = {(row["id"], row["label"]): {metric: float(row[metric]) for metric in metrics} for row in rows}
+    truths = {(row["id"], row["label"]): f"{row[truth]}{unit}" for row in rows}
+    files = summary.get("files", {})
+    if any(not isinstance(path, str | None) for paths in files.values() for path in paths.values()):
+        raise ValueError(f"{folder}: files in summary.json are not paths: evaluate again")
+    return Run(name, setting, values, truths, files)
 
 
 def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison:
@@ -168,13 +243,11 @@ def paired_differences(comparison: Comparison, metric: MetricInfo, region: str, 
 
 
 def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
-    used = differences[~np.isnan(differences)]
-    low, high = bootstrap_interval(used)
+    found, used = statistic(differences.tolist()), differences[~np.isnan(differences)]
     up, down = int(np.count_nonzero(used > 0)), int(np.count_nonzero(used < 0))
     better, worse = (up, down) if metric.higher_is_better else (down, up)
-    mean = float(used.mean()) if used.size else math.nan
-    detectable = detectable_difference(used) if used.size >= MIN_PAIRS else math.nan
-    return Difference(mean, low, high, detectable, better, worse, p, p_holm, used.size, differences.size)
+    detectable = detectable_difference(used) if found.used >= MIN_PAIRS else math.nan
+    return Difference(found.mean, found.low, found.high, detectable, better, worse, p, p_holm, found.used, found.total)
 
 
 def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -230,20 +303,26 @@ def notes(comparison: Comparison) -> list[str]:
 
 def comparison_table(comparison: Comparison) -> str:
     """The comparison as plain text for a terminal; no trailing newline."""
-    return "\n".join([*aligned([HEADINGS, *_rows(comparison)]), "", *notes(comparison)])
+    return "\n".join([*aligned([HEADINGS, *comparison_rows(comparison)]), "", *notes(comparison)])
 
 
 def markdown_table(comparison: Comparison) -> str:
     """The comparison as a Markdown table with its notes; names in it cannot be HTML."""
-    escaped = [[_markdown(cell).replace("|", "\\|") for cell in row] for row in (HEADINGS, *_rows(comparison))]
-    lines = [f"| {' | '.join(row)} |" for row in escaped]
-    lines.insert(1, "|---|---|---|" + "---:|" * (len(HEADINGS) - 3))
+    lines = markdown_lines([HEADINGS, *comparison_rows(comparison)], 3)
     return "\n".join([*lines, "", *map(_markdown, notes(comparison))]) + "\n"
+
+
+def markdown_lines(rows: Sequence[Sequence[str]], words: int) -> list[str]:
+    """Rows as the lines of a Markdown table; for the arguments see `latex_tabular`."""
+    escaped = [[_markdown(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    lines.insert(1, "|" + "---|" * words + "---:|" * (len(rows[0]) - words))
+    return lines
 
 
 def latex_table(comparison: Comparison) -> str:
     """The comparison as a LaTeX tabular with its notes."""
-    return latex_tabular([list(HEADINGS), *_rows(comparison)], 3, notes(comparison))
+    return latex_tabular([list(HEADINGS), *comparison_rows(comparison)], 3, notes(comparison))
 
 
 def latex_tabular(rows: Sequence[Sequence[str]], words: int, notes: Sequence[str]) -> str:
@@ -282,7 +361,8 @@ def _latex(text: str) -> str:
     return text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}").replace("<", "$<$")
 
 
-def _rows(comparison: Comparison) -> Iterator[list[str]]:
+def comparison_rows(comparison: Comparison) -> Iterator[list[str]]:
+    """The rows of every table of a comparison, of text, under `HEADINGS`."""
     metrics = {metric.name: metric for metric in comparison.policy.metrics}
     for (name, region, run), result in comparison.results.items():
         metric = metrics[name]

@@ -9,8 +9,7 @@ from functools import partial
 import numpy as np
 from scipy.ndimage import binary_dilation, find_objects, generate_binary_structure, label
 
-from asa.evaluation.metrics import Spacing, check_masks, check_spacing, dice
-from asa.evaluation.surface_distance import hd95_by_area
+from asa.evaluation.metrics import Spacing, check_masks, check_spacing, dice, hd95_by_area
 
 CONNECTIVITY = generate_binary_structure(3, 3)
 

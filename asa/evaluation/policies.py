@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from asa.evaluation import lesions, metrics, surface_distance
+from asa.evaluation import lesions, metrics
 from asa.evaluation.metrics import UNDEFINED, Spacing
 from asa.evaluation.statistics import nullable
 
@@ -280,7 +280,7 @@ NSD = _score(
     "nsd_1mm",
     "NSD at 1 mm",
     "normalised surface Dice: the share of both surfaces, by area, that lies within 1 mm of the other; 1 is perfect.",
-    partial(surface_distance.surface_dice, tolerance=1.0),
+    partial(metrics.surface_dice, tolerance=1.0),
 )
 SENSITIVITY = _score(
     "sensitivity",

@@ -1,6 +1,7 @@
 """What a simple model reads from features, by cross-validation over subjects.
 
-Ridge regression and the nearest neighbours read numbers and classes, logistic regression classes.
+The models are scikit-learn's, from the extra `probe`. Ridge regression and the nearest neighbours read numbers and
+classes, logistic regression classes.
 
 Letters: N scans, E features, K targets.
 """
@@ -8,114 +9,109 @@ Letters: N scans, E features, K targets.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.spatial.distance import cdist
-from scipy.special import log_softmax
 
-from asa.evaluation.classification import auc_interval, mean_auc
-from asa.evaluation.statistics import LEVEL, bootstrap_interval
+from asa.errors import require
+from asa.evaluation.scans import auc_interval, balanced_accuracy, mean_auc, score_numbers
+from asa.evaluation.statistics import resample_subjects
 
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # training features, targets, test features -> (M, K)
 MOST_NEIGHBOURS = 50
 INNER_FOLDS = 5  # of the training scans, for the penalty of the logistic regression
 LOGISTIC_PENALTIES = np.logspace(-2, 4, 7)
-RESAMPLES = 1000  # of the subjects, for the interval of a gap
-
-PENALTIES = np.logspace(
-    -3, 6, 28
-)  # of standardised features; the best is chosen by leave-one-out on the training folds
+PENALTIES = np.logspace(-3, 6, 28)  # of the ridge regression, for standardised features
 
 
 @dataclass(frozen=True)
-class NumberProbe:
-    """Numbers of scans, predicted by folds that have not seen their subjects.
+class Probe:
+    """Scans that were predicted by folds that have not seen their subjects.
 
     Args:
-        predicted, truth: `(N,)`.
+        predicted: the number, or the name of the class, of each scan, `(N,)`.
+        truth: the number, or the class's index in the sorted names, `(N,)`.
         subjects: of each scan, `(N,)`.
-        low, high: 95 % interval of the mean absolute error over subjects.
-        guessed: `(N,)`, the mean of the training folds.
     """
 
     predicted: np.ndarray
-    subjects: np.ndarray
-    low: float
-    high: float
     truth: np.ndarray
+    subjects: np.ndarray
+
+    def only(self, chosen: np.ndarray) -> Self:
+        """The same predictions of some scans, bool `(N,)`."""
+        return replace(self, **{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+
+    def gap(self, chosen: np.ndarray) -> dict[str, float]:
+        """The score (error or AUC) of some scans, bool `(N,)`, less that of the others.
+
+        Returns:
+            "gap", and "low" and "high", the ends of its 95 % interval over resampled subjects of each side; NaN where a
+            side cannot be scored, and no interval where one has fewer than two subjects.
+        """
+
+        def less(rows: np.ndarray) -> dict[str, float]:
+            return {"gap": self.score(rows[chosen[rows]]) - self.score(rows[~chosen[rows]])}
+
+        if chosen.all() or not chosen.any():
+            return {"gap": math.nan, "low": math.nan, "high": math.nan}
+        low, high = resample_subjects(less, list(self.subjects), chosen)["gap"]
+        return less(np.arange(len(chosen))) | {"low": low, "high": high}
+
+    def score(self, rows: np.ndarray) -> float:
+        """The first of the scores, of some scans."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NumberProbe(Probe):
+    """Predicted numbers; `guessed` `(N,)` are the means of the training folds."""
+
     guessed: np.ndarray
 
+    @cached_property
     def scores(self) -> dict[str, float]:
-        """Every score by its name."""
-        error, guess = np.abs(self.predicted - self.truth).mean(), np.abs(self.guessed - self.truth).mean()
-        squares = np.square(self.guessed - self.truth).sum()
-        r2 = 1 - np.square(self.predicted - self.truth).sum() / squares if squares else math.nan
+        """Mean absolute error with its 95 % interval over subjects, that of guessing the mean, and R2, by name."""
+        found = score_numbers(self.predicted, self.truth, self.guessed, list(self.subjects))
         return {
-            "mean_absolute_error": float(error),
-            "low": self.low,
-            "high": self.high,
-            "of_the_mean": float(guess),
-            "r2": float(r2),
+            "mean_absolute_error": found.mae,
+            "low": found.mae_low,
+            "high": found.mae_high,
+            "of_the_mean": found.mean_predictor_mae,
+            "r2": found.r2,
         }
 
-    def score(self, chosen: np.ndarray) -> float:
-        """The mean absolute error of some scans."""
-        return float(np.abs(self.predicted - self.truth)[chosen].mean())
+    def score(self, rows: np.ndarray) -> float:
+        return float(np.abs(self.predicted - self.truth)[rows].mean())
 
     def text(self) -> str:
         """The scores in one line."""
-        s = self.scores()
-        return (
-            f"mean absolute error {s['mean_absolute_error']:.3g} ({self.low:.3g} to {self.high:.3g}), "
-            f"of guessing the mean {s['of_the_mean']:.3g}, R2 {s['r2']:.3f}"
-        )
-
-    def only(self, chosen: np.ndarray) -> "NumberProbe":
-        """The same predictions, scored for some scans, bool `(N,)`."""
-        return _number_probe(self.predicted[chosen], self.truth[chosen], self.guessed[chosen], self.subjects[chosen])
+        text = "mean absolute error {mean_absolute_error:.3g} ({low:.3g} to {high:.3g})"
+        return (text + ", of guessing the mean {of_the_mean:.3g}, R2 {r2:.3f}").format(**self.scores)
 
 
 @dataclass(frozen=True)
-class ClassProbe:
-    """Classes of scans, predicted by folds that have not seen their subjects.
+class ClassProbe(Probe):
+    """Predicted classes; `values` `(N, K)` are larger for likelier classes, and no probabilities."""
 
-    Args:
-        predicted: name of the class of each scan, `(N,)`.
-        subjects: of each scan, `(N,)`.
-        low, high: 95 % interval of the AUC over subjects.
-        truth: index of the class in `names`, `(N,)`.
-        values: `(N, K)`, larger for likelier classes; no probabilities.
-    """
-
-    predicted: np.ndarray
-    subjects: np.ndarray
-    low: float
-    high: float
-    truth: np.ndarray
     values: np.ndarray
-    names: tuple[str, ...]
 
+    @cached_property
     def scores(self) -> dict[str, float]:
-        """Every score by its name."""
-        right = self.values.argmax(axis=1) == self.truth
-        recalls = [right[self.truth == k].mean() for k in range(len(self.names)) if (self.truth == k).any()]
-        auc = mean_auc(self.values, self.truth)
-        return {"auc": auc, "low": self.low, "high": self.high, "balanced_accuracy": float(np.mean(recalls))}
+        """AUC with its 95 % interval over subjects, and balanced accuracy, by name."""
+        low, high = auc_interval(self.values, self.truth, list(self.subjects))
+        accuracy = balanced_accuracy(self.values, self.truth)
+        return {"auc": mean_auc(self.values, self.truth), "low": low, "high": high, "balanced_accuracy": accuracy}
 
-    def score(self, chosen: np.ndarray) -> float:
-        """The AUC of some scans; NaN if they are of one class."""
-        return mean_auc(self.values[chosen], self.truth[chosen])
+    def score(self, rows: np.ndarray) -> float:
+        return mean_auc(self.values[rows], self.truth[rows])
 
     def text(self) -> str:
         """The scores in one line."""
-        s = self.scores()
-        return f"AUC {s['auc']:.3f} ({self.low:.3f} to {self.high:.3f}), balanced accuracy {s['balanced_accuracy']:.3f}"
-
-    def only(self, chosen: np.ndarray) -> "ClassProbe":
-        """The same predictions, scored for some scans, bool `(N,)`."""
-        return _class_probe(self.values[chosen], self.truth[chosen], self.subjects[chosen], self.names)
+        text = "AUC {auc:.3f} ({low:.3f} to {high:.3f}), balanced accuracy {balanced_accuracy:.3f}"
+        return text.format(**self.scores)
 
 
 def probe_numbers(
@@ -136,7 +132,7 @@ def probe_numbers(
     fold = folds_of(subjects, folds)
     guessed = np.array([truth[fold != own].mean() for own in fold])
     predicted = predict_by_folds(features, truth[:, None], fold, fit)[:, 0]
-    return _number_probe(predicted, truth, guessed, np.array(subjects))
+    return NumberProbe(predicted, truth, np.array(subjects), guessed)
 
 
 def probe_classes(
@@ -152,13 +148,11 @@ def probe_classes(
     Raises:
         ValueError: fewer subjects than folds, or one class only.
     """
-    names = tuple(sorted(set(values)))
+    names, truth = np.unique(values, return_inverse=True)
     if len(names) < 2:
-        raise ValueError(f"all {len(values)} scans are of class {names[0]!r}: a probe needs two or more")
-    truth = np.array([names.index(value) for value in values])
-    indicators = (truth[:, None] == np.arange(len(names))).astype(float)
-    found = predict_by_folds(features, indicators, folds_of(subjects, folds), fit)
-    return _class_probe(found, truth, np.array(subjects), names)
+        raise ValueError(f"all {len(values)} scans are of class {str(names[0])!r}: a probe needs two or more")
+    found = predict_by_folds(features, np.eye(len(names))[truth], folds_of(subjects, folds), fit)
+    return ClassProbe(names[found.argmax(axis=1)], truth, np.array(subjects), found)
 
 
 def folds_of(subjects: Sequence[str], folds: int) -> np.ndarray:
@@ -174,46 +168,29 @@ def folds_of(subjects: Sequence[str], folds: int) -> np.ndarray:
     return np.array([place[name] for name in subjects])
 
 
-def gap(found: NumberProbe | ClassProbe, chosen: np.ndarray) -> dict[str, float]:
-    """The score (error or AUC) of some scans, bool `(N,)`, less that of the others.
-
-    Returns:
-        "gap", and "low" and "high", the ends of its 95 % interval over resampled subjects of each side; NaN where a
-        side cannot be scored, and no interval where one has fewer than two subjects.
-    """
-    sides = [np.flatnonzero(chosen), np.flatnonzero(~chosen)]
-    if not all(map(len, sides)):
-        return {"gap": math.nan, "low": math.nan, "high": math.nan}
-    grouped = [[side[found.subjects[side] == name] for name in np.unique(found.subjects[side])] for side in sides]
-    result, generator = {"gap": found.score(sides[0]) - found.score(sides[1])}, np.random.default_rng(0)
-    values = np.full(RESAMPLES, math.nan)
-    if all(len(rows) > 1 for rows in grouped):
-        for k in range(RESAMPLES):
-            drawn = [
-                np.concatenate([rows[j] for j in generator.integers(len(rows), size=len(rows))]) for rows in grouped
-            ]
-            values[k] = found.score(drawn[0]) - found.score(drawn[1])
-    defined = values[~np.isnan(values)]
-    ends = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(defined) else (math.nan, math.nan)
-    return result | {"low": float(ends[0]), "high": float(ends[1])}
-
-
 def predict_by_folds(features: np.ndarray, targets: np.ndarray, fold: np.ndarray, fit: Fit) -> np.ndarray:
     """Predictions `(N, K)` of each fold from the others."""
     found = np.empty_like(targets, dtype=float)
     for own in np.unique(fold):
         train = fold != own
+        if train.sum() == 1:
+            found[~train] = targets[train]
+            continue
         sd = features[train].std(axis=0)
         scaled = features / np.where(sd > 0, sd, 1.0)  # where a fit has a centre, it is its own
         found[~train] = fit(scaled[train], targets[train], scaled[~train])
     return found
 
 
-def ridge(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Ridge regression with an intercept, its penalty chosen by the leave-one-out error, in closed form.
+# ---- fits ----
 
-    The residual of a scan that was left out is that of the whole fit, divided by one minus its leverage (Golub, Heath
-    and Wahba, 1979).
+
+def _scikit_learn(module: str) -> Any:
+    return require(f"sklearn.{module}", "probe", "policy=probe")
+
+
+def ridge(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Ridge regression with an intercept, its penalty chosen by the leave-one-out error.
 
     Args:
         train: `(N, E)`.
@@ -223,19 +200,8 @@ def ridge(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarra
     Returns:
         `(M, K)`.
     """
-    centre, middle = train.mean(axis=0), targets.mean(axis=0)
-    u, s, vt = np.linalg.svd(train - centre, full_matrices=False)
-    turned = u.T @ (targets - middle)
-    errors = []
-    for penalty in PENALTIES:
-        kept = s**2 / (s**2 + penalty)
-        fitted = u @ (kept[:, None] * turned)
-        leverage = (np.square(u) * kept).sum(axis=1) + 1 / len(train)
-        left_out = (targets - middle - fitted) / np.maximum(1 - leverage, 1e-9)[:, None]
-        errors.append(np.square(left_out).sum())
-    best = PENALTIES[int(np.argmin(errors))]
-    weights = vt.T @ ((s / (s**2 + best))[:, None] * turned)
-    return np.asarray((test - centre) @ weights + middle)
+    found = _scikit_learn("linear_model").RidgeCV(alphas=PENALTIES).fit(train, targets).predict(test)
+    return np.asarray(found).reshape(len(test), -1)
 
 
 def nearest(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -243,16 +209,16 @@ def nearest(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndar
 
     Args and result are those of `ridge`; distances are Euclidean.
     """
-    counts = np.arange(1, max(1, min(MOST_NEIGHBOURS, len(train) - 1)) + 1)
+    counts = np.arange(1, min(MOST_NEIGHBOURS, len(train) - 1) + 1)
+    search = _scikit_learn("neighbors").NearestNeighbors(n_neighbors=len(counts)).fit(train)
 
-    def means(distances: np.ndarray) -> np.ndarray:  # (scans, counts, K)
-        order = np.argsort(distances, axis=1, kind="stable")[:, : len(counts)]
+    def means(scans: np.ndarray | None) -> np.ndarray:
+        """Mean targets (scans, counts, K); of the training scans, each without itself, for None."""
+        order = search.kneighbors(scans, return_distance=False)
         return np.cumsum(targets[order], axis=1) / counts[:, None]
 
-    between = cdist(train, train)
-    np.fill_diagonal(between, np.inf)
-    best = int(np.square(means(between) - targets[:, None]).sum(axis=(0, 2)).argmin())
-    return np.asarray(means(cdist(test, train))[:, best])
+    best = int(np.square(means(None) - targets[:, None]).sum(axis=(0, 2)).argmin())
+    return np.asarray(means(test)[:, best])
 
 
 def logistic(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -266,49 +232,29 @@ def logistic(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.nda
     Returns:
         Probabilities `(M, K)`.
     """
-    centre = train.mean(axis=0)
-    u, s, vt = np.linalg.svd(train - centre, full_matrices=False)  # as many unknowns as scans, however many features
-    inside, outside, fold = u * s, (test - centre) @ vt.T, np.arange(len(train)) % INNER_FOLDS
+    linear = _scikit_learn("linear_model")
+    turned = _scikit_learn("decomposition").PCA().fit(train)  # as many unknowns as scans, however many features
+    inside, truth, fold = turned.transform(train), targets.argmax(axis=1), np.arange(len(train)) % INNER_FOLDS
+
+    def predict(penalty: float, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+        found, present = np.zeros((len(places), targets.shape[1])), np.unique(truth[rows])
+        if len(present) == 1:
+            found[:, present] = 1.0
+            return found
+        # With two classes, scikit-learn penalises the one vector of weights that is the difference of ours.
+        strength = (2 if len(present) == 2 else 1) / penalty
+        model = linear.LogisticRegression(C=strength, tol=1e-6, max_iter=5000).fit(inside[rows], truth[rows])
+        found[:, model.classes_] = model.predict_proba(places)
+        return found
 
     def error(penalty: float) -> float:
-        found = [
-            (targets[fold == own] * _logistic(inside[fold != own], targets[fold != own], inside[fold == own], penalty))
-            for own in np.unique(fold)
-        ]
-        return -float(sum(one.sum() for one in found))
+        found = np.empty_like(targets)
+        for own in np.unique(fold):
+            found[fold == own] = predict(penalty, fold != own, inside[fold == own])
+        return -float(np.log(found[targets == 1].clip(min=np.finfo(float).tiny)).sum())
 
     best = min(LOGISTIC_PENALTIES, key=error)
-    return np.exp(_logistic(inside, targets, outside, best))
-
-
-def _logistic(train: np.ndarray, targets: np.ndarray, test: np.ndarray, penalty: float) -> np.ndarray:
-    """Logarithms of the probabilities `(M, K)` of a logistic regression with a free intercept."""
-    shape = (train.shape[1] + 1, targets.shape[1])
-    free = np.append(np.ones(train.shape[1]), 0.0)[:, None]
-    known = np.column_stack([train, np.ones(len(train))])
-
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = flat.reshape(shape)
-        logs = log_softmax(known @ weights, axis=1)
-        value = -(targets * logs).sum() + penalty / 2 * np.square(free * weights).sum()
-        return float(value), (known.T @ (np.exp(logs) - targets) + penalty * free * weights).ravel()
-
-    weights = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B").x.reshape(shape)
-    return np.asarray(log_softmax(np.column_stack([test, np.ones(len(test))]) @ weights, axis=1))
+    return predict(best, fold >= 0, turned.transform(test))
 
 
 FITS: dict[str, Fit] = {"ridge": ridge, "logistic": logistic, "knn": nearest}
-
-
-def _number_probe(predicted: np.ndarray, truth: np.ndarray, guessed: np.ndarray, subjects: np.ndarray) -> NumberProbe:
-    """The predictions with the interval of their error over subjects."""
-    error = np.abs(predicted - truth)
-    by_subject = np.array([error[subjects == name].mean() for name in dict.fromkeys(subjects)])
-    low, high = bootstrap_interval(by_subject)
-    return NumberProbe(predicted, subjects, low, high, truth, guessed)
-
-
-def _class_probe(values: np.ndarray, truth: np.ndarray, subjects: np.ndarray, names: tuple[str, ...]) -> ClassProbe:
-    """The predictions with the interval of their AUC over subjects."""
-    low, high = auc_interval(values, truth, list(subjects))
-    return ClassProbe(np.array(names)[values.argmax(axis=1)], subjects, low, high, truth, values, names)

@@ -1,7 +1,7 @@
-"""Intervals and tests over cases: bootstrap-t, Wilcoxon's signed-rank test, Holm's correction."""
+"""Intervals and tests over cases: bootstrap-t, resampled subjects, Wilcoxon's signed-rank test, Holm's correction."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,10 @@ from scipy.optimize import brentq
 from scipy.stats import nct, norm, rankdata
 from scipy.stats import t as student
 
-RESAMPLES = 10_000
+RESAMPLES = 10_000  # of values, for the interval of their mean
+SUBJECT_RESAMPLES = 2_000  # of subjects, for the interval of any score
 LEVEL = 0.95
+ENDS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # quantiles
 ALPHA, POWER = 0.05, 0.8  # of the smallest difference that a comparison could have found
 SEED = 0
 MIN_RESAMPLED = 4  # values; with fewer the interval is Student's
@@ -27,9 +29,9 @@ def interval_kind(counts: Iterable[int]) -> str:
     return " or ".join(kinds)
 
 
-def interval_as_json(counts: Iterable[int], seed: int) -> dict[str, Any]:
+def interval_as_json(counts: Iterable[int]) -> dict[str, Any]:
     """What a JSON file says about intervals of samples of these sizes."""
-    return {"kind": f"{interval_kind(counts)}, over cases", "level": LEVEL, "resamples": RESAMPLES, "seed": seed}
+    return {"kind": f"{interval_kind(counts)}, over cases", "level": LEVEL, "resamples": RESAMPLES, "seed": SEED}
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RESAMPLES) -> tuple[float, float]:
@@ -56,7 +58,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RE
     if n < MIN_RESAMPLED or sd == 0:
         return mean - quantile * error, mean + quantile * error
     scores = np.concatenate(list(_studentised(values, mean, sd, seed, resamples)))
-    low, high = np.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(scores, ENDS)
     longest = MAX_SIDE * quantile
     return mean - min(float(high), longest) * error, mean - max(float(low), -longest) * error
 
@@ -69,6 +71,39 @@ def _studentised(values: np.ndarray, mean: float, sd: float, seed: int, resample
         gap, own_sd = drawn.mean(axis=1) - mean, drawn.std(axis=1, ddof=1)
         flat = own_sd <= 1e-9 * sd
         yield np.where(flat, np.sign(gap) * np.finfo(np.float64).max, gap * math.sqrt(n) / np.where(flat, 1.0, own_sd))
+
+
+def resample_subjects(
+    scores: Callable[[np.ndarray], Mapping[str, float]], subjects: Sequence[str], side: np.ndarray | None = None
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of scores over resampled subjects, all scans of a subject together.
+
+    A resample in which a score is undefined (NaN) does not count for it.
+
+    Args:
+        scores: indices of the scans of a resample, some of them repeated -> its scores by name.
+        subjects: of each scan, N names.
+        side: bool `(N,)`; the subjects of these scans and those of the others are resampled apart.
+
+    Returns:
+        Lower and upper end of each score; NaN where it is undefined, or fewer than two subjects are resampled.
+    """
+    names = np.asarray(subjects)
+    sides = [np.ones(len(names), dtype=bool)] if side is None else [side, ~side]
+    groups = [[np.flatnonzero(own & (names == name)) for name in np.unique(names[own])] for own in sides]
+    ends = dict.fromkeys(scores(np.arange(len(names))), (math.nan, math.nan))
+    if any(len(group) < 2 for group in groups):
+        return ends
+    generator, drawn = np.random.default_rng(SEED), []
+    for _ in range(SUBJECT_RESAMPLES):
+        rows = [group[k] for group in groups for k in generator.integers(len(group), size=len(group))]
+        drawn.append(scores(np.concatenate(rows)))
+    for name in ends:
+        values = np.array([found[name] for found in drawn])
+        if (defined := values[~np.isnan(values)]).size:
+            low, high = np.quantile(defined, ENDS).tolist()
+            ends[name] = low, high
+    return ends
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:
@@ -145,6 +180,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def nullable(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers for JSON, with null for NaN."""
-    return {key: None if math.isnan(value) else value for key, value in numbers.items()}
+def nullable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for JSON, with null for NaN."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}

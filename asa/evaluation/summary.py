@@ -10,7 +10,7 @@ import numpy as np
 from asa import __version__
 from asa.data.io.tables import csv_text
 from asa.evaluation.policies import MetricInfo, Policy, PolicyInfo, Regions, get_policy
-from asa.evaluation.statistics import SEED, bootstrap_interval, interval_as_json, nullable
+from asa.evaluation.statistics import bootstrap_interval, interval_as_json, nullable
 
 STATISTICS = ["mean", "95 % interval", "sd", "median", "n used"]  # headings of `statistic_cells`
 
@@ -72,13 +72,11 @@ class Summary:
     Args:
         rows: every case and region, in order of case id.
         results: region -> metric name -> statistic over the cases.
-        seed: of the bootstrap.
     """
 
     policy: PolicyInfo
     rows: Sequence[Row]
     results: dict[str, dict[str, Statistic]]
-    seed: int = SEED
 
     @property
     def case_ids(self) -> list[str]:
@@ -96,7 +94,7 @@ class Summary:
             "asa": __version__,
             "policy": self.policy.as_json(),
             "cases": len(self.case_ids),
-            "interval": {"of": "mean", **interval_as_json(self.counts, self.seed)},
+            "interval": {"of": "mean", **interval_as_json(self.counts)},
             "results": {
                 label: {name: nullable(asdict(statistic)) for name, statistic in by_metric.items()}
                 for label, by_metric in self.results.items()
@@ -106,7 +104,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSummary(Summary):
-    """Results of an evaluation of label maps; `policy`, `rows`, `results` and `seed` as in `Summary`.
+    """Results of an evaluation of label maps; `policy`, `rows` and `results` as in `Summary`.
 
     Args:
         labels: declared label value -> name.
@@ -139,7 +137,6 @@ def summarise(
     *,
     missing: Sequence[str] = (),
     unmatched: Sequence[str] = (),
-    seed: int = SEED,
 ) -> SegmentationSummary:
     """Summarise the rows of label maps over the cases.
 
@@ -148,7 +145,7 @@ def summarise(
     Args:
         rows: of all cases, as `evaluate_case` returns them.
         policy: a policy or its name.
-        labels, missing, unmatched, seed: as in `SegmentationSummary`.
+        labels, missing, unmatched: as in `SegmentationSummary`.
 
     Raises:
         ValueError: invalid labels, or an unknown policy.
@@ -158,8 +155,7 @@ def summarise(
     return SegmentationSummary(
         policy=policy,
         rows=rows,
-        results=statistics(rows, regions, policy.metrics, seed),
-        seed=seed,
+        results=statistics(rows, regions, policy.metrics),
         labels=dict(labels),
         regions=regions,
         missing=tuple(missing),
@@ -168,12 +164,12 @@ def summarise(
 
 
 def statistics(
-    rows: Sequence[Row], labels: Iterable[str], metrics: Sequence[MetricInfo], seed: int = SEED
+    rows: Sequence[Row], labels: Iterable[str], metrics: Sequence[MetricInfo]
 ) -> dict[str, dict[str, Statistic]]:
     """Label -> metric name -> statistic over the cases."""
     return {
         label: {
-            metric.name: statistic([row.values[metric.name] for row in rows if row.label == label], seed, metric.bounds)
+            metric.name: statistic([row.values[metric.name] for row in rows if row.label == label], metric.bounds)
             for metric in metrics
         }
         for label in labels
@@ -241,9 +237,7 @@ def cases_csv(summary: SegmentationSummary) -> str:
     return csv_text(["id", "label", *metrics, "voxels_predicted", "voxels_true", "ml_predicted", "ml_true"], rows)
 
 
-def statistic(
-    values: Sequence[float], seed: int = SEED, bounds: tuple[float, float] = (-math.inf, math.inf)
-) -> Statistic:
+def statistic(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:
     """Mean, standard deviation and interval over cases; undefined values (NaN) count in n total only.
 
     The interval is clipped to `bounds`, the range of possible values.
@@ -252,7 +246,7 @@ def statistic(
     if not used.size:
         return Statistic(math.nan, math.nan, math.nan, math.nan, math.nan, used=0, total=len(values))
     mean, median = float(used.mean()), float(np.median(used))
-    low, high = np.clip(bootstrap_interval(used, seed), *bounds).tolist()
+    low, high = np.clip(bootstrap_interval(used), *bounds).tolist()
     sd = float(used.std(ddof=1)) if used.size > 1 else math.nan
     return Statistic(mean, sd, median, low, high, used=used.size, total=len(values))
 

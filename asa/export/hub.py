@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import save
 
 from asa import __version__
-from asa.data.io.files import DIGESTS, read_json, sha256_of, write_json, write_whole
+from asa.data.io.files import DIGESTS, check_out, read_json, sha256_of, write_digests, write_json, write_whole
 from asa.data.leakage import stored_digests
-from asa.export.monai_bundle import without_command
+from asa.inference.preprocessing import without_command
 from asa.training.checkpoint import WEIGHTS, read_model, read_weights
 
 CONFIG, SUBJECTS, CARD = "config.json", "training_subjects.json", "README.md"
@@ -41,7 +41,7 @@ def export_hub(
     trained_on: str | None,
     evaluation: str | Path | None = None,
     plugins: Sequence[str] = (),
-) -> dict[str, str]:
+) -> None:
     """Write a checkpoint as a folder for the Hub.
 
     A command of skull stripping is left out of the preparation, as it may hold paths of your machine.
@@ -53,9 +53,6 @@ def export_hub(
         trained_on: the training data, in words, for the card.
         evaluation: folder that asa-evaluate wrote, for the card; None: the card says that there is none.
         plugins: packages of your own that the checkpoint's network may come from.
-
-    Returns:
-        SHA-256 of each file.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint or evaluation; no licence or no words about the data; or a folder
@@ -70,8 +67,7 @@ def export_hub(
         raise ValueError(
             "trained_on= has to be given: the data, its source and its terms, in words, for the model card"
         )
-    if out.is_file() or (out.exists() and any(out.iterdir()) and not _is_ours(out)):
-        raise ValueError(f"{out} is not empty and not a folder of asa-export format=hub: choose another out=")
+    check_out(out, SUBJECTS, "a folder of asa-export format=hub")
     results = None if evaluation is None else _results(Path(evaluation))
     read_model(checkpoint, plugins=plugins)  # what cannot be loaded is not published
     weights, description = read_weights(checkpoint)
@@ -85,21 +81,21 @@ def export_hub(
     write_json(out / SUBJECTS, digests)
     card = _card(config, digests, licence, trained_on, results, sha256_of(out / WEIGHTS))
     write_whole(out / CARD, card.encode())
-    written = {name: sha256_of(out / name) for name in (WEIGHTS, CONFIG, SUBJECTS, CARD)}
-    write_json(out / DIGESTS, written)
-    return written
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and (folder / DIGESTS).is_file() and (folder / SUBJECTS).is_file()
+    write_digests(out, (WEIGHTS, CONFIG, SUBJECTS, CARD))
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    """What asa-evaluate wrote about labels and metrics."""
+    """What asa-evaluate wrote about labels and metrics; as "rows" the means that are defined."""
     summary = read_json(folder / "summary.json")
     if not isinstance(summary, dict) or not isinstance(summary.get("results"), dict):
         raise ValueError(f"{folder}/summary.json: has no results by label: give a folder that asa-evaluate wrote")
-    return summary
+    rows = [
+        {"label": label, "metric": metric, **statistic}
+        for label, by_metric in summary["results"].items()
+        for metric, statistic in by_metric.items()
+        if None not in (statistic["mean"], statistic["low"], statistic["high"])
+    ]
+    return {**summary, "rows": rows}
 
 
 def _card(
@@ -113,18 +109,17 @@ def _card(
     """`README.md`: metadata that the Hub reads, and the card."""
     data = config["data"]
     task = str(config.get("task", "segmentation" if "labels" in data else "pretraining"))  # an older one names none
-    metrics = [] if summary is None else _metrics(summary)
     tags = ["mri", "brain", "medical", "3d", task]
     about: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
     if task in PIPELINES:
         about["pipeline_tag"] = PIPELINES[task]
-    if summary is not None and metrics:
+    if summary is not None and summary["rows"]:
         result = {
             "task": {"type": PIPELINES.get(task, task)},
             "dataset": {"name": f"{summary['cases']} cases, see the card", "type": "private"},
             "metrics": [
                 {"type": row["metric"], "name": f"{row['metric']} {row['label']}", "value": row["mean"]}
-                for row in metrics
+                for row in summary["rows"]
             ],
         }
         about["model-index"] = [{"name": "asa", "results": [result]}]
@@ -164,7 +159,7 @@ Scans are prepared as follows, by asa itself when it predicts:
 {_fenced(data.get("prepare", {}))}
 ## Evaluation
 
-{_evaluated(summary, metrics)}
+{_evaluated(summary)}
 
 ## Licence
 
@@ -174,7 +169,7 @@ SHA-256 of `{WEIGHTS}`: `{weights}`. asa compares it with `{DIGESTS}` whenever i
 """
 
 
-def _evaluated(summary: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]]) -> str:
+def _evaluated(summary: Mapping[str, Any] | None) -> str:
     """The table of the evaluation."""
     if summary is None:
         return "Not evaluated: whoever uses it has to."
@@ -185,20 +180,10 @@ def _evaluated(summary: Mapping[str, Any] | None, metrics: Sequence[Mapping[str,
         "| label | metric | mean | interval | n |",
         "|---|---|---|---|---|",
     ]
-    for row in metrics:
+    for row in summary["rows"]:
         interval = f"{row['low']:.4g} to {row['high']:.4g}"
         lines.append(f"| {row['label']} | {row['metric']} | {row['mean']:.4g} | {interval} | {row['used']} |")
     return "\n".join(lines)
-
-
-def _metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table: means that are defined."""
-    return [
-        {"label": label, "metric": metric, **statistic}
-        for label, by_metric in summary["results"].items()
-        for metric, statistic in by_metric.items()
-        if None not in (statistic["mean"], statistic["low"], statistic["high"])
-    ]
 
 
 def _fenced(content: Any) -> str:

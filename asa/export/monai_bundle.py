@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from asa import __version__
-from asa.data.io.files import write_json, write_whole
+from asa.data.io.files import check_out, write_json, write_whole
 from asa.data.preprocessing.brain import TOOLS
-from asa.inference.preprocessing import check_metadata
+from asa.inference.label_maps import Outputs
+from asa.inference.preprocessing import check_metadata, exported
 from asa.inference.segmentation import overlap_of, window_size
 from asa.models.unet import SegmentationUNet
 from asa.models.vit_seg import SegmentationViT
@@ -22,10 +23,7 @@ from asa.training.checkpoint import read_model
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 METADATA = "configs/metadata.json"
 PAPER = "Attentive Symmetric Autoencoder for Brain MRI Segmentation, MICCAI 2022"
-OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command; the user has to give one
 EXPRESSION = "$@%"  # characters that mark Python code, references and files for MONAI's parser
-# Exported metadata; no subjects.
-KEYS = ("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "spacing")
 
 
 def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = ()) -> None:
@@ -53,8 +51,7 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
     check_metadata(str(checkpoint), data)
     facts = exported(data)
     _check_plain([node, facts["channels"], facts["labels"], facts.get("regions", [])], str(checkpoint))
-    if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / METADATA).is_file()):
-        raise ValueError(f"{out} is not empty and not a bundle: choose another out=")
+    check_out(out, METADATA, "a bundle")
     window, weights = list(window_size(model)), io.BytesIO()
     metadata = _metadata(model, facts, window, description)
     torch.save(model.state_dict(), weights)
@@ -64,19 +61,6 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
     write_json(out / METADATA, metadata)
     write_whole(out / "docs" / "README.md", _readme(facts, window).encode())
     write_whole(out / "LICENSE", LICENSE.encode())
-
-
-def exported(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What an export says of the training scans: neither subjects nor a command with paths of somebody's machine."""
-    return without_command({key: data[key] for key in KEYS if key in data})
-
-
-def without_command(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's metadata with a skull stripping command replaced, which may name files of somebody's machine."""
-    prepare = data.get("prepare", {})
-    if "{mask}" not in prepare.get("strip", ""):
-        return dict(data)
-    return {**data, "prepare": {**prepare, "strip": OWN_COMMAND}}
 
 
 def _check_plain(node: Any, source: str) -> None:
@@ -149,9 +133,8 @@ def _metadata(
 ) -> dict[str, Any]:
     """`configs/metadata.json`, following MONAI's schema."""
     channels, prepare = facts["channels"], facts["prepare"]
-    outputs = _outputs(facts)
+    names, packages = Outputs.of(facts).names, {name: version(name) for name in ("nibabel", "scipy")}
     tensor = {"type": "image", "spatial_shape": list(window), "dtype": "float32", "is_patch_data": True}
-    names, packages = list(outputs.values()), {name: version(name) for name in ("nibabel", "scipy")}
     return {
         "schema": SCHEMA,
         "version": "1.0.0",
@@ -189,9 +172,9 @@ def _metadata(
                 "pred": {
                     **tensor,
                     "format": "logits",
-                    "num_channels": len(outputs),
+                    "num_channels": len(names),
                     "value_range": [],
-                    "channel_def": {str(k): name for k, name in outputs.items()},
+                    "channel_def": {str(k): name for k, name in enumerate(names)},
                 }
             },
         },
@@ -204,22 +187,12 @@ def _package(prepare: Mapping[str, Any]) -> str:
     return "asa-mri[prepare]" if tools else "asa-mri"
 
 
-def _outputs(facts: Mapping[str, Any]) -> dict[int, str]:
-    """Output channel -> its class or region."""
-    names = list(dict(facts["regions"])) if facts.get("regions") else ["background", *_labels(facts).values()]
-    return dict(enumerate(names))
-
-
-def _labels(facts: Mapping[str, Any]) -> dict[int, str]:
-    """Label value -> name, in the order of the classes."""
-    return {int(value): facts["labels"][value] for value in sorted(facts["labels"], key=int)}
-
-
 def _readme(facts: Mapping[str, Any], window: Sequence[int]) -> str:
     """`docs/README.md`."""
     channels, prepare = facts["channels"], facts["prepare"]
-    rows = "\n".join(f"| {value} | {name} |" for value, name in _labels(facts).items())
-    activation = "a sigmoid for each of the regions" if facts.get("regions") else "a softmax over"
+    outputs = Outputs.of(facts)
+    rows = "\n".join(f"| {value} | {name} |" for value, name in sorted(outputs.labels.items()))
+    activation = "a sigmoid for each of the regions" if outputs.regions else "a softmax over"
     files = ", ".join(f"`{pattern}`" for pattern in _patterns(channels).values())
     return f"""# Segmentation of brain MRI by asa {__version__}
 
@@ -242,7 +215,7 @@ training scans, and `WriteLabelMap` undoes it. For scans that are skull-stripped
 ```
 
 The network takes windows of {" x ".join(map(str, window))} voxels, `C D H W`: {", ".join(channels)}; inferior to
-superior, back to front, left to right. Its logits need {activation} {", ".join(_outputs(facts).values())}.
+superior, back to front, left to right. Its logits need {activation} {", ".join(outputs.names)}.
 
 | value | label |
 |---|---|

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from asa.data.io.files import read_json
 from asa.data.io.nifti import write_label
-from asa.inference.label_maps import native_label_map, output_names, probabilities_of, probability_files
+from asa.inference.label_maps import Outputs
 from asa.inference.preprocessing import ScanPreprocessor
 
 
@@ -49,18 +49,15 @@ class WriteLabelMap(Transform):
     """
 
     def __init__(self, facts: str | Path, output_dir: str | Path, probabilities: bool = False) -> None:
-        metadata = read_json(facts)
-        self.labels = {int(value): name for value, name in metadata["labels"].items()}
-        self.regions: dict[str, list[int]] = dict(metadata.get("regions", {}))
+        self.outputs = Outputs.of(read_json(facts))
         self.out, self.probabilities = Path(output_dir), probabilities
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Add "label" (x, y, z), in the axes of the scan's file, to an item with "pred" `(K or R, D, H, W)`."""
         id, like = data["id"], data["like"]
-        names = output_names(self.labels, self.regions)
-        files = probability_files(self.out / "probabilities" / id, names) if self.probabilities else None
-        probabilities = probabilities_of(data["pred"].cpu().float(), self.regions)
-        label = native_label_map(probabilities, data["chain"], self.labels, self.regions, like, files)
+        files = self.outputs.files(self.out / "probabilities" / id) if self.probabilities else None
+        probabilities = self.outputs.probabilities(data["pred"].cpu().float())
+        label = self.outputs.native_label_map(probabilities, data["chain"], like, files)
         write_label(self.out / f"{id}.nii.gz", label, like)
         return {**data, "label": label}
 

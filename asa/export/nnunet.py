@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from asa.data.datasets.nnunet import BACKGROUND, DESCRIPTION, IGNORE
-from asa.data.io.files import gzipped, sha256_of, write_json, write_whole
+from asa.data.io.files import check_out, gzipped, sha256_of, write_json, write_whole
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_label
 from asa.data.store import Store
 
@@ -39,8 +39,7 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
             folder that holds something else.
     """
     data, out = Store(store), Path(out)
-    if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / DESCRIPTION).is_file()):
-        raise ValueError(f"{out} is not empty and not a dataset of nnU-Net: choose another out=")
+    check_out(out, DESCRIPTION, "a dataset of nnU-Net")
     labelled = [record for record in data.records if "label" in record["sources"]]
     if not labelled:
         raise ValueError(f"{store}: has no labelled scan, and nnU-Net needs some")

@@ -20,14 +20,7 @@ from asa.training.device import pick_device
 class FeatureExtractor:
     """The encoder of a checkpoint, with the preparation of its training scans.
 
-    Args:
-        checkpoint: run folder, checkpoint folder or `.safetensors` file of asa-pretrain or asa-finetune.
-        img_size: input size in voxels, one number or (D, H, W); None: that of the training.
-        strip: skull stripping, as in `PrepareSettings`; None: that of the training scans.
-        device: "auto" (a GPU if there is one), "cpu", "cuda", ...
-
-    Raises:
-        FileNotFoundError, ValueError: no checkpoint there, a network without an encoder, or a size it cannot take.
+    Arguments and errors are those of `features`.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ scan's file. Probabilities are resampled and compared one at a time, because a n
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -17,80 +18,146 @@ from torch import Tensor
 
 from asa.data.io.nifti import Volume, write_image
 from asa.data.preprocessing.pipeline import to_native
+from asa.inference.uncertainty import expected_dice
 from asa.ops.nested import paint, painting_order
 
 # Matches a label name that contains a side.
 SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
 
 
-def probabilities_of(logits: Tensor, regions: Mapping[str, Sequence[int]]) -> Tensor:
-    """Probabilities `(K or R, D, H, W)` of logits: a sigmoid per region if there are regions, else a softmax."""
-    return logits.sigmoid() if regions else logits.softmax(dim=0)
-
-
-def native_label_map(
-    probabilities: Tensor,
-    chain: dict[str, Any],
-    labels: Mapping[int, str],
-    regions: Mapping[str, Sequence[int]],
-    like: Volume,
-    files: Sequence[Path] | None = None,
-) -> np.ndarray:
-    """Resample the probabilities of a prepared scan to its own grid and choose the labels there.
+@dataclass(frozen=True)
+class Outputs:
+    """What the output channels of a segmentation network stand for, and how they become a label map.
 
     Args:
-        probabilities: `(K or R, D, H, W)` on the CPU.
-        chain: the preprocessing steps of the scan, to be undone.
         labels: label value -> name.
         regions: name -> label values that it joins; {} for exclusive classes.
-        like: the scan as it was read.
-        files: where the probability of each of the K classes or R regions is written; None writes none.
-
-    Returns:
-        Label values `(x, y, z)`.
+        lateral_pairs: `[left, right]` names of labels that are exchanged by mirroring.
     """
-    channels = (probabilities if regions else probabilities[1:]).numpy()
-    native = (to_native(channel[None], chain, order=1)[0] for channel in channels)
-    return labels_from_probabilities(native, labels, regions, like, files)
 
+    labels: dict[int, str]
+    regions: dict[str, list[int]] = field(default_factory=dict)
+    lateral_pairs: Sequence[Sequence[str]] = ()
 
-def labels_from_probabilities(
-    probabilities: Iterable[np.ndarray],
-    labels: Mapping[int, str],
-    regions: Mapping[str, Sequence[int]],
-    like: Volume,
-    files: Sequence[Path] | None = None,
-) -> np.ndarray:
-    """Choose the label of each voxel from probabilities on the scan's own grid.
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Outputs":
+        """Those of a checkpoint's metadata of its training scans."""
+        labels = {int(value): name for value, name in data["labels"].items()}
+        return cls(labels, dict(data.get("regions", [])), data.get("lateral_pairs", []))
 
-    Args:
-        probabilities: `(x, y, z)` of each of R regions, or of the K - 1 classes without the background.
-        labels, regions, like, files: as for `native_label_map`.
+    @property
+    def names(self) -> list[str]:
+        """Of each channel: the regions, or the background and the labels in the order of their values."""
+        return list(self.regions) or ["background", *(self.labels[value] for value in sorted(self.labels))]
 
-    Returns:
-        Label values `(x, y, z)`: the class of highest probability, or the innermost region above one half.
-    """
-    if regions:
-        written = _written(probabilities, files, like)
-        return paint((torch.from_numpy(one) for one in written), painting_order(regions)).numpy()
-    return _most_probable(probabilities, labels, like, files)
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities `(K or R, D, H, W)` of logits: a sigmoid per region if there are regions, else a softmax."""
+        return logits.sigmoid() if self.regions else logits.softmax(dim=0)
 
+    def native_label_map(
+        self, probabilities: Tensor, chain: dict[str, Any], like: Volume, files: Sequence[Path] | None = None
+    ) -> np.ndarray:
+        """Resample the probabilities of a prepared scan to its own grid and choose the labels there.
 
-def _most_probable(
-    probabilities: Iterable[np.ndarray], labels: Mapping[int, str], like: Volume, files: Sequence[Path] | None
-) -> np.ndarray:
-    """The class of highest probability; the background has what the other classes leave, so that all sum to 1."""
-    background = np.ones(like.data.shape, np.float32)
-    highest, index = np.zeros_like(background), np.zeros(like.data.shape, np.uint8)
-    for k, probability in enumerate(_written(probabilities, files and files[1:], like), start=1):
-        background -= probability
-        higher = probability > highest
-        highest[higher], index[higher] = probability[higher], k
-    background = background.clip(min=0)
-    index[background >= highest] = 0
-    if files is not None:
-        write_image(files[0], background, like.affine)
-    return np.array([0, *sorted(labels)])[index]
+        Args:
+            probabilities: `(K or R, D, H, W)` on the CPU.
+            chain: the preprocessing steps of the scan, to be undone.
+            like: the scan as it was read.
+            files: where the probability of each of the K classes or R regions is written; None writes none.
+
+        Returns:
+            Label values `(x, y, z)`.
+        """
+        channels = (probabilities if self.regions else probabilities[1:]).numpy()
+        native = (to_native(channel[None], chain, order=1)[0] for channel in channels)
+        return self.label_map(native, like, files)
+
+    def label_map(
+        self, probabilities: Iterable[np.ndarray], like: Volume, files: Sequence[Path] | None = None
+    ) -> np.ndarray:
+        """Choose the label of each voxel from probabilities on the scan's own grid.
+
+        Args:
+            probabilities: `(x, y, z)` of each of R regions, or of the K - 1 classes without the background.
+            like, files: as for `native_label_map`.
+
+        Returns:
+            Label values `(x, y, z)`: the class of highest probability, or the innermost region above one half.
+        """
+        if self.regions:
+            written = _written(probabilities, files, like)
+            return paint((torch.from_numpy(one) for one in written), painting_order(self.regions)).numpy()
+        # The background has what the other classes leave, so that all sum to 1.
+        background = np.ones(like.data.shape, np.float32)
+        highest, index = np.zeros_like(background), np.zeros(like.data.shape, np.uint8)
+        for k, probability in enumerate(_written(probabilities, files and files[1:], like), start=1):
+            background -= probability
+            higher = probability > highest
+            highest[higher], index[higher] = probability[higher], k
+        background = background.clip(min=0)
+        index[background >= highest] = 0
+        if files is not None:
+            write_image(files[0], background, like.affine)
+        return np.array([0, *sorted(self.labels)])[index]
+
+    def volumes(self, label_map: np.ndarray, affine: np.ndarray) -> dict[str, float]:
+        """Volume of each label and region in a label map (x, y, z), in ml."""
+        ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+        parts = {name: [value] for value, name in self.labels.items()} | self.regions
+        return {name: int(np.isin(label_map, values).sum()) * ml for name, values in parts.items()}
+
+    def expected_dice(self, probabilities: Tensor) -> dict[str, float]:
+        """Of each label, or each region if there are regions, from the probabilities of a prepared scan."""
+        if self.regions:
+            painted = paint(probabilities, painting_order(self.regions))
+            masks = (torch.isin(painted, torch.tensor(values)) for values in self.regions.values())
+            return {name: expected_dice(p, m) for name, p, m in zip(self.regions, probabilities, masks, strict=True)}
+        chosen = probabilities.argmax(dim=0)
+        return {name: expected_dice(probabilities[k], chosen == k) for k, name in enumerate(self.names) if k > 0}
+
+    def mirrored(self) -> list[int]:
+        """For each channel, the one that replaces it in the mirror image.
+
+        Raises:
+            ValueError: a label whose name contains a side and has no partner, or a region without a partner.
+        """
+        paired = {name for pair in self.lateral_pairs for name in pair}
+        for name in self.labels.values():
+            if SIDE.search(name) and name not in paired:
+                raise ValueError(
+                    f"mirror=true: the name of the label {name!r} contains a side, but the checkpoint lists no partner "
+                    "for it: give mirror=false, or fine-tune with data.lateral_pairs"
+                )
+        value_of = {name: value for value, name in self.labels.items()}
+        partner = {value: value for value in (0, *sorted(self.labels))}
+        for left, right in self.lateral_pairs:
+            partner[value_of[left]], partner[value_of[right]] = value_of[right], value_of[left]
+        if not self.regions:
+            return [list(partner).index(value) for value in partner.values()]
+        sets, indices = [set(joined) for joined in self.regions.values()], []
+        for name, joined in self.regions.items():
+            if (others := {partner[value] for value in joined}) not in sets:
+                raise ValueError(
+                    f"the region {name!r} has no partner that joins the labels of the other side: declare one"
+                )
+            indices.append(sets.index(others))
+        return indices
+
+    def files(self, folder: Path) -> list[Path]:
+        """A file in the folder for the probability of each class or region.
+
+        Raises:
+            ValueError: two names give the same file.
+        """
+        files: dict[str, str] = {}
+        for name in self.names:
+            file = re.sub(r"[^\w.-]+", "_", name) + ".nii.gz"
+            if file in files:
+                raise ValueError(
+                    f"the classes {files[file]!r} and {name!r} would both be written to {file}: rename one of them"
+                )
+            files[file] = name
+        return [folder / file for file in files]
 
 
 def _written(probabilities: Iterable[np.ndarray], files: Sequence[Path] | None, like: Volume) -> Iterator[np.ndarray]:
@@ -100,71 +167,3 @@ def _written(probabilities: Iterable[np.ndarray], files: Sequence[Path] | None, 
         if file is not None:
             write_image(file, probability, like.affine)
         yield probability
-
-
-def output_names(labels: Mapping[int, str], regions: Mapping[str, Sequence[int]]) -> list[str]:
-    """What the probabilities of a network are of: its regions, or the background and its labels."""
-    return list(regions) or ["background", *(labels[value] for value in sorted(labels))]
-
-
-def probability_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """A file in the folder for each class or region.
-
-    Raises:
-        ValueError: two names give the same file.
-    """
-    files = [re.sub(r"[^\w.-]+", "_", name) + ".nii.gz" for name in names]
-    for index, file in enumerate(files):
-        if file in files[:index]:
-            raise ValueError(
-                f"the classes {names[files.index(file)]!r} and {names[index]!r} would both be written to {file}: "
-                "rename one of them"
-            )
-    return [folder / file for file in files]
-
-
-# ---- left and right: labels are value -> name, pairs are `[left, right]` names of labels exchanged by mirroring ----
-
-
-def check_lateral_pairs(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) -> None:
-    """Check that every label whose name contains a side has a partner.
-
-    Raises:
-        ValueError: a label without a partner.
-    """
-    paired = {name for pair in pairs for name in pair}
-    for name in labels.values():
-        if SIDE.search(name) and name not in paired:
-            raise ValueError(
-                f"mirror=true: the name of the label {name!r} contains a side, but the checkpoint lists no partner for "
-                "it: give mirror=false, or fine-tune with data.lateral_pairs"
-            )
-
-
-def mirrored_classes(labels: Mapping[int, str], pairs: Sequence[Sequence[str]]) -> list[int]:
-    """For each class, background first, the index of the class that replaces it in the mirror image."""
-    index = {labels[value]: k for k, value in enumerate(sorted(labels), start=1)}
-    classes = list(range(len(labels) + 1))
-    for left, right in pairs:
-        classes[index[left]], classes[index[right]] = index[right], index[left]
-    return classes
-
-
-def mirrored_regions(
-    regions: Mapping[str, Sequence[int]], labels: Mapping[int, str], pairs: Sequence[Sequence[str]]
-) -> list[int]:
-    """For each region (name -> label values), the index of the region that replaces it in the mirror image.
-
-    Raises:
-        ValueError: no region joins the labels of the other side.
-    """
-    values = [0, *sorted(labels)]
-    partner = {value: values[k] for value, k in zip(values, mirrored_classes(labels, pairs), strict=True)}
-    sets = [set(joined) for joined in regions.values()]
-    indices = []
-    for name, joined in regions.items():
-        mirrored = {partner[value] for value in joined}
-        if mirrored not in sets:
-            raise ValueError(f"the region {name!r} has no partner that joins the labels of the other side: declare one")
-        indices.append(sets.index(mirrored))
-    return indices

@@ -7,12 +7,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 from asa import __version__
 from asa.data.datasets.bids import entities_of
-from asa.data.io.files import read_json, sha256_of, write_json, write_whole
+from asa.data.io.files import check_out, read_json, sha256_of, write_json, write_whole
 from asa.data.io.tables import read_rows
 from asa.inference.segmentation import Segmenter
 from asa.training.checkpoint import find_weights
@@ -33,44 +33,36 @@ STANDARD = {"background": "BG", "gm": "GM", "wm": "WM", "csf": "CSF"}  # abbrevi
 IGNORED = f"{VOLUMES}\n*_uncertainty.nii.gz\n"
 
 
-class Layout(Protocol):
-    """The files of each scan's predictions, by the scan's id."""
+class Layout:
+    """The files of each scan's predictions, by the scan's id.
 
-    def begin(self, scans: Mapping[str, Sequence[str]]) -> None:
-        """Get the source files of all scans, before the first is predicted; a ValueError if they cannot be placed."""
+    `OUT/ID.nii.gz`, `OUT/probabilities/ID/CLASS.nii.gz`, `OUT/uncertainty/ID.nii.gz`.
 
-    def label_map(self, id: str) -> Path: ...
-
-    def probabilities(self, id: str) -> Path | list[Path]:
-        """As `Segmenter.segment_file` takes them."""
-
-    def uncertainty(self, id: str) -> Path: ...
-
-    def describe(self, id: str) -> None:
-        """Write what is written about a scan after its prediction."""
-
-
-class Flat:
-    """`OUT/ID.nii.gz`, `OUT/probabilities/ID/CLASS.nii.gz`, `OUT/uncertainty/ID.nii.gz`."""
+    Args:
+        out: the folder.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
 
-    def begin(self, scans: Mapping[str, Sequence[str]]) -> None: ...
+    def begin(self, scans: Mapping[str, Sequence[str]]) -> None:
+        """Get the source files of all scans, before the first is predicted; a ValueError if they cannot be placed."""
 
     def label_map(self, id: str) -> Path:
         return self.out / f"{id}.nii.gz"
 
-    def probabilities(self, id: str) -> Path:
+    def probabilities(self, id: str) -> Path | list[Path]:
+        """As `Segmenter.segment_file` takes them."""
         return self.out / "probabilities" / id
 
     def uncertainty(self, id: str) -> Path:
         return self.out / "uncertainty" / f"{id}.nii.gz"
 
-    def describe(self, id: str) -> None: ...
+    def describe(self, id: str) -> None:
+        """Write what is written about a scan after its prediction."""
 
 
-class BidsDerivative:
+class BidsDerivative(Layout):
     """`OUT/sub-*/[ses-*/]anat/*_dseg.nii.gz` and `*_label-*_probseg.nii.gz`, with sidecars and what describes them all.
 
     Args:
@@ -84,11 +76,9 @@ class BidsDerivative:
     """
 
     def __init__(self, out: Path, segmenter: Segmenter, checkpoints: Sequence[str], probabilities: bool) -> None:
-        self.out = out
-        self.outputs = abbreviations(segmenter.outputs)
-        self.lookup = lookup_table(
-            {0: "background"} | {value: name for value, name in sorted(segmenter.labels.items())}
-        )
+        super().__init__(out)
+        self.outputs = abbreviations(segmenter.outputs.names)
+        self.lookup = lookup_table({0: "background"} | dict(sorted(segmenter.outputs.labels.items())))
         self.with_probabilities = probabilities
         self.software: dict[str, Any] = {
             "Name": "asa",
@@ -172,12 +162,12 @@ class BidsDerivative:
             "SourceDatasets": [{"URL": link, **doi}],
             "DatasetLinks": {"raw": link},
         }
-        before = read_json(self.out / DESCRIPTION) if (self.out / DESCRIPTION).exists() else None
-        if out == root or (before is None and self.out.exists() and any(self.out.iterdir())):
+        if out == root:
             raise ValueError(f"{self.out} is not empty and not a derivative of asa-predict: choose another out=")
-        if before is not None:
+        check_out(self.out, DESCRIPTION, "a derivative of asa-predict")
+        if (self.out / DESCRIPTION).exists():
+            before, lookup = read_json(self.out / DESCRIPTION), self.out / LOOKUP
             same = isinstance(before, dict) and all(before.get(key) == about[key] for key in ("Name", "DatasetLinks"))
-            lookup = self.out / LOOKUP
             if not same or not lookup.is_file() or lookup.read_text(encoding="utf-8") != self.lookup:
                 raise ValueError(
                     f"{self.out} holds another dataset, or predictions of other labels or of other scans: choose "
@@ -241,7 +231,7 @@ def label_maps_of(predictions: Path) -> dict[str, Path]:
 def probabilities_of(predictions: Path, id: str, label_map: Path) -> dict[str, Path]:
     """The probabilities that asa-predict wrote beside a label map of `label_maps_of`, by class or region."""
     if not (predictions / DESCRIPTION).is_file():
-        files = sorted(Flat(predictions).probabilities(id).glob("*.nii.gz"))
+        files = sorted((predictions / "probabilities" / id).glob("*.nii.gz"))
         return {path.name.removesuffix(".nii.gz"): path for path in files}
     found = {}
     for path in sorted(label_map.parent.glob("*_probseg.nii.gz")):

@@ -18,6 +18,8 @@ MEASURED = ("mean", "sd")  # of the normalised intensities
 VOLUME_TOLERANCE = 0.25  # of the training scans' smallest and largest brain, beyond which a scan is warned about
 INTENSITY_TOLERANCE = 0.1  # the same of mean and SD, in units of the normalised intensities
 LARGEST_OVERLAP = 0.9  # of windows: each axis then takes ten times as many as without
+OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command; the user has to give one
+EXPORTED = ("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "spacing")  # no subjects
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 
 
@@ -90,6 +92,19 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
         PrepareSettings(**data["prepare"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: its metadata of the training scans is not usable ({reason_of(error)})") from None
+
+
+def exported(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export says of the training scans: neither subjects nor a command with paths of somebody's machine."""
+    return without_command({key: data[key] for key in EXPORTED if key in data})
+
+
+def without_command(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's metadata with a skull stripping command replaced, which may name files of somebody's machine."""
+    prepare = data.get("prepare", {})
+    if "{mask}" not in prepare.get("strip", ""):
+        return dict(data)
+    return {**data, "prepare": {**prepare, "strip": OWN_COMMAND}}
 
 
 class ScanPreprocessor:

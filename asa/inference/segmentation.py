@@ -19,18 +19,9 @@ from tqdm import tqdm
 
 from asa.data.io.nifti import Volume, write_image, write_label
 from asa.data.preprocessing.pipeline import to_native
-from asa.inference.label_maps import (
-    check_lateral_pairs,
-    mirrored_classes,
-    mirrored_regions,
-    native_label_map,
-    output_names,
-    probabilities_of,
-    probability_files,
-)
+from asa.inference.label_maps import Outputs
 from asa.inference.preprocessing import LARGEST_OVERLAP, ScanPreprocessor, check_metadata
-from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map, expected_dice
-from asa.ops.nested import paint, painting_order
+from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map
 from asa.ops.symmetry import check_axes, flip
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
@@ -231,20 +222,10 @@ class Segmenter:
         self.data = metadata[0]
         for path, other in zip(paths[1:], metadata[1:], strict=True):
             _check_agreement(str(paths[0]), self.data, str(path), other)
-        self.labels: dict[int, str] = {int(value): name for value, name in self.data["labels"].items()}
-        self.regions: dict[str, list[int]] = dict(self.data.get("regions", []))
-        self.outputs = output_names(self.labels, self.regions)
-        probability_files(Path(), self.outputs)  # refuses names of one file here and not at the first scan
-        self.mirrored_channels = self._mirrored_channels() if "W" in axes else []
+        self.outputs = Outputs.of(self.data)
+        self.outputs.files(Path())  # refuses names of one file here and not at the first scan
+        self.mirrored_channels = self.outputs.mirrored() if "W" in axes else []
         self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip)
-
-    def _mirrored_channels(self) -> list[int]:
-        """For each output channel, the one that replaces it in the mirror image."""
-        pairs = self.data.get("lateral_pairs", [])
-        check_lateral_pairs(self.labels, pairs)
-        if self.regions:
-            return mirrored_regions(self.regions, self.labels, pairs)
-        return mirrored_classes(self.labels, pairs)
 
     def segment_file(
         self,
@@ -258,7 +239,7 @@ class Segmenter:
 
         Args:
             out: the `.nii.gz` to write.
-            probabilities: folder for the probabilities, or a `.nii.gz` for each of `outputs`; None writes none.
+            probabilities: folder for the probabilities, or a `.nii.gz` for each of `outputs.names`; None writes none.
             uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
 
         Raises:
@@ -302,29 +283,14 @@ class Segmenter:
         spread = RunningSpread() if uncertainty is not None and self.uncertainty == "spread" else None
         probabilities = self.probabilities(torch.from_numpy(np.ascontiguousarray(image)), spread)
         if isinstance(files, Path):
-            files = probability_files(files, self.outputs)
-        label = native_label_map(probabilities, chain, self.labels, self.regions, like, files)
+            files = self.outputs.files(files)
+        label = self.outputs.native_label_map(probabilities, chain, like, files)
         write_label(out, label, like)
         if uncertainty is not None:
-            made = entropy_map(probabilities, regions=bool(self.regions)) if spread is None else spread.map()
+            regions = bool(self.outputs.regions)
+            made = entropy_map(probabilities, regions=regions) if spread is None else spread.map()
             write_image(uncertainty, to_native(made[None].numpy(), chain, order=1)[0], like.affine)
-        return Segmented(self._volumes(label, like), self._expected_dice(probabilities))
-
-    def _volumes(self, label: np.ndarray, like: Volume) -> dict[str, float]:
-        """Volume of each label and region in a label map (x, y, z), in ml."""
-        ml = abs(float(np.linalg.det(like.affine[:3, :3]))) / 1000
-        parts = {name: [value] for value, name in self.labels.items()} | self.regions
-        return {name: int(np.isin(label, values).sum()) * ml for name, values in parts.items()}
-
-    def _expected_dice(self, probabilities: Tensor) -> dict[str, float]:
-        """Of each label or region, from probabilities `(K or R, D, H, W)` of a prepared scan."""
-        if self.regions:
-            predicted = paint(probabilities, painting_order(self.regions))
-            masks = (torch.isin(predicted, torch.tensor(values)) for values in self.regions.values())
-            return {name: expected_dice(p, m) for name, p, m in zip(self.regions, probabilities, masks, strict=True)}
-        predicted = probabilities.argmax(dim=0)
-        names = [self.labels[value] for value in sorted(self.labels)]
-        return {name: expected_dice(probabilities[k], predicted == k) for k, name in enumerate(names, start=1)}
+        return Segmented(self.outputs.volumes(label, like.affine), self.outputs.expected_dice(probabilities))
 
     def probabilities(self, image: Tensor, spread: RunningSpread | None = None) -> Tensor:
         """Probabilities of a prepared volume: `(C, D, H, W)` -> `(K or R, D, H, W)` float32 on the CPU.
@@ -339,7 +305,7 @@ class Segmenter:
             for model in self.models:
                 for axes in self.views:
                     logits = sliding_window(model, flip(image, axes), self.settings, tick=bar.update).cpu()
-                    found = flip(probabilities_of(logits, self.regions), axes)
+                    found = flip(self.outputs.probabilities(logits), axes)
                     found = found[self.mirrored_channels] if "W" in axes else found
                     total = total + found
                     if spread is not None:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from asa.ops.patches import Selection, grid_size, patchify, split_indices, tokens_at
 
-KINDS = ("orientation", "magnitude")
 TINY = 1e-12  # weight with which patches of weight 0 are drawn
 ROUNDING = 1e-9
 
@@ -43,18 +42,17 @@ def gradient_importance(volume: Tensor, patch_size: int = 8, bins: int = 9, kind
     Raises:
         ValueError: sizes that are not divisible by s, less than one bin, or an unknown kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"importance must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in SCORES:
+        raise ValueError(f"importance must be one of {', '.join(SCORES)}, got {kind!r}")
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     grid_size(volume.shape[2:], patch_size)
-    score = _orientation_score if kind == "orientation" else _magnitude_score
     b, c = volume.shape[:2]
     # On a CPU, in slabs that fit into the cache: allocating whole volumes would cost more than the arithmetic.
     budget = 2**18 if volume.device.type == "cpu" else 2**26
     with torch.no_grad():
         scores = [
-            torch.cat([score(slab, patch_size, bins) for slab in slabs], dim=1)
+            torch.cat([SCORES[kind](slab, patch_size, bins) for slab in slabs], dim=1)
             for slabs in _slabs(volume.detach().flatten(0, 1).float(), patch_size, budget)
         ]
         return torch.cat(scores).reshape(b, c, -1).mean(dim=1)
@@ -121,6 +119,9 @@ def _angle_bin(cosine: Tensor, bins: int) -> Tensor:
     return obtuse.mul_(bins - 1).sub_(count).abs_()  # bins - 1 - count where obtuse
 
 
+SCORES = {"orientation": _orientation_score, "magnitude": _magnitude_score}
+
+
 class AttentiveReconstructionLoss(nn.Module):
     """Squared error of the masked patches, weighted by their gradient importance (Eq. (1) and (2), ASA, MICCAI 2022).
 
@@ -138,8 +139,8 @@ class AttentiveReconstructionLoss(nn.Module):
 
     def __init__(self, patch_size: int = 8, bins: int = 9, importance: str | None = "orientation") -> None:
         super().__init__()
-        if importance is not None and importance not in KINDS:
-            raise ValueError(f"importance must be one of {', '.join(KINDS)} or null, got {importance!r}")
+        if importance is not None and importance not in SCORES:
+            raise ValueError(f"importance must be one of {', '.join(SCORES)} or null, got {importance!r}")
         self.patch_size, self.bins, self.importance = patch_size, bins, importance
 
     def weights(self, volume: Tensor, masked: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 Letters: logits `B K D H W` for K classes, or `B R D H W` for R regions, label `B 1 D H W`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from monai.losses import MaskedDiceLoss
@@ -14,65 +14,67 @@ from asa.ops.labels import IGNORED
 from asa.ops.nested import region_masks
 
 
-def over_scales(
-    logits: Sequence[Tensor], label: Tensor, loss: Callable[[Tensor, Tensor], Tensor], scales: int | None = None
-) -> Tensor:
+class DeeplySupervised(nn.Module):
     """The weighted mean of a loss over resolutions, the weight halved at each coarser one.
 
+    Ignored voxels are in no term. All terms are means over samples, so that a batch computed in parts has the same
+    loss; a sample with only ignored voxels adds 0.
+
     Args:
-        logits: from the finest `(B, K, D, H, W)` to the coarsest.
-        label: class indices `(B, 1, D, H, W)`, any integer type.
-        loss: takes one resolution's logits in float32 and the label resampled to it by nearest neighbour, without a
-            shift.
         scales: resolutions with a weight, from the finest; coarser ones have the weight 0. None: all.
+        ignored: class index of voxels that are ignored.
 
-    Returns:
-        A scalar in float32.
+    Raises:
+        ValueError: fewer than 1 resolution.
     """
-    target = label.float()
-    weights = [0.5**level if scales is None or level < scales else 0.0 for level in range(len(logits))]
-    total = target.new_zeros(())
-    for weight, out in zip(weights, logits, strict=True):
-        total = total + weight * loss(out.float(), F.interpolate(target, out.shape[2:], mode="nearest-exact"))
-    return total / sum(weights)
+
+    def __init__(self, scales: int | None, ignored: int) -> None:
+        super().__init__()
+        if scales is not None and scales < 1:
+            raise ValueError(f"method.scales={scales}: give 1 or more resolutions, or null for all")
+        self.scales, self.ignored = scales, ignored
+
+    def forward(self, logits: Sequence[Tensor], label: Tensor) -> Tensor:
+        """The loss, a scalar in float32.
+
+        Args:
+            logits: from the finest `(B, K or R, D, H, W)` to the coarsest.
+            label: class indices `(B, 1, D, H, W)`, any integer type; resampled by nearest neighbour, without a shift.
+        """
+        target = label.float()
+        weights = [0.5**level if self.scales is None or level < self.scales else 0.0 for level in range(len(logits))]
+        total = target.new_zeros(())
+        for weight, out in zip(weights, logits, strict=True):
+            resampled = F.interpolate(target, out.shape[2:], mode="nearest-exact")
+            total = total + weight * self.at_one_scale(out.float(), resampled, resampled != self.ignored)
+        return total / sum(weights)
+
+    def at_one_scale(self, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        """The loss of one resolution's logits in float32, label `(B, 1, D, H, W)` and mask of voxels that count."""
+        raise NotImplementedError
 
 
-class DeeplySupervisedDiceCE(nn.Module):
-    """Dice plus cross-entropy at several resolutions, see `over_scales`.
-
-    Dice is without the background. Ignored voxels are in neither term. Both terms are means over samples, so that a
-    batch computed in parts has the same loss; a sample with only ignored voxels adds 0.
+class DeeplySupervisedDiceCE(DeeplySupervised):
+    """Dice without the background, plus cross-entropy, at several resolutions.
 
     Args:
         background_weight: of a background voxel in the cross-entropy, where that of a labelled one is 1: small where
             the labels take little of the volume. A network may else predict background everywhere, where the gradient
             of Dice is small, and stay there.
-        scales: resolutions with a weight, see `over_scales`.
-        ignored: class index of voxels that are ignored.
+        scales, ignored: see `DeeplySupervised`.
 
     Raises:
         ValueError: a weight outside (0, 1], or fewer than 1 resolution.
     """
 
     def __init__(self, *, background_weight: float = 1.0, scales: int | None = None, ignored: int = IGNORED) -> None:
-        super().__init__()
-        self.scales = _checked_scales(scales)
+        super().__init__(scales, ignored)
         if not 0 < background_weight <= 1:
             raise ValueError(f"method.background_weight={background_weight}: must be in (0, 1]")
-        self.background_weight, self.ignored = background_weight, ignored
+        self.background_weight = background_weight
         self.dice = MaskedDiceLoss(softmax=True, to_onehot_y=True, include_background=False)
 
-    def forward(self, logits: Sequence[Tensor], label: Tensor) -> Tensor:
-        """The loss, a scalar in float32.
-
-        Args:
-            logits: from the finest `(B, K, D, H, W)` to the coarsest.
-            label: class indices `(B, 1, D, H, W)`, any integer type.
-        """
-        return over_scales(logits, label, self._at_one_scale, self.scales)
-
-    def _at_one_scale(self, logits: Tensor, target: Tensor) -> Tensor:
-        counted = target != self.ignored
+    def at_one_scale(self, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         # The mask makes ignored voxels background with probability 0, and Dice is without the background.
         dice = self.dice(logits, target, counted)
         classes = target[:, 0].long()
@@ -81,49 +83,30 @@ class DeeplySupervisedDiceCE(nn.Module):
         return dice + _mean_of_counted(weights * voxels, weights)
 
 
-class DeeplySupervisedRegionLoss(nn.Module):
+class DeeplySupervisedRegionLoss(DeeplySupervised):
     """Dice plus binary cross-entropy of regions that may be nested, at several resolutions.
 
     Each region has its own channel with a sigmoid, as nnU-Net trains on BraTS (Isensee et al., BrainLes 2020).
-    Resolutions, ignored voxels and means over samples are as in `DeeplySupervisedDiceCE`.
 
     Args:
         regions: class indices of each region.
-        scales: resolutions with a weight, see `over_scales`.
-        ignored: class index of voxels that are ignored.
+        scales, ignored: see `DeeplySupervised`.
 
     Raises:
         ValueError: fewer than 1 resolution.
     """
 
     def __init__(self, regions: Sequence[Sequence[int]], *, scales: int | None = None, ignored: int = IGNORED) -> None:
-        super().__init__()
-        self.scales = _checked_scales(scales)
-        self.regions, self.ignored = [list(values) for values in regions], ignored
+        super().__init__(scales, ignored)
+        self.regions = [list(values) for values in regions]
         self.dice = MaskedDiceLoss(sigmoid=True)
 
-    def forward(self, logits: Sequence[Tensor], label: Tensor) -> Tensor:
-        """The loss, a scalar in float32.
-
-        Args:
-            logits: from the finest `(B, R, D, H, W)` to the coarsest.
-            label: class indices `(B, 1, D, H, W)`, any integer type.
-        """
-        return over_scales(logits, label, self._at_one_scale, self.scales)
-
-    def _at_one_scale(self, logits: Tensor, target: Tensor) -> Tensor:
-        counted = target != self.ignored
+    def at_one_scale(self, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         inside = region_masks(target, self.regions).float()
         # The mask makes ignored voxels background with probability 0: they change no sum of Dice.
         dice = self.dice(logits, inside, counted)
         voxels = F.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(dim=1)
         return dice + _mean_of_counted(voxels * counted[:, 0], counted[:, 0])
-
-
-def _checked_scales(scales: int | None) -> int | None:
-    if scales is not None and scales < 1:
-        raise ValueError(f"method.scales={scales}: give 1 or more resolutions, or null for all")
-    return scales
 
 
 def _mean_of_counted(voxels: Tensor, counted: Tensor) -> Tensor:

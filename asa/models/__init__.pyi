@@ -19,10 +19,6 @@ from .masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
 from .masked_autoencoder import asa_base as asa_base
 from .masked_autoencoder import asa_small as asa_small
 from .masked_autoencoder import asa_tiny as asa_tiny
-from .probe import LinearProbe as LinearProbe
-from .probe import probe_base as probe_base
-from .probe import probe_small as probe_small
-from .probe import probe_tiny as probe_tiny
 from .sa_swin import SASwin as SASwin
 from .sa_swin import sa_swin_base as sa_swin_base
 from .sa_swin import sa_swin_small as sa_swin_small
@@ -43,7 +39,11 @@ from .unet import SegmentationUNet as SegmentationUNet
 from .unet import unet_base as unet_base
 from .unet import unet_small as unet_small
 from .unet import unet_tiny as unet_tiny
+from .vit_seg import LinearProbe as LinearProbe
 from .vit_seg import SegmentationViT as SegmentationViT
+from .vit_seg import probe_base as probe_base
+from .vit_seg import probe_small as probe_small
+from .vit_seg import probe_tiny as probe_tiny
 from .vit_seg import vit_seg_base as vit_seg_base
 from .vit_seg import vit_seg_small as vit_seg_small
 from .vit_seg import vit_seg_tiny as vit_seg_tiny

@@ -4,6 +4,7 @@ Letters: volume `B C D H W`, tokens `B L E`, K classes.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,37 @@ from asa.models.sw_vit import SWViT
 from asa.models.swin import Swin
 
 
-class Classifier(nn.Module):
-    """Logits from the mean token, of the volume alone or after cross-attention to its mirror image.
+class WholeVolumeNetwork(nn.Module):
+    """A linear layer on the mean token, of the volume alone or after cross-attention to its mirror image."""
+
+    def __init__(self, encoder: SWViT | Swin, saca: SymmetryAwareBlock | None, outputs: int) -> None:
+        super().__init__()
+        self.encoder, self.saca = encoder, saca
+        self.head = nn.Linear(encoder.embed_dim, outputs)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the network also takes the mirror image."""
+        return self.saca is not None
+
+    def forward(self, volume: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """The outputs of the linear layer, `(B, outputs)`.
+
+        Args:
+            volume: `(B, C, D, H, W)`.
+            mirrored: with SACA, their mirror images, of the same shape.
+
+        Raises:
+            ValueError: the mirror images are missing.
+        """
+        if self.saca is None:
+            return self.head(self.encoder(volume).mean(dim=1))
+        f, counterpart = self.encoder(with_mirror(volume, mirrored)).chunk(2)
+        return self.head(self.saca(f, counterpart, self.encoder.token_grid(volume)).mean(dim=1))
+
+
+class Classifier(WholeVolumeNetwork):
+    """Logits `(B, K)` from the mean token.
 
     Args:
         encoder: volumes to tokens.
@@ -27,34 +57,12 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, encoder: SWViT | Swin, classes: int, saca: SymmetryAwareBlock | None = None) -> None:
-        super().__init__()
         if classes < 2:
             raise ValueError(f"classification needs at least two classes, got {classes}")
-        self.encoder, self.saca = encoder, saca
-        self.head = nn.Linear(encoder.embed_dim, classes)
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether the network also takes the mirror image."""
-        return self.saca is not None
-
-    def forward(self, volume: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """Classify volumes.
-
-        Args:
-            volume: `(B, C, D, H, W)`.
-            mirrored: with SACA, their mirror images, of the same shape.
-
-        Returns:
-            Logits `(B, K)`.
-
-        Raises:
-            ValueError: the mirror images are missing.
-        """
-        return self.head(_mean_token(self.encoder, self.saca, volume, mirrored))
+        super().__init__(encoder, saca, classes)
 
 
-class Regressor(nn.Module):
+class Regressor(WholeVolumeNetwork):
     """One number per volume, like the age, from the mean token: `mean + sd * head`, so that the head is standardised.
 
     Args:
@@ -67,116 +75,84 @@ class Regressor(nn.Module):
     """
 
     def __init__(self, encoder: SWViT | Swin, mean: float, sd: float, saca: SymmetryAwareBlock | None = None) -> None:
-        super().__init__()
         if not (math.isfinite(mean) and math.isfinite(sd) and sd > 0):
             raise ValueError(f"regression needs the mean and the SD of the training scans, got {mean} and {sd}")
-        self.encoder, self.saca = encoder, saca
+        super().__init__(encoder, saca, 1)
         self.mean, self.sd = float(mean), float(sd)
-        self.head = nn.Linear(encoder.embed_dim, 1)
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether the network also takes the mirror image."""
-        return self.saca is not None
 
     def forward(self, volume: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """Predict the number of each volume.
-
-        Args:
-            volume: `(B, C, D, H, W)`.
-            mirrored: with SACA, their mirror images, of the same shape.
+        """Predict the number of each volume; arguments as of `WholeVolumeNetwork.forward`.
 
         Returns:
             `(B,)`, float32 in the number's units, also under autocast: bfloat16 would round an age of 70 to a quarter.
-
-        Raises:
-            ValueError: the mirror images are missing.
         """
-        standardised = self.head(_mean_token(self.encoder, self.saca, volume, mirrored))[:, 0]
-        return self.mean + self.sd * standardised.float()
+        return self.mean + self.sd * super().forward(volume, mirrored)[:, 0].float()
 
 
-def _mean_token(
-    encoder: SWViT | Swin, saca: SymmetryAwareBlock | None, volume: Tensor, mirrored: Tensor | None
-) -> Tensor:
-    """The mean token `(B, E)`, of the volume alone or after cross-attention to its mirror image."""
-    if saca is None:
-        return encoder(volume).mean(dim=1)
-    f, counterpart = encoder(with_mirror(volume, mirrored)).chunk(2)
-    return saca(f, counterpart, encoder.token_grid(volume)).mean(dim=1)
+def _on_sw_vit(size: Mapping[str, Any], symmetry: bool, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    encoder = SWViT(**{**size, **overrides})
+    return {"encoder": encoder, "saca": SymmetryAwareBlock(encoder.embed_dim, encoder.num_heads) if symmetry else None}
+
+
+def _on_swin(size: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(("encoder", "saca"), sa_swin.swin_with_saca(**{**size, **overrides}), strict=True))
 
 
 def asa_classifier_base(classes: int, symmetry: bool = False, **overrides: Any) -> Classifier:
     """On ASA's encoder `sw_vit_base`, which takes `overrides`. `symmetry`: cross-attention to the mirror image."""
-    encoder = sw_vit.sw_vit_base(**overrides)
-    return Classifier(encoder, classes, _saca(encoder, symmetry))
+    return Classifier(classes=classes, **_on_sw_vit(sw_vit.BASE, symmetry, overrides))
 
 
 def asa_classifier_small(classes: int, symmetry: bool = False, **overrides: Any) -> Classifier:
     """On `sw_vit_small`: for a single workstation GPU."""
-    encoder = sw_vit.sw_vit_small(**overrides)
-    return Classifier(encoder, classes, _saca(encoder, symmetry))
+    return Classifier(classes=classes, **_on_sw_vit(sw_vit.SMALL, symmetry, overrides))
 
 
 def asa_classifier_tiny(classes: int, symmetry: bool = False, **overrides: Any) -> Classifier:
     """On `sw_vit_tiny`: for tests and demonstrations on a CPU."""
-    encoder = sw_vit.sw_vit_tiny(**overrides)
-    return Classifier(encoder, classes, _saca(encoder, symmetry))
+    return Classifier(classes=classes, **_on_sw_vit(sw_vit.TINY, symmetry, overrides))
 
 
 def sa_swin_classifier_base(classes: int, **overrides: Any) -> Classifier:
     """With the released encoder and SACA of SA-Swin; `overrides` are keywords of `asa.models.sa_swin.SASwin`."""
-    encoder, saca = sa_swin.swin_with_saca(**{**sa_swin.BASE, **overrides})
-    return Classifier(encoder, classes, saca)
+    return Classifier(classes=classes, **_on_swin(sa_swin.BASE, overrides))
 
 
 def sa_swin_classifier_small(classes: int, **overrides: Any) -> Classifier:
     """With those of `sa_swin_small`: for a single workstation GPU."""
-    encoder, saca = sa_swin.swin_with_saca(**{**sa_swin.SMALL, **overrides})
-    return Classifier(encoder, classes, saca)
+    return Classifier(classes=classes, **_on_swin(sa_swin.SMALL, overrides))
 
 
 def sa_swin_classifier_tiny(classes: int, **overrides: Any) -> Classifier:
     """With those of `sa_swin_tiny`: for tests and demonstrations on a CPU."""
-    encoder, saca = sa_swin.swin_with_saca(**{**sa_swin.TINY, **overrides})
-    return Classifier(encoder, classes, saca)
+    return Classifier(classes=classes, **_on_swin(sa_swin.TINY, overrides))
 
 
 def asa_regressor_base(mean: float, sd: float, symmetry: bool = False, **overrides: Any) -> Regressor:
     """On ASA's encoder `sw_vit_base`, which takes `overrides`. `symmetry`: cross-attention to the mirror image."""
-    encoder = sw_vit.sw_vit_base(**overrides)
-    return Regressor(encoder, mean, sd, _saca(encoder, symmetry))
+    return Regressor(mean=mean, sd=sd, **_on_sw_vit(sw_vit.BASE, symmetry, overrides))
 
 
 def asa_regressor_small(mean: float, sd: float, symmetry: bool = False, **overrides: Any) -> Regressor:
     """On `sw_vit_small`: for a single workstation GPU."""
-    encoder = sw_vit.sw_vit_small(**overrides)
-    return Regressor(encoder, mean, sd, _saca(encoder, symmetry))
+    return Regressor(mean=mean, sd=sd, **_on_sw_vit(sw_vit.SMALL, symmetry, overrides))
 
 
 def asa_regressor_tiny(mean: float, sd: float, symmetry: bool = False, **overrides: Any) -> Regressor:
     """On `sw_vit_tiny`: for tests and demonstrations on a CPU."""
-    encoder = sw_vit.sw_vit_tiny(**overrides)
-    return Regressor(encoder, mean, sd, _saca(encoder, symmetry))
+    return Regressor(mean=mean, sd=sd, **_on_sw_vit(sw_vit.TINY, symmetry, overrides))
 
 
 def sa_swin_regressor_base(mean: float, sd: float, **overrides: Any) -> Regressor:
     """With the released encoder and SACA of SA-Swin; `overrides` are keywords of `asa.models.sa_swin.SASwin`."""
-    encoder, saca = sa_swin.swin_with_saca(**{**sa_swin.BASE, **overrides})
-    return Regressor(encoder, mean, sd, saca)
+    return Regressor(mean=mean, sd=sd, **_on_swin(sa_swin.BASE, overrides))
 
 
 def sa_swin_regressor_small(mean: float, sd: float, **overrides: Any) -> Regressor:
     """With those of `sa_swin_small`: for a single workstation GPU."""
-    encoder, saca = sa_swin.swin_with_saca(**{**sa_swin.SMALL, **overrides})
-    return Regressor(encoder, mean, sd, saca)
+    return Regressor(mean=mean, sd=sd, **_on_swin(sa_swin.SMALL, overrides))
 
 
 def sa_swin_regressor_tiny(mean: float, sd: float, **overrides: Any) -> Regressor:
     """With those of `sa_swin_tiny`: for tests and demonstrations on a CPU."""
-    encoder, saca = sa_swin.swin_with_saca(**{**sa_swin.TINY, **overrides})
-    return Regressor(encoder, mean, sd, saca)
-
-
-def _saca(encoder: SWViT, symmetry: bool) -> SymmetryAwareBlock | None:
-    return SymmetryAwareBlock(encoder.embed_dim, encoder.num_heads) if symmetry else None
+    return Regressor(mean=mean, sd=sd, **_on_swin(sa_swin.TINY, overrides))

@@ -75,7 +75,7 @@ class SASwin(nn.Module):
         self.rotation = nn.Linear(width, 4)
         self.contrast = nn.Linear(width, projection)
         self.symmetry = nn.Linear(width, projection)
-        self.decoder = _decoder(width, embed_dim, in_channels)
+        self.decoder = Decoder(width, embed_dim, in_channels)
 
     def tokens(self, volume: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f, f~ and SACA(f, f~), each `(B, L, E)`, of volumes and their mirror images `(B, C, D, H, W)`."""
@@ -156,27 +156,25 @@ def _standardised(features: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Decoder(nn.Sequential):
-    """Convolutions in the precision that is safe for each resolution."""
+    """Tokens as a map to the volume: one convolution per level, each followed by x2, in the precision that is safe."""
+
+    def __init__(self, width: int, embed_dim: int, channels: int) -> None:
+        widths = [width, *(embed_dim * factor for factor in (8, 4, 2, 1, 1))]
+        stages: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            stages += [
+                nn.Conv3d(before, after, 3, padding=1),
+                nn.GroupNorm(1, after),  # an instance norm of a single voxel would be 0
+                nn.GELU(),
+                nn.Upsample(scale_factor=2, mode="trilinear"),
+            ]
+        super().__init__(*stages, nn.Conv3d(widths[-1], channels, 3, padding=1))
 
     def forward(self, features: Tensor) -> Tensor:
         """`(B, E, ...)` -> `(B, C, D, H, W)`."""
         for stage in self:
             features = in_safe_precision(stage, features)
         return features
-
-
-def _decoder(width: int, embed_dim: int, channels: int) -> Decoder:
-    """Tokens as a map `(B, E, ...)` -> the volume `(B, C, D, H, W)`: one convolution per level, each followed by x2."""
-    widths = [width, *(embed_dim * factor for factor in (8, 4, 2, 1, 1))]
-    stages: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        stages += [
-            nn.Conv3d(before, after, 3, padding=1),
-            nn.GroupNorm(1, after),  # an instance norm of a single voxel would be 0
-            nn.GELU(),
-            nn.Upsample(scale_factor=2, mode="trilinear"),
-        ]
-    return Decoder(*stages, nn.Conv3d(widths[-1], channels, 3, padding=1))
 
 
 def swin_with_saca(

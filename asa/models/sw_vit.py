@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from asa.models.transfer import other_patches, other_window
 from asa.ops.patches import (
     Selection,
     TokenSequence,
@@ -319,6 +320,17 @@ class SWViT(nn.Module):
         if name.startswith("blocks."):
             return len(self.blocks) - int(name.split(".")[1])
         return 0 if name.startswith("norm.") else len(self.blocks) + 1
+
+    def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
+        """A checkpoint's tensor for these channels, patches and windows: see `asa.models.transfer.Encoder`."""
+        own = self.get_parameter(name)
+        if tensor.ndim != 2 or len(tensor) != len(own):
+            return tensor, ""
+        if name == "patch_embed.weight" and tensor.shape[1] % (s := patch_size or self.patch_size) ** 3 == 0:
+            return other_patches(tensor, s, self.patch_size, self.in_channels)
+        if name.endswith("relative_position_bias") and tensor.shape[1] % 2:
+            return other_window(tensor, (own.shape[1] + 1) // 2)
+        return tensor, ""
 
     def token_grid(self, volume: Tensor) -> tuple[int, int, int]:
         """Tokens along each axis, the same for all volumes that the network takes."""

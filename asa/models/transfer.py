@@ -1,8 +1,7 @@
 """Transfer of a pretrained encoder's weights to another model: first a plan that can be printed, then loading.
 
 Only the encoder is transferred. Position encodings and window offsets are computed, not stored, so another volume size
-changes no weight. Other channels, patch sizes and windows are adapted; weights of MONAI's ViT are renamed. The encoders
-of ResEnc and Primus adapt checkpoints themselves.
+changes no weight. Each encoder adapts other sizes itself, by its method `adapted`; weights of MONAI's ViT are renamed.
 
 Letters: token width E, channels C, patch size s, heads M, window S.
 """
@@ -11,31 +10,41 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.models.sw_vit import SWViT
-
-Encoder: TypeAlias = Any  # a module that is a SWViT, or has `adapted(name, tensor)`
-
 PREFIX = "encoder."
-PATCH_WEIGHT = "patch_embed.weight"
-WINDOW_BIAS = "relative_position_bias"
-QKV_BIAS = "attention.qkv.bias"
+ABSENT = ("relative_position_bias", "attention.qkv.bias")  # a ViT of MONAI has no windows, and may have no such bias
 # MONAI's names as regular expressions, after the prefix, and ours.
 MONAI = (
     (r"patch_embedding\.patch_embeddings\.(?:1\.)?(weight|bias)", r"patch_embed.\1"),
-    (r"blocks\.(\d+)\.(norm[12]\.(?:weight|bias))", r"blocks.\1.\2"),
     (r"blocks\.(\d+)\.attn\.(qkv\.(?:weight|bias))", r"blocks.\1.attention.\2"),
     (r"blocks\.(\d+)\.attn\.out_proj\.(weight|bias)", r"blocks.\1.attention.proj.\2"),
     (r"blocks\.(\d+)\.mlp\.linear1\.(weight|bias)", r"blocks.\1.mlp.0.\2"),
     (r"blocks\.(\d+)\.mlp\.linear2\.(weight|bias)", r"blocks.\1.mlp.2.\2"),
-    (r"(norm\.(?:weight|bias))", r"\1"),
+    (r"((?:blocks\.\d+\.norm[12]|norm)\.(?:weight|bias))", r"\1"),
 )
 POSITIONS = "patch_embedding.position_embeddings"
+
+
+class Encoder(Protocol):
+    """A module whose weights can be initialised from a checkpoint of other sizes."""
+
+    def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
+        """A checkpoint's tensor as this encoder needs it, and what was changed; itself and "" if that is impossible.
+
+        Args:
+            name: of the tensor in this encoder.
+            tensor: the checkpoint's.
+            patch_size: that the checkpoint was trained with; None: this encoder's.
+        """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
             missing = "not part of the encoder" if inner == name else "the new encoder has no such tensor"
             plan.append(Transfer(name, "left out", reason or missing, original))
             continue
-        adapted, change = _adapt(inner, tensor, source.patch_size, encoder)
+        adapted, change = encoder.adapted(inner, tensor, source.patch_size)
         if adapted.shape != own[inner].shape:
             why = f"{tuple(tensor.shape)} does not fit {tuple(own[inner].shape)}"
             plan.append(Transfer(name, "left out", why, original))
@@ -107,14 +116,6 @@ def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
 
 def transfer_encoder(source: Source, encoder: Encoder) -> list[Transfer]:
     """Load a checkpoint's encoder into another encoder, in place.
-
-    These differences are adapted:
-
-    - number of channels: the patch projection is summed over the old channels, repeated for each new one and divided
-      by their number, so that equal channels give the same tokens as before.
-    - patch size: the patch projection is resampled by the pseudoinverse of the trilinear enlargement (FlexiViT,
-      CVPR 2023), so that an enlarged patch gives the same token as before.
-    - window: offsets in tokens keep their bias; offsets beyond the old window take the bias of its outermost one.
 
     Args:
         source: the weights.
@@ -175,8 +176,8 @@ def transfer_table(plan: list[Transfer], encoder: Encoder) -> str:
     for entry in plan:
         here = "-" if entry.action == "left out" else entry.name
         rows.append((here, entry.source or "-", entry.action, entry.why))
-    if isinstance(encoder, SWViT):
-        grid = " x ".join(map(str, encoder.grid))
+    if hasattr(encoder, "position"):
+        grid = " x ".join(map(str, getattr(encoder, "grid", ())))
         rows.append((f"{PREFIX}position", "-", "computed", f"for the grid of {grid} tokens; not a weight"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
@@ -184,41 +185,42 @@ def transfer_table(plan: list[Transfer], encoder: Encoder) -> str:
     )
 
 
-def _adapt(inner: str, tensor: Tensor, patch_size: int | None, encoder: Encoder) -> tuple[Tensor, str]:
-    """A checkpoint's tensor as the encoder needs it, and what was changed; the tensor itself where that is impossible.
+# ---- tensors for other sizes, as the encoders adapt them ----
 
-    See `transfer_encoder`.
+
+def other_channels(kernel: Tensor, channels: int) -> tuple[Tensor, str]:
+    """The kernel (E, C, d, h, w) of a first convolution for other channels, and what was changed.
+
+    It is summed over the old channels, repeated for each new one and divided by their number, so that equal channels
+    give the same features as before.
     """
-    if not isinstance(encoder, SWViT):
-        return encoder.adapted(inner, tensor)
-    own = encoder.state_dict()[inner]
-    if inner == PATCH_WEIGHT:
-        s, now = patch_size or encoder.patch_size, encoder.patch_size
-        fits = tensor.ndim == 2 and len(tensor) == len(own) and tensor.shape[1] % s**3 == 0
-        return _other_patches(tensor, s, now, encoder.in_channels) if fits else (tensor, "")
-    if inner.endswith(WINDOW_BIAS) and tensor.ndim == 2 and len(tensor) == len(own) and tensor.shape[1] % 2:
-        return _other_window(tensor, (own.shape[1] + 1) // 2)
-    return tensor, ""
+    if kernel.ndim != 5 or kernel.shape[1] == channels:
+        return kernel, ""
+    mean = kernel.sum(dim=1, keepdim=True) / channels
+    return mean.repeat_interleave(channels, dim=1), f"{kernel.shape[1]} to {channels} input channels"
 
 
-def _other_patches(weight: Tensor, s: int, size: int, channels: int) -> tuple[Tensor, str]:
-    """Patch projection (E, C*s^3) for other channels and patches of another size."""
-    kernel, changes = weight.reshape(len(weight), -1, s, s, s), []
-    before = kernel.shape[1]
-    if before != channels:
-        changes.append(f"{before} to {channels} input channels")
+def other_patches(weight: Tensor, s: int, size: int, channels: int) -> tuple[Tensor, str]:
+    """A patch projection (E, C*s^3) for other channels and patches of another size, and what was changed.
+
+    Patches are resampled by the pseudoinverse of the trilinear enlargement (FlexiViT, CVPR 2023), so that an enlarged
+    patch gives the same token as before.
+    """
+    kernel, resampled = weight.reshape(len(weight), -1, s, s, s), ""
     if s != size:
-        changes.append(f"patches of {s} to {size} voxels, resampled")
+        resampled = f"patches of {s} to {size} voxels, resampled"
         enlarge = F.interpolate(torch.eye(s, dtype=torch.float64)[None], size=size, mode="linear")[0]  # s size
         back = torch.linalg.pinv(enlarge).to(kernel.dtype)  # size s
         kernel = torch.einsum("ecdhw,xd,yh,zw->ecxyz", kernel, back, back, back)
-    if before != channels:
-        kernel = (kernel.sum(dim=1, keepdim=True) / channels).expand(-1, channels, -1, -1, -1)
-    return kernel.flatten(1), "; ".join(changes)
+    kernel, change = other_channels(kernel, channels)
+    return kernel.flatten(1), "; ".join(filter(None, (change, resampled)))
 
 
-def _other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
-    """Bias table (M, 2S-1) for another window; its middle is offset 0."""
+def other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
+    """A bias table (M, 2S-1) for another window, and what was changed. Its middle is offset 0.
+
+    Offsets in tokens keep their bias; offsets beyond the old window take the bias of its outermost one.
+    """
     before = (bias.shape[1] + 1) // 2
     wider = window - before
     if wider == 0:
@@ -227,6 +229,9 @@ def _other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
         padded = F.pad(bias[None], (wider, wider), mode="replicate")[0]
         return padded, f"window {before} to {window}, the outermost offset repeated"
     return bias[:, -wider : bias.shape[1] + wider], f"window {before} to {window}, the outer offsets cut off"
+
+
+# ---- weights from elsewhere ----
 
 
 def from_monai(weights: Mapping[str, Tensor]) -> Source:
@@ -253,12 +258,12 @@ def from_monai(weights: Mapping[str, Tensor]) -> Source:
     for source, tensor in weights.items():
         ours = _renamed(source, prefix)
         found[ours], names[ours] = tensor, source
-        if ours == PREFIX + PATCH_WEIGHT:
+        if ours == f"{PREFIX}patch_embed.weight":
             found[ours], patch_size = _reversed_patches(tensor)
             reasons[ours] = "axes x y z turned to z y x"
         elif source == prefix + POSITIONS:
             reasons[ours] = "positions are computed here"
-    return Source(found, patch_size, names, reasons, absent=(WINDOW_BIAS, QKV_BIAS))
+    return Source(found, patch_size, names, reasons, absent=ABSENT)
 
 
 def _renamed(source: str, prefix: str) -> str:
@@ -288,7 +293,7 @@ def _reversed_patches(tensor: Tensor) -> tuple[Tensor, int]:
 def transfer_sa_swin(source: Source, model: nn.Module) -> str:
     """Load an SA-Swin's encoder and cross-attention into a network that has the same two, in place.
 
-    A patch embedding for another number of channels is averaged over the old channels and shared by the new ones.
+    A patch embedding for another number of channels is adapted, see `other_channels`.
 
     Args:
         source: the checkpoint's weights.
@@ -303,8 +308,8 @@ def transfer_sa_swin(source: Source, model: nn.Module) -> str:
     own, loaded = model.state_dict(), {}
     for name in (name for name in own if name.startswith(("encoder.", "saca."))):
         tensor = source.weights.get(name)
-        if tensor is not None and name.endswith("patch_embed.proj.weight") and tensor.shape[1] != own[name].shape[1]:
-            tensor = tensor.sum(dim=1, keepdim=True).expand(own[name].shape) / own[name].shape[1]
+        if tensor is not None and name.endswith("patch_embed.proj.weight"):
+            tensor, _ = other_channels(tensor, own[name].shape[1])
         if tensor is None or tensor.shape != own[name].shape:
             there = "absent" if tensor is None else f"{tuple(tensor.shape)}"
             raise ValueError(

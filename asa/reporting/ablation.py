@@ -7,9 +7,9 @@ OUT/ablation.png   the first metric against the labelled subjects (needs the `re
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import numpy as np
 
 from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
-from asa.evaluation.comparison import Run, latex_tabular, mean_text
+from asa.evaluation.comparison import Run, latex_tabular, markdown_lines, mean_text
 from asa.evaluation.policies import CLASSIFICATION, MetricInfo, PolicyInfo, get_policy
 from asa.evaluation.summary import Statistic, number_text, statistic
-from asa.reporting.plots import png_of
+from asa.reporting.plots import plain, png_of
 
 MEAN = "mean"  # of the regions of a case
 # Okabe and Ito's palette, in an order of high contrast on white.
@@ -73,7 +73,7 @@ def labelled_text(count: int | float | None) -> str:
 
 def trial_line(trial: Trial) -> str:
     """The first metric of a trial, its mean over the cases in each region."""
-    metric = _metrics([trial])[0]
+    metric = _policy([trial]).metrics[0]
     means = [f"{region} {number_text(_mean(trial, metric, region), metric.digits)}" for region in _regions([trial])]
     return f"{metric.title} {', '.join(means)}"
 
@@ -119,7 +119,7 @@ def ablation_rows(trials: Sequence[Trial], arms: Sequence[str]) -> list[Row]:
     counts = dict.fromkeys(trial.labelled for trial in trials)
     return [
         _row(groups[count, arm], None if arm == arms[0] else groups.get((count, arms[0]), []), metric, region)
-        for metric, count, arm in product(_metrics(trials), counts, arms)
+        for metric, count, arm in product(_policy(trials).metrics, counts, arms)
         if (count, arm) in groups
         for region in _regions(trials)
     ]
@@ -157,26 +157,26 @@ def _values(trials: Sequence[Trial], metric: MetricInfo, region: str) -> dict[tu
 
 
 def _over_cases(values: dict[tuple[int, str], float], bounds: tuple[float, float]) -> Statistic:
-    """Statistic over the cases, each the average over its seeds; undefined values are left out of the average."""
+    """Statistic over the cases, each the average over its seeds."""
     cases: dict[str, list[float]] = {}
     for (_, case), value in values.items():
         cases.setdefault(case, []).append(value)
-    defined = {case: [value for value in found if not math.isnan(value)] for case, found in cases.items()}
-    return statistic([float(np.mean(found)) if found else math.nan for found in defined.values()], bounds=bounds)
+    return statistic([_average(found) for found in cases.values()], bounds=bounds)
 
 
 def _mean(trial: Trial, metric: MetricInfo, region: str) -> float:
-    defined = [value for value in _values([trial], metric, region).values() if not math.isnan(value)]
+    return _average(_values([trial], metric, region).values())
+
+
+def _average(values: Iterable[float]) -> float:
+    """Mean of the values that are defined; NaN if none is."""
+    defined = [value for value in values if not math.isnan(value)]
     return float(np.mean(defined)) if defined else math.nan
 
 
 def _policy(trials: Sequence[Trial]) -> PolicyInfo:
     name = trials[0].run.setting["policy"]
     return CLASSIFICATION if name == CLASSIFICATION.name else get_policy(name)
-
-
-def _metrics(trials: Sequence[Trial]) -> list[MetricInfo]:
-    return list(_policy(trials).metrics)
 
 
 def _regions(trials: Sequence[Trial]) -> list[str]:
@@ -225,33 +225,25 @@ def _explained(trials: Sequence[Trial]) -> str:
 
 def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> str:
     """The tables for reading: `overview`, and a part for each metric with the differences from the first arm."""
-    regions = _regions(trials)
-    lines = [
-        "# Ablation",
-        "",
-        f"{_explained(trials)} The difference is from `{arms[0]}` with the same seeds and cases. Seed sd is the spread "
-        "of the seeds' means.",
-    ]
+    explained = f"{_explained(trials)} The difference is from `{arms[0]}` with the same seeds and cases. "
+    lines = ["# Ablation", "", f"{explained}Seed sd is the spread of the seeds' means."]
     lines += [f"- {note}" for note in ["", *notes]] if notes else []
-    heads, *table = overview(rows)
-    lines += ["", _line(heads), _line(["---:", "---", *["---"] * (len(heads) - 2)]), *map(_line, table)]
+    lines += ["", *markdown_lines(overview(rows), 2)]
+    heads = ["labelled", "arm", *_regions(trials), f"difference from {arms[0]}", "seed sd", "seeds", "cases"]
     for metric in dict.fromkeys(row.metric for row in rows):
-        heads = ["labelled", "arm", *regions, f"difference from {arms[0]}", "seed sd", "seeds", "cases"]
-        lines += ["", f"## {metric.heading}", "", _line(heads), _line(["---:", "---", *["---"] * (len(heads) - 2)])]
-        here = [row for row in rows if row.metric is metric]
-        for labelled, arm in dict.fromkeys((row.labelled, row.arm) for row in here):
-            found = [row for row in here if (row.labelled, row.arm) == (labelled, arm)]
-            last = found[-1]
-            cells = [mean_text(row.values, metric.digits) for row in found]
-            gap = "" if last.difference is None else mean_text(last.difference, metric.digits, "+")
-            sd = "" if math.isnan(last.seed_sd) else f"{last.seed_sd:.{metric.digits}f}"
-            cases = f"{last.values.used} of {last.values.total}"
-            lines.append(_line([labelled, arm, *cells, gap, sd, str(last.seeds), cases]))
+        groups = groupby((row for row in rows if row.metric is metric), lambda row: (row.labelled, row.arm))
+        table = [[*names, *_cells(list(found), metric.digits)] for names, found in groups]
+        lines += ["", f"## {metric.heading}", "", *markdown_lines([heads, *table], 2)]
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _cells(found: Sequence[Row], digits: int) -> list[str]:
+    """The numbers of one arm in all regions; the last columns are those of the last region, the mean of several."""
+    last = found[-1]
+    gap = "" if last.difference is None else mean_text(last.difference, digits, "+")
+    sd = "" if math.isnan(last.seed_sd) else f"{last.seed_sd:.{digits}f}"
+    cases = f"{last.values.used} of {last.values.total}"
+    return [*(mean_text(row.values, digits) for row in found), gap, sd, str(last.seeds), cases]
 
 
 def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:
@@ -271,9 +263,7 @@ def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:
         axis.set_title(region)
         axis.set_xticks(range(len(counts)), counts)
         axis.set_xlim(-0.5, len(counts) - 0.5)
-        axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis, "y")
     axes[0].set_ylabel(f"{rows[0].metric.heading}, 95 % interval over cases")
     figure.supxlabel("labelled subjects", fontsize="medium")
     handles, names = axes[0].get_legend_handles_labels()

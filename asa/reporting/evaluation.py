@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,17 @@ import numpy as np
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, spacing_of, to_ras
 from asa.evaluation.metrics import bounding_box
 from asa.evaluation.policies import MetricInfo
-from asa.evaluation.statistics import LEVEL, RESAMPLES, interval_kind
-from asa.evaluation.summary import Row, SegmentationSummary, Summary, label_notes, number_text, statistic_cells
-from asa.reporting.figures import central_slices, encode_png, hex_colour, label_colours, overlay_panel
+from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, interval_kind
+from asa.evaluation.summary import (
+    CaseRow,
+    Row,
+    SegmentationSummary,
+    Summary,
+    label_notes,
+    number_text,
+    statistic_cells,
+)
+from asa.reporting.figures import Lengths, central_slices, encode_png, hex_colour, label_colours, overlay_panel
 from asa.reporting.pages import data_uri, require_for_page, write_page
 from asa.reporting.plots import box_plots
 
@@ -60,7 +69,11 @@ def write_report(path: Path, summary: SegmentationSummary, cases: Sequence[CaseF
         **summary_values(summary),
         notes=label_notes(summary),
         shown=[_case_figure(title, files[case_id], summary) for case_id, title in titles.items()],
-        cases=_case_table(summary),
+        differences=[(name, hex_colour(colour)) for name, colour in DIFFERENCES.items()],
+        cases=[
+            (case_id, [(row, value_cells(row, summary), _size_cells(row)) for row in rows])
+            for case_id, rows in groupby(summary.rows, lambda row: row.case_id)
+        ],
     )
 
 
@@ -79,6 +92,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         ],
         "level": f"{100 * LEVEL:g} %",
         "resamples": f"{RESAMPLES:,}",
+        "seed": SEED,
         "interval": interval_kind(summary.counts),
         "plots": data_uri(box_plots(summary)),
         "collapsed": len(summary.rows) > MAX_OPEN_ROWS,
@@ -123,19 +137,10 @@ def _badness(metric: MetricInfo, value: float) -> float:
 # ---- cases of label maps ----
 
 
-def _case_table(summary: SegmentationSummary) -> list[dict[str, Any]]:
-    table: dict[str, list[dict[str, Any]]] = {case_id: [] for case_id in summary.case_ids}
-    for row in summary.rows:
-        table[row.case_id].append(
-            {
-                "label": row.label,
-                "values": value_cells(row, summary),
-                "voxels": ["none" if n is None else f"{n:,}" for n in (row.voxels_predicted, row.voxels_true)],
-                "ml": ["none" if v is None else f"{v:,.2f}" for v in (row.ml_predicted, row.ml_true)],
-                "note": row.empty,
-            }
-        )
-    return [{"id": case_id, "rows": rows} for case_id, rows in table.items()]
+def _size_cells(row: CaseRow) -> list[str]:
+    """Volume in ml and voxels, each predicted and true, as text for a table."""
+    ml = ["none" if volume is None else f"{volume:,.2f}" for volume in (row.ml_predicted, row.ml_true)]
+    return ml + ["none" if count is None else f"{count:,}" for count in (row.voxels_predicted, row.voxels_true)]
 
 
 def _case_figure(title: str, files: CaseFiles, summary: SegmentationSummary) -> dict[str, Any]:
@@ -143,71 +148,95 @@ def _case_figure(title: str, files: CaseFiles, summary: SegmentationSummary) -> 
     metric = summary.policy.metrics[0]
     rows = [row for row in summary.rows if row.case_id == files.case_id]
     rows.sort(key=lambda row: _badness(metric, row.values[metric.name]), reverse=True)
-    focus = rows[0].label
-
     assert files.prediction is not None, "a case without a prediction has no score and no figure"
-    truth, (prediction,), image, spacing = case_volumes(files.case_id, files.truth, [files.prediction], files.image)
-    region = np.isin(truth, summary.regions[focus]) | np.isin(prediction, summary.regions[focus])
-    if not region.any():
-        region |= truth != 0
-    at = central_slices(region) if region.any() else tuple(side // 2 for side in truth.shape)
-    names = summary.labels | {v: f"ignored ({v})" for v in summary.policy.ignored if v not in summary.labels}
-    maps = [colour_indices(truth, list(names)), colour_indices(prediction, list(names))]
-    colours = label_colours(len(names))
-    columns = ["Image", "Truth", "Prediction", "Differences"][image is None :]
-    panel = overlay_panel(
-        image,
-        [*maps, _differences(truth, prediction, summary.policy.ignored)],
-        colours=[colours, colours, np.array(list(DIFFERENCES.values()), dtype=np.uint8)],
-        at=at,
-        spacing=spacing,
-        tile_width=PANEL_WIDTH // len(columns),
+    panel = label_panel(
+        files.case_id,
+        [("Truth", files.truth), ("Prediction", files.prediction)],
+        files.image,
+        labels=summary.labels,
+        ignored=summary.policy.ignored,
+        region=summary.regions[rows[0].label],
+        differences=True,
     )
-    drawn = {int(k) for values in maps for axis in range(3) for k in np.unique(values.take(at[axis], axis))}
-    legend = [(name, hex_colour(colour)) for name, colour in zip(names.values(), colours, strict=True)]
-    return {
+    return panel | {
         "title": title,
-        "id": files.case_id,
-        "focus": focus,
-        "columns": columns,
-        "panel": data_uri(encode_png(panel)),
-        "width": panel.shape[1],
-        "labels": [legend[k - 1] for k in sorted(drawn - {0})],
-        "differences": [(name, hex_colour(colour)) for name, colour in DIFFERENCES.items()],
+        "focus": rows[0].label,
         "rows": [(row.label, value_cells(row, summary), row.empty) for row in rows[:WORST_ROWS]],
         "hidden": max(len(rows) - WORST_ROWS, 0),
     }
 
 
-Lengths = tuple[float, float, float]
-CaseVolumes = tuple[np.ndarray, list[np.ndarray], np.ndarray | None, Lengths]
+# ---- panels of label maps, for the pages of evaluations and comparisons ----
 
 
-def case_volumes(case_id: str, truth: Path, predictions: Sequence[Path], image: Path | None) -> CaseVolumes:
-    """A case's truth, predictions and image in RAS `(D, H, W)`, cropped to the head, and their voxel size in mm.
+def label_panel(
+    case_id: str,
+    paths: Sequence[tuple[str, Path]],
+    image: Path | None,
+    *,
+    labels: Mapping[int, str],
+    ignored: Sequence[int],
+    region: Sequence[int],
+    differences: bool = False,
+) -> dict[str, Any]:
+    """Template values of a panel: a case's image and label maps on the slices through the middle of a region.
+
+    Args:
+        paths: title and file of the truth, and of one prediction or more.
+        image: on the same grid.
+        labels: label value -> name.
+        ignored: values of the truth that a policy ignores.
+        region: label values; it is searched for in the truth, else in the predictions.
+        differences: draw those between the truth and the first prediction too.
 
     Raises:
         FileNotFoundError, ValueError: a file that is missing, unreadable or on another grid.
     """
-    reference = read_label(truth)
-    native = [reference.data, *(read_label(path).data for path in predictions)]
+    volumes, grey, spacing = _read_volumes(case_id, [path for _, path in paths], image)
+    inside = [np.isin(values, region) for values in volumes]
+    focus = inside[0] if inside[0].any() else np.logical_or.reduce(inside)
+    at = central_slices(focus if focus.any() else volumes[0] != 0)
+    names = {**labels, **{value: f"ignored ({value})" for value in ignored if value not in labels}}
+    colours = label_colours(len(names))
+    maps = [_colour_indices(values, list(names)) for values in volumes]
+    drawn = {int(k) for values in maps for axis in range(3) for k in np.unique(values.take(at[axis], axis))}
+    columns, tables = [*["Image"] * (grey is not None), *(title for title, _ in paths)], [colours] * len(maps)
+    if differences:
+        columns.append("Differences")
+        maps.append(_differences(volumes[0], volumes[1], ignored))
+        tables.append(np.array(list(DIFFERENCES.values()), dtype=np.uint8))
+    width = PANEL_WIDTH // len(columns)
+    panel = overlay_panel(grey, maps, colours=tables, at=at, spacing=spacing, tile_width=width)
+    legend = [(name, hex_colour(colour)) for name, colour in zip(names.values(), colours, strict=True)]
+    return {
+        "id": case_id,
+        "columns": columns,
+        "panel": data_uri(encode_png(panel)),
+        "width": panel.shape[1],
+        "labels": [legend[k - 1] for k in sorted(drawn - {0})],
+    }
+
+
+def _read_volumes(
+    case_id: str, paths: Sequence[Path], image: Path | None
+) -> tuple[list[np.ndarray], np.ndarray | None, Lengths]:
+    """A case's label maps and image in RAS `(D, H, W)`, cropped to the head, and their voxel size in mm."""
+    reference = read_label(paths[0])
+    native = [reference.data, *(read_label(path).data for path in paths[1:])]
+    foreground = np.logical_or.reduce([labels != 0 for labels in native])
     if image is not None:
         scan = read_image(image)
         check_same_geometry(scan, reference, f"case {case_id}: image and truth")
         native.append(scan.data)
-    volumes = [to_ras(data, reference.affine)[0].transpose(2, 1, 0) for data in native]
-    width, height, depth = spacing_of(to_ras(reference.data, reference.affine)[1]).tolist()
-    count = 1 + len(predictions)
-    filled = np.logical_or.reduce([labels != 0 for labels in volumes[:count]])
-    if image is not None:
-        filled |= volumes[-1] > volumes[-1].min()
-    head = bounding_box(filled) if filled.any() else ()
+        foreground |= scan.data > scan.data.min()
+    head = bounding_box(foreground) if foreground.any() else ()
     box = tuple(slice(max(side.start - MARGIN, 0), side.stop + MARGIN) for side in head)
-    volumes = [volume[box] for volume in volumes]
-    return volumes[0], volumes[1:count], volumes[-1] if image is not None else None, (depth, height, width)
+    volumes = [to_ras(data[box], reference.affine)[0].transpose(2, 1, 0) for data in native]
+    width, height, depth = spacing_of(to_ras(reference.data, reference.affine)[1]).tolist()
+    return volumes[: len(paths)], None if image is None else volumes[-1], (depth, height, width)
 
 
-def colour_indices(data: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+def _colour_indices(data: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     """Label values as their position in `labels`, from 1; background stays 0."""
     values = np.array([0, *labels])
     order = np.argsort(values)

@@ -1,4 +1,4 @@
-"""Panels of volumes in three planes, in plain numpy: grey slices, label overlays, marked sides.
+"""Panels of volumes in three planes: grey slices, label overlays, marked sides; and titles and legends for pictures.
 
 Volumes are RAS `(D, H, W)`: inferior->superior, posterior->anterior, left->right. They are drawn in the
 radiological convention: the patient's right is on the viewer's left in axial and coronal slices (marked R and L),
@@ -10,6 +10,10 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+READABLE = 900  # width in pixels that a picture is enlarged to for a title or a legend
+TITLE = 30  # height in pixels of a line of them
 
 _SIDES = (("R", "L"), ("R", "L"), ("A", "P"))  # of the axial, coronal and sagittal plane
 GAP = 4  # pixels between tiles
@@ -19,13 +23,6 @@ _MASKED = np.array([52, 66, 92], dtype=np.uint8)  # colour of masked patches, un
 _PALETTE = np.array([[86, 180, 233], [230, 159, 0], [0, 158, 115], [240, 228, 66]], dtype=np.uint8)
 
 OUTLINE, MIDLINE = _PALETTE[0], _PALETTE[1]  # of the brain, and the mid-sagittal plane, in thumbnails
-
-_GLYPHS = {  # 5 x 7 bitmaps, so that no font is needed
-    "A": "01110 10001 10001 11111 10001 10001 10001",
-    "L": "10000 10000 10000 10000 10000 10000 11111",
-    "P": "11110 10001 10001 11110 10000 10000 10000",
-    "R": "11110 10001 10001 11110 10100 10010 10001",
-}
 
 Index = tuple[int, int, int]
 Lengths = tuple[float, float, float]
@@ -39,11 +36,14 @@ def label_colours(count: int) -> np.ndarray:
 
 
 def central_slices(mask: np.ndarray) -> Index:
-    """Slices `(d, h, w)` through the centre of a non-empty mask `(D, H, W)`; each of them meets the mask.
+    """Slices `(d, h, w)` through the centre of a mask `(D, H, W)`; each of them meets the mask, unless it is empty.
 
     The centre is the median position on each axis; along W, that of the half that contains more of the mask. The
-    median over both hemispheres would be the midline, where there is little to see.
+    median over both hemispheres would be the midline, where there is little to see. The slices of an empty mask are
+    those in the middle, next to the midline.
     """
+    if not mask.any():
+        return _default_slices(mask.shape)
     middle = mask.shape[2] // 2
     left, right = np.count_nonzero(mask[..., :middle]), np.count_nonzero(mask[..., middle:])
     depths, heights, _ = np.nonzero(mask)
@@ -91,10 +91,10 @@ def overlay_panel(
 
     rows = []
     for plane in range(3):
-        grey = _grey(_resize(_slice(volume, plane, at), plane, spacing, pitch, smooth=True), window)
+        grey = _grey(_resize(_slice(volume, plane, at), plane, spacing, pitch), window)
         row = [] if image is None else [grey]
         for values, table in zip(labels, tables, strict=True):
-            drawn = _resize(_slice(values, plane, at), plane, spacing, pitch, smooth=False)
+            drawn = _resize(_slice(values, plane, at), plane, spacing, pitch, labels=True)
             row.append(_blend(grey, drawn, table, opacity))
         rows.append(row)
     return _grid(rows)
@@ -159,15 +159,46 @@ def thumbnail_row(
     pitch = max(size * step for size, step in zip((depth, height, width), spacing, strict=True)) / side
     cells = []
     for plane, (values, mask) in enumerate(zip(slices, masks, strict=True)):
-        flipped = values[::-1, ::-1].astype(np.float32)
-        level = np.rint(_resize(flipped, plane, spacing, pitch, smooth=True)).astype(np.uint8)
-        inside = _resize(mask[::-1, ::-1].astype(np.uint8), plane, spacing, pitch, smooth=False)
-        tile = _blend(level[..., None].repeat(3, axis=2), inside, OUTLINE[None], opacity=0.0)
+        level = np.rint(_resize(values[::-1, ::-1], plane, spacing, pitch)).astype(np.uint8)
+        inside = _resize(mask[::-1, ::-1], plane, spacing, pitch, labels=True)
+        tile = _blend(level[..., None], inside, OUTLINE[None], opacity=0.0)
         if midline is not None and plane < 2:
             _draw_midline(tile, values.shape, midline[plane])
-        cells.append(_centred(tile, side, side))
-        _mark_sides(cells[-1], _SIDES[plane], size=2)
+        cells.append(_cell(tile, side, side, _SIDES[plane]))
     return with_gaps(cells, axis=1)
+
+
+def titled(picture: np.ndarray, titles: Sequence[str]) -> np.ndarray:
+    """A picture (H, W, 3) enlarged to a readable size, by whole factors, with a title above each of its columns."""
+    large, font = _readable(picture), ImageFont.load_default(TITLE * 0.6)
+    bar = Image.new("RGB", (large.shape[1], TITLE))
+    for column, title in enumerate(titles):
+        middle = ((column + 0.5) * bar.width / len(titles), TITLE / 2)
+        ImageDraw.Draw(bar).text(middle, title, font=font, anchor="mm")
+    return np.concatenate([np.asarray(bar), large])
+
+
+def with_legend(picture: np.ndarray, names: Sequence[str], colours: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) enlarged as by `titled`, and below it the names of labels, each after its colour (RGB)."""
+    large, font = _readable(picture), ImageFont.load_default(TITLE * 0.6)
+    square, places, right, row = TITLE // 2, [], 0, 0
+    for name in names:
+        width = 2 * square + round(font.getlength(name)) + square
+        if right + width > large.shape[1] and right:
+            right, row = 0, row + 1
+        places.append((right, row * TITLE))
+        right += width
+    bar = Image.new("RGB", (large.shape[1], (row + 1) * TITLE))
+    draw = ImageDraw.Draw(bar)
+    for name, colour, (x, y) in zip(names, colours, places, strict=True):
+        draw.rectangle((x, y + square // 2, x + square, y + square // 2 + square), fill=tuple(map(int, colour)))
+        draw.text((x + 2 * square, y + TITLE / 2), name, font=font, anchor="lm")
+    return np.concatenate([large, np.asarray(bar)])
+
+
+def _readable(picture: np.ndarray) -> np.ndarray:
+    factor = max(round(READABLE / picture.shape[1]), 1)
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def with_gaps(tiles: Sequence[np.ndarray], axis: int) -> np.ndarray:
@@ -179,11 +210,9 @@ def with_gaps(tiles: Sequence[np.ndarray], axis: int) -> np.ndarray:
 
 
 def encode_png(panel: np.ndarray) -> bytes:
-    """A panel as a PNG; needs matplotlib (the `report` extra)."""
-    from matplotlib.image import imsave
-
+    """A panel as a PNG."""
     buffer = io.BytesIO()
-    imsave(buffer, panel, format="png")
+    Image.fromarray(panel).save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -200,7 +229,7 @@ def _common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:
     return depth, height, width
 
 
-def _default_slices(shape: tuple[int, int, int]) -> Index:
+def _default_slices(shape: tuple[int, ...]) -> Index:
     # The midline itself shows little but the longitudinal fissure.
     return shape[0] // 2, shape[1] // 2, shape[2] * 2 // 5
 
@@ -210,23 +239,12 @@ def _slice(volume: np.ndarray, plane: int, at: Index) -> np.ndarray:
     return np.take(volume, at[plane], axis=plane)[::-1, ::-1]
 
 
-def _resize(values: np.ndarray, plane: int, spacing: Lengths, pitch: float, smooth: bool) -> np.ndarray:
-    """Resample a slice to square pixels of `pitch` mm, linearly if `smooth`, else to the nearest voxel."""
+def _resize(values: np.ndarray, plane: int, spacing: Lengths, pitch: float, labels: bool = False) -> np.ndarray:
+    """Resample a slice to square pixels of `pitch` mm: linearly, or labels to the nearest voxel."""
     sides = [side for axis, side in enumerate(spacing) if axis != plane]
-    for axis in range(2):
-        length = values.shape[axis]
-        count = max(round(length * sides[axis] / pitch), 1)
-        if count == length:
-            continue
-        position = np.clip((np.arange(count) + 0.5) * length / count - 0.5, 0, length - 1)
-        if smooth:
-            below = np.floor(position).astype(int)
-            weight = (position - below).reshape((-1, 1) if axis == 0 else (1, -1))
-            above = np.minimum(below + 1, length - 1)
-            values = values.take(below, axis) * (1 - weight) + values.take(above, axis) * weight
-        else:
-            values = values.take(np.rint(position).astype(int), axis)
-    return values
+    height, width = (max(round(length * side / pitch), 1) for length, side in zip(values.shape, sides, strict=True))
+    image = Image.fromarray(values.astype(np.int32 if labels else np.float32))
+    return np.asarray(image.resize((width, height), Image.Resampling.NEAREST if labels else Image.Resampling.BILINEAR))
 
 
 def _window(image: np.ndarray) -> tuple[float, float]:
@@ -272,21 +290,21 @@ def _blend(grey: np.ndarray, values: np.ndarray, table: np.ndarray, opacity: flo
 def _grid(planes: list[list[np.ndarray]]) -> np.ndarray:
     """One row of tiles per plane, centred in columns of one width, with the sides marked."""
     width = max(tile.shape[1] for row in planes for tile in row)
-    rows = []
-    for row, sides in zip(planes, _SIDES, strict=True):
-        cells = [_centred(tile, len(tile), width) for tile in row]
-        for cell in cells:
-            _mark_sides(cell, sides)
-        rows.append(with_gaps(cells, axis=1))
-    return with_gaps(rows, axis=0)
+    rows = [[_cell(tile, len(tile), width, sides) for tile in row] for row, sides in zip(planes, _SIDES, strict=True)]
+    return with_gaps([with_gaps(row, axis=1) for row in rows], axis=0)
 
 
-def _centred(tile: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A tile in the middle of a black cell."""
-    top, left = (height - tile.shape[0]) // 2, (width - tile.shape[1]) // 2
-    cell = np.zeros((height, width, 3), dtype=np.uint8)
-    cell[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    return cell
+def _cell(tile: np.ndarray, height: int, width: int, sides: tuple[str, str]) -> np.ndarray:
+    """A tile in the middle of a black cell, with a letter in each of the upper corners, if they fit."""
+    cell = Image.new("RGB", (width, height))
+    cell.paste(Image.fromarray(tile), ((width - tile.shape[1]) // 2, (height - tile.shape[0]) // 2))
+    size = max(round(width / 128), 1)
+    margin = 3 * size
+    if height >= 7 * size + 2 * margin and width >= 10 * size + 4 * margin:
+        draw, font = ImageDraw.Draw(cell), ImageFont.load_default(10 * size)
+        draw.text((margin, margin), sides[0], font=font, anchor="lt")
+        draw.text((width - margin, margin), sides[1], font=font, anchor="rt")
+    return np.asarray(cell)
 
 
 def _draw_midline(tile: np.ndarray, shape: tuple[int, ...], ends: tuple[float, float]) -> None:
@@ -301,15 +319,3 @@ def _draw_midline(tile: np.ndarray, shape: tuple[int, ...], ends: tuple[float, f
     x = np.rint((columns - 0.5 - position) * width / columns - 0.5)
     visible = (x >= 0) & (x < width)
     tile[y[visible], x[visible].astype(int)] = MIDLINE
-
-
-def _mark_sides(cell: np.ndarray, sides: tuple[str, str], size: int | None = None) -> None:
-    """Write the two side letters into the upper corners of a cell, if they fit."""
-    size = max(round(cell.shape[1] / 150), 1) if size is None else size
-    height, width, margin = 7 * size, 5 * size, 3 * size
-    if cell.shape[0] < height + 2 * margin or cell.shape[1] < 2 * width + 4 * margin:
-        return
-    for letter, left in zip(sides, (margin, cell.shape[1] - margin - width), strict=True):
-        bits = np.array([[int(bit) for bit in row] for row in _GLYPHS[letter].split()], dtype=bool)
-        ink = bits.repeat(size, axis=0).repeat(size, axis=1)
-        cell[margin : margin + height, left : left + width][ink] = 255

@@ -17,7 +17,7 @@ def require_report_extra(purpose: str) -> None:
     Raises:
         ImportError: a package is missing.
     """
-    for module in ("jinja2", "matplotlib.figure", "matplotlib.image"):
+    for module in ("jinja2", "matplotlib.figure"):
         require(module, "report", purpose)
 
 

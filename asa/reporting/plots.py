@@ -72,6 +72,13 @@ def difference_plots(comparison: Comparison) -> bytes:
     return png_of(figure)
 
 
+def plain(axis: Any, values: str) -> None:
+    """Draw axes without a frame, with a grid below the values, which are along "x" or "y"."""
+    axis.grid(axis=values, color="#e5e7eb", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def png_of(figure: Any) -> bytes:
     """A matplotlib figure as a PNG."""
     buffer = io.BytesIO()
@@ -92,9 +99,8 @@ def _panels(metrics: Sequence[MetricInfo], names: Sequence[str], height: float) 
     for axis in axes[: len(metrics)]:
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.4, -0.6)
-        axis.grid(axis="x", color="#e5e7eb", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right", "left"]].set_visible(False)
+        plain(axis, "x")
+        axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0)
     return figure, axes[: len(metrics)]
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from statistics import median
@@ -40,17 +40,6 @@ _TITLES = {
     "template_dice": "template Dice",
 }
 _UNITS = {"degrees": ("°", 1), "mm": (" mm", 1), "ml": (" ml", 0), "seconds": (" s", 1)}  # unit and decimals
-
-
-@dataclass(frozen=True)
-class _FactSummary:
-    """One numeric fact over the cohort, as text; `minimum` and `maximum` with the index of their scan."""
-
-    title: str
-    scans: int
-    median: str
-    minimum: tuple[str, int]
-    maximum: tuple[str, int]
 
 
 class QualityControlReport:
@@ -160,19 +149,22 @@ def _title(key: str) -> str:
     return _TITLES.get(key, " ".join(words[:-1] if len(words) > 1 and words[-1] in _UNITS else words))
 
 
-def _summarise(scans: Sequence[ScanQuality]) -> dict[str, _FactSummary]:
-    """Every numeric fact over the cohort, in the order of first appearance."""
+def _summarise(scans: Sequence[ScanQuality]) -> dict[str, dict[str, Any]]:
+    """Every numeric fact over the cohort as text, in order of appearance; each extreme with its scan's index."""
     values: dict[str, list[tuple[float, int]]] = {}
     for number, scan in enumerate(scans):
         for key, value in scan.facts.items():
             if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
                 values.setdefault(key, []).append((float(value), number))
-    facts = {}
-    for key, pairs in values.items():
-        minimum, maximum = ((_cell(value, key), number) for value, number in (min(pairs), max(pairs)))
-        middle = _cell(median(value for value, _ in pairs), key)
-        facts[key] = _FactSummary(_title(key), len(pairs), middle, minimum, maximum)
-    return facts
+    return {
+        key: {
+            "title": _title(key),
+            "median": _cell(median(value for value, _ in pairs), key),
+            "extremes": [(_cell(value, key), number) for value, number in (min(pairs), max(pairs))],
+            "scans": len(pairs),
+        }
+        for key, pairs in values.items()
+    }
 
 
 def _setting(value: Any) -> str:

@@ -1,7 +1,12 @@
-"""Looking at a store, at predictions, or at the reconstructions of a pretraining run, in one page for a browser."""
+"""Looking at a store, at predictions, or at the reconstructions of a pretraining run, in one page for a browser.
 
+NiiVue draws the page: linked slices, and a slider of opacity for each layer.
+"""
+
+import base64
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,45 @@ from asa.inference.layout import label_maps_of, probabilities_of
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.labels import IGNORED
-from asa.reporting.viewer import Layer, write_viewer
+from asa.reporting.figures import label_colours
+from asa.reporting.pages import require_report_extra, write_page
 from asa.training.checkpoint import load_model
 
+OPACITY = {"gray": 1.0, "labels": 0.5, "plasma": 0.0}  # at first, by the kind of a layer
+HOW = "asa-view --help says how to get it"
+
 Config = dict[str, Any]  # of asa-view
-Cases = dict[str, list[Layer]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A volume of a case.
+
+    Args:
+        name: beside its slider.
+        nifti: bytes of a compressed NIfTI file.
+        kind: "gray" for images, "labels" for label maps, "plasma" for values such as probabilities.
+        labels: name of each value of a label map.
+    """
+
+    name: str
+    nifti: bytes
+    kind: str = "gray"
+    labels: Mapping[int, str] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The layer as the page's script reads it."""
+        return {
+            "name": self.name,
+            "file": f"{self.name}.nii.gz",
+            "data": base64.b64encode(self.nifti).decode("ascii"),
+            "colormap": self.kind if self.labels is None else "gray",
+            "opacity": OPACITY[self.kind],
+            "labels": None if self.labels is None else _colour_table(self.labels),
+        }
+
+
+Cases = Mapping[str, Sequence[Layer]]  # the layers of each case, the lowest first
 
 
 def view_task(config: Config) -> None:
@@ -52,15 +91,15 @@ def view_task(config: Config) -> None:
 def stored(store: Store, config: Config) -> Cases:
     """The prepared images of a store, channel by channel, and their labels."""
     cases = {}
-    for record in select_ids(store.records, config):
-        affine = np.array(record["chain"]["stored_affine"], dtype=float)
-        image, label = store.image(record["id"]), store.label(record["id"])
+    for id in select_ids(store.records.ids, config):
+        affine = np.array(store.record(id)["chain"]["stored_affine"], dtype=float)
+        image, label = store.image(id), store.label(id)
         layers = [Layer(name, nifti(volume, affine)) for name, volume in zip(store.channels, image, strict=True)]
         if label is not None:
             shown = np.where(label[0] == IGNORED, 0, label[0])
             names = dict(enumerate(store.labels.values(), start=1))
             layers.append(Layer("labels", nifti(shown, affine, np.uint8), "labels", names))
-        cases[record["id"]] = layers
+        cases[id] = layers
     return cases
 
 
@@ -72,12 +111,10 @@ def predicted(folder: Path, config: Config) -> Cases:
     images = None if config["images"] is None else Path(str(config["images"]))
     store = Store(images) if images is not None and (images / MANIFEST).is_file() else None
     cases = {}
-    for id in (one["id"] for one in select_ids([{"id": id} for id in files], config)):
+    for id in select_ids(list(files), config):
         label = read_label(files[id])
-        values = [int(value) for value in np.unique(label.data) if value]
-        names = {value: str(value) for value in values} if store is None else store.labels
-        scan = None if images is None else _scan(id, images, store)
-        layers = [] if scan is None else [_layer("image", scan)]
+        names = {int(k): str(k) for k in np.unique(label.data) if k} if store is None else store.labels
+        layers = [] if images is None else [_layer("image", _scan(id, images, store))]
         layers.append(Layer("prediction", nifti(label.data.T, label.affine, label.data.dtype), "labels", names))
         for name, path in probabilities_of(folder, id, files[id]).items():
             layers.append(_layer(f"p({name})", path, "plasma"))
@@ -94,11 +131,8 @@ def _layer(name: str, path: Path, kind: str = "gray") -> Layer:
 def _scan(id: str, images: Path, store: Store | None) -> Path:
     """The file of a predicted scan, in a folder or of a store."""
     if store is not None:
-        record = next((record for record in store.records if record["id"] == id), None)
-        paths = [] if record is None else [store.first_source(record)]
-    else:
-        paths = [images / f"{id}{ending}" for ending in (".nii.gz", ".nii")]
-    found = next((path for path in paths if path.is_file()), None)
+        return store.first_source(store.record(id))
+    found = next((path for ending in (".nii.gz", ".nii") if (path := images / f"{id}{ending}").is_file()), None)
     if found is None:
         raise FileNotFoundError(f"images={images}: no scan of {id} there")
     return found
@@ -111,7 +145,8 @@ def reconstructed(run: Path, config: Config) -> Cases:
         raise ValueError(f"{run}: not a run of asa-pretrain method=asa or mae: give what asa-predict wrote with it")
     settings = read_yaml(run / "config.yaml")
     store, split = Store(settings["data"]["store"]), read_split(run / "split.json")
-    records = select_ids(select(store.records, split["validation"] or split["train"]), config)
+    held_out = select(store.records, split["validation"] or split["train"])
+    records = [store.record(id) for id in select_ids([record["id"] for record in held_out], config)]
     dataset, method = CropDataset(store, records, model.encoder.img_size), MaskedPretraining(model=model.eval())
     cases = {}
     for k, record in enumerate(records):
@@ -123,18 +158,18 @@ def reconstructed(run: Path, config: Config) -> Cases:
     return cases
 
 
-def select_ids(records: Sequence[Mapping[str, Any]], config: Config) -> list[Any]:
+def select_ids(ids: Sequence[str], config: Config) -> list[str]:
     """The scans that are asked for.
 
     Raises:
         ValueError: ids that do not exist.
     """
     if config["ids"] is None:
-        return list(records[: config["count"]])
-    by_id = {record["id"]: record for record in records}
-    if unknown := [id for id in map(str, config["ids"]) if id not in by_id]:
-        raise ValueError(f"ids: no {unknown[0]!r}; there are {', '.join(list(by_id)[:8])}, ...")
-    return [by_id[str(id)] for id in config["ids"]]
+        return list(ids[: config["count"]])
+    chosen = [str(id) for id in config["ids"]]
+    if unknown := [id for id in chosen if id not in ids]:
+        raise ValueError(f"ids: no {unknown[0]!r}; there are {', '.join(ids[:8])}, ...")
+    return chosen
 
 
 def nifti(volume: np.ndarray, affine: np.ndarray, dtype: Any = np.float32) -> bytes:
@@ -143,3 +178,31 @@ def nifti(volume: np.ndarray, affine: np.ndarray, dtype: Any = np.float32) -> by
         path = Path(folder) / "volume.nii.gz"
         write_image(path, np.asarray(volume).transpose(2, 1, 0), affine, dtype=dtype)
         return path.read_bytes()
+
+
+def write_viewer(path: Path, viewer: Path, title: str, cases: Cases) -> None:
+    """Write the page: one HTML file that fetches nothing.
+
+    Args:
+        viewer: NiiVue's `niivue.umd.js`, copied into the page.
+
+    Raises:
+        FileNotFoundError: no such `viewer`.
+        ValueError: `viewer` is another file.
+        ImportError: without the `report` extra.
+    """
+    require_report_extra("asa-view")
+    if not viewer.is_file():
+        raise FileNotFoundError(f"{viewer}: no such file; viewer= is NiiVue's niivue.umd.js: {HOW}")
+    code = viewer.read_text(errors="replace")
+    if ".niivue={}" not in code or "</script" in code.lower():
+        raise ValueError(f"{viewer}: not NiiVue's niivue.umd.js: {HOW}")
+    shown = {id: [layer.as_json() for layer in layers] for id, layers in cases.items()}
+    write_page(path, "viewer.html.j2", title=title, cases=shown, code=code)
+
+
+def _colour_table(labels: Mapping[int, str]) -> dict[str, list[Any]]:
+    """NiiVue's colour table of label values and their names; the background is transparent."""
+    red, green, blue = ([0, *channel] for channel in label_colours(len(labels)).T.tolist())
+    alpha = [0, *[255] * len(labels)]
+    return {"R": red, "G": green, "B": blue, "A": alpha, "I": [0, *labels], "labels": ["", *labels.values()]}

@@ -14,14 +14,15 @@ import numpy as np
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import ENDINGS, check_table, csv_text, read_column, read_header, write_numbers
+from asa.data.io.tables import check_table, csv_text, read_column, read_header, write_numbers
 from asa.data.store import MANIFEST, Store
-from asa.evaluation.probe import FITS, ClassProbe, NumberProbe, gap, probe_classes, probe_numbers
+from asa.evaluation.probe import FITS, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
+from asa.evaluation.tables import matched, numbers, table_in
 from asa.inference.features import FeatureExtractor, pooled
 from asa.tasks.base import Config
+from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import predict_scans
-from asa.tasks.table_evaluation import matched, numbers, tables_of
 
 TABLE = "features.csv"
 PARTS = ("whole", "sides", "labels")
@@ -38,7 +39,7 @@ class Embedder:
     """
 
     def __init__(self, config: Config) -> None:
-        self.parts, self.table = config["of"], table_of(Path(str(config["out"])))
+        self.parts, self.table = config["of"], table_in(Path(str(config["out"])), TABLE)
         check_table(self.table)
         if self.table.exists() and not all(COLUMN.fullmatch(name) for name in read_header(self.table)):
             raise ValueError(f"{self.table}: exists and is no table of asa-embed: choose another out=")
@@ -84,11 +85,6 @@ class Embedder:
         self.rows[id] = {"left": left, "right": right, "difference": left - right}
 
 
-def table_of(path: Path) -> Path:
-    """The table of features that `out=` or `predictions=` means: itself, or features.csv in a folder."""
-    return path if path.suffix in ENDINGS else path / TABLE
-
-
 def embed_task(config: Config) -> None:
     """Write the features of a scan, a folder of scans or a store.
 
@@ -105,17 +101,16 @@ def evaluate_probe(config: Config) -> None:
 
     Raises:
         FileNotFoundError, ValueError: a table or a setting that does not fit.
+        ImportError: the `probe` extra is not installed.
     """
-    source, truth, out = tables_of(config)
-    table = table_of(source)
-    column = config["column"]
+    table, truth, out = tables_of(config, TABLE)
+    column, folds, probe = config["column"], config["folds"], config["probe"]
     if column is None:
         raise ValueError("column= has to be given: the column of the table to predict, like age or diagnosis")
     rows, values, subjects = matched(table, truth, column)
     names = [name for name in rows[0] if name != "id"]
     features = np.array([numbers(table, row, names) for row in rows])
     scans = [{"id": row["id"], "subject": subject} for row, subject in zip(rows, subjects, strict=True)]
-    folds, probe = config["folds"], config["probe"]
     if probe not in FITS:
         raise ValueError(f"probe={probe}: choose {', '.join(FITS)}")
     numeric = all(map(_is_number, values))
@@ -125,21 +120,21 @@ def evaluate_probe(config: Config) -> None:
         )
     predict = probe_numbers if numeric and probe != "logistic" else probe_classes
     found = predict(features, values, subjects, folds, FITS[probe])
-    written: dict[str, Any] = {"column": column, "probe": probe, "folds": folds, "scans": len(rows), **described(found)}
+    written: dict[str, Any] = {"column": column, "probe": probe, "folds": folds, "scans": len(rows)}
+    written |= nullable(found.scores)
     print(f"{column}: {found.text()}, {len(rows)} scans of {len(set(subjects))} subjects, {folds} folds")
-    if config["group"] is not None:
-        groups = _complete(truth, config["group"], scans)
-        parts = {name: found.only(groups == name) for name in sorted(set(groups))}
-        gaps = {name: gap(found, groups == name) for name in parts}
-        written["groups"] = {name: described(part) | {"gap": nullable(gaps[name])} for name, part in parts.items()}
-        for name, part in parts.items():
-            less = "{gap:+.3g} ({low:+.3g} to {high:+.3g})".format(**gaps[name])
-            print(f"  {config['group']} {name}: {part.text()}, {len(part.truth)} scans, less the others' {less}")
+    if (group := config["group"]) is not None:
+        groups, written["groups"] = _complete(truth, group, scans), {}
+        for name in sorted(set(groups)):
+            part, gap = found.only(groups == name), found.gap(groups == name)
+            written["groups"][name] = nullable(part.scores) | {"gap": nullable(gap)}
+            less = "{gap:+.3g} ({low:+.3g} to {high:+.3g})".format(**gap)
+            print(f"  {group} {name}: {part.text()}, {len(part.truth)} scans, less the others' {less}")
     if (site := config["site"]) is not None:
         leak = probe_classes(features, list(_complete(truth, site, scans)), subjects, folds, FITS[probe])
-        written["site"] = described(leak)
+        written["site"] = nullable(leak.scores)
         print(f"{site}: {leak.text()}")
-        if leak.low > LEAK:
+        if leak.scores["low"] > LEAK:
             print(
                 f"ALARM: the features tell {site}s apart: what they say about {column} may be the {site}, unless it is "
                 "as frequent in each"
@@ -148,11 +143,6 @@ def evaluate_probe(config: Config) -> None:
     text = csv_text(["id", column, "predicted"], zip((row["id"] for row in rows), values, found.predicted, strict=True))
     write_whole(out / "predictions.csv", text.encode())
     print(f"wrote summary.json and predictions.csv to {out}")
-
-
-def described(found: NumberProbe | ClassProbe) -> dict[str, Any]:
-    """The scores of a probe for a JSON file."""
-    return nullable(found.scores())
 
 
 def _complete(table: Path, column: str, scans: list[dict[str, str]]) -> np.ndarray:

@@ -1,9 +1,14 @@
-"""Predictions against truth under a named policy.
+"""Label maps against truth under a named policy, and evaluations of the same cases compared with the first of them.
 
-OUT/cases.csv      one row a case and label
-OUT/summary.json   statistics of each label and metric, with the policy and its truth table
-OUT/digests.json   SHA-256 of both, which a comparison compares
-OUT/report.html    both for reading, with figures (needs the `report` extra)
+OUT/cases.csv         one row a case and label
+OUT/summary.json      statistics of each label and metric, with the policy and its truth table
+OUT/digests.json      SHA-256 of both, which a comparison compares
+OUT/report.html       both for reading, with figures (needs the `report` extra)
+
+OUT/comparison.json   every mean and paired difference with its interval and p
+OUT/comparison.md     the same as a Markdown table
+OUT/comparison.tex    the same as a LaTeX table (booktabs)
+OUT/comparison.html   both for reading, with a figure (needs the `report` extra)
 """
 
 import math
@@ -17,13 +22,15 @@ from asa.data.datasets.folder import files_by_id, has_wildcard, matching_globs
 from asa.data.io.files import sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
-from asa.evaluation.metrics import bounding_box, dice, hd95
-from asa.evaluation.policies import POLICIES, Policy, get_policy
-from asa.evaluation.summary import SEED, CaseRow, SegmentationSummary, cases_csv, listed, summarise, summary_table
+from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
+from asa.evaluation.metrics import bounding_box
+from asa.evaluation.policies import Policy, get_policy
+from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, listed, summarise
+from asa.evaluation.tables import table_in
 from asa.inference.layout import label_maps_of
+from asa.reporting.comparison import write_comparison
 from asa.reporting.evaluation import CaseFiles, write_report
-
-__all__ = ["POLICIES", "CaseFiles", "dice", "evaluate_case", "evaluate_folder", "hd95", "summarise", "summary_table"]
+from asa.tasks.base import Config
 
 ENDING = ".nii.gz"
 
@@ -80,7 +87,6 @@ def evaluate_folder(
     ignored: Sequence[int] = (),
     allow_missing: bool = False,
     workers: int = 1,
-    seed: int = SEED,
 ) -> SegmentationSummary:
     """Evaluate a folder of label maps and write cases.csv, summary.json and report.html.
 
@@ -101,7 +107,6 @@ def evaluate_folder(
         allow_missing: accept truths without a prediction (they count in n total, not in the means) and
             predictions without a truth (left out); both are listed in the results.
         workers: processes; with more than one the caller's main module must be importable (spawn).
-        seed: of the bootstrap.
 
     Raises:
         FileNotFoundError: no such folder or file.
@@ -122,7 +127,7 @@ def evaluate_folder(
             raise ValueError(f"case {case.case_id}: {KILLED}")
         rows += found
     missing = [case.case_id for case in cases if case.prediction is None]
-    summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched, seed=seed)
+    summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched)
 
     report = Path(out) / "report.html"
     report.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
@@ -216,3 +221,46 @@ def _evaluate_files(job: tuple[CaseFiles, dict[int, str], Policy]) -> list[CaseR
     rows = evaluate_case(nothing, truth, labels, policy, case_id=case.case_id)
     undefined = {metric.name: math.nan for metric in policy.metrics}
     return [replace(row, values=undefined, voxels_predicted=None, ml_predicted=None) for row in rows]
+
+
+def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bool = False) -> Comparison:
+    """Compare evaluations with the first of them and write the tables and the page.
+
+    Args:
+        folders: name -> folder that `evaluate_folder` or `evaluate_pictures` wrote, two or more; the others are
+            compared with the first.
+        out: folder for the results, made if missing.
+        allow_missing: compare the cases that all of them have, instead of refusing when they differ.
+
+    Raises:
+        FileNotFoundError: a folder that holds no evaluation.
+        ValueError: evaluations that cannot be compared: another policy, other regions, cases or truths.
+        ImportError: the `report` extra is not installed; all but the page is written all the same.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"a comparison needs two evaluations or more, got {len(folders)}: compare=[RUN_A, RUN_B]")
+    comparison = compare_runs([read_run(name, Path(folder)) for name, folder in folders.items()], allow_missing)
+    page = Path(out) / "comparison.html"
+    page.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
+    write_json(page.with_suffix(".json"), comparison.as_json())
+    write_whole(page.with_suffix(".md"), markdown_table(comparison).encode())
+    write_whole(page.with_suffix(".tex"), latex_table(comparison).encode())
+    write_comparison(page, comparison)
+    return comparison
+
+
+def tables_of(config: Config, name: str) -> tuple[Path, Path, Path]:
+    """The predicted table, the table of the truth and the folder for results of an asa-evaluate.
+
+    Args:
+        config: of asa-evaluate.
+        name: of the table in the folder of predictions.
+
+    Raises:
+        ValueError: one is not given.
+    """
+    for key in ("predictions", "truth"):
+        if config[key] is None:
+            raise ValueError(f"{key}= has to be given: predictions=FOLDER of asa-predict, and truth=TABLE.csv")
+    table = table_in(Path(str(config["predictions"])), name)
+    return table, Path(str(config["truth"])), Path(str(config["out"]))

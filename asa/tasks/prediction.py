@@ -4,7 +4,7 @@ from pathlib import Path
 
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST
-from asa.inference.layout import Flat, Layout
+from asa.inference.layout import Layout
 from asa.inference.scans import ScanPredictor, predict_each, raw_scans, stored_scans
 from asa.tasks.base import Config
 from asa.training.hub import on_hub
@@ -32,7 +32,7 @@ def predict_scans(predictor: ScanPredictor, config: Config, layout: Layout | Non
     else:
         in_bids = config.get("layout") == "bids"
         scans = raw_scans(source, preprocessor, images=config["images"], out=out, in_bids=in_bids)
-    predict_each(predictor, scans, layout or Flat(out))
+    predict_each(predictor, scans, layout or Layout(out))
 
 
 def checkpoints_of(config: Config) -> list[str]:

@@ -21,15 +21,16 @@ from asa.data.io.tables import check_health, read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
+from asa.evaluation.tables import evaluate_asymmetry
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
 from asa.inference.feature_health import FeatureHealth, open_probe, predictor_of
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.methods.base import Pretraining as PretrainingMethod
-from asa.reporting.figures import reconstruction_panel
+from asa.reporting.figures import reconstruction_panel, titled
 from asa.tasks.base import Config
+from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import only_checkpoint, predict_scans
-from asa.tasks.table_evaluation import evaluate_asymmetry, tables_of
 from asa.tasks.volumes import Records, VolumeTask
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
@@ -107,7 +108,7 @@ class Pretraining(VolumeTask):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        for measure, row in evaluate_asymmetry(*tables_of(config)).items():
+        for measure, row in evaluate_asymmetry(*tables_of(config, TABLE)).items():
             print(f"AUC of {measure:<6} {row['auc']:.3f} ({row['auc_low']:.3f} to {row['auc_high']:.3f})")
 
 
@@ -138,13 +139,12 @@ def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Val
 
 
 def reconstruction_panels(method: PretrainingMethod, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A method's panels of a batch's first sample, RGB uint8, by "FIGURE: COLUMN, COLUMN, ..."."""
-    return {
-        f"{name}: {', '.join(volumes)}": reconstruction_panel(
-            *(volume[0, 0].float().cpu().numpy() for volume in volumes.values())
-        )
-        for name, volumes in method.pictures(batch).items()
-    }
+    """A method's figures of a batch's first sample by name, RGB uint8, with a title above each column."""
+    panels = {}
+    for name, volumes in method.pictures(batch).items():
+        panel = reconstruction_panel(*(volume[0, 0].float().cpu().numpy() for volume in volumes.values()))
+        panels[name] = titled(panel, list(volumes))
+    return panels
 
 
 def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -19,8 +19,8 @@ from asa.evaluation.comparison import comparison_table
 from asa.evaluation.policies import POLICIES
 from asa.tasks import COMMANDS
 from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
-from asa.tasks.comparison import compare_folders
 from asa.tasks.embedding import evaluate_probe
+from asa.tasks.evaluation import compare_folders
 from asa.tasks.prediction import checkpoints_of
 from asa.training.checkpoint import find_weights, read_description
 from asa.training.gpu_check import preflight

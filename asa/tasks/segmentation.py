@@ -30,12 +30,12 @@ from asa.data.store import MANIFEST, Store
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.label_maps import SIDE
-from asa.inference.layout import VOLUMES, BidsDerivative, Flat, Layout, label_maps_of
+from asa.inference.layout import VOLUMES, BidsDerivative, Layout, label_maps_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED
 from asa.ops.nested import painting_order
-from asa.reporting.figures import central_slices, label_colours, overlay_panel
+from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.prediction import checkpoints_of, predict_scans
@@ -43,7 +43,6 @@ from asa.tasks.volumes import VolumeTask
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
-from asa.training.trackers import with_legend
 
 
 class Segmentation(VolumeTask):
@@ -218,9 +217,10 @@ def validate_segmentation(
         counted = truth[0] != IGNORED
         truth, prediction = truth[0] * counted, prediction * counted
         if not panels:
-            at = central_slices(truth > 0) if truth.any() else None
-            panel = overlay_panel(volume[0].numpy(), [truth, prediction], at=at)
-            panels["image, truth, prediction"] = with_legend(panel, names, label_colours(len(names)))
+            columns = ["image", "truth", "prediction"]
+            panel = overlay_panel(volume[0].numpy(), [truth, prediction], at=central_slices(truth > 0))
+            panel = with_legend(panel, names, label_colours(len(names)))
+            panels[", ".join(columns)] = titled(panel, columns)
         found = [dice(np.isin(prediction, values), np.isin(truth, values)) for values in parts.values()]
         return [1.0 if math.isnan(score) else score for score in found]  # in neither map: right
 
@@ -266,7 +266,7 @@ class SegmentationPredictor:
         self.preprocessor = self.segmenter.preprocessor
         if config["layout"] not in (None, "bids"):
             raise ValueError(f"layout={config['layout']}: choose bids, or null for OUT/ID.nii.gz")
-        self.layout: Layout = Flat(self.out)
+        self.layout = Layout(self.out)
         if config["layout"] == "bids":
             self.layout = BidsDerivative(self.out, self.segmenter, checkpoints_of(config), self.with_probabilities)
         self.rows: dict[str, dict[str, str]] = {}
@@ -281,7 +281,7 @@ class SegmentationPredictor:
         volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
         expected = found.expected_dice.items()
         scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
-        named = not isinstance(self.layout, Flat)
+        named = isinstance(self.layout, BidsDerivative)
         file = {"file": out.relative_to(self.out).as_posix()} if named else {}
         self.rows[id] = {"id": id, **file, **volumes, **scores}
 

@@ -22,8 +22,8 @@ from asa.data.io.nifti import Volume
 from asa.data.io.tables import as_number, read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
-from asa.evaluation.classification import ClassScores, score_classes, weighted_cross_entropy
-from asa.evaluation.regression import NumberScores, score_numbers
+from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers, weighted_cross_entropy
+from asa.evaluation.tables import evaluate_classes, evaluate_numbers
 from asa.inference.segmentation import PredictSettings
 from asa.inference.whole_scans import (
     RESERVED,
@@ -36,15 +36,8 @@ from asa.inference.whole_scans import (
     predictions_csv,
 )
 from asa.tasks.base import Config
+from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import only_checkpoint, predict_scans
-from asa.tasks.table_evaluation import (
-    described,
-    evaluate_classes,
-    evaluate_numbers,
-    numbers_as_json,
-    tables_of,
-    write_scores,
-)
 from asa.tasks.volumes import Records, VolumeTask
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
@@ -149,8 +142,8 @@ class Classification(WholeScans):
         if is_main():
             rows = self.rows("test", [self.names[int(value)] for value in self.truth("test")])
             write_whole(run / "predictions_test.csv", predictions_csv(self.names, rows, probabilities).encode())
-            write_scores(run / "scores_test.json", scores, self.names)
-            print(f"test: {described(scores, self.names)}")
+            write_json(run / "scores_test.json", scores.as_json(self.names))
+            print(f"test: {scores.text(self.names)}")
 
     @staticmethod
     def predict(config: Config) -> None:
@@ -158,7 +151,8 @@ class Classification(WholeScans):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        print(described(*evaluate_classes(*tables_of(config))))
+        scores, names = evaluate_classes(*tables_of(config, TABLE))
+        print(scores.text(names))
 
     def _balanced_weights(self) -> list[float]:
         """Weights of the classes inverse to their number of training scans, with mean 1 over these."""
@@ -220,7 +214,7 @@ class Regression(WholeScans):
             rows = self.rows("test", [repr(value) for value in self.truth("test").tolist()])
             table = numbers_csv(self.column, rows, predicted, self.mean)
             write_whole(run / "predictions_test.csv", table.encode())
-            write_json(run / "scores_test.json", numbers_as_json(scores, self.column))
+            write_json(run / "scores_test.json", scores.as_json(self.column))
             print(f"test: {scores.text(self.column)}")
 
     @staticmethod
@@ -229,7 +223,7 @@ class Regression(WholeScans):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        scores, column = evaluate_numbers(*tables_of(config), config["column"])
+        scores, column = evaluate_numbers(*tables_of(config, TABLE), config["column"])
         print(scores.text(column))
 
     def _score(self, model: nn.Module, method: Any, part: str) -> tuple[NumberScores, np.ndarray]:

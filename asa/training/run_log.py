@@ -54,7 +54,7 @@ class RunLog:
         return any(_step(line) == step and json.loads(line).get("group") == group for line in lines)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Show pictures (H, W, 3) uint8 by "FIGURE: COLUMN, COLUMN" or "COLUMN, COLUMN"."""
+        """Show pictures (H, W, 3) uint8 by name."""
         for name, picture in pictures.items():
             for tracker in self.trackers:
                 tracker.put("picture", step, name, picture)

@@ -11,8 +11,9 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,27 +21,35 @@ from asa.config import flatten
 from asa.data.io.files import read_json, read_yaml, write_json
 from asa.errors import one_line, require
 
-READABLE = 900  # width in pixels that a picture is enlarged to
-TITLE = 30  # height in pixels of the titles
 WAITING = 1000  # rows that wait for a tracker; of a full queue further rows are dropped
 PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
+CONFIG = "config.yaml"  # in the run folder, of runs of the commands
 RUNS = "trackers.json"  # in the run folder: the ids by which a resumed run continues its curves
 
 
-class Tracker(Protocol):
-    """Shows numbers and pictures. Its methods may raise and may hang."""
+class Tracker:
+    """Shows the numbers of a run, and pictures if it can. Its methods may raise and may hang.
+
+    Args:
+        run: the run folder.
+        start: steps done before, above 0 in a run that is resumed.
+    """
+
+    title: str  # for warnings
+
+    def __init__(self, run: Path, start: int) -> None: ...
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers by "GROUP/NAME"."""
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        """A picture (H, W, 3) uint8 by "FIGURE: COLUMN, COLUMN" or "COLUMN, COLUMN"."""
+        """A picture (H, W, 3) uint8."""
 
     def close(self) -> None:
         """Write what is left."""
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Numbers, pictures and the configuration, in `RUN/tensorboard`; what was logged after `start` is hidden."""
 
     title = "TensorBoard"
@@ -49,31 +58,29 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-        self._configuration(run / "config.yaml")
+        if settings := configuration(run):
+            self._configuration((run / CONFIG).read_text(), settings)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        figure, _, columns = name.rpartition(": ")
-        self.board.add_image(figure or name, titled(picture, columns.split(", ")), step, dataformats="HWC")
+        self.board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
         self.board.close()
 
-    def _configuration(self, file: Path) -> None:
+    def _configuration(self, text: str, settings: Mapping[str, Any]) -> None:
         """Show the run's configuration, as a text and as hyperparameters."""
-        if not file.exists():  # of a method trained without the commands
-            return
         from torch.utils.tensorboard.summary import hparams
 
-        self.board.add_text("configuration", "\n".join(f"    {line}" for line in file.read_text().splitlines()))
-        for summary in hparams(configuration(file), dict.fromkeys(("train/loss", "validation/loss"), 0.0)):
+        self.board.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))
+        for summary in hparams(dict(settings), dict.fromkeys(("train/loss", "validation/loss"), 0.0)):
             self.board.file_writer.add_summary(summary)
 
 
-class MLflow:
+class MLflow(Tracker):
     """Numbers and the configuration, in the database `RUN/mlflow.db`, or on the server of MLFLOW_TRACKING_URI."""
 
     title = "MLflow"
@@ -84,36 +91,31 @@ class MLflow:
         address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.absolute()}/mlflow.db"
         self.client = mlflow.MlflowClient(tracking_uri=address)
         self.entities = mlflow.entities
-        self.id = known_run(run, "mlflow", start)
-        if self.id is None:
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "asa")
-            found = self.client.get_experiment_by_name(name)
-            folder = None if "MLFLOW_TRACKING_URI" in os.environ else (run / "mlflow").absolute().as_uri()
-            experiment = found.experiment_id if found else self.client.create_experiment(name, folder)
-            self.id = str(self.client.create_run(experiment, run_name=run.name).info.run_id)
-            settings = [
-                self.entities.Param(allowed(key), str(value))
-                for key, value in configuration(run / "config.yaml").items()
-            ]
-            for first in range(0, len(settings), 100):  # as many as one request may hold
-                self.client.log_batch(self.id, params=settings[first : first + 100])
-            remember_run(run, "mlflow", self.id)
+        self.id = run_id(run, "mlflow", start, lambda: self._new_run(run))
         self.client.update_run(self.id, status="RUNNING")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        metrics = [
-            self.entities.Metric(allowed(name), float(value), int(1000 * time.time()), step)
-            for name, value in values.items()
-        ]
+        now = int(1000 * time.time())
+        metrics = [self.entities.Metric(allowed(name), float(value), now, step) for name, value in values.items()]
         self.client.log_batch(self.id, metrics=metrics)
-
-    def picture(self, step: int, name: str, picture: np.ndarray) -> None: ...
 
     def close(self) -> None:
         self.client.set_terminated(self.id)
 
+    def _new_run(self, run: Path) -> str:
+        """The id of a new run with the configuration."""
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "asa")
+        found = self.client.get_experiment_by_name(name)
+        folder = None if "MLFLOW_TRACKING_URI" in os.environ else (run / "mlflow").absolute().as_uri()
+        experiment = found.experiment_id if found else self.client.create_experiment(name, folder)
+        id = str(self.client.create_run(experiment, run_name=run.name).info.run_id)
+        settings = [self.entities.Param(allowed(key), str(value)) for key, value in configuration(run).items()]
+        for first in range(0, len(settings), 100):  # as many as one request may hold
+            self.client.log_batch(id, params=settings[first : first + 100])
+        return id
 
-class WeightsAndBiases:
+
+class WeightsAndBiases(Tracker):
     """Numbers and the configuration, in `RUN/wandb` for `wandb sync`, or online where WANDB_MODE=online."""
 
     title = "Weights & Biases"
@@ -123,34 +125,26 @@ class WeightsAndBiases:
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         wandb = require("wandb", "wandb", "train.log_to=[wandb]")
-        id = known_run(run, "wandb", start) or secrets.token_hex(4)
         settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "asa"),
             name=run.name,
-            id=id,
+            id=run_id(run, "wandb", start, lambda: secrets.token_hex(4)),
             resume="allow" if mode == "online" else None,
             dir=run,
             mode=mode,
-            config=configuration(run / "config.yaml"),
+            config=configuration(run),
             settings=settings,
         )
-        remember_run(run, "wandb", id)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
-
-    def picture(self, step: int, name: str, picture: np.ndarray) -> None: ...
 
     def close(self) -> None:
         self.run.finish()
 
 
-TRACKERS: dict[str, type[TensorBoard] | type[MLflow] | type[WeightsAndBiases]] = {
-    "tensorboard": TensorBoard,
-    "mlflow": MLflow,
-    "wandb": WeightsAndBiases,
-}
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -199,12 +193,9 @@ class Queued:
         """Let the tracker finish what waits, for at most `PATIENCE`."""
         if self.given_up.is_set():
             return
-        try:
+        with suppress(queue.Full):
             self.calls.put(("close", ()), timeout=PATIENCE)
-        except queue.Full:
-            self._give_up(f"did not end within {PATIENCE:g} s")
-            return
-        self.thread.join(PATIENCE)
+            self.thread.join(PATIENCE)
         if self.thread.is_alive():
             self._give_up(f"did not end within {PATIENCE:g} s")
 
@@ -229,9 +220,9 @@ class Queued:
             self.warn(f"warning: {self.title} {reason}")
 
 
-def configuration(file: Path) -> dict[str, bool | int | float | str]:
+def configuration(run: Path) -> dict[str, bool | int | float | str]:
     """The run's settings by dotted key; {} for a method trained without the commands."""
-    flat = flatten(read_yaml(file)) if file.exists() else {}
+    flat = flatten(read_yaml(run / CONFIG)) if (run / CONFIG).exists() else {}
     return {
         key: value if isinstance(value, bool | int | float) else str(value)
         for key, value in flat.items()
@@ -239,59 +230,24 @@ def configuration(file: Path) -> dict[str, bool | int | float | str]:
     }
 
 
-def known_run(run: Path, name: str, start: int) -> str | None:
-    """The id under which a tracker holds a run that is resumed; None for a new one."""
-    found = read_json(run / RUNS) if start and (run / RUNS).exists() else {}
-    return str(found[name]) if name in found else None
-
-
-def remember_run(run: Path, name: str, id: str) -> None:
-    """Keep the id under which a tracker holds the run."""
+def run_id(run: Path, name: str, start: int, make: Callable[[], str]) -> str:
+    """The id by which a tracker knows the run: that of before if it is resumed, else a new one, which is kept."""
+    known = _run_ids(run)
+    if start and name in known:
+        return str(known[name])
+    id = make()
     with _WRITING:
-        found = read_json(run / RUNS) if (run / RUNS).exists() else {}
-        write_json(run / RUNS, {**found, name: id})
+        write_json(run / RUNS, {**_run_ids(run), name: id})
+    return id
 
 
 _WRITING = threading.Lock()  # trackers start at the same time
 
 
+def _run_ids(run: Path) -> dict[str, Any]:
+    return dict(read_json(run / RUNS)) if (run / RUNS).exists() else {}
+
+
 def allowed(name: str) -> str:
     """A name of a metric or setting with the characters that MLflow takes."""
     return re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII)
-
-
-def titled(picture: np.ndarray, titles: Sequence[str]) -> np.ndarray:
-    """A picture (H, W, 3) enlarged to a readable size, by whole factors, with a title above each of its columns."""
-    from PIL import Image, ImageDraw, ImageFont  # comes with TensorBoard
-
-    large = _readable(picture)
-    bar = Image.new("RGB", (large.shape[1], TITLE))
-    draw, font = ImageDraw.Draw(bar), ImageFont.load_default(TITLE * 0.6)
-    for column, title in enumerate(titles):
-        draw.text(((column + 0.5) * bar.width / len(titles), TITLE / 2), title, font=font, anchor="mm")
-    return np.concatenate([np.asarray(bar), large])
-
-
-def with_legend(picture: np.ndarray, names: Sequence[str], colours: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) enlarged as by `titled`, and below it the names of labels, each after its colour (RGB)."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    large, font = _readable(picture), ImageFont.load_default(TITLE * 0.6)
-    square, places, right, row = TITLE // 2, [], 0, 0
-    for name in names:
-        width = 2 * square + round(font.getlength(name)) + square
-        if right + width > large.shape[1] and right:
-            right, row = 0, row + 1
-        places.append((right, row * TITLE))
-        right += width
-    bar = Image.new("RGB", (large.shape[1], (row + 1) * TITLE))
-    draw = ImageDraw.Draw(bar)
-    for name, colour, (x, y) in zip(names, colours, places, strict=True):
-        draw.rectangle((x, y + square // 2, x + square, y + square // 2 + square), fill=tuple(map(int, colour)))
-        draw.text((x + 2 * square, y + TITLE / 2), name, font=font, anchor="lm")
-    return np.concatenate([large, np.asarray(bar)])
-
-
-def _readable(picture: np.ndarray) -> np.ndarray:
-    factor = max(round(READABLE / picture.shape[1]), 1)
-    return picture.repeat(factor, axis=0).repeat(factor, axis=1)

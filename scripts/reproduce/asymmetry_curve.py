@@ -13,7 +13,7 @@ import torch
 
 from asa.config import build
 from asa.data.store import Store
-from asa.evaluation.classification import auc
+from asa.evaluation.scans import auc
 from asa.inference.asymmetry import Asymmetry, AsymmetryScorer, HealthyReference
 from asa.inference.segmentation import PredictSettings
 from asa.training.checkpoint import read_description

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from asa.evaluation.comparison import read_run
 from asa.evaluation.statistics import bootstrap_interval
-from asa.tasks.comparison import read_run
 
 
 def quoted(**paths: Any) -> list[str]:

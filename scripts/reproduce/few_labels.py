@@ -6,8 +6,8 @@ them (experiment=structures_finetune), each seed from its own encoder. Each arm 
 the Dice of one more brain of the training part, with the first fold and seed. `--tested 3 --labelled 12 --rates 1e-2`
 tests three brains in each of five folds, and labels all others: none is left to choose a rate by.
 `--arms pretrained mae scratch` adds an encoder pretrained as a plain masked autoencoder. Prints the
-tables of docs/evidence.md. Finished runs are not repeated, and interrupted ones are resumed: an hour for an encoder,
-half an hour for a fine-tuning, on one core each.
+tables of docs/evidence_details.md. Finished runs are not repeated, and interrupted ones are resumed: an hour for an
+encoder, half an hour for a fine-tuning, on one core each.
 
 DATA: see scripts/reproduce/structures.py.
 """

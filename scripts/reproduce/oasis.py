@@ -1,4 +1,4 @@
-"""CSF, GM and WM of real brains, the table of docs/evidence.md: python -m scripts.reproduce.oasis DATA OUT
+"""CSF, GM and WM of real brains, the table of docs/evidence_details.md: python -m scripts.reproduce.oasis DATA OUT
 
 Segmentation from 1, 3 and 12 labelled brains, from a pretrained encoder and from scratch.
 
@@ -9,8 +9,8 @@ the R package malf.templates carries such a set. Finished runs are not repeated.
 import argparse
 from pathlib import Path
 
+from asa.evaluation.comparison import read_run
 from asa.reporting.ablation import Trial, write_ablation
-from asa.tasks.comparison import read_run
 from scripts.reproduce.commands import asa, score
 
 STEPS = {1: 200, 3: 200, 12: 300}  # of fine-tuning, by labelled brains

@@ -21,7 +21,6 @@ from asa.data.preprocessing.resampling import sample_affine, sample_label
 from asa.data.splits import read_split, select
 from asa.data.store import Store
 from asa.evaluation.metrics import dice
-from asa.inference.label_maps import labels_from_probabilities, probability_files
 from asa.inference.segmentation import PredictSettings, Segmenter
 
 # Angles about x, y, z in degrees, factor of the voxel size, axes of the copy with their signs.
@@ -92,9 +91,9 @@ def main() -> int:
                 segmenter.segment_file(files, out, probabilities=Path(folder))
                 there, forth = read_label(out).data, np.linalg.inv(here.affine) @ copy.affine
                 back, shape = np.linalg.inv(forth), here.data.shape
-                maps = probability_files(Path(folder), list(segmenter.regions or segmenter.labels.values()))
+                maps = segmenter.outputs.files(Path(folder))[0 if segmenter.outputs.regions else 1 :]
                 moved = (sample_affine(read_image(file).data, back, shape, order=1) for file in maps)
-                winner = labels_from_probabilities(moved, segmenter.labels, segmenter.regions, here)
+                winner = segmenter.outputs.label_map(moved, here)
                 probabilities[kind].append(scores(winner, here.data, values))
                 labels[kind].append(scores(sample_label(there, back, shape), here.data, values))
                 both = sample_label(sample_label(truth.data, forth, there.shape), back, shape)

@@ -3,7 +3,7 @@
 Pretrains the same encoder in several ways ("arms") on 9 OASIS-1 brains, with the same number of samples, and compares
 what a linear probe reads from it on 6 others, against operations and seconds; the arms of `--finetune` also by the
 Dice of the 6 after a fine-tuning on 1 and 3 of the 9 (experiment=structures_finetune). Writes OUT/recipe.md, the tables
-of docs/evidence.md, and OUT/recipe.png. Finished runs are not repeated.
+of docs/evidence_details.md, and OUT/recipe.png. Finished runs are not repeated.
 
 DATA: see scripts/reproduce/structures.py.
 """

@@ -14,9 +14,17 @@ from surface_distance import lookup_tables
 
 from asa.data.io.nifti import Volume
 from asa.evaluation.lesions import lesion_f1, lesion_recall, lesionwise_dice, lesionwise_hd95
-from asa.evaluation.metrics import hd95, hd95_in_plane, hd95_pooled, sensitivity, volume_difference
+from asa.evaluation.metrics import (
+    hd95,
+    hd95_by_area,
+    hd95_in_plane,
+    hd95_pooled,
+    sensitivity,
+    surface_dice,
+    surface_element_areas,
+    volume_difference,
+)
 from asa.evaluation.policies import POLICIES, tumour_regions
-from asa.evaluation.surface_distance import hd95_by_area, surface_dice, surface_element_areas
 from asa.tasks.evaluation import evaluate_case, evaluate_folder
 
 UNIT = (1.0, 1.0, 1.0)

@@ -1,15 +1,18 @@
 """Numbers and classes from features, by folds of subjects: ridge and logistic regression, and nearest neighbours."""
 
+import sys
+
 import numpy as np
 import pytest
+import torch
 
 from asa.evaluation.probe import (
     FITS,
     INNER_FOLDS,
     LOGISTIC_PENALTIES,
     PENALTIES,
+    Fit,
     folds_of,
-    gap,
     logistic,
     nearest,
     predict_by_folds,
@@ -60,27 +63,58 @@ def test_the_neighbours_are_as_many_as_have_the_least_error_of_scans_that_were_l
     np.testing.assert_allclose(nearest(train, targets, test), expected)
 
 
-@pytest.mark.parametrize("width", [3, 30])
-def test_the_logistic_regression_is_scikit_learns_with_the_likeliest_penalty(width: int) -> None:
-    linear = pytest.importorskip("sklearn.linear_model")
+@pytest.mark.parametrize(("width", "classes"), [(3, 3), (30, 3), (3, 2), (30, 2)])
+def test_the_logistic_regression_is_that_of_gradient_descent_with_the_likeliest_penalty(
+    width: int, classes: int
+) -> None:
     rng = np.random.default_rng(4)
     train, test = rng.normal(size=(40, width)), rng.normal(size=(9, width))
-    truth = (train[:, :3] + rng.normal(size=(40, 3))).argmax(axis=1)
-    targets = np.eye(3)[truth]
+    truth = (train[:, :classes] + rng.normal(size=(40, classes))).argmax(axis=1)
+    targets = np.eye(classes)[truth]
 
-    def theirs(penalty: float, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-        model = linear.LogisticRegression(C=1 / penalty, tol=1e-8, max_iter=5000)
-        return model.fit(train[rows], truth[rows]).predict_proba(places)
+    def descended(penalty: float, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Probabilities of a linear map whose cross-entropy, plus penalty / 2 of its squared weights, is least."""
+        x = torch.from_numpy(train[rows] - train.mean(axis=0))
+        weights, bias = torch.zeros(width, classes).double(), torch.zeros(classes).double()
+        known = [weights.requires_grad_(), bias.requires_grad_()]
+        optimizer = torch.optim.LBFGS(known, max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            logs = (x @ weights + bias).log_softmax(dim=1)
+            value = -(torch.from_numpy(targets[rows]) * logs).sum() + penalty / 2 * weights.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        with torch.no_grad():
+            return (torch.from_numpy(places - train.mean(axis=0)) @ weights + bias).softmax(dim=1).numpy()
 
     fold, everyone = np.arange(40) % INNER_FOLDS, np.ones(40, dtype=bool)
     likelihood = {}
     for penalty in LOGISTIC_PENALTIES:
-        found = np.empty((40, 3))
+        found = np.empty((40, classes))
         for own in range(INNER_FOLDS):
-            found[fold == own] = theirs(penalty, fold != own, train[fold == own])
+            found[fold == own] = descended(penalty, fold != own, train[fold == own])
         likelihood[penalty] = np.log(found[np.arange(40), truth]).sum()
     best = max(likelihood, key=likelihood.__getitem__)
-    np.testing.assert_allclose(logistic(train, targets, test), theirs(best, everyone, test), atol=2e-3)
+    np.testing.assert_allclose(logistic(train, targets, test), descended(best, everyone, test), atol=2e-3)
+
+
+@pytest.mark.parametrize("fit", FITS.values())
+def test_training_folds_without_a_class_give_it_no_probability_and_a_single_scan_is_copied(fit: Fit) -> None:
+    rng = np.random.default_rng(7)
+    targets = np.eye(3)[[0, 0, 0, 1, 1, 1, 2]]
+    features, fold = rng.normal(size=(7, 4)), np.array([0, 1, 0, 1, 0, 1, 0])
+    found = predict_by_folds(features, targets, fold, fit)
+    assert np.isfinite(found).all() and np.abs(found[fold == 0, 2]).max() < 1e-6
+    np.testing.assert_array_equal(predict_by_folds(features[:2], targets[2:4], fold[:2], fit), targets[[3, 2]])
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ImportError, match=r'policy=probe needs it: run pip install "asa-mri\[probe\]"'):
+        probe_numbers(np.zeros((4, 2)), list("1234"), list("abcd"), 2, ridge)
 
 
 def test_a_gap_is_the_score_of_a_group_less_that_of_the_others() -> None:
@@ -89,12 +123,12 @@ def test_a_gap_is_the_score_of_a_group_less_that_of_the_others() -> None:
     features = np.column_stack([age + np.where(group, 12, 2) * rng.normal(size=80), rng.normal(size=80)])
     subjects = [f"s{k}" for k in range(80)]
     found = probe_numbers(features, [str(value) for value in age], subjects, 5, ridge)
-    errors, less = np.abs(found.predicted - found.truth), gap(found, group)
+    errors, less = np.abs(found.predicted - found.truth), found.gap(group)
     assert less["gap"] == pytest.approx(errors[group].mean() - errors[~group].mean())
     assert 0 < less["low"] < less["gap"] < less["high"]
-    other = gap(found, ~group)
+    other = found.gap(~group)
     assert other["gap"] == pytest.approx(-less["gap"]) and other["high"] < 0
-    assert all(np.isnan(value) for value in gap(found, np.ones(80, dtype=bool)).values())
+    assert all(np.isnan(value) for value in found.gap(np.ones(80, dtype=bool)).values())
 
 
 @pytest.mark.parametrize("kind", FITS)
@@ -103,8 +137,8 @@ def test_every_probe_reads_a_planted_class_and_no_noise(kind: str) -> None:
     site, features = rng.integers(0, 2, 60), rng.normal(size=(60, 5))
     features[:, 2] += 4 * site
     subjects, noise = [f"s{k}" for k in range(60)], [("f", "m")[k % 2] for k in range(60)]
-    assert probe_classes(features, [f"site{k}" for k in site], subjects, 5, FITS[kind]).low > 0.7
-    assert probe_classes(features, noise, subjects, 5, FITS[kind]).low < 0.5
+    assert probe_classes(features, [f"site{k}" for k in site], subjects, 5, FITS[kind]).scores["low"] > 0.7
+    assert probe_classes(features, noise, subjects, 5, FITS[kind]).scores["low"] < 0.5
 
 
 def test_a_prediction_comes_from_folds_without_the_scans_subject() -> None:
@@ -127,14 +161,16 @@ def test_planted_numbers_and_classes_are_read_and_noise_is_not() -> None:
     features[:, 7] += 3 * site
     subjects, sexes = [f"s{k}" for k in range(60)], [("f", "m")[k % 2] for k in range(60)]
     ages = probe_numbers(features, [f"{value:.2f}" for value in age], subjects, 5, ridge)
-    scores = ages.scores()
+    scores = ages.scores
+    residual, spread = np.square(ages.predicted - ages.truth).sum(), np.square(ages.truth - ages.truth.mean()).sum()
+    assert scores["r2"] == pytest.approx(1 - residual / spread)  # as of a regression
     assert scores["r2"] > 0.6 and scores["low"] < scores["mean_absolute_error"] < scores["high"] < scores["of_the_mean"]
-    assert probe_classes(features, [f"site{k}" for k in site], subjects, 5, ridge).low > 0.8
+    assert probe_classes(features, [f"site{k}" for k in site], subjects, 5, ridge).scores["low"] > 0.8
     sex = probe_classes(features, sexes, subjects, 5, ridge)
-    assert sex.low < 0.5 and set(sex.predicted) == {"f", "m"}
+    assert sex.scores["low"] < 0.5 and set(sex.predicted) == {"f", "m"}
     some = age > 50
     older = ages.only(some)
-    assert older.scores()["mean_absolute_error"] == pytest.approx(np.abs(ages.predicted - ages.truth)[some].mean())
+    assert older.scores["mean_absolute_error"] == pytest.approx(np.abs(ages.predicted - ages.truth)[some].mean())
 
 
 def test_too_few_subjects_and_one_class_are_refused() -> None:

@@ -14,6 +14,7 @@ from asa.evaluation.statistics import (
     detectable_difference,
     holm,
     interval_kind,
+    resample_subjects,
     wilcoxon_p,
 )
 
@@ -132,6 +133,30 @@ def test_the_interval_that_is_named_is_the_one_that_is_used() -> None:
         assert interval_kind([n]) == ("Student's t" if is_student else "bootstrap-t")
     assert interval_kind([9, 3, 1]) == f"bootstrap-t or Student's t where fewer than {MIN_RESAMPLED} values are defined"
     assert interval_kind([1, 0]) == "bootstrap-t"
+
+
+# --- resampled subjects
+
+
+def test_the_interval_over_subjects_equals_a_slow_bootstrap_of_them() -> None:
+    rng = np.random.default_rng(3)
+    subjects = [f"s{k // 2}" for k in range(60)]
+    values = np.repeat(rng.normal(size=30), 2) + 0.1 * rng.normal(size=60)
+    found = resample_subjects(lambda rows: {"mean": values[rows].mean(), "none": math.nan}, subjects)
+    pairs = values.reshape(30, 2)
+    means = [np.mean([pairs[k] for k in rng.choice(30, 30)]) for _ in range(4000)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert found["mean"] == pytest.approx((low, high), abs=0.06 * (high - low))
+    assert all(math.isnan(end) for end in found["none"])
+
+
+def test_the_two_sides_are_resampled_apart_and_need_two_subjects_each() -> None:
+    side, subjects = np.arange(12) < 4, list("aabbccddeeff")
+    seen: list[np.ndarray] = []
+    resample_subjects(lambda rows: {"x": float(seen.append(rows) or 0)}, subjects, side)
+    assert all(side[rows].sum() == 4 and len(rows) == 12 for rows in seen) and len(seen) > 1000
+    found = resample_subjects(lambda rows: {"x": 1.0}, subjects, np.arange(12) < 2)
+    assert all(math.isnan(end) for end in found["x"])
 
 
 # --- smallest detectable difference

@@ -6,10 +6,9 @@ from torch import nn
 
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
-from asa.models.probe import probe_tiny
 from asa.models.transfer import check_position
 from asa.models.unet import unet_tiny
-from asa.models.vit_seg import vit_seg_tiny
+from asa.models.vit_seg import probe_tiny, vit_seg_tiny
 from asa.ops.patches import patchify
 from asa.ops.symmetry import mirror_patches
 

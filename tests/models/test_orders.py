@@ -7,11 +7,10 @@ from torch import Tensor
 from asa import LinearWindowAttention, MaskedAutoencoder, SWViT, patchify, random_mask
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.classifier import asa_classifier_tiny
-from asa.models.probe import probe_tiny
 from asa.models.sw_vit import FARTHEST
 from asa.models.transfer import Source, check_position, transfer_encoder
 from asa.models.unet import unet_tiny
-from asa.models.vit_seg import vit_seg_tiny
+from asa.models.vit_seg import probe_tiny, vit_seg_tiny
 from asa.ops.patches import (
     Selection,
     TokenSequence,

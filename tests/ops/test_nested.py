@@ -14,7 +14,7 @@ from asa.cli import finetune, predict
 from asa.config import build
 from asa.data.datasets import folder
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
-from asa.inference.label_maps import mirrored_regions
+from asa.inference.label_maps import Outputs
 from asa.inference.segmentation import Segmenter
 from asa.losses.segmentation import DeeplySupervisedRegionLoss
 from asa.methods.segment import RegionSegmentation
@@ -184,7 +184,8 @@ def test_mirroring_exchanges_the_regions_of_the_two_sides(tmp_path: Path) -> Non
     here, there = segmenter.probabilities(image), segmenter.probabilities(image.flip(-1))
     torch.testing.assert_close(there.flip(-1)[[0, 2, 1]], here)
     with pytest.raises(ValueError, match="'left' has no partner"):
-        mirrored_regions({"all": [1, 2, 5], "left": [1]}, {1: "left_x", 2: "right_x", 5: "m"}, [["left_x", "right_x"]])
+        labels = {1: "left_x", 2: "right_x", 5: "m"}
+        Outputs(labels, {"all": [1, 2, 5], "left": [1]}, [["left_x", "right_x"]]).mirrored()
 
 
 def test_the_stores_regions_are_learnt_validated_and_predicted_as_labels(

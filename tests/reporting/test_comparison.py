@@ -16,12 +16,11 @@ from scored import write_run
 
 from asa.cli import evaluate as evaluate_command
 from asa.data.io.nifti import Volume, write_image, write_label
-from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, markdown_table
+from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, markdown_table, read_run
 from asa.evaluation.statistics import detectable_difference
 from asa.reporting import comparison as reporting
 from asa.reporting.figures import GAP
-from asa.tasks.comparison import compare_folders, read_run
-from asa.tasks.evaluation import evaluate_folder
+from asa.tasks.evaluation import compare_folders, evaluate_folder
 
 LABELS = {1: "csf", 2: "gm"}
 

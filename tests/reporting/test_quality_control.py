@@ -250,7 +250,7 @@ def test_a_folder_with_other_content_is_rejected_and_not_changed(tmp_path):
         QualityControlReport(image)
 
 
-@pytest.mark.parametrize("module", ["jinja2", "matplotlib.image"])
+@pytest.mark.parametrize("module", ["jinja2", "matplotlib.figure"])
 def test_a_missing_extra_is_named_before_the_work_starts(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf'{module} is not installed.*pip install "asa-mri\[report\]"'):

@@ -11,7 +11,16 @@ import pytest
 from asa.data.io.nifti import Volume, write_image, write_label
 from asa.evaluation.summary import CaseRow, summarise
 from asa.reporting.evaluation import write_report
-from asa.reporting.figures import central_slices, label_colours, overlay_panel, reconstruction_panel
+from asa.reporting.figures import (
+    READABLE,
+    TITLE,
+    central_slices,
+    label_colours,
+    overlay_panel,
+    reconstruction_panel,
+    titled,
+    with_legend,
+)
 from asa.tasks.evaluation import CaseFiles, evaluate_folder
 
 AFFINE = np.diag([-1.0, 1.0, 2.0, 1.0])  # LAS, 2 mm slices
@@ -215,6 +224,19 @@ def test_central_slices_intersect_the_mask():
     assert central_slices(both) == (4, 4, 16)  # in the larger part, not on the midline between both
 
 
+def test_an_empty_mask_has_the_slices_of_the_middle_next_to_the_midline():
+    assert central_slices(np.zeros((20, 22, 25), dtype=bool)) == (10, 11, 10)
+
+
+def test_the_sides_are_marked_in_the_upper_corners_where_they_fit():
+    panel = overlay_panel(np.zeros((60, 60, 60)), [])
+    for plane in range(3):
+        tile = panel[plane * 64 :][:60]
+        assert (tile[:15, :15] > 200).any() and (tile[:15, -15:] > 200).any()
+        assert not tile[15:].any() and not tile[:, 15:-15].any()
+    assert not overlay_panel(np.zeros((12, 12, 12)), []).any()
+
+
 def test_masked_patches_differ_in_colour_from_tissue_and_background():
     volume = np.random.default_rng(0).random((16, 16, 16))
     masked = volume.copy()
@@ -238,3 +260,26 @@ def test_arrays_of_different_shapes_are_rejected():
         overlay_panel(np.zeros((4, 4, 4)), [np.zeros((4, 4, 5), dtype=int)])
     with pytest.raises(ValueError, match="no colour"):
         overlay_panel(None, [np.full((4, 4, 4), 3)], colours=[label_colours(2)])
+
+
+def test_each_column_of_a_picture_has_its_title_above_it() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)
+    drawn = titled(picture, ["image", "", "prediction"])
+    assert np.array_equal(drawn[TITLE::10, ::10], picture) and drawn.shape == (TITLE + 600, READABLE, 3)
+    ink = [bool(part.any()) for part in np.split(drawn[:TITLE], 3, axis=1)]
+    assert ink == [True, False, True]
+    assert titled(np.zeros((10, 3 * READABLE, 3), np.uint8), ["x"]).shape == (TITLE + 10, 3 * READABLE, 3)
+
+
+def test_a_legend_has_each_name_after_its_colour_in_as_many_rows_as_it_needs() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)
+    colours = np.array([[9, 8, 7], [250, 3, 4], [1, 99, 2]], np.uint8)
+    drawn = with_legend(picture, ["csf", "grey matter", "white matter"], colours)
+    assert np.array_equal(drawn[:600:10, ::10], picture) and drawn.shape == (600 + TITLE, READABLE, 3)
+    first = [np.argwhere((drawn[600:] == colour).all(axis=2))[0, 1] for colour in colours]
+    assert first[0] < first[1] < first[2]
+    for left, right in zip(first, [*first[1:], READABLE], strict=True):
+        assert (drawn[600:, left + TITLE : right] > 200).any()  # the white of its name
+    many = with_legend(picture, [f"structure {k}" for k in range(20)], np.full((20, 3), 77, np.uint8))
+    assert (many.shape[0] - 600) % TITLE == 0 and many.shape[0] > 600 + TITLE and many.shape[1] == READABLE
+    assert titled(drawn, ["x"]).shape == (TITLE + len(drawn), READABLE, 3)

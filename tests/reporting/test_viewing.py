@@ -14,7 +14,7 @@ import pytest
 from asa.cli import pretrain, view
 from asa.data.io.nifti import read_image, write_image
 from asa.data.store import Store
-from asa.reporting.viewer import Layer, write_viewer
+from asa.reporting.viewing import Layer, write_viewer
 
 CODE = "(function(a,b){b((a=self).niivue={})})(this,function(){});"  # no NiiVue: what is drawn is not tested here
 SMALL = ("model=asa_tiny", "crop=32", "+model.embed_dim=24", "+model.num_heads=2", "model.decoder_depth=1")

@@ -16,7 +16,7 @@ from asa.evaluation.policies import restoration_policy
 from asa.restoration.evaluation import evaluate_pictures
 from asa.restoration.images import write_picture
 from asa.restoration.report import _fitted, error_map, error_scale
-from asa.tasks.comparison import compare_folders
+from asa.tasks.evaluation import compare_folders
 
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")

@@ -15,13 +15,13 @@ from asa.cli import predict, pretrain
 from asa.data.io.nifti import read_image, write_image
 from asa.data.io.tables import read_column
 from asa.data.store import MANIFEST, Store, write_array
+from asa.evaluation.tables import matched
 from asa.export.onnx import export_onnx
 from asa.inference.asymmetry import TABLE, Asymmetry, AsymmetryScorer, HealthyReference
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.models.sa_swin import SASwin
 from asa.models.swin import Swin
 from asa.tasks.pretraining import read_health
-from asa.tasks.table_evaluation import matched
 from asa.training.checkpoint import load_encoder, load_model
 
 SMALLEST = ("+model.embed_dim=4", "+model.num_heads=[1,1,2,2]", "+model.window=2", "+model.cross_heads=2")

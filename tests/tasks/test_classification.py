@@ -13,7 +13,7 @@ import torch
 
 from asa.cli import finetune, predict, pretrain
 from asa.data.splits import read_split
-from asa.evaluation.classification import (
+from asa.evaluation.scans import (
     auc,
     auc_interval,
     calibration_error,

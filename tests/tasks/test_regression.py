@@ -14,7 +14,7 @@ from untrained import call
 import asa
 from asa.cli import evaluate, export, finetune, predict, prepare
 from asa.data.io.nifti import write_image
-from asa.evaluation.regression import measures, score_numbers
+from asa.evaluation.scans import measures, score_numbers
 from asa.methods.whole_scans import Classification, Regression
 from asa.models.classifier import asa_classifier_tiny, asa_regressor_tiny, sa_swin_regressor_tiny
 from asa.training.checkpoint import find_weights, read_description

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from asa.methods.segment import Segmentation
-from asa.models.probe import probe_tiny
 from asa.models.unet import unet_tiny
+from asa.models.vit_seg import probe_tiny
 from asa.ops.patches import patchify
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings, Schedule, freeze, make_optimizer, set_learning_rate, set_training

@@ -43,7 +43,6 @@ from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import OptimSettings
 from asa.training.run_log import RunLog, SilentLog
 from asa.training.signals import RESUME_CODE, Stopped, stop_signals
-from asa.training.trackers import READABLE, TITLE, titled, with_legend
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of scripts, which are of the checkout and not of the package
 
@@ -483,29 +482,6 @@ def test_a_tensorboard_failure_does_not_stop_the_run(
         tiny_run(tmp_path / "later", store, 3)
     assert len(losses(tmp_path / "later")) == 3
     assert capsys.readouterr().out.count("TensorBoard failed (read-only file system)") == 1
-
-
-def test_each_column_of_a_picture_has_its_title_above_it() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)
-    drawn = titled(picture, ["image", "", "prediction"])
-    assert np.array_equal(drawn[TITLE::10, ::10], picture) and drawn.shape == (TITLE + 600, READABLE, 3)
-    ink = [bool(part.any()) for part in np.split(drawn[:TITLE], 3, axis=1)]
-    assert ink == [True, False, True]
-    assert titled(np.zeros((10, 3 * READABLE, 3), np.uint8), ["x"]).shape == (TITLE + 10, 3 * READABLE, 3)
-
-
-def test_a_legend_has_each_name_after_its_colour_in_as_many_rows_as_it_needs() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)
-    colours = np.array([[9, 8, 7], [250, 3, 4], [1, 99, 2]], np.uint8)
-    drawn = with_legend(picture, ["csf", "grey matter", "white matter"], colours)
-    assert np.array_equal(drawn[:600:10, ::10], picture) and drawn.shape == (600 + TITLE, READABLE, 3)
-    first = [np.argwhere((drawn[600:] == colour).all(axis=2))[0, 1] for colour in colours]
-    assert first[0] < first[1] < first[2]
-    for left, right in zip(first, [*first[1:], READABLE], strict=True):
-        assert (drawn[600:, left + TITLE : right] > 200).any()  # the white of its name
-    many = with_legend(picture, [f"structure {k}" for k in range(20)], np.full((20, 3), 77, np.uint8))
-    assert (many.shape[0] - 600) % TITLE == 0 and many.shape[0] > 600 + TITLE and many.shape[1] == READABLE
-    assert titled(drawn, ["x"]).shape == (TITLE + len(drawn), READABLE, 3)
 
 
 def test_the_log_of_a_resumed_run_has_no_duplicate_lines(tmp_path: Path) -> None:

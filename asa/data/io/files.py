@@ -67,6 +67,21 @@ def write_whole(path: str | Path, payload: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def check_out(out: Path, mark: str, what: str) -> None:
+    """Check that a folder is absent, empty, or one that the same command wrote before.
+
+    Args:
+        out: the folder.
+        mark: a file that every folder of this kind holds.
+        what: the kind, for the message.
+
+    Raises:
+        ValueError: it holds something else, or is a file.
+    """
+    if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / mark).is_file()):
+        raise ValueError(f"{out} is not empty and not {what}: choose another out=")
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON atomically, indented by two spaces, with keys in the given order."""
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -8,64 +8,30 @@ OUT/digests.json   SHA-256 of both, which asa-ablate compares
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from asa.data.io.files import check_digest, write_digests, write_json, write_whole
-from asa.data.io.tables import as_number, check_health, csv_text, read_column, read_rows
-from asa.errors import reason_of
-from asa.evaluation.classification import ClassScores, auc, auc_interval, scan_scores, score_classes
-from asa.evaluation.comparison import Run
-from asa.evaluation.policies import ALL, CLASSIFICATION
-from asa.evaluation.regression import NumberScores, score_numbers
+from asa.data.io.files import write_digests, write_json, write_whole
+from asa.data.io.tables import ENDINGS, as_number, check_health, csv_text, read_column, read_rows
+from asa.evaluation.scans import ClassScores, NumberScores, auc, auc_interval, scan_scores, score_classes, score_numbers
 from asa.evaluation.statistics import nullable
-from asa.inference.asymmetry import TABLE as ASYMMETRY
 from asa.inference.whole_scans import PREDICTED, RESERVED, TRAINING_MEAN
-from asa.inference.whole_scans import TABLE as PREDICTIONS
-from asa.tasks.base import Config
 
 SCANS = "scans.csv"
 MEASURES = ("score", "mean", "top", "peak")  # of a scan's asymmetry
 
 
-def tables_of(config: Config) -> tuple[Path, Path, Path]:
-    """The folder of predictions, the table of the truth and the folder for results of an asa-evaluate.
-
-    Raises:
-        ValueError: one is not given.
-    """
-    for key in ("predictions", "truth"):
-        if config[key] is None:
-            raise ValueError(f"{key}= has to be given: predictions=FOLDER of asa-predict, and truth=TABLE.csv")
-    return Path(str(config["predictions"])), Path(str(config["truth"])), Path(str(config["out"]))
+def table_in(path: Path, name: str) -> Path:
+    """The table that `predictions=` or `out=` means: itself, or the one of this name in a folder."""
+    return path if path.suffix in ENDINGS else path / name
 
 
-def write_scores(path: Path, scores: ClassScores, names: Sequence[str]) -> None:
-    """Write the scores of a classification as JSON, null where a number is undefined."""
-    written = {"classes": list(names), **asdict(scores)}
-    write_json(path, written | nullable({key: value for key, value in written.items() if isinstance(value, float)}))
-
-
-def described(scores: ClassScores, names: Sequence[str]) -> str:
-    """The scores of a classification as text."""
-    lines = [
-        f"AUC {scores.auc:.3f} ({scores.auc_low:.3f} to {scores.auc_high:.3f}), balanced accuracy "
-        f"{scores.balanced_accuracy:.3f}, ECE {scores.ece:.3f}, {scores.scans} scans of {scores.subjects} subjects"
-    ]
-    for name, row in zip(names, scores.confusion, strict=True):
-        found = ", ".join(f"{count} as {other}" for count, other in zip(row, names, strict=True) if count)
-        lines.append(f"  {name}: {found}")
-    return "\n".join(lines)
-
-
-def evaluate_classes(predictions: Path, truth: Path, out: Path) -> tuple[ClassScores, list[str]]:
+def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, list[str]]:
     """Score the class probabilities that asa-predict wrote.
 
     Args:
-        predictions: folder with predictions.csv.
+        table: predictions.csv.
         truth: table (CSV) with the columns subject (or id) and class. Scans not in it are left out.
         out: folder for summary.json and scans.csv.
 
@@ -76,49 +42,28 @@ def evaluate_classes(predictions: Path, truth: Path, out: Path) -> tuple[ClassSc
         FileNotFoundError: no such table.
         ValueError: a table that does not fit, a class that the network does not know, or no scan with a class.
     """
-    rows, known, subjects = matched(predictions / PREDICTIONS, truth, "class")
+    rows, known, subjects = matched(table, truth, "class")
     names = [column.removeprefix("p_") for column in rows[0] if column.startswith("p_")]
     if unknown := sorted(set(known) - set(names)):
         raise ValueError(f"{truth}: the class {unknown[0]!r} is none of the network's: {', '.join(names)}")
-    probabilities = np.array([numbers(predictions / PREDICTIONS, row, [f"p_{name}" for name in names]) for row in rows])
+    probabilities = np.array([numbers(table, row, [f"p_{name}" for name in names]) for row in rows])
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError(f"{predictions / PREDICTIONS}: probabilities have to be from 0 to 1: predict again")
+        raise ValueError(f"{table}: probabilities have to be from 0 to 1: predict again")
     indices = np.array([names.index(name) for name in known])
     scores = score_classes(probabilities, indices, subjects)
     shares = scan_scores(probabilities, indices)
-    table = [[row["id"], *cells] for row, *cells in zip(rows, known, *shares.values(), strict=True)]
-    write_scores(out / "summary.json", scores, names)
-    write_whole(out / SCANS, csv_text(["id", "class", *shares], table).encode())
+    scans = [[row["id"], *cells] for row, *cells in zip(rows, known, *shares.values(), strict=True)]
+    write_json(out / "summary.json", scores.as_json(names))
+    write_whole(out / SCANS, csv_text(["id", "class", *shares], scans).encode())
     write_digests(out, (SCANS, "summary.json"))
     return scores, names
 
 
-def read_class_run(name: str, folder: Path) -> Run:
-    """What `evaluate_classes` wrote, scan by scan.
-
-    Raises:
-        FileNotFoundError: no scans.csv in the folder.
-        ValueError: a file that has changed since, or is of something else.
-    """
-    file = folder / SCANS
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; evaluate with policy=classification")
-    check_digest(file)
-    metrics = [metric.name for metric in CLASSIFICATION.metrics]
-    rows = read_rows(file)
-    try:
-        values = {(row["id"], ALL): {metric: float(row[metric]) for metric in metrics} for row in rows}
-        truths = {(row["id"], ALL): row["class"] for row in rows}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not of an evaluation ({reason_of(error)}): evaluate again") from None
-    return Run(name, {"policy": CLASSIFICATION.name, "metrics": metrics, "regions": [ALL]}, values, truths)
-
-
-def evaluate_numbers(predictions: Path, truth: Path, out: Path, column: str | None = None) -> tuple[NumberScores, str]:
+def evaluate_numbers(table: Path, truth: Path, out: Path, column: str | None = None) -> tuple[NumberScores, str]:
     """Score the numbers that asa-predict wrote.
 
     Args:
-        predictions: folder with predictions.csv.
+        table: predictions.csv.
         truth: table (CSV) with the columns subject (or id) and the number's. Scans not in it are left out.
         out: folder for summary.json.
         column: of the truth; None: called as in the training table.
@@ -130,7 +75,6 @@ def evaluate_numbers(predictions: Path, truth: Path, out: Path, column: str | No
         FileNotFoundError: no such table.
         ValueError: a table that does not fit, or a number that is none.
     """
-    table = predictions / PREDICTIONS
     own = [name for name in predicted_rows(table)[0] if name not in RESERVED]
     if len(own) != 1:
         raise ValueError(f"{table}: not the table of a regression: choose another policy=, or predict again")
@@ -139,20 +83,15 @@ def evaluate_numbers(predictions: Path, truth: Path, out: Path, column: str | No
     found = np.array([numbers(table, row, (PREDICTED, TRAINING_MEAN)) for row in rows])
     true = np.array([as_number(truth, row["id"], column, text) for row, text in zip(rows, known, strict=True)])
     scores = score_numbers(found[:, 0], true, found[:, 1], subjects)
-    write_json(out / "summary.json", numbers_as_json(scores, column))
+    write_json(out / "summary.json", scores.as_json(column))
     return scores, column
 
 
-def numbers_as_json(scores: NumberScores, column: str) -> dict[str, Any]:
-    """The scores of a regression for a JSON file, null where one is undefined."""
-    return {"column": column, **nullable(asdict(scores))}
-
-
-def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, dict[str, Any]]:
+def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> dict[str, dict[str, float]]:
     """How well each measure of asymmetry separates patients from healthy subjects.
 
     Args:
-        predictions: folder with asymmetry.csv.
+        table: asymmetry.csv.
         truth: table (CSV) with the columns subject (or id) and health, 1 or 0. Scans not in it are left out.
         out: folder for summary.json.
 
@@ -163,18 +102,18 @@ def evaluate_asymmetry(predictions: Path, truth: Path, out: Path) -> dict[str, d
         FileNotFoundError: no such table.
         ValueError: a table that does not fit, another health, or scans of one kind only.
     """
-    rows, health, subjects = matched(predictions / ASYMMETRY, truth, "health")
+    rows, health, subjects = matched(table, truth, "health")
     check_health(truth, health)
     patient = np.array(health) == "0"
     if patient.all() or not patient.any():
         raise ValueError(f"{truth}: all {len(rows)} scans are of health {health[0]}: an AUC needs both")
-    results: dict[str, dict[str, Any]] = {}
-    measured = np.array([numbers(predictions / ASYMMETRY, row, MEASURES) for row in rows])
+    results = {}
+    measured = np.array([numbers(table, row, MEASURES) for row in rows])
     for measure, values in zip(MEASURES, measured.T, strict=True):
         low, high = auc_interval(np.stack([-values, values], axis=1), patient.astype(int), subjects)
         results[measure] = {"auc": auc(values, patient), "auc_low": low, "auc_high": high}
-    written = {measure: nullable(numbers) for measure, numbers in results.items()}
     counts = {"patients": int(patient.sum()), "healthy": int((~patient).sum())}
+    written = {measure: nullable(found) for measure, found in results.items()}
     write_json(out / "summary.json", {**counts, "results": written})
     return results
 
@@ -192,16 +131,16 @@ def numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list
 
 
 def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]], list[str], list[str]]:
-    """The rows of a predicted table that the truth lists, what it says of them, and their subjects.
+    """The rows of a predicted table that the truth lists, their values in its column, and their subjects.
 
     A scan is a subject of its own, unless the truth has a column "subject", or the id is one of BIDS, sub-XX_ses-YY.
     """
     rows = predicted_rows(table)
     own = {row["id"]: row["id"].partition("_")[0] if row["id"].startswith("sub-") else row["id"] for row in rows}
     scans = [{"id": id, "subject": subject} for id, subject in own.items()]
-    said, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
-    rows = [row for row in rows if row["id"] in said]
-    return rows, [said[row["id"]] for row in rows], [subjects.get(row["id"], own[row["id"]]) for row in rows]
+    known, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
+    rows = [row for row in rows if row["id"] in known]
+    return rows, [known[row["id"]] for row in rows], [subjects.get(row["id"], own[row["id"]]) for row in rows]
 
 
 def predicted_rows(table: Path) -> list[dict[str, str]]:
