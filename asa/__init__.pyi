@@ -35,12 +35,12 @@ from .restoration.rat import rat_small as rat_small
 from .restoration.rat import rat_tiny as rat_tiny
 from .restoration.regions import region_attention as region_attention
 from .settings import PredictSettings as PredictSettings
-from .tasks.commands import evaluate as evaluate
-from .tasks.commands import finetune as finetune
-from .tasks.commands import predict as predict
-from .tasks.commands import prepare as prepare
-from .tasks.commands import pretrain as pretrain
 from .tasks.run import compare as compare
+from .tasks.run import evaluate as evaluate
+from .tasks.run import finetune as finetune
+from .tasks.run import predict as predict
+from .tasks.run import prepare as prepare
+from .tasks.run import pretrain as pretrain
 from .training.checkpoint import load_encoder as load_encoder
 from .training.checkpoint import load_model as load_model
 

@@ -27,11 +27,10 @@ from torch.utils._pytree import tree_leaves
 from asa.baselines.puzzle import PuzzlePretraining
 from asa.baselines.puzzle_net import puzzle_tiny
 from asa.inference.segmentation import sliding_window
-from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
-from asa.methods.regress import Regression
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import RegionSegmentation, Segmentation
+from asa.methods.whole_scans import Classification, Regression
 from asa.models.classifier import asa_classifier_tiny, asa_regressor_tiny, sa_swin_classifier_tiny
 from asa.models.create import create_model
 from asa.models.masked_autoencoder import asa_tiny

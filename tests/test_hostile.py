@@ -42,9 +42,9 @@ from asa.data.store import Store
 from asa.evaluation.comparison import read_run
 from asa.inference.preprocessing import ScanPreprocessor, exported
 from asa.restoration.images import checked_window, read_picture, write_picture
-from asa.tasks.cross_validation import _predict
 from asa.tasks.evaluation import compare_folders, evaluate_folder
 from asa.tasks.segmentation import SegmentationPredictor
+from asa.tasks.studies import _predict_fold
 from asa.tasks.volumes import choose_split
 from asa.training.checkpoint import WEIGHTS, load_model, read_model, save_checkpoint
 from asa.training.loop import TrainSettings
@@ -628,31 +628,31 @@ def test_an_export_holds_no_command_and_no_path(tmp_path: Path, monkeypatch) -> 
 def test_folds_predict_again_when_their_weights_or_maps_changed_whatever_the_clock_says(
     store: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from asa.tasks import cross_validation
+    from asa.tasks import studies
 
     calls: list[object] = []
 
-    def fake(config: dict) -> None:
-        calls.append(config)
+    def fake(command: str, *settings: dict) -> None:
+        calls.append(settings)
         write_whole(tmp_path / "out" / "s0.nii.gz", b"a label map")
 
     run = checkpoint(tmp_path / "run")
     write_json(run / "split.json", {"train": ["s1"], "test": ["s0"]})
-    monkeypatch.setattr(cross_validation, "predict_task", fake)
+    monkeypatch.setattr(studies, "call", fake)
     config = {"data": {"store": str(store)}, "predict": {"overlap": 0.5}, "plugins": []}
     for expected in (1, 1):
-        _predict(run, tmp_path / "out", config)
+        _predict_fold(run, tmp_path / "out", config)
         assert len(calls) == expected
     shutil.rmtree(run / "checkpoints")
     checkpoint(run, seed=1)  # retrained
     for path in run.rglob("*"):
         subprocess.run(["touch", "-d", "2000-01-01", path], check=True)  # the clock went back
-    _predict(run, tmp_path / "out", config)
+    _predict_fold(run, tmp_path / "out", config)
     assert len(calls) == 2
     (tmp_path / "out" / "s0.nii.gz").write_bytes(b"another one")
-    _predict(run, tmp_path / "out", config)
+    _predict_fold(run, tmp_path / "out", config)
     assert len(calls) == 3
-    _predict(run, tmp_path / "out", {**config, "predict": {"overlap": 0.25}})
+    _predict_fold(run, tmp_path / "out", {**config, "predict": {"overlap": 0.25}})
     assert len(calls) == 4
 
 
@@ -757,19 +757,19 @@ def _ablate_and_die(store: Path, out: Path) -> None:
     """An ablation that is killed while it evaluates its first run."""
     import os
 
-    from asa.tasks import ablation
+    from asa.tasks import studies
 
-    ablation.call = lambda name, *_, **__: os.kill(os.getpid(), signal.SIGKILL) if name == "evaluate" else None
+    studies.call = lambda name, *_, **__: os.kill(os.getpid(), signal.SIGKILL) if name == "evaluate" else None
     settings = {"store": str(store), "out": str(out), "split": {"test": 1}, "labelled": [1], "only": ["scratch"]}
     from asa.tasks.run import configure
 
-    ablation.ablate(configure("ablate", settings))
+    studies.ablate(configure("ablate", settings))
 
 
 def test_an_ablation_that_is_killed_is_continued_by_the_same_command(
     store: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    from asa.tasks import ablation
+    from asa.tasks import studies
     from asa.tasks.run import configure
 
     process = FORK.Process(target=_ablate_and_die, args=(store, tmp_path / "out"))
@@ -777,7 +777,7 @@ def test_an_ablation_that_is_killed_is_continued_by_the_same_command(
     process.join()
     assert process.exitcode == -signal.SIGKILL and (tmp_path / "out" / LOCK).exists()
     called = []
-    monkeypatch.setattr(ablation, "call", lambda name, *_, **__: called.append(name))
+    monkeypatch.setattr(studies, "call", lambda name, *_, **__: called.append(name))
     settings = {
         "store": str(store),
         "out": str(tmp_path / "out"),
@@ -786,6 +786,6 @@ def test_an_ablation_that_is_killed_is_continued_by_the_same_command(
         "only": ["scratch"],
     }
     with pytest.raises(ValueError, match="1 of 1 runs failed"):  # there is no evaluation to read
-        ablation.ablate(configure("ablate", settings))
+        studies.ablate(configure("ablate", settings))
     assert called == ["finetune", "predict", "evaluate"] and "taking over the lock" in capsys.readouterr().out
     assert not (tmp_path / "out" / LOCK).exists()

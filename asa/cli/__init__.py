@@ -13,37 +13,36 @@ from collections.abc import Sequence
 
 from asa import __version__
 from asa.cli.front import Command
+from asa.tasks import COMMANDS as TASKS
 
 phantom = Command("phantom", "asa.cli.tools:make_phantoms", "Make a phantom cohort, to try every command.")
 orient = Command("orient", "asa.cli.tools:orient", "Write files that store no orientation with one that you state.")
 dicom = Command("dicom", "asa.cli.tools:convert_dicom", "Convert DICOM series to NIfTI files, for asa-prepare.")
-prepare = Command(
-    "prepare", "asa.tasks.preparation:prepare_task", "Prepare raw scans into a store: checked, parallel and resumable."
-)
-pretrain = Command("pretrain", "asa.tasks.commands:pretrain_task", "Pretrain an encoder on unlabelled scans.")
+prepare = Command("prepare", TASKS["prepare"], "Prepare raw scans into a store: checked, parallel and resumable.")
+pretrain = Command("pretrain", TASKS["pretrain"], "Pretrain an encoder on unlabelled scans.")
 finetune = Command(
     "finetune",
-    "asa.tasks.commands:finetune_task",
+    TASKS["finetune"],
     "Fine-tune a segmentation, classification or regression network, from a pretrained encoder or from scratch.",
 )
 predict = Command(
     "predict",
-    "asa.tasks.run:predict_task",
+    TASKS["predict"],
     "Label maps of new scans from a trained network, or their asymmetry from a SA-Swin, in each scan's own space.",
 )
 embed = Command(
     "embed",
-    "asa.tasks.embedding:embed_task",
+    TASKS["embed"],
     "Features of scans from a frozen encoder, as a table.",
 )
 evaluate = Command(
     "evaluate",
-    "asa.tasks.run:evaluate_task",
+    TASKS["evaluate"],
     "Score predicted label maps against true ones under a named policy, or compare such evaluations.",
 )
 ablate = Command(
     "ablate",
-    "asa.tasks.ablation:ablate",
+    TASKS["ablate"],
     "Compare arms of the method (the paper's Table 4) over numbers of labelled subjects and seeds, in one table.",
 )
 export = Command(

@@ -126,6 +126,17 @@ def score_classes(probabilities: np.ndarray, truth: np.ndarray, subjects: Sequen
     )
 
 
+def weighted_cross_entropy(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+    """Mean cross-entropy of probabilities `(N, K)`, each scan weighted by its class, as a classification is trained.
+
+    Args:
+        truth: class indices `(N,)`.
+        weights: of the classes, `(K,)`.
+    """
+    true = probabilities[np.arange(len(truth)), truth].clip(min=np.finfo(np.float32).tiny)
+    return float((-np.log(true) * weights[truth]).mean())
+
+
 def scan_scores(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
     """What each scan adds to the scores of all: values whose mean is the score, and whose spread is its error.
 

@@ -5,7 +5,7 @@ Letters: image `C D H W`.
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,15 +195,6 @@ class AsymmetryScorer:
         x, y, z, _ = np.array(chain["stored_affine"]) @ (w, h, d, 1)
         peak = float(scan.map.max())
         return AsymmetryRow(id, scan.score, scan.mean, scan.top, peak, float(x), float(y), float(z))
-
-    def score_file(self, id: str, images: Mapping[str, str | Path | None], out: Path) -> AsymmetryRow:
-        """Score a raw scan, see `score_prepared`.
-
-        Raises:
-            FileNotFoundError, ValueError: see `ScanPreprocessor.prepare`.
-        """
-        case, like = self.preprocessor.prepare(images)
-        return self.score_prepared(id, case.image, case.chain, like, out)
 
 
 def write_rows(path: Path, rows: Sequence[AsymmetryRow]) -> None:

@@ -22,7 +22,7 @@ from asa.evaluation.tables import matched, numbers, table_in
 from asa.inference.features import FeatureExtractor, pooled
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import Channels, predict_scans
+from asa.tasks.prediction import predict_scans
 
 TABLE = "features.csv"
 PARTS = ("whole", "sides", "labels")
@@ -55,12 +55,6 @@ class Embedder:
         self.preprocessor = self.extractor.preprocessor
         self.rows: dict[str, dict[str, np.ndarray]] = {}
 
-    def predict_file(self, id: str, images: Channels) -> None:
-        self._add(id, self.preprocessor.prepare(images)[0].image)
-
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self._add(id, image)
-
     def finish(self) -> str:
         rows = {id: np.concatenate(list(parts.values())) for id, parts in sorted(self.rows.items())}
         if rows:
@@ -69,7 +63,7 @@ class Embedder:
             write_numbers(self.table, header, rows)
         return f"wrote {self.table}: {len(rows)} scans"
 
-    def _add(self, id: str, image: np.ndarray) -> None:
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
         volume = np.asarray(image, dtype=np.float32)
         tokens, head = self.extractor.tokens(volume), (volume != 0).any(axis=0)
         if not head.any():

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from asa.config import typed
 from asa.data.io.nifti import Volume
@@ -22,16 +23,15 @@ from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.evaluation.tables import evaluate_asymmetry
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
-from asa.inference.preprocessing import training_scan_metadata
+from asa.inference.feature_health import FeatureHealth, open_probe, predictor_of
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.methods.base import Pretraining as PretrainingMethod
 from asa.reporting.figures import reconstruction_panel, titled
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.feature_health import FeatureHealth, open_probe, predictor_of
-from asa.tasks.prediction import Channels, only_checkpoint, predict_scans
-from asa.tasks.volumes import Initialisation, absolute, open_store, set_model, warn_of_padding
+from asa.tasks.prediction import only_checkpoint, predict_scans
+from asa.tasks.volumes import Records, VolumeTask
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
@@ -42,26 +42,16 @@ HEALTHY = "healthy"  # value of data.health for a cohort of healthy subjects
 UNKNOWN = float("nan")
 
 
-class Pretraining:
+class Pretraining(VolumeTask):
     """Pretraining on a prepared store, without labels."""
 
     command = "pretrain"
-    units = ("volumes", "scans")
-    cross_validates = False
 
     def __init__(self, config: Config) -> None:
-        self.config, data = config, config["data"]
-        self.data = data
-        absolute(data, "probe")
-        if data["health"] != HEALTHY:
-            absolute(data, "health")
-        self.settings = config["train"]
-        self.warmup = warmup_steps(config["optim"]["warmup"], self.settings["steps"])
-        self.store, self.split, self.parts = open_store(data, Path(str(config["out"])))
-        self.init = Initialisation(config, self.store, self.split)
-        self.health = read_health(data["health"], self.store.records)
-        set_model(config, in_channels=len(self.store.channels))
-        warn_of_padding(config, self.parts["train"])
+        super().__init__(config, "probe", *([] if config["data"]["health"] == HEALTHY else ["health"]))
+        self.warmup = warmup_steps(config["optim"]["warmup"], self.train.steps)
+        self.health = read_health(self.data.health, self.store.records)
+        self.set_model()
 
     def example(self, method: Any, count: int) -> Batch:
         batch, crops = volume_batch(method, count), self.dataset(method)
@@ -76,28 +66,29 @@ class Pretraining:
             print("note: without data.health no subject is known to be healthy, and the symmetry loss has no samples")
         self.init.load_network(method.model)
 
-    def explain_init(self, method: Any) -> str:
-        raise ValueError("transfer=explain is for fine-tuning: pretraining takes the whole network of init")
-
     def dataset(self, method: Any) -> CropDataset:
-        augment = AugmentSettings(mirror_probability=self.data["mirror_probability"])
-        return self._crops(method, self.parts["train"], crop=self.data["placement"], augment=augment)
+        augment = AugmentSettings(mirror_probability=self.data.mirror_probability)
+        return self.crops(method, self.parts["train"], crop=self.data.placement, augment=augment)
+
+    def crops(self, method: Any, part: Records, **options: Any) -> CropDataset:
+        air = method.model.encoder.patch_size if getattr(method, "drops_air", False) else None
+        return super().crops(method, part, air=air, attached=self.health, **options)
 
     def validation(self, method: Any) -> Validate:
         # Without held-out subjects the error is computed on training scans, and the log says so.
-        held_out = self._crops(method, self.parts["validation"] or self.parts["train"][:4])
-        probe, placement = self.data["probe"], self.data["placement"]
+        held_out = self.crops(method, self.parts["validation"] or self.parts["train"][:4])
+        probe, placement = self.data.probe, self.data.placement
         labelled, names = open_probe(probe, self.store.channels, held_out.size, placement) if probe else (None, [])
         health = FeatureHealth(method, held_out, labelled, names, self.warmup)
-        return lambda step: health.add(step, *validate_pretraining(method, held_out))
 
-    def metadata(self) -> dict[str, Any]:
-        return {
-            "channels": self.store.channels,
-            "prepare": self.store.settings,
-            **training_scan_metadata([], self.parts["train"]),
-            **self.init.digests(self.parts["train"]),
-        }
+        def validate(step: int) -> Validation:
+            metrics, panels = validate_pretraining(method, held_out)
+            found, alarms = health.measure(step, metrics)
+            for line in alarms:
+                tqdm.write(line)  # does not break the progress bar
+            return {**metrics, **found}, panels
+
+        return validate
 
     def begin(self, run: Path) -> None:
         held_out = len(self.parts["validation"])
@@ -119,19 +110,6 @@ class Pretraining:
     def evaluate(config: Config) -> None:
         for measure, row in evaluate_asymmetry(*tables_of(config, TABLE)).items():
             print(f"AUC of {measure:<6} {row['auc']:.3f} ({row['auc_low']:.3f} to {row['auc_high']:.3f})")
-
-    def _crops(self, method: Any, records: Sequence[dict[str, Any]], **options: Any) -> CropDataset:
-        encoder = method.model.encoder
-        return CropDataset(
-            self.store,
-            records,
-            encoder.img_size,
-            mirrored=method.mirrored,
-            air=encoder.patch_size if getattr(method, "drops_air", False) else None,
-            attached=self.health,
-            seed=self.settings["seed"],
-            **options,
-        )
 
 
 def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Validation:
@@ -209,9 +187,6 @@ class AsymmetryPredictor:
         )
         self.preprocessor = self.scorer.preprocessor
         self.rows: list[AsymmetryRow] = []
-
-    def predict_file(self, id: str, images: Channels) -> None:
-        self.rows.append(self.scorer.score_file(id, images, self.out / f"{id}.nii.gz"))
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
         self.rows.append(self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz"))

@@ -1,8 +1,11 @@
-"""Composed configurations to results: training, prediction, evaluation, comparison.
+"""From settings to results: the commands as Python functions, and what they do with a composed configuration.
 
-What is done depends on the task alone, which the method or the checkpoint names.
+Keyword arguments are the commands' keys, nested or dotted: `finetune("stores/ibsr", "runs/ibsr", experiment="ibsr",
+train={"steps": 5000}, **{"optim.lr": 1e-3})`. `asa-finetune --help` lists them. What is done depends on the task alone,
+which the method or the checkpoint names.
 """
 
+import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,11 @@ from typing import Any
 import torch
 
 from asa.config import as_overrides, build, compose, typed
+from asa.data.io.files import read_json
 from asa.data.loading.loader import LoaderSettings
 from asa.evaluation.comparison import comparison_table
 from asa.evaluation.policies import POLICIES
-from asa.ops.symmetry import check_axes
+from asa.tasks import COMMANDS
 from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
 from asa.tasks.embedding import evaluate_probe
 from asa.tasks.evaluation import compare_folders
@@ -38,6 +42,142 @@ def configure(command: str, *settings: Mapping[str, Any], config_dir: str | Path
         ValueError: an unknown key, or a value of the wrong type.
     """
     return compose(command, as_overrides(command, *settings), config_dir=config_dir)
+
+
+def call(command: str, *settings: Mapping[str, Any], config_dir: str | Path | None = None) -> Path | None:
+    """Compose the configuration of a command and hand it to the command's function.
+
+    Args:
+        command: one of `asa.tasks.COMMANDS`.
+        settings, config_dir: see `configure`.
+
+    Returns:
+        The run folder of a training that was done.
+    """
+    run: Path | None = pkgutil.resolve_name(COMMANDS[command])(configure(command, *settings, config_dir=config_dir))
+    return run
+
+
+def prepare(out: str | Path, **settings: Any) -> Path:
+    """Prepare raw scans into a store, as asa-prepare does; scans that are prepared already are not done again.
+
+    Args:
+        out: folder of the store.
+        settings: keys of asa-prepare, like `data="bids", **{"data.root": FOLDER}`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: settings that do not fit, or scans that failed; the others are prepared.
+    """
+    call("prepare", settings, {"out": str(out)})
+    return Path(out)
+
+
+def pretrain(
+    store: str | Path, out: str | Path, *, config_dir: str | Path | None = None, **settings: Any
+) -> Path | None:
+    """Pretrain an encoder on unlabelled scans, as asa-pretrain does; a run that was stopped is resumed.
+
+    Args:
+        store: folder made by asa-prepare.
+        out: run folder.
+        config_dir: a folder of your own experiments.
+        settings: keys of asa-pretrain.
+
+    Returns:
+        The run folder; None for `plan="only"`.
+
+    Raises:
+        ValueError: settings or data that do not fit.
+        Stopped: by SIGTERM or SIGUSR1, after saving.
+    """
+    required = {"data.store": str(store), "out": str(out)}
+    return call("pretrain", settings, required, config_dir=config_dir)
+
+
+def finetune(
+    store: str | Path | None, out: str | Path, *, config_dir: str | Path | None = None, **settings: Any
+) -> Path | None:
+    """Fine-tune a network on labelled scans, as asa-finetune does; a run that was stopped is resumed.
+
+    Args:
+        store: folder made by asa-prepare; None for restoration, which takes `data={"root": FOLDER}`.
+        out: run folder.
+        config_dir: a folder of your own experiments.
+        settings: keys of asa-finetune.
+
+    Returns:
+        The run folder; None for `plan="only"` and `transfer="explain"`.
+
+    Raises:
+        ValueError: settings or data that do not fit.
+        Stopped: by SIGTERM or SIGUSR1, after saving.
+    """
+    required = {"out": str(out)} if store is None else {"data.store": str(store), "out": str(out)}
+    return call("finetune", settings, required, config_dir=config_dir)
+
+
+def predict(checkpoint: str | Path | Sequence[str | Path], input: str | Path, out: str | Path, **settings: Any) -> Path:
+    """Predict scans with a trained network, as asa-predict does.
+
+    Args:
+        checkpoint: a run, a checkpoint or a weights file; several are averaged.
+        input: a scan, a folder of scans, or a store.
+        out: folder for the results.
+        settings: keys of asa-predict.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such input or checkpoint, or scans that failed.
+    """
+    paths = str(checkpoint) if isinstance(checkpoint, str | Path) else [str(path) for path in checkpoint]
+    call("predict", settings, {"checkpoint": paths, "input": str(input), "out": str(out)})
+    return Path(out)
+
+
+def evaluate(predictions: str | Path, truth: str | Path, out: str | Path, **settings: Any) -> dict[str, Any]:
+    """Score predictions against the truth under a policy, as asa-evaluate does.
+
+    Args:
+        predictions: folder of label maps (or restored images).
+        truth: a store, or a folder of label maps (or clean images).
+        out: folder for cases.csv, summary.json and report.html.
+        settings: keys of asa-evaluate.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, or cases that cannot be evaluated.
+    """
+    required = {"predictions": str(predictions), "truth": str(truth), "out": str(out)}
+    call("evaluate", settings, required)
+    summary: dict[str, Any] = read_json(Path(out) / "summary.json")
+    return summary
+
+
+def compare(
+    folders: Sequence[str | Path] | Mapping[str, str | Path], out: str | Path, *, allow_missing: bool = False
+) -> None:
+    """Compare folders of earlier evaluations with the first of them; print the table, write it and a page.
+
+    Args:
+        folders: that asa-evaluate wrote, by the name of the run or each called as its folder is.
+        out: folder for comparison.json, .md, .tex and .html.
+        allow_missing: compare the cases that all of them have, instead of refusing when they differ.
+    """
+    comparison = compare_folders(_named(folders), Path(out), allow_missing=allow_missing)
+    print(comparison_table(comparison))
+    print(f"wrote comparison.json, .md, .tex and .html to {out}")
+
+
+def pretrain_task(config: Config) -> Path | None:
+    """Pretrain what a configuration's method names: see `train_task`."""
+    return train_task(config, "pretrain")
 
 
 def train_task(config: Config, command: str) -> Path | None:
@@ -113,14 +253,15 @@ def predict_task(config: Config) -> None:
     """
     if not isinstance(config["probabilities"], bool):
         raise ValueError(f"probabilities={config['probabilities']}: choose true or false")
-    if not isinstance(config["mirror"], bool):
-        check_axes(config["mirror"], "mirror")
     checkpoints, source = checkpoints_of(config), Path(str(config["input"]))
     if not checkpoints:
         raise ValueError("checkpoint=[]: give at least one")
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    task_of_checkpoint(read_description(checkpoints[0]), config["plugins"]).predict(config)
+    task = task_of_checkpoint(read_description(checkpoints[0]), config["plugins"])
+    if config["healthy"] is not None and task.command != "pretrain":
+        raise ValueError("healthy= is for asymmetry maps of a run of method=sa_swin: leave it out")
+    task.predict(config)
 
 
 def evaluate_task(config: Config) -> None:
@@ -134,30 +275,12 @@ def evaluate_task(config: Config) -> None:
             raise ValueError(f"{given[0]}= and compare= exclude each other: evaluate each run first, then compare them")
         compare(config["compare"], config["out"], allow_missing=config["allow_missing"])
         return
-    task = str(config["policy"])
-    if task == "probe":
+    policy = str(config["policy"])
+    if policy == "probe":
         evaluate_probe(config)
         return
-    if task in POLICIES:
-        task = "segmentation"
-    elif task == "asymmetry":
-        task = "pretraining"
+    task = "segmentation" if policy in POLICIES else "pretraining" if policy == "asymmetry" else policy
     find_task(task, config["plugins"]).evaluate(config)
-
-
-def compare(
-    folders: Sequence[str | Path] | Mapping[str, str | Path], out: str | Path, *, allow_missing: bool = False
-) -> None:
-    """Compare folders of earlier evaluations with the first of them; print the table, write it and a page.
-
-    Args:
-        folders: that asa-evaluate wrote, by the name of the run or each called as its folder is.
-        out: folder for comparison.json, .md, .tex and .html.
-        allow_missing: compare the cases that all of them have, instead of refusing when they differ.
-    """
-    comparison = compare_folders(_named(folders), Path(out), allow_missing=allow_missing)
-    print(comparison_table(comparison))
-    print(f"wrote comparison.json, .md, .tex and .html to {out}")
 
 
 def _named(folders: Any) -> dict[str, Path]:

@@ -31,48 +31,38 @@ from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.label_maps import SIDE
 from asa.inference.layout import VOLUMES, BidsDerivative, Layout, label_maps_of
-from asa.inference.preprocessing import training_scan_metadata
-from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, sliding_window
-from asa.methods.base import Batch
+from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
-from asa.tasks.prediction import Channels, checkpoints_of, predict_scans, refuse_healthy
-from asa.tasks.volumes import Initialisation, open_store, set_model, warn_of_padding
+from asa.tasks.prediction import checkpoints_of, predict_scans
+from asa.tasks.volumes import VolumeTask
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
-from asa.training.plan import volume_batch
 
 
-class Segmentation:
+class Segmentation(VolumeTask):
     """Segmentation from a prepared store with labels."""
 
     command = "finetune"
-    units = ("volumes", "scans")
     cross_validates = True
+    targets = ("label",)
 
     def __init__(self, config: Config) -> None:
-        self.config, self.windows = config, typed(PredictSettings, config["predict"])
+        super().__init__(config)
+        self.windows = typed(PredictSettings, config["predict"])
         self.augment = typed(AugmentSettings, config["augment"])
-        store, self.split, self.parts = open_store(config["data"], Path(str(config["out"])))
-        self.store, self.init = store, Initialisation(config, store, self.split)
+        store = self.store
         if not store.labels:
             raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
         self.index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
         self.regions = _regions(config["method"], store)
-        set_model(config, in_channels=len(store.channels), out_channels=len(self.regions) or len(self.index) + 1)
-        warn_of_padding(config, self.parts["train"])
-        self.lateral_pairs = lateral_indices(config["data"]["lateral_pairs"], self.index, self.augment)
-
-    def example(self, method: Any, count: int) -> Batch:
-        return volume_batch(method, count, label=True)
-
-    def load_init(self, method: Any) -> None:
-        self.init.load_and_print(method.model)
+        self.set_model(out_channels=len(self.regions) or len(self.index) + 1)
+        self.lateral_pairs = lateral_indices(self.data.lateral_pairs, self.index, self.augment)
 
     def explain_init(self, method: Any) -> str:
         if not self.config["init"]:
@@ -80,29 +70,22 @@ class Segmentation:
         return self.init.load(method.model, explain=True)
 
     def dataset(self, method: Any) -> CropDataset:
-        data = self.config["data"]
-        return CropDataset(
-            self.store,
+        return self.crops(
+            method,
             self.parts["train"],
-            method.model.encoder.img_size,
-            crop=data["placement"],
+            crop=self.data.placement,
             labelled=True,
-            foreground=data["foreground"],
-            mirrored=method.mirrored,
+            foreground=self.data.foreground,
             augment=self.augment,
             lateral_pairs=self.lateral_pairs,
-            seed=self.config["train"]["seed"],
         )
 
     def validation(self, method: Any) -> Validate | None:
-        ids = [record["id"] for record in self.parts["validation"]]
-        if unlabelled := [id for id in ids if self.store.label(id) is None]:
-            raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the validation part of the split")
-        scored = self.regions or {name: [k] for name, k in self.index.items()}
-        if not ids:
+        if not self.parts["validation"]:
             return None
-        size = method.model.encoder.img_size
-        centres = CropDataset(self.store, self.parts["validation"], size, labelled=True, mirrored=method.mirrored)
+        ids = [record["id"] for record in self.parts["validation"]]
+        scored = self.regions or {name: [k] for name, k in self.index.items()}
+        centres = self.crops(method, self.parts["validation"], labelled=True)
 
         def validate(step: int) -> Validation:
             metrics, panels = validate_segmentation(method, self.store, ids, scored, self.windows, list(self.index))
@@ -110,15 +93,12 @@ class Segmentation:
 
         return validate
 
-    def metadata(self) -> dict[str, Any]:
+    def target_metadata(self) -> dict[str, Any]:
         return {
-            "channels": self.store.channels,
             "labels": self.store.labels,
             **({"regions": list(self.store.regions.items())} if self.regions else {}),
-            "prepare": self.store.settings,
+            "lateral_pairs": [list(pair) for pair in self.data.lateral_pairs],
             **({} if self.windows.overlap is None else {"overlap": self.windows.overlap}),
-            **training_scan_metadata(self.config["data"]["lateral_pairs"], self.parts["train"]),
-            **self.init.digests(self.parts["train"]),
         }
 
     def begin(self, run: Path) -> None:
@@ -133,7 +113,6 @@ class Segmentation:
 
     @staticmethod
     def predict(config: Config) -> None:
-        refuse_healthy(config)
         predictor = SegmentationPredictor(config)
         predict_scans(predictor, config, predictor.layout)
 
@@ -292,12 +271,19 @@ class SegmentationPredictor:
             self.layout = BidsDerivative(self.out, self.segmenter, checkpoints_of(config), self.with_probabilities)
         self.rows: dict[str, dict[str, str]] = {}
 
-    def predict_file(self, id: str, images: Channels) -> None:
-        self._add(id, self.segmenter.segment_file(images, self.layout.label_map(id), **self._extra(id)))
-
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
         out = self.layout.label_map(id)
-        self._add(id, self.segmenter.segment_prepared(image, chain, like, out, **self._extra(id)))
+        probabilities = self.layout.probabilities(id) if self.with_probabilities else None
+        uncertainty = self.layout.uncertainty(id) if self.with_uncertainty else None
+        found = self.segmenter.segment_prepared(
+            image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty
+        )
+        volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
+        expected = found.expected_dice.items()
+        scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
+        named = isinstance(self.layout, BidsDerivative)
+        file = {"file": out.relative_to(self.out).as_posix()} if named else {}
+        self.rows[id] = {"id": id, **file, **volumes, **scores}
 
     def finish(self) -> str:
         if self.rows:
@@ -314,21 +300,6 @@ class SegmentationPredictor:
         rows = read_rows(file) if file.exists() else []
         there = label_maps_of(self.out)
         return {row["id"]: row for row in rows if row.get("id") in there}
-
-    def _add(self, id: str, found: Segmented) -> None:
-        volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
-        expected = found.expected_dice.items()
-        scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
-        named = isinstance(self.layout, BidsDerivative)
-        file = {"file": self.layout.label_map(id).relative_to(self.out).as_posix()} if named else {}
-        self.rows[id] = {"id": id, **file, **volumes, **scores}
-
-    def _extra(self, id: str) -> dict[str, Any]:
-        """Where the probabilities and the map of uncertainty of a scan go."""
-        return {
-            "probabilities": self.layout.probabilities(id) if self.with_probabilities else None,
-            "uncertainty": self.layout.uncertainty(id) if self.with_uncertainty else None,
-        }
 
 
 @dataclass

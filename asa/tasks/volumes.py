@@ -1,27 +1,107 @@
 """What the tasks on prepared volumes share: the store and its split, the pretrained encoder, and leakage from it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from asa.config import typed
 from asa.data.io.files import write_json
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
+from asa.data.loading.crops import CropDataset
 from asa.data.splits import keep_labelled, make_split, read_split, select
 from asa.data.store import Store
 from asa.evaluation.summary import listed
+from asa.inference.preprocessing import training_scan_metadata
+from asa.methods.base import Batch
 from asa.models.transfer import Source, check_position
 from asa.tasks.base import Config
 from asa.training.checkpoint import list_checkpoints, load_weights
 from asa.training.distributed import is_main
+from asa.training.loop import TrainSettings
+from asa.training.plan import volume_batch
 from asa.training.pretrained import load_pretrained, read_source
 
 Records = Sequence[dict[str, Any]]
 MOSTLY_PADDING = 0.5  # fraction of a crop outside the volumes, above which a crop that fits is named
 DIVISOR = 32  # of the crop of any of our networks
+
+
+@dataclass(frozen=True)
+class VolumeData:
+    """The settings `data` of a training on prepared scans; the YAML files of the commands say what each of them is."""
+
+    store: str | None
+    placement: str
+    split: dict[str, Any]
+    split_file: str | None
+    # asa-pretrain
+    mirror_probability: float = 0.0
+    probe: str | None = None
+    health: str | None = None
+    # asa-finetune
+    foreground: float = 0.0
+    labelled: Any = None
+    classes: str | None = None
+    table: str | None = None
+    column: str | None = None
+    lateral_pairs: Any = field(default_factory=list)
+
+
+class VolumeTask:
+    """What the tasks on prepared scans share; a task adds its targets, its validation, its prediction and evaluation.
+
+    Args:
+        config: of asa-pretrain or asa-finetune.
+        paths: keys of `data` beside `store` that name files. They become absolute in the configuration, so that the
+            run can be resumed from any directory.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_store` and `Initialisation`.
+    """
+
+    units = ("volumes", "scans")
+    cross_validates = False
+    targets: tuple[str, ...] = ()  # what batches have beside the image: "label" or "target"
+
+    def __init__(self, config: Config, *paths: str) -> None:
+        absolute(config["data"], *paths)
+        self.config = config
+        self.store, self.split, self.parts = open_store(config["data"], Path(str(config["out"])))
+        self.data, self.train = typed(VolumeData, config["data"]), typed(TrainSettings, config["train"])
+        self.init = Initialisation(config, self.store, self.split)
+
+    def set_model(self, **values: Any) -> None:
+        """Enter what follows from the data into the model's configuration; warn of a crop that is mostly padding."""
+        set_model(self.config, in_channels=len(self.store.channels), **values)
+        if advice := padding_advice(self.config["crop"], self.parts["train"]):
+            print(advice)
+
+    def example(self, method: Any, count: int) -> Batch:
+        return volume_batch(method, count, **dict.fromkeys(self.targets, True))
+
+    def load_init(self, method: Any) -> None:
+        self.init.load_and_print(method.model)
+
+    def explain_init(self, method: Any) -> str:
+        raise ValueError("transfer=explain is for segmentation: leave it out with other methods")
+
+    def crops(self, method: Any, part: Records, **options: Any) -> CropDataset:
+        """Crops for a method from some records; `options` are of `CropDataset`."""
+        size = method.model.encoder.img_size
+        return CropDataset(self.store, part, size, mirrored=method.mirrored, seed=self.train.seed, **options)
+
+    def metadata(self) -> dict[str, Any]:
+        train = self.parts["train"]
+        shared = {"channels": self.store.channels, "prepare": self.store.settings}
+        return {**shared, **training_scan_metadata([], train), **self.init.digests(train), **self.target_metadata()}
+
+    def target_metadata(self) -> dict[str, Any]:
+        """What the checkpoint has to hold about the targets."""
+        return {}
 
 
 def absolute(data: dict[str, Any], *keys: str) -> None:
@@ -65,12 +145,6 @@ def set_model(config: Config, **values: Any) -> None:
     """Enter what follows from the data into the model's configuration, which stands in two places."""
     for node in (config["model"], config["method"]["model"]):
         node.update(values)
-
-
-def warn_of_padding(config: Config, records: Records) -> None:
-    """Print `padding_advice` for the crop of a command, before anything is planned or trained."""
-    if advice := padding_advice(config["crop"], records):
-        print(advice)
 
 
 def padding_advice(crop: int | Sequence[int], records: Records) -> str | None:

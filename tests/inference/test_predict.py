@@ -23,7 +23,7 @@ from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.store import Store
 from asa.inference import segmentation
-from asa.inference.preprocessing import training_scan_metadata
+from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, count_windows, sliding_window
 from asa.inference.uncertainty import KINDS, expected_dice
 from asa.training.checkpoint import read_weights, save_checkpoint
@@ -325,11 +325,13 @@ def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(
 def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run asa-predict on a folder with files at the given paths: exit code, names of the label maps, output."""
 
-    def segment_file(self: Segmenter, images: object, out: Path, **_: object) -> Segmented:
+    def segment_prepared(self: Segmenter, image: object, chain: object, like: object, out: Path, **_: object) -> object:
         write_whole(out, b"label")
         return Segmented({}, {})
 
-    monkeypatch.setattr(Segmenter, "segment_file", segment_file)
+    monkeypatch.setattr(Segmenter, "segment_prepared", segment_prepared)
+    prepared = SimpleNamespace(image=None, chain={})
+    monkeypatch.setattr(ScanPreprocessor, "prepare", lambda self, images: (prepared, None))
 
     def predict_scans(*paths: str, out: str = "out", images: str = "null") -> tuple[int, list[str], str]:
         for path in paths:

@@ -2,11 +2,10 @@
 
 import pytest
 
-from asa.methods.classify import Classification
 from asa.methods.pretrain import MaskedPretraining
-from asa.methods.regress import Regression
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import RegionSegmentation, Segmentation
+from asa.methods.whole_scans import Classification, Regression
 from asa.restoration.method import Restoration
 
 TASKS = {

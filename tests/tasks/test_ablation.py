@@ -12,7 +12,7 @@ from asa.config import as_overrides, compose, flatten
 from asa.data.splits import read_split
 from asa.evaluation.comparison import Run
 from asa.reporting.ablation import Trial, ablation_rows, labelled_text, latex, markdown, overview
-from asa.tasks import ablation
+from asa.tasks import studies
 from asa.tasks.run import configure
 from asa.training.process import RESUME_CODE, Stopped
 
@@ -120,7 +120,7 @@ def ablate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         own = [f"store={store}", f"out={tmp_path}/out", "labelled=[1]", "split.test=1"]
         own += as_overrides("ablate", {"pretrain": PRETRAIN, "finetune": FINETUNE})
         capsys.readouterr()
-        code = run_command("ablate", "", ablation.ablate, arguments=[*own, *overrides])
+        code = run_command("ablate", "", studies.ablate, arguments=[*own, *overrides])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -145,7 +145,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
             place.mkdir(parents=True, exist_ok=True)
             (place / "summary.json").write_text("{}")
 
-    monkeypatch.setattr(ablation, "call", fake)
+    monkeypatch.setattr(studies, "call", fake)
     evaluated = trial("x", 0, {"p": (0.2, 0.4), "q": (0.3, 0.3)}).run
 
     def read(name: str, folder: Path) -> Run:
@@ -153,7 +153,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
             raise ValueError(f"{folder}: damaged")
         return evaluated
 
-    monkeypatch.setattr(ablation, "read_run", read)
+    monkeypatch.setattr(studies, "read_run", read)
     calls_of = lambda name: [flat for called, flat in calls if called == name]  # noqa: E731
     return calls_of, broken
 
@@ -319,14 +319,14 @@ def test_without_a_store_one_is_made_once_and_all_runs_take_it(
     ablate, recorded, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls_of, broken = recorded
-    fake = ablation.call
+    fake = studies.call
 
     def prepare(name: str, *settings: dict, config_dir: str | None = None) -> None:
         fake(name, *settings, config_dir=config_dir)
         if name == "prepare" and not (made := tmp_path / "out" / "store").exists():
             made.symlink_to(store)
 
-    monkeypatch.setattr(ablation, "call", prepare)
+    monkeypatch.setattr(studies, "call", prepare)
     wanted = ["store=null", "prepare={data: phantom/ibsr, data.subjects: 4}", "only=[scratch,asa]"]
     broken["prepare store"] = ValueError("3 scans failed")
     code, _, err = ablate(*wanted)
@@ -400,7 +400,7 @@ def test_experiments_of_the_users_own_folder_reach_the_commands_that_are_called(
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "short.yaml").write_text("# @package _global_\ntrain: {log_every: 7}\n")
     got: list[dict] = []
-    monkeypatch.setattr(ablation, "finetune_task", got.append)  # no run comes of it: the prediction finds none
+    monkeypatch.setattr(studies, "finetune_task", got.append)  # no run comes of it: the prediction finds none
     wanted = ["only=[scratch]", "+finetune.experiment=short"]
     code, out, _ = ablate(*wanted, "--config-dir", str(tmp_path / "mine"))
     assert code == 1 and "no checkpoint here" in out and got[0]["train"]["log_every"] == 7
@@ -410,4 +410,4 @@ def test_experiments_of_the_users_own_folder_reach_the_commands_that_are_called(
 
 def test_settings_of_the_runs_are_checked_as_on_their_command_lines() -> None:
     with pytest.raises(ValueError, match="unknown key train.stepz"):
-        ablation.call("finetune", {"out": "x", "data.store": "y", "train.stepz": 1})
+        studies.call("finetune", {"out": "x", "data.store": "y", "train.stepz": 1})

@@ -103,7 +103,8 @@ def test_a_scan_that_is_its_own_mirror_image_scores_0(trained: Path, tmp_path: P
     write_image(tmp_path / "scan.nii.gz", half + half[::-1], np.diag([1.0, 1.0, 1.0, 1.0]))
     with pytest.warns(UserWarning, match="without prepare.midway"):
         scorer = AsymmetryScorer(trained, PredictSettings(device="cpu"))
-    row = scorer.score_file("scan", {"t1": tmp_path / "scan.nii.gz"}, tmp_path / "map.nii.gz")
+    case, like = scorer.preprocessor.prepare({"t1": tmp_path / "scan.nii.gz"})
+    row = scorer.score_prepared("scan", case.image, case.chain, like, tmp_path / "map.nii.gz")
     assert row.score == row.peak == row.mean == 0
     assert not read_image(tmp_path / "map.nii.gz").data.any()
 

@@ -13,10 +13,18 @@ import torch
 
 from asa.cli import finetune, predict, pretrain
 from asa.data.splits import read_split
-from asa.evaluation.scans import auc, auc_interval, calibration_error, mean_auc, scan_scores, score_classes
-from asa.methods.classify import Classification
+from asa.evaluation.scans import (
+    auc,
+    auc_interval,
+    calibration_error,
+    mean_auc,
+    scan_scores,
+    score_classes,
+    weighted_cross_entropy,
+)
 from asa.methods.sa_swin import SASwinPretraining
 from asa.methods.segment import Segmentation
+from asa.methods.whole_scans import Classification
 from asa.models.classifier import Classifier, asa_classifier_tiny, sa_swin_classifier_tiny
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
@@ -266,11 +274,7 @@ def test_the_validation_loss_is_that_of_training(store: Path, tmp_path: Path, mo
     logits, target = torch.randn(5, 3, generator=torch.manual_seed(0)), torch.tensor([0, 2, 1, 1, 0])
     weights = torch.tensor([0.5, 1.0, 2.0])
     expected = (torch.nn.functional.cross_entropy(logits, target, reduction="none") * weights[target]).mean()
-    task = SimpleNamespace(
-        parts={"validation": [{"id": str(k)} for k in range(5)]},
-        targets={str(k): {"target": int(target[k])} for k in range(5)},
-    )
-    found = whole_scans.Classification._loss(task, SimpleNamespace(weights=weights), logits.softmax(1).numpy())
+    found = weighted_cross_entropy(logits.softmax(1).numpy(), target.numpy(), weights.numpy())
     assert found == pytest.approx(float(expected), rel=1e-5)
     table, split = tmp_path / "classes.csv", tmp_path / "split.json"
     table.write_text("subject,class\ns0,sick\ns1,well\ns2,well\ns3,sick\n")
@@ -284,10 +288,10 @@ def test_the_validation_loss_is_that_of_training(store: Path, tmp_path: Path, mo
 
 
 def test_scores_of_a_test_part_with_one_class_are_written_with_an_undefined_auc(tmp_path: Path) -> None:
-    records = [{"id": name, "subject": name} for name in "ab"]
-    task = SimpleNamespace(parts={"test": records}, names=["x", "y"], targets={name: {"target": 1} for name in "ab"})
-    probabilities = np.array([[0.2, 0.8], [0.4, 0.6]])
-    scores = score_classes(probabilities, np.array([1, 1]), ["a", "b"])
-    whole_scans.Classification._write_test(task, tmp_path, scores, probabilities)
+    probabilities, truth = np.array([[0.2, 0.8], [0.4, 0.6]]), np.array([1, 1])
+    scores = score_classes(probabilities, truth, ["a", "b"])
+    task = SimpleNamespace(names=["x", "y"], truth=lambda part: truth, _score=lambda *_: (scores, probabilities))
+    task.rows = lambda part, names: [(id, id, name) for id, name in zip("ab", names, strict=True)]
+    whole_scans.Classification.test(task, tmp_path, None, None)
     written = json.loads((tmp_path / "scores_test.json").read_text())
     assert written["auc"] is None and written["balanced_accuracy"] == 1

@@ -11,8 +11,8 @@ from asa.config import compose
 from asa.data.io.nifti import read_image
 from asa.data.store import Store
 from asa.inference.segmentation import PredictSettings, Segmenter
-from asa.tasks import cross_validation
-from asa.tasks.commands import finetune_task
+from asa.tasks import studies
+from asa.tasks.studies import finetune_task
 from asa.training.checkpoint import find_weights
 
 TINY = ["loader.workers=0", "train.device=cpu", "optim.warmup=0", "model=unet_tiny", "+model.feature_size=4"]
@@ -89,7 +89,7 @@ def test_folds_that_cannot_be_are_one_line_and_leave_nothing(
 def test_several_processes_are_told_to_take_the_folds_one_by_one(
     finetune, monkeypatch: pytest.MonkeyPatch, store: Path
 ) -> None:
-    monkeypatch.setattr(cross_validation, "world_size", lambda: 2)
+    monkeypatch.setattr(studies, "world_size", lambda: 2)
     config = compose("finetune", [f"data.store={store}", "out=x", *ALL])
     with pytest.raises(ValueError, match="under torchrun give each fold by itself"):
         finetune_task(config)

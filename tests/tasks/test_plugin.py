@@ -118,13 +118,7 @@ class Predictor:
         self.preprocessor = ScanPreprocessor(checkpoint, description["data"], config["strip"])
         self.out, self.rows = Path(config["out"]), []
 
-    def predict_file(self, id, images):
-        self.add(id, self.preprocessor.prepare(images)[0].image)
-
     def predict_stored(self, id, image, chain, like):
-        self.add(id, image)
-
-    def add(self, id, image):
         with torch.inference_mode():
             self.rows.append((id, float(self.model(torch.from_numpy(np.array(image, np.float32))[None]))))
 

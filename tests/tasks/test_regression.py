@@ -15,8 +15,7 @@ import asa
 from asa.cli import evaluate, export, finetune, predict, prepare
 from asa.data.io.nifti import write_image
 from asa.evaluation.scans import measures, score_numbers
-from asa.methods.classify import Classification
-from asa.methods.regress import Regression
+from asa.methods.whole_scans import Classification, Regression
 from asa.models.classifier import asa_classifier_tiny, asa_regressor_tiny, sa_swin_regressor_tiny
 from asa.training.checkpoint import find_weights, read_description
 

@@ -1,4 +1,4 @@
-"""Classification: cross-entropy with a weight for each class.
+"""Values of whole volumes: a class, by cross-entropy with a weight for each class, or a number, by the absolute error.
 
 Letters: image `B C D H W`, K classes.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asa.methods.base import Batch
-from asa.models.classifier import Classifier
+from asa.models.classifier import Classifier, Regressor
 
 
 class Classification(nn.Module):
@@ -50,3 +50,36 @@ class Classification(nn.Module):
         logits, target = self.model(batch["image"], batch.get("mirror")).float(), batch["target"]
         loss = (F.cross_entropy(logits, target, reduction="none") * self.weights[target]).mean()
         return {"loss": loss, "accuracy": (logits.detach().argmax(dim=1) == target).float().mean()}
+
+
+class Regression(nn.Module):
+    """Supervised regression of whole volumes, with the L1 loss, which a few wrong ages in a table move little.
+
+    Args:
+        model: the network.
+
+    Raises:
+        ValueError: another model.
+    """
+
+    task = "regression"
+
+    def __init__(self, *, model: Regressor) -> None:
+        super().__init__()
+        if not isinstance(model, Regressor):
+            raise ValueError(f"method=regress needs model=..._regressor_..., got {type(model).__name__}")
+        self.model = model
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches have the mirror image."""
+        return self.model.mirrored
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss of a batch with "image", numbers "target" `(B,)` in their units, and "mirror" if the network takes it.
+
+        The loss is the mean absolute error in SDs of the training scans, "mae" the same in the target's units.
+        """
+        predicted = self.model(batch["image"], batch.get("mirror"))
+        error = (predicted - batch["target"].float()).abs().mean()
+        return {"loss": error / self.model.sd, "mae": error.detach()}

@@ -6,11 +6,9 @@ Letters: V volumes `C D H W`, patch size s, L tokens in raster order, token widt
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from asa.data.loading.crops import CropDataset
 from asa.data.store import Store
@@ -20,7 +18,6 @@ from asa.models.swin import SwinPatches
 from asa.ops.labels import IGNORED
 from asa.ops.patches import patchify
 from asa.training.device import autocast
-from asa.training.loop import Validation
 
 VOLUMES = 8  # at most
 PLACES = 6  # crops of each volume for the probe, where their placement is random
@@ -198,15 +195,8 @@ class FeatureHealth:
             encoder.eval()
             self.first = {"probe_dice_first": probe_dice(self.probed, probe, names)["probe_dice"]}
 
-    def add(self, step: int, metrics: dict[str, float], panels: dict[str, np.ndarray]) -> Validation:
-        """Add feature statistics and the probe's Dice to the metrics of a validation, and print alarms."""
-        found, lines = self.measure(step, metrics)
-        for line in lines:
-            tqdm.write(line)  # does not break the progress bar
-        return {**metrics, **found}, panels
-
     def measure(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Statistics to log, and alarms to print. See `add`."""
+        """Feature statistics and the probe's Dice, to log beside the metrics of a validation, and alarms to print."""
         features = encode(self.encoder, first_crops(self.validation))
         found = feature_health(features)
         if self.probe is not None:

@@ -11,10 +11,7 @@ import torch
 from asa.cli import pretrain
 from asa.data.loading.crops import CropDataset
 from asa.data.store import Store
-from asa.methods.pretrain import MaskedPretraining
-from asa.models.masked_autoencoder import asa_tiny
-from asa.models.swin import Swin, SwinPatches
-from asa.tasks.feature_health import (
+from asa.inference.feature_health import (
     FeatureHealth,
     alarms,
     class_fractions,
@@ -26,6 +23,9 @@ from asa.tasks.feature_health import (
     probe_dice,
     solve_ridge,
 )
+from asa.methods.pretrain import MaskedPretraining
+from asa.models.masked_autoencoder import asa_tiny
+from asa.models.swin import Swin, SwinPatches
 
 HEALTHY = {"effective_rank": 40.0, "feature_variance": 0.5, "loss": 0.5, "mean_predictor_loss": 1.0}
 ERROR = ("loss", "mean_predictor_loss")

@@ -1,0 +1,196 @@
+"""The scans of a file, a folder or a store, predicted one by one by a trained network."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from tqdm import tqdm
+
+from asa.data.datasets import bids, folder
+from asa.data.io.nifti import Volume, read_image
+from asa.data.io.parallel import each_tried
+from asa.data.splits import select
+from asa.data.store import Store
+from asa.inference.layout import Layout
+from asa.inference.preprocessing import ScanPreprocessor
+
+ENDINGS = (".nii.gz", ".nii")
+# Suffix in BIDS of the channels that are named as usual, also as T1 or T1w.
+SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR", "pd": "PDw"}
+Channels = Mapping[str, str | None]  # file of each channel; None for one that the scan lacks
+Prepared: TypeAlias = tuple[np.ndarray, dict[str, Any], Volume]  # volume `(C, D, H, W)`, its preparation, the raw scan
+
+
+class ScanPredictor(Protocol):
+    """A trained network that predicts scans one by one.
+
+    Attributes:
+        preprocessor: how raw scans are prepared for it.
+    """
+
+    preprocessor: ScanPreprocessor
+
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+        """Predict a prepared volume, given its preparation and the scan that it was prepared from.
+
+        Args:
+            id: of the scan.
+            image: `(C, D, H, W)`, of a store, or just prepared from a raw scan.
+            chain: its preprocessing steps.
+            like: the raw scan, of several channels the first one, for its grid and header.
+        """
+
+    def finish(self) -> str:
+        """Write what is written once for all scans; say what was written."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan to predict: its files by channel (and "label"), and what reads and prepares it."""
+
+    id: str
+    files: Mapping[str, str]
+    prepared: Callable[[], Prepared]
+
+
+def predict_each(predictor: ScanPredictor, scans: Sequence[Scan], layout: Layout) -> None:
+    """Predict scans one by one; a scan that fails is named, and the others are done.
+
+    Args:
+        predictor: the network.
+        scans: what to predict.
+        layout: where the predictor writes.
+
+    Raises:
+        ValueError: scans failed.
+    """
+    channels = predictor.preprocessor.channels
+    layout.begin({scan.id: [scan.files[name] for name in channels if name in scan.files] for scan in scans})
+    failures = 0
+
+    def predict(scan: Scan) -> None:
+        result = layout.label_map(scan.id)
+        if result.resolve() in {Path(path).resolve() for path in scan.files.values()}:
+            raise ValueError(f"the result would replace the scan itself: choose another out= than {result.parent}")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            predictor.predict_stored(scan.id, *scan.prepared())
+        layout.describe(scan.id)
+        for warning in caught:
+            tqdm.write(f"{scan.id}: warning: {warning.message}")
+
+    for scan, _, reason in each_tried(predict, scans, title="predict", unit="scan"):
+        if reason:
+            failures += 1
+            tqdm.write(f"{scan.id}: failed: {reason}")
+    written = predictor.finish()
+    if failures:
+        raise ValueError(f"{failures} scans failed, listed above")
+    print(written)
+
+
+def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterable[str] | None = None) -> list[Scan]:
+    """The scans of a store, or those of some subjects.
+
+    Raises:
+        ValueError: the store was prepared in another way than the network's training scans.
+    """
+    store = Store(source)
+    if store.channels != preprocessor.channels or store.settings != preprocessor.data["prepare"]:
+        raise ValueError(
+            f"{store.path} was prepared in another way than what this model was trained on: predict the raw scans"
+        )
+
+    def prepared(record: dict[str, Any]) -> Prepared:
+        like = read_image(store.first_source(record))
+        preprocessor.check_stored(record["chain"])
+        preprocessor.warn_outside_range(record["quality"], record["intensity"])
+        return store.image(record["id"]), record["chain"], like
+
+    records = store.records if subjects is None else select(store.records, subjects)
+    files = ({name: found["path"] for name, found in record["sources"].items()} for record in records)
+    return [Scan(one["id"], paths, partial(prepared, one)) for one, paths in zip(records, files, strict=True)]
+
+
+def raw_scans(
+    source: Path, preprocessor: ScanPreprocessor, *, images: Any = None, out: Path, in_bids: bool = False
+) -> list[Scan]:
+    """A raw scan, or those of a folder.
+
+    Args:
+        source: a file, or a folder.
+        preprocessor: of the network.
+        images: file pattern of each channel in a folder; None: every file, one channel.
+        out: where results go; files in it are no scans, if it lies inside the folder.
+        in_bids: without `images` find the channels t1, t2, flair and pd in a BIDS dataset by their suffixes.
+
+    Raises:
+        FileNotFoundError, ValueError: no scans, or ones that are not unique.
+    """
+
+    def prepared(files: Channels) -> Prepared:
+        case, like = preprocessor.prepare(files)
+        return case.image, case.chain, like
+
+    return [
+        Scan(id, {name: path for name, path in files.items() if path is not None}, partial(prepared, files))
+        for id, files in _channel_files(source, preprocessor, images, out, in_bids)
+    ]
+
+
+def _channel_files(
+    source: Path, preprocessor: ScanPreprocessor, images: Any, out: Path, in_bids: bool
+) -> list[tuple[str, Channels]]:
+    """Id and channel files of a scan or a folder of scans."""
+    channels = preprocessor.channels
+    example = f"'images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}'"
+    if images is not None and not isinstance(images, Mapping):
+        raise ValueError(f"images={images}: give the file pattern of each channel by its name, like {example}")
+    if source.is_dir() and images:
+        preprocessor.check_channels(images)
+        return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
+    usual = {channel: channel.lower().removesuffix("w") for channel in channels}
+    named = SUFFIXES.keys() >= set(usual.values()) and len(set(usual.values())) == len(channels)
+    if source.is_dir() and in_bids and named:
+        suffixes = {channel: SUFFIXES[name] for channel, name in usual.items()}
+        return [(record["id"], record["images"]) for record in bids.records(source, channels=suffixes)]
+    if len(channels) != 1:
+        raise ValueError(
+            f"this model takes the channels {', '.join(channels)}: give a folder and which file is which, like "
+            f"{example}"
+        )
+    return [(id, {channels[0]: str(path)}) for id, path in _files_by_id(source, out, channels[0]).items()]
+
+
+def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
+    """A scan, or those of a folder and its subfolders, by id: the path inside the folder, with _ for /.
+
+    Hidden files, and files in an `out` inside the folder, are left out.
+    """
+    if source.is_dir():
+        found = [
+            (path, folder.join_texts(texts))
+            for end in ENDINGS
+            for texts, path in folder.find_files(source, f"**/*{end}").items()
+            if not (source.resolve() in out.resolve().parents and path.resolve().is_relative_to(out.resolve()))
+        ]
+    else:
+        found = [(source, source.name.removesuffix(end)) for end in ENDINGS if source.name.endswith(end)]
+    if not found:
+        raise ValueError(f"{source}: no .nii or .nii.gz here")
+    scans: dict[str, Path] = {}
+    for path, id in sorted(found):
+        if id in scans:
+            raise ValueError(f"{scans[id]} and {path} would both give {id}.nii.gz: leave one, or rename it")
+        scans[id] = path
+    kinds = {id.rpartition("_")[2] for id, path in scans.items() if path.name.startswith("sub-")}
+    if len(kinds) > 1 and any(path.parent != source.absolute() for path in scans.values()):
+        raise ValueError(
+            f"{source}: scans of several kinds ({', '.join(sorted(kinds))}): say which, like "
+            f"'images={{{channel}: **/*_{max(kinds)}.nii.gz}}'"
+        )
+    return scans
