@@ -29,7 +29,7 @@ from asa.tasks.base import Config, task_of_method
 from asa.tasks.run import call, train_task
 from asa.training.checkpoint import find_weights
 from asa.training.distributed import world_size
-from asa.training.signals import Stopped
+from asa.training.process import Stopped
 
 PREDICTED = "predicted.json"  # of a fold: SHA-256 of its weights and of the label maps that they predicted
 COMMANDS = ("prepare", "pretrain", "finetune", "predict")  # whose settings an ablation can be given
