@@ -41,7 +41,7 @@ FREE_ON_RESUME = (
     "train.device",
     "train.timeout_minutes",
 )
-# Settings that later versions added, with the value that changes nothing; runs of earlier versions lack them.
+# Settings that later versions added or removed, with the value that changes nothing; some runs lack them.
 ADDED = {
     "optim.encoder_lr": 1.0,
     "method.decode": 1.0,

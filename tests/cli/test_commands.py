@@ -332,7 +332,7 @@ def test_folders_of_others_are_left_alone(command, raw: Path, store: Path, tmp_p
         "train.clip=-1",
         "optim.name=lion",
         "optim.betas=[0.9]",
-        "loader.prefetch=0",
+        "loader.workers=-1",
         "crop=abc",
         "data.split=3",
         "data.mirror_probability=2",

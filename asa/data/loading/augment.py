@@ -16,6 +16,9 @@ from torch import Tensor
 
 from asa.ops.symmetry import check_axes, flip
 
+CONTRAST_PROBABILITY = 0.15  # of a change of contrast
+BLUR_PROBABILITY = 0.1  # of each channel by itself
+
 
 @dataclass
 class AugmentSettings:
@@ -43,12 +46,8 @@ class AugmentSettings:
     "largest relative change of the intensities (0.2: times 0.8 to 1.2)"
     contrast: list[float] = field(default_factory=lambda: [1.0, 1.0])
     "smallest and largest factor of the distances from the mean of a channel; results stay in the channel's range"
-    contrast_probability: float = 0.15
-    "probability of a change of contrast"
     blur: list[float] = field(default_factory=lambda: [0.0, 0.0])
     "smallest and largest standard deviation of a Gaussian blur in voxels; [0, 0]: none"
-    blur_probability: float = 0.1
-    "probability of a blur, of each channel by itself"
     modality_dropout: float = 0.0
     "probability that a channel of a crop is set to zero, never all of them; no effect with one channel"
 
@@ -60,7 +59,7 @@ class AugmentSettings:
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
                 raise ValueError(f"augment.{name}={list(bounds)}: give the smallest and the largest factor, above 0")
-        for name in ("rotation", "scale", "mirror", "gamma", "contrast", "blur"):
+        for name in ("rotation", "scale", "mirror", "gamma"):
             probability = getattr(self, f"{name}_probability")
             if not 0 <= probability <= 1:
                 raise ValueError(f"augment.{name}_probability={probability}: a probability must be from 0 to 1")
@@ -128,14 +127,14 @@ def _uniform(generator: torch.Generator) -> float:
 
 def _contrast(settings: AugmentSettings, generator: torch.Generator) -> float:
     chosen, u = _uniform(generator), _uniform(generator)
-    return _log_uniform(settings.contrast, u) if chosen < settings.contrast_probability else 1.0
+    return _log_uniform(settings.contrast, u) if chosen < CONTRAST_PROBABILITY else 1.0
 
 
 def _blur(settings: AugmentSettings, channels: int, generator: torch.Generator) -> tuple[float, ...]:
     """Standard deviation of each channel, 0 for a channel that stays sharp; empty if all do."""
     draws = torch.rand(channels, 2, generator=generator, dtype=torch.float64).tolist()
     low, high = settings.blur
-    widths = [low + u * (high - low) if chosen < settings.blur_probability else 0.0 for chosen, u in draws]
+    widths = [low + u * (high - low) if chosen < BLUR_PROBABILITY else 0.0 for chosen, u in draws]
     return tuple(widths) if any(widths) else ()
 
 
