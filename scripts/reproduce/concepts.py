@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from asa.data.preprocessing.template import load_map
+from asa.data.preprocessing.registration import load_map
 from asa.losses.reconstruction import gradient_importance
 from asa.ops.position import symmetric_position_encoding
 

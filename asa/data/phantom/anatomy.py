@@ -15,7 +15,7 @@ from torch import Tensor
 from asa.data.phantom.lesions import Lesion, TumourPlan
 from asa.data.phantom.structures import lateral_ventricles, structure_maps
 from asa.data.phantom.warp import displacement_of, grid_points, random_velocity, sample, smooth_noise, to_grid
-from asa.data.preprocessing.template import load_map
+from asa.data.preprocessing.registration import load_map
 
 TISSUES = {1: "csf", 2: "gm", 3: "wm"}
 

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_image
-from asa.data.preprocessing.registration import simpleitk
+from asa.data.preprocessing.registration import simpleitk, sitk_image
 from asa.data.preprocessing.resampling import Lengths
 from asa.errors import require
 
@@ -41,17 +41,15 @@ def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.
     shifted = image - min(float(image.min()), 0.0)  # N4 takes a logarithm
     shrink = [max(1, round(N4_SPACING / side)) for side in spacing][::-1]
     with simpleitk() as sitk:
-        whole = sitk.GetImageFromArray(np.ascontiguousarray(shifted, dtype=np.float32))
-        whole.SetSpacing([float(side) for side in spacing][::-1])
+        whole = sitk_image(sitk, shifted, spacing)
         n4 = sitk.N4BiasFieldCorrectionImageFilter()
         n4.SetMaximumNumberOfIterations(N4_ITERATIONS)
         try:
             mask = (
                 sitk.OtsuThreshold(whole, 0, 1, 200)
                 if inside.all()
-                else sitk.GetImageFromArray(np.ascontiguousarray(inside & (shifted > 0), dtype=np.uint8))
+                else sitk_image(sitk, inside & (shifted > 0), spacing)
             )
-            mask.CopyInformation(whole)
             n4.Execute(sitk.Shrink(whole, shrink), sitk.Shrink(mask, shrink))
             field = np.exp(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)))
         except RuntimeError as error:

@@ -17,8 +17,8 @@ from asa.data.io.nifti import axis_codes, check_memory, from_ras, spacing_of, to
 from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import TOOLS, brain_mask, correct_bias, head_of_ct
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
+from asa.data.preprocessing.registration import brain_centre
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
-from asa.data.preprocessing.template import brain_centre
 from asa.data.store import read_box
 
 PERCENTILES = (0.5, 99.9)

@@ -20,10 +20,9 @@ from asa.data.preprocessing.brain import brain_mask, correct_bias
 from asa.data.preprocessing.midsagittal import MidsagittalPlane, find_midsagittal_plane
 from asa.data.preprocessing.pipeline import prepare_case, to_native, to_prepared
 from asa.data.preprocessing.quality_control import case_thumbnail
-from asa.data.preprocessing.registration import register_to_template
+from asa.data.preprocessing.registration import load_map, register_to_template
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.preprocessing.template import load_map
 
 PYTHON = shlex.quote(sys.executable)
 SHARED = Path(__file__).parents[4] / "shared/data"
