@@ -70,8 +70,7 @@ def align(
         return _register(image, inside, affine, spacing or 1.0, midway)
     plane = _plane(np.where(inside, image, 0), own, needed=midway)
     step = own if spacing is None else np.full(3, float(spacing))
-    if midway:
-        assert plane is not None
+    if plane is not None and midway:
         pose = plane.pose()
         shape = _covering_shape(inside, pose, own, step)
     elif np.allclose(step, own, rtol=0, atol=1e-3):
@@ -103,9 +102,8 @@ def _register(image: np.ndarray, inside: np.ndarray, affine: np.ndarray, spacing
 
     shape, matrix = grid_of(WORKING_SPACING)
     plane = _plane(sample_image(image, inside, matrix, shape)[0], (WORKING_SPACING,) * 3, needed=midway)
-    raw_plane = plane.mapped(pose) if plane is not None else None
-    if midway:
-        assert plane is not None
+    raw_plane = None if plane is None else plane.mapped(pose)
+    if plane is not None and midway:
         pose = pose @ plane.pose()
     shape, matrix = grid_of(spacing)
     target = np.diag([spacing, spacing, spacing, 1.0])

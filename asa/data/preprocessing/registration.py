@@ -94,7 +94,7 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, rotation: np.ndarr
         fixed = sitk_image(sitk, template, (1.0, 1.0, 1.0), template_affine[:3, 3][::-1])
         padded = np.pad(bounded[box], [(n, n) for n in pad])
         moving = sitk_image(sitk, padded, spacing, start * np.asarray(spacing) - half)
-        starts = _starts(sitk, brain, spacing, (np.eye(3), rotation))
+        starts = [_start(sitk, brain, spacing, turned) for turned in (np.eye(3), rotation)]
         try:
             found = _optimise(sitk, fixed, moving, starts)
         except RuntimeError as error:
@@ -130,24 +130,18 @@ def _optimise(sitk: Any, fixed: Any, moving: Any, starts: Sequence[Any]) -> Any:
     return best
 
 
-def _starts(sitk: Any, brain: np.ndarray, spacing: Lengths, rotations: Sequence[np.ndarray]) -> list[Any]:
-    """Initial transforms that match the centres of mass and the brain volumes, one for each rotation."""
+def _start(sitk: Any, brain: np.ndarray, spacing: Lengths, rotation: np.ndarray) -> Any:
+    """The initial transform with this rotation that matches the centres of mass and the brain volumes."""
     template, template_affine = load_map("t1")
-    voxel = float(np.prod(spacing))
-    size = ((brain > 0).sum() * voxel / (template > 0).sum()) ** (1 / 3)
-    centre = _centre(template) + template_affine[:3, 3][::-1]
-    target = (_centre(brain) - (np.array(brain.shape) - 1) / 2) * np.asarray(spacing)
-    starts = [sitk.AffineTransform(3) for _ in rotations]
-    for start, rotation in zip(starts, rotations, strict=True):
-        start.SetMatrix((size * rotation)[::-1, ::-1].ravel().tolist())
-        start.SetCenter(centre[::-1].tolist())
-        start.SetTranslation((target - centre)[::-1].tolist())
-    return starts
-
-
-def _centre(brain: np.ndarray) -> np.ndarray:
-    """Centre of mass of the voxels above 0."""
-    return np.array(ndimage.center_of_mass(brain > 0))
+    size = ((brain > 0).sum() * float(np.prod(spacing)) / (template > 0).sum()) ** (1 / 3)
+    centre = np.array(ndimage.center_of_mass(template > 0)) + template_affine[:3, 3][::-1]
+    middle = (np.array(brain.shape) - 1) / 2
+    target = (np.array(ndimage.center_of_mass(brain > 0)) - middle) * np.asarray(spacing)
+    start = sitk.AffineTransform(3)
+    start.SetMatrix((size * rotation)[::-1, ::-1].ravel().tolist())
+    start.SetCenter(centre[::-1].tolist())
+    start.SetTranslation((target - centre)[::-1].tolist())
+    return start
 
 
 def template_overlap(inside: np.ndarray, pose: np.ndarray, spacing: Lengths) -> float:

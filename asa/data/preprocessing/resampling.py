@@ -26,6 +26,14 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     return ndimage.find_objects(mask.astype(np.uint8))[0]
 
 
+def largest_part(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of a mask (D, H, W); empty if the mask is."""
+    parts, _ = ndimage.label(mask)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return mask & (parts == sizes.argmax())
+
+
 def moved_corners(ends: Sequence[tuple[float, float]], matrix: np.ndarray) -> np.ndarray:
     """The corners of a box under a map (4, 4): (8, 3), from the box's two ends along each axis."""
     corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
