@@ -116,17 +116,12 @@ def to_prepared(volume: Volume, chain: dict[str, Any]) -> np.ndarray:
 
 def _prepared_shape(chain: dict[str, Any]) -> tuple[int, ...]:
     """(D, H, W) of the prepared grid, from the last step that changed it."""
-    for step in reversed(chain["steps"]):
-        if step["stage"] == "crop":
-            return tuple(step["size"])
-        if step["stage"] == "align":
-            return tuple(step["shape"])
-        if step["stage"] == "orient":
-            size = [0, 0, 0]
-            for total, (axis, _) in zip(chain["shape"], step["axes"], strict=True):
-                size[axis] = total
-            return tuple(size[::-1])
-    raise AssertionError("a chain begins with orient")
+    shape = [0, 0, 0]
+    for total, (axis, _) in zip(chain["shape"], chain["steps"][0]["axes"], strict=True):  # of orient
+        shape[2 - axis] = total
+    for step in chain["steps"]:
+        shape = step.get("size", step.get("shape", shape))  # of crop, of align
+    return tuple(shape)
 
 
 def stored_indices(label: np.ndarray, labels: Mapping[int, str], ignored: Sequence[int], name: str) -> np.ndarray:

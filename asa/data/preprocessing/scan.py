@@ -61,15 +61,16 @@ class CohortSettings:
         labels, regions = self.labels, self.regions
         if not isinstance(labels, Mapping) or not all(isinstance(value, int) and value > 0 for value in labels):
             raise ValueError(
-                f"labels={labels}: give values and names, like labels={{1: csf, 2: gm, 3: wm}}; 0 is the background"
+                f"labels: {labels} should be values and names, like {{1: csf, 2: gm, 3: wm}}; 0 is the background"
             )
         if not isinstance(regions, Mapping) or not all(isinstance(values, list | tuple) for values in regions.values()):
             raise ValueError(
                 f"regions={regions}: give the labels of each region, like regions={{whole: [1, 2], core: [1]}}"
             )
-        for name in (*labels.values(), *regions):
-            if not name or not str(name).isprintable():
-                raise ValueError(f"labels, regions: {name!r} should be a name of printable characters: rename it")
+        for kind, names in (("labels", labels.values()), ("regions", regions)):
+            for name in names:
+                if not name or not str(name).isprintable():
+                    raise ValueError(f"{kind}: {name!r} should be a name of printable characters: rename it")
         if len(labels) > 254 or len(set(labels.values())) < len(labels):
             raise ValueError("labels: at most 254 values, each with a name of its own")
         for value in self.ignored:
