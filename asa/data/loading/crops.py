@@ -112,6 +112,7 @@ class CropDataset(Samples):
                         f"{record['id']}: has no label map; leave it out of the split or prepare it with one"
                     )
         self.ids = self.records.ids if isinstance(self.records, Records) else [record["id"] for record in self.records]
+        self._augment = self.augment or AugmentSettings()
         self.foregrounds: dict[str, Foreground] = {}  # by record id, made when the record is first read
 
     def __len__(self) -> int:
@@ -123,7 +124,7 @@ class CropDataset(Samples):
         seed = sample_seed(self.seed, epoch, record_id)
         generator = torch.Generator().manual_seed(seed)
         image = self.source.image(record_id)
-        drawn = draw_augmentation(self.augment or AugmentSettings(), generator, channels=len(image))
+        drawn = draw_augmentation(self._augment, generator, channels=len(image))
         box = source_size(self.size, drawn)
         start = self._start(record_id, image.shape[1:], generator, box)
         crop = spatial_transform(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
