@@ -161,9 +161,7 @@ class AugmentSettings:
         [1.0, 1.0],
         "smallest and largest factor of the distances from a channel's mean; results stay in its range",
     )
-    contrast_probability: float = setting(0.15, "probability of a change of contrast")
     blur: list[float] = setting([0.0, 0.0], "smallest and largest standard deviation of a blur in voxels; [0, 0]: none")
-    blur_probability: float = setting(0.1, "probability of a blur, of each channel by itself")
     modality_dropout: float = setting(0.0, "probability that a channel of several is set to zero, never all of them")
 
     def __post_init__(self) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from asa.data.io.nifti import Volume, read_image, spacing_of, to_ras
-from asa.data.preprocessing.pipeline import PreparedCase, prepare_case
+from asa.data.preprocessing.pipeline import prepare_case
 from asa.data.preprocessing.scan import intensity_statistics
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.steps import Case, PrepareSettings
 from asa.errors import reason_of
 from asa.settings import LARGEST_OVERLAP
 
@@ -134,7 +134,7 @@ class ScanPreprocessor:
         except ValueError as error:  # of asa-predict, whose key it is
             raise ValueError(str(error).removeprefix("prepare.")) from None
 
-    def prepare(self, images: Mapping[str, str | Path | None]) -> tuple[PreparedCase, Volume]:
+    def prepare(self, images: Mapping[str, str | Path | None]) -> tuple[Case, Volume]:
         """The prepared scan of a file per channel, as `asa-prepare` makes it, and the first channel as it was read.
 
         Raises:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
-from asa.data.preprocessing.quality_control import ScanQuality
+from asa.data.preprocessing.scan import ScanQuality
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, hex_colour, thumbnail_row
 from asa.reporting.pages import require_report_extra, write_page
 

@@ -79,20 +79,8 @@ def _cohort(config: Config) -> CohortSettings:
     labels, ignored, regions = config["labels"] or {}, config["ignored"] or (), config["regions"] or {}
     if labels == "dataset":
         labels, ignored, regions = label_scheme(config["data"]["root"])
-    if not isinstance(labels, dict) or not all(isinstance(value, int) for value in labels):
-        raise ValueError(f"labels={labels}: give values and names, like labels={{1: csf, 2: gm, 3: wm}}")
-    if not isinstance(regions, dict) or not all(isinstance(values, list) for values in regions.values()):
-        raise ValueError(
-            f"regions={regions}: give the labels of each region, like regions={{whole: [1, 2], core: [1]}}"
-        )
-    return CohortSettings(
-        labels=labels,
-        ignored=ignored,
-        regions=regions,
-        settings=build(config["prepare"]),
-        missing=config["missing"],
-        duplicates=config["duplicates"],
-    )
+    settings, missing, duplicates = build(config["prepare"]), config["missing"], config["duplicates"]
+    return CohortSettings(labels, ignored, regions, settings, missing, duplicates)
 
 
 def _print(report: CohortReport, where: str) -> None:

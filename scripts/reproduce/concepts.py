@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from asa.data.preprocessing.template import load_map
+from asa.data.preprocessing.registration import load_map
 from asa.losses.reconstruction import gradient_importance
 from asa.models.sw_vit import ORDERS, sw_vit_tiny
 from asa.ops.patches import patchify

@@ -238,7 +238,7 @@ def test_an_empty_volume_has_no_asymmetry() -> None:
 
 def test_the_symmetric_template_scores_0() -> None:
     pytest.importorskip("nilearn")
-    from asa.data.preprocessing.template import load_map
+    from asa.data.preprocessing.registration import load_map
 
     template = torch.from_numpy(np.array(load_map("t1")[0][::3, ::3, 2:-2:4]))[None, None]
     assert torch.equal(template, flip(template))

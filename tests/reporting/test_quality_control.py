@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from asa.data.preprocessing.quality_control import ScanQuality, Thumbnail
+from asa.data.preprocessing.scan import ScanQuality, Thumbnail
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, thumbnail_row
 from asa.reporting.quality_control import QualityControlReport
 
@@ -29,7 +29,7 @@ def box_thumbnails(midline=((15.5, 15.5), (15.5, 15.5))) -> Thumbnail:
     brain = np.zeros((D, H, W), dtype=bool)
     brain[8:30, 10:40, 6:26] = True
     gray = np.where(brain, 100, 0).astype(np.uint8)
-    return Thumbnail(planes(gray), planes(brain), (1.0, 1.0, 1.0), (D // 2, H // 2, W // 2), midline)
+    return Thumbnail(planes(gray), planes(brain), (1.0, 1.0, 1.0), midline)
 
 
 def scan(id="sub-01", reason="", warnings=(), facts=None, thumbnail=None, subject="s", site="") -> ScanQuality:

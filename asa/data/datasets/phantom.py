@@ -21,7 +21,6 @@ def records(
     seed: int = 0,
     resolution: float = 1.0,
     rim: bool = False,
-    asymmetry: float = 0.25,
     names: int = 2021,
 ) -> list[Record]:
     """Records of a phantom cohort in `root`, which is generated if it does not exist.
@@ -29,7 +28,7 @@ def records(
     Args:
         root: folder of the cohort.
         kind: "t1", "ibsr", "wmh", "brats" or "structures": the layout.
-        subjects, seed, resolution, rim, asymmetry, names: as for `asa.data.phantom.cohort.make_cohort`.
+        subjects, seed, resolution, rim, names: as for `asa.data.phantom.cohort.make_cohort`.
 
     Returns:
         Records as the reader of that layout returns them.
@@ -39,7 +38,7 @@ def records(
         ValueError: an option out of range, or the folder holds another phantom cohort or more subjects.
     """
     root = Path(root)
-    options: dict[str, Any] = dict(resolution=float(resolution), rim=rim, asymmetry=float(asymmetry), names=names)
+    options: dict[str, Any] = dict(resolution=float(resolution), rim=rim, names=names)
     if not _is_made(root, kind, subjects, {"seed": seed, **options}):
         make_cohort(kind, subjects, seed, root, **options)
     readers: dict[str, Callable[[Path], list[Record]]] = {

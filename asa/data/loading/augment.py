@@ -17,6 +17,9 @@ from torch import Tensor
 from asa.ops.symmetry import flip
 from asa.settings import AugmentSettings
 
+CONTRAST_PROBABILITY = 0.15  # of a change of contrast
+BLUR_PROBABILITY = 0.1  # of each channel by itself
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -55,34 +58,26 @@ def draw_augmentation(settings: AugmentSettings, generator: torch.Generator, cha
     flipped = draws[7] < settings.mirror_probability and "W" in settings.mirror_axes
     # From a generator of their own: the draws of the settings above, and the crop's place, do not depend on these.
     more = torch.Generator().manual_seed(int(draws[11] * 2**53) + 1)
-    others = [axis for axis in "DH" if _uniform(more) < settings.mirror_probability and axis in settings.mirror_axes]
+    up, front, changed, u = (float(torch.rand((), generator=more, dtype=torch.float64)) for _ in range(4))
+    others = [axis for axis, draw in (("D", up), ("H", front)) if draw < settings.mirror_probability]
     return Augmentation(
         matrix=_rotation(angles) / factor if rotate or zoom else None,
-        mirror="".join(others) + "W" * flipped,
+        mirror="".join(axis for axis in others if axis in settings.mirror_axes) + "W" * flipped,
         gamma=_log_uniform(settings.gamma, draws[8]) if change_gamma else 1.0,
         gain=1.0 + settings.brightness * (2 * draws[9] - 1),
         noise=settings.noise * draws[10],
         noise_seed=int(draws[11] * 2**53),
         dropped=_dropped(settings.modality_dropout, channels, generator) if settings.modality_dropout else (),
-        contrast=_contrast(settings, more),
+        contrast=_log_uniform(settings.contrast, u) if changed < CONTRAST_PROBABILITY else 1.0,
         blur=_blur(settings, channels, more) if settings.blur[1] else (),
     )
-
-
-def _uniform(generator: torch.Generator) -> float:
-    return float(torch.rand((), generator=generator, dtype=torch.float64))
-
-
-def _contrast(settings: AugmentSettings, generator: torch.Generator) -> float:
-    chosen, u = _uniform(generator), _uniform(generator)
-    return _log_uniform(settings.contrast, u) if chosen < settings.contrast_probability else 1.0
 
 
 def _blur(settings: AugmentSettings, channels: int, generator: torch.Generator) -> tuple[float, ...]:
     """Standard deviation of each channel, 0 for a channel that stays sharp; empty if all do."""
     draws = torch.rand(channels, 2, generator=generator, dtype=torch.float64).tolist()
     low, high = settings.blur
-    widths = [low + u * (high - low) if chosen < settings.blur_probability else 0.0 for chosen, u in draws]
+    widths = [low + u * (high - low) if chosen < BLUR_PROBABILITY else 0.0 for chosen, u in draws]
     return tuple(widths) if any(widths) else ()
 
 
@@ -139,14 +134,18 @@ def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
         image: `(C, D, H, W)`.
         drawn: the parameters.
     """
-    if drawn.blur:
-        pairs = zip(image, drawn.blur, strict=True)
-        image = torch.stack([_blurred(part, width) if width else part for part, width in pairs])
-    if drawn.gamma != 1.0:
-        adjust = AdjustContrast(gamma=drawn.gamma)
-        image = torch.stack([_plain(adjust(channel[None]))[0] for channel in image])
-    if drawn.contrast != 1.0:
-        image = torch.stack([_contrasted(channel, drawn.contrast) for channel in image])
+    channels = list(image)
+    for k, width in enumerate(drawn.blur):
+        if width:
+            channels[k] = _plain(GaussianSmooth(width, approx="sampled")(channels[k][None]))[0]
+    for k, channel in enumerate(channels):
+        if drawn.gamma != 1.0:
+            channel = _plain(AdjustContrast(gamma=drawn.gamma)(channel[None]))[0]
+        if drawn.contrast != 1.0:
+            mean = channel.mean()
+            channel = ((channel - mean) * drawn.contrast + mean).clamp(channel.min(), channel.max())
+        channels[k] = channel
+    image = torch.stack(channels)
     if drawn.gain != 1.0:
         image = image * drawn.gain
     if drawn.noise > 0:
@@ -156,16 +155,6 @@ def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
         image = image.clone()
         image[list(drawn.dropped)] = 0
     return image
-
-
-def _blurred(channel: Tensor, width: float) -> Tensor:
-    return _plain(GaussianSmooth(width, approx="sampled")(channel[None]))[0]
-
-
-def _contrasted(channel: Tensor, factor: float) -> Tensor:
-    """Distances from the mean times a factor, clipped to the range that the channel had."""
-    mean = channel.mean()
-    return ((channel - mean) * factor + mean).clamp(channel.min(), channel.max())
 
 
 def _plain(array: Any) -> Tensor:

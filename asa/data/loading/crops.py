@@ -12,6 +12,7 @@ attached to the record; "seed" int; "id" of the record.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +52,7 @@ class Samples(Dataset[dict[str, Any]], ABC):
     def __len__(self) -> int: ...
 
 
+@dataclass(eq=False, repr=False)
 class CropDataset(Samples):
     """Augmented crops of prepared volumes.
 
@@ -78,42 +80,40 @@ class CropDataset(Samples):
             range or has no effect.
     """
 
-    def __init__(
-        self,
-        source: VolumeSource,
-        records: Sequence[Mapping[str, Any]],
-        size: Sequence[int],
-        *,
-        crop: str = "centre",
-        labelled: bool = False,
-        foreground: float = 0.0,
-        augment: AugmentSettings | None = None,
-        lateral_pairs: Sequence[tuple[int, int]] = (),
-        mirrored: bool = False,
-        air: int | None = None,
-        attached: Mapping[str, Mapping[str, float]] | None = None,
-        seed: int = 0,
-    ) -> None:
-        if crop not in CROPS:
-            raise ValueError(f"data.placement={crop!r}: choose {', '.join(CROPS[:-1])} or {CROPS[-1]}")
-        if not records:
+    source: VolumeSource
+    records: Sequence[Mapping[str, Any]]
+    size: Sequence[int]
+    _: KW_ONLY
+    crop: str = "centre"
+    labelled: bool = False
+    foreground: float = 0.0
+    augment: AugmentSettings | None = None
+    lateral_pairs: Sequence[tuple[int, int]] = ()
+    mirrored: bool = False
+    air: int | None = None
+    attached: Mapping[str, Mapping[str, float]] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ValueError(f"data.placement={self.crop!r}: choose {', '.join(CROPS[:-1])} or {CROPS[-1]}")
+        if not self.records:
             raise ValueError("there are no records to train on: check the split")
-        if not 0 <= foreground <= 1:
-            raise ValueError(f"data.foreground={foreground}: a probability must be from 0 to 1")
-        if foreground and not (labelled and crop != "centre"):
+        if not 0 <= self.foreground <= 1:
+            raise ValueError(f"data.foreground={self.foreground}: a probability must be from 0 to 1")
+        if self.foreground and not (self.labelled and self.crop != "centre"):
             raise ValueError(
-                f"data.foreground={foreground} needs random crops of labelled scans: set data.placement=random"
+                f"data.foreground={self.foreground} needs random crops of labelled scans: set data.placement=random"
             )
-        self.source, self.records, self.size = source, records, tuple(size)
-        self.ids = records.ids if isinstance(records, Records) else [record["id"] for record in records]
-        self.crop, self.labelled, self.augment = crop, labelled, augment or AugmentSettings()
-        self.lateral_pairs, self.seed = tuple(lateral_pairs), seed
-        self.foreground = foreground
+        if self.labelled:
+            for record in self.records:
+                if not _has_label(record, self.source):
+                    raise ValueError(
+                        f"{record['id']}: has no label map; leave it out of the split or prepare it with one"
+                    )
+        self.ids = self.records.ids if isinstance(self.records, Records) else [record["id"] for record in self.records]
+        self._augment = self.augment or AugmentSettings()
         self.foregrounds: dict[str, Foreground] = {}  # by record id, made when the record is first read
-        self.mirrored, self.air, self.attached = mirrored, air, attached or {}
-        unlabelled = [record["id"] for record in records if not _has_label(record, source)] if labelled else []
-        if unlabelled:
-            raise ValueError(f"{unlabelled[0]}: has no label map; leave it out of the split or prepare it with one")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -124,7 +124,7 @@ class CropDataset(Samples):
         seed = sample_seed(self.seed, epoch, record_id)
         generator = torch.Generator().manual_seed(seed)
         image = self.source.image(record_id)
-        drawn = draw_augmentation(self.augment, generator, channels=len(image))
+        drawn = draw_augmentation(self._augment, generator, channels=len(image))
         box = source_size(self.size, drawn)
         start = self._start(record_id, image.shape[1:], generator, box)
         crop = spatial_transform(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
@@ -135,7 +135,7 @@ class CropDataset(Samples):
             sample["mirror"] = intensity_transform(across, drawn).contiguous()
         if self.air is not None:
             sample["air"] = constant_patches(sample["image"][None], self.air)[0]
-        for key, value in self.attached.get(record_id, {}).items():
+        for key, value in (self.attached or {}).get(record_id, {}).items():
             sample[key] = torch.tensor(value)
         if self.labelled:
             source_label = self.source.label(record_id)

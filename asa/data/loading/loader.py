@@ -5,6 +5,7 @@ of record ids.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from asa.settings import LoaderSettings, check_batch
 PREFETCH = 2  # batches that each worker loads in advance
 
 
+@dataclass(frozen=True, eq=False)
 class EndlessSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (record index, epoch), starting at any step.
 
@@ -38,30 +40,27 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
         ValueError: a batch size that micro-batches times ranks do not divide.
     """
 
-    def __init__(
-        self,
-        records: int,
-        batch_size: int,
-        *,
-        micro_batches: int = 1,
-        seed: int = 0,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        check_batch(batch_size, micro_batches, world_size)
-        self.records, self.seed = records, seed
-        self.micro_batch = batch_size // micro_batches
-        self.per_rank = self.micro_batch // world_size
-        self.first = start_step * batch_size + rank * self.per_rank
+    records: int
+    batch_size: int
+    _: KW_ONLY
+    micro_batches: int = 1
+    seed: int = 0
+    start_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_batch(self.batch_size, self.micro_batches, self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        micro_batch = self.batch_size // self.micro_batches
+        per_rank = micro_batch // self.world_size
+        n = self.start_step * self.batch_size + self.rank * per_rank
         order: list[int] = []
         shuffled = -1
-        n = self.first
         while True:
             batch = []
-            for _ in range(self.per_rank):
+            for _ in range(per_rank):
                 epoch, item = divmod(n, self.records)
                 if epoch != shuffled:
                     generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
@@ -69,7 +68,7 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
                     shuffled = epoch
                 batch.append((order[item], epoch))
                 n += 1
-            n += self.micro_batch - self.per_rank
+            n += micro_batch - per_rank
             yield batch
 
 
@@ -78,41 +77,27 @@ def make_loader(
     batch_size: int,
     settings: LoaderSettings,
     *,
-    micro_batches: int = 1,
-    start_step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
     pin_memory: bool = False,
+    **position: int,
 ) -> DataLoader[dict[str, Any]]:
-    """An endless loader of micro-batches, starting at `start_step`.
+    """An endless loader of micro-batches.
 
     Args:
         dataset: the crops; its seed also determines their order.
         batch_size: global batch size: samples per step over all micro-batches and ranks.
-        settings: workers.
-        micro_batches: micro-batches per step (gradient accumulation).
-        start_step: first step.
-        rank, world_size: of this process, and number of ranks.
+        settings: number of workers.
         pin_memory: page-locked batches, for a GPU.
+        position: `micro_batches`, `start_step`, `rank` and `world_size` of `EndlessSampler`.
 
     Returns:
         Batches of this rank, see `collate`.
     """
-    sampler = EndlessSampler(
-        len(dataset),
-        batch_size,
-        micro_batches=micro_batches,
-        seed=dataset.seed,
-        start_step=start_step,
-        rank=rank,
-        world_size=world_size,
-    )
     workers = settings.workers
     if workers:
         end_workers_at_exit()
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=EndlessSampler(len(dataset), batch_size, seed=dataset.seed, **position),
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         collate_fn=collate,

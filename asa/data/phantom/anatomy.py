@@ -15,7 +15,7 @@ from torch import Tensor
 from asa.data.phantom.lesions import Lesion, TumourPlan
 from asa.data.phantom.structures import lateral_ventricles, structure_maps
 from asa.data.phantom.warp import displacement_of, grid_points, random_velocity, sample, smooth_noise, to_grid
-from asa.data.preprocessing.template import load_map
+from asa.data.preprocessing.registration import load_map
 
 TISSUES = {1: "csf", 2: "gm", 3: "wm"}
 
@@ -26,6 +26,7 @@ CONTRAST: dict[str, tuple[tuple[float, float], ...]] = {
     "t2": ((1.30, 0.08), (0.72, 0.04), (0.52, 0.03)),
     "flair": ((0.18, 0.04), (0.78, 0.04), (0.62, 0.03)),
 }
+ASYMMETRY = 0.25  # size of the deformation's left-right asymmetric part, relative to its symmetric part
 ADDED_BELOW = 16  # slices of 1 mm
 TEXTURE = {"t1": 1.0, "t1ce": 1.0, "t2": -0.6, "flair": -0.3}  # factor of the template's T1 texture
 
@@ -124,15 +125,15 @@ def _ventricle_distances(lateral: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_subject(
-    template: Template, rng: np.random.Generator, resolution: float, asymmetry: float, plan: TumourPlan | None = None
+    template: Template, rng: np.random.Generator, resolution: float, plan: TumourPlan | None = None
 ) -> Subject:
     """Draw an anatomy: the template under a random affine map and diffeomorphism, with its own cortical folds.
 
-    The resolution is the voxel size in mm, the asymmetry that of the deformation; the mass effect of a tumour is added.
+    The resolution is the voxel size in mm; the mass effect of a tumour is added.
     """
     extent = template.extent
     shape = tuple(int(side / resolution + 1e-6) + 1 for side in extent)
-    velocity = random_velocity(rng, extent, asymmetry)
+    velocity = random_velocity(rng, extent, ASYMMETRY)
     if plan is not None:
         velocity = velocity + plan.velocity(tuple(velocity.shape[1:]), extent)
     covered = tuple((size - 1) * resolution for size in shape)  # at most the extent

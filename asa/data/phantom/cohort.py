@@ -5,7 +5,7 @@ diffeomorphism, with its own cortical folds, tissue contrast, bias field and noi
 folder has a JSON file with "phantom": true. Arrays are (D, H, W) in RAS+ axes, lengths are mm.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from tqdm import tqdm
 from asa.data.datasets import brats, wmh
 from asa.data.io.files import read_json, write_json
 from asa.data.io.nifti import write_image
-from asa.data.phantom.anatomy import Template, blend, load_template, make_subject, take_image, tissue_label
+from asa.data.phantom.anatomy import ASYMMETRY, Template, blend, load_template, make_subject, take_image, tissue_label
 from asa.data.phantom.lesions import Lesion, hyperintensities, plan_tumour, tumour
 from asa.data.phantom.structures import structure_label
+from asa.data.preprocessing.registration import NAME
 
 KINDS = ("t1", "ibsr", "wmh", "brats", "structures")  # the index of a kind is part of its seeds: append only
 SITES = ("Utrecht", "Singapore", "Amsterdam/GE3T")  # of the WMH challenge
@@ -31,7 +32,6 @@ def make_cohort(
     *,
     resolution: float = 1.0,
     rim: bool = False,
-    asymmetry: float = 0.25,
     names: int = 2021,
     progress: bool = True,
 ) -> list[Path]:
@@ -49,7 +49,6 @@ def make_cohort(
         out: folder of the cohort.
         resolution: isotropic voxel size in mm, from 0.7 to 8.
         rim: add a skull-like rim around the brain, and noise in the air.
-        asymmetry: size of the deformation's left-right asymmetric part, relative to its symmetric part.
         names: year of BraTS whose names and label values "brats" writes: 2021 (1, 2, 4) or 2023 (1, 2, 3).
         progress: show a progress bar.
 
@@ -63,23 +62,23 @@ def make_cohort(
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
     typed = isinstance(subjects, int) and isinstance(seed, int) and isinstance(rim, bool)
-    typed = typed and isinstance(resolution, int | float) and isinstance(asymmetry, int | float)
-    in_range = typed and subjects >= 1 and seed >= 0 and 0.7 <= resolution <= 8 and 0 <= asymmetry <= 10
-    if not in_range or names not in (2021, 2023):
+    in_range = typed and subjects >= 1 and seed >= 0 and names in (2021, 2023)
+    if not in_range or not isinstance(resolution, int | float) or not 0.7 <= resolution <= 8:
         raise ValueError(
-            f"subjects={subjects} seed={seed} resolution={resolution} asymmetry={asymmetry} rim={rim} names={names}: "
-            "give 1 subject or more, seed from 0, resolution 0.7 to 8 mm, asymmetry 0 to 10, rim true or false, "
-            "names 2021 or 2023"
+            f"subjects={subjects} seed={seed} resolution={resolution} rim={rim} names={names}: give 1 subject or more, "
+            "seed from 0, resolution 0.7 to 8 mm, rim true or false, names 2021 or 2023"
         )
     out = Path(out)
-    options = {"resolution": float(resolution), "rim": rim, "asymmetry": float(asymmetry), "names": names}
     about = {
         "phantom": True,
         "description": "asa phantom cohort: made-up people, not patients",
         "kind": kind,
         "seed": seed,
-        "template": "ICBM 152 nonlinear 2009a symmetric",
-        **options,
+        "template": NAME,
+        "resolution": float(resolution),
+        "rim": rim,
+        "asymmetry": ASYMMETRY,
+        "names": names,
     }
     template = load_template(rim=rim, ventricles=kind == "wmh", structures=kind == "structures")
     _claim(out, about)
@@ -112,46 +111,37 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Files:
+def _files(out: Path, kind: str, number: int, names: int) -> tuple[dict[str, Path], Path | None, Path]:
     """Paths of a subject's images (by modality), label map and JSON."""
-
-    images: dict[str, Path]
-    label: Path | None
-    note: Path
-
-
-def _files(out: Path, kind: str, number: int, names: int) -> _Files:
     if kind == "t1":
         stem = f"sub-{number:03d}/anat/sub-{number:03d}_T1w"
-        return _Files({"t1": out / f"{stem}.nii.gz"}, None, out / f"{stem}.json")
+        return {"t1": out / f"{stem}.nii.gz"}, None, out / f"{stem}.json"
     if kind == "ibsr":
         name = f"IBSR_{number:02d}"
         folder = out / name
         label = folder / f"{name}_segTRI_fill_ana.nii.gz"
-        return _Files({"t1": folder / f"{name}_ana_strip.nii.gz"}, label, folder / "phantom.json")
+        return {"t1": folder / f"{name}_ana_strip.nii.gz"}, label, folder / "phantom.json"
     if kind == "structures":
         name = f"subject_{number:03d}"
-        label = out / f"{name}_structures.nii.gz"
-        return _Files({"t1": out / f"{name}_T1.nii.gz"}, label, out / f"{name}.json")
+        return {"t1": out / f"{name}_T1.nii.gz"}, out / f"{name}_structures.nii.gz", out / f"{name}.json"
     if kind == "wmh":
         folder = out / SITES[(number - 1) % len(SITES)] / str(number)
         images = {modality: folder / "pre" / f"{file}.nii.gz" for modality, file in wmh.CHANNELS.items()}
-        return _Files(images, folder / "wmh.nii.gz", folder / "phantom.json")
+        return images, folder / "wmh.nii.gz", folder / "phantom.json"
     name = f"BraTS2021_{number:05d}" if names == 2021 else f"BraTS-GLI-{number:05d}-000"
     folder = out / name
     images = {modality: folder / f"{name}{ending}.nii.gz" for modality, ending in brats.CHANNELS[names].items()}
-    return _Files(images, folder / f"{name}{brats.LABEL_FILES[names]}.nii.gz", folder / "phantom.json")
+    return images, folder / f"{name}{brats.LABEL_FILES[names]}.nii.gz", folder / "phantom.json"
 
 
 def _write_subject(template: Template, out: Path, number: int, seed: int, about: dict[str, Any]) -> list[Path]:
     """Draw one subject, simulate its images, and write them."""
     kind, resolution = about["kind"], about["resolution"]
     rng = np.random.default_rng([seed, KINDS.index(kind), number])
-    files = _files(out, kind, number, about["names"])
+    images, label_file, note = _files(out, kind, number, about["names"])
     drawn: dict[str, Any] = {}
     plan = plan_tumour(template.maps[template.names["white"]], template.extent, rng) if kind == "brats" else None
-    subject = make_subject(template, rng, resolution, about["asymmetry"], plan)
+    subject = make_subject(template, rng, resolution, plan)
     lesions: list[Lesion] = []
     if kind == "wmh":
         lesions, drawn = hyperintensities(subject.maps, template.extent, rng)
@@ -168,10 +158,10 @@ def _write_subject(template: Template, out: Path, number: int, seed: int, about:
 
     affine = np.diag([resolution, resolution, resolution, 1.0])
     affine[:3, 3] = np.array(template.centre) - resolution * (np.array(label.shape[::-1]) - 1) / 2
-    for modality, path in files.images.items():
+    for modality, path in images.items():
         image, drawn[modality] = take_image(subject, modality, lesions, fractions, rim=about["rim"], quality=quality)
         write_image(path, image.transpose(2, 1, 0), affine, dtype=np.int16)
-    if files.label is not None:
-        write_image(files.label, label.transpose(2, 1, 0), affine, dtype=np.uint8)
-    write_json(files.note, {**about, "number": number, "drawn": drawn})
-    return [*files.images.values(), *([files.label] if files.label else []), files.note]
+    if label_file is not None:
+        write_image(label_file, label.transpose(2, 1, 0), affine, dtype=np.uint8)
+    write_json(note, {**about, "number": number, "drawn": drawn})
+    return [*images.values(), *([label_file] if label_file else []), note]

@@ -6,8 +6,9 @@ Arrays are (D, H, W) in RAS+ axes. Both sides of a structure have one label.
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 from torch import Tensor
+
+from asa.data.preprocessing.resampling import largest_part
 
 
 class Ellipsoid(NamedTuple):
@@ -63,10 +64,7 @@ def lateral_ventricles(csf: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """
     x, y, z = _mni(csf.shape, centre)
     box = (abs(x) < 40) & (y > -75) & (y < 45) & (z > -10) & (z < 32)
-    parts, _ = ndimage.label((csf > 0.5) & box)
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    lateral = parts == sizes.argmax()
+    lateral = largest_part((csf > 0.5) & box)
     return lateral | lateral[..., ::-1]  # the septum may separate the two
 
 

@@ -12,7 +12,15 @@ from scipy import ndimage
 from asa.data.io.nifti import spacing_of
 from asa.data.preprocessing.midsagittal import WORKING_SPACING, MidsagittalPlane, can_find_plane, find_midsagittal_plane
 from asa.data.preprocessing.registration import FIELD_OF_VIEW, register_to_template, template_overlap
-from asa.data.preprocessing.resampling import Lengths, grid_map, sample_image
+from asa.data.preprocessing.resampling import (
+    Lengths,
+    bounding_box,
+    grid_map,
+    moved_corners,
+    reversed_axes,
+    sample_image,
+    translation,
+)
 
 POOR_OVERLAP = 0.9  # Dice with the template's brain, below which a warning is given
 
@@ -62,18 +70,16 @@ def align(
         return _register(image, inside, affine, spacing or 1.0, midway)
     plane = _plane(np.where(inside, image, 0), own, needed=midway)
     step = own if spacing is None else np.full(3, float(spacing))
-    if midway:
-        assert plane is not None
+    if plane is not None and midway:
         pose = plane.pose()
         shape = _covering_shape(inside, pose, own, step)
     elif np.allclose(step, own, rtol=0, atol=1e-3):
         return Alignment(None, image.shape, affine, plane)
     else:
         shape = tuple(max(2, round(size * old / new)) for size, old, new in zip(image.shape, own, step, strict=True))
-        pose = np.eye(4)
-        pose[:3, 3] = _corner_shift(inside, own, shape, step)
+        pose = translation(_corner_shift(inside, own, shape, step))
     matrix = grid_map(pose, shape, step, image.shape, own)
-    return Alignment(matrix, shape, affine @ _reversed_axes(matrix), plane)
+    return Alignment(matrix, shape, affine @ reversed_axes(matrix), plane)
 
 
 def _register(image: np.ndarray, inside: np.ndarray, affine: np.ndarray, spacing: float, midway: bool) -> Alignment:
@@ -87,9 +93,7 @@ def _register(image: np.ndarray, inside: np.ndarray, affine: np.ndarray, spacing
             f"after registration the Dice with the template's brain is only {overlap:.2f}; check it", stacklevel=3
         )
     low, high = (np.array(edge) for edge in zip(*FIELD_OF_VIEW, strict=True))
-    centre = np.eye(4)
-    centre[:3, 3] = (low + high) / 2
-    pose = pose @ centre  # from points relative to the centre of the field of view
+    pose = pose @ translation((low + high) / 2)  # from points relative to the centre of the field of view
 
     def grid_of(step: float) -> tuple[tuple[int, ...], np.ndarray]:
         depth, height, width = (int(size) for size in np.round((high - low) / step))
@@ -98,9 +102,8 @@ def _register(image: np.ndarray, inside: np.ndarray, affine: np.ndarray, spacing
 
     shape, matrix = grid_of(WORKING_SPACING)
     plane = _plane(sample_image(image, inside, matrix, shape)[0], (WORKING_SPACING,) * 3, needed=midway)
-    raw_plane = plane.mapped(pose) if plane is not None else None
-    if midway:
-        assert plane is not None
+    raw_plane = None if plane is None else plane.mapped(pose)
+    if plane is not None and midway:
         pose = pose @ plane.pose()
     shape, matrix = grid_of(spacing)
     target = np.diag([spacing, spacing, spacing, 1.0])
@@ -109,13 +112,13 @@ def _register(image: np.ndarray, inside: np.ndarray, affine: np.ndarray, spacing
 
 
 def _plane(image: np.ndarray, spacing: Lengths, *, needed: bool) -> MidsagittalPlane | None:
-    if needed:
-        return find_midsagittal_plane(image, spacing)
-    if not can_find_plane(image, spacing):
+    if not (needed or can_find_plane(image, spacing)):
         return None
     try:
         return find_midsagittal_plane(image, spacing)
     except ValueError as error:
+        if needed:
+            raise
         warnings.warn(str(error), stacklevel=3)
         return None
 
@@ -135,12 +138,11 @@ def _corner_shift(inside: np.ndarray, own: np.ndarray, shape: tuple[int, ...], s
 
 def _covering_shape(inside: np.ndarray, pose: np.ndarray, own: np.ndarray, step: np.ndarray) -> tuple[int, ...]:
     """Shape of a grid with the same centre that contains the foreground; even, so that the middle is between voxels."""
-    box = [np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
-    ends = [(hit[0], hit[-1]) if len(hit) else (0, size) for hit, size in zip(box, inside.shape, strict=True)]
-    corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
-    points = (corners - (np.array(inside.shape) - 1) / 2) * own
-    inverse = np.linalg.inv(pose)
-    reach = np.abs(points @ inverse[:3, :3].T + inverse[:3, 3]).max(axis=0)
+    ends = [
+        ((side.start - (size - 1) / 2) * length, (side.stop - 1 - (size - 1) / 2) * length)
+        for side, size, length in zip(bounding_box(inside), inside.shape, own, strict=True)
+    ]
+    reach = np.abs(moved_corners(ends, np.linalg.inv(pose))).max(axis=0)
     return tuple(int(size) for size in 2 * (np.ceil(reach / step) + 1))
 
 
@@ -149,10 +151,3 @@ def _axis_rotation(affine: np.ndarray) -> np.ndarray:
     left, _, right = np.linalg.svd(affine[:3, :3] / spacing_of(affine))
     rotation = (left @ right).T
     return rotation[::-1, ::-1]
-
-
-def _reversed_axes(matrix: np.ndarray) -> np.ndarray:
-    """A map between voxels (d, h, w) as a map between voxels (x, y, z)."""
-    result = np.eye(4)
-    result[:3, :3], result[:3, 3] = matrix[:3, :3][::-1, ::-1], matrix[:3, 3][::-1]
-    return result

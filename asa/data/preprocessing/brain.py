@@ -12,8 +12,8 @@ import numpy as np
 from scipy import ndimage
 
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_image
-from asa.data.preprocessing.registration import simpleitk
-from asa.data.preprocessing.resampling import Lengths
+from asa.data.preprocessing.registration import simpleitk, sitk_image
+from asa.data.preprocessing.resampling import Lengths, largest_part
 from asa.errors import require
 
 IMAGE, MASK = "{image}", "{mask}"  # placeholders for files in a command
@@ -41,17 +41,15 @@ def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.
     shifted = image - min(float(image.min()), 0.0)  # N4 takes a logarithm
     shrink = [max(1, round(N4_SPACING / side)) for side in spacing][::-1]
     with simpleitk() as sitk:
-        whole = sitk.GetImageFromArray(np.ascontiguousarray(shifted, dtype=np.float32))
-        whole.SetSpacing([float(side) for side in spacing][::-1])
+        whole = sitk_image(sitk, shifted, spacing)
         n4 = sitk.N4BiasFieldCorrectionImageFilter()
         n4.SetMaximumNumberOfIterations(N4_ITERATIONS)
         try:
             mask = (
                 sitk.OtsuThreshold(whole, 0, 1, 200)
                 if inside.all()
-                else sitk.GetImageFromArray(np.ascontiguousarray(inside & (shifted > 0), dtype=np.uint8))
+                else sitk_image(sitk, inside & (shifted > 0), spacing)
             )
-            mask.CopyInformation(whole)
             n4.Execute(sitk.Shrink(whole, shrink), sitk.Shrink(mask, shrink))
             field = np.exp(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)))
         except RuntimeError as error:
@@ -80,11 +78,10 @@ def head_of_ct(image: np.ndarray, spacing: Lengths) -> np.ndarray:
     width = [
         2 * round(min(OPENING_MM / side, (size - 1) / 4)) + 1 for side, size in zip(spacing, image.shape, strict=True)
     ]
-    core, count = ndimage.label(ndimage.minimum_filter(tissue, size=width, mode="nearest"))
-    if not count:
+    core = largest_part(ndimage.minimum_filter(tissue, size=width, mode="nearest"))
+    if not core.any():
         raise ValueError(f"prepare.window= is for CT in HU, and hardly a voxel is above {TISSUE_HU:g}: check the image")
-    largest = core == np.bincount(core.ravel())[1:].argmax() + 1
-    head = tissue & ndimage.maximum_filter(largest, size=width, mode="nearest")
+    head = tissue & ndimage.maximum_filter(core, size=width, mode="nearest")
     return np.stack([ndimage.binary_fill_holes(part) for part in head])
 
 
@@ -107,20 +104,19 @@ def brain_mask(method: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray
     tool = TOOLS.get(method)
     xyz = np.ascontiguousarray(image.transpose(2, 1, 0))
     found = (tool(xyz, affine) if tool else _mask_of(shlex.split(method), xyz, affine)).transpose(2, 1, 0)
-    parts, count = ndimage.label(found)
-    if not count:
+    brain = largest_part(found)
+    if not brain.any():
         raise ValueError(f"prepare.strip={method}: finds no brain; check the image, or use another method")
-    largest = np.bincount(parts.ravel())[1:].argmax() + 1
-    return np.asarray(ndimage.binary_fill_holes(parts == largest))
-
-
-def _deepbet(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    return np.asarray(_deepbet_model().run_model(image.copy()) > 0.5)
+    return np.asarray(ndimage.binary_fill_holes(brain))
 
 
 @lru_cache(maxsize=1)
 def _deepbet_model() -> Any:
     return require("deepbet.bet", "prepare", "strip=deepbet").BrainExtraction(no_gpu=True)
+
+
+def _deepbet(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    return np.asarray(_deepbet_model().run_model(image.copy()) > 0.5)
 
 
 def _robex(image: np.ndarray, affine: np.ndarray) -> np.ndarray:

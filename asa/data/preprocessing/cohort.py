@@ -10,16 +10,21 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets.record import Record, check_records
 from asa.data.io.files import PART, write_json
 from asa.data.io.lock import LOCK, locked
-from asa.data.io.nifti import axis_codes, spacing_of
 from asa.data.io.parallel import KILLED, check_workers, in_processes, on_cluster
-from asa.data.preprocessing.quality_control import ScanQuality
-from asa.data.preprocessing.scan import CohortSettings, ScanJob, ScanOutcome, known_entry, prepare_scan
+from asa.data.preprocessing.scan import (
+    CohortSettings,
+    ScanJob,
+    ScanOutcome,
+    ScanQuality,
+    known_entry,
+    prepare_scan,
+    scan_quality,
+)
 from asa.data.store import (
     FOLDERS,
     FORMAT,
@@ -124,7 +129,7 @@ def _prepare(
         line = entries.get(record["id"])
         entry = None if root is None or line is None or on_scan else known_entry(record, root, line)
         if entry is None:
-            jobs.append(ScanJob(record, root, cohort, line, on_scan is not None))
+            jobs.append(ScanJob(record, line))
         else:
             report.skipped.append(entry["id"])
             identities[entry["id"]] = _identity(entry)
@@ -135,7 +140,8 @@ def _prepare(
         return parse_entry(root / RECORDS, id, entries[id])
 
     try:
-        for job, result in in_parallel(prepare_scan, jobs):
+        prepare = partial(prepare_scan, root=root, cohort=cohort, thumbnail=on_scan is not None)
+        for job, result in in_parallel(prepare, jobs):
             outcome = result or ScanOutcome(reason=KILLED, killed=True)
             id = job.record["id"]
             _add(id, outcome, root, entries, report)
@@ -143,7 +149,7 @@ def _prepare(
                 identities[id] = _identity(outcome.entry)
                 unsaved.append(outcome.line)
             if on_scan is not None:
-                quality = _quality(job.record, outcome)
+                quality = scan_quality(job.record, outcome)
                 on_scan(quality)
                 qualities[id] = replace(quality, thumbnail=None)
             if root is not None and time.monotonic() > next_save:
@@ -234,24 +240,6 @@ def _add(id: str, outcome: ScanOutcome, root: Path | None, entries: dict[str, by
     if root is not None:  # the arrays of this scan in the store are out of date, with or without an entry
         for kind in FOLDERS:
             array_path(root, id, kind).unlink(missing_ok=True)
-
-
-def _quality(record: Record, outcome: ScanOutcome) -> ScanQuality:
-    facts: dict[str, Any] = {}
-    entry = outcome.entry
-    if entry is not None:
-        affine = np.array(entry["chain"]["affine"])
-        facts = {
-            "shape": "x".join(map(str, entry["chain"]["shape"])),
-            "spacing_mm": "x".join(f"{side:.2f}" for side in spacing_of(affine)),
-            "orientation": axis_codes(affine),
-            "stored_shape": "x".join(map(str, entry["shape"][1:])),
-            **entry["quality"],
-            **{f"voxels_{name}": n for name, n in entry.get("label_voxels", {}).items()},
-            **{f"seconds_{stage}": round(duration, 2) for stage, duration in outcome.seconds.items()},
-        }
-    site, reason = record.get("site", ""), outcome.reason
-    return ScanQuality(record["id"], record["subject"], site, reason, outcome.warnings, facts, outcome.thumbnail)
 
 
 def _identity(entry: Entry) -> Entry:

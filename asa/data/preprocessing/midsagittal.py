@@ -114,9 +114,8 @@ def _coarser(volume: np.ndarray, spacing: Lengths, wanted: float) -> np.ndarray:
     """The volume on isotropic voxels with the same centre, smoothed, clipped, in [0, 1]."""
     step = wanted / np.asarray(spacing, dtype=np.float64)
     shape = np.maximum(1, np.round(np.array(volume.shape) / step)).astype(int)
-    high = np.percentile(volume, CLIPPING)
-    low = float(volume.min())
-    clipped = np.clip((volume.astype(np.float32) - low) / max(float(high) - low, 1e-12), 0, 1)
+    low, high = float(volume.min()), float(np.percentile(volume, CLIPPING))
+    clipped = np.clip((volume.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1)
     smooth = ndimage.gaussian_filter(clipped, SMOOTHING * step, truncate=3)
     offset = (np.array(volume.shape) - 1) / 2 - step * (shape - 1) / 2
     return ndimage.affine_transform(smooth, step, offset, tuple(shape), order=1, mode="nearest")

@@ -2,42 +2,15 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from asa.data.io.nifti import Volume, check_same_geometry, to_ras
-from asa.data.preprocessing.midsagittal import MidsagittalPlane
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.steps import STAGES, Case, PrepareSettings, measure_quality
 from asa.data.store import read_box
 from asa.ops.labels import IGNORED
-
-
-@dataclass(frozen=True)
-class PreparedCase:
-    """One prepared scan, as it is stored or given to a network.
-
-    Args:
-        image: (C, D, H, W) float32.
-        label: (1, D, H, W) uint8, class indices (0 is background) and `IGNORED`, or None.
-        chain: JSON-able: the steps with their parameters for `to_native`, and the affine of this grid.
-        quality: JSON-able: the mid-sagittal plane and figures of merit of the stages.
-        first: index of the reference channel, the first one that the scan has.
-        brain: (D, H, W) bool, the foreground of that channel.
-        plane: the mid-sagittal plane relative to the centre of this grid, if it was found.
-        seconds: duration of each stage.
-    """
-
-    image: np.ndarray
-    label: np.ndarray | None
-    chain: dict[str, Any]
-    quality: dict[str, Any]
-    first: int
-    brain: np.ndarray
-    plane: MidsagittalPlane | None
-    seconds: dict[str, float]
 
 
 def prepare_case(
@@ -48,7 +21,7 @@ def prepare_case(
     *,
     ignored: Sequence[int] = (),
     name: str = "case",
-) -> PreparedCase:
+) -> Case:
     """Run all stages on one scan in memory; both `asa-prepare` and `asa-predict` call this.
 
     Args:
@@ -60,7 +33,7 @@ def prepare_case(
         name: of the case, for messages.
 
     Returns:
-        Arrays on the prepared grid, and the chain of steps that is undone for the way back.
+        Arrays on the prepared grid, with the chain of steps that is undone for the way back.
 
     Raises:
         ImportError: a stage needs a package that is not installed.
@@ -77,13 +50,12 @@ def prepare_case(
     indices = None
     if label is not None:
         check_same_geometry(reference, label, f"{first} and label of {name}")
-        indices = stored_indices(label.data, labels, ignored, name)
+        indices = stored_indices(label.data, labels, ignored, name)[None]
     zeros = np.zeros(reference.data.shape, np.float32)
     stacked = np.stack([zeros if volume is None else volume.data for volume in images.values()]).astype(np.float32)
     absent = tuple(number for number, volume in enumerate(images.values()) if volume is None)
     case = Case(stacked, np.zeros(0, bool), indices, reference.affine, absent)
-    chain: dict[str, Any] = {"shape": list(reference.data.shape), "affine": reference.affine.tolist(), "steps": []}
-    seconds = {}
+    case.chain = {"shape": list(reference.data.shape), "affine": reference.affine.tolist(), "steps": []}
     for stage in STAGES:
         started = time.perf_counter()
         try:
@@ -92,14 +64,14 @@ def prepare_case(
             raise ValueError(f"{name}: {error}") from None
         duration = time.perf_counter() - started
         if parameters is not None:
-            chain["steps"].append({"stage": stage.name, **parameters})
+            case.chain["steps"].append({"stage": stage.name, **parameters})
         if parameters is not None or duration > 0.1:  # align may only estimate the plane
-            seconds[stage.name] = duration
-    chain["stored_affine"] = case.affine.tolist()
-    stored_label = None if case.label is None else np.ascontiguousarray(case.label[None])
-    image, brain = np.ascontiguousarray(case.image), case.foreground[case.first]
-    quality = measure_quality(case)
-    return PreparedCase(image, stored_label, chain, quality, case.first, brain, case.plane, seconds)
+            case.seconds[stage.name] = duration
+    case.chain["stored_affine"] = case.affine.tolist()
+    case.quality = measure_quality(case)
+    case.image = np.ascontiguousarray(case.image)
+    case.label = None if case.label is None else np.ascontiguousarray(case.label)
+    return case
 
 
 def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.ndarray:
@@ -144,17 +116,12 @@ def to_prepared(volume: Volume, chain: dict[str, Any]) -> np.ndarray:
 
 def _prepared_shape(chain: dict[str, Any]) -> tuple[int, ...]:
     """(D, H, W) of the prepared grid, from the last step that changed it."""
-    for step in reversed(chain["steps"]):
-        if step["stage"] == "crop":
-            return tuple(step["size"])
-        if step["stage"] == "align":
-            return tuple(step["shape"])
-        if step["stage"] == "orient":
-            size = [0, 0, 0]
-            for total, (axis, _) in zip(chain["shape"], step["axes"], strict=True):
-                size[axis] = total
-            return tuple(size[::-1])
-    raise AssertionError("a chain begins with orient")
+    shape = [0, 0, 0]
+    for total, (axis, _) in zip(chain["shape"], chain["steps"][0]["axes"], strict=True):  # of orient
+        shape[2 - axis] = total
+    for step in chain["steps"]:
+        shape = step.get("size", step.get("shape", shape))  # of crop, of align
+    return tuple(shape)
 
 
 def stored_indices(label: np.ndarray, labels: Mapping[int, str], ignored: Sequence[int], name: str) -> np.ndarray:

@@ -9,6 +9,37 @@ Lengths = Sequence[float] | np.ndarray
 FWHM_PER_SIGMA = 2.355  # full width at half maximum of a Gaussian with unit standard deviation
 
 
+def translation(offset: Lengths) -> np.ndarray:
+    """The map (4, 4) that adds an offset (3,) to points."""
+    matrix = np.eye(4)
+    matrix[:3, 3] = offset
+    return matrix
+
+
+def reversed_axes(matrix: np.ndarray) -> np.ndarray:
+    """A map (4, 4) of points (d, h, w) as a map of points (x, y, z), or the other way round."""
+    return matrix[np.ix_([2, 1, 0, 3], [2, 1, 0, 3])]
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box that holds all True voxels of a mask (D, H, W), of which there is at least one."""
+    return ndimage.find_objects(mask.astype(np.uint8))[0]
+
+
+def largest_part(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of a mask (D, H, W); empty if the mask is."""
+    parts, _ = ndimage.label(mask)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return mask & (parts == sizes.argmax())
+
+
+def moved_corners(ends: Sequence[tuple[float, float]], matrix: np.ndarray) -> np.ndarray:
+    """The corners of a box under a map (4, 4): (8, 3), from the box's two ends along each axis."""
+    corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
+    return corners @ matrix[:3, :3].T + matrix[:3, 3]
+
+
 def grid_map(
     pose: np.ndarray, new_shape: Sequence[int], new_spacing: Lengths, old_shape: Sequence[int], old_spacing: Lengths
 ) -> np.ndarray:
@@ -93,24 +124,15 @@ def sample_label(label: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) ->
     """
     result = np.zeros(tuple(shape), label.dtype)
     best = sample_affine((label == 0).astype(np.float32), matrix, shape, order=1)
-    compact, values = _compact(label)
-    for value, old_box in zip(values, ndimage.find_objects(compact), strict=True):
-        box = _reach(old_box, label.shape, matrix, shape)
-        part = np.eye(4)
-        part[:3, 3] = [side.start for side in box]
+    for value in np.unique(label[label != 0]):
+        mask = label == value
+        box = _reach(bounding_box(mask), label.shape, matrix, shape)
+        part = translation([side.start for side in box])
         size = [side.stop - side.start for side in box]
-        fraction = sample_affine((label == value).astype(np.float32), matrix @ part, size, order=1)
+        fraction = sample_affine(mask.astype(np.float32), matrix @ part, size, order=1)
         result[box][fraction > best[box]] = value
         np.maximum(best[box], fraction, out=best[box])
     return result
-
-
-def _compact(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The map with consecutive indices 1, 2, 3, ... for values other than 0, and the values of these indices."""
-    values, indices = np.unique(label, return_inverse=True)
-    if values[0] != 0:
-        values, indices = np.concatenate([[0], values]).astype(values.dtype), indices + 1
-    return indices.reshape(label.shape).astype(np.int32), values[1:]
 
 
 def _reach(
@@ -122,9 +144,7 @@ def _reach(
         (side.start - (1.0 if side.start else edge), side.stop + (edge if side.stop == size else 0.0))
         for side, size in zip(box, old_shape, strict=True)
     ]
-    corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
-    inverse = np.linalg.inv(matrix)
-    moved = corners @ inverse[:3, :3].T + inverse[:3, 3]
+    moved = moved_corners(ends, np.linalg.inv(matrix))
     return tuple(
         slice(int(np.clip(np.floor(low) - 1, 0, size)), int(np.clip(np.ceil(high) + 2, 0, size)))
         for low, high, size in zip(moved.min(axis=0), moved.max(axis=0), shape, strict=True)

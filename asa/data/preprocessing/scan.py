@@ -1,23 +1,25 @@
-"""One record of a cohort: read, prepared and written to the store, or the reason why it failed."""
+"""One record of a cohort: read, prepared and written to the store, or the reason why it failed; its quality control."""
 
 import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from asa.data.datasets.record import Record
 from asa.data.io.files import sha256_of
-from asa.data.io.nifti import Volume, identity_of, read_image, read_label
-from asa.data.preprocessing.pipeline import prepare_case, stored_indices
-from asa.data.preprocessing.quality_control import Thumbnail, case_thumbnail, stored_thumbnail
-from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.store import RECORDS, Entry, entry_line, has_array, parse_entry, write_array
+from asa.data.io.nifti import axis_codes, identity_of, read_image, read_label, spacing_of
+from asa.data.preprocessing.midsagittal import MidsagittalPlane
+from asa.data.preprocessing.pipeline import prepare_case, stored_indices, to_prepared
+from asa.data.preprocessing.resampling import bounding_box
+from asa.data.preprocessing.steps import Case, PrepareSettings
+from asa.data.store import RECORDS, Entry, entry_line, has_array, open_array, parse_entry, write_array
 from asa.errors import reason_of
 
 
@@ -45,49 +47,82 @@ class CohortSettings:
     duplicates: str = "refuse"
 
     def __post_init__(self) -> None:
-        for value, name in self.labels.items():
-            if not isinstance(value, int) or value <= 0 or not name or not str(name).isprintable():
-                raise ValueError(
-                    f"labels: {value!r}: {name!r} should be a whole number above 0 (the background is 0) and a name of "
-                    "printable characters"
-                )
-        if len(self.labels) > 254 or len(set(self.labels.values())) < len(self.labels):
+        labels, regions = self.labels, self.regions
+        if not isinstance(labels, Mapping) or not all(isinstance(value, int) and value > 0 for value in labels):
+            raise ValueError(
+                f"labels: {labels} should be values and names, like {{1: csf, 2: gm, 3: wm}}; 0 is the background"
+            )
+        if not isinstance(regions, Mapping) or not all(isinstance(values, list | tuple) for values in regions.values()):
+            raise ValueError(
+                f"regions={regions}: give the labels of each region, like regions={{whole: [1, 2], core: [1]}}"
+            )
+        for kind, names in (("labels", labels.values()), ("regions", regions)):
+            for name in names:
+                if not name or not str(name).isprintable():
+                    raise ValueError(f"{kind}: {name!r} should be a name of printable characters: rename it")
+        if len(labels) > 254 or len(set(labels.values())) < len(labels):
             raise ValueError("labels: at most 254 values, each with a name of its own")
         for value in self.ignored:
-            if not isinstance(value, int) or value in self.labels or value == 0:
+            if not isinstance(value, int) or value in labels or value == 0:
                 raise ValueError(f"ignored: {value!r} should be a label value that labels does not name")
-        for name, values in self.regions.items():
-            if not str(name).isprintable():
-                raise ValueError(f"regions: {name!r} has line breaks or other control characters: rename it")
-            undeclared = [value for value in values if value not in self.labels]
+        for name, values in regions.items():
+            undeclared = [value for value in values if value not in labels]
             if undeclared or not values:
                 raise ValueError(f"regions: {name} joins {undeclared or 'nothing'}; give values that labels names")
         if self.missing not in ("refuse", "zero"):
             raise ValueError(f"missing={self.missing!r}: choose refuse or zero")
         if self.duplicates not in ("refuse", "keep"):
             raise ValueError(f"duplicates={self.duplicates!r}: choose refuse or keep")
-        object.__setattr__(self, "labels", {value: self.labels[value] for value in sorted(self.labels)})
+        object.__setattr__(self, "labels", dict(sorted(labels.items())))
         object.__setattr__(self, "ignored", sorted(self.ignored))
-        object.__setattr__(self, "regions", {name: list(values) for name, values in self.regions.items()})
+
+
+class ScanJob(NamedTuple):
+    """One record to prepare in a worker process, and its line in the manifest of an earlier run."""
+
+    record: Record
+    previous: bytes | None
 
 
 @dataclass(frozen=True)
-class ScanJob:
-    """One record to prepare in a worker process.
+class Thumbnail:
+    """Three slices of the first channel of a prepared scan, in RAS+ axes on the prepared grid.
 
     Args:
-        record: the scan.
-        root: folder of the store; None writes nothing.
-        cohort: how to prepare it.
-        previous: its line in the store of an earlier run.
-        thumbnail: make one.
+        grey: axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8.
+        brain: the same shapes, bool: the foreground or the brain mask. After a strip, `grey` shows the head around it.
+        spacing: voxel size along D, H, W in mm.
+        midline: the mid-sagittal plane in voxels: (w at h = 0, w at h = H - 1) on the axial slice, and
+            (w at d = 0, w at d = D - 1) on the coronal one. None without a plane.
     """
 
-    record: Record
-    root: Path | None
-    cohort: CohortSettings
-    previous: bytes | None
-    thumbnail: bool
+    grey: tuple[np.ndarray, ...]
+    brain: tuple[np.ndarray, ...]
+    spacing: tuple[float, float, float]
+    midline: tuple[tuple[float, float], tuple[float, float]] | None
+
+
+@dataclass(frozen=True)
+class ScanQuality:
+    """Quality control of one scan.
+
+    Args:
+        id, subject: as in the record.
+        site: "" if unknown.
+        reason: why the scan failed, "" if it did not.
+        warnings: possible problems, one sentence each.
+        facts: flat and JSON-able, like `shape` "256x256x180" or `yaw_degrees` -1.25; the ending of a key is its unit
+            (`_degrees`, `_mm`, `_ml`), and `seconds_STAGE` is the duration of a stage. Keys may differ between scans.
+        thumbnail: None where the scan could not be read.
+    """
+
+    id: str
+    subject: str
+    site: str
+    reason: str
+    warnings: list[str]
+    facts: dict[str, Any]
+    thumbnail: Thumbnail | None
 
 
 @dataclass
@@ -125,20 +160,27 @@ def known_entry(record: Record, root: Path, line: bytes) -> Entry | None:
         entry = parse_entry(root / RECORDS, record["id"], line)
     except ValueError:
         return None
-    paths, known = _paths(record), entry["sources"]
-    same = paths.keys() == known.keys() and _subject(record).items() <= entry.items()
-    unread = same and all(path is not None and _is_known(_facts(path), known[name]) for name, path in paths.items())
+    files, known = _files(record), entry["sources"]
+    same = not _absent(record) and files.keys() == known.keys() and _subject(record).items() <= entry.items()
+    unread = same and all(_is_known(file, known[name]) for name, file in files.items())
     return entry if unread and _has_arrays(entry, root) else None
 
 
-def prepare_scan(job: ScanJob) -> ScanOutcome:
-    """Prepare one record in a worker process; an exception becomes a reason in one line."""
+def prepare_scan(job: ScanJob, root: Path | None, cohort: CohortSettings, *, thumbnail: bool) -> ScanOutcome:
+    """Prepare one record in a worker process; an exception becomes a reason in one line.
+
+    Args:
+        job: the record.
+        root: folder of the store; None writes nothing.
+        cohort: how to prepare it.
+        thumbnail: make one.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so that the bytes do not depend on the number of cores
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            outcome = _prepare(job)
+            outcome = _prepare(job, root, cohort, thumbnail)
         except Exception as error:  # one scan must not stop the cohort
             outcome = ScanOutcome(reason=reason_of(error))
         finally:
@@ -148,23 +190,39 @@ def prepare_scan(job: ScanJob) -> ScanOutcome:
     return outcome
 
 
-def _prepare(job: ScanJob) -> ScanOutcome:
-    record, cohort, root = job.record, job.cohort, job.root
-    absent = [channel for channel, path in record["images"].items() if path is None]
+def _prepare(job: ScanJob, root: Path | None, cohort: CohortSettings, thumbnail: bool) -> ScanOutcome:
+    record, previous, case = job.record, None, None
+    absent = ", ".join(_absent(record))
     if absent and cohort.missing == "refuse":
-        raise ValueError(
-            f"has no {', '.join(absent)}; add the file, leave the scan out, or set missing=zero to fill in zeros"
-        )
-    flags = [f"has no {', '.join(absent)}: filled with zeros"] if absent else []
-    previous = None
+        raise ValueError(f"has no {absent}; add the file, leave the scan out, or set missing=zero to fill in zeros")
     if root is not None and job.previous is not None:
         previous = parse_entry(root / RECORDS, record["id"], job.previous)
-    sources = _sources(record, previous)
+    sources = _sources(record, previous["sources"] if previous else {})
     if root is not None and previous is not None and _is_unchanged(previous, sources, root):
-        entry = {**previous, **_subject(record), "sources": sources}
-        head = _head(record) if job.thumbnail and cohort.settings.strip != "none" else None
-        thumbnail = stored_thumbnail(entry, root, cohort.settings, head) if job.thumbnail else None
-        return ScanOutcome(entry, entry_line(entry), unchanged=True, warnings=flags, thumbnail=thumbnail)
+        entry: Entry = {**previous, **_subject(record), "sources": sources}
+        outcome = ScanOutcome(entry, unchanged=True)
+    else:
+        entry, seconds, case = _prepare_anew(record, sources, root, cohort)
+        outcome = ScanOutcome(entry, seconds=seconds)
+    outcome.line = entry_line(entry)
+    if absent:
+        outcome.warnings = [f"has no {absent}: filled with zeros"]
+    if thumbnail:
+        shown = (
+            (case.image[case.first], case.brain, case.plane) if case else _stored_views(entry, root, cohort.settings)
+        )
+        image, brain, plane = shown
+        if cohort.settings.strip != "none":  # the brain is shown in its head
+            head = read_image(next(path for path in record["images"].values() if path is not None))
+            image = to_prepared(head, entry["chain"])
+        outcome.thumbnail = make_thumbnail(image, brain, entry["chain"], plane)
+    return outcome
+
+
+def _prepare_anew(
+    record: Record, sources: dict[str, dict[str, Any]], root: Path | None, cohort: CohortSettings
+) -> tuple[Entry, dict[str, float], Case]:
+    """The entry of a scan whose arrays are written, the duration of each stage, and the prepared scan."""
     started = time.perf_counter()
     images = {channel: None if path is None else read_image(path) for channel, path in record["images"].items()}
     label = read_label(record["label"]) if "label" in record else None
@@ -174,15 +232,15 @@ def _prepare(job: ScanJob) -> ScanOutcome:
     seconds = {"read": time.perf_counter() - started}
     case = prepare_case(images, label, cohort.labels, cohort.settings, ignored=cohort.ignored, name=record["id"])
     seconds |= case.seconds
-    arrays, counts = {}, {}
+    arrays, counts, absent = {}, {}, _absent(record)
     if case.label is not None:
         voxels = np.bincount(case.label.ravel(), minlength=256)[1 : len(cohort.labels) + 1]
         counts = {"label_voxels": {name: int(n) for name, n in zip(cohort.labels.values(), voxels, strict=True)}}
     if root is not None:
         started = time.perf_counter()
-        arrays["image"] = write_array(root, record["id"], "image", case.image)
-        if case.label is not None:
-            arrays["label"] = write_array(root, record["id"], "label", case.label)
+        for kind, array in (("image", case.image), ("label", case.label)):
+            if array is not None:
+                arrays[kind] = write_array(root, record["id"], kind, array)
         seconds["write"] = time.perf_counter() - started
     entry = {
         **_subject(record),
@@ -196,43 +254,38 @@ def _prepare(job: ScanJob) -> ScanOutcome:
         **counts,
         "arrays": arrays,
     }
-    head = _head(record) if job.thumbnail and cohort.settings.strip != "none" else None
-    thumbnail = case_thumbnail(case, head) if job.thumbnail else None
-    return ScanOutcome(entry, entry_line(entry), warnings=flags, seconds=seconds, thumbnail=thumbnail)
+    return entry, seconds, case
 
 
-def _head(record: Record) -> Volume:
-    """The reference channel of a scan as it was read, the first one that it has."""
-    return read_image(next(path for path in record["images"].values() if path is not None))
+def _absent(record: Record) -> list[str]:
+    """The channels that a scan lacks."""
+    return [channel for channel, path in record["images"].items() if path is None]
 
 
-def _sources(record: Record, previous: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """The source files; one with the path, size and modification time of the previous entry is not read again."""
-    known = previous["sources"] if previous else {}
-    return {name: _source(path, known.get(name, {})) for name, path in _paths(record).items() if path is not None}
+def _files(record: Record) -> dict[str, dict[str, Any]]:
+    """Path, size and modification time of each source file; the path alone where there is none."""
+    paths = {**record["images"]} | ({"label": record["label"]} if "label" in record else {})
+    files: dict[str, dict[str, Any]] = {}
+    for name, path in paths.items():
+        if path is not None:
+            files[name] = {"path": os.path.abspath(path)}
+            with suppress(OSError):
+                found = os.stat(path)
+                files[name] |= {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+    return files
 
 
-def _paths(record: Record) -> dict[str, str | None]:
-    return {**record["images"]} | ({"label": record["label"]} if "label" in record else {})
+def _sources(record: Record, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The source files with their SHA-256; one with its known path, size and modification time is not read again."""
+    sources = _files(record)  # before their bytes are read, so that a later change has another time
+    for name, file in sources.items():
+        before = known.get(name, {})
+        file["sha256"] = before["sha256"] if _is_known(file, before) else sha256_of(file["path"])
+    return sources
 
 
-def _source(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
-    source = _facts(path)  # before its bytes are read, so that a later change has another time
-    return {**source, "sha256": known["sha256"] if _is_known(source, known) else sha256_of(path)}
-
-
-def _facts(path: str | Path) -> dict[str, Any]:
-    """Path, size and modification time of a source file; the path alone where there is none."""
-    source: dict[str, Any] = {"path": os.path.abspath(path)}
-    try:
-        found = os.stat(path)
-    except OSError:
-        return source
-    return {**source, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
-
-
-def _is_known(source: dict[str, Any], known: dict[str, Any]) -> bool:
-    return "size" in source and source.items() <= known.items()
+def _is_known(file: dict[str, Any], known: dict[str, Any]) -> bool:
+    return "size" in file and file.items() <= known.items()
 
 
 def _subject(record: Record) -> dict[str, str]:
@@ -240,13 +293,13 @@ def _subject(record: Record) -> dict[str, str]:
     return {"id": record["id"], "subject": record["subject"], **site}
 
 
-def _is_unchanged(entry: dict[str, Any], sources: dict[str, dict[str, Any]], root: Path) -> bool:
+def _is_unchanged(entry: Entry, sources: dict[str, dict[str, Any]], root: Path) -> bool:
     """Whether the source files have the same bytes (their paths may differ) and the arrays exist."""
     digests = [{name: source["sha256"] for name, source in group.items()} for group in (entry["sources"], sources)]
     return digests[0] == digests[1] and _has_arrays(entry, root)
 
 
-def _has_arrays(entry: dict[str, Any], root: Path) -> bool:
+def _has_arrays(entry: Entry, root: Path) -> bool:
     return all(has_array(root, entry, kind) for kind in entry["arrays"])
 
 
@@ -257,3 +310,67 @@ def intensity_statistics(channel: np.ndarray) -> dict[str, float]:
         return {}
     numbers = {"mean": values.mean(), "sd": values.std(), "min": values.min(), "max": values.max()}
     return {name: float(f"{number:.6g}") for name, number in numbers.items()}
+
+
+def scan_quality(record: Record, outcome: ScanOutcome) -> ScanQuality:
+    """The quality control of a scan that `prepare_scan` has prepared, or failed to."""
+    facts: dict[str, Any] = {}
+    if (entry := outcome.entry) is not None:
+        affine = np.array(entry["chain"]["affine"])
+        facts = {
+            "shape": "x".join(map(str, entry["chain"]["shape"])),
+            "spacing_mm": "x".join(f"{side:.2f}" for side in spacing_of(affine)),
+            "orientation": axis_codes(affine),
+            "stored_shape": "x".join(map(str, entry["shape"][1:])),
+            **entry["quality"],
+            **{f"voxels_{name}": n for name, n in entry.get("label_voxels", {}).items()},
+            **{f"seconds_{stage}": round(duration, 2) for stage, duration in outcome.seconds.items()},
+        }
+    site, reason = record.get("site", ""), outcome.reason
+    return ScanQuality(record["id"], record["subject"], site, reason, outcome.warnings, facts, outcome.thumbnail)
+
+
+def _stored_views(
+    entry: Entry, root: Path | None, settings: PrepareSettings
+) -> tuple[np.ndarray, np.ndarray, MidsagittalPlane | None]:
+    """The reference channel of a stored scan, its foreground and its mid-sagittal plane, for the thumbnail."""
+    assert root is not None
+    image = open_array(root, entry, "image")
+    assert image is not None
+    first = np.asarray(next(channel for channel in image if channel.any()))
+    quality, plane = entry["quality"], None
+    if "shift_mm" in quality:
+        pose = [0.0 if settings.midway else quality[key] for key in ("yaw_degrees", "roll_degrees", "shift_mm")]
+        plane = MidsagittalPlane(pose[0], pose[1], pose[2], quality["mirror_correlation"])
+    return first, first != 0, plane
+
+
+def make_thumbnail(
+    image: np.ndarray, brain: np.ndarray, chain: dict[str, Any], plane: MidsagittalPlane | None
+) -> Thumbnail:
+    """Three slices through the middle of a brain.
+
+    Args:
+        image: (D, H, W), any intensities.
+        brain: bool, not empty.
+        chain: of the prepared case, with the affine of its grid.
+        plane: the mid-sagittal plane relative to the centre of the grid.
+    """
+    x, y, z = spacing_of(np.array(chain["stored_affine"])).tolist()
+    spacing = np.array([z, y, x])
+    depth, height, width = ((side.start + side.stop - 1) // 2 for side in bounding_box(brain))
+    low, high = np.percentile(image, 0.5), np.percentile(image[brain], 99.5)
+    cuts = (np.s_[depth], np.s_[:, height], np.s_[:, :, width])
+    scale = 255 / max(float(high) - float(low), 1e-6)
+    grey = [np.clip((image[cut].astype(np.float32) - low) * scale, 0, 255).astype(np.uint8) for cut in cuts]
+    midline = None
+    if plane is not None:
+        last = np.array(image.shape) - 1
+        normal = plane.pose()[:3, 2]
+
+        def across(d: float, h: float) -> float:  # w of the plane at (d, h), in voxels
+            offset = (np.array([d, h]) - last[:2] / 2) * spacing[:2]
+            return float((plane.shift - normal[:2] @ offset) / normal[2] / spacing[2] + last[2] / 2)
+
+        midline = (across(depth, 0), across(depth, last[1])), (across(0, height), across(last[0], height))
+    return Thumbnail(tuple(grey), tuple(np.array(brain[cut]) for cut in cuts), (z, y, x), midline)

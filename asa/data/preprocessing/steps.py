@@ -8,17 +8,16 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 from asa.data.io.nifti import axis_codes, check_memory, from_ras, spacing_of, to_ras
 from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import TOOLS, brain_mask, correct_bias, head_of_ct
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
-from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
-from asa.data.preprocessing.template import brain_centre
+from asa.data.preprocessing.registration import brain_centre
+from asa.data.preprocessing.resampling import bounding_box, sample_affine, sample_image, sample_label
 from asa.data.store import read_box
 
 PERCENTILES = (0.5, 99.9)
@@ -85,19 +84,18 @@ class PrepareSettings:
             )
         if self.margin < 0:
             raise ValueError(f"prepare.margin={self.margin}: give 0 or more voxels")
-        if isinstance(self.crop, str):
-            valid = self.crop in ("foreground", "none")
-        elif isinstance(self.crop, int):
-            valid = self.crop > 0 and self.crop is not True
-        else:
+        if self.crop not in ("foreground", "none"):
+            self._check_size()
+
+    def _check_size(self) -> None:
+        if not isinstance(self.crop, str | int):
             object.__setattr__(self, "crop", list(self.crop))  # a list, as JSON returns it
-            valid = len(self.crop) == 3 and all(isinstance(size, int) and size > 0 for size in self.crop)
-        if not valid:
+        size = self.crop if isinstance(self.crop, list) else [self.crop] * 3
+        if len(size) != 3 or not all(type(side) is int and side > 0 for side in size):
             raise ValueError(
                 f"prepare.crop={self.crop!r}: choose foreground, none, a size in voxels, or three sizes D, H, W"
             )
-        width = self.crop[2] if isinstance(self.crop, list) else self.crop
-        if (self.register or self.midway) and isinstance(width, int) and width % 2:
+        if self.centred and size[2] % 2:
             raise ValueError(
                 f"prepare.crop={self.crop!r}: an even width keeps the mid-sagittal plane in the middle; give one"
             )
@@ -120,6 +118,11 @@ class PrepareSettings:
                 "prepare.strip=none, which keeps the skull, or a command with {image} and {mask} that strips CT in HU"
             )
 
+    @property
+    def centred(self) -> bool:
+        """Whether the mid-sagittal plane should be the middle of the grid."""
+        return self.register or self.midway
+
     def as_json(self) -> dict[str, Any]:
         """The settings as a store and a checkpoint keep them; `window`, which is newer than they are, only if used."""
         settings = asdict(self)
@@ -130,18 +133,19 @@ class PrepareSettings:
 
 @dataclass
 class Case:
-    """A scan between stages.
+    """A scan between stages, and as it is stored or given to a network after them.
 
     Args:
         image: (C, D, H, W) float32.
         foreground: bool, of the same shape; empty for a channel that the scan lacks.
-        label: (D, H, W), or None.
+        label: (1, D, H, W) uint8, class indices (0 is background) and `IGNORED`, or None.
         affine: (4, 4) of the (x, y, z) axes.
         absent: indices of the channels that the scan lacks.
-        plane: mid-sagittal plane relative to the centre of the grid; None before it is estimated.
+        plane: mid-sagittal plane relative to the centre of the grid; None before it is estimated, or if there is none.
         original_plane: that plane before midway alignment; None without.
-        centred: whether the plane should be the middle of the grid.
-        quality: figures of merit, JSON-able.
+        quality: JSON-able: the mid-sagittal plane and figures of merit of the stages.
+        chain: JSON-able: the steps with their parameters for `to_native`, and the affine of the last grid.
+        seconds: duration of each stage.
     """
 
     image: np.ndarray
@@ -151,13 +155,19 @@ class Case:
     absent: tuple[int, ...] = ()
     plane: MidsagittalPlane | None = None
     original_plane: MidsagittalPlane | None = None
-    centred: bool = False
     quality: dict[str, Any] = field(default_factory=dict)
+    chain: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def first(self) -> int:
         """Index of the reference channel, the first one that the scan has."""
         return next(number for number in range(len(self.image)) if number not in self.absent)
+
+    @property
+    def brain(self) -> np.ndarray:
+        """(D, H, W) bool, the foreground of the reference channel."""
+        return self.foreground[self.first]
 
     @property
     def spacing(self) -> np.ndarray:
@@ -173,26 +183,20 @@ def _orient(case: Case, settings: PrepareSettings) -> dict[str, Any]:
 
     _, case.affine, axes = to_ras(case.image[0], affine)
     case.image = np.stack([reoriented(channel) for channel in case.image])
-    case.label = None if case.label is None else reoriented(case.label)
-    case.foreground = _foreground(case.image)
+    case.label = None if case.label is None else reoriented(case.label[0])[None]
     if settings.window is not None:
         case.foreground = np.stack([head_of_ct(channel, case.spacing) for channel in case.image])
-    for channel in case.absent:
-        case.foreground[channel] = False
+    else:
+        case.foreground = case.image != 0
+        for channel in case.foreground:
+            if channel.mean() > 1 - ZERO_BACKGROUND:
+                channel[:] = True
+    case.foreground[list(case.absent)] = False
     return {"from": code, "axes": axes}
 
 
 def _undo_orient(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
     return np.stack([from_ras(channel.transpose(2, 1, 0), step["axes"]) for channel in array])
-
-
-def _foreground(image: np.ndarray) -> np.ndarray:
-    """Bool (C, D, H, W), see `PrepareSettings`."""
-    foreground = image != 0
-    for channel in foreground:
-        if channel.mean() > 1 - ZERO_BACKGROUND:
-            channel[:] = True
-    return foreground
 
 
 def _bias(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
@@ -209,8 +213,8 @@ def _strip(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
         return None
     mask = brain_mask(settings.strip, case.image[case.first], case.affine)
     case.image *= mask
-    for channel in range(len(case.image)):
-        case.foreground[channel] = mask if channel not in case.absent else False
+    case.foreground[:] = mask
+    case.foreground[list(case.absent)] = False
     return {"method": settings.strip}
 
 
@@ -227,7 +231,7 @@ def _measure_brain(case: Case, settings: PrepareSettings) -> None:
 
     Without a strip there may be a skull, so that only a volume that is too large is reported, and in CT none.
     """
-    volume = float(case.foreground[case.first].sum() * np.prod(case.spacing) / 1000)
+    volume = float(case.brain.sum() * np.prod(case.spacing) / 1000)
     case.quality["brain_ml"] = round(volume, 1)
     low, high = PLAUSIBLE_BRAIN
     if settings.strip != "none" and not low <= volume <= high:
@@ -244,7 +248,7 @@ def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     _measure_brain(case, settings)
     alignment = align(
         case.image[case.first],
-        case.foreground[case.first],
+        case.brain,
         case.affine,
         spacing=settings.spacing,
         register=settings.register,
@@ -253,13 +257,8 @@ def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     case.plane = alignment.plane
     if alignment.overlap is not None:
         case.quality["template_dice"] = round(alignment.overlap, 4)
-    if (raw := alignment.raw_plane) is not None:
-        case.quality |= {
-            "raw_yaw_degrees": round(raw.yaw, 3),
-            "raw_roll_degrees": round(raw.roll, 3),
-            "raw_shift_mm": round(raw.shift, 3),
-        }
-    case.centred = settings.register or settings.midway
+    if alignment.raw_plane is not None:
+        case.quality |= {f"raw_{name}": number for name, number in _pose_of(alignment.raw_plane).items()}
     if alignment.matrix is None:
         return None
     before, matrix, shape = case.image.shape[1:], alignment.matrix, alignment.shape
@@ -268,12 +267,12 @@ def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
         sample_image(image, inside, matrix, shape) for image, inside in zip(case.image, case.foreground, strict=True)
     ]
     kept = np.count_nonzero(pairs[case.first][1]) * abs(np.linalg.det(matrix[:3, :3]))
-    lost = 1 - kept / max(np.count_nonzero(case.foreground[case.first]), 1)
-    if case.centred and lost > 0.02:
+    lost = 1 - kept / max(np.count_nonzero(case.brain), 1)
+    if settings.centred and lost > 0.02:
         warnings.warn(f"{lost:.0%} of the foreground lies outside the new grid; check the alignment", stacklevel=2)
     case.image, case.foreground = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
     if case.label is not None:
-        case.label = sample_label(case.label, matrix, shape)
+        case.label = sample_label(case.label[0], matrix, shape)[None]
     case.affine = alignment.affine
     if settings.midway and case.plane is not None:
         case.original_plane, case.plane = case.plane, MidsagittalPlane(0.0, 0.0, 0.0, case.plane.correlation)
@@ -291,27 +290,27 @@ def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     if settings.window is not None:  # scaled before the alignment, which adds the value 0 outside
         case.image[~case.foreground] = 0
         return None
-    names = ("low", "high") if settings.normalise == "percentile" else ("mean", "sd")
-    used: dict[str, list[float]] = {name: [] for name in names}
+    percentile = settings.normalise == "percentile"
+    used: dict[str, list[float]] = {name: [] for name in (("low", "high") if percentile else ("mean", "sd"))}
     for number, (channel, inside) in enumerate(zip(case.image, case.foreground, strict=True)):
         if number in case.absent:
             continue
         values = channel[inside]
         if values.size == 0 or values.min() == values.max():
             raise ValueError("an image is empty or constant; check it, or leave the case out")
-        if settings.normalise == "percentile":
+        if percentile:
             low, high = (float(value) for value in np.percentile(values, PERCENTILES))
             if high <= low:
                 raise ValueError(f"the {PERCENTILES} percentiles of an image are equal ({low:g}); check it")
             channel[inside] = np.clip((values - low) / (high - low), 0, 1)
-            used["low"].append(low)
-            used["high"].append(high)
+            pair = low, high
         else:
             mean, sd = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
             channel[inside] = (values - mean) / sd
-            used["mean"].append(mean)
-            used["sd"].append(sd)
+            pair = mean, sd
         channel[~inside] = 0
+        for numbers, one in zip(used.values(), pair, strict=True):
+            numbers.append(one)
     return {"method": settings.normalise, **used}
 
 
@@ -320,11 +319,11 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
         return None
     before = case.image.shape[1:]
     anywhere = np.asarray(case.foreground.any(axis=0))
-    box = ndimage.find_objects(anywhere.astype(np.uint8))[0]
+    box = bounding_box(anywhere)
     if settings.crop == "foreground":
         start = [max(0, side.start - settings.margin) for side in box]
         stop = [min(total, side.stop + settings.margin) for side, total in zip(box, before, strict=True)]
-        if case.centred:
+        if settings.centred:
             start[2] = min(start[2], before[2] - stop[2])
             stop[2] = before[2] - start[2]
         size = [last - first for first, last in zip(start, stop, strict=True)]
@@ -335,14 +334,14 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
             start = [round(middle - (edge - 1) / 2) for middle, edge in zip(centre[2::-1], size, strict=True)]
         else:
             start = [(side.start + side.stop - edge) // 2 for side, edge in zip(box, size, strict=True)]
-        if case.centred:
+        if settings.centred:
             start[2] = (before[2] - size[2]) // 2
     check_memory(len(case.image) * math.prod(size), f"prepare.crop={settings.crop}")
     lost = anywhere.sum() - read_box(anywhere[None], start, size).sum()
     if lost:
         warnings.warn(f"the crop to {size} leaves out {lost / anywhere.sum():.1%} of the foreground", stacklevel=2)
     if case.label is not None:
-        label = read_box(case.label[None], start, size)[0]
+        label = read_box(case.label, start, size)
         if lost := (case.label > 0).sum() - (label > 0).sum():
             warnings.warn(f"the crop to {size} leaves out {lost} labelled voxels", stacklevel=2)
         case.label = label
@@ -355,17 +354,20 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     return {"start": start, "size": size, "before": list(before)}
 
 
+def _pose_of(plane: MidsagittalPlane) -> dict[str, float]:
+    return {
+        "yaw_degrees": round(plane.yaw, 3),
+        "roll_degrees": round(plane.roll, 3),
+        "shift_mm": round(plane.shift, 3),
+    }
+
+
 def measure_quality(case: Case) -> dict[str, Any]:
     """Figures of merit of a scan after all stages, JSON-able; warns about a mid-sagittal plane that is off."""
     quality: dict[str, Any] = {"brain_ml": case.quality["brain_ml"]}
     if case.plane is not None:
         shown = case.original_plane or case.plane
-        quality |= {
-            "yaw_degrees": round(shown.yaw, 3),
-            "roll_degrees": round(shown.roll, 3),
-            "shift_mm": round(shown.shift, 3),
-            "mirror_correlation": round(shown.correlation, 4),
-        }
+        quality |= {**_pose_of(shown), "mirror_correlation": round(shown.correlation, 4)}
         if case.plane.angle > LARGEST_TILT or abs(case.plane.shift) > LARGEST_SHIFT:
             warnings.warn(
                 f"the mid-sagittal plane is off by yaw {shown.yaw:.1f}, roll {shown.roll:.1f} degrees and "
@@ -380,8 +382,7 @@ def _undo_crop(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarra
     return read_box(array, [-first for first in step["start"]], step["before"])
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """A stage of preprocessing.
 
     Args:

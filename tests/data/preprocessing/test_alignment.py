@@ -19,11 +19,10 @@ from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import brain_mask, correct_bias
 from asa.data.preprocessing.midsagittal import MidsagittalPlane, find_midsagittal_plane
 from asa.data.preprocessing.pipeline import prepare_case, to_native, to_prepared
-from asa.data.preprocessing.quality_control import case_thumbnail
-from asa.data.preprocessing.registration import register_to_template
+from asa.data.preprocessing.registration import load_map, register_to_template
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
+from asa.data.preprocessing.scan import make_thumbnail
 from asa.data.preprocessing.steps import PrepareSettings
-from asa.data.preprocessing.template import load_map
 
 PYTHON = shlex.quote(sys.executable)
 SHARED = Path(__file__).parents[4] / "shared/data"
@@ -323,7 +322,7 @@ def test_a_thumbnail_shows_what_the_strip_removed(tmp_path):
         head = to_prepared(image, case.chain)
         inside = ndimage.binary_erosion(case.brain)  # the prepared brain, before its intensities were normalised
         assert np.corrcoef(head[inside], case.image[0][inside])[0, 1] > 0.999
-        shown, bare = case_thumbnail(case, image), case_thumbnail(case, None)
+        shown, bare = (make_thumbnail(part, case.brain, case.chain, case.plane) for part in (head, case.image[0]))
         assert all((grey[~mask] > 40).mean() > 0.02 for grey, mask in zip(shown.grey, shown.brain, strict=True))
         assert all((grey[~mask] == 0).all() for grey, mask in zip(bare.grey, bare.brain, strict=True))
 

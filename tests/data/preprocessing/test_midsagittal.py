@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from asa.data.io.nifti import read_image, spacing_of, to_ras
 from asa.data.preprocessing.midsagittal import MidsagittalPlane, find_midsagittal_plane
-from asa.data.preprocessing.template import load_map
+from asa.data.preprocessing.registration import load_map
 
 SCANS = Path(__file__).parents[4] / "shared/data/oasis15"
 needs_scans = pytest.mark.skipif(not SCANS.is_dir(), reason=f"the real scans are not here: no {SCANS}")

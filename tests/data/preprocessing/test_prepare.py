@@ -344,7 +344,7 @@ def test_a_second_run_skips_all_scans_without_giving_them_to_workers(cohort, tmp
     first = run(cohort, tmp_path / "store")
     assert first.prepared == ["s0", "s1", "s2", "s3"] and not first.failures and not first.warnings
     before = bytes_of(tmp_path / "store")
-    monkeypatch.setattr(prepare, "prepare_scan", None)
+    monkeypatch.setattr(prepare, "prepare_scan", lambda *_, **__: pytest.fail("a scan was prepared again"))
     second = run(cohort, tmp_path / "store", workers=2)
     assert second.skipped == first.prepared and not second.prepared
     assert bytes_of(tmp_path / "store") == before
@@ -455,10 +455,10 @@ def test_an_exception_keeps_the_scans_that_are_done(cohort, tmp_path, monkeypatc
     run(cohort, tmp_path / "whole")
     prepare_scan = prepare.prepare_scan
 
-    def stop_at_the_third(job):
+    def stop_at_the_third(job, **how):
         if job.record["id"] == "s2":
             raise KeyboardInterrupt
-        return prepare_scan(job)
+        return prepare_scan(job, **how)
 
     monkeypatch.setattr(prepare, "prepare_scan", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -503,9 +503,9 @@ def test_finished_scans_are_in_the_store_during_the_run(cohort, tmp_path, monkey
     counts = []
     prepare_scan = prepare.prepare_scan
 
-    def count(*job):
+    def count(job, **how):
         counts.append(len((tmp_path / "store/records.jsonl").read_text().splitlines()))
-        return prepare_scan(*job)
+        return prepare_scan(job, **how)
 
     monkeypatch.setattr(prepare, "prepare_scan", count)
     run(cohort, tmp_path / "store")
