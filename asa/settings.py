@@ -174,7 +174,7 @@ class AugmentSettings:
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
                 raise ValueError(f"augment.{name}={list(bounds)}: give the smallest and the largest factor, above 0")
-        for name in ("rotation", "scale", "mirror", "gamma", "contrast", "blur"):
+        for name in ("rotation", "scale", "mirror", "gamma"):
             probability = getattr(self, f"{name}_probability")
             if not 0 <= probability <= 1:
                 raise ValueError(f"augment.{name}_probability={probability}: a probability must be from 0 to 1")
