@@ -82,6 +82,7 @@ def serving() -> Iterator[Hub]:
             found = files[match["file"]]
             etag = f'"{hashlib.sha1(found).hexdigest()}"'
             self.answer(found, headers={"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"})
+            return None
 
         do_HEAD = do_GET
 
@@ -109,6 +110,7 @@ def serving() -> Iterator[Hub]:
             }
             commit = hub.push(match["id"], files)
             self.answer({"commitOid": commit, "commitUrl": f"{hub.url}/{match['id']}/commit/{commit}"})
+            return None
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"

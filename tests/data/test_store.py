@@ -74,7 +74,7 @@ def test_arrays_are_memory_mapped_float16_and_uint8(made):
     assert isinstance(label, np.memmap) and label.dtype == np.uint8 and label.shape == (1, 7, 8, 9)
     assert list(np.unique(label)) == [0, 2]  # index 2 of [0, 1, 4] is the value 4
     assert store.label("a") is None
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="read-only"):
         image[0, 0, 0, 0] = 1
     np.testing.assert_array_equal(np.load(made / "images/b.npy"), image)
 

@@ -257,7 +257,10 @@ def test_windows_are_stitched_on_the_cpu_if_gpu_memory_runs_out(run: Path, monke
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(segmentation, "sliding_window_inference", full)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"lower predict\.batch_size"):
+    with (
+        pytest.warns(UserWarning, match="stitched on the CPU"),
+        pytest.raises(ValueError, match=r"lower predict\.batch_size"),
+    ):
         sliding_window(segmenter.models[0], image, SETTINGS)
 
 

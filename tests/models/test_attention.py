@@ -108,8 +108,14 @@ def test_every_second_block_is_shifted_by_half_a_window() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "heads", "window", "shift"), [(10, 3, 8, 0), (12, 3, 8, 8), (12, 3, 8, -1), (12, 3, 0, 0)]
+    ("dim", "heads", "window", "shift", "reason"),
+    [
+        (10, 3, 8, 0, "10 is not divisible by 3"),
+        (12, 3, 8, 8, "got window 8, shift 8"),
+        (12, 3, 8, -1, "got window 8, shift -1"),
+        (12, 3, 0, 0, "got window 0, shift 0"),
+    ],
 )
-def test_inconsistent_sizes_raise_an_error(dim: int, heads: int, window: int, shift: int) -> None:
-    with pytest.raises(ValueError):
+def test_inconsistent_sizes_raise_an_error(dim: int, heads: int, window: int, shift: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
         LinearWindowAttention(dim, heads, window, shift)

@@ -39,7 +39,7 @@ def test_names_are_listed_without_importing_torch() -> None:
 def test_every_family_has_its_sizes_as_values_of_model() -> None:
     families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
     assert len(families) == 19
-    written = {family: ("base", "tiny") for family in ("nnformer", "transbts")}
+    written = dict.fromkeys(("nnformer", "transbts"), ("base", "tiny"))
     sizes = written | {"resenc": ("l", "tiny"), "primus": ("m", "tiny")}
     assert sized_models() == sorted(
         f"{family}_{size}" for family in families for size in sizes.get(family, ("base", "small", "tiny"))

@@ -80,7 +80,7 @@ def test_the_processes_divide_the_samples_of_each_step_without_losing_any() -> N
 
 
 @several
-@pytest.mark.parametrize("world, accumulate", [(2, 1), (2, 2)])
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (2, 2)])
 def test_two_processes_pretrain_like_one(store: Path, tmp_path: Path, world: int, accumulate: int) -> None:
     tiny_run(tmp_path / "one", store, 20)
     assert finished(ranks(tmp_path, world, tiny_run, tmp_path / "many", store, 20, accumulate=accumulate))

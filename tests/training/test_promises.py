@@ -59,7 +59,7 @@ def checkpoint(run: Path, step: int, keep: int = 2) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers, kills", [(0, 4), (1, 1), (2, 1)])
+@pytest.mark.parametrize(("workers", "kills"), [(0, 4), (1, 1), (2, 1)])
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(
     store: Path, tmp_path: Path, workers: int, kills: int
 ) -> None:

@@ -33,7 +33,7 @@ ELLIPSOIDS: dict[str, tuple[bool, tuple[Ellipsoid, ...]]] = {
     "hippocampus": (False, (Ellipsoid((27, -23, -14), (9, 20, 9), slope=-0.35),)),
     "brainstem": (True, (Ellipsoid((0, -26, -30), (15, 16, 32), slope=0.35),)),
 }
-STRUCTURES = {value: name for value, name in enumerate(("ventricle", *ELLIPSOIDS), start=1)}
+STRUCTURES = dict(enumerate(("ventricle", *ELLIPSOIDS), start=1))
 
 
 def structure_maps(fractions: np.ndarray, centre: np.ndarray) -> dict[str, np.ndarray]:

@@ -207,7 +207,7 @@ def test_a_label_is_written_on_the_grid_of_an_analyze_pair_or_a_4d_file_with_one
     nib.save(nib.Nifti1Pair(noise, OBLIQUE), tmp_path / "b.img")
     save(tmp_path / "c.nii", noise[..., None])
     for name in ("a.img", "b.img", "c.nii"):
-        with pytest.warns(UserWarning) if name == "a.img" else nullcontext():
+        with pytest.warns(UserWarning, match="no orientation") if name == "a.img" else nullcontext():
             like = read_image(tmp_path / name)
         write_label(tmp_path / "label.nii.gz", noise > 100, like)
         written = read_label(tmp_path / "label.nii.gz")

@@ -210,7 +210,7 @@ def test_a_crop_that_cuts_the_brain_is_warned_about():
 
 def test_results_are_zero_outside_the_crop():
     image, _ = ball()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match=r"leaves out \d+\.\d% of the foreground"):
         case = prepare_case({"t1": volume(image)}, None, {}, PrepareSettings(crop=6))
     back = to_native(np.ones((2, 6, 6, 6), np.float32), case.chain, order=1)
     assert back.shape == (2, *image.shape) and back.sum() == 2 * 6**3
