@@ -47,6 +47,7 @@ from asa.tasks.segmentation import SegmentationPredictor
 from asa.tasks.studies import _predict_fold
 from asa.tasks.volumes import choose_split
 from asa.training.checkpoint import WEIGHTS, load_model, read_model, save_checkpoint
+from asa.training.device import Backend
 from asa.training.loop import TrainSettings
 from asa.training.pretrained import read_source
 from asa.training.run_folder import _check_config, open_run
@@ -722,7 +723,8 @@ def test_a_label_map_that_is_another_than_the_scored_one_is_not_drawn(raw: Path,
 
 def test_a_changed_split_of_a_run_is_not_used(store: Path, tmp_path: Path) -> None:
     config, split = {"out": str(tmp_path / "run")}, {"train": ["s0", "s1"], "validation": [], "test": ["s2"]}
-    with open_run(config, split, TrainSettings(steps=1, device="cpu")) as run:
+    settings = TrainSettings(steps=1, device="cpu")
+    with open_run(config, split, settings, Backend.of("cpu", "fp32")) as run:
         pass
     assert read_split(run / "split.json") == split
     text = (run / "split.json").read_text()

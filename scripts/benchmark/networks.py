@@ -18,6 +18,7 @@ from asa.methods.segment import Segmentation
 from asa.models import masked_autoencoder as asa
 from asa.models import unet, vit_seg
 from asa.models.sw_vit import LinearWindowAttention
+from asa.ops.patches import TokenSequence
 from asa.tasks.run import configure
 from scripts.benchmark.plan import CHANNELS, SWIN_FEATURES, UNETR_SIZE
 
@@ -37,9 +38,9 @@ class DenseAttention(nn.Module):
         self.num_heads, self.qkv, self.proj = windows.num_heads, windows.qkv, windows.proj
         self.written = written
 
-    def forward(self, tokens: Tensor, valid: None = None) -> Tensor:
+    def forward(self, tokens: Tensor, sequence: TokenSequence | None = None) -> Tensor:
         """`(B, L, E)` -> `(B, L, E)`; padding is not supported."""
-        assert valid is None
+        assert sequence is None or sequence.valid is None
         qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))  # B L 3 M d
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # B M L d
         if self.written:

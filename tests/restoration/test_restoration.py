@@ -150,8 +150,8 @@ def test_a_plan_is_printed_and_leaves_nothing_behind(pairs: Path, tmp_path: Path
     for text in (
         "crops in one micro-batch",
         "GFLOP forward",
-        "CPU, fp32",
-        "GPU, 16 bit",
+        "memory      weights",
+        "activations, which are measured where there is a GPU",
         "epochs of",
         "pairs",
         "at 2 TFLOP/s",
