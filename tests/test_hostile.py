@@ -722,7 +722,10 @@ def test_a_label_map_that_is_another_than_the_scored_one_is_not_drawn(raw: Path,
 
 
 def test_a_changed_split_of_a_run_is_not_used(store: Path, tmp_path: Path) -> None:
-    config, split = {"out": str(tmp_path / "run")}, {"train": ["s0", "s1"], "validation": [], "test": ["s2"]}
+    config, split = (
+        {"out": str(tmp_path / "run"), "train": {}},
+        {"train": ["s0", "s1"], "validation": [], "test": ["s2"]},
+    )
     settings = TrainSettings(steps=1, device="cpu")
     with open_run(config, split, settings, Backend.of("cpu", "fp32")) as run:
         pass

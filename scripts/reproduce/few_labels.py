@@ -31,7 +31,7 @@ TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the 
 # Settings of each arm's encoder, for asa-pretrain and asa-finetune.
 PLAIN = ("model.mirror_patches=false",)
 DEEP = ("+model.depth=12",)
-ALTERNATING, GRID = ("model.order=alternating",), ("model.bias=grid",)
+RASTER, SEQUENCE, NARROW = "model.order=raster", "model.bias=sequence", "model.window=32"
 ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrained": ((), ()),
     # Patches as they are, as in the paper.
@@ -52,12 +52,12 @@ ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "quarter": (("method.decode=0.25",), ()),
     "quarter_air": (("method.decode=0.25", "method.air=keep"), ()),
     "quarter_blocks": (("method.decode=0.25", "model.decoder_depth=3"), ()),
-    # Windows along all three axes in turn, and a bias of the offset on the grid; each alone, and both. In fine-tuning
-    # with windows as long as those of the pretraining, of which a quarter of the tokens is visible.
-    "alternating": (ALTERNATING, ALTERNATING),
-    "grid": (GRID, GRID),
-    "both": ((*ALTERNATING, *GRID), (*ALTERNATING, *GRID)),
-    "both_wide": ((*ALTERNATING, *GRID), (*ALTERNATING, *GRID, "model.window=128")),
+    # Raster order and a bias by the offset in the sequence, as in the paper; one of the two; and windows of 32 tokens
+    # in fine-tuning, too.
+    "raster": ((RASTER, SEQUENCE), (RASTER, SEQUENCE, NARROW)),
+    "alternating": ((SEQUENCE,), (SEQUENCE, NARROW)),
+    "grid": ((RASTER,), (RASTER, NARROW)),
+    "narrow_windows": ((), (NARROW,)),
     "scratch": ((), ()),
     "plain_scratch": ((), PLAIN),
     # A U-Net, which also reads the image itself.

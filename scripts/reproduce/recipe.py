@@ -113,7 +113,8 @@ def finetune_arm(out: Path, arm: str, labelled: int, seed: int, steps: int) -> N
     """Fine-tune the encoder of one arm and seed, and score it on the held-out brains."""
     encoding = [setting for setting in ("model.position=mirror", *ARMS[arm]) if setting.startswith("model.position=")]
     depth = [setting for setting in ARMS[arm] if setting in DEEP]
-    settings = ("model.mirror_patches=false", encoding[-1], *depth, f"data.labelled={labelled}", f"train.seed={seed}")
+    published = ("model.mirror_patches=false", "model.order=raster", "model.bias=sequence", "model.window=32")
+    settings = (*published, encoding[-1], *depth, f"data.labelled={labelled}", f"train.seed={seed}")
     name, init = finetuned_name(arm, labelled, seed), run_folder(out, arm, seed)
     finetune(out, name, "finetune.json", steps, *settings, init=init)
 
