@@ -4,7 +4,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,17 @@ def _against_machine(
     if operations is not None:
         found |= {"fraction": operations / median, "fraction_best": operations / min(equivalents)}
     return found
+
+
+def alternating_seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[list[float]]:
+    """Seconds of each call, made in turn; the first two of each are not counted."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for repeat in range(repeats + 2):
+        for call, taken in zip(calls, seconds, strict=True):
+            one = _seconds(call, device)
+            if repeat > 1:
+                taken.append(one)
+    return seconds
 
 
 def _seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:

@@ -10,7 +10,7 @@ network that commutes with the mirror.
 
 import argparse
 import statistics
-import time
+from functools import partial
 
 import torch
 
@@ -18,7 +18,7 @@ from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_base
 from asa.models.sw_vit import BIASES, ORDERS, sw_vit_tiny
 from asa.training.device import keep_freed_memory, pick_device
-from scripts.benchmark.clock import synchronise
+from scripts.benchmark.clock import alternating_seconds
 from scripts.benchmark.row import step_batch, training_step
 
 KINDS = [(order, bias) for bias in BIASES for order in ORDERS]  # the published one first
@@ -33,16 +33,7 @@ def times(edge: int, batch: int, precision: str, repeats: int) -> list[list[floa
         method = MaskedPretraining(model=asa_base(img_size=edge, order=order, bias=bias))
         steps.append(training_step(method.to(device).train(), precision, device))
     images = step_batch(edge, batch, device)
-    seconds: list[list[float]] = [[] for _ in steps]
-    for repeat in range(repeats + 2):
-        for step, taken in zip(steps, seconds, strict=True):
-            synchronise(device)
-            started = time.perf_counter()
-            step(images)
-            synchronise(device)
-            if repeat > 1:
-                taken.append(time.perf_counter() - started)
-    return seconds
+    return alternating_seconds([partial(step, images) for step in steps], device, repeats)
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ import argparse
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from asa.ops.patches import patchify, random_mask
 from asa.training.device import keep_freed_memory, pick_device
-from scripts.benchmark.clock import synchronise
+from scripts.benchmark.clock import alternating_seconds
 from scripts.benchmark.networks import make_method
 from scripts.benchmark.row import step_batch, training_step
 
@@ -82,15 +82,7 @@ def compare(
     methods = [*ours, Released(network(img_size=(edge,) * 3, mask_ratio=MASKED))]
     steps = [training_step(method.to(device).train(), precision, device) for method in methods]
     images = step_batch(edge, batch, device)
-    seconds: list[list[float]] = [[] for _ in steps]
-    for repeat in range(repeats + 2):
-        for step, taken in zip(steps, seconds, strict=True):
-            synchronise(device)
-            started = time.perf_counter()
-            step(images)
-            synchronise(device)
-            if repeat > 1:
-                taken.append(time.perf_counter() - started)
+    seconds = alternating_seconds([partial(step, images) for step in steps], device, repeats)
     medians = [f"{statistics.median(taken):.3g}" for taken in seconds]
     released = seconds[-1]
     ratios = [
