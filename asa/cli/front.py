@@ -1,8 +1,8 @@
 """What all commands share: arguments, help, and errors in one line."""
 
 import argparse
-import importlib
 import io
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -40,8 +40,7 @@ class Command:
         return run_command(self.name, self.about, self._call, arguments)
 
     def _call(self, config: Config) -> None:
-        module, _, function = self.target.partition(":")
-        getattr(importlib.import_module(module), function)(config)
+        pkgutil.resolve_name(self.target)(config)
 
 
 def run_command(

@@ -95,7 +95,7 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
 
 
 def exported(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What an export says of the training scans: neither subjects nor a command with paths of somebody's machine."""
+    """The metadata of the training scans in an export: no subjects, and no command with somebody's own paths."""
     return without_command({key: data[key] for key in EXPORTED if key in data})
 
 

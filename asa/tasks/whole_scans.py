@@ -235,14 +235,14 @@ P = TypeVar("P", ClassPredictor, NumberPredictor)
 
 
 def _predict(config: Config, result: str, make: type[P], read: Callable[[P, np.ndarray], Any]) -> None:
-    """Predict scans with the checkpoint that is given; `read` takes what the network says of a prepared volume."""
+    """Predict scans with the checkpoint that is given; `read` takes the output for a prepared volume."""
     settings, checkpoint = typed(PredictSettings, config["predict"]), only_checkpoint(config, result)
     network = make(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
     predict_scans(TablePredictor(network, partial(read, network), Path(str(config["out"]))), config)
 
 
 class TablePredictor:
-    """Collects what a network says of each scan, and writes it to `OUT/predictions.csv`.
+    """Collects the output for each scan, and writes it to `OUT/predictions.csv`.
 
     Args:
         network: of one of the tasks.

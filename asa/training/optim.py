@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules and frozen parameters."""
+"""Optimizers, learning-rate schedules, frozen parameters, and the moving average of the weights (EMA)."""
 
 import math
 from collections.abc import Iterator, Sequence
