@@ -28,43 +28,54 @@ from scripts.reproduce.commands import asa, brain_dice, interval, score, validat
 from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
 TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
-# Settings of each arm's encoder, for asa-pretrain and asa-finetune.
+Settings = tuple[str, ...]
 PLAIN = ("model.mirror_patches=false",)
 DEEP = ("+model.depth=12",)
 RASTER, SEQUENCE, NARROW = "model.order=raster", "model.bias=sequence", "model.window=32"
-ARMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+UNET = ("model=unet_tiny",)  # which also reads the image itself
+
+
+def in_raster_order(pretraining: Settings = (), finetuning: Settings = ()) -> tuple[Settings, Settings]:
+    """An arm with windows in raster order, a bias by the offset in the sequence, and the same window in fine-tuning."""
+    return (RASTER, SEQUENCE, *pretraining), (RASTER, SEQUENCE, NARROW, *finetuning)
+
+
+# Settings of each arm's encoder, for asa-pretrain and asa-finetune.
+ARMS: dict[str, tuple[Settings, Settings]] = {
     "pretrained": ((), ()),
-    # Patches as they are, as in the paper.
-    "plain_patches": (PLAIN, PLAIN),
-    # A plain masked autoencoder of the same size.
-    "mae": (("method=mae", "model.position=sincos", *PLAIN), ("model.position=sincos", *PLAIN)),
-    # ASA's encoding, which mirrored positions share: differs from "plain_patches" by the weights of the loss alone.
-    "mae_mirror": (("method=mae", *PLAIN), PLAIN),
-    # The plain autoencoder whose patches of the right half are read mirrored, too.
-    "mae_mirror_patches": (("method=mae", "model.position=sincos"), ("model.position=sincos",)),
-    # Without the savings of structures_pretrain: the background, too, and a decoder of three blocks.
-    "slow": (("method.air=keep", "model.decoder_depth=3"), ()),
-    # The paper's depths, 12 blocks and 8: as experiment=asa_paper and experiment=asa_fast, of width 96.
-    "deep_slow": ((*DEEP, "method.air=keep", "model.decoder_depth=8"), DEEP),
-    "deep": (DEEP, DEEP),
-    # With further savings: a narrower decoder, or a quarter of the masked patches decoded.
-    "narrow": (("model.decoder_dim=64",), ()),
-    "quarter": (("method.decode=0.25",), ()),
-    "quarter_air": (("method.decode=0.25", "method.air=keep"), ()),
-    "quarter_blocks": (("method.decode=0.25", "model.decoder_depth=3"), ()),
-    # Raster order and a bias by the offset in the sequence, as in the paper; one of the two; and windows of 32 tokens
-    # in fine-tuning, too.
-    "raster": ((RASTER, SEQUENCE), (RASTER, SEQUENCE, NARROW)),
+    "scratch": ((), ()),
+    "unet": ((), UNET),
+    "unet_scratch": ((), UNET),
+    # Windows of 32 tokens in fine-tuning, too; one of the two differences from raster order alone.
+    "narrow_windows": ((), (NARROW,)),
     "alternating": ((SEQUENCE,), (SEQUENCE, NARROW)),
     "grid": ((RASTER,), (RASTER, NARROW)),
-    "narrow_windows": ((), (NARROW,)),
-    "scratch": ((), ()),
-    "plain_scratch": ((), PLAIN),
-    # A U-Net, which also reads the image itself.
-    "unet": ((), ("model=unet_tiny",)),
-    "unet_scratch": ((), ("model=unet_tiny",)),
+    # Windows as in the paper, with which most figures of docs/evidence_details.md were made.
+    "raster": in_raster_order(),
+    "raster_scratch": in_raster_order(),
+    "raster_unet": in_raster_order((), UNET),
+    "raster_unet_scratch": in_raster_order((), UNET),
+    # Patches as they are, as in the paper.
+    "plain_patches": in_raster_order(PLAIN, PLAIN),
+    "plain_scratch": in_raster_order((), PLAIN),
+    # A plain masked autoencoder of the same size.
+    "mae": in_raster_order(("method=mae", "model.position=sincos", *PLAIN), ("model.position=sincos", *PLAIN)),
+    # ASA's encoding, which mirrored positions share: differs from "plain_patches" by the weights of the loss alone.
+    "mae_mirror": in_raster_order(("method=mae", *PLAIN), PLAIN),
+    # The plain autoencoder whose patches of the right half are read mirrored, too.
+    "mae_mirror_patches": in_raster_order(("method=mae", "model.position=sincos"), ("model.position=sincos",)),
+    # Without the savings of structures_pretrain: the background, too, and a decoder of three blocks.
+    "slow": in_raster_order(("method.air=keep", "model.decoder_depth=3")),
+    # The paper's depths, 12 blocks and 8: as experiment=asa_paper and experiment=asa_fast, of width 96.
+    "deep_slow": in_raster_order((*DEEP, "method.air=keep", "model.decoder_depth=8"), DEEP),
+    "deep": in_raster_order(DEEP, DEEP),
+    # With further savings: a narrower decoder, or a quarter of the masked patches decoded.
+    "narrow": in_raster_order(("model.decoder_dim=64",)),
+    "quarter": in_raster_order(("method.decode=0.25",)),
+    "quarter_air": in_raster_order(("method.decode=0.25", "method.air=keep")),
+    "quarter_blocks": in_raster_order(("method.decode=0.25", "model.decoder_depth=3")),
 }
-SCRATCH = ("scratch", "plain_scratch", "unet_scratch")
+SCRATCH = ("scratch", "unet_scratch", "raster_scratch", "raster_unet_scratch", "plain_scratch")
 STORE = "store_brains"
 CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
 
