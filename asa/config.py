@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, type]] = {
 }
 # The methods of each command, and the families of models (`model=FAMILY_SIZE`) that each of them trains.
 _COMPARATORS = ("unetr", "swin_unetr", "nnformer", "transbts", "resenc", "primus")
-_SEGMENTATION = ("unet", "vit_seg", "probe", "sa_swin_unet", *_COMPARATORS)
+_SEGMENTATION = ("unet", "vit_seg", "vit_conv", "probe", "sa_swin_unet", *_COMPARATORS)
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "pretrain": {
         "asa": ("asa",),

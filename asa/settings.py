@@ -151,6 +151,8 @@ class AugmentSettings:
     rotation_probability: float = setting(0.2, "probability of a rotation")
     scale: list[float] = setting([1.0, 1.0], "smallest and largest zoom (1.4: structures become 1.4 times larger)")
     scale_probability: float = setting(0.2, "probability of a zoom")
+    deform: float = setting(0.0, "standard deviation of a smooth random displacement along each axis, mm")
+    deform_probability: float = setting(0.5, "probability of a deformation")
     mirror_probability: float = setting(0.0, "probability of a flip, along each of mirror_axes by itself")
     mirror_axes: str = setting("W", "axes that are flipped: D (up-down), H (front-back), W (left-right), like DHW")
     gamma: list[float] = setting([1.0, 1.0], "smallest and largest gamma, the exponent of the intensities")
@@ -162,7 +164,15 @@ class AugmentSettings:
         "smallest and largest factor of the distances from a channel's mean; results stay in its range",
     )
     blur: list[float] = setting([0.0, 0.0], "smallest and largest standard deviation of a blur in voxels; [0, 0]: none")
+    bias_field: float = setting(
+        0.0, "largest standard deviation of the logarithm of a smooth factor of the intensities"
+    )
     modality_dropout: float = setting(0.0, "probability that a channel of several is set to zero, never all of them")
+
+    @property
+    def smooth(self) -> bool:
+        """Whether there are fields with a length in mm."""
+        return self.deform > 0 or self.bias_field > 0
 
     def __post_init__(self) -> None:
         from asa.ops.symmetry import check_axes  # imports torch
@@ -174,13 +184,13 @@ class AugmentSettings:
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
                 raise ValueError(f"augment.{name}={list(bounds)}: give the smallest and the largest factor, above 0")
-        for name in ("rotation", "scale", "mirror", "gamma"):
+        for name in ("rotation", "scale", "deform", "mirror", "gamma"):
             probability = getattr(self, f"{name}_probability")
             if not 0 <= probability <= 1:
                 raise ValueError(f"augment.{name}_probability={probability}: a probability must be from 0 to 1")
         if not 0 <= self.modality_dropout < 1:
             raise ValueError(f"augment.modality_dropout={self.modality_dropout}: give 0 or more, and less than 1")
-        for name in ("rotation", "noise", "brightness"):
+        for name in ("rotation", "deform", "noise", "brightness", "bias_field"):
             if getattr(self, name) < 0:
                 raise ValueError(f"augment.{name}={getattr(self, name)}: give 0 or more")
 

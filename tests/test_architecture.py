@@ -25,16 +25,16 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 680,
+    "": 690,
     "baselines": 1230,
     "cli": 340,
-    "data": 6370,
+    "data": 6480,
     "evaluation": 2380,
     "export": 750,
     "inference": 1890,
     "losses": 450,
     "methods": 660,
-    "models": 2230,
+    "models": 2320,
     "ops": 640,
     "reporting": 1520,
     "restoration": 2250,

@@ -39,11 +39,15 @@ from .unet import SegmentationUNet as SegmentationUNet
 from .unet import unet_base as unet_base
 from .unet import unet_small as unet_small
 from .unet import unet_tiny as unet_tiny
+from .vit_seg import ConvSegmentationViT as ConvSegmentationViT
 from .vit_seg import LinearProbe as LinearProbe
 from .vit_seg import SegmentationViT as SegmentationViT
 from .vit_seg import probe_base as probe_base
 from .vit_seg import probe_small as probe_small
 from .vit_seg import probe_tiny as probe_tiny
+from .vit_seg import vit_conv_base as vit_conv_base
+from .vit_seg import vit_conv_small as vit_conv_small
+from .vit_seg import vit_conv_tiny as vit_conv_tiny
 from .vit_seg import vit_seg_base as vit_seg_base
 from .vit_seg import vit_seg_small as vit_seg_small
 from .vit_seg import vit_seg_tiny as vit_seg_tiny

@@ -1,14 +1,21 @@
-"""Segmentation from tokens alone: a light head on the encoder, in the manner of Primus (Wald et al., 2025), or a probe.
+"""Segmentation by a light head on a token encoder: from tokens alone, or from tokens and the image.
 
-Letters: volume `B C D H W`, grid T x H x W of L tokens `B L E`, patch size s, K output channels.
+From tokens alone: transposed convolutions in the manner of Primus (Wald et al., 2025), or a linear probe. From both: a
+few convolutions at half the resolution. Letters: volume `B C D H W`, grid T x H x W of L tokens `B L E`, patch size s,
+K output channels.
 """
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
+import torch
+from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 from torch import Tensor, nn
 
+from asa.models.cpu_kernels import use_cpu_kernels
 from asa.models.sw_vit import SWViT, sw_vit_base, sw_vit_small, sw_vit_tiny
-from asa.ops.patches import unpatchify
+from asa.ops.patches import patchify, unpatchify
 from asa.ops.symmetry import mirror_patches
 
 
@@ -86,21 +93,92 @@ class SegmentationViT(TokenSegmentation):
         if encoder.embed_dim % 2 ** (steps - 1):
             raise ValueError(f"a token width of {encoder.embed_dim} cannot be halved {steps - 1} times")
         widths = [encoder.embed_dim // 2**k for k in range(steps)]
-        self.ups = nn.ModuleList(nn.Linear(width, 8 * width // 2) for width in widths[:-1])
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths[1:])
+        self.ups, self.norms = _upsampling(widths)
         self.head = nn.Linear(widths[-1], 8 * out_channels)
-        for linear in (*self.ups, self.head):
-            assert isinstance(linear, nn.Linear)
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        _initialise([*self.ups, self.head])
 
     def decode(self, tokens: Tensor) -> Tensor:
         """The last tokens `(B, L, E)` -> logits `(B, K, D, H, W)`."""
-        grid = self.encoder.grid
-        for up, norm in zip(self.ups, self.norms, strict=True):
-            tokens, grid = split(up(tokens), grid)
-            tokens = nn.functional.gelu(norm(tokens))
+        tokens, grid = _upsampled(tokens, self.encoder.grid, self.ups, self.norms)
         return unpatchify(self.head(tokens), grid, 2)
+
+
+class ConvSegmentationViT(TokenSegmentation):
+    """A token encoder for what is where, and convolutions at half the resolution for where exactly it ends.
+
+    The last tokens are brought to half the resolution by transposed convolutions, as in `SegmentationViT`. The image
+    comes to it without a loss, eight voxels as eight channels. Residual convolutions of both, joined, give the logits
+    of eight voxels each. So nothing is computed at full resolution, where most of a U-Net's operations are; and what
+    the convolutions see of the image is near the voxel, so the anatomy has to come from the tokens.
+
+    Args:
+        encoder: the token encoder; its patch size is a power of two, 4 or more.
+        out_channels: classes K, background included, or regions.
+        width: channels of the convolutions.
+        blocks: residual blocks of two 3x3x3 convolutions.
+
+    Raises:
+        ValueError: a patch size that is not a power of two of 4 or more, or no block.
+    """
+
+    def __init__(self, encoder: SWViT, out_channels: int, width: int = 24, blocks: int = 2) -> None:
+        super().__init__(encoder, out_channels)
+        steps = encoder.patch_size.bit_length() - 1
+        if encoder.patch_size != 2**steps or steps < 2:
+            raise ValueError(f"the head takes patches of 4, 8, 16, ... voxels, got {encoder.patch_size}")
+        if blocks < 1:
+            raise ValueError(f"model.blocks={blocks}: the head has 1 block or more")
+        widths = [max(encoder.embed_dim // 2**k, width) for k in range(steps - 1)]
+        self.ups, self.norms = _upsampling([*widths, width])
+        block: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, stride=1, norm_name="instance")
+        self.image_block = UnetBasicBlock(in_channels=8 * encoder.in_channels, out_channels=width, **block)
+        channels = pairwise([2 * width, *[width] * blocks])
+        self.blocks = nn.Sequential(*(UnetResBlock(in_channels=a, out_channels=b, **block) for a, b in channels))
+        self.head = nn.Linear(width, 8 * out_channels)
+        _initialise([*self.ups, self.head])
+        use_cpu_kernels(self)
+
+    def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
+        """Segment a volume `(B, C, D, H, W)`; see `TokenSegmentation.forward`."""
+        tokens, grid = _upsampled(self.encoder(volume), self.encoder.grid, self.ups, self.norms)
+        known = _as_map(tokens, grid)
+        if self.encoder.mirror_patches:
+            known = mirror_patches(known, self.encoder.patch_size // 2)
+        image = self.image_block(_as_map(patchify(volume, 2), grid))
+        joined = torch.cat([image, known], dim=1)
+        if volume.device.type == "cpu":  # the faster layout there
+            joined = joined.contiguous(memory_format=torch.channels_last_3d)
+        features = self.blocks(joined).permute(0, 2, 3, 4, 1).flatten(1, 3)
+        logits = unpatchify(self.head(features), grid, 2)
+        return [logits] if deep_supervision else logits
+
+
+def _upsampling(widths: Sequence[int]) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """Linear maps of each token to its eight parts, of the next width, and the norms after them."""
+    ups = nn.ModuleList(nn.Linear(wide, 8 * narrow) for wide, narrow in pairwise(widths))
+    return ups, nn.ModuleList(nn.LayerNorm(width) for width in widths[1:])
+
+
+def _upsampled(
+    tokens: Tensor, grid: tuple[int, int, int], ups: nn.ModuleList, norms: nn.ModuleList
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Tokens `(B, L, E)` after each of the maps, and their grid."""
+    for up, norm in zip(ups, norms, strict=True):
+        tokens, grid = split(up(tokens), grid)
+        tokens = nn.functional.gelu(norm(tokens))
+    return tokens, grid
+
+
+def _initialise(linears: Sequence[nn.Module]) -> None:
+    for linear in linears:
+        assert isinstance(linear, nn.Linear)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+def _as_map(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """`(B, L, F)` -> `(B, F, T, H, W)`, a view with the channels last."""
+    return tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3)
 
 
 def split(tokens: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
@@ -124,6 +202,27 @@ def vit_seg_small(out_channels: int, **overrides: Any) -> SegmentationViT:
 def vit_seg_tiny(out_channels: int, **overrides: Any) -> SegmentationViT:
     """The token head on `sw_vit_tiny`."""
     return SegmentationViT(sw_vit_tiny(**overrides), out_channels)
+
+
+def vit_conv_base(out_channels: int, width: int = 40, **overrides: Any) -> ConvSegmentationViT:
+    """Tokens and convolutions on `sw_vit_base`; `overrides` are `blocks` and keywords of the encoder."""
+    return _vit_conv(sw_vit_base, out_channels, width, **overrides)
+
+
+def vit_conv_small(out_channels: int, width: int = 32, **overrides: Any) -> ConvSegmentationViT:
+    """Tokens and convolutions on `sw_vit_small`."""
+    return _vit_conv(sw_vit_small, out_channels, width, **overrides)
+
+
+def vit_conv_tiny(out_channels: int, width: int = 24, **overrides: Any) -> ConvSegmentationViT:
+    """Tokens and convolutions on `sw_vit_tiny`."""
+    return _vit_conv(sw_vit_tiny, out_channels, width, **overrides)
+
+
+def _vit_conv(
+    make_encoder: Callable[..., SWViT], out_channels: int, width: int, blocks: int = 2, **encoder: Any
+) -> ConvSegmentationViT:
+    return ConvSegmentationViT(make_encoder(**encoder), out_channels, width, blocks)
 
 
 def probe_base(out_channels: int, **overrides: Any) -> LinearProbe:

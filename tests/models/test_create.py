@@ -15,7 +15,7 @@ from asa.models import MaskedAutoencoder, create_model, list_models
 def test_every_public_name_can_be_imported_and_every_model_made() -> None:
     assert all(getattr(asa.models, name) is not None for name in dir(asa.models))
     for name in list_models():
-        needed = {kind: ["out_channels"] for kind in ("unet", "unetr", "probe", "vit_seg")}
+        needed = {kind: ["out_channels"] for kind in ("unet", "unetr", "probe", "vit_seg", "vit_conv")}
         needed |= {kind: ["out_channels"] for kind in ("nnformer", "transbts", "resenc", "primus")}
         needed |= {"classifier": ["classes"], "regressor": ["mean", "sd"], "puzzle": ["pieces", "answers"]}
         keywords = {keyword: 2 for kind, keywords in needed.items() if f"{kind}_" in name for keyword in keywords}
@@ -38,7 +38,7 @@ def test_names_are_listed_without_importing_torch() -> None:
 
 def test_every_family_has_its_sizes_as_values_of_model() -> None:
     families = {path.stem for path in (CONFIG_DIR / "model" / "family").glob("*.yaml")}
-    assert len(families) == 19
+    assert len(families) == 20
     written = dict.fromkeys(("nnformer", "transbts"), ("base", "tiny"))
     sizes = written | {"resenc": ("l", "tiny"), "primus": ("m", "tiny")}
     assert sized_models() == sorted(

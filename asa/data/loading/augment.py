@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from monai.transforms import AdjustContrast, Affine, GaussianSmooth
+from monai.transforms import AdjustContrast, Affine, GaussianSmooth, Resample
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
@@ -19,6 +19,10 @@ from asa.settings import AugmentSettings
 
 CONTRAST_PROBABILITY = 0.15  # of a change of contrast
 BLUR_PROBABILITY = 0.1  # of each channel by itself
+KNOTS = 32.0  # mm between the control points of smooth fields
+# Below this fraction of KNOTS, displacements of control points never fold space (Choi & Lee, IEEE TVCG 2000).
+UNFOLDED = 0.4
+SPLINE_VARIANCE = (151 / 315) ** 1.5  # standard deviation of a cubic B-spline field, where its coefficients have 1
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Augmentation:
 
     Args:
         matrix: (3, 3), offset from the centre of the crop to offset in the volume; None for no rotation or zoom.
+        displacement: control points (3, *) of `smooth_field`, voxels along D, H, W, added to the offset before the
+            matrix; None for no deformation.
         mirror: axes that are flipped, like "DW".
         gamma, gain: exponent and factor of the intensities.
         noise: standard deviation of the noise.
@@ -34,9 +40,12 @@ class Augmentation:
         dropped: channels that are set to zero.
         contrast: factor of the distances from the mean.
         blur: standard deviation of the blur of each channel in voxels; empty for none.
+        bias: control points (*) of the logarithm of a factor of the intensities; None for none.
+        spacing: voxel size along D, H, W in mm, of which the fields' control points depend.
     """
 
     matrix: Tensor | None = None
+    displacement: Tensor | None = None
     mirror: str = ""
     gamma: float = 1.0
     gain: float = 1.0
@@ -45,10 +54,25 @@ class Augmentation:
     dropped: tuple[int, ...] = ()
     contrast: float = 1.0
     blur: tuple[float, ...] = ()
+    bias: Tensor | None = None
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
 
 
-def draw_augmentation(settings: AugmentSettings, generator: torch.Generator, channels: int = 1) -> Augmentation:
-    """Draw the parameters of one crop with this number of channels."""
+def draw_augmentation(
+    settings: AugmentSettings,
+    generator: torch.Generator,
+    channels: int = 1,
+    size: Sequence[int] = (1, 1, 1),
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Augmentation:
+    """Draw the parameters of one crop.
+
+    Args:
+        settings: what is drawn.
+        generator: of the crop.
+        channels: of the image.
+        size, spacing: of the crop (D, H, W), in voxels and in mm; smooth fields depend on them.
+    """
     draws = torch.rand(12, generator=generator, dtype=torch.float64).tolist()
     rotate = settings.rotation > 0 and draws[0] < settings.rotation_probability
     zoom = draws[1] < settings.scale_probability and list(settings.scale) != [1.0, 1.0]
@@ -59,9 +83,11 @@ def draw_augmentation(settings: AugmentSettings, generator: torch.Generator, cha
     # From a generator of their own: the draws of the settings above, and the crop's place, do not depend on these.
     more = torch.Generator().manual_seed(int(draws[11] * 2**53) + 1)
     up, front, changed, u = (float(torch.rand((), generator=more, dtype=torch.float64)) for _ in range(4))
+    fields = torch.Generator().manual_seed(int(draws[11] * 2**53) + 2)
     others = [axis for axis, draw in (("D", up), ("H", front)) if draw < settings.mirror_probability]
     return Augmentation(
         matrix=_rotation(angles) / factor if rotate or zoom else None,
+        displacement=_displacement(settings, size, spacing, fields) if settings.deform else None,
         mirror="".join(axis for axis in others if axis in settings.mirror_axes) + "W" * flipped,
         gamma=_log_uniform(settings.gamma, draws[8]) if change_gamma else 1.0,
         gain=1.0 + settings.brightness * (2 * draws[9] - 1),
@@ -70,7 +96,55 @@ def draw_augmentation(settings: AugmentSettings, generator: torch.Generator, cha
         dropped=_dropped(settings.modality_dropout, channels, generator) if settings.modality_dropout else (),
         contrast=_log_uniform(settings.contrast, u) if changed < CONTRAST_PROBABILITY else 1.0,
         blur=_blur(settings, channels, more) if settings.blur[1] else (),
+        bias=_bias(settings, size, spacing, fields) if settings.bias_field else None,
+        spacing=tuple(spacing),
     )
+
+
+def _displacement(
+    settings: AugmentSettings, size: Sequence[int], spacing: Sequence[float], generator: torch.Generator
+) -> Tensor | None:
+    """Control points of a displacement in voxels, which are bounded so that it cannot fold."""
+    if float(torch.rand((), generator=generator, dtype=torch.float64)) >= settings.deform_probability:
+        return None
+    draws = torch.randn(3, *_control_points(size, spacing), generator=generator, dtype=torch.float64)
+    mm = (draws * settings.deform / SPLINE_VARIANCE).clamp(-UNFOLDED * KNOTS, UNFOLDED * KNOTS)
+    return mm / torch.tensor(spacing, dtype=torch.float64)[:, None, None, None]
+
+
+def _bias(
+    settings: AugmentSettings, size: Sequence[int], spacing: Sequence[float], generator: torch.Generator
+) -> Tensor:
+    """Control points of the logarithm of a factor, whose standard deviation is drawn from 0 to the largest."""
+    strength = settings.bias_field * float(torch.rand((), generator=generator, dtype=torch.float64))
+    draws = torch.randn(*_control_points(size, spacing), generator=generator, dtype=torch.float64)
+    return draws * strength / SPLINE_VARIANCE
+
+
+def _control_points(size: Sequence[int], spacing: Sequence[float]) -> list[int]:
+    """Number of control points along each axis of a box: those around it, three more than it has whole intervals."""
+    return [int((n - 1) * mm / KNOTS) + 4 for n, mm in zip(size, spacing, strict=True)]
+
+
+def smooth_field(points: Tensor, size: Sequence[int], spacing: Sequence[float]) -> Tensor:
+    """Values of a uniform cubic B-spline with control points every `KNOTS` mm, at all voxels of a box.
+
+    Args:
+        points: control points `(..., P, Q, R)`, as many as `draw_augmentation` draws for the box.
+        size, spacing: of the box (D, H, W), in voxels and in mm.
+
+    Returns:
+        `(..., D, H, W)` float32.
+    """
+    for axis, (n, mm) in enumerate(zip(size, spacing, strict=True), start=-3):
+        at = torch.arange(n, dtype=torch.float64) * mm / KNOTS
+        first, t = at.long(), at.frac()
+        bases = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)
+        weights = torch.zeros(n, points.shape[axis], dtype=torch.float64)
+        for k, basis in enumerate(bases):
+            weights[torch.arange(n), first + k] = basis / 6
+        points = (points.movedim(axis, -1).float() @ weights.T.float()).movedim(-1, axis)
+    return points
 
 
 def _blur(settings: AugmentSettings, channels: int, generator: torch.Generator) -> tuple[float, ...]:
@@ -89,16 +163,20 @@ def _dropped(probability: float, channels: int, generator: torch.Generator) -> t
 
 def source_size(size: Sequence[int], drawn: Augmentation) -> tuple[int, ...]:
     """Size (D, H, W) of the box to read for a crop of `size` voxels, with a margin for interpolation."""
-    if drawn.matrix is None:
+    if drawn.matrix is None and drawn.displacement is None:
         return tuple(size)
-    half = torch.tensor(size, dtype=torch.float64) / 2
+    reach = torch.tensor(size, dtype=torch.float64) / 2
+    if drawn.displacement is not None:  # the spline lies between its smallest and its largest control point
+        reach = reach + drawn.displacement.abs().amax(dim=(1, 2, 3))
+    if drawn.matrix is not None:
+        reach = drawn.matrix.abs() @ reach
     # With the parity of the crop, so that both centres coincide on the voxel grid.
-    reach = (drawn.matrix.abs() @ half).ceil().int() * 2 + 2
-    return tuple(int(r) + (int(r) - n) % 2 for r, n in zip(reach, size, strict=True))
+    edges = reach.ceil().int() * 2 + 2
+    return tuple(int(edge) + (int(edge) - n) % 2 for edge, n in zip(edges, size, strict=True))
 
 
 def spatial_transform(volume: Tensor, size: Sequence[int], drawn: Augmentation, *, label: bool = False) -> Tensor:
-    """Rotate, zoom and flip a box of `source_size` into a crop of `size` voxels.
+    """Rotate, zoom, deform and flip a box of `source_size` into a crop of `size` voxels, in one interpolation.
 
     Args:
         volume: `(C, D, H, W)`, float, or class indices with `label=True`.
@@ -109,13 +187,26 @@ def spatial_transform(volume: Tensor, size: Sequence[int], drawn: Augmentation, 
     Returns:
         `(C, *size)` of the type of the input.
     """
-    if drawn.matrix is not None:
+    mode = "nearest" if label else "bilinear"
+    if drawn.displacement is not None:
+        offsets = sampling_offsets(size, drawn)
+        warped = Resample(padding_mode="zeros")(volume.float(), offsets, mode=mode)
+        volume = _plain(warped).to(volume.dtype).contiguous()
+    elif drawn.matrix is not None:
         affine = torch.eye(4, dtype=torch.float64)
         affine[:3, :3] = drawn.matrix
         warp = Affine(affine=affine, spatial_size=tuple(size), padding_mode="zeros", image_only=True)
-        warped = warp(volume.float(), mode="nearest" if label else "bilinear")
-        volume = _plain(warped).to(volume.dtype).contiguous()
+        volume = _plain(warp(volume.float(), mode=mode)).to(volume.dtype).contiguous()
     return flip(volume, drawn.mirror) if drawn.mirror else volume
+
+
+def sampling_offsets(size: Sequence[int], drawn: Augmentation) -> Tensor:
+    """Where each voxel of a deformed crop is read: offsets from the centre of the box, `(3, D, H, W)` in voxels."""
+    axes = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in size]
+    offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    assert drawn.displacement is not None
+    offsets += smooth_field(drawn.displacement, size, drawn.spacing)
+    return offsets if drawn.matrix is None else torch.einsum("ij,jdhw->idhw", drawn.matrix.float(), offsets)
 
 
 def swap_sides(label: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -128,7 +219,7 @@ def swap_sides(label: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
-    """Apply blur, gamma, contrast (both within the range of each channel), gain, noise and channel dropout.
+    """Apply blur, gamma, contrast (both within the range of each channel), a smooth factor, gain, noise and dropout.
 
     Args:
         image: `(C, D, H, W)`.
@@ -146,6 +237,8 @@ def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
             channel = ((channel - mean) * drawn.contrast + mean).clamp(channel.min(), channel.max())
         channels[k] = channel
     image = torch.stack(channels)
+    if drawn.bias is not None:
+        image = image * smooth_field(drawn.bias, image.shape[1:], drawn.spacing).exp()
     if drawn.gain != 1.0:
         image = image * drawn.gain
     if drawn.noise > 0:

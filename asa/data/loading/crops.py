@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from asa.data.io.nifti import spacing_of
 from asa.data.loading.augment import (
     AugmentSettings,
     draw_augmentation,
@@ -124,7 +125,7 @@ class CropDataset(Samples):
         seed = sample_seed(self.seed, epoch, record_id)
         generator = torch.Generator().manual_seed(seed)
         image = self.source.image(record_id)
-        drawn = draw_augmentation(self._augment, generator, channels=len(image))
+        drawn = draw_augmentation(self._augment, generator, len(image), self.size, self._spacing(index))
         box = source_size(self.size, drawn)
         start = self._start(record_id, image.shape[1:], generator, box)
         crop = spatial_transform(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
@@ -146,6 +147,11 @@ class CropDataset(Samples):
                 label = swap_sides(label, self.lateral_pairs)
             sample["label"] = label.contiguous()
         return sample
+
+    def _spacing(self, index: int) -> Sequence[float]:
+        """Voxel size along D, H, W in mm of a record of a store; 1 where it does not tell."""
+        chain = self.records[index].get("chain") if self._augment.smooth else None
+        return (1.0, 1.0, 1.0) if chain is None else spacing_of(np.array(chain["stored_affine"]))[::-1].tolist()
 
     def _start(self, record_id: str, shape: Sequence[int], generator: torch.Generator, box: Sequence[int]) -> list[int]:
         """First voxel of the box to read, which surrounds a crop at the centre or at a random position."""
