@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from examples import write_examples
 
 from asa.config import CONFIG_DIR
 
@@ -53,3 +54,21 @@ def test_an_installed_wheel_composes_its_configurations_from_another_directory(u
     first, *rest = shown.stdout.splitlines()
     assert first == f"{unpacked}/asa/__init__.py {unpacked}/asa/configs"
     assert "  steps: 20000" in rest
+
+
+def test_the_examples_of_the_manual_run_from_an_installed_wheel_in_another_directory(
+    unpacked: Path, store: Path, tmp_path: Path
+) -> None:
+    cells = write_examples(tmp_path)
+    (tmp_path / "store").symlink_to(store)
+    assert "losses.append" in cells[-1]
+    code = "\n".join([*cells, "print(asa.__file__, losses[0], losses[-1])"])
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    file, first, last = shown.stdout.splitlines()[-1].rsplit(maxsplit=2)
+    assert file == f"{unpacked}/asa/__init__.py" and float(last) < 0.95 * float(first)
+    assert "encoder from runs/noise" in shown.stdout
+    assert len(list((tmp_path / "labels").glob("*.nii.gz"))) == 1
+    assert (tmp_path / "volumes" / "predictions.csv").read_text().startswith("id,subject,brain_ml,")

@@ -31,7 +31,7 @@ def checkpoint(folder: Path, seed: int = 0, **data: object) -> Path:
     node = dict(_target_="asa.models.unet.unet_tiny", out_channels=4, in_channels=1, feature_size=4, img_size=WINDOW)
     shell = nn.Module()
     shell.model = build(node)
-    save_checkpoint(folder, 1, shell, {"model": node, "data": {**DATA, **data}}, {}, keep=1)
+    save_checkpoint(folder, 1, shell, {"model": node, "task": "segmentation", "data": {**DATA, **data}}, {}, keep=1)
     return folder
 
 

@@ -108,7 +108,7 @@ def _card(
 ) -> str:
     """`README.md`: metadata that the Hub reads, and the card."""
     data = config["data"]
-    task = str(config.get("task", "segmentation" if "labels" in data else "pretraining"))  # an older one names none
+    task = str(config.get("task", "network"))
     tags = ["mri", "brain", "medical", "3d", task]
     about: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
     if task in PIPELINES:

@@ -20,7 +20,7 @@ from asa.ops.patches import patchify
 from asa.training.device import autocast
 
 VOLUMES = 8  # at most
-PLACES = 6  # crops of each volume for the probe, where their placement is random
+PLACES = 6  # crops of each labelled volume, where their placement is random
 FLAT = 1e-5  # variance between volumes, of features that the final norm scales to a total variance of about 1
 COLLAPSED = 0.05  # lowest effective rank, as a fraction of the width
 NO_BETTER = 0.98  # of the trivial predictor's error
@@ -73,8 +73,8 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
     """Signs in the metrics of a validation that pretraining has failed, a line each.
 
     Args:
-        metrics: "effective_rank", "feature_variance", the two errors, and with a probe "probe_dice" and
-            "probe_dice_first".
+        metrics: "effective_rank", "feature_variance", the two errors, and with labels "linear_dice" and
+            "linear_dice_first".
         width: E of the encoder, or the largest possible rank if that is smaller.
         error: names of the method's error and of a trivial predictor's.
         warm: the warm-up is over; before that the error may be any.
@@ -85,10 +85,10 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
             f"ALARM: the encoder's features have collapsed: effective rank {rank:.1f} of {width}, variance "
             f"{variance:.2g} (alarm below {COLLAPSED * width:.1f} or {FLAT:g}): lower optim.lr and check the data"
         )
-    first = metrics.get("probe_dice_first", 0.0)
-    if warm and first > metrics.get("probe_dice", first):
+    first = metrics.get("linear_dice_first", 0.0)
+    if warm and first > metrics.get("linear_dice", first):
         lines.append(
-            f"ALARM: the probe's Dice of {metrics['probe_dice']:.3f} is below that of the first weights, {first:.3f}: "
+            f"ALARM: linear_dice {metrics['linear_dice']:.3f} is below that of the first weights, {first:.3f}: "
             "train longer, on tens of thousands of crops, or raise optim.lr"
         )
     ratio = metrics[error[0]] / max(metrics[error[1]], 1e-12)
@@ -105,7 +105,7 @@ def predictor_of(error: str) -> str:
     return error.rpartition("_")[0].replace("_", " ")
 
 
-def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequence[str]) -> dict[str, float]:
+def linear_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequence[str]) -> dict[str, float]:
     """Soft Dice of a linear map from frozen tokens to labels, fitted on all volumes but the scored one, in turn.
 
     The map goes from a patch's token to the fraction of its voxels that each class takes. It is a ridge regression in
@@ -119,7 +119,7 @@ def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequen
         names: of the classes 1, 2, ...
 
     Returns:
-        "probe_dice_NAME" of each class in the crops, over all volumes together, and "probe_dice", their mean.
+        "linear_dice_NAME" of each class in the crops, over all volumes together, and "linear_dice", their mean.
     """
     places = 1 if dataset.crop == "centre" else PLACES
     crops = list(first_crops(dataset, places))
@@ -139,7 +139,7 @@ def probe_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Sequen
     present = fractions.amax(dim=(0, 1)) > 0
     dice = {name: float(2 * overlap[k] / size[k]) for k, name in enumerate(names) if present[k]}
     mean = sum(dice.values()) / len(dice) if dice else 0.0
-    return {"probe_dice": mean, **{f"probe_dice_{name}": value for name, value in dice.items()}}
+    return {"linear_dice": mean, **{f"linear_dice_{name}": value for name, value in dice.items()}}
 
 
 def class_fractions(label: Tensor, patch_size: int, classes: int) -> Tensor:
@@ -173,39 +173,37 @@ class FeatureHealth:
     """What a pretraining run measures of its encoder at each validation, beside the method's error.
 
     Args:
-        method: whose encoder is measured, with its first weights: the probe's Dice of these is what pretraining has to
-            exceed.
+        method: whose encoder is measured, with its first weights: the linear probe's Dice of these is what pretraining
+            has to exceed.
         validation: crops that it is not trained on, without augmentation.
-        probe: labelled crops for the linear probe, or None.
-        names: of the probe's classes 1, 2, ...
+        labelled: crops and class names for the linear probe, see `open_labelled`; or None.
         warmup: steps before the method's error has to be lower than the trivial predictor's.
     """
 
     def __init__(
-        self, method: Pretraining, validation: CropDataset, probe: CropDataset | None, names: Sequence[str], warmup: int
+        self, method: Pretraining, validation: CropDataset, labelled: tuple[CropDataset, list[str]] | None, warmup: int
     ) -> None:
         encoder: Any = method.model.encoder
-        self.encoder = encoder
-        self.error, self.validation, self.probe = method.error, validation, probe
-        self.names, self.warmup = names, warmup
+        self.encoder, self.error = encoder, method.error
+        self.validation, self.labelled, self.warmup = validation, labelled, warmup
         # The last tokens of a Swin stand for 32^3 voxels each, too many for one matrix.
-        self.probed: Any = SwinPatches(encoder) if hasattr(encoder, "levels") else encoder
+        self.token_encoder: Any = SwinPatches(encoder) if hasattr(encoder, "levels") else encoder
         self.first: dict[str, float] = {}
-        if probe is not None:
+        if labelled is not None:
             encoder.eval()
-            self.first = {"probe_dice_first": probe_dice(self.probed, probe, names)["probe_dice"]}
+            self.first = {"linear_dice_first": linear_dice(self.token_encoder, *labelled)["linear_dice"]}
 
     def measure(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Feature statistics and the probe's Dice, to log beside the metrics of a validation, and alarms to print."""
+        """Feature statistics and `linear_dice`, to log beside the metrics of a validation, and alarms to print."""
         features = encode(self.encoder, first_crops(self.validation))
         found = feature_health(features)
-        if self.probe is not None:
-            found |= probe_dice(self.probed, self.probe, self.names) | self.first
+        if self.labelled is not None:
+            found |= linear_dice(self.token_encoder, *self.labelled) | self.first
         width = min(features.shape[2], freedom(features))
         return found, alarms({**metrics, **found}, width, self.error, warm=step > self.warmup)
 
 
-def open_probe(
+def open_labelled(
     path: str, channels: Sequence[str], size: Sequence[int], placement: str
 ) -> tuple[CropDataset, list[str]]:
     """Labelled crops for the linear probe, and the names of their classes.
@@ -222,8 +220,10 @@ def open_probe(
     store = Store(path)
     labelled = [record for record in store.records if "label" in record["arrays"]]
     if store.channels != list(channels):
-        raise ValueError(f"data.probe={path}: has the channels {store.channels}, the training store {list(channels)}")
+        raise ValueError(
+            f"data.labelled_store={path}: has the channels {store.channels}, the training store {list(channels)}"
+        )
     if len(labelled) < 2 or not store.labels:
-        raise ValueError(f"data.probe={path}: the probe takes two or more volumes with labels, found {len(labelled)}")
+        raise ValueError(f"data.labelled_store={path}: needs two or more volumes with labels, found {len(labelled)}")
     names = [store.labels[value] for value in store.label_values]
     return CropDataset(store, labelled[:VOLUMES], size, crop=placement, labelled=True), names

@@ -17,22 +17,21 @@ from asa.ops.nested import region_masks
 class DeeplySupervised(nn.Module):
     """The weighted mean of a loss over resolutions, the weight halved at each coarser one.
 
-    Ignored voxels are in no term. All terms are means over samples, so that a batch computed in parts has the same
-    loss; a sample with only ignored voxels adds 0.
+    Voxels of the class index `IGNORED` are in no term. All terms are means over samples, so that a batch computed in
+    parts has the same loss; a sample with only ignored voxels adds 0.
 
     Args:
         scales: resolutions with a weight, from the finest; coarser ones have the weight 0. None: all.
-        ignored: class index of voxels that are ignored.
 
     Raises:
         ValueError: fewer than 1 resolution.
     """
 
-    def __init__(self, scales: int | None, ignored: int) -> None:
+    def __init__(self, scales: int | None) -> None:
         super().__init__()
         if scales is not None and scales < 1:
             raise ValueError(f"method.scales={scales}: give 1 or more resolutions, or null for all")
-        self.scales, self.ignored = scales, ignored
+        self.scales = scales
 
     def forward(self, logits: Sequence[Tensor], label: Tensor) -> Tensor:
         """The loss, a scalar in float32.
@@ -46,7 +45,7 @@ class DeeplySupervised(nn.Module):
         total = target.new_zeros(())
         for weight, out in zip(weights, logits, strict=True):
             resampled = F.interpolate(target, out.shape[2:], mode="nearest-exact")
-            total = total + weight * self.at_one_scale(out.float(), resampled, resampled != self.ignored)
+            total = total + weight * self.at_one_scale(out.float(), resampled, resampled != IGNORED)
         return total / sum(weights)
 
     def at_one_scale(self, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
@@ -61,14 +60,14 @@ class DeeplySupervisedDiceCE(DeeplySupervised):
         background_weight: of a background voxel in the cross-entropy, where that of a labelled one is 1: small where
             the labels take little of the volume. A network may else predict background everywhere, where the gradient
             of Dice is small, and stay there.
-        scales, ignored: see `DeeplySupervised`.
+        scales: see `DeeplySupervised`.
 
     Raises:
         ValueError: a weight outside (0, 1], or fewer than 1 resolution.
     """
 
-    def __init__(self, *, background_weight: float = 1.0, scales: int | None = None, ignored: int = IGNORED) -> None:
-        super().__init__(scales, ignored)
+    def __init__(self, *, background_weight: float = 1.0, scales: int | None = None) -> None:
+        super().__init__(scales)
         if not 0 < background_weight <= 1:
             raise ValueError(f"method.background_weight={background_weight}: must be in (0, 1]")
         self.background_weight = background_weight
@@ -78,7 +77,7 @@ class DeeplySupervisedDiceCE(DeeplySupervised):
         # The mask makes ignored voxels background with probability 0, and Dice is without the background.
         dice = self.dice(logits, target, counted)
         classes = target[:, 0].long()
-        voxels = F.cross_entropy(logits, classes, ignore_index=self.ignored, reduction="none")
+        voxels = F.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="none")
         weights = torch.where(classes == 0, self.background_weight, counted[:, 0].float())
         return dice + _mean_of_counted(weights * voxels, weights)
 
@@ -90,14 +89,14 @@ class DeeplySupervisedRegionLoss(DeeplySupervised):
 
     Args:
         regions: class indices of each region.
-        scales, ignored: see `DeeplySupervised`.
+        scales: see `DeeplySupervised`.
 
     Raises:
         ValueError: fewer than 1 resolution.
     """
 
-    def __init__(self, regions: Sequence[Sequence[int]], *, scales: int | None = None, ignored: int = IGNORED) -> None:
-        super().__init__(scales, ignored)
+    def __init__(self, regions: Sequence[Sequence[int]], *, scales: int | None = None) -> None:
+        super().__init__(scales)
         self.regions = [list(values) for values in regions]
         self.dice = MaskedDiceLoss(sigmoid=True)
 

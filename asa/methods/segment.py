@@ -52,7 +52,7 @@ class Segmentation(nn.Module):
         super().__init__()
         if not isinstance(model, SegmentationNetwork):
             raise ValueError(
-                "segmentation needs model=unet_..., sa_swin_unet_..., vit_seg_..., probe_... or a comparator, "
+                "segmentation needs model=unet_..., sa_swin_unet_..., vit_..., or a comparator, "
                 f"got {type(model).__name__}"
             )
         self.model: Any = model

@@ -1,6 +1,6 @@
 """Segmentation by a light head on a token encoder: from tokens alone, or from tokens and the image.
 
-From tokens alone: transposed convolutions in the manner of Primus (Wald et al., 2025), or a linear probe. From both: a
+From tokens alone: transposed convolutions in the manner of Primus (Wald et al., 2025), or a linear map. From both: a
 few convolutions at half the resolution. Letters: volume `B C D H W`, grid T x H x W of L tokens `B L E`, patch size s,
 K output channels.
 """
@@ -48,7 +48,7 @@ class TokenSegmentation(nn.Module):
         raise NotImplementedError
 
 
-class LinearProbe(TokenSegmentation):
+class LinearSegmentationViT(TokenSegmentation):
     """A linear map from each token to the logits of its patch's voxels.
 
     With a frozen encoder it measures the quality of the encoder's features: how well a linear map predicts labels.
@@ -225,16 +225,16 @@ def _vit_conv(
     return ConvSegmentationViT(make_encoder(**encoder), out_channels, width, blocks)
 
 
-def probe_base(out_channels: int, **overrides: Any) -> LinearProbe:
-    """The probe of `sw_vit_base`, which takes `overrides`."""
-    return LinearProbe(sw_vit_base(**overrides), out_channels)
+def vit_linear_base(out_channels: int, **overrides: Any) -> LinearSegmentationViT:
+    """The linear map on `sw_vit_base`, which takes `overrides`."""
+    return LinearSegmentationViT(sw_vit_base(**overrides), out_channels)
 
 
-def probe_small(out_channels: int, **overrides: Any) -> LinearProbe:
-    """The probe of `sw_vit_small`."""
-    return LinearProbe(sw_vit_small(**overrides), out_channels)
+def vit_linear_small(out_channels: int, **overrides: Any) -> LinearSegmentationViT:
+    """The linear map on `sw_vit_small`."""
+    return LinearSegmentationViT(sw_vit_small(**overrides), out_channels)
 
 
-def probe_tiny(out_channels: int, **overrides: Any) -> LinearProbe:
-    """The probe of `sw_vit_tiny`."""
-    return LinearProbe(sw_vit_tiny(**overrides), out_channels)
+def vit_linear_tiny(out_channels: int, **overrides: Any) -> LinearSegmentationViT:
+    """The linear map on `sw_vit_tiny`."""
+    return LinearSegmentationViT(sw_vit_tiny(**overrides), out_channels)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+BOX_EDGES = (0.05, 0.25)  # smallest and largest edge of a random box, as a fraction of the volume's size
+
 
 class Selection(NamedTuple):
     """Some tokens of each sample, in raster order.
@@ -297,23 +299,20 @@ def reorder(tokens: Tensor, order: Tensor | None) -> Tensor:
     return tokens.index_select(1, order[0]) if len(order) == 1 else tokens_at(tokens, order)
 
 
-def random_boxes(
-    shape: Sequence[int], largest: float, generator: torch.Generator, *, edges: tuple[float, float] = (0.05, 0.25)
-) -> Tensor:
+def random_boxes(shape: Sequence[int], largest: float, generator: torch.Generator) -> Tensor:
     """Random boxes that cover a fraction of the voxels, drawn uniformly from 0 to `largest`, or slightly more.
 
     Args:
         shape: size of the volume (D, H, W).
         largest: largest fraction; 0 gives no boxes.
         generator: random generator on the CPU.
-        edges: smallest and largest edge of a box, as a fraction of the volume's size along each axis.
 
     Returns:
         bool `(D, H, W)` on the CPU, True inside a box.
     """
     covered = np.zeros(tuple(shape), dtype=bool)
     wanted = largest * torch.rand((), generator=generator, dtype=torch.float64).item() * covered.size
-    low, high = edges
+    low, high = BOX_EDGES
     while np.count_nonzero(covered) < wanted:
         draws = torch.rand(2, len(shape), generator=generator, dtype=torch.float64).tolist()
         sizes = [max(round(n * (low + (high - low) * u)), 1) for n, u in zip(shape, draws[0], strict=True)]

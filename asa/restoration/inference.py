@@ -14,8 +14,7 @@ from scipy.ndimage import find_objects
 from torch import Tensor
 
 from asa.inference.segmentation import PredictSettings
-from asa.restoration.rat import RegionAttentionTransformer
-from asa.restoration.restormer import Restormer
+from asa.restoration.rat import RestorationNetwork
 from asa.training.device import autocast, pick_precision
 
 HALO = 32  # pixels of context around a tile, whose output is discarded
@@ -24,7 +23,7 @@ Box = tuple[slice, slice]
 
 
 def restore_image(
-    model: RegionAttentionTransformer | Restormer,
+    model: RestorationNetwork,
     image: Tensor,
     regions: Tensor,
     settings: PredictSettings,

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from asa.methods.base import Batch
-from asa.restoration.rat import RegionAttentionTransformer
+from asa.restoration.rat import RestorationNetwork
 from asa.restoration.regions import region_keys
-from asa.restoration.restormer import Restormer
 
 
 class FocalRegionLoss(nn.Module):
@@ -75,19 +74,19 @@ class Restoration(nn.Module):
     """Denoising, synthesis or super-resolution from pairs of degraded and clean images.
 
     Args:
-        model: the network, a region attention transformer, or a Restormer to compare it with.
+        model: the network.
         beta: weight of the focal term of the loss; 0 is the plain absolute error.
 
     Raises:
-        ValueError: a model that is neither, or a negative beta.
+        ValueError: a model that is no restoration network, or a negative beta.
     """
 
     task = "restoration"
     mirrored = False
 
-    def __init__(self, *, model: RegionAttentionTransformer | Restormer, beta: float = 1.0) -> None:
+    def __init__(self, *, model: RestorationNetwork, beta: float = 1.0) -> None:
         super().__init__()
-        if not isinstance(model, RegionAttentionTransformer | Restormer):
+        if not isinstance(model, RestorationNetwork):
             raise ValueError(f"restoration needs model=rat_... or model=restormer_..., got {type(model).__name__}")
         self.model = model
         self.loss = FocalRegionLoss(beta)

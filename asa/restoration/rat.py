@@ -4,6 +4,7 @@ Letters: image `B C H W`, label map `B H W`, features `B E h w` at a quarter of 
 raster order, M attention heads, upscaling factor s.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asa.models.cpu_kernels import ChannelNorm
-from asa.restoration.regions import RegionIndex, check_images, coarse_labels, region_attention, region_index
+from asa.restoration.regions import RegionIndex, check_labels, coarse_labels, region_attention, region_index
 
 REDUCTION = 4  # attention is at 1/4 of the image's resolution
 BLOCKS = 2  # NAF blocks per stage
@@ -155,58 +156,25 @@ class RegionGroup(nn.Module):
         return features + self.conv(tokens.transpose(1, 2).unflatten(2, (h, w)))
 
 
-class RegionAttentionTransformer(nn.Module):
-    """U-shaped restoration network with region and window attention at a quarter of the resolution.
-
-    Predicts the residual that is added to the image; for super-resolution the image is upscaled bilinearly first.
+class RestorationNetwork(nn.Module):
+    """What restoration networks share: a residual is added to the image, which is upscaled bilinearly before.
 
     Args:
         in_channels: channels C of the image and of the result.
         upscale: factor s of super-resolution, 1 (none), 2 or 4.
-        dim: features at full resolution; twice as many at 1/2 and four times as many, E, at 1/4.
-        groups: groups of layers.
-        depth: layers per group.
-        num_heads: heads M of both attentions.
-        mlp_ratio: hidden width of the MLPs over E.
-        window: edge of the attention windows, in features.
-        majority: a feature's region is the most frequent one of its 4 x 4 pixels; False, as released: that of the
-            pixel at its corner.
-        backend: of the region attention, see `asa.restoration.regions.region_attention`.
+        multiple, smallest: the image is padded to sizes that are divisible by the one, and not below the other.
 
     Raises:
-        ValueError: another upscaling factor, or a width that is not divisible by the heads.
+        ValueError: another upscaling factor.
     """
 
-    regional = True  # label maps have an effect
+    regional: bool  # whether label maps have an effect
 
-    def __init__(
-        self,
-        in_channels: int = 1,
-        upscale: int = 1,
-        dim: int = 64,
-        groups: int = 4,
-        depth: int = 3,
-        num_heads: int = 8,
-        mlp_ratio: float = 2.0,
-        window: int = 4,
-        majority: bool = False,
-        backend: str = "auto",
-    ) -> None:
+    def __init__(self, in_channels: int, upscale: int, multiple: int, smallest: int = 0) -> None:
         super().__init__()
         if upscale not in (1, 2, 4):
             raise ValueError(f"upscale must be 1, 2 or 4, got {upscale}")
-        self.in_channels, self.upscale, self.multiple = in_channels, upscale, REDUCTION * window
-        self.majority = majority
-        layer = dict(dim=4 * dim, num_heads=num_heads, mlp_ratio=mlp_ratio, window=window, backend=backend)
-        self.stem = nn.Conv2d(in_channels, dim, 3, padding=1)
-        self.encoders = nn.ModuleList(_naf_stage(width) for width in (dim, 2 * dim))
-        self.downs = nn.ModuleList(nn.Conv2d(width, 2 * width, 2, stride=2) for width in (dim, 2 * dim))
-        self.groups = nn.ModuleList(RegionGroup(depth, **layer) for _ in range(groups))
-        self.ups = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.PixelShuffle(2)) for width in (4 * dim, 2 * dim)
-        )
-        self.decoders = nn.ModuleList(_naf_stage(width) for width in (2 * dim, dim))
-        self.head = nn.Conv2d(dim, in_channels, 3, padding=1)
+        self.in_channels, self.upscale, self.multiple, self.smallest = in_channels, upscale, multiple, smallest
 
     def forward(self, image: Tensor, regions: Tensor) -> Tensor:
         """Restore images of any height and width.
@@ -226,20 +194,88 @@ class RegionAttentionTransformer(nn.Module):
         if self.upscale > 1:
             image = F.interpolate(image, scale_factor=self.upscale, mode="bilinear")
         h, w = image.shape[2:]
-        bottom, right = (-n % self.multiple for n in (h, w))
+        bottom, right = (max(-n % self.multiple, self.smallest - n) for n in (h, w))
         padded = F.pad(image, (0, right, 0, bottom), mode="replicate")
-        index = region_index(self._labels(regions, (h + bottom, w + right)).flatten(1)).to(image.device)
-        return image + self._residual(padded, index)[:, :, :h, :w]
+        return image + self.residual(padded, regions)[:, :, :h, :w]
 
-    def _labels(self, regions: Tensor, shape: tuple[int, int]) -> Tensor:
+    def residual(self, image: Tensor, regions: Tensor) -> Tensor:
+        """The residual of an upscaled, padded image `(B, C, H, W)`, with the label map of the input image."""
+        raise NotImplementedError
+
+    def check(self, image: Tensor, regions: Tensor) -> None:
+        """Raise a ValueError for images of other channels, or label maps of another shape than the images."""
+        channels = self.in_channels
+        if image.ndim != 4 or image.shape[1] != channels:
+            kind = {1: "grey", 3: "colour"}.get(channels, "")
+            raise ValueError(
+                f"this network takes {kind} images of shape (batch, {channels}, H, W), got {tuple(image.shape)}: "
+                "convert the image, or build the network with that in_channels"
+            )
+        check_labels(regions)
+        if regions.shape != (expected := (len(image), *image.shape[2:])):
+            raise ValueError(
+                f"the label map has shape {tuple(regions.shape)}, the images {tuple(image.shape)}: it must be "
+                f"{expected}; compute it from this image"
+            )
+
+
+class RegionAttentionTransformer(RestorationNetwork):
+    """U-shaped restoration network with region and window attention at a quarter of the resolution.
+
+    Args:
+        in_channels, upscale: see `RestorationNetwork`.
+        dim: features at full resolution; twice as many at 1/2 and four times as many, E, at 1/4.
+        groups: groups of layers.
+        depth: layers per group.
+        num_heads: heads M of both attentions.
+        mlp_ratio: hidden width of the MLPs over E.
+        window: edge of the attention windows, in features.
+        majority: a feature's region is the most frequent one of its 4 x 4 pixels; False, as released: that of the
+            pixel at its corner.
+        backend: of the region attention, see `asa.restoration.regions.region_attention`.
+
+    Raises:
+        ValueError: another upscaling factor, or a width that is not divisible by the heads.
+    """
+
+    regional = True
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        upscale: int = 1,
+        dim: int = 64,
+        groups: int = 4,
+        depth: int = 3,
+        num_heads: int = 8,
+        mlp_ratio: float = 2.0,
+        window: int = 4,
+        majority: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(in_channels, upscale, REDUCTION * window)
+        self.majority = majority
+        layer = dict(dim=4 * dim, num_heads=num_heads, mlp_ratio=mlp_ratio, window=window, backend=backend)
+        self.stem = nn.Conv2d(in_channels, dim, 3, padding=1)
+        self.encoders = nn.ModuleList(_naf_stage(width) for width in (dim, 2 * dim))
+        self.downs = nn.ModuleList(nn.Conv2d(width, 2 * width, 2, stride=2) for width in (dim, 2 * dim))
+        self.groups = nn.ModuleList(RegionGroup(depth, **layer) for _ in range(groups))
+        self.ups = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.PixelShuffle(2)) for width in (4 * dim, 2 * dim)
+        )
+        self.decoders = nn.ModuleList(_naf_stage(width) for width in (2 * dim, dim))
+        self.head = nn.Conv2d(dim, in_channels, 3, padding=1)
+
+    def _labels(self, regions: Tensor, shape: Sequence[int]) -> Tensor:
         """The region of each feature `(B, h, w)` of the padded image, from a label map of the input image."""
         labels = coarse_labels(regions.long(), REDUCTION // self.upscale, majority=self.majority)
         bottom, right = (n // REDUCTION - m for n, m in zip(shape, labels.shape[1:], strict=True))
         # Padding is a region of its own: pixels of the image attend to it only in the windows at the border.
         return F.pad(labels, (0, right, 0, bottom), value=int(regions.max()) + 1)
 
-    def _residual(self, image: Tensor, index: RegionIndex) -> Tensor:
-        """The residual of an image whose sizes are multiples of the windows': `(B, C, H, W)` -> `(B, C, H, W)`."""
+    def residual(self, image: Tensor, regions: Tensor) -> Tensor:
+        """See `RestorationNetwork.residual`."""
+        index = region_index(self._labels(regions, image.shape[2:]).flatten(1)).to(image.device)
         features, skips = self.stem(image), []
         for encoder, down in zip(self.encoders, self.downs, strict=True):
             skips.append(encoder(features))
@@ -251,10 +287,6 @@ class RegionAttentionTransformer(nn.Module):
         for up, decoder in zip(self.ups, self.decoders, strict=True):
             features = decoder(up(features) + skips.pop())
         return self.head(features)
-
-    def check(self, image: Tensor, regions: Tensor) -> None:
-        """Raise a ValueError for images of other channels, or label maps of another shape than the images."""
-        check_images(image, regions, self.in_channels)
 
 
 def _naf_stage(dim: int) -> nn.Sequential:

@@ -73,23 +73,6 @@ def check_labels(labels: Tensor) -> None:
         raise ValueError(f"a label map must have integers, got {labels.dtype}")
 
 
-def check_images(image: Tensor, regions: Tensor, channels: int) -> None:
-    """Raise a ValueError for images `(B, C, H, W)` of other channels, or label maps of another shape than theirs."""
-    if image.ndim != 4 or image.shape[1] != channels:
-        kind = {1: "grey", 3: "colour"}.get(channels, "")
-        raise ValueError(
-            f"this network takes {kind} images of shape (batch, {channels}, H, W), got "
-            f"{tuple(image.shape)}: "
-            "convert the image, or build the network with that in_channels"
-        )
-    check_labels(regions)
-    if regions.shape != (len(image), *image.shape[2:]):
-        raise ValueError(
-            f"the label map has shape {tuple(regions.shape)}, the images {tuple(image.shape)}: it must be "
-            f"{(len(image), *image.shape[2:])}; compute it from this image"
-        )
-
-
 def coarse_labels(labels: Tensor, factor: int, *, majority: bool) -> Tensor:
     """A label map at a lower resolution, one label per block of pixels.
 

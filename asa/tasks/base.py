@@ -117,14 +117,10 @@ def task_of_checkpoint(description: Mapping[str, Any], plugins: Sequence[str] = 
     """The task that a checkpoint was trained for.
 
     Args:
-        description: of `asa.training.checkpoint.read_description`. Checkpoints written before they named their task
-            are recognised by their metadata.
+        description: of `asa.training.checkpoint.read_description`.
         plugins: packages of the user's that a task may come from; a checkpoint cannot add any.
+
+    Raises:
+        ValueError: it names no task, or one that there is not.
     """
-    data = description.get("data", {})
-    if "task" in description:
-        return find_task(description["task"], plugins)
-    if "task" in data:
-        return find_task(data["task"])
-    written = {"labels": "segmentation", "classes": "classification"}
-    return find_task(next((task for key, task in written.items() if key in data), "pretraining"))
+    return find_task(str(description.get("task", "")), plugins)

@@ -23,7 +23,7 @@ from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.evaluation.tables import evaluate_asymmetry
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
-from asa.inference.feature_health import FeatureHealth, open_probe, predictor_of
+from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.methods.base import Pretraining as PretrainingMethod
@@ -48,7 +48,7 @@ class Pretraining(VolumeTask):
     command = "pretrain"
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config, "probe", *([] if config["data"]["health"] == HEALTHY else ["health"]))
+        super().__init__(config, "labelled_store", *([] if config["data"]["health"] == HEALTHY else ["health"]))
         self.warmup = warmup_steps(config["optim"]["warmup"], self.train.steps)
         self.health = read_health(self.data.health, self.store.records)
         self.set_model()
@@ -77,9 +77,9 @@ class Pretraining(VolumeTask):
     def validation(self, method: Any) -> Validate:
         # Without held-out subjects the error is computed on training scans, and the log says so.
         held_out = self.crops(method, self.parts["validation"] or self.parts["train"][:4])
-        probe, placement = self.data.probe, self.data.placement
-        labelled, names = open_probe(probe, self.store.channels, held_out.size, placement) if probe else (None, [])
-        health = FeatureHealth(method, held_out, labelled, names, self.warmup)
+        path, placement = self.data.labelled_store, self.data.placement
+        labelled = open_labelled(path, self.store.channels, held_out.size, placement) if path else None
+        health = FeatureHealth(method, held_out, labelled, self.warmup)
 
         def validate(step: int) -> Validation:
             metrics, panels = validate_pretraining(method, held_out)

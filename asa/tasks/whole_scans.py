@@ -171,6 +171,18 @@ class Regression(WholeScans):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "table")
+        self.column, values = self.read_values()
+        train = [values[one["id"]] for one in self.all_parts["train"] if one["id"] in values]
+        if len(set(train)) < 2:
+            raise ValueError(
+                f"{self.data.table or self.store.path}: the training scans have {len(set(train))} values of "
+                f"{self.column}: a regression needs two or more"
+            )
+        self.mean, self.sd = float(np.mean(train)), float(np.std(train))
+        self.set_values(values, mean=self.mean, sd=self.sd)
+
+    def read_values(self) -> tuple[str, dict[str, float]]:
+        """The name of the number, and that of each scan by id; a task of your own may read it elsewhere."""
         table, column = self.data.table, self.data.column
         if table is None or column is None:
             raise ValueError(
@@ -180,14 +192,7 @@ class Regression(WholeScans):
         if column in RESERVED:
             raise ValueError(f"data.column={column}: predictions have a column of this name: rename yours")
         found = read_column(table, column, self.store.records)
-        values = {id: as_number(table, id, column, text) for id, text in found.items()}
-        train = [values[one["id"]] for one in self.all_parts["train"] if one["id"] in values]
-        if len(set(train)) < 2:
-            raise ValueError(
-                f"{table}: the training scans have {len(set(train))} values of {column}: a regression needs two or more"
-            )
-        self.column, self.mean, self.sd = column, float(np.mean(train)), float(np.std(train))
-        self.set_values(values, mean=self.mean, sd=self.sd)
+        return column, {id: as_number(table, id, column, text) for id, text in found.items()}
 
     def target_metadata(self) -> dict[str, Any]:
         return {"number": {"column": self.column, "mean": self.mean, "sd": self.sd}}

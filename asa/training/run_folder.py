@@ -26,7 +26,7 @@ FREE_ON_RESUME = (
         "predict",
         "plan",
         "transfer",
-        "data.probe",
+        "data.labelled_store",
         "model.checkpointing",
         "method.model.checkpointing",
     ),

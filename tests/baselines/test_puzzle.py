@@ -252,7 +252,7 @@ def test_a_run_resumes_to_the_bit_and_its_encoder_is_fine_tuned(
 
     own = [f"data.store={store}", f"method={kind}", "model=puzzle_tiny", "data.split.validation=1", *SMALL]
     own += ["train.log_every=1", "train.validate_every=2", "optim.schedule=constant"]
-    out = run(pretrain, *own, f"out={tmp_path}/whole", "train.steps=4", f"data.probe={store}")
+    out = run(pretrain, *own, f"out={tmp_path}/whole", "train.steps=4", f"data.labelled_store={store}")
     assert f"of the random guess's {math.log(26 if kind == 'rpl' else 100):.5f}" in out
     for steps in (2, 4):
         run(pretrain, *own, f"out={tmp_path}/parts", f"train.steps={steps}")

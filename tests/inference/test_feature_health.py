@@ -17,10 +17,10 @@ from asa.inference.feature_health import (
     class_fractions,
     feature_health,
     freedom,
+    linear_dice,
     normal_equations,
-    open_probe,
+    open_labelled,
     predict_linear,
-    probe_dice,
     solve_ridge,
 )
 from asa.methods.pretrain import MaskedPretraining
@@ -84,7 +84,7 @@ def test_a_fresh_encoder_does_not_alarm_and_one_that_forgets_its_input_does(stor
     torch.manual_seed(0)
     method = MaskedPretraining(model=asa_tiny(img_size=32))
     encoder = method.model.encoder
-    health = FeatureHealth(method, dataset, None, [], warmup=0)
+    health = FeatureHealth(method, dataset, None, warmup=0)
     numbers = {"loss": 0.5, "mean_predictor_loss": 1.0}
     assert health.measure(1, numbers)[1] == []
     torch.nn.init.zeros_(encoder.patch_embed.weight)  # tells places apart still
@@ -143,13 +143,13 @@ class Told(torch.nn.Module):
 def test_a_probe_reads_what_features_hold_linearly_and_nothing_from_noise() -> None:
     source = Planted()
     dataset = CropDataset(source, source.records, (64, 64, 64), labelled=True)
-    told, noise = (probe_dice(Told(tell), dataset, ["a", "b"]) for tell in (True, False))
-    assert told["probe_dice"] > 0.99
+    told, noise = (linear_dice(Told(tell), dataset, ["a", "b"]) for tell in (True, False))
+    assert told["linear_dice"] > 0.99
     share = float((torch.from_numpy(source.labels[:, ::32, ::32, ::32].copy()) > 0).float().mean()) / 2
-    assert noise["probe_dice"] == pytest.approx(
+    assert noise["linear_dice"] == pytest.approx(
         2 * share / (1 + share), abs=0.1
     )  # that of the class's share everywhere
-    assert told["probe_dice"] == pytest.approx((told["probe_dice_a"] + told["probe_dice_b"]) / 2)
+    assert told["linear_dice"] == pytest.approx((told["linear_dice_a"] + told["linear_dice_b"]) / 2)
 
 
 class Placed(Told):
@@ -160,39 +160,39 @@ class Placed(Told):
 
 
 def test_a_probe_of_random_crops_does_not_learn_places(store: Path) -> None:
-    centred, placed = (open_probe(str(store), ["t1"], (64, 64, 64), how)[0] for how in ("centre", "random"))
+    centred, placed = (open_labelled(str(store), ["t1"], (64, 64, 64), how)[0] for how in ("centre", "random"))
     names = ["csf", "gm", "wm"]
-    at_centre, anywhere = (probe_dice(Placed(True), dataset, names)["probe_dice"] for dataset in (centred, placed))
+    at_centre, anywhere = (linear_dice(Placed(True), dataset, names)["linear_dice"] for dataset in (centred, placed))
     assert 0 < anywhere < at_centre
 
 
 def test_the_probe_computes_in_float32_whatever_the_encoder_does() -> None:
     source = Planted()
     dataset = CropDataset(source, source.records, (64, 64, 64), labelled=True)
-    full = probe_dice(Told(True), dataset, ["a", "b"])
+    full = linear_dice(Told(True), dataset, ["a", "b"])
     with torch.autocast("cpu", torch.bfloat16):
-        assert probe_dice(Told(True), dataset, ["a", "b"]) == pytest.approx(full, abs=1e-3)
+        assert linear_dice(Told(True), dataset, ["a", "b"]) == pytest.approx(full, abs=1e-3)
 
 
-def test_a_probe_store_has_to_fit(store: Path) -> None:
-    dataset, names = open_probe(str(store), ["t1"], (32, 32, 32), "centre")
+def test_a_labelled_store_has_to_fit(store: Path) -> None:
+    dataset, names = open_labelled(str(store), ["t1"], (32, 32, 32), "centre")
     assert len(dataset) == 4 and names == ["csf", "gm", "wm"] and "label" in dataset[0, 0]
-    with pytest.raises(ValueError, match=r"data\.probe=.*channels"):
-        open_probe(str(store), ["flair"], (32, 32, 32), "centre")
+    with pytest.raises(ValueError, match=r"data\.labelled_store=.*channels"):
+        open_labelled(str(store), ["flair"], (32, 32, 32), "centre")
     with pytest.raises(ValueError, match="no prepared store"):
-        open_probe("absent", ["t1"], (32, 32, 32), "centre")
+        open_labelled("absent", ["t1"], (32, 32, 32), "centre")
 
 
 def test_the_log_of_a_run_holds_health_and_probe(store: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     arguments = [
-        f"data.store={store}", f"data.probe={store}", f"out={tmp_path}/run", "model=asa_tiny", "crop=32",
+        f"data.store={store}", f"data.labelled_store={store}", f"out={tmp_path}/run", "model=asa_tiny", "crop=32",
         "loader.workers=0", "train.device=cpu", "train.steps=2", "optim.warmup=1",
         "data.split={validation: 2, test: 0}",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["asa-pretrain", *arguments])
     assert pretrain.main() == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert {"effective_rank", "feature_variance", "probe_dice", "probe_dice_first", "probe_dice_wm"} <= lines[-1].keys()
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"effective_rank", "feature_variance", "linear_dice", "linear_dice_first", "linear_dice_wm"} <= last.keys()
     # Two steps teach nothing, and the run says so.
     assert "ALARM: no better than the mean" in capsys.readouterr().out
 
@@ -205,28 +205,28 @@ def test_the_probe_of_a_swin_reads_its_features_at_an_eighth(store: Path) -> Non
     assert tokens.shape == (1, 8**3, 16)
     at = (1 * 8 + 2) * 8 + 3  # the patch whose voxels begin at 8, 16, 24
     torch.testing.assert_close(tokens[0, at], encoder.levels(volume)[2][0, :, 1, 2, 3])
-    dataset, names = open_probe(str(store), ["t1"], (64, 64, 64), "centre")
-    assert {"probe_dice", "probe_dice_wm"} <= probe_dice(patches, dataset, names).keys()
+    dataset, names = open_labelled(str(store), ["t1"], (64, 64, 64), "centre")
+    assert {"linear_dice", "linear_dice_wm"} <= linear_dice(patches, dataset, names).keys()
 
 
-def test_a_probe_below_the_first_weights_alarms() -> None:
-    numbers = {**HEALTHY, "probe_dice": 0.2, "probe_dice_first": 0.21}
+def test_a_linear_dice_below_that_of_the_first_weights_alarms() -> None:
+    numbers = {**HEALTHY, "linear_dice": 0.2, "linear_dice_first": 0.21}
     assert alarms(numbers, 96, ERROR, warm=False) == []
     (line,) = alarms(numbers, 96, ERROR, warm=True)
     assert "0.200 is below that of the first weights, 0.210" in line
-    assert alarms({**numbers, "probe_dice": 0.22}, 96, ERROR, warm=True) == []
+    assert alarms({**numbers, "linear_dice": 0.22}, 96, ERROR, warm=True) == []
 
 
-def test_the_probe_of_the_first_weights_is_kept(store: Path) -> None:
-    dataset, names = open_probe(str(store), ["t1"], (32, 32, 32), "centre")
+def test_the_linear_dice_of_the_first_weights_is_kept(store: Path) -> None:
+    dataset, names = open_labelled(str(store), ["t1"], (32, 32, 32), "centre")
     torch.manual_seed(0)
     method = MaskedPretraining(model=asa_tiny(img_size=32))
-    health = FeatureHealth(method, dataset, dataset, names, warmup=0)
+    health = FeatureHealth(method, dataset, (dataset, names), warmup=0)
     before = health.measure(1, {"loss": 0.5, "mean_predictor_loss": 1.0})[0]
-    assert before["probe_dice"] == before["probe_dice_first"] > 0
+    assert before["linear_dice"] == before["linear_dice_first"] > 0
     torch.nn.init.zeros_(method.model.encoder.patch_embed.weight)
     after = health.measure(2, {"loss": 0.5, "mean_predictor_loss": 1.0})[0]
-    assert after["probe_dice"] < after["probe_dice_first"] == before["probe_dice_first"]
+    assert after["linear_dice"] < after["linear_dice_first"] == before["linear_dice_first"]
 
 
 def test_few_tokens_are_not_taken_for_a_collapse() -> None:

@@ -15,7 +15,7 @@ from asa.models import MaskedAutoencoder, create_model, list_models
 def test_every_public_name_can_be_imported_and_every_model_made() -> None:
     assert all(getattr(asa.models, name) is not None for name in dir(asa.models))
     for name in list_models():
-        needed = {kind: ["out_channels"] for kind in ("unet", "unetr", "probe", "vit_seg", "vit_conv")}
+        needed = {kind: ["out_channels"] for kind in ("unet", "unetr", "vit_seg", "vit_conv", "vit_linear")}
         needed |= {kind: ["out_channels"] for kind in ("nnformer", "transbts", "resenc", "primus")}
         needed |= {"classifier": ["classes"], "regressor": ["mean", "sd"], "puzzle": ["pieces", "answers"]}
         keywords = {keyword: 2 for kind, keywords in needed.items() if f"{kind}_" in name for keyword in keywords}

@@ -8,7 +8,7 @@ from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
 from asa.models.transfer import check_position
 from asa.models.unet import unet_tiny
-from asa.models.vit_seg import probe_tiny, vit_seg_tiny
+from asa.models.vit_seg import vit_linear_tiny, vit_seg_tiny
 from asa.ops.patches import patchify
 from asa.ops.symmetry import mirror_patches
 
@@ -49,7 +49,7 @@ def test_mirroring_patches_is_its_own_inverse_and_keeps_the_left_half_and_the_mi
         assert torch.equal(mirrored[..., part], volume[..., part].flip(-1))
 
 
-@pytest.mark.parametrize("make", [vit_seg_tiny, probe_tiny])
+@pytest.mark.parametrize("make", [vit_seg_tiny, vit_linear_tiny])
 def test_the_mirror_image_has_the_mirrored_segmentation(make) -> None:
     torch.manual_seed(0)
     model, volume = without_order(make(3, img_size=SIZE, **MIRRORED)), torch.rand(1, 1, *SIZE)

@@ -10,7 +10,7 @@ from asa.models.classifier import asa_classifier_tiny
 from asa.models.sw_vit import FARTHEST
 from asa.models.transfer import Source, check_position, transfer_encoder
 from asa.models.unet import unet_tiny
-from asa.models.vit_seg import probe_tiny, vit_seg_tiny
+from asa.models.vit_seg import vit_linear_tiny, vit_seg_tiny
 from asa.ops.patches import (
     Selection,
     TokenSequence,
@@ -190,7 +190,7 @@ def test_orders_commute_with_the_mirror_where_half_a_window_is_made_of_whole_sla
 
 @pytest.mark.parametrize("settings", KINDS[1:])
 @pytest.mark.parametrize(
-    "make", [unet_tiny, vit_seg_tiny, probe_tiny, asa_classifier_tiny], ids=lambda make: make.__name__
+    "make", [unet_tiny, vit_seg_tiny, vit_linear_tiny, asa_classifier_tiny], ids=lambda make: make.__name__
 )
 def test_every_network_on_the_encoder_trains_with_it(make, settings: dict) -> None:
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from torch import nn
 
 from asa.methods.segment import Segmentation
 from asa.models.unet import unet_tiny
-from asa.models.vit_seg import probe_tiny
+from asa.models.vit_seg import vit_linear_tiny
 from asa.ops.patches import patchify
 from asa.settings import OptimSettings, TrainSettings
 from asa.training.optim import Schedule, freeze, make_optimizer, set_learning_rate, set_training
@@ -157,9 +157,9 @@ def test_a_frozen_encoder_reduces_the_cost_of_a_step() -> None:
     assert now + plain.states - frozen.states < before  # no activations are kept for it
 
 
-def test_a_linear_probe_maps_each_token_to_the_voxels_of_its_patch_by_one_matrix() -> None:
+def test_the_linear_network_maps_each_token_to_the_voxels_of_its_patch_by_one_matrix() -> None:
     torch.manual_seed(0)
-    model = probe_tiny(out_channels=2, img_size=(16, 16, 24))
+    model = vit_linear_tiny(out_channels=2, img_size=(16, 16, 24))
     image = torch.rand(1, 1, 16, 16, 24)
     (logits,) = model(image, deep_supervision=True)
     assert torch.equal(logits, model(image))
@@ -168,8 +168,8 @@ def test_a_linear_probe_maps_each_token_to_the_voxels_of_its_patch_by_one_matrix
         torch.testing.assert_close(patch, model.head.weight @ token + model.head.bias)
 
 
-def test_only_the_matrix_of_a_probe_on_a_frozen_encoder_is_trained() -> None:
-    method = Segmentation(model=probe_tiny(out_channels=2, img_size=(16, 16, 24)))
+def test_only_the_matrix_of_the_linear_network_on_a_frozen_encoder_is_trained() -> None:
+    method = Segmentation(model=vit_linear_tiny(out_channels=2, img_size=(16, 16, 24)))
     freeze(method.model, ["encoder"])
     batch = {"image": torch.rand(1, 1, 16, 16, 24), "label": torch.randint(0, 2, (1, 1, 16, 16, 24)).byte()}
     method(batch)["loss"].backward()
