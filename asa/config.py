@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, type]] = {
 }
 # The methods of each command, and the families of models (`model=FAMILY_SIZE`) that each of them trains.
 _COMPARATORS = ("unetr", "swin_unetr", "nnformer", "transbts", "resenc", "primus")
-_SEGMENTATION = ("unet", "vit_seg", "vit_conv", "probe", "sa_swin_unet", *_COMPARATORS)
+_SEGMENTATION = ("unet", "vit_seg", "vit_conv", "vit_linear", "sa_swin_unet", *_COMPARATORS)
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "pretrain": {
         "asa": ("asa",),
@@ -59,6 +59,8 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "restore": ("rat", "restormer"),
     },
 }
+# Settings of a command of which exactly one has to be given.
+ALTERNATIVES = {"predict": ("checkpoint", "atlas")}
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 PACKAGES = ("asa.baselines", "asa.restoration")  # reached by name only
 CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.steps", *PACKAGES)
@@ -167,12 +169,17 @@ def compose(
             chosen = dict(config.hydra.runtime.choices)
             with open_dict(config):
                 del config.hydra
-            missing = sorted(OmegaConf.missing_keys(config))
+            either = ALTERNATIVES.get(command, ())
+            given = [key for key in either if not OmegaConf.is_missing(config, key) and config[key] is not None]
+            missing = [*either[: not given], *sorted(OmegaConf.missing_keys(config))]
             plain = {} if missing else OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueErrors of its own too
         raise ValueError(_explain(error, command, overrides, search)) from error
     if missing:
-        raise ValueError(f"{', '.join(missing)} has to be given: add {missing[0]}=...")
+        others = "".join(f" or {key}=..." for key in either[1:] if not given)
+        raise ValueError(f"{', '.join(missing)} has to be given: add {missing[0]}=...{others}")
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(f'{key}=' for key in given)} exclude each other: give one of them")
     _check_mappings(yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text()), plain)
     _check_model(command, chosen.get("method"), chosen.get("model"))
     assert isinstance(plain, dict)

@@ -169,11 +169,6 @@ class AugmentSettings:
     )
     modality_dropout: float = setting(0.0, "probability that a channel of several is set to zero, never all of them")
 
-    @property
-    def smooth(self) -> bool:
-        """Whether there are fields with a length in mm."""
-        return self.deform > 0 or self.bias_field > 0
-
     def __post_init__(self) -> None:
         from asa.ops.symmetry import check_axes  # imports torch
 

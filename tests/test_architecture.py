@@ -31,14 +31,14 @@ LINES = {
     "data": 6480,
     "evaluation": 2380,
     "export": 750,
-    "inference": 1890,
-    "losses": 450,
+    "inference": 2320,
+    "losses": 449,
     "methods": 660,
     "models": 2320,
-    "ops": 640,
+    "ops": 635,
     "reporting": 1520,
-    "restoration": 2250,
-    "tasks": 2500,
+    "restoration": 2235,
+    "tasks": 2880,
     "training": 2620,
 }
 # The only places that may import a library.
@@ -165,7 +165,7 @@ def test_the_public_names_need_no_extra() -> None:
     code = (
         "import sys\n"
         "extras = 'matplotlib', 'jinja2', 'nilearn', 'SimpleITK', 'onnxruntime', 'skimage', 'pydicom', 'sklearn'\n"
-        "extras += 'huggingface_hub', 'mlflow', 'wandb'\n"
+        "extras += 'huggingface_hub', 'mlflow', 'wandb', 'ants'\n"
         "for name in extras: sys.modules[name] = None\n"
         "import asa, asa.models\n"
         "for name in asa.__all__: getattr(asa, name)\n"

@@ -45,6 +45,7 @@ EXPERIMENTS = {
     "table4": "ablate",
     "structures_pretrain": "pretrain",
     "structures_finetune": "finetune",
+    "structures_light": "finetune",
     "rat_ct_denoise": "finetune",
     "rat_pet": "finetune",
     "rat_sr": "finetune",
@@ -120,7 +121,7 @@ def test_every_model_composes_and_builds(size: str) -> None:
     for method, kinds in (("rpl", (2, 26)), ("jigsaw", (27, 100))):
         model = built("pretrain", f"model=puzzle_{size}", f"method={method}", "crop=[64,96,64]").model
         assert (model.pieces, model.answers) == kinds and model.encoder.img_size == (64, 96, 64)
-    for name in ("unet", "probe", "unetr", "swin_unetr"):
+    for name in ("unet", "vit_linear", "unetr", "swin_unetr"):
         assert built("finetune", f"model={name}_{size}", "crop=64").model.out_channels == 4
     order = built("finetune", f"model=unet_{size}", "crop=64", "method=regions").order
     assert order == [(0, 1), (1, 2), (2, 3), (3, 4)]

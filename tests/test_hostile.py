@@ -261,14 +261,14 @@ def test_predictions_that_end_at_the_same_moment_share_a_table(tmp_path: Path, m
         "plugins": [],
     }
     predictors = {id: SegmentationPredictor(config) for id in "ab"}
-    before = SegmentationPredictor._rows_before
+    before = SegmentationPredictor.rows_before
 
     def slow(self: SegmentationPredictor) -> dict[str, dict[str, str]]:
         rows = before(self)
         time.sleep(0.5)  # the other one's time to write its rows
         return rows
 
-    monkeypatch.setattr(SegmentationPredictor, "_rows_before", slow)
+    monkeypatch.setattr(SegmentationPredictor, "rows_before", slow)
     (tmp_path / "out").mkdir()
     for id, predictor in predictors.items():
         (tmp_path / "out" / f"{id}.nii.gz").touch()

@@ -28,7 +28,7 @@ finetune = Command(
 predict = Command(
     "predict",
     TASKS["predict"],
-    "Label maps of new scans from a trained network, or their asymmetry from a SA-Swin, in each scan's own space.",
+    "Label maps of new scans from a trained network or registered atlases, or their asymmetry from a SA-Swin.",
 )
 embed = Command(
     "embed",

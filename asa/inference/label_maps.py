@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from asa.data.io.nifti import Volume, write_image
+from asa.data.io.nifti import Volume, write_image, write_label
 from asa.data.preprocessing.pipeline import to_native
+from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.uncertainty import expected_dice
 from asa.ops.nested import paint, painting_order
 
@@ -100,6 +101,24 @@ class Outputs:
             write_image(files[0], background, like.affine)
         return np.array([0, *sorted(self.labels)])[index]
 
+    def write(
+        self, out: Path, probabilities: Tensor, chain: dict[str, Any], like: Volume, files: Path | Sequence[Path] | None
+    ) -> dict[str, float]:
+        """Write the label map of a prepared scan on the scan's own grid, with its header.
+
+        Args:
+            out: the `.nii.gz` to write.
+            probabilities, chain, like: as for `native_label_map`.
+            files: as there, or a folder.
+
+        Returns:
+            Its `volumes`.
+        """
+        files = self.files(files) if isinstance(files, Path) else files
+        label_map = self.native_label_map(probabilities, chain, like, files)
+        write_label(out, label_map, like)
+        return self.volumes(label_map, like.affine)
+
     def volumes(self, label_map: np.ndarray, affine: np.ndarray) -> dict[str, float]:
         """Volume of each label and region in a label map (x, y, z), in ml."""
         ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
@@ -158,6 +177,56 @@ class Outputs:
                 )
             files[file] = name
         return [folder / file for file in files]
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What is measured of a predicted scan.
+
+    Args:
+        ml: label or region -> volume of its voxels on the scan's own grid, in ml.
+        expected_dice: label, or region of a network that predicts regions -> see `expected_dice`; on the prepared grid.
+            Empty where there are no probabilities that may be calibrated.
+    """
+
+    ml: dict[str, float]
+    expected_dice: dict[str, float]
+
+
+class ScanSegmenter(Protocol):
+    """What gives prepared scans their labels: trained networks, or atlases.
+
+    Attributes:
+        outputs: its labels or regions.
+        preprocessor: how raw scans are prepared for it.
+    """
+
+    outputs: Outputs
+    preprocessor: ScanPreprocessor
+
+    def segment_prepared(
+        self,
+        image: np.ndarray,
+        chain: dict[str, Any],
+        like: Volume,
+        out: Path,
+        *,
+        probabilities: Path | Sequence[Path] | None = None,
+        uncertainty: Path | None = None,
+    ) -> Segmented:
+        """Segment a prepared volume `(C, D, H, W)`, and write the label map on the scan's own grid.
+
+        Args:
+            image: of a store, or just prepared from a raw scan.
+            chain: its preprocessing steps.
+            like: the source scan, for its grid and header.
+            out: the `.nii.gz` to write.
+            probabilities: folder for the probabilities, or a `.nii.gz` for each of `outputs.names`; None writes none.
+            uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
+        """
+
+    def described(self) -> dict[str, Any]:
+        """What made the label maps, for their sidecars in BIDS."""
 
 
 def _written(probabilities: Iterable[np.ndarray], files: Sequence[Path] | None, like: Volume) -> Iterator[np.ndarray]:

@@ -12,12 +12,11 @@ from urllib.parse import quote
 
 from asa import __version__
 from asa.data.datasets.bids import entities_of
-from asa.data.io.files import check_out, read_json, sha256_of, write_json, write_whole
+from asa.data.io.files import check_out, read_json, write_json, write_whole
 from asa.data.io.tables import read_rows
-from asa.inference.segmentation import Segmenter
-from asa.training.checkpoint import find_weights
+from asa.inference.label_maps import ScanSegmenter
 
-VOLUMES = "volumes.csv"
+VOLUMES, ATLASES = "volumes.csv", "atlas.json"
 DESCRIPTION, LOOKUP = "dataset_description.json", "dseg.tsv"
 BIDS_VERSION = "1.10.0"
 # Entities that BIDS allows in the name of an anatomical segmentation, in its order. Those that a network's channels
@@ -30,7 +29,7 @@ ENTITIES = (
 # fmt: on
 STANDARD = {"background": "BG", "gm": "GM", "wm": "WM", "csf": "CSF"}  # abbreviations that BIDS defines
 # Files beside those of the standard, for its validators.
-IGNORED = f"{VOLUMES}\n*_uncertainty.nii.gz\n"
+IGNORED = f"{VOLUMES}\n{ATLASES}\n*_uncertainty.nii.gz\n"
 
 
 class Layout:
@@ -52,7 +51,7 @@ class Layout:
         return self.out / f"{id}.nii.gz"
 
     def probabilities(self, id: str) -> Path | list[Path]:
-        """As `Segmenter.segment_file` takes them."""
+        """As `ScanSegmenter.segment_prepared` takes them."""
         return self.out / "probabilities" / id
 
     def uncertainty(self, id: str) -> Path:
@@ -68,24 +67,18 @@ class BidsDerivative(Layout):
     Args:
         out: root of the derivative, like BIDS/derivatives/asa.
         segmenter: whose labels or regions are predicted.
-        checkpoints: of its networks.
         probabilities: whether probabilities are written too.
 
     Raises:
         ValueError: names of labels that BIDS cannot hold, or cannot tell apart.
     """
 
-    def __init__(self, out: Path, segmenter: Segmenter, checkpoints: Sequence[str], probabilities: bool) -> None:
+    def __init__(self, out: Path, segmenter: ScanSegmenter, probabilities: bool) -> None:
         super().__init__(out)
         self.outputs = abbreviations(segmenter.outputs.names)
         self.lookup = lookup_table({0: "background"} | dict(sorted(segmenter.outputs.labels.items())))
         self.with_probabilities = probabilities
-        self.software: dict[str, Any] = {
-            "Name": "asa",
-            "Version": __version__,
-            "Networks": [{"Name": Path(path).name, "SHA256": sha256_of(find_weights(path))} for path in checkpoints],
-            "TestTimeFlips": segmenter.views[1:],
-        }
+        self.software: dict[str, Any] = {"Name": "asa", "Version": __version__, **segmenter.described()}
         self.entities: dict[str, dict[str, str]] = {}
         self.sources: dict[str, list[str]] = {}
 

@@ -36,7 +36,7 @@ def training_scan_metadata(
         "lateral_pairs"; "spacing", the smallest and the largest voxel size in mm along D, H, W; and "range", the
         smallest and the largest of each of `scan_measures`.
     """
-    sizes = np.array([_spacing(np.array(record["chain"]["stored_affine"])) for record in records])
+    sizes = np.array([voxel_size(record["chain"]["stored_affine"]) for record in records])
     spacing = [sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()]
     measures = [scan_measures(record["quality"], record["intensity"]) for record in records]
     found: dict[str, list[float]] = {}
@@ -57,8 +57,8 @@ def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[st
     return {"brain_ml": quality["brain_ml"], **named}
 
 
-def _spacing(affine: np.ndarray) -> np.ndarray:
-    """Voxel size in mm along D, H, W of an affine of RAS+ axes (x, y, z)."""
+def voxel_size(affine: Any) -> np.ndarray:
+    """Voxel size in mm along D, H, W of an affine of RAS+ axes (x, y, z), also as a store's `chain` has it."""
     return spacing_of(affine)[::-1]
 
 
@@ -108,25 +108,28 @@ def without_command(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ScanPreprocessor:
-    """Preprocesses new scans with the settings that a checkpoint records for its training scans.
+    """Preprocesses new scans with the settings of a checkpoint's training scans, or of the scans of a store.
 
     Args:
-        path: of the checkpoint, for messages.
-        data: the checkpoint's metadata of its training scans.
-        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
+        path: of the checkpoint or the store, for messages.
+        data: the metadata of these scans that a checkpoint holds.
+        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of these scans.
+        scans: what they are, for messages.
 
     Raises:
         ValueError: unusable metadata; or the training scans were skull-stripped by a command, and `strip` is None.
     """
 
-    def __init__(self, path: str, data: Mapping[str, Any], strip: str | None) -> None:
+    def __init__(
+        self, path: str, data: Mapping[str, Any], strip: str | None, *, scans: str = "the training scans"
+    ) -> None:
         check_metadata(path, data)
-        self.data = data
+        self.path, self.data, self.scans = path, data, f"{scans} of {path}"
         self.channels: list[str] = data["channels"]
         settings = PrepareSettings(**data["prepare"])
         if strip is None and "{mask}" in settings.strip:  # the checkpoint may come from an untrusted source
             raise ValueError(
-                f"{path}: its training scans were skull-stripped by a command, and a checkpoint may not run commands "
+                f"{self.scans} were skull-stripped by a command, and a command is run only if you give it "
                 f"({settings.strip}): give strip= the command, or strip=none for scans that are stripped already"
             )
         try:
@@ -146,7 +149,7 @@ class ScanPreprocessor:
         for channel in self.channels:
             path = images[channel]
             if path is None:
-                raise ValueError(f"no file for the channel {channel}, which this model needs")
+                raise ValueError(f"no file for the channel {channel}, which is needed")
             volumes[channel] = read_image(path)
         like = volumes[self.channels[0]]
         assert like is not None
@@ -162,7 +165,7 @@ class ScanPreprocessor:
             ValueError: missing or unknown channels.
         """
         if sorted(channels) != sorted(self.channels):
-            raise ValueError(f"this model takes the channels {', '.join(self.channels)}, got {', '.join(channels)}")
+            raise ValueError(f"{self.path} takes the channels {', '.join(self.channels)}, got {', '.join(channels)}")
 
     def check_stored(self, chain: Mapping[str, Any]) -> None:
         """Check the voxel size of a scan in a store, which is not resampled.
@@ -170,7 +173,7 @@ class ScanPreprocessor:
         Raises:
             ValueError: it differs from that of the training scans.
         """
-        if not self._matches(size := _spacing(np.array(chain["stored_affine"]))):
+        if not self._matches(size := voxel_size(chain["stored_affine"])):
             raise ValueError(f"{self._mismatch(size)}: predict the raw scan instead, which is resampled where possible")
 
     def warn_outside_range(self, quality: Mapping[str, Any], intensity: Mapping[str, Mapping[str, float]]) -> None:
@@ -186,10 +189,10 @@ class ScanPreprocessor:
             below, above = (VOLUME_TOLERANCE * low, VOLUME_TOLERANCE * high) if volume else (INTENSITY_TOLERANCE,) * 2
             if not low - below <= value <= high + above:
                 title, unit, digits = ("brain volume", " ml", 0) if volume else (f"{name} of the intensities", "", 2)
-                unlike.append(f"{title} {value:.{digits}f}{unit} (training {low:.{digits}f} to {high:.{digits}f})")
+                unlike.append(f"{title} {value:.{digits}f}{unit} (there {low:.{digits}f} to {high:.{digits}f})")
         if unlike:
             warnings.warn(
-                f"unlike the training scans: {'; '.join(unlike)}: check the prediction, and whether the scan was "
+                f"unlike {self.scans}: {'; '.join(unlike)}: check the prediction, and whether the scan was "
                 "prepared as they were (skull, contrast, resolution)",
                 stacklevel=4,
             )
@@ -197,7 +200,7 @@ class ScanPreprocessor:
     def _settings_for(self, scan: Volume) -> PrepareSettings:
         """The training scans' settings, with resampling added where a raw scan has another voxel size."""
         settings = self.settings
-        size = _spacing(to_ras(scan.data, scan.affine)[1])
+        size = voxel_size(to_ras(scan.data, scan.affine)[1])
         if settings.spacing is not None or settings.register or self._matches(size):
             return settings
         low, high = np.array(self.data["spacing"])

@@ -1,11 +1,13 @@
-"""The scans of a file, a folder or a store, predicted one by one by a trained network."""
+"""The scans of a file, a folder or a store, predicted one by one by a trained network, or by what takes its place."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from statistics import median
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +28,7 @@ Prepared: TypeAlias = tuple[np.ndarray, dict[str, Any], Volume]  # volume `(C, D
 
 
 class ScanPredictor(Protocol):
-    """A trained network that predicts scans one by one.
+    """What predicts scans one by one, like a trained network.
 
     Attributes:
         preprocessor: how raw scans are prepared for it.
@@ -34,8 +36,10 @@ class ScanPredictor(Protocol):
 
     preprocessor: ScanPreprocessor
 
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> Any:
         """Predict a prepared volume, given its preparation and the scan that it was prepared from.
+
+        What it returns is handed to the `done` of `predict_each`.
 
         Args:
             id: of the scan.
@@ -50,70 +54,104 @@ class ScanPredictor(Protocol):
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan to predict: its files by channel (and "label"), and what reads and prepares it."""
+    """A scan to predict: its files by channel (and "label"), what reads and prepares it, and its subject in a store."""
 
     id: str
     files: Mapping[str, str]
     prepared: Callable[[], Prepared]
+    subject: str | None = None
 
 
-def predict_each(predictor: ScanPredictor, scans: Sequence[Scan], layout: Layout) -> None:
+class Predicted(NamedTuple):
+    """What `predict_stored` returned for a scan, the warnings, and how long it took, with reading and preparing."""
+
+    result: Any
+    warnings: list[str]
+    seconds: float
+
+
+def predict_each(
+    predictor: ScanPredictor,
+    scans: Sequence[Scan],
+    layout: Layout,
+    *,
+    workers: int = 1,
+    remaining: Callable[[Sequence[Scan]], Sequence[Scan]] | None = None,
+    done: Callable[[str, Any], None] | None = None,
+) -> None:
     """Predict scans one by one; a scan that fails is named, and the others are done.
 
     Args:
-        predictor: the network.
+        predictor: the network; it can be pickled if there are several workers.
         scans: what to predict.
         layout: where the predictor writes.
+        workers: processes that predict scans at the same time; 1 predicts in this process.
+        remaining: called before the first scan, when the layout knows all of them: those that are to be predicted.
+        done: called in this process as soon as a scan is predicted, with its id and what `predict_stored` returned.
 
     Raises:
         ValueError: scans failed.
     """
     channels = predictor.preprocessor.channels
     layout.begin({scan.id: [scan.files[name] for name in channels if name in scan.files] for scan in scans})
-    failures = 0
-
-    def predict(scan: Scan) -> None:
-        result = layout.label_map(scan.id)
-        if result.resolve() in {Path(path).resolve() for path in scan.files.values()}:
-            raise ValueError(f"the result would replace the scan itself: choose another out= than {result.parent}")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            predictor.predict_stored(scan.id, *scan.prepared())
-        layout.describe(scan.id)
-        for warning in caught:
-            tqdm.write(f"{scan.id}: warning: {warning.message}")
-
-    for scan, _, reason in each_tried(predict, scans, title="predict", unit="scan"):
-        if reason:
+    failures, seconds = 0, []
+    predict = partial(_predict, predictor, layout)
+    scans = scans if remaining is None else remaining(scans)
+    for scan, predicted, reason in each_tried(predict, scans, workers, title="predict", unit="scan"):
+        if predicted is None:
             failures += 1
             tqdm.write(f"{scan.id}: failed: {reason}")
+            continue
+        for warning in predicted.warnings:
+            tqdm.write(f"{scan.id}: warning: {warning}")
+        seconds.append(predicted.seconds)
+        if done is not None:
+            done(scan.id, predicted.result)
     written = predictor.finish()
     if failures:
         raise ValueError(f"{failures} scans failed, listed above")
-    print(written)
+    print(f"{written}; {median(seconds):.1f} s per scan (median of {len(seconds)})" if seconds else written)
+
+
+def _predict(predictor: ScanPredictor, layout: Layout, scan: Scan) -> Predicted:
+    """Predict a scan, in any process."""
+    started, result = time.perf_counter(), layout.label_map(scan.id)
+    if result.resolve() in {Path(path).resolve() for path in scan.files.values()}:
+        raise ValueError(f"the result would replace the scan itself: choose another out= than {result.parent}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found = predictor.predict_stored(scan.id, *scan.prepared())
+    layout.describe(scan.id)
+    return Predicted(found, [str(warning.message) for warning in caught], time.perf_counter() - started)
 
 
 def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterable[str] | None = None) -> list[Scan]:
     """The scans of a store, or those of some subjects.
 
     Raises:
-        ValueError: the store was prepared in another way than the network's training scans.
+        ValueError: the store was prepared in another way than the scans of the preprocessor.
     """
     store = Store(source)
     if store.channels != preprocessor.channels or store.settings != preprocessor.data["prepare"]:
-        raise ValueError(
-            f"{store.path} was prepared in another way than what this model was trained on: predict the raw scans"
-        )
-
-    def prepared(record: dict[str, Any]) -> Prepared:
-        like = read_image(store.first_source(record))
-        preprocessor.check_stored(record["chain"])
-        preprocessor.warn_outside_range(record["quality"], record["intensity"])
-        return store.image(record["id"]), record["chain"], like
-
+        raise ValueError(f"{store.path} was prepared in another way than {preprocessor.scans}: predict the raw scans")
+    prepared = partial(_stored, store, preprocessor)
     records = store.records if subjects is None else select(store.records, subjects)
-    files = ({name: found["path"] for name, found in record["sources"].items()} for record in records)
-    return [Scan(one["id"], paths, partial(prepared, one)) for one, paths in zip(records, files, strict=True)]
+    return [
+        Scan(
+            record["id"],
+            {name: found["path"] for name, found in record["sources"].items()},
+            partial(prepared, record),
+            record["subject"],
+        )
+        for record in records
+    ]
+
+
+def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]) -> Prepared:
+    like = read_image(store.first_source(record))
+    preprocessor.check_stored(record["chain"])
+    preprocessor.warn_outside_range(record["quality"], record["intensity"])
+    return store.image(record["id"]), record["chain"], like
 
 
 def raw_scans(
@@ -123,7 +161,7 @@ def raw_scans(
 
     Args:
         source: a file, or a folder.
-        preprocessor: of the network.
+        preprocessor: of the predictor.
         images: file pattern of each channel in a folder; None: every file, one channel.
         out: where results go; files in it are no scans, if it lies inside the folder.
         in_bids: without `images` find the channels t1, t2, flair and pd in a BIDS dataset by their suffixes.
@@ -131,15 +169,15 @@ def raw_scans(
     Raises:
         FileNotFoundError, ValueError: no scans, or ones that are not unique.
     """
-
-    def prepared(files: Channels) -> Prepared:
-        case, like = preprocessor.prepare(files)
-        return case.image, case.chain, like
-
     return [
-        Scan(id, {name: path for name, path in files.items() if path is not None}, partial(prepared, files))
+        Scan(id, {name: path for name, path in files.items() if path is not None}, partial(_raw, preprocessor, files))
         for id, files in _channel_files(source, preprocessor, images, out, in_bids)
     ]
+
+
+def _raw(preprocessor: ScanPreprocessor, files: Channels) -> Prepared:
+    case, like = preprocessor.prepare(files)
+    return case.image, case.chain, like
 
 
 def _channel_files(
@@ -160,8 +198,8 @@ def _channel_files(
         return [(record["id"], record["images"]) for record in bids.records(source, channels=suffixes)]
     if len(channels) != 1:
         raise ValueError(
-            f"this model takes the channels {', '.join(channels)}: give a folder and which file is which, like "
-            f"{example}"
+            f"{preprocessor.path} takes the channels {', '.join(channels)}: give a folder and which file is which, "
+            f"like {example}"
         )
     return [(id, {channels[0]: str(path)}) for id, path in _files_by_id(source, out, channels[0]).items()]
 

@@ -6,7 +6,7 @@ Letters: prepared volume `C D H W`; K classes (one softmax) or R regions (a sigm
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from asa.data.io.nifti import Volume, write_image, write_label
-from asa.data.preprocessing.pipeline import to_native
-from asa.inference.label_maps import Outputs
+from asa.data.io.files import sha256_of
+from asa.data.io.nifti import Volume
+from asa.inference.label_maps import Outputs, Segmented
 from asa.inference.preprocessing import ScanPreprocessor, check_metadata
-from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map
+from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map, write_uncertainty
 from asa.ops.symmetry import check_axes, flip
 from asa.settings import PredictSettings
-from asa.training.checkpoint import read_model
+from asa.training.checkpoint import find_weights, read_model
 from asa.training.device import autocast, pick_device, pick_precision
 
 OVERLAP = 0.5  # of windows, where the settings give none
@@ -126,19 +126,6 @@ def count_windows(size: Sequence[int], window: Sequence[int], overlap: float) ->
     return math.prod(math.ceil(max(length - edge, 0) / step) + 1 for length, edge, step in sides)
 
 
-@dataclass(frozen=True)
-class Segmented:
-    """What is measured of a predicted scan.
-
-    Args:
-        ml: label or region -> volume of its voxels on the scan's own grid, in ml.
-        expected_dice: label, or region of a network that predicts regions -> see `expected_dice`; on the prepared grid.
-    """
-
-    ml: dict[str, float]
-    expected_dice: dict[str, float]
-
-
 class Segmenter:
     """A trained segmentation network, or an ensemble of several.
 
@@ -203,6 +190,7 @@ class Segmenter:
         for path, other in zip(paths[1:], metadata[1:], strict=True):
             _check_agreement(str(paths[0]), self.data, str(path), other)
         self.outputs = Outputs.of(self.data)
+        self.paths = paths
         self.outputs.files(Path())  # refuses names of one file here and not at the first scan
         self.mirrored_channels = self.outputs.mirrored() if "W" in axes else []
         self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip)
@@ -262,15 +250,17 @@ class Segmenter:
     ) -> Segmented:
         spread = RunningSpread() if uncertainty is not None and self.uncertainty == "spread" else None
         probabilities = self.probabilities(torch.from_numpy(np.ascontiguousarray(image)), spread)
-        if isinstance(files, Path):
-            files = self.outputs.files(files)
-        label = self.outputs.native_label_map(probabilities, chain, like, files)
-        write_label(out, label, like)
+        ml = self.outputs.write(out, probabilities, chain, like, files)
         if uncertainty is not None:
             regions = bool(self.outputs.regions)
             made = entropy_map(probabilities, regions=regions) if spread is None else spread.map()
-            write_image(uncertainty, to_native(made[None].numpy(), chain, order=1)[0], like.affine)
-        return Segmented(self.outputs.volumes(label, like.affine), self.outputs.expected_dice(probabilities))
+            write_uncertainty(uncertainty, made, chain, like)
+        return Segmented(ml, self.outputs.expected_dice(probabilities))
+
+    def described(self) -> dict[str, Any]:
+        """The networks and the flips, for sidecars in BIDS."""
+        networks = [{"Name": Path(path).name, "SHA256": sha256_of(find_weights(path))} for path in self.paths]
+        return {"Networks": networks, "TestTimeFlips": self.views[1:]}
 
     def probabilities(self, image: Tensor, spread: RunningSpread | None = None) -> Tensor:
         """Probabilities of a prepared volume: `(C, D, H, W)` -> `(K or R, D, H, W)` float32 on the CPU.

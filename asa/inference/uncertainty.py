@@ -4,9 +4,14 @@ Letters: probabilities `K D H W` of K exclusive classes (background first), or `
 """
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from asa.data.io.nifti import Volume, write_image
+from asa.data.preprocessing.pipeline import to_native
 
 KINDS = ("entropy", "spread")
 
@@ -20,6 +25,11 @@ def entropy_map(probabilities: Tensor, *, regions: bool) -> Tensor:
     if regions:
         return ((torch.special.entr(p) + torch.special.entr(1 - p)) / math.log(2)).amax(dim=0)
     return torch.special.entr(p).sum(dim=0) / math.log(len(p))
+
+
+def write_uncertainty(path: Path, uncertainty: Tensor, chain: dict[str, Any], like: Volume) -> None:
+    """Write a map `(D, H, W)` of a prepared scan on the scan's own grid, given its preprocessing steps."""
+    write_image(path, to_native(uncertainty[None].numpy(), chain, order=1)[0], like.affine)
 
 
 class RunningSpread:

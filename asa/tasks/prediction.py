@@ -5,7 +5,8 @@ from pathlib import Path
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST
 from asa.inference.layout import Layout
-from asa.inference.scans import ScanPredictor, predict_each, raw_scans, stored_scans
+from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.scans import Scan, ScanPredictor, predict_each, raw_scans, stored_scans
 from asa.tasks.base import Config
 from asa.training.hub import on_hub
 
@@ -24,15 +25,22 @@ def predict_scans(predictor: ScanPredictor, config: Config, layout: Layout | Non
         FileNotFoundError: no such input.
         ValueError: scans failed; they are listed before, and the others are done.
     """
-    source, out, preprocessor = Path(str(config["input"])), Path(str(config["out"])), predictor.preprocessor
+    predict_each(predictor, scans_of(config, predictor.preprocessor), layout or Layout(Path(str(config["out"]))))
+
+
+def scans_of(config: Config, preprocessor: ScanPreprocessor) -> list[Scan]:
+    """The scans to predict: a scan, those of a folder, or those of a store or of a part of it.
+
+    Raises:
+        FileNotFoundError, ValueError: see `stored_scans`, `raw_scans` and `subjects_of_part`; or a part of files.
+    """
+    source, out = Path(str(config["input"])), Path(str(config["out"]))
     if (source / MANIFEST).exists():
-        scans = stored_scans(source, preprocessor, subjects_of_part(config))
-    elif config["part"] is not None:
+        return stored_scans(source, preprocessor, subjects_of_part(config))
+    if config["part"] is not None:
         raise ValueError("part= chooses scans of a store; leave it out for files")
-    else:
-        in_bids = config.get("layout") == "bids"
-        scans = raw_scans(source, preprocessor, images=config["images"], out=out, in_bids=in_bids)
-    predict_each(predictor, scans, layout or Layout(out))
+    in_bids = config.get("layout") == "bids"
+    return raw_scans(source, preprocessor, images=config["images"], out=out, in_bids=in_bids)
 
 
 def checkpoints_of(config: Config) -> list[str]:
@@ -54,14 +62,21 @@ def only_checkpoint(config: Config, result: str) -> str:
 
 
 def subjects_of_part(config: Config) -> list[str] | None:
-    """Subjects of the part of the runs' split that is asked for; None: all.
+    """Subjects of the part that is asked for, of the runs' split or with atlases of `split_file`; None: all.
 
     Raises:
         ValueError: no such part, or runs whose splits differ in it.
     """
-    part, paths = config["part"], checkpoints_of(config)
+    part = config["part"]
     if part is None:
         return None
+    if config["atlas"] is not None:
+        if config["split_file"] is None:
+            raise ValueError(f"part={part}: atlases have no split as a run has: give split_file=, or leave part= out")
+        if not (chosen := read_split(str(config["split_file"])).get(part)):
+            raise ValueError(f"part={part}: {config['split_file']} has no subjects under that name")
+        return chosen
+    paths = checkpoints_of(config)
     if remote := [path for path in paths if on_hub(path)]:
         raise ValueError(f"part={part}: {remote[0]} has no split, which a run on this machine has: leave part= out")
     splits = [read_split(_run_of(Path(path)) / "split.json") for path in paths]

@@ -18,6 +18,7 @@ from asa.data.loading.loader import LoaderSettings
 from asa.evaluation.comparison import comparison_table
 from asa.evaluation.policies import POLICIES
 from asa.tasks import COMMANDS
+from asa.tasks.atlases import check_network_settings, predict_by_registration
 from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
 from asa.tasks.embedding import evaluate_probe
 from asa.tasks.evaluation import compare_folders
@@ -119,23 +120,33 @@ def finetune(
     return call("finetune", settings, required, config_dir=config_dir)
 
 
-def predict(checkpoint: str | Path | Sequence[str | Path], input: str | Path, out: str | Path, **settings: Any) -> Path:
-    """Predict scans with a trained network, as asa-predict does.
+def predict(
+    checkpoint: str | Path | Sequence[str | Path] | None,
+    input: str | Path,
+    out: str | Path,
+    *,
+    atlas: str | Path | None = None,
+    **settings: Any,
+) -> Path:
+    """Predict scans with a trained network, or by registration of labelled scans, as asa-predict does.
 
     Args:
-        checkpoint: a run, a checkpoint or a weights file; several are averaged.
+        checkpoint: a run, a checkpoint or a weights file; several are averaged. None with `atlas`.
         input: a scan, a folder of scans, or a store.
         out: folder for the results.
+        atlas: a store with labels, whose scans are registered to each new one.
         settings: keys of asa-predict.
 
     Returns:
         `out`.
 
     Raises:
-        FileNotFoundError, ValueError: no such input or checkpoint, or scans that failed.
+        FileNotFoundError, ValueError: no such input or checkpoint, both or neither of checkpoint and atlas, or scans
+            that failed.
     """
-    paths = str(checkpoint) if isinstance(checkpoint, str | Path) else [str(path) for path in checkpoint]
-    call("predict", settings, {"checkpoint": paths, "input": str(input), "out": str(out)})
+    several = None if checkpoint is None or isinstance(checkpoint, str | Path) else list(checkpoint)
+    required = {"checkpoint": checkpoint if several is None else several, "atlas": atlas, "input": input, "out": out}
+    call("predict", settings, required)
     return Path(out)
 
 
@@ -246,18 +257,22 @@ def _explains(config: Config) -> bool:
 
 
 def predict_task(config: Config) -> None:
-    """Predict scans as the checkpoint's task does; of several checkpoints, as that of the first.
+    """Predict scans as the checkpoint's task does, of several checkpoints as that of the first; or with atlases.
 
     Raises:
         FileNotFoundError, ValueError: no such input or checkpoint, or scans that failed.
     """
     if not isinstance(config["probabilities"], bool):
         raise ValueError(f"probabilities={config['probabilities']}: choose true or false")
-    checkpoints, source = checkpoints_of(config), Path(str(config["input"]))
-    if not checkpoints:
+    source = Path(str(config["input"]))
+    if config["atlas"] is None and not (checkpoints := checkpoints_of(config)):
         raise ValueError("checkpoint=[]: give at least one")
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
+    if config["atlas"] is not None:
+        predict_by_registration(config)
+        return
+    check_network_settings(config)
     task = task_of_checkpoint(read_description(checkpoints[0]), config["plugins"])
     if config["healthy"] is not None and task.command != "pretrain":
         raise ValueError("healthy= is for asymmetry maps of a run of method=sa_swin: leave it out")

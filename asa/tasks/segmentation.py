@@ -29,8 +29,8 @@ from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
-from asa.inference.label_maps import SIDE
-from asa.inference.layout import VOLUMES, BidsDerivative, Layout, label_maps_of
+from asa.inference.label_maps import SIDE, ScanSegmenter
+from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED
@@ -39,7 +39,8 @@ from asa.reporting.figures import central_slices, label_colours, overlay_panel, 
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
 from asa.tasks.prediction import checkpoints_of, predict_scans
-from asa.tasks.volumes import VolumeTask
+from asa.tasks.unlabelled import REST, UnlabelledScans
+from asa.tasks.volumes import Records, VolumeTask, absolute, choose_split
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
@@ -63,6 +64,20 @@ class Segmentation(VolumeTask):
         self.regions = _regions(config["method"], store)
         self.set_model(out_channels=len(self.regions) or len(self.index) + 1)
         self.lateral_pairs = lateral_indices(self.data.lateral_pairs, self.index, self.augment)
+        self.unlabelled = None if self.data.unlabelled is None else self._unlabelled(self.data.unlabelled)
+        self.source = self.unlabelled or self.store
+
+    def _unlabelled(self, chosen: str) -> UnlabelledScans:
+        run, data = Path(str(self.config["out"])), self.config["data"]
+        if chosen != REST:
+            absolute(data, "unlabelled")
+        labelled = set(self.split["train"])
+        drawn = choose_split(self.store.records, {**data, "labelled": None}, run)["train"]
+        rest = [subject for subject in drawn if subject not in labelled]
+        return UnlabelledScans(chosen, self.store, self.split, rest, run)
+
+    def trained_on(self) -> Records:
+        return [*self.parts["train"], *(self.unlabelled.records if self.unlabelled else [])]
 
     def explain_init(self, method: Any) -> str:
         if not self.config["init"]:
@@ -72,7 +87,7 @@ class Segmentation(VolumeTask):
     def dataset(self, method: Any) -> CropDataset:
         return self.crops(
             method,
-            self.parts["train"],
+            self.trained_on(),
             crop=self.data.placement,
             labelled=True,
             foreground=self.data.foreground,
@@ -105,7 +120,10 @@ class Segmentation(VolumeTask):
         self.init.write(run)
         start = f"the encoder of {self.config['init']}" if self.config["init"] else "scratch"
         train, validation = len(self.parts["train"]), len(self.parts["validation"])
-        print(f"fine-tuning from {start} on {train} scans, validated on {validation}, in {run}")
+        others = f" and {len(self.unlabelled.records)} unlabelled ones" if self.unlabelled else ""
+        print(f"fine-tuning from {start} on {train} scans{others}, validated on {validation}, in {run}")
+        if self.unlabelled:
+            self.unlabelled.carry_labels()
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
         if "dice" in metrics:
@@ -243,18 +261,21 @@ class SegmentationPredictor:
 
     Args:
         config: of asa-predict.
+        segmenter: what predicts; None: the networks of the configuration.
 
     Raises:
-        FileNotFoundError, ValueError: see `Segmenter`; an unknown layout, labels that it cannot name, or
-            a damaged table of volumes.
+        FileNotFoundError, ValueError: see `Segmenter`; an unknown layout, labels that it cannot name, a damaged table
+            of volumes, or a folder of label maps that atlases made, which networks would mix with theirs.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, segmenter: ScanSegmenter | None = None) -> None:
         self.out, self.with_probabilities = Path(str(config["out"])), config["probabilities"]
         if (self.out / VOLUMES).exists():
             read_rows(self.out / VOLUMES)  # rows are added to it: refused before the work if it is no table
+        if segmenter is None and (self.out / ATLASES).exists():
+            raise ValueError(f"{self.out} holds label maps that atlases made ({ATLASES}): choose another out=")
         self.with_uncertainty = config["uncertainty"] is not None
-        self.segmenter = Segmenter(
+        self.segmenter: ScanSegmenter = segmenter or Segmenter(
             checkpoints_of(config),
             typed(PredictSettings, config["predict"]),
             mirror=config["mirror"],
@@ -268,13 +289,16 @@ class SegmentationPredictor:
             raise ValueError(f"layout={config['layout']}: choose bids, or null for OUT/ID.nii.gz")
         self.layout = Layout(self.out)
         if config["layout"] == "bids":
-            self.layout = BidsDerivative(self.out, self.segmenter, checkpoints_of(config), self.with_probabilities)
+            self.layout = BidsDerivative(self.out, self.segmenter, self.with_probabilities)
         self.rows: dict[str, dict[str, str]] = {}
 
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> Any:
+        self.rows[id] = self.predict_row(id, image, chain, like)
+
+    def predict_row(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
+        """Predict a scan as `predict_stored` does; its row in the table of volumes."""
+        probabilities, uncertainty = self.further_files(id)
         out = self.layout.label_map(id)
-        probabilities = self.layout.probabilities(id) if self.with_probabilities else None
-        uncertainty = self.layout.uncertainty(id) if self.with_uncertainty else None
         found = self.segmenter.segment_prepared(
             image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty
         )
@@ -283,18 +307,29 @@ class SegmentationPredictor:
         scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
         named = isinstance(self.layout, BidsDerivative)
         file = {"file": out.relative_to(self.out).as_posix()} if named else {}
-        self.rows[id] = {"id": id, **file, **volumes, **scores}
+        return {"id": id, **file, **volumes, **scores}
+
+    def further_files(self, id: str) -> tuple[list[Path] | None, Path | None]:
+        """Where the probabilities of a scan and its uncertainty are written, each None if it is not asked for."""
+        probabilities = self.layout.probabilities(id) if self.with_probabilities else None
+        if isinstance(probabilities, Path):
+            probabilities = self.segmenter.outputs.files(probabilities)
+        return probabilities, self.layout.uncertainty(id) if self.with_uncertainty else None
 
     def finish(self) -> str:
         if self.rows:
-            with in_turn(self.out):  # another process may add its scans at the same moment
-                rows = dict(sorted((self._rows_before() | self.rows).items()))
-                header = list(dict.fromkeys(column for row in rows.values() for column in row))
-                table = csv_text(header, [[row.get(column, "") for column in header] for row in rows.values()])
-                write_whole(self.out / VOLUMES, table.encode())
+            self.add(self.rows)
         return f"wrote label maps and {VOLUMES} to {self.out}"
 
-    def _rows_before(self) -> dict[str, dict[str, str]]:
+    def add(self, rows: Mapping[str, dict[str, str]]) -> None:
+        """Add rows, by id, to the table of volumes."""
+        with in_turn(self.out):  # another process may add its scans at the same moment
+            rows = dict(sorted((self.rows_before() | dict(rows)).items()))
+            header = list(dict.fromkeys(column for row in rows.values() for column in row))
+            table = csv_text(header, [[row.get(column, "") for column in header] for row in rows.values()])
+            write_whole(self.out / VOLUMES, table.encode())
+
+    def rows_before(self) -> dict[str, dict[str, str]]:
         """Rows of an earlier table, of scans whose label maps are still here; another network's have other columns."""
         file = self.out / VOLUMES
         rows = read_rows(file) if file.exists() else []

@@ -11,7 +11,7 @@ from torch import nn
 from asa.config import typed
 from asa.data.io.files import write_json
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
-from asa.data.loading.crops import CropDataset
+from asa.data.loading.crops import CropDataset, VolumeSource
 from asa.data.splits import keep_labelled, make_split, read_split, select
 from asa.data.store import Store
 from asa.evaluation.summary import listed
@@ -40,11 +40,12 @@ class VolumeData:
     split_file: str | None
     # asa-pretrain
     mirror_probability: float = 0.0
-    probe: str | None = None
+    labelled_store: str | None = None
     health: str | None = None
     # asa-finetune
     foreground: float = 0.0
     labelled: Any = None
+    unlabelled: str | None = None
     classes: str | None = None
     table: str | None = None
     column: str | None = None
@@ -71,6 +72,7 @@ class VolumeTask:
         absolute(config["data"], *paths)
         self.config = config
         self.store, self.split, self.parts = open_store(config["data"], Path(str(config["out"])))
+        self.source: VolumeSource = self.store
         self.data, self.train = typed(VolumeData, config["data"]), typed(TrainSettings, config["train"])
         self.init = Initialisation(config, self.store, self.split)
 
@@ -92,10 +94,14 @@ class VolumeTask:
     def crops(self, method: Any, part: Records, **options: Any) -> CropDataset:
         """Crops for a method from some records; `options` are of `CropDataset`."""
         size = method.model.encoder.img_size
-        return CropDataset(self.store, part, size, mirrored=method.mirrored, seed=self.train.seed, **options)
+        return CropDataset(self.source, part, size, mirrored=method.mirrored, seed=self.train.seed, **options)
+
+    def trained_on(self) -> Records:
+        """The records of all training scans."""
+        return self.parts["train"]
 
     def metadata(self) -> dict[str, Any]:
-        train = self.parts["train"]
+        train = self.trained_on()
         shared = {"channels": self.store.channels, "prepare": self.store.settings}
         return {**shared, **training_scan_metadata([], train), **self.init.digests(train), **self.target_metadata()}
 

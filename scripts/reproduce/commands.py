@@ -49,7 +49,14 @@ def score(out: Path, name: str, store: Path, log: Path | None = None, threads: i
     if (scores / "digests.json").exists():  # the last file of an evaluation
         return
     asa("predict", "part=test", log=log, threads=threads, checkpoint=run, input=store, out=predictions)
-    split = run / "split.json"
+    evaluate(out, name, store, run / "split.json", log=log, threads=threads)
+
+
+def evaluate(
+    out: Path, name: str, store: Path, split: Path, log: Path | None = None, threads: int | None = None
+) -> None:
+    """Score OUT/predicted/NAME, predictions of the split's test part, in OUT/evaluated."""
+    predictions, scores = (out / kind / name for kind in ("predicted", "evaluated"))
     asa("evaluate", log=log, threads=threads, predictions=predictions, truth=store, split_file=split, out=scores)
 
 

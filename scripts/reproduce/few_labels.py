@@ -5,9 +5,9 @@ pretrained on brains that the network is not tested on (experiment=structures_pr
 them (experiment=structures_finetune), each seed from its own encoder. Each arm has the best of its learning rates, by
 the Dice of one more brain of the training part, with the first fold and seed. `--tested 3 --labelled 12 --rates 1e-2`
 tests three brains in each of five folds, and labels all others: none is left to choose a rate by.
-`--arms pretrained mae scratch` adds an encoder pretrained as a plain masked autoencoder. Prints the
-tables of docs/evidence_details.md. Finished runs are not repeated, and interrupted ones are resumed: an hour for an
-encoder, half an hour for a fine-tuning, on one core each.
+`--arms pretrained scratch atlas` adds what registration of the same labelled brains gives. Prints the tables of
+docs/evidence.md and docs/evidence_details.md. Finished runs are not repeated, and interrupted ones are resumed: half an
+hour for an encoder and for a fine-tuning, on one core each.
 
 DATA: see scripts/reproduce/structures.py.
 """
@@ -24,33 +24,46 @@ import numpy as np
 from asa.data.splits import write_split
 from asa.evaluation.comparison import p_text
 from asa.evaluation.statistics import wilcoxon_p
-from scripts.reproduce.commands import asa, brain_dice, interval, score, validations
+from scripts.reproduce.commands import asa, brain_dice, evaluate, interval, score, validations
 from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
 TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
 Settings = tuple[str, ...]
+LIGHT = "structures_light"
 PLAIN = ("model.mirror_patches=false",)
 DEEP = ("+model.depth=12",)
 RASTER, SEQUENCE, NARROW = "model.order=raster", "model.bias=sequence", "model.window=32"
 UNET = ("model=unet_tiny",)  # which also reads the image itself
 
 
-def in_raster_order(pretraining: Settings = (), finetuning: Settings = ()) -> tuple[Settings, Settings]:
+class Arm(NamedTuple):
+    """Settings of an arm for asa-pretrain and asa-finetune, and the experiment of the latter."""
+
+    pretraining: Settings = ()
+    finetuning: Settings = ()
+    experiment: str = LIGHT
+
+
+def in_raster_order(pretraining: Settings = (), finetuning: Settings = ()) -> Arm:
     """An arm with windows in raster order, a bias by the offset in the sequence, and the same window in fine-tuning."""
-    return (RASTER, SEQUENCE, *pretraining), (RASTER, SEQUENCE, NARROW, *finetuning)
+    return Arm((RASTER, SEQUENCE, *pretraining), (RASTER, SEQUENCE, NARROW, *finetuning))
 
 
-# Settings of each arm's encoder, for asa-pretrain and asa-finetune.
-ARMS: dict[str, tuple[Settings, Settings]] = {
-    "pretrained": ((), ()),
-    "scratch": ((), ()),
-    "unet": ((), UNET),
-    "unet_scratch": ((), UNET),
+ARMS: dict[str, Arm] = {
+    "pretrained": Arm(experiment="structures_finetune"),
+    "scratch": Arm(experiment="structures_finetune"),
+    "deform": Arm((), ("augment.deform=3",), "structures_finetune"),
+    "unlabelled": Arm((), ("data.unlabelled=rest",), "structures_finetune"),
+    # A head that reads nothing but the tokens.
+    "light": Arm(),
+    "light_scratch": Arm(),
+    "unet": Arm((), UNET),
+    "unet_scratch": Arm((), UNET),
     # Windows of 32 tokens in fine-tuning, too; one of the two differences from raster order alone.
-    "narrow_windows": ((), (NARROW,)),
-    "alternating": ((SEQUENCE,), (SEQUENCE, NARROW)),
-    "grid": ((RASTER,), (RASTER, NARROW)),
-    # Windows as in the paper, with which most figures of docs/evidence_details.md were made.
+    "narrow_windows": Arm((), (NARROW,)),
+    "alternating": Arm((SEQUENCE,), (SEQUENCE, NARROW)),
+    "grid": Arm((RASTER,), (RASTER, NARROW)),
+    # Windows as in the paper, with which many figures of docs/evidence_details.md were made.
     "raster": in_raster_order(),
     "raster_scratch": in_raster_order(),
     "raster_unet": in_raster_order((), UNET),
@@ -75,7 +88,9 @@ ARMS: dict[str, tuple[Settings, Settings]] = {
     "quarter_air": in_raster_order(("method.decode=0.25", "method.air=keep")),
     "quarter_blocks": in_raster_order(("method.decode=0.25", "model.decoder_depth=3")),
 }
-SCRATCH = ("scratch", "unet_scratch", "raster_scratch", "raster_unet_scratch", "plain_scratch")
+SCRATCH = ("scratch", "light_scratch", "unet_scratch", "raster_scratch", "raster_unet_scratch", "plain_scratch")
+# What a user would do without a network: the same labelled scans are registered to each new one. Fusion of several.
+ATLASES = {"atlas": "joint", "atlas_majority": "majority"}
 STORE = "store_brains"
 CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
 
@@ -91,7 +106,8 @@ class Run(NamedTuple):
 
     def name(self) -> str:
         """Name of its folders."""
-        return f"fold{self.fold}_{self.labelled}_{self.arm}_{self.rate}_seed{self.seed}"
+        chance = "" if self.arm in ATLASES else f"_{self.rate}_seed{self.seed}"
+        return f"fold{self.fold}_{self.labelled}_{self.arm}{chance}"
 
 
 def prepare(data: Path, out: Path, tested: Mapping[int, tuple[int, int]], validating: bool) -> None:
@@ -116,14 +132,14 @@ def pretrain(out: Path, arm: str, fold: int, seed: int) -> None:
     """Pretrain an arm's encoder on the training part of a fold."""
     name = encoder(arm, fold, seed)
     paths = {"data.store": out / STORE, "data.split_file": out / f"pretrain{fold}.json", "out": out / name}
-    settings = ("experiment=structures_pretrain", f"train.seed={seed}", *CPU, *ARMS[arm][0])
+    settings = ("experiment=structures_pretrain", f"train.seed={seed}", *CPU, *ARMS[arm].pretraining)
     asa("pretrain", *settings, log=log(out, name), threads=1, **paths)
     print(f"{name}: done", flush=True)
 
 
 def pretrained_as(arm: str) -> str:
     """The first arm with the same settings of the pretraining: they share their encoders."""
-    return next(name for name, (settings, _) in ARMS.items() if settings == ARMS[arm][0])
+    return next(name for name, other in ARMS.items() if other.pretraining == ARMS[arm].pretraining)
 
 
 def encoder(arm: str, fold: int, seed: int) -> str:
@@ -131,22 +147,43 @@ def encoder(arm: str, fold: int, seed: int) -> str:
     return f"{pretrained_as(arm)}{fold}_seed{seed}"
 
 
-def finetune_run(out: Path, run: Run, steps: int) -> None:
-    """Fine-tune an arm and score it."""
-    settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}", *ARMS[run.arm][1])
+def score_run(out: Path, run: Run, steps: int | None) -> None:
+    """Fine-tune an arm and score it, or score the labels that atlases give."""
+    split = f"finetune{run.fold}.json"
+    if run.arm in ATLASES:
+        score_atlases(out, run.name(), split, run.labelled, ATLASES[run.arm])
+        return
+    arm = ARMS[run.arm]
+    settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}", *arm.finetuning)
     init = None if run.arm in SCRATCH else out / encoder(run.arm, run.fold, run.seed)
-    finetune(out, run.name(), f"finetune{run.fold}.json", steps, *settings, init=init)
+    finetune(out, run.name(), split, steps, *settings, init=init, experiment=arm.experiment)
 
 
-def finetune(out: Path, name: str, split: str, steps: int, *settings: str, init: Path | None) -> None:
-    """Fine-tune on the brains of OUT/store_brains, predict those of the test part, and score them."""
+def finetune(
+    out: Path, name: str, split: str, steps: int | None, *settings: str, init: Path | None, experiment: str = LIGHT
+) -> None:
+    """Fine-tune on the brains of OUT/store_brains, predict those of the test part, and score them.
+
+    Args:
+        steps: None: those of the experiment.
+    """
     paths = {"data.store": out / STORE, "data.split_file": out / split, "out": out / "finetuned" / name}
     start = {} if init is None else {"init": init}
-    experiment = ("experiment=structures_finetune", f"train.steps={steps}", f"train.validate_every={steps}")
-    asa("finetune", *experiment, *CPU, *settings, log=log(out, name), threads=1, **paths, **start)
+    length = () if steps is None else (f"train.steps={steps}", f"train.validate_every={steps}")
+    first = (f"experiment={experiment}", *length, *CPU)
+    asa("finetune", *first, *settings, log=log(out, name), threads=1, **paths, **start)
     score(out, name, out / STORE, log=log(out, name), threads=1)
     validated = f"validation {validation_dice(out, name):.3f}, " if validations(out / "finetuned" / name) else ""
     print(f"{name}: {validated}test {brain_dice(out, name, STRUCTURES).mean():.3f}", flush=True)
+
+
+def score_atlases(out: Path, name: str, split: str, labelled: int, fusion: str) -> None:
+    """Register the first labelled brains to those of the test part, and score the labels that they give these."""
+    settings = (f"labelled={labelled}", f"fusion={fusion}", "part=test")
+    paths = {"atlas": out / STORE, "input": out / STORE, "split_file": out / split, "out": out / "predicted" / name}
+    asa("predict", *settings, log=log(out, name), threads=1, **paths)
+    evaluate(out, name, out / STORE, out / split, log=log(out, name), threads=1)
+    print(f"{name}: test {brain_dice(out, name, STRUCTURES).mean():.3f}", flush=True)
 
 
 def log(out: Path, name: str) -> Path:
@@ -209,12 +246,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 3])
-    parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"], choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"], choices=[*ARMS, *ATLASES])
     parser.add_argument("--tested", type=int, help="brains of a fold, where all others are labelled; none validates")
     parser.add_argument("--folds", nargs="+", type=int, help="all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rates", nargs="+", default=["3e-3", "1e-2", "3e-2"], help="learning rates to choose from")
-    parser.add_argument("--steps", type=int, default=1200, help="of a fine-tuning")
+    parser.add_argument("--rates", nargs="+", default=["1e-3", "3e-3", "1e-2"], help="learning rates to choose from")
+    parser.add_argument("--steps", type=int, help="of a fine-tuning; those of the experiment by default")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     options = parser.parse_args()
     tested = options.tested
@@ -227,14 +264,16 @@ def main() -> None:
     out, seeds, labelled = options.out.resolve(), options.seeds, options.labelled
     prepare(options.data, out, {fold: ranges[fold] for fold in folds}, validating=tested is None)
     with ThreadPoolExecutor(options.jobs) as pool:
-        arms = dict.fromkeys(pretrained_as(arm) for arm in options.arms if arm not in SCRATCH)
+        arms = dict.fromkeys(pretrained_as(arm) for arm in options.arms if arm not in (*SCRATCH, *ATLASES))
         list(pool.map(lambda which: pretrain(out, *which), itertools.product(arms, folds, seeds)))
 
         def run_all(runs: list[Run]) -> None:
-            list(pool.map(lambda run: finetune_run(out, run, options.steps), runs))
+            list(pool.map(lambda run: score_run(out, run, options.steps), runs))
 
         choices = {
-            (count, arm): [Run(folds[0], count, seeds[0], arm, rate) for rate in options.rates]
+            (count, arm): [
+                Run(folds[0], count, seeds[0], arm, rate) for rate in (["-"] if arm in ATLASES else options.rates)
+            ]
             for count, arm in itertools.product(labelled, options.arms)
         }
         first = [run for runs in choices.values() for run in runs]
@@ -243,7 +282,7 @@ def main() -> None:
         wanted = [
             Run(fold, count, seed, arm, best[count, arm]) for fold in folds for seed in seeds for count, arm in best
         ]
-        run_all([run for run in wanted if run not in first])
+        run_all(list({run.name(): run for run in wanted if run not in first}.values()))
     table = report(out, folds, seeds, best)
     (out / "structures.md").write_text(table)
     print(table)

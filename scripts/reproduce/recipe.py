@@ -2,7 +2,7 @@
 
 Pretrains the same encoder in several ways ("arms") on 9 OASIS-1 brains, with the same number of samples, and compares
 what a linear probe reads from it on 6 others, against operations and seconds; the arms of `--finetune` also by the
-Dice of the 6 after a fine-tuning on 1 and 3 of the 9 (experiment=structures_finetune). Writes OUT/recipe.md, the tables
+Dice of the 6 after a fine-tuning on 1 and 3 of the 9 (experiment=structures_light). Writes OUT/recipe.md, the tables
 of docs/evidence_details.md, and OUT/recipe.png. Finished runs are not repeated.
 
 DATA: see scripts/reproduce/structures.py.
@@ -86,7 +86,7 @@ def prepare(data: Path, out: Path) -> None:
 
 def pretrain_settings(out: Path, arm: str, seed: int) -> list[str]:
     """The settings of a pretraining run."""
-    names = {"data.store": STORE, "data.probe": "store_held_out", "data.split_file": "split.json"}
+    names = {"data.store": STORE, "data.labelled_store": "store_held_out", "data.split_file": "split.json"}
     paths = {key: out / name for key, name in names.items()} | {"out": run_folder(out, arm, seed)}
     return [*BASE, *ARMS[arm], f"train.seed={seed}", *quoted(**paths)]
 
@@ -101,7 +101,7 @@ def pretrain(out: Path, arm: str, seed: int) -> None:
     folder = run_folder(out, arm, seed)
     asa("pretrain", *pretrain_settings(out, arm, seed), log=out / "logs" / f"pretrain_{folder.name}.txt", threads=1)
     last = validations(folder)[-1]
-    print(f"pretrained {folder.name}: probe {last['probe_dice']:.4f}, first {last['probe_dice_first']:.4f}", flush=True)
+    print(f"pretrained {folder.name}: {last['linear_dice']:.4f}, first {last['linear_dice_first']:.4f}", flush=True)
 
 
 def finetuned_name(arm: str, labelled: int, seed: int) -> str:
@@ -165,9 +165,9 @@ def report(out: Path, arms: Sequence[str], seeds: Sequence[int], tuned: Sequence
     ]
     for arm in arms:
         ends = [probes[arm][seed][-1] for seed in seeds]
-        last = [line["probe_dice"] for line in ends]
-        paired = [value - probes[first][seed][-1]["probe_dice"] for value, seed in zip(last, seeds, strict=True)]
-        gained = [line["probe_dice"] - line["probe_dice_first"] for line in ends]
+        last = [line["linear_dice"] for line in ends]
+        paired = [value - probes[first][seed][-1]["linear_dice"] for value, seed in zip(last, seeds, strict=True)]
+        gained = [line["linear_dice"] - line["linear_dice_first"] for line in ends]
         operations, seconds = costs[arm]
         lines.append(
             f"| `{arm}` | {operations:.2f} | {operations / base[0]:.2f} | {seconds / base[1]:.2f} | "
@@ -209,7 +209,9 @@ def draw(
     for arm, runs in probes.items():
         steps = np.array([0, *(line["step"] for line in next(iter(runs.values())))])
         samples = SAMPLES * steps / steps[-1]
-        curves = [[logged[0]["probe_dice_first"], *(line["probe_dice"] for line in logged)] for logged in runs.values()]
+        curves = [
+            [logged[0]["linear_dice_first"], *(line["linear_dice"] for line in logged)] for logged in runs.values()
+        ]
         mean = np.mean(curves, axis=0)
         for axis, unit, scale in zip(grid[0], costs[arm], (1e-3, 1.0), strict=True):
             axis.plot(samples * unit * scale, mean, marker="o", markersize=3, label=arm, color=colours[arm])

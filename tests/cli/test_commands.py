@@ -220,7 +220,7 @@ def test_a_linear_probe_leaves_the_encoder_that_it_measures_as_it_was(command, s
     assert command("pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN).code == 0
     arguments = [
         f"data.store={store}", f"out={tmp_path}/probe", f"init={tmp_path}/pre", "experiment=linear_probe", *TINY,
-        "model=probe_tiny", "crop=32", "train.steps=2", "data.split={validation: 1, test: 1}", "predict.overlap=0",
+        "model=vit_linear_tiny", "crop=32", "train.steps=2", "data.split={validation: 1, test: 1}", "predict.overlap=0",
         "train.best=dice",
     ]  # fmt: skip
     result = command("finetune", *arguments)

@@ -307,7 +307,7 @@ def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(
     shell = nn.Module()
     shell.model = build(node)
     data = {**DATA, "channels": ["t1", "flair"]}
-    save_checkpoint(tmp_path / "run", 1, shell, {"model": node, "data": data}, {}, keep=1)
+    save_checkpoint(tmp_path / "run", 1, shell, {"model": node, "task": "segmentation", "data": data}, {}, keep=1)
     scans = tmp_path / "scans"
     for name in ("a_t1", "a_flair", "b_t1"):
         a_scan(scans, name)
@@ -437,7 +437,7 @@ def test_a_stored_scan_without_its_first_channel_is_predicted_on_the_grid_of_ano
     shell = nn.Module()
     shell.model = build(node)
     data = {**DATA, "channels": ["t1", "flair"], "prepare": Store(tmp_path / "store").settings}
-    save_checkpoint(tmp_path / "run", 1, shell, {"model": node, "data": data}, {}, keep=1)
+    save_checkpoint(tmp_path / "run", 1, shell, {"model": node, "task": "segmentation", "data": data}, {}, keep=1)
     paths = f"checkpoint={tmp_path}/run", f"input={tmp_path}/store", f"out={tmp_path}/out"
     assert call(predict, monkeypatch, *paths, "predict.device=cpu") == 0
     made, scan = read_image(tmp_path / "out" / "b.nii.gz"), read_image(tmp_path / "scans" / "b_flair.nii.gz")
@@ -512,5 +512,5 @@ def test_a_scan_unlike_the_training_scans_is_named_with_what_is_unlike(
         warnings.simplefilter("error")
         for record in records:
             preprocessor.warn_outside_range(record["quality"], record["intensity"])
-    with pytest.warns(UserWarning, match=r"brain volume 9999 ml \(training \d+ to \d+\)"):
+    with pytest.warns(UserWarning, match=r"brain volume 9999 ml \(there \d+ to \d+\)"):
         preprocessor.warn_outside_range({"brain_ml": 9999.0}, {})

@@ -22,7 +22,7 @@ def test_each_arm_sees_as_many_samples_and_is_fine_tuned_as_it_was_pretrained(
     given: list[str] = []
     monkeypatch.setattr(recipe, "finetune", lambda out, name, split, steps, *settings, init: given.extend(settings))
     recipe.finetune_arm(tmp_path, arm, 3, 0, steps=10)
-    network = compose("finetune", ["experiment=structures_finetune", "data.store=store", "out=run", *given])["model"]
+    network = compose("finetune", ["experiment=structures_light", "data.store=store", "out=run", *given])["model"]
     of_the_encoder = ("patch_size", "window", "position", "mirror_patches", "depth")
     assert [network.get(key) for key in of_the_encoder] == [pretraining["model"].get(key) for key in of_the_encoder]
 
@@ -32,7 +32,7 @@ def pretrained(out: Path, arm: str, seed: int, first: float, probe: float) -> No
     folder = recipe.run_folder(out, arm, seed)
     folder.mkdir(parents=True)
     lines = [
-        {"group": "validation", "step": step, "probe_dice": probe * step / 300, "probe_dice_first": first}
+        {"group": "validation", "step": step, "linear_dice": probe * step / 300, "linear_dice_first": first}
         for step in (150, 300)
     ]
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))

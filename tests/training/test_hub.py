@@ -141,7 +141,7 @@ def test_what_is_not_there_is_named(hub: Hub, tmp_path: Path, monkeypatch: pytes
         with pytest.raises(ValueError, match=r"give hf://ORG/NAME, or hf://ORG/NAME@REVISION"):
             load_model(wrong)
     with pytest.raises(ValueError, match="part=test: hf://org/net has no split"):
-        subjects_of_part({"part": "test", "checkpoint": "hf://org/net"})
+        subjects_of_part({"part": "test", "checkpoint": "hf://org/net", "atlas": None})
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r'pip install "asa-mri\[hub\]"'):
         load_model("hf://org/nothing")

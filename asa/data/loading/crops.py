@@ -150,7 +150,8 @@ class CropDataset(Samples):
 
     def _spacing(self, index: int) -> Sequence[float]:
         """Voxel size along D, H, W in mm of a record of a store; 1 where it does not tell."""
-        chain = self.records[index].get("chain") if self._augment.smooth else None
+        in_mm = self._augment.deform > 0 or self._augment.bias_field > 0
+        chain = self.records[index].get("chain") if in_mm else None
         return (1.0, 1.0, 1.0) if chain is None else spacing_of(np.array(chain["stored_affine"]))[::-1].tolist()
 
     def _start(self, record_id: str, shape: Sequence[int], generator: torch.Generator, box: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from scipy import ndimage, optimize
 from torch import Tensor
 from torch.nn import functional as F
 
-from asa.data.preprocessing.resampling import Lengths
+from asa.data.preprocessing.resampling import Lengths, affine_transform
 
 WORKING_SPACING = 3.0  # mm: takes a second per head, with an error of a few hundredths of a millimetre
 SEARCH_RANGE = 24.0  # degrees of yaw and roll in the grid search; the gradient-based search may go further
@@ -118,7 +118,7 @@ def _coarser(volume: np.ndarray, spacing: Lengths, wanted: float) -> np.ndarray:
     clipped = np.clip((volume.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1)
     smooth = ndimage.gaussian_filter(clipped, SMOOTHING * step, truncate=3)
     offset = (np.array(volume.shape) - 1) / 2 - step * (shape - 1) / 2
-    return ndimage.affine_transform(smooth, step, offset, tuple(shape), order=1, mode="nearest")
+    return affine_transform(smooth, step, offset, tuple(shape), order=1, mode="nearest")
 
 
 def _rotation(angles: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Affine resampling between voxel grids. Arrays are (D, H, W); maps go from new voxel to old voxel."""
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -75,7 +77,14 @@ def sample_affine(array: np.ndarray, matrix: np.ndarray, shape: Sequence[int], o
     linear, offset, mode = matrix[:3, :3], matrix[:3, 3], "constant"
     if is_scaling(matrix):
         linear, mode = np.diagonal(linear), "nearest"
-    return ndimage.affine_transform(array, linear, offset, tuple(shape), order=order, mode=mode, prefilter=False)
+    return affine_transform(array, linear, offset, tuple(shape), order=order, mode=mode, prefilter=False)
+
+
+def affine_transform(array: np.ndarray, *arguments: Any, **options: Any) -> np.ndarray:
+    """SciPy's, without the warning that it had before 1.16 for every matrix that only scales."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The behavior of affine_transform", UserWarning)
+        return ndimage.affine_transform(array, *arguments, **options)
 
 
 def is_scaling(matrix: np.ndarray) -> bool:

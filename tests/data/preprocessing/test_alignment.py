@@ -97,6 +97,13 @@ def test_a_resampled_label_map_equals_that_of_whole_masks(seed):
     np.testing.assert_array_equal(sample_label(label, matrix, shape), naive_label(label, matrix, shape))
 
 
+def test_resampling_to_another_voxel_size_gives_no_warning_of_scipy():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        half = sample_affine(np.ones((6, 6, 6)), np.diag([2.0, 2.0, 2.0, 1.0]), (3, 3, 3), 1)
+    assert np.array_equal(half, np.ones((3, 3, 3)))
+
+
 def test_the_background_stays_0_and_the_edge_of_the_brain_keeps_its_intensity():
     image, _ = scan((90, 100, 80), centred((90, 100, 80), 2.0 * np.eye(3)))
     flat = np.where(image.data > 0, 100.0, 0).astype(np.float32).transpose(2, 1, 0)

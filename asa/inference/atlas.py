@@ -1,0 +1,326 @@
+"""Label maps by registration: labelled scans (atlases) are aligned with a new scan, and their labels carried over.
+
+Each atlas is registered by ANTs in the prepared space: an affine map, then SyN (Avants et al., Medical Image Analysis
+2008), both of the first channel. The labels of several atlases are fused by majority vote or by joint label fusion
+(Wang et al., IEEE TPAMI 2013). The latter gives an atlas weight where it matches the scan around a voxel, and less
+where others are likely to make the same errors.
+
+Letters: prepared volume `C D H W`; K classes, of which 0 is the background; A atlases.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from tqdm import tqdm
+
+from asa.data.io.nifti import Volume, identity_of
+from asa.data.preprocessing.resampling import Lengths, bounding_box
+from asa.data.splits import select
+from asa.data.store import Entry, Store
+from asa.errors import require
+from asa.inference.label_maps import Outputs, Segmented
+from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata, voxel_size
+from asa.inference.uncertainty import entropy_map, write_uncertainty
+from asa.ops.labels import IGNORED
+
+FUSIONS = ("joint", "majority")
+PATCH, SEARCH = 2, 3  # of joint label fusion, radii in voxels: of the patches, and of the search for similar ones
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """A labelled scan of a store.
+
+    Args:
+        id: of the scan.
+        image: `(C, D, H, W)`, prepared.
+        label: `(D, H, W)` uint8, class indices as in the store; `IGNORED` where the label is unknown.
+        spacing: voxel size along D, H, W in mm.
+        classes: K, the number of the store's labels, and the background.
+    """
+
+    id: str
+    image: np.ndarray
+    label: np.ndarray
+    spacing: tuple[float, float, float]
+    classes: int
+
+
+def labelled_records(store: Store, subjects: Sequence[str] | None = None) -> list[Entry]:
+    """The records of a store's labelled scans, in its order; or those of some subjects, in their order."""
+    records = store.records if subjects is None else select(store.records, subjects)
+    return [record for record in records if "label" in record["arrays"]]
+
+
+def read_atlases(store: Store, subjects: Sequence[str]) -> list[Atlas]:
+    """All labelled scans of some subjects of a store, in the order of the subjects; the arrays are memory-mapped.
+
+    Raises:
+        ValueError: a subject that is not in the store or has no labelled scan, or a damaged array.
+    """
+    records = labelled_records(store, subjects)
+    if without := set(subjects) - {record["subject"] for record in records}:
+        raise ValueError(f"{store.path}: subject {min(without)} has no label map, and an atlas needs one: leave it out")
+    atlases = []
+    for record in records:
+        image, label = store.image(record["id"]), store.label(record["id"])
+        assert label is not None
+        d, h, w = map(float, voxel_size(record["chain"]["stored_affine"]))
+        atlases.append(Atlas(record["id"], image, label[0], (d, h, w), len(store.labels) + 1))
+    return atlases
+
+
+def carry_over(
+    scan: np.ndarray,
+    spacing: Lengths,
+    atlases: Sequence[Atlas],
+    fusion: str = "joint",
+    *,
+    progress: bool = False,
+) -> np.ndarray:
+    """Class probabilities of a prepared scan from the labels of atlases that are registered to it.
+
+    Of several channels the first one that the scan and all atlases have is registered and compared. With one thread
+    the same input gives the same bits.
+
+    Args:
+        scan: `(C, D, H, W)`.
+        spacing: its voxel size along D, H, W in mm.
+        atlases: one or more of one store, whose channels are those of the scan.
+        fusion: of several atlases: "majority", or "joint" for joint label fusion.
+        progress: show a progress bar of atlases.
+
+    Returns:
+        `(K, D, H, W)` float32. One atlas gives 0 or 1, "majority" the fractions of votes. Voxels that all atlases
+        ignore are 0 in all classes, and others sum to 1.
+
+    Raises:
+        ImportError: ANTs is not installed.
+        ValueError: no atlas, an unknown fusion, no common channel, or a registration that failed.
+    """
+    check_fusion(fusion)
+    if not atlases:
+        raise ValueError("no atlas to register: give one or more labelled scans")
+    ants = load_ants()
+    channel = _common_channel(scan, atlases)
+    fixed = _image(ants, scan[channel], spacing)
+    pairs = [
+        _registered(ants, fixed, atlas, channel)
+        for atlas in tqdm(atlases, unit="atlas", leave=False, disable=not progress)
+    ]
+    images, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))  # A D H W
+    votes = majority(labels, atlases[0].classes)
+    return votes if fusion == "majority" else _joint(ants, scan[channel], spacing, images, labels, votes)
+
+
+def check_fusion(fusion: str) -> None:
+    """Raise a ValueError for an unknown way to fuse the labels of several atlases."""
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion={fusion}: choose {' or '.join(FUSIONS)}")
+
+
+def load_ants(threads: int | None = None) -> Any:
+    """ANTs for Python, and the seed of its random sampling.
+
+    Args:
+        threads: of a registration in this process, where ANTs has not been loaded; None: all cores. Environment
+            variables that are given stay.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if threads is not None:
+        os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", str(threads))
+    os.environ.setdefault("ANTS_RANDOM_SEED", "1")
+    return require("ants", "atlas", "registration of atlases")
+
+
+def majority(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Fractions of the votes of atlases; one that ignores a voxel has no vote there.
+
+    Args:
+        labels: `(A, D, H, W)` uint8, class indices and `IGNORED`.
+        classes: K.
+
+    Returns:
+        `(K, D, H, W)` float32.
+    """
+    votes = np.zeros((classes, labels[0].size), np.float32)
+    for label in labels:
+        (voting,) = np.nonzero(label.ravel() != IGNORED)
+        votes[label.ravel()[voting], voting] += 1
+    votes /= np.maximum(votes.sum(axis=0), 1)
+    return votes.reshape(classes, *labels.shape[1:])
+
+
+def _common_channel(scan: np.ndarray, atlases: Sequence[Atlas]) -> int:
+    """The first channel that is missing (0) neither in the scan nor in any atlas."""
+    volumes = [scan, *(atlas.image for atlas in atlases)]
+    if len({len(volume) for volume in volumes}) > 1:
+        raise ValueError(f"the scan has {len(scan)} channels, and the atlases have {len(atlases[0].image)}")
+    for channel in range(len(scan)):
+        if all(volume[channel].any() for volume in volumes):
+            return channel
+    raise ValueError("no channel that this scan and all atlases have: choose other atlases (labelled=)")
+
+
+def _registered(ants: Any, fixed: Any, atlas: Atlas, channel: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image `(D, H, W)` float32 and label `(D, H, W)` uint8 of an atlas on the grid of the scan."""
+    moving, label = (_image(ants, array, atlas.spacing) for array in (atlas.image[channel], atlas.label))
+    with TemporaryDirectory() as folder:  # ANTs leaves its transforms in files
+        try:
+            found = ants.registration(fixed=fixed, moving=moving, type_of_transform="SyN", outprefix=f"{folder}/")
+            if not found["fwdtransforms"]:  # it searches for them by a pattern
+                raise ValueError(f"ANTs found no transforms in {folder}: set TMPDIR to a folder without [ ] * ?")
+            carried = ants.apply_transforms(
+                fixed=fixed, moving=label, transformlist=found["fwdtransforms"], interpolator="genericLabel"
+            )
+        except RuntimeError as error:  # what ITK says of it is printed by the library
+            raise ValueError(
+                f"the atlas {atlas.id} could not be registered ({error}): is this a whole brain, prepared as the atlas?"
+            ) from error
+    return _array(found["warpedmovout"]), np.rint(_array(carried)).astype(np.uint8)
+
+
+def _joint(
+    ants: Any, scan: np.ndarray, spacing: Lengths, images: np.ndarray, labels: np.ndarray, votes: np.ndarray
+) -> np.ndarray:
+    """Joint label fusion where registered atlases disagree; elsewhere their votes.
+
+    ANTs computes weights at each voxel of a mask and adds up the votes of all patches that hold a voxel. So that the
+    disputed voxels get what fusion of the whole volume would give them, the mask is these dilated by the patch, and the
+    volume a box around it that has all patches which are compared.
+
+    Args:
+        scan: `(D, H, W)`.
+        images, labels: `(A, D, H, W)`, on its grid.
+        votes: `(K, D, H, W)`, which is changed.
+    """
+    voted = np.where(labels == IGNORED, 0, labels)
+    disputed = voted.max(axis=0) > labels.min(axis=0)  # IGNORED is above all classes
+    if not disputed.any():
+        return votes
+    mask = ndimage.maximum_filter(disputed, size=2 * PATCH + 1)
+    margin = PATCH + SEARCH
+    box = tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in bounding_box(mask))
+
+    def cropped(array: np.ndarray) -> Any:
+        return _image(ants, array[box], spacing)
+
+    with TemporaryDirectory() as folder:  # it writes a file per label, and reads them by a pattern
+        found = ants.joint_label_fusion(
+            cropped(scan),
+            cropped(mask),
+            [cropped(image) for image in images],
+            rad=PATCH,
+            r_search=SEARCH,
+            label_list=[cropped(label.astype(np.float32) + 1) for label in labels],  # it gives no probability of 0
+            output_prefix=f"{folder}/",
+        )
+    fused = np.zeros((len(votes), int(disputed.sum())), np.float32)
+    for value, image in zip(found["segmentation_numbers"], found["probabilityimages"], strict=True):
+        if value <= len(votes):  # and not IGNORED
+            fused[value - 1] = _array(image)[disputed[box]].clip(min=0)
+    total = fused.sum(axis=0)
+    if not total.any():
+        raise ValueError("joint label fusion by ANTs failed, which says above why: give fusion=majority")
+    votes[:, disputed] = fused / np.where(total > 0, total, 1)
+    return votes
+
+
+def _image(ants: Any, array: np.ndarray, spacing: Lengths) -> Any:
+    """An image of ANTs (x, y, z) from an array `(D, H, W)`; all prepared volumes have the same directions."""
+    return ants.from_numpy(array.T.astype(np.float32), spacing=tuple(map(float, spacing[::-1])))
+
+
+def _array(image: Any) -> np.ndarray:
+    """The array `(D, H, W)` of an image of ANTs."""
+    return np.ascontiguousarray(image.numpy().T)
+
+
+class AtlasSegmenter:
+    """Labelled scans of a store as atlases: a `ScanSegmenter`.
+
+    Args:
+        store: with labels.
+        subjects: whose labelled scans are the atlases.
+        fusion: of several atlases, see `carry_over`.
+        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the store.
+        workers: processes that segment scans at the same time; each of several has one thread.
+
+    Raises:
+        ImportError: ANTs is not installed.
+        ValueError: a store without labels, subjects without a labelled scan, an unknown fusion, damaged arrays; or a
+            store that was skull-stripped by a command, and no `strip`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        subjects: Sequence[str],
+        *,
+        fusion: str = "joint",
+        strip: str | None = None,
+        workers: int = 1,
+    ) -> None:
+        check_fusion(fusion)
+        if not store.labels:
+            raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
+        self.store, self.subjects, self.fusion, self.workers = store, subjects, fusion, workers
+        read_atlases(store, subjects)  # fails here and not at the first scan
+        self.records = labelled_records(store, subjects)
+        self.identities = {digest: record["id"] for record in self.records for digest in record["identity"].values()}
+        self.version: str = load_ants().__version__
+        data = {"channels": store.channels, "labels": store.labels, "prepare": store.settings}
+        data |= training_scan_metadata([], store.records)
+        del data["spacing"]  # a scan is registered with voxels of any size
+        self.outputs = Outputs.of(data)
+        self.preprocessor = ScanPreprocessor(str(store.path), data, strip, scans="the scans")
+
+    def segment_prepared(
+        self,
+        image: np.ndarray,
+        chain: dict[str, Any],
+        like: Volume,
+        out: Path,
+        *,
+        probabilities: Path | Sequence[Path] | None = None,
+        uncertainty: Path | None = None,
+    ) -> Segmented:
+        """See `ScanSegmenter`.
+
+        Raises:
+            ValueError: the scan is one of the atlases, or see `carry_over`.
+        """
+        if (atlas := self.identities.get(identity_of(like))) is not None:
+            raise ValueError(f"its voxels are those of the atlas {atlas}, which has a label map: leave the scan out")
+        load_ants(1 if self.workers > 1 else None)
+        atlases, spacing = read_atlases(self.store, self.subjects), voxel_size(chain["stored_affine"])
+        found = torch.from_numpy(carry_over(image, spacing, atlases, self.fusion, progress=self.workers == 1))
+        ml = self.outputs.write(out, found, chain, like, probabilities)
+        if uncertainty is not None:
+            write_uncertainty(uncertainty, entropy_map(found, regions=False), chain, like)
+        return Segmented(ml, {})
+
+    def described(self) -> dict[str, Any]:
+        """The atlases, for sidecars in BIDS."""
+        atlases = [{"Name": record["id"], "SHA256": record["arrays"]["label"]} for record in self.records]
+        fusion = {"Fusion": self.fusion} if len(atlases) > 1 else {}
+        return {"Atlases": atlases, "Registration": f"SyN of ANTs (antspyx {self.version})", **fusion}
+
+    def record(self) -> dict[str, Any]:
+        """What label maps depend on beside the scan, as plain data."""
+        return {
+            "atlases": {record["id"]: {"subject": record["subject"], **record["arrays"]} for record in self.records},
+            "fusion": self.fusion if len(self.records) > 1 else None,
+            "antspyx": self.version,
+            "labels": {str(value): name for value, name in self.store.labels.items()},
+            "prepare": self.preprocessor.settings.as_json(),
+        }

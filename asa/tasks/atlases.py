@@ -1,0 +1,194 @@
+"""Prediction by registration, without training: labelled scans of a store give their labels to new scans.
+
+`asa-predict atlas=STORE`. Label maps are written as those of networks are. Registration takes minutes per scan: scans
+that an earlier call has done are not done again, and `OUT/atlas.json` says what they were made with.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asa.config import typed
+from asa.data.io.files import read_json, write_json
+from asa.data.io.nifti import Volume
+from asa.data.io.parallel import check_workers
+from asa.data.splits import read_split
+from asa.data.store import MANIFEST, Store
+from asa.evaluation.summary import listed
+from asa.inference.atlas import AtlasSegmenter, labelled_records
+from asa.inference.layout import ATLASES, VOLUMES, label_maps_of
+from asa.inference.scans import Scan, predict_each
+from asa.settings import PredictSettings
+from asa.tasks.base import Config
+from asa.tasks.prediction import scans_of
+from asa.tasks.segmentation import SegmentationPredictor
+
+FOR_NETWORKS = ("mirror", "healthy", "regions", "plugins")  # settings of asa-predict that atlases do not have
+FOR_ATLASES = {"labelled": None, "split_file": None, "fusion": "joint", "workers": 1}  # and the others, with defaults
+
+
+def check_network_settings(config: Config) -> None:
+    """Raise a ValueError for settings of atlases that were given with a network."""
+    if given := [key for key, default in FOR_ATLASES.items() if config[key] != default]:
+        raise ValueError(f"{given[0]}= is for atlas=, and checkpoint= was given: leave it out")
+
+
+def predict_by_registration(config: Config) -> None:
+    """Predict scans with atlases; those of the input that are atlases are left out.
+
+    Args:
+        config: of asa-predict, with `atlas`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `AtlasPredictor`; no scans, or scans that failed.
+    """
+    predictor = AtlasPredictor(config)
+    scans = predictor.without_atlases(scans_of(config, predictor.preprocessor))
+    predict_each(
+        predictor,
+        scans,
+        predictor.layout,
+        workers=config["workers"],
+        remaining=predictor.remaining,
+        done=lambda id, row: predictor.add({id: row}),
+    )
+
+
+class AtlasPredictor(SegmentationPredictor):
+    """Writes the label map of each scan, and its row in `OUT/volumes.csv` as soon as it is done.
+
+    Args:
+        config: of asa-predict, with `atlas`.
+
+    Raises:
+        ImportError: ANTs is not installed.
+        FileNotFoundError, ValueError: see `AtlasSegmenter` and `SegmentationPredictor`; subjects that are not labelled,
+            settings of networks, or a folder with label maps that were made in another way.
+    """
+
+    segmenter: AtlasSegmenter
+
+    def __init__(self, config: Config) -> None:
+        _check_settings(config)
+        store = Store(str(config["atlas"]))
+        subjects = _subjects(store, config)
+        segmenter = AtlasSegmenter(
+            store, subjects, fusion=config["fusion"], strip=config["strip"], workers=config["workers"]
+        )
+        atlases = [record["id"] for record in segmenter.records]
+        if len(atlases) == 1 and (config["probabilities"] or config["uncertainty"]):
+            raise ValueError(
+                "probabilities= and uncertainty= are of the votes of several atlases, and there is one: leave them "
+                "out, or choose more with labelled="
+            )
+        super().__init__(config, segmenter)
+        self.input = Path(str(config["input"]))
+        self._check_out()
+        fused = f", fusion {config['fusion']}" if len(atlases) > 1 else ""
+        print(f"atlases, registered to each scan: {listed(atlases, 5)}{fused}")
+
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
+        return self.predict_row(id, image, chain, like)
+
+    def without_atlases(self, scans: Sequence[Scan]) -> list[Scan]:
+        """The scans that are no atlas, nor in the atlases' own store another scan of an atlas's subject.
+
+        Raises:
+            ValueError: there are none.
+        """
+        records, store = self.segmenter.records, self.segmenter.store
+        subjects = {record["subject"] for record in records}
+        files = {Path(source["path"]).resolve() for record in records for source in record["sources"].values()}
+        own = (self.input / MANIFEST).exists() and self.input.resolve() == store.path.resolve()
+        kept: list[Scan] = []
+        left_out: list[str] = []
+        named: list[str] = []
+        for scan in scans:
+            if (own and scan.subject in subjects) or files & {Path(path).resolve() for path in scan.files.values()}:
+                left_out.append(scan.id)
+                continue
+            kept.append(scan)
+            if scan.subject in subjects:
+                named.append(scan.id)
+        if not kept:
+            raise ValueError(f"{self.input}: all {len(scans)} scans are atlases or of their subjects: choose labelled=")
+        if left_out:
+            print(f"left out, as atlases or other scans of their subjects: {listed(left_out)}")
+        if named:
+            print(
+                f"note: subjects of {listed(named, 5)} are called as atlases are: if they are the same people, read "
+                "their scores as optimistic"
+            )
+        return kept
+
+    def remaining(self, scans: Sequence[Scan]) -> list[Scan]:
+        """The scans that have no label map yet, or no row in the table; `OUT/atlas.json` is written."""
+        write_json(self.out / ATLASES, {"store": str(self.segmenter.store.path), **self.segmenter.record()})
+        rows = self.rows_before()
+        left = [scan for scan in scans if scan.id not in rows or not self._is_complete(scan.id)]
+        if len(left) < len(scans):
+            print(f"{len(scans) - len(left)} of {len(scans)} scans are done already")
+        return left
+
+    def _is_complete(self, id: str) -> bool:
+        probabilities, uncertainty = self.further_files(id)
+        files = [self.layout.label_map(id), *(probabilities or ()), *([uncertainty] if uncertainty else ())]
+        return all(file.is_file() for file in files)
+
+    def _check_out(self) -> None:
+        """Raise a ValueError if the folder holds label maps that were made in another way."""
+        file, now = self.out / ATLASES, self.segmenter.record()
+        if not file.exists():
+            if (self.out / VOLUMES).exists() or label_maps_of(self.out):
+                raise ValueError(f"{self.out} holds images that these atlases did not make: choose another out=")
+            return
+        before = read_json(file)
+        before = before if isinstance(before, dict) else {}
+        if other := [key for key, value in now.items() if key not in before or before[key] != value]:
+            raise ValueError(
+                f"{file}: the label maps here were made with other {', '.join(other)}: choose another out="
+            )
+
+
+def _check_settings(config: Config) -> None:
+    """Raise a ValueError for settings of networks, and for values that atlases do not have."""
+    given = [f"{key}=" for key in FOR_NETWORKS if config[key]]
+    if typed(PredictSettings, config["predict"]) != PredictSettings():
+        given.append("predict.*")
+    if given:
+        raise ValueError(f"{given[0]} is for networks, and atlas= was given: leave it out")
+    if type(config["workers"]) is not int:
+        raise ValueError(f"workers={config['workers']}: give a number of processes")
+    check_workers(config["workers"])
+    if config["uncertainty"] not in (None, "entropy"):
+        raise ValueError(f"uncertainty={config['uncertainty']}: with atlases choose entropy, or null for none")
+
+
+def _subjects(store: Store, config: Config) -> list[str]:
+    """The subjects whose labelled scans are atlases, of the training part of the split if there is one."""
+    labelled, chosen = dict.fromkeys(record["subject"] for record in labelled_records(store)), config["labelled"]
+    if not labelled:
+        raise ValueError(f"{store.path}: none of the scans has a label map: prepare it with data.label and labels")
+    if isinstance(chosen, list):
+        subjects = list(dict.fromkeys(map(str, chosen)))
+        if not subjects or (unknown := [subject for subject in subjects if subject not in labelled]):
+            raise ValueError(
+                f"labelled={chosen}: {unknown[0] if subjects else 'nobody'} is no subject of {store.path} with a label "
+                f"map; these are {listed(list(labelled), 10)}"
+            )
+        return subjects
+    where, subjects = str(store.path), list(labelled)
+    if config["split_file"] is not None:
+        where = f"the training part of {config['split_file']}"
+        subjects = [subject for subject in read_split(str(config["split_file"]))["train"] if subject in labelled]
+    if not subjects:
+        raise ValueError(f"{where} has no subject of {store.path} with a label map: choose labelled=[SUBJECT]")
+    count = len(subjects) if chosen is None else chosen
+    if type(count) is not int or not 1 <= count <= len(subjects):
+        raise ValueError(
+            f"labelled={chosen}: {where} has {len(subjects)} labelled subjects: give a number from 1 to "
+            f"{len(subjects)}, or a list of subjects, like [{subjects[0]}]"
+        )
+    return subjects[:count]

@@ -1,0 +1,117 @@
+"""Unlabelled scans in the training of a segmentation: labels are carried over to them by registration.
+
+What a registration carries over to a brain is wrong in places, and in other places for every brain. A network that is
+trained on many such label maps cannot learn errors that do not repeat, and becomes better than each of them.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from asa.data.io.files import read_json, write_json, write_whole
+from asa.data.splits import select
+from asa.data.store import Store
+from asa.inference.atlas import Atlas, carry_over, load_ants, read_atlases
+from asa.inference.preprocessing import voxel_size
+from asa.ops.labels import IGNORED
+from asa.training.distributed import map_over_ranks, on_main, world_size
+
+REST = "rest"
+FOLDER, CONTENT = (
+    "carried",
+    "carried.json",
+)  # in the run: a label map of each scan, as in a store; which scans these are
+ATLASES = 3  # labelled scans that are registered to each unlabelled one, at most
+
+
+class UnlabelledScans:
+    """Labelled and unlabelled scans of a run as one source of crops; the label maps of the latter lie in its folder.
+
+    Args:
+        chosen: "rest", the scans of the training part that `data.labelled` leaves out, whose labels are not read; or
+            a store, of which all scans are taken but those of the split's subjects and those that `labelled` has too.
+        labelled: the run's store.
+        split: the subjects of the run.
+        rest: the subjects that `data.labelled` leaves out.
+        run: the run folder; in a run that is resumed the scans stay the same.
+
+    Raises:
+        ImportError: ANTs is not installed.
+        ValueError: no unlabelled scans, or a store that does not fit.
+    """
+
+    def __init__(
+        self, chosen: str, labelled: Store, split: Mapping[str, Sequence[str]], rest: Sequence[str], run: Path
+    ) -> None:
+        load_ants(1 if world_size() > 1 else None)  # fails here and not after the run has begun
+        self.labelled, self.store, self.run = labelled, labelled if chosen == REST else Store(chosen), run
+        self.atlases = list(split["train"][:ATLASES])
+        if (self.store.channels, self.store.settings) != (labelled.channels, labelled.settings):
+            raise ValueError(
+                f"data.unlabelled={chosen} was prepared in another way than {labelled.path}: prepare both alike"
+            )
+        if (run / CONTENT).exists():
+            records = [self.store.record(id) for id in read_json(run / CONTENT)["scans"]]
+        elif chosen == REST:
+            records = list(select(labelled.records, rest))
+        else:
+            known = {subject for part in split.values() for subject in part}
+            voxels = {digest for record in labelled.records for digest in record["identity"].values()}
+            records = [
+                record
+                for record in self.store.records
+                if str(record["subject"]) not in known and voxels.isdisjoint(record["identity"].values())
+            ]
+        if not records:
+            why = "data.labelled leaves out no scans" if chosen == REST else "the labelled store has all of its scans"
+            raise ValueError(f"data.unlabelled={chosen}: there are no unlabelled scans, as {why}")
+        self.records = [{**record, "arrays": {**record["arrays"], "label": FOLDER}} for record in records]
+        self.ids = {record["id"] for record in records}
+        if chosen != REST and (both := self.ids.intersection(record["id"] for record in labelled.records)):
+            raise ValueError(f"data.unlabelled={chosen}: {min(both)} is another scan in {labelled.path}: rename one")
+
+    def carry_labels(self) -> None:
+        """Register labelled scans to each unlabelled one and write its label map; what is there is not made again.
+
+        Several processes divide the scans between them.
+        """
+        content = {"atlases": self.atlases, "scans": sorted(self.ids)}
+        file = self.run / CONTENT
+
+        def begin() -> None:
+            if file.exists() and read_json(file) != content:  # of a run that was stopped before its first step
+                for path in (self.run / FOLDER).glob("*.npy"):
+                    path.unlink()
+            (self.run / FOLDER).mkdir(exist_ok=True)
+            write_json(file, content)
+
+        on_main(begin)
+        atlases = read_atlases(self.labelled, self.atlases)
+        missing = [record for record in self.records if not self._file(record["id"]).exists()]
+        with tqdm(total=-(-len(missing) // world_size()), desc="carry labels over", unit="scan") as bar:
+            map_over_ranks(missing, partial(self._carry, atlases=atlases, bar=bar))
+
+    def _carry(self, record: Mapping[str, Any], atlases: Sequence[Atlas], bar: "tqdm[Any]") -> None:
+        spacing = voxel_size(record["chain"]["stored_affine"]).tolist()
+        probabilities = carry_over(self.store.image(record["id"]), spacing, atlases)
+        label = np.where(probabilities.any(axis=0), probabilities.argmax(axis=0), IGNORED).astype(np.uint8)
+        buffer = io.BytesIO()
+        np.save(buffer, label[None])
+        write_whole(self._file(record["id"]), buffer.getvalue())
+        bar.update()
+
+    def image(self, id: str) -> np.ndarray:
+        """Memory-mapped image `(C, D, H, W)`."""
+        return (self.store if id in self.ids else self.labelled).image(id)
+
+    def label(self, id: str) -> np.ndarray | None:
+        """Memory-mapped class indices `(1, D, H, W)` uint8."""
+        return np.load(self._file(id), mmap_mode="r") if id in self.ids else self.labelled.label(id)
+
+    def _file(self, id: str) -> Path:
+        return self.run / FOLDER / f"{id}.npy"
