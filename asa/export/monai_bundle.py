@@ -17,7 +17,7 @@ from asa.inference.label_maps import Outputs
 from asa.inference.preprocessing import check_metadata, exported
 from asa.inference.segmentation import overlap_of, window_size
 from asa.models.unet import SegmentationUNet
-from asa.models.vit_seg import SegmentationViT
+from asa.models.vit_seg import TokenSegmentation
 from asa.training.checkpoint import read_model
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -154,7 +154,7 @@ def _metadata(
         "image_classes": f"{', '.join(channels)}, prepared as configs/asa.json says",
         "pred_classes": f"a logit for each of {', '.join(names)}",
         "intended_use": "Research. Not a medical device.",
-        "references": [PAPER] if isinstance(model, SegmentationUNet | SegmentationViT) else [],
+        "references": [PAPER] if isinstance(model, SegmentationUNet | TokenSegmentation) else [],
         "network_data_format": {
             "inputs": {
                 "image": {

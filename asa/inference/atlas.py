@@ -94,11 +94,12 @@ def carry_over(
         scan: `(C, D, H, W)`.
         spacing: its voxel size along D, H, W in mm.
         atlases: one or more of one store, whose channels are those of the scan.
-        fusion: of several atlases: "majority", or "joint" for joint label fusion.
+        fusion: "majority", of one atlas its labels as they are; or "joint" for joint label fusion, which also corrects
+            those of one atlas.
         progress: show a progress bar of atlases.
 
     Returns:
-        `(K, D, H, W)` float32. One atlas gives 0 or 1, "majority" the fractions of votes. Voxels that all atlases
+        `(K, D, H, W)` float32. "majority" gives the fractions of votes, of one atlas 0 or 1. Voxels that all atlases
         ignore are 0 in all classes, and others sum to 1.
 
     Raises:
@@ -192,22 +193,26 @@ def _registered(ants: Any, fixed: Any, atlas: Atlas, channel: int) -> tuple[np.n
 def _joint(
     ants: Any, scan: np.ndarray, spacing: Lengths, images: np.ndarray, labels: np.ndarray, votes: np.ndarray
 ) -> np.ndarray:
-    """Joint label fusion where registered atlases disagree; elsewhere their votes.
+    """Joint label fusion within `SEARCH` voxels of any label's boundary; elsewhere there is one label to choose from.
 
-    ANTs computes weights at each voxel of a mask and adds up the votes of all patches that hold a voxel. So that the
-    disputed voxels get what fusion of the whole volume would give them, the mask is these dilated by the patch, and the
-    volume a box around it that has all patches which are compared.
+    At each voxel of a mask ANTs finds the patch of each atlas, within the radius of the search, that is most like the
+    scan's, weighs it, and adds its votes to all voxels of the patch. So that the voxels near boundaries get what fusion
+    of the whole volume would give them, the mask is these dilated by the patch, and the volume a box around it that has
+    all patches which are compared. One atlas is given twice, as ANTs takes two or more: the search alone corrects it.
 
     Args:
         scan: `(D, H, W)`.
         images, labels: `(A, D, H, W)`, on its grid.
         votes: `(K, D, H, W)`, which is changed.
     """
-    voted = np.where(labels == IGNORED, 0, labels)
-    disputed = voted.max(axis=0) > labels.min(axis=0)  # IGNORED is above all classes
-    if not disputed.any():
+    window = 2 * SEARCH + 1
+    near = ndimage.maximum_filter(labels.max(axis=0), window) > ndimage.minimum_filter(labels.min(axis=0), window)
+    near &= votes.any(axis=0)  # what all atlases ignore stays without a class
+    if not near.any():
         return votes
-    mask = ndimage.maximum_filter(disputed, size=2 * PATCH + 1)
+    if len(labels) == 1:
+        images, labels = images.repeat(2, axis=0), labels.repeat(2, axis=0)
+    mask = ndimage.maximum_filter(near, size=2 * PATCH + 1)
     margin = PATCH + SEARCH
     box = tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in bounding_box(mask))
 
@@ -224,14 +229,14 @@ def _joint(
             label_list=[cropped(label.astype(np.float32) + 1) for label in labels],  # it gives no probability of 0
             output_prefix=f"{folder}/",
         )
-    fused = np.zeros((len(votes), int(disputed.sum())), np.float32)
+    fused = np.zeros((len(votes), int(near.sum())), np.float32)
     for value, image in zip(found["segmentation_numbers"], found["probabilityimages"], strict=True):
         if value <= len(votes):  # and not IGNORED
-            fused[value - 1] = _array(image)[disputed[box]].clip(min=0)
+            fused[value - 1] = _array(image)[near[box]].clip(min=0)
     total = fused.sum(axis=0)
     if not total.any():
         raise ValueError("joint label fusion by ANTs failed, which says above why: give fusion=majority")
-    votes[:, disputed] = fused / np.where(total > 0, total, 1)
+    votes[:, near] = np.where(total > 0, fused / np.where(total > 0, total, 1), votes[:, near])
     return votes
 
 
@@ -312,14 +317,17 @@ class AtlasSegmenter:
     def described(self) -> dict[str, Any]:
         """The atlases, for sidecars in BIDS."""
         atlases = [{"Name": record["id"], "SHA256": record["arrays"]["label"]} for record in self.records]
-        fusion = {"Fusion": self.fusion} if len(atlases) > 1 else {}
-        return {"Atlases": atlases, "Registration": f"SyN of ANTs (antspyx {self.version})", **fusion}
+        return {
+            "Atlases": atlases,
+            "Registration": f"SyN of ANTs (antspyx {self.version})",
+            "Fusion": self.fusion,
+        }
 
     def record(self) -> dict[str, Any]:
         """What label maps depend on beside the scan, as plain data."""
         return {
             "atlases": {record["id"]: {"subject": record["subject"], **record["arrays"]} for record in self.records},
-            "fusion": self.fusion if len(self.records) > 1 else None,
+            "fusion": self.fusion,
             "antspyx": self.version,
             "labels": {str(value): name for value, name in self.store.labels.items()},
             "prepare": self.preprocessor.settings.as_json(),

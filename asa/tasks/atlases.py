@@ -86,8 +86,7 @@ class AtlasPredictor(SegmentationPredictor):
         super().__init__(config, segmenter)
         self.input = Path(str(config["input"]))
         self._check_out()
-        fused = f", fusion {config['fusion']}" if len(atlases) > 1 else ""
-        print(f"atlases, registered to each scan: {listed(atlases, 5)}{fused}")
+        print(f"atlases, registered to each scan: {listed(atlases, 5)}, fusion {config['fusion']}")
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
         return self.predict_row(id, image, chain, like)

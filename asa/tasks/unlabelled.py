@@ -6,7 +6,6 @@ trained on many such label maps cannot learn errors that do not repeat, and beco
 
 import io
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,12 @@ from asa.data.store import Store
 from asa.inference.atlas import Atlas, carry_over, load_ants, read_atlases
 from asa.inference.preprocessing import voxel_size
 from asa.ops.labels import IGNORED
+from asa.training.checkpoint import list_checkpoints
 from asa.training.distributed import map_over_ranks, on_main, world_size
 
 REST = "rest"
-FOLDER, CONTENT = (
-    "carried",
-    "carried.json",
-)  # in the run: a label map of each scan, as in a store; which scans these are
-ATLASES = 3  # labelled scans that are registered to each unlabelled one, at most
+FOLDER = "carried"  # in the run: a label map of each scan, as in a store
+CONTENT = "carried.json"  # and whose labels these are
 
 
 class UnlabelledScans:
@@ -50,13 +47,13 @@ class UnlabelledScans:
     ) -> None:
         load_ants(1 if world_size() > 1 else None)  # fails here and not after the run has begun
         self.labelled, self.store, self.run = labelled, labelled if chosen == REST else Store(chosen), run
-        self.atlases = list(split["train"][:ATLASES])
+        self.subjects = split["train"]
         if (self.store.channels, self.store.settings) != (labelled.channels, labelled.settings):
             raise ValueError(
                 f"data.unlabelled={chosen} was prepared in another way than {labelled.path}: prepare both alike"
             )
-        if (run / CONTENT).exists():
-            records = [self.store.record(id) for id in read_json(run / CONTENT)["scans"]]
+        if list_checkpoints(run):
+            records = [self.store.record(id) for id in read_json(run / CONTENT)["atlases"]]
         elif chosen == REST:
             records = list(select(labelled.records, rest))
         else:
@@ -76,11 +73,13 @@ class UnlabelledScans:
             raise ValueError(f"data.unlabelled={chosen}: {min(both)} is another scan in {labelled.path}: rename one")
 
     def carry_labels(self) -> None:
-        """Register labelled scans to each unlabelled one and write its label map; what is there is not made again.
+        """Register a labelled scan to each unlabelled one and write its label map; what is there is not made again.
 
-        Several processes divide the scans between them.
+        The labelled scans take turns. Several processes divide the work.
         """
-        content = {"atlases": self.atlases, "scans": sorted(self.ids)}
+        labelled = read_atlases(self.labelled, self.subjects)
+        turns = {record["id"]: labelled[k % len(labelled)] for k, record in enumerate(self.records)}
+        content = {"atlases": {id: atlas.id for id, atlas in turns.items()}}
         file = self.run / CONTENT
 
         def begin() -> None:
@@ -91,14 +90,13 @@ class UnlabelledScans:
             write_json(file, content)
 
         on_main(begin)
-        atlases = read_atlases(self.labelled, self.atlases)
         missing = [record for record in self.records if not self._file(record["id"]).exists()]
         with tqdm(total=-(-len(missing) // world_size()), desc="carry labels over", unit="scan") as bar:
-            map_over_ranks(missing, partial(self._carry, atlases=atlases, bar=bar))
+            map_over_ranks(missing, lambda record: self._carry(record, turns[record["id"]], bar))
 
-    def _carry(self, record: Mapping[str, Any], atlases: Sequence[Atlas], bar: "tqdm[Any]") -> None:
+    def _carry(self, record: Mapping[str, Any], atlas: Atlas, bar: "tqdm[Any]") -> None:
         spacing = voxel_size(record["chain"]["stored_affine"]).tolist()
-        probabilities = carry_over(self.store.image(record["id"]), spacing, atlases)
+        probabilities = carry_over(self.store.image(record["id"]), spacing, [atlas])
         label = np.where(probabilities.any(axis=0), probabilities.argmax(axis=0), IGNORED).astype(np.uint8)
         buffer = io.BytesIO()
         np.save(buffer, label[None])

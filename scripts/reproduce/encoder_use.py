@@ -20,7 +20,7 @@ from asa.inference.segmentation import overlap_of
 from asa.methods.segment import Segmentation
 from asa.models.sw_vit import Block, SWViT
 from asa.models.unet import SegmentationUNet
-from asa.models.vit_seg import SegmentationViT
+from asa.models.vit_seg import TokenSegmentation
 from asa.settings import PredictSettings
 from asa.tasks.segmentation import validate_segmentation
 from asa.training.checkpoint import read_model
@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     store, (model, description) = Store(options.store), read_model(options.run)
     data = description["data"]
-    if not isinstance(model, SegmentationUNet | SegmentationViT) or "regions" in data or not store.labels:
+    if not isinstance(model, SegmentationUNet | TokenSegmentation) or "regions" in data or not store.labels:
         parser.error("RUN must be a segmentation of labels with ASA's encoder, and STORE have labels")
     ids = [record["id"] for record in select(store.records, read_split(options.run / "split.json")[options.part])]
     if not ids:

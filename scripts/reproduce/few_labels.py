@@ -33,6 +33,7 @@ LIGHT = "structures_light"
 PLAIN = ("model.mirror_patches=false",)
 DEEP = ("+model.depth=12",)
 RASTER, SEQUENCE, NARROW = "model.order=raster", "model.bias=sequence", "model.window=32"
+EVEN, SHORT = "method.background_weight=0.5", "train.steps=1500"
 UNET = ("model=unet_tiny",)  # which also reads the image itself
 
 
@@ -53,7 +54,9 @@ ARMS: dict[str, Arm] = {
     "pretrained": Arm(experiment="structures_finetune"),
     "scratch": Arm(experiment="structures_finetune"),
     "deform": Arm((), ("augment.deform=3",), "structures_finetune"),
-    "unlabelled": Arm((), ("data.unlabelled=rest",), "structures_finetune"),
+    # Labels are carried over to the other brains of the training part; of those, boundaries need no further weight.
+    "unlabelled": Arm((), ("data.unlabelled=rest", EVEN, SHORT), "structures_finetune"),
+    "even": Arm((), (EVEN, SHORT), "structures_finetune"),
     # A head that reads nothing but the tokens.
     "light": Arm(),
     "light_scratch": Arm(),

@@ -52,7 +52,7 @@ def overlaps(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
 @pytest.mark.parametrize("spacing", [(4, 4, 4), (5, 3, 4)])
 def test_an_atlas_carries_its_labels_over_to_a_moved_and_scaled_copy_of_itself(spacing: tuple) -> None:
     atlas, new = head(), head(spacing, moved(0.95, 6, -9, 4))
-    found = carry_over(new.image, new.spacing, [atlas])
+    found = carry_over(new.image, new.spacing, [atlas], "majority")
     assert found.shape == (3, *new.label.shape) and found.dtype == np.float32
     assert set(np.unique(found)) == {0, 1} and (found.sum(axis=0) == 1).all()
     outer, inner = overlaps(found, new.label)
@@ -66,7 +66,7 @@ def test_class_indices_are_carried_over_as_they_are_and_ignored_voxels_have_no_c
     atlas = head()
     label = np.array([0, 90, 254], np.uint8)[atlas.label]
     label[:20] = IGNORED
-    found = carry_over(atlas.image, atlas.spacing, [replace(atlas, label=label, classes=255)])
+    found = carry_over(atlas.image, atlas.spacing, [replace(atlas, label=label, classes=255)], "majority")
     assert set(np.flatnonzero(found.any(axis=(1, 2, 3)))) == {0, 90, 254}
     unknown = found.sum(axis=0) == 0
     assert dice(unknown, label == IGNORED) > 0.97
@@ -74,14 +74,25 @@ def test_class_indices_are_carried_over_as_they_are_and_ignored_voxels_have_no_c
 
 
 @needs_ants
-def test_joint_fusion_of_identical_atlases_is_that_atlas_and_leaves_no_files(
+def test_joint_fusion_of_identical_atlases_is_that_of_one_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     atlas, new = head(), head(pose=moved(1.03, 0, 5, 0))
-    one = carry_over(new.image, new.spacing, [atlas], "majority")
-    assert np.array_equal(carry_over(new.image, new.spacing, [atlas] * 3, "joint"), one)
+    one, three = (carry_over(new.image, new.spacing, [atlas] * count) for count in (1, 3))
+    np.testing.assert_allclose(three, one, atol=1e-5)
+    assert min(overlaps(one, new.label)) > 0.9
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_ants
+def test_the_search_of_joint_fusion_corrects_one_atlas_that_is_a_voxel_off() -> None:
+    volume, images, _ = three()
+    truth = np.zeros(volume.shape, np.uint8)
+    truth[6:12, 6:14, 8:14] = 1
+    moved = np.roll(truth, (0, 1, 0), (0, 1, 2))[None]
+    found = registration._joint(load_ants(), volume, (1, 1, 1), images[:1], moved, majority(moved, 2))
+    assert dice(moved[0] == 1, truth == 1) < 0.9 and dice(found.argmax(axis=0) == 1, truth == 1) > 0.98
 
 
 @pytest.mark.parametrize("atlases", [1, 2, 5])
@@ -110,7 +121,7 @@ def three(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @needs_ants
-def test_joint_fusion_of_disputed_voxels_is_that_of_the_whole_volume_and_elsewhere_the_atlases_agree() -> None:
+def test_joint_fusion_near_boundaries_is_that_of_the_whole_volume() -> None:
     ants = load_ants()
     volume, images, labels = three()
     found = registration._joint(ants, volume, (1, 1, 1), images, labels, majority(labels, 6))
@@ -127,10 +138,9 @@ def test_joint_fusion_of_disputed_voxels_is_that_of_the_whole_volume_and_elsewhe
     expected = np.zeros_like(found)
     for value, image in zip(whole["segmentation_numbers"], whole["probabilityimages"], strict=True):
         expected[value - 10] = image.numpy()
-    disputed = (labels != labels[0]).any(axis=0)
-    assert 10 < disputed.sum() < 100
-    np.testing.assert_allclose(found[:, disputed], expected[:, disputed], atol=1e-5)
-    assert np.array_equal(found[:, ~disputed], majority(labels, 6)[:, ~disputed])
+    fused = found != majority(labels, 6)
+    assert 100 < fused.any(axis=0).sum() < 0.5 * volume.size
+    np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(found.sum(axis=0), 1, atol=1e-5)
     assert not found[[2, 3, 5]].any() and found[4].any()
 
@@ -143,7 +153,9 @@ def test_joint_fusion_does_not_count_what_an_atlas_ignores() -> None:
     found = registration._joint(ants, volume, (1, 1, 1), images, labels, majority(labels, 6))
     total = found.sum(axis=0)
     assert not total[:3].any() and np.allclose(total[3:], 1, atol=1e-5)
-    assert np.array_equal(found[1, 3:, :, 12:] == 1, labels[1, 3:, :, 12:] == 1)  # the others agree
+    counted = registration._joint(ants, volume, (1, 1, 1), images[1:], labels[1:], majority(labels[1:], 6))
+    alike = found[:, 3:, :, 16:].argmax(axis=0) == counted[:, 3:, :, 16:].argmax(axis=0)  # beyond the search
+    assert alike.all()
 
 
 @needs_ants

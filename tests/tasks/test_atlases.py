@@ -81,7 +81,7 @@ def test_all_others_of_the_store_are_predicted_and_evaluated(
 ) -> None:
     code, shown = run("labelled=1")
     assert code == 0 and "left out, as atlases or other scans of their subjects: s0\n" in shown
-    assert "atlases, registered to each scan: s0\n" in shown and "s per scan (median of 3)" in shown
+    assert "atlases, registered to each scan: s0, fusion joint\n" in shown and "s per scan (median of 3)" in shown
     rows = read_rows(tmp_path / "out" / "volumes.csv")
     assert [list(row) for row in rows] == [["id", "outer_ml", "inner_ml"]] * 3  # no expected Dice
     assert [row["id"] for row in rows] == ["s1", "s2", "s3"]
@@ -130,13 +130,14 @@ def test_label_maps_of_other_atlases_and_of_networks_are_not_mixed(
     assert run("labelled=1")[0] == 0
     before = (tmp_path / "out" / "atlas.json").read_text()
     record = json.loads(before)
-    assert record["store"] == str(heads) and record["fusion"] is None and record["antspyx"]
+    assert record["store"] == str(heads) and record["fusion"] == "joint" and record["antspyx"]
     assert {id: one["subject"] for id, one in record["atlases"].items()} == {"s0": "s0"}
-    for setting, message in (("labelled=[s1]", "with other atlases: choose"), ("labelled=2", "atlases, fusion")):
+    for setting in ("labelled=[s1]", "labelled=2"):
         code, shown = run(setting)
-        assert code == 1 and message in shown
+        assert code == 1 and "with other atlases: choose" in shown
     assert (tmp_path / "out" / "atlas.json").read_text() == before
-    assert run("labelled=1", "fusion=majority")[0] == 0  # one atlas has no fusion
+    code, shown = run("labelled=1", "fusion=majority")
+    assert code == 1 and "with other fusion: choose" in shown
     network = checkpoint(tmp_path / "run", prepare=Store(heads).settings, channels=["t1"])
     arguments = (f"checkpoint={network}", f"input={heads}", f"out={tmp_path}/out", "predict.device=cpu")
     assert call(predict, monkeypatch, *arguments) == 1
@@ -161,7 +162,7 @@ def test_a_split_chooses_the_atlases_and_the_scans(run: Callable, tmp_path: Path
     split = tmp_path / "split.json"
     write_split(split, {"train": ["s3", "s2", "s1"], "validation": [], "test": ["s0"]})
     code, shown = run(f"split_file={split}", "labelled=1", "part=test")  # s3 has no label map
-    assert code == 0 and "each scan: s2\n" in shown
+    assert code == 0 and "each scan: s2, fusion joint\n" in shown
     assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["s0.nii.gz"]
     code, shown = run(f"split_file={split}", out="all")
     assert code == 0 and "each scan: s2, s1, fusion joint\n" in shown
