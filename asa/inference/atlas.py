@@ -3,7 +3,7 @@
 Each atlas is registered by ANTs in the prepared space: an affine map, then SyN (Avants et al., Medical Image Analysis
 2008), both of the first channel. The labels of several atlases are fused by majority vote or by joint label fusion
 (Wang et al., IEEE TPAMI 2013). The latter gives an atlas weight where it matches the scan around a voxel, and less
-where others are likely to make the same errors.
+where others are likely to make the same errors; as it searches around each voxel, it also corrects a single atlas.
 
 Letters: prepared volume `C D H W`; K classes, of which 0 is the background; A atlases.
 """
@@ -183,7 +183,7 @@ def _registered(ants: Any, fixed: Any, atlas: Atlas, channel: int) -> tuple[np.n
             carried = ants.apply_transforms(
                 fixed=fixed, moving=label, transformlist=found["fwdtransforms"], interpolator="genericLabel"
             )
-        except RuntimeError as error:  # what ITK says of it is printed by the library
+        except RuntimeError as error:  # ITK prints the reason
             raise ValueError(
                 f"the atlas {atlas.id} could not be registered ({error}): is this a whole brain, prepared as the atlas?"
             ) from error

@@ -19,6 +19,7 @@ from asa.models import sw_vit
 from asa.models.cpu_kernels import in_float32, use_cpu_kernels
 from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.sw_vit import SWViT, run_block
+from asa.ops.patches import token_map
 from asa.ops.symmetry import mirror_patches
 
 LEVELS = 6  # resolutions 1 to 1/32
@@ -110,7 +111,7 @@ class SegmentationUNet(nn.Module):
         states = self._states(volume, mirrored)
         skips = [_run(0, self.image_block, volume, checkpointing=self.checkpointing)]
         for level, (tap, skip) in enumerate(zip(self.taps, self.skips, strict=True), start=1):
-            features = _run(level, skip, self._as_map(states[tap]), checkpointing=self.checkpointing)
+            features = _run(level, skip, token_map(states[tap], self.encoder.grid), checkpointing=self.checkpointing)
             finer = self.encoder.patch_size >> level  # voxels of this level along a token
             skips.append(mirror_patches(features, finer) if self.encoder.mirror_patches and finer > 1 else features)
         features = skips.pop()
@@ -130,10 +131,6 @@ class SegmentationUNet(nn.Module):
             return self.encoder.hidden_states(volume)
         both = [state.chunk(2) for state in self.encoder.hidden_states(with_mirror(volume, mirrored))]
         return [*(own for own, _ in both[:-1]), run_block(self.saca, *both[-1], checkpointing=self.checkpointing)]
-
-    def _as_map(self, tokens: Tensor) -> Tensor:
-        """`(B, L, E)` -> `(B, E, T, H, W)`, a view with the channels last."""
-        return tokens.unflatten(1, self.encoder.grid).permute(0, 4, 1, 2, 3)
 
 
 def _run(level: int, block: nn.Module, *maps: Tensor, checkpointing: bool) -> Tensor:

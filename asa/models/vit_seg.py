@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from asa.models.cpu_kernels import use_cpu_kernels
 from asa.models.sw_vit import SWViT, sw_vit_base, sw_vit_small, sw_vit_tiny
-from asa.ops.patches import patchify, unpatchify
+from asa.ops.patches import patchify, token_map, unpatchify
 from asa.ops.symmetry import mirror_patches
 
 
@@ -141,10 +141,10 @@ class ConvSegmentationViT(TokenSegmentation):
     def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
         """Segment a volume `(B, C, D, H, W)`; see `TokenSegmentation.forward`."""
         tokens, grid = _upsampled(self.encoder(volume), self.encoder.grid, self.ups, self.norms)
-        known = _as_map(tokens, grid)
+        known = token_map(tokens, grid)
         if self.encoder.mirror_patches:
             known = mirror_patches(known, self.encoder.patch_size // 2)
-        image = self.image_block(_as_map(patchify(volume, 2), grid))
+        image = self.image_block(token_map(patchify(volume, 2), grid))
         joined = torch.cat([image, known], dim=1)
         if volume.device.type == "cpu":  # the faster layout there
             joined = joined.contiguous(memory_format=torch.channels_last_3d)
@@ -174,11 +174,6 @@ def _initialise(linears: Sequence[nn.Module]) -> None:
         assert isinstance(linear, nn.Linear)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
-
-
-def _as_map(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """`(B, L, F)` -> `(B, F, T, H, W)`, a view with the channels last."""
-    return tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3)
 
 
 def split(tokens: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:

@@ -132,6 +132,11 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
     return volume.reshape(b, c, t * s, h * s, w * s)
 
 
+def token_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """Tokens `(B, L, F)` in raster order as a map `(B, F, T, H, W)`: a view with the channels last in memory."""
+    return tokens.unflatten(1, tuple(grid)).permute(0, 4, 1, 2, 3)
+
+
 def constant_patches(volume: Tensor, patch_size: int) -> Tensor:
     """Which patches of volumes `(B, C, D, H, W)` have a constant intensity in each channel: bool `(B, L)`.
 

@@ -22,7 +22,7 @@ BLUR_PROBABILITY = 0.1  # of each channel by itself
 KNOTS = 32.0  # mm between the control points of smooth fields
 # Below this fraction of KNOTS, displacements of control points never fold space (Choi & Lee, IEEE TVCG 2000).
 UNFOLDED = 0.4
-SPLINE_VARIANCE = (151 / 315) ** 1.5  # standard deviation of a cubic B-spline field, where its coefficients have 1
+SPLINE_SD = (151 / 315) ** 1.5  # standard deviation of a cubic B-spline field, where its coefficients have 1
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Augmentation:
         contrast: factor of the distances from the mean.
         blur: standard deviation of the blur of each channel in voxels; empty for none.
         bias: control points (*) of the logarithm of a factor of the intensities; None for none.
-        spacing: voxel size along D, H, W in mm, of which the fields' control points depend.
+        spacing: voxel size along D, H, W in mm, which gives the number of the fields' control points.
     """
 
     matrix: Tensor | None = None
@@ -108,7 +108,7 @@ def _displacement(
     if float(torch.rand((), generator=generator, dtype=torch.float64)) >= settings.deform_probability:
         return None
     draws = torch.randn(3, *_control_points(size, spacing), generator=generator, dtype=torch.float64)
-    mm = (draws * settings.deform / SPLINE_VARIANCE).clamp(-UNFOLDED * KNOTS, UNFOLDED * KNOTS)
+    mm = (draws * settings.deform / SPLINE_SD).clamp(-UNFOLDED * KNOTS, UNFOLDED * KNOTS)
     return mm / torch.tensor(spacing, dtype=torch.float64)[:, None, None, None]
 
 
@@ -118,7 +118,7 @@ def _bias(
     """Control points of the logarithm of a factor, whose standard deviation is drawn from 0 to the largest."""
     strength = settings.bias_field * float(torch.rand((), generator=generator, dtype=torch.float64))
     draws = torch.randn(*_control_points(size, spacing), generator=generator, dtype=torch.float64)
-    return draws * strength / SPLINE_VARIANCE
+    return draws * strength / SPLINE_SD
 
 
 def _control_points(size: Sequence[int], spacing: Sequence[float]) -> list[int]:
@@ -188,15 +188,16 @@ def spatial_transform(volume: Tensor, size: Sequence[int], drawn: Augmentation, 
         `(C, *size)` of the type of the input.
     """
     mode = "nearest" if label else "bilinear"
+    warped: Any = None
     if drawn.displacement is not None:
-        offsets = sampling_offsets(size, drawn)
-        warped = Resample(padding_mode="zeros")(volume.float(), offsets, mode=mode)
-        volume = _plain(warped).to(volume.dtype).contiguous()
+        warped = Resample(padding_mode="zeros")(volume.float(), sampling_offsets(size, drawn), mode=mode)
     elif drawn.matrix is not None:
         affine = torch.eye(4, dtype=torch.float64)
         affine[:3, :3] = drawn.matrix
         warp = Affine(affine=affine, spatial_size=tuple(size), padding_mode="zeros", image_only=True)
-        volume = _plain(warp(volume.float(), mode=mode)).to(volume.dtype).contiguous()
+        warped = warp(volume.float(), mode=mode)
+    if warped is not None:
+        volume = _plain(warped).to(volume.dtype).contiguous()
     return flip(volume, drawn.mirror) if drawn.mirror else volume
 
 
