@@ -37,7 +37,7 @@ from asa.models.masked_autoencoder import asa_tiny
 from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.unet import unet_tiny
-from asa.models.vit_seg import vit_linear_tiny, vit_seg_tiny
+from asa.models.vit_seg import vit_conv_tiny, vit_linear_tiny, vit_seg_tiny
 from asa.restoration.method import Restoration
 from asa.restoration.rat import rat_tiny
 from asa.restoration.restormer import restormer_tiny
@@ -78,6 +78,7 @@ ROWS: dict[str, Callable[..., nn.Module]] = {
     "unet with the mirror image": lambda: Segmentation(model=unet_tiny(**VOLUME, **CLASSES, symmetry=True)),
     "unet, regions": lambda: RegionSegmentation(model=unet_tiny(**VOLUME, out_channels=2), regions=REGIONS),
     "vit_seg": lambda: Segmentation(model=vit_seg_tiny(**VOLUME, **CLASSES)),
+    "vit_conv": lambda: Segmentation(model=vit_conv_tiny(**VOLUME, **CLASSES, **ALTERNATING)),
     "sa_swin_unet": lambda: Segmentation(model=sa_swin_unet_tiny(**VOLUME, **CLASSES)),
     "vit_linear": lambda: Segmentation(model=vit_linear_tiny(**VOLUME, **CLASSES)),
     "asa classifier": lambda: Classification(model=asa_classifier_tiny(**VOLUME, classes=3)),
@@ -94,7 +95,7 @@ ROWS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(_comparator, name) for name in COMPARATORS},
 }
 WEIGHTS = "MONAI's window weights are read"
-PREDICTED = (*COMPARATORS, "unet", "unet with the mirror image", "vit_seg", "sa_swin_unet", "vit_linear")
+PREDICTED = (*COMPARATORS, "unet", "unet with the mirror image", "vit_seg", "vit_conv", "sa_swin_unet", "vit_linear")
 
 
 class Device(TorchDispatchMode):

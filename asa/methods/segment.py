@@ -37,17 +37,24 @@ class Segmentation(nn.Module):
 
     Args:
         model: the network; its `out_channels` is the number of classes, background included.
-        background_weight: of a background voxel in the cross-entropy, see `DeeplySupervisedDiceCE`.
+        background_weight: of a background voxel in the cross-entropy, see `DeeplySupervisedDiceCE`; or the weights of
+            the first and the last step, between which it changes by the same factor each step: small structures are
+            found early, and in the end are not predicted too large.
         scales: resolutions whose loss has a weight, from the finest; None: all.
 
     Raises:
-        ValueError: a model that is not a segmentation network, a weight outside (0, 1], or no resolution.
+        ValueError: a model that is not a segmentation network, a weight outside (0, 1], not one or two weights, or no
+            resolution.
     """
 
     task = "segmentation"
 
     def __init__(
-        self, *, model: SegmentationNetwork, background_weight: float = 1.0, scales: int | None = None
+        self,
+        *,
+        model: SegmentationNetwork,
+        background_weight: float | Sequence[float] = 1.0,
+        scales: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, SegmentationNetwork):
@@ -56,7 +63,14 @@ class Segmentation(nn.Module):
                 f"got {type(model).__name__}"
             )
         self.model: Any = model
-        self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=background_weight, scales=scales)
+        self.background_weights = _first_and_last(background_weight)
+        self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=self.background_weights[0], scales=scales)
+
+    def progress(self, done: float) -> None:
+        """Set the background's weight for the next step, of which the fraction `done` of the training comes before."""
+        first, last = self.background_weights
+        if isinstance(self.loss, DeeplySupervisedDiceCE):
+            self.loss.background_weight = first ** (1 - done) * last**done
 
     @property
     def mirrored(self) -> bool:
@@ -72,6 +86,16 @@ class Segmentation(nn.Module):
     def label_map(self, logits: Tensor) -> Tensor:
         """Class indices of a volume's logits: `(K, D, H, W)` -> `(D, H, W)`."""
         return logits.argmax(dim=0)
+
+
+def _first_and_last(weight: float | Sequence[float]) -> tuple[float, float]:
+    """The background's weight in the first and the last step."""
+    weights = [weight, weight] if isinstance(weight, int | float) else list(weight)
+    if len(weights) != 2 or not all(0 < one <= 1 for one in weights):
+        raise ValueError(
+            f"method.background_weight={weight}: must be in (0, 1], or two of them, for the first and the last step"
+        )
+    return weights[0], weights[1]
 
 
 class RegionSegmentation(Segmentation):

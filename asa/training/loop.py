@@ -206,6 +206,8 @@ def train(
                 ddp = distributed.data_parallel(method)
                 log.message(f"step {step}: {', '.join(optim.freeze)} trained from here on")
             set_learning_rate(optimizer, schedule[step])
+            if tell := getattr(method, "progress", None):
+                tell(step / settings.steps)
             meter.start_step()
             for micro_batch in range(settings.accumulate):
                 batch = meter.next_batch(batches)

@@ -99,8 +99,9 @@ def make_method(network: str, size: str, edge: int) -> Any:
         return dense_twin(size, edge, network == "written")
     if network == "unet":
         return Segmentation(model=getattr(unet, f"unet_{size}")(CLASSES, img_size=edge, in_channels=channels))
-    if network == "light":
-        return Segmentation(model=getattr(vit_seg, f"vit_seg_{size}")(CLASSES, img_size=edge, in_channels=channels))
+    if network in ("conv", "light"):
+        make = getattr(vit_seg, f"{'vit_conv' if network == 'conv' else 'vit_seg'}_{size}")
+        return Segmentation(model=make(CLASSES, img_size=edge, in_channels=channels))
     if network == "unetr":
         width, heads, features = UNETR_SIZE[size]
         unetr = UNETR(channels, CLASSES, (edge,) * 3, features, hidden_size=width, mlp_dim=4 * width, num_heads=heads)

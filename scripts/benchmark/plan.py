@@ -22,7 +22,7 @@ SCALES = (1_000, 10_000, 100_000)
 OPERATIONS = ("make", "open", "split", "split by site", "duplicates", "leakage", "first batch", "resume")
 OVERLAP = 0.5
 AIR = 0.27  # of the patches of 15 stripped OASIS brains in centre crops of 128^3
-CHANNELS = {"asa": 1, "fast": 1, "dense": 1, "written": 1, "unet": 4, "light": 4, "unetr": 4, "swin": 4}
+CHANNELS = {"asa": 1, "fast": 1, "dense": 1, "written": 1, "unet": 4, "conv": 4, "light": 4, "unetr": 4, "swin": 4}
 # Sizes of the other networks. Base is that of their papers and of MONAI's examples.
 UNETR_SIZE = {"base": (768, 12, 16), "small": (384, 6, 16), "tiny": (96, 3, 8)}  # width, heads, features
 SWIN_FEATURES = {"base": 48, "small": 24, "tiny": 12}
@@ -64,7 +64,7 @@ def plan(
     if "fast" in parts:
         rows += [step("fast", network, edge) for network in ("asa", "fast")]
     if "finetune" in parts:
-        rows += [step("finetune", network, edge) for network in ("unet", "light", "unetr", "swin")]
+        rows += [step("finetune", network, edge) for network in ("unet", "conv", "light", "unetr", "swin")]
     if "importance" in parts:
         shared = {"part": "importance", "kind": "importance", "edge": edge, "batch": batch}
         rows += [{"name": f"{kind}, {edge}^3", "importance": kind, **shared} for kind in ("orientation", "magnitude")]
@@ -142,6 +142,7 @@ def describe(network: str, size: str, edge: int) -> str:
         "dense": f"dense ViT-MAE twin of asa_{size}, fused attention",
         "written": f"dense ViT-MAE twin of asa_{size}, written-out attention",
         "unet": f"unet_{size}",
+        "conv": f"vit_conv_{size}",
         "light": f"vit_seg_{size}",
         "unetr": f"MONAI UNETR (width {UNETR_SIZE[size][0]})",
         "swin": f"MONAI SwinUNETR (feature size {SWIN_FEATURES[size]})",

@@ -29,13 +29,16 @@ def checkpoint(folder: Path, name: str, **overrides: object) -> Path:
 
 
 @pytest.mark.slow
-def test_a_u_net_computes_the_same_in_onnx_for_any_batch_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "own"), [("unet.unet_tiny", {"feature_size": 2}), ("vit_seg.vit_conv_tiny", {"width": 4})]
+)
+def test_a_segmentation_network_computes_the_same_in_onnx_for_any_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, own: dict[str, int]
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    size = dict(img_size=[64, 32, 32], out_channels=2, feature_size=2, order="alternating", bias="grid")
-    run = checkpoint(tmp_path / "run", "unet.unet_tiny", **size)
+    size = dict(img_size=[64, 32, 32], out_channels=2, order="alternating", bias="grid")
+    run = checkpoint(tmp_path / "run", name, **size, **own)
     monkeypatch.setattr(sys, "argv", ["asa-export", f"checkpoint={run}", f"out={tmp_path}/net.onnx"])
     assert command.main() == 0
     assert "differ from PyTorch's by at most" in capsys.readouterr().out

@@ -6,9 +6,11 @@ import torch
 
 import asa
 from asa.losses.segmentation import DeeplySupervisedDiceCE
+from asa.methods.segment import Segmentation
 from asa.models.cpu_kernels import InstanceNorm, PointwiseConv, use_cpu_kernels
 from asa.models.sw_vit import SWViT
 from asa.models.unet import SegmentationUNet, unet_base, unet_small, unet_tiny
+from asa.models.vit_seg import vit_seg_tiny
 from asa.ops.labels import IGNORED
 
 
@@ -246,6 +248,26 @@ def test_a_background_weight_outside_0_to_1_is_refused() -> None:
     for weight in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"background_weight=.*in \(0, 1\]"):
             DeeplySupervisedDiceCE(background_weight=weight)
+
+
+def test_of_two_background_weights_the_first_grows_to_the_last_by_the_same_factor_each_step() -> None:
+    method = Segmentation(model=vit_seg_tiny(3, img_size=32), background_weight=[0.05, 0.8])
+    method.train()
+    assert method.loss.background_weight == 0.05
+    found = []
+    for done in (0, 0.25, 0.5, 0.75, 1):
+        method.progress(done)
+        found.append(method.loss.background_weight)
+    assert found == pytest.approx([0.05 * 16 ** (k / 4) for k in range(5)])
+    one = Segmentation(model=vit_seg_tiny(3, img_size=32), background_weight=0.3)
+    one.progress(0.7)
+    assert one.loss.background_weight == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("weight", [[0.05], [0.05, 0.1, 1], [0.05, 0], 0])
+def test_not_one_or_two_background_weights_are_refused(weight: list[float] | float) -> None:
+    with pytest.raises(ValueError, match=r"background_weight=.*in \(0, 1\], or two of them"):
+        Segmentation(model=vit_seg_tiny(3, img_size=32), background_weight=weight)
 
 
 def test_predictions_at_ignored_voxels_change_nothing() -> None:

@@ -84,7 +84,7 @@ def test_the_dense_network_differs_in_attention_only() -> None:
     assert not any("relative_position_bias" in name for name, _ in twin.named_parameters())
 
 
-@pytest.mark.parametrize("network", ["unet", "light", "unetr", pytest.param("swin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("network", ["unet", "conv", "light", "unetr", pytest.param("swin", marks=pytest.mark.slow)])
 def test_segmentation_networks_train_and_predict(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SECOND", 0)  # warm enough after one call
     trained = row.measure(toy(network), rates)
@@ -149,7 +149,7 @@ def test_a_full_run_has_every_row_once_in_its_part() -> None:
     rows = plan.plan(list(plan.PARTS), "base", 128, 1, {})
     parts = [spec["part"] for spec in rows]
     assert {part: parts.count(part) for part in plan.PARTS} == {
-        "pretrain": 3, "fast": 2, "finetune": 4, "importance": 2, "loader": 6, "fed": 3, "window": 3, "growth": 9,
+        "pretrain": 3, "fast": 2, "finetune": 5, "importance": 2, "loader": 6, "fed": 3, "window": 3, "growth": 9,
         "regions": 5, "digests": 2, "scale": 24,
     }  # fmt: skip
     assert len({(spec["part"], spec["name"]) for spec in rows}) == len(rows)

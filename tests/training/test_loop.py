@@ -107,6 +107,18 @@ def test_stopped_and_resumed_equals_never_stopped_to_the_bit(
     assert log(tmp_path / "cut", *keys) == log(tmp_path / "whole", *keys)
 
 
+def test_a_method_is_told_what_fraction_of_the_steps_is_done_also_after_a_resume(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(MaskedPretraining, "progress", lambda self, done: told.append(done), raising=False)
+    run(tmp_path / "run", store, steps=2)
+    assert told == [0, 1 / 2]
+    told.clear()
+    run(tmp_path / "run", store, steps=5)
+    assert told == [2 / 5, 3 / 5, 4 / 5]
+
+
 def test_what_is_frozen_until_a_step_is_trained_from_there_on(store: Path, tmp_path: Path) -> None:
     optim = OptimSettings(lr=1e-3, schedule="constant", freeze=["encoder"], freeze_until=4)
     run(tmp_path, store, optim=optim, keep=9)
