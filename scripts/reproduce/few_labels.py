@@ -6,8 +6,8 @@ them (experiment=structures_finetune), each seed from its own encoder. Each arm 
 the Dice of one more brain of the training part, with the first fold and seed. `--tested 3 --labelled 12 --rates 1e-2`
 tests three brains in each of five folds, and labels all others: none is left to choose a rate by.
 `--arms pretrained scratch atlas` adds what registration of the same labelled brains gives. Prints the tables of
-docs/evidence.md and docs/evidence_details.md. Finished runs are not repeated, and interrupted ones are resumed: half an
-hour for an encoder and for a fine-tuning, on one core each.
+docs/evidence.md and docs/evidence_details.md, and draws OUT/curve.png. Finished runs are not repeated, and interrupted
+ones are resumed: half an hour for an encoder and for a fine-tuning, on one core each.
 
 DATA: see scripts/reproduce/structures.py.
 """
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 
 from asa.data.splits import write_split
@@ -26,6 +27,9 @@ from asa.evaluation.comparison import p_text
 from asa.evaluation.statistics import wilcoxon_p
 from scripts.reproduce.commands import asa, brain_dice, evaluate, interval, score, validations
 from scripts.reproduce.structures import STRUCTURES, make_store, subjects
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 TESTED = ((9, 15), (4, 9), (0, 4))  # the brains of each fold, of the 15 in the order of their ids
 Settings = tuple[str, ...]
@@ -53,6 +57,7 @@ def in_raster_order(pretraining: Settings = (), finetuning: Settings = ()) -> Ar
 ARMS: dict[str, Arm] = {
     "pretrained": Arm(experiment="structures_finetune"),
     "scratch": Arm(experiment="structures_finetune"),
+    "shipped": Arm(experiment="structures_finetune"),  # from the encoder that the package brings, of other brains
     "deform": Arm((), ("augment.deform=3",), "structures_finetune"),
     # Labels are carried over to the other brains of the training part; of those, boundaries need no further weight.
     "unlabelled": Arm((), ("data.unlabelled=rest", EVEN, SHORT), "structures_finetune"),
@@ -94,6 +99,15 @@ ARMS: dict[str, Arm] = {
 SCRATCH = ("scratch", "light_scratch", "unet_scratch", "raster_scratch", "raster_unet_scratch", "plain_scratch")
 # What a user would do without a network: the same labelled scans are registered to each new one. Fusion of several.
 ATLASES = {"atlas": "joint", "atlas_majority": "majority"}
+SHIPPED = {"shipped": "asa://tiny-t1"}
+NAMES = {  # in the figure
+    "pretrained": "pretrained on the cohort",
+    "shipped": "the encoder of the package",
+    "scratch": "from scratch",
+    "unlabelled": "with labels carried to unlabelled scans",
+    "atlas": "registration, joint label fusion",
+    "atlas_majority": "registration (SyN), majority",
+}
 STORE = "store_brains"
 CPU = ("train.device=cpu", "train.precision=fp32", "loader.workers=0")
 
@@ -158,12 +172,19 @@ def score_run(out: Path, run: Run, steps: int | None) -> None:
         return
     arm = ARMS[run.arm]
     settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}", *arm.finetuning)
-    init = None if run.arm in SCRATCH else out / encoder(run.arm, run.fold, run.seed)
+    own = SHIPPED.get(run.arm) or out / encoder(run.arm, run.fold, run.seed)
+    init = None if run.arm in SCRATCH else own
     finetune(out, run.name(), split, steps, *settings, init=init, experiment=arm.experiment)
 
 
 def finetune(
-    out: Path, name: str, split: str, steps: int | None, *settings: str, init: Path | None, experiment: str = LIGHT
+    out: Path,
+    name: str,
+    split: str,
+    steps: int | None,
+    *settings: str,
+    init: Path | str | None,
+    experiment: str = LIGHT,
 ) -> None:
     """Fine-tune on the brains of OUT/store_brains, predict those of the test part, and score them.
 
@@ -204,13 +225,20 @@ def chosen(out: Path, runs: Sequence[Run]) -> Run:
     return runs[0] if len(runs) == 1 else max(runs, key=lambda run: validation_dice(out, run.name()))
 
 
-def report(out: Path, folds: list[int], seeds: list[int], best: dict[tuple[int, str], str]) -> str:
-    """The tables: Dice and differences by seed, and Dice by structure, for each number of labels."""
-    dice = {}  # (seeds, brains, structures)
+def read_dice(
+    out: Path, folds: list[int], seeds: list[int], best: Mapping[tuple[int, str], str]
+) -> dict[tuple[int, str], np.ndarray]:
+    """The Dice of each number of labels and arm, `(seeds, brains, structures)`."""
+    dice = {}
     for (count, arm), rate in best.items():
         runs = [[Run(fold, count, seed, arm, rate) for fold in folds] for seed in seeds]
         rows = [[brain_dice(out, run.name(), STRUCTURES) for run in row] for row in runs]
         dice[count, arm] = np.stack([np.concatenate(row) for row in rows])
+    return dice
+
+
+def report(dice: Mapping[tuple[int, str], np.ndarray], seeds: list[int], best: Mapping[tuple[int, str], str]) -> str:
+    """The tables: Dice and differences by seed, and Dice by structure, for each number of labels."""
     lines = gains({key: values.mean(axis=2) for key, values in dice.items()}, seeds)
     lines += [
         "",
@@ -243,6 +271,30 @@ def gains(dice: Mapping[tuple[int, str], np.ndarray], seeds: Sequence[int]) -> l
     return lines
 
 
+def draw_curve(dice: Mapping[tuple[int, str], np.ndarray], file: Path) -> None:
+    """Mean Dice against the number of labelled scans, a line an arm, each brain of the first seed as a point."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    arms = list(dict.fromkeys(arm for _, arm in dice))
+    for k, arm in enumerate(arms):
+        counts = sorted(count for count, other in dice if other == arm)
+        places = [count * 1.03 ** (k - (len(arms) - 1) / 2) for count in counts]
+        brains = [dice[count, arm].mean(axis=2) for count in counts]  # (seeds, brains)
+        style = "--" if arm in ATLASES else "-"
+        (line,) = axes.plot(places, [b.mean() for b in brains], style, marker="o", label=NAMES.get(arm, arm))
+        for place, values in zip(places, brains, strict=True):
+            axes.plot([place] * values.shape[1], values[0], ".", color=line.get_color(), alpha=0.35, markersize=4)
+    ticks = sorted({count for count, _ in dice})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("labelled scans")
+    axes.set_ylabel("mean Dice of eleven structures")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(file)
+    plt.close(figure)
+
+
 def main() -> None:
     """Run what has not been run, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,7 +319,7 @@ def main() -> None:
     out, seeds, labelled = options.out.resolve(), options.seeds, options.labelled
     prepare(options.data, out, {fold: ranges[fold] for fold in folds}, validating=tested is None)
     with ThreadPoolExecutor(options.jobs) as pool:
-        arms = dict.fromkeys(pretrained_as(arm) for arm in options.arms if arm not in (*SCRATCH, *ATLASES))
+        arms = dict.fromkeys(pretrained_as(arm) for arm in options.arms if arm not in (*SCRATCH, *SHIPPED, *ATLASES))
         list(pool.map(lambda which: pretrain(out, *which), itertools.product(arms, folds, seeds)))
 
         def run_all(runs: list[Run]) -> None:
@@ -286,7 +338,9 @@ def main() -> None:
             Run(fold, count, seed, arm, best[count, arm]) for fold in folds for seed in seeds for count, arm in best
         ]
         run_all(list({run.name(): run for run in wanted if run not in first}.values()))
-    table = report(out, folds, seeds, best)
+    dice = read_dice(out, folds, seeds, best)
+    draw_curve(dice, out / "curve.png")
+    table = report(dice, seeds, best)
     (out / "structures.md").write_text(table)
     print(table)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from scored import write_run
 
-from scripts.reproduce.few_labels import ARMS, SCRATCH, TESTED, Run, encoder, folds_of, report
+from scripts.reproduce.few_labels import ARMS, SCRATCH, TESTED, Run, draw_curve, encoder, folds_of, read_dice, report
 from scripts.reproduce.structures import STRUCTURES
 
 
@@ -30,7 +30,11 @@ def test_the_tables_pair_the_arms_by_brain_and_seed(tmp_path: Path) -> None:
         run = Run(0, 1, seed, arm, best[1, arm])
         write_run(tmp_path / "evaluated" / run.name(), dict.fromkeys(STRUCTURES, brains))
     write_run(tmp_path / "evaluated" / "fold0_1_atlas", dict.fromkeys(STRUCTURES, (0.3, 0.5)))  # of no seed
-    table = report(tmp_path, [0], [0, 1], best)
+    found = read_dice(tmp_path, [0], [0, 1], best)
+    assert {key: values.shape for key, values in found.items()} == dict.fromkeys(best, (2, 2, len(STRUCTURES)))
+    draw_curve(found, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    table = report(found, [0, 1], best)
     # Differences 0.1 and 0.2 for seed 0, 0.5 and 0.4 for seed 1, 0.3 for both brains over the seeds.
     assert "| 1 | 0 | scratch | 0.400 | +0.150 (" in table
     assert "| 1 | 1 | scratch | 0.300 | +0.450 (" in table
