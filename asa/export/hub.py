@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import save
 
@@ -21,6 +22,7 @@ from asa.data.io.files import DIGESTS, check_out, read_json, sha256_of, write_di
 from asa.data.leakage import stored_digests
 from asa.inference.preprocessing import without_command
 from asa.training.checkpoint import WEIGHTS, read_model, read_weights
+from asa.training.hub import on_hub
 
 CONFIG, SUBJECTS, CARD = "config.json", "training_subjects.json", "README.md"
 LIBRARY = "asa-mri"
@@ -41,6 +43,8 @@ def export_hub(
     trained_on: str | None,
     evaluation: str | Path | None = None,
     plugins: Sequence[str] = (),
+    reference: str = "hf://ORG/NAME@REVISION",
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a checkpoint as a folder for the Hub.
 
@@ -53,6 +57,8 @@ def export_hub(
         trained_on: the training data, in words, for the card.
         evaluation: folder that asa-evaluate wrote, for the card; None: the card says that there is none.
         plugins: packages of your own that the checkpoint's network may come from.
+        reference: the name that it will be loaded by, for the card.
+        dtype: of the weights in the file; whoever loads them gets float32.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint or evaluation; no licence or no words about the data; or a folder
@@ -71,6 +77,7 @@ def export_hub(
     results = None if evaluation is None else _results(Path(evaluation))
     read_model(checkpoint, plugins=plugins)  # what cannot be loaded is not published
     weights, description = read_weights(checkpoint)
+    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     description["data"] = without_command(description["data"])
     digests = stored_digests(description["data"]) or {}
     config = {"library_name": LIBRARY, "asa_version": __version__, **description}
@@ -79,7 +86,7 @@ def export_hub(
     write_whole(out / WEIGHTS, save(weights, metadata=header))
     write_json(out / CONFIG, config)
     write_json(out / SUBJECTS, digests)
-    card = _card(config, digests, licence, trained_on, results, sha256_of(out / WEIGHTS))
+    card = _card(config, digests, licence, trained_on, results, sha256_of(out / WEIGHTS), reference)
     write_whole(out / CARD, card.encode())
     write_digests(out, (WEIGHTS, CONFIG, SUBJECTS, CARD))
 
@@ -105,6 +112,7 @@ def _card(
     trained_on: str,
     summary: Mapping[str, Any] | None,
     weights: str,
+    reference: str,
 ) -> str:
     """`README.md`: metadata that the Hub reads, and the card."""
     data = config["data"]
@@ -131,17 +139,19 @@ def _card(
         if digests
         else "The checkpoint does not hold digests of its training subjects: what it has seen cannot be checked."
     )
+    install = 'pip install "asa-mri[hub]"' if on_hub(reference) else "pip install asa-mri"
+    fixed = " A commit as REVISION fixes what is loaded." if on_hub(reference) else ""
     return f"""---
 {yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---
 
 # {task.capitalize()} of brain MRI by asa
 
 ```
-pip install "asa-mri[hub]"
-asa-{"finetune init" if task == "pretraining" else "predict checkpoint"}=hf://ORG/NAME@REVISION ...
+{install}
+asa-{"finetune init" if task == "pretraining" else "predict checkpoint"}={reference} ...
 ```
 
-In Python `asa.load_model("hf://ORG/NAME@REVISION")`. A commit as REVISION fixes what is loaded.
+In Python `asa.load_model("{reference}")`.{fixed}
 
 Made by asa {config["asa_version"]} in {config["step"]} steps. Research only: not a medical device.
 

@@ -8,6 +8,7 @@ from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.scans import Scan, ScanPredictor, predict_each, raw_scans, stored_scans
 from asa.tasks.base import Config
+from asa.training.checkpoint import is_shipped
 from asa.training.hub import on_hub
 
 LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settings
@@ -77,7 +78,7 @@ def subjects_of_part(config: Config) -> list[str] | None:
             raise ValueError(f"part={part}: {config['split_file']} has no subjects under that name")
         return chosen
     paths = checkpoints_of(config)
-    if remote := [path for path in paths if on_hub(path)]:
+    if remote := [path for path in paths if on_hub(path) or is_shipped(path)]:
         raise ValueError(f"part={part}: {remote[0]} has no split, which a run on this machine has: leave part= out")
     splits = [read_split(_run_of(Path(path)) / "split.json") for path in paths]
     subjects = splits[0].get(part)

@@ -23,7 +23,7 @@ from asa.training.checkpoint import list_checkpoints, load_weights
 from asa.training.distributed import is_main
 from asa.training.loop import TrainSettings
 from asa.training.plan import volume_batch
-from asa.training.pretrained import load_pretrained, read_source
+from asa.training.pretrained import fitting_shipped, load_pretrained, read_source
 
 Records = Sequence[dict[str, Any]]
 MOSTLY_PADDING = 0.5  # fraction of a crop outside the volumes, above which a crop that fits is named
@@ -200,10 +200,15 @@ class Initialisation:
         return load_pretrained(self.init, self.source, self.description, model, self.model_config, explain=explain)
 
     def load_and_print(self, model: Any) -> None:
-        """Load the encoder, and print what was loaded and which held-out subjects it was pretrained on."""
+        """Load the encoder, and print what was loaded and which held-out subjects it was pretrained on.
+
+        Without `init`, print which encoder of the package could be loaded.
+        """
         if self.init:
             print(self.load(model))
             print("\n".join(leakage_report(self.seen, self.init)))
+        elif fitting := fitting_shipped(model, self.model_config):
+            print(f"from scratch; a pretrained encoder of this size is in the package: init={fitting[0]}")
 
     def load_network(self, model: nn.Module) -> None:
         """Load all weights of the same network, which may have been trained on volumes of another size.

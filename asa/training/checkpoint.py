@@ -37,6 +37,8 @@ LAYERS = ("depth", "groups")  # in the names of keywords that count layers
 LARGEST_TABLES = 1 << 30  # bytes of buffers that a model computes and a checkpoint does not hold
 WEIGHTS, TRAINING = "model.safetensors", "training.pt"
 NEWEST, BEST = "checkpoints", "best"  # folders of a run
+SHIPPED_PREFIX = "asa://"
+SHIPPED = Path(__file__).parents[1] / "encoders"
 
 
 class DamagedCheckpoint(ValueError):
@@ -259,10 +261,21 @@ def _compare(file: Path) -> None:
         raise DamagedCheckpoint(str(error)) from error
 
 
+def shipped() -> list[str]:
+    """Names of the encoders that the package brings, each a folder as asa-export format=hub writes it: `asa://NAME`."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS}"))
+
+
+def is_shipped(path: str | Path) -> bool:
+    """Whether a path is the name of an encoder that the package brings."""
+    return str(path).startswith("asa:/")  # a Path has one slash
+
+
 def find_weights(path: str | Path) -> Path:
     """The weights file of a path: the file itself, that of a checkpoint folder, or the newest of a run or of RUN/best.
 
-    One of `hf://ORG/NAME[@REVISION]` is fetched to the local cache, with its digests, which have to be there.
+    One of `hf://ORG/NAME[@REVISION]` is fetched to the local cache, with its digests, which have to be there;
+    `asa://NAME` is one that this package brings.
 
     Raises:
         FileNotFoundError: there is none.
@@ -270,6 +283,13 @@ def find_weights(path: str | Path) -> Path:
     """
     if on_hub(path):
         return fetch(str(path), WEIGHTS, DIGESTS) / WEIGHTS
+    if is_shipped(path):
+        name = str(path).removeprefix("asa:").lstrip("/")
+        if name not in shipped():
+            raise FileNotFoundError(
+                f"{path}: not in this package; it has {', '.join(SHIPPED_PREFIX + one for one in shipped())}"
+            )
+        return SHIPPED / name / WEIGHTS
     path = Path(path).expanduser()
     if path.is_file():
         return path
@@ -285,6 +305,8 @@ def find_weights(path: str | Path) -> Path:
 
 def read_weights(path: str | Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights (none without `tensors`) and description from a run folder, checkpoint folder or file.
+
+    Weights that were stored in half the precision, to save space, are returned in float32.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -302,7 +324,9 @@ def read_weights(path: str | Path, *, tensors: bool = True) -> tuple[dict[str, T
             description = _parsed(header, file)
             if description.get("format") != FORMAT:
                 raise ValueError(f"{file}: checkpoint format {description.get('format')}; this version reads {FORMAT}")
-            return {name: opened.get_tensor(name) for name in opened.keys() if tensors}, description  # noqa: SIM118
+            weights = {name: opened.get_tensor(name) for name in opened.keys() if tensors}  # noqa: SIM118
+            half = [name for name, tensor in weights.items() if tensor.dtype == torch.float16]
+            return {**weights, **{name: weights[name].float() for name in half}}, description
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{file}: not a complete safetensors file ({error})") from error
 
@@ -327,7 +351,8 @@ def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
     """The network of a checkpoint, with its weights, in evaluation mode.
 
     Args:
-        path: run folder, checkpoint folder or `.safetensors` file; or `hf://ORG/NAME[@REVISION]`, on the Hub.
+        path: run folder, checkpoint folder or `.safetensors` file; `hf://ORG/NAME[@REVISION]`, on the Hub; or
+            `asa://NAME`, in this package.
         plugins: your own packages that the checkpoint's model may come from. The file itself cannot add any.
 
     Raises:
@@ -406,7 +431,8 @@ def load_encoder(path: str | Path, *, img_size: int | Sequence[int] | None = Non
     """The encoder of a checkpoint's network, with its weights, in evaluation mode.
 
     Args:
-        path: run folder, checkpoint folder or `.safetensors` file, of pretraining or fine-tuning.
+        path: run folder, checkpoint folder or `.safetensors` file, of pretraining or fine-tuning, or another name that
+            `load_model` takes.
         img_size: volume size in voxels that it is to take, one number or (D, H, W), with the position encoding of this
             size; None: that of the training.
 

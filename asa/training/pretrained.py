@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from asa.models import transfer
 from asa.models.sw_vit import SWViT
 from asa.models.transfer import Source
-from asa.training.checkpoint import find_weights, load_tensors, read_weights
+from asa.training.checkpoint import SHIPPED_PREFIX, find_weights, load_tensors, read_weights, shipped
 
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")  # written by torch.save
 NNSSL_PLAN = "nnssl_adaptation_plan"
@@ -91,6 +91,20 @@ def load_pretrained(
     refused = transfer.why_refused(plan, model.encoder)
     verdict = f"refused: {refused}" if refused else "the transfer is possible; nothing was trained (transfer=explain)"
     return f"{transfer.transfer_table(plan, model.encoder)}\n{transfer.transfer_report(plan)}{note}\n{verdict}"
+
+
+def fitting_shipped(model: Any, model_config: Mapping[str, Any]) -> list[str]:
+    """The encoders of this package, as `asa://NAME`, that a network's encoder could be initialised from."""
+    found = []
+    for name in shipped() if isinstance(model.encoder, SWViT) else []:
+        source, description = read_source(f"{SHIPPED_PREFIX}{name}")
+        try:
+            transfer.check_position(description["model"], model_config)
+        except ValueError:
+            continue
+        if transfer.why_refused(transfer.plan_transfer(source, model.encoder), model.encoder) is None:
+            found.append(f"{SHIPPED_PREFIX}{name}")
+    return found
 
 
 def _load_swin(
