@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -51,20 +52,27 @@ def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
         raise OSError(f"{path}: is a symbolic link, and nothing is written through one: remove it") from None
 
 
-def write_whole(path: str | Path, payload: bytes) -> None:
-    """Write a file atomically, under a temporary name that is then renamed; its folder is created if needed."""
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write atomically, under a temporary name that is then renamed; its folder is created if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, so that two processes that write the same file do not write into one another's.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
         with part.open("xb") as file:
-            file.write(payload)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, payload: bytes) -> None:
+    """Write a file atomically: see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(payload)
 
 
 def check_out(out: Path, mark: str, what: str) -> None:
