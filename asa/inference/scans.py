@@ -18,7 +18,7 @@ from asa.data.io.parallel import each_tried
 from asa.data.splits import select
 from asa.data.store import Store
 from asa.inference.layout import Layout
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, check_finite
 
 ENDINGS = (".nii.gz", ".nii")
 # Suffix in BIDS of the channels that are named as usual, also as T1 or T1w.
@@ -120,7 +120,9 @@ def _predict(predictor: ScanPredictor, layout: Layout, scan: Scan) -> Predicted:
         raise ValueError(f"the result would replace the scan itself: choose another out= than {result.parent}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        found = predictor.predict_stored(scan.id, *scan.prepared())
+        image, chain, like = scan.prepared()
+        check_finite(image, "the prepared scan")
+        found = predictor.predict_stored(scan.id, image, chain, like)
     layout.describe(scan.id)
     return Predicted(found, [str(warning.message) for warning in caught], time.perf_counter() - started)
 
