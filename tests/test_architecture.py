@@ -31,7 +31,7 @@ LINES = {
     "data": 6500,
     "evaluation": 2380,
     "export": 750,
-    "inference": 2370,
+    "inference": 2360,
     "losses": 449,
     "methods": 660,
     "models": 2320,

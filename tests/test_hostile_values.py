@@ -11,6 +11,7 @@ from untrained import DATA, WINDOW, a_scan, call
 
 from asa.cli import embed, predict
 from asa.config import build
+from asa.data.io.tables import read_rows
 from asa.inference.layout import Layout
 from asa.inference.scans import Scan, predict_each
 from asa.restoration.images import write_picture
@@ -103,3 +104,22 @@ def test_a_prepared_scan_that_is_not_finite_is_named_and_the_others_are_predicte
         predict_each(Recorder(), scans, Layout(tmp_path))
     assert Recorder.seen == ["b"]
     assert "a: failed: the prepared scan has values that are not finite" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(("name", "text", "line"), [
+    ("t.csv", "id,age,sex\ns0,20,5,m\n", 2), ("t.csv", "id,age,sex\ns0,20,m\ns1,20,5,m\n", 3),
+    ("t.csv", "id,f_0,f_1\ns0,0,123,0,456\n", 2), ("t.csv", "id,age\ns0,20,\n", 2), ("t.csv", "id,age\ns0\n", 2),
+    ("t.tsv", "id\tage\n\ns0\t20\t5\n", 3), ("t.csv", 'id,age\n"s\n0",20,5\n', 3),
+])  # fmt: skip
+def test_a_row_with_another_number_of_cells_is_refused_with_its_line(
+    tmp_path: Path, name: str, text: str, line: int
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}, line {line}: \d cells, and the table has \d columns: "):
+        read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["id,age,\ns0,20,\n", 'id,age\n\ns0,"20"\n\n', "id,age,note\ns0,20,\n"])
+def test_empty_cells_and_lines_are_no_missing_cells(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    assert [(row["id"], row["age"]) for row in read_rows(tmp_path / "t.csv")] == [("s0", "20")]

@@ -26,7 +26,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no table in UTF-8, or two of its columns have one name.
+        ValueError: the file is no table in UTF-8, two of its columns have one name, or a row has fewer or more cells.
         ImportError: a .parquet without the `parquet` extra.
     """
     path = Path(path)
@@ -42,9 +42,16 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
         header = [name for name in reader.fieldnames or () if name]
         if len(set(header)) < len(header) or not all(name.isprintable() for name in header):
             raise csv.Error("two columns have one name, or a name has line breaks")
-        return [
-            {key: _unquoted((value or "").strip()) for key, value in row.items() if key is not None} for row in reader
-        ]
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                cells = [cell for cell in row.values() if isinstance(cell, str)] + row.get(None, [])
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells, and the table has {len(row.keys() - {None})} "
+                    "columns: write decimals with a point, quote a cell with a comma, and leave no cell out"
+                )
+            rows.append({key: _unquoted(value.strip()) for key, value in row.items()})
+        return rows
 
 
 def read_header(path: Path) -> list[str]:
