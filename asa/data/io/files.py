@@ -115,15 +115,24 @@ def _refuse(constant: str) -> NoReturn:
 JSON = json.JSONDecoder(parse_constant=_refuse)  # of finite numbers
 
 
+class _WithoutMerging(yaml.SafeLoader):
+    """YAML without merge keys, which copy as they are read: ten lines of them make ten thousand million entries."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("a merge key, <<, which asa does not write")
+        super().flatten_mapping(node)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read the configuration of a run: a mapping in YAML.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not YAML, holds something else, or more than `LARGEST_YAML` values.
+        ValueError: the file is not YAML, has merge keys, holds something else, or more than `LARGEST_YAML` values.
     """
     try:
-        content = yaml.safe_load(_text(path))
+        content = yaml.load(_text(path), _WithoutMerging)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date may be none, and numbers too long
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}); restore the file") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
