@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +16,7 @@ from heads import LABELS, centred, dice, scan, turn
 from scipy import ndimage
 from stores import read_tree, write_tree
 
+import asa
 from asa.data.datasets import folder
 from asa.data.datasets.record import Record
 from asa.data.io.nifti import Volume, check_same_geometry, read_image, read_label, write_label
@@ -433,6 +435,29 @@ def test_the_fingerprint_depends_on_what_the_scans_have_in_common(cohort, tmp_pa
         made[name] = Store(tmp_path / name).fingerprint
     run(cohort[1:], tmp_path / "d")
     assert Store(tmp_path / "d").fingerprint == made["a"] and len(set(made.values())) == 3
+
+
+def test_scans_prepared_by_other_versions_are_marked_by_them_and_no_others(cohort, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    run(cohort[:2], store)
+    manifest, lines = (store / "manifest.json").read_bytes(), (store / "records.jsonl").read_bytes()
+    mine, own = asa.__version__, prepare._version
+    monkeypatch.setattr(asa, "__version__", "9.9.9")
+    monkeypatch.setattr(prepare, "_version", lambda name: None if name == "scipy" else own(name))
+    warned = rf"made with other versions \(asa 9.9.9 instead of {mine}, scipy None instead of .*\): scans are marked"
+    with pytest.warns(UserWarning, match=warned):
+        assert run(cohort, store).prepared == ["s2", "s3"]
+    assert (store / "manifest.json").read_bytes() == manifest
+    assert (store / "records.jsonl").read_bytes().startswith(lines)
+    marked = {"asa": "9.9.9", "scipy": None}
+    assert [record.get("software") for record in Store(store).records] == [None, None, marked, marked]
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the versions of the manifest again
+        Path(cohort[2]["images"]["t1"]).touch()
+        (store / "images" / "s3.npy").unlink()
+        assert run(cohort, store).prepared == ["s3"]
+    assert [record.get("software") for record in Store(store).records] == [None, None, marked, None]
 
 
 def test_a_crop_given_as_a_tuple_continues_its_store(cohort, tmp_path):
