@@ -178,6 +178,21 @@ def test_intensities_are_percentiles_or_z_scores_of_the_foreground():
     assert abs(z[inside].mean()) < 1e-5 and abs(z[inside].std() - 1) < 1e-5 and (z[~inside] == 0).all()
 
 
+@pytest.mark.parametrize("value", [1e7, -1e7])
+def test_a_voxel_that_decides_the_z_scores_is_warned_about_and_percentiles_are_not_changed_by_it(value):
+    image, _ = ball((24, 26, 25))
+    image = image * np.random.default_rng(0).uniform(0.8, 1.2, image.shape)
+    spoilt = image.copy()
+    spoilt[12, 12, 12] = value
+    for settings, warned in ((PrepareSettings(normalise="zscore"), True), (PrepareSettings(), False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            kept, found = (prepare_case({"t1": volume(one)}, None, {}, settings).image[0] for one in (image, spoilt))
+        shown = [str(warning.message) for warning in caught if "SD from the mean" in str(warning.message)]
+        assert len(shown) == warned
+        assert (np.abs(kept - found)[kept != 0].mean() > 0.5) == warned
+
+
 def test_without_a_zero_background_everything_is_foreground():
     head = np.random.default_rng(0).normal(100, 5, (12, 13, 14)).astype(np.float32)
     head[0, 0, 0] = 0
