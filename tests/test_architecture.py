@@ -28,7 +28,7 @@ LINES = {
     "": 690,
     "baselines": 1230,
     "cli": 340,
-    "data": 6540,
+    "data": 6575,
     "evaluation": 2380,
     "export": 750,
     "inference": 2360,

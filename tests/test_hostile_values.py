@@ -11,7 +11,7 @@ from untrained import DATA, WINDOW, a_scan, call
 
 from asa.cli import embed, predict
 from asa.config import build
-from asa.data.io.tables import read_rows
+from asa.data.io.tables import read_header, read_rows
 from asa.inference.layout import Layout
 from asa.inference.scans import Scan, predict_each
 from asa.restoration.images import write_picture
@@ -123,3 +123,47 @@ def test_a_row_with_another_number_of_cells_is_refused_with_its_line(
 def test_empty_cells_and_lines_are_no_missing_cells(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     assert [(row["id"], row["age"]) for row in read_rows(tmp_path / "t.csv")] == [("s0", "20")]
+
+
+def parquet(path: Path, **columns: object) -> Path:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(arrow.table(columns), path, compression="zstd")
+    return path
+
+
+def test_a_parquet_that_unpacks_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = arrow.array(np.zeros(1_500_000))
+    bombs = [
+        parquet(tmp_path / "rows.parquet", id=rows, age=rows),
+        parquet(tmp_path / "nested.parquet", id=arrow.array([[0] * 3_000_000])),
+        parquet(tmp_path / "long.parquet", id=arrow.array(["x" * 50_000_000, "y" * 50_000_000])),
+    ]
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read", lambda *_: pytest.fail("was read"))
+    for path in bombs:
+        assert path.stat().st_size < 100_000
+        with pytest.raises(ValueError, match=rf"^{path}: \d+ cells and \d+ bytes in a file of \d+: write it as CSV"):
+            read_rows(path)
+
+
+def test_a_long_text_that_is_repeated_takes_its_memory_once(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    texts = arrow.DictionaryArray.from_arrays(arrow.array(np.zeros(100_000, np.int32)), ["x" * 1_000_000])
+    path = parquet(tmp_path / "t.parquet", id=texts)  # 100 GB of text
+    rows = read_rows(path)
+    assert len(rows) == 100_000 and len({id(row["id"]) for row in rows}) == 1
+
+
+def test_parquet_holds_what_csv_does(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "t.parquet", id=["a", "b ", None], age=[1, None, 3], x=[0.5, float("nan"), None])
+    expected = [("a", "1", "0.5"), ("b", "", ""), ("", "3", "")]
+    assert [tuple(row.values()) for row in read_rows(path)] == expected
+    assert read_rows(parquet(tmp_path / "none.parquet", id=np.array([], dtype=str))) == []
+    path.write_bytes(path.read_bytes()[:-9] + b"xxxxxPAR1")
+    for read in (read_rows, read_header):
+        with pytest.raises(ValueError, match=rf"^{path}: not a Parquet file"):
+            read(path)
