@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets import bids, folder
+from asa.data.datasets.record import check_distinct
 from asa.data.io.nifti import Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
@@ -227,6 +228,7 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
         if id in scans:
             raise ValueError(f"{scans[id]} and {path} would both give {id}.nii.gz: leave one, or rename it")
         scans[id] = path
+    check_distinct(scans)
     kinds = {id.rpartition("_")[2] for id, path in scans.items() if path.name.startswith("sub-")}
     if len(kinds) > 1 and any(path.parent != source.absolute() for path in scans.values()):
         raise ValueError(

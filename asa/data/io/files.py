@@ -33,7 +33,8 @@ def check_id(id: object) -> None:
         reason = f"it is longer than {LONGEST_ID} bytes"
     else:
         return
-    raise ValueError(f"{id!r}: not usable as an id, because it names files: {reason}; use letters, digits, - and _")
+    shown = f"{id[:60]!r}..." if isinstance(id, str) and len(id) > LONGEST_ID else repr(id)
+    raise ValueError(f"{shown}: not usable as an id, because it names files: {reason}; use letters, digits, - and _")
 
 
 def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
@@ -53,6 +54,17 @@ def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
 
 
 @contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An error of writing, as on a full disk, names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+@contextmanager
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write atomically, under a temporary name that is then renamed; its folder is created if needed."""
     path = Path(path)
@@ -60,7 +72,7 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     # A name of its own, so that two processes that write the same file do not write into one another's.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
-        with part.open("xb") as file:
+        with naming(path), part.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -100,10 +112,10 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON; the message names the file and the line.
+        ValueError: the file is not JSON, or has a key twice; the message names the file.
     """
     try:
-        return JSON.decode(_text(path))
+        return STRICT_JSON.decode(_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); restore or correct the file") from None
 
@@ -112,7 +124,14 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number in JSON")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key is twice among {', '.join(found)[:100]}")
+    return found
+
+
 JSON = json.JSONDecoder(parse_constant=_refuse)  # of finite numbers
+STRICT_JSON = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_once)  # and of a key once in an object
 
 
 class _WithoutMerging(yaml.SafeLoader):

@@ -132,6 +132,7 @@ def on_cluster(
         ValueError: a worker has several threads or other versions, or does not have the shared file.
     """
     dask = require("distributed", "dask", "executor=dask")
+    closed = require("distributed.comm", "dask", "executor=dask").CommClosedError
     content = b"" if shared is None else shared.read_bytes()
     call = partial(_on_worker, function, shared, content, made_with, made_with())
     with ExitStack() as stack:
@@ -153,20 +154,21 @@ def on_cluster(
                 running[future.key] = job
                 finished.add(future)
 
-        submit(AHEAD)
-        for future in finished:
-            job = running.pop(future.key)
-            try:
-                yield job, future.result()
-            except dask.KilledWorker:
-                yield job, None
-            except dask.CancelledError as error:
-                raise ConnectionError(
-                    f"scheduler={scheduler}: the dask scheduler was lost; give the same command again, which goes on "
-                    "where this one stopped"
-                ) from error
-            bar.update()
-            submit(1)
+        try:
+            submit(AHEAD)
+            for future in finished:
+                job = running.pop(future.key)
+                try:
+                    yield job, future.result()
+                except dask.KilledWorker:
+                    yield job, None
+                bar.update()
+                submit(1)
+        except (dask.CancelledError, closed) as error:
+            raise ConnectionError(
+                f"scheduler={scheduler}: the dask scheduler was lost; give the same command again, which goes on where "
+                "this one stopped"
+            ) from error
 
 
 def _on_worker(

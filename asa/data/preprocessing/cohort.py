@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from asa.data.datasets.record import Record, check_records
+from asa.data.datasets.record import Record, check_distinct, check_records
 from asa.data.io.files import PART, write_json
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.parallel import KILLED, check_workers, in_processes, on_cluster
@@ -126,6 +126,7 @@ def _prepare(
     header = _header(records, cohort)
     entries, software = ({}, {}) if root is None else _open(root, header)
     ids = {record["id"] for record in records}
+    check_distinct(sorted(ids | entries.keys()))
     qualities: dict[str, ScanQuality] = {}
     identities: dict[str, Entry] = {}
     report, jobs = CohortReport(), []

@@ -149,6 +149,15 @@ def test_a_scheduler_that_is_lost_ends_the_command() -> None:
             cluster.close()
 
 
+def test_a_scheduler_that_was_killed_is_lost_too(cluster, monkeypatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise distributed.comm.CommClosedError("Stream is closed")
+
+    monkeypatch.setattr(distributed.Client, "submit", killed)
+    with pytest.raises(ConnectionError, match="the dask scheduler was lost; give the same command again"):
+        list(on_cluster(double, [1], cluster.scheduler_address, title="t", unit="u", progress=False))
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
