@@ -475,6 +475,17 @@ def test_scans_prepared_by_other_versions_are_marked_by_them_and_no_others(cohor
     assert [record.get("software") for record in Store(store).records] == [None, None, marked, None]
 
 
+def test_two_cohorts_are_prepared_into_one_store(cohort, tmp_path):
+    run(cohort[:2], tmp_path / "store")
+    report = run([{**cohort[2], "id": "other"}], tmp_path / "store")  # of another reader: none of the earlier scans
+    assert report.prepared == ["other"] and Store(tmp_path / "store").records.ids == ["other", "s0", "s1"]
+    run(cohort[:2], tmp_path / "alone")
+    same = bytes_of(tmp_path / "alone")
+    assert {name: both for name, both in bytes_of(tmp_path / "store").items() if "/s" in name} == {
+        name: one for name, one in same.items() if "/s" in name
+    }
+
+
 def test_a_crop_given_as_a_tuple_continues_its_store(cohort, tmp_path):
     settings = PrepareSettings(crop=(16, 16, 16))
     assert len(run(cohort, tmp_path / "store", settings=settings).prepared) == 4
