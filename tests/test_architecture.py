@@ -35,7 +35,7 @@ LINES = {
     "losses": 449,
     "methods": 660,
     "models": 2320,
-    "ops": 635,
+    "ops": 636,
     "reporting": 1520,
     "restoration": 2235,
     "tasks": 2880,

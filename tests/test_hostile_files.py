@@ -23,6 +23,8 @@ from asa.inference.layout import label_maps_of
 from asa.tasks.base import find_task
 from asa.training import checkpoint as checkpoints
 from asa.training.checkpoint import read_weights, save_checkpoint
+from asa.training.loop import resume
+from asa.training.optim import EMA
 from asa.training.pretrained import read_source
 from asa.training.run_folder import _check_config
 from asa.training.run_log import RunLog
@@ -246,3 +248,12 @@ def test_a_key_twice_in_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"a": 1})[:-1] + ', "a": 2}')
     with pytest.raises(ValueError, match=r"x.json: not valid JSON \(a key is twice among a\)"):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("training", [{}, {"optimizer": 3}, {"optimizer": {}, "scaler": {}, "random": [1]}])
+def test_a_training_state_of_something_else_is_named(tmp_path: Path, training: dict) -> None:
+    method = torch.nn.Linear(2, 2)
+    optimizer, scaler = torch.optim.SGD(method.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False)
+    save_checkpoint(tmp_path, 1, method, {}, training, keep=1)
+    with pytest.raises(ValueError, match=r"step-00000001: its training state does not fit this run \("):
+        resume(tmp_path, method, optimizer, scaler, EMA(method, 0.0))

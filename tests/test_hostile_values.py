@@ -115,7 +115,7 @@ def test_a_row_with_another_number_of_cells_is_refused_with_its_line(
     tmp_path: Path, name: str, text: str, line: int
 ) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}, line {line}: \d cells, and the table has \d columns: "):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}: line {line} has \d cells, and the table \d columns: "):
         read_rows(tmp_path / name)
 
 

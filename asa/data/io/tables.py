@@ -47,7 +47,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
             if None in row or None in row.values():
                 given = [cell for cell in row.values() if isinstance(cell, str)] + list(row.get(None, ()))
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(given)} cells, and the table has {len(row.keys() - {None})} "
+                    f"{path}: line {reader.line_num} has {len(given)} cells, and the table {len(row.keys() - {None})} "
                     "columns: write decimals with a point, quote a cell with a comma, and leave no cell out"
                 )
             rows.append({key: _unquoted(value.strip()) for key, value in row.items()})
