@@ -6,9 +6,14 @@ from typing import Any
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # their messages are written for the user
 
 
+LONGEST = 2000  # letters of a message: an id or a path of somebody else's may have millions
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; its type where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an error without line breaks, cut if it is very long; its type where it has no message."""
+    text = " ".join(str(error).split())
+    cut = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}" if len(text) > LONGEST else text
+    return cut or type(error).__name__
 
 
 def reason_of(error: BaseException) -> str:

@@ -4,10 +4,11 @@ import base64
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import unquote, urlsplit
 
 MODEL = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)(/(?P<what>revision|tree|preupload|commit)/(?P<revision>[^/]+))?.*")
@@ -21,6 +22,10 @@ class Hub:
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.requests: list[str] = []
         self.url = ""
+        # Of a hostile server: what it answers instead of the commit and the ETag, and whether it answers at all.
+        self.sha: str | None = None
+        self.etag: str | None = None
+        self.silent = Event()
 
     def push(self, id: str, files: dict[str, bytes]) -> str:
         """A commit on main with these files added; its hash."""
@@ -62,6 +67,8 @@ def serving() -> Iterator[Hub]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
+            if hub.silent.is_set():
+                return time.sleep(5)
             match = FILE.fullmatch(path) or MODEL.fullmatch(path)
             if match is None or match["id"] not in hub.repositories:
                 return self.refuse("RepoNotFound")
@@ -75,13 +82,19 @@ def serving() -> Iterator[Hub]:
                     {"type": "file", "path": name, "size": len(found), "oid": hashlib.sha1(found).hexdigest()}
                     for name, found in files.items()
                 ]
-                about = {"id": id, "sha": commit, "private": False, "siblings": [{"rfilename": one} for one in files]}
+                about = {
+                    "id": id,
+                    "sha": hub.sha or commit,
+                    "private": False,
+                    "siblings": [{"rfilename": one} for one in files],
+                }
                 return self.answer(tree if match["what"] == "tree" else about)
             if match["file"] not in files:
                 return self.refuse("EntryNotFound")
             found = files[match["file"]]
-            etag = f'"{hashlib.sha1(found).hexdigest()}"'
-            self.answer(found, headers={"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"})
+            etag = f'"{hub.etag or hashlib.sha1(found).hexdigest()}"'
+            headers = {"ETag": etag, "X-Repo-Commit": hub.sha or commit, "Accept-Ranges": "bytes"}
+            self.answer(found, headers=headers)
             return None
 
         do_HEAD = do_GET

@@ -174,10 +174,11 @@ def test_the_papers_settings_are_the_printed_ones() -> None:
 
 
 SA_SWIN = ("sa_swin_paper", "sa_swin_classify", "sa_swin_segment")
+PAPER = {"asa_paper": "pretrain", "asa_paper_finetune": "finetune", "asa_paper_prepare": "prepare"}
 SOURCE = re.compile(r"# (printed \d\.\d|released|assumed)\b")
 
 
-@pytest.mark.parametrize("experiment", ["asa_paper", "asa_paper_finetune", "brats21", "ibsr", "wmh", *SA_SWIN])
+@pytest.mark.parametrize("experiment", [*PAPER, "brats21", "ibsr", "wmh", *SA_SWIN])
 def test_every_setting_of_a_papers_experiment_names_its_source(experiment: str) -> None:
     lines = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text().splitlines()
     settings = [line for line in lines if re.match(r"\s*(- override )?[\w/]+: \S|\s+- override", line)]
@@ -186,15 +187,20 @@ def test_every_setting_of_a_papers_experiment_names_its_source(experiment: str) 
 
 def test_the_table_of_the_papers_settings_holds_what_the_experiments_do() -> None:
     text = (CONFIG_DIR.parent / "docs" / "method.md").read_text()
-    commands = {"asa_paper": "pretrain", "asa_paper_finetune": "finetune"}
-    for experiment, command in commands.items():
-        config = flatten(composed(command, f"experiment={experiment}"))
+    for experiment, command in PAPER.items():
+        needed = [] if command == "prepare" else ["data.store=y"]
+        config = flatten(compose(command, ["out=x", *needed, f"experiment={experiment}"]))
         table = re.search(rf"\| `{experiment}` \|.*\n\|---.*\n((?:\|.*\n)+)", text)
         assert table, experiment
+        lines = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+        sources = {line.split(":")[0].strip(): found[1] for line in lines if (found := SOURCE.search(line))}
         shown = {}
         for row in table[1].splitlines():
-            key, *_, ours, _why = (cell.strip() for cell in row.strip("|").split("|"))
+            key, printed, released, ours, _why = (cell.strip() for cell in row.strip("|").split("|"))
             shown[key.strip("`")] = typed_value(ours)
+            source = sources.get(key.strip("`").split(".")[-1], "none")
+            assert not (source.startswith("printed") and printed == "-"), key
+            assert not (source == "released" and released == "-"), key
         assert shown == {key: config[key] for key in shown}
         settings = flatten(yaml.safe_load((CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text()))
         assert settings.keys() - {"defaults"} <= shown.keys()

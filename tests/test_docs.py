@@ -105,3 +105,33 @@ def test_the_manual_fetches_nothing_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         for source in re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text()):
             pytest.fail(f"{page.name}: {source}")
+
+
+def test_what_each_part_of_the_method_is_worth_is_what_the_table_says() -> None:
+    details, evidence = ((ROOT / "docs" / name).read_text() for name in ("evidence_details.md", "evidence.md"))
+    row = r"^\| `(mae|attentive_mae|spe_mae)` \|[^|]*\|[^|]*\| ([\d.]+), ([\d.]+) \|"
+    rows = re.findall(row, details, flags=re.MULTILINE)
+    dice = {arm: [float(one) for one in seeds] for arm, *seeds in rows}
+    worth = {
+        arm: sorted(one - plain for one, plain in zip(dice[arm], dice["mae"], strict=True))
+        for arm in ("attentive_mae", "spe_mae")
+    }
+    loss, encoding = (f"{low:.3f} to {high:.3f}" for low, high in worth.values())
+    assert f"The attentive loss is worth {loss}, the symmetric encoding {encoding} (the two seeds)." in details
+    low, high = min(map(min, worth.values())), max(map(max, worth.values()))
+    assert f"each help, by {low:.3f} to {high:.3f} in either seed" in evidence
+
+
+def test_the_operations_on_tensors_are_those_that_the_architecture_names() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (row,) = re.findall(r"^\| `ops` \| functions on tensors: (.*?)\. No parameters", text, flags=re.MULTILINE)
+    named = {
+        "patches and masks": "patches",
+        "position encodings": "position",
+        "mirroring": "symmetry",
+        "sequences of unequal length": "nested",
+        "sums over processes": "collectives",
+    }
+    assert set(row.split(", ")) == named.keys()
+    modules = {path.stem for path in (ROOT / "asa" / "ops").glob("*.py")} - {"__init__", "labels"}
+    assert modules == set(named.values())

@@ -145,6 +145,17 @@ def test_a_configuration_of_aliases_cannot_fill_the_memory(tmp_path: Path) -> No
         read_yaml(tmp_path / "config.yaml")
 
 
+def test_a_configuration_of_merge_keys_is_refused_at_once(tmp_path: Path) -> None:
+    merged = [f"a{k}: &a{k}\n  <<: [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 12)]
+    (tmp_path / "config.yaml").write_text("\n".join(["a0: &a0 {x: 1}", *merged]))
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"config.yaml: not valid YAML \(a merge key, <<"):
+        read_yaml(tmp_path / "config.yaml")
+    assert time.process_time() - started < 5
+    (tmp_path / "config.yaml").write_text("a: {'<<': 1, '=': 2}")  # texts, as in the names of labels
+    assert read_yaml(tmp_path / "config.yaml") == {"a": {"<<": 1, "=": 2}}
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, "NaN", '{"a": Infinity}', "\udcff"])
 def test_json_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -36,7 +36,7 @@ def convert_dicom(config: Config) -> None:
     """Convert the series.
 
     Raises:
-        ValueError: no series could be converted; those that are no volumes are listed.
+        ValueError: series or files are in no volume; they are listed first, and the others are written.
     """
     from asa.data.io.dicom import convert_series
 
@@ -45,6 +45,11 @@ def convert_dicom(config: Config) -> None:
         print(f"{name}: not converted: {reason}")
     if not report.written:
         raise ValueError(f"{config['input']}: no series is a volume")
+    if report.failures:
+        raise ValueError(
+            f"{len(report.failures)} series or files are in no volume, listed above; {len(report.written)} volumes "
+            f"written to {config['out']}"
+        )
     print(f"wrote {len(report.written)} volumes to {config['out']}; their names hold the patients' ids")
 
 

@@ -201,7 +201,7 @@ def read_split(path: str | Path, fold: int | None = None) -> dict[str, list[str]
         if fold is None or not 0 <= fold < len(split):
             raise ValueError(f"{path}: has {len(split)} folds: give data.split.fold=0 to {len(split) - 1}")
         split = split[fold]
-        if set(split) != {"train", "val"}:
+        if not isinstance(split, Mapping) or set(split) != {"train", "val"}:
             raise ValueError(f"{path}: a fold of nnU-Net has lists of cases under train and val")
         split = {"train": split["train"], "test": split["val"]}
     return _checked_split(split, Path(path))

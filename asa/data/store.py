@@ -28,7 +28,7 @@ from typing import IO, Any, overload
 
 import numpy as np
 
-from asa.data.io.files import JSON, check_id, open_unlinked, read_json, sha256_of, write_whole
+from asa.data.io.files import JSON, check_id, naming, open_unlinked, read_json, sha256_of, write_whole
 
 FORMAT, RECORDS_INSIDE = 3, 2  # the earlier format has its records inside the manifest
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
@@ -383,7 +383,7 @@ def write_records(root: Path, entries: Mapping[str, bytes]) -> None:
 
 def append_records(root: Path, lines: Iterable[bytes]) -> None:
     """Append `entry_line` of scans to records of which no line is cut off; what an interruption cuts off is ignored."""
-    with open_unlinked(root / RECORDS, "ab") as file:
+    with naming(root / RECORDS), open_unlinked(root / RECORDS, "ab") as file:
         file.write(b"".join(line + b"\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ README.md                the model card: https://huggingface.co/docs/hub/model-c
 digests.json             SHA-256 of each file; that of the weights is compared whenever they are read
 """
 
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from safetensors.torch import save
 from asa import __version__
 from asa.data.io.files import DIGESTS, check_out, read_json, sha256_of, write_digests, write_json, write_whole
 from asa.data.leakage import stored_digests
+from asa.errors import reason_of
 from asa.inference.preprocessing import without_command
 from asa.training.checkpoint import WEIGHTS, read_model, read_weights
 from asa.training.hub import on_hub
@@ -96,13 +98,20 @@ def _results(folder: Path) -> dict[str, Any]:
     summary = read_json(folder / "summary.json")
     if not isinstance(summary, dict) or not isinstance(summary.get("results"), dict):
         raise ValueError(f"{folder}/summary.json: has no results by label: give a folder that asa-evaluate wrote")
-    rows = [
-        {"label": label, "metric": metric, **statistic}
-        for label, by_metric in summary["results"].items()
-        for metric, statistic in by_metric.items()
-        if None not in (statistic["mean"], statistic["low"], statistic["high"])
-    ]
-    return {**summary, "rows": rows}
+    try:
+        rows = [
+            {"label": label, "metric": metric, **{key: statistic[key] for key in ("mean", "low", "high", "used")}}
+            for label, by_metric in summary["results"].items()
+            for metric, statistic in by_metric.items()
+        ]
+        rows = [row for row in rows if None not in row.values()]
+        if not all(isinstance(row[key], int | float) for row in rows for key in ("mean", "low", "high", "used")):
+            raise ValueError("a mean that is no number")
+        about = {"cases": int(summary["cases"]), "policy": str(summary["policy"]["name"]), "asa": str(summary["asa"])}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = reason_of(error)
+        raise ValueError(f"{folder}/summary.json: not as asa-evaluate writes it ({reason}): evaluate again") from None
+    return {**about, "rows": rows}
 
 
 def _card(
@@ -144,7 +153,7 @@ def _card(
     return f"""---
 {yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---
 
-# {task.capitalize()} of brain MRI by asa
+# {_plain(task.capitalize())} of brain MRI by asa
 
 ```
 {install}
@@ -153,7 +162,7 @@ asa-{"finetune init" if task == "pretraining" else "predict checkpoint"}={refere
 
 In Python `asa.load_model("{reference}")`.{fixed}
 
-Made by asa {config["asa_version"]} in {config["step"]} steps. Research only: not a medical device.
+Made by asa {config["asa_version"]} in {_plain(config["step"])} steps. Research only: not a medical device.
 
 ## Data
 
@@ -185,15 +194,22 @@ def _evaluated(summary: Mapping[str, Any] | None) -> str:
         return "Not evaluated: whoever uses it has to."
     lines = [
         f"Means over {summary['cases']} cases with 95 % bootstrap intervals, policy "
-        f"`{summary['policy'].get('name', 'unnamed')}` of asa {summary['asa']}.",
+        f"{_plain(summary['policy'])} of asa {_plain(summary['asa'])}.",
         "",
         "| label | metric | mean | interval | n |",
         "|---|---|---|---|---|",
     ]
     for row in summary["rows"]:
         interval = f"{row['low']:.4g} to {row['high']:.4g}"
-        lines.append(f"| {row['label']} | {row['metric']} | {row['mean']:.4g} | {interval} | {row['used']} |")
+        lines.append(
+            f"| {_plain(row['label'])} | {_plain(row['metric'])} | {row['mean']:.4g} | {interval} | {row['used']} |"
+        )
     return "\n".join(lines)
+
+
+def _plain(text: object) -> str:
+    """A text of somebody else's as Markdown shows it: one line, without tags, tables, links and code of its own."""
+    return re.sub(r"([\\`*\[\]|#])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def _fenced(content: Any) -> str:

@@ -19,7 +19,7 @@ from asa.data.io.nifti import Volume, write_image
 from asa.data.io.tables import csv_text
 from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.inference.segmentation import PredictSettings
 from asa.models.sa_swin import MAP_LEVEL
 from asa.ops.symmetry import flip
@@ -170,10 +170,12 @@ class AsymmetryScorer:
         """Asymmetry of a prepared volume `(C, D, H, W)`; `level` as in `asa.models.sa_swin.SASwin.asymmetry`.
 
         Raises:
-            ValueError: a size other than that of the healthy scans.
+            ValueError: a size other than that of the healthy scans, or a result that is not finite.
         """
         with torch.inference_mode(), autocast(self.device, self.precision):
             score, difference = self.model.asymmetry(image[None].to(self.device, torch.float32), level=level)
+        check_finite(score, "the network's output")
+        check_finite(difference, "the network's output")
         inside = (image != 0).any(dim=0)
         inside = inside | flip(inside)
         scan = Asymmetry(float(score), difference[0].cpu() * inside, inside)

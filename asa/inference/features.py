@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from asa.data.store import read_box
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.training.checkpoint import load_encoder, read_description
 from asa.training.device import pick_device
 
@@ -41,10 +41,11 @@ class FeatureExtractor:
         return read_box(volume, [(length - size) // 2 for length, size in sizes], self.encoder.img_size)
 
     def tokens(self, volume: np.ndarray) -> np.ndarray:
-        """The tokens of a prepared volume `(C, D, H, W)`, cropped: `(E, d, h, w)` float32."""
+        """The tokens of a prepared volume `(C, D, H, W)`, cropped: `(E, d, h, w)` float32, or a ValueError for NaN."""
         image = torch.from_numpy(self.crop(volume))[None].to(self.device, torch.float32)
         with torch.inference_mode():
             tokens = self.encoder(image)[0].T.unflatten(1, self.encoder.token_grid(image))
+        check_finite(tokens, "the network's output")
         return np.asarray(tokens.float().cpu().numpy())
 
     def fractions(self, mask: np.ndarray) -> np.ndarray:

@@ -218,7 +218,7 @@ def label_maps_of(predictions: Path) -> dict[str, Path]:
         return {path.name.removesuffix(".nii.gz"): path for path in predictions.glob("*.nii.gz")}
     files = {path.relative_to(predictions).as_posix(): path for path in predictions.glob("sub-*/**/*_dseg.nii.gz")}
     rows = read_rows(predictions / VOLUMES) if (predictions / VOLUMES).is_file() else []
-    return {row["id"]: files[row["file"]] for row in rows if row.get("file") in files}
+    return {row["id"]: files[row["file"]] for row in rows if "id" in row and row.get("file") in files}
 
 
 def probabilities_of(predictions: Path, id: str, label_map: Path) -> dict[str, Path]:

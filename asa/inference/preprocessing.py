@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from asa.data.io.nifti import Volume, read_image, spacing_of, to_ras
 from asa.data.preprocessing.pipeline import prepare_case
@@ -55,6 +56,20 @@ def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[st
     """
     named = {f"{name} {channel}": found[name] for channel, found in intensity.items() if found for name in MEASURED}
     return {"brain_ml": quality["brain_ml"], **named}
+
+
+def check_finite(values: Any, what: str) -> None:
+    """Check what goes into a network, or comes out of it: NaN would become a label, a volume or a class like any other.
+
+    Args:
+        values: array or tensor.
+        what: name of the values, for the message.
+
+    Raises:
+        ValueError: some are not finite.
+    """
+    if not bool(torch.as_tensor(values).isfinite().all()):
+        raise ValueError(f"{what} has values that are not finite: the weights, or the scan's intensities, are unusable")
 
 
 def voxel_size(affine: Any) -> np.ndarray:

@@ -13,12 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets import bids, folder
+from asa.data.datasets.record import check_distinct
 from asa.data.io.nifti import Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
 from asa.data.store import Store
 from asa.inference.layout import Layout
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, check_finite
 
 ENDINGS = (".nii.gz", ".nii")
 # Suffix in BIDS of the channels that are named as usual, also as T1 or T1w.
@@ -120,7 +121,9 @@ def _predict(predictor: ScanPredictor, layout: Layout, scan: Scan) -> Predicted:
         raise ValueError(f"the result would replace the scan itself: choose another out= than {result.parent}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        found = predictor.predict_stored(scan.id, *scan.prepared())
+        image, chain, like = scan.prepared()
+        check_finite(image, "the prepared scan")
+        found = predictor.predict_stored(scan.id, image, chain, like)
     layout.describe(scan.id)
     return Predicted(found, [str(warning.message) for warning in caught], time.perf_counter() - started)
 
@@ -225,6 +228,7 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
         if id in scans:
             raise ValueError(f"{scans[id]} and {path} would both give {id}.nii.gz: leave one, or rename it")
         scans[id] = path
+    check_distinct(scans)
     kinds = {id.rpartition("_")[2] for id, path in scans.items() if path.name.startswith("sub-")}
     if len(kinds) > 1 and any(path.parent != source.absolute() for path in scans.values()):
         raise ValueError(

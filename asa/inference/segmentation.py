@@ -20,7 +20,7 @@ from tqdm import tqdm
 from asa.data.io.files import sha256_of
 from asa.data.io.nifti import Volume
 from asa.inference.label_maps import Outputs, Segmented
-from asa.inference.preprocessing import ScanPreprocessor, check_metadata
+from asa.inference.preprocessing import ScanPreprocessor, check_finite, check_metadata
 from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map, write_uncertainty
 from asa.ops.symmetry import check_axes, flip
 from asa.settings import PredictSettings
@@ -268,6 +268,9 @@ class Segmenter:
         Args:
             image: the volume.
             spread: gets those of each network and view.
+
+        Raises:
+            ValueError: a network's output is not finite.
         """
         windows = sum(count_windows(image.shape[1:], window_size(m), self.overlap) for m in self.models)
         total = torch.zeros(())
@@ -275,6 +278,7 @@ class Segmenter:
             for model in self.models:
                 for axes in self.views:
                     logits = sliding_window(model, flip(image, axes), self.settings, tick=bar.update).cpu()
+                    check_finite(logits, "the network's output")
                     found = flip(self.outputs.probabilities(logits), axes)
                     found = found[self.mirrored_channels] if "W" in axes else found
                     total = total + found

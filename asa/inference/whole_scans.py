@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from asa.data.io.tables import PREDICTED, TRAINING_MEAN, csv_text
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.inference.segmentation import PredictSettings, window_size
 from asa.training.checkpoint import read_model
 from asa.training.device import on_device, pick_device
@@ -116,8 +116,10 @@ class ClassPredictor(_Network):
             raise ValueError(f"{checkpoint}: names {len(self.classes)} classes, and its network has {self.outputs}")
 
     def probabilities(self, image: np.ndarray) -> np.ndarray:
-        """Class probabilities `(K,)` of a prepared volume `(C, D, H, W)`."""
-        return predict_classes(self.model, self.crop(image))[0]
+        """Class probabilities `(K,)` of a prepared volume `(C, D, H, W)`; a ValueError if they are not finite."""
+        found = predict_classes(self.model, self.crop(image))[0]
+        check_finite(found, "the network's output")
+        return found
 
     def table(self, rows: Sequence[tuple[str, str, str]], found: np.ndarray) -> str:
         """The table of predictions, see `predictions_csv`."""
@@ -136,8 +138,14 @@ class NumberPredictor(_Network):
         self.column, self.mean = str(self.about["column"]), float(self.about["mean"])
 
     def number(self, image: np.ndarray) -> float:
-        """The number predicted for a prepared volume `(C, D, H, W)`, in the units of the training table."""
-        return float(predict_numbers(self.model, self.crop(image))[0])
+        """The number predicted for a prepared volume `(C, D, H, W)`, in the units of the training table.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        found = predict_numbers(self.model, self.crop(image))[0]
+        check_finite(found, "the network's output")
+        return float(found)
 
     def table(self, rows: Sequence[tuple[str, str, str]], found: np.ndarray) -> str:
         """The table of predictions, see `numbers_csv`."""

@@ -22,6 +22,7 @@ def symmetric_position_encoding(
     the bit, all others different ones, on any grid. `"paper"` is Eq. (3) as printed, t*T^2 + h*H - |W/2 - w| + W/2: it
     pairs w with W - w, so that the outermost columns differ, and rows can collide on a grid that is not a cube.
     `"raster"` is the number of the token, t*H*W + h*W + w, without symmetry: the baseline that differs in nothing else.
+    The frequencies 10000^(-2i/D) begin at i = 0 in all of them; the paper counts i from 1.
 
     Args:
         grid: tokens along each axis, (T, H, W) or one number for a cube.

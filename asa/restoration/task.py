@@ -21,6 +21,7 @@ from asa.data.io.parallel import each_tried
 from asa.data.loading.loader import collate
 from asa.data.splits import select
 from asa.errors import reason_of
+from asa.inference.preprocessing import check_finite
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.restoration.evaluation import evaluate_pictures
@@ -130,8 +131,9 @@ class Restoration:
             if maps is not None and id not in maps:
                 raise ValueError(f"no label map of this image in {config['regions']}")
             labels = regions_of(None if maps is None else str(maps[id]), image)
-            restored = restore_image(model, image, labels, settings, tile=config["tile"]).numpy()
-            write_picture(out / f"{id}.png", restored, data["window"])
+            restored = restore_image(model, image, labels, settings, tile=config["tile"])
+            check_finite(restored, "the network's output")
+            write_picture(out / f"{id}.png", restored.numpy(), data["window"])
 
         for (id, _), _, reason in each_tried(restore, list(images.items()), title="restore", unit="image"):
             if reason:

@@ -35,6 +35,7 @@ FORMAT = 1
 LARGEST_NUMBER = 1 << 16  # of the keywords of a model
 LAYERS = ("depth", "groups")  # in the names of keywords that count layers
 LARGEST_TABLES = 1 << 30  # bytes of buffers that a model computes and a checkpoint does not hold
+RETRIES = 10  # of a checkpoint that is removed while it is read, before this is an error
 WEIGHTS, TRAINING = "model.safetensors", "training.pt"
 NEWEST, BEST = "checkpoints", "best"  # folders of a run
 SHIPPED_PREFIX = "asa://"
@@ -94,8 +95,10 @@ def save_checkpoint(
         _flush(parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of the three
         shutil.rmtree(temporary, ignore_errors=True)
+        of_torch = isinstance(error, RuntimeError) and "enforce fail" in str(error)
+        reason = "not all of it, as on a full disk" if of_torch else str(error).strip().splitlines()[0]
         raise OSError(
-            f"{final}: could not be written ({str(error).strip().splitlines()[0]}). The last complete checkpoint is "
+            f"{final}: could not be written ({reason}). The last complete checkpoint is "
             f"{newest_name(run)}; free disk space and run the same command again"
         ) from error
     others = [path for path in list_checkpoints(run, folder) if path != final]
@@ -313,7 +316,18 @@ def read_weights(path: str | Path, *, tensors: bool = True) -> tuple[dict[str, T
         DamagedCheckpoint: not a complete safetensors file, or with `tensors` a changed one.
         ValueError: not a checkpoint of this package.
     """
-    file = find_weights(path)
+    for _ in range(RETRIES):
+        file = find_weights(path)
+        try:
+            return _read(file, tensors)
+        except (OSError, ValueError):
+            if file.is_file():
+                raise
+    return _read(find_weights(path), tensors)  # of a run that goes on: whoever trains it removed the newest since
+
+
+def _read(file: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`read_weights` of a file."""
     if tensors:
         _compare(file)
     try:

@@ -1,7 +1,9 @@
 """Checkpoints on the Hugging Face Hub: `hf://ORG/NAME[@REVISION]` as a folder of the local cache.
 
 Only named files are fetched, and asa names weights and digests: nothing else of a repository is read, so that nothing
-in it can run code. https://huggingface.co/docs/huggingface_hub/guides/download
+in it can run code. They are placed where the library of the Hub would place them, so that both read one cache, but
+fetched here: the library takes names of files from what a server answers, and a server can answer with any path.
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
 import functools
@@ -9,9 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from asa.data.io.files import whole_file, write_whole
 from asa.errors import one_line, require
 
-_REFERENCE = re.compile(r"hf:/{1,2}(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")  # a Path has one slash
+# A Path has one slash. The revision names a file of the cache, so it must not lead out of it.
+_REFERENCE = re.compile(r"hf:/{1,2}(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+PATIENCE = 30.0  # seconds for an answer
 
 
 def on_hub(path: str | Path) -> bool:
@@ -31,7 +37,7 @@ def fetch(reference: str, *files: str) -> Path:
 
     Raises:
         ImportError: the extra `hub` is not installed.
-        ValueError: not a reference, or a repository without one of the files.
+        ValueError: not a reference, a repository without one of the files, or a server that is not the Hub.
         FileNotFoundError: no such repository or revision; or neither the Hub nor a copy in the cache can be reached.
         OSError: another failure of the download.
     """
@@ -40,21 +46,36 @@ def fetch(reference: str, *files: str) -> Path:
         raise ValueError(f"{reference}: give hf://ORG/NAME, or hf://ORG/NAME@REVISION (a branch, tag or commit)")
     hub = require("huggingface_hub", "hub", "a checkpoint hf://...")
     errors = require("huggingface_hub.errors", "hub", "a checkpoint hf://...")
-    repository, revision = match["repository"], match["revision"]
+    repository, revision = match["repository"], match["revision"] or "main"
     try:
-        folder = Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+        about = hub.HfApi().model_info(repository, revision=revision, timeout=PATIENCE)
     except errors.RevisionNotFoundError:
-        raise FileNotFoundError(f"{reference}: the model has no revision {revision or 'main'}") from None
+        raise FileNotFoundError(f"{reference}: the model has no revision {revision}") from None
     except errors.RepositoryNotFoundError:  # the Hub answers the same about private ones
         raise FileNotFoundError(
             f"{reference}: no such model on the Hub, or a private or gated one: check the name, or run hf auth login"
         ) from None
-    except errors.LocalEntryNotFoundError as error:
-        raise FileNotFoundError(_unreachable(hub, reference, repository, error)) from None
     except Exception as error:  # of the HTTP library, which is not the same in all versions
-        raise OSError(f"{reference}: could not be fetched ({type(error).__name__}: {one_line(error)})") from None
-    if missing := [name for name in files if not (folder / name).is_file()]:
+        cached = [hub.try_to_load_from_cache(repository, name, revision=revision) for name in files]
+        if not all(isinstance(path, str) for path in cached):
+            raise FileNotFoundError(_unreachable(hub, reference, repository, error)) from None
+        return Path(cached[0]).parent
+    if missing := sorted(set(files) - {file.rfilename for file in about.siblings or ()}):
         raise ValueError(f"{reference}: has no {missing[0]}: not a folder that asa-export format=hub wrote")
+    if not _COMMIT.fullmatch(str(about.sha)):
+        raise ValueError(f"{reference}: the server names the commit {str(about.sha)[:80]!r}: it is not the Hub")
+    cache = Path(hub.constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    folder = cache / "snapshots" / about.sha
+    try:
+        for name in files:
+            if not (folder / name).is_file():
+                with whole_file(folder / name) as file:
+                    url, headers = hub.hf_hub_url(repository, name, revision=about.sha), hub.utils.build_hf_headers()
+                    hub.file_download.http_get(url, file, headers=headers, displayed_filename=name)
+        if revision != about.sha:
+            write_whole(cache / "refs" / revision, about.sha.encode())
+    except Exception as error:
+        raise OSError(f"{reference}: could not be fetched ({type(error).__name__}: {one_line(error)})") from None
     return folder
 
 

@@ -1,5 +1,6 @@
 """The training loop of every method: `train` reads from top to bottom."""
 
+import operator
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -12,6 +13,7 @@ from torch import nn
 
 from asa.data.loading.crops import Samples
 from asa.data.loading.loader import make_loader
+from asa.errors import reason_of
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings, check_batch
 from asa.training import distributed
 from asa.training.checkpoint import (
@@ -284,9 +286,13 @@ def resume(
     weights, training = load_training(Path(path)) if found is None else found[1:]
     load_weights(method, weights, path)
     ema.restart()
-    if "weights" in training:  # those of the model file are the average
-        load_weights(method, training["weights"], path)
-    optimizer.load_state_dict(training["optimizer"])
-    scaler.load_state_dict(training["scaler"])
-    torch.set_rng_state(training["random"])
+    try:
+        if "weights" in training:  # those of the model file are the average
+            load_weights(method, training["weights"], path)
+        optimizer.load_state_dict(training["optimizer"])
+        scaler.load_state_dict(training["scaler"])
+        torch.set_rng_state(training["random"])
+        operator.index(training["step"])
+    except Exception as error:  # its digest is right, and its content of another run or version
+        raise ValueError(f"{path}: its training state does not fit this run ({reason_of(error)})") from error
     return training

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asa.data.io.files import open_unlinked
+from asa.data.io.files import naming, open_unlinked
 from asa.training.checkpoint import newest_name
 from asa.training.distributed import gather_objects, rank
 from asa.training.run_log import RunLog
@@ -116,7 +116,7 @@ class NonFiniteGuard:
         if suspects and skipped.batches:
             dump = self.run / "nonfinite" / f"step-{skipped.step:08d}-rank-{rank()}.pt"
             dump.parent.mkdir(exist_ok=True)
-            with open_unlinked(dump, "wb") as file:
+            with naming(dump), open_unlinked(dump, "wb") as file:
                 torch.save({"step": skipped.step, "batches": [skipped.batches[k] for k in suspects]}, file)
         raise FloatingPointError(
             f"the {what} was not finite in {self.in_a_row} steps in a row, the last of them step {skipped.step}: "

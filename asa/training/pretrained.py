@@ -38,7 +38,7 @@ def read_source(path: str | Path) -> tuple[Source, dict[str, Any]]:
             return transfer.from_monai(_tensors(content)), {}
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-    weights, description = read_weights(file)
+    weights, description = read_weights(path)
     inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     return Source(inner, description["model"].get("patch_size")), description
 

@@ -12,6 +12,7 @@ from asa.config import flatten
 from asa.data.io.files import read_yaml, write_digests, write_whole
 from asa.data.io.lock import LOCK, locked
 from asa.data.splits import write_split
+from asa.errors import reason_of
 from asa.settings import TrainSettings
 from asa.training.checkpoint import list_checkpoints
 from asa.training.device import Backend
@@ -42,7 +43,7 @@ def run_backend(run: Path, settings: TrainSettings) -> Backend:
     """
     name = settings.precision
     if name == "auto" and (started := _config_of_started(run)):
-        name = str(started["train"]["precision"])
+        name = str(flatten(started).get("train.precision", name))
     return Backend.of(settings.device, name)
 
 
@@ -94,8 +95,12 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
     started = _config_of_started(run)
     if not started:
         return
-    steps = int(flatten(started).get("train.steps", 0))
-    before, now = _comparable(started, steps), _comparable(config, steps)
+    try:
+        steps = int(flatten(started).get("train.steps", 0))
+        before = _comparable(started, steps)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{run / 'config.yaml'}: not the settings of a run ({reason_of(error)}): restore it") from None
+    now = _comparable(config, steps)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME):
             raise ValueError(

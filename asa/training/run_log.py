@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from asa.data.io.files import open_unlinked, write_whole
+from asa.data.io.files import naming, open_unlinked, write_whole
 from asa.training import distributed
 from asa.training.trackers import TRACKERS, Queued
 
@@ -35,7 +35,7 @@ class RunLog:
         run.mkdir(parents=True, exist_ok=True)
         self.path = run / "log.jsonl"
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= start]
+            lines = [line for line in self.path.read_text(errors="replace").splitlines() if _step(line) <= start]
             write_whole(self.path, "".join(f"{line}\n" for line in lines).encode())
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
         kinds = [TRACKERS[name] for name in trackers]
@@ -50,12 +50,12 @@ class RunLog:
 
     def record(self, step: int, group: str, content: Mapping[str, Any]) -> None:
         """Write a line of JSON about a step."""
-        with open_unlinked(self.path, "a") as file:
+        with naming(self.path), open_unlinked(self.path, "a") as file:
             file.write(json.dumps({"step": step, "group": group, **content}) + "\n")
 
     def has(self, step: int, group: str) -> bool:
         """Whether there is a line about a step under a group."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         return any(_step(line) == step and json.loads(line).get("group") == group for line in lines)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
@@ -105,8 +105,8 @@ class SilentLog(RunLog):
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**63  # a line cut off by a crash
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return 2**63  # a line cut off by a crash, or damaged
 
 
 class Meter:

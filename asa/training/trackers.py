@@ -206,8 +206,8 @@ class Queued:
             while call != "close" and not self.given_up.is_set():
                 call, arguments = self.calls.get()
                 getattr(tracker, call)(*arguments)
-        except Exception as error:  # of any kind: a tracker must not end a run
-            self._give_up(f"failed ({one_line(error)})")
+        except BaseException as error:  # of any kind, SystemExit too: it would end the thread without a word
+            self._give_up(f"failed ({one_line(error) if isinstance(error, Exception) else repr(error)})")
 
     def _give_up(self, reason: str) -> None:
         self._warn(reason)

@@ -333,7 +333,7 @@ def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         return Segmented({}, {})
 
     monkeypatch.setattr(Segmenter, "segment_prepared", segment_prepared)
-    prepared = SimpleNamespace(image=None, chain={})
+    prepared = SimpleNamespace(image=np.zeros((1, 2, 2, 2)), chain={})
     monkeypatch.setattr(ScanPreprocessor, "prepare", lambda self, images: (prepared, None))
 
     def predict_scans(*paths: str, out: str = "out", images: str = "null") -> tuple[int, list[str], str]:

@@ -31,9 +31,9 @@ def viewer(tmp_path: Path) -> Path:
 
 def cases_of(page: Path) -> dict[str, dict[str, Any]]:
     """The layers of each case of a page, by name."""
-    found = re.search(r"^const cases = (.*);$", page.read_text(), flags=re.MULTILINE)
+    found = re.search(r"^const cases = new Map\((.*)\);  //", page.read_text(), flags=re.MULTILINE)
     assert found is not None and CODE in page.read_text()
-    return {id: {layer["name"]: layer for layer in layers} for id, layers in json.loads(found[1]).items()}
+    return {id: {layer["name"]: layer for layer in layers} for id, layers in json.loads(found[1])}
 
 
 def array_of(layer: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -42,6 +42,13 @@ def array_of(layer: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     assert layer["file"].endswith(".gz") == (data[:2] == b"\x1f\x8b")
     image = nib.Nifti1Image.from_bytes(gzip.decompress(data) if layer["file"].endswith(".gz") else data)
     return np.asarray(image.dataobj), image.affine
+
+
+def test_an_id_of_any_name_is_a_scan_of_the_page_and_their_order_is_kept(viewer: Path, tmp_path: Path) -> None:
+    ids, layer = ["b", "__proto__", "10", "9", "constructor"], Layer("t1", b"")
+    write_viewer(tmp_path / "page.html", viewer, "ids", {id: [layer] for id in ids})
+    assert list(cases_of(tmp_path / "page.html")) == ids
+    assert "cases[" not in (tmp_path / "page.html").read_text()  # an object would have keys of its own
 
 
 def test_a_stores_scans_are_shown_in_their_stored_space(store: Path, viewer: Path, tmp_path: Path) -> None:

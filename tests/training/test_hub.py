@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -145,6 +146,69 @@ def test_what_is_not_there_is_named(hub: Hub, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r'pip install "asa-mri\[hub\]"'):
         load_model("hf://org/nothing")
+
+
+@pytest.mark.parametrize("etag", ["../../../../stolen", "{}/stolen", "../refs/main"])
+def test_an_etag_of_a_server_names_no_file(hub: Hub, tmp_path: Path, etag: str) -> None:
+    commit = published(hub, tmp_path)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    hub.etag = etag.format(tmp_path)
+    assert same_weights(load_model("hf://org/net"), load_model(tmp_path / "run0"))
+    cache = tmp_path / "home" / "hub" / "models--org--net"
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    snapshot = cache / "snapshots" / commit
+    assert written == {snapshot / "model.safetensors", snapshot / "digests.json", cache / "refs" / "main"}
+    assert (cache / "refs" / "main").read_text() == commit
+
+
+@pytest.mark.parametrize("sha", ["../../../../stolen", "{}/stolen", "HEAD", "a" * 39 + "/"])
+def test_a_commit_of_a_server_that_is_not_hexadecimal_is_refused_before_anything_is_written(
+    hub: Hub, tmp_path: Path, sha: str
+) -> None:
+    published(hub, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    hub.sha = sha.format(tmp_path)
+    with pytest.raises(ValueError, match=r"hf://org/net: the server names the commit '.*': it is not the Hub"):
+        load_model("hf://org/net")
+    assert not [line for line in hub.requests if "/resolve/" in line]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_revision_leads_out_of_no_cache(hub: Hub, tmp_path: Path) -> None:
+    published(hub, tmp_path)
+    for revision in ("../../../x", "/etc/x", "v1/../../../../x"):
+        with pytest.raises(ValueError, match="give hf://ORG/NAME"):
+            load_model(f"hf://org/net@{revision}")
+    assert not hub.requests
+
+
+def test_what_the_library_of_the_hub_has_fetched_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    commit = published(hub, tmp_path)
+    import huggingface_hub
+
+    huggingface_hub.snapshot_download("org/net", allow_patterns=["model.safetensors", "digests.json"])
+    hub.requests.clear()
+    assert same_weights(load_model("hf://org/net"), load_model(tmp_path / "run0"))
+    assert not [line for line in hub.requests if "/resolve/" in line]
+    found = huggingface_hub.try_to_load_from_cache("org/net", "model.safetensors", revision="main")
+    assert commit in found
+
+
+def test_a_server_that_does_not_answer_is_left_and_the_copy_in_the_cache_used(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(hub, tmp_path)
+    hub.silent.set()
+    monkeypatch.setattr("asa.training.hub.PATIENCE", 0.3)
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError, match="hf://org/net: the Hub cannot be reached .*does not hold it: connect"):
+        load_model("hf://org/net")
+    hub.silent.clear()
+    load_model("hf://org/net")
+    hub.silent.set()
+    fetch.cache_clear()
+    assert same_weights(load_model("hf://org/net"), load_model(tmp_path / "run0"))
+    assert time.monotonic() - start < 10
 
 
 def test_the_card_has_licence_data_evaluation_and_digests(tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asa.data.datasets.folder import name_subjects
-from asa.data.datasets.record import NIFTI, Record, existing_folder, find_file, make_record, sorted_records
+from asa.data.datasets.record import (
+    NIFTI,
+    Record,
+    check_channel,
+    existing_folder,
+    find_file,
+    make_record,
+    sorted_records,
+)
 from asa.data.io.files import read_json
 
 DESCRIPTION = "dataset.json"
@@ -107,7 +115,14 @@ def _channels(root: Path, about: dict[str, Any]) -> dict[int, str]:
     names = about["channel_names"]
     if not isinstance(names, dict) or not all(number.isdecimal() and len(number) < 5 for number in names) or not names:
         raise ValueError(f"{root / DESCRIPTION}: channel_names has to be like {{0: T1, 1: FLAIR}}")
-    channels = {int(number): str(name) for number, name in names.items()}
+    channels = {int(number): name for number, name in names.items()}
+    if len(channels) < len(names):
+        raise ValueError(f"{root / DESCRIPTION}: channel_names has a number twice, like 1 and 01; remove one")
+    try:
+        for name in channels.values():
+            check_channel(name)
+    except ValueError as error:
+        raise ValueError(f"{root / DESCRIPTION}: {error}") from None
     if len(set(channels.values())) < len(channels):
         raise ValueError(f"{root / DESCRIPTION}: two channels have one name; rename one")
     return dict(sorted(channels.items()))

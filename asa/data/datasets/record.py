@@ -1,5 +1,6 @@
 """Records of a cohort, as readers return them, and their checks."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -52,8 +53,8 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
     """Check that records form a cohort; `source`, the files that were searched for, is part of the messages.
 
     Raises:
-        ValueError: no records, an id that repeats or cannot be a file name, a scan without any image, or records with
-            different channels.
+        ValueError: no records, an id that repeats, cannot be a file name, or would be one file with another id on some
+            systems, a scan without any image, or records with different channels.
     """
     if not records:
         raise ValueError(f"no scans found{': ' + source if source else ''}; check the folder and the patterns")
@@ -61,10 +62,10 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
         check_id(name)
         if count > 1:
             raise ValueError(f"{name}: {count} scans have this id; change the wildcards or the table")
+    check_distinct(record["id"] for record in records)
     channels = list(records[0]["images"])
     for name in channels:
-        if not str(name).isprintable():
-            raise ValueError(f"the channel {name!r} has line breaks or other control characters: rename it")
+        check_channel(name)
     for record in records:
         if not record["images"] or list(record["images"]) != channels:
             raise ValueError(
@@ -74,6 +75,31 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
         if not any(record["images"].values()):
             searched = f" (searched for {source})" if source else ""
             raise ValueError(f"{record['id']}: no image of {', '.join(channels)}{searched}; add it or remove the scan")
+
+
+def check_distinct(ids: Iterable[str]) -> None:
+    """Raise a ValueError for ids that differ in case or in the form of their accents alone.
+
+    On macOS and Windows, they name one file, and of two scans the second would replace the first.
+    """
+    known: dict[str, str] = {}
+    for id in ids:
+        first = known.setdefault(unicodedata.normalize("NFC", unicodedata.normalize("NFC", id).casefold()), id)
+        if first != id:
+            raise ValueError(
+                f"{first} and {id} ({first!a}, {id!a}) differ in case or in the form of accents alone, and are one "
+                "file on some systems: rename one"
+            )
+
+
+def check_channel(name: object) -> None:
+    """Raise a ValueError for a name of a channel that cannot stand in names of files, in tables and on pages."""
+    if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
+        raise ValueError(
+            f"the channel {name!r} has line breaks or control characters, outer blanks or nothing: rename it"
+        )
+    if "/" in name or "\\" in name or name.startswith("."):
+        raise ValueError(f"the channel {name!r} begins with a dot or has a slash, and names files: rename it")
 
 
 def existing_folder(root: str | Path, holds: str) -> Path:

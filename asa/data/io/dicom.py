@@ -3,8 +3,10 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from asa.data.io.files import write_whole
 from asa.data.io.nifti import read_image
@@ -18,7 +20,7 @@ FOUND, USED = r"Found (\d+) DICOM", r"Convert (\d+) DICOM"  # numbers of files i
 
 @dataclass
 class DicomReport:
-    """Names of the volumes written, and series that are none, or a number of files, with the reason."""
+    """Names of the volumes written, and series or files that are in none, with the reason."""
 
     written: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -45,9 +47,7 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     program = require("dcm2niix", "dicom", "DICOM series").bin
     report = DicomReport()
     with tempfile.TemporaryDirectory(prefix="asa-") as space:
-        command = [program, "-b", "n", "-z", "y", "-d", "9", "-f", "%i_%s", "-o", space, str(source.absolute())]
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        found = {path.name.removesuffix(".nii.gz"): path for path in sorted(Path(space).glob("*.nii.gz"))}
+        run, found = _converted(program, source, space, "-z", "y", "-d", "9")
         if not found:
             said = " ".join((run.stderr or run.stdout).split())[-200:]
             raise ValueError(f"{source}: dcm2niix finds no DICOM series here ({said})")
@@ -68,7 +68,24 @@ def convert_series(source: Path, out: Path) -> DicomReport:
                 report.written.append(title)
     files, used = (sum(map(int, re.findall(count, run.stdout))) for count in (FOUND, USED))
     if files > used:  # dcm2niix leaves them out, and a volume may have fewer slices than its series
-        report.failures[f"{files - used} of {files} DICOM files"] = (
-            "in none of the volumes: damaged, or not of an image"
-        )
+        for path in _left_out(program, source, found):
+            report.failures[str(path)] = "in no volume: damaged, no image, or of a series with such a file"
     return report
+
+
+def _converted(program: str, source: Path, space: str, *options: str) -> tuple[Any, dict[str, Path]]:
+    """The run of dcm2niix on a folder or a file, and the volumes that it wrote, by PATIENT_SERIES."""
+    command = [program, "-b", "n", *options, "-f", "%i_%s", "-o", space, str(source.absolute())]
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    return run, {path.name.partition(".nii")[0]: path for path in sorted(Path(space).glob("*.nii*"))}
+
+
+def _left_out(program: str, source: Path, found: Collection[str]) -> Iterator[Path]:
+    """The DICOM files whose volume was not found: each is read alone."""
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            is_dicom = file.read(132)[128:] == b"DICM"
+        if is_dicom:
+            with tempfile.TemporaryDirectory(prefix="asa-") as space:
+                if not _converted(program, path, space, "-z", "n", "-s", "y")[1].keys() & found:
+                    yield path

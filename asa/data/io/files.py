@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -32,7 +33,8 @@ def check_id(id: object) -> None:
         reason = f"it is longer than {LONGEST_ID} bytes"
     else:
         return
-    raise ValueError(f"{id!r}: not usable as an id, because it names files: {reason}; use letters, digits, - and _")
+    shown = f"{id[:60]!r}..." if isinstance(id, str) and len(id) > LONGEST_ID else repr(id)
+    raise ValueError(f"{shown}: not usable as an id, because it names files: {reason}; use letters, digits, - and _")
 
 
 def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
@@ -51,20 +53,38 @@ def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
         raise OSError(f"{path}: is a symbolic link, and nothing is written through one: remove it") from None
 
 
-def write_whole(path: str | Path, payload: bytes) -> None:
-    """Write a file atomically, under a temporary name that is then renamed; its folder is created if needed."""
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An error of writing, as on a full disk, names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write atomically, under a temporary name that is then renamed; its folder is created if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, so that two processes that write the same file do not write into one another's.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
-        with part.open("xb") as file:
-            file.write(payload)
+        with naming(path), part.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, payload: bytes) -> None:
+    """Write a file atomically: see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(payload)
 
 
 def check_out(out: Path, mark: str, what: str) -> None:
@@ -92,10 +112,10 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON; the message names the file and the line.
+        ValueError: the file is not JSON, or has a key twice; the message names the file.
     """
     try:
-        return JSON.decode(_text(path))
+        return STRICT_JSON.decode(_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); restore or correct the file") from None
 
@@ -104,7 +124,23 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number in JSON")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key is twice among {', '.join(found)[:100]}")
+    return found
+
+
 JSON = json.JSONDecoder(parse_constant=_refuse)  # of finite numbers
+STRICT_JSON = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_once)  # and of a key once in an object
+
+
+class _WithoutMerging(yaml.SafeLoader):
+    """YAML without merge keys, which copy as they are read: ten lines of them make ten thousand million entries."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("a merge key, <<, which asa does not write")
+        super().flatten_mapping(node)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -112,10 +148,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not YAML, holds something else, or more than `LARGEST_YAML` values.
+        ValueError: the file is not YAML, has merge keys, holds something else, or more than `LARGEST_YAML` values.
     """
     try:
-        content = yaml.safe_load(_text(path))
+        content = yaml.load(_text(path), _WithoutMerging)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date may be none, and numbers too long
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}); restore the file") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -108,6 +108,7 @@ def on_cluster(
     title: str,
     unit: str,
     shared: Path | None = None,
+    made_with: Callable[[], dict[str, str]] = dict,
     progress: bool = True,
 ) -> Iterator[tuple[J, T | None]]:
     """Call a function for each job on the workers of a dask scheduler, which may run on other machines.
@@ -119,6 +120,7 @@ def on_cluster(
         function, jobs, title, unit, progress: as for `in_processes`.
         scheduler: address of the scheduler, like tcp://login1:8786.
         shared: a file that every worker has to find as it is here.
+        made_with: versions of what the function computes with, which have to be the same here and in every worker.
 
     Yields:
         (job, result) in the order in which they finish; the result is None where several workers were lost with the
@@ -127,10 +129,12 @@ def on_cluster(
     Raises:
         ImportError: dask is not installed.
         ConnectionError: no scheduler answers, or it was lost.
-        ValueError: a worker has several threads, or does not have the shared file.
+        ValueError: a worker has several threads or other versions, or does not have the shared file.
     """
     dask = require("distributed", "dask", "executor=dask")
-    call = partial(_on_worker, function, shared, b"" if shared is None else shared.read_bytes())
+    closed = require("distributed.comm", "dask", "executor=dask").CommClosedError
+    content = b"" if shared is None else shared.read_bytes()
+    call = partial(_on_worker, function, shared, content, made_with, made_with())
     with ExitStack() as stack:
         try:
             client = stack.enter_context(dask.Client(scheduler, timeout=PATIENCE, set_as_default=False))
@@ -150,23 +154,31 @@ def on_cluster(
                 running[future.key] = job
                 finished.add(future)
 
-        submit(AHEAD)
-        for future in finished:
-            job = running.pop(future.key)
-            try:
-                yield job, future.result()
-            except dask.KilledWorker:
-                yield job, None
-            except dask.CancelledError as error:
-                raise ConnectionError(
-                    f"scheduler={scheduler}: the dask scheduler was lost; give the same command again, which goes on "
-                    "where this one stopped"
-                ) from error
-            bar.update()
-            submit(1)
+        try:
+            submit(AHEAD)
+            for future in finished:
+                job = running.pop(future.key)
+                try:
+                    yield job, future.result()
+                except dask.KilledWorker:
+                    yield job, None
+                bar.update()
+                submit(1)
+        except (dask.CancelledError, closed) as error:
+            raise ConnectionError(
+                f"scheduler={scheduler}: the dask scheduler was lost; give the same command again, which goes on where "
+                "this one stopped"
+            ) from error
 
 
-def _on_worker(function: Callable[[J], T], shared: Path | None, content: bytes, job: J) -> T:
+def _on_worker(
+    function: Callable[[J], T],
+    shared: Path | None,
+    content: bytes,
+    made_with: Callable[[], dict[str, str]],
+    ours: dict[str, str],
+    job: J,
+) -> T:
     """Call the function in a worker of dask, after checks of the worker."""
     worker: Any = require("distributed", "dask", "executor=dask").get_worker()
     if worker.state.nthreads != 1:  # warnings and the number of torch's threads are those of the whole process
@@ -179,6 +191,10 @@ def _on_worker(function: Callable[[J], T], shared: Path | None, content: bytes, 
             f"dask worker {worker.address} does not see {shared.parent}: choose an out= on a file system that "
             "all workers share, under the same path"
         )
+    theirs = made_with()
+    if others := [name for name in sorted(ours.keys() | theirs) if ours.get(name) != theirs.get(name)]:
+        shown = ", ".join(f"{name} {theirs.get(name)} instead of {ours.get(name)}" for name in others)
+        raise ValueError(f"dask worker {worker.address} has {shown}: install the same versions on all machines")
     return function(job)
 
 

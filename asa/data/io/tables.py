@@ -18,6 +18,9 @@ NAMED_BY = {"id": "id", "subject": "subject", "participant_id": "subject"}
 # Columns of the tables that asa-predict writes; in a table of numbers no other column is called so.
 PREDICTED, TRAINING_MEAN = "predicted", "training_mean"
 RESERVED = ("id", "subject", PREDICTED, TRAINING_MEAN)
+# A Parquet file of 32 kB can hold millions of equal rows. So many cells are read and bytes unpacked however small the
+# file is, and beyond them one cell, or 20 bytes, per byte of the file.
+MANY_CELLS, SMALL, LARGEST_RATIO = 1_000_000, 1 << 26, 20
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters that make a spreadsheet compute a cell
 
 
@@ -26,31 +29,36 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no table in UTF-8, or two of its columns have one name.
+        ValueError: the file is no table in UTF-8, or a Parquet that holds far more than its size accounts for; two of
+            its columns have one name, or a row has fewer or more cells.
         ImportError: a .parquet without the `parquet` extra.
     """
     path = Path(path)
     if path.suffix == PARQUET:
-        table = _read_parquet(path, "read_table", memory_map=False)
-        if len(set(table.column_names)) < len(table.column_names):
-            raise ValueError(f"{path}: two columns have one name: rename one")
-        return [
-            {name: "" if value is None or value != value else str(value).strip() for name, value in row.items()}
-            for row in table.to_pylist()
-        ]
+        columns = _parquet_columns(path)
+        cells = [["" if value is None or value != value else str(value).strip() for value in one] for one in columns[1]]
+        return [dict(zip(columns[0], row, strict=True)) for row in zip(*cells, strict=True)]
     with _text_rows(path) as reader:
         header = [name for name in reader.fieldnames or () if name]
         if len(set(header)) < len(header) or not all(name.isprintable() for name in header):
             raise csv.Error("two columns have one name, or a name has line breaks")
-        return [
-            {key: _unquoted((value or "").strip()) for key, value in row.items() if key is not None} for row in reader
-        ]
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                given = [cell for cell in row.values() if isinstance(cell, str)] + list(row.get(None, ()))
+                raise ValueError(
+                    f"{path}: line {reader.line_num} has {len(given)} cells, and the table {len(row.keys() - {None})} "
+                    "columns: write decimals with a point, quote a cell with a comma, and leave no cell out"
+                )
+            rows.append({key: _unquoted(value.strip()) for key, value in row.items()})
+        return rows
 
 
 def read_header(path: Path) -> list[str]:
     """Names of the columns of a table, of which no rows are read; a ValueError where it is none."""
     if path.suffix == PARQUET:
-        return list(_read_parquet(path, "read_schema").names)
+        with _parquet_errors(path) as arrow:
+            return list(arrow.parquet.read_schema(path).names)
     with _text_rows(path) as reader:
         return list(reader.fieldnames or ())
 
@@ -172,12 +180,42 @@ def _pyarrow() -> Any:
     return require("pyarrow", "parquet", "Parquet")
 
 
-def _read_parquet(path: Path, function: str, **options: Any) -> Any:
-    """What a function of `pyarrow.parquet` reads of a file."""
+def _parquet_columns(path: Path) -> tuple[list[str], list[list[Any]]]:
+    """Names and values of the columns of a Parquet file; equal texts are one object, however often they occur."""
+    with _parquet_errors(path) as arrow:
+        schema = arrow.parquet.read_schema(path)
+        names, texts = schema.names, [field.name for field in schema if arrow.types.is_string(field.type)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: two columns have one name: rename one")
+        file = arrow.parquet.ParquetFile(path, memory_map=False, read_dictionary=texts)
+        about, size = file.metadata, path.stat().st_size
+        groups = [about.row_group(k) for k in range(about.num_row_groups)]
+        cells = about.num_rows + sum(group.column(k).num_values for group in groups for k in range(group.num_columns))
+        unpacked = sum(group.total_byte_size for group in groups)
+        if cells > MANY_CELLS + size or unpacked > SMALL + LARGEST_RATIO * size:
+            raise ValueError(f"{path}: {cells} cells and {unpacked} bytes in a file of {size}: write it as CSV")
+        columns = []
+        for column in file.read().columns:
+            values: list[Any] = []
+            for chunk in column.chunks:
+                if isinstance(chunk, arrow.DictionaryArray):
+                    distinct = [*chunk.dictionary.to_pylist(), None]
+                    values += [distinct[-1 if k is None else k] for k in chunk.indices.to_pylist()]
+                else:
+                    values += chunk.to_pylist()
+            columns.append(values)
+        return names, columns
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[Any]:
+    """pyarrow, whose errors become a ValueError that names the file."""
     arrow = _pyarrow()
     try:
-        return getattr(arrow.parquet, function)(path, **options)
-    except arrow.ArrowInvalid as error:
+        yield arrow
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file ({one_line(error)}): write it again") from None
 
 

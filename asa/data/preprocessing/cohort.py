@@ -1,7 +1,9 @@
 """A cohort of raw scans to the store, in parallel and resumable. `scan.py` prepares one scan."""
 
+import functools
 import importlib.metadata
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -12,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from asa.data.datasets.record import Record, check_records
+from asa.data.datasets.record import Record, check_distinct, check_records
 from asa.data.io.files import PART, write_json
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.parallel import KILLED, check_workers, in_processes, on_cluster
@@ -77,7 +79,8 @@ def prepare_cohort(
 
     A scan is skipped when the store holds it and its source files have not changed: their SHA-256, which is computed
     for files whose path, size or modification time is another one. A scan that fails is reported and does not affect
-    the others. The bytes of the store do not depend on interruptions, on `workers` or on `scheduler`.
+    the others. The bytes of the store do not depend on interruptions, on `workers` or on `scheduler`. The manifest
+    names the versions of asa and its libraries that began the store; the entry of a scan that others prepared, its own.
 
     Args:
         records: what a reader returned.
@@ -105,7 +108,8 @@ def prepare_cohort(
         if scheduler is None:
             in_parallel = partial(in_processes, workers=workers)
         else:
-            in_parallel = partial(on_cluster, scheduler=scheduler, shared=None if root is None else root / LOCK)
+            shared = None if root is None else root / LOCK
+            in_parallel = partial(on_cluster, scheduler=scheduler, shared=shared, made_with=versions)
         in_parallel = partial(in_parallel, title="prepare", unit="scan", progress=progress)
         return _prepare(records, root, cohort, in_parallel, on_scan, progress)
 
@@ -120,8 +124,9 @@ def _prepare(
 ) -> CohortReport:
     """`prepare_cohort` into a folder that is locked."""
     header = _header(records, cohort)
-    entries = {} if root is None else _open(root, header)
+    entries, software = ({}, {}) if root is None else _open(root, header)
     ids = {record["id"] for record in records}
+    check_distinct(sorted(ids | entries.keys()))
     qualities: dict[str, ScanQuality] = {}
     identities: dict[str, Entry] = {}
     report, jobs = CohortReport(), []
@@ -140,7 +145,7 @@ def _prepare(
         return parse_entry(root / RECORDS, id, entries[id])
 
     try:
-        prepare = partial(prepare_scan, root=root, cohort=cohort, thumbnail=on_scan is not None)
+        prepare = partial(prepare_scan, root=root, cohort=cohort, software=software, thumbnail=on_scan is not None)
         for job, result in in_parallel(prepare, jobs):
             outcome = result or ScanOutcome(reason=KILLED, killed=True)
             id = job.record["id"]
@@ -179,12 +184,11 @@ def _prepare(
 
 def _header(records: Sequence[Record], cohort: CohortSettings) -> dict[str, Any]:
     """The manifest: what all scans of a store have in common."""
-    from asa import __version__
-
+    software = versions()
     return {
         "format": FORMAT,
-        "asa": __version__,
-        "software": {name: version for name in SOFTWARE if (version := _version(name))},
+        "asa": software.pop("asa"),
+        "software": software,
         "settings": cohort.settings.as_json(),
         "channels": list(records[0]["images"]),
         "labels": {str(value): name for value, name in cohort.labels.items()},
@@ -193,6 +197,14 @@ def _header(records: Sequence[Record], cohort: CohortSettings) -> dict[str, Any]
     }
 
 
+def versions() -> dict[str, str]:
+    """Version of asa, and of each installed package that it computes a prepared scan with."""
+    from asa import __version__
+
+    return {"asa": __version__} | {name: version for name in SOFTWARE if (version := _version(name))}
+
+
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -200,12 +212,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _open(root: Path, header: dict[str, Any]) -> dict[str, bytes]:
-    """Create a store, or continue one that was made with the same settings: the lines of its scans, by id."""
+def _open(root: Path, header: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, str | None]]:
+    """Create a store, or continue one that was made with the same settings.
+
+    Returns:
+        The lines of its scans, by id, and the versions that are now others than in its manifest, which keeps its own.
+    """
     for folder in (root, *(root / name for name in FOLDERS.values())):
         for unfinished in folder.glob(f".*{PART}"):
             unfinished.unlink()
     entries: dict[str, bytes] = {}
+    changed: dict[str, str | None] = {}
     if (root / MANIFEST).is_file():
         existing, records = read_manifest(root)
         for key in ("settings", "channels", "labels", "ignored"):
@@ -215,9 +232,16 @@ def _open(root: Path, header: dict[str, Any]) -> dict[str, bytes]:
                     "use the same, or another out="
                 )
         entries = dict(zip(records.ids, records.lines(), strict=True))
+        now, known = versions(), existing.get("software")
+        before = {"asa": existing.get("asa"), **(known if isinstance(known, dict) else {})}
+        changed = {name: now.get(name) for name in sorted(now.keys() | before) if now.get(name) != before.get(name)}
+        header |= {key: existing[key] for key in ("asa", "software") if key in existing}
+        if changed and entries:
+            shown = ", ".join(f"{name} {version} instead of {before.get(name)}" for name, version in changed.items())
+            warnings.warn(f"{root}: was made with other versions ({shown}): scans are marked by theirs", stacklevel=2)
     write_records(root, entries)  # first: a manifest of format 2 has its records until it is replaced
     write_json(root / MANIFEST, header)
-    return entries
+    return entries, changed
 
 
 def _add(id: str, outcome: ScanOutcome, root: Path | None, entries: dict[str, bytes], report: CohortReport) -> None:

@@ -114,7 +114,7 @@ def _coarser(volume: np.ndarray, spacing: Lengths, wanted: float) -> np.ndarray:
     """The volume on isotropic voxels with the same centre, smoothed, clipped, in [0, 1]."""
     step = wanted / np.asarray(spacing, dtype=np.float64)
     shape = np.maximum(1, np.round(np.array(volume.shape) / step)).astype(int)
-    low, high = float(volume.min()), float(np.percentile(volume, CLIPPING))
+    low, high = np.percentile(volume, (100 - CLIPPING, CLIPPING)).tolist()
     clipped = np.clip((volume.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1)
     smooth = ndimage.gaussian_filter(clipped, SMOOTHING * step, truncate=3)
     offset = (np.array(volume.shape) - 1) / 2 - step * (shape - 1) / 2

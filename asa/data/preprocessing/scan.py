@@ -166,13 +166,21 @@ def known_entry(record: Record, root: Path, line: bytes) -> Entry | None:
     return entry if unread and _has_arrays(entry, root) else None
 
 
-def prepare_scan(job: ScanJob, root: Path | None, cohort: CohortSettings, *, thumbnail: bool) -> ScanOutcome:
+def prepare_scan(
+    job: ScanJob,
+    root: Path | None,
+    cohort: CohortSettings,
+    *,
+    software: Mapping[str, str | None],
+    thumbnail: bool,
+) -> ScanOutcome:
     """Prepare one record in a worker process; an exception becomes a reason in one line.
 
     Args:
         job: the record.
         root: folder of the store; None writes nothing.
         cohort: how to prepare it.
+        software: versions that are others than in the manifest, for the entry.
         thumbnail: make one.
     """
     threads = torch.get_num_threads()
@@ -180,7 +188,7 @@ def prepare_scan(job: ScanJob, root: Path | None, cohort: CohortSettings, *, thu
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            outcome = _prepare(job, root, cohort, thumbnail)
+            outcome = _prepare(job, root, cohort, software, thumbnail)
         except Exception as error:  # one scan must not stop the cohort
             outcome = ScanOutcome(reason=reason_of(error))
         finally:
@@ -190,7 +198,9 @@ def prepare_scan(job: ScanJob, root: Path | None, cohort: CohortSettings, *, thu
     return outcome
 
 
-def _prepare(job: ScanJob, root: Path | None, cohort: CohortSettings, thumbnail: bool) -> ScanOutcome:
+def _prepare(
+    job: ScanJob, root: Path | None, cohort: CohortSettings, software: Mapping[str, str | None], thumbnail: bool
+) -> ScanOutcome:
     record, previous, case = job.record, None, None
     absent = ", ".join(_absent(record))
     if absent and cohort.missing == "refuse":
@@ -203,6 +213,7 @@ def _prepare(job: ScanJob, root: Path | None, cohort: CohortSettings, thumbnail:
         outcome = ScanOutcome(entry, unchanged=True)
     else:
         entry, seconds, case = _prepare_anew(record, sources, root, cohort)
+        entry |= {"software": dict(software)} if software else {}
         outcome = ScanOutcome(entry, seconds=seconds)
     outcome.line = entry_line(entry)
     if absent:

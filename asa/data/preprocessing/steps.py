@@ -21,6 +21,7 @@ from asa.data.preprocessing.resampling import bounding_box, sample_affine, sampl
 from asa.data.store import read_box
 
 PERCENTILES = (0.5, 99.9)
+LARGEST_SCORE = 30.0  # SDs from the mean, above which a thousandth of the voxels or fewer decide about both
 ZERO_BACKGROUND = 0.01  # below this fraction of zero voxels an image is taken to have no zero background
 PLAUSIBLE_BRAIN = (600.0, 2300.0)  # ml
 LARGEST_TILT, LARGEST_SHIFT = 2.0, 2.0  # degrees and mm of the mid-sagittal plane, above which a warning is given
@@ -308,6 +309,12 @@ def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
             mean, sd = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
             channel[inside] = (values - mean) / sd
             pair = mean, sd
+            if (largest := float(np.abs(values - mean).max()) / sd) > LARGEST_SCORE:
+                warnings.warn(
+                    f"a voxel is {largest:.0f} SD from the mean, which single voxels like it decide about: the rest of "
+                    "the brain is nearly flat. prepare.normalise=percentile clips them; or correct the scan",
+                    stacklevel=2,
+                )
         channel[~inside] = 0
         for numbers, one in zip(used.values(), pair, strict=True):
             numbers.append(one)

@@ -71,7 +71,7 @@ def test_a_series_with_a_missing_slice_is_refused_and_the_others_are_converted(s
 
 
 @pytest.mark.parametrize("damage", ["header", "pixels"])
-def test_damaged_files_are_counted_and_the_others_are_converted(series: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_files_are_named_and_the_others_are_converted(series: Path, tmp_path: Path, damage: str) -> None:
     for path in shutil.copytree(series / "scan 1", series / "other").iterdir():
         changed = pydicom.dcmread(path)
         changed.PatientID, changed.SeriesInstanceUID = "other", changed.SeriesInstanceUID + ".1"
@@ -82,7 +82,8 @@ def test_damaged_files_are_counted_and_the_others_are_converted(series: Path, tm
     # Without its header the slice is not known to belong to the series; without pixels the whole series is left out.
     written, left_out = (["77654033_2", "other_2"], 1) if damage == "header" else (["77654033_2"], 3)
     assert report.written == written
-    assert report.failures == {f"{left_out} of 6 DICOM files": "in none of the volumes: damaged, or not of an image"}
+    assert list(report.failures) == [str(series / "other" / name) for name in NEIGHBOURS[:left_out]]
+    assert set(report.failures.values()) == {"in no volume: damaged, no image, or of a series with such a file"}
 
 
 @pytest.mark.parametrize("patient", ["../../x", "/tmp/x", ".hidden", "a\nb", "é", "%i%s", "-x", "=cmd", "*", "x" * 64])
@@ -110,6 +111,11 @@ def test_the_command_says_what_it_wrote_and_what_is_missing(
 
     code, said, _ = run(f"input={series}", f"out={tmp_path / 'out'}")
     assert code == 0 and "wrote 1 volumes" in said
+    damaged = series / "scan 1" / "damaged"
+    damaged.write_bytes((HEAD / NEIGHBOURS[0]).read_bytes()[:600])
+    code, said, error = run(f"input={series}", f"out={tmp_path / 'out'}")
+    assert code == 1 and said.startswith(f"{damaged}: not converted: ") and "1 series or files are in no" in error
+    damaged.unlink()
     (tmp_path / "empty").mkdir()
     for source, out, reason in (
         ("nowhere", "out", "no such folder"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import asa
 from asa.cli import prepare
 from asa.data.datasets.record import Record
 from asa.data.io.nifti import write_image
@@ -105,6 +106,34 @@ def test_workers_with_threads_are_refused() -> None:
         list(on_cluster(double, [1], cluster.scheduler_address, title="t", unit="u", progress=False))
 
 
+def process() -> dict[str, str]:
+    import multiprocessing
+
+    return {"asa": multiprocessing.current_process().name, "numpy": "2"}
+
+
+def another_version(version: str) -> None:
+    import asa
+
+    asa.__version__ = version
+
+
+def test_a_worker_with_other_versions_is_refused(cluster, cohort, tmp_path) -> None:
+    address = cluster.scheduler_address
+    with pytest.raises(ValueError, match=r"dask worker tcp://.* has asa Dask.* instead of MainProcess: install"):
+        list(on_cluster(double, [1], address, title="t", unit="u", made_with=process, progress=False))
+    records, settings, killed = cohort
+    killed.touch()
+    with distributed.Client(cluster) as client:
+        client.run(another_version, "0.0.9")
+        try:
+            with pytest.raises(ValueError, match=rf"has asa 0.0.9 instead of {asa.__version__}: install the same"):
+                prepare_cohort(records, tmp_path / "store", settings, scheduler=address, progress=False)
+        finally:
+            client.run(another_version, asa.__version__)
+    assert not list((tmp_path / "store" / "images").glob("*"))
+
+
 def slow(number: int) -> int:
     time.sleep(0.5)
     return number
@@ -118,6 +147,15 @@ def test_a_scheduler_that_is_lost_ends_the_command() -> None:
     ):
         for _ in on_cluster(slow, range(8), cluster.scheduler_address, title="t", unit="u", progress=False):
             cluster.close()
+
+
+def test_a_scheduler_that_was_killed_is_lost_too(cluster, monkeypatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise distributed.comm.CommClosedError("Stream is closed")
+
+    monkeypatch.setattr(distributed.Client, "submit", killed)
+    with pytest.raises(ConnectionError, match="the dask scheduler was lost; give the same command again"):
+        list(on_cluster(double, [1], cluster.scheduler_address, title="t", unit="u", progress=False))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,14 @@ def test_an_injected_yaw_roll_and_shift_are_found_to_a_tenth(place):
     np.testing.assert_allclose([found.yaw, found.roll, found.shift], place, atol=0.1)
 
 
+@pytest.mark.parametrize("value", [1e7, -1e7])
+def test_one_extreme_voxel_does_not_move_the_plane(value):
+    volume = posed(8, -5, 6)
+    volume[20, 30, 10] = value
+    found = find_midsagittal_plane(volume, (2, 2, 2))
+    np.testing.assert_allclose([found.yaw, found.roll, found.shift], [8, -5, 6], atol=0.1)
+
+
 def test_alignment_is_idempotent():
     volume, spacing = posed(8, -5, 6), np.full(3, 2.0)
     once = moved(volume, spacing, find_midsagittal_plane(volume, spacing).pose())

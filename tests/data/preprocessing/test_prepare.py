@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +16,7 @@ from heads import LABELS, centred, dice, scan, turn
 from scipy import ndimage
 from stores import read_tree, write_tree
 
+import asa
 from asa.data.datasets import folder
 from asa.data.datasets.record import Record
 from asa.data.io.nifti import Volume, check_same_geometry, read_image, read_label, write_label
@@ -174,6 +176,21 @@ def test_intensities_are_percentiles_or_z_scores_of_the_foreground():
         .transpose(2, 1, 0)
     )
     assert abs(z[inside].mean()) < 1e-5 and abs(z[inside].std() - 1) < 1e-5 and (z[~inside] == 0).all()
+
+
+@pytest.mark.parametrize("value", [1e7, -1e7])
+def test_a_voxel_that_decides_the_z_scores_is_warned_about_and_percentiles_are_not_changed_by_it(value):
+    image, _ = ball((24, 26, 25))
+    image = image * np.random.default_rng(0).uniform(0.8, 1.2, image.shape)
+    spoilt = image.copy()
+    spoilt[12, 12, 12] = value
+    for settings, warned in ((PrepareSettings(normalise="zscore"), True), (PrepareSettings(), False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            kept, found = (prepare_case({"t1": volume(one)}, None, {}, settings).image[0] for one in (image, spoilt))
+        shown = [str(warning.message) for warning in caught if "SD from the mean" in str(warning.message)]
+        assert len(shown) == warned
+        assert (np.abs(kept - found)[kept != 0].mean() > 0.5) == warned
 
 
 def test_without_a_zero_background_everything_is_foreground():
@@ -433,6 +450,40 @@ def test_the_fingerprint_depends_on_what_the_scans_have_in_common(cohort, tmp_pa
         made[name] = Store(tmp_path / name).fingerprint
     run(cohort[1:], tmp_path / "d")
     assert Store(tmp_path / "d").fingerprint == made["a"] and len(set(made.values())) == 3
+
+
+def test_scans_prepared_by_other_versions_are_marked_by_them_and_no_others(cohort, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    run(cohort[:2], store)
+    manifest, lines = (store / "manifest.json").read_bytes(), (store / "records.jsonl").read_bytes()
+    mine, own = asa.__version__, prepare._version
+    monkeypatch.setattr(asa, "__version__", "9.9.9")
+    monkeypatch.setattr(prepare, "_version", lambda name: None if name == "scipy" else own(name))
+    warned = rf"made with other versions \(asa 9.9.9 instead of {mine}, scipy None instead of .*\): scans are marked"
+    with pytest.warns(UserWarning, match=warned):
+        assert run(cohort, store).prepared == ["s2", "s3"]
+    assert (store / "manifest.json").read_bytes() == manifest
+    assert (store / "records.jsonl").read_bytes().startswith(lines)
+    marked = {"asa": "9.9.9", "scipy": None}
+    assert [record.get("software") for record in Store(store).records] == [None, None, marked, marked]
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the versions of the manifest again
+        Path(cohort[2]["images"]["t1"]).touch()
+        (store / "images" / "s3.npy").unlink()
+        assert run(cohort, store).prepared == ["s3"]
+    assert [record.get("software") for record in Store(store).records] == [None, None, marked, None]
+
+
+def test_two_cohorts_are_prepared_into_one_store(cohort, tmp_path):
+    run(cohort[:2], tmp_path / "store")
+    report = run([{**cohort[2], "id": "other"}], tmp_path / "store")  # of another reader: none of the earlier scans
+    assert report.prepared == ["other"] and Store(tmp_path / "store").records.ids == ["other", "s0", "s1"]
+    run(cohort[:2], tmp_path / "alone")
+    same = bytes_of(tmp_path / "alone")
+    assert {name: both for name, both in bytes_of(tmp_path / "store").items() if "/s" in name} == {
+        name: one for name, one in same.items() if "/s" in name
+    }
 
 
 def test_a_crop_given_as_a_tuple_continues_its_store(cohort, tmp_path):
