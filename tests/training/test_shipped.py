@@ -1,0 +1,94 @@
+"""The encoders that the package brings: whole, small, loaded offline, and better than first weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from sklearn.linear_model import RidgeCV
+from torch import nn
+
+import asa
+from asa.data.datasets import phantom
+from asa.data.io.files import check_digest
+from asa.data.phantom.structures import STRUCTURES
+from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.store import Store
+from asa.models.sw_vit import sw_vit_tiny
+from asa.models.vit_seg import vit_conv_tiny, vit_seg_base
+from asa.ops.patches import patchify
+from asa.training.checkpoint import SHIPPED, find_weights, load_encoder, load_model, shipped
+from asa.training.pretrained import fitting_shipped
+
+NAMES = shipped()
+SIZE = (112, 144, 128)
+TINY = dict(order="alternating", bias="grid", position="mirror_sincos", mirror_patches=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_encoder_is_small_whole_and_says_what_it_is(name: str) -> None:
+    folder = SHIPPED / name
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == ["README.md", "config.json", "digests.json", "model.safetensors", "training_subjects.json"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
+    for file in files:
+        check_digest(folder / file)
+    card = (folder / "README.md").read_text()
+    assert f"asa-finetune init=asa://{name} ..." in card and "license: cc0-1.0" in card and "hf://" not in card
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        assert {opened.get_tensor(key).dtype for key in opened.keys()} == {torch.float16}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_encoder_is_loaded_by_its_name_in_float32_at_any_size(name: str) -> None:
+    encoder = load_encoder(f"asa://{name}", img_size=(32, 32, 64))
+    assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
+    assert encoder(torch.rand(1, 1, 32, 32, 64)).shape == (1, 4 * 4 * 8, 96)
+    assert find_weights(Path(f"asa://{name}")) == SHIPPED / name / "model.safetensors"  # a Path has one slash
+    assert isinstance(load_model(f"asa://{name}"), asa.MaskedAutoencoder)
+
+
+@pytest.mark.parametrize("name", ["asa://other", "asa://../encoders/tiny-t1", "asa://"])
+def test_a_name_that_is_not_in_the_package_is_refused_with_those_that_are(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"not in this package; it has asa://tiny-t1"):
+        find_weights(name)
+
+
+def test_an_encoder_is_named_for_a_network_that_it_fits_and_for_no_other() -> None:
+    fits = vit_conv_tiny(3, img_size=(32, 32, 64), window=8, **TINY)
+    assert fitting_shipped(fits, TINY) == ["asa://tiny-t1"]
+    assert fitting_shipped(vit_conv_tiny(3, img_size=(32, 32, 64)), {}) == []  # the paper's encoding and order
+    assert fitting_shipped(vit_seg_base(3, img_size=32, **TINY), TINY) == []
+
+
+def tokens_and_parts(encoder: nn.Module, volume: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a crop around the middle, and the fraction of each structure in their patches."""
+    starts = [(n - size) // 2 for n, size in zip(volume.shape[1:], SIZE, strict=True)]
+    crop = (slice(None), *(slice(start, start + size) for start, size in zip(starts, SIZE, strict=True)))
+    image, parts = (torch.from_numpy(np.array(array[crop], dtype=np.float32))[None] for array in (volume, label))
+    with torch.inference_mode():
+        tokens = encoder(image)[0].numpy()
+    fractions = [(patchify(parts, 8)[0] == value).float().mean(dim=1) for value in STRUCTURES]
+    return tokens, torch.stack(fractions, dim=1).numpy()
+
+
+@pytest.mark.slow
+def test_a_ridge_on_the_tokens_of_a_phantom_finds_structures_of_another_better_than_on_first_weights(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("nilearn", reason="the phantoms need the extra phantom")
+    records = phantom.records(tmp_path / "raw", kind="structures", subjects=2)
+    labels = dict(STRUCTURES)
+    assert not prepare_cohort(records, tmp_path / "store", CohortSettings(labels=labels), progress=False).failures
+    store = Store(tmp_path / "store")
+    torch.manual_seed(0)
+    first = sw_vit_tiny(img_size=SIZE, window=32, **TINY).eval()
+    scores = {}
+    for name, encoder in {"shipped": load_encoder("asa://tiny-t1", img_size=SIZE), "first": first}.items():
+        (x, y), (other_x, other_y) = (
+            tokens_and_parts(encoder, store.image(record["id"]), store.label(record["id"])) for record in store.records
+        )
+        scores[name] = RidgeCV(np.logspace(-3, 3, 7)).fit(x, y).score(other_x, other_y)
+    print(scores)
+    assert scores["shipped"] > 1.5 * scores["first"]
