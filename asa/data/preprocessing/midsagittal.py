@@ -61,6 +61,17 @@ class MidsagittalPlane:
         yaw, roll = float(np.degrees(np.arctan2(h, w))), float(np.degrees(np.arcsin(d)))
         return replace(self, yaw=yaw, roll=roll, shift=shift)
 
+    def distances(self, shape: tuple[int, ...], spacing: Lengths) -> np.ndarray:
+        """Distance of each voxel from the plane in mm, float32 (D, H, W), positive on the right.
+
+        Args:
+            shape: of the volume whose centre the plane is relative to.
+            spacing: voxel size in mm along D, H, W.
+        """
+        axes = [(np.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, spacing, strict=True)]
+        d, h, w = np.ix_(*(axis * part for axis, part in zip(axes, self.pose()[:3, 2], strict=True)))
+        return np.asarray(d + h + w - self.shift, dtype=np.float32)
+
     @property
     def angle(self) -> float:
         """Degrees between the plane's normal and the left-right axis."""
