@@ -20,11 +20,8 @@ from asa.data.io.nifti import Volume, write_image, write_label
 from asa.data.preprocessing.pipeline import distance_to_the_right, to_native
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.uncertainty import expected_dice
-from asa.ops.labels import joined_sides
+from asa.ops.labels import joined_sides, side_of
 from asa.ops.nested import paint, painting_order
-
-# Matches a label name that contains a side.
-SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ class Outputs:
         """
         paired = {name for pair in self.lateral_pairs for name in pair}
         for name in self.labels.values():
-            if SIDE.search(name) and name not in paired:
+            if side_of(name) and name not in paired:
                 raise ValueError(
                     f"mirror=true: the name of the label {name!r} contains a side, but the checkpoint lists no partner "
                     "for it: give mirror=false, or fine-tune with data.lateral_pairs"

@@ -1,8 +1,17 @@
 """Class indices of label maps."""
 
+import re
 from collections.abc import Sequence
 
 IGNORED = 255  # index of voxels that count neither in a loss nor in a score
+
+SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
+
+
+def side_of(name: str) -> str:
+    """The side in the name of a label, "l" or "r"; "" if it contains none."""
+    found = SIDE.search(name)
+    return found[2][0].lower() if found else ""
 
 
 def joined_sides(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:

@@ -29,11 +29,11 @@ from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
-from asa.inference.label_maps import SIDE, Outputs, ScanSegmenter
+from asa.inference.label_maps import Outputs, ScanSegmenter
 from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.segment import Segmentation as SegmentationMethod
-from asa.ops.labels import IGNORED, joined_sides
+from asa.ops.labels import IGNORED, joined_sides, side_of
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
@@ -215,7 +215,7 @@ def lateral_indices(
     for name in paired:
         if name not in index:
             raise ValueError(f"data.lateral_pairs names {name!r}; the store's labels are {', '.join(index)}")
-    unpaired = [name for name in index if SIDE.search(name) and name not in paired]
+    unpaired = [name for name in index if side_of(name) and name not in paired]
     if unpaired and augment.mirror_probability > 0 and "W" in augment.mirror_axes:
         raise ValueError(
             f"the label {unpaired[0]!r} has a side and no partner to be exchanged with in mirrored crops: "

@@ -21,9 +21,9 @@ from asa.data.preprocessing.steps import PrepareSettings
 from asa.evaluation.metrics import dice
 
 FILES = (("_SS.nii.gz", "_glm.nii.gz"), ("_T1.nii.gz", "_regions.nii.gz"))
-# (left, right): deep grey matter, ventricles, cerebellum, white matter, ventral diencephalon, vessels, basal forebrain.
+# (left, right): deep grey matter; ventricles, cerebellum, white matter, ventral diencephalon, vessels, basal forebrain.
 DEEP = [(30, 23), (32, 31), (37, 36), (48, 47), (56, 55), (58, 57), (60, 59)]
-OTHERS = [(39, 38), (41, 40), (45, 44), (50, 49), (52, 51), (62, 61), (64, 63), (76, 75)]
+OTHERS = [(39, 38), (41, 40), (45, 44), (50, 49), (52, 51), (62, 61), (64, 63), (75, 76), (43, 42)]
 LOBES = [(value + 1, value) for value in range(81, 95, 2)]  # white matter of MUSE
 CORTEX = [(value + 1, value) for value in range(100, 208, 2)]
 PAIRS = [*DEEP, *OTHERS, *LOBES, *CORTEX]
