@@ -98,13 +98,19 @@ class Outputs:
 
         if self.regions:
             return self.label_map(map(native, probabilities.numpy()), like, files)
-        right = native(distance_to_the_right(chain)) > 0 if self.join_sides else None
+        right = native(self._distances(probabilities, chain)) > 0 if self.join_sides else None
         parts = (
             self._on_its_side(k, native(probabilities[channel].numpy()), right)
             for k, channel in enumerate(self.channels)
             if k > 0
         )
         return self.label_map(parts, like, files)
+
+    def _distances(self, probabilities: Tensor, chain: dict[str, Any]) -> np.ndarray:
+        """Distance of each prepared voxel from the surface that separates the sides, in mm; positive on the right."""
+        channels = self.channels
+        paired = torch.tensor([channel for channel in set(channels) if channels.count(channel) > 1])
+        return distance_to_the_right(chain, torch.isin(probabilities.argmax(dim=0), paired).numpy())
 
     def _on_its_side(self, k: int, volume: Any, right: Any) -> Any:
         """A class's probabilities or mask, 0 on the other side if the class shares its channel with a partner.
@@ -177,7 +183,7 @@ class Outputs:
             masks = (torch.isin(painted, torch.tensor(values)) for values in self.regions.values())
             return {name: expected_dice(p, m) for name, p, m in zip(self.regions, probabilities, masks, strict=True)}
         chosen = probabilities.argmax(dim=0)
-        right = torch.from_numpy(distance_to_the_right(chain) > 0) if self.join_sides else None
+        right = torch.from_numpy(self._distances(probabilities, chain) > 0) if self.join_sides else None
         return {
             name: expected_dice(
                 self._on_its_side(k, probabilities[channel], right), self._on_its_side(k, chosen == channel, right)

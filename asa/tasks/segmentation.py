@@ -64,6 +64,12 @@ class Segmentation(VolumeTask):
         self.regions = _regions(config["method"], store)
         self.lateral_pairs = lateral_indices(self.data.lateral_pairs, self.index, self.augment)
         self.join_sides = self._joins_sides()
+        for left, right in self.data.lateral_pairs if self.join_sides else []:
+            if side_of(left) == "r" or side_of(right) == "l":
+                raise ValueError(
+                    f"data.lateral_pairs: in [{left}, {right}] the left one has to be the first, as the plane "
+                    f"separates them: give [{right}, {left}]"
+                )
         joined = joined_sides(len(self.index) + 1, self.lateral_pairs if self.join_sides else [])
         self.set_model(out_channels=len(self.regions) or max(joined) + 1)
         self.unlabelled = None if self.data.unlabelled is None else self._unlabelled(self.data.unlabelled)

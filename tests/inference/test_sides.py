@@ -15,6 +15,7 @@ from asa.data.io.nifti import Volume
 from asa.data.loading.crops import JoinedSides
 from asa.data.preprocessing.pipeline import distance_to_the_right, prepare_case, to_native
 from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.store import Store
 from asa.inference.label_maps import Outputs
 from asa.inference.segmentation import Segmenter
 from asa.ops.labels import IGNORED, joined_sides
@@ -72,7 +73,8 @@ def test_separation_changes_no_joined_label_and_cuts_at_the_plane() -> None:
     alone = Outputs({3: "inner", 4: "outer"}).native_label_map(probabilities, case.chain, image)
     found = JOINED.native_label_map(probabilities, case.chain, image)
     assert np.array_equal(np.select([np.isin(found, (3, 8)), np.isin(found, (4, 9))], [3, 4], 0), alone)
-    distance = to_native(distance_to_the_right(case.chain)[None], case.chain, order=1)[0]
+    paired = probabilities.argmax(dim=0).numpy() > 0
+    distance = to_native(distance_to_the_right(case.chain, paired)[None], case.chain, order=1)[0]
     assert (distance[np.isin(found, (3, 4))] > 0).all() and (distance[np.isin(found, (8, 9))] <= 0).all()
     scores = JOINED.expected_dice(probabilities, case.chain)
     assert list(scores) == [LABELS[value] for value in sorted(LABELS)] and min(scores.values()) > 0.999
@@ -154,3 +156,16 @@ def test_pairs_are_joined_where_the_network_is_symmetric_or_on_request(
     assert description["data"].get("join_sides", False) is joined
     assert description["data"]["lateral_pairs"] == [["csf", "gm"]]
     assert ("dice_csf+gm" in (tmp_path / "run" / "log.jsonl").read_text()) is joined
+
+
+def test_a_pair_in_the_wrong_order_is_refused_where_the_plane_separates_it(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {1: "rh_x", 2: "lh_x", 3: "wm"}
+    monkeypatch.setattr(Store, "labels", property(lambda self: names, lambda self, value: None), raising=False)
+    words = [f"data.store={store}", "data.split={validation: 1, test: 1}", *FINETUNE[:-1]]
+    pair = "data.lateral_pairs=[[rh_x, lh_x]]"
+    assert call(finetune, monkeypatch, f"out={tmp_path}/a", *words, pair) == 1
+    assert "[rh_x, lh_x] the left one has to be the first" in capsys.readouterr().err
+    assert call(finetune, monkeypatch, f"out={tmp_path}/b", *words, pair, "data.join_sides=false") == 0
+    assert call(finetune, monkeypatch, f"out={tmp_path}/c", *words, "data.lateral_pairs=[[lh_x, rh_x]]") == 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from asa.data.io.nifti import Volume, check_same_geometry, spacing_of, to_ras
-from asa.data.preprocessing.midsagittal import MidsagittalPlane
+from asa.data.preprocessing.midsagittal import MidsagittalPlane, bent_distances
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.steps import STAGES, Case, PrepareSettings, measure_quality
 from asa.data.store import read_box
@@ -118,10 +118,14 @@ def to_prepared(volume: Volume, chain: dict[str, Any]) -> np.ndarray:
     return array
 
 
-def distance_to_the_right(chain: dict[str, Any]) -> np.ndarray:
-    """Distance of each prepared voxel from the mid-sagittal plane in mm, float32 (D, H, W), positive on the right.
+def distance_to_the_right(chain: dict[str, Any], paired: np.ndarray) -> np.ndarray:
+    """Distance of each prepared voxel from the mid-sagittal surface in mm, float32 (D, H, W), positive on the right.
 
-    It is linear, so that `to_native` with order 1 gives that of the scan's own voxels.
+    It is smooth, so that `to_native` with order 1 gives that of the scan's own voxels.
+
+    Args:
+        chain: of the prepared case.
+        paired: bool (D, H, W), the voxels of structures that have a left and a right, see `bent_distances`.
 
     Raises:
         ValueError: the chain has no plane, since none was found or the store is older than planes in it.
@@ -133,7 +137,7 @@ def distance_to_the_right(chain: dict[str, Any]) -> np.ndarray:
         )
     yaw, roll, shift = chain["plane"]
     plane = MidsagittalPlane(yaw, roll, shift, correlation=math.nan)
-    return plane.distances(_prepared_shape(chain), spacing_of(chain["stored_affine"])[::-1])
+    return bent_distances(plane, paired, spacing_of(chain["stored_affine"])[::-1])
 
 
 def _prepared_shape(chain: dict[str, Any]) -> tuple[int, ...]:
