@@ -25,10 +25,11 @@ DATA = {
 SETTINGS = PredictSettings(device="cpu", overlap=0.25)
 
 
-def checkpoint(folder: Path, seed: int = 0, **data: object) -> Path:
+def checkpoint(folder: Path, seed: int = 0, out_channels: int = 4, **data: object) -> Path:
     """An untrained network as asa-finetune saves it."""
     torch.manual_seed(seed)
-    node = dict(_target_="asa.models.unet.unet_tiny", out_channels=4, in_channels=1, feature_size=4, img_size=WINDOW)
+    node: dict[str, object] = dict(_target_="asa.models.unet.unet_tiny", out_channels=out_channels, in_channels=1)
+    node |= dict(feature_size=4, img_size=WINDOW)
     shell = nn.Module()
     shell.model = build(node)
     save_checkpoint(folder, 1, shell, {"model": node, "task": "segmentation", "data": {**DATA, **data}}, {}, keep=1)

@@ -11,6 +11,7 @@ from asa import __version__
 from asa.data.io.tables import csv_text
 from asa.evaluation.policies import MetricInfo, Policy, PolicyInfo, Regions, get_policy
 from asa.evaluation.statistics import bootstrap_interval, interval_as_json, nullable
+from asa.ops.labels import side_of
 
 STATISTICS = ["mean", "95 % interval", "sd", "median", "n used"]  # headings of `statistic_cells`
 
@@ -26,12 +27,18 @@ class Row:
 
 @dataclass(frozen=True)
 class CaseRow(Row):
-    """The values of one label or region of a case, with its size in both masks; None without a prediction."""
+    """The values of one label or region of a case, with its size in both masks; None without a prediction.
+
+    Args:
+        wrong_side: of its true voxels that have a left or right label in both maps, the fraction with the label of the
+            other side; NaN where there are none.
+    """
 
     voxels_predicted: int | None
     voxels_true: int
     ml_predicted: float | None
     ml_true: float
+    wrong_side: float = math.nan
 
     @property
     def empty(self) -> str:
@@ -120,13 +127,25 @@ class SegmentationSummary(Summary):
     missing: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
 
+    @property
+    def wrong_side(self) -> dict[str, Statistic]:
+        """Statistics of `CaseRow.wrong_side` for the regions of labels with a side; {} if no label has one."""
+        sided = {value for value, name in self.labels.items() if side_of(name)}
+        return {
+            region: statistic([row.wrong_side for row in self.rows if row.label == region], (0.0, 1.0))
+            for region, values in self.regions.items()
+            if sided.intersection(values)
+        }
+
     def as_json(self) -> dict[str, Any]:
         """The summary for a JSON file, without its rows; undefined numbers are null."""
+        sided = self.wrong_side
         return super().as_json() | {
             "labels": {str(value): name for value, name in self.labels.items()},
             "regions": {name: list(values) for name, values in self.regions.items()},
             "without_prediction": list(self.missing),
             "without_truth": list(self.unmatched),
+            **({"wrong_side": {name: nullable(asdict(one)) for name, one in sided.items()}} if sided else {}),
         }
 
 
@@ -184,6 +203,9 @@ def summary_table(summary: SegmentationSummary) -> str:
         found = {label: by_metric[metric.name] for label, by_metric in summary.results.items()}
         rows = [[label, *statistic_cells(statistic, metric.digits)] for label, statistic in found.items()]
         lines += [*aligned([[metric.heading, *STATISTICS], *rows]), ""]
+    if sided := summary.wrong_side:
+        rows = [[label, *statistic_cells(statistic, 4)] for label, statistic in sided.items()]
+        lines += [*aligned([["wrong side", *STATISTICS], *rows]), ""]
     truth = [["empty masks count as", *(metric.title for metric in policy.metrics)]]
     lines += aligned(truth + [[case, *values] for case, values in policy.truth_table()])
     lines += [f"  but {exception}" for exception in policy.exceptions()]
@@ -227,14 +249,19 @@ def listed(ids: Sequence[str], limit: int = 20) -> str:
 
 
 def cases_csv(summary: SegmentationSummary) -> str:
-    """A CSV row per case and label; undefined values are `nan`, the sizes of a missing prediction are empty."""
-    metrics = [metric.name for metric in summary.policy.metrics]
+    """A CSV row per case and label; undefined values are `nan`, the sizes of a missing prediction are empty.
+
+    `wrong_side` is the last column, if a label has a side.
+    """
+    metrics, sided = [metric.name for metric in summary.policy.metrics], summary.wrong_side
     rows = []
     for row in summary.rows:
         values = [f"{row.values[name]:.6f}" for name in metrics]
         volumes = ["" if ml is None else f"{ml:.6f}" for ml in (row.ml_predicted, row.ml_true)]
-        rows.append([row.case_id, row.label, *values, row.voxels_predicted, row.voxels_true, *volumes])
-    return csv_text(["id", "label", *metrics, "voxels_predicted", "voxels_true", "ml_predicted", "ml_true"], rows)
+        wrong = [f"{row.wrong_side:.6f}"] if sided else []
+        rows.append([row.case_id, row.label, *values, row.voxels_predicted, row.voxels_true, *volumes, *wrong])
+    sizes = ["voxels_predicted", "voxels_true", "ml_predicted", "ml_true"]
+    return csv_text(["id", "label", *metrics, *sizes, *(["wrong_side"] if sided else [])], rows)
 
 
 def statistic(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:

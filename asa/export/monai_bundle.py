@@ -133,7 +133,7 @@ def _metadata(
 ) -> dict[str, Any]:
     """`configs/metadata.json`, following MONAI's schema."""
     channels, prepare = facts["channels"], facts["prepare"]
-    names, packages = Outputs.of(facts).names, {name: version(name) for name in ("nibabel", "scipy")}
+    names, packages = Outputs.of(facts).channel_names, {name: version(name) for name in ("nibabel", "scipy")}
     tensor = {"type": "image", "spatial_shape": list(window), "dtype": "float32", "is_patch_data": True}
     return {
         "schema": SCHEMA,
@@ -215,7 +215,7 @@ training scans, and `WriteLabelMap` undoes it. For scans that are skull-stripped
 ```
 
 The network takes windows of {" x ".join(map(str, window))} voxels, `C D H W`: {", ".join(channels)}; inferior to
-superior, back to front, left to right. Its logits need {activation} {", ".join(outputs.names)}.
+superior, back to front, left to right. Its logits need {activation} {", ".join(outputs.channel_names)}.
 
 | value | label |
 |---|---|

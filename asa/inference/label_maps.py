@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from asa.data.io.nifti import Volume, write_image, write_label
-from asa.data.preprocessing.pipeline import to_native
+from asa.data.preprocessing.pipeline import distance_to_the_right, to_native
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.uncertainty import expected_dice
+from asa.ops.labels import joined_sides, side_of
 from asa.ops.nested import paint, painting_order
-
-# Matches a label name that contains a side.
-SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -34,22 +32,44 @@ class Outputs:
         labels: label value -> name.
         regions: name -> label values that it joins; {} for exclusive classes.
         lateral_pairs: `[left, right]` names of labels that are exchanged by mirroring.
+        join_sides: the classes of each such pair have one channel, and are separated by the mid-sagittal plane.
     """
 
     labels: dict[int, str]
     regions: dict[str, list[int]] = field(default_factory=dict)
     lateral_pairs: Sequence[Sequence[str]] = ()
+    join_sides: bool = False
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Outputs":
         """Those of a checkpoint's metadata of its training scans."""
         labels = {int(value): name for value, name in data["labels"].items()}
-        return cls(labels, dict(data.get("regions", [])), data.get("lateral_pairs", []))
+        pairs, joined = data.get("lateral_pairs", []), bool(data.get("join_sides", False))
+        return cls(labels, dict(data.get("regions", [])), pairs, joined)
 
     @property
     def names(self) -> list[str]:
-        """Of each channel: the regions, or the background and the labels in the order of their values."""
-        return list(self.regions) or ["background", *(self.labels[value] for value in sorted(self.labels))]
+        """The regions, or the background and the labels in the order of their values."""
+        return list(self.regions) or self._classes
+
+    @property
+    def channels(self) -> list[int]:
+        """The channel of each class, the background first: its own, or that of its pair."""
+        classes = self._classes
+        pairs = [(classes.index(left), classes.index(right)) for left, right in self.lateral_pairs if self.join_sides]
+        return joined_sides(len(classes), pairs)
+
+    @property
+    def channel_names(self) -> list[str]:
+        """Of each channel: a region, a class, or both classes of a pair with a + between them."""
+        named: dict[int, list[str]] = {}
+        for name, channel in zip(self._classes, self.channels, strict=True):
+            named.setdefault(channel, []).append(name)
+        return list(self.regions) or ["+".join(names) for names in named.values()]
+
+    @property
+    def _classes(self) -> list[str]:
+        return ["background", *(self.labels[value] for value in sorted(self.labels))]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities `(K or R, D, H, W)` of logits: a sigmoid per region if there are regions, else a softmax."""
@@ -61,17 +81,48 @@ class Outputs:
         """Resample the probabilities of a prepared scan to its own grid and choose the labels there.
 
         Args:
-            probabilities: `(K or R, D, H, W)` on the CPU.
+            probabilities: `(K or R, D, H, W)` on the CPU; where sides are joined, K counts a pair once.
             chain: the preprocessing steps of the scan, to be undone.
             like: the scan as it was read.
-            files: where the probability of each of the K classes or R regions is written; None writes none.
+            files: where the probability of each of `names` is written; None writes none.
 
         Returns:
             Label values `(x, y, z)`.
+
+        Raises:
+            ValueError: sides are joined, and the scan has no mid-sagittal plane.
         """
-        channels = (probabilities if self.regions else probabilities[1:]).numpy()
-        native = (to_native(channel[None], chain, order=1)[0] for channel in channels)
-        return self.label_map(native, like, files)
+
+        def native(volume: np.ndarray) -> np.ndarray:
+            return to_native(volume[None], chain, order=1)[0]
+
+        if self.regions:
+            return self.label_map(map(native, probabilities.numpy()), like, files)
+        right = native(self._distances(probabilities, chain)) > 0 if self.join_sides else None
+        parts = (
+            self._on_its_side(k, native(probabilities[channel].numpy()), right)
+            for k, channel in enumerate(self.channels)
+            if k > 0
+        )
+        return self.label_map(parts, like, files)
+
+    def _distances(self, probabilities: Tensor, chain: dict[str, Any]) -> np.ndarray:
+        """Distance of each prepared voxel from the surface that separates the sides, in mm; positive on the right."""
+        channels = self.channels
+        paired = torch.tensor([channel for channel in set(channels) if channels.count(channel) > 1])
+        return distance_to_the_right(chain, torch.isin(probabilities.argmax(dim=0), paired).numpy())
+
+    def _on_its_side(self, k: int, volume: Any, right: Any) -> Any:
+        """A class's probabilities or mask, 0 on the other side if the class shares its channel with a partner.
+
+        Args:
+            k: the class.
+            volume: array or tensor.
+            right: bool, of the same shape: the voxels right of the mid-sagittal plane; None without joined sides.
+        """
+        sides = {name: side for pair in self.lateral_pairs for name, side in zip(pair, (False, True), strict=True)}
+        side = sides.get(self._classes[k])
+        return volume if right is None or side is None else volume * (right == side)
 
     def label_map(
         self, probabilities: Iterable[np.ndarray], like: Volume, files: Sequence[Path] | None = None
@@ -125,14 +176,21 @@ class Outputs:
         parts = {name: [value] for value, name in self.labels.items()} | self.regions
         return {name: int(np.isin(label_map, values).sum()) * ml for name, values in parts.items()}
 
-    def expected_dice(self, probabilities: Tensor) -> dict[str, float]:
+    def expected_dice(self, probabilities: Tensor, chain: dict[str, Any]) -> dict[str, float]:
         """Of each label, or each region if there are regions, from the probabilities of a prepared scan."""
         if self.regions:
             painted = paint(probabilities, painting_order(self.regions))
             masks = (torch.isin(painted, torch.tensor(values)) for values in self.regions.values())
             return {name: expected_dice(p, m) for name, p, m in zip(self.regions, probabilities, masks, strict=True)}
         chosen = probabilities.argmax(dim=0)
-        return {name: expected_dice(probabilities[k], chosen == k) for k, name in enumerate(self.names) if k > 0}
+        right = torch.from_numpy(self._distances(probabilities, chain) > 0) if self.join_sides else None
+        return {
+            name: expected_dice(
+                self._on_its_side(k, probabilities[channel], right), self._on_its_side(k, chosen == channel, right)
+            )
+            for k, (name, channel) in enumerate(zip(self.names, self.channels, strict=True))
+            if k > 0
+        }
 
     def mirrored(self) -> list[int]:
         """For each channel, the one that replaces it in the mirror image.
@@ -142,7 +200,7 @@ class Outputs:
         """
         paired = {name for pair in self.lateral_pairs for name in pair}
         for name in self.labels.values():
-            if SIDE.search(name) and name not in paired:
+            if side_of(name) and name not in paired:
                 raise ValueError(
                     f"mirror=true: the name of the label {name!r} contains a side, but the checkpoint lists no partner "
                     "for it: give mirror=false, or fine-tune with data.lateral_pairs"
@@ -152,7 +210,8 @@ class Outputs:
         for left, right in self.lateral_pairs:
             partner[value_of[left]], partner[value_of[right]] = value_of[right], value_of[left]
         if not self.regions:
-            return [list(partner).index(value) for value in partner.values()]
+            classes, channels = [list(partner).index(value) for value in partner.values()], self.channels
+            return [channels[classes[channels.index(channel)]] for channel in range(max(channels) + 1)]
         sets, indices = [set(joined) for joined in self.regions.values()], []
         for name, joined in self.regions.items():
             if (others := {partner[value] for value in joined}) not in sets:

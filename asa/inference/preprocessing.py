@@ -20,7 +20,8 @@ MEASURED = ("mean", "sd")  # of the normalised intensities
 VOLUME_TOLERANCE = 0.25  # of the training scans' smallest and largest brain, beyond which a scan is warned about
 INTENSITY_TOLERANCE = 0.1  # the same of mean and SD, in units of the normalised intensities
 OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command; the user has to give one
-EXPORTED = ("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "spacing")  # no subjects
+# What an export keeps of them: no subjects.
+EXPORTED = ("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "join_sides", "spacing")
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 
 
@@ -95,6 +96,8 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
         for left, right in data.get("lateral_pairs", []):
             if not isinstance(left, str) or not isinstance(right, str):
                 raise ValueError(f"{[left, right]} is not a pair of labels")
+            if data.get("join_sides") and not {left, right} <= {*data["labels"].values()}:
+                raise ValueError(f"{[left, right]} are joined and not both labels")
         if not data["channels"]:
             raise ValueError("no channels")
         if not all(low <= high for low, high in data.get("range", {}).values()):

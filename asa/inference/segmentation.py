@@ -255,7 +255,7 @@ class Segmenter:
             regions = bool(self.outputs.regions)
             made = entropy_map(probabilities, regions=regions) if spread is None else spread.map()
             write_uncertainty(uncertainty, made, chain, like)
-        return Segmented(ml, self.outputs.expected_dice(probabilities))
+        return Segmented(ml, self.outputs.expected_dice(probabilities, chain))
 
     def described(self) -> dict[str, Any]:
         """The networks and the flips, for sidecars in BIDS."""
@@ -289,8 +289,8 @@ class Segmenter:
 
 def _check_agreement(first: str, data: Mapping[str, Any], path: str, other: Mapping[str, Any]) -> None:
     """Raise a ValueError if two networks of an ensemble were trained on different kinds of data."""
-    for key in ("channels", "labels", "regions", "prepare", "lateral_pairs"):
-        expected, actual = data.get(key, []), other.get(key, [])  # regions and lateral pairs may be absent
+    for key in ("channels", "labels", "regions", "prepare", "lateral_pairs", "join_sides"):
+        expected, actual = data.get(key, []), other.get(key, [])  # the last may be absent
         if expected != actual:
             raise ValueError(
                 f"{path}: the networks of an ensemble must agree in {key}: {actual} here, {expected} in {first}"

@@ -3,15 +3,20 @@
 Letters: logits `B K D H W` for K classes, or `B R D H W` for R regions, label `B 1 D H W`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from monai.losses import MaskedDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from asa.ops.labels import IGNORED
 from asa.ops.nested import region_masks
+
+SLAB = 1 << 24  # logits that are compared at a time: with 145 labels, those of a crop take gigabytes
+SMOOTH = 1e-5  # added to both parts of Dice, as MONAI does
 
 
 class DeeplySupervised(nn.Module):
@@ -45,16 +50,19 @@ class DeeplySupervised(nn.Module):
         total = target.new_zeros(())
         for weight, out in zip(weights, logits, strict=True):
             resampled = F.interpolate(target, out.shape[2:], mode="nearest-exact")
-            total = total + weight * self.at_one_scale(out.float(), resampled, resampled != IGNORED)
+            total = total + weight * self.at_one_scale(out, resampled, resampled != IGNORED)
         return total / sum(weights)
 
     def at_one_scale(self, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-        """The loss of one resolution's logits in float32, label `(B, 1, D, H, W)` and mask of voxels that count."""
+        """The loss in float32 of one resolution's logits, label `(B, 1, D, H, W)` and mask of voxels that count."""
         raise NotImplementedError
 
 
 class DeeplySupervisedDiceCE(DeeplySupervised):
     """Dice without the background, plus cross-entropy, at several resolutions.
+
+    Logits are compared slab by slab, and again in the backward pass, so that beside them and their gradient only one
+    slab is in memory.
 
     Args:
         background_weight: of a background voxel in the cross-entropy, where that of a labelled one is 1: small where
@@ -71,15 +79,32 @@ class DeeplySupervisedDiceCE(DeeplySupervised):
         if not 0 < background_weight <= 1:
             raise ValueError(f"method.background_weight={background_weight}: must be in (0, 1]")
         self.background_weight = background_weight
-        self.dice = MaskedDiceLoss(softmax=True, to_onehot_y=True, include_background=False)
 
     def at_one_scale(self, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-        # The mask makes ignored voxels background with probability 0, and Dice is without the background.
-        dice = self.dice(logits, target, counted)
-        classes = target[:, 0].long()
-        voxels = F.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="none")
-        weights = torch.where(classes == 0, self.background_weight, counted[:, 0].float())
-        return dice + _mean_of_counted(weights * voxels, weights)
+        slabs = math.ceil(logits.numel() / SLAB)
+        parts = list(zip(*(volume.chunk(slabs, dim=2) for volume in (logits, target, counted)), strict=True))
+        again = len(parts) > 1 and torch.is_grad_enabled()
+        sums = [
+            checkpoint(self._sums, *part, use_reentrant=False, preserve_rng_state=False) if again else self._sums(*part)
+            for part in parts
+        ]
+        sizes, common, voxels, weights = (torch.stack(terms).sum(dim=0) for terms in zip(*sums, strict=True))
+        dice = 1 - (2 * common + SMOOTH) / (sizes + SMOOTH)
+        return dice.mean() + (voxels / weights.masked_fill(weights == 0, 1)).mean()
+
+    def _sums(self, logits: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Over the voxels of a slab: true and predicted sizes of each class and what they share, each `(B, K - 1)`; the
+        weighted cross-entropy and the weights, each `(B,)`.
+        """
+        scores = logits.float().log_softmax(dim=1)
+        classes, kept = target.long().masked_fill(~counted, 0), counted.flatten(2).float()  # B 1 D H W, B 1 V
+        own, index = scores.gather(1, classes).flatten(1), classes.flatten(1)
+        true, common = (
+            kept.new_zeros(scores.shape[:2]).scatter_add(1, index, x * kept[:, 0]) for x in (kept[:, 0], own.exp())
+        )
+        predicted = (scores.exp().flatten(2) @ kept.transpose(1, 2))[..., 0]
+        weights = kept[:, 0] * torch.where(index == 0, self.background_weight, 1.0)
+        return (true + predicted)[:, 1:], common[:, 1:], -(weights * own).sum(dim=1), weights.sum(dim=1)
 
 
 class DeeplySupervisedRegionLoss(DeeplySupervised):
@@ -101,7 +126,7 @@ class DeeplySupervisedRegionLoss(DeeplySupervised):
         self.dice = MaskedDiceLoss(sigmoid=True)
 
     def at_one_scale(self, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-        inside = region_masks(target, self.regions).float()
+        logits, inside = logits.float(), region_masks(target, self.regions).float()
         # The mask makes ignored voxels background with probability 0: they change no sum of Dice.
         dice = self.dice(logits, inside, counted)
         voxels = F.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(dim=1)

@@ -233,6 +233,9 @@ def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
     return block(*inputs)
 
 
+SYMMETRIC = ("mirror", "paper", "mirror_sincos")  # position encodings that mirrored tokens share
+
+
 def position_encoding(grid: Sequence[int], dim: int, position: str) -> Tensor:
     """The position encoding of a token grid `(L, dim)`.
 
@@ -293,7 +296,7 @@ class SWViT(nn.Module):
         super().__init__()
         if order not in ORDERS:
             raise ValueError(f"the order of the tokens must be {' or '.join(ORDERS)}, got {order!r}")
-        self.mirror_patches = mirror_patches
+        self.mirror_patches, self.symmetric = mirror_patches, position in SYMMETRIC
         self.img_size, self.patch_size, self.in_channels = triple(img_size), patch_size, in_channels
         self.embed_dim, self.num_heads, self.checkpointing = embed_dim, num_heads, checkpointing
         self.grid = grid_size(self.img_size, patch_size)

@@ -1,3 +1,32 @@
 """Class indices of label maps."""
 
+import re
+from collections.abc import Sequence
+
 IGNORED = 255  # index of voxels that count neither in a loss nor in a score
+
+SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
+
+
+def side_of(name: str) -> str:
+    """The side in the name of a label, "l" or "r"; "" if it contains none."""
+    found = SIDE.search(name)
+    return found[2][0].lower() if found else ""
+
+
+def joined_sides(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """Class indices 0 ... count - 1 -> consecutive indices of which the left and the right of each pair share one.
+
+    Args:
+        count: number of classes, with the background.
+        pairs: (left, right) class indices.
+
+    Raises:
+        ValueError: a class that is in two pairs, or its own partner.
+    """
+    if len({index for pair in pairs for index in pair}) < 2 * len(pairs):
+        raise ValueError("a label is in more than one place of data.lateral_pairs: pair each label with one other")
+    partner = dict(pairs) | {right: left for left, right in pairs}
+    firsts = [min(index, partner.get(index, index)) for index in range(count)]
+    kept = sorted(set(firsts))
+    return [kept.index(first) for first in firsts]

@@ -24,7 +24,8 @@ from asa.reporting.pages import require_report_extra, write_page
 
 TABLE, PAGE, THUMBNAILS = "quality_control.csv", "quality_control.html", "thumbnails"
 STATUSES = ("failed", "warning", "good")  # in the order of the page
-SECONDS = "seconds_"  # prefix of a fact that is the time of a stage
+SECONDS, VOXELS = "seconds_", "voxels_"  # prefixes of facts: the time of a stage, the size of a label
+MOST_LABELS = 8  # shown openly; the sizes of more are folded
 
 _UNFINISHED = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>Quality control, not finished</title>
@@ -80,13 +81,17 @@ class QualityControlReport:
         write_whole(self.folder / TABLE, _table(scans).encode("utf-8", errors="backslashreplace"))
         rows = [self._row(number, scan) for number, scan in enumerate(scans)]
         facts = _summarise(scans)
+        times, labels = ([fact for key, fact in facts.items() if key.startswith(kind)] for kind in (SECONDS, VOXELS))
+        folded = labels if len(labels) > MOST_LABELS else []
+        elsewhere = (SECONDS, VOXELS) if folded else SECONDS
         write_page(
             self.folder / PAGE,
             "quality_control.html.j2",
             total=len(scans),
             groups=[(status, [row for row in rows if row["status"] == status]) for status in STATUSES],
-            measurements=[fact for key, fact in facts.items() if not key.startswith(SECONDS)],
-            times=[fact for key, fact in facts.items() if key.startswith(SECONDS)],
+            measurements=[fact for key, fact in facts.items() if not key.startswith(elsewhere)],
+            times=times,
+            labels=folded,
             settings=[(key, _setting(value)) for key, value in settings.items()],
             outline=hex_colour(OUTLINE),
             midline=hex_colour(MIDLINE),
@@ -94,13 +99,17 @@ class QualityControlReport:
         )
 
     def _row(self, number: int, scan: ScanQuality) -> dict[str, Any]:
-        facts = {key: _cell(value, key) for key, value in scan.facts.items() if not key.startswith(SECONDS)}
+        texts = {key: _cell(value, key) for key, value in scan.facts.items() if not key.startswith(SECONDS)}
+        pairs = {key: (_title(key), text) for key, text in texts.items() if text}
+        labels = [key for key in pairs if key.startswith(VOXELS)]
+        folded = labels if len(labels) > MOST_LABELS else []
         return {
             "number": number,
             "scan": scan,
             "status": _status(scan),
             "thumbnail": f"{THUMBNAILS}/{quote(os.fsencode(scan.id))}.png" if scan.id in self._drawn else "",
-            "facts": [(_title(key), text) for key, text in facts.items() if text],
+            "facts": [pair for key, pair in pairs.items() if key not in folded],
+            "labels": [pairs[key] for key in folded],
         }
 
 

@@ -28,6 +28,7 @@ from asa.evaluation.policies import Policy, get_policy
 from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, listed, summarise
 from asa.evaluation.tables import table_in
 from asa.inference.layout import label_maps_of
+from asa.ops.labels import side_of
 from asa.reporting.comparison import write_comparison
 from asa.reporting.evaluation import CaseFiles, write_report
 from asa.tasks.base import Config
@@ -64,13 +65,18 @@ def evaluate_case(
     box = bounding_box(filled) if filled.any() else ...  # most of a head's image is background
     predicted_map, true_map = prediction.data[box], truth.data[box]
     counted = ~np.isin(true_map, policy.ignored)
+    left, right = ([value for value, name in labels.items() if side_of(name) == side] for side in "lr")
+    true_side, side = (np.isin(one, right).astype(np.int8) - np.isin(one, left) for one in (true_map, predicted_map))
+    sided, wrong = (true_side != 0) & (side != 0), true_side * side < 0
     rows = []
     for label, values in regions.items():
         predicted = np.isin(predicted_map, values) & counted
         true = np.isin(true_map, values) & counted
         n, m = int(np.count_nonzero(predicted)), int(np.count_nonzero(true))
         numbers = {metric.name: metric(predicted, true, spacing) for metric in policy.metrics}
-        rows.append(CaseRow(case_id, label, numbers, n, m, n * ml, m * ml))
+        both = true & sided
+        wrong_side = float(wrong[both].mean()) if both.any() else math.nan
+        rows.append(CaseRow(case_id, label, numbers, n, m, n * ml, m * ml, wrong_side))
     return rows
 
 

@@ -1,10 +1,10 @@
 """Segmentation: label maps from labelled scans.
 
-Data: crops of a prepared store with labels; left and right labels are exchanged in mirrored crops. Loss: the method's
-(Dice and cross-entropy with deep supervision, over classes or over regions). Validation: Dice of whole volumes of the
-validation part, and the loss of their central crops. A checkpoint holds channels, labels, regions, preparation and
-voxel sizes. Prediction: label maps in each scan's own space, by a sliding window, and their volumes. Evaluation: label
-maps against the truth under a named policy.
+Data: crops of a prepared store with labels; the left and the right label of a pair are exchanged in mirrored crops, or
+joined. Loss: the method's (Dice and cross-entropy with deep supervision, over classes or over regions). Validation:
+Dice of whole volumes of the validation part, joined labels as one, and the loss of their central crops. A checkpoint
+holds channels, labels, regions, preparation and voxel sizes. Prediction: label maps in each scan's own space, by a
+sliding window, and their volumes. Evaluation: label maps against the truth under a named policy.
 """
 
 import math
@@ -16,24 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from asa.config import typed
+from asa.config import build, typed
 from asa.data.datasets import folder
 from asa.data.io.files import write_whole
 from asa.data.io.lock import in_turn
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import csv_text, read_rows
 from asa.data.loading.augment import AugmentSettings
-from asa.data.loading.crops import CropDataset, VolumeSource
+from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
 from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
-from asa.inference.label_maps import SIDE, ScanSegmenter
+from asa.inference.label_maps import Outputs, ScanSegmenter
 from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.segment import Segmentation as SegmentationMethod
-from asa.ops.labels import IGNORED
+from asa.ops.labels import IGNORED, joined_sides, side_of
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
@@ -62,10 +62,37 @@ class Segmentation(VolumeTask):
             raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
         self.index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
         self.regions = _regions(config["method"], store)
-        self.set_model(out_channels=len(self.regions) or len(self.index) + 1)
         self.lateral_pairs = lateral_indices(self.data.lateral_pairs, self.index, self.augment)
+        self.join_sides = self._joins_sides()
+        for left, right in self.data.lateral_pairs if self.join_sides else []:
+            if side_of(left) == "r" or side_of(right) == "l":
+                raise ValueError(
+                    f"data.lateral_pairs: in [{left}, {right}] the left one has to be the first, as the plane "
+                    f"separates them: give [{right}, {left}]"
+                )
+        joined = joined_sides(len(self.index) + 1, self.lateral_pairs if self.join_sides else [])
+        self.set_model(out_channels=len(self.regions) or max(joined) + 1)
         self.unlabelled = None if self.data.unlabelled is None else self._unlabelled(self.data.unlabelled)
-        self.source = self.unlabelled or self.store
+        scans = self.unlabelled or self.store
+        self.source = JoinedSides(scans, joined) if self.join_sides else scans
+        names = Outputs.of(self.target_metadata()).channel_names[1:]
+        self.classes = {name: k for k, name in enumerate(names, start=1)}
+
+    def _joins_sides(self) -> bool:
+        """Whether each pair of labels is one class: as asked for, or else where the network is symmetric."""
+        asked = self.data.join_sides
+        possible = bool(self.lateral_pairs) and not self.regions
+        if asked and not possible:
+            raise ValueError(
+                "data.join_sides=true trains each pair of labels as one class: give data.lateral_pairs="
+                "[[left_x, right_x]], and a method without regions"
+            )
+        if asked is not None or not possible:
+            return bool(asked)
+        node = {**self.config["model"], "in_channels": len(self.store.channels), "out_channels": 2}
+        with torch.device("meta"):
+            network: Any = build(node, plugins=self.config["plugins"])
+        return network.mirrored or getattr(network.encoder, "symmetric", False)
 
     def _unlabelled(self, chosen: str) -> UnlabelledScans:
         run, data = Path(str(self.config["out"])), self.config["data"]
@@ -92,18 +119,19 @@ class Segmentation(VolumeTask):
             labelled=True,
             foreground=self.data.foreground,
             augment=self.augment,
-            lateral_pairs=self.lateral_pairs,
+            lateral_pairs=[] if self.join_sides else self.lateral_pairs,
         )
 
     def validation(self, method: Any) -> Validate | None:
         if not self.parts["validation"]:
             return None
         ids = [record["id"] for record in self.parts["validation"]]
-        scored = self.regions or {name: [k] for name, k in self.index.items()}
+        scored = self.regions or {name: [k] for name, k in self.classes.items()}
         centres = self.crops(method, self.parts["validation"], labelled=True)
+        names = list(self.index if self.regions else self.classes)
 
         def validate(step: int) -> Validation:
-            metrics, panels = validate_segmentation(method, self.store, ids, scored, self.windows, list(self.index))
+            metrics, panels = validate_segmentation(method, self.source, ids, scored, self.windows, names)
             return {**metrics, "loss": mean_loss(method, centres)}, panels
 
         return validate
@@ -113,6 +141,7 @@ class Segmentation(VolumeTask):
             "labels": self.store.labels,
             **({"regions": list(self.store.regions.items())} if self.regions else {}),
             "lateral_pairs": [list(pair) for pair in self.data.lateral_pairs],
+            **({"join_sides": True} if self.join_sides else {}),
             **({} if self.windows.overlap is None else {"overlap": self.windows.overlap}),
         }
 
@@ -192,7 +221,7 @@ def lateral_indices(
     for name in paired:
         if name not in index:
             raise ValueError(f"data.lateral_pairs names {name!r}; the store's labels are {', '.join(index)}")
-    unpaired = [name for name in index if SIDE.search(name) and name not in paired]
+    unpaired = [name for name in index if side_of(name) and name not in paired]
     if unpaired and augment.mirror_probability > 0 and "W" in augment.mirror_axes:
         raise ValueError(
             f"the label {unpaired[0]!r} has a side and no partner to be exchanged with in mirrored crops: "
@@ -215,7 +244,7 @@ def validate_segmentation(
 
     Args:
         method: the method, in evaluation mode.
-        source: the store.
+        source: the store, or one with joined labels.
         ids: labelled scans.
         parts: name -> class indices that are scored as one: labels, or regions.
         settings: of the sliding window.

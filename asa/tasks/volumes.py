@@ -50,6 +50,7 @@ class VolumeData:
     table: str | None = None
     column: str | None = None
     lateral_pairs: Any = field(default_factory=list)
+    join_sides: bool | None = None
 
 
 class VolumeTask:

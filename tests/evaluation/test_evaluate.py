@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from asa.cli import evaluate as evaluate_command
 from asa.data.io.nifti import Volume, read_label, write_image, write_label
 from asa.evaluation.metrics import dice, hd95, surface_dice
 from asa.evaluation.policies import POLICIES, Policy
-from asa.evaluation.summary import CaseRow, summarise, summary_table
+from asa.evaluation.summary import CaseRow, cases_csv, summarise, summary_table
 from asa.inference.segmentation import PredictSettings
 from asa.ops.labels import IGNORED
 from asa.reporting.figures import label_colours
@@ -537,3 +538,41 @@ def test_a_store_defines_its_ignored_labels_and_regions(raw, store, tmp_path, mo
     monkeypatch.setattr("sys.argv", ["asa-evaluate", f"truth={own}", *arguments, "regions={white: [2]}"])
     assert evaluate_command.main() == 1
     assert "regions: white joins 2, which is not a declared label value" in capsys.readouterr().err
+
+
+# ---- the wrong side ----
+
+SIDED = {1: "left_x", 2: "right_x", 3: "Right-Y", 4: "lh-y", 9: "stem"}
+
+
+def test_the_wrong_side_is_a_fraction_of_voxels_with_a_side_in_both_maps(tmp_path: Path) -> None:
+    truth = np.tile(np.array([1, 1, 1, 1, 2, 2, 3, 9, 9, 0], dtype=np.uint8), (2, 2, 1))
+    found = np.tile(np.array([1, 2, 3, 9, 2, 0, 4, 1, 9, 1], dtype=np.uint8), (2, 2, 1))
+    # x and y are other labels of the same side or not: only the side counts.
+    expected = {"left_x": 2 / 3, "right_x": 0.0, "Right-Y": 1.0, "lh-y": math.nan, "stem": math.nan}
+    affine = np.eye(4)
+    for folder, data in (("truth", truth), ("found", found)):
+        (tmp_path / folder).mkdir()
+        write_image(tmp_path / "like.nii.gz", truth.astype(np.float32), affine)
+        write_label(tmp_path / folder / "a.nii.gz", data, read_label(tmp_path / "like.nii.gz"))
+    volumes = [read_label(tmp_path / folder / "a.nii.gz") for folder in ("found", "truth")]
+    rows = evaluate_case(*volumes, SIDED, case_id="a")
+    assert {row.label: row.wrong_side for row in rows} == pytest.approx(expected, nan_ok=True)
+    assert [row.wrong_side for row in evaluate_case(volumes[1], volumes[1], SIDED, case_id="a")][:3] == [0, 0, 0]
+
+    summary = evaluate_folder(
+        tmp_path / "found", {"a": tmp_path / "truth" / "a.nii.gz"}, SIDED, "ibsr", tmp_path / "out", progress=False,
+        regions={"x": [1, 2], "stem": [9]},
+    )  # fmt: skip
+    assert summary.wrong_side["x"].mean == pytest.approx(2 / 4) and list(summary.wrong_side) == ["x"]
+    with (tmp_path / "out" / "cases.csv").open() as file:
+        assert [row["wrong_side"] for row in csv.DictReader(file)] == ["0.500000", "nan"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["wrong_side"]["x"]["mean"] == 0.5
+    assert re.search(r"wrong side +mean.*\nx +0\.5000 ", summary_table(summary))
+
+
+def test_labels_without_a_side_have_no_column_for_it() -> None:
+    volume = Volume(np.array([[[1, 2, 0]]], dtype=np.uint8), np.eye(4), None)
+    summary = summarise(evaluate_case(volume, volume, LABELS, case_id="a"), LABELS)
+    assert "wrong" not in summary_table(summary) and "wrong_side" not in summary.as_json()
+    assert cases_csv(summary).splitlines()[0].endswith("ml_true")

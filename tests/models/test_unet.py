@@ -244,6 +244,39 @@ def test_the_loss_with_ignored_voxels_is_that_of_the_other_voxels(background_wei
     assert float(found) == pytest.approx(expected / 1.75, rel=1e-5)
 
 
+def test_slabs_change_neither_the_loss_nor_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, label = with_ignored()
+    leaves = [out.double().requires_grad_() for out in logits]
+    loss = DeeplySupervisedDiceCE(background_weight=0.3)
+    whole = loss(leaves, label)
+    expected = torch.autograd.grad(whole, leaves)
+    monkeypatch.setattr("asa.losses.segmentation.SLAB", 700)  # 5 slabs of the finest, some of unequal size
+    found = loss(leaves, label)
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(leaves, label), whole)
+
+
+def test_only_logits_are_kept_for_the_backward_pass_of_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, label = torch.randn(1, 40, 16, 16, 16, requires_grad=True), torch.randint(40, (1, 1, 16, 16, 16))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    sizes = []
+    for slab in (logits.numel(), logits.numel() // 16):
+        monkeypatch.setattr("asa.losses.segmentation.SLAB", slab)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            DeeplySupervisedDiceCE()([logits], label)
+        sizes.append(sum(kept.values()) / logits.untyped_storage().nbytes())
+    assert sizes[0] > 1.9 and sizes[1] < 1.2
+
+
 def test_a_background_weight_outside_0_to_1_is_refused() -> None:
     for weight in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"background_weight=.*in \(0, 1\]"):

@@ -256,3 +256,20 @@ def test_a_missing_extra_is_named_before_the_work_starts(tmp_path, monkeypatch, 
     with pytest.raises(ImportError, match=rf'{module} is not installed.*pip install "asa-mri\[report\]"'):
         QualityControlReport(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("count", [3, 148])
+def test_the_sizes_of_many_labels_are_folded_and_none_is_lost(tmp_path: Path, count: int) -> None:
+    sizes = {f"voxels_label{k}": 1000 + k for k in range(count)}
+    scans = [scan(f"s{k}", facts={"brain_ml": 1200.0, **sizes}, thumbnail=box_thumbnails()) for k in range(2)]
+    page, table = report(tmp_path / "qc", *scans)
+    assert all(table[0][key] == str(size) for key, size in sizes.items())
+    folded = re.findall(r"<details.*?</details>", page, flags=re.DOTALL)
+    shown = re.sub(r"<details.*?</details>", "", page, flags=re.DOTALL)
+    assert all(page.count(f"voxels label{k}<") == 3 for k in range(count))  # over the cohort, and of each scan
+    assert "brain volume" in shown and page.count("<details") == page.count("</details>")
+    if count == 3:
+        assert not folded and "voxels label0" in shown
+    else:
+        assert len(folded) == 3 and "voxels label" not in shown
+        assert shown.index("<img") < 14000  # characters of style and headings: the first picture is near the top

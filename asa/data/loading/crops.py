@@ -44,6 +44,29 @@ class VolumeSource(Protocol):
     def label(self, record_id: str) -> np.ndarray | None: ...
 
 
+@dataclass(frozen=True)
+class JoinedSides:
+    """A source of crops in whose label maps the left and the right label of a pair are one class.
+
+    Args:
+        source: the store, or what stands for it.
+        joined: class index -> joined one, see `asa.ops.labels.joined_sides`.
+    """
+
+    source: VolumeSource
+    joined: Sequence[int]
+
+    def image(self, record_id: str) -> np.ndarray:
+        """`C D H W`."""
+        return self.source.image(record_id)
+
+    def label(self, record_id: str) -> np.ndarray | None:
+        """Joined class indices `(1, D, H, W)` uint8, in memory."""
+        label = self.source.label(record_id)
+        table = np.array([*self.joined, *[IGNORED] * (IGNORED + 1 - len(self.joined))], dtype=np.uint8)
+        return None if label is None else table[label]
+
+
 class Samples(Dataset[dict[str, Any]], ABC):
     """A dataset for `make_loader`: items addressed by (index, epoch), each with its "seed" and "id"."""
 

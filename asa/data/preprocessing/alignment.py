@@ -34,8 +34,8 @@ class Alignment:
         shape: of the new grid.
         affine: (4, 4) of the new grid, voxel (x, y, z) to mm in the space of the template after registration, else in
             that of the scanner.
-        plane: the mid-sagittal plane before midway alignment, relative to the centre of the scan's grid (of the
-            template's field of view after registration); None for a volume that is too small.
+        plane: the mid-sagittal plane relative to the centre of the new grid; before midway alignment, to that of the
+            scan's grid (of the template's field of view after registration). None for a volume that is too small.
         overlap: Dice of the registered brain and the template's; None without registration.
         raw_plane: after registration, the same plane relative to the centre of the scan's own grid; else None.
     """
@@ -77,7 +77,8 @@ def align(
         return Alignment(None, image.shape, affine, plane)
     else:
         shape = tuple(max(2, round(size * old / new)) for size, old, new in zip(image.shape, own, step, strict=True))
-        pose = translation(_corner_shift(inside, own, shape, step))
+        moved = _corner_shift(inside, own, shape, step)
+        pose, plane = translation(moved), None if plane is None else plane.relative_to(moved)
     matrix = grid_map(pose, shape, step, image.shape, own)
     return Alignment(matrix, shape, affine @ reversed_axes(matrix), plane)
 

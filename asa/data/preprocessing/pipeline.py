@@ -1,12 +1,14 @@
 """One scan through all stages in memory, and results back to the grid of the scan."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from asa.data.io.nifti import Volume, check_same_geometry, to_ras
+from asa.data.io.nifti import Volume, check_same_geometry, spacing_of, to_ras
+from asa.data.preprocessing.midsagittal import MidsagittalPlane, bent_distances
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.steps import STAGES, Case, PrepareSettings, measure_quality
 from asa.data.store import read_box
@@ -68,6 +70,8 @@ def prepare_case(
         if parameters is not None or duration > 0.1:  # align may only estimate the plane
             case.seconds[stage.name] = duration
     case.chain["stored_affine"] = case.affine.tolist()
+    if (plane := case.plane) is not None:
+        case.chain["plane"] = [plane.yaw, plane.roll, plane.shift]
     case.quality = measure_quality(case)
     case.image = np.ascontiguousarray(case.image)
     case.label = None if case.label is None else np.ascontiguousarray(case.label)
@@ -112,6 +116,28 @@ def to_prepared(volume: Volume, chain: dict[str, Any]) -> np.ndarray:
         elif step["stage"] == "crop":
             array = read_box(array[None], step["start"], step["size"])[0]
     return array
+
+
+def distance_to_the_right(chain: dict[str, Any], paired: np.ndarray) -> np.ndarray:
+    """Distance of each prepared voxel from the mid-sagittal surface in mm, float32 (D, H, W), positive on the right.
+
+    It is smooth, so that `to_native` with order 1 gives that of the scan's own voxels.
+
+    Args:
+        chain: of the prepared case.
+        paired: bool (D, H, W), the voxels of structures that have a left and a right, see `bent_distances`.
+
+    Raises:
+        ValueError: the chain has no plane, since none was found or the store is older than planes in it.
+    """
+    if "plane" not in chain:
+        raise ValueError(
+            "left and right labels are separated by the mid-sagittal plane, and none is known here: none was found in "
+            "the scan, or its store is of an older release: predict the raw scan, or prepare a new store"
+        )
+    yaw, roll, shift = chain["plane"]
+    plane = MidsagittalPlane(yaw, roll, shift, correlation=math.nan)
+    return bent_distances(plane, paired, spacing_of(chain["stored_affine"])[::-1])
 
 
 def _prepared_shape(chain: dict[str, Any]) -> tuple[int, ...]:

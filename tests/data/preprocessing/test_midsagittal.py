@@ -8,7 +8,7 @@ from heads import centred, head_at, scan, turn
 from scipy import ndimage
 
 from asa.data.io.nifti import read_image, spacing_of, to_ras
-from asa.data.preprocessing.midsagittal import MidsagittalPlane, find_midsagittal_plane
+from asa.data.preprocessing.midsagittal import BEND, MidsagittalPlane, bent_distances, find_midsagittal_plane
 from asa.data.preprocessing.registration import load_map
 
 SCANS = Path(__file__).parents[4] / "shared/data/oasis15"
@@ -130,3 +130,60 @@ def test_a_mapped_plane_contains_the_mapped_points(seed):
     mapped = plane.mapped(pose)
     assert np.abs((np.linalg.inv(mapped.pose()) @ pose @ points)[2]).max() < 1e-9
     assert plane.mapped(np.eye(4)).pose() == pytest.approx(plane.pose())
+
+
+# ---- bent along the fissure ----
+
+
+def hemispheres(plane: MidsagittalPlane, bend: float, spacing: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
+    """Two halves of an ellipsoid on each side of a fissure of 2 mm that bends by so many mm: bool masks (D, H, W)."""
+    shape = np.array([100, 120, 96])
+    grid = np.stack(np.meshgrid(*(np.arange(size) for size in shape), indexing="ij"), -1)
+    d, h, w = np.moveaxis((grid - (shape - 1) / 2) * spacing @ plane.pose()[:3, :3], -1, 0)
+    w = w - plane.shift
+    inside = (d / 60) ** 2 + (h / 75) ** 2 + (w / 60) ** 2 < 1
+    past = w - bend * np.sin(h / 20) * np.exp(-(((d - 20) / 30) ** 2))  # as where an occipital pole reaches over
+    return inside & (past < -1), inside & (past > 1)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (-2, 1.5, 3), (10, -10, 5)], ids=str)
+@pytest.mark.parametrize("bend", [0.0, 6.0])
+def test_a_plane_bent_along_the_fissure_tells_the_sides(place, bend) -> None:
+    plane = MidsagittalPlane(*place, correlation=1.0)
+    left, right = hemispheres(plane, bend)
+    flat, bent = plane.distances(left.shape, np.full(3, 1.5)), bent_distances(plane, left | right, np.full(3, 1.5))
+    before, after = (np.mean((d > 0)[left | right] != right[left | right]) for d in (flat, bent))
+    assert after <= 0.001
+    assert before > 0.01 or not bend  # the law can fail: without the bend, the plane does
+
+
+def test_without_paired_voxels_near_it_the_plane_stays_flat() -> None:
+    plane, spacing = MidsagittalPlane(8, -5, 4, 1), (1.0, 1.5, 2.0)
+    flat = plane.distances((60, 70, 50), spacing)
+    for paired in (np.zeros(flat.shape, bool), np.abs(flat) > BEND + 4):
+        np.testing.assert_array_equal(bent_distances(plane, paired, spacing), flat)
+
+
+def test_a_bent_plane_stays_within_some_millimetres_of_the_flat_one() -> None:
+    rng = np.random.default_rng(0)
+    paired = ndimage.gaussian_filter(rng.normal(size=(60, 70, 50)), 2) > 0
+    plane = MidsagittalPlane(0, 0, 0, 1)
+    flat, bent = plane.distances(paired.shape, (2, 2, 2)), bent_distances(plane, paired, (2, 2, 2))
+    assert 0 < np.abs(bent - flat).max() <= BEND
+    far = np.abs(flat) >= BEND
+    np.testing.assert_array_equal(bent[far], flat[far])
+
+
+@needs_scans
+@pytest.mark.parametrize("id", ["1002", "1014"])
+def test_the_bend_takes_a_quarter_or_more_of_the_manual_cortex_off_the_wrong_side(id) -> None:
+    image, truth = (read_image(SCANS / f"{id}_{kind}.nii.gz") for kind in ("SS", "glm"))
+    volume, affine, _ = to_ras(image.data, image.affine)
+    values = to_ras(truth.data, truth.affine)[0].transpose(2, 1, 0).astype(int)
+    cortex = (values >= 100) & (values < 208)  # odd values: left
+    spacing = spacing_of(affine)[::-1]
+    plane = find_midsagittal_plane(volume.transpose(2, 1, 0), spacing)
+    paired = cortex | np.isin(values, (38, 39, 40, 41, 44, 45))  # cerebellum and white matter too
+    flat, bent = plane.distances(values.shape, spacing), bent_distances(plane, paired, spacing)
+    before, after = (np.mean((d > 0)[cortex] == values[cortex] % 2) for d in (flat, bent))
+    assert after <= 0.75 * before
