@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from asa.cli.front import Config
+from asa.errors import grouped
 
 
 def make_phantoms(config: Config) -> None:
@@ -38,14 +39,17 @@ def convert_dicom(config: Config) -> None:
     Raises:
         ValueError: no series could be converted; those that are no volumes are listed.
     """
-    from asa.data.io.dicom import convert_series
+    from asa.data.io.dicom import TABLE, convert_series
 
     report = convert_series(Path(str(config["input"])), Path(str(config["out"])))
     for name, reason in report.failures.items():
         print(f"{name}: not converted: {reason}")
+    for warning, names in grouped(report.warnings).items():
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        print(f"{names[0]}{others}: warning: {warning}")
     if not report.written:
         raise ValueError(f"{config['input']}: no series is a volume")
-    print(f"wrote {len(report.written)} volumes to {config['out']}; their names hold the patients' ids")
+    print(f"wrote {len(report.written)} volumes to {config['out']}; names and {TABLE} hold patients' ids and dates")
 
 
 def export(config: Config) -> None:

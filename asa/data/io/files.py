@@ -1,16 +1,20 @@
 """Files written atomically, with bytes that depend on their content only; and text that is read with the file named."""
 
 import errno
+import fnmatch
 import gzip
 import hashlib
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import yaml
+
+from asa.errors import one_line
 
 LARGEST_YAML = 100_000  # values in a configuration; a repeated alias makes billions of a few lines
 LONGEST_ID = 200  # bytes; file systems allow names of 255
@@ -49,6 +53,54 @@ def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
         if error.errno != errno.ELOOP:
             raise
         raise OSError(f"{path}: is a symbolic link, and nothing is written through one: remove it") from None
+
+
+def files_below(root: str | Path) -> list[Path]:
+    """All files below a folder, sorted; see `matching_files`."""
+    return matching_files(root, "**/*")
+
+
+def matching_files(root: str | Path, pattern: str) -> list[Path]:
+    """The files below a folder that a glob matches, sorted; links to folders are followed, by ** too.
+
+    Python's own search passes over links, and over folders that cannot be read. Here a warning names such a folder, and
+    a link to a folder that contains it, which is not followed twice.
+
+    Args:
+        root: the folder.
+        pattern: as of `Path.glob`: *, ?, [abc], and ** for any number of folders.
+    """
+    found: set[Path] = set()
+    passed: dict[Path, str] = {}
+
+    def search(folder: Path, parts: tuple[str, ...], above: tuple[tuple[int, int], ...]) -> None:
+        try:
+            status = folder.stat()
+            mark = (status.st_dev, status.st_ino)
+            if mark in above:
+                passed[folder] = "a link to a folder that contains it"
+                return
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            passed[folder] = error.strerror or one_line(error)
+            return
+        part, rest = parts[0], parts[1:]
+        if part == "**":
+            search(folder, rest or ("*",), above)
+        for entry in entries:
+            path = folder / entry.name
+            if part != "**" and not fnmatch.fnmatchcase(entry.name, part):
+                continue
+            if entry.is_dir():
+                if part == "**" or rest:
+                    search(path, parts if part == "**" else rest, (*above, mark))
+            elif not rest and part != "**":
+                found.add(path)
+
+    search(Path(root), Path(pattern).parts, ())
+    for folder, reason in sorted(passed.items()):
+        warnings.warn(f"{folder}: not searched ({reason})", stacklevel=2)
+    return sorted(found)
 
 
 def write_whole(path: str | Path, payload: bytes) -> None:
