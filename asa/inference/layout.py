@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from asa import __version__
 from asa.data.datasets.bids import entities_of
-from asa.data.io.files import check_out, read_json, write_json, write_whole
+from asa.data.io.files import check_out, matching_files, read_json, write_json, write_whole
 from asa.data.io.tables import read_rows
 from asa.inference.label_maps import ScanSegmenter
 
@@ -216,7 +216,9 @@ def label_maps_of(predictions: Path) -> dict[str, Path]:
     """The label maps that asa-predict wrote to a folder, in either layout, by the id of the scan."""
     if not (predictions / DESCRIPTION).is_file():
         return {path.name.removesuffix(".nii.gz"): path for path in predictions.glob("*.nii.gz")}
-    files = {path.relative_to(predictions).as_posix(): path for path in predictions.glob("sub-*/**/*_dseg.nii.gz")}
+    files = {
+        path.relative_to(predictions).as_posix(): path for path in matching_files(predictions, "sub-*/**/*_dseg.nii.gz")
+    }
     rows = read_rows(predictions / VOLUMES) if (predictions / VOLUMES).is_file() else []
     return {row["id"]: files[row["file"]] for row in rows if row.get("file") in files}
 

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets import bids, folder
+from asa.data.datasets.record import Record, make_record, sorted_records
 from asa.data.io.nifti import Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
@@ -170,38 +171,45 @@ def raw_scans(
         FileNotFoundError, ValueError: no scans, or ones that are not unique.
     """
     return [
-        Scan(id, {name: path for name, path in files.items() if path is not None}, partial(_raw, preprocessor, files))
-        for id, files in _channel_files(source, preprocessor, images, out, in_bids)
+        Scan(
+            record["id"],
+            {name: path for name, path in record["images"].items() if path is not None},
+            partial(_raw, preprocessor, record),
+        )
+        for record in _raw_records(source, preprocessor, images, out, in_bids)
     ]
 
 
-def _raw(preprocessor: ScanPreprocessor, files: Channels) -> Prepared:
+def _raw(preprocessor: ScanPreprocessor, record: Record) -> Prepared:
+    if "problem" in record:
+        raise ValueError(record["problem"].removeprefix(f"{record['id']}: "))
+    files: Channels = record["images"]
     case, like = preprocessor.prepare(files)
     return case.image, case.chain, like
 
 
-def _channel_files(
-    source: Path, preprocessor: ScanPreprocessor, images: Any, out: Path, in_bids: bool
-) -> list[tuple[str, Channels]]:
-    """Id and channel files of a scan or a folder of scans."""
+def _raw_records(source: Path, preprocessor: ScanPreprocessor, images: Any, out: Path, in_bids: bool) -> list[Record]:
+    """Records of a scan or a folder of scans."""
     channels = preprocessor.channels
     example = f"'images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}'"
     if images is not None and not isinstance(images, Mapping):
         raise ValueError(f"images={images}: give the file pattern of each channel by its name, like {example}")
     if source.is_dir() and images:
         preprocessor.check_channels(images)
-        return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
+        return folder.records(source, images=images)
     usual = {channel: channel.lower().removesuffix("w") for channel in channels}
     named = SUFFIXES.keys() >= set(usual.values()) and len(set(usual.values())) == len(channels)
     if source.is_dir() and in_bids and named:
         suffixes = {channel: SUFFIXES[name] for channel, name in usual.items()}
-        return [(record["id"], record["images"]) for record in bids.records(source, channels=suffixes)]
+        return bids.records(source, channels=suffixes)
     if len(channels) != 1:
         raise ValueError(
             f"{preprocessor.path} takes the channels {', '.join(channels)}: give a folder and which file is which, "
             f"like {example}"
         )
-    return [(id, {channels[0]: str(path)}) for id, path in _files_by_id(source, out, channels[0]).items()]
+    found = _files_by_id(source, out, channels[0])
+    scans = [make_record(id, id, {channels[0]: path}) for id, path in found.items()]
+    return sorted_records(scans, source=str(source)) if source.is_dir() else scans
 
 
 def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:

@@ -124,11 +124,12 @@ def _listed(root: Path, cases: Any, channels: dict[int, str]) -> list[Record]:
         example = "{CASE: {images: [PATH], label: PATH}}"
         raise ValueError(f"{root / DESCRIPTION}: dataset has to be like {example}") from None
     for case, (paths, label) in listed.items():
+        present = [path if path.is_file() else None for path in paths][: len(channels)]
+        images = dict.fromkeys(channels.values()) | dict(zip(channels.values(), present, strict=False))
+        record = make_record(case, case, images, label=label)
         if len(paths) != len(channels):
-            raise ValueError(f"{root / DESCRIPTION}: {case} has {len(paths)} images for {len(channels)} channels")
-        present = [path if path.is_file() else None for path in paths]
-        images = dict(zip(channels.values(), present, strict=True))
-        found.append(make_record(case, case, images, label=label))
+            record["problem"] = f"{case}: {DESCRIPTION} lists {len(paths)} images for {len(channels)} channels"
+        found.append(record)
     return found
 
 

@@ -161,7 +161,12 @@ def known_entry(record: Record, root: Path, line: bytes) -> Entry | None:
     except ValueError:
         return None
     files, known = _files(record), entry["sources"]
-    same = not _absent(record) and files.keys() == known.keys() and _subject(record).items() <= entry.items()
+    same = (
+        "problem" not in record
+        and not _absent(record)
+        and files.keys() == known.keys()
+        and _subject(record).items() <= entry.items()
+    )
     unread = same and all(_is_known(file, known[name]) for name, file in files.items())
     return entry if unread and _has_arrays(entry, root) else None
 
@@ -192,6 +197,8 @@ def prepare_scan(job: ScanJob, root: Path | None, cohort: CohortSettings, *, thu
 
 def _prepare(job: ScanJob, root: Path | None, cohort: CohortSettings, thumbnail: bool) -> ScanOutcome:
     record, previous, case = job.record, None, None
+    if "problem" in record:
+        raise ValueError(record["problem"].removeprefix(f"{record['id']}: "))
     absent = ", ".join(_absent(record))
     if absent and cohort.missing == "refuse":
         raise ValueError(f"has no {absent}; add the file, leave the scan out, or set missing=zero to fill in zeros")

@@ -425,3 +425,25 @@ def test_arrays_without_an_entry_are_removed_when_their_scan_fails(raw: Path) ->
     plant(raw, "cut_short")
     assert command(*settings(raw, out)).code == 1
     assert bytes_of(out) == before
+
+
+def test_one_odd_subject_of_a_bids_dataset_fails_and_the_others_are_prepared(tmp_path: Path) -> None:
+    root = tmp_path / "bids"
+    for name in ("a", "b", "c_acq-x", "c_acq-y"):
+        write_scan(tmp_path, name)
+        folder = root / f"sub-{name[0]}" / "anat"
+        folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}_t1.nii.gz").rename(folder / f"sub-{name}_T1w.nii.gz")
+    odd = root / os.fsdecode(b"sub-caf\xe9") / "anat"  # Latin-1
+    odd.mkdir(parents=True)
+    shutil.copy(root / "sub-a/anat/sub-a_T1w.nii.gz", odd / os.fsdecode(b"sub-caf\xe9_T1w.nii.gz"))
+    (root / "participants.tsv").write_text("participant_id\tsite\nX1\tRome\nX2\tOslo\n")
+    given = ("data=bids", f"data.root={root}", f"out={tmp_path / 'store'}")
+    for done in ("2 prepared, 0 done before", "0 prepared, 2 done before"):
+        found = command(*given)
+        assert found.code == 1 and f"{done}, 2 failed" in found.out
+        failed = found.lines("failed")
+        assert "'data.entities={acq: x}'" in failed["sub-c"] and "is not in UTF-8" in failed["sub-caf"]
+        assert "asa-prepare: warning:" in found.err and "2 of its 2 names match none here" in found.err
+    assert [record["id"] for record in Store(tmp_path / "store").records] == ["sub-a", "sub-b"]
+    assert command(*given, "data.acq=x").err.count("leaves out 3 of 4 scans") == 1
