@@ -14,14 +14,13 @@ from tqdm import tqdm
 
 from asa.data.datasets import bids, folder
 from asa.data.datasets.record import Record, make_record, sorted_records
-from asa.data.io.nifti import Volume, read_image
+from asa.data.io.nifti import VOLUME_ENDINGS, Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
 from asa.data.store import Store
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor
 
-ENDINGS = (".nii.gz", ".nii")
 # Suffix in BIDS of the channels that are named as usual, also as T1 or T1w.
 SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR", "pd": "PDw"}
 Channels = Mapping[str, str | None]  # file of each channel; None for one that the scan lacks
@@ -220,14 +219,14 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
     if source.is_dir():
         found = [
             (path, folder.join_texts(texts))
-            for end in ENDINGS
+            for end in VOLUME_ENDINGS
             for texts, path in folder.find_files(source, f"**/*{end}").items()
             if not (source.resolve() in out.resolve().parents and path.resolve().is_relative_to(out.resolve()))
         ]
     else:
-        found = [(source, source.name.removesuffix(end)) for end in ENDINGS if source.name.endswith(end)]
+        found = [(source, source.name.removesuffix(end)) for end in VOLUME_ENDINGS if source.name.endswith(end)]
     if not found:
-        raise ValueError(f"{source}: no .nii or .nii.gz here")
+        raise ValueError(f"{source}: no image ({', '.join(VOLUME_ENDINGS)}) here")
     scans: dict[str, Path] = {}
     for path, id in sorted(found):
         if id in scans:

@@ -1,16 +1,18 @@
 """Preparation: raw scans to a store, checked, parallel and resumable; their quality control; a store's checksums."""
 
+import importlib
 from pathlib import Path
 from statistics import median
 
 from asa.config import build
-from asa.data.datasets.nnunet import label_scheme
 from asa.data.io.files import PART
 from asa.data.io.lock import LOCK
 from asa.data.preprocessing.cohort import CohortReport, CohortSettings, prepare_cohort
 from asa.data.store import MANIFEST, RECORDS, Store
 from asa.reporting.quality_control import PAGE, TABLE, QualityControlReport
 from asa.tasks.base import Config
+
+SCHEME = "label_scheme"  # function of a reader, which gets the keys of data=
 
 
 def prepare_task(config: Config) -> None:
@@ -78,7 +80,10 @@ def _scheduler(config: Config) -> str | None:
 def _cohort(config: Config) -> CohortSettings:
     labels, ignored, regions = config["labels"] or {}, config["ignored"] or (), config["regions"] or {}
     if labels == "dataset":
-        labels, ignored, regions = label_scheme(config["data"]["root"])
+        reader = str(config["data"]["_target_"]).rpartition(".")[0]
+        if not hasattr(importlib.import_module(reader) if reader.startswith("asa.") else None, SCHEME):
+            raise ValueError("labels=dataset: this reader knows no labels; give them, like 'labels={1: csf, 2: gm}'")
+        labels, ignored, regions = build({**config["data"], "_target_": f"{reader}.{SCHEME}"})
     settings, missing, duplicates = build(config["prepare"]), config["missing"], config["duplicates"]
     return CohortSettings(labels, ignored, regions, settings, missing, duplicates)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asa.data.datasets.folder import name_subjects
-from asa.data.datasets.record import NIFTI, Record, existing_folder, find_file, make_record, sorted_records
+from asa.data.datasets.record import Record, existing_folder, find_file, make_record, sorted_records
 from asa.data.io.files import read_json
+from asa.data.io.nifti import VOLUME_ENDINGS
 
 DESCRIPTION = "dataset.json"
 PARTS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", None)}
@@ -63,7 +64,7 @@ def records(root: str | Path, *, part: str = "train", subject: str | None = None
     return sorted_records(found, source=source)
 
 
-def label_scheme(root: str | Path) -> LabelScheme:
+def label_scheme(root: str | Path, **_: Any) -> LabelScheme:
     """The labels, ignored values and regions that a dataset.json declares.
 
     The labels of a dataset of regions have no names of their own: a value that is a region by itself has that region's
@@ -95,8 +96,10 @@ def _description(root: Path) -> dict[str, Any]:
     for key in ("channel_names", "file_ending"):
         if key not in about:
             raise ValueError(f"{path}: has no {key}: it is not of nnU-Net's version 2")
-    if about["file_ending"] not in NIFTI:
-        raise ValueError(f"{path}: file_ending is {about['file_ending']!r}; asa reads {' and '.join(NIFTI)}: convert")
+    if about["file_ending"] not in VOLUME_ENDINGS:
+        raise ValueError(
+            f"{path}: file_ending is {about['file_ending']!r}; asa reads {', '.join(VOLUME_ENDINGS)}: convert"
+        )
     if about["labels"].get(BACKGROUND) != 0:
         raise ValueError(f"{path}: {BACKGROUND} has to be declared as 0")
     return about

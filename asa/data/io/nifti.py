@@ -1,4 +1,6 @@
-"""Read and check NIfTI and Analyze files, write NIfTI, and reorient arrays to RAS+ and back without interpolation.
+"""Read and check NIfTI, Analyze, FreeSurfer's, NRRD and MetaImage files, write NIfTI and FreeSurfer's, and reorient.
+
+Arrays are brought to RAS+ and back without interpolation.
 
 Arrays are (x, y, z) in the axes of the file.
 """
@@ -9,6 +11,7 @@ import io
 import itertools
 import math
 import os
+import re
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,12 +26,16 @@ from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 
 from asa.data.io.files import gzipped, write_whole
-from asa.errors import one_line, reason_of
+from asa.errors import one_line, reason_of, require
 
-IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz")
+FREESURFER = (".mgz", ".mgh")
+ITK = (".nrrd", ".mha")  # read by SimpleITK (extra prepare)
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz", *FREESURFER, *ITK)
+VOLUME_ENDINGS = (".nii.gz", ".nii", *FREESURFER, *ITK)  # of one file each, which stores an orientation
 LONGEST_HEADER = 1 << 20  # bytes, with the extensions of a NIfTI file
 LARGEST_OFFSET = 1 << 30  # of the voxels in their file, in bytes
 PADDING = 1 << 16  # bytes after the voxels that are accepted
+TAGS = 1 << 22  # the same in FreeSurfer's files, which keep a colour table and a history there
 GEOMETRY_TOLERANCE = 0.1  # mm between the corners of two volumes on the same grid
 
 
@@ -51,7 +58,8 @@ def read_image(path: str | Path) -> Volume:
     """Read an image as float32.
 
     Args:
-        path: `.nii`, `.nii.gz`, or either file of an Analyze or NIfTI pair (`.hdr`/`.img`, also gzipped).
+        path: `.nii`, `.nii.gz`, either file of an Analyze or NIfTI pair (`.hdr`/`.img`, also gzipped), `.mgz` or `.mgh`
+            of FreeSurfer, or `.nrrd` or `.mha` with its voxels in the same file.
 
     Returns:
         The volume, (x, y, z) float32, with the header's intensity scaling applied.
@@ -59,6 +67,7 @@ def read_image(path: str | Path) -> Volume:
     Raises:
         FileNotFoundError: the file, or the other file of its pair, is missing.
         ValueError: empty, damaged, not an image, NaN or inf, not 3-D, or without a valid affine.
+        ImportError: a `.nrrd` or `.mha` without SimpleITK.
     """
     image = _load(path)
     return Volume(_three_d(_intensities(image, path), path), _affine(image, path), image.header)
@@ -116,7 +125,7 @@ def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
     need it, with slope 1. The file is written atomically, and equal input gives equal bytes.
 
     Args:
-        path: `.nii` or `.nii.gz`.
+        path: `.nii`, `.nii.gz`, or `.mgz` or `.mgh`, which has the affine only.
         data_xyz: integers or bool, of the shape of `like`, in the axes of its file.
         like: the volume that defines the grid.
 
@@ -140,7 +149,7 @@ def write_image(
     """Write an image atomically, in units of mm.
 
     Args:
-        path: `.nii` or `.nii.gz`.
+        path: `.nii`, `.nii.gz`, `.mgz` or `.mgh`.
         data_xyz: (x, y, z).
         affine: (4, 4), voxel index to mm in RAS+; written as both sform and qform, code 1 (scanner).
         dtype: type on disk; values are rounded for integer types.
@@ -298,14 +307,14 @@ def _read(path: Path, limit: int) -> bytes:
     if not path.stat().st_size:
         raise ValueError(f"{path}: the file is empty; copy or download it again")
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path) if path.suffix in (".gz", ".mgz") else path.open("rb") as file:
             return file.read(limit)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated gzip ({error}); copy or download it again") from None
 
 
-def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int) -> bytes:
-    """The file with the voxels, if it holds what its header announces and at most `PADDING` bytes more.
+def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int, padding: int = PADDING) -> bytes:
+    """The file with the voxels, if it holds what its header announces and at most `padding` bytes more.
 
     A gzip file of a few bytes may hold any number of them, and a header may announce any number of voxels.
     """
@@ -314,10 +323,10 @@ def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int)
         raise ValueError(f"{path}: its header announces shape {tuple(shape)} from byte {start} on; convert it again")
     check_memory(voxels, f"{path}: shape {tuple(shape)}")
     size = start + voxels * itemsize
-    payload = _read(path, size + PADDING + 1)
+    payload = _read(path, size + padding + 1)
     if len(payload) < size:
         raise ValueError(f"{path}: truncated: {len(payload)} of {size} bytes; copy or download it again")
-    if len(payload) > size + PADDING:
+    if len(payload) > size + padding:
         raise ValueError(f"{path}: holds more than the {size} bytes that its header announces; convert it again")
     return payload
 
@@ -327,14 +336,19 @@ def _load(path: str | Path) -> Any:
     path = Path(path)
     if not path.name.endswith(IMAGE_ENDINGS):
         raise ValueError(f"{path}: not an image that asa reads; give one of {', '.join(IMAGE_ENDINGS)}")
+    if path.name.endswith(ITK):
+        return _load_itk(path)
     stem = path.name.removesuffix(".gz")
-    kind: Any = nib.Nifti1Image
-    single = stem.endswith(".nii")
+    freesurfer = path.name.endswith(FREESURFER)
+    kind: Any = nib.MGHImage if freesurfer else nib.Nifti1Image
+    single = stem.endswith(".nii") or freesurfer
     files = [path] if single else [path, _partner(path)]
     if stem.endswith(".img"):
         files.reverse()
     beginning = _read(files[0], LONGEST_HEADER)
-    if single and 540 in (int.from_bytes(beginning[:4], order) for order in ("little", "big")):  # size of the header
+    if (
+        single and not freesurfer and 540 in (int.from_bytes(beginning[:4], order) for order in ("little", "big"))
+    ):  # size of the header
         kind = nib.Nifti2Image
     elif not single:
         kind = nib.Nifti1Pair if beginning[344:347] == b"ni1" else nib.AnalyzeImage
@@ -342,10 +356,51 @@ def _load(path: str | Path) -> Any:
         header = kind.header_class.from_fileobj(io.BytesIO(beginning))
         announced = int(header.get_data_offset()), tuple(map(int, header.get_data_shape()))
         itemsize = header.get_data_dtype().itemsize
-    pixels = _read_announced(files[-1], *announced, itemsize)
+    pixels = _read_announced(files[-1], *announced, itemsize, TAGS if freesurfer else PADDING)
     with _named(path):
         parts = {"image": pixels} if single else {"header": beginning, "image": pixels}
-        return kind.from_file_map({name: FileHolder(fileobj=io.BytesIO(part)) for name, part in parts.items()})
+        image = kind.from_file_map({name: FileHolder(fileobj=io.BytesIO(part)) for name, part in parts.items()})
+        if freesurfer:  # nibabel replaces the orientation of a file that states none
+            image.header["goodRASFlag"] = int.from_bytes(beginning[28:30], "big")
+        return image
+
+
+def _load_itk(path: Path) -> Any:
+    """A NRRD or MetaImage file as a nibabel image, whose header says what the file says of its grid."""
+    sitk = require("SimpleITK", "prepare", f"{path.suffix} files")
+    beginning = _read(path, LONGEST_HEADER)
+    text = beginning.split(b"\n\n" if path.suffix == ".nrrd" else b"ElementDataFile", 1)[0].decode("latin-1").lower()
+    local = path.suffix == ".nrrd" or re.search(rb"ElementDataFile\s*=\s*LOCAL", beginning)
+    if re.search(r"^data ?file:", text, re.MULTILINE) or not local:
+        raise ValueError(f"{path}: its voxels lie in another file; write both as one, or as NIfTI")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        check_memory(math.prod(reader.GetSize()), f"{path}: shape {reader.GetSize()}")
+        image = reader.Execute()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"{path}: not a {path.suffix} image, or damaged ({reason}); copy or convert it again"
+        ) from None
+    dimension = image.GetDimension()
+    affine = np.eye(4)
+    if dimension == 3:
+        affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+        affine[:3, 3] = image.GetOrigin()
+        affine = np.diag([-1.0, -1, 1, 1]) @ affine  # ITK's axes are LPS
+    data = sitk.GetArrayFromImage(image)
+    vector = image.GetNumberOfComponentsPerPixel() > 1  # its components are the last axis
+    data = data.transpose([*reversed(range(dimension)), *([dimension] if vector else [])])
+    states = (
+        r"^space: *(left-posterior|right-anterior|left-anterior|lp|ra|la)-?s"
+        if path.suffix == ".nrrd"
+        else r"^(transformmatrix|rotation|orientation)\s*="
+    )
+    found = nib.Nifti1Image(data, affine)
+    found.header.set_sform(affine, code=1 if re.search(states, text, re.MULTILINE) else 0)
+    return found
 
 
 @contextmanager
@@ -396,7 +451,7 @@ def _three_d(data: np.ndarray, path: str | Path) -> np.ndarray:
 
 def _affine(image: Any, path: str | Path) -> np.ndarray:
     header = image.header
-    if not _is_nifti(header):
+    if isinstance(header, nib.AnalyzeImage.header_class) and not _is_nifti(header):
         warnings.warn(
             f"{path}: Analyze stores no orientation; assumed to be {axis_codes(image.affine)}; check left and right, "
             "and state the orientation with asa-orient if this is wrong",
@@ -404,10 +459,10 @@ def _affine(image: Any, path: str | Path) -> np.ndarray:
         )
     elif not _stores_orientation(header):
         raise ValueError(
-            f"{path}: no orientation (qform and sform codes are both 0); find out the directions of its axes, left and "
-            "right above all, and state them with asa-orient"
+            f"{path}: no orientation{' (qform and sform codes are both 0)' if '.nii' in Path(path).name else ''}; find "
+            "out the directions of its axes, left and right above all, and state them with asa-orient"
         )
-    else:
+    elif _is_nifti(header):
         _compare_codes(header, path)
     affine = np.asarray(image.affine, dtype=np.float64)
     spacing = spacing_of(affine)
@@ -430,6 +485,8 @@ def _compare_codes(header: Any, path: str | Path) -> None:
 
 
 def _stores_orientation(header: Any) -> bool:
+    if isinstance(header, nib.MGHImage.header_class):
+        return int(header["goodRASFlag"]) == 1
     return _is_nifti(header) and bool(int(header["qform_code"]) or int(header["sform_code"]))
 
 
@@ -447,8 +504,12 @@ def _label_dtype(data: np.ndarray, path: str | Path) -> np.dtype:
 
 def _write(path: str | Path, image: Any, dtype: np.dtype) -> None:
     path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{path}: images are written as .nii or .nii.gz; change the ending")
+    if not path.name.endswith((".nii", ".nii.gz", *FREESURFER)):
+        raise ValueError(f"{path}: images are written as .nii, .nii.gz, .mgz or .mgh; change the ending")
+    if path.name.endswith(FREESURFER):
+        payload = nib.MGHImage(np.asarray(image.dataobj, dtype), image.affine).to_bytes()
+        write_whole(path, gzipped(payload) if path.suffix == ".mgz" else payload)
+        return
     image.header.set_data_dtype(dtype)
     image.header.set_slope_inter(1, 0)
     payload = image.to_bytes()

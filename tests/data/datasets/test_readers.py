@@ -7,12 +7,16 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from asa.config import CONFIG_DIR, build, compose
-from asa.data.datasets import bids, brats, folder, ibsr, paired, phantom, wmh
+from asa.data.datasets import bids, brats, folder, freesurfer, ibsr, paired, phantom, wmh
 from asa.data.datasets.record import check_records
+from asa.data.io.nifti import read_label
 from asa.data.phantom.structures import STRUCTURES
+
+PHANTOM_ASEG = (2, 3, 4, 10, 11, 12, 16, 17, 24, 41, 42, 43, 49, 50, 51, 53)
 
 
 def plant(root: Path, *names: str) -> Path:
@@ -454,6 +458,66 @@ def test_brats_years_are_told_by_their_names_and_never_mixed(tmp_path):
             brats.records(root, year=year)
 
 
+# ---------------------------------------------------------------------------------------------- freesurfer
+
+
+def volumes(*folders: str, files: tuple[str, ...] = ("T1.mgz", "norm.mgz", "aseg.mgz", "aparc+aseg.mgz")) -> list[str]:
+    return [f"{folder}/mri/{file}" for folder in folders for file in files]
+
+
+def test_freesurfer_subjects_are_folders_and_longitudinal_ones_are_grouped(tmp_path):
+    plant(tmp_path, *volumes("a", "b1", "b2", "b", "b1.long.b", "b2.long.b", "fsaverage", "sub-9_ses-1", "sub-9_ses-2"))
+    plant(tmp_path, "a/surf/lh.white", "notes/readme.txt", *volumes("no_image", files=("aseg.mgz",)))
+    (tmp_path / "b" / "base-tps").write_text("b1\nb2\n")
+    with pytest.warns(UserWarning, match="folders are left out") as caught:
+        found = freesurfer.records(tmp_path)
+    assert {record["id"]: record["subject"] for record in found if "problem" not in record} == {
+        "a": "a", "b1": "b", "b2": "b", "sub-9_ses-1": "sub-9", "sub-9_ses-2": "sub-9"
+    }  # fmt: skip
+    assert found[0]["images"] == {"t1": str(tmp_path / "a/mri/T1.mgz")}
+    assert found[0]["label"] == str(tmp_path / "a/mri/aseg.mgz")
+    assert [record["id"] for record in found if "problem" in record] == ["no_image"]
+    told = " ".join(str(one.message) for one in caught)
+    for reason in (
+        "which are averages, like fsaverage",
+        "longitudinal templates, like b",
+        "2 folders .* are longitudinal",
+    ):
+        assert re.search(reason, told)
+    with pytest.warns(UserWarning, match="are not longitudinal"):
+        found = freesurfer.records(tmp_path, stream="long", image="norm", label="aparc+aseg")
+    assert [(record["id"], record["subject"]) for record in found] == [("b1.long.b", "b"), ("b2.long.b", "b")]
+    assert found[0]["images"]["t1"].endswith("norm.mgz") and found[0]["label"].endswith("aparc+aseg.mgz")
+    with pytest.raises(ValueError, match="choose cross or long"):
+        freesurfer.records(tmp_path, stream="both")
+
+
+def test_fastsurfers_folders_are_read(tmp_path):
+    plant(tmp_path, *volumes("a", "b", files=("orig.mgz", "orig_nu.mgz", "aparc.DKTatlas+aseg.deep.mgz", "mask.mgz")))
+    node = compose("prepare", ["data=fastsurfer", "out=x", f"data.root={tmp_path}"])["data"]
+    first, second = build(node)
+    assert first["images"]["t1"].endswith("a/mri/orig_nu.mgz") and second["label"].endswith("deep.mgz")
+    assert "label" not in build({**node, "label": None})[0]
+
+
+def test_freesurfers_labels_have_its_names_and_sides_in_pairs():
+    aseg = freesurfer.label_scheme().labels
+    known = {2: "Left-Cerebral-White-Matter", 53: "Right-Hippocampus", 16: "Brain-Stem", 58: "Right-Accumbens-area"}
+    known |= {46: "Right-Cerebellum-White-Matter", 255: "CC_Anterior", 28: "Left-VentralDC", 5: "Left-Inf-Lat-Vent"}
+    assert known.items() <= aseg.items() and len(set(aseg.values())) == len(aseg) == 45
+    parcels = freesurfer.label_scheme(label="aparc.DKTatlas+aseg.deep").labels
+    known = {1002: "ctx-lh-caudalanteriorcingulate", 2035: "ctx-rh-insula", 1024: "ctx-lh-precentral"}
+    assert known.items() <= parcels.items() and aseg.items() <= parcels.items()
+    white = freesurfer.label_scheme(label="wmparc").labels
+    assert white[4035] == "wm-rh-insula" and white[5001] == "Left-UnsegmentedWhiteMatter" and len(white) <= 254
+    for labels in (aseg, parcels, white):
+        lefts = [name for name in labels.values() if re.search(r"^Left-|-lh-", name)]
+        mirrored = {name.replace("Left-", "Right-").replace("-lh-", "-rh-") for name in lefts}
+        assert mirrored == {name for name in labels.values() if re.search(r"^Right-|-rh-", name)}
+    with pytest.raises(ValueError, match=r"data.label=lesions: labels=dataset knows aseg"):
+        freesurfer.label_scheme(label="lesions")
+
+
 # ---------------------------------------------------------------------------------------------- wmh
 
 
@@ -563,6 +627,7 @@ needs_template = pytest.mark.skipif(
         ("ibsr", ["IBSR_01", "IBSR_02"], ["t1"]),
         ("wmh", ["Singapore_2", "Utrecht_1"], ["t1", "flair"]),
         ("brats", ["BraTS2021_00001", "BraTS2021_00002"], ["t1", "t1ce", "t2", "flair"]),
+        ("freesurfer", ["subject_001", "subject_002"], ["t1"]),
     ],
 )
 def test_phantoms_go_through_the_readers_of_the_real_data_and_are_made_once(tmp_path, config, ids, channels):
@@ -576,6 +641,18 @@ def test_phantoms_go_through_the_readers_of_the_real_data_and_are_made_once(tmp_
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert build({**node, "root": str(root)}) == found
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == times
+
+
+@needs_template
+def test_the_freesurfer_phantom_has_freesurfers_values_on_their_sides(tmp_path):
+    (one,) = phantom.records(tmp_path, kind="freesurfer", subjects=1, resolution=4.0)
+    label = read_label(one["label"])
+    assert set(np.unique(label.data)) == {0, *PHANTOM_ASEG}
+    for left, right in ((17, 53), (2, 41)):
+        x = [(label.affine @ [*np.argwhere(label.data == value).mean(axis=0), 1])[0] for value in (left, right)]
+        assert x[0] < -5 and x[1] > 5  # RAS+
+    names = freesurfer.label_scheme().labels
+    assert set(PHANTOM_ASEG) <= names.keys()
 
 
 @needs_template
@@ -606,7 +683,8 @@ def test_configurations_declare_the_labels_of_their_readers():
     }
     labelled |= {f"phantom/{name}": labelled[name] for name in ("ibsr", "wmh", "brats")}
     labelled["phantom/structures"] = (STRUCTURES, [], {})
-    labelled["nnunet"] = ("dataset", [], {})
+    labelled["phantom/freesurfer"] = ({value: freesurfer.aseg_labels()[value] for value in PHANTOM_ASEG}, [], {})
+    labelled |= dict.fromkeys(("nnunet", "freesurfer", "fastsurfer"), ("dataset", [], {}))
     assert names == sorted([*labelled, "bids", "folder", "paired", "phantom/t1"])
     for name, config in configs.items():
         labels, ignored, regions = labelled.get(name, (None, [], {}))
@@ -615,7 +693,19 @@ def test_configurations_declare_the_labels_of_their_readers():
         assert config["data"]["root"] is None, name
 
 
-READERS = ("bids", "brats", "brats23", "folder", "ibsr", "nnunet", "paired", "phantom/t1", "wmh")
+READERS = (
+    "bids",
+    "brats",
+    "brats23",
+    "fastsurfer",
+    "folder",
+    "freesurfer",
+    "ibsr",
+    "nnunet",
+    "paired",
+    "phantom/t1",
+    "wmh",
+)
 
 
 @pytest.mark.parametrize("name", READERS)

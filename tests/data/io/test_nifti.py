@@ -67,6 +67,70 @@ def test_nifti2_is_read(tmp_path, noise):
     np.testing.assert_array_equal(read_image(tmp_path / "a.nii").data, noise)
 
 
+@pytest.mark.parametrize("ending", [".mgz", ".mgh"])
+def test_freesurfers_files_are_read_and_written_on_their_grid(tmp_path, noise, ending):
+    affine = OBLIQUE.copy()
+    affine[:3, :3] = np.linalg.qr(OBLIQUE[:3, :3])[0] @ np.diag([1.0, 2, 3])
+    nib.save(nib.MGHImage(noise, affine), tmp_path / f"a{ending}")
+    read = read_image(tmp_path / f"a{ending}")
+    np.testing.assert_array_equal(read.data, noise)
+    np.testing.assert_allclose(read.affine, affine, atol=1e-4)
+    values = np.arange(noise.size).reshape(noise.shape) % 2036
+    for name in (f"label{ending}", "label.nii.gz"):
+        write_label(tmp_path / name, values, read)
+        again = read_label(tmp_path / name)
+        np.testing.assert_array_equal(again.data, values)
+        np.testing.assert_allclose(again.affine, affine, atol=1e-4)
+    whole = (tmp_path / f"a{ending}").read_bytes()
+    (tmp_path / f"cut{ending}").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=rf"cut{ending}: .*truncated"):
+        read_image(tmp_path / f"cut{ending}")
+    lost = nib.MGHImage(noise, affine)
+    lost.header["goodRASFlag"] = 0
+    (tmp_path / "lost.mgh").write_bytes(lost.to_bytes())
+    with pytest.raises(ValueError, match=r"lost\.mgh: no orientation; find out"):
+        read_image(tmp_path / "lost.mgh")
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_files_of_itk_are_read_as_their_nifti(tmp_path, noise, ending):
+    sitk = pytest.importorskip("SimpleITK")
+    affine = OBLIQUE.copy()
+    affine[:3, :3] = np.linalg.qr(OBLIQUE[:3, :3])[0] @ np.diag([1.0, 2, 3])
+    nib.save(nib.Nifti1Image(noise.astype(np.int16), affine), tmp_path / "a.nii")
+    image = sitk.ReadImage(str(tmp_path / "a.nii"))
+    path = tmp_path / f"a{ending}"
+    sitk.WriteImage(image, str(path), True)
+    read = read_image(path)
+    np.testing.assert_array_equal(read.data, noise.astype(np.int16))
+    np.testing.assert_allclose(read.affine, affine, atol=1e-4)
+    np.testing.assert_array_equal(read_label(path).data, noise.astype(np.int16))
+    write_label(tmp_path / "l.nii.gz", read.data.astype(int), read)
+    np.testing.assert_allclose(read_label(tmp_path / "l.nii.gz").affine, affine, atol=1e-4)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-60])
+    with pytest.raises(ValueError, match=rf"a{ending}: not a {ending} image, or damaged"):
+        read_image(path)
+    unstated = whole.replace(b"space: left-posterior-superior", b"space dimension: 3")
+    path.write_bytes(unstated.replace(b"TransformM", b"M"))
+    with pytest.raises(ValueError, match=rf"a{ending}: no orientation; find out"):
+        read_image(path)
+    header = whole.split(b"\n\n")[0].replace(b"ElementDataFile = LOCAL", b"ElementDataFile = other.raw")
+    path.write_bytes(header + b"\ndata file: other.raw\n\n" if ending == ".nrrd" else header)
+    with pytest.raises(ValueError, match="its voxels lie in another file"):
+        read_image(path)
+
+
+def test_a_nrrd_in_ras_is_turned(tmp_path):
+    pytest.importorskip("SimpleITK")
+    head = "NRRD0004\ntype: uint8\ndimension: 3\nspace: right-anterior-superior\nsizes: 2 3 4\nencoding: raw\n"
+    head += "space directions: (1,0,0) (0,2,0) (0,0,3)\nspace origin: (5,6,7)\nkinds: domain domain domain\n\n"
+    (tmp_path / "a.nrrd").write_bytes(head.encode() + bytes(range(24)))
+    read = read_image(tmp_path / "a.nrrd")
+    np.testing.assert_allclose(read.affine, [[1, 0, 0, 5], [0, 2, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]], atol=1e-6)
+    np.testing.assert_array_equal(read.data, np.arange(24).reshape(4, 3, 2).T)
+
+
 def test_the_header_scales_intensities(tmp_path):
     image = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), OBLIQUE)
     image.header.set_slope_inter(0.5, -3)
