@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 
 from asa.config import build
-from asa.data.io.files import PART
+from asa.data.io.files import NOT_HERE, PART
 from asa.data.io.lock import LOCK
 from asa.data.preprocessing.cohort import CohortReport, CohortSettings, prepare_cohort
 from asa.data.store import MANIFEST, RECORDS, Store
@@ -92,8 +92,10 @@ def _print(report: CohortReport, where: str) -> None:
     for id, warnings in report.warnings.items():
         for warning in warnings:
             print(f"{id}: warning: {warning}")
+    absent = [id for id, reason in report.failures.items() if reason.endswith(NOT_HERE)]
     for id, reason in report.failures.items():
-        print(f"{id}: failed: {reason}")
+        if id not in absent[1:]:
+            print(f"{id}: failed: {reason}{f' ({len(absent)} scans like this one)' if id in absent[:1] else ''}")
     if report.seconds:
         times = ", ".join(f"{stage} {median(durations):.1f}" for stage, durations in report.seconds.items())
         print(f"median seconds per scan: {times}")

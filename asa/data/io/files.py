@@ -19,6 +19,8 @@ from asa.errors import one_line
 LARGEST_YAML = 100_000  # values in a configuration; a repeated alias makes billions of a few lines
 LONGEST_ID = 200  # bytes; file systems allow names of 255
 DIGESTS = "digests.json"  # SHA-256 of files in its folder, by name
+ANNEX = b"/annex/objects/"  # in the links of git-annex, and at the beginning of its pointer files
+NOT_HERE = "its content is not here, only a link of git-annex: run datalad get or git annex get in its dataset"
 PART = ".part"  # ending of a file while it is written; an interruption may leave one behind
 
 
@@ -203,10 +205,26 @@ def sha256_of(path: str | Path) -> str:
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
+    check_present(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_present(path: Path) -> None:
+    """Check that a file is there, and its content, which git-annex (DataLad) may have left elsewhere.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            pointer = file.read(len(ANNEX)) == ANNEX
+    else:
+        pointer = path.is_symlink() and ANNEX.decode() in os.readlink(path)
+    if pointer:
+        raise FileNotFoundError(f"{path}: {NOT_HERE}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
 
 
 def write_digests(folder: Path, names: Iterable[str]) -> None:

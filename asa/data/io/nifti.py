@@ -25,7 +25,7 @@ import numpy as np
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 
-from asa.data.io.files import gzipped, write_whole
+from asa.data.io.files import ANNEX, check_present, gzipped, write_whole
 from asa.errors import one_line, reason_of, require
 
 FREESURFER = (".mgz", ".mgh")
@@ -37,6 +37,10 @@ LARGEST_OFFSET = 1 << 30  # of the voxels in their file, in bytes
 PADDING = 1 << 16  # bytes after the voxels that are accepted
 TAGS = 1 << 22  # the same in FreeSurfer's files, which keep a colour table and a history there
 GEOMETRY_TOLERANCE = 0.1  # mm between the corners of two volumes on the same grid
+
+ITK_SHEAR = 2e-4  # cosine between two axes, above which ITK refuses a file (SimpleITK 2.5)
+LARGEST_DISAGREEMENT = 1.0  # mm between the corners by qform and by sform, above which a warning is given
+NEARLY_WHOLE = 0.02  # a label map stored with a slope of many digits is off by this much
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def read_slice(path: str | Path) -> np.ndarray:
 
 
 def read_label(path: str | Path) -> Volume:
-    """Read a label map as integers.
+    """Read a label map as integers; values that are all within 0.02 of one are rounded, with a warning.
 
     Args:
         path: as in `read_image`.
@@ -106,13 +110,15 @@ def read_label(path: str | Path) -> Volume:
     data = _voxels(image, path)
     if data.dtype.kind == "f":
         whole = np.rint(data)
-        wrong = ~np.isclose(data, whole, rtol=0, atol=1e-4)  # NaN and inf are never close
+        wrong = ~np.isclose(data, whole, rtol=0, atol=NEARLY_WHOLE)  # NaN and inf are never close
         if wrong.any():
             value = data[wrong].flat[0]
             raise ValueError(
                 f"{path}: {int(wrong.sum())} label values are not whole numbers (one is {value:g}); "
                 "give a label map that was resampled with nearest neighbour"
             )
+        if (off := np.abs(data - whole).max()) > 1e-4:
+            warnings.warn(f"{path}: label values are up to {off:.3f} from whole numbers, and are rounded", stacklevel=2)
         data = whole
     data = data.astype(_label_dtype(data, path), order="F")
     return Volume(_three_d(data, path), _affine(image, path), image.header)
@@ -248,13 +254,18 @@ def check_same_geometry(a: Volume, b: Volume, what: str) -> None:
     """
     if a.data.shape != b.data.shape:
         raise ValueError(f"{what}: shapes {a.data.shape} and {b.data.shape} differ; resample one onto the other first")
-    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, size - 1) for size in a.data.shape))])
-    apart = np.linalg.norm((corners @ (a.affine - b.affine).T)[:, :3], axis=1).max()
+    apart = _corners_apart(a.affine, b.affine, a.data.shape)
     if apart > GEOMETRY_TOLERANCE:
         raise ValueError(
             f"{what}: same shape, but their corners are {apart:.2f} mm apart (at most {GEOMETRY_TOLERANCE}); "
             "resample one onto the other, or copy the correct header"
         )
+
+
+def _corners_apart(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+    """The largest distance in mm between the corners of two grids of one shape."""
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, size - 1) for size in shape))])
+    return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
 
 
 def to_ras(data_xyz: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
@@ -302,15 +313,30 @@ def check_memory(voxels: float, what: str) -> None:
 
 def _read(path: Path, limit: int) -> bytes:
     """The first `limit` bytes of a file, decompressed; a file that ends earlier has the length and CRC of its gzip."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
+    check_present(path)
     if not path.stat().st_size:
         raise ValueError(f"{path}: the file is empty; copy or download it again")
+    with path.open("rb") as file:
+        beginning = file.read(len(ANNEX))
+    zipped, named = beginning.startswith(b"\x1f\x8b"), path.suffix in (".gz", ".mgz")
+    if zipped != named and path.suffix not in ITK:
+        warnings.warn(
+            f"{path}: is {'' if zipped else 'not '}compressed by gzip, though its name says otherwise; it is read as "
+            f"it is, but other programs refuse it: rename it to {_renamed(path)}",
+            stacklevel=2,
+        )
     try:
-        with gzip.open(path) if path.suffix in (".gz", ".mgz") else path.open("rb") as file:
+        with gzip.open(path) if zipped else path.open("rb") as file:
             return file.read(limit)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated gzip ({error}); copy or download it again") from None
+
+
+def _renamed(path: Path) -> str:
+    """The name of a file whose ending says that it is compressed, or not, when it is not, or is."""
+    if path.suffix in FREESURFER:
+        return path.with_suffix(".mgh" if path.suffix == ".mgz" else ".mgz").name
+    return path.name.removesuffix(".gz") if path.suffix == ".gz" else f"{path.name}.gz"
 
 
 def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int, padding: int = PADDING) -> bytes:
@@ -472,16 +498,45 @@ def _affine(image: Any, path: str | Path) -> np.ndarray:
 
 
 def _compare_codes(header: Any, path: str | Path) -> None:
-    """Warn if qform and sform disagree: exchanged sides cannot be seen in a nearly symmetric brain."""
-    if int(header["qform_code"]) and int(header["sform_code"]):
-        try:
-            codes = axis_codes(header.get_qform()), axis_codes(header.get_sform())
-        except (HeaderDataError, ValueError):
-            return  # not a rotation, or singular, which is checked separately
-        if codes[0] != codes[1]:
+    """Warn if qform and sform disagree, of which nibabel reads the sform and ITK the qform; or if ITK refuses both."""
+    qform, sform = int(header["qform_code"]), int(header["sform_code"])
+    try:
+        if not qform and _shear(header.get_sform()) > ITK_SHEAR:
             warnings.warn(
-                f"{path}: qform is {codes[0]}, but sform is {codes[1]} (used); check left and right", stacklevel=4
+                f"{path}: the axes of its sform are not at right angles ({_shear(header.get_sform()):.1%} shear), and "
+                "it has no qform: tools with ITK (ITK-SNAP, Slicer, ANTs) refuse it, and label maps on its grid",
+                stacklevel=4,
             )
+        if not qform or not sform:
+            return
+        affines = [header.get_qform(), header.get_sform()]
+        codes = [axis_codes(affine) for affine in affines]
+        turn, apart = _difference(*affines, header.get_data_shape()[:3])
+    except (HeaderDataError, ValueError, np.linalg.LinAlgError):
+        return  # not a rotation, or singular, which is checked separately
+    if codes[0] != codes[1]:
+        warnings.warn(
+            f"{path}: qform is {codes[0]}, but sform is {codes[1]} (used); check left and right", stacklevel=4
+        )
+    elif apart > LARGEST_DISAGREEMENT:
+        warnings.warn(
+            f"{path}: qform and sform (used) differ by {turn:.1f} degrees and up to {apart:.1f} mm: tools that read "
+            "the qform, like those with ITK, show the head in another place; make both the same",
+            stacklevel=4,
+        )
+
+
+def _shear(affine: np.ndarray) -> float:
+    """The largest cosine between two axes of a grid, 0 for right angles."""
+    axes = affine[:3, :3] / spacing_of(affine)
+    return float(np.abs(axes.T @ axes - np.eye(3)).max())
+
+
+def _difference(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> tuple[float, float]:
+    """The angle between two affines in degrees, and the largest distance of a corner of the volume in mm."""
+    axes = [affine[:3, :3] / spacing_of(affine) for affine in (one, other)]
+    cosine = (np.trace(axes[0].T @ axes[1]) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), _corners_apart(one, other, shape)
 
 
 def _stores_orientation(header: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from asa.data.io.files import sha256_of
 from asa.data.io.nifti import (
     axis_codes,
     check_same_geometry,
@@ -131,6 +133,78 @@ def test_a_nrrd_in_ras_is_turned(tmp_path):
     np.testing.assert_array_equal(read.data, np.arange(24).reshape(4, 3, 2).T)
 
 
+def test_a_qform_turned_against_the_sform_is_told_with_angle_and_shift(tmp_path, noise):
+    angle = np.radians(12)
+    turned = np.eye(4)
+    turned[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    image = nib.Nifti1Image(noise, np.eye(4))
+    image.set_sform(np.eye(4), code=1)
+    image.set_qform(turned, code=1)
+    nib.save(image, tmp_path / "a.nii")
+    apart = np.linalg.norm((turned - np.eye(4)) @ [6, 7, 0, 1])  # of the corner that is farthest from the axis
+    with pytest.warns(UserWarning, match=rf"differ by 12\.0 degrees and up to {apart:.1f} mm"):
+        read_image(tmp_path / "a.nii")
+    image.set_qform(np.eye(4), code=1)
+    nib.save(image, tmp_path / "a.nii")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(tmp_path / "a.nii")
+
+
+def test_a_sheared_sform_that_itk_refuses_is_told(tmp_path, noise):
+    sitk = pytest.importorskip("SimpleITK")
+    for shear, refused in ((1e-2, True), (5e-4, True), (1e-4, False)):
+        affine = np.eye(4)
+        affine[0, 1] = shear
+        image = nib.Nifti1Image(noise, affine)
+        image.set_sform(affine, code=1)
+        image.set_qform(None, code=0)
+        nib.save(image, tmp_path / "a.nii")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read_image(tmp_path / "a.nii")
+        assert ["not at right angles" in str(one.message) for one in caught] == [True] * refused
+        with pytest.raises(RuntimeError) if refused else nullcontext():
+            sitk.ReadImage(str(tmp_path / "a.nii"))
+
+
+@pytest.mark.parametrize(
+    ("values", "rounded"), [((0.9845, 2.0156), True), ((4.99975, 3), True), ((0.5, 2), False), ((0.97, 2), False)]
+)
+def test_labels_next_to_whole_numbers_are_rounded_and_others_refused(tmp_path, values, rounded):
+    data = np.zeros((4, 5, 6), np.float32)
+    data[1, 1, 1], data[2, 2, 2] = values
+    path = save(tmp_path / "a.nii", data)
+    if rounded:
+        with pytest.warns(UserWarning, match="from whole numbers, and are rounded"):
+            found = read_label(path).data
+        np.testing.assert_array_equal(found, np.rint(data))
+    else:
+        with pytest.raises(ValueError, match="are not whole numbers"):
+            read_label(path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("a.nii.gz", "a.nii"), ("a.nii", "a.nii.gz"), ("a.mgz", "a.mgh"), ("a.mgh", "a.mgz"), ("a.img.gz", "a.img")],
+)
+def test_a_file_whose_name_is_wrong_about_gzip_is_read_and_its_name_told(tmp_path, noise, wrong, right):
+    kind = nib.MGHImage if ".mg" in right else nib.Nifti1Pair if ".img" in right else nib.Nifti1Image
+    nib.save(kind(noise, np.eye(4)), tmp_path / right)
+    (tmp_path / right).rename(tmp_path / wrong)
+    with pytest.warns(UserWarning, match=rf"{wrong}: is .*compressed by gzip, though .* rename it to {right}$"):
+        np.testing.assert_array_equal(read_image(tmp_path / wrong).data, noise)
+
+
+def test_a_link_or_pointer_of_git_annex_says_how_to_get_the_content(tmp_path):
+    (tmp_path / "a.nii.gz").symlink_to("../.git/annex/objects/Xk/0j/MD5E-s12--ab.nii.gz/MD5E-s12--ab.nii.gz")
+    (tmp_path / "b.nii.gz").write_text("/annex/objects/MD5E-s12--ab.nii.gz\n")
+    for name in ("a.nii.gz", "b.nii.gz"):
+        for read in (read_image, sha256_of):
+            with pytest.raises(FileNotFoundError, match=rf"{name}: its content is not here.*datalad get"):
+                read(tmp_path / name)
+
+
 def test_the_header_scales_intensities(tmp_path):
     image = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), OBLIQUE)
     image.header.set_slope_inter(0.5, -3)
@@ -196,7 +270,7 @@ def test_an_invalid_image_is_refused_by_name(tmp_path, noise):
         "empty.nii.gz": "the file is empty",
         "text.nii": "not a NIfTI or Analyze image",
         "short.nii": "not a NIfTI or Analyze image",
-        "plain.nii.gz": "damaged or truncated gzip",
+        "plain.nii.gz": "not a NIfTI or Analyze image",
         "photo.png": "not an image that asa reads",
         "nan.nii": "2 voxels are NaN or infinite",
         "series.nii": "not 3-D",

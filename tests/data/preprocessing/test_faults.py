@@ -447,3 +447,12 @@ def test_one_odd_subject_of_a_bids_dataset_fails_and_the_others_are_prepared(tmp
         assert "asa-prepare: warning:" in found.err and "2 of its 2 names match none here" in found.err
     assert [record["id"] for record in Store(tmp_path / "store").records] == ["sub-a", "sub-b"]
     assert command(*given, "data.acq=x").err.count("leaves out 3 of 4 scans") == 1
+
+
+def test_scans_whose_content_git_annex_holds_are_counted_in_one_line(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"s{number}_t1.nii.gz").symlink_to(".git/annex/objects/ab/MD5E-s1--x.nii.gz")
+    found = command(f"data.root={tmp_path}", "data.images={t1: '*_t1.nii.gz'}", f"out={tmp_path / 'store'}")
+    (failed,) = found.lines("failed").values()
+    assert found.code == 1 and "datalad get" in failed and failed.endswith("(3 scans like this one)")
+    assert "3 failed" in found.out
