@@ -148,7 +148,7 @@ def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterabl
 
 
 def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]) -> Prepared:
-    like = read_image(store.first_source(record))
+    like = read_image(store.first_source(record), nan=preprocessor.settings.nan)
     preprocessor.check_stored(record["chain"])
     preprocessor.warn_outside_range(record["quality"], record["intensity"])
     return store.image(record["id"]), record["chain"], like

@@ -24,6 +24,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage
 
 from asa.data.io.files import ANNEX, check_present, gzipped, write_whole
 from asa.errors import one_line, reason_of, require
@@ -58,12 +59,14 @@ class Volume:
     header: Any
 
 
-def read_image(path: str | Path) -> Volume:
+def read_image(path: str | Path, *, nan: str = "refuse") -> Volume:
     """Read an image as float32.
 
     Args:
         path: `.nii`, `.nii.gz`, either file of an Analyze or NIfTI pair (`.hdr`/`.img`, also gzipped), `.mgz` or `.mgh`
             of FreeSurfer, or `.nrrd` or `.mha` with its voxels in the same file.
+        nan: "refuse", or "zero" for a background of NaN, which reaches the border of the volume: it becomes 0, with a
+            warning. NaN anywhere else, and inf, are refused.
 
     Returns:
         The volume, (x, y, z) float32, with the header's intensity scaling applied.
@@ -74,7 +77,7 @@ def read_image(path: str | Path) -> Volume:
         ImportError: a `.nrrd` or `.mha` without SimpleITK.
     """
     image = _load(path)
-    return Volume(_three_d(_intensities(image, path), path), _affine(image, path), image.header)
+    return Volume(_three_d(_intensities(image, path, nan), path), _affine(image, path), image.header)
 
 
 def read_slice(path: str | Path) -> np.ndarray:
@@ -457,12 +460,32 @@ def _voxels(image: Any, path: str | Path) -> np.ndarray:
         raise ValueError(f"{path}: its voxels cannot be read ({one_line(error)}); copy or convert it again") from None
 
 
-def _intensities(image: Any, path: str | Path) -> np.ndarray:
+def _intensities(image: Any, path: str | Path, nan: str = "refuse") -> np.ndarray:
     """The voxels as float32, all of them finite."""
     data = _voxels(image, path).astype(np.float32, order="F", copy=False)
-    if count := data.size - np.count_nonzero(np.isfinite(data)):
-        raise ValueError(f"{path}: {count} voxels are NaN or infinite; repair the image or leave the case out")
+    wrong = ~np.isfinite(data)
+    if nan == "zero" and (background := _outside(np.isnan(data))).any():
+        data = np.where(background, np.float32(0), data)
+        wrong &= ~background
+        warnings.warn(f"{path}: {background.sum()} voxels of the background are NaN, and are set to 0", stacklevel=3)
+    if count := np.count_nonzero(wrong):
+        where = " inside the head" if nan == "zero" else ""
+        advice = "" if where else ", or set prepare.nan=zero if they are its background"
+        raise ValueError(
+            f"{path}: {count} voxels{where} are NaN or infinite; repair the image or leave the case out{advice}"
+        )
     return data
+
+
+def _outside(mask: np.ndarray) -> np.ndarray:
+    """The connected parts of a mask that reach the border of the volume, along an axis of more than one voxel."""
+    parts, count = ndimage.label(mask)
+    reached = np.zeros(count + 1, bool)
+    for axis, size in enumerate(mask.shape):
+        if size > 1:
+            for end in (0, size - 1):
+                reached[np.unique(parts.take(end, axis=axis))] = True
+    return np.asarray(reached[parts] & mask)
 
 
 def _three_d(data: np.ndarray, path: str | Path) -> np.ndarray:

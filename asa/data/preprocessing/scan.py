@@ -220,7 +220,8 @@ def _prepare(job: ScanJob, root: Path | None, cohort: CohortSettings, thumbnail:
         )
         image, brain, plane = shown
         if cohort.settings.strip != "none":  # the brain is shown in its head
-            head = read_image(next(path for path in record["images"].values() if path is not None))
+            path = next(path for path in record["images"].values() if path is not None)
+            head = read_image(path, nan=cohort.settings.nan)
             image = to_prepared(head, entry["chain"])
         outcome.thumbnail = make_thumbnail(image, brain, entry["chain"], plane)
     return outcome
@@ -231,7 +232,8 @@ def _prepare_anew(
 ) -> tuple[Entry, dict[str, float], Case]:
     """The entry of a scan whose arrays are written, the duration of each stage, and the prepared scan."""
     started = time.perf_counter()
-    images = {channel: None if path is None else read_image(path) for channel, path in record["images"].items()}
+    nan = cohort.settings.nan
+    images = {name: None if path is None else read_image(path, nan=nan) for name, path in record["images"].items()}
     label = read_label(record["label"]) if "label" in record else None
     if label is not None:  # checked here, where the message can name the file
         stored_indices(label.data, cohort.labels, cohort.ignored, record["label"])
