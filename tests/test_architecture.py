@@ -28,7 +28,7 @@ LINES = {
     "": 690,
     "baselines": 1230,
     "cli": 350,
-    "data": 7300,
+    "data": 7214,
     "evaluation": 2380,
     "export": 750,
     "inference": 2340,
