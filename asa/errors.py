@@ -1,6 +1,7 @@
 """Errors as one line for the user, and packages that only an optional extra installs."""
 
 import importlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # their messages are written for the user
@@ -19,6 +20,15 @@ def one_line(error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """Why something failed, in one line; the type of an unexpected error comes first."""
     return one_line(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {one_line(error)}"
+
+
+def grouped(messages: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Messages of scans by their text: which scans each is said of, in order."""
+    found: dict[str, list[str]] = {}
+    for id, texts in messages.items():
+        for text in texts:
+            found.setdefault(text, []).append(id)
+    return found
 
 
 def require(module: str, extra: str | None, purpose: str) -> Any:

@@ -57,6 +57,7 @@ EXPERIMENTS = {
     "sa_swin_demo": "pretrain",
     "demo_finetune": "finetune",
     "tissues_demo": "finetune",
+    "aseg": "finetune",
 }
 
 

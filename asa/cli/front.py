@@ -5,14 +5,17 @@ import io
 import pkgutil
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+import asa
 from asa import __version__
 from asa.config import CONFIG_DIR, SETTINGS, choices, compose, describe
 from asa.errors import EXPECTED, reason_of
@@ -76,7 +79,9 @@ def run_command(
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--version", action="version", version=f"asa {__version__}")
     chosen = parser.parse_intermixed_args(arguments)
-    code = _run(command, main, chosen)
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_show_warning, command, warnings.showwarning)
+        code = _run(command, main, chosen)
     exit_process(code)
     return code
 
@@ -110,6 +115,14 @@ def _run(command: str, main: Callable[[Config], object], chosen: argparse.Namesp
         print(f"asa-{command}: error: {place}{reason_of(error)}{advice}", file=sys.stderr)
         return 1
     return 0
+
+
+def _show_warning(command: str, usual: Any, message: Warning | str, category: Any, file: str, *rest: Any) -> None:
+    """Print a warning of ours in a line of its own; those of libraries keep their form."""
+    if category is not UserWarning or not Path(file).is_relative_to(Path(asa.__file__).parent):
+        usual(message, category, file, *rest)
+    elif is_main():
+        print(f"asa-{command}: warning: {message}", file=sys.stderr)
 
 
 def _at_home(node: Any) -> Any:

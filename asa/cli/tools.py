@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from asa.cli.front import Config
+from asa.errors import grouped
 
 
 def make_phantoms(config: Config) -> None:
@@ -38,11 +39,14 @@ def convert_dicom(config: Config) -> None:
     Raises:
         ValueError: series or files are in no volume; they are listed first, and the others are written.
     """
-    from asa.data.io.dicom import convert_series
+    from asa.data.io.dicom import TABLE, convert_series
 
     report = convert_series(Path(str(config["input"])), Path(str(config["out"])))
     for name, reason in report.failures.items():
         print(f"{name}: not converted: {reason}")
+    for warning, names in grouped(report.warnings).items():
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        print(f"{names[0]}{others}: warning: {warning}")
     if not report.written:
         raise ValueError(f"{config['input']}: no series is a volume")
     if report.failures:
@@ -50,7 +54,7 @@ def convert_dicom(config: Config) -> None:
             f"{len(report.failures)} series or files are in no volume, listed above; {len(report.written)} volumes "
             f"written to {config['out']}"
         )
-    print(f"wrote {len(report.written)} volumes to {config['out']}; their names hold the patients' ids")
+    print(f"wrote {len(report.written)} volumes to {config['out']}; names and {TABLE} hold patients' ids and dates")
 
 
 def export(config: Config) -> None:

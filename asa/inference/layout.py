@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from asa import __version__
 from asa.data.datasets.bids import entities_of
-from asa.data.io.files import check_out, read_json, write_json, write_whole
+from asa.data.io.files import check_out, matching_files, read_json, write_json, write_whole
 from asa.data.io.tables import read_rows
 from asa.inference.label_maps import ScanSegmenter
 
@@ -39,16 +39,18 @@ class Layout:
 
     Args:
         out: the folder.
+        ending: of the label maps, `.nii.gz` or `.mgz`.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, ending: str = ".nii.gz") -> None:
         self.out = out
+        self.ending = ending
 
     def begin(self, scans: Mapping[str, Sequence[str]]) -> None:
         """Get the source files of all scans, before the first is predicted; a ValueError if they cannot be placed."""
 
     def label_map(self, id: str) -> Path:
-        return self.out / f"{id}.nii.gz"
+        return self.out / f"{id}{self.ending}"
 
     def probabilities(self, id: str) -> Path | list[Path]:
         """As `ScanSegmenter.segment_prepared` takes them."""
@@ -215,8 +217,12 @@ def lookup_table(labels: Mapping[int, str]) -> str:
 def label_maps_of(predictions: Path) -> dict[str, Path]:
     """The label maps that asa-predict wrote to a folder, in either layout, by the id of the scan."""
     if not (predictions / DESCRIPTION).is_file():
-        return {path.name.removesuffix(".nii.gz"): path for path in predictions.glob("*.nii.gz")}
-    files = {path.relative_to(predictions).as_posix(): path for path in predictions.glob("sub-*/**/*_dseg.nii.gz")}
+        return {
+            path.name.removesuffix(end): path for end in (".mgz", ".nii.gz") for path in predictions.glob(f"*{end}")
+        }
+    files = {
+        path.relative_to(predictions).as_posix(): path for path in matching_files(predictions, "sub-*/**/*_dseg.nii.gz")
+    }
     rows = read_rows(predictions / VOLUMES) if (predictions / VOLUMES).is_file() else []
     return {row["id"]: files[row["file"]] for row in rows if "id" in row and row.get("file") in files}
 

@@ -168,7 +168,7 @@ class ScanPreprocessor:
             path = images[channel]
             if path is None:
                 raise ValueError(f"no file for the channel {channel}, which is needed")
-            volumes[channel] = read_image(path)
+            volumes[channel] = read_image(path, nan=self.settings.nan)
         like = volumes[self.channels[0]]
         assert like is not None
         case = prepare_case(volumes, None, {}, self._settings_for(like))

@@ -13,15 +13,14 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets import bids, folder
-from asa.data.datasets.record import check_distinct
-from asa.data.io.nifti import Volume, read_image
+from asa.data.datasets.record import Record, check_distinct, make_record, sorted_records
+from asa.data.io.nifti import VOLUME_ENDINGS, Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
 from asa.data.store import Store
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 
-ENDINGS = (".nii.gz", ".nii")
 # Suffix in BIDS of the channels that are named as usual, also as T1 or T1w.
 SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR", "pd": "PDw"}
 Channels = Mapping[str, str | None]  # file of each channel; None for one that the scan lacks
@@ -151,7 +150,7 @@ def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterabl
 
 
 def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]) -> Prepared:
-    like = read_image(store.first_source(record))
+    like = read_image(store.first_source(record), nan=preprocessor.settings.nan)
     preprocessor.check_stored(record["chain"])
     preprocessor.warn_outside_range(record["quality"], record["intensity"])
     return store.image(record["id"]), record["chain"], like
@@ -173,38 +172,45 @@ def raw_scans(
         FileNotFoundError, ValueError: no scans, or ones that are not unique.
     """
     return [
-        Scan(id, {name: path for name, path in files.items() if path is not None}, partial(_raw, preprocessor, files))
-        for id, files in _channel_files(source, preprocessor, images, out, in_bids)
+        Scan(
+            record["id"],
+            {name: path for name, path in record["images"].items() if path is not None},
+            partial(_raw, preprocessor, record),
+        )
+        for record in _raw_records(source, preprocessor, images, out, in_bids)
     ]
 
 
-def _raw(preprocessor: ScanPreprocessor, files: Channels) -> Prepared:
+def _raw(preprocessor: ScanPreprocessor, record: Record) -> Prepared:
+    if "problem" in record:
+        raise ValueError(record["problem"].removeprefix(f"{record['id']}: "))
+    files: Channels = record["images"]
     case, like = preprocessor.prepare(files)
     return case.image, case.chain, like
 
 
-def _channel_files(
-    source: Path, preprocessor: ScanPreprocessor, images: Any, out: Path, in_bids: bool
-) -> list[tuple[str, Channels]]:
-    """Id and channel files of a scan or a folder of scans."""
+def _raw_records(source: Path, preprocessor: ScanPreprocessor, images: Any, out: Path, in_bids: bool) -> list[Record]:
+    """Records of a scan or a folder of scans."""
     channels = preprocessor.channels
     example = f"'images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}'"
     if images is not None and not isinstance(images, Mapping):
         raise ValueError(f"images={images}: give the file pattern of each channel by its name, like {example}")
     if source.is_dir() and images:
         preprocessor.check_channels(images)
-        return [(record["id"], record["images"]) for record in folder.records(source, images=images)]
+        return folder.records(source, images=images)
     usual = {channel: channel.lower().removesuffix("w") for channel in channels}
     named = SUFFIXES.keys() >= set(usual.values()) and len(set(usual.values())) == len(channels)
     if source.is_dir() and in_bids and named:
         suffixes = {channel: SUFFIXES[name] for channel, name in usual.items()}
-        return [(record["id"], record["images"]) for record in bids.records(source, channels=suffixes)]
+        return bids.records(source, channels=suffixes)
     if len(channels) != 1:
         raise ValueError(
             f"{preprocessor.path} takes the channels {', '.join(channels)}: give a folder and which file is which, "
             f"like {example}"
         )
-    return [(id, {channels[0]: str(path)}) for id, path in _files_by_id(source, out, channels[0]).items()]
+    found = _files_by_id(source, out, channels[0])
+    scans = [make_record(id, id, {channels[0]: path}) for id, path in found.items()]
+    return sorted_records(scans, source=str(source)) if source.is_dir() else scans
 
 
 def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
@@ -215,14 +221,14 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
     if source.is_dir():
         found = [
             (path, folder.join_texts(texts))
-            for end in ENDINGS
+            for end in VOLUME_ENDINGS
             for texts, path in folder.find_files(source, f"**/*{end}").items()
             if not (source.resolve() in out.resolve().parents and path.resolve().is_relative_to(out.resolve()))
         ]
     else:
-        found = [(source, source.name.removesuffix(end)) for end in ENDINGS if source.name.endswith(end)]
+        found = [(source, source.name.removesuffix(end)) for end in VOLUME_ENDINGS if source.name.endswith(end)]
     if not found:
-        raise ValueError(f"{source}: no .nii or .nii.gz here")
+        raise ValueError(f"{source}: no image ({', '.join(VOLUME_ENDINGS)}) here")
     scans: dict[str, Path] = {}
     for path, id in sorted(found):
         if id in scans:

@@ -225,7 +225,7 @@ def _read_volumes(
     native = [reference.data, *(read_label(path).data for path in paths[1:])]
     foreground = np.logical_or.reduce([labels != 0 for labels in native])
     if image is not None:
-        scan = read_image(image)
+        scan = read_image(image, nan="zero")
         check_same_geometry(scan, reference, f"case {case_id}: image and truth")
         native.append(scan.data)
         foreground |= scan.data > scan.data.min()

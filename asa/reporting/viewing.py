@@ -124,7 +124,7 @@ def predicted(folder: Path, config: Config) -> Cases:
 
 def _layer(name: str, path: Path, kind: str = "gray") -> Layer:
     """An image as a layer. Its voxels alone get into the page: a store, or a link, may name any file of the user's."""
-    image = read_image(path)
+    image = read_image(path, nan="zero")
     return Layer(name, nifti(image.data.T, image.affine), kind)
 
 

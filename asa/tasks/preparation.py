@@ -1,16 +1,18 @@
 """Preparation: raw scans to a store, checked, parallel and resumable; their quality control; a store's checksums."""
 
+import importlib
 from pathlib import Path
 from statistics import median
 
 from asa.config import build
-from asa.data.datasets.nnunet import label_scheme
-from asa.data.io.files import PART
+from asa.data.io.files import NOT_HERE, PART
 from asa.data.io.lock import LOCK
 from asa.data.preprocessing.cohort import CohortReport, CohortSettings, prepare_cohort
 from asa.data.store import MANIFEST, RECORDS, Store
 from asa.reporting.quality_control import PAGE, TABLE, QualityControlReport
 from asa.tasks.base import Config
+
+SCHEME = "label_scheme"  # function of a reader, which gets the keys of data=
 
 
 def prepare_task(config: Config) -> None:
@@ -78,7 +80,10 @@ def _scheduler(config: Config) -> str | None:
 def _cohort(config: Config) -> CohortSettings:
     labels, ignored, regions = config["labels"] or {}, config["ignored"] or (), config["regions"] or {}
     if labels == "dataset":
-        labels, ignored, regions = label_scheme(config["data"]["root"])
+        reader = str(config["data"]["_target_"]).rpartition(".")[0]
+        if not hasattr(importlib.import_module(reader) if reader.startswith("asa.") else None, SCHEME):
+            raise ValueError("labels=dataset: this reader knows no labels; give them, like 'labels={1: csf, 2: gm}'")
+        labels, ignored, regions = build({**config["data"], "_target_": f"{reader}.{SCHEME}"})
     settings, missing, duplicates = build(config["prepare"]), config["missing"], config["duplicates"]
     return CohortSettings(labels, ignored, regions, settings, missing, duplicates)
 
@@ -87,8 +92,10 @@ def _print(report: CohortReport, where: str) -> None:
     for id, warnings in report.warnings.items():
         for warning in warnings:
             print(f"{id}: warning: {warning}")
+    absent = [id for id, reason in report.failures.items() if reason.endswith(NOT_HERE)]
     for id, reason in report.failures.items():
-        print(f"{id}: failed: {reason}")
+        if id not in absent[1:]:
+            print(f"{id}: failed: {reason}{f' ({len(absent)} scans like this one)' if id in absent[:1] else ''}")
     if report.seconds:
         times = ", ".join(f"{stage} {median(durations):.1f}" for stage, durations in report.seconds.items())
         print(f"median seconds per scan: {times}")

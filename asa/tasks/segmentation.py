@@ -314,9 +314,9 @@ class SegmentationPredictor:
             plugins=config["plugins"],
         )
         self.preprocessor = self.segmenter.preprocessor
-        if config["layout"] not in (None, "bids"):
-            raise ValueError(f"layout={config['layout']}: choose bids, or null for OUT/ID.nii.gz")
-        self.layout = Layout(self.out)
+        if config["layout"] not in (None, "bids", "mgz"):
+            raise ValueError(f"layout={config['layout']}: choose bids, mgz, or null for OUT/ID.nii.gz")
+        self.layout = Layout(self.out, ".mgz") if config["layout"] == "mgz" else Layout(self.out)
         if config["layout"] == "bids":
             self.layout = BidsDerivative(self.out, self.segmenter, self.with_probabilities)
         self.rows: dict[str, dict[str, str]] = {}

@@ -1,6 +1,6 @@
 """What the tasks on prepared volumes share: the store and its split, the pretrained encoder, and leakage from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from asa.config import typed
+from asa.config import build, typed
 from asa.data.io.files import write_json
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.loading.crops import CropDataset, VolumeSource
@@ -80,8 +80,16 @@ class VolumeTask:
     def set_model(self, **values: Any) -> None:
         """Enter what follows from the data into the model's configuration; warn of a crop that is mostly padding."""
         set_model(self.config, in_channels=len(self.store.channels), **values)
-        if advice := padding_advice(self.config["crop"], self.parts["train"]):
+        if advice := padding_advice(self.config["crop"], self.parts["train"], self.takes):
             print(advice)
+
+    def takes(self, crop: Sequence[int]) -> bool:
+        """Whether the network of the configuration takes volumes of this size."""
+        try:
+            build({**self.config["model"], "img_size": list(crop)}, plugins=self.config["plugins"])
+        except ValueError:
+            return False
+        return True
 
     def example(self, method: Any, count: int) -> Batch:
         return volume_batch(method, count, **dict.fromkeys(self.targets, True))
@@ -154,18 +162,26 @@ def set_model(config: Config, **values: Any) -> None:
         node.update(values)
 
 
-def padding_advice(crop: int | Sequence[int], records: Records) -> str | None:
+def padding_advice(
+    crop: int | Sequence[int], records: Records, takes: Callable[[Sequence[int]], bool] = lambda crop: True
+) -> str | None:
     """A line about a crop that is mostly padding, with one that fits the volumes; None for any other crop.
 
     Args:
         crop: input size of the network in voxels, one number or (D, H, W).
         records: of the training scans in the store.
+        takes: whether the network takes volumes of a size; edges are lengthened until it does.
     """
     shapes = np.array([record["shape"][1:] for record in records])
     size = np.broadcast_to(crop, 3)
     padding = 1 - float((np.minimum(shapes, size) / size).prod(axis=1).mean())
     fitting = np.minimum(-(-shapes.max(axis=0) // DIVISOR) * DIVISOR, size)
-    if padding <= MOSTLY_PADDING or (fitting == size).all():
+    if padding <= MOSTLY_PADDING:
+        return None
+    while (fitting != size).any() and not takes(fitting.tolist()):
+        edge = int(np.argmin(np.where(fitting < size, fitting, fitting.max() + size.max())))
+        fitting[edge] = min(fitting[edge] + DIVISOR, size[edge])
+    if (fitting == size).all():
         return None
     median = "x".join(f"{edge:g}" for edge in np.median(shapes, axis=0))
     return (

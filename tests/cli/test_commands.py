@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -437,6 +438,17 @@ def test_a_plan_names_a_crop_that_is_mostly_padding(command, store: Path, tmp_pa
 def test_a_crop_that_is_mostly_padding_is_named_with_one_that_fits(crop, shapes, fitting) -> None:
     advice = padding_advice(crop, [{"shape": [1, *shape]} for shape in shapes])
     assert advice is None if fitting is None else fitting in advice
+
+
+def test_a_crop_that_the_network_refuses_is_not_advised(command, store: Path, tmp_path: Path) -> None:
+    small = [{"shape": [1, 10, 20, 30]}]
+    assert "crop=[64,32,32] fits" in padding_advice(128, small, lambda crop: crop != [32, 32, 32])
+    assert padding_advice(64, small, lambda crop: False) is None
+    given = [f"data.store={store}", f"out={tmp_path}/run", "plan=only", "plan_rate=1", "model=unet_tiny"]
+    planned = command("finetune", *given, "data.split.validation=1", "crop=128")
+    found = re.search(r"crop=(\[\S+\]) fits", planned.out)
+    assert found is not None, planned.err
+    assert command("finetune", *given, "data.split.validation=1", f"crop={found[1]}").code == 0
 
 
 def test_a_scan_has_features_in_every_encoder_at_any_size(command, raw: Path, store: Path, tmp_path: Path) -> None:

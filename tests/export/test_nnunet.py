@@ -157,7 +157,7 @@ def test_folds_of_nnunet_are_read_as_training_and_test(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"file_ending": ".png"}, "file_ending is '.png'; asa reads .nii.gz and .nii"),
+        ({"file_ending": ".png"}, "file_ending is '.png'; asa reads .nii.gz, .nii, .mgz, .mgh, .nrrd, .mha"),
         ({"labels": ["csf"]}, "has no labels, like"),
         ({"labels": {"background": 1}}, "background has to be declared as 0"),
         ({"labels": {"background": 0, "csf": "1"}}, "the label csf is '1'; give values above 0"),

@@ -1,11 +1,12 @@
 """BIDS datasets and derivatives: one image per channel of each session, or run, of a subject."""
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
-from asa.data.io.tables import read_rows
+from asa.data.io.tables import match_names, read_rows
 
 CHANNELS = {"t1": "T1w"}
 FOLDERS = ("anat", "t1_linear")  # of BIDS, and of Clinica's t1-linear pipeline
@@ -23,12 +24,14 @@ def records(
     acq: str | None = None,
     desc: str | None = None,
     space: str | None = None,
+    entities: Mapping[str, str | None] | None = None,
 ) -> list[Record]:
     """Records of `sub-*/[ses-*/]anat/*_SUFFIX.nii[.gz]`, also under `subjects/` as in Clinica.
 
     With one channel each run is a scan with the id sub-XX[_ses-YY][_run-ZZ]. With several channels each session is a
     scan, and a channel that it lacks is None. The subject is sub-XX, so that all its sessions are in one part of a
-    split. The site is read from a column `site` of participants.tsv.
+    split. The site is read from a column `site` of participants.tsv. Warnings say which subjects have no such file, and
+    which scans the required values leave out.
 
     Args:
         root: of the dataset, or of one derivative.
@@ -38,39 +41,63 @@ def records(
         label_root: root of the label maps, if it is another folder.
         session, run, acq, desc, space: required values of these entities, for images and label maps; None accepts any.
             A file without a run, or a label map without desc, matches any value.
+        entities: required values of any entity by its short name, like `{"rec": "norm"}`; None for files without it.
 
     Returns:
-        Records sorted by id; a missing label map has the path expected from the entities of the image.
+        Records sorted by id; a missing label map has the path expected from the entities of the image. A scan with
+        several files for one channel has a `problem` that names the entities that distinguish them.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: nothing found, or several files for one channel of a scan; the message names the entities that
-            distinguish them.
+        ValueError: nothing found, or an entity whose value is given twice.
     """
     root = existing_folder(root, "sub-XX, sub-YY, ... (of a BIDS dataset or of one derivative)").absolute()
     channels = channels or CHANNELS
     wanted = {"ses": session, "run": run, "acq": acq, "desc": desc, "space": space}
-    chosen = {entity: str(value) for entity, value in wanted.items() if value is not None}
+    chosen = _chosen(wanted, entities or {})
     keys = ("sub", "ses", "run") if len(channels) == 1 else ("sub", "ses")
-    found = {channel: _find(root, suffix, chosen, keys) for channel, suffix in channels.items()}
+    problems: dict[str, str] = {}
+    found = {channel: _find(root, suffix, chosen, keys, problems) for channel, suffix in channels.items()}
     labels, labels_root = {}, root
     if label is not None:
         labels_root = existing_folder(label_root or root, "the label maps").absolute()
-        labels = _find(labels_root, label, chosen, keys, optional=("run", "desc"))
-    sites = _sites(root)
+        labels = _find(labels_root, label, chosen, keys, problems, optional=("run", "desc"))
+    scans = {scan for files in found.values() for scan in files}
+    everything = {scan for suffix in channels.values() for scan in _find(root, suffix, {}, keys, {})}
+    _warn_of_others(root, " or ".join(channels.values()), everything, scans, chosen)
+    if lone := sorted(labels.keys() - scans):
+        warnings.warn(f"{labels_root}: {len(lone)} label maps belong to no scan, like that of {lone[0]}", stacklevel=2)
+    sites = _sites(root, {scan.split("_")[0] for scan in scans})
     result: list[Record] = []
-    for scan in {scan for files in found.values() for scan in files}:
+    for scan in scans:
         paths = {channel: files.get(scan) for channel, files in found.items()}
         subject, truth = scan.split("_")[0], labels.get(scan)
         if label is not None and truth is None:
             image = next(path for path in paths.values() if path)
             truth = labels_root / image.relative_to(root).with_name(f"{_stem(image)}_{label}.nii.gz")
-        result.append(make_record(scan, subject, paths, site=sites.get(subject, ""), label=truth))
+        record = make_record(scan, subject, paths, site=sites.get(subject, ""), label=truth)
+        if scan in problems:
+            record["problem"] = problems[scan]
+        result.append(record)
     return sorted_records(result, source=_source(root, channels, chosen))
 
 
+def _chosen(wanted: Mapping[str, str | None], entities: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Required values by entity, None for files without it."""
+    chosen = {entity: str(value) for entity, value in wanted.items() if value is not None}
+    for entity in entities:
+        if entity in chosen:
+            raise ValueError(f"data.entities: {entity} has a value of its own, {chosen[entity]}: give one of the two")
+    return chosen | {entity: None if value is None else str(value) for entity, value in entities.items()}
+
+
 def _find(
-    root: Path, suffix: str, chosen: Mapping[str, str], keys: tuple[str, ...], optional: tuple[str, ...] = ("run",)
+    root: Path,
+    suffix: str,
+    chosen: Mapping[str, str | None],
+    keys: tuple[str, ...],
+    problems: dict[str, str],
+    optional: tuple[str, ...] = ("run",),
 ) -> dict[str, Path]:
     """Scan, named by its entities `keys`, -> the file with the chosen values, which may lack the `optional` ones."""
     found: dict[str, Path] = {}
@@ -80,9 +107,30 @@ def _find(
             continue
         scan = "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
         if scan in found:
-            raise ValueError(_ambiguous(scan, found[scan], path))
-        found[scan] = path
+            problems[scan] = _ambiguous(scan, found[scan], path)
+        found.setdefault(scan, path)
     return found
+
+
+def _warn_of_others(
+    root: Path, names: str, everything: set[str], scans: set[str], chosen: Mapping[str, str | None]
+) -> None:
+    """Warn of scans that the chosen values leave out, and of subjects without any."""
+    if scans and (left := sorted(everything - scans)):
+        warnings.warn(
+            f"{root}: {_text(chosen)} leaves out {len(left)} of {len(everything)} scans, like {left[0]}", stacklevel=3
+        )
+    having = {scan.split("_")[0] for scan in everything}
+    folders = {path.name for above in ("", "subjects/") for path in root.glob(f"{above}sub-*/")}
+    if having and (without := sorted(folders - having)):
+        warnings.warn(
+            f"{root}: {len(without)} of {len(folders)} subjects have no {names} in anat, like {without[0]}",
+            stacklevel=3,
+        )
+
+
+def _text(chosen: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{key}-{value}" if value is not None else f"no {key}" for key, value in chosen.items())
 
 
 def _files(root: Path, suffix: str) -> list[Path]:
@@ -93,7 +141,7 @@ def _files(root: Path, suffix: str) -> list[Path]:
         for folder in FOLDERS
         for gz in ("", ".gz")
     ]
-    return sorted(path for pattern in patterns for path in root.glob(pattern))
+    return sorted(path for pattern in patterns for path in root.glob(pattern) if "sub" in entities_of(path))
 
 
 def entities_of(path: Path) -> dict[str, str]:
@@ -108,24 +156,28 @@ def _stem(path: Path) -> str:
 
 def _ambiguous(scan: str, one: Path, other: Path) -> str:
     first, second = entities_of(one), entities_of(other)
-    differ = [key for key in ("run", "acq", "desc", "space") if first.get(key) != second.get(key)]
-    remedy = f"choose one with {' or '.join(f'data.{key}=' for key in differ)}" if differ else "remove one of them"
+    differ = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    choices = " or ".join(
+        f"'data.entities={{{key}: {found.get(key, 'null')}}}'" for key in differ for found in (first, second)
+    )
+    remedy = f"for all scans choose {choices}, or remove one of them" if differ else "remove one of them"
     return f"{scan}: both {one.name} and {other.name} match; {remedy}"
 
 
-def _sites(root: Path) -> dict[str, str]:
+def _sites(root: Path, subjects: Collection[str]) -> dict[str, str]:
     """Subject -> site, from participants.tsv."""
     path = root / "participants.tsv"
     if not path.is_file():
         return {}
     sites = {row.get("participant_id", ""): row.get("site", "") for row in read_rows(path)}
-    return {subject: site for subject, site in sites.items() if site not in ("", "n/a")}
+    sites = {subject: site for subject, site in sites.items() if site not in ("", "n/a")}
+    return {subject: sites[name] for subject, name in match_names(path, sites, subjects).items()}
 
 
-def _source(root: Path, channels: Mapping[str, str], chosen: Mapping[str, str]) -> str:
+def _source(root: Path, channels: Mapping[str, str], chosen: Mapping[str, str | None]) -> str:
     """The files that were searched for, for the message about an empty cohort."""
     names = "|".join(channels.values())
-    entities = "".join(f" with {entity}-{value}" for entity, value in chosen.items())
+    entities = f" with {_text(chosen)}" if chosen else ""
     pipelines = sorted(f"derivatives/{path.name}" for path in root.glob("derivatives/*/"))
     hint = f" (to read a derivative, give its folder as data.root: {' or '.join(pipelines)})" if pipelines else ""
     return f"sub-*/[ses-*/]anat/*_{names}.nii[.gz]{entities} below {root}{hint}"

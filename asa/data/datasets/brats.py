@@ -5,6 +5,7 @@ MET, PED, SSA) have the layout of GLI. A later release with another label value 
 """
 
 import re
+import warnings
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, find_file, label_file, make_record, sorted_records
@@ -41,7 +42,10 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
     if year not in _NAMES:
         raise ValueError(f"data.year={year}: choose 2021, or 2023 for the names since then")
     result: list[Record] = []
+    strange: list[str] = []
     for folder in (*root.glob("BraTS*/"), *root.glob("*/BraTS*/")):
+        if not any(pattern.fullmatch(folder.name) for pattern in _NAMES.values()):
+            strange.append(folder.name)
         for found, pattern in _NAMES.items():
             match = pattern.fullmatch(folder.name)
             if match and found != year:
@@ -54,5 +58,9 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
                 images = {channel: find_file(f"{stem}{ending}") for channel, ending in CHANNELS[year].items()}
                 truth = label_file(f"{stem}{LABEL_FILES[year]}") if label else None
                 result.append(make_record(folder.name, match.group(1), images, label=truth))
+    if strange and result:
+        warnings.warn(
+            f"{root}: {len(strange)} folders with other names are left out, like {min(strange)}", stacklevel=2
+        )
     example = "BraTS2021_00000" if year == 2021 else "BraTS-GLI-00000-000"
     return sorted_records(result, source=f"{example}/{example}{CHANNELS[year]['t1']}.nii.gz, ... below {root}")

@@ -2,12 +2,13 @@
 
 import itertools
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
-from asa.data.io.files import read_json
+from asa.data.io.files import matching_files, read_json
 from asa.data.io.tables import read_rows
 
 IMAGES = "'data.images={t1: *_T1.nii.gz}'"  # an example for messages
@@ -63,9 +64,12 @@ def records(
 
 
 def name_subjects(found: Iterable[Record], subject: str | None) -> None:
-    """Set the subject of each record to `subject_of` its id; None changes nothing."""
+    """Set the subject of each record to `subject_of` its id, or its `problem`; None changes nothing."""
     for record in found if subject is not None else ():
-        record["subject"] = subject_of(record["id"], subject)
+        try:
+            record["subject"] = subject_of(record["id"], subject)
+        except ValueError as error:
+            record["problem"] = str(error)
 
 
 def subject_of(id: str, subject: str | None) -> str:
@@ -119,6 +123,11 @@ def _check_match(root: Path, one: Matched, first: Matched) -> None:
             f"{join_texts(lone[0])}: no {first_name} for this and {len(lone) - 1} other scans with {name} by "
             f"{first_glob!r} below {root}; add the files, put a channel that no scan lacks first, or give a table"
         )
+    if lone:
+        warnings.warn(
+            f"{root}: {len(lone)} of {len(files)} label maps by {glob!r} belong to no scan, like {join_texts(lone[0])}",
+            stacklevel=2,
+        )
 
 
 _WILDCARD = re.compile(r"\*\*/|\*|\?|\[[^\]]+\]")
@@ -151,7 +160,7 @@ def find_files(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
         position = wildcard.end()
     pattern = re.compile(expression + re.escape(glob[position:]))
     files: dict[tuple[str, ...], Path] = {}
-    for path in sorted(root.glob(glob)):
+    for path in matching_files(root, glob):
         relative = path.relative_to(root).as_posix()
         match = pattern.fullmatch(relative)
         if match is not None and not any(part.startswith(".") for part in relative.split("/")):

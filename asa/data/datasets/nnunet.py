@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from asa.data.datasets.folder import name_subjects
 from asa.data.datasets.record import (
-    NIFTI,
     Record,
     check_channel,
     existing_folder,
@@ -17,6 +16,7 @@ from asa.data.datasets.record import (
     sorted_records,
 )
 from asa.data.io.files import read_json
+from asa.data.io.nifti import VOLUME_ENDINGS
 
 DESCRIPTION = "dataset.json"
 PARTS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", None)}
@@ -71,7 +71,7 @@ def records(root: str | Path, *, part: str = "train", subject: str | None = None
     return sorted_records(found, source=source)
 
 
-def label_scheme(root: str | Path) -> LabelScheme:
+def label_scheme(root: str | Path, **_: Any) -> LabelScheme:
     """The labels, ignored values and regions that a dataset.json declares.
 
     The labels of a dataset of regions have no names of their own: a value that is a region by itself has that region's
@@ -103,8 +103,10 @@ def _description(root: Path) -> dict[str, Any]:
     for key in ("channel_names", "file_ending"):
         if key not in about:
             raise ValueError(f"{path}: has no {key}: it is not of nnU-Net's version 2")
-    if about["file_ending"] not in NIFTI:
-        raise ValueError(f"{path}: file_ending is {about['file_ending']!r}; asa reads {' and '.join(NIFTI)}: convert")
+    if about["file_ending"] not in VOLUME_ENDINGS:
+        raise ValueError(
+            f"{path}: file_ending is {about['file_ending']!r}; asa reads {', '.join(VOLUME_ENDINGS)}: convert"
+        )
     if about["labels"].get(BACKGROUND) != 0:
         raise ValueError(f"{path}: {BACKGROUND} has to be declared as 0")
     return about
@@ -139,11 +141,12 @@ def _listed(root: Path, cases: Any, channels: dict[int, str]) -> list[Record]:
         example = "{CASE: {images: [PATH], label: PATH}}"
         raise ValueError(f"{root / DESCRIPTION}: dataset has to be like {example}") from None
     for case, (paths, label) in listed.items():
+        present = [path if path.is_file() else None for path in paths][: len(channels)]
+        images = dict.fromkeys(channels.values()) | dict(zip(channels.values(), present, strict=False))
+        record = make_record(case, case, images, label=label)
         if len(paths) != len(channels):
-            raise ValueError(f"{root / DESCRIPTION}: {case} has {len(paths)} images for {len(channels)} channels")
-        present = [path if path.is_file() else None for path in paths]
-        images = dict(zip(channels.values(), present, strict=True))
-        found.append(make_record(case, case, images, label=label))
+            record["problem"] = f"{case}: {DESCRIPTION} lists {len(paths)} images for {len(channels)} channels"
+        found.append(record)
     return found
 
 

@@ -5,12 +5,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from asa.data.datasets import bids, brats, folder, ibsr, wmh
+from asa.data.datasets import bids, brats, folder, freesurfer, ibsr, wmh
 from asa.data.datasets.record import Record
 from asa.data.io.files import read_json
 from asa.data.phantom.cohort import make_cohort
 
-VOLUMES = {"t1": 1, "ibsr": 2, "wmh": 3, "brats": 5, "structures": 2}  # per subject, including the label map
+VOLUMES = {
+    "t1": 1,
+    "ibsr": 2,
+    "wmh": 3,
+    "brats": 5,
+    "structures": 2,
+    "freesurfer": 2,
+}  # per subject, including the label map
 
 
 def records(
@@ -27,7 +34,7 @@ def records(
 
     Args:
         root: folder of the cohort.
-        kind: "t1", "ibsr", "wmh", "brats" or "structures": the layout.
+        kind: "t1", "ibsr", "wmh", "brats", "structures" or "freesurfer": the layout.
         subjects, seed, resolution, rim, names: as for `asa.data.phantom.cohort.make_cohort`.
 
     Returns:
@@ -47,6 +54,7 @@ def records(
         "wmh": wmh.records,
         "brats": partial(brats.records, year=names),
         "structures": partial(folder.records, images={"t1": "*_T1.nii.gz"}, label="*_structures.nii.gz"),
+        "freesurfer": freesurfer.records,
     }
     found = readers[kind](root)
     if len(found) != subjects:
@@ -63,4 +71,4 @@ def _is_made(root: Path, kind: str, subjects: int, options: dict[str, Any]) -> b
         return False
     about = read_json(root / "phantom.json")
     same = all(about.get(name) == value for name, value in {"kind": kind, **options}.items())
-    return same and len(list(root.rglob("*.nii.gz"))) >= subjects * VOLUMES[kind]
+    return same and len([*root.rglob("*.nii.gz"), *root.rglob("*.mgz")]) >= subjects * VOLUMES[kind]

@@ -1,5 +1,6 @@
 """Records of a cohort, as readers return them, and their checks."""
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ class Record(TypedDict):
         site: where the scan was acquired.
         images: channel name -> path, None where this scan lacks the channel.
         label: path of the label map in a labelled cohort, even if the file does not exist.
+        problem: why this scan cannot be used, while the others can.
     """
 
     id: str
@@ -27,6 +29,7 @@ class Record(TypedDict):
     site: NotRequired[str]
     images: dict[str, str | None]
     label: NotRequired[str]
+    problem: NotRequired[str]
 
 
 def make_record(
@@ -43,14 +46,51 @@ def make_record(
 
 
 def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:
-    """Records sorted by id, after `check_records`."""
-    result = sorted(records, key=lambda record: record["id"])
-    check_records(result, source=source)
+    """Records sorted by id, after `check_records`; what is wrong with single scans becomes their `problem`.
+
+    Raises:
+        ValueError: as `check_records`, or every scan has a problem, of which the first is raised.
+    """
+    named: dict[str, Record] = {}
+    for record in records:
+        problem = record.get("problem") or _problem(record, source)
+        id = record["id"]
+        if id in named:
+            problem = f"{id}: several scans have this id; change the wildcards or the table"
+            named.pop(id)
+        try:
+            check_id(id)
+        except ValueError:
+            id = re.sub(r"[^A-Za-z0-9-]+", "_", id)[:100].strip("_") or "unnamed"
+            while id in named:
+                id += "_"
+        named[id] = {**record, "id": id, "problem": problem} if problem else record
+    result = sorted(named.values(), key=lambda record: record["id"])
+    check_records([record for record in result if "problem" not in record] or result, source=source)
+    if result and all("problem" in record for record in result):
+        raise ValueError(result[0]["problem"])
     return result
+
+
+def _problem(record: Record, source: str) -> str:
+    """Why a scan cannot be used, whatever the others are; "" if it can."""
+    try:
+        check_id(record["id"])
+    except ValueError as error:
+        return str(error)
+    for path in (*record["images"].values(), record.get("label")):
+        if path and path.encode(errors="ignore").decode() != path:
+            return f"{record['id']}: the file name {path!a} is not in UTF-8, as names in tables are: rename it"
+    if record["images"] and not any(record["images"].values()):
+        searched = f" (searched for {source})" if source else ""
+        return f"{record['id']}: no image of {', '.join(record['images'])}{searched}; add it or remove the scan"
+    return ""
 
 
 def check_records(records: Sequence[Record], *, source: str = "") -> None:
     """Check that records form a cohort; `source`, the files that were searched for, is part of the messages.
+
+    Records with a `problem` need an id and the channels only.
 
     Raises:
         ValueError: no records, an id that repeats, cannot be a file name, or would be one file with another id on some
@@ -58,6 +98,7 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
     """
     if not records:
         raise ValueError(f"no scans found{': ' + source if source else ''}; check the folder and the patterns")
+    sound = [record for record in records if "problem" not in record]
     for name, count in Counter(record["id"] for record in records).items():
         check_id(name)
         if count > 1:
@@ -72,9 +113,9 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
                 f"{record['id']}: has the channels {list(record['images'])}, but {records[0]['id']} has "
                 f"{channels}; every scan needs the same ones in the same order"
             )
-        if not any(record["images"].values()):
-            searched = f" (searched for {source})" if source else ""
-            raise ValueError(f"{record['id']}: no image of {', '.join(channels)}{searched}; add it or remove the scan")
+    for record in sound:
+        if problem := _problem(record, source):
+            raise ValueError(problem)
 
 
 def check_distinct(ids: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, find_file, make_record, sorted_records
+from asa.data.io.files import matching_files
 
 LABELS = {1: "wmh"}
 IGNORED = [2]  # other pathology, excluded from losses and scores
@@ -34,7 +35,7 @@ def records(root: str | Path, *, channels: Sequence[str] = tuple(CHANNELS), labe
         raise ValueError(f"data.channels={channels}: choose from [{', '.join(CHANNELS)}]")
     root = existing_folder(root, "the sites, Utrecht, Singapore, ...")
     patterns = [f"{above}/pre/{file}.nii.gz" for above in ("*/*", "*/*/*", "*/*/*/*") for file in CHANNELS.values()]
-    folders = {path.parent.parent for pattern in patterns for path in root.glob(pattern)}
+    folders = {path.parent.parent for pattern in patterns for path in matching_files(root, pattern)}
     result: list[Record] = []
     for folder in folders:
         *above, number = folder.relative_to(root).parts

@@ -1,21 +1,37 @@
-"""DICOM series converted to NIfTI by dcm2niix (Li et al., Journal of Neuroscience Methods 2016)."""
+"""DICOM series converted to NIfTI by dcm2niix (Li et al., Journal of Neuroscience Methods 2016), one at a time.
 
+dcm2niix places the slices of a volume evenly. Whether they lie there is checked against the headers of the series.
+"""
+
+import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from asa.data.io.files import write_whole
-from asa.data.io.nifti import read_image
+import numpy as np
+
+from asa.data.io.files import files_below, write_whole
+from asa.data.io.nifti import GEOMETRY_TOLERANCE, Volume, read_image
+from asa.data.io.tables import csv_text, read_rows
 from asa.errors import require
 
+TABLE = "series.csv"
+COLUMNS = ("id", "subject", "file", "date", "series", "description", "series_uid", "source")
 # What dcm2niix writes beside a volume: resampled without the gantry's tilt, and resampled to even slices.
 CORRECTED, EVEN = re.compile(r"_Tilt(_\d+)?$"), re.compile(r"_Eq(_\d+)?$")
-
-FOUND, USED = r"Found (\d+) DICOM", r"Convert (\d+) DICOM"  # numbers of files in what dcm2niix prints
+NAME = "volume"  # of what dcm2niix writes; endings like _e2, of the second echo, follow
+USED = re.compile(r"^Convert (\d+) DICOM", re.MULTILINE)  # number of files in what dcm2niix prints
+DIRECTORY = "1.2.840.10008.1.3.10"  # class of a DICOMDIR
+TAGS = [
+    *("PatientID", "StudyDate", "SeriesNumber", "SeriesDescription", "SeriesInstanceUID"),
+    *("ImagePositionPatient", "ImageOrientationPatient"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+]
 
 
 @dataclass
@@ -24,12 +40,28 @@ class DicomReport:
 
     written: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class _Series:
+    """Files of one series, the header of the first, and the slices of all.
+
+    Args:
+        slices: normal of the plane and position of its corner, (3,) in RAS+ mm each.
+    """
+
+    header: Any
+    files: list[Path] = field(default_factory=list)
+    slices: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
 def convert_series(source: Path, out: Path) -> DicomReport:
-    """Convert every series in a folder, searched with its subfolders, to `OUT/PATIENT_SERIES.nii.gz`.
+    """Convert every series in a folder, searched with its subfolders, to `OUT/PATIENT_DATE_SERIES.nii.gz`.
 
-    Intensities are those of the modality, HU for CT. A tilted gantry is corrected. Files in `out` are overwritten.
+    Intensities are those of the modality, HU for CT. A tilted gantry is corrected. `OUT/series.csv` says what each
+    volume was made from; `data.table` reads it. A name that belongs to another series is not used again: eight digits
+    that identify the series are added. A series that was converted before is written again.
 
     Args:
         source: folder of DICOM files of any names.
@@ -37,7 +69,7 @@ def convert_series(source: Path, out: Path) -> DicomReport:
 
     Raises:
         FileNotFoundError: no such folder.
-        ImportError: dcm2niix is not installed.
+        ImportError: dcm2niix or pydicom is not installed.
         ValueError: no DICOM series, or an `out` inside the folder.
     """
     if not source.is_dir():
@@ -46,46 +78,182 @@ def convert_series(source: Path, out: Path) -> DicomReport:
         raise ValueError(f"out={out} lies in {source}, whose files are read: choose a folder outside it")
     program = require("dcm2niix", "dicom", "DICOM series").bin
     report = DicomReport()
-    with tempfile.TemporaryDirectory(prefix="asa-") as space:
-        run, found = _converted(program, source, space, "-z", "y", "-d", "9")
-        if not found:
-            said = " ".join((run.stderr or run.stdout).split())[-200:]
-            raise ValueError(f"{source}: dcm2niix finds no DICOM series here ({said})")
-        corrected, uneven = ({mark.sub("", name) for name in found if mark.search(name)} for mark in (CORRECTED, EVEN))
-        for name, path in found.items():
-            if EVEN.search(name) or name in corrected:
-                continue
-            title = re.sub(r"[^A-Za-z0-9_.-]+", "_", CORRECTED.sub("", name))
-            try:
-                if name in uneven:
-                    raise ValueError("its slices are not evenly spaced: one may be missing; complete the series")
-                if min(read_image(path).data.shape) < 2:
-                    raise ValueError("a single slice, not a volume")
-            except ValueError as error:
-                report.failures[title] = str(error).removeprefix(f"{path}: ")
-            else:
-                write_whole(out / f"{title}.nii.gz", path.read_bytes())
-                report.written.append(title)
-    files, used = (sum(map(int, re.findall(count, run.stdout))) for count in (FOUND, USED))
-    if files > used:  # dcm2niix leaves them out, and a volume may have fewer slices than its series
-        for path in _left_out(program, source, found):
-            report.failures[str(path)] = "in no volume: damaged, no image, or of a series with such a file"
+    found, lost = _sorted_by_series(source)
+    if not found:
+        raise ValueError(f"{source}: no DICOM series found here")
+    rows = {row["id"]: row for row in read_rows(out / TABLE)} if (out / TABLE).is_file() else {}
+    for uid, series in sorted(found.items()):
+        with tempfile.TemporaryDirectory(prefix="asa-") as space:
+            said = _run(program, series.files, Path(space))
+            volumes = _volumes(Path(space))
+            if sum(map(int, USED.findall(said))) < len(series.files):  # a volume may have fewer slices than its series
+                lost += [path for path in series.files if not _converts_alone(program, path)] or series.files
+            _keep(uid, series, volumes, said, out, rows, report)
+    for path in lost:
+        report.failures[str(path)] = "in no volume: damaged, no image, or of a series with such a file"
     return report
 
 
-def _converted(program: str, source: Path, space: str, *options: str) -> tuple[Any, dict[str, Path]]:
-    """The run of dcm2niix on a folder or a file, and the volumes that it wrote, by PATIENT_SERIES."""
-    command = [program, "-b", "n", *options, "-f", "%i_%s", "-o", space, str(source.absolute())]
+def _converts_alone(program: str, path: Path) -> bool:
+    """Whether dcm2niix makes a volume of a file."""
+    with tempfile.TemporaryDirectory(prefix="asa-") as space:
+        _run(program, [path], Path(space))
+        return bool(_volumes(Path(space)))
+
+
+def _keep(
+    uid: str,
+    series: _Series,
+    volumes: dict[str, Path],
+    said: str,
+    out: Path,
+    rows: dict[str, dict[str, str]],
+    report: DicomReport,
+) -> None:
+    """Write the volumes of a series that are sound, after their rows of the table."""
+    base = _title(uid, series, volumes, out, rows)
+    sound: dict[str, Path] = {}
+    for ending, path in volumes.items():
+        title = f"{base}{ending}"
+        try:
+            volume = read_image(path)
+            if min(volume.data.shape) < 2:
+                raise ValueError("a single slice, not a volume")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                check_slices(volume, series.slices)
+        except ValueError as error:
+            report.failures[title] = str(error).removeprefix(f"{path}: ")
+        else:
+            sound[title] = path
+            told = [line.removeprefix("Warning: ") for line in said.splitlines() if line.startswith("Warning: ")]
+            found = [*(str(one.message) for one in caught), *(f"dcm2niix says: {line}" for line in told)]
+            if found:
+                report.warnings[title] = found
+    about = series.header
+    for title in sound:
+        rows[title] = {
+            "id": title,
+            "subject": _clean(about.get("PatientID")),
+            "file": f"{title}.nii.gz",
+            "date": str(about.get("StudyDate") or ""),
+            "series": str(about.get("SeriesNumber") or ""),
+            "description": " ".join(str(about.get("SeriesDescription") or "").split()),
+            "series_uid": uid,
+            "source": str(series.files[0].parent.absolute()),
+        }
+    if sound:
+        table = ([row.get(column, "") for column in COLUMNS] for _, row in sorted(rows.items()))
+        write_whole(out / TABLE, csv_text(COLUMNS, table).encode(errors="replace"))
+    for title, path in sound.items():
+        write_whole(out / f"{title}.nii.gz", path.read_bytes())
+        report.written.append(title)
+
+
+def _title(uid: str, series: _Series, endings: Iterable[str], out: Path, rows: dict[str, dict[str, str]]) -> str:
+    """The name of a series' volumes, PATIENT_DATE_SERIES, made unique where another series has it."""
+    about = series.header
+    parts = [_clean(about.get(key)) for key in ("PatientID", "StudyDate", "SeriesNumber")]
+    title = "_".join([parts[0] or "unknown", *(part for part in parts[1:] if part)])
+    for name in [f"{title}{ending}" for ending in endings]:
+        owner = rows[name].get("series_uid") if name in rows else None
+        if owner != uid and (owner is not None or (out / f"{name}.nii.gz").exists()):
+            return f"{title}_{hashlib.sha256(uid.encode(errors='replace')).hexdigest()[:8]}"
+    return title
+
+
+def _clean(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", str(value or ""))[:64].strip("_.")
+
+
+def _sorted_by_series(source: Path) -> tuple[dict[str, _Series], list[Path]]:
+    """Series by their UID, and the DICOM files that name no series."""
+    pydicom = require("pydicom", "dicom", "DICOM series")
+    found: dict[str, _Series] = {}
+    damaged: list[Path] = []
+    for path in files_below(source):
+        header: Any = {}
+        marked = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pydicom, about values that are not read here
+            try:
+                with path.open("rb") as file:
+                    marked = file.read(132)[128:] == b"DICM"
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
+                if str(getattr(header.file_meta, "MediaStorageSOPClassUID", "")) == DIRECTORY:
+                    continue
+                uid, slices = str(header.get("SeriesInstanceUID") or ""), _slices(header)
+            except Exception:  # of many types, for a file of any content
+                uid, slices = "", []
+        if marked and not uid:
+            damaged.append(path)
+        if uid:
+            series = found.setdefault(uid, _Series(header))
+            series.files.append(path)
+            series.slices += slices
+    return found, damaged
+
+
+def _slices(header: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Normal and position of each slice of a file, which has one, or several in a multi-frame image."""
+    shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    frames = header.get("PerFrameFunctionalGroupsSequence") or [header]
+    found = []
+    for frame in frames:
+        orientation = (frame.get("PlaneOrientationSequence") or shared.get("PlaneOrientationSequence") or [header])[0]
+        position = (frame.get("PlanePositionSequence") or [frame])[0]
+        axes, corner = orientation.get("ImageOrientationPatient"), position.get("ImagePositionPatient")
+        if axes and corner:
+            row, column, place = (np.array(part, dtype=np.float64) for part in (axes[:3], axes[3:6], corner))
+            lps = np.array([-1, -1, 1])  # DICOM's axes to RAS+
+            found.append((np.cross(row, column) * lps, place * lps))
+    return found
+
+
+def check_slices(volume: Volume, slices: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Check that every slice of a volume lies where the header of a slice says, with a warning if no header does.
+
+    Args:
+        volume: converted.
+        slices: normal and position of the slices of its series, (3,) in RAS+ mm each; of other directions, too.
+
+    Raises:
+        ValueError: a slice is more than 0.1 mm from all of them.
+    """
+    directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    for axis in (2, 1, 0):  # dcm2niix stacks slices along the third
+        normal = np.cross(directions[:, axis - 2], directions[:, axis - 1])
+        normal /= np.linalg.norm(normal)
+        stated = np.unique([position @ normal for direction, position in slices if abs(direction @ normal) > 0.9999])
+        if len(stated) > 1:
+            break
+    else:
+        warnings.warn("its headers do not say where each slice lies, so the spacing is not checked", stacklevel=2)
+        return
+    planes = volume.affine[:3, 3] @ normal + np.arange(volume.data.shape[axis]) * (volume.affine[:3, axis] @ normal)
+    apart = np.abs(planes[:, None] - stated).min(axis=1).max()
+    if apart > GEOMETRY_TOLERANCE:
+        steps = np.diff(stated)
+        raise ValueError(
+            f"its slices are not evenly spaced ({np.median(steps):.2f} mm, and one gap of {steps.max():.2f} mm), so "
+            f"that some would be {apart:.1f} mm from their place: one may be missing; complete the series"
+        )
+
+
+def _run(program: str, files: list[Path], space: Path) -> str:
+    """Convert the files of one series to `SPACE/volume*.nii.gz`; what dcm2niix prints."""
+    folder = space / "series"
+    folder.mkdir()
+    for number, path in enumerate(files):
+        (folder / f"{number:06d}").symlink_to(path.absolute())
+    command = [program, "-b", "n", "-z", "y", "-f", NAME, "-o", str(space), str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    return run, {path.name.partition(".nii")[0]: path for path in sorted(Path(space).glob("*.nii*"))}
+    return f"{run.stdout}\n{run.stderr}"
 
 
-def _left_out(program: str, source: Path, found: Collection[str]) -> Iterator[Path]:
-    """The DICOM files whose volume was not found: each is read alone."""
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            is_dicom = file.read(132)[128:] == b"DICM"
-        if is_dicom:
-            with tempfile.TemporaryDirectory(prefix="asa-") as space:
-                if not _converted(program, path, space, "-z", "n", "-s", "y")[1].keys() & found:
-                    yield path
+def _volumes(space: Path) -> dict[str, Path]:
+    """The volumes of a series by the ending that dcm2niix gave them, without uncorrected and resampled copies."""
+    found = {path.name.removesuffix(".nii.gz").removeprefix(NAME): path for path in space.glob(f"{NAME}*.nii.gz")}
+    corrected = {CORRECTED.sub("", ending) for ending in found if CORRECTED.search(ending)}
+    kept = {ending: path for ending, path in sorted(found.items()) if ending not in corrected}
+    return {CORRECTED.sub("", ending): path for ending, path in kept.items() if not EVEN.search(ending)}

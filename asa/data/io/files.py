@@ -1,11 +1,13 @@
 """Files written atomically, with bytes that depend on their content only; and text that is read with the file named."""
 
 import errno
+import fnmatch
 import gzip
 import hashlib
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,13 @@ from typing import IO, Any, NoReturn
 
 import yaml
 
+from asa.errors import one_line
+
 LARGEST_YAML = 100_000  # values in a configuration; a repeated alias makes billions of a few lines
 LONGEST_ID = 200  # bytes; file systems allow names of 255
 DIGESTS = "digests.json"  # SHA-256 of files in its folder, by name
+ANNEX = b"/annex/objects/"  # in the links of git-annex, and at the beginning of its pointer files
+NOT_HERE = "its content is not here, only a link of git-annex: run datalad get or git annex get in its dataset"
 PART = ".part"  # ending of a file while it is written; an interruption may leave one behind
 
 
@@ -51,6 +57,54 @@ def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
         if error.errno != errno.ELOOP:
             raise
         raise OSError(f"{path}: is a symbolic link, and nothing is written through one: remove it") from None
+
+
+def files_below(root: str | Path) -> list[Path]:
+    """All files below a folder, sorted; see `matching_files`."""
+    return matching_files(root, "**/*")
+
+
+def matching_files(root: str | Path, pattern: str) -> list[Path]:
+    """The files below a folder that a glob matches, sorted; links to folders are followed, by ** too.
+
+    Python's own search passes over links, and over folders that cannot be read. Here a warning names such a folder, and
+    a link to a folder that contains it, which is not followed twice.
+
+    Args:
+        root: the folder.
+        pattern: as of `Path.glob`: *, ?, [abc], and ** for any number of folders.
+    """
+    found: set[Path] = set()
+    passed: dict[Path, str] = {}
+
+    def search(folder: Path, parts: tuple[str, ...], above: tuple[tuple[int, int], ...]) -> None:
+        try:
+            status = folder.stat()
+            mark = (status.st_dev, status.st_ino)
+            if mark in above:
+                passed[folder] = "a link to a folder that contains it"
+                return
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            passed[folder] = error.strerror or one_line(error)
+            return
+        part, rest = parts[0], parts[1:]
+        if part == "**":
+            search(folder, rest or ("*",), above)
+        for entry in entries:
+            path = folder / entry.name
+            if part != "**" and not fnmatch.fnmatchcase(entry.name, part):
+                continue
+            if entry.is_dir():
+                if part == "**" or rest:
+                    search(path, parts if part == "**" else rest, (*above, mark))
+            elif not rest and part != "**":
+                found.add(path)
+
+    search(Path(root), Path(pattern).parts, ())
+    for folder, reason in sorted(passed.items()):
+        warnings.warn(f"{folder}: not searched ({reason})", stacklevel=2)
+    return sorted(found)
 
 
 @contextmanager
@@ -187,10 +241,26 @@ def sha256_of(path: str | Path) -> str:
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
+    check_present(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_present(path: Path) -> None:
+    """Check that a file is there, and its content, which git-annex (DataLad) may have left elsewhere.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            pointer = file.read(len(ANNEX)) == ANNEX
+    else:
+        pointer = path.is_symlink() and ANNEX.decode() in os.readlink(path)
+    if pointer:
+        raise FileNotFoundError(f"{path}: {NOT_HERE}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
 
 
 def write_digests(folder: Path, names: Iterable[str]) -> None:

@@ -1,4 +1,6 @@
-"""Read and check NIfTI and Analyze files, write NIfTI, and reorient arrays to RAS+ and back without interpolation.
+"""Read and check NIfTI, Analyze, FreeSurfer's, NRRD and MetaImage files, write NIfTI and FreeSurfer's, and reorient.
+
+Arrays are brought to RAS+ and back without interpolation.
 
 Arrays are (x, y, z) in the axes of the file.
 """
@@ -9,6 +11,7 @@ import io
 import itertools
 import math
 import os
+import re
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,15 +24,24 @@ import nibabel as nib
 import numpy as np
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage
 
-from asa.data.io.files import gzipped, write_whole
-from asa.errors import one_line, reason_of
+from asa.data.io.files import ANNEX, check_present, gzipped, write_whole
+from asa.errors import one_line, reason_of, require
 
-IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz")
+FREESURFER = (".mgz", ".mgh")
+ITK = (".nrrd", ".mha")  # read by SimpleITK (extra prepare)
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz", *FREESURFER, *ITK)
+VOLUME_ENDINGS = (".nii.gz", ".nii", *FREESURFER, *ITK)  # of one file each, which stores an orientation
 LONGEST_HEADER = 1 << 20  # bytes, with the extensions of a NIfTI file
 LARGEST_OFFSET = 1 << 30  # of the voxels in their file, in bytes
 PADDING = 1 << 16  # bytes after the voxels that are accepted
+TAGS = 1 << 22  # the same in FreeSurfer's files, which keep a colour table and a history there
 GEOMETRY_TOLERANCE = 0.1  # mm between the corners of two volumes on the same grid
+
+ITK_SHEAR = 2e-4  # cosine between two axes, above which ITK refuses a file (SimpleITK 2.5)
+LARGEST_DISAGREEMENT = 1.0  # mm between the corners by qform and by sform, above which a warning is given
+NEARLY_WHOLE = 0.02  # a label map stored with a slope of many digits is off by this much
 
 
 @dataclass(frozen=True)
@@ -47,11 +59,14 @@ class Volume:
     header: Any
 
 
-def read_image(path: str | Path) -> Volume:
+def read_image(path: str | Path, *, nan: str = "refuse") -> Volume:
     """Read an image as float32.
 
     Args:
-        path: `.nii`, `.nii.gz`, or either file of an Analyze or NIfTI pair (`.hdr`/`.img`, also gzipped).
+        path: `.nii`, `.nii.gz`, either file of an Analyze or NIfTI pair (`.hdr`/`.img`, also gzipped), `.mgz` or `.mgh`
+            of FreeSurfer, or `.nrrd` or `.mha` with its voxels in the same file.
+        nan: "refuse", or "zero" for a background of NaN, which reaches the border of the volume: it becomes 0, with a
+            warning. NaN anywhere else, and inf, are refused.
 
     Returns:
         The volume, (x, y, z) float32, with the header's intensity scaling applied.
@@ -59,9 +74,10 @@ def read_image(path: str | Path) -> Volume:
     Raises:
         FileNotFoundError: the file, or the other file of its pair, is missing.
         ValueError: empty, damaged, not an image, NaN or inf, not 3-D, or without a valid affine.
+        ImportError: a `.nrrd` or `.mha` without SimpleITK.
     """
     image = _load(path)
-    return Volume(_three_d(_intensities(image, path), path), _affine(image, path), image.header)
+    return Volume(_three_d(_intensities(image, path, nan), path), _affine(image, path), image.header)
 
 
 def read_slice(path: str | Path) -> np.ndarray:
@@ -81,7 +97,7 @@ def read_slice(path: str | Path) -> np.ndarray:
 
 
 def read_label(path: str | Path) -> Volume:
-    """Read a label map as integers.
+    """Read a label map as integers; values that are all within 0.02 of one are rounded, with a warning.
 
     Args:
         path: as in `read_image`.
@@ -97,13 +113,15 @@ def read_label(path: str | Path) -> Volume:
     data = _voxels(image, path)
     if data.dtype.kind == "f":
         whole = np.rint(data)
-        wrong = ~np.isclose(data, whole, rtol=0, atol=1e-4)  # NaN and inf are never close
+        wrong = ~np.isclose(data, whole, rtol=0, atol=NEARLY_WHOLE)  # NaN and inf are never close
         if wrong.any():
             value = data[wrong].flat[0]
             raise ValueError(
                 f"{path}: {int(wrong.sum())} label values are not whole numbers (one is {value:g}); "
                 "give a label map that was resampled with nearest neighbour"
             )
+        if (off := np.abs(data - whole).max()) > 1e-4:
+            warnings.warn(f"{path}: label values are up to {off:.3f} from whole numbers, and are rounded", stacklevel=2)
         data = whole
     data = data.astype(_label_dtype(data, path), order="F")
     return Volume(_three_d(data, path), _affine(image, path), image.header)
@@ -116,7 +134,7 @@ def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
     need it, with slope 1. The file is written atomically, and equal input gives equal bytes.
 
     Args:
-        path: `.nii` or `.nii.gz`.
+        path: `.nii`, `.nii.gz`, or `.mgz` or `.mgh`, which has the affine only.
         data_xyz: integers or bool, of the shape of `like`, in the axes of its file.
         like: the volume that defines the grid.
 
@@ -140,7 +158,7 @@ def write_image(
     """Write an image atomically, in units of mm.
 
     Args:
-        path: `.nii` or `.nii.gz`.
+        path: `.nii`, `.nii.gz`, `.mgz` or `.mgh`.
         data_xyz: (x, y, z).
         affine: (4, 4), voxel index to mm in RAS+; written as both sform and qform, code 1 (scanner).
         dtype: type on disk; values are rounded for integer types.
@@ -239,13 +257,18 @@ def check_same_geometry(a: Volume, b: Volume, what: str) -> None:
     """
     if a.data.shape != b.data.shape:
         raise ValueError(f"{what}: shapes {a.data.shape} and {b.data.shape} differ; resample one onto the other first")
-    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, size - 1) for size in a.data.shape))])
-    apart = np.linalg.norm((corners @ (a.affine - b.affine).T)[:, :3], axis=1).max()
+    apart = _corners_apart(a.affine, b.affine, a.data.shape)
     if apart > GEOMETRY_TOLERANCE:
         raise ValueError(
             f"{what}: same shape, but their corners are {apart:.2f} mm apart (at most {GEOMETRY_TOLERANCE}); "
             "resample one onto the other, or copy the correct header"
         )
+
+
+def _corners_apart(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+    """The largest distance in mm between the corners of two grids of one shape."""
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, size - 1) for size in shape))])
+    return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
 
 
 def to_ras(data_xyz: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
@@ -293,19 +316,34 @@ def check_memory(voxels: float, what: str) -> None:
 
 def _read(path: Path, limit: int) -> bytes:
     """The first `limit` bytes of a file, decompressed; a file that ends earlier has the length and CRC of its gzip."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
+    check_present(path)
     if not path.stat().st_size:
         raise ValueError(f"{path}: the file is empty; copy or download it again")
+    with path.open("rb") as file:
+        beginning = file.read(len(ANNEX))
+    zipped, named = beginning.startswith(b"\x1f\x8b"), path.suffix in (".gz", ".mgz")
+    if zipped != named and path.suffix not in ITK:
+        warnings.warn(
+            f"{path}: is {'' if zipped else 'not '}compressed by gzip, though its name says otherwise; it is read as "
+            f"it is, but other programs refuse it: rename it to {_renamed(path)}",
+            stacklevel=2,
+        )
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path) if zipped else path.open("rb") as file:
             return file.read(limit)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated gzip ({error}); copy or download it again") from None
 
 
-def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int) -> bytes:
-    """The file with the voxels, if it holds what its header announces and at most `PADDING` bytes more.
+def _renamed(path: Path) -> str:
+    """The name of a file whose ending says that it is compressed, or not, when it is not, or is."""
+    if path.suffix in FREESURFER:
+        return path.with_suffix(".mgh" if path.suffix == ".mgz" else ".mgz").name
+    return path.name.removesuffix(".gz") if path.suffix == ".gz" else f"{path.name}.gz"
+
+
+def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int, padding: int = PADDING) -> bytes:
+    """The file with the voxels, if it holds what its header announces and at most `padding` bytes more.
 
     A gzip file of a few bytes may hold any number of them, and a header may announce any number of voxels.
     """
@@ -314,10 +352,10 @@ def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int)
         raise ValueError(f"{path}: its header announces shape {tuple(shape)} from byte {start} on; convert it again")
     check_memory(voxels, f"{path}: shape {tuple(shape)}")
     size = start + voxels * itemsize
-    payload = _read(path, size + PADDING + 1)
+    payload = _read(path, size + padding + 1)
     if len(payload) < size:
         raise ValueError(f"{path}: truncated: {len(payload)} of {size} bytes; copy or download it again")
-    if len(payload) > size + PADDING:
+    if len(payload) > size + padding:
         raise ValueError(f"{path}: holds more than the {size} bytes that its header announces; convert it again")
     return payload
 
@@ -327,14 +365,19 @@ def _load(path: str | Path) -> Any:
     path = Path(path)
     if not path.name.endswith(IMAGE_ENDINGS):
         raise ValueError(f"{path}: not an image that asa reads; give one of {', '.join(IMAGE_ENDINGS)}")
+    if path.name.endswith(ITK):
+        return _load_itk(path)
     stem = path.name.removesuffix(".gz")
-    kind: Any = nib.Nifti1Image
-    single = stem.endswith(".nii")
+    freesurfer = path.name.endswith(FREESURFER)
+    kind: Any = nib.MGHImage if freesurfer else nib.Nifti1Image
+    single = stem.endswith(".nii") or freesurfer
     files = [path] if single else [path, _partner(path)]
     if stem.endswith(".img"):
         files.reverse()
     beginning = _read(files[0], LONGEST_HEADER)
-    if single and 540 in (int.from_bytes(beginning[:4], order) for order in ("little", "big")):  # size of the header
+    if (
+        single and not freesurfer and 540 in (int.from_bytes(beginning[:4], order) for order in ("little", "big"))
+    ):  # size of the header
         kind = nib.Nifti2Image
     elif not single:
         kind = nib.Nifti1Pair if beginning[344:347] == b"ni1" else nib.AnalyzeImage
@@ -342,10 +385,51 @@ def _load(path: str | Path) -> Any:
         header = kind.header_class.from_fileobj(io.BytesIO(beginning))
         announced = int(header.get_data_offset()), tuple(map(int, header.get_data_shape()))
         itemsize = header.get_data_dtype().itemsize
-    pixels = _read_announced(files[-1], *announced, itemsize)
+    pixels = _read_announced(files[-1], *announced, itemsize, TAGS if freesurfer else PADDING)
     with _named(path):
         parts = {"image": pixels} if single else {"header": beginning, "image": pixels}
-        return kind.from_file_map({name: FileHolder(fileobj=io.BytesIO(part)) for name, part in parts.items()})
+        image = kind.from_file_map({name: FileHolder(fileobj=io.BytesIO(part)) for name, part in parts.items()})
+        if freesurfer:  # nibabel replaces the orientation of a file that states none
+            image.header["goodRASFlag"] = int.from_bytes(beginning[28:30], "big")
+        return image
+
+
+def _load_itk(path: Path) -> Any:
+    """A NRRD or MetaImage file as a nibabel image, whose header says what the file says of its grid."""
+    sitk = require("SimpleITK", "prepare", f"{path.suffix} files")
+    beginning = _read(path, LONGEST_HEADER)
+    text = beginning.split(b"\n\n" if path.suffix == ".nrrd" else b"ElementDataFile", 1)[0].decode("latin-1").lower()
+    local = path.suffix == ".nrrd" or re.search(rb"ElementDataFile\s*=\s*LOCAL", beginning)
+    if re.search(r"^data ?file:", text, re.MULTILINE) or not local:
+        raise ValueError(f"{path}: its voxels lie in another file; write both as one, or as NIfTI")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        check_memory(math.prod(reader.GetSize()), f"{path}: shape {reader.GetSize()}")
+        image = reader.Execute()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"{path}: not a {path.suffix} image, or damaged ({reason}); copy or convert it again"
+        ) from None
+    dimension = image.GetDimension()
+    affine = np.eye(4)
+    if dimension == 3:
+        affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+        affine[:3, 3] = image.GetOrigin()
+        affine = np.diag([-1.0, -1, 1, 1]) @ affine  # ITK's axes are LPS
+    data = sitk.GetArrayFromImage(image)
+    vector = image.GetNumberOfComponentsPerPixel() > 1  # its components are the last axis
+    data = data.transpose([*reversed(range(dimension)), *([dimension] if vector else [])])
+    states = (
+        r"^space: *(left-posterior|right-anterior|left-anterior|lp|ra|la)-?s"
+        if path.suffix == ".nrrd"
+        else r"^(transformmatrix|rotation|orientation)\s*="
+    )
+    found = nib.Nifti1Image(data, affine)
+    found.header.set_sform(affine, code=1 if re.search(states, text, re.MULTILINE) else 0)
+    return found
 
 
 @contextmanager
@@ -376,12 +460,32 @@ def _voxels(image: Any, path: str | Path) -> np.ndarray:
         raise ValueError(f"{path}: its voxels cannot be read ({one_line(error)}); copy or convert it again") from None
 
 
-def _intensities(image: Any, path: str | Path) -> np.ndarray:
+def _intensities(image: Any, path: str | Path, nan: str = "refuse") -> np.ndarray:
     """The voxels as float32, all of them finite."""
     data = _voxels(image, path).astype(np.float32, order="F", copy=False)
-    if count := data.size - np.count_nonzero(np.isfinite(data)):
-        raise ValueError(f"{path}: {count} voxels are NaN or infinite; repair the image or leave the case out")
+    wrong = ~np.isfinite(data)
+    if nan == "zero" and (background := _outside(np.isnan(data))).any():
+        data = np.where(background, np.float32(0), data)
+        wrong &= ~background
+        warnings.warn(f"{path}: {background.sum()} voxels of the background are NaN, and are set to 0", stacklevel=3)
+    if count := np.count_nonzero(wrong):
+        where = " inside the head" if nan == "zero" else ""
+        advice = "" if where else ", or set prepare.nan=zero if they are its background"
+        raise ValueError(
+            f"{path}: {count} voxels{where} are NaN or infinite; repair the image or leave the case out{advice}"
+        )
     return data
+
+
+def _outside(mask: np.ndarray) -> np.ndarray:
+    """The connected parts of a mask that reach the border of the volume, along an axis of more than one voxel."""
+    parts, count = ndimage.label(mask)
+    reached = np.zeros(count + 1, bool)
+    for axis, size in enumerate(mask.shape):
+        if size > 1:
+            for end in (0, size - 1):
+                reached[np.unique(parts.take(end, axis=axis))] = True
+    return np.asarray(reached[parts] & mask)
 
 
 def _three_d(data: np.ndarray, path: str | Path) -> np.ndarray:
@@ -396,7 +500,7 @@ def _three_d(data: np.ndarray, path: str | Path) -> np.ndarray:
 
 def _affine(image: Any, path: str | Path) -> np.ndarray:
     header = image.header
-    if not _is_nifti(header):
+    if isinstance(header, nib.AnalyzeImage.header_class) and not _is_nifti(header):
         warnings.warn(
             f"{path}: Analyze stores no orientation; assumed to be {axis_codes(image.affine)}; check left and right, "
             "and state the orientation with asa-orient if this is wrong",
@@ -404,10 +508,10 @@ def _affine(image: Any, path: str | Path) -> np.ndarray:
         )
     elif not _stores_orientation(header):
         raise ValueError(
-            f"{path}: no orientation (qform and sform codes are both 0); find out the directions of its axes, left and "
-            "right above all, and state them with asa-orient"
+            f"{path}: no orientation{' (qform and sform codes are both 0)' if '.nii' in Path(path).name else ''}; find "
+            "out the directions of its axes, left and right above all, and state them with asa-orient"
         )
-    else:
+    elif _is_nifti(header):
         _compare_codes(header, path)
     affine = np.asarray(image.affine, dtype=np.float64)
     spacing = spacing_of(affine)
@@ -417,19 +521,50 @@ def _affine(image: Any, path: str | Path) -> np.ndarray:
 
 
 def _compare_codes(header: Any, path: str | Path) -> None:
-    """Warn if qform and sform disagree: exchanged sides cannot be seen in a nearly symmetric brain."""
-    if int(header["qform_code"]) and int(header["sform_code"]):
-        try:
-            codes = axis_codes(header.get_qform()), axis_codes(header.get_sform())
-        except (HeaderDataError, ValueError):
-            return  # not a rotation, or singular, which is checked separately
-        if codes[0] != codes[1]:
+    """Warn if qform and sform disagree, of which nibabel reads the sform and ITK the qform; or if ITK refuses both."""
+    qform, sform = int(header["qform_code"]), int(header["sform_code"])
+    try:
+        if not qform and _shear(header.get_sform()) > ITK_SHEAR:
             warnings.warn(
-                f"{path}: qform is {codes[0]}, but sform is {codes[1]} (used); check left and right", stacklevel=4
+                f"{path}: the axes of its sform are not at right angles ({_shear(header.get_sform()):.1%} shear), and "
+                "it has no qform: tools with ITK (ITK-SNAP, Slicer, ANTs) refuse it, and label maps on its grid",
+                stacklevel=4,
             )
+        if not qform or not sform:
+            return
+        affines = [header.get_qform(), header.get_sform()]
+        codes = [axis_codes(affine) for affine in affines]
+        turn, apart = _difference(affines[0], affines[1], header.get_data_shape()[:3])
+    except (HeaderDataError, ValueError, np.linalg.LinAlgError):
+        return  # not a rotation, or singular, which is checked separately
+    if codes[0] != codes[1]:
+        warnings.warn(
+            f"{path}: qform is {codes[0]}, but sform is {codes[1]} (used); check left and right", stacklevel=4
+        )
+    elif apart > LARGEST_DISAGREEMENT:
+        warnings.warn(
+            f"{path}: qform and sform (used) differ by {turn:.1f} degrees and up to {apart:.1f} mm: tools that read "
+            "the qform, like those with ITK, show the head in another place; make both the same",
+            stacklevel=4,
+        )
+
+
+def _shear(affine: np.ndarray) -> float:
+    """The largest cosine between two axes of a grid, 0 for right angles."""
+    axes = affine[:3, :3] / spacing_of(affine)
+    return float(np.abs(axes.T @ axes - np.eye(3)).max())
+
+
+def _difference(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> tuple[float, float]:
+    """The angle between two affines in degrees, and the largest distance of a corner of the volume in mm."""
+    axes = [affine[:3, :3] / spacing_of(affine) for affine in (one, other)]
+    cosine = (np.trace(axes[0].T @ axes[1]) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), _corners_apart(one, other, shape)
 
 
 def _stores_orientation(header: Any) -> bool:
+    if isinstance(header, nib.MGHImage.header_class):
+        return int(header["goodRASFlag"]) == 1
     return _is_nifti(header) and bool(int(header["qform_code"]) or int(header["sform_code"]))
 
 
@@ -447,8 +582,12 @@ def _label_dtype(data: np.ndarray, path: str | Path) -> np.dtype:
 
 def _write(path: str | Path, image: Any, dtype: np.dtype) -> None:
     path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{path}: images are written as .nii or .nii.gz; change the ending")
+    if not path.name.endswith((".nii", ".nii.gz", *FREESURFER)):
+        raise ValueError(f"{path}: images are written as .nii, .nii.gz, .mgz or .mgh; change the ending")
+    if path.name.endswith(FREESURFER):
+        payload = nib.MGHImage(np.asarray(image.dataobj, dtype), image.affine).to_bytes()
+        write_whole(path, gzipped(payload) if path.suffix == ".mgz" else payload)
+        return
     image.header.set_data_dtype(dtype)
     image.header.set_slope_inter(1, 0)
     payload = image.to_bytes()

@@ -3,7 +3,8 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,44 @@ def read_column(
         if value not in empty:
             values[name] = value
     own = NAMED_BY[key]
-    found = {record["id"]: values[record[own]] for record in records if record[own] in values}
+    names = match_names(path, values, {record[own] for record in records})
+    found = {record["id"]: values[names[record[own]]] for record in records if record[own] in names}
     if not found:
         raise ValueError(f"{path}: no {key} of its {len(values)} rows is one of the scans, like {records[0][own]}")
+    return found
+
+
+def match_names(path: str | Path, listed: Collection[str], names: Collection[str]) -> dict[str, str]:
+    """Which name in a table is meant by a name of a scan or subject: the same, or the same without sub- and zeros.
+
+    A name that several of the others may mean is left out. Warnings say which names were matched in this way, and how
+    many of the table match none.
+
+    Args:
+        path: of the table, for the warnings.
+        listed: the names in the table.
+        names: of scans or subjects.
+
+    Returns:
+        Name of a scan or subject -> name in the table, for those that match.
+    """
+    found = {name: name for name in names if name in listed}
+    loose: dict[str, tuple[list[str], list[str]]] = {}
+    for side, texts in enumerate((names, listed)):
+        for text in sorted(set(texts) - found.keys()):
+            loose.setdefault(text.removeprefix("sub-").lstrip("0"), ([], []))[side].append(text)
+    near = {ours[0]: theirs[0] for ours, theirs in loose.values() if len(ours) == len(theirs) == 1}
+    if near:
+        name, text = min(near.items())
+        warnings.warn(f"{path}: {len(near)} names differ in sub- or zeros, so {text} is taken for {name}", stacklevel=3)
+    found |= near
+    lone, without = sorted(set(listed) - set(found.values())), sorted(set(names) - found.keys())
+    if lone and without:
+        warnings.warn(
+            f"{path}: {len(lone)} of its {len(listed)} names match none here, like {lone[0]}, and {len(without)} here "
+            f"are not in it, like {without[0]}: compare their spelling",
+            stacklevel=3,
+        )
     return found
 
 

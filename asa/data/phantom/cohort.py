@@ -17,10 +17,18 @@ from asa.data.io.files import read_json, write_json
 from asa.data.io.nifti import write_image
 from asa.data.phantom.anatomy import ASYMMETRY, Template, blend, load_template, make_subject, take_image, tissue_label
 from asa.data.phantom.lesions import Lesion, hyperintensities, plan_tumour, tumour
-from asa.data.phantom.structures import structure_label
+from asa.data.phantom.structures import aseg_label, structure_label
 from asa.data.preprocessing.registration import NAME
 
-KINDS = ("t1", "ibsr", "wmh", "brats", "structures")  # the index of a kind is part of its seeds: append only
+KINDS = (
+    "t1",
+    "ibsr",
+    "wmh",
+    "brats",
+    "structures",
+    "freesurfer",
+)  # the index of a kind is part of its seeds: append only
+SIDED = ("structures", "freesurfer")  # kinds with deep structures, by side in the last one
 SITES = ("Utrecht", "Singapore", "Amsterdam/GE3T")  # of the WMH challenge
 
 
@@ -42,8 +50,9 @@ def make_cohort(
 
     Args:
         kind: "t1" (BIDS, unlabelled), "ibsr" (IBSR_18 with CSF, GM, WM), "wmh" (WMH challenge: T1 and FLAIR,
-            labels 1 lesion, 2 other pathology), "brats" (T1, T1Gd, T2, FLAIR and a tumour), or "structures" (T1 with
-            the deep structures of `asa.data.phantom.structures`, in one folder).
+            labels 1 lesion, 2 other pathology), "brats" (T1, T1Gd, T2, FLAIR and a tumour), "structures" (T1 with
+            the deep structures of `asa.data.phantom.structures`, in one folder), or "freesurfer" (FreeSurfer's layout:
+            the same structures, the cortex and the white matter, by side).
         subjects: number of subjects.
         seed: random seed.
         out: folder of the cohort.
@@ -80,7 +89,7 @@ def make_cohort(
         "asymmetry": ASYMMETRY,
         "names": names,
     }
-    template = load_template(rim=rim, ventricles=kind == "wmh", structures=kind == "structures")
+    template = load_template(rim=rim, ventricles=kind == "wmh", structures=kind in SIDED)
     _claim(out, about)
     written: list[Path] = []
     for number in tqdm(range(1, subjects + 1), desc=f"phantom {kind}", unit="subject", disable=not progress):
@@ -124,6 +133,9 @@ def _files(out: Path, kind: str, number: int, names: int) -> tuple[dict[str, Pat
     if kind == "structures":
         name = f"subject_{number:03d}"
         return {"t1": out / f"{name}_T1.nii.gz"}, out / f"{name}_structures.nii.gz", out / f"{name}.json"
+    if kind == "freesurfer":
+        folder = out / f"subject_{number:03d}"
+        return {"t1": folder / "mri" / "T1.mgz"}, folder / "mri" / "aseg.mgz", folder / "phantom.json"
     if kind == "wmh":
         folder = out / SITES[(number - 1) % len(SITES)] / str(number)
         images = {modality: folder / "pre" / f"{file}.nii.gz" for modality, file in wmh.CHANNELS.items()}
@@ -154,6 +166,8 @@ def _write_subject(template: Template, out: Path, number: int, seed: int, about:
         label = tissue_label(subject)
     elif kind == "structures":
         label = structure_label(subject.maps, subject.brain)
+    elif kind == "freesurfer":
+        label = aseg_label(structure_label(subject.maps, subject.brain), tissue_label(subject))
     quality = {"wmh": (0.8, 1.0, 1.5)[(number - 1) % len(SITES)]}.get(kind, 1.0)
 
     affine = np.diag([resolution, resolution, resolution, 1.0])

@@ -35,6 +35,11 @@ ELLIPSOIDS: dict[str, tuple[bool, tuple[Ellipsoid, ...]]] = {
 }
 STRUCTURES = dict(enumerate(("ventricle", *ELLIPSOIDS), start=1))
 
+# FreeSurfer's values of the structures and of CSF, GM and WM elsewhere, on the left, and what they are on the right.
+_ASEG = np.array([0, 4, 10, 11, 12, 17, 16], np.uint8)
+_ASEG_TISSUES = np.array([0, 24, 3, 2], np.uint8)
+ASEG_SIDES = {2: 41, 3: 42, 4: 43, 10: 49, 11: 50, 12: 51, 17: 53}
+
 
 def structure_maps(fractions: np.ndarray, centre: np.ndarray) -> dict[str, np.ndarray]:
     """The structures' bool masks (D, H, W), by name, which do not overlap.
@@ -74,6 +79,23 @@ def structure_label(maps: dict[str, Tensor], brain: Tensor) -> np.ndarray:
     for value, name in STRUCTURES.items():
         label[((maps[name] > 0.5) & brain).numpy()] = value
     return label
+
+
+def aseg_label(structures: np.ndarray, tissues: np.ndarray) -> np.ndarray:
+    """Label map (D, H, W) of FreeSurfer's values: the structures, and the rest as cortex, white matter or CSF.
+
+    The sides are those of the middle of the volume.
+
+    Args:
+        structures: values of `STRUCTURES`.
+        tissues: 1 CSF, 2 GM, 3 WM.
+    """
+    left = np.where(structures > 0, _ASEG[structures], _ASEG_TISSUES[tissues])
+    right = left.copy()
+    for value, other in ASEG_SIDES.items():
+        right[left == value] = other
+    middle = structures.shape[2] // 2
+    return np.concatenate([left[..., :middle], right[..., middle:]], axis=2)
 
 
 def _mni(shape: tuple[int, ...], centre: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -161,7 +161,12 @@ def known_entry(record: Record, root: Path, line: bytes) -> Entry | None:
     except ValueError:
         return None
     files, known = _files(record), entry["sources"]
-    same = not _absent(record) and files.keys() == known.keys() and _subject(record).items() <= entry.items()
+    same = (
+        "problem" not in record
+        and not _absent(record)
+        and files.keys() == known.keys()
+        and _subject(record).items() <= entry.items()
+    )
     unread = same and all(_is_known(file, known[name]) for name, file in files.items())
     return entry if unread and _has_arrays(entry, root) else None
 
@@ -202,6 +207,8 @@ def _prepare(
     job: ScanJob, root: Path | None, cohort: CohortSettings, software: Mapping[str, str | None], thumbnail: bool
 ) -> ScanOutcome:
     record, previous, case = job.record, None, None
+    if "problem" in record:
+        raise ValueError(record["problem"].removeprefix(f"{record['id']}: "))
     absent = ", ".join(_absent(record))
     if absent and cohort.missing == "refuse":
         raise ValueError(f"has no {absent}; add the file, leave the scan out, or set missing=zero to fill in zeros")
@@ -224,7 +231,8 @@ def _prepare(
         )
         image, brain, plane = shown
         if cohort.settings.strip != "none":  # the brain is shown in its head
-            head = read_image(next(path for path in record["images"].values() if path is not None))
+            path = next(path for path in record["images"].values() if path is not None)
+            head = read_image(path, nan=cohort.settings.nan)
             image = to_prepared(head, entry["chain"])
         outcome.thumbnail = make_thumbnail(image, brain, entry["chain"], plane)
     return outcome
@@ -235,7 +243,8 @@ def _prepare_anew(
 ) -> tuple[Entry, dict[str, float], Case]:
     """The entry of a scan whose arrays are written, the duration of each stage, and the prepared scan."""
     started = time.perf_counter()
-    images = {channel: None if path is None else read_image(path) for channel, path in record["images"].items()}
+    nan = cohort.settings.nan
+    images = {name: None if path is None else read_image(path, nan=nan) for name, path in record["images"].items()}
     label = read_label(record["label"]) if "label" in record else None
     if label is not None:  # checked here, where the message can name the file
         stored_indices(label.data, cohort.labels, cohort.ignored, record["label"])

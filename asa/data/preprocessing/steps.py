@@ -54,6 +54,8 @@ class PrepareSettings:
             is the same anatomical position in every scan. After registration or midway alignment the box is symmetric
             about the middle of the volume, so that the mid-sagittal plane stays there.
         margin: voxels around the bounding box, for crop "foreground".
+        nan: NaN in the background of an image, which reaches the border of the volume: "refuse", or "zero" to set it
+            to 0. NaN inside the head is refused.
     """
 
     bias: bool = False
@@ -65,6 +67,7 @@ class PrepareSettings:
     spacing: float | None = None
     crop: str | int | list[int] = "foreground"
     margin: int = 4
+    nan: str = "refuse"
 
     def __post_init__(self) -> None:
         for name in ("bias", "register", "midway"):
@@ -77,6 +80,8 @@ class PrepareSettings:
             )
         if self.normalise not in ("percentile", "zscore"):
             raise ValueError(f"prepare.normalise={self.normalise!r}: choose percentile or zscore")
+        if self.nan not in ("refuse", "zero"):
+            raise ValueError(f"prepare.nan={self.nan!r}: choose refuse, or zero for a background of NaN")
         if self.window is not None:
             self._check_window(self.window)
         if self.spacing is not None and not 0.1 <= self.spacing <= 20:
@@ -125,10 +130,12 @@ class PrepareSettings:
         return self.register or self.midway
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as a store and a checkpoint keep them; `window`, which is newer than they are, only if used."""
+        """The settings as a store and a checkpoint keep them; those newer than they are, only if used."""
         settings = asdict(self)
         if self.window is None:
             del settings["window"]
+        if self.nan == "refuse":
+            del settings["nan"]
         return settings
 
 

@@ -2,13 +2,21 @@
 
 import importlib.util
 import json
+import os
+import re
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from asa.config import CONFIG_DIR, build, compose
-from asa.data.datasets import bids, brats, folder, ibsr, paired, phantom, wmh
+from asa.data.datasets import bids, brats, folder, freesurfer, ibsr, paired, phantom, wmh
+from asa.data.datasets.record import check_records
+from asa.data.io.nifti import read_label
 from asa.data.phantom.structures import STRUCTURES
+
+PHANTOM_ASEG = (2, 3, 4, 10, 11, 12, 16, 17, 24, 41, 42, 43, 49, 50, 51, 53)
 
 
 def plant(root: Path, *names: str) -> Path:
@@ -26,7 +34,8 @@ def test_the_wildcard_is_the_id_and_pairs_channels_and_label(tmp_path):
     plant(tmp_path, "b_T1.nii.gz", "a_T1.nii.gz", "a_FLAIR.nii.gz", "b_FLAIR.nii.gz", "seg/a.nii.gz", "seg/b.nii.gz")
     plant(tmp_path, "._a_T1.nii.gz", "b_T1.json", "seg/c.nii.gz")
     images = {"t1": "*_T1.nii.gz", "flair": "*_FLAIR.nii.gz"}
-    found = folder.records(tmp_path, images=images, label="seg/*.nii.gz")
+    with pytest.warns(UserWarning, match="1 of 3 label maps by 'seg/.*' belong to no scan, like c"):
+        found = folder.records(tmp_path, images=images, label="seg/*.nii.gz")
     assert found[0] == {
         "id": "a",
         "subject": "a",
@@ -52,6 +61,42 @@ def test_two_stars_reach_through_folders_of_any_depth(tmp_path):
     found = folder.records(tmp_path, images={"t1": "**/pre/T1.nii.gz"}, label="**/wmh.nii.gz")
     assert [record["id"] for record in found] == ["Amsterdam_GE3T_3", "Utrecht_1"]
     assert found[1]["label"].endswith("Utrecht/1/wmh.nii.gz")
+
+
+def test_folders_behind_links_are_found_and_a_loop_is_named(tmp_path):
+    plant(tmp_path / "disk", "b/v1/b_T1.nii", "site/c_T1.nii")
+    plant(tmp_path / "root", "a/v1/a_T1.nii")
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "disk" / "b")
+    (tmp_path / "root" / "a" / "v2").symlink_to(tmp_path / "disk" / "site")
+    for glob in ("**/*_T1.nii", "*/*/*_T1.nii"):
+        found = folder.records(tmp_path / "root", images={"t1": glob})
+        assert sorted(Path(record["images"]["t1"]).name for record in found) == ["a_T1.nii", "b_T1.nii", "c_T1.nii"]
+    (tmp_path / "disk" / "b" / "up").symlink_to(tmp_path / "root")
+    with pytest.warns(UserWarning, match="root/b/up: not searched .a link to a folder that contains it"):
+        assert len(folder.records(tmp_path / "root", images={"t1": "**/*_T1.nii"})) == 3
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    plant(tmp_path, "a/a_T1.nii", "b/b_T1.nii")
+    (tmp_path / "b").chmod(0)
+    with pytest.warns(UserWarning, match="b: not searched .Permission denied"):
+        assert len(folder.records(tmp_path, images={"t1": "*/*_T1.nii"})) == 1
+    (tmp_path / "b").chmod(0o700)
+
+
+def test_one_odd_scan_has_a_problem_and_the_others_are_found(tmp_path):
+    plant(tmp_path, "a1_T1.nii", "b2_T1.nii", "x_T1.nii")
+    (tmp_path / os.fsdecode(b"caf\xe9_T1.nii")).touch()  # Latin-1
+    found = folder.records(tmp_path, images={"t1": "*_T1.nii"}, subject=r"(.)\d")
+    assert [record["id"] for record in found] == ["a1", "b2", "caf", "x"]
+    assert [record.get("problem", "")[:30] for record in found[:2]] == ["", ""]
+    assert "'caf\\udce9': not usable as an id" in found[2]["problem"] or "finds no group 1" in found[2]["problem"]
+    assert "finds no group 1" in found[3]["problem"]
+    check_records(found)
+    (tmp_path / "a.csv").write_text("id,t1\nx,x.nii\ny,y.nii\ny,z.nii\n../w,w.nii\n")
+    found = folder.records(tmp_path, table="a.csv")
+    assert [(record["id"], "problem" in record) for record in found] == [("w", True), ("x", False), ("y", True)]
 
 
 def test_a_missing_file_is_none_and_a_missing_label_has_its_expected_path(tmp_path):
@@ -200,7 +245,9 @@ def test_bids_finds_sessions_and_runs_of_each_subject(tmp_path):
 def test_bids_names_the_entity_that_distinguishes_two_files(tmp_path):
     anat = "sub-01/anat/sub-01"
     plant(tmp_path, f"{anat}_desc-preproc_T1w.nii.gz", f"{anat}_space-MNI_desc-preproc_T1w.nii.gz")
-    with pytest.raises(ValueError, match=r"sub-01: both .* match; choose one with data.space="):
+    with pytest.raises(
+        ValueError, match=r"both .* match; for all scans choose 'data.entities={space: null}' or .*{space: MNI}"
+    ):
         bids.records(tmp_path)
     (found,) = bids.records(tmp_path, space="MNI", desc="preproc")
     assert "space-MNI" in found["images"]["t1"]
@@ -233,7 +280,7 @@ def test_bids_channels_of_a_session_make_one_scan_and_a_missing_one_is_none(tmp_
 def test_bids_asks_for_the_run_and_a_file_without_one_is_the_only_run(tmp_path):
     plant(tmp_path, *(f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("run-1_T1w", "run-2_T1w", "FLAIR")))
     channels = {"t1": "T1w", "flair": "FLAIR"}
-    with pytest.raises(ValueError, match=r"sub-01: both .* match; choose one with data.run="):
+    with pytest.raises(ValueError, match=r"sub-01: both .* match; for all scans choose .*{run: 1}' or .*{run: 2}'"):
         bids.records(tmp_path, channels=channels)
     (found,) = bids.records(tmp_path, channels=channels, run="2")
     assert [Path(path).name for path in found["images"].values()] == ["sub-01_run-2_T1w.nii.gz", "sub-01_FLAIR.nii.gz"]
@@ -256,6 +303,63 @@ def test_bids_takes_the_site_from_the_participants(tmp_path):
     assert not any("site" in record for record in bids.records(tmp_path))
     (tmp_path / "participants.tsv").write_text("participant_id\tage\tsite\nsub-a\t3\tRome\nsub-b\t4\tn/a\n")
     assert [record.get("site") for record in bids.records(tmp_path)] == ["Rome", None, None]
+
+
+def test_bids_one_subject_with_two_files_has_a_problem_and_any_entity_can_be_given_or_excluded(tmp_path):
+    plant(tmp_path, *(f"sub-{k}/anat/sub-{k}_T1w.nii.gz" for k in range(1, 6)))
+    plant(
+        tmp_path, "sub-6/anat/sub-6_acq-hires_T1w.nii.gz", "sub-6/anat/sub-6_rec-01_T1w.nii.gz", "sub-7/func/x.nii.gz"
+    )
+    with pytest.warns(UserWarning, match="1 of 7 subjects have no T1w in anat, like sub-7"):
+        found = bids.records(tmp_path)
+    assert [record["id"] for record in found if "problem" in record] == ["sub-6"] and len(found) == 6
+    with pytest.warns(UserWarning, match="acq-hires leaves out 5 of 6 scans, like sub-1"):
+        assert [record["id"] for record in bids.records(tmp_path, acq="hires")] == ["sub-6"]
+    for advice in re.findall(r"'(data\.entities=.*?)'", found[5]["problem"]):
+        node = compose("prepare", ["data=bids", "out=x", f"data.root={tmp_path}", advice])["data"]
+        one = {record["id"]: Path(record["images"]["t1"]).name for record in build(node) if "problem" not in record}
+        if advice.endswith("{rec: 01}"):
+            assert one == {"sub-6": "sub-6_rec-01_T1w.nii.gz"}
+        if advice.endswith("{acq: null}"):  # the others, which have no acq-, are kept
+            assert one == {f"sub-{k}": f"sub-{k}_T1w.nii.gz" for k in range(1, 6)} | {
+                "sub-6": "sub-6_rec-01_T1w.nii.gz"
+            }
+    with pytest.raises(ValueError, match="acq has a value of its own, hires"):
+        bids.records(tmp_path, acq="hires", entities={"acq": None})
+
+
+@pytest.mark.parametrize(
+    ("rows", "matched"),
+    [
+        ("1\tRome\r\n2\tOslo\r\n", True),
+        ("001\tRome\n002\tOslo\n", True),
+        ("sub-001\tRome\nsub-002\tOslo\n", True),
+        ("\ufeffRome01\tRome\nOslo02\tOslo\n", False),
+        ("1\tRome\n01\tOslo\n", False),
+    ],
+)
+def test_participants_are_matched_without_sub_and_zeros_and_otherwise_named(tmp_path, rows, matched):
+    plant(tmp_path, *(f"sub-00{k}/anat/sub-00{k}_T1w.nii.gz" for k in (1, 2)))
+    bom = "\ufeff" if rows.startswith("\ufeff") else ""
+    (tmp_path / "participants.tsv").write_text(f"{bom}participant_id\tsite\n{rows.removeprefix(bom)}", newline="")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = bids.records(tmp_path)
+    assert [record.get("site") for record in found] == (["Rome", "Oslo"] if matched else [None, None])
+    told = " ".join(str(one.message) for one in caught)
+    if not matched:
+        assert "2 of its 2 names match none here" in told and "2 here are not in it, like sub-001" in told
+    else:
+        assert ("so 1 is taken for sub-001" in told) == rows.startswith("1")
+
+
+def test_participants_that_are_missing_are_counted(tmp_path):
+    plant(tmp_path, *(f"sub-{k}/anat/sub-{k}_T1w.nii.gz" for k in "ab"))
+    (tmp_path / "participants.tsv").write_text("participant_id\tsite\nsub-a\tRome\nsub-c\tOslo\n")
+    with pytest.warns(
+        UserWarning, match="1 of its 2 names match none here, like sub-c, and 1 here are not in it, like sub-b"
+    ):
+        assert [record.get("site") for record in bids.records(tmp_path)] == ["Rome", None]
 
 
 def test_derivatives_are_read_by_giving_one_as_the_root(tmp_path):
@@ -289,8 +393,9 @@ def test_ibsr_names_the_place_of_a_missing_label_and_refuses_a_folder_without_it
     (found,) = ibsr.records(tmp_path)
     assert found["label"] == str(tmp_path / "IBSR_01/IBSR_01_segTRI_fill_ana.nii.gz")
     plant(tmp_path, "IBSR_02/IBSR_02_ana.nii.gz")
-    with pytest.raises(ValueError, match="IBSR_02: no image of t1 .searched for IBSR_NN/IBSR_NN_ana_strip"):
-        ibsr.records(tmp_path)
+    first, second = ibsr.records(tmp_path)
+    assert "problem" not in first
+    assert "IBSR_02: no image of t1 (searched for IBSR_NN/IBSR_NN_ana_strip" in second["problem"]
     with pytest.raises(ValueError, match="no scans found: IBSR_NN/IBSR_NN_ana_strip"):
         ibsr.records(tmp_path / "IBSR_02")
 
@@ -329,8 +434,10 @@ def test_brats_says_which_modality_a_scan_lacks_and_where_its_label_has_to_be(tm
     assert [channel for channel, path in found["images"].items() if path is None] == ["t1ce", "t2"]
     assert found["label"] == str(tmp_path / "BraTS2021_00001/BraTS2021_00001_seg.nii.gz")
     (tmp_path / "BraTS2021_00002").mkdir()
-    with pytest.raises(ValueError, match="BraTS2021_00002: no image of t1, t1ce, t2, flair"):
-        brats.records(tmp_path)
+    plant(tmp_path, "BraTS2021_00003_old/x.nii.gz")
+    with pytest.warns(UserWarning, match="1 folders with other names are left out, like BraTS2021_00003_old"):
+        first, second = brats.records(tmp_path)
+    assert first == found and "BraTS2021_00002: no image of t1, t1ce, t2, flair" in second["problem"]
 
 
 def test_brats_years_are_told_by_their_names_and_never_mixed(tmp_path):
@@ -349,6 +456,66 @@ def test_brats_years_are_told_by_their_names_and_never_mixed(tmp_path):
     ):
         with pytest.raises(ValueError, match=reason):
             brats.records(root, year=year)
+
+
+# ---------------------------------------------------------------------------------------------- freesurfer
+
+
+def volumes(*folders: str, files: tuple[str, ...] = ("T1.mgz", "norm.mgz", "aseg.mgz", "aparc+aseg.mgz")) -> list[str]:
+    return [f"{folder}/mri/{file}" for folder in folders for file in files]
+
+
+def test_freesurfer_subjects_are_folders_and_longitudinal_ones_are_grouped(tmp_path):
+    plant(tmp_path, *volumes("a", "b1", "b2", "b", "b1.long.b", "b2.long.b", "fsaverage", "sub-9_ses-1", "sub-9_ses-2"))
+    plant(tmp_path, "a/surf/lh.white", "notes/readme.txt", *volumes("no_image", files=("aseg.mgz",)))
+    (tmp_path / "b" / "base-tps").write_text("b1\nb2\n")
+    with pytest.warns(UserWarning, match="folders are left out") as caught:
+        found = freesurfer.records(tmp_path)
+    assert {record["id"]: record["subject"] for record in found if "problem" not in record} == {
+        "a": "a", "b1": "b", "b2": "b", "sub-9_ses-1": "sub-9", "sub-9_ses-2": "sub-9"
+    }  # fmt: skip
+    assert found[0]["images"] == {"t1": str(tmp_path / "a/mri/T1.mgz")}
+    assert found[0]["label"] == str(tmp_path / "a/mri/aseg.mgz")
+    assert [record["id"] for record in found if "problem" in record] == ["no_image"]
+    told = " ".join(str(one.message) for one in caught)
+    for reason in (
+        "which are averages, like fsaverage",
+        "longitudinal templates, like b",
+        "2 folders .* are longitudinal",
+    ):
+        assert re.search(reason, told)
+    with pytest.warns(UserWarning, match="are not longitudinal"):
+        found = freesurfer.records(tmp_path, stream="long", image="norm", label="aparc+aseg")
+    assert [(record["id"], record["subject"]) for record in found] == [("b1.long.b", "b"), ("b2.long.b", "b")]
+    assert found[0]["images"]["t1"].endswith("norm.mgz") and found[0]["label"].endswith("aparc+aseg.mgz")
+    with pytest.raises(ValueError, match="choose cross or long"):
+        freesurfer.records(tmp_path, stream="both")
+
+
+def test_fastsurfers_folders_are_read(tmp_path):
+    plant(tmp_path, *volumes("a", "b", files=("orig.mgz", "orig_nu.mgz", "aparc.DKTatlas+aseg.deep.mgz", "mask.mgz")))
+    node = compose("prepare", ["data=fastsurfer", "out=x", f"data.root={tmp_path}"])["data"]
+    first, second = build(node)
+    assert first["images"]["t1"].endswith("a/mri/orig_nu.mgz") and second["label"].endswith("deep.mgz")
+    assert "label" not in build({**node, "label": None})[0]
+
+
+def test_freesurfers_labels_have_its_names_and_sides_in_pairs():
+    aseg = freesurfer.label_scheme().labels
+    known = {2: "Left-Cerebral-White-Matter", 53: "Right-Hippocampus", 16: "Brain-Stem", 58: "Right-Accumbens-area"}
+    known |= {46: "Right-Cerebellum-White-Matter", 255: "CC_Anterior", 28: "Left-VentralDC", 5: "Left-Inf-Lat-Vent"}
+    assert known.items() <= aseg.items() and len(set(aseg.values())) == len(aseg) == 45
+    parcels = freesurfer.label_scheme(label="aparc.DKTatlas+aseg.deep").labels
+    known = {1002: "ctx-lh-caudalanteriorcingulate", 2035: "ctx-rh-insula", 1024: "ctx-lh-precentral"}
+    assert known.items() <= parcels.items() and aseg.items() <= parcels.items()
+    white = freesurfer.label_scheme(label="wmparc").labels
+    assert white[4035] == "wm-rh-insula" and white[5001] == "Left-UnsegmentedWhiteMatter" and len(white) <= 254
+    for labels in (aseg, parcels, white):
+        lefts = [name for name in labels.values() if re.search(r"^Left-|-lh-", name)]
+        mirrored = {name.replace("Left-", "Right-").replace("-lh-", "-rh-") for name in lefts}
+        assert mirrored == {name for name in labels.values() if re.search(r"^Right-|-rh-", name)}
+    with pytest.raises(ValueError, match=r"data.label=lesions: labels=dataset knows aseg"):
+        freesurfer.label_scheme(label="lesions")
 
 
 # ---------------------------------------------------------------------------------------------- wmh
@@ -460,6 +627,7 @@ needs_template = pytest.mark.skipif(
         ("ibsr", ["IBSR_01", "IBSR_02"], ["t1"]),
         ("wmh", ["Singapore_2", "Utrecht_1"], ["t1", "flair"]),
         ("brats", ["BraTS2021_00001", "BraTS2021_00002"], ["t1", "t1ce", "t2", "flair"]),
+        ("freesurfer", ["subject_001", "subject_002"], ["t1"]),
     ],
 )
 def test_phantoms_go_through_the_readers_of_the_real_data_and_are_made_once(tmp_path, config, ids, channels):
@@ -473,6 +641,18 @@ def test_phantoms_go_through_the_readers_of_the_real_data_and_are_made_once(tmp_
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert build({**node, "root": str(root)}) == found
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == times
+
+
+@needs_template
+def test_the_freesurfer_phantom_has_freesurfers_values_on_their_sides(tmp_path):
+    (one,) = phantom.records(tmp_path, kind="freesurfer", subjects=1, resolution=4.0)
+    label = read_label(one["label"])
+    assert set(np.unique(label.data)) == {0, *PHANTOM_ASEG}
+    for left, right in ((17, 53), (2, 41)):
+        x = [(label.affine @ [*np.argwhere(label.data == value).mean(axis=0), 1])[0] for value in (left, right)]
+        assert x[0] < -5 and x[1] > 5  # RAS+
+    names = freesurfer.label_scheme().labels
+    assert set(PHANTOM_ASEG) <= names.keys()
 
 
 @needs_template
@@ -503,7 +683,8 @@ def test_configurations_declare_the_labels_of_their_readers():
     }
     labelled |= {f"phantom/{name}": labelled[name] for name in ("ibsr", "wmh", "brats")}
     labelled["phantom/structures"] = (STRUCTURES, [], {})
-    labelled["nnunet"] = ("dataset", [], {})
+    labelled["phantom/freesurfer"] = ({value: freesurfer.aseg_labels()[value] for value in PHANTOM_ASEG}, [], {})
+    labelled |= dict.fromkeys(("nnunet", "freesurfer", "fastsurfer"), ("dataset", [], {}))
     assert names == sorted([*labelled, "bids", "folder", "paired", "phantom/t1"])
     for name, config in configs.items():
         labels, ignored, regions = labelled.get(name, (None, [], {}))
@@ -512,7 +693,19 @@ def test_configurations_declare_the_labels_of_their_readers():
         assert config["data"]["root"] is None, name
 
 
-READERS = ("bids", "brats", "brats23", "folder", "ibsr", "nnunet", "paired", "phantom/t1", "wmh")
+READERS = (
+    "bids",
+    "brats",
+    "brats23",
+    "fastsurfer",
+    "folder",
+    "freesurfer",
+    "ibsr",
+    "nnunet",
+    "paired",
+    "phantom/t1",
+    "wmh",
+)
 
 
 @pytest.mark.parametrize("name", READERS)

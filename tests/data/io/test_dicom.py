@@ -10,13 +10,16 @@ import pydicom.data
 import pytest
 
 from asa.cli import dicom as command
-from asa.data.io.dicom import convert_series
+from asa.data.datasets import folder
+from asa.data.io.dicom import check_slices, convert_series
 from asa.data.io.files import check_id
 from asa.data.io.nifti import read_image
 from asa.data.preprocessing.pipeline import prepare_case
 from asa.data.preprocessing.steps import PrepareSettings
 
 pytest.importorskip("dcm2niix")
+
+MR = "1.2.840.10008.5.1.4.1.1.4"  # class of an MR image
 
 # A real head CT that pydicom reduced to 16 x 16 pixels and four of its slices: one at the
 # base of the skull, and three neighbours 20 cm above.
@@ -35,8 +38,8 @@ def series(tmp_path: Path) -> Path:
 
 def test_a_real_head_ct_keeps_every_value_in_hu_at_its_place(series: Path, tmp_path: Path) -> None:
     report = convert_series(series, tmp_path / "out")
-    assert (report.written, report.failures) == (["77654033_2"], {})
-    found = read_image(tmp_path / "out" / "77654033_2.nii.gz")
+    assert (report.written, report.failures) == (["77654033_19950903_2"], {})
+    found = read_image(tmp_path / "out" / "77654033_19950903_2.nii.gz")
     assert found.data.shape == (16, 16, 3)
     for name in NEIGHBOURS:
         slice_ = pydicom.dcmread(HEAD / name)
@@ -51,7 +54,7 @@ def test_a_real_head_ct_keeps_every_value_in_hu_at_its_place(series: Path, tmp_p
 
 def test_a_real_head_ct_is_prepared_with_a_window(series: Path, tmp_path: Path) -> None:
     convert_series(series, tmp_path / "out")
-    scan = read_image(tmp_path / "out" / "77654033_2.nii.gz")
+    scan = read_image(tmp_path / "out" / "77654033_19950903_2.nii.gz")
     case = prepare_case({"ct": scan}, None, {}, PrepareSettings(window=[0, 2000], crop="none"))
     expected = np.clip(scan.data[::-1] / 2000, 0, 1).transpose(2, 1, 0)  # the file's first axis points left
     np.testing.assert_allclose(case.image[0], expected, atol=1e-6)
@@ -65,9 +68,91 @@ def test_a_series_with_a_missing_slice_is_refused_and_the_others_are_converted(s
         changed.PatientID, changed.SeriesInstanceUID = "other", changed.SeriesInstanceUID + ".1"
         changed.save_as(path)
     report = convert_series(series, tmp_path / "out")
-    assert report.written == ["77654033_2"] and list(report.failures) == ["other_2"]
-    assert "not evenly spaced" in report.failures["other_2"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["77654033_2.nii.gz"]
+    assert report.written == ["77654033_19950903_2"] and list(report.failures) == ["other_19950903_2"]
+    assert "not evenly spaced" in report.failures["other_19950903_2"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["77654033_19950903_2.nii.gz", "series.csv"]
+
+
+def write_slices(folder: Path, positions: list[float], *, bits: int = 16, **values: object) -> None:
+    """A series of slices of 8 x 8 pixels at these heights in mm, with values of the header by their keywords."""
+    folder.mkdir(parents=True)
+    for number, height in enumerate(positions):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = MR, pydicom.uid.ExplicitVRLittleEndian
+        meta.MediaStorageSOPInstanceUID = f"{values.get('SeriesInstanceUID', '1.2.3')}.{number}"
+        one = pydicom.Dataset()
+        one.file_meta = meta
+        one.SOPClassUID, one.SOPInstanceUID = MR, meta.MediaStorageSOPInstanceUID
+        one.PatientID, one.SeriesInstanceUID, one.StudyInstanceUID, one.SeriesNumber = "p", "1.2.3", "1.2", 3
+        one.Modality, one.InstanceNumber, one.SliceThickness = "MR", number + 1, 3
+        one.ImagePositionPatient, one.ImageOrientationPatient = [0, 0, height], [1, 0, 0, 0, 1, 0]
+        one.PixelSpacing, one.Rows, one.Columns, one.SamplesPerPixel = [1, 1], 8, 8, 1
+        one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, bits, bits - 1, 0
+        one.PhotometricInterpretation = "MONOCHROME2"
+        one.PixelData = (np.arange(64, dtype="<u2") + 100 * number).tobytes()
+        for keyword, value in values.items():
+            setattr(one, keyword, value)
+        one.save_as(folder / f"{number:03d}", enforce_file_format=True)
+
+
+@pytest.mark.parametrize("bits", [12, 16])  # with 16 dcm2niix writes no second volume of even slices
+def test_a_gap_is_found_from_the_slices_own_positions(tmp_path: Path, bits: int) -> None:
+    heights = [3.0 * k for k in range(12)]
+    write_slices(tmp_path / "in" / "whole", heights, bits=bits, SeriesNumber=1, SeriesInstanceUID="1.2.1")
+    write_slices(tmp_path / "in" / "gap", heights[:4] + heights[6:], bits=bits, SeriesInstanceUID="1.2.2")
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert report.written == ["p_1"] and list(report.failures) == ["p_3"]
+    assert "not evenly spaced (3.00 mm, and one gap of 9.00 mm)" in report.failures["p_3"]
+    assert not (tmp_path / "out" / "p_3.nii.gz").exists()
+
+
+def test_what_the_converter_warns_of_is_reported_and_headers_without_positions_too(tmp_path: Path) -> None:
+    write_slices(tmp_path / "in", [0, 3, 6])
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert any(text.startswith("dcm2niix says: ") for text in report.warnings["p_3"])
+    volume = read_image(tmp_path / "out" / "p_3.nii.gz")
+    with pytest.warns(UserWarning, match="the spacing is not checked"):
+        check_slices(volume, [])
+    up = np.array([0.0, 0, 1])
+    check_slices(volume, [(up, up * height) for height in (0, 3, 6)])
+    with pytest.raises(ValueError, match="not evenly spaced"):
+        check_slices(volume, [(up, up * height) for height in (0, 3, 9)])
+
+
+def test_no_series_takes_the_name_or_the_file_of_another(tmp_path: Path) -> None:
+    def convert(visit: str, *, uids: list[str], out: str = "out", date: str = "") -> list[str]:
+        for uid in uids:
+            write_slices(tmp_path / visit / uid, [0, 3, 6], SeriesInstanceUID=uid, StudyDate=date)
+        return convert_series(tmp_path / visit, tmp_path / out).written
+
+    first, second = convert("a", uids=["1.2.1", "1.2.2"])  # anonymised patients with one id
+    assert first == "p_3" and second.startswith("p_3_") and len(second) == len("p_3_12345678")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.nii.gz")}
+    (third,) = convert("b", uids=["1.2.9"])  # a later call
+    assert third not in (first, second)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in kept} == kept
+    assert convert_series(tmp_path / "a", tmp_path / "out").written == [first, second]  # again, under the same names
+    assert convert("c", uids=["1.2.4"], date="20200102") == ["p_20200102_3"]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "p_3.nii.gz").write_bytes(b"of somebody else")
+    assert convert("d", uids=["1.2.5"], out="plain")[0].startswith("p_3_")
+    assert (tmp_path / "plain" / "p_3.nii.gz").read_bytes() == b"of somebody else"
+    found = folder.records(None, table=tmp_path / "out" / "series.csv", images={"t1": "file"})
+    assert {record["id"] for record in found} == {first, second, third, "p_20200102_3"}
+    assert {record["subject"] for record in found} == {"p"}
+    assert all(Path(str(record["images"]["t1"])).is_file() for record in found)
+
+
+def test_series_behind_a_link_are_found_and_a_directory_file_is_none(tmp_path: Path) -> None:
+    write_slices(tmp_path / "disk" / "visit", [0, 3, 6])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "p").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "notes.txt").write_text("no image")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = "1.2.840.10008.1.3.10", pydicom.uid.ExplicitVRLittleEndian
+    pydicom.dataset.FileDataset("DICOMDIR", {}, file_meta=meta, preamble=bytes(128)).save_as(tmp_path / "disk/DICOMDIR")
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert report.written == ["p_3"] and not report.failures
 
 
 @pytest.mark.parametrize("damage", ["header", "pixels"])
@@ -80,7 +165,9 @@ def test_damaged_files_are_named_and_the_others_are_converted(series: Path, tmp_
     cut.write_bytes(cut.read_bytes()[: 600 if damage == "header" else -300])
     report = convert_series(series, tmp_path / "out")
     # Without its header the slice is not known to belong to the series; without pixels the whole series is left out.
-    written, left_out = (["77654033_2", "other_2"], 1) if damage == "header" else (["77654033_2"], 3)
+    written, left_out = (
+        (["77654033_19950903_2", "other_19950903_2"], 1) if damage == "header" else (["77654033_19950903_2"], 3)
+    )
     assert report.written == written
     assert list(report.failures) == [str(series / "other" / name) for name in NEIGHBOURS[:left_out]]
     assert set(report.failures.values()) == {"in no volume: damaged, no image, or of a series with such a file"}
@@ -98,7 +185,7 @@ def test_a_patients_id_of_any_text_names_a_file_in_the_folder(tmp_path: Path, pa
     report = convert_series(Path("-in"), Path("out"))  # a folder, not an option of dcm2niix
     (title,) = report.written
     check_id(title)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{title}.nii.gz"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{title}.nii.gz", "series.csv"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["-in", "out"] and not report.failures
 
 
@@ -119,7 +206,7 @@ def test_the_command_says_what_it_wrote_and_what_is_missing(
     (tmp_path / "empty").mkdir()
     for source, out, reason in (
         ("nowhere", "out", "no such folder"),
-        ("empty", "out", "finds no DICOM series"),
+        ("empty", "out", "no DICOM series found"),
         ("dicom", "dicom/out", "choose a folder outside"),
     ):
         code, _, error = run(f"input={tmp_path / source}", f"out={tmp_path / out}")

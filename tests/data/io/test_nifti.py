@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from asa.data.io.files import sha256_of
 from asa.data.io.nifti import (
     axis_codes,
     check_same_geometry,
@@ -65,6 +67,142 @@ def test_files_of_nibabel_are_read(tmp_path, noise, name):
 def test_nifti2_is_read(tmp_path, noise):
     nib.save(nib.Nifti2Image(noise, OBLIQUE), tmp_path / "a.nii")
     np.testing.assert_array_equal(read_image(tmp_path / "a.nii").data, noise)
+
+
+@pytest.mark.parametrize("ending", [".mgz", ".mgh"])
+def test_freesurfers_files_are_read_and_written_on_their_grid(tmp_path, noise, ending):
+    affine = OBLIQUE.copy()
+    affine[:3, :3] = np.linalg.qr(OBLIQUE[:3, :3])[0] @ np.diag([1.0, 2, 3])
+    nib.save(nib.MGHImage(noise, affine), tmp_path / f"a{ending}")
+    read = read_image(tmp_path / f"a{ending}")
+    np.testing.assert_array_equal(read.data, noise)
+    np.testing.assert_allclose(read.affine, affine, atol=1e-4)
+    values = np.arange(noise.size).reshape(noise.shape) % 2036
+    for name in (f"label{ending}", "label.nii.gz"):
+        write_label(tmp_path / name, values, read)
+        again = read_label(tmp_path / name)
+        np.testing.assert_array_equal(again.data, values)
+        np.testing.assert_allclose(again.affine, affine, atol=1e-4)
+    whole = (tmp_path / f"a{ending}").read_bytes()
+    (tmp_path / f"cut{ending}").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=rf"cut{ending}: .*truncated"):
+        read_image(tmp_path / f"cut{ending}")
+    lost = nib.MGHImage(noise, affine)
+    lost.header["goodRASFlag"] = 0
+    (tmp_path / "lost.mgh").write_bytes(lost.to_bytes())
+    with pytest.raises(ValueError, match=r"lost\.mgh: no orientation; find out"):
+        read_image(tmp_path / "lost.mgh")
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_files_of_itk_are_read_as_their_nifti(tmp_path, noise, ending):
+    sitk = pytest.importorskip("SimpleITK")
+    affine = OBLIQUE.copy()
+    affine[:3, :3] = np.linalg.qr(OBLIQUE[:3, :3])[0] @ np.diag([1.0, 2, 3])
+    nib.save(nib.Nifti1Image(noise.astype(np.int16), affine), tmp_path / "a.nii")
+    image = sitk.ReadImage(str(tmp_path / "a.nii"))
+    path = tmp_path / f"a{ending}"
+    sitk.WriteImage(image, str(path), True)
+    read = read_image(path)
+    np.testing.assert_array_equal(read.data, noise.astype(np.int16))
+    np.testing.assert_allclose(read.affine, affine, atol=1e-4)
+    np.testing.assert_array_equal(read_label(path).data, noise.astype(np.int16))
+    write_label(tmp_path / "l.nii.gz", read.data.astype(int), read)
+    np.testing.assert_allclose(read_label(tmp_path / "l.nii.gz").affine, affine, atol=1e-4)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-60])
+    with pytest.raises(ValueError, match=rf"a{ending}: not a {ending} image, or damaged"):
+        read_image(path)
+    unstated = whole.replace(b"space: left-posterior-superior", b"space dimension: 3")
+    path.write_bytes(unstated.replace(b"TransformM", b"M"))
+    with pytest.raises(ValueError, match=rf"a{ending}: no orientation; find out"):
+        read_image(path)
+    header = whole.split(b"\n\n")[0].replace(b"ElementDataFile = LOCAL", b"ElementDataFile = other.raw")
+    path.write_bytes(header + b"\ndata file: other.raw\n\n" if ending == ".nrrd" else header)
+    with pytest.raises(ValueError, match="its voxels lie in another file"):
+        read_image(path)
+
+
+def test_a_nrrd_in_ras_is_turned(tmp_path):
+    pytest.importorskip("SimpleITK")
+    head = "NRRD0004\ntype: uint8\ndimension: 3\nspace: right-anterior-superior\nsizes: 2 3 4\nencoding: raw\n"
+    head += "space directions: (1,0,0) (0,2,0) (0,0,3)\nspace origin: (5,6,7)\nkinds: domain domain domain\n\n"
+    (tmp_path / "a.nrrd").write_bytes(head.encode() + bytes(range(24)))
+    read = read_image(tmp_path / "a.nrrd")
+    np.testing.assert_allclose(read.affine, [[1, 0, 0, 5], [0, 2, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]], atol=1e-6)
+    np.testing.assert_array_equal(read.data, np.arange(24).reshape(4, 3, 2).T)
+
+
+def test_a_qform_turned_against_the_sform_is_told_with_angle_and_shift(tmp_path, noise):
+    angle = np.radians(12)
+    turned = np.eye(4)
+    turned[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    image = nib.Nifti1Image(noise, np.eye(4))
+    image.set_sform(np.eye(4), code=1)
+    image.set_qform(turned, code=1)
+    nib.save(image, tmp_path / "a.nii")
+    apart = np.linalg.norm((turned - np.eye(4)) @ [6, 7, 0, 1])  # of the corner that is farthest from the axis
+    with pytest.warns(UserWarning, match=rf"differ by 12\.0 degrees and up to {apart:.1f} mm"):
+        read_image(tmp_path / "a.nii")
+    image.set_qform(np.eye(4), code=1)
+    nib.save(image, tmp_path / "a.nii")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(tmp_path / "a.nii")
+
+
+def test_a_sheared_sform_that_itk_refuses_is_told(tmp_path, noise):
+    sitk = pytest.importorskip("SimpleITK")
+    for shear, refused in ((1e-2, True), (5e-4, True), (1e-4, False)):
+        affine = np.eye(4)
+        affine[0, 1] = shear
+        image = nib.Nifti1Image(noise, affine)
+        image.set_sform(affine, code=1)
+        image.set_qform(None, code=0)
+        nib.save(image, tmp_path / "a.nii")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read_image(tmp_path / "a.nii")
+        assert ["not at right angles" in str(one.message) for one in caught] == [True] * refused
+        with pytest.raises(RuntimeError) if refused else nullcontext():
+            sitk.ReadImage(str(tmp_path / "a.nii"))
+
+
+@pytest.mark.parametrize(
+    ("values", "rounded"), [((0.9845, 2.0156), True), ((4.99975, 3), True), ((0.5, 2), False), ((0.97, 2), False)]
+)
+def test_labels_next_to_whole_numbers_are_rounded_and_others_refused(tmp_path, values, rounded):
+    data = np.zeros((4, 5, 6), np.float32)
+    data[1, 1, 1], data[2, 2, 2] = values
+    path = save(tmp_path / "a.nii", data)
+    if rounded:
+        with pytest.warns(UserWarning, match="from whole numbers, and are rounded"):
+            found = read_label(path).data
+        np.testing.assert_array_equal(found, np.rint(data))
+    else:
+        with pytest.raises(ValueError, match="are not whole numbers"):
+            read_label(path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("a.nii.gz", "a.nii"), ("a.nii", "a.nii.gz"), ("a.mgz", "a.mgh"), ("a.mgh", "a.mgz"), ("a.img.gz", "a.img")],
+)
+def test_a_file_whose_name_is_wrong_about_gzip_is_read_and_its_name_told(tmp_path, noise, wrong, right):
+    kind = nib.MGHImage if ".mg" in right else nib.Nifti1Pair if ".img" in right else nib.Nifti1Image
+    nib.save(kind(noise, np.eye(4)), tmp_path / right)
+    (tmp_path / right).rename(tmp_path / wrong)
+    with pytest.warns(UserWarning, match=rf"{wrong}: is .*compressed by gzip, though .* rename it to {right}$"):
+        np.testing.assert_array_equal(read_image(tmp_path / wrong).data, noise)
+
+
+def test_a_link_or_pointer_of_git_annex_says_how_to_get_the_content(tmp_path):
+    (tmp_path / "a.nii.gz").symlink_to("../.git/annex/objects/Xk/0j/MD5E-s12--ab.nii.gz/MD5E-s12--ab.nii.gz")
+    (tmp_path / "b.nii.gz").write_text("/annex/objects/MD5E-s12--ab.nii.gz\n")
+    for name in ("a.nii.gz", "b.nii.gz"):
+        for read in (read_image, sha256_of):
+            with pytest.raises(FileNotFoundError, match=rf"{name}: its content is not here.*datalad get"):
+                read(tmp_path / name)
 
 
 def test_the_header_scales_intensities(tmp_path):
@@ -132,7 +270,7 @@ def test_an_invalid_image_is_refused_by_name(tmp_path, noise):
         "empty.nii.gz": "the file is empty",
         "text.nii": "not a NIfTI or Analyze image",
         "short.nii": "not a NIfTI or Analyze image",
-        "plain.nii.gz": "damaged or truncated gzip",
+        "plain.nii.gz": "not a NIfTI or Analyze image",
         "photo.png": "not an image that asa reads",
         "nan.nii": "2 voxels are NaN or infinite",
         "series.nii": "not 3-D",

@@ -425,3 +425,55 @@ def test_arrays_without_an_entry_are_removed_when_their_scan_fails(raw: Path) ->
     plant(raw, "cut_short")
     assert command(*settings(raw, out)).code == 1
     assert bytes_of(out) == before
+
+
+def test_one_odd_subject_of_a_bids_dataset_fails_and_the_others_are_prepared(tmp_path: Path) -> None:
+    root = tmp_path / "bids"
+    for name in ("a", "b", "c_acq-x", "c_acq-y"):
+        write_scan(tmp_path, name)
+        folder = root / f"sub-{name[0]}" / "anat"
+        folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}_t1.nii.gz").rename(folder / f"sub-{name}_T1w.nii.gz")
+    odd = root / os.fsdecode(b"sub-caf\xe9") / "anat"  # Latin-1
+    odd.mkdir(parents=True)
+    shutil.copy(root / "sub-a/anat/sub-a_T1w.nii.gz", odd / os.fsdecode(b"sub-caf\xe9_T1w.nii.gz"))
+    (root / "participants.tsv").write_text("participant_id\tsite\nX1\tRome\nX2\tOslo\n")
+    given = ("data=bids", f"data.root={root}", f"out={tmp_path / 'store'}")
+    for done in ("2 prepared, 0 done before", "0 prepared, 2 done before"):
+        found = command(*given)
+        assert found.code == 1 and f"{done}, 2 failed" in found.out
+        failed = found.lines("failed")
+        assert "'data.entities={acq: x}'" in failed["sub-c"] and "is not in UTF-8" in failed["sub-caf"]
+        assert "asa-prepare: warning:" in found.err and "2 of its 2 names match none here" in found.err
+    assert [record["id"] for record in Store(tmp_path / "store").records] == ["sub-a", "sub-b"]
+    assert command(*given, "data.acq=x").err.count("leaves out 3 of 4 scans") == 1
+
+
+def test_scans_whose_content_git_annex_holds_are_counted_in_one_line(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"s{number}_t1.nii.gz").symlink_to(".git/annex/objects/ab/MD5E-s1--x.nii.gz")
+    found = command(f"data.root={tmp_path}", "data.images={t1: '*_t1.nii.gz'}", f"out={tmp_path / 'store'}")
+    (failed,) = found.lines("failed").values()
+    assert found.code == 1 and "datalad get" in failed and failed.endswith("(3 scans like this one)")
+    assert "3 failed" in found.out
+
+
+def test_a_background_of_nan_becomes_zero_where_asked_and_nan_in_the_head_never(tmp_path: Path) -> None:
+    for id in ("good", "bad"):
+        write_scan(tmp_path, id)
+        head = read_image(tmp_path / f"{id}_t1.nii.gz")
+        data = np.where(head.data > 0, head.data, np.nan)
+        if id == "bad":
+            data[tuple(side // 2 for side in SHAPE)] = np.nan
+        write_image(tmp_path / f"{id}_t1.nii.gz", data, LAS)
+        write_image(tmp_path / f"{id}_zero.nii.gz", np.nan_to_num(data), LAS)
+    given = (f"data.root={tmp_path}", "data.images={t1: '*_t1.nii.gz'}")
+    failed = command(*given, f"out={tmp_path / 'refused'}").lines("failed")
+    assert set(failed) == {"good", "bad"} and "set prepare.nan=zero if they are its background" in failed["good"]
+    found = command(*given, f"out={tmp_path / 'store'}", "prepare.nan=zero")
+    assert "are NaN, and are set to 0" in found.lines("warning")["good"]
+    assert "1 voxels inside the head are NaN" in found.lines("failed")["bad"] and found.code == 1
+    command(f"data.root={tmp_path}", "data.images={t1: '*_zero.nii.gz'}", f"out={tmp_path / 'same'}")
+    images = [Store(tmp_path / name).image("good") for name in ("store", "same")]
+    np.testing.assert_array_equal(*images)
+    assert Store(tmp_path / "store").settings["nan"] == "zero" and "nan" not in Store(tmp_path / "same").settings
