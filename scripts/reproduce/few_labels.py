@@ -57,6 +57,8 @@ def in_raster_order(pretraining: Settings = (), finetuning: Settings = ()) -> Ar
 ARMS: dict[str, Arm] = {
     "pretrained": Arm(experiment="structures_finetune"),
     "scratch": Arm(experiment="structures_finetune"),
+    "constant": Arm((), ("method.background_weight=0.05",), "structures_finetune"),
+    "constant_scratch": Arm((), ("method.background_weight=0.05",), "structures_finetune"),
     "shipped": Arm(experiment="structures_finetune"),  # from the encoder that the package brings, of other brains
     "deform": Arm((), ("augment.deform=3",), "structures_finetune"),
     # Labels are carried over to the other brains of the training part; of those, boundaries need no further weight.
@@ -96,7 +98,15 @@ ARMS: dict[str, Arm] = {
     "quarter_air": in_raster_order(("method.decode=0.25", "method.air=keep")),
     "quarter_blocks": in_raster_order(("method.decode=0.25", "model.decoder_depth=3")),
 }
-SCRATCH = ("scratch", "light_scratch", "unet_scratch", "raster_scratch", "raster_unet_scratch", "plain_scratch")
+SCRATCH = (
+    "scratch",
+    "constant_scratch",
+    "light_scratch",
+    "unet_scratch",
+    "raster_scratch",
+    "raster_unet_scratch",
+    "plain_scratch",
+)
 # What a user would do without a network: the same labelled scans are registered to each new one. Fusion of several.
 ATLASES = {"atlas": "joint", "atlas_majority": "majority"}
 SHIPPED = {"shipped": "asa://tiny-t1"}
