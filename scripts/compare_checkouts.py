@@ -85,7 +85,7 @@ class Checkout:
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.path, self.folder = path.resolve(), folder
-        self.python = self.path / ".venv/bin/python"
+        self.python = Path(os.environ.get("ASA_VENV", self.path / ".venv")).resolve() / "bin/python"
         if not self.python.exists():
             subprocess.run(["bash", "scripts/environment"], cwd=self.path, check=True)
 

@@ -80,7 +80,7 @@ def main() -> int:
     print(f"a reconstruction: {out / 'reconstruction.png'}")
     for *_, name in names:
         print(f"report: {out / 'evaluations' / name / 'report.html'}")
-    print(f"curves and images: .venv/bin/tensorboard --logdir '{out}'")
+    print(f"curves and images: {sys.executable} -m tensorboard.main --logdir '{out}'")
     gains = {row.labelled: row.difference.mean for row in found if row.difference}
     if ratio >= 0.6 or gains["1"] <= 0:
         print(f"\nWorse than expected: masked error ratio {ratio:.2f}, gains {gains}", file=sys.stderr)
