@@ -20,7 +20,8 @@ from asa import __version__
 from asa.data.io.files import DIGESTS, check_out, read_json, sha256_of, write_digests, write_json, write_whole
 from asa.data.leakage import stored_digests
 from asa.inference.preprocessing import without_command
-from asa.training.checkpoint import WEIGHTS, read_model, read_weights
+from asa.training.checkpoint import read_model, read_weights
+from asa.training.checkpoint_files import WEIGHTS
 
 CONFIG, SUBJECTS, CARD = "config.json", "training_subjects.json", "README.md"
 LIBRARY = "asa-mri"

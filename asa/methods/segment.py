@@ -47,7 +47,7 @@ class Segmentation(nn.Module):
     task = "segmentation"
 
     def __init__(
-        self, *, model: SegmentationNetwork, background_weight: float = 1.0, scales: int | None = None
+        self, model: SegmentationNetwork, *, background_weight: float = 1.0, scales: int | None = None
     ) -> None:
         super().__init__()
         if not isinstance(model, SegmentationNetwork):
@@ -88,7 +88,7 @@ class RegionSegmentation(Segmentation):
     """
 
     def __init__(
-        self, *, model: SegmentationNetwork, regions: Mapping[str, Sequence[int]], scales: int | None = None
+        self, model: SegmentationNetwork, *, regions: Mapping[str, Sequence[int]], scales: int | None = None
     ) -> None:
         super().__init__(model=model)
         self.order = painting_order(regions)

@@ -20,7 +20,7 @@ from asa.evaluation.summary import CaseRow, summarise
 from asa.export.hub import export_hub
 from asa.tasks.prediction import subjects_of_part
 from asa.training.checkpoint import DamagedCheckpoint, load_model, read_description
-from asa.training.hub import fetch
+from asa.training.checkpoint_files import fetch
 from asa.training.pretrained import read_source
 
 pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")

@@ -8,7 +8,8 @@ import numpy as np
 
 from asa.data.io.nifti import Volume, check_same_geometry, to_ras
 from asa.data.preprocessing.resampling import sample_affine
-from asa.data.preprocessing.steps import STAGES, Case, PrepareSettings, measure_quality
+from asa.data.preprocessing.settings import PrepareSettings
+from asa.data.preprocessing.steps import STAGES, Case, measure_quality
 from asa.data.store import read_box
 from asa.ops.labels import IGNORED
 

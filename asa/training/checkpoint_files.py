@@ -1,7 +1,8 @@
-"""Checkpoints on the Hugging Face Hub: `hf://ORG/NAME[@REVISION]` as a folder of the local cache.
+"""Where the files of a checkpoint are: in a run, in a folder of its own, or on the Hub. Without torch.
 
-Only named files are fetched, and asa names weights and digests: nothing else of a repository is read, so that nothing
-in it can run code. https://huggingface.co/docs/huggingface_hub/guides/download
+`hf://ORG/NAME[@REVISION]` on the Hugging Face Hub is a folder of the local cache. Only named files are fetched, and asa
+names weights and digests: nothing else of a repository is read, so that nothing in it can run code.
+https://huggingface.co/docs/huggingface_hub/guides/download
 """
 
 import functools
@@ -9,9 +10,42 @@ import re
 from pathlib import Path
 from typing import Any
 
+from asa.data.io.files import DIGESTS
 from asa.errors import one_line, require
 
 _REFERENCE = re.compile(r"hf:/{1,2}(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")  # a Path has one slash
+
+WEIGHTS, TRAINING = "model.safetensors", "training.pt"
+NEWEST, BEST = "checkpoints", "best"  # folders of a run
+
+
+def list_checkpoints(run: Path, folder: str = NEWEST) -> list[Path]:
+    """The run's checkpoints in one of its folders, oldest first."""
+    return sorted((run / folder).glob("step-*"))
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file of a path: the file itself, that of a checkpoint folder, or the newest of a run or of RUN/best.
+
+    One of `hf://ORG/NAME[@REVISION]` is fetched to the local cache, with its digests, which have to be there.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ImportError, OSError, ValueError: see `asa.training.checkpoint_files.fetch`.
+    """
+    if on_hub(path):
+        return fetch(str(path), WEIGHTS, DIGESTS) / WEIGHTS
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
+    if found := list_checkpoints(path) or list_checkpoints(path, "."):
+        return found[-1] / WEIGHTS
+    raise FileNotFoundError(
+        f"{path}: no checkpoint here; give a run folder (or its best/, which exists with train.best), a checkpoint "
+        "folder or a .safetensors file"
+    )
 
 
 def on_hub(path: str | Path) -> bool:
