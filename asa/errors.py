@@ -1,6 +1,8 @@
 """Errors as one line for the user, and packages that only an optional extra installs."""
 
 import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # their messages are written for the user
@@ -8,6 +10,11 @@ EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # their messa
 
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks; its type where it has no message."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.filename, str | os.PathLike):  # of the system
+        path = Path(error.filename)
+        if gone := [folder for folder in path.absolute().parents if not folder.exists()]:
+            return f"{path}: the folder {gone[-1]} was removed while it was in use: put it back, and run this again"
+        return f"{path}: no such file or folder"
     return " ".join(str(error).split()) or type(error).__name__
 
 
