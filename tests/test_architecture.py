@@ -25,7 +25,7 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 690,
+    "": 700,
     "baselines": 1230,
     "cli": 340,
     "data": 6500,
@@ -39,7 +39,7 @@ LINES = {
     "reporting": 1520,
     "restoration": 2235,
     "tasks": 3060,
-    "training": 2620,
+    "training": 2670,
 }
 # The only places that may import a library.
 HOMES = {
