@@ -1,3 +1,5 @@
+from . import baselines as baselines
+from . import models as models
 from .data.loading.crops import CropDataset as CropDataset
 from .data.store import Store as Store
 from .evaluation.metrics import dice as dice

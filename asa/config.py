@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,6 +33,7 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
 T = TypeVar("T")
+BLANKS = "\"input='my scans'\""
 
 # Typed settings of each command, by their key.
 _TRAINING: dict[str, type] = {"train": TrainSettings, "optim": OptimSettings, "loader": LoaderSettings}
@@ -63,7 +65,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 ALTERNATIVES = {"predict": ("checkpoint", "atlas")}
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 PACKAGES = ("asa.baselines", "asa.restoration")  # reached by name only
-CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.steps", *PACKAGES)
+CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.settings", *PACKAGES)
 CHECKPOINT_TARGETS = ("asa.models", "asa.baselines", "asa.restoration.rat", "asa.restoration.restormer")
 
 
@@ -111,7 +113,10 @@ def locate(target: Any, allowed: Sequence[str]) -> Any:
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"_target_={target} does not exist ({error})") from error
+        top = module_name.partition(".")[0]
+        absent = isinstance(error, ModuleNotFoundError) and error.name == top
+        advice = f": install {top}, or give --config-dir, beside which it is searched" if absent else ""
+        raise ValueError(f"_target_={target} does not exist ({error}){advice}") from error
     # Only what is defined there, not what is imported there.
     if not callable(function) or not _lies_under(str(getattr(function, "__module__", "")), allowed):
         raise ValueError(f"_target_={target} is not a function or class of that module")
@@ -148,7 +153,7 @@ def compose(
     Args:
         command: name of a file in the configuration folder, without `.yaml`.
         overrides: `key=value` arguments, in Hydra's grammar.
-        config_dir: a folder of the user's own groups, searched too.
+        config_dir: a folder of the user's own groups, searched too. The folder that it is in is searched for modules.
 
     Returns:
         Nested dicts, lists and scalars, interpolations resolved.
@@ -162,7 +167,12 @@ def compose(
         ConfigStore.instance().store(group=group, name="defaults", node=target)
     if config_dir and not Path(config_dir).is_dir():
         raise ValueError(f"--config-dir {config_dir}: no such folder")
-    search = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"] if config_dir else []
+    search = []
+    if config_dir:
+        folder = Path(config_dir).resolve()
+        search = [f"hydra.searchpath=['file://{folder}']"]
+        if str(folder.parent) not in sys.path:  # where `plugins=[mine]` is found; last, so that it hides no package
+            sys.path.append(str(folder.parent))
     try:
         with initialised():
             config = hydra_compose(command, [*search, *overrides], return_hydra_config=True)
@@ -261,6 +271,10 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as unreadable:
+        for given in overrides:
+            key, equals, _ = given.partition("=")
+            if key.strip() != key or not key or not (equals or key.startswith("~")):
+                return f"{given}: settings are key=value, without blanks; quote values with blanks, as in {BLANKS}"
         return f"cannot read a setting ({first_line(unreadable)}): {advice}"
     if several := [override.input_line for override in parsed if override.is_sweep_override()]:
         name, _, text = str(several[0]).partition("=")

@@ -1,7 +1,9 @@
 """Errors as one line for the user, and packages that only an optional extra installs."""
 
 import importlib
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # their messages are written for the user
@@ -12,6 +14,11 @@ LONGEST = 2000  # letters of a message: an id or a path of somebody else's may h
 
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks, cut if it is very long; its type where it has no message."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.filename, str | os.PathLike):  # of the system
+        path = Path(error.filename)
+        if gone := [folder for folder in path.absolute().parents if not folder.exists()]:
+            return f"{path}: the folder {gone[-1]} was removed while it was in use: put it back, and run this again"
+        return f"{path}: no such file or folder"
     text = " ".join(str(error).split())
     cut = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}" if len(text) > LONGEST else text
     return cut or type(error).__name__

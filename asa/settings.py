@@ -4,11 +4,13 @@ Defaults are written here and only here; what a command sets otherwise is at the
 import torch, so that `--help` takes no time.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LARGEST_OVERLAP = 0.9  # of windows: each axis then takes ten times as many as without
 
 
@@ -75,6 +77,23 @@ class TrainSettings:
         if not 0 < self.timeout_minutes < float("inf"):
             raise ValueError(f"train.timeout_minutes={self.timeout_minutes}: must be positive and finite")
         check_batch(self.batch_size, self.accumulate, 1)
+        check_backend(self.device, self.precision, "train.")
+
+
+def check_backend(device: str, precision: str, group: str) -> None:
+    """Raise a ValueError for names that no machine has; `asa.training.device` knows what this one has."""
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise ValueError(f"{group}device={device}: not a device; use auto, cpu, cuda or cuda:1")
+    if precision not in PRECISIONS:
+        raise ValueError(f"{group}precision={precision}: choose {', '.join(PRECISIONS)}")
+
+
+def check_axes(axes: str, setting: str) -> None:
+    """Raise a ValueError that names the setting if `axes` are not different letters of D, H, W."""
+    if not isinstance(axes, str) or not axes or len(set(axes)) < len(axes) or set(axes) - set("DHW"):
+        raise ValueError(
+            f"{setting}={axes}: name axes to mirror, each once: D (up-down), H (front-back), W (left-right)"
+        )
 
 
 def check_batch(batch_size: int, micro_batches: int, world_size: int) -> None:
@@ -170,8 +189,6 @@ class AugmentSettings:
     modality_dropout: float = setting(0.0, "probability that a channel of several is set to zero, never all of them")
 
     def __post_init__(self) -> None:
-        from asa.ops.symmetry import check_axes  # imports torch
-
         check_axes(self.mirror_axes, "augment.mirror_axes")
         if len(self.blur) != 2 or not 0 <= self.blur[0] <= self.blur[1]:
             raise ValueError(f"augment.blur={list(self.blur)}: give the smallest and the largest width, 0 or more")
@@ -204,6 +221,4 @@ class PredictSettings:
             raise ValueError(f"predict.overlap={self.overlap}: a fraction must be in [0, {LARGEST_OVERLAP}]")
         if self.batch_size < 1:
             raise ValueError(f"predict.batch_size={self.batch_size}: give 1 or more")
-        from asa.training.device import pick_device, pick_precision  # imports torch
-
-        pick_precision(self.precision, pick_device(self.device))
+        check_backend(self.device, self.precision, "predict.")

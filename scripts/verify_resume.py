@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from asa.data.io.files import sha256_of
-from asa.training.checkpoint import find_weights
+from asa.training.checkpoint_files import find_weights
 
 
 def main() -> int:

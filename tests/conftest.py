@@ -9,7 +9,8 @@ import torch
 
 from asa.data.datasets import folder
 from asa.data.io.nifti import read_image, write_image, write_label
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings
 from asa.training import device
 
 # Tiny tensors: threads would cost more than they give.

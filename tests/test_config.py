@@ -20,7 +20,7 @@ from asa.config import (
     flatten,
     typed,
 )
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.splits import make_split
 from asa.settings import OptimSettings, TrainSettings
 from asa.tasks.base import find_task
@@ -285,6 +285,17 @@ def test_a_missing_value_is_named() -> None:
         compose("pretrain", ["out=x"])
 
 
+@pytest.mark.parametrize("given", [["Dataset001_Deep"], ["scans", "out=x"], ["data.store", "=", "su"], ["out =su"]])
+def test_words_that_are_no_settings_are_said_in_words(given: list[str]) -> None:
+    advice = "settings are key=value, without blanks; quote values with blanks, as in \"input='my scans'\""
+    with pytest.raises(ValueError, match=f"^{given[0]}: {advice}$"):
+        compose("pretrain", given)
+
+
+def test_a_value_may_have_blanks() -> None:
+    assert compose("predict", ["out=x", "checkpoint=y", "input=my scans"])["input"] == "my scans"
+
+
 def test_a_users_own_folder_of_experiments_is_found(tmp_path) -> None:
     (tmp_path / "experiment").mkdir()
     mine = {"train": {"steps": 7}}
@@ -297,7 +308,7 @@ def test_a_users_own_folder_of_experiments_is_found(tmp_path) -> None:
 
 def test_build_makes_targets_of_this_package_only() -> None:
     assert build({"a": [1, {"b": 2}]}) == {"a": [1, {"b": 2}]}
-    made = build({"_target_": "asa.data.preprocessing.steps.PrepareSettings", "margin": 3})
+    made = build({"_target_": "asa.data.preprocessing.settings.PrepareSettings", "margin": 3})
     assert made == PrepareSettings(margin=3)
     outside = ("os.system", "subprocess.run", "asa.config.importlib.import_module", "asa.modelsx.y", "builtins.eval")
     inside = (

@@ -28,7 +28,7 @@ from asa.data.datasets import folder, nnunet
 from asa.data.io.files import read_yaml
 from asa.data.io.nifti import read_image, read_label
 from asa.data.io.tables import read_column
-from asa.data.preprocessing.scan import CohortSettings
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.evaluation.comparison import read_run
@@ -37,7 +37,8 @@ from asa.evaluation.tables import MEASURES, matched, numbers
 from asa.inference.asymmetry import TABLE as ASYMMETRY
 from asa.inference.preprocessing import check_metadata
 from asa.inference.whole_scans import TABLE as PREDICTIONS
-from asa.training.checkpoint import WEIGHTS, read_model
+from asa.training.checkpoint import read_model
+from asa.training.checkpoint_files import WEIGHTS
 
 DECLARED = (ValueError, OSError)
 MEMORY = 600_000  # kB that a kind of file may take beyond what was taken before

@@ -36,7 +36,7 @@ from asa.data.io.files import DIGESTS, LARGEST_YAML, open_unlinked, read_json, r
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.nifti import PADDING, read_image, read_label, write_label
 from asa.data.io.tables import csv_text, read_rows
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.evaluation.comparison import read_run
@@ -46,7 +46,8 @@ from asa.tasks.evaluation import compare_folders, evaluate_folder
 from asa.tasks.segmentation import SegmentationPredictor
 from asa.tasks.studies import _predict_fold
 from asa.tasks.volumes import choose_split
-from asa.training.checkpoint import WEIGHTS, load_model, read_model, save_checkpoint
+from asa.training.checkpoint import load_model, read_model, save_checkpoint
+from asa.training.checkpoint_files import WEIGHTS
 from asa.training.device import Backend
 from asa.training.loop import TrainSettings
 from asa.training.pretrained import read_source

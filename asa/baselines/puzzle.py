@@ -58,7 +58,7 @@ class PuzzlePretraining(nn.Module):
     mirrored = False
     error = ("loss", "random_guess_loss")
 
-    def __init__(self, *, model: PuzzleNet, permutations: int | None = None, jitter: int = 3) -> None:
+    def __init__(self, model: PuzzleNet, *, permutations: int | None = None, jitter: int = 3) -> None:
         super().__init__()
         if not isinstance(model, PuzzleNet):
             raise ValueError(f"puzzles need model=puzzle_..., got {type(model).__name__}")

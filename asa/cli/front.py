@@ -19,6 +19,7 @@ import asa
 from asa import __version__
 from asa.config import CONFIG_DIR, SETTINGS, choices, compose, describe
 from asa.errors import EXPECTED, reason_of
+from asa.tasks.checks import check
 from asa.training.process import RESUME_CODE, MainRankFailed, Stopped, exit_process, is_main, rank, world_size
 
 Config = dict[str, Any]
@@ -75,7 +76,8 @@ def run_command(
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     parser.add_argument("--print", action="store_true", help="print the configuration and stop")
-    parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups of your own, like experiment/")
+    own = "a folder of your own with experiment/, model/, ...; plugins are searched beside it"
+    parser.add_argument("--config-dir", metavar="DIR", help=own)
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--version", action="version", version=f"asa {__version__}")
     chosen = parser.parse_intermixed_args(arguments)
@@ -95,6 +97,7 @@ def _run(command: str, main: Callable[[Config], object], chosen: argparse.Namesp
         if chosen.print:
             print(yaml.safe_dump(config, sort_keys=False), end="")
         else:
+            check(command, config)
             with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
                 main(config)
     except KeyboardInterrupt:

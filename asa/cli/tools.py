@@ -64,10 +64,7 @@ def export(config: Config) -> None:
     from asa.export.nnunet import export_nnunet
     from asa.export.onnx import export_onnx
 
-    out, source = Path(str(config["out"])), "store" if config["format"] == "nnunet" else "checkpoint"
-    for key in ("checkpoint", "store"):
-        if (config[key] is None) == (key == source):
-            raise ValueError(f"format={config['format']} writes a {source}: give {source}=, and no other source")
+    out = Path(str(config["out"]))
     if config["format"] == "nnunet":
         about = export_nnunet(config["store"], out)
         print(f"wrote {out}: {about['numTraining']} training cases, labels {about['labels']}")
@@ -77,9 +74,7 @@ def export(config: Config) -> None:
     elif config["format"] == "bundle":
         export_bundle(config["checkpoint"], out, plugins=config["plugins"])
         print(f"wrote {out}; {out}/docs/README.md says how MONAI runs it")
-    elif config["format"] == "hub":
+    else:
         card = {key: config[key] for key in ("licence", "trained_on", "evaluation")}
         export_hub(config["checkpoint"], out, **card, plugins=config["plugins"])
         print(f"wrote {out}: read {out}/README.md, then publish it with hf upload ORG/NAME {out}")
-    else:
-        raise ValueError(f"format={config['format']}: choose onnx, bundle, hub or nnunet")

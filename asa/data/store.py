@@ -67,8 +67,7 @@ class Store:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
-        if not (self.path / MANIFEST).is_file():
-            raise ValueError(f"{self.path}: no prepared store here; make one with asa-prepare out={self.path}")
+        check_is_store(self.path)
         self.records: Records
         manifest, self.records = read_manifest(self.path)
         self.channels: list[str] = manifest["channels"]
@@ -84,6 +83,12 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __repr__(self) -> str:
+        subjects = len(set(self.records.subjects))
+        labels = f", labels {', '.join(self.labels.values())}" if self.labels else ", no labels"
+        scans = f"{len(self)} scans of {subjects} subjects"
+        return f"Store({str(self.path)!r}: {scans}, channels {', '.join(self.channels)}{labels})"
 
     @property
     def label_values(self) -> list[int]:
@@ -152,6 +157,12 @@ class Store:
                 raise ValueError(f"{path}: {CHANGED}")
             self._compared.add(path)
         return array
+
+
+def check_is_store(path: Path) -> None:
+    """Raise a ValueError for a folder without a manifest, before anything in it is read."""
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path}: no prepared store here; make one with asa-prepare out={path}")
 
 
 def array_path(root: Path, id: str, kind: str) -> Path:
@@ -244,6 +255,10 @@ class Records(Sequence[Entry]):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.ids[:3]) + (", ..." if len(self) > 3 else "")
+        return f"Records({len(self)} scans: {shown})"
 
     @overload
     def __getitem__(self, index: int) -> Entry: ...

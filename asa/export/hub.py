@@ -23,8 +23,8 @@ from asa.data.io.files import DIGESTS, check_out, read_json, sha256_of, write_di
 from asa.data.leakage import stored_digests
 from asa.errors import reason_of
 from asa.inference.preprocessing import without_command
-from asa.training.checkpoint import WEIGHTS, read_model, read_weights
-from asa.training.hub import on_hub
+from asa.training.checkpoint import read_model, read_weights
+from asa.training.checkpoint_files import WEIGHTS, on_hub
 
 CONFIG, SUBJECTS, CARD = "config.json", "training_subjects.json", "README.md"
 LIBRARY = "asa-mri"

@@ -12,7 +12,8 @@ import torch
 from asa.data.io.nifti import Volume, read_image, spacing_of, to_ras
 from asa.data.preprocessing.pipeline import prepare_case
 from asa.data.preprocessing.scan import intensity_statistics
-from asa.data.preprocessing.steps import Case, PrepareSettings
+from asa.data.preprocessing.settings import PrepareSettings
+from asa.data.preprocessing.steps import Case
 from asa.errors import reason_of
 from asa.settings import LARGEST_OVERLAP
 

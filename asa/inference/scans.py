@@ -1,5 +1,6 @@
 """The scans of a file, a folder or a store, predicted one by one by a trained network, or by what takes its place."""
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from asa.data.datasets import bids, folder
+from asa.data.datasets import bids, folder, nnunet
 from asa.data.datasets.record import Record, check_distinct, make_record, sorted_records
 from asa.data.io.nifti import VOLUME_ENDINGS, Volume, read_image
 from asa.data.io.parallel import each_tried
@@ -21,6 +22,8 @@ from asa.data.store import Store
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 
+LABEL_MAP = re.compile(r"(^|[_-])(seg|dseg|probseg|aseg|label|labels|mask|segmentation)$")  # at the end of a name
+NNUNET = {images: part for part, (images, _) in nnunet.PARTS.items()}  # folder of images -> part
 # Suffix in BIDS of the channels that are named as usual, also as T1 or T1w.
 SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR", "pd": "PDw"}
 Channels = Mapping[str, str | None]  # file of each channel; None for one that the scan lacks
@@ -192,6 +195,8 @@ def _raw(preprocessor: ScanPreprocessor, record: Record) -> Prepared:
 def _raw_records(source: Path, preprocessor: ScanPreprocessor, images: Any, out: Path, in_bids: bool) -> list[Record]:
     """Records of a scan or a folder of scans."""
     channels = preprocessor.channels
+    if source.is_dir() and not images and (cases := _nnunet_cases(source, channels)):
+        return cases
     example = f"'images={{{', '.join(f'{channel}: *_{channel}.nii.gz' for channel in channels)}}}'"
     if images is not None and not isinstance(images, Mapping):
         raise ValueError(f"images={images}: give the file pattern of each channel by its name, like {example}")
@@ -213,10 +218,48 @@ def _raw_records(source: Path, preprocessor: ScanPreprocessor, images: Any, out:
     return sorted_records(scans, source=str(source)) if source.is_dir() else scans
 
 
+def _is_label_map(path: Path, source: Path) -> bool:
+    """Whether a file is named as a label map, or lies in a folder of them."""
+    folders = path.absolute().relative_to(source.absolute().parent).parts[:-1]
+    return bool(LABEL_MAP.search(path.name.split(".nii")[0])) or any(
+        name in ("labelsTr", "labelsTs") for name in folders
+    )
+
+
+def _nnunet_cases(source: Path, channels: Sequence[str]) -> list[Record]:
+    """The cases of nnU-Net's imagesTs or imagesTr, or of the imagesTs of its dataset; [] for any other folder."""
+    root, part = source, "test"
+    if source.name in NNUNET and (source.parent / nnunet.DESCRIPTION).is_file():
+        root, part = source.parent, NNUNET[source.name]
+    elif not any((source / folder).is_dir() for folder in NNUNET):
+        return []
+    elif not (source / "imagesTs").is_dir():
+        raise ValueError(
+            f"{source}: a dataset of nnU-Net without imagesTs, its new scans: give input={source / 'imagesTr'} to "
+            "predict the training cases, or another folder"
+        )
+    elif not (source / nnunet.DESCRIPTION).is_file():
+        raise ValueError(f"{source}: looks like a dataset of nnU-Net, without {nnunet.DESCRIPTION}: give its imagesTs")
+    cases: list[Record] = []
+    for record in nnunet.records(root, part=part):
+        files = {name.casefold(): path for name, path in record["images"].items()}
+        if len(channels) == len(files) == 1:
+            files = {channels[0].casefold(): path for path in files.values()}
+        if files.keys() != {name.casefold() for name in channels}:
+            example = ", ".join(f"{name}: *_{number:04d}.nii.gz" for number, name in enumerate(channels))
+            raise ValueError(
+                f"{root / nnunet.DESCRIPTION}: has the channels {', '.join(record['images'])}, and the network takes "
+                f"{', '.join(channels)}: give input={root / nnunet.PARTS[part][0]} and 'images={{{example}}}'"
+            )
+        cases.append({**record, "images": {name: files[name.casefold()] for name in channels}})
+    return cases
+
+
 def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
     """A scan, or those of a folder and its subfolders, by id: the path inside the folder, with _ for /.
 
-    Hidden files, and files in an `out` inside the folder, are left out.
+    Hidden files, label maps by their names, and files in an `out` inside the folder are left out. The channel number
+    of nnU-Net, _0000, is no part of the ids.
     """
     if source.is_dir():
         found = [
@@ -227,8 +270,15 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
         ]
     else:
         found = [(source, source.name.removesuffix(end)) for end in VOLUME_ENDINGS if source.name.endswith(end)]
+    label_maps = [path for path, _ in found if _is_label_map(path, source)]
+    found = [(path, id) for path, id in found if path not in label_maps]
     if not found:
-        raise ValueError(f"{source}: no image ({', '.join(VOLUME_ENDINGS)}) here")
+        only = f", only label maps, like {label_maps[0].name}" if label_maps else ""
+        raise ValueError(f"{source}: no image ({', '.join(VOLUME_ENDINGS)}) of a scan here{only}")
+    if label_maps:
+        print(f"left out: {len(label_maps)} files that are label maps by their names, like {label_maps[0]}")
+    if all(id.endswith("_0000") for _, id in found):
+        found = [(path, id.removesuffix("_0000")) for path, id in found]
     scans: dict[str, Path] = {}
     for path, id in sorted(found):
         if id in scans:

@@ -22,9 +22,10 @@ from asa.data.io.nifti import Volume
 from asa.inference.label_maps import Outputs, Segmented
 from asa.inference.preprocessing import ScanPreprocessor, check_finite, check_metadata
 from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map, write_uncertainty
-from asa.ops.symmetry import check_axes, flip
-from asa.settings import PredictSettings
-from asa.training.checkpoint import find_weights, read_model
+from asa.ops.symmetry import flip
+from asa.settings import PredictSettings, check_axes
+from asa.training.checkpoint import read_model
+from asa.training.checkpoint_files import find_weights
 from asa.training.device import autocast, pick_device, pick_precision
 
 OVERLAP = 0.5  # of windows, where the settings give none
@@ -153,7 +154,7 @@ class Segmenter:
     def __init__(
         self,
         checkpoints: str | Path | Sequence[str | Path],
-        settings: PredictSettings,
+        settings: PredictSettings | None = None,
         *,
         mirror: bool | str = False,
         uncertainty: str = "entropy",
@@ -161,6 +162,7 @@ class Segmenter:
         progress: bool = False,
         plugins: Sequence[str] = (),
     ) -> None:
+        settings = settings or PredictSettings()
         paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
         if not paths:
             raise ValueError("checkpoint=[]: give at least one")
@@ -194,6 +196,10 @@ class Segmenter:
         self.outputs.files(Path())  # refuses names of one file here and not at the first scan
         self.mirrored_channels = self.outputs.mirrored() if "W" in axes else []
         self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip)
+
+    def __repr__(self) -> str:
+        channels, labels = ", ".join(self.data["channels"]), ", ".join(self.outputs.names)
+        return f"Segmenter({', '.join(map(str, self.paths))}: channels {channels} -> {labels})"
 
     def segment_file(
         self,

@@ -49,8 +49,8 @@ class MaskedPretraining(nn.Module):
 
     def __init__(
         self,
-        *,
         model: MaskedAutoencoder,
+        *,
         mask_ratio: float = 0.75,
         importance: str | None = "orientation",
         bins: int = 9,

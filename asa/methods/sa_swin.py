@@ -59,8 +59,8 @@ class SASwinPretraining(nn.Module):
 
     def __init__(
         self,
-        *,
         model: SASwin,
+        *,
         rotation: float = 1.0,
         contrastive: float = 1.0,
         inpainting: float = 1.0,

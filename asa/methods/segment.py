@@ -51,8 +51,8 @@ class Segmentation(nn.Module):
 
     def __init__(
         self,
-        *,
         model: SegmentationNetwork,
+        *,
         background_weight: float | Sequence[float] = 1.0,
         scales: int | None = None,
     ) -> None:
@@ -112,7 +112,7 @@ class RegionSegmentation(Segmentation):
     """
 
     def __init__(
-        self, *, model: SegmentationNetwork, regions: Mapping[str, Sequence[int]], scales: int | None = None
+        self, model: SegmentationNetwork, *, regions: Mapping[str, Sequence[int]], scales: int | None = None
     ) -> None:
         super().__init__(model=model)
         self.order = painting_order(regions)

@@ -26,7 +26,7 @@ class Classification(nn.Module):
 
     task = "classification"
 
-    def __init__(self, *, model: Classifier, weights: Sequence[float] | None = None) -> None:
+    def __init__(self, model: Classifier, *, weights: Sequence[float] | None = None) -> None:
         super().__init__()
         if not isinstance(model, Classifier):
             raise ValueError(f"method=classify needs model=..._classifier_..., got {type(model).__name__}")
@@ -64,7 +64,7 @@ class Regression(nn.Module):
 
     task = "regression"
 
-    def __init__(self, *, model: Regressor) -> None:
+    def __init__(self, model: Regressor) -> None:
         super().__init__()
         if not isinstance(model, Regressor):
             raise ValueError(f"method=regress needs model=..._regressor_..., got {type(model).__name__}")

@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,14 +26,28 @@ def create_model(name: str, **overrides: Any) -> "nn.Module":
         overrides: keywords of its function.
 
     Raises:
-        ValueError: an unknown name; the nearest one is named.
+        ValueError: an unknown name or keyword, of which the nearest one is named; or a keyword that is missing.
     """
     for package in PACKAGES:
         if name in _models_of(package):
-            model: nn.Module = getattr(importlib.import_module(package), name)(**overrides)
+            function = getattr(importlib.import_module(package), name)
+            try:
+                model: nn.Module = function(**overrides)
+            except TypeError as error:
+                raise ValueError(f"{name}: {_wrong_keyword(function, overrides) or error}") from error
             return model
     (nearest,) = difflib.get_close_matches(name, list_models(), n=1, cutoff=0.0)
     raise ValueError(f"unknown model {name!r}; did you mean {nearest}? asa.models.list_models() lists all")
+
+
+def _wrong_keyword(function: Callable[..., Any], given: Mapping[str, Any]) -> str | None:
+    """A keyword that is spelt almost as one that is missing: Python's message names only the latter."""
+    known = inspect.signature(function).parameters.values()
+    missing = [key.name for key in known if key.default is key.empty and key.kind is not key.VAR_KEYWORD]
+    for key in given.keys() - {each.name for each in known}:
+        if near := difflib.get_close_matches(key, [name for name in missing if name not in given], n=1):
+            return f"no keyword {key!r}; did you mean {near[0]}?"
+    return None
 
 
 def _models_of(package: str) -> list[str]:

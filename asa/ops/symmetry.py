@@ -21,14 +21,6 @@ def flip(volume: Tensor, axes: str = "W") -> Tensor:
     return volume.flip([AXES[axis] for axis in axes])
 
 
-def check_axes(axes: str, setting: str) -> None:
-    """Raise a ValueError that names the setting if `axes` are not different letters of D, H, W."""
-    if not isinstance(axes, str) or not axes or len(set(axes)) < len(axes) or set(axes) - set(AXES):
-        raise ValueError(
-            f"{setting}={axes}: name axes to mirror, each once: D (up-down), H (front-back), W (left-right)"
-        )
-
-
 def mirrored_start(start: Sequence[int], size: Sequence[int], width: int) -> list[int]:
     """First voxel of the mirrored box: w becomes W - w - size, the other axes are unchanged.
 

@@ -84,7 +84,7 @@ class Restoration(nn.Module):
     task = "restoration"
     mirrored = False
 
-    def __init__(self, *, model: RestorationNetwork, beta: float = 1.0) -> None:
+    def __init__(self, model: RestorationNetwork, *, beta: float = 1.0) -> None:
         super().__init__()
         if not isinstance(model, RestorationNetwork):
             raise ValueError(f"restoration needs model=rat_... or model=restormer_..., got {type(model).__name__}")

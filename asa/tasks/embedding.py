@@ -25,7 +25,6 @@ from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import predict_scans
 
 TABLE = "features.csv"
-PARTS = ("whole", "sides", "labels")
 COLUMN = re.compile(r"id|.*_\d+")  # of a table of features
 LEAK = 0.5  # the AUC of guessing
 MOST_CLASSES = 10  # of a column of numbers that a logistic regression takes
@@ -43,8 +42,6 @@ class Embedder:
         check_table(self.table)
         if self.table.exists() and not all(COLUMN.fullmatch(name) for name in read_header(self.table)):
             raise ValueError(f"{self.table}: exists and is no table of asa-embed: choose another out=")
-        if self.parts not in PARTS:
-            raise ValueError(f"of={self.parts}: choose {', '.join(PARTS)}")
         source = Path(str(config["input"]))
         self.store = Store(source) if self.parts == "labels" and (source / MANIFEST).exists() else None
         if self.parts == "labels" and (self.store is None or not self.store.labels):
@@ -91,8 +88,6 @@ def embed_task(config: Config) -> None:
     Raises:
         FileNotFoundError, ValueError: no such input or checkpoint, or scans that failed; the others are in the table.
     """
-    if not Path(str(config["input"])).exists():
-        raise FileNotFoundError(f"{config['input']}: no such file or folder")
     predict_scans(Embedder(config), config)
 
 

@@ -8,8 +8,7 @@ from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.scans import Scan, ScanPredictor, predict_each, raw_scans, stored_scans
 from asa.tasks.base import Config
-from asa.training.checkpoint import is_shipped
-from asa.training.hub import on_hub
+from asa.training.checkpoint_files import is_shipped, on_hub
 
 LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settings
 

@@ -3,14 +3,18 @@
 import importlib
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from asa.config import build
 from asa.data.io.files import NOT_HERE, PART
 from asa.data.io.lock import LOCK
-from asa.data.preprocessing.cohort import CohortReport, CohortSettings, prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import MANIFEST, RECORDS, Store
-from asa.reporting.quality_control import PAGE, TABLE, QualityControlReport
-from asa.tasks.base import Config
+
+if TYPE_CHECKING:
+    from asa.data.preprocessing.cohort import CohortReport
+
+Config = dict[str, Any]
 
 SCHEME = "label_scheme"  # function of a reader, which gets the keys of data=
 
@@ -34,6 +38,9 @@ def prepare_task(config: Config) -> None:
         raise ValueError("data.root has to be given: add data.root=FOLDER")
     cohort = _cohort(config)
     records = build(config["data"], plugins=config["plugins"])
+    from asa.data.preprocessing.cohort import prepare_cohort  # imports torch, when all that was given is right
+    from asa.reporting.quality_control import PAGE, TABLE, QualityControlReport
+
     quality = QualityControlReport(Path(str(config["report"] or f"{out}_check"))) if check else None
     target, on_scan = None if check == "only" else out, quality.add if quality else None
     report = prepare_cohort(records, target, cohort, workers=config["workers"], scheduler=scheduler, on_scan=on_scan)
@@ -88,7 +95,7 @@ def _cohort(config: Config) -> CohortSettings:
     return CohortSettings(labels, ignored, regions, settings, missing, duplicates)
 
 
-def _print(report: CohortReport, where: str) -> None:
+def _print(report: "CohortReport", where: str) -> None:
     for id, warnings in report.warnings.items():
         for warning in warnings:
             print(f"{id}: warning: {warning}")

@@ -20,10 +20,13 @@ from asa.evaluation.policies import POLICIES
 from asa.tasks import COMMANDS
 from asa.tasks.atlases import check_network_settings, predict_by_registration
 from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
+from asa.tasks.checks import check
 from asa.tasks.embedding import evaluate_probe
 from asa.tasks.evaluation import compare_folders
 from asa.tasks.prediction import checkpoints_of
-from asa.training.checkpoint import find_weights, read_description
+from asa.training.checkpoint import read_description
+from asa.training.checkpoint_files import find_weights
+from asa.training.device import Backend
 from asa.training.gpu_check import preflight
 from asa.training.loop import TrainSettings, check_settings, train
 from asa.training.optim import OptimSettings
@@ -55,7 +58,9 @@ def call(command: str, *settings: Mapping[str, Any], config_dir: str | Path | No
     Returns:
         The run folder of a training that was done.
     """
-    run: Path | None = pkgutil.resolve_name(COMMANDS[command])(configure(command, *settings, config_dir=config_dir))
+    config = configure(command, *settings, config_dir=config_dir)
+    check(command, config)
+    run: Path | None = pkgutil.resolve_name(COMMANDS[command])(config)
     return run
 
 
@@ -206,6 +211,8 @@ def train_task(config: Config, command: str) -> Path | None:
     planned = wants_plan(config["plan"], config["plan_rate"])
     if not planned:  # a plan may be for another machine
         check_settings(settings, optim)
+        if "predict" in config:  # of asa-finetune, which predicts when it has trained
+            Backend.of(config["predict"]["device"], config["predict"]["precision"])
         backend = run_backend(Path(str(config["out"])), settings)
     explain = _explains(config)
     name, make_task = task_of_method(config, command)
@@ -264,15 +271,13 @@ def predict_task(config: Config) -> None:
     """
     if not isinstance(config["probabilities"], bool):
         raise ValueError(f"probabilities={config['probabilities']}: choose true or false")
-    source = Path(str(config["input"]))
     if config["atlas"] is None and not (checkpoints := checkpoints_of(config)):
         raise ValueError("checkpoint=[]: give at least one")
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder")
     if config["atlas"] is not None:
         predict_by_registration(config)
         return
     check_network_settings(config)
+    Backend.of(config["predict"]["device"], config["predict"]["precision"])
     task = task_of_checkpoint(read_description(checkpoints[0]), config["plugins"])
     if config["healthy"] is not None and task.command != "pretrain":
         raise ValueError("healthy= is for asymmetry maps of a run of method=sa_swin: leave it out")

@@ -171,8 +171,6 @@ class Segmentation(VolumeTask):
         if not isinstance(config["regions"], dict | None):
             raise ValueError(f"regions= joins label values, like regions={{core: [1, 4]}}, got {config['regions']!r}")
         truth, out = Path(str(config["truth"])), Path(str(config["out"]))
-        if not truth.exists():
-            raise FileNotFoundError(f"{truth}: no such folder; truth= is a store or a folder of label maps")
         cohort = _truth_of_store(truth, config) if (truth / MANIFEST).exists() else _truth_of_folder(truth, config)
         summary = evaluate_folder(
             Path(str(config["predictions"])),
@@ -314,8 +312,6 @@ class SegmentationPredictor:
             plugins=config["plugins"],
         )
         self.preprocessor = self.segmenter.preprocessor
-        if config["layout"] not in (None, "bids", "mgz"):
-            raise ValueError(f"layout={config['layout']}: choose bids, mgz, or null for OUT/ID.nii.gz")
         self.layout = Layout(self.out, ".mgz") if config["layout"] == "mgz" else Layout(self.out)
         if config["layout"] == "bids":
             self.layout = BidsDerivative(self.out, self.segmenter, self.with_probabilities)

@@ -27,7 +27,7 @@ from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablat
 from asa.reporting.pages import require_report_extra
 from asa.tasks.base import Config, task_of_method
 from asa.tasks.run import call, train_task
-from asa.training.checkpoint import find_weights
+from asa.training.checkpoint_files import find_weights
 from asa.training.distributed import world_size
 from asa.training.process import Stopped
 
@@ -151,8 +151,6 @@ def _check(config: Config) -> None:
             raise ValueError(f"{key}={config[key]}: give a list of one or more, each once")
     if not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
         raise ValueError(f"seeds={config['seeds']}: give whole numbers from 0")
-    if not config["store"] and not config["prepare"]:
-        raise ValueError("store has to be given, or prepare: settings of asa-prepare that make one")
     if _of_classes(config) and not flatten(config["finetune"]).get("data.classes"):
         raise ValueError("finetune.data.classes has to be given with policy=classification: the table of the classes")
     own = {"data.store", "data.split_file", "data.labelled", "init", "out", "train.seed", "checkpoint", "input", "part"}

@@ -18,7 +18,7 @@ from asa.data.store import Store
 from asa.inference.atlas import Atlas, carry_over, load_ants, read_atlases
 from asa.inference.preprocessing import voxel_size
 from asa.ops.labels import IGNORED
-from asa.training.checkpoint import list_checkpoints
+from asa.training.checkpoint_files import list_checkpoints
 from asa.training.distributed import map_over_ranks, on_main, world_size
 
 REST = "rest"

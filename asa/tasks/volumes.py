@@ -19,7 +19,8 @@ from asa.inference.preprocessing import training_scan_metadata
 from asa.methods.base import Batch
 from asa.models.transfer import Source, check_position
 from asa.tasks.base import Config
-from asa.training.checkpoint import list_checkpoints, load_weights
+from asa.training.checkpoint import load_weights
+from asa.training.checkpoint_files import list_checkpoints
 from asa.training.distributed import is_main
 from asa.training.loop import TrainSettings
 from asa.training.plan import volume_batch

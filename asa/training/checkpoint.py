@@ -27,19 +27,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from asa.config import CHECKPOINT_TARGETS, build, flatten
-from asa.data.io.files import DIGESTS, check_digest, write_digests
+from asa.data.io.files import check_digest, write_digests
 from asa.errors import reason_of
-from asa.training.hub import fetch, on_hub
+from asa.training.checkpoint_files import BEST, NEWEST, TRAINING, WEIGHTS, find_weights, list_checkpoints
 
 FORMAT = 1
 LARGEST_NUMBER = 1 << 16  # of the keywords of a model
 LAYERS = ("depth", "groups")  # in the names of keywords that count layers
 LARGEST_TABLES = 1 << 30  # bytes of buffers that a model computes and a checkpoint does not hold
 RETRIES = 10  # of a checkpoint that is removed while it is read, before this is an error
-WEIGHTS, TRAINING = "model.safetensors", "training.pt"
-NEWEST, BEST = "checkpoints", "best"  # folders of a run
-SHIPPED_PREFIX = "asa://"
-SHIPPED = Path(__file__).parents[1] / "encoders"
 
 
 class DamagedCheckpoint(ValueError):
@@ -182,11 +178,6 @@ def describe_best(run: Path) -> str:
 # --- loading
 
 
-def list_checkpoints(run: Path, folder: str = NEWEST) -> list[Path]:
-    """The run's checkpoints in one of its folders, oldest first."""
-    return sorted((run / folder).glob("step-*"))
-
-
 def newest_name(run: Path) -> str:
     """Name of the run's newest checkpoint, for messages; "none" if there is none."""
     return next((path.name for path in list_checkpoints(run)[-1:]), "none")
@@ -262,48 +253,6 @@ def _compare(file: Path) -> None:
         check_digest(file, listed=True)
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from error
-
-
-def shipped() -> list[str]:
-    """Names of the encoders that the package brings, each a folder as asa-export format=hub writes it: `asa://NAME`."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS}"))
-
-
-def is_shipped(path: str | Path) -> bool:
-    """Whether a path is the name of an encoder that the package brings."""
-    return str(path).startswith("asa:/")  # a Path has one slash
-
-
-def find_weights(path: str | Path) -> Path:
-    """The weights file of a path: the file itself, that of a checkpoint folder, or the newest of a run or of RUN/best.
-
-    One of `hf://ORG/NAME[@REVISION]` is fetched to the local cache, with its digests, which have to be there;
-    `asa://NAME` is one that this package brings.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ImportError, OSError, ValueError: see `asa.training.hub.fetch`.
-    """
-    if on_hub(path):
-        return fetch(str(path), WEIGHTS, DIGESTS) / WEIGHTS
-    if is_shipped(path):
-        name = str(path).removeprefix("asa:").lstrip("/")
-        if name not in shipped():
-            raise FileNotFoundError(
-                f"{path}: not in this package; it has {', '.join(SHIPPED_PREFIX + one for one in shipped())}"
-            )
-        return SHIPPED / name / WEIGHTS
-    path = Path(path).expanduser()
-    if path.is_file():
-        return path
-    if (path / WEIGHTS).is_file():
-        return path / WEIGHTS
-    if found := list_checkpoints(path) or list_checkpoints(path, "."):
-        return found[-1] / WEIGHTS
-    raise FileNotFoundError(
-        f"{path}: no checkpoint here; give a run folder (or its best/, which exists with train.best), a checkpoint "
-        "folder or a .safetensors file"
-    )
 
 
 def read_weights(path: str | Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 import operator
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from asa.training.optim import (
     set_training,
     unfreeze,
 )
-from asa.training.process import Stopped, stop_signals
+from asa.training.process import StopNow, Stopped, stop_signals
 from asa.training.run_log import Meter, RunLog, SilentLog
 from asa.training.trackers import check_trackers
 
@@ -131,6 +131,9 @@ def train(
     guard = NonFiniteGuard(run, log, optimizer, fp16=fp16)
     guard.load_state_dict(before.get("guard", guard.state_dict()))
     ddp = distributed.data_parallel(method)
+    alone = distributed.world_size() == 1
+    if alone and device.type == "cpu":
+        hear_signals(method)
 
     # --- data
     batches = iter(
@@ -145,24 +148,42 @@ def train(
             pin_memory=device.type == "cuda",
         )
     )
+    if before:
+        torch.set_rng_state(before["random"])  # after the loader was made, which draws a number
     meter = Meter(settings.batch_size, settings.accumulate)
 
     # --- checkpoint
     description = {**description, **({"ema": settings.ema} if settings.ema else {})}
     saved_at, saved_step = time.monotonic(), step
 
-    def save() -> None:
+    def save(random: torch.Tensor | None = None) -> None:
         training = {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "guard": guard.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": torch.get_rng_state() if random is None else random,
             "steps": settings.steps,
         }
         if settings.ema:  # the model file holds the averaged weights
             training["weights"] = {name: tensor.detach().cpu() for name, tensor in method.state_dict().items()}
         with ema.swapped_in():
             save_checkpoint(run, step, method, description, training, settings.keep)
+
+    @contextmanager
+    def stopped_at_once() -> Iterator[None]:
+        """Micro-batches or a validation, which a stop signal ends; they are done again when the run continues.
+
+        Several processes stop together, after a step.
+        """
+        random = torch.get_rng_state()
+        try:
+            with stop.at_once() if alone else nullcontext():
+                yield
+        except StopNow:
+            guard.resolve()
+            if step > saved_step or not step:
+                save(random)
+            raise Stopped(f"stopped at step {step} of {settings.steps}, and saved in {run}") from None
 
     # --- validation
     def validation_due() -> bool:
@@ -172,7 +193,7 @@ def train(
     def run_validation() -> dict[str, float]:
         assert validate is not None
         method.eval()
-        with torch.no_grad(), backend.autocast(), ema.swapped_in():
+        with stopped_at_once(), torch.no_grad(), backend.autocast(), ema.swapped_in():
             metrics, pictures = validate(step)
             metric = settings.best
             is_best = metric is not None and distributed.on_main(
@@ -206,24 +227,27 @@ def train(
                 unfreeze(model, optim.freeze)
                 set_training(method)
                 ddp = distributed.data_parallel(method)
+                if alone and device.type == "cpu":
+                    hear_signals(method)
                 log.message(f"step {step}: {', '.join(optim.freeze)} trained from here on")
             set_learning_rate(optimizer, schedule[step])
             if tell := getattr(method, "progress", None):
                 tell(step / settings.steps)
             meter.start_step()
-            for micro_batch in range(settings.accumulate):
-                batch = meter.next_batch(batches)
-                inputs = on_device(batch, device)
-                is_last = micro_batch == settings.accumulate - 1
-                if is_last:  # ask here, read the answers after the step: nothing waits for them
-                    late = time.monotonic() - saved_at >= 60 * SAVE_MINUTES
-                    answers = distributed.any_rank(stop.requested, late and distributed.is_main())
-                with distributed.gradient_sync(ddp, is_last):
-                    with backend.autocast():
-                        result = ddp(inputs)
-                    loss = guard.add(batch, result["loss"])
-                    scaler.scale(loss / settings.accumulate).backward()
-                meter.add(result)
+            with stopped_at_once():
+                for micro_batch in range(settings.accumulate):
+                    batch = meter.next_batch(batches)
+                    inputs = on_device(batch, device)
+                    is_last = micro_batch == settings.accumulate - 1
+                    if is_last:  # ask here, read the answers after the step: nothing waits for them
+                        late = time.monotonic() - saved_at >= 60 * SAVE_MINUTES
+                        answers = distributed.any_rank(stop.requested, late and distributed.is_main())
+                    with distributed.gradient_sync(ddp, is_last):
+                        with backend.autocast():
+                            result = ddp(inputs)
+                        loss = guard.add(batch, result["loss"])
+                        scaler.scale(loss / settings.accumulate).backward()
+                    meter.add(result)
 
             # optimizer step
             scaler.unscale_(optimizer)
@@ -269,6 +293,13 @@ def train(
     return last
 
 
+def hear_signals(method: nn.Module) -> None:
+    """Let Python handle signals while gradients are computed, which is otherwise one call of minutes on a CPU."""
+    for parameter in method.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _: None)
+
+
 def resume(
     run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ema: EMA
 ) -> dict[str, Any]:
@@ -291,7 +322,7 @@ def resume(
             load_weights(method, training["weights"], path)
         optimizer.load_state_dict(training["optimizer"])
         scaler.load_state_dict(training["scaler"])
-        torch.set_rng_state(training["random"])
+        torch.Generator().set_state(training["random"])  # as a check: the random state is set after the loader is made
         operator.index(training["step"])
     except Exception as error:  # its digest is right, and its content of another run or version
         raise ValueError(f"{path}: its training state does not fit this run ({reason_of(error)})") from error

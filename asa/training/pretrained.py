@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from asa.models import transfer
 from asa.models.sw_vit import SWViT
 from asa.models.transfer import Source
-from asa.training.checkpoint import SHIPPED_PREFIX, find_weights, load_tensors, read_weights, shipped
+from asa.training.checkpoint import load_tensors, read_weights
+from asa.training.checkpoint_files import SHIPPED_PREFIX, find_weights, shipped
 
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")  # written by torch.save
 NNSSL_PLAN = "nnssl_adaptation_plan"

@@ -57,11 +57,29 @@ class Stopped(Exception):
     """A run was asked to stop and has saved; the same command continues it."""
 
 
+class StopNow(BaseException):
+    """Raised where a stop signal arrives inside `StopRequest.at_once`; no `except Exception` holds it up."""
+
+
 @dataclass
 class StopRequest:
     """Whether this process has received a stop signal."""
 
     requested: bool = False
+    immediate: bool = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that a stop signal ends, or that does not begin after one; what it has changed is not used."""
+        self.immediate = True
+        try:
+            if self.requested:
+                raise StopNow
+            yield
+            if self.requested:  # where it arrived, as in a callback of another library, the exception was discarded
+                raise StopNow
+        finally:
+            self.immediate = False
 
 
 @contextmanager
@@ -70,7 +88,11 @@ def stop_signals() -> Iterator[StopRequest]:
     stop = StopRequest()
 
     def record(number: int, frame: FrameType | None) -> None:
+        if not stop.requested:  # written at once: nothing else may be printed for minutes
+            os.write(2, f"\n{signal.Signals(number).name} received: saving, then stopping\n".encode())
         stop.requested = True
+        if stop.immediate:
+            raise StopNow
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -14,7 +14,7 @@ from asa.data.io.lock import LOCK, locked
 from asa.data.splits import write_split
 from asa.errors import reason_of
 from asa.settings import TrainSettings
-from asa.training.checkpoint import list_checkpoints
+from asa.training.checkpoint_files import list_checkpoints
 from asa.training.device import Backend
 from asa.training.distributed import on_main, process_group
 from asa.training.optim import warmup_steps

@@ -17,7 +17,8 @@ from asa.data.io.nifti import write_image
 from asa.data.leakage import find_leaks, training_digests
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import make_loader
-from asa.data.preprocessing.cohort import CohortSettings, find_duplicates, prepare_cohort
+from asa.data.preprocessing.cohort import find_duplicates, prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.splits import make_split, select
 from asa.data.store import MANIFEST, RECORDS, Store, array_path, entry_line, write_records
 from asa.settings import LoaderSettings

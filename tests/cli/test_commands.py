@@ -20,7 +20,8 @@ from asa import cli
 from asa.cli import COMMANDS
 from asa.data.store import Store
 from asa.tasks.volumes import padding_advice
-from asa.training.checkpoint import list_checkpoints, load_model, read_description
+from asa.training.checkpoint import load_model, read_description
+from asa.training.checkpoint_files import list_checkpoints
 
 TINY = ["loader.workers=0", "train.device=cpu", "train.log_every=1", "optim.warmup=1"]
 PRETRAIN = [*TINY, "model=asa_tiny", "crop=32", "train.steps=2", "train.batch_size=2"]

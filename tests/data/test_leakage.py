@@ -13,7 +13,8 @@ from stores import read_tree, write_tree
 from asa.cli import COMMANDS
 from asa.data.leakage import LeakedSubject, find_leaks, stored_digests, training_digests
 from asa.data.splits import write_split
-from asa.training.checkpoint import find_weights, read_weights
+from asa.training.checkpoint import read_weights
+from asa.training.checkpoint_files import find_weights
 
 TINY = ["loader.workers=0", "train.device=cpu", "optim.warmup=1", "train.steps=2"]
 PRETRAIN = [*TINY, "model=asa_tiny", "crop=32", "train.batch_size=2"]

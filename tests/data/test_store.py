@@ -14,7 +14,8 @@ from stores import read_tree, write_tree
 from asa.data.datasets.record import Record
 from asa.data.io.files import write_json
 from asa.data.io.nifti import write_image
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import (
     FORMAT,
     RECORDS_INSIDE,

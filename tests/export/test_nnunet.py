@@ -11,7 +11,8 @@ import pytest
 from asa.config import compose
 from asa.data.datasets import folder, nnunet
 from asa.data.io.nifti import read_image, read_label, write_image, write_label
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.export.nnunet import export_nnunet, painting_order

@@ -16,12 +16,13 @@ from asa.data.datasets import bids
 from asa.data.io.files import sha256_of
 from asa.data.io.nifti import read_image, write_label
 from asa.data.io.tables import read_rows
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.splits import write_split
 from asa.data.store import Store
 from asa.inference.layout import BidsDerivative, abbreviations, bids_root, label_maps_of, probabilities_of
 from asa.inference.segmentation import Segmenter
-from asa.training.checkpoint import find_weights
+from asa.training.checkpoint_files import find_weights
 
 VALIDATOR = shutil.which("bids-validator-deno", path=Path(sys.executable).parent) or shutil.which("bids-validator-deno")
 SCANS = ("sub-01/ses-1/anat/sub-01_ses-1_acq-mprage_T1w", "sub-01/ses-2/anat/sub-01_ses-2_T1w", "sub-b/anat/sub-b_T1w")

@@ -20,7 +20,7 @@ from asa.data.io.nifti import from_ras, read_image, to_ras, write_image
 from asa.data.io.tables import read_rows
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_affine
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.store import Store
 from asa.inference import segmentation
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata

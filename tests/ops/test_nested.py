@@ -13,7 +13,8 @@ from untrained import DATA, SETTINGS, WINDOW, a_scan, call, predicted
 from asa.cli import finetune, predict
 from asa.config import build
 from asa.data.datasets import folder
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings
 from asa.inference.label_maps import Outputs
 from asa.inference.segmentation import Segmenter
 from asa.losses.segmentation import DeeplySupervisedRegionLoss

@@ -18,8 +18,8 @@ from asa.data.io.nifti import read_image, read_label
 from asa.data.store import Store
 from asa.inference.layout import label_maps_of
 from asa.training import device
+from asa.training.checkpoint_files import fetch
 from asa.training.device import has_bf16_units
-from asa.training.hub import fetch
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

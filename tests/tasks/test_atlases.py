@@ -18,7 +18,8 @@ from asa.config import CONFIG_DIR, compose
 from asa.data.datasets import folder
 from asa.data.io.nifti import read_image, write_image, write_label
 from asa.data.io.tables import read_rows
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.splits import write_split
 from asa.data.store import Store
 from asa.inference import atlas as registration

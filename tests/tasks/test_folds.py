@@ -13,7 +13,7 @@ from asa.data.store import Store
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.tasks import studies
 from asa.tasks.studies import finetune_task
-from asa.training.checkpoint import find_weights
+from asa.training.checkpoint_files import find_weights
 
 TINY = ["loader.workers=0", "train.device=cpu", "optim.warmup=0", "model=unet_tiny", "+model.feature_size=4"]
 TINY += ["crop=[64,32,32]", "train.steps=2", "train.batch_size=1", "data.split.validation=0"]

@@ -12,7 +12,8 @@ from asa.data.leakage import training_digests
 from asa.data.store import Store
 from asa.tasks.pretraining import Pretraining
 from asa.tasks.run import configure
-from asa.training.checkpoint import find_weights, read_description, read_weights
+from asa.training.checkpoint import read_description, read_weights
+from asa.training.checkpoint_files import find_weights
 
 TINY = {
     "model": "asa_tiny",

@@ -17,7 +17,8 @@ from asa.data.io.nifti import write_image
 from asa.evaluation.scans import measures, score_numbers
 from asa.methods.whole_scans import Classification, Regression
 from asa.models.classifier import asa_classifier_tiny, asa_regressor_tiny, sa_swin_regressor_tiny
-from asa.training.checkpoint import find_weights, read_description
+from asa.training.checkpoint import read_description
+from asa.training.checkpoint_files import find_weights
 
 SCANS = 16
 SMALL = dict(img_size=16, embed_dim=24, depth=1, num_heads=2)

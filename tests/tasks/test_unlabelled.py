@@ -10,8 +10,8 @@ from conftest import write_brain
 
 from asa.data.datasets import folder
 from asa.data.leakage import training_digests
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
 from asa.inference.atlas import Atlas
 from asa.ops.labels import IGNORED

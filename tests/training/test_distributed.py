@@ -24,7 +24,7 @@ from asa.models.unet import unet_tiny
 from asa.ops.labels import IGNORED
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training import distributed
-from asa.training.checkpoint import list_checkpoints
+from asa.training.checkpoint_files import list_checkpoints
 from asa.training.distributed import process_group
 from asa.training.loop import train
 from asa.training.process import RESUME_CODE

@@ -12,7 +12,7 @@ from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.restoration.regions import find_varlen, runs_varlen
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings
-from asa.training.checkpoint import list_checkpoints
+from asa.training.checkpoint_files import list_checkpoints
 from asa.training.device import Backend
 from asa.training.gpu_check import step_peak
 from asa.training.loop import train

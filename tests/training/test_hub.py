@@ -21,7 +21,7 @@ from asa.evaluation.summary import CaseRow, summarise
 from asa.export.hub import export_hub
 from asa.tasks.prediction import subjects_of_part
 from asa.training.checkpoint import DamagedCheckpoint, load_model, read_description
-from asa.training.hub import fetch
+from asa.training.checkpoint_files import fetch
 from asa.training.pretrained import read_source
 
 pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
@@ -199,7 +199,7 @@ def test_a_server_that_does_not_answer_is_left_and_the_copy_in_the_cache_used(
 ) -> None:
     published(hub, tmp_path)
     hub.silent.set()
-    monkeypatch.setattr("asa.training.hub.PATIENCE", 0.3)
+    monkeypatch.setattr("asa.training.checkpoint_files.PATIENCE", 0.3)
     start = time.monotonic()
     with pytest.raises(FileNotFoundError, match="hf://org/net: the Hub cannot be reached .*does not hold it: connect"):
         load_model("hf://org/net")

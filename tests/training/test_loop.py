@@ -16,7 +16,8 @@ from asa.models.masked_autoencoder import asa_tiny
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training import checkpoint as checkpoint_module
 from asa.training import loop
-from asa.training.checkpoint import list_checkpoints, load_encoder, load_model, read_weights, save_checkpoint
+from asa.training.checkpoint import load_encoder, load_model, read_weights, save_checkpoint
+from asa.training.checkpoint_files import list_checkpoints
 from asa.training.device import deterministic, pick_device, pick_precision
 from asa.training.loop import train
 from asa.training.optim import Schedule, make_optimizer

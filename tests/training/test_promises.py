@@ -25,9 +25,10 @@ from asa.data.io import lock as lock_module
 from asa.data.io.files import sha256_of
 from asa.data.io.lock import LOCK, locked
 from asa.data.loading.crops import CropDataset
-from asa.data.store import array_path
+from asa.data.store import Store, array_path
 from asa.methods.pretrain import MaskedPretraining
-from asa.settings import OptimSettings, TrainSettings
+from asa.models.masked_autoencoder import asa_tiny
+from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training.checkpoint import (
     DamagedCheckpoint,
     find_weights,
@@ -38,6 +39,7 @@ from asa.training.checkpoint import (
     read_weights,
     save_checkpoint,
 )
+from asa.training.loop import train
 from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import EMA
 from asa.training.process import RESUME_CODE, Stopped, stop_signals
@@ -246,6 +248,85 @@ def test_a_signal_to_the_process_group_saves_too(store: Path, tmp_path: Path) ->
     print(ended.text)
     assert ended.code == RESUME_CODE and names(run) == [f"step-{steps_done(run):08d}"]
     until(lambda: members(job.processes[0].pid) == [])
+
+
+def signalled(number: int) -> tuple[list[int], Any]:
+    """A forward of the method that gets SIGTERM in its call of this number, from 1; and the calls so far."""
+    calls: list[int] = []
+    original = MaskedPretraining.forward
+
+    def forward(self: MaskedPretraining, batch: dict) -> dict:
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    return calls, forward
+
+
+@pytest.mark.parametrize(("number", "step"), [(1, 0), (3, 0), (6, 1), (9, 2)])
+def test_a_signal_ends_a_step_within_a_micro_batch_and_the_step_is_done_again(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: int, step: int
+) -> None:
+    four = {"accumulate": 4, "save_every": 100}
+    tiny_run(tmp_path / "whole", store, 3, **four)
+    calls, forward = signalled(number)
+    with (
+        pytest.raises(Stopped, match=f"stopped at step {step} of 3, and saved in"),
+        replaced(MaskedPretraining, "forward", forward),
+    ):
+        tiny_run(tmp_path / "cut", store, 3, **four)
+    assert len(calls) == number and names(tmp_path / "cut") == [f"step-{step:08d}"]
+    assert "SIGTERM received: saving, then stopping" in capfd.readouterr().err
+    tiny_run(tmp_path / "cut", store, 3, **four)
+    assert sha256_of(find_weights(tmp_path / "cut")) == sha256_of(find_weights(tmp_path / "whole"))
+    assert (losses(tmp_path / "cut") == losses(tmp_path / "whole")).all()
+
+
+def test_a_signal_is_heard_while_gradients_are_computed(store: Path, tmp_path: Path) -> None:
+    reached: list[str] = []
+
+    def forward(self: MaskedPretraining, batch: dict) -> dict:
+        (last,), (first,) = (list(part.parameters())[:1] for part in (self.model.head, self.model.encoder.patch_embed))
+        if not last._backward_hooks:
+            last.register_hook(lambda grad: reached.append("last") or os.kill(os.getpid(), signal.SIGTERM))
+            first.register_hook(lambda grad: reached.append("first"))
+        return original(self, batch)
+
+    with pytest.raises(Stopped), replaced(MaskedPretraining, "forward", forward) as original:
+        tiny_run(tmp_path / "run", store)
+    assert reached == ["last"]
+
+
+def test_a_signal_ends_a_validation_which_is_done_when_the_run_continues(store: Path, tmp_path: Path) -> None:
+    opened, begun, ended = Store(store), [], []
+
+    def run(folder: Path, signal_at: int | None) -> None:
+        def validate(step: int) -> Any:
+            begun.append(step)
+            if step == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            ended.append(step)
+            return {"number": float(torch.rand(()))}, {}
+
+        torch.manual_seed(0)
+        method = MaskedPretraining(asa_tiny(**{key: value for key, value in MODEL.items() if key != "_target_"}))
+        crops = CropDataset(opened, opened.records, (32, 32, 32))
+        settings = TrainSettings(steps=4, batch_size=4, device="cpu", validate_every=2, save_every=3, ema=0.9)
+        chosen = dict(settings=settings, optim=OptimSettings(), loader=LoaderSettings(workers=0))
+        folder.mkdir(exist_ok=True)
+        train(method, crops, folder, **chosen, description={"model": MODEL}, validate=validate)
+
+    run(tmp_path / "whole", None)
+    with pytest.raises(Stopped, match="stopped at step 2 of 4, and saved"):
+        run(tmp_path / "cut", 2)
+    assert begun == [2, 4, 2] and ended == [2, 4] and names(tmp_path / "cut") == ["step-00000002"]
+    run(tmp_path / "cut", None)
+    assert ended == [2, 4, 2, 4]
+    assert sha256_of(find_weights(tmp_path / "cut")) == sha256_of(find_weights(tmp_path / "whole"))
+    numbers = [log(tmp_path / name, "step", "number", group="validation") for name in ("cut", "whole")]
+    assert numbers[0] == numbers[1]
 
 
 def test_signal_handlers_are_restored_after_a_run() -> None:

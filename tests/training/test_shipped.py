@@ -18,7 +18,8 @@ from asa.data.store import Store
 from asa.models.sw_vit import sw_vit_tiny
 from asa.models.vit_seg import vit_conv_tiny, vit_seg_base
 from asa.ops.patches import patchify
-from asa.training.checkpoint import SHIPPED, find_weights, load_encoder, load_model, shipped
+from asa.training.checkpoint import load_encoder, load_model
+from asa.training.checkpoint_files import SHIPPED, find_weights, shipped
 from asa.training.pretrained import fitting_shipped
 
 NAMES = shipped()

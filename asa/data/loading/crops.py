@@ -100,8 +100,8 @@ class CropDataset(Samples):
         seed: the seed of the run.
 
     Raises:
-        ValueError: an unknown crop, no records, a record without label, or a foreground probability that is out of
-            range or has no effect.
+        ValueError: a size that is not three edges, an unknown crop, no records, a record without label, or a foreground
+            probability that is out of range or has no effect.
     """
 
     source: VolumeSource
@@ -121,6 +121,8 @@ class CropDataset(Samples):
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise ValueError(f"data.placement={self.crop!r}: choose {', '.join(CROPS[:-1])} or {CROPS[-1]}")
+        if isinstance(self.size, int) or len(self.size) != 3 or not all(edge >= 1 for edge in self.size):
+            raise ValueError(f"size={self.size}: give the three edges (D, H, W) of a crop in voxels, like (96, 96, 96)")
         if not self.records:
             raise ValueError("there are no records to train on: check the split")
         if not 0 <= self.foreground <= 1:
@@ -141,6 +143,12 @@ class CropDataset(Samples):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.size))
+        extras = "".join(f", {name}" for name in ("labelled", "mirrored") if getattr(self, name))
+        augment = "" if self.augment is None else ", augmented"
+        return f"CropDataset({len(self)} scans, crops of {size} voxels, {self.crop}{extras}{augment})"
 
     def __getitem__(self, address: int | tuple[int, int]) -> dict[str, Any]:
         index, epoch = (address, 0) if isinstance(address, int) else address

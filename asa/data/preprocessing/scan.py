@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,63 +18,10 @@ from asa.data.io.nifti import axis_codes, identity_of, read_image, read_label, s
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices, to_prepared
 from asa.data.preprocessing.resampling import bounding_box
-from asa.data.preprocessing.steps import Case, PrepareSettings
+from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
+from asa.data.preprocessing.steps import Case
 from asa.data.store import RECORDS, Entry, entry_line, has_array, open_array, parse_entry, write_array
 from asa.errors import reason_of
-
-
-@dataclass(frozen=True)
-class CohortSettings:
-    """How a cohort is prepared, the same for all of its scans.
-
-    Args:
-        labels: label values in the files -> names, without 0; empty for a cohort without labels.
-        ignored: label values whose voxels are excluded from losses and scores.
-        regions: name -> label values that it joins, for evaluation, in order.
-        settings: the preprocessing of each scan.
-        missing: "refuse" a scan that lacks a channel, or fill the channel with "zero" and list it in the entry.
-        duplicates: of scans with the same voxels, "refuse" all but the first id, or "keep" all.
-
-    Raises:
-        ValueError: labels, ignored and regions that contradict each other, or an unknown choice.
-    """
-
-    labels: Mapping[int, str] = field(default_factory=dict)
-    ignored: Sequence[int] = ()
-    regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    settings: PrepareSettings = field(default_factory=PrepareSettings)
-    missing: str = "refuse"
-    duplicates: str = "refuse"
-
-    def __post_init__(self) -> None:
-        labels, regions = self.labels, self.regions
-        if not isinstance(labels, Mapping) or not all(isinstance(value, int) and value > 0 for value in labels):
-            raise ValueError(
-                f"labels: {labels} should be values and names, like {{1: csf, 2: gm, 3: wm}}; 0 is the background"
-            )
-        if not isinstance(regions, Mapping) or not all(isinstance(values, list | tuple) for values in regions.values()):
-            raise ValueError(
-                f"regions={regions}: give the labels of each region, like regions={{whole: [1, 2], core: [1]}}"
-            )
-        for kind, names in (("labels", labels.values()), ("regions", regions)):
-            for name in names:
-                if not name or not str(name).isprintable():
-                    raise ValueError(f"{kind}: {name!r} should be a name of printable characters: rename it")
-        if len(labels) > 254 or len(set(labels.values())) < len(labels):
-            raise ValueError("labels: at most 254 values, each with a name of its own")
-        for value in self.ignored:
-            if not isinstance(value, int) or value in labels or value == 0:
-                raise ValueError(f"ignored: {value!r} should be a label value that labels does not name")
-        for name, values in regions.items():
-            undeclared = [value for value in values if value not in labels]
-            if undeclared or not values:
-                raise ValueError(f"regions: {name} joins {undeclared or 'nothing'}; give values that labels names")
-        if self.missing not in ("refuse", "zero"):
-            raise ValueError(f"missing={self.missing!r}: choose refuse or zero")
-        if self.duplicates not in ("refuse", "keep"):
-            raise ValueError(f"duplicates={self.duplicates!r}: choose refuse or keep")
-        object.__setattr__(self, "labels", dict(sorted(labels.items())))
-        object.__setattr__(self, "ignored", sorted(self.ignored))
 
 
 class ScanJob(NamedTuple):

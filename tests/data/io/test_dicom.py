@@ -15,7 +15,7 @@ from asa.data.io.dicom import check_slices, convert_series
 from asa.data.io.files import check_id
 from asa.data.io.nifti import read_image
 from asa.data.preprocessing.pipeline import prepare_case
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.settings import PrepareSettings
 
 pytest.importorskip("dcm2niix")
 

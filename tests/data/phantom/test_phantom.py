@@ -17,7 +17,8 @@ from asa.data.phantom.lesions import TumourPlan
 from asa.data.phantom.structures import STRUCTURES
 from asa.data.phantom.warp import displacement_of, random_velocity, smooth_noise
 from asa.data.preprocessing import registration
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings
 
 EXTENT = (96.0, 120.0, 100.0)
 needs_template = pytest.mark.skipif(

@@ -22,7 +22,7 @@ from asa.data.preprocessing.pipeline import prepare_case, to_native, to_prepared
 from asa.data.preprocessing.registration import load_map, register_to_template
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
 from asa.data.preprocessing.scan import make_thumbnail
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.settings import PrepareSettings
 
 PYTHON = shlex.quote(sys.executable)
 SHARED = Path(__file__).parents[4] / "shared/data"

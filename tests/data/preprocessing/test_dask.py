@@ -16,8 +16,8 @@ from asa.cli import prepare
 from asa.data.datasets.record import Record
 from asa.data.io.nifti import write_image
 from asa.data.io.parallel import on_cluster
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 
 distributed = pytest.importorskip("distributed")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -26,8 +26,9 @@ from asa.cli.front import run_command
 from asa.data.datasets import folder
 from asa.data.io.files import gzipped
 from asa.data.io.nifti import Volume, identity_of, read_image, read_label, write_image, write_label
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.scan import ScanQuality
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import Store
 from asa.tasks.preparation import prepare_task
 

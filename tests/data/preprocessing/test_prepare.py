@@ -22,10 +22,10 @@ from asa.data.datasets.record import Record
 from asa.data.io.nifti import Volume, check_same_geometry, read_image, read_label, write_label
 from asa.data.preprocessing import cohort as prepare
 from asa.data.preprocessing import scan as one_scan
-from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
+from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_image
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
 
 SHARED = Path(__file__).parents[4] / "shared/data"

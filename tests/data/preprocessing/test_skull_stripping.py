@@ -10,7 +10,7 @@ from heads import dice
 from asa.data.io.nifti import read_image, spacing_of, to_ras
 from asa.data.preprocessing.brain import brain_mask
 from asa.data.preprocessing.pipeline import prepare_case, to_native
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.settings import PrepareSettings
 
 SHARED = Path(__file__).parents[4] / "shared/data"
 needs_scans = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real scans are not here: no {SHARED}")

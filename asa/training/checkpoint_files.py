@@ -1,8 +1,9 @@
-"""Checkpoints on the Hugging Face Hub: `hf://ORG/NAME[@REVISION]` as a folder of the local cache.
+"""Where the files of a checkpoint are: in a run, in a folder of its own, or on the Hub. Without torch.
 
-Only named files are fetched, and asa names weights and digests: nothing else of a repository is read, so that nothing
-in it can run code. They are placed where the library of the Hub would place them, so that both read one cache, but
-fetched here: the library takes names of files from what a server answers, and a server can answer with any path.
+`hf://ORG/NAME[@REVISION]` on the Hugging Face Hub is a folder of the local cache; `asa://NAME` is one that this package
+brings. Only named files are fetched, and asa names weights and digests: nothing else of a repository is read, so that
+nothing in it can run code. They are placed where the library of the Hub would place them, so that both read one cache,
+but fetched here: the library takes names of files from what a server answers, and a server can answer with any path.
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
@@ -11,13 +12,65 @@ import re
 from pathlib import Path
 from typing import Any
 
-from asa.data.io.files import whole_file, write_whole
+from asa.data.io.files import DIGESTS, whole_file, write_whole
 from asa.errors import one_line, require
 
 # A Path has one slash. The revision names a file of the cache, so it must not lead out of it.
 _REFERENCE = re.compile(r"hf:/{1,2}(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 PATIENCE = 30.0  # seconds for an answer
+
+WEIGHTS, TRAINING = "model.safetensors", "training.pt"
+NEWEST, BEST = "checkpoints", "best"  # folders of a run
+SHIPPED_PREFIX = "asa://"
+SHIPPED = Path(__file__).parents[1] / "encoders"
+
+
+def list_checkpoints(run: Path, folder: str = NEWEST) -> list[Path]:
+    """The run's checkpoints in one of its folders, oldest first."""
+    return sorted((run / folder).glob("step-*"))
+
+
+def shipped() -> list[str]:
+    """Names of the encoders that the package brings, each a folder as asa-export format=hub writes it: `asa://NAME`."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS}"))
+
+
+def is_shipped(path: str | Path) -> bool:
+    """Whether a path is the name of an encoder that the package brings."""
+    return str(path).startswith("asa:/")  # a Path has one slash
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file of a path: the file itself, that of a checkpoint folder, or the newest of a run or of RUN/best.
+
+    One of `hf://ORG/NAME[@REVISION]` is fetched to the local cache, with its digests, which have to be there;
+    `asa://NAME` is one that this package brings.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ImportError, OSError, ValueError: see `asa.training.checkpoint_files.fetch`.
+    """
+    if on_hub(path):
+        return fetch(str(path), WEIGHTS, DIGESTS) / WEIGHTS
+    if is_shipped(path):
+        name = str(path).removeprefix("asa:").lstrip("/")
+        if name not in shipped():
+            raise FileNotFoundError(
+                f"{path}: not in this package; it has {', '.join(SHIPPED_PREFIX + one for one in shipped())}"
+            )
+        return SHIPPED / name / WEIGHTS
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
+    if found := list_checkpoints(path) or list_checkpoints(path, "."):
+        return found[-1] / WEIGHTS
+    raise FileNotFoundError(
+        f"{path}: no checkpoint here; give a run folder (or its best/, which exists with train.best), a checkpoint "
+        "folder or a .safetensors file"
+    )
 
 
 def on_hub(path: str | Path) -> bool:

@@ -1,0 +1,149 @@
+"""What can be checked before torch is imported, which takes seconds: settings, choices, and the paths that they name.
+
+Here stands only what a user gets wrong most; the tasks check the rest.
+"""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from asa.config import SETTINGS, typed
+from asa.data.datasets.folder import has_wildcard
+from asa.data.splits import read_split
+from asa.data.store import check_is_store
+from asa.training.checkpoint_files import find_weights, list_checkpoints, on_hub
+
+Config = dict[str, Any]
+OF_TASKS = ("classification", "regression", "restoration", "asymmetry", "probe")  # policies beside those of label maps
+
+
+def check(command: str, config: Config) -> None:
+    """Check a composed configuration; see the functions of the commands below.
+
+    Raises:
+        FileNotFoundError, ValueError: a value that cannot be right, or a path without what has to be there.
+    """
+    for group, settings in SETTINGS.get(command, {}).items():
+        typed(settings, config[group])
+    if command in CHECKS:
+        CHECKS[command](config)
+
+
+def _check_training(config: Config) -> None:
+    data = config["data"]
+    if "root" in data:  # images of restoration
+        if data["root"] is not None:
+            _exists(data["root"], kind="folder")
+    elif data["store"] is not None:
+        _store(data["store"])
+    elif config["method"]["_target_"].startswith("asa."):  # a task of the user's own may have none
+        raise ValueError("data.store has to be given: a folder made by asa-prepare")
+    for key, word in (("labelled_store", None), ("unlabelled", "rest")):
+        if data.get(key) not in (None, word):
+            _store(data[key])
+    if data.get("split_file") and not list_checkpoints(Path(str(config["out"]))):  # a run that goes on has its own
+        fold = data["split"].get("fold")
+        read_split(data["split_file"], fold if isinstance(fold, int) else None)
+    for key, word in (("health", "healthy"), ("classes", None), ("table", None)):
+        if data.get(key) not in (None, word):
+            _exists(data[key], f"data.{key}= is a table (CSV)")
+    if config["init"] and config["plan"] is None:
+        _checkpoint(config["init"])
+
+
+def _check_predict(config: Config) -> None:
+    _exists(config["input"])
+    _choice(config, "layout", ("bids",), "null for OUT/ID.nii.gz")
+    if config["atlas"] is not None:
+        _store(config["atlas"])
+    else:
+        given = config["checkpoint"]
+        for path in [given] if isinstance(given, str) else given:
+            _checkpoint(path)
+    if config["split_file"]:
+        read_split(config["split_file"])
+
+
+def _check_embed(config: Config) -> None:
+    _exists(config["input"])
+    _choice(config, "of", ("whole", "sides", "labels"))
+    _checkpoint(config["checkpoint"])
+
+
+def _check_evaluate(config: Config) -> None:
+    if config["compare"] is not None:
+        runs = config["compare"]
+        for folder in runs.values() if isinstance(runs, dict) else runs if isinstance(runs, list) else ():
+            _exists(Path(str(folder)) / "summary.json", "give folders that asa-evaluate wrote")
+        return
+    from asa.evaluation.policies import POLICIES  # imports scipy, which takes half a second
+
+    predictions, truth, policy = config["predictions"], config["truth"], str(config["policy"])
+    if policy not in (*POLICIES, *OF_TASKS) and "." not in policy:
+        raise ValueError(f"policy={policy}: choose {', '.join((*POLICIES, *OF_TASKS))}")
+    if predictions and not has_wildcard(str(predictions)):
+        _exists(predictions, "give the one that asa-predict wrote", "folder")
+    if truth:
+        _exists(truth, "truth= is a store, a folder, or for tables of scores a table", "file or folder")
+    if config["split_file"]:
+        read_split(config["split_file"])
+
+
+def _check_ablate(config: Config) -> None:
+    if not config["store"] and not config["prepare"]:
+        raise ValueError("store has to be given, or prepare: settings of asa-prepare that make one")
+    for key in ("store", "unlabelled"):
+        if config[key]:
+            _store(config[key])
+
+
+def _check_export(config: Config) -> None:
+    kinds = {"onnx": "checkpoint", "bundle": "checkpoint", "hub": "checkpoint", "nnunet": "store"}
+    _choice(config, "format", kinds)
+    source = kinds[config["format"]]
+    for key in ("checkpoint", "store"):
+        if (config[key] is None) == (key == source):
+            raise ValueError(f"format={config['format']} writes a {source}: give {source}=, and no other source")
+    (_checkpoint if source == "checkpoint" else _store)(config[source])
+
+
+def _check_images(config: Config) -> None:
+    _exists(config["input"], "give the folder that holds images (.png, .nii, .nii.gz or .dcm)", "folder")
+
+
+def _check_view(config: Config) -> None:
+    _exists(config["input"], "give a store, a folder of asa-predict, or a run", "folder")
+
+
+CHECKS: dict[str, Callable[[Config], None]] = {
+    "pretrain": _check_training,
+    "finetune": _check_training,
+    "predict": _check_predict,
+    "embed": _check_embed,
+    "evaluate": _check_evaluate,
+    "ablate": _check_ablate,
+    "export": _check_export,
+    "view": _check_view,
+    "regions": _check_images,
+    "simulate": _check_images,
+}
+
+
+def _choice(config: Config, key: str, values: Collection[str], null: str | None = None) -> None:
+    """Raise a ValueError for another value than these, or than null where `null` says what that is."""
+    if config[key] not in values and not (null and config[key] is None):
+        raise ValueError(f"{key}={config[key]}: choose {', '.join(values)}{(null and f', or {null}') or ''}")
+
+
+def _store(path: Any) -> None:
+    check_is_store(Path(str(path)).absolute())
+
+
+def _checkpoint(path: Any) -> None:
+    if not on_hub(path):
+        find_weights(path)
+
+
+def _exists(path: Any, advice: str = "", kind: str = "file or folder") -> None:
+    if not Path(str(path)).exists():
+        raise FileNotFoundError(f"{path}: no such {kind}{advice and '; ' + advice}")

@@ -1,0 +1,88 @@
+"""Which files of a folder are scans to predict: nnU-Net's layout, and never a label map."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from untrained import a_scan, checkpoint
+
+import asa
+from asa.inference.scans import raw_scans
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset of nnU-Net: cases a, b with labels, c to predict."""
+    root, scan = tmp_path / "Dataset001_X", a_scan(tmp_path)
+    for folder, files in {"imagesTr": ("a_0000", "b_0000"), "labelsTr": ("a", "b"), "imagesTs": ("c_0000",)}.items():
+        (root / folder).mkdir(parents=True)
+        for name in files:
+            shutil.copy(scan, root / folder / f"{name}.nii.gz")
+    describe(root, "T1")
+    return root
+
+
+def describe(root: Path, *channels: str) -> None:
+    about = {"channel_names": dict(enumerate(channels)), "labels": {"background": 0, "x": 1}, "numTraining": 2}
+    (root / "dataset.json").write_text(json.dumps({**about, "file_ending": ".nii.gz"}))
+
+
+def found(source: Path, *channels: str, **options: object) -> dict[str, dict[str, str]]:
+    """Files of each scan by channel, relative to the source."""
+    network = SimpleNamespace(channels=list(channels or ["t1"]), path="run", scans="run")
+    scans = raw_scans(source, network, out=source / "out", **options)
+    start = source if source.is_dir() else source.parent
+    return {scan.id: {name: str(Path(path).relative_to(start)) for name, path in scan.files.items()} for scan in scans}
+
+
+def test_a_dataset_of_nnunet_gives_its_new_scans_without_the_channel_in_the_ids(dataset: Path) -> None:
+    assert found(dataset) == {"c": {"t1": "imagesTs/c_0000.nii.gz"}}
+    assert found(dataset / "imagesTs") == {"c": {"t1": "c_0000.nii.gz"}}
+    assert found(dataset / "imagesTr").keys() == {"a", "b"}
+    assert found(dataset / "imagesTs" / "c_0000.nii.gz") == {"c": {"t1": "c_0000.nii.gz"}}
+
+
+def test_a_dataset_without_new_scans_says_what_to_give(dataset: Path) -> None:
+    shutil.rmtree(dataset / "imagesTs")
+    with pytest.raises(ValueError, match=r"without imagesTs, its new scans: give input=.*/imagesTr"):
+        found(dataset)
+    with pytest.raises(ValueError, match=r"no \.nii or \.nii\.gz of a scan here, only label maps, like a\.nii\.gz"):
+        found(dataset / "labelsTr")
+
+
+def test_channels_are_taken_by_their_names_in_dataset_json(dataset: Path, tmp_path: Path) -> None:
+    shutil.copy(a_scan(tmp_path), dataset / "imagesTs" / "c_0001.nii.gz")
+    describe(dataset, "FLAIR", "T1")
+    files = {"t1": "imagesTs/c_0001.nii.gz", "flair": "imagesTs/c_0000.nii.gz"}
+    assert found(dataset, "t1", "flair") == {"c": files}
+    with pytest.raises(ValueError, match=r"has the channels FLAIR, T1, and the network takes t1, t2: give input=.*Ts"):
+        found(dataset, "t1", "t2")
+    own = {"t1": "*_0001.nii.gz", "t2": "*_0000.nii.gz"}
+    checked = SimpleNamespace(channels=["t1", "t2"], path="run", check_channels=lambda images: None)
+    (scan,) = raw_scans(dataset / "imagesTs", checked, images=own, out=dataset / "out")
+    assert scan.id == "c"
+
+
+def test_label_maps_are_never_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["s1_T1w", "s1_seg", "s1_dseg", "s1_label-x_probseg", "s1_desc-brain_mask", "aseg", "segment"]
+    for name in names:
+        shutil.copy(a_scan(tmp_path), tmp_path / f"{name}.nii.gz")
+    (tmp_path / "a.nii.gz").unlink()
+    assert found(tmp_path).keys() == {"s1_T1w", "segment"}
+    assert "left out: 5 files that are label maps by their names" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="only label maps, like s1_seg"):
+        found(tmp_path / "s1_seg.nii.gz")
+
+
+def test_numbers_that_are_not_channels_stay_in_the_ids(tmp_path: Path) -> None:
+    for name in ("s_0000", "s_0001"):
+        a_scan(tmp_path, name)
+    assert found(tmp_path).keys() == {"s_0000", "s_0001"}
+
+
+def test_predicting_a_dataset_of_nnunet_writes_one_label_map_a_new_case(dataset: Path, tmp_path: Path) -> None:
+    run = checkpoint(tmp_path / "run")
+    asa.predict(run, dataset, tmp_path / "out", **{"predict.device": "cpu", "predict.overlap": 0})
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.nii.gz"))] == ["c.nii.gz"]

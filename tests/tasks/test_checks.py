@@ -1,0 +1,78 @@
+"""What is said about wrong settings and paths before torch is imported, and how little that costs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asa.cli import COMMANDS
+from asa.tasks.checks import CHECKS
+
+HERE = "checkpoint=. input=. out=o"
+# What is typed, and a part of what is said.
+WRONG = [
+    ("pretrain data.store=nowhere out=o", "nowhere: no prepared store here"),
+    ("pretrain out=o", "data.store has to be given"),
+    ("finetune data.store=nowhere out=o", "nowhere: no prepared store here"),
+    ("finetune data.store=nowhere out=o train.steps=0", "train.steps=0: must be 1 or more"),
+    ("finetune data.store=nowhere out=o train.device=gpu", "train.device=gpu: not a device"),
+    ("finetune data.store=nowhere out=o predict.precision=fp8", "predict.precision=fp8: choose auto, fp32"),
+    ("finetune data.store=nowhere out=o augment.mirror_axes=X", "augment.mirror_axes=X: name axes"),
+    ("finetune method=restore data.root=nowhere out=o", "nowhere: no such folder"),
+    ("predict checkpoint=. input=nowhere out=o", "nowhere: no such file or folder"),
+    ("predict checkpoint=nowhere input=. out=o", "nowhere: no checkpoint here"),
+    ("predict atlas=nowhere input=. out=o", "nowhere: no prepared store here"),
+    (f"predict layout=tree {HERE}", "layout=tree: choose bids, or null for OUT/ID.nii.gz"),
+    ("embed checkpoint=. input=nowhere out=o", "nowhere: no such file or folder"),
+    (f"embed of=halves {HERE}", "of=halves: choose whole, sides, labels"),
+    ("evaluate predictions=nowhere truth=. out=o", "nowhere: no such folder"),
+    ("evaluate predictions=. truth=nowhere out=o", "nowhere: no such file or folder; truth= is"),
+    ("evaluate predictions=. truth=. out=o policy=dice", "policy=dice: choose ibsr"),
+    ("evaluate predictions=. truth=. out=o split_file=s.json", "s.json: no such file"),
+    ("evaluate compare=[a,b] out=o", "summary.json: no such file"),
+    ("prepare data=bids data.root=nowhere out=o", "nowhere: no such folder"),
+    ("prepare data=bids data.root=. out=o prepare.strip=x", "prepare.strip='x': choose none"),
+    ("prepare data=bids data.root=. out=o labels=[1]", "labels: [1] should be values and names"),
+    ("ablate out=o", "store has to be given, or prepare"),
+    ("ablate store=nowhere out=o", "nowhere: no prepared store here"),
+    ("export checkpoint=nowhere out=o", "nowhere: no checkpoint here"),
+    ("export checkpoint=a out=o format=zip", "format=zip: choose onnx"),
+    ("export out=o format=nnunet", "format=nnunet writes a store"),
+    ("view input=nowhere out=o.html viewer=x", "nowhere: no such folder"),
+    ("orient input=nowhere out=o axes=RAS", "nowhere: no such file or folder"),
+    ("dicom input=nowhere out=o", "nowhere: no such folder"),
+    ("regions input=nowhere out=o", "nowhere: no such folder"),
+    ("simulate input=nowhere out=o kind=sr", "nowhere: no such folder"),
+]
+
+
+def test_wrong_settings_and_paths_are_said_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from asa.cli import main\n"
+        "for line in sys.stdin:\n"
+        "    code = main(line.split())\n"
+        "    print(code, 'torch' in sys.modules, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input="\n".join(line for line, _ in WRONG),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    errors = done.stderr.splitlines()
+    for (line, expected), said, found in zip(WRONG, errors, done.stdout.splitlines(), strict=True):
+        assert expected in said, line
+        assert found == "1 False", line
+    assert not list(tmp_path.iterdir())
+    assert {line.split()[0] for line, _ in WRONG} == COMMANDS.keys() - {"phantom"} and CHECKS.keys() < COMMANDS.keys()
+
+
+@pytest.mark.parametrize("line", ["predict checkpoint=. input=nowhere out=o", "finetune data.store=nowhere out=o"])
+def test_a_wrong_path_costs_less_than_a_second_and_a_half_of_cpu(line: str, tmp_path: Path) -> None:
+    code = f"import sys, time; from asa.cli import main; main({line.split()}); print(time.process_time())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert float(done.stdout) < 1.5

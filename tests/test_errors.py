@@ -1,0 +1,45 @@
+"""Errors in one line: what happened to which file, and what to do."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import replaced
+
+from asa.cli import main
+from asa.errors import reason_of
+from asa.methods.pretrain import MaskedPretraining
+
+
+def test_a_removed_folder_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as found:
+        (tmp_path / "run" / "x" / "log.jsonl").open("a")
+    file = tmp_path / "run" / "x" / "log.jsonl"
+    assert reason_of(found.value) == (
+        f"{file}: the folder {tmp_path / 'run'} was removed while it was in use: put it back, and run this again"
+    )
+    with pytest.raises(FileNotFoundError) as found:
+        (tmp_path / "log.jsonl").open()
+    assert reason_of(found.value) == f"{tmp_path / 'log.jsonl'}: no such file or folder"
+
+
+def test_a_run_whose_folder_is_removed_says_which_and_what_to_do(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, steps = tmp_path / "run", []
+
+    def forward(self: MaskedPretraining, batch: dict) -> dict:
+        steps.append(1)
+        if len(steps) == 3:
+            shutil.rmtree(run)
+        return original(self, batch)
+
+    tiny = "model=asa_tiny crop=32 loader.workers=0 train.device=cpu train.steps=9 train.log_every=1 optim.warmup=1"
+    with replaced(MaskedPretraining, "forward", forward) as original:
+        assert main(["pretrain", f"data.store={store}", f"out={run}", *tiny.split()]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line == (
+        f"asa-pretrain: error: {run / 'log.jsonl'}: the folder {run} was removed while it was in use: put it back, and "
+        "run this again"
+    )
+    assert not run.exists()
