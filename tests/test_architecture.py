@@ -28,7 +28,7 @@ LINES = {
     "": 715,
     "baselines": 1230,
     "cli": 355,
-    "data": 7530,
+    "data": 7540,
     "evaluation": 2405,
     "export": 775,
     "inference": 2490,

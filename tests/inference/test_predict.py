@@ -379,7 +379,7 @@ def test_a_checkpoint_records_lateral_pairs_and_voxel_size(
     arguments = [
         f"data.store={store}", f"out={tmp_path}/run", "data.split={validation: 0, test: 1}", "model=unet_tiny",
         "+model.feature_size=4", "crop=[64,32,32]", "train.steps=1", "train.batch_size=1", "loader.workers=0",
-        "train.device=cpu", "optim.warmup=0", "data.lateral_pairs=[[csf, gm]]",
+        "train.device=cpu", "optim.warmup=0", "data.lateral_pairs=[[csf, gm]]", "data.join_sides=false",
     ]  # fmt: skip
     assert call(finetune, monkeypatch, *arguments) == 0
     data = read_weights(tmp_path / "run")[1]["data"]

@@ -48,7 +48,7 @@ def test_a_dataset_without_new_scans_says_what_to_give(dataset: Path) -> None:
     shutil.rmtree(dataset / "imagesTs")
     with pytest.raises(ValueError, match=r"without imagesTs, its new scans: give input=.*/imagesTr"):
         found(dataset)
-    with pytest.raises(ValueError, match=r"no \.nii or \.nii\.gz of a scan here, only label maps, like a\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"no image \(.*\) of a scan here, only label maps, like a\.nii\.gz"):
         found(dataset / "labelsTr")
 
 

@@ -192,7 +192,7 @@ def test_the_command_names_runs_by_folder_or_by_key(folders, tmp_path, monkeypat
         ((f"compare=[{folders['asa']},{folders['asa']}]", out), "two folders of one name"),
         (("compare=3", out), "compare= is a list of folders"),
         ((f"compare=[{folders['asa']}]", "truth=x", out), "exclude each other"),
-        (("truth=x", out), "predictions= and truth= have to be given"),
+        ((f"truth='{folders['asa']}'", out), "predictions= and truth= have to be given"),
     ):
         code, _, error = command(*arguments)
         assert code == 1 and reason in error and error.count("\n") == 1

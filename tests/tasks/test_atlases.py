@@ -319,6 +319,7 @@ def test_settings_of_atlases_are_refused_with_a_network(
     shipped = yaml.safe_load((CONFIG_DIR / "predict.yaml").read_text())
     assert {key: shipped[key] for key in FOR_ATLASES} == FOR_ATLASES
     network = checkpoint(tmp_path / "run")
+    write_split(tmp_path / "split.json", {"train": ["s0"], "validation": [], "test": []})
     for setting in ("labelled=1", "fusion=majority", "workers=2", f"split_file={tmp_path}/split.json"):
         paths = (f"checkpoint={network}", f"input={a_scan(tmp_path)}", f"out={tmp_path}/out")
         assert call(predict, monkeypatch, *paths, setting) == 1

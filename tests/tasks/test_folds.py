@@ -9,6 +9,7 @@ import pytest
 from asa.cli.front import run_command
 from asa.config import compose
 from asa.data.io.nifti import read_image
+from asa.data.splits import write_split
 from asa.data.store import Store
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.tasks import studies
@@ -72,7 +73,7 @@ def test_each_scan_is_scored_by_the_run_that_did_not_see_it(finetune, store: Pat
     [
         (["data.split.fold=all"], "add data.split.folds=5"),
         (["data.split.folds=9", "data.split.fold=all"], "folds=9 must be from 2 to the number of subjects, 4"),
-        ([*ALL, "data.split_file=x.json"], "leave out data.split_file"),
+        ([*ALL, "data.split_file={split}"], "leave out data.split_file"),
         ([*ALL, "data.split.site=there"], "contradict"),
         ([*ALL, "method=classify", "~model.feature_size", "model=asa_classifier_tiny"], "fold=all is not for"),
         ([*ALL, "method=restore", "~model.feature_size", "model=rat_tiny"], "fold=all is not for"),
@@ -81,7 +82,8 @@ def test_each_scan_is_scored_by_the_run_that_did_not_see_it(finetune, store: Pat
 def test_folds_that_cannot_be_are_one_line_and_leave_nothing(
     finetune, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    code, _, err = finetune(*overrides)
+    write_split(tmp_path / "split.json", {"train": ["s0", "s1"], "validation": [], "test": ["s2"]})
+    code, _, err = finetune(*(override.replace("{split}", f"'{tmp_path}/split.json'") for override in overrides))
     assert code == 1 and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "cv").exists()
 

@@ -87,7 +87,8 @@ def convert_series(source: Path, out: Path) -> DicomReport:
             said = _run(program, series.files, Path(space))
             volumes = _volumes(Path(space))
             if sum(map(int, USED.findall(said))) < len(series.files):  # a volume may have fewer slices than its series
-                lost += [path for path in series.files if not _converts_alone(program, path)] or series.files
+                alone = [path for path in series.files if not _converts_alone(program, path)]
+                lost += alone if volumes and alone else series.files
             _keep(uid, series, volumes, said, out, rows, report)
     for path in lost:
         report.failures[str(path)] = "in no volume: damaged, no image, or of a series with such a file"

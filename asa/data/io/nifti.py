@@ -26,7 +26,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage
 
-from asa.data.io.files import ANNEX, check_present, gzipped, write_whole
+from asa.data.io.files import check_present, gzipped, write_whole
 from asa.errors import one_line, reason_of, require
 
 FREESURFER = (".mgz", ".mgh")
@@ -319,20 +319,26 @@ def _read(path: Path, limit: int) -> bytes:
     check_present(path)
     if not path.stat().st_size:
         raise ValueError(f"{path}: the file is empty; copy or download it again")
-    with path.open("rb") as file:
-        beginning = file.read(len(ANNEX))
-    zipped, named = beginning.startswith(b"\x1f\x8b"), path.suffix in (".gz", ".mgz")
-    if zipped != named and path.suffix not in ITK:
-        warnings.warn(
-            f"{path}: is {'' if zipped else 'not '}compressed by gzip, though its name says otherwise; it is read as "
-            f"it is, but other programs refuse it: rename it to {_renamed(path)}",
-            stacklevel=2,
-        )
     try:
-        with gzip.open(path) if zipped else path.open("rb") as file:
+        with gzip.open(path) if _is_zipped(path) else path.open("rb") as file:
             return file.read(limit)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated gzip ({error}); copy or download it again") from None
+
+
+def _is_zipped(path: Path) -> bool:
+    """Whether a file is compressed by gzip: by its first bytes, which in an `.img` are voxels of any value."""
+    with path.open("rb") as file:
+        return path.suffix != ".img" and file.read(2) == b"\x1f\x8b"
+
+
+def _warn_misnamed(path: Path) -> None:
+    if (zipped := _is_zipped(path)) != (path.suffix in (".gz", ".mgz")):
+        warnings.warn(
+            f"{path}: is {'' if zipped else 'not '}compressed by gzip, though its name says otherwise; it is read as "
+            f"it is, but other programs refuse it: rename it to {_renamed(path)}",
+            stacklevel=4,
+        )
 
 
 def _renamed(path: Path) -> str:
@@ -391,7 +397,9 @@ def _load(path: str | Path) -> Any:
         image = kind.from_file_map({name: FileHolder(fileobj=io.BytesIO(part)) for name, part in parts.items()})
         if freesurfer:  # nibabel replaces the orientation of a file that states none
             image.header["goodRASFlag"] = int.from_bytes(beginning[28:30], "big")
-        return image
+    for file in files:
+        _warn_misnamed(file)
+    return image
 
 
 def _load_itk(path: Path) -> Any:

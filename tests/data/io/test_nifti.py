@@ -455,3 +455,9 @@ def test_real_scans_are_read_and_a_label_fits_its_image():
     assert axis_codes(affine) == "RAS"
     np.testing.assert_array_equal(from_ras(turned, orientation), head.data)
     np.testing.assert_allclose(spacing_of(affine), (0.71875, 0.71875, 3), atol=1e-3)
+
+
+def test_voxels_that_begin_as_a_gzip_does_are_voxels(tmp_path):
+    values = np.full((4, 4, 4), 0x8B1F, np.uint16)
+    nib.save(nib.Nifti1Pair(values, OBLIQUE), tmp_path / "a.img")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.hdr").data, values)

@@ -159,7 +159,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "cut_short": (packed(lambda content: content[: len(content) // 2]), r"_t1\.nii\.gz: damaged or truncated gzip"),
     "flipped_bit": (packed(flip_a_bit), r"_t1\.nii\.gz: damaged or truncated gzip \(CRC.*; copy or download it again"),
     "zero_bytes": (packed(lambda content: b""), r"_t1\.nii\.gz: the file is empty; copy or download it again"),
-    "text": (packed(lambda content: b"no image"), r"_t1\.nii\.gz: damaged .* gzip \(Not a gzipped file"),
+    "text": (packed(lambda content: b"no image"), r"_t1\.nii\.gz: not a NIfTI or Analyze image \("),
     "not_a_number": (image(lambda data: np.where(data > 600, np.nan, data)), r"_t1\.nii\.gz: \d+ voxels are NaN"),
     "series": (image(lambda data: np.stack([data, data], -1)), r"_t1\.nii\.gz: shape .* is not 3-D; give one volume"),
     "flat": (unpacked(lambda raw: raw[:296] + raw[SROW_X] + raw[312:]), r"_t1\.nii\.gz: the affine is singular"),
