@@ -379,22 +379,29 @@ def as_overrides(command: str, *settings: Mapping[str, Any]) -> list[str]:
     chosen: dict[str, Any] = {}
     for node in settings:
         for key, value in node.items():  # a mapping of the user's own keys, like labels, is given whole
-            chosen |= {key: value} if key in own and own[key] is None else flatten({key: value})
-    return [f"{key}={_written(value)}" for key, value in chosen.items()]
+            whole = "." in key or (key in own and own[key] is None)
+            for name, each in ({key: value} if whole else flatten({key: value})).items():
+                chosen.pop(name, None)  # so that the later one is the later argument
+                chosen[name] = each
+    return [f"{key}={written(value)}" for key, value in chosen.items()]
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value in Hydra's grammar."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return f"[{','.join(_written(item) for item in value)}]"
+        return f"[{','.join(written(item) for item in value)}]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}: {_written(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}: {written(item)}" for key, item in value.items()) + "}"
     if isinstance(value, int | float):
         return repr(value)
-    quoted = str(value).replace("'", "\\'")
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z/][\w./:@-]*", text) and text.lower() not in ("true", "false", "null", "nan", "inf"):
+        return text
+    quoted = text.replace("'", "\\'")
     return f"'{quoted}'"
 
 

@@ -25,21 +25,21 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 715,
+    "": 720,
     "baselines": 1230,
-    "cli": 355,
-    "data": 7540,
+    "cli": 615,
+    "data": 7600,
     "evaluation": 2405,
     "export": 775,
     "inference": 2490,
     "losses": 475,
     "methods": 680,
-    "models": 2330,
-    "ops": 665,
+    "models": 2340,
+    "ops": 670,
     "reporting": 1520,
-    "restoration": 2235,
-    "tasks": 3090,
-    "training": 2755,
+    "restoration": 2240,
+    "tasks": 3115,
+    "training": 2765,
 }
 # The only places that may import a library.
 HOMES = {

@@ -74,6 +74,8 @@ def built(command: str, *overrides: str):
     config = composed(command, *overrides)
     node = config["method"]
     node["model"]["in_channels"] = 1
+    if node["model"].get("img_size", 128) is None:
+        node["model"]["img_size"] = 128
     if command == "finetune":
         for key in {"classes", "out_channels"} & node["model"].keys():
             node["model"][key] = 4

@@ -53,6 +53,12 @@ export = Command(
 view = Command(
     "view", "asa.reporting.viewing:view_task", "Look at a store, predictions or reconstructions in a browser."
 )
+run = Command(
+    "run",
+    "asa.cli.study:run_study",
+    "A whole study of folders of scans: prepare, pretrain, fine-tune, compare and predict, in one command.",
+    ("labelled", "unlabelled", "new"),
+)
 regions = Command(
     "regions",
     "asa.restoration.commands:regions",
@@ -67,7 +73,7 @@ simulate = Command(
 COMMANDS = {
     command.name: command
     for command in (
-        *(phantom, orient, dicom, prepare, pretrain, finetune, predict, embed, evaluate, ablate, export, view),
+        *(run, phantom, orient, dicom, prepare, pretrain, finetune, predict, embed, evaluate, ablate, export, view),
         *(regions, simulate),
     )
 }

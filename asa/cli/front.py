@@ -17,7 +17,7 @@ import yaml
 
 import asa
 from asa import __version__
-from asa.config import CONFIG_DIR, SETTINGS, choices, compose, describe
+from asa.config import CONFIG_DIR, SETTINGS, choices, compose, describe, written
 from asa.errors import EXPECTED, reason_of
 from asa.tasks.checks import check
 from asa.training.process import RESUME_CODE, MainRankFailed, Stopped, exit_process, is_main, rank, world_size
@@ -33,18 +33,27 @@ class Command:
         name: of its YAML file and, after "asa-", of the command.
         target: "module:function", which gets the composed configuration.
         about: what it does, for `--help`.
+        words: keys of arguments that are typed without one, in their order.
     """
 
     name: str
     target: str
     about: str
+    words: Sequence[str] = ()
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run it as on the command line; returns its exit code, see `run_command`."""
-        return run_command(self.name, self.about, self._call, arguments)
+        given, keys = list(sys.argv[1:] if arguments is None else arguments), iter(self.words)
+        named = [word if word.startswith("-") or "=" in word else _with_key(next(keys, ""), word) for word in given]
+        return run_command(self.name, self.about, self._call, named)
 
     def _call(self, config: Config) -> None:
         pkgutil.resolve_name(self.target)(config)
+
+
+def _with_key(key: str, word: str) -> str:
+    """A typed word as the value of a key, if there is one for it."""
+    return f"{key}={written(word)}" if key else word
 
 
 def run_command(

@@ -27,7 +27,9 @@ MONAI = (
     (r"blocks\.(\d+)\.mlp\.linear2\.(weight|bias)", r"blocks.\1.mlp.2.\2"),
     (r"((?:blocks\.\d+\.norm[12]|norm)\.(?:weight|bias))", r"\1"),
 )
-POSITIONS = "patch_embedding.position_embeddings"
+MONAI_POSITIONS = "patch_embedding.position_embeddings"
+# How a model treats positions, and its settings where a checkpoint names none.
+POSITIONS = {"position": "mirror", "mirror_patches": False, "order": "raster", "bias": "sequence"}
 
 
 class Encoder(Protocol):
@@ -134,16 +136,21 @@ def transfer_encoder(source: Source, encoder: Encoder) -> list[Transfer]:
     return plan
 
 
-def why_refused(plan: list[Transfer], encoder: Encoder) -> str | None:
-    """Why a plan is refused: it would leave a tensor of the encoder untrained. None: it is not."""
+def why_refused(plan: list[Transfer], encoder: Encoder, fitting: str = "the model size") -> str | None:
+    """Why a plan is refused: it would leave a tensor of the encoder untrained. None: it is not.
+
+    Args:
+        plan, encoder: see `plan_transfer`.
+        fitting: the setting with which it would not, for the message.
+    """
     entries, names = {entry.name: entry for entry in plan}, [PREFIX + name for name in encoder.state_dict()]
     untrained = [name for name in names if entries[name].tensor is None]
     if not untrained:
         return None
     return (
         f"the pretrained encoder does not match: {len(untrained)} of {len(names)} tensors would stay untrained, the "
-        f"first is {untrained[0]} ({entries[untrained[0]].why}). Choose the model size that it was pretrained with "
-        "(transfer=explain lists every tensor)"
+        f"first is {untrained[0]} ({entries[untrained[0]].why}). Choose {fitting} that it was "
+        "pretrained with (transfer=explain lists every tensor)"
     )
 
 
@@ -153,11 +160,12 @@ def check_position(source: Mapping[str, Any], target: Mapping[str, Any]) -> None
     Raises:
         ValueError: they differ; the message says what to set.
     """
-    for key, usual in (("position", "mirror"), ("mirror_patches", False), ("order", "raster"), ("bias", "sequence")):
-        before, now = source.get(key, usual), target.get(key, usual)
-        if before != now:
-            wanted = f"model.{key}={str(before).lower()}"
-            raise ValueError(f"the encoder was pretrained with {wanted[6:]}, this model has {now}: add {wanted}")
+    before, now = ({key: node.get(key, usual) for key, usual in POSITIONS.items()} for node in (source, target))
+    differing = [key for key in POSITIONS if before[key] != now[key]]
+    if differing:
+        has, wanted = (", ".join(f"{key}={str(node[key]).lower()}" for key in differing) for node in (now, before))
+        add = " ".join(f"model.{setting}" for setting in wanted.split(", "))
+        raise ValueError(f"the encoder was pretrained with {wanted}, this model has {has}: add {add}")
 
 
 def transfer_report(plan: list[Transfer]) -> str:
@@ -261,7 +269,7 @@ def from_monai(weights: Mapping[str, Tensor]) -> Source:
         if ours == f"{PREFIX}patch_embed.weight":
             found[ours], patch_size = _reversed_patches(tensor)
             reasons[ours] = "axes x y z turned to z y x"
-        elif source == prefix + POSITIONS:
+        elif source == prefix + MONAI_POSITIONS:
             reasons[ours] = "positions are computed here"
     return Source(found, patch_size, names, reasons, absent=ABSENT)
 

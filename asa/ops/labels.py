@@ -14,6 +14,15 @@ def side_of(name: str) -> str:
     return found[2][0].lower() if found else ""
 
 
+def pairs_by_name(names: Sequence[str]) -> list[list[str]]:
+    """`[left, right]` names of labels that differ in their side alone, like left_putamen and right_putamen."""
+    sides: dict[str, dict[str, str]] = {}
+    for name in names:
+        if side := side_of(name):
+            sides.setdefault(SIDE.sub(r"\1*\3", name, count=1).lower(), {})[side] = name
+    return [[pair["l"], pair["r"]] for pair in sides.values() if len(pair) == 2]
+
+
 def joined_sides(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
     """Class indices 0 ... count - 1 -> consecutive indices of which the left and the right of each pair share one.
 

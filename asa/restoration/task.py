@@ -39,6 +39,8 @@ from asa.training.distributed import map_over_ranks
 from asa.training.loop import TrainSettings, Validate, Validation
 from asa.training.plan import micro_batch
 
+CROP = 128  # pixels, where it is not given
+
 
 class Restoration:
     """Restoration from pairs of images."""
@@ -53,6 +55,7 @@ class Restoration:
             raise ValueError(
                 "method=restore takes a restoration network: model=rat_base, rat_small or rat_tiny, or restormer_..."
             )
+        config["crop"] = CROP if config["crop"] is None else config["crop"]
         if not isinstance(config["crop"], int):
             raise ValueError(f"crop={config['crop']}: crops of images are square, give one number")
         data = self.data = config["data"]

@@ -33,7 +33,7 @@ from asa.inference.label_maps import Outputs, ScanSegmenter
 from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.segment import Segmentation as SegmentationMethod
-from asa.ops.labels import IGNORED, joined_sides, side_of
+from asa.ops.labels import IGNORED, joined_sides, pairs_by_name, side_of
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
@@ -62,9 +62,11 @@ class Segmentation(VolumeTask):
             raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
         self.index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
         self.regions = _regions(config["method"], store)
-        self.lateral_pairs = lateral_indices(self.data.lateral_pairs, self.index, self.augment)
+        declared = self.data.lateral_pairs
+        self.pairs = pairs_by_name(list(self.index)) if declared is None else declared
+        self.lateral_pairs = lateral_indices(self.pairs, self.index, self.augment)
         self.join_sides = self._joins_sides()
-        for left, right in self.data.lateral_pairs if self.join_sides else []:
+        for left, right in self.pairs if self.join_sides else []:
             if side_of(left) == "r" or side_of(right) == "l":
                 raise ValueError(
                     f"data.lateral_pairs: in [{left}, {right}] the left one has to be the first, as the plane "
@@ -140,7 +142,7 @@ class Segmentation(VolumeTask):
         return {
             "labels": self.store.labels,
             **({"regions": list(self.store.regions.items())} if self.regions else {}),
-            "lateral_pairs": [list(pair) for pair in self.data.lateral_pairs],
+            "lateral_pairs": [list(pair) for pair in self.pairs],
             **({"join_sides": True} if self.join_sides else {}),
             **({} if self.windows.overlap is None else {"overlap": self.windows.overlap}),
         }

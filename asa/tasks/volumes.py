@@ -1,7 +1,7 @@
 """What the tasks on prepared volumes share: the store and its split, the pretrained encoder, and leakage from it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from asa.config import build, typed
-from asa.data.io.files import write_json
+from asa.data.io.files import read_yaml, write_json
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.loading.crops import CropDataset, VolumeSource
 from asa.data.splits import keep_labelled, make_split, read_split, select
@@ -29,6 +29,7 @@ from asa.training.pretrained import fitting_shipped, load_pretrained, read_sourc
 Records = Sequence[dict[str, Any]]
 MOSTLY_PADDING = 0.5  # fraction of a crop outside the volumes, above which a crop that fits is named
 DIVISOR = 32  # of the crop of any of our networks
+SMALLEST, LARGEST = 64, 128  # edges of a crop that is not given
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class VolumeData:
     classes: str | None = None
     table: str | None = None
     column: str | None = None
-    lateral_pairs: Any = field(default_factory=list)
+    lateral_pairs: Any = None
     join_sides: bool | None = None
 
 
@@ -74,6 +75,11 @@ class VolumeTask:
         absolute(config["data"], *paths)
         self.config = config
         self.store, self.split, self.parts = open_store(config["data"], Path(str(config["out"])))
+        if config["crop"] is None:
+            crop = default_crop(Path(str(config["out"])), self.parts["train"])
+            config["crop"] = crop
+            set_model(config, img_size=crop)
+            print(f"crop=[{','.join(map(str, crop))}] voxels, from the size of the training scans")
         self.source: VolumeSource = self.store
         self.data, self.train = typed(VolumeData, config["data"]), typed(TrainSettings, config["train"])
         self.init = Initialisation(config, self.store, self.split)
@@ -157,6 +163,24 @@ def choose_split(records: Sequence[Mapping[str, Any]], data: Mapping[str, Any], 
     return split if data.get("labelled") is None else keep_labelled(split, data["labelled"])
 
 
+def default_crop(run: Path, records: Records) -> list[int]:
+    """The smallest crop that holds all volumes of some records, of 64 to 128 voxels along each axis.
+
+    Args:
+        run: the run folder; the crop of a run that is resumed holds.
+        records: of the training scans in the store.
+    """
+    if list_checkpoints(run):
+        crop: list[int] = np.broadcast_to(read_yaml(run / "config.yaml")["crop"], 3).tolist()
+        return crop
+    return np.clip(_whole_crop(records), SMALLEST, LARGEST).tolist()
+
+
+def _whole_crop(records: Records) -> Any:
+    """The smallest crop of the networks that holds all volumes of some records, `(D, H, W)`."""
+    return -(-np.array([record["shape"][1:] for record in records]).max(axis=0) // DIVISOR) * DIVISOR
+
+
 def set_model(config: Config, **values: Any) -> None:
     """Enter what follows from the data into the model's configuration, which stands in two places."""
     for node in (config["model"], config["method"]["model"]):
@@ -176,7 +200,7 @@ def padding_advice(
     shapes = np.array([record["shape"][1:] for record in records])
     size = np.broadcast_to(crop, 3)
     padding = 1 - float((np.minimum(shapes, size) / size).prod(axis=1).mean())
-    fitting = np.minimum(-(-shapes.max(axis=0) // DIVISOR) * DIVISOR, size)
+    fitting = np.minimum(_whole_crop(records), size)
     if padding <= MOSTLY_PADDING:
         return None
     while (fitting != size).any() and not takes(fitting.tolist()):

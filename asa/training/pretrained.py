@@ -13,6 +13,7 @@ from asa.models.transfer import Source
 from asa.training.checkpoint import load_tensors, read_weights
 from asa.training.checkpoint_files import SHIPPED_PREFIX, find_weights, shipped
 
+SIZES = ("base", "small", "tiny")
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")  # written by torch.save
 NNSSL_PLAN = "nnssl_adaptation_plan"
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")  # used by training scripts
@@ -85,13 +86,22 @@ def load_pretrained(
         block: Any = model.encoder.blocks[0]
         heads = block.attention.num_heads
         note = f"\n{init} does not contain its number of heads: {heads} assumed"
+    plan = transfer.plan_transfer(source, model.encoder)
+    refused = transfer.why_refused(plan, model.encoder, _of_size(description.get("model", {}), model_config))
     if not explain:
+        if refused:
+            raise ValueError(refused)
         loaded = transfer.transfer_encoder(source, model.encoder)
         return f"encoder from {init}:\n{transfer.transfer_report(loaded)}{note}"
-    plan = transfer.plan_transfer(source, model.encoder)
-    refused = transfer.why_refused(plan, model.encoder)
     verdict = f"refused: {refused}" if refused else "the transfer is possible; nothing was trained (transfer=explain)"
     return f"{transfer.transfer_table(plan, model.encoder)}\n{transfer.transfer_report(plan)}{note}\n{verdict}"
+
+
+def _of_size(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What to choose for this model to have the size of another one: `model=FAMILY_SIZE` where both have a name."""
+    (_, _, size), (family, _, other) = (str(node.get("_target_", "")).rpartition("_") for node in (before, now))
+    named = size != other and {size, other} <= set(SIZES)
+    return f"model={family.rpartition('.')[2]}_{size}, the size" if named else "the model size"
 
 
 def fitting_shipped(model: Any, model_config: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ import asa
 from asa import cli
 from asa.cli import COMMANDS
 from asa.data.store import Store
-from asa.tasks.volumes import padding_advice
+from asa.tasks.volumes import default_crop, padding_advice
 from asa.training.checkpoint import load_model, read_description
 from asa.training.checkpoint_files import list_checkpoints
 
@@ -308,8 +308,9 @@ def test_labels_with_a_side_want_a_partner_under_mirroring(command, raw: Path, t
         *FINETUNE,
         "data.split={validation: 0, test: 1}",
     ]
-    assert failed_in_one_line(command("finetune", *arguments), "left_x", "data.lateral_pairs")
-    assert command("finetune", *arguments, "data.lateral_pairs=[[left_x, right_x]]").code == 0
+    assert failed_in_one_line(command("finetune", *arguments, "data.lateral_pairs=[]"), "left_x", "data.lateral_pairs")
+    assert command("finetune", *arguments).code == 0
+    assert read_description(tmp_path / "fine")["data"]["lateral_pairs"] == [["left_x", "right_x"]]
 
 
 def test_folders_of_others_are_left_alone(command, raw: Path, store: Path, tmp_path: Path) -> None:
@@ -345,7 +346,7 @@ def test_wrong_values_are_one_line_and_leave_nothing_behind(command, store: Path
 def test_an_encoder_of_another_size_is_refused(command, store: Path, tmp_path: Path) -> None:
     assert command("pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN).code == 0
     arguments = [f"data.store={store}", f"out={tmp_path}/fine", f"init={tmp_path}/pre", *FINETUNE, "model=unet_small"]
-    assert failed_in_one_line(command("finetune", *arguments), "does not match", "model size")
+    assert failed_in_one_line(command("finetune", *arguments), "does not match", "Choose model=unet_tiny, the size")
     assert not (tmp_path / "fine").exists()
 
 
@@ -407,9 +408,9 @@ def test_a_short_run_needs_no_settings_of_its_schedule(command, store: Path, tmp
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("pretrain", ["model=asa_tiny"]),
-        ("finetune", ["model=unet_tiny"]),
-        ("finetune", ["model=asa_classifier_tiny", "method=classify", "data.classes={classes}"]),
+        ("pretrain", ["model=asa_tiny", "crop=128"]),
+        ("finetune", ["model=unet_tiny", "crop=128"]),
+        ("finetune", ["model=asa_classifier_tiny", "method=classify", "data.classes={classes}", "crop=128"]),
     ],
 )
 def test_a_plan_names_a_crop_that_is_mostly_padding(command, store: Path, tmp_path: Path, name, arguments) -> None:
@@ -439,6 +440,23 @@ def test_a_plan_names_a_crop_that_is_mostly_padding(command, store: Path, tmp_pa
 def test_a_crop_that_is_mostly_padding_is_named_with_one_that_fits(crop, shapes, fitting) -> None:
     advice = padding_advice(crop, [{"shape": [1, *shape]} for shape in shapes])
     assert advice is None if fitting is None else fitting in advice
+
+
+@pytest.mark.parametrize(
+    ("shapes", "crop"),
+    [([(47, 52, 43)], [64, 64, 64]), ([(150, 97, 20), (60, 60, 65)], [128, 128, 96]), ([(182, 218, 182)], [128] * 3)],
+)
+def test_a_crop_that_is_not_given_holds_the_scans(tmp_path: Path, shapes, crop: list[int]) -> None:
+    assert default_crop(tmp_path, [{"shape": [1, *shape]} for shape in shapes]) == crop
+
+
+def test_a_run_keeps_the_crop_that_it_began_with(command, store: Path, tmp_path: Path) -> None:
+    given = [f"data.store={store}", f"out={tmp_path}/run", *PRETRAIN, "crop=null"]
+    begun = command("pretrain", *given)
+    assert begun.code == 0 and "crop=[96,96,96] voxels" in begun.out
+    large = [{"shape": [1, 100, 100, 100]}]
+    assert default_crop(tmp_path / "run", large) == [96, 96, 96]
+    assert default_crop(tmp_path / "another", large) == [128, 128, 128]
 
 
 def test_a_crop_that_the_network_refuses_is_not_advised(command, store: Path, tmp_path: Path) -> None:

@@ -98,7 +98,9 @@ def test_a_method_learns_with_it() -> None:
 def test_an_encoder_that_was_pretrained_otherwise_is_refused() -> None:
     before = {"position": "mirror_sincos", "mirror_patches": True}
     check_position(before, before)
-    with pytest.raises(ValueError, match="pretrained with mirror_patches=true, this model has False: add model.mirr"):
+    with pytest.raises(ValueError, match="mirror_patches=true, this model has mirror_patches=false: add model.mirr"):
         check_position(before, {"position": "mirror_sincos"})
-    with pytest.raises(ValueError, match="pretrained with mirror_patches=false, this model has True"):
+    with pytest.raises(ValueError, match="with mirror_patches=false, this model has mirror_patches=true"):
         check_position({"position": "mirror_sincos"}, before)
+    with pytest.raises(ValueError, match=r"add model.position=mirror_sincos model.mirror_patches=true$"):
+        check_position(before, {})

@@ -1,0 +1,61 @@
+"""Which reader a folder of scans is for: settings of asa-prepare from what lies in it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from asa.data.datasets import nnunet
+from asa.data.io.nifti import VOLUME_ENDINGS
+
+LABEL_NAMES = ("seg", "dseg", "label", "labels", "mask", "aseg", "manual", "truth")  # last part of a label map's name
+
+
+def recognise(folder: Path, *, labelled: bool) -> dict[str, Any]:
+    """The settings `data` and `data.*` with which asa-prepare reads a folder.
+
+    Args:
+        folder: a raw dataset of nnU-Net, FreeSurfer's subjects, a BIDS dataset, or a folder of NIfTI files, in which
+            NAME_T1.nii.gz has the label map NAME_seg.nii.gz.
+        labelled: whether label maps are wanted.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: none of these, or no label maps; the message says how to write the settings.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    root = str(folder)
+    if (folder / nnunet.DESCRIPTION).exists() and (folder / "imagesTr").is_dir():
+        return {"data": "nnunet", "data.root": root}
+    if any(folder.glob("*/mri/T1.mgz")):
+        return {"data": "freesurfer", "data.root": root} | ({} if labelled else {"data.label": None})
+    if any(folder.glob("sub-*/**/anat/sub-*_T1w.nii*")):
+        return {"data": "bids", "data.root": root} | (_bids_labels(folder) if labelled else {})
+    return {"data": "folder", "data.root": root} | _plain(folder, labelled)
+
+
+def _bids_labels(folder: Path) -> dict[str, Any]:
+    """Where a BIDS dataset keeps label maps: beside the scans, or in one of its derivatives."""
+    places = [place for place in (folder, *folder.glob("derivatives/*")) if any(place.glob("sub-*/**/*_dseg.nii*"))]
+    if len(places) != 1:
+        found = " and ".join(map(str, places)) or "nowhere"
+        raise ValueError(f"{folder}: label maps (*_dseg.nii.gz) are found {found}: {_BY_HAND}")
+    return {"data.label": "dseg"} | ({} if places[0] == folder else {"data.label_root": str(places[0])})
+
+
+def _plain(folder: Path, labelled: bool) -> dict[str, Any]:
+    """Globs of the images and label maps of a folder of files, by what their names end in."""
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(VOLUME_ENDINGS))
+    endings = Counter(name[name.rindex("_") if "_" in name else name.index(".") :] for name in names)
+    labels = {end for end in endings if end.lstrip("_").split(".")[0].lower() in LABEL_NAMES}
+    images = endings.keys() - labels
+    if not names or (labelled and (len(images) != 1 or len(labels) != 1)):
+        found = ", ".join(f"{count} *{end}" for end, count in endings.items()) or "no NIfTI files"
+        raise ValueError(f"{folder}: {found}; one image and one label map a scan were expected: {_BY_HAND}")
+    if not labelled:
+        one = next(iter(images)) if len(images) == 1 else ""
+        return {"data.images": {"t1": f"*{one}" if one else "*.nii*"}}
+    return {"data.images": {"t1": f"*{images.pop()}"}, "data.label": f"*{labels.pop()}"}
+
+
+_BY_HAND = "write the stage into study.yaml yourself, with the keys of asa-prepare --help"

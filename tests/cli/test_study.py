@@ -1,0 +1,208 @@
+"""`asa run`: folders are recognised, the stages compose, and what is done is not done again."""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import yaml
+
+from asa.cli import study
+from asa.cli.study import plan_stages, read_study, run_study
+from asa.config import as_overrides, compose
+from asa.data.datasets.recognise import recognise
+
+LABELS = {1: "csf", 2: "gm", 3: "wm"}
+
+
+def scan(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), path)
+
+
+def nnunet(root: Path) -> None:
+    scan(root / "imagesTr" / "a_0000.nii.gz")
+    scan(root / "labelsTr" / "a.nii.gz")
+    content = '{"channel_names": {"0": "T1"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}'
+    (root / "dataset.json").write_text(content)
+
+
+def bids(root: Path) -> None:
+    scan(root / "sub-1" / "anat" / "sub-1_T1w.nii.gz")
+    scan(root / "derivatives" / "manual" / "sub-1" / "anat" / "sub-1_dseg.nii.gz")
+
+
+def freesurfer(root: Path) -> None:
+    (root / "bert" / "mri").mkdir(parents=True)
+    for name in ("T1", "aseg"):
+        (root / "bert" / "mri" / f"{name}.mgz").touch()
+
+
+def files(root: Path) -> None:
+    for name in ("a_T1", "b_T1", "a_seg", "b_seg"):
+        scan(root / f"{name}.nii.gz")
+
+
+def settings(**given: object) -> dict[str, object]:
+    return compose("run", as_overrides("run", {"strip": "none", **given}))
+
+
+@pytest.mark.parametrize(
+    ("make", "labelled", "unlabelled"),
+    [
+        (nnunet, {"data": "nnunet"}, {"data": "nnunet"}),
+        (bids, {"data": "bids", "data.label": "dseg", "data.label_root": "derivatives/manual"}, {"data": "bids"}),
+        (freesurfer, {"data": "freesurfer"}, {"data": "freesurfer", "data.label": None}),
+        (
+            files,
+            {"data": "folder", "data.images": {"t1": "*_T1.nii.gz"}, "data.label": "*_seg.nii.gz"},
+            {"data": "folder", "data.images": {"t1": "*_T1.nii.gz"}},
+        ),
+    ],
+)
+def test_a_folder_is_recognised_by_what_lies_in_it(tmp_path: Path, make, labelled, unlabelled) -> None:
+    make(tmp_path)
+    for wanted, which in ((labelled, True), (unlabelled, False)):
+        found = {
+            key: str(value).removeprefix(f"{tmp_path}/") for key, value in recognise(tmp_path, labelled=which).items()
+        }
+        assert found == {key: str(value) for key, value in wanted.items()} | {"data.root": str(tmp_path)}
+
+
+@pytest.mark.parametrize("names", [[], ["a.nii.gz"], ["a_T1.nii.gz", "a_FLAIR.nii.gz", "a_seg.nii.gz"]])
+def test_a_folder_that_is_not_recognised_says_what_is_in_it(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        scan(tmp_path / name)
+    with pytest.raises(ValueError, match=r"one image and one label map a scan were expected: write the stage"):
+        recognise(tmp_path, labelled=True)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        recognise(tmp_path / "other", labelled=True)
+
+
+def test_several_labelled_subjects_are_compared_in_folds_and_one_is_not(tmp_path: Path) -> None:
+    files(tmp_path / "lab")
+    bids(tmp_path / "raw")
+    given = {"labelled": tmp_path / "lab", "labels": LABELS, "out": tmp_path / "study"}
+    stages = {stage.name: stage for stage in plan_stages(settings(**given, unlabelled=tmp_path / "raw", new=tmp_path))}
+    assert list(stages) == [
+        *("labelled", "unlabelled", "encoder", "scratch", "pretrained", "comparison", "predictions"),
+    ]
+    for stage in stages.values():
+        compose(stage.command, as_overrides(stage.command, stage.settings))
+    scratch, pretrained = dict(stages["scratch"].settings), dict(stages["pretrained"].settings)
+    assert pretrained.pop("init") == "runs/encoder" == stages["encoder"].settings["out"]
+    assert {**scratch, "out": None} == {**pretrained, "out": None}, "they differ in their first weights alone"
+    assert (scratch["data.split.folds"], scratch["data.split.fold"]) == (2, "all")
+    assert stages["predictions"].settings["checkpoint"] == ["runs/pretrained/fold0", "runs/pretrained/fold1"]
+
+    for name in ("b_T1", "b_seg"):
+        (tmp_path / "lab" / f"{name}.nii.gz").unlink()
+    stages = {stage.name: stage for stage in plan_stages(settings(**given))}
+    assert list(stages) == ["labelled", "pretrained"]
+    assert stages["pretrained"].settings["init"] == study.ENCODER
+
+
+def test_settings_of_a_command_are_added_to_its_stages(tmp_path: Path) -> None:
+    files(tmp_path / "lab")
+    added = {"finetune": {"train.steps": 7}, "prepare": {"prepare.spacing": 3}}
+    stages = plan_stages(settings(labelled=tmp_path / "lab", labels=LABELS, out=tmp_path / "study", **added))
+    for stage in stages:
+        assert stage.command != "finetune" or stage.settings["train.steps"] == 7
+        assert stage.command != "prepare" or stage.settings["prepare.spacing"] == 3
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Commands that a study has run, which do nothing."""
+    calls: list[tuple[str, str]] = []
+
+    def call(command: str, given: dict[str, object]) -> None:
+        if given.get("experiment") == "missing":
+            raise ValueError("no such experiment")
+        calls.append((command, str(given["out"])))
+        Path(str(given["out"])).mkdir(parents=True, exist_ok=True)
+        (Path(str(given["out"])) / "report.html").touch()
+
+    monkeypatch.setattr("asa.tasks.run.call", call)
+    return calls
+
+
+def write_study(folder: Path, **encoder: object) -> Path:
+    stages = {
+        "store": {"prepare": {"data.root": "x", "out": "stores/a"}},
+        "encoder": {"pretrain": {"data.store": "stores/a", "out": "runs/a", **encoder}},
+        "network": {"finetune": {"data.store": "stores/a", "out": "runs/b"}},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "study.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    return folder / "study.yaml"
+
+
+def test_what_is_done_is_not_done_again_and_what_follows_a_change_is(tmp_path: Path, recorded, capsys) -> None:
+    pytest.importorskip("jinja2")
+    file = write_study(tmp_path / "s")
+    run_study(compose("run", [f"labelled={file}"]))
+    assert recorded == [("prepare", "stores/a"), ("pretrain", "runs/a"), ("finetune", "runs/b")]
+    page = (tmp_path / "s" / "study.html").read_text()
+    assert 'href="runs/b/report.html"' in page and "Not done yet" not in page
+    recorded.clear()
+    run_study(compose("run", [f"labelled={file}"]))
+    assert recorded == [] and capsys.readouterr().out.count("done before") == 3
+    run_study(compose("run", [f"labelled={write_study(tmp_path / 's', **{'train.steps': 5})}"]))
+    assert recorded == [("pretrain", "runs/a"), ("finetune", "runs/b")]
+
+
+def test_a_stage_that_fails_is_named_and_the_next_call_begins_with_it(tmp_path: Path, recorded) -> None:
+    pytest.importorskip("jinja2")
+    file = write_study(tmp_path / "s", **{"train.steps": 5})
+    stages = read_study(file)
+    broken = [stages[0], stages[1]._replace(settings={**stages[1].settings, "experiment": "missing"}), stages[2]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(file.parent)
+        with pytest.raises(ValueError, match="stage encoder, asa-pretrain: no such experiment"):
+            study._run(broken)
+    assert "Not done yet: encoder, network" in (file.parent / "study.html").read_text()
+    recorded.clear()
+    run_study(compose("run", [f"labelled={file}"]))
+    assert [command for command, _ in recorded] == ["pretrain", "finetune"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("stages: {}", "not a study"),
+        ("stages: {a: {train: {out: x}}}", "no command train"),
+        ("stages: {a: {prepare: {data: bids}}}", "stage a needs out="),
+        ("stages: {a: [prepare]}", "one command and its settings"),
+        ("stages: {a: {prepare: {out: x, dta: bids}}}", "dta"),
+    ],
+)
+def test_a_file_that_is_no_study_says_why(tmp_path: Path, recorded, content: str, reason: str) -> None:
+    (tmp_path / "study.yaml").write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        run_study(compose("run", [f"labelled={tmp_path / 'study.yaml'}"]))
+    assert not recorded
+
+
+def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
+    files(tmp_path / "lab")
+    for words, reason in (
+        ([], "give a folder of labelled scans"),
+        ([f"labelled={tmp_path}/lab"], "out= has to be given"),
+        ([f"labelled={tmp_path}/lab", f"out={tmp_path}/s"], "strip= has to be given"),
+        (["labelled=s.yaml", "out=x"], "out= is for a new study"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run_study(compose("run", words))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        run_study(compose("run", ["labelled=s.yaml"]))
+    assert not (tmp_path / "s").exists()
+
+
+def test_another_study_is_not_overwritten(tmp_path: Path, recorded) -> None:
+    files(tmp_path / "lab")
+    given = {"labelled": tmp_path / "lab", "labels": LABELS, "out": tmp_path / "s", "plan": "only"}
+    run_study(settings(**given))
+    run_study(settings(**given))
+    with pytest.raises(ValueError, match="is another study, or was changed"):
+        run_study(settings(**given, finetune={"train.steps": 3}))
