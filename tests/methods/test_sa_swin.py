@@ -391,10 +391,47 @@ def test_asymmetry_is_half_of_one_minus_the_cosine_and_exactly_0_for_equal_vecto
 # ---------------------------------------------------------------------------------------------- the method
 
 
+def test_the_loss_is_the_weighted_sum_of_the_losses_of_the_four_tasks() -> None:
+    weights = dict(rotation=0.3, contrastive=0.5, inpainting=0.7, symmetry=1.1)
+    method, batch = SASwinPretraining(model=network(), **weights), batch_of(2)
+    batch["health"] = torch.tensor([1.0, 0.0])
+    found, views = method(batch), method.views(batch)
+    output = method.model(views.cut, views.mirror)
+    errors = [(output.volume[row] - views.whole[row]).abs().mean() for row in range(4)]
+    symmetry = []
+    for row, healthy in enumerate((True, False, True, False)):  # the second views after the first ones
+        s = F.cosine_similarity(output.side[row], output.mirrored[row], dim=0)
+        symmetry.append((1 - s) / 2 if healthy else (1 + s) / 2)
+    expected = {
+        "rotation": F.cross_entropy(output.rotation, views.quarters),
+        "contrastive": NTXent()(output.contrast[:2], output.contrast[2:]),
+        "inpainting": sum(errors) / 4,
+        "symmetry": sum(symmetry) / 4,
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.detach())
+    torch.testing.assert_close(found["loss"], sum(weights[name] * value for name, value in expected.items()))
+
+
+def test_hidden_l1_is_the_error_inside_the_boxes_beside_that_of_the_mean_of_what_is_visible() -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(3)
+    found, views = method(batch), method.views(batch)
+    output = method.model(views.cut, views.mirror)
+    errors, of_mean = [], []
+    for row in range(6):
+        inside, whole = views.hidden[row], views.whole[row]
+        errors.append((output.volume[row] - whole)[inside].abs())
+        of_mean.append((whole[~inside].mean() - whole[inside]).abs())
+    torch.testing.assert_close(found["hidden_l1"], torch.cat(errors).mean().detach())
+    torch.testing.assert_close(found["mean_predictor_l1"], torch.cat(of_mean).mean())
+    right = [int(row.argmax()) == int(turns) for row, turns in zip(output.rotation, views.quarters, strict=True)]
+    assert float(found["rotation_accuracy"]) == pytest.approx(sum(right) / 6) and 0 < sum(right) < 6
+
+
 def test_views_depend_only_on_the_seed_of_their_sample() -> None:
     method, batch = SASwinPretraining(model=network()), batch_of(4)
-    whole = method.views(batch["image"], batch["mirror"], batch["seed"])
-    again = method.views(batch["image"][2:], batch["mirror"][2:], batch["seed"][2:])
+    whole = method.views(batch)
+    again = method.views({name: value[2:] for name, value in batch.items()})
     rows = torch.tensor([2, 3, 6, 7])
     for name in ("cut", "whole", "mirror", "hidden", "quarters"):
         assert torch.equal(getattr(whole, name)[rows], getattr(again, name))
@@ -410,8 +447,33 @@ def test_a_view_is_the_rotated_image_with_noise_and_another_sample_in_boxes_and_
         hidden, cut = views.hidden[row], views.cut[row]
         assert torch.equal(cut[~hidden], views.whole[row][~hidden])
         assert cut[hidden].min() >= 0 and cut[hidden].max() <= 1
-    assert partners(3).tolist() == [1, 0, 1, 4, 3, 4] and partners(1).tolist() == [0, 1]
     assert len(views.quarters.unique()) > 1
+
+
+def test_the_partner_of_a_sample_is_of_another_scan() -> None:
+    assert partners("abc").tolist() == [1, 0, 1] and partners("abcd").tolist() == [1, 0, 3, 2]
+    assert partners("aabc").tolist() == [0, 1, 3, 2] and partners("abb").tolist() == [1, 0, 2]
+    assert partners("a").tolist() == [0]
+
+
+@pytest.mark.parametrize("scans", ["a", "aa", "ab", "abb"])
+def test_boxes_hold_voxels_of_the_partner_and_no_voxel_of_the_scan_itself(scans: str) -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(len(scans)) | {"id": list(scans)}
+    batch["image"] = batch["image"] + 2 + 2 * torch.arange(len(scans))[:, None, None, None, None]  # noise is below 1
+    views, others = method.views(batch), partners(scans).tolist()
+    for row in range(2 * len(scans)):
+        inside, own = views.cut[row][views.hidden[row]], row % len(scans)
+        held = {0 if value < 1 else int(value / 2) for value in inside.tolist()}
+        assert held == ({0} if others[own] == own else {0, others[own] + 1})
+
+
+def test_boxes_are_the_partners_voxels_at_their_own_places() -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(2)
+    batch["image"] = batch["image"] + 2
+    views = method.views(batch)
+    for row, partner in enumerate((1, 0, 3, 2)):
+        taken = views.hidden[row] & (views.cut[row] > 1)
+        assert taken.any() and torch.equal(views.cut[row][taken], views.whole[partner][taken])
 
 
 def test_boxes_cover_up_to_the_largest_fraction_and_one_box_more() -> None:
