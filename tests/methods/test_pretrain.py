@@ -124,7 +124,7 @@ def test_the_mean_over_draws_is_the_whole_loss_and_its_gradient(importance: str 
     assert spread > 0.05  # the draws do differ
 
 
-@pytest.mark.parametrize(("decode", "count"), [(0.25, 12), (0.3, 14), (0.01, 1)])
+@pytest.mark.parametrize(("decode", "count"), [(0.25, 12), (0.29, 14), (0.3, 14), (0.01, 1)])
 def test_the_fraction_of_the_masked_patches_that_is_decoded_is_rounded(
     decode: float, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from asa.data.loading.crops import CropDataset, sample_seed
 from asa.data.loading.loader import LoaderSettings, collate
 from asa.data.store import Store
 from asa.losses.contrastive import NTXent, SymmetryLoss
-from asa.methods.sa_swin import SASwinPretraining, partners
+from asa.methods.sa_swin import SASwinPretraining, partners, proxy_metrics
 from asa.models.sa_swin import SASwin, sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.saca import SymmetryAwareBlock, SymmetryAwareCrossAttention
@@ -478,8 +479,15 @@ def test_hidden_l1_is_the_error_inside_the_boxes_beside_that_of_the_mean_of_what
         of_mean.append((whole[~inside].mean() - whole[inside]).abs())
     torch.testing.assert_close(found["hidden_l1"], torch.cat(errors).mean().detach())
     torch.testing.assert_close(found["mean_predictor_l1"], torch.cat(of_mean).mean())
-    right = [int(row.argmax()) == int(turns) for row, turns in zip(output.rotation, views.quarters, strict=True)]
-    assert float(found["rotation_accuracy"]) == pytest.approx(sum(right) / 6) and 0 < sum(right) < 6
+
+
+def test_the_rotation_accuracy_is_the_fraction_of_views_whose_quarter_turns_have_the_highest_logit() -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(3)
+    views = method.views(batch)
+    predicted = (views.quarters + torch.tensor([0, 0, 1, 0, 2, 0])) % 4
+    logits = -(torch.arange(4) - predicted[:, None]).abs().float()
+    output = replace(method.model(views.cut, views.mirror), rotation=logits)
+    assert float(proxy_metrics(output, views)["rotation_accuracy"]) == pytest.approx(4 / 6)
 
 
 def test_views_depend_only_on_the_seed_of_their_sample() -> None:
