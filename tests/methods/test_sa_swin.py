@@ -356,6 +356,13 @@ def test_a_learnt_temperature_is_at_least_a_fiftieth_of_its_first_value() -> Non
     torch.testing.assert_close(loss(one, other), NTXent(0.011)(one, other))
 
 
+def test_a_temperature_that_is_not_learnt_gets_no_gradient() -> None:
+    method = SASwinPretraining(model=network(), temperature=0.3, learn_temperature=False)
+    method(batch_of(2))["loss"].backward()
+    assert method.contrast.log_temperature.grad is None
+    assert float(method.contrast.log_temperature) == pytest.approx(math.log(0.3))
+
+
 def test_nt_xent_is_computed_in_float32_under_autocast() -> None:
     one, other = draw(3, 64), draw(3, 64, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -536,6 +543,21 @@ def test_boxes_are_the_partners_voxels_at_their_own_places() -> None:
     for row, partner in enumerate((1, 0, 3, 2)):
         taken = views.hidden[row] & (views.cut[row] > 1)
         assert taken.any() and torch.equal(views.cut[row][taken], views.whole[partner][taken])
+
+
+def test_pictures_are_a_view_inpainted_and_a_scan_beside_its_mirror_image() -> None:
+    method, batch = SASwinPretraining(model=network(in_channels=2)), batch_of(2)
+    batch["image"] = batch["image"].expand(-1, 2, -1, -1, -1) * torch.tensor([1.0, 0.5])[:, None, None, None]
+    batch["mirror"] = flip(batch["image"])
+    shown, views = method.pictures(batch), method.views(batch)
+    view, scan = shown["reconstruction"], shown["symmetry"]
+    inpainted = method.model(views.cut[:2], views.mirror[:2]).volume
+    torch.testing.assert_close(view["prediction"], inpainted)
+    torch.testing.assert_close(view["error"], sum((inpainted - views.whole[:2]).abs().split(1, dim=1)) / 2)
+    assert torch.equal(view["input"], views.whole[:2]) and torch.equal(view["cut"], views.cut[:2])
+    assert torch.equal(scan["image"], batch["image"]) and torch.equal(scan["mirror"], batch["mirror"])
+    assert torch.equal(scan["difference"], (batch["image"] - batch["mirror"]).abs())
+    torch.testing.assert_close(scan["asymmetry"][:, 0], method.model.asymmetry(batch["image"], batch["mirror"])[1])
 
 
 def test_boxes_cover_up_to_the_largest_fraction_and_one_box_more() -> None:
