@@ -6,6 +6,7 @@ views, the first views of all samples before the second ones.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class Views:
     """Two views of each sample.
 
     Args:
-        cut: the images rotated, with boxes filled by noise and by another sample, `(V, C, D, H, W)`.
+        cut: the images rotated, with boxes filled by noise and by another scan, `(V, C, D, H, W)`.
         whole: the images rotated only.
         mirror: the mirror images, with the same rotation and without boxes.
         hidden: bool `(V, 1, D, H, W)`, True inside a box.
@@ -46,7 +47,7 @@ class SASwinPretraining(nn.Module):
         form: of the symmetry loss, `"cosine"` or `"bce"`.
         temperature: initial temperature of the contrastive loss.
         learn_temperature: False keeps it, as released.
-        cutout: largest fraction of a view's voxels that boxes of noise hide, and again boxes of another sample.
+        cutout: largest fraction of a view's voxels that boxes of noise hide, and again boxes of another scan.
 
     Raises:
         ValueError: a model that is not an SA-Swin, a size with D other than H (quarter turns exchange them), or a
@@ -85,13 +86,13 @@ class SASwinPretraining(nn.Module):
         self.contrast, self.symmetry = NTXent(temperature, learn_temperature), SymmetryLoss(form)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch with "image", "mirror", "seed", and optionally "health" `(B,)` (see `SymmetryLoss`).
+        """Loss of a batch with "image", "mirror", "seed", and optionally "id" and "health" `(B,)` (see `SymmetryLoss`).
 
         Returns:
             "loss"; and for the log each task's loss, "rotation_accuracy", "hidden_l1", the error inside the boxes, and
             "mean_predictor_l1", the error there of predicting the mean of the visible voxels.
         """
-        views = self.views(batch["image"], batch["mirror"], batch["seed"])
+        views = self.views(batch)
         output = self.model(views.cut, views.mirror)
         health = batch.get("health", torch.full((len(batch["image"]),), float("nan"))).to(views.cut.device)
         losses = {
@@ -104,14 +105,16 @@ class SASwinPretraining(nn.Module):
         detached = {name: value.detach() for name, value in losses.items()}
         return {"loss": loss, **detached, **proxy_metrics(output, views)}
 
-    def views(self, image: Tensor, mirror: Tensor, seeds: Tensor) -> Views:
+    def views(self, batch: Batch) -> Views:
         """Draw and apply the rotations and the boxes of the cutout.
 
         Args:
-            image, mirror: `(B, C, D, H, W)`.
-            seeds: `(B,)` on the CPU.
+            batch: "image" and "mirror" `(B, C, D, H, W)`, "seed" `(B,)` on the CPU, and "id", the scan of each sample;
+                without it each is of another scan.
         """
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        image = batch["image"]
+        others = partners(batch.get("id", range(len(image))))
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"].tolist()]
         draws = [draw_view(image.shape[1:], self.cutout, generator) for _ in range(2) for generator in generators]
         quarters, *maps = zip(*draws, strict=True)
 
@@ -126,8 +129,11 @@ class SASwinPretraining(nn.Module):
             return stacked(rotate_about_left_right(volume, n) for volume, n in zip(twice, quarters, strict=True))
 
         whole, (noise, noisy, other) = rotated(image), (stacked(parts) for parts in maps)
-        cut = whole.where(~noisy, noise.to(whole.dtype)).where(~other, whole[moved(partners(len(image)))])
-        return Views(cut, whole, rotated(mirror), noisy | other, moved(torch.tensor(quarters)))
+        noise = noise.to(whole.dtype)
+        alone = moved(others == torch.arange(len(image))).repeat(2)[:, None, None, None, None]
+        filling = torch.where(alone, noise, whole[moved(torch.cat([others, others + len(image)]))])
+        cut = whole.where(~noisy, noise).where(~other, filling)
+        return Views(cut, whole, rotated(batch["mirror"]), noisy | other, moved(torch.tensor(quarters)))
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
@@ -137,7 +143,7 @@ class SASwinPretraining(nn.Module):
         mirror image, the difference and the asymmetry map.
         """
         image, mirror = batch["image"], batch["mirror"]
-        views = self.views(image, mirror, batch["seed"])
+        views = self.views(batch)
         whole, cut, mirrored = (part[: len(image)] for part in (views.whole, views.cut, views.mirror))
         inpainted = self.model(cut, mirrored).volume
         difference, asymmetry = (image - mirror).abs(), self.model.asymmetry(image, mirror)[1]
@@ -183,12 +189,11 @@ def proxy_metrics(output: SASwinOutput, views: Views) -> dict[str, Tensor]:
     }
 
 
-def partners(samples: int) -> Tensor:
-    """For each of the 2 B views, the index of the other sample's view that boxes are filled from.
+def partners(scans: Sequence[Any]) -> Tensor:
+    """For each of B samples, the index of the sample of another scan that boxes are filled from; its own without one.
 
     Samples are paired as 0 and 1, 2 and 3, and so on: ranks with an even number of samples each keep these pairs. The
-    last of an odd number takes the one before it, a single sample itself.
+    last of an odd number takes the one before it. A sample has none in a batch of one, or if both are of one scan.
     """
-    rows = torch.arange(samples)
-    other = (rows ^ 1).where((rows ^ 1) < samples, (rows - 1).clamp(min=0))
-    return torch.cat([other, other + samples])
+    paired = [k ^ 1 if k ^ 1 < len(scans) else max(k - 1, 0) for k in range(len(scans))]
+    return torch.tensor([k if scans[k] == scans[other] else other for k, other in enumerate(paired)])

@@ -13,6 +13,7 @@ from scipy.ndimage import label as components
 from surface_distance import lookup_tables
 
 from asa.data.io.nifti import Volume
+from asa.evaluation import metrics
 from asa.evaluation.lesions import lesion_f1, lesion_recall, lesionwise_dice, lesionwise_hd95
 from asa.evaluation.metrics import (
     hd95,
@@ -218,6 +219,19 @@ def test_hd95_by_area_of_a_shifted_slab_is_its_shift(axis):
     a[(slice(None),) * axis + (slice(4, 5),)] = True
     b[(slice(None),) * axis + (slice(9, 10),)] = True
     assert hd95_by_area(a, b, spacing) == pytest.approx(5 * spacing[axis])
+
+
+@pytest.mark.parametrize(("count", "expected"), [(19, 1.0), (18, 5.0)])
+def test_hd95_by_area_is_the_distance_within_which_95_percent_of_the_surface_lies(count, expected, monkeypatch):
+    distances = np.array([5.0] * (20 - count) + [1.0] * count)
+    monkeypatch.setattr(metrics, "_distances_and_areas", lambda *_: [(distances, np.full(20, 0.25))])
+    assert hd95_by_area(box((1, 1, 1), 2), box((1, 1, 1), 2), UNIT) == expected
+
+
+def test_a_surface_at_the_tolerance_is_within_it():
+    a, b = np.zeros((2, 12, 12, 12), dtype=bool)
+    a[:4], b[:6] = True, True
+    assert surface_dice(a, b, UNIT, 1.99) < 0.9 and surface_dice(a, b, UNIT, 2.0) == 1.0
 
 
 def test_surface_metrics_of_an_empty_mask_are_undefined():

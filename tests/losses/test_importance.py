@@ -65,6 +65,13 @@ def test_axis_aligned_edges_fall_into_one_bin() -> None:
         )
 
 
+@pytest.mark.parametrize("bins", [2, 3, 4, 6, 9, 16])
+def test_an_angle_at_an_edge_is_in_the_bin_nearer_to_90_degrees_and_a_right_angle_in_the_upper_one(bins: int) -> None:
+    for k in range(1, bins):
+        cosine = torch.tensor([math.cos(k * math.pi / bins) if 2 * k != bins else 0.0])
+        assert reconstruction._angle_bin(cosine, bins) == (k if 2 * k <= bins else k - 1)
+
+
 @pytest.mark.parametrize("kind", ["orientation", "magnitude"])
 def test_a_flat_volume_scores_0(kind: str) -> None:
     assert torch.equal(gradient_importance(torch.full((1, 1, 16, 16, 16), 3.7), kind=kind), torch.zeros(1, 8))

@@ -124,6 +124,36 @@ def test_the_mean_over_draws_is_the_whole_loss_and_its_gradient(importance: str 
     assert spread > 0.05  # the draws do differ
 
 
+@pytest.mark.parametrize(("decode", "count"), [(0.25, 12), (0.29, 14), (0.3, 14), (0.01, 1)])
+def test_the_fraction_of_the_masked_patches_that_is_decoded_is_rounded(
+    decode: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, seen = make(decode=decode), []
+    forward = method.model.forward
+    monkeypatch.setattr(
+        method.model, "forward", lambda image, **kw: (seen.append(kw["decoded"]), forward(image, **kw))[1]
+    )
+    method(batch_of(volumes(1), [3]))  # 48 patches are masked
+    assert seen[0].indices.shape == (1, count)
+
+
+def test_scores_are_means_over_masked_patches_beside_the_mean_of_visible_voxels_without_padding() -> None:
+    method, image, seeds = make(air="drop", importance=None), volumes(2, air=(10, 37)), [3, 4]
+    batch = batch_of(image, seeds)
+    mask, patches, scores = method.mask(batch["seed"], batch["air"]), patchify(image, 4), {"model": [], "mean": []}
+    for k in range(2):
+        shown = ~mask[k] & ~batch["air"][k]
+        visible, masked = Selection(shown.nonzero().T), Selection(mask[k].nonzero().T)
+        target = patches[k][mask[k]]
+        prediction = method.model(image[k : k + 1], visible=visible, decoded=masked)[0].detach()
+        scores["model"].append((prediction - target).square().mean())
+        scores["mean"].append((patches[k][shown].mean() - target).square().mean())
+    found = method(batch)
+    assert int(mask[0].sum()) != int(mask[1].sum())  # one of them is padded
+    for name, key in (("masked_mse", "model"), ("mean_predictor_mse", "mean"), ("mean_predictor_loss", "mean")):
+        assert float(found[name]) == pytest.approx(float(sum(scores[key]) / 2), rel=1e-5)
+
+
 def test_decoding_all_is_the_loss_of_the_whole_network_to_the_bit() -> None:
     method, batch = make().float(), batch_of(volumes().float(), [3, 4])
     mask = method.mask(batch["seed"])
@@ -201,6 +231,9 @@ def test_a_volume_of_nothing_but_air_keeps_it() -> None:
     method = make(air="drop")
     result = method(batch_of(volumes(2, air=(64, 30)), [3, 4]))
     assert all(torch.isfinite(value) for value in result.values())
+    for kept, dropped in ((1, 0), (2, 62)):  # two patches are enough: one to encode, one to predict
+        air = method._air(batch_of(volumes(1, air=(TOKENS - kept,)), [3]))
+        assert (0 if air is None else int(air.sum())) == dropped
     with pytest.raises(ValueError, match="PATCH_SIZE"):
         method({"image": volumes(1), "seed": torch.tensor([3])})
 

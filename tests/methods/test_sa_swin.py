@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from asa.data.loading.crops import CropDataset, sample_seed
 from asa.data.loading.loader import LoaderSettings, collate
 from asa.data.store import Store
 from asa.losses.contrastive import NTXent, SymmetryLoss
-from asa.methods.sa_swin import SASwinPretraining, partners
+from asa.methods.sa_swin import SASwinPretraining, partners, proxy_metrics
 from asa.models.sa_swin import SASwin, sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.saca import SymmetryAwareBlock, SymmetryAwareCrossAttention
@@ -84,6 +85,29 @@ def test_the_order_of_the_mirrored_tokens_has_an_effect_with_position_encoding_o
     assert (block(f, mirrored[:, order], grid) - block(f, mirrored, grid)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_the_block_normalises_the_input_of_each_part_or_the_sum_after_it(self_attention: bool) -> None:
+    for norm in ("pre", "post"):
+        torch.manual_seed(0)
+        block = SymmetryAwareBlock(12, 3, norm=norm, self_attention=self_attention)
+        for name, weight in block.named_parameters():
+            if "norm" in name:  # neither 1 nor 0
+                torch.nn.init.normal_(weight)
+        f, mirrored = draw(2, 5, 12), draw(2, 5, 12, seed=1)
+        expected = f
+        if norm == "pre":
+            if self_attention:
+                expected = expected + block.attention(block.norm1(expected), block.norm1(expected))
+            expected = expected + block.cross(block.norm2(expected), block.norm2(mirrored))
+            expected = expected + block.mlp(block.norm3(expected))
+        else:
+            if self_attention:
+                expected = block.norm1(expected + block.attention(expected, expected))
+            expected = block.norm2(expected + block.cross(expected, mirrored))
+            expected = block.norm3(expected + block.mlp(expected))
+        torch.testing.assert_close(block(f, mirrored), expected)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [1, 5, 27])
 def test_any_batch_size_and_token_count_works(batch: int, length: int) -> None:
@@ -118,6 +142,14 @@ def test_the_flip_maps_x_to_minus_x_for_every_orientation(codes: str) -> None:
         x, y, z, _ = ras @ (*voxel, 1)
         there = np.rint(np.linalg.inv(affine) @ (-x, y, z, 1))[:3].astype(int)
         assert flipped[voxel] == data[tuple(there)]
+
+
+def test_a_quarter_turn_brings_superior_to_anterior_and_anterior_to_inferior() -> None:
+    volume = torch.zeros(3, 3, 1)  # D inferior to superior, H posterior to anterior
+    volume[2, 1], volume[1, 2] = 1, 2
+    turned = rotate_about_left_right(volume, 1)
+    assert turned[1, 2] == 1 and turned[0, 1] == 2
+    assert torch.equal(rotate_about_left_right(turned, 2), rotate_about_left_right(volume, 3))
 
 
 def test_only_rotations_about_left_right_commute_with_the_flip() -> None:
@@ -258,6 +290,18 @@ def test_every_parameter_gets_a_gradient_and_temperatures_are_parameters(positio
         ] == []
 
 
+def test_rotation_contrast_and_inpainting_read_the_cross_attention_and_symmetry_what_is_before_it() -> None:
+    model, volume = network(), draw(2, 1, 32, 32, 64).sigmoid()
+    output = model(volume, flip(volume))
+    f, counterpart, fused = model.tokens(volume, flip(volume))
+    mean = sum(fused.unbind(dim=1)) / fused.shape[1]
+    torch.testing.assert_close(output.rotation, model.rotation(mean))
+    torch.testing.assert_close(output.contrast, model.contrast(mean))
+    torch.testing.assert_close(output.volume, model.decoder(fused.unflatten(1, (1, 1, 2)).permute(0, 4, 1, 2, 3)))
+    assert torch.equal(output.side, model.symmetry(f.mean(dim=1)))
+    assert torch.equal(output.mirrored, model.symmetry(counterpart.mean(dim=1)))
+
+
 def test_the_pooled_feature_depends_on_all_octants_equally() -> None:
     model, volume = network(64, 64, 64), draw(1, 1, 64, 64, 64).sigmoid().requires_grad_()
     tokens = model.encoder(volume)
@@ -304,6 +348,21 @@ def test_nt_xent_is_the_loop_over_its_definition() -> None:
         NTXent(0)
 
 
+def test_a_learnt_temperature_is_at_least_a_fiftieth_of_its_first_value() -> None:
+    one, other, loss = draw(3, 4), draw(3, 4, seed=1), NTXent(0.5)
+    torch.nn.init.constant_(loss.log_temperature, -20.0)
+    torch.testing.assert_close(loss(one, other), NTXent(0.01)(one, other))
+    torch.nn.init.constant_(loss.log_temperature, math.log(0.011))
+    torch.testing.assert_close(loss(one, other), NTXent(0.011)(one, other))
+
+
+def test_a_temperature_that_is_not_learnt_gets_no_gradient() -> None:
+    method = SASwinPretraining(model=network(), temperature=0.3, learn_temperature=False)
+    method(batch_of(2))["loss"].backward()
+    assert method.contrast.log_temperature.grad is None
+    assert float(method.contrast.log_temperature) == pytest.approx(math.log(0.3))
+
+
 def test_nt_xent_is_computed_in_float32_under_autocast() -> None:
     one, other = draw(3, 64), draw(3, 64, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -323,7 +382,7 @@ def contrast(out, world: int) -> None:
         value = loss(*parts)
         value.backward()
         grads = [*(part.grad for part in parts), loss.log_temperature.grad]
-        torch.save([value.detach(), *grads], out / f"{world}-{rank()}.pt")
+        torch.save([value.detach(), *grads, loss.eval()(*parts).detach()], out / f"{world}-{rank()}.pt")
 
 
 @pytest.mark.distributed
@@ -337,6 +396,9 @@ def test_nt_xent_over_two_ranks_has_the_value_and_the_gradient_of_one(tmp_path) 
     torch.testing.assert_close((halves[0][3] + halves[1][3]) / 2, whole[3])
     for k in (1, 2):  # averaged over ranks, as gradients of shared weights are
         torch.testing.assert_close(torch.cat([half[k] for half in halves]) / 2, whole[k])
+    for rank, half in enumerate(halves):  # in evaluation mode each rank has a batch of its own
+        mine = slice(2 * rank, 2 * rank + 2)
+        torch.testing.assert_close(half[4], NTXent()(draw(4, 5)[mine], draw(4, 5, seed=1)[mine]).detach())
 
 
 def test_the_symmetry_loss_is_minimal_for_symmetric_healthy_and_opposite_patient_features() -> None:
@@ -391,10 +453,54 @@ def test_asymmetry_is_half_of_one_minus_the_cosine_and_exactly_0_for_equal_vecto
 # ---------------------------------------------------------------------------------------------- the method
 
 
+def test_the_loss_is_the_weighted_sum_of_the_losses_of_the_four_tasks() -> None:
+    weights = dict(rotation=0.3, contrastive=0.5, inpainting=0.7, symmetry=1.1)
+    method, batch = SASwinPretraining(model=network(), **weights), batch_of(2)
+    batch["health"] = torch.tensor([1.0, 0.0])
+    found, views = method(batch), method.views(batch)
+    output = method.model(views.cut, views.mirror)
+    errors = [(output.volume[row] - views.whole[row]).abs().mean() for row in range(4)]
+    symmetry = []
+    for row, healthy in enumerate((True, False, True, False)):  # the second views after the first ones
+        s = F.cosine_similarity(output.side[row], output.mirrored[row], dim=0)
+        symmetry.append((1 - s) / 2 if healthy else (1 + s) / 2)
+    expected = {
+        "rotation": F.cross_entropy(output.rotation, views.quarters),
+        "contrastive": NTXent()(output.contrast[:2], output.contrast[2:]),
+        "inpainting": sum(errors) / 4,
+        "symmetry": sum(symmetry) / 4,
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.detach())
+    torch.testing.assert_close(found["loss"], sum(weights[name] * value for name, value in expected.items()))
+
+
+def test_hidden_l1_is_the_error_inside_the_boxes_beside_that_of_the_mean_of_what_is_visible() -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(3)
+    found, views = method(batch), method.views(batch)
+    output = method.model(views.cut, views.mirror)
+    errors, of_mean = [], []
+    for row in range(6):
+        inside, whole = views.hidden[row], views.whole[row]
+        errors.append((output.volume[row] - whole)[inside].abs())
+        of_mean.append((whole[~inside].mean() - whole[inside]).abs())
+    torch.testing.assert_close(found["hidden_l1"], torch.cat(errors).mean().detach())
+    torch.testing.assert_close(found["mean_predictor_l1"], torch.cat(of_mean).mean())
+
+
+def test_the_rotation_accuracy_is_the_fraction_of_views_whose_quarter_turns_have_the_highest_logit() -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(3)
+    views = method.views(batch)
+    predicted = (views.quarters + torch.tensor([0, 0, 1, 0, 2, 0])) % 4
+    logits = -(torch.arange(4) - predicted[:, None]).abs().float()
+    output = replace(method.model(views.cut, views.mirror), rotation=logits)
+    assert float(proxy_metrics(output, views)["rotation_accuracy"]) == pytest.approx(4 / 6)
+
+
 def test_views_depend_only_on_the_seed_of_their_sample() -> None:
     method, batch = SASwinPretraining(model=network()), batch_of(4)
-    whole = method.views(batch["image"], batch["mirror"], batch["seed"])
-    again = method.views(batch["image"][2:], batch["mirror"][2:], batch["seed"][2:])
+    whole = method.views(batch)
+    again = method.views({name: value[2:] for name, value in batch.items()})
     rows = torch.tensor([2, 3, 6, 7])
     for name in ("cut", "whole", "mirror", "hidden", "quarters"):
         assert torch.equal(getattr(whole, name)[rows], getattr(again, name))
@@ -402,7 +508,7 @@ def test_views_depend_only_on_the_seed_of_their_sample() -> None:
 
 def test_a_view_is_the_rotated_image_with_noise_and_another_sample_in_boxes_and_its_mirror_has_no_boxes() -> None:
     method, batch = SASwinPretraining(model=network()), batch_of(3)
-    views = method.views(batch["image"], batch["mirror"], batch["seed"])
+    views = method.views(batch)
     for row in range(6):
         turns = int(views.quarters[row])
         assert torch.equal(views.whole[row], rotate_about_left_right(batch["image"][row % 3], turns))
@@ -410,8 +516,48 @@ def test_a_view_is_the_rotated_image_with_noise_and_another_sample_in_boxes_and_
         hidden, cut = views.hidden[row], views.cut[row]
         assert torch.equal(cut[~hidden], views.whole[row][~hidden])
         assert cut[hidden].min() >= 0 and cut[hidden].max() <= 1
-    assert partners(3).tolist() == [1, 0, 1, 4, 3, 4] and partners(1).tolist() == [0, 1]
     assert len(views.quarters.unique()) > 1
+
+
+def test_the_partner_of_a_sample_is_of_another_scan() -> None:
+    assert partners("abc").tolist() == [1, 0, 1] and partners("abcd").tolist() == [1, 0, 3, 2]
+    assert partners("aabc").tolist() == [0, 1, 3, 2] and partners("abb").tolist() == [1, 0, 2]
+    assert partners("a").tolist() == [0]
+
+
+@pytest.mark.parametrize("scans", ["a", "aa", "ab", "abb"])
+def test_boxes_hold_voxels_of_the_partner_and_no_voxel_of_the_scan_itself(scans: str) -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(len(scans)) | {"id": list(scans)}
+    batch["image"] = batch["image"] + 2 + 2 * torch.arange(len(scans))[:, None, None, None, None]  # noise is below 1
+    views, others = method.views(batch), partners(scans).tolist()
+    for row in range(2 * len(scans)):
+        inside, own = views.cut[row][views.hidden[row]], row % len(scans)
+        held = {0 if value < 1 else int(value / 2) for value in inside.tolist()}
+        assert held == ({0} if others[own] == own else {0, others[own] + 1})
+
+
+def test_boxes_are_the_partners_voxels_at_their_own_places() -> None:
+    method, batch = SASwinPretraining(model=network()), batch_of(2)
+    batch["image"] = batch["image"] + 2
+    views = method.views(batch)
+    for row, partner in enumerate((1, 0, 3, 2)):
+        taken = views.hidden[row] & (views.cut[row] > 1)
+        assert taken.any() and torch.equal(views.cut[row][taken], views.whole[partner][taken])
+
+
+def test_pictures_are_a_view_inpainted_and_a_scan_beside_its_mirror_image() -> None:
+    method, batch = SASwinPretraining(model=network(in_channels=2)), batch_of(2)
+    batch["image"] = batch["image"].expand(-1, 2, -1, -1, -1) * torch.tensor([1.0, 0.5])[:, None, None, None]
+    batch["mirror"] = flip(batch["image"])
+    shown, views = method.pictures(batch), method.views(batch)
+    view, scan = shown["reconstruction"], shown["symmetry"]
+    inpainted = method.model(views.cut[:2], views.mirror[:2]).volume
+    torch.testing.assert_close(view["prediction"], inpainted)
+    torch.testing.assert_close(view["error"], sum((inpainted - views.whole[:2]).abs().split(1, dim=1)) / 2)
+    assert torch.equal(view["input"], views.whole[:2]) and torch.equal(view["cut"], views.cut[:2])
+    assert torch.equal(scan["image"], batch["image"]) and torch.equal(scan["mirror"], batch["mirror"])
+    assert torch.equal(scan["difference"], (batch["image"] - batch["mirror"]).abs())
+    torch.testing.assert_close(scan["asymmetry"][:, 0], method.model.asymmetry(batch["image"], batch["mirror"])[1])
 
 
 def test_boxes_cover_up_to_the_largest_fraction_and_one_box_more() -> None:
@@ -421,6 +567,21 @@ def test_boxes_cover_up_to_the_largest_fraction_and_one_box_more() -> None:
         fractions.append(float(boxes.float().mean()))
     assert max(fractions) <= 0.3 + 0.25**3 + 0.01 and 0.1 < np.mean(fractions) < 0.2
     assert not random_boxes((8, 8, 8), 0.0, torch.Generator()).any()
+
+
+def test_a_box_has_edges_of_5_to_25_percent_and_lies_anywhere() -> None:
+    sizes, starts = [], set()
+    for seed in range(300):
+        box = random_boxes((20, 20, 20), 1e-9, torch.Generator().manual_seed(seed)).nonzero()  # a single one
+        first, last = box.amin(dim=0), box.amax(dim=0)
+        assert len(box) == (last - first + 1).prod()
+        sizes += (last - first + 1).tolist()
+        starts |= {("first", *first.tolist()), ("last", *last.tolist())}
+    assert {*sizes} == {1, 2, 3, 4, 5} and np.mean(sizes) == pytest.approx(3, abs=0.2)  # 15 %
+    for axis in (1, 2, 3):
+        assert {start[axis] for start in starts if start[0] == "first"} >= {*range(16)}
+        assert {start[axis] for start in starts if start[0] == "last"} >= {*range(4, 20)}
+    assert random_boxes((2, 2, 2), 1e-9, torch.Generator().manual_seed(0)).sum() == 1
 
 
 def test_padding_keeps_the_correspondence_of_the_two_sides() -> None:

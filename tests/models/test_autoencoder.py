@@ -1,5 +1,7 @@
 """Laws of the encoder, the masked autoencoder and its loss."""
 
+import math
+
 import pytest
 import torch
 
@@ -109,6 +111,56 @@ def test_every_parameter_of_every_size_gets_a_gradient(factory, position: str) -
     volume, mask = torch.rand(1, 2, 32, 32, 32), random_mask(1, 64, 0.75)
     AttentiveReconstructionLoss()(model(volume, mask), volume, mask).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_linear_maps_begin_with_xavier_weights_and_what_is_added_to_tokens_near_0() -> None:
+    torch.manual_seed(0)
+    model = asa.asa_tiny(img_size=32, window=64)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linears) == 6 * 4 + 3
+    for linear in linears:
+        bound = math.sqrt(6 / (linear.in_features + linear.out_features))
+        assert 0.97 * bound < linear.weight.abs().max() <= bound and not linear.bias.any()
+        assert float(linear.weight.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    for added in (model.mask_token, *(block.attention.relative_position_bias for block in model.encoder.blocks)):
+        assert float(added.detach().std()) == pytest.approx(0.02, rel=0.3)
+
+
+def test_a_block_is_attention_and_an_mlp_of_normalised_tokens_each_added_to_its_input() -> None:
+    torch.manual_seed(0)
+    encoder, tokens = SWViT(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2), torch.randn(2, 9, 24)
+    block = encoder.blocks[0]
+    for norm in (block.norm1, block.norm2):
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    middle = tokens + block.attention(block.norm1(tokens))
+    first, _, second = block.mlp
+    expected = middle + second(torch.nn.functional.gelu(first(block.norm2(middle))))
+    torch.testing.assert_close(block(tokens), expected)
+
+
+@pytest.mark.parametrize("order", ["raster", "alternating"])
+def test_the_last_hidden_state_is_the_output_and_the_others_are_those_of_the_blocks(order: str) -> None:
+    torch.manual_seed(0)
+    encoder = SWViT(img_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=2, window=8, order=order)
+    torch.nn.init.normal_(encoder.norm.weight)
+    volume = torch.rand(2, 1, 16, 16, 16)
+    states = encoder.hidden_states(volume)
+    assert torch.equal(states[-1], encoder(volume))
+    tokens, sequences = encoder.embed(volume), encoder.sequences()
+    for k, (block, state) in enumerate(zip(encoder.blocks, states, strict=True)):
+        tokens = block(tokens, sequences[k % len(sequences)])
+        assert torch.equal(state, tokens if k < 3 else encoder.norm(tokens))
+
+
+def test_the_decoder_takes_encoded_and_mask_tokens_in_raster_order_with_their_encodings() -> None:
+    model, volume, mask = small_autoencoder(), torch.rand(1, 1, 16, 16, 16), random_mask(1, 64, 0.75)
+    torch.nn.init.normal_(model.norm.weight)
+    encoded = iter(model.projection(model.encoder(volume, mask))[0])
+    tokens = torch.stack([model.mask_token if masked else next(encoded) for masked in mask[0]])[None] + model.position
+    for block in model.decoder:
+        tokens = block(tokens)
+    torch.testing.assert_close(model(volume, mask), model.head(model.norm(tokens[mask]))[None])
 
 
 def test_visible_tokens_are_in_raster_order() -> None:

@@ -9,7 +9,7 @@ from asa.models.masked_autoencoder import asa_tiny
 from asa.models.transfer import check_position
 from asa.models.unet import unet_tiny
 from asa.models.vit_seg import vit_linear_tiny, vit_seg_tiny
-from asa.ops.patches import patchify
+from asa.ops.patches import patchify, unpatchify
 from asa.ops.symmetry import mirror_patches
 
 SIZE = (16, 16, 32)  # 2 x 2 x 4 patches
@@ -69,6 +69,19 @@ def test_the_mirror_image_with_the_mirrored_mask_has_the_mirrored_reconstruction
     other = torch.zeros(1, 16, 8**3).masked_scatter(turned[:, :, None], model(volume.flip(-1), turned))
     expected = columns(found.unflatten(2, (8, 8, 8))).flip(3).flip(-1).flatten(4).flatten(1, 3)
     torch.testing.assert_close(other, expected)
+
+
+@pytest.mark.parametrize("width", [8, 24, 32])
+def test_the_reconstruction_is_that_of_the_volume_with_mirrored_patches_mirrored_back(width: int) -> None:
+    torch.manual_seed(0)
+    model, plain = (asa_tiny(img_size=(16, 16, width), **MIRRORED | {"mirror_patches": own}) for own in (True, False))
+    plain.load_state_dict(model.state_dict())
+    volume, mask = torch.rand(1, 1, 16, 16, width), torch.rand(1, width // 2).argsort() < width // 3
+    own, expected = (torch.zeros(1, width // 2, 8**3) for _ in range(2))
+    own[mask] = model(volume, mask)[0].detach()
+    expected[mask] = plain(mirror_patches(volume, 8), mask)[0].detach()
+    grid = (2, 2, width // 8)
+    torch.testing.assert_close(unpatchify(own, grid, 8), mirror_patches(unpatchify(expected, grid, 8), 8))
 
 
 def test_a_u_net_reads_the_tokens_features_in_their_places() -> None:

@@ -1,5 +1,7 @@
 """Laws of the light segmentation heads: from tokens only, and from tokens joined with convolutions of the image."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,6 +48,29 @@ def test_the_logits_of_a_patch_depend_on_its_token_alone() -> None:
     for k in (0, 5, 11):
         (gradient,) = torch.autograd.grad(patchify(logits, 8)[0, k].sum(), seen[0], retain_graph=True)
         assert [row for row in range(12) if gradient[0, row].any()] == [k]
+
+
+def test_the_head_is_transposed_convolutions_each_with_a_norm_and_a_gelu() -> None:
+    torch.manual_seed(0)
+    model = vit_seg_tiny(3, img_size=(16, 16, 24), depth=1)
+    volume = torch.rand(2, 1, 16, 16, 24)
+    maps = model.encoder(volume).unflatten(1, (2, 2, 3)).permute(0, 4, 1, 2, 3)
+    for up, norm in zip(model.ups, model.norms, strict=True):
+        kernel = up.weight.unflatten(0, (-1, 2, 2, 2)).permute(4, 0, 1, 2, 3)
+        maps = torch.nn.functional.conv_transpose3d(maps, kernel, stride=2)
+        maps = torch.nn.functional.gelu(norm(maps.movedim(1, -1))).movedim(-1, 1)
+    kernel = model.head.weight.unflatten(0, (3, 2, 2, 2)).permute(4, 0, 1, 2, 3)
+    expected = torch.nn.functional.conv_transpose3d(maps, kernel, stride=2)
+    torch.testing.assert_close(model(volume), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [vit_seg_tiny, vit_conv_tiny])
+def test_linear_maps_begin_with_xavier_weights(make) -> None:
+    torch.manual_seed(0)
+    model = make(2, img_size=16)
+    for linear in (*model.ups, model.head):
+        bound = math.sqrt(6 / (linear.in_features + linear.out_features))
+        assert 0.97 * bound < linear.weight.abs().max() <= bound and not linear.bias.any()
 
 
 @pytest.mark.parametrize("make", [vit_seg_tiny, vit_conv_tiny])

@@ -36,7 +36,8 @@ def test_sizes_that_are_not_divisible_by_the_patch_size_raise_an_error() -> None
 
 
 @pytest.mark.parametrize(
-    ("length", "ratio", "count"), [(4096, 0.75, 3072), (100, 0.6, 60), (10, 0.01, 1), (10, 0.99, 9)]
+    ("length", "ratio", "count"),
+    [(4096, 0.75, 3072), (100, 0.6, 60), (10, 0.01, 1), (10, 0.99, 9), (10, 0.75, 8), (15, 0.3, 4), (10, 0.26, 3)],
 )
 def test_every_sample_masks_the_exact_count(length: int, ratio: float, count: int) -> None:
     mask = random_mask(7, length, ratio)

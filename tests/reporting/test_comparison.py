@@ -53,6 +53,14 @@ def test_a_difference_is_the_mean_over_the_same_cases(folders, tmp_path):
     assert found["dice", "gm", "mae"].p_holm > 0.05
 
 
+def test_differences_that_are_equal_but_for_rounding_are_ties(tmp_path):
+    before, after = [0.2, 0.3, 0.1, 0.7, 0.5, 0.9], [0.3, 0.4, 0.2, 0.6, 0.4, 0.8]  # six steps of 0.1
+    folders = {"a": write_run(tmp_path / "a", {"csf": before}), "b": write_run(tmp_path / "b", {"csf": after})}
+    assert len({y - x for x, y in zip(before, after, strict=True)}) > 2
+    found = compare_folders(folders, tmp_path / "out").differences["dice", "csf", "b"]
+    assert (found.better, found.worse, found.p) == (3, 3, 1.0)
+
+
 def test_pairs_with_an_undefined_value_are_excluded_and_counted(tmp_path):
     values = [0.5, 0.6, 0.7, 0.8]
     folders = {

@@ -97,7 +97,9 @@ def test_invalid_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not one slice"):
         read_picture(tmp_path / "v.nii", (0, 1))
     Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(tmp_path / "colour.png")
-    nib.save(nib.Nifti1Image(np.full((4, 5), 0.5, dtype=np.float32), np.eye(4)), tmp_path / "half.nii")
+    halves = np.arange(20, dtype=np.float32).reshape(4, 5)
+    halves[2, 3] += 0.5  # one pixel is enough
+    nib.save(nib.Nifti1Image(halves, np.eye(4)), tmp_path / "half.nii")
     for name in ("colour.png", "half.nii"):
         with pytest.raises(ValueError, match="a label map has one whole number"):
             read_regions(tmp_path / name)

@@ -1,13 +1,14 @@
 """Laws of the region attention transformer."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from asa import FocalRegionLoss, RegionAttentionTransformer, rat_base, rat_small, rat_tiny
 from asa.restoration.method import Restoration
-from asa.restoration.rat import NAFBlock, WindowAttention
-from asa.restoration.regions import coarse_labels
+from asa.restoration.rat import NAFBlock, RegionLayer, WindowAttention
+from asa.restoration.regions import coarse_labels, region_index
 from asa.training.device import on_device
 
 
@@ -128,6 +129,74 @@ def test_windows_attend_only_to_themselves() -> None:
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[:4, 4:] = True
     assert torch.equal(difference > 0, expected)
+
+
+def test_windows_are_attention_head_by_head_scaled_by_the_width_of_a_head() -> None:
+    torch.manual_seed(0)
+    attention, tokens = WindowAttention(8, 2, 4), torch.randn(2, 128, 8)
+    q, k, v = attention.qkv(tokens).unflatten(1, (16, 8)).chunk(3, dim=-1)  # 16 rows of two windows of 4
+    expected = torch.zeros(2, 16, 8, 8)
+    for top in range(0, 16, 4):
+        for left in (0, 4):
+            inside = (slice(None), slice(top, top + 4), slice(left, left + 4))
+            heads = []
+            for head in (slice(0, 4), slice(4, 8)):
+                own = [part[(*inside, head)].flatten(1, 2) for part in (q, k, v)]
+                heads.append((own[0] @ own[1].transpose(1, 2) / 2).softmax(dim=-1) @ own[2])
+            expected[inside] = torch.cat(heads, dim=-1).unflatten(1, (4, 4))
+    torch.testing.assert_close(attention(tokens, (16, 8)), attention.proj(expected.flatten(1, 2)))
+
+
+def test_a_layer_is_region_attention_and_window_attention_each_scaled_and_followed_by_an_mlp() -> None:
+    torch.manual_seed(0)
+    layer, tokens = RegionLayer(8, 2, 2.0, 4, "auto"), torch.randn(2, 64, 8)
+    index = region_index(torch.randint(3, (2, 64)))
+    assert not layer.region_scale.any() and not layer.window_scale.any()
+    for name, parameter in layer.named_parameters():
+        if "scale" in name or "norms" in name:
+            torch.nn.init.normal_(parameter)
+    expected = tokens + layer.region_scale * layer.regions(layer.norms[0](tokens), index)
+    expected = expected + layer.mlps[0](layer.norms[1](expected))
+    expected = expected + layer.window_scale * layer.windows(layer.norms[2](expected), (8, 8))
+    expected = expected + layer.mlps[1](layer.norms[3](expected))
+    torch.testing.assert_close(layer(tokens, index, (8, 8)), expected)
+
+
+@pytest.mark.parametrize("upscale", [1, 2])
+def test_an_output_of_zero_leaves_the_image_as_it_is(upscale: int) -> None:
+    model, (image, labels) = network(upscale=upscale), picture(17, 30)
+    for weight in model.head.parameters():
+        torch.nn.init.zeros_(weight)
+    larger = torch.nn.functional.interpolate(image, scale_factor=upscale, mode="bilinear")
+    assert torch.equal(model(image, labels), larger)
+
+
+def test_the_image_is_continued_by_its_border_to_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (image, labels) = network(), picture(17, 30)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(model, "residual", lambda padded, regions: (seen.append(padded), 0 * padded)[1])
+    model(image, labels)
+    expected = np.pad(image.numpy(), ((0, 0), (0, 0), (0, 15), (0, 2)), mode="edge")
+    np.testing.assert_array_equal(seen[0].numpy(), expected)
+
+
+def test_the_residual_is_that_of_the_stages_with_their_connections() -> None:
+    model, (image, labels) = network(groups=2), picture()
+    for block in (module for module in model.modules() if isinstance(module, NAFBlock)):
+        torch.nn.init.normal_(block.scale1)
+    index = region_index(coarse_labels(labels, 4, majority=False).flatten(1))
+    full = model.encoders[0](model.stem(image))
+    half = model.encoders[1](model.downs[0](full))
+    quarter = model.downs[1](half)
+    middle = quarter
+    for group in model.groups:
+        tokens = middle.flatten(2).transpose(1, 2)
+        for layer in group.layers:
+            tokens = layer(tokens, index, (8, 8))
+        middle = middle + group.conv(tokens.transpose(1, 2).unflatten(2, (8, 8)))
+    half = model.decoders[0](model.ups[0](quarter + middle) + half)
+    full = model.decoders[1](model.ups[1](half) + full)
+    torch.testing.assert_close(model(image, labels), image + model.head(full))
 
 
 def test_a_new_naf_block_is_the_identity() -> None:

@@ -69,6 +69,20 @@ def test_a_step_changes_early_layers_less(method: Segmentation) -> None:
     assert moved["model.encoder.blocks.0.mlp.0.weight"] == pytest.approx(0.5**DEPTH, rel=1e-3)
 
 
+def test_sgd_has_nesterov_momentum() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = make_optimizer(model, OptimSettings(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.01))
+    weight, velocity = model.weight.detach().clone(), torch.zeros(2, 3)
+    for step in range(3):
+        gradient = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        gradient = gradient + 0.01 * weight
+        velocity = 0.9 * velocity + gradient
+        weight = weight - 0.1 * (gradient + 0.9 * velocity)
+        torch.testing.assert_close(model.weight.detach(), weight)
+
+
 def test_a_layer_decay_outside_its_range_is_refused() -> None:
     for wrong in (0.0, 1.1, -1.0):
         with pytest.raises(ValueError, match=r"optim\.layer_decay"):

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,23 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoints_intact(tm
     assert load_newest(tmp_path, print)[0].name == "step-00000002"
     checkpoint(tmp_path, 3)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_the_name_before_old_ones_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[object] = []
+    fsync, rename, rmtree = os.fsync, Path.rename, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda file: (happened.append(os.fstat(file).st_ino), fsync(file))[1])
+    monkeypatch.setattr(Path, "rename", lambda old, new: (happened.append(new.name), rename(old, new))[1])
+    first = checkpoint(tmp_path, 1, keep=1)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **kw: (happened.append(path), rmtree(path, **kw))[1])
+    happened.clear()
+    second = checkpoint(tmp_path, 2, keep=1)
+    named, deleted = happened.index(second.name), next(k for k, each in enumerate(happened) if isinstance(each, Path))
+    flushed = {path.stat().st_ino for path in (second, *second.iterdir())}
+    assert len(flushed) == 4 and flushed <= {*happened[:named]}
+    assert second.parent.stat().st_ino in happened[named:deleted] and not first.exists()
 
 
 # --- checkpoints

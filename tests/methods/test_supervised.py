@@ -1,0 +1,74 @@
+"""Laws of the supervised methods: what they give to the network and to the loss."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asa.losses.segmentation import DeeplySupervisedDiceCE
+from asa.methods.segment import RegionSegmentation, Segmentation
+from asa.methods.whole_scans import Classification, Regression
+from asa.models.classifier import sa_swin_classifier_tiny, sa_swin_regressor_tiny
+
+SMALLEST = dict(img_size=(32, 32, 64), embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
+
+
+class Difference(nn.Module):
+    """A network whose logits are the image and its difference from the mirror image, at two resolutions."""
+
+    mirrored, out_channels = True, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = SimpleNamespace(img_size=(4, 4, 8), in_channels=1)
+
+    def forward(self, volume: Tensor, mirrored: Tensor, deep_supervision: bool = False) -> list[Tensor]:
+        logits = torch.cat([volume, volume - mirrored], dim=1)
+        return [logits, F.avg_pool3d(logits, 2)] if deep_supervision else [logits]
+
+
+def sides(count: int = 2) -> tuple[Tensor, Tensor]:
+    """Volumes and their mirror images."""
+    volume = torch.randn(count, 1, 4, 4, 8, generator=torch.Generator().manual_seed(0))
+    return volume, volume.flip(-1)
+
+
+@pytest.mark.parametrize("method", [Segmentation, RegionSegmentation])
+def test_a_segmentation_loss_is_that_of_the_image_and_its_mirror_image_at_all_resolutions(method: type) -> None:
+    regions = {"regions": {"whole": [1, 2], "inner": [2]}} if method is RegionSegmentation else {}
+    (image, mirror), label = sides(), torch.arange(256).reshape(2, 1, 4, 4, 8) % 2
+    segmentation = method(model=Difference(), **regions)
+    expected = segmentation.loss(Difference()(image, mirror, deep_supervision=True), label)
+    found = segmentation({"image": image, "mirror": mirror, "label": label})["loss"]
+    assert segmentation.mirrored and torch.equal(found, expected)
+    assert isinstance(segmentation.loss, DeeplySupervisedDiceCE) == (method is Segmentation)
+
+
+def test_a_class_is_predicted_where_its_logit_is_the_highest() -> None:
+    logits = torch.tensor([[-3.0, 2.0], [-4.0, 1.0]]).reshape(2, 1, 1, 2)
+    assert Segmentation(model=Difference()).label_map(logits).tolist() == [[[0, 0]]]
+    assert Segmentation(model=Difference()).label_map(-logits).tolist() == [[[1, 1]]]
+
+
+def test_a_region_is_predicted_where_its_logit_is_above_0() -> None:
+    method = RegionSegmentation(model=Difference(), regions={"whole": [1, 2], "inner": [2]})
+    logits = torch.tensor([[-0.1, 0.1, 0.1, 0.7, -0.7], [-0.1, -0.1, 0.4, 0.7, 0.2]]).reshape(2, 1, 1, 5)
+    assert method.label_map(logits).tolist() == [[[0, 1, 2, 2, 2]]]
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_values_of_whole_scans_are_learnt_from_both_sides(kind: str) -> None:
+    torch.manual_seed(0)
+    image = torch.rand(2, 1, 32, 32, 64)
+    if kind == "classes":
+        method, target = Classification(model=sa_swin_classifier_tiny(3, **SMALLEST)), torch.tensor([2, 0])
+    else:
+        method = Regression(model=sa_swin_regressor_tiny(mean=5.0, sd=2.0, **SMALLEST))
+        target = torch.tensor([4.0, 9.0])
+    out = method.model(image, image.flip(-1))
+    expected = F.cross_entropy(out, target) if kind == "classes" else (out - target).abs().mean() / 2
+    assert method.mirrored
+    torch.testing.assert_close(method({"image": image, "mirror": image.flip(-1), "target": target})["loss"], expected)
+    assert not torch.equal(method.model(image, image), out)
