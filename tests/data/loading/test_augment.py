@@ -69,8 +69,10 @@ def test_rotations_about_each_axis_go_to_both_sides_and_are_uniform() -> None:
     drawn = draws(2000, AugmentSettings(rotation=30, rotation_probability=0.5))
     matrices = torch.stack([one.matrix for one in drawn if one.matrix is not None])
     assert len(matrices) / len(drawn) == pytest.approx(0.5, abs=0.05)
-    for angles in Rotation.from_matrix(matrices.numpy()).as_euler("XYZ", degrees=True).T:
+    about_axes = Rotation.from_matrix(matrices.numpy()).as_euler("XYZ", degrees=True).T
+    for angles in about_axes:
         uniform(angles, -30, 30)
+    np.testing.assert_allclose(np.corrcoef(about_axes), np.eye(3), atol=0.1)
 
 
 def test_zooms_gammas_and_contrasts_are_uniform_in_their_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
