@@ -68,6 +68,15 @@ def test_the_stored_affine_gives_the_place_of_every_voxel(code, spacing, crop):
     np.testing.assert_allclose(shown[known], expected[known], atol=0.02)
 
 
+@pytest.mark.parametrize("code", ["LPS", "PIR", "SLA"])
+def test_without_a_crop_a_map_returns_to_the_axes_of_the_file(code):
+    scan = ramp(code, (1.0, 1.0, 1.0))
+    case = prepare_case({"t1": scan}, None, {}, PrepareSettings(crop="none"))
+    back = to_native(case.image, case.chain, order=1)[0]
+    low, high = np.percentile(scan.data, (0.5, 99.9))
+    np.testing.assert_allclose(back, np.clip((scan.data - low) / (high - low), 0, 1), atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:the crop to")
 @pytest.mark.parametrize("size", [[9, 14, 7], [30, 25, 33]], ids=str)
 def test_a_crop_keeps_the_plane_and_the_affine_of_what_it_keeps(size):
