@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter1d
 from asa.data.io.nifti import Volume, axis_codes
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices, to_native, to_prepared
-from asa.data.preprocessing.resampling import FWHM_PER_SIGMA, sample_image
+from asa.data.preprocessing.resampling import FWHM_PER_SIGMA, grid_map, sample_affine, sample_image
 from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.preprocessing.steps import STAGES, Case
 from asa.data.store import read_box
@@ -176,6 +176,30 @@ def test_finer_voxels_are_read_without_smoothing():
     found, _ = sample_image(image, np.ones(image.shape, bool), np.diag([0.5, 0.5, 0.5, 1]), (17, 15, 13))
     np.testing.assert_array_equal(found[::2, ::2, ::2], image)
     np.testing.assert_allclose(found[1::2, ::2, ::2], (image[1:] + image[:-1]) / 2, rtol=1e-6)
+
+
+def test_beyond_the_array_its_edge_is_repeated_by_a_scaling_and_by_no_rotation():
+    array = np.arange(1.0, 5.0)[:, None, None] * np.ones((4, 5, 6))
+    finer = np.diag([0.5, 0.5, 0.5, 1])
+    finer[:3, 3] = -0.25  # half voxels, of which the outer ones have their centres beyond those of the array
+    expected = np.interp(np.arange(8) / 2 - 0.25, np.arange(4), np.arange(1.0, 5.0))
+    found = sample_affine(array, finer, (8, 10, 12), order=1)
+    np.testing.assert_allclose(found, expected[:, None, None] * np.ones((8, 10, 12)))
+    turned = np.eye(4)
+    turned[:3, :3] = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]  # h is read at -w
+    found = sample_affine(array, turned, (4, 5, 6), order=1)
+    assert found[:, :, 0].all() and not found[:, :, 1:].any()
+
+
+def test_a_map_of_points_is_a_map_of_voxels_about_the_centres_of_both_grids():
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = turn((10, 20, 30)), (3, -4, 5)
+    new, old, new_mm, old_mm = (5, 8, 7), (9, 6, 4), np.array([0.8, 1.0, 1.5]), np.array([2.0, 0.5, 3.0])
+    matrix = grid_map(pose, new, new_mm, old, old_mm)
+    for voxel in ((0, 0, 0), (4, 7, 6), (2, 1, 5)):
+        point = (np.array(voxel) - (np.array(new) - 1) / 2) * new_mm
+        moved = pose[:3, :3] @ point + pose[:3, 3]
+        np.testing.assert_allclose((matrix @ [*voxel, 1])[:3], moved / old_mm + (np.array(old) - 1) / 2)
 
 
 @pytest.mark.parametrize("code", ["LPS", "PIR"])
