@@ -7,6 +7,7 @@ from heads import centred, turn
 from scipy.ndimage import gaussian_filter1d
 
 from asa.data.io.nifti import Volume, axis_codes
+from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices, to_native, to_prepared
 from asa.data.preprocessing.resampling import FWHM_PER_SIGMA, grid_map, sample_affine, sample_image
@@ -115,6 +116,26 @@ def test_a_crop_of_an_aligned_scan_is_as_wide_on_either_side_of_the_middle(side)
     with pytest.warns(UserWarning, match="leaves out"):
         APPLY["crop"](fixed, PrepareSettings(midway=True, crop=[6, 6, 2]))
     np.testing.assert_array_equal(fixed.image[0, 0, 0] % 20, [10, 11])  # voxels 9 and 10, on either side of the middle
+
+
+@pytest.mark.parametrize("midway", [False, True])
+def test_the_plane_stays_where_it_is_in_the_head_on_another_grid(midway, monkeypatch):
+    plane, own = MidsagittalPlane(8.0, -5.0, 3.0, correlation=0.9), np.array([0.9, 1.2, 1.0])
+    monkeypatch.setattr("asa.data.preprocessing.alignment.find_midsagittal_plane", lambda *_: plane)
+    inside = box((31, 27, 29), slice(3, 22), slice(5, 26), slice(4, 20))
+    new = align(
+        inside.astype(np.float32), inside, np.diag([*own[::-1], 1.0]), spacing=2.4, register=False, midway=midway
+    )
+    assert new.matrix is not None and new.plane is not None
+    grid = np.stack(np.meshgrid(*(np.arange(size) for size in new.shape), indexing="ij"), -1)
+    points = (grid @ new.matrix[:3, :3].T + new.matrix[:3, 3] - (np.array(inside.shape) - 1) / 2) * own
+    expected = points @ plane.pose()[:3, 2] - plane.shift
+    if midway:  # the plane is the middle, between two voxels
+        assert new.shape[2] % 2 == 0
+        found = np.broadcast_to((np.arange(new.shape[2]) - (new.shape[2] - 1) / 2) * 2.4, new.shape)
+    else:
+        found = new.plane.distances(new.shape, (2.4, 2.4, 2.4))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- values
