@@ -200,6 +200,15 @@ def test_ranks_that_do_not_divide_a_micro_batch_are_refused() -> None:
             EndlessSampler(7, 12, micro_batches=micro_batches, world_size=world_size)
 
 
+def test_the_order_of_a_loader_follows_the_seed_of_its_dataset() -> None:
+    records = [{"id": name} for name in "abcdefgh"]
+    for seed in (3, 4):
+        dataset = CropDataset(Memory(np.ones((1, 4, 4, 4), np.float32)), records, (4, 4, 4), seed=seed)
+        found = [batch["id"] for batch in islice(make_loader(dataset, 2, LoaderSettings(workers=0)), 8)]
+        expected = islice(EndlessSampler(8, 2, seed=seed), 8)
+        assert found == [[records[index]["id"] for index, _ in batch] for batch in expected]
+
+
 def test_each_epoch_has_the_order_of_its_own_seed() -> None:
     orders = {
         (seed, epoch): tuple(index for index, at in chain(*islice(EndlessSampler(9, 3, seed=seed), 12)) if at == epoch)
@@ -470,6 +479,10 @@ def test_crops_are_centred_on_labelled_voxels_with_the_given_probability() -> No
     for epoch in range(20):
         crop = odd[0, epoch]["label"][0]
         assert crop[3, 4, 2] == 1 or crop[1, 4, 2] == 2
+    end = np.zeros_like(label)
+    end[0, 39, 20, 38] = 1
+    last = CropDataset(Memory(image, end), [{"id": "a"}], (8,) * 3, crop="random", labelled=True, foreground=1.0)
+    assert all(last[0, epoch]["label"][0, 7, 4, 6] == 1 for epoch in range(5))
     midplane = CropDataset(
         Memory(image, label), [{"id": "a"}], (8,) * 3, crop="midplane", labelled=True, foreground=1.0
     )
