@@ -157,6 +157,11 @@ def test_an_unknown_scan_is_named(made):
             Store(made).image(id)
 
 
+def test_indices_follow_the_order_of_the_values_and_not_that_of_the_manifest(made):
+    write_tree(made, {**read_tree(made), "labels": {"10": "c", "4": "b", "1": "a"}})
+    assert Store(made).label_values == [1, 4, 10]
+
+
 def test_a_store_has_at_most_254_labels_so_that_no_index_means_ignored(made):
     manifest = read_tree(made)
     for count in (254, 255):

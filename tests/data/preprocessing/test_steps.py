@@ -1,5 +1,7 @@
 """The stages against slow, obvious references, where axes are reversed, voxels are not 1 mm and sizes are odd."""
 
+import warnings
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -147,6 +149,17 @@ def test_after_normalisation_the_background_is_0(settings):
     case = made(inside, np.eye(4))
     APPLY["normalise"](case, PrepareSettings(**settings))
     assert (case.image[0][~inside] == 0).all() and (case.image[0][inside] != 0).mean() > 0.9
+
+
+@pytest.mark.parametrize(("voxel", "warned"), [(8.4, True), (8.5, False), (13.1, False), (13.3, True)])
+def test_a_stripped_brain_of_less_than_600_or_more_than_2300_ml_is_warned_about(voxel, warned):
+    case = made(np.ones((10, 10, 10), bool), np.diag([voxel, voxel, voxel, 1]))  # 1,000 voxels: as many ml as the cube of mm
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        APPLY["align"](case, PrepareSettings(strip="robex"))
+    told = [str(one.message) for one in caught]
+    assert any(f"the brain mask has {voxel**3:.0f} ml, not 600 to 2300" in message for message in told) == warned
+    assert case.quality["brain_ml"] == pytest.approx(voxel**3, abs=0.1)
 
 
 def test_indices_follow_the_order_of_the_values_however_labels_are_declared():
