@@ -101,6 +101,7 @@ def test_options_that_contradict_each_other_are_named(options, reason):
 
 def test_an_int_is_a_number_of_subjects_and_a_float_a_fraction_of_all():
     assert sizes(make_split(people(20, scans=3), validation=0.1, test=5)) == [13, 2, 5]
+    assert sizes(make_split(people(40), validation=0.25, test=0.5)) == [10, 10, 20]  # not of those that are not tested
     assert sizes(make_split(people(4), validation=0.01, test=0.01)) == [2, 1, 1]  # at least one
 
 

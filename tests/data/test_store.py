@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import resource
 import tracemalloc
@@ -26,6 +27,7 @@ from asa.data.store import (
     open_array,
     write_records,
 )
+from asa.ops.labels import IGNORED
 
 SETTINGS = CohortSettings(labels={4: "tumour", 1: "core"})
 
@@ -150,8 +152,25 @@ def test_what_is_not_a_store_is_refused_with_what_to_run(made, tmp_path):
 
 
 def test_an_unknown_scan_is_named(made):
-    with pytest.raises(ValueError, match="no scan 'c' in this store of 2"):
-        Store(made).image("c")
+    for id in ("0", "aa", "c"):  # before, between and after those that are there
+        with pytest.raises(ValueError, match=f"no scan '{id}' in this store of 2"):
+            Store(made).image(id)
+
+
+def test_indices_follow_the_order_of_the_values_and_not_that_of_the_manifest(made):
+    write_tree(made, {**read_tree(made), "labels": {"10": "c", "4": "b", "1": "a"}})
+    assert Store(made).label_values == [1, 4, 10]
+
+
+def test_a_store_has_at_most_254_labels_so_that_no_index_means_ignored(made):
+    manifest = read_tree(made)
+    for count in (254, 255):
+        write_tree(made, {**manifest, "labels": {str(value): f"label {value}" for value in range(1, count + 1)}})
+        if count < IGNORED:
+            assert Store(made).label_values[-1] == count
+        else:
+            with pytest.raises(ValueError, match=r"manifest\.json: labels is missing or not"):
+                Store(made)
 
 
 @pytest.mark.parametrize("format", [FORMAT, RECORDS_INSIDE])
@@ -243,6 +262,26 @@ def test_records_replaced_by_others_of_the_same_size_are_read_again(made):
     assert list(store.records) == list(entries.values())
     (made / "records.jsonl").write_bytes((made / "records.jsonl").read_bytes().replace(b"Oslo", b"Rome"))
     assert store.record("b") == {**entries["b"], "site": "Rome"}
+
+
+@pytest.mark.parametrize("differs", ["file", "size", "time"])
+def test_records_that_differ_only_in_their_file_size_or_time_are_read_again(made, differs):
+    path, store = made / "records.jsonl", Store(made)
+    first, second = store.records
+    before = path.stat()
+    first, second = {**first, "site": "Rom"}, {**second, "site": "Romes"}  # as long as before, at other places
+    if differs == "size":
+        second["site"] = "Roma"
+    if differs == "file":
+        write_records(made, {entry["id"]: entry_line(entry) for entry in (first, second)})
+    else:
+        path.write_bytes(b"".join(entry_line(entry) + b"\n" for entry in (first, second)))
+    os.utime(path, ns=(0, before.st_mtime_ns + 10**9 * (differs == "time")))
+    after = path.stat()
+    same = {"file": after.st_ino, "size": after.st_size, "time": after.st_mtime_ns}
+    old = {"file": before.st_ino, "size": before.st_size, "time": before.st_mtime_ns}
+    assert {key for key in same if same[key] != old[key]} == {differs}
+    assert list(store.records) == [first, second]
 
 
 @pytest.mark.parametrize(

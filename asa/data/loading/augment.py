@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from monai.transforms import AdjustContrast, Affine, GaussianSmooth, Resample
+from monai.networks.layers import gaussian_1d, separable_filtering
+from monai.transforms import AdjustContrast, Affine, Resample
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
@@ -229,7 +230,8 @@ def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
     channels = list(image)
     for k, width in enumerate(drawn.blur):
         if width:
-            channels[k] = _plain(GaussianSmooth(width, approx="sampled")(channels[k][None]))[0]
+            kernel = gaussian_1d(torch.tensor(width), approx="sampled", normalize=True)
+            channels[k] = separable_filtering(channels[k][None, None], [kernel] * 3)[0, 0]
     for k, channel in enumerate(channels):
         if drawn.gamma != 1.0:
             channel = _plain(AdjustContrast(gamma=drawn.gamma)(channel[None]))[0]

@@ -14,6 +14,7 @@ from asa.data.datasets import folder
 from asa.data.io.dicom import check_slices, convert_series
 from asa.data.io.files import check_id
 from asa.data.io.nifti import read_image
+from asa.data.io.tables import read_rows
 from asa.data.preprocessing.pipeline import prepare_case
 from asa.data.preprocessing.settings import PrepareSettings
 
@@ -50,6 +51,18 @@ def test_a_real_head_ct_keeps_every_value_in_hu_at_its_place(series: Path, tmp_p
             index = np.linalg.inv(found.affine) @ [-x, -y, z, 1]
             np.testing.assert_allclose(index, np.rint(index), atol=1e-3)
             assert found.data[tuple(np.rint(index[:3]).astype(int))] == values[row, column]
+
+
+def test_the_table_has_what_the_headers_say_of_a_series(series: Path, tmp_path: Path) -> None:
+    for path in (series / "scan 1").iterdir():
+        changed = pydicom.dcmread(path)
+        changed.SeriesDescription = " head   without contrast"
+        changed.save_as(path)
+    convert_series(series, tmp_path / "out")
+    (row,) = read_rows(tmp_path / "out" / "series.csv")
+    uid = pydicom.dcmread(HEAD / NEIGHBOURS[0]).SeriesInstanceUID
+    assert (row["subject"], row["date"], row["series"], row["series_uid"]) == ("77654033", "19950903", "2", uid)
+    assert row["description"] == "head without contrast" and row["file"] == "77654033_19950903_2.nii.gz"
 
 
 def test_a_real_head_ct_is_prepared_with_a_window(series: Path, tmp_path: Path) -> None:

@@ -133,6 +133,17 @@ def test_a_nrrd_in_ras_is_turned(tmp_path):
     np.testing.assert_array_equal(read.data, np.arange(24).reshape(4, 3, 2).T)
 
 
+def test_an_image_is_written_with_both_forms_of_its_affine_in_mm(tmp_path):
+    affine = np.array([[0, 0.8, 0, 5], [-1, 0, 0, 6], [0, 0, 1.5, 7], [0, 0, 0, 1]], float)
+    write_image(tmp_path / "a.nii", np.array([[[0.4, 0.6, -1.7]]]), affine, dtype=np.int16)
+    image = nib.load(tmp_path / "a.nii")
+    for written, code in (image.get_sform(coded=True), image.get_qform(coded=True)):
+        np.testing.assert_allclose(written, affine, atol=1e-6)
+        assert code == 1
+    assert image.header.get_xyzt_units()[0] == "mm" and image.get_data_dtype() == np.int16
+    np.testing.assert_array_equal(image.get_fdata(), [[[0, 1, -2]]])
+
+
 def test_a_qform_turned_against_the_sform_is_told_with_angle_and_shift(tmp_path, noise):
     angle = np.radians(12)
     turned = np.eye(4)

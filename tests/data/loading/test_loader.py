@@ -1,7 +1,7 @@
 """Crops, augmentation and the sampler."""
 
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,35 @@ def test_crops_along_the_midplane_are_random_but_for_the_left_right_axis() -> No
     assert starts == {(z, y, 2) for z in range(7) for y in range(6)}
 
 
+def test_crops_of_odd_sizes_have_the_middle_of_the_volume_at_their_middle() -> None:
+    volume = np.zeros((1, 11, 13, 15), dtype=np.float32)
+    volume[0, 5, 6, 7] = 1
+    for crop, size in (("centre", (5, 7, 9)), ("centre", (13, 15, 21)), ("midplane", (11, 13, 3))):
+        found = CropDataset(Memory(volume), [{"id": "a"}], size, crop=crop)[0, 1]["image"]
+        assert found.nonzero().tolist() == [[0, *(edge // 2 for edge in size)]]
+
+
+@pytest.mark.parametrize("crop", ["random", "midplane"])
+def test_the_mirror_is_the_crop_of_the_mirrored_volume(crop: str) -> None:
+    volume = np.random.default_rng(0).random((2, 14, 12, 16), dtype=np.float32)
+    settings = replace(STRONG, mirror_axes="DHW", deform=2.0, deform_probability=1.0, bias_field=0.3, blur=[0.5, 1.0])
+    options = {"size": (7, 8, 6), "crop": crop, "augment": settings}
+    one = CropDataset(Memory(volume), [{"id": "a"}], **options, mirrored=True)
+    other = CropDataset(Memory(volume[..., ::-1].copy()), [{"id": "a"}], **options)
+    for epoch in range(12):
+        assert torch.equal(one[0, epoch]["mirror"], other[0, epoch]["image"])
+
+
+def test_air_is_that_of_the_sample_as_it_is_given() -> None:
+    volume = np.random.default_rng(0).random((2, 16, 16, 16), dtype=np.float32)
+    volume[:, :, :8] = 0
+    for settings, expected in ((AugmentSettings(), 4), (AugmentSettings(noise=0.5), 0)):
+        sample = CropDataset(Memory(volume), [{"id": "a"}], (16, 16, 16), air=8, augment=settings)[0, 0]
+        patches = [sample["image"][:, d : d + 8, h : h + 8, w : w + 8] for d in (0, 8) for h in (0, 8) for w in (0, 8)]
+        assert sample["air"].tolist() == [all(channel.unique().numel() == 1 for channel in patch) for patch in patches]
+        assert sample["air"].sum() == expected
+
+
 def test_a_sample_depends_on_seed_epoch_and_record_alone(store) -> None:
     opened = Store(store)
     dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", labelled=True, augment=STRONG, seed=3)
@@ -106,6 +135,22 @@ def test_a_sample_depends_on_seed_epoch_and_record_alone(store) -> None:
     for other in (dataset[1, 8], CropDataset(opened, opened.records, (32, 32, 32), crop="random", seed=4)[1, 7]):
         assert not torch.equal(first["image"], other["image"])
     assert sample_seed(3, 7, "a") == sample_seed(3, 7, "a") < 2**63
+
+
+def test_the_index_of_a_record_does_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    volume = rng.random((1, 12, 12, 12), dtype=np.float32)
+    label = rng.integers(0, 3, (1, 12, 12, 12)).astype(np.uint8)
+    records = [{"id": name} for name in "abc"]
+    options = {"crop": "random", "labelled": True, "foreground": 0.5, "augment": STRONG}
+    one, other = (
+        CropDataset(Memory(volume, label), listed, (8, 7, 6), **options) for listed in (records, records[::-1])
+    )
+    for index in range(3):
+        first, second = one[index, 4], other[2 - index, 4]
+        assert first["id"] == second["id"] and torch.equal(first["image"], second["image"])
+        assert torch.equal(first["label"], second["label"])
+    assert not torch.equal(one[0, 4]["image"], one[1, 4]["image"])  # the same volume, another id
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -129,6 +174,48 @@ def test_the_sampler_draws_every_record_once_per_epoch() -> None:
     assert [i for i, e in addresses if e == 0] != [i for i, e in addresses if e == 1]
     with pytest.raises(ValueError, match="does not divide"):
         EndlessSampler(5, 4, micro_batches=3)
+
+
+def test_a_start_step_counts_whole_batches_of_all_micro_batches() -> None:
+    whole = list(islice(EndlessSampler(7, 12, micro_batches=3, seed=1), 30))
+    assert {len(batch) for batch in whole} == {4}
+    for step in (1, 2, 5):
+        part = islice(EndlessSampler(7, 12, micro_batches=3, seed=1, start_step=step), 9)
+        assert list(part) == whole[3 * step : 3 * step + 9]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_divide_each_micro_batch_in_its_order(world_size: int) -> None:
+    alone = list(islice(EndlessSampler(7, 24, micro_batches=3, start_step=2), 9))
+    ranks = [
+        islice(EndlessSampler(7, 24, micro_batches=3, start_step=2, rank=rank, world_size=world_size), 9)
+        for rank in range(world_size)
+    ]
+    assert [[address for part in parts for address in part] for parts in zip(*ranks, strict=True)] == alone
+
+
+def test_ranks_that_do_not_divide_a_micro_batch_are_refused() -> None:
+    for micro_batches, world_size in ((1, 5), (2, 4), (3, 3)):
+        with pytest.raises(ValueError, match=f"^{world_size} processes with train.accumulate={micro_batches} do not"):
+            EndlessSampler(7, 12, micro_batches=micro_batches, world_size=world_size)
+
+
+def test_the_order_of_a_loader_follows_the_seed_of_its_dataset() -> None:
+    records = [{"id": name} for name in "abcdefgh"]
+    for seed in (3, 4):
+        dataset = CropDataset(Memory(np.ones((1, 4, 4, 4), np.float32)), records, (4, 4, 4), seed=seed)
+        found = [batch["id"] for batch in islice(make_loader(dataset, 2, LoaderSettings(workers=0)), 8)]
+        expected = islice(EndlessSampler(8, 2, seed=seed), 8)
+        assert found == [[records[index]["id"] for index, _ in batch] for batch in expected]
+
+
+def test_each_epoch_has_the_order_of_its_own_seed() -> None:
+    orders = {
+        (seed, epoch): tuple(index for index, at in chain(*islice(EndlessSampler(9, 3, seed=seed), 12)) if at == epoch)
+        for seed in range(3)
+        for epoch in range(4)
+    }
+    assert len(set(orders.values())) == len(orders)
 
 
 def test_spatial_transforms_are_the_same_for_image_and_label() -> None:
@@ -253,10 +340,12 @@ def test_gamma_keeps_the_range_and_noise_is_drawn_from_its_seed() -> None:
 
 def test_a_blur_is_a_gaussian_of_its_width_and_keeps_the_mean_inside() -> None:
     image = torch.rand(2, 24, 24, 24)
-    found = intensity_transform(image, Augmentation(blur=(0.8, 0.0)))
-    expected = gaussian_filter(image[0].numpy(), 0.8, mode="constant", truncate=4)
-    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
-    assert torch.equal(found[1], image[1]) and found[0].std() < 0.5 * image[0].std()
+    for width in (0.2, 0.5, 0.8, 1.5):
+        found = intensity_transform(image, Augmentation(blur=(width, 0.0)))
+        expected = gaussian_filter(image[0].numpy(), width, mode="constant", truncate=4)
+        np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
+        assert torch.equal(found[1], image[1])
+    assert found[0].std() < 0.5 * image[0].std()
     settings, source = AugmentSettings(blur=[0.5, 1.0]), generator()
     widths = [draw_augmentation(settings, source, channels=2).blur for _ in range(2000)]
     assert all(width == 0 or 0.5 <= width <= 1 for pair in widths for width in pair)
@@ -386,6 +475,18 @@ def test_crops_are_centred_on_labelled_voxels_with_the_given_probability() -> No
     middle = [int(crop[4, 4, 4]) == 1 for crop in found]
     edge = [int(crop[1, 4, 4]) == 2 for crop in found]  # as near to the middle as a crop inside the volume can
     assert np.mean(middle) == pytest.approx(0.2, abs=0.05) and np.mean(edge) == pytest.approx(0.2, abs=0.05)
+    odd = CropDataset(Memory(image, label), [{"id": "a"}], (7, 9, 5), crop="random", labelled=True, foreground=1.0)
+    for epoch in range(20):
+        crop = odd[0, epoch]["label"][0]
+        assert crop[3, 4, 2] == 1 or crop[1, 4, 2] == 2
+    end = np.zeros_like(label)
+    end[0, 39, 20, 38] = 1
+    last = CropDataset(Memory(image, end), [{"id": "a"}], (8,) * 3, crop="random", labelled=True, foreground=1.0)
+    assert all(last[0, epoch]["label"][0, 7, 4, 6] == 1 for epoch in range(5))
+    midplane = CropDataset(
+        Memory(image, label), [{"id": "a"}], (8,) * 3, crop="midplane", labelled=True, foreground=1.0
+    )
+    assert {int(midplane[0, epoch]["label"][0, 1, 4, 4]) for epoch in range(20)} == {0, 2}  # w stays in the middle
 
 
 def test_a_labelled_voxel_stays_at_the_centre_under_rotation() -> None:

@@ -124,6 +124,23 @@ def test_the_spacing_of_the_record_gives_the_mm() -> None:
     assert torch.equal(crops[0], again) and not torch.equal(crops[0], crops[1])
 
 
+def test_voxel_sizes_of_a_record_are_those_along_d_h_w() -> None:
+    class Memory:
+        def image(self, id: str) -> np.ndarray:
+            return np.ones((1, *SIZE), np.float32)
+
+        def label(self, id: str) -> None:
+            return None
+
+    settings, entry = (
+        AugmentSettings(bias_field=0.5),
+        {"id": "a", "chain": {"stored_affine": np.diag([1, 2, 4, 1]).tolist()}},
+    )
+    sample = CropDataset(Memory(), [entry], SIZE, augment=settings)[0]
+    made = drawn(settings, sample["seed"], SIZE, (4.0, 2.0, 1.0))
+    torch.testing.assert_close(sample["image"], intensity_transform(torch.ones(1, *SIZE), made))
+
+
 def test_a_bias_field_is_a_smooth_factor_and_keeps_zeros() -> None:
     image = torch.rand(2, *SIZE)
     image[:, :4] = 0
