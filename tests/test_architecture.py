@@ -36,9 +36,9 @@ LINES = {
     "methods": 680,
     "models": 2330,
     "ops": 665,
-    "reporting": 1520,
+    "reporting": 1606,
     "restoration": 2235,
-    "tasks": 3090,
+    "tasks": 3092,
     "training": 2755,
 }
 # The only places that may import a library.
