@@ -314,7 +314,8 @@ def verdict(name: str, first: str, metric: MetricInfo, regions: int, difference:
         words = f"{name} is {'ahead of' if gain[0] > 0 else 'behind'} {first}"
     mean = f", mean of {regions} regions" if regions > 1 else ""
     cases = f"{difference.used} case{'' if difference.used == 1 else 's'}"
-    return f"{words}: {metric.heading} {mean_text(difference, metric.digits, '+')}{mean}, on {cases}."
+    numbers = mean_text(difference, metric.digits, "+").replace("(", f"({LEVEL * 100:g} % interval ")
+    return f"{words}: {metric.heading} {numbers}{mean}, on {cases}."
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -328,6 +329,7 @@ def notes(comparison: Comparison) -> list[str]:
         f"two-sided; Holm's correction is for the {tests} test{'' if tests == 1 else 's'} of this table.",
         f"Detectable: the smallest mean difference that so many cases, as variable as these, show in {POWER:.0%} of "
         f"repeats with p below {ALPHA:g}, before correction. Smaller ones may exist where none is significant.",
+        "The first lines go by the interval of the first metric's difference, without correction for several.",
         "All of them say what to expect of other cases like these from these same runs, not of other training runs.",
     ]
     if comparison.smallest_p >= ALPHA:

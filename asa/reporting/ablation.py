@@ -220,7 +220,7 @@ def _explained(trials: Sequence[Trial]) -> str:
     policy = _policy(trials)
     return (
         f"Policy {policy.name}: {policy.description} Means over the cases, each averaged over the seeds that tested "
-        "it; in brackets the 95 % interval over cases (docs/evaluation.md)."
+        "it; in brackets the 95 % interval over cases (docs/evaluation.md), without correction for several differences."
     )
 
 

@@ -140,7 +140,7 @@ def reconstruction_panel(
     if titles is None:
         return _grid(rows)
     panel = with_legend(_grid(rows), ["masked"], _MASKED[None]) if np.isnan(masked).any() else _grid(rows)
-    bars = [("intensity (SD)", window, _grey), (titles[-1], scores, heat)]
+    bars = [("prepared intensity", window, _grey), (titles[-1], scores, heat)]
     return titled(with_colour_bars(panel, bars), titles)
 
 

@@ -58,7 +58,7 @@ def test_a_difference_is_the_mean_over_the_same_cases(folders, tmp_path):
 def test_all_texts_begin_with_the_verdict_in_words(folders, tmp_path):
     flipped = {"asa": folders["asa"], "scratch": folders["scratch"], "mae": folders["mae"]}
     found = compare_folders(flipped, tmp_path / "out")
-    behind = "scratch is behind asa: Dice -0.030 (-0.030 to -0.030), mean of 2 regions, on 12 cases."
+    behind = "scratch is behind asa: Dice -0.030 (95 % interval -0.030 to -0.030), mean of 2 regions, on 12 cases."
     assert comparison_table(found).startswith(behind) and markdown_table(found).startswith(behind)
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert page.split("</h1>")[1].strip().startswith(f'<p class="verdict">{behind}</p>')
@@ -75,7 +75,8 @@ def test_all_texts_begin_with_the_verdict_in_words(folders, tmp_path):
 
 def test_a_lower_distance_is_ahead():
     (metric,) = (metric for metric in get_policy("ibsr").metrics if metric.name == "hd95_mm")
-    assert verdict("b", "a", metric, 1, statistic([-1.0, -1.1, -1.2])).startswith("b is ahead of a: HD95 (mm) -1.10 (")
+    found = verdict("b", "a", metric, 1, statistic([-1.0, -1.1, -1.2]))
+    assert found.startswith("b is ahead of a: HD95 (mm) -1.10 (95 % interval -")
 
 
 def test_tests_that_can_never_be_significant_are_not_listed_and_this_is_said_once(folders, tmp_path):

@@ -282,7 +282,7 @@ def test_a_reconstruction_has_titles_colour_bars_and_the_colour_of_masked_patche
     titles = ["input", "masked", "prediction", "importance"]
     panel = reconstruction_panel(volume, masked, volume, volume - volume.min(), titles=titles)
     high = np.percentile(volume - volume.min(), 99.5)
-    assert {*titles, f"intensity (SD):  {volume.min():.2g}", "importance:  0", f"{high:.2g}"} <= set(written)
+    assert {*titles, f"prepared intensity:  {volume.min():.2g}", "importance:  0", f"{high:.2g}"} <= set(written)
     bars = panel[-TITLE:][TITLE // 2]
     grey = (bars[:, 0] == bars[:, 1]) & (bars[:, 1] == bars[:, 2])
     assert (bars[grey] > 0).any() and (bars[~grey, 0] >= bars[~grey, 2]).all() and (~grey).sum() > 2 * TITLE

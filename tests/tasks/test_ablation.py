@@ -84,7 +84,8 @@ def test_the_tables_begin_with_the_verdict_in_words() -> None:
     trials = [trial("x", 0, cases), trial("y", 0, better), trial("z", 0, cases)]
     text = markdown(ablation_rows(trials, "xyz"), trials, "xyz")
     title, _, first, second, *_ = text.splitlines()
-    assert title == "# Ablation" and first.startswith("- y with 3 labelled is ahead of x: Dice +0.105 (+0.09")
+    assert title == "# Ablation"
+    assert first.startswith("- y with 3 labelled is ahead of x: Dice +0.105 (95 % interval +0.09")
     assert first.endswith("mean of 2 regions, on 3 cases.") and second.startswith("- z with 3 labelled and x: no diff")
 
 
