@@ -338,7 +338,7 @@ def notes(comparison: Comparison) -> list[str]:
             f"cannot be below {comparison.smallest_p:.3g} after correction, however large the differences."
         )
     if any(difference.used < MIN_PAIRS for difference in comparison.differences.values()):
-        text.append(f"With fewer than {MIN_PAIRS} pairs no such p can be below 0.05, however large the difference.")
+        text.append(f"With fewer than {MIN_PAIRS} pairs none is detectable: no p can be below {ALPHA:g}, uncorrected.")
     if comparison.left_out:
         text.append(f"Not in every run, and left out: {listed(comparison.left_out)}.")
     return text
