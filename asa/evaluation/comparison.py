@@ -34,13 +34,14 @@ from asa.evaluation.statistics import (
     interval_as_json,
     interval_kind,
     nullable,
+    smallest_holm,
     wilcoxon_p,
 )
 from asa.evaluation.summary import Statistic, aligned, listed, number_text, statistic
 from asa.evaluation.tables import SCANS
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "detectable"]
-HEADINGS += ["better / worse / equal", "p", "p (Holm)", "pairs"]
+HEADINGS += ["better / worse / equal", "pairs", "p", "p (Holm)"]
 MIN_PAIRS = 6  # with fewer pairs, the p of a two-sided signed-rank test cannot be below 0.05
 
 
@@ -119,6 +120,16 @@ class Comparison:
         """The policy's metrics that the evaluations contain."""
         return [metric for metric in self.policy.metrics if metric.name in self.runs[0].setting["metrics"]]
 
+    @property
+    def smallest_p(self) -> float:
+        """The smallest corrected p that so many cases and tests could give, whatever the differences."""
+        return smallest_holm([difference.used for difference in self.differences.values()])
+
+    @property
+    def headings(self) -> list[str]:
+        """Of the tables: without p where none can be significant."""
+        return HEADINGS if self.smallest_p < ALPHA else HEADINGS[:-2]
+
     def as_json(self) -> dict[str, Any]:
         """The comparison for a JSON file; undefined numbers are null."""
         return {
@@ -130,6 +141,8 @@ class Comparison:
             "left_out": list(self.left_out),
             "interval": interval_as_json(one.used for one in self.differences.values()),
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
+            "smallest_p_holm": self.smallest_p,
+            "verdict": verdicts(self),
             "results": [
                 dict(zip(("metric", "region", "run"), key, strict=True))
                 | nullable(asdict(result))
@@ -281,6 +294,30 @@ def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, 
 # ---- tables ----
 
 
+def verdicts(comparison: Comparison) -> list[str]:
+    """A sentence for each run: whether it is ahead of the first in the first metric, the mean over the regions."""
+    metric, first, regions = comparison.metrics[0], comparison.runs[0].name, comparison.regions
+    found = []
+    for run in comparison.runs[1:]:
+        paired = np.mean([paired_differences(comparison, metric, region, run) for region in regions], axis=0)
+        found.append(verdict(run.name, first, metric, len(regions), statistic(paired.tolist())))
+    return found
+
+
+def verdict(name: str, first: str, metric: MetricInfo, regions: int, difference: Statistic) -> str:
+    """One of the `verdicts`, by the interval of the difference."""
+    gain = (difference.low, difference.high) if metric.higher_is_better else (-difference.high, -difference.low)
+    words = f"{name} and {first}: no difference is shown"
+    if math.isnan(gain[0]):
+        words = f"{name} and {first}: too few cases to tell"
+    elif gain[0] > 0 or gain[1] < 0:
+        words = f"{name} is {'ahead of' if gain[0] > 0 else 'behind'} {first}"
+    mean = f", mean of {regions} regions" if regions > 1 else ""
+    cases = f"{difference.used} case{'' if difference.used == 1 else 's'}"
+    numbers = mean_text(difference, metric.digits, "+").replace("(", f"({LEVEL * 100:g} % interval ")
+    return f"{words}: {metric.heading} {numbers}{mean}, on {cases}."
+
+
 def notes(comparison: Comparison) -> list[str]:
     """Notes for the reader of the tables, one or two sentences each."""
     first, tests = comparison.runs[0].name, len(comparison.differences)
@@ -292,10 +329,16 @@ def notes(comparison: Comparison) -> list[str]:
         f"two-sided; Holm's correction is for the {tests} test{'' if tests == 1 else 's'} of this table.",
         f"Detectable: the smallest mean difference that so many cases, as variable as these, show in {POWER:.0%} of "
         f"repeats with p below {ALPHA:g}, before correction. Smaller ones may exist where none is significant.",
+        "The first lines go by the interval of the first metric's difference, without correction for several.",
         "All of them say what to expect of other cases like these from these same runs, not of other training runs.",
     ]
+    if comparison.smallest_p >= ALPHA:
+        text.append(
+            f"p is not listed: with {len(comparison.case_ids)} cases and {tests} test{'' if tests == 1 else 's'} it "
+            f"cannot be below {comparison.smallest_p:.3g} after correction, however large the differences."
+        )
     if any(difference.used < MIN_PAIRS for difference in comparison.differences.values()):
-        text.append(f"With fewer than {MIN_PAIRS} pairs no such p can be below 0.05, however large the difference.")
+        text.append(f"With fewer than {MIN_PAIRS} pairs none is detectable: no p can be below {ALPHA:g}, uncorrected.")
     if comparison.left_out:
         text.append(f"Not in every run, and left out: {listed(comparison.left_out)}.")
     return text
@@ -303,13 +346,15 @@ def notes(comparison: Comparison) -> list[str]:
 
 def comparison_table(comparison: Comparison) -> str:
     """The comparison as plain text for a terminal; no trailing newline."""
-    return "\n".join([*aligned([HEADINGS, *comparison_rows(comparison)]), "", *notes(comparison)])
+    table = aligned([comparison.headings, *comparison_rows(comparison)])
+    return "\n".join([*verdicts(comparison), "", *table, "", *notes(comparison)])
 
 
 def markdown_table(comparison: Comparison) -> str:
     """The comparison as a Markdown table with its notes; names in it cannot be HTML."""
-    lines = markdown_lines([HEADINGS, *comparison_rows(comparison)], 3)
-    return "\n".join([*lines, "", *map(_markdown, notes(comparison))]) + "\n"
+    lines = markdown_lines([comparison.headings, *comparison_rows(comparison)], 3)
+    words = [map(_markdown, text) for text in (verdicts(comparison), notes(comparison))]
+    return "\n".join([*words[0], "", *lines, "", *words[1]]) + "\n"
 
 
 def markdown_lines(rows: Sequence[Sequence[str]], words: int) -> list[str]:
@@ -322,7 +367,8 @@ def markdown_lines(rows: Sequence[Sequence[str]], words: int) -> list[str]:
 
 def latex_table(comparison: Comparison) -> str:
     """The comparison as a LaTeX tabular with its notes."""
-    return latex_tabular([list(HEADINGS), *comparison_rows(comparison)], 3, notes(comparison))
+    rows = [comparison.headings, *comparison_rows(comparison)]
+    return latex_tabular(rows, 3, [*verdicts(comparison), *notes(comparison)])
 
 
 def latex_tabular(rows: Sequence[Sequence[str]], words: int, notes: Sequence[str]) -> str:
@@ -367,11 +413,11 @@ def comparison_rows(comparison: Comparison) -> Iterator[list[str]]:
     for (name, region, run), result in comparison.results.items():
         metric = metrics[name]
         cells = difference_cells(comparison.differences.get((name, region, run)), metric.digits)
-        yield [metric.heading, region, run, mean_text(result, metric.digits), *cells]
+        yield [metric.heading, region, run, mean_text(result, metric.digits), *cells][: len(comparison.headings)]
 
 
 def difference_cells(difference: Difference | None, digits: int) -> list[str]:
-    """Difference, detectable difference, counts, both p and pairs as text for a table; empty for the first run."""
+    """Difference, detectable difference, counts, pairs and both p as text for a table; empty for the first run."""
     if difference is None:
         return [""] * (len(HEADINGS) - 4)
     equal = difference.used - difference.better - difference.worse
@@ -379,9 +425,9 @@ def difference_cells(difference: Difference | None, digits: int) -> list[str]:
         mean_text(difference, digits, sign="+"),
         "none" if math.isnan(difference.detectable) else f"{difference.detectable:.{digits}f}",
         f"{difference.better} / {difference.worse} / {equal}",
+        f"{difference.used} of {difference.total}",
         p_text(difference.p),
         p_text(difference.p_holm),
-        f"{difference.used} of {difference.total}",
     ]
 
 

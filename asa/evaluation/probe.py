@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from asa.errors import require
-from asa.evaluation.scans import auc_interval, balanced_accuracy, mean_auc, score_numbers
+from asa.evaluation.scans import balanced_accuracy, mean_auc, score_numbers
 from asa.evaluation.statistics import resample_subjects
 
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # training features, targets, test features -> (M, K)
@@ -73,7 +73,7 @@ class NumberProbe(Probe):
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """Mean absolute error with its 95 % interval over subjects, that of guessing the mean, and R2, by name."""
+        """Mean absolute error, that of guessing the mean, and R2, by name, with 95 % intervals over subjects."""
         found = score_numbers(self.predicted, self.truth, self.guessed, list(self.subjects))
         return {
             "mean_absolute_error": found.mae,
@@ -81,6 +81,8 @@ class NumberProbe(Probe):
             "high": found.mae_high,
             "of_the_mean": found.mean_predictor_mae,
             "r2": found.r2,
+            "r2_low": found.r2_low,
+            "r2_high": found.r2_high,
         }
 
     def score(self, rows: np.ndarray) -> float:
@@ -89,7 +91,8 @@ class NumberProbe(Probe):
     def text(self) -> str:
         """The scores in one line."""
         text = "mean absolute error {mean_absolute_error:.3g} ({low:.3g} to {high:.3g})"
-        return (text + ", of guessing the mean {of_the_mean:.3g}, R2 {r2:.3f}").format(**self.scores)
+        text += ", of guessing the mean {of_the_mean:.3g}, R2 {r2:.3f} ({r2_low:.3f} to {r2_high:.3f})"
+        return text.format(**self.scores)
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,24 @@ class ClassProbe(Probe):
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """AUC with its 95 % interval over subjects, and balanced accuracy, by name."""
-        low, high = auc_interval(self.values, self.truth, list(self.subjects))
-        accuracy = balanced_accuracy(self.values, self.truth)
-        return {"auc": mean_auc(self.values, self.truth), "low": low, "high": high, "balanced_accuracy": accuracy}
+        """AUC and balanced accuracy, by name, with 95 % intervals over subjects."""
+
+        def measured(rows: np.ndarray) -> dict[str, float]:
+            values, truth = self.values[rows], self.truth[rows]
+            return {"auc": mean_auc(values, truth), "balanced_accuracy": balanced_accuracy(values, truth)}
+
+        ends = resample_subjects(measured, list(self.subjects))
+        (low, high), (accuracy_low, accuracy_high) = ends["auc"], ends["balanced_accuracy"]
+        intervals = {"low": low, "high": high, "accuracy_low": accuracy_low, "accuracy_high": accuracy_high}
+        return measured(np.arange(len(self.truth))) | intervals
 
     def score(self, rows: np.ndarray) -> float:
         return mean_auc(self.values[rows], self.truth[rows])
 
     def text(self) -> str:
         """The scores in one line."""
-        text = "AUC {auc:.3f} ({low:.3f} to {high:.3f}), balanced accuracy {balanced_accuracy:.3f}"
+        text = "AUC {auc:.3f} ({low:.3f} to {high:.3f}), balanced accuracy {balanced_accuracy:.3f} "
+        text += "({accuracy_low:.3f} to {accuracy_high:.3f})"
         return text.format(**self.scores)
 
 

@@ -180,6 +180,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
+def smallest_holm(pairs: Sequence[int]) -> float:
+    """The smallest `holm` of Wilcoxon tests of so many pairs each that any differences could give, 1 at most."""
+    tested = [n for n in pairs if n]
+    return min(1.0, len(tested) * 2.0 ** (1 - max(tested))) if tested else 1.0
+
+
 def nullable(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values for JSON, with null for NaN."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}

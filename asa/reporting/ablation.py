@@ -17,12 +17,13 @@ import numpy as np
 
 from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
-from asa.evaluation.comparison import Run, latex_tabular, markdown_lines, mean_text
+from asa.evaluation.comparison import Run, latex_tabular, markdown_lines, mean_text, verdict
 from asa.evaluation.policies import CLASSIFICATION, MetricInfo, PolicyInfo, get_policy
 from asa.evaluation.summary import Statistic, number_text, statistic
 from asa.reporting.plots import plain, png_of
 
 MEAN = "mean"  # of the regions of a case
+PANELS = 4  # of the figure side by side
 # Okabe and Ito's palette, in an order of high contrast on white.
 COLOURS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#f0e442")
 
@@ -219,14 +220,15 @@ def _explained(trials: Sequence[Trial]) -> str:
     policy = _policy(trials)
     return (
         f"Policy {policy.name}: {policy.description} Means over the cases, each averaged over the seeds that tested "
-        "it; in brackets the 95 % interval over cases (docs/evaluation.md)."
+        "it; in brackets the 95 % interval over cases (docs/evaluation.md), without correction for several differences."
     )
 
 
 def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> str:
     """The tables for reading: `overview`, and a part for each metric with the differences from the first arm."""
     explained = f"{_explained(trials)} The difference is from `{arms[0]}` with the same seeds and cases. "
-    lines = ["# Ablation", "", f"{explained}Seed sd is the spread of the seeds' means."]
+    words = [f"- {line}" for line in verdicts(rows, arms[0])]
+    lines = ["# Ablation", "", *words, *[""] * bool(words), f"{explained}Seed sd is the spread of the seeds' means."]
     lines += [f"- {note}" for note in ["", *notes]] if notes else []
     lines += ["", *markdown_lines(overview(rows), 2)]
     heads = ["labelled", "arm", *_regions(trials), f"difference from {arms[0]}", "seed sd", "seeds", "cases"]
@@ -235,6 +237,16 @@ def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], 
         table = [[*names, *_cells(list(found), metric.digits)] for names, found in groups]
         lines += ["", f"## {metric.heading}", "", *markdown_lines([heads, *table], 2)]
     return "\n".join(lines) + "\n"
+
+
+def verdicts(rows: Sequence[Row], first: str) -> list[str]:
+    """A sentence for each arm and number of labelled subjects: whether it is ahead of the first in the first metric."""
+    regions = len({row.region for row in rows if row.region != MEAN})
+    return [
+        verdict(f"{row.arm} with {row.labelled} labelled", first, row.metric, regions, row.difference)
+        for row in rows
+        if row.metric is rows[0].metric and row.region == rows[-1].region and row.difference and row.difference.used
+    ]
 
 
 def _cells(found: Sequence[Row], digits: int) -> list[str]:
@@ -247,15 +259,19 @@ def _cells(found: Sequence[Row], digits: int) -> list[str]:
 
 
 def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:
-    """The first metric against the labelled subjects, a panel for each region, with intervals; PNG."""
+    """The first metric against the labelled subjects, a panel for each region on one scale, with intervals; PNG."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row.metric is rows[0].metric]
     regions = list(dict.fromkeys(row.region for row in rows))
     counts = list(dict.fromkeys(row.labelled for row in rows))
-    figure = Figure(figsize=(3.4 * len(regions) + 1.6, 3.6), dpi=150, layout="constrained")
-    axes = figure.subplots(1, len(regions), squeeze=False)[0]
-    for axis, region in zip(axes, regions, strict=True):
+    lines = math.ceil(len(regions) / PANELS)
+    columns = math.ceil(len(regions) / lines)
+    figure = Figure(figsize=(2.6 * max(columns, 2), 2.6 * lines + 1), dpi=150, layout="constrained")
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    for unused in axes[len(regions) :]:
+        unused.set_axis_off()
+    for axis, region in zip(axes, regions, strict=False):
         for k, arm in enumerate(arms):
             found = [row for row in rows if (row.arm, row.region) == (arm, region)]
             if found:
@@ -264,10 +280,10 @@ def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:
         axis.set_xticks(range(len(counts)), counts)
         axis.set_xlim(-0.5, len(counts) - 0.5)
         plain(axis, "y")
-    axes[0].set_ylabel(f"{rows[0].metric.heading}, 95 % interval over cases")
+    figure.supylabel(f"{rows[0].metric.heading}, 95 % interval over cases", fontsize="medium")
     figure.supxlabel("labelled subjects", fontsize="medium")
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=PANELS, frameon=False)
     return png_of(figure)
 
 

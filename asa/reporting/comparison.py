@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asa.data.io.files import sha256_of
-from asa.evaluation.comparison import HEADINGS, Comparison, Run, comparison_rows, notes, paired_differences
+from asa.evaluation.comparison import Comparison, Run, comparison_rows, notes, paired_differences, verdicts
 from asa.evaluation.summary import number_text
 from asa.reporting.evaluation import label_panel
 from asa.reporting.pages import data_uri, require_for_page, write_page
@@ -32,7 +32,8 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         policy=comparison.policy,
         first=comparison.runs[0].name,
         notes=notes(comparison),
-        headings=HEADINGS[1:],
+        verdicts=verdicts(comparison),
+        headings=comparison.headings[1:],
         table=[(metric, [row[1:] for row in rows if row[0] == metric.heading]) for metric in comparison.metrics],
         plots=data_uri(difference_plots(comparison)),
         significant={key for key, difference in comparison.differences.items() if difference.p_holm < 0.05},

@@ -203,7 +203,7 @@ def label_panel(
     columns, tables = [*["Image"] * (grey is not None), *(title for title, _ in paths)], [colours] * len(maps)
     if differences:
         columns.append("Differences")
-        maps.append(_differences(volumes[0], volumes[1], ignored))
+        maps.append(differences_of(volumes[0], volumes[1], ignored))
         tables.append(np.array(list(DIFFERENCES.values()), dtype=np.uint8))
     width = PANEL_WIDTH // len(columns)
     panel = overlay_panel(grey, maps, colours=tables, at=at, spacing=spacing, tile_width=width)
@@ -243,7 +243,7 @@ def _colour_indices(data: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     return order[np.searchsorted(values[order], data)]
 
 
-def _differences(truth: np.ndarray, prediction: np.ndarray, ignored: Sequence[int]) -> np.ndarray:
+def differences_of(truth: np.ndarray, prediction: np.ndarray, ignored: Sequence[int]) -> np.ndarray:
     """Where two label maps differ: 1 missed, 2 added, 3 another label, as in `DIFFERENCES`."""
     same = (truth == prediction) | np.isin(truth, ignored)
     return np.select([same, prediction == 0, truth == 0], [0, 1, 2], default=3)

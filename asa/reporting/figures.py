@@ -7,7 +7,7 @@ anterior and superior are up, sagittal slices face left (marked A and P). Panels
 
 import colorsys
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -26,6 +26,7 @@ OUTLINE, MIDLINE = _PALETTE[0], _PALETTE[1]  # of the brain, and the mid-sagitta
 
 Index = tuple[int, int, int]
 Lengths = tuple[float, float, float]
+ColourBar = tuple[str, tuple[float, float], Callable[[np.ndarray, tuple[float, float]], np.ndarray]]  # with its range
 
 
 def label_colours(count: int) -> np.ndarray:
@@ -101,7 +102,13 @@ def overlay_panel(
 
 
 def reconstruction_panel(
-    input: np.ndarray, masked: np.ndarray, prediction: np.ndarray, importance: np.ndarray, *, at: Index | None = None
+    input: np.ndarray,
+    masked: np.ndarray,
+    prediction: np.ndarray,
+    importance: np.ndarray,
+    *,
+    at: Index | None = None,
+    titles: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Draw input, masked input, prediction and importance side by side, in three planes.
 
@@ -114,6 +121,7 @@ def reconstruction_panel(
         prediction: grey values `(D, H, W)`.
         importance: scores `(D, H, W)`, not normalised.
         at: slices `(d, h, w)`; by default the middle, for the sagittal plane next to the midline.
+        titles: of the columns; with them, colour bars and the colour of masked patches are drawn below.
 
     Returns:
         RGB uint8 `(height, width, 3)`: rows axial, coronal, sagittal; four columns.
@@ -129,7 +137,11 @@ def reconstruction_panel(
         row = [_grey(_slice(volume, plane, at), window) for volume in (input, masked, prediction)]
         row.append(heat(_slice(importance, plane, at), scores))
         rows.append(row)
-    return _grid(rows)
+    if titles is None:
+        return _grid(rows)
+    panel = with_legend(_grid(rows), ["masked"], _MASKED[None]) if np.isnan(masked).any() else _grid(rows)
+    bars = [("prepared intensity", window, _grey), (titles[-1], scores, heat)]
+    return titled(with_colour_bars(panel, bars), titles)
 
 
 def thumbnail_row(
@@ -194,6 +206,22 @@ def with_legend(picture: np.ndarray, names: Sequence[str], colours: np.ndarray) 
         draw.rectangle((x, y + square // 2, x + square, y + square // 2 + square), fill=tuple(map(int, colour)))
         draw.text((x + 2 * square, y + TITLE / 2), name, font=font, anchor="lm")
     return np.concatenate([large, np.asarray(bar)])
+
+
+def with_colour_bars(picture: np.ndarray, bars: Sequence[ColourBar]) -> np.ndarray:
+    """A picture (H, W, 3) enlarged as by `titled`, and below it colour bars: name, first value, colours, last value."""
+    large, font = _readable(picture), ImageFont.load_default(TITLE * 0.6)
+    line, x, side = Image.new("RGB", (large.shape[1], TITLE)), 0, TITLE // 2
+    for name, (low, high), colours in bars:
+        ramp = np.broadcast_to(colours(np.linspace(low, high, 4 * TITLE)[None], (low, high)), (side, 4 * TITLE, 3))
+        for part in (f"{name}:  {low:.2g}", Image.fromarray(np.ascontiguousarray(ramp)), f"{high:.2g}"):
+            if isinstance(part, str):
+                ImageDraw.Draw(line).text((x, TITLE / 2), part, font=font, anchor="lm")
+            else:
+                line.paste(part, (x, side // 2))
+            x += side + (round(font.getlength(part)) if isinstance(part, str) else part.width)
+        x += TITLE
+    return np.concatenate([large, np.asarray(line)])
 
 
 def _readable(picture: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ NiiVue draws the page: linked slices, and a slider of opacity for each layer.
 """
 
 import base64
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +15,26 @@ import numpy as np
 import torch
 
 from asa.data.io.files import read_yaml
-from asa.data.io.nifti import read_image, read_label, write_image
+from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_image
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
+from asa.errors import require
+from asa.evaluation.comparison import Run, read_run
+from asa.evaluation.policies import get_policy
+from asa.evaluation.summary import Row, Summary, number_text
 from asa.inference.layout import label_maps_of, probabilities_of
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.labels import IGNORED
+from asa.reporting.evaluation import DIFFERENCES, case_scores, differences_of
 from asa.reporting.figures import label_colours
 from asa.reporting.pages import require_report_extra, write_page
 from asa.training.checkpoint import load_model
 
 OPACITY = {"gray": 1.0, "labels": 0.5, "plasma": 0.0}  # at first, by the kind of a layer
+NIIVUE = "niivue.umd.js"
 HOW = "asa-view --help says how to get it"
 
 Config = dict[str, Any]  # of asa-view
@@ -42,12 +49,18 @@ class Layer:
         nifti: bytes of a compressed NIfTI file.
         kind: "gray" for images, "labels" for label maps, "plasma" for values such as probabilities.
         labels: name of each value of a label map.
+        colours: RGB of each of them; None: those of the reports.
+        shown: at first; a layer of "plasma" is not.
+        range: of values, from the first to the last colour; None: NiiVue's choice.
     """
 
     name: str
     nifti: bytes
     kind: str = "gray"
     labels: Mapping[int, str] | None = None
+    colours: Sequence[Sequence[int]] | None = None
+    shown: bool = True
+    range: tuple[float, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The layer as the page's script reads it."""
@@ -56,8 +69,9 @@ class Layer:
             "file": f"{self.name}.nii.gz",
             "data": base64.b64encode(self.nifti).decode("ascii"),
             "colormap": self.kind if self.labels is None else "gray",
-            "opacity": OPACITY[self.kind],
-            "labels": None if self.labels is None else _colour_table(self.labels),
+            "opacity": OPACITY[self.kind] if self.shown else 0.0,
+            "labels": None if self.labels is None else _colour_table(self.labels, self.colours),
+            "range": self.range,
         }
 
 
@@ -78,13 +92,14 @@ def view_task(config: Config) -> None:
         raise FileNotFoundError(f"{source}: no such folder; give a store, a folder of asa-predict, or a run")
     if not isinstance(config["count"], int) or config["count"] < 1:
         raise ValueError(f"count={config['count']}: give a number of scans from 1")
+    scores = None if config["evaluation"] is None else read_scores(Path(str(config["evaluation"])))
     if (source / MANIFEST).is_file():
-        cases = stored(Store(source), config)
+        cases, what = stored(Store(source), config), "prepared scans"
     elif (source / "checkpoints").is_dir():
-        cases = reconstructed(source, config)
+        cases, what = reconstructed(source, config), "reconstructions"
     else:
-        cases = predicted(source, config)
-    write_viewer(out, Path(str(config["viewer"])), source.name, cases)
+        cases, what = predicted(source, config, scores), "label maps"
+    write_viewer(out, config["viewer"] and Path(str(config["viewer"])), f"{what}: {source.name}", cases, scores)
     print(f"wrote {len(cases)} scans to {out}")
 
 
@@ -103,29 +118,86 @@ def stored(store: Store, config: Config) -> Cases:
     return cases
 
 
-def predicted(folder: Path, config: Config) -> Cases:
-    """Label maps on the grids of their scans, with the scans and the probabilities where there are any."""
+@dataclass(frozen=True)
+class Scores:
+    """An evaluation of label maps.
+
+    Args:
+        run: with the names of the labels, and the files of each case.
+        heads, cells: of a table; the cells by case, the worst first.
+    """
+
+    run: Run
+    heads: Sequence[str]
+    cells: Mapping[str, Sequence[str]]
+
+
+def read_scores(folder: Path) -> Scores:
+    """An evaluation: of each case the mean of the first metric over the regions, and the worst of these.
+
+    Raises:
+        FileNotFoundError, ValueError: no evaluation of label maps.
+    """
+    run = read_run(folder.name, folder)
+    policy = get_policy(run.setting["policy"])
+    metric = policy.metrics[0]
+    rows = [Row(id, region, values) for (id, region), values in run.values.items()]
+    means = case_scores(Summary(policy=policy, rows=rows, results={}))
+    cells = {}
+    for id, mean in means.items():
+        found = {row.label: row.values[metric.name] for row in rows if row.case_id == id}
+        defined = [(value, region) for region, value in found.items() if not math.isnan(value)]
+        value, region = min(defined) if metric.higher_is_better else max(defined)
+        cells[id] = [number_text(mean, metric.digits), f"{region} {number_text(value, metric.digits)}"]
+    return Scores(run, ["scan", f"mean {metric.heading}", "worst region"], cells)
+
+
+def predicted(folder: Path, config: Config, scores: Scores | None) -> Cases:
+    """Label maps on the grids of their scans; scans, true label maps, differences and probabilities where there are."""
     files = dict(sorted(label_maps_of(folder).items()))
     if not files:
         raise ValueError(f"{folder}: neither a store nor a run, and no label map of asa-predict in it")
     images = None if config["images"] is None else Path(str(config["images"]))
     store = Store(images) if images is not None and (images / MANIFEST).is_file() else None
+    labels, ignored = ({}, []) if store is None else (store.labels, store.ignored)
+    if scores is not None:
+        files = {id: files[id] for id in scores.cells if id in files} | files
+        labels = {int(value): name for value, name in scores.run.setting["labels"].items()}
+        ignored = scores.run.setting["ignored labels"]
     cases = {}
     for id in select_ids(list(files), config):
-        label = read_label(files[id])
-        names = {int(k): str(k) for k in np.unique(label.data) if k} if store is None else store.labels
-        layers = [] if images is None else [_layer("image", _scan(id, images, store))]
-        layers.append(Layer("prediction", nifti(label.data.T, label.affine, label.data.dtype), "labels", names))
+        known = {} if scores is None else scores.run.files.get(id, {})
+        truth = known.get("truth") if store is None else store.record(id)["sources"].get("label", {}).get("path")
+        image = known.get("image") if images is None else _scan(id, images, store)
+        cases[id] = [] if image is None else [_layer("image", Path(image))]
+        cases[id] += _label_layers(files[id], truth, labels, ignored)
         for name, path in probabilities_of(folder, id, files[id]).items():
-            layers.append(_layer(f"p({name})", path, "plasma"))
-        cases[id] = layers
+            cases[id].append(_layer(f"p({name})", path, "plasma", (0.05, 1.0)))
     return cases
 
 
-def _layer(name: str, path: Path, kind: str = "gray") -> Layer:
+def _label_layers(file: Path, truth: str | None, names: Mapping[int, str], ignored: Sequence[int]) -> list[Layer]:
+    """A predicted label map; where the true one is known, also that and where the two differ, both hidden at first."""
+    label = read_label(file)
+    names = names or {int(k): str(k) for k in np.unique(label.data) if k}
+    layers = [Layer("prediction", nifti(label.data.T, label.affine, label.data.dtype), "labels", names)]
+    if truth is None:
+        return layers
+    true = read_label(Path(truth))
+    check_same_geometry(label, true, f"{file} and {truth}")
+    different = differences_of(true.data, label.data, ignored)
+    kinds, colours = dict(enumerate(DIFFERENCES, start=1)), list(DIFFERENCES.values())
+    return [
+        Layer("truth", nifti(true.data.T, true.affine, true.data.dtype), "labels", names, shown=False),
+        *layers,
+        Layer("difference", nifti(different.T, label.affine, np.uint8), "labels", kinds, colours, shown=False),
+    ]
+
+
+def _layer(name: str, path: Path, kind: str = "gray", range: tuple[float, float] | None = None) -> Layer:
     """An image as a layer. Its voxels alone get into the page: a store, or a link, may name any file of the user's."""
     image = read_image(path, nan="zero")
-    return Layer(name, nifti(image.data.T, image.affine), kind)
+    return Layer(name, nifti(image.data.T, image.affine), kind, range=range)
 
 
 def _scan(id: str, images: Path, store: Store | None) -> Path:
@@ -180,29 +252,43 @@ def nifti(volume: np.ndarray, affine: np.ndarray, dtype: Any = np.float32) -> by
         return path.read_bytes()
 
 
-def write_viewer(path: Path, viewer: Path, title: str, cases: Cases) -> None:
+def write_viewer(path: Path, viewer: Path | None, title: str, cases: Cases, scores: Scores | None = None) -> None:
     """Write the page: one HTML file that fetches nothing.
 
     Args:
-        viewer: NiiVue's `niivue.umd.js`, copied into the page.
+        viewer: NiiVue's `niivue.umd.js`, copied into the page; None: that of the package nilearn.
+        scores: of the cases, for a table of those that are shown.
 
     Raises:
         FileNotFoundError: no such `viewer`.
         ValueError: `viewer` is another file.
-        ImportError: without the `report` extra.
+        ImportError: without the `report` extra, or without nilearn where it is needed.
     """
     require_report_extra("asa-view")
+    viewer = _niivue_of_nilearn() if viewer is None else viewer
     if not viewer.is_file():
-        raise FileNotFoundError(f"{viewer}: no such file; viewer= is NiiVue's niivue.umd.js: {HOW}")
+        raise FileNotFoundError(f"{viewer}: no such file; viewer= is NiiVue's {NIIVUE}: {HOW}")
     code = viewer.read_text(errors="replace")
     if ".niivue={}" not in code or "</script" in code.lower():
-        raise ValueError(f"{viewer}: not NiiVue's niivue.umd.js: {HOW}")
+        raise ValueError(f"{viewer}: not NiiVue's {NIIVUE}: {HOW}")
     shown = {id: [layer.as_json() for layer in layers] for id, layers in cases.items()}
-    write_page(path, "viewer.html.j2", title=title, cases=shown, code=code)
+    heads = [] if scores is None else scores.heads
+    table = {} if scores is None else {id: cells for id, cells in scores.cells.items() if id in cases}
+    write_page(path, "viewer.html.j2", title=title, cases=shown, code=code, heads=heads, scores=table)
 
 
-def _colour_table(labels: Mapping[int, str]) -> dict[str, list[Any]]:
+def _niivue_of_nilearn() -> Path:
+    """NiiVue as the package nilearn ships it."""
+    package = require("nilearn", "view", "asa-view without viewer=")
+    found = next(Path(package.__path__[0]).rglob(NIIVUE), None)
+    if found is None:
+        raise ValueError(f"nilearn {package.__version__} comes without NiiVue: run pip install 'nilearn>=0.14'")
+    return found
+
+
+def _colour_table(labels: Mapping[int, str], colours: Sequence[Sequence[int]] | None) -> dict[str, list[Any]]:
     """NiiVue's colour table of label values and their names; the background is transparent."""
-    red, green, blue = ([0, *channel] for channel in label_colours(len(labels)).T.tolist())
+    table = label_colours(len(labels)) if colours is None else np.array(colours)
+    red, green, blue = ([0, *channel] for channel in table.T.tolist())
     alpha = [0, *[255] * len(labels)]
     return {"R": red, "G": green, "B": blue, "A": alpha, "I": [0, *labels], "labels": ["", *labels.values()]}

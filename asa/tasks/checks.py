@@ -113,6 +113,8 @@ def _check_images(config: Config) -> None:
 
 def _check_view(config: Config) -> None:
     _exists(config["input"], "give a store, a folder of asa-predict, or a run", "folder")
+    if config["evaluation"]:
+        _exists(Path(str(config["evaluation"])) / "summary.json", "give the folder that asa-evaluate wrote", "file")
 
 
 CHECKS: dict[str, Callable[[Config], None]] = {

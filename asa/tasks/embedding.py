@@ -3,6 +3,7 @@
 asa-embed                   OUT/features.csv      id, and PART_0, PART_1, ... of each part of the scan; or OUT, a table
 asa-evaluate policy=probe   OUT/summary.json      the scores
                             OUT/predictions.csv   of each scan, by folds that have not seen its subject
+                            OUT/report.html       both for reading, with a figure (needs the `report` extra)
 """
 
 import math
@@ -20,6 +21,7 @@ from asa.evaluation.probe import FITS, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
 from asa.evaluation.tables import matched, numbers, table_in
 from asa.inference.features import FeatureExtractor, pooled
+from asa.reporting.probe import write_probe
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import predict_scans
@@ -96,7 +98,7 @@ def evaluate_probe(config: Config) -> None:
 
     Raises:
         FileNotFoundError, ValueError: a table or a setting that does not fit.
-        ImportError: the `probe` extra is not installed.
+        ImportError: the `probe` extra is not installed; or `report`, without which the page alone is missing.
     """
     table, truth, out = tables_of(config, TABLE)
     column, folds, probe = config["column"], config["folds"], config["probe"]
@@ -117,27 +119,31 @@ def evaluate_probe(config: Config) -> None:
     found = predict(features, values, subjects, folds, FITS[probe])
     written: dict[str, Any] = {"column": column, "probe": probe, "folds": folds, "scans": len(rows)}
     written |= nullable(found.scores)
-    print(f"{column}: {found.text()}, {len(rows)} scans of {len(set(subjects))} subjects, {folds} folds")
+    lines = [f"{column}: {found.text()}, {len(rows)} scans of {len(set(subjects))} subjects, {folds} folds"]
     if (group := config["group"]) is not None:
         groups, written["groups"] = _complete(truth, group, scans), {}
         for name in sorted(set(groups)):
             part, gap = found.only(groups == name), found.gap(groups == name)
             written["groups"][name] = nullable(part.scores) | {"gap": nullable(gap)}
             less = "{gap:+.3g} ({low:+.3g} to {high:+.3g})".format(**gap)
-            print(f"  {group} {name}: {part.text()}, {len(part.truth)} scans, less the others' {less}")
+            lines.append(f"  {group} {name}: {part.text()}, {len(part.truth)} scans, less the others' {less}")
+    sites = None
     if (site := config["site"]) is not None:
-        leak = probe_classes(features, list(_complete(truth, site, scans)), subjects, folds, FITS[probe])
+        sites = site, list(_complete(truth, site, scans))
+        leak = probe_classes(features, sites[1], subjects, folds, FITS[probe])
         written["site"] = nullable(leak.scores)
-        print(f"{site}: {leak.text()}")
+        lines.append(f"{site}: {leak.text()}")
         if leak.scores["low"] > LEAK:
-            print(
+            lines.append(
                 f"ALARM: the features tell {site}s apart: what they say about {column} may be the {site}, unless it is "
                 "as frequent in each"
             )
+    print("\n".join(lines))
     write_json(out / "summary.json", written)
     text = csv_text(["id", column, "predicted"], zip((row["id"] for row in rows), values, found.predicted, strict=True))
     write_whole(out / "predictions.csv", text.encode())
-    print(f"wrote summary.json and predictions.csv to {out}")
+    write_probe(out / "report.html", column, lines, values, found.predicted, sites)
+    print(f"wrote summary.json, predictions.csv and report.html to {out}")
 
 
 def _complete(table: Path, column: str, scans: list[dict[str, str]]) -> np.ndarray:

@@ -27,7 +27,7 @@ from asa.inference.feature_health import FeatureHealth, open_labelled, predictor
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.methods.base import Pretraining as PretrainingMethod
-from asa.reporting.figures import reconstruction_panel, titled
+from asa.reporting.figures import reconstruction_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import only_checkpoint, predict_scans
@@ -140,11 +140,12 @@ def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Val
 
 def reconstruction_panels(method: PretrainingMethod, batch: dict[str, Any]) -> dict[str, np.ndarray]:
     """A method's figures of a batch's first sample by name, RGB uint8, with a title above each column."""
-    panels = {}
-    for name, volumes in method.pictures(batch).items():
-        panel = reconstruction_panel(*(volume[0, 0].float().cpu().numpy() for volume in volumes.values()))
-        panels[name] = titled(panel, list(volumes))
-    return panels
+    return {
+        name: reconstruction_panel(
+            *(volume[0, 0].float().cpu().numpy() for volume in volumes.values()), titles=list(volumes)
+        )
+        for name, volumes in method.pictures(batch).items()
+    }
 
 
 def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -330,11 +330,13 @@ class SegmentationPredictor:
             image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty
         )
         volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
+        strip: dict[str, Any] = next((step for step in chain["steps"] if step["stage"] == "strip"), {})
+        brain = {"brain_mask_ml": str(strip["ml"])} if "ml" in strip else {}
         expected = found.expected_dice.items()
         scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
         named = isinstance(self.layout, BidsDerivative)
         file = {"file": out.relative_to(self.out).as_posix()} if named else {}
-        return {"id": id, **file, **volumes, **scores}
+        return {"id": id, **file, **volumes, **scores, **brain}
 
     def further_files(self, id: str) -> tuple[list[Path] | None, Path | None]:
         """Where the probabilities of a scan and its uncertainty are written, each None if it is not asked for."""

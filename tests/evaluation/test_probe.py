@@ -165,7 +165,9 @@ def test_planted_numbers_and_classes_are_read_and_noise_is_not() -> None:
     residual, spread = np.square(ages.predicted - ages.truth).sum(), np.square(ages.truth - ages.truth.mean()).sum()
     assert scores["r2"] == pytest.approx(1 - residual / spread)  # as of a regression
     assert scores["r2"] > 0.6 and scores["low"] < scores["mean_absolute_error"] < scores["high"] < scores["of_the_mean"]
-    assert probe_classes(features, [f"site{k}" for k in site], subjects, 5, ridge).scores["low"] > 0.8
+    assert scores["r2_low"] < scores["r2"] < scores["r2_high"] and f"R2 {scores['r2']:.3f} (" in ages.text()
+    sites = probe_classes(features, [f"site{k}" for k in site], subjects, 5, ridge).scores
+    assert sites["low"] > 0.8 and 0.5 < sites["accuracy_low"] < sites["balanced_accuracy"] < sites["accuracy_high"] <= 1
     sex = probe_classes(features, sexes, subjects, 5, ridge)
     assert sex.scores["low"] < 0.5 and set(sex.predicted) == {"f", "m"}
     some = age > 50

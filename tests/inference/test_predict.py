@@ -411,6 +411,21 @@ def test_volumes_are_those_of_the_label_maps_and_scans_predicted_later_are_added
             assert float(row[f"{label}_ml"]) == pytest.approx(np.isin(made.dataobj, values).sum() * ml, abs=5e-4)
 
 
+def test_the_volume_of_the_brain_mask_is_listed_where_the_scan_was_stripped(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = a_scan(tmp_path), tmp_path / "out"
+    mask = read_image(path).data > 500
+    monkeypatch.setattr("asa.data.preprocessing.steps.brain_mask", lambda method, image, affine: image > 500)
+    given = (f"checkpoint={run}", f"input={path}", "predict.device=cpu")
+    assert call(predict, monkeypatch, *given, f"out={out}", "strip=deepbet") == 0
+    (row,) = read_rows(out / "volumes.csv")
+    assert list(row)[-1] == "brain_mask_ml"
+    assert float(row["brain_mask_ml"]) == pytest.approx(mask.sum() / 1000, abs=0.05)
+    assert call(predict, monkeypatch, *given, f"out={tmp_path / 'whole'}") == 0
+    assert "brain_mask_ml" not in read_rows(tmp_path / "whole" / "volumes.csv")[0]
+
+
 def test_scans_predicted_later_by_a_network_with_other_labels_leave_the_rows_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,10 @@ from scored import write_run
 
 from asa.cli import evaluate as evaluate_command
 from asa.data.io.nifti import Volume, write_image, write_label
-from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, markdown_table, read_run
-from asa.evaluation.statistics import detectable_difference
+from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, markdown_table, read_run, verdict
+from asa.evaluation.policies import get_policy
+from asa.evaluation.statistics import detectable_difference, holm, smallest_holm, wilcoxon_p
+from asa.evaluation.summary import statistic
 from asa.reporting import comparison as reporting
 from asa.reporting.figures import GAP
 from asa.tasks.evaluation import compare_folders, evaluate_folder
@@ -61,6 +63,50 @@ def test_differences_that_are_equal_but_for_rounding_are_ties(tmp_path):
     assert (found.better, found.worse, found.p) == (3, 3, 1.0)
 
 
+def test_all_texts_begin_with_the_verdict_in_words(folders, tmp_path):
+    flipped = {"asa": folders["asa"], "scratch": folders["scratch"], "mae": folders["mae"]}
+    found = compare_folders(flipped, tmp_path / "out")
+    behind = "scratch is behind asa: Dice -0.030 (95 % interval -0.030 to -0.030), mean of 2 regions, on 12 cases."
+    assert comparison_table(found).startswith(behind) and markdown_table(found).startswith(behind)
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert page.split("</h1>")[1].strip().startswith(f'<p class="verdict">{behind}</p>')
+    found = compare_folders({name: folders[name] for name in ("scratch", "asa", "mae")}, tmp_path / "out")
+    first, second, *_ = comparison_table(found).splitlines()
+    assert first.startswith("asa is ahead of scratch: Dice +0.030")
+    assert second.startswith("mae and scratch: no difference is shown: Dice ")
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["verdict"] == [first, second]
+    alone = {name: write_run(tmp_path / f"one {name}", {"csf": [0.5]}) for name in "ab"}
+    assert "b and a: too few cases to tell: Dice +0.000, on 1 case." in comparison_table(
+        compare_folders(alone, tmp_path / "one")
+    )
+
+
+def test_a_lower_distance_is_ahead():
+    (metric,) = (metric for metric in get_policy("ibsr").metrics if metric.name == "hd95_mm")
+    found = verdict("b", "a", metric, 1, statistic([-1.0, -1.1, -1.2]))
+    assert found.startswith("b is ahead of a: HD95 (mm) -1.10 (95 % interval -")
+
+
+def test_tests_that_can_never_be_significant_are_not_listed_and_this_is_said_once(folders, tmp_path):
+    values = {label: [0.5, 0.52, 0.6, 0.61, 0.7, 0.72] for label in "abcdef"}
+    better = {label: [value + 0.01 * k for k, value in enumerate(found, start=1)] for label, found in values.items()}
+    runs = {"scratch": write_run(tmp_path / "s", values), "asa": write_run(tmp_path / "a", better)}
+    found = compare_folders(runs, tmp_path / "few")
+    assert found.smallest_p == pytest.approx(18 * 2 / 2**6)
+    page = html.unescape((tmp_path / "few" / "comparison.html").read_text())
+    for text in (comparison_table(found), markdown_table(found), latex_table(found), page):
+        assert text.count("p is not listed: with 6 cases and 18 tests it cannot be below 0.562 after") == 1
+        assert text.count("0.562") == 1 and "p (Holm)" not in text
+    listed = compare_folders(folders, tmp_path / "out")
+    assert listed.headings == HEADINGS and "not listed" not in comparison_table(listed)
+
+
+def test_the_smallest_corrected_p_is_that_of_differences_of_one_sign():
+    for pairs in ([6], [6, 6, 6], [5, 7, 0], [3]):
+        p = [wilcoxon_p(np.arange(1.0, n + 1)) if n else math.nan for n in pairs]
+        assert smallest_holm(pairs) == pytest.approx(np.nanmin(holm(p)))
+
+
 def test_pairs_with_an_undefined_value_are_excluded_and_counted(tmp_path):
     values = [0.5, 0.6, 0.7, 0.8]
     folders = {
@@ -100,7 +146,8 @@ def test_the_latex_table_has_rows_of_equal_length_and_is_escaped(tmp_path):
     text = latex_table(compare_folders(folders, tmp_path / "out"))
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 1 + 3 * 2
-    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(HEADINGS) - 1}
+    without_p = HEADINGS[:-2]  # of two cases
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(without_p) - 1}
     assert "$-$1.00 ($-$1.00 to $-$1.00)" in text  # a minus, not a hyphen
     assert r"a\_b" in text and r"50 \% \& more" in text and r"(95 \% interval)" in text
 

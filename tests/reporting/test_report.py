@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
 from asa.data.io.nifti import Volume, write_image, write_label
 from asa.evaluation.summary import CaseRow, summarise
@@ -269,6 +270,24 @@ def test_each_column_of_a_picture_has_its_title_above_it() -> None:
     ink = [bool(part.any()) for part in np.split(drawn[:TITLE], 3, axis=1)]
     assert ink == [True, False, True]
     assert titled(np.zeros((10, 3 * READABLE, 3), np.uint8), ["x"]).shape == (TITLE + 10, 3 * READABLE, 3)
+
+
+def test_a_reconstruction_has_titles_colour_bars_and_the_colour_of_masked_patches(
+    monkeypatch,
+) -> None:
+    volume = np.random.default_rng(0).normal(size=(12, 12, 12))
+    masked, written = np.where(volume > 0, np.nan, volume), []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: (written.append(a[2]), text(*a, **k))[1])
+    titles = ["input", "masked", "prediction", "importance"]
+    panel = reconstruction_panel(volume, masked, volume, volume - volume.min(), titles=titles)
+    high = np.percentile(volume - volume.min(), 99.5)
+    assert {*titles, f"prepared intensity:  {volume.min():.2g}", "importance:  0", f"{high:.2g}"} <= set(written)
+    bars = panel[-TITLE:][TITLE // 2]
+    grey = (bars[:, 0] == bars[:, 1]) & (bars[:, 1] == bars[:, 2])
+    assert (bars[grey] > 0).any() and (bars[~grey, 0] >= bars[~grey, 2]).all() and (~grey).sum() > 2 * TITLE
+    assert READABLE / 2 < panel.shape[1] <= 1600
+    assert (reconstruction_panel(volume, volume, volume, volume, titles=titles).shape[0]) == panel.shape[0] - TITLE
 
 
 def test_a_legend_has_each_name_after_its_colour_in_as_many_rows_as_it_needs() -> None:

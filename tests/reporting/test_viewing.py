@@ -10,10 +10,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import LABELS
 from stores import read_tree, write_tree
 
-from asa.cli import pretrain, view
-from asa.data.io.nifti import read_image, write_image
+from asa.cli import evaluate, pretrain, view
+from asa.data.io.nifti import read_image, read_label, write_image, write_label
 from asa.data.store import Store
 from asa.reporting.viewing import Layer, write_viewer
 
@@ -84,6 +85,42 @@ def test_predictions_are_shown_over_their_scans_with_their_probabilities(viewer:
     assert layers["p(gm)"]["opacity"] == 0
 
 
+def test_truth_differences_and_scores_are_shown_where_they_are_known(
+    store: Path, raw: Path, viewer: Path, tmp_path: Path
+) -> None:
+    for shift, id in enumerate(("s0", "s1", "s2")):  # s2 is the worst
+        like = read_label(raw / f"{id}_seg.nii.gz")
+        write_label(tmp_path / "maps" / f"{id}.nii.gz", np.roll(like.data, 2 * shift, axis=1), like)
+    out, maps = tmp_path / "page.html", tmp_path / "maps"
+    truth = ["allow_missing=true", f"truth={store}", f"out={tmp_path / 'evaluation'}"]
+    assert evaluate.main([f"predictions={maps}", *truth]) == 0
+    scored = [f"input={maps}", f"evaluation={tmp_path / 'evaluation'}", f"out={out}", f"viewer={viewer}", "count=2"]
+    assert view.main(scored) == 0
+    cases = cases_of(out)
+    assert list(cases) == ["s2", "s1"]
+    table = re.findall(r'data-id="(.*?)">.*?<td>([\d.]+)</td><td>(\w+) ([\d.]+)</td>', out.read_text())
+    assert [id for id, *_ in table] == ["s2", "s1"] and float(table[0][1]) < float(table[1][1]) < 1
+    assert all(region in LABELS.values() and float(worst) < float(mean) for _, mean, region, worst in table)
+
+    assert view.main([f"input={maps}", f"images={store}", f"out={out}", f"viewer={viewer}"]) == 0
+    of_the_store = cases_of(out)
+    assert list(of_the_store) == ["s0", "s1", "s2"] and "data-id" not in out.read_text()
+    for layers in (cases["s2"], of_the_store["s2"]):
+        assert list(layers) == ["image", "truth", "prediction", "difference"]
+        true, found, different = (array_of(layers[name])[0] for name in ("truth", "prediction", "difference"))
+        assert np.array_equal(true, read_label(raw / "s2_seg.nii.gz").data)
+        assert np.array_equal(different != 0, true != found)
+        assert np.array_equal(different == 1, (true != 0) & (found == 0))
+        assert [layers[name]["opacity"] for name in layers] == [1, 0, 0.5, 0]
+        assert layers["truth"]["labels"]["labels"] == ["", *LABELS.values()]
+        assert layers["difference"]["labels"]["labels"][2] == "added (prediction only)"
+
+
+def test_niivue_comes_with_nilearn(store: Path, tmp_path: Path) -> None:
+    assert view.main([f"input={store}", f"out={tmp_path / 'page.html'}", "count=1"]) == 0
+    assert "isRadiologicalConvention" in (tmp_path / "page.html").read_text().split("const cases")[0]
+
+
 @pytest.mark.parametrize("place", ["store", "probabilities"])
 def test_a_file_that_is_no_image_does_not_get_into_a_page(
     store: Path, viewer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
@@ -132,6 +169,7 @@ def test_names_of_others_are_text_in_a_page(viewer: Path, tmp_path: Path) -> Non
         ({"viewer": "none.js"}, "no such file; viewer= is NiiVue's"),
         ({"viewer": "other.js"}, "not NiiVue's"),
         ({"ids": "[nobody]"}, "no 'nobody'"),
+        ({"evaluation": "missing"}, "summary.json: no such file"),
         ({"count": "0"}, "from 1"),
     ],
 )

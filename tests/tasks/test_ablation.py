@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from asa.cli.front import run_command
 from asa.config import as_overrides, compose, flatten
 from asa.data.splits import read_split
 from asa.evaluation.comparison import Run
+from asa.reporting import ablation
 from asa.reporting.ablation import Trial, ablation_rows, labelled_text, latex, markdown, overview
 from asa.tasks import studies
 from asa.tasks.run import configure
@@ -74,6 +76,31 @@ def test_an_arm_without_the_first_beside_it_has_no_difference_and_a_line_all_the
     assert dice_rows(trials, ["x", "y"])["y", "a"].difference.used == 0
     text = markdown(ablation_rows(trials, ["x", "y"]), trials, ["x", "y"], ["something to know"])
     assert "| 3 | y | 0.200 | 0.400 | 0.300 | undefined |" in text and "- something to know" in text
+
+
+def test_the_tables_begin_with_the_verdict_in_words() -> None:
+    cases = {"p": (0.2, 0.4), "q": (0.3, 0.4), "r": (0.4, 0.4)}
+    better = {name: (a + 0.1 + k / 100, b + 0.1) for k, (name, (a, b)) in enumerate(cases.items())}
+    trials = [trial("x", 0, cases), trial("y", 0, better), trial("z", 0, cases)]
+    text = markdown(ablation_rows(trials, "xyz"), trials, "xyz")
+    title, _, first, second, *_ = text.splitlines()
+    assert title == "# Ablation"
+    assert first.startswith("- y with 3 labelled is ahead of x: Dice +0.105 (95 % interval +0.09")
+    assert first.endswith("mean of 2 regions, on 3 cases.") and second.startswith("- z with 3 labelled and x: no diff")
+
+
+def test_the_figure_of_many_regions_has_one_scale_and_fits_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {"p": (0.2, 0.9), "q": (0.3, 0.8)}
+    rows = ablation_rows([trial(arm, 0, cases) for arm in "xy"], "xy")
+    rows = [replace(row, region=f"{row.region}{k}") for k in range(3) for row in rows]
+    figures = []
+    monkeypatch.setattr(ablation, "png_of", figures.append)
+    ablation._figure(rows, "xy")
+    (figure,) = figures
+    shown = [axis for axis in figure.axes if axis.axison]
+    assert [axis.get_title() for axis in shown] == list(dict.fromkeys(row.region for row in rows))
+    assert len({axis.get_ylim() for axis in shown}) == 1 and figure.get_size_inches()[0] * figure.dpi <= 1600
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["x", "y"]
 
 
 def test_the_overview_has_a_column_for_each_metric_and_region_and_a_line_for_each_arm() -> None:

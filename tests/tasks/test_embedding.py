@@ -1,8 +1,10 @@
 """From scans with a planted age and site to features, and from these to what a linear map reads."""
 
 import csv
+import html
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from asa.data.io.nifti import write_image
 from asa.data.io.tables import read_rows, write_numbers
 from asa.data.store import Store
 from asa.inference.features import FeatureExtractor
+from asa.reporting.probe import _figure, write_probe
 
 SCANS = 16
 SMALL = ("model=asa_tiny", "crop=32", "+model.embed_dim=24", "+model.num_heads=2", "model.decoder_depth=1")
@@ -140,6 +143,27 @@ def test_a_planted_age_is_read_and_a_planted_site_raises_an_alarm(
     assert "ALARM: the features tell sites apart" in printed and "  sex f: mean absolute error" in printed
     rows = list(csv.DictReader((tmp_path / "age" / "predictions.csv").open(newline="")))
     assert [row["id"] for row in rows] == [f"s{k:02}" for k in range(SCANS)] and float(rows[0]["age"]) == 20
+    page = html.unescape((tmp_path / "age" / "report.html").read_text())
+    (score,) = (line for line in printed.splitlines() if line.startswith("age: "))
+    assert score in page.split("<section>")[0] and '<p class="warning">ALARM' in page
+    assert page.count("<img") == 1 and "predicted - true by site" in page
+
+
+def test_the_figure_of_a_probe_has_predicted_against_true_and_residuals_by_site() -> None:
+    truth, predicted = np.array([20.0, 30.0, 40.0, 50.0]), np.array([22.0, 31.0, 38.0, 49.0])
+    left, right = _figure("age", truth, predicted, ("site", ["A", "B", "A", "B"])).axes
+    assert np.array_equal(left.collections[0].get_offsets(), np.stack([truth, predicted], axis=1))
+    assert left.get_ylabel() == "age, predicted" and np.array_equal(left.lines[0].get_xdata(), [20, 50])
+    drawn = [points.get_offsets()[:, 0].tolist() for points in right.collections]
+    assert drawn == [[2, -2], [1, -1]] and [text.get_text() for text in right.get_yticklabels()] == ["A (2)", "B (2)"]
+    assert right.get_xlabel() == "age, predicted - true" and right.get_ylabel() == "site"
+
+
+def test_a_probe_of_classes_has_a_table_of_predicted_and_true(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    write_probe(page, "sex", ["AUC"], ["f", "f", "m"], np.array(["f", "m", "m"]), None)
+    rows = re.findall(r'<td class="text">(\w)</td><td>(\d)</td><td>(\d)</td>', page.read_text())
+    assert rows == [("f", "1", "1"), ("m", "0", "1")] and "<img" not in page.read_text()
 
 
 @pytest.mark.parametrize(

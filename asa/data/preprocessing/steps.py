@@ -112,7 +112,7 @@ def _strip(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     case.image *= mask
     case.foreground[:] = mask
     case.foreground[list(case.absent)] = False
-    return {"method": settings.strip}
+    return {"method": settings.strip, "ml": round(float(mask.sum() * np.prod(case.spacing) / 1000), 1)}
 
 
 def _window(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:

@@ -153,7 +153,9 @@ def test_after_normalisation_the_background_is_0(settings):
 
 @pytest.mark.parametrize(("voxel", "warned"), [(8.4, True), (8.5, False), (13.1, False), (13.3, True)])
 def test_a_stripped_brain_of_less_than_600_or_more_than_2300_ml_is_warned_about(voxel, warned):
-    case = made(np.ones((10, 10, 10), bool), np.diag([voxel, voxel, voxel, 1]))  # 1,000 voxels: as many ml as the cube of mm
+    case = made(
+        np.ones((10, 10, 10), bool), np.diag([voxel, voxel, voxel, 1])
+    )  # 1,000 voxels: as many ml as the cube of mm
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         APPLY["align"](case, PrepareSettings(strip="robex"))
