@@ -330,7 +330,7 @@ class SegmentationPredictor:
             image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty
         )
         volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
-        strip: dict[str, Any] = next((step for step in chain["steps"] if step["stage"] == "strip"), {})
+        strip: dict[str, Any] = next((step for step in chain.get("steps", ()) if step["stage"] == "strip"), {})
         brain = {"brain_mask_ml": str(strip["ml"])} if "ml" in strip else {}
         expected = found.expected_dice.items()
         scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
