@@ -17,7 +17,7 @@ FLOORS = {
     **dict.fromkeys(("training", "baselines"), 3),
     "inference": 4,
     **dict.fromkeys(("reporting", "export"), 5),
-    "tasks": 3130,
+    "tasks": 6,
     "restoration": 7,
     "cli": 8,
 }
