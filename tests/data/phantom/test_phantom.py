@@ -120,6 +120,8 @@ def test_t1_is_an_unlabelled_bids_dataset(tmp_path):
     assert [record["id"] for record in found] == ["sub-001", "sub-002"]
     image = read_image(found[0]["images"]["t1"])
     assert axis_codes(image.affine) == "RAS" and np.allclose(spacing_of(image.affine), 4)
+    centre = image.affine @ [*(np.array(image.data.shape) - 1) / 2, 1]  # the template's, at any resolution
+    np.testing.assert_allclose(centre[:3], anatomy.load_template().centre, atol=1e-4)
     volume = (image.data > 0).sum() * 4**3 / 1e6
     assert 1.3 < volume < 2.6  # litres: brain with its fluid
     sidecar = json.loads(Path(found[0]["images"]["t1"].replace(".nii.gz", ".json")).read_text())

@@ -327,9 +327,9 @@ def test_a_ct_window_needs_ct_and_what_is_for_mr_is_refused():
             PrepareSettings(**wrong)
 
 
-def test_settings_without_a_window_are_those_of_stores_made_before_there_was_one():
-    assert "window" not in PrepareSettings().as_json()
-    settings = PrepareSettings(window=[0, 80])
+def test_settings_that_are_not_used_are_as_in_stores_made_before_there_were_any():
+    assert not {"window", "nan"} & PrepareSettings().as_json().keys()
+    settings = PrepareSettings(window=[0, 80], nan="zero")
     assert PrepareSettings(**json.loads(json.dumps(settings.as_json()))) == settings
 
 

@@ -13,6 +13,7 @@ from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
 from asa.data.preprocessing.pipeline import prepare_case, stored_indices, to_native, to_prepared
 from asa.data.preprocessing.resampling import FWHM_PER_SIGMA, grid_map, sample_affine, sample_image
+from asa.data.preprocessing.scan import make_thumbnail
 from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.preprocessing.steps import STAGES, Case
 from asa.data.store import read_box
@@ -140,6 +141,26 @@ def test_the_plane_stays_where_it_is_in_the_head_on_another_grid(midway, monkeyp
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_a_grid_is_kept_if_its_voxels_have_the_size_that_is_asked_for_to_a_thousandth():
+    inside = box((20, 20, 20), slice(5, 15), slice(5, 15), slice(5, 15))
+    for size, kept in ((1.0, True), (1.0004, True), (0.9996, True), (1.002, False), (0.998, False)):
+        affine = np.diag([1.0, size, 1.0, 1.0])
+        found = align(inside.astype(np.float32), inside, affine, spacing=1.0, register=False, midway=False)
+        assert (found.matrix is None) == kept and (found.affine is affine) == kept
+
+
+def test_the_midline_of_a_thumbnail_lies_in_the_plane():
+    shape, spacing, plane = (21, 24, 30), np.array([1.5, 1.2, 0.9]), MidsagittalPlane(20.0, -15.0, 4.0, 1.0)
+    brain = box(shape, slice(4, 13), slice(6, 21), slice(5, 26))
+    chain = {"stored_affine": np.diag([*spacing[::-1], 1.0]).tolist()}
+    midline = make_thumbnail(brain.astype(np.float32), brain, chain, plane).midline
+    assert midline is not None
+    (back, front), (bottom, top) = midline
+    ends = np.array([(8, 0, back), (8, 23, front), (0, 13, bottom), (20, 13, top)])  # d = 8, h = 13: the brain's middle
+    points = (ends - (np.array(shape) - 1) / 2) * spacing
+    np.testing.assert_allclose(points @ plane.pose()[:3, 2], plane.shift, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------------- values
 
 
@@ -153,9 +174,7 @@ def test_after_normalisation_the_background_is_0(settings):
 
 @pytest.mark.parametrize(("voxel", "warned"), [(8.4, True), (8.5, False), (13.1, False), (13.3, True)])
 def test_a_stripped_brain_of_less_than_600_or_more_than_2300_ml_is_warned_about(voxel, warned):
-    case = made(
-        np.ones((10, 10, 10), bool), np.diag([voxel, voxel, voxel, 1])
-    )  # 1,000 voxels: as many ml as the cube of mm
+    case = made(np.ones((10, 10, 10), bool), np.diag([voxel, voxel, voxel, 1]))  # of voxel**3 ml
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         APPLY["align"](case, PrepareSettings(strip="robex"))
