@@ -27,7 +27,7 @@ LARGEST_FOLDER = 14  # modules
 LINES = {
     "": 720,
     "baselines": 1230,
-    "cli": 615,
+    "cli": 620,
     "data": 7600,
     "evaluation": 2470,
     "export": 775,

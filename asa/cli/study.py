@@ -22,6 +22,7 @@ from asa.data.io.lock import locked
 from asa.data.store import MANIFEST
 from asa.errors import EXPECTED, reason_of
 from asa.tasks import COMMANDS
+from asa.tasks.checks import check
 
 STUDY, DONE, PAGE = "study.yaml", "done.json", "study.html"
 RECIPES = {"pretrain": {"experiment": "structures_pretrain"}, "finetune": {"experiment": "structures_finetune"}}
@@ -113,8 +114,11 @@ def plan_stages(config: Config) -> list[Stage]:
         found = recognise(Path(config[kind]).resolve(), labelled=labelled)
         none = {"labels": None} if not labelled and found["data"] in ("nnunet", "freesurfer") else {}
         settings = found | shared | (labels if labelled else none) | added["prepare"] | {"out": f"stores/{kind}"}
+        check("prepare", compose("prepare", as_overrides("prepare", settings)))
         return Stage(kind, "prepare", settings)
 
+    if config["new"] and not Path(config["new"]).exists():
+        raise FileNotFoundError(f"{config['new']}: no such file or folder; new= are the scans to predict")
     stages = [store("labelled", True)]
     subjects = {record["subject"] for record in _records(stages[0])}
     init = ENCODER

@@ -42,6 +42,9 @@ WRONG = [
     ("view input=nowhere out=o.html viewer=x", "nowhere: no such folder"),
     ("orient input=nowhere out=o axes=RAS", "nowhere: no such file or folder"),
     ("dicom input=nowhere out=o", "nowhere: no such folder"),
+    ("run nowhere out=o strip=none", "nowhere: no such folder"),
+    ("run . nowhere out=o", "strip= has to be given"),
+    ("run study.yaml", "study.yaml: no such file"),
     ("regions input=nowhere out=o", "nowhere: no such folder"),
     ("simulate input=nowhere out=o kind=sr", "nowhere: no such folder"),
 ]
