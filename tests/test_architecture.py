@@ -28,7 +28,7 @@ LINES = {
     "": 720,
     "baselines": 1230,
     "cli": 620,
-    "data": 7600,
+    "data": 7605,
     "evaluation": 2470,
     "export": 775,
     "inference": 2490,

@@ -69,6 +69,15 @@ def test_a_folder_is_recognised_by_what_lies_in_it(tmp_path: Path, make, labelle
         assert found == {key: str(value) for key, value in wanted.items()} | {"data.root": str(tmp_path)}
 
 
+def test_numbers_are_part_of_a_name_and_two_kinds_of_images_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("head_001.nii.gz", "head_002.nii.gz", "head3.nii.gz"):
+        scan(tmp_path / name)
+    assert recognise(tmp_path, labelled=False)["data.images"] == {"t1": "*.nii.gz"}
+    scan(tmp_path / "head_FLAIR.nii.gz")
+    with pytest.raises(ValueError, match=r"3 \*.nii.gz, 1 \*_FLAIR.nii.gz; one image a scan"):
+        recognise(tmp_path, labelled=False)
+
+
 @pytest.mark.parametrize("names", [[], ["a.nii.gz"], ["a_T1.nii.gz", "a_FLAIR.nii.gz", "a_seg.nii.gz"]])
 def test_a_folder_that_is_not_recognised_says_what_is_in_it(tmp_path: Path, names: list[str]) -> None:
     for name in names:

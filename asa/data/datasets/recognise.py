@@ -46,16 +46,21 @@ def _bids_labels(folder: Path) -> dict[str, Any]:
 def _plain(folder: Path, labelled: bool) -> dict[str, Any]:
     """Globs of the images and label maps of a folder of files, by what their names end in."""
     names = sorted(path.name for path in folder.iterdir() if path.name.endswith(VOLUME_ENDINGS))
-    endings = Counter(name[name.rindex("_") if "_" in name else name.index(".") :] for name in names)
+    endings = Counter(map(_ending, names))
     labels = {end for end in endings if end.lstrip("_").split(".")[0].lower() in LABEL_NAMES}
     images = endings.keys() - labels
-    if not names or (labelled and (len(images) != 1 or len(labels) != 1)):
+    if len(images) != 1 or (labelled and len(labels) != 1):
         found = ", ".join(f"{count} *{end}" for end, count in endings.items()) or "no NIfTI files"
-        raise ValueError(f"{folder}: {found}; one image and one label map a scan were expected: {_BY_HAND}")
-    if not labelled:
-        one = next(iter(images)) if len(images) == 1 else ""
-        return {"data.images": {"t1": f"*{one}" if one else "*.nii*"}}
-    return {"data.images": {"t1": f"*{images.pop()}"}, "data.label": f"*{labels.pop()}"}
+        expected = "one image and one label map" if labelled else "one image"
+        raise ValueError(f"{folder}: {found}; {expected} a scan were expected: {_BY_HAND}")
+    return {"data.images": {"t1": f"*{images.pop()}"}} | ({"data.label": f"*{labels.pop()}"} if labelled else {})
+
+
+def _ending(name: str) -> str:
+    """What the names of all scans' files of one kind end in: `_T1.nii.gz`; `.nii.gz` where a number is before it."""
+    stem, dot, suffix = name.partition(".")
+    word = stem.rpartition("_")[2]
+    return f"{dot}{suffix}" if word == stem or word.isdigit() else f"_{word}{dot}{suffix}"
 
 
 _BY_HAND = "write the stage into study.yaml yourself, with the keys of asa-prepare --help"
