@@ -196,7 +196,7 @@ def _run(stages: Sequence[Stage]) -> None:
     done: list[dict[str, Any]] = []
     for number, stage in enumerate(stages):
         row = {"name": stage.name, "command": stage.command, "settings": dict(stage.settings)}
-        found = before[number] if len(done) == number < len(before) else {}
+        found = before[number] if number < len(before) else {}
         if all(found.get(key) == value for key, value in row.items()):
             print(f"{stage.name}: done before")
         else:

@@ -13,7 +13,7 @@ from asa.models.transfer import Source
 from asa.training.checkpoint import load_tensors, read_weights
 from asa.training.checkpoint_files import SHIPPED_PREFIX, find_weights, shipped
 
-SIZES = ("base", "small", "tiny")
+SIZES = ("base", "small", "tiny")  # of the encoders of this package
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")  # written by torch.save
 NNSSL_PLAN = "nnssl_adaptation_plan"
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")  # used by training scripts

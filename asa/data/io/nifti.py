@@ -403,7 +403,7 @@ def _load(path: str | Path) -> Any:
 
 
 def _load_itk(path: Path) -> Any:
-    """A NRRD or MetaImage file as a nibabel image, whose header says what the file says of its grid."""
+    """A NRRD or MetaImage file as a nibabel image, with the grid that the file states."""
     sitk = require("SimpleITK", "prepare", f"{path.suffix} files")
     beginning = _read(path, LONGEST_HEADER)
     text = beginning.split(b"\n\n" if path.suffix == ".nrrd" else b"ElementDataFile", 1)[0].decode("latin-1").lower()
