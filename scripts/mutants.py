@@ -83,7 +83,7 @@ def listed(names: Sequence[str] = ()) -> list[Mutant]:
 def drawn(count: int, seed: int, names: Sequence[str] = ()) -> list[Mutant]:
     """Random changes of the code of all folders of asa/, or of those named.
 
-    Their tests are those of the listed changes of the same file, and then those of the folder.
+    Their tests are those of the listed changes of the same file, the test file of the same name, and those of the folder.
 
     Raises:
         ValueError: an unknown name.
@@ -95,8 +95,11 @@ def drawn(count: int, seed: int, names: Sequence[str] = ()) -> list[Mutant]:
     for path in sorted(file for folder in folders for file in folder.rglob("*.py")):
         text, file = path.read_text(), path.relative_to(ROOT).as_posix()
         own = [test for mutant in known if mutant.file == file for test in mutant.tests.split()]
-        of_folder = "tests" / path.parent.relative_to(ROOT / "asa")
-        tests = " ".join(dict.fromkeys([*own, of_folder.as_posix()]))
+        folder = ROOT / "tests" / path.parent.relative_to(ROOT / "asa")
+        namesake = folder / f"test_{path.stem}.py"
+        of_folder = [folder] if path.parent != ROOT / "asa" else sorted(folder.glob("test_*.py"))
+        others = [found.relative_to(ROOT).as_posix() for found in [namesake, *of_folder] if found.exists()]
+        tests = " ".join(dict.fromkeys([*own, *others]))
         found += [Mutant(file, text, *change, tests) for change in changes(text)]
     return random.Random(seed).sample(found, min(count, len(found)))
 
@@ -188,7 +191,9 @@ def survivors(mutants: Sequence[Mutant], jobs: int) -> list[Mutant]:
     Raises:
         RuntimeError: tests that fail with the unchanged code.
     """
-    seconds: dict[str, float] = {}  # of each file or folder of tests
+    every = {tests for mutant in mutants for tests in mutant.tests.split()}
+    whole = {tests: min((one for one in every if f"{tests}/".startswith(f"{one}/")), key=len) for tests in every}
+    seconds: dict[str, float] = {}  # of each file or folder of tests that is in no other folder of them
     with tempfile.TemporaryDirectory(prefix="asa-mutants-", ignore_cleanup_errors=True) as scratch:
         free: queue.Queue[Path] = queue.Queue()
         for k in range(jobs):
@@ -205,7 +210,7 @@ def survivors(mutants: Sequence[Mutant], jobs: int) -> list[Mutant]:
         def survives(mutant: Mutant) -> bool:
             checkout = free.get()
             (checkout / mutant.file).write_text(mutant.changed)
-            limit = PATIENCE + 3 * sum(seconds[tests] for tests in mutant.tests.split())
+            limit = PATIENCE + 3 * sum(seconds[tests] for tests in {whole[tests] for tests in mutant.tests.split()})
             passed, _ = run_tests(checkout, mutant.tests, limit)
             (checkout / mutant.file).write_text(mutant.text)
             free.put(checkout)
@@ -213,7 +218,7 @@ def survivors(mutants: Sequence[Mutant], jobs: int) -> list[Mutant]:
             return passed
 
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(unchanged, dict.fromkeys(tests for mutant in mutants for tests in mutant.tests.split())))
+            list(pool.map(unchanged, sorted({*whole.values()})))
             return [mutant for mutant, alive in zip(mutants, pool.map(survives, mutants), strict=True) if alive]
 
 
