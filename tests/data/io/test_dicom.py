@@ -119,6 +119,13 @@ def test_a_gap_is_found_from_the_slices_own_positions(tmp_path: Path, bits: int)
     assert not (tmp_path / "out" / "p_3.nii.gz").exists()
 
 
+def test_a_series_whose_headers_have_no_orientation_is_converted_unchecked(tmp_path: Path) -> None:
+    write_slices(tmp_path / "in", [0, 3, 6], ImageOrientationPatient=None)
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert report.written == ["p_3"] and not report.failures
+    assert any("do not say where each slice lies" in text for text in report.warnings["p_3"])
+
+
 def test_what_the_converter_warns_of_is_reported_and_headers_without_positions_too(tmp_path: Path) -> None:
     write_slices(tmp_path / "in", [0, 3, 6])
     report = convert_series(tmp_path / "in", tmp_path / "out")

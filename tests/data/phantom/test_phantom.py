@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from asa.data.io.nifti import axis_codes, check_same_geometry, read_image, read_
 from asa.data.phantom import anatomy
 from asa.data.phantom.cohort import KINDS, make_cohort
 from asa.data.phantom.lesions import TumourPlan
-from asa.data.phantom.structures import STRUCTURES
+from asa.data.phantom.structures import ELLIPSOIDS, STRUCTURES, structure_maps
 from asa.data.phantom.warp import displacement_of, random_velocity, smooth_noise
 from asa.data.preprocessing import registration
 from asa.data.preprocessing.cohort import prepare_cohort
@@ -236,6 +237,19 @@ def test_structures_of_the_template_are_symmetric_and_disjoint_and_of_adult_size
         assert torch.equal(mask, mask.flip(-1)), name
         low, high = VOLUMES[name]
         assert low < mask.sum() / 1000 < high, name
+
+
+def test_in_grey_matter_alone_a_structure_is_its_ellipsoid_and_the_mirror_image():
+    grey = np.zeros((3, 60, 90, 80))
+    grey[1] = 1
+    maps = structure_maps(grey, np.array([0.0, -18.0, -5.0]))
+    z, y, x = np.indices(grey.shape[1:]) - np.array([34.5, 62.5, 39.5])[:, None, None, None]
+    for name, tolerance in (("thalamus", 0.01), ("hippocampus", 0.03)):  # the tail of the latter meets the putamen
+        (centre, radii, slope), mask = ELLIPSOIDS[name][1][0], maps[name]
+        assert mask.sum() == pytest.approx(2 * 4 / 3 * math.pi * math.prod(radii), rel=tolerance), name
+        assert (mask == mask[..., ::-1]).all(), name
+        assert [part[mask].mean() for part in (abs(x), y, z)] == pytest.approx(centre, abs=0.2), name
+        assert np.polyfit(y[mask], z[mask], 1)[0] == pytest.approx(slope, abs=0.02), name
 
 
 @needs_template
