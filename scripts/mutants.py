@@ -83,7 +83,7 @@ def listed(names: Sequence[str] = ()) -> list[Mutant]:
 def drawn(count: int, seed: int, names: Sequence[str] = ()) -> list[Mutant]:
     """Random changes of the code of all folders of asa/, or of those named.
 
-    Their tests are those of the listed changes of the same file, the test file of the same name, and those of the folder.
+    Their tests are those of the listed changes of the same file, the test file of the same name, and the folder's.
 
     Raises:
         ValueError: an unknown name.
