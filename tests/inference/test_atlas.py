@@ -78,7 +78,7 @@ def test_joint_fusion_of_identical_atlases_is_that_of_one_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    atlas, new = head(), head(pose=moved(1.03, 0, 5, 0))
+    atlas, new = head((6, 6, 6)), head((6, 6, 6), pose=moved(1.03, 0, 5, 0))
     one, three = (carry_over(new.image, new.spacing, [atlas] * count) for count in (1, 3))
     np.testing.assert_allclose(three, one, atol=1e-5)
     assert min(overlaps(one, new.label)) > 0.9
@@ -178,8 +178,9 @@ def test_a_channel_that_one_of_them_lacks_is_not_registered() -> None:
         np.concatenate([noise, new.image]),
         new.spacing,
         [replace(atlas, image=np.concatenate([np.zeros_like(atlas.image), atlas.image]))],
+        "majority",
     )
-    assert np.array_equal(found, carry_over(new.image, new.spacing, [atlas]))
+    assert np.array_equal(found, carry_over(new.image, new.spacing, [atlas], "majority"))
     with pytest.raises(ValueError, match="no channel that this scan and all atlases have"):
         carry_over(nothing, new.spacing, [atlas])
     with pytest.raises(ValueError, match="the scan has 2 channels, and the atlases have 1"):

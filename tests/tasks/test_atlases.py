@@ -80,9 +80,9 @@ def run(heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_all_others_of_the_store_are_predicted_and_evaluated(
     run: Callable, heads: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, shown = run("labelled=1")
+    code, shown = run("labelled=1", "fusion=majority")
     assert code == 0 and "left out, as atlases or other scans of their subjects: s0\n" in shown
-    assert "atlases, registered to each scan: s0, fusion joint\n" in shown and "s per scan (median of 3)" in shown
+    assert "atlases, registered to each scan: s0, fusion majority\n" in shown and "s per scan (median of 3)" in shown
     rows = read_rows(tmp_path / "out" / "volumes.csv")
     assert [list(row) for row in rows] == [["id", "outer_ml", "inner_ml"]] * 3  # no expected Dice
     assert [row["id"] for row in rows] == ["s1", "s2", "s3"]
@@ -99,6 +99,7 @@ def test_all_others_of_the_store_are_predicted_and_evaluated(
 def test_a_stopped_command_goes_on_with_what_is_missing(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    quick(monkeypatch)
     done: list[np.ndarray] = []
     carry_over = registration.carry_over
 
@@ -212,7 +213,7 @@ def test_an_oblique_scan_with_anisotropic_voxels_gets_its_labels_on_its_own_grid
     write_head(tmp_path / "one", "oblique", 2, axes, (62, 54, 28))
     truth = read_image(tmp_path / "one" / "oblique_dseg.nii.gz")
     (tmp_path / "one" / "oblique_dseg.nii.gz").unlink()
-    assert run("labelled=1", input=tmp_path / "one" / "oblique_T1w.nii.gz")[0] == 0
+    assert run("labelled=1", "fusion=majority", input=tmp_path / "one" / "oblique_T1w.nii.gz")[0] == 0
     made = read_image(tmp_path / "out" / "oblique_T1w.nii.gz")
     assert np.allclose(made.affine, truth.affine) and made.data.shape == truth.data.shape
     assert dice(made.data == 2, truth.data == 2) > 0.95 and dice(made.data == 7, truth.data == 7) > 0.8
@@ -225,7 +226,7 @@ def test_a_scan_that_fails_is_named_and_the_others_are_done(run: Callable, raw: 
     image = read_image(raw / "s3_T1w.nii.gz")
     write_image(scans / "thin.nii.gz", image.data[18:20], image.affine)  # two slices
     for done in ("", "2 of 5 scans are done already"):
-        code, shown = run("labelled=1", input=scans)
+        code, shown = run("labelled=1", "fusion=majority", input=scans)
         assert code == 1 and "3 scans failed, listed above" in shown and done in shown
         assert "broken: failed: " in shown
         assert "copy: failed: its voxels are those of the atlas s0, which has a label map: leave the scan out" in shown
@@ -347,9 +348,10 @@ def test_stores_that_do_not_fit_are_refused(
     assert code == 1 and f"flair was prepared in another way than the scans of {heads}: predict the raw scans" in shown
 
 
-def test_atlases_from_python(heads: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick(monkeypatch)
+def test_from_python_one_atlas_is_corrected_by_joint_fusion(heads: Path, raw: Path, tmp_path: Path) -> None:
     out = asa.predict(None, raw / "s3_T1w.nii.gz", tmp_path / "out", atlas=heads, labelled=["s0"])
-    assert (out / "s3_T1w.nii.gz").exists()
+    found, truth = voxels(out / "s3_T1w.nii.gz"), voxels(raw / "s3_dseg.nii.gz")
+    assert dice(found == 2, truth == 2) > 0.96 and dice(found == 7, truth == 7) > 0.85
+    assert json.loads((out / "atlas.json").read_text())["fusion"] == "joint"
     with pytest.raises(ValueError, match=r"checkpoint has to be given: add checkpoint=\.\.\. or atlas="):
         asa.predict(None, raw, tmp_path / "out")
