@@ -6,6 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from asa.config import build
+from asa.data.datasets.record import in_dataset
 from asa.data.io.files import NOT_HERE, PART
 from asa.data.io.lock import LOCK
 from asa.data.preprocessing.settings import CohortSettings
@@ -38,6 +39,8 @@ def prepare_task(config: Config) -> None:
         raise ValueError("data.root has to be given: add data.root=FOLDER")
     cohort = _cohort(config)
     records = build(config["data"], plugins=config["plugins"])
+    if config["dataset"] is not None:
+        records = in_dataset(records, str(config["dataset"]))
     from asa.data.preprocessing.cohort import prepare_cohort  # imports torch, when all that was given is right
     from asa.reporting.quality_control import PAGE, TABLE, QualityControlReport
 

@@ -45,6 +45,14 @@ def make_record(
     return record
 
 
+def in_dataset(records: Iterable[Record], name: str) -> list[Record]:
+    """Records whose ids and subjects begin with the name of their dataset, the site of those that have none."""
+    return [
+        {"site": name, **record, "id": f"{name}_{record['id']}", "subject": f"{name}_{record['subject']}"}
+        for record in records
+    ]
+
+
 def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:
     """Records sorted by id, after `check_records`; what is wrong with single scans becomes their `problem`.
 

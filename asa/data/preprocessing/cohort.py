@@ -145,7 +145,7 @@ def _prepare(
     try:
         prepare = partial(prepare_scan, root=root, cohort=cohort, software=software, thumbnail=on_scan is not None)
         for job, result in in_parallel(prepare, jobs):
-            outcome = result or ScanOutcome(reason=KILLED, killed=True)
+            outcome = result or ScanOutcome(reason=KILLED, keep=True)
             id = job.record["id"]
             _add(id, outcome, root, entries, report)
             if outcome.entry is not None:
@@ -159,9 +159,9 @@ def _prepare(
                 append_records(root, unsaved)
                 unsaved.clear()
                 next_save = time.monotonic() + SAVE_EVERY
-        killed = [read(id) for id in entries if id in ids and id not in identities]
+        kept = [read(id) for id in entries if id in ids and id not in identities]
         known = (read(id) for id in entries if id not in ids)
-        for id, reason in find_duplicates(known, [*identities.values(), *killed]).items():
+        for id, reason in find_duplicates(known, [*identities.values(), *kept]).items():
             if cohort.duplicates == "keep":
                 report.warnings.setdefault(id, []).append(reason)
                 failure = ""
@@ -256,7 +256,7 @@ def _add(id: str, outcome: ScanOutcome, root: Path | None, entries: dict[str, by
     for ids in (report.prepared, report.skipped):
         if id in ids:  # a duplicate, found after all scans were prepared
             ids.remove(id)
-    if outcome.killed:  # what the store holds of this scan may still be valid
+    if outcome.keep:
         return
     entries.pop(id, None)
     if root is not None:  # the arrays of this scan in the store are out of date, with or without an entry

@@ -78,7 +78,8 @@ class ScanOutcome:
 
     Args:
         line: of the entry.
-        killed: the worker process was killed, so that nothing is known about the scan.
+        keep: what the store holds of the scan stays, although it failed: its worker process was killed, or it is
+            another scan with the same id.
         unchanged: the store held the scan already.
         seconds: stage -> duration.
     """
@@ -86,7 +87,7 @@ class ScanOutcome:
     entry: dict[str, Any] | None = None
     line: bytes = b""
     reason: str = ""
-    killed: bool = False
+    keep: bool = False
     unchanged: bool = False
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -142,7 +143,7 @@ def prepare_scan(
         try:
             outcome = _prepare(job, root, cohort, software, thumbnail)
         except Exception as error:  # one scan must not stop the cohort
-            outcome = ScanOutcome(reason=reason_of(error))
+            outcome = ScanOutcome(reason=reason_of(error), keep=isinstance(error, AnotherScan))
         finally:
             torch.set_num_threads(threads)
     messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
@@ -162,6 +163,8 @@ def _prepare(
     if root is not None and job.previous is not None:
         previous = parse_entry(root / RECORDS, record["id"], job.previous)
     sources = _sources(record, previous["sources"] if previous else {})
+    if previous is not None:
+        _check_same_scan(previous, sources)
     if root is not None and previous is not None and _is_unchanged(previous, sources, root):
         entry: Entry = {**previous, **_subject(record), "sources": sources}
         outcome = ScanOutcome(entry, unchanged=True)
@@ -258,6 +261,22 @@ def _is_known(file: dict[str, Any], known: dict[str, Any]) -> bool:
 def _subject(record: Record) -> dict[str, str]:
     site = {"site": record["site"]} if "site" in record else {}
     return {"id": record["id"], "subject": record["subject"], **site}
+
+
+class AnotherScan(ValueError):
+    """The store holds another scan under the id of this one."""
+
+
+def _check_same_scan(entry: Entry, sources: dict[str, dict[str, Any]]) -> None:
+    """Raise an `AnotherScan` if all images of the scan differ from those in its entry, and these still exist."""
+    known, images = entry["sources"], sources.keys() - {"label"}
+    others = [name for name in sorted(images & known.keys()) if sources[name]["sha256"] != known[name]["sha256"]]
+    before = [known[name]["path"] for name in others if sources[name]["path"] != known[name]["path"]]
+    if len(before) == len(images) and all(map(os.path.isfile, before)):
+        raise AnotherScan(
+            f"the store holds another scan of this id, of {before[0]}: give dataset=NAME for the second of two "
+            "datasets, or another out="
+        )
 
 
 def _is_unchanged(entry: Entry, sources: dict[str, dict[str, Any]], root: Path) -> bool:

@@ -478,3 +478,31 @@ def test_a_background_of_nan_becomes_zero_where_asked_and_nan_in_the_head_never(
     images = [Store(tmp_path / name).image("good") for name in ("store", "same")]
     np.testing.assert_array_equal(*images)
     assert Store(tmp_path / "store").settings["nan"] == "zero" and "nan" not in Store(tmp_path / "same").settings
+
+
+# ---------------------------------------------------------------------------------------------- two datasets
+
+
+def test_a_scan_of_another_dataset_replaces_none_of_its_id_while_that_exists(tmp_path: Path) -> None:
+    for root, id in (("one", "a"), ("two", "b")):
+        write_scan(tmp_path / root, id)
+    for file in (tmp_path / "two").iterdir():
+        file.rename(file.with_name(file.name.replace("b_", "a_")))
+    store = tmp_path / "store"
+    assert command(*settings(tmp_path / "one", store)).code == 0
+    before = bytes_of(store)
+    refused = command(*settings(tmp_path / "two", store))
+    assert refused.code == 1 and bytes_of(store) == before
+    (reason,) = refused.lines("failed").values()
+    assert reason.startswith(
+        f"the store holds another scan of this id, of {tmp_path}/one/a_flair.nii.gz: give dataset="
+    )
+    assert command(*settings(tmp_path / "two", store), "dataset=two").code == 0
+    first, second = Store(store).records
+    assert (first["id"], first["subject"], first.get("site")) == ("a", "a", None)
+    assert (second["id"], second["subject"], second["site"]) == ("two_a", "two_a", "two")
+    assert bytes_of(store).items() > {key: value for key, value in before.items() if key.endswith(".npy")}.items()
+    for file in (tmp_path / "one").iterdir():
+        file.unlink()
+    assert command(*settings(tmp_path / "two", store), "duplicates=keep").code == 0
+    assert Store(store).record("a")["sources"]["t1"]["path"] == f"{tmp_path}/two/a_t1.nii.gz"
