@@ -12,7 +12,7 @@ from scipy.ndimage import binary_erosion
 from asa.cli import regions, simulate
 from asa.restoration.images import list_pictures, read_picture, read_regions, write_picture, write_regions
 from asa.restoration.region_maps import make_provider, outlined, paint, store_regions
-from asa.restoration.simulation import decimated, low_count_pet, low_dose_ct, simulate_folder
+from asa.restoration.simulation import decimated, low_count_pet, low_dose_ct, make_degradation, simulate_folder
 
 pytest.importorskip("skimage")
 
@@ -207,6 +207,17 @@ def test_simulated_pairs_are_read_in_the_units_of_their_source(tmp_path: Path, m
         np.testing.assert_allclose(read_picture(tmp_path / "pairs" / "high" / "a.png", window), expected, atol=1e-4)
     low, high = (read_picture(tmp_path / "pairs" / part / "a.png", (-1000, 1000)) for part in ("low", "high"))
     assert 0 < np.abs(low - high).mean() < 0.1
+
+
+def test_a_degradation_is_that_of_its_settings() -> None:
+    image, seed = discs(24, 20), np.random.default_rng
+    ct = make_degradation("ct", window=(-1000, 500), photons=3e3, pixel=2.0)(image, seed(1))
+    hu = low_dose_ct(image[0] * 1500 - 1000, seed(1), photons=3e3, pixel=2.0)
+    np.testing.assert_allclose(ct, (hu[None] + 1000) / 1500)
+    pet = make_degradation("pet", counts=2e4)(image, seed(1))
+    np.testing.assert_array_equal(pet, low_count_pet(image[0], seed(1), counts=2e4)[None])
+    small = make_degradation("sr", factor=4, blur=0.8)(image, seed(1))
+    np.testing.assert_array_equal(small, decimated(image, 4, blur=0.8))
 
 
 def test_simulation_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
