@@ -1,7 +1,7 @@
 """Single changes of the code that the tests have to notice. See scripts/mutants.
 
 Changes are made in temporary copies of the checkout, one at a time. A change survives if its tests pass in spite of it.
-Tests that do not end in time have noticed it.
+Tests of which none ends in time have noticed it.
 """
 
 import argparse
@@ -10,12 +10,13 @@ import copy
 import os
 import queue
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 60  # seconds that tests may take beyond three times what they take with the unchanged code
+PATIENCE = 300  # seconds in which a test has to end
+SILENT = "out of time"
 COMPARISONS: dict[type, list[type]] = {
     ast.Lt: [ast.LtE, ast.Gt], ast.LtE: [ast.Lt, ast.GtE], ast.Gt: [ast.GtE, ast.Lt], ast.GtE: [ast.Gt, ast.LtE],
     ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn],
@@ -168,57 +170,65 @@ def copy_checkout(folder: Path) -> Path:
     return folder
 
 
-def run_tests(checkout: Path, tests: str, limit: float | None = None) -> tuple[bool, str]:
-    """Whether the tests pass within a time limit in seconds, and the end of what they print."""
+def run_tests(checkout: Path, tests: str) -> str:
+    """Run tests until the first that fails.
+
+    Returns:
+        Its id without parameters, or the file that cannot be imported; "" if all pass; `SILENT` where none has ended
+        for too long.
+    """
     alone = {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests.split()],
+        [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-m", "not slow", *tests.split()],
         cwd=checkout, env={**os.environ, **alone}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+    failed = re.compile(r"^(?:FAILED|ERROR) ([^ \[]+)")
+    found = ""
     try:
-        shown = process.communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired:
+        while line := lines.get(timeout=PATIENCE):
+            if match := failed.match(line):
+                found = match[1]
+    except queue.Empty:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return False, "out of time"
-    return process.returncode == 0, shown[-3000:]
+        found = SILENT
+    return found or ("" if process.wait() == 0 else tests)
+
+
+def _read(process: subprocess.Popen[str], lines: "queue.Queue[str]") -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line)
+    lines.put("")
 
 
 def survivors(mutants: Sequence[Mutant], jobs: int) -> list[Mutant]:
     """The changes that their tests do not notice.
 
     Raises:
-        RuntimeError: tests that fail with the unchanged code.
+        RuntimeError: a test that fails with the unchanged code.
     """
-    every = {tests for mutant in mutants for tests in mutant.tests.split()}
-    whole = {tests: min((one for one in every if f"{tests}/".startswith(f"{one}/")), key=len) for tests in every}
-    seconds: dict[str, float] = {}  # of each file or folder of tests that is in no other folder of them
     with tempfile.TemporaryDirectory(prefix="asa-mutants-", ignore_cleanup_errors=True) as scratch:
         free: queue.Queue[Path] = queue.Queue()
         for k in range(jobs):
             free.put(copy_checkout(Path(scratch) / str(k)))
 
-        def unchanged(tests: str) -> None:
-            checkout, started = free.get(), time.monotonic()
-            passed, shown = run_tests(checkout, tests)
-            free.put(checkout)
-            if not passed:
-                raise RuntimeError(f"{tests}: the tests do not pass with the unchanged code\n{shown}")
-            seconds[tests] = time.monotonic() - started
-
         def survives(mutant: Mutant) -> bool:
             checkout = free.get()
-            (checkout / mutant.file).write_text(mutant.changed)
-            limit = PATIENCE + 3 * sum(seconds[tests] for tests in {whole[tests] for tests in mutant.tests.split()})
-            passed, _ = run_tests(checkout, mutant.tests, limit)
-            (checkout / mutant.file).write_text(mutant.text)
-            free.put(checkout)
-            print(f"{'SURVIVED' if passed else 'noticed '} {mutant}", flush=True)
-            return passed
+            try:
+                (checkout / mutant.file).write_text(mutant.changed)
+                failed = run_tests(checkout, mutant.tests)
+                (checkout / mutant.file).write_text(mutant.text)
+                if failed not in ("", SILENT) and run_tests(checkout, failed):
+                    raise RuntimeError(f"{failed} does not pass with the unchanged code")
+            finally:
+                free.put(checkout)
+            print(f"{'noticed ' if failed else 'SURVIVED'} {mutant}", flush=True)
+            return not failed
 
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(unchanged, sorted({*whole.values()})))
             return [mutant for mutant, alive in zip(mutants, pool.map(survives, mutants), strict=True) if alive]
 
 

@@ -75,7 +75,7 @@ def test_tests_that_fail_without_a_change_and_texts_that_are_not_once_in_their_f
     (checkout / "asa/ops/sums.py").write_text(ADD.replace("a + b", "a + 2 * b"))
     (checkout / "tests/mutants/ops.toml").write_text(ENTRY.format("a + 2", "a - 2"))
     assert mutants.main([]) == 1
-    assert "tests/ops: the tests do not pass with the unchanged code" in capsys.readouterr().err
+    assert "::test_two_and_three_are_five does not pass with the unchanged code" in capsys.readouterr().err
 
 
 def test_drawn_changes_are_of_one_place_and_depend_on_the_seed_alone(checkout: Path) -> None:
