@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from asa.data.datasets import bids, folder, ibsr, phantom
+from asa.data.datasets import bids, folder, freesurfer, ibsr, phantom
 from asa.data.io.nifti import axis_codes, check_same_geometry, read_image, read_label, spacing_of
 from asa.data.phantom import anatomy
 from asa.data.phantom.cohort import KINDS, make_cohort
 from asa.data.phantom.lesions import TumourPlan
-from asa.data.phantom.structures import ELLIPSOIDS, STRUCTURES, structure_maps
+from asa.data.phantom.structures import ELLIPSOIDS, STRUCTURES, aseg_label, structure_maps
 from asa.data.phantom.warp import displacement_of, random_velocity, smooth_noise
 from asa.data.preprocessing import registration
 from asa.data.preprocessing.cohort import prepare_cohort
@@ -250,6 +250,20 @@ def test_in_grey_matter_alone_a_structure_is_its_ellipsoid_and_the_mirror_image(
         assert (mask == mask[..., ::-1]).all(), name
         assert [part[mask].mean() for part in (abs(x), y, z)] == pytest.approx(centre, abs=0.2), name
         assert np.polyfit(y[mask], z[mask], 1)[0] == pytest.approx(slope, abs=0.02), name
+
+
+def test_aseg_values_of_mirrored_voxels_are_those_of_the_two_sides():
+    rng = np.random.default_rng(0)
+    structures, tissues = (rng.integers(0, high, (4, 5, 3), np.uint8) for high in (7, 4))
+    structures, tissues = (np.concatenate([half, half[..., ::-1]], axis=2) for half in (structures, tissues))
+    label = aseg_label(structures, tissues)
+    names = freesurfer.label_scheme().labels
+    expected = {"thalamus": "Left-Thalamus", "hippocampus": "Left-Hippocampus", "brainstem": "Brain-Stem"}
+    for place in np.ndindex(4, 5, 3):
+        left, right = (names.get(int(value), "") for value in (label[place], label[..., ::-1][place]))
+        assert right == left.replace("Left", "Right"), place
+        name = STRUCTURES.get(int(structures[place]))
+        assert left == expected.get(name, left) and (name or tissues[place] or not left)
 
 
 @needs_template
