@@ -229,6 +229,13 @@ def test_a_column_that_cannot_be_learnt_is_refused(
     assert message in capsys.readouterr().err and not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_two_values_are_enough(cohort: Path, tmp_path: Path) -> None:
+    ages = "".join(f"s{k:02},{20 + 40 * (k % 2)}\n" for k in range(SCANS))
+    (tmp_path / "table.csv").write_text(f"subject,age\n{ages}")
+    changes = (f"data.table={tmp_path / 'table.csv'}", "plan=only")
+    assert finetune.main(options(cohort, tmp_path / "run", *changes)) == 0
+
+
 def test_scans_without_a_number_are_left_out_and_named(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
