@@ -101,6 +101,8 @@ def run_command(
 def _run(command: str, main: Callable[[Config], object], chosen: argparse.Namespace) -> int:
     """Compose, run, and turn errors into a line and an exit code."""
     try:
+        if sys.platform == "win32":
+            raise ValueError("commands need Linux or macOS: on Windows run them in WSL 2 (docs/faq.md)")
         config = _at_home(compose(command, chosen.overrides, config_dir=chosen.config_dir))
         if chosen.config_dir and "config_dir" in config:  # of a command that composes the configurations of others
             config["config_dir"] = chosen.config_dir

@@ -580,3 +580,8 @@ def test_asa_with_a_command_is_that_command(capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit) as stopped:
             main(["--version"])
         assert not stopped.value.code and capsys.readouterr().out == f"asa {asa.__version__}\n"
+
+
+def test_commands_on_windows_say_where_they_run(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert failed_in_one_line(command("orient", "input=a", "out=b", "axes=RAS"), "WSL 2")
