@@ -401,7 +401,8 @@ def written(value: Any) -> str:
     text = str(value)
     if re.fullmatch(r"[A-Za-z/][\w./:@-]*", text) and text.lower() not in ("true", "false", "null", "nan", "inf"):
         return text
-    quoted = text.replace("'", "\\'")
+    # A backslash is itself, but for those before a quote, which are escaped as the quote is.
+    quoted = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"'{quoted}'"
 
 

@@ -1,7 +1,5 @@
-"""Pages that mkdocs adds to those in docs/: commands from their help, recipes from the experiments, the public API."""
+"""Pages that mkdocs adds to those in docs/: tables of each command's keys, recipes, the public API."""
 
-import contextlib
-import io
 import itertools
 import re
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from asa.cli import COMMANDS
+from asa.cli.manual import OPTIONS, Key, Section, examples, sections
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = re.compile(r"^from \.(?P<module>[\w.]+) import (?P<name>\w+) as (?P=name)$", flags=re.MULTILINE)
@@ -21,7 +20,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages and their places in the navigation (a hook of mkdocs)."""
     for folder, heading, about, pages in (
         ("recipes", "Recipes", "An experiment is a file of settings, taken with `experiment=NAME`.", recipe_pages()),
-        ("commands", "Commands", "Every command prints this text with `--help`.", command_pages()),
+        ("commands", "Commands", "`--help` prints what these pages say.", command_pages()),
         ("api", "Python", "What `import asa` offers, by the module that it is in.", api_pages()),
     ):
         rows = [f"| [{name}]({name}.md) | {line} |" for name, (line, _) in sorted(pages.items())]
@@ -44,15 +43,31 @@ def fill(nav: Any, place: str, pages: list[str]) -> None:
 
 
 def command_pages() -> dict[str, tuple[str, str]]:
-    """What each command says of itself."""
+    """A page for each command: its examples, and tables of its keys."""
     pages = {}
-    for name in COMMANDS:
-        module, shown = COMMANDS[name], io.StringIO()
-        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-            module.main(arguments=["--help"])
-        about = (module.__doc__ or "").splitlines()[0]
-        pages[f"asa-{name}"] = (about, f"# asa-{name}\n\n```text\n{shown.getvalue()}```\n")
+    for name, command in COMMANDS.items():
+        parts = [f"# asa-{name}", command.about, "## Examples"]
+        for line in examples(name).splitlines():
+            parts.append(f"```\n{line.strip()}\n```" if line.startswith(" ") else line)
+        found = sections(name, every=True)
+        found.append(Section("Options", [Key(option, "", note) for option, note in OPTIONS.items()]))
+        for title, keys in found:
+            rows = [f"| `{key}` | {code(default or '')} | {cell(note)} |" for key, default, note in keys]
+            heading, _, about = title.partition(": ")
+            parts += [f"## {heading}", *([about] if about else [])]
+            parts.append("\n".join(["| key | default | meaning |", "|---|---|---|", *rows]))
+        pages[f"asa-{name}"] = (command.about, "\n\n".join(parts) + "\n")
     return pages
+
+
+def code(default: str) -> str:
+    """A default in a cell of a table: a value as code, words as they are."""
+    return cell(default) if not default or default.startswith(("required", "that of")) else f"`{default}`"
+
+
+def cell(text: str) -> str:
+    """Text in a cell of a table, where none of its characters is Markdown."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text).replace("<", "&lt;")
 
 
 def recipe_pages() -> dict[str, tuple[str, str]]:

@@ -374,3 +374,10 @@ def test_a_model_that_the_method_does_not_train_is_refused_with_those_that_it_do
         composed("finetune", "method=restore", "model=unet_base")
     with pytest.raises(ValueError, match="choose sa_swin_small$"):
         composed("pretrain", "method=sa_swin")
+
+
+@pytest.mark.parametrize(
+    "text", ["C:\\data\\scans", "D:\\my scans\\", "\\\\server\\share\\", "a\\'b", "sub-(\\d+)\\\\", "'"]
+)
+def test_backslashes_and_quotes_of_a_value_are_kept(text: str) -> None:
+    assert compose("phantom", as_overrides("phantom", {"out": text}))["out"] == text

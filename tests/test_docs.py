@@ -3,6 +3,7 @@
 import inspect
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,19 @@ from pydoc import locate
 import pytest
 
 from asa.cli import COMMANDS
+from asa.cli.manual import sections
 from asa.config import compose
 from scripts.docs_pages import public_names
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs/experiment").glob("*.yaml")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "configs/experiment").glob("*.yaml"),
+        *(ROOT / "configs").glob("*.yaml"),
+    ]
+)
 STARTS = re.compile(r"(?:asa-|asa |torchrun\b.* -m asa |sbatch\b.*slurm\.sbatch )(?P<command>\w+)(?= |$)")
 OPEN = re.compile(r"\.\.\.|\bSETTINGS\b")  # what a reader fills in
 
@@ -95,10 +104,23 @@ def test_every_public_name_is_on_a_page_of_the_manual(site: Path) -> None:
 
 def test_every_command_and_every_experiment_has_a_page(site: Path) -> None:
     for name in COMMANDS:
-        assert f"usage: asa-{name}" in (site / "commands" / f"asa-{name}.html").read_text()
+        page = (site / "commands" / f"asa-{name}.html").read_text()
+        for key in (key for section in sections(name, every=True) for key in section.keys):
+            assert f"<td><code>{key.name}</code></td>" in page, key.name
     for file in (ROOT / "configs" / "experiment").glob("*.yaml"):
         page = (site / "recipes" / f"{file.stem}.html").read_text()
         assert f'<h1 id="{file.stem}"' in page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_page_opened_from_the_disk_is_searched(site: Path) -> None:
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
+    for word, answer in (("asymmetry", "matching documents"), ("qwertz", "No matching documents")):
+        page = f"{(site / 'commands/asa-view.html').as_uri()}?q={word}"
+        shown = subprocess.run(["chromium", *options, page], capture_output=True, text=True, timeout=60).stdout
+        found = re.search(r'md-search-result__meta">([^<]*)', shown)
+        assert found is not None and found[1].strip().endswith(answer), word
+        assert found[1].strip()[0].isdigit() == (word == "asymmetry")
 
 
 def test_the_manual_fetches_nothing_from_elsewhere(site: Path) -> None:

@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-SMALLER = {"modules": "STEPS = 3", "finetuning": "SUBJECTS, STEPS = 4, 6"}
-PICTURES = {"modules": 6, "finetuning": 2}
+SMALLER = {
+    "modules": "STEPS = 3",
+    "finetuning": "SUBJECTS, STEPS = 4, 6",
+    "first_hour": "STEPS, PRETRAINING_STEPS = 2, 2",
+}
+PICTURES = {"modules": 6, "finetuning": 2, "first_hour": 1}
 
 
 def cells(name: str) -> list[dict[str, Any]]:
@@ -39,10 +43,11 @@ def test_a_notebook_runs_from_top_to_bottom(name: str, tmp_path: Path, monkeypat
     names: dict[str, Any] = {}
     parameters = 0
     for cell in cells(name):
-        if cell["cell_type"] != "code":
+        tags = cell["metadata"].get("tags", [])
+        if cell["cell_type"] != "code" or "install" in tags:
             continue
         exec(compile("".join(cell["source"]), f"{name}.ipynb", "exec"), names)
-        if "parameters" in cell["metadata"].get("tags", []):
+        if "parameters" in tags:
             before = set(names)
             exec(SMALLER[name], names)
             assert set(names) == before, "the test may only override parameters of the notebook"

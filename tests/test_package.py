@@ -1,7 +1,6 @@
 """The wheel contains everything that the commands need."""
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from examples import write_examples
+from wheels import build_wheel
 
 from asa.config import CONFIG_DIR
 
@@ -18,16 +18,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the sources, unpacked, as in an installation."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in ("asa", "configs"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = (copy / "dist").glob("*.whl")
     target = tmp_path_factory.mktemp("installed")
-    zipfile.ZipFile(wheel).extractall(target)
+    zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("source"))).extractall(target)
     return target
 
 

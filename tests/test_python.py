@@ -1,6 +1,7 @@
 """The package from Python, as a user of timm and TorchIO expects it: attributes, names, what objects say they hold."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,18 @@ def test_a_store_its_records_and_a_dataset_tell_what_they_hold(store: Path) -> N
     assert repr(opened.records[:2]) == "Records(2 scans: s0, s1)"
     crops = asa.CropDataset(opened, opened.records, (32, 48, 32), crop="random", labelled=True)
     assert repr(crops) == "CropDataset(4 scans, crops of 32 x 48 x 32 voxels, random, labelled)"
+
+
+def test_lightning_trains_a_method_as_the_manual_says(store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    (block,) = re.findall(r"^```python\n(import asa, lightning.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "store").symlink_to(store)
+    block = block.replace("Trainer(", "Trainer(accelerator='cpu', ")
+    code = f"{block}\nlosses = trainer.logged_metrics\nprint(trainer.global_step, float(losses['loss']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    steps, loss = done.stdout.split()[-2:]
+    assert done.returncode == 0 and steps == "40" and 0 < float(loss) < 10, done.stderr
 
 
 def test_a_package_of_ones_own_is_found_beside_its_configurations(store: Path, tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import yaml
 
 import asa
 from asa import __version__
-from asa.config import CONFIG_DIR, SETTINGS, choices, compose, describe, written
+from asa.cli.manual import OPTIONS, examples, help_text
+from asa.config import compose, written
 from asa.errors import EXPECTED, reason_of
 from asa.tasks.checks import check
 from asa.training.process import RESUME_CODE, MainRankFailed, Stopped, exit_process, is_main, rank, world_size
@@ -79,15 +81,14 @@ def run_command(
     parser = argparse.ArgumentParser(
         prog=f"asa-{command}",
         usage=f"asa-{command} [--help] [--version] [--print] [--config-dir DIR] [--traceback] key=value ...",
-        description=about,
-        epilog=_help_text(command),
+        description=f"{about}\n\nexamples:\n{indent(examples(command), '  ')}",
+        epilog=help_text(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
-    parser.add_argument("--print", action="store_true", help="print the configuration and stop")
-    own = "a folder of your own with experiment/, model/, ...; plugins are searched beside it"
-    parser.add_argument("--config-dir", metavar="DIR", help=own)
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--print", action="store_true", help=OPTIONS["--print"])
+    parser.add_argument("--config-dir", metavar="DIR", help=OPTIONS["--config-dir"])
+    parser.add_argument("--traceback", action="store_true", help=OPTIONS["--traceback"])
     parser.add_argument("--version", action="version", version=f"asa {__version__}")
     chosen = parser.parse_intermixed_args(arguments)
     with warnings.catch_warnings():
@@ -100,6 +101,8 @@ def run_command(
 def _run(command: str, main: Callable[[Config], object], chosen: argparse.Namespace) -> int:
     """Compose, run, and turn errors into a line and an exit code."""
     try:
+        if sys.platform == "win32":
+            raise ValueError("commands need Linux or macOS: on Windows run them in WSL 2 (docs/faq.md)")
         config = _at_home(compose(command, chosen.overrides, config_dir=chosen.config_dir))
         if chosen.config_dir and "config_dir" in config:  # of a command that composes the configurations of others
             config["config_dir"] = chosen.config_dir
@@ -144,39 +147,3 @@ def _at_home(node: Any) -> Any:
     if isinstance(node, list):
         return [_at_home(value) for value in node]
     return str(Path(node).expanduser()) if isinstance(node, str) and node.startswith("~/") else node
-
-
-def _help_text(command: str) -> str:
-    """The command's YAML with its comments, the typed settings with theirs, and the choices of each group."""
-    settings = SETTINGS.get(command, {})
-    path = CONFIG_DIR / f"{command}.yaml"
-    own = yaml.safe_load(path.read_text())
-    lines = ["settings:", *(f"  {line}" for line in _body(path, hidden={"defaults", *settings})), ""]
-    for group, target in settings.items():
-        for setting in describe(target):
-            value = own.get(group, {}).get(setting.name, setting.default)
-            lines.append(f"  {group}.{setting.name}={_plain(value)}\n      {setting.note}")
-        lines.append("")
-    groups = [key for entry in own["defaults"] if isinstance(entry, dict) for key in entry if key not in settings]
-    for group in groups:
-        names = choices(command, group)
-        lines.append(f"  {group}= one of: {', '.join(names) or 'your own, in a folder that --config-dir names'}")
-        for name in names if group == "data" else ():  # each reader has keys of its own
-            text = (CONFIG_DIR / group / f"{name}.yaml").read_text()
-            lines += ["", f"  data={name}", *(f"    {line}" for line in text.splitlines())]
-    return "\n".join(lines)
-
-
-def _body(path: Path, hidden: set[str]) -> list[str]:
-    """Lines of a YAML file without the blocks of some of its top-level keys."""
-    lines, shown = [], True
-    for line in path.read_text().splitlines():
-        if line and not line.startswith((" ", "-")):
-            shown = line.split(":")[0] not in hidden
-        if shown:
-            lines.append(line)
-    return lines
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")

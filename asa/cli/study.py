@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ STUDY, DONE, PAGE = "study.yaml", "done.json", "study.html"
 RECIPES = {"pretrain": {"experiment": "structures_pretrain"}, "finetune": {"experiment": "structures_finetune"}}
 ENCODER = "asa://tiny-t1"  # without unlabelled scans
 FOLDS = 5
+ATLASES = 3  # whose joint label fusion docs/evidence.md compares with networks
 HEAD_MB = 9.8  # of a brain at 1 mm in a store: 160 x 192 x 160 voxels in float16
 HEADER = """\
 # Written by asa run, to be read and changed: each stage is a command with its settings, and paths begin in this folder.
@@ -97,7 +99,8 @@ def plan_stages(config: Config) -> list[Stage]:
     """The stages of a study of some folders.
 
     Labelled scans of several subjects are divided into folds: a network from the pretrained encoder and one from
-    scratch are trained for each, and compared on the scans that they were not trained on. One alone gives a network,
+    scratch are trained for each, and compared on the scans that they were not trained on; where the extra `atlas` is
+    installed, also with the registration of a few labelled scans to the others. One subject alone gives a network,
     which nothing can be said about.
 
     Args:
@@ -142,6 +145,16 @@ def plan_stages(config: Config) -> list[Stage]:
     if len(runs) > 1:
         compared = {run: f"runs/{run}/evaluation" for run in runs}
         stages.append(Stage("comparison", "evaluate", {"compare": compared, "out": "comparison"}))
+        if find_spec("ants"):
+            store = {"atlas": "stores/labelled", "labelled": min(ATLASES, len(subjects) - 1)}
+            stages.append(Stage("atlas", "predict", store | {"input": "stores/labelled", "out": "atlas/predictions"}))
+            maps = {"predictions": "atlas/predictions", "truth": "stores/labelled"}
+            part = {"allow_missing": True}  # the atlases themselves are not predicted
+            stages.append(Stage("atlas_scores", "evaluate", maps | part | {"out": "atlas/evaluation"}))
+            compared = {"atlas": "atlas/evaluation", "pretrained": compared["pretrained"]}
+            stages.append(
+                Stage("atlas_comparison", "evaluate", {"compare": compared, "out": "atlas/comparison"} | part)
+            )
     if config["new"]:
         own: dict[str, Any] = {
             "checkpoint": networks,

@@ -228,7 +228,7 @@ class NumberScores:
 
 def measures(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Error, R2, correlation, bias and its slope of predictions `(N,)`; NaN where one is undefined."""
-    error, deviation = predicted - truth, truth - truth.mean()
+    error, deviation = predicted - truth, (truth - truth.mean()) * (truth.min() < truth.max())  # exactly 0 if constant
     squares, spread = float((deviation**2).sum()), predicted - predicted.mean()
     both = math.sqrt(squares * float((spread**2).sum()))
     return {

@@ -92,10 +92,13 @@ def view_task(config: Config) -> None:
         raise FileNotFoundError(f"{source}: no such folder; give a store, a folder of asa-predict, or a run")
     if not isinstance(config["count"], int) or config["count"] < 1:
         raise ValueError(f"count={config['count']}: give a number of scans from 1")
+    kind = "store" if (source / MANIFEST).is_file() else "run" if (source / "checkpoints").is_dir() else None
+    if kind and (given := [key for key in ("images", "evaluation") if config[key] is not None]):
+        raise ValueError(f"{given[0]}= is for label maps, and {source} is a {kind}: leave it out")
     scores = None if config["evaluation"] is None else read_scores(Path(str(config["evaluation"])))
-    if (source / MANIFEST).is_file():
+    if kind == "store":
         cases, what = stored(Store(source), config), "prepared scans"
-    elif (source / "checkpoints").is_dir():
+    elif kind == "run":
         cases, what = reconstructed(source, config), "reconstructions"
     else:
         cases, what = predicted(source, config, scores), "label maps"

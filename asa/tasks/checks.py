@@ -53,7 +53,7 @@ def _check_training(config: Config) -> None:
 
 def _check_predict(config: Config) -> None:
     _exists(config["input"])
-    _choice(config, "layout", ("bids",), "null for OUT/ID.nii.gz")
+    _choice(config, "layout", ("bids", "mgz"), "null for OUT/ID.nii.gz")
     if config["atlas"] is not None:
         _store(config["atlas"])
     else:

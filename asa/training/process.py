@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from asa.data.io.parallel import SIGNALS
+
 
 class MainRankFailed(Exception):
     """The main rank failed, and has printed why."""
@@ -49,8 +51,7 @@ def exit_process(code: int) -> None:
 
 
 # Exit code of a command that saved and stopped: the same command continues (EX_TEMPFAIL of sysexits.h).
-RESUME_CODE = os.EX_TEMPFAIL
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+RESUME_CODE = 75
 
 
 class Stopped(Exception):

@@ -88,7 +88,10 @@ def test_a_folder_that_is_not_recognised_says_what_is_in_it(tmp_path: Path, name
         recognise(tmp_path / "other", labelled=True)
 
 
-def test_several_labelled_subjects_are_compared_in_folds_and_one_is_not(tmp_path: Path) -> None:
+def test_several_labelled_subjects_are_compared_in_folds_and_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "find_spec", lambda _: None)  # without the extra atlas
     files(tmp_path / "lab")
     bids(tmp_path / "raw")
     given = {"labelled": tmp_path / "lab", "labels": LABELS, "out": tmp_path / "study"}
@@ -109,6 +112,24 @@ def test_several_labelled_subjects_are_compared_in_folds_and_one_is_not(tmp_path
     stages = {stage.name: stage for stage in plan_stages(settings(**given))}
     assert list(stages) == ["labelled", "pretrained"]
     assert stages["pretrained"].settings["init"] == study.ENCODER
+
+
+def test_networks_are_compared_with_registration_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "find_spec", lambda name: name == "ants")
+    files(tmp_path / "lab")
+    for number in range(5):
+        given = settings(labelled=tmp_path / "lab", labels=LABELS, out=tmp_path / "study")
+        stages = {stage.name: stage for stage in plan_stages(given)}
+        assert list(stages)[-4:] == ["comparison", "atlas", "atlas_scores", "atlas_comparison"]
+        for stage in stages.values():
+            compose(stage.command, as_overrides(stage.command, stage.settings))
+        assert stages["atlas"].settings["labelled"] == min(number + 1, study.ATLASES), "one subject is left to predict"
+        first, second = stages["atlas_comparison"].settings["compare"].values()
+        assert first == stages["atlas_scores"].settings["out"] and second == "runs/pretrained/evaluation"
+        scan(tmp_path / "lab" / f"c{number}_T1.nii.gz")
+        scan(tmp_path / "lab" / f"c{number}_seg.nii.gz")
 
 
 def test_settings_of_a_command_are_added_to_its_stages(tmp_path: Path) -> None:

@@ -169,7 +169,10 @@ def test_names_of_others_are_text_in_a_page(viewer: Path, tmp_path: Path) -> Non
         ({"viewer": "none.js"}, "no such file; viewer= is NiiVue's"),
         ({"viewer": "other.js"}, "not NiiVue's"),
         ({"ids": "[nobody]"}, "no 'nobody'"),
-        ({"evaluation": "missing"}, "summary.json: no such file"),
+        ({"input": ".", "evaluation": "missing"}, "summary.json: no such file"),
+        ({"evaluation": "run"}, "evaluation= is for label maps"),
+        ({"images": "."}, "is a store: leave it out"),
+        ({"input": "run", "evaluation": "run"}, "run is a run: leave it out"),
         ({"count": "0"}, "from 1"),
     ],
 )
@@ -184,6 +187,8 @@ def test_what_cannot_be_shown_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("other.js").write_text("alert()")
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/summary.json").write_text("{}")
     given = {"input": str(store), "out": "page.html", "viewer": str(viewer)} | settings
     assert view.main([f"{key}={value}" for key, value in given.items()]) == 1
     assert message in capsys.readouterr().err and not Path("page.html").exists()

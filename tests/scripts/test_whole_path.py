@@ -1,9 +1,12 @@
-"""scripts/whole-path, from nnU-Net's folder to the Hub, run as a reader of it would, and what it has to keep."""
+"""scripts/whole-path, run by a reader from a wheel in a fresh environment, and what each path has to keep."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 from hub_server import serving
 from untrained import call
+from wheels import build_wheel
 
 import asa
 from asa.cli import predict
@@ -26,18 +30,85 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of the script."""
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the commands in a fresh environment: the wheel, and beside it the installed dependencies only."""
+    wheel = build_wheel(tmp_path_factory.mktemp("source"))
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin/python"), "install", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--quiet", str(wheel)], check=True)
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth, of the checkout, are not read
+    return home / "bin"
+
+
+def run(commands: Path, folder: Path, *paths: str) -> subprocess.CompletedProcess[str]:
+    """Run the script into a folder, from the folder that it is in."""
+    environment = os.environ | {
+        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""
+    }  # fmt: skip
+    environment.pop("PYTHONPATH", None)
+    command = [str(ROOT / "scripts" / "whole-path"), folder.name, *paths]
+    return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
+
+
+def ran(commands: Path, folder: Path, path: str) -> Path:
+    """The folder of a path that was run into a new folder."""
+    found = run(commands, folder, path)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return folder / path
+
+
+@pytest.fixture(scope="module")
+def done(commands: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the path from nnU-Net's folder wrote."""
     folder = tmp_path_factory.mktemp("path") / "whole"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(ROOT / "scripts" / "whole-path"), folder.name]
-    ran = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "parameters" in ran.stdout
-    again = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
-    assert again.returncode == 1 and "give a new folder" in again.stderr
-    return folder
+    found = run(commands, folder, "nnunet")
+    assert found.returncode == 0 and "parameters" in found.stdout, found.stdout + found.stderr
+    return folder / "nnunet"
+
+
+def test_the_commands_are_those_of_the_wheel(commands: Path, tmp_path: Path) -> None:
+    code = "import asa; print(asa.__file__)"
+    shown = subprocess.run(
+        [commands / "python", "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, env={}
+    )
+    assert Path(shown.stdout.strip()).is_relative_to(commands.parent), shown.stderr
+
+
+def test_a_folder_that_exists_is_left_alone(commands: Path, tmp_path: Path) -> None:
+    found = run(commands, tmp_path)
+    assert found.returncode == 1 and "give a new folder" in found.stderr and not list(tmp_path.iterdir())
+
+
+def test_from_freesurfers_subjects_to_label_maps_on_their_grid(commands: Path, tmp_path: Path) -> None:
+    folder = ran(commands, tmp_path / "whole", "freesurfer")
+    (file,) = (folder / "predictions").glob("*.mgz")
+    made, scan = read_label(file), read_image(folder / "subjects" / file.stem / "mri/T1.mgz")
+    assert made.data.shape == scan.data.shape and np.array_equal(made.affine, scan.affine)
+    results = json.loads((folder / "evaluation/summary.json").read_text())["results"]
+    assert "Left-Thalamus" in results and Store(folder / "store").labels[2] == "Left-Cerebral-White-Matter"
+
+
+def test_from_bids_and_ages_to_a_probe_and_a_network(commands: Path, tmp_path: Path) -> None:
+    folder = ran(commands, tmp_path / "whole", "bids")
+    assert (folder / "probe/report.html").is_file() and (folder / "evaluation/summary.json").is_file()
+    tested = json.loads((folder / "finetuned/split.json").read_text())["test"]
+    rows = list(csv.DictReader((folder / "predictions/predictions.csv").open(newline="")))
+    assert len(tested) == 3 and sorted(row["id"] for row in rows) == sorted(tested)
+    assert all(0 < float(row["predicted"]) < 120 for row in rows)
+
+
+def test_a_package_of_ones_own_is_trained_and_predicts(commands: Path, tmp_path: Path) -> None:
+    folder = ran(commands, tmp_path / "whole", "package")
+    assert len(list((folder / "labels").glob("*.nii.gz"))) == 1
+    assert (folder / "volumes/predictions.csv").read_text().startswith("id,subject,brain_ml,")
+
+
+def test_the_notebook_of_the_first_hour_runs_from_the_wheel(commands: Path, tmp_path: Path) -> None:
+    folder = ran(commands, tmp_path / "whole", "notebook") / "notebook_first_hour"
+    assert len(list((folder / "predictions").glob("*.nii.gz"))) == 2
+    assert "<html" in (folder / "viewer.html").read_text()[:200]
 
 
 def test_labels_and_geometry_are_kept_from_nnunets_folder_to_the_bids_derivative(done: Path) -> None:

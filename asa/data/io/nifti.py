@@ -309,6 +309,8 @@ def check_memory(voxels: float, what: str) -> None:
     Raises:
         ValueError: as float32 with one copy it needs more than half of the memory of this machine.
     """
+    if not hasattr(os, "sysconf"):  # Windows
+        return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not 8 * voxels <= memory / 2:
         raise ValueError(f"{what}: {voxels:.3g} voxels do not fit into the memory of this machine")

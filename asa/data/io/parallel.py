@@ -10,7 +10,8 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice
-from multiprocessing.context import ForkServerContext
+from multiprocessing import get_all_start_methods
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from asa.errors import one_line, reason_of, require
 J = TypeVar("J")
 T = TypeVar("T")
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # that stop a run
 KILLED = "a worker process was killed, perhaps because memory ran out; run again with fewer workers"
 AHEAD = 2000  # jobs that a dask scheduler holds at a time: enough for the workers, and little of its memory
 PATIENCE = 30  # seconds that it has to answer
@@ -198,8 +200,13 @@ def _on_worker(
     return function(job)
 
 
-def worker_context(module: str) -> ForkServerContext:
-    """How workers are started: as forks of one process that has imported `module`, which takes seconds, for all."""
+def worker_context(module: str) -> BaseContext:
+    """How workers are started: as forks of one process that has imported `module`, which takes seconds, for all.
+
+    On Windows, which has no forks, each worker imports it.
+    """
+    if "forkserver" not in get_all_start_methods():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])  # of no effect once that process has been started
     return context
@@ -229,7 +236,7 @@ def ignore_stop_signals() -> None:
     Slurm and other schedulers send these signals to the whole process group. The training process then saves a
     checkpoint, and needs its workers until it has done so.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -166,6 +166,17 @@ def test_batches_do_not_depend_on_workers_or_start_step(store, workers: int) -> 
             assert torch.equal(expected[key], found[key])
 
 
+@pytest.mark.slow
+def test_workers_that_are_spawned_load_the_same_batches(store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asa.data.io.parallel.get_all_start_methods", lambda: ["spawn"])  # as on Windows
+    opened = Store(store)
+    dataset = CropDataset(opened, opened.records[:3], (16, 16, 16), crop="random", labelled=True, augment=STRONG)
+    loaders = [make_loader(dataset, 2, LoaderSettings(workers=workers)) for workers in (0, 1)]
+    assert type(loaders[1].multiprocessing_context).__name__ == "SpawnContext"
+    for expected, found in islice(zip(*loaders, strict=True), 2):
+        assert expected["id"] == found["id"] and torch.equal(expected["image"], found["image"])
+
+
 def test_the_sampler_draws_every_record_once_per_epoch() -> None:
     addresses = [address for batch in islice(EndlessSampler(5, 4, micro_batches=2, seed=1), 20) for address in batch]
     assert len(addresses) == 40

@@ -395,6 +395,15 @@ def test_workers_write_the_same_bytes_as_one_process(cohort, tmp_path):
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
+@pytest.mark.slow
+def test_workers_that_are_spawned_write_the_same_bytes(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("asa.data.io.parallel.get_all_start_methods", lambda: ["spawn"])  # as on Windows
+    monkeypatch.delattr("signal.SIGUSR1")
+    run(cohort[:2], tmp_path / "one")
+    run(cohort[:2], tmp_path / "two", workers=2)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
 def test_a_bad_scan_is_named_and_does_not_affect_the_others(cohort, tmp_path):
     run(cohort, tmp_path / "good")
     Path(cohort[1]["images"]["t1"]).write_bytes(b"\x1f\x8b broken")
