@@ -7,7 +7,7 @@ regions, and the mean intensities of cubes of 8 mm. Every figure is of people th
 IXI: heads with their regions, ID_T1.nii.gz and ID_regions.nii.gz, and ages.csv with the columns id, age and sex.
 HEADS: the BIDS folder that the encoder was pretrained on (OpenNeuro's ds002748), with age, gender and group.
 OASIS: brains, ID_SS.nii.gz, of a third scanner; nothing else is known of them.
-About 10 s of one core per head; what is prepared is not prepared again.
+About 10 s of one core per head; what is done is not done again.
 """
 
 import argparse
@@ -64,6 +64,8 @@ def first_weights(out: Path) -> Path:
 
 def embed(cohort: str, checkpoint: str | Path, data: Path, out: Path, name: str) -> None:
     """The mean token of each head, in OUT/NAME.csv."""
+    if (out / f"{name}.csv").exists():
+        return
     size, source = f"img_size={list(SIZE)}".replace(" ", ""), [f"input={out / 'store'}"]
     if cohort == STRIPPED:
         source = [f"input={data}", COHORTS[cohort][1].removeprefix("data."), "strip=none"]
@@ -79,16 +81,25 @@ def write_volumes(store: Store, data: Path, table: Path) -> None:
     write_numbers(table, [f"region_{value}" for value in values], rows)
 
 
-def write_intensities(store: Store, table: Path) -> None:
-    """The mean intensity of each cube of each prepared head."""
-    means = {}
-    for record in store.records:
-        volume = np.asarray(store.image(record["id"]), dtype=np.float32)
-        starts = [(n - size) // 2 for n, size in zip(volume.shape[1:], SIZE, strict=True)]
-        box = read_box(volume, starts, SIZE)[0]
-        d, h, w = (size // CUBE for size in SIZE)
-        means[record["id"]] = box.reshape(d, CUBE, h, CUBE, w, CUBE).mean(axis=(1, 3, 5)).ravel()
-    write_numbers(table, [f"cube_{k}" for k in range(d * h * w)], means)
+def write_intensities(stores: dict[str, Store], out: Path) -> None:
+    """The mean intensity of each cube that is in half of the heads of each cohort or more, in COHORT/intensities.csv.
+
+    Of a cube at the rim of a few heads the SD over the training heads may be near 0, and the features of others huge.
+    """
+    means: dict[str, dict[str, np.ndarray]] = {}
+    for cohort, store in stores.items():
+        for record in store.records:
+            volume = np.asarray(store.image(record["id"]), dtype=np.float32)
+            starts = [(n - size) // 2 for n, size in zip(volume.shape[1:], SIZE, strict=True)]
+            box = read_box(volume, starts, SIZE)[0]
+            d, h, w = (size // CUBE for size in SIZE)
+            cubes = box.reshape(d, CUBE, h, CUBE, w, CUBE).mean(axis=(1, 3, 5)).ravel()
+            means.setdefault(cohort, {})[record["id"]] = cubes
+    inside = [np.mean([row > 0 for row in rows.values()], axis=0) >= 0.5 for rows in means.values()]
+    kept = np.flatnonzero(np.all(inside, axis=0))
+    for cohort, rows in means.items():
+        own = {id: row[kept] for id, row in rows.items()}
+        write_numbers(out / cohort / "intensities.csv", [f"cube_{k}" for k in kept], own)
 
 
 def probe(table: Path, truth: Path, column: str, out: Path, *settings: str) -> dict[str, Any]:
@@ -114,22 +125,21 @@ def errors(folder: Path) -> dict[str, float]:
     return {row["id"]: abs(float(row["predicted"]) - float(row["age"])) for row in rows}
 
 
-def within(cohort: str, out: Path, truth: Path, classes: dict[str, str], beside: str) -> None:
+def within(cohort: str, out: Path, truth: Path, classes: dict[str, str]) -> None:
     """Print what is read from each table of one cohort: age, and classes, column -> heading."""
     tables = [name for name in TABLES if (out / f"{name}.csv").exists()]
-    headings = [f"age: mean absolute error, less that of {TABLES[beside]} |", "R2", *classes.values()]
+    headings = ["the encoder's error less this", "R2", *classes.values()]
     print(f"\n{cohort}\n\n| read from | age: mean absolute error (years) | " + " | ".join(headings) + " |")
     print("|---" * (4 + len(classes)) + "|")
-    reference = probe(out / f"{beside}.csv", truth, "age", out / f"{beside}_age")
     for name in tables:
         age = probe(out / f"{name}.csv", truth, "age", out / f"{name}_age")
-        own, other = errors(out / f"{name}_age"), errors(out / f"{beside}_age")
-        less = np.array([own[id] - other[id] for id in own])
+        encoder, own = errors(out / "pretrained_age"), errors(out / f"{name}_age")
+        less = np.array([encoder[id] - own[id] for id in own])
         low, high = bootstrap_interval(less)
-        gap = "" if name == beside else f"{less.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+        gap = "" if name == "pretrained" else f"{less.mean():+.1f} ({low:+.1f} to {high:+.1f})"
         cells = [as_auc(probe(out / f"{name}.csv", truth, column, out / f"{name}_{column}")) for column in classes]
         print(f"| {TABLES[name]} | {in_years(age)} | {gap} | {age['r2']:.2f} | {' | '.join(cells)} |")
-    print(f"| nothing: the mean age | {reference['of_the_mean']:.1f} | | 0 |{' 0.5 |' * len(classes)}")
+    print(f"| nothing: the mean age | {age['of_the_mean']:.1f} | | 0 |{' 0.5 |' * len(classes)}")
 
 
 def across(out: Path, truths: dict[str, Path]) -> None:
@@ -181,16 +191,15 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     options = {name: path.resolve() for name, path in vars(parser.parse_args()).items()}
     out = options.pop("out")
+    stores = {cohort: prepare(cohort, data, out / cohort) for cohort, data in options.items()}
     for cohort, data in options.items():
-        store = prepare(cohort, data, out / cohort)
         embed(cohort, f"asa://{NAME}", data, out / cohort, "pretrained")
         embed(cohort, first_weights(out / "first"), data, out / cohort, "first_weights")
-        write_intensities(store, out / cohort / "intensities.csv")
-        if cohort == "ixi":
-            write_volumes(store, data, out / cohort / "volumes.csv")
+    write_intensities(stores, out)
+    write_volumes(stores["ixi"], options["ixi"], out / "ixi" / "volumes.csv")
     ixi, heads = options["ixi"] / "ages.csv", options["heads"] / "participants.tsv"
-    within("IXI", out / "ixi", ixi, {"sex": "sex: AUC"}, "volumes")
-    within("HEADS", out / "heads", heads, {"gender": "sex: AUC", "group": "depression: AUC"}, "intensities")
+    within("IXI", out / "ixi", ixi, {"sex": "sex: AUC"})
+    within("HEADS", out / "heads", heads, {"gender": "sex: AUC", "group": "depression: AUC"})
     across(out, {"ixi": ixi, "heads": heads})
     scanners(out)
 
