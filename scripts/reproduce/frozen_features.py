@@ -66,10 +66,12 @@ def embed(cohort: str, checkpoint: str | Path, data: Path, out: Path, name: str)
     """The mean token of each head, in OUT/NAME.csv."""
     if (out / f"{name}.csv").exists():
         return
-    size, source = f"img_size={list(SIZE)}".replace(" ", ""), [f"input={out / 'store'}"]
-    if cohort == STRIPPED:
-        source = [f"input={data}", COHORTS[cohort][1].removeprefix("data."), "strip=none"]
-    asa("embed", size, *source, log=out / "embed.txt", threads=1, checkpoint=checkpoint, out=out / f"{name}.csv")
+    settings, source = [f"img_size={list(SIZE)}".replace(" ", "")], out / "store"
+    if cohort == STRIPPED:  # asa-embed takes no store that was prepared in another way than the encoder's
+        settings += [COHORTS[cohort][1].removeprefix("data."), "strip=none"]
+        source = data
+    paths: dict[str, Any] = {"checkpoint": checkpoint, "input": source, "out": out / f"{name}.csv"}
+    asa("embed", *settings, log=out / "embed.txt", threads=1, **paths)
 
 
 def write_volumes(store: Store, data: Path, table: Path) -> None:

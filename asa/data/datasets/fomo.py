@@ -4,8 +4,8 @@
     FOMO300K, 260K      DATASET/sub-1/ses-1/anat/sub-1_ses-1[_run-2]_T1w.nii.gz
     mapping.tsv         of the first layout: dataset, participant_id, session_id and filename of every image
 
-The names are those that the collection's own preprocessing writes (`rename_files_with_mapping` of its repository), and
-that users of FOMO60K describe. No file of the collection itself was read.
+The first layout is as users of FOMO60K describe it, the second as the collection's own preprocessing writes it
+(`rename_files_with_mapping` in its repository). No file of the collection itself was read.
 """
 
 import re

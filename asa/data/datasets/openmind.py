@@ -3,8 +3,8 @@
     openneuro_metadata.csv               a row for each image: image_path, modality, anon_mask_path, age, sex, ...
     OpenMind/ds000001/sub-01/anat/...    the files; the paths in the table are relative to OpenMind
 
-The columns and the meaning of the masks (1 is what a defacing removed) are those that nnssl, the software of the
-dataset's authors, reads. No file of the dataset itself was read.
+The columns are those that nnssl, the software of the dataset's authors, reads; in the masks 1 is what a defacing
+removed (nnssl takes zeros where an image has none). No file of the dataset itself was read.
 """
 
 import warnings
