@@ -19,6 +19,7 @@ class Method(Protocol):
     - `model`: the network, which is kept in checkpoints.
     - `mirrored`: whether batches have the "mirror" of each image.
     - optional: `drops_air`: whether batches have "air", the patches of constant intensity of each image.
+    - optional: `excludes`: whether batches may have "excluded", the patches that do not count in the loss.
     - optional: `progress(done)`: called before each step with the fraction of the steps that are done.
     """
 

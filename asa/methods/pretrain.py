@@ -45,6 +45,7 @@ class MaskedPretraining(nn.Module):
 
     task = "pretraining"
     mirrored = False
+    excludes = True
     error = ("loss", "mean_predictor_loss")
 
     def __init__(
@@ -103,10 +104,13 @@ class MaskedPretraining(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image" and "seed", and for `air="drop"` "air", bool `(B, L)` on the CPU.
 
+        Patches that are True in an optional "excluded", bool `(B, L)`, have no weight, as those with voxels that a
+        defacing removed: they are masked and shown like others.
+
         Returns:
             "loss"; and for the log "mean_predictor_loss", the loss of predicting the mean of the visible voxels
             everywhere (0 where targets are normalised); "masked_mse" and "mean_predictor_mse", the same two with equal
-            weights. All of them are over the decoded patches.
+            weights. All of them are over the decoded patches, the latter two over excluded ones too.
         """
         image, air = batch["image"], self._air(batch)
         mask, offsets = self._draw(batch["seed"], air)
@@ -114,7 +118,7 @@ class MaskedPretraining(nn.Module):
         counts = masked.counts()
         visible, masked = visible.to(image.device), masked.to(image.device)
         patches = patchify(image.float(), self.loss.patch_size)
-        weights = self.loss.weights(image, masked.indices, self._counted(patches, masked))
+        weights = self.loss.weights(image, masked.indices, self._counted(patches, masked, batch.get("excluded")))
         if self.decode < 1:
             counts = (self.decode * counts).round().long().clamp(min=1)
             masked, weights = draw_patches(masked, weights, counts, offsets)
@@ -149,12 +153,14 @@ class MaskedPretraining(nn.Module):
         kept = ~air.repeat_interleave(len(mask) // len(air), dim=0)
         return select_tokens(~mask & kept), select_tokens(mask & kept)
 
-    def _counted(self, patches: Tensor, masked: Selection) -> Tensor | None:
+    def _counted(self, patches: Tensor, masked: Selection, excluded: Tensor | None) -> Tensor | None:
         """The masked patches that count in the loss, `(N, M)`; None: all."""
-        if not self.normalise:
-            return masked.valid
-        varies = tokens_at((patches.var(dim=2, correction=0) > FLAT)[:, :, None], masked.indices)[:, :, 0]
-        return varies if masked.valid is None else varies & masked.valid
+        counted = masked.valid
+        chosen = [patches.var(dim=2, correction=0) > FLAT] if self.normalise else []
+        for kept in chosen if excluded is None else [*chosen, ~excluded]:
+            own = tokens_at(kept[:, :, None], masked.indices)[:, :, 0]
+            counted = own if counted is None else own & counted
+        return counted
 
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """The figure "reconstruction" of a batch, see `reconstruct`. Of several masks the first one is drawn."""

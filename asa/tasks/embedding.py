@@ -1,11 +1,13 @@
 """Features of whole scans as a table, and what a simple model reads from such a table.
 
 asa-embed                   OUT/features.csv      id, and PART_0, PART_1, ... of each part of the scan; or OUT, a table
+                            OUT/ID.npy            arrays=true: the same numbers, float32 (E,)
 asa-evaluate policy=probe   OUT/summary.json      the scores
                             OUT/predictions.csv   of each scan, by folds that have not seen its subject
                             OUT/report.html       both for reading, with a figure (needs the `report` extra)
 """
 
+import io
 import math
 import re
 from pathlib import Path
@@ -40,7 +42,8 @@ class Embedder:
     """
 
     def __init__(self, config: Config) -> None:
-        self.parts, self.table = config["of"], table_in(Path(str(config["out"])), TABLE)
+        self.parts, self.arrays = config["of"], config["arrays"]
+        self.table = table_in(Path(str(config["out"])), TABLE)
         check_table(self.table)
         if self.table.exists() and not all(COLUMN.fullmatch(name) for name in read_header(self.table)):
             raise ValueError(f"{self.table}: exists and is no table of asa-embed: choose another out=")
@@ -60,6 +63,10 @@ class Embedder:
             parts = next(iter(self.rows.values()))
             header = [f"{part}_{k}" for part, values in parts.items() for k in range(len(values))]
             write_numbers(self.table, header, rows)
+        for id, row in rows.items() if self.arrays else ():
+            array = io.BytesIO()
+            np.save(array, row.astype(np.float32))
+            write_whole(self.table.parent / f"{id}.npy", array.getvalue())
         return f"wrote {self.table}: {len(rows)} scans"
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:

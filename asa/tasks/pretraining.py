@@ -64,6 +64,8 @@ class Pretraining(VolumeTask):
             raise ValueError("data.health is what method=sa_swin learns symmetry from: leave it out for this method")
         if method.mirrored and not self.health:
             print("note: without data.health no subject is known to be healthy, and the symmetry loss has no samples")
+        if self.excludes(method):
+            print(f"patches with voxels of the values {self.store.ignored} in the label maps do not count in the loss")
         self.init.load_network(method.model)
 
     def dataset(self, method: Any) -> CropDataset:
@@ -72,7 +74,15 @@ class Pretraining(VolumeTask):
 
     def crops(self, method: Any, part: Records, **options: Any) -> CropDataset:
         air = method.model.encoder.patch_size if getattr(method, "drops_air", False) else None
-        return super().crops(method, part, air=air, attached=self.health, **options)
+        excluded = method.model.encoder.patch_size if self.excludes(method) else None
+        return super().crops(method, part, air=air, excluded=excluded, attached=self.health, **options)
+
+    def excludes(self, method: Any) -> bool:
+        """Whether the loss leaves out voxels that the store marks, like those that a defacing removed.
+
+        In a store with labels the ignored voxels lack a label, and not their image.
+        """
+        return bool(self.store.ignored and not self.store.labels) and getattr(method, "excludes", False)
 
     def validation(self, method: Any) -> Validate:
         # Without held-out subjects the error is computed on training scans, and the log says so.

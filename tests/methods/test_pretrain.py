@@ -319,3 +319,27 @@ def test_the_decoder_may_be_narrower() -> None:
     assert model.decoder[0].attention.num_heads == 1 and model.position.shape == (TOKENS, 12)
     with pytest.raises(ValueError, match="decoder_dim=16 is not a multiple of 12"):
         MaskedAutoencoder(img_size=SIZE, patch_size=4, embed_dim=24, num_heads=2, decoder_dim=16)
+
+
+@pytest.mark.parametrize("settings", [{}, {"importance": None}, {"normalise": True}, {"air": "drop", "decode": 0.5}])
+def test_an_excluded_patch_has_no_weight_and_the_others_have_all_of_it(settings: dict) -> None:
+    method, image, seen = make(**settings), volumes(1, air=(10,)), []
+    batch = batch_of(image, [3])
+    excluded = torch.zeros(1, TOKENS, dtype=torch.bool)
+    excluded[0, :20] = True
+    original = method.loss.weights
+    method.loss.weights = lambda *given: seen.append((given[1], original(*given))) or seen[-1][1]
+    free = method(batch)["loss"]
+    loss = method(batch | {"excluded": excluded})["loss"]
+    (masked, before), (same, weights) = seen
+    assert torch.equal(masked, same) and float(weights.sum()) == pytest.approx(1)
+    out = excluded[0][masked]
+    assert out.any() and before[out].any() and not weights[out].any()
+    torch.testing.assert_close(weights[~out], before[~out] / before[~out].sum())  # their weights grow alike
+    assert loss != free
+    assert torch.equal(method(batch | {"excluded": torch.zeros_like(excluded)})["loss"], free)
+
+
+def test_a_sample_whose_patches_are_all_excluded_has_no_loss() -> None:
+    loss, gradient = losses(make(), batch_of(volumes(1), [3]) | {"excluded": torch.ones(1, TOKENS, dtype=torch.bool)})
+    assert loss == 0 and not gradient.any()

@@ -77,6 +77,15 @@ def test_a_row_is_the_mean_of_the_heads_tokens_for_a_store_and_for_raw_scans(coh
     np.testing.assert_allclose(vector(raw["s03"], "whole"), vector(stored["s03"], "whole"), atol=2e-3)
 
 
+def test_each_scan_is_an_array_too(cohort: Path, tmp_path: Path) -> None:
+    rows = embedded(cohort, tmp_path, f"input={cohort / 'store'}", "arrays=true")
+    assert sorted(path.stem for path in tmp_path.glob("*.npy")) == sorted(rows)
+    for id, row in rows.items():
+        array = np.load(tmp_path / f"{id}.npy", allow_pickle=False)
+        assert array.dtype == np.float32 and array.shape == (24,)
+        np.testing.assert_allclose(array, vector(row, "whole"), rtol=1e-5)
+
+
 def test_a_folder_of_scans_needs_no_pattern(cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     shutil.copy(cohort / "raw" / "s03_T1.nii.gz", tmp_path / "raw" / "=s03.nii.gz")

@@ -5,8 +5,8 @@ the worker that draws it, on the number of workers, or on where the run was inte
 
 A sample is a dict: "image" `(C, D, H, W)` float32; "label" `(1, D, H, W)` uint8 of labelled records (class indices as
 stored, and `asa.ops.labels.IGNORED`); "mirror" like "image" if asked for (voxel i is the counterpart of voxel i of the
-image on the other side of the volume); "air" bool `(L,)` if asked for, the patches of constant intensity; the numbers
-attached to the record; "seed" int; "id" of the record.
+image on the other side of the volume); "air" bool `(L,)` if asked for, the patches of constant intensity; "excluded"
+likewise, the patches with an `IGNORED` voxel; the numbers attached to the record; "seed" int; "id" of the record.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from asa.data.io.nifti import spacing_of
 from asa.data.loading.augment import (
+    Augmentation,
     AugmentSettings,
     draw_augmentation,
     intensity_transform,
@@ -30,7 +31,7 @@ from asa.data.loading.augment import (
 )
 from asa.data.store import Records, read_box
 from asa.ops.labels import IGNORED
-from asa.ops.patches import constant_patches
+from asa.ops.patches import constant_patches, patchify
 from asa.ops.symmetry import flip, mirrored_start
 
 CROPS = ("centre", "random", "midplane")
@@ -96,6 +97,7 @@ class CropDataset(Samples):
         lateral_pairs: stored class indices (left, right) that are exchanged in a mirrored crop.
         mirrored: also read the crop at the mirrored position, flipped, with the same transforms.
         air: edge of the patches in voxels for "air"; None: without it.
+        excluded: the same for "excluded"; a record without a label map has none.
         attached: numbers that belong to a scan, by record id and then by their key in the batch.
         seed: the seed of the run.
 
@@ -115,6 +117,7 @@ class CropDataset(Samples):
     lateral_pairs: Sequence[tuple[int, int]] = ()
     mirrored: bool = False
     air: int | None = None
+    excluded: int | None = None
     attached: Mapping[str, Mapping[str, float]] | None = None
     seed: int = 0
 
@@ -167,17 +170,26 @@ class CropDataset(Samples):
             sample["mirror"] = intensity_transform(across, drawn).contiguous()
         if self.air is not None:
             sample["air"] = constant_patches(sample["image"][None], self.air)[0]
+        label = self._label(record_id, start, box, drawn) if self.labelled or self.excluded else None
+        if self.excluded is not None:
+            ignored = torch.zeros(1, *self.size, dtype=torch.bool) if label is None else label == IGNORED
+            sample["excluded"] = patchify(ignored[None], self.excluded)[0].any(dim=1)
         for key, value in (self.attached or {}).get(record_id, {}).items():
             sample[key] = torch.tensor(value)
         if self.labelled:
-            source_label = self.source.label(record_id)
-            assert source_label is not None
-            label = torch.from_numpy(read_box(source_label, start, box))
-            label = spatial_transform(label, self.size, drawn, label=True)
-            if "W" in drawn.mirror:
-                label = swap_sides(label, self.lateral_pairs)
+            assert label is not None
             sample["label"] = label.contiguous()
         return sample
+
+    def _label(
+        self, record_id: str, start: Sequence[int], box: Sequence[int], drawn: Augmentation
+    ) -> torch.Tensor | None:
+        """The crop of the label map `(1, D, H, W)`; None for a record without one."""
+        source = self.source.label(record_id)
+        if source is None:
+            return None
+        label = spatial_transform(torch.from_numpy(read_box(source, start, box)), self.size, drawn, label=True)
+        return swap_sides(label, self.lateral_pairs) if "W" in drawn.mirror else label
 
     def _spacing(self, index: int) -> Sequence[float]:
         """Voxel size along D, H, W in mm of a record of a store; 1 where it does not tell."""

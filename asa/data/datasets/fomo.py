@@ -1,0 +1,104 @@
+"""The FOMO-MRI collection: many datasets of mixed sequences below one folder (arXiv:2506.14432).
+
+    FOMO60K, 50K, 45K   DATASET/sub_1/ses_1/t1.nii.gz, further scans of the sequence t1_2.nii.gz, ...
+    FOMO300K, 260K      DATASET/sub-1/ses-1/anat/sub-1_ses-1[_run-2]_T1w.nii.gz
+    mapping.tsv         of the first layout: dataset, participant_id, session_id and filename of every image
+
+The first layout is as users of FOMO60K describe it, the second as the collection's own preprocessing writes it
+(`rename_files_with_mapping` in its repository). No file of the collection itself was read.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
+from asa.data.io.files import matching_files
+from asa.data.io.tables import read_rows
+
+MIXED = "mri"  # the channel of several sequences
+MAPPING = "mapping.tsv"
+LAYOUTS = {"**/sub_*/ses_*/*.nii.gz": 1, "**/sub-*/ses-*/*/*.nii.gz": 2}  # parts of the path below the session
+_ENTITIES = re.compile(r"^(?:[a-z]+-[^_]*_)+")
+
+
+def records(
+    root: str | Path, *, sequences: Sequence[str] = ("t1",), datasets: Sequence[str] | None = None
+) -> list[Record]:
+    """Records of the images of some sequences, each of them a scan with one channel.
+
+    The id is DATASET_sub_1_ses_1_t1 or DATASET_sub-1_ses-1_T1w, the subject DATASET_sub_1 and the site DATASET: equal
+    numbers of two datasets are two people. A warning counts the images that mapping.tsv lists and that are not here.
+
+    Args:
+        root: folder that holds the datasets.
+        sequences: as the files are called, like t1, t2, flair, t1c or dwi; t1 is T1w, too. The channel has the name of
+            the sequence, or is `mri` where there are several.
+        datasets: names of the datasets to read; None: all.
+
+    Returns:
+        Records sorted by id.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no such image, or no sequence is given.
+    """
+    root = existing_folder(root, "PT001_NAME, PT002_NAME, ...").absolute()
+    channel = channel_of(sequences, "data.sequences")
+    found, others = [], set()
+    for pattern, folders in LAYOUTS.items():
+        for path in matching_files(root, pattern):
+            *above, subject, session = path.relative_to(root).parts[:-folders]
+            dataset, stem = "_".join(above) or root.name, path.name.removesuffix(".nii.gz")
+            if path.name.startswith(".") or (datasets is not None and dataset not in datasets):
+                continue
+            if not _is_of(stem, sequences):
+                others.add(_sequence(stem))
+                continue
+            name = stem if _ENTITIES.match(stem) else f"{subject}_{session}_{stem}"
+            record = make_record(f"{dataset}_{name}", f"{dataset}_{subject}", {channel: path}, site=dataset)
+            found.append(record)
+    _warn_of_absent(root, sequences, datasets)
+    rest = f"; there are images of {', '.join(sorted(others))}" if others else ""
+    return sorted_records(found, source=f"DATASET/sub_N/ses_N/{'|'.join(sequences)}.nii.gz below {root}{rest}")
+
+
+def channel_of(sequences: Sequence[str], key: str) -> str:
+    """The channel that images of these sequences, or of BIDS suffixes like T1w, are stored as.
+
+    Raises:
+        ValueError: `key`, the setting, is no list of them.
+    """
+    if isinstance(sequences, str) or not sequences:
+        raise ValueError(f"{key}={sequences}: give a list of one or more, like [{sequences or 't1'}]")
+    return MIXED if len(sequences) > 1 else sequences[0].lower().removesuffix("w")
+
+
+def _sequence(stem: str) -> str:
+    """The sequence in a file name without its ending: `t1` of t1_2, and of sub-1_ses-1_run-2_T1w."""
+    return re.sub(r"_\d+$", "", _ENTITIES.sub("", stem)).lower().removesuffix("w")
+
+
+def _is_of(stem: str, sequences: Sequence[str]) -> bool:
+    return _sequence(stem) in {sequence.lower().removesuffix("w") for sequence in sequences}
+
+
+def _warn_of_absent(root: Path, sequences: Sequence[str], datasets: Sequence[str] | None) -> None:
+    """Warn of the images that mapping.tsv lists and that were not downloaded."""
+    path = root / MAPPING
+    rows = read_rows(path) if path.is_file() else []
+    columns = ("dataset", "participant_id", "session_id", "filename")
+    if not rows or not set(columns) <= rows[0].keys():
+        return
+    files = [
+        root.joinpath(*(row[column] for column in columns))
+        for row in rows
+        if _is_of(row["filename"].removesuffix(".nii.gz"), sequences)
+        and (datasets is None or row["dataset"] in datasets)
+    ]
+    if absent := [file for file in files if not file.is_file()]:
+        warnings.warn(
+            f"{path}: {len(absent)} of its {len(files)} images are not here, like {absent[0].relative_to(root)}",
+            stacklevel=3,
+        )

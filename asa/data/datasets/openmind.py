@@ -1,0 +1,73 @@
+"""OpenMind: images of 800 datasets of OpenNeuro in one table, with masks of what was defaced (arXiv:2412.17041).
+
+    openneuro_metadata.csv               a row for each image: image_path, modality, anon_mask_path, age, sex, ...
+    OpenMind/ds000001/sub-01/anat/...    the files; the paths in the table are relative to OpenMind
+
+The columns are those that nnssl, the software of the dataset's authors, reads; in the masks 1 is what a defacing
+removed (nnssl takes zeros where an image has none). No file of the dataset itself was read.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from asa.data.datasets.fomo import channel_of
+from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
+from asa.data.io.tables import read_rows
+
+TABLE, FILES = "openneuro_metadata.csv", "OpenMind"
+COLUMNS = {"image": "image_path", "modality": "modality", "mask": "anon_mask_path"}
+DEFACED = 1  # in the masks
+DERIVED = "__Data"  # ending of the folder that holds the maps of a diffusion image, called FA.nii.gz and the like
+
+
+def records(root: str | Path, *, modalities: Sequence[str] = ("T1w",), masks: bool = True) -> list[Record]:
+    """Records of the images of some modalities, each of them a scan with one channel.
+
+    The id is that of the dataset and the file's own, like ds000001_sub-01_ses-1_T1w, the subject ds000001_sub-01 and
+    the site the dataset. Images of the table that are not here are left out; a warning counts them.
+
+    Args:
+        root: folder that holds openneuro_metadata.csv and OpenMind.
+        modalities: as in the table, like T1w, T2w or FLAIR. The channel is t1, t2, flair, ..., or `mri` where there
+            are several.
+        masks: use the masks of what was defaced as label maps, whose value 1 is to be `ignored`.
+
+    Returns:
+        Records sorted by id.
+
+    Raises:
+        FileNotFoundError: there is no such folder or table.
+        ValueError: no such image is here, or the table has other columns.
+    """
+    root = existing_folder(root, f"{TABLE} and {FILES}").absolute()
+    channel, rows = channel_of(modalities, "data.modalities"), read_rows(root / TABLE)
+    if rows and (unknown := [column for column in COLUMNS.values() if column not in rows[0]]):
+        raise ValueError(f"{root / TABLE}: has no column {unknown[0]}: is it the table of OpenMind?")
+    found: list[Record] = []
+    chosen = [row for row in rows if row[COLUMNS["modality"]] in modalities]
+    for row in chosen:
+        path = Path(row[COLUMNS["image"]])
+        if not (root / FILES / path).is_file():
+            continue
+        dataset, subject = path.parts[:2]
+        mask = row[COLUMNS["mask"]] if masks else ""
+        label = root / FILES / mask if mask else None
+        record = make_record(
+            scan_id(path), f"{dataset}_{subject}", {channel: root / FILES / path}, site=dataset, label=label
+        )
+        found.append(record)
+    if found and len(found) < len(chosen):
+        warnings.warn(
+            f"{root}: {len(chosen) - len(found)} of {len(chosen)} images of the table are not here", stacklevel=2
+        )
+    known = sorted({row[COLUMNS["modality"]] for row in rows})
+    source = f"images of {'|'.join(modalities)} in {root / TABLE}, which has {', '.join(known)}, below {root / FILES}"
+    return sorted_records(found, source=source)
+
+
+def scan_id(path: str | Path) -> str:
+    """The id of the scan with this image_path."""
+    path = Path(path)
+    stem, above = path.name.partition(".")[0], path.parent.name
+    return "_".join([path.parts[0], *([above.removesuffix(DERIVED)] if above.endswith(DERIVED) else []), stem])
