@@ -146,8 +146,8 @@ def plan_stages(config: Config) -> list[Stage]:
         compared = {run: f"runs/{run}/evaluation" for run in runs}
         stages.append(Stage("comparison", "evaluate", {"compare": compared, "out": "comparison"}))
         if find_spec("ants"):
-            store = {"atlas": "stores/labelled", "labelled": min(ATLASES, len(subjects) - 1)}
-            stages.append(Stage("atlas", "predict", store | {"input": "stores/labelled", "out": "atlas/predictions"}))
+            atlases = {"atlas": "stores/labelled", "labelled": min(ATLASES, len(subjects) - 1)}
+            stages.append(Stage("atlas", "predict", atlases | {"input": "stores/labelled", "out": "atlas/predictions"}))
             maps = {"predictions": "atlas/predictions", "truth": "stores/labelled"}
             part = {"allow_missing": True}  # the atlases themselves are not predicted
             stages.append(Stage("atlas_scores", "evaluate", maps | part | {"out": "atlas/evaluation"}))
