@@ -27,7 +27,7 @@ LARGEST_FOLDER = 14  # modules
 LINES = {
     "": 720,
     "baselines": 1230,
-    "cli": 742,  # with the tables of every key, for help and the site
+    "cli": 750,  # with the tables of every key, for help and the site
     "data": 7613,  # with workers that are spawned
     "evaluation": 2470,
     "export": 775,
