@@ -52,7 +52,7 @@ def command_pages() -> dict[str, tuple[str, str]]:
         found = sections(name, every=True)
         found.append(Section("Options", [Key(option, "", note) for option, note in OPTIONS.items()]))
         for title, keys in found:
-            rows = [f"| `{key}` | {code(default or '')} | {cell(note)} |" for key, default, note in keys]
+            rows = [f"| `{key.name}` | {default_of(key)} | {cell(key.note)} |" for key in keys]
             heading, _, about = title.partition(": ")
             parts += [f"## {heading}", *([about] if about else [])]
             parts.append("\n".join(["| key | default | meaning |", "|---|---|---|", *rows]))
@@ -60,9 +60,9 @@ def command_pages() -> dict[str, tuple[str, str]]:
     return pages
 
 
-def code(default: str) -> str:
+def default_of(key: Key) -> str:
     """A default in a cell of a table: a value as code, words as they are."""
-    return cell(default) if not default or default.startswith(("required", "that of")) else f"`{default}`"
+    return cell(key.default or "") if key.in_words or not key.default else f"`{key.default}`"
 
 
 def cell(text: str) -> str:

@@ -7,6 +7,7 @@ file begins with holds the examples.
 import re
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -31,6 +32,11 @@ class Key(NamedTuple):
     @property
     def required(self) -> bool:
         return (self.default or "").startswith("required")
+
+    @property
+    def in_words(self) -> bool:
+        """Whether the default is no value that could be typed."""
+        return self.required or (self.default or "").startswith("that of")
 
 
 class Section(NamedTuple):
@@ -59,26 +65,25 @@ def sections(command: str, *, every: bool = False) -> list[Section]:
     keys = [key for key in _keys(text) if key.name.partition(".")[0] not in typed]
     for group, target in typed.items():
         values = own.get(group, {})
-        keys += [Key(f"{group}.{each.name}", _plain(values.get(each.name, each.default)), each.note)
-                 for each in describe(target)]  # fmt: skip
+        for each in describe(target):
+            keys.append(Key(f"{group}.{each.name}", _plain(values.get(each.name, each.default)), each.note))
     chosen = [next(iter(entry.items())) for entry in own["defaults"] if isinstance(entry, dict)]
     groups = {group: name for group, name in chosen if group not in typed}
     found = []
     for group, default in groups.items():
         names = choices(command, group)
-        keys.append(Key(group, _plain(default), f"one of: {', '.join(names)}"))
-        if not names:
-            keys[-1] = Key(group, _plain(default), "a file of your own, in a folder that --config-dir names")
+        note = f"one of: {', '.join(names)}" if names else "a file of your own, in a folder that --config-dir names"
+        keys.append(Key(group, _plain(default), note))
         if group == "data":  # each reader has keys of its own
             shown = [name for name in names if every or "/" not in name]
         else:
             shown = names if every and group != "experiment" else [default] if default else []
         files = {_file_of(group, name): name for name in shown}  # the sizes of a model share a file
         for file, name in files.items():
-            header, _ = _parts(file.read_text())
-            prefix = "" if "_global_" in file.read_text() else f"{group}."
-            title = f"{group}={name}: {' '.join(header.split())}" if group != "model" else " ".join(header.split())
-            found.append(Section(title, list(_keys(file.read_text(), prefix))))
+            text = file.read_text()
+            about = " ".join(_parts(text)[0].split())  # that of a model begins with its names
+            title = about if group == "model" else f"{group}={name}: {about}"
+            found.append(Section(title, list(_keys(text, "" if "_global_" in text else f"{group}."))))
     used = set(re.findall(r"[\s'+]([\w.]+)=", examples(command)))
     first = [key for key in keys if key.required or key.name in used]
     others = [key for key in keys if key not in first]
@@ -90,17 +95,16 @@ def help_text(command: str) -> str:
     lines = ["settings:"]
     for section in sections(command):
         lines += ["", *textwrap.wrap(section.title, WIDTH, initial_indent="  ", subsequent_indent="  ")]
-        for name, default, note in section.keys:
-            words = default is not None and default.startswith(("required", "that of"))
-            value = "" if default is None else f"  ({default})" if words else f"={default}"
-            lines += textwrap.wrap(f"{name}{value}", WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 6)
-            lines += textwrap.wrap(note, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        for key in section.keys:
+            value = "" if key.default is None else f"  ({key.default})" if key.in_words else f"={key.default}"
+            lines += textwrap.wrap(f"{key.name}{value}", WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(key.note, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 
-def _file_of(group: str, name: str) -> Any:
-    file = CONFIG_DIR / group / f"{name}.yaml"
-    return file if group != "model" else CONFIG_DIR / group / "family" / f"{name.rpartition('_')[0]}.yaml"
+def _file_of(group: str, name: str) -> Path:
+    file = f"family/{name.rpartition('_')[0]}" if group == "model" else name
+    return CONFIG_DIR / group / f"{file}.yaml"
 
 
 def _parts(text: str) -> tuple[str, str]:

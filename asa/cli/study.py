@@ -146,15 +146,7 @@ def plan_stages(config: Config) -> list[Stage]:
         compared = {run: f"runs/{run}/evaluation" for run in runs}
         stages.append(Stage("comparison", "evaluate", {"compare": compared, "out": "comparison"}))
         if find_spec("ants"):
-            atlases = {"atlas": "stores/labelled", "labelled": min(ATLASES, len(subjects) - 1)}
-            stages.append(Stage("atlas", "predict", atlases | {"input": "stores/labelled", "out": "atlas/predictions"}))
-            maps = {"predictions": "atlas/predictions", "truth": "stores/labelled"}
-            part = {"allow_missing": True}  # the atlases themselves are not predicted
-            stages.append(Stage("atlas_scores", "evaluate", maps | part | {"out": "atlas/evaluation"}))
-            compared = {"atlas": "atlas/evaluation", "pretrained": compared["pretrained"]}
-            stages.append(
-                Stage("atlas_comparison", "evaluate", {"compare": compared, "out": "atlas/comparison"} | part)
-            )
+            stages += _atlas_stages(min(ATLASES, len(subjects) - 1))
     if config["new"]:
         own: dict[str, Any] = {
             "checkpoint": networks,
@@ -163,6 +155,18 @@ def plan_stages(config: Config) -> list[Stage]:
         }
         stages.append(Stage("predictions", "predict", added["predict"] | own))
     return stages
+
+
+def _atlas_stages(atlases: int) -> list[Stage]:
+    """Registration of the first labelled subjects to the others, compared with the pretrained networks on these."""
+    store, out = "stores/labelled", "atlas/predictions"
+    own = {"predictions": out, "truth": store, "out": "atlas/evaluation"}
+    both = {"compare": {"atlas": own["out"], "pretrained": "runs/pretrained/evaluation"}, "out": "atlas/comparison"}
+    return [
+        Stage("atlas", "predict", {"atlas": store, "labelled": atlases, "input": store, "out": out}),
+        Stage("atlas_scores", "evaluate", own | {"allow_missing": True}),  # atlases are not predicted
+        Stage("atlas_comparison", "evaluate", both | {"allow_missing": True}),
+    ]
 
 
 def _study_file(config: Config) -> Path:

@@ -76,9 +76,11 @@ def test_the_commands_are_those_of_the_wheel(commands: Path, tmp_path: Path) -> 
     assert Path(shown.stdout.strip()).is_relative_to(commands.parent), shown.stderr
 
 
-def test_a_folder_that_exists_is_left_alone(commands: Path, tmp_path: Path) -> None:
+def test_a_folder_that_exists_and_an_unknown_path_are_refused(commands: Path, tmp_path: Path) -> None:
     found = run(commands, tmp_path)
     assert found.returncode == 1 and "give a new folder" in found.stderr and not list(tmp_path.iterdir())
+    found = run(commands, tmp_path / "new", "ls")
+    assert found.returncode == 1 and "no path ls: choose from nnunet" in found.stderr and not list(tmp_path.iterdir())
 
 
 def test_from_freesurfers_subjects_to_label_maps_on_their_grid(commands: Path, tmp_path: Path) -> None:
