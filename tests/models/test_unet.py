@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 
 import asa
 from asa.losses.segmentation import DeeplySupervisedDiceCE
@@ -43,6 +44,8 @@ def test_deep_supervision_gives_five_scales_and_the_finest_alone_otherwise() -> 
 def test_any_patch_size_that_is_a_power_of_two_works(patch_size: int) -> None:
     model = SegmentationUNet(encoder(patch_size=patch_size, img_size=(64, 32, 32)), 2, feature_size=4)
     assert model(torch.rand(1, 1, 64, 32, 32)).shape == (1, 2, 64, 32, 32)
+    convolutions = [type(module) for module in model.modules() if isinstance(module, UnetBasicBlock | UnetResBlock)]
+    assert set(convolutions) == {UnetResBlock}
 
 
 @pytest.mark.parametrize("factory", [unet_base, unet_small, unet_tiny])
