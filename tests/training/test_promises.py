@@ -629,6 +629,19 @@ def test_averaged_weights_are_saved_in_the_model_file_and_resume_to_the_bit(stor
     assert read_weights(tmp_path / "whole")[1]["ema"] == 0.9 and load_model(tmp_path / "whole")
 
 
+def test_the_saved_average_is_that_of_the_weights_after_each_step(store: Path, tmp_path: Path) -> None:
+    tiny_run(tmp_path, store, 4, ema=0.3, save_every=1, keep=4)
+    checkpoints = list_checkpoints(tmp_path)
+    average, *later = (read_weights(checkpoint)[0] for checkpoint in checkpoints)
+    assert len(later) == 3
+    for step, (checkpoint, expected) in enumerate(zip(checkpoints[1:], later, strict=True), start=2):
+        raw = torch.load(checkpoint / "training.pt", weights_only=True)["weights"]
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = {name: decay * mean + (1 - decay) * raw[name] for name, mean in average.items()}
+        assert all(torch.allclose(average[name], expected[name], atol=1e-6) for name in expected)
+        assert any((average[name] - raw[name]).abs().max() > 1e-5 for name in raw)
+
+
 def test_a_compiled_run_has_the_losses_of_an_uncompiled_one(store: Path, tmp_path: Path) -> None:
     tiny_run(tmp_path / "plain", store, 3)
     # Traced and split into graphs as in real use, but not compiled to C++, which takes minutes.
