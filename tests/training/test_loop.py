@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asa.data.loading.crops import CropDataset
+from asa.data.loading.loader import make_loader
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
@@ -140,6 +141,35 @@ def test_gradient_accumulation_equals_the_whole_batch(store: Path, tmp_path: Pat
         np.testing.assert_allclose(
             np.array(log(tmp_path / other, "loss", "masked_mse", "gradient_norm")), one, rtol=1e-5
         )
+
+
+def test_a_run_is_the_loop_of_the_textbook(store: Path, tmp_path: Path) -> None:
+    optim = OptimSettings(lr=1e-3, schedule="poly", warmup=2, weight_decay=0)
+    settings = TrainSettings(steps=5, batch_size=4, clip=0.05, log_every=1, device="cpu", precision="fp32")
+    opened, loader = Store(store), LoaderSettings(workers=0)
+    dataset = CropDataset(opened, opened.records, (32, 32, 32), crop="random", seed=settings.seed)
+    size = {key: value for key, value in MODEL.items() if key != "_target_"}
+    torch.manual_seed(0)
+    ours, method = (MaskedPretraining(model=asa_tiny(**size)) for _ in range(2))
+    ours.load_state_dict(method.state_dict())
+    tmp_path.joinpath("run").mkdir()
+    train(ours, dataset, tmp_path / "run", settings=settings, optim=optim, loader=loader, description={"model": MODEL})
+
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1, betas=tuple(optim.betas), weight_decay=0)
+    rates, expected = Schedule(optim, settings.steps, settings.batch_size), []
+    batches = make_loader(dataset, settings.batch_size, loader, micro_batches=1, start_step=0, rank=0, world_size=1)
+    for step, batch in zip(range(settings.steps), batches, strict=False):
+        optimizer.param_groups[0]["lr"] = rates[step]
+        loss = method(batch)["loss"]
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(method.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append((loss.item(), norm.item(), rates[step]))
+    assert all(norm > settings.clip for _, norm, _ in expected)
+    np.testing.assert_allclose(log(tmp_path / "run", "loss", "gradient_norm", "lr"), expected, rtol=1e-4)
+    for name, weight in method.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
 
 
 def test_the_newest_checkpoints_are_kept_and_rebuild_the_model(store: Path, tmp_path: Path) -> None:
