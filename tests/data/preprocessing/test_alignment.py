@@ -19,7 +19,7 @@ from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import brain_mask, correct_bias
 from asa.data.preprocessing.midsagittal import MidsagittalPlane, find_midsagittal_plane
 from asa.data.preprocessing.pipeline import prepare_case, to_native, to_prepared
-from asa.data.preprocessing.registration import load_map, register_to_template
+from asa.data.preprocessing.registration import _start, load_map, register_to_template
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
 from asa.data.preprocessing.scan import make_thumbnail
 from asa.data.preprocessing.settings import PrepareSettings
@@ -184,6 +184,19 @@ def test_a_channel_that_is_absent_is_0_and_the_others_are_as_without_it():
 
 
 # --------------------------------------------------------------------------------------------- registration
+
+
+def test_a_registration_starts_where_centres_of_mass_and_volumes_match() -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    spacing, (template, affine) = np.array([3.0, 2.0, 1.5]), load_map("t1")
+    distance = [(np.arange(n) - n / 3) * mm for n, mm in zip((32, 45, 70), spacing, strict=True)]
+    brain = np.float32(np.sqrt(sum(part**2 for part in np.meshgrid(*distance, indexing="ij"))) < 24)
+    start = _start(sitk, brain, tuple(spacing), turn((5, -8, 12)))
+    centre = np.argwhere(template > 0).mean(axis=0)[::-1] + affine[:3, 3]
+    expected = (np.argwhere(brain).mean(axis=0) - (np.array(brain.shape) - 1) / 2) * spacing
+    np.testing.assert_allclose(start.TransformPoint(centre.tolist()), expected[::-1], atol=1e-6)
+    larger = np.linalg.det(np.reshape(start.GetMatrix(), (3, 3)))
+    assert larger == pytest.approx(brain.sum() * spacing.prod() / (template > 0).sum())
 
 
 def warped_template(seed: int, shape: tuple[int, int, int], spacing: float) -> tuple[np.ndarray, np.ndarray]:
