@@ -5,13 +5,14 @@ dynamic-network-architectures where it can be imported.
 """
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import asa
@@ -269,3 +270,14 @@ def test_files_that_cannot_be_loaded_are_refused_with_the_reason(tmp_path: Path)
         read_source(write(tmp_path / "grid.pth", "primus", primus_weights(), **plan))
     with pytest.raises(ValueError, match="contains more than tensors, which could run code"):
         read_source(write(tmp_path / "code.pth", "resenc", weights, init_args=Path("x")))
+
+
+def test_a_primus_begins_with_weights_of_the_published_spread() -> None:
+    model = create_model("primus_tiny", out_channels=2, img_size=32)
+    linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    depth = {name: int(match[1]) for name in linear if (match := re.search(r"(\d+)\.(?:attn\.proj|mlp\.fc2)$", name))}
+    assert sorted(depth.values()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    for name, part in linear.items():  # those that end a residual path are narrower by its place, as in BEiT
+        smaller = math.sqrt(2 * (depth[name] + 1)) if name in depth else 1
+        assert float(part.weight.detach().std()) == pytest.approx(0.02 / smaller, rel=0.05), name
+        assert part.bias is None or not part.bias.any()
