@@ -78,8 +78,8 @@ class ScanOutcome:
 
     Args:
         line: of the entry.
-        keep: what the store holds of the scan stays, although it failed: its worker process was killed, or it is
-            another scan with the same id.
+        keep: what the store holds under the id stays, although the scan failed: its worker process was killed, or that
+            is another scan.
         unchanged: the store held the scan already.
         seconds: stage -> duration.
     """
@@ -143,7 +143,7 @@ def prepare_scan(
         try:
             outcome = _prepare(job, root, cohort, software, thumbnail)
         except Exception as error:  # one scan must not stop the cohort
-            outcome = ScanOutcome(reason=reason_of(error), keep=isinstance(error, AnotherScan))
+            outcome = ScanOutcome(reason=reason_of(error), keep=_holds_another(job, root))
         finally:
             torch.set_num_threads(threads)
     messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
@@ -163,8 +163,11 @@ def _prepare(
     if root is not None and job.previous is not None:
         previous = parse_entry(root / RECORDS, record["id"], job.previous)
     sources = _sources(record, previous["sources"] if previous else {})
-    if previous is not None:
-        _check_same_scan(previous, sources)
+    if previous is not None and _holds_another(job, root) and not _shares_image(previous, sources):
+        raise ValueError(
+            f"the store holds another scan of this id, of {_images(previous['sources'])[0]['path']}: give dataset=NAME "
+            "for the second of two datasets, or another out="
+        )
     if root is not None and previous is not None and _is_unchanged(previous, sources, root):
         entry: Entry = {**previous, **_subject(record), "sources": sources}
         outcome = ScanOutcome(entry, unchanged=True)
@@ -263,20 +266,27 @@ def _subject(record: Record) -> dict[str, str]:
     return {"id": record["id"], "subject": record["subject"], **site}
 
 
-class AnotherScan(ValueError):
-    """The store holds another scan under the id of this one."""
+def _holds_another(job: ScanJob, root: Path | None) -> bool:
+    """Whether the store holds, under the id of a scan, what was made from other image files, which still exist."""
+    if root is None or job.previous is None:
+        return False
+    try:
+        entry = parse_entry(root / RECORDS, job.record["id"], job.previous)
+    except ValueError:
+        return False
+    own = {os.path.abspath(path) for path in job.record["images"].values() if path is not None}
+    known = [file["path"] for file in _images(entry["sources"])]
+    return bool(own) and own.isdisjoint(known) and all(map(os.path.isfile, known))
 
 
-def _check_same_scan(entry: Entry, sources: dict[str, dict[str, Any]]) -> None:
-    """Raise an `AnotherScan` if all images of the scan differ from those in its entry, and these still exist."""
-    known, images = entry["sources"], sources.keys() - {"label"}
-    others = [name for name in sorted(images & known.keys()) if sources[name]["sha256"] != known[name]["sha256"]]
-    before = [known[name]["path"] for name in others if sources[name]["path"] != known[name]["path"]]
-    if len(before) == len(images) and all(map(os.path.isfile, before)):
-        raise AnotherScan(
-            f"the store holds another scan of this id, of {before[0]}: give dataset=NAME for the second of two "
-            "datasets, or another out="
-        )
+def _shares_image(entry: Entry, sources: dict[str, dict[str, Any]]) -> bool:
+    """Whether an image of an entry has the bytes of one of the sources, as in a copy of a dataset."""
+    before, now = ({file["sha256"] for file in _images(group)} for group in (entry["sources"], sources))
+    return not before.isdisjoint(now)
+
+
+def _images(sources: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [file for name, file in sorted(sources.items()) if name != "label"]
 
 
 def _is_unchanged(entry: Entry, sources: dict[str, dict[str, Any]], root: Path) -> bool:

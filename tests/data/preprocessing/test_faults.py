@@ -497,6 +497,11 @@ def test_a_scan_of_another_dataset_replaces_none_of_its_id_while_that_exists(tmp
     assert reason.startswith(
         f"the store holds another scan of this id, of {tmp_path}/one/a_flair.nii.gz: give dataset="
     )
+    unread = tmp_path / "two" / "a_t1.nii.gz"
+    unread.rename(tmp_path / "there")
+    unread.symlink_to(tmp_path / "nowhere")  # as of DataLad, whose content is elsewhere
+    assert command(*settings(tmp_path / "two", store)).code == 1 and bytes_of(store) == before
+    (tmp_path / "there").replace(unread)
     assert command(*settings(tmp_path / "two", store), "dataset=two").code == 0
     first, second = Store(store).records
     assert (first["id"], first["subject"], first.get("site")) == ("a", "a", None)
