@@ -194,7 +194,8 @@ def run_tests(checkout: Path, tests: str) -> str:
     except queue.Empty:
         os.killpg(process.pid, signal.SIGKILL)
         found = SILENT
-    return found or ("" if process.wait() == 0 else tests)
+    code = process.wait()
+    return found or ("" if code == 0 else tests)
 
 
 def _read(process: subprocess.Popen[str], lines: "queue.Queue[str]") -> None:

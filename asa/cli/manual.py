@@ -1,4 +1,4 @@
-"""What a command says of itself: its examples and its keys, for `--help` and for the pages of the site.
+"""The manual of a command: its examples and its keys, for `--help` and for the pages of the site.
 
 Both come from the YAML files: a comment above a key, or behind its value, is its meaning; the comment that a command's
 file begins with holds the examples.

@@ -72,16 +72,16 @@ def channel_of(sequences: Sequence[str], key: str) -> str:
     """
     if isinstance(sequences, str) or not sequences:
         raise ValueError(f"{key}={sequences}: give a list of one or more, like [{sequences or 't1'}]")
-    return MIXED if len(sequences) > 1 else sequences[0].lower().removesuffix("w")
+    return MIXED if len(sequences) > 1 else _sequence(sequences[0])
 
 
 def _sequence(stem: str) -> str:
-    """The sequence in a file name without its ending: `t1` of t1_2, and of sub-1_ses-1_run-2_T1w."""
+    """The sequence in a file name without its ending: `t1` of t1_2, of sub-1_ses-1_run-2_T1w, and of T1w."""
     return re.sub(r"_\d+$", "", _ENTITIES.sub("", stem)).lower().removesuffix("w")
 
 
 def _is_of(stem: str, sequences: Sequence[str]) -> bool:
-    return _sequence(stem) in {sequence.lower().removesuffix("w") for sequence in sequences}
+    return _sequence(stem) in set(map(_sequence, sequences))
 
 
 def _warn_of_absent(root: Path, sequences: Sequence[str], datasets: Sequence[str] | None) -> None:
