@@ -33,13 +33,13 @@ LINES = {
     "export": 775,
     "inference": 2490,
     "losses": 475,
-    "methods": 690,
-    "models": 2340,
+    "methods": 697,  # networks are recognised from Python 3.12 on, too
+    "models": 2388,  # with an instance norm for GPUs
     "ops": 670,
     "reporting": 1727,
     "restoration": 2240,
     "tasks": 3146,
-    "training": 2765,
+    "training": 2778,  # with the random state of a GPU
 }
 # The only places that may import a library.
 HOMES = {
@@ -126,6 +126,12 @@ def test_no_command_asks_for_a_target_or_a_type() -> None:
     for path in (ROOT / "cli").glob("*.py"):
         text = path.read_text()
         assert "_target_" not in text and "asa.methods" not in text and "asa.models" not in text, path
+
+
+def test_no_class_is_recognised_by_a_protocol() -> None:
+    # From Python 3.12 on, `isinstance` with a protocol does not see the modules and parameters of an nn.Module.
+    found = [path for path in ROOT.rglob("*.py") if "runtime_checkable" in path.read_text()]
+    assert found == []
 
 
 def test_a_sample_goes_from_the_store_to_the_loss_through_ten_files(store: Path) -> None:

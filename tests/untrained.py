@@ -26,12 +26,17 @@ SETTINGS = PredictSettings(device="cpu", overlap=0.25)
 
 
 def checkpoint(folder: Path, seed: int = 0, out_channels: int = 4, **data: object) -> Path:
-    """An untrained network as asa-finetune saves it."""
-    torch.manual_seed(seed)
+    """An untrained network as asa-finetune saves it. NumPy draws its weights: PyTorch's differ between processors."""
+    rng = np.random.default_rng(seed)
     node: dict[str, object] = dict(_target_="asa.models.unet.unet_tiny", out_channels=out_channels, in_channels=1)
     node |= dict(feature_size=4, img_size=WINDOW)
     shell = nn.Module()
     shell.model = build(node)
+    with torch.no_grad():
+        for name, weight in shell.named_parameters():
+            if weight.ndim > 1 or name.endswith("bias"):
+                fan_in = weight[0].numel() if weight.ndim > 1 else 16
+                weight.copy_(torch.from_numpy(rng.normal(0, fan_in**-0.5, tuple(weight.shape))))
     save_checkpoint(folder, 1, shell, {"model": node, "task": "segmentation", "data": {**DATA, **data}}, {}, keep=1)
     return folder
 

@@ -15,7 +15,7 @@ import torch
 from asa.data.io.files import write_whole
 from asa.errors import require
 from asa.inference.preprocessing import exported
-from asa.methods.segment import SegmentationNetwork
+from asa.methods.segment import is_segmentation_network
 from asa.models.classifier import Regressor, WholeVolumeNetwork
 from asa.models.swin import Swin
 from asa.training.checkpoint import read_model
@@ -61,7 +61,7 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
     assert encoder is not None
     network: torch.nn.Module = encoder
     output = "tokens"
-    if isinstance(model, SegmentationNetwork | WholeVolumeNetwork):
+    if is_segmentation_network(model) or isinstance(model, WholeVolumeNetwork):
         network, output = model, "number" if isinstance(model, Regressor) else "logits"
     shape = (encoder.in_channels, *encoder.img_size)
     data, axes = description["data"], "C D H W: inferior to superior, back to front, left to right"

@@ -102,7 +102,8 @@ class DeeplySupervisedDiceCE(DeeplySupervised):
         true, common = (
             kept.new_zeros(scores.shape[:2]).scatter_add(1, index, x * kept[:, 0]) for x in (kept[:, 0], own.exp())
         )
-        predicted = (scores.exp().flatten(2) @ kept.transpose(1, 2))[..., 0]
+        # No matrix product: autocast would add up in 16 bits, and in float16 65,520 voxels are infinitely many.
+        predicted = (scores.exp().flatten(2) * kept).sum(dim=2)
         weights = kept[:, 0] * torch.where(index == 0, self.background_weight, 1.0)
         return (true + predicted)[:, 1:], common[:, 1:], -(weights * own).sum(dim=1), weights.sum(dim=1)
 

@@ -4,7 +4,7 @@ Letters: image `B C D H W`, label `B 1 D H W` of class indices (or 255: ignored)
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -13,7 +13,6 @@ from asa.methods.base import Batch
 from asa.ops.nested import paint, painting_order
 
 
-@runtime_checkable
 class SegmentationNetwork(Protocol):
     """A module that segments volumes `(B, C, D, H, W)`, also one of your own package.
 
@@ -30,6 +29,14 @@ class SegmentationNetwork(Protocol):
 
     @property
     def mirrored(self) -> bool: ...
+
+
+def is_segmentation_network(model: object) -> bool:
+    """Whether a module has the attributes of a `SegmentationNetwork`.
+
+    `isinstance` cannot tell: from Python 3.12 on it does not see the modules that an nn.Module holds.
+    """
+    return all(hasattr(model, name) for name in ("encoder", "out_channels", "mirrored"))
 
 
 class Segmentation(nn.Module):
@@ -57,7 +64,7 @@ class Segmentation(nn.Module):
         scales: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, SegmentationNetwork):
+        if not is_segmentation_network(model):
             raise ValueError(
                 "segmentation needs model=unet_..., sa_swin_unet_..., vit_..., or a comparator, "
                 f"got {type(model).__name__}"

@@ -1,8 +1,9 @@
-"""Layers of convolutional networks, and their precision on a CPU.
+"""Layers of convolutional networks that PyTorch's own are slow for, and precision on a CPU.
 
 Layout: a U-Net step on a CPU is faster with channels last in memory, which PyTorch's instance norm and, with one
-thread, its 1x1x1 convolution give up. `use_cpu_kernels` replaces both by layers that keep the layout. On a GPU and in
-an ONNX export they compute as PyTorch's own.
+thread, its 1x1x1 convolution give up. `use_cpu_kernels` replaces both by layers that keep the layout. In an ONNX export
+they are PyTorch's own, and so is the convolution on a GPU. There, PyTorch's instance norm gives one block of threads to
+each channel of each sample, and most of the GPU waits; that of large maps is computed in parts.
 
 Precision: oneDNN's bfloat16 convolutions read memory that was never written, for some shapes of small feature maps:
 random numbers, sometimes NaN (torch 2.13, AVX-512 and AMX). There the networks compute in float32, by `in_float32`.
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 PARTS = 64  # partial sums over the voxels: a single float32 sum over all of them loses digits
+LARGE = 1 << 16  # voxels of a map from which a GPU computes its norm in parts
 JOINED = 8  # voxels per row of element-wise arithmetic: C values alone are too few for a CPU's inner loop
 
 
@@ -99,9 +101,17 @@ class InstanceNorm(nn.InstanceNorm3d):
         if features.device.type == "cpu" and wide and not torch.compiler.is_exporting():
             last = features.contiguous(memory_format=torch.channels_last_3d)
             return InstanceNormalisation.apply(last, self.eps)
+        if self._in_parts(features):
+            return InstanceNormalisationInParts.apply(features, self.eps)
         if features.is_contiguous() or not features.is_contiguous(memory_format=torch.channels_last_3d):
             return super().forward(features)
         return F.group_norm(features, self.num_features, eps=self.eps)
+
+    def _in_parts(self, features: Tensor) -> bool:
+        voxels = features[0, 0].numel()
+        parted = features.is_cuda and features.is_contiguous() and voxels >= LARGE and voxels % PARTS == 0
+        # A compiler makes kernels of its own, and those of parts take indices of 32 bits.
+        return parted and features.numel() < 2**31 and not torch.compiler.is_compiling()
 
 
 class InstanceNormalisation(torch.autograd.Function):
@@ -134,6 +144,46 @@ class InstanceNormalisation(torch.autograd.Function):
         out = torch.addcmul(_repeated(constant, x), _joined(x), _repeated(by_x, x))
         out.addcmul_(_joined(g), _repeated(rstd, x))
         return out.view(*features.permute(0, 2, 3, 4, 1).shape).permute(0, 4, 1, 2, 3), None
+
+
+class InstanceNormalisationInParts(torch.autograd.Function):
+    """The same on a GPU, with channels first, by the kernels of PyTorch's SyncBatchNorm.
+
+    They take the parts of a map for channels, and their statistics are joined as those of several GPUs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, eps: float) -> Tensor:
+        x = _parts(features)
+        means, rstds = (values.view(-1, PARTS) for values in torch.batch_norm_stats(x, eps))
+        # rstd^-2 = variance + eps
+        variance = rstds.pow(-2).mean(dim=1, keepdim=True) + means.var(dim=1, correction=0, keepdim=True)
+        mean, rstd = (_for_parts(values) for values in (means.mean(dim=1, keepdim=True), variance.rsqrt()))
+        ctx.save_for_backward(features, mean, rstd)
+        out = torch.empty_like(features)  # not a view, which the next layer could not change in place
+        torch.batch_norm_elemt(x, None, None, mean, rstd, eps, out=_parts(out))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        features, mean, rstd = ctx.saved_tensors
+        x, g = _parts(features), _parts(gradient.contiguous())
+        sums = torch.batch_norm_backward_reduce(g, x, mean, rstd, None, True, False, False)[:2]
+        own, product = (_for_parts(values.view(-1, PARTS).sum(dim=1, keepdim=True)) for values in sums)
+        voxels = torch.full((1,), features[0, 0].numel(), dtype=torch.int32, device=x.device)
+        out = torch.batch_norm_backward_elemt(g, x, mean, rstd, None, own, product, voxels)
+        return out.view_as(features), None
+
+
+def _parts(features: Tensor) -> Tensor:
+    """`(B, C, D, H, W)` -> `(1, B*C*PARTS, N/PARTS)`, a view where the channels are first in memory."""
+    return features.reshape(1, -1, features[0, 0].numel() // PARTS)
+
+
+def _for_parts(values: Tensor) -> Tensor:
+    """A value of each channel of each sample, `(B*C, 1)`, for its parts: `(B*C*PARTS,)`."""
+    return values.expand(-1, PARTS).flatten()
 
 
 def _rows(features: Tensor) -> Tensor:

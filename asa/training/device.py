@@ -135,6 +135,19 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of what a run draws from: the host's generator, and that of its GPU, which drops units there."""
+    state = {"random": torch.get_rng_state()}
+    return state | ({"device_random": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Continue from what `random_state` returned, also on another device, whose own generator then stays as it is."""
+    torch.set_rng_state(state["random"])
+    if device.type == "cuda" and "device_random" in state:
+        torch.cuda.set_rng_state(state["device_random"], device)
+
+
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with its tensors on a device; what masks and regions are computed from stays on the CPU."""
     return {

@@ -25,7 +25,7 @@ from asa.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from asa.training.device import Backend, deterministic, keep_freed_memory, on_device
+from asa.training.device import Backend, deterministic, keep_freed_memory, on_device, random_state, set_random_state
 from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import (
     EMA,
@@ -149,20 +149,20 @@ def train(
         )
     )
     if before:
-        torch.set_rng_state(before["random"])  # after the loader was made, which draws a number
+        set_random_state(before, device)  # after the loader was made, which draws a number
     meter = Meter(settings.batch_size, settings.accumulate)
 
     # --- checkpoint
     description = {**description, **({"ema": settings.ema} if settings.ema else {})}
     saved_at, saved_step = time.monotonic(), step
 
-    def save(random: torch.Tensor | None = None) -> None:
+    def save(random: Mapping[str, torch.Tensor] | None = None) -> None:
         training = {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "guard": guard.state_dict(),
-            "random": torch.get_rng_state() if random is None else random,
             "steps": settings.steps,
+            **(random_state(device) if random is None else random),
         }
         if settings.ema:  # the model file holds the averaged weights
             training["weights"] = {name: tensor.detach().cpu() for name, tensor in method.state_dict().items()}
@@ -175,7 +175,7 @@ def train(
 
         Several processes stop together, after a step.
         """
-        random = torch.get_rng_state()
+        random = random_state(device)
         try:
             with stop.at_once() if alone else nullcontext():
                 yield

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.losses.segmentation import DeeplySupervisedDiceCE
-from asa.methods.segment import RegionSegmentation, Segmentation
+from asa.losses.segmentation import DeeplySupervisedDiceCE, DeeplySupervisedRegionLoss
+from asa.methods.segment import RegionSegmentation, Segmentation, is_segmentation_network
 from asa.methods.whole_scans import Classification, Regression
 from asa.models.classifier import sa_swin_classifier_tiny, sa_swin_regressor_tiny
 
@@ -72,3 +72,27 @@ def test_values_of_whole_scans_are_learnt_from_both_sides(kind: str) -> None:
     assert method.mirrored
     torch.testing.assert_close(method({"image": image, "mirror": image.flip(-1), "target": target})["loss"], expected)
     assert not torch.equal(method.model(image, image), out)
+
+
+@pytest.mark.parametrize("loss", [DeeplySupervisedDiceCE(), DeeplySupervisedRegionLoss([[1, 2], [2]])])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_sums_of_a_segmentation_loss_in_float32(loss: nn.Module, half: torch.dtype) -> None:
+    # More voxels of a class than float16 can count.
+    logits = torch.randn(1, 3 if isinstance(loss, DeeplySupervisedDiceCE) else 2, 48, 64, 64) + 1
+    label = torch.randint(3, (1, 1, 48, 64, 64))
+    expected = loss([logits], label)
+    with torch.autocast("cpu", half):
+        assert torch.equal(loss([logits], label), expected)
+
+
+def test_a_network_is_known_by_its_attributes_also_if_they_are_modules() -> None:
+    class Network(nn.Module):
+        out_channels, mirrored = 2, False
+
+        def __init__(self, encoder: nn.Module | None) -> None:
+            super().__init__()
+            if encoder is not None:
+                self.encoder = encoder
+
+    assert is_segmentation_network(Network(nn.Identity()))
+    assert not is_segmentation_network(Network(None)) and not is_segmentation_network(nn.Identity())

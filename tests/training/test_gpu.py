@@ -1,10 +1,13 @@
 """A GPU gives the same results as a CPU. Skipped without a GPU."""
 
+import importlib
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import asa
 from asa.data.loading.crops import CropDataset
@@ -17,6 +20,9 @@ from asa.training.device import Backend
 from asa.training.gpu_check import step_peak
 from asa.training.loop import train
 from asa.training.plan import volume_batch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script of the checkout, not of the package
+simulation = importlib.import_module("scripts.simulate_cuda")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -66,6 +72,47 @@ def test_pretraining_runs_and_stays_close_to_the_cpu(store: Path, tmp_path: Path
         )["loss"]
         assert list_checkpoints(run)
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["asa, decoded in part", "vit_conv", "primus_tiny"])  # the last draws on the device
+def test_a_run_that_is_resumed_has_the_bits_of_an_uninterrupted_one(store: Path, tmp_path: Path, name: str) -> None:
+    def go_on(run: Path, steps: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        method, opened = simulation.ROWS[name](), Store(store)
+        own = dict(labelled=hasattr(method, "background_weights"), air=8, crop="random")
+        settings = TrainSettings(steps=steps, batch_size=2, device="cuda", save_every=2, deterministic=True)
+        run.mkdir(exist_ok=True)
+        train(
+            method,
+            CropDataset(opened, opened.records, (64, 64, 64), **own),
+            run,
+            settings=settings,
+            optim=OptimSettings(lr=1e-3, schedule="constant"),
+            loader=LoaderSettings(workers=0),
+            description={"model": {}},
+        )
+        return [weight.detach().cpu() for weight in method.parameters()]
+
+    whole = go_on(tmp_path / "whole", 4)
+    torch.cuda.manual_seed(5)  # a new process would not continue the generator either
+    go_on(tmp_path / "cut", 2)
+    torch.cuda.manual_seed(7)
+    assert all(torch.equal(one, other) for one, other in zip(whole, go_on(tmp_path / "cut", 4), strict=True))
+
+
+@pytest.mark.parametrize("name", ["asa", "vit_conv"])
+def test_a_compiled_run_has_nearly_the_losses_of_an_ordinary_one(store: Path, tmp_path: Path, name: str) -> None:
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        method, opened = simulation.ROWS[name](), Store(store)
+        dataset = CropDataset(opened, opened.records, (64, 64, 64), labelled=hasattr(method, "background_weights"))
+        settings = TrainSettings(steps=4, batch_size=2, device="cuda", precision="bf16", compile=compiled)
+        run = tmp_path / str(compiled)
+        run.mkdir()
+        own = dict(optim=OptimSettings(lr=1e-3), loader=LoaderSettings(workers=0), description={"model": {}})
+        losses.append(train(method, dataset, run, settings=settings, **own)["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_the_measured_peak_of_a_step_is_that_of_a_run(store: Path, tmp_path: Path) -> None:
