@@ -324,12 +324,19 @@ def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence
         return message if key is None or key in message else f"{key}: {message}"
     if key in keys:
         return f"{key} was given a key that it does not have (asa-{command} --help lists them)"
-    last = key.rpartition(".")[2]
-    near = [other for other in keys if other.rpartition(".")[2] == last]  # lr=1 means optim.lr=1
-    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    extra = "; +{}=... adds a keyword that its _target_ takes" if key.startswith(("model.", "method.", "data.")) else ""
-    return f"unknown key {key}{hint} (asa-{command} --help lists them{extra.format(key)})"
+    names: dict[str, list[str]] = {}  # by their last part: lr=1 means optim.lr=1
+    for other in keys:
+        names.setdefault(other.rpartition(".")[2], []).append(other)
+    near = difflib.get_close_matches(key.rpartition(".")[2], names, n=1)
+    group = [other for name in near for other in names[name]]
+    hint = f"; did you mean {max(group, key=lambda other: _common(key, other))}?" if group else ""
+    taker = {"model": "network", "method": "method", "data": "reader"}.get(key.partition(".")[0])
+    extra = f"; +{key}=... adds a keyword that the {taker} takes" if taker else ""
+    return f"unknown key {key}{hint} (asa-{command} --help lists them{extra})"
+
+
+def _common(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _cause(error: Exception) -> BaseException:

@@ -43,6 +43,11 @@ def files(root: Path) -> None:
         scan(root / f"{name}.nii.gz")
 
 
+def structures(root: Path) -> None:  # of asa-phantom
+    for name in ("s1_T1.nii.gz", "s1_structures.nii.gz"):
+        scan(root / name)
+
+
 def settings(**given: object) -> dict[str, object]:
     return compose("run", as_overrides("run", {"strip": "none", **given}))
 
@@ -56,6 +61,11 @@ def settings(**given: object) -> dict[str, object]:
         (
             files,
             {"data": "folder", "data.images": {"t1": "*_T1.nii.gz"}, "data.label": "*_seg.nii.gz"},
+            {"data": "folder", "data.images": {"t1": "*_T1.nii.gz"}},
+        ),
+        (
+            structures,
+            {"data": "folder", "data.images": {"t1": "*_T1.nii.gz"}, "data.label": "*_structures.nii.gz"},
             {"data": "folder", "data.images": {"t1": "*_T1.nii.gz"}},
         ),
     ],

@@ -7,7 +7,8 @@ from typing import Any
 from asa.data.datasets import nnunet
 from asa.data.io.nifti import VOLUME_ENDINGS
 
-LABEL_NAMES = ("seg", "dseg", "label", "labels", "mask", "aseg", "manual", "truth")  # last part of a label map's name
+# The last part of a label map's name.
+LABEL_NAMES = ("seg", "dseg", "label", "labels", "mask", "aseg", "manual", "truth", "structures", "tissues", "lesions")
 
 
 def recognise(folder: Path, *, labelled: bool) -> dict[str, Any]:
