@@ -85,7 +85,8 @@ def listed(names: Sequence[str] = ()) -> list[Mutant]:
 def drawn(count: int, seed: int, names: Sequence[str] = ()) -> list[Mutant]:
     """Random changes of the code of all folders of asa/, or of those named.
 
-    Their tests are those of the listed changes of the same file, the test file of the same name, and the folder's.
+    Their tests are those of the listed changes of the same file, the test file of the same name, those that import the
+    file, and the folder's.
 
     Raises:
         ValueError: an unknown name.
@@ -94,13 +95,18 @@ def drawn(count: int, seed: int, names: Sequence[str] = ()) -> list[Mutant]:
     if unknown := [folder.name for folder in folders if not folder.is_dir()]:
         raise ValueError(f"asa/ has no folder {', '.join(unknown)}")
     found, known = [], listed()
+    testing = {test: test.read_text() for test in sorted((ROOT / "tests").rglob("test_*.py"))}
     for path in sorted(file for folder in folders for file in folder.rglob("*.py")):
         text, file = path.read_text(), path.relative_to(ROOT).as_posix()
         own = [test for mutant in known if mutant.file == file for test in mutant.tests.split()]
         folder = ROOT / "tests" / path.parent.relative_to(ROOT / "asa")
         namesake = folder / f"test_{path.stem}.py"
         of_folder = [folder] if path.parent != ROOT / "asa" else sorted(folder.glob("test_*.py"))
-        others = [found.relative_to(ROOT).as_posix() for found in [namesake, *of_folder] if found.exists()]
+        package, name = ".".join(path.parent.relative_to(ROOT).parts), path.stem
+        imported = re.compile(rf"\b{re.escape(package)}(\.{name}\b| import .*\b{name}\b)")
+        importing = [test for test, content in testing.items() if imported.search(content)]
+        chosen = [test for test in [namesake, *importing, *of_folder] if test.exists()]
+        others = [test.relative_to(ROOT).as_posix() for test in chosen]
         tests = " ".join(dict.fromkeys([*own, *others]))
         found += [Mutant(file, text, *change, tests) for change in changes(text)]
     return random.Random(seed).sample(found, min(count, len(found)))

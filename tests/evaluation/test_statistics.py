@@ -57,6 +57,16 @@ def test_the_interval_equals_that_of_a_slow_bootstrap_t():
     assert bootstrap_interval(values) == pytest.approx(ends, abs=0.05 * (ends[1] - ends[0]))
 
 
+def test_the_deviation_of_a_resample_is_in_its_own_standard_error():
+    values = np.array([0.3, 0.5, 0.55, 0.9])
+    found = np.concatenate(list(statistics._studentised(values, values.mean(), values.std(ddof=1), 0, 2000)))
+    possible = set()
+    for chosen in itertools.product(values, repeat=4):
+        if len(set(chosen)) > 1:
+            possible.add(round((np.mean(chosen) - values.mean()) / stats.sem(chosen), 6))
+    assert {round(each, 6) for each in found if abs(each) < 1e100} <= possible
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", [5, 6, 8, 24])
 @pytest.mark.parametrize("kind", ["normal", "differences of Dice", "Dice", "skewed Dice"])

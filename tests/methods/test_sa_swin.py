@@ -243,6 +243,9 @@ def test_whole_volumes_of_any_size_have_a_map_of_their_own_size(size: tuple[int,
     torch.testing.assert_close(score, again)
     torch.testing.assert_close(flipped, flip(found))
     torch.testing.assert_close(found, flip(found))  # both sides of a difference have the same value
+    with torch.no_grad():
+        once = model.asymmetry(volume, flip(volume))[1]
+    torch.testing.assert_close(found, (once + flip(once)) / 2)
 
 
 @pytest.mark.parametrize("level", [0, 2])

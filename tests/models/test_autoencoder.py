@@ -266,6 +266,9 @@ def test_wrong_sizes_raise_an_error_that_says_what_to_do() -> None:
         model(torch.rand(1, 1, 16, 16, 20), random_mask(1, 64, 0.75))
     with pytest.raises(ValueError, match="the mask must be"):
         model(torch.rand(1, 1, 16, 16, 16), random_mask(1, 63, 0.75))
+    for masks in (0, 3):  # not a whole number of masks for each of two volumes
+        with pytest.raises(ValueError, match=r"= \(2, 64\), got "):
+            model(torch.rand(2, 1, 16, 16, 16), random_mask(4, 64, 0.75)[:masks])
     with pytest.raises(ValueError, match="prediction of the masked patches"):
         AttentiveReconstructionLoss(patch_size=4)(
             torch.zeros(1, 3, 64), torch.rand(1, 1, 16, 16, 16), random_mask(1, 64, 0.75)

@@ -15,7 +15,7 @@ from asa.evaluation.comparison import latex_table
 from asa.evaluation.policies import restoration_policy
 from asa.restoration.evaluation import evaluate_pictures
 from asa.restoration.images import write_picture
-from asa.restoration.report import _fitted, error_map, error_scale
+from asa.restoration.report import _fitted, error_map, error_scale, image_panel
 from asa.tasks.evaluation import compare_folders
 
 pytest.importorskip("PIL")
@@ -160,3 +160,11 @@ def test_images_of_another_range_or_another_truth_are_not_compared(tmp_path: Pat
         compare_folders({"a": first, "b": ranged}, tmp_path / "out")
     text = latex_table(compare_folders({"a": first, "b": first}, tmp_path / "out"))
     assert text.count(r"\midrule") == 3
+
+
+def test_no_error_is_drawn_black_and_the_largest_white() -> None:
+    truth = np.zeros((1, 40, 40))
+    output = truth + np.where(np.arange(40) < 20, 0.0, 0.5)
+    panel = image_panel({"Output": output, "Truth": truth}, 0.5)
+    error = panel[:, -panel.shape[1] // 3 + 20 :]
+    assert (error[5:-5, 10] == 0).all() and (error[5:-5, -10] == 255).all()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from asa.restoration.method import FocalRegionLoss
-from asa.restoration.restormer import Restormer, restormer_base, restormer_tiny
+from asa.restoration.restormer import Restormer, restormer_base, restormer_small, restormer_tiny
 
 
 def picture(h: int = 24, w: int = 32, channels: int = 1, b: int = 2) -> tuple[Tensor, Tensor]:
@@ -21,6 +21,13 @@ def network(**overrides) -> Restormer:
 def test_the_published_size_has_26_1_million_parameters() -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in restormer_base(in_channels=3).parameters()) == pytest.approx(26.1e6, rel=0.002)
+
+
+def test_the_smaller_sizes_have_the_parameters_that_they_say() -> None:
+    for make, count in ((restormer_small, 1.6e6), (restormer_tiny, 0.2e6)):
+        assert f"{count / 1e6:.1f} M parameters" in str(make.__doc__)
+        with torch.device("meta"):
+            assert sum(p.numel() for p in make().parameters()) == pytest.approx(count, abs=0.05e6)
 
 
 def test_the_norms_are_over_the_channels_of_each_pixel() -> None:

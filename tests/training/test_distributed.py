@@ -23,7 +23,7 @@ from asa.models.masked_autoencoder import asa_tiny
 from asa.models.unet import unet_tiny
 from asa.ops.labels import IGNORED
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings
-from asa.training import distributed
+from asa.training import distributed, process
 from asa.training.checkpoint_files import list_checkpoints
 from asa.training.distributed import process_group
 from asa.training.loop import train
@@ -333,3 +333,12 @@ def process_of_rank(rank: int, run: Path) -> int:
         except OSError:
             continue
     raise AssertionError(f"no process of rank {rank}")
+
+
+def test_a_process_uses_the_gpu_of_its_number_on_the_machine_also_if_there_are_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert (process.world_size(), process.rank(), process.local_rank()) == (1, 0, 0)
+    for key, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    assert (process.world_size(), process.rank(), process.local_rank()) == (2, 1, 1)

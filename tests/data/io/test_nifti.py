@@ -83,6 +83,9 @@ def test_freesurfers_files_are_read_and_written_on_their_grid(tmp_path, noise, e
         again = read_label(tmp_path / name)
         np.testing.assert_array_equal(again.data, values)
         np.testing.assert_allclose(again.affine, affine, atol=1e-4)
+    write_image(tmp_path / f"image{ending}", noise, affine)
+    for name in ("label", "image"):  # gzip's first bytes
+        assert ((tmp_path / f"{name}{ending}").read_bytes()[:2] == b"\x1f\x8b") == (ending == ".mgz")
     whole = (tmp_path / f"a{ending}").read_bytes()
     (tmp_path / f"cut{ending}").write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=rf"cut{ending}: .*truncated"):

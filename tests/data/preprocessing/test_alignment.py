@@ -19,7 +19,7 @@ from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import brain_mask, correct_bias
 from asa.data.preprocessing.midsagittal import MidsagittalPlane, find_midsagittal_plane
 from asa.data.preprocessing.pipeline import prepare_case, to_native, to_prepared
-from asa.data.preprocessing.registration import _start, load_map, register_to_template
+from asa.data.preprocessing.registration import FIELD_OF_VIEW, _start, load_map, register_to_template
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
 from asa.data.preprocessing.scan import make_thumbnail
 from asa.data.preprocessing.settings import PrepareSettings
@@ -197,6 +197,46 @@ def test_a_registration_starts_where_centres_of_mass_and_volumes_match() -> None
     np.testing.assert_allclose(start.TransformPoint(centre.tolist()), expected[::-1], atol=1e-6)
     larger = np.linalg.det(np.reshape(start.GetMatrix(), (3, 3)))
     assert larger == pytest.approx(brain.sum() * spacing.prod() / (template > 0).sum())
+
+
+def test_a_registration_that_changes_nothing_returns_its_start(monkeypatch) -> None:
+    pytest.importorskip("SimpleITK")
+    seen, spacing, (template, affine) = [], (3.0, 2.0, 1.5), load_map("t1")
+
+    def stay(sitk, fixed, moving, starts):
+        seen.append((fixed, moving))
+        return starts[1]
+
+    monkeypatch.setattr("asa.data.preprocessing.registration._optimise", stay)
+    brain = np.zeros((40, 50, 60), dtype=np.float32)
+    brain[8:30, 9:40, 20:55] = 1
+    rotation = turn((5, -8, 12))
+    found = register_to_template(brain, spacing, rotation)
+    size = (brain.sum() * np.prod(spacing) / (template > 0).sum()) ** (1 / 3)
+    np.testing.assert_allclose(found[:3, :3], size * rotation, atol=1e-6)
+    centre = np.argwhere(template > 0).mean(axis=0) + affine[:3, 3][::-1]
+    expected = (np.argwhere(brain).mean(axis=0) - (np.array(brain.shape) - 1) / 2) * spacing
+    np.testing.assert_allclose(found[:3] @ [*centre, 1], expected, atol=1e-6)
+    # Both images lie in the spaces that the map joins.
+    ((fixed, moving),) = seen
+    assert fixed.TransformIndexToPhysicalPoint((0, 0, 0)) == pytest.approx(affine[:3, 3])
+    inside = np.argwhere(brain).min(axis=0)
+    first = [int(n) for n in np.argwhere(sitk_array(moving)).min(axis=0)]
+    point = moving.TransformIndexToPhysicalPoint(first[::-1])
+    assert point[::-1] == pytest.approx((inside - (np.array(brain.shape) - 1) / 2) * spacing)
+
+
+def sitk_array(image) -> np.ndarray:
+    return pytest.importorskip("SimpleITK").GetArrayFromImage(image)
+
+
+def test_the_field_of_view_is_symmetric_and_holds_the_template_brain() -> None:
+    template, affine = load_map("t1")
+    assert FIELD_OF_VIEW[2][0] == -FIELD_OF_VIEW[2][1]
+    assert tuple(high - low for low, high in FIELD_OF_VIEW) == (192, 224, 192)  # whole patches of 32 mm
+    inside = np.argwhere(template > 0) + affine[:3, 3][::-1]
+    for (low, high), brain in zip(FIELD_OF_VIEW, inside.T, strict=True):
+        assert low < brain.min() and brain.max() < high
 
 
 def warped_template(seed: int, shape: tuple[int, int, int], spacing: float) -> tuple[np.ndarray, np.ndarray]:
