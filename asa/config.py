@@ -326,7 +326,8 @@ def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence
         return f"{key} was given a key that it does not have (asa-{command} --help lists them)"
     names: dict[str, list[str]] = {}  # by their last part: lr=1 means optim.lr=1
     for other in keys:
-        names.setdefault(other.rpartition(".")[2], []).append(other)
+        if not (name := other.rpartition(".")[2]).startswith("_"):
+            names.setdefault(name, []).append(other)
     near = difflib.get_close_matches(key.rpartition(".")[2], names, n=1)
     group = [other for name in near for other in names[name]]
     hint = f"; did you mean {max(group, key=lambda other: _common(key, other))}?" if group else ""

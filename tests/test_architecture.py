@@ -25,10 +25,10 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 720,
+    "": 728,
     "baselines": 1230,
     "cli": 750,  # with the tables of every key, for help and the site
-    "data": 7839,
+    "data": 7840,
     "evaluation": 2470,
     "export": 775,
     "inference": 2490,

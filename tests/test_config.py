@@ -255,6 +255,7 @@ def test_the_papers_cohorts_differ_in_their_split_alone() -> None:
         ("method=sa_swim", "did you mean sa_swin? choose one of asa, jigsaw, mae, rpl, sa_swin"),
         ("train.steps", "train.steps"),
         ("lr=3", "did you mean optim.lr?"),
+        ("data.target=age", "unknown key data.target (asa-pretrain"),
         ("model.windw=3", "lists them; +model.windw=... adds a keyword that the network takes)"),
         ("experiment=nope", "oasis_pretrain"),
         ("out=a,b", "quote a value with commas, as in \"out='a,b'\"; a list is out=[a,b]"),

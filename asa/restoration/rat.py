@@ -295,7 +295,7 @@ def _naf_stage(dim: int) -> nn.Sequential:
 
 def rat_base(**overrides: Any) -> RegionAttentionTransformer:
     """The released network: 15.9 M parameters."""
-    return RegionAttentionTransformer(**{**dict(dim=64, groups=4, depth=3, num_heads=8), **overrides})
+    return RegionAttentionTransformer(**overrides)
 
 
 def rat_small(**overrides: Any) -> RegionAttentionTransformer:

@@ -33,6 +33,11 @@ def test_the_published_sizes_have_their_parameters_and_are_built_without_memory(
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
+def test_resenc_is_planned_for_crops_of_160_voxels() -> None:
+    with torch.device("meta"):
+        assert create_model("resenc_l", out_channels=2).encoder.img_size == (160, 160, 160)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     torch.manual_seed(0)

@@ -325,6 +325,8 @@ def test_the_sizes_of_the_network_decrease() -> None:
     with torch.device("meta"):
         base, small, tiny = (getattr(sa_swin, f"sa_swin_{name}")() for name in ("base", "small", "tiny"))
     assert base.encoder.widths == [48, 96, 192, 384, 768]
+    convolutions = [stage for stage in base.decoder if isinstance(stage, torch.nn.Conv3d)]
+    assert [stage.out_channels for stage in convolutions] == [384, 192, 96, 48, 48, 1]
     sizes = [sum(weight.numel() for weight in model.parameters()) for model in (base, small, tiny)]
     assert sizes == sorted(sizes, reverse=True)
 

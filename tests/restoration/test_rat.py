@@ -33,6 +33,13 @@ def test_the_released_size_has_15_9_million_parameters() -> None:
         assert sum(p.numel() for p in rat_base().parameters()) == pytest.approx(15.9e6, rel=0.005)
 
 
+def test_the_smaller_sizes_have_the_parameters_that_they_say() -> None:
+    for make, count in ((rat_small, 2.1e6), (rat_tiny, 0.2e6)):
+        assert f"{count / 1e6:.1f} M parameters" in str(make.__doc__)
+        with torch.device("meta"):
+            assert sum(p.numel() for p in make().parameters()) == pytest.approx(count, abs=0.05e6)
+
+
 @pytest.mark.parametrize("make", [rat_small, rat_tiny])
 @pytest.mark.parametrize(("channels", "upscale"), [(1, 1), (3, 1), (1, 2), (3, 4)])
 def test_every_parameter_gets_a_gradient(make, channels: int, upscale: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from asa.cli import COMMANDS
-from asa.tasks.checks import CHECKS
+from asa.config import compose
+from asa.tasks.checks import CHECKS, check
 
 HERE = "checkpoint=. input=. out=o"
 # What is typed, and a part of what is said.
@@ -80,3 +81,17 @@ def test_a_wrong_path_costs_less_than_a_second_and_a_half_of_cpu(line: str, tmp_
     code = f"import sys, time; from asa.cli import main; main({line.split()}); print(time.process_time())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert float(done.stdout) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("pretrain", ["method=sa_swin", "model=sa_swin_tiny", "data.health=nowhere.csv"]),
+        ("finetune", ["method=classify", "model=asa_classifier_tiny", "data.classes=nowhere.csv"]),
+        ("finetune", ["method=regress", "model=asa_regressor_tiny", "data.table=nowhere.csv"]),
+    ],
+)
+def test_a_table_that_is_not_there_is_named_with_its_key(command: str, settings: list[str], store: Path) -> None:
+    key = next(setting.partition("=")[0] for setting in settings if "nowhere" in setting)
+    with pytest.raises(FileNotFoundError, match=rf"nowhere.csv: no such file.*; {key}= is a table \(CSV\)"):
+        check(command, compose(command, [f"data.store='{store}'", "out=o", *settings]))
