@@ -19,6 +19,7 @@ WRONG = [
     ("finetune data.store=nowhere out=o train.steps=0", "train.steps=0: must be 1 or more"),
     ("finetune data.store=nowhere out=o train.device=gpu", "train.device=gpu: not a device"),
     ("finetune data.store=nowhere out=o predict.precision=fp8", "predict.precision=fp8: choose auto, fp32"),
+    ("finetune data.store=nowhere out=o predict.batch_size=0", "predict.batch_size=0: "),
     ("finetune data.store=nowhere out=o augment.mirror_axes=X", "augment.mirror_axes=X: name axes"),
     ("finetune method=restore data.root=nowhere out=o", "nowhere: no such folder"),
     ("predict checkpoint=. input=nowhere out=o", "nowhere: no such file or folder"),

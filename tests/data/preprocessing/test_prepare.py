@@ -529,6 +529,19 @@ def test_an_exception_keeps_the_scans_that_are_done(cohort, tmp_path, monkeypatc
     assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "whole")
 
 
+def test_the_picture_of_a_scan_that_was_done_before_is_that_of_a_new_one(tmp_path):
+    image, _ = ball((48, 52, 40))
+    nib.save(nib.Nifti1Image(image, np.diag([2.0, 2.0, 2.0, 1.0])), tmp_path / "s0_t1.nii.gz")
+    records, seen = folder.records(tmp_path, images={"t1": "*_t1.nii.gz"}), []
+    for _ in range(2):
+        prepare_cohort(records, tmp_path / "store", CohortSettings(), progress=False, on_scan=seen.append)
+    new, before = (scan.thumbnail for scan in seen)
+    np.testing.assert_allclose(before.midline, new.midline, atol=1e-3)
+    for name in ("grey", "brain"):
+        for one, other in zip(getattr(new, name), getattr(before, name), strict=True):
+            assert one.any() and np.abs(np.int16(one) - np.int16(other)).max() <= 1
+
+
 def test_a_killed_run_continues_to_the_same_bytes(cohort, tmp_path):
     run(cohort, tmp_path / "whole")
     script = (
