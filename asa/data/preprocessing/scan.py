@@ -333,7 +333,8 @@ def _stored_views(
     assert root is not None
     image = open_array(root, entry, "image")
     assert image is not None
-    first = np.asarray(next(channel for channel in image if channel.any()))
+    # In float16 NumPy's percentiles of many values are NaN.
+    first = np.asarray(next(channel for channel in image if channel.any()), dtype=np.float32)
     quality, plane = entry["quality"], None
     if "shift_mm" in quality:
         pose = [0.0 if settings.midway else quality[key] for key in ("yaw_degrees", "roll_degrees", "shift_mm")]
