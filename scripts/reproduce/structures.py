@@ -30,18 +30,18 @@ LABELS = "labels={" + ", ".join(f"{value}: {name}" for value, name in enumerate(
 FILES = ("data=folder", "data.images={t1: *_SS.nii.gz}", "data.label=*_structures.nii.gz", LABELS)
 
 
-def write_structures(data: Path, out: Path, ids: list[str]) -> None:
-    """Write what `FILES` describes, for some subjects; what is there is left as it is."""
+def write_structures(data: Path, out: Path, ids: list[str], image: str = "SS", regions: str = "glm") -> None:
+    """Write what `FILES` describes, for some subjects, from ID_IMAGE and ID_REGIONS; what is there is left as it is."""
     out.mkdir(parents=True, exist_ok=True)
     for id in ids:
-        label, link = out / f"{id}_structures.nii.gz", out / f"{id}_SS.nii.gz"
+        label, link = out / f"{id}_structures.nii.gz", out / f"{id}_{image}.nii.gz"
         if not link.exists():
             link.symlink_to((data / link.name).resolve())
         if not label.exists():
-            regions = read_label(data / f"{id}_glm.nii.gz").data
-            joined = np.zeros(regions.shape, np.uint8)
+            values = read_label(data / f"{id}_{regions}.nii.gz").data
+            joined = np.zeros(values.shape, np.uint8)
             for value, sides in enumerate(STRUCTURES.values(), start=1):
-                joined[np.isin(regions, sides)] = value
+                joined[np.isin(values, sides)] = value
             write_label(label, joined, read_image(link))
 
 
