@@ -1,6 +1,7 @@
 """Rows of the GPU check that are right or wrong, and measured once. Letters: B images, M heads, L tokens of width d."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -133,8 +134,9 @@ def tests(spec: Spec, device: torch.device) -> dict[str, Any]:
     Raises:
         AssertionError: a test failed.
     """
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", spec["tests"]]
+    start, processes = time.perf_counter(), str(min(8, os.cpu_count() or 1))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", processes, "-p", "no:cacheprovider"]
+    command.append(spec["tests"])
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or [done.stderr])[-1]
     if done.returncode:
