@@ -1,45 +1,31 @@
 """Do more unlabelled heads help? python -m scripts.reproduce.scale IXI OUT
 
-At 2 mm, where a run costs minutes: encoders of experiment=structures_pretrain from 5, 15, 40 and 80 heads, at equal
-steps and at equal epochs, each fine-tuned on the same three labelled heads (experiment=structures_finetune) and tested
-on 30 others. Beside them a fine-tuning from scratch, and the linear probe of the tokens. Each larger set of heads holds
-the smaller ones. Prints the table of docs/evidence.md, and the change of the Dice per doubling of the heads with its
-interval over the tested heads; draws OUT/scale.png. What is done is not done again. About two hours of one core.
+Encoders from 5, 15, 40 and 80 heads at 2 mm, at equal steps and at equal epochs, each fine-tuned on the same three
+labelled heads (experiment=structures_finetune) and tested on 30 others. Beside them a fine-tuning from scratch, and the
+linear probe of the tokens. Prints the table of docs/evidence.md, and the change of the Dice per doubling of the heads
+with its interval over the tested heads; draws OUT/scale.png. What is done is not done again. About two hours of one
+core.
 
-IXI: heads with their regions, ID_T1.nii.gz and ID_regions.nii.gz, in the numbers of scripts/reproduce/structures.py.
+IXI: see scripts/reproduce/ixi.py.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 
-from asa.data.splits import write_split
-from scripts.reproduce.commands import asa, brain_dice, interval, quoted, score, validations
-from scripts.reproduce.few_labels import CPU
-from scripts.reproduce.structures import LABELS, STRUCTURES, write_structures
+from scripts.reproduce.commands import brain_dice, interval, validations
+from scripts.reproduce.ixi import HEADS, LABELLED, STEPS, finetune, make_stores, pretrain
+from scripts.reproduce.structures import STRUCTURES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HEADS = (5, 15, 40, 80)
-TESTED, PROBED, LABELLED = 30, 8, 3
-STEPS, TUNED = 3000, 1000  # of a pretraining, and of a fine-tuning
-PREPARED = (
-    "data=folder",
-    "data.images={t1: *_T1.nii.gz}",
-    "data.label=*_structures.nii.gz",
-    LABELS,
-    "prepare.strip=deepbet",
-    "prepare.midway=true",
-    "prepare.spacing=2",
-    "prepare.crop=[96,112,80]",
-)
-CROP = "crop=[64,64,80]"  # the whole width
+HEAD = "structures_finetune"
 
 
 class Encoder(NamedTuple):
@@ -54,47 +40,11 @@ class Encoder(NamedTuple):
         return f"heads{self.heads}_steps{self.steps}_seed{self.seed}"
 
 
-def make_stores(data: Path, out: Path, jobs: int) -> list[str]:
-    """The store of all heads, one of a few that are tested, for the probe, and the splits; the ids of all heads."""
-    ids = sorted(path.name.removesuffix("_regions.nii.gz") for path in data.glob("*_regions.nii.gz"))
-    test, train = ids[:TESTED], ids[TESTED:]
-    if len(train) < max(HEADS):
-        raise ValueError(f"{data}: {len(ids)} heads with regions; {TESTED + max(HEADS)} are needed")
-    for name, chosen in (("heads", ids), ("probed", test[:PROBED])):
-        write_structures(data, out / name, chosen, image="T1", regions="regions")
-        paths = quoted(**{"data.root": out / name, "out": out / f"store_{name}"})
-        asa("prepare", *PREPARED, f"workers={jobs}", *paths, log=out / "logs" / f"prepare_{name}.txt")
-    for heads in HEADS:
-        parts = {"train": train[:heads], "validation": [], "test": test}
-        write_split(out / f"split{heads}.json", parts)
-    return ids
-
-
-def pretrain(out: Path, encoder: Encoder) -> None:
-    """Pretrain on the first heads."""
-    name, every = encoder.name(), f"train.validate_every={encoder.steps}"
-    settings = ("experiment=structures_pretrain", CROP, f"train.steps={encoder.steps}", every)
-    paths: dict[str, Any] = {"data.store": out / "store_heads", "data.split_file": out / f"split{encoder.heads}.json"}
-    paths |= {"data.labelled_store": out / "store_probed", "out": out / "pretrained" / name}
-    asa("pretrain", *settings, f"train.seed={encoder.seed}", *CPU, log=out / "logs" / f"{name}.txt", threads=1, **paths)
-
-
-def finetune(out: Path, name: str, seed: int, **start: Path) -> None:
-    """Fine-tune on the labelled heads, and score the tested ones."""
-    length = (f"train.steps={TUNED}", f"train.validate_every={TUNED}")
-    settings = ("experiment=structures_finetune", CROP, f"data.labelled={LABELLED}", f"train.seed={seed}", *length)
-    paths: dict[str, Any] = {"data.store": out / "store_heads", "data.split_file": out / f"split{max(HEADS)}.json"}
-    paths |= {"out": out / "finetuned" / name, **start}
-    file = out / "logs" / f"{name}.txt"
-    asa("finetune", *settings, *CPU, log=file, threads=1, **paths)
-    score(out, name, out / "store_heads", log=file, threads=1)
-    print(f"{name}: {brain_dice(out, name, STRUCTURES).mean():.3f}", flush=True)
-
-
 def run(out: Path, encoder: Encoder) -> None:
     """An encoder and its fine-tuning."""
-    pretrain(out, encoder)
-    finetune(out, encoder.name(), encoder.seed, init=out / "pretrained" / encoder.name())
+    name = encoder.name()
+    pretrain(out, name, seed=encoder.seed, heads=encoder.heads, steps=encoder.steps)
+    finetune(out, name, seed=encoder.seed, experiment=HEAD, init=out / "pretrained" / name)
 
 
 def dice_of(out: Path, names: Sequence[str]) -> np.ndarray:
@@ -109,12 +59,11 @@ def slopes(dice: np.ndarray) -> np.ndarray:
     return np.asarray(centred @ dice / (centred**2).sum())
 
 
-def report(out: Path, kinds: dict[str, dict[int, int]], seeds: Sequence[int]) -> None:
+def report(out: Path, kinds: Mapping[str, Mapping[int, int]], seeds: Sequence[int]) -> None:
     """Print the table and the slopes, and draw them."""
     scratch = dice_of(out, [f"scratch_seed{seed}" for seed in seeds])
-    print(
-        "\n| heads | steps | linear probe | Dice | minus scratch, 95 % interval over heads |\n|---:|---:|---:|---:|---|"
-    )
+    print("\n| heads | steps | linear probe | Dice | minus scratch, 95 % interval over heads |")
+    print("|---:|---:|---:|---:|---|")
     print(f"| from scratch | | | {scratch.mean():.3f} | |")
     figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes.axhline(scratch.mean(), linestyle="--", color="grey", label="from scratch")
@@ -157,7 +106,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         for seed in options.seeds:
             encoders = {Encoder(heads, steps, seed) for kind in kinds.values() for heads, steps in kind.items()}
-            tasks = [pool.submit(finetune, out, f"scratch_seed{seed}", seed)]
+            tasks = [pool.submit(finetune, out, f"scratch_seed{seed}", seed=seed, experiment=HEAD)]
             tasks += [pool.submit(run, out, encoder) for encoder in sorted(encoders)]
             for task in tasks:
                 task.result()
