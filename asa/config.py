@@ -188,8 +188,6 @@ def compose(
     if missing:
         others = "".join(f" or {key}=..." for key in either[1:] if not given)
         raise ValueError(f"{', '.join(missing)} has to be given: add {missing[0]}=...{others}")
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(f'{key}=' for key in given)} exclude each other: give one of them")
     _check_mappings(yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text()), plain)
     _check_model(command, chosen.get("method"), chosen.get("model"))
     assert isinstance(plain, dict)

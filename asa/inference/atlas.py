@@ -4,6 +4,7 @@ Each atlas is registered by ANTs in the prepared space: an affine map, then SyN 
 2008), both of the first channel. The labels of several atlases are fused by majority vote or by joint label fusion
 (Wang et al., IEEE TPAMI 2013). The latter gives an atlas weight where it matches the scan around a voxel, and less
 where others are likely to make the same errors; as it searches around each voxel, it also corrects a single atlas.
+Trained networks can vote beside the atlases.
 
 Letters: prepared volume `C D H W`; K classes, of which 0 is the background; A atlases.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import ndimage
+from torch import Tensor
 from tqdm import tqdm
 
 from asa.data.io.nifti import Volume, identity_of
@@ -27,10 +29,12 @@ from asa.data.store import Entry, Store
 from asa.errors import require
 from asa.inference.label_maps import Outputs, Segmented
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata, voxel_size
+from asa.inference.segmentation import Segmenter
 from asa.inference.uncertainty import entropy_map, write_uncertainty
 from asa.ops.labels import IGNORED
 
 FUSIONS = ("joint", "majority")
+NETWORK_VOTES = 1.5  # of the mean of the networks, where each atlas has one vote; docs/evidence.md has others
 PATCH, SEARCH = 2, 3  # of joint label fusion, radii in voxels: of the patches, and of the search for similar ones
 
 
@@ -250,12 +254,31 @@ def _array(image: Any) -> np.ndarray:
     return np.ascontiguousarray(image.numpy().T)
 
 
+def average(votes: Tensor, probabilities: Tensor, atlases: int, channels: Sequence[int]) -> Tensor:
+    """The mean of the votes of A atlases and the probabilities of networks, which count as `NETWORK_VOTES` atlases.
+
+    Args:
+        votes: `(K, D, H, W)`; where they are 0 in all classes, the networks decide.
+        probabilities: `(K', D, H, W)`, where K' counts a pair of joined sides once.
+        atlases: A.
+        channels: of the networks, for each of the K classes.
+
+    Returns:
+        `(K', D, H, W)`.
+    """
+    joined = torch.zeros_like(probabilities).index_add_(0, torch.tensor(channels), votes)
+    share = atlases / (atlases + NETWORK_VOTES)
+    return torch.where(joined.any(dim=0), share * joined + (1 - share) * probabilities, probabilities)
+
+
 class AtlasSegmenter:
     """Labelled scans of a store as atlases: a `ScanSegmenter`.
 
     Args:
         store: with labels.
         subjects: whose labelled scans are the atlases.
+        networks: trained on scans that were prepared as the store's, with its labels; their probabilities are averaged
+            with the votes of the atlases, see `NETWORK_VOTES`.
         fusion: of several atlases, see `carry_over`.
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the store.
         workers: processes that segment scans at the same time; each of several has one thread.
@@ -263,13 +286,15 @@ class AtlasSegmenter:
     Raises:
         ImportError: ANTs is not installed.
         ValueError: a store without labels, subjects without a labelled scan, an unknown fusion, damaged arrays; or a
-            store that was skull-stripped by a command, and no `strip`.
+            store that was skull-stripped by a command, and no `strip`; networks of other labels, channels or
+            preparation.
     """
 
     def __init__(
         self,
         store: Store,
         subjects: Sequence[str],
+        networks: Segmenter | None = None,
         *,
         fusion: str = "joint",
         strip: str | None = None,
@@ -286,8 +311,26 @@ class AtlasSegmenter:
         data = {"channels": store.channels, "labels": store.labels, "prepare": store.settings}
         data |= training_scan_metadata([], store.records)
         del data["spacing"]  # a scan is registered with voxels of any size
-        self.outputs = Outputs.of(data)
+        self.outputs, self.networks = Outputs.of(data), networks
         self.preprocessor = ScanPreprocessor(str(store.path), data, strip, scans="the scans")
+        if networks is not None:
+            self._check_networks(networks)
+            self.outputs = networks.outputs
+
+    def _check_networks(self, networks: Segmenter) -> None:
+        """Raise a ValueError if networks cannot vote beside the atlases."""
+        own, other = self.preprocessor.settings.as_json(), networks.preprocessor.settings.as_json()
+        store = {"channels": self.store.channels, "labels": self.outputs.labels, "regions": {}, "preparation": own}
+        theirs = {"channels": networks.data["channels"], "labels": networks.outputs.labels}
+        theirs |= {"regions": networks.outputs.regions, "preparation": other}
+        if self.workers > 1 and any(next(model.parameters()).is_cuda for model in networks.models):
+            raise ValueError("workers= are for atlases alone, or for networks on a CPU: give workers=1")
+        for key, value in store.items():
+            if theirs[key] != value:
+                raise ValueError(
+                    f"{networks.paths[0]}: its {key}, {theirs[key]}, are not those of the atlases' store "
+                    f"{self.store.path}, {value}: leave checkpoint= or atlas= out"
+                )
 
     def segment_prepared(
         self,
@@ -309,6 +352,12 @@ class AtlasSegmenter:
         load_ants(1 if self.workers > 1 else None)
         atlases, spacing = read_atlases(self.store, self.subjects), voxel_size(chain["stored_affine"])
         found = torch.from_numpy(carry_over(image, spacing, atlases, self.fusion, progress=self.workers == 1))
+        if self.networks is not None:
+            if self.workers > 1:
+                torch.set_num_threads(1)  # of this process; the others have theirs
+            self.networks.preprocessor.check_stored(chain)
+            predicted = self.networks.probabilities(torch.from_numpy(np.ascontiguousarray(image)))
+            found = average(found, predicted, len(atlases), self.outputs.channels)
         ml = self.outputs.write(out, found, chain, like, probabilities)
         if uncertainty is not None:
             write_uncertainty(uncertainty, entropy_map(found, regions=False), chain, like)
@@ -321,6 +370,7 @@ class AtlasSegmenter:
             "Atlases": atlases,
             "Registration": f"SyN of ANTs (antspyx {self.version})",
             "Fusion": self.fusion,
+            **({} if self.networks is None else self.networks.described()),
         }
 
     def record(self) -> dict[str, Any]:
@@ -331,4 +381,5 @@ class AtlasSegmenter:
             "antspyx": self.version,
             "labels": {str(value): name for value, name in self.store.labels.items()},
             "prepare": self.preprocessor.settings.as_json(),
+            **({} if self.networks is None else {"networks": self.networks.described()}),
         }

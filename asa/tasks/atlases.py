@@ -1,7 +1,8 @@
 """Prediction by registration, without training: labelled scans of a store give their labels to new scans.
 
-`asa-predict atlas=STORE`. Label maps are written as those of networks are. Registration takes minutes per scan: scans
-that an earlier call has done are not done again, and `OUT/atlas.json` says what they were made with.
+`asa-predict atlas=STORE`, with `checkpoint=` averaged with networks. Label maps are written as those of networks are.
+Registration takes minutes per scan: scans that an earlier call has done are not done again, and `OUT/atlas.json` says
+what they were made with.
 """
 
 from collections.abc import Sequence
@@ -23,16 +24,17 @@ from asa.inference.scans import Scan, predict_each
 from asa.settings import PredictSettings
 from asa.tasks.base import Config
 from asa.tasks.prediction import scans_of
-from asa.tasks.segmentation import SegmentationPredictor
+from asa.tasks.segmentation import SegmentationPredictor, networks_of
 
-FOR_NETWORKS = ("mirror", "healthy", "regions", "plugins")  # settings of asa-predict that atlases do not have
+FOR_NETWORKS = ("mirror", "plugins")  # settings of asa-predict that atlases do not have
+FOR_OTHER_TASKS = ("healthy", "regions")
 FOR_ATLASES = {"labelled": None, "split_file": None, "fusion": "joint", "workers": 1}  # and the others, with defaults
 
 
 def check_network_settings(config: Config) -> None:
-    """Raise a ValueError for settings of atlases that were given with a network."""
+    """Raise a ValueError for settings of atlases that were given with networks alone."""
     if given := [key for key, default in FOR_ATLASES.items() if config[key] != default]:
-        raise ValueError(f"{given[0]}= is for atlas=, and checkpoint= was given: leave it out")
+        raise ValueError(f"{given[0]}= is for atlas=, which was not given: leave it out")
 
 
 def predict_by_registration(config: Config) -> None:
@@ -74,11 +76,12 @@ class AtlasPredictor(SegmentationPredictor):
         _check_settings(config)
         store = Store(str(config["atlas"]))
         subjects = _subjects(store, config)
+        networks = None if config["checkpoint"] is None else networks_of(config)
         segmenter = AtlasSegmenter(
-            store, subjects, fusion=config["fusion"], strip=config["strip"], workers=config["workers"]
+            store, subjects, networks, fusion=config["fusion"], strip=config["strip"], workers=config["workers"]
         )
         atlases = [record["id"] for record in segmenter.records]
-        if len(atlases) == 1 and (config["probabilities"] or config["uncertainty"]):
+        if len(atlases) == 1 and networks is None and (config["probabilities"] or config["uncertainty"]):
             raise ValueError(
                 "probabilities= and uncertainty= are of the votes of several atlases, and there is one: leave them "
                 "out, or choose more with labelled="
@@ -87,6 +90,8 @@ class AtlasPredictor(SegmentationPredictor):
         self.input = Path(str(config["input"]))
         self._check_out()
         print(f"atlases, registered to each scan: {listed(atlases, 5)}, fusion {config['fusion']}")
+        if networks is not None:
+            print(f"averaged with the networks {listed(list(map(str, networks.paths)), 5)}")
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
         return self.predict_row(id, image, chain, like)
@@ -152,9 +157,10 @@ class AtlasPredictor(SegmentationPredictor):
 
 
 def _check_settings(config: Config) -> None:
-    """Raise a ValueError for settings of networks, and for values that atlases do not have."""
-    given = [f"{key}=" for key in FOR_NETWORKS if config[key]]
-    if typed(PredictSettings, config["predict"]) != PredictSettings():
+    """Raise a ValueError for settings of networks where there are none, and for values that atlases do not have."""
+    alone = config["checkpoint"] is None
+    given = [f"{key}=" for key in (*FOR_OTHER_TASKS, *(FOR_NETWORKS if alone else ())) if config[key]]
+    if alone and typed(PredictSettings, config["predict"]) != PredictSettings():
         given.append("predict.*")
     if given:
         raise ValueError(f"{given[0]} is for networks, and atlas= was given: leave it out")

@@ -56,10 +56,9 @@ def _check_predict(config: Config) -> None:
     _choice(config, "layout", ("bids", "mgz"), "null for OUT/ID.nii.gz")
     if config["atlas"] is not None:
         _store(config["atlas"])
-    else:
-        given = config["checkpoint"]
-        for path in [given] if isinstance(given, str) else given:
-            _checkpoint(path)
+    given = config["checkpoint"] or []
+    for path in [given] if isinstance(given, str) else given:
+        _checkpoint(path)
     if config["split_file"]:
         read_split(config["split_file"])
 

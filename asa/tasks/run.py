@@ -136,18 +136,17 @@ def predict(
     """Predict scans with a trained network, or by registration of labelled scans, as asa-predict does.
 
     Args:
-        checkpoint: a run, a checkpoint or a weights file; several are averaged. None with `atlas`.
+        checkpoint: a run, a checkpoint or a weights file; several are averaged. None: `atlas` alone.
         input: a scan, a folder of scans, or a store.
         out: folder for the results.
-        atlas: a store with labels, whose scans are registered to each new one.
+        atlas: a store with labels, whose scans are registered to each new one; with `checkpoint`, averaged with it.
         settings: keys of asa-predict.
 
     Returns:
         `out`.
 
     Raises:
-        FileNotFoundError, ValueError: no such input or checkpoint, both or neither of checkpoint and atlas, or scans
-            that failed.
+        FileNotFoundError, ValueError: no such input or checkpoint, neither checkpoint nor atlas, or scans that failed.
     """
     several = None if checkpoint is None or isinstance(checkpoint, str | Path) else list(checkpoint)
     required = {"checkpoint": checkpoint if several is None else several, "atlas": atlas, "input": input, "out": out}

@@ -304,15 +304,7 @@ class SegmentationPredictor:
         if segmenter is None and (self.out / ATLASES).exists():
             raise ValueError(f"{self.out} holds label maps that atlases made ({ATLASES}): choose another out=")
         self.with_uncertainty = config["uncertainty"] is not None
-        self.segmenter: ScanSegmenter = segmenter or Segmenter(
-            checkpoints_of(config),
-            typed(PredictSettings, config["predict"]),
-            mirror=config["mirror"],
-            uncertainty=config["uncertainty"] or "entropy",
-            strip=config["strip"],
-            progress=True,
-            plugins=config["plugins"],
-        )
+        self.segmenter: ScanSegmenter = segmenter or networks_of(config)
         self.preprocessor = self.segmenter.preprocessor
         self.layout = Layout(self.out, ".mgz") if config["layout"] == "mgz" else Layout(self.out)
         if config["layout"] == "bids":
@@ -364,6 +356,19 @@ class SegmentationPredictor:
         rows = read_rows(file) if file.exists() else []
         there = label_maps_of(self.out)
         return {row["id"]: row for row in rows if row.get("id") in there}
+
+
+def networks_of(config: Config) -> Segmenter:
+    """The networks of asa-predict; raises as `Segmenter`."""
+    return Segmenter(
+        checkpoints_of(config),
+        typed(PredictSettings, config["predict"]),
+        mirror=config["mirror"],
+        uncertainty=config["uncertainty"] or "entropy",
+        strip=config["strip"],
+        progress=True,
+        plugins=config["plugins"],
+    )
 
 
 @dataclass

@@ -5,7 +5,8 @@ pretrained on brains that the network is not tested on (experiment=structures_pr
 them (experiment=structures_finetune), each seed from its own encoder. Each arm has the best of its learning rates, by
 the Dice of one more brain of the training part, with the first fold and seed. `--tested 3 --labelled 12 --rates 1e-2`
 tests three brains in each of five folds, and labels all others: none is left to choose a rate by.
-`--arms pretrained scratch atlas` adds what registration of the same labelled brains gives. Prints the tables of
+`--arms pretrained scratch atlas together` adds what registration of the same labelled brains gives, alone and averaged
+with the pretrained network. Prints the tables of
 docs/evidence.md and docs/evidence_details.md, and draws OUT/curve.png. Finished runs are not repeated, and interrupted
 ones are resumed: half an hour for an encoder and for a fine-tuning, on one core each.
 
@@ -109,12 +110,15 @@ SCRATCH = (
 )
 # What a user would do without a network: the same labelled scans are registered to each new one. Fusion of several.
 ATLASES = {"atlas": "joint", "atlas_majority": "majority"}
+# The networks of another arm, which has to be run too, averaged with the joint label fusion of the same scans.
+TOGETHER = {"together": "pretrained", "together_scratch": "scratch"}
 SHIPPED = {"shipped": "asa://tiny-t1"}
 NAMES = {  # in the figure
     "pretrained": "pretrained on the cohort",
     "shipped": "the encoder of the package",
     "scratch": "from scratch",
     "unlabelled": "with labels carried to unlabelled scans",
+    "together": "pretrained and registration",
     "atlas": "registration, joint label fusion",
     "atlas_majority": "registration (SyN), majority",
 }
@@ -180,6 +184,10 @@ def score_run(out: Path, run: Run, steps: int | None) -> None:
     if run.arm in ATLASES:
         score_atlases(out, run.name(), split, run.labelled, ATLASES[run.arm])
         return
+    if run.arm in TOGETHER:
+        network = out / "finetuned" / run._replace(arm=TOGETHER[run.arm]).name()
+        score_atlases(out, run.name(), split, run.labelled, "joint", checkpoint=network)
+        return
     arm = ARMS[run.arm]
     settings = (f"data.labelled={run.labelled}", f"train.seed={run.seed}", f"optim.lr={run.rate}", *arm.finetuning)
     own = SHIPPED.get(run.arm) or out / encoder(run.arm, run.fold, run.seed)
@@ -211,11 +219,15 @@ def finetune(
     print(f"{name}: {validated}test {brain_dice(out, name, STRUCTURES).mean():.3f}", flush=True)
 
 
-def score_atlases(out: Path, name: str, split: str, labelled: int, fusion: str) -> None:
-    """Register the first labelled brains to those of the test part, and score the labels that they give these."""
+def score_atlases(out: Path, name: str, split: str, labelled: int, fusion: str, **networks: Path) -> None:
+    """Register the first labelled brains to those of the test part, and score the labels that they give these.
+
+    Args:
+        networks: `checkpoint`, whose probabilities are averaged with the votes.
+    """
     settings = (f"labelled={labelled}", f"fusion={fusion}", "part=test")
     paths = {"atlas": out / STORE, "input": out / STORE, "split_file": out / split, "out": out / "predicted" / name}
-    asa("predict", *settings, log=log(out, name), threads=1, **paths)
+    asa("predict", *settings, log=log(out, name), threads=1, **paths, **networks)
     evaluate(out, name, out / STORE, out / split, log=log(out, name), threads=1)
     print(f"{name}: test {brain_dice(out, name, STRUCTURES).mean():.3f}", flush=True)
 
@@ -311,7 +323,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 3])
-    parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"], choices=[*ARMS, *ATLASES])
+    parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"], choices=[*ARMS, *ATLASES, *TOGETHER])
     parser.add_argument("--tested", type=int, help="brains of a fold, where all others are labelled; none validates")
     parser.add_argument("--folds", nargs="+", type=int, help="all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -326,10 +338,13 @@ def main() -> None:
     folds = list(ranges) if options.folds is None else options.folds
     if not ranges.keys() >= set(folds):
         parser.error(f"--folds: there are {', '.join(map(str, ranges))}")
+    alone = [arm for arm in options.arms if arm not in TOGETHER]
+    if lacking := {TOGETHER[arm] for arm in options.arms if arm in TOGETHER} - {*alone}:
+        parser.error(f"--arms: add {', '.join(sorted(lacking))}, whose networks are averaged with registration")
     out, seeds, labelled = options.out.resolve(), options.seeds, options.labelled
     prepare(options.data, out, {fold: ranges[fold] for fold in folds}, validating=tested is None)
     with ThreadPoolExecutor(options.jobs) as pool:
-        arms = dict.fromkeys(pretrained_as(arm) for arm in options.arms if arm not in (*SCRATCH, *SHIPPED, *ATLASES))
+        arms = dict.fromkeys(pretrained_as(arm) for arm in alone if arm not in (*SCRATCH, *SHIPPED, *ATLASES))
         list(pool.map(lambda which: pretrain(out, *which), itertools.product(arms, folds, seeds)))
 
         def run_all(runs: list[Run]) -> None:
@@ -339,15 +354,22 @@ def main() -> None:
             (count, arm): [
                 Run(folds[0], count, seeds[0], arm, rate) for rate in (["-"] if arm in ATLASES else options.rates)
             ]
-            for count, arm in itertools.product(labelled, options.arms)
+            for count, arm in itertools.product(labelled, alone)
         }
         first = [run for runs in choices.values() for run in runs]
         run_all(first)
         best = {key: chosen(out, runs).rate for key, runs in choices.items()}
+        best |= {
+            (count, arm): best[count, TOGETHER[arm]]
+            for count, arm in itertools.product(labelled, options.arms)
+            if arm in TOGETHER
+        }
         wanted = [
             Run(fold, count, seed, arm, best[count, arm]) for fold in folds for seed in seeds for count, arm in best
         ]
-        run_all(list({run.name(): run for run in wanted if run not in first}.values()))
+        left = {run.name(): run for run in wanted if run not in first}.values()
+        for last in (False, True):  # networks before what is averaged with them
+            run_all([run for run in left if (run.arm in TOGETHER) == last])
     dice = read_dice(out, folds, seeds, best)
     draw_curve(dice, out / "curve.png")
     table = report(dice, seeds, best)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from heads import centred, dice, scan, turn
 from untrained import a_scan, call, checkpoint, voxels
@@ -19,11 +20,13 @@ from asa.data.datasets import folder
 from asa.data.io.nifti import read_image, write_image, write_label
 from asa.data.io.tables import read_rows
 from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.pipeline import to_native
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.splits import write_split
 from asa.data.store import Store
 from asa.inference import atlas as registration
 from asa.inference.atlas import load_ants
+from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.tasks.atlases import FOR_ATLASES
 
 pytestmark = pytest.mark.skipif(find_spec("ants") is None, reason="antspyx is not installed: pip install antspyx")
@@ -302,7 +305,8 @@ def test_a_bids_derivative_names_the_atlases(
         (["split_file={split}", "labelled=2"], "the training part of"),
         (["layout=flat"], "layout=flat: choose bids"),
         (["strip=nothing"], "strip='nothing': choose none"),
-        (["checkpoint=runs/x"], "checkpoint= and atlas= exclude each other: give one of them"),
+        (["checkpoint=runs/x"], "runs/x: no checkpoint here"),
+        (["healthy=x"], "healthy= is for networks"),
     ],
 )
 def test_settings_that_do_not_fit_atlases_are_refused_before_the_work(
@@ -324,7 +328,73 @@ def test_settings_of_atlases_are_refused_with_a_network(
     for setting in ("labelled=1", "fusion=majority", "workers=2", f"split_file={tmp_path}/split.json"):
         paths = (f"checkpoint={network}", f"input={a_scan(tmp_path)}", f"out={tmp_path}/out")
         assert call(predict, monkeypatch, *paths, setting) == 1
-        assert f"{setting.partition('=')[0]}= is for atlas=" in capsys.readouterr().err
+        assert f"{setting.partition('=')[0]}= is for atlas=, which was not given" in capsys.readouterr().err
+
+
+def network_of(store: Path, folder_: Path, **other: object) -> Path:
+    """An untrained network for the scans and labels of the store."""
+    own = {"labels": LABELS, "prepare": Store(store).settings, "lateral_pairs": [], "spacing": [[4.0] * 3] * 2}
+    return checkpoint(folder_, out_channels=1 + len(LABELS), **{**own, **other})
+
+
+def test_networks_vote_beside_the_atlases(
+    run: Callable, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    networks = [network_of(heads, tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    windows = ("predict.overlap=0.25", "predict.precision=fp32")
+    written = ("labelled=2", "probabilities=true", "uncertainty=entropy")
+    given = (*windows, *written, f"checkpoint=[{networks[0]},{networks[1]}]")
+    code, shown = run(*given)
+    assert code == 0 and f"averaged with the networks {networks[0]}, {networks[1]}\n" in shown, shown
+    store, settings = Store(heads), PredictSettings(device="cpu", overlap=0.25, precision="fp32")
+    image, chain = torch.from_numpy(np.asarray(store.image("s2"), np.float32)), store.record("s2")["chain"]
+    predicted = Segmenter(networks, settings).probabilities(image).numpy()
+    votes = registration.carry_over(image.numpy(), (4, 4, 4), registration.read_atlases(store, ["s0", "s1"]), "joint")
+    expected = (2 * votes + 1.5 * predicted) / 3.5
+    for name, wanted in zip(("outer", "inner"), expected[1:], strict=True):
+        found = voxels(tmp_path / "out" / "probabilities" / "s2" / f"{name}.nii.gz")
+        np.testing.assert_allclose(found, to_native(wanted[None], chain, order=1)[0], atol=1e-5)
+    assert (tmp_path / "out" / "uncertainty" / "s2.nii.gz").exists()
+    made = json.loads((tmp_path / "out" / "atlas.json").read_text())["networks"]["Networks"]
+    assert [each["Name"] for each in made] == ["one", "two"]
+    assert "2 of 2 scans are done already" in run(*given)[1]
+    code, shown = run(*given[:-1], f"checkpoint={networks[0]}")
+    assert code == 1 and "were made with other networks" in shown
+
+
+def test_votes_are_averaged_voxel_by_voxel_and_where_atlases_have_none_networks_decide() -> None:
+    rng = np.random.default_rng(0)
+    votes, predicted = rng.dirichlet(np.ones(4), 6).T, rng.dirichlet(np.ones(3), 6).T
+    votes[:, 2] = 0  # the atlases ignore this voxel
+    expected = predicted.copy()
+    for voxel in (0, 1, 3, 4, 5):
+        joined = [votes[0, voxel], votes[1, voxel] + votes[3, voxel], votes[2, voxel]]  # class 3 is the other side of 1
+        expected[:, voxel] = [(5 * vote + 1.5 * p) / 6.5 for vote, p in zip(joined, predicted[:, voxel], strict=True)]
+    shaped = (torch.tensor(each).float()[..., None, None] for each in (votes, predicted))
+    found = registration.average(*shaped, atlases=5, channels=[0, 1, 2, 1])[..., 0, 0]
+    torch.testing.assert_close(found, torch.tensor(expected).float())
+    torch.testing.assert_close(found.sum(dim=0), torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"channels": ["flair"]}, "its channels, ['flair'], are not those of the atlases' store"),
+        ({"labels": {2: "outer", 5: "inner"}}, "its labels, {2: 'outer', 5: 'inner'}, are not those"),
+        ({"regions": [["both", [2, 7]], ["core", [7]]], "out_channels": 2}, "its regions, "),
+        ({"prepare": {"crop": "foreground", "spacing": 3.0}}, "its preparation, "),
+    ],
+)
+def test_networks_of_other_scans_or_labels_do_not_vote(
+    run: Callable, heads: Path, tmp_path: Path, other: dict, message: str
+) -> None:
+    own = {"out_channels": 1 + len(LABELS), **other}
+    shared = {"labels": LABELS, "prepare": Store(heads).settings, "lateral_pairs": []}
+    network = checkpoint(tmp_path / "run", **{**shared, **own})
+    code, shown = run(f"checkpoint={network}")
+    assert code == 1 and message in shown and "leave checkpoint= or atlas= out" in shown, shown
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_of_checkpoint_and_atlas_has_to_be_given() -> None:
