@@ -34,7 +34,7 @@ from asa.inference.uncertainty import entropy_map, write_uncertainty
 from asa.ops.labels import IGNORED
 
 FUSIONS = ("joint", "majority")
-NETWORK_VOTES = 1.5  # of the mean of the networks, where each atlas has one vote; docs/evidence.md has others
+NETWORK_VOTES = 0.5  # of the mean of the networks, where each atlas has one vote; chosen in docs/evidence.md
 PATCH, SEARCH = 2, 3  # of joint label fusion, radii in voxels: of the patches, and of the search for similar ones
 
 

@@ -351,7 +351,7 @@ def test_networks_vote_beside_the_atlases(
     image, chain = torch.from_numpy(np.asarray(store.image("s2"), np.float32)), store.record("s2")["chain"]
     predicted = Segmenter(networks, settings).probabilities(image).numpy()
     votes = registration.carry_over(image.numpy(), (4, 4, 4), registration.read_atlases(store, ["s0", "s1"]), "joint")
-    expected = (2 * votes + 1.5 * predicted) / 3.5
+    expected = (2 * votes + 0.5 * predicted) / 2.5
     for name, wanted in zip(("outer", "inner"), expected[1:], strict=True):
         found = voxels(tmp_path / "out" / "probabilities" / "s2" / f"{name}.nii.gz")
         np.testing.assert_allclose(found, to_native(wanted[None], chain, order=1)[0], atol=1e-5)
@@ -370,7 +370,7 @@ def test_votes_are_averaged_voxel_by_voxel_and_where_atlases_have_none_networks_
     expected = predicted.copy()
     for voxel in (0, 1, 3, 4, 5):
         joined = [votes[0, voxel], votes[1, voxel] + votes[3, voxel], votes[2, voxel]]  # class 3 is the other side of 1
-        expected[:, voxel] = [(5 * vote + 1.5 * p) / 6.5 for vote, p in zip(joined, predicted[:, voxel], strict=True)]
+        expected[:, voxel] = [(5 * vote + 0.5 * p) / 5.5 for vote, p in zip(joined, predicted[:, voxel], strict=True)]
     shaped = (torch.tensor(each).float()[..., None, None] for each in (votes, predicted))
     found = registration.average(*shaped, atlases=5, channels=[0, 1, 2, 1])[..., 0, 0]
     torch.testing.assert_close(found, torch.tensor(expected).float())
