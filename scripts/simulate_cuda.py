@@ -133,7 +133,7 @@ def simulated() -> Iterator[Device]:
         stack.enter_context(patch("torch.cuda.get_device_capability", lambda *_: (9, 0)))
         stack.enter_context(patch("torch.cuda.Event", NoEvent))
         # Its kernels have no simulation.
-        stack.enter_context(patch("asa.models.cpu_kernels.InstanceNorm._in_parts", lambda *_: False))
+        stack.enter_context(patch("asa.models.kernels.InstanceNorm._in_parts", lambda *_: False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Device())

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from asa.models.cpu_kernels import in_float32
+from asa.models.kernels import in_float32
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Comparator(nn.Module):
     """A published network for windows of one size.
 
     On a CPU it computes in float32: some bfloat16 convolutions of small feature maps are wrong there (see
-    `asa.models.cpu_kernels`).
+    `asa.models.kernels`).
 
     Args:
         network: maps what the encoder returns to logits `(B, K, D, H, W)`, or to a list of them from the finest

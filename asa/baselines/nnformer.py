@@ -20,7 +20,7 @@ from monai.networks.nets.swin_unetr import (
 from torch import Tensor, nn
 
 from asa.baselines.base import Comparator, Window
-from asa.models.cpu_kernels import ChannelNorm
+from asa.models.kernels import ChannelNorm
 from asa.ops.patches import grid_size, triple
 
 STRIDE = 4  # of the embedding

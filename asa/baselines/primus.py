@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asa.baselines.base import Comparator
-from asa.models.cpu_kernels import ChannelNorm
+from asa.models.kernels import ChannelNorm
 from asa.models.transfer import other_channels
 from asa.ops.patches import grid_size, triple
 

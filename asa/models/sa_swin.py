@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.models.cpu_kernels import in_safe_precision
+from asa.models.kernels import in_safe_precision
 from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.swin import STRIDE, Swin
 from asa.ops.symmetry import asymmetry, flip, pad_to_multiple

@@ -13,7 +13,7 @@ from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
 
 from asa.models import sa_swin
-from asa.models.cpu_kernels import in_safe_precision
+from asa.models.kernels import in_safe_precision
 from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.swin import STRIDE, Swin
 

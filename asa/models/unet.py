@@ -16,7 +16,7 @@ from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, U
 from torch import Tensor, nn
 
 from asa.models import sw_vit
-from asa.models.cpu_kernels import in_float32, use_cpu_kernels
+from asa.models.kernels import in_float32, use_own_kernels
 from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.sw_vit import SWViT, run_block
 from asa.ops.patches import token_map
@@ -84,7 +84,7 @@ class SegmentationUNet(nn.Module):
         self.heads = nn.ModuleList(
             UnetOutBlock(spatial_dims=3, in_channels=width[level], out_channels=out_channels) for level in range(HEADS)
         )
-        use_cpu_kernels(self)
+        use_own_kernels(self)
 
     @property
     def mirrored(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 from torch import Tensor, nn
 
-from asa.models.cpu_kernels import use_cpu_kernels
+from asa.models.kernels import use_own_kernels
 from asa.models.sw_vit import SWViT, sw_vit_base, sw_vit_small, sw_vit_tiny
 from asa.ops.patches import patchify, token_map, unpatchify
 from asa.ops.symmetry import mirror_patches
@@ -136,7 +136,7 @@ class ConvSegmentationViT(TokenSegmentation):
         self.blocks = nn.Sequential(*(UnetResBlock(in_channels=a, out_channels=b, **block) for a, b in channels))
         self.head = nn.Linear(width, 8 * out_channels)
         _initialise([*self.ups, self.head])
-        use_cpu_kernels(self)
+        use_own_kernels(self)
 
     def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
         """Segment a volume `(B, C, D, H, W)`; see `TokenSegmentation.forward`."""

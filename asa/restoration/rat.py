@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.models.cpu_kernels import ChannelNorm
+from asa.models.kernels import ChannelNorm
 from asa.restoration.regions import RegionIndex, check_labels, coarse_labels, region_attention, region_index
 
 REDUCTION = 4  # attention is at 1/4 of the image's resolution

@@ -9,7 +9,7 @@ from monai.networks.nets.restormer import MDTATransformerBlock
 from monai.networks.nets.restormer import Restormer as MONAIRestormer
 from torch import Tensor
 
-from asa.models.cpu_kernels import ChannelNorm
+from asa.models.kernels import ChannelNorm
 from asa.restoration.rat import RestorationNetwork
 
 

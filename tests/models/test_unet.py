@@ -8,7 +8,7 @@ from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 import asa
 from asa.losses.segmentation import DeeplySupervisedDiceCE
 from asa.methods.segment import Segmentation
-from asa.models.cpu_kernels import InstanceNorm, PointwiseConv, use_cpu_kernels
+from asa.models.kernels import InstanceNorm, PointwiseConv, use_own_kernels
 from asa.models.sw_vit import SWViT
 from asa.models.unet import SegmentationUNet, unet_base, unet_small, unet_tiny
 from asa.models.vit_seg import vit_seg_tiny
@@ -141,7 +141,7 @@ def test_a_pointwise_convolution_is_a_convolution() -> None:
     torch.testing.assert_close(*results)
 
 
-def test_cpu_kernels_replace_modules_but_not_parameters_and_draw_nothing() -> None:
+def test_kernels_replace_modules_but_not_parameters_and_draw_nothing() -> None:
     network = torch.nn.Sequential(
         torch.nn.Conv3d(2, 3, 1),
         torch.nn.InstanceNorm3d(3),
@@ -149,7 +149,7 @@ def test_cpu_kernels_replace_modules_but_not_parameters_and_draw_nothing() -> No
         torch.nn.Conv3d(3, 1, 1, bias=False),
     )
     before, state = dict(network.named_parameters()), torch.get_rng_state()
-    use_cpu_kernels(network)
+    use_own_kernels(network)
     assert torch.equal(torch.get_rng_state(), state)
     assert [type(module) for module in network] == [PointwiseConv, InstanceNorm, torch.nn.Conv3d, PointwiseConv]
     after = dict(network.named_parameters())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asa.inference.segmentation import sliding_window
-from asa.models.cpu_kernels import InstanceNorm
+from asa.models.kernels import InstanceNorm
 from asa.settings import OptimSettings, PredictSettings
 from asa.training.device import PRECISIONS, autocast, on_device
 from asa.training.nonfinite import NonFiniteGuard

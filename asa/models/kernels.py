@@ -1,7 +1,7 @@
 """Layers of convolutional networks that PyTorch's own are slow for, and precision on a CPU.
 
 Layout: a U-Net step on a CPU is faster with channels last in memory, which PyTorch's instance norm and, with one
-thread, its 1x1x1 convolution give up. `use_cpu_kernels` replaces both by layers that keep the layout. In an ONNX export
+thread, its 1x1x1 convolution give up. `use_own_kernels` replaces both by layers that keep the layout. In an ONNX export
 they are PyTorch's own, and so is the convolution on a GPU. There, PyTorch's instance norm gives one block of threads to
 each channel of each sample, and most of the GPU waits; that of large maps is computed in parts.
 
@@ -44,7 +44,7 @@ def in_safe_precision(block: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     return block(*maps)
 
 
-def use_cpu_kernels(network: nn.Module) -> None:
+def use_own_kernels(network: nn.Module) -> None:
     """Replace the instance norms and 1x1x1 convolutions of a network by those of this file, in place.
 
     Parameters stay the same objects under the same names, and no random number is drawn.
