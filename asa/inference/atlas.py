@@ -381,5 +381,5 @@ class AtlasSegmenter:
             "antspyx": self.version,
             "labels": {str(value): name for value, name in self.store.labels.items()},
             "prepare": self.preprocessor.settings.as_json(),
-            **({} if self.networks is None else {"networks": self.networks.described()}),
+            **({} if self.networks is None else {"networks": self.networks.described() | {"votes": NETWORK_VOTES}}),
         }

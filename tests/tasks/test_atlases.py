@@ -356,8 +356,8 @@ def test_networks_vote_beside_the_atlases(
         found = voxels(tmp_path / "out" / "probabilities" / "s2" / f"{name}.nii.gz")
         np.testing.assert_allclose(found, to_native(wanted[None], chain, order=1)[0], atol=1e-5)
     assert (tmp_path / "out" / "uncertainty" / "s2.nii.gz").exists()
-    made = json.loads((tmp_path / "out" / "atlas.json").read_text())["networks"]["Networks"]
-    assert [each["Name"] for each in made] == ["one", "two"]
+    made = json.loads((tmp_path / "out" / "atlas.json").read_text())["networks"]
+    assert [each["Name"] for each in made["Networks"]] == ["one", "two"] and made["votes"] == 0.5
     assert "2 of 2 scans are done already" in run(*given)[1]
     code, shown = run(*given[:-1], f"checkpoint={networks[0]}")
     assert code == 1 and "were made with other networks" in shown
@@ -366,7 +366,7 @@ def test_networks_vote_beside_the_atlases(
 def test_votes_are_averaged_voxel_by_voxel_and_where_atlases_have_none_networks_decide() -> None:
     rng = np.random.default_rng(0)
     votes, predicted = rng.dirichlet(np.ones(4), 6).T, rng.dirichlet(np.ones(3), 6).T
-    votes[:, 2] = 0  # the atlases ignore this voxel
+    votes[:, 1], votes[:, 2] = [0, 1, 0, 0], 0  # all for one class; the atlases ignore the next voxel
     expected = predicted.copy()
     for voxel in (0, 1, 3, 4, 5):
         joined = [votes[0, voxel], votes[1, voxel] + votes[3, voxel], votes[2, voxel]]  # class 3 is the other side of 1
