@@ -61,7 +61,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "restore": ("rat", "restormer"),
     },
 }
-# Settings of a command of which exactly one has to be given.
+# Settings of a command of which one or more have to be given.
 ALTERNATIVES = {"predict": ("checkpoint", "atlas")}
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 PACKAGES = ("asa.baselines", "asa.restoration")  # reached by name only
