@@ -328,14 +328,10 @@ def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence
             names.setdefault(name, []).append(other)
     near = difflib.get_close_matches(key.rpartition(".")[2], names, n=1)
     group = [other for name in near for other in names[name]]
-    hint = f"; did you mean {max(group, key=lambda other: _common(key, other))}?" if group else ""
+    hint = "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(key, group, n=1, cutoff=0.0))
     taker = {"model": "network", "method": "method", "data": "reader"}.get(key.partition(".")[0])
     extra = f"; +{key}=... adds a keyword that the {taker} takes" if taker else ""
     return f"unknown key {key}{hint} (asa-{command} --help lists them{extra})"
-
-
-def _common(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _cause(error: Exception) -> BaseException:

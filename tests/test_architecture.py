@@ -25,13 +25,13 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 728,
+    "": 722,
     "baselines": 1230,
     "cli": 750,  # with the tables of every key, for help and the site
     "data": 7841,
     "evaluation": 2470,
     "export": 775,
-    "inference": 2540,  # with networks that vote beside atlases
+    "inference": 2541,  # with networks that vote beside atlases
     "losses": 475,
     "methods": 697,  # networks are recognised from Python 3.12 on, too
     "models": 2388,  # with an instance norm for GPUs

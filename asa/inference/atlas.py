@@ -319,17 +319,18 @@ class AtlasSegmenter:
 
     def _check_networks(self, networks: Segmenter) -> None:
         """Raise a ValueError if networks cannot vote beside the atlases."""
-        own, other = self.preprocessor.settings.as_json(), networks.preprocessor.settings.as_json()
-        store = {"channels": self.store.channels, "labels": self.outputs.labels, "regions": {}, "preparation": own}
-        theirs = {"channels": networks.data["channels"], "labels": networks.outputs.labels}
-        theirs |= {"regions": networks.outputs.regions, "preparation": other}
         if self.workers > 1 and any(next(model.parameters()).is_cuda for model in networks.models):
             raise ValueError("workers= are for atlases alone, or for networks on a CPU: give workers=1")
-        for key, value in store.items():
-            if theirs[key] != value:
+        for key, own, other in (
+            ("channels", self.store.channels, networks.data["channels"]),
+            ("labels", self.outputs.labels, networks.outputs.labels),
+            ("regions", {}, networks.outputs.regions),
+            ("preparation", self.preprocessor.settings.as_json(), networks.preprocessor.settings.as_json()),
+        ):
+            if own != other:
                 raise ValueError(
-                    f"{networks.paths[0]}: its {key}, {theirs[key]}, are not those of the atlases' store "
-                    f"{self.store.path}, {value}: leave checkpoint= or atlas= out"
+                    f"{networks.paths[0]}: its {key}, {other}, are not those of the atlases' store {self.store.path}, "
+                    f"{own}: leave checkpoint= or atlas= out"
                 )
 
     def segment_prepared(

@@ -6,9 +6,9 @@ them (experiment=structures_finetune), each seed from its own encoder. Each arm 
 the Dice of one more brain of the training part, with the first fold and seed. `--tested 3 --labelled 12 --rates 1e-2`
 tests three brains in each of five folds, and labels all others: none is left to choose a rate by.
 `--arms pretrained scratch atlas together` adds what registration of the same labelled brains gives, alone and averaged
-with the pretrained network. Prints the tables of
-docs/evidence.md and docs/evidence_details.md, and draws OUT/curve.png. Finished runs are not repeated, and interrupted
-ones are resumed: half an hour for an encoder and for a fine-tuning, on one core each.
+with the pretrained network. Prints the tables of docs/evidence.md and docs/evidence_details.md, and draws
+OUT/curve.png. Finished runs are not repeated, and interrupted ones are resumed: half an hour for an encoder and for a
+fine-tuning, on one core each.
 
 DATA: see scripts/reproduce/structures.py.
 """

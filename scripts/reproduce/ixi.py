@@ -4,6 +4,7 @@ The folder of the data holds heads with their regions, ID_T1.nii.gz and ID_regio
 scripts/reproduce/structures.py; eleven structures of them are the labels.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ PREPARED = (
     "prepare.crop=[96,112,80]",
 )
 CROP = "crop=[64,64,80]"  # the whole width
+
+
+def read_options(description: str | None) -> argparse.Namespace:
+    """The options of scale.py and of windows.py: data, out, seeds and jobs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=lambda text: Path(text).resolve())
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    return parser.parse_args()
 
 
 def make_stores(data: Path, out: Path, jobs: int) -> None:

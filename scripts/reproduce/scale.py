@@ -2,14 +2,12 @@
 
 Encoders from 5, 15, 40 and 80 heads at 2 mm, at equal steps and at equal epochs, each fine-tuned on the same three
 labelled heads (experiment=structures_finetune) and tested on 30 others. Beside them a fine-tuning from scratch, and the
-linear probe of the tokens. Prints the table of docs/evidence.md, and the change of the Dice per doubling of the heads
-with its interval over the tested heads; draws OUT/scale.png. What is done is not done again. About two hours of one
-core.
+linear probe of the tokens. Prints a table, and the change of the Dice per doubling of the heads with its interval over
+the tested heads; draws OUT/scale.png. What is done is not done again. Two hours of one core for each seed.
 
 IXI: see scripts/reproduce/ixi.py.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +17,7 @@ import matplotlib
 import numpy as np
 
 from scripts.reproduce.commands import brain_dice, interval, validations
-from scripts.reproduce.ixi import HEADS, LABELLED, STEPS, finetune, make_stores, pretrain
+from scripts.reproduce.ixi import HEADS, LABELLED, STEPS, finetune, make_stores, pretrain, read_options
 from scripts.reproduce.structures import STRUCTURES
 
 matplotlib.use("Agg")
@@ -91,13 +89,8 @@ def report(out: Path, kinds: Mapping[str, Mapping[int, int]], seeds: Sequence[in
 
 def main() -> None:
     """Run what has not been run, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    options = parser.parse_args()
-    out = options.out.resolve()
+    options = read_options(__doc__)
+    out = options.out
     make_stores(options.data, out, options.jobs)
     kinds = {
         "equal steps": dict.fromkeys(HEADS, STEPS),

@@ -1,15 +1,13 @@
 """Windows along one axis or along three, on IXI at 2 mm: python -m scripts.reproduce.windows IXI OUT
 
 Each order of the tokens with each bias: an encoder from 80 heads and a head that reads nothing but its tokens
-(experiment=structures_light), fine-tuned on the same three labelled heads and tested on 30 others. Prints the table of
-docs/evidence_details.md: the linear probe of the tokens, the Dice, and what the first arm gains over the others. What
-is done is not done again; OUT can be that of scripts.reproduce.scale, whose stores it then shares. About an hour of one
-core.
+(experiment=structures_light), fine-tuned on the same three labelled heads and tested on 30 others. Prints the Dice,
+what the first arm gains over the others, and the linear probe of the tokens. What is done is not done again; OUT can be
+that of scripts.reproduce.scale, whose stores it then shares.
 
 IXI: see scripts/reproduce/ixi.py.
 """
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import numpy as np
 
 from scripts.reproduce.commands import brain_dice, validations
 from scripts.reproduce.few_labels import ARMS, gains
-from scripts.reproduce.ixi import LABELLED, finetune, make_stores, pretrain
+from scripts.reproduce.ixi import LABELLED, finetune, make_stores, pretrain, read_options
 from scripts.reproduce.structures import STRUCTURES
 
 KINDS = ("light", "alternating", "grid", "raster", "light_scratch")  # of few_labels.ARMS
@@ -34,13 +32,8 @@ def run(out: Path, kind: str, seed: int) -> None:
 
 def main() -> None:
     """Run what has not been run, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    options = parser.parse_args()
-    out, seeds = options.out.resolve(), options.seeds
+    options = read_options(__doc__)
+    out, seeds = options.out, options.seeds
     make_stores(options.data, out, options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         for task in [pool.submit(run, out, kind, seed) for seed in seeds for kind in KINDS]:

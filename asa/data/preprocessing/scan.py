@@ -163,7 +163,7 @@ def _prepare(
     if root is not None and job.previous is not None:
         previous = parse_entry(root / RECORDS, record["id"], job.previous)
     sources = _sources(record, previous["sources"] if previous else {})
-    if previous is not None and _holds_another(job, root) and not _shares_image(previous, sources):
+    if previous is not None and not _shares_image(previous, sources) and _holds_another(job, root):
         raise ValueError(
             f"the store holds another scan of this id, of {_images(previous['sources'])[0]['path']}: give dataset=NAME "
             "for the second of two datasets, or another out="

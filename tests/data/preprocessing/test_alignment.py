@@ -200,10 +200,10 @@ def test_a_registration_starts_where_centres_of_mass_and_volumes_match() -> None
 
 
 def test_a_registration_that_changes_nothing_returns_its_start(monkeypatch) -> None:
-    pytest.importorskip("SimpleITK")
+    sitk = pytest.importorskip("SimpleITK")
     seen, spacing, (template, affine) = [], (3.0, 2.0, 1.5), load_map("t1")
 
-    def stay(sitk, fixed, moving, starts):
+    def stay(_, fixed, moving, starts):
         seen.append((fixed, moving))
         return starts[1]
 
@@ -221,13 +221,9 @@ def test_a_registration_that_changes_nothing_returns_its_start(monkeypatch) -> N
     ((fixed, moving),) = seen
     assert fixed.TransformIndexToPhysicalPoint((0, 0, 0)) == pytest.approx(affine[:3, 3])
     inside = np.argwhere(brain).min(axis=0)
-    first = [int(n) for n in np.argwhere(sitk_array(moving)).min(axis=0)]
+    first = [int(n) for n in np.argwhere(sitk.GetArrayFromImage(moving)).min(axis=0)]
     point = moving.TransformIndexToPhysicalPoint(first[::-1])
     assert point[::-1] == pytest.approx((inside - (np.array(brain.shape) - 1) / 2) * spacing)
-
-
-def sitk_array(image) -> np.ndarray:
-    return pytest.importorskip("SimpleITK").GetArrayFromImage(image)
 
 
 def test_the_field_of_view_is_symmetric_and_holds_the_template_brain() -> None:
