@@ -2,13 +2,11 @@
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # their messages are written for the user
-
-
 LONGEST = 2000  # letters of a message: an id or a path of somebody else's may have millions
 
 
@@ -27,6 +25,12 @@ def one_line(error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """Why something failed, in one line; the type of an unexpected error comes first."""
     return one_line(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {one_line(error)}"
+
+
+def listed(ids: Sequence[str], limit: int = 20) -> str:
+    """Ids in one line: the first `limit` of them, and the number of the others."""
+    more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
+    return ", ".join(ids[:limit]) + more
 
 
 def grouped(messages: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:

@@ -25,11 +25,11 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 722,
+    "": 726,
     "baselines": 1230,
-    "cli": 750,  # with the tables of every key, for help and the site
+    "cli": 763,  # with the tables of every key, for help and the site
     "data": 7841,
-    "evaluation": 2470,
+    "evaluation": 2462,
     "export": 775,
     "inference": 2541,  # with networks that vote beside atlases
     "losses": 475,
@@ -37,9 +37,9 @@ LINES = {
     "models": 2388,  # with an instance norm for GPUs
     "ops": 670,
     "reporting": 1727,
-    "restoration": 2240,
+    "restoration": 2236,
     "tasks": 3155,  # the same
-    "training": 2778,  # with the random state of a GPU
+    "training": 2775,  # with the random state of a GPU
 }
 # The only places that may import a library.
 HOMES = {

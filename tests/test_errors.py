@@ -7,7 +7,7 @@ import pytest
 from ranks import replaced
 
 from asa.cli import main
-from asa.errors import reason_of
+from asa.errors import listed, reason_of
 from asa.methods.pretrain import MaskedPretraining
 
 
@@ -43,3 +43,7 @@ def test_a_run_whose_folder_is_removed_says_which_and_what_to_do(
         "run this again"
     )
     assert not run.exists()
+
+
+def test_ids_are_listed_up_to_a_limit_with_the_number_of_the_others() -> None:
+    assert [listed(list("abc"), limit) for limit in (4, 3, 2)] == ["a, b, c", "a, b, c", "a, b and 1 more"]

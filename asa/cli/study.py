@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from asa.cli.front import Config
@@ -20,8 +21,9 @@ from asa.config import as_overrides, build, compose
 from asa.data.datasets.recognise import recognise
 from asa.data.io.files import read_json, read_yaml, write_json, write_whole
 from asa.data.io.lock import locked
+from asa.data.io.nifti import read_label
 from asa.data.store import MANIFEST
-from asa.errors import EXPECTED, reason_of
+from asa.errors import EXPECTED, listed, reason_of
 from asa.tasks import COMMANDS
 from asa.tasks.checks import check
 
@@ -117,8 +119,11 @@ def plan_stages(config: Config) -> list[Stage]:
         found = recognise(Path(config[kind]).resolve(), labelled=labelled)
         none = {"labels": None} if not labelled and found["data"] in ("nnunet", "freesurfer") else {}
         settings = found | shared | (labels if labelled else none) | added["prepare"] | {"out": f"stores/{kind}"}
-        check("prepare", compose("prepare", as_overrides("prepare", settings)))
-        return Stage(kind, "prepare", settings)
+        composed, stage = compose("prepare", as_overrides("prepare", settings)), Stage(kind, "prepare", settings)
+        check("prepare", composed)
+        if labelled and not composed["labels"]:
+            raise ValueError(_which_labels(stage))
+        return stage
 
     if config["new"] and not Path(config["new"]).exists():
         raise FileNotFoundError(f"{config['new']}: no such file or folder; new= are the scans to predict")
@@ -248,6 +253,14 @@ def _records(stage: Stage) -> list[Mapping[str, Any]]:
     config = compose("prepare", as_overrides("prepare", stage.settings))
     records: list[Mapping[str, Any]] = build(config["data"], plugins=config["plugins"])
     return records
+
+
+def _which_labels(stage: Stage) -> str:
+    """What to do where a dataset does not name its labels, with the values of its first label map."""
+    files = [record["label"] for record in _records(stage) if Path(record.get("label", "")).is_file()]
+    values = [str(value) for file in files[:1] for value in np.unique(read_label(file).data) if value]
+    held = f": {files[0]} holds the values {listed(values)}; name all" if values else ""
+    return f"labels= has to be given{held}, like 'labels={{1: csf, 2: gm}}'"
 
 
 def _cost(stage: Stage) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from asa import __version__
 from asa.data.io.files import check_digest, read_json
 from asa.data.io.tables import read_rows
-from asa.errors import reason_of
+from asa.errors import listed, reason_of
 from asa.evaluation.policies import (
     ALL,
     CLASSIFICATION,
@@ -37,7 +37,7 @@ from asa.evaluation.statistics import (
     smallest_holm,
     wilcoxon_p,
 )
-from asa.evaluation.summary import Statistic, aligned, listed, number_text, statistic
+from asa.evaluation.summary import Statistic, aligned, number_text, statistic
 from asa.evaluation.tables import SCANS
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "detectable"]

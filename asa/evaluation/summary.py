@@ -9,6 +9,7 @@ import numpy as np
 
 from asa import __version__
 from asa.data.io.tables import csv_text
+from asa.errors import listed
 from asa.evaluation.policies import MetricInfo, Policy, PolicyInfo, Regions, get_policy
 from asa.evaluation.statistics import bootstrap_interval, interval_as_json, nullable
 from asa.ops.labels import side_of
@@ -240,12 +241,6 @@ def statistic_cells(statistic: Statistic, digits: int) -> list[str]:
 def number_text(value: float, digits: int) -> str:
     """A number with this many decimals, or `undefined` for NaN."""
     return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def listed(ids: Sequence[str], limit: int = 20) -> str:
-    """Ids in one line: the first `limit` of them, and the number of the others."""
-    more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
-    return ", ".join(ids[:limit]) + more
 
 
 def cases_csv(summary: SegmentationSummary) -> str:

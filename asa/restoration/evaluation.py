@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from asa.data.io.files import write_digests, write_json, write_whole
+from asa.errors import listed
 from asa.evaluation.policies import WHOLE, restoration_policy
 from asa.evaluation.summary import Row, statistics
 from asa.restoration.images import checked_window, list_pictures, read_picture, stored_window
@@ -106,6 +107,5 @@ def _match(
         if unknown := sorted(restored.keys() - found.keys()):
             raise ValueError(f"{folder}: no image {unknown[0]}, of which there is a prediction")
     if (missing := sorted(clean.keys() - restored.keys())) and not allow_missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{predictions}: no prediction of {missing[0]}{more}: predict them, or allow_missing=true")
+        raise ValueError(f"{predictions}: no prediction of {listed(missing, 1)}: predict them, or allow_missing=true")
     return [ImageFiles(id, restored[id], clean[id], degraded.get(id)) for id in restored], len(missing)

@@ -17,7 +17,7 @@ from asa.data.io.nifti import Volume
 from asa.data.io.parallel import check_workers
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST, Store
-from asa.evaluation.summary import listed
+from asa.errors import listed
 from asa.inference.atlas import AtlasSegmenter, labelled_records
 from asa.inference.layout import ATLASES, VOLUMES, label_maps_of
 from asa.inference.scans import Scan, predict_each

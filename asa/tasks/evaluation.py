@@ -22,10 +22,11 @@ from asa.data.datasets.folder import files_by_id, has_wildcard, matching_globs
 from asa.data.io.files import sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
+from asa.errors import listed
 from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
 from asa.evaluation.metrics import bounding_box
 from asa.evaluation.policies import Policy, get_policy
-from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, listed, summarise
+from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, summarise
 from asa.evaluation.tables import table_in
 from asa.inference.layout import label_maps_of
 from asa.ops.labels import side_of

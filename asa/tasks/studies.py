@@ -19,10 +19,9 @@ from asa.data.io.files import open_unlinked, read_json, read_yaml, sha256_of, wr
 from asa.data.io.lock import LOCK, locked
 from asa.data.splits import keep_labelled, make_split, read_split, select, write_split
 from asa.data.store import Store
-from asa.errors import one_line, reason_of
+from asa.errors import listed, one_line, reason_of
 from asa.evaluation.comparison import Run, read_class_run, read_run
 from asa.evaluation.policies import CLASSIFICATION
-from asa.evaluation.summary import listed
 from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablation
 from asa.reporting.pages import require_report_extra
 from asa.tasks.base import Config, task_of_method

@@ -14,7 +14,7 @@ from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_
 from asa.data.loading.crops import CropDataset, VolumeSource
 from asa.data.splits import keep_labelled, make_split, read_split, select
 from asa.data.store import Store
-from asa.evaluation.summary import listed
+from asa.errors import listed
 from asa.inference.preprocessing import training_scan_metadata
 from asa.methods.base import Batch
 from asa.models.transfer import Source, check_position

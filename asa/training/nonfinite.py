@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from asa.data.io.files import naming, open_unlinked
+from asa.errors import listed
 from asa.training.checkpoint import newest_name
 from asa.training.distributed import gather_objects, rank
 from asa.training.run_log import RunLog
@@ -110,7 +111,7 @@ class NonFiniteGuard:
         ids = [id for part in parts for micro_batch in part for id in micro_batch]
         self.log.record(skipped.step, "skipped", {"what": what, "ids": ids, "in_a_row": self.in_a_row})
         if what == "loss" or not self.fp16:
-            self.log.message(f"warning: skipped step {skipped.step}: its {what} is not finite (scans {_first(ids)})")
+            self.log.message(f"warning: skipped step {skipped.step}: its {what} is not finite (scans {listed(ids, 8)})")
         if self.in_a_row < MAX_IN_A_ROW + SCALE_HALVINGS * self.fp16:
             return
         if suspects and skipped.batches:
@@ -121,7 +122,7 @@ class NonFiniteGuard:
         raise FloatingPointError(
             f"the {what} was not finite in {self.in_a_row} steps in a row, the last of them step {skipped.step}: "
             f"stopped before saving; the last checkpoint is {newest_name(self.run)}. The batch is in "
-            f"{self.run / 'nonfinite'}. Lower optim.lr, or check the scans {_first(ids)}"
+            f"{self.run / 'nonfinite'}. Lower optim.lr, or check the scans {listed(ids, 8)}"
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -131,7 +132,3 @@ class NonFiniteGuard:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue the counts of a checkpoint."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-
-
-def _first(ids: list[str], shown: int = 8) -> str:
-    return ", ".join(ids[:shown]) + (f" and {len(ids) - shown} more" if len(ids) > shown else "")

@@ -142,6 +142,17 @@ def test_networks_are_compared_with_registration_where_it_is_installed(
         scan(tmp_path / "lab" / f"c{number}_seg.nii.gz")
 
 
+def test_labels_without_names_are_asked_for_before_anything_is_prepared(tmp_path: Path) -> None:
+    files(tmp_path / "lab")
+    values = np.resize(np.array([0, 1, 3, 3], np.uint8), (4, 4, 4))
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "lab" / "a_seg.nii.gz")
+    with pytest.raises(ValueError, match=r"labels= .*a_seg.nii.gz holds the values 1, 3; name all, like"):
+        run_study(settings(labelled=tmp_path / "lab", out=tmp_path / "study"))
+    assert not (tmp_path / "study").exists()
+    nnunet(tmp_path / "declared")
+    plan_stages(settings(labelled=tmp_path / "declared", out=tmp_path / "study"))
+
+
 def test_settings_of_a_command_are_added_to_its_stages(tmp_path: Path) -> None:
     files(tmp_path / "lab")
     added = {"finetune": {"train.steps": 7}, "prepare": {"prepare.spacing": 3}}

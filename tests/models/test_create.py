@@ -1,5 +1,6 @@
 """The public names of `asa.models`: models by name and as values of `model=`."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import asa.models
 from asa.config import CONFIG_DIR, compose, sized_models
 from asa.models import MaskedAutoencoder, create_model, list_models
+from asa.models.sw_vit import BASE, SWViT
 
 
 def test_every_public_name_can_be_imported_and_every_model_made() -> None:
@@ -28,6 +30,13 @@ def test_a_model_is_made_by_name_with_its_keywords() -> None:
     assert isinstance(model, MaskedAutoencoder) and len(model.encoder.blocks) == 1
     with pytest.raises(ValueError, match="unknown model 'unet_bsae'; did you mean unet_base"):
         create_model("unet_bsae")
+
+
+@pytest.mark.parametrize(("kind", "others"), [(SWViT, {}), (MaskedAutoencoder, {"decoder_depth": 8})])
+def test_without_sizes_a_class_is_the_papers_network(kind: type, others: dict[str, int]) -> None:
+    defaults = {name: given.default for name, given in inspect.signature(kind).parameters.items()}
+    paper = {**BASE, **others, "patch_size": 8, "mlp_ratio": 4.0, "position": "mirror", "order": "raster"}
+    assert defaults == {**defaults, **paper, "bias": "sequence"}
 
 
 def test_names_are_listed_without_importing_torch() -> None:

@@ -4,6 +4,7 @@ import csv
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +113,18 @@ def test_a_scan_that_is_its_own_mirror_image_scores_0(trained: Path, tmp_path: P
     row = scorer.score_prepared("scan", case.image, case.chain, like, tmp_path / "map.nii.gz")
     assert row.score == row.peak == row.mean == 0
     assert not read_image(tmp_path / "map.nii.gz").data.any()
+
+
+def test_the_head_is_where_any_channel_or_its_mirror_image_is_not_0(trained: Path) -> None:
+    with pytest.warns(UserWarning, match="without prepare.midway"):
+        scorer = AsymmetryScorer(trained, PredictSettings(device="cpu"))
+    scorer.model = SimpleNamespace(asymmetry=lambda image, level: (torch.zeros(1), torch.ones(1, *image.shape[2:])))
+    image = torch.zeros(2, 2, 2, 6)
+    image[0, 0, 0, 1], image[1, 1, 1, 5] = 1, 1
+    expected = torch.zeros(2, 2, 6, dtype=torch.bool)
+    expected[0, 0, [1, 4]], expected[1, 1, [0, 5]] = True, True
+    scan = scorer.measure(image)
+    assert torch.equal(scan.inside, expected) and torch.equal(scan.map, expected.float())
 
 
 def found_of(map: Tensor, inside: Tensor) -> Asymmetry:

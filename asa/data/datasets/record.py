@@ -65,7 +65,6 @@ def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:
         id = record["id"]
         if id in named:
             problem = f"{id}: several scans have this id; change the wildcards or the table"
-            named.pop(id)
         try:
             check_id(id)
         except ValueError:
