@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -95,6 +96,29 @@ def test_a_folder_of_scans_needs_no_pattern(cohort: Path, tmp_path: Path) -> Non
 def test_the_difference_of_the_sides_is_left_minus_right(cohort: Path, tmp_path: Path) -> None:
     row = embedded(cohort, tmp_path, f"input={cohort / 'store'}", "of=sides")["s00"]
     np.testing.assert_allclose(vector(row, "left") - vector(row, "right"), vector(row, "difference"), atol=1e-4)
+
+
+def test_the_features_of_a_label_are_the_mean_over_its_voxels(cohort: Path, tmp_path: Path) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    raw.mkdir()
+    for id in ("s00", "s01"):
+        shutil.copy(cohort / "raw" / f"{id}_T1.nii.gz", raw)
+        label = np.zeros((32, 32, 32), np.uint8)
+        label[8:20, 10:22, 10:22], label[9:12, 20:25, 12:20] = 3, 7
+        nibabel.save(nibabel.Nifti1Image(label, np.diag([4.0, 4.0, 4.0, 1.0])), raw / f"{id}_seg.nii.gz")
+    given = [f"data.root={raw}", "data=folder", "data.images={t1: '*_T1.nii.gz'}", "data.label='*_seg.nii.gz'"]
+    assert prepare.main([*given, "labels={3: a, 7: b}", f"out={store}"]) == 0
+    row = embedded(cohort, tmp_path / "out", f"input={store}", "of=labels")["s01"]
+    extractor = FeatureExtractor(cohort / "run", device="cpu")
+    tokens = extractor.tokens(np.asarray(Store(store).image("s01"), dtype=np.float32))
+    classes = extractor.crop(np.asarray(Store(store).label("s01"), dtype=np.float32))[0]
+    for name, index in (("a", 1), ("b", 2)):
+        total, weight = np.zeros(24), 0.0
+        for d, h, w in np.ndindex(4, 4, 4):
+            part = (classes[8 * d : 8 * d + 8, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8] == index).mean()
+            total, weight = total + part * tokens[:, d, h, w], weight + part
+        np.testing.assert_allclose(vector(row, name), total / weight, atol=2e-3)
+    assert {column.partition("_")[0] for column in row} == {"id", "a", "b"}
 
 
 @pytest.mark.parametrize("ending", ["parquet", "tsv"])
