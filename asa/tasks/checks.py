@@ -11,6 +11,7 @@ from asa.config import SETTINGS, typed
 from asa.data.datasets.folder import has_wildcard
 from asa.data.splits import read_split
 from asa.data.store import check_is_store
+from asa.tasks.preparation import cohort_of
 from asa.training.checkpoint_files import find_weights, list_checkpoints, on_hub
 
 Config = dict[str, Any]
@@ -23,10 +24,21 @@ def check(command: str, config: Config) -> None:
     Raises:
         FileNotFoundError, ValueError: a value that cannot be right, or a path without what has to be there.
     """
-    for group, settings in SETTINGS.get(command, {}).items():
-        typed(settings, config[group])
+    check_settings(command, config)
     if command in CHECKS:
         CHECKS[command](config)
+
+
+def check_settings(command: str, config: Config) -> None:
+    """Check the settings of a composed configuration that are wrong whatever its paths hold.
+
+    Raises:
+        ValueError: a value that cannot be right.
+    """
+    for group, settings in SETTINGS.get(command, {}).items():
+        typed(settings, config[group])
+    if command == "prepare":
+        cohort_of(config)
 
 
 def _check_training(config: Config) -> None:

@@ -37,7 +37,9 @@ def prepare_task(config: Config) -> None:
     scheduler = _scheduler(config)
     if config["data"]["root"] is None and not config["data"].get("table"):
         raise ValueError("data.root has to be given: add data.root=FOLDER")
-    cohort = _cohort(config)
+    if config["failed"] not in ("refuse", "skip"):
+        raise ValueError(f"failed={config['failed']}: choose refuse or skip")
+    cohort = cohort_of(config)
     records = build(config["data"], plugins=config["plugins"])
     if config["dataset"] is not None:
         records = in_dataset(records, str(config["dataset"]))
@@ -51,7 +53,7 @@ def prepare_task(config: Config) -> None:
     if quality:
         quality.finish(cohort.settings.as_json())
         print(f"wrote {quality.folder / TABLE} and {quality.folder / PAGE}")
-    if report.failures:
+    if report.failures and (config["failed"] == "refuse" or not (report.prepared or report.skipped)):
         raise ValueError(f"{len(report.failures)} scans failed, listed above: fix or leave them out, and run again")
 
 
@@ -87,7 +89,12 @@ def _scheduler(config: Config) -> str | None:
     return None if scheduler is None else str(scheduler)
 
 
-def _cohort(config: Config) -> CohortSettings:
+def cohort_of(config: Config) -> CohortSettings:
+    """What makes scans a cohort: labels, channels, and the preprocessing.
+
+    Raises:
+        FileNotFoundError, ValueError: settings that contradict each other, or a dataset that does not say its labels.
+    """
     labels, ignored, regions = config["labels"] or {}, config["ignored"] or (), config["regions"] or {}
     if labels == "dataset":
         reader = str(config["data"]["_target_"]).rpartition(".")[0]

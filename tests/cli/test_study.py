@@ -11,6 +11,7 @@ from asa.cli import study
 from asa.cli.study import plan_stages, read_study, run_study
 from asa.config import as_overrides, compose
 from asa.data.datasets.recognise import recognise
+from asa.data.store import Store
 
 LABELS = {1: "csf", 2: "gm", 3: "wm"}
 
@@ -92,7 +93,7 @@ def test_numbers_are_part_of_a_name_and_two_kinds_of_images_are_not_mixed(tmp_pa
 def test_a_folder_that_is_not_recognised_says_what_is_in_it(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         scan(tmp_path / name)
-    with pytest.raises(ValueError, match=r"one image and one label map a scan were expected: write the stage"):
+    with pytest.raises(ValueError, match=r"one image and one label map a scan were expected: prepare it"):
         recognise(tmp_path, labelled=True)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         recognise(tmp_path / "other", labelled=True)
@@ -153,6 +154,33 @@ def test_labels_without_names_are_asked_for_before_anything_is_prepared(tmp_path
     plan_stages(settings(labelled=tmp_path / "declared", out=tmp_path / "study"))
 
 
+def test_labels_that_name_only_some_values_or_none_are_refused(tmp_path: Path) -> None:
+    files(tmp_path / "lab")
+    values = np.resize(np.array([0, 1, 3, 3], np.uint8), (4, 4, 4))
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "lab" / "a_seg.nii.gz")
+    given = {"labelled": tmp_path / "lab", "out": tmp_path / "study", "plan": "only"}
+    for labels, reason in (({1: "x"}, "holds the values 1, 3; name all"), ("csf", "should be values and names")):
+        with pytest.raises(ValueError, match=reason):
+            run_study(settings(**given, labels=labels))
+    with pytest.raises(ValueError, match=r"prepare.strip='nope'"):
+        run_study(settings(**given, labels={1: "x", 3: "y"}) | {"strip": "nope"})
+    with pytest.raises(ValueError, match="train.steps=0"):
+        run_study(settings(**given, labels={1: "x", 3: "y"}, finetune={"train.steps": 0}))
+    assert not (tmp_path / "study").exists(), "what is wrong is found before the file is written"
+
+
+def test_a_store_takes_the_place_of_a_folder(tmp_path: Path, store: Path) -> None:
+    bids(tmp_path / "raw")
+    given = compose("run", as_overrides("run", {"labelled": store, "unlabelled": tmp_path / "raw", "strip": "none"}))
+    stages = {stage.name: stage for stage in plan_stages(given)}
+    assert [name for name, stage in stages.items() if stage.command == "prepare"] == ["unlabelled"]
+    assert stages["scratch"].settings["data.store"] == str(store.resolve())
+    assert stages["scratch"].settings["data.split.folds"] == len(Store(store).records)
+    assert [stage.name for stage in plan_stages(given | {"unlabelled": None, "strip": None})][:2] == [
+        *("scratch", "pretrained"),
+    ]
+
+
 def test_settings_of_a_command_are_added_to_its_stages(tmp_path: Path) -> None:
     files(tmp_path / "lab")
     added = {"finetune": {"train.steps": 7}, "prepare": {"prepare.spacing": 3}}
@@ -180,7 +208,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 def write_study(folder: Path, **encoder: object) -> Path:
     stages = {
-        "store": {"prepare": {"data.root": "x", "out": "stores/a"}},
+        "store": {"prepare": {"data.root": "x", "labels": {1: "csf"}, "out": "stores/a"}},
         "encoder": {"pretrain": {"data.store": "stores/a", "out": "runs/a", **encoder}},
         "network": {"finetune": {"data.store": "stores/a", "out": "runs/b"}},
     }
@@ -199,6 +227,8 @@ def test_what_is_done_is_not_done_again_and_what_follows_a_change_is(tmp_path: P
     recorded.clear()
     run_study(compose("run", [f"labelled={file}"]))
     assert recorded == [] and capsys.readouterr().out.count("done before") == 3
+    run_study(compose("run", [f"labelled={file.parent}"]))
+    assert recorded == [], "the study's folder stands for its file"
     run_study(compose("run", [f"labelled={write_study(tmp_path / 's', **{'train.steps': 5})}"]))
     assert recorded == [("pretrain", "runs/a"), ("finetune", "runs/b")]
 
@@ -216,6 +246,25 @@ def test_a_stage_that_fails_is_named_and_the_next_call_begins_with_it(tmp_path: 
     recorded.clear()
     run_study(compose("run", [f"labelled={file}"]))
     assert [command for command, _ in recorded] == ["pretrain", "finetune"]
+
+
+@pytest.mark.slow
+def test_a_small_study_runs_whole_and_then_finds_all_of_it_done(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("jinja2")
+    monkeypatch.setattr(study, "find_spec", lambda _: None)  # without the extra atlas
+    monkeypatch.setattr(study, "FOLDS", 2)
+    small = {"crop": [32, 32, 32], "train.steps": 2, "train.validate_every": 2, "optim.warmup": 0}
+    labels = {1: "csf", 2: "gm", 5: "wm"}
+    given = {"labelled": raw, "new": raw, "out": tmp_path / "s", "labels": labels, "finetune": small}
+    run_study(settings(**given, prepare={"prepare.spacing": None}))
+    page = (tmp_path / "s" / "study.html").read_text()
+    assert "5 of 5 stages done" in page and "mean of 3 labels and regions" in page and "Dice" in page
+    assert sorted(path.name for path in (tmp_path / "s" / "predictions").glob("*.nii.gz"))
+    capsys.readouterr()
+    run_study(compose("run", [f"labelled={tmp_path / 's' / 'study.yaml'}"]))
+    assert capsys.readouterr().out.count("done before") == 5
 
 
 @pytest.mark.parametrize(
@@ -255,5 +304,8 @@ def test_another_study_is_not_overwritten(tmp_path: Path, recorded) -> None:
     given = {"labelled": tmp_path / "lab", "labels": LABELS, "out": tmp_path / "s", "plan": "only"}
     run_study(settings(**given))
     run_study(settings(**given))
-    with pytest.raises(ValueError, match="is another study, or was changed"):
+    with pytest.raises(ValueError, match="is another study, or was changed, and nothing of it was run: remove it"):
+        run_study(settings(**given, finetune={"train.steps": 3}))
+    (tmp_path / "s" / study.DONE).write_text("[]")
+    with pytest.raises(ValueError, match="is another study, or was changed; asa run"):
         run_study(settings(**given, finetune={"train.steps": 3}))

@@ -24,7 +24,9 @@ def recognise(folder: Path, *, labelled: bool) -> dict[str, Any]:
         ValueError: none of these, or no label maps; the message says how to write the settings.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise FileNotFoundError(
+            f"{folder}: is a file; give the folder" if folder.exists() else f"{folder}: no such folder"
+        )
     root = str(folder)
     if (folder / nnunet.DESCRIPTION).exists() and (folder / "imagesTr").is_dir():
         return {"data": "nnunet", "data.root": root}
@@ -51,7 +53,9 @@ def _plain(folder: Path, labelled: bool) -> dict[str, Any]:
     labels = {end for end in endings if end.lstrip("_").split(".")[0].lower() in LABEL_NAMES}
     images = endings.keys() - labels
     if len(images) != 1 or (labelled and len(labels) != 1):
-        found = ", ".join(f"{count} *{end}" for end, count in endings.items()) or "no NIfTI files"
+        below = sum(path.name.endswith(VOLUME_ENDINGS) for path in folder.rglob("*")) - len(names)
+        others = f", and {below} in its subfolders" if below else ""
+        found = (", ".join(f"{count} *{end}" for end, count in endings.items()) or "no NIfTI files") + others
         expected = "one image and one label map" if labelled else "one image"
         raise ValueError(f"{folder}: {found}; {expected} a scan were expected: {_BY_HAND}")
     return {"data.images": {"t1": f"*{images.pop()}"}} | ({"data.label": f"*{labels.pop()}"} if labelled else {})
@@ -64,4 +68,4 @@ def _ending(name: str) -> str:
     return f"{dot}{suffix}" if word == stem or word.isdigit() else f"_{word}{dot}{suffix}"
 
 
-_BY_HAND = "write the stage into study.yaml yourself, with the keys of asa-prepare --help"
+_BY_HAND = "prepare it by asa-prepare, which reads more layouts, and give asa run the store in place of the folder"
