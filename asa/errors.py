@@ -14,9 +14,11 @@ def one_line(error: BaseException) -> str:
     """The message of an error without line breaks, cut if it is very long; its type where it has no message."""
     if isinstance(error, FileNotFoundError) and isinstance(error.filename, str | os.PathLike):  # of the system
         path = Path(error.filename)
-        if not (path.is_absolute() or Path().exists()):
+        try:
+            folders = path.absolute().parents
+        except FileNotFoundError:
             return f"{path}: the folder in which this runs was removed: put it back, and run this again"
-        if gone := [folder for folder in path.absolute().parents if not folder.exists()]:
+        if gone := [folder for folder in folders if not folder.exists()]:
             return f"{path}: the folder {gone[-1]} was removed while it was in use: put it back, and run this again"
         return f"{path}: no such file or folder"
     text = " ".join(str(error).split())

@@ -23,6 +23,15 @@ def test_a_removed_folder_is_named_with_what_to_do(tmp_path: Path) -> None:
     assert reason_of(found.value) == f"{tmp_path / 'log.jsonl'}: no such file or folder"
 
 
+def test_a_removed_working_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "study").mkdir()
+    monkeypatch.chdir(tmp_path / "study")
+    shutil.rmtree(tmp_path / "study")
+    with pytest.raises(FileNotFoundError) as found:
+        Path("done.json").open()
+    assert "done.json: the folder in which this runs was removed: put it back" in reason_of(found.value)
+
+
 def test_a_run_whose_folder_is_removed_says_which_and_what_to_do(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,10 @@ def test_a_bad_case_is_named_and_the_others_are_prepared(tmp_path: Path, monkeyp
     assert call(prepare, monkeypatch, *arguments) == 1
     assert f"a: failed: {root}/imagesTr/a_0000.nii.gz: " in capsys.readouterr().out
     assert [record["id"] for record in Store(tmp_path / "store").records] == ["b"]
+    assert call(prepare, monkeypatch, *arguments, "failed=skip") == 0
+    assert "1 failed" in capsys.readouterr().out
+    (root / "imagesTr" / "b_0000.nii.gz").write_bytes(b"bad")
+    assert call(prepare, monkeypatch, *arguments[:-2], f"out={tmp_path}/none", "labels=dataset", "failed=skip") == 1
 
 
 @pytest.mark.parametrize("change", [
