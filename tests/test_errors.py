@@ -28,7 +28,7 @@ def test_a_removed_working_folder_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path / "study")
     shutil.rmtree(tmp_path / "study")
     with pytest.raises(FileNotFoundError) as found:
-        Path("done.json").open()
+        Path("done.json").read_text()
     assert "done.json: the folder in which this runs was removed: put it back" in reason_of(found.value)
 
 
