@@ -322,6 +322,9 @@ def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence
         return message if key is None or key in message else f"{key}: {message}"
     if key in keys:
         return f"{key} was given a key that it does not have (asa-{command} --help lists them)"
+    whole, _, rest = key.partition(".")
+    if whole in keys and not any(other.startswith(f"{whole}.") for other in keys):
+        return f"{key}: {whole} is given whole, as in '{whole}={{{rest}: VALUE}}'"
     names: dict[str, list[str]] = {}  # by their last part: lr=1 means optim.lr=1
     for other in keys:
         if not (name := other.rpartition(".")[2]).startswith("_"):

@@ -25,7 +25,7 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 730,
+    "": 733,
     "baselines": 1230,
     "cli": 776,  # with the tables of every key, for help and the site
     "data": 7844,

@@ -268,6 +268,13 @@ def test_a_wrong_key_or_value_is_named_with_its_nearest_neighbour(override: str,
     assert "\n" not in str(error.value) and "_target_" not in str(error.value)
 
 
+def test_a_key_inside_a_setting_that_is_given_whole_says_how() -> None:
+    for command, key in (("run", "finetune.train.steps"), ("prepare", "labels.1")):
+        whole, _, rest = key.partition(".")
+        with pytest.raises(ValueError, match=re.escape(f"{key}: {whole} is given whole, as in '{whole}={{{rest}: ")):
+            compose(command, [f"{key}=3"])
+
+
 def test_restoration_has_the_released_settings() -> None:
     config = composed("finetune", "experiment=rat_sr")
     optim, train = config["optim"], config["train"]
