@@ -1,5 +1,13 @@
 from . import baselines as baselines
+from . import data as data
+from . import evaluation as evaluation
+from . import inference as inference
+from . import losses as losses
+from . import methods as methods
 from . import models as models
+from . import ops as ops
+from . import restoration as restoration
+from . import training as training
 from .data.loading.crops import CropDataset as CropDataset
 from .data.store import Store as Store
 from .evaluation.metrics import dice as dice

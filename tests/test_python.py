@@ -17,6 +17,8 @@ def test_subpackages_of_networks_are_attributes() -> None:
     code = "import asa; print(asa.models.unet_tiny.__name__, 'asa_tiny' in asa.models.list_models(), asa.baselines)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.startswith("unet_tiny True <module 'asa.baselines'")
+    folders = {path.parent.name for path in Path(asa.__file__).parent.glob("*/__init__.py")}
+    assert folders - set(dir(asa)) == {"cli", "export", "reporting", "tasks"}, "what notebooks use"
 
 
 def test_a_method_takes_its_model_by_position() -> None:

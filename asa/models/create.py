@@ -1,6 +1,7 @@
 """Models by name."""
 
 import difflib
+import fnmatch
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,9 +14,9 @@ PACKAGES = ("asa.models", "asa.baselines", "asa.restoration")
 SIZES = ("_base", "_small", "_tiny", "_l", "_m")  # the last two are nnU-Net's
 
 
-def list_models() -> list[str]:
-    """Names of all model functions, as FAMILY_SIZE, without importing torch."""
-    return sorted(name for package in PACKAGES for name in _models_of(package))
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the model functions, as FAMILY_SIZE, that fit a pattern like `"unet_*"`, without importing torch."""
+    return fnmatch.filter(sorted(name for package in PACKAGES for name in _models_of(package)), pattern)
 
 
 def create_model(name: str, **overrides: Any) -> "nn.Module":

@@ -39,6 +39,11 @@ def test_without_sizes_a_class_is_the_papers_network(kind: type, others: dict[st
     assert defaults == {**defaults, **paper, "bias": "sequence"}
 
 
+def test_names_are_listed_by_a_pattern() -> None:
+    assert list_models("vit_conv_*") == [f"vit_conv_{size}" for size in ("base", "small", "tiny")]
+    assert list_models("*") == list_models()
+
+
 def test_names_are_listed_without_importing_torch() -> None:
     code = "import sys; from asa.models import list_models; print('unet_base' in list_models(), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
