@@ -266,14 +266,6 @@ def _records(stage: Stage) -> list[Mapping[str, Any]]:
     return records
 
 
-def _which_labels(stage: Stage) -> str:
-    """What to do where a dataset does not name its labels, with the values of its first label map."""
-    files = [record["label"] for record in _records(stage) if Path(record.get("label", "")).is_file()]
-    values = [str(value) for file in files[:1] for value in np.unique(read_label(file).data) if value]
-    held = f": {files[0]} holds the values {listed(values)}; name all" if values else ""
-    return f"labels= has to be given{held}, like 'labels={{1: csf, 2: gm}}'"
-
-
 def _cost(stage: Stage) -> str:
     """What is known of a stage before it is run."""
     if stage.command == "prepare":
