@@ -1,6 +1,5 @@
 """The scans of a file, a folder or a store, predicted one by one by a trained network, or by what takes its place."""
 
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets import bids, folder, nnunet
+from asa.data.datasets.recognise import is_label_map
 from asa.data.datasets.record import Record, check_distinct, make_record, sorted_records
 from asa.data.io.nifti import VOLUME_ENDINGS, Volume, read_image
 from asa.data.io.parallel import each_tried
@@ -22,7 +22,6 @@ from asa.data.store import Store
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 
-LABEL_MAP = re.compile(r"(^|[_-])(seg|dseg|probseg|aseg|label|labels|mask|segmentation)$")  # at the end of a name
 NNUNET = {images: part for part, (images, _) in nnunet.PARTS.items()}  # folder of images -> part
 # Suffix in BIDS of the channels that are named as usual, also as T1 or T1w.
 SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR", "pd": "PDw"}
@@ -221,9 +220,7 @@ def _raw_records(source: Path, preprocessor: ScanPreprocessor, images: Any, out:
 def _is_label_map(path: Path, source: Path) -> bool:
     """Whether a file is named as a label map, or lies in a folder of them."""
     folders = path.absolute().relative_to(source.absolute().parent).parts[:-1]
-    return bool(LABEL_MAP.search(path.name.split(".nii")[0])) or any(
-        name in ("labelsTr", "labelsTs") for name in folders
-    )
+    return is_label_map(path.name) or any(name in ("labelsTr", "labelsTs") for name in folders)
 
 
 def _nnunet_cases(source: Path, channels: Sequence[str]) -> list[Record]:

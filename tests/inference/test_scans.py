@@ -9,7 +9,15 @@ import pytest
 from untrained import a_scan, checkpoint
 
 import asa
+from asa.data.datasets.recognise import recognise
 from asa.inference.scans import raw_scans
+
+LABEL_MAPS = [
+    *("s1_seg.nii.gz", "s1_dseg.nii.gz", "s1_label-x_probseg.nii.gz", "s1_desc-brain_mask.nii.gz", "a_synthseg.nii"),
+    *("aseg.mgz", "s1_mri_aseg.nii.gz", "aseg.auto_noCCseg.mgz", "aparc.DKTatlas+aseg.deep.mgz", "wmparc.mgz"),
+    *("a_parc.nii.gz", "a_structures.nrrd", "a_tissues.mha", "a_lesions.nii", "a_Labels.nii", "a_manual.nii.gz"),
+    *("IBSR_01_segTRI_fill_ana.nii.gz", "IBSR_01_seg_ana.nii", "a_segTRI.nii", "truth.nii", "lh.ribbon.mgz"),
+]
 
 
 @pytest.fixture
@@ -66,14 +74,22 @@ def test_channels_are_taken_by_their_names_in_dataset_json(dataset: Path, tmp_pa
 
 
 def test_label_maps_are_never_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["s1_T1w", "s1_seg", "s1_dseg", "s1_label-x_probseg", "s1_desc-brain_mask", "aseg", "segment"]
-    for name in names:
-        shutil.copy(a_scan(tmp_path), tmp_path / f"{name}.nii.gz")
-    (tmp_path / "a.nii.gz").unlink()
-    assert found(tmp_path).keys() == {"s1_T1w", "segment"}
-    assert "left out: 5 files that are label maps by their names" in capsys.readouterr().out
+    scans = ["s1_T1w.nii.gz", "segment.nii.gz", "IBSR_01_ana.nii", "brainmask.mgz", "lesioned_T1.nrrd"]
+    for name in (*scans, *LABEL_MAPS):
+        (tmp_path / name).touch()
+    assert found(tmp_path).keys() == {name.partition(".")[0] for name in scans}
+    assert f"left out: {len(LABEL_MAPS)} files that are label maps by their names" in capsys.readouterr().out
     with pytest.raises(ValueError, match="only label maps, like s1_seg"):
         found(tmp_path / "s1_seg.nii.gz")
+
+
+@pytest.mark.parametrize("name", [name for name in LABEL_MAPS if name.startswith(("s1_", "a_"))])
+def test_what_is_a_label_map_for_prediction_is_one_for_a_study(tmp_path: Path, name: str) -> None:
+    word, _, ending = name.rpartition("_")[2].partition(".")
+    for file in ("a_T1.nii.gz", name):
+        (tmp_path / file).touch()
+    settings = recognise(tmp_path, labelled=True)
+    assert settings["data.images"] == {"t1": "*_T1.nii.gz"} and settings["data.label"] == f"*_{word}.{ending}"
 
 
 def test_numbers_that_are_not_channels_stay_in_the_ids(tmp_path: Path) -> None:

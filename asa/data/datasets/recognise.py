@@ -1,5 +1,6 @@
 """Which reader a folder of scans is for: settings of asa-prepare from what lies in it."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,18 @@ from typing import Any
 from asa.data.datasets import nnunet
 from asa.data.io.nifti import VOLUME_ENDINGS
 
-# The last part of a label map's name.
-LABEL_NAMES = ("seg", "dseg", "label", "labels", "mask", "aseg", "manual", "truth", "structures", "tissues", "lesions")
+# The last word of a label map's name, like dseg, synthseg, segTRI_fill_ana or wmparc; or aseg and aparc anywhere in it.
+LABEL_NAME = re.compile(
+    r"(?:^|[_.+-])(?:\w*seg|seg(?:tri)?(?:_fill)?_ana|segtri|segmentations?|\w*parc|parcellations?|label_?maps?|labels?"
+    r"|masks?|manual|truth|structures|tissues|lesions?|ribbon)$|(?:^|[_.+-])(?:aseg|aparc)(?:[_.+-]|$)",
+    re.IGNORECASE,
+)
+
+
+def is_label_map(name: str) -> bool:
+    """Whether a file is a label map by its name, which ends with one of `VOLUME_ENDINGS`."""
+    ending = next((end for end in VOLUME_ENDINGS if name.endswith(end)), "")
+    return LABEL_NAME.search(name.removesuffix(ending)) is not None
 
 
 def recognise(folder: Path, *, labelled: bool) -> dict[str, Any]:
@@ -50,9 +61,8 @@ def _plain(folder: Path, labelled: bool) -> dict[str, Any]:
     """Globs of the images and label maps of a folder of files, by what their names end in."""
     names = sorted(path.name for path in folder.iterdir() if path.name.endswith(VOLUME_ENDINGS))
     endings = Counter(map(_ending, names))
-    labels = {end for end in endings if end.lstrip("_").split(".")[0].lower() in LABEL_NAMES}
-    images = endings.keys() - labels
-    if len(images) != 1 or (labelled and len(labels) != 1):
+    labels, images = ({_ending(name) for name in names if is_label_map(name) == kind} for kind in (True, False))
+    if len(images) != 1 or images & labels or (labelled and len(labels) != 1):
         below = sum(path.name.endswith(VOLUME_ENDINGS) for path in folder.rglob("*")) - len(names)
         others = f", and {below} in its subfolders" if below else ""
         found = (", ".join(f"{count} *{end}" for end, count in endings.items()) or "no NIfTI files") + others
