@@ -186,6 +186,8 @@ def _inputs(config: Config, data: Mapping[str, Any]) -> tuple[dict[str, Path], d
     if not images:
         raise ValueError(f"{source}: no image to restore (.png, .nii, .nii.gz, .dcm), or none of the part asked for")
     if data["regions"] is None:
+        if config["regions"] is not None:
+            raise ValueError(f"regions={config['regions']}: this network does not attend inside regions: leave it out")
         return images, None
     if config["regions"] is None:
         raise ValueError(f"this network attends inside regions: asa-regions input={source} out=..., and give regions=")

@@ -32,8 +32,11 @@ def scans_of(config: Config, preprocessor: ScanPreprocessor) -> list[Scan]:
     """The scans to predict: a scan, those of a folder, or those of a store or of a part of it.
 
     Raises:
-        FileNotFoundError, ValueError: see `stored_scans`, `raw_scans` and `subjects_of_part`; or a part of files.
+        FileNotFoundError, ValueError: see `stored_scans`, `raw_scans` and `subjects_of_part`; a part of files; or
+            regions, which belong to restoration.
     """
+    if config.get("regions") is not None:
+        raise ValueError(f"regions={config['regions']}: label maps for a network of method=restore: leave it out")
     source, out = Path(str(config["input"])), Path(str(config["out"]))
     if (source / MANIFEST).exists():
         return stored_scans(source, preprocessor, subjects_of_part(config))

@@ -48,7 +48,7 @@ def find_weights(path: str | Path) -> Path:
     `asa://NAME` is one that this package brings.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or one in each fold of a cross-validation.
         ImportError, OSError, ValueError: see `asa.training.checkpoint_files.fetch`.
     """
     if on_hub(path):
@@ -67,6 +67,12 @@ def find_weights(path: str | Path) -> Path:
         return path / WEIGHTS
     if found := list_checkpoints(path) or list_checkpoints(path, "."):
         return found[-1] / WEIGHTS
+    found = [fold for fold in path.glob("fold*") if list_checkpoints(fold)]
+    if folds := sorted(map(str, found), key=lambda fold: (len(fold), fold)):
+        raise FileNotFoundError(
+            f"{path}: a cross-validation, with a network in each fold: give asa-predict "
+            f"checkpoint=[{','.join(folds)}], and other commands one of them"
+        )
     raise FileNotFoundError(
         f"{path}: no checkpoint here; give a run folder (or its best/, which exists with train.best), a checkpoint "
         "folder or a .safetensors file"

@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import nn
 from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicted
 
-from asa.cli import finetune, predict, prepare
+from asa.cli import finetune, main, predict, prepare
 from asa.config import build
 from asa.data.io.files import write_whole
 from asa.data.io.nifti import from_ras, read_image, to_ras, write_image
@@ -324,6 +324,24 @@ def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(
     assert len(list((tmp_path / "out" / "probabilities" / "a").iterdir())) == 4
     assert call(predict, monkeypatch, *common, "images={t1: '*_t1.nii.gz'}") == 1
     assert "takes the channels t1, flair, got t1" in capsys.readouterr().err
+
+
+def test_a_folder_of_folds_says_which_checkpoints_to_give(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folds = [tmp_path / "cv" / f"fold{k}" for k in (0, 2, 10)]
+    for fold in folds:
+        (fold / "checkpoints" / "step-1").mkdir(parents=True)
+    a_scan(tmp_path / "scans")
+    assert main(["predict", f"checkpoint={tmp_path}/cv", f"input={tmp_path}/scans", f"out={tmp_path}/out"]) == 1
+    assert f"give asa-predict checkpoint=[{','.join(map(str, folds))}]" in capsys.readouterr().err
+
+
+def test_regions_are_refused_by_a_network_of_label_maps(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    common = [f"checkpoint={run}", f"input={a_scan(tmp_path)}", f"out={tmp_path}/out", "predict.device=cpu"]
+    assert call(predict, monkeypatch, *common, "regions=x") == 1
+    assert "regions=x: label maps for a network of method=restore: leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

@@ -97,6 +97,8 @@ def test_restormer_is_trained_resumed_and_scored_by_the_same_commands_and_predic
     inputs = [f"checkpoint={tmp_path / 'run'}", f"input={pairs / 'low'}", "part=test", f"out={tmp_path / 'restored'}"]
     assert run(monkeypatch, predict, *inputs) == 0
     check_gain(pairs, tmp_path, monkeypatch)
+    assert run(monkeypatch, predict, *inputs, f"regions={pairs / 'regions'}") == 1
+    assert "does not attend inside regions: leave it out" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_and_its_network_loads(pairs: Path, trained: Path, monkeypatch, capsys) -> None:
