@@ -217,6 +217,27 @@ def _raw_records(source: Path, preprocessor: ScanPreprocessor, images: Any, out:
     return sorted_records(scans, source=str(source)) if source.is_dir() else scans
 
 
+def scan_files(source: Path) -> dict[str, Path]:
+    """The files of a folder, or of a path with wildcards, by the ids that `raw_scans` gives to scans; of any kind."""
+    if folder.has_wildcard(str(source)):
+        return folder.files_by_id(source)
+    if (source / nnunet.DESCRIPTION).is_file() and (source / "imagesTs").is_dir():
+        source /= "imagesTs"
+    files = {id: path for path, id in _named(source)}
+    return {id.removesuffix("_0000"): path for id, path in files.items()} | files
+
+
+def _named(source: Path) -> list[tuple[Path, str]]:
+    """The images of a folder and its subfolders, or an image, each with its id: the path in it, with _ for /."""
+    if not source.is_dir():
+        return [(source, source.name.removesuffix(end)) for end in VOLUME_ENDINGS if source.name.endswith(end)]
+    return [
+        (path, folder.join_texts(texts))
+        for end in VOLUME_ENDINGS
+        for texts, path in folder.find_files(source, f"**/*{end}").items()
+    ]
+
+
 def _is_label_map(path: Path, source: Path) -> bool:
     """Whether a file is named as a label map, or lies in a folder of them."""
     folders = path.absolute().relative_to(source.absolute().parent).parts[:-1]
@@ -258,15 +279,8 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
     Hidden files, label maps by their names, and files in an `out` inside the folder are left out. The channel number
     of nnU-Net, _0000, is no part of the ids.
     """
-    if source.is_dir():
-        found = [
-            (path, folder.join_texts(texts))
-            for end in VOLUME_ENDINGS
-            for texts, path in folder.find_files(source, f"**/*{end}").items()
-            if not (source.resolve() in out.resolve().parents and path.resolve().is_relative_to(out.resolve()))
-        ]
-    else:
-        found = [(source, source.name.removesuffix(end)) for end in VOLUME_ENDINGS if source.name.endswith(end)]
+    inside = source.resolve() in out.resolve().parents
+    found = [(path, id) for path, id in _named(source) if not (inside and path.resolve().is_relative_to(out.resolve()))]
     label_maps = [path for path, _ in found if _is_label_map(path, source)]
     found = [(path, id) for path, id in found if path not in label_maps]
     if not found:

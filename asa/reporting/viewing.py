@@ -25,6 +25,7 @@ from asa.evaluation.comparison import Run, read_run
 from asa.evaluation.policies import get_policy
 from asa.evaluation.summary import Row, Summary, number_text
 from asa.inference.layout import label_maps_of, probabilities_of
+from asa.inference.scans import scan_files
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.labels import IGNORED
@@ -162,6 +163,7 @@ def predicted(folder: Path, config: Config, scores: Scores | None) -> Cases:
         raise ValueError(f"{folder}: neither a store nor a run, and no label map of asa-predict in it")
     images = None if config["images"] is None else Path(str(config["images"]))
     store = Store(images) if images is not None and (images / MANIFEST).is_file() else None
+    scans = {} if images is None or store is not None else scan_files(images)
     labels, ignored = ({}, []) if store is None else (store.labels, store.ignored)
     if scores is not None:
         files = {id: files[id] for id in scores.cells if id in files} | files
@@ -171,7 +173,12 @@ def predicted(folder: Path, config: Config, scores: Scores | None) -> Cases:
     for id in select_ids(list(files), config):
         known = {} if scores is None else scores.run.files.get(id, {})
         truth = known.get("truth") if store is None else store.record(id)["sources"].get("label", {}).get("path")
-        image = known.get("image") if images is None else _scan(id, images, store)
+        image = known.get("image") if store is None else store.first_source(store.record(id))
+        if images is not None and store is None and (image := scans.get(id)) is None:
+            raise FileNotFoundError(
+                f"images={images}: no scan of {id} there: give the folder that was predicted, or if images= chose its "
+                "scans, a path like 'new/**/*_T1w.nii.gz', whose wildcards give the same ids"
+            )
         cases[id] = [] if image is None else [_layer("image", Path(image))]
         cases[id] += _label_layers(files[id], truth, labels, ignored)
         for name, path in probabilities_of(folder, id, files[id]).items():
@@ -201,16 +208,6 @@ def _layer(name: str, path: Path, kind: str = "gray", range: tuple[float, float]
     """An image as a layer. Its voxels alone get into the page: a store, or a link, may name any file of the user's."""
     image = read_image(path, nan="zero")
     return Layer(name, nifti(image.data.T, image.affine), kind, range=range)
-
-
-def _scan(id: str, images: Path, store: Store | None) -> Path:
-    """The file of a predicted scan, in a folder or of a store."""
-    if store is not None:
-        return store.first_source(store.record(id))
-    found = next((path for ending in (".nii.gz", ".nii") if (path := images / f"{id}{ending}").is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"images={images}: no scan of {id} there")
-    return found
 
 
 def reconstructed(run: Path, config: Config) -> Cases:

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from stores import read_tree, write_tree
 from asa.cli import evaluate, pretrain, view
 from asa.data.io.nifti import read_image, read_label, write_image, write_label
 from asa.data.store import Store
+from asa.inference.scans import raw_scans
 from asa.reporting.viewing import Layer, write_viewer
 
 CODE = "(function(a,b){b((a=self).niivue={})})(this,function(){});"  # no NiiVue: what is drawn is not tested here
@@ -83,6 +85,35 @@ def test_predictions_are_shown_over_their_scans_with_their_probabilities(viewer:
     shown = layers["prediction"]["labels"]
     assert shown["I"] == [0, 1, 2] and shown["labels"] == ["", "1", "2"] and shown["A"] == [0, 255, 255]
     assert layers["p(gm)"]["opacity"] == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "file", "id"),
+    [
+        ("new", "new/sub-1/anat/sub-1_T1w.nii.gz", "sub-1_anat_sub-1_T1w"),
+        ("new/**/*_T1w.nii.gz", "new/sub-1/anat/sub-1_T1w.nii.gz", "sub-1_anat_sub-1"),
+        ("new", "new/a_0000.nii.gz", "a"),
+        ("new", "new/imagesTs/a_0000.nii.gz", "a"),
+        ("new", "new/x/mri/T1.mgz", "x_mri_T1"),
+    ],
+)
+def test_the_folder_that_was_predicted_has_the_scans_of_its_predictions(
+    viewer: Path, tmp_path: Path, images: str, file: str, id: str
+) -> None:
+    scan = np.random.default_rng(0).random((4, 5, 6), np.float32)
+    write_image(tmp_path / file, scan, np.eye(4))
+    if "imagesTs" in file:
+        about = {"channel_names": {"0": "T1"}, "labels": {"background": 0}, "file_ending": ".nii.gz", "numTraining": 0}
+        (tmp_path / "new" / "dataset.json").write_text(json.dumps(about))
+    network = SimpleNamespace(channels=["t1"], path="run", scans="run", check_channels=lambda images: None)
+    pattern = {"t1": "**/*_T1w.nii.gz"} if "*" in images else None
+    assert [scan.id for scan in raw_scans(tmp_path / "new", network, images=pattern, out=tmp_path / "out")] == [id]
+    write_image(tmp_path / "predictions" / f"{id}.nii.gz", np.ones((4, 5, 6)), np.eye(4), dtype=np.uint8)
+    inputs = (f"input={tmp_path / 'predictions'}", f"images={tmp_path / images}", f"viewer={viewer}")
+    assert view.main([*inputs, f"out={tmp_path / 'page.html'}"]) == 0
+    assert np.array_equal(array_of(cases_of(tmp_path / "page.html")[id]["image"])[0], scan)
+    (tmp_path / "predictions" / f"{id}.nii.gz").rename(tmp_path / "predictions" / "other.nii.gz")
+    assert view.main([*inputs, f"out={tmp_path / 'other.html'}"]) == 1
 
 
 def test_truth_differences_and_scores_are_shown_where_they_are_known(
