@@ -2,12 +2,16 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import replaced
+from untrained import a_scan, checkpoint
 
 from asa.cli import main
+from asa.data.preprocessing import scan
 from asa.errors import listed, reason_of
+from asa.inference.segmentation import Segmenter
 from asa.methods.pretrain import MaskedPretraining
 
 
@@ -52,6 +56,51 @@ def test_a_run_whose_folder_is_removed_says_which_and_what_to_do(
         "run this again"
     )
     assert not run.exists()
+
+
+def test_a_store_whose_folder_is_removed_is_not_begun_anew(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, scans = tmp_path / "store", []
+
+    def removing(*args: Any, **options: Any) -> Any:
+        scans.append(1)
+        if len(scans) == 2:
+            shutil.rmtree(out)
+        return original(*args, **options)
+
+    settings = [f"data.root={raw}", "data.images={t1: '*_T1.nii.gz'}", f"out={out}"]
+    with replaced(scan, "prepare_case", removing) as original:
+        assert main(["prepare", "data=folder", *settings]) == 1
+    check_removed(out, "prepare", out / "records.jsonl", capsys)
+    assert len(scans) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["probabilities=true", "uncertainty=entropy"], ["layout=bids"]])
+def test_predictions_whose_folder_is_removed_are_not_begun_anew(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out, scans = checkpoint(tmp_path / "run"), tmp_path / "out", []
+    for name in "abc":
+        a_scan(tmp_path / "scans" / f"sub-{name}" / "anat", f"sub-{name}_T1w")
+
+    def removing(*args: Any, **options: Any) -> Any:
+        scans.append(1)
+        if len(scans) == 2:
+            shutil.rmtree(out)
+        return original(*args, **options)
+
+    given = [f"checkpoint={run}", f"input={tmp_path / 'scans'}", f"out={out}", "predict.device=cpu"]
+    with replaced(Segmenter, "probabilities", removing) as original:
+        assert main(["predict", *given, *options]) == 1
+    check_removed(out, "predict", out / "*", capsys)
+    assert len(scans) == 2
+
+
+def check_removed(out: Path, command: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    what = f"{file}: the folder {out} was removed while it was in use: put it back, and run this again"
+    assert line == f"asa-{command}: error: {what}" and not out.exists()
 
 
 def test_ids_are_listed_up_to_a_limit_with_the_number_of_the_others() -> None:

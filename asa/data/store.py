@@ -28,7 +28,7 @@ from typing import IO, Any, overload
 
 import numpy as np
 
-from asa.data.io.files import JSON, check_id, naming, open_unlinked, read_json, sha256_of, write_whole
+from asa.data.io.files import JSON, check_id, make_below, naming, open_unlinked, read_json, sha256_of, write_whole
 
 FORMAT, RECORDS_INSIDE = 3, 2  # the earlier format has its records inside the manifest
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
@@ -223,11 +223,16 @@ def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> n
 
 
 def write_array(root: Path, id: str, kind: str, array: np.ndarray) -> str:
-    """Write an "image" (as float16) or "label" (uint8) (C, D, H, W) of a scan atomically: the SHA-256 of the file."""
+    """Write an "image" (as float16) or "label" (uint8) (C, D, H, W) of a scan atomically: the SHA-256 of the file.
+
+    Raises:
+        FileNotFoundError: no such root.
+    """
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array, dtype=DTYPES[kind]), allow_pickle=False)
     path = array_path(root, id, kind)
-    write_whole(path, buffer.getvalue())
+    make_below(root, path)
+    write_whole(path, buffer.getvalue(), make_folder=False)
     return sha256_of(path)
 
 
@@ -393,7 +398,7 @@ def read_records(file: Path, text: bytes | None = None) -> Records:
 
 def write_records(root: Path, entries: Mapping[str, bytes]) -> None:
     """Write `entry_line` of each scan, by id, in place of all records, atomically."""
-    write_whole(root / RECORDS, b"".join(entries[id] + b"\n" for id in sorted(entries)))
+    write_whole(root / RECORDS, b"".join(entries[id] + b"\n" for id in sorted(entries)), make_folder=False)
 
 
 def append_records(root: Path, lines: Iterable[bytes]) -> None:

@@ -189,10 +189,11 @@ class AsymmetryScorer:
         Args:
             chain: its preprocessing steps.
             like: the source scan, for its grid.
-            out: the `.nii.gz` to write.
+            out: the `.nii.gz` to write, in a folder that exists.
         """
         scan = self.measure(torch.from_numpy(np.array(image, dtype=np.float32)))
-        write_image(out, to_native(scan.map[None].numpy(), chain, order=1)[0], like.affine)
+        native = to_native(scan.map[None].numpy(), chain, order=1)[0]
+        write_image(out, native, like.affine, make_folder=False)
         d, h, w = (int(index) for index in np.unravel_index(int(scan.map.argmax()), scan.map.shape))
         x, y, z, _ = np.array(chain["stored_affine"]) @ (w, h, d, 1)
         peak = float(scan.map.max())

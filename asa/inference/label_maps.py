@@ -149,7 +149,7 @@ class Outputs:
         background = background.clip(min=0)
         index[background >= highest] = 0
         if files is not None:
-            write_image(files[0], background, like.affine)
+            write_image(files[0], background, like.affine, make_folder=False)
         return np.array([0, *sorted(self.labels)])[index]
 
     def write(
@@ -158,7 +158,7 @@ class Outputs:
         """Write the label map of a prepared scan on the scan's own grid, with its header.
 
         Args:
-            out: the `.nii.gz` to write.
+            out: the `.nii.gz` to write, in a folder that exists, as those of `files`.
             probabilities, chain, like: as for `native_label_map`.
             files: as there, or a folder.
 
@@ -167,7 +167,7 @@ class Outputs:
         """
         files = self.files(files) if isinstance(files, Path) else files
         label_map = self.native_label_map(probabilities, chain, like, files)
-        write_label(out, label_map, like)
+        write_label(out, label_map, like, make_folder=False)
         return self.volumes(label_map, like.affine)
 
     def volumes(self, label_map: np.ndarray, affine: np.ndarray) -> dict[str, float]:
@@ -279,7 +279,7 @@ class ScanSegmenter(Protocol):
             image: of a store, or just prepared from a raw scan.
             chain: its preprocessing steps.
             like: the source scan, for its grid and header.
-            out: the `.nii.gz` to write.
+            out: the `.nii.gz` to write; its folder and those of the other files exist.
             probabilities: folder for the probabilities, or a `.nii.gz` for each of `outputs.names`; None writes none.
             uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
         """
@@ -293,5 +293,5 @@ def _written(probabilities: Iterable[np.ndarray], files: Sequence[Path] | None, 
     paired = zip(probabilities, repeat(None)) if files is None else zip(probabilities, files, strict=True)
     for probability, file in paired:
         if file is not None:
-            write_image(file, probability, like.affine)
+            write_image(file, probability, like.affine, make_folder=False)
         yield probability

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from asa import __version__
 from asa.data.datasets.bids import entities_of
-from asa.data.io.files import check_out, matching_files, read_json, write_json, write_whole
+from asa.data.io.files import check_kept, check_out, matching_files, open_unlinked, read_json, write_json, write_whole
 from asa.data.io.tables import read_rows
 from asa.inference.label_maps import ScanSegmenter
 
@@ -39,15 +39,29 @@ class Layout:
 
     Args:
         out: the folder.
-        ending: of the label maps, `.nii.gz` or `.mgz`.
+        ending: of the images, `.nii.gz` or `.mgz`.
+        table: of the scans, which is begun before the first image: by it the folder is known as one of asa-predict.
+            None where no images are written.
     """
 
-    def __init__(self, out: Path, ending: str = ".nii.gz") -> None:
+    def __init__(self, out: Path, ending: str = ".nii.gz", table: str | None = None) -> None:
         self.out = out
         self.ending = ending
+        self.table = table
 
     def begin(self, scans: Mapping[str, Sequence[str]]) -> None:
         """Get the source files of all scans, before the first is predicted; a ValueError if they cannot be placed."""
+        if self.table is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open_unlinked(self.out / self.table, "a") as file:
+            if file.tell() == 0:
+                file.write("id\n")
+
+    def check_kept(self) -> None:
+        """Raise a FileNotFoundError if the folder of the images was removed meanwhile."""
+        if self.table is not None:
+            check_kept(self.out)
 
     def label_map(self, id: str) -> Path:
         return self.out / f"{id}{self.ending}"
@@ -76,7 +90,7 @@ class BidsDerivative(Layout):
     """
 
     def __init__(self, out: Path, segmenter: ScanSegmenter, probabilities: bool) -> None:
-        super().__init__(out)
+        super().__init__(out, table=VOLUMES)
         self.outputs = abbreviations(segmenter.outputs.names)
         self.lookup = lookup_table({0: "background"} | dict(sorted(segmenter.outputs.labels.items())))
         self.with_probabilities = probabilities

@@ -93,6 +93,7 @@ def predict_each(
 
     Raises:
         ValueError: scans failed.
+        FileNotFoundError: the folder of the results was removed meanwhile.
     """
     channels = predictor.preprocessor.channels
     layout.begin({scan.id: [scan.files[name] for name in channels if name in scan.files] for scan in scans})
@@ -100,6 +101,7 @@ def predict_each(
     predict = partial(_predict, predictor, layout)
     scans = scans if remaining is None else remaining(scans)
     for scan, predicted, reason in each_tried(predict, scans, workers, title="predict", unit="scan"):
+        layout.check_kept()  # before the next scan, which takes its time
         if predicted is None:
             failures += 1
             tqdm.write(f"{scan.id}: failed: {reason}")
@@ -109,6 +111,7 @@ def predict_each(
         seconds.append(predicted.seconds)
         if done is not None:
             done(scan.id, predicted.result)
+    layout.check_kept()
     written = predictor.finish()
     if failures:
         raise ValueError(f"{failures} scans failed, listed above")

@@ -220,6 +220,9 @@ class Segmenter:
             FileNotFoundError, ValueError: see `ScanPreprocessor.prepare`.
         """
         case, like = self.preprocessor.prepare(images)
+        files = self.outputs.files(probabilities) if isinstance(probabilities, Path) else probabilities or ()
+        for file in (out, *files, *([uncertainty] if uncertainty else ())):
+            file.parent.mkdir(parents=True, exist_ok=True)
         return self._write(case.image, case.chain, like, out, probabilities, uncertainty)
 
     def segment_prepared(
@@ -232,7 +235,7 @@ class Segmenter:
         probabilities: Path | Sequence[Path] | None = None,
         uncertainty: Path | None = None,
     ) -> Segmented:
-        """Segment a prepared volume `(C, D, H, W)` of a store, and write as `segment_file` does.
+        """Segment a prepared volume `(C, D, H, W)` of a store, and write as `segment_file` does, into existing folders.
 
         Args:
             chain: its preprocessing steps.

@@ -29,7 +29,7 @@ def entropy_map(probabilities: Tensor, *, regions: bool) -> Tensor:
 
 def write_uncertainty(path: Path, uncertainty: Tensor, chain: dict[str, Any], like: Volume) -> None:
     """Write a map `(D, H, W)` of a prepared scan on the scan's own grid, given its preprocessing steps."""
-    write_image(path, to_native(uncertainty[None].numpy(), chain, order=1)[0], like.affine)
+    write_image(path, to_native(uncertainty[None].numpy(), chain, order=1)[0], like.affine, make_folder=False)
 
 
 class RunningSpread:

@@ -151,15 +151,18 @@ def _check_dicom_size(pydicom: Any, path: Path) -> None:
         raise ValueError(f"{voxels:.3g} pixels, more than {LARGEST}")
 
 
-def write_picture(path: Path, image: np.ndarray, window: Sequence[float] | None = None) -> None:
+def write_picture(
+    path: Path, image: np.ndarray, window: Sequence[float] | None = None, *, make_folder: bool = True
+) -> None:
     """Write `(C, H, W)` in [0, 1] as a PNG, grey with 16 bits or colour with 8, atomically.
 
-    The window, the values (low, high) that 0 and 1 represent, is stored in the file for `read_picture`.
+    The window, the values (low, high) that 0 and 1 represent, is stored in the file for `read_picture`. `make_folder`
+    is as for `asa.data.io.files.whole_file`.
     """
     grey = len(image) == 1
     depth, dtype = (65535, np.uint16) if grey else (255, np.uint8)
     values = np.rint(np.clip(image, 0, 1) * depth).astype(dtype)
-    _write_png(path, values[0] if grey else values.transpose(1, 2, 0), window)
+    _write_png(path, values[0] if grey else values.transpose(1, 2, 0), window, make_folder)
 
 
 def write_regions(path: Path, labels: np.ndarray) -> None:
@@ -173,13 +176,13 @@ def write_regions(path: Path, labels: np.ndarray) -> None:
     _write_png(path, labels.astype(np.uint16))
 
 
-def _write_png(path: Path, values: np.ndarray, window: Sequence[float] | None = None) -> None:
+def _write_png(path: Path, values: np.ndarray, window: Sequence[float] | None = None, make_folder: bool = True) -> None:
     buffer, notes = io.BytesIO(), require("PIL.PngImagePlugin", "restore", "PNG").PngInfo()
     if window is not None:
         notes.add_text(WINDOW, json.dumps([float(end) for end in window]))
     image = require("PIL.Image", "restore", "PNG").fromarray(np.ascontiguousarray(values))
     image.save(buffer, format="png", pnginfo=notes)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue(), make_folder=make_folder)
 
 
 def read_regions(path: str | Path) -> np.ndarray:

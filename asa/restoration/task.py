@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from asa.config import typed
 from asa.data.datasets.folder import subject_of
+from asa.data.io.files import check_kept
 from asa.data.io.parallel import each_tried
 from asa.data.loading.loader import collate
 from asa.data.splits import select
@@ -136,9 +137,11 @@ class Restoration:
             labels = regions_of(None if maps is None else str(maps[id]), image)
             restored = restore_image(model, image, labels, settings, tile=config["tile"])
             check_finite(restored, "the network's output")
-            write_picture(out / f"{id}.png", restored.numpy(), data["window"])
+            write_picture(out / f"{id}.png", restored.numpy(), data["window"], make_folder=False)
 
+        out.mkdir(parents=True, exist_ok=True)
         for (id, _), _, reason in each_tried(restore, list(images.items()), title="restore", unit="image"):
+            check_kept(out)
             if reason:
                 failures += 1
                 tqdm.write(f"{id}: failed: {reason}")

@@ -24,6 +24,7 @@ from asa.data.loading.loader import collate
 from asa.evaluation.tables import evaluate_asymmetry
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
 from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
+from asa.inference.layout import Layout
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.methods.base import Pretraining as PretrainingMethod
@@ -114,7 +115,7 @@ class Pretraining(VolumeTask):
 
     @staticmethod
     def predict(config: Config) -> None:
-        predict_scans(AsymmetryPredictor(config), config)
+        predict_scans(AsymmetryPredictor(config), config, Layout(Path(str(config["out"])), table=TABLE))
 
     @staticmethod
     def evaluate(config: Config) -> None:

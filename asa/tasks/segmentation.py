@@ -18,7 +18,7 @@ import torch
 
 from asa.config import build, typed
 from asa.data.datasets import folder
-from asa.data.io.files import write_whole
+from asa.data.io.files import make_below, write_whole
 from asa.data.io.lock import in_turn
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import csv_text, read_rows
@@ -306,7 +306,7 @@ class SegmentationPredictor:
         self.with_uncertainty = config["uncertainty"] is not None
         self.segmenter: ScanSegmenter = segmenter or networks_of(config)
         self.preprocessor = self.segmenter.preprocessor
-        self.layout = Layout(self.out, ".mgz") if config["layout"] == "mgz" else Layout(self.out)
+        self.layout = Layout(self.out, ".mgz" if config["layout"] == "mgz" else ".nii.gz", VOLUMES)
         if config["layout"] == "bids":
             self.layout = BidsDerivative(self.out, self.segmenter, self.with_probabilities)
         self.rows: dict[str, dict[str, str]] = {}
@@ -318,6 +318,7 @@ class SegmentationPredictor:
         """Predict a scan as `predict_stored` does; its row in the table of volumes."""
         probabilities, uncertainty = self.further_files(id)
         out = self.layout.label_map(id)
+        make_below(self.out, out, *(probabilities or ()), *([uncertainty] if uncertainty else ()))
         found = self.segmenter.segment_prepared(
             image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty
         )

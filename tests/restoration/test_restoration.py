@@ -1,8 +1,10 @@
 """Restoration from pairs on disk to scores, by the commands; tiles; metrics."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,6 +185,21 @@ def test_wrong_inputs_of_prediction_are_named(pairs: Path, trained: Path, tmp_pa
     ):
         assert run(monkeypatch, predict, *inputs, *more) == 1
         assert message in capsys.readouterr().err
+
+
+def test_images_whose_folder_is_removed_are_not_begun_anew(
+    pairs: Path, trained: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    out = tmp_path / "out"
+
+    def removing(*args: Any, **options: Any) -> Any:
+        shutil.rmtree(out)
+        return restore_image(*args, **options)
+
+    monkeypatch.setattr("asa.restoration.task.restore_image", removing)
+    inputs = [f"checkpoint={trained}", f"input={pairs / 'low'}", f"regions={pairs / 'regions'}", f"out={out}"]
+    assert run(monkeypatch, predict, *inputs) == 1
+    assert f"the folder {out} was removed while it was in use" in capsys.readouterr().err and not out.exists()
 
 
 def test_images_of_other_cases_or_sizes_are_not_scored(pairs: Path, tmp_path: Path) -> None:

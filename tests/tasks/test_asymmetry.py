@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +172,7 @@ def alike(store: Path, tmp_path: Path) -> Path:
     """Two scans of one size, prepared like the others: the first of them with noise of its own in each."""
     manifest = read_tree(store)
     first, image = manifest["records"][0], np.array(Store(store).image("s0"))
+    (tmp_path / "alike").mkdir()
     manifest["records"] = [{**first, "id": f"a{k}", "subject": f"a{k}"} for k in range(2)]
     for k, record in enumerate(manifest["records"]):
         noise = np.random.default_rng(k).normal(0, 0.05, image.shape)
@@ -204,6 +206,22 @@ def test_healthy_scans_prepared_in_another_way_are_refused(trained: Path, store:
     write_tree(tmp_path, manifest)
     with pytest.raises(ValueError, match="prepared in another way"), pytest.warns(UserWarning, match="midway"):
         AsymmetryScorer(trained, PredictSettings(device="cpu"), healthy=tmp_path)
+
+
+def test_maps_whose_folder_is_removed_are_not_begun_anew(
+    trained: Path, raw: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    out = tmp_path / "out"
+
+    def removing(self: AsymmetryScorer, image: torch.Tensor) -> object:
+        shutil.rmtree(out)
+        return measure(self, image)
+
+    measure = AsymmetryScorer.measure
+    monkeypatch.setattr(AsymmetryScorer, "measure", removing)
+    given = [f"checkpoint={trained}", f"input={raw / 's0_T1.nii.gz'}", f"out={out}", "predict.device=cpu"]
+    assert run(monkeypatch, predict, *given) == 1
+    assert f"the folder {out} was removed while it was in use" in capsys.readouterr().err and not out.exists()
 
 
 def test_what_a_symmetry_network_cannot_do_is_said(

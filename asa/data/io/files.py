@@ -119,10 +119,20 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write atomically, under a temporary name that is then renamed; its folder is created if needed."""
+def whole_file(path: str | Path, *, make_folder: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write atomically, under a temporary name that is then renamed.
+
+    Args:
+        path: of the file.
+        make_folder: create its folder if needed. Without, an error names the folder that was removed meanwhile, whose
+            other files a new one would not hold.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, so that two processes that write the same file do not write into one another's.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
@@ -131,14 +141,34 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from None  # and not the temporary name
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, payload: bytes) -> None:
+def write_whole(path: str | Path, payload: bytes, *, make_folder: bool = True) -> None:
     """Write a file atomically: see `whole_file`."""
-    with whole_file(path) as file:
+    with whole_file(path, make_folder=make_folder) as file:
         file.write(payload)
+
+
+def make_below(root: Path, *files: Path) -> None:
+    """Create the folders of files inside one that exists, which is not made again if it was removed meanwhile.
+
+    Raises:
+        FileNotFoundError: it was.
+    """
+    for file in files:
+        for folder in reversed(file.parents[: len(file.relative_to(root).parts) - 1]):
+            folder.mkdir(exist_ok=True)
+    check_kept(root)
+
+
+def check_kept(folder: Path) -> None:
+    """Raise a FileNotFoundError, which names it, if a folder that is written to was removed meanwhile."""
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / "*"))
 
 
 def check_out(out: Path, mark: str, what: str) -> None:

@@ -127,7 +127,7 @@ def read_label(path: str | Path) -> Volume:
     return Volume(_three_d(data, path), _affine(image, path), image.header)
 
 
-def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
+def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume, *, make_folder: bool = True) -> None:
     """Write a label map on the grid of another volume, with the header of that volume.
 
     qform, sform, their codes and the units are those of `like`; the type is uint8, or int16 or int32 where the values
@@ -137,6 +137,7 @@ def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
         path: `.nii`, `.nii.gz`, or `.mgz` or `.mgh`, which has the affine only.
         data_xyz: integers or bool, of the shape of `like`, in the axes of its file.
         like: the volume that defines the grid.
+        make_folder: as for `asa.data.io.files.whole_file`.
 
     Raises:
         ValueError: another shape, not integers, or another file ending.
@@ -149,11 +150,16 @@ def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume) -> None:
     # nibabel keeps qform, sform and codes if the affine equals the header's best affine
     image = nib.Nifti1Image(data_xyz.astype(dtype), like.affine, like.header if _is_nifti(like.header) else None)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the display window of the image
-    _write(path, image, dtype)
+    _write(path, image, dtype, make_folder)
 
 
 def write_image(
-    path: str | Path, data_xyz: np.ndarray, affine: np.ndarray, *, dtype: np.dtype | type = np.float32
+    path: str | Path,
+    data_xyz: np.ndarray,
+    affine: np.ndarray,
+    *,
+    dtype: np.dtype | type = np.float32,
+    make_folder: bool = True,
 ) -> None:
     """Write an image atomically, in units of mm.
 
@@ -162,6 +168,7 @@ def write_image(
         data_xyz: (x, y, z).
         affine: (4, 4), voxel index to mm in RAS+; written as both sform and qform, code 1 (scanner).
         dtype: type on disk; values are rounded for integer types.
+        make_folder: as for `asa.data.io.files.whole_file`.
 
     Raises:
         ValueError: another file ending, or values outside `dtype`.
@@ -176,7 +183,7 @@ def write_image(
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
-    _write(path, image, dtype)
+    _write(path, image, dtype, make_folder)
 
 
 def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
@@ -590,15 +597,15 @@ def _label_dtype(data: np.ndarray, path: str | Path) -> np.dtype:
     raise ValueError(f"{path}: label values {low} to {high} are too large; renumber them below 2147483648")
 
 
-def _write(path: str | Path, image: Any, dtype: np.dtype) -> None:
+def _write(path: str | Path, image: Any, dtype: np.dtype, make_folder: bool) -> None:
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz", *FREESURFER)):
         raise ValueError(f"{path}: images are written as .nii, .nii.gz, .mgz or .mgh; change the ending")
     if path.name.endswith(FREESURFER):
         payload = nib.MGHImage(np.asarray(image.dataobj, dtype), image.affine).to_bytes()
-        write_whole(path, gzipped(payload) if path.suffix == ".mgz" else payload)
+        write_whole(path, gzipped(payload) if path.suffix == ".mgz" else payload, make_folder=make_folder)
         return
     image.header.set_data_dtype(dtype)
     image.header.set_slope_inter(1, 0)
     payload = image.to_bytes()
-    write_whole(path, gzipped(payload) if path.suffix == ".gz" else payload)
+    write_whole(path, gzipped(payload) if path.suffix == ".gz" else payload, make_folder=make_folder)

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from asa.data.datasets.record import Record, check_distinct, check_records
-from asa.data.io.files import PART, write_json
+from asa.data.io.files import PART, check_kept, write_json
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.parallel import KILLED, check_workers, in_processes, on_cluster
 from asa.data.preprocessing.scan import (
@@ -145,6 +145,8 @@ def _prepare(
     try:
         prepare = partial(prepare_scan, root=root, cohort=cohort, software=software, thumbnail=on_scan is not None)
         for job, result in in_parallel(prepare, jobs):
+            if root is not None:
+                check_kept(root)
             outcome = result or ScanOutcome(reason=KILLED, keep=True)
             id = job.record["id"]
             _add(id, outcome, root, entries, report)
