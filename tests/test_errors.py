@@ -97,6 +97,34 @@ def test_predictions_whose_folder_is_removed_are_not_begun_anew(
     assert len(scans) == 2
 
 
+def test_pages_that_asa_did_not_write_are_not_replaced(
+    store: Path, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluations, viewer = [tmp_path / name for name in "ab"], tmp_path / "niivue.umd.js"
+    viewer.write_text("(function(a,b){b((a=self).niivue={})})(this,function(){});")
+    maps, images = f"predictions={raw}/*_seg.nii.gz", "data.images={t1: '*_T1.nii.gz'}"
+    commands = {
+        evaluations[0] / "report.html": ["evaluate", maps, f"truth={store}", f"out={evaluations[0]}"],
+        evaluations[1] / "report.html": ["evaluate", maps, f"truth={store}", f"out={evaluations[1]}"],
+        tmp_path / "c" / "comparison.html": [
+            *("evaluate", f"compare=[{evaluations[0]},{evaluations[1]}]", f"out={tmp_path / 'c'}")
+        ],
+        tmp_path / "s_check" / "quality_control.html": [
+            *("prepare", "data=folder", f"data.root={raw}", images, f"out={tmp_path / 's'}", "check=only")
+        ],
+        tmp_path / "v.html": ["view", f"input={store}", f"out={tmp_path / 'v.html'}", f"viewer={viewer}"],
+    }
+    for page, command in commands.items():
+        page.parent.mkdir(exist_ok=True)
+        page.write_text("<html>mine</html>")
+        assert main(command) == 1
+        assert f"{page}: exists and is no page of asa: move it away" in capsys.readouterr().err
+        assert page.read_text() == "<html>mine</html>"
+        page.unlink()
+        for _ in range(2):
+            assert main(command) == 0
+
+
 def check_removed(out: Path, command: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     what = f"{file}: the folder {out} was removed while it was in use: put it back, and run this again"

@@ -4,11 +4,14 @@ jinja2 and matplotlib (the `report` extra) are imported when a page is written, 
 """
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
 from asa.data.io.files import write_whole
 from asa.errors import require
+
+OWN = re.compile(rb"\basa \d|asa-prepare")  # in each page; the second in that of an unfinished quality control
 
 
 def require_report_extra(purpose: str) -> None:
@@ -24,6 +27,19 @@ def require_report_extra(purpose: str) -> None:
 def require_for_page(path: Path) -> None:
     """`require_report_extra` for the page of an evaluation, whose numbers have been written before."""
     require_report_extra(f"{path} (the other files do not need the extra and are complete)")
+
+
+def check_page(path: Path) -> None:
+    """Check that a page, if there is one, is of asa, which may replace it: its pages name asa with its version.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        if not any(OWN.search(line) for line in file):
+            raise ValueError(f"{path}: exists and is no page of asa: move it away, or choose another out=")
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:

@@ -20,7 +20,7 @@ from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
 from asa.data.preprocessing.scan import ScanQuality
 from asa.reporting.figures import MIDLINE, OUTLINE, encode_png, hex_colour, thumbnail_row
-from asa.reporting.pages import require_report_extra, write_page
+from asa.reporting.pages import check_page, require_report_extra, write_page
 
 TABLE, PAGE, THUMBNAILS = "quality_control.csv", "quality_control.html", "thumbnails"
 STATUSES = ("failed", "warning", "good")  # in the order of the page
@@ -59,6 +59,7 @@ class QualityControlReport:
         self.folder = Path(folder)
         self._scans: dict[str, ScanQuality] = {}
         self._drawn: set[str] = set()
+        check_page(self.folder / PAGE)
         _clear(self.folder)
         write_whole(self.folder / PAGE, _UNFINISHED.encode())
 

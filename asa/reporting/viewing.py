@@ -31,7 +31,7 @@ from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.labels import IGNORED
 from asa.reporting.evaluation import DIFFERENCES, case_scores, differences_of
 from asa.reporting.figures import label_colours
-from asa.reporting.pages import require_report_extra, write_page
+from asa.reporting.pages import check_page, require_report_extra, write_page
 from asa.training.checkpoint import load_model
 
 OPACITY = {"gray": 1.0, "labels": 0.5, "plasma": 0.0}  # at first, by the kind of a layer
@@ -89,6 +89,7 @@ def view_task(config: Config) -> None:
     source, out = Path(str(config["input"])), Path(str(config["out"]))
     if out.suffix != ".html":
         raise ValueError(f"out={out}: the page is one file, give a name that ends with .html")
+    check_page(out)
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; give a store, a folder of asa-predict, or a run")
     if not isinstance(config["count"], int) or config["count"] < 1:

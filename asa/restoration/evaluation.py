@@ -18,6 +18,7 @@ from asa.data.io.files import write_digests, write_json, write_whole
 from asa.errors import listed
 from asa.evaluation.policies import WHOLE, restoration_policy
 from asa.evaluation.summary import Row, statistics
+from asa.reporting.pages import check_page
 from asa.restoration.images import checked_window, list_pictures, read_picture, stored_window
 from asa.restoration.measures import RestorationSummary, restoration_table, score_image, scores_csv
 from asa.restoration.report import ImageFiles, write_restoration_report
@@ -50,6 +51,7 @@ def evaluate_pictures(
         FileNotFoundError, ValueError: images of different cases or sizes.
         ImportError: the `report` extra is not installed; cases.csv and summary.json are written all the same.
     """
+    check_page(Path(out) / "report.html")
     cases, left_out = _match(predictions, truth, inputs, allow_missing)
     ends = _common_window(cases, window)
     width = 1.0 if ends is None else ends[1] - ends[0]

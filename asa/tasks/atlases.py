@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from asa.config import typed
-from asa.data.io.files import read_json, write_json
+from asa.data.io.files import check_out, read_json, write_json
 from asa.data.io.nifti import Volume
 from asa.data.io.parallel import check_workers
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST, Store
 from asa.errors import listed
 from asa.inference.atlas import AtlasSegmenter, labelled_records
-from asa.inference.layout import ATLASES, VOLUMES, label_maps_of
+from asa.inference.layout import ATLASES
 from asa.inference.scans import Scan, predict_each
 from asa.settings import PredictSettings
 from asa.tasks.base import Config
@@ -142,11 +142,10 @@ class AtlasPredictor(SegmentationPredictor):
         return all(file.is_file() for file in files)
 
     def _check_out(self) -> None:
-        """Raise a ValueError if the folder holds label maps that were made in another way."""
+        """Raise a ValueError if the folder holds other files, or label maps that were made in another way."""
         file, now = self.out / ATLASES, self.segmenter.record()
         if not file.exists():
-            if (self.out / VOLUMES).exists() or label_maps_of(self.out):
-                raise ValueError(f"{self.out} holds images that these atlases did not make: choose another out=")
+            check_out(self.out, ATLASES, f"a folder of asa-predict with these atlases ({ATLASES})")
             return
         before = read_json(file)
         before = before if isinstance(before, dict) else {}

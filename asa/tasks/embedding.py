@@ -9,7 +9,6 @@ asa-evaluate policy=probe   OUT/summary.json      the scores
 
 import io
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,20 @@ import numpy as np
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import check_table, csv_text, read_column, read_header, write_numbers
+from asa.data.io.tables import check_own, check_table, csv_text, read_column, write_numbers
 from asa.data.store import MANIFEST, Store
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
 from asa.evaluation.tables import matched, numbers, table_in
 from asa.inference.features import FeatureExtractor, pooled
+from asa.reporting.pages import check_page
 from asa.reporting.probe import write_probe
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import predict_scans
 
 TABLE = "features.csv"
-COLUMN = re.compile(r"id|.*_\d+")  # of a table of features
+COLUMN = r".*_\d+"  # of a table of features
 LEAK = 0.5  # the AUC of guessing
 MOST_CLASSES = 10  # of a column of numbers that a logistic regression takes
 
@@ -45,8 +45,7 @@ class Embedder:
         self.parts, self.arrays = config["of"], config["arrays"]
         self.table = table_in(Path(str(config["out"])), TABLE)
         check_table(self.table)
-        if self.table.exists() and not all(COLUMN.fullmatch(name) for name in read_header(self.table)):
-            raise ValueError(f"{self.table}: exists and is no table of asa-embed: choose another out=")
+        check_own(self.table, "asa-embed", {"id"}, COLUMN)
         source = Path(str(config["input"]))
         self.store = Store(source) if self.parts == "labels" and (source / MANIFEST).exists() else None
         if self.parts == "labels" and (self.store is None or not self.store.labels):
@@ -108,6 +107,7 @@ def evaluate_probe(config: Config) -> None:
         ImportError: the `probe` extra is not installed; or `report`, without which the page alone is missing.
     """
     table, truth, out = tables_of(config, TABLE)
+    check_page(out / "report.html")
     column, folds, probe = config["column"], config["folds"], config["probe"]
     if column is None:
         raise ValueError("column= has to be given: the column of the table to predict, like age or diagnosis")

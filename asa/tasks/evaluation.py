@@ -32,6 +32,7 @@ from asa.inference.layout import label_maps_of
 from asa.ops.labels import side_of
 from asa.reporting.comparison import write_comparison
 from asa.reporting.evaluation import CaseFiles, write_report
+from asa.reporting.pages import check_page
 from asa.tasks.base import Config
 
 ENDING = ".nii.gz"
@@ -121,6 +122,7 @@ def evaluate_folder(
             policy.
         ImportError: the `report` extra is not installed; cases.csv and summary.json are written all the same.
     """
+    check_page(Path(out) / "report.html")
     rules = get_policy(policy).of_cohort(regions or {}, ignored)
     rules.regions_of(labels)
     if both := sorted(set(labels) & set(rules.ignored)):
@@ -246,6 +248,7 @@ def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bo
     """
     if len(folders) < 2:
         raise ValueError(f"a comparison needs two evaluations or more, got {len(folders)}: compare=[RUN_A, RUN_B]")
+    check_page(Path(out) / "comparison.html")
     comparison = compare_runs([read_run(name, Path(folder)) for name, folder in folders.items()], allow_missing)
     page = Path(out) / "comparison.html"
     page.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers

@@ -16,8 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from asa.config import typed
+from asa.data.io.files import check_out
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import check_health, read_column
+from asa.data.io.tables import check_health, check_own, read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
@@ -194,6 +195,8 @@ class AsymmetryPredictor:
         checkpoint = only_checkpoint(config, "an asymmetry score")
         settings = typed(PredictSettings, config["predict"])
         self.out = Path(str(config["out"]))
+        check_out(self.out, TABLE, f"a folder of asymmetry maps (with {TABLE})")
+        check_own(self.out / TABLE, "asa-predict", {"id"}, "|".join(AsymmetryRow.__annotations__))
         self.scorer = AsymmetryScorer(
             checkpoint, settings, strip=config["strip"], healthy=config["healthy"], plugins=config["plugins"]
         )

@@ -18,10 +18,10 @@ import torch
 
 from asa.config import build, typed
 from asa.data.datasets import folder
-from asa.data.io.files import make_below, write_whole
+from asa.data.io.files import check_out, make_below, write_whole
 from asa.data.io.lock import in_turn
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import csv_text, read_rows
+from asa.data.io.tables import check_own, csv_text, read_rows
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
 from asa.data.loading.loader import collate
@@ -44,6 +44,8 @@ from asa.tasks.volumes import Records, VolumeTask, absolute, choose_split
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
+
+COLUMN = r"file|.*_(ml|expected_dice)"  # of a table of volumes
 
 
 class Segmentation(VolumeTask):
@@ -294,15 +296,19 @@ class SegmentationPredictor:
 
     Raises:
         FileNotFoundError, ValueError: see `Segmenter`; an unknown layout, labels that it cannot name, a damaged table
-            of volumes, or a folder of label maps that atlases made, which networks would mix with theirs.
+            of volumes, a folder of label maps that atlases made, which networks would mix with theirs, or one of other
+            files, which asa-predict might replace.
     """
 
     def __init__(self, config: Config, segmenter: ScanSegmenter | None = None) -> None:
         self.out, self.with_probabilities = Path(str(config["out"])), config["probabilities"]
         if (self.out / VOLUMES).exists():
             read_rows(self.out / VOLUMES)  # rows are added to it: refused before the work if it is no table
+            check_own(self.out / VOLUMES, "asa-predict", {"id"}, COLUMN)
         if segmenter is None and (self.out / ATLASES).exists():
             raise ValueError(f"{self.out} holds label maps that atlases made ({ATLASES}): choose another out=")
+        if segmenter is None and config["layout"] != "bids":  # which has a mark of its own
+            check_out(self.out, VOLUMES, f"a folder of asa-predict (with {VOLUMES})")
         self.with_uncertainty = config["uncertainty"] is not None
         self.segmenter: ScanSegmenter = segmenter or networks_of(config)
         self.preprocessor = self.segmenter.preprocessor

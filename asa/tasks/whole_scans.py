@@ -19,7 +19,7 @@ from torch import nn
 from asa.config import typed
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import RESERVED, as_number, read_column
+from asa.data.io.tables import PREDICTED, RESERVED, as_number, check_own, read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers, weighted_cross_entropy
@@ -242,6 +242,7 @@ P = TypeVar("P", ClassPredictor, NumberPredictor)
 def _predict(config: Config, result: str, make: type[P], read: Callable[[P, np.ndarray], Any]) -> None:
     """Predict scans with the checkpoint that is given; `read` takes the output for a prepared volume."""
     settings, checkpoint = typed(PredictSettings, config["predict"]), only_checkpoint(config, result)
+    check_own(Path(str(config["out"])) / TABLE, "asa-predict", {"id", "subject", PREDICTED})
     network = make(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
     predict_scans(TablePredictor(network, partial(read, network), Path(str(config["out"]))), config)
 

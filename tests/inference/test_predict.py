@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from heads import centred, dice, scan
+from ranks import replaced
 from scipy import ndimage
 from torch import nn
 from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicted
@@ -324,6 +325,49 @@ def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(
     assert len(list((tmp_path / "out" / "probabilities" / "a").iterdir())) == 4
     assert call(predict, monkeypatch, *common, "images={t1: '*_t1.nii.gz'}") == 1
     assert "takes the channels t1, flair, got t1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.nii.gz", "by hand", "is not empty and not a folder of asa-predict"),
+        ("notes.txt", "mine", "is not empty and not a folder of asa-predict"),
+        ("volumes.csv", "id,hippocampus\na,3\n", "volumes.csv: exists and is no table of asa-predict"),
+    ],
+)
+def test_files_that_asa_predict_did_not_write_are_not_replaced(
+    run: Path, tmp_path: Path, monkeypatch, capsys, name: str, content: str, message: str
+) -> None:
+    out = tmp_path / "out"
+    write_whole(out / name, content.encode())
+    common = [f"checkpoint={run}", f"input={a_scan(tmp_path)}", f"out={out}", "predict.device=cpu"]
+    assert call(predict, monkeypatch, *common) == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == content
+
+
+def test_a_stopped_prediction_begins_anew_in_its_folder_and_a_second_one_gives_the_same(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        a_scan(tmp_path / "scans", name)
+    common = [f"checkpoint={run}", f"input={tmp_path / 'scans'}", f"out={tmp_path / 'out'}", "predict.device=cpu"]
+
+    def stopped(segmenter: Segmenter, image: torch.Tensor, spread: None = None) -> torch.Tensor:
+        if list((tmp_path / "out").glob("*.nii.gz")):
+            raise KeyboardInterrupt
+        return probabilities(segmenter, image, spread)
+
+    probabilities = Segmenter.probabilities
+    with replaced(Segmenter, "probabilities", stopped):
+        assert call(predict, monkeypatch, *common) == 130
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "volumes.csv"]
+    assert read_rows(tmp_path / "out" / "volumes.csv") == []
+    contents = []
+    for _ in range(2):
+        assert call(predict, monkeypatch, *common) == 0
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
+    assert contents[0] == contents[1] and contents[0].keys() == {"a.nii.gz", "b.nii.gz", "volumes.csv"}
 
 
 def test_a_folder_of_folds_says_which_checkpoints_to_give(

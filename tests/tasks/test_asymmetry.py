@@ -224,6 +224,19 @@ def test_maps_whose_folder_is_removed_are_not_begun_anew(
     assert f"the folder {out} was removed while it was in use" in capsys.readouterr().err and not out.exists()
 
 
+@pytest.mark.parametrize("name", ["s0_T1.nii.gz", TABLE])
+def test_files_that_are_no_asymmetry_maps_are_not_replaced(
+    trained: Path, raw: Path, tmp_path: Path, monkeypatch, capsys, name: str
+) -> None:
+    (tmp_path / name).write_text("id,mine\n")
+    given = [f"checkpoint={trained}", f"input={raw / 's0_T1.nii.gz'}", f"out={tmp_path}", "predict.device=cpu"]
+    assert run(monkeypatch, predict, *given) == 1
+    assert "choose another out=" in capsys.readouterr().err and (tmp_path / name).read_text() == "id,mine\n"
+    (tmp_path / name).unlink()
+    for _ in range(2):
+        assert run(monkeypatch, predict, *given) == 0
+
+
 def test_what_a_symmetry_network_cannot_do_is_said(
     trained: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -149,7 +149,7 @@ def test_label_maps_of_other_atlases_and_of_networks_are_not_mixed(
     assert "holds label maps that atlases made (atlas.json): choose another out=" in capsys.readouterr().err
     (tmp_path / "out" / "atlas.json").unlink()
     code, shown = run("labelled=1")
-    assert code == 1 and "holds images that these atlases did not make: choose another out=" in shown
+    assert code == 1 and "is not empty and not a folder of asa-predict with these atlases" in shown
 
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:

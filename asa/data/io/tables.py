@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +63,23 @@ def read_header(path: Path) -> list[str]:
             return list(arrow.parquet.read_schema(path).names)
     with _text_rows(path) as reader:
         return list(reader.fieldnames or ())
+
+
+def check_own(table: Path, command: str, required: Collection[str], others: str = ".*") -> None:
+    """Check that a table, if there is one, is of the command that will replace it or add to it, by its columns.
+
+    Args:
+        table: the file.
+        command: its name, for the message.
+        required: columns that each table of the command has.
+        others: regular expression of the names of all others.
+
+    Raises:
+        ValueError: it has other columns, or is no table.
+    """
+    names, own = set(read_header(table) if table.exists() else ()), set(required)
+    if names and not (own <= names and all(re.fullmatch(others, name) for name in names - own)):
+        raise ValueError(f"{table}: exists and is no table of {command}: choose another out=")
 
 
 def read_column(
