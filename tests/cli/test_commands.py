@@ -207,8 +207,10 @@ def test_a_prediction_never_replaces_the_scan(command, raw: Path, store: Path, t
     scan = scans / "a.nii.gz"
     scan.write_bytes((raw / "s0_T1.nii.gz").read_bytes())
     before = scan.read_bytes()
-    result = command("predict", f"checkpoint={tmp_path}/fine", f"input={scans}", f"out={scans}")
-    assert failed_in_one_line(result, "1 scans failed") and scan.read_bytes() == before
+    given = ("predict", f"checkpoint={tmp_path}/fine", f"input={scans}", f"out={scans}")
+    assert failed_in_one_line(command(*given), "is not empty and not a folder of asa-predict")
+    (scans / "volumes.csv").write_text("id\n")  # as if it were one
+    assert failed_in_one_line(command(*given), "1 scans failed") and scan.read_bytes() == before
 
 
 def test_an_encoder_with_other_position_codes_is_refused(command, store: Path, tmp_path: Path) -> None:

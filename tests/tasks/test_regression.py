@@ -13,6 +13,7 @@ from untrained import call
 
 import asa
 from asa.cli import evaluate, export, finetune, predict, prepare
+from asa.data.io.files import write_whole
 from asa.data.io.nifti import write_image
 from asa.evaluation.scans import measures, score_numbers
 from asa.methods.whole_scans import Classification, Regression
@@ -175,7 +176,12 @@ def test_a_planted_age_is_learnt_and_predicted_in_years(cohort: Path, run: Path,
     folder = (f"input={cohort / 'raw'}", "images={t1: '*_T1.nii.gz'}", f"out={tmp_path / 'raw'}")
     assert call(predict, monkeypatch, *given, *folder) == 0
     stored = (f"input={cohort / 'store'}", "part=test", f"out={tmp_path / 'stored'}")
-    assert call(predict, monkeypatch, *given, *stored) == 0
+    write_whole(tmp_path / "stored" / "predictions.csv", b"id,age\ns00,40\n")  # of somebody else
+    assert call(predict, monkeypatch, *given, *stored) == 1
+    assert (tmp_path / "stored" / "predictions.csv").read_bytes() == b"id,age\ns00,40\n"
+    (tmp_path / "stored" / "predictions.csv").unlink()
+    for _ in range(2):
+        assert call(predict, monkeypatch, *given, *stored) == 0
     raw = {row["id"]: float(row["predicted"]) for row in rows_of(tmp_path / "raw/predictions.csv")}
     assert len(raw) == SCANS
     for row in rows_of(tmp_path / "stored/predictions.csv"):
