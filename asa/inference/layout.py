@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from asa import __version__
 from asa.data.datasets.bids import entities_of
@@ -19,6 +19,7 @@ from asa.inference.label_maps import ScanSegmenter
 VOLUMES, ATLASES = "volumes.csv", "atlas.json"
 DESCRIPTION, LOOKUP = "dataset_description.json", "dseg.tsv"
 BIDS_VERSION = "1.10.0"
+RAW = "bids:raw:"  # before a path in the dataset of the scans
 # Entities that BIDS allows in the name of an anatomical segmentation, in its order. Those that a network's channels
 # differ in are left out, and so are others, like inv- of an MP2RAGE.
 # fmt: off
@@ -115,7 +116,7 @@ class BidsDerivative(Layout):
             first, *others = [entities_of(path) for path in paths]
             shared = (key for key in ENTITIES if all(one.get(key) == first.get(key) for one in others))
             self.entities[id] = {key: first[key] for key in shared if key in first and key != "label"}
-            self.sources[id] = [f"bids:raw:{quote(path.relative_to(root).as_posix())}" for path in paths]
+            self.sources[id] = [f"{RAW}{quote(path.relative_to(root).as_posix())}" for path in paths]
         places: dict[Path, str] = {}
         for id in files:
             if (other := places.setdefault(self.label_map(id), id)) != id:
@@ -239,6 +240,15 @@ def label_maps_of(predictions: Path) -> dict[str, Path]:
     }
     rows = read_rows(predictions / VOLUMES) if (predictions / VOLUMES).is_file() else []
     return {row["id"]: files[row["file"]] for row in rows if "id" in row and row.get("file") in files}
+
+
+def source_of(label_map: Path) -> str:
+    """The path, in its dataset, of the scan of a label map in a BIDS derivative, from its sidecar; "" without one."""
+    sidecar = label_map.with_name(label_map.name.removesuffix(".nii.gz") + ".json")
+    about = read_json(sidecar) if sidecar.is_file() else {}
+    sources = about.get("Sources") if isinstance(about, dict) else None
+    first = str(sources[0]) if isinstance(sources, list) and sources else ""
+    return unquote(first.removeprefix(RAW)) if first.startswith(RAW) else ""
 
 
 def probabilities_of(predictions: Path, id: str, label_map: Path) -> dict[str, Path]:

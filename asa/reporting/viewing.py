@@ -24,7 +24,7 @@ from asa.errors import require
 from asa.evaluation.comparison import Run, read_run
 from asa.evaluation.policies import get_policy
 from asa.evaluation.summary import Row, Summary, number_text
-from asa.inference.layout import label_maps_of, probabilities_of
+from asa.inference.layout import label_maps_of, probabilities_of, source_of
 from asa.inference.scans import scan_files
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import MaskedAutoencoder
@@ -175,7 +175,10 @@ def predicted(folder: Path, config: Config, scores: Scores | None) -> Cases:
         known = {} if scores is None else scores.run.files.get(id, {})
         truth = known.get("truth") if store is None else store.record(id)["sources"].get("label", {}).get("path")
         image = known.get("image") if store is None else store.first_source(store.record(id))
-        if images is not None and store is None and (image := scans.get(id)) is None:
+        if images is not None and store is None:
+            place = (images / source_of(files[id])).absolute()
+            image = place if place in scans.values() else scans.get(id)
+        if images is not None and image is None:
             raise FileNotFoundError(
                 f"images={images}: no scan of {id} there: give the folder that was predicted, or if images= chose its "
                 "scans, a path like 'new/**/*_T1w.nii.gz', whose wildcards give the same ids"

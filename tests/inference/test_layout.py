@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from untrained import DATA, SETTINGS, a_scan, call, checkpoint, predicted, voxels
 
-from asa.cli import evaluate, predict
+from asa.cli import evaluate, predict, view
 from asa.data.datasets import bids
 from asa.data.io.files import sha256_of
 from asa.data.io.nifti import read_image, write_label
@@ -20,7 +20,7 @@ from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.splits import write_split
 from asa.data.store import Store
-from asa.inference.layout import BidsDerivative, abbreviations, bids_root, label_maps_of, probabilities_of
+from asa.inference.layout import BidsDerivative, abbreviations, bids_root, label_maps_of, probabilities_of, source_of
 from asa.inference.segmentation import Segmenter
 from asa.training.checkpoint_files import find_weights
 
@@ -198,6 +198,19 @@ def test_what_cannot_be_a_derivative_is_refused_and_nothing_is_changed(
     assert call(predict, monkeypatch, *(f"{key}={value}" for key, value in named.items())) == 1
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_scans_of_a_derivative_are_found_in_its_dataset(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out, viewer = checkpoint(tmp_path / "run"), tmp_path / "out", tmp_path / "niivue.umd.js"
+    given = (f"checkpoint={run}", f"input={dataset}", "layout=bids", "predict.device=cpu")
+    assert call(predict, monkeypatch, *given, f"out={out}") == 0
+    assert {source_of(path) for path in label_maps_of(out).values()} == {f"{name}.nii.gz" for name in SCANS}
+    viewer.write_text("(function(a,b){b((a=self).niivue={})})(this,function(){});")
+    page = tmp_path / "page.html"
+    assert call(view, monkeypatch, f"input={out}", f"images={dataset}", f"viewer={viewer}", f"out={page}") == 0
+    assert page.read_text().count('"name": "image"') == len(SCANS)
 
 
 def test_labels_get_abbreviations_that_file_names_can_hold() -> None:
