@@ -119,7 +119,7 @@ def test_a_missing_extra_is_named_after_the_numbers_are_written(tmp_path, monkey
     predictions, truths, _ = write_cohort(tmp_path, 1)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "report.html").write_text("of an earlier evaluation")
+    (out / "report.html").write_text("asa 0.1: an earlier evaluation")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r'jinja2 is not installed.*pip install "asa-mri\[report\]"') as error:
         evaluate_folder(predictions, truths, {1: "csf", 2: "gm"}, "ibsr", out, progress=False)
