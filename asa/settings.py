@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+FUSIONS = ("joint", "majority")  # of the labels of atlases
+UNCERTAINTIES = ("entropy", "spread")
 LARGEST_OVERLAP = 0.9  # of windows: each axis then takes ten times as many as without
 
 
@@ -94,6 +96,18 @@ def check_axes(axes: str, setting: str) -> None:
         raise ValueError(
             f"{setting}={axes}: name axes to mirror, each once: D (up-down), H (front-back), W (left-right)"
         )
+
+
+def check_fusion(fusion: str) -> None:
+    """Raise a ValueError for an unknown way to fuse the labels of several atlases."""
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion={fusion}: choose {' or '.join(FUSIONS)}")
+
+
+def check_uncertainty(kind: str) -> None:
+    """Raise a ValueError for an unknown kind of a map of uncertainty."""
+    if kind not in UNCERTAINTIES:
+        raise ValueError(f"uncertainty={kind}: choose {' or '.join(UNCERTAINTIES)}, or null for none")
 
 
 def check_batch(batch_size: int, micro_batches: int, world_size: int) -> None:

@@ -32,8 +32,8 @@ from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.inference.segmentation import Segmenter
 from asa.inference.uncertainty import entropy_map, write_uncertainty
 from asa.ops.labels import IGNORED
+from asa.settings import check_fusion
 
-FUSIONS = ("joint", "majority")
 NETWORK_VOTES = 0.5  # of the mean of the networks, where each atlas has one vote; chosen in docs/evidence.md
 PATCH, SEARCH = 2, 3  # of joint label fusion, radii in voxels: of the patches, and of the search for similar ones
 
@@ -123,12 +123,6 @@ def carry_over(
     images, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))  # A D H W
     votes = majority(labels, atlases[0].classes)
     return votes if fusion == "majority" else _joint(ants, scan[channel], spacing, images, labels, votes)
-
-
-def check_fusion(fusion: str) -> None:
-    """Raise a ValueError for an unknown way to fuse the labels of several atlases."""
-    if fusion not in FUSIONS:
-        raise ValueError(f"fusion={fusion}: choose {' or '.join(FUSIONS)}")
 
 
 def load_ants(threads: int | None = None) -> Any:

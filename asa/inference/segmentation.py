@@ -21,9 +21,9 @@ from asa.data.io.files import sha256_of
 from asa.data.io.nifti import Volume
 from asa.inference.label_maps import Outputs, Segmented
 from asa.inference.preprocessing import ScanPreprocessor, check_finite, check_metadata
-from asa.inference.uncertainty import KINDS, RunningSpread, entropy_map, write_uncertainty
+from asa.inference.uncertainty import RunningSpread, entropy_map, write_uncertainty
 from asa.ops.symmetry import flip
-from asa.settings import PredictSettings, check_axes
+from asa.settings import PredictSettings, check_axes, check_uncertainty
 from asa.training.checkpoint import read_model
 from asa.training.checkpoint_files import find_weights
 from asa.training.device import autocast, pick_device, pick_precision
@@ -170,8 +170,7 @@ class Segmenter:
         if mirror is not False:
             check_axes(axes, "mirror")
         self.views = ["".join(view) for n in range(len(axes) + 1) for view in combinations(axes, n)]  # "", "W", ...
-        if uncertainty not in KINDS:
-            raise ValueError(f"uncertainty={uncertainty}: choose {' or '.join(KINDS)}, or null for none")
+        check_uncertainty(uncertainty)
         if uncertainty == "spread" and len(paths) == 1 and not axes:
             raise ValueError("uncertainty=spread is over an ensemble: give several checkpoints or mirror=true")
         self.uncertainty = uncertainty

@@ -13,8 +13,6 @@ from torch import Tensor
 from asa.data.io.nifti import Volume, write_image
 from asa.data.preprocessing.pipeline import to_native
 
-KINDS = ("entropy", "spread")
-
 
 def entropy_map(probabilities: Tensor, *, regions: bool) -> Tensor:
     """Entropy of each voxel's label, divided by its maximum: `(K or R, D, H, W)` -> `(D, H, W)` from 0 to 1.

@@ -104,6 +104,9 @@ class Restoration:
         pairs = self.parts.get("validation")
         return None if pairs is None else lambda step: validate_restoration(method, pairs, self.windows)
 
+    def metrics(self, make: Any) -> list[str]:
+        return ["psnr", "ssim", "input_psnr", "input_ssim", "loss"]
+
     def metadata(self) -> dict[str, Any]:
         return {key: self.data[key] for key in ("window", "regions", "subject")}
 

@@ -11,11 +11,13 @@ from asa.config import SETTINGS, typed
 from asa.data.datasets.folder import has_wildcard
 from asa.data.splits import read_split
 from asa.data.store import check_is_store
+from asa.settings import check_axes, check_fusion, check_uncertainty
 from asa.tasks.preparation import cohort_of
 from asa.training.checkpoint_files import find_weights, list_checkpoints, on_hub
 
 Config = dict[str, Any]
 OF_TASKS = ("classification", "regression", "restoration", "asymmetry", "probe")  # policies beside those of label maps
+PARTS = ("train", "validation", "test")  # of a split
 
 
 def check(command: str, config: Config) -> None:
@@ -59,13 +61,31 @@ def _check_training(config: Config) -> None:
     for key, word in (("health", "healthy"), ("classes", None), ("table", None)):
         if data.get(key) not in (None, word):
             _exists(data[key], f"data.{key}= is a table (CSV)")
-    if config["init"] and config["plan"] is None:
+    if config["init"]:
         _checkpoint(config["init"])
+    _choice(config, "plan", ("only",), "null")
+    if (rate := config["plan_rate"]) is not None and not (isinstance(rate, int | float) and rate > 0):
+        raise ValueError(f"plan_rate={rate}: give the TFLOP/s that the run will reach, like 40")
+    if "transfer" in config:
+        _choice(config, "transfer", ("load", "explain"))
+    if data["split"].get("fold") == "all":
+        if data["split"].get("folds") is None:
+            raise ValueError("data.split.fold=all needs the number of folds: add data.split.folds=5")
+        if data["split_file"] is not None:
+            raise ValueError("data.split.fold=all makes the split of each fold: leave out data.split_file")
+    if "policy" in config:  # last, as it imports scipy
+        _policy(config)
 
 
 def _check_predict(config: Config) -> None:
     _exists(config["input"])
     _choice(config, "layout", ("bids", "mgz"), "null for OUT/ID.nii.gz")
+    _choice(config, "part", PARTS, "null for every scan")
+    if not isinstance(config["mirror"], bool):
+        check_axes(config["mirror"], "mirror")
+    if config["uncertainty"] is not None:
+        check_uncertainty(config["uncertainty"])
+    check_fusion(config["fusion"])
     if config["atlas"] is not None:
         _store(config["atlas"])
     given = config["checkpoint"] or []
@@ -78,6 +98,7 @@ def _check_predict(config: Config) -> None:
 def _check_embed(config: Config) -> None:
     _exists(config["input"])
     _choice(config, "of", ("whole", "sides", "labels"))
+    _choice(config, "part", PARTS, "null for every scan")
     _checkpoint(config["checkpoint"])
 
 
@@ -87,13 +108,12 @@ def _check_evaluate(config: Config) -> None:
         for folder in runs.values() if isinstance(runs, dict) else runs if isinstance(runs, list) else ():
             _exists(Path(str(folder)) / "summary.json", "give folders that asa-evaluate wrote")
         return
-    from asa.evaluation.policies import POLICIES  # imports scipy, which takes half a second
-
-    predictions, truth, policy = config["predictions"], config["truth"], str(config["policy"])
-    if policy not in (*POLICIES, *OF_TASKS) and "." not in policy:
-        raise ValueError(f"policy={policy}: choose {', '.join((*POLICIES, *OF_TASKS))}")
+    _policy(config, OF_TASKS)
+    predictions, truth, probe = config["predictions"], config["truth"], config["policy"] == "probe"
+    if probe and config["column"] is None:
+        raise ValueError("column= has to be given: the column of the table to predict, like age or diagnosis")
     if predictions and not has_wildcard(str(predictions)):
-        _exists(predictions, "give the one that asa-predict wrote", "folder")
+        _exists(predictions, f"give the one that asa-{'embed' if probe else 'predict'} wrote", "folder")
     if truth:
         _exists(truth, "truth= is a store, a folder, or for tables of scores a table", "file or folder")
     if config["split_file"]:
@@ -106,6 +126,22 @@ def _check_ablate(config: Config) -> None:
     for key in ("store", "unlabelled"):
         if config[key]:
             _store(config[key])
+    chosen_arms(config)
+    _policy(config, ("classification",))
+
+
+def chosen_arms(config: Config) -> dict[str, dict[str, Any]]:
+    """The chosen arms of asa-ablate in order; raises a ValueError for one that does not exist, or is incomplete."""
+    arms, chosen = config["arms"], config["only"]
+    if not isinstance(chosen, list | None) or chosen == []:
+        raise ValueError(f"only={chosen}: give a list of arms, like [scratch, asa]")
+    names = list(arms) if chosen is None else chosen
+    for name in names:
+        if name not in arms:
+            raise ValueError(f"only: no arm {name!r}; there are {', '.join(arms)}")
+        if not isinstance(arms[name], dict) or arms[name].keys() != {"pretrain", "finetune"}:
+            raise ValueError(f"arms.{name} needs pretrain (settings, or null) and finetune (settings)")
+    return {name: arms[name] for name in names}
 
 
 def _check_export(config: Config) -> None:
@@ -124,6 +160,8 @@ def _check_images(config: Config) -> None:
 
 def _check_view(config: Config) -> None:
     _exists(config["input"], "give a store, a folder of asa-predict, or a run", "folder")
+    if Path(str(config["out"])).suffix != ".html":
+        raise ValueError(f"out={config['out']}: the page is one file, give a name that ends with .html")
     if config["evaluation"]:
         _exists(Path(str(config["evaluation"])) / "summary.json", "give the folder that asa-evaluate wrote", "file")
 
@@ -146,6 +184,14 @@ def _choice(config: Config, key: str, values: Collection[str], null: str | None 
     """Raise a ValueError for another value than these, or than null where `null` says what that is."""
     if config[key] not in values and not (null and config[key] is None):
         raise ValueError(f"{key}={config[key]}: choose {', '.join(values)}{(null and f', or {null}') or ''}")
+
+
+def _policy(config: Config, others: Collection[str] = ()) -> None:
+    """Raise a ValueError for a policy that is not of label maps, one of `others`, or a task of the user's own."""
+    from asa.evaluation.policies import POLICIES  # imports scipy, which takes half a second
+
+    if config["policy"] not in (*POLICIES, *others) and "." not in str(config["policy"]):
+        raise ValueError(f"policy={config['policy']}: choose {', '.join((*POLICIES, *others))}")
 
 
 def _store(path: Any) -> None:

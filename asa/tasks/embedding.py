@@ -109,8 +109,6 @@ def evaluate_probe(config: Config) -> None:
     table, truth, out = tables_of(config, TABLE)
     check_page(out / "report.html")
     column, folds, probe = config["column"], config["folds"], config["probe"]
-    if column is None:
-        raise ValueError("column= has to be given: the column of the table to predict, like age or diagnosis")
     rows, values, subjects = matched(table, truth, column)
     names = [name for name in rows[0] if name != "id"]
     features = np.array([numbers(table, row, names) for row in rows])

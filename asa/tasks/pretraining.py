@@ -6,7 +6,8 @@ of a linear probe. A checkpoint holds channels, preparation and digests of the t
 scores the asymmetry of new scans; other encoders are fine-tuned first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from asa.data.io.tables import check_health, check_own, read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
+from asa.data.store import Store
 from asa.evaluation.tables import evaluate_asymmetry
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
 from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
@@ -38,7 +40,7 @@ from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 from asa.training.optim import warmup_steps
-from asa.training.plan import volume_batch
+from asa.training.plan import logged, volume_batch
 
 HEALTHY = "healthy"  # value of data.health for a cohort of healthy subjects
 UNKNOWN = float("nan")
@@ -101,6 +103,11 @@ class Pretraining(VolumeTask):
             return {**metrics, **found}, panels
 
         return validate
+
+    def metrics(self, make: Callable[[], nn.Module]) -> list[str]:
+        probe = [] if (path := self.data.labelled_store) is None else ["linear_dice", "linear_dice_first"]
+        probe += [f"linear_dice_{name}" for name in Store(path).labels.values()] if path else []
+        return [*logged(make, partial(self.example, count=1)), "effective_rank", "feature_variance", *probe]
 
     def begin(self, run: Path) -> None:
         held_out = len(self.parts["validation"])

@@ -24,13 +24,13 @@ from asa.tasks.checks import check
 from asa.tasks.embedding import evaluate_probe
 from asa.tasks.evaluation import compare_folders
 from asa.tasks.prediction import checkpoints_of
-from asa.training.checkpoint import read_description
+from asa.training.checkpoint import check_best, read_description
 from asa.training.checkpoint_files import find_weights
 from asa.training.device import Backend
 from asa.training.gpu_check import preflight
 from asa.training.loop import TrainSettings, check_settings, train
 from asa.training.optim import OptimSettings
-from asa.training.plan import micro_batch, show_plan, wants_plan
+from asa.training.plan import micro_batch, show_plan
 from asa.training.run_folder import open_run, run_backend
 
 
@@ -207,13 +207,13 @@ def train_task(config: Config, command: str) -> Path | None:
     """
     settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
     loader = typed(LoaderSettings, config["loader"])
-    planned = wants_plan(config["plan"], config["plan_rate"])
+    planned = config["plan"] is not None
     if not planned:  # a plan may be for another machine
         check_settings(settings, optim)
         if "predict" in config:  # of asa-finetune, which predicts when it has trained
             Backend.of(config["predict"]["device"], config["predict"]["precision"])
         backend = run_backend(Path(str(config["out"])), settings)
-    explain = _explains(config)
+    explain = config.pop("transfer", "load") == "explain"  # the key does not stay in the run's configuration
     name, make_task = task_of_method(config, command)
     task = make_task(config)
 
@@ -223,6 +223,8 @@ def train_task(config: Config, command: str) -> Path | None:
     def example(method: Any) -> Any:
         return task.example(method, micro_batch(settings))
 
+    if settings.best and (metrics := getattr(task, "metrics", None)):  # a task of the user's own may not know them
+        check_best(settings.best, metrics(make))
     if planned:
         print(show_plan(make, example, len(task.parts["train"]), settings, optim, config["plan_rate"], task.units))
         return None
@@ -252,14 +254,6 @@ def train_task(config: Config, command: str) -> Path | None:
         task.finish(run, method, metrics)
     print(f"wrote {find_weights(run)}")
     return run
-
-
-def _explains(config: Config) -> bool:
-    """Whether only the transfer of `init` is to be explained; the key does not stay in the run's configuration."""
-    chosen = config.pop("transfer", "load")
-    if chosen not in ("load", "explain"):
-        raise ValueError(f"transfer={chosen}: choose load or explain")
-    return chosen == "explain"
 
 
 def predict_task(config: Config) -> None:

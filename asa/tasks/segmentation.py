@@ -81,6 +81,7 @@ class Segmentation(VolumeTask):
         self.source = JoinedSides(scans, joined) if self.join_sides else scans
         names = Outputs.of(self.target_metadata()).channel_names[1:]
         self.classes = {name: k for k, name in enumerate(names, start=1)}
+        self.scored = self.regions or {name: [k] for name, k in self.classes.items()}
 
     def _joins_sides(self) -> bool:
         """Whether each pair of labels is one class: as asked for, or else where the network is symmetric."""
@@ -129,8 +130,7 @@ class Segmentation(VolumeTask):
     def validation(self, method: Any) -> Validate | None:
         if not self.parts["validation"]:
             return None
-        ids = [record["id"] for record in self.parts["validation"]]
-        scored = self.regions or {name: [k] for name, k in self.classes.items()}
+        ids, scored = [record["id"] for record in self.parts["validation"]], self.scored
         centres = self.crops(method, self.parts["validation"], labelled=True)
         names = list(self.index if self.regions else self.classes)
 
@@ -139,6 +139,9 @@ class Segmentation(VolumeTask):
             return {**metrics, "loss": mean_loss(method, centres)}, panels
 
         return validate
+
+    def metrics(self, make: Any) -> list[str]:
+        return ["dice", *(f"dice_{name}" for name in self.scored), "loss"]
 
     def target_metadata(self) -> dict[str, Any]:
         return {

@@ -5,7 +5,7 @@ Ablation: arms x labelled subjects x seeds, trained and scored on the same held-
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from asa.evaluation.policies import CLASSIFICATION
 from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablation
 from asa.reporting.pages import require_report_extra
 from asa.tasks.base import Config, task_of_method
+from asa.tasks.checks import chosen_arms
 from asa.tasks.run import call, train_task
 from asa.training.checkpoint_files import find_weights
 from asa.training.distributed import world_size
@@ -88,13 +89,8 @@ def _fold_configs(config: Config) -> list[Config]:
             "data.split.fold=all runs in one process: under torchrun give each fold by itself (data.split.fold=0 "
             f"out={config['out']}/fold0, ...), then this command without torchrun, which scores them"
         )
-    if data["split_file"] is not None:
-        raise ValueError("data.split.fold=all makes the split of each fold: leave out data.split_file")
-    folds = data["split"]["folds"]
-    make_split(Store(data["store"]).records, **data["split"] | {"fold": None if folds is None else 0})  # checks it
-    if folds is None:
-        raise ValueError("data.split.fold=all needs the number of folds: add data.split.folds=5")
-    configs = [deepcopy(config) for _ in range(folds)]
+    make_split(Store(data["store"]).records, **data["split"] | {"fold": 0})  # checks it
+    configs = [deepcopy(config) for _ in range(data["split"]["folds"])]
     for k, fold in enumerate(configs):
         fold["out"], fold["data"]["split"]["fold"] = str(Path(str(config["out"])) / f"fold{k}"), k
     return configs
@@ -162,20 +158,6 @@ def _of_classes(config: Config) -> bool:
     return bool(config["policy"] == CLASSIFICATION.name)
 
 
-def _arms(config: Config) -> dict[str, dict[str, Any]]:
-    """The chosen arms in order."""
-    arms, chosen = config["arms"], config["only"]
-    if not isinstance(chosen, list | None) or chosen == []:
-        raise ValueError(f"only={chosen}: give a list of arms, like [scratch, asa]")
-    names = list(arms) if chosen is None else chosen
-    for name in names:
-        if name not in arms:
-            raise ValueError(f"only: no arm {name!r}; there are {', '.join(arms)}")
-        if not isinstance(arms[name], Mapping) or arms[name].keys() != {"pretrain", "finetune"}:
-            raise ValueError(f"arms.{name} needs pretrain (settings, or null) and finetune (settings)")
-    return {name: arms[name] for name in names}
-
-
 @dataclass(frozen=True)
 class Cell:
     """One run of an ablation."""
@@ -203,7 +185,7 @@ class Ablation:
     failures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.out, self.arms = Path(str(self.config["out"])), _arms(self.config)
+        self.out, self.arms = Path(str(self.config["out"])), chosen_arms(self.config)
         self.store = Path(self.config["store"] or self.out.resolve() / "store")  # the given one, or that of `prepare`
 
     def run(self) -> None:

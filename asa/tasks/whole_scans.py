@@ -54,6 +54,7 @@ class WholeScans(VolumeTask, ABC):
 
     command = "finetune"
     targets = ("target",)
+    scores: tuple[str, ...]  # of the validation, beside the loss
 
     def __init__(self, config: Config, table: str) -> None:
         super().__init__(config, table)
@@ -70,6 +71,9 @@ class WholeScans(VolumeTask, ABC):
 
     def crops(self, method: Any, part: Records, **options: Any) -> CropDataset:
         return super().crops(method, part, attached=self.values, **options)
+
+    def metrics(self, make: Any) -> list[str]:
+        return [*self.scores, "loss"]
 
     def validation(self, method: Any) -> Validate | None:
         if not self.parts["validation"]:
@@ -109,6 +113,8 @@ class WholeScans(VolumeTask, ABC):
 class Classification(WholeScans):
     """Classification from a prepared store and a table."""
 
+    scores = ("auc", "balanced_accuracy", "ece")
+
     def __init__(self, config: Config) -> None:
         super().__init__(config, "classes")
         if self.data.classes is None:
@@ -132,7 +138,7 @@ class Classification(WholeScans):
 
     def validated(self, method: Any) -> dict[str, float]:
         scores, probabilities = self._score(method.model, method, "validation")
-        metrics = {name: getattr(scores, name) for name in ("auc", "balanced_accuracy", "ece")}
+        metrics = {name: getattr(scores, name) for name in self.scores}
         weights = method.weights.cpu().numpy()
         return {**metrics, "loss": weighted_cross_entropy(probabilities, self.truth("validation"), weights)}
 
@@ -168,6 +174,8 @@ class Classification(WholeScans):
 
 class Regression(WholeScans):
     """Regression of a column of numbers, like the age, from a prepared store and a table."""
+
+    scores = ("mae", "mean_predictor_mae", "r2", "correlation")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "table")
@@ -209,7 +217,7 @@ class Regression(WholeScans):
 
     def validated(self, method: Any) -> dict[str, float]:
         scores, _ = self._score(method.model, method, "validation")
-        metrics = {name: getattr(scores, name) for name in ("mae", "mean_predictor_mae", "r2", "correlation")}
+        metrics = {name: getattr(scores, name) for name in self.scores}
         return {**metrics, "loss": scores.mae / self.sd}
 
     def test(self, run: Path, method: Any, model: nn.Module) -> None:

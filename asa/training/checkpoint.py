@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +142,21 @@ def keep_best(
         ValueError: validation gives no such metric.
         OSError: they could not be written; the previous best is unchanged.
     """
-    key, sign = name.removeprefix("-"), -1 if name.startswith("-") else 1
-    if key not in metrics:
-        raise ValueError(f"train.best={name}: validation gives {', '.join(metrics)}")
-    value, before = metrics[key], read_best(run)
+    check_best(name, metrics)
+    sign = -1 if name.startswith("-") else 1
+    value, before = metrics[name.removeprefix("-")], read_best(run)
     better = before is None or before["name"] != name or sign * value > sign * before["value"]
     if not better or not math.isfinite(value):
         return False
     best = {"name": name, "value": value}
     save_checkpoint(run, step, method, {**description, "best": best}, {}, keep=1, folder=BEST)
     return True
+
+
+def check_best(name: str, metrics: Collection[str]) -> None:
+    """Raise a ValueError if validation gives no metric of this name, which may have a minus sign before it."""
+    if name.removeprefix("-") not in metrics:
+        raise ValueError(f"train.best={name}: validation gives {', '.join(metrics)}")
 
 
 def read_best(run: Path) -> dict[str, Any] | None:

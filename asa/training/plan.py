@@ -86,6 +86,17 @@ def count_operations(method: nn.Module, batch: Mapping[str, Any]) -> tuple[int, 
     return forward, counter.operations
 
 
+def logged(make: Callable[[], nn.Module], example: Example) -> list[str]:
+    """Names of what a method returns of a batch, without computing it."""
+    with torch.device("meta"):
+        method = make()
+    batch, fake = example(method), FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        method.to_empty(device="cpu")
+    with fake, OperationCounter():  # it computes what decides shapes
+        return list(method(without_values(batch)))
+
+
 def without_values(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of an example, those whose values are not used as fake ones, inside a FakeTensorMode."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
@@ -168,19 +179,6 @@ def make_plan(
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def wants_plan(plan: str | None, rate: float | None) -> bool:
-    """Whether the settings `plan` and `plan_rate` ask for a plan instead of a run.
-
-    Raises:
-        ValueError: a `plan` other than null or "only", or a `plan_rate` that is not a positive number.
-    """
-    if plan not in (None, "only"):
-        raise ValueError(f"plan={plan}: choose only, or null")
-    if rate is not None and not (isinstance(rate, int | float) and rate > 0):
-        raise ValueError(f"plan_rate={rate}: give the TFLOP/s that the run will reach, like 40")
-    return plan is not None
 
 
 def show_plan(

@@ -21,17 +21,32 @@ WRONG = [
     ("finetune data.store=nowhere out=o predict.precision=fp8", "predict.precision=fp8: choose auto, fp32"),
     ("finetune data.store=nowhere out=o predict.batch_size=0", "predict.batch_size=0: "),
     ("finetune data.store=nowhere out=o augment.mirror_axes=X", "augment.mirror_axes=X: name axes"),
+    ("finetune data.store={store} out=o plan=maybe", "plan=maybe: choose only, or null"),
+    ("finetune data.store={store} out=o transfer=no", "transfer=no: choose load, explain"),
+    ("finetune data.store={store} out=o data.split.fold=all", "fold=all needs the number of folds: add"),
+    ("finetune data.store={store} out=o policy=ibsrr", "policy=ibsrr: choose ibsr, "),
+    ("finetune data.store={store} out=o plan=only init=nowhere", "nowhere: no checkpoint here"),
     ("finetune method=restore data.root=nowhere out=o", "nowhere: no such folder"),
     ("predict checkpoint=. input=nowhere out=o", "nowhere: no such file or folder"),
     ("predict checkpoint=nowhere input=. out=o", "nowhere: no checkpoint here"),
     ("predict atlas=nowhere input=. out=o", "nowhere: no prepared store here"),
     (f"predict layout=tree {HERE}", "layout=tree: choose bids, mgz, or null for OUT/ID.nii.gz"),
     ("predict layout=mgz checkpoint=nowhere input=. out=o", "nowhere: no checkpoint here"),
+    (f"predict mirror=X {HERE}", "mirror=X: name axes to mirror"),
+    (f"predict uncertainty=x {HERE}", "uncertainty=x: choose entropy or spread, or null"),
+    (f"predict part=all {HERE}", "part=all: choose train, validation, test, or null"),
+    (f"predict fusion=mean {HERE}", "fusion=mean: choose joint or majority"),
     ("embed checkpoint=. input=nowhere out=o", "nowhere: no such file or folder"),
     (f"embed of=halves {HERE}", "of=halves: choose whole, sides, labels"),
+    (f"embed part=all {HERE}", "part=all: choose train, validation, test, or null"),
     ("evaluate predictions=nowhere truth=. out=o", "nowhere: no such folder"),
     ("evaluate predictions=. truth=nowhere out=o", "nowhere: no such file or folder; truth= is"),
     ("evaluate predictions=. truth=. out=o policy=dice", "policy=dice: choose ibsr"),
+    ("evaluate predictions=. truth=. out=o policy=probe", "column= has to be given"),
+    (
+        "evaluate predictions=no truth=. out=o policy=probe column=age",
+        "no: no such folder; give the one that asa-embed",
+    ),
     ("evaluate predictions=. truth=. out=o split_file=s.json", "s.json: no such file"),
     ("evaluate compare=[a,b] out=o", "summary.json: no such file"),
     ("prepare data=bids data.root=nowhere out=o", "nowhere: no such folder"),
@@ -54,10 +69,13 @@ WRONG = [
     ("prepare data=nnunet data.root=. data.part=all labels={1:x} out=o", "data.part='all': choose train or test"),
     ("ablate out=o", "store has to be given, or prepare"),
     ("ablate store=nowhere out=o", "nowhere: no prepared store here"),
+    ("ablate store={store} out=o only=[x]", "only: no arm 'x'; there are scratch"),
+    ("ablate store={store} out=o policy=ibsrr", "policy=ibsrr: choose ibsr, "),
     ("export checkpoint=nowhere out=o", "nowhere: no checkpoint here"),
     ("export checkpoint=a out=o format=zip", "format=zip: choose onnx"),
     ("export out=o format=nnunet", "format=nnunet writes a store"),
     ("view input=nowhere out=o.html viewer=x", "nowhere: no such folder"),
+    ("view input=. out=page viewer=x", "out=page: the page is one file"),
     ("orient input=nowhere out=o axes=RAS", "nowhere: no such file or folder"),
     ("dicom input=nowhere out=o", "nowhere: no such folder"),
     ("run nowhere out=o strip=none", "nowhere: no such folder"),
@@ -69,7 +87,9 @@ WRONG = [
 ]
 
 
-def test_wrong_settings_and_paths_are_said_without_torch(tmp_path: Path) -> None:
+def test_wrong_settings_and_paths_are_said_without_torch(store: Path, tmp_path: Path) -> None:
+    there = tmp_path.with_name(f"{tmp_path.name}_store")  # a path without blanks
+    there.symlink_to(store)
     code = (
         "import sys\n"
         "from asa.cli import main\n"
@@ -79,7 +99,7 @@ def test_wrong_settings_and_paths_are_said_without_torch(tmp_path: Path) -> None
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        input="\n".join(line for line, _ in WRONG),
+        input="\n".join(line.replace("{store}", str(there)) for line, _ in WRONG),
         capture_output=True,
         text=True,
         cwd=tmp_path,

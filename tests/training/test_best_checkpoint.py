@@ -2,6 +2,7 @@
 
 import os
 import signal
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 from ranks import MODEL, log, ranks, replaced
 from torch import nn
 
+from asa.config import build, compose
 from asa.data.io.files import sha256_of
 from asa.data.loading.crops import CropDataset
 from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings
+from asa.tasks.base import task_of_method
+from asa.tasks.run import train_task
 from asa.training import checkpoint as checkpoint_module
 from asa.training.checkpoint import (
     describe_best,
@@ -185,3 +189,40 @@ def test_patience_needs_a_metric_and_validations(store: Path, tmp_path: Path) ->
     for wrong in ({"best": None}, {"validate_every": 0}):
         with pytest.raises(ValueError, match=r"train\.patience=2 counts validations"):
             TrainSettings(**{"best": "dice", "patience": 2, **wrong})
+
+
+# --- names
+
+
+SMALL = ["crop=32", "loader.workers=0", "data.split.validation=1", "data.split.test=1"]
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("pretrain", ["model=asa_tiny", "data.labelled_store={store}"]),
+        ("pretrain", ["method=sa_swin", "model=sa_swin_tiny", "crop=64"]),
+        ("pretrain", ["method=rpl", "model=puzzle_tiny", "crop=48"]),
+        ("finetune", ["model=unet_tiny", "crop=[64,32,32]", "predict.overlap=0"]),
+        ("finetune", ["method=classify", "model=asa_classifier_tiny", "data.classes={table}"]),
+        ("finetune", ["method=regress", "model=asa_regressor_tiny", "data.table={table}", "data.column=age"]),
+    ],
+)
+def test_the_metric_of_the_best_checkpoint_is_checked_before_training_by_what_validation_gives(
+    command: str, settings: list[str], store: Path, tmp_path: Path
+) -> None:
+    rows = [f"s{k},{'xy'[k % 2]},{20 + k}" for k in range(4)]
+    (tmp_path / "table.csv").write_text("\n".join(["subject,class,age", *rows]))
+    given = [f"data.store={store}", f"out={tmp_path}/run", *SMALL, *settings]
+    config = compose(command, [one.format(store=store, table=tmp_path / "table.csv") for one in given])
+    config["train"]["best"] = "dcie"
+    for plan in (None, "only"):
+        with pytest.raises(ValueError, match="train.best=dcie: validation gives ") as refused:
+            train_task({**deepcopy(config), "plan": plan}, command)
+    assert not (tmp_path / "run").exists()
+    task = task_of_method(config, command)[1](config)
+    method = build(config["method"]).eval()
+    with torch.no_grad():
+        metrics, _ = task.validation(method)(0)
+    named = set(str(refused.value).partition(" gives ")[2].split(", "))
+    assert metrics.keys() <= named <= {*metrics, "linear_dice_csf"}  # none of it in these crops

@@ -220,7 +220,7 @@ def without_voxels(store: Path, tmp_path: Path) -> Path:
     ("command", "arguments"),
     [
         ("pretrain", ["model=asa_tiny", "crop=32"]),
-        ("finetune", ["model=unet_tiny", "crop=[64,32,32]", "init=not/read/for/a/plan"]),
+        ("finetune", ["model=unet_tiny", "crop=[64,32,32]", "init=asa://tiny-t1"]),
     ],
 )
 def test_a_plan_needs_no_arrays_and_writes_nothing(
