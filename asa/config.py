@@ -13,7 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from hydra import compose as hydra_compose
@@ -23,7 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from asa.models import list_models
 from asa.settings import AugmentSettings, LoaderSettings, OptimSettings, PredictSettings, TrainSettings
@@ -127,8 +128,12 @@ def _lies_under(module: str, packages: Sequence[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
-def typed(cls: type[T], node: Mapping[str, Any]) -> T:
+def typed(cls: type[T], node: Mapping[str, Any], group: str = "") -> T:
     """Fill a settings dataclass from plain data, checking names and types.
+
+    Args:
+        cls, node: the dataclass, and the values of its fields.
+        group: the key that holds them, for messages.
 
     Raises:
         ValueError: an unknown key or a value of the wrong type.
@@ -136,10 +141,27 @@ def typed(cls: type[T], node: Mapping[str, Any]) -> T:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(node)))
     except OmegaConfBaseException as error:
-        raise ValueError(first_line(error)) from error
+        raise ValueError(_wrong_type(error, cls, group) or first_line(error)) from error
     result = OmegaConf.to_object(merged)
     assert isinstance(result, cls)
     return result
+
+
+def _wrong_type(error: BaseException, cls: type | None, group: str) -> str:
+    """One line about a field of a settings dataclass that was given another type; "" for any other error."""
+    key = str(getattr(error, "full_key", None) or "").removeprefix(f"{group}.")  # with an index, in a list
+    hint = get_type_hints(cls).get(key.partition("[")[0]) if cls else None
+    if hint is None or not isinstance(error, ValidationError):
+        return ""
+    (kind,) = (each for each in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if each is not NoneType)
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
+    kinds |= {list[float]: "a list of numbers", list[str]: "a list of names"}
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(cls))
+    default = defaults[key.partition("[")[0]]
+    given = OmegaConf.to_container(error.value) if OmegaConf.is_config(error.value) else error.value
+    like = f", like {written(default)}" if default and default != "???" else ""
+    null = ", or null" if NoneType in get_args(hint) else ""
+    return f"{group and f'{group}.'}{key}={written(given)}: give {kinds.get(kind, kind)}{like}{null}"
 
 
 def compose(
@@ -270,9 +292,12 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as unreadable:
         for given in overrides:
-            key, equals, _ = given.partition("=")
+            key, equals, text = given.partition("=")
             if key.strip() != key or not key or not (equals or key.startswith("~")):
                 return f"{given}: settings are key=value, without blanks; quote values with blanks, as in {BLANKS}"
+            if not _readable(given):
+                shapes = {"{": "a mapping is {name: value, other: value}", "[": "a list is [one, other]"}
+                return f"cannot read {given}: {shapes.get(text[:1], advice)}"
         return f"cannot read a setting ({first_line(unreadable)}): {advice}"
     if several := [override.input_line for override in parsed if override.is_sweep_override()]:
         name, _, text = str(several[0]).partition("=")
@@ -312,13 +337,22 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
                 hydra_compose(command, [*groups, str(override.input_line)])
         except (HydraException, OmegaConfBaseException) as found:
             return _explain_one(found, command, override.key_or_group if keys else None, keys)
-    return _typed_message(error)
+    return _typed_message(error, command)
+
+
+def _readable(given: str) -> bool:
+    """Whether a setting is in Hydra's grammar."""
+    try:
+        OverridesParser.create().parse_overrides([given])
+    except HydraException:
+        return False
+    return True
 
 
 def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence[str]) -> str:
     """What is wrong with the setting `key`, or with a file of a group where it is None."""
     if key is None or not isinstance(_cause(error), ConfigAttributeError | ConfigKeyError):
-        message = _typed_message(error)
+        message = _typed_message(error, command)
         return message if key is None or key in message else f"{key}: {message}"
     if key in keys:
         return f"{key} was given a key that it does not have (asa-{command} --help lists them)"
@@ -342,8 +376,11 @@ def _cause(error: Exception) -> BaseException:
     return error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
 
 
-def _typed_message(error: Exception) -> str:
+def _typed_message(error: Exception, command: str) -> str:
     cause = _cause(error)
+    group = str(getattr(cause, "full_key", None) or "").partition(".")[0]
+    if found := _wrong_type(cause, SETTINGS.get(command, {}).get(group), group):
+        return found
     key, text = getattr(cause, "full_key", None), first_line(cause)
     return f"{key}: {text}" if key and key not in text else text
 

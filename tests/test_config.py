@@ -248,7 +248,14 @@ def test_the_papers_cohorts_differ_in_their_split_alone() -> None:
         ("trian.steps=3", "did you mean train.steps?"),
         ("optim.learning_rate=1", "unknown key optim.learning_rate"),
         ("data.splits=1", "did you mean data.split?"),
-        ("train.steps=many", "many"),
+        ("train.steps=many", "train.steps=many: give a whole number, like 10000"),
+        ("train.log_to=wandb", "train.log_to=wandb: give a list of names, like [tensorboard]"),
+        ("optim.betas=[a,b]", "optim.betas[0]=a: give a list of numbers, like [0.9,0.95]"),
+        ("optim.reference_batch=x", "optim.reference_batch=x: give a whole number, or null"),
+        ("train.seed=null", "train.seed=null: give a whole number"),
+        ("data.split={a b}", "cannot read data.split={a b}: a mapping is {name: value, other: value}"),
+        ("crop=[32,32", "cannot read crop=[32,32: a list is [one, other]"),
+        ("out=it's", "cannot read out=it's: quote a value with special characters"),
         ("model=asa_huge", "asa_small"),
         ("model=asa_tny", "did you mean asa_tiny? choose one of"),
         ("experiment=asa_papr", "did you mean asa_paper?"),
@@ -349,6 +356,18 @@ def test_every_typed_setting_has_a_help_text_and_the_default_of_its_class() -> N
         described = describe(cls)
         assert [setting.name for setting in described if not setting.note] == []
         assert {setting.name: setting.default for setting in described} == dataclasses.asdict(cls())
+
+
+def test_a_number_that_is_given_as_text_is_named_with_its_key_in_every_group_of_settings() -> None:
+    for groups in SETTINGS.values():
+        for group, cls in groups.items():
+            for name in (each.name for each in describe(cls) if isinstance(each.default, int | float)):
+                with pytest.raises(ValueError, match=rf"^{group}\.{name}=abc: give (a|true)"):
+                    typed(cls, {name: "abc"}, group)
+    for name, default in dataclasses.asdict(PrepareSettings()).items():
+        if isinstance(default, int) or name in ("spacing", "window"):
+            with pytest.raises(ValueError, match=rf"^prepare\.{name}='?abc'?: "):
+                PrepareSettings(**{name: "abc"})
 
 
 def test_a_list_is_not_shared_by_two_settings() -> None:

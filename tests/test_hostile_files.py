@@ -15,6 +15,7 @@ from asa.cli import predict
 from asa.data.datasets import folder, nnunet
 from asa.data.datasets.record import check_records
 from asa.data.io.files import LONGEST_ID, check_id, read_json, write_json, write_whole
+from asa.data.io.tables import read_rows
 from asa.data.splits import read_split
 from asa.data.store import append_records
 from asa.errors import LONGEST, one_line
@@ -257,3 +258,8 @@ def test_a_training_state_of_something_else_is_named(tmp_path: Path, training: d
     save_checkpoint(tmp_path, 1, method, {}, training, keep=1)
     with pytest.raises(ValueError, match=r"step-00000001: its training state does not fit this run \("):
         resume(tmp_path, method, optimizer, scaler, EMA(method, 0.0))
+
+
+def test_a_folder_in_the_place_of_a_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{tmp_path} is a folder: give a table"):
+        read_rows(tmp_path)

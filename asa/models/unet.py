@@ -19,7 +19,7 @@ from asa.models import sw_vit
 from asa.models.kernels import in_float32, use_own_kernels
 from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.sw_vit import SWViT, run_block
-from asa.ops.patches import token_map
+from asa.ops.patches import nearest, token_map
 from asa.ops.symmetry import mirror_patches
 
 LEVELS = 6  # resolutions 1 to 1/32
@@ -60,7 +60,7 @@ class SegmentationUNet(nn.Module):
         if any(n % coarsest for n in size) or math.prod(size) == coarsest**3:
             raise ValueError(
                 f"the U-Net takes volumes of more than {coarsest}^3 voxels, with sizes divisible by {coarsest}, "
-                f"got {size}"
+                f"got {size}{f': {nearest(size, coarsest)}' if any(n % coarsest for n in size) else ''}"
             )
         scale = encoder.patch_size.bit_length() - 1
         if 2**scale != encoder.patch_size:

@@ -80,10 +80,15 @@ def grid_size(spatial: Sequence[int], patch_size: int) -> tuple[int, int, int]:
     """
     sizes = triple(spatial)
     if any(n % patch_size for n in sizes):
-        raise ValueError(
-            f"a volume of {tuple(sizes)} voxels is not a whole number of patches of {patch_size}: crop or pad it"
-        )
+        near = nearest(sizes, patch_size)
+        raise ValueError(f"a volume of {sizes} voxels is not a whole number of patches of {patch_size}: {near}")
     return sizes[0] // patch_size, sizes[1] // patch_size, sizes[2] // patch_size
+
+
+def nearest(sizes: Sequence[int], divisor: int) -> str:
+    """Advice for a volume whose sizes have to be divisible: the nearest ones that are."""
+    low, high = (tuple((n + more) // divisor * divisor for n in sizes) for more in (0, divisor - 1))
+    return f"pad it to {high}" if 0 in low else f"crop it to {low}, or pad it to {high}"
 
 
 def patchify(volume: Tensor, patch_size: int) -> Tensor:

@@ -14,7 +14,6 @@ import numpy as np
 from asa.config import typed
 from asa.data.io.files import check_out, read_json, write_json
 from asa.data.io.nifti import Volume
-from asa.data.io.parallel import check_workers
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST, Store
 from asa.errors import listed
@@ -163,9 +162,6 @@ def _check_settings(config: Config) -> None:
         given.append("predict.*")
     if given:
         raise ValueError(f"{given[0]} is for networks, and atlas= was given: leave it out")
-    if type(config["workers"]) is not int:
-        raise ValueError(f"workers={config['workers']}: give a number of processes")
-    check_workers(config["workers"])
     if config["uncertainty"] not in (None, "entropy"):
         raise ValueError(f"uncertainty={config['uncertainty']}: with atlases choose entropy, or null for none")
 

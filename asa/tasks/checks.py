@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from asa.config import SETTINGS, typed
+from asa.config import SETTINGS, typed, written
 from asa.data.datasets.folder import has_wildcard
+from asa.data.io.parallel import check_workers
 from asa.data.splits import read_split
 from asa.data.store import check_is_store
 from asa.settings import check_axes, check_fusion, check_uncertainty
@@ -38,7 +39,9 @@ def check_settings(command: str, config: Config) -> None:
         ValueError: a value that cannot be right.
     """
     for group, settings in SETTINGS.get(command, {}).items():
-        typed(settings, config[group])
+        typed(settings, config[group], group)
+    if "workers" in config:
+        check_workers(config["workers"])
     if command == "prepare":
         cohort_of(config)
 
@@ -63,6 +66,9 @@ def _check_training(config: Config) -> None:
             _exists(data[key], f"data.{key}= is a table (CSV)")
     if config["init"]:
         _checkpoint(config["init"])
+    crop = config["crop"] if isinstance(config["crop"], list) else [config["crop"]] * 3
+    if crop[0] is not None and (len(crop) != 3 or not all(type(edge) is int and edge > 0 for edge in crop)):
+        raise ValueError(f"crop={written(config['crop'])}: give the edge in voxels, like 64, or three, [D, H, W]")
     _choice(config, "plan", ("only",), "null")
     if (rate := config["plan_rate"]) is not None and not (isinstance(rate, int | float) and rate > 0):
         raise ValueError(f"plan_rate={rate}: give the TFLOP/s that the run will reach, like 40")

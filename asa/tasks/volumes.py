@@ -81,7 +81,7 @@ class VolumeTask:
             set_model(config, img_size=crop)
             print(f"crop=[{','.join(map(str, crop))}] voxels, from the size of the training scans")
         self.source: VolumeSource = self.store
-        self.data, self.train = typed(VolumeData, config["data"]), typed(TrainSettings, config["train"])
+        self.data, self.train = typed(VolumeData, config["data"], "data"), typed(TrainSettings, config["train"])
         self.init = Initialisation(config, self.store, self.split)
 
     def set_model(self, **values: Any) -> None:

@@ -29,8 +29,10 @@ def test_tokens_are_patches_in_raster_order() -> None:
 
 
 def test_sizes_that_are_not_divisible_by_the_patch_size_raise_an_error() -> None:
-    with pytest.raises(ValueError, match="whole number of patches"):
+    with pytest.raises(ValueError, match=r"whole number of patches of 4: crop it to \(8, 8, 8\), or pad it to .*12\)"):
         patchify(torch.zeros(1, 1, 8, 8, 9), 4)
+    with pytest.raises(ValueError, match=r"patches of 4: pad it to \(8, 4, 8\)$"):
+        patchify(torch.zeros(1, 1, 8, 3, 8), 4)
     with pytest.raises(ValueError, match="do not fill"):
         unpatchify(torch.zeros(1, 9, 64), (2, 2, 2), 4)
 

@@ -299,7 +299,7 @@ def test_a_bids_derivative_names_the_atlases(
         (["labelled=[]"], "nobody is no subject of"),
         (["fusion=mean"], "fusion=mean: choose joint or majority"),
         (["workers=0"], "workers=0: give 1 or more"),
-        (["workers=two"], "workers=two: give a number of processes"),
+        (["workers=two"], "workers=two: give 1 or more processes"),
         (["part=test"], "atlases have no split as a run has: give split_file="),
         (["split_file={split}", "part=test"], "has no subjects under that name"),
         (["split_file={split}", "labelled=2"], "the training part of"),

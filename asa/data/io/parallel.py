@@ -213,8 +213,8 @@ def worker_context(module: str) -> BaseContext:
 
 
 def check_workers(workers: int) -> None:
-    """Raise a ValueError for fewer than one process."""
-    if workers < 1:
+    """Raise a ValueError for what is no number of processes."""
+    if type(workers) is not int or workers < 1:
         raise ValueError(f"workers={workers}: give 1 or more processes")
 
 

@@ -276,6 +276,8 @@ def _parquet_errors(path: Path) -> Iterator[Any]:
 @contextmanager
 def _text_rows(path: Path) -> Iterator["csv.DictReader[str]"]:
     """A reader of a table of text; what is wrong with the table is a ValueError that names it."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a table (CSV)")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             yield csv.DictReader(file, delimiter=_delimiter(path))

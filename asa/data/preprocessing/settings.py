@@ -53,7 +53,7 @@ class PrepareSettings:
         for name in ("bias", "register", "midway"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"prepare.{name}={getattr(self, name)!r}: choose true or false")
-        if self.strip not in ("none", *TOOLS) and not ("{image}" in self.strip and "{mask}" in self.strip):
+        if self.strip not in ("none", *TOOLS) and not all(part in str(self.strip) for part in ("{image}", "{mask}")):
             raise ValueError(
                 f"prepare.strip={self.strip!r}: choose none, {', '.join(TOOLS)}, or a command with "
                 "{image} and {mask} in it"
@@ -64,12 +64,12 @@ class PrepareSettings:
             raise ValueError(f"prepare.nan={self.nan!r}: choose refuse, or zero for a background of NaN")
         if self.window is not None:
             self._check_window(self.window)
-        if self.spacing is not None and not 0.1 <= self.spacing <= 20:
+        if self.spacing is not None and not (type(self.spacing) in (int, float) and 0.1 <= self.spacing <= 20):
             raise ValueError(
                 f"prepare.spacing={self.spacing}: give a voxel size from 0.1 to 20 mm, or null to keep the grid"
             )
-        if self.margin < 0:
-            raise ValueError(f"prepare.margin={self.margin}: give 0 or more voxels")
+        if type(self.margin) is not int or self.margin < 0:
+            raise ValueError(f"prepare.margin={self.margin}: give a whole number of voxels, 0 or more")
         if self.crop not in ("foreground", "none"):
             self._check_size()
 
