@@ -155,17 +155,23 @@ def why_refused(plan: list[Transfer], encoder: Encoder, fitting: str = "the mode
 
 
 def check_position(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-    """Compare how two models' configurations treat positions, which no tensor's shape tells or explains.
+    """Raise a ValueError where two models' configurations treat positions differently: see `other_position`."""
+    if differs := other_position(source, target):
+        raise ValueError(differs)
 
-    Raises:
-        ValueError: they differ; the message says what to set.
+
+def other_position(source: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
+    """How two models' configurations treat positions differently, which no tensor's shape tells, and what to set.
+
+    None: they do not differ.
     """
     before, now = ({key: node.get(key, usual) for key, usual in POSITIONS.items()} for node in (source, target))
     differing = [key for key in POSITIONS if before[key] != now[key]]
-    if differing:
-        has, wanted = (", ".join(f"{key}={str(node[key]).lower()}" for key in differing) for node in (now, before))
-        add = " ".join(f"model.{setting}" for setting in wanted.split(", "))
-        raise ValueError(f"the encoder was pretrained with {wanted}, this model has {has}: add {add}")
+    if not differing:
+        return None
+    has, wanted = (", ".join(f"{key}={str(node[key]).lower()}" for key in differing) for node in (now, before))
+    add = " ".join(f"model.{setting}" for setting in wanted.split(", "))
+    return f"the encoder was pretrained with {wanted}, this model has {has}: add {add}"
 
 
 def transfer_report(plan: list[Transfer]) -> str:
@@ -218,7 +224,7 @@ def other_patches(weight: Tensor, s: int, size: int, channels: int) -> tuple[Ten
     if s != size:
         resampled = f"patches of {s} to {size} voxels, resampled"
         enlarge = F.interpolate(torch.eye(s, dtype=torch.float64)[None], size=size, mode="linear")[0]  # s size
-        back = torch.linalg.pinv(enlarge).to(kernel.dtype)  # size s
+        back = torch.linalg.pinv(enlarge).to(kernel)  # size s
         kernel = torch.einsum("ecdhw,xd,yh,zw->ecxyz", kernel, back, back, back)
     kernel, change = other_channels(kernel, channels)
     return kernel.flatten(1), "; ".join(filter(None, (change, resampled)))

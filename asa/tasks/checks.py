@@ -64,10 +64,11 @@ def _check_training(config: Config) -> None:
     for key, word in (("health", "healthy"), ("classes", None), ("table", None)):
         if data.get(key) not in (None, word):
             _exists(data[key], f"data.{key}= is a table (CSV)")
-    if config["init"]:
+    if config["init"] and config["plan"] is None:
         _checkpoint(config["init"])
     crop = config["crop"] if isinstance(config["crop"], list) else [config["crop"]] * 3
-    if crop[0] is not None and (len(crop) != 3 or not all(type(edge) is int and edge > 0 for edge in crop)):
+    in_voxels = len(crop) == 3 and all(type(edge) is int and edge > 0 for edge in crop)
+    if data.get("store") is not None and config["crop"] is not None and not in_voxels:
         raise ValueError(f"crop={written(config['crop'])}: give the edge in voxels, like 64, or three, [D, H, W]")
     _choice(config, "plan", ("only",), "null")
     if (rate := config["plan_rate"]) is not None and not (isinstance(rate, int | float) and rate > 0):

@@ -6,6 +6,7 @@ which the method or the checkpoint names.
 """
 
 import pkgutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from asa.tasks.embedding import evaluate_probe
 from asa.tasks.evaluation import compare_folders
 from asa.tasks.prediction import checkpoints_of
 from asa.training.checkpoint import check_best, read_description
-from asa.training.checkpoint_files import find_weights
+from asa.training.checkpoint_files import find_weights, on_hub
 from asa.training.device import Backend
 from asa.training.gpu_check import preflight
 from asa.training.loop import TrainSettings, check_settings, train
@@ -213,6 +214,9 @@ def train_task(config: Config, command: str) -> Path | None:
         if "predict" in config:  # of asa-finetune, which predicts when it has trained
             Backend.of(config["predict"]["device"], config["predict"]["precision"])
         backend = run_backend(Path(str(config["out"])), settings)
+    elif config["init"] and (absent := _not_here(config["init"])):
+        print(f"note: whether init= fits this network is not checked: {absent}")
+        config["init"] = None
     explain = config.pop("transfer", "load") == "explain"  # the key does not stay in the run's configuration
     name, make_task = task_of_method(config, command)
     task = make_task(config)
@@ -226,6 +230,10 @@ def train_task(config: Config, command: str) -> Path | None:
     if settings.best and (metrics := getattr(task, "metrics", None)):  # a task of the user's own may not know them
         check_best(settings.best, metrics(make))
     if planned:
+        if config["init"]:  # whether it fits; a plan reads only the shapes
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # of a .pt, read whole
+                task.load_init(make())
         print(show_plan(make, example, len(task.parts["train"]), settings, optim, config["plan_rate"], task.units))
         return None
     for line in preflight(make, example, settings, optim, backend):
@@ -254,6 +262,17 @@ def train_task(config: Config, command: str) -> Path | None:
         task.finish(run, method, metrics)
     print(f"wrote {find_weights(run)}")
     return run
+
+
+def _not_here(init: str) -> str | None:
+    """Why a plan cannot read a checkpoint: the run that makes it may be planned, too. None: it can."""
+    if on_hub(init):
+        return f"{init} is fetched when the run starts"
+    try:
+        find_weights(init)
+    except FileNotFoundError as error:
+        return str(error)
+    return None
 
 
 def predict_task(config: Config) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from asa.config import build, typed
+from asa.config import build, typed, written
 from asa.data.io.files import read_yaml, write_json
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.loading.crops import CropDataset, VolumeSource
@@ -17,7 +17,7 @@ from asa.data.store import Store
 from asa.errors import listed
 from asa.inference.preprocessing import training_scan_metadata
 from asa.methods.base import Batch
-from asa.models.transfer import Source, check_position
+from asa.models.transfer import POSITIONS, Source, other_position
 from asa.tasks.base import Config
 from asa.training.checkpoint import load_weights
 from asa.training.checkpoint_files import list_checkpoints
@@ -227,12 +227,12 @@ class Initialisation:
     """
 
     def __init__(self, config: Config, store: Store, split: Mapping[str, Sequence[str]]) -> None:
-        self.init = config["init"] if config["plan"] is None else None  # a plan needs no weights
+        self.init = config["init"]
         self.model_config = config["model"]
         self.source: Source | None = None
         self.description: dict[str, Any] = {}
         if self.init:
-            self.source, self.description = read_source(self.init)
+            self.source, self.description = read_source(self.init, shapes=config["plan"] is not None)
         self.before: TrainingDigests | None = stored_digests(self.description.get("data", {}))
         self.seen: list[LeakedSubject] | None = find_leaks(store.records, split, self.before) if self.before else None
 
@@ -267,13 +267,13 @@ class Initialisation:
                 "other packages"
             )
         before, now = self.description["model"], self.model_config
-        check_position(before, now)
-        for key in sorted(before.keys() & now.keys() - {"_target_", "img_size", "checkpointing"}):
-            if before[key] != now[key]:
-                raise ValueError(
-                    f"{self.init} was trained with model.{key}={before[key]}, this run has {now[key]}: add "
-                    f"model.{key}={before[key]}"
-                )
+        shared = before.keys() & now.keys() - {"_target_", "img_size", "checkpointing", *POSITIONS}
+        reasons = [differs] if (differs := other_position(before, now)) else []
+        if differing := sorted(key for key in shared if before[key] != now[key]):
+            had, has = (", ".join(f"model.{key}={written(node[key])}" for key in differing) for node in (before, now))
+            reasons.append(f"{self.init} was trained with {had}, this run has {has}: add {had.replace(', ', ' ')}")
+        if reasons:
+            raise ValueError("; ".join(reasons))
         load_weights(model, self.source.weights, self.init)
         print(f"all {len(self.source.weights)} tensors of the network from {self.init}")
         print("\n".join(leakage_report(self.seen, self.init)))

@@ -260,8 +260,12 @@ def _compare(file: Path) -> None:
         raise DamagedCheckpoint(str(error)) from error
 
 
-def read_weights(path: str | Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(
+    path: str | Path, *, tensors: bool = True, shapes: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights (none without `tensors`) and description from a run folder, checkpoint folder or file.
+
+    With `shapes` the weights are on the meta device: their numbers are not read.
 
     Weights that were stored in half the precision, to save space, are returned in float32.
 
@@ -273,16 +277,16 @@ def read_weights(path: str | Path, *, tensors: bool = True) -> tuple[dict[str, T
     for _ in range(RETRIES):
         file = find_weights(path)
         try:
-            return _read(file, tensors)
+            return _read(file, tensors, shapes)
         except (OSError, ValueError):
             if file.is_file():
                 raise
-    return _read(find_weights(path), tensors)  # of a run that goes on: whoever trains it removed the newest since
+    return _read(find_weights(path), tensors, shapes)  # of a run that goes on, whose newest was removed since
 
 
-def _read(file: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`read_weights` of a file."""
-    if tensors:
+    if tensors and not shapes:
         _compare(file)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -292,7 +296,11 @@ def _read(file: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]
             description = _parsed(header, file)
             if description.get("format") != FORMAT:
                 raise ValueError(f"{file}: checkpoint format {description.get('format')}; this version reads {FORMAT}")
-            weights = {name: opened.get_tensor(name) for name in opened.keys() if tensors}  # noqa: SIM118
+            names = list(opened.keys()) if tensors else []
+            if shapes:
+                sizes = {name: opened.get_slice(name).get_shape() for name in names}
+                return {name: torch.empty(size, device="meta") for name, size in sizes.items()}, description
+            weights = {name: opened.get_tensor(name) for name in names}
             half = [name for name, tensor in weights.items() if tensor.dtype == torch.float16]
             return {**weights, **{name: weights[name].float() for name in half}}, description
     except SafetensorError as error:

@@ -19,13 +19,14 @@ NNSSL_PLAN = "nnssl_adaptation_plan"
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")  # used by training scripts
 
 
-def read_source(path: str | Path) -> tuple[Source, dict[str, Any]]:
+def read_source(path: str | Path, *, shapes: bool = False) -> tuple[Source, dict[str, Any]]:
     """Pretrained weights and the checkpoint's description, which is {} for a checkpoint of another package.
 
     Args:
         path: run folder, checkpoint folder or `.safetensors` file of this package; or a `.pt`, `.pth`, `.ckpt` or
             `.bin` file of nnssl, or with a MONAI ViT, ViTAutoEnc or UNETR, from which only plain data and tensors are
             loaded.
+        shapes: of a checkpoint of this package read only the tensors' shapes: they are on the meta device.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint there, or of an unknown kind.
@@ -40,7 +41,7 @@ def read_source(path: str | Path) -> tuple[Source, dict[str, Any]]:
             return transfer.from_monai(_tensors(content)), {}
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-    weights, description = read_weights(path)
+    weights, description = read_weights(path, shapes=shapes)
     inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     return Source(inner, description["model"].get("patch_size")), description
 
@@ -79,15 +80,16 @@ def load_pretrained(
         )
     if hasattr(model.encoder, "levels"):
         return _load_swin(init, source, description, model, model_config)
-    note = ""
+    note, differs = "", None
     if description:
-        transfer.check_position(description["model"], model_config)
+        differs = transfer.other_position(description["model"], model_config)
     elif isinstance(model.encoder, SWViT):
         block: Any = model.encoder.blocks[0]
         heads = block.attention.num_heads
         note = f"\n{init} does not contain its number of heads: {heads} assumed"
     plan = transfer.plan_transfer(source, model.encoder)
-    refused = transfer.why_refused(plan, model.encoder, _of_size(description.get("model", {}), model_config))
+    untrained = transfer.why_refused(plan, model.encoder, _of_size(description.get("model", {}), model_config))
+    refused = "; ".join(filter(None, (untrained, differs)))  # at once: whoever adds both has a command that runs
     if not explain:
         if refused:
             raise ValueError(refused)
@@ -122,12 +124,12 @@ def _load_swin(
     init: str, source: Source, description: Mapping[str, Any], model: nn.Module, model_config: Mapping[str, Any]
 ) -> str:
     """Load a SA-Swin into a network that has the same encoder and cross-attention; returns the report to print."""
-    for key in ("position", "norm"):  # not visible in the shape of any tensor
-        before, now = description.get("model", {}).get(key), model_config.get(key)
-        if before != now:
-            raise ValueError(
-                f"{init} was pretrained with {key}={before}, this model has {now}: add model.{key}={before}"
-            )
+    before = description.get("model", {})
+    # Not visible in the shape of any tensor.
+    if differing := [key for key in ("position", "norm") if before.get(key) != model_config.get(key)]:
+        had = [f"{key}={before.get(key)}" for key in differing]
+        has, add = ", ".join(str(model_config.get(key)) for key in differing), " ".join(f"model.{one}" for one in had)
+        raise ValueError(f"{init} was pretrained with {', '.join(had)}, this model has {has}: add {add}")
     return f"{transfer.transfer_sa_swin(source, model)}, from {init}"
 
 

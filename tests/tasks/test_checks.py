@@ -26,7 +26,6 @@ WRONG = [
     ("finetune data.store={store} out=o transfer=no", "transfer=no: choose load, explain"),
     ("finetune data.store={store} out=o data.split.fold=all", "fold=all needs the number of folds: add"),
     ("finetune data.store={store} out=o policy=ibsrr", "policy=ibsrr: choose ibsr, "),
-    ("finetune data.store={store} out=o plan=only init=nowhere", "nowhere: no checkpoint here"),
     ("finetune method=restore data.root=nowhere out=o", "nowhere: no such folder"),
     ("predict checkpoint=. input=nowhere out=o", "nowhere: no such file or folder"),
     ("predict checkpoint=nowhere input=. out=o", "nowhere: no checkpoint here"),

@@ -220,7 +220,7 @@ def without_voxels(store: Path, tmp_path: Path) -> Path:
     ("command", "arguments"),
     [
         ("pretrain", ["model=asa_tiny", "crop=32"]),
-        ("finetune", ["model=unet_tiny", "crop=[64,32,32]", "init=asa://tiny-t1"]),
+        ("finetune", ["model=unet_tiny", "crop=[64,32,32]", "init=not/there/yet"]),
     ],
 )
 def test_a_plan_needs_no_arrays_and_writes_nothing(
@@ -230,6 +230,7 @@ def test_a_plan_needs_no_arrays_and_writes_nothing(
     monkeypatch.setattr(sys, "argv", [f"asa-{command}", *given, "plan_rate=2", *arguments])
     assert COMMANDS[command].main() == 0
     out = capsys.readouterr().out
+    assert ("is not checked: not/there/yet: no checkpoint here" in out) == (command == "finetune")
     for part in (
         "encoder",
         "GFLOP forward",

@@ -1,5 +1,6 @@
 """The encoders that the package brings: whole, small, loaded offline, and better than first weights."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.linear_model import RidgeCV
 from torch import nn
 
 import asa
+from asa.cli import finetune
 from asa.data.datasets import phantom
 from asa.data.io.files import check_digest
 from asa.data.phantom.structures import STRUCTURES
@@ -61,6 +63,25 @@ def test_an_encoder_is_named_for_a_network_that_it_fits_and_for_no_other() -> No
     assert fitting_shipped(fits, TINY) == ["asa://tiny-t1"]
     assert fitting_shipped(vit_conv_tiny(3, img_size=(32, 32, 64)), {}) == []  # the paper's encoding and order
     assert fitting_shipped(vit_seg_base(3, img_size=32, **TINY), TINY) == []
+
+
+@pytest.mark.parametrize("others", [[], ["model=unet_tiny"], ["model.position=mirror_sincos"]])
+def test_a_refusal_of_an_encoder_holds_all_that_the_command_needs_to_run(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], others: list[str]
+) -> None:
+    given = [f"data.store={store}", f"out={tmp_path}/run", "init=asa://tiny-t1", "crop=64", *others]
+    said = []
+    for further in (["plan=only", "plan_rate=1"], []):
+        assert finetune.main([*given, *further]) == 1
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]  # a plan checks it, too
+    needed = re.findall(r"\bmodel(?:\.\w+)?=\w+(?=[ ,]|$)", said[0])
+    assert finetune.main([*given, *needed, "plan=only", "plan_rate=1"]) == 0
+    assert finetune.main([*given, *needed, "transfer=explain"]) == 0
+    assert "the transfer is possible" in capsys.readouterr().out
+    assert finetune.main([*given, "transfer=explain"]) == 0  # it lists the tensors of one that is refused, too
+    explained = capsys.readouterr().out
+    assert "encoder.patch_embed.weight" in explained and said[0].partition("error: ")[2].strip() in explained
 
 
 def tokens_and_parts(encoder: nn.Module, volume: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
