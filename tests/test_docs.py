@@ -123,6 +123,15 @@ def test_a_page_opened_from_the_disk_is_searched(site: Path) -> None:
         assert found[1].strip()[0].isdigit() == (word == "asymmetry")
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_the_search_finds_the_pages_first_that_have_all_words(site: Path) -> None:
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
+    page = f"{(site / 'commands/asa-view.html').as_uri()}?q=asa%20run"
+    shown = subprocess.run(["chromium", *options, page], capture_output=True, text=True, timeout=60).stdout
+    found = re.findall(r'<li class="md-search-result__item"><a href="[^"?]*/(\w[\w.-]*)\.html', shown)
+    assert {"asa-run", "workflow"} <= set(found[:4])
+
+
 def test_the_manual_fetches_nothing_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         for source in re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text()):

@@ -47,7 +47,7 @@ class Command:
         """Run it as on the command line; returns its exit code, see `run_command`."""
         given, keys = list(sys.argv[1:] if arguments is None else arguments), iter(self.words)
         named = [word if word.startswith("-") or "=" in word else _with_key(next(keys, ""), word) for word in given]
-        return run_command(self.name, self.about, self._call, named)
+        return run_command(self.name, self.about, self._call, named, self.words)
 
     def _call(self, config: Config) -> None:
         pkgutil.resolve_name(self.target)(config)
@@ -63,6 +63,7 @@ def run_command(
     about: str,
     main: Callable[[Config], object],
     arguments: Sequence[str] | None = None,
+    words: Sequence[str] = (),
 ) -> int:
     """Parse the command line, compose the configuration, and run.
 
@@ -73,14 +74,16 @@ def run_command(
         about: what it does, for `--help`.
         main: gets the composed configuration.
         arguments: the command line; that of the process by default.
+        words: keys of arguments that are typed without one, for `--help`.
 
     Returns:
         0; 1 after an error, which is printed in one line; `RESUME_CODE` where a run was asked to stop and has saved;
         130 after Ctrl-C. Of several processes only the main one prints, but for errors.
     """
+    typed = " ".join([*map(str.upper, words), "key=value ..."])
     parser = argparse.ArgumentParser(
         prog=f"asa-{command}",
-        usage=f"asa-{command} [--help] [--version] [--print] [--config-dir DIR] [--traceback] key=value ...",
+        usage=f"asa-{command} [--help] [--version] [--print] [--config-dir DIR] [--traceback] {typed}",
         description=f"{about}\n\nexamples:\n{indent(examples(command), '  ')}",
         epilog=help_text(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -87,7 +87,7 @@ def sections(command: str, *, every: bool = False) -> list[Section]:
     used = set(re.findall(r"[\s'+]([\w.]+)=", examples(command)))
     first = [key for key in keys if key.required or key.name in used]
     others = [key for key in keys if key not in first]
-    return [Section("Set most often", first), Section("Others", others), *found]
+    return [Section("Set most often", first), *([Section("Others", others)] if others else []), *found]
 
 
 def help_text(command: str) -> str:

@@ -41,6 +41,15 @@ def test_help_begins_with_three_examples_that_compose(shown: str, name: str, cap
         assert COMMANDS[name].main([*arguments, "--print"]) == 0, capsys.readouterr().err
 
 
+@every_command("shown", "name")
+def test_help_has_no_empty_section_and_shows_the_words_that_are_typed_without_a_key(shown: str, name: str) -> None:
+    assert not any(section.keys == [] for section in sections(name))
+    words = " ".join(map(str.upper, COMMANDS[name].words))
+    assert f"[--traceback] {words and f'{words} '}key=value ...\n" in shown
+    assert not re.search(r"\babove (is|are)\b", shown)  # the keys that a comment names are in another order there
+    assert name != "finetune" or "asa://tiny-t1" in shown
+
+
 @every_command("shown")
 def test_help_has_no_words_of_the_parser_of_settings(shown: str) -> None:
     assert HYDRA.findall(shown) == []
@@ -51,8 +60,9 @@ def test_help_has_no_words_of_the_parser_of_settings(shown: str) -> None:
 def test_every_key_is_listed_once_with_its_meaning(name: str) -> None:
     for section in sections(name, every=True):
         assert [key.name for key in section.keys if not key.note] == [], section.title
-    first, others, *groups = sections(name)
-    names = [key.name for key in (*first.keys, *others.keys)]
+    first, *groups = sections(name)
+    others = [key for group in groups if group.title == "Others" for key in group.keys]
+    names = [key.name for key in (*first.keys, *others)]
     assert len(names) == len(set(names)) and {key.name for key in first.keys if key.required} <= set(names)
     listed = {*names, *(key.name for group in groups for key in group.keys)}
     required = {key.name: "x" for key in first.keys if key.required}
