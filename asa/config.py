@@ -108,8 +108,8 @@ def locate(target: Any, allowed: Sequence[str]) -> Any:
     module_name, _, name = target.rpartition(".")
     if not _lies_under(module_name, allowed):
         raise ValueError(
-            f"_target_={target} is not allowed: only what lies under {', '.join(allowed)}; packages of your own go "
-            "into plugins"
+            f"_target_={target} is not allowed: only what lies under {', '.join(allowed)}; give a package of "
+            "your own as plugins=[mine]"
         )
     try:
         function = getattr(importlib.import_module(module_name), name)

@@ -37,6 +37,11 @@ def listed(ids: Sequence[str], limit: int = 20) -> str:
     return ", ".join(ids[:limit]) + more
 
 
+def counted(number: int, unit: str) -> str:
+    """A number with its unit, like "1 scan" or "2 scans"."""
+    return f"{number} {unit}{'' if number == 1 else 's'}"
+
+
 def grouped(messages: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
     """Messages of scans by their text: which scans each is said of, in order."""
     found: dict[str, list[str]] = {}

@@ -10,7 +10,7 @@ from untrained import a_scan, checkpoint
 
 from asa.cli import main
 from asa.data.preprocessing import scan
-from asa.errors import listed, reason_of
+from asa.errors import counted, listed, reason_of
 from asa.inference.segmentation import Segmenter
 from asa.methods.pretrain import MaskedPretraining
 
@@ -133,3 +133,7 @@ def check_removed(out: Path, command: str, file: Path, capsys: pytest.CaptureFix
 
 def test_ids_are_listed_up_to_a_limit_with_the_number_of_the_others() -> None:
     assert [listed(list("abc"), limit) for limit in (4, 3, 2)] == ["a, b, c", "a, b, c", "a, b and 1 more"]
+
+
+def test_one_of_a_kind_has_no_plural() -> None:
+    assert [counted(number, "scan") for number in (0, 1, 2)] == ["0 scans", "1 scan", "2 scans"]

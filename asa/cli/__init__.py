@@ -82,6 +82,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command by its name; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["help"]:
+        given = [*given[1:2], "--help"]
     if given and given[0] in COMMANDS:
         return COMMANDS[given[0]].main(given[1:])
     parser = argparse.ArgumentParser(

@@ -46,6 +46,7 @@ class Command:
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run it as on the command line; returns its exit code, see `run_command`."""
         given, keys = list(sys.argv[1:] if arguments is None else arguments), iter(self.words)
+        given = ["--help"] if given == ["help"] else given
         named = [word if word.startswith("-") or "=" in word else _with_key(next(keys, ""), word) for word in given]
         return run_command(self.name, self.about, self._call, named, self.words)
 

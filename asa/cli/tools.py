@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from asa.cli.front import Config
-from asa.errors import grouped
+from asa.errors import counted, grouped
 
 
 def make_phantoms(config: Config) -> None:
@@ -12,7 +12,7 @@ def make_phantoms(config: Config) -> None:
 
     out = Path(str(config["out"]))
     files = make_cohort(**{**config, "out": out})
-    print(f"wrote {len(files)} files to {out}")
+    print(f"wrote {counted(len(files), 'file')} to {out}")
 
 
 def orient(config: Config) -> None:
@@ -27,10 +27,11 @@ def orient(config: Config) -> None:
     for name, reason in report.failures.items():
         print(f"{name}: failed: {reason}")
     if report.kept:
-        print(f"{len(report.kept)} files store an orientation and were not written, like {report.kept[0]}")
+        print(f"not written, as an orientation is stored: {counted(len(report.kept), 'file')}, like {report.kept[0]}")
     if report.failures:
-        raise ValueError(f"{len(report.failures)} files failed, listed above")
-    print(f"wrote {len(report.written)} files to {config['out']}: check some of them, left and right above all")
+        raise ValueError(f"{counted(len(report.failures), 'file')} failed, listed above")
+    written = counted(len(report.written), "file")
+    print(f"wrote {written} to {config['out']}: check the results, left and right above all")
 
 
 def convert_dicom(config: Config) -> None:
@@ -49,12 +50,13 @@ def convert_dicom(config: Config) -> None:
         print(f"{names[0]}{others}: warning: {warning}")
     if not report.written:
         raise ValueError(f"{config['input']}: no series is a volume")
+    volumes = counted(len(report.written), "volume")
     if report.failures:
         raise ValueError(
-            f"{len(report.failures)} series or files are in no volume, listed above; {len(report.written)} volumes "
+            f"{len(report.failures)} series or files are in no volume, listed above; {volumes} "
             f"written to {config['out']}"
         )
-    print(f"wrote {len(report.written)} volumes to {config['out']}; names and {TABLE} hold patients' ids and dates")
+    print(f"wrote {volumes} to {config['out']}; names and {TABLE} hold patients' ids and dates")
 
 
 def export(config: Config) -> None:

@@ -29,6 +29,7 @@ from typing import IO, Any, overload
 import numpy as np
 
 from asa.data.io.files import JSON, check_id, make_below, naming, open_unlinked, read_json, sha256_of, write_whole
+from asa.errors import counted
 
 FORMAT, RECORDS_INSIDE = 3, 2  # the earlier format has its records inside the manifest
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
@@ -87,7 +88,7 @@ class Store:
     def __repr__(self) -> str:
         subjects = len(set(self.records.subjects))
         labels = f", labels {', '.join(self.labels.values())}" if self.labels else ", no labels"
-        scans = f"{len(self)} scans of {subjects} subjects"
+        scans = f"{counted(len(self), 'scan')} of {counted(subjects, 'subject')}"
         return f"Store({str(self.path)!r}: {scans}, channels {', '.join(self.channels)}{labels})"
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from asa.errors import counted
 from asa.evaluation.statistics import nullable, resample_subjects
 
 BINS = 15  # of confidence, for the calibration error
@@ -46,7 +47,8 @@ class ClassScores:
         """The scores in a line, and a line for each class."""
         lines = [
             f"AUC {self.auc:.3f} ({self.auc_low:.3f} to {self.auc_high:.3f}), balanced accuracy "
-            f"{self.balanced_accuracy:.3f}, ECE {self.ece:.3f}, {self.scans} scans of {self.subjects} subjects"
+            f"{self.balanced_accuracy:.3f}, ECE {self.ece:.3f}, "
+            f"{counted(self.scans, 'scan')} of {counted(self.subjects, 'subject')}"
         ]
         for name, row in zip(classes, self.confusion, strict=True):
             found = ", ".join(f"{count} as {other}" for count, other in zip(row, classes, strict=True) if count)
@@ -217,7 +219,8 @@ class NumberScores:
 
         return (
             f"{column}: MAE {shown('mae', '.3g')}, of the training mean {self.mean_predictor_mae:.3g}, R2 "
-            f"{shown('r2', '.3f')}, r {shown('correlation', '.3f')}, {self.scans} scans of {self.subjects} subjects\n"
+            f"{shown('r2', '.3f')}, r {shown('correlation', '.3f')}, "
+            f"{counted(self.scans, 'scan')} of {counted(self.subjects, 'subject')}\n"
             f"  error on average {shown('bias', '+.3g')}, and per unit of {column} {shown('bias_slope', '+.3f')}"
         )
 

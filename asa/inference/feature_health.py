@@ -94,8 +94,8 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
     ratio = metrics[error[0]] / max(metrics[error[1]], 1e-12)
     if warm and ratio > NO_BETTER:
         lines.append(
-            f"ALARM: no better than the {predictor_of(error[1])}: {error[0]} is {ratio:.2f} of its after the warm-up: "
-            "raise or lower optim.lr, and check the volumes of the store"
+            f"ALARM: no better than the {predictor_of(error[1])}: after the warm-up {error[0]} is {ratio:.2f} times "
+            f"{error[1]}: raise or lower optim.lr, and check the volumes of the store"
         )
     return lines
 

@@ -30,10 +30,11 @@ class FeatureExtractor:
         img_size: int | Sequence[int] | None = None,
         strip: str | None = None,
         device: str = "auto",
+        plugins: Sequence[str] = (),
     ) -> None:
         self.preprocessor = ScanPreprocessor(str(checkpoint), read_description(checkpoint)["data"], strip)
         self.device = pick_device(device)
-        self.encoder: Any = load_encoder(checkpoint, img_size=img_size).to(self.device)
+        self.encoder: Any = load_encoder(checkpoint, img_size=img_size, plugins=plugins).to(self.device)
 
     def crop(self, volume: np.ndarray) -> np.ndarray:
         """A prepared volume `(C, D, H, W)`, cropped or padded about its centre to the encoder's size."""
@@ -68,6 +69,7 @@ def features(
     img_size: int | Sequence[int] | None = None,
     strip: str | None = None,
     device: str = "auto",
+    plugins: Sequence[str] = (),
 ) -> np.ndarray:
     """The tokens of a raw scan in the encoder of a checkpoint.
 
@@ -80,6 +82,7 @@ def features(
         img_size: input size in voxels, one number or (D, H, W); None: that of the training.
         strip: skull stripping, as in `PrepareSettings`; None: that of the training scans.
         device: "auto" (a GPU if there is one), "cpu", "cuda", ...
+        plugins: packages of your own that the checkpoint's network may come from.
 
     Returns:
         `(E, d, h, w)` float32, in RAS+ order: inferior to superior, posterior to anterior, left to right.
@@ -88,6 +91,6 @@ def features(
         FileNotFoundError, ValueError: no checkpoint or scan there, a network without an encoder, a size that it cannot
             take, or a scan that cannot be prepared like the training scans.
     """
-    extractor = FeatureExtractor(checkpoint, img_size=img_size, strip=strip, device=device)
+    extractor = FeatureExtractor(checkpoint, img_size=img_size, strip=strip, device=device, plugins=plugins)
     images = path if isinstance(path, Mapping) else {extractor.preprocessor.channels[0]: path}
     return extractor.tokens(extractor.preprocessor.prepare(images)[0].image)

@@ -70,7 +70,8 @@ def check_finite(values: Any, what: str) -> None:
     Raises:
         ValueError: some are not finite.
     """
-    if not bool(torch.as_tensor(values).isfinite().all()):
+    finite = values.isfinite() if isinstance(values, torch.Tensor) else np.isfinite(values)
+    if not bool(finite.all()):
         raise ValueError(f"{what} has values that are not finite: the weights, or the scan's intensities, are unusable")
 
 

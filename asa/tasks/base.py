@@ -89,7 +89,9 @@ def find_task(name: str, plugins: Sequence[str] = ()) -> type[Task]:
         ValueError: there is none.
     """
     if name not in BUILT_IN and ("." not in name or not plugins):
-        raise ValueError(f"no task {name[:80]!r}: there are {', '.join(BUILT_IN)}, and package.module.Class of plugins")
+        raise ValueError(
+            f"no task {name[:80]!r}: there are {', '.join(BUILT_IN)}, and package.module.Class with plugins=[package]"
+        )
     found = locate(BUILT_IN[name], ("asa.tasks", *PACKAGES)) if name in BUILT_IN else locate(name, plugins)
     if not isinstance(found, type) or getattr(found, "command", None) not in ("pretrain", "finetune"):
         raise ValueError(f"{name}: no task: it has no command, pretrain or finetune")

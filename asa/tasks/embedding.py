@@ -18,6 +18,7 @@ from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import check_own, check_table, csv_text, read_column, write_numbers
 from asa.data.store import MANIFEST, Store
+from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
 from asa.evaluation.tables import matched, numbers, table_in
@@ -51,7 +52,8 @@ class Embedder:
         if self.parts == "labels" and (self.store is None or not self.store.labels):
             raise ValueError("of=labels: needs the labels of a store, input=STORE")
         self.extractor = FeatureExtractor(
-            str(config["checkpoint"]), img_size=config["img_size"], strip=config["strip"], device=config["device"]
+            str(config["checkpoint"]),
+            **{key: config[key] for key in ("img_size", "strip", "device", "plugins")},
         )
         self.preprocessor = self.extractor.preprocessor
         self.rows: dict[str, dict[str, np.ndarray]] = {}
@@ -66,10 +68,10 @@ class Embedder:
             array = io.BytesIO()
             np.save(array, row.astype(np.float32))
             write_whole(self.table.parent / f"{id}.npy", array.getvalue())
-        return f"wrote {self.table}: {len(rows)} scans"
+        return f"wrote {self.table}: {counted(len(rows), 'scan')}"
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        volume = np.asarray(image, dtype=np.float32)
+        volume = np.array(image, dtype=np.float32)  # that of a store is read-only, of which PyTorch warns
         tokens, head = self.extractor.tokens(volume), (volume != 0).any(axis=0)
         if not head.any():
             raise ValueError("every voxel is 0")
@@ -124,14 +126,16 @@ def evaluate_probe(config: Config) -> None:
     found = predict(features, values, subjects, folds, FITS[probe])
     written: dict[str, Any] = {"column": column, "probe": probe, "folds": folds, "scans": len(rows)}
     written |= nullable(found.scores)
-    lines = [f"{column}: {found.text()}, {len(rows)} scans of {len(set(subjects))} subjects, {folds} folds"]
+    lines = [f"{column}: {found.text()}, {counted(len(rows), 'scan')} of {len(set(subjects))} subjects, {folds} folds"]
     if (group := config["group"]) is not None:
         groups, written["groups"] = _complete(truth, group, scans), {}
         for name in sorted(set(groups)):
             part, gap = found.only(groups == name), found.gap(groups == name)
             written["groups"][name] = nullable(part.scores) | {"gap": nullable(gap)}
             less = "{gap:+.3g} ({low:+.3g} to {high:+.3g})".format(**gap)
-            lines.append(f"  {group} {name}: {part.text()}, {len(part.truth)} scans, less the others' {less}")
+            lines.append(
+                f"  {group} {name}: {part.text()}, {counted(len(part.truth), 'scan')}, less the others' {less}"
+            )
     sites = None
     if (site := config["site"]) is not None:
         sites = site, list(_complete(truth, site, scans))
@@ -156,7 +160,7 @@ def _complete(table: Path, column: str, scans: list[dict[str, str]]) -> np.ndarr
     found = read_column(table, column, scans)
     if len(found) < len(scans):
         raise ValueError(
-            f"{table}: {len(scans) - len(found)} scans have no {column}: fill it in, or leave the setting out"
+            f"{table}: no {column} of {counted(len(scans) - len(found), 'scan')}: fill it in, or leave the setting out"
         )
     return np.array([found[scan["id"]] for scan in scans])
 

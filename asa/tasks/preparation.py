@@ -11,6 +11,7 @@ from asa.data.io.files import NOT_HERE, PART
 from asa.data.io.lock import LOCK
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import MANIFEST, RECORDS, Store
+from asa.errors import counted
 
 if TYPE_CHECKING:
     from asa.data.preprocessing.cohort import CohortReport
@@ -54,7 +55,8 @@ def prepare_task(config: Config) -> None:
         quality.finish(cohort.settings.as_json())
         print(f"wrote {quality.folder / TABLE} and {quality.folder / PAGE}")
     if report.failures and (config["failed"] == "refuse" or not (report.prepared or report.skipped)):
-        raise ValueError(f"{len(report.failures)} scans failed, listed above: fix or leave them out, and run again")
+        failed = counted(len(report.failures), "scan")
+        raise ValueError(f"{failed} failed, listed above: fix or leave them out, and run again")
 
 
 def _is_foreign(path: Path) -> bool:
@@ -73,8 +75,8 @@ def verify(path: Path) -> None:
     for id, reason in damaged:
         print(f"{id}: {reason}")
     if damaged:
-        raise ValueError(f"{len(damaged)} scans of {path} are damaged, listed above with what to do")
-    print(f"{path}: all {len(store)} scans are unchanged")
+        raise ValueError(f"{path}: {counted(len(damaged), 'scan')} damaged, listed above with what to do")
+    print(f"{path}: {counted(len(store), 'scan')} unchanged, all of them")
 
 
 def _scheduler(config: Config) -> str | None:

@@ -24,6 +24,7 @@ from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.data.store import Store
+from asa.errors import counted
 from asa.evaluation.tables import evaluate_asymmetry
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
 from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
@@ -111,9 +112,9 @@ class Pretraining(VolumeTask):
 
     def begin(self, run: Path) -> None:
         held_out = len(self.parts["validation"])
-        on = f"{held_out} held-out scans" if held_out else "training scans"
+        on = f"{counted(held_out, 'held-out scan')}" if held_out else "training scans"
         self.init.write(run)
-        print(f"pretraining on {len(self.parts['train'])} scans, validated on {on}, in {run}")
+        print(f"pretraining on {counted(len(self.parts['train']), 'scan')}, validated on {on}, in {run}")
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
         name, trivial = method.error

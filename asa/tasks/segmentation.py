@@ -27,6 +27,7 @@ from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
 from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
 from asa.data.store import MANIFEST, Store
+from asa.errors import counted
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.label_maps import Outputs, ScanSegmenter
@@ -157,7 +158,7 @@ class Segmentation(VolumeTask):
         start = f"the encoder of {self.config['init']}" if self.config["init"] else "scratch"
         train, validation = len(self.parts["train"]), len(self.parts["validation"])
         others = f" and {len(self.unlabelled.records)} unlabelled ones" if self.unlabelled else ""
-        print(f"fine-tuning from {start} on {train} scans{others}, validated on {validation}, in {run}")
+        print(f"fine-tuning from {start} on {counted(train, 'scan')}{others}, validated on {validation}, in {run}")
         if self.unlabelled:
             self.unlabelled.carry_labels()
 

@@ -14,7 +14,7 @@ from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_
 from asa.data.loading.crops import CropDataset, VolumeSource
 from asa.data.splits import keep_labelled, make_split, read_split, select
 from asa.data.store import Store
-from asa.errors import listed
+from asa.errors import counted, listed
 from asa.inference.preprocessing import training_scan_metadata
 from asa.methods.base import Batch
 from asa.models.transfer import POSITIONS, Source, other_position
@@ -299,7 +299,7 @@ def leakage_report(seen: list[LeakedSubject] | None, init: str) -> list[str]:
     lines = []
     if scans := [one for one in seen if one.match == "scan"]:
         lines.append(
-            f"warning: {init} was trained on scans of {len(scans)} held-out subjects ({_by_part(scans)}): "
+            f"warning: {init} was trained on scans of {counted(len(scans), 'held-out subject')} ({_by_part(scans)}): "
             "pretrain with them held out (data.split_file), or read their scores as optimistic"
         )
     if names := [one for one in seen if one.match == "name"]:

@@ -22,6 +22,7 @@ from asa.data.io.nifti import Volume
 from asa.data.io.tables import PREDICTED, RESERVED, as_number, check_own, read_column
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
+from asa.errors import counted
 from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers, weighted_cross_entropy
 from asa.evaluation.tables import evaluate_classes, evaluate_numbers
 from asa.inference.segmentation import PredictSettings
@@ -134,7 +135,7 @@ class Classification(WholeScans):
     def begin(self, run: Path) -> None:
         self.init.write(run)
         counts = ", ".join(f"{count} {self.names[k]}" for k, count in sorted(self.counts.items()))
-        print(f"classifying {len(self.parts['train'])} scans ({counts}), in {run}")
+        print(f"classifying {counted(len(self.parts['train']), 'scan')} ({counts}), in {run}")
 
     def validated(self, method: Any) -> dict[str, float]:
         scores, probabilities = self._score(method.model, method, "validation")
@@ -211,8 +212,8 @@ class Regression(WholeScans):
         if without:
             print(f"left out, without {self.column} in the table: {', '.join(sorted(without))}")
         print(
-            f"regression of {self.column} ({self.mean:.4g}, SD {self.sd:.4g}) on {len(self.parts['train'])} scans, "
-            f"in {run}"
+            f"regression of {self.column} ({self.mean:.4g}, SD {self.sd:.4g}) on "
+            f"{counted(len(self.parts['train']), 'scan')}, in {run}"
         )
 
     def validated(self, method: Any) -> dict[str, float]:

@@ -403,7 +403,9 @@ def compare_shapes(model: nn.Module, weights: Mapping[str, Tensor], source: str)
             )
 
 
-def load_encoder(path: str | Path, *, img_size: int | Sequence[int] | None = None) -> nn.Module:
+def load_encoder(
+    path: str | Path, *, img_size: int | Sequence[int] | None = None, plugins: Sequence[str] = ()
+) -> nn.Module:
     """The encoder of a checkpoint's network, with its weights, in evaluation mode.
 
     Args:
@@ -411,11 +413,12 @@ def load_encoder(path: str | Path, *, img_size: int | Sequence[int] | None = Non
             `load_model` takes.
         img_size: volume size in voxels that it is to take, one number or (D, H, W), with the position encoding of this
             size; None: that of the training.
+        plugins: as for `load_model`.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint there, a network without an encoder, or a size that it cannot take.
     """
-    encoder: Any = getattr(read_model(path, img_size=img_size)[0], "encoder", None)
+    encoder: Any = getattr(read_model(path, img_size=img_size, plugins=plugins)[0], "encoder", None)
     if not hasattr(encoder, "token_grid"):
         raise ValueError(
             f"{path}: this network has no encoder with tokens to read: give a run of asa-pretrain or of segmentation"

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from asa.cli import COMMANDS
+from asa.cli import COMMANDS, main
 from asa.cli.manual import examples, sections
 from asa.config import compose, flatten
 
@@ -90,3 +90,11 @@ def test_the_keys_of_the_examples_come_first() -> None:
     keys = [key.name for key in sections("finetune")[0].keys]
     assert {"out", "data.store", "init", "experiment", "train.steps"} <= set(keys) and "transfer" not in keys
     assert "train.steps=5000" in examples("finetune")
+
+
+@pytest.mark.parametrize("words", ["help", "prepare help", "help prepare", "run help"])
+def test_help_is_asked_for_by_its_name_too(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    name = "-".join(["asa", *(word for word in words.split() if word != "help")])
+    assert not ended.value.code and capsys.readouterr().out.startswith(f"usage: {name} ")

@@ -98,7 +98,7 @@ def test_fine_tuning_warns_of_leaked_subjects(command, store: Path, tmp_path: Pa
     arguments = [f"data.store={own}", f"data.split_file={tmp_path}/split.json", *FINETUNE]
     out = command("finetune", f"out={tmp_path}/fine", f"init={tmp_path}/pre", *arguments)
     (warning,) = (line for line in out.splitlines() if line.startswith("warning"))
-    assert "scans of 1 held-out subjects (test: b2)" in warning and "optimistic" in warning
+    assert "scans of 1 held-out subject (test: b2)" in warning and "optimistic" in warning
     (note,) = (line for line in out.splitlines() if line.startswith("note"))
     assert "(test: b3)" in note
     assert json.loads((tmp_path / "fine" / "seen.json").read_text()) == {

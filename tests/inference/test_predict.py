@@ -26,7 +26,8 @@ from asa.data.store import Store
 from asa.inference import segmentation
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, count_windows, sliding_window
-from asa.inference.uncertainty import KINDS, expected_dice
+from asa.inference.uncertainty import expected_dice
+from asa.settings import UNCERTAINTIES
 from asa.training.checkpoint import read_weights, save_checkpoint
 
 REGIONS = {
@@ -528,7 +529,7 @@ def test_maps_of_uncertainty_follow_their_formulas_on_the_scans_own_grid(tmp_pat
     more = REGIONS if regions else {}
     runs = [checkpoint(tmp_path / str(seed), seed, prepare={"crop": "none"}, **more) for seed in range(3)]
     scan = a_scan(tmp_path)
-    for kind in KINDS:
+    for kind in UNCERTAINTIES:
         segmenter = Segmenter(runs, SETTINGS, uncertainty=kind)
         segmenter.segment_file({"t1": scan}, tmp_path / "label.nii.gz", uncertainty=tmp_path / "map.nii.gz")
         found = nibabel.load(tmp_path / "map.nii.gz")

@@ -59,6 +59,14 @@ def embedded(cohort: Path, out: Path, *settings: str) -> dict[str, dict[str, str
         return {row["id"]: row for row in csv.DictReader(file)}
 
 
+def test_the_features_of_a_store_come_without_warnings(cohort: Path, tmp_path: Path, capsys) -> None:
+    capsys.readouterr()
+    embedded(cohort, tmp_path, f"input={cohort / 'store'}")
+    assert "warning" not in (printed := capsys.readouterr().out) and f": {SCANS} scans" in printed
+    with pytest.raises(FileNotFoundError, match=r"^nothere.nii: no such file; check the path, or leave this scan out$"):
+        features("nothere.nii", cohort / "run", device="cpu")
+
+
 def vector(row: dict[str, str], part: str) -> np.ndarray:
     return np.array([float(value) for name, value in row.items() if name.startswith(f"{part}_")])
 

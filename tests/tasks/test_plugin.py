@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import asa
+from asa.tasks.run import call
 from asa.training.checkpoint import read_description
 
 PACKAGE = '''
@@ -161,8 +162,12 @@ def test_a_task_of_another_package_is_planned_trained_and_asked_for_predictions(
     assert "regression in" in (printed := capsys.readouterr().out) and "error 0." in printed
     assert read_description(run)["task"] == "brainvolume.BrainVolume"
 
-    with pytest.raises(ValueError, match="plugins"):
+    with pytest.raises(ValueError, match=r"package.module.Class with plugins=\[package\]"):
         asa.predict(run, store, tmp_path / "out")
+    not_allowed = r"is not allowed: .* give a package of your own as plugins=\[mine\]"
+    for plugins, said in (([], not_allowed), (["brainvolume"], "no encoder with tokens to read")):
+        with pytest.raises(ValueError, match=said):
+            call("embed", {"checkpoint": str(run), "input": str(store), "out": str(tmp_path), "plugins": plugins})
     for source, out, part in ((store, "stored", "test"), (raw / "s0_T1.nii.gz", "raw", None)):
         asa.predict(run, source, tmp_path / out, part=part, plugins=["brainvolume"])
         with (tmp_path / out / "volumes.csv").open(newline="") as table:

@@ -68,7 +68,7 @@ def test_a_continued_run_is_trained_and_knows_the_scans_of_both(
     parts = {"data.split_file": split(tmp_path, "s2", test="s0")}
     run = asa.pretrain(store, tmp_path / "run", crop=[32, 32, 64], init=str(first), **TINY, **parts)
     out = capsys.readouterr().out
-    assert "tensors of the network from" in out and "trained on scans of 1 held-out subjects (test: s0)" in out
+    assert "tensors of the network from" in out and "trained on scans of 1 held-out subject (test: s0)" in out
     data = read_description(run)["data"]
     records = [record for record in Store(store).records if record["subject"] in ("s0", "s1", "s2")]
     assert {key: data[key] for key in ("scans", "subjects")} == training_digests(records)

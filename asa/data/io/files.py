@@ -290,7 +290,7 @@ def check_present(path: Path) -> None:
     if pointer:
         raise FileNotFoundError(f"{path}: {NOT_HERE}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path or take the case out of the cohort")
+        raise FileNotFoundError(f"{path}: no such file; check the path, or leave this scan out")
 
 
 def write_digests(folder: Path, names: Iterable[str]) -> None:

@@ -316,12 +316,12 @@ def test_a_changed_byte_is_detected_and_repaired_as_the_message_says(raw: Path) 
     content[-1000] ^= 1
     array.write_bytes(content)
     found = command(*settings(raw, out, "verify=true"))
-    assert found.code == 1 and "1 scans of" in found.err and "are damaged" in found.err
+    assert found.code == 1 and ": 1 scan damaged, listed above" in found.err
     assert found.out.splitlines() == [f"{GOOD[1]}: {array}: bytes changed; delete it and run asa-prepare again"]
     array.unlink()
     assert command(*settings(raw, out)).code == 0
     assert bytes_of(out) == before
-    assert "all 2 scans are unchanged" in command(*settings(raw, out, "verify=true")).out
+    assert "2 scans unchanged, all of them" in command(*settings(raw, out, "verify=true")).out
 
 
 # ---------------------------------------------------------------------------------------------- identity
