@@ -25,21 +25,21 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 733,
+    "": 789,
     "baselines": 1230,
-    "cli": 768,  # with the tables of every key, for help and the site
-    "data": 7916,
-    "evaluation": 2462,
+    "cli": 776,  # with the tables of every key, for help and the site
+    "data": 7919,
+    "evaluation": 2465,
     "export": 775,
     "inference": 2583,  # with networks that vote beside atlases
     "losses": 475,
     "methods": 697,  # networks are recognised from Python 3.12 on, too
-    "models": 2389,  # with an instance norm for GPUs
-    "ops": 670,
+    "models": 2395,  # with an instance norm for GPUs
+    "ops": 671,
     "reporting": 1785,
-    "restoration": 2246,
-    "tasks": 3191,  # the same
-    "training": 2781,  # with the random state of a GPU
+    "restoration": 2249,
+    "tasks": 3263,  # the same
+    "training": 2797,  # with the random state of a GPU
 }
 # The only places that may import a library.
 HOMES = {
