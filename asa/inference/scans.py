@@ -19,6 +19,7 @@ from asa.data.io.nifti import VOLUME_ENDINGS, Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
 from asa.data.store import Store
+from asa.errors import counted
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 
@@ -114,7 +115,7 @@ def predict_each(
     layout.check_kept()
     written = predictor.finish()
     if failures:
-        raise ValueError(f"{failures} scans failed, listed above")
+        raise ValueError(f"{counted(failures, 'scan')} failed, listed above")
     print(f"{written}; {median(seconds):.1f} s per scan (median of {len(seconds)})" if seconds else written)
 
 

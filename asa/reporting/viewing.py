@@ -83,15 +83,11 @@ def view_task(config: Config) -> None:
     """Write the page that asa-view is asked for.
 
     Raises:
-        FileNotFoundError: no such folder, viewer or scan.
+        FileNotFoundError: no such viewer or scan.
         ValueError: a folder that holds none of what can be shown, or settings that do not fit.
     """
     source, out = Path(str(config["input"])), Path(str(config["out"]))
-    if out.suffix != ".html":
-        raise ValueError(f"out={out}: the page is one file, give a name that ends with .html")
     check_page(out)
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such folder; give a store, a folder of asa-predict, or a run")
     if not isinstance(config["count"], int) or config["count"] < 1:
         raise ValueError(f"count={config['count']}: give a number of scans from 1")
     kind = "store" if (source / MANIFEST).is_file() else "run" if (source / "checkpoints").is_dir() else None

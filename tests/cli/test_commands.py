@@ -210,7 +210,7 @@ def test_a_prediction_never_replaces_the_scan(command, raw: Path, store: Path, t
     given = ("predict", f"checkpoint={tmp_path}/fine", f"input={scans}", f"out={scans}")
     assert failed_in_one_line(command(*given), "is not empty and not a folder of asa-predict")
     (scans / "volumes.csv").write_text("id\n")  # as if it were one
-    assert failed_in_one_line(command(*given), "1 scans failed") and scan.read_bytes() == before
+    assert failed_in_one_line(command(*given), "1 scan failed") and scan.read_bytes() == before
 
 
 def test_an_encoder_with_other_position_codes_is_refused(command, store: Path, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_pretrained_network_cannot_predict_and_an_image_with_nan_is_named(
     broken.parent.mkdir()
     nibabel.save(nibabel.Nifti1Image(np.full((40, 40, 40), np.nan, np.float32), np.eye(4)), broken)
     result = command("predict", f"checkpoint={tmp_path}/fine", f"input={broken.parent}", f"out={tmp_path}/p")
-    assert failed_in_one_line(result, "1 scans failed") and "a.nii.gz" in result.out
+    assert failed_in_one_line(result, "1 scan failed") and "a.nii.gz" in result.out
     assert [path.name for path in (tmp_path / "p").iterdir()] == ["volumes.csv"]
 
 

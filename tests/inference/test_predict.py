@@ -319,7 +319,7 @@ def test_a_scan_without_a_channel_is_named_and_the_others_are_predicted(
     files = "images={t1: '*_t1.nii.gz', flair: '*_flair.nii.gz'}"
     code = call(predict, monkeypatch, *common, files, "probabilities=true", "predict.device=cpu")
     shown = capsys.readouterr()
-    assert code == 1 and "b: failed: no file for the channel flair" in shown.out and "1 scans failed" in shown.err
+    assert code == 1 and "b: failed: no file for the channel flair" in shown.out and "1 scan failed" in shown.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "a.nii.gz", "probabilities", "volumes.csv",
     ]  # fmt: skip
