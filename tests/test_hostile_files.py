@@ -188,9 +188,9 @@ def test_a_named_checkpoint_that_was_removed_is_named(tmp_path: Path, monkeypatc
     (file,) = run.rglob("model.safetensors")
     read = checkpoints._read
 
-    def removed(path: Path, tensors: bool):
+    def removed(path: Path, *how: bool):
         path.unlink(missing_ok=True)
-        return read(path, tensors)
+        return read(path, *how)
 
     monkeypatch.setattr(checkpoints, "_read", removed)
     with pytest.raises(FileNotFoundError, match=re.escape(f"{file}: no checkpoint here")):

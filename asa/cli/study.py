@@ -22,12 +22,10 @@ from asa.config import as_overrides, build, compose
 from asa.data.datasets.recognise import recognise
 from asa.data.io.files import read_json, read_yaml, write_json, write_whole
 from asa.data.io.lock import locked
-from asa.data.io.nifti import read_label
 from asa.data.store import MANIFEST, Store
 from asa.errors import EXPECTED, listed, reason_of
 from asa.tasks import COMMANDS
 from asa.tasks.checks import check_settings
-from asa.tasks.preparation import cohort_of
 
 STUDY, DONE, PAGE = "study.yaml", "done.json", "study.html"
 RECIPES = {"pretrain": {"experiment": "structures_pretrain"}, "finetune": {"experiment": "structures_finetune"}}
@@ -213,6 +211,9 @@ def _checked(stage: Stage) -> Stage:
 
 def _check_labels(stage: Stage, records: Sequence[Mapping[str, Any]]) -> None:
     """Raise a ValueError if values of the first label map have no name."""
+    from asa.data.io.nifti import read_label
+    from asa.tasks.preparation import cohort_of
+
     cohort = cohort_of(compose("prepare", as_overrides("prepare", stage.settings)))
     files = [record["label"] for record in records if Path(record.get("label", "")).is_file()]
     held = [int(value) for file in files[:1] for value in np.unique(read_label(file).data) if value]

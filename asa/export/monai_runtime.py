@@ -55,7 +55,10 @@ class WriteLabelMap(Transform):
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Add "label" (x, y, z), in the axes of the scan's file, to an item with "pred" `(K or R, D, H, W)`."""
         id, like = data["id"], data["like"]
-        files = self.outputs.files(self.out / "probabilities" / id) if self.probabilities else None
+        files = None
+        if self.probabilities:
+            (folder := self.out / "probabilities" / id).mkdir(parents=True, exist_ok=True)
+            files = self.outputs.files(folder)
         probabilities = self.outputs.probabilities(data["pred"].cpu().float())
         label = self.outputs.native_label_map(probabilities, data["chain"], like, files)
         write_label(self.out / f"{id}.nii.gz", label, like)

@@ -13,7 +13,6 @@ from asa.data.io.parallel import check_workers
 from asa.data.splits import read_split
 from asa.data.store import check_is_store
 from asa.settings import check_axes, check_fusion, check_uncertainty
-from asa.tasks.preparation import cohort_of
 from asa.training.checkpoint_files import find_weights, list_checkpoints, on_hub
 
 Config = dict[str, Any]
@@ -43,6 +42,8 @@ def check_settings(command: str, config: Config) -> None:
     if "workers" in config:
         check_workers(config["workers"])
     if command == "prepare":
+        from asa.tasks.preparation import cohort_of  # imports nibabel and scipy
+
         cohort_of(config)
 
 

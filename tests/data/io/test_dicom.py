@@ -217,7 +217,7 @@ def test_the_command_says_what_it_wrote_and_what_is_missing(
         return command.main(), *capsys.readouterr()
 
     code, said, _ = run(f"input={series}", f"out={tmp_path / 'out'}")
-    assert code == 0 and "wrote 1 volumes" in said
+    assert code == 0 and "wrote 1 volume" in said
     damaged = series / "scan 1" / "damaged"
     damaged.write_bytes((HEAD / NEIGHBOURS[0]).read_bytes()[:600])
     code, said, error = run(f"input={series}", f"out={tmp_path / 'out'}")
