@@ -95,6 +95,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_no_line_of_prose_is_longer_than_120_characters() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
+        assert not long, f"{page.name}: {long[0]}"
+
+
 def test_every_public_name_is_on_a_page_of_the_manual(site: Path) -> None:
     names = list(public_names())
     assert len(names) > 50
