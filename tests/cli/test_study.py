@@ -1,5 +1,6 @@
 """`asa run`: folders are recognised, the stages compose, and what is done is not done again."""
 
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -254,14 +255,17 @@ def test_a_small_study_runs_whole_and_then_finds_all_of_it_done(
 ) -> None:
     pytest.importorskip("jinja2")
     monkeypatch.setattr(study, "find_spec", lambda _: None)  # without the extra atlas
-    monkeypatch.setattr(study, "FOLDS", 2)
-    small = {"crop": [32, 32, 32], "train.steps": 2, "train.validate_every": 2, "optim.warmup": 0}
-    labels = {1: "csf", 2: "gm", 5: "wm"}
-    given = {"labelled": raw, "new": raw, "out": tmp_path / "s", "labels": labels, "finetune": small}
-    run_study(settings(**given, prepare={"prepare.spacing": None}))
+    (tmp_path / "two").mkdir()
+    for path in [*raw.glob("s0_*"), *raw.glob("s1_*")]:
+        shutil.copy(path, tmp_path / "two")
+    coarse = {"predict.overlap": 0}
+    small = coarse | {"crop": [32, 32, 32], "train.steps": 2, "train.validate_every": 2, "optim.warmup": 0}
+    given = {"labelled": tmp_path / "two", "new": raw / "s2_T1.nii.gz", "labels": {1: "csf", 2: "gm", 5: "wm"}}
+    added = {"prepare": {"prepare.spacing": None}, "finetune": small, "predict": coarse}
+    run_study(settings(**given, **added, out=tmp_path / "s"))
     page = (tmp_path / "s" / "study.html").read_text()
     assert "5 of 5 stages done" in page and "mean of 3 labels and regions" in page and "Dice" in page
-    assert sorted(path.name for path in (tmp_path / "s" / "predictions").glob("*.nii.gz"))
+    assert [path.name for path in (tmp_path / "s" / "predictions").glob("*.nii.gz")] == ["s2_T1.nii.gz"]
     capsys.readouterr()
     run_study(compose("run", [f"labelled={tmp_path / 's' / 'study.yaml'}"]))
     assert capsys.readouterr().out.count("done before") == 5
