@@ -16,7 +16,7 @@ import numpy as np
 from asa.data.io.nifti import read_image, read_label, write_label
 from asa.data.splits import write_split
 from asa.evaluation.metrics import dice
-from scripts.reproduce.commands import asa, interval, quoted, score
+from scripts.reproduce.commands import asa, quoted, score
 from scripts.reproduce.few_labels import CPU, TESTED
 from scripts.reproduce.structures import STRUCTURES, subjects
 
@@ -86,7 +86,7 @@ def main() -> None:
         truth = read_label(out / "brains" / f"{id}_sides.nii.gz").data
         rows.append(measure(truth, read_label(out / "predicted" / "sides" / f"{id}.nii.gz").data))
         print(f"| {id} | " + " | ".join(f"{value:.4f}" for value in rows[-1]) + " |")
-    print("| mean | " + " | ".join(interval(column) for column in np.array(rows).T) + " |")
+    print("| mean | " + " | ".join(f"{value:.4f}" for value in np.mean(rows, axis=0)) + " |")
 
 
 if __name__ == "__main__":
