@@ -46,9 +46,17 @@ class Stage(NamedTuple):
     command: str
     settings: Mapping[str, Any]
 
+    def overrides(self) -> list[str]:
+        """The settings, `key=value`."""
+        return as_overrides(self.command, self.settings)
+
     def typed(self) -> str:
         """As on the command line."""
-        return " ".join(map(_quoted, [f"asa-{self.command}", *as_overrides(self.command, self.settings)]))
+        return " ".join(map(_quoted, [f"asa-{self.command}", *self.overrides()]))
+
+    def composed(self) -> Config:
+        """The command's configuration; a ValueError for an unknown key."""
+        return compose(self.command, self.overrides())
 
 
 def run_study(config: Config) -> None:
@@ -58,8 +66,6 @@ def run_study(config: Config) -> None:
         FileNotFoundError, ValueError: no such folder or study, scans that are in no known layout, settings that are
             wrong, or a stage that failed.
     """
-    if config["plan"] not in (None, "only"):
-        raise ValueError(f"plan={config['plan']}: choose only, or null")
     file, stages = _study_of(config)
     with contextlib.chdir(file.parent):
         if config["plan"]:
@@ -204,8 +210,7 @@ def _study_of(config: Config) -> tuple[Path, list[Stage]]:
 
 def _checked(stage: Stage) -> Stage:
     """The stage; a ValueError for a key or a value that is wrong whatever the stages before it make."""
-    composed = compose(stage.command, as_overrides(stage.command, stage.settings))
-    check_settings(stage.command, composed)
+    check_settings(stage.command, stage.composed())
     return stage
 
 
@@ -214,7 +219,7 @@ def _check_labels(stage: Stage, records: Sequence[Mapping[str, Any]]) -> None:
     from asa.data.io.nifti import read_label
     from asa.tasks.preparation import cohort_of
 
-    cohort = cohort_of(compose("prepare", as_overrides("prepare", stage.settings)))
+    cohort = cohort_of(stage.composed())
     files = [record["label"] for record in records if Path(record.get("label", "")).is_file()]
     held = [int(value) for file in files[:1] for value in np.unique(read_label(file).data) if value]
     if {*held} <= {*cohort.labels, *cohort.ignored} and cohort.labels:
@@ -235,7 +240,7 @@ def _run(stages: Sequence[Stage]) -> None:
     before: list[dict[str, Any]] = read_json(Path(DONE)) if Path(DONE).exists() else []
     done: list[dict[str, Any]] = []
     for number, stage in enumerate(stages):
-        row = {"name": stage.name, "command": stage.command, "settings": as_overrides(stage.command, stage.settings)}
+        row = {"name": stage.name, "command": stage.command, "settings": stage.overrides()}
         found = before[number] if number < len(before) else {}
         if all(found.get(key) == value for key, value in row.items()):
             print(f"{stage.name}: done before")
@@ -250,9 +255,13 @@ def _run(stages: Sequence[Stage]) -> None:
                 raise ValueError(f"stage {stage.name}, asa-{stage.command}: {reason_of(error)}{skip}") from error
             today = datetime.now(UTC).date().isoformat()
             found = row | {"seconds": round(time.monotonic() - begun), "finished": today}
-        done.append(found | {"out": str(stage.settings["out"]), "typed": stage.typed()})
+        done.append(found)
         write_json(Path(DONE), done)
-        write_study(Path(PAGE), done, [each.name for each in stages[number + 1 :]])
+        shown = [
+            row | {"out": str(each.settings["out"]), "typed": each.typed()}
+            for row, each in zip(done, stages, strict=False)
+        ]
+        write_study(Path(PAGE), shown, [each.name for each in stages[number + 1 :]])
 
 
 def _quoted(word: str) -> str:
@@ -262,7 +271,7 @@ def _quoted(word: str) -> str:
 
 def _records(stage: Stage) -> list[Mapping[str, Any]]:
     """What the reader of a preparation finds."""
-    config = compose("prepare", as_overrides("prepare", stage.settings))
+    config = stage.composed()
     records: list[Mapping[str, Any]] = build(config["data"], plugins=config["plugins"])
     return records
 

@@ -154,12 +154,6 @@ def why_refused(plan: list[Transfer], encoder: Encoder, fitting: str = "the mode
     )
 
 
-def check_position(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-    """Raise a ValueError where two models' configurations treat positions differently: see `other_position`."""
-    if differs := other_position(source, target):
-        raise ValueError(differs)
-
-
 def other_position(source: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
     """How two models' configurations treat positions differently, which no tensor's shape tells, and what to set.
 

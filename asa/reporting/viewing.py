@@ -170,8 +170,12 @@ def predicted(folder: Path, config: Config, scores: Scores | None) -> Cases:
     for id in select_ids(list(files), config):
         known = {} if scores is None else scores.run.files.get(id, {})
         truth = known.get("truth") if store is None else store.record(id)["sources"].get("label", {}).get("path")
-        image = known.get("image") if store is None else store.first_source(store.record(id))
-        if images is not None and store is None:
+        image: str | Path | None
+        if images is None:
+            image = known.get("image")
+        elif store is not None:
+            image = store.first_source(store.record(id))
+        else:
             place = (images / source_of(files[id])).absolute()
             image = place if place in scans.values() else scans.get(id)
         if images is not None and image is None:

@@ -25,8 +25,8 @@ BUILT_IN = {
 
 
 class Task(Protocol):
-    """What a network is trained for. A task of your own package implements these members. It
-    may add `metrics(make)`, the names that its validation gives: a wrong train.best is then found before training.
+    """What a network is trained for. A task of your own package implements these members. It may add `metrics(make)`,
+    the names that its validation gives: a wrong train.best is then found before training.
 
     Attributes:
         command: that trains it, "pretrain" or "finetune".

@@ -47,6 +47,15 @@ def check_settings(command: str, config: Config) -> None:
         cohort_of(config)
 
 
+def _check_prepare(config: Config) -> None:
+    _choice(config, "check", ("only", "also"), "null")
+    _choice(config, "failed", ("refuse", "skip"))
+
+
+def _check_run(config: Config) -> None:
+    _choice(config, "plan", ("only",), "null")
+
+
 def _check_training(config: Config) -> None:
     data = config["data"]
     if "root" in data:  # images of restoration
@@ -175,6 +184,8 @@ def _check_view(config: Config) -> None:
 
 
 CHECKS: dict[str, Callable[[Config], None]] = {
+    "prepare": _check_prepare,
+    "run": _check_run,
     "pretrain": _check_training,
     "finetune": _check_training,
     "predict": _check_predict,

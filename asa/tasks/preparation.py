@@ -31,15 +31,11 @@ def prepare_task(config: Config) -> None:
     if config["verify"]:
         verify(out)
         return
-    if check not in (None, "only", "also"):
-        raise ValueError(f"check={check}: choose only, also, or null")
     if check != "only" and out.is_dir() and not (out / MANIFEST).exists() and any(map(_is_foreign, out.iterdir())):
         raise ValueError(f"{out} is not empty and not a store: choose another out=")
     scheduler = _scheduler(config)
     if config["data"]["root"] is None and not config["data"].get("table"):
         raise ValueError("data.root has to be given: add data.root=FOLDER")
-    if config["failed"] not in ("refuse", "skip"):
-        raise ValueError(f"failed={config['failed']}: choose refuse or skip")
     cohort = cohort_of(config)
     records = build(config["data"], plugins=config["plugins"])
     if config["dataset"] is not None:

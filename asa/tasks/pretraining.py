@@ -112,7 +112,7 @@ class Pretraining(VolumeTask):
 
     def begin(self, run: Path) -> None:
         held_out = len(self.parts["validation"])
-        on = f"{counted(held_out, 'held-out scan')}" if held_out else "training scans"
+        on = counted(held_out, "held-out scan") if held_out else "training scans"
         self.init.write(run)
         print(f"pretraining on {counted(len(self.parts['train']), 'scan')}, validated on {on}, in {run}")
 

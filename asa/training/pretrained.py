@@ -111,9 +111,7 @@ def fitting_shipped(model: Any, model_config: Mapping[str, Any]) -> list[str]:
     found = []
     for name in shipped() if isinstance(model.encoder, SWViT) else []:
         source, description = read_source(f"{SHIPPED_PREFIX}{name}")
-        try:
-            transfer.check_position(description["model"], model_config)
-        except ValueError:
+        if transfer.other_position(description["model"], model_config):
             continue
         if transfer.why_refused(transfer.plan_transfer(source, model.encoder), model.encoder) is None:
             found.append(f"{SHIPPED_PREFIX}{name}")
