@@ -216,6 +216,14 @@ def compose(
     return {str(key): value for key, value in plain.items()}
 
 
+def given_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of `key=value` arguments by their key; {} where they cannot be read, which `compose` says."""
+    try:
+        return {one.key_or_group: one.value() for one in OverridesParser.create().parse_overrides(list(overrides))}
+    except HydraException:
+        return {}
+
+
 def _check_mappings(shipped: Mapping[str, Any], plain: Any, prefix: str = "") -> None:
     """Raise a ValueError for a single value in the place of a group of settings."""
     for key, node in shipped.items():

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+PLACEMENTS = ("centre", "random", "midplane")  # of crops
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FUSIONS = ("joint", "majority")  # of the labels of atlases
 UNCERTAINTIES = ("entropy", "spread")
@@ -96,6 +97,12 @@ def check_axes(axes: str, setting: str) -> None:
         raise ValueError(
             f"{setting}={axes}: name axes to mirror, each once: D (up-down), H (front-back), W (left-right)"
         )
+
+
+def check_placement(placement: Any) -> None:
+    """Raise a ValueError for an unknown placement of crops."""
+    if placement not in PLACEMENTS:
+        raise ValueError(f"data.placement={placement!r}: choose {', '.join(PLACEMENTS[:-1])} or {PLACEMENTS[-1]}")
 
 
 def check_fusion(fusion: str) -> None:

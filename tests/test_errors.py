@@ -123,6 +123,10 @@ def test_pages_that_asa_did_not_write_are_not_replaced(
         page.unlink()
         for _ in range(2):
             assert main(command) == 0
+    (table := evaluations[0] / "cases.csv").write_text("id,label\nmine,1\n")
+    assert main(commands[evaluations[0] / "report.html"]) == 1
+    assert f"{table}: exists and is no table of asa-evaluate" in capsys.readouterr().err
+    assert table.read_text() == "id,label\nmine,1\n"
 
 
 def check_removed(out: Path, command: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

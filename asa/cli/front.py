@@ -19,9 +19,9 @@ import yaml
 import asa
 from asa import __version__
 from asa.cli.manual import OPTIONS, examples, help_text
-from asa.config import compose, written
+from asa.config import as_overrides, compose, written
 from asa.errors import EXPECTED, reason_of
-from asa.tasks.checks import check
+from asa.tasks.checks import check, follow_init, say_followed
 from asa.training.process import RESUME_CODE, MainRankFailed, Stopped, exit_process, is_main, rank, world_size
 
 Config = dict[str, Any]
@@ -107,7 +107,9 @@ def _run(command: str, main: Callable[[Config], object], chosen: argparse.Namesp
     try:
         if sys.platform == "win32":
             raise ValueError("commands need Linux or macOS: on Windows run them in WSL 2 (docs/faq.md)")
-        config = _at_home(compose(command, chosen.overrides, config_dir=chosen.config_dir))
+        followed = follow_init(command, chosen.overrides)
+        overrides = [*chosen.overrides, *as_overrides(command, followed)]
+        config = _at_home(compose(command, overrides, config_dir=chosen.config_dir))
         if chosen.config_dir and "config_dir" in config:  # of a command that composes the configurations of others
             config["config_dir"] = chosen.config_dir
         if chosen.print:
@@ -115,6 +117,7 @@ def _run(command: str, main: Callable[[Config], object], chosen: argparse.Namesp
         else:
             check(command, config)
             with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
+                say_followed(followed)
                 main(config)
     except KeyboardInterrupt:
         print(f"asa-{command}: interrupted", file=sys.stderr)

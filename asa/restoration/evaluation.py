@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from asa.data.io.files import write_digests, write_json, write_whole
+from asa.data.io.tables import check_own
 from asa.errors import listed
 from asa.evaluation.policies import WHOLE, restoration_policy
 from asa.evaluation.summary import Row, statistics
@@ -52,6 +53,7 @@ def evaluate_pictures(
         ImportError: the `report` extra is not installed; cases.csv and summary.json are written all the same.
     """
     check_page(Path(out) / "report.html")
+    check_own(Path(out) / "cases.csv", "asa-evaluate", {"id", "truth"})
     cases, left_out = _match(predictions, truth, inputs, allow_missing)
     ends = _common_window(cases, window)
     width = 1.0 if ends is None else ends[1] - ends[0]

@@ -177,12 +177,26 @@ def write_regions(path: Path, labels: np.ndarray) -> None:
 
 
 def _write_png(path: Path, values: np.ndarray, window: Sequence[float] | None = None, make_folder: bool = True) -> None:
+    """Write a PNG that says who wrote it; a file of somebody else, which has its name, is not replaced."""
+    pillow = require("PIL.Image", "restore", "PNG")
+    if path.exists() and not _is_own(pillow, path):
+        raise ValueError(f"{path}: exists and is no image that asa wrote: move it away, or choose another out=")
     buffer, notes = io.BytesIO(), require("PIL.PngImagePlugin", "restore", "PNG").PngInfo()
+    notes.add_text("Software", "asa")
     if window is not None:
         notes.add_text(WINDOW, json.dumps([float(end) for end in window]))
-    image = require("PIL.Image", "restore", "PNG").fromarray(np.ascontiguousarray(values))
+    image = pillow.fromarray(np.ascontiguousarray(values))
     image.save(buffer, format="png", pnginfo=notes)
     write_whole(path, buffer.getvalue(), make_folder=make_folder)
+
+
+def _is_own(pillow: Any, path: Path) -> bool:
+    """Whether an image says that asa wrote it."""
+    try:
+        with pillow.open(path) as image:
+            return bool(image.info.get("Software") == "asa")
+    except OSError:  # it is none
+        return False
 
 
 def read_regions(path: str | Path) -> np.ndarray:

@@ -1,23 +1,93 @@
-"""What can be checked before torch is imported, which takes seconds: settings, choices, and the paths that they name.
+"""What is done with settings before torch is imported, which takes seconds: a network follows its encoder; checks.
 
-Here stands only what a user gets wrong most; the tasks check the rest.
+Checked are settings, choices, and the paths that they name, and of these only what a user gets wrong most; the tasks
+check the rest.
 """
 
-from collections.abc import Callable, Collection
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asa.config import SETTINGS, typed, written
+from safetensors import SafetensorError, safe_open
+
+from asa.config import METHODS, SETTINGS, given_settings, sized_models, typed, written
 from asa.data.datasets.folder import has_wildcard
 from asa.data.io.parallel import check_workers
 from asa.data.splits import read_split
 from asa.data.store import check_is_store
-from asa.settings import check_axes, check_fusion, check_uncertainty
+from asa.settings import check_axes, check_backend, check_fusion, check_placement, check_uncertainty
 from asa.training.checkpoint_files import find_weights, list_checkpoints, on_hub
 
 Config = dict[str, Any]
 OF_TASKS = ("classification", "regression", "restoration", "asymmetry", "probe")  # policies beside those of label maps
 PARTS = ("train", "validation", "test")  # of a split
+# Families of networks on ASA's encoder; those on SA-Swin's have its name.
+ON_ASA = ("asa", "unet", "vit_seg", "vit_conv", "vit_linear", "asa_classifier", "asa_regressor")
+# Keys of networks: of an encoder, which every network on it needs alike; and of the data, which no network passes on.
+OF_ENCODERS = {
+    *("embed_dim", "depth", "num_heads", "position", "mirror_patches", "order", "bias"),
+    *("norm", "self_attention"),  # of SA-Swin
+}
+OF_DATA = ("_target_", "img_size", "in_channels", "out_channels", "classes", "mean", "sd", "checkpointing")
+
+
+def follow_init(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The network for the encoder of `init=`: its size, and how it treats positions.
+
+    Args:
+        command: name of a command; only asa-pretrain and asa-finetune have a network.
+        overrides: `key=value` arguments. What they give is not changed, and `experiment=` gives its own network.
+
+    Returns:
+        Settings by dotted key; {} where the network is given, the checkpoint is not of this package or not here, or no
+        network of the method has such an encoder.
+    """
+    given = given_settings(overrides)
+    if command not in METHODS or not given.get("init") or {"model", "experiment"} & given.keys():
+        return {}
+    trained = _trained_model(given["init"], planned=given.get("plan") is not None)
+    package, _, name = str(trained.get("_target_")).rpartition(".")
+    family, _, size = name.rpartition("_")
+    method = given.get("method", next(iter(METHODS[command])))
+    fitting = [name for name in METHODS[command].get(method, ()) if _encoder_of(name) == _encoder_of(family)]
+    model = f"{family if family in fitting else next(iter(fitting), None)}_{size}"
+    if model not in sized_models() or not package.startswith("asa."):
+        return {}
+    kept = trained.keys() - OF_DATA if family in fitting else trained.keys() & OF_ENCODERS
+    keys = {f"model.{key}": trained[key] for key in trained if key in kept and _is_plain(key, trained[key])}
+    return {"model": model} | {f"++{key}": value for key, value in keys.items() if key not in given}
+
+
+def say_followed(settings: Mapping[str, Any]) -> None:
+    """Print the settings of `follow_init`."""
+    if settings:
+        named = " ".join(f"{key.lstrip('+')}={written(value)}" for key, value in settings.items())
+        print(f"as the encoder in init= was trained: {named}")
+
+
+def _trained_model(init: Any, *, planned: bool) -> Mapping[str, Any]:
+    """The network of a checkpoint of this package; {} of others, and of one that is not here."""
+    if planned and on_hub(init):  # it is fetched when the run starts
+        return {}
+    try:
+        with safe_open(find_weights(init), framework="np") as opened:
+            model = json.loads(opened.metadata()["asa"])["model"]
+    except (ImportError, OSError, SafetensorError, ValueError, LookupError, TypeError):  # said when it is read
+        return {}
+    return model if isinstance(model, dict) else {}
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether a setting is a number or a word: a checkpoint may come from anybody, and could name an object to make."""
+    words = [key, value] if isinstance(value, str) else [key]
+    return isinstance(value, int | float | str) and all(re.fullmatch(r"\w+", word) for word in words)
+
+
+def _encoder_of(family: str) -> str:
+    """The family of the encoder that networks of a family have."""
+    return "asa" if family in ON_ASA else "sa_swin" if family.startswith("sa_swin") else family
 
 
 def check(command: str, config: Config) -> None:
@@ -68,6 +138,8 @@ def _check_training(config: Config) -> None:
     for key, word in (("labelled_store", None), ("unlabelled", "rest")):
         if data.get(key) not in (None, word):
             _store(data[key])
+    if "placement" in data:
+        check_placement(data["placement"])
     if data.get("split_file") and not list_checkpoints(Path(str(config["out"]))):  # a run that goes on has its own
         fold = data["split"].get("fold")
         read_split(data["split_file"], fold if isinstance(fold, int) else None)
@@ -97,7 +169,7 @@ def _check_training(config: Config) -> None:
 def _check_predict(config: Config) -> None:
     _exists(config["input"])
     _choice(config, "layout", ("bids", "mgz"), "null for OUT/ID.nii.gz")
-    _choice(config, "part", PARTS, "null for every scan")
+    _scans(config)
     if not isinstance(config["mirror"], bool):
         check_axes(config["mirror"], "mirror")
     if config["uncertainty"] is not None:
@@ -115,7 +187,8 @@ def _check_predict(config: Config) -> None:
 def _check_embed(config: Config) -> None:
     _exists(config["input"])
     _choice(config, "of", ("whole", "sides", "labels"))
-    _choice(config, "part", PARTS, "null for every scan")
+    check_backend(config["device"], "auto", "")
+    _scans(config)
     _checkpoint(config["checkpoint"])
 
 
@@ -211,6 +284,15 @@ def _policy(config: Config, others: Collection[str] = ()) -> None:
 
     if config["policy"] not in (*POLICIES, *others) and "." not in str(config["policy"]):
         raise ValueError(f"policy={config['policy']}: choose {', '.join((*POLICIES, *others))}")
+
+
+def _scans(config: Config) -> None:
+    """Check which scans are read, and how raw ones are stripped."""
+    _choice(config, "part", PARTS, "null for every scan")
+    if config["strip"] is not None:
+        from asa.data.preprocessing.settings import check_strip  # imports scipy
+
+        check_strip(config["strip"], "strip")
 
 
 def _store(path: Any) -> None:

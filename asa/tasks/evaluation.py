@@ -22,6 +22,7 @@ from asa.data.datasets.folder import files_by_id, has_wildcard, matching_globs
 from asa.data.io.files import sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
+from asa.data.io.tables import check_own
 from asa.errors import listed
 from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
 from asa.evaluation.metrics import bounding_box
@@ -123,6 +124,7 @@ def evaluate_folder(
         ImportError: the `report` extra is not installed; cases.csv and summary.json are written all the same.
     """
     check_page(Path(out) / "report.html")
+    check_own(Path(out) / "cases.csv", "asa-evaluate", {"id", "label", "voxels_true"})
     rules = get_policy(policy).of_cohort(regions or {}, ignored)
     rules.regions_of(labels)
     if both := sorted(set(labels) & set(rules.ignored)):

@@ -21,7 +21,7 @@ from asa.evaluation.policies import POLICIES
 from asa.tasks import COMMANDS
 from asa.tasks.atlases import check_network_settings, predict_by_registration
 from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
-from asa.tasks.checks import check
+from asa.tasks.checks import check, follow_init, say_followed
 from asa.tasks.embedding import evaluate_probe
 from asa.tasks.evaluation import compare_folders
 from asa.tasks.prediction import checkpoints_of
@@ -100,8 +100,7 @@ def pretrain(
         ValueError: settings or data that do not fit.
         Stopped: by SIGTERM or SIGUSR1, after saving.
     """
-    required = {"data.store": str(store), "out": str(out)}
-    return call("pretrain", settings, required, config_dir=config_dir)
+    return _train("pretrain", settings, {"data.store": str(store), "out": str(out)}, config_dir)
 
 
 def finetune(
@@ -123,7 +122,16 @@ def finetune(
         Stopped: by SIGTERM or SIGUSR1, after saving.
     """
     required = {"out": str(out)} if store is None else {"data.store": str(store), "out": str(out)}
-    return call("finetune", settings, required, config_dir=config_dir)
+    return _train("finetune", settings, required, config_dir)
+
+
+def _train(
+    command: str, settings: Mapping[str, Any], required: Mapping[str, Any], config_dir: str | Path | None
+) -> Path | None:
+    """Call a training command; without `model` its network follows `init`, as on the command line."""
+    followed = follow_init(command, as_overrides(command, settings, required))
+    say_followed(followed)
+    return call(command, followed, settings, required, config_dir=config_dir)
 
 
 def predict(
@@ -267,7 +275,7 @@ def train_task(config: Config, command: str) -> Path | None:
 def _not_here(init: str) -> str | None:
     """Why a plan cannot read a checkpoint: the run that makes it may be planned, too. None: it can."""
     if on_hub(init):
-        return f"{init} is fetched when the run starts"
+        return f"{init} is fetched when the run starts, and gives the network where model= does not"
     try:
         find_weights(init)
     except FileNotFoundError as error:

@@ -75,6 +75,21 @@ def test_a_picture_written_with_a_window_is_read_in_its_units(tmp_path: Path) ->
     assert stored_window(tmp_path / "a.png") is None
 
 
+@pytest.mark.parametrize("theirs", ["image", "text"])
+def test_only_images_that_asa_wrote_are_replaced(tmp_path: Path, theirs: str) -> None:
+    image, path = np.zeros((1, 4, 5)), tmp_path / "a.png"
+    Image.fromarray(np.full((4, 5), 7, np.uint8)).save(path) if theirs == "image" else path.write_text("mine")
+    before = path.read_bytes()
+    for write in (lambda: write_picture(path, image), lambda: write_regions(path, image[0])):
+        with pytest.raises(ValueError, match=r"a\.png: exists and is no image that asa wrote: move it away"):
+            write()
+    assert path.read_bytes() == before
+    path.unlink()
+    write_picture(path, image)
+    write_regions(path, image[0] + 1)
+    assert read_regions(path).tolist() == np.ones((4, 5)).tolist()
+
+
 def test_dicom_slices_are_read_in_hounsfield_units() -> None:
     pydicom = pytest.importorskip("pydicom")
     path = Path(pydicom.__file__).parent / "data" / "test_files" / "CT_small.dcm"

@@ -69,6 +69,16 @@ def test_clean_images_that_were_not_restored_are_counted(tmp_path: Path) -> None
     assert "1 clean images without a prediction" in page and "2 of 2" in page
 
 
+def test_a_table_of_the_users_is_not_replaced(tmp_path: Path) -> None:
+    root = write_cohort(tmp_path, 2)
+    table = evaluated(root) / "cases.csv"
+    evaluated(root)
+    table.write_text("id,truth2\ncase0,mine\n")
+    with pytest.raises(ValueError, match=r"cases\.csv: exists and is no table of asa-evaluate"):
+        evaluated(root)
+    assert "mine" in table.read_text()
+
+
 def test_errors_are_drawn_on_one_stated_scale(tmp_path: Path) -> None:
     truth = np.full((3, 10, 10), 0.5)
     small, large = ({"Truth": truth, "Output": truth + error} for error in (0.01, -0.04))

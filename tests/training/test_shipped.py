@@ -1,12 +1,15 @@
 """The encoders that the package brings: whole, small, loaded offline, and better than first weights."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from sklearn.linear_model import RidgeCV
 from torch import nn
 
@@ -20,6 +23,7 @@ from asa.data.store import Store
 from asa.models.sw_vit import sw_vit_tiny
 from asa.models.vit_seg import vit_conv_tiny, vit_seg_base
 from asa.ops.patches import patchify
+from asa.tasks.checks import follow_init
 from asa.training.checkpoint import load_encoder, load_model
 from asa.training.checkpoint_files import SHIPPED, find_weights, shipped
 from asa.training.pretrained import fitting_shipped
@@ -27,6 +31,7 @@ from asa.training.pretrained import fitting_shipped
 NAMES = shipped()
 SIZE = (112, 144, 128)
 TINY = dict(order="alternating", bias="grid", position="mirror_sincos", mirror_patches=True)
+NETWORK = dict(patch_size=8, decoder_depth=1, window=32)  # what else its pretraining was given
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,7 +70,9 @@ def test_an_encoder_is_named_for_a_network_that_it_fits_and_for_no_other() -> No
     assert fitting_shipped(vit_seg_base(3, img_size=32, **TINY), TINY) == []
 
 
-@pytest.mark.parametrize("others", [[], ["model=unet_tiny"], ["model.position=mirror_sincos"]])
+@pytest.mark.parametrize(
+    "others", [["model=unet_small"], ["model=unet_tiny"], ["model=unet_small", "model.position=mirror_sincos"]]
+)
 def test_a_refusal_of_an_encoder_holds_all_that_the_command_needs_to_run(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], others: list[str]
 ) -> None:
@@ -82,6 +89,72 @@ def test_a_refusal_of_an_encoder_holds_all_that_the_command_needs_to_run(
     assert finetune.main([*given, "transfer=explain"]) == 0  # it lists the tensors of one that is refused, too
     explained = capsys.readouterr().out
     assert "encoder.patch_embed.weight" in explained and said[0].partition("error: ")[2].strip() in explained
+
+
+FOLLOWED = {f"++model.{key}": value for key, value in TINY.items()}
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "followed"),
+    [
+        ("finetune", ["init=asa://tiny-t1"], {"model": "unet_tiny", **FOLLOWED}),
+        ("finetune", ["init='asa://tiny-t1'", "method=regress"], {"model": "asa_regressor_tiny", **FOLLOWED}),
+        (
+            "finetune",
+            ["init=asa://tiny-t1", "model.order=raster", "+model.bias=sequence"],  # what is given stays
+            {"model": "unet_tiny", **{key: FOLLOWED[key] for key in ("++model.position", "++model.mirror_patches")}},
+        ),
+        (
+            "pretrain",  # the same network, whole
+            ["init=asa://tiny-t1"],
+            {"model": "asa_tiny", **FOLLOWED} | {f"++model.{k}": v for k, v in NETWORK.items()},
+        ),
+        ("pretrain", ["init=asa://tiny-t1", "method=sa_swin"], {}),
+        ("finetune", ["init=asa://tiny-t1", "method=restore"], {}),
+        ("finetune", ["init=asa://tiny-t1", "model=unet_small"], {}),
+        ("finetune", ["init=asa://tiny-t1", "experiment=aseg"], {}),
+        ("finetune", ["init=asa://other"], {}),
+        ("finetune", ["init=null"], {}),
+        ("finetune", ["init=hf://nobody/nothing", "plan=only"], {}),  # not fetched
+        ("finetune", ["init=[asa://tiny-t1"], {}),
+        ("predict", ["init=asa://tiny-t1"], {}),
+    ],
+)
+def test_a_network_that_is_not_given_follows_the_encoder(
+    command: str, given: list[str], followed: dict[str, object]
+) -> None:
+    assert follow_init(command, given) == followed
+
+
+def test_a_network_of_another_package_is_not_followed(tmp_path: Path) -> None:
+    model = {"_target_": "mine.nets.unet_tiny", "depth": 2}
+    save_file({}, tmp_path / "model.safetensors", {"asa": json.dumps({"model": model})})
+    assert follow_init("finetune", [f"init={tmp_path}"]) == {}
+    model["_target_"] = "asa.models.sa_swin.sa_swin_base"
+    model |= {"img_size": [32, 32, 32], "in_channels": 2, "norm": "post", "position": True, "self_attention": None}
+    save_file({}, tmp_path / "model.safetensors", {"asa": json.dumps({"model": model})})
+    as_trained = {"++model.depth": 2, "++model.norm": "post", "++model.position": True}
+    assert follow_init("finetune", [f"init={tmp_path}"]) == {"model": "sa_swin_unet_base", **as_trained}
+    model |= {"norm": "${oc.env:HOME}", "position": {"_target_": "asa.models.unet.unet_tiny"}, "depth": [2]}
+    save_file({}, tmp_path / "model.safetensors", {"asa": json.dumps({"model": model})})
+    assert follow_init("finetune", [f"init={tmp_path}"]) == {"model": "sa_swin_unet_base"}  # words and numbers only
+    save_file({}, tmp_path / "model.safetensors")
+    assert follow_init("finetune", [f"init={tmp_path}"]) == {}
+
+
+def test_a_command_follows_its_encoder_and_says_so(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = [f"data.store={store}", "init=asa://tiny-t1", "crop=64"]
+    line = "as the encoder in init= was trained: model=unet_tiny model."
+    assert finetune.main([*shared, f"out={tmp_path}/run", "transfer=explain"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(line) and "the transfer is possible" in said
+    asa.finetune(store, tmp_path / "run", init="asa://tiny-t1", crop=64, transfer="explain")
+    assert capsys.readouterr().out == said
+    assert finetune.main([*shared, f"out={tmp_path}/run", "--print"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert printed["_target_"] == "asa.models.unet.unet_tiny" and printed.items() >= TINY.items()
 
 
 def tokens_and_parts(encoder: nn.Module, volume: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,8 +33,7 @@ from asa.data.store import Records, read_box
 from asa.ops.labels import IGNORED
 from asa.ops.patches import constant_patches, patchify
 from asa.ops.symmetry import flip, mirrored_start
-
-CROPS = ("centre", "random", "midplane")
+from asa.settings import check_placement
 
 
 class VolumeSource(Protocol):
@@ -122,8 +121,7 @@ class CropDataset(Samples):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.crop not in CROPS:
-            raise ValueError(f"data.placement={self.crop!r}: choose {', '.join(CROPS[:-1])} or {CROPS[-1]}")
+        check_placement(self.crop)
         if isinstance(self.size, int) or len(self.size) != 3 or not all(edge >= 1 for edge in self.size):
             raise ValueError(f"size={self.size}: give the three edges (D, H, W) of a crop in voxels, like (96, 96, 96)")
         if not self.records:

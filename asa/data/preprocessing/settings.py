@@ -53,11 +53,7 @@ class PrepareSettings:
         for name in ("bias", "register", "midway"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"prepare.{name}={getattr(self, name)!r}: choose true or false")
-        if self.strip not in ("none", *TOOLS) and not all(part in str(self.strip) for part in ("{image}", "{mask}")):
-            raise ValueError(
-                f"prepare.strip={self.strip!r}: choose none, {', '.join(TOOLS)}, or a command with "
-                "{image} and {mask} in it"
-            )
+        check_strip(self.strip, "prepare.strip")
         if self.normalise not in ("percentile", "zscore"):
             raise ValueError(f"prepare.normalise={self.normalise!r}: choose percentile or zscore")
         if self.nan not in ("refuse", "zero"):
@@ -171,3 +167,11 @@ class CohortSettings:
             raise ValueError(f"duplicates={self.duplicates!r}: choose refuse or keep")
         object.__setattr__(self, "labels", dict(sorted(labels.items())))
         object.__setattr__(self, "ignored", sorted(self.ignored))
+
+
+def check_strip(strip: Any, setting: str) -> None:
+    """Raise a ValueError that names the setting for an unknown way to strip the skull."""
+    if strip not in ("none", *TOOLS) and not all(part in str(strip) for part in ("{image}", "{mask}")):
+        raise ValueError(
+            f"{setting}={strip!r}: choose none, {', '.join(TOOLS)}, or a command with {{image}} and {{mask}} in it"
+        )
