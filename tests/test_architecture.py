@@ -28,7 +28,7 @@ LINES = {
     "": 804,
     "baselines": 1230,
     "cli": 789,  # with the tables of every key, for help and the site
-    "data": 7921,
+    "data": 7925,
     "evaluation": 2465,
     "export": 775,
     "inference": 2583,  # with networks that vote beside atlases
@@ -165,6 +165,18 @@ def test_import_loads_nothing_heavy() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_no_command_imports_monai_before_it_makes_a_network_that_needs_it() -> None:
+    code = (
+        "import importlib, sys, asa.cli\n"
+        "for command in asa.cli.COMMANDS.values(): importlib.import_module(command.target.split(':')[0])\n"
+        "import asa.tasks.pretraining\n"
+        "method = asa.MaskedPretraining(model=asa.asa_tiny(img_size=32))\n"
+        "print('torch' in sys.modules, 'monai' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "True False"
 
 
 def test_the_public_names_need_no_extra() -> None:

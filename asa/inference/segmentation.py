@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -89,6 +88,8 @@ def _stitched(
     For a network that cross-attends to the mirror image, the flipped volume is appended as further channels: a window
     then holds the flipped box at the mirrored position too.
     """
+    from monai.inferers import sliding_window_inference  # takes longer than PyTorch to import
+
     device = next(model.parameters()).device
     mirrored = getattr(model, "mirrored", False)
     image = torch.cat([image, flip(image)]) if mirrored else image  # C or 2C, D H W

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from monai.losses import MaskedDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -122,6 +121,8 @@ class DeeplySupervisedRegionLoss(DeeplySupervised):
     """
 
     def __init__(self, regions: Sequence[Sequence[int]], *, scales: int | None = None) -> None:
+        from monai.losses import MaskedDiceLoss  # takes longer than PyTorch to import
+
         super().__init__(scales)
         self.regions = [list(values) for values in regions]
         self.dice = MaskedDiceLoss(sigmoid=True)

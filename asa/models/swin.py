@@ -7,7 +7,6 @@ channels; tokens `B L E` are those of the last level, E = 16 e, in raster order.
 from collections.abc import Sequence
 
 import torch
-from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
 from asa.errors import require
@@ -45,6 +44,8 @@ class Swin(nn.Module):
         window: int = 7,
         checkpointing: bool = False,
     ) -> None:
+        from monai.networks.nets.swin_unetr import SwinTransformer  # takes longer than PyTorch to import
+
         super().__init__()
         require("einops", "swin", "MONAI's Swin")
         self.img_size, self.in_channels, self.embed_dim = triple(img_size), in_channels, 16 * embed_dim

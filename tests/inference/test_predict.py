@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from heads import centred, dice, scan
+from monai import inferers
 from ranks import replaced
 from scipy import ndimage
 from torch import nn
@@ -23,7 +24,6 @@ from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.store import Store
-from asa.inference import segmentation
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, count_windows, sliding_window
 from asa.inference.uncertainty import expected_dice
@@ -245,7 +245,7 @@ def test_a_voxel_size_unlike_that_of_an_anisotropic_training_grid_is_rejected(tm
 def test_windows_are_stitched_on_the_cpu_if_gpu_memory_runs_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segmenter, image = Segmenter(run, SETTINGS), torch.rand(1, 40, 32, 64)
     expected = sliding_window(segmenter.models[0], image, SETTINGS)
-    real, calls = segmentation.sliding_window_inference, []
+    real, calls = inferers.sliding_window_inference, []
 
     def crowded(*inputs: object, **options: object) -> object:
         calls.append(options["device"])
@@ -253,7 +253,7 @@ def test_windows_are_stitched_on_the_cpu_if_gpu_memory_runs_out(run: Path, monke
             raise torch.OutOfMemoryError("full")
         return real(*inputs, **options)
 
-    monkeypatch.setattr(segmentation, "sliding_window_inference", crowded)
+    monkeypatch.setattr(inferers, "sliding_window_inference", crowded)
     with pytest.warns(UserWarning, match="stitched on the CPU"):
         assert torch.equal(sliding_window(segmenter.models[0], image, SETTINGS), expected)
     assert calls == [torch.device("cpu")] * 2
@@ -261,7 +261,7 @@ def test_windows_are_stitched_on_the_cpu_if_gpu_memory_runs_out(run: Path, monke
     def full(*_: object, **__: object) -> object:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(segmentation, "sliding_window_inference", full)
+    monkeypatch.setattr(inferers, "sliding_window_inference", full)
     with (
         pytest.warns(UserWarning, match="stitched on the CPU"),
         pytest.raises(ValueError, match=r"lower predict\.batch_size"),

@@ -1,5 +1,5 @@
 """Augmentation: draw parameters, then apply them. Spatial transforms apply to image and label alike, intensity
-transforms to the image only.
+transforms to the image only. MONAI is imported where it is called: it takes longer than PyTorch to import.
 
 Letters: image `C D H W`, label `1 D H W`, W left to right.
 """
@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from monai.networks.layers import gaussian_1d, separable_filtering
-from monai.transforms import AdjustContrast, Affine, Resample
-from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from asa.ops.symmetry import flip
@@ -188,6 +185,8 @@ def spatial_transform(volume: Tensor, size: Sequence[int], drawn: Augmentation, 
     Returns:
         `(C, *size)` of the type of the input.
     """
+    from monai.transforms import Affine, Resample
+
     mode = "nearest" if label else "bilinear"
     warped: Any = None
     if drawn.displacement is not None:
@@ -227,6 +226,9 @@ def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
         image: `(C, D, H, W)`.
         drawn: the parameters.
     """
+    from monai.networks.layers import gaussian_1d, separable_filtering
+    from monai.transforms import AdjustContrast
+
     channels = list(image)
     for k, width in enumerate(drawn.blur):
         if width:
@@ -255,6 +257,8 @@ def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
 
 def _plain(array: Any) -> Tensor:
     """A plain tensor: MONAI's MetaTensor would reach the network and slow down each operation."""
+    from monai.utils import convert_to_tensor
+
     return convert_to_tensor(array, track_meta=False)
 
 
