@@ -345,6 +345,9 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
                 hydra_compose(command, [*groups, str(override.input_line)])
         except (HydraException, OmegaConfBaseException) as found:
             return _explain_one(found, command, override.key_or_group if keys else None, keys)
+    names = [override.key_or_group for override in single]
+    if several := [name for name in names if names.count(name) > 1]:  # each is right by itself
+        return f"{several[0]}= is given {names.count(several[0])} times: give it once"
     return _typed_message(error, command)
 
 

@@ -297,6 +297,13 @@ def test_mappings_of_the_users_own_keys_can_be_given_on_the_command_line() -> No
     assert ablate["pretrain"] == {"model": "asa_tiny", "train": {"steps": 5}}
 
 
+def test_a_mapping_that_is_given_twice_is_named() -> None:
+    own = ["data=folder", "data.root=x", "out=y", "labels={1: csf}", "labels={2: gm}"]
+    with pytest.raises(ValueError, match=r"^labels= is given 2 times: give it once$"):
+        compose("prepare", own)
+    assert compose("prepare", own[:-1])["labels"] == {1: "csf"}
+
+
 def test_a_missing_value_is_named() -> None:
     with pytest.raises(ValueError, match=r"data\.store.* has to be given"):
         compose("pretrain", ["out=x"])

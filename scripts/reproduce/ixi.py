@@ -19,8 +19,6 @@ STEPS, TUNED = 3000, 1000  # of a pretraining, and of a fine-tuning
 PREPARED = (
     "data=folder",
     "data.images={t1: *_T1.nii.gz}",
-    "data.label=*_structures.nii.gz",
-    LABELS,
     "prepare.strip=deepbet",
     "prepare.midway=true",
     "prepare.spacing=2",
@@ -39,20 +37,26 @@ def read_options(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read_ids(data: Path) -> list[str]:
+    """The ids of the heads with regions in a folder, sorted."""
+    return sorted(path.name.removesuffix("_regions.nii.gz") for path in data.glob("*_regions.nii.gz"))
+
+
 def make_stores(data: Path, out: Path, jobs: int) -> None:
     """The store of all heads, one of a few that are tested, for the linear probe, and a split for each set of heads.
 
     Raises:
         ValueError: fewer heads than are needed.
     """
-    ids = sorted(path.name.removesuffix("_regions.nii.gz") for path in data.glob("*_regions.nii.gz"))
+    ids = read_ids(data)
     test, train = ids[:TESTED], ids[TESTED:]
     if len(train) < max(HEADS):
         raise ValueError(f"{data}: {len(ids)} heads with regions; {TESTED + max(HEADS)} are needed")
     for name, chosen in (("heads", ids), ("probed", test[:PROBED])):
         write_structures(data, out / name, chosen, image="T1", regions="regions")
         paths = quoted(**{"data.root": out / name, "out": out / f"store_{name}"})
-        asa("prepare", *PREPARED, f"workers={jobs}", *paths, log=out / "logs" / f"prepare_{name}.txt")
+        labels, log = ("data.label=*_structures.nii.gz", LABELS), out / "logs" / f"prepare_{name}.txt"
+        asa("prepare", *PREPARED, *labels, f"workers={jobs}", *paths, log=log)
     for heads in HEADS:
         write_split(out / f"split{heads}.json", {"train": train[:heads], "validation": [], "test": test})
 

@@ -9,6 +9,7 @@ DATA: as of scripts/reproduce/structures.py.
 """
 
 import argparse
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,21 +45,34 @@ def write_labels(data: Path, out: Path, ids: list[str]) -> None:
             write_label(label, found, read_image(image))
 
 
-# Of each value: its side (1 right, 2 left, 0 none), and the value of the structure.
-SIDE = np.array([0, *({"right": 1, "left": 2}.get(name.partition("_")[0], 0) for name in LABELS)])
-STRUCTURE = np.arange(len(SIDE)) - (SIDE == 2)
+def measure(truth: np.ndarray, found: np.ndarray, labels: Collection[str]) -> tuple[float, float, float]:
+    """Rate of the wrong side where both maps have one; mean Dice of the labels, and of them with their sides joined.
 
-
-def measure(truth: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
-    """Rate of the wrong side where both maps have one; mean Dice of the labels, and of them with their sides joined."""
-    both = (SIDE[truth] > 0) & (SIDE[found] > 0)
-    wrong = float((SIDE[truth] != SIDE[found])[both].mean())
-    return wrong, mean_dice(truth, found), mean_dice(STRUCTURE[truth], STRUCTURE[found])
+    Args:
+        truth, found: label maps with the values 1, 2, ...
+        labels: their names, where the left one of a pair follows the right one.
+    """
+    side = np.array([0, *({"right": 1, "left": 2}.get(name.partition("_")[0], 0) for name in labels)])
+    structure = np.arange(len(side)) - (side == 2)
+    both = (side[truth] > 0) & (side[found] > 0)
+    wrong = float((side[truth] != side[found])[both].mean())
+    return wrong, mean_dice(truth, found), mean_dice(structure[truth], structure[found])
 
 
 def mean_dice(truth: np.ndarray, found: np.ndarray) -> float:
     """The mean over the values of the truth."""
     return float(np.mean([dice(found == value, truth == value) for value in np.unique(truth[truth > 0])]))
+
+
+def report(out: Path, ids: Sequence[str], truths: Path, labels: Collection[str]) -> str:
+    """A row of `measure` for each scan of OUT/predicted/sides, and the means."""
+    rows = []
+    for id in ids:
+        truth = read_label(truths / f"{id}_sides.nii.gz").data
+        rows.append(measure(truth, read_label(out / "predicted" / "sides" / f"{id}.nii.gz").data, labels))
+    shown = [*zip(ids, rows, strict=True), ("mean", np.mean(rows, axis=0))]
+    lines = [f"| {id} | " + " | ".join(f"{value:.4f}" for value in row) + " |" for id, row in shown]
+    return "\n".join(["| brain | wrong side | Dice | Dice, sides joined |", "|---|---:|---:|---:|", *lines])
 
 
 def main() -> None:
@@ -80,13 +94,7 @@ def main() -> None:
     paths = {"data.store": store, "data.split_file": split, "out": out / "finetuned" / "sides"}
     asa("finetune", "experiment=structures_finetune", "init=asa://tiny-t1", *length, log=log, threads=1, **paths)
     score(out, "sides", store, log=log, threads=1)
-    print("| brain | wrong side | Dice | Dice, sides joined |\n|---|---:|---:|---:|")
-    rows = []
-    for id in ids[first:last]:
-        truth = read_label(out / "brains" / f"{id}_sides.nii.gz").data
-        rows.append(measure(truth, read_label(out / "predicted" / "sides" / f"{id}.nii.gz").data))
-        print(f"| {id} | " + " | ".join(f"{value:.4f}" for value in rows[-1]) + " |")
-    print("| mean | " + " | ".join(f"{value:.4f}" for value in np.mean(rows, axis=0)) + " |")
+    print(report(out, ids[first:last], out / "brains", LABELS))
 
 
 if __name__ == "__main__":
