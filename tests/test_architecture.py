@@ -25,10 +25,10 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 804,
+    "": 807,
     "baselines": 1230,
-    "cli": 789,  # with the tables of every key, for help and the site
-    "data": 7925,
+    "cli": 800,  # with the tables of every key, for help and the site
+    "data": 8203,  # with lesions that are planted into scans
     "evaluation": 2465,
     "export": 775,
     "inference": 2583,  # with networks that vote beside atlases

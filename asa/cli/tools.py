@@ -7,11 +7,22 @@ from asa.errors import counted, grouped
 
 
 def make_phantoms(config: Config) -> None:
-    """Write the cohort."""
-    from asa.data.phantom.cohort import make_cohort
+    """Write the cohort.
 
-    out = Path(str(config["out"]))
-    files = make_cohort(**{**config, "out": out})
+    Raises:
+        ValueError: see `make_cohort` and `plant_cohort`; no `source` with kind=lesions, or one with another kind.
+    """
+    from asa.data.phantom.cohort import make_cohort
+    from asa.data.phantom.planted import plant_cohort
+
+    out, source, planted = Path(str(config["out"])), config["source"], config["kind"] == "lesions"
+    if (source is not None) != planted:
+        raise ValueError("source= is a store for kind=lesions, which needs one: give both or neither")
+    if planted:
+        files = plant_cohort(source, out, **{key: config[key] for key in ("lesions", "planted", "seed", "subjects")})
+    else:
+        own = {key: config[key] for key in ("kind", "seed", "resolution", "rim", "names")}
+        files = make_cohort(out=out, subjects=10 if config["subjects"] is None else config["subjects"], **own)
     print(f"wrote {counted(len(files), 'file')} to {out}")
 
 

@@ -3,6 +3,7 @@
 Arrays are (D, H, W) in RAS+ axes, lengths are mm. Intensities are relative to white matter on T1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -102,7 +103,7 @@ def load_template(*, rim: bool = False, ventricles: bool = False, structures: bo
     if rim:
         maps["outside"] = ndimage.distance_transform_edt(~brain)
     if ventricles:
-        maps["lateral"], maps["horn"] = _ventricle_distances(lateral_ventricles(fractions[0], centre))
+        maps["lateral"], maps["horn"] = ventricle_distances(lateral_ventricles(fractions[0], centre))
     if structures:
         maps |= structure_maps(fractions, centre)
     stacked = torch.from_numpy(np.stack([part.astype(np.float32) for part in maps.values()]))
@@ -115,13 +116,19 @@ def _shifted_up(array: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(array[:ADDED_BELOW]), array[:-ADDED_BELOW]])
 
 
-def _ventricle_distances(lateral: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distances in mm from the lateral ventricles, and from the tips of their frontal and occipital horns."""
+def ventricle_distances(lateral: np.ndarray, spacing: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Distances in mm from the lateral ventricles, and from the tips of their frontal and occipital horns.
+
+    Args:
+        lateral: bool (D, H, W).
+        spacing: voxel size along D, H, W; None: 1 mm.
+    """
     forward = np.flatnonzero(lateral.any(axis=(0, 2)))
     tips = np.zeros_like(lateral)
     for row in (forward[0], forward[-1]):
         tips[:, row] = lateral[:, row]
-    return ndimage.distance_transform_edt(~lateral), ndimage.distance_transform_edt(~tips)
+    there, at_tips = (ndimage.distance_transform_edt(~mask, sampling=spacing) for mask in (lateral, tips))
+    return there, at_tips
 
 
 def make_subject(

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from asa.data.phantom.warp import grid_points, smooth_noise, to_grid
 
+FLUID = {"t1": 0.32, "t1ce": 0.32, "t2": 1.30, "flair": 0.22}  # intensities of what CSF fills
+
 
 @dataclass(frozen=True)
 class Lesion:
@@ -71,24 +73,29 @@ def hyperintensities(
     deep = deep - 3.0 * torch.relu(0.9 - maps["white"]) / 0.3  # no spots near the cortex
     fraction = white * torch.maximum(torch.sigmoid(around / 0.45), torch.sigmoid(deep / 0.35))
     fraction = fraction * (maps["lateral"] > 0.3)
-    lesions = [Lesion(fraction, 1, {"t1": float(rng.normal(0.72, 0.04)), "flair": float(rng.normal(1.12, 0.06))})]
-    infarct = bool(rng.random() < 0.25)
-    if infarct:
-        lesions += _infarct(maps, extent, rng)
-    return lesions, {"lesion_load": round(load, 3), "other_pathology": infarct}
+    t1, flair = float(rng.normal(0.72, 0.04)), float(rng.normal(1.12, 0.06))
+    lesions = [Lesion(fraction, 1, {"t1": t1, "t1ce": t1, "t2": 0.95, "flair": flair})]
+    other = bool(rng.random() < 0.25)
+    if other:
+        lesions += infarct(maps, extent, rng)
+    return lesions, {"lesion_load": round(load, 3), "other_pathology": other}
 
 
-def _infarct(maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.Generator) -> list[Lesion]:
-    """An old infarct in the white matter: a cavity with the signal of CSF, and a bright margin on FLAIR."""
+def infarct(maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.Generator) -> list[Lesion]:
+    """An old infarct in the white matter (value 2): a cavity with the signal of CSF, and a bright margin on FLAIR.
+
+    Args:
+        maps: as for `hyperintensities`.
+        extent, rng: as there.
+    """
     shape = tuple(maps["white"].shape)
     points = grid_points(shape, extent)
-    centre = _random_point((maps["white"] > 0.7) & (maps["lateral"] > 8) & (maps["brain"] > 0.5), points, rng)
+    centre = random_point((maps["white"] > 0.7) & (maps["lateral"] > 8) & (maps["brain"] > 0.5), points, rng)
     radius = float(rng.uniform(3.0, 6.0))
     noise = to_grid(smooth_noise(rng, extent, 3.0), shape)[0]
     depth = radius + 0.25 * radius * noise - (points - centre).norm(dim=-1)
-    margin = Lesion(torch.sigmoid((depth + 2.0) / 0.45), 2, {"t1": 0.70, "flair": float(rng.normal(1.05, 0.05))})
-    cavity = Lesion(torch.sigmoid(depth / 0.45), 2, {"t1": 0.32, "flair": 0.22})
-    return [margin, cavity]
+    bright = {"t1": 0.70, "t1ce": 0.70, "t2": 0.95, "flair": float(rng.normal(1.05, 0.05))}
+    return [Lesion(torch.sigmoid((depth + 2.0) / 0.45), 2, bright), Lesion(torch.sigmoid(depth / 0.45), 2, FLUID)]
 
 
 def plan_tumour(white: Tensor, extent: tuple[float, ...], rng: np.random.Generator) -> TumourPlan:
@@ -96,7 +103,7 @@ def plan_tumour(white: Tensor, extent: tuple[float, ...], rng: np.random.Generat
     points = grid_points(tuple(white.shape), extent)
     lateral = points[..., 0].abs() > 16.0
     above_stem = points[..., 2] > -22.0  # the grid's centre is 22 mm above the anterior commissure
-    centre = _random_point((white > 0.75) & lateral & above_stem, points, rng)
+    centre = random_point((white > 0.75) & lateral & above_stem, points, rng)
     radius = float(rng.uniform(9.0, 19.0))
     return TumourPlan(
         centre=tuple(centre.tolist()),
@@ -152,7 +159,13 @@ def _connected(fraction: Tensor, seed: Tensor) -> Tensor:
     return fraction * torch.from_numpy(np.isin(parts, kept[kept > 0]))
 
 
-def _random_point(allowed: Tensor, points: Tensor, rng: np.random.Generator) -> Tensor:
-    """One of the allowed points, (3,)."""
+def random_point(allowed: Tensor, points: Tensor, rng: np.random.Generator) -> Tensor:
+    """One of the allowed points, (3,).
+
+    Raises:
+        ValueError: there is none.
+    """
     candidates = points[allowed]
+    if not len(candidates):
+        raise ValueError("no place for a lesion: is this a whole brain, with white matter that is bright on T1?")
     return candidates[int(rng.integers(len(candidates)))]

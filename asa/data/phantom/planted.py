@@ -1,0 +1,258 @@
+"""Lesions planted into the scans of a store: patients whose every other voxel is that of the scan.
+
+A tumour with oedema and mass effect, white-matter lesions, an infarct, or a part of one hemisphere that has lost
+tissue. The first three are those of the phantom (`asa.data.phantom.lesions`), where tissue is what the T1 shows.
+
+Images are (C, D, H, W) and maps (D, H, W) as in the store; lengths are mm.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+from tqdm import tqdm
+
+from asa.data.io.files import check_out, write_json, write_whole
+from asa.data.io.nifti import spacing_of, write_image
+from asa.data.io.tables import csv_text
+from asa.data.phantom.anatomy import CONTRAST, blend, ventricle_distances
+from asa.data.phantom.lesions import FLUID, Lesion, hyperintensities, infarct, plan_tumour, random_point, tumour
+from asa.data.phantom.warp import grid_points, sample, smooth_noise, to_grid
+from asa.data.store import Store
+
+VALUES = {1: "wmh", 2: "infarct", 3: "tumour", 4: "oedema", 5: "atrophy"}  # of the label maps
+T1 = ("t1", "t1ce")  # the first of these channels shows the tissues
+LEAST = 0.02  # a smaller fraction of a lesion changes nothing
+DEEP = 20.0  # from the surface of the brain: CSF there is that of the ventricles
+LARGEST_NOISE = 0.06  # of a lesion, relative to white matter: the scan's own, without its edges
+MASS_EFFECT = 3.0  # standard deviations of the displacement around a tumour, where it ends
+LOST, WIDENED = 50.0, (1.5, 2.5)  # radius of the part that loses tissue, and how much of it at its centre
+TABLE = "health.csv"
+
+
+class Planted(NamedTuple):
+    """A scan with lesions.
+
+    Args:
+        image: with the lesions.
+        label: `VALUES`, uint8.
+        changed: bool: where the image may differ from the scan's. Around a tumour it is more than the label.
+        drawn: what was drawn, as plain data.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    changed: np.ndarray
+    drawn: dict[str, Any]
+
+
+def plant_cohort(
+    source: str | Path,
+    out: str | Path,
+    *,
+    lesions: Sequence[str] = ("tumour", "wmh", "infarct", "atrophy"),
+    planted: float = 0.5,
+    seed: int = 0,
+    subjects: int | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Write one scan of each subject of a store as NIfTI, with a lesion in a part of them, and their health.
+
+    The files are ID_CHANNEL.nii.gz and ID_lesions.nii.gz in the stored space, whose values are `VALUES`, and
+    `health.csv`: id, subject, health (0 with a lesion), lesion, volume in ml, and contrast: the mean of the first
+    channel where it is labelled, relative to the same voxels before. A scan without a lesion is as it is in the store.
+
+    Args:
+        source: the store; its channels have names of `CONTRAST`, and one of them is a T1.
+        out: folder of the cohort.
+        lesions: what is planted: "tumour", "wmh", "infarct" or "atrophy"; one kind in each patient, drawn with equal
+            probability.
+        planted: fraction of the subjects who get one.
+        seed: random seed. What a subject gets depends on it and on the subject's number among the sorted ones.
+        subjects: how many of the store's, in the order of their names; None: all.
+        progress: show a progress bar.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileNotFoundError, ValueError: no store, channels that lesions have no intensity in, options out of range, no
+            place for a lesion in a scan, or `out` holds something else.
+    """
+    store, out = Store(source), Path(out)
+    if unknown := [name for name in store.channels if name not in CONTRAST]:
+        raise ValueError(f"{source}: lesions have no intensity in {unknown[0]}: only in {', '.join(CONTRAST)}")
+    if not set(T1) & set(store.channels):
+        raise ValueError(f"{source}: its channels are {', '.join(store.channels)}: a T1 has to show the tissues")
+    if not lesions or set(lesions) - PLANTERS.keys():
+        raise ValueError(f"lesions={list(lesions)}: choose some of {', '.join(PLANTERS)}")
+    if not 0 < planted <= 1:
+        raise ValueError(f"planted={planted}: give the fraction of subjects with a lesion, above 0, at most 1")
+    scans = {record["subject"]: record for record in reversed(store.records)}  # the first one of each
+    names = sorted(scans)[:subjects]
+    patients = set(np.random.default_rng(seed).permutation(names)[: round(planted * len(names))].tolist())
+    about = {"phantom": True, "kind": "lesions", "lesions": list(lesions), "planted": planted, "seed": seed}
+    check_out(out, "phantom.json", "a phantom cohort")
+    write_json(out / "phantom.json", about | {"values": VALUES, "source": str(Path(source).resolve())})
+    written, rows = [out / "phantom.json", out / TABLE], []
+    for number, name in enumerate(tqdm(names, desc="phantom lesions", unit="subject", disable=not progress)):
+        id = scans[name]["id"]
+        before, affine = np.array(store.image(id), np.float32), np.array(scans[name]["chain"]["stored_affine"])
+        found = Planted(before, np.zeros(before.shape[1:], np.uint8), np.zeros(before.shape[1:], bool), {})
+        kind = ""
+        if name in patients:
+            rng = np.random.default_rng([seed, number])
+            kind = lesions[int(rng.integers(len(lesions)))]
+            try:
+                found = plant(kind, before, store.channels, spacing_of(affine)[::-1].tolist(), rng)
+            except ValueError as error:
+                raise ValueError(f"{id}: {error}") from None
+        inside = found.label > 0
+        ml = inside.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
+        contrast = found.image[0][inside].mean() / before[0][inside].mean() if inside.any() else 1.0
+        rows.append([id, name, int(not kind), kind, f"{ml:.3f}", f"{contrast:.3f}"])
+        files = {out / f"{id}_{channel}.nii.gz": one for channel, one in zip(store.channels, found.image, strict=True)}
+        for file, volume in (files | {out / f"{id}_lesions.nii.gz": found.label}).items():
+            write_image(file, volume.transpose(2, 1, 0), affine, dtype=volume.dtype)
+        write_json(out / f"{id}.json", {**about, "lesion": kind, "drawn": found.drawn})
+        written += [*files, out / f"{id}_lesions.nii.gz", out / f"{id}.json"]
+    header = ["id", "subject", "health", "lesion", "ml", "contrast"]
+    write_whole(out / TABLE, csv_text(header, rows).encode())
+    return written
+
+
+def plant(
+    kind: str, image: np.ndarray, channels: Sequence[str], spacing: Sequence[float], rng: np.random.Generator
+) -> Planted:
+    """A scan with a lesion.
+
+    Args:
+        kind: "tumour", "wmh", "infarct" or "atrophy".
+        image: `(C, D, H, W)`, 0 outside the brain.
+        channels: its names, keys of `CONTRAST`, one of which is a T1.
+        spacing: voxel size along D, H, W.
+        rng: random numbers.
+
+    Raises:
+        ValueError: there is no place for it in this scan.
+    """
+    t1 = next(channels.index(name) for name in T1 if name in channels)
+    scan = Scan(torch.from_numpy(image), t1, tuple(spacing), rng)
+    moved, lesions, drawn = PLANTERS[kind](scan)
+    fractions, label = blend(lesions, scan.brain)
+    texture = 1 + 0.07 * to_grid(smooth_noise(rng, scan.extent, 3.0), tuple(label.shape))[0]
+    result, changed = moved.clone(), (moved != scan.image).any(dim=0)
+    for lesion, fraction in zip(lesions, fractions, strict=True):
+        part = fraction * (fraction > LEAST)
+        changed |= part > 0
+        for k, name in enumerate(channels):
+            if image[k].any():  # not a channel that this scan does not have
+                unit = scan.mean(k, scan.white > 0.9) / CONTRAST[name][2][0]  # the phantom's intensities are relative
+                noise = moved[k] - torch.from_numpy(ndimage.gaussian_filter(moved[k].numpy(), 1.0))
+                noise = noise.clamp(-LARGEST_NOISE * unit, LARGEST_NOISE * unit)
+                result[k] += part * (lesion.intensity[name] * unit * texture + noise - moved[k])
+    return Planted(result.clamp(min=0).numpy(), label, changed.numpy(), drawn)
+
+
+class Scan:
+    """A scan, the tissues that its T1 shows, and the random numbers of its lesion.
+
+    Tissues are three classes of intensity (k-means), from the darkest on CSF, grey and white matter.
+
+    Args:
+        image: `(C, D, H, W)`.
+        t1: index of the channel that shows tissues.
+        spacing: voxel size along D, H, W.
+        rng: random numbers.
+
+    Raises:
+        ValueError: an empty channel.
+    """
+
+    def __init__(self, image: Tensor, t1: int, spacing: tuple[float, ...], rng: np.random.Generator) -> None:
+        self.image, self.t1, self.spacing, self.rng = image, t1, spacing, rng
+        self.shape = tuple(image.shape[1:])
+        self.extent = tuple((n - 1) * float(edge) for n, edge in zip(self.shape, spacing, strict=True))
+        self.brain = torch.from_numpy(ndimage.binary_fill_holes((image[t1] != 0).numpy()))
+        values = image[t1][self.brain].numpy().astype(np.float64)
+        if not values.any():
+            raise ValueError("its T1 is empty")
+        means, _ = kmeans2(values, np.quantile(values, [0.05, 0.4, 0.9]), minit="matrix")
+        low, middle, high = np.sort(means)
+        self.csf = (image[t1] < (low + middle) / 2) & self.brain
+        white = (image[t1] > (middle + high) / 2) & self.brain
+        self.white = torch.from_numpy(ndimage.gaussian_filter(white.numpy().astype(np.float32), 1.5))
+
+    def mean(self, channel: int, where: Tensor) -> float:
+        """Mean of a channel over a mask."""
+        return float(self.image[channel][where].mean())
+
+    def maps(self) -> dict[str, Tensor]:
+        """The maps that lesions are drawn in, see `asa.data.phantom.lesions`.
+
+        Raises:
+            ValueError: no ventricles.
+        """
+        depth = ndimage.distance_transform_edt(self.brain.numpy(), sampling=self.spacing)
+        parts, count = ndimage.label(self.csf.numpy() & (depth > DEEP))
+        if not count:
+            raise ValueError(f"no CSF deeper than {DEEP:g} mm, where the ventricles are: is this a whole brain?")
+        ventricles = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+        lateral, horn = (
+            torch.from_numpy(each.astype(np.float32)) for each in ventricle_distances(ventricles, self.spacing)
+        )
+        return {"white": self.white, "brain": self.brain.float(), "lateral": lateral, "horn": horn}
+
+    def moved(self, displacement: Tensor) -> Tensor:
+        """The image read at displaced points, mm `(D, H, W, 3)`, inside the brain."""
+        read = sample(self.image, grid_points(self.shape, self.extent) + displacement, self.extent)
+        return torch.where(displacement.any(dim=-1) & self.brain, read, self.image)
+
+
+Drawn = tuple[Tensor, list[Lesion], dict[str, Any]]  # the image, where tissue has moved; its lesions; what was drawn
+
+
+def _tumour(scan: Scan) -> Drawn:
+    plan = plan_tumour(scan.white, scan.extent, scan.rng)
+    away = (grid_points(scan.shape, scan.extent) - torch.tensor(plan.centre)).norm(dim=-1, keepdim=True)
+    fading = (1 - (away / (MASS_EFFECT * (plan.radius + 6.0))).square()).clamp(min=0)
+    moved = scan.moved(plan.velocity(scan.shape, scan.extent).permute(1, 2, 3, 0) * fading)
+    pushed = Scan(moved, scan.t1, scan.spacing, scan.rng)
+    found = tumour(pushed.maps(), pushed.csf.float(), plan, scan.extent, scan.rng, (3, 4, 3))
+    return moved, found, asdict(plan)
+
+
+def _white_matter_lesions(scan: Scan) -> Drawn:
+    found, drawn = hyperintensities(scan.maps(), scan.extent, scan.rng)
+    return scan.image, found, drawn
+
+
+def _infarct(scan: Scan) -> Drawn:
+    return scan.image, infarct(scan.maps(), scan.extent, scan.rng), {}
+
+
+def _atrophy(scan: Scan) -> Drawn:
+    """Around a point of one hemisphere, CSF takes the place of tissue that it touches: sulci and ventricle widen."""
+    points = grid_points(scan.shape, scan.extent)
+    centre = random_point((scan.white > 0.75) & (points[..., 0].abs() > 20.0), points, scan.rng)
+    width = float(scan.rng.uniform(*WIDENED))
+    near = (1 - ((points - centre).norm(dim=-1) / LOST).square()).clamp(min=0) * (points[..., 0] * centre[0] > 0)
+    tissue = scan.brain & ~scan.csf
+    depth = ndimage.distance_transform_edt(tissue.numpy(), sampling=scan.spacing) - min(scan.spacing) / 2
+    fraction = torch.sigmoid((width * near - torch.from_numpy(depth.astype(np.float32))) / 0.45) * tissue * (near > 0)
+    drawn = {"centre": centre.tolist(), "width": width}
+    return scan.image, [Lesion(fraction, 5, FLUID)], drawn
+
+
+PLANTERS: Mapping[str, Callable[[Scan], Drawn]] = {
+    "tumour": _tumour,
+    "wmh": _white_matter_lesions,
+    "infarct": _infarct,
+    "atrophy": _atrophy,
+}
