@@ -1,6 +1,5 @@
 """UNETR and Swin UNETR, from MONAI."""
 
-import math
 from collections.abc import Sequence
 
 from monai.networks.nets.swin_unetr import SwinUNETR
@@ -70,8 +69,7 @@ def _unetr(
 def _swin_unetr(out_channels: int, img_size: int | Sequence[int], in_channels: int, feature_size: int) -> Comparator:
     require("einops", "swin", "MONAI's Swin UNETR")
     size = triple(img_size)
-    if math.prod(grid_size(size, 32)) == 1:
-        raise ValueError(f"Swin UNETR takes volumes larger than 32^3 voxels, got {size}")
+    grid_size(size, 32, several=True)  # checks the size
     with device("cpu"):  # MONAI reads values of a tensor that it makes, which a meta tensor does not have
         network = SwinUNETR(in_channels, out_channels, feature_size=feature_size)
     return Comparator(network.to(get_default_device()), Window(size, in_channels), out_channels)

@@ -62,8 +62,7 @@ class ResidualEncoder(nn.Module):
         super().__init__()
         self.img_size, self.in_channels, self.widths = triple(img_size), in_channels, list(widths)
         stride = 2 ** (len(widths) - 1)
-        if max(grid_size(self.img_size, stride)) == 1:
-            raise ValueError(f"ResEnc takes volumes larger than {stride}^3 voxels, got {self.img_size}")
+        grid_size(self.img_size, stride, several=True)  # checks the size
         self.stem = ConvNorm(in_channels, widths[0])
         self.stages = nn.ModuleList()
         for level, (before, after) in enumerate(pairwise([widths[0], *widths])):

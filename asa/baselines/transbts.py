@@ -132,7 +132,5 @@ def transbts_tiny(out_channels: int, img_size: int | Sequence[int] = 64, in_chan
 def _transbts(out_channels: int, img_size: int | Sequence[int], in_channels: int, sizes: dict[str, int]) -> Comparator:
     require("einops", "swin", "MONAI's transformer block in TransBTS")
     size = triple(img_size)
-    grid = grid_size(size, STRIDE)
-    if max(grid) == 1:
-        raise ValueError(f"TransBTS takes volumes larger than {STRIDE}^3 voxels, got {size}")
+    grid = grid_size(size, STRIDE, several=True)
     return Comparator(TransBTS(in_channels, out_channels, grid, **sizes), Window(size, in_channels), out_channels)

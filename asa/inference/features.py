@@ -3,6 +3,8 @@
 Letters: prepared volume `C D H W`; tokens `E d h w`, E their width and d, h, w the token grid.
 """
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from asa.data.store import read_box
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.training.checkpoint import load_encoder, read_description
 from asa.training.device import pick_device
+
+MOST_LOST = 0.1  # fraction of a head outside the encoder's crop, above which a warning says so
 
 
 class FeatureExtractor:
@@ -42,8 +46,20 @@ class FeatureExtractor:
         return read_box(volume, [(length - size) // 2 for length, size in sizes], self.encoder.img_size)
 
     def tokens(self, volume: np.ndarray) -> np.ndarray:
-        """The tokens of a prepared volume `(C, D, H, W)`, cropped: `(E, d, h, w)` float32, or a ValueError for NaN."""
-        image = torch.from_numpy(self.crop(volume))[None].to(self.device, torch.float32)
+        """The tokens of a prepared volume `(C, D, H, W)`, cropped: `(E, d, h, w)` float32, or a ValueError for NaN.
+
+        A warning says if much of the head is not in the crop.
+        """
+        cropped = self.crop(volume)
+        lost = 1 - np.count_nonzero(cropped[0]) / max(np.count_nonzero(volume[0]), 1)
+        if lost > MOST_LOST:
+            whole = ",".join(str(math.ceil(n / 32) * 32) for n in volume.shape[1:])
+            size = " x ".join(map(str, self.encoder.img_size))
+            warnings.warn(
+                f"{lost:.0%} of the head is outside the {size} voxels that are read: img_size=[{whole}] holds all",
+                stacklevel=2,
+            )
+        image = torch.from_numpy(cropped)[None].to(self.device, torch.float32)
         with torch.inference_mode():
             tokens = self.encoder(image)[0].T.unflatten(1, self.encoder.token_grid(image))
         check_finite(tokens, "the network's output")

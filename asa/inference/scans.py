@@ -140,7 +140,8 @@ def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterabl
         ValueError: the store was prepared in another way than the scans of the preprocessor.
     """
     store = Store(source)
-    if store.channels != preprocessor.channels or store.settings != preprocessor.data["prepare"]:
+    ways = [{**settings, "nan": None} for settings in (store.settings, preprocessor.data["prepare"])]  # that may differ
+    if store.channels != preprocessor.channels or ways[0] != ways[1]:
         raise ValueError(f"{store.path} was prepared in another way than {preprocessor.scans}: predict the raw scans")
     prepared = partial(_stored, store, preprocessor)
     records = store.records if subjects is None else select(store.records, subjects)
@@ -156,7 +157,7 @@ def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterabl
 
 
 def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]) -> Prepared:
-    like = read_image(store.first_source(record), nan=preprocessor.settings.nan)
+    like = read_image(store.first_source(record), nan=store.settings.get("nan", "refuse"))
     preprocessor.check_stored(record["chain"])
     preprocessor.warn_outside_range(record["quality"], record["intensity"])
     return store.image(record["id"]), record["chain"], like

@@ -4,7 +4,6 @@ Letters: volume `B C D H W`, Swin width e (= the decoder's feature size), K outp
 encoder has 1 / 2^(k+1) of the resolution.
 """
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +15,7 @@ from asa.models import sa_swin
 from asa.models.kernels import in_safe_precision
 from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.swin import STRIDE, Swin
+from asa.ops.patches import grid_size
 
 BOTTLENECK = 4
 
@@ -44,8 +44,7 @@ class SASwinUNet(nn.Module):
         across: dict[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if math.prod(encoder.grid) == 1:
-            raise ValueError(f"the U-Net takes volumes larger than {STRIDE}^3 voxels, got {encoder.img_size}")
+        grid_size(encoder.img_size, STRIDE, several=True)  # checks the size
         further = {int(level): heads for level, heads in (across or {}).items()}  # keys are strings in JSON
         if wrong := [level for level in further if level not in range(BOTTLENECK)]:
             raise ValueError(f"model.across names level {wrong[0]}: the levels besides the bottleneck are 0 to 3")

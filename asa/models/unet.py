@@ -4,7 +4,6 @@ Letters: volume `B C D H W`, feature size f, patch size s, K output channels. Le
 resolution and f * 2^k channels.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -19,7 +18,7 @@ from asa.models import sw_vit
 from asa.models.kernels import in_float32, use_own_kernels
 from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.sw_vit import SWViT, run_block
-from asa.ops.patches import nearest, token_map
+from asa.ops.patches import grid_size, token_map
 from asa.ops.symmetry import mirror_patches
 
 LEVELS = 6  # resolutions 1 to 1/32
@@ -56,12 +55,7 @@ class SegmentationUNet(nn.Module):
         symmetry: bool = False,
     ) -> None:
         super().__init__()
-        size, coarsest = encoder.img_size, 2 ** (LEVELS - 1)
-        if any(n % coarsest for n in size) or math.prod(size) == coarsest**3:
-            raise ValueError(
-                f"the U-Net takes volumes of more than {coarsest}^3 voxels, with sizes divisible by {coarsest}, "
-                f"got {size}{f': {nearest(size, coarsest)}' if any(n % coarsest for n in size) else ''}"
-            )
+        grid_size(encoder.img_size, 2 ** (LEVELS - 1), several=True)  # checks the size
         scale = encoder.patch_size.bit_length() - 1
         if 2**scale != encoder.patch_size:
             raise ValueError(f"the U-Net takes patches of 2, 4, 8, ... voxels, got {encoder.patch_size}")

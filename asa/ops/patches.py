@@ -5,6 +5,7 @@ L = T*H*W tokens in raster order (W fastest), a token holds C*s^3 values in the 
 Linear windows are runs of consecutive tokens of a sequence: V tokens, A = max(T, H, W) coordinates along an axis.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,27 +69,27 @@ def triple(size: int | Sequence[int]) -> tuple[int, int, int]:
     return sizes
 
 
-def grid_size(spatial: Sequence[int], patch_size: int) -> tuple[int, int, int]:
+def grid_size(spatial: Sequence[int], patch_size: int, *, several: bool = False) -> tuple[int, int, int]:
     """Patches along each axis of a volume.
 
     Args:
         spatial: the volume's sizes (D, H, W) in voxels.
         patch_size: edge of a patch in voxels.
+        several: of which the volume must have more than one.
 
     Raises:
-        ValueError: a size that is not divisible by the patch size.
+        ValueError: a size that is not divisible by the patch size, or a volume of one patch only.
     """
     sizes = triple(spatial)
-    if any(n % patch_size for n in sizes):
-        near = nearest(sizes, patch_size)
-        raise ValueError(f"a volume of {sizes} voxels is not a whole number of patches of {patch_size}: {near}")
+    low, high = (tuple((n + more) // patch_size * patch_size for n in sizes) for more in (0, patch_size - 1))
+    if low != high:
+        smaller = "" if math.prod(low) <= several * patch_size**3 else f"crop it to {low}, or "
+        raise ValueError(
+            f"a volume of {sizes} voxels is not a whole number of patches of {patch_size}: {smaller}pad it to {high}"
+        )
+    if several and max(sizes) == patch_size:
+        raise ValueError(f"a volume of {sizes} voxels: this network takes volumes larger than {patch_size}^3")
     return sizes[0] // patch_size, sizes[1] // patch_size, sizes[2] // patch_size
-
-
-def nearest(sizes: Sequence[int], divisor: int) -> str:
-    """Advice for a volume whose sizes have to be divisible: the nearest ones that are."""
-    low, high = (tuple((n + more) // divisor * divisor for n in sizes) for more in (0, divisor - 1))
-    return f"pad it to {high}" if 0 in low else f"crop it to {low}, or pad it to {high}"
 
 
 def patchify(volume: Tensor, patch_size: int) -> Tensor:

@@ -20,7 +20,7 @@ from asa.config import build, typed
 from asa.data.datasets import folder
 from asa.data.io.files import check_out, make_below, write_whole
 from asa.data.io.lock import in_turn
-from asa.data.io.nifti import Volume
+from asa.data.io.nifti import VOLUME_ENDINGS, Volume
 from asa.data.io.tables import check_own, csv_text, read_rows
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
@@ -46,6 +46,7 @@ from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 
+SIDED_SCANS = 5  # whose label maps are searched for exchanged sides
 COLUMN = r"file|.*_(ml|expected_dice)"  # of a table of volumes
 
 
@@ -75,6 +76,8 @@ class Segmentation(VolumeTask):
                     f"data.lateral_pairs: in [{left}, {right}] the left one has to be the first, as the plane "
                     f"separates them: give [{right}, {left}]"
                 )
+        if self.join_sides:
+            check_sides(store, self.parts["train"], self.lateral_pairs)
         joined = joined_sides(len(self.index) + 1, self.lateral_pairs if self.join_sides else [])
         self.set_model(out_channels=len(self.regions) or max(joined) + 1)
         self.unlabelled = None if self.data.unlabelled is None else self._unlabelled(self.data.unlabelled)
@@ -236,6 +239,37 @@ def lateral_indices(
     return [(index[left], index[right]) for left, right in pairs]
 
 
+def check_sides(store: Store, records: Records, pairs: Sequence[tuple[int, int]]) -> None:
+    """Check a few label maps for the sides that their labels are named for, as the plane would exchange them.
+
+    Args:
+        store: with labels.
+        records: of its labelled scans.
+        pairs: (left, right) class indices.
+
+    Raises:
+        ValueError: the voxels of the left labels lie to the right of the others, in most of these scans.
+    """
+    side = np.zeros(256, np.int8)
+    for left, right in pairs:
+        side[left], side[right] = -1, 1
+    exchanged = 0
+    for record in records[:SIDED_SCANS]:
+        label = store.label(record["id"])
+        assert label is not None
+        sides = side[label[0]]
+        left, right = (np.flatnonzero(sides == one) % sides.shape[2] for one in (-1, 1))  # W, from left to right
+        if left.size and right.size:  # clearly: a pair may have no side in fact
+            exchanged += bool(left.mean() - right.mean() > (left.std() + right.std()) / 2)
+    if exchanged > len(records[:SIDED_SCANS]) / 2:
+        names = [store.labels[store.label_values[index - 1]] for index in pairs[0]]
+        raise ValueError(
+            f"{store.path}: voxels named {names[0]} lie on the right, by the header, and those named {names[1]} on the "
+            "left, and so in other pairs: exchange the names, or correct the orientation of the files "
+            "(data.join_sides=false trains with them as they are)"
+        )
+
+
 def validate_segmentation(
     method: SegmentationMethod,
     source: VolumeSource,
@@ -311,6 +345,10 @@ class SegmentationPredictor:
             check_own(self.out / VOLUMES, "asa-predict", {"id"}, COLUMN)
         if segmenter is None and (self.out / ATLASES).exists():
             raise ValueError(f"{self.out} holds label maps that atlases made ({ATLASES}): choose another out=")
+        if config["layout"] != "bids" and self.out.is_dir():
+            other = ".nii.gz" if config["layout"] == "mgz" else ".mgz"
+            if found := sorted(self.out.glob(f"*{other}")):
+                raise ValueError(f"{found[0]}: label maps of the other layout are here: choose another out=")
         if segmenter is None and config["layout"] != "bids":  # which has a mark of its own
             check_out(self.out, VOLUMES, f"a folder of asa-predict (with {VOLUMES})")
         self.with_uncertainty = config["uncertainty"] is not None
@@ -421,7 +459,8 @@ def _truth_of_folder(path: Path, config: Config) -> Truth:
         raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
     if not all(isinstance(value, int) for value in config["ignored"]):
         raise ValueError(f"ignored= is a list of label values, like ignored=[2], got {config['ignored']}")
-    records = folder.records(path, images={"label": config["pattern"]})
+    pattern = config["pattern"] or next((f"*{end}" for end in VOLUME_ENDINGS if any(path.glob(f"*{end}"))), "*.nii.gz")
+    records = folder.records(path, images={"label": pattern})
     truths = {record["id"]: Path(str(record["images"]["label"])) for record in records}
     labels = {int(value): name for value, name in config["labels"].items()}
     return Truth(truths, _images_of(truths, config["images"]), labels, {}, config["ignored"])

@@ -11,9 +11,12 @@ from heads import centred, head_at, scan, turn
 from untrained import DATA, SETTINGS, a_scan, call, checkpoint, predicted, voxels
 
 from asa.cli import finetune
-from asa.data.io.nifti import Volume
+from asa.data.datasets import folder
+from asa.data.io.nifti import Volume, write_image
 from asa.data.loading.crops import JoinedSides
+from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.pipeline import distance_to_the_right, prepare_case, to_native
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.preprocessing.steps import PrepareSettings
 from asa.data.store import Store
 from asa.inference.label_maps import Outputs
@@ -156,6 +159,24 @@ def test_pairs_are_joined_where_the_network_is_symmetric_or_on_request(
     assert description["data"].get("join_sides", False) is joined
     assert description["data"]["lateral_pairs"] == [["csf", "gm"]]
     assert ("dice_csf+gm" in (tmp_path / "run" / "log.jsonl").read_text()) is joined
+
+
+@pytest.mark.parametrize(("names", "told"), [(("left_x", "right_x"), False), (("right_x", "left_x"), True)])
+def test_names_of_sides_that_the_header_contradicts_are_refused_where_the_plane_separates_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], names: tuple, told: bool
+) -> None:
+    image, truth = tilted_head((4.0, 4.0, 4.0))
+    write_image(tmp_path / "raw" / "s_t1.nii.gz", image.data, image.affine)
+    sides = np.select([truth >= 8, truth > 0], [1, 2], 0)  # on the left, on the right
+    write_image(tmp_path / "raw" / "s_seg.nii.gz", sides, image.affine, dtype=np.uint8)
+    records = folder.records(tmp_path / "raw", images={"t1": "*_t1.nii.gz"}, label="*_seg.nii.gz")
+    labels = dict(enumerate(names, start=1))
+    assert not prepare_cohort(records, tmp_path / "store", CohortSettings(labels=labels), progress=False).failures
+    words = [f"data.store={tmp_path / 'store'}", "data.split={validation: 0, test: 0}", *FINETUNE[:-1], "plan=only"]
+    assert call(finetune, monkeypatch, f"out={tmp_path}/a", *words, "plan_rate=1") == told
+    said = capsys.readouterr().err
+    assert ("voxels named left_x lie on the right, by the header" in said) is told
+    assert call(finetune, monkeypatch, f"out={tmp_path}/b", *words, "plan_rate=1", "data.join_sides=false") == 0
 
 
 def test_a_pair_in_the_wrong_order_is_refused_where_the_plane_separates_it(

@@ -13,16 +13,18 @@ from monai import inferers
 from ranks import replaced
 from scipy import ndimage
 from torch import nn
-from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicted
+from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicted, voxels
 
-from asa.cli import finetune, main, predict, prepare
+from asa.cli import evaluate, finetune, main, predict, prepare
 from asa.config import build
-from asa.data.io.files import write_whole
+from asa.data.datasets import folder
+from asa.data.io.files import read_json, write_whole
 from asa.data.io.nifti import from_ras, read_image, to_ras, write_image
 from asa.data.io.tables import read_rows
+from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_affine
-from asa.data.preprocessing.settings import PrepareSettings
+from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, count_windows, sliding_window
@@ -175,7 +177,7 @@ USERS_PACKAGE = """
 from types import SimpleNamespace
 
 from torch import nn
-from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicted
+from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicted, voxels
 
 
 class WithoutWindow(nn.Conv3d):
@@ -240,6 +242,41 @@ def test_a_voxel_size_unlike_that_of_an_anisotropic_training_grid_is_rejected(tm
     segmenter = Segmenter(checkpoint(tmp_path / "run", spacing=[[3.0, 1.0, 1.0], [3.0, 1.0, 1.0]]), SETTINGS)
     with pytest.raises(ValueError, match=r"voxels of 1 x 1 x 1 mm .* trained on 3 x 1 x 1: resample"):
         predicted(segmenter, a_scan(tmp_path))
+
+
+@pytest.mark.parametrize(("first", "second"), [("layout=null", "layout=mgz"), ("layout=mgz", "layout=null")])
+def test_label_maps_of_two_layouts_do_not_meet_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: str, second: str
+) -> None:
+    given = [f"checkpoint={checkpoint(tmp_path / 'run')}", f"input={a_scan(tmp_path)}", f"out={tmp_path / 'out'}"]
+    assert call(predict, monkeypatch, *given, first) == 0
+    assert call(predict, monkeypatch, *given, second) == 1
+    assert "label maps of the other layout are here: choose another out=" in capsys.readouterr().err
+    assert call(predict, monkeypatch, *given, first) == 0
+    kept = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert kept == ["a.mgz" if first == "layout=mgz" else "a.nii.gz", "volumes.csv"]
+    (tmp_path / "truth").mkdir()
+    (tmp_path / "out" / kept[0]).rename(tmp_path / "truth" / kept[0])  # a folder of truth in either format
+    assert call(predict, monkeypatch, *given, first) == 0
+    truth = [f"truth={tmp_path / 'truth'}", "labels={1: left_x, 2: right_x, 5: middle}"]
+    assert call(evaluate, monkeypatch, f"predictions={tmp_path / 'out'}", *truth, f"out={tmp_path / 'scores'}") == 0
+    assert read_json(tmp_path / "scores" / "summary.json")["results"]["middle"]["dice"]["mean"] == 1.0
+
+
+def test_a_store_whose_background_was_nan_is_predicted_as_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = read_image(a_scan(tmp_path))
+    for name, outside, settings in (("a", 0, PrepareSettings()), ("nan", np.nan, PrepareSettings(nan="zero"))):
+        write_image(tmp_path / f"{name}_raw" / "s.nii.gz", np.where(scan.data > 0, scan.data, outside), scan.affine)
+        records = folder.records(tmp_path / f"{name}_raw", images={"t1": "*.nii.gz"})
+        assert not prepare_cohort(records, tmp_path / f"{name}_store", CohortSettings(settings=settings)).failures
+    run = checkpoint(tmp_path / "run", prepare=Store(tmp_path / "a_store").settings)
+    for name in ("a", "nan"):
+        given = [f"checkpoint={run}", f"input={tmp_path / f'{name}_store'}", f"out={tmp_path / name}"]
+        assert call(predict, monkeypatch, *given) == 0
+    maps = [voxels(next((tmp_path / name).glob("*.nii.gz"))) for name in ("a", "nan")]
+    assert maps[0].any() and np.array_equal(*maps)
 
 
 def test_windows_are_stitched_on_the_cpu_if_gpu_memory_runs_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,11 @@ def test_every_parameter_of_every_size_gets_a_gradient(factory) -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-@pytest.mark.parametrize("size", [48, 32, (64, 64, 40)])
-def test_sizes_that_are_not_divisible_by_32_raise_an_error(size) -> None:
-    with pytest.raises(ValueError, match="divisible by 32"):
+@pytest.mark.parametrize(
+    ("size", "said"), [(48, "patches of 32: pad it"), (32, "larger than 32"), ((64, 64, 40), "patches of 32: crop it")]
+)
+def test_sizes_that_are_not_divisible_by_32_raise_an_error(size, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         SegmentationUNet(encoder(img_size=size), 2)
 
 

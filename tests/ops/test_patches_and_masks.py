@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from asa import patchify, random_mask, unpatchify
-from asa.ops.patches import split_indices
+from asa.ops.patches import grid_size, split_indices
 
 
 @pytest.mark.parametrize(("channels", "size", "patch"), [(1, (8, 8, 8), 4), (3, (4, 12, 8), 4), (2, (6, 4, 10), 2)])
@@ -29,6 +29,11 @@ def test_tokens_are_patches_in_raster_order() -> None:
 
 
 def test_sizes_that_are_not_divisible_by_the_patch_size_raise_an_error() -> None:
+    with pytest.raises(ValueError, match=r"whole number of patches of 4: pad it to \(4, 8, 4\)"):
+        grid_size((4, 5, 4), 4, several=True)  # what is left would be one patch
+    with pytest.raises(ValueError, match=r"larger than 4\^3"):
+        grid_size((4, 4, 4), 4, several=True)
+    assert grid_size((4, 4, 4), 4) == (1, 1, 1) and grid_size((4, 8, 4), 4, several=True) == (1, 2, 1)
     with pytest.raises(ValueError, match=r"whole number of patches of 4: crop it to \(8, 8, 8\), or pad it to .*12\)"):
         patchify(torch.zeros(1, 1, 8, 8, 9), 4)
     with pytest.raises(ValueError, match=r"patches of 4: pad it to \(8, 4, 8\)$"):

@@ -67,6 +67,14 @@ def test_the_features_of_a_store_come_without_warnings(cohort: Path, tmp_path: P
         features("nothere.nii", cohort / "run", device="cpu")
 
 
+def test_a_crop_that_leaves_much_of_the_head_out_is_told_with_one_that_does_not(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded(cohort, tmp_path, f"input={cohort / 'store'}", "img_size=16")
+    told = [line for line in capsys.readouterr().out.splitlines() if "of the head is outside" in line]
+    assert len(told) == SCANS and all("the 16 x 16 x 16 voxels that are read: img_size=[" in line for line in told)
+
+
 def vector(row: dict[str, str], part: str) -> np.ndarray:
     return np.array([float(value) for name, value in row.items() if name.startswith(f"{part}_")])
 

@@ -487,7 +487,8 @@ def _intensities(image: Any, path: str | Path, nan: str = "refuse") -> np.ndarra
         warnings.warn(f"{path}: {background.sum()} voxels of the background are NaN, and are set to 0", stacklevel=3)
     if count := np.count_nonzero(wrong):
         where = " inside the head" if nan == "zero" else ""
-        advice = "" if where else ", or set prepare.nan=zero if they are its background"
+        zero = ", or set prepare.nan=zero if they are its background (of asa-prepare, whose store can be predicted)"
+        advice = "" if where else zero
         raise ValueError(
             f"{path}: {count} voxels{where} are NaN or infinite; repair the image or leave the case out{advice}"
         )
@@ -531,6 +532,12 @@ def _affine(image: Any, path: str | Path) -> np.ndarray:
     elif _is_nifti(header):
         _compare_codes(header, path)
     affine = np.asarray(image.affine, dtype=np.float64)
+    if not (_is_nifti(header) and header["qform_code"]) and (shear := _shear(affine)) > ITK_SHEAR:
+        warnings.warn(
+            f"{path}: its axes are not at right angles ({shear:.1%} shear), and it has no qform: tools with ITK "
+            "(ITK-SNAP, Slicer, ANTs) refuse it, and label maps on its grid",
+            stacklevel=3,
+        )
     spacing = spacing_of(affine)
     if not np.isfinite(affine).all() or (spacing < 1e-3).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-2:
         raise ValueError(f"{path}: the affine is singular or not finite; correct the header, or convert the file again")
@@ -538,15 +545,9 @@ def _affine(image: Any, path: str | Path) -> np.ndarray:
 
 
 def _compare_codes(header: Any, path: str | Path) -> None:
-    """Warn if qform and sform disagree, of which nibabel reads the sform and ITK the qform; or if ITK refuses both."""
+    """Warn if qform and sform disagree, of which nibabel reads the sform and ITK the qform."""
     qform, sform = int(header["qform_code"]), int(header["sform_code"])
     try:
-        if not qform and _shear(header.get_sform()) > ITK_SHEAR:
-            warnings.warn(
-                f"{path}: the axes of its sform are not at right angles ({_shear(header.get_sform()):.1%} shear), and "
-                "it has no qform: tools with ITK (ITK-SNAP, Slicer, ANTs) refuse it, and label maps on its grid",
-                stacklevel=4,
-            )
         if not qform or not sform:
             return
         affines = [header.get_qform(), header.get_sform()]

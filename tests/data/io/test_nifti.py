@@ -182,6 +182,17 @@ def test_a_sheared_sform_that_itk_refuses_is_told(tmp_path, noise):
             sitk.ReadImage(str(tmp_path / "a.nii"))
 
 
+def test_a_sheared_file_of_freesurfers_is_told(tmp_path, noise):
+    for shear, told in ((1e-2, True), (0.0, False)):
+        affine = np.eye(4)
+        affine[0, 1] = shear
+        nib.save(nib.MGHImage(noise.astype(np.float32), affine), tmp_path / "a.mgz")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read_image(tmp_path / "a.mgz")
+        assert ["not at right angles" in str(one.message) for one in caught] == [True] * told
+
+
 @pytest.mark.parametrize(
     ("values", "rounded"), [((0.9845, 2.0156), True), ((4.99975, 3), True), ((0.5, 2), False), ((0.97, 2), False)]
 )
