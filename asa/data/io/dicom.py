@@ -21,17 +21,20 @@ from asa.data.io.tables import csv_text, read_rows
 from asa.errors import require
 
 TABLE = "series.csv"
-COLUMNS = ("id", "subject", "file", "date", "series", "description", "series_uid", "source")
+COLUMNS = ("id", "subject", "file", "date", "series", "description", "study_uid", "series_uid", "source")
 # What dcm2niix writes beside a volume: resampled without the gantry's tilt, and resampled to even slices.
 CORRECTED, EVEN = re.compile(r"_Tilt(_\d+)?$"), re.compile(r"_Eq(_\d+)?$")
 NAME = "volume"  # of what dcm2niix writes; endings like _e2, of the second echo, follow
 USED = re.compile(r"^Convert (\d+) DICOM", re.MULTILINE)  # number of files in what dcm2niix prints
 DIRECTORY = "1.2.840.10008.1.3.10"  # class of a DICOMDIR
+KEY = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID", "StudyDate")  # anonymised visits may share the first
 TAGS = [
-    *("PatientID", "StudyDate", "SeriesNumber", "SeriesDescription", "SeriesInstanceUID"),
+    *(*KEY, "SeriesNumber", "SeriesDescription"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 ]
+
+_Rows = dict[str, dict[str, str]]  # of the table, by id
 
 
 @dataclass
@@ -48,9 +51,11 @@ class _Series:
     """Files of one series, the header of the first, and the slices of all.
 
     Args:
+        key: values of `KEY`.
         slices: normal of the plane and position of its corner, (3,) in RAS+ mm each.
     """
 
+    key: tuple[str, ...]
     header: Any
     files: list[Path] = field(default_factory=list)
     slices: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -82,14 +87,14 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     if not found:
         raise ValueError(f"{source}: no DICOM series found here")
     rows = {row["id"]: row for row in read_rows(out / TABLE)} if (out / TABLE).is_file() else {}
-    for uid, series in sorted(found.items()):
+    for _, series in sorted(found.items()):
         with tempfile.TemporaryDirectory(prefix="asa-") as space:
             said = _run(program, series.files, Path(space))
             volumes = _volumes(Path(space))
             if sum(map(int, USED.findall(said))) < len(series.files):  # a volume may have fewer slices than its series
                 alone = [path for path in series.files if not _converts_alone(program, path)]
                 lost += alone if volumes and alone else series.files
-            _keep(uid, series, volumes, said, out, rows, report)
+            _keep(series, volumes, said, out, rows, report)
     for path in lost:
         report.failures[str(path)] = "in no volume: damaged, no image, or of a series with such a file"
     return report
@@ -102,17 +107,9 @@ def _converts_alone(program: str, path: Path) -> bool:
         return bool(_volumes(Path(space)))
 
 
-def _keep(
-    uid: str,
-    series: _Series,
-    volumes: dict[str, Path],
-    said: str,
-    out: Path,
-    rows: dict[str, dict[str, str]],
-    report: DicomReport,
-) -> None:
+def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows: _Rows, report: DicomReport) -> None:
     """Write the volumes of a series that are sound, after their rows of the table."""
-    base = _title(uid, series, volumes, out, rows)
+    base = _title(series, volumes, out, rows, report.written)
     sound: dict[str, Path] = {}
     for ending, path in volumes.items():
         title = f"{base}{ending}"
@@ -131,15 +128,16 @@ def _keep(
             found = [*(str(one.message) for one in caught), *(f"dcm2niix says: {line}" for line in told)]
             if found:
                 report.warnings[title] = found
-    about = series.header
+    about, (uid, study, patient, date) = series.header, series.key
     for title in sound:
         rows[title] = {
             "id": title,
-            "subject": _clean(about.get("PatientID")),
+            "subject": _clean(patient),
             "file": f"{title}.nii.gz",
-            "date": str(about.get("StudyDate") or ""),
+            "date": date,
             "series": str(about.get("SeriesNumber") or ""),
             "description": " ".join(str(about.get("SeriesDescription") or "").split()),
+            "study_uid": study,
             "series_uid": uid,
             "source": str(series.files[0].parent.absolute()),
         }
@@ -151,15 +149,16 @@ def _keep(
         report.written.append(title)
 
 
-def _title(uid: str, series: _Series, endings: Iterable[str], out: Path, rows: dict[str, dict[str, str]]) -> str:
+def _title(series: _Series, endings: Iterable[str], out: Path, rows: _Rows, written: list[str]) -> str:
     """The name of a series' volumes, PATIENT_DATE_SERIES, made unique where another series has it."""
-    about = series.header
-    parts = [_clean(about.get(key)) for key in ("PatientID", "StudyDate", "SeriesNumber")]
+    uid, study, patient, date = series.key
+    parts = [_clean(part) for part in (patient, date, series.header.get("SeriesNumber"))]
     title = "_".join([parts[0] or "unknown", *(part for part in parts[1:] if part)])
     for name in [f"{title}{ending}" for ending in endings]:
-        owner = rows[name].get("series_uid") if name in rows else None
-        if owner != uid and (owner is not None or (out / f"{name}.nii.gz").exists()):
-            return f"{title}_{hashlib.sha256(uid.encode(errors='replace')).hexdigest()[:8]}"
+        row = rows.get(name, {})
+        own = (row.get("series_uid"), row.get("study_uid") or study) == (uid, study) and name not in written
+        if not own and (row or (out / f"{name}.nii.gz").exists()):
+            return f"{title}_{hashlib.sha256(repr(series.key).encode()).hexdigest()[:8]}"
     return title
 
 
@@ -167,10 +166,10 @@ def _clean(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", str(value or ""))[:64].strip("_.")
 
 
-def _sorted_by_series(source: Path) -> tuple[dict[str, _Series], list[Path]]:
-    """Series by their UID, and the DICOM files that name no series."""
+def _sorted_by_series(source: Path) -> tuple[dict[tuple[str, ...], _Series], list[Path]]:
+    """Series by their `KEY`, and the DICOM files that name no series."""
     pydicom = require("pydicom", "dicom", "DICOM series")
-    found: dict[str, _Series] = {}
+    found: dict[tuple[str, ...], _Series] = {}
     damaged: list[Path] = []
     for path in files_below(source):
         header: Any = {}
@@ -183,13 +182,13 @@ def _sorted_by_series(source: Path) -> tuple[dict[str, _Series], list[Path]]:
                 header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
                 if str(getattr(header.file_meta, "MediaStorageSOPClassUID", "")) == DIRECTORY:
                     continue
-                uid, slices = str(header.get("SeriesInstanceUID") or ""), _slices(header)
+                key, slices = tuple(str(header.get(name) or "") for name in KEY), _slices(header)
             except Exception:  # of many types, for a file of any content
-                uid, slices = "", []
-        if marked and not uid:
+                key, slices = ("",), []
+        if marked and not key[0]:
             damaged.append(path)
-        if uid:
-            series = found.setdefault(uid, _Series(header))
+        if key[0]:
+            series = found.setdefault(key, _Series(key, header))
             series.files.append(path)
             series.slices += slices
     return found, damaged

@@ -163,6 +163,23 @@ def test_no_series_takes_the_name_or_the_file_of_another(tmp_path: Path) -> None
     assert all(Path(str(record["images"]["t1"])).is_file() for record in found)
 
 
+def test_visits_that_share_the_uid_of_a_series_are_volumes_of_their_own(tmp_path: Path) -> None:
+    visits = {"a": ("1.2", "20200101"), "b": ("1.2", "20210101"), "c": ("1.3", "20200101"), "d": ("", "20200101")}
+    for number, (visit, (study, date)) in enumerate(visits.items()):
+        write_slices(tmp_path / "in" / visit, [0, 3, 6], StudyInstanceUID=study, StudyDate=date, RescaleSlope=1)
+        for path in (tmp_path / "in" / visit).iterdir():
+            changed = pydicom.dcmread(path)
+            changed.RescaleIntercept = 1000 * number
+            changed.save_as(path)
+    expected = {(study, date): 1000 * number for number, (study, date) in enumerate(visits.values())}
+    for _ in range(2):  # again, under the same names
+        assert len(convert_series(tmp_path / "in", tmp_path / "out").written) == 4
+        rows = read_rows(tmp_path / "out" / "series.csv")
+        found = {(row["study_uid"], row["date"]): read_image(tmp_path / "out" / row["file"]).data.min() for row in rows}
+        assert found == expected and len(rows) == 4
+        assert {row["id"][:10] for row in rows} == {"p_20200101", "p_20210101"}
+
+
 def test_series_behind_a_link_are_found_and_a_directory_file_is_none(tmp_path: Path) -> None:
     write_slices(tmp_path / "disk" / "visit", [0, 3, 6])
     (tmp_path / "in").mkdir()
