@@ -4,6 +4,7 @@ dcm2niix places the slices of a volume evenly. Whether they lie there is checked
 """
 
 import hashlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -213,18 +214,22 @@ def _slices(header: Any) -> list[tuple[np.ndarray, np.ndarray]]:
 def check_slices(volume: Volume, slices: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     """Check that every slice of a volume lies where the header of a slice says, with a warning if no header does.
 
+    In their plane the slices may be displaced evenly, as by a tilted gantry, which dcm2niix corrects.
+
     Args:
         volume: converted.
         slices: normal and position of the slices of its series, (3,) in RAS+ mm each; of other directions, too.
 
     Raises:
-        ValueError: a slice is more than 0.1 mm from all of them.
+        ValueError: a slice is more than 0.1 mm from all of them, or 0.2 mm from a line through the first and the last.
     """
     directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
     for axis in (2, 1, 0):  # dcm2niix stacks slices along the third
         normal = np.cross(directions[:, axis - 2], directions[:, axis - 1])
         normal /= np.linalg.norm(normal)
-        stated = np.unique([position @ normal for direction, position in slices if abs(direction @ normal) > 0.9999])
+        places = [position for direction, position in slices if abs(direction @ normal) > 0.9999]
+        heights = np.reshape(places, (-1, 3)) @ normal
+        stated = np.unique(heights)
         if len(stated) > 1:
             break
     else:
@@ -232,11 +237,21 @@ def check_slices(volume: Volume, slices: Iterable[tuple[np.ndarray, np.ndarray]]
         return
     planes = volume.affine[:3, 3] @ normal + np.arange(volume.data.shape[axis]) * (volume.affine[:3, axis] @ normal)
     apart = np.abs(planes[:, None] - stated).min(axis=1).max()
-    if apart > GEOMETRY_TOLERANCE:
+    if not apart <= GEOMETRY_TOLERANCE:
         steps = np.diff(stated)
         raise ValueError(
             f"its slices are not evenly spaced ({np.median(steps):.2f} mm, and one gap of {steps.max():.2f} mm), so "
             f"that some would be {apart:.1f} mm from their place: one may be missing; complete the series"
+        )
+    flat = np.round(places - np.outer(heights, normal), 2)  # where each slice lies in its plane
+    corners = [np.unique(flat[np.abs(heights - plane) <= GEOMETRY_TOLERANCE], axis=0) for plane in planes]
+    ends = itertools.product(corners[0], corners[-1])
+    lines = (zip(corners, np.linspace(first, last, len(planes)), strict=True) for first, last in ends)
+    aside = min(max(np.linalg.norm(here - point, axis=1).min() for here, point in line) for line in lines)
+    if aside > 2 * GEOMETRY_TOLERANCE:  # of the slice, and of the line's ends
+        raise ValueError(
+            f"some of its slices are {aside:.1f} mm aside, in their plane, from a line through the first and the last: "
+            "convert the parts of the series that lie in line, each from a folder of its own"
         )
 
 
@@ -246,7 +261,8 @@ def _run(program: str, files: list[Path], space: Path) -> str:
     folder.mkdir()
     for number, path in enumerate(files):
         (folder / f"{number:06d}").symlink_to(path.absolute())
-    command = [program, "-b", "n", "-z", "y", "-f", NAME, "-o", str(space), str(folder)]
+    # -l n: unsigned values as signed ones where they fit, because only of those a tilt is corrected.
+    command = [program, "-b", "n", "-l", "n", "-z", "y", "-f", NAME, "-o", str(space), str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return f"{run.stdout}\n{run.stderr}"
 

@@ -86,10 +86,12 @@ def test_a_series_with_a_missing_slice_is_refused_and_the_others_are_converted(s
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["77654033_19950903_2.nii.gz", "series.csv"]
 
 
-def write_slices(folder: Path, positions: list[float], *, bits: int = 16, **values: object) -> None:
-    """A series of slices of 8 x 8 pixels at these heights in mm, with values of the header by their keywords."""
+def write_slices(
+    folder: Path, positions: list[float], *, aside: list[float] | None = None, bits: int = 16, **values: object
+) -> None:
+    """Slices of 8 x 8 pixels at these heights, shifted in their plane, in mm, with values of the header by keyword."""
     folder.mkdir(parents=True)
-    for number, height in enumerate(positions):
+    for number, (height, shift) in enumerate(zip(positions, aside or [0] * len(positions), strict=True)):
         meta = pydicom.dataset.FileMetaDataset()
         meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = MR, pydicom.uid.ExplicitVRLittleEndian
         meta.MediaStorageSOPInstanceUID = f"{values.get('SeriesInstanceUID', '1.2.3')}.{number}"
@@ -98,7 +100,7 @@ def write_slices(folder: Path, positions: list[float], *, bits: int = 16, **valu
         one.SOPClassUID, one.SOPInstanceUID = MR, meta.MediaStorageSOPInstanceUID
         one.PatientID, one.SeriesInstanceUID, one.StudyInstanceUID, one.SeriesNumber = "p", "1.2.3", "1.2", 3
         one.Modality, one.InstanceNumber, one.SliceThickness = "MR", number + 1, 3
-        one.ImagePositionPatient, one.ImageOrientationPatient = [0, 0, height], [1, 0, 0, 0, 1, 0]
+        one.ImagePositionPatient, one.ImageOrientationPatient = [0, shift, height], [1, 0, 0, 0, 1, 0]
         one.PixelSpacing, one.Rows, one.Columns, one.SamplesPerPixel = [1, 1], 8, 8, 1
         one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, bits, bits - 1, 0
         one.PhotometricInterpretation = "MONOCHROME2"
@@ -117,6 +119,36 @@ def test_a_gap_is_found_from_the_slices_own_positions(tmp_path: Path, bits: int)
     assert report.written == ["p_1"] and list(report.failures) == ["p_3"]
     assert "not evenly spaced (3.00 mm, and one gap of 9.00 mm)" in report.failures["p_3"]
     assert not (tmp_path / "out" / "p_3.nii.gz").exists()
+
+
+@pytest.mark.parametrize("aside", [[0, 0, 0, 10, 10, 10], [0, 0, 10, 0, 0, 0]])
+def test_slices_displaced_in_their_plane_are_refused(tmp_path: Path, aside: list[float]) -> None:
+    write_slices(tmp_path / "in" / "a", [3.0 * k for k in range(6)], aside=aside)
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert not report.written and "aside, in their plane" in report.failures["p_3"]
+    assert not (tmp_path / "out" / "p_3.nii.gz").exists()
+
+
+def test_the_tilt_of_a_gantry_is_no_displacement_and_is_corrected_in_unsigned_values_too(tmp_path: Path) -> None:
+    write_slices(tmp_path / "in", [0, 3, 6, 9], aside=[0, 1, 2, 3], Modality="CT", GantryDetectorTilt=18.4)
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert report.written == ["p_3"] and not report.failures
+    assert read_image(tmp_path / "out" / "p_3.nii.gz").data.shape == (8, 11, 4)  # 3 mm higher than the slices
+
+
+def test_of_two_stacks_in_a_series_each_is_compared_with_its_own_slices(tmp_path: Path) -> None:
+    write_slices(tmp_path / "in", [0, 3, 6])
+    convert_series(tmp_path / "in", tmp_path / "out")
+    volume = read_image(tmp_path / "out" / "p_3.nii.gz")
+    up = np.array([0.0, 0, 1])
+    straight, tilted, displaced = (
+        [(up, np.array([x, 0, 3 * number])) for number, x in enumerate(stack)]
+        for stack in ((0, 0, 0), (50, 51, 52), (0, 4, 0))
+    )
+    check_slices(volume, straight + tilted)
+    check_slices(volume, displaced + tilted)
+    with pytest.raises(ValueError, match=r"4\.0 mm aside"):
+        check_slices(volume, displaced)
 
 
 def test_a_series_whose_headers_have_no_orientation_is_converted_unchecked(tmp_path: Path) -> None:
