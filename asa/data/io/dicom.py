@@ -3,6 +3,7 @@
 dcm2niix places the slices of a volume evenly. Whether they lie there is checked against the headers of the series.
 """
 
+import filecmp
 import hashlib
 import itertools
 import re
@@ -30,7 +31,7 @@ USED = re.compile(r"^Convert (\d+) DICOM", re.MULTILINE)  # number of files in w
 DIRECTORY = "1.2.840.10008.1.3.10"  # class of a DICOMDIR
 KEY = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID", "StudyDate")  # anonymised visits may share the first
 TAGS = [
-    *(*KEY, "SeriesNumber", "SeriesDescription"),
+    *(*KEY, "SOPInstanceUID", "SeriesNumber", "SeriesDescription"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 ]
@@ -168,9 +169,10 @@ def _clean(value: Any) -> str:
 
 
 def _sorted_by_series(source: Path) -> tuple[dict[tuple[str, ...], _Series], list[Path]]:
-    """Series by their `KEY`, and the DICOM files that name no series."""
+    """Series by their `KEY`, each file once, and the DICOM files that name no series."""
     pydicom = require("pydicom", "dicom", "DICOM series")
     found: dict[tuple[str, ...], _Series] = {}
+    firsts: dict[tuple[str, ...], Path] = {}  # of the files of one UID, which copies share
     damaged: list[Path] = []
     for path in files_below(source):
         header: Any = {}
@@ -189,6 +191,9 @@ def _sorted_by_series(source: Path) -> tuple[dict[tuple[str, ...], _Series], lis
         if marked and not key[0]:
             damaged.append(path)
         if key[0]:
+            first = firsts.setdefault((*key, str(header.get("SOPInstanceUID"))), path)
+            if first != path and filecmp.cmp(first, path, shallow=False):
+                continue
             series = found.setdefault(key, _Series(key, header))
             series.files.append(path)
             series.slices += slices

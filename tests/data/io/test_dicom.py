@@ -212,6 +212,22 @@ def test_visits_that_share_the_uid_of_a_series_are_volumes_of_their_own(tmp_path
         assert {row["id"][:10] for row in rows} == {"p_20200101", "p_20210101"}
 
 
+@pytest.mark.parametrize("copy", [shutil.copytree, lambda source, target: target.symlink_to(source)])
+def test_copies_of_files_are_read_once(tmp_path: Path, copy) -> None:
+    write_slices(tmp_path / "in" / "a", [0, 3, 6])
+    copy(tmp_path / "in" / "a", tmp_path / "in" / "b")
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert report.written == ["p_3"] and not report.failures
+    assert read_image(tmp_path / "out" / "p_3.nii.gz").data.shape == (8, 8, 3)
+
+
+def test_files_of_one_uid_that_differ_are_no_copies(tmp_path: Path) -> None:
+    write_slices(tmp_path / "in", [0, 3, 6], SOPInstanceUID="1.2.3.4")  # as some anonymised files
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert report.written == ["p_3"] and not report.failures
+    assert read_image(tmp_path / "out" / "p_3.nii.gz").data.shape == (8, 8, 3)
+
+
 def test_series_behind_a_link_are_found_and_a_directory_file_is_none(tmp_path: Path) -> None:
     write_slices(tmp_path / "disk" / "visit", [0, 3, 6])
     (tmp_path / "in").mkdir()
