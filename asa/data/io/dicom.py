@@ -19,7 +19,7 @@ import numpy as np
 
 from asa.data.io.files import files_below, write_whole
 from asa.data.io.nifti import GEOMETRY_TOLERANCE, Volume, read_image
-from asa.data.io.tables import csv_text, read_rows
+from asa.data.io.tables import check_own, csv_text, read_rows
 from asa.errors import require
 
 TABLE = "series.csv"
@@ -67,8 +67,9 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     """Convert every series in a folder, searched with its subfolders, to `OUT/PATIENT_DATE_SERIES.nii.gz`.
 
     Intensities are those of the modality, HU for CT. A tilted gantry is corrected. `OUT/series.csv` says what each
-    volume was made from; `data.table` reads it. A name that belongs to another series is not used again: eight digits
-    that identify the series are added. A series that was converted before is written again.
+    volume was made from, and keeps columns that a user adds; `data.table` reads it. A name that belongs to another
+    series is not used again: eight digits that identify the series are added. A series that was converted before is
+    written again. Copies of a file count once.
 
     Args:
         source: folder of DICOM files of any names.
@@ -77,7 +78,7 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     Raises:
         FileNotFoundError: no such folder.
         ImportError: dcm2niix or pydicom is not installed.
-        ValueError: no DICOM series, or an `out` inside the folder.
+        ValueError: no DICOM series, an `out` inside the folder, or one with another `series.csv`.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; give one with DICOM files")
@@ -88,7 +89,12 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     found, lost = _sorted_by_series(source)
     if not found:
         raise ValueError(f"{source}: no DICOM series found here")
-    rows = {row["id"]: row for row in read_rows(out / TABLE)} if (out / TABLE).is_file() else {}
+    table = out / TABLE
+    check_own(table, "asa-dicom", {"id", "file", "series_uid"})
+    before = read_rows(table) if table.exists() else []
+    rows = {row["id"]: row for row in before}
+    if len(rows) < len(before):
+        raise ValueError(f"{table}: an id is in two rows: remove one")
     for _, series in sorted(found.items()):
         with tempfile.TemporaryDirectory(prefix="asa-") as space:
             said = _run(program, series.files, Path(space))
@@ -132,7 +138,7 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
                 report.warnings[title] = found
     about, (uid, study, patient, date) = series.header, series.key
     for title in sound:
-        rows[title] = {
+        rows[title] = rows.get(title, {}) | {
             "id": title,
             "subject": _clean(patient),
             "file": f"{title}.nii.gz",
@@ -144,8 +150,9 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
             "source": str(series.files[0].parent.absolute()),
         }
     if sound:
-        table = ([row.get(column, "") for column in COLUMNS] for _, row in sorted(rows.items()))
-        write_whole(out / TABLE, csv_text(COLUMNS, table).encode(errors="replace"))
+        columns = list(dict.fromkeys(itertools.chain(COLUMNS, *rows.values())))  # with the user's own
+        table = ([row.get(column, "") for column in columns] for _, row in sorted(rows.items()))
+        write_whole(out / TABLE, csv_text(columns, table).encode(errors="replace"))
     for title, path in sound.items():
         write_whole(out / f"{title}.nii.gz", path.read_bytes())
         report.written.append(title)

@@ -228,6 +228,28 @@ def test_files_of_one_uid_that_differ_are_no_copies(tmp_path: Path) -> None:
     assert read_image(tmp_path / "out" / "p_3.nii.gz").data.shape == (8, 8, 3)
 
 
+def test_the_table_keeps_the_users_columns_and_another_table_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "out" / "series.csv"
+    for uid in ("1.2.1", "1.2.2"):
+        write_slices(tmp_path / uid, [0, 3, 6], SeriesInstanceUID=uid, SeriesNumber=uid[-1])
+    convert_series(tmp_path / "1.2.1", tmp_path / "out")
+    header, row = table.read_text().splitlines()
+    table.write_text(f"{header},my_note\n{row},good\n")
+    for _ in range(2):
+        for uid in ("1.2.1", "1.2.2"):
+            convert_series(tmp_path / uid, tmp_path / "out")
+    assert [(row["id"], row["my_note"]) for row in read_rows(table)] == [("p_1", "good"), ("p_2", "")]
+    for text, reason in (
+        ("subject,age\na,3\n", "no table of asa-dicom"),
+        ("id,age\na,3\n", "no table of asa-dicom"),
+        (f"{header}\n{row}\n{row}\n", "an id is in two rows"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=rf"^{table}: .*{reason}"):
+            convert_series(tmp_path / "1.2.1", tmp_path / "out")
+        assert table.read_text() == text
+
+
 def test_series_behind_a_link_are_found_and_a_directory_file_is_none(tmp_path: Path) -> None:
     write_slices(tmp_path / "disk" / "visit", [0, 3, 6])
     (tmp_path / "in").mkdir()
