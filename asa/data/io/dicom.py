@@ -3,7 +3,9 @@
 dcm2niix places the slices of a volume evenly. Whether they lie there is checked against the headers of the series.
 """
 
+import filecmp
 import hashlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -17,21 +19,24 @@ import numpy as np
 
 from asa.data.io.files import files_below, write_whole
 from asa.data.io.nifti import GEOMETRY_TOLERANCE, Volume, read_image
-from asa.data.io.tables import csv_text, read_rows
+from asa.data.io.tables import check_own, csv_text, read_rows
 from asa.errors import require
 
 TABLE = "series.csv"
-COLUMNS = ("id", "subject", "file", "date", "series", "description", "series_uid", "source")
+COLUMNS = ("id", "subject", "file", "date", "series", "description", "study_uid", "series_uid", "source")
 # What dcm2niix writes beside a volume: resampled without the gantry's tilt, and resampled to even slices.
 CORRECTED, EVEN = re.compile(r"_Tilt(_\d+)?$"), re.compile(r"_Eq(_\d+)?$")
 NAME = "volume"  # of what dcm2niix writes; endings like _e2, of the second echo, follow
 USED = re.compile(r"^Convert (\d+) DICOM", re.MULTILINE)  # number of files in what dcm2niix prints
 DIRECTORY = "1.2.840.10008.1.3.10"  # class of a DICOMDIR
+KEY = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID", "StudyDate")  # anonymised visits may share the first
 TAGS = [
-    *("PatientID", "StudyDate", "SeriesNumber", "SeriesDescription", "SeriesInstanceUID"),
+    *(*KEY, "SOPInstanceUID", "SeriesNumber", "SeriesDescription"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 ]
+
+_Rows = dict[str, dict[str, str]]  # of the table, by id
 
 
 @dataclass
@@ -48,9 +53,11 @@ class _Series:
     """Files of one series, the header of the first, and the slices of all.
 
     Args:
+        key: values of `KEY`.
         slices: normal of the plane and position of its corner, (3,) in RAS+ mm each.
     """
 
+    key: tuple[str, ...]
     header: Any
     files: list[Path] = field(default_factory=list)
     slices: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -60,8 +67,9 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     """Convert every series in a folder, searched with its subfolders, to `OUT/PATIENT_DATE_SERIES.nii.gz`.
 
     Intensities are those of the modality, HU for CT. A tilted gantry is corrected. `OUT/series.csv` says what each
-    volume was made from; `data.table` reads it. A name that belongs to another series is not used again: eight digits
-    that identify the series are added. A series that was converted before is written again.
+    volume was made from, and keeps columns that a user adds; `data.table` reads it. A name that belongs to another
+    series is not used again: eight digits that identify the series are added. A series that was converted before is
+    written again. Copies of a file count once.
 
     Args:
         source: folder of DICOM files of any names.
@@ -70,7 +78,7 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     Raises:
         FileNotFoundError: no such folder.
         ImportError: dcm2niix or pydicom is not installed.
-        ValueError: no DICOM series, or an `out` inside the folder.
+        ValueError: no DICOM series, an `out` inside the folder, or one with another `series.csv`.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; give one with DICOM files")
@@ -81,15 +89,20 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     found, lost = _sorted_by_series(source)
     if not found:
         raise ValueError(f"{source}: no DICOM series found here")
-    rows = {row["id"]: row for row in read_rows(out / TABLE)} if (out / TABLE).is_file() else {}
-    for uid, series in sorted(found.items()):
+    table = out / TABLE
+    check_own(table, "asa-dicom", {"id", "file", "series_uid"})
+    before = read_rows(table) if table.exists() else []
+    rows = {row["id"]: row for row in before}
+    if len(rows) < len(before):
+        raise ValueError(f"{table}: an id is in two rows: remove one")
+    for _, series in sorted(found.items()):
         with tempfile.TemporaryDirectory(prefix="asa-") as space:
             said = _run(program, series.files, Path(space))
             volumes = _volumes(Path(space))
             if sum(map(int, USED.findall(said))) < len(series.files):  # a volume may have fewer slices than its series
                 alone = [path for path in series.files if not _converts_alone(program, path)]
                 lost += alone if volumes and alone else series.files
-            _keep(uid, series, volumes, said, out, rows, report)
+            _keep(series, volumes, said, out, rows, report)
     for path in lost:
         report.failures[str(path)] = "in no volume: damaged, no image, or of a series with such a file"
     return report
@@ -102,17 +115,9 @@ def _converts_alone(program: str, path: Path) -> bool:
         return bool(_volumes(Path(space)))
 
 
-def _keep(
-    uid: str,
-    series: _Series,
-    volumes: dict[str, Path],
-    said: str,
-    out: Path,
-    rows: dict[str, dict[str, str]],
-    report: DicomReport,
-) -> None:
+def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows: _Rows, report: DicomReport) -> None:
     """Write the volumes of a series that are sound, after their rows of the table."""
-    base = _title(uid, series, volumes, out, rows)
+    base = _title(series, volumes, out, rows, report.written)
     sound: dict[str, Path] = {}
     for ending, path in volumes.items():
         title = f"{base}{ending}"
@@ -131,35 +136,38 @@ def _keep(
             found = [*(str(one.message) for one in caught), *(f"dcm2niix says: {line}" for line in told)]
             if found:
                 report.warnings[title] = found
-    about = series.header
+    about, (uid, study, patient, date) = series.header, series.key
     for title in sound:
-        rows[title] = {
+        rows[title] = rows.get(title, {}) | {
             "id": title,
-            "subject": _clean(about.get("PatientID")),
+            "subject": _clean(patient),
             "file": f"{title}.nii.gz",
-            "date": str(about.get("StudyDate") or ""),
+            "date": date,
             "series": str(about.get("SeriesNumber") or ""),
             "description": " ".join(str(about.get("SeriesDescription") or "").split()),
+            "study_uid": study,
             "series_uid": uid,
             "source": str(series.files[0].parent.absolute()),
         }
     if sound:
-        table = ([row.get(column, "") for column in COLUMNS] for _, row in sorted(rows.items()))
-        write_whole(out / TABLE, csv_text(COLUMNS, table).encode(errors="replace"))
+        columns = list(dict.fromkeys(itertools.chain(COLUMNS, *rows.values())))  # with the user's own
+        table = ([row.get(column, "") for column in columns] for _, row in sorted(rows.items()))
+        write_whole(out / TABLE, csv_text(columns, table).encode(errors="replace"))
     for title, path in sound.items():
         write_whole(out / f"{title}.nii.gz", path.read_bytes())
         report.written.append(title)
 
 
-def _title(uid: str, series: _Series, endings: Iterable[str], out: Path, rows: dict[str, dict[str, str]]) -> str:
+def _title(series: _Series, endings: Iterable[str], out: Path, rows: _Rows, written: list[str]) -> str:
     """The name of a series' volumes, PATIENT_DATE_SERIES, made unique where another series has it."""
-    about = series.header
-    parts = [_clean(about.get(key)) for key in ("PatientID", "StudyDate", "SeriesNumber")]
+    uid, study, patient, date = series.key
+    parts = [_clean(part) for part in (patient, date, series.header.get("SeriesNumber"))]
     title = "_".join([parts[0] or "unknown", *(part for part in parts[1:] if part)])
     for name in [f"{title}{ending}" for ending in endings]:
-        owner = rows[name].get("series_uid") if name in rows else None
-        if owner != uid and (owner is not None or (out / f"{name}.nii.gz").exists()):
-            return f"{title}_{hashlib.sha256(uid.encode(errors='replace')).hexdigest()[:8]}"
+        row = rows.get(name, {})
+        own = (row.get("series_uid"), row.get("study_uid") or study) == (uid, study) and name not in written
+        if not own and (row or (out / f"{name}.nii.gz").exists()):
+            return f"{title}_{hashlib.sha256(repr(series.key).encode()).hexdigest()[:8]}"
     return title
 
 
@@ -167,10 +175,11 @@ def _clean(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", str(value or ""))[:64].strip("_.")
 
 
-def _sorted_by_series(source: Path) -> tuple[dict[str, _Series], list[Path]]:
-    """Series by their UID, and the DICOM files that name no series."""
+def _sorted_by_series(source: Path) -> tuple[dict[tuple[str, ...], _Series], list[Path]]:
+    """Series by their `KEY`, each file once, and the DICOM files that name no series."""
     pydicom = require("pydicom", "dicom", "DICOM series")
-    found: dict[str, _Series] = {}
+    found: dict[tuple[str, ...], _Series] = {}
+    firsts: dict[tuple[str, ...], Path] = {}  # of the files of one UID, which copies share
     damaged: list[Path] = []
     for path in files_below(source):
         header: Any = {}
@@ -183,13 +192,16 @@ def _sorted_by_series(source: Path) -> tuple[dict[str, _Series], list[Path]]:
                 header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
                 if str(getattr(header.file_meta, "MediaStorageSOPClassUID", "")) == DIRECTORY:
                     continue
-                uid, slices = str(header.get("SeriesInstanceUID") or ""), _slices(header)
+                key, slices = tuple(str(header.get(name) or "") for name in KEY), _slices(header)
             except Exception:  # of many types, for a file of any content
-                uid, slices = "", []
-        if marked and not uid:
+                key, slices = ("",), []
+        if marked and not key[0]:
             damaged.append(path)
-        if uid:
-            series = found.setdefault(uid, _Series(header))
+        if key[0]:
+            first = firsts.setdefault((*key, str(header.get("SOPInstanceUID"))), path)
+            if first != path and filecmp.cmp(first, path, shallow=False):
+                continue
+            series = found.setdefault(key, _Series(key, header))
             series.files.append(path)
             series.slices += slices
     return found, damaged
@@ -214,18 +226,22 @@ def _slices(header: Any) -> list[tuple[np.ndarray, np.ndarray]]:
 def check_slices(volume: Volume, slices: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     """Check that every slice of a volume lies where the header of a slice says, with a warning if no header does.
 
+    In their plane the slices may be displaced evenly, as by a tilted gantry, which dcm2niix corrects.
+
     Args:
         volume: converted.
         slices: normal and position of the slices of its series, (3,) in RAS+ mm each; of other directions, too.
 
     Raises:
-        ValueError: a slice is more than 0.1 mm from all of them.
+        ValueError: a slice is more than 0.1 mm from all of them, or 0.2 mm from a line through the first and the last.
     """
     directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
     for axis in (2, 1, 0):  # dcm2niix stacks slices along the third
         normal = np.cross(directions[:, axis - 2], directions[:, axis - 1])
         normal /= np.linalg.norm(normal)
-        stated = np.unique([position @ normal for direction, position in slices if abs(direction @ normal) > 0.9999])
+        places = [position for direction, position in slices if abs(direction @ normal) > 0.9999]
+        heights = np.reshape(places, (-1, 3)) @ normal
+        stated = np.unique(heights)
         if len(stated) > 1:
             break
     else:
@@ -233,11 +249,21 @@ def check_slices(volume: Volume, slices: Iterable[tuple[np.ndarray, np.ndarray]]
         return
     planes = volume.affine[:3, 3] @ normal + np.arange(volume.data.shape[axis]) * (volume.affine[:3, axis] @ normal)
     apart = np.abs(planes[:, None] - stated).min(axis=1).max()
-    if apart > GEOMETRY_TOLERANCE:
+    if not apart <= GEOMETRY_TOLERANCE:
         steps = np.diff(stated)
         raise ValueError(
             f"its slices are not evenly spaced ({np.median(steps):.2f} mm, and one gap of {steps.max():.2f} mm), so "
             f"that some would be {apart:.1f} mm from their place: one may be missing; complete the series"
+        )
+    flat = np.round(places - np.outer(heights, normal), 2)  # where each slice lies in its plane
+    corners = [np.unique(flat[np.abs(heights - plane) <= GEOMETRY_TOLERANCE], axis=0) for plane in planes]
+    ends = itertools.product(corners[0], corners[-1])
+    lines = (zip(corners, np.linspace(first, last, len(planes)), strict=True) for first, last in ends)
+    aside = min(max(np.linalg.norm(here - point, axis=1).min() for here, point in line) for line in lines)
+    if aside > 2 * GEOMETRY_TOLERANCE:  # of the slice, and of the line's ends
+        raise ValueError(
+            f"some of its slices are {aside:.1f} mm aside, in their plane, from a line through the first and the last: "
+            "convert the parts of the series that lie in line, each from a folder of its own"
         )
 
 
@@ -247,7 +273,8 @@ def _run(program: str, files: list[Path], space: Path) -> str:
     folder.mkdir()
     for number, path in enumerate(files):
         (folder / f"{number:06d}").symlink_to(path.absolute())
-    command = [program, "-b", "n", "-z", "y", "-f", NAME, "-o", str(space), str(folder)]
+    # -l n: unsigned values as signed ones where they fit, because only of those a tilt is corrected.
+    command = [program, "-b", "n", "-l", "n", "-z", "y", "-f", NAME, "-o", str(space), str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return f"{run.stdout}\n{run.stderr}"
 

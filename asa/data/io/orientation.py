@@ -1,5 +1,7 @@
 """Files that store no orientation, written as NIfTI with the orientation that the user states."""
 
+import filecmp
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +22,7 @@ class OrientReport:
 def orient_files(source: Path, out: Path, axes: str) -> OrientReport:
     """Write each file under `source` to the same path under `out`, with the ending `.nii.gz`; see `write_oriented`.
 
-    Both files of an Analyze pair are one image. Files in `out` are overwritten.
+    Both files of an Analyze pair are one image. A file in `out` that differs from what would be written is a failure.
 
     Args:
         source: a file, or a folder that is searched with its subfolders.
@@ -40,7 +42,15 @@ def orient_files(source: Path, out: Path, axes: str) -> OrientReport:
 
     def orient(job: tuple[str, Path]) -> bool:
         name, path = job
-        return write_oriented(out / f"{name}.nii.gz", path, axes)
+        target = out / f"{name}.nii.gz"
+        if not target.exists():
+            return write_oriented(target, path, axes)
+        with tempfile.TemporaryDirectory(prefix="asa-") as space:
+            made = Path(space) / target.name
+            written = write_oriented(made, path, axes)
+            if written and not filecmp.cmp(made, target, shallow=False):
+                raise ValueError(f"{target}: exists, with other content: move it away, or choose another out=")
+            return written
 
     for (name, _), written, reason in each_tried(orient, sorted(_by_name(source).items()), title="orient", unit="file"):
         if reason:

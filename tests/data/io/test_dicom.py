@@ -86,10 +86,12 @@ def test_a_series_with_a_missing_slice_is_refused_and_the_others_are_converted(s
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["77654033_19950903_2.nii.gz", "series.csv"]
 
 
-def write_slices(folder: Path, positions: list[float], *, bits: int = 16, **values: object) -> None:
-    """A series of slices of 8 x 8 pixels at these heights in mm, with values of the header by their keywords."""
+def write_slices(
+    folder: Path, positions: list[float], *, aside: list[float] | None = None, bits: int = 16, **values: object
+) -> None:
+    """Slices of 8 x 8 pixels at these heights, shifted in their plane, in mm, with values of the header by keyword."""
     folder.mkdir(parents=True)
-    for number, height in enumerate(positions):
+    for number, (height, shift) in enumerate(zip(positions, aside or [0] * len(positions), strict=True)):
         meta = pydicom.dataset.FileMetaDataset()
         meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = MR, pydicom.uid.ExplicitVRLittleEndian
         meta.MediaStorageSOPInstanceUID = f"{values.get('SeriesInstanceUID', '1.2.3')}.{number}"
@@ -98,7 +100,7 @@ def write_slices(folder: Path, positions: list[float], *, bits: int = 16, **valu
         one.SOPClassUID, one.SOPInstanceUID = MR, meta.MediaStorageSOPInstanceUID
         one.PatientID, one.SeriesInstanceUID, one.StudyInstanceUID, one.SeriesNumber = "p", "1.2.3", "1.2", 3
         one.Modality, one.InstanceNumber, one.SliceThickness = "MR", number + 1, 3
-        one.ImagePositionPatient, one.ImageOrientationPatient = [0, 0, height], [1, 0, 0, 0, 1, 0]
+        one.ImagePositionPatient, one.ImageOrientationPatient = [0, shift, height], [1, 0, 0, 0, 1, 0]
         one.PixelSpacing, one.Rows, one.Columns, one.SamplesPerPixel = [1, 1], 8, 8, 1
         one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, bits, bits - 1, 0
         one.PhotometricInterpretation = "MONOCHROME2"
@@ -117,6 +119,36 @@ def test_a_gap_is_found_from_the_slices_own_positions(tmp_path: Path, bits: int)
     assert report.written == ["p_1"] and list(report.failures) == ["p_3"]
     assert "not evenly spaced (3.00 mm, and one gap of 9.00 mm)" in report.failures["p_3"]
     assert not (tmp_path / "out" / "p_3.nii.gz").exists()
+
+
+@pytest.mark.parametrize("aside", [[0, 0, 0, 10, 10, 10], [0, 0, 10, 0, 0, 0]])
+def test_slices_displaced_in_their_plane_are_refused(tmp_path: Path, aside: list[float]) -> None:
+    write_slices(tmp_path / "in" / "a", [3.0 * k for k in range(6)], aside=aside)
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert not report.written and "aside, in their plane" in report.failures["p_3"]
+    assert not (tmp_path / "out" / "p_3.nii.gz").exists()
+
+
+def test_the_tilt_of_a_gantry_is_no_displacement_and_is_corrected_in_unsigned_values_too(tmp_path: Path) -> None:
+    write_slices(tmp_path / "in", [0, 3, 6, 9], aside=[0, 1, 2, 3], Modality="CT", GantryDetectorTilt=18.4)
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert report.written == ["p_3"] and not report.failures
+    assert read_image(tmp_path / "out" / "p_3.nii.gz").data.shape == (8, 11, 4)  # 3 mm higher than the slices
+
+
+def test_of_two_stacks_in_a_series_each_is_compared_with_its_own_slices(tmp_path: Path) -> None:
+    write_slices(tmp_path / "in", [0, 3, 6])
+    convert_series(tmp_path / "in", tmp_path / "out")
+    volume = read_image(tmp_path / "out" / "p_3.nii.gz")
+    up = np.array([0.0, 0, 1])
+    straight, tilted, displaced = (
+        [(up, np.array([x, 0, 3 * number])) for number, x in enumerate(stack)]
+        for stack in ((0, 0, 0), (50, 51, 52), (0, 4, 0))
+    )
+    check_slices(volume, straight + tilted)
+    check_slices(volume, displaced + tilted)
+    with pytest.raises(ValueError, match=r"4\.0 mm aside"):
+        check_slices(volume, displaced)
 
 
 def test_a_series_whose_headers_have_no_orientation_is_converted_unchecked(tmp_path: Path) -> None:
@@ -161,6 +193,61 @@ def test_no_series_takes_the_name_or_the_file_of_another(tmp_path: Path) -> None
     assert {record["id"] for record in found} == {first, second, third, "p_20200102_3"}
     assert {record["subject"] for record in found} == {"p"}
     assert all(Path(str(record["images"]["t1"])).is_file() for record in found)
+
+
+def test_visits_that_share_the_uid_of_a_series_are_volumes_of_their_own(tmp_path: Path) -> None:
+    visits = {"a": ("1.2", "20200101"), "b": ("1.2", "20210101"), "c": ("1.3", "20200101"), "d": ("", "20200101")}
+    for number, (visit, (study, date)) in enumerate(visits.items()):
+        write_slices(tmp_path / "in" / visit, [0, 3, 6], StudyInstanceUID=study, StudyDate=date, RescaleSlope=1)
+        for path in (tmp_path / "in" / visit).iterdir():
+            changed = pydicom.dcmread(path)
+            changed.RescaleIntercept = 1000 * number
+            changed.save_as(path)
+    expected = {(study, date): 1000 * number for number, (study, date) in enumerate(visits.values())}
+    for _ in range(2):  # again, under the same names
+        assert len(convert_series(tmp_path / "in", tmp_path / "out").written) == 4
+        rows = read_rows(tmp_path / "out" / "series.csv")
+        found = {(row["study_uid"], row["date"]): read_image(tmp_path / "out" / row["file"]).data.min() for row in rows}
+        assert found == expected and len(rows) == 4
+        assert {row["id"][:10] for row in rows} == {"p_20200101", "p_20210101"}
+
+
+@pytest.mark.parametrize("copy", [shutil.copytree, lambda source, target: target.symlink_to(source)])
+def test_copies_of_files_are_read_once(tmp_path: Path, copy) -> None:
+    write_slices(tmp_path / "in" / "a", [0, 3, 6])
+    copy(tmp_path / "in" / "a", tmp_path / "in" / "b")
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert report.written == ["p_3"] and not report.failures
+    assert read_image(tmp_path / "out" / "p_3.nii.gz").data.shape == (8, 8, 3)
+
+
+def test_files_of_one_uid_that_differ_are_no_copies(tmp_path: Path) -> None:
+    write_slices(tmp_path / "in", [0, 3, 6], SOPInstanceUID="1.2.3.4")  # as some anonymised files
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert report.written == ["p_3"] and not report.failures
+    assert read_image(tmp_path / "out" / "p_3.nii.gz").data.shape == (8, 8, 3)
+
+
+def test_the_table_keeps_the_users_columns_and_another_table_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "out" / "series.csv"
+    for uid in ("1.2.1", "1.2.2"):
+        write_slices(tmp_path / uid, [0, 3, 6], SeriesInstanceUID=uid, SeriesNumber=uid[-1])
+    convert_series(tmp_path / "1.2.1", tmp_path / "out")
+    header, row = table.read_text().splitlines()
+    table.write_text(f"{header},my_note\n{row},good\n")
+    for _ in range(2):
+        for uid in ("1.2.1", "1.2.2"):
+            convert_series(tmp_path / uid, tmp_path / "out")
+    assert [(row["id"], row["my_note"]) for row in read_rows(table)] == [("p_1", "good"), ("p_2", "")]
+    for text, reason in (
+        ("subject,age\na,3\n", "no table of asa-dicom"),
+        ("id,age\na,3\n", "no table of asa-dicom"),
+        (f"{header}\n{row}\n{row}\n", "an id is in two rows"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=rf"^{table}: .*{reason}"):
+            convert_series(tmp_path / "1.2.1", tmp_path / "out")
+        assert table.read_text() == text
 
 
 def test_series_behind_a_link_are_found_and_a_directory_file_is_none(tmp_path: Path) -> None:

@@ -83,6 +83,20 @@ def test_a_folder_keeps_its_layout_and_files_with_an_orientation_are_not_written
     assert "wrote 2 files" in capsys.readouterr().out
 
 
+def test_a_file_of_the_same_name_is_not_replaced(tmp_path: Path) -> None:
+    source = nameless(tmp_path / "a.nii.gz", HEAD)
+    target = tmp_path / "out" / "a.nii.gz"
+    for _ in range(2):  # the same command again
+        report = orient_files(source, tmp_path / "out", "LAS")
+        assert (report.written, report.failures) == (["a"], {})
+    for other in (target.read_bytes(), b"of somebody else"):
+        target.write_bytes(other)
+        report = orient_files(source, tmp_path / "out", "PSR")
+        assert not report.written and f"{target}: exists" in report.failures["a"] and target.read_bytes() == other
+    kept = source.read_bytes()
+    assert "exists" in orient_files(source, tmp_path, "LAS").failures["a"] and source.read_bytes() == kept
+
+
 def test_invalid_input_is_refused_with_a_remedy(tmp_path: Path) -> None:
     source = nameless(tmp_path / "in" / "a.nii", HEAD)
     for axes in ("LA", "LAX", "LRS", "LASS", ""):
