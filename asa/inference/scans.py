@@ -15,6 +15,7 @@ from tqdm import tqdm
 from asa.data.datasets import bids, folder, nnunet
 from asa.data.datasets.recognise import is_label_map
 from asa.data.datasets.record import Record, check_distinct, make_record, sorted_records
+from asa.data.io.files import NOT_HERE
 from asa.data.io.nifti import VOLUME_ENDINGS, Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
@@ -98,14 +99,17 @@ def predict_each(
     """
     channels = predictor.preprocessor.channels
     layout.begin({scan.id: [scan.files[name] for name in channels if name in scan.files] for scan in scans})
-    failures, seconds = 0, []
+    failures, absent, seconds = 0, [], []
     predict = partial(_predict, predictor, layout)
     scans = scans if remaining is None else remaining(scans)
     for scan, predicted, reason in each_tried(predict, scans, workers, title="predict", unit="scan"):
         layout.check_kept()  # before the next scan, which takes its time
         if predicted is None:
             failures += 1
-            tqdm.write(f"{scan.id}: failed: {reason}")
+            if reason.endswith(NOT_HERE):
+                absent.append(f"{scan.id}: failed: {reason}")
+            else:
+                tqdm.write(f"{scan.id}: failed: {reason}")
             continue
         for warning in predicted.warnings:
             tqdm.write(f"{scan.id}: warning: {warning}")
@@ -113,6 +117,8 @@ def predict_each(
         if done is not None:
             done(scan.id, predicted.result)
     layout.check_kept()
+    if absent:
+        print(f"{absent[0]} ({counted(len(absent), 'scan')} like this one)")
     written = predictor.finish()
     if failures:
         raise ValueError(f"{counted(failures, 'scan')} failed, listed above")

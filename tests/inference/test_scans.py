@@ -102,3 +102,16 @@ def test_predicting_a_dataset_of_nnunet_writes_one_label_map_a_new_case(dataset:
     run = checkpoint(tmp_path / "run")
     asa.predict(run, dataset, tmp_path / "out", **{"predict.device": "cpu", "predict.overlap": 0})
     assert [path.name for path in sorted((tmp_path / "out").glob("*.nii.gz"))] == ["c.nii.gz"]
+
+
+def test_scans_whose_content_git_annex_holds_are_counted_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = checkpoint(tmp_path / "run")
+    (tmp_path / "scans").mkdir()
+    for name in "ab":
+        (tmp_path / "scans" / f"{name}.nii.gz").symlink_to(".git/annex/objects/ab/MD5E-s1--x.nii.gz")
+    with pytest.raises(ValueError, match="2 scans failed, listed above"):
+        asa.predict(run, tmp_path / "scans", tmp_path / "out", **{"predict.device": "cpu"})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
+    assert line.startswith("a: failed: ") and line.endswith("in its dataset (2 scans like this one)")

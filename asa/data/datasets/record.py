@@ -159,8 +159,12 @@ def existing_folder(root: str | Path, holds: str) -> Path:
 
 
 def find_file(stem: str | Path, endings: Sequence[str] = NIFTI) -> Path | None:
-    """The first file that is called `stem` and one of the endings; None if there is none."""
-    return next((path for ending in endings if (path := Path(f"{stem}{ending}")).is_file()), None)
+    """The first file that is called `stem` and one of the endings; None if there is none.
+
+    A link that leads nowhere, as git-annex leaves, is one: reading it says so, and it is not filled with zeros.
+    """
+    paths = (Path(f"{stem}{ending}") for ending in endings)
+    return next((path for path in paths if path.is_file() or path.is_symlink()), None)
 
 
 def label_file(stem: str | Path, endings: Sequence[str] = NIFTI) -> Path:

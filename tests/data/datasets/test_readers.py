@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from asa.config import CONFIG_DIR, build, compose
-from asa.data.datasets import bids, brats, folder, fomo, freesurfer, ibsr, openmind, paired, phantom, wmh
+from asa.data.datasets import bids, brats, folder, fomo, freesurfer, ibsr, nnunet, openmind, paired, phantom, wmh
 from asa.data.datasets.record import check_records
 from asa.data.io.nifti import read_label
 from asa.data.phantom.structures import STRUCTURES
@@ -134,6 +134,28 @@ def test_a_scan_without_the_first_channel_is_refused_because_it_has_no_id(tmp_pa
 def test_invalid_globs_are_refused_with_a_remedy(tmp_path, settings, reason):
     with pytest.raises(ValueError, match=reason):
         folder.records(plant(tmp_path, "a_T1.nii"), **settings)
+
+
+def test_a_link_without_content_is_a_file_that_is_named_and_no_missing_channel(tmp_path):
+    about = {"channel_names": {"0": "t1"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii"}
+    plant(tmp_path, "nnunet/labelsTr/c.nii")
+    (tmp_path / "nnunet/dataset.json").write_text(json.dumps(about))
+    listed = {"dataset": {"c": {"images": ["imagesTr/c_0000.nii"], "label": "labelsTr/c.nii"}}}
+    plant(tmp_path, "listed/labelsTr/c.nii")
+    (tmp_path / "listed/dataset.json").write_text(json.dumps(about | listed))
+    readers = {
+        "nnunet/imagesTr/c_0000.nii": nnunet,
+        "listed/imagesTr/c_0000.nii": nnunet,
+        "fs/a/mri/T1.mgz": freesurfer,
+        "brats/BraTS2021_00001/BraTS2021_00001_t1.nii.gz": brats,
+        "ibsr/IBSR_01/IBSR_01_ana_strip.nii.gz": ibsr,
+        "wmh/Utrecht/0/pre/T1.nii.gz": wmh,
+    }
+    for name, reader in readers.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to("../.git/annex/objects/a/b/X/X")
+        (found,) = reader.records(tmp_path / name.partition("/")[0])
+        assert found["images"]["t1"] == str(tmp_path / name) and "problem" not in found
 
 
 def test_a_missing_folder_is_refused(tmp_path):
