@@ -92,6 +92,15 @@ def test_what_is_a_label_map_for_prediction_is_one_for_a_study(tmp_path: Path, n
     assert settings["data.images"] == {"t1": "*_T1.nii.gz"} and settings["data.label"] == f"*_{word}.{ending}"
 
 
+def test_what_is_passed_over_is_named(tmp_path: Path) -> None:
+    a_scan(tmp_path)
+    (tmp_path / "UPPER.NII").touch()
+    (tmp_path / "folder").symlink_to("/mnt/unmounted/disk")
+    with pytest.warns(UserWarning, match="UPPER.NII: not searched") as caught:
+        assert len(found(tmp_path)) == 1
+    assert any("folder: not searched (a link that leads nowhere)" in str(one.message) for one in caught)
+
+
 def test_numbers_that_are_not_channels_stay_in_the_ids(tmp_path: Path) -> None:
     for name in ("s_0000", "s_0001"):
         a_scan(tmp_path, name)

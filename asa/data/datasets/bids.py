@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
+from asa.data.io.files import matching_files
 from asa.data.io.tables import match_names, read_rows
 
 CHANNELS = {"t1": "T1w"}
@@ -141,7 +142,7 @@ def _files(root: Path, suffix: str) -> list[Path]:
         for folder in FOLDERS
         for gz in ("", ".gz")
     ]
-    return sorted(path for pattern in patterns for path in root.glob(pattern) if "sub" in entities_of(path))
+    return [path for path in matching_files(root, *patterns) if "sub" in entities_of(path)]
 
 
 def entities_of(path: Path) -> dict[str, str]:

@@ -85,6 +85,45 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "b").chmod(0o700)
 
 
+def test_links_that_lead_nowhere_and_names_in_capitals_are_counted(tmp_path):
+    plant(tmp_path, "s1/a_T1.nii.gz", "s2/a_T1.NII.GZ", "s2/.A_T1.nii.gz", "s2/b_T2.nii.gz")
+    for name in ("s3", "s4", ".s5"):
+        (tmp_path / name).symlink_to("/mnt/unmounted/disk")
+    (tmp_path / "README").symlink_to(".git/annex/objects/ab/MD5E-s1/MD5E-s1")
+    (tmp_path / "s6").symlink_to("s6")  # to itself
+    for glob in ("*/*_T1.nii.gz", "**/*_T1.nii.gz"):
+        with pytest.warns(UserWarning) as caught:
+            (found,) = folder.records(tmp_path, images={"t1": glob})
+        assert found["images"]["t1"] == str(tmp_path / "s1/a_T1.nii.gz")
+        assert sorted(str(one.message) for one in caught) == [
+            f"{tmp_path}/s2/a_T1.NII.GZ: not searched (its capitals are not those of *_T1.nii.gz)",
+            f"{tmp_path}/s3: not searched (a link that leads nowhere), nor 2 others",
+        ]
+
+
+def test_every_reader_names_the_folder_that_a_link_does_not_reach(tmp_path):
+    one = "sub-1/ses-1/anat/sub-1_ses-1_T1w.nii"
+    plant(tmp_path, f"bids/{one}", "bids/sub-2/anat/sub-2_T1w.nii", "brats/BraTS2021_00001/BraTS2021_00001_t1.nii.gz")
+    plant(tmp_path, "ibsr/IBSR_01/IBSR_01_ana_strip.nii", "wmh/Utrecht/0/pre/T1.nii.gz", "fs/a/mri/T1.mgz")
+    plant(tmp_path, "fs/unfinished/scripts/x", "fs/notes.txt", "fs/.cache/x")
+    links = {
+        "bids/sub-3": bids,
+        "bids/sub-1/ses-2": bids,
+        "brats/BraTS2021_00002": brats,
+        "ibsr/IBSR_02": ibsr,
+        "wmh/Utrecht/2": wmh,
+        "fs/b": freesurfer,
+    }
+    for name, reader in links.items():
+        (tmp_path / name).symlink_to("/mnt/unmounted/disk")
+        root = tmp_path / name.partition("/")[0]
+        with pytest.warns(UserWarning, match=f"{name}: not searched .a link that leads nowhere.$"):
+            reader.records(root, **({"label": None} if reader is freesurfer else {}))
+        (tmp_path / name).unlink()
+    with pytest.warns(UserWarning, match="fs: 1 folders are left out, which have no folder mri, like unfinished"):
+        assert len(freesurfer.records(tmp_path / "fs")) == 1
+
+
 def test_one_odd_scan_has_a_problem_and_the_others_are_found(tmp_path):
     plant(tmp_path, "a1_T1.nii", "b2_T1.nii", "x_T1.nii")
     (tmp_path / os.fsdecode(b"caf\xe9_T1.nii")).touch()  # Latin-1
