@@ -92,7 +92,7 @@ def test_links_that_lead_nowhere_and_names_in_capitals_are_counted(tmp_path):
     (tmp_path / "README").symlink_to(".git/annex/objects/ab/MD5E-s1/MD5E-s1")
     (tmp_path / "s6").symlink_to("s6")  # to itself
     for glob in ("*/*_T1.nii.gz", "**/*_T1.nii.gz"):
-        with pytest.warns(UserWarning) as caught:
+        with pytest.warns(UserWarning, match="not searched") as caught:
             (found,) = folder.records(tmp_path, images={"t1": glob})
         assert found["images"]["t1"] == str(tmp_path / "s1/a_T1.nii.gz")
         assert sorted(str(one.message) for one in caught) == [
@@ -347,6 +347,29 @@ def test_bids_asks_for_the_run_and_a_file_without_one_is_the_only_run(tmp_path):
     assert [Path(path).name for path in found["images"].values()] == ["sub-01_run-2_T1w.nii.gz", "sub-01_FLAIR.nii.gz"]
 
 
+def test_bids_takes_the_run_that_is_asked_for_before_a_file_without_one(tmp_path):
+    plant(tmp_path, *(f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("run-1_T1w", "T1w", "FLAIR")))
+    channels = {"t1": "T1w", "flair": "FLAIR"}
+    with pytest.raises(ValueError, match=r"choose 'data.entities={run: null}' or 'data.entities={run: 1}'"):
+        bids.records(tmp_path, channels=channels)
+    for run, name in (("1", "sub-01_run-1_T1w.nii.gz"), (None, "sub-01_T1w.nii.gz")):
+        (found,) = bids.records(tmp_path, channels=channels, entities={"run": run})
+        assert [Path(path).name for path in found["images"].values()] == [name, "sub-01_FLAIR.nii.gz"]
+
+
+@pytest.mark.parametrize("names", [("desc-a_dseg", "desc-b_dseg"), ("seg-x_dseg", "dseg"), ("atlas-A_res-2_dseg",) * 2])
+def test_bids_advice_about_several_label_maps_finds_them(tmp_path, names):
+    files = [f"sub-1_{name}.nii.gz" for name in dict.fromkeys(names)]
+    files += ["sub-1_atlas-B_res-2_dseg.nii.gz"] * (len(files) == 1)
+    plant(tmp_path, *(f"sub-1/anat/{file}" for file in ("sub-1_T1w.nii.gz", *files)))
+    with pytest.raises(ValueError, match=r"^sub-1: both .* match; for all scans choose") as error:
+        bids.records(tmp_path, label="dseg")
+    pattern = r"data\.(?:label=\S*dseg|entities=\{.*?\})"
+    advice = [["data.label=dseg", one] for one in re.findall(pattern, str(error.value))]
+    nodes = [compose("prepare", ["data=bids", "out=x", f"data.root={tmp_path}", *one])["data"] for one in advice]
+    assert sorted(Path(record["label"]).name for node in nodes for record in build(node)) == sorted(files)
+
+
 @pytest.mark.parametrize("tree", ["", "derivatives/manual/"])
 def test_bids_label_maps_lie_in_the_tree_or_in_another_and_a_missing_one_has_its_place(tmp_path, tree):
     anat = "sub-{0}/anat/sub-{0}_space-MNI"
@@ -396,6 +419,8 @@ def test_bids_one_subject_with_two_files_has_a_problem_and_any_entity_can_be_giv
         ("001\tRome\n002\tOslo\n", True),
         ("sub-001\tRome\nsub-002\tOslo\n", True),
         ("\ufeffRome01\tRome\nOslo02\tOslo\n", False),
+        ("01.0\tRome\n02.0\tOslo\n", True),
+        ("SUB-001\tRome\nSub-002\tOslo\n", True),
         ("1\tRome\n01\tOslo\n", False),
     ],
 )
@@ -412,6 +437,26 @@ def test_participants_are_matched_without_sub_and_zeros_and_otherwise_named(tmp_
         assert "2 of its 2 names match none here" in told and "2 here are not in it, like sub-001" in told
     else:
         assert ("so 1 is taken for sub-001" in told) == rows.startswith("1")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "participant_id,site\nsub-a,Rome\n",
+            "its columns, by tabs, are participant_id,site, and none is participant_id",
+        ),
+        ("participant_id;site\nsub-a;Rome\n", "are participant_id;site, and none is"),
+        ("subject\tsite\nsub-a\tRome\n", "are subject, site, and none is"),
+        ("Participant_ID\tSite\nsub-a\tRome\nsub-a\tOslo\n", r"1 rows give .* another site, like sub-a \(Rome, Oslo\)"),
+    ],
+)
+def test_participants_without_a_site_for_each_subject_are_told(tmp_path, text, reason):
+    plant(tmp_path, "sub-a/anat/sub-a_T1w.nii.gz")
+    (tmp_path / "participants.tsv").write_text(text)
+    with pytest.warns(UserWarning, match=reason):
+        (found,) = bids.records(tmp_path)
+    assert found.get("site") == ("Rome" if "ID" in text else None)
 
 
 def test_participants_that_are_missing_are_counted(tmp_path):
