@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from asa.data.io.files import check_id
+from asa.data.io.files import check_id, is_utf8
 
 NIFTI = (".nii.gz", ".nii")
 
@@ -86,7 +86,7 @@ def _problem(record: Record, source: str) -> str:
     except ValueError as error:
         return str(error)
     for path in (*record["images"].values(), record.get("label")):
-        if path and path.encode(errors="ignore").decode() != path:
+        if path and not is_utf8(path):
             return f"{record['id']}: the file name {path!a} is not in UTF-8, as names in tables are: rename it"
     if record["images"] and not any(record["images"].values()):
         searched = f" (searched for {source})" if source else ""

@@ -32,7 +32,9 @@ def check_id(id: object) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if not isinstance(id, str) or not id or not id.isprintable() or id != id.strip() or id.startswith("."):
+    if isinstance(id, str) and not is_utf8(id):
+        reason = "it is not in UTF-8, as names in tables are"
+    elif not isinstance(id, str) or not id or not id.isprintable() or id != id.strip() or id.startswith("."):
         reason = "it is empty, begins with a dot, or has blanks at its ends or control characters"
     elif found := sorted(set('/\\:*?"<>|') & set(id)):
         reason = f"it contains {' '.join(found)}"
@@ -42,6 +44,11 @@ def check_id(id: object) -> None:
         return
     shown = f"{id[:60]!r}..." if isinstance(id, str) and len(id) > LONGEST_ID else repr(id)
     raise ValueError(f"{shown}: not usable as an id, because it names files: {reason}; use letters, digits, - and _")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file is in UTF-8; Python marks the bytes of one that is not."""
+    return name.encode(errors="ignore").decode() == name
 
 
 def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
