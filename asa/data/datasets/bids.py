@@ -187,9 +187,7 @@ def _sites(root: Path, subjects: Collection[str]) -> dict[str, str]:
     columns = {name.casefold(): name for name in read_header(path)}
     if "participant_id" not in columns:
         found = ", ".join(columns.values())
-        warnings.warn(
-            f"{path}: no site is read: its columns, by tabs, are {found}, and none is participant_id", stacklevel=3
-        )
+        warnings.warn(f"{path}: no site is read: its columns, by tabs, are {found}, not participant_id", stacklevel=3)
     if not {"participant_id", "site"} <= columns.keys():
         return {}
     sites: dict[str, str] = {}
@@ -199,10 +197,8 @@ def _sites(root: Path, subjects: Collection[str]) -> dict[str, str]:
         if site not in EMPTY and sites.setdefault(subject, site) != site:
             several.append(f"{subject} ({sites[subject]}, {site})")
     if several:
-        warnings.warn(
-            f"{path}: {len(several)} rows give a subject another site, like {several[0]}: the first is taken",
-            stacklevel=3,
-        )
+        told = f"{len(several)} rows give a subject another site, like {several[0]}: the first is taken"
+        warnings.warn(f"{path}: {told}", stacklevel=3)
     return {subject: sites[name] for subject, name in match_names(path, sites, subjects).items()}
 
 

@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asa.data.datasets.folder import name_subjects
-from asa.data.datasets.record import (
-    Record,
-    check_channel,
-    existing_folder,
-    find_file,
-    make_record,
-    sorted_records,
-)
+from asa.data.datasets.record import Record, check_channel, existing_folder, find_file, make_record, sorted_records
 from asa.data.io.files import read_json
 from asa.data.io.nifti import VOLUME_ENDINGS
 

@@ -120,7 +120,7 @@ def matching_files(root: str | Path, *patterns: str, folders: bool = False) -> l
         search(Path(root), Path(pattern).parts, ())
     for reason, paths in sorted(passed.items()):
         if paths := paths - found:
-            others = f", nor {len(paths) - 1} others" if len(paths) > 1 else ""
+            others = f", and {len(paths) - 1} more" if len(paths) > 1 else ""
             warnings.warn(f"{min(paths)}: not searched ({reason}){others}", stacklevel=2)
     return sorted(found)
 

@@ -97,7 +97,7 @@ def test_links_that_lead_nowhere_and_names_in_capitals_are_counted(tmp_path):
         assert found["images"]["t1"] == str(tmp_path / "s1/a_T1.nii.gz")
         assert sorted(str(one.message) for one in caught) == [
             f"{tmp_path}/s2/a_T1.NII.GZ: not searched (its capitals are not those of *_T1.nii.gz)",
-            f"{tmp_path}/s3: not searched (a link that leads nowhere), nor 2 others",
+            f"{tmp_path}/s3: not searched (a link that leads nowhere), and 2 more",
         ]
 
 
@@ -444,10 +444,10 @@ def test_participants_are_matched_without_sub_and_zeros_and_otherwise_named(tmp_
     [
         (
             "participant_id,site\nsub-a,Rome\n",
-            "its columns, by tabs, are participant_id,site, and none is participant_id",
+            "its columns, by tabs, are participant_id,site, not participant_id",
         ),
-        ("participant_id;site\nsub-a;Rome\n", "are participant_id;site, and none is"),
-        ("subject\tsite\nsub-a\tRome\n", "are subject, site, and none is"),
+        ("participant_id;site\nsub-a;Rome\n", "are participant_id;site, not"),
+        ("subject\tsite\nsub-a\tRome\n", "are subject, site, not"),
         ("Participant_ID\tSite\nsub-a\tRome\nsub-a\tOslo\n", r"1 rows give .* another site, like sub-a \(Rome, Oslo\)"),
     ],
 )
