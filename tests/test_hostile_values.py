@@ -119,6 +119,20 @@ def test_a_row_with_another_number_of_cells_is_refused_with_its_line(
         read_rows(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("t.csv", "id;age\ns0;20,5\n", "separated by semicolons, and have to be by commas"),
+        ("t.csv", "id\tage\ns0\t20\n", "separated by tabs, and have to be by commas"),
+        ("t.TSV", "id,age\ns0,20\n", "separated by commas, and have to be by tabs"),
+    ],
+)
+def test_columns_separated_otherwise_are_named(tmp_path: Path, name: str, text: str, reason: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}: its columns are {reason}"):
+        read_rows(tmp_path / name)
+
+
 @pytest.mark.parametrize("text", ["id,age,\ns0,20,\n", 'id,age\n\ns0,"20"\n\n', "id,age,note\ns0,20,\n"])
 def test_empty_cells_and_lines_are_no_missing_cells(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.csv").write_text(text)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from asa.data.datasets import bids, folder, nnunet
 from asa.data.datasets.recognise import is_label_map
 from asa.data.datasets.record import Record, check_distinct, make_record, sorted_records
+from asa.data.io.files import NOT_HERE
 from asa.data.io.nifti import VOLUME_ENDINGS, Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
@@ -26,7 +27,6 @@ from asa.inference.preprocessing import ScanPreprocessor, check_finite
 NNUNET = {images: part for part, (images, _) in nnunet.PARTS.items()}  # folder of images -> part
 # Suffix in BIDS of the channels that are named as usual, also as T1 or T1w.
 SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR", "pd": "PDw"}
-Channels = Mapping[str, str | None]  # file of each channel; None for one that the scan lacks
 Prepared: TypeAlias = tuple[np.ndarray, dict[str, Any], Volume]  # volume `(C, D, H, W)`, its preparation, the raw scan
 
 
@@ -98,14 +98,15 @@ def predict_each(
     """
     channels = predictor.preprocessor.channels
     layout.begin({scan.id: [scan.files[name] for name in channels if name in scan.files] for scan in scans})
-    failures, seconds = 0, []
+    failures, seconds = [], []
     predict = partial(_predict, predictor, layout)
     scans = scans if remaining is None else remaining(scans)
     for scan, predicted, reason in each_tried(predict, scans, workers, title="predict", unit="scan"):
         layout.check_kept()  # before the next scan, which takes its time
         if predicted is None:
-            failures += 1
-            tqdm.write(f"{scan.id}: failed: {reason}")
+            failures.append(f"{scan.id}: failed: {reason}")
+            if not reason.endswith(NOT_HERE):
+                tqdm.write(failures[-1])
             continue
         for warning in predicted.warnings:
             tqdm.write(f"{scan.id}: warning: {warning}")
@@ -113,9 +114,11 @@ def predict_each(
         if done is not None:
             done(scan.id, predicted.result)
     layout.check_kept()
+    if absent := [failure for failure in failures if failure.endswith(NOT_HERE)]:
+        print(f"{absent[0]} ({counted(len(absent), 'scan')} like this one)")
     written = predictor.finish()
     if failures:
-        raise ValueError(f"{counted(failures, 'scan')} failed, listed above")
+        raise ValueError(f"{counted(len(failures), 'scan')} failed, listed above")
     print(f"{written}; {median(seconds):.1f} s per scan (median of {len(seconds)})" if seconds else written)
 
 
@@ -191,8 +194,7 @@ def raw_scans(
 def _raw(preprocessor: ScanPreprocessor, record: Record) -> Prepared:
     if "problem" in record:
         raise ValueError(record["problem"].removeprefix(f"{record['id']}: "))
-    files: Channels = record["images"]
-    case, like = preprocessor.prepare(files)
+    case, like = preprocessor.prepare(record["images"])
     return case.image, case.chain, like
 
 

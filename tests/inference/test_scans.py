@@ -92,6 +92,15 @@ def test_what_is_a_label_map_for_prediction_is_one_for_a_study(tmp_path: Path, n
     assert settings["data.images"] == {"t1": "*_T1.nii.gz"} and settings["data.label"] == f"*_{word}.{ending}"
 
 
+def test_what_is_passed_over_is_named(tmp_path: Path) -> None:
+    a_scan(tmp_path)
+    (tmp_path / "UPPER.NII").touch()
+    (tmp_path / "folder").symlink_to("/mnt/unmounted/disk")
+    with pytest.warns(UserWarning, match="UPPER.NII: not searched") as caught:
+        assert len(found(tmp_path)) == 1
+    assert any("folder: not searched (a link that leads nowhere)" in str(one.message) for one in caught)
+
+
 def test_numbers_that_are_not_channels_stay_in_the_ids(tmp_path: Path) -> None:
     for name in ("s_0000", "s_0001"):
         a_scan(tmp_path, name)
@@ -102,3 +111,16 @@ def test_predicting_a_dataset_of_nnunet_writes_one_label_map_a_new_case(dataset:
     run = checkpoint(tmp_path / "run")
     asa.predict(run, dataset, tmp_path / "out", **{"predict.device": "cpu", "predict.overlap": 0})
     assert [path.name for path in sorted((tmp_path / "out").glob("*.nii.gz"))] == ["c.nii.gz"]
+
+
+def test_scans_whose_content_git_annex_holds_are_counted_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = checkpoint(tmp_path / "run")
+    (tmp_path / "scans").mkdir()
+    for name in "ab":
+        (tmp_path / "scans" / f"{name}.nii.gz").symlink_to(".git/annex/objects/ab/MD5E-s1--x.nii.gz")
+    with pytest.raises(ValueError, match="2 scans failed, listed above"):
+        asa.predict(run, tmp_path / "scans", tmp_path / "out", **{"predict.device": "cpu"})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
+    assert line.startswith("a: failed: ") and line.endswith("in its dataset (2 scans like this one)")

@@ -291,6 +291,8 @@ def test_the_participants_of_bids_are_a_table_of_subjects(tmp_path: Path) -> Non
     records = [{"id": f"sub-{name}", "subject": f"sub-{name[0]}"} for name in ("a_ses-1", "a_ses-2", "b")]
     assert read_column(tmp_path / "participants.tsv", "class", records) == {"sub-a_ses-1": "x", "sub-a_ses-2": "x"}
     (tmp_path / "rows.csv").write_text("id\n" + "".join(f"{record['id']}\n" for record in records))
+    (tmp_path / "subjects.TSV").write_text("subject\tclass\nsub-a\tx\nsub-b\tn/a\n")
+    assert read_column(tmp_path / "subjects.TSV", "class", records) == {"sub-a_ses-1": "x", "sub-a_ses-2": "x"}
     rows, classes, subjects = matched(tmp_path / "rows.csv", tmp_path / "participants.tsv", "class")
     assert [row["id"] for row in rows] == ["sub-a_ses-1", "sub-a_ses-2"]
     assert classes == ["x", "x"] and subjects == ["sub-a", "sub-a"]

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
-from asa.data.io.tables import match_names, read_rows
+from asa.data.io.files import matching_files
+from asa.data.io.tables import EMPTY, match_names, read_header, read_rows
 
 CHANNELS = {"t1": "T1w"}
 FOLDERS = ("anat", "t1_linear")  # of BIDS, and of Clinica's t1-linear pipeline
@@ -37,10 +38,10 @@ def records(
         root: of the dataset, or of one derivative.
         channels: channel name in the store -> suffix of its files, like `{"t1": "T1w", "flair": "FLAIR"}`; None: the
             T1w as t1.
-        label: suffix of the label maps, like dseg; None for an unlabelled cohort.
+        label: suffix of the label maps, like dseg, or desc-aseg_dseg with entities; None for an unlabelled cohort.
         label_root: root of the label maps, if it is another folder.
         session, run, acq, desc, space: required values of these entities, for images and label maps; None accepts any.
-            A file without a run, or a label map without desc, matches any value.
+            A file without a run, or a label map without desc, matches any value, if there is none with the value.
         entities: required values of any entity by its short name, like `{"rec": "norm"}`; None for files without it.
 
     Returns:
@@ -61,7 +62,7 @@ def records(
     labels, labels_root = {}, root
     if label is not None:
         labels_root = existing_folder(label_root or root, "the label maps").absolute()
-        labels = _find(labels_root, label, chosen, keys, problems, optional=("run", "desc"))
+        labels = _find(labels_root, label, chosen, keys, problems, labels=True)
     scans = {scan for files in found.values() for scan in files}
     everything = {scan for suffix in channels.values() for scan in _find(root, suffix, {}, keys, {})}
     _warn_of_others(root, " or ".join(channels.values()), everything, scans, chosen)
@@ -97,18 +98,26 @@ def _find(
     chosen: Mapping[str, str | None],
     keys: tuple[str, ...],
     problems: dict[str, str],
-    optional: tuple[str, ...] = ("run",),
+    labels: bool = False,
 ) -> dict[str, Path]:
-    """Scan, named by its entities `keys`, -> the file with the chosen values, which may lack the `optional` ones."""
+    """Scan, named by its entities `keys`, -> the file with the chosen values.
+
+    A run, and the desc of label maps, may lack; a file that has the value is taken first.
+    """
+    optional = ("run", "desc") if labels else ("run",)
+
+    def lacking(path: Path) -> int:
+        return len(chosen.keys() - entities_of(path).keys())
+
     found: dict[str, Path] = {}
-    for path in _files(root, suffix):
+    for path in sorted(_files(root, suffix), key=lacking):
         entities = entities_of(path)
         if any(entities.get(key, value if key in optional else None) != value for key, value in chosen.items()):
             continue
         scan = "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
-        if scan in found:
-            problems[scan] = _ambiguous(scan, found[scan], path)
-        found.setdefault(scan, path)
+        first = found.setdefault(scan, path)
+        if first != path and lacking(first) == lacking(path):
+            problems.setdefault(scan, _ambiguous(scan, first, path, labels))
     return found
 
 
@@ -141,7 +150,7 @@ def _files(root: Path, suffix: str) -> list[Path]:
         for folder in FOLDERS
         for gz in ("", ".gz")
     ]
-    return sorted(path for pattern in patterns for path in root.glob(pattern) if "sub" in entities_of(path))
+    return [path for path in matching_files(root, *patterns) if "sub" in entities_of(path)]
 
 
 def entities_of(path: Path) -> dict[str, str]:
@@ -154,14 +163,20 @@ def _stem(path: Path) -> str:
     return path.name.rpartition("_")[0]
 
 
-def _ambiguous(scan: str, one: Path, other: Path) -> str:
+def _ambiguous(scan: str, one: Path, other: Path, labels: bool) -> str:
     first, second = entities_of(one), entities_of(other)
     differ = [key for key in {**first, **second} if first.get(key) != second.get(key)]
-    choices = " or ".join(
-        f"'data.entities={{{key}: {found.get(key, 'null')}}}'" for key in differ for found in (first, second)
-    )
+    choices = " or ".join(_choice(path, key, labels) for key in differ for path in (one, other))
     remedy = f"for all scans choose {choices}, or remove one of them" if differ else "remove one of them"
     return f"{scan}: both {one.name} and {other.name} match; {remedy}"
+
+
+def _choice(path: Path, key: str, labels: bool) -> str:
+    """A setting that takes a file by an entity; of a label map by its suffix, as images have no seg- or desc-aseg."""
+    value = entities_of(path).get(key)
+    if labels and value is not None:
+        return f"data.label={path.name[path.name.index(f'_{key}-') + 1 :].partition('.')[0]}"
+    return f"'data.entities={{{key}: {value or 'null'}}}'"
 
 
 def _sites(root: Path, subjects: Collection[str]) -> dict[str, str]:
@@ -169,8 +184,21 @@ def _sites(root: Path, subjects: Collection[str]) -> dict[str, str]:
     path = root / "participants.tsv"
     if not path.is_file():
         return {}
-    sites = {row.get("participant_id", ""): row.get("site", "") for row in read_rows(path)}
-    sites = {subject: site for subject, site in sites.items() if site not in ("", "n/a")}
+    columns = {name.casefold(): name for name in read_header(path)}
+    if "participant_id" not in columns:
+        found = ", ".join(columns.values())
+        warnings.warn(f"{path}: no site is read: its columns, by tabs, are {found}, not participant_id", stacklevel=3)
+    if not {"participant_id", "site"} <= columns.keys():
+        return {}
+    sites: dict[str, str] = {}
+    several: list[str] = []
+    for row in read_rows(path):
+        subject, site = row[columns["participant_id"]], row[columns["site"]]
+        if site not in EMPTY and sites.setdefault(subject, site) != site:
+            several.append(f"{subject} ({sites[subject]}, {site})")
+    if several:
+        told = f"{len(several)} rows give a subject another site, like {several[0]}: the first is taken"
+        warnings.warn(f"{path}: {told}", stacklevel=3)
     return {subject: sites[name] for subject, name in match_names(path, sites, subjects).items()}
 
 

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, find_file, label_file, make_record, sorted_records
+from asa.data.io.files import matching_files
 
 LABELS = {2021: {1: "necrosis", 2: "oedema", 4: "enhancing"}, 2023: {1: "necrosis", 2: "oedema", 3: "enhancing"}}
 REGIONS = {2021: {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}, 2023: {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}}
@@ -43,7 +44,7 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
         raise ValueError(f"data.year={year}: choose 2021, or 2023 for the names since then")
     result: list[Record] = []
     strange: list[str] = []
-    for folder in (*root.glob("BraTS*/"), *root.glob("*/BraTS*/")):
+    for folder in matching_files(root, "BraTS*", "*/BraTS*", folders=True):
         if not any(pattern.fullmatch(folder.name) for pattern in _NAMES.values()):
             strange.append(folder.name)
         for found, pattern in _NAMES.items():

@@ -11,6 +11,7 @@ from typing import Any
 from asa.data.datasets.folder import name_subjects
 from asa.data.datasets.nnunet import LabelScheme
 from asa.data.datasets.record import Record, existing_folder, find_file, label_file, make_record, sorted_records
+from asa.data.io.files import matching_files
 from asa.data.io.nifti import FREESURFER
 
 ENDINGS = (*FREESURFER, ".nii.gz", ".nii")
@@ -123,7 +124,7 @@ def records(
     root = existing_folder(root, "the subjects (SUBJECTS_DIR)")
     if stream not in ("cross", "long"):
         raise ValueError(f"data.stream={stream}: choose cross or long")
-    folders = sorted(path for path in root.iterdir() if (path / "mri").is_dir())
+    folders = [path for path in matching_files(root, "*", folders=True) if not path.name.startswith(".")]
     templates = {folder.name: _lines(folder / TIMES) for folder in folders if (folder / TIMES).is_file()}
     base_of = {time: base for base, times in templates.items() for time in times}
     left: dict[str, list[str]] = {}
@@ -133,6 +134,8 @@ def records(
         _, longitudinal, base = name.partition(".long.")
         if name.startswith(("fsaverage", "cvs_avg")):
             left.setdefault("are averages", []).append(name)
+        elif not (folder / "mri").is_dir():
+            left.setdefault("have no folder mri", []).append(name)
         elif name in templates:
             left.setdefault("are longitudinal templates", []).append(name)
         elif bool(longitudinal) != (stream == "long"):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, find_file, label_file, make_record, sorted_records
+from asa.data.io.files import matching_files
 
 LABELS = {1: "csf", 2: "gm", 3: "wm"}
 LABEL_FILES = {"fill": "segTRI_fill_ana", "plain": "segTRI_ana"}
@@ -27,7 +28,7 @@ def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
     if label is not None and label not in LABEL_FILES:
         raise ValueError(f"data.label={label!r}: choose fill, plain, or null for no labels")
     result: list[Record] = []
-    for folder in (*root.glob("IBSR_[0-9]*/"), *root.glob("*/IBSR_[0-9]*/")):
+    for folder in matching_files(root, "IBSR_[0-9]*", "*/IBSR_[0-9]*", folders=True):
         stem = folder / folder.name
         images = {"t1": find_file(f"{stem}_ana_strip", ENDINGS)}
         truth = None if label is None else label_file(f"{stem}_{LABEL_FILES[label]}", ENDINGS)

@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asa.data.datasets.folder import name_subjects
-from asa.data.datasets.record import (
-    Record,
-    check_channel,
-    existing_folder,
-    find_file,
-    make_record,
-    sorted_records,
-)
+from asa.data.datasets.record import Record, check_channel, existing_folder, find_file, make_record, sorted_records
 from asa.data.io.files import read_json
 from asa.data.io.nifti import VOLUME_ENDINGS
 
@@ -141,7 +134,7 @@ def _listed(root: Path, cases: Any, channels: dict[int, str]) -> list[Record]:
         example = "{CASE: {images: [PATH], label: PATH}}"
         raise ValueError(f"{root / DESCRIPTION}: dataset has to be like {example}") from None
     for case, (paths, label) in listed.items():
-        present = [path if path.is_file() else None for path in paths][: len(channels)]
+        present = [find_file(path, ("",)) for path in paths][: len(channels)]
         images = dict.fromkeys(channels.values()) | dict(zip(channels.values(), present, strict=False))
         record = make_record(case, case, images, label=label)
         if len(paths) != len(channels):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from asa.data.io.files import check_id
+from asa.data.io.files import check_id, is_utf8
 
 NIFTI = (".nii.gz", ".nii")
 
@@ -86,7 +86,7 @@ def _problem(record: Record, source: str) -> str:
     except ValueError as error:
         return str(error)
     for path in (*record["images"].values(), record.get("label")):
-        if path and path.encode(errors="ignore").decode() != path:
+        if path and not is_utf8(path):
             return f"{record['id']}: the file name {path!a} is not in UTF-8, as names in tables are: rename it"
     if record["images"] and not any(record["images"].values()):
         searched = f" (searched for {source})" if source else ""
@@ -159,8 +159,12 @@ def existing_folder(root: str | Path, holds: str) -> Path:
 
 
 def find_file(stem: str | Path, endings: Sequence[str] = NIFTI) -> Path | None:
-    """The first file that is called `stem` and one of the endings; None if there is none."""
-    return next((path for ending in endings if (path := Path(f"{stem}{ending}")).is_file()), None)
+    """The first file that is called `stem` and one of the endings; None if there is none.
+
+    A link that leads nowhere, as git-annex leaves, is one: reading it says so, and it is not filled with zeros.
+    """
+    paths = (Path(f"{stem}{ending}") for ending in endings)
+    return next((path for path in paths if path.is_file() or path.is_symlink()), None)
 
 
 def label_file(stem: str | Path, endings: Sequence[str] = NIFTI) -> Path:

@@ -35,7 +35,7 @@ def records(root: str | Path, *, channels: Sequence[str] = tuple(CHANNELS), labe
         raise ValueError(f"data.channels={channels}: choose from [{', '.join(CHANNELS)}]")
     root = existing_folder(root, "the sites, Utrecht, Singapore, ...")
     patterns = [f"{above}/pre/{file}.nii.gz" for above in ("*/*", "*/*/*", "*/*/*/*") for file in CHANNELS.values()]
-    folders = {path.parent.parent for pattern in patterns for path in matching_files(root, pattern)}
+    folders = {path.parent.parent for path in matching_files(root, *patterns)}
     result: list[Record] = []
     for folder in folders:
         *above, number = folder.relative_to(root).parts

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,9 @@ def check_id(id: object) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if not isinstance(id, str) or not id or not id.isprintable() or id != id.strip() or id.startswith("."):
+    if isinstance(id, str) and not is_utf8(id):
+        reason = "it is not in UTF-8, as names in tables are"
+    elif not isinstance(id, str) or not id or not id.isprintable() or id != id.strip() or id.startswith("."):
         reason = "it is empty, begins with a dot, or has blanks at its ends or control characters"
     elif found := sorted(set('/\\:*?"<>|') & set(id)):
         reason = f"it contains {' '.join(found)}"
@@ -41,6 +44,11 @@ def check_id(id: object) -> None:
         return
     shown = f"{id[:60]!r}..." if isinstance(id, str) and len(id) > LONGEST_ID else repr(id)
     raise ValueError(f"{shown}: not usable as an id, because it names files: {reason}; use letters, digits, - and _")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file is in UTF-8; Python marks the bytes of one that is not."""
+    return name.encode(errors="ignore").decode() == name
 
 
 def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
@@ -64,46 +72,56 @@ def files_below(root: str | Path) -> list[Path]:
     return matching_files(root, "**/*")
 
 
-def matching_files(root: str | Path, pattern: str) -> list[Path]:
-    """The files below a folder that a glob matches, sorted; links to folders are followed, by ** too.
+def matching_files(root: str | Path, *patterns: str, folders: bool = False) -> list[Path]:
+    """The files below a folder that globs match, sorted; links to folders are followed, by ** too.
 
-    Python's own search passes over links, and over folders that cannot be read. Here a warning names such a folder, and
-    a link to a folder that contains it, which is not followed twice.
+    Python's own search passes over links, and over folders that cannot be read. Here a warning names the first of those
+    folders, of the links that lead nowhere or to a folder that contains them, which is not followed twice, and of the
+    names whose capitals alone do not match. Links of git-annex, and names that begin with a dot, are not counted.
 
     Args:
         root: the folder.
-        pattern: as of `Path.glob`: *, ?, [abc], and ** for any number of folders.
+        patterns: as of `Path.glob`: *, ?, [abc], and ** for any number of folders.
+        folders: find folders in place of files.
     """
     found: set[Path] = set()
-    passed: dict[Path, str] = {}
+    passed: defaultdict[str, set[Path]] = defaultdict(set)  # reason -> what was passed over
 
     def search(folder: Path, parts: tuple[str, ...], above: tuple[tuple[int, int], ...]) -> None:
         try:
             status = folder.stat()
             mark = (status.st_dev, status.st_ino)
             if mark in above:
-                passed[folder] = "a link to a folder that contains it"
+                passed["a link to a folder that contains it"].add(folder)
                 return
             entries = list(os.scandir(folder))
         except OSError as error:
-            passed[folder] = error.strerror or one_line(error)
+            passed[error.strerror or one_line(error)].add(folder)
             return
         part, rest = parts[0], parts[1:]
         if part == "**":
             search(folder, rest or ("*",), above)
         for entry in entries:
-            path = folder / entry.name
+            path, hidden, inner = folder / entry.name, entry.name.startswith("."), part == "**" or bool(rest)
             if part != "**" and not fnmatch.fnmatchcase(entry.name, part):
-                continue
-            if entry.is_dir():
-                if part == "**" or rest:
+                if not hidden and fnmatch.fnmatchcase(entry.name.lower(), part.lower()):
+                    passed[f"its capitals are not those of {part}"].add(path)
+            elif os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
+                if inner:
                     search(path, parts if part == "**" else rest, (*above, mark))
-            elif not rest and part != "**":
+                elif folders:
+                    found.add(path)
+            elif not inner and not folders:
                 found.add(path)
+            elif entry.is_symlink() and not hidden and not path.is_file() and not _is_annexed(path):
+                passed["a link that leads nowhere"].add(path)
 
-    search(Path(root), Path(pattern).parts, ())
-    for folder, reason in sorted(passed.items()):
-        warnings.warn(f"{folder}: not searched ({reason})", stacklevel=2)
+    for pattern in patterns:
+        search(Path(root), Path(pattern).parts, ())
+    for reason, paths in sorted(passed.items()):
+        if paths := paths - found:
+            others = f", and {len(paths) - 1} more" if len(paths) > 1 else ""
+            warnings.warn(f"{min(paths)}: not searched ({reason}){others}", stacklevel=2)
     return sorted(found)
 
 
@@ -286,11 +304,15 @@ def check_present(path: Path) -> None:
         with path.open("rb") as file:
             pointer = file.read(len(ANNEX)) == ANNEX
     else:
-        pointer = path.is_symlink() and ANNEX.decode() in os.readlink(path)
+        pointer = _is_annexed(path)
     if pointer:
         raise FileNotFoundError(f"{path}: {NOT_HERE}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path, or leave this scan out")
+
+
+def _is_annexed(path: Path) -> bool:
+    return path.is_symlink() and ANNEX.decode() in os.readlink(path)
 
 
 def write_digests(folder: Path, names: Iterable[str]) -> None:

@@ -15,7 +15,8 @@ from asa.errors import one_line, require
 
 PARQUET = ".parquet"
 ENDINGS = (".csv", ".tsv", PARQUET)
-# Columns that name what a row is about -> the same of a scan. The last is that of BIDS, where n/a is an empty cell.
+EMPTY = ("", "n/a")  # cells; the second is that of BIDS
+# Columns that name what a row is about -> the same of a scan.
 NAMED_BY = {"id": "id", "subject": "subject", "participant_id": "subject"}
 # Columns of the tables that asa-predict writes; in a table of numbers no other column is called so.
 PREDICTED, TRAINING_MEAN = "predicted", "training_mean"
@@ -23,6 +24,7 @@ RESERVED = ("id", "subject", PREDICTED, TRAINING_MEAN)
 # A Parquet file of 32 kB can hold millions of equal rows. So many cells are read and bytes unpacked however small the
 # file is, and beyond them one cell, or 20 bytes, per byte of the file.
 MANY_CELLS, SMALL, LARGEST_RATIO = 1_000_000, 1 << 26, 20
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters that make a spreadsheet compute a cell
 
 
@@ -42,6 +44,12 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
         return [dict(zip(columns[0], row, strict=True)) for row in zip(*cells, strict=True)]
     with _text_rows(path) as reader:
         header = [name for name in reader.fieldnames or () if name]
+        own = _delimiter(path)
+        if len(header) == 1 and (others := [mark for mark in SEPARATORS if mark != own and mark in header[0]]):
+            found, wanted = SEPARATORS[others[0]], SEPARATORS[own]
+            raise ValueError(
+                f"{path}: its columns are separated by {found}, and have to be by {wanted}: export it again"
+            )
         if len(set(header)) < len(header) or not all(name.isprintable() for name in header):
             raise csv.Error("two columns have one name, or a name has line breaks")
         rows = []
@@ -88,7 +96,7 @@ def read_column(
     """One column of a table, by scan.
 
     A row describes a scan, named in a column "id", or all scans of a subject, named in a column "subject", or
-    "participant_id" as in participants.tsv of BIDS, whose n/a is an empty cell. Empty cells are skipped.
+    "participant_id" as in participants.tsv of BIDS. Empty cells are skipped, and those of BIDS, n/a.
 
     Args:
         path: of the table.
@@ -113,7 +121,6 @@ def read_column(
         raise ValueError(
             f"{path}: the columns are {', '.join(header)}; give id, subject or participant_id, and {column}"
         )
-    empty = ("", "n/a") if key == "participant_id" else ("",)
     values: dict[str, str] = {}
     for row in rows:
         name, value = row[key], row[column]
@@ -121,7 +128,7 @@ def read_column(
             raise ValueError(f"{path}: {key} {name} is in two rows: remove one")
         if not value.isprintable():
             raise ValueError(f"{path}: {key} {name}: {value!r} has line breaks or other control characters: correct it")
-        if value not in empty:
+        if value not in EMPTY:
             values[name] = value
     own = NAMED_BY[key]
     names = match_names(path, values, {record[own] for record in records})
@@ -132,10 +139,11 @@ def read_column(
 
 
 def match_names(path: str | Path, listed: Collection[str], names: Collection[str]) -> dict[str, str]:
-    """Which name in a table is meant by a name of a scan or subject: the same, or the same without sub- and zeros.
+    """Which name in a table is meant by a name of a scan or subject: the same, or nearly the same.
 
-    A name that several of the others may mean is left out. Warnings say which names were matched in this way, and how
-    many of the table match none.
+    Nearly: but for sub-, zeros before a number, capitals, and the .0 that pandas writes. A name that several of the
+    others may mean is left out. Warnings say which names were matched in this way, and how many of the table match
+    none.
 
     Args:
         path: of the table, for the warnings.
@@ -149,11 +157,14 @@ def match_names(path: str | Path, listed: Collection[str], names: Collection[str
     loose: dict[str, tuple[list[str], list[str]]] = {}
     for side, texts in enumerate((names, listed)):
         for text in sorted(set(texts) - found.keys()):
-            loose.setdefault(text.removeprefix("sub-").lstrip("0"), ([], []))[side].append(text)
+            core = text.casefold().removeprefix("sub-").removesuffix(".0").lstrip("0")
+            loose.setdefault(core, ([], []))[side].append(text)
     near = {ours[0]: theirs[0] for ours, theirs in loose.values() if len(ours) == len(theirs) == 1}
     if near:
         name, text = min(near.items())
-        warnings.warn(f"{path}: {len(near)} names differ in sub- or zeros, so {text} is taken for {name}", stacklevel=3)
+        warnings.warn(
+            f"{path}: {len(near)} names differ in sub-, zeros or capitals, so {text} is taken for {name}", stacklevel=3
+        )
     found |= near
     lone, without = sorted(set(listed) - set(found.values())), sorted(set(names) - found.keys())
     if lone and without:
@@ -286,7 +297,7 @@ def _text_rows(path: Path) -> Iterator["csv.DictReader[str]"]:
 
 
 def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix == ".tsv" else ","
+    return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def _quoted(cell: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from asa.config import CONFIG_DIR, build, compose
-from asa.data.datasets import bids, brats, folder, fomo, freesurfer, ibsr, openmind, paired, phantom, wmh
+from asa.data.datasets import bids, brats, folder, fomo, freesurfer, ibsr, nnunet, openmind, paired, phantom, wmh
 from asa.data.datasets.record import check_records
 from asa.data.io.nifti import read_label
 from asa.data.phantom.structures import STRUCTURES
@@ -85,6 +85,45 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "b").chmod(0o700)
 
 
+def test_links_that_lead_nowhere_and_names_in_capitals_are_counted(tmp_path):
+    plant(tmp_path, "s1/a_T1.nii.gz", "s2/a_T1.NII.GZ", "s2/.A_T1.nii.gz", "s2/b_T2.nii.gz")
+    for name in ("s3", "s4", ".s5"):
+        (tmp_path / name).symlink_to("/mnt/unmounted/disk")
+    (tmp_path / "README").symlink_to(".git/annex/objects/ab/MD5E-s1/MD5E-s1")
+    (tmp_path / "s6").symlink_to("s6")  # to itself
+    for glob in ("*/*_T1.nii.gz", "**/*_T1.nii.gz"):
+        with pytest.warns(UserWarning, match="not searched") as caught:
+            (found,) = folder.records(tmp_path, images={"t1": glob})
+        assert found["images"]["t1"] == str(tmp_path / "s1/a_T1.nii.gz")
+        assert sorted(str(one.message) for one in caught) == [
+            f"{tmp_path}/s2/a_T1.NII.GZ: not searched (its capitals are not those of *_T1.nii.gz)",
+            f"{tmp_path}/s3: not searched (a link that leads nowhere), and 2 more",
+        ]
+
+
+def test_every_reader_names_the_folder_that_a_link_does_not_reach(tmp_path):
+    one = "sub-1/ses-1/anat/sub-1_ses-1_T1w.nii"
+    plant(tmp_path, f"bids/{one}", "bids/sub-2/anat/sub-2_T1w.nii", "brats/BraTS2021_00001/BraTS2021_00001_t1.nii.gz")
+    plant(tmp_path, "ibsr/IBSR_01/IBSR_01_ana_strip.nii", "wmh/Utrecht/0/pre/T1.nii.gz", "fs/a/mri/T1.mgz")
+    plant(tmp_path, "fs/unfinished/scripts/x", "fs/notes.txt", "fs/.cache/x")
+    links = {
+        "bids/sub-3": bids,
+        "bids/sub-1/ses-2": bids,
+        "brats/BraTS2021_00002": brats,
+        "ibsr/IBSR_02": ibsr,
+        "wmh/Utrecht/2": wmh,
+        "fs/b": freesurfer,
+    }
+    for name, reader in links.items():
+        (tmp_path / name).symlink_to("/mnt/unmounted/disk")
+        root = tmp_path / name.partition("/")[0]
+        with pytest.warns(UserWarning, match=f"{name}: not searched .a link that leads nowhere.$"):
+            reader.records(root, **({"label": None} if reader is freesurfer else {}))
+        (tmp_path / name).unlink()
+    with pytest.warns(UserWarning, match="fs: 1 folders are left out, which have no folder mri, like unfinished"):
+        assert len(freesurfer.records(tmp_path / "fs")) == 1
+
+
 def test_one_odd_scan_has_a_problem_and_the_others_are_found(tmp_path):
     plant(tmp_path, "a1_T1.nii", "b2_T1.nii", "x_T1.nii")
     (tmp_path / os.fsdecode(b"caf\xe9_T1.nii")).touch()  # Latin-1
@@ -134,6 +173,28 @@ def test_a_scan_without_the_first_channel_is_refused_because_it_has_no_id(tmp_pa
 def test_invalid_globs_are_refused_with_a_remedy(tmp_path, settings, reason):
     with pytest.raises(ValueError, match=reason):
         folder.records(plant(tmp_path, "a_T1.nii"), **settings)
+
+
+def test_a_link_without_content_is_a_file_that_is_named_and_no_missing_channel(tmp_path):
+    about = {"channel_names": {"0": "t1"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii"}
+    plant(tmp_path, "nnunet/labelsTr/c.nii")
+    (tmp_path / "nnunet/dataset.json").write_text(json.dumps(about))
+    listed = {"dataset": {"c": {"images": ["imagesTr/c_0000.nii"], "label": "labelsTr/c.nii"}}}
+    plant(tmp_path, "listed/labelsTr/c.nii")
+    (tmp_path / "listed/dataset.json").write_text(json.dumps(about | listed))
+    readers = {
+        "nnunet/imagesTr/c_0000.nii": nnunet,
+        "listed/imagesTr/c_0000.nii": nnunet,
+        "fs/a/mri/T1.mgz": freesurfer,
+        "brats/BraTS2021_00001/BraTS2021_00001_t1.nii.gz": brats,
+        "ibsr/IBSR_01/IBSR_01_ana_strip.nii.gz": ibsr,
+        "wmh/Utrecht/0/pre/T1.nii.gz": wmh,
+    }
+    for name, reader in readers.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to("../.git/annex/objects/a/b/X/X")
+        (found,) = reader.records(tmp_path / name.partition("/")[0])
+        assert found["images"]["t1"] == str(tmp_path / name) and "problem" not in found
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -286,6 +347,29 @@ def test_bids_asks_for_the_run_and_a_file_without_one_is_the_only_run(tmp_path):
     assert [Path(path).name for path in found["images"].values()] == ["sub-01_run-2_T1w.nii.gz", "sub-01_FLAIR.nii.gz"]
 
 
+def test_bids_takes_the_run_that_is_asked_for_before_a_file_without_one(tmp_path):
+    plant(tmp_path, *(f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("run-1_T1w", "T1w", "FLAIR")))
+    channels = {"t1": "T1w", "flair": "FLAIR"}
+    with pytest.raises(ValueError, match=r"choose 'data.entities={run: null}' or 'data.entities={run: 1}'"):
+        bids.records(tmp_path, channels=channels)
+    for run, name in (("1", "sub-01_run-1_T1w.nii.gz"), (None, "sub-01_T1w.nii.gz")):
+        (found,) = bids.records(tmp_path, channels=channels, entities={"run": run})
+        assert [Path(path).name for path in found["images"].values()] == [name, "sub-01_FLAIR.nii.gz"]
+
+
+@pytest.mark.parametrize("names", [("desc-a_dseg", "desc-b_dseg"), ("seg-x_dseg", "dseg"), ("atlas-A_res-2_dseg",) * 2])
+def test_bids_advice_about_several_label_maps_finds_them(tmp_path, names):
+    files = [f"sub-1_{name}.nii.gz" for name in dict.fromkeys(names)]
+    files += ["sub-1_atlas-B_res-2_dseg.nii.gz"] * (len(files) == 1)
+    plant(tmp_path, *(f"sub-1/anat/{file}" for file in ("sub-1_T1w.nii.gz", *files)))
+    with pytest.raises(ValueError, match=r"^sub-1: both .* match; for all scans choose") as error:
+        bids.records(tmp_path, label="dseg")
+    pattern = r"data\.(?:label=\S*dseg|entities=\{.*?\})"
+    advice = [["data.label=dseg", one] for one in re.findall(pattern, str(error.value))]
+    nodes = [compose("prepare", ["data=bids", "out=x", f"data.root={tmp_path}", *one])["data"] for one in advice]
+    assert sorted(Path(record["label"]).name for node in nodes for record in build(node)) == sorted(files)
+
+
 @pytest.mark.parametrize("tree", ["", "derivatives/manual/"])
 def test_bids_label_maps_lie_in_the_tree_or_in_another_and_a_missing_one_has_its_place(tmp_path, tree):
     anat = "sub-{0}/anat/sub-{0}_space-MNI"
@@ -335,6 +419,8 @@ def test_bids_one_subject_with_two_files_has_a_problem_and_any_entity_can_be_giv
         ("001\tRome\n002\tOslo\n", True),
         ("sub-001\tRome\nsub-002\tOslo\n", True),
         ("\ufeffRome01\tRome\nOslo02\tOslo\n", False),
+        ("01.0\tRome\n02.0\tOslo\n", True),
+        ("SUB-001\tRome\nSub-002\tOslo\n", True),
         ("1\tRome\n01\tOslo\n", False),
     ],
 )
@@ -351,6 +437,26 @@ def test_participants_are_matched_without_sub_and_zeros_and_otherwise_named(tmp_
         assert "2 of its 2 names match none here" in told and "2 here are not in it, like sub-001" in told
     else:
         assert ("so 1 is taken for sub-001" in told) == rows.startswith("1")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "participant_id,site\nsub-a,Rome\n",
+            "its columns, by tabs, are participant_id,site, not participant_id",
+        ),
+        ("participant_id;site\nsub-a;Rome\n", "are participant_id;site, not"),
+        ("subject\tsite\nsub-a\tRome\n", "are subject, site, not"),
+        ("Participant_ID\tSite\nsub-a\tRome\nsub-a\tOslo\n", r"1 rows give .* another site, like sub-a \(Rome, Oslo\)"),
+    ],
+)
+def test_participants_without_a_site_for_each_subject_are_told(tmp_path, text, reason):
+    plant(tmp_path, "sub-a/anat/sub-a_T1w.nii.gz")
+    (tmp_path / "participants.tsv").write_text(text)
+    with pytest.warns(UserWarning, match=reason):
+        (found,) = bids.records(tmp_path)
+    assert found.get("site") == ("Rome" if "ID" in text else None)
 
 
 def test_participants_that_are_missing_are_counted(tmp_path):

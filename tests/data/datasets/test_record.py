@@ -19,7 +19,7 @@ def test_inconsistent_records_are_refused():
         ([scan("../x", t1="x.nii")], "not usable as an id"),
         ([scan("a\tb", t1="x.nii")], "control characters"),
         ([scan(" a", t1="x.nii")], "blanks at its ends"),
-        ([scan("caf\udce9", t1="x.nii")], "not usable as an id"),
+        ([scan("caf\udce9", t1="x.nii")], "not usable as an id, because it names files: it is not in UTF-8"),
         ([scan("a" * 201, t1="x.nii")], "longer than 200 bytes"),
         ([scan("a")], "channels"),
         ([scan("a", **{"t1\nt2": "x.nii"})], r"the channel 't1\\nt2' has line breaks"),
