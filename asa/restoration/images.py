@@ -179,7 +179,7 @@ def write_regions(path: Path, labels: np.ndarray) -> None:
 def _write_png(path: Path, values: np.ndarray, window: Sequence[float] | None = None, make_folder: bool = True) -> None:
     """Write a PNG that says who wrote it; a file of somebody else, which has its name, is not replaced."""
     pillow = require("PIL.Image", "restore", "PNG")
-    if path.exists() and not _is_own(pillow, path):
+    if path.exists() and not path.is_symlink() and not _is_own(pillow, path):  # a link is replaced, its file is kept
         raise ValueError(f"{path}: exists and is no image that asa wrote: move it away, or choose another out=")
     buffer, notes = io.BytesIO(), require("PIL.PngImagePlugin", "restore", "PNG").PngInfo()
     notes.add_text("Software", "asa")
