@@ -73,7 +73,7 @@ def subjects_of_part(config: Config) -> list[str] | None:
     part = config["part"]
     if part is None:
         return None
-    if config["atlas"] is not None:
+    if config.get("atlas") is not None:
         if config["split_file"] is None:
             raise ValueError(f"part={part}: atlases have no split as a run has: give split_file=, or leave part= out")
         if not (chosen := read_split(str(config["split_file"])).get(part)):

@@ -18,6 +18,7 @@ from asa import features
 from asa.cli import embed, evaluate, prepare, pretrain
 from asa.data.io.nifti import write_image
 from asa.data.io.tables import read_rows, write_numbers
+from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.inference.features import FeatureExtractor
 from asa.reporting.probe import _figure, write_probe
@@ -93,6 +94,11 @@ def test_each_scan_is_an_array_too(cohort: Path, tmp_path: Path) -> None:
         array = np.load(tmp_path / f"{id}.npy", allow_pickle=False)
         assert array.dtype == np.float32 and array.shape == (24,)
         np.testing.assert_allclose(array, vector(row, "whole"), rtol=1e-5)
+
+
+def test_a_part_of_the_runs_split_is_embedded(cohort: Path, tmp_path: Path) -> None:
+    rows = embedded(cohort, tmp_path, f"input={cohort / 'store'}", "part=validation")
+    assert sorted(rows) == sorted(read_split(cohort / "run" / "split.json")["validation"])
 
 
 def test_a_folder_of_scans_needs_no_pattern(cohort: Path, tmp_path: Path) -> None:
