@@ -20,6 +20,7 @@ from asa.data.io.tables import (
     TRAINING_MEAN,
     as_number,
     check_health,
+    check_own,
     csv_text,
     read_column,
     read_rows,
@@ -49,8 +50,10 @@ def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, 
 
     Raises:
         FileNotFoundError: no such table.
-        ValueError: a table that does not fit, a class that the network does not know, or no scan with a class.
+        ValueError: a table that does not fit, a class that the network does not know, no scan with a class, or a
+            scans.csv of something else.
     """
+    check_own(out / SCANS, "asa-evaluate", {"id", "class", "auc", "balanced_accuracy"}, "")
     rows, known, subjects = matched(table, truth, "class")
     names = [column.removeprefix("p_") for column in rows[0] if column.startswith("p_")]
     if unknown := sorted(set(known) - set(names)):

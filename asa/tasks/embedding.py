@@ -16,7 +16,7 @@ import numpy as np
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import check_own, check_table, csv_text, read_column, write_numbers
+from asa.data.io.tables import check_own, check_table, csv_text, read_column, read_rows, write_numbers
 from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
@@ -47,6 +47,10 @@ class Embedder:
         self.table = table_in(Path(str(config["out"])), TABLE)
         check_table(self.table)
         check_own(self.table, "asa-embed", {"id"}, COLUMN)
+        listed = {row["id"] for row in read_rows(self.table)} if self.table.exists() else set()
+        arrays = sorted(self.table.parent.glob("*.npy")) if self.arrays else ()
+        if others := [path for path in arrays if path.stem not in listed]:
+            raise ValueError(f"{others[0]}: exists and is of no scan in {self.table.name}: choose another out=")
         source = Path(str(config["input"]))
         self.store = Store(source) if self.parts == "labels" and (source / MANIFEST).exists() else None
         if self.parts == "labels" and (self.store is None or not self.store.labels):
@@ -110,6 +114,7 @@ def evaluate_probe(config: Config) -> None:
     """
     table, truth, out = tables_of(config, TABLE)
     check_page(out / "report.html")
+    check_own(out / "predictions.csv", "asa-evaluate", {"id", "predicted"}, "(?!subject$).*")  # no asa-predict's
     column, folds, probe = config["column"], config["folds"], config["probe"]
     rows, values, subjects = matched(table, truth, column)
     names = [name for name in rows[0] if name != "id"]

@@ -76,6 +76,20 @@ def test_the_scores_of_predicted_classes(tmp_path, capsys):
     assert "cn: 1 as cn, 1 as ad" in capsys.readouterr().out
 
 
+def test_a_table_of_the_users_is_not_replaced(tmp_path):
+    (tmp_path / "predicted").mkdir()
+    table = predictions_csv(["cn", "ad"], [("s0", "", ""), ("s1", "", "")], np.array([[0.9, 0.1], [0.4, 0.6]]))
+    (tmp_path / "predicted/predictions.csv").write_text(table)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/scans.csv").write_text("id,class,age\ns0,cn,40\n")
+    with pytest.raises(ValueError, match=r"scans.csv: exists and is no table of asa-evaluate"):
+        evaluate(tmp_path, "classification", "id,class\ns0,cn\ns1,ad\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scans.csv"]
+    (tmp_path / "out/scans.csv").unlink()
+    for _ in range(2):
+        evaluate(tmp_path, "classification", "id,class\ns0,cn\ns1,ad\n")
+
+
 @pytest.mark.parametrize(
     ("policy", "truth", "message"),
     [

@@ -253,6 +253,29 @@ def test_a_table_of_the_users_is_not_replaced(cohort: Path, tmp_path: Path, caps
         assert (tmp_path / name).read_bytes() == before
 
 
+def test_arrays_and_predictions_of_others_are_not_replaced(cohort: Path, tmp_path: Path, capsys) -> None:
+    given = (f"checkpoint={cohort / 'run'}", "device=cpu", "arrays=true")
+    scan = f"input={cohort / 'raw' / 's03_T1.nii.gz'}"
+    (tmp_path / "s03_T1.npy").write_bytes(b"mine")
+    assert embed.main([*given, scan, f"out={tmp_path}"]) == 1
+    assert "s03_T1.npy: exists and is of no scan in features.csv" in capsys.readouterr().err
+    assert (tmp_path / "s03_T1.npy").read_bytes() == b"mine" and not (tmp_path / "features.csv").exists()
+    for _ in range(2):  # its own are
+        assert embed.main([*given, scan, f"out={tmp_path / 'out'}"]) == 0
+
+    (tmp_path / "features.csv").write_text("id,whole_0\n" + "".join(f"s{k:02},{k}\n" for k in range(SCANS)))
+    probe = (f"predictions={tmp_path}", f"truth={cohort / 'table.csv'}", "policy=probe", "column=age", "folds=2")
+    mine, out = "id,subject,age,predicted,training_mean\ns00,s00,20,30,40\n", tmp_path / "probe"
+    out.mkdir()
+    (out / "predictions.csv").write_text(mine)
+    assert evaluate.main([*probe, f"out={out}"]) == 1
+    assert "predictions.csv: exists and is no table of asa-evaluate" in capsys.readouterr().err
+    assert (out / "predictions.csv").read_text() == mine and not (out / "summary.json").exists()
+    (out / "predictions.csv").unlink()
+    for _ in range(2):
+        assert evaluate.main([*probe, f"out={out}"]) == 0
+
+
 def test_parts_that_are_not_there_are_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = (f"checkpoint={cohort / 'run'}", f"input={cohort / 'store'}", f"out={tmp_path}", "device=cpu")
     for of, message in (("labels", "needs the labels of a store"), ("halves", "choose whole, sides, labels")):
