@@ -16,7 +16,7 @@ import numpy as np
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import check_own, check_table, csv_text, read_column, read_rows, write_numbers
+from asa.data.io.tables import PARQUET, check_own, check_table, csv_text, read_column
 from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
@@ -27,7 +27,7 @@ from asa.reporting.pages import check_page
 from asa.reporting.probe import write_probe
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import predict_scans
+from asa.tasks.prediction import add_rows, predict_scans, rows_in
 
 TABLE = "features.csv"
 COLUMN = r".*_\d+"  # of a table of features
@@ -47,7 +47,7 @@ class Embedder:
         self.table = table_in(Path(str(config["out"])), TABLE)
         check_table(self.table)
         check_own(self.table, "asa-embed", {"id"}, COLUMN)
-        listed = {row["id"] for row in read_rows(self.table)} if self.table.exists() else set()
+        listed = rows_in(self.table)
         arrays = sorted(self.table.parent.glob("*.npy")) if self.arrays else ()
         if others := [path for path in arrays if path.stem not in listed]:
             raise ValueError(f"{others[0]}: exists and is of no scan in {self.table.name}: choose another out=")
@@ -67,7 +67,10 @@ class Embedder:
         if rows:
             parts = next(iter(self.rows.values()))
             header = [f"{part}_{k}" for part, values in parts.items() for k in range(len(values))]
-            write_numbers(self.table, header, rows)
+            digits = 9 if self.table.suffix == PARQUET else 6  # of a float32
+            cells = {id: ["" if np.isnan(x) else f"{x:.{digits}g}" for x in row] for id, row in rows.items()}
+            self.table.parent.mkdir(parents=True, exist_ok=True)
+            add_rows(self.table, {id: {"id": id, **dict(zip(header, row, strict=True))} for id, row in cells.items()})
         for id, row in rows.items() if self.arrays else ():
             array = io.BytesIO()
             np.save(array, row.astype(np.float32))

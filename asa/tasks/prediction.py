@@ -1,7 +1,11 @@
-"""What asa-predict is asked for: which checkpoints, and which scans."""
+"""What asa-predict is asked for: which checkpoints, and which scans; and tables of scans that it adds to."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from asa.data.io.files import write_whole
+from asa.data.io.lock import in_turn
+from asa.data.io.tables import PARQUET, csv_text, read_rows, write_numbers
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST
 from asa.inference.layout import Layout
@@ -44,6 +48,33 @@ def scans_of(config: Config, preprocessor: ScanPreprocessor) -> list[Scan]:
         raise ValueError("part= chooses scans of a store; leave it out for files")
     in_bids = config.get("layout") == "bids"
     return raw_scans(source, preprocessor, images=config["images"], out=out, in_bids=in_bids)
+
+
+def rows_in(table: Path) -> dict[str, dict[str, str]]:
+    """The rows of a table of scans, by id; none if there is no table."""
+    return {row.get("id", ""): row for row in read_rows(table)} if table.exists() else {}
+
+
+def add_rows(
+    table: Path, rows: Mapping[str, dict[str, str]], before: Callable[[], dict[str, dict[str, str]]] | None = None
+) -> None:
+    """Add rows of scans to a table, in place of its rows of the same scans; without rows nothing is written.
+
+    Args:
+        table: in a folder that exists.
+        rows: cells by column, "id" among them, by id; in a Parquet the others are numbers.
+        before: reads the rows that the table keeps; None: all of them.
+    """
+    if not rows:
+        return
+    with in_turn(table.parent):  # another process may add its scans at the same moment
+        rows = dict(sorted(((before() if before else rows_in(table)) | dict(rows)).items()))
+        header = list(dict.fromkeys(["id", *(column for row in rows.values() for column in row)]))
+        cells = [[row.get(column, "") for column in header] for row in rows.values()]
+        if table.suffix == PARQUET:
+            write_numbers(table, header[1:], {id: [float(cell or "nan") for cell in row] for id, *row in cells})
+        else:
+            write_whole(table, csv_text(header, cells, "\t" if table.suffix == ".tsv" else ",").encode())
 
 
 def checkpoints_of(config: Config) -> list[str]:

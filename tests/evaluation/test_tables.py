@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from asa.config import compose
-from asa.inference.asymmetry import AsymmetryRow, write_rows
+from asa.inference.asymmetry import AsymmetryRow, cells_of
 from asa.inference.whole_scans import predictions_csv
+from asa.tasks.prediction import add_rows
 from asa.tasks.run import evaluate_task
 
 
@@ -27,7 +28,7 @@ def asymmetry_table(folder: Path, scores: list[float]) -> None:
     """asymmetry.csv of the scans s0, s1, ...: `score` as given, `top` its opposite, the others constant."""
     folder.mkdir()
     rows = [AsymmetryRow(f"s{n}", score, 0.5, -score, 1.0, 0, 0, 0) for n, score in enumerate(scores)]
-    write_rows(folder / "asymmetry.csv", rows)
+    add_rows(folder / "asymmetry.csv", {row.id: cells_of(row) for row in rows})
 
 
 def evaluate(tmp_path: Path, policy: str, truth: str) -> dict:

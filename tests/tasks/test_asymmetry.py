@@ -224,6 +224,17 @@ def test_maps_whose_folder_is_removed_are_not_begun_anew(
     assert f"the folder {out} was removed while it was in use" in capsys.readouterr().err and not out.exists()
 
 
+def test_scores_of_scans_that_come_later_are_added(trained: Path, raw: Path, tmp_path: Path, monkeypatch) -> None:
+    given = [f"checkpoint={trained}", f"out={tmp_path}", "predict.device=cpu"]
+    for k in (1, 0):
+        assert run(monkeypatch, predict, *given, f"input={raw / f's{k}_T1.nii.gz'}") == 0
+    whole = (tmp_path / TABLE).read_bytes()
+    assert list(rows_of(tmp_path / TABLE)) == ["s0_T1", "s1_T1"]
+    write_image(tmp_path.parent / "nan.nii.gz", np.full((4, 4, 4), np.nan), np.eye(4))
+    assert run(monkeypatch, predict, *given, f"input={tmp_path.parent / 'nan.nii.gz'}") == 1
+    assert (tmp_path / TABLE).read_bytes() == whole
+
+
 @pytest.mark.parametrize("name", ["s0_T1.nii.gz", TABLE])
 def test_files_that_are_no_asymmetry_maps_are_not_replaced(
     trained: Path, raw: Path, tmp_path: Path, monkeypatch, capsys, name: str

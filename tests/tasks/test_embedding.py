@@ -101,6 +101,23 @@ def test_a_part_of_the_runs_split_is_embedded(cohort: Path, tmp_path: Path) -> N
     assert sorted(rows) == sorted(read_split(cohort / "run" / "split.json")["validation"])
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_scans_embedded_later_are_added(ending: str, cohort: Path, tmp_path: Path) -> None:
+    table, raw = tmp_path / f"f.{ending}", tmp_path / "raw"
+    raw.mkdir()
+    for id in ("s03", "s04"):
+        shutil.copy(cohort / "raw" / f"{id}_T1.nii.gz", raw / f"{id}.nii.gz")
+    given = (f"checkpoint={cohort / 'run'}", "device=cpu", f"out={table}")
+    assert embed.main([*given, f"input={raw / 's04.nii.gz'}"]) == 0
+    (before,) = read_rows(table)
+    assert embed.main([*given, f"input={raw / 's03.nii.gz'}"]) == 0
+    (first, second), whole = read_rows(table), table.read_bytes()
+    assert first["id"] == "s03" and first["whole_0"] != before["whole_0"] and second == before
+    write_image(raw / "s05.nii.gz", np.full((4, 4, 4), np.nan), np.eye(4))
+    assert embed.main([*given, f"input={raw / 's05.nii.gz'}"]) == 1
+    assert table.read_bytes() == whole
+
+
 def test_a_folder_of_scans_needs_no_pattern(cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     shutil.copy(cohort / "raw" / "s03_T1.nii.gz", tmp_path / "raw" / "=s03.nii.gz")
