@@ -138,7 +138,10 @@ def numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list
         except (KeyError, ValueError):
             known = False
         if not known:
-            raise ValueError(f"{table}: {row['id']}: {column} is {row.get(column)!r} and not a number: predict again")
+            raise ValueError(
+                f"{table}: {row['id']}: {column} is {row.get(column)!r} and not a number: predict again, or leave the "
+                "scan out of the truth"
+            )
     return [float(row[column]) for column in columns]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import PARQUET, check_own, check_table, csv_text, read_column
+from asa.data.io.tables import PARQUET, as_number, check_own, check_table, csv_text, read_column
 from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
@@ -120,12 +120,18 @@ def evaluate_probe(config: Config) -> None:
     check_own(out / "predictions.csv", "asa-evaluate", {"id", "predicted"}, "(?!subject$).*")  # no asa-predict's
     column, folds, probe = config["column"], config["folds"], config["probe"]
     rows, values, subjects = matched(table, truth, column)
-    names = [name for name in rows[0] if name != "id"]
+    names = [name for name in rows[0] if name != "id" and any(row[name] for row in rows)]
+    if empty := {name.rpartition("_")[0] for name in rows[0].keys() - {"id", *names}}:
+        print(f"left out, as no scan has their features: {', '.join(sorted(empty))}")
+    if not names:
+        raise ValueError(f"{table}: has no features of the scans in {truth}")
     features = np.array([numbers(table, row, names) for row in rows])
     scans = [{"id": row["id"], "subject": subject} for row, subject in zip(rows, subjects, strict=True)]
     if probe not in FITS:
         raise ValueError(f"probe={probe}: choose {', '.join(FITS)}")
-    numeric = all(map(_is_number, values))
+    if numeric := any(map(_is_number, values)):  # then all have to be
+        for row, text in zip(rows, values, strict=True):
+            as_number(truth, row["id"], column, text)
     if numeric and probe == "logistic" and len(set(values)) > MOST_CLASSES:
         raise ValueError(
             f"probe=logistic is for classes, and {column} has {len(set(values))} values: choose ridge or knn"

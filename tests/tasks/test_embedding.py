@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pyarrow.parquet
 import pytest
+from stores import read_tree, write_tree
 
 from asa import features
 from asa.cli import embed, evaluate, prepare, pretrain
@@ -259,6 +260,35 @@ def test_a_feature_that_is_no_number_is_named_with_its_scan(
     assert "s03: whole_0 is '' and not a number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("probe", ["ridge", "logistic"])
+@pytest.mark.parametrize("cell", ["NA", "nan"])
+def test_a_column_in_which_only_some_are_numbers_is_refused(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cell: str, probe: str
+) -> None:
+    (tmp_path / "features.csv").write_text("id,whole_0\n" + "".join(f"s{k},{k}\n" for k in range(4)))
+    (tmp_path / "t.csv").write_text(f"id,age\ns0,20\ns1,30\ns2,{cell}\ns3,30\n")
+    given = (f"predictions={tmp_path}", f"truth={tmp_path / 't.csv'}", "policy=probe", "column=age", "folds=2")
+    assert evaluate.main([*given, f"probe={probe}", f"out={tmp_path / 'out'}"]) == 1
+    assert f"t.csv: s2: age is '{cell}' and not a number" in capsys.readouterr().err
+
+
+def test_features_that_no_scan_has_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ages = "".join(f"s{k},{20 + k}\n" for k in range(6))
+    (tmp_path / "t.csv").write_text(f"id,age\n{ages}")
+    given = (f"predictions={tmp_path}", f"truth={tmp_path / 't.csv'}", "policy=probe", "column=age", "folds=2")
+    for header, cells in (("whole_0", ""), ("whole_0,Left-Vent_0,Left-Vent_1", ",,")):
+        rows = "".join(f"s{k},{k}{cells}\n" for k in range(6))
+        (tmp_path / "features.csv").write_text(f"id,{header}\n{rows}s9,9{cells.replace(',', ',1')}\n")
+        assert evaluate.main([*given, f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("left out, as no scan has their features: Left-Vent\n") == 1
+    one, other = (line for line in printed.splitlines() if line.startswith("age: "))
+    assert one == other
+    (tmp_path / "features.csv").write_text("id,whole_0\ns0,\ns1,\n")
+    assert evaluate.main([*given, f"out={tmp_path / 'out'}"]) == 1
+    assert "features.csv: has no features of the scans in" in capsys.readouterr().err
+
+
 def test_a_table_of_the_users_is_not_replaced(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(cohort / "table.csv", tmp_path)
     write_numbers(tmp_path / "table.parquet", ["age"], {"s00": [20.0]})
@@ -291,6 +321,15 @@ def test_arrays_and_predictions_of_others_are_not_replaced(cohort: Path, tmp_pat
     (out / "predictions.csv").unlink()
     for _ in range(2):
         assert evaluate.main([*probe, f"out={out}"]) == 0
+
+
+def test_a_store_prepared_in_another_way_is_refused_with_what_fits(cohort: Path, tmp_path: Path, capsys) -> None:
+    manifest = read_tree(cohort / "store")
+    manifest["settings"]["margin"] += 1
+    write_tree(tmp_path / "store", manifest)
+    given = (f"checkpoint={cohort / 'run'}", f"input={tmp_path / 'store'}", f"out={tmp_path}", "device=cpu")
+    assert embed.main([*given]) == 1
+    assert "predict the raw scans, or a store that was prepared as they were" in capsys.readouterr().err
 
 
 def test_parts_that_are_not_there_are_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
