@@ -7,7 +7,7 @@ from asa.data.io.files import write_whole
 from asa.data.io.lock import in_turn
 from asa.data.io.tables import PARQUET, csv_text, read_rows, write_numbers
 from asa.data.splits import read_split
-from asa.data.store import MANIFEST
+from asa.data.store import MANIFEST, Store
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.scans import Scan, ScanPredictor, predict_each, raw_scans, stored_scans
@@ -56,20 +56,31 @@ def rows_in(table: Path) -> dict[str, dict[str, str]]:
 
 
 def add_rows(
-    table: Path, rows: Mapping[str, dict[str, str]], before: Callable[[], dict[str, dict[str, str]]] | None = None
+    table: Path,
+    rows: Mapping[str, dict[str, str]],
+    *,
+    source: Path | None = None,
+    before: Callable[[], dict[str, dict[str, str]]] | None = None,
 ) -> None:
     """Add rows of scans to a table, in place of its rows of the same scans; without rows nothing is written.
 
     Args:
         table: in a folder that exists.
         rows: cells by column, "id" among them, by id; in a Parquet the others are numbers.
+        source: what was predicted. Subjects of a store are written, too, where they are not called as the scan; a
+            Parquet holds none.
         before: reads the rows that the table keeps; None: all of them.
     """
     if not rows:
         return
+    records = Store(source).records if source is not None and (source / MANIFEST).exists() else ()
+    others = {one["id"]: {"subject": one["subject"]} for one in records if one["subject"] != one["id"]}
+    if table.suffix != PARQUET:
+        rows = {id: row | others.get(id, {}) for id, row in rows.items()}
     with in_turn(table.parent):  # another process may add its scans at the same moment
         rows = dict(sorted(((before() if before else rows_in(table)) | dict(rows)).items()))
-        header = list(dict.fromkeys(["id", *(column for row in rows.values() for column in row)]))
+        columns = dict.fromkeys(column for row in rows.values() for column in row)
+        header = sorted(columns, key=lambda name: {"id": 0, "subject": 1}.get(name, 2))  # the others in their order
         cells = [[row.get(column, "") for column in header] for row in rows.values()]
         if table.suffix == PARQUET:
             write_numbers(table, header[1:], {id: [float(cell or "nan") for cell in row] for id, *row in cells})

@@ -202,9 +202,9 @@ class AsymmetryPredictor:
     def __init__(self, config: Config) -> None:
         checkpoint = only_checkpoint(config, "an asymmetry score")
         settings = typed(PredictSettings, config["predict"])
-        self.out = Path(str(config["out"]))
+        self.out, self.source = Path(str(config["out"])), Path(str(config["input"]))
         check_out(self.out, TABLE, f"a folder of asymmetry maps (with {TABLE})")
-        check_own(self.out / TABLE, "asa-predict", {"id"}, "|".join(AsymmetryRow.__annotations__))
+        check_own(self.out / TABLE, "asa-predict", {"id"}, "|".join(["subject", *AsymmetryRow.__annotations__]))
         self.scorer = AsymmetryScorer(
             checkpoint, settings, strip=config["strip"], healthy=config["healthy"], plugins=config["plugins"]
         )
@@ -215,5 +215,5 @@ class AsymmetryPredictor:
         self.rows[id] = cells_of(self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz"))
 
     def finish(self) -> str:
-        add_rows(self.out / TABLE, self.rows)
+        add_rows(self.out / TABLE, self.rows, source=self.source)
         return f"wrote {self.out / TABLE}, and asymmetry maps beside it"

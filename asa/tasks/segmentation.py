@@ -353,7 +353,7 @@ class SegmentationPredictor:
 
     def add(self, rows: Mapping[str, dict[str, str]]) -> None:
         """Add rows, by id, to the table of volumes."""
-        add_rows(self.out / VOLUMES, rows, self.rows_before)
+        add_rows(self.out / VOLUMES, rows, before=self.rows_before)
 
     def rows_before(self) -> dict[str, dict[str, str]]:
         """Rows of an earlier table, of scans whose label maps are still here; another network's have other columns."""

@@ -253,7 +253,7 @@ def _predict(config: Config, result: str, make: type[P], read: Callable[[P, np.n
     settings, checkpoint = typed(PredictSettings, config["predict"]), only_checkpoint(config, result)
     check_own(Path(str(config["out"])) / TABLE, "asa-predict", {"id", "subject", PREDICTED})
     network = make(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
-    predict_scans(TablePredictor(network, partial(read, network), Path(str(config["out"]))), config)
+    predict_scans(TablePredictor(network, partial(read, network), config), config)
 
 
 class TablePredictor:
@@ -262,14 +262,14 @@ class TablePredictor:
     Args:
         network: of one of the tasks.
         predict: its prediction of a prepared volume `(C, D, H, W)`.
-        out: the folder.
+        config: of asa-predict.
     """
 
     def __init__(
-        self, network: ClassPredictor | NumberPredictor, predict: Callable[[np.ndarray], Any], out: Path
+        self, network: ClassPredictor | NumberPredictor, predict: Callable[[np.ndarray], Any], config: Config
     ) -> None:
-        self.network, self.predict, self.table = network, predict, out / TABLE
-        self.preprocessor = network.preprocessor
+        self.network, self.predict, self.preprocessor = network, predict, network.preprocessor
+        self.table, self.source = Path(str(config["out"])) / TABLE, Path(str(config["input"]))
         self.rows: dict[str, dict[str, str]] = {}
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
@@ -277,5 +277,5 @@ class TablePredictor:
 
     def finish(self) -> str:
         self.table.parent.mkdir(parents=True, exist_ok=True)
-        add_rows(self.table, self.rows)
+        add_rows(self.table, self.rows, source=self.source)
         return f"wrote {self.table}"

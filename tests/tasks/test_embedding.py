@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pyarrow.parquet
 import pytest
-from stores import read_tree, write_tree
+from stores import read_tree, with_subjects, write_tree
 
 from asa import features
 from asa.cli import embed, evaluate, prepare, pretrain
@@ -117,6 +117,21 @@ def test_scans_embedded_later_are_added(ending: str, cohort: Path, tmp_path: Pat
     write_image(raw / "s05.nii.gz", np.full((4, 4, 4), np.nan), np.eye(4))
     assert embed.main([*given, f"input={raw / 's05.nii.gz'}"]) == 1
     assert table.read_bytes() == whole
+
+
+def test_folds_are_of_the_stores_subjects(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subjects = {f"s{k:02}": f"p{k // 2}" for k in range(SCANS)}
+    copy = with_subjects(cohort / "store", tmp_path / "store", subjects)
+    for _ in range(2):
+        rows = embedded(cohort, tmp_path, f"input={copy}")
+    assert {id: row["subject"] for id, row in rows.items()} == subjects
+    (tmp_path / "t.csv").write_text((cohort / "table.csv").read_text().replace("subject,", "id,"))
+    given = (f"predictions={tmp_path}", f"truth={tmp_path / 't.csv'}", "policy=probe", "column=age", "folds=2")
+    assert evaluate.main([*given, f"out={tmp_path / 'out'}"]) == 0
+    assert f"{SCANS} scans of {SCANS // 2} subjects" in capsys.readouterr().out
+    given = (f"checkpoint={cohort / 'run'}", f"input={copy}", f"out={tmp_path / 'f.parquet'}", "device=cpu")
+    assert embed.main([*given]) == 0
+    assert list(read_rows(tmp_path / "f.parquet")[0]) == [name for name in rows["s00"] if name != "subject"]
 
 
 def test_a_folder_of_scans_needs_no_pattern(cohort: Path, tmp_path: Path) -> None:

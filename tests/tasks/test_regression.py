@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from stores import with_subjects
 from untrained import call
 
 import asa
@@ -194,6 +195,11 @@ def test_a_planted_age_is_learnt_and_predicted_in_years(cohort: Path, run: Path,
     assert call(predict, monkeypatch, *given, *scan) == 0  # rows of other scans stay
     added, kept = ({row["id"] for row in rows_of(tmp_path / name / "predictions.csv")} for name in ("added", "stored"))
     assert added == {"s00_T1"} | kept
+
+    subjects = {f"s{k:02}": f"p{k // 2}" for k in range(SCANS)}
+    copy = with_subjects(cohort / "store", tmp_path / "store", subjects)
+    assert call(predict, monkeypatch, *given, f"input={copy}", f"out={tmp_path / 'named'}") == 0
+    assert {row["id"]: row["subject"] for row in rows_of(tmp_path / "named/predictions.csv")} == subjects
 
     scored = (f"predictions={tmp_path / 'stored'}", f"truth={cohort / 'table.csv'}", "policy=regression")
     assert call(evaluate, monkeypatch, *scored, f"out={tmp_path / 'scores'}") == 0
