@@ -1,6 +1,7 @@
 """A store's manifest and records as one tree, for tests that change what it says."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ def read_tree(root: Path) -> dict[str, Any]:
     """The manifest of a store, with the entries of its scans under "records"."""
     entries = [json.loads(line) for line in (root / RECORDS).read_text().splitlines()]
     return {**json.loads((root / MANIFEST).read_text()), "records": entries}
+
+
+def with_subjects(store: Path, copy: Path, subjects: dict[str, str]) -> Path:
+    """A copy of a store whose scans, by id, have these subjects."""
+    shutil.copytree(store, copy)
+    tree = read_tree(store)
+    tree["records"] = [{**entry, "subject": subjects[entry["id"]]} for entry in tree["records"]]
+    write_tree(copy, tree)
+    return copy
 
 
 def write_tree(root: Path, tree: dict[str, Any]) -> None:

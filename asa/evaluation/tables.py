@@ -6,6 +6,7 @@ OUT/digests.json   SHA-256 of both, which asa-ablate compares
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from asa.data.io.tables import (
     TRAINING_MEAN,
     as_number,
     check_health,
+    check_own,
     csv_text,
     read_column,
     read_rows,
@@ -28,6 +30,7 @@ from asa.evaluation.scans import ClassScores, NumberScores, auc, auc_interval, s
 from asa.evaluation.statistics import nullable
 
 SCANS = "scans.csv"
+SUBJECT = re.compile(r"(.*?_)??sub(-[^_]+|_\d+)(?=_|$)")  # the beginning of an id
 MEASURES = ("score", "mean", "top", "peak")  # of a scan's asymmetry
 
 
@@ -49,8 +52,10 @@ def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, 
 
     Raises:
         FileNotFoundError: no such table.
-        ValueError: a table that does not fit, a class that the network does not know, or no scan with a class.
+        ValueError: a table that does not fit, a class that the network does not know, no scan with a class, or a
+            scans.csv of something else.
     """
+    check_own(out / SCANS, "asa-evaluate", {"id", "class", "auc", "balanced_accuracy"}, "")
     rows, known, subjects = matched(table, truth, "class")
     names = [column.removeprefix("p_") for column in rows[0] if column.startswith("p_")]
     if unknown := sorted(set(known) - set(names)):
@@ -135,21 +140,31 @@ def numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list
         except (KeyError, ValueError):
             known = False
         if not known:
-            raise ValueError(f"{table}: {row['id']}: {column} is {row.get(column)!r} and not a number: predict again")
+            raise ValueError(
+                f"{table}: {row['id']}: {column} is {row.get(column)!r} and not a number: predict again, or leave the "
+                "scan out of the truth"
+            )
     return [float(row[column]) for column in columns]
 
 
 def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]], list[str], list[str]]:
     """The rows of a predicted table that the truth lists, their values in its column, and their subjects.
 
-    A scan is a subject of its own, unless the truth has a column "subject", or the id is one of BIDS, sub-XX_ses-YY.
+    A scan is a subject of its own, unless the truth, or else the predicted table, has a column "subject" (a store's
+    own), or the id tells it: see `subject_in`.
     """
     rows = predicted_rows(table)
-    own = {row["id"]: row["id"].partition("_")[0] if row["id"].startswith("sub-") else row["id"] for row in rows}
+    own = {row["id"]: row.get("subject") or subject_in(row["id"]) for row in rows}
     scans = [{"id": id, "subject": subject} for id, subject in own.items()]
     known, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
     rows = [row for row in rows if row["id"] in known]
     return rows, [known[row["id"]] for row in rows], [subjects.get(row["id"], own[row["id"]]) for row in rows]
+
+
+def subject_in(id: str) -> str:
+    """The subject that an id like sub-XX_ses-YY, NAME_sub-XX_ses-YY or NAME_sub_1_ses_2 begins with; else the id."""
+    found = SUBJECT.match(id)
+    return found[0] if found else id
 
 
 def predicted_rows(table: Path) -> list[dict[str, str]]:

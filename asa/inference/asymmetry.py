@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asa.data.io.files import write_whole
 from asa.data.io.nifti import Volume, write_image
-from asa.data.io.tables import csv_text
 from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
@@ -200,7 +198,6 @@ class AsymmetryScorer:
         return AsymmetryRow(id, scan.score, scan.mean, scan.top, peak, float(x), float(y), float(z))
 
 
-def write_rows(path: Path, rows: Sequence[AsymmetryRow]) -> None:
-    """Write the table, floats with six significant digits."""
-    cells = [[f"{value:.6g}" if isinstance(value, float) else value for value in vars(row).values()] for row in rows]
-    write_whole(path, csv_text(list(vars(rows[0])), cells).encode() if rows else b"")
+def cells_of(row: AsymmetryRow) -> dict[str, str]:
+    """The cells of a row by column, numbers with six significant digits."""
+    return {name: value if isinstance(value, str) else f"{value:.6g}" for name, value in vars(row).items()}

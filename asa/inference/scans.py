@@ -145,7 +145,10 @@ def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterabl
     store = Store(source)
     ways = [{**settings, "nan": None} for settings in (store.settings, preprocessor.data["prepare"])]  # that may differ
     if store.channels != preprocessor.channels or ways[0] != ways[1]:
-        raise ValueError(f"{store.path} was prepared in another way than {preprocessor.scans}: predict the raw scans")
+        raise ValueError(
+            f"{store.path} was prepared in another way than {preprocessor.scans}: predict the raw scans, or a store "
+            "that was prepared as they were"
+        )
     prepared = partial(_stored, store, preprocessor)
     records = store.records if subjects is None else select(store.records, subjects)
     return [

@@ -3,7 +3,7 @@
 Letters: prepared volume `C D H W`, N scans, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,9 @@ class ClassPredictor(_Network):
         check_finite(found, "the network's output")
         return found
 
-    def table(self, rows: Sequence[tuple[str, str, str]], found: np.ndarray) -> str:
-        """The table of predictions, see `predictions_csv`."""
-        return predictions_csv(self.classes, rows, found)
+    def row(self, found: np.ndarray) -> dict[str, str]:
+        """A scan's cells in the table of predictions, by column: see `predictions_csv`."""
+        return {"class": "", **_class_cells(self.classes, found)}
 
 
 class NumberPredictor(_Network):
@@ -147,9 +147,9 @@ class NumberPredictor(_Network):
         check_finite(found, "the network's output")
         return float(found)
 
-    def table(self, rows: Sequence[tuple[str, str, str]], found: np.ndarray) -> str:
-        """The table of predictions, see `numbers_csv`."""
-        return numbers_csv(self.column, rows, found, self.mean)
+    def row(self, found: float) -> dict[str, str]:
+        """A scan's cells in the table of predictions, by column: see `numbers_csv`."""
+        return {self.column: "", **_number_cells(found, self.mean)}
 
 
 def predictions_csv(names: Sequence[str], rows: Sequence[tuple[str, str, str]], probabilities: np.ndarray) -> str:
@@ -160,10 +160,7 @@ def predictions_csv(names: Sequence[str], rows: Sequence[tuple[str, str, str]], 
         rows: id, subject and true class of each scan; "" if unknown.
         probabilities: `(N, K)`.
     """
-    predicted = [names[int(values.argmax())] for values in probabilities]
-    cells = [[f"{value:.6f}" for value in values] for values in probabilities]
-    table = [[*row, name, *own] for row, name, own in zip(rows, predicted, cells, strict=True)]
-    return csv_text(["id", "subject", "class", PREDICTED, *(f"p_{name}" for name in names)], table)
+    return _table("class", rows, [_class_cells(names, values) for values in probabilities])
 
 
 def numbers_csv(column: str, rows: Sequence[tuple[str, str, str]], predicted: np.ndarray, mean: float) -> str:
@@ -175,5 +172,18 @@ def numbers_csv(column: str, rows: Sequence[tuple[str, str, str]], predicted: np
         predicted: `(N,)`.
         mean: of the training scans.
     """
-    table = [[*row, f"{value:.6g}", f"{mean:.6g}"] for row, value in zip(rows, predicted, strict=True)]
-    return csv_text(["id", "subject", column, PREDICTED, TRAINING_MEAN], table)
+    return _table(column, rows, [_number_cells(value, mean) for value in predicted])
+
+
+def _class_cells(names: Sequence[str], values: np.ndarray) -> dict[str, str]:
+    likely = {PREDICTED: names[int(values.argmax())]}
+    return likely | {f"p_{name}": f"{value:.6f}" for name, value in zip(names, values, strict=True)}
+
+
+def _number_cells(value: float, mean: float) -> dict[str, str]:
+    return {PREDICTED: f"{value:.6g}", TRAINING_MEAN: f"{mean:.6g}"}
+
+
+def _table(column: str, rows: Sequence[tuple[str, str, str]], found: Sequence[Mapping[str, str]]) -> str:
+    table = [[*row, *cells.values()] for row, cells in zip(rows, found, strict=True)]
+    return csv_text(["id", "subject", column, *found[0]], table)

@@ -1,6 +1,6 @@
 """Features of whole scans as a table, and what a simple model reads from such a table.
 
-asa-embed                   OUT/features.csv      id, and PART_0, PART_1, ... of each part of the scan; or OUT, a table
+asa-embed                   OUT/features.csv      id, subject, and PART_0, PART_1, ... of each part; or OUT, a table
                             OUT/ID.npy            arrays=true: the same numbers, float32 (E,)
 asa-evaluate policy=probe   OUT/summary.json      the scores
                             OUT/predictions.csv   of each scan, by folds that have not seen its subject
@@ -16,7 +16,7 @@ import numpy as np
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import check_own, check_table, csv_text, read_column, write_numbers
+from asa.data.io.tables import PARQUET, as_number, check_own, check_table, csv_text, read_column
 from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
@@ -27,10 +27,10 @@ from asa.reporting.pages import check_page
 from asa.reporting.probe import write_probe
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import predict_scans
+from asa.tasks.prediction import add_rows, predict_scans, rows_in
 
 TABLE = "features.csv"
-COLUMN = r".*_\d+"  # of a table of features
+COLUMN = r"subject|.*_\d+"  # of a table of features
 LEAK = 0.5  # the AUC of guessing
 MOST_CLASSES = 10  # of a column of numbers that a logistic regression takes
 
@@ -47,7 +47,11 @@ class Embedder:
         self.table = table_in(Path(str(config["out"])), TABLE)
         check_table(self.table)
         check_own(self.table, "asa-embed", {"id"}, COLUMN)
-        source = Path(str(config["input"]))
+        listed = rows_in(self.table)
+        arrays = sorted(self.table.parent.glob("*.npy")) if self.arrays else ()
+        if others := [path for path in arrays if path.stem not in listed]:
+            raise ValueError(f"{others[0]}: exists and is of no scan in {self.table.name}: choose another out=")
+        self.source = source = Path(str(config["input"]))
         self.store = Store(source) if self.parts == "labels" and (source / MANIFEST).exists() else None
         if self.parts == "labels" and (self.store is None or not self.store.labels):
             raise ValueError("of=labels: needs the labels of a store, input=STORE")
@@ -59,14 +63,16 @@ class Embedder:
         self.rows: dict[str, dict[str, np.ndarray]] = {}
 
     def finish(self) -> str:
-        rows = {id: np.concatenate(list(parts.values())) for id, parts in sorted(self.rows.items())}
-        if rows:
-            parts = next(iter(self.rows.values()))
-            header = [f"{part}_{k}" for part, values in parts.items() for k in range(len(values))]
-            write_numbers(self.table, header, rows)
-        for id, row in rows.items() if self.arrays else ():
+        digits = 9 if self.table.suffix == PARQUET else 6  # of a float32
+        rows = {}
+        for id, parts in self.rows.items():
+            named = ((f"{part}_{k}", value) for part, values in parts.items() for k, value in enumerate(values))
+            rows[id] = {"id": id, **{name: "" if math.isnan(x) else f"{x:.{digits}g}" for name, x in named}}
+        self.table.parent.mkdir(parents=True, exist_ok=True)
+        add_rows(self.table, rows, source=self.source)
+        for id, parts in self.rows.items() if self.arrays else ():
             array = io.BytesIO()
-            np.save(array, row.astype(np.float32))
+            np.save(array, np.concatenate(list(parts.values())).astype(np.float32))
             write_whole(self.table.parent / f"{id}.npy", array.getvalue())
         return f"wrote {self.table}: {counted(len(rows), 'scan')}"
 
@@ -110,14 +116,21 @@ def evaluate_probe(config: Config) -> None:
     """
     table, truth, out = tables_of(config, TABLE)
     check_page(out / "report.html")
+    check_own(out / "predictions.csv", "asa-evaluate", {"id", "predicted"}, "(?!subject$).*")  # no asa-predict's
     column, folds, probe = config["column"], config["folds"], config["probe"]
     rows, values, subjects = matched(table, truth, column)
-    names = [name for name in rows[0] if name != "id"]
+    names = [name for name in rows[0] if name not in ("id", "subject") and any(row[name] for row in rows)]
+    if empty := {name.rpartition("_")[0] for name in rows[0].keys() - {"id", "subject", *names}}:
+        print(f"left out, as no scan has their features: {', '.join(sorted(empty))}")
+    if not names:
+        raise ValueError(f"{table}: has no features of the scans in {truth}")
     features = np.array([numbers(table, row, names) for row in rows])
     scans = [{"id": row["id"], "subject": subject} for row, subject in zip(rows, subjects, strict=True)]
     if probe not in FITS:
         raise ValueError(f"probe={probe}: choose {', '.join(FITS)}")
-    numeric = all(map(_is_number, values))
+    if numeric := any(map(_is_number, values)):  # then all have to be
+        for row, text in zip(rows, values, strict=True):
+            as_number(truth, row["id"], column, text)
     if numeric and probe == "logistic" and len(set(values)) > MOST_CLASSES:
         raise ValueError(
             f"probe=logistic is for classes, and {column} has {len(set(values))} values: choose ridge or knn"

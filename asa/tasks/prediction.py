@@ -1,9 +1,13 @@
-"""What asa-predict is asked for: which checkpoints, and which scans."""
+"""What asa-predict is asked for: which checkpoints, and which scans; and tables of scans that it adds to."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from asa.data.io.files import write_whole
+from asa.data.io.lock import in_turn
+from asa.data.io.tables import PARQUET, csv_text, read_rows, write_numbers
 from asa.data.splits import read_split
-from asa.data.store import MANIFEST
+from asa.data.store import MANIFEST, Store
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.scans import Scan, ScanPredictor, predict_each, raw_scans, stored_scans
@@ -46,6 +50,44 @@ def scans_of(config: Config, preprocessor: ScanPreprocessor) -> list[Scan]:
     return raw_scans(source, preprocessor, images=config["images"], out=out, in_bids=in_bids)
 
 
+def rows_in(table: Path) -> dict[str, dict[str, str]]:
+    """The rows of a table of scans, by id; none if there is no table."""
+    return {row.get("id", ""): row for row in read_rows(table)} if table.exists() else {}
+
+
+def add_rows(
+    table: Path,
+    rows: Mapping[str, dict[str, str]],
+    *,
+    source: Path | None = None,
+    before: Callable[[], dict[str, dict[str, str]]] | None = None,
+) -> None:
+    """Add rows of scans to a table, in place of its rows of the same scans; without rows nothing is written.
+
+    Args:
+        table: in a folder that exists.
+        rows: cells by column, "id" among them, by id; in a Parquet the others are numbers.
+        source: what was predicted. Subjects of a store are written, too, where they are not called as the scan; a
+            Parquet holds none.
+        before: reads the rows that the table keeps; None: all of them.
+    """
+    if not rows:
+        return
+    records = Store(source).records if source is not None and (source / MANIFEST).exists() else ()
+    others = {one["id"]: {"subject": one["subject"]} for one in records if one["subject"] != one["id"]}
+    if table.suffix != PARQUET:
+        rows = {id: row | others.get(id, {}) for id, row in rows.items()}
+    with in_turn(table.parent):  # another process may add its scans at the same moment
+        rows = dict(sorted(((before() if before else rows_in(table)) | dict(rows)).items()))
+        columns = dict.fromkeys(column for row in rows.values() for column in row)
+        header = sorted(columns, key=lambda name: {"id": 0, "subject": 1}.get(name, 2))  # the others in their order
+        cells = [[row.get(column, "") for column in header] for row in rows.values()]
+        if table.suffix == PARQUET:
+            write_numbers(table, header[1:], {id: [float(cell or "nan") for cell in row] for id, *row in cells})
+        else:
+            write_whole(table, csv_text(header, cells, "\t" if table.suffix == ".tsv" else ",").encode())
+
+
 def checkpoints_of(config: Config) -> list[str]:
     """The checkpoints that are given, one or several."""
     chosen = config["checkpoint"]
@@ -73,7 +115,7 @@ def subjects_of_part(config: Config) -> list[str] | None:
     part = config["part"]
     if part is None:
         return None
-    if config["atlas"] is not None:
+    if config.get("atlas") is not None:
         if config["split_file"] is None:
             raise ValueError(f"part={part}: atlases have no split as a run has: give split_file=, or leave part= out")
         if not (chosen := read_split(str(config["split_file"])).get(part)):

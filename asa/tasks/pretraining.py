@@ -26,7 +26,7 @@ from asa.data.loading.loader import collate
 from asa.data.store import Store
 from asa.errors import counted
 from asa.evaluation.tables import evaluate_asymmetry
-from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, write_rows
+from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, cells_of
 from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
 from asa.inference.layout import Layout
 from asa.inference.segmentation import PredictSettings
@@ -35,7 +35,7 @@ from asa.methods.base import Pretraining as PretrainingMethod
 from asa.reporting.figures import reconstruction_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import only_checkpoint, predict_scans
+from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans
 from asa.tasks.volumes import Records, VolumeTask
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
@@ -202,18 +202,18 @@ class AsymmetryPredictor:
     def __init__(self, config: Config) -> None:
         checkpoint = only_checkpoint(config, "an asymmetry score")
         settings = typed(PredictSettings, config["predict"])
-        self.out = Path(str(config["out"]))
+        self.out, self.source = Path(str(config["out"])), Path(str(config["input"]))
         check_out(self.out, TABLE, f"a folder of asymmetry maps (with {TABLE})")
-        check_own(self.out / TABLE, "asa-predict", {"id"}, "|".join(AsymmetryRow.__annotations__))
+        check_own(self.out / TABLE, "asa-predict", {"id"}, "|".join(["subject", *AsymmetryRow.__annotations__]))
         self.scorer = AsymmetryScorer(
             checkpoint, settings, strip=config["strip"], healthy=config["healthy"], plugins=config["plugins"]
         )
         self.preprocessor = self.scorer.preprocessor
-        self.rows: list[AsymmetryRow] = []
+        self.rows: dict[str, dict[str, str]] = {}
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self.rows.append(self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz"))
+        self.rows[id] = cells_of(self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz"))
 
     def finish(self) -> str:
-        write_rows(self.out / TABLE, self.rows)
+        add_rows(self.out / TABLE, self.rows, source=self.source)
         return f"wrote {self.out / TABLE}, and asymmetry maps beside it"

@@ -18,10 +18,9 @@ import torch
 
 from asa.config import build, typed
 from asa.data.datasets import folder
-from asa.data.io.files import check_out, make_below, write_whole
-from asa.data.io.lock import in_turn
+from asa.data.io.files import check_out, make_below
 from asa.data.io.nifti import VOLUME_ENDINGS, Volume
-from asa.data.io.tables import check_own, csv_text, read_rows
+from asa.data.io.tables import check_own, read_rows
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
 from asa.data.loading.loader import collate
@@ -39,7 +38,7 @@ from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
-from asa.tasks.prediction import checkpoints_of, predict_scans
+from asa.tasks.prediction import add_rows, checkpoints_of, predict_scans, rows_in
 from asa.tasks.unlabelled import REST, UnlabelledScans
 from asa.tasks.volumes import Records, VolumeTask, absolute, choose_split
 from asa.training.device import on_device
@@ -387,24 +386,17 @@ class SegmentationPredictor:
         return probabilities, self.layout.uncertainty(id) if self.with_uncertainty else None
 
     def finish(self) -> str:
-        if self.rows:
-            self.add(self.rows)
+        self.add(self.rows)
         return f"wrote label maps and {VOLUMES} to {self.out}"
 
     def add(self, rows: Mapping[str, dict[str, str]]) -> None:
         """Add rows, by id, to the table of volumes."""
-        with in_turn(self.out):  # another process may add its scans at the same moment
-            rows = dict(sorted((self.rows_before() | dict(rows)).items()))
-            header = list(dict.fromkeys(column for row in rows.values() for column in row))
-            table = csv_text(header, [[row.get(column, "") for column in header] for row in rows.values()])
-            write_whole(self.out / VOLUMES, table.encode())
+        add_rows(self.out / VOLUMES, rows, before=self.rows_before)
 
     def rows_before(self) -> dict[str, dict[str, str]]:
         """Rows of an earlier table, of scans whose label maps are still here; another network's have other columns."""
-        file = self.out / VOLUMES
-        rows = read_rows(file) if file.exists() else []
         there = label_maps_of(self.out)
-        return {row["id"]: row for row in rows if row.get("id") in there}
+        return {id: row for id, row in rows_in(self.out / VOLUMES).items() if id in there}
 
 
 def networks_of(config: Config) -> Segmenter:

@@ -37,7 +37,7 @@ from asa.inference.whole_scans import (
 )
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import only_checkpoint, predict_scans
+from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans
 from asa.tasks.volumes import Records, VolumeTask
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
@@ -253,31 +253,29 @@ def _predict(config: Config, result: str, make: type[P], read: Callable[[P, np.n
     settings, checkpoint = typed(PredictSettings, config["predict"]), only_checkpoint(config, result)
     check_own(Path(str(config["out"])) / TABLE, "asa-predict", {"id", "subject", PREDICTED})
     network = make(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
-    predict_scans(TablePredictor(network, partial(read, network), Path(str(config["out"]))), config)
+    predict_scans(TablePredictor(network, partial(read, network), config), config)
 
 
 class TablePredictor:
-    """Collects the output for each scan, and writes it to `OUT/predictions.csv`.
+    """Collects the output for each scan, and adds it to `OUT/predictions.csv`.
 
     Args:
         network: of one of the tasks.
         predict: its prediction of a prepared volume `(C, D, H, W)`.
-        out: the folder.
+        config: of asa-predict.
     """
 
     def __init__(
-        self, network: ClassPredictor | NumberPredictor, predict: Callable[[np.ndarray], Any], out: Path
+        self, network: ClassPredictor | NumberPredictor, predict: Callable[[np.ndarray], Any], config: Config
     ) -> None:
-        self.network, self.predict, self.table = network, predict, out / TABLE
-        self.preprocessor = network.preprocessor
-        self.ids: list[str] = []
-        self.found: list[Any] = []
+        self.network, self.predict, self.preprocessor = network, predict, network.preprocessor
+        self.table, self.source = Path(str(config["out"])) / TABLE, Path(str(config["input"]))
+        self.rows: dict[str, dict[str, str]] = {}
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self.found.append(self.predict(image))
-        self.ids.append(id)
+        self.rows[id] = {"id": id, "subject": "", **self.network.row(self.predict(image))}
 
     def finish(self) -> str:
-        rows = [(id, "", "") for id in self.ids]
-        write_whole(self.table, self.network.table(rows, np.array(self.found)).encode())
+        self.table.parent.mkdir(parents=True, exist_ok=True)
+        add_rows(self.table, self.rows, source=self.source)
         return f"wrote {self.table}"

@@ -1,14 +1,17 @@
 """Predicted tables against a table of diagnoses: python -m asa evaluate policy=classification, policy=asymmetry."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from asa.config import compose
-from asa.inference.asymmetry import AsymmetryRow, write_rows
+from asa.evaluation.tables import subject_in
+from asa.inference.asymmetry import AsymmetryRow, cells_of
 from asa.inference.whole_scans import predictions_csv
+from asa.tasks.prediction import add_rows
 from asa.tasks.run import evaluate_task
 
 
@@ -27,7 +30,7 @@ def asymmetry_table(folder: Path, scores: list[float]) -> None:
     """asymmetry.csv of the scans s0, s1, ...: `score` as given, `top` its opposite, the others constant."""
     folder.mkdir()
     rows = [AsymmetryRow(f"s{n}", score, 0.5, -score, 1.0, 0, 0, 0) for n, score in enumerate(scores)]
-    write_rows(folder / "asymmetry.csv", rows)
+    add_rows(folder / "asymmetry.csv", {row.id: cells_of(row) for row in rows})
 
 
 def evaluate(tmp_path: Path, policy: str, truth: str) -> dict:
@@ -74,6 +77,53 @@ def test_the_scores_of_predicted_classes(tmp_path, capsys):
     assert summary["confusion"] == [[1, 1], [1, 1]] and summary["balanced_accuracy"] == 0.5
     assert summary["auc"] == pytest.approx(pairs_won([0.1, 0.6, 0.7, 0.2], [False, False, True, True]))
     assert "cn: 1 as cn, 1 as ad" in capsys.readouterr().out
+
+
+def test_scans_of_a_subject_are_resampled_together_by_the_predicted_table_or_their_ids(tmp_path):
+    asymmetry_table(tmp_path / "predicted", [0.9, 0.2, 0.5, 0.4] * 2)
+    table = tmp_path / "predicted/asymmetry.csv"
+    header, *rows = table.read_text().splitlines()
+    named = "\n".join([f"{header},subject", *(f"{row},p{n % 4}" for n, row in enumerate(rows))])
+    results = []
+    for text, truth in (
+        (named, [f"s{n},{n % 4 // 2}" for n in range(8)]),
+        (re.sub(r"s(\d),", lambda of: f"ds_sub-{int(of[1]) % 4}_ses-{of[1]},", "\n".join([header, *rows])),
+         [f"ds_sub-{n % 4}_ses-{n},{n % 4 // 2}" for n in range(8)]),
+    ):  # fmt: skip
+        table.write_text(text)
+        results.append(evaluate(tmp_path, "asymmetry", "\n".join(["id,health", *truth]))["results"]["score"])
+    table.write_text(named)
+    results.append(evaluate(tmp_path, "asymmetry", "subject,health\np0,0\np1,0\np2,1\np3,1\n")["results"]["score"])
+    assert results[0] == results[1] == results[2]
+    table.write_text("\n".join([header, *rows[:4]]))
+    once = evaluate(tmp_path, "asymmetry", "\n".join(["id,health", *(f"s{n},{n // 2}" for n in range(4))]))
+    assert once["results"]["score"] == results[0]  # copies do not narrow the interval
+
+
+@pytest.mark.parametrize(
+    ("id", "subject"),
+    [
+        ("sub-01_ses-2", "sub-01"), ("adni_sub-01_T1w", "adni_sub-01"), ("a_b_sub-1_anat_sub-1_T1w", "a_b_sub-1"),
+        ("PT001_sub_1_ses_2_t1", "PT001_sub_1"), ("s03_T1", "s03_T1"), ("mysub-1_x", "mysub-1_x"),
+        ("a_subject_1", "a_subject_1"), ("sub-_x", "sub-_x"),
+    ],
+)  # fmt: skip
+def test_an_id_tells_its_subject_by_sub(id, subject):
+    assert subject_in(id) == subject
+
+
+def test_a_table_of_the_users_is_not_replaced(tmp_path):
+    (tmp_path / "predicted").mkdir()
+    table = predictions_csv(["cn", "ad"], [("s0", "", ""), ("s1", "", "")], np.array([[0.9, 0.1], [0.4, 0.6]]))
+    (tmp_path / "predicted/predictions.csv").write_text(table)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/scans.csv").write_text("id,class,age\ns0,cn,40\n")
+    with pytest.raises(ValueError, match=r"scans.csv: exists and is no table of asa-evaluate"):
+        evaluate(tmp_path, "classification", "id,class\ns0,cn\ns1,ad\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scans.csv"]
+    (tmp_path / "out/scans.csv").unlink()
+    for _ in range(2):
+        evaluate(tmp_path, "classification", "id,class\ns0,cn\ns1,ad\n")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from stores import read_tree, write_tree
+from stores import read_tree, with_subjects, write_tree
 from torch import Tensor
 
 from asa.cli import predict, pretrain
@@ -222,6 +222,27 @@ def test_maps_whose_folder_is_removed_are_not_begun_anew(
     given = [f"checkpoint={trained}", f"input={raw / 's0_T1.nii.gz'}", f"out={out}", "predict.device=cpu"]
     assert run(monkeypatch, predict, *given) == 1
     assert f"the folder {out} was removed while it was in use" in capsys.readouterr().err and not out.exists()
+
+
+def test_scores_of_scans_that_come_later_are_added(trained: Path, raw: Path, tmp_path: Path, monkeypatch) -> None:
+    given = [f"checkpoint={trained}", f"out={tmp_path}", "predict.device=cpu"]
+    for k in (1, 0):
+        assert run(monkeypatch, predict, *given, f"input={raw / f's{k}_T1.nii.gz'}") == 0
+    whole = (tmp_path / TABLE).read_bytes()
+    assert list(rows_of(tmp_path / TABLE)) == ["s0_T1", "s1_T1"]
+    write_image(tmp_path.parent / "nan.nii.gz", np.full((4, 4, 4), np.nan), np.eye(4))
+    assert run(monkeypatch, predict, *given, f"input={tmp_path.parent / 'nan.nii.gz'}") == 1
+    assert (tmp_path / TABLE).read_bytes() == whole
+
+
+def test_the_table_names_the_subjects_of_a_store(trained: Path, store: Path, tmp_path: Path, monkeypatch) -> None:
+    copy = with_subjects(store, tmp_path / "store", {"s0": "p", "s1": "p", "s2": "s2", "s3": "q"})
+    for _ in range(2):  # a table with subjects is its own
+        given = [f"checkpoint={trained}", f"input={copy}", f"out={tmp_path / 'out'}", "predict.device=cpu"]
+        assert run(monkeypatch, predict, *given) == 0
+    found = rows_of(tmp_path / "out" / TABLE)
+    assert {id: row["subject"] for id, row in found.items()} == {"s0": "p", "s1": "p", "s2": "", "s3": "q"}
+    assert list(found["s0"])[:2] == ["id", "subject"]
 
 
 @pytest.mark.parametrize("name", ["s0_T1.nii.gz", TABLE])

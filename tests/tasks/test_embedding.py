@@ -13,11 +13,13 @@ import nibabel
 import numpy as np
 import pyarrow.parquet
 import pytest
+from stores import read_tree, with_subjects, write_tree
 
 from asa import features
 from asa.cli import embed, evaluate, prepare, pretrain
 from asa.data.io.nifti import write_image
 from asa.data.io.tables import read_rows, write_numbers
+from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.inference.features import FeatureExtractor
 from asa.reporting.probe import _figure, write_probe
@@ -101,6 +103,43 @@ def test_each_scan_is_an_array_too(cohort: Path, tmp_path: Path) -> None:
         array = np.load(tmp_path / f"{id}.npy", allow_pickle=False)
         assert array.dtype == np.float32 and array.shape == (24,)
         np.testing.assert_allclose(array, vector(row, "whole"), rtol=1e-5)
+
+
+def test_a_part_of_the_runs_split_is_embedded(cohort: Path, tmp_path: Path) -> None:
+    rows = embedded(cohort, tmp_path, f"input={cohort / 'store'}", "part=validation")
+    assert sorted(rows) == sorted(read_split(cohort / "run" / "split.json")["validation"])
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_scans_embedded_later_are_added(ending: str, cohort: Path, tmp_path: Path) -> None:
+    table, raw = tmp_path / f"f.{ending}", tmp_path / "raw"
+    raw.mkdir()
+    for id in ("s03", "s04"):
+        shutil.copy(cohort / "raw" / f"{id}_T1.nii.gz", raw / f"{id}.nii.gz")
+    given = (f"checkpoint={cohort / 'run'}", "device=cpu", f"out={table}")
+    assert embed.main([*given, f"input={raw / 's04.nii.gz'}"]) == 0
+    (before,) = read_rows(table)
+    assert embed.main([*given, f"input={raw / 's03.nii.gz'}"]) == 0
+    (first, second), whole = read_rows(table), table.read_bytes()
+    assert first["id"] == "s03" and first["whole_0"] != before["whole_0"] and second == before
+    write_image(raw / "s05.nii.gz", np.full((4, 4, 4), np.nan), np.eye(4))
+    assert embed.main([*given, f"input={raw / 's05.nii.gz'}"]) == 1
+    assert table.read_bytes() == whole
+
+
+def test_folds_are_of_the_stores_subjects(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subjects = {f"s{k:02}": f"p{k // 2}" for k in range(SCANS)}
+    copy = with_subjects(cohort / "store", tmp_path / "store", subjects)
+    for _ in range(2):
+        rows = embedded(cohort, tmp_path, f"input={copy}")
+    assert {id: row["subject"] for id, row in rows.items()} == subjects
+    (tmp_path / "t.csv").write_text((cohort / "table.csv").read_text().replace("subject,", "id,"))
+    given = (f"predictions={tmp_path}", f"truth={tmp_path / 't.csv'}", "policy=probe", "column=age", "folds=2")
+    assert evaluate.main([*given, f"out={tmp_path / 'out'}"]) == 0
+    assert f"{SCANS} scans of {SCANS // 2} subjects" in capsys.readouterr().out
+    given = (f"checkpoint={cohort / 'run'}", f"input={copy}", f"out={tmp_path / 'f.parquet'}", "device=cpu")
+    assert embed.main([*given]) == 0
+    assert list(read_rows(tmp_path / "f.parquet")[0]) == [name for name in rows["s00"] if name != "subject"]
 
 
 def test_a_folder_of_scans_needs_no_pattern(cohort: Path, tmp_path: Path) -> None:
@@ -244,6 +283,35 @@ def test_a_feature_that_is_no_number_is_named_with_its_scan(
     assert "s03: whole_0 is '' and not a number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("probe", ["ridge", "logistic"])
+@pytest.mark.parametrize("cell", ["NA", "nan"])
+def test_a_column_in_which_only_some_are_numbers_is_refused(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cell: str, probe: str
+) -> None:
+    (tmp_path / "features.csv").write_text("id,whole_0\n" + "".join(f"s{k},{k}\n" for k in range(4)))
+    (tmp_path / "t.csv").write_text(f"id,age\ns0,20\ns1,30\ns2,{cell}\ns3,30\n")
+    given = (f"predictions={tmp_path}", f"truth={tmp_path / 't.csv'}", "policy=probe", "column=age", "folds=2")
+    assert evaluate.main([*given, f"probe={probe}", f"out={tmp_path / 'out'}"]) == 1
+    assert f"t.csv: s2: age is '{cell}' and not a number" in capsys.readouterr().err
+
+
+def test_features_that_no_scan_has_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ages = "".join(f"s{k},{20 + k}\n" for k in range(6))
+    (tmp_path / "t.csv").write_text(f"id,age\n{ages}")
+    given = (f"predictions={tmp_path}", f"truth={tmp_path / 't.csv'}", "policy=probe", "column=age", "folds=2")
+    for header, cells in (("whole_0", ""), ("whole_0,Left-Vent_0,Left-Vent_1", ",,")):
+        rows = "".join(f"s{k},{k}{cells}\n" for k in range(6))
+        (tmp_path / "features.csv").write_text(f"id,{header}\n{rows}s9,9{cells.replace(',', ',1')}\n")
+        assert evaluate.main([*given, f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("left out, as no scan has their features: Left-Vent\n") == 1
+    one, other = (line for line in printed.splitlines() if line.startswith("age: "))
+    assert one == other
+    (tmp_path / "features.csv").write_text("id,whole_0\ns0,\ns1,\n")
+    assert evaluate.main([*given, f"out={tmp_path / 'out'}"]) == 1
+    assert "features.csv: has no features of the scans in" in capsys.readouterr().err
+
+
 def test_a_table_of_the_users_is_not_replaced(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(cohort / "table.csv", tmp_path)
     write_numbers(tmp_path / "table.parquet", ["age"], {"s00": [20.0]})
@@ -253,6 +321,38 @@ def test_a_table_of_the_users_is_not_replaced(cohort: Path, tmp_path: Path, caps
         assert embed.main([*given]) == 1
         assert f"{name}: exists and is no table of asa-embed" in capsys.readouterr().err
         assert (tmp_path / name).read_bytes() == before
+
+
+def test_arrays_and_predictions_of_others_are_not_replaced(cohort: Path, tmp_path: Path, capsys) -> None:
+    given = (f"checkpoint={cohort / 'run'}", "device=cpu", "arrays=true")
+    scan = f"input={cohort / 'raw' / 's03_T1.nii.gz'}"
+    (tmp_path / "s03_T1.npy").write_bytes(b"mine")
+    assert embed.main([*given, scan, f"out={tmp_path}"]) == 1
+    assert "s03_T1.npy: exists and is of no scan in features.csv" in capsys.readouterr().err
+    assert (tmp_path / "s03_T1.npy").read_bytes() == b"mine" and not (tmp_path / "features.csv").exists()
+    for _ in range(2):  # its own are
+        assert embed.main([*given, scan, f"out={tmp_path / 'out'}"]) == 0
+
+    (tmp_path / "features.csv").write_text("id,whole_0\n" + "".join(f"s{k:02},{k}\n" for k in range(SCANS)))
+    probe = (f"predictions={tmp_path}", f"truth={cohort / 'table.csv'}", "policy=probe", "column=age", "folds=2")
+    mine, out = "id,subject,age,predicted,training_mean\ns00,s00,20,30,40\n", tmp_path / "probe"
+    out.mkdir()
+    (out / "predictions.csv").write_text(mine)
+    assert evaluate.main([*probe, f"out={out}"]) == 1
+    assert "predictions.csv: exists and is no table of asa-evaluate" in capsys.readouterr().err
+    assert (out / "predictions.csv").read_text() == mine and not (out / "summary.json").exists()
+    (out / "predictions.csv").unlink()
+    for _ in range(2):
+        assert evaluate.main([*probe, f"out={out}"]) == 0
+
+
+def test_a_store_prepared_in_another_way_is_refused_with_what_fits(cohort: Path, tmp_path: Path, capsys) -> None:
+    manifest = read_tree(cohort / "store")
+    manifest["settings"]["margin"] += 1
+    write_tree(tmp_path / "store", manifest)
+    given = (f"checkpoint={cohort / 'run'}", f"input={tmp_path / 'store'}", f"out={tmp_path}", "device=cpu")
+    assert embed.main([*given]) == 1
+    assert "predict the raw scans, or a store that was prepared as they were" in capsys.readouterr().err
 
 
 def test_parts_that_are_not_there_are_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

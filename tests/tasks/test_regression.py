@@ -3,12 +3,14 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from stores import with_subjects
 from untrained import call
 
 import asa
@@ -187,6 +189,17 @@ def test_a_planted_age_is_learnt_and_predicted_in_years(cohort: Path, run: Path,
     for row in rows_of(tmp_path / "stored/predictions.csv"):
         assert float(row["predicted"]) == pytest.approx(float(tested[row["id"]]["predicted"]), abs=1e-3)
         assert raw[row["id"]] == pytest.approx(float(row["predicted"]), abs=0.5)  # prepared to float16 in the store
+
+    scan = (f"input={cohort / 'raw' / 's00_T1.nii.gz'}", f"out={tmp_path / 'added'}")
+    shutil.copytree(tmp_path / "stored", tmp_path / "added")
+    assert call(predict, monkeypatch, *given, *scan) == 0  # rows of other scans stay
+    added, kept = ({row["id"] for row in rows_of(tmp_path / name / "predictions.csv")} for name in ("added", "stored"))
+    assert added == {"s00_T1"} | kept
+
+    subjects = {f"s{k:02}": f"p{k // 2}" for k in range(SCANS)}
+    copy = with_subjects(cohort / "store", tmp_path / "store", subjects)
+    assert call(predict, monkeypatch, *given, f"input={copy}", f"out={tmp_path / 'named'}") == 0
+    assert {row["id"]: row["subject"] for row in rows_of(tmp_path / "named/predictions.csv")} == subjects
 
     scored = (f"predictions={tmp_path / 'stored'}", f"truth={cohort / 'table.csv'}", "policy=regression")
     assert call(evaluate, monkeypatch, *scored, f"out={tmp_path / 'scores'}") == 0
