@@ -122,7 +122,7 @@ class HealthyReference:
     @staticmethod
     def _enough(scans: int) -> int:
         if scans < 2:
-            raise ValueError(f"healthy: {counted(scans, 'scan')} of other subjects: give two or more, preferably dozens")
+            raise ValueError(f"healthy: {counted(scans, 'scan')} of other subjects: give two or more, better dozens")
         return scans
 
 
