@@ -101,7 +101,7 @@ def evaluate_numbers(table: Path, truth: Path, out: Path, column: str | None = N
     return scores, column
 
 
-def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> dict[str, dict[str, float]]:
+def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     """How well each measure of asymmetry separates patients from healthy subjects.
 
     Args:
@@ -111,6 +111,7 @@ def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> dict[str, dict[st
 
     Returns:
         By measure: auc, auc_low, auc_high (the 95 % interval over resampled subjects; NaN if undefined).
+        Numbers of scans: patients, healthy, without_health; and of rows of the truth without_prediction.
 
     Raises:
         FileNotFoundError: no such table.
@@ -126,10 +127,16 @@ def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> dict[str, dict[st
     for measure, values in zip(MEASURES, measured.T, strict=True):
         low, high = auc_interval(np.stack([-values, values], axis=1), patient.astype(int), subjects)
         results[measure] = {"auc": auc(values, patient), "auc_low": low, "auc_high": high}
-    counts = {"patients": int(patient.sum()), "healthy": int((~patient).sum())}
+    listed = [row for row in read_rows(truth) if row["health"] in ("0", "1")]
+    counts = {
+        "patients": int(patient.sum()),
+        "healthy": int((~patient).sum()),
+        "without_health": len(predicted_rows(table)) - len(rows),
+        "without_prediction": len(listed) - len(rows if "id" in listed[0] else set(subjects)),
+    }
     written = {measure: nullable(found) for measure, found in results.items()}
     write_json(out / "summary.json", {**counts, "results": written})
-    return results
+    return results, counts
 
 
 def numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list[float]:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asa.data.io.nifti import Volume, write_image
+from asa.data.io.nifti import Volume, identity_of, write_image
 from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
+from asa.errors import counted
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.inference.segmentation import PredictSettings
 from asa.models.sa_swin import MAP_LEVEL
@@ -26,6 +27,9 @@ from asa.training.device import autocast, pick_device, pick_precision
 
 TABLE = "asymmetry.csv"
 TOP = 0.01  # fraction of the head's voxels whose mean is the column `top`
+ONE_SIZE = (
+    "pretrain a network on a store that asa-prepare made with prepare.crop=SIZE, and prepare healthy scans likewise"
+)
 
 
 @dataclass(frozen=True)
@@ -85,37 +89,48 @@ class HealthyReference:
     """
 
     def __init__(self, scans: Sequence[Asymmetry]) -> None:
-        if len(scans) < 2:
-            raise ValueError(
-                f"healthy: {len(scans)} scans have no standard deviation: give two or more, preferably dozens"
-            )
+        self.scans = self._enough(len(scans))
         sizes = {tuple(scan.map.shape) for scan in scans}
         if len(sizes) > 1:
-            raise ValueError(
-                f"healthy: its scans are compared voxel by voxel and have {len(sizes)} sizes: use prepare.crop=SIZE"
-            )
+            raise ValueError(f"healthy: its scans are compared voxel by voxel and have {len(sizes)} sizes: {ONE_SIZE}")
         (self.size,) = sizes
-        maps, inside = (torch.stack(part) for part in zip(*((scan.map, scan.inside) for scan in scans), strict=True))
-        count = inside.sum(dim=0)
-        self.covered = count > 0
-        self.mean = (maps * inside).sum(dim=0) / count.clamp(min=1)
-        sd = (((maps - self.mean).square() * inside).sum(dim=0) / count.clamp(min=1)).sqrt()
-        # Few scans cover the rim of the head, where the standard deviation may be small by chance.
-        self.sd = sd + sd[self.covered].median()
+        self.sums = _sums(scans)
 
-    def standardise(self, scan: Asymmetry) -> Asymmetry:
+    def standardise(self, scan: Asymmetry, own: Sequence[Asymmetry] = ()) -> Asymmetry:
         """The map in standard deviations above the healthy mean; 0 below the mean and outside every healthy head.
 
+        Args:
+            scan: the scan.
+            own: asymmetry of those of the healthy scans that are of its subject, which is not compared with itself.
+
         Raises:
-            ValueError: a scan of another size.
+            ValueError: a scan of another size, or fewer than two healthy scans of other subjects.
         """
         if tuple(scan.map.shape) != self.size:
             size, reference = ("x".join(map(str, shape)) for shape in (scan.map.shape, self.size))
-            raise ValueError(
-                f"a prepared scan of {size} voxels, and healthy scans of {reference}: use prepare.crop=SIZE"
-            )
-        above = ((scan.map - self.mean) / self.sd).clamp(min=0)
-        return replace(scan, map=above * (self.covered & scan.inside))
+            raise ValueError(f"a prepared scan of {size} voxels, and healthy scans of {reference}: {ONE_SIZE}")
+        self._enough(self.scans - len(own))
+        count, total, squares = self.sums - _sums(own) if own else self.sums
+        covered, mean = count > 0, total / count.clamp(min=1)
+        sd = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()  # rounding may leave it below 0
+        # Few scans cover the rim of the head, where the standard deviation may be small by chance.
+        above = ((scan.map - mean) / (sd + sd[covered].median())).clamp(min=0)
+        return replace(scan, map=above.float() * (covered & scan.inside))
+
+    @staticmethod
+    def _enough(scans: int) -> int:
+        if scans < 2:
+            raise ValueError(f"healthy: {counted(scans, 'scan')} of other subjects: give two or more, better dozens")
+        return scans
+
+
+def _sums(scans: Sequence[Asymmetry]) -> Tensor:
+    """Per voxel the number of heads that reach it, and the sums of their maps and of the squares: `(3, D, H, W)`."""
+    sums = torch.zeros(3, *scans[0].map.shape, dtype=torch.float64)
+    for scan in scans:
+        values = scan.map.double() * scan.inside
+        sums += torch.stack([scan.inside.double(), values, values.square()])
+    return sums
 
 
 class AsymmetryScorer:
@@ -126,7 +141,7 @@ class AsymmetryScorer:
         settings: device and precision; the whole volume is one window.
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
         healthy: store of healthy scans, prepared as the training scans: maps are then in standard deviations above
-            their mean.
+            their mean. A scan of the store is compared with those of other subjects.
         plugins: packages of your own that the checkpoint's network may come from.
 
     Raises:
@@ -158,26 +173,42 @@ class AsymmetryScorer:
 
         self.healthy: HealthyReference | None = None
         if healthy is not None:
-            store = Store(healthy)
+            self.store = store = Store(healthy)
             if store.channels != self.preprocessor.channels or store.settings != self.preprocessor.data["prepare"]:
                 raise ValueError(f"{store.path}: prepared in another way than the training scans of {checkpoint}")
-            volumes = (np.array(store.image(record["id"]), dtype=np.float32) for record in store.records)
-            self.healthy = HealthyReference([self.measure(torch.from_numpy(volume)) for volume in volumes])
+            self.known = [(one["id"], one["subject"], set(one["identity"].values())) for one in store.records]
+            self.healthy = HealthyReference([self._measure_stored(id) for id, *_ in self.known])
 
-    def measure(self, image: Tensor, level: int = MAP_LEVEL) -> Asymmetry:
-        """Asymmetry of a prepared volume `(C, D, H, W)`; `level` as in `asa.models.sa_swin.SASwin.asymmetry`.
+    def measure(self, image: Tensor, level: int = MAP_LEVEL, like: Volume | None = None) -> Asymmetry:
+        """Asymmetry of a prepared volume `(C, D, H, W)`, above that of healthy scans where these are given.
+
+        Args:
+            image: the volume.
+            level: as in `asa.models.sa_swin.SASwin.asymmetry`.
+            like: the source scan: healthy scans of the subject with these voxels are left out.
 
         Raises:
-            ValueError: a size other than that of the healthy scans, or a result that is not finite.
+            ValueError: of `HealthyReference.standardise`, or a result that is not finite.
         """
+        scan = self._measure(image, level)
+        if self.healthy is None:
+            return scan
+        digest = None if like is None else identity_of(like)
+        subjects = {subject for _, subject, digests in self.known if digest in digests}
+        own = [self._measure_stored(id) for id, subject, _ in self.known if subject in subjects]
+        return self.healthy.standardise(scan, own)
+
+    def _measure_stored(self, id: str) -> Asymmetry:
+        return self._measure(torch.from_numpy(np.array(self.store.image(id), dtype=np.float32)))
+
+    def _measure(self, image: Tensor, level: int = MAP_LEVEL) -> Asymmetry:
         with torch.inference_mode(), autocast(self.device, self.precision):
             score, difference = self.model.asymmetry(image[None].to(self.device, torch.float32), level=level)
         check_finite(score, "the network's output")
         check_finite(difference, "the network's output")
         inside = (image != 0).any(dim=0)
         inside = inside | flip(inside)
-        scan = Asymmetry(float(score), difference[0].cpu() * inside, inside)
-        return scan if self.healthy is None else self.healthy.standardise(scan)
+        return Asymmetry(float(score), difference[0].cpu() * inside, inside)
 
     def score_prepared(
         self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path
@@ -189,7 +220,7 @@ class AsymmetryScorer:
             like: the source scan, for its grid.
             out: the `.nii.gz` to write, in a folder that exists.
         """
-        scan = self.measure(torch.from_numpy(np.array(image, dtype=np.float32)))
+        scan = self.measure(torch.from_numpy(np.array(image, dtype=np.float32)), like=like)
         native = to_native(scan.map[None].numpy(), chain, order=1)[0]
         write_image(out, native, like.affine, make_folder=False)
         d, h, w = (int(index) for index in np.unravel_index(int(scan.map.argmax()), scan.map.shape))

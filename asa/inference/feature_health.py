@@ -75,12 +75,12 @@ def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, wa
     Args:
         metrics: "effective_rank", "feature_variance", the two errors, and with labels "linear_dice" and
             "linear_dice_first".
-        width: E of the encoder, or the largest possible rank if that is smaller.
+        width: E of the encoder, or the largest possible rank if that is smaller: 0 for a single token.
         error: names of the method's error and of a trivial predictor's.
         warm: the warm-up is over; before that the error may be any.
     """
     lines, rank, variance = [], metrics["effective_rank"], metrics["feature_variance"]
-    if rank < COLLAPSED * width or variance < FLAT:
+    if width and (rank < COLLAPSED * width or variance < FLAT):
         lines.append(
             f"ALARM: the encoder's features have collapsed: effective rank {rank:.1f} of {width}, variance "
             f"{variance:.2g} (alarm below {COLLAPSED * width:.1f} or {FLAT:g}): lower optim.lr and check the data"

@@ -52,7 +52,7 @@ def prepare_task(config: Config) -> None:
         print(f"wrote {quality.folder / TABLE} and {quality.folder / PAGE}")
     if report.failures and (config["failed"] == "refuse" or not (report.prepared or report.skipped)):
         failed = counted(len(report.failures), "scan")
-        raise ValueError(f"{failed} failed, listed above: fix or leave them out, and run again")
+        raise ValueError(f"{failed} failed, listed above: fix them, or leave them out with failed=skip, and run again")
 
 
 def _is_foreign(path: Path) -> bool:

@@ -128,7 +128,13 @@ class Pretraining(VolumeTask):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        for measure, row in evaluate_asymmetry(*tables_of(config, TABLE)).items():
+        results, counts = evaluate_asymmetry(*tables_of(config, TABLE))
+        print(
+            f"{counts['healthy']} healthy scans and {counts['patients']} of patients; left out are "
+            f"{counts['without_health']} scans without health, and {counts['without_prediction']} rows of "
+            f"{config['truth']} without a prediction"
+        )
+        for measure, row in results.items():
             print(f"AUC of {measure:<6} {row['auc']:.3f} ({row['auc_low']:.3f} to {row['auc_high']:.3f})")
 
 

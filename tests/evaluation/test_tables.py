@@ -54,6 +54,20 @@ def test_the_auc_of_asymmetry_counts_pairs_of_patients_and_healthy(tmp_path, cap
     assert f"AUC of score  {results['score']['auc']:.3f} (" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("key", "prefix"), [("id", "s"), ("subject", "s"), ("participant_id", "sub-")])
+def test_scans_that_an_auc_leaves_out_are_counted(tmp_path, capsys, key, prefix):
+    asymmetry_table(tmp_path / "predicted", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    table = (tmp_path / "predicted/asymmetry.csv").read_text().replace("\ns", f"\n{prefix}")
+    (tmp_path / "predicted/asymmetry.csv").write_text(table)
+    health = {0: "1", 1: "1", 3: "0", 4: "", 7: "1", 8: "0", 9: ""}  # 4 and 9 are of unknown health
+    rows = [f"{prefix}{n},{value}" for n, value in health.items()]
+    summary = evaluate(tmp_path, "asymmetry", "\n".join([f"{key},health", *rows]))
+    counts = {"patients": 1, "healthy": 2, "without_health": 3, "without_prediction": 2}
+    assert {name: summary[name] for name in counts} == counts
+    shown = capsys.readouterr().out
+    assert "2 healthy scans and 1 of patients; left out are 3 scans without health, and 2 rows of" in shown
+
+
 def test_scans_of_one_subject_are_resampled_together(tmp_path):
     """Copies of every scan do not narrow the interval, if the table names their subjects."""
     scores = [0.9, 0.2, 0.5, 0.4, 0.1, 0.7]

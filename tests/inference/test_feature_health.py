@@ -72,6 +72,11 @@ def test_constant_features_alarm_and_healthy_ones_do_not() -> None:
     assert alarms(HEALTHY, 96, ERROR, warm=True) == []
 
 
+def test_the_rank_of_a_single_token_does_not_alarm() -> None:
+    token = draw(1, 1, 96)
+    assert alarms({**HEALTHY, **feature_health(token)}, min(96, freedom(token)), ERROR, warm=True) == []
+
+
 def test_no_better_than_the_mean_alarms_after_the_warm_up_only() -> None:
     numbers = {**HEALTHY, "loss": 0.99}
     assert alarms(numbers, 96, ERROR, warm=False) == []

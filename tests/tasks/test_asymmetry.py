@@ -159,27 +159,37 @@ def test_beyond_healthy_counts_spreads_above_the_healthy_scans_that_reach_a_plac
         above = (float(new.map[place]) - np.mean(values)) / (spreads[place] + typical) if values else 0
         assert float(found.map[place]) == pytest.approx(max(above, 0), abs=1e-5)
     smaller = found_of(torch.rand(3, 4, 4), torch.ones(3, 4, 4) > 0)
-    with pytest.raises(ValueError, match="3x4x4 voxels, and healthy scans of 3x4x5"):
+    with pytest.raises(ValueError, match="3x4x4 voxels, and healthy scans of 3x4x5: pretrain a network on a store"):
         HealthyReference([found_of(*one) for one in drawn]).standardise(smaller)
     with pytest.raises(ValueError, match="two or more"):
         HealthyReference([new])
-    with pytest.raises(ValueError, match="2 sizes"):
+    with pytest.raises(ValueError, match="2 sizes: pretrain a network on a store"):
         HealthyReference([new, smaller])
+
+
+def write_alike(store: Path, folder: Path, subjects: list[str]) -> Path:
+    """A store of a0, a1, ... of these subjects, prepared as s0: it with noise of its own in each.
+
+    The scans of the subject p have the digest of s0.
+    """
+    manifest = read_tree(store)
+    first, image = manifest["records"][0], np.array(Store(store).image("s0"))
+    folder.mkdir()
+    manifest["records"] = [{**first, "id": f"a{k}", "subject": subject} for k, subject in enumerate(subjects)]
+    for k, record in enumerate(manifest["records"]):
+        noise = np.random.default_rng(k).normal(0, 0.05, image.shape)
+        array = (image + noise * (image != 0)).astype(np.float16)
+        record["arrays"] = {"image": write_array(folder, record["id"], "image", array)}
+        if record["subject"] != "p":
+            record["identity"] = {"t1": f"{k}" * 32}
+    write_tree(folder, manifest)
+    return folder
 
 
 @pytest.fixture
 def alike(store: Path, tmp_path: Path) -> Path:
-    """Two scans of one size, prepared like the others: the first of them with noise of its own in each."""
-    manifest = read_tree(store)
-    first, image = manifest["records"][0], np.array(Store(store).image("s0"))
-    (tmp_path / "alike").mkdir()
-    manifest["records"] = [{**first, "id": f"a{k}", "subject": f"a{k}"} for k in range(2)]
-    for k, record in enumerate(manifest["records"]):
-        noise = np.random.default_rng(k).normal(0, 0.05, image.shape)
-        array = (image + noise * (image != 0)).astype(np.float16)
-        record["arrays"] = {"image": write_array(tmp_path / "alike", record["id"], "image", array)}
-    write_tree(tmp_path / "alike", manifest)
-    return tmp_path / "alike"
+    """Two scans of one size, prepared like the others, and with the digests of none."""
+    return write_alike(store, tmp_path / "alike", ["a0", "a1"])
 
 
 def test_maps_are_beyond_healthy_scans_where_these_are_given(
@@ -200,6 +210,30 @@ def test_maps_are_beyond_healthy_scans_where_these_are_given(
     assert symmetric.score == symmetric.top == 0 and not symmetric.map.any()
 
 
+@pytest.mark.filterwarnings("ignore:.*without prepare.midway")
+def test_a_scan_in_the_store_scores_as_against_a_store_without_its_subject(
+    trained: Path, store: Path, raw: Path, tmp_path: Path
+) -> None:
+    all_of = write_alike(store, tmp_path / "all", ["a0", "a1", "p", "a3"])
+    settings, like = PredictSettings(device="cpu"), read_image(raw / "s0_T1.nii.gz")
+    image = torch.from_numpy(np.array(Store(all_of).image("a2"), dtype=np.float32))
+    manifest = read_tree(all_of)
+    follow_up = {**manifest["records"][1], "subject": "p", "identity": {"t1": "f" * 32}}  # of other voxels
+    first, _, own, last = manifest["records"]
+    found = []
+    for records in ([first, follow_up, own, last], [first, last]):
+        write_tree(all_of, {**manifest, "records": records})
+        scorer = AsymmetryScorer(trained, settings, healthy=all_of)
+        row = scorer.score_prepared("x", image.numpy(), first["chain"], like, tmp_path / "x.nii.gz")
+        found.append((scorer.measure(image, like=like).map, row.top, scorer.measure(image).top))
+    (map, top, with_itself), (expected, expected_top, other) = found
+    torch.testing.assert_close(map, expected)
+    assert top == pytest.approx(expected_top) == pytest.approx(other) and with_itself < 0.9 * top
+    write_tree(all_of, {**manifest, "records": [first, own]})
+    with pytest.raises(ValueError, match="healthy: 1 scan of other subjects: give two or more"):
+        AsymmetryScorer(trained, settings, healthy=all_of).measure(image, like=like)
+
+
 def test_healthy_scans_prepared_in_another_way_are_refused(trained: Path, store: Path, tmp_path: Path) -> None:
     manifest = read_tree(store)
     manifest["settings"]["margin"] += 1
@@ -213,9 +247,9 @@ def test_maps_whose_folder_is_removed_are_not_begun_anew(
 ) -> None:
     out = tmp_path / "out"
 
-    def removing(self: AsymmetryScorer, image: torch.Tensor) -> object:
+    def removing(self: AsymmetryScorer, image: torch.Tensor, **options: object) -> object:
         shutil.rmtree(out)
-        return measure(self, image)
+        return measure(self, image, **options)
 
     measure = AsymmetryScorer.measure
     monkeypatch.setattr(AsymmetryScorer, "measure", removing)

@@ -29,7 +29,8 @@ def records(
     """Records of the images of some sequences, each of them a scan with one channel.
 
     The id is DATASET_sub_1_ses_1_t1 or DATASET_sub-1_ses-1_T1w, the subject DATASET_sub_1 and the site DATASET: equal
-    numbers of two datasets are two people. A warning counts the images that mapping.tsv lists and that are not here.
+    numbers of two datasets are two people. Warnings count the images that mapping.tsv lists and that are not here,
+    images outside the two layouts, and subjects without the sequences.
 
     Args:
         root: folder that holds the datasets.
@@ -42,17 +43,21 @@ def records(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no such image, or no sequence is given.
+        ValueError: no such image, no sequence is given, or datasets that are no list.
     """
     root = existing_folder(root, "PT001_NAME, PT002_NAME, ...").absolute()
     channel = channel_of(sequences, "data.sequences")
-    found, others = [], set()
+    if isinstance(datasets, str):
+        raise ValueError(f"data.datasets={datasets}: give a list, like [{datasets}]")
+    found, others, subjects, known = [], set(), set(), set()
     for pattern, folders in LAYOUTS.items():
         for path in matching_files(root, pattern):
             *above, subject, session = path.relative_to(root).parts[:-folders]
             dataset, stem = "_".join(above) or root.name, path.name.removesuffix(".nii.gz")
+            known.add(path)
             if path.name.startswith(".") or (datasets is not None and dataset not in datasets):
                 continue
+            subjects.add(f"{dataset}_{subject}")
             if not _is_of(stem, sequences):
                 others.add(_sequence(stem))
                 continue
@@ -60,6 +65,23 @@ def records(
             record = make_record(f"{dataset}_{name}", f"{dataset}_{subject}", {channel: path}, site=dataset)
             found.append(record)
     _warn_of_absent(root, sequences, datasets)
+    strange = [
+        path.relative_to(root)
+        for path in matching_files(root, "**/*.nii*")
+        if path not in known
+        and not path.name.startswith(".")
+        and (datasets is None or "_".join(path.relative_to(root).parts).startswith(tuple(f"{d}_" for d in datasets)))
+    ]
+    if strange:
+        warnings.warn(
+            f"{root}: {len(strange)} images are left out, being no .nii.gz in DATASET/sub_N/ses_N, like {strange[0]}",
+            stacklevel=2,
+        )
+    if found and (without := sorted(subjects - {record["subject"] for record in found})):
+        warnings.warn(
+            f"{root}: {len(without)} of {len(subjects)} subjects have no {'|'.join(sequences)}, like {without[0]}",
+            stacklevel=2,
+        )
     rest = f"; there are images of {', '.join(sorted(others))}" if others else ""
     return sorted_records(found, source=f"DATASET/sub_N/ses_N/{'|'.join(sequences)}.nii.gz below {root}{rest}")
 

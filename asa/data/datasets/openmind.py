@@ -38,7 +38,7 @@ def records(root: str | Path, *, modalities: Sequence[str] = ("T1w",), masks: bo
 
     Raises:
         FileNotFoundError: there is no such folder or table.
-        ValueError: no such image is here, or the table has other columns.
+        ValueError: no such image is here, or the table has other columns or a path without dataset and subject.
     """
     root = existing_folder(root, f"{TABLE} and {FILES}").absolute()
     channel, rows = channel_of(modalities, "data.modalities"), read_rows(root / TABLE)
@@ -50,6 +50,8 @@ def records(root: str | Path, *, modalities: Sequence[str] = ("T1w",), masks: bo
         path = Path(row[COLUMNS["image"]])
         if not (root / FILES / path).is_file():
             continue
+        if len(path.parts) < 3:
+            raise ValueError(f"{root / TABLE}: image_path is {path}, and not DATASET/SUBJECT/.../FILE: correct the row")
         dataset, subject = path.parts[:2]
         mask = row[COLUMNS["mask"]] if masks else ""
         label = root / FILES / mask if mask else None

@@ -170,7 +170,7 @@ def stored_indices(label: np.ndarray, labels: Mapping[int, str], ignored: Sequen
             declared = ", ".join(f"{key} {labels[key]}" for key in sorted(labels)) or "none"
             raise ValueError(
                 f"{name}: label value {value} ({count} voxels) is not declared (declared: {declared}); "
-                "declare it in labels or in ignored, or prepare without the label"
+                "declare it in labels or in ignored, or leave the scan out"
             )
     indices = np.searchsorted(values, label).astype(np.uint8)
     return np.where(np.isin(label, ignored), np.uint8(IGNORED), indices) if len(ignored) else indices

@@ -177,7 +177,9 @@ def _prepare(
         outcome = ScanOutcome(entry, seconds=seconds)
     outcome.line = entry_line(entry)
     if absent:
-        outcome.warnings = [f"has no {absent}: filled with zeros"]
+        outcome.warnings.append(f"has no {absent}: filled with zeros")
+    if previous is not None and "label" in previous["arrays"] and "label" not in record:
+        outcome.warnings.append("loses the label map that the store had: give its label again to get it back")
     if thumbnail:
         shown = (
             (case.image[case.first], case.brain, case.plane) if case else _stored_views(entry, root, cohort.settings)

@@ -1,5 +1,6 @@
 """Collections of many datasets below one folder: FOMO-MRI and OpenMind, as small phantoms of their layouts."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,27 @@ def test_images_that_the_mapping_lists_and_that_are_not_here_are_counted(tmp_pat
         fomo.records(tmp_path, datasets=["PT001_A"])
 
 
+def test_images_outside_the_layout_and_subjects_without_the_sequence_are_counted(tmp_path: Path) -> None:
+    plant(tmp_path, "PT1/sub_1/ses_1/t1.nii.gz", "PT1/sub_1/ses_1/t2.nii.gz", "PT1/sub_2/ses_1/t1.nii.gz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(fomo.records(tmp_path)) == 2
+    plant(tmp_path, "PT1/sub_3/ses_1/t2.nii.gz", "PT1/sub_4/ses_1/t1.nii", "PT1/sub_5/t1.nii.gz", "PT2/t1.nii.gz")
+    with (
+        pytest.warns(UserWarning, match="3 images are left out, being no .* like PT1/sub_4/ses_1/t1.nii"),
+        pytest.warns(UserWarning, match="1 of 3 subjects have no t1, like PT1_sub_3"),
+    ):
+        assert len(fomo.records(tmp_path)) == 2
+    with pytest.warns(UserWarning, match="2 images are left out"):
+        fomo.records(tmp_path, datasets=["PT1"])
+
+
+def test_datasets_are_a_list_and_no_part_of_a_name(tmp_path: Path) -> None:
+    plant(tmp_path, "PT001_A/sub_1/ses_1/t1.nii.gz")
+    with pytest.raises(ValueError, match=r"data.datasets=XPT001_APT003_C: give a list, like \[XPT001_APT003_C\]"):
+        fomo.records(tmp_path, datasets="XPT001_APT003_C")
+
+
 # ---- OpenMind ----
 
 
@@ -124,6 +146,13 @@ def test_the_table_names_images_their_datasets_and_masks(tmp_path: Path) -> None
         openmind.records(tmp_path, modalities=["T2w"])
     (tmp_path / "openneuro_metadata.csv").write_text("image_path,modality\na,T1w\n")
     with pytest.raises(ValueError, match="has no column anon_mask_path: is it the table of OpenMind"):
+        openmind.records(tmp_path)
+
+
+def test_an_image_without_dataset_and_subject_is_named_with_its_table(tmp_path: Path) -> None:
+    plant(tmp_path / "OpenMind", "a.nii.gz")
+    (tmp_path / "openneuro_metadata.csv").write_text(CSV + "u0,a.nii.gz,T1w,,,,,")
+    with pytest.raises(ValueError, match=r"openneuro_metadata.csv: image_path is a.nii.gz, and not DATASET/SUBJECT"):
         openmind.records(tmp_path)
 
 

@@ -435,6 +435,17 @@ def test_a_replaced_file_is_prepared_again(cohort, tmp_path):
     assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "fresh")
 
 
+def test_a_scan_that_loses_its_label_map_is_warned_about(cohort, tmp_path):
+    run(cohort, tmp_path / "store")
+    for record in cohort[:2]:
+        del record["label"]
+    assert {id: "loses the label map" in said for id, (said,) in run(cohort, tmp_path / "store").warnings.items()} == {
+        "s0": True,
+        "s1": True,
+    }
+    assert Store(tmp_path / "store").label("s0") is None and not run(cohort, tmp_path / "store").warnings
+
+
 def test_a_scan_that_became_invalid_is_removed_from_the_store(cohort, tmp_path):
     run(cohort, tmp_path / "store")
     Path(cohort[2]["images"]["t1"]).write_bytes(b"")
