@@ -51,7 +51,7 @@ class FeatureExtractor:
         A warning says if much of the head is not in the crop.
         """
         cropped = self.crop(volume)
-        lost = 1 - np.count_nonzero(cropped[0]) / max(np.count_nonzero(volume[0]), 1)
+        lost = 1 - float(np.count_nonzero(cropped[0])) / (float(np.count_nonzero(volume[0])) or 1.0)
         if lost > MOST_LOST:
             whole = ",".join(str(math.ceil(n / 32) * 32) for n in volume.shape[1:])
             size = " x ".join(map(str, self.encoder.img_size))

@@ -15,7 +15,7 @@ from asa.data.io.files import matching_files
 from asa.data.io.nifti import FREESURFER
 
 ENDINGS = (*FREESURFER, ".nii.gz", ".nii")
-TIMES = "base-tps"  # a file of longitudinal templates that lists the folders of their time points
+TIMES = ("base-tps", "base-tps.fastsurfer")  # of longitudinal templates: lists the folders of their time points
 BIDS = r"^(sub-[A-Za-z0-9]+)_ses-"  # folders that BIDS Apps name after sessions
 
 _SIDED = {  # value on the left -> (value on the right, name)
@@ -104,7 +104,7 @@ def records(
     """Records of `SUBJECT/mri/T1.mgz` and `SUBJECT/mri/aseg.mgz`.
 
     The id is the name of the folder. A subject is a folder, with three exceptions: time points that the file base-tps
-    of a longitudinal template lists are of the template's subject, TIME.long.BASE is of subject BASE, and sub-X_ses-Y
+    (base-tps.fastsurfer) of a longitudinal template lists are of the template's subject, TIME.long.BASE is of subject BASE, and sub-X_ses-Y
     of subject sub-X.
 
     Args:
@@ -125,7 +125,8 @@ def records(
     if stream not in ("cross", "long"):
         raise ValueError(f"data.stream={stream}: choose cross or long")
     folders = [path for path in matching_files(root, "*", folders=True) if not path.name.startswith(".")]
-    templates = {folder.name: _lines(folder / TIMES) for folder in folders if (folder / TIMES).is_file()}
+    lists = (folder / name for folder in folders for name in TIMES)
+    templates = {path.parent.name: _lines(path) for path in lists if path.is_file()}
     base_of = {time: base for base, times in templates.items() for time in times}
     left: dict[str, list[str]] = {}
     result: list[Record] = []

@@ -571,10 +571,11 @@ def volumes(*folders: str, files: tuple[str, ...] = ("T1.mgz", "norm.mgz", "aseg
     return [f"{folder}/mri/{file}" for folder in folders for file in files]
 
 
-def test_freesurfer_subjects_are_folders_and_longitudinal_ones_are_grouped(tmp_path):
+@pytest.mark.parametrize("times", ["base-tps", "base-tps.fastsurfer"])
+def test_freesurfer_subjects_are_folders_and_longitudinal_ones_are_grouped(tmp_path, times):
     plant(tmp_path, *volumes("a", "b1", "b2", "b", "b1.long.b", "b2.long.b", "fsaverage", "sub-9_ses-1", "sub-9_ses-2"))
     plant(tmp_path, "a/surf/lh.white", "notes/readme.txt", *volumes("no_image", files=("aseg.mgz",)))
-    (tmp_path / "b" / "base-tps").write_text("b1\nb2\n")
+    (tmp_path / "b" / times).write_text("b1\nb2\n")
     with pytest.warns(UserWarning, match="folders are left out") as caught:
         found = freesurfer.records(tmp_path)
     assert {record["id"]: record["subject"] for record in found if "problem" not in record} == {
