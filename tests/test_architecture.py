@@ -28,7 +28,7 @@ LINES = {
     "": 807,
     "baselines": 1230,
     "cli": 800,  # with the tables of every key, for help and the site
-    "data": 8330,  # with planted lesions, and what searches pass over
+    "data": 8331,  # with planted lesions, and what searches pass over
     "evaluation": 2487,  # with the subjects of a table's scans
     "export": 775,
     "inference": 2640,  # with networks that vote beside atlases, and healthy scans that are left out

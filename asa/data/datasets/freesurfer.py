@@ -104,8 +104,8 @@ def records(
     """Records of `SUBJECT/mri/T1.mgz` and `SUBJECT/mri/aseg.mgz`.
 
     The id is the name of the folder. A subject is a folder, with three exceptions: time points that the file base-tps
-    (base-tps.fastsurfer) of a longitudinal template lists are of the template's subject, TIME.long.BASE is of subject BASE, and sub-X_ses-Y
-    of subject sub-X.
+    (of FastSurfer base-tps.fastsurfer) of a longitudinal template lists are of the template's subject, TIME.long.BASE
+    is of subject BASE, and sub-X_ses-Y of subject sub-X.
 
     Args:
         root: SUBJECTS_DIR.
