@@ -17,7 +17,7 @@ def test_a_voxel_of_the_wrong_side_costs_dice_only_where_sides_count() -> None:
     right, left, whole = (list(sides.LABELS).index(name) + 1 for name in ("right_caudate", "left_caudate", "brainstem"))
     truth = np.array([right] * 4 + [left] * 4 + [whole] * 2 + [0] * 2)
     found = np.array([right] * 3 + [left] + [left] * 4 + [0] * 2 + [right] * 2)
-    wrong, sided, joined = sides.measure(truth[:, None, None], found[:, None, None])
+    wrong, sided, joined = sides.measure(truth[:, None, None], found[:, None, None], sides.LABELS)
     assert wrong == 1 / 8
     np.testing.assert_allclose(sided, (2 * 3 / 9 + 2 * 4 / 9 + 0) / 3)
     np.testing.assert_allclose(joined, (2 * 8 / 18 + 0) / 2)
