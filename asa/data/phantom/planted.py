@@ -147,16 +147,17 @@ def plant(
     moved, lesions, drawn = PLANTERS[kind](scan)
     fractions, label = blend(lesions, scan.brain)
     texture = 1 + 0.07 * to_grid(smooth_noise(rng, scan.extent, 3.0), tuple(label.shape))[0]
-    result, changed = moved.clone(), (moved != scan.image).any(dim=0)
-    for lesion, fraction in zip(lesions, fractions, strict=True):
-        part = fraction * (fraction > LEAST)
-        changed |= part > 0
-        for k, name in enumerate(channels):
-            if image[k].any():  # not a channel that this scan does not have
-                unit = scan.mean(k, scan.white > 0.9) / CONTRAST[name][2][0]  # the phantom's intensities are relative
-                noise = moved[k] - torch.from_numpy(ndimage.gaussian_filter(moved[k].numpy(), 1.0))
-                noise = noise.clamp(-LARGEST_NOISE * unit, LARGEST_NOISE * unit)
-                result[k] += part * (lesion.intensity[name] * unit * texture + noise - moved[k])
+    parts = [fraction * (fraction > LEAST) for fraction in fractions]
+    result, changed = moved.clone(), (moved != scan.image).any(dim=0) | torch.stack(parts).any(dim=0)
+    if not (pure := scan.white > 0.9).any():
+        raise ValueError("no white matter to compare a lesion with: is this a T1, with voxels of 4 mm at most?")
+    for k in np.flatnonzero(image.any(axis=(1, 2, 3))).tolist():  # the channels that this scan has
+        name = channels[k]
+        unit = scan.mean(k, pure) / CONTRAST[name][2][0]  # the phantom's intensities are relative
+        noise = moved[k] - torch.from_numpy(ndimage.gaussian_filter(moved[k].numpy(), 1.0))
+        noise = noise.clamp(-LARGEST_NOISE * unit, LARGEST_NOISE * unit)
+        for lesion, part in zip(lesions, parts, strict=True):
+            result[k] += part * (lesion.intensity[name] * unit * texture + noise - moved[k])
     return Planted(result.clamp(min=0).numpy(), label, changed.numpy(), drawn)
 
 
@@ -204,9 +205,8 @@ class Scan:
         if not count:
             raise ValueError(f"no CSF deeper than {DEEP:g} mm, where the ventricles are: is this a whole brain?")
         ventricles = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-        lateral, horn = (
-            torch.from_numpy(each.astype(np.float32)) for each in ventricle_distances(ventricles, self.spacing)
-        )
+        distances = ventricle_distances(ventricles, self.spacing)
+        lateral, horn = (torch.from_numpy(each.astype(np.float32)) for each in distances)
         return {"white": self.white, "brain": self.brain.float(), "lateral": lateral, "horn": horn}
 
     def moved(self, displacement: Tensor) -> Tensor:

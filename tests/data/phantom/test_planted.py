@@ -108,6 +108,9 @@ def test_a_volume_without_ventricles_or_white_matter_has_no_place(image: np.ndar
         planted("wmh", image * (np.linalg.norm(points, axis=-1) < 0.9 * DEEP))
     with pytest.raises(ValueError, match="its T1 is empty"):
         planted("wmh", np.zeros_like(image))
+    noise = np.random.default_rng(0).uniform(0.01, 1, image.shape).astype(np.float32)
+    with pytest.raises(ValueError, match="no white matter to compare a lesion with"):
+        planted("wmh", np.where(image > 0, noise, 0))
     with pytest.raises(ValueError, match="no place for a lesion"):
         planted("tumour", image[..., 26:34])  # all of it is less than 16 mm from the middle
 
