@@ -51,8 +51,8 @@ class FeatureExtractor:
         A warning says if much of the head is not in the crop.
         """
         cropped = self.crop(volume)
-        lost = 1 - float(np.count_nonzero(cropped[0])) / (float(np.count_nonzero(volume[0])) or 1.0)
-        if lost > MOST_LOST:
+        inside, held = (int(np.count_nonzero(part)) for part in (cropped, volume))
+        if held and (lost := 1 - inside / held) > MOST_LOST:
             whole = ",".join(str(math.ceil(n / 32) * 32) for n in volume.shape[1:])
             size = " x ".join(map(str, self.encoder.img_size))
             warnings.warn(

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import nibabel
@@ -75,6 +76,12 @@ def test_a_crop_that_leaves_much_of_the_head_out_is_told_with_one_that_does_not(
     embedded(cohort, tmp_path, f"input={cohort / 'store'}", "img_size=16")
     told = [line for line in capsys.readouterr().out.splitlines() if "of the head is outside" in line]
     assert len(told) == SCANS and all("the 16 x 16 x 16 voxels that are read: img_size=[" in line for line in told)
+
+
+def test_a_volume_without_a_head_is_not_said_to_be_outside_the_crop(cohort: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FeatureExtractor(cohort / "run", device="cpu").tokens(np.zeros((1, 48, 48, 48), np.float32))
 
 
 def vector(row: dict[str, str], part: str) -> np.ndarray:
