@@ -44,8 +44,8 @@ def follow_init(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         Settings by dotted key; {} where the network is given, the checkpoint is not of this package or not here, or no
         network of the method has such an encoder.
     """
-    given = given_settings(overrides)
-    if command not in METHODS or not given.get("init") or {"model", "experiment"} & given.keys():
+    given = given_settings(overrides) if command in METHODS else {}
+    if not given.get("init") or {"model", "experiment"} & given.keys():
         return {}
     trained = _trained_model(given["init"], planned=given.get("plan") is not None)
     package, _, name = str(trained.get("_target_")).rpartition(".")

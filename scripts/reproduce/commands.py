@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ def quoted(**paths: Any) -> list[str]:
     """Paths as settings on the command line, whatever signs they contain."""
     written = {key: str(path).replace("'", "\\'") for key, path in paths.items()}
     return [f"{key}='{path}'" for key, path in written.items()]
+
+
+def declared(labels: Mapping[int, str]) -> str:
+    """The names of label values, as the setting of asa-prepare."""
+    return "labels={" + ", ".join(f"{value}: {name}" for value, name in labels.items()) + "}"
 
 
 def asa(command: str, *settings: str, log: Path | None = None, threads: int | None = None, **paths: Any) -> None:

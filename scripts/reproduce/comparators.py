@@ -27,7 +27,7 @@ from asa.settings import OptimSettings, TrainSettings
 from asa.tasks.segmentation import Segmentation
 from asa.training.optim import make_optimizer
 from scripts.benchmark.memory import step_memory
-from scripts.reproduce.commands import asa, brain_dice, interval, quoted, score
+from scripts.reproduce.commands import asa, brain_dice, declared, interval, quoted, score
 
 TISSUES = {1: "csf", 2: "gm", 3: "wm"}
 NETWORKS = (
@@ -46,7 +46,7 @@ def prepare(data: Path, out: Path, spacing: float, tested: int) -> None:
     ids = sorted(path.name.removesuffix("_tissues.nii.gz") for path in data.glob("*_tissues.nii.gz"))
     if len(ids) <= tested:
         raise FileNotFoundError(f"{data}: holds {len(ids)} ID_tissues.nii.gz, of which {tested} are to be tested")
-    labels = "labels={" + ", ".join(f"{value}: {name}" for value, name in TISSUES.items()) + "}"
+    labels = declared(TISSUES)
     files = ("data=folder", "data.images={t1: *_SS.nii.gz}", "data.label=*_tissues.nii.gz", labels)
     paths = {"data.root": data.resolve(), "out": out / "store"}
     asa("prepare", *files, f"prepare.spacing={spacing}", *quoted(**paths), log=out / "logs" / "prepare.txt")

@@ -17,7 +17,7 @@ import numpy as np
 from asa.data.io.nifti import read_image, read_label, write_label
 from asa.data.splits import write_split
 from asa.evaluation.metrics import dice
-from scripts.reproduce.commands import asa, quoted, score
+from scripts.reproduce.commands import asa, declared, quoted, score
 from scripts.reproduce.few_labels import CPU, TESTED
 from scripts.reproduce.structures import STRUCTURES, subjects
 
@@ -87,7 +87,7 @@ def main() -> None:
     store, log, split = out / "store", out / "log.txt", out / "split.json"
     write_labels(options.data, out / "brains", ids)
     write_split(split, {"train": ids[:first] + ids[last:], "validation": [], "test": ids[first:last]})
-    names = "labels={" + ", ".join(f"{value}: {name}" for value, name in enumerate(LABELS, start=1)) + "}"
+    names = declared(dict(enumerate(LABELS, start=1)))
     files = ("data=folder", "data.images={t1: *_SS.nii.gz}", "data.label=*_sides.nii.gz", names)
     asa("prepare", *files, *quoted(**{"data.root": out / "brains", "out": store}), log=log)
     length = (f"train.steps={options.steps}", f"train.validate_every={options.steps}", "data.labelled=1", *CPU)

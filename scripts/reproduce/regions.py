@@ -17,7 +17,7 @@ import numpy as np
 
 from asa.data.io.nifti import read_image, read_label, write_label
 from asa.data.splits import write_split
-from scripts.reproduce.commands import asa, quoted, score
+from scripts.reproduce.commands import asa, declared, quoted, score
 from scripts.reproduce.few_labels import CPU
 from scripts.reproduce.ixi import CROP, PREPARED, read_ids
 from scripts.reproduce.joined_sides import report
@@ -62,7 +62,7 @@ def main() -> None:
     store, log, split, test = out / "store", out / "log.txt", out / "split.json", ids[:TESTED]
     labels = write_labels(options.data, out / "heads", ids)
     write_split(split, {"train": ids[TESTED:], "validation": [], "test": test})
-    names = "labels={" + ", ".join(f"{value}: {name}" for value, name in enumerate(labels, start=1)) + "}"
+    names = declared(dict(enumerate(labels, start=1)))
     paths = quoted(**{"data.root": out / "heads", "out": store})
     asa("prepare", *PREPARED, "data.label=*_sides.nii.gz", names, *paths, log=log)
     settings = ("experiment=structures_finetune", CROP, "method.background_weight=1", "optim.encoder_lr=1", *CPU)

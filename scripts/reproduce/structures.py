@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from asa.data.io.nifti import read_image, read_label, write_label
-from scripts.reproduce.commands import asa, quoted
+from scripts.reproduce.commands import asa, declared, quoted
 
 # Names in the order of their values 1, 2, ..., with the values of both sides in ID_glm.
 STRUCTURES = {
@@ -26,7 +26,7 @@ STRUCTURES = {
     "cerebellum_gm": (38, 39, 71, 72, 73),
     "cerebellum_wm": (40, 41),
 }
-LABELS = "labels={" + ", ".join(f"{value}: {name}" for value, name in enumerate(STRUCTURES, start=1)) + "}"
+LABELS = declared(dict(enumerate(STRUCTURES, start=1)))
 FILES = ("data=folder", "data.images={t1: *_SS.nii.gz}", "data.label=*_structures.nii.gz", LABELS)
 
 
