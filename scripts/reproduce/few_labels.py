@@ -111,7 +111,7 @@ SCRATCH = (
 # What a user would do without a network: the same labelled scans are registered to each new one. Fusion of several.
 ATLASES = {"atlas": "joint", "atlas_majority": "majority"}
 # The networks of another arm, which has to be run too, averaged with the joint label fusion of the same scans.
-TOGETHER = {"together": "pretrained", "together_scratch": "scratch"}
+TOGETHER = {"together": "pretrained", "together_scratch": "scratch", "together_shipped": "shipped"}
 SHIPPED = {"shipped": "asa://tiny-t1"}
 NAMES = {  # in the figure
     "pretrained": "pretrained on the cohort",
