@@ -1,0 +1,164 @@
+"""Lesions in real brains, found without labels (docs/asymmetry.md): python -m scripts.reproduce.planted DATA RUN OUT
+
+Each brain is compared with itself after a lesion was planted (asa-phantom kind=lesions). Four maps are compared: the
+difference of the two sides; the asymmetry map of a SA-Swin with its first weights; and how far a masked autoencoder's
+prediction of each patch from the others is from the patch, with a quarter or three quarters of the patches masked.
+Each is measured as it is, and in standard deviations above the healthy scans of other people at the voxel. Printed are
+the AUC of `top` over scans; the mean over the patients of the voxels' AUC and average precision; and the number of
+peaks in a lesion. Maps that compare the two sides cannot tell which one is ill, so their truth is the lesion and its
+mirror image, whose part of the head is larger ("by chance"). Half an hour of one core.
+
+DATA: skull-stripped T1-weighted brains ID_SS.nii.gz, one per person. RUN: a run of asa-pretrain method=asa or mae
+without normalised targets, on brains that are prepared alike, such as scripts.reproduce.shipped_encoder makes.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from scipy import ndimage
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+
+from asa.data.io.nifti import read_image, read_label
+from asa.data.io.tables import read_rows
+from asa.data.store import Store
+from asa.evaluation.scans import auc
+from asa.inference.asymmetry import Asymmetry, HealthyReference
+from asa.models.masked_autoencoder import MaskedAutoencoder
+from asa.models.sa_swin import sa_swin_tiny
+from asa.ops.patches import patchify, select_tokens, unpatchify
+from asa.training.checkpoint import read_model
+from scripts.reproduce.commands import asa, quoted
+
+GROUPS = 4  # of patches, each masked or visible by itself
+BLUR = 6 / 2.355  # SD in voxels of 1 mm: 6 mm at half the maximum
+FEWEST = 64  # patches with tissue in a window
+
+
+class PredictedPatches(nn.Module):
+    """The mean prediction of each patch of a window by a masked autoencoder, from windows in which it is masked.
+
+    The patches with tissue are dealt into four groups, in an order that is drawn once for each window.
+
+    Args:
+        model: the masked autoencoder.
+        masked: the number of groups that are masked at a time, 1 or 3.
+    """
+
+    def __init__(self, model: MaskedAutoencoder, masked: int) -> None:
+        super().__init__()
+        self.model, self.masked = model, masked
+
+    def forward(self, window: Tensor) -> Tensor:
+        """`(1, C, D, H, W)` -> the same shape; air stays as it is."""
+        encoder = self.model.encoder
+        patches = patchify(window, encoder.patch_size)
+        tissue = (patches != 0).any(dim=2)  # (1, L)
+        count = int(tissue.sum())
+        if count < FEWEST:
+            return window
+        group = torch.full(tissue.shape, -1)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        group[tissue] = order % GROUPS
+        total, times = torch.zeros_like(patches), torch.zeros_like(patches[..., :1])
+        for chosen in range(GROUPS):
+            mask = tissue & ((group == chosen) if self.masked == 1 else (group != chosen))
+            decoded = select_tokens(mask)
+            total[mask] += self.model(window, visible=select_tokens(tissue & ~mask), decoded=decoded)[0]
+            times[mask] += 1
+        return unpatchify(torch.where(times > 0, total / times.clamp(min=1), patches), encoder.grid, encoder.patch_size)
+
+
+def blurred(volume: Tensor) -> Tensor:
+    """A volume `(D, H, W)` after a Gaussian of 6 mm."""
+    return torch.from_numpy(ndimage.gaussian_filter(volume.numpy(), BLUR))
+
+
+def maps_of(run: Path) -> dict[str, tuple[bool, Callable[[Tensor], Tensor]]]:
+    """By name: whether a map compares the two sides, and a function from a brain `(1, D, H, W)` to it, `(D, H, W)`."""
+    model, _ = read_model(run)
+    if not isinstance(model, MaskedAutoencoder):
+        raise ValueError(f"{run}: not a run of asa-pretrain method=asa or mae")
+    window = model.encoder.img_size
+    torch.manual_seed(0)
+    untrained = sa_swin_tiny().eval()
+
+    def error(masked: int) -> Callable[[Tensor], Tensor]:
+        network = PredictedPatches(model, masked)
+        return lambda image: blurred(
+            (sliding_window_inference(image[None], window, 1, network, overlap=0.5)[0] - image)[0].abs()
+        )
+
+    return {
+        "difference of the two sides": (True, lambda image: (blurred(image[0]) - blurred(image[0].flip(-1))).abs()),
+        "SA-Swin, first weights": (True, lambda image: untrained.asymmetry(image[None])[1][0]),
+        "predicted, a quarter masked": (False, error(1)),
+        "predicted, three quarters masked": (False, error(3)),
+    }
+
+
+def measure(
+    healthy: Mapping[str, Asymmetry], patients: Mapping[str, Asymmetry], lesions: Mapping[str, np.ndarray]
+) -> tuple[float, float, float, float, int]:
+    """AUC of `top`; means of the AUC of voxels, average precision, and that by chance; number of peaks in a lesion."""
+    tops = np.array([scan.top for scan in [*healthy.values(), *patients.values()]])
+    voxels, hits = [], 0
+    for id, scan in patients.items():
+        inside = scan.inside.numpy()
+        truth, values = lesions[id][inside], scan.map.numpy()[inside]
+        voxels.append((auc(values, truth), average_precision_score(truth, values), truth.mean()))
+        hits += int(lesions[id].ravel()[int(scan.map.argmax())])
+    area, precision, chance = np.mean(voxels, axis=0)
+    return auc(tops, np.arange(len(tops)) >= len(healthy)), float(area), float(precision), float(chance), hits
+
+
+def make(data: Path, out: Path) -> None:
+    """The store of healthy brains, and a patient of each."""
+    alike = ("prepare.midway=true", "prepare.crop=[168,208,160]")
+    paths = quoted(**{"data.root": data.resolve(), "out": out / "store"})
+    asa("prepare", "data=folder", "data.images={t1: '*_SS.nii.gz'}", *alike, *paths)
+    if not (out / "planted" / "health.csv").exists():
+        asa("phantom", "kind=lesions", "planted=1", "seed=3", source=out / "store", out=out / "planted")
+
+
+def main() -> None:
+    """Print two rows for each map, and one for each kind of lesion."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "run", "out"):
+        parser.add_argument(name, type=Path)
+    options = parser.parse_args()
+    make(options.data, options.out)
+    store, planted = Store(options.out / "store"), options.out / "planted"
+    kinds = {row["id"]: row["lesion"] for row in read_rows(planted / "health.csv")}
+    lesions, brains = {}, {}
+    for id in kinds:
+        lesions[id] = read_label(planted / f"{id}_lesions.nii.gz").data.T > 0
+        patient = read_image(planted / f"{id}_t1.nii.gz").data.T
+        brains[id] = [torch.from_numpy(np.array(volume, np.float32)) for volume in (store.image(id), patient[None])]
+    print("| map | lesions | AUC, scans | AUC, voxels | average precision | by chance | peaks in a lesion |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for name, (sides, compute) in maps_of(options.run).items():
+        found: list[dict[str, Asymmetry]] = [{}, {}]
+        for id, pair in brains.items():
+            for scans, image in zip(found, pair, strict=True):
+                inside = image[0] != 0
+                inside = inside | inside.flip(-1) if sides else inside
+                with torch.inference_mode():
+                    scans[id] = Asymmetry(0.0, compute(image) * inside, inside)
+        reference = HealthyReference(list(found[0].values()))
+        above = [{id: reference.standardise(scan, [found[0][id]]) for id, scan in scans.items()} for scans in found]
+        truth = {id: lesion | lesion[:, :, ::-1] if sides else lesion for id, lesion in lesions.items()}
+        for title, (healthy, patients) in ((name, found), (f"{name}, above healthy", above)):
+            for kind in ("all", *sorted(set(kinds.values()))):
+                ids = [id for id in kinds if kind in ("all", kinds[id])]
+                row = measure(healthy, {id: patients[id] for id in ids}, truth)
+                numbers = " | ".join(f"{number:.3f}" for number in row[:4])
+                print(f"| {title} | {kind} | {numbers} | {row[4]} of {len(ids)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
