@@ -22,7 +22,6 @@ class Window:
     in_channels: int
 
     def __call__(self, volume: Tensor) -> Tensor:
-        """The volume itself."""
         return volume
 
 
@@ -57,9 +56,11 @@ class Comparator(nn.Module):
         expected = (self.encoder.in_channels, *self.encoder.img_size)
         if tuple(volume.shape[1:]) != expected:
             raise ValueError(f"this network takes volumes of shape (batch, *{expected}), got {tuple(volume.shape)}")
-        logits: Any = in_float32(self._segment, volume)
+        logits: Any = in_float32(lambda volume: self.network(self.encoder(volume)), volume)
         scales = logits if isinstance(logits, list) else [logits]
         return scales if deep_supervision else scales[0]
 
-    def _segment(self, volume: Tensor) -> Any:
-        return self.network(self.encoder(volume))
+
+def conv3(before: int, after: int, stride: int = 1) -> nn.Conv3d:
+    """A 3x3x3 convolution, which with stride 1 keeps the size."""
+    return nn.Conv3d(before, after, 3, stride, padding=1)

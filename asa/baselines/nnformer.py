@@ -19,7 +19,7 @@ from monai.networks.nets.swin_unetr import (
 )
 from torch import Tensor, nn
 
-from asa.baselines.base import Comparator, Window
+from asa.baselines.base import Comparator, Window, conv3
 from asa.models.kernels import ChannelNorm
 from asa.ops.patches import grid_size, triple
 
@@ -116,22 +116,28 @@ class NNFormer(nn.Module):
     """
 
     def __init__(
-        self, img_size: Sequence[int], in_channels: int, out_channels: int, width: int, heads: Sequence[int]
+        self,
+        img_size: Sequence[int],
+        in_channels: int,
+        out_channels: int,
+        width: int = 192,
+        heads: Sequence[int] = (6, 12, 24, 48),
     ) -> None:
         super().__init__()
         count = len(heads)
+        grid_size(img_size, STRIDE * 2 ** (count - 1))  # checks the size
         widths = [width * 2**level for level in range(count)]
         grids = [grid_size(img_size, STRIDE * 2**level) for level in range(count)]
         half = width // 2
         self.embed = nn.Sequential(
-            _conv(in_channels, half, 2), nn.GELU(), ChannelNorm(half), _conv(half, half), nn.GELU(), ChannelNorm(half),
-            _conv(half, width, 2), nn.GELU(), ChannelNorm(width), _conv(width, width), ChannelNorm(width),
+            conv3(in_channels, half, 2), nn.GELU(), ChannelNorm(half), conv3(half, half), nn.GELU(), ChannelNorm(half),
+            conv3(half, width, 2), nn.GELU(), ChannelNorm(width), conv3(width, width), ChannelNorm(width),
         )  # fmt: skip
         down, up = _drops(count), _drops(count - 1)
         self.encoder = nn.ModuleList(Level(grids[n], widths[n], heads[n], WINDOWS[n], down[n]) for n in range(count))
         self.norms = nn.ModuleList(ChannelNorm(size) for size in widths)
         self.downs = nn.ModuleList(
-            nn.Sequential(nn.GELU(), ChannelNorm(size), _conv(size, 2 * size, 2)) for size in widths[:-1]
+            nn.Sequential(nn.GELU(), ChannelNorm(size), conv3(size, 2 * size, 2)) for size in widths[:-1]
         )
         self.ups = nn.ModuleList(
             nn.Sequential(ChannelNorm(2 * size), nn.ConvTranspose3d(2 * size, size, 2, 2)) for size in widths[:-1]
@@ -155,34 +161,24 @@ class NNFormer(nn.Module):
         return logits[::-1]
 
 
-def _conv(before: int, after: int, stride: int = 1) -> nn.Conv3d:
-    return nn.Conv3d(before, after, 3, stride, padding=1)
-
-
 def _drops(levels: int) -> list[tuple[float, float]]:
     """The drop probabilities of the two blocks of each level, in the order of computation."""
     last = 2 * levels - 1
     return [(DROP_PATH * 2 * n / last, DROP_PATH * (2 * n + 1) / last) for n in range(levels)]
 
 
-def nnformer_base(out_channels: int, img_size: int | Sequence[int] = 128, in_channels: int = 1) -> Comparator:
+def nnformer_base(
+    out_channels: int, img_size: int | Sequence[int] = 128, in_channels: int = 1, **sizes: Any
+) -> Comparator:
     """nnFormer with its published sizes: widths from 192 to 1536, 6 to 48 heads, two blocks a level.
 
     150.66 million parameters for one channel, 14 classes and 128^3 voxels. Papers that compare with it print 150.5
     (ratio 1.001) or 149.3 (1.009).
     """
-    return _nnformer(out_channels, img_size, in_channels, 192, (6, 12, 24, 48))
-
-
-def nnformer_tiny(out_channels: int, img_size: int | Sequence[int] = 64, in_channels: int = 1) -> Comparator:
-    """nnFormer with narrow layers: for tests and demonstrations on a CPU."""
-    return _nnformer(out_channels, img_size, in_channels, 24, (2, 4, 8, 16))
-
-
-def _nnformer(
-    out_channels: int, img_size: int | Sequence[int], in_channels: int, width: int, heads: Sequence[int]
-) -> Comparator:
     size = triple(img_size)
-    grid_size(size, STRIDE * 2 ** (len(heads) - 1))  # checks the size
-    network = NNFormer(size, in_channels, out_channels, width, heads)
-    return Comparator(network, Window(size, in_channels), out_channels)
+    return Comparator(NNFormer(size, in_channels, out_channels, **sizes), Window(size, in_channels), out_channels)
+
+
+def nnformer_tiny(out_channels: int, **overrides: Any) -> Comparator:
+    """nnFormer with narrow layers: for tests and demonstrations on a CPU."""
+    return nnformer_base(out_channels, **{**dict(img_size=64, width=24, heads=(2, 4, 8, 16)), **overrides})

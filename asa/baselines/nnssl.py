@@ -71,21 +71,12 @@ def _renamed(original: str, prefix: str, patterns: tuple[tuple[str, str], ...]) 
 def _on_grid(positions: Tensor, plan: Mapping[str, Any]) -> Tensor:
     """Learnt positions `(1, L, E)` as `(E, T, H, W)`."""
     length = positions.shape[1] if positions.ndim == 3 and len(positions) == 1 else 0
-    for size in _volume_sizes(plan):
-        grid = [int(n) // PATCH for n in size]
-        if len(grid) == 3 and min(grid) > 0 and math.prod(grid) == length:
-            return positions[0].T.unflatten(1, grid).contiguous()
-    edge = round(length ** (1 / 3))
-    if not length or edge**3 != length:
-        shape = tuple(positions.shape)
-        raise ValueError(f"positions of shape {shape}, whose grid its nnssl_adaptation_plan does not tell")
-    return positions[0].T.unflatten(1, (edge, edge, edge)).contiguous()
-
-
-def _volume_sizes(plan: Mapping[str, Any]) -> list[Any]:
-    """The volume sizes of pretraining that a plan names."""
     pretraining = plan.get("pretrain_plan")
     configurations = pretraining.get("configurations") if isinstance(pretraining, Mapping) else None
     nodes = configurations.values() if isinstance(configurations, Mapping) else ()
     sizes = [node.get("patch_size") for node in nodes if isinstance(node, Mapping)]
-    return [size for size in sizes if isinstance(size, list | tuple) and all(isinstance(n, int) for n in size)]
+    lists = [size for size in sizes if isinstance(size, list | tuple) and all(isinstance(n, int) for n in size)]
+    for grid in [*([n // PATCH for n in size] for size in lists), [round(length ** (1 / 3))] * 3]:
+        if len(grid) == 3 and min(grid) > 0 and math.prod(grid) == length:
+            return positions[0].T.unflatten(1, grid).contiguous()
+    raise ValueError(f"positions of shape {tuple(positions.shape)}, whose grid its nnssl_adaptation_plan does not tell")

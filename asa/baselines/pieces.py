@@ -25,17 +25,12 @@ def cell_size(spatial: Sequence[int]) -> tuple[int, int, int]:
 
 
 def piece_size(spatial: Sequence[int], patch_size: int, jitter: int) -> tuple[int, int, int]:
-    """Size of the pieces: as many whole patches as a cell holds with `jitter` voxels to spare along each axis.
-
-    Args:
-        spatial: the volume's sizes (D, H, W) in voxels.
-        patch_size: edge of a patch in voxels.
-        jitter: least number of voxels along each axis by which a piece is smaller than its cell.
+    """Size of the pieces in voxels: as many whole patches as a cell holds with `jitter` voxels to spare on each axis.
 
     Raises:
         ValueError: a negative jitter, or cells that hold no patch.
     """
-    if isinstance(jitter, bool) or not isinstance(jitter, int) or jitter < 0:
+    if type(jitter) is not int or jitter < 0:
         raise ValueError(f"method.jitter={jitter}: must be a whole number of voxels from 0")
     d, h, w = ((n - jitter) // patch_size * patch_size for n in cell_size(spatial))
     if min(d, h, w) <= 0:
@@ -88,7 +83,7 @@ def distant_permutations(count: int) -> np.ndarray:
     Raises:
         ValueError: a count outside 2..702.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= ORDERS:
+    if type(count) is not int or not 2 <= count <= ORDERS:
         raise ValueError(f"method.permutations={count}: must be a whole number from 2 to {ORDERS}")
     cells = _coordinates()  # 27 3, the coefficients of t^2, t and 1
     times_t = np.array([[0, 1, 0], [1, 0, 1], [2, 0, 0]])  # t^3 = t + 2

@@ -7,6 +7,7 @@ K output channels.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from monai.networks.layers.drop_path import DropPath
@@ -166,23 +167,19 @@ def rotated(features: Tensor, angles: Tensor) -> Tensor:
     return torch.stack((one * cos - other * sin, other * cos + one * sin), dim=-1).flatten(-2)
 
 
-def primus_m(out_channels: int, img_size: int | Sequence[int] = 160, in_channels: int = 1) -> Comparator:
+def primus_m(
+    out_channels: int,
+    img_size: int | Sequence[int] = 160,
+    in_channels: int = 1,
+    width: int = 864,
+    depth: int = 16,
+    heads: int = 12,
+) -> Comparator:
     """Primus-M with its published sizes: 16 blocks of width 864 with 12 heads.
 
     147.66 million parameters for one channel, 14 classes and 96^3 voxels, 153.08 for 160^3, whose positions are more;
     as many as of the package dynamic-network-architectures.
     """
-    return _primus(out_channels, img_size, in_channels, 864, 16, 12)
-
-
-def primus_tiny(out_channels: int, img_size: int | Sequence[int] = 64, in_channels: int = 1) -> Comparator:
-    """Primus with four narrow blocks: for tests and demonstrations on a CPU."""
-    return _primus(out_channels, img_size, in_channels, 144, 4, 4)
-
-
-def _primus(
-    out_channels: int, img_size: int | Sequence[int], in_channels: int, width: int, depth: int, heads: int
-) -> Comparator:
     encoder = PrimusEncoder(img_size, in_channels, width, depth, heads)
     model = Comparator(PatchDecoder(width, out_channels), encoder, out_channels)
     for module in model.modules():
@@ -197,3 +194,8 @@ def _primus(
         for linear in (block.attn.proj, block.mlp.fc2):
             linear.weight.data.div_(math.sqrt(2 * number))
     return model
+
+
+def primus_tiny(out_channels: int, **overrides: Any) -> Comparator:
+    """Primus with four narrow blocks: for tests and demonstrations on a CPU."""
+    return primus_m(out_channels, **{**dict(img_size=64, width=144, depth=4, heads=4), **overrides})

@@ -77,18 +77,16 @@ class PuzzlePretraining(nn.Module):
         """Draw the puzzles of samples from their seeds `(B,)`."""
         slack = [n - m + 1 for n, m in zip(cell_size(self.model.encoder.img_size), self.size, strict=True)]
         patches = grid_size(self.size, self.model.encoder.patch_size)
-        grid = torch.arange(math.prod(self.model.encoder.grid)).view(self.model.encoder.grid)
+        grid = torch.arange(math.prod(self.model.encoder.grid)).view(1, *self.model.encoder.grid)
         answers, offsets, indices = [], [], []
         for seed in seeds.tolist():
             generator = torch.Generator().manual_seed(seed)
             answers.append(torch.randint(len(self.table), (), generator=generator))
             shifts = [torch.randint(n, (self.table.shape[1],), generator=generator) for n in slack]
             offsets.append(torch.stack(shifts, dim=1))
-            t, h, w = (
-                int(torch.randint(n - m + 1, (), generator=generator)) for n, m in zip(grid.shape, patches, strict=True)
-            )
-            box = grid[t : t + patches[0], h : h + patches[1], w : w + patches[2]]
-            indices.append(box.flatten())
+            room = [n - m + 1 for n, m in zip(grid.shape[1:], patches, strict=True)]
+            corner = [int(torch.randint(n, (), generator=generator)) for n in room]
+            indices.append(cut(grid, np.array([corner]), patches).flatten())
         return Draws(torch.stack(answers), torch.stack(offsets), torch.stack(indices))
 
     def logits(self, image: Tensor, draws: Draws) -> Tensor:

@@ -5,6 +5,7 @@ Letters: volume `B C D H W`, feature maps of level l `B F_l D/2^l H/2^l W/2^l`, 
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,31 +112,30 @@ def leaky(features: Tensor) -> Tensor:
     return nn.functional.leaky_relu(features, 0.01)
 
 
-def resenc_l(out_channels: int, img_size: int | Sequence[int] = 160, in_channels: int = 1) -> Comparator:
+def resenc_l(
+    out_channels: int,
+    img_size: int | Sequence[int] = 160,
+    in_channels: int = 1,
+    widths: Sequence[int] = (32, 64, 128, 256, 320, 320),
+    blocks: Sequence[int] = (1, 3, 4, 6, 6, 6),
+) -> Comparator:
     """ResEnc-L with its published sizes, as nnU-Net plans it for crops of 160^3 voxels: six levels, 32 to 320 features.
 
     102.35 million parameters for one channel and one class, as many as of the package dynamic-network-architectures.
     """
-    return _resenc(out_channels, img_size, in_channels, (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6))
-
-
-def resenc_tiny(out_channels: int, img_size: int | Sequence[int] = 64, in_channels: int = 1) -> Comparator:
-    """ResEnc with five narrow levels of fewer blocks: for tests and demonstrations on a CPU."""
-    return _resenc(out_channels, img_size, in_channels, (8, 16, 32, 64, 64), (1, 1, 2, 2, 2))
-
-
-def _resenc(
-    out_channels: int, img_size: int | Sequence[int], in_channels: int, widths: Sequence[int], blocks: Sequence[int]
-) -> Comparator:
-    model = Comparator(
-        Decoder(widths, out_channels), ResidualEncoder(img_size, in_channels, widths, blocks), out_channels
-    )
+    decoder, encoder = Decoder(widths, out_channels), ResidualEncoder(img_size, in_channels, widths, blocks)
+    model = Comparator(decoder, encoder, out_channels)
     for module in model.modules():
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
             nn.init.kaiming_normal_(module.weight, a=0.01)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for module in model.modules():
         if isinstance(module, ResidualBlock):  # each block starts as its straight path
             nn.init.zeros_(module.conv2.norm.weight)
     return model
+
+
+def resenc_tiny(out_channels: int, **overrides: Any) -> Comparator:
+    """ResEnc with five narrow levels of fewer blocks: for tests and demonstrations on a CPU."""
+    narrow = dict(img_size=64, widths=(8, 16, 32, 64, 64), blocks=(1, 1, 2, 2, 2))
+    return resenc_l(out_channels, **{**narrow, **overrides})
