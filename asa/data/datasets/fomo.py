@@ -19,7 +19,7 @@ from asa.data.io.tables import read_rows
 
 MIXED = "mri"  # the channel of several sequences
 MAPPING = "mapping.tsv"
-LAYOUTS = {"**/sub_*/ses_*/*.nii.gz": 1, "**/sub-*/ses-*/*/*.nii.gz": 2}  # parts of the path below the session
+LAYOUTS = {"sub_*/ses_*/*.nii.gz": 1, "sub-*/ses-*/*/*.nii.gz": 2}  # ends of paths, and their parts below the session
 _ENTITIES = re.compile(r"^(?:[a-z]+-[^_]*_)+")
 
 
@@ -49,29 +49,27 @@ def records(
     channel = channel_of(sequences, "data.sequences")
     if isinstance(datasets, str):
         raise ValueError(f"data.datasets={datasets}: give a list, like [{datasets}]")
-    found, others, subjects, known = [], set(), set(), set()
-    for pattern, folders in LAYOUTS.items():
-        for path in matching_files(root, pattern):
-            *above, subject, session = path.relative_to(root).parts[:-folders]
-            dataset, stem = "_".join(above) or root.name, path.name.removesuffix(".nii.gz")
-            known.add(path)
-            if path.name.startswith(".") or (datasets is not None and dataset not in datasets):
-                continue
-            subjects.add(f"{dataset}_{subject}")
-            if not _is_of(stem, sequences):
-                others.add(_sequence(stem))
-                continue
+    found, strange, others, subjects = [], [], set(), set()
+    for path in matching_files(root, "**/*.nii*"):
+        relative, stem = path.relative_to(root), path.name.removesuffix(".nii.gz")
+        folders = next((below for end, below in LAYOUTS.items() if relative.match(end)), None)
+        if path.name.startswith("."):
+            continue
+        if folders is None:
+            if datasets is None or "_".join(relative.parts).startswith(tuple(f"{name}_" for name in datasets)):
+                strange.append(relative)
+            continue
+        *above, subject, session = relative.parts[:-folders]
+        dataset = "_".join(above) or root.name
+        if datasets is not None and dataset not in datasets:
+            continue
+        subjects.add(f"{dataset}_{subject}")
+        if _is_of(stem, sequences):
             name = stem if _ENTITIES.match(stem) else f"{subject}_{session}_{stem}"
-            record = make_record(f"{dataset}_{name}", f"{dataset}_{subject}", {channel: path}, site=dataset)
-            found.append(record)
+            found.append(make_record(f"{dataset}_{name}", f"{dataset}_{subject}", {channel: path}, site=dataset))
+        else:
+            others.add(_sequence(stem))
     _warn_of_absent(root, sequences, datasets)
-    strange = [
-        path.relative_to(root)
-        for path in matching_files(root, "**/*.nii*")
-        if path not in known
-        and not path.name.startswith(".")
-        and (datasets is None or "_".join(path.relative_to(root).parts).startswith(tuple(f"{d}_" for d in datasets)))
-    ]
     if strange:
         warnings.warn(
             f"{root}: {len(strange)} images are left out, being no .nii.gz in DATASET/sub_N/ses_N, like {strange[0]}",
