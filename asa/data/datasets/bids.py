@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
@@ -55,23 +55,28 @@ def records(
     root = existing_folder(root, "sub-XX, sub-YY, ... (of a BIDS dataset or of one derivative)").absolute()
     channels = channels or CHANNELS
     wanted = {"ses": session, "run": run, "acq": acq, "desc": desc, "space": space}
-    chosen = _chosen(wanted, entities or {})
+    chosen: dict[str, str | None] = {entity: str(value) for entity, value in wanted.items() if value is not None}
+    for entity, value in (entities or {}).items():  # None for files without it
+        if entity in chosen:
+            raise ValueError(f"data.entities: {entity} has a value of its own, {chosen[entity]}: give one of the two")
+        chosen[entity] = None if value is None else str(value)
     keys = ("sub", "ses", "run") if len(channels) == 1 else ("sub", "ses")
     problems: dict[str, str] = {}
-    found = {channel: _find(root, suffix, chosen, keys, problems) for channel, suffix in channels.items()}
+    files = {channel: _files(root, suffix, keys) for channel, suffix in channels.items()}
+    found = {channel: _choose(pairs, chosen, problems) for channel, pairs in files.items()}
     labels, labels_root = {}, root
     if label is not None:
         labels_root = existing_folder(label_root or root, "the label maps").absolute()
-        labels = _find(labels_root, label, chosen, keys, problems, labels=True)
-    scans = {scan for files in found.values() for scan in files}
-    everything = {scan for suffix in channels.values() for scan in _find(root, suffix, {}, keys, {})}
+        labels = _choose(_files(labels_root, label, keys), chosen, problems, labels=True)
+    scans = set[str]().union(*found.values())
+    everything = {scan for pairs in files.values() for scan, _ in pairs}
     _warn_of_others(root, " or ".join(channels.values()), everything, scans, chosen)
     if lone := sorted(labels.keys() - scans):
         warnings.warn(f"{labels_root}: {len(lone)} label maps belong to no scan, like that of {lone[0]}", stacklevel=2)
     sites = _sites(root, {scan.split("_")[0] for scan in scans})
     result: list[Record] = []
     for scan in scans:
-        paths = {channel: files.get(scan) for channel, files in found.items()}
+        paths = {channel: by_scan.get(scan) for channel, by_scan in found.items()}
         subject, truth = scan.split("_")[0], labels.get(scan)
         if label is not None and truth is None:
             image = next(path for path in paths.values() if path)
@@ -83,24 +88,27 @@ def records(
     return sorted_records(result, source=_source(root, channels, chosen))
 
 
-def _chosen(wanted: Mapping[str, str | None], entities: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Required values by entity, None for files without it."""
-    chosen = {entity: str(value) for entity, value in wanted.items() if value is not None}
-    for entity in entities:
-        if entity in chosen:
-            raise ValueError(f"data.entities: {entity} has a value of its own, {chosen[entity]}: give one of the two")
-    return chosen | {entity: None if value is None else str(value) for entity, value in entities.items()}
+def _files(root: Path, suffix: str, keys: Sequence[str]) -> list[tuple[str, Path]]:
+    """Scan, named by its entities `keys`, and path of each file."""
+    patterns = [
+        f"{above}sub-*/{session}{folder}/sub-*_{suffix}.nii{gz}"
+        for above in ("", "subjects/")
+        for session in ("", "ses-*/")
+        for folder in FOLDERS
+        for gz in ("", ".gz")
+    ]
+    named = [(entities_of(path), path) for path in matching_files(root, *patterns)]
+    return [
+        ("_".join(f"{key}-{entities[key]}" for key in keys if key in entities), path)
+        for entities, path in named
+        if "sub" in entities
+    ]
 
 
-def _find(
-    root: Path,
-    suffix: str,
-    chosen: Mapping[str, str | None],
-    keys: tuple[str, ...],
-    problems: dict[str, str],
-    labels: bool = False,
+def _choose(
+    files: list[tuple[str, Path]], chosen: Mapping[str, str | None], problems: dict[str, str], labels: bool = False
 ) -> dict[str, Path]:
-    """Scan, named by its entities `keys`, -> the file with the chosen values.
+    """Scan -> the file with the chosen values.
 
     A run, and the desc of label maps, may lack; a file that has the value is taken first.
     """
@@ -110,11 +118,10 @@ def _find(
         return len(chosen.keys() - entities_of(path).keys())
 
     found: dict[str, Path] = {}
-    for path in sorted(_files(root, suffix), key=lacking):
+    for scan, path in sorted(files, key=lambda pair: lacking(pair[1])):
         entities = entities_of(path)
         if any(entities.get(key, value if key in optional else None) != value for key, value in chosen.items()):
             continue
-        scan = "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
         first = found.setdefault(scan, path)
         if first != path and lacking(first) == lacking(path):
             problems.setdefault(scan, _ambiguous(scan, first, path, labels))
@@ -140,17 +147,6 @@ def _warn_of_others(
 
 def _text(chosen: Mapping[str, str | None]) -> str:
     return ", ".join(f"{key}-{value}" if value is not None else f"no {key}" for key, value in chosen.items())
-
-
-def _files(root: Path, suffix: str) -> list[Path]:
-    patterns = [
-        f"{above}sub-*/{session}{folder}/sub-*_{suffix}.nii{gz}"
-        for above in ("", "subjects/")
-        for session in ("", "ses-*/")
-        for folder in FOLDERS
-        for gz in ("", ".gz")
-    ]
-    return [path for path in matching_files(root, *patterns) if "sub" in entities_of(path)]
 
 
 def entities_of(path: Path) -> dict[str, str]:
