@@ -11,11 +11,7 @@ PHYSICS = ("window", "photons", "pixel", "counts", "factor", "blur")
 
 
 def regions(config: dict[str, Any]) -> None:
-    """Compute and store the label maps.
-
-    Raises:
-        ValueError: images failed; they are listed first, and the others are stored.
-    """
+    """Compute and store the label maps; if images failed, a ValueError after the others are stored."""
     provider = config["provider"]
     settings_of: dict[str, dict[str, Any]] = {
         "felzenszwalb": {"scale": config["scale"]},
@@ -38,11 +34,7 @@ def regions(config: dict[str, Any]) -> None:
 
 
 def simulate(config: dict[str, Any]) -> None:
-    """Write low/, high/ and simulated.json.
-
-    Raises:
-        ValueError: images failed; they are listed first, and the others are written.
-    """
+    """Write low/, high/ and simulated.json; if images failed, a ValueError after the others are written."""
     kind, seed, out = config["kind"], config["seed"], Path(str(config["out"]))
     physics = {key: config[key] for key in PHYSICS}
     multiple = config["factor"] if kind == "sr" else 1

@@ -52,8 +52,9 @@ def evaluate_pictures(
         FileNotFoundError, ValueError: images of different cases or sizes.
         ImportError: the `report` extra is not installed; cases.csv and summary.json are written all the same.
     """
-    check_page(Path(out) / "report.html")
-    check_own(Path(out) / "cases.csv", "asa-evaluate", {"id", "truth"})
+    page = Path(out) / "report.html"
+    check_page(page)
+    check_own(page.with_name("cases.csv"), "asa-evaluate", {"id", "truth"})
     cases, left_out = _match(predictions, truth, inputs, allow_missing)
     ends = _common_window(cases, window)
     width = 1.0 if ends is None else ends[1] - ends[0]
@@ -71,7 +72,6 @@ def evaluate_pictures(
     quality = RestorationSummary(
         policy=policy, rows=rows, results=results, window=ends, truths=truths, left_out=left_out
     )
-    page = Path(out) / "report.html"
     page.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
     write_whole(page.with_name("cases.csv"), scores_csv(quality).encode())
     write_json(page.with_name("summary.json"), quality.as_json())
@@ -81,11 +81,7 @@ def evaluate_pictures(
 
 
 def _common_window(cases: Sequence[ImageFiles], given: Sequence[float] | None) -> tuple[float, float] | None:
-    """The window that 0 and 1 stand for in the predictions.
-
-    Raises:
-        ValueError: predictions with different windows, or with another one than the one given.
-    """
+    """The window that 0 and 1 stand for in the predictions, which all have the same one, and the one given."""
     stored = {window: case for case in cases if (window := stored_window(case.prediction)) is not None}
     chosen = next(iter(stored), None) if given is None else checked_window(given)
     for (low, high), case in stored.items():
@@ -100,11 +96,7 @@ def _common_window(cases: Sequence[ImageFiles], given: Sequence[float] | None) -
 def _match(
     predictions: str | Path, truth: str | Path, inputs: str | Path | None, allow_missing: bool
 ) -> tuple[list[ImageFiles], int]:
-    """Files of each restored image, and the number of clean images that were not restored.
-
-    Raises:
-        FileNotFoundError, ValueError: folders of different cases.
-    """
+    """Files of each restored image, and the number of clean images that were not restored."""
     restored, clean = list_pictures(predictions), list_pictures(truth)
     degraded = {} if inputs is None else list_pictures(inputs)
     for folder, found in ((truth, clean), *([] if inputs is None else [(inputs, degraded)])):

@@ -130,8 +130,13 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _read_dicom(path: Path) -> np.ndarray:
     pydicom = require("pydicom", "restore", "DICOM")
-    try:
-        _check_dicom_size(pydicom, path)
+    try:  # a file is not unpacked to more than Pillow's limit for a PNG
+        if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == DEFLATED:
+            raise ValueError("it is deflated, and its size is not known before it is unpacked: decompress it")
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        voxels = int(header.get("Rows", 0)) * int(header.get("Columns", 0)) * int(header.get("NumberOfFrames") or 1)
+        if voxels > LARGEST:
+            raise ValueError(f"{voxels:.3g} pixels, more than {LARGEST}")
         found = pydicom.dcmread(path)
         values = np.asarray(pydicom.pixels.apply_modality_lut(found.pixel_array, found), dtype=np.float32)
     except Exception as error:  # pydicom raises many types for damaged or compressed files
@@ -139,16 +144,6 @@ def _read_dicom(path: Path) -> np.ndarray:
     if values.ndim != 2:
         raise ValueError(f"{path}: shape {values.shape}: give grey slices, one per file")
     return values
-
-
-def _check_dicom_size(pydicom: Any, path: Path) -> None:
-    """Raise a ValueError for a file that would be unpacked to more than Pillow's limit for a PNG."""
-    if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == DEFLATED:
-        raise ValueError("it is deflated, and its size is not known before it is unpacked: decompress it")
-    header = pydicom.dcmread(path, stop_before_pixels=True)
-    voxels = int(header.get("Rows", 0)) * int(header.get("Columns", 0)) * int(header.get("NumberOfFrames") or 1)
-    if voxels > LARGEST:
-        raise ValueError(f"{voxels:.3g} pixels, more than {LARGEST}")
 
 
 def write_picture(

@@ -5,7 +5,7 @@ Letters: image `C H W` in [0, 1], label map `H W`, upscaling factor s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,7 @@ Box = tuple[slice, slice]
 
 
 def restore_image(
-    model: RestorationNetwork,
-    image: Tensor,
-    regions: Tensor,
-    settings: PredictSettings,
-    *,
-    tile: int = 1024,
+    model: RestorationNetwork, image: Tensor, regions: Tensor, settings: PredictSettings, *, tile: int = 1024
 ) -> Tensor:
     """Restore an image of any size, in tiles if it is larger than one tile.
 
@@ -75,15 +70,11 @@ def tiles(regions: np.ndarray, tile: int, multiple: int = 1) -> Iterator[tuple[B
     for top in range(0, h, tile):
         for left in range(0, w, tile):
             core = (slice(top, min(top + tile, h)), slice(left, min(left + tile, w)))
-            small = [boxes[number] for number in np.unique(numbers[core])]
-            small = [box for box in small if max(side.stop - side.start for side in box) <= tile]
-            yield core, _context(core, small, (h, w), multiple)
-
-
-def _context(core: Box, boxes: Sequence[Box], shape: tuple[int, int], multiple: int) -> Box:
-    sides = []
-    for axis, end in enumerate(shape):
-        first = max(0, min([core[axis].start - HALO, *(box[axis].start for box in boxes)]))
-        last = min(end, max([core[axis].stop + HALO, *(box[axis].stop for box in boxes)]))
-        sides.append(slice(first // multiple * multiple, last))
-    return sides[0], sides[1]
+            halo = tuple(
+                slice(max(0, s.start - HALO), min(n, s.stop + HALO)) for s, n in zip(core, (h, w), strict=True)
+            )
+            overlapping = [boxes[number] for number in np.unique(numbers[core])]
+            held = [halo, *(box for box in overlapping if max(side.stop - side.start for side in box) <= tile)]
+            first = [min(box[axis].start for box in held) // multiple * multiple for axis in (0, 1)]
+            last = [max(box[axis].stop for box in held) for axis in (0, 1)]
+            yield core, (slice(first[0], last[0]), slice(first[1], last[1]))

@@ -9,10 +9,10 @@ int64, "seed" and "id" as in `asa.data.loading.loader`.
 """
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,23 +69,21 @@ def find_pairs(
                     f"{root}: {lone[0]}{more} is in {folders[one]}/ and not in {folders[other]}/: all files of a case "
                     "must have the same name"
                 )
-    pairs: list[Pair] = []
-    for name in images["low"]:
-        if regions is not None and name not in images["regions"]:
-            raise ValueError(f"{root}: {name} has no label map in {regions}/: run asa-regions again")
-        labels = str(images["regions"][name]) if regions is not None else None
-        pairs.append(
-            {
-                "id": name,
-                "subject": subject_of(name, subject),
-                "low": str(images["low"][name]),
-                "high": str(images["high"][name]),
-                "regions": labels,
-            }
-        )
-    return pairs
+    if regions is not None and (lone := sorted(images["low"].keys() - images["regions"].keys())):
+        raise ValueError(f"{root}: {lone[0]} has no label map in {regions}/: run asa-regions again")
+    return [
+        {
+            "id": name,
+            "subject": subject_of(name, subject),
+            "low": str(path),
+            "high": str(images["high"][name]),
+            "regions": None if regions is None else str(images["regions"][name]),
+        }
+        for name, path in images["low"].items()
+    ]
 
 
+@dataclass(eq=False, repr=False)
 class PairDataset(Samples):
     """Random square crops of pairs, rotated by a multiple of 90 degrees.
 
@@ -103,20 +101,17 @@ class PairDataset(Samples):
         ValueError: no pairs.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        size: int,
-        *,
-        channels: int = 1,
-        upscale: int = 1,
-        window: Sequence[float] | None = None,
-        seed: int = 0,
-    ) -> None:
-        if not pairs:
+    pairs: Sequence[Pair]
+    size: int
+    _: KW_ONLY
+    channels: int = 1
+    upscale: int = 1
+    window: Sequence[float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
             raise ValueError("there are no pairs to train on: check the split")
-        self.pairs, self.size, self.channels, self.upscale = list(pairs), size, channels, upscale
-        self.window, self.seed = window, seed
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -144,23 +139,18 @@ class PairDataset(Samples):
         index, epoch = address
         pair, images = self.pairs[index], self.whole(index)
         seed = sample_seed(self.seed, epoch, pair["id"])
-        generator = torch.Generator().manual_seed(seed)
-        edge = self.size
-        if min(images["image"].shape[1:]) < edge:
+        generator, edge, shape = torch.Generator().manual_seed(seed), self.size, images["image"].shape[1:]
+        if min(shape) < edge:
             raise ValueError(f"{pair['low']}: is {_size(images['image'])} pixels, smaller than crop={edge}: lower crop")
-        top, left = (int(torch.randint(n - edge + 1, (), generator=generator)) for n in images["image"].shape[1:])
+        top, left = (int(torch.randint(n - edge + 1, (), generator=generator)) for n in shape)
         quarter_turns = int(torch.randint(4, (), generator=generator))
 
         def crop(whole: Tensor, scale: int) -> Tensor:
             rows, columns = (slice(scale * first, scale * (first + edge)) for first in (top, left))
             return torch.rot90(whole[..., rows, columns], quarter_turns, (-2, -1)).contiguous()
 
-        sample: dict[str, Any] = {
-            "image": crop(images["image"], 1),
-            "target": crop(images["target"], self.upscale),
-            "regions": crop(images["regions"], 1),
-        }
-        return {**sample, "seed": seed, "id": pair["id"]}
+        scales = {"image": 1, "target": self.upscale, "regions": 1}
+        return {"seed": seed, "id": pair["id"], **{name: crop(images[name], s) for name, s in scales.items()}}
 
 
 def check_channels(path: str, image: Tensor, channels: int) -> None:
@@ -181,7 +171,7 @@ def regions_of(path: str | None, image: Tensor) -> Tensor:
     """
     if path is None:
         return torch.zeros(image.shape[1:], dtype=torch.int64)
-    labels: np.ndarray = read_regions(path)
+    labels = read_regions(path)
     if labels.shape != image.shape[1:]:
         raise ValueError(
             f"{path}: the label map is {labels.shape[1]} x {labels.shape[0]} pixels, its image {_size(image)}: compute "

@@ -9,13 +9,13 @@ OUT/regions.json      the settings of the maps
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from asa.data.datasets.record import NIFTI, find_file
 from asa.data.io.files import read_json, write_json
 from asa.data.io.parallel import check_workers, each_tried
 from asa.errors import require
@@ -27,13 +27,12 @@ SETTINGS = "regions.json"
 OUTLINE = np.array([230, 159, 0]) / 255  # Okabe and Ito's orange
 
 
-@dataclass
-class RegionReport:
+class RegionReport(NamedTuple):
     """The result: id -> number of regions of each new map, ids that had a map, and id -> reason of each failure."""
 
-    regions: dict[str, int] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
+    regions: dict[str, int]
+    kept: list[str]
+    failures: dict[str, str]
 
 
 def store_regions(
@@ -68,15 +67,12 @@ def store_regions(
         raise ValueError(f"{out}: holds label maps made with other settings ({before}): choose another out=")
     _provider(tuple(settings.items()))  # invalid settings fail once, not for every image
     write_json(out / SETTINGS, made)
-    report = RegionReport(kept=[id for id in found if (out / f"{id}.png").is_file()])
-    jobs = [(id, str(path)) for id, path in found.items() if id not in report.kept]
+    kept = [id for id in found if (out / f"{id}.png").is_file()]
+    jobs = [(id, str(path)) for id, path in found.items() if id not in kept]
     compute = partial(_compute, out=out, settings=tuple(settings.items()), window=window)
-    for (id, _), count, reason in each_tried(compute, jobs, workers, title="regions", unit="image", progress=progress):
-        if count is None:
-            report.failures[id] = reason
-        else:
-            report.regions[id] = count
-    return report
+    tried = list(each_tried(compute, jobs, workers, title="regions", unit="image", progress=progress))
+    regions = {id: count for (id, _), count, _ in tried if count is not None}
+    return RegionReport(regions, kept, {id: reason for (id, _), _, reason in tried if reason})
 
 
 @cache
@@ -164,7 +160,7 @@ def _slic(_: str, image: np.ndarray, *, regions: int) -> np.ndarray:
 
 
 def _stored(id: str, image: np.ndarray, *, folder: Path) -> np.ndarray:
-    path = next((path for end in (".png", ".nii.gz", ".nii") if (path := folder / f"{id}{end}").is_file()), None)
+    path = find_file(folder / id, (".png", *NIFTI))
     if path is None:
         raise FileNotFoundError(f"{folder}: no label map of {id} (.png, .nii.gz or .nii)")
     labels = read_regions(path)
