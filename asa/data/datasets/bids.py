@@ -45,12 +45,11 @@ def records(
         entities: required values of any entity by its short name, like `{"rec": "norm"}`; None for files without it.
 
     Returns:
-        Records sorted by id; a missing label map has the path expected from the entities of the image. A scan with
-        several files for one channel has a `problem` that names the entities that distinguish them.
+        Records, in which a missing label map has the path expected from the entities of the image. A scan with several
+        files for one channel has a `problem` that names the entities that distinguish them.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: nothing found, or an entity whose value is given twice.
+        ValueError: an entity whose value is given twice.
     """
     root = existing_folder(root, "sub-XX, sub-YY, ... (of a BIDS dataset or of one derivative)").absolute()
     channels = channels or CHANNELS
@@ -85,7 +84,11 @@ def records(
         if scan in problems:
             record["problem"] = problems[scan]
         result.append(record)
-    return sorted_records(result, source=_source(root, channels, chosen))
+    names, entities_text = "|".join(channels.values()), f" with {_text(chosen)}" if chosen else ""
+    pipelines = sorted(f"derivatives/{path.name}" for path in root.glob("derivatives/*/"))
+    hint = f" (to read a derivative, give its folder as data.root: {' or '.join(pipelines)})" if pipelines else ""
+    source = f"sub-*/[ses-*/]anat/*_{names}.nii[.gz]{entities_text} below {root}{hint}"
+    return sorted_records(result, source=source)
 
 
 def _files(root: Path, suffix: str, keys: Sequence[str]) -> list[tuple[str, Path]]:
@@ -196,12 +199,3 @@ def _sites(root: Path, subjects: Collection[str]) -> dict[str, str]:
         told = f"{len(several)} rows give a subject another site, like {several[0]}: the first is taken"
         warnings.warn(f"{path}: {told}", stacklevel=3)
     return {subject: sites[name] for subject, name in match_names(path, sites, subjects).items()}
-
-
-def _source(root: Path, channels: Mapping[str, str], chosen: Mapping[str, str | None]) -> str:
-    """The files that were searched for, for the message about an empty cohort."""
-    names = "|".join(channels.values())
-    entities = f" with {_text(chosen)}" if chosen else ""
-    pipelines = sorted(f"derivatives/{path.name}" for path in root.glob("derivatives/*/"))
-    hint = f" (to read a derivative, give its folder as data.root: {' or '.join(pipelines)})" if pipelines else ""
-    return f"sub-*/[ses-*/]anat/*_{names}.nii[.gz]{entities} below {root}{hint}"

@@ -38,12 +38,8 @@ def records(
             the sequence, or is `mri` where there are several.
         datasets: names of the datasets to read; None: all.
 
-    Returns:
-        Records sorted by id.
-
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: no such image, no sequence is given, or datasets that are no list.
+        ValueError: no sequence is given, or datasets that are no list.
     """
     root = existing_folder(root, "PT001_NAME, PT002_NAME, ...").absolute()
     channel = channel_of(sequences, "data.sequences")

@@ -18,7 +18,7 @@ ENDINGS = (*FREESURFER, ".nii.gz", ".nii")
 TIMES = ("base-tps", "base-tps.fastsurfer")  # of longitudinal templates: lists the folders of their time points
 BIDS = r"^(sub-[A-Za-z0-9]+)_ses-"  # folders that BIDS Apps name after sessions
 
-_SIDED = {  # value on the left -> (value on the right, name)
+SIDED = {  # value on the left -> (value on the right, name)
     2: (41, "Cerebral-White-Matter"),
     3: (42, "Cerebral-Cortex"),
     4: (43, "Lateral-Ventricle"),
@@ -65,8 +65,8 @@ IGNORED = [29, 61, 78, 79, 81, 82]
 
 def aseg_labels() -> dict[int, str]:
     """Values and names of aseg.mgz."""
-    sided = {value: f"Left-{name}" for value, (_, name) in _SIDED.items()}
-    sided |= {value: f"Right-{name}" for value, name in _SIDED.values()}
+    sided = {value: f"Left-{name}" for value, (_, name) in SIDED.items()}
+    sided |= {value: f"Right-{name}" for value, name in SIDED.values()}
     return dict(sorted((sided | _MIDDLE).items()))
 
 
@@ -115,18 +115,17 @@ def records(
         subject: regular expression searched in the id, whose group 1 is the subject, in place of these rules.
 
     Returns:
-        Records sorted by id, channel t1. Averages (fsaverage, ...) and longitudinal templates are left out.
+        Records with the channel t1. Averages (fsaverage, ...) and longitudinal templates are left out.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: nothing found, or an unknown stream.
+        ValueError: an unknown stream.
     """
     root = existing_folder(root, "the subjects (SUBJECTS_DIR)")
     if stream not in ("cross", "long"):
         raise ValueError(f"data.stream={stream}: choose cross or long")
     folders = [path for path in matching_files(root, "*", folders=True) if not path.name.startswith(".")]
-    lists = (folder / name for folder in folders for name in TIMES)
-    templates = {path.parent.name: _lines(path) for path in lists if path.is_file()}
+    lists = [path for folder in folders for name in TIMES if (path := folder / name).is_file()]
+    templates = {path.parent.name: path.read_text(encoding="utf-8", errors="replace").split() for path in lists}
     base_of = {time: base for base, times in templates.items() for time in times}
     left: dict[str, list[str]] = {}
     result: list[Record] = []
@@ -152,7 +151,3 @@ def records(
         warnings.warn(f"{root}: {len(names)} folders are left out, which {reason}, like {names[0]}", stacklevel=2)
     name_subjects(result, subject)
     return sorted_records(result, source=f"SUBJECT/mri/{image}.mgz below {root}")
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").split()

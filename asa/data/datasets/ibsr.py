@@ -18,11 +18,7 @@ def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
         label: "fill" (`segTRI_fill_ana`, sulcal CSF filled in), "plain" (`segTRI_ana`), or None for no labels.
 
     Returns:
-        Records sorted by id, channel t1; label values 1 CSF, 2 GM, 3 WM.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: nothing found, or a folder without its image.
+        Records with the channel t1; label values 1 CSF, 2 GM, 3 WM.
     """
     root = existing_folder(root, "IBSR_01, IBSR_02, ...")
     if label is not None and label not in LABEL_FILES:

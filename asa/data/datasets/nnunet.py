@@ -39,11 +39,11 @@ def records(root: str | Path, *, part: str = "train", subject: str | None = None
         subject: regular expression searched in the case, whose group 1 is the subject; None: each case is one subject.
 
     Returns:
-        Records sorted by id, the case; channels as dataset.json names them, None where a case has no file.
+        Records, whose id is the case; channels as dataset.json names them, None where a case has no file.
 
     Raises:
-        FileNotFoundError: there is no such folder or dataset.json.
-        ValueError: nothing found, another file format, or an invalid dataset.json.
+        FileNotFoundError: there is no dataset.json.
+        ValueError: another file format, or an invalid dataset.json.
     """
     if part not in PARTS:
         raise ValueError(f"data.part={part!r}: choose train or test")

@@ -33,12 +33,9 @@ def records(root: str | Path, *, modalities: Sequence[str] = ("T1w",), masks: bo
             are several.
         masks: use the masks of what was defaced as label maps, whose value 1 is to be `ignored`.
 
-    Returns:
-        Records sorted by id.
-
     Raises:
-        FileNotFoundError: there is no such folder or table.
-        ValueError: no such image is here, or the table has other columns or a path without dataset and subject.
+        FileNotFoundError: there is no such table.
+        ValueError: the table has other columns or a path without dataset and subject.
     """
     root = existing_folder(root, f"{TABLE} and {FILES}").absolute()
     channel, rows = channel_of(modalities, "data.modalities"), read_rows(root / TABLE)
@@ -52,13 +49,11 @@ def records(root: str | Path, *, modalities: Sequence[str] = ("T1w",), masks: bo
             continue
         if len(path.parts) < 3:
             raise ValueError(f"{root / TABLE}: image_path is {path}, and not DATASET/SUBJECT/.../FILE: correct the row")
-        dataset, subject = path.parts[:2]
-        mask = row[COLUMNS["mask"]] if masks else ""
-        label = root / FILES / mask if mask else None
-        record = make_record(
-            scan_id(path), f"{dataset}_{subject}", {channel: root / FILES / path}, site=dataset, label=label
-        )
-        found.append(record)
+        (dataset, subject), above, name = path.parts[:2], path.parent.name, path.name.partition(".")[0]
+        id = f"{dataset}_{above.removesuffix(DERIVED)}_{name}" if above.endswith(DERIVED) else f"{dataset}_{name}"
+        label = root / FILES / row[COLUMNS["mask"]] if masks and row[COLUMNS["mask"]] else None
+        images = {channel: root / FILES / path}
+        found.append(make_record(id, f"{dataset}_{subject}", images, site=dataset, label=label))
     if found and len(found) < len(chosen):
         warnings.warn(
             f"{root}: {len(chosen) - len(found)} of {len(chosen)} images of the table are not here", stacklevel=2
@@ -66,10 +61,3 @@ def records(root: str | Path, *, modalities: Sequence[str] = ("T1w",), masks: bo
     known = sorted({row[COLUMNS["modality"]] for row in rows})
     source = f"images of {'|'.join(modalities)} in {root / TABLE}, which has {', '.join(known)}, below {root / FILES}"
     return sorted_records(found, source=source)
-
-
-def scan_id(path: str | Path) -> str:
-    """The id of the scan with this image_path."""
-    path = Path(path)
-    stem, above = path.name.partition(".")[0], path.parent.name
-    return "_".join([path.parts[0], *([above.removesuffix(DERIVED)] if above.endswith(DERIVED) else []), stem])

@@ -16,11 +16,10 @@ def records(root: str | Path, *, input: str, target: str, subject: str | None = 
         subject: regular expression searched in the id, whose group 1 is the subject; None: each pair is one subject.
 
     Returns:
-        Records sorted by id; the missing partner of an image is None.
+        Records, in which the missing partner of an image is None.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: nothing found, or no image that has a partner.
+        ValueError: no image that has a partner.
     """
     root = existing_folder(root, "the degraded and the clean images")
     found = {"input": _images(root, input), "target": _images(root, target)}

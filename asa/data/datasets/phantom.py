@@ -10,14 +10,8 @@ from asa.data.datasets.record import Record
 from asa.data.io.files import read_json
 from asa.data.phantom.cohort import make_cohort
 
-VOLUMES = {
-    "t1": 1,
-    "ibsr": 2,
-    "wmh": 3,
-    "brats": 5,
-    "structures": 2,
-    "freesurfer": 2,
-}  # per subject, including the label map
+# Files of a subject, including the label map.
+VOLUMES = {"t1": 1, "ibsr": 2, "wmh": 3, "brats": 5, "structures": 2, "freesurfer": 2}
 
 
 def records(
@@ -37,17 +31,17 @@ def records(
         kind: "t1", "ibsr", "wmh", "brats", "structures" or "freesurfer": the layout.
         subjects, seed, resolution, rim, names: as for `asa.data.phantom.cohort.make_cohort`.
 
-    Returns:
-        Records as the reader of that layout returns them.
-
     Raises:
         ImportError: nilearn, which contains the template, is not installed.
         ValueError: an option out of range, or the folder holds another phantom cohort or more subjects.
     """
     root = Path(root)
-    options: dict[str, Any] = dict(resolution=float(resolution), rim=rim, names=names)
-    if not _is_made(root, kind, subjects, {"seed": seed, **options}):
-        make_cohort(kind, subjects, seed, root, **options)
+    options: dict[str, Any] = dict(kind=kind, seed=seed, resolution=float(resolution), rim=rim, names=names)
+    about = read_json(root / "phantom.json") if (root / "phantom.json").is_file() else {}
+    if not options.items() <= about.items() or (
+        len([*root.rglob("*.nii.gz"), *root.rglob("*.mgz")]) < subjects * VOLUMES[kind]
+    ):
+        make_cohort(subjects=subjects, out=root, **options)
     readers: dict[str, Callable[[Path], list[Record]]] = {
         "t1": bids.records,
         "ibsr": ibsr.records,
@@ -63,12 +57,3 @@ def records(
             "another data.root"
         )
     return found
-
-
-def _is_made(root: Path, kind: str, subjects: int, options: dict[str, Any]) -> bool:
-    """Whether the folder holds all volumes of a cohort with these options."""
-    if not (root / "phantom.json").is_file():
-        return False
-    about = read_json(root / "phantom.json")
-    same = all(about.get(name) == value for name, value in {"kind": kind, **options}.items())
-    return same and len([*root.rglob("*.nii.gz"), *root.rglob("*.mgz")]) >= subjects * VOLUMES[kind]

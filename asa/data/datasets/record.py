@@ -105,7 +105,6 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
     """
     if not records:
         raise ValueError(f"no scans found{': ' + source if source else ''}; check the folder and the patterns")
-    sound = [record for record in records if "problem" not in record]
     for name, count in Counter(record["id"] for record in records).items():
         check_id(name)
         if count > 1:
@@ -120,8 +119,8 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
                 f"{record['id']}: has the channels {list(record['images'])}, but {records[0]['id']} has "
                 f"{channels}; every scan needs the same ones in the same order"
             )
-    for record in sound:
-        if problem := _problem(record, source):
+    for record in records:
+        if "problem" not in record and (problem := _problem(record, source)):
             raise ValueError(problem)
 
 

@@ -24,12 +24,8 @@ def records(root: str | Path, *, channels: Sequence[str] = tuple(CHANNELS), labe
         channels: t1, flair or both, in the order of the store.
         label: False for scans without `wmh.nii.gz`.
 
-    Returns:
-        Records sorted by id, each with its site.
-
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: unknown channels, nothing found, a scan that repeats, or a root too far above the sites.
+        ValueError: unknown channels, a scan that repeats, or a root too far above the sites.
     """
     if not channels or isinstance(channels, str) or set(channels) - set(CHANNELS):
         raise ValueError(f"data.channels={channels}: choose from [{', '.join(CHANNELS)}]")

@@ -179,7 +179,6 @@ def spatial_transform(volume: Tensor, size: Sequence[int], drawn: Augmentation, 
     Args:
         volume: `(C, D, H, W)`, float, or class indices with `label=True`.
         size: (D, H, W) of the crop.
-        drawn: the parameters.
         label: nearest neighbour instead of linear interpolation.
 
     Returns:
@@ -220,12 +219,7 @@ def swap_sides(label: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
-    """Apply blur, gamma, contrast (both within the range of each channel), a smooth factor, gain, noise and dropout.
-
-    Args:
-        image: `(C, D, H, W)`.
-        drawn: the parameters.
-    """
+    """Blur, gamma, contrast (both within a channel's range), smooth factor, gain, noise and dropout of `(C, D, H, W)`."""
     from monai.networks.layers import gaussian_1d, separable_filtering
     from monai.transforms import AdjustContrast
 

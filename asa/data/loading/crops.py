@@ -132,12 +132,9 @@ class CropDataset(Samples):
             raise ValueError(
                 f"data.foreground={self.foreground} needs random crops of labelled scans: set data.placement=random"
             )
-        if self.labelled:
-            for record in self.records:
-                if not _has_label(record, self.source):
-                    raise ValueError(
-                        f"{record['id']}: has no label map; leave it out of the split or prepare it with one"
-                    )
+        for record in self.records if self.labelled else ():
+            if not _has_label(record, self.source):
+                raise ValueError(f"{record['id']}: has no label map; leave it out of the split or prepare it with one")
         self.ids = self.records.ids if isinstance(self.records, Records) else [record["id"] for record in self.records]
         self._augment = self.augment or AugmentSettings()
         self.foregrounds: dict[str, Foreground] = {}  # by record id, made when the record is first read
@@ -229,13 +226,10 @@ def _has_label(record: Mapping[str, Any], source: VolumeSource) -> bool:
 
 
 class Foreground:
-    """Draws voxels of the classes of one label map: it keeps the number of voxels of each class in every slice.
+    """Draws voxels of the classes of a label map `(1, D, H, W)` uint8, whose number in every slice it keeps.
 
     The volume is read once, and the counts take a few kilobytes; a draw then reads one slice. Neither the background
     nor `IGNORED` is a class.
-
-    Args:
-        label: class indices `(1, D, H, W)` uint8, memory-mapped or not.
     """
 
     def __init__(self, label: np.ndarray) -> None:
@@ -244,14 +238,11 @@ class Foreground:
         self.cumulative = counts[:, self.classes].cumsum(axis=0)  # D K, up to and including each slice
 
     def draw(self, label: np.ndarray, draws: Sequence[float]) -> tuple[int, int, int] | None:
-        """Draw a class with equal probabilities, then one of its voxels with equal probabilities.
+        """A class with equal probabilities, then (d, h, w) of one of its voxels; None where there is no class.
 
         Args:
             label: the same label map.
             draws: two numbers in [0, 1).
-
-        Returns:
-            (d, h, w), or None where there is no class.
         """
         if not self.classes:
             return None

@@ -59,7 +59,6 @@ class Subject:
         brain: bool (D, H, W).
         maps: warped template maps (channel, D, H, W), by the template's names.
         extent: of the field of view along D, H, W in mm.
-        rng: random numbers of the subject.
     """
 
     tissue: Tensor

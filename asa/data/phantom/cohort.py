@@ -13,21 +13,15 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets import brats, wmh
-from asa.data.io.files import read_json, write_json
+from asa.data.io.files import check_out, read_json, write_json
 from asa.data.io.nifti import write_image
 from asa.data.phantom.anatomy import ASYMMETRY, Template, blend, load_template, make_subject, take_image, tissue_label
 from asa.data.phantom.lesions import Lesion, hyperintensities, plan_tumour, tumour
 from asa.data.phantom.structures import aseg_label, structure_label
 from asa.data.preprocessing.registration import NAME
 
-KINDS = (
-    "t1",
-    "ibsr",
-    "wmh",
-    "brats",
-    "structures",
-    "freesurfer",
-)  # the index of a kind is part of its seeds: append only
+# The index of a kind is part of its seeds: append only.
+KINDS = ("t1", "ibsr", "wmh", "brats", "structures", "freesurfer")
 SIDED = ("structures", "freesurfer")  # kinds with deep structures, by side in the last one
 SITES = ("Utrecht", "Singapore", "Amsterdam/GE3T")  # of the WMH challenge
 
@@ -53,13 +47,10 @@ def make_cohort(
             labels 1 lesion, 2 other pathology), "brats" (T1, T1Gd, T2, FLAIR and a tumour), "structures" (T1 with
             the deep structures of `asa.data.phantom.structures`, in one folder), or "freesurfer" (FreeSurfer's layout:
             the same structures, the cortex and the white matter, by side).
-        subjects: number of subjects.
-        seed: random seed.
         out: folder of the cohort.
         resolution: isotropic voxel size in mm, from 0.7 to 8.
         rim: add a skull-like rim around the brain, and noise in the air.
         names: year of BraTS whose names and label values "brats" writes: 2021 (1, 2, 4) or 2023 (1, 2, 3).
-        progress: show a progress bar.
 
     Returns:
         The files written.
@@ -100,24 +91,15 @@ def make_cohort(
 def _claim(out: Path, about: dict[str, Any]) -> None:
     """Write the description of the cohort; a folder of another cohort is an error."""
     path = out / "phantom.json"
-    if path.is_file():
-        existing = read_json(path)
-        if existing != about:
-            differ = [key for key in about if not isinstance(existing, dict) or existing.get(key) != about[key]]
-            raise ValueError(f"{out}: holds another phantom cohort ({', '.join(differ)} differ); choose another out=")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty and not a phantom cohort: choose another out=")
+    check_out(out, path.name, "a phantom cohort")
+    if path.is_file() and (existing := read_json(path)) != about:
+        differ = [key for key in about if not isinstance(existing, dict) or existing.get(key) != about[key]]
+        raise ValueError(f"{out}: holds another phantom cohort ({', '.join(differ)} differ); choose another out=")
     write_json(path, about)
     if about["kind"] == "t1":
-        write_json(
-            out / "dataset_description.json",
-            {
-                "Name": "asa phantom cohort (made-up people, not patients)",
-                "BIDSVersion": "1.8.0",
-                "DatasetType": "raw",
-                "GeneratedBy": [{"Name": "asa-phantom"}],
-            },
-        )
+        named = {"Name": "asa phantom cohort (made-up people, not patients)", "BIDSVersion": "1.8.0"}
+        made = {"DatasetType": "raw", "GeneratedBy": [{"Name": "asa-phantom"}]}
+        write_json(out / "dataset_description.json", {**named, **made})
 
 
 def _files(out: Path, kind: str, number: int, names: int) -> tuple[dict[str, Path], Path | None, Path]:

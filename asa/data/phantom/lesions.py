@@ -57,7 +57,6 @@ def hyperintensities(
     Args:
         maps: the subject's warped maps `lateral`, `horn` (distances in mm) and `white`, `brain` (fractions).
         extent: mm along D, H, W.
-        rng: random numbers of the subject.
 
     Returns:
         The lesions (value 1; in about every fourth subject also an old infarct, value 2), and the drawn parameters.
@@ -84,9 +83,7 @@ def hyperintensities(
 def infarct(maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.Generator) -> list[Lesion]:
     """An old infarct in the white matter (value 2): a cavity with the signal of CSF, and a bright margin on FLAIR.
 
-    Args:
-        maps: as for `hyperintensities`.
-        extent, rng: as there.
+    The arguments are those of `hyperintensities`.
     """
     shape = tuple(maps["white"].shape)
     points = grid_points(shape, extent)
@@ -125,11 +122,9 @@ def tumour(
     """A tumour: oedema along the white matter, enhancing rim, necrotic core.
 
     Args:
-        maps: the subject's warped maps.
+        maps, extent, rng: as for `hyperintensities`.
         csf: the subject's CSF fraction, which oedema does not enter.
         plan: its position and size.
-        extent: mm along D, H, W.
-        rng: random numbers of the subject.
         values: labels of necrotic core, oedema, enhancing tumour.
     """
     shape = tuple(csf.shape)
@@ -160,11 +155,7 @@ def _connected(fraction: Tensor, seed: Tensor) -> Tensor:
 
 
 def random_point(allowed: Tensor, points: Tensor, rng: np.random.Generator) -> Tensor:
-    """One of the allowed points, (3,).
-
-    Raises:
-        ValueError: there is none.
-    """
+    """One of the allowed points, (3,); a ValueError if there is none."""
     candidates = points[allowed]
     if not len(candidates):
         raise ValueError("no place for a lesion: is this a whole brain, with white matter that is bright on T1?")

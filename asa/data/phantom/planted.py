@@ -76,7 +76,6 @@ def plant_cohort(
         planted: fraction of the subjects who get one.
         seed: random seed. What a subject gets depends on it and on the subject's number among the sorted ones.
         subjects: how many of the store's, in the order of their names; None: all.
-        progress: show a progress bar.
 
     Returns:
         The files written.
@@ -117,13 +116,12 @@ def plant_cohort(
         ml = inside.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
         contrast = found.image[0][inside].mean() / before[0][inside].mean() if inside.any() else 1.0
         rows.append([id, name, int(not kind), kind, f"{ml:.3f}", f"{contrast:.3f}"])
-        files = {out / f"{id}_{channel}.nii.gz": one for channel, one in zip(store.channels, found.image, strict=True)}
-        for file, volume in (files | {out / f"{id}_lesions.nii.gz": found.label}).items():
-            write_image(file, volume.transpose(2, 1, 0), affine, dtype=volume.dtype)
+        volumes = dict(zip([*store.channels, "lesions"], [*found.image, found.label], strict=True))
+        for what, volume in volumes.items():
+            write_image(out / f"{id}_{what}.nii.gz", volume.transpose(2, 1, 0), affine, dtype=volume.dtype)
         write_json(out / f"{id}.json", {**about, "lesion": kind, "drawn": found.drawn})
-        written += [*files, out / f"{id}_lesions.nii.gz", out / f"{id}.json"]
-    header = ["id", "subject", "health", "lesion", "ml", "contrast"]
-    write_whole(out / TABLE, csv_text(header, rows).encode())
+        written += [*(out / f"{id}_{what}.nii.gz" for what in volumes), out / f"{id}.json"]
+    write_whole(out / TABLE, csv_text(["id", "subject", "health", "lesion", "ml", "contrast"], rows).encode())
     return written
 
 
@@ -137,7 +135,6 @@ def plant(
         image: `(C, D, H, W)`, 0 outside the brain.
         channels: its names, keys of `CONTRAST`, one of which is a T1.
         spacing: voxel size along D, H, W.
-        rng: random numbers.
 
     Raises:
         ValueError: there is no place for it in this scan.
@@ -162,18 +159,10 @@ def plant(
 
 
 class Scan:
-    """A scan, the tissues that its T1 shows, and the random numbers of its lesion.
+    """A scan, the tissues that its T1, the channel of that index, shows, and the random numbers of its lesion.
 
-    Tissues are three classes of intensity (k-means), from the darkest on CSF, grey and white matter.
-
-    Args:
-        image: `(C, D, H, W)`.
-        t1: index of the channel that shows tissues.
-        spacing: voxel size along D, H, W.
-        rng: random numbers.
-
-    Raises:
-        ValueError: an empty channel.
+    Tissues are three classes of intensity (k-means), from the darkest on CSF, grey and white matter. An empty T1 is a
+    ValueError.
     """
 
     def __init__(self, image: Tensor, t1: int, spacing: tuple[float, ...], rng: np.random.Generator) -> None:
@@ -195,11 +184,7 @@ class Scan:
         return float(self.image[channel][where].mean())
 
     def maps(self) -> dict[str, Tensor]:
-        """The maps that lesions are drawn in, see `asa.data.phantom.lesions`.
-
-        Raises:
-            ValueError: no ventricles.
-        """
+        """The maps that lesions are drawn in, see `hyperintensities`; a ValueError where there are no ventricles."""
         depth = ndimage.distance_transform_edt(self.brain.numpy(), sampling=self.spacing)
         parts, count = ndimage.label(self.csf.numpy() & (depth > DEEP))
         if not count:

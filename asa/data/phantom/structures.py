@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from asa.data.datasets.freesurfer import SIDED
 from asa.data.preprocessing.resampling import largest_part
 
 
@@ -35,10 +36,9 @@ ELLIPSOIDS: dict[str, tuple[bool, tuple[Ellipsoid, ...]]] = {
 }
 STRUCTURES = dict(enumerate(("ventricle", *ELLIPSOIDS), start=1))
 
-# FreeSurfer's values of the structures and of CSF, GM and WM elsewhere, on the left, and what they are on the right.
+# FreeSurfer's values on the left of the structures, and of CSF, GM and WM elsewhere.
 _ASEG = np.array([0, 4, 10, 11, 12, 17, 16], np.uint8)
 _ASEG_TISSUES = np.array([0, 24, 3, 2], np.uint8)
-ASEG_SIDES = {2: 41, 3: 42, 4: 43, 10: 49, 11: 50, 12: 51, 17: 53}
 
 
 def structure_maps(fractions: np.ndarray, centre: np.ndarray) -> dict[str, np.ndarray]:
@@ -92,7 +92,7 @@ def aseg_label(structures: np.ndarray, tissues: np.ndarray) -> np.ndarray:
     """
     left = np.where(structures > 0, _ASEG[structures], _ASEG_TISSUES[tissues])
     right = left.copy()
-    for value, other in ASEG_SIDES.items():
+    for value, (other, _) in SIDED.items():
         right[left == value] = other
     middle = structures.shape[2] // 2
     return np.concatenate([left[..., :middle], right[..., middle:]], axis=2)

@@ -21,7 +21,6 @@ def smooth_noise(
     """Smooth Gaussian noise with zero mean and unit SD.
 
     Args:
-        rng: random numbers.
         extent: mm along D, H, W.
         width: standard deviation in mm of the Gaussian that smooths white noise.
         channels: number of independent fields.
