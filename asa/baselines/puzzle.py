@@ -101,11 +101,8 @@ class PuzzlePretraining(nn.Module):
         return self.corners[self.table[answers.numpy()]] + offsets.numpy()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch with "image" and "seed".
-
-        Returns:
-            "loss"; and for the log "random_guess_loss", that of equal probabilities of all answers, and
-            "accuracy".
+        """The "loss" of a batch with "image" and "seed"; and for the log "accuracy" and "random_guess_loss", that of
+        equal probabilities of all answers.
         """
         image, draws = batch["image"], self.draw(batch["seed"])
         logits, answers = self.logits(image, draws).float(), draws.answers.to(image.device, non_blocking=True)

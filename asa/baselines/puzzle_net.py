@@ -40,18 +40,12 @@ class PuzzleNet(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, pieces: Tensor, indices: Tensor) -> Tensor:
-        """Answer puzzles.
+        """Logits of the answers, `(B, K)`; a ValueError for another number of pieces.
 
         Args:
             pieces: `(B, P, C, d, h, w)`, sizes divisible by s.
             indices: int64 `(B, L)`, the tokens of the whole volume whose position encodings the tokens of each piece
                 get, the same for all pieces of a sample.
-
-        Returns:
-            Logits `(B, K)`.
-
-        Raises:
-            ValueError: another number of pieces.
         """
         if pieces.ndim != 6 or pieces.shape[1] != self.pieces:
             raise ValueError(f"this network takes {self.pieces} pieces of each volume, got {tuple(pieces.shape)}")

@@ -56,7 +56,7 @@ class RestorationSummary(Summary):
 
     window: tuple[float, float] | None
     truths: dict[str, str]
-    left_out: int = 0
+    left_out: int
 
     def as_json(self) -> dict[str, Any]:
         """The results for a JSON file, without the rows; undefined numbers are null."""

@@ -43,14 +43,11 @@ class FocalRegionLoss(nn.Module):
         return (means / largest).where(largest > 0, 0.0).flatten()[keys]
 
     def forward(self, prediction: Tensor, target: Tensor, regions: Tensor) -> Tensor:
-        """The loss, a scalar in float32.
+        """The loss, a scalar in float32; a ValueError for inconsistent shapes.
 
         Args:
             prediction, target: `(B, C, H, W)`.
             regions: label map `(B, H, W)`, any integers, on the host or the images' device.
-
-        Raises:
-            ValueError: inconsistent shapes.
         """
         if prediction.shape != target.shape:
             raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
@@ -73,9 +70,7 @@ def psnr(error: Tensor) -> Tensor:
 class Restoration(nn.Module):
     """Denoising, synthesis or super-resolution from pairs of degraded and clean images.
 
-    Args:
-        model: the network.
-        beta: weight of the focal term of the loss; 0 is the plain absolute error.
+    `beta` is that of the `FocalRegionLoss`.
 
     Raises:
         ValueError: a model that is no restoration network, or a negative beta.

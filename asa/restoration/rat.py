@@ -73,14 +73,9 @@ class RegionAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, regions: RegionIndex | Tensor) -> Tensor:
-        """Attend inside regions.
+        """`(B, L, E)` -> `(B, L, E)`.
 
-        Args:
-            tokens: `(B, L, E)`.
-            regions: labels `(B, L)`, or their `asa.restoration.regions.region_index`, which several layers can share.
-
-        Returns:
-            `(B, L, E)`.
+        `regions` are labels `(B, L)`, or their `asa.restoration.regions.region_index`, which several layers can share.
         """
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each B M L d
         out = region_attention(q, k, v, regions, self.backend)
@@ -177,15 +172,12 @@ class RestorationNetwork(nn.Module):
         self.in_channels, self.upscale, self.multiple, self.smallest = in_channels, upscale, multiple, smallest
 
     def forward(self, image: Tensor, regions: Tensor) -> Tensor:
-        """Restore images of any height and width.
+        """Restore images of any height and width: `(B, C, H, W)` -> `(B, C, s*H, s*W)`.
 
         Args:
             image: `(B, C, H, W)`.
             regions: label map `(B, H, W)` of the input image, any integers, on the image's device or on the host:
                 its values are read, which waits for a GPU.
-
-        Returns:
-            `(B, C, s*H, s*W)`.
 
         Raises:
             ValueError: other channels, or a label map of another size than the image.

@@ -52,7 +52,6 @@ def store_regions(
         settings: keywords of `make_provider`.
         window: see `asa.restoration.images.read_picture`.
         workers: number of processes; 1 works in this process.
-        progress: show a progress bar.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: no images, invalid settings or a missing package of the provider, or
@@ -185,14 +184,9 @@ def _sam(weights: str | Path | None, model: str, device: str) -> Provider:
 
 
 def paint(masks: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-    """One label map from masks that may overlap: painted from large to small, so that small masks stay visible.
+    """One label map (H, W) from bool masks, which may overlap: painted from large to small, so that small ones stay.
 
-    Args:
-        masks: bool `(H, W)`.
-        shape: (H, W).
-
-    Returns:
-        Labels 1, 2, ... in the order of painting; 0, one more region, where there is no mask.
+    Labels are 1, 2, ... in the order of painting; 0, one more region, where there is no mask.
     """
     labels = np.zeros(tuple(shape), dtype=np.int64)
     by_size = sorted(masks, key=np.count_nonzero, reverse=True)

@@ -49,9 +49,6 @@ def region_keys(labels: Tensor) -> tuple[Tensor, int]:
 
     Returns:
         Numbers of `labels`' shape, and an upper bound K that they are all below; some numbers may not occur.
-
-    Raises:
-        ValueError: no labels, or labels that are not integers.
     """
     check_labels(labels)
     labels = labels.long()

@@ -39,7 +39,8 @@ def write_restoration_report(path: Path, summary: RestorationSummary, cases: Seq
     """Write the page of an evaluation of restored images; the files of the shown cases are read again.
 
     Raises:
-        ValueError: the `report` extra is not installed, or a degraded image does not match its clean image.
+        ImportError: the `report` extra is not installed.
+        ValueError: a degraded image does not match its clean image.
     """
     require_for_page(path)
     files = {case.case_id: case for case in cases}
@@ -63,11 +64,7 @@ def write_restoration_report(path: Path, summary: RestorationSummary, cases: Seq
 
 
 def read_case(files: ImageFiles, window: Sequence[float] | None) -> dict[str, np.ndarray]:
-    """A case's images by title; the degraded one is upscaled bilinearly to the size of the others.
-
-    Raises:
-        ValueError: a degraded image with another number of channels.
-    """
+    """A case's images by title; the degraded one is upscaled bilinearly to the size of the others."""
     truth, output = read_picture(files.truth, window), read_picture(files.prediction)
     images = {"Output": output, "Truth": truth}
     if files.degraded is None:
@@ -93,12 +90,7 @@ def error_scale(cases: Sequence[dict[str, np.ndarray]]) -> float:
 
 
 def image_panel(images: dict[str, np.ndarray], top: float) -> np.ndarray:
-    """A case's images and the error of the output side by side, as wide as the page: RGB `(height, width, 3)`.
-
-    Args:
-        images: title -> image, "Output" and "Truth" among them.
-        top: the error that is drawn white.
-    """
+    """A case's images and the error of the output, white at `top`, side by side and as wide as the page: RGB."""
     drawn = [*map(_rgb, images.values()), heat(error_map(images), (0.0, top))]
     width = (PANEL_WIDTH - GAP * (len(drawn) - 1)) // len(drawn)
     return with_gaps([_fitted(image, width) for image in drawn], axis=1)

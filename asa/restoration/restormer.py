@@ -24,9 +24,6 @@ class Restormer(RestorationNetwork):
         num_blocks, num_heads: blocks, and their attention heads, at each resolution.
         refinement: blocks at full resolution at the end.
         expansion: hidden width of the feed-forward networks over that of the features.
-
-    Raises:
-        ValueError: another upscaling factor.
     """
 
     regional = False

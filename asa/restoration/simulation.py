@@ -33,7 +33,6 @@ def low_dose_ct(
 
     Args:
         image: `(H, W)` in HU.
-        generator: random numbers.
         photons: N emitted along a ray; the noise is proportional to 1 / sqrt(N).
         pixel: edge of a pixel in mm.
         views: number of projection angles.
@@ -60,7 +59,6 @@ def low_count_pet(
 
     Args:
         image: `(H, W)` activity or uptake, 0 or more, in any unit.
-        generator: random numbers.
         counts: true coincidences in the slice.
         views: number of projection angles.
 
@@ -123,15 +121,12 @@ def make_degradation(
     factor: int = 2,
     blur: float = 0.5,
 ) -> Degradation:
-    """The function that degrades an image `(C, H, W)` in [0, 1].
+    """The function that degrades an image `(C, H, W)` in [0, 1]; a ValueError for an unknown kind or invalid settings.
 
     Args:
         kind: `"ct"` (`low_dose_ct` with `photons` and `pixel`), `"pet"` (`low_count_pet` with `counts`) or `"sr"`
             (`decimated` by `factor` with `blur`).
         window: the HU that are 0 and 1, for ct.
-
-    Raises:
-        ValueError: an unknown kind, or invalid settings.
     """
     if kind == "sr":
         if factor not in (2, 4):
@@ -173,13 +168,11 @@ def simulate_folder(
 
     Args:
         images: folder of clean images.
-        out: folder of the pairs.
-        kind: see `make_degradation`.
+        kind, physics: see `make_degradation`.
         window: see `asa.restoration.images.read_picture`; stored in the PNG files.
         multiple: sizes are cropped to multiples of it.
         seed: random seed; the draws of an image do not depend on the others.
         workers: number of processes; 1 works in this process.
-        physics: see `make_degradation`.
 
     Returns:
         The number of pairs, and id -> reason of each image that cannot be read or degraded; the others are written.

@@ -205,11 +205,6 @@ def validate_restoration(method: RestorationMethod, dataset: PairDataset, settin
 
     Several processes divide the images between them; each returns the whole result, and the main one the panel.
 
-    Args:
-        method: the method, in evaluation mode.
-        dataset: the pairs.
-        settings: precision.
-
     Returns:
         "psnr", "ssim", "input_psnr", "input_ssim", "loss"; and a panel of input, prediction and target.
     """
