@@ -33,32 +33,30 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
         label: False for scans without label maps.
 
     Returns:
-        Records sorted by id, channels t1, t1ce, t2, flair. Since 2023 time points are scans of one subject.
+        Records with the channels t1, t1ce, t2, flair. Since 2023 time points are scans of one subject.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: nothing found, names of another year than `year` or of both, or a folder without any image.
+        ValueError: names of another year than `year` or of both.
     """
     root = existing_folder(root, "BraTS2021_00000, ... or BraTS-GLI-00000-000, ...")
     if year not in _NAMES:
         raise ValueError(f"data.year={year}: choose 2021, or 2023 for the names since then")
+    (other,) = _NAMES.keys() - {year}
     result: list[Record] = []
     strange: list[str] = []
     for folder in matching_files(root, "BraTS*", "*/BraTS*", folders=True):
-        if not any(pattern.fullmatch(folder.name) for pattern in _NAMES.values()):
-            strange.append(folder.name)
-        for found, pattern in _NAMES.items():
-            match = pattern.fullmatch(folder.name)
-            if match and found != year:
-                raise ValueError(
-                    f"{folder}: has a name of {found}, whose label values differ from those of {year}; use "
-                    f"data={CONFIGS[found]}, and keep the years in separate folders"
-                )
-            if match:
-                stem = folder / folder.name
-                images = {channel: find_file(f"{stem}{ending}") for channel, ending in CHANNELS[year].items()}
-                truth = label_file(f"{stem}{LABEL_FILES[year]}") if label else None
-                result.append(make_record(folder.name, match.group(1), images, label=truth))
+        name, stem = folder.name, folder / folder.name
+        if _NAMES[other].fullmatch(name):
+            raise ValueError(
+                f"{folder}: has a name of {other}, whose label values differ from those of {year}; use "
+                f"data={CONFIGS[other]}, and keep the years in separate folders"
+            )
+        if not (match := _NAMES[year].fullmatch(name)):
+            strange.append(name)
+            continue
+        images = {channel: find_file(f"{stem}{ending}") for channel, ending in CHANNELS[year].items()}
+        truth = label_file(f"{stem}{LABEL_FILES[year]}") if label else None
+        result.append(make_record(name, match.group(1), images, label=truth))
     if strange and result:
         warnings.warn(
             f"{root}: {len(strange)} folders with other names are left out, like {min(strange)}", stacklevel=2

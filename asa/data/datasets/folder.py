@@ -37,13 +37,9 @@ def records(
         table: CSV or JSON list with the columns id, subject (optional), site (optional), label (optional) and one per
             channel; paths are relative to the table.
 
-    Returns:
-        Records sorted by id.
-
     Raises:
-        FileNotFoundError: the root or the table is missing.
-        ValueError: neither a root nor a table, nothing found, a scan without the first channel, a glob that matches no
-            scan, different numbers of wildcards, or an invalid table.
+        ValueError: neither a root nor a table, a scan without the first channel, a glob that matches no scan, different
+            numbers of wildcards, or an invalid table.
     """
     if table is not None:
         if label is not None:
@@ -95,8 +91,8 @@ def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> lis
     globs = dict(images) | ({"label": label} if label is not None else {})
     first = next(iter(globs))
     matches = {name: find_files(root, glob) for name, glob in globs.items()}
-    for name, glob in globs.items():
-        _check_match(root, (name, glob, matches[name]), (first, globs[first], matches[first]))
+    for name in globs:
+        _check_match(root, name, globs, matches)
     found: list[Record] = []
     for texts in matches[first]:
         name = join_texts(texts)
@@ -106,12 +102,12 @@ def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> lis
     return found
 
 
-Matched = tuple[str, str, Mapping[tuple[str, ...], Path]]  # name, glob, wildcard texts -> file
-
-
-def _check_match(root: Path, one: Matched, first: Matched) -> None:
-    """Check that a glob can match the same scans as the first one."""
-    (name, glob, files), (first_name, first_glob, first_files) = one, first
+def _check_match(
+    root: Path, name: str, globs: Mapping[str, str], matches: Mapping[str, Mapping[tuple[str, ...], Path]]
+) -> None:
+    """Check that the glob of this name can match the same scans as the first one."""
+    first = next(iter(globs))
+    glob, files, first_glob, first_files = globs[name], matches[name], globs[first], matches[first]
     if len(_WILDCARD.findall(glob)) != len(_WILDCARD.findall(first_glob)):
         raise ValueError(f"{name}: glob {glob!r} needs as many wildcards as {first_glob!r}, matching the same text")
     if first_files and not files.keys() & first_files.keys():
@@ -120,7 +116,7 @@ def _check_match(root: Path, one: Matched, first: Matched) -> None:
     lone = sorted(files.keys() - first_files.keys())
     if lone and name != "label":
         raise ValueError(
-            f"{join_texts(lone[0])}: no {first_name} for this and {len(lone) - 1} other scans with {name} by "
+            f"{join_texts(lone[0])}: no {first} for this and {len(lone) - 1} other scans with {name} by "
             f"{first_glob!r} below {root}; add the files, put a channel that no scan lacks first, or give a table"
         )
     if lone:
@@ -151,14 +147,10 @@ def find_files(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
     """
     if not has_wildcard(glob):
         raise ValueError(f"{root}: glob {glob!r} has no wildcard; put a * where the names of the scans differ")
-    expression, position = "", 0
-    for wildcard in _WILDCARD.finditer(glob):
-        expression += re.escape(glob[position : wildcard.start()])
-        text = wildcard.group()
-        bracket = text.replace("[!", "[^", 1) if text.startswith("[") else None
-        expression += {"**/": r"((?:[^/]+/)*)", "*": r"([^/]*)", "?": r"([^/])"}.get(text, f"({bracket})")
-        position = wildcard.end()
-    pattern = re.compile(expression + re.escape(glob[position:]))
+    known = {"**/": r"((?:[^/]+/)*)", "*": r"([^/]*)", "?": r"([^/])"}
+    groups = [known.get(text, f"({text.replace('[!', '[^', 1)})") for text in _WILDCARD.findall(glob)]
+    literals = map(re.escape, _WILDCARD.split(glob))
+    pattern = re.compile("".join(itertools.chain(*zip(literals, [*groups, ""], strict=True))))
     files: dict[tuple[str, ...], Path] = {}
     for path in matching_files(root, glob):
         relative = path.relative_to(root).as_posix()

@@ -219,7 +219,7 @@ def swap_sides(label: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
-    """Blur, gamma, contrast (both within a channel's range), smooth factor, gain, noise and dropout of `(C, D, H, W)`."""
+    """Blur, gamma, contrast (both within a channel's range), smooth factor, gain, noise, dropout of `(C, D, H, W)`."""
     from monai.networks.layers import gaussian_1d, separable_filtering
     from monai.transforms import AdjustContrast
 
