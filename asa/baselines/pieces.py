@@ -14,6 +14,7 @@ from asa.ops.patches import triple
 
 SIDE = 3  # cells along each axis
 CELLS = SIDE**3
+PLACES = np.array(list(product(range(SIDE), repeat=3)))  # of the cells, 27 3
 CENTRE = CELLS // 2
 ORDERS = (CELLS - 1) * CELLS  # of `distant_permutations`
 
@@ -44,11 +45,7 @@ def piece_size(spatial: Sequence[int], patch_size: int, jitter: int) -> tuple[in
 
 def cell_corners(spatial: Sequence[int]) -> np.ndarray:
     """First voxel of each cell, `(27, 3)` int64."""
-    return _coordinates() * np.array(cell_size(spatial))
-
-
-def _coordinates() -> np.ndarray:
-    return np.array(list(product(range(SIDE), repeat=3)))
+    return PLACES * np.array(cell_size(spatial))
 
 
 def cut(volume: Tensor, starts: np.ndarray, size: Sequence[int]) -> Tensor:
@@ -85,13 +82,12 @@ def distant_permutations(count: int) -> np.ndarray:
     """
     if type(count) is not int or not 2 <= count <= ORDERS:
         raise ValueError(f"method.permutations={count}: must be a whole number from 2 to {ORDERS}")
-    cells = _coordinates()  # 27 3, the coefficients of t^2, t and 1
     times_t = np.array([[0, 1, 0], [1, 0, 1], [2, 0, 0]])  # t^3 = t + 2
     factors = [np.eye(3, dtype=np.int64)]
     while len(factors) < CELLS - 1:
         factors.append(times_t @ factors[-1] % SIDE)
-    scaled = cells @ np.stack(factors).swapaxes(1, 2)  # 26 27 3: a, x
-    maps = (scaled[:, None] + cells[:, None]) % SIDE  # 26 27 27 3: a, b, x
+    scaled = PLACES @ np.stack(factors).swapaxes(1, 2)  # 26 27 3: a, x, with the coefficients of t^2, t and 1 last
+    maps = (scaled[:, None] + PLACES[:, None]) % SIDE  # 26 27 27 3: a, b, x
     table: np.ndarray = (maps @ np.array([9, 3, 1])).reshape(ORDERS, CELLS)
     return table[np.arange(count) * ORDERS // count]
 

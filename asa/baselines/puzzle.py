@@ -28,17 +28,11 @@ from asa.ops.patches import grid_size
 
 @dataclass(frozen=True)
 class Draws:
-    """The random draws of a batch, on the CPU.
+    """The random draws of a batch, on the CPU."""
 
-    Args:
-        answers: int64 `(B,)`.
-        offsets: first voxel of each shown piece inside its cell, int64 `(B, P, 3)`.
-        indices: tokens of the volume's grid whose position encodings the pieces get, int64 `(B, L)`.
-    """
-
-    answers: Tensor
-    offsets: Tensor
-    indices: Tensor
+    answers: Tensor  # int64 (B,)
+    offsets: Tensor  # first voxel of each shown piece inside its cell, int64 (B, P, 3)
+    indices: Tensor  # tokens of the volume's grid whose position encodings the pieces get, int64 (B, L)
 
 
 class PuzzlePretraining(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 
 from asa.baselines.base import Comparator
 from asa.models.transfer import other_channels
@@ -41,7 +42,7 @@ class ResidualBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """`(B, F, D, H, W)` -> the same with other channels, each size divided by the stride."""
         straight = self.skip["project"](self.skip["pool"](features))
-        return leaky(self.conv2(leaky(self.conv1(features))) + straight)
+        return leaky_relu(self.conv2(leaky_relu(self.conv1(features))) + straight)
 
 
 class ResidualEncoder(nn.Module):
@@ -74,7 +75,7 @@ class ResidualEncoder(nn.Module):
 
     def forward(self, volume: Tensor) -> list[Tensor]:
         """The feature maps of all levels, from the finest, of a volume `(B, C, D, H, W)`."""
-        maps = [leaky(self.stem(volume))]
+        maps = [leaky_relu(self.stem(volume))]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
         return maps[1:]
@@ -102,14 +103,9 @@ class Decoder(nn.Module):
         """Logits `(B, K, D/2^l, H/2^l, W/2^l)`, from the finest, of the encoder's feature maps."""
         features, logits = maps[-1], []
         for skip, up, conv, head in zip(maps[-2::-1], self.ups, self.convs, self.heads, strict=True):
-            features = leaky(conv(torch.cat((up(features), skip), dim=1)))
+            features = leaky_relu(conv(torch.cat((up(features), skip), dim=1)))
             logits.append(head(features))
         return logits[::-1]
-
-
-def leaky(features: Tensor) -> Tensor:
-    """The activation of nnU-Net."""
-    return nn.functional.leaky_relu(features, 0.01)
 
 
 def resenc_l(

@@ -37,10 +37,7 @@ def simulate(config: dict[str, Any]) -> None:
     """Write low/, high/ and simulated.json; if images failed, a ValueError after the others are written."""
     kind, seed, out = config["kind"], config["seed"], Path(str(config["out"]))
     physics = {key: config[key] for key in PHYSICS}
-    multiple = config["factor"] if kind == "sr" else 1
-    count, failures = simulate_folder(
-        config["input"], out, kind, multiple=multiple, seed=seed, workers=config["workers"], **physics
-    )
+    count, failures = simulate_folder(config["input"], out, kind, seed=seed, workers=config["workers"], **physics)
     write_json(out / "simulated.json", {"kind": kind, **physics, "seed": seed})
     for id, reason in sorted(failures.items()):
         print(f"{id}: failed: {reason}")

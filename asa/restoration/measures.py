@@ -46,17 +46,11 @@ def score_image(prediction: Tensor, target: Tensor, width: float = 1.0) -> dict[
 
 @dataclass(frozen=True, kw_only=True)
 class RestorationSummary(Summary):
-    """Results of an evaluation of restored images; the only region is the whole image.
+    """Results of an evaluation of restored images; the only region is the whole image."""
 
-    Args:
-        window: (low, high) in the images' units, the data range; None: the files' whole range.
-        truths: id -> checksum of the clean image.
-        left_out: number of clean images without a restored one; they are not counted.
-    """
-
-    window: tuple[float, float] | None
-    truths: dict[str, str]
-    left_out: int
+    window: tuple[float, float] | None  # the data range in the images' units; None: the files' whole range
+    truths: dict[str, str]  # id -> checksum of the clean image
+    left_out: int  # number of clean images without a restored one; they are not counted
 
     def as_json(self) -> dict[str, Any]:
         """The results for a JSON file, without the rows; undefined numbers are null."""

@@ -89,25 +89,17 @@ class PairDataset(Samples):
 
     An item is addressed by (index of the pair, epoch); the same address always gives the same bytes.
 
-    Args:
-        pairs: see `find_pairs`.
-        size: edge of the crops in pixels of the degraded image.
-        channels: 1 or 3, of all images.
-        upscale: factor s between clean and degraded images.
-        window: see `asa.restoration.images.read_picture`.
-        seed: the seed of the run.
-
     Raises:
         ValueError: no pairs.
     """
 
     pairs: Sequence[Pair]
-    size: int
+    size: int  # edge of the crops in pixels of the degraded image
     _: KW_ONLY
-    channels: int = 1
-    upscale: int = 1
-    window: Sequence[float] | None = None
-    seed: int = 0
+    channels: int = 1  # 1 or 3, of all images
+    upscale: int = 1  # factor s between clean and degraded images
+    window: Sequence[float] | None = None  # see `asa.restoration.images.read_picture`
+    seed: int = 0  # of the run
 
     def __post_init__(self) -> None:
         if not self.pairs:

@@ -21,19 +21,12 @@ DENSE_TOKENS = 256
 
 @dataclass(frozen=True)
 class RegionIndex:
-    """The tokens of each region: computed once from a label map, shared by all layers.
+    """The tokens of each region: computed once from a label map, shared by all layers."""
 
-    Args:
-        keys: region of each token `(B, L)`, numbered over the whole batch: images share no region.
-        order: tokens of the batch sorted by the length of their region, then by region, `(T,)`.
-        inverse: index of each token in that order, `(T,)`.
-        groups: (c, n) of the runs of equally long regions in that order.
-    """
-
-    keys: Tensor
-    order: Tensor
-    inverse: Tensor
-    groups: tuple[tuple[int, int], ...]
+    keys: Tensor  # region of each token (B, L), numbered over the whole batch: images share no region
+    order: Tensor  # tokens of the batch sorted by the length of their region, then by region, (T,)
+    inverse: Tensor  # index of each token in that order, (T,)
+    groups: tuple[tuple[int, int], ...]  # (c, n) of the runs of equally long regions in that order
 
     def to(self, device: torch.device) -> "RegionIndex":
         """The index of tokens on a device. From the host this does not wait for the device."""
@@ -113,8 +106,7 @@ def region_index(labels: Tensor) -> RegionIndex:
     keys, count = region_keys(labels)
     lengths = torch.bincount(keys.flatten(), minlength=count)
     by_length = torch.argsort(lengths, stable=True)
-    rank = torch.empty_like(by_length)
-    rank[by_length] = torch.arange(count, device=labels.device)
+    rank = by_length.argsort()
     order = torch.argsort(rank[keys.flatten()], stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
@@ -159,10 +151,11 @@ def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Ten
             f"divisible by 8 and torch.nn.attention.varlen, got {q.dtype} on {q.device.type}: use backend='segments'"
         )
     b, m, length, d = q.shape
-    rows = [_permute(x.transpose(1, 2).reshape(b * length, m, d), index.order, index.inverse) for x in (q, k, v)]
+    tokens = (x.transpose(1, 2).reshape(b * length, m, d) for x in (q, k, v))
+    q, k, v = (_Permutation.apply(x, index.order, index.inverse) for x in tokens)
     attend = _variable_length if chosen == "varlen" else _by_segments
-    out = attend(rows[0], rows[1], rows[2], index.groups)  # T M d
-    return _permute(out, index.inverse, index.order).view(b, length, m, d).transpose(1, 2)
+    out: Tensor = _Permutation.apply(attend(q, k, v, index.groups), index.inverse, index.order)  # T M d
+    return out.view(b, length, m, d).transpose(1, 2)
 
 
 def choose_backend(index: RegionIndex, q: Tensor) -> str:
@@ -212,6 +205,8 @@ def _variable_length(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, i
 
 
 class _Permutation(torch.autograd.Function):
+    """Rows `(T, ...)` in another order."""
+
     # The gradient of a permutation is the inverse permutation; autograd's of indexing is a slower row-wise sum.
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -221,10 +216,4 @@ class _Permutation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         order, inverse = ctx.saved_tensors
-        return _permute(gradient, inverse, order), None, None
-
-
-def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Rows `(T, ...)` in another order."""
-    permuted: Tensor = _Permutation.apply(rows, order, inverse)
-    return permuted
+        return _Permutation.apply(gradient, inverse, order), None, None

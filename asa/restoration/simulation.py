@@ -159,41 +159,40 @@ def simulate_folder(
     kind: str,
     *,
     window: Sequence[float] | None = None,
-    multiple: int = 1,
+    factor: int = 2,
     seed: int = 0,
     workers: int = 1,
     **physics: Any,
 ) -> tuple[int, dict[str, str]]:
     """Write OUT/high/ID.png and the degraded OUT/low/ID.png for every image in a folder.
 
+    For super-resolution the sizes are cropped to multiples of the factor.
+
     Args:
         images: folder of clean images.
-        kind, physics: see `make_degradation`.
+        kind, factor, physics: see `make_degradation`.
         window: see `asa.restoration.images.read_picture`; stored in the PNG files.
-        multiple: sizes are cropped to multiples of it.
         seed: random seed; the draws of an image do not depend on the others.
         workers: number of processes; 1 works in this process.
 
     Returns:
         The number of pairs, and id -> reason of each image that cannot be read or degraded; the others are written.
-
-    Raises:
-        FileNotFoundError, ValueError: no images, or invalid settings.
     """
     check_workers(workers)
-    settings = {"kind": kind, "window": window, **physics}
+    settings = {"kind": kind, "window": window, "factor": factor, **physics}
     make_degradation(**settings)  # invalid settings fail once, not for every image
     jobs = [(id, str(path)) for id, path in list_pictures(images).items()]
-    make = partial(_write_pair, out=out, settings=settings, multiple=multiple, seed=seed)
+    make = partial(_write_pair, out=out, settings=settings, seed=seed)
     tried = each_tried(make, jobs, workers, title="simulate", unit="image")
     failures = {id: reason for (id, _), _, reason in tried if reason}
     return len(jobs) - len(failures), failures
 
 
-def _write_pair(job: tuple[str, str], *, out: Path, settings: dict[str, Any], multiple: int, seed: int) -> None:
+def _write_pair(job: tuple[str, str], *, out: Path, settings: dict[str, Any], seed: int) -> None:
     """Read, degrade and write an image, (id, path)."""
     (id, path), window = job, settings["window"]
     clean = read_picture(path, window)
+    multiple = settings["factor"] if settings["kind"] == "sr" else 1
     clean = clean[:, : clean.shape[1] // multiple * multiple, : clean.shape[2] // multiple * multiple]
     try:
         low = make_degradation(**settings)(clean, np.random.default_rng(sample_seed(seed, id)))

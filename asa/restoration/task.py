@@ -67,15 +67,10 @@ class Restoration:
         self.split = choose_split(pairs, data, Path(str(config["out"])))
         channels = len(read_picture(pairs[0]["low"], data["window"]))
         set_model(config, in_channels=config["model"]["in_channels"] or channels)
+        options = dict(channels=config["model"]["in_channels"], upscale=config["model"]["upscale"])
+        options |= dict(window=data["window"], seed=config["train"]["seed"])
         self.parts = {
-            name: PairDataset(
-                chosen,
-                config["crop"],
-                channels=config["model"]["in_channels"],
-                upscale=config["model"]["upscale"],
-                window=data["window"],
-                seed=config["train"]["seed"],
-            )
+            name: PairDataset(chosen, config["crop"], **options)
             for name, subjects in self.split.items()
             if (chosen := select(pairs, subjects)) or name == "train"
         }
@@ -157,14 +152,8 @@ class Restoration:
         for key in ("predictions", "truth"):
             if config[key] is None:
                 raise ValueError(f"{key}= has to be given: a folder of images")
-        table = evaluate_pictures(
-            config["predictions"],
-            config["truth"],
-            config["out"],
-            inputs=config["inputs"],
-            window=config["window"],
-            allow_missing=config["allow_missing"],
-        )
+        keys = ("predictions", "truth", "out", "inputs", "window", "allow_missing")
+        table = evaluate_pictures(**{key: config[key] for key in keys})
         print(f"{table}\nwrote cases.csv, summary.json and report.html to {config['out']}")
 
 
