@@ -17,17 +17,11 @@ BACKGROUND, IGNORE = "background", "ignore"
 
 
 class LabelScheme(NamedTuple):
-    """What a dataset.json says of its labels.
+    """What a dataset.json says of its labels."""
 
-    Args:
-        labels: value -> name, without the background.
-        ignored: values whose voxels are excluded.
-        regions: name -> values that it joins; empty for a dataset of plain labels.
-    """
-
-    labels: dict[int, str]
-    ignored: list[int]
-    regions: dict[str, list[int]]
+    labels: dict[int, str]  # value -> name, without the background
+    ignored: list[int]  # values whose voxels are excluded
+    regions: dict[str, list[int]]  # name -> values that it joins; empty for a dataset of plain labels
 
 
 def records(root: str | Path, *, part: str = "train", subject: str | None = None) -> list[Record]:

@@ -13,23 +13,14 @@ NIFTI = (".nii.gz", ".nii")
 
 
 class Record(TypedDict):
-    """One scan of one subject.
+    """One scan of one subject."""
 
-    Args:
-        id: unique in the cohort; the name of the files in the store.
-        subject: groups the scans (sessions, runs) of one person.
-        site: where the scan was acquired.
-        images: channel name -> path, None where this scan lacks the channel.
-        label: path of the label map in a labelled cohort, even if the file does not exist.
-        problem: why this scan cannot be used, while the others can.
-    """
-
-    id: str
-    subject: str
-    site: NotRequired[str]
-    images: dict[str, str | None]
-    label: NotRequired[str]
-    problem: NotRequired[str]
+    id: str  # unique in the cohort; the name of the files in the store
+    subject: str  # groups the scans (sessions, runs) of one person
+    site: NotRequired[str]  # where the scan was acquired
+    images: dict[str, str | None]  # channel name -> path, None where this scan lacks the channel
+    label: NotRequired[str]  # path of the label map in a labelled cohort, even if the file does not exist
+    problem: NotRequired[str]  # why this scan cannot be used, while the others can
 
 
 def make_record(

@@ -25,35 +25,21 @@ SPLINE_SD = (151 / 315) ** 1.5  # standard deviation of a cubic B-spline field, 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The parameters drawn for one crop.
+    """The parameters drawn for one crop; None and empty ones have no effect."""
 
-    Args:
-        matrix: (3, 3), offset from the centre of the crop to offset in the volume; None for no rotation or zoom.
-        displacement: control points (3, *) of `smooth_field`, voxels along D, H, W, added to the offset before the
-            matrix; None for no deformation.
-        mirror: axes that are flipped, like "DW".
-        gamma, gain: exponent and factor of the intensities.
-        noise: standard deviation of the noise.
-        noise_seed: seed of the noise.
-        dropped: channels that are set to zero.
-        contrast: factor of the distances from the mean.
-        blur: standard deviation of the blur of each channel in voxels; empty for none.
-        bias: control points (*) of the logarithm of a factor of the intensities; None for none.
-        spacing: voxel size along D, H, W in mm, which gives the number of the fields' control points.
-    """
-
-    matrix: Tensor | None = None
+    matrix: Tensor | None = None  # (3, 3): offset from the centre of the crop to offset in the volume
+    # Control points (3, *) of `smooth_field`, voxels along D, H, W, added to the offset before the matrix.
     displacement: Tensor | None = None
-    mirror: str = ""
-    gamma: float = 1.0
-    gain: float = 1.0
-    noise: float = 0.0
+    mirror: str = ""  # axes that are flipped, like "DW"
+    gamma: float = 1.0  # exponent of the intensities
+    gain: float = 1.0  # factor of the intensities
+    noise: float = 0.0  # standard deviation
     noise_seed: int = 0
-    dropped: tuple[int, ...] = ()
-    contrast: float = 1.0
-    blur: tuple[float, ...] = ()
-    bias: Tensor | None = None
-    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+    dropped: tuple[int, ...] = ()  # channels that are set to zero
+    contrast: float = 1.0  # factor of the distances from the mean
+    blur: tuple[float, ...] = ()  # standard deviation for each channel in voxels
+    bias: Tensor | None = None  # control points (*) of the logarithm of a factor of the intensities
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)  # mm along D, H, W: gives the number of the fields' control points
 
 
 def draw_augmentation(

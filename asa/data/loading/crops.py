@@ -46,15 +46,10 @@ class VolumeSource(Protocol):
 
 @dataclass(frozen=True)
 class JoinedSides:
-    """A source of crops in whose label maps the left and the right label of a pair are one class.
-
-    Args:
-        source: the store, or what stands for it.
-        joined: class index -> joined one, see `asa.ops.labels.joined_sides`.
-    """
+    """A source of crops in whose label maps the left and the right label of a pair are one class."""
 
     source: VolumeSource
-    joined: Sequence[int]
+    joined: Sequence[int]  # class index -> joined one, see `asa.ops.labels.joined_sides`
 
     def image(self, record_id: str) -> np.ndarray:
         """`C D H W`."""

@@ -27,27 +27,18 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
     may reach into the next epoch, so that a cohort may be smaller than a batch. The ranks divide each micro-batch
     evenly, so that a step has the same samples for any number of ranks.
 
-    Args:
-        records: number of records N.
-        batch_size: global batch size: samples per step over all micro-batches and ranks.
-        micro_batches: micro-batches per step (gradient accumulation).
-        seed: the seed of the run.
-        start_step: first step.
-        rank: of this process.
-        world_size: number of ranks.
-
     Raises:
         ValueError: a batch size that micro-batches times ranks do not divide.
     """
 
-    records: int
-    batch_size: int
+    records: int  # number of records N
+    batch_size: int  # global batch size: samples per step over all micro-batches and ranks
     _: KW_ONLY
-    micro_batches: int = 1
-    seed: int = 0
+    micro_batches: int = 1  # per step (gradient accumulation)
+    seed: int = 0  # of the run
     start_step: int = 0
-    rank: int = 0
-    world_size: int = 1
+    rank: int = 0  # of this process
+    world_size: int = 1  # number of ranks
 
     def __post_init__(self) -> None:
         check_batch(self.batch_size, self.micro_batches, self.world_size)
@@ -80,20 +71,15 @@ def make_loader(
     pin_memory: bool = False,
     **position: int,
 ) -> DataLoader[dict[str, Any]]:
-    """An endless loader of micro-batches.
+    """An endless loader of micro-batches of this rank, see `collate`.
 
     Args:
         dataset: the crops; its seed also determines their order.
-        batch_size: global batch size: samples per step over all micro-batches and ranks.
+        batch_size, position: of `EndlessSampler`.
         settings: number of workers.
         pin_memory: page-locked batches, for a GPU.
-        position: `micro_batches`, `start_step`, `rank` and `world_size` of `EndlessSampler`.
-
-    Returns:
-        Batches of this rank, see `collate`.
     """
-    workers = settings.workers
-    if workers:
+    if workers := settings.workers:
         end_workers_at_exit()
     return DataLoader(
         dataset,
@@ -109,11 +95,8 @@ def make_loader(
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack the tensors of samples; seeds become an int64 tensor `(B,)`, ids a list."""
-    batch: dict[str, Any] = {
-        key: torch.stack([sample[key] for sample in samples])
-        for key, value in samples[0].items()
-        if isinstance(value, Tensor)
-    }
+    tensors = [key for key, value in samples[0].items() if isinstance(value, Tensor)]
+    batch: dict[str, Any] = {key: torch.stack([sample[key] for sample in samples]) for key in tensors}
     batch["seed"] = torch.tensor([sample["seed"] for sample in samples], dtype=torch.int64)
     batch["id"] = [sample["id"] for sample in samples]
     return batch

@@ -34,38 +34,23 @@ TEXTURE = {"t1": 1.0, "t1ce": 1.0, "t2": -0.6, "flair": -0.3}  # factor of the t
 
 @dataclass(frozen=True)
 class Template:
-    """The template's maps on its own 1 mm grid, exactly mirror-symmetric about the middle of W.
+    """The template's maps on its own 1 mm grid, exactly mirror-symmetric about the middle of W."""
 
-    Args:
-        maps: (channel, D, H, W) float32, named by `names`.
-        names: channel of `maps` by name.
-        extent: distance between the first and the last voxel's centres along D, H, W in mm.
-        centre: of the grid in MNI mm (x, y, z).
-    """
-
-    maps: Tensor
-    names: dict[str, int]
-    extent: tuple[float, ...]
-    centre: tuple[float, ...]
+    maps: Tensor  # (channel, D, H, W) float32
+    names: dict[str, int]  # channel of `maps` by name
+    extent: tuple[float, ...]  # distance between the first and the last voxel's centres along D, H, W in mm
+    centre: tuple[float, ...]  # of the grid in MNI mm (x, y, z)
 
 
 @dataclass
 class Subject:
-    """The anatomy of one synthetic subject on the output grid.
+    """The anatomy of one synthetic subject on the output grid."""
 
-    Args:
-        tissue: fractions of CSF, GM, WM (3, D, H, W), summing to 1 in the brain and 0 outside.
-        deviation: the same, times the deviation of the local signal from the tissue mean, in standard deviations.
-        brain: bool (D, H, W).
-        maps: warped template maps (channel, D, H, W), by the template's names.
-        extent: of the field of view along D, H, W in mm.
-    """
-
-    tissue: Tensor
-    deviation: Tensor
-    brain: Tensor
-    maps: dict[str, Tensor]
-    extent: tuple[float, ...]
+    tissue: Tensor  # fractions of CSF, GM, WM (3, D, H, W), summing to 1 in the brain and 0 outside
+    deviation: Tensor  # the same, times the deviation of the local signal from the tissue mean, in standard deviations
+    brain: Tensor  # bool (D, H, W)
+    maps: dict[str, Tensor]  # warped template maps (D, H, W), by the template's names
+    extent: tuple[float, ...]  # of the field of view along D, H, W in mm
     rng: np.random.Generator
 
 

@@ -18,17 +18,11 @@ FLUID = {"t1": 0.32, "t1ce": 0.32, "t2": 1.30, "flair": 0.22}  # intensities of 
 
 @dataclass(frozen=True)
 class Lesion:
-    """One kind of diseased tissue.
+    """One kind of diseased tissue."""
 
-    Args:
-        fraction: of each voxel that the lesion fills, (D, H, W) in [0, 1].
-        value: its label.
-        intensity: its mean in each modality, where white matter of T1 is about 1.
-    """
-
-    fraction: Tensor
-    value: int
-    intensity: dict[str, float]
+    fraction: Tensor  # of each voxel that the lesion fills, (D, H, W) in [0, 1]
+    value: int  # its label
+    intensity: dict[str, float]  # its mean in each modality, where white matter of T1 is about 1
 
 
 @dataclass(frozen=True)

@@ -37,19 +37,12 @@ TABLE = "health.csv"
 
 
 class Planted(NamedTuple):
-    """A scan with lesions.
-
-    Args:
-        image: with the lesions.
-        label: `VALUES`, uint8.
-        changed: bool: where the image may differ from the scan's. Around a tumour it is more than the label.
-        drawn: what was drawn, as plain data.
-    """
+    """A scan with lesions."""
 
     image: np.ndarray
-    label: np.ndarray
-    changed: np.ndarray
-    drawn: dict[str, Any]
+    label: np.ndarray  # `VALUES`, uint8
+    changed: np.ndarray  # bool: where the image may differ from the scan's; around a tumour it is more than the label
+    drawn: dict[str, Any]  # plain data
 
 
 def plant_cohort(
@@ -213,15 +206,6 @@ def _tumour(scan: Scan) -> Drawn:
     return moved, found, asdict(plan)
 
 
-def _white_matter_lesions(scan: Scan) -> Drawn:
-    found, drawn = hyperintensities(scan.maps(), scan.extent, scan.rng)
-    return scan.image, found, drawn
-
-
-def _infarct(scan: Scan) -> Drawn:
-    return scan.image, infarct(scan.maps(), scan.extent, scan.rng), {}
-
-
 def _atrophy(scan: Scan) -> Drawn:
     """Around a point of one hemisphere, CSF takes the place of tissue that it touches: sulci and ventricle widen."""
     points = grid_points(scan.shape, scan.extent)
@@ -237,7 +221,7 @@ def _atrophy(scan: Scan) -> Drawn:
 
 PLANTERS: Mapping[str, Callable[[Scan], Drawn]] = {
     "tumour": _tumour,
-    "wmh": _white_matter_lesions,
-    "infarct": _infarct,
+    "wmh": lambda scan: (scan.image, *hyperintensities(scan.maps(), scan.extent, scan.rng)),
+    "infarct": lambda scan: (scan.image, infarct(scan.maps(), scan.extent, scan.rng), {}),
     "atrophy": _atrophy,
 }

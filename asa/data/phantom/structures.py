@@ -13,17 +13,11 @@ from asa.data.preprocessing.resampling import largest_part
 
 
 class Ellipsoid(NamedTuple):
-    """An ellipsoid and its mirror image, in MNI mm.
+    """An ellipsoid and its mirror image, in MNI mm."""
 
-    Args:
-        centre: along (|x|, y, z).
-        radii: the same.
-        slope: mm of z per mm of y along its long axis.
-    """
-
-    centre: tuple[float, float, float]
+    centre: tuple[float, float, float]  # along (|x|, y, z)
     radii: tuple[float, float, float]
-    slope: float = 0.0
+    slope: float = 0.0  # mm of z per mm of y along its long axis
 
 
 # Drawn by eye on the template: where they lie, and whether white matter belongs to them as well as grey.
