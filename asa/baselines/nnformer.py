@@ -32,9 +32,6 @@ class Level(nn.Module):
     """Two transformer blocks, the second with shifted windows; MONAI's, on a grid whose sizes it knows.
 
     Args:
-        grid: tokens along each axis.
-        width: E_l.
-        heads: attention heads M.
         window: edge of the windows; along a shorter axis there is one window.
         drops: of each block, for stochastic depth.
         crossed: the first block attends to other features, see `SkipBlock`.
@@ -108,11 +105,7 @@ class SkipBlock(nn.Module):
 class NNFormer(nn.Module):
     """Convolutional embedding, levels of window attention with strided convolutions, and the same way back.
 
-    Args:
-        img_size: volume size (D, H, W) in voxels.
-        in_channels, out_channels: C and K.
-        width: E of the finest level.
-        heads: attention heads of each level.
+    `width` is E of the finest level; `heads` has the attention heads of each level.
     """
 
     def __init__(

@@ -74,14 +74,9 @@ class Block(nn.Module):
 
 
 class PrimusEncoder(nn.Module):
-    """Patches to tokens, learnt and rotary positions, and transformer blocks.
+    """Patches to tokens, learnt and rotary positions, and `depth` transformer blocks.
 
-    Args:
-        img_size: volume size (D, H, W) in voxels.
-        in_channels: channels C.
-        width: token width E.
-        depth: blocks.
-        heads: attention heads M; the head width is a multiple of 6, as a third of it is rotated by each coordinate.
+    The width of a head is a multiple of 6, as a third of it is rotated by each coordinate.
 
     Raises:
         ValueError: a size that is not a whole number of patches.

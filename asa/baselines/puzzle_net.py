@@ -18,10 +18,7 @@ class PuzzleNet(nn.Module):
 
     The pieces are encoded independently of each other with the same weights, as in Taleb et al., NeurIPS 2020.
 
-    Args:
-        encoder: its `img_size` is that of the whole volume.
-        pieces: P.
-        answers: K.
+    The encoder's `img_size` is that of the whole volume.
 
     Raises:
         ValueError: no piece, or less than two answers.

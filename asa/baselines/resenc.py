@@ -46,13 +46,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualEncoder(nn.Module):
-    """The encoder: a stem, and one stage of residual blocks a level.
-
-    Args:
-        img_size: volume size (D, H, W) in voxels.
-        in_channels: channels C.
-        widths: features F_l of each level.
-        blocks: residual blocks of each level.
+    """The encoder: a stem, and a stage of residual blocks at each level, of `widths` F_l.
 
     Raises:
         ValueError: a size that cannot be halved as often, or one voxel at the last level, which has no variance.

@@ -24,12 +24,7 @@ BLOCKS = (1, 2, 2, 4)  # residual blocks at each resolution of the encoder
 class TransBTS(nn.Module):
     """Residual encoder, transformer on its deepest features, and a decoder with the encoder's features.
 
-    Args:
-        in_channels, out_channels: C and K.
-        grid: tokens along each axis.
-        width: features F at full resolution.
-        embed_dim: token width E.
-        depth, heads, hidden: blocks of the transformer, their attention heads and the width of their MLPs.
+    `width` is that of the features F at full resolution, `hidden` that of the transformer's MLPs.
     """
 
     def __init__(

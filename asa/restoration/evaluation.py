@@ -6,8 +6,6 @@ OUT/digests.json   SHA-256 of both, which a comparison compares
 OUT/report.html    both for reading, with pictures of the worst and of the middle image (needs the `report` extra)
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +37,6 @@ def evaluate_pictures(
     Args:
         predictions: folder of restored images, as `asa-predict` writes them: [0, 1] is the window.
         truth: folder of clean images with the same names.
-        out: folder for the results.
         inputs: folder of the degraded images with the same names, to show beside.
         window: of the clean and degraded images, see `asa.restoration.images.read_picture`; None: that of the
             predictions, which `asa-predict` writes into them.

@@ -3,8 +3,6 @@
 Letters: image `C H W` in [0, 1], label map `H W`, upscaling factor s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +29,6 @@ def restore_image(
     are attended to as a whole; larger ones are cut at the edge of the context.
 
     Args:
-        model: the network.
         image: `(C, H, W)`.
         regions: label map `(H, W)`.
         settings: precision; the device is that of the model.

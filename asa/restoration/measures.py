@@ -1,7 +1,5 @@
 """Quality of restored images: PSNR, SSIM and RMSE, and their summary over images."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

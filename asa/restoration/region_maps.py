@@ -47,8 +47,6 @@ def store_regions(
     """Compute the label map of every image in a folder that does not have one yet.
 
     Args:
-        images: folder of images.
-        out: folder of the maps.
         settings: keywords of `make_provider`.
         window: see `asa.restoration.images.read_picture`.
         workers: number of processes; 1 works in this process.

@@ -3,8 +3,6 @@
 Images are `(C, H, W)` in [0, 1], panels RGB uint8 `(height, width, 3)`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -52,8 +52,6 @@ def draw_augmentation(
     """Draw the parameters of one crop.
 
     Args:
-        settings: what is drawn.
-        generator: of the crop.
         channels: of the image.
         size, spacing: of the crop (D, H, W), in voxels and in mm; smooth fields depend on them.
     """

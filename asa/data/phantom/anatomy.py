@@ -101,11 +101,9 @@ def _shifted_up(array: np.ndarray) -> np.ndarray:
 
 
 def ventricle_distances(lateral: np.ndarray, spacing: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Distances in mm from the lateral ventricles, and from the tips of their frontal and occipital horns.
+    """Distances in mm from lateral ventricles, bool (D, H, W), and from the tips of their frontal and occipital horns.
 
-    Args:
-        lateral: bool (D, H, W).
-        spacing: voxel size along D, H, W; None: 1 mm.
+    The spacing is along D, H, W; None: 1 mm.
     """
     forward = np.flatnonzero(lateral.any(axis=(0, 2)))
     tips = np.zeros_like(lateral)
@@ -189,7 +187,6 @@ def take_image(
     """Simulate an image: draw contrast, bias field and noise of one modality.
 
     Args:
-        subject: the anatomy.
         modality: key of `CONTRAST`.
         lesions, fractions: the lesions, and their fractions from `blend`.
         rim: add a skull-like rim around the brain, and noise in the air.

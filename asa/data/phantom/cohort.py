@@ -47,7 +47,6 @@ def make_cohort(
             labels 1 lesion, 2 other pathology), "brats" (T1, T1Gd, T2, FLAIR and a tumour), "structures" (T1 with
             the deep structures of `asa.data.phantom.structures`, in one folder), or "freesurfer" (FreeSurfer's layout:
             the same structures, the cortex and the white matter, by side).
-        out: folder of the cohort.
         resolution: isotropic voxel size in mm, from 0.7 to 8.
         rim: add a skull-like rim around the brain, and noise in the air.
         names: year of BraTS whose names and label values "brats" writes: 2021 (1, 2, 4) or 2023 (1, 2, 3).

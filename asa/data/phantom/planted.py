@@ -63,7 +63,6 @@ def plant_cohort(
 
     Args:
         source: the store; its channels have names of `CONTRAST`, and one of them is a T1.
-        out: folder of the cohort.
         lesions: what is planted: "tumour", "wmh", "infarct" or "atrophy"; one kind in each patient, drawn with equal
             probability.
         planted: fraction of the subjects who get one.

@@ -76,13 +76,9 @@ def structure_label(maps: dict[str, Tensor], brain: Tensor) -> np.ndarray:
 
 
 def aseg_label(structures: np.ndarray, tissues: np.ndarray) -> np.ndarray:
-    """Label map (D, H, W) of FreeSurfer's values: the structures, and the rest as cortex, white matter or CSF.
+    """Label map (D, H, W) of FreeSurfer's values, from those of `STRUCTURES` and of tissues (1 CSF, 2 GM, 3 WM).
 
     The sides are those of the middle of the volume.
-
-    Args:
-        structures: values of `STRUCTURES`.
-        tissues: 1 CSF, 2 GM, 3 WM.
     """
     left = np.where(structures > 0, _ASEG[structures], _ASEG_TISSUES[tissues])
     right = left.copy()

@@ -23,7 +23,6 @@ def smooth_noise(
     Args:
         extent: mm along D, H, W.
         width: standard deviation in mm of the Gaussian that smooths white noise.
-        channels: number of independent fields.
         step: mm between points; 0.8 `width` by default.
 
     Returns:
