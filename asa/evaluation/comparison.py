@@ -13,7 +13,7 @@ import numpy as np
 from asa import __version__
 from asa.data.io.files import check_digest, read_json
 from asa.data.io.tables import read_rows
-from asa.errors import listed, reason_of
+from asa.errors import counted, listed, reason_of
 from asa.evaluation.policies import (
     ALL,
     CLASSIFICATION,
@@ -77,10 +77,8 @@ class Difference:
         detectable: smallest mean difference that these pairs could have shown, see `detectable_difference`; NaN below
             `MIN_PAIRS` pairs, which cannot show any.
         better, worse: number of cases in which the run is better or worse than the first.
-        p: of Wilcoxon's signed-rank test, two-sided.
-        p_holm: p corrected for all tests of the comparison.
-        used: number of pairs.
-        total: number of cases.
+        p, p_holm: of Wilcoxon's signed-rank test, two-sided; and corrected for all tests of the comparison.
+        used, total: number of pairs and of cases.
     """
 
     mean: float
@@ -169,12 +167,7 @@ def read_run(name: str, folder: Path) -> Run:
 
 
 def read_class_run(name: str, folder: Path) -> Run:
-    """An evaluation of classes from its folder, scan by scan.
-
-    Raises:
-        FileNotFoundError: no scans.csv in it.
-        ValueError: a file that has changed since, or is of something else.
-    """
+    """An evaluation of classes from its folder, scan by scan; errors as of `read_run`."""
     file = folder / SCANS
     _check_file(file, "evaluate with policy=classification")
     metrics, rows = [metric.name for metric in CLASSIFICATION.metrics], read_rows(file)
@@ -216,11 +209,7 @@ def _run(name: str, folder: Path, summary: Any, rows: list[dict[str, str]]) -> R
 
 
 def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison:
-    """Compare runs with the first of them, case by case.
-
-    Args:
-        runs: two or more.
-        allow_missing: compare the cases that all runs have, instead of raising an error if the cases differ.
+    """Compare two or more runs with the first of them, case by case; with `allow_missing` in the cases that all have.
 
     Raises:
         ValueError: runs with different settings, cases or truths.
@@ -313,9 +302,8 @@ def verdict(name: str, first: str, metric: MetricInfo, regions: int, difference:
     elif gain[0] > 0 or gain[1] < 0:
         words = f"{name} is {'ahead of' if gain[0] > 0 else 'behind'} {first}"
     mean = f", mean of {regions} regions" if regions > 1 else ""
-    cases = f"{difference.used} case{'' if difference.used == 1 else 's'}"
     numbers = mean_text(difference, metric.digits, "+").replace("(", f"({LEVEL * 100:g} % interval ")
-    return f"{words}: {metric.heading} {numbers}{mean}, on {cases}."
+    return f"{words}: {metric.heading} {numbers}{mean}, on {counted(difference.used, 'case')}."
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -326,7 +314,7 @@ def notes(comparison: Comparison) -> list[str]:
         f"Policy {comparison.policy.name}. Differences are a run less {first}, case by case over the "
         f"{len(comparison.case_ids)} cases; pairs are the cases in which both are defined.",
         f"Intervals: {LEVEL * 100:g} % {kind} over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
-        f"two-sided; Holm's correction is for the {tests} test{'' if tests == 1 else 's'} of this table.",
+        f"two-sided; Holm's correction is for the {counted(tests, 'test')} of this table.",
         f"Detectable: the smallest mean difference that so many cases, as variable as these, show in {POWER:.0%} of "
         f"repeats with p below {ALPHA:g}, before correction. Smaller ones may exist where none is significant.",
         "The first lines go by the interval of the first metric's difference, without correction for several.",
@@ -334,8 +322,8 @@ def notes(comparison: Comparison) -> list[str]:
     ]
     if comparison.smallest_p >= ALPHA:
         text.append(
-            f"p is not listed: with {len(comparison.case_ids)} cases and {tests} test{'' if tests == 1 else 's'} it "
-            f"cannot be below {comparison.smallest_p:.3g} after correction, however large the differences."
+            f"p is not listed: with {len(comparison.case_ids)} cases and {counted(tests, 'test')} it cannot be below "
+            f"{comparison.smallest_p:.3g} after correction, however large the differences."
         )
     if any(difference.used < MIN_PAIRS for difference in comparison.differences.values()):
         text.append(f"With fewer than {MIN_PAIRS} pairs none is detectable: no p can be below {ALPHA:g}, uncorrected.")
@@ -372,12 +360,10 @@ def latex_table(comparison: Comparison) -> str:
 
 
 def latex_tabular(rows: Sequence[Sequence[str]], words: int, notes: Sequence[str]) -> str:
-    r"""Rows as a LaTeX tabular, which needs \usepackage{booktabs}.
+    r"""Rows as a LaTeX tabular, which needs \usepackage{booktabs}; notes before it are comments.
 
-    Args:
-        rows: of equal length, the headings first. There is a rule where the first cell changes.
-        words: columns of words, on the left; the others are of numbers.
-        notes: written before it as comments.
+    The headings are the first row. There is a rule where the first cell changes. The first `words` columns are of
+    words, the others of numbers.
     """
     lines = [f"% {_one_line(note)}" for note in ("Needs \\usepackage{booktabs}.", *notes)]
     lines += [f"\\begin{{tabular}}{{{'l' * words}{'r' * (len(rows[0]) - words)}}}", "\\toprule"]
@@ -411,24 +397,17 @@ def comparison_rows(comparison: Comparison) -> Iterator[list[str]]:
     """The rows of every table of a comparison, of text, under `HEADINGS`."""
     metrics = {metric.name: metric for metric in comparison.policy.metrics}
     for (name, region, run), result in comparison.results.items():
-        metric = metrics[name]
-        cells = difference_cells(comparison.differences.get((name, region, run)), metric.digits)
-        yield [metric.heading, region, run, mean_text(result, metric.digits), *cells][: len(comparison.headings)]
-
-
-def difference_cells(difference: Difference | None, digits: int) -> list[str]:
-    """Difference, detectable difference, counts, pairs and both p as text for a table; empty for the first run."""
-    if difference is None:
-        return [""] * (len(HEADINGS) - 4)
-    equal = difference.used - difference.better - difference.worse
-    return [
-        mean_text(difference, digits, sign="+"),
-        "none" if math.isnan(difference.detectable) else f"{difference.detectable:.{digits}f}",
-        f"{difference.better} / {difference.worse} / {equal}",
-        f"{difference.used} of {difference.total}",
-        p_text(difference.p),
-        p_text(difference.p_holm),
-    ]
+        digits, cells = metrics[name].digits, [""] * (len(HEADINGS) - 4)  # empty for the first run
+        if (gap := comparison.differences.get((name, region, run))) is not None:
+            cells = [
+                mean_text(gap, digits, sign="+"),
+                "none" if math.isnan(gap.detectable) else f"{gap.detectable:.{digits}f}",
+                f"{gap.better} / {gap.worse} / {gap.used - gap.better - gap.worse}",
+                f"{gap.used} of {gap.total}",
+                p_text(gap.p),
+                p_text(gap.p_holm),
+            ]
+        yield [metrics[name].heading, region, run, mean_text(result, digits), *cells][: len(comparison.headings)]
 
 
 def p_text(p: float) -> str:

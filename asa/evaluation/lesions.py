@@ -27,11 +27,7 @@ UNMATCHED_MM = 374.0  # HD95 of a lesion without a partner
 def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Fraction of the true lesions that the prediction overlaps; 1 if there are none.
 
-    Args:
-        prediction, truth: bool `(x, y, z)`.
-
-    Raises:
-        ValueError: masks that are not bool, not 3-D or not of one shape.
+    Arguments and errors as of `dice`.
     """
     check_masks(prediction, truth)
     lesions, count = label(truth, CONNECTIVITY)
@@ -41,8 +37,7 @@ def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
 def lesion_f1(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Harmonic mean of lesion recall and lesion precision, the fraction of predicted lesions that overlap a true one.
 
-    Recall is 1 without true lesions, precision is 1 without predicted ones. Arguments and errors are those of
-    `lesion_recall`.
+    Recall is 1 without true lesions, precision is 1 without predicted ones. Arguments and errors: see `dice`.
     """
     recall, precision = lesion_recall(prediction, truth), lesion_recall(truth, prediction)
     return 2.0 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -55,14 +50,7 @@ def lesionwise_dice(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing)
     """Mean over lesions of the Dice coefficient of a true lesion and the predicted lesions that belong to it.
 
     True lesions without a prediction and predicted lesions without a truth count as 0. True lesions of at most
-    50 mm3 are excluded. If no lesion is left, the mean is 1.
-
-    Args:
-        prediction, truth: bool `(x, y, z)`.
-        spacing: voxel size in mm along the three array axes.
-
-    Raises:
-        ValueError: masks that are not bool, not 3-D or not of one shape.
+    50 mm3 are excluded. If no lesion is left, the mean is 1. Arguments and errors: see `asa.evaluation.metrics.hd95`.
     """
     return float(np.mean(_lesion_scores(prediction, truth, spacing, dice, worst=0.0) or 1.0))
 

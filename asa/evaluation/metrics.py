@@ -13,6 +13,8 @@ import numpy as np
 from scipy.ndimage import binary_erosion, generate_binary_structure
 from scipy.spatial import cKDTree
 
+from asa.data.preprocessing.resampling import bounding_box
+
 UNDEFINED = math.nan
 
 FACES = generate_binary_structure(3, 1)  # a voxel's six neighbours
@@ -22,11 +24,7 @@ Spacing = tuple[float, float, float] | np.ndarray
 
 
 def check_masks(a: np.ndarray, b: np.ndarray) -> None:
-    """Check that two masks can be compared.
-
-    Raises:
-        ValueError: masks that are not bool, not 3-D or not of one shape.
-    """
+    """Raise a ValueError for masks that are not bool, not 3-D or not of one shape."""
     if a.dtype != np.bool_ or b.dtype != np.bool_:
         raise ValueError(f"masks must be bool, got {a.dtype} and {b.dtype}: compare a label map with its value first")
     if a.shape != b.shape or a.ndim != 3:
@@ -34,11 +32,7 @@ def check_masks(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def check_spacing(spacing: Spacing) -> np.ndarray:
-    """The voxel size as an array of three lengths.
-
-    Raises:
-        ValueError: not three positive lengths.
-    """
+    """The voxel size as an array; a ValueError if it is not three positive lengths."""
     size = np.asarray(spacing, dtype=np.float64)
     if size.shape != (3,) or not np.all(np.isfinite(size) & (size > 0)):
         raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
@@ -82,24 +76,12 @@ def volume_difference(prediction: np.ndarray, truth: np.ndarray) -> float:
 # ---- surface distance ----
 
 
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that contains a non-empty mask, as three slices."""
-    box = []
-    for axis in range(3):
-        hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-    return tuple(box)
-
-
 def surface_distances(
     a: np.ndarray, b: np.ndarray, spacing: Spacing, surface: Callable[[np.ndarray], np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Distances in mm from each surface element of `a` to the surface of `b`, and back.
 
-    Args:
-        a, b: bool `(x, y, z)`.
-        spacing: voxel size in mm along the three array axes.
-        surface: mask -> array that is not 0 where there is a surface element.
+    `surface` gives the array of a mask that is not 0 where there is a surface element.
 
     Returns:
         For both directions, the distances `(n,)` and the elements' values in the array `(n,)`; [] if a mask is empty.
@@ -115,14 +97,9 @@ def surface_distances(
 
 
 def nearest_distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Distance in mm from each True voxel of `source` to the nearest True voxel of `target`.
+    """Distances in mm `(n,)` from the True voxels of `source`, in raster order, to the nearest one of `target`.
 
-    Args:
-        source, target: bool `(x, y, z)` of one shape; the target is not empty.
-        spacing: of the grid, in mm.
-
-    Returns:
-        `(n,)`, in raster order of the True voxels of `source`.
+    Both are bool `(x, y, z)`, and the target is not empty.
     """
     # Where two segmentations agree, their surfaces coincide: most points need no search.
     points = np.argwhere(source)
@@ -215,18 +192,9 @@ TRIANGLES: dict[tuple[int, ...], tuple[tuple[float, float, float], ...]] = {
 
 
 def surface_dice(a: np.ndarray, b: np.ndarray, spacing: Spacing, tolerance: float) -> float:
-    """Normalised surface Dice (NSD): the fraction of both surfaces, by area, within a tolerance of the other.
+    """Normalised surface Dice (NSD): the fraction of both surfaces, by area, within a tolerance in mm of the other.
 
-    Args:
-        a, b: bool `(x, y, z)`.
-        spacing: voxel size in mm along the three array axes.
-        tolerance: in mm.
-
-    Returns:
-        A value in [0, 1]; NaN if either mask is empty (the policy defines what counts then).
-
-    Raises:
-        ValueError: masks that are not bool, not 3-D or not of one shape; a spacing that is not three lengths.
+    Other arguments, NaN and errors are those of `hd95`.
     """
     sides = _distances_and_areas(a, b, spacing)
     if not sides:

@@ -27,7 +27,7 @@ Mask = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInfo:
-    """Metadata of a metric, for tables, figures and files.
+    """Metadata of a metric, for tables, figures and files. Unless told otherwise it is a score, of which 1 is best.
 
     Args:
         name: column in cases.csv and key in summary.json.
@@ -40,8 +40,8 @@ class MetricInfo:
     title: str
     unit: str = ""
     meaning: str
-    digits: int
-    higher_is_better: bool
+    digits: int = 3
+    higher_is_better: bool = True
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -84,21 +84,19 @@ class PolicyInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(MetricInfo):
-    """A metric of two masks, with its value for each combination of empty masks.
+    """A metric of two masks, with its value for each combination of empty masks; NaN means undefined.
 
     Args:
         compute: `(prediction, truth, spacing)` -> value. Called only if neither mask is empty, unless there is an
             `exception`.
-        both_empty: value if both masks are empty; NaN means undefined (here and below).
-        truth_empty: value if only the truth is empty.
-        prediction_empty: value if only the prediction is empty.
+        both_empty, truth_empty, prediction_empty: values if both masks are empty, or only one of them is.
         exception: an exception to these three values, in words; `compute` is then called for empty masks too.
     """
 
     compute: Callable[[Mask, Mask, Spacing], float]
-    both_empty: float
-    truth_empty: float
-    prediction_empty: float
+    both_empty: float = 1.0
+    truth_empty: float = 0.0
+    prediction_empty: float = 0.0
     exception: str = ""
 
     @property
@@ -116,7 +114,6 @@ class Metric(MetricInfo):
         return self.prediction_empty if true else self.both_empty
 
     def as_json(self) -> dict[str, Any]:
-        """The metric for a JSON file; undefined values are null."""
         values = nullable({key: getattr(self, key) for key in EMPTY})
         return super().as_json() | {"empty_masks_count_as": values, "exception": self.exception}
 
@@ -135,11 +132,7 @@ def each_label(labels: Mapping[int, str]) -> Regions:
 
 
 def joined_labels(labels: Mapping[int, str], joined: Mapping[str, Sequence[int]]) -> Regions:
-    """Regions that a cohort declares: name -> declared label values that it joins.
-
-    Raises:
-        ValueError: a region without values, or with an undeclared one.
-    """
+    """Regions that a cohort declares: name -> the declared label values that it joins; else a ValueError."""
     for name, values in joined.items():
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise ValueError(f"regions: {name} must be a list of label values, like [1, 4], got {values!r}")
@@ -180,11 +173,7 @@ class Policy(PolicyInfo):
     ignored: tuple[int, ...] = ()
 
     def regions_of(self, labels: Mapping[int, str]) -> Regions:
-        """The regions of declared labels, value -> name.
-
-        Raises:
-            ValueError: no labels, a label for the background 0, or two labels of one name.
-        """
+        """The regions of declared labels, value -> name; a ValueError for none, a background 0, or two of a name."""
         if not labels or 0 in labels or len(set(labels.values())) < len(labels):
             raise ValueError(
                 f"labels must name each foreground value once, and not the background 0; got {dict(labels)}"
@@ -197,11 +186,9 @@ class Policy(PolicyInfo):
         return replace(self, regions=own, ignored=tuple(dict.fromkeys((*self.ignored, *ignored))))
 
     def truth_table(self) -> list[tuple[str, list[str]]]:
-        """The value of each metric for each combination of empty masks: `[(case, [value of each metric])]`."""
         return [(title, [metric.value_text(key) for metric in self.metrics]) for key, title in EMPTY.items()]
 
     def exceptions(self) -> list[str]:
-        """Exceptions to the truth table, one sentence each."""
         titles: dict[str, list[str]] = {}
         for metric in self.metrics:
             if metric.exception:
@@ -209,7 +196,6 @@ class Policy(PolicyInfo):
         return [f"{', '.join(names)}: {exception}" for exception, names in titles.items()]
 
     def as_json(self) -> dict[str, Any]:
-        """The policy for a JSON file."""
         return super().as_json() | {"ignored": list(self.ignored)}
 
 
@@ -224,28 +210,11 @@ def _hd95_in_voxels(prediction: Mask, truth: Mask, spacing: Spacing) -> float:
     return metrics.hd95_pooled(prediction, truth, (1.0, 1.0, 1.0))
 
 
-def _score(
-    name: str, title: str, meaning: str, compute: Callable[[Mask, Mask, Spacing], float], truth_empty: float = 0.0
-) -> Metric:
-    """A score in [0, 1] that is 1 if both masks are empty, and 0 if one of them is."""
-    return Metric(
-        name=name,
-        title=title,
-        meaning=meaning,
-        digits=3,
-        higher_is_better=True,
-        compute=compute,
-        both_empty=1.0,
-        truth_empty=truth_empty,
-        prediction_empty=0.0,
-    )
-
-
-DICE = _score(
-    "dice",
-    "Dice",
-    "twice the voxels in common over the voxels of both masks; 1 is perfect.",
-    partial(_no_spacing, metrics.dice),
+DICE = Metric(
+    name="dice",
+    title="Dice",
+    meaning="twice the voxels in common over the voxels of both masks; 1 is perfect.",
+    compute=partial(_no_spacing, metrics.dice),
 )
 HD95 = Metric(
     name="hd95_mm",
@@ -276,17 +245,18 @@ HD95_IN_PLANE = replace(
     "nearest of the other's, in each direction, the larger of the two; 0 is perfect.",
     compute=metrics.hd95_in_plane,
 )
-NSD = _score(
-    "nsd_1mm",
-    "NSD at 1 mm",
-    "normalised surface Dice: the share of both surfaces, by area, that lies within 1 mm of the other; 1 is perfect.",
-    partial(metrics.surface_dice, tolerance=1.0),
+NSD = Metric(
+    name="nsd_1mm",
+    title="NSD at 1 mm",
+    meaning="normalised surface Dice: the share of both surfaces, by area, that lies within 1 mm of the other; "
+    "1 is perfect.",
+    compute=partial(metrics.surface_dice, tolerance=1.0),
 )
-SENSITIVITY = _score(
-    "sensitivity",
-    "Sensitivity",
-    "share of the true voxels that are predicted; 1 is perfect.",
-    partial(_no_spacing, metrics.sensitivity),
+SENSITIVITY = Metric(
+    name="sensitivity",
+    title="Sensitivity",
+    meaning="share of the true voxels that are predicted; 1 is perfect.",
+    compute=partial(_no_spacing, metrics.sensitivity),
 )
 VOLUME_DIFFERENCE = Metric(
     name="volume_difference_percent",
@@ -300,18 +270,18 @@ VOLUME_DIFFERENCE = Metric(
     truth_empty=UNDEFINED,
     prediction_empty=100.0,
 )
-LESION_RECALL = _score(
-    "lesion_recall",
-    "Lesion recall",
-    "share of the true lesions, connected in 3-D, that the prediction touches; 1 is perfect.",
-    partial(_no_spacing, lesions.lesion_recall),
+LESION_RECALL = Metric(
+    name="lesion_recall",
+    title="Lesion recall",
+    meaning="share of the true lesions, connected in 3-D, that the prediction touches; 1 is perfect.",
+    compute=partial(_no_spacing, lesions.lesion_recall),
     truth_empty=1.0,
 )
-LESION_F1 = _score(
-    "lesion_f1",
-    "Lesion F1",
-    "harmonic mean of lesion recall and of the share of predicted lesions that touch a true one; 1 is perfect.",
-    partial(_no_spacing, lesions.lesion_f1),
+LESION_F1 = Metric(
+    name="lesion_f1",
+    title="Lesion F1",
+    meaning="harmonic mean of lesion recall and of the share of predicted lesions that touch a true one; 1 is perfect.",
+    compute=partial(_no_spacing, lesions.lesion_f1),
 )
 _NO_LESION = "a truth without a lesion over 50 mm3 and without a false one counts as both empty"
 LESION_DICE = replace(
@@ -392,26 +362,18 @@ CLASSIFICATION = PolicyInfo(
             name="auc",
             title="AUC",
             meaning="area under the ROC curve; for more than two classes the mean of one-versus-rest.",
-            digits=3,
-            higher_is_better=True,
         ),
         MetricInfo(
             name="balanced_accuracy",
             title="Balanced accuracy",
             meaning="mean recall over the classes present.",
-            digits=3,
-            higher_is_better=True,
         ),
     ),
 )
 
 
 def get_policy(name: str) -> Policy:
-    """The policy of that name.
-
-    Raises:
-        ValueError: an unknown name; the message lists the policies.
-    """
+    """The policy of that name; a ValueError that lists the policies if there is none."""
     if name not in POLICIES:
         raise ValueError(f"unknown policy '{name}': choose one of {', '.join(sorted(POLICIES))}")
     return POLICIES[name]
@@ -432,7 +394,6 @@ def restoration_policy(window: Sequence[float] | None) -> PolicyInfo:
         meaning="peak signal-to-noise ratio, 10 log10(1 / mean squared error) over all pixels and channels, with the "
         "data range as 1; 100 at most.",
         digits=2,
-        higher_is_better=True,
     )
     ssim = MetricInfo(
         name="ssim",
@@ -440,7 +401,6 @@ def restoration_policy(window: Sequence[float] | None) -> PolicyInfo:
         meaning="structural similarity (Wang et al., IEEE TIP 2004) with a Gaussian window of 11 pixels and sigma 1.5, "
         "the mean where it lies inside the image, and over channels; undefined for smaller images; 1 is perfect.",
         digits=4,
-        higher_is_better=True,
     )
     rmse = MetricInfo(
         name="rmse",

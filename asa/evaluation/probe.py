@@ -28,12 +28,11 @@ PENALTIES = np.logspace(-3, 6, 28)  # of the ridge regression, for standardised 
 
 @dataclass(frozen=True)
 class Probe:
-    """Scans that were predicted by folds that have not seen their subjects.
+    """Scans that were predicted by folds that have not seen their subjects; all `(N,)`.
 
     Args:
-        predicted: the number, or the name of the class, of each scan, `(N,)`.
-        truth: the number, or the class's index in the sorted names, `(N,)`.
-        subjects: of each scan, `(N,)`.
+        predicted: the number, or the name of the class.
+        truth: the number, or the class's index in the sorted names.
     """
 
     predicted: np.ndarray
@@ -130,8 +129,7 @@ def probe_numbers(
     """Predict numbers from features `(N, E)`.
 
     Args:
-        values: of each scan, as text.
-        subjects: of each scan; those of one subject are in one fold.
+        values, subjects: of each scan, as text; those of one subject are in one fold.
         folds: number of folds, from 2.
         fit: `ridge` or `nearest`.
 
@@ -150,10 +148,7 @@ def probe_classes(
 ) -> ClassProbe:
     """Predict classes from features `(N, E)`: the largest of what is predicted of their indicators wins.
 
-    Args:
-        values: the class of each scan.
-        subjects, folds: as in `probe_numbers`.
-        fit: `ridge`, `nearest` or `logistic`.
+    Arguments as for `probe_numbers`; `fit` may also be `logistic`.
 
     Raises:
         ValueError: fewer subjects than folds, or one class only.
@@ -202,13 +197,7 @@ def _scikit_learn(module: str) -> Any:
 def ridge(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Ridge regression with an intercept, its penalty chosen by the leave-one-out error.
 
-    Args:
-        train: `(N, E)`.
-        targets: `(N, K)`.
-        test: `(M, E)`.
-
-    Returns:
-        `(M, K)`.
+    From scans `(N, E)` with targets `(N, K)` to others, `(M, E)` -> `(M, K)`.
     """
     found = _scikit_learn("linear_model").RidgeCV(alphas=PENALTIES).fit(train, targets).predict(test)
     return np.asarray(found).reshape(len(test), -1)
@@ -217,7 +206,7 @@ def ridge(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarra
 def nearest(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
     """The mean target of the nearest training scans, their number (up to 50) chosen by the leave-one-out error.
 
-    Args and result are those of `ridge`; distances are Euclidean.
+    Shapes as for `ridge`; distances are Euclidean.
     """
     counts = np.arange(1, min(MOST_NEIGHBOURS, len(train) - 1) + 1)
     search = _scikit_learn("neighbors").NearestNeighbors(n_neighbors=len(counts)).fit(train)
@@ -234,13 +223,7 @@ def nearest(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndar
 def logistic(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Multinomial logistic regression with an L2 penalty, chosen by the likelihood in five folds of the training scans.
 
-    Args:
-        train: `(N, E)`.
-        targets: indicators `(N, K)`.
-        test: `(M, E)`.
-
-    Returns:
-        Probabilities `(M, K)`.
+    Shapes as for `ridge`; targets are indicators, and the result is probabilities.
     """
     linear = _scikit_learn("linear_model")
     turned = _scikit_learn("decomposition").PCA().fit(train)  # as many unknowns as scans, however many features

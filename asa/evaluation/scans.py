@@ -63,12 +63,7 @@ class ClassScores:
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Area under the ROC curve: the probability that a positive scan scores higher than a negative one, ties as half.
 
-    Args:
-        scores: `(N,)`.
-        positive: bool `(N,)`.
-
-    Returns:
-        0 to 1; NaN without positive or without negative scans.
+    Of scores `(N,)` and bool `(N,)`; NaN without positive or without negative scans.
     """
     n, m = int(positive.sum()), int((~positive).sum())
     if not n or not m:
@@ -105,13 +100,7 @@ def calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def score_classes(probabilities: np.ndarray, truth: np.ndarray, subjects: Sequence[str]) -> ClassScores:
-    """Compute all scores of a set of scans.
-
-    Args:
-        probabilities: `(N, K)`, rows summing to 1.
-        truth: `(N,)`.
-        subjects: of each scan.
-    """
+    """Compute all scores of a set of scans, given probabilities `(N, K)` and the true class and the subject of each."""
     classes = probabilities.shape[1]
     confusion = np.zeros((classes, classes), dtype=int)
     np.add.at(confusion, (truth, probabilities.argmax(axis=1)), 1)
@@ -129,12 +118,7 @@ def score_classes(probabilities: np.ndarray, truth: np.ndarray, subjects: Sequen
 
 
 def weighted_cross_entropy(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
-    """Mean cross-entropy of probabilities `(N, K)`, each scan weighted by its class, as a classification is trained.
-
-    Args:
-        truth: class indices `(N,)`.
-        weights: of the classes, `(K,)`.
-    """
+    """Mean cross-entropy of probabilities `(N, K)`, with the weight `(K,)` of each scan's class, as training has it."""
     true = probabilities[np.arange(len(truth)), truth].clip(min=np.finfo(np.float32).tiny)
     return float((-np.log(true) * weights[truth]).mean())
 
@@ -145,10 +129,6 @@ def scan_scores(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, np.nd
     A scan's AUC is the share of the scans of the other kind that it is on the right side of, its distance from the AUC
     weighted by N over the scans of its own kind. The variance of the mean of these is that of DeLong et al. (Biometrics
     1988), also for the difference of two runs. Likewise its part in the balanced accuracy. Values may leave 0 to 1.
-
-    Args:
-        probabilities: `(N, K)`.
-        truth: `(N,)`.
 
     Returns:
         "auc" and "balanced_accuracy", each `(N,)`; the AUC is NaN where all scans are of one class.
@@ -246,12 +226,9 @@ def measures(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 def score_numbers(
     predicted: np.ndarray, truth: np.ndarray, training_mean: float | np.ndarray, subjects: Sequence[str]
 ) -> NumberScores:
-    """Compute all scores of a set of scans, with intervals over resampled subjects.
+    """Compute all scores of predicted and true numbers `(N,)`, with intervals over resampled subjects.
 
-    Args:
-        predicted, truth: `(N,)`.
-        training_mean: the number's mean over the training scans, one or `(N,)`.
-        subjects: of each scan.
+    `training_mean` is the number's mean over the training scans, one or `(N,)`.
     """
     intervals = resample_subjects(lambda rows: measures(predicted[rows], truth[rows]), subjects)
     lows = {f"{name}_low": low for name, (low, _) in intervals.items()}

@@ -78,10 +78,9 @@ def resample_subjects(
 ) -> dict[str, tuple[float, float]]:
     """Percentile intervals of scores over resampled subjects, all scans of a subject together.
 
-    A resample in which a score is undefined (NaN) does not count for it.
-
     Args:
-        scores: indices of the scans of a resample, some of them repeated -> its scores by name.
+        scores: indices of the scans of a resample, some of them repeated -> its scores by name. A resample in which
+            one is undefined (NaN) does not count for it.
         subjects: of each scan, N names.
         side: bool `(N,)`; the subjects of these scans and those of the others are resampled apart.
 
@@ -107,16 +106,11 @@ def resample_subjects(
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test that paired differences are symmetric about 0.
+    """Two-sided p of Wilcoxon's signed-rank test that paired differences `(n,)` are symmetric about 0.
 
     Differences of 0 are excluded, and tied differences get their mean rank. Up to 200 differences, the distribution of
-    the rank sum is exact, ties included; above, it is approximated by a normal distribution.
-
-    Args:
-        differences: `(n,)`, finite.
-
-    Returns:
-        p, at least 2 / 2^n; 1 if no difference is left.
+    the rank sum is exact, ties included; above, it is approximated by a normal distribution. p is at least 2 / 2^n, and
+    1 if no difference is left.
     """
     differences = differences[differences != 0]
     if not len(differences):
@@ -140,36 +134,21 @@ def detectable_difference(differences: np.ndarray) -> float:
 
     For a two-sided paired t-test at 0.05, from the noncentral t distribution (Cohen, Statistical Power Analysis, 1988);
     Wilcoxon's test has nearly the same power for differences near normal, and more where a few are large. The test's
-    own mean does not enter. A correction for several tests makes the difference larger.
-
-    Args:
-        differences: `(n,)`, finite.
-
-    Returns:
-        The difference, in the unit of the values; NaN below two of them.
+    own mean does not enter. A correction for several tests makes the difference larger. NaN below two differences.
     """
     n = len(differences)
     if n < 2:
         return math.nan
     critical = float(student.ppf(1 - ALPHA / 2, n - 1))
-
-    def missing_power(effect: float) -> float:
-        return POWER - float(nct.sf(critical, n - 1, effect))
-
-    effect = brentq(missing_power, 0.0, critical + 10.0)  # in standard errors
+    effect = brentq(lambda x: POWER - float(nct.sf(critical, n - 1, x)), 0.0, critical + 10.0)  # in standard errors
     return float(effect) * float(differences.std(ddof=1)) / math.sqrt(n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p corrected for the number of tests, which controls the family-wise error rate.
 
-    Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979.
-
-    Args:
-        p_values: of a family of tests; NaN where there was no test, which is not counted.
-
-    Returns:
-        Corrected p in the same order, NaN where there was no test.
+    Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979. NaN stands
+    for no test, and is not counted.
     """
     p = np.asarray(p_values, dtype=np.float64)
     tested = np.flatnonzero(~np.isnan(p))

@@ -60,8 +60,7 @@ class Statistic:
     Args:
         sd: with n - 1, NaN below two values.
         low, high: bootstrap interval of the mean, NaN below two values.
-        used: number of defined values ("n used").
-        total: number of cases ("n total").
+        used, total: number of defined values ("n used") and of cases ("n total").
     """
 
     mean: float
@@ -112,7 +111,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSummary(Summary):
-    """Results of an evaluation of label maps; `policy`, `rows` and `results` as in `Summary`.
+    """Results of an evaluation of label maps.
 
     Args:
         labels: declared label value -> name.
@@ -158,14 +157,9 @@ def summarise(
     missing: Sequence[str] = (),
     unmatched: Sequence[str] = (),
 ) -> SegmentationSummary:
-    """Summarise the rows of label maps over the cases.
+    """Summarise the rows of label maps, as `evaluate_case` returns them, over the cases.
 
     Every label and metric draws from the same seed, so that an interval does not depend on which others are evaluated.
-
-    Args:
-        rows: of all cases, as `evaluate_case` returns them.
-        policy: a policy or its name.
-        labels, missing, unmatched: as in `SegmentationSummary`.
 
     Raises:
         ValueError: invalid labels, or an unknown policy.

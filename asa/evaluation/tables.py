@@ -40,20 +40,15 @@ def table_in(path: Path, name: str) -> Path:
 
 
 def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, list[str]]:
-    """Score the class probabilities that asa-predict wrote.
+    """Score the class probabilities that asa-predict wrote to a table; also returns the names of the classes.
 
     Args:
-        table: predictions.csv.
         truth: table (CSV) with the columns subject (or id) and class. Scans not in it are left out.
         out: folder for summary.json and scans.csv.
 
-    Returns:
-        The scores, and the names of the classes.
-
     Raises:
-        FileNotFoundError: no such table.
-        ValueError: a table that does not fit, a class that the network does not know, no scan with a class, or a
-            scans.csv of something else.
+        FileNotFoundError, ValueError: no such table, one that does not fit, a class that the network does not know, or
+            a scans.csv of something else.
     """
     check_own(out / SCANS, "asa-evaluate", {"id", "class", "auc", "balanced_accuracy"}, "")
     rows, known, subjects = matched(table, truth, "class")
@@ -74,20 +69,15 @@ def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, 
 
 
 def evaluate_numbers(table: Path, truth: Path, out: Path, column: str | None = None) -> tuple[NumberScores, str]:
-    """Score the numbers that asa-predict wrote.
+    """Score the numbers that asa-predict wrote to a table; also returns the name of the number.
 
     Args:
-        table: predictions.csv.
         truth: table (CSV) with the columns subject (or id) and the number's. Scans not in it are left out.
         out: folder for summary.json.
         column: of the truth; None: called as in the training table.
 
-    Returns:
-        The scores, and the name of the number.
-
     Raises:
-        FileNotFoundError: no such table.
-        ValueError: a table that does not fit, or a number that is none.
+        FileNotFoundError, ValueError: no such table, one that does not fit, or a number that is none.
     """
     own = [name for name in predicted_rows(table)[0] if name not in RESERVED]
     if len(own) != 1:
@@ -102,10 +92,9 @@ def evaluate_numbers(table: Path, truth: Path, out: Path, column: str | None = N
 
 
 def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """How well each measure of asymmetry separates patients from healthy subjects.
+    """How well each measure of asymmetry in a table separates patients from healthy subjects.
 
     Args:
-        table: asymmetry.csv.
         truth: table (CSV) with the columns subject (or id) and health, 1 or 0. Scans not in it are left out.
         out: folder for summary.json.
 
@@ -114,8 +103,7 @@ def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, d
         Numbers of scans: patients, healthy, without_health; and of rows of the truth without_prediction.
 
     Raises:
-        FileNotFoundError: no such table.
-        ValueError: a table that does not fit, another health, or scans of one kind only.
+        FileNotFoundError, ValueError: no such table, one that does not fit, another health, or scans of one kind only.
     """
     rows, health, subjects = matched(table, truth, "health")
     check_health(truth, health)
