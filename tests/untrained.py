@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -25,6 +26,12 @@ DATA = {
 SETTINGS = PredictSettings(device="cpu", overlap=0.25)
 
 
+def metadata(**data: Any) -> dict[str, Any]:
+    """`DATA` with changes, of which resampling also changes the voxel size."""
+    edge = data.get("prepare", {}).get("spacing") or 1.0
+    return {**DATA, "spacing": [[edge] * 3] * 2, **data}
+
+
 def checkpoint(folder: Path, seed: int = 0, out_channels: int = 4, **data: object) -> Path:
     """An untrained network as asa-finetune saves it. NumPy draws its weights: PyTorch's differ between processors."""
     rng = np.random.default_rng(seed)
@@ -37,7 +44,7 @@ def checkpoint(folder: Path, seed: int = 0, out_channels: int = 4, **data: objec
             if weight.ndim > 1 or name.endswith("bias"):
                 fan_in = weight[0].numel() if weight.ndim > 1 else 16
                 weight.copy_(torch.from_numpy(rng.normal(0, fan_in**-0.5, tuple(weight.shape))))
-    save_checkpoint(folder, 1, shell, {"model": node, "task": "segmentation", "data": {**DATA, **data}}, {}, keep=1)
+    save_checkpoint(folder, 1, shell, {"model": node, "task": "segmentation", "data": metadata(**data)}, {}, keep=1)
     return folder
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asa.data.io.nifti import Volume, identity_of, write_image
-from asa.data.preprocessing.pipeline import to_native
+from asa.data.io.nifti import Volume, identity_of
 from asa.data.store import Store
 from asa.errors import counted
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.inference.segmentation import PredictSettings
+from asa.inference.uncertainty import write_map
 from asa.models.sa_swin import MAP_LEVEL
 from asa.ops.symmetry import flip
 from asa.training.checkpoint import read_model
@@ -34,12 +34,9 @@ ONE_SIZE = (
 
 @dataclass(frozen=True)
 class AsymmetryRow:
-    """A scan's row in the table.
+    """A scan's row in the table: see `Asymmetry`.
 
-    Args:
-        score: (1 - cosine similarity) / 2 of the two sides in the symmetry head.
-        mean, top, peak: mean, mean of the highest hundredth, and highest value of the asymmetry map inside the head.
-        x, y, z: position of the peak, or of its mirror image, in mm of the scan's own space.
+    `peak` is the highest value of the map, at x, y, z in mm of the scan's own space, or at its mirror image.
     """
 
     id: str
@@ -81,11 +78,8 @@ class Asymmetry:
 class HealthyReference:
     """Voxelwise mean and standard deviation of the asymmetry maps of healthy scans, which are not symmetric either.
 
-    Args:
-        scans: asymmetry of two or more healthy scans, on one grid.
-
     Raises:
-        ValueError: fewer scans, or scans of different sizes.
+        ValueError: fewer than two scans, or scans of different sizes.
     """
 
     def __init__(self, scans: Sequence[Asymmetry]) -> None:
@@ -99,9 +93,7 @@ class HealthyReference:
     def standardise(self, scan: Asymmetry, own: Sequence[Asymmetry] = ()) -> Asymmetry:
         """The map in standard deviations above the healthy mean; 0 below the mean and outside every healthy head.
 
-        Args:
-            scan: the scan.
-            own: asymmetry of those of the healthy scans that are of its subject, which is not compared with itself.
+        `own` are those of the healthy scans that are of the scan's subject, which is not compared with itself.
 
         Raises:
             ValueError: a scan of another size, or fewer than two healthy scans of other subjects.
@@ -139,10 +131,9 @@ class AsymmetryScorer:
     Args:
         checkpoint: run folder, checkpoint folder or file of a pretraining with method=sa_swin.
         settings: device and precision; the whole volume is one window.
-        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
+        strip, plugins: as for `Segmenter`.
         healthy: store of healthy scans, prepared as the training scans: maps are then in standard deviations above
             their mean. A scan of the store is compared with those of other subjects.
-        plugins: packages of your own that the checkpoint's network may come from.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint, or not of a SA-Swin; healthy scans that do not match it.
@@ -170,12 +161,10 @@ class AsymmetryScorer:
                 "not the middle of the volume, the head's position counts as asymmetry",
                 stacklevel=2,
             )
-
         self.healthy: HealthyReference | None = None
         if healthy is not None:
             self.store = store = Store(healthy)
-            if store.channels != self.preprocessor.channels or store.settings != self.preprocessor.data["prepare"]:
-                raise ValueError(f"{store.path}: prepared in another way than the training scans of {checkpoint}")
+            self.preprocessor.check_store(store, "prepare healthy scans as they were")
             self.known = [(one["id"], one["subject"], set(one["identity"].values())) for one in store.records]
             self.healthy = HealthyReference([self._measure_stored(id) for id, *_ in self.known])
 
@@ -183,7 +172,6 @@ class AsymmetryScorer:
         """Asymmetry of a prepared volume `(C, D, H, W)`, above that of healthy scans where these are given.
 
         Args:
-            image: the volume.
             level: as in `asa.models.sa_swin.SASwin.asymmetry`.
             like: the source scan: healthy scans of the subject with these voxels are left out.
 
@@ -213,16 +201,12 @@ class AsymmetryScorer:
     def score_prepared(
         self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path
     ) -> AsymmetryRow:
-        """Score a prepared scan `(C, D, H, W)` and write its map, float32, on the scan's own grid.
+        """Score a prepared scan `(C, D, H, W)`, and write its map, float32, on the grid of the source scan.
 
-        Args:
-            chain: its preprocessing steps.
-            like: the source scan, for its grid.
-            out: the `.nii.gz` to write, in a folder that exists.
+        `out` is the `.nii.gz` to write, in a folder that exists.
         """
         scan = self.measure(torch.from_numpy(np.array(image, dtype=np.float32)), like=like)
-        native = to_native(scan.map[None].numpy(), chain, order=1)[0]
-        write_image(out, native, like.affine, make_folder=False)
+        write_map(out, scan.map, chain, like)
         d, h, w = (int(index) for index in np.unravel_index(int(scan.map.argmax()), scan.map.shape))
         x, y, z, _ = np.array(chain["stored_affine"]) @ (w, h, d, 1)
         peak = float(scan.map.max())

@@ -30,7 +30,7 @@ from asa.errors import require
 from asa.inference.label_maps import Outputs, Segmented
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata, voxel_size
 from asa.inference.segmentation import Segmenter
-from asa.inference.uncertainty import entropy_map, write_uncertainty
+from asa.inference.uncertainty import entropy_map, write_map
 from asa.ops.labels import IGNORED
 from asa.settings import check_fusion
 
@@ -43,7 +43,6 @@ class Atlas:
     """A labelled scan of a store.
 
     Args:
-        id: of the scan.
         image: `(C, D, H, W)`, prepared.
         label: `(D, H, W)` uint8, class indices as in the store; `IGNORED` where the label is unknown.
         spacing: voxel size along D, H, W in mm.
@@ -66,8 +65,7 @@ def labelled_records(store: Store, subjects: Sequence[str] | None = None) -> lis
 def read_atlases(store: Store, subjects: Sequence[str]) -> list[Atlas]:
     """All labelled scans of some subjects of a store, in the order of the subjects; the arrays are memory-mapped.
 
-    Raises:
-        ValueError: a subject that is not in the store or has no labelled scan, or a damaged array.
+    A ValueError for a subject that is not in the store or has no labelled scan, or a damaged array.
     """
     records = labelled_records(store, subjects)
     if without := set(subjects) - {record["subject"] for record in records}:
@@ -82,12 +80,7 @@ def read_atlases(store: Store, subjects: Sequence[str]) -> list[Atlas]:
 
 
 def carry_over(
-    scan: np.ndarray,
-    spacing: Lengths,
-    atlases: Sequence[Atlas],
-    fusion: str = "joint",
-    *,
-    progress: bool = False,
+    scan: np.ndarray, spacing: Lengths, atlases: Sequence[Atlas], fusion: str = "joint", *, progress: bool = False
 ) -> np.ndarray:
     """Class probabilities of a prepared scan from the labels of atlases that are registered to it.
 
@@ -116,24 +109,18 @@ def carry_over(
     ants = load_ants()
     channel = _common_channel(scan, atlases)
     fixed = _image(ants, scan[channel], spacing)
-    pairs = [
-        _registered(ants, fixed, atlas, channel)
-        for atlas in tqdm(atlases, unit="atlas", leave=False, disable=not progress)
-    ]
+    bar = tqdm(atlases, unit="atlas", leave=False, disable=not progress)
+    pairs = [_registered(ants, fixed, atlas, channel) for atlas in bar]
     images, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))  # A D H W
     votes = majority(labels, atlases[0].classes)
     return votes if fusion == "majority" else _joint(ants, scan[channel], spacing, images, labels, votes)
 
 
 def load_ants(threads: int | None = None) -> Any:
-    """ANTs for Python, and the seed of its random sampling.
+    """ANTs for Python, with a seed of its random sampling; an ImportError if it is not installed.
 
-    Args:
-        threads: of a registration in this process, where ANTs has not been loaded; None: all cores. Environment
-            variables that are given stay.
-
-    Raises:
-        ImportError: it is not installed.
+    `threads` are those of a registration in this process, where ANTs has not been loaded; None: all cores.
+    Environment variables that are given stay.
     """
     if threads is not None:
         os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", str(threads))
@@ -144,12 +131,7 @@ def load_ants(threads: int | None = None) -> Any:
 def majority(labels: np.ndarray, classes: int) -> np.ndarray:
     """Fractions of the votes of atlases; one that ignores a voxel has no vote there.
 
-    Args:
-        labels: `(A, D, H, W)` uint8, class indices and `IGNORED`.
-        classes: K.
-
-    Returns:
-        `(K, D, H, W)` float32.
+    From class indices and `IGNORED` `(A, D, H, W)` uint8 to `(K, D, H, W)` float32.
     """
     votes = np.zeros((classes, labels[0].size), np.float32)
     for label in labels:
@@ -198,10 +180,7 @@ def _joint(
     of the whole volume would give them, the mask is these dilated by the patch, and the volume a box around it that has
     all patches which are compared. One atlas is given twice, as ANTs takes two or more: the search alone corrects it.
 
-    Args:
-        scan: `(D, H, W)`.
-        images, labels: `(A, D, H, W)`, on its grid.
-        votes: `(K, D, H, W)`, which is changed.
+    The scan is `(D, H, W)`, images and labels `(A, D, H, W)` on its grid; the votes `(K, D, H, W)` are changed.
     """
     window = 2 * SEARCH + 1
     near = ndimage.maximum_filter(labels.max(axis=0), window) > ndimage.minimum_filter(labels.min(axis=0), window)
@@ -253,12 +232,8 @@ def average(votes: Tensor, probabilities: Tensor, atlases: int, channels: Sequen
 
     Args:
         votes: `(K, D, H, W)`; where they are 0 in all classes, the networks decide.
-        probabilities: `(K', D, H, W)`, where K' counts a pair of joined sides once.
-        atlases: A.
+        probabilities: `(K', D, H, W)`, where K' counts a pair of joined sides once, as the result.
         channels: of the networks, for each of the K classes.
-
-    Returns:
-        `(K', D, H, W)`.
     """
     joined = torch.zeros_like(probabilities).index_add_(0, torch.tensor(channels), votes)
     share = atlases / (atlases + NETWORK_VOTES)
@@ -269,7 +244,6 @@ class AtlasSegmenter:
     """Labelled scans of a store as atlases: a `ScanSegmenter`.
 
     Args:
-        store: with labels.
         subjects: whose labelled scans are the atlases.
         networks: trained on scans that were prepared as the store's, with its labels; their probabilities are averaged
             with the votes of the atlases, see `NETWORK_VOTES`.
@@ -334,14 +308,10 @@ class AtlasSegmenter:
         like: Volume,
         out: Path,
         *,
-        probabilities: Path | Sequence[Path] | None = None,
+        probabilities: Sequence[Path] | None = None,
         uncertainty: Path | None = None,
     ) -> Segmented:
-        """See `ScanSegmenter`.
-
-        Raises:
-            ValueError: the scan is one of the atlases, or see `carry_over`.
-        """
+        """See `ScanSegmenter` and `carry_over`; a ValueError if the scan is one of the atlases."""
         if (atlas := self.identities.get(identity_of(like))) is not None:
             raise ValueError(f"its voxels are those of the atlas {atlas}, which has a label map: leave the scan out")
         load_ants(1 if self.workers > 1 else None)
@@ -355,7 +325,7 @@ class AtlasSegmenter:
             found = average(found, predicted, len(atlases), self.outputs.channels)
         ml = self.outputs.write(out, found, chain, like, probabilities)
         if uncertainty is not None:
-            write_uncertainty(uncertainty, entropy_map(found, regions=False), chain, like)
+            write_map(uncertainty, entropy_map(found, regions=False), chain, like)
         return Segmented(ml, {})
 
     def described(self) -> dict[str, Any]:

@@ -41,12 +41,10 @@ def first_crops(dataset: CropDataset, places: int = 1) -> Iterator[dict[str, Any
 
 
 def feature_health(features: Tensor) -> dict[str, float]:
-    """Variance of the features between volumes, and the number of directions in which they vary.
+    """Variance of the features `(V, L, E)` between volumes, and the number of directions in which they vary.
 
-    The mean over volumes at each position is subtracted first: a collapsed encoder may still encode positions.
-
-    Args:
-        features: `(V, L, E)`. Of a single volume the mean over positions is subtracted instead.
+    The mean over volumes at each position is subtracted first: a collapsed encoder may still encode positions. Of a
+    single volume the mean over positions is subtracted instead.
 
     Returns:
         "effective_rank", the exponential of the entropy of the normalised singular values (RankMe, Garrido et al.,
@@ -113,7 +111,6 @@ def linear_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Seque
     2 sum(p t) / sum(p^2 + t^2) (Milletari et al., 3DV 2016): 1 where they are equal.
 
     Args:
-        encoder: its tokens are the features.
         dataset: labelled crops of at least two volumes; the first ones are taken. At random places, `PLACES` crops of
             each: the place in the volume is then not known from the place in the crop.
         names: of the classes 1, 2, ...
@@ -176,7 +173,7 @@ class FeatureHealth:
         method: whose encoder is measured, with its first weights: the linear probe's Dice of these is what pretraining
             has to exceed.
         validation: crops that it is not trained on, without augmentation.
-        labelled: crops and class names for the linear probe, see `open_labelled`; or None.
+        labelled: see `open_labelled`; or None.
         warmup: steps before the method's error has to be lower than the trivial predictor's.
     """
 
@@ -211,8 +208,7 @@ def open_labelled(
     Args:
         path: a store with labels.
         channels: that the network is trained on.
-        size: crop (D, H, W).
-        placement: of the crops, as in training.
+        size, placement: of the crops, as in training.
 
     Raises:
         ValueError: no store, other channels, or less than two volumes with labels.

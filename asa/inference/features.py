@@ -22,10 +22,7 @@ MOST_LOST = 0.1  # fraction of a head outside the encoder's crop, above which a 
 
 
 class FeatureExtractor:
-    """The encoder of a checkpoint, with the preparation of its training scans.
-
-    Arguments and errors are those of `features`.
-    """
+    """The encoder of a checkpoint, with the preparation of its training scans; arguments as of `features`."""
 
     def __init__(
         self,
@@ -96,9 +93,8 @@ def features(
         path: a NIfTI file; for several channels a file per channel.
         checkpoint: run folder, checkpoint folder or `.safetensors` file of asa-pretrain or asa-finetune.
         img_size: input size in voxels, one number or (D, H, W); None: that of the training.
-        strip: skull stripping, as in `PrepareSettings`; None: that of the training scans.
+        strip, plugins: as for `asa.Segmenter`.
         device: "auto" (a GPU if there is one), "cpu", "cuda", ...
-        plugins: packages of your own that the checkpoint's network may come from.
 
     Returns:
         `(E, d, h, w)` float32, in RAS+ order: inferior to superior, posterior to anterior, left to right.

@@ -113,12 +113,9 @@ class Outputs:
         return distance_to_the_right(chain, torch.isin(probabilities.argmax(dim=0), paired).numpy())
 
     def _on_its_side(self, k: int, volume: Any, right: Any) -> Any:
-        """A class's probabilities or mask, 0 on the other side if the class shares its channel with a partner.
+        """A class's probabilities or mask (array or tensor), 0 on the other side if it shares a channel with a partner.
 
-        Args:
-            k: the class.
-            volume: array or tensor.
-            right: bool, of the same shape: the voxels right of the mid-sagittal plane; None without joined sides.
+        `right`: bool, the voxels right of the mid-sagittal plane; None without joined sides.
         """
         sides = {name: side for pair in self.lateral_pairs for name, side in zip(pair, (False, True), strict=True)}
         side = sides.get(self._classes[k])
@@ -131,7 +128,6 @@ class Outputs:
 
         Args:
             probabilities: `(x, y, z)` of each of R regions, or of the K - 1 classes without the background.
-            like, files: as for `native_label_map`.
 
         Returns:
             Label values `(x, y, z)`: the class of highest probability, or the innermost region above one half.
@@ -153,19 +149,12 @@ class Outputs:
         return np.array([0, *sorted(self.labels)])[index]
 
     def write(
-        self, out: Path, probabilities: Tensor, chain: dict[str, Any], like: Volume, files: Path | Sequence[Path] | None
+        self, out: Path, probabilities: Tensor, chain: dict[str, Any], like: Volume, files: Sequence[Path] | None
     ) -> dict[str, float]:
-        """Write the label map of a prepared scan on the scan's own grid, with its header.
+        """Write the label map of a prepared scan on the scan's own grid, with its header; returns its `volumes`.
 
-        Args:
-            out: the `.nii.gz` to write, in a folder that exists, as those of `files`.
-            probabilities, chain, like: as for `native_label_map`.
-            files: as there, or a folder.
-
-        Returns:
-            Its `volumes`.
+        Arguments as of `native_label_map`; the folders of `out` and of the files exist.
         """
-        files = self.files(files) if isinstance(files, Path) else files
         label_map = self.native_label_map(probabilities, chain, like, files)
         write_label(out, label_map, like, make_folder=False)
         return self.volumes(label_map, like.affine)
@@ -222,11 +211,7 @@ class Outputs:
         return indices
 
     def files(self, folder: Path) -> list[Path]:
-        """A file in the folder for the probability of each class or region.
-
-        Raises:
-            ValueError: two names give the same file.
-        """
+        """A file in the folder for the probability of each class or region; a ValueError if two have the same."""
         files: dict[str, str] = {}
         for name in self.names:
             file = re.sub(r"[^\w.-]+", "_", name) + ".nii.gz"
@@ -253,12 +238,7 @@ class Segmented:
 
 
 class ScanSegmenter(Protocol):
-    """What gives prepared scans their labels: trained networks, or atlases.
-
-    Attributes:
-        outputs: its labels or regions.
-        preprocessor: how raw scans are prepared for it.
-    """
+    """What gives prepared scans their labels, its `outputs`: trained networks, or atlases."""
 
     outputs: Outputs
     preprocessor: ScanPreprocessor
@@ -270,7 +250,7 @@ class ScanSegmenter(Protocol):
         like: Volume,
         out: Path,
         *,
-        probabilities: Path | Sequence[Path] | None = None,
+        probabilities: Sequence[Path] | None = None,
         uncertainty: Path | None = None,
     ) -> Segmented:
         """Segment a prepared volume `(C, D, H, W)`, and write the label map on the scan's own grid.
@@ -280,7 +260,7 @@ class ScanSegmenter(Protocol):
             chain: its preprocessing steps.
             like: the source scan, for its grid and header.
             out: the `.nii.gz` to write; its folder and those of the other files exist.
-            probabilities: folder for the probabilities, or a `.nii.gz` for each of `outputs.names`; None writes none.
+            probabilities: a `.nii.gz` for each of `outputs.names`; None writes none.
             uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
         """
 

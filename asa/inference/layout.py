@@ -39,7 +39,6 @@ class Layout:
     `OUT/ID.nii.gz`, `OUT/probabilities/ID/CLASS.nii.gz`, `OUT/uncertainty/ID.nii.gz`.
 
     Args:
-        out: the folder.
         ending: of the images, `.nii.gz` or `.mgz`.
         table: of the scans, which is begun before the first image: by it the folder is known as one of asa-predict.
             None where no images are written.
@@ -68,7 +67,7 @@ class Layout:
         return self.out / f"{id}{self.ending}"
 
     def probabilities(self, id: str) -> Path | list[Path]:
-        """As `ScanSegmenter.segment_prepared` takes them."""
+        """A folder, or a file for each class or region."""
         return self.out / "probabilities" / id
 
     def uncertainty(self, id: str) -> Path:
@@ -84,7 +83,6 @@ class BidsDerivative(Layout):
     Args:
         out: root of the derivative, like BIDS/derivatives/asa.
         segmenter: whose labels or regions are predicted.
-        probabilities: whether probabilities are written too.
 
     Raises:
         ValueError: names of labels that BIDS cannot hold, or cannot tell apart.
@@ -191,8 +189,7 @@ class BidsDerivative(Layout):
 def bids_root(path: Path) -> Path:
     """The folder of the dataset that an image belongs to, by its place `ROOT/sub-*/[ses-*/]DATATYPE/sub-*_SUFFIX`.
 
-    Raises:
-        ValueError: it has no such place, or a name that does not agree with it.
+    A ValueError if it has no such place, or a name that does not agree with it.
     """
     entities = entities_of(path)
     folders = [f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities]
@@ -208,8 +205,7 @@ def bids_root(path: Path) -> Path:
 def abbreviations(names: Sequence[str]) -> dict[str, str]:
     """Name -> what stands for it in names of files: letters and digits, and BIDS's own where it has one.
 
-    Raises:
-        ValueError: a name without any letter or digit, or two that give the same.
+    A ValueError for a name without any letter or digit, or two that give the same.
     """
     short: dict[str, str] = {}
     for name in names:

@@ -14,6 +14,7 @@ from asa.data.preprocessing.pipeline import prepare_case
 from asa.data.preprocessing.scan import intensity_statistics
 from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.preprocessing.steps import Case
+from asa.data.store import Store
 from asa.errors import reason_of
 from asa.settings import LARGEST_OVERLAP
 
@@ -29,11 +30,10 @@ SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel si
 def training_scan_metadata(
     lateral_pairs: Sequence[Sequence[str]], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Metadata of the training scans that a checkpoint keeps for prediction.
+    """Metadata of the training scans that a checkpoint keeps for prediction, from their records in the store.
 
     Args:
         lateral_pairs: `[left, right]` names of labels that are exchanged by mirroring.
-        records: of the training scans in the store.
 
     Returns:
         "lateral_pairs"; "spacing", the smallest and the largest voxel size in mm along D, H, W; and "range", the
@@ -50,25 +50,18 @@ def training_scan_metadata(
 
 
 def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """What is compared between a scan and the training scans: "brain_ml", and "mean CHANNEL" and "sd CHANNEL".
+    """What is compared between a prepared scan and the training scans: "brain_ml", "mean CHANNEL" and "sd CHANNEL".
 
-    Args:
-        quality: of the prepared scan.
-        intensity: `intensity_statistics` of each channel of the prepared scan; {} for one that it lacks.
+    `intensity` holds the `intensity_statistics` of each channel; {} for one that the scan lacks.
     """
     named = {f"{name} {channel}": found[name] for channel, found in intensity.items() if found for name in MEASURED}
     return {"brain_ml": quality["brain_ml"], **named}
 
 
 def check_finite(values: Any, what: str) -> None:
-    """Check what goes into a network, or comes out of it: NaN would become a label, a volume or a class like any other.
+    """Raise a ValueError if an array or tensor, named in words, is not finite.
 
-    Args:
-        values: array or tensor.
-        what: name of the values, for the message.
-
-    Raises:
-        ValueError: some are not finite.
+    Of what goes into a network, or comes out of it: NaN would become a label, a volume or a class like any other.
     """
     finite = values.isfinite() if isinstance(values, torch.Tensor) else np.isfinite(values)
     if not bool(finite.all()):
@@ -81,10 +74,9 @@ def voxel_size(affine: Any) -> np.ndarray:
 
 
 def check_metadata(path: str, data: Mapping[str, Any]) -> None:
-    """Check the metadata of a checkpoint, which may come from anybody.
+    """Raise a ValueError for an entry of another kind than asa writes in the metadata of a checkpoint.
 
-    Raises:
-        ValueError: an entry of another kind than asa writes; the message names the checkpoint and the entry.
+    The checkpoint may come from anybody; the message names it and the entry.
     """
     try:
         regions = dict(data.get("regions", ()))
@@ -131,10 +123,9 @@ class ScanPreprocessor:
     """Preprocesses new scans with the settings of a checkpoint's training scans, or of the scans of a store.
 
     Args:
-        path: of the checkpoint or the store, for messages.
+        path: of the checkpoint or the store, and `scans`, what it holds, for messages.
         data: the metadata of these scans that a checkpoint holds.
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of these scans.
-        scans: what they are, for messages.
 
     Raises:
         ValueError: unusable metadata; or the training scans were skull-stripped by a command, and `strip` is None.
@@ -179,29 +170,23 @@ class ScanPreprocessor:
         return case, like
 
     def check_channels(self, channels: Mapping[str, Any]) -> None:
-        """Check that these are the channels that the network takes.
-
-        Raises:
-            ValueError: missing or unknown channels.
-        """
+        """Raise a ValueError unless these are the channels that the network takes."""
         if sorted(channels) != sorted(self.channels):
             raise ValueError(f"{self.path} takes the channels {', '.join(self.channels)}, got {', '.join(channels)}")
 
-    def check_stored(self, chain: Mapping[str, Any]) -> None:
-        """Check the voxel size of a scan in a store, which is not resampled.
+    def check_store(self, store: Store, advice: str) -> None:
+        """Raise a ValueError, with advice, if a store was prepared in another way than these scans."""
+        ways = [{**settings, "nan": None} for settings in (store.settings, self.data["prepare"])]  # that may differ
+        if store.channels != self.channels or ways[0] != ways[1]:
+            raise ValueError(f"{store.path} was prepared in another way than {self.scans}: {advice}")
 
-        Raises:
-            ValueError: it differs from that of the training scans.
-        """
+    def check_stored(self, chain: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a scan of a store has other voxels than the training scans: it is not resampled."""
         if not self._matches(size := voxel_size(chain["stored_affine"])):
             raise ValueError(f"{self._mismatch(size)}: predict the raw scan instead, which is resampled where possible")
 
     def warn_outside_range(self, quality: Mapping[str, Any], intensity: Mapping[str, Mapping[str, float]]) -> None:
-        """Warn about a scan whose brain volume or normalised intensities are unlike those of all training scans.
-
-        Args:
-            quality, intensity: as for `scan_measures`.
-        """
+        """Warn about a scan whose `scan_measures` are unlike those of all training scans."""
         measures, unlike = scan_measures(quality, intensity), []
         for name, (low, high) in self.data.get("range", {}).items():  # an older checkpoint has none
             value = measures.get(name, low)

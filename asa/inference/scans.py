@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -31,21 +31,14 @@ Prepared: TypeAlias = tuple[np.ndarray, dict[str, Any], Volume]  # volume `(C, D
 
 
 class ScanPredictor(Protocol):
-    """What predicts scans one by one, like a trained network.
-
-    Attributes:
-        preprocessor: how raw scans are prepared for it.
-    """
+    """What predicts scans one by one, like a trained network; `preprocessor` says how raw scans are prepared for it."""
 
     preprocessor: ScanPreprocessor
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> Any:
-        """Predict a prepared volume, given its preparation and the scan that it was prepared from.
-
-        What it returns is handed to the `done` of `predict_each`.
+        """Predict a prepared volume; what it returns is handed to the `done` of `predict_each`.
 
         Args:
-            id: of the scan.
             image: `(C, D, H, W)`, of a store, or just prepared from a raw scan.
             chain: its preprocessing steps.
             like: the raw scan, of several channels the first one, for its grid and header.
@@ -65,14 +58,6 @@ class Scan:
     subject: str | None = None
 
 
-class Predicted(NamedTuple):
-    """What `predict_stored` returned for a scan, the warnings, and how long it took, with reading and preparing."""
-
-    result: Any
-    warnings: list[str]
-    seconds: float
-
-
 def predict_each(
     predictor: ScanPredictor,
     scans: Sequence[Scan],
@@ -86,7 +71,6 @@ def predict_each(
 
     Args:
         predictor: the network; it can be pickled if there are several workers.
-        scans: what to predict.
         layout: where the predictor writes.
         workers: processes that predict scans at the same time; 1 predicts in this process.
         remaining: called before the first scan, when the layout knows all of them: those that are to be predicted.
@@ -108,11 +92,12 @@ def predict_each(
             if not reason.endswith(NOT_HERE):
                 tqdm.write(failures[-1])
             continue
-        for warning in predicted.warnings:
-            tqdm.write(f"{scan.id}: warning: {warning}")
-        seconds.append(predicted.seconds)
+        result, cautions, took = predicted
+        for caution in cautions:
+            tqdm.write(f"{scan.id}: warning: {caution}")
+        seconds.append(took)
         if done is not None:
-            done(scan.id, predicted.result)
+            done(scan.id, result)
     layout.check_kept()
     if absent := [failure for failure in failures if failure.endswith(NOT_HERE)]:
         print(f"{absent[0]} ({counted(len(absent), 'scan')} like this one)")
@@ -122,8 +107,8 @@ def predict_each(
     print(f"{written}; {median(seconds):.1f} s per scan (median of {len(seconds)})" if seconds else written)
 
 
-def _predict(predictor: ScanPredictor, layout: Layout, scan: Scan) -> Predicted:
-    """Predict a scan, in any process."""
+def _predict(predictor: ScanPredictor, layout: Layout, scan: Scan) -> tuple[Any, list[str], float]:
+    """What `predict_stored` returns for a scan, in any process; the warnings; and the seconds, reading included."""
     started, result = time.perf_counter(), layout.label_map(scan.id)
     if result.resolve() in {Path(path).resolve() for path in scan.files.values()}:
         raise ValueError(f"the result would replace the scan itself: choose another out= than {result.parent}")
@@ -133,22 +118,13 @@ def _predict(predictor: ScanPredictor, layout: Layout, scan: Scan) -> Predicted:
         check_finite(image, "the prepared scan")
         found = predictor.predict_stored(scan.id, image, chain, like)
     layout.describe(scan.id)
-    return Predicted(found, [str(warning.message) for warning in caught], time.perf_counter() - started)
+    return found, [str(warning.message) for warning in caught], time.perf_counter() - started
 
 
 def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterable[str] | None = None) -> list[Scan]:
-    """The scans of a store, or those of some subjects.
-
-    Raises:
-        ValueError: the store was prepared in another way than the scans of the preprocessor.
-    """
+    """The scans of a store, or those of some subjects; a ValueError for a store that was prepared in another way."""
     store = Store(source)
-    ways = [{**settings, "nan": None} for settings in (store.settings, preprocessor.data["prepare"])]  # that may differ
-    if store.channels != preprocessor.channels or ways[0] != ways[1]:
-        raise ValueError(
-            f"{store.path} was prepared in another way than {preprocessor.scans}: predict the raw scans, or a store "
-            "that was prepared as they were"
-        )
+    preprocessor.check_store(store, "predict the raw scans, or a store that was prepared as they were")
     prepared = partial(_stored, store, preprocessor)
     records = store.records if subjects is None else select(store.records, subjects)
     return [
@@ -175,8 +151,6 @@ def raw_scans(
     """A raw scan, or those of a folder.
 
     Args:
-        source: a file, or a folder.
-        preprocessor: of the predictor.
         images: file pattern of each channel in a folder; None: every file, one channel.
         out: where results go; files in it are no scans, if it lies inside the folder.
         in_bids: without `images` find the channels t1, t2, flair and pd in a BIDS dataset by their suffixes.

@@ -20,7 +20,7 @@ from asa.data.io.files import sha256_of
 from asa.data.io.nifti import Volume
 from asa.inference.label_maps import Outputs, Segmented
 from asa.inference.preprocessing import ScanPreprocessor, check_finite, check_metadata
-from asa.inference.uncertainty import RunningSpread, entropy_map, write_uncertainty
+from asa.inference.uncertainty import RunningSpread, entropy_map, write_map
 from asa.ops.symmetry import flip
 from asa.settings import PredictSettings, check_axes, check_uncertainty
 from asa.training.checkpoint import read_model
@@ -31,11 +31,7 @@ OVERLAP = 0.5  # of windows, where the settings give none
 
 
 def window_size(model: nn.Module) -> tuple[int, int, int]:
-    """Window (D, H, W) of a network in voxels: the volume size of its encoder.
-
-    Raises:
-        ValueError: the network has no `encoder.img_size`.
-    """
+    """Window (D, H, W) of a network in voxels: the volume size of its encoder, or a ValueError if it names none."""
     size = getattr(getattr(model, "encoder", None), "img_size", None)
     if size is None:
         raise ValueError(f"{type(model).__name__} has no encoder.img_size, the size of the windows to predict")
@@ -220,10 +216,10 @@ class Segmenter:
             FileNotFoundError, ValueError: see `ScanPreprocessor.prepare`.
         """
         case, like = self.preprocessor.prepare(images)
-        files = self.outputs.files(probabilities) if isinstance(probabilities, Path) else probabilities or ()
-        for file in (out, *files, *([uncertainty] if uncertainty else ())):
+        files = self.outputs.files(probabilities) if isinstance(probabilities, Path) else probabilities
+        for file in (out, *(files or ()), *([uncertainty] if uncertainty else ())):
             file.parent.mkdir(parents=True, exist_ok=True)
-        return self._write(case.image, case.chain, like, out, probabilities, uncertainty)
+        return self.segment_prepared(case.image, case.chain, like, out, probabilities=files, uncertainty=uncertainty)
 
     def segment_prepared(
         self,
@@ -232,39 +228,18 @@ class Segmenter:
         like: Volume,
         out: Path,
         *,
-        probabilities: Path | Sequence[Path] | None = None,
+        probabilities: Sequence[Path] | None = None,
         uncertainty: Path | None = None,
     ) -> Segmented:
-        """Segment a prepared volume `(C, D, H, W)` of a store, and write as `segment_file` does, into existing folders.
-
-        Args:
-            chain: its preprocessing steps.
-            like: the source scan, for its grid and header.
-            out, probabilities, uncertainty: as for `segment_file`.
-
-        Raises:
-            ValueError: the voxel size differs from that of the training scans.
-        """
+        """See `ScanSegmenter`; a ValueError if the voxel size differs from that of the training scans."""
         self.preprocessor.check_stored(chain)
-        return self._write(np.asarray(image, dtype=np.float32), chain, like, out, probabilities, uncertainty)
-
-    def _write(
-        self,
-        image: np.ndarray,
-        chain: dict[str, Any],
-        like: Volume,
-        out: Path,
-        files: Path | Sequence[Path] | None,
-        uncertainty: Path | None,
-    ) -> Segmented:
         spread = RunningSpread() if uncertainty is not None and self.uncertainty == "spread" else None
-        probabilities = self.probabilities(torch.from_numpy(np.ascontiguousarray(image)), spread)
-        ml = self.outputs.write(out, probabilities, chain, like, files)
+        found = self.probabilities(torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)), spread)
+        ml = self.outputs.write(out, found, chain, like, probabilities)
         if uncertainty is not None:
-            regions = bool(self.outputs.regions)
-            made = entropy_map(probabilities, regions=regions) if spread is None else spread.map()
-            write_uncertainty(uncertainty, made, chain, like)
-        return Segmented(ml, self.outputs.expected_dice(probabilities, chain))
+            made = spread.map() if spread else entropy_map(found, regions=bool(self.outputs.regions))
+            write_map(uncertainty, made, chain, like)
+        return Segmented(ml, self.outputs.expected_dice(found, chain))
 
     def described(self) -> dict[str, Any]:
         """The networks and the flips, for sidecars in BIDS."""
@@ -274,9 +249,7 @@ class Segmenter:
     def probabilities(self, image: Tensor, spread: RunningSpread | None = None) -> Tensor:
         """Probabilities of a prepared volume: `(C, D, H, W)` -> `(K or R, D, H, W)` float32 on the CPU.
 
-        Args:
-            image: the volume.
-            spread: gets those of each network and view.
+        `spread` gets those of each network and view.
 
         Raises:
             ValueError: a network's output is not finite.

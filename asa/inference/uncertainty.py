@@ -25,9 +25,9 @@ def entropy_map(probabilities: Tensor, *, regions: bool) -> Tensor:
     return torch.special.entr(p).sum(dim=0) / math.log(len(p))
 
 
-def write_uncertainty(path: Path, uncertainty: Tensor, chain: dict[str, Any], like: Volume) -> None:
+def write_map(path: Path, values: Tensor, chain: dict[str, Any], like: Volume) -> None:
     """Write a map `(D, H, W)` of a prepared scan on the scan's own grid, given its preprocessing steps."""
-    write_image(path, to_native(uncertainty[None].numpy(), chain, order=1)[0], like.affine, make_folder=False)
+    write_image(path, to_native(values[None].numpy(), chain, order=1)[0], like.affine, make_folder=False)
 
 
 class RunningSpread:
@@ -52,14 +52,8 @@ def expected_dice(probability: Tensor, mask: Tensor) -> float:
     """The Dice that a predicted mask would have on average with a truth drawn from its probability, voxel by voxel.
 
     It is 2 sum(p in the mask) / (size of the mask + sum(p)): the ratio of the expected values, which is close to the
-    expected ratio for masks of many voxels. It is the true Dice to the extent that probabilities are calibrated.
-
-    Args:
-        probability: `(D, H, W)` of a label or region.
-        mask: bool `(D, H, W)`.
-
-    Returns:
-        From 0 to 1; NaN where there is neither a mask nor any probability.
+    expected ratio for masks of many voxels. It is the true Dice to the extent that probabilities are calibrated. Both
+    are `(D, H, W)`; NaN where there is neither a mask nor any probability.
     """
     both = float((probability * mask).sum(dtype=torch.float64))
     sizes = float(mask.sum()) + float(probability.sum(dtype=torch.float64))

@@ -5,6 +5,7 @@ Letters: prepared volume `C D H W`, N scans, K classes.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,8 @@ TABLE = "predictions.csv"
 def predict_classes(model: nn.Module, dataset: CropDataset) -> np.ndarray:
     """Class probabilities `(N, K)` of all records, from crops without augmentation.
 
-    The records are divided over the processes, and each process gets the whole result.
-
-    Args:
-        model: a classifier in evaluation mode.
-        dataset: with "mirror" for a network that cross-attends to the mirror image.
+    The records are divided over the processes, and each process gets the whole result. The model is in evaluation mode,
+    and the dataset has "mirror" for one that cross-attends to the mirror image.
     """
     return _outputs(model, dataset, lambda logits: logits.float().softmax(dim=1))
 
@@ -52,27 +50,8 @@ def _outputs(model: nn.Module, dataset: CropDataset, read: Callable[[Tensor], Te
         return np.array(map_over_ranks(range(len(dataset)), predict))
 
 
-class _OneVolume:
-    """A prepared volume as the source of a `CropDataset`."""
-
-    def __init__(self, volume: np.ndarray) -> None:
-        self.volume = volume
-
-    def image(self, record_id: str) -> np.ndarray:
-        return self.volume
-
-    def label(self, record_id: str) -> None:
-        return None
-
-
 class _Network:
-    """A trained network for new scans, and what its checkpoint says.
-
-    Args:
-        checkpoint: run folder, checkpoint folder or file of `asa-finetune`.
-        settings: the device; a scan is one window.
-        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
-        plugins: packages of your own that the checkpoint's network may come from.
+    """A trained network for new scans, and what its checkpoint says; arguments as of `Segmenter`. A scan is one window.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint, or of another task.
@@ -100,8 +79,8 @@ class _Network:
 
     def crop(self, image: np.ndarray) -> CropDataset:
         """The window of a prepared volume `(C, D, H, W)`."""
-        mirrored = getattr(self.model, "mirrored", False)
-        return CropDataset(_OneVolume(image), [{"id": ""}], self.window, mirrored=mirrored)
+        volume: Any = SimpleNamespace(image=lambda id: image)
+        return CropDataset(volume, [{"id": ""}], self.window, mirrored=getattr(self.model, "mirrored", False))
 
 
 class ClassPredictor(_Network):
@@ -138,11 +117,7 @@ class NumberPredictor(_Network):
         self.column, self.mean = str(self.about["column"]), float(self.about["mean"])
 
     def number(self, image: np.ndarray) -> float:
-        """The number predicted for a prepared volume `(C, D, H, W)`, in the units of the training table.
-
-        Raises:
-            ValueError: it is not finite.
-        """
+        """The number of a prepared volume `(C, D, H, W)`, in the training table's units; a ValueError if not finite."""
         found = predict_numbers(self.model, self.crop(image))[0]
         check_finite(found, "the network's output")
         return float(found)
@@ -153,24 +128,17 @@ class NumberPredictor(_Network):
 
 
 def predictions_csv(names: Sequence[str], rows: Sequence[tuple[str, str, str]], probabilities: np.ndarray) -> str:
-    """A table (CSV) of the most likely class of each scan, and the probability of every class.
+    """A table (CSV) of the most likely class of each scan, and the probability `(N, K)` of every class.
 
-    Args:
-        names: of the classes.
-        rows: id, subject and true class of each scan; "" if unknown.
-        probabilities: `(N, K)`.
+    `rows` are id, subject and true class of each scan; "" if unknown.
     """
     return _table("class", rows, [_class_cells(names, values) for values in probabilities])
 
 
 def numbers_csv(column: str, rows: Sequence[tuple[str, str, str]], predicted: np.ndarray, mean: float) -> str:
-    """A table (CSV) of a number of each scan, and in each row the training scans' mean, to compare with.
+    """A table (CSV) of a predicted number `(N,)` of each scan, and the training scans' mean, to compare with.
 
-    Args:
-        column: name of the number.
-        rows: id, subject and true number of each scan; "" if unknown.
-        predicted: `(N,)`.
-        mean: of the training scans.
+    `rows` are id, subject and true number of each scan; "" if unknown.
     """
     return _table(column, rows, [_number_cells(value, mean) for value in predicted])
 

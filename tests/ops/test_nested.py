@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import LABELS
 from torch import nn
-from untrained import DATA, SETTINGS, WINDOW, a_scan, call, predicted
+from untrained import SETTINGS, WINDOW, a_scan, call, metadata, predicted
 
 from asa.cli import finetune, predict
 from asa.config import build
@@ -148,7 +148,7 @@ def checkpoint(folder: Path, seed: int = 0, **data: object) -> Path:
     shell = nn.Module()
     shell.model = build(node)
     nn.init.normal_(shell.model.heads[0].conv.conv.weight)  # far from one half
-    content = {**DATA, "regions": [list(item) for item in SIDED.items()], **data}
+    content = metadata(**{"regions": [list(item) for item in SIDED.items()], **data})
     save_checkpoint(folder, 1, shell, {"model": node, "data": content}, {}, keep=1)
     return folder
 

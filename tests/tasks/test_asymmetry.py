@@ -175,6 +175,7 @@ def write_alike(store: Path, folder: Path, subjects: list[str]) -> Path:
     manifest = read_tree(store)
     first, image = manifest["records"][0], np.array(Store(store).image("s0"))
     folder.mkdir()
+    manifest["settings"]["nan"] = "zero"  # this alone may differ from the training scans
     manifest["records"] = [{**first, "id": f"a{k}", "subject": subject} for k, subject in enumerate(subjects)]
     for k, record in enumerate(manifest["records"]):
         noise = np.random.default_rng(k).normal(0, 0.05, image.shape)
