@@ -20,7 +20,7 @@ from asa.data.io.tables import csv_text
 from asa.evaluation.comparison import Run, latex_tabular, markdown_lines, mean_text, verdict
 from asa.evaluation.policies import CLASSIFICATION, MetricInfo, PolicyInfo, get_policy
 from asa.evaluation.summary import Statistic, number_text, statistic
-from asa.reporting.plots import plain, png_of
+from asa.reporting.plots import panels, plain, png_of
 
 MEAN = "mean"  # of the regions of a case
 PANELS = 4  # of the figure side by side
@@ -35,7 +35,6 @@ class Trial:
     Args:
         labelled: how many subjects it was fine-tuned on, as text.
         seed: of its split, first weights and crops.
-        run: the evaluation.
     """
 
     arm: str
@@ -80,13 +79,10 @@ def trial_line(trial: Trial) -> str:
 
 
 def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> None:
-    """Write the tables, as CSV, Markdown and LaTeX, and the figure.
+    """Write the tables, as CSV, Markdown and LaTeX, with notes for their readers, and the figure.
 
     Args:
-        out: folder to write to.
-        trials: of all arms and seeds.
         arms: their names in order; the others are compared with the first.
-        notes: lines for the reader of the tables.
 
     Raises:
         ValueError: trials that were scored in different ways.
@@ -260,18 +256,12 @@ def _cells(found: Sequence[Row], digits: int) -> list[str]:
 
 def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:
     """The first metric against the labelled subjects, a panel for each region on one scale, with intervals; PNG."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in rows if row.metric is rows[0].metric]
     regions = list(dict.fromkeys(row.region for row in rows))
     counts = list(dict.fromkeys(row.labelled for row in rows))
-    lines = math.ceil(len(regions) / PANELS)
-    columns = math.ceil(len(regions) / lines)
-    figure = Figure(figsize=(2.6 * max(columns, 2), 2.6 * lines + 1), dpi=150, layout="constrained")
-    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    for unused in axes[len(regions) :]:
-        unused.set_axis_off()
-    for axis, region in zip(axes, regions, strict=False):
+    figure, axes, (lines, columns) = panels(len(regions), PANELS)
+    figure.set_size_inches(2.6 * max(columns, 2), 2.6 * lines + 1)
+    for axis, region in zip(axes, regions, strict=True):
         for k, arm in enumerate(arms):
             found = [row for row in rows if (row.arm, row.region) == (arm, region)]
             if found:

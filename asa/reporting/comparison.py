@@ -17,11 +17,7 @@ OVERLAYS = 2  # cases drawn of each
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Write the page of a comparison.
-
-    Raises:
-        ImportError: the `report` extra is not installed.
-    """
+    """Write the page of a comparison; an ImportError if the `report` extra is not installed."""
     require_for_page(path)
     extremes, rows = _extremes(comparison), list(comparison_rows(comparison))
     overlays = [figure for row in _shown(extremes) if (figure := _overlay(comparison, row)) is not None]

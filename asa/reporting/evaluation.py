@@ -13,15 +13,7 @@ from asa.data.io.nifti import check_same_geometry, read_image, read_label, spaci
 from asa.evaluation.metrics import bounding_box
 from asa.evaluation.policies import MetricInfo
 from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, interval_kind
-from asa.evaluation.summary import (
-    CaseRow,
-    Row,
-    SegmentationSummary,
-    Summary,
-    label_notes,
-    number_text,
-    statistic_cells,
-)
+from asa.evaluation.summary import CaseRow, Row, SegmentationSummary, Summary, label_notes, number_text, statistic_cells
 from asa.reporting.figures import Lengths, central_slices, encode_png, hex_colour, label_colours, overlay_panel
 from asa.reporting.pages import data_uri, require_for_page, write_page
 from asa.reporting.plots import box_plots
@@ -53,9 +45,7 @@ class CaseFiles:
 def write_report(path: Path, summary: SegmentationSummary, cases: Sequence[CaseFiles]) -> None:
     """Write the page of an evaluation of label maps; the files of the worst and best cases are read again.
 
-    Raises:
-        ImportError: the `report` extra is not installed.
-        ValueError: an image does not lie on its truth's grid.
+    An ImportError without the `report` extra; a ValueError for an image that does not lie on its truth's grid.
     """
     require_for_page(path)
     files = {case.case_id: case for case in cases}
@@ -182,8 +172,7 @@ def label_panel(
     """Template values of a panel: a case's image and label maps on the slices through the middle of a region.
 
     Args:
-        paths: title and file of the truth, and of one prediction or more.
-        image: on the same grid.
+        paths: title and file of the truth, and of one prediction or more; the image is on the same grid.
         labels: label value -> name.
         ignored: values of the truth that a policy ignores.
         region: label values; it is searched for in the truth, else in the predictions.

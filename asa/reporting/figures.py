@@ -17,6 +17,7 @@ TITLE = 30  # height in pixels of a line of them
 
 _SIDES = (("R", "L"), ("R", "L"), ("A", "P"))  # of the axial, coronal and sagittal plane
 GAP = 4  # pixels between tiles
+OPACITY = 0.45  # of filled labels
 _MASKED = np.array([52, 66, 92], dtype=np.uint8)  # colour of masked patches, unlike tissue and background
 
 # Half of Okabe and Ito's palette, safe for colour-blind readers. The other half marks differences in the report.
@@ -61,7 +62,6 @@ def overlay_panel(
     at: Index | None = None,
     spacing: Lengths = (1.0, 1.0, 1.0),
     tile_width: int | None = None,
-    opacity: float = 0.45,
 ) -> np.ndarray:
     """Draw an image and, next to it, one copy per label map with the labels filled and outlined.
 
@@ -75,10 +75,6 @@ def overlay_panel(
         at: slices `(d, h, w)`; by default the middle, for the sagittal plane next to the midline.
         spacing: voxel size along D, H, W in mm; slices are drawn in true proportions.
         tile_width: width of a column in pixels; by default a pixel has the smallest voxel size.
-        opacity: of the fill, 0 to 1.
-
-    Returns:
-        RGB uint8 `(height, width, 3)`.
 
     Raises:
         ValueError: no arrays, or arrays that are not 3-D and of one shape.
@@ -96,7 +92,7 @@ def overlay_panel(
         row = [] if image is None else [grey]
         for values, table in zip(labels, tables, strict=True):
             drawn = _resize(_slice(values, plane, at), plane, spacing, pitch, labels=True)
-            row.append(_blend(grey, drawn, table, opacity))
+            row.append(_blend(grey, drawn, table, OPACITY))
         rows.append(row)
     return _grid(rows)
 
@@ -107,30 +103,21 @@ def reconstruction_panel(
     prediction: np.ndarray,
     importance: np.ndarray,
     *,
-    at: Index | None = None,
     titles: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Draw input, masked input, prediction and importance side by side, in three planes.
+    """Draw input, masked input, prediction and importance, each `(D, H, W)`, side by side, in three planes.
 
     The first three have the grey window of the input, so that a wrong intensity is visible. Importance is drawn from
     black over red and yellow to white, on its own scale.
 
     Args:
-        input: grey values `(D, H, W)`.
         masked: the input with its masked patches set to NaN, which are drawn in slate blue.
-        prediction: grey values `(D, H, W)`.
-        importance: scores `(D, H, W)`, not normalised.
-        at: slices `(d, h, w)`; by default the middle, for the sagittal plane next to the midline.
         titles: of the columns; with them, colour bars and the colour of masked patches are drawn below.
-
-    Returns:
-        RGB uint8 `(height, width, 3)`: rows axial, coronal, sagittal; four columns.
 
     Raises:
         ValueError: arrays that are not 3-D and of one shape.
     """
-    at = _default_slices(_common_shape([input, masked, prediction, importance])) if at is None else at
-    window = _window(input)
+    at, window = _default_slices(_common_shape([input, masked, prediction, importance])), _window(input)
     scores = (float(np.nanmin(importance)), float(np.nanpercentile(importance, 99.5)))
     rows = []
     for plane in range(3):
@@ -154,7 +141,7 @@ def thumbnail_row(
 ) -> np.ndarray:
     """Draw one scan's three slices side by side, with the outline of the brain and the mid-sagittal plane.
 
-    All three have one scale and true proportions; the longest side of the volume fills a cell.
+    All three have one scale and true proportions; the longest side of the volume fills a cell of `side` pixels.
 
     Args:
         slices: axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8.
@@ -162,10 +149,6 @@ def thumbnail_row(
         spacing: voxel size along D, H, W in mm.
         midline: the mid-sagittal plane as a dashed line, in voxels along W: (at h = 0, at h = H - 1) on the axial
             slice and (at d = 0, at d = D - 1) on the coronal one.
-        side: of a cell in pixels.
-
-    Returns:
-        RGB uint8 `(side, 3 * side + two gaps, 3)`.
     """
     (height, width), depth = slices[0].shape, len(slices[1])
     pitch = max(size * step for size, step in zip((depth, height, width), spacing, strict=True)) / side
@@ -336,9 +319,9 @@ def _cell(tile: np.ndarray, height: int, width: int, sides: tuple[str, str]) -> 
 
 
 def _draw_midline(tile: np.ndarray, shape: tuple[int, ...], ends: tuple[float, float]) -> None:
-    """Draw a dashed line from the top to the bottom of a tile.
+    """Draw a dashed line from the top to the bottom of a tile, of a slice of this shape.
 
-    `ends` are its positions along the last axis of the slice (of this shape) at the first and last row.
+    `ends` are its positions along the last axis of the slice at the first and last row.
     """
     (rows, columns), (height, width) = shape, tile.shape[:2]
     y = np.flatnonzero(np.arange(height) % 8 < 5)

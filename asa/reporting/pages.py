@@ -15,11 +15,7 @@ OWN = re.compile(rb"\basa \d|asa-prepare")  # in each page; the second in that o
 
 
 def require_report_extra(purpose: str) -> None:
-    """Check that the `report` extra, which `purpose` needs, is installed.
-
-    Raises:
-        ImportError: a package is missing.
-    """
+    """Raise an ImportError if the `report` extra, which `purpose` needs, is not installed."""
     for module in ("jinja2", "matplotlib.figure"):
         require(module, "report", purpose)
 
@@ -30,11 +26,7 @@ def require_for_page(path: Path) -> None:
 
 
 def check_page(path: Path) -> None:
-    """Check that a page, if there is one, is of asa, which may replace it: its pages name asa with its version.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise a ValueError for a file that exists and is no page of asa: these name asa with its version."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -43,12 +35,9 @@ def check_page(path: Path) -> None:
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Fill in a template and write the page: one HTML file that fetches nothing.
+    """Fill in a template of `templates/` and write the page, whole or not at all: one HTML file that fetches nothing.
 
-    Args:
-        path: the file; it is written whole or not at all.
-        template: file name in `templates/`.
-        values: for the template; escaped for HTML.
+    The values are escaped for HTML.
     """
     import jinja2
 

@@ -40,7 +40,7 @@ def box_plots(summary: Summary) -> bytes:
         )
         generator = np.random.default_rng(0)  # the same numbers give the same page
         for index, values in enumerate(groups):
-            _scatter(axis, values, index, generator, s=22, alpha=0.75, zorder=4)
+            scatter(axis, values, index, generator, s=22, alpha=0.75, zorder=4)
         axis.set_xlabel(metric.heading)
         low, high = axis.get_xlim()
         margin = max(50 * 10.0**-metric.digits - (high - low), 0.0) / 2  # do not magnify a negligible difference
@@ -59,7 +59,7 @@ def difference_plots(comparison: Comparison) -> bytes:
     for axis, metric in zip(axes, comparison.metrics, strict=True):
         for index, (region, run) in enumerate(rows):
             values = paired_differences(comparison, metric, region, run)
-            _scatter(axis, values[~np.isnan(values)], index, generator, s=16, alpha=0.6)
+            scatter(axis, values[~np.isnan(values)], index, generator, s=16, alpha=0.6)
             difference = comparison.differences[metric.name, region, run.name]
             if not math.isnan(difference.low):
                 ends = [difference.low, difference.high]
@@ -86,26 +86,33 @@ def png_of(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _panels(metrics: Sequence[MetricInfo], names: Sequence[str], height: float) -> tuple[Any, list[Any]]:
-    """A figure with a panel per metric, in lines of this height in inches, and the names from top to bottom."""
+def panels(count: int, most: int) -> tuple[Any, list[Any], tuple[int, int]]:
+    """A figure, its panels with one scale, at most so many side by side, and its number of lines and columns."""
     from matplotlib.figure import Figure
 
-    lines = math.ceil(len(metrics) / COLUMNS)
-    columns = math.ceil(len(metrics) / lines)
-    figure = Figure(figsize=(11.6, lines * height), dpi=150, layout="constrained")
+    lines = math.ceil(count / most)
+    columns = math.ceil(count / lines)
+    figure = Figure(dpi=150, layout="constrained")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel().tolist()
-    for unused in axes[len(metrics) :]:
+    for unused in axes[count:]:
         unused.set_axis_off()
-    for axis in axes[: len(metrics)]:
+    return figure, axes[:count], (lines, columns)
+
+
+def _panels(metrics: Sequence[MetricInfo], names: Sequence[str], height: float) -> tuple[Any, list[Any]]:
+    """A figure with a panel per metric, in lines of this height in inches, and the names from top to bottom."""
+    figure, axes, (lines, _) = panels(len(metrics), COLUMNS)
+    figure.set_size_inches(11.6, lines * height)
+    for axis in axes:
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.4, -0.6)
         plain(axis, "x")
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0)
-    return figure, axes[: len(metrics)]
+    return figure, axes
 
 
-def _scatter(axis: Any, values: Any, index: int, generator: np.random.Generator, **style: Any) -> None:
+def scatter(axis: Any, values: Any, index: int, generator: np.random.Generator, **style: Any) -> None:
     """A point per value in row `index`, displaced at random so that equal values can be seen."""
     rows = index + generator.uniform(-0.16, 0.16, len(values))
     axis.scatter(values, rows, color=POINT, edgecolors="white", linewidths=0.4, **style)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from asa.reporting.pages import data_uri, require_for_page, write_page
-from asa.reporting.plots import POINT, plain, png_of
+from asa.reporting.plots import POINT, plain, png_of, scatter
 
 NARROW, PER_SITE = 3.6, 0.35  # inches: height of the figure, and at least that of each site
 
@@ -20,17 +20,13 @@ def write_probe(
     predicted: np.ndarray,
     sites: tuple[str, Sequence[str]] | None,
 ) -> None:
-    """Write the page.
+    """Write the page of a probe of a column; an ImportError if the `report` extra is not installed.
 
     Args:
-        column: that was predicted.
         lines: what the command prints; the first is the score.
         truth: of each scan, N values as text.
         predicted: numbers `(N,)`, or names of classes.
         sites: name of a column, and its value for each scan; None: all are drawn as one.
-
-    Raises:
-        ImportError: the `report` extra is not installed.
     """
     require_for_page(path)
     numeric = predicted.dtype.kind == "f"
@@ -61,8 +57,7 @@ def _figure(column: str, truth: np.ndarray, predicted: np.ndarray, sites: tuple[
     groups = [residuals[of == k] for k in range(len(names))]
     right.boxplot(groups, orientation="horizontal", widths=0.5, showfliers=False, medianprops={"color": "#b45309"})
     for k, group in enumerate(groups, start=1):
-        rows = k + np.random.default_rng(0).uniform(-0.16, 0.16, len(group))  # the same numbers give the same page
-        right.scatter(group, rows, s=16, alpha=0.6, color=POINT, edgecolors="white", linewidths=0.4)
+        scatter(right, group, k, np.random.default_rng(0), s=16, alpha=0.6)  # the same numbers give the same page
     counted = [f"{one} ({len(group)})" for one, group in zip(names, groups, strict=True)]
     right.set_yticks(range(1, len(names) + 1), counted)
     right.invert_yaxis()

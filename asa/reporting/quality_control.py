@@ -46,12 +46,8 @@ _UNITS = {"degrees": ("°", 1), "mm": (" mm", 1), "ml": (" ml", 0), "seconds": (
 class QualityControlReport:
     """Writes a quality control while scans are being prepared; thumbnails are written at once and not kept.
 
-    Args:
-        folder: made if missing. The thumbnails, table and page of an earlier quality control are removed.
-
-    Raises:
-        ImportError: the `report` extra is not installed.
-        ValueError: the folder holds something else.
+    The folder is made if missing, and an earlier quality control in it removed. An ImportError without the `report`
+    extra; a ValueError if the folder holds something else.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,11 +68,7 @@ class QualityControlReport:
         self._scans[scan.id] = replace(scan, thumbnail=None)
 
     def finish(self, settings: dict[str, Any]) -> None:
-        """Write the table and the page.
-
-        Args:
-            settings: of the preparation, for the page.
-        """
+        """Write the table, and the page with the settings of the preparation."""
         scans = [self._scans[id] for id in sorted(self._scans)]
         # An id may come from a file name that is not valid Unicode.
         write_whole(self.folder / TABLE, _table(scans).encode("utf-8", errors="backslashreplace"))
@@ -93,7 +85,10 @@ class QualityControlReport:
             measurements=[fact for key, fact in facts.items() if not key.startswith(elsewhere)],
             times=times,
             labels=folded,
-            settings=[(key, _setting(value)) for key, value in settings.items()],
+            settings=[
+                (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+                for key, value in settings.items()
+            ],
             outline=hex_colour(OUTLINE),
             midline=hex_colour(MIDLINE),
             table=TABLE,
@@ -175,7 +170,3 @@ def _summarise(scans: Sequence[ScanQuality]) -> dict[str, dict[str, Any]]:
         }
         for key, pairs in values.items()
     }
-
-
-def _setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

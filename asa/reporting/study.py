@@ -9,12 +9,9 @@ from asa.reporting.pages import write_page
 
 
 def write_study(path: Path, done: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> None:
-    """Write the page, beside the folders of the stages.
+    """Write the page into the study's folder, where this is called; `missing` names the stages that are not done.
 
-    Args:
-        path: the page, in the study's folder, where this is called.
-        done: `name`, `typed`, `out`, `seconds` and `finished` of each stage.
-        missing: names of the stages that are not done.
+    `done` has `name`, `typed`, `out`, `seconds` and `finished` of each stage.
     """
     rows = [(row, list(_verdicts(Path(row["out"]))), _pages(row["out"])) for row in done]
     write_page(path, "study.html.j2", rows=rows, missing=missing)

@@ -46,7 +46,6 @@ class Layer:
     """A volume of a case.
 
     Args:
-        name: beside its slider.
         nifti: bytes of a compressed NIfTI file.
         kind: "gray" for images, "labels" for label maps, "plasma" for values such as probabilities.
         labels: name of each value of a label map.
@@ -83,8 +82,8 @@ def view_task(config: Config) -> None:
     """Write the page that asa-view is asked for.
 
     Raises:
-        FileNotFoundError: no such viewer or scan.
-        ValueError: a folder that holds none of what can be shown, or settings that do not fit.
+        FileNotFoundError, ValueError: no such viewer or scan, nothing in the folder that can be shown, or settings that
+            do not fit.
     """
     source, out = Path(str(config["input"])), Path(str(config["out"]))
     check_page(out)
@@ -235,11 +234,7 @@ def reconstructed(run: Path, config: Config) -> Cases:
 
 
 def select_ids(ids: Sequence[str], config: Config) -> list[str]:
-    """The scans that are asked for.
-
-    Raises:
-        ValueError: ids that do not exist.
-    """
+    """The scans that are asked for; a ValueError for ids that do not exist."""
     if config["ids"] is None:
         return list(ids[: config["count"]])
     chosen = [str(id) for id in config["ids"]]

@@ -13,6 +13,7 @@ from asa.data.io.nifti import Volume, write_image, write_label
 from asa.evaluation.summary import CaseRow, summarise
 from asa.reporting.evaluation import write_report
 from asa.reporting.figures import (
+    OPACITY,
     READABLE,
     TITLE,
     central_slices,
@@ -202,10 +203,10 @@ def test_voxels_are_drawn_in_true_proportions():
 def test_labels_are_filled_with_an_opaque_edge():
     labels = np.zeros((30, 30, 30), dtype=int)
     labels[10:20, 10:20, 10:20] = 2
-    panel = overlay_panel(None, [labels], at=(15, 15, 15), opacity=0.5)
+    panel = overlay_panel(None, [labels], at=(15, 15, 15))
     colour = label_colours(2)[1]
     assert np.array_equal(panel[10, 15], colour)
-    assert np.abs(panel[15, 15].astype(int) - colour / 2).max() <= 1
+    assert np.abs(panel[15, 15].astype(int) - OPACITY * colour).max() <= 1
     assert not panel[25, 15].any()
 
 
@@ -242,7 +243,7 @@ def test_masked_patches_differ_in_colour_from_tissue_and_background():
     volume = np.random.default_rng(0).random((16, 16, 16))
     masked = volume.copy()
     masked[:, :8] = np.nan
-    panel = reconstruction_panel(volume, masked, volume, volume, at=(8, 8, 8))
+    panel = reconstruction_panel(volume, masked, volume, volume)
     assert panel.shape == (16 * 3 + 2 * 4, 16 * 4 + 3 * 4, 3)
     tile = panel[:16, 20:36]
     grey = (tile == tile[..., :1]).all(axis=-1)
