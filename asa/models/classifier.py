@@ -21,19 +21,11 @@ class WholeVolumeNetwork(nn.Module):
     def __init__(self, encoder: SWViT | Swin, saca: SymmetryAwareBlock | None, outputs: int) -> None:
         super().__init__()
         self.encoder, self.saca = encoder, saca
+        self.mirrored = saca is not None  # whether the network also takes the mirror image
         self.head = nn.Linear(encoder.embed_dim, outputs)
 
-    @property
-    def mirrored(self) -> bool:
-        """Whether the network also takes the mirror image."""
-        return self.saca is not None
-
     def forward(self, volume: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """The outputs of the linear layer, `(B, outputs)`.
-
-        Args:
-            volume: `(B, C, D, H, W)`.
-            mirrored: with SACA, their mirror images, of the same shape.
+        """The outputs of the linear layer, `(B, outputs)`, for volumes `(B, C, D, H, W)` and, with SACA, mirror images.
 
         Raises:
             ValueError: the mirror images are missing.
@@ -48,7 +40,6 @@ class Classifier(WholeVolumeNetwork):
     """Logits `(B, K)` from the mean token.
 
     Args:
-        encoder: volumes to tokens.
         classes: K.
         saca: cross-attention from the volume's tokens to those of its mirror image; None: the volume alone.
 
@@ -66,9 +57,7 @@ class Regressor(WholeVolumeNetwork):
     """One number per volume, like the age, from the mean token: `mean + sd * head`, so that the head is standardised.
 
     Args:
-        encoder: volumes to tokens.
         mean, sd: of the number over the training scans, in its own units.
-        saca: as in `Classifier`.
 
     Raises:
         ValueError: a mean or an SD that is not finite, or an SD of 0 or less.
@@ -81,10 +70,9 @@ class Regressor(WholeVolumeNetwork):
         self.mean, self.sd = float(mean), float(sd)
 
     def forward(self, volume: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """Predict the number of each volume; arguments as of `WholeVolumeNetwork.forward`.
+        """The number of each volume, `(B,)` float32 in its units, also under autocast; arguments as of the base class.
 
-        Returns:
-            `(B,)`, float32 in the number's units, also under autocast: bfloat16 would round an age of 70 to a quarter.
+        In bfloat16 an age of 70 would be rounded to a quarter.
         """
         return self.mean + self.sd * super().forward(volume, mirrored)[:, 0].float()
 

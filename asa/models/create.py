@@ -20,11 +20,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def create_model(name: str, **overrides: Any) -> "nn.Module":
-    """Make a model by name, with random weights.
-
-    Args:
-        name: one of `list_models()`.
-        overrides: keywords of its function.
+    """Make a model, one of `list_models()`, with random weights; `overrides` are keywords of its function.
 
     Raises:
         ValueError: an unknown name or keyword, of which the nearest one is named; or a keyword that is missing.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from asa.models import sw_vit
-from asa.models.sw_vit import SWViT, position_encoding, run_block, window_blocks
+from asa.models.sw_vit import SWViT, initialise, position_encoding, run_block, window_blocks
 from asa.ops.patches import Selection, split_indices, tokens_at
 
 
@@ -86,9 +86,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = window_blocks(decoder_depth, width, width // head, mlp_ratio, window, bias)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, in_channels * patch_size**3)
-        for linear in (self.projection, self.head):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        initialise([self.projection, self.head])
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay, besides biases and norms."""
@@ -140,11 +138,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def merge(first: Selection, second: Selection, length: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Merge two selections of different tokens into one sequence in raster order, padding last.
-
-    Args:
-        first, second: `(N, V)` and `(N, K)`.
-        length: tokens L of a volume.
+    """Merge two selections of different tokens, `(N, V)` and `(N, K)` of L, into one in raster order, padding last.
 
     Returns:
         index `(N, V+K)` of the sequence's tokens, and which of them are valid (None: all); the places of the first

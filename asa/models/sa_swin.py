@@ -71,7 +71,7 @@ class SASwin(nn.Module):
         super().__init__()
         self.encoder = Swin(img_size, in_channels, embed_dim, depths, num_heads, window, checkpointing)
         width = self.encoder.embed_dim
-        self.saca = SymmetryAwareBlock(width, cross_heads, 4.0, norm, self_attention, position)
+        self.saca = SymmetryAwareBlock(width, cross_heads, norm, self_attention, position)
         self.rotation = nn.Linear(width, 4)
         self.contrast = nn.Linear(width, projection)
         self.symmetry = nn.Linear(width, projection)
@@ -182,7 +182,7 @@ def swin_with_saca(
 ) -> tuple[Swin, SymmetryAwareBlock]:
     """Encoder and symmetry-aware block of a network that starts from SA-Swin; `encoder`: keywords of the Swin."""
     swin = Swin(**encoder)
-    return swin, SymmetryAwareBlock(swin.embed_dim, cross_heads, 4.0, norm, self_attention, position)
+    return swin, SymmetryAwareBlock(swin.embed_dim, cross_heads, norm, self_attention, position)
 
 
 BASE: dict[str, Any] = dict(embed_dim=48, num_heads=(3, 6, 12, 24), window=7, cross_heads=12)

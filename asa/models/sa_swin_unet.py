@@ -24,7 +24,6 @@ class SASwinUNet(nn.Module):
     """SwinUNETR (Tang et al., CVPR 2022) whose deepest features cross-attend to those of the mirror image.
 
     Args:
-        encoder: the Swin.
         out_channels: classes K, background included.
         saca: the symmetry-aware block of the bottleneck.
         across: attention heads of symmetry-aware blocks at further levels, by level: `{3: 6}`. Each attends over all
@@ -37,11 +36,7 @@ class SASwinUNet(nn.Module):
     mirrored = True
 
     def __init__(
-        self,
-        encoder: Swin,
-        out_channels: int,
-        saca: SymmetryAwareBlock,
-        across: dict[int, int] | None = None,
+        self, encoder: Swin, out_channels: int, saca: SymmetryAwareBlock, across: dict[int, int] | None = None
     ) -> None:
         super().__init__()
         grid_size(encoder.img_size, STRIDE, several=True)  # checks the size

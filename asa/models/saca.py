@@ -38,15 +38,7 @@ class SymmetryAwareCrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, mirrored: Tensor) -> Tensor:
-        """Attend from f to f~.
-
-        Args:
-            tokens: f, `(B, L, E)`.
-            mirrored: f~, `(B, any number, E)`.
-
-        Returns:
-            `(B, L, E)`.
-        """
+        """Attend from f `(B, L, E)` to f~ `(B, any number, E)`: `(B, L, E)`."""
         query = self._heads(self.query(tokens))
         key, value = (self._heads(part) for part in self.key_value(mirrored).chunk(2, dim=-1))
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
@@ -64,7 +56,6 @@ class SymmetryAwareBlock(nn.Module):
     Args:
         dim: token width E.
         num_heads: attention heads M.
-        mlp_ratio: hidden width of the MLP over E.
         norm: `"pre"` normalises the input of each part, `"post"` the sum of its input and output.
         self_attention: False leaves out the first part.
         position: add a plain sin-cos position encoding to f and f~. Without it, as released, the block cannot know
@@ -75,13 +66,7 @@ class SymmetryAwareBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        norm: str = "pre",
-        self_attention: bool = True,
-        position: bool = False,
+        self, dim: int, num_heads: int, norm: str = "pre", self_attention: bool = True, position: bool = False
     ) -> None:
         super().__init__()
         if norm not in NORMS:
@@ -91,19 +76,13 @@ class SymmetryAwareBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim) if self_attention else None
         self.cross = SymmetryAwareCrossAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        hidden = int(dim * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, mirrored: Tensor, grid: Sequence[int] = ()) -> Tensor:
-        """Update f from itself and from f~.
+        """Update f from itself and from f~, both `(B, L, E)` in raster order: `(B, L, E)`.
 
-        Args:
-            tokens, mirrored: f and f~, `(B, L, E)`, in raster order.
-            grid: tokens along each axis; needed with `position` only.
-
-        Returns:
-            `(B, L, E)`.
+        The tokens along each axis, `grid`, are needed with `position` only.
         """
         if self.position:
             encoding = sincos_position_encoding(grid, tokens.shape[2]).to(tokens.device)  # L E
@@ -122,8 +101,7 @@ class SymmetryAwareBlock(nn.Module):
 def with_mirror(volume: Tensor, mirrored: Tensor | None) -> Tensor:
     """Volumes and their mirror images in one batch for a shared encoder: `(B, C, D, H, W)` twice -> `(2 B, ...)`.
 
-    Raises:
-        ValueError: the mirror images are missing.
+    A ValueError if the mirror images are missing.
     """
     if mirrored is None:
         raise ValueError("this network compares a volume with its mirror image: pass both")

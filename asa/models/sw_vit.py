@@ -6,7 +6,7 @@ and True means masked (removed).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -128,15 +128,10 @@ class LinearWindowAttention(nn.Module):
 
 
 def window_runs(length: int, window: int, shift: int = 0) -> list[tuple[int, int, int]]:
-    """Cut a sequence into consecutive windows, as runs of windows of equal size.
+    """Cut a sequence of L tokens into consecutive windows of S, as runs of windows of equal size.
 
     The window edges are shift, shift + window, shift + 2*window, ... The tokens before the first edge and after the
     last one form shorter windows, so no window joins the two ends of the sequence and none contains padding.
-
-    Args:
-        length: tokens L in the sequence.
-        window: tokens S in a window.
-        shift: first window edge, 0 <= shift < window.
 
     Returns:
         (start, count, size) of each run, at most three, in order and covering 0..L-1 once.
@@ -170,12 +165,7 @@ def grid_bias(coordinates: Tensor, table: Tensor) -> Tensor:
 def fused_attention(windows: Tensor, bias: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(d) + bias) v by PyTorch's fused kernels: faster on a GPU.
 
-    Args:
-        windows: queries, keys and values, `(3, N, M, S, d)`.
-        bias: added to the logits, `(M, S, S)` or `(N, M, S, S)`.
-
-    Returns:
-        `(N, M, S, d)`.
+    From `(3, N, M, S, d)` to `(N, M, S, d)`; the bias of the logits is `(M, S, S)` or `(N, M, S, S)`.
     """
     q, k, v = windows.unbind()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], *bias.shape[-3:]))
@@ -202,15 +192,20 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialise(self.modules())
 
     def forward(self, tokens: Tensor, sequence: TokenSequence | None = None) -> Tensor:
         """`(B, L, E)` -> `(B, L, E)`, see `LinearWindowAttention.forward`."""
         tokens = tokens + self.attention(self.norm1(tokens), sequence)
         return tokens + self.mlp(self.norm2(tokens))
+
+
+def initialise(modules: Iterable[nn.Module]) -> None:
+    """Xavier weights, and biases of 0, for the linear maps among some modules."""
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def window_blocks(
@@ -301,8 +296,7 @@ class SWViT(nn.Module):
         self.embed_dim, self.num_heads, self.checkpointing = embed_dim, num_heads, checkpointing
         self.grid = grid_size(self.img_size, patch_size)
         self.patch_embed = nn.Linear(in_channels * patch_size**3, embed_dim)
-        nn.init.xavier_uniform_(self.patch_embed.weight)
-        nn.init.zeros_(self.patch_embed.bias)
+        initialise([self.patch_embed])
         # Computed, not stored in checkpoints: weights transfer to other grids unchanged.
         self.register_buffer("position", position_encoding(self.grid, embed_dim, position), persistent=False)
         self.position: Tensor

@@ -24,8 +24,7 @@ class Swin(nn.Module):
         img_size: volume size in voxels, one number or (D, H, W).
         in_channels: channels C.
         embed_dim: width e after the patch embedding of 2^3 voxels.
-        depths: blocks of each stage.
-        num_heads: attention heads of each stage.
+        depths, num_heads: blocks and attention heads of each stage.
         window: edge of an attention window in tokens.
         checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
 
@@ -88,11 +87,7 @@ class Swin(nn.Module):
 
 
 class SwinPatches(nn.Module):
-    """The features of a Swin at 1/8 of the resolution as tokens of patches of 8^3 voxels, for a linear probe.
-
-    Args:
-        encoder: the Swin.
-    """
+    """The features of a Swin at 1/8 of the resolution as tokens of patches of 8^3 voxels, for a linear probe."""
 
     patch_size = 8
 

@@ -38,10 +38,7 @@ class Encoder(Protocol):
     def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
         """A checkpoint's tensor as this encoder needs it, and what was changed; itself and "" if that is impossible.
 
-        Args:
-            name: of the tensor in this encoder.
-            tensor: the checkpoint's.
-            patch_size: that the checkpoint was trained with; None: this encoder's.
+        `name` is the tensor's in this encoder, `patch_size` that of the checkpoint (None: this encoder's).
         """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -76,7 +73,6 @@ class Transfer:
     Args:
         name: with the prefix `encoder.` where it belongs to the encoder.
         action: "loaded", "adapted", "left out" (in the checkpoint only) or "not found" (in the encoder only).
-        why: the reason.
         source: the tensor's name in the checkpoint, empty if it is not there.
         tensor: what the encoder's tensor is set to; None: it keeps its initial values.
     """
@@ -119,10 +115,6 @@ def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
 def transfer_encoder(source: Source, encoder: Encoder) -> list[Transfer]:
     """Load a checkpoint's encoder into another encoder, in place.
 
-    Args:
-        source: the weights.
-        encoder: the target.
-
     Returns:
         The plan that was carried out; see `transfer_report`.
 
@@ -139,9 +131,7 @@ def transfer_encoder(source: Source, encoder: Encoder) -> list[Transfer]:
 def why_refused(plan: list[Transfer], encoder: Encoder, fitting: str = "the model size") -> str | None:
     """Why a plan is refused: it would leave a tensor of the encoder untrained. None: it is not.
 
-    Args:
-        plan, encoder: see `plan_transfer`.
-        fitting: the setting with which it would not, for the message.
+    `fitting` is the setting with which it would not, for the message.
     """
     entries, names = {entry.name: entry for entry in plan}, [PREFIX + name for name in encoder.state_dict()]
     untrained = [name for name in names if entries[name].tensor is None]
@@ -249,9 +239,6 @@ def from_monai(weights: Mapping[str, Tensor]) -> Source:
     position embeddings are left out, as positions are computed here. MONAI has no windows, so the relative position
     bias inside them starts at 0.
 
-    Args:
-        weights: names to tensors, as `state_dict()` gives them.
-
     Raises:
         ValueError: no such network, or patches that are not cubes.
     """
@@ -299,16 +286,9 @@ def _reversed_patches(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def transfer_sa_swin(source: Source, model: nn.Module) -> str:
-    """Load an SA-Swin's encoder and cross-attention into a network that has the same two, in place.
+    """Load an SA-Swin's encoder and cross-attention into a network that has the same two, in place; says what was done.
 
     A patch embedding for another number of channels is adapted, see `other_channels`.
-
-    Args:
-        source: the checkpoint's weights.
-        model: has `encoder` and `saca` as `asa.models.sa_swin.SASwin`.
-
-    Returns:
-        A line that says what was done.
 
     Raises:
         ValueError: a tensor that the checkpoint does not have, or that has another shape.

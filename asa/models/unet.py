@@ -62,6 +62,7 @@ class SegmentationUNet(nn.Module):
         self.encoder = encoder
         self.out_channels, self.checkpointing = out_channels, checkpointing
         self.saca = SymmetryAwareBlock(encoder.embed_dim, encoder.num_heads) if symmetry else None
+        self.mirrored = symmetry  # whether the network also takes the mirror image
         depth = len(encoder.blocks)
         # The states after blocks 3, 5, 7, 9 and 12 of 12.
         self.taps = [max(round(depth * part / 12), 1) - 1 for part in (3, 5, 7, 9, 12)]
@@ -79,11 +80,6 @@ class SegmentationUNet(nn.Module):
             UnetOutBlock(spatial_dims=3, in_channels=width[level], out_channels=out_channels) for level in range(HEADS)
         )
         use_own_kernels(self)
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether the network also takes the mirror image."""
-        return self.saca is not None
 
     def forward(
         self, volume: Tensor, deep_supervision: bool = False, mirrored: Tensor | None = None

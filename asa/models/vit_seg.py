@@ -5,7 +5,7 @@ few convolutions at half the resolution. Letters: volume `B C D H W`, grid T x H
 K output channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,13 +14,18 @@ from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 from torch import Tensor, nn
 
 from asa.models.kernels import use_own_kernels
-from asa.models.sw_vit import SWViT, sw_vit_base, sw_vit_small, sw_vit_tiny
+from asa.models.sw_vit import SWViT, initialise, sw_vit_base, sw_vit_small, sw_vit_tiny
 from asa.ops.patches import patchify, token_map, unpatchify
 from asa.ops.symmetry import mirror_patches
 
 
 class TokenSegmentation(nn.Module):
-    """An encoder, and a head that maps its last tokens to logits. There is no path around the encoder."""
+    """An encoder, and a head that maps its last tokens to logits. There is no path around the encoder.
+
+    Args:
+        encoder: the token encoder.
+        out_channels: classes K, background included, or regions.
+    """
 
     mirrored = False
     head: nn.Linear
@@ -52,10 +57,6 @@ class LinearSegmentationViT(TokenSegmentation):
     """A linear map from each token to the logits of its patch's voxels.
 
     With a frozen encoder it measures the quality of the encoder's features: how well a linear map predicts labels.
-
-    Args:
-        encoder: the token encoder.
-        out_channels: classes K, background included, or regions.
     """
 
     def __init__(self, encoder: SWViT, out_channels: int) -> None:
@@ -64,7 +65,6 @@ class LinearSegmentationViT(TokenSegmentation):
         nn.init.zeros_(self.head.bias)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The last tokens `(B, L, E)` -> logits `(B, K, D, H, W)`."""
         return unpatchify(self.head(tokens), self.encoder.grid, self.encoder.patch_size)
 
 
@@ -76,10 +76,6 @@ class SegmentationViT(TokenSegmentation):
 
     Each transposed convolution halves the voxel size and the width; kernel and stride are 2, so it is a linear map of
     each token to its eight parts, and all of them are computed as matrix products.
-
-    Args:
-        encoder: the token encoder; its patch size is a power of two.
-        out_channels: classes K, background included, or regions.
 
     Raises:
         ValueError: a patch size that is not a power of two, or a width that cannot be halved as often.
@@ -95,10 +91,9 @@ class SegmentationViT(TokenSegmentation):
         widths = [encoder.embed_dim // 2**k for k in range(steps)]
         self.ups, self.norms = _upsampling(widths)
         self.head = nn.Linear(widths[-1], 8 * out_channels)
-        _initialise([*self.ups, self.head])
+        initialise([*self.ups, self.head])
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The last tokens `(B, L, E)` -> logits `(B, K, D, H, W)`."""
         tokens, grid = _upsampled(tokens, self.encoder.grid, self.ups, self.norms)
         return unpatchify(self.head(tokens), grid, 2)
 
@@ -135,7 +130,7 @@ class ConvSegmentationViT(TokenSegmentation):
         channels = pairwise([2 * width, *[width] * blocks])
         self.blocks = nn.Sequential(*(UnetResBlock(in_channels=a, out_channels=b, **block) for a, b in channels))
         self.head = nn.Linear(width, 8 * out_channels)
-        _initialise([*self.ups, self.head])
+        initialise([*self.ups, self.head])
         use_own_kernels(self)
 
     def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
@@ -169,13 +164,6 @@ def _upsampled(
     return tokens, grid
 
 
-def _initialise(linears: Sequence[nn.Module]) -> None:
-    for linear in linears:
-        assert isinstance(linear, nn.Linear)
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-
-
 def split(tokens: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
     """Tokens of eight parts each `(B, L, 8*F)`, the parts innermost, to tokens of half the size `(B, 8*L, F)`."""
     t, h, w = grid
@@ -199,25 +187,19 @@ def vit_seg_tiny(out_channels: int, **overrides: Any) -> SegmentationViT:
     return SegmentationViT(sw_vit_tiny(**overrides), out_channels)
 
 
-def vit_conv_base(out_channels: int, width: int = 40, **overrides: Any) -> ConvSegmentationViT:
-    """Tokens and convolutions on `sw_vit_base`; `overrides` are `blocks` and keywords of the encoder."""
-    return _vit_conv(sw_vit_base, out_channels, width, **overrides)
+def vit_conv_base(out_channels: int, width: int = 40, blocks: int = 2, **overrides: Any) -> ConvSegmentationViT:
+    """Tokens and convolutions on `sw_vit_base`, which takes `overrides`."""
+    return ConvSegmentationViT(sw_vit_base(**overrides), out_channels, width, blocks)
 
 
-def vit_conv_small(out_channels: int, width: int = 32, **overrides: Any) -> ConvSegmentationViT:
+def vit_conv_small(out_channels: int, width: int = 32, blocks: int = 2, **overrides: Any) -> ConvSegmentationViT:
     """Tokens and convolutions on `sw_vit_small`."""
-    return _vit_conv(sw_vit_small, out_channels, width, **overrides)
+    return ConvSegmentationViT(sw_vit_small(**overrides), out_channels, width, blocks)
 
 
-def vit_conv_tiny(out_channels: int, width: int = 24, **overrides: Any) -> ConvSegmentationViT:
+def vit_conv_tiny(out_channels: int, width: int = 24, blocks: int = 2, **overrides: Any) -> ConvSegmentationViT:
     """Tokens and convolutions on `sw_vit_tiny`."""
-    return _vit_conv(sw_vit_tiny, out_channels, width, **overrides)
-
-
-def _vit_conv(
-    make_encoder: Callable[..., SWViT], out_channels: int, width: int, blocks: int = 2, **encoder: Any
-) -> ConvSegmentationViT:
-    return ConvSegmentationViT(make_encoder(**encoder), out_channels, width, blocks)
+    return ConvSegmentationViT(sw_vit_tiny(**overrides), out_channels, width, blocks)
 
 
 def vit_linear_base(out_channels: int, **overrides: Any) -> LinearSegmentationViT:
