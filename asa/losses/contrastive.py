@@ -78,13 +78,7 @@ class SymmetryLoss(nn.Module):
         self.form = form
 
     def forward(self, side: Tensor, mirrored: Tensor, health: Tensor) -> Tensor:
-        """The loss, a scalar in float32.
-
-        Args:
-            side: z of each sample, `(B, E)`.
-            mirrored: z~, `(B, E)`.
-            health: `(B,)`, 1 healthy, 0 patient, NaN unknown.
-        """
+        """The loss, a scalar in float32, of z and z~ `(B, E)` and health `(B,)`: 1 healthy, 0 patient, NaN unknown."""
         labelled = ~health.isnan()
         healthy = health.float().nan_to_num(0.0)
         difference = asymmetry(side, mirrored)  # (1 - s) / 2

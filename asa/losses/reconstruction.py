@@ -144,15 +144,12 @@ class AttentiveReconstructionLoss(nn.Module):
         self.patch_size, self.bins, self.importance = patch_size, bins, importance
 
     def weights(self, volume: Tensor, masked: Tensor, counted: Tensor | None = None) -> Tensor:
-        """The weights p of masked patches.
+        """The weights p of masked patches, `(B*R, M)` float32. Each row sums to 1, to 0 if none of its patches counts.
 
         Args:
             volume: `(B, C, D, H, W)`.
             masked: indices of the patches `(B, M)`, or with R masks of each volume `(B*R, M)`.
             counted: bool like `masked`, False for patches without weight; None: all count.
-
-        Returns:
-            `(B*R, M)` float32. Each row sums to 1, to 0 if none of its patches counts.
         """
         equal = torch.ones(masked.shape, device=volume.device) if counted is None else counted.float()
         plain = equal / equal.sum(dim=1, keepdim=True).clamp(min=1)
@@ -222,11 +219,7 @@ def weighted_mean(errors: Tensor, weights: Tensor) -> Tensor:
 
 
 def patch_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """MSE of each patch, both `(B, M, P)` -> `(B, M)` float32.
-
-    Raises:
-        ValueError: different shapes.
-    """
+    """MSE of each patch, both `(B, M, P)` -> `(B, M)` float32; a ValueError for different shapes."""
     if prediction.shape != target.shape:
         raise ValueError(
             f"the prediction of the masked patches must be {tuple(target.shape)}, got {tuple(prediction.shape)}"

@@ -110,14 +110,8 @@ class DeeplySupervisedDiceCE(DeeplySupervised):
 class DeeplySupervisedRegionLoss(DeeplySupervised):
     """Dice plus binary cross-entropy of regions that may be nested, at several resolutions.
 
-    Each region has its own channel with a sigmoid, as nnU-Net trains on BraTS (Isensee et al., BrainLes 2020).
-
-    Args:
-        regions: class indices of each region.
-        scales: see `DeeplySupervised`.
-
-    Raises:
-        ValueError: fewer than 1 resolution.
+    Each region, given by its class indices, has its own channel with a sigmoid, as nnU-Net trains on BraTS (Isensee et
+    al., BrainLes 2020). For `scales` and errors see `DeeplySupervised`.
     """
 
     def __init__(self, regions: Sequence[Sequence[int]], *, scales: int | None = None) -> None:
@@ -131,14 +125,6 @@ class DeeplySupervisedRegionLoss(DeeplySupervised):
         logits, inside = logits.float(), region_masks(target, self.regions).float()
         # The mask makes ignored voxels background with probability 0: they change no sum of Dice.
         dice = self.dice(logits, inside, counted)
-        voxels = F.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(dim=1)
-        return dice + _mean_of_counted(voxels * counted[:, 0], counted[:, 0])
-
-
-def _mean_of_counted(voxels: Tensor, counted: Tensor) -> Tensor:
-    """Mean over samples of the mean over counted voxels, of values `(B, D, H, W)` that are 0 in ignored ones.
-
-    `counted` is bool, or weights by which the values have been multiplied.
-    """
-    total = counted.flatten(1).sum(dim=1)
-    return (voxels.flatten(1).sum(dim=1) / total.masked_fill(total == 0, 1)).mean()
+        voxels = F.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(dim=1)  # B D H W
+        total, found = (values.flatten(1).sum(dim=1) for values in (counted, voxels * counted[:, 0]))
+        return dice + (found / total.masked_fill(total == 0, 1)).mean()

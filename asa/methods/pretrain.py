@@ -79,14 +79,9 @@ class MaskedPretraining(nn.Module):
         self.loss = AttentiveReconstructionLoss(model.encoder.patch_size, bins, importance)
 
     def mask(self, seeds: Tensor, air: Tensor | None = None) -> Tensor:
-        """The masks of each sample, from its own seed.
+        """The masks of each sample from its own seed `(B,)`, R for each: bool `(B*R, L)` on the CPU, True = masked.
 
-        Args:
-            seeds: `(B,)`.
-            air: bool `(B, L)` on the CPU, patches that are not masked.
-
-        Returns:
-            bool `(B*R, L)` on the CPU with R masks of each sample, True = masked.
+        `air`, bool `(B, L)` on the CPU, are patches that are not masked.
         """
         return self._draw(seeds, air)[0]
 

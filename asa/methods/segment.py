@@ -57,11 +57,7 @@ class Segmentation(nn.Module):
     task = "segmentation"
 
     def __init__(
-        self,
-        model: SegmentationNetwork,
-        *,
-        background_weight: float | Sequence[float] = 1.0,
-        scales: int | None = None,
+        self, model: SegmentationNetwork, *, background_weight: float | Sequence[float] = 1.0, scales: int | None = None
     ) -> None:
         super().__init__()
         if not is_segmentation_network(model):
@@ -106,12 +102,9 @@ def _first_and_last(weight: float | Sequence[float]) -> tuple[float, float]:
 
 
 class RegionSegmentation(Segmentation):
-    """Supervised segmentation of regions that may be nested, each with a sigmoid, with deep supervision.
+    """Supervised segmentation of regions, class indices by name, that may be nested, each with a sigmoid.
 
-    Args:
-        model: the network; its `out_channels` is the number of regions.
-        regions: name -> class indices.
-        scales: as for `Segmentation`.
+    Deep supervision and `scales` are as in `Segmentation`; the network has an output channel for each region.
 
     Raises:
         ValueError: a model that is not a segmentation network or has another number of channels; regions that cannot

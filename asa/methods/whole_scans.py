@@ -14,11 +14,7 @@ from asa.models.classifier import Classifier, Regressor
 
 
 class Classification(nn.Module):
-    """Supervised classification of whole volumes.
-
-    Args:
-        model: the network.
-        weights: weights of the classes; None: equal ones.
+    """Supervised classification of whole volumes; `weights` are those of the classes, None: equal ones.
 
     Raises:
         ValueError: a model that is not a classifier, or another number of weights than classes.
@@ -55,11 +51,8 @@ class Classification(nn.Module):
 class Regression(nn.Module):
     """Supervised regression of whole volumes, with the L1 loss, which a few wrong ages in a table move little.
 
-    Args:
-        model: the network.
-
     Raises:
-        ValueError: another model.
+        ValueError: a model that is not for regression.
     """
 
     task = "regression"

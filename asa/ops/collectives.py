@@ -7,24 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def several_ranks() -> bool:
-    """Whether this process is one of several in a process group."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def gather(part: Tensor) -> tuple[Tensor, int]:
-    """All ranks' rows, in the order of the ranks, on every rank, with gradients.
+    """All ranks' rows `(N, ...)`, the same N on each, in the order of the ranks; and the index of this rank's first.
 
     The gradient of a row is the sum of its gradients from all ranks' losses. If each rank's loss is a mean over its own
     rows and gradients are averaged over the ranks, this is the gradient of the mean over all rows.
-
-    Args:
-        part: `(N, ...)`, of the same shape on all ranks.
-
-    Returns:
-        `(ranks * N, ...)`, and the index of this rank's first row in it.
     """
-    if not several_ranks():
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return part, 0
     rows: Tensor = _Gather.apply(part)
     return rows, dist.get_rank() * len(part)

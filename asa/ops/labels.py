@@ -26,10 +26,6 @@ def pairs_by_name(names: Sequence[str]) -> list[list[str]]:
 def joined_sides(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
     """Class indices 0 ... count - 1 -> consecutive indices of which the left and the right of each pair share one.
 
-    Args:
-        count: number of classes, with the background.
-        pairs: (left, right) class indices.
-
     Raises:
         ValueError: a class that is in two pairs, or its own partner.
     """

@@ -12,27 +12,16 @@ from torch import Tensor
 
 
 def region_masks(label: Tensor, regions: Sequence[Sequence[int]]) -> Tensor:
-    """Binary masks of regions.
-
-    Args:
-        label: label map `(B, 1, D, H, W)`.
-        regions: the labels of each region.
-
-    Returns:
-        Bool `(B, R, D, H, W)`.
-    """
+    """Binary masks of regions, each some labels: a label map `(B, 1, D, H, W)` -> bool `(B, R, D, H, W)`."""
     masks = [torch.stack([label == value for value in values]).any(dim=0) for values in regions]
     return torch.cat(masks, dim=1)
 
 
 def painting_order(regions: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:
-    """The order in which regions are painted into a label map: outer ones first, inner ones over them.
+    """The order in which regions, name -> labels, are painted into a label map: outer ones first, inner ones over them.
 
     Each region paints its own label: the one that no region inside it has. A voxel gets the label of the innermost
     region predicted there, whether or not the regions around that one are predicted too.
-
-    Args:
-        regions: name -> labels.
 
     Returns:
         (index of the region in `regions`, its own label), in order.
@@ -61,14 +50,9 @@ def painting_order(regions: Mapping[str, Sequence[int]]) -> list[tuple[int, int]
 
 
 def paint(probabilities: Iterable[Tensor], order: Sequence[tuple[int, int]]) -> Tensor:
-    """The label map of region probabilities.
+    """The label map, int32 `(D, H, W)`, of R probability maps `(D, H, W)`, which are read one by one.
 
-    Args:
-        probabilities: R probability maps `(D, H, W)`, read one by one; a region is predicted above 0.5.
-        order: from `painting_order`.
-
-    Returns:
-        int32 `(D, H, W)`, 0 where no region is predicted.
+    A region is predicted above 0.5; where none is, the label is 0. The order is from `painting_order`.
     """
     turn = {index: n for n, (index, _) in enumerate(order, start=1)}
     labels = torch.tensor([0, *(label for _, label in order)], dtype=torch.int32)

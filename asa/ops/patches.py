@@ -70,12 +70,9 @@ def triple(size: int | Sequence[int]) -> tuple[int, int, int]:
 
 
 def grid_size(spatial: Sequence[int], patch_size: int, *, several: bool = False) -> tuple[int, int, int]:
-    """Patches along each axis of a volume.
+    """Patches along each axis of a volume (D, H, W).
 
-    Args:
-        spatial: the volume's sizes (D, H, W) in voxels.
-        patch_size: edge of a patch in voxels.
-        several: of which the volume must have more than one.
+    With `several` the volume must have more than one.
 
     Raises:
         ValueError: a size that is not divisible by the patch size, or a volume of one patch only.
@@ -146,10 +143,7 @@ def token_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
 def constant_patches(volume: Tensor, patch_size: int) -> Tensor:
     """Which patches of volumes `(B, C, D, H, W)` have a constant intensity in each channel: bool `(B, L)`.
 
-    Patches of background are such, patches of tissue are not.
-
-    Raises:
-        ValueError: sizes that are not divisible by the patch size.
+    Patches of background are such, patches of tissue are not. Raises as `grid_size`.
     """
     grid_size(volume.shape[2:], patch_size)
     low = high = volume
@@ -160,11 +154,7 @@ def constant_patches(volume: Tensor, patch_size: int) -> Tensor:
 
 
 def random_mask(
-    batch: int,
-    length: int,
-    ratio: float,
-    generator: torch.Generator | None = None,
-    air: Tensor | None = None,
+    batch: int, length: int, ratio: float, generator: torch.Generator | None = None, air: Tensor | None = None
 ) -> Tensor:
     """Mask the same fraction of random tokens in each sample.
 
@@ -196,13 +186,9 @@ def random_mask(
 
 
 def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the visible and of the masked tokens, each in raster order.
+    """Indices of the visible `(B, L-M)` and of the masked tokens `(B, M)`, int64, each in raster order.
 
-    Args:
-        mask: bool `(B, L)`, True = masked, the same count in every sample.
-
-    Returns:
-        visible `(B, L-M)` and masked `(B, M)`, int64.
+    The mask is bool `(B, L)`, True = masked, with the same count in every sample.
 
     Raises:
         ValueError: not a bool mask, different counts per sample, nothing visible or nothing masked.
@@ -238,13 +224,10 @@ def tokens_at(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def alternating_orders(grid: int | Sequence[int]) -> Tensor:
-    """Three orders of the tokens of a grid, each with another axis fastest.
+    """Three orders of the tokens of a grid (T, H, W), or a cube, each with another axis fastest.
 
     W, H and T are the fastest axes in turn, and H, T and W the second fastest: runs of tokens that are longer than a
     row lie in each of the three planes.
-
-    Args:
-        grid: tokens along each axis, (T, H, W) or one number for a cube.
 
     Returns:
         int64 `(3, L)`: the place of each token in each of the three orders, of which the first is raster order.
@@ -260,11 +243,7 @@ def alternating_orders(grid: int | Sequence[int]) -> Tensor:
 
 
 def one_hot_coordinates(grid: int | Sequence[int]) -> Tensor:
-    """One-hot coordinates of the tokens of a grid along each axis: `(L, 3, A)` float32.
-
-    Args:
-        grid: tokens along each axis, (T, H, W) or one number for a cube.
-    """
+    """One-hot coordinates of the tokens of a grid (T, H, W), or a cube, along each axis: `(L, 3, A)` float32."""
     sizes = triple(grid)
     axes = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
     return one_hot(torch.stack([axis.flatten() for axis in axes], dim=1), max(sizes)).float()
@@ -280,9 +259,6 @@ def token_sequences(
         valid: bool `(B, V)`, False for padding; None: there is none.
         orders: `(K, L)`, see `alternating_orders`; None: one sequence, of the tokens as they are given.
         coordinates: `(L, 3, A)`, see `one_hot_coordinates`; None: leave them out.
-
-    Returns:
-        K sequences, or one.
     """
     if orders is None:
         return [TokenSequence(coordinates=None if coordinates is None else coordinates[index], valid=valid)]
@@ -313,13 +289,7 @@ def reorder(tokens: Tensor, order: Tensor | None) -> Tensor:
 def random_boxes(shape: Sequence[int], largest: float, generator: torch.Generator) -> Tensor:
     """Random boxes that cover a fraction of the voxels, drawn uniformly from 0 to `largest`, or slightly more.
 
-    Args:
-        shape: size of the volume (D, H, W).
-        largest: largest fraction; 0 gives no boxes.
-        generator: random generator on the CPU.
-
-    Returns:
-        bool `(D, H, W)` on the CPU, True inside a box.
+    For a volume (D, H, W); bool on the CPU, True inside a box. A `largest` of 0 gives no boxes.
     """
     covered = np.zeros(tuple(shape), dtype=bool)
     wanted = largest * torch.rand((), generator=generator, dtype=torch.float64).item() * covered.size

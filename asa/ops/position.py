@@ -49,10 +49,8 @@ def symmetric_position_encoding(
     return _sines_and_cosines(position.reshape(-1), dim, temperature).float()
 
 
-def sincos_position_encoding(
-    grid: int | Sequence[int], dim: int, *, symmetric: bool = False, temperature: float = 10000.0
-) -> Tensor:
-    """Sin-cos encoding of a 3-D grid: a third of the width for each axis.
+def sincos_position_encoding(grid: int | Sequence[int], dim: int, *, symmetric: bool = False) -> Tensor:
+    """Sin-cos encoding of a 3-D grid `(L, dim)` float32: a third of the width for each axis.
 
     The encoding of masked autoencoders (He et al., CVPR 2022) with a third axis. Without symmetry each token has its
     own encoding. `symmetric` applies the law of SPE to it: columns w and W-1-w have the same encoding, all others
@@ -62,10 +60,6 @@ def sincos_position_encoding(
         grid: tokens along each axis, (T, H, W) or one number for a cube.
         dim: width D of the encoding, at least 6. It is padded with zeros from the largest multiple of 6.
         symmetric: encode min(w, W-1-w) instead of w.
-        temperature: base of the wavelengths.
-
-    Returns:
-        `(L, dim)` float32.
 
     Raises:
         ValueError: a `dim` below 6 or an empty grid.
@@ -76,12 +70,12 @@ def sincos_position_encoding(
     if symmetric:
         axes[2] = torch.minimum(axes[2], axes[2].flip(0))
     width = 2 * (dim // 6)
-    parts = [_sines_and_cosines(axis.reshape(-1), width, temperature) for axis in torch.meshgrid(*axes, indexing="ij")]
+    parts = [_sines_and_cosines(axis.reshape(-1), width) for axis in torch.meshgrid(*axes, indexing="ij")]
     encoding = torch.cat(parts, dim=1)
     return torch.nn.functional.pad(encoding, (0, dim - 3 * width)).float()
 
 
-def _sines_and_cosines(position: Tensor, dim: int, temperature: float) -> Tensor:
+def _sines_and_cosines(position: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
     """Positions `(L,)` in float64 -> `(L, dim)`, sines at the even indices and cosines at the odd ones."""
     if dim < 2 or dim % 2:
         raise ValueError(f"a sin-cos encoding needs an even dim, got {dim}")

@@ -13,24 +13,18 @@ AXES = {"D": -3, "H": -2, "W": -1}
 
 
 def flip(volume: Tensor, axes: str = "W") -> Tensor:
-    """The mirror image, `(..., D, H, W)` -> the same shape; by default left-right. It is its own inverse.
+    """The mirror image, `(..., D, H, W)` -> the same shape; by default left-right, else along axes like "DW".
 
-    Args:
-        axes: letters of the axes that are reversed, like "DW".
+    It is its own inverse.
     """
     return volume.flip([AXES[axis] for axis in axes])
 
 
 def mirrored_start(start: Sequence[int], size: Sequence[int], width: int) -> list[int]:
-    """First voxel of the mirrored box: w becomes W - w - size, the other axes are unchanged.
+    """First voxel of the mirrored box (D, H, W): w becomes W - w - size, the other axes are unchanged.
 
     Voxel i of the flipped mirrored box is the counterpart of voxel i of the box at `start`. Boxes that extend beyond
     the volume are mirrored as well.
-
-    Args:
-        start: first voxel of the box (D, H, W).
-        size: size of the box (D, H, W).
-        width: W of the volume.
     """
     return [*start[:-1], width - start[-1] - size[-1]]
 
@@ -38,9 +32,7 @@ def mirrored_start(start: Sequence[int], size: Sequence[int], width: int) -> lis
 def rotate_about_left_right(volume: Tensor, quarters: int) -> Tensor:
     """Rotate by quarter turns about the left-right axis, the only axis whose rotations commute with the flip.
 
-    Args:
-        volume: `(..., D, H, W)`.
-        quarters: number of quarter turns; an odd number exchanges D and H.
+    `(..., D, H, W)`; an odd number of turns exchanges D and H.
     """
     return volume.rot90(quarters, dims=(-3, -2))
 
@@ -50,10 +42,6 @@ def asymmetry(one: Tensor, other: Tensor, dim: int = -1) -> Tensor:
 
     Computed as a quarter of the squared distance of the unit vectors, which is exactly 0 for equal vectors and keeps
     its precision for nearly equal ones.
-
-    Args:
-        one, other: of the same shape.
-        dim: the axis of the vectors.
     """
     one, other = F.normalize(one.float(), dim=dim), F.normalize(other.float(), dim=dim)
     return (one - other).square().sum(dim=dim) / 4
