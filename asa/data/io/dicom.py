@@ -10,14 +10,15 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from asa.data.io.files import files_below, write_whole
+from asa.data.io.files import matching_files, write_whole
 from asa.data.io.nifti import GEOMETRY_TOLERANCE, Volume, read_image
 from asa.data.io.tables import check_own, csv_text, read_rows
 from asa.errors import require
@@ -50,17 +51,12 @@ class DicomReport:
 
 @dataclass
 class _Series:
-    """Files of one series, the header of the first, and the slices of all.
+    """Files of one series, the header of the first, and the slices of all."""
 
-    Args:
-        key: values of `KEY`.
-        slices: normal of the plane and position of its corner, (3,) in RAS+ mm each.
-    """
-
-    key: tuple[str, ...]
+    key: tuple[str, ...]  # values of `KEY`
     header: Any
     files: list[Path] = field(default_factory=list)
-    slices: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    slices: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # of `_slices`
 
 
 def convert_series(source: Path, out: Path) -> DicomReport:
@@ -96,9 +92,7 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     if len(rows) < len(before):
         raise ValueError(f"{table}: an id is in two rows: remove one")
     for _, series in sorted(found.items()):
-        with tempfile.TemporaryDirectory(prefix="asa-") as space:
-            said = _run(program, series.files, Path(space))
-            volumes = _volumes(Path(space))
+        with _converted(program, series.files) as (volumes, said):
             if sum(map(int, USED.findall(said))) < len(series.files):  # a volume may have fewer slices than its series
                 alone = [path for path in series.files if not _converts_alone(program, path)]
                 lost += alone if volumes and alone else series.files
@@ -108,11 +102,31 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     return report
 
 
+@contextmanager
+def _converted(program: str, files: list[Path]) -> Iterator[tuple[dict[str, Path], str]]:
+    """The volumes of one series by the ending that dcm2niix gives them, and what it prints.
+
+    Uncorrected and resampled copies of a volume are left out.
+    """
+    with tempfile.TemporaryDirectory(prefix="asa-") as name:
+        space = Path(name)
+        folder = space / "series"
+        folder.mkdir()
+        for number, path in enumerate(files):
+            (folder / f"{number:06d}").symlink_to(path.absolute())
+        # -l n: unsigned values as signed ones where they fit, because only of those a tilt is corrected.
+        command = [program, "-b", "n", "-l", "n", "-z", "y", "-f", NAME, "-o", name, str(folder)]
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        found = {path.name.removesuffix(".nii.gz").removeprefix(NAME): path for path in space.glob(f"{NAME}*.nii.gz")}
+        corrected = {CORRECTED.sub("", ending) for ending in found if CORRECTED.search(ending)}
+        kept = {ending: path for ending, path in sorted(found.items()) if ending not in corrected}
+        volumes = {CORRECTED.sub("", ending): path for ending, path in kept.items() if not EVEN.search(ending)}
+        yield volumes, f"{run.stdout}\n{run.stderr}"
+
+
 def _converts_alone(program: str, path: Path) -> bool:
-    """Whether dcm2niix makes a volume of a file."""
-    with tempfile.TemporaryDirectory(prefix="asa-") as space:
-        _run(program, [path], Path(space))
-        return bool(_volumes(Path(space)))
+    with _converted(program, [path]) as (volumes, _):
+        return bool(volumes)
 
 
 def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows: _Rows, report: DicomReport) -> None:
@@ -181,7 +195,7 @@ def _sorted_by_series(source: Path) -> tuple[dict[tuple[str, ...], _Series], lis
     found: dict[tuple[str, ...], _Series] = {}
     firsts: dict[tuple[str, ...], Path] = {}  # of the files of one UID, which copies share
     damaged: list[Path] = []
-    for path in files_below(source):
+    for path in matching_files(source, "**/*"):
         header: Any = {}
         marked = False
         with warnings.catch_warnings():
@@ -265,23 +279,3 @@ def check_slices(volume: Volume, slices: Iterable[tuple[np.ndarray, np.ndarray]]
             f"some of its slices are {aside:.1f} mm aside, in their plane, from a line through the first and the last: "
             "convert the parts of the series that lie in line, each from a folder of its own"
         )
-
-
-def _run(program: str, files: list[Path], space: Path) -> str:
-    """Convert the files of one series to `SPACE/volume*.nii.gz`; what dcm2niix prints."""
-    folder = space / "series"
-    folder.mkdir()
-    for number, path in enumerate(files):
-        (folder / f"{number:06d}").symlink_to(path.absolute())
-    # -l n: unsigned values as signed ones where they fit, because only of those a tilt is corrected.
-    command = [program, "-b", "n", "-l", "n", "-z", "y", "-f", NAME, "-o", str(space), str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    return f"{run.stdout}\n{run.stderr}"
-
-
-def _volumes(space: Path) -> dict[str, Path]:
-    """The volumes of a series by the ending that dcm2niix gave them, without uncorrected and resampled copies."""
-    found = {path.name.removesuffix(".nii.gz").removeprefix(NAME): path for path in space.glob(f"{NAME}*.nii.gz")}
-    corrected = {CORRECTED.sub("", ending) for ending in found if CORRECTED.search(ending)}
-    kept = {ending: path for ending, path in sorted(found.items()) if ending not in corrected}
-    return {CORRECTED.sub("", ending): path for ending, path in kept.items() if not EVEN.search(ending)}

@@ -27,11 +27,7 @@ PART = ".part"  # ending of a file while it is written; an interruption may leav
 
 
 def check_id(id: object) -> None:
-    """Check that the id of a scan can name its files, in every file system and table.
-
-    Raises:
-        ValueError: it cannot.
-    """
+    """Raise a ValueError for an id of a scan that cannot name its files in every file system and table."""
     if isinstance(id, str) and not is_utf8(id):
         reason = "it is not in UTF-8, as names in tables are"
     elif not isinstance(id, str) or not id or not id.isprintable() or id != id.strip() or id.startswith("."):
@@ -67,11 +63,6 @@ def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
         raise OSError(f"{path}: is a symbolic link, and nothing is written through one: remove it") from None
 
 
-def files_below(root: str | Path) -> list[Path]:
-    """All files below a folder, sorted; see `matching_files`."""
-    return matching_files(root, "**/*")
-
-
 def matching_files(root: str | Path, *patterns: str, folders: bool = False) -> list[Path]:
     """The files below a folder that globs match, sorted; links to folders are followed, by ** too.
 
@@ -81,7 +72,7 @@ def matching_files(root: str | Path, *patterns: str, folders: bool = False) -> l
 
     Args:
         root: the folder.
-        patterns: as of `Path.glob`: *, ?, [abc], and ** for any number of folders.
+        patterns: as of `Path.glob`: *, ?, [abc], and ** for any number of folders, like **/* for all files.
         folders: find folders in place of files.
     """
     found: set[Path] = set()
@@ -172,11 +163,7 @@ def write_whole(path: str | Path, payload: bytes, *, make_folder: bool = True) -
 
 
 def make_below(root: Path, *files: Path) -> None:
-    """Create the folders of files inside one that exists, which is not made again if it was removed meanwhile.
-
-    Raises:
-        FileNotFoundError: it was.
-    """
+    """Create the folders of files inside one that exists; a FileNotFoundError if that was removed meanwhile."""
     for file in files:
         for folder in reversed(file.parents[: len(file.relative_to(root).parts) - 1]):
             folder.mkdir(exist_ok=True)
@@ -195,10 +182,7 @@ def check_out(out: Path, mark: str, what: str) -> None:
     Args:
         out: the folder.
         mark: a file that every folder of this kind holds.
-        what: the kind, for the message.
-
-    Raises:
-        ValueError: it holds something else, or is a file.
+        what: the kind, for the ValueError.
     """
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / mark).is_file()):
         raise ValueError(f"{out} is not empty and not {what}: choose another out=")
@@ -210,12 +194,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON, or has a key twice; the message names the file.
-    """
+    """Read JSON; a ValueError or FileNotFoundError names a file that is not valid, has a key twice, or is missing."""
     try:
         return STRICT_JSON.decode(_text(path))
     except (ValueError, RecursionError) as error:
@@ -258,15 +237,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}); restore the file") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path}: is empty or not a mapping of settings; restore the file")
-    count = 0
-    waiting: list[dict[Any, Any] | list[Any]] = [content]
-    while waiting:
-        node = waiting.pop()
-        inner = list(node.values()) if isinstance(node, dict) else node
-        count += len(inner)
-        if count > LARGEST_YAML:
+    nodes: list[Any] = [content]
+    for node in nodes:  # of which there are more and more
+        if isinstance(node, dict | list):
+            nodes += node.values() if isinstance(node, dict) else node
+        if len(nodes) - 1 > LARGEST_YAML:
             raise ValueError(f"{path}: more than {LARGEST_YAML} values; this is no configuration of a run")
-        waiting += [item for item in inner if isinstance(item, dict | list)]
     return content
 
 
@@ -283,11 +259,7 @@ def gzipped(payload: bytes, level: int = 6) -> bytes:
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits; a FileNotFoundError where there is none."""
     path = Path(path)
     check_present(path)
     with path.open("rb") as file:
@@ -295,20 +267,13 @@ def sha256_of(path: str | Path) -> str:
 
 
 def check_present(path: Path) -> None:
-    """Check that a file is there, and its content, which git-annex (DataLad) may have left elsewhere.
-
-    Raises:
-        FileNotFoundError: it is not.
-    """
-    if path.is_file():
-        with path.open("rb") as file:
-            pointer = file.read(len(ANNEX)) == ANNEX
-    else:
-        pointer = _is_annexed(path)
-    if pointer:
-        raise FileNotFoundError(f"{path}: {NOT_HERE}")
+    """Raise a FileNotFoundError for a file that is missing, or whose content git-annex (DataLad) has elsewhere."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path, or leave this scan out")
+        missing = "no such file; check the path, or leave this scan out"
+        raise FileNotFoundError(f"{path}: {NOT_HERE if _is_annexed(path) else missing}")
+    with path.open("rb") as file:
+        if file.read(len(ANNEX)) == ANNEX:
+            raise FileNotFoundError(f"{path}: {NOT_HERE}")
 
 
 def _is_annexed(path: Path) -> bool:
@@ -326,9 +291,7 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_digest(path: str | Path, *, listed: bool = False) -> None:
-    """Compare a file with the SHA-256 that was written beside it.
-
-    Without digests beside it, as for a file of an earlier version or from elsewhere, it is not compared.
+    """Compare a file with the SHA-256 that was written beside it, if there is one.
 
     Args:
         path: of the file.

@@ -1,8 +1,6 @@
 """Read and check NIfTI, Analyze, FreeSurfer's, NRRD and MetaImage files, write NIfTI and FreeSurfer's, and reorient.
 
-Arrays are brought to RAS+ and back without interpolation.
-
-Arrays are (x, y, z) in the axes of the file.
+Arrays are (x, y, z) in the axes of the file, and brought to RAS+ and back without interpolation.
 """
 
 import gzip
@@ -38,7 +36,6 @@ LARGEST_OFFSET = 1 << 30  # of the voxels in their file, in bytes
 PADDING = 1 << 16  # bytes after the voxels that are accepted
 TAGS = 1 << 22  # the same in FreeSurfer's files, which keep a colour table and a history there
 GEOMETRY_TOLERANCE = 0.1  # mm between the corners of two volumes on the same grid
-
 ITK_SHEAR = 2e-4  # cosine between two axes, above which ITK refuses a file (SimpleITK 2.5)
 LARGEST_DISAGREEMENT = 1.0  # mm between the corners by qform and by sform, above which a warning is given
 NEARLY_WHOLE = 0.02  # a label map stored with a slope of many digits is off by this much
@@ -83,11 +80,8 @@ def read_image(path: str | Path, *, nan: str = "refuse") -> Volume:
 def read_slice(path: str | Path) -> np.ndarray:
     """Read a single slice, `(H, W)` float32; the first axis of the file is W, left to right in a volume.
 
-    Args:
-        path: as in `read_image`.
-
     Raises:
-        FileNotFoundError, ValueError: no such file, a damaged one, NaN or inf, or more than one slice.
+        FileNotFoundError, ValueError: as in `read_image`, or more than one slice.
     """
     data = _intensities(_load(path), path)
     sizes = [n for n in data.shape if n > 1]
@@ -99,15 +93,11 @@ def read_slice(path: str | Path) -> np.ndarray:
 def read_label(path: str | Path) -> Volume:
     """Read a label map as integers; values that are all within 0.02 of one are rounded, with a warning.
 
-    Args:
-        path: as in `read_image`.
-
     Returns:
         The volume, (x, y, z), of the smallest integer type that `write_label` would use.
 
     Raises:
-        FileNotFoundError: the file, or the other file of its pair, is missing.
-        ValueError: as in `read_image`, or a value is not a whole number.
+        FileNotFoundError, ValueError: as in `read_image`, or a value is not a whole number.
     """
     image = _load(path)
     data = _voxels(image, path)
@@ -203,7 +193,6 @@ def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
     Raises:
         FileNotFoundError, ValueError: an unreadable file, or invalid axes.
     """
-    orientation = orientation_of(axes)
     image = _load(source)
     if _stores_orientation(image.header):
         return False
@@ -211,7 +200,7 @@ def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
     data = data.astype(np.float32) if data.dtype.kind == "f" else data.astype(data.dtype.newbyteorder("="))
     size = image.header.get_zooms()
     affine = np.diag([0.0, 0, 0, 1])
-    for index, (axis, sign) in enumerate(orientation):
+    for index, (axis, sign) in enumerate(orientation_of(axes)):
         affine[int(axis), index] = sign * size[index]
     affine[:3, 3] = -affine[:3, :3] @ (np.array(data.shape) - 1) / 2
     write_image(path, data, affine, dtype=data.dtype)
@@ -253,11 +242,7 @@ def spacing_of(affine: np.ndarray) -> np.ndarray:
 
 
 def check_same_geometry(a: Volume, b: Volume, what: str) -> None:
-    """Check that two volumes have the same grid.
-
-    Args:
-        a, b: the volumes.
-        what: both of them, for the message, like `"t1 and label of sub-01"`.
+    """Check that two volumes have the same grid; `what` names both in the message, like `"t1 and label of sub-01"`.
 
     Raises:
         ValueError: the shapes differ, or corners are more than 0.1 mm apart.
@@ -279,11 +264,7 @@ def _corners_apart(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> 
 
 
 def to_ras(data_xyz: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
-    """Permute and flip the axes of an array to the nearest RAS+ axes; no value changes.
-
-    Args:
-        data_xyz: (x, y, z) in the axes of the file.
-        affine: (4, 4), voxel index to mm.
+    """Permute and flip the axes of an array (x, y, z) of a file to the nearest RAS+ axes; no value changes.
 
     Returns:
         The array in RAS+ axes, its affine, and the orientation (3 rows: RAS axis, +1 or -1) for `from_ras`.
@@ -307,11 +288,7 @@ def axis_codes(affine: np.ndarray) -> str:
 
 
 def check_memory(voxels: float, what: str) -> None:
-    """Check that a volume can be held in memory, before it is made.
-
-    Args:
-        voxels: all of them, of all channels.
-        what: the volume and where it comes from, for the message.
+    """Check that a volume of so many voxels, of all channels, can be held in memory; `what` names it in the message.
 
     Raises:
         ValueError: as float32 with one copy it needs more than half of the memory of this machine.
@@ -342,22 +319,21 @@ def _is_zipped(path: Path) -> bool:
 
 
 def _warn_misnamed(path: Path) -> None:
-    if (zipped := _is_zipped(path)) != (path.suffix in (".gz", ".mgz")):
-        warnings.warn(
-            f"{path}: is {'' if zipped else 'not '}compressed by gzip, though its name says otherwise; it is read as "
-            f"it is, but other programs refuse it: rename it to {_renamed(path)}",
-            stacklevel=4,
-        )
-
-
-def _renamed(path: Path) -> str:
-    """The name of a file whose ending says that it is compressed, or not, when it is not, or is."""
+    zipped = _is_zipped(path)
+    if zipped == (path.suffix in (".gz", ".mgz")):
+        return
     if path.suffix in FREESURFER:
-        return path.with_suffix(".mgh" if path.suffix == ".mgz" else ".mgz").name
-    return path.name.removesuffix(".gz") if path.suffix == ".gz" else f"{path.name}.gz"
+        right = path.with_suffix(".mgz" if zipped else ".mgh").name
+    else:
+        right = f"{path.name}.gz" if zipped else path.stem
+    warnings.warn(
+        f"{path}: is {'' if zipped else 'not '}compressed by gzip, though its name says otherwise; it is read as "
+        f"it is, but other programs refuse it: rename it to {right}",
+        stacklevel=4,
+    )
 
 
-def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int, padding: int = PADDING) -> bytes:
+def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int, padding: int) -> bytes:
     """The file with the voxels, if it holds what its header announces and at most `padding` bytes more.
 
     A gzip file of a few bytes may hold any number of them, and a header may announce any number of voxels.
@@ -382,20 +358,15 @@ def _load(path: str | Path) -> Any:
         raise ValueError(f"{path}: not an image that asa reads; give one of {', '.join(IMAGE_ENDINGS)}")
     if path.name.endswith(ITK):
         return _load_itk(path)
-    stem = path.name.removesuffix(".gz")
     freesurfer = path.name.endswith(FREESURFER)
-    kind: Any = nib.MGHImage if freesurfer else nib.Nifti1Image
-    single = stem.endswith(".nii") or freesurfer
-    files = [path] if single else [path, _partner(path)]
-    if stem.endswith(".img"):
-        files.reverse()
+    single = path.name.endswith((".nii", ".nii.gz")) or freesurfer
+    files = [path] if single else _pair(path)
     beginning = _read(files[0], LONGEST_HEADER)
-    if (
-        single and not freesurfer and 540 in (int.from_bytes(beginning[:4], order) for order in ("little", "big"))
-    ):  # size of the header
-        kind = nib.Nifti2Image
-    elif not single:
+    kind: Any = nib.MGHImage if freesurfer else nib.Nifti1Image
+    if not single:
         kind = nib.Nifti1Pair if beginning[344:347] == b"ni1" else nib.AnalyzeImage
+    elif not freesurfer and 540 in (int.from_bytes(beginning[:4], order) for order in ("little", "big")):
+        kind = nib.Nifti2Image  # by the size of the header
     with _named(path):
         header = kind.header_class.from_fileobj(io.BytesIO(beginning))
         announced = int(header.get_data_offset()), tuple(map(int, header.get_data_shape()))
@@ -427,9 +398,8 @@ def _load_itk(path: Path) -> Any:
         image = reader.Execute()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"{path}: not a {path.suffix} image, or damaged ({reason}); copy or convert it again"
-        ) from None
+        problem = f"not a {path.suffix} image, or damaged ({reason}); copy or convert it again"
+        raise ValueError(f"{path}: {problem}") from None
     dimension = image.GetDimension()
     affine = np.eye(4)
     if dimension == 3:
@@ -439,11 +409,9 @@ def _load_itk(path: Path) -> Any:
     data = sitk.GetArrayFromImage(image)
     vector = image.GetNumberOfComponentsPerPixel() > 1  # its components are the last axis
     data = data.transpose([*reversed(range(dimension)), *([dimension] if vector else [])])
-    states = (
-        r"^space: *(left-posterior|right-anterior|left-anterior|lp|ra|la)-?s"
-        if path.suffix == ".nrrd"
-        else r"^(transformmatrix|rotation|orientation)\s*="
-    )
+    states = r"^(transformmatrix|rotation|orientation)\s*="
+    if path.suffix == ".nrrd":
+        states = r"^space: *(left-posterior|right-anterior|left-anterior|lp|ra|la)-?s"
     found = nib.Nifti1Image(data, affine)
     found.header.set_sform(affine, code=1 if re.search(states, text, re.MULTILINE) else 0)
     return found
@@ -458,14 +426,15 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: not a NIfTI or Analyze image ({reason_of(error)}); convert it again") from None
 
 
-def _partner(path: Path) -> Path:
-    """The other file of a header and image pair."""
+def _pair(path: Path) -> list[Path]:
+    """Header and image of a pair of files, of which one is given."""
     stem = path.name.removesuffix(".gz")
-    other = stem[:-4] + (".img" if stem.endswith(".hdr") else ".hdr")
-    found = [candidate for candidate in (path.with_name(other), path.with_name(other + ".gz")) if candidate.is_file()]
-    if not found:
-        raise FileNotFoundError(f"{path}: the other file of the pair, {other}, is missing; keep both in one folder")
-    return found[0]
+    is_header = stem.endswith(".hdr")
+    other = stem[:-4] + (".img" if is_header else ".hdr")
+    for found in (path.with_name(other), path.with_name(other + ".gz")):
+        if found.is_file():
+            return [path, found] if is_header else [found, path]
+    raise FileNotFoundError(f"{path}: the other file of the pair, {other}, is missing; keep both in one folder")
 
 
 def _voxels(image: Any, path: str | Path) -> np.ndarray:
@@ -486,9 +455,8 @@ def _intensities(image: Any, path: str | Path, nan: str = "refuse") -> np.ndarra
         wrong &= ~background
         warnings.warn(f"{path}: {background.sum()} voxels of the background are NaN, and are set to 0", stacklevel=3)
     if count := np.count_nonzero(wrong):
-        where = " inside the head" if nan == "zero" else ""
         zero = ", or set prepare.nan=zero if they are its background (of asa-prepare, whose store can be predicted)"
-        advice = "" if where else zero
+        where, advice = (" inside the head", "") if nan == "zero" else ("", zero)
         raise ValueError(
             f"{path}: {count} voxels{where} are NaN or infinite; repair the image or leave the case out{advice}"
         )
@@ -532,27 +500,28 @@ def _affine(image: Any, path: str | Path) -> np.ndarray:
     elif _is_nifti(header):
         _compare_codes(header, path)
     affine = np.asarray(image.affine, dtype=np.float64)
-    if not (_is_nifti(header) and header["qform_code"]) and (shear := _shear(affine)) > ITK_SHEAR:
+    spacing = spacing_of(affine)
+    axes = affine[:3, :3] / np.maximum(spacing, 1e-3)
+    if not np.isfinite(affine).all() or (spacing < 1e-3).any() or abs(np.linalg.det(axes)) < 1e-2:
+        raise ValueError(f"{path}: the affine is singular or not finite; correct the header, or convert the file again")
+    shear = np.abs(axes.T @ axes - np.eye(3)).max()  # cosine between two axes, 0 for right angles
+    if shear > ITK_SHEAR and not (_is_nifti(header) and header["qform_code"]):
         warnings.warn(
             f"{path}: its axes are not at right angles ({shear:.1%} shear), and it has no qform: tools with ITK "
             "(ITK-SNAP, Slicer, ANTs) refuse it, and label maps on its grid",
             stacklevel=3,
         )
-    spacing = spacing_of(affine)
-    if not np.isfinite(affine).all() or (spacing < 1e-3).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-2:
-        raise ValueError(f"{path}: the affine is singular or not finite; correct the header, or convert the file again")
     return affine
 
 
 def _compare_codes(header: Any, path: str | Path) -> None:
     """Warn if qform and sform disagree, of which nibabel reads the sform and ITK the qform."""
-    qform, sform = int(header["qform_code"]), int(header["sform_code"])
+    if not (header["qform_code"] and header["sform_code"]):
+        return
     try:
-        if not qform or not sform:
-            return
         affines = [header.get_qform(), header.get_sform()]
         codes = [axis_codes(affine) for affine in affines]
-        turn, apart = _difference(affines[0], affines[1], header.get_data_shape()[:3])
+        apart = _corners_apart(*affines, header.get_data_shape()[:3])
     except (HeaderDataError, ValueError, np.linalg.LinAlgError):
         return  # not a rotation, or singular, which is checked separately
     if codes[0] != codes[1]:
@@ -560,24 +529,13 @@ def _compare_codes(header: Any, path: str | Path) -> None:
             f"{path}: qform is {codes[0]}, but sform is {codes[1]} (used); check left and right", stacklevel=4
         )
     elif apart > LARGEST_DISAGREEMENT:
+        axes = [affine[:3, :3] / spacing_of(affine) for affine in affines]
+        turn = np.degrees(np.arccos(np.clip((np.trace(axes[0].T @ axes[1]) - 1) / 2, -1, 1)))
         warnings.warn(
             f"{path}: qform and sform (used) differ by {turn:.1f} degrees and up to {apart:.1f} mm: tools that read "
             "the qform, like those with ITK, show the head in another place; make both the same",
             stacklevel=4,
         )
-
-
-def _shear(affine: np.ndarray) -> float:
-    """The largest cosine between two axes of a grid, 0 for right angles."""
-    axes = affine[:3, :3] / spacing_of(affine)
-    return float(np.abs(axes.T @ axes - np.eye(3)).max())
-
-
-def _difference(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> tuple[float, float]:
-    """The angle between two affines in degrees, and the largest distance of a corner of the volume in mm."""
-    axes = [affine[:3, :3] / spacing_of(affine) for affine in (one, other)]
-    cosine = (np.trace(axes[0].T @ axes[1]) - 1) / 2
-    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), _corners_apart(one, other, shape)
 
 
 def _stores_orientation(header: Any) -> bool:
@@ -591,7 +549,7 @@ def _is_nifti(header: Any) -> bool:
 
 
 def _label_dtype(data: np.ndarray, path: str | Path) -> np.dtype:
-    low, high = (int(data.min()), int(data.max())) if data.size else (0, 0)
+    low, high = int(data.min()), int(data.max())
     for dtype in (np.uint8, np.int16, np.int32):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return np.dtype(dtype)
@@ -600,13 +558,12 @@ def _label_dtype(data: np.ndarray, path: str | Path) -> np.dtype:
 
 def _write(path: str | Path, image: Any, dtype: np.dtype, make_folder: bool) -> None:
     path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz", *FREESURFER)):
-        raise ValueError(f"{path}: images are written as .nii, .nii.gz, .mgz or .mgh; change the ending")
     if path.name.endswith(FREESURFER):
-        payload = nib.MGHImage(np.asarray(image.dataobj, dtype), image.affine).to_bytes()
-        write_whole(path, gzipped(payload) if path.suffix == ".mgz" else payload, make_folder=make_folder)
-        return
-    image.header.set_data_dtype(dtype)
-    image.header.set_slope_inter(1, 0)
+        image = nib.MGHImage(np.asarray(image.dataobj, dtype), image.affine)
+    elif path.name.endswith((".nii", ".nii.gz")):
+        image.header.set_data_dtype(dtype)
+        image.header.set_slope_inter(1, 0)
+    else:
+        raise ValueError(f"{path}: images are written as .nii, .nii.gz, .mgz or .mgh; change the ending")
     payload = image.to_bytes()
-    write_whole(path, gzipped(payload) if path.suffix == ".gz" else payload, make_folder=make_folder)
+    write_whole(path, gzipped(payload) if path.suffix in (".gz", ".mgz") else payload, make_folder=make_folder)

@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from asa.data.io.files import files_below
+from asa.data.io.files import matching_files
 from asa.data.io.nifti import IMAGE_ENDINGS, orientation_of, write_oriented
 from asa.data.io.parallel import each_tried
 
@@ -64,7 +64,7 @@ def _by_name(source: Path) -> dict[str, Path]:
     """The images of a folder, or one file, by their path inside it without the ending."""
     root = source if source.is_dir() else source.parent
     found: dict[str, Path] = {}
-    for path in files_below(source) if source.is_dir() else [source]:
+    for path in matching_files(source, "**/*") if source.is_dir() else [source]:
         ending = next((end for end in IMAGE_ENDINGS if path.name.endswith(end)), None)
         if ending is None or path.name.startswith(".") or not path.is_file():
             continue
