@@ -36,11 +36,11 @@ def training_digests(
     Returns:
         "scans": digests of the voxels, one per channel of a scan; "subjects": digests of the subjects' names; sorted.
     """
-    digests = {key: set(previous[key]) if previous else set() for key in KEYS}
+    scans, subjects = (set(previous[key]) if previous else set() for key in KEYS)
     for record in records:
-        digests["scans"].update(record["identity"].values())
-        digests["subjects"].add(_name_digest(record["subject"]))
-    return {key: sorted(digests[key]) for key in KEYS}
+        scans.update(record["identity"].values())
+        subjects.add(_name_digest(record["subject"]))
+    return {"scans": sorted(scans), "subjects": sorted(subjects)}
 
 
 def stored_digests(data: Mapping[str, Any]) -> TrainingDigests | None:

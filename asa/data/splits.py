@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from asa.data.io.files import check_digest, read_json, write_json
 from asa.data.store import Records
+from asa.errors import listed
 
 PARTS = ("train", "validation", "test")
 
@@ -52,9 +53,7 @@ def make_split(
     if len(chosen) > 1:
         raise ValueError(f"split: {' and '.join(chosen)} contradict each other; give one of them")
     if (folds is None) != (fold is None):
-        raise ValueError(
-            f"split: folds={folds} and fold={fold} go together, as in folds=5 fold=0; give both or neither"
-        )
+        raise ValueError(f"split: folds={folds} and fold={fold} go together: give both, as folds=5 fold=0, or neither")
     order = _order(subjects_of(records), seed)
     if ratio is not None:
         _, validation, test = _sizes(ratio, len(order))
@@ -146,14 +145,11 @@ def _from_site(records: Iterable[Mapping[str, Any]], order: Sequence[str], site:
 
 
 def keep_labelled(split: Mapping[str, Sequence[str]], labelled: int | float) -> dict[str, list[str]]:
-    """Train on the first subjects of the training part only; subsets of different sizes are nested.
+    """The split with the first subjects of its training part only; subsets of different sizes are nested.
 
     Args:
         split: of subjects.
         labelled: an int is a number of subjects, a float in (0, 1] a fraction of the training part (at least one).
-
-    Returns:
-        The split with a shorter training part.
 
     Raises:
         ValueError: no subject, or more than the training part has.
@@ -172,11 +168,7 @@ def keep_labelled(split: Mapping[str, Sequence[str]], labelled: int | float) -> 
 
 
 def write_split(path: str | Path, split: Mapping[str, Sequence[str]]) -> None:
-    """Write a split as JSON, beside the run that used it.
-
-    Raises:
-        ValueError: a subject is in two parts, or a part has another name than train, validation, test.
-    """
+    """Write a split as JSON, beside the run that used it; a ValueError as of `read_split`."""
     write_json(path, _checked_split(split, Path(path)))
 
 
@@ -210,8 +202,7 @@ def read_split(path: str | Path, fold: int | None = None) -> dict[str, list[str]
 def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:
     if not isinstance(split, Mapping) or not all(isinstance(part, (list, tuple)) for part in split.values()):
         raise ValueError(f"{path}: a split is JSON with lists of subjects under train, validation and test")
-    unknown = [name for name in split if name not in PARTS]
-    if unknown:
+    if unknown := [name for name in split if name not in PARTS]:
         raise ValueError(f"{path}: unknown part {unknown[0]!r}; a split has train, validation and test")
     part_of: dict[str | int, str] = {}
     for name in PARTS:
@@ -235,12 +226,9 @@ def select(records: Sequence[AnyRecord], subjects: Iterable[str]) -> Sequence[An
     for k, subject in enumerate(subjects_of(records)):
         scans.setdefault(subject, []).append(k)
     subjects = list(subjects)
-    missing = [subject for subject in subjects if subject not in scans]
-    if missing:
-        raise ValueError(
-            f"split: {len(missing)} of its subjects are not in the cohort ({', '.join(map(str, missing[:3]))}"
-            f"{', ...' if len(missing) > 3 else ''}); prepare them or correct the split"
-        )
+    if missing := [str(subject) for subject in subjects if subject not in scans]:
+        shown = f"{len(missing)} of its subjects are not in the cohort ({listed(missing, 3)})"
+        raise ValueError(f"split: {shown}; prepare them or correct the split")
     chosen = [k for subject in subjects for k in scans[subject]]
     taken: Any = records.take(chosen) if isinstance(records, Records) else [records[k] for k in chosen]
     return taken

@@ -48,11 +48,8 @@ Entry = dict[str, Any]
 class Store:
     """A prepared cohort on disk, read-only.
 
-    Args:
-        path: folder that `prepare_cohort` wrote.
-
     Attributes:
-        path: that folder, absolute.
+        path: the folder that `prepare_cohort` wrote, absolute.
         records: entries of the scans, sorted by id, with id, subject, site, sources, shape, chain, statistics; each
             is read from the file when it is asked for.
         channels: names of the image channels, in stored order.
@@ -110,19 +107,13 @@ class Store:
     def image(self, id: str) -> np.ndarray:
         """Memory-mapped image (C, D, H, W) float16; reading a crop reads only its pages.
 
-        When a process first opens an array, it compares the file with the SHA-256 in its entry.
-
         Raises:
             ValueError: no such scan, or its array is missing or damaged.
         """
         return self._array(id, "image")
 
     def label(self, id: str) -> np.ndarray | None:
-        """Memory-mapped label map (1, D, H, W) uint8 of class indices, None for an unlabelled scan.
-
-        Raises:
-            ValueError: no such scan, or its array is missing or damaged.
-        """
+        """Memory-mapped label map (1, D, H, W) uint8 of class indices, None for an unlabelled scan; see `image`."""
         return self._array(id, "label") if "label" in self.record(id)["arrays"] else None
 
     def first_source(self, record: Mapping[str, Any]) -> Path:
@@ -131,11 +122,7 @@ class Store:
         return next(Path(sources[channel]["path"]) for channel in self.channels if channel in sources)
 
     def verify(self) -> list[tuple[str, str]]:
-        """Compare every array with the SHA-256 in its entry.
-
-        Returns:
-            (id, reason) for each array that is missing or has changed; empty for an intact store.
-        """
+        """(id, reason) for each array that is missing or whose SHA-256 is not that in its entry."""
         damaged = []
         for record in self.records:
             for kind, digest in record["arrays"].items():
@@ -151,10 +138,8 @@ class Store:
         array = open_array(self.path, record, kind)
         if array is None:
             raise ValueError(f"{path}: missing or damaged; run asa-prepare again, which prepares only what is missing")
-        if path not in self._compared:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != record["arrays"].get(kind):
+        if path not in self._compared:  # once in a process
+            if sha256_of(path) != record["arrays"].get(kind):
                 raise ValueError(f"{path}: {CHANGED}")
             self._compared.add(path)
         return array
@@ -193,8 +178,7 @@ def has_array(root: Path, entry: Mapping[str, Any], kind: str) -> bool:
 
 
 def _array_shape(entry: Mapping[str, Any], kind: str) -> tuple[int, ...]:
-    channels, *size = entry["shape"]
-    return (channels if kind == "image" else 1, *size)
+    return tuple(entry["shape"]) if kind == "image" else (1, *entry["shape"][1:])
 
 
 @lru_cache
@@ -212,23 +196,16 @@ def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> n
         volume: `(C, D, H, W)`, memory-mapped or not.
         start: first voxel (D, H, W) of the box; may be negative.
         size: (D, H, W) of the box.
-
-    Returns:
-        `(C, *size)`.
     """
     inner = [slice(max(a, 0), max(min(a + n, m), 0)) for a, n, m in zip(start, size, volume.shape[1:], strict=True)]
     box = np.zeros((volume.shape[0], *size), dtype=volume.dtype)
     outer = [slice(s.start - a, s.start - a + max(s.stop - s.start, 0)) for s, a in zip(inner, start, strict=True)]
-    box[(slice(None), *outer)] = volume[(slice(None), *inner)]
+    box[:, *outer] = volume[:, *inner]
     return box
 
 
 def write_array(root: Path, id: str, kind: str, array: np.ndarray) -> str:
-    """Write an "image" (as float16) or "label" (uint8) (C, D, H, W) of a scan atomically: the SHA-256 of the file.
-
-    Raises:
-        FileNotFoundError: no such root.
-    """
+    """Write an "image" (as float16) or "label" (uint8) (C, D, H, W) of a scan atomically: the SHA-256 of the file."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array, dtype=DTYPES[kind]), allow_pickle=False)
     path = array_path(root, id, kind)
@@ -276,7 +253,6 @@ class Records(Sequence[Entry]):
         """One entry, or a part of them, not read yet.
 
         Raises:
-            IndexError: there are not so many.
             ValueError: the line is not an entry as `asa-prepare` writes it, or a new file does not have the scan.
         """
         if isinstance(index, slice):
@@ -357,11 +333,9 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], Records]:
 
 
 def read_records(file: Path, text: bytes | None = None) -> Records:
-    """The records of a file, sorted by id, of which only ids and subjects are read.
+    """The records of a file with a line per scan, sorted by id, of which only ids and subjects are read.
 
-    Args:
-        file: of one line per scan.
-        text: its content, where the file has another form.
+    `text` is its content where the file has another form.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -386,8 +360,8 @@ def read_records(file: Path, text: bytes | None = None) -> Records:
                 check_id(ids[-1])
                 sizes.append(len(line))
         except ValueError as error:
-            reason = f"record {len(sizes) + 1}: {error}; remove it, and run asa-prepare again"
-            raise ValueError(f"{file}: {reason}") from None
+            number = len(sizes) + 1
+            raise ValueError(f"{file}: record {number}: {error}; remove it, and run asa-prepare again") from None
     lengths = np.array(sizes, dtype=np.int64)
     spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
     records = Records(file, ids, subjects, spans, version, text)
@@ -416,15 +390,7 @@ def entry_line(entry: Mapping[str, Any]) -> bytes:
 
 
 def parse_entry(file: Path, id: str, line: bytes) -> Entry:
-    """The entry of a line.
-
-    Args:
-        file, id: where it is from, for messages.
-        line: as `entry_line` returns it.
-
-    Raises:
-        ValueError: it is not as `asa-prepare` writes it.
-    """
+    """The entry of a line, as `entry_line` returns it; a ValueError that names file and id where it is none."""
     try:
         entry = JSON.decode(line.decode())
     except (ValueError, RecursionError) as error:
@@ -453,9 +419,8 @@ def _not_ours(file: Path, what: str) -> str:
 
 def _wrong_common(manifest: Mapping[str, Any]) -> str:
     """The first entry of a manifest with another content than `asa-prepare` writes, as it may be anybody's; or ""."""
-    for key, kind in COMMON.items():
-        if not isinstance(manifest[key], kind):
-            return key
+    if wrong := [key for key, kind in COMMON.items() if not isinstance(manifest[key], kind)]:
+        return wrong[0]
     labels, names = manifest["labels"], [*manifest["labels"].values(), *manifest["channels"]]
     if len(labels) > 254 or not all(value.isdecimal() and len(value) < 20 for value in labels):
         return "labels"
@@ -473,9 +438,8 @@ def _wrong_record(record: object) -> str:
     """The first key of an entry of one scan with another type than `asa-prepare` writes; else ""."""
     if not isinstance(record, dict):
         return "the entry"
-    for key, kind in OF_SCAN.items():
-        if not isinstance(record.get(key), kind):
-            return key
+    if wrong := [key for key, kind in OF_SCAN.items() if not isinstance(record.get(key), kind)]:
+        return wrong[0]
     if len(record["shape"]) != 4 or not all(isinstance(size, int) for size in record["shape"]):
         return "shape"
     if not all(isinstance(digest, str) for digest in record["identity"].values()):

@@ -521,7 +521,7 @@ def _compare_codes(header: Any, path: str | Path) -> None:
     try:
         affines = [header.get_qform(), header.get_sform()]
         codes = [axis_codes(affine) for affine in affines]
-        apart = _corners_apart(*affines, header.get_data_shape()[:3])
+        apart = _corners_apart(affines[0], affines[1], header.get_data_shape()[:3])
     except (HeaderDataError, ValueError, np.linalg.LinAlgError):
         return  # not a rotation, or singular, which is checked separately
     if codes[0] != codes[1]:
