@@ -68,9 +68,8 @@ def each_tried(
     Yields:
         (job, result, ""), or (job, None, reason in one line).
     """
-    for job, outcome in in_processes(
-        partial(_tried, function), jobs, workers, title=title, unit=unit, progress=progress
-    ):
+    tried = partial(_tried, function)
+    for job, outcome in in_processes(tried, jobs, workers, title=title, unit=unit, progress=progress):
         result, reason = (None, KILLED) if outcome is None else outcome
         yield job, result, reason
 
@@ -134,7 +133,6 @@ def on_cluster(
         ValueError: a worker has several threads or other versions, or does not have the shared file.
     """
     dask = require("distributed", "dask", "executor=dask")
-    closed = require("distributed.comm", "dask", "executor=dask").CommClosedError
     content = b"" if shared is None else shared.read_bytes()
     call = partial(_on_worker, function, shared, content, made_with, made_with())
     with ExitStack() as stack:
@@ -166,11 +164,9 @@ def on_cluster(
                     yield job, None
                 bar.update()
                 submit(1)
-        except (dask.CancelledError, closed) as error:
-            raise ConnectionError(
-                f"scheduler={scheduler}: the dask scheduler was lost; give the same command again, which goes on where "
-                "this one stopped"
-            ) from error
+        except (dask.CancelledError, dask.comm.CommClosedError) as error:
+            advice = "give the same command again, which goes on where this one stopped"
+            raise ConnectionError(f"scheduler={scheduler}: the dask scheduler was lost; {advice}") from error
 
 
 def _on_worker(

@@ -39,17 +39,15 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     """
     path = Path(path)
     if path.suffix == PARQUET:
-        columns = _parquet_columns(path)
-        cells = [["" if value is None or value != value else str(value).strip() for value in one] for one in columns[1]]
-        return [dict(zip(columns[0], row, strict=True)) for row in zip(*cells, strict=True)]
+        names, columns = _parquet_columns(path)
+        cells = [["" if value is None or value != value else str(value).strip() for value in one] for one in columns]
+        return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)]
     with _text_rows(path) as reader:
         header = [name for name in reader.fieldnames or () if name]
         own = _delimiter(path)
         if len(header) == 1 and (others := [mark for mark in SEPARATORS if mark != own and mark in header[0]]):
-            found, wanted = SEPARATORS[others[0]], SEPARATORS[own]
-            raise ValueError(
-                f"{path}: its columns are separated by {found}, and have to be by {wanted}: export it again"
-            )
+            found = f"by {SEPARATORS[others[0]]}, and have to be by {SEPARATORS[own]}"
+            raise ValueError(f"{path}: its columns are separated {found}: export it again")
         if len(set(header)) < len(header) or not all(name.isprintable() for name in header):
             raise csv.Error("two columns have one name, or a name has line breaks")
         rows = []
@@ -78,12 +76,9 @@ def check_own(table: Path, command: str, required: Collection[str], others: str 
 
     Args:
         table: the file.
-        command: its name, for the message.
+        command: its name, for the ValueError.
         required: columns that each table of the command has.
         others: regular expression of the names of all others.
-
-    Raises:
-        ValueError: it has other columns, or is no table.
     """
     names, own = set(read_header(table) if table.exists() else ()), set(required)
     if names and not (own <= names and all(re.fullmatch(others, name) for name in names - own)):
@@ -99,8 +94,7 @@ def read_column(
     "participant_id" as in participants.tsv of BIDS. Empty cells are skipped, and those of BIDS, n/a.
 
     Args:
-        path: of the table.
-        column: its name.
+        path, column: the table, and the name of the column.
         records: scans, each with an id and a subject.
         missing_ok: a table without this column gives no values, instead of an error.
 
@@ -139,19 +133,11 @@ def read_column(
 
 
 def match_names(path: str | Path, listed: Collection[str], names: Collection[str]) -> dict[str, str]:
-    """Which name in a table is meant by a name of a scan or subject: the same, or nearly the same.
+    """Name of a scan or subject -> name in a table, for those of `names` and `listed` that are nearly the same.
 
     Nearly: but for sub-, zeros before a number, capitals, and the .0 that pandas writes. A name that several of the
-    others may mean is left out. Warnings say which names were matched in this way, and how many of the table match
-    none.
-
-    Args:
-        path: of the table, for the warnings.
-        listed: the names in the table.
-        names: of scans or subjects.
-
-    Returns:
-        Name of a scan or subject -> name in the table, for those that match.
+    others may mean is left out. Warnings name the table, `path`, and say which names were matched in this way, and how
+    many of the table match none.
     """
     found = {name: name for name in names if name in listed}
     loose: dict[str, tuple[list[str], list[str]]] = {}
@@ -183,10 +169,8 @@ def as_number(source: str | Path, scan: str, column: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(
-            f"{source}: {scan}: {column} is {text!r} and not a number: give one, or leave the cell empty to leave the "
-            "scan out"
-        )
+        advice = "give one, or leave the cell empty to leave the scan out"
+        raise ValueError(f"{source}: {scan}: {column} is {text!r} and not a number: {advice}")
     return value
 
 
@@ -228,10 +212,8 @@ def write_numbers(path: Path, header: Sequence[str], rows: Mapping[str, Iterable
     """
     check_table(path)
     if path.suffix == PARQUET:
-        arrow, content = _pyarrow(), io.BytesIO()
-        columns = [
-            arrow.array(values, arrow.float32(), from_pandas=True) for values in zip(*rows.values(), strict=True)
-        ]
+        arrow, content, numbers = _pyarrow(), io.BytesIO(), zip(*rows.values(), strict=True)
+        columns = [arrow.array(values, arrow.float32(), from_pandas=True) for values in numbers]
         table = arrow.table([arrow.array(list(rows), arrow.string()), *columns], names=["id", *header])
         arrow.parquet.write_table(table, content)
         write_whole(path, content.getvalue())
@@ -259,16 +241,14 @@ def _parquet_columns(path: Path) -> tuple[list[str], list[list[Any]]]:
         unpacked = sum(group.total_byte_size for group in groups)
         if cells > MANY_CELLS + size or unpacked > SMALL + LARGEST_RATIO * size:
             raise ValueError(f"{path}: {cells} cells and {unpacked} bytes in a file of {size}: write it as CSV")
-        columns = []
-        for column in file.read().columns:
-            values: list[Any] = []
+        columns: list[list[Any]] = [[] for _ in names]
+        for values, column in zip(columns, file.read().columns, strict=True):
             for chunk in column.chunks:
                 if isinstance(chunk, arrow.DictionaryArray):
                     distinct = [*chunk.dictionary.to_pylist(), None]
                     values += [distinct[-1 if k is None else k] for k in chunk.indices.to_pylist()]
                 else:
                     values += chunk.to_pylist()
-            columns.append(values)
         return names, columns
 
 
