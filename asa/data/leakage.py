@@ -51,15 +51,9 @@ def stored_digests(data: Mapping[str, Any]) -> TrainingDigests | None:
 def find_leaks(
     records: Iterable[Mapping[str, Any]], split: Mapping[str, Sequence[str]], digests: Mapping[str, Sequence[str]]
 ) -> list[LeakedSubject]:
-    """Subjects of the validation and test parts that a network was trained on.
+    """Subjects of the validation and test parts of a split that a network was trained on, in its order.
 
-    Args:
-        records: entries of a store; all scans of a subject are checked, used or not.
-        split: subjects under "train", "validation" and "test".
-        digests: of `training_digests`.
-
-    Returns:
-        In the order of the split. A subject that matches by name only may be another person.
+    All scans of a subject are checked, used or not. A subject that matches by name only may be another person.
     """
     scans, names = (set(digests[key]) for key in KEYS)
     by_scan = {str(record["subject"]) for record in records if not scans.isdisjoint(record["identity"].values())}

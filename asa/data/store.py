@@ -220,21 +220,14 @@ class Records(Sequence[Entry]):
 
     Only ids, subjects and the places of the lines are in memory, and only they go to worker processes. If the file
     changes, as by `asa-prepare` when it adds scans, the entries of the same ids are read from the new one.
-
-    Args:
-        file: that holds the entries.
-        ids, subjects: of each entry, in the order of the ids.
-        spans: offset and length in bytes of the line of each entry, int64 `(N, 2)`.
-        version: `_version` of the file that the spans are of.
-        text: what the spans are of in place of the file, for a store of format 2.
     """
 
     file: Path
     ids: Sequence[str]
     subjects: Sequence[str]
-    spans: np.ndarray
-    version: tuple[int, ...]
-    text: bytes | None = None
+    spans: np.ndarray  # offset and length in bytes of the line of each entry, int64 (N, 2)
+    version: tuple[int, ...]  # `_version` of the file that the spans are of
+    text: bytes | None = None  # what the spans are of in place of the file, for a store of format 2
 
     def __len__(self) -> int:
         return len(self.ids)

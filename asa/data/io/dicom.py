@@ -132,6 +132,7 @@ def _converts_alone(program: str, path: Path) -> bool:
 def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows: _Rows, report: DicomReport) -> None:
     """Write the volumes of a series that are sound, after their rows of the table."""
     base = _title(series, volumes, out, rows, report.written)
+    told = [line.removeprefix("Warning: ") for line in said.splitlines() if line.startswith("Warning: ")]
     sound: dict[str, Path] = {}
     for ending, path in volumes.items():
         title = f"{base}{ending}"
@@ -146,9 +147,7 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
             report.failures[title] = str(error).removeprefix(f"{path}: ")
         else:
             sound[title] = path
-            told = [line.removeprefix("Warning: ") for line in said.splitlines() if line.startswith("Warning: ")]
-            found = [*(str(one.message) for one in caught), *(f"dcm2niix says: {line}" for line in told)]
-            if found:
+            if found := [*(str(one.message) for one in caught), *(f"dcm2niix says: {line}" for line in told)]:
                 report.warnings[title] = found
     about, (uid, study, patient, date) = series.header, series.key
     for title in sound:
@@ -240,11 +239,8 @@ def _slices(header: Any) -> list[tuple[np.ndarray, np.ndarray]]:
 def check_slices(volume: Volume, slices: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     """Check that every slice of a volume lies where the header of a slice says, with a warning if no header does.
 
-    In their plane the slices may be displaced evenly, as by a tilted gantry, which dcm2niix corrects.
-
-    Args:
-        volume: converted.
-        slices: normal and position of the slices of its series, (3,) in RAS+ mm each; of other directions, too.
+    In their plane the slices may be displaced evenly, as by a tilted gantry, which dcm2niix corrects. `slices` has
+    normal and position of the slices of its series, (3,) in RAS+ mm each; of other directions, too.
 
     Raises:
         ValueError: a slice is more than 0.1 mm from all of them, or 0.2 mm from a line through the first and the last.

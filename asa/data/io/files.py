@@ -51,9 +51,6 @@ def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
     """Open a file that may exist for writing, but not through a symbolic link.
 
     In a folder that others may write to, a link under a predictable name would have any file of the user overwritten.
-
-    Raises:
-        OSError: the path is a symbolic link, or cannot be opened.
     """
     try:
         return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
@@ -133,11 +130,8 @@ def whole_file(path: str | Path, *, make_folder: bool = True) -> Iterator[IO[byt
 
     Args:
         path: of the file.
-        make_folder: create its folder if needed. Without, an error names the folder that was removed meanwhile, whose
-            other files a new one would not hold.
-
-    Raises:
-        FileNotFoundError: no such folder.
+        make_folder: create its folder if needed. Without, a FileNotFoundError names the folder that was removed
+            meanwhile, whose other files a new one would not hold.
     """
     path = Path(path)
     if make_folder:
@@ -291,11 +285,9 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_digest(path: str | Path, *, listed: bool = False) -> None:
-    """Compare a file with the SHA-256 that was written beside it, if there is one.
+    """Compare a file with the SHA-256 that was written beside it, if one was.
 
-    Args:
-        path: of the file.
-        listed: where there are digests, its own has to be among them.
+    `listed`: where there are digests of other files, its own has to be among them.
 
     Raises:
         ValueError: it has changed, or the digests cannot be read.

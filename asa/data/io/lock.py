@@ -27,10 +27,6 @@ def locked(run: Path, report: Callable[[str], None] = print) -> Iterator[None]:
     A lock whose process has ended is taken over, with a message. A process of another machine cannot be looked up: its
     lock is stale if its modification time does not change. A job that Slurm restarted takes over its own lock at once.
 
-    Args:
-        run: the folder, which exists.
-        report: receives the message.
-
     Raises:
         ValueError: another process writes to this folder.
     """

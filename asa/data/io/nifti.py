@@ -43,17 +43,11 @@ NEARLY_WHOLE = 0.02  # a label map stored with a slope of many digits is off by 
 
 @dataclass(frozen=True)
 class Volume:
-    """A volume as it is stored in its file.
+    """A volume as it is stored in its file."""
 
-    Args:
-        data: array (x, y, z) in the axes of the file; float32 for images, an integer type for labels.
-        affine: (4, 4) float64, voxel index to mm in RAS+.
-        header: the nibabel header, opaque to callers; `write_label` copies it.
-    """
-
-    data: np.ndarray
-    affine: np.ndarray
-    header: Any
+    data: np.ndarray  # (x, y, z) in the axes of the file; float32 for images, an integer type for labels
+    affine: np.ndarray  # (4, 4) float64, voxel index to mm in RAS+
+    header: Any  # of nibabel, opaque to callers; `write_label` copies it
 
 
 def read_image(path: str | Path, *, nan: str = "refuse") -> Volume:
@@ -177,15 +171,10 @@ def write_image(
 
 
 def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
-    """Write a file that stores no orientation as NIfTI with the given orientation.
+    """Write a file that stores no orientation as NIfTI with the given orientation of its axes, like `ASL`.
 
     Voxels keep their order and values, and integers their type; floats and scaled intensities become float32. The
     origin is the centre of the volume.
-
-    Args:
-        path: `.nii` or `.nii.gz`.
-        source: as in `read_image`, Analyze or NIfTI with both codes 0.
-        axes: directions of the array's first, second and third axis, like `ASL`.
 
     Returns:
         Whether the file was written; False for a source that stores an orientation.

@@ -22,12 +22,8 @@ class OrientReport:
 def orient_files(source: Path, out: Path, axes: str) -> OrientReport:
     """Write each file under `source` to the same path under `out`, with the ending `.nii.gz`; see `write_oriented`.
 
-    Both files of an Analyze pair are one image. A file in `out` that differs from what would be written is a failure.
-
-    Args:
-        source: a file, or a folder that is searched with its subfolders.
-        out: a folder outside `source`.
-        axes: directions of the arrays' axes, like `ASL`.
+    `source` is a file, or a folder that is searched with its subfolders. Both files of an Analyze pair are one image. A
+    file in `out` that differs from what would be written is a failure.
 
     Raises:
         FileNotFoundError: no such file or folder.

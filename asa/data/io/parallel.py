@@ -43,10 +43,8 @@ def in_processes(
     Args:
         function: can be pickled, like its jobs and results. An exception in it is raised here, and jobs that have not
             started are cancelled.
-        jobs: arguments of the calls.
         workers: number of processes; 1 calls the function in this process.
-        title, unit: text of the progress bar.
-        progress: show it.
+        title, unit, progress: text of the progress bar, and whether to show it.
         ordered: yield in the order of the jobs instead of the order in which they finish.
 
     Yields:
@@ -63,11 +61,7 @@ def in_processes(
 def each_tried(
     function: Callable[[J], T], jobs: Sequence[J], workers: int = 1, *, title: str, unit: str, progress: bool = True
 ) -> Iterator[tuple[J, T | None, str]]:
-    """`in_processes` for jobs of which one that fails, whatever the reason, does not stop the others.
-
-    Yields:
-        (job, result, ""), or (job, None, reason in one line).
-    """
+    """As `in_processes`, but a failure stops no other job: (job, result, "") or (job, None, reason in one line)."""
     tried = partial(_tried, function)
     for job, outcome in in_processes(tried, jobs, workers, title=title, unit=unit, progress=progress):
         result, reason = (None, KILLED) if outcome is None else outcome

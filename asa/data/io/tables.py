@@ -203,9 +203,7 @@ def check_table(path: Path) -> None:
 def write_numbers(path: Path, header: Sequence[str], rows: Mapping[str, Iterable[float]]) -> None:
     """Write numbers of scans as a table: id, and the columns of `header`; CSV, TSV or Parquet by the file's ending.
 
-    Args:
-        header: names of the columns, without id.
-        rows: of each scan, by id; NaN becomes an empty cell, or null in Parquet. Parquet holds float32, text 6 digits.
+    Rows are by id. NaN becomes an empty cell, or null in Parquet. Parquet holds float32, text 6 digits.
 
     Raises:
         ValueError, ImportError: as `check_table`.

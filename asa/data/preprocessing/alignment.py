@@ -27,42 +27,29 @@ POOR_OVERLAP = 0.9  # Dice with the template's brain, below which a warning is g
 
 @dataclass(frozen=True)
 class Alignment:
-    """The map from a new grid to the grid of a scan.
+    """The map from a new grid to the grid of a scan."""
 
-    Args:
-        matrix: (4, 4), voxel (d, h, w) of the new grid to voxel of the scan; None: the scan keeps its grid.
-        shape: of the new grid.
-        affine: (4, 4) of the new grid, voxel (x, y, z) to mm in the space of the template after registration, else in
-            that of the scanner.
-        plane: the mid-sagittal plane relative to the centre of the new grid; before midway alignment, to that of the
-            scan's grid (of the template's field of view after registration). None for a volume that is too small.
-        overlap: Dice of the registered brain and the template's; None without registration.
-        raw_plane: after registration, the same plane relative to the centre of the scan's own grid; else None.
-    """
-
-    matrix: np.ndarray | None
-    shape: tuple[int, ...]
-    affine: np.ndarray
+    matrix: np.ndarray | None  # (4, 4), voxel (d, h, w) of the new grid to voxel of the scan; None: it keeps its grid
+    shape: tuple[int, ...]  # of the new grid
+    affine: np.ndarray  # (4, 4) of the new grid, voxel (x, y, z) to mm of the template if registered, else the scanner
+    # The mid-sagittal plane relative to the centre of the new grid; before midway alignment, to that of the scan's grid
+    # (of the template's field of view after registration). None for a volume that is too small.
     plane: MidsagittalPlane | None
-    overlap: float | None = None
-    raw_plane: MidsagittalPlane | None = None
+    overlap: float | None = None  # Dice of the registered brain and the template's
+    raw_plane: MidsagittalPlane | None = None  # if registered, the plane relative to the centre of the scan's own grid
 
 
 def align(
     image: np.ndarray, inside: np.ndarray, affine: np.ndarray, *, spacing: float | None, register: bool, midway: bool
 ) -> Alignment:
-    """Determine the target grid of a scan.
+    """Determine the target grid of a scan; the settings are those of `PrepareSettings`.
 
     Args:
         image: (D, H, W) float32, the reference channel.
         inside: bool, its foreground.
         affine: (4, 4) of its (x, y, z) axes.
-        spacing: isotropic voxel size in mm; None keeps that of the scan, or 1 mm with `register`.
-        register: affine registration to the template.
-        midway: make the mid-sagittal plane the middle of the grid.
 
     Raises:
-        ImportError: a package of the `prepare` extra is missing.
         ValueError: registration fails, or `midway` finds no plane.
     """
     own = spacing_of(affine)[::-1]
@@ -87,12 +74,13 @@ def _register(image: np.ndarray, inside: np.ndarray, affine: np.ndarray, spacing
     if inside.all():
         warnings.warn("registration to a brain, but the skull is not stripped; set prepare.strip", stacklevel=3)
     own = spacing_of(affine)[::-1]
-    pose = register_to_template(np.where(inside, image, 0), own, _axis_rotation(affine))
+    left, _, right = np.linalg.svd(affine[:3, :3] / own[::-1])  # the nearest rotation, if the affine has shear
+    from_scanner = (left @ right).T[::-1, ::-1]
+    pose = register_to_template(np.where(inside, image, 0), own, from_scanner)
     overlap = template_overlap(inside, pose, own)
     if overlap < POOR_OVERLAP:
-        warnings.warn(
-            f"after registration the Dice with the template's brain is only {overlap:.2f}; check it", stacklevel=3
-        )
+        poor = f"after registration the Dice with the template's brain is only {overlap:.2f}; check it"
+        warnings.warn(poor, stacklevel=3)
     low, high = (np.array(edge) for edge in zip(*FIELD_OF_VIEW, strict=True))
     pose = pose @ translation((low + high) / 2)  # from points relative to the centre of the field of view
 
@@ -145,10 +133,3 @@ def _covering_shape(inside: np.ndarray, pose: np.ndarray, own: np.ndarray, step:
     ]
     reach = np.abs(moved_corners(ends, np.linalg.inv(pose))).max(axis=0)
     return tuple(int(size) for size in 2 * (np.ceil(reach / step) + 1))
-
-
-def _axis_rotation(affine: np.ndarray) -> np.ndarray:
-    """Rotation from the scanner's axes (d, h, w) to the array's: the nearest rotation if the affine has shear."""
-    left, _, right = np.linalg.svd(affine[:3, :3] / spacing_of(affine))
-    rotation = (left @ right).T
-    return rotation[::-1, ::-1]

@@ -35,49 +35,34 @@ def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.
         The image divided by the field, whose mean in the foreground is 1. The background is 0.
 
     Raises:
-        ImportError: SimpleITK is not installed.
         ValueError: N4 fails, on an image that is empty or constant.
     """
     shifted = image - min(float(image.min()), 0.0)  # N4 takes a logarithm
     shrink = [max(1, round(N4_SPACING / side)) for side in spacing][::-1]
-    with simpleitk() as sitk:
+    with simpleitk("N4") as sitk:
         whole = sitk_image(sitk, shifted, spacing)
         n4 = sitk.N4BiasFieldCorrectionImageFilter()
         n4.SetMaximumNumberOfIterations(N4_ITERATIONS)
-        try:
-            mask = (
-                sitk.OtsuThreshold(whole, 0, 1, 200)
-                if inside.all()
-                else sitk_image(sitk, inside & (shifted > 0), spacing)
-            )
-            n4.Execute(sitk.Shrink(whole, shrink), sitk.Shrink(mask, shrink))
-            field = np.exp(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)))
-        except RuntimeError as error:
-            reason = str(error).strip().split("\n")[-1]
-            raise ValueError(f"N4 fails ({reason}); check the image") from None
+        if inside.all():
+            mask = sitk.OtsuThreshold(whole, 0, 1, 200)
+        else:
+            mask = sitk_image(sitk, inside & (shifted > 0), spacing)
+        n4.Execute(sitk.Shrink(whole, shrink), sitk.Shrink(mask, shrink))
+        field = np.exp(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)))
         counted = inside & (sitk.GetArrayFromImage(mask) > 0)
     return np.where(inside, image * (float(field[counted].mean()) / field), 0).astype(np.float32)
 
 
 def head_of_ct(image: np.ndarray, spacing: Lengths) -> np.ndarray:
-    """The head in a CT scan: the largest part above -300 HU and what it encloses, without table and headrest.
+    """The head in a CT scan (D, H, W) in HU: the largest part above -300 HU and what it encloses, without the table.
 
-    Args:
-        image: (D, H, W) in HU.
-        spacing: voxel size in mm.
-
-    Returns:
-        Bool (D, H, W). A scan without air, as it is after skull stripping, has its voxels other than 0 instead.
-
-    Raises:
-        ValueError: nothing above -300 HU.
+    A scan without air, as it is after skull stripping, has its voxels other than 0 instead.
     """
     tissue = image > TISSUE_HU
     if tissue.all():
         return image != 0
-    width = [
-        2 * round(min(OPENING_MM / side, (size - 1) / 4)) + 1 for side, size in zip(spacing, image.shape, strict=True)
-    ]
+    quarter = (np.array(image.shape) - 1) / 4
+    width = 2 * np.round(np.minimum(OPENING_MM / np.asarray(spacing), quarter)).astype(int) + 1
     core = largest_part(ndimage.minimum_filter(tissue, size=width, mode="nearest"))
     if not core.any():
         raise ValueError(f"prepare.window= is for CT in HU, and hardly a voxel is above {TISSUE_HU:g}: check the image")
@@ -98,8 +83,7 @@ def brain_mask(method: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray
         Bool (D, H, W), the largest connected component, without holes.
 
     Raises:
-        ImportError: the package of the method is not installed.
-        ValueError: the method fails, or the mask is empty.
+        ImportError, ValueError: the method is not installed, fails, or finds no brain.
     """
     tool = TOOLS.get(method)
     xyz = np.ascontiguousarray(image.transpose(2, 1, 0))
@@ -136,9 +120,9 @@ def _mask_of(words: list[str], image: np.ndarray, affine: np.ndarray, folder: Pa
             run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder or space)
         except OSError as error:
             raise ValueError(f"strip: cannot start {words[0]!r} ({error.strerror}); check the command") from None
-        output = " ".join((run.stderr or run.stdout).split())[-300:]
         if run.returncode or not Path(files[MASK]).is_file():
             problem = f"ends with code {run.returncode}" if run.returncode else "writes no {mask}"
+            output = " ".join((run.stderr or run.stdout).split())[-300:]
             raise ValueError(f"strip: {words[0]!r} {problem}: {output or 'no output'}")
         mask = read_label(files[MASK])
         check_same_geometry(read_image(files[IMAGE]), mask, f"image and mask of {words[0]!r}")

@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,14 +18,7 @@ from asa.data.datasets.record import Record, check_distinct, check_records
 from asa.data.io.files import PART, check_kept, write_json
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.parallel import KILLED, check_workers, in_processes, on_cluster
-from asa.data.preprocessing.scan import (
-    ScanJob,
-    ScanOutcome,
-    ScanQuality,
-    known_entry,
-    prepare_scan,
-    scan_quality,
-)
+from asa.data.preprocessing.scan import ScanJob, ScanOutcome, ScanQuality, known_entry, prepare_scan, scan_quality
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import (
     FOLDERS,
@@ -46,21 +39,13 @@ SOFTWARE = ("numpy", "scipy", "nibabel", "SimpleITK", "nilearn", "torch", "deepb
 
 @dataclass
 class CohortReport:
-    """The result of a run.
+    """The result of a run."""
 
-    Args:
-        prepared: ids of the scans prepared in this run.
-        skipped: ids that the store held already.
-        failures: id -> reason.
-        warnings: id -> possible problems.
-        seconds: stage -> duration for each scan.
-    """
-
-    prepared: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    warnings: dict[str, list[str]] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    prepared: list[str] = field(default_factory=list)  # ids
+    skipped: list[str] = field(default_factory=list)  # ids that the store held already
+    failures: dict[str, str] = field(default_factory=dict)  # id -> reason
+    warnings: dict[str, list[str]] = field(default_factory=dict)  # id -> possible problems
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # stage -> duration for each scan
 
 
 def prepare_cohort(
@@ -84,13 +69,9 @@ def prepare_cohort(
         records: what a reader returned.
         out: folder of the store, new or made with the same settings; None runs all stages and writes nothing.
         cohort: how to prepare it.
-        workers: number of processes; 1 works in this process.
+        workers, progress: as of `in_processes`.
         scheduler: address of a dask scheduler, whose workers do the work instead; see `on_cluster`.
-        progress: show a progress bar.
         on_scan: called in this process with the quality control of each scan, in any order; for a duplicate twice.
-
-    Returns:
-        The report.
 
     Raises:
         ValueError: an invalid cohort, or `out` is a store made with other settings, or in use by another process.
@@ -99,52 +80,40 @@ def prepare_cohort(
     check_records(records)
     check_workers(workers)
     root = None if out is None else Path(out).absolute()
-    with ExitStack() as stack:
-        if root is not None:
-            root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(root))
-        if scheduler is None:
-            in_parallel = partial(in_processes, workers=workers)
-        else:
-            shared = None if root is None else root / LOCK
-            in_parallel = partial(on_cluster, scheduler=scheduler, shared=shared, made_with=versions)
-        in_parallel = partial(in_parallel, title="prepare", unit="scan", progress=progress)
-        return _prepare(records, root, cohort, in_parallel, on_scan, progress)
-
-
-def _prepare(
-    records: Sequence[Record],
-    root: Path | None,
-    cohort: CohortSettings,
-    in_parallel: Callable[..., Iterator[tuple[ScanJob, ScanOutcome | None]]],
-    on_scan: Callable[[ScanQuality], None] | None,
-    progress: bool,
-) -> CohortReport:
-    """`prepare_cohort` into a folder that is locked."""
-    header = _header(records, cohort)
-    entries, software = ({}, {}) if root is None else _open(root, header)
+    if scheduler is None:
+        in_parallel: Callable[..., Any] = partial(in_processes, workers=workers)
+    else:
+        shared = None if root is None else root / LOCK
+        in_parallel = partial(on_cluster, scheduler=scheduler, shared=shared, made_with=versions)
     ids = {record["id"] for record in records}
-    check_distinct(sorted(ids | entries.keys()))
     qualities: dict[str, ScanQuality] = {}
     identities: dict[str, Entry] = {}
-    report, jobs = CohortReport(), []
-    for record in tqdm(records, "compare", unit="scan", disable=not progress or not entries):
-        line = entries.get(record["id"])
-        entry = None if root is None or line is None or on_scan else known_entry(record, root, line)
-        if entry is None:
-            jobs.append(ScanJob(record, line))
-        else:
-            report.skipped.append(entry["id"])
-            identities[entry["id"]] = _identity(entry)
-    next_save, unsaved = time.monotonic() + SAVE_EVERY, list[bytes]()
+    report, jobs, unsaved = CohortReport(), list[ScanJob](), list[bytes]()
+    entries: dict[str, bytes] = {}
+    software: dict[str, str | None] = {}
 
     def read(id: str) -> Entry:
         assert root is not None  # without a store, no scan has an entry of an earlier run
         return parse_entry(root / RECORDS, id, entries[id])
 
-    try:
+    with ExitStack() as stack:
+        if root is not None:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(root))
+            entries, software = _open(root, _header(records, cohort))
+            stack.callback(write_records, root, entries)  # at the end, also of a run that fails
+        check_distinct(sorted(ids | entries.keys()))
+        for record in tqdm(records, "compare", unit="scan", disable=not progress or not entries):
+            line = entries.get(record["id"])
+            entry = None if root is None or line is None or on_scan else known_entry(record, root, line)
+            if entry is None:
+                jobs.append(ScanJob(record, line))
+            else:
+                report.skipped.append(entry["id"])
+                identities[entry["id"]] = _identity(entry)
+        next_save = time.monotonic() + SAVE_EVERY
         prepare = partial(prepare_scan, root=root, cohort=cohort, software=software, thumbnail=on_scan is not None)
-        for job, result in in_parallel(prepare, jobs):
+        for job, result in in_parallel(prepare, jobs, title="prepare", unit="scan", progress=progress):
             if root is not None:
                 check_kept(root)
             outcome = result or ScanOutcome(reason=KILLED, keep=True)
@@ -172,11 +141,8 @@ def _prepare(
                 _add(id, ScanOutcome(reason=failure), root, entries, report)
             if on_scan is not None:  # again, with what is known only now
                 on_scan(replace(qualities[id], reason=failure, warnings=report.warnings.get(id, [])))
-    finally:
-        if root is not None:
-            write_records(root, entries)
-    for sortable in (report.prepared, report.skipped):
-        sortable.sort()
+    report.prepared.sort()
+    report.skipped.sort()
     report.failures = dict(sorted(report.failures.items()))
     report.warnings = dict(sorted(report.warnings.items()))
     return report
@@ -227,10 +193,8 @@ def _open(root: Path, header: dict[str, Any]) -> tuple[dict[str, bytes], dict[st
         existing, records = read_manifest(root)
         for key in ("settings", "channels", "labels", "ignored"):
             if existing[key] != header[key]:
-                raise ValueError(
-                    f"{root}: this store was made with {key} {existing[key]}, now asked for {header[key]}; "
-                    "use the same, or another out="
-                )
+                differ = f"{key} {existing[key]}, now asked for {header[key]}"
+                raise ValueError(f"{root}: this store was made with {differ}; use the same, or another out=")
         entries = dict(zip(records.ids, records.lines(), strict=True))
         now, known = versions(), existing.get("software")
         before = {"asa": existing.get("asa"), **(known if isinstance(known, dict) else {})}
@@ -275,7 +239,7 @@ def find_duplicates(known: Iterable[Entry], found: Iterable[Entry]) -> dict[str,
     """Of scans with the same voxels all but the first, among the found: id -> which scan it repeats.
 
     Args:
-        known: entries of scans that only the store holds; these come first.
+        known: entries of scans that only the store holds; these come first, and repeat none.
         found: entries of the scans of this run.
     """
     first_with: dict[str, tuple[str, str]] = {}

@@ -30,19 +30,12 @@ BEND_LEVELS = ((12.0, 0.005), (8.0, 0.0125), (6.0, 0.025), (4.0, 0.05), (3.0, 0.
 
 @dataclass(frozen=True)
 class MidsagittalPlane:
-    """The pose of the plane in a volume.
+    """The pose of the plane in a volume."""
 
-    Args:
-        yaw: rotation of the head about the inferior-superior axis in degrees; positive turns the nose to the left.
-        roll: rotation about the posterior-anterior axis in degrees; positive tilts the top to the left.
-        shift: mm from the centre of the volume to the plane, along its normal; positive to the right.
-        correlation: of the aligned volume with its mirror image, at most 1.
-    """
-
-    yaw: float
-    roll: float
-    shift: float
-    correlation: float
+    yaw: float  # degrees, of the head about the inferior-superior axis; positive turns the nose to the left
+    roll: float  # degrees, about the posterior-anterior axis; positive tilts the top to the left
+    shift: float  # mm from the centre of the volume to the plane, along its normal; positive to the right
+    correlation: float  # of the aligned volume with its mirror image, at most 1
 
     def pose(self) -> np.ndarray:
         """The rigid map (4, 4) from the aligned volume to this one: points (d, h, w) as offsets in mm."""
@@ -66,12 +59,7 @@ class MidsagittalPlane:
         return replace(self, yaw=yaw, roll=roll, shift=shift)
 
     def distances(self, shape: tuple[int, ...], spacing: Lengths) -> np.ndarray:
-        """Distance of each voxel from the plane in mm, float32 (D, H, W), positive on the right.
-
-        Args:
-            shape: of the volume whose centre the plane is relative to.
-            spacing: voxel size in mm along D, H, W.
-        """
+        """Distance of each voxel of the volume from the plane in mm, float32 (D, H, W), positive on the right."""
         axes = [(np.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, spacing, strict=True)]
         d, h, w = np.ix_(*(axis * part for axis, part in zip(axes, self.pose()[:3, 2], strict=True)))
         return np.asarray(d + h + w - self.shift, dtype=np.float32)
@@ -138,10 +126,9 @@ def find_midsagittal_plane(volume: np.ndarray, spacing: Lengths) -> MidsagittalP
         ValueError: a volume that is constant or too small, or that has no plane within 45 degrees.
     """
     if not can_find_plane(volume, spacing):
-        raise ValueError(
-            f"a volume of {' x '.join(map(str, volume.shape))} voxels of "
-            f"{' x '.join(f'{side:g}' for side in spacing)} mm is too small, or constant: it has no mid-sagittal plane"
-        )
+        sides = " x ".join(f"{side:g}" for side in spacing)
+        what = f"a volume of {' x '.join(map(str, volume.shape))} voxels of {sides} mm"
+        raise ValueError(f"{what} is too small, or constant: it has no mid-sagittal plane")
     fine = _coarser(volume, spacing, WORKING_SPACING)
     coarse = ndimage.zoom(ndimage.gaussian_filter(fine, 1.0), 0.5, order=1, grid_mode=True, mode="nearest")
     levels = _MirrorCorrelation(coarse, 2 * WORKING_SPACING), _MirrorCorrelation(fine, WORKING_SPACING)

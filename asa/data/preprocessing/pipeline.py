@@ -30,9 +30,7 @@ def prepare_case(
     Args:
         images: channel name -> volume, all on one grid; None where the scan lacks a channel, which is filled with 0.
         label: label map on the same grid, or None.
-        labels: declared values -> names; 0 is the background and is not declared.
-        settings: of the cohort.
-        ignored: label values that are stored as `IGNORED`.
+        labels, settings, ignored: as of `CohortSettings`.
         name: of the case, for messages.
 
     Returns:
@@ -40,8 +38,7 @@ def prepare_case(
 
     Raises:
         ImportError: a stage needs a package that is not installed.
-        ValueError: channels or label on different grids, an undeclared label value, an empty image, no channel at
-            all, or a stage that fails.
+        ValueError: channels or label on different grids, an undeclared label value, no channel, or a stage that fails.
     """
     present = {channel: volume for channel, volume in images.items() if volume is not None}
     if not present:
@@ -56,20 +53,20 @@ def prepare_case(
         indices = stored_indices(label.data, labels, ignored, name)[None]
     zeros = np.zeros(reference.data.shape, np.float32)
     stacked = np.stack([zeros if volume is None else volume.data for volume in images.values()]).astype(np.float32)
-    absent = tuple(number for number, volume in enumerate(images.values()) if volume is None)
-    case = Case(stacked, np.zeros(0, bool), indices, reference.affine, absent)
+    numbers = tuple(number for number, volume in enumerate(images.values()) if volume is not None)
+    case = Case(stacked, np.zeros(0, bool), indices, reference.affine, numbers)
     case.chain = {"shape": list(reference.data.shape), "affine": reference.affine.tolist(), "steps": []}
-    for stage in STAGES:
+    for stage, (apply, _) in STAGES.items():
         started = time.perf_counter()
         try:
-            parameters = stage.apply(case, settings)
+            parameters = apply(case, settings)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         duration = time.perf_counter() - started
         if parameters is not None:
-            case.chain["steps"].append({"stage": stage.name, **parameters})
+            case.chain["steps"].append({"stage": stage, **parameters})
         if parameters is not None or duration > 0.1:  # align may only estimate the plane
-            case.seconds[stage.name] = duration
+            case.seconds[stage] = duration
     case.chain["stored_affine"] = case.affine.tolist()
     if (plane := case.plane) is not None:
         case.chain["plane"] = [plane.yaw, plane.roll, plane.shift]
@@ -85,8 +82,8 @@ def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.nda
     Args:
         array: (C, D, H, W), float (probabilities; take the argmax afterwards) or integer (labels).
         chain: of the prepared case.
-        order: 0 nearest neighbour, 1 trilinear, for floats of a scan that was resampled. Integers take 0; the mask of
-            each label is then resampled linearly and the largest value wins, which keeps borders smooth.
+        order: 0 nearest neighbour, 1 trilinear, for floats of a scan that was resampled. Integers take 0, and are
+            resampled by `sample_label`.
 
     Returns:
         (C, x, y, z) in the axes of the file; 0 outside the crop.
@@ -101,10 +98,9 @@ def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.nda
         raise ValueError(f"to_native: array of shape {array.shape} is not (C, D, H, W) with D, H, W = {expected}")
     if array.dtype == np.float16:
         array = array.astype(np.float32)  # scipy does not interpolate float16
-    undo = {stage.name: stage.undo for stage in STAGES}
     for step in reversed(chain["steps"]):
-        if (inverse := undo[step["stage"]]) is not None:
-            array = inverse(array, step, order)
+        if (undo := STAGES[step["stage"]][1]) is not None:
+            array = undo(array, step, order)
     return np.ascontiguousarray(array)
 
 
@@ -120,25 +116,28 @@ def to_prepared(volume: Volume, chain: dict[str, Any]) -> np.ndarray:
 
 
 def distance_to_the_right(chain: dict[str, Any], paired: np.ndarray) -> np.ndarray:
-    """Distance of each prepared voxel from the mid-sagittal surface in mm, float32 (D, H, W), positive on the right.
+    """`bent_distances` of a prepared case, by its chain: mm, float32 (D, H, W), positive on the right.
 
-    It is smooth, so that `to_native` with order 1 gives that of the scan's own voxels.
-
-    Args:
-        chain: of the prepared case.
-        paired: bool (D, H, W), the voxels of structures that have a left and a right, see `bent_distances`.
+    They are smooth, so that `to_native` with order 1 gives those of the scan's own voxels.
 
     Raises:
         ValueError: the chain has no plane, since none was found or the store is older than planes in it.
     """
-    if "plane" not in chain:
+    plane = plane_of(chain)
+    if plane is None:
         raise ValueError(
             "left and right labels are separated by the mid-sagittal plane, and none is known here: none was found in "
             "the scan, or its store is of an older release: predict the raw scan, or prepare a new store"
         )
-    yaw, roll, shift = chain["plane"]
-    plane = MidsagittalPlane(yaw, roll, shift, correlation=math.nan)
     return bent_distances(plane, paired, spacing_of(chain["stored_affine"])[::-1])
+
+
+def plane_of(chain: dict[str, Any]) -> MidsagittalPlane | None:
+    """The mid-sagittal plane relative to the centre of the prepared grid; None if none is known."""
+    if "plane" not in chain:
+        return None
+    yaw, roll, shift = chain["plane"]
+    return MidsagittalPlane(yaw, roll, shift, correlation=math.nan)
 
 
 def _prepared_shape(chain: dict[str, Any]) -> tuple[int, ...]:
@@ -158,10 +157,7 @@ def stored_indices(label: np.ndarray, labels: Mapping[int, str], ignored: Sequen
         label: values, any shape.
         labels: declared values -> names.
         ignored: values that count neither in a loss nor in a score.
-        name: of the case, for messages.
-
-    Raises:
-        ValueError: a value that is neither declared nor ignored.
+        name: of the case, for the ValueError about any other value.
     """
     values = np.array([0, *sorted(labels)])
     found, counts = np.unique(label, return_counts=True)

@@ -1,7 +1,6 @@
 """The ICBM 152 nonlinear 2009a symmetric template, and affine registration of a brain to it.
 
-The template is that of the package nilearn: 1 mm, skull-stripped (Fonov et al., NeuroImage 54 (2011); Fonov et al.,
-NeuroImage 47 (2009)).
+The template is that of nilearn: 1 mm, skull-stripped (Fonov et al., NeuroImage 47 (2009); NeuroImage 54 (2011)).
 
 Arrays are (D, H, W) in RAS+ axes. Points of a scan are (d, h, w) in mm from its array's centre, along the array's axes;
 points of the template are (d, h, w) in mm of its own space: z, y, x.
@@ -16,14 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from asa.data.preprocessing.resampling import (
-    Lengths,
-    bounding_box,
-    grid_map,
-    reversed_axes,
-    sample_affine,
-    translation,
-)
+from asa.data.preprocessing.resampling import Lengths, bounding_box, grid_map, reversed_axes, sample_affine, translation
 from asa.errors import require
 
 NAME = "ICBM 152 nonlinear 2009a symmetric"
@@ -39,16 +31,10 @@ PADDING = 30.0  # mm of zeros around the brain, independent of the file: only po
 
 @lru_cache(maxsize=3)
 def load_map(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """One map of the template.
-
-    Args:
-        kind: "t1", 0 outside the brain; "gm" or "wm", fractions from 0 to 1.
+    """One map of the template: "t1", 0 outside the brain, or "gm" or "wm", fractions from 0 to 1.
 
     Returns:
         The map (D, H, W) float32 in RAS+ axes, read-only, and its affine (4, 4), voxel (x, y, z) to mm.
-
-    Raises:
-        ImportError: nilearn is not installed.
     """
     datasets = require("nilearn.datasets", "phantom", f'the template {NAME} (also part of "asa-mri[prepare]")')
     image = getattr(datasets, LOADERS[kind])(resolution=1)
@@ -59,7 +45,7 @@ def load_map(kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def brain_centre() -> np.ndarray:
-    """Centre of the bounding box of the template's brain, (x, y, z) in mm; raises as `load_map`."""
+    """Centre of the bounding box of the template's brain, (x, y, z) in mm."""
     template, affine = load_map("t1")
     box = bounding_box(template > 0)
     voxel = [(side.start + side.stop - 1) / 2 for side in reversed(box)]
@@ -79,7 +65,6 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, rotation: np.ndarr
         (4, 4), template point to scan point.
 
     Raises:
-        ImportError: SimpleITK or nilearn is not installed.
         ValueError: an empty image, or the search fails.
     """
     template, template_affine = load_map("t1")
@@ -90,16 +75,12 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, rotation: np.ndarr
     box = bounding_box(brain > 0)
     pad = [math.ceil(PADDING / side) for side in spacing]
     start = np.array([side.start for side in box]) - pad
-    with simpleitk() as sitk:
+    with simpleitk("registration to the template") as sitk:
         fixed = sitk_image(sitk, template, (1.0, 1.0, 1.0), template_affine[:3, 3][::-1])
         padded = np.pad(bounded[box], [(n, n) for n in pad])
         moving = sitk_image(sitk, padded, spacing, start * np.asarray(spacing) - half)
         starts = [_start(sitk, brain, spacing, turned) for turned in (np.eye(3), rotation)]
-        try:
-            found = _optimise(sitk, fixed, moving, starts)
-        except RuntimeError as error:
-            reason = str(error).strip().split("\n")[-1]
-            raise ValueError(f"registration to the template fails ({reason}); check the image") from None
+        found = _optimise(sitk, fixed, moving, starts)
         matrix, centre = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
     result = translation(centre + np.array(found.GetTranslation()) - matrix @ centre)
     result[:3, :3] = matrix
@@ -164,16 +145,15 @@ def sitk_image(sitk: Any, array: np.ndarray, spacing: Lengths, origin: Lengths =
 
 
 @contextmanager
-def simpleitk() -> Iterator[Any]:
-    """The SimpleITK module on one thread: with more threads, sums and so results would differ between runs.
-
-    Raises:
-        ImportError: not installed.
-    """
-    sitk = require("SimpleITK", "prepare", "registration or N4")
+def simpleitk(purpose: str) -> Iterator[Any]:
+    """SimpleITK on one thread, as with more, sums would differ between runs; its errors as a ValueError."""
+    sitk = require("SimpleITK", "prepare", purpose)
     threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
         yield sitk
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise ValueError(f"{purpose} fails ({reason}); check the image") from None
     finally:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)

@@ -45,15 +45,12 @@ def moved_corners(ends: Sequence[tuple[float, float]], matrix: np.ndarray) -> np
 def grid_map(
     pose: np.ndarray, new_shape: Sequence[int], new_spacing: Lengths, old_shape: Sequence[int], old_spacing: Lengths
 ) -> np.ndarray:
-    """The map between voxels that corresponds to a map between points.
+    """The map (4, 4) of new voxels (d, h, w) to old ones that corresponds to a map between points.
 
     Args:
         pose: (4, 4), point of the new grid to point of the old one, each (d, h, w) in mm from the centre of its grid.
         new_shape, old_shape: voxels along D, H, W.
         new_spacing, old_spacing: voxel size in mm.
-
-    Returns:
-        (4, 4), new voxel (d, h, w) to old voxel.
     """
     to_points = np.diag([*new_spacing, 1.0])
     to_points[:3, 3] = -(np.array(new_shape) - 1) / 2 * np.array(new_spacing)
@@ -104,8 +101,7 @@ def sample_image(
     Args:
         image: (D, H, W) float32.
         inside: bool, its foreground.
-        matrix: (4, 4), new voxel to old.
-        shape: of the new grid.
+        matrix, shape: as of `sample_affine`.
 
     Returns:
         Image and foreground on the new grid.
@@ -128,8 +124,7 @@ def sample_label(label: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) ->
 
     Args:
         label: (D, H, W) of an integer type; voxels beyond the array are 0.
-        matrix: (4, 4), new voxel to old.
-        shape: of the new grid.
+        matrix, shape: as of `sample_affine`.
     """
     result = np.zeros(tuple(shape), label.dtype)
     best = sample_affine((label == 0).astype(np.float32), matrix, shape, order=1)
@@ -154,7 +149,6 @@ def _reach(
         for side, size in zip(box, old_shape, strict=True)
     ]
     moved = moved_corners(ends, np.linalg.inv(matrix))
-    return tuple(
-        slice(int(np.clip(np.floor(low) - 1, 0, size)), int(np.clip(np.ceil(high) + 2, 0, size)))
-        for low, high, size in zip(moved.min(axis=0), moved.max(axis=0), shape, strict=True)
-    )
+    start = np.clip(np.floor(moved.min(axis=0)) - 1, 0, shape).astype(int)
+    stop = np.clip(np.ceil(moved.max(axis=0)) + 2, 0, shape).astype(int)
+    return tuple(slice(first, last) for first, last in zip(start, stop, strict=True))

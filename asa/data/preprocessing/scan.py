@@ -15,17 +15,16 @@ import torch
 from asa.data.datasets.record import Record
 from asa.data.io.files import sha256_of
 from asa.data.io.nifti import axis_codes, identity_of, read_image, read_label, spacing_of
-from asa.data.preprocessing.midsagittal import MidsagittalPlane
-from asa.data.preprocessing.pipeline import prepare_case, stored_indices, to_prepared
+from asa.data.preprocessing.pipeline import plane_of, prepare_case, stored_indices, to_prepared
 from asa.data.preprocessing.resampling import bounding_box
-from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
+from asa.data.preprocessing.settings import CohortSettings
 from asa.data.preprocessing.steps import Case
 from asa.data.store import RECORDS, Entry, entry_line, has_array, open_array, parse_entry, write_array
 from asa.errors import reason_of
 
 
 class ScanJob(NamedTuple):
-    """One record to prepare in a worker process, and its line in the manifest of an earlier run."""
+    """One record to prepare in a worker process, and its line in the store of an earlier run."""
 
     record: Record
     previous: bytes | None
@@ -33,19 +32,13 @@ class ScanJob(NamedTuple):
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """Three slices of the first channel of a prepared scan, in RAS+ axes on the prepared grid.
+    """Three slices of the first channel of a prepared scan, in RAS+ axes on the prepared grid."""
 
-    Args:
-        grey: axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8.
-        brain: the same shapes, bool: the foreground or the brain mask. After a strip, `grey` shows the head around it.
-        spacing: voxel size along D, H, W in mm.
-        midline: the mid-sagittal plane in voxels: (w at h = 0, w at h = H - 1) on the axial slice, and
-            (w at d = 0, w at d = D - 1) on the coronal one. None without a plane.
-    """
-
-    grey: tuple[np.ndarray, ...]
-    brain: tuple[np.ndarray, ...]
-    spacing: tuple[float, float, float]
+    grey: tuple[np.ndarray, ...]  # axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8
+    brain: tuple[np.ndarray, ...]  # the foreground or the brain mask, bool; after a strip, `grey` shows the head around
+    spacing: tuple[float, float, float]  # along D, H, W in mm
+    # The mid-sagittal plane in voxels: (w at h = 0, w at h = H - 1) on the axial slice, (w at d = 0, w at d = D - 1) on
+    # the coronal one.
     midline: tuple[tuple[float, float], tuple[float, float]] | None
 
 
@@ -53,44 +46,31 @@ class Thumbnail:
 class ScanQuality:
     """Quality control of one scan.
 
-    Args:
-        id, subject: as in the record.
-        site: "" if unknown.
-        reason: why the scan failed, "" if it did not.
-        warnings: possible problems, one sentence each.
-        facts: flat and JSON-able, like `shape` "256x256x180" or `yaw_degrees` -1.25; the ending of a key is its unit
-            (`_degrees`, `_mm`, `_ml`), and `seconds_STAGE` is the duration of a stage. Keys may differ between scans.
-        thumbnail: None where the scan could not be read.
+    Facts are flat and JSON-able, like `shape` "256x256x180" or `yaw_degrees` -1.25. The ending of a key is its unit
+    (`_degrees`, `_mm`, `_ml`), and `seconds_STAGE` is the duration of a stage. Keys may differ between scans.
     """
 
     id: str
     subject: str
-    site: str
-    reason: str
+    site: str  # "" if unknown
+    reason: str  # why the scan failed, "" if it did not
     warnings: list[str]
     facts: dict[str, Any]
-    thumbnail: Thumbnail | None
+    thumbnail: Thumbnail | None  # None where the scan could not be read
 
 
 @dataclass
 class ScanOutcome:
-    """The entry of one record in the store, or the reason of its failure.
-
-    Args:
-        line: of the entry.
-        keep: what the store holds under the id stays, although the scan failed: its worker process was killed, or that
-            is another scan.
-        unchanged: the store held the scan already.
-        seconds: stage -> duration.
-    """
+    """The entry of one record in the store, or the reason of its failure."""
 
     entry: dict[str, Any] | None = None
-    line: bytes = b""
+    line: bytes = b""  # of the entry
     reason: str = ""
+    # What the store holds under the id stays, although the scan failed: its worker was killed, or that is another scan.
     keep: bool = False
-    unchanged: bool = False
+    unchanged: bool = False  # the store held the scan already
     warnings: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # stage -> duration
     thumbnail: Thumbnail | None = None
 
 
@@ -98,43 +78,30 @@ def known_entry(record: Record, root: Path, line: bytes) -> Entry | None:
     """The entry of a scan that the store holds and whose files have the path, size and time that they had; else None.
 
     None, too, where `prepare_scan` has something to say of it. This reads headers of arrays at most.
-
-    Args:
-        record: the scan.
-        root: folder of the store.
-        line: of the scan in the store.
     """
     try:
         entry = parse_entry(root / RECORDS, record["id"], line)
     except ValueError:
         return None
     files, known = _files(record), entry["sources"]
-    same = (
+    unchanged = (
         "problem" not in record
         and not _absent(record)
         and files.keys() == known.keys()
         and _subject(record).items() <= entry.items()
+        and all(_is_known(file, known[name]) for name, file in files.items())
+        and _has_arrays(entry, root)
     )
-    unread = same and all(_is_known(file, known[name]) for name, file in files.items())
-    return entry if unread and _has_arrays(entry, root) else None
+    return entry if unchanged else None
 
 
 def prepare_scan(
-    job: ScanJob,
-    root: Path | None,
-    cohort: CohortSettings,
-    *,
-    software: Mapping[str, str | None],
-    thumbnail: bool,
+    job: ScanJob, root: Path | None, cohort: CohortSettings, *, software: Mapping[str, str | None], thumbnail: bool
 ) -> ScanOutcome:
     """Prepare one record in a worker process; an exception becomes a reason in one line.
 
-    Args:
-        job: the record.
-        root: folder of the store; None writes nothing.
-        cohort: how to prepare it.
-        software: versions that are others than in the manifest, for the entry.
-        thumbnail: make one.
+    Without a root, the folder of the store, nothing is written. `software` has the versions that are others than in the
+    manifest, for the entry.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so that the bytes do not depend on the number of cores
@@ -172,31 +139,27 @@ def _prepare(
         entry: Entry = {**previous, **_subject(record), "sources": sources}
         outcome = ScanOutcome(entry, unchanged=True)
     else:
-        entry, seconds, case = _prepare_anew(record, sources, root, cohort)
+        entry, case = _prepare_anew(record, sources, root, cohort)
         entry |= {"software": dict(software)} if software else {}
-        outcome = ScanOutcome(entry, seconds=seconds)
+        outcome = ScanOutcome(entry, seconds=case.seconds)
     outcome.line = entry_line(entry)
     if absent:
         outcome.warnings.append(f"has no {absent}: filled with zeros")
     if previous is not None and "label" in previous["arrays"] and "label" not in record:
         outcome.warnings.append("loses the label map that the store had: give its label again to get it back")
     if thumbnail:
-        shown = (
-            (case.image[case.first], case.brain, case.plane) if case else _stored_views(entry, root, cohort.settings)
-        )
-        image, brain, plane = shown
+        image, brain = (case.image[case.first], case.brain) if case else _stored_views(entry, root)
         if cohort.settings.strip != "none":  # the brain is shown in its head
             path = next(path for path in record["images"].values() if path is not None)
-            head = read_image(path, nan=cohort.settings.nan)
-            image = to_prepared(head, entry["chain"])
-        outcome.thumbnail = make_thumbnail(image, brain, entry["chain"], plane)
+            image = to_prepared(read_image(path, nan=cohort.settings.nan), entry["chain"])
+        outcome.thumbnail = make_thumbnail(image, brain, entry["chain"])
     return outcome
 
 
 def _prepare_anew(
     record: Record, sources: dict[str, dict[str, Any]], root: Path | None, cohort: CohortSettings
-) -> tuple[Entry, dict[str, float], Case]:
-    """The entry of a scan whose arrays are written, the duration of each stage, and the prepared scan."""
+) -> tuple[Entry, Case]:
+    """The entry of a scan whose arrays are written, and the prepared scan."""
     started = time.perf_counter()
     nan = cohort.settings.nan
     images = {name: None if path is None else read_image(path, nan=nan) for name, path in record["images"].items()}
@@ -206,7 +169,7 @@ def _prepare_anew(
     identity = {channel: identity_of(volume) for channel, volume in images.items() if volume is not None}
     seconds = {"read": time.perf_counter() - started}
     case = prepare_case(images, label, cohort.labels, cohort.settings, ignored=cohort.ignored, name=record["id"])
-    seconds |= case.seconds
+    case.seconds = seconds | case.seconds
     arrays, counts, absent = {}, {}, _absent(record)
     if case.label is not None:
         voxels = np.bincount(case.label.ravel(), minlength=256)[1 : len(cohort.labels) + 1]
@@ -216,7 +179,7 @@ def _prepare_anew(
         for kind, array in (("image", case.image), ("label", case.label)):
             if array is not None:
                 arrays[kind] = write_array(root, record["id"], kind, array)
-        seconds["write"] = time.perf_counter() - started
+        case.seconds["write"] = time.perf_counter() - started
     entry = {
         **_subject(record),
         "sources": sources,
@@ -229,7 +192,7 @@ def _prepare_anew(
         **counts,
         "arrays": arrays,
     }
-    return entry, seconds, case
+    return entry, case
 
 
 def _absent(record: Record) -> list[str]:
@@ -293,8 +256,8 @@ def _images(sources: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _is_unchanged(entry: Entry, sources: dict[str, dict[str, Any]], root: Path) -> bool:
     """Whether the source files have the same bytes (their paths may differ) and the arrays exist."""
-    digests = [{name: source["sha256"] for name, source in group.items()} for group in (entry["sources"], sources)]
-    return digests[0] == digests[1] and _has_arrays(entry, root)
+    before, now = ({name: file["sha256"] for name, file in group.items()} for group in (entry["sources"], sources))
+    return before == now and _has_arrays(entry, root)
 
 
 def _has_arrays(entry: Entry, root: Path) -> bool:
@@ -328,33 +291,18 @@ def scan_quality(record: Record, outcome: ScanOutcome) -> ScanQuality:
     return ScanQuality(record["id"], record["subject"], site, reason, outcome.warnings, facts, outcome.thumbnail)
 
 
-def _stored_views(
-    entry: Entry, root: Path | None, settings: PrepareSettings
-) -> tuple[np.ndarray, np.ndarray, MidsagittalPlane | None]:
-    """The reference channel of a stored scan, its foreground and its mid-sagittal plane, for the thumbnail."""
+def _stored_views(entry: Entry, root: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """The reference channel of a stored scan and its foreground, for the thumbnail."""
     assert root is not None
     image = open_array(root, entry, "image")
     assert image is not None
     # In float16 NumPy's percentiles of many values are NaN.
     first = np.asarray(next(channel for channel in image if channel.any()), dtype=np.float32)
-    quality, plane = entry["quality"], None
-    if "shift_mm" in quality:
-        pose = [0.0 if settings.midway else quality[key] for key in ("yaw_degrees", "roll_degrees", "shift_mm")]
-        plane = MidsagittalPlane(pose[0], pose[1], pose[2], quality["mirror_correlation"])
-    return first, first != 0, plane
+    return first, first != 0
 
 
-def make_thumbnail(
-    image: np.ndarray, brain: np.ndarray, chain: dict[str, Any], plane: MidsagittalPlane | None
-) -> Thumbnail:
-    """Three slices through the middle of a brain.
-
-    Args:
-        image: (D, H, W), any intensities.
-        brain: bool, not empty.
-        chain: of the prepared case, with the affine of its grid.
-        plane: the mid-sagittal plane relative to the centre of the grid.
-    """
+def make_thumbnail(image: np.ndarray, brain: np.ndarray, chain: dict[str, Any]) -> Thumbnail:
+    """Three slices of an image (D, H, W) through the middle of its brain, a bool mask that is not empty."""
     x, y, z = spacing_of(np.array(chain["stored_affine"])).tolist()
     spacing = np.array([z, y, x])
     depth, height, width = ((side.start + side.stop - 1) // 2 for side in bounding_box(brain))
@@ -363,7 +311,7 @@ def make_thumbnail(
     scale = 255 / max(float(high) - float(low), 1e-6)
     grey = [np.clip((image[cut].astype(np.float32) - low) * scale, 0, 255).astype(np.uint8) for cut in cuts]
     midline = None
-    if plane is not None:
+    if (plane := plane_of(chain)) is not None:
         last = np.array(image.shape) - 1
         normal = plane.pose()[:3, 2]
 

@@ -60,10 +60,9 @@ class PrepareSettings:
             raise ValueError(f"prepare.nan={self.nan!r}: choose refuse, or zero for a background of NaN")
         if self.window is not None:
             self._check_window(self.window)
-        if self.spacing is not None and not (type(self.spacing) in (int, float) and 0.1 <= self.spacing <= 20):
-            raise ValueError(
-                f"prepare.spacing={self.spacing}: give a voxel size from 0.1 to 20 mm, or null to keep the grid"
-            )
+        step = self.spacing
+        if step is not None and not (type(step) in (int, float) and 0.1 <= step <= 20):
+            raise ValueError(f"prepare.spacing={step}: give a voxel size from 0.1 to 20 mm, or null to keep the grid")
         if type(self.margin) is not int or self.margin < 0:
             raise ValueError(f"prepare.margin={self.margin}: give a whole number of voxels, 0 or more")
         if self.crop not in ("foreground", "none"):
@@ -73,14 +72,11 @@ class PrepareSettings:
         if not isinstance(self.crop, str | int):
             object.__setattr__(self, "crop", list(self.crop))  # a list, as JSON returns it
         size = self.crop if isinstance(self.crop, list) else [self.crop] * 3
+        given = f"prepare.crop={self.crop!r}"
         if len(size) != 3 or not all(type(side) is int and side > 0 for side in size):
-            raise ValueError(
-                f"prepare.crop={self.crop!r}: choose foreground, none, a size in voxels, or three sizes D, H, W"
-            )
+            raise ValueError(f"{given}: choose foreground, none, a size in voxels, or three sizes D, H, W")
         if self.centred and size[2] % 2:
-            raise ValueError(
-                f"prepare.crop={self.crop!r}: an even width keeps the mid-sagittal plane in the middle; give one"
-            )
+            raise ValueError(f"{given}: an even width keeps the mid-sagittal plane in the middle; give one")
 
     def _check_window(self, window: Sequence[float]) -> None:
         try:
@@ -107,12 +103,8 @@ class PrepareSettings:
 
     def as_json(self) -> dict[str, Any]:
         """The settings as a store and a checkpoint keep them; those newer than they are, only if used."""
-        settings = asdict(self)
-        if self.window is None:
-            del settings["window"]
-        if self.nan == "refuse":
-            del settings["nan"]
-        return settings
+        newer = {"window": None, "nan": "refuse"}
+        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
 
 @dataclass(frozen=True)
@@ -141,13 +133,11 @@ class CohortSettings:
     def __post_init__(self) -> None:
         labels, regions = self.labels, self.regions
         if not isinstance(labels, Mapping) or not all(isinstance(value, int) and value > 0 for value in labels):
-            raise ValueError(
-                f"labels: {labels} should be values and names, like {{1: csf, 2: gm, 3: wm}}; 0 is the background"
-            )
+            example = "{1: csf, 2: gm, 3: wm}; 0 is the background"
+            raise ValueError(f"labels: {labels} should be values and names, like {example}")
         if not isinstance(regions, Mapping) or not all(isinstance(values, list | tuple) for values in regions.values()):
-            raise ValueError(
-                f"regions={regions}: give the labels of each region, like regions={{whole: [1, 2], core: [1]}}"
-            )
+            example = "regions={whole: [1, 2], core: [1]}"
+            raise ValueError(f"regions={regions}: give the labels of each region, like {example}")
         for kind, names in (("labels", labels.values()), ("regions", regions)):
             for name in names:
                 if not name or not str(name).isprintable():

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -30,36 +30,23 @@ LARGEST_TILT, LARGEST_SHIFT = 2.0, 2.0  # degrees and mm of the mid-sagittal pla
 
 @dataclass
 class Case:
-    """A scan between stages, and as it is stored or given to a network after them.
+    """A scan between stages, and as it is stored or given to a network after them; quality and chain are JSON-able."""
 
-    Args:
-        image: (C, D, H, W) float32.
-        foreground: bool, of the same shape; empty for a channel that the scan lacks.
-        label: (1, D, H, W) uint8, class indices (0 is background) and `IGNORED`, or None.
-        affine: (4, 4) of the (x, y, z) axes.
-        absent: indices of the channels that the scan lacks.
-        plane: mid-sagittal plane relative to the centre of the grid; None before it is estimated, or if there is none.
-        original_plane: that plane before midway alignment; None without.
-        quality: JSON-able: the mid-sagittal plane and figures of merit of the stages.
-        chain: JSON-able: the steps with their parameters for `to_native`, and the affine of the last grid.
-        seconds: duration of each stage.
-    """
-
-    image: np.ndarray
-    foreground: np.ndarray
-    label: np.ndarray | None
-    affine: np.ndarray
-    absent: tuple[int, ...] = ()
-    plane: MidsagittalPlane | None = None
-    original_plane: MidsagittalPlane | None = None
-    quality: dict[str, Any] = field(default_factory=dict)
-    chain: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    image: np.ndarray  # (C, D, H, W) float32
+    foreground: np.ndarray  # bool, of the same shape; empty for a channel that the scan lacks
+    label: np.ndarray | None  # (1, D, H, W) uint8, class indices (0 is background) and `IGNORED`
+    affine: np.ndarray  # (4, 4) of the (x, y, z) axes
+    present: tuple[int, ...] = (0,)  # indices of the channels that the scan has
+    plane: MidsagittalPlane | None = None  # relative to the centre of the grid; None before it is estimated, or without
+    original_plane: MidsagittalPlane | None = None  # that plane before midway alignment
+    quality: dict[str, Any] = field(default_factory=dict)  # the mid-sagittal plane and figures of merit of the stages
+    chain: dict[str, Any] = field(default_factory=dict)  # steps with parameters, and the affine of the last grid
+    seconds: dict[str, float] = field(default_factory=dict)  # of each stage
 
     @property
     def first(self) -> int:
         """Index of the reference channel, the first one that the scan has."""
-        return next(number for number in range(len(self.image)) if number not in self.absent)
+        return self.present[0]
 
     @property
     def brain(self) -> np.ndarray:
@@ -84,11 +71,10 @@ def _orient(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     if settings.window is not None:
         case.foreground = np.stack([head_of_ct(channel, case.spacing) for channel in case.image])
     else:
-        case.foreground = case.image != 0
+        case.foreground = case.image != 0  # none in a channel that the scan lacks
         for channel in case.foreground:
             if channel.mean() > 1 - ZERO_BACKGROUND:
                 channel[:] = True
-    case.foreground[list(case.absent)] = False
     return {"from": code, "axes": axes}
 
 
@@ -99,9 +85,8 @@ def _undo_orient(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndar
 def _bias(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     if not settings.bias:
         return None
-    for channel, (image, inside) in enumerate(zip(case.image, case.foreground, strict=True)):
-        if channel not in case.absent:
-            case.image[channel] = correct_bias(image, inside, case.spacing)
+    for number in case.present:
+        case.image[number] = correct_bias(case.image[number], case.foreground[number], case.spacing)
     return {"method": "n4"}
 
 
@@ -110,8 +95,7 @@ def _strip(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
         return None
     mask = brain_mask(settings.strip, case.image[case.first], case.affine)
     case.image *= mask
-    case.foreground[:] = mask
-    case.foreground[list(case.absent)] = False
+    case.foreground[list(case.present)] = mask
     return {"method": settings.strip, "ml": round(float(mask.sum() * np.prod(case.spacing) / 1000), 1)}
 
 
@@ -187,24 +171,22 @@ def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     if settings.window is not None:  # scaled before the alignment, which adds the value 0 outside
         case.image[~case.foreground] = 0
         return None
-    percentile = settings.normalise == "percentile"
-    used: dict[str, list[float]] = {name: [] for name in (("low", "high") if percentile else ("mean", "sd"))}
-    for number, (channel, inside) in enumerate(zip(case.image, case.foreground, strict=True)):
-        if number in case.absent:
-            continue
+    pairs = []
+    for number in case.present:
+        channel, inside = case.image[number], case.foreground[number]
         values = channel[inside]
         if values.size == 0 or values.min() == values.max():
             raise ValueError("an image is empty or constant; check it, or leave the case out")
-        if percentile:
+        if settings.normalise == "percentile":
             low, high = (float(value) for value in np.percentile(values, PERCENTILES))
             if high <= low:
                 raise ValueError(f"the {PERCENTILES} percentiles of an image are equal ({low:g}); check it")
             channel[inside] = np.clip((values - low) / (high - low), 0, 1)
-            pair = low, high
+            pairs.append((low, high))
         else:
             mean, sd = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
             channel[inside] = (values - mean) / sd
-            pair = mean, sd
+            pairs.append((mean, sd))
             if (largest := float(np.abs(values - mean).max()) / sd) > LARGEST_SCORE:
                 warnings.warn(
                     f"a voxel is {largest:.0f} SD from the mean, which single voxels like it decide about: the rest of "
@@ -212,9 +194,8 @@ def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
                     stacklevel=2,
                 )
         channel[~inside] = 0
-        for numbers, one in zip(used.values(), pair, strict=True):
-            numbers.append(one)
-    return {"method": settings.normalise, **used}
+    names = ("low", "high") if settings.normalise == "percentile" else ("mean", "sd")
+    return {"method": settings.normalise} | {name: [pair[k] for pair in pairs] for k, name in enumerate(names)}
 
 
 def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
@@ -258,11 +239,8 @@ def _crop(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
 
 
 def _pose_of(plane: MidsagittalPlane) -> dict[str, float]:
-    return {
-        "yaw_degrees": round(plane.yaw, 3),
-        "roll_degrees": round(plane.roll, 3),
-        "shift_mm": round(plane.shift, 3),
-    }
+    pose = {"yaw_degrees": plane.yaw, "roll_degrees": plane.roll, "shift_mm": plane.shift}
+    return {name: round(number, 3) for name, number in pose.items()}
 
 
 def measure_quality(case: Case) -> dict[str, Any]:
@@ -285,26 +263,17 @@ def _undo_crop(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarra
     return read_box(array, [-first for first in step["start"]], step["before"])
 
 
-class Stage(NamedTuple):
-    """A stage of preprocessing.
-
-    Args:
-        name: its name in the chain.
-        apply: changes the case in place; returns JSON-able parameters, or None if there was nothing to do.
-        undo: (array (C, ...), parameters, order) -> array before this stage; None if the stage keeps the grid.
-    """
-
-    name: str
-    apply: Callable[[Case, PrepareSettings], dict[str, Any] | None]
-    undo: Callable[[np.ndarray, dict[str, Any], int], np.ndarray] | None = None
-
-
-STAGES = (
-    Stage("orient", _orient, _undo_orient),
-    Stage("bias", _bias),
-    Stage("strip", _strip),
-    Stage("window", _window),
-    Stage("align", _align, _undo_align),
-    Stage("normalise", _normalise),
-    Stage("crop", _crop, _undo_crop),
-)
+Apply = Callable[[Case, PrepareSettings], dict[str, Any] | None]
+Undo = Callable[[np.ndarray, dict[str, Any], int], np.ndarray]
+# By the name in the chain. The first function changes a case in place, and returns JSON-able parameters, or None if
+# there was nothing to do. The second makes of (array (C, ...), parameters, order) the array before the stage; None for
+# a stage that keeps the grid.
+STAGES: dict[str, tuple[Apply, Undo | None]] = {
+    "orient": (_orient, _undo_orient),
+    "bias": (_bias, None),
+    "strip": (_strip, None),
+    "window": (_window, None),
+    "align": (_align, _undo_align),
+    "normalise": (_normalise, None),
+    "crop": (_crop, _undo_crop),
+}

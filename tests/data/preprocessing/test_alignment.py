@@ -378,7 +378,7 @@ def test_a_thumbnail_shows_what_the_strip_removed(tmp_path):
         head = to_prepared(image, case.chain)
         inside = ndimage.binary_erosion(case.brain)  # the prepared brain, before its intensities were normalised
         assert np.corrcoef(head[inside], case.image[0][inside])[0, 1] > 0.999
-        shown, bare = (make_thumbnail(part, case.brain, case.chain, case.plane) for part in (head, case.image[0]))
+        shown, bare = (make_thumbnail(part, case.brain, case.chain) for part in (head, case.image[0]))
         assert all((grey[~mask] > 40).mean() > 0.02 for grey, mask in zip(shown.grey, shown.brain, strict=True))
         assert all((grey[~mask] == 0).all() for grey, mask in zip(bare.grey, bare.brain, strict=True))
 

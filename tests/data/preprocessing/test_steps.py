@@ -19,7 +19,6 @@ from asa.data.preprocessing.steps import STAGES, Case
 from asa.data.store import read_box
 from asa.ops.labels import IGNORED
 
-APPLY = {stage.name: stage.apply for stage in STAGES}
 AXES = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
 
 
@@ -88,7 +87,7 @@ def test_a_crop_keeps_the_plane_and_the_affine_of_what_it_keeps(size):
     plane = MidsagittalPlane(6.0, -9.0, 3.5, correlation=0.9)
     case = made(box(shape, slice(3, 15), slice(4, 21), slice(9, 24)), affine, plane)
     before = case.image, plane.distances(shape, (2.0, 1.5, 0.8))[None]
-    step = APPLY["crop"](case, PrepareSettings(crop=size))
+    step = STAGES["crop"][0](case, PrepareSettings(crop=size))
     assert step is not None and step["start"] == [
         (3 + 15 - size[0]) // 2,
         (4 + 21 - size[1]) // 2,
@@ -109,7 +108,7 @@ def test_a_crop_keeps_the_plane_and_the_affine_of_what_it_keeps(size):
 def test_a_crop_of_an_aligned_scan_is_as_wide_on_either_side_of_the_middle(side):
     settings, shape = PrepareSettings(midway=True, margin=1), (12, 10, 20)
     case = made(box(shape, slice(4, 9), slice(3, 8), side), np.eye(4), MidsagittalPlane(0, 0, 0, 1))
-    step = APPLY["crop"](case, settings)
+    step = STAGES["crop"][0](case, settings)
     reach = min(
         10, max(10 - side.start, side.stop - 10) + settings.margin
     )  # from the middle, and no further than needed
@@ -117,7 +116,7 @@ def test_a_crop_of_an_aligned_scan_is_as_wide_on_either_side_of_the_middle(side)
     assert case.plane is not None and case.plane.shift == pytest.approx(0)
     fixed = made(box(shape, slice(4, 9), slice(3, 8), side), np.eye(4))
     with pytest.warns(UserWarning, match="leaves out"):
-        APPLY["crop"](fixed, PrepareSettings(midway=True, crop=[6, 6, 2]))
+        STAGES["crop"][0](fixed, PrepareSettings(midway=True, crop=[6, 6, 2]))
     np.testing.assert_array_equal(fixed.image[0, 0, 0] % 20, [10, 11])  # voxels 9 and 10, on either side of the middle
 
 
@@ -152,8 +151,8 @@ def test_a_grid_is_kept_if_its_voxels_have_the_size_that_is_asked_for_to_a_thous
 def test_the_midline_of_a_thumbnail_lies_in_the_plane():
     shape, spacing, plane = (21, 24, 30), np.array([1.5, 1.2, 0.9]), MidsagittalPlane(20.0, -15.0, 4.0, 1.0)
     brain = box(shape, slice(4, 13), slice(6, 21), slice(5, 26))
-    chain = {"stored_affine": np.diag([*spacing[::-1], 1.0]).tolist()}
-    midline = make_thumbnail(brain.astype(np.float32), brain, chain, plane).midline
+    chain = {"stored_affine": np.diag([*spacing[::-1], 1.0]).tolist(), "plane": [plane.yaw, plane.roll, plane.shift]}
+    midline = make_thumbnail(brain.astype(np.float32), brain, chain).midline
     assert midline is not None
     (back, front), (bottom, top) = midline
     ends = np.array([(8, 0, back), (8, 23, front), (0, 13, bottom), (20, 13, top)])  # d = 8, h = 13: the brain's middle
@@ -168,7 +167,7 @@ def test_the_midline_of_a_thumbnail_lies_in_the_plane():
 def test_after_normalisation_the_background_is_0(settings):
     inside = box((6, 7, 8), slice(1, 5), slice(2, 6), slice(1, 7))
     case = made(inside, np.eye(4))
-    APPLY["normalise"](case, PrepareSettings(**settings))
+    STAGES["normalise"][0](case, PrepareSettings(**settings))
     assert (case.image[0][~inside] == 0).all() and (case.image[0][inside] != 0).mean() > 0.9
 
 
@@ -177,7 +176,7 @@ def test_a_stripped_brain_of_less_than_600_or_more_than_2300_ml_is_warned_about(
     case = made(np.ones((10, 10, 10), bool), np.diag([voxel, voxel, voxel, 1]))  # of voxel**3 ml
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        APPLY["align"](case, PrepareSettings(strip="robex"))
+        STAGES["align"][0](case, PrepareSettings(strip="robex"))
     told = [str(one.message) for one in caught]
     assert any(f"the brain mask has {voxel**3:.0f} ml, not 600 to 2300" in message for message in told) == warned
     assert case.quality["brain_ml"] == pytest.approx(voxel**3, abs=0.1)
