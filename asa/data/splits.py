@@ -147,9 +147,7 @@ def _from_site(records: Iterable[Mapping[str, Any]], order: Sequence[str], site:
 def keep_labelled(split: Mapping[str, Sequence[str]], labelled: int | float) -> dict[str, list[str]]:
     """The split with the first subjects of its training part only; subsets of different sizes are nested.
 
-    Args:
-        split: of subjects.
-        labelled: an int is a number of subjects, a float in (0, 1] a fraction of the training part (at least one).
+    `labelled`: an int is a number of subjects, a float in (0, 1] a fraction of the training part (at least one).
 
     Raises:
         ValueError: no subject, or more than the training part has.
@@ -217,11 +215,7 @@ def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:
 
 
 def select(records: Sequence[AnyRecord], subjects: Iterable[str]) -> Sequence[AnyRecord]:
-    """Records of the given subjects, in the order of the subjects; those of a store are not read.
-
-    Raises:
-        ValueError: a subject has no record.
-    """
+    """Records of the given subjects, in their order; those of a store are not read. A ValueError if one has none."""
     scans: dict[str, list[int]] = {}
     for k, subject in enumerate(subjects_of(records)):
         scans.setdefault(subject, []).append(k)

@@ -94,11 +94,7 @@ class Store:
         return sorted(self.labels)
 
     def record(self, id: str) -> dict[str, Any]:
-        """The entry of one scan.
-
-        Raises:
-            ValueError: the store has no such scan, or its entry is not as `asa-prepare` writes it.
-        """
+        """The entry of one scan; a ValueError where there is none, or none as `asa-prepare` writes it."""
         index = self.records.find(id)
         if index is None:
             raise ValueError(f"{self.path}: no scan {id!r} in this store of {len(self)}; prepare it, or correct the id")
@@ -243,11 +239,7 @@ class Records(Sequence[Entry]):
     def __getitem__(self, index: slice) -> "Records": ...
 
     def __getitem__(self, index: int | slice) -> "Entry | Records":
-        """One entry, or a part of them, not read yet.
-
-        Raises:
-            ValueError: the line is not an entry as `asa-prepare` writes it, or a new file does not have the scan.
-        """
+        """One entry, or a part of them, not read yet; a ValueError where a new file does not have the scan."""
         if isinstance(index, slice):
             return self.take(range(len(self))[index])
         return next(self._read([range(len(self))[index]]))
@@ -302,8 +294,7 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], Records]:
     """The manifest of a store, and the records of its scans.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: not a manifest, another format, or a line that is no record.
+        FileNotFoundError, ValueError: as of `read_records`; or no manifest, or one of another format.
     """
     file = root / MANIFEST
     manifest = read_json(file)
@@ -331,8 +322,7 @@ def read_records(file: Path, text: bytes | None = None) -> Records:
     `text` is its content where the file has another form.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line that is no record, or an id that cannot be one.
+        FileNotFoundError, ValueError: no such file, a line that is no record, or an id that cannot be one.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, but a {MANIFEST}: restore it, or prepare into a new folder")

@@ -128,10 +128,8 @@ def naming(path: str | Path) -> Iterator[None]:
 def whole_file(path: str | Path, *, make_folder: bool = True) -> Iterator[IO[bytes]]:
     """A file to write atomically, under a temporary name that is then renamed.
 
-    Args:
-        path: of the file.
-        make_folder: create its folder if needed. Without, a FileNotFoundError names the folder that was removed
-            meanwhile, whose other files a new one would not hold.
+    `make_folder`: create its folder if needed. Without, a FileNotFoundError names a folder that was removed meanwhile,
+    whose other files a new one would not hold.
     """
     path = Path(path)
     if make_folder:

@@ -197,11 +197,7 @@ def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
 
 
 def orientation_of(axes: str) -> np.ndarray:
-    """The directions of an array's axes, in three letters, as nibabel's orientation: 3 rows (RAS axis, +1 or -1).
-
-    Raises:
-        ValueError: not one letter each of R or L, A or P, S or I.
-    """
+    """Directions of an array's axes, three letters, as nibabel's orientation: 3 rows (RAS axis, +1 or -1)."""
     try:
         found = nib.orientations.axcodes2ornt(tuple(axes.upper()))
     except ValueError:
@@ -231,11 +227,7 @@ def spacing_of(affine: np.ndarray) -> np.ndarray:
 
 
 def check_same_geometry(a: Volume, b: Volume, what: str) -> None:
-    """Check that two volumes have the same grid; `what` names both in the message, like `"t1 and label of sub-01"`.
-
-    Raises:
-        ValueError: the shapes differ, or corners are more than 0.1 mm apart.
-    """
+    """Raise a ValueError, which begins with `what`, for two volumes of other shapes, or corners over 0.1 mm apart."""
     if a.data.shape != b.data.shape:
         raise ValueError(f"{what}: shapes {a.data.shape} and {b.data.shape} differ; resample one onto the other first")
     apart = _corners_apart(a.affine, b.affine, a.data.shape)
@@ -277,11 +269,7 @@ def axis_codes(affine: np.ndarray) -> str:
 
 
 def check_memory(voxels: float, what: str) -> None:
-    """Check that a volume of so many voxels, of all channels, can be held in memory; `what` names it in the message.
-
-    Raises:
-        ValueError: as float32 with one copy it needs more than half of the memory of this machine.
-    """
+    """Raise a ValueError, which begins with `what`, if so many float32, with a copy, need over half of the memory."""
     if not hasattr(os, "sysconf"):  # Windows
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -112,7 +112,7 @@ def on_cluster(
     twice for a job, even at the same time, and must then do the same.
 
     Args:
-        function, jobs, title, unit, progress: as for `in_processes`.
+        function, title, unit, progress: as for `in_processes`.
         scheduler: address of the scheduler, like tcp://login1:8786.
         shared: a file that every worker has to find as it is here.
         made_with: versions of what the function computes with, which have to be the same here and in every worker.

@@ -203,10 +203,8 @@ def check_table(path: Path) -> None:
 def write_numbers(path: Path, header: Sequence[str], rows: Mapping[str, Iterable[float]]) -> None:
     """Write numbers of scans as a table: id, and the columns of `header`; CSV, TSV or Parquet by the file's ending.
 
-    Rows are by id. NaN becomes an empty cell, or null in Parquet. Parquet holds float32, text 6 digits.
-
-    Raises:
-        ValueError, ImportError: as `check_table`.
+    Rows are by id. NaN becomes an empty cell, or null in Parquet, which holds float32; text has 6 digits. Raises as
+    `check_table`.
     """
     check_table(path)
     if path.suffix == PARQUET:

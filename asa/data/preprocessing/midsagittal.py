@@ -119,9 +119,6 @@ def find_midsagittal_plane(volume: np.ndarray, spacing: Lengths) -> MidsagittalP
         volume: (D, H, W), any intensities and any background.
         spacing: voxel size in mm along D, H, W.
 
-    Returns:
-        The plane; 0, 0, 0 for a volume that is already symmetric.
-
     Raises:
         ValueError: a volume that is constant or too small, or that has no plane within 45 degrees.
     """
