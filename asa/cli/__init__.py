@@ -30,11 +30,7 @@ predict = Command(
     TASKS["predict"],
     "Label maps of new scans from a trained network or registered atlases, or their asymmetry from a SA-Swin.",
 )
-embed = Command(
-    "embed",
-    TASKS["embed"],
-    "Features of scans from a frozen encoder, as a table.",
-)
+embed = Command("embed", TASKS["embed"], "Features of scans from a frozen encoder, as a table.")
 evaluate = Command(
     "evaluate",
     TASKS["evaluate"],
@@ -60,23 +56,14 @@ run = Command(
     ("labelled", "unlabelled", "new"),
 )
 regions = Command(
-    "regions",
-    "asa.restoration.commands:regions",
-    "Divide images into regions, and store the label maps.",
+    "regions", "asa.restoration.commands:regions", "Divide images into regions, and store the label maps."
 )
 simulate = Command(
-    "simulate",
-    "asa.restoration.commands:simulate",
-    "Simulate degraded images from clean ones, for restoration.",
+    "simulate", "asa.restoration.commands:simulate", "Simulate degraded images from clean ones, for restoration."
 )
 
-COMMANDS = {
-    command.name: command
-    for command in (
-        *(run, phantom, orient, dicom, prepare, pretrain, finetune, predict, embed, evaluate, ablate, export, view),
-        *(regions, simulate),
-    )
-}
+_LISTED = (run, phantom, orient, dicom, prepare, pretrain, finetune, predict, embed, evaluate, ablate, export, view)
+COMMANDS = {command.name: command for command in (*_LISTED, regions, simulate)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

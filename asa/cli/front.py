@@ -6,7 +6,7 @@ import pkgutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -44,99 +44,81 @@ class Command:
     words: Sequence[str] = ()
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """Run it as on the command line; returns its exit code, see `run_command`."""
-        given, keys = list(sys.argv[1:] if arguments is None else arguments), iter(self.words)
-        given = ["--help"] if given == ["help"] else given
-        named = [word if word.startswith("-") or "=" in word else _with_key(next(keys, ""), word) for word in given]
-        return run_command(self.name, self.about, self._call, named, self.words)
+        """Run it with the arguments of a command line, by default those of the process.
 
-    def _call(self, config: Config) -> None:
-        pkgutil.resolve_name(self.target)(config)
+        Help, and most errors in settings, need neither torch nor MONAI: the target is imported after them.
 
+        Returns:
+            0; 1 after an error, which is printed in one line; `RESUME_CODE` where a run was asked to stop and has
+            saved; 130 after Ctrl-C. Of several processes only the main one prints, but for errors.
+        """
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        chosen = self._parser().parse_intermixed_args(["--help"] if given == ["help"] else [*self._with_keys(given)])
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, self.name, warnings.showwarning)
+            code = self._run(chosen)
+        exit_process(code)
+        return code
 
-def _with_key(key: str, word: str) -> str:
-    """A typed word as the value of a key, if there is one for it."""
-    return f"{key}={written(word)}" if key else word
+    def _parser(self) -> argparse.ArgumentParser:
+        name, typed = f"asa-{self.name}", " ".join([*map(str.upper, self.words), "key=value ..."])
+        parser = argparse.ArgumentParser(
+            prog=name,
+            usage=f"{name} [--help] [--version] [--print] [--config-dir DIR] [--traceback] {typed}",
+            description=f"{self.about}\n\nexamples:\n{indent(examples(self.name), '  ')}",
+            epilog=help_text(self.name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
+        parser.add_argument("--print", action="store_true", help=OPTIONS["--print"])
+        parser.add_argument("--config-dir", metavar="DIR", help=OPTIONS["--config-dir"])
+        parser.add_argument("--traceback", action="store_true", help=OPTIONS["--traceback"])
+        parser.add_argument("--version", action="version", version=f"asa {__version__}")
+        return parser
 
+    def _with_keys(self, given: list[str]) -> Iterator[str]:
+        """Arguments; words without a key get those of `words` in their order."""
+        keys = iter(self.words)
+        for word in given:
+            key = None if word.startswith("-") or "=" in word else next(keys, None)
+            yield f"{key}={written(word)}" if key else word
 
-def run_command(
-    command: str,
-    about: str,
-    main: Callable[[Config], object],
-    arguments: Sequence[str] | None = None,
-    words: Sequence[str] = (),
-) -> int:
-    """Parse the command line, compose the configuration, and run.
-
-    Help, and most errors in settings, need neither torch nor MONAI: a command imports them in `main`.
-
-    Args:
-        command: name of the YAML file and, after "asa-", of the command.
-        about: what it does, for `--help`.
-        main: gets the composed configuration.
-        arguments: the command line; that of the process by default.
-        words: keys of arguments that are typed without one, for `--help`.
-
-    Returns:
-        0; 1 after an error, which is printed in one line; `RESUME_CODE` where a run was asked to stop and has saved;
-        130 after Ctrl-C. Of several processes only the main one prints, but for errors.
-    """
-    typed = " ".join([*map(str.upper, words), "key=value ..."])
-    parser = argparse.ArgumentParser(
-        prog=f"asa-{command}",
-        usage=f"asa-{command} [--help] [--version] [--print] [--config-dir DIR] [--traceback] {typed}",
-        description=f"{about}\n\nexamples:\n{indent(examples(command), '  ')}",
-        epilog=help_text(command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
-    parser.add_argument("--print", action="store_true", help=OPTIONS["--print"])
-    parser.add_argument("--config-dir", metavar="DIR", help=OPTIONS["--config-dir"])
-    parser.add_argument("--traceback", action="store_true", help=OPTIONS["--traceback"])
-    parser.add_argument("--version", action="version", version=f"asa {__version__}")
-    chosen = parser.parse_intermixed_args(arguments)
-    with warnings.catch_warnings():
-        warnings.showwarning = partial(_show_warning, command, warnings.showwarning)
-        code = _run(command, main, chosen)
-    exit_process(code)
-    return code
-
-
-def _run(command: str, main: Callable[[Config], object], chosen: argparse.Namespace) -> int:
-    """Compose, run, and turn errors into a line and an exit code."""
-    try:
-        if sys.platform == "win32":
-            raise ValueError("commands need Linux or macOS: on Windows run them in WSL 2 (docs/faq.md)")
-        followed = follow_init(command, chosen.overrides)
-        overrides = [*chosen.overrides, *as_overrides(command, followed)]
-        config = _at_home(compose(command, overrides, config_dir=chosen.config_dir))
-        if chosen.config_dir and "config_dir" in config:  # of a command that composes the configurations of others
-            config["config_dir"] = chosen.config_dir
-        if chosen.print:
-            print(yaml.safe_dump(config, sort_keys=False), end="")
-        else:
-            check(command, config)
-            with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
-                say_followed(followed)
-                main(config)
-    except KeyboardInterrupt:
-        print(f"asa-{command}: interrupted", file=sys.stderr)
-        return 130
-    except Stopped as stopped:
-        if is_main():
-            print(f"asa-{command}: {stopped}; the same command goes on from there", file=sys.stderr)
-        return RESUME_CODE
-    except MainRankFailed:
-        return 1
-    except Exception as error:
-        expected = isinstance(error, EXPECTED)
-        if chosen.traceback or (world_size() > 1 and not expected):
-            traceback.print_exc()
-        advice = "" if expected else " (--traceback shows where; check the types of the settings)"
-        place = f"process {rank()}: " if world_size() > 1 else ""
-        print(f"asa-{command}: error: {place}{reason_of(error)}{advice}", file=sys.stderr)
-        return 1
-    return 0
+    def _run(self, chosen: argparse.Namespace) -> int:
+        """Compose, run, and turn errors into a line and an exit code."""
+        command = self.name
+        try:
+            if sys.platform == "win32":
+                raise ValueError("commands need Linux or macOS: on Windows run them in WSL 2 (docs/faq.md)")
+            followed = follow_init(command, chosen.overrides)
+            overrides = [*chosen.overrides, *as_overrides(command, followed)]
+            config = _at_home(compose(command, overrides, config_dir=chosen.config_dir))
+            if chosen.config_dir and "config_dir" in config:  # of a command that composes the configurations of others
+                config["config_dir"] = chosen.config_dir
+            if chosen.print:
+                print(yaml.safe_dump(config, sort_keys=False), end="")
+            else:
+                check(command, config)
+                with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
+                    say_followed(followed)
+                    pkgutil.resolve_name(self.target)(config)
+        except KeyboardInterrupt:
+            print(f"asa-{command}: interrupted", file=sys.stderr)
+            return 130
+        except Stopped as stopped:
+            if is_main():
+                print(f"asa-{command}: {stopped}; the same command goes on from there", file=sys.stderr)
+            return RESUME_CODE
+        except MainRankFailed:
+            return 1
+        except Exception as error:
+            expected = isinstance(error, EXPECTED)
+            if chosen.traceback or (world_size() > 1 and not expected):
+                traceback.print_exc()
+            advice = "" if expected else " (--traceback shows where; check the types of the settings)"
+            place = f"process {rank()}: " if world_size() > 1 else ""
+            print(f"asa-{command}: error: {place}{reason_of(error)}{advice}", file=sys.stderr)
+            return 1
+        return 0
 
 
 def _show_warning(command: str, usual: Any, message: Warning | str, category: Any, file: str, *rest: Any) -> None:

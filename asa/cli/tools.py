@@ -7,11 +7,7 @@ from asa.errors import counted, grouped
 
 
 def make_phantoms(config: Config) -> None:
-    """Write the cohort.
-
-    Raises:
-        ValueError: see `make_cohort` and `plant_cohort`; no `source` with kind=lesions, or one with another kind.
-    """
+    """Write the cohort; a ValueError for no `source` with kind=lesions, or one with another kind."""
     from asa.data.phantom.cohort import make_cohort
     from asa.data.phantom.planted import plant_cohort
 
@@ -27,11 +23,7 @@ def make_phantoms(config: Config) -> None:
 
 
 def orient(config: Config) -> None:
-    """Write the files.
-
-    Raises:
-        ValueError: files failed; they are listed first, and the others are written.
-    """
+    """Write the files; a ValueError if some failed, which are listed first, and the others are written."""
     from asa.data.io.orientation import orient_files
 
     report = orient_files(Path(str(config["input"])), Path(str(config["out"])), str(config["axes"]))
@@ -46,11 +38,7 @@ def orient(config: Config) -> None:
 
 
 def convert_dicom(config: Config) -> None:
-    """Convert the series.
-
-    Raises:
-        ValueError: series or files are in no volume; they are listed first, and the others are written.
-    """
+    """Convert the series; a ValueError if some are in no volume, which are listed first; the others are written."""
     from asa.data.io.dicom import TABLE, convert_series
 
     report = convert_series(Path(str(config["input"])), Path(str(config["out"])))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from asa.cli.front import run_command
+from asa.cli import COMMANDS
 from asa.config import as_overrides, compose, flatten
 from asa.data.splits import read_split
 from asa.evaluation.comparison import Run
@@ -147,7 +147,7 @@ def ablate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         own = [f"store={store}", f"out={tmp_path}/out", "labelled=[1]", "split.test=1"]
         own += as_overrides("ablate", {"pretrain": PRETRAIN, "finetune": FINETUNE})
         capsys.readouterr()
-        code = run_command("ablate", "", studies.ablate, arguments=[*own, *overrides])
+        code = COMMANDS["ablate"].main([*own, *overrides])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from asa.cli.front import run_command
+from asa.cli import COMMANDS
 from asa.config import compose
 from asa.data.io.nifti import read_image
 from asa.data.splits import write_split
@@ -29,7 +29,7 @@ def finetune(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def run(*overrides: str) -> tuple[int, str, str]:
         capsys.readouterr()
         arguments = [f"data.store={store}", f"out={tmp_path}/cv", *TINY, *overrides]
-        code = run_command("finetune", "", finetune_task, arguments=arguments)
+        code = COMMANDS["finetune"].main(arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from heads import LABELS, centred, scan
 
-from asa.cli.front import run_command
+from asa.cli import COMMANDS
 from asa.data.datasets import folder
 from asa.data.io.files import gzipped
 from asa.data.io.nifti import Volume, identity_of, read_image, read_label, write_image, write_label
@@ -30,7 +30,6 @@ from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.scan import ScanQuality
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import Store
-from asa.tasks.preparation import prepare_task
 
 SHAPE = (30, 36, 32)
 LAS = centred(SHAPE, np.diag([-5.0, 5.0, 5.0]))  # so coarse that a whole head is small
@@ -64,7 +63,7 @@ def settings(root: Path, out: Path, *more: str) -> list[str]:
 def command(*arguments: str) -> Result:
     """asa-prepare in this process, with its configuration composed as on the command line."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = run_command("prepare", "", prepare_task, arguments=arguments)
+        code = COMMANDS["prepare"].main(arguments)
     return Result(code, out.getvalue(), err.getvalue())
 
 
