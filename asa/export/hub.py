@@ -53,12 +53,10 @@ def export_hub(
     A command of skull stripping is left out of the preparation, as it may hold paths of your machine.
 
     Args:
-        checkpoint: run folder, checkpoint folder or `.safetensors` file.
-        out: the folder to write.
+        checkpoint, out, plugins: see `export_onnx`; `out` is the folder to write.
         licence: of the weights, in the Hub's words, like cc-by-4.0.
         trained_on: the training data, in words, for the card.
         evaluation: folder that asa-evaluate wrote, for the card; None: the card says that there is none.
-        plugins: packages of your own that the checkpoint's network may come from.
         reference: the name that it will be loaded by, for the card.
         dtype: of the weights in the file; whoever loads them gets float32.
 

@@ -33,10 +33,7 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
     must be installed where the bundle runs; the sliding window is MONAI's. `configs/metadata.json` follows MONAI's
     schema of 2024-07-25, `configs/asa.json` holds the metadata of the training scans, `models/model.pt` the state dict.
 
-    Args:
-        checkpoint: run folder, checkpoint folder or `.safetensors` file of `asa-finetune`.
-        out: the folder to write.
-        plugins: packages of your own that the checkpoint's network may come from.
+    The arguments are those of `export_onnx`; `out` is the folder to write.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint; not a segmentation network, or one that cross-attends to the

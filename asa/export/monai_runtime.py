@@ -6,6 +6,7 @@ percentiles of the foreground nor smoothing before resampling. Letters: image `C
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,8 @@ class PrepareScan(Transform):
 
     Args:
         facts: JSON file with the checkpoint's metadata of its training scans.
-        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans.
-
-    Raises:
-        ValueError: the training scans were skull-stripped by a command, and `strip` is None.
+        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans, which a
+            ValueError refuses if it was a command.
     """
 
     def __init__(self, facts: str | Path, strip: str | None = None) -> None:
@@ -65,28 +64,15 @@ class WriteLabelMap(Transform):
         return {**data, "label": label}
 
 
+@dataclass(kw_only=True)
 class Evaluator:
-    """Segments the scans of a dataset one by one, since their sizes differ.
+    """Segments the scans of a dataset one by one, since their sizes differ."""
 
-    Args:
-        dataset: items of `PrepareScan`.
-        network: on its device, in evaluation mode.
-        inferer: (batch `(1, C, D, H, W)`, network) -> logits `(1, K or R, D, H, W)`.
-        postprocessing: of an item with "pred", the logits of "image".
-        device: device of the network.
-    """
-
-    def __init__(
-        self,
-        *,
-        dataset: Iterable[Mapping[str, Any]],
-        network: nn.Module,
-        inferer: Callable[[Tensor, nn.Module], Tensor],
-        postprocessing: Callable[[dict[str, Any]], Any],
-        device: torch.device,
-    ) -> None:
-        self.dataset, self.network, self.inferer = dataset, network, inferer
-        self.postprocessing, self.device = postprocessing, device
+    dataset: Iterable[Mapping[str, Any]]  # items of `PrepareScan`
+    network: nn.Module  # on the device, in evaluation mode
+    inferer: Callable[[Tensor, nn.Module], Tensor]  # batch (1, C, D, H, W), network -> logits (1, K or R, D, H, W)
+    postprocessing: Callable[[dict[str, Any]], Any]  # of an item with "pred", the logits of "image"
+    device: torch.device
 
     def run(self) -> None:
         """Segment all scans."""

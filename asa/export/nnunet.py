@@ -23,14 +23,7 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
     Images are copied to the byte (nnU-Net has a preprocessing of its own), labelled scans into imagesTr, the others
     into imagesTs. Label values are renumbered 1, 2, ... in their order, as nnU-Net requires, and an ignored value
     becomes the highest. Regions are written in place of the labels if nnU-Net can paint them, one value on top of
-    another.
-
-    Args:
-        store: folder made by asa-prepare.
-        out: the folder to write, DatasetNNN_NAME.
-
-    Returns:
-        The content of dataset.json.
+    another. The folder to write is called DatasetNNN_NAME; returned is the content of its dataset.json.
 
     Raises:
         FileNotFoundError: a source file is gone.
@@ -109,9 +102,7 @@ def _declaration(data: Store, values: Mapping[int, int]) -> dict[str, Any]:
 def painting_order(regions: Sequence[Sequence[int]]) -> list[int]:
     """The value that each region paints, so that regions painted one over the other give the label map again.
 
-    Returns:
-        A value for each region; empty where there is none: a region without exactly one value that no later region
-        has, or values that none of them paints.
+    Empty where there is none: a region without exactly one value that no later region has, or values that none paints.
     """
     order: list[int] = []
     for number, region in enumerate(regions):
