@@ -4,14 +4,13 @@
 only; `typed` fills a dataclass.
 """
 
-import dataclasses
 import difflib
 import functools
 import importlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -47,13 +46,7 @@ SETTINGS: dict[str, dict[str, type]] = {
 _COMPARATORS = ("unetr", "swin_unetr", "nnformer", "transbts", "resenc", "primus")
 _SEGMENTATION = ("unet", "vit_seg", "vit_conv", "vit_linear", "sa_swin_unet", *_COMPARATORS)
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
-    "pretrain": {
-        "asa": ("asa",),
-        "mae": ("asa",),
-        "sa_swin": ("sa_swin",),
-        "rpl": ("puzzle",),
-        "jigsaw": ("puzzle",),
-    },
+    "pretrain": {"asa": ("asa",), "mae": ("asa",), "sa_swin": ("sa_swin",), "rpl": ("puzzle",), "jigsaw": ("puzzle",)},
     "finetune": {
         "segment": _SEGMENTATION,
         "regions": _SEGMENTATION,
@@ -71,15 +64,11 @@ CHECKPOINT_TARGETS = ("asa.models", "asa.baselines", "asa.restoration.rat", "asa
 
 
 def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CONFIG_TARGETS) -> Any:
-    """Make the object that a node describes, innermost first.
+    """Make the object that a node of plain data describes, innermost first.
 
     A mapping with `_target_: package.module.name` becomes a call of that name with the other keys as keywords; other
-    mappings and lists are built item by item; anything else stays what it is.
-
-    Args:
-        node: plain data, as a composed configuration or a checkpoint holds it.
-        plugins: packages of the user's own that may be targets too.
-        targets: modules and packages of this one that may be targets.
+    mappings and lists are built item by item; anything else stays what it is. Targets lie under `targets`, or under
+    packages of the user's own, `plugins`.
 
     Raises:
         ValueError: a target outside the allow-list or one that does not exist, or keywords that it does not take.
@@ -99,11 +88,7 @@ def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CO
 
 
 def locate(target: Any, allowed: Sequence[str]) -> Any:
-    """The function or class `package.module.name`, if it is defined under one of the allowed packages.
-
-    Raises:
-        ValueError: it is not, or does not exist.
-    """
+    """The function or class `package.module.name`; a ValueError if it is under none of the allowed packages."""
     target = " ".join(str(target).split())  # one line, whatever a checkpoint holds
     module_name, _, name = target.rpartition(".")
     if not _lies_under(module_name, allowed):
@@ -129,15 +114,7 @@ def _lies_under(module: str, packages: Sequence[str]) -> bool:
 
 
 def typed(cls: type[T], node: Mapping[str, Any], group: str = "") -> T:
-    """Fill a settings dataclass from plain data, checking names and types.
-
-    Args:
-        cls, node: the dataclass, and the values of its fields.
-        group: the key that holds them, for messages.
-
-    Raises:
-        ValueError: an unknown key or a value of the wrong type.
-    """
+    """A settings dataclass of what the key `group` holds; a ValueError for an unknown key or a wrong type."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(node)))
     except OmegaConfBaseException as error:
@@ -164,21 +141,13 @@ def _wrong_type(error: BaseException, cls: type | None, group: str) -> str:
     return f"{group and f'{group}.'}{key}={written(given)}: give {kinds.get(kind, kind)}{like}{null}"
 
 
-def compose(
-    command: str,
-    overrides: Sequence[str],
-    *,
-    config_dir: str | Path | None = None,
-) -> dict[str, Any]:
+def compose(command: str, overrides: Sequence[str], *, config_dir: str | Path | None = None) -> dict[str, Any]:
     """The resolved configuration of a command as plain data.
 
     Args:
         command: name of a file in the configuration folder, without `.yaml`.
         overrides: `key=value` arguments, in Hydra's grammar.
         config_dir: a folder of the user's own groups, searched too. The folder that it is in is searched for modules.
-
-    Returns:
-        Nested dicts, lists and scalars, interpolations resolved.
 
     Raises:
         ValueError: an unknown key (its nearest neighbour is named), a value of the wrong type, a value that is
@@ -196,7 +165,7 @@ def compose(
         if str(folder.parent) not in sys.path:  # where `plugins=[mine]` is found; last, so that it hides no package
             sys.path.append(str(folder.parent))
     try:
-        with initialised():
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = hydra_compose(command, [*search, *overrides], return_hydra_config=True)
             chosen = dict(config.hydra.runtime.choices)
             with open_dict(config):
@@ -288,25 +257,19 @@ def sized_models() -> list[str]:
     return [name for name in list_models() if name.rpartition("_")[0] in families]
 
 
-def initialised() -> AbstractContextManager[Any]:
-    """Hydra, with the package's configuration folder."""
-    return initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
-
-
 def _explain(error: Exception, command: str, overrides: Sequence[str], search: Sequence[str]) -> str:
     """One line for the user: which setting is wrong, and which one was probably meant."""
-    advice = "quote a value with special characters, as in \"out='a,b'\""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as unreadable:
-        for given in overrides:
+    parsed = []
+    for given in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([given])
+        except HydraException:
             key, equals, text = given.partition("=")
             if key.strip() != key or not key or not (equals or key.startswith("~")):
                 return f"{given}: settings are key=value, without blanks; quote values with blanks, as in {BLANKS}"
-            if not _readable(given):
-                shapes = {"{": "a mapping is {name: value, other: value}", "[": "a list is [one, other]"}
-                return f"cannot read {given}: {shapes.get(text[:1], advice)}"
-        return f"cannot read a setting ({first_line(unreadable)}): {advice}"
+            shapes = {"{": "a mapping is {name: value, other: value}", "[": "a list is [one, other]"}
+            advice = "quote a value with special characters, as in \"out='a,b'\""
+            return f"cannot read {given}: {shapes.get(text[:1], advice)}"
     if several := [override.input_line for override in parsed if override.is_sweep_override()]:
         name, _, text = str(several[0]).partition("=")
         return (
@@ -316,12 +279,12 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
     for override in parsed:
         key = override.key_or_group
         if key in SETTINGS.get(command, {}) and not isinstance(override.value(), str):
-            (first, *_) = describe(SETTINGS[command][key])
+            (first, *_) = fields(SETTINGS[command][key])
             return (
                 f"{override.input_line}: {key} is a group of settings: give them one by one, like {key}.{first.name}="
             )
     groups, single = list(search), []
-    with initialised():
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         for override in parsed:
             key = override.key_or_group
@@ -349,15 +312,6 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
     if several := [name for name in names if names.count(name) > 1]:  # each is right by itself
         return f"{several[0]}= is given {names.count(several[0])} times: give it once"
     return _typed_message(error, command)
-
-
-def _readable(given: str) -> bool:
-    """Whether a setting is in Hydra's grammar."""
-    try:
-        OverridesParser.create().parse_overrides([given])
-    except HydraException:
-        return False
-    return True
 
 
 def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence[str]) -> str:
@@ -422,12 +376,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_overrides(command: str, *settings: Mapping[str, Any]) -> list[str]:
-    """Settings as `key=value` arguments of a command, in Hydra's grammar.
-
-    Args:
-        command: whose keys they are.
-        settings: nested, or by dotted key; later mappings win, key by key.
-    """
+    """Settings, nested or by dotted key, as `key=value` arguments of a command; later mappings win, key by key."""
     own = yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text())
     chosen: dict[str, Any] = {}
     for node in settings:
@@ -457,18 +406,3 @@ def written(value: Any) -> str:
     # A backslash is itself, but for those before a quote, which are escaped as the quote is.
     quoted = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"'{quoted}'"
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A field of a settings dataclass; `note` is its help text."""
-
-    name: str
-    default: Any
-    note: str
-
-
-def describe(settings: type) -> list[Setting]:
-    """The fields of a settings dataclass, without its checks."""
-    defaults: Any = OmegaConf.to_container(OmegaConf.structured(settings))
-    return [Setting(field.name, defaults[field.name], field.metadata["help"]) for field in dataclasses.fields(settings)]

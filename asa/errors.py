@@ -52,15 +52,9 @@ def grouped(messages: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
 
 
 def require(module: str, extra: str | None, purpose: str) -> Any:
-    """Import a module that belongs to an optional extra.
+    """Import a module, like `"PIL.Image"`, that belongs to an extra of asa-mri, or to none where it is None.
 
-    Args:
-        module: dotted name, like `"PIL.Image"`.
-        extra: the extra of asa-mri that installs it; None for a package that no extra installs.
-        purpose: what needs it, for the message.
-
-    Raises:
-        ImportError: it is not installed; the message says what to install.
+    An ImportError says what to install, and for which purpose.
     """
     try:
         return importlib.import_module(module)

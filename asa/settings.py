@@ -18,13 +18,7 @@ LARGEST_OVERLAP = 0.9  # of windows: each axis then takes ten times as many as w
 
 
 def setting(default: T, help: str, *, free: bool = False) -> T:
-    """A field of a settings dataclass.
-
-    Args:
-        default: of which each instance gets a copy if it is a list.
-        help: what `--help` says.
-        free: whether the setting may change when a run is resumed.
-    """
+    """A field of a settings dataclass, with its text in `--help`; a `free` one may change when a run is resumed."""
     given: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     made: T = field(**given, metadata={"help": help, "free": free})
     return made
@@ -200,8 +194,7 @@ class AugmentSettings:
     noise: float = setting(0.0, "largest standard deviation of added Gaussian noise, in units of the intensities")
     brightness: float = setting(0.0, "largest relative change of the intensities (0.2: times 0.8 to 1.2)")
     contrast: list[float] = setting(
-        [1.0, 1.0],
-        "smallest and largest factor of the distances from a channel's mean; results stay in its range",
+        [1.0, 1.0], "smallest and largest factor of the distances from a channel's mean; results stay in its range"
     )
     blur: list[float] = setting([0.0, 0.0], "smallest and largest standard deviation of a blur in voxels; [0, 0]: none")
     bias_field: float = setting(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from asa.cli.manual import sections
 from asa.config import (
     CONFIG_DIR,
     METHODS,
@@ -16,7 +17,6 @@ from asa.config import (
     build,
     choices,
     compose,
-    describe,
     flatten,
     typed,
 )
@@ -360,15 +360,20 @@ def test_typed_settings_refuse_unknown_keys_and_wrong_types() -> None:
 
 def test_every_typed_setting_has_a_help_text_and_the_default_of_its_class() -> None:
     for cls in {cls for settings in SETTINGS.values() for cls in settings.values()}:
-        described = describe(cls)
-        assert [setting.name for setting in described if not setting.note] == []
-        assert {setting.name: setting.default for setting in described} == dataclasses.asdict(cls())
+        assert [field.name for field in dataclasses.fields(cls) if not field.metadata["help"]] == []
+    for command, settings in SETTINGS.items():
+        own = yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text())
+        shown = {key.name: key.default for section in sections(command) for key in section.keys}
+        for group, cls in settings.items():
+            for name, default in (dataclasses.asdict(cls()) | own.get(group, {})).items():
+                value = yaml.safe_load(shown[f"{group}.{name}"])
+                assert (value if default is None else type(default)(value)) == default
 
 
 def test_a_number_that_is_given_as_text_is_named_with_its_key_in_every_group_of_settings() -> None:
     for groups in SETTINGS.values():
         for group, cls in groups.items():
-            for name in (each.name for each in describe(cls) if isinstance(each.default, int | float)):
+            for name in (key for key, value in dataclasses.asdict(cls()).items() if isinstance(value, int | float)):
                 with pytest.raises(ValueError, match=rf"^{group}\.{name}=abc: give (a|true)"):
                     typed(cls, {name: "abc"}, group)
     for name, default in dataclasses.asdict(PrepareSettings()).items():

@@ -7,12 +7,13 @@ file begins with holds the examples.
 import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from asa.config import CONFIG_DIR, SETTINGS, choices, describe
+from asa.config import CONFIG_DIR, SETTINGS, choices
 
 WIDTH = 100
 OPTIONS = {
@@ -52,21 +53,18 @@ def examples(command: str) -> str:
 
 
 def sections(command: str, *, every: bool = False) -> list[Section]:
-    """The keys of a command: those that are set most often, then the others.
+    """The keys of a command: those that are required or in its examples, then the others.
 
-    Most often: those that are required, and those of the examples.
-
-    Args:
-        command: its name, without "asa-".
-        every: with the keys of every method and model, not only of the command's own.
+    With `every` those of every method and model, not only of the command's own.
     """
     text = (CONFIG_DIR / f"{command}.yaml").read_text()
     own, typed = yaml.safe_load(text), SETTINGS.get(command, {})
     keys = [key for key in _keys(text) if key.name.partition(".")[0] not in typed]
     for group, target in typed.items():
         values = own.get(group, {})
-        for each in describe(target):
-            keys.append(Key(f"{group}.{each.name}", _plain(values.get(each.name, each.default)), each.note))
+        for field in fields(target):
+            default = values.get(field.name, getattr(target(), field.name))
+            keys.append(Key(f"{group}.{field.name}", _plain(default), field.metadata["help"]))
     chosen = [next(iter(entry.items())) for entry in own["defaults"] if isinstance(entry, dict)]
     groups = {group: name for group, name in chosen if group not in typed}
     found = []
