@@ -58,13 +58,10 @@ def save_checkpoint(
     """Write a checkpoint under a temporary name, flush it to the disk, rename it, and delete old ones.
 
     Args:
-        run: the run folder.
-        step: steps done.
-        model: its weights are saved.
+        run, step, model: the run folder, the steps done, and the network whose weights are saved.
         description: plain data, see the module's docstring.
         training: plain data and tensors to continue with.
-        keep: number of checkpoints to keep: this one and the newest others.
-        folder: of the run, for this kind of checkpoint.
+        keep: number of checkpoints to keep in the folder: this one and the newest others.
 
     Returns:
         The checkpoint's folder.
@@ -123,24 +120,15 @@ def _flush(path: Path) -> None:
 def keep_best(
     run: Path, step: int, name: str, metrics: Mapping[str, float], method: nn.Module, description: Mapping[str, Any]
 ) -> bool:
-    """Save the weights in the run's `best` folder if they validated better than the ones there.
+    """Save the weights in the run's `best` folder if they validated better than those there; whether they were saved.
 
     The best value so far is read from its checkpoint, so a run that is stopped and resumed needs no other record. Of
-    equal values the first is kept.
+    equal values the first is kept, and a non-finite one never is. Raises as `check_best` and `save_checkpoint`.
 
     Args:
-        run: the run folder.
-        step: steps done.
+        run, step, method, description: see `save_checkpoint`.
         name: of a metric, of which the highest value is best; with a minus sign before it, the lowest.
-        metrics: of this validation. A non-finite value is never the best.
-        method, description: as `model` and `description` of `save_checkpoint`.
-
-    Returns:
-        Whether they were saved.
-
-    Raises:
-        ValueError: validation gives no such metric.
-        OSError: they could not be written; the previous best is unchanged.
+        metrics: of this validation.
     """
     check_best(name, metrics)
     sign = -1 if name.startswith("-") else 1
@@ -160,24 +148,17 @@ def check_best(name: str, metrics: Collection[str]) -> None:
 
 
 def read_best(run: Path) -> dict[str, Any] | None:
-    """Name and value of the metric of the best checkpoint; None if there is none."""
-    best = list_checkpoints(run, BEST)
-    return dict(read_description(best[-1] / WEIGHTS)["best"]) if best else None
-
-
-def best_step(run: Path) -> int | None:
-    """Steps done when the best checkpoint was saved; None if there is none."""
-    best = list_checkpoints(run, BEST)
-    return int(best[-1].name[5:]) if best else None
+    """The best checkpoint: "name" and "value" of its metric, its "step" and "file"; None if there is none."""
+    for checkpoint in list_checkpoints(run, BEST)[-1:]:
+        description, file = read_description(checkpoint), checkpoint / WEIGHTS
+        return {**description["best"], "step": description["step"], "file": file}
+    return None
 
 
 def describe_best(run: Path) -> str:
     """A line about the best checkpoint: its metric, step and file."""
-    best = read_best(run)
-    if best is None:
-        return "no validation gave a best checkpoint"
-    path = list_checkpoints(run, BEST)[-1]
-    return f"best {best['name']} {best['value']:.4g} at step {best_step(run)}: {path / WEIGHTS}"
+    found = "best {name} {value:.4g} at step {step}: {file}"
+    return found.format(**best) if (best := read_best(run)) else "no validation gave a best checkpoint"
 
 
 # --- loading
@@ -191,10 +172,8 @@ def newest_name(run: Path) -> str:
 def load_newest(run: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
     """The run's newest intact checkpoint with its weights and training state; None if there are no checkpoints.
 
-    Newer checkpoints that are damaged are reported and renamed, so that they are no longer counted.
-
-    Raises:
-        DamagedCheckpoint: there are checkpoints, and none is intact.
+    Newer ones that are damaged are reported and renamed, so that they are no longer counted; a DamagedCheckpoint if
+    none is intact.
     """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(run)):
@@ -217,11 +196,7 @@ def load_newest(run: Path, report: Callable[[str], None]) -> tuple[Path, dict[st
 
 
 def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and training state of a checkpoint folder, on the CPU.
-
-    Raises:
-        DamagedCheckpoint: a file is missing, has changed or cannot be read.
-    """
+    """Weights and training state of a folder, on the CPU; a DamagedCheckpoint if a file is missing or has changed."""
     for name in (WEIGHTS, TRAINING):
         if not (checkpoint / name).is_file():
             raise DamagedCheckpoint(f"{checkpoint / name}: missing")
@@ -265,9 +240,8 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights (none without `tensors`) and description from a run folder, checkpoint folder or file.
 
-    With `shapes` the weights are on the meta device: their numbers are not read.
-
-    Weights that were stored in half the precision, to save space, are returned in float32.
+    With `shapes` the weights are on the meta device: their numbers are not read. Weights that were stored in half the
+    precision, to save space, are returned in float32.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -301,8 +275,8 @@ def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], d
                 sizes = {name: opened.get_slice(name).get_shape() for name in names}
                 return {name: torch.empty(size, device="meta") for name, size in sizes.items()}, description
             weights = {name: opened.get_tensor(name) for name in names}
-            half = [name for name, tensor in weights.items() if tensor.dtype == torch.float16]
-            return {**weights, **{name: weights[name].float() for name in half}}, description
+            half = {name: tensor.float() for name, tensor in weights.items() if tensor.dtype == torch.float16}
+            return {**weights, **half}, description
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{file}: not a complete safetensors file ({error})") from error
 
@@ -356,10 +330,9 @@ def read_model(
 
 
 def _check_size(node: Mapping[str, Any], weights: Mapping[str, Tensor], source: str, plugins: Sequence[str]) -> None:
-    """Compare a network with its weights before memory is allocated: a file of 1 kB can describe one of any size.
+    """Raise a ValueError for more layers, other tensors or larger tables than the file accounts for.
 
-    Raises:
-        ValueError: it has more layers, other tensors, or larger tables than the file accounts for.
+    This is before memory is allocated: a file of 1 kB can describe a network of any size.
     """
     for key, value in flatten(node).items():
         numbers = value if isinstance(value, list) else [value]
@@ -382,17 +355,13 @@ def _check_size(node: Mapping[str, Any], weights: Mapping[str, Tensor], source: 
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights whose names and shapes must match the model's exactly.
-
-    Raises:
-        ValueError: names the first tensor that does not match, and `source`.
-    """
+    """Load weights whose names and shapes must match the model's exactly; raises as `compare_shapes`."""
     compare_shapes(model, weights, source)
     model.load_state_dict(dict(weights))
 
 
 def compare_shapes(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Raise a ValueError that names the first tensor that is not the same in a model and in weights."""
+    """Raise a ValueError that names `source` and the first tensor that is not the same in a model and in weights."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here = tuple(own[name].shape) if name in own else "absent"

@@ -90,10 +90,6 @@ def fetch(reference: str, *files: str) -> Path:
 
     A process fetches a reference once, so that everything it reads is of one revision.
 
-    Args:
-        reference: `hf://ORG/NAME`, or with `@` and a branch, tag or commit.
-        files: names.
-
     Raises:
         ImportError: the extra `hub` is not installed.
         ValueError: not a reference, a repository without one of the files, or a server that is not the Hub.

@@ -42,16 +42,11 @@ class Backend:
         return next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision; float32 disables an enclosing autocast."""
         return autocast(self.device, self.dtype)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a setting. With several processes on a machine, each uses the GPU of its local rank.
-
-    Raises:
-        ValueError: a GPU is requested and there is none, or there are fewer GPUs than processes.
-    """
+    """The device of a setting, a ValueError if it is not here; of several processes each uses the GPU of its rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -72,11 +67,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of a precision setting on a device. bf16 on a CPU without bfloat16 units warns.
-
-    Raises:
-        ValueError: an unknown name, or fp16 on a CPU.
-    """
+    """The autocast dtype of a precision setting on a device; a ValueError for an unknown name, or fp16 on a CPU."""
     if name == "auto":
         if device.type == "cpu":
             return torch.bfloat16 if has_bf16_units() else torch.float32
@@ -108,11 +99,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Deterministic kernels inside the block, if wanted: the same inputs give the same bits, also on a GPU.
-
-    Raises:
-        ValueError: the block uses an operation that has no deterministic kernel on its device.
-    """
+    """Deterministic kernels inside the block, if wanted; a ValueError for an operation that has none on its device."""
     if not wanted:
         yield
         return
@@ -160,10 +147,8 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed memory, for the whole process.
 
     By default glibc returns every large block to the system. Each tensor of a training step then lies in fresh pages,
-    which the system maps and zeroes at first access; this takes a tenth of a step on a CPU.
-
-    Returns:
-        Whether the setting was accepted: on Linux with glibc only; nothing happens elsewhere.
+    which the system maps and zeroes at first access; this takes a tenth of a step on a CPU. Returns whether the setting
+    was accepted: on Linux with glibc only; nothing happens elsewhere.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -30,10 +30,8 @@ _heartbeat_timeout = 0.0  # seconds; 0: not in a process group
 def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
     """Connect this rank to the other ranks of the job inside the context.
 
-    Args:
-        device: ranks on GPUs exchange CUDA tensors over NCCL and everything else over gloo; ranks on a CPU use gloo.
-        timeout_minutes: a rank that waits for another one, or makes no progress itself (see `heartbeat`), for this long
-            ends with an error.
+    Ranks on GPUs exchange CUDA tensors over NCCL and everything else over gloo; ranks on a CPU use gloo. A rank that
+    waits for another one, or makes no progress itself (see `heartbeat`), for the timeout ends with an error.
     """
     global _heartbeat_timeout
     if world_size() == 1:
@@ -62,10 +60,7 @@ def _fresh_store(store: dist.Store, rank: int, world: int, timeout: timedelta) -
 
     torchrun keeps its store when it restarts processes (torch 2.13), and they would read the addresses that the
     previous processes left there. So the main rank opens a part under a new name, and every other rank announces itself
-    until it finds a part that lists it.
-
-    Raises:
-        TimeoutError: a rank is missing.
+    until it finds a part that lists it; a TimeoutError if a rank is missing.
     """
     me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank == 0:
@@ -90,11 +85,7 @@ def heartbeat() -> None:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call a function on the main rank only, and return its result, which is plain data, on all ranks.
-
-    Raises:
-        MainRankFailed: on the other ranks, if it raised on the main one.
-    """
+    """The result, plain data, of a function that only the main rank calls; if it raises, a MainRankFailed elsewhere."""
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None]

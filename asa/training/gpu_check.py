@@ -24,16 +24,9 @@ def preflight(
     optim: OptimSettings,
     backend: Backend,
 ) -> list[str]:
-    """Check the GPU of a run, if it uses one.
+    """Lines about the GPU of a run, if it uses one: advice, and the memory of a step compared with the free memory.
 
-    Args:
-        make, example, settings, optim, backend: see `step_peak`.
-
-    Returns:
-        Lines to print: advice, and the memory of a step compared with the free memory.
-
-    Raises:
-        ValueError: this PyTorch does not support the GPU.
+    The arguments are those of `step_peak`; a ValueError if this PyTorch does not support the GPU.
     """
     if backend.device.type != "cuda":
         return []
@@ -50,11 +43,7 @@ def step_peak(
 ) -> int | None:
     """Bytes that tensors take on a GPU at the peak of a training step, measured in two steps; None: they do not fit.
 
-    Args:
-        make: makes the method.
-        example: makes a micro-batch of it; tensors on the meta device become zeros.
-        settings, optim: of the run.
-        backend: its GPU and precision.
+    `make` makes the method, and `example` a micro-batch of it, in which tensors on the meta device become zeros.
     """
     try:
         method = make()
@@ -82,11 +71,7 @@ def step_peak(
 
 
 def check_gpu(device: torch.device) -> list[str]:
-    """Lines of advice on the GPU of a run and this PyTorch, usually none.
-
-    Raises:
-        ValueError: PyTorch has no kernels for this GPU; the message says what to install.
-    """
+    """Lines of advice on a GPU and this PyTorch, usually none; a ValueError if it has no kernels for this GPU."""
     if device.type != "cuda":
         return []
     capability = torch.cuda.get_device_capability(device)

@@ -17,25 +17,17 @@ from asa.errors import reason_of
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings, check_batch
 from asa.training import distributed
 from asa.training.checkpoint import (
-    best_step,
     describe_best,
     keep_best,
     load_newest,
     load_training,
     load_weights,
+    read_best,
     save_checkpoint,
 )
 from asa.training.device import Backend, deterministic, keep_freed_memory, on_device, random_state, set_random_state
 from asa.training.nonfinite import NonFiniteGuard
-from asa.training.optim import (
-    EMA,
-    Schedule,
-    freeze,
-    make_optimizer,
-    set_learning_rate,
-    set_training,
-    unfreeze,
-)
+from asa.training.optim import EMA, Schedule, freeze, make_optimizer, set_learning_rate, set_training, unfreeze
 from asa.training.process import StopNow, Stopped, stop_signals
 from asa.training.run_log import Meter, RunLog, SilentLog
 from asa.training.trackers import check_trackers
@@ -47,12 +39,7 @@ Validate = Callable[[int], Validation]  # called with the steps done
 
 
 def check_settings(settings: TrainSettings, optim: OptimSettings) -> None:
-    """Check what `train` needs before a run folder is made.
-
-    Raises:
-        ValueError: settings that do not fit each other or the number of processes.
-        ImportError: the extra of a tracker is not installed.
-    """
+    """Raise, before a run folder is made, for settings that do not fit each other, the processes or the trackers."""
     Schedule(optim, settings.steps, settings.batch_size)
     check_batch(settings.batch_size, settings.accumulate, distributed.world_size())
     check_trackers(settings.log_to)
@@ -76,9 +63,7 @@ def train(
 
     Args:
         method: see `asa.methods.base.Method`; its weights are changed in place.
-        dataset: the training crops.
-        run: the run folder, written to by the main process.
-        settings, optim, loader: see the classes.
+        dataset, run: the training crops, and the run folder, written to by the main process.
         description: plain data stored in every checkpoint, see `save_checkpoint`.
         validate: called by all processes with the number of steps done; returns metrics and pictures for the log. The
             method is in evaluation mode meanwhile, with the averaged weights under `train.ema`.
@@ -130,10 +115,8 @@ def train(
         )
     guard = NonFiniteGuard(run, log, optimizer, fp16=fp16)
     guard.load_state_dict(before.get("guard", guard.state_dict()))
-    ddp = distributed.data_parallel(method)
     alone = distributed.world_size() == 1
-    if alone and device.type == "cpu":
-        hear_signals(method)
+    ddp = spread(method, device)
 
     # --- data
     batches = iter(
@@ -210,8 +193,8 @@ def train(
     def out_of_patience() -> bool:
         if not settings.patience:
             return False
-        best = distributed.on_main(lambda: best_step(run))
-        return best is not None and step - best >= settings.patience * settings.validate_every
+        best = distributed.on_main(lambda: read_best(run))
+        return best is not None and step - best["step"] >= settings.patience * settings.validate_every
 
     # --- loop
     last: dict[str, float] = {}
@@ -226,9 +209,7 @@ def train(
             if optim.freeze_until and step == optim.freeze_until:
                 unfreeze(model, optim.freeze)
                 set_training(method)
-                ddp = distributed.data_parallel(method)
-                if alone and device.type == "cpu":
-                    hear_signals(method)
+                ddp = spread(method, device)
                 log.message(f"step {step}: {', '.join(optim.freeze)} trained from here on")
             set_learning_rate(optimizer, schedule[step])
             if tell := getattr(method, "progress", None):
@@ -293,11 +274,13 @@ def train(
     return last
 
 
-def hear_signals(method: nn.Module) -> None:
-    """Let Python handle signals while gradients are computed, which is otherwise one call of minutes on a CPU."""
-    for parameter in method.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda _: None)
+def spread(method: nn.Module, device: torch.device) -> nn.Module:
+    """The method over all ranks; alone on a CPU one that hears signals also inside a backward pass of minutes."""
+    if distributed.world_size() == 1 and device.type == "cpu":
+        for parameter in method.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _: None)  # in which Python handles them
+    return distributed.data_parallel(method)
 
 
 def resume(

@@ -39,8 +39,7 @@ class NonFiniteGuard:
     """Skips non-finite steps. Call `add` for each micro-batch, then `check`, then the optimizer's step.
 
     Args:
-        run: the run folder, for dumps of batches.
-        log: receives the skipped steps.
+        run, log: the run folder, for dumps of batches; and what receives the skipped steps.
         optimizer: a fused one, which leaves weights and state unchanged where its `found_inf` is 1.
         fp16: whether the loss is scaled, so that steps are skipped until the scale is found.
     """
@@ -68,11 +67,7 @@ class NonFiniteGuard:
     def check(self, step: int, norm: Tensor) -> Tensor:
         """Make the optimizer skip step 1, 2, ... if its gradient norm is not finite, and resolve the previous check.
 
-        Returns:
-            1.0 if the step is skipped, else 0.0, on the device.
-
-        Raises:
-            FloatingPointError: too many steps in a row were skipped.
+        Returns 1.0 on the device if the step is skipped, else 0.0; a FloatingPointError after too many in a row.
         """
         self.resolve()
         flags = ~torch.isfinite(torch.stack([norm.detach(), *self.losses]))

@@ -19,15 +19,7 @@ class Schedule:
     """Learning rate of each step: `schedule[step]`, for steps 0 to total - 1.
 
     With `freeze_until` the steps before it have a warm-up and then the peak rate, and the others a warm-up and the
-    schedule.
-
-    Args:
-        settings: the optimizer's settings.
-        total: steps of the run.
-        batch_size: global batch size, for `reference_batch`.
-
-    Raises:
-        ValueError: a warm-up as long as the run, or as what follows `freeze_until`.
+    schedule. A ValueError for a warm-up as long as the run, or as what follows `freeze_until`.
     """
 
     def __init__(self, settings: OptimSettings, total: int, batch_size: int) -> None:
@@ -63,11 +55,8 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
 
     Parameters that are in an optimizer already are not changed by it, as they get no gradient.
 
-    Args:
-        parts: dotted names of modules or parameters.
-
     Raises:
-        ValueError: a name that the network does not have, or no parameter left to train.
+        ValueError: a dotted name in `parts` that the network does not have, or no parameter left to train.
     """
     for part in parts:
         found = _weights_in(model, part)
@@ -145,10 +134,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 class EMA:
     """The exponential moving average of a method's parameters. Buffers are constant and not averaged.
 
-    Args:
-        method: on its device, with the initial weights.
-        decay: of the average; 0 keeps no average, and the weights themselves are used. The effective decay rises from
-            (1 + step) / (10 + step), so that the average of a short run is not dominated by its initial weights.
+    A decay of 0 keeps no average, and the weights themselves are used. The effective decay rises from (1 + step) /
+    (10 + step), so that the average of a short run is not dominated by its initial weights.
     """
 
     def __init__(self, method: nn.Module, decay: float) -> None:

@@ -72,9 +72,7 @@ def _without_data(tree: Any) -> bool:
 def count_operations(method: nn.Module, batch: Mapping[str, Any]) -> tuple[int, int]:
     """Operations of a micro-batch: of its forward pass, and of its forward and backward passes.
 
-    Args:
-        method: on the meta device; its parameters are replaced.
-        batch: an example micro-batch, see the module's docstring.
+    The method is on the meta device, and its parameters are replaced.
     """
     counter, fake = OperationCounter(), FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
@@ -122,10 +120,7 @@ class Plan:
 def volume_batch(method: Any, count: int, *, label: bool = False, target: bool = False) -> dict[str, Tensor]:
     """A micro-batch of `count` volumes on the meta device, of the channels and size of the method's encoder.
 
-    Args:
-        method: its `model.encoder` has `in_channels` and `img_size`.
-        count: volumes.
-        label, target: add a label map "label", a class index "target".
+    With `label` it has a label map "label", with `target` a class index "target".
     """
     encoder = method.model.encoder
     image = torch.empty(count, encoder.in_channels, *encoder.img_size, device="meta")
@@ -147,15 +142,10 @@ def micro_batch(settings: TrainSettings) -> int:
 def make_plan(
     make: Callable[[], nn.Module], example: Example, *, settings: TrainSettings, optim: OptimSettings
 ) -> Plan:
-    """Compute the cost of a run without running it.
+    """Compute the cost of a run in one process without running it.
 
-    Args:
-        make: makes the method.
-        example: makes a micro-batch of it, see the module's docstring.
-        settings, optim: of the run, which is planned for one process.
-
-    Raises:
-        ValueError: settings that do not fit each other.
+    `make` makes the method, and `example` a micro-batch of it, see the module's docstring. A ValueError for settings
+    that do not fit each other.
     """
     Schedule(optim, settings.steps, settings.batch_size)
     with torch.device("meta"):
@@ -194,9 +184,8 @@ def show_plan(
 
     Args:
         make, example, settings, optim: see `make_plan`.
-        scans: in the training part.
+        scans, names: of the training part, and what items of a batch and of this part are called.
         rate: TFLOP/s that the run will reach; None: the rate of matrix products is measured on this machine.
-        names: of the items of a batch and of the training part.
     """
     plan = make_plan(make, example, settings=settings, optim=optim)
     for_gpu = settings.precision == "fp16" and pick_device("auto").type == "cpu"
@@ -242,11 +231,7 @@ def plan_report(
 ) -> str:
     """A plan as text of about ten lines.
 
-    Args:
-        plan, settings: of the run.
-        rate: operations per second, from `source`.
-        memory: what is known of a step's memory beside that of the weights.
-        scans, names: see `show_plan`.
+    `rate` is in operations per second, from `source`; `memory` is what is known beside that of the weights.
     """
     volumes, seconds = settings.steps * settings.batch_size, plan.step / rate
     parts = f"{settings.accumulate} micro-batches" if settings.accumulate > 1 else "one micro-batch"

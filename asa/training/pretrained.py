@@ -23,9 +23,8 @@ def read_source(path: str | Path, *, shapes: bool = False) -> tuple[Source, dict
     """Pretrained weights and the checkpoint's description, which is {} for a checkpoint of another package.
 
     Args:
-        path: run folder, checkpoint folder or `.safetensors` file of this package; or a `.pt`, `.pth`, `.ckpt` or
-            `.bin` file of nnssl, or with a MONAI ViT, ViTAutoEnc or UNETR, from which only plain data and tensors are
-            loaded.
+        path: see `read_weights`; or a `.pt`, `.pth`, `.ckpt` or `.bin` file of nnssl, or with a MONAI ViT, ViTAutoEnc
+            or UNETR, from which only plain data and tensors are loaded.
         shapes: of a checkpoint of this package read only the tensors' shapes: they are on the meta device.
 
     Raises:
@@ -61,17 +60,14 @@ def load_pretrained(
     of single tensors: `explain` makes no difference.
 
     Args:
-        init: name of the source, for messages.
-        source, description: from `read_source`.
+        init, source, description: its name for messages, and what `read_source` returned.
         model, model_config: the network, whose `encoder` is changed in place, and its description.
-        explain: report only.
 
     Returns:
         The report to print.
 
     Raises:
-        ValueError: an encoder of another kind, a network that takes none, or (without `explain`) one that does not
-            match.
+        ValueError: an encoder of another kind, a network that takes none, or (without `explain`) one that differs.
     """
     if not hasattr(model.encoder, "state_dict"):  # nothing to load into
         raise ValueError(

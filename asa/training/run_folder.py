@@ -21,26 +21,14 @@ from asa.training.optim import warmup_steps
 
 # Settings that may change when a run is resumed, or how they begin: its length, its reports, and how it is computed.
 FREE_ON_RESUME = (
-    *(
-        "out",
-        "loader",
-        "predict",
-        "plan",
-        "transfer",
-        "data.labelled_store",
-        "model.checkpointing",
-        "method.model.checkpointing",
-    ),
+    *("out", "loader", "predict", "plan", "transfer", "data.labelled_store"),
+    *("model.checkpointing", "method.model.checkpointing"),
     *(f"train.{setting.name}" for setting in fields(TrainSettings) if setting.metadata["free"]),
 )
 
 
 def run_backend(run: Path, settings: TrainSettings) -> Backend:
-    """The device and precision of a run: of `precision=auto` what it was when the run began, or is on this machine.
-
-    Raises:
-        ValueError: a precision that is unknown, or that the device cannot compute in.
-    """
+    """The device and precision of a run: of `precision=auto` what it was when the run began, or is on this machine."""
     name = settings.precision
     if name == "auto" and (started := _config_of_started(run)):
         name = str(flatten(started).get("train.precision", name))
@@ -53,13 +41,8 @@ def open_run(
 ) -> Iterator[Path]:
     """Join the job's other processes, and create and lock their run folder.
 
-    The folder holds the configuration and the split. A run with the same configuration is resumed.
-
-    Args:
-        config: composed configuration of the command; `out` is the folder.
-        split: subjects of each part.
-        settings: of the training.
-        backend: of the run; its configuration holds this precision, so that it is resumed in the same.
+    The folder, `out` of the configuration, holds this and the split. A run with the same configuration is resumed, and
+    in the same precision, that of `backend`.
 
     Raises:
         ValueError: the folder holds another run or other files, or is in use.

@@ -23,12 +23,8 @@ class RunLog:
 
     A tracker that fails or hangs is given up with a warning, and the JSON lines continue.
 
-    Args:
-        run: the run folder; holds `log.jsonl` and what the trackers write.
-        total: steps of the run.
-        start: steps done before. Lines that an earlier process logged beyond them are removed, so that the log reads as
-            that of one uninterrupted run.
-        trackers: names.
+    The run folder holds `log.jsonl` and what the trackers write. Lines that an earlier process logged beyond `start`,
+    the steps done before, are removed, so that the log reads as that of one uninterrupted run.
     """
 
     def __init__(self, run: Path, total: int, start: int, trackers: Sequence[str] = ("tensorboard",)) -> None:
@@ -112,9 +108,7 @@ def _step(line: str) -> int:
 class Meter:
     """Sums the values that steps return on the device, and times the steps. The sums are read only for the log.
 
-    Args:
-        batch_size: samples per step, over all processes.
-        accumulate: micro-batches per step.
+    A step has `batch_size` samples, over all processes, in `accumulate` micro-batches.
     """
 
     def __init__(self, batch_size: int, accumulate: int) -> None:

@@ -30,9 +30,7 @@ RUNS = "trackers.json"  # in the run folder: the ids by which a resumed run cont
 class Tracker:
     """Shows the numbers of a run, and pictures if it can. Its methods may raise and may hang.
 
-    Args:
-        run: the run folder.
-        start: steps done before, above 0 in a run that is resumed.
+    A run that is resumed has a `start` above 0, the steps done before.
     """
 
     title: str  # for warnings
@@ -56,10 +54,14 @@ class TensorBoard(Tracker):
 
     def __init__(self, run: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
         self.board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-        if settings := configuration(run):
-            self._configuration((run / CONFIG).read_text(), settings)
+        if settings := configuration(run):  # as a text and as hyperparameters
+            lines = (run / CONFIG).read_text().splitlines()
+            self.board.add_text("configuration", "\n".join(f"    {line}" for line in lines))
+            for summary in hparams(dict(settings), dict.fromkeys(("train/loss", "validation/loss"), 0.0)):
+                self.board.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -70,14 +72,6 @@ class TensorBoard(Tracker):
 
     def close(self) -> None:
         self.board.close()
-
-    def _configuration(self, text: str, settings: Mapping[str, Any]) -> None:
-        """Show the run's configuration, as a text and as hyperparameters."""
-        from torch.utils.tensorboard.summary import hparams
-
-        self.board.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))
-        for summary in hparams(dict(settings), dict.fromkeys(("train/loss", "validation/loss"), 0.0)):
-            self.board.file_writer.add_summary(summary)
 
 
 class MLflow(Tracker):
@@ -148,12 +142,7 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLfl
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that trackers exist and are installed.
-
-    Raises:
-        ValueError: an unknown name, or one given twice.
-        ImportError: its extra is not installed.
-    """
+    """Raise a ValueError for an unknown tracker or one given twice, an ImportError for one that is not installed."""
     if unknown := [name for name in names if name not in TRACKERS or names.count(name) > 1]:
         raise ValueError(f"train.log_to={unknown[0]}: choose from {', '.join(TRACKERS)}, each at most once")
     for name in names:
@@ -162,15 +151,10 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Queued:
-    """A tracker in a thread of its own.
+    """A tracker in a thread of its own, in which `make` makes it.
 
     Calls wait in a queue of at most `WAITING`; further ones are dropped. What fails, or does not end within `PATIENCE`,
-    is given up. Of all this there is one warning.
-
-    Args:
-        title: for the warning.
-        make: makes the tracker, in the thread.
-        warn: gets the warning, in any thread.
+    is given up. Of all this `warn` gets one warning, with the title, in any thread.
     """
 
     def __init__(self, title: str, make: Callable[[], Tracker], warn: Callable[[str], None]) -> None:

@@ -71,8 +71,9 @@ def test_the_best_validated_weights_are_kept_beside_the_newest_checkpoints(
     run(tmp_path / "a", store)
     assert kept(tmp_path / "a") == ["step-00000004"]  # the first of equal values
     assert [path.name for path in list_checkpoints(tmp_path / "a")] == ["step-00000006", "step-00000008"]
-    assert read_best(tmp_path / "a") == {"name": "dice", "value": 0.7}
-    assert f"best dice 0.7 at step 4: {find_weights(tmp_path / 'a' / 'best')}" in capsys.readouterr().out
+    best = find_weights(tmp_path / "a" / "best")
+    assert read_best(tmp_path / "a") == {"name": "dice", "value": 0.7, "step": 4, "file": best}
+    assert f"best dice 0.7 at step 4: {best}" in capsys.readouterr().out
     run(tmp_path / "short", store, steps=8, save_every=4, keep=9)
     then = list_checkpoints(tmp_path / "short")[0]
     assert then.name == "step-00000004"
