@@ -7,13 +7,9 @@ what they were made with.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from asa.config import typed
 from asa.data.io.files import check_out, read_json, write_json
-from asa.data.io.nifti import Volume
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST, Store
 from asa.errors import listed
@@ -37,14 +33,7 @@ def check_network_settings(config: Config) -> None:
 
 
 def predict_by_registration(config: Config) -> None:
-    """Predict scans with atlases; those of the input that are atlases are left out.
-
-    Args:
-        config: of asa-predict, with `atlas`.
-
-    Raises:
-        FileNotFoundError, ValueError: see `AtlasPredictor`; no scans, or scans that failed.
-    """
+    """Predict scans with atlases; those of the input that are atlases are left out."""
     predictor = AtlasPredictor(config)
     scans = predictor.without_atlases(scans_of(config, predictor.preprocessor))
     predict_each(
@@ -58,16 +47,7 @@ def predict_by_registration(config: Config) -> None:
 
 
 class AtlasPredictor(SegmentationPredictor):
-    """Writes the label map of each scan, and its row in `OUT/volumes.csv` as soon as it is done.
-
-    Args:
-        config: of asa-predict, with `atlas`.
-
-    Raises:
-        ImportError: ANTs is not installed.
-        FileNotFoundError, ValueError: see `AtlasSegmenter` and `SegmentationPredictor`; subjects that are not labelled,
-            settings of networks, or a folder with label maps that were made in another way.
-    """
+    """Writes the label map of each scan, and its row in `OUT/volumes.csv` as soon as it is done."""
 
     segmenter: AtlasSegmenter
 
@@ -92,34 +72,23 @@ class AtlasPredictor(SegmentationPredictor):
         if networks is not None:
             print(f"averaged with the networks {listed(list(map(str, networks.paths)), 5)}")
 
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
-        return self.predict_row(id, image, chain, like)
-
     def without_atlases(self, scans: Sequence[Scan]) -> list[Scan]:
-        """The scans that are no atlas, nor in the atlases' own store another scan of an atlas's subject.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The scans that are no atlas, nor in the atlases' own store another scan of an atlas's subject."""
         records, store = self.segmenter.records, self.segmenter.store
         subjects = {record["subject"] for record in records}
         files = {Path(source["path"]).resolve() for record in records for source in record["sources"].values()}
         own = (self.input / MANIFEST).exists() and self.input.resolve() == store.path.resolve()
-        kept: list[Scan] = []
-        left_out: list[str] = []
-        named: list[str] = []
-        for scan in scans:
-            if (own and scan.subject in subjects) or files & {Path(path).resolve() for path in scan.files.values()}:
-                left_out.append(scan.id)
-                continue
-            kept.append(scan)
-            if scan.subject in subjects:
-                named.append(scan.id)
+        left_out = [
+            scan.id
+            for scan in scans
+            if (own and scan.subject in subjects) or files & {Path(path).resolve() for path in scan.files.values()}
+        ]
+        kept = [scan for scan in scans if scan.id not in left_out]
         if not kept:
             raise ValueError(f"{self.input}: all {len(scans)} scans are atlases or of their subjects: choose labelled=")
         if left_out:
             print(f"left out, as atlases or other scans of their subjects: {listed(left_out)}")
-        if named:
+        if named := [scan.id for scan in kept if scan.subject in subjects]:
             print(
                 f"note: subjects of {listed(named, 5)} are called as atlases are: if they are the same people, read "
                 "their scores as optimistic"
@@ -147,8 +116,8 @@ class AtlasPredictor(SegmentationPredictor):
             check_out(self.out, ATLASES, f"a folder of asa-predict with these atlases ({ATLASES})")
             return
         before = read_json(file)
-        before = before if isinstance(before, dict) else {}
-        if other := [key for key, value in now.items() if key not in before or before[key] != value]:
+        same = before.items() if isinstance(before, dict) else ()
+        if other := [key for key, value in now.items() if (key, value) not in same]:
             raise ValueError(
                 f"{file}: the label maps here were made with other {', '.join(other)}: choose another out="
             )

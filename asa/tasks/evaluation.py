@@ -42,17 +42,13 @@ ENDING = ".nii.gz"
 def evaluate_case(
     prediction: Volume, truth: Volume, labels: Mapping[int, str], policy: str | Policy = "ibsr", *, case_id: str
 ) -> list[CaseRow]:
-    """Compare one label map with the truth.
+    """Compare one label map with the truth: a row for each region of the policy, in the order of the declaration.
 
     Args:
-        prediction: label map on the truth's grid, values as declared.
-        truth: label map, values as declared or ignored by the policy.
+        prediction, truth: label maps on one grid, values as declared; in the truth also those ignored by the policy.
         labels: declared label value -> name; 0 is background and not declared.
         policy: name of a policy, or one.
         case_id: names the case in rows and errors.
-
-    Returns:
-        One row for each region of the policy, in the order of the declaration.
 
     Raises:
         ValueError: another grid, an undeclared label value, a bad declaration, an unknown policy.
@@ -106,10 +102,8 @@ def evaluate_folder(
             the id, like `maps/*_seg.nii.gz`.
         truths: case id -> label map.
         labels: declared label value -> name; 0 is background and not declared.
-        policy: name of a policy.
-        out: folder for the results, made if missing.
+        policy, out: name of a policy; and the folder for the results, made if missing.
         images: case id -> image to draw below the labels in the report, for every case of `truths`; or None.
-        progress: show a progress bar.
         regions: name -> declared label values whose union is scored, in place of the policy's regions.
         ignored: label values that the truth may hold beside the declared ones: their voxels count neither for nor
             against a prediction, which may not hold them.
@@ -238,10 +232,8 @@ def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bo
     """Compare evaluations with the first of them and write the tables and the page.
 
     Args:
-        folders: name -> folder that `evaluate_folder` or `evaluate_pictures` wrote, two or more; the others are
-            compared with the first.
-        out: folder for the results, made if missing.
-        allow_missing: compare the cases that all of them have, instead of refusing when they differ.
+        folders: name -> folder that `evaluate_folder` or `evaluate_pictures` wrote, two or more.
+        out, allow_missing: see `asa.compare`.
 
     Raises:
         FileNotFoundError: a folder that holds no evaluation.
@@ -262,15 +254,7 @@ def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bo
 
 
 def tables_of(config: Config, name: str) -> tuple[Path, Path, Path]:
-    """The predicted table, the table of the truth and the folder for results of an asa-evaluate.
-
-    Args:
-        config: of asa-evaluate.
-        name: of the table in the folder of predictions.
-
-    Raises:
-        ValueError: one is not given.
-    """
+    """The predicted table, which has a name in its folder, that of the truth, and the folder for results."""
     for key in ("predictions", "truth"):
         if config[key] is None:
             raise ValueError(f"{key}= has to be given: predictions=FOLDER of asa-predict, and truth=TABLE.csv")

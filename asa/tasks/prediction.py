@@ -18,27 +18,12 @@ LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settin
 
 
 def predict_scans(predictor: ScanPredictor, config: Config, layout: Layout | None = None) -> None:
-    """Predict a scan, a folder of scans, or a store.
-
-    Args:
-        predictor: of the task.
-        config: of asa-predict.
-        layout: where the predictor writes; None: `OUT/ID.nii.gz`.
-
-    Raises:
-        FileNotFoundError: no such input.
-        ValueError: scans failed; they are listed before, and the others are done.
-    """
+    """Predict a scan, a folder of scans, or a store; without a layout the predictor writes `OUT/ID.nii.gz`."""
     predict_each(predictor, scans_of(config, predictor.preprocessor), layout or Layout(Path(str(config["out"]))))
 
 
 def scans_of(config: Config, preprocessor: ScanPreprocessor) -> list[Scan]:
-    """The scans to predict: a scan, those of a folder, or those of a store or of a part of it.
-
-    Raises:
-        FileNotFoundError, ValueError: see `stored_scans`, `raw_scans` and `subjects_of_part`; a part of files; or
-            regions, which belong to restoration.
-    """
+    """The scans to predict: a scan, those of a folder, or those of a store or of a part of it."""
     if config.get("regions") is not None:
         raise ValueError(f"regions={config['regions']}: label maps for a network of method=restore: leave it out")
     source, out = Path(str(config["input"])), Path(str(config["out"]))
@@ -65,8 +50,7 @@ def add_rows(
     """Add rows of scans to a table, in place of its rows of the same scans; without rows nothing is written.
 
     Args:
-        table: in a folder that exists.
-        rows: cells by column, "id" among them, by id; in a Parquet the others are numbers.
+        table, rows: in a folder that exists; cells by column, "id" among them, by id; in a Parquet others are numbers.
         source: what was predicted. Subjects of a store are written, too, where they are not called as the scan; a
             Parquet holds none.
         before: reads the rows that the table keeps; None: all of them.
@@ -95,11 +79,7 @@ def checkpoints_of(config: Config) -> list[str]:
 
 
 def only_checkpoint(config: Config, result: str) -> str:
-    """The one checkpoint of a network that has neither an ensemble nor what belongs to label maps alone.
-
-    Raises:
-        ValueError: several checkpoints, or settings of segmentation.
-    """
+    """The one checkpoint of a task without ensembles; a ValueError for several, or for settings of segmentation."""
     checkpoints = checkpoints_of(config)
     if len(checkpoints) != 1 or any(config[key] for key in LABEL_MAPS_ONLY):
         raise ValueError(f"{result} comes from one checkpoint, without {', '.join(LABEL_MAPS_ONLY)}: leave these out")
@@ -107,30 +87,28 @@ def only_checkpoint(config: Config, result: str) -> str:
 
 
 def subjects_of_part(config: Config) -> list[str] | None:
-    """Subjects of the part that is asked for, of the runs' split or with atlases of `split_file`; None: all.
-
-    Raises:
-        ValueError: no such part, or runs whose splits differ in it.
-    """
+    """Subjects of the part that is asked for, of the runs' one split or with atlases of `split_file`; None: all."""
     part = config["part"]
     if part is None:
         return None
     if config.get("atlas") is not None:
         if config["split_file"] is None:
             raise ValueError(f"part={part}: atlases have no split as a run has: give split_file=, or leave part= out")
-        if not (chosen := read_split(str(config["split_file"])).get(part)):
-            raise ValueError(f"part={part}: {config['split_file']} has no subjects under that name")
-        return chosen
+        return subjects_in(config["split_file"], part)
     paths = checkpoints_of(config)
     if remote := [path for path in paths if on_hub(path) or is_shipped(path)]:
         raise ValueError(f"part={part}: {remote[0]} has no split, which a run on this machine has: leave part= out")
-    splits = [read_split(_run_of(Path(path)) / "split.json") for path in paths]
-    subjects = splits[0].get(part)
-    if not subjects:
-        raise ValueError(f"part={part}: the run's split has no subjects under that name")
-    for path, split in zip(paths, splits, strict=True):
-        if split.get(part) != subjects:
+    subjects = [subjects_in(_run_of(Path(path)) / "split.json", part) for path in paths]
+    for path, others in zip(paths, subjects, strict=True):
+        if others != subjects[0]:
             raise ValueError(f"part={part}: {path} has other subjects there than {paths[0]}: predict fold by fold")
+    return subjects[0]
+
+
+def subjects_in(split_file: str | Path, part: str) -> list[str]:
+    """The subjects of a part of a split; a ValueError if there are none."""
+    if not (subjects := read_split(split_file).get(part)):
+        raise ValueError(f"part={part}: {split_file} has no subjects under that name")
     return subjects
 
 

@@ -55,7 +55,8 @@ class Pretraining(VolumeTask):
     def __init__(self, config: Config) -> None:
         super().__init__(config, "labelled_store", *([] if config["data"]["health"] == HEALTHY else ["health"]))
         self.warmup = warmup_steps(config["optim"]["warmup"], self.train.steps)
-        self.health = read_health(self.data.health, self.store.records)
+        self.augment = AugmentSettings(mirror_probability=self.data.mirror_probability)
+        self.attached = read_health(self.data.health, self.store.records)
         self.set_model()
 
     def example(self, method: Any, count: int) -> Batch:
@@ -65,22 +66,18 @@ class Pretraining(VolumeTask):
         return batch
 
     def load_init(self, method: Any) -> None:
-        if self.health and not method.mirrored:
+        if self.attached and not method.mirrored:
             raise ValueError("data.health is what method=sa_swin learns symmetry from: leave it out for this method")
-        if method.mirrored and not self.health:
+        if method.mirrored and not self.attached:
             print("note: without data.health no subject is known to be healthy, and the symmetry loss has no samples")
         if self.excludes(method):
             print(f"patches with voxels of the values {self.store.ignored} in the label maps do not count in the loss")
         self.init.load_network(method.model)
 
-    def dataset(self, method: Any) -> CropDataset:
-        augment = AugmentSettings(mirror_probability=self.data.mirror_probability)
-        return self.crops(method, self.parts["train"], crop=self.data.placement, augment=augment)
-
     def crops(self, method: Any, part: Records, **options: Any) -> CropDataset:
         air = method.model.encoder.patch_size if getattr(method, "drops_air", False) else None
         excluded = method.model.encoder.patch_size if self.excludes(method) else None
-        return super().crops(method, part, air=air, excluded=excluded, attached=self.health, **options)
+        return super().crops(method, part, air=air, excluded=excluded, **options)
 
     def excludes(self, method: Any) -> bool:
         """Whether the loss leaves out voxels that the store marks, like those that a defacing removed.
@@ -139,16 +136,10 @@ class Pretraining(VolumeTask):
 
 
 def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Validation:
-    """A method's metrics over all records, always under the same random draws, and panels of the first record.
+    """Means of what a method returns over all records, always under the same random draws; panels of the first record.
 
-    Several processes divide the records between them; each returns the whole result, and the main one the panels.
-
-    Args:
-        method: the method, in evaluation mode.
-        dataset: crops without augmentation.
-
-    Returns:
-        What the method returns, as means, and its panels.
+    The method is in evaluation mode, and crops are not augmented. Several processes divide the records between them;
+    each returns the whole result, and the main one the panels.
     """
     assert isinstance(method, nn.Module)
     device = next(method.parameters()).device
@@ -175,19 +166,10 @@ def reconstruction_panels(method: PretrainingMethod, batch: dict[str, Any]) -> d
 
 
 def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The health of each scan, which batches hold as "health": 1 healthy, 0 patient, NaN unknown.
+    """The health of each scan by record id, which batches hold as "health": 1 healthy, 0 patient, NaN unknown.
 
-    Args:
-        source: "healthy" for a cohort of healthy subjects; a table with the columns subject (or id) and health; or
-            None where health is not known.
-        records: of the store.
-
-    Returns:
-        By record id; empty where `source` is None.
-
-    Raises:
-        FileNotFoundError: no such table.
-        ValueError: a table that does not fit, or a health that is neither 0 nor 1.
+    The source is "healthy" for a cohort of healthy subjects, a table with the columns subject (or id) and health, or
+    None where health is not known. A ValueError for a table that does not fit, or a health that is neither 0 nor 1.
     """
     if source is None:
         return {}
@@ -199,11 +181,7 @@ def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dic
 
 
 class AsymmetryPredictor:
-    """Writes an asymmetry map `OUT/ID.nii.gz` of each scan, and the scores of all to `OUT/asymmetry.csv`.
-
-    Args:
-        config: of asa-predict.
-    """
+    """Writes an asymmetry map `OUT/ID.nii.gz` of each scan, and the scores of all to `OUT/asymmetry.csv`."""
 
     def __init__(self, config: Config) -> None:
         checkpoint = only_checkpoint(config, "an asymmetry score")

@@ -9,7 +9,6 @@ sliding window, and their volumes. Evaluation: label maps against the truth unde
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from asa.data.io.tables import check_own, read_rows
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
 from asa.data.loading.loader import collate
-from asa.data.splits import read_split, select
+from asa.data.splits import select
 from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.metrics import dice
@@ -38,7 +37,7 @@ from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
-from asa.tasks.prediction import add_rows, checkpoints_of, predict_scans, rows_in
+from asa.tasks.prediction import add_rows, checkpoints_of, predict_scans, rows_in, subjects_in
 from asa.tasks.unlabelled import REST, UnlabelledScans
 from asa.tasks.volumes import Records, VolumeTask, absolute, choose_split
 from asa.training.device import on_device
@@ -59,7 +58,6 @@ class Segmentation(VolumeTask):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.windows = typed(PredictSettings, config["predict"])
-        self.augment = typed(AugmentSettings, config["augment"])
         store = self.store
         if not store.labels:
             raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
@@ -120,15 +118,9 @@ class Segmentation(VolumeTask):
         return self.init.load(method.model, explain=True)
 
     def dataset(self, method: Any) -> CropDataset:
-        return self.crops(
-            method,
-            self.trained_on(),
-            crop=self.data.placement,
-            labelled=True,
-            foreground=self.data.foreground,
-            augment=self.augment,
-            lateral_pairs=[] if self.join_sides else self.lateral_pairs,
-        )
+        pairs = [] if self.join_sides else self.lateral_pairs
+        labels: dict[str, Any] = {"labelled": True, "foreground": self.data.foreground, "lateral_pairs": pairs}
+        return self.crops(method, self.trained_on(), crop=self.data.placement, augment=self.augment, **labels)
 
     def validation(self, method: Any) -> Validate | None:
         if not self.parts["validation"]:
@@ -182,18 +174,10 @@ class Segmentation(VolumeTask):
             raise ValueError(f"regions= joins label values, like regions={{core: [1, 4]}}, got {config['regions']!r}")
         truth, out = Path(str(config["truth"])), Path(str(config["out"]))
         cohort = _truth_of_store(truth, config) if (truth / MANIFEST).exists() else _truth_of_folder(truth, config)
-        summary = evaluate_folder(
-            Path(str(config["predictions"])),
-            cohort.truths,
-            cohort.labels,
-            config["policy"],
-            out,
-            cohort.images,
-            regions=cohort.regions if config["regions"] is None else config["regions"],
-            ignored=cohort.ignored,
-            allow_missing=config["allow_missing"],
-            workers=config["workers"],
-        )
+        if config["regions"] is not None:
+            cohort["regions"] = config["regions"]
+        given = {key: config[key] for key in ("policy", "allow_missing", "workers")}
+        summary = evaluate_folder(Path(str(config["predictions"])), out=out, **given, **cohort)
         print(summary_table(summary))
         print(f"wrote cases.csv, summary.json and report.html to {out}")
 
@@ -213,12 +197,7 @@ def _regions(node: Config, store: Store) -> dict[str, list[int]]:
 def lateral_indices(
     pairs: Sequence[Sequence[str]], index: Mapping[str, int], augment: AugmentSettings
 ) -> list[tuple[int, int]]:
-    """Left/right pairs of label names -> class indices.
-
-    Args:
-        pairs: `[left, right]` names.
-        index: label name -> class index.
-        augment: whether crops are mirrored.
+    """Class indices of left/right pairs of label names, from those of the names.
 
     Raises:
         ValueError: no pairs, unknown names, or mirrored crops and a label with a side but no partner.
@@ -241,13 +220,8 @@ def lateral_indices(
 def check_sides(store: Store, records: Records, pairs: Sequence[tuple[int, int]]) -> None:
     """Check a few label maps for the sides that their labels are named for, as the plane would exchange them.
 
-    Args:
-        store: with labels.
-        records: of its labelled scans.
-        pairs: (left, right) class indices.
-
     Raises:
-        ValueError: the voxels of the left labels lie to the right of the others, in most of these scans.
+        ValueError: the voxels of the left labels (`pairs` has class indices) lie to the right, in most of these scans.
     """
     side = np.zeros(256, np.int8)
     for left, right in pairs:
@@ -282,9 +256,7 @@ def validate_segmentation(
     Several processes divide the scans between them; each returns the whole result, and the main one the overlay.
 
     Args:
-        method: the method, in evaluation mode.
-        source: the store, or one with joined labels.
-        ids: labelled scans.
+        method, source, ids: the method, in evaluation mode, and the labelled scans.
         parts: name -> class indices that are scored as one: labels, or regions.
         settings: of the sliding window.
         names: of the classes from 1, for the legend.
@@ -327,14 +299,11 @@ def mean_loss(method: SegmentationMethod, dataset: CropDataset) -> float:
 class SegmentationPredictor:
     """Writes the label map of each scan and `OUT/volumes.csv`; on request also probabilities and uncertainty.
 
-    Args:
-        config: of asa-predict.
-        segmenter: what predicts; None: the networks of the configuration.
+    What predicts is a segmenter, by default the networks of the configuration of asa-predict.
 
     Raises:
-        FileNotFoundError, ValueError: see `Segmenter`; an unknown layout, labels that it cannot name, a damaged table
-            of volumes, a folder of label maps that atlases made, which networks would mix with theirs, or one of other
-            files, which asa-predict might replace.
+        FileNotFoundError, ValueError: see `Segmenter`; labels that the layout cannot name, a damaged table of volumes,
+            label maps that atlases made, which networks would mix with theirs, or other files, which might be replaced.
     """
 
     def __init__(self, config: Config, segmenter: ScanSegmenter | None = None) -> None:
@@ -358,11 +327,8 @@ class SegmentationPredictor:
             self.layout = BidsDerivative(self.out, self.segmenter, self.with_probabilities)
         self.rows: dict[str, dict[str, str]] = {}
 
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> Any:
-        self.rows[id] = self.predict_row(id, image, chain, like)
-
-    def predict_row(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
-        """Predict a scan as `predict_stored` does; its row in the table of volumes."""
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
+        """Predict a scan; its row in the table of volumes."""
         probabilities, uncertainty = self.further_files(id)
         out = self.layout.label_map(id)
         make_below(self.out, out, *(probabilities or ()), *([uncertainty] if uncertainty else ()))
@@ -376,7 +342,8 @@ class SegmentationPredictor:
         scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
         named = isinstance(self.layout, BidsDerivative)
         file = {"file": out.relative_to(self.out).as_posix()} if named else {}
-        return {"id": id, **file, **volumes, **scores, **brain}
+        self.rows[id] = {"id": id, **file, **volumes, **scores, **brain}
+        return self.rows[id]
 
     def further_files(self, id: str) -> tuple[list[Path] | None, Path | None]:
         """Where the probabilities of a scan and its uncertainty are written, each None if it is not asked for."""
@@ -412,41 +379,25 @@ def networks_of(config: Config) -> Segmenter:
     )
 
 
-@dataclass
-class Truth:
-    """What predictions are evaluated against.
-
-    `truths` and `images` are files by case id; `labels`, `regions` and `ignored` are as in `evaluate_folder`.
-    """
-
-    truths: dict[str, Path]
-    images: dict[str, Path] | None
-    labels: dict[int, str]
-    regions: dict[str, list[int]]
-    ignored: list[int]
-
-
-def _truth_of_store(path: Path, config: Config) -> Truth:
-    """Source label files and images of a store's scans."""
+def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
+    """Arguments of `evaluate_folder`: source label files and images of a store's scans, and what it says of labels."""
     if given := [key for key in ("labels", "ignored", "images") if config[key]]:
         raise ValueError(f"{given[0]}= is for a folder of label maps, and {path} is a store with its own: leave it out")
     store = Store(path)
     records: Sequence[Mapping[str, Any]] = store.records
     if config["split_file"] is not None:
-        split = read_split(config["split_file"])
-        if not split.get(config["part"]):
-            raise ValueError(f"{config['split_file']} has no subjects under {config['part']}")
-        records = select(store.records, split[config["part"]])
+        records = select(store.records, subjects_in(config["split_file"], config["part"]))
     labelled = [record for record in records if "label" in record["sources"]]
     if not labelled:
         raise ValueError(f"{path}: none of the scans has a label map to compare with")
     truths = {record["id"]: Path(record["sources"]["label"]["path"]) for record in labelled}
     images = {record["id"]: store.first_source(record) for record in labelled}
-    return Truth(truths, images, store.labels, store.regions, store.ignored)
+    about = {"labels": store.labels, "regions": store.regions, "ignored": store.ignored}
+    return {"truths": truths, "images": images, **about}
 
 
-def _truth_of_folder(path: Path, config: Config) -> Truth:
-    """Label files of a folder by the text that the pattern's * stands for."""
+def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
+    """Arguments of `evaluate_folder`: label files of a folder by the text that the pattern's * stands for."""
     if not isinstance(config["labels"], dict):
         raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
     if not all(isinstance(value, int) for value in config["ignored"]):
@@ -455,11 +406,10 @@ def _truth_of_folder(path: Path, config: Config) -> Truth:
     records = folder.records(path, images={"label": pattern})
     truths = {record["id"]: Path(str(record["images"]["label"])) for record in records}
     labels = {int(value): name for value, name in config["labels"].items()}
-    return Truth(truths, _images_of(truths, config["images"]), labels, {}, config["ignored"])
-
-
-def _images_of(truths: Mapping[str, Path], pattern: str | None) -> dict[str, Path] | None:
-    """The images of the true label maps, by case id, from a path whose wildcards are the ids."""
-    if pattern is None:
-        return None
-    return {id: path for id, path in folder.files_by_id(str(pattern)).items() if id in truths}
+    images = None if config["images"] is None else folder.files_by_id(str(config["images"]))  # of a path with wildcards
+    return {
+        "truths": truths,
+        "images": images and {id: image for id, image in images.items() if id in truths},
+        "labels": labels,
+        "ignored": config["ignored"],
+    }

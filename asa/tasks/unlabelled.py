@@ -32,14 +32,8 @@ class UnlabelledScans:
     Args:
         chosen: "rest", the scans of the training part that `data.labelled` leaves out, whose labels are not read; or
             a store, of which all scans are taken but those of the split's subjects and those that `labelled` has too.
-        labelled: the run's store.
-        split: the subjects of the run.
-        rest: the subjects that `data.labelled` leaves out.
+        labelled, split, rest: the run's store, its subjects, and those that `data.labelled` leaves out.
         run: the run folder; in a run that is resumed the scans stay the same.
-
-    Raises:
-        ImportError: ANTs is not installed.
-        ValueError: no unlabelled scans, or a store that does not fit.
     """
 
     def __init__(

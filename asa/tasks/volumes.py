@@ -11,13 +11,14 @@ from torch import nn
 from asa.config import build, typed, written
 from asa.data.io.files import read_yaml, write_json
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
+from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, VolumeSource
 from asa.data.splits import keep_labelled, make_split, read_split, select
 from asa.data.store import Store
 from asa.errors import counted, listed
 from asa.inference.preprocessing import training_scan_metadata
 from asa.methods.base import Batch
-from asa.models.transfer import POSITIONS, Source, other_position
+from asa.models.transfer import POSITIONS, other_position
 from asa.tasks.base import Config
 from asa.training.checkpoint import load_weights
 from asa.training.checkpoint_files import list_checkpoints
@@ -56,22 +57,13 @@ class VolumeData:
 
 
 class VolumeTask:
-    """What the tasks on prepared scans share; a task adds its targets, its validation, its prediction and evaluation.
-
-    Args:
-        config: of asa-pretrain or asa-finetune.
-        paths: keys of `data` beside `store` that name files. They become absolute in the configuration, so that the
-            run can be resumed from any directory.
-
-    Raises:
-        FileNotFoundError, ValueError: see `open_store` and `Initialisation`.
-    """
+    """What the tasks on prepared scans share; each adds its targets, its validation, its prediction and evaluation."""
 
     units = ("volumes", "scans")
     cross_validates = False
     targets: tuple[str, ...] = ()  # what batches have beside the image: "label" or "target"
 
-    def __init__(self, config: Config, *paths: str) -> None:
+    def __init__(self, config: Config, *paths: str) -> None:  # keys of `data` beside `store` that name files
         absolute(config["data"], *paths)
         self.config = config
         self.store, self.split, self.parts = open_store(config["data"], Path(str(config["out"])))
@@ -82,6 +74,8 @@ class VolumeTask:
             print(f"crop=[{','.join(map(str, crop))}] voxels, from the size of the training scans")
         self.source: VolumeSource = self.store
         self.data, self.train = typed(VolumeData, config["data"], "data"), typed(TrainSettings, config["train"])
+        self.augment = typed(AugmentSettings, config.get("augment", {}))
+        self.attached: Mapping[str, Mapping[str, float]] = {}  # numbers of each scan in its batches, by record id
         self.init = Initialisation(config, self.store, self.split)
 
     def set_model(self, **values: Any) -> None:
@@ -109,8 +103,11 @@ class VolumeTask:
 
     def crops(self, method: Any, part: Records, **options: Any) -> CropDataset:
         """Crops for a method from some records; `options` are of `CropDataset`."""
-        size = method.model.encoder.img_size
-        return CropDataset(self.source, part, size, mirrored=method.mirrored, seed=self.train.seed, **options)
+        fixed: dict[str, Any] = {"mirrored": method.mirrored, "attached": self.attached, "seed": self.train.seed}
+        return CropDataset(self.source, part, method.model.encoder.img_size, **fixed, **options)
+
+    def dataset(self, method: Any) -> CropDataset:
+        return self.crops(method, self.trained_on(), crop=self.data.placement, augment=self.augment)
 
     def trained_on(self) -> Records:
         """The records of all training scans."""
@@ -134,14 +131,11 @@ def absolute(data: dict[str, Any], *keys: str) -> None:
 
 
 def open_store(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[str]], dict[str, Records]]:
-    """Open the store, and split its subjects or read their split.
+    """The store, and the subjects and their records of "train", "validation" and "test".
 
     Args:
         data: `store`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
         run: the run folder; the `split.json` of a run that is resumed holds.
-
-    Returns:
-        The store; the subjects, and their records, of "train", "validation" and "test".
 
     Raises:
         ValueError: no store, or a split that does not fit it.
@@ -164,12 +158,7 @@ def choose_split(records: Sequence[Mapping[str, Any]], data: Mapping[str, Any], 
 
 
 def default_crop(run: Path, records: Records) -> list[int]:
-    """The smallest crop that holds all volumes of some records, of 64 to 128 voxels along each axis.
-
-    Args:
-        run: the run folder; the crop of a run that is resumed holds.
-        records: of the training scans in the store.
-    """
+    """The smallest crop of 64 to 128 voxels along each axis that holds all volumes; that of a run that is resumed."""
     if list_checkpoints(run):
         crop: list[int] = np.broadcast_to(read_yaml(run / "config.yaml")["crop"], 3).tolist()
         return crop
@@ -192,10 +181,7 @@ def padding_advice(
 ) -> str | None:
     """A line about a crop that is mostly padding, with one that fits the volumes; None for any other crop.
 
-    Args:
-        crop: input size of the network in voxels, one number or (D, H, W).
-        records: of the training scans in the store.
-        takes: whether the network takes volumes of a size; edges are lengthened until it does.
+    `takes` says whether the network takes volumes of a size: edges are lengthened until it does.
     """
     shapes = np.array([record["shape"][1:] for record in records])
     size = np.broadcast_to(crop, 3)
@@ -216,20 +202,12 @@ def padding_advice(
 
 
 class Initialisation:
-    """The checkpoint that a training starts from, and the held-out subjects that it was trained on.
-
-    Args:
-        config: of the command, with `init` and `model`; without `init` training starts from scratch.
-        store, split: whose held-out subjects are searched for in the checkpoint's training data.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_source`.
-    """
+    """The checkpoint of `init` that a training starts from, and the held-out subjects that it was trained on."""
 
     def __init__(self, config: Config, store: Store, split: Mapping[str, Sequence[str]]) -> None:
         self.init = config["init"]
         self.model_config = config["model"]
-        self.source: Source | None = None
+        self.source: Any = None  # without `init`
         self.description: dict[str, Any] = {}
         if self.init:
             self.source, self.description = read_source(self.init, shapes=config["plan"] is not None)
@@ -237,30 +215,21 @@ class Initialisation:
         self.seen: list[LeakedSubject] | None = find_leaks(store.records, split, self.before) if self.before else None
 
     def load(self, model: Any, *, explain: bool = False) -> str:
-        """Load the encoder into a network, or with `explain` only report what would happen to each tensor."""
-        assert self.init is not None and self.source is not None
+        """Load the encoder into a network: see `load_pretrained`."""
         return load_pretrained(self.init, self.source, self.description, model, self.model_config, explain=explain)
 
     def load_and_print(self, model: Any) -> None:
-        """Load the encoder, and print what was loaded and which held-out subjects it was pretrained on.
-
-        Without `init`, print which encoder of the package could be loaded.
-        """
+        """Load the encoder and print what was loaded; without `init`, which one of the package could be loaded."""
         if self.init:
             print(self.load(model))
-            print("\n".join(leakage_report(self.seen, self.init)))
+            print(self.leakage())
         elif fitting := fitting_shipped(model, self.model_config):
             print(f"from scratch; a pretrained encoder of this size is in the package: init={fitting[0]}")
 
     def load_network(self, model: nn.Module) -> None:
-        """Load all weights of the same network, which may have been trained on volumes of another size.
-
-        Raises:
-            ValueError: another network, or a checkpoint of another package.
-        """
+        """Load all weights of the same network, which may have been trained on volumes of another size."""
         if not self.init:
             return
-        assert self.source is not None
         if not self.description:
             raise ValueError(
                 f"init={self.init}: pretraining continues from a run of asa-pretrain; asa-finetune takes encoders of "
@@ -276,7 +245,7 @@ class Initialisation:
             raise ValueError("; ".join(reasons))
         load_weights(model, self.source.weights, self.init)
         print(f"all {len(self.source.weights)} tensors of the network from {self.init}")
-        print("\n".join(leakage_report(self.seen, self.init)))
+        print(self.leakage())
 
     def digests(self, records: Records) -> TrainingDigests:
         """Digests of the scans and subjects that the network is trained on in the end; {} where that is not known."""
@@ -289,25 +258,26 @@ class Initialisation:
         if self.seen is not None and is_main():
             write_json(run / "seen.json", {"init": self.init, "seen": [asdict(one) for one in self.seen]})
 
-
-def leakage_report(seen: list[LeakedSubject] | None, init: str) -> list[str]:
-    """Lines about the held-out subjects that `init` was trained on; None: its training subjects are not known."""
-    if seen is None:
-        return [f"{init} does not hold its training subjects: whether held-out subjects are among them is not checked"]
-    if not seen:
-        return [f"{init} was not trained on any held-out subject"]
-    lines = []
-    if scans := [one for one in seen if one.match == "scan"]:
-        lines.append(
-            f"warning: {init} was trained on scans of {counted(len(scans), 'held-out subject')} ({_by_part(scans)}): "
-            "pretrain with them held out (data.split_file), or read their scores as optimistic"
-        )
-    if names := [one for one in seen if one.match == "name"]:
-        lines.append(
-            f"note: {init} was trained on other scans of {len(names)} subjects with names of held-out ones "
-            f"({_by_part(names)}): if they are the same people, pretrain with them held out (data.split_file)"
-        )
-    return lines
+    def leakage(self) -> str:
+        """Lines about the held-out subjects that the encoder was pretrained on."""
+        init, lines = self.init, []
+        if self.seen is None:
+            return (
+                f"{init} does not hold its training subjects: whether held-out subjects are among them is not checked"
+            )
+        if not self.seen:
+            return f"{init} was not trained on any held-out subject"
+        if scans := [one for one in self.seen if one.match == "scan"]:
+            lines.append(
+                f"warning: {init} was trained on scans of {counted(len(scans), 'held-out subject')} ({_by_part(scans)})"
+                ": pretrain with them held out (data.split_file), or read their scores as optimistic"
+            )
+        if names := [one for one in self.seen if one.match == "name"]:
+            lines.append(
+                f"note: {init} was trained on other scans of {len(names)} subjects with names of held-out ones "
+                f"({_by_part(names)}): if they are the same people, pretrain with them held out (data.split_file)"
+            )
+        return "\n".join(lines)
 
 
 def _by_part(seen: list[LeakedSubject]) -> str:

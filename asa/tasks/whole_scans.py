@@ -9,9 +9,8 @@ the column with the training scans' mean and SD, and channels and preparation. P
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -20,8 +19,6 @@ from asa.config import typed
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import PREDICTED, RESERVED, as_number, check_own, read_column
-from asa.data.loading.augment import AugmentSettings
-from asa.data.loading.crops import CropDataset
 from asa.errors import counted
 from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers, weighted_cross_entropy
 from asa.evaluation.tables import evaluate_classes, evaluate_numbers
@@ -38,7 +35,7 @@ from asa.inference.whole_scans import (
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans
-from asa.tasks.volumes import Records, VolumeTask
+from asa.tasks.volumes import VolumeTask
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
 from asa.training.distributed import is_main
@@ -46,32 +43,22 @@ from asa.training.loop import Validate, Validation
 
 
 class WholeScans(VolumeTask, ABC):
-    """What both tasks share: a value of each whole volume, from a prepared store and a table.
-
-    Args:
-        config: of asa-finetune.
-        table: the key of `data` that names the table.
-    """
+    """What both tasks share: a value of each whole volume, from a prepared store and a table that `data` names."""
 
     command = "finetune"
     targets = ("target",)
     scores: tuple[str, ...]  # of the validation, beside the loss
+    called: Any  # the classes in their order, or the number, as tables call them
 
     def __init__(self, config: Config, table: str) -> None:
         super().__init__(config, table)
-        self.augment, self.all_parts = typed(AugmentSettings, config["augment"]), self.parts
+        self.all_parts = self.parts
 
     def set_values(self, values: Mapping[str, float], **model: Any) -> None:
         """Keep the scans that have a value, and enter what follows from the data into the model's configuration."""
-        self.values = {id: {"target": value} for id, value in values.items()}
+        self.attached = {id: {"target": value} for id, value in values.items()}
         self.parts = {name: [one for one in part if one["id"] in values] for name, part in self.all_parts.items()}
         self.set_model(**model)
-
-    def dataset(self, method: Any) -> CropDataset:
-        return self.crops(method, self.parts["train"], crop=self.data.placement, augment=self.augment)
-
-    def crops(self, method: Any, part: Records, **options: Any) -> CropDataset:
-        return super().crops(method, part, attached=self.values, **options)
 
     def metrics(self, make: Any) -> list[str]:
         return [*self.scores, "loss"]
@@ -81,34 +68,45 @@ class WholeScans(VolumeTask, ABC):
             return None
 
         def validate(step: int) -> Validation:
-            return self.validated(method), {}
+            scores, predicted = self.score(method.model, method, "validation")
+            found = {name: getattr(scores, name) for name in self.scores}
+            return {**found, "loss": self.loss(method, scores, predicted)}, {}
 
         return validate
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
-        if self.parts["test"]:
-            trained = load_model(run, plugins=self.config["plugins"]).to(pick_device(self.train.device))
-            self.test(run, method, trained)
+        if not self.parts["test"]:
+            return
+        model = load_model(run, plugins=self.config["plugins"]).to(pick_device(self.train.device))
+        scores, predicted = self.score(model, method, "test")
+        if is_main():
+            write_whole(run / "predictions_test.csv", self.table(predicted).encode())
+            write_json(run / "scores_test.json", scores.as_json(self.called))
+            print(f"test: {scores.text(self.called)}")
 
     @abstractmethod
-    def validated(self, method: Any) -> dict[str, float]:
-        """The validation part's loss and scores."""
+    def score(self, model: nn.Module, method: Any, part: str) -> tuple[Any, np.ndarray]:
+        """Scores of a part of the split, and its predictions: probabilities `(N, K)`, or numbers `(N,)`."""
 
     @abstractmethod
-    def test(self, run: Path, method: Any, model: nn.Module) -> None:
-        """Score the test part, and write its predictions and scores."""
+    def loss(self, method: Any, scores: Any, predicted: np.ndarray) -> float:
+        """The validation part's loss."""
+
+    @abstractmethod
+    def table(self, predicted: np.ndarray) -> str:
+        """The test part's predictions as CSV."""
 
     def truth(self, part: str) -> np.ndarray:
-        """The targets of a part, `(N,)`."""
-        return np.array([self.values[record["id"]]["target"] for record in self.parts[part]])
+        """The targets `(N,)` of a part."""
+        return np.array([self.attached[record["id"]]["target"] for record in self.parts[part]])
 
     def subjects(self, part: str) -> list[str]:
         return [str(record["subject"]) for record in self.parts[part]]
 
-    def rows(self, part: str, truth: Sequence[str]) -> list[tuple[str, str, str]]:
-        """Id, subject and true value of the scans of a part, for a table of predictions."""
-        ids = [str(record["id"]) for record in self.parts[part]]
-        return list(zip(ids, self.subjects(part), truth, strict=True))
+    def tested(self, truth: Sequence[str]) -> list[tuple[str, str, str]]:
+        """Id, subject and true value of the test part's scans, for a table of predictions."""
+        ids = [str(record["id"]) for record in self.parts["test"]]
+        return list(zip(ids, self.subjects("test"), truth, strict=True))
 
 
 class Classification(WholeScans):
@@ -123,37 +121,35 @@ class Classification(WholeScans):
                 "data.classes has to be given with method=classify: a table with subject (or id) and class"
             )
         class_of = read_column(self.data.classes, "class", self.store.records)
-        self.names = sorted(set(class_of.values()))
-        self.set_values({id: self.names.index(name) for id, name in class_of.items()}, classes=len(self.names))
+        self.called = sorted(set(class_of.values()))
+        self.set_values({id: self.called.index(name) for id, name in class_of.items()}, classes=len(self.called))
         self.counts = Counter(int(value) for value in self.truth("train"))
         if config["method"].get("weights") == "balanced":
             config["method"]["weights"] = self._balanced_weights()
 
     def target_metadata(self) -> dict[str, Any]:
-        return {"classes": self.names}
+        return {"classes": self.called}
 
     def begin(self, run: Path) -> None:
         self.init.write(run)
-        counts = ", ".join(f"{count} {self.names[k]}" for k, count in sorted(self.counts.items()))
+        counts = ", ".join(f"{count} {self.called[k]}" for k, count in sorted(self.counts.items()))
         print(f"classifying {counted(len(self.parts['train']), 'scan')} ({counts}), in {run}")
 
-    def validated(self, method: Any) -> dict[str, float]:
-        scores, probabilities = self._score(method.model, method, "validation")
-        metrics = {name: getattr(scores, name) for name in self.scores}
-        weights = method.weights.cpu().numpy()
-        return {**metrics, "loss": weighted_cross_entropy(probabilities, self.truth("validation"), weights)}
+    def score(self, model: nn.Module, method: Any, part: str) -> tuple[ClassScores, np.ndarray]:
+        probabilities = predict_classes(model, self.crops(method, self.parts[part]))
+        return score_classes(probabilities, self.truth(part), self.subjects(part)), probabilities
 
-    def test(self, run: Path, method: Any, model: nn.Module) -> None:
-        scores, probabilities = self._score(model, method, "test")
-        if is_main():
-            rows = self.rows("test", [self.names[int(value)] for value in self.truth("test")])
-            write_whole(run / "predictions_test.csv", predictions_csv(self.names, rows, probabilities).encode())
-            write_json(run / "scores_test.json", scores.as_json(self.names))
-            print(f"test: {scores.text(self.names)}")
+    def loss(self, method: Any, scores: ClassScores, predicted: np.ndarray) -> float:
+        return weighted_cross_entropy(predicted, self.truth("validation"), method.weights.cpu().numpy())
+
+    def table(self, predicted: np.ndarray) -> str:
+        rows = self.tested([self.called[int(value)] for value in self.truth("test")])
+        return predictions_csv(self.called, rows, predicted)
 
     @staticmethod
     def predict(config: Config) -> None:
-        _predict(config, "a classification", ClassPredictor, ClassPredictor.probabilities)
+        network = ClassPredictor(only_checkpoint(config, "a classification"), **_of_networks(config))
+        predict_scans(TablePredictor(network, network.probabilities, config), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
@@ -163,14 +159,9 @@ class Classification(WholeScans):
     def _balanced_weights(self) -> list[float]:
         """Weights of the classes inverse to their number of training scans, with mean 1 over these."""
         total = len(self.parts["train"])
-        if missing := [name for k, name in enumerate(self.names) if not self.counts[k]]:
+        if missing := [name for k, name in enumerate(self.called) if not self.counts[k]]:
             raise ValueError(f"data.classes: {missing[0]} has no scan in the training part of the split")
-        return [total / (len(self.names) * self.counts[k]) for k in range(len(self.names))]
-
-    def _score(self, model: nn.Module, method: Any, part: str) -> tuple[ClassScores, np.ndarray]:
-        """Scores of a part of the split, and its probabilities `(N, K)`."""
-        probabilities = predict_classes(model, self.crops(method, self.parts[part]))
-        return score_classes(probabilities, self.truth(part), self.subjects(part)), probabilities
+        return [total / (len(self.called) * self.counts[k]) for k in range(len(self.called))]
 
 
 class Regression(WholeScans):
@@ -180,12 +171,12 @@ class Regression(WholeScans):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "table")
-        self.column, values = self.read_values()
+        self.called, values = self.read_values()
         train = [values[one["id"]] for one in self.all_parts["train"] if one["id"] in values]
         if len(set(train)) < 2:
             raise ValueError(
                 f"{self.data.table or self.store.path}: the training scans have {len(set(train))} values of "
-                f"{self.column}: a regression needs two or more"
+                f"{self.called}: a regression needs two or more"
             )
         self.mean, self.sd = float(np.mean(train)), float(np.std(train))
         self.set_values(values, mean=self.mean, sd=self.sd)
@@ -204,66 +195,49 @@ class Regression(WholeScans):
         return column, {id: as_number(table, id, column, text) for id, text in found.items()}
 
     def target_metadata(self) -> dict[str, Any]:
-        return {"number": {"column": self.column, "mean": self.mean, "sd": self.sd}}
+        return {"number": {"column": self.called, "mean": self.mean, "sd": self.sd}}
 
     def begin(self, run: Path) -> None:
         self.init.write(run)
-        without = [one["id"] for part in self.all_parts.values() for one in part if one["id"] not in self.values]
+        without = [one["id"] for part in self.all_parts.values() for one in part if one["id"] not in self.attached]
         if without:
-            print(f"left out, without {self.column} in the table: {', '.join(sorted(without))}")
+            print(f"left out, without {self.called} in the table: {', '.join(sorted(without))}")
         print(
-            f"regression of {self.column} ({self.mean:.4g}, SD {self.sd:.4g}) on "
+            f"regression of {self.called} ({self.mean:.4g}, SD {self.sd:.4g}) on "
             f"{counted(len(self.parts['train']), 'scan')}, in {run}"
         )
 
-    def validated(self, method: Any) -> dict[str, float]:
-        scores, _ = self._score(method.model, method, "validation")
-        metrics = {name: getattr(scores, name) for name in self.scores}
-        return {**metrics, "loss": scores.mae / self.sd}
+    def score(self, model: nn.Module, method: Any, part: str) -> tuple[NumberScores, np.ndarray]:
+        predicted = predict_numbers(model, self.crops(method, self.parts[part]))
+        return score_numbers(predicted, self.truth(part), self.mean, self.subjects(part)), predicted
 
-    def test(self, run: Path, method: Any, model: nn.Module) -> None:
-        scores, predicted = self._score(model, method, "test")
-        if is_main():
-            rows = self.rows("test", [repr(value) for value in self.truth("test").tolist()])
-            table = numbers_csv(self.column, rows, predicted, self.mean)
-            write_whole(run / "predictions_test.csv", table.encode())
-            write_json(run / "scores_test.json", scores.as_json(self.column))
-            print(f"test: {scores.text(self.column)}")
+    def loss(self, method: Any, scores: NumberScores, predicted: np.ndarray) -> float:
+        return scores.mae / self.sd
+
+    def table(self, predicted: np.ndarray) -> str:
+        rows = self.tested([repr(value) for value in self.truth("test").tolist()])
+        return numbers_csv(self.called, rows, predicted, self.mean)
 
     @staticmethod
     def predict(config: Config) -> None:
-        _predict(config, "a regression", NumberPredictor, NumberPredictor.number)
+        network = NumberPredictor(only_checkpoint(config, "a regression"), **_of_networks(config))
+        predict_scans(TablePredictor(network, network.number, config), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
         scores, column = evaluate_numbers(*tables_of(config, TABLE), config["column"])
         print(scores.text(column))
 
-    def _score(self, model: nn.Module, method: Any, part: str) -> tuple[NumberScores, np.ndarray]:
-        """Scores of a part of the split, and its predictions `(N,)`."""
-        predicted = predict_numbers(model, self.crops(method, self.parts[part]))
-        return score_numbers(predicted, self.truth(part), self.mean, self.subjects(part)), predicted
 
-
-P = TypeVar("P", ClassPredictor, NumberPredictor)
-
-
-def _predict(config: Config, result: str, make: type[P], read: Callable[[P, np.ndarray], Any]) -> None:
-    """Predict scans with the checkpoint that is given; `read` takes the output for a prepared volume."""
-    settings, checkpoint = typed(PredictSettings, config["predict"]), only_checkpoint(config, result)
+def _of_networks(config: Config) -> dict[str, Any]:
+    """What both networks take of the settings of asa-predict; raises for a table in `out` that is not one of these."""
     check_own(Path(str(config["out"])) / TABLE, "asa-predict", {"id", "subject", PREDICTED})
-    network = make(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
-    predict_scans(TablePredictor(network, partial(read, network), config), config)
+    settings = typed(PredictSettings, config["predict"])
+    return {"settings": settings, "strip": config["strip"], "plugins": config["plugins"]}
 
 
 class TablePredictor:
-    """Collects the output for each scan, and adds it to `OUT/predictions.csv`.
-
-    Args:
-        network: of one of the tasks.
-        predict: its prediction of a prepared volume `(C, D, H, W)`.
-        config: of asa-predict.
-    """
+    """Adds what a network's `predict` gives for each prepared volume `(C, D, H, W)` to `OUT/predictions.csv`."""
 
     def __init__(
         self, network: ClassPredictor | NumberPredictor, predict: Callable[[np.ndarray], Any], config: Config

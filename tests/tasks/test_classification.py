@@ -287,11 +287,14 @@ def test_the_validation_loss_is_that_of_training(store: Path, tmp_path: Path, mo
     assert {line["group"] for line in lines} >= {"validation"}
 
 
-def test_scores_of_a_test_part_with_one_class_are_written_with_an_undefined_auc(tmp_path: Path) -> None:
+def test_scores_of_a_test_part_with_one_class_are_written_with_an_undefined_auc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     probabilities, truth = np.array([[0.2, 0.8], [0.4, 0.6]]), np.array([1, 1])
     scores = score_classes(probabilities, truth, ["a", "b"])
-    task = SimpleNamespace(names=["x", "y"], truth=lambda part: truth, _score=lambda *_: (scores, probabilities))
-    task.rows = lambda part, names: [(id, id, name) for id, name in zip("ab", names, strict=True)]
-    whole_scans.Classification.test(task, tmp_path, None, None)
+    monkeypatch.setattr(whole_scans, "load_model", lambda run, plugins: torch.nn.Identity())
+    task = SimpleNamespace(called=["x", "y"], score=lambda *_: (scores, probabilities), table=lambda predicted: "")
+    task.parts, task.config, task.train = {"test": ["a", "b"]}, {"plugins": []}, SimpleNamespace(device="cpu")
+    whole_scans.WholeScans.finish(task, tmp_path, None, {})
     written = json.loads((tmp_path / "scores_test.json").read_text())
     assert written["auc"] is None and written["balanced_accuracy"] == 1
