@@ -29,19 +29,12 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Command:
-    """A command, imported when it runs.
+    """A command, imported when it runs."""
 
-    Args:
-        name: of its YAML file and, after "asa-", of the command.
-        target: "module:function", which gets the composed configuration.
-        about: what it does, for `--help`.
-        words: keys of arguments that are typed without one, in their order.
-    """
-
-    name: str
-    target: str
-    about: str
-    words: Sequence[str] = ()
+    name: str  # of its YAML file and, after "asa-", of the command
+    target: str  # "module:function", which gets the composed configuration
+    about: str  # what it does, for `--help`
+    words: Sequence[str] = ()  # keys of arguments that are typed without one, in their order
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run it with the arguments of a command line, by default those of the process.

@@ -60,12 +60,7 @@ class Stage(NamedTuple):
 
 
 def run_study(config: Config) -> None:
-    """Write a study, unless its file is given, and run what is not done.
-
-    Raises:
-        FileNotFoundError, ValueError: no such folder or study, scans that are in no known layout, settings that are
-            wrong, or a stage that failed.
-    """
+    """Write a study, unless its file is given, and run what is not done."""
     file, stages = _study_of(config)
     with contextlib.chdir(file.parent):
         if config["plan"]:
@@ -79,11 +74,7 @@ def run_study(config: Config) -> None:
 
 
 def read_study(file: Path) -> list[Stage]:
-    """The stages of a study in their order.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not a study.
-    """
+    """The stages of a study in their order; a ValueError if the file is none."""
     stages = (read_yaml(file) or {}).get("stages")
     if not isinstance(stages, dict) or not stages:
         raise ValueError(f"{file}: not a study: it needs stages: {{NAME: {{COMMAND: {{KEY: VALUE}}}}}}")
@@ -107,9 +98,6 @@ def plan_stages(config: Config) -> list[Stage]:
     scratch are trained for each, and compared on the scans that they were not trained on; where the extra `atlas` is
     installed, also with the registration of a few labelled scans to the others. One subject alone gives a network,
     which nothing can be said about.
-
-    Args:
-        config: of asa-run.
 
     Raises:
         FileNotFoundError, ValueError: see `recognise`, and the readers; scans without labels.
@@ -177,12 +165,7 @@ def _atlas_stages(store: str, atlases: int) -> list[Stage]:
 
 
 def _study_of(config: Config) -> tuple[Path, list[Stage]]:
-    """The file of a study and its stages: the one that is given, or a new one of the folders that are.
-
-    Raises:
-        FileNotFoundError, ValueError: see `plan_stages`; settings that are missing or wrong, or the folder of another
-            study. No file was written then.
-    """
+    """The file of a study and its stages: the one that is given, or a new one, written if all settings are right."""
     given = config["labelled"]
     if given is None:
         raise ValueError("give a folder of labelled scans and out=, or the study.yaml of an earlier asa run")
@@ -229,11 +212,7 @@ def _check_labels(stage: Stage, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _run(stages: Sequence[Stage]) -> None:
-    """Run what is not done, in the study's folder, and write the page after each stage.
-
-    Raises:
-        ValueError: a stage failed.
-    """
+    """Run what is not done, in the study's folder, and write the page after each stage."""
     from asa.reporting.study import write_study
     from asa.tasks.run import call
 

@@ -43,11 +43,7 @@ class Task(Protocol):
     parts: Mapping[str, Sequence[Any]]
 
     def __init__(self, config: Config) -> None:
-        """Open the data, and enter what follows from it (channels, classes) into `config["method"]`.
-
-        Raises:
-            ValueError: data or settings that do not fit the task.
-        """
+        """Open the data; enter what follows from it (channels, classes) into `config["method"]`. Raises ValueErrors."""
 
     def example(self, method: Any, count: int) -> Batch:
         """A micro-batch of `count` samples; floating-point tensors may be on the meta device."""
@@ -83,11 +79,7 @@ class Task(Protocol):
 
 
 def find_task(name: str, plugins: Sequence[str] = ()) -> type[Task]:
-    """A task by its name: one of `BUILT_IN`, or `package.module.Class` of a package listed in `plugins`.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """A task of `BUILT_IN`, or `package.module.Class` of a package listed in `plugins`; a ValueError for any other."""
     if name not in BUILT_IN and ("." not in name or not plugins):
         raise ValueError(
             f"no task {name[:80]!r}: there are {', '.join(BUILT_IN)}, and package.module.Class with plugins=[package]"
@@ -100,15 +92,7 @@ def find_task(name: str, plugins: Sequence[str] = ()) -> type[Task]:
 
 
 def task_of_method(config: Config, command: str) -> tuple[str, type[Task]]:
-    """The name and the class of the task that a configuration's method names.
-
-    Args:
-        config: with `method` and `plugins`.
-        command: that is to train it.
-
-    Raises:
-        ValueError: the method names no task, or one of another command.
-    """
+    """The name and the class of the task that a configuration's method names; a ValueError for another command's."""
     target, plugins = config["method"]["_target_"], config["plugins"]
     name = getattr(locate(target, ("asa.methods", *PACKAGES, *plugins)), "task", None)
     if not isinstance(name, str):
@@ -117,16 +101,3 @@ def task_of_method(config: Config, command: str) -> tuple[str, type[Task]]:
     if task.command != command:
         raise ValueError(f"_target_={target} is a method of {name}: train it with asa-{task.command}")
     return name, task
-
-
-def task_of_checkpoint(description: Mapping[str, Any], plugins: Sequence[str] = ()) -> type[Task]:
-    """The task that a checkpoint was trained for.
-
-    Args:
-        description: of `asa.training.checkpoint.read_description`.
-        plugins: packages of the user's that a task may come from; a checkpoint cannot add any.
-
-    Raises:
-        ValueError: it names no task, or one that there is not.
-    """
-    return find_task(str(description.get("task", "")), plugins)

@@ -34,15 +34,10 @@ OF_DATA = ("_target_", "img_size", "in_channels", "out_channels", "classes", "me
 
 
 def follow_init(command: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The network for the encoder of `init=`: its size, and how it treats positions.
+    """The network for the encoder of `init=`, its size and how it treats positions, as settings by dotted key.
 
-    Args:
-        command: name of a command; only asa-pretrain and asa-finetune have a network.
-        overrides: `key=value` arguments. What they give is not changed, and `experiment=` gives its own network.
-
-    Returns:
-        Settings by dotted key; {} where the network is given, the checkpoint is not of this package or not here, or no
-        network of the method has such an encoder.
+    What the `key=value` arguments give is not changed. {} where they give a network or an experiment, where the
+    checkpoint is not of this package or not here, and where no network of the method has such an encoder.
     """
     given = given_settings(overrides) if command in METHODS else {}
     if not given.get("init") or {"model", "experiment"} & given.keys():
@@ -91,22 +86,14 @@ def _encoder_of(family: str) -> str:
 
 
 def check(command: str, config: Config) -> None:
-    """Check a composed configuration; see the functions of the commands below.
-
-    Raises:
-        FileNotFoundError, ValueError: a value that cannot be right, or a path without what has to be there.
-    """
+    """Raise a ValueError or FileNotFoundError for a value, or what a path holds, that cannot be right."""
     check_settings(command, config)
     if command in CHECKS:
         CHECKS[command](config)
 
 
 def check_settings(command: str, config: Config) -> None:
-    """Check the settings of a composed configuration that are wrong whatever its paths hold.
-
-    Raises:
-        ValueError: a value that cannot be right.
-    """
+    """Raise a ValueError for a setting that is wrong whatever the paths hold."""
     for group, settings in SETTINGS.get(command, {}).items():
         typed(settings, config[group], group)
     if "workers" in config:

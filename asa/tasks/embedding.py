@@ -36,11 +36,7 @@ MOST_CLASSES = 10  # of a column of numbers that a logistic regression takes
 
 
 class Embedder:
-    """Collects the features of each scan for `OUT/features.csv`.
-
-    Args:
-        config: of asa-embed.
-    """
+    """Collects the features of each scan for `OUT/features.csv`."""
 
     def __init__(self, config: Config) -> None:
         self.parts, self.arrays = config["of"], config["arrays"]
@@ -56,8 +52,7 @@ class Embedder:
         if self.parts == "labels" and (self.store is None or not self.store.labels):
             raise ValueError("of=labels: needs the labels of a store, input=STORE")
         self.extractor = FeatureExtractor(
-            str(config["checkpoint"]),
-            **{key: config[key] for key in ("img_size", "strip", "device", "plugins")},
+            str(config["checkpoint"]), **{key: config[key] for key in ("img_size", "strip", "device", "plugins")}
         )
         self.preprocessor = self.extractor.preprocessor
         self.rows: dict[str, dict[str, np.ndarray]] = {}
@@ -99,20 +94,14 @@ class Embedder:
 
 
 def embed_task(config: Config) -> None:
-    """Write the features of a scan, a folder of scans or a store.
-
-    Raises:
-        FileNotFoundError, ValueError: no such input or checkpoint, or scans that failed; the others are in the table.
-    """
+    """Write the features of a scan, a folder of scans or a store."""
     predict_scans(Embedder(config), config)
 
 
 def evaluate_probe(config: Config) -> None:
     """Score what a simple model reads from features about a column of a table, and how well they tell the site.
 
-    Raises:
-        FileNotFoundError, ValueError: a table or a setting that does not fit.
-        ImportError: the `probe` extra is not installed; or `report`, without which the page alone is missing.
+    Raises an ImportError without the extra `probe`; and without `report`, when only the page is missing.
     """
     table, truth, out = tables_of(config, TABLE)
     check_page(out / "report.html")

@@ -22,11 +22,7 @@ SCHEME = "label_scheme"  # function of a reader, which gets the keys of data=
 
 
 def prepare_task(config: Config) -> None:
-    """Prepare a cohort, run its quality control, or verify a store.
-
-    Raises:
-        ValueError: scans failed or are damaged; they are listed first.
-    """
+    """Prepare a cohort, run its quality control, or verify a store; a ValueError after the list of failed scans."""
     out, check = Path(str(config["out"])), config["check"]
     if config["verify"]:
         verify(out)
@@ -61,11 +57,7 @@ def _is_foreign(path: Path) -> bool:
 
 
 def verify(path: Path) -> None:
-    """Compare a store with its checksums.
-
-    Raises:
-        ValueError: scans are damaged; they are listed first.
-    """
+    """Compare a store with its checksums; a ValueError after the list of damaged scans."""
     store = Store(path)
     damaged = store.verify()
     for id, reason in damaged:
@@ -88,11 +80,7 @@ def _scheduler(config: Config) -> str | None:
 
 
 def cohort_of(config: Config) -> CohortSettings:
-    """What makes scans a cohort: labels, channels, and the preprocessing.
-
-    Raises:
-        FileNotFoundError, ValueError: settings that contradict each other, or a dataset that does not say its labels.
-    """
+    """Labels, channels and preprocessing; a ValueError if they contradict each other, or a dataset has no labels."""
     labels, ignored, regions = config["labels"] or {}, config["ignored"] or (), config["regions"] or {}
     if labels == "dataset":
         reader = str(config["data"]["_target_"]).rpartition(".")[0]

@@ -20,7 +20,7 @@ from asa.evaluation.comparison import comparison_table
 from asa.evaluation.policies import POLICIES
 from asa.tasks import COMMANDS
 from asa.tasks.atlases import check_network_settings, predict_by_registration
-from asa.tasks.base import Config, find_task, task_of_checkpoint, task_of_method
+from asa.tasks.base import Config, find_task, task_of_method
 from asa.tasks.checks import check, follow_init, say_followed
 from asa.tasks.embedding import evaluate_probe
 from asa.tasks.evaluation import compare_folders
@@ -36,25 +36,17 @@ from asa.training.run_folder import open_run, run_backend
 
 
 def configure(command: str, *settings: Mapping[str, Any], config_dir: str | Path | None = None) -> Config:
-    """The composed configuration of a command.
+    """The composed configuration of a command of which the name, without "asa-", is given; raises as `compose`.
 
     Args:
-        command: its name, without "asa-".
         settings: nested, or by dotted key; later ones win. None leaves a key at null.
         config_dir: a folder of your own experiments and other groups, as `--config-dir`.
-
-    Raises:
-        ValueError: an unknown key, or a value of the wrong type.
     """
     return compose(command, as_overrides(command, *settings), config_dir=config_dir)
 
 
 def call(command: str, *settings: Mapping[str, Any], config_dir: str | Path | None = None) -> Path | None:
-    """Compose the configuration of a command and hand it to the command's function.
-
-    Args:
-        command: one of `asa.tasks.COMMANDS`.
-        settings, config_dir: see `configure`.
+    """Compose the configuration of a command, see `configure`, and hand it to the command's function.
 
     Returns:
         The run folder of a training that was done.
@@ -69,11 +61,8 @@ def prepare(out: str | Path, **settings: Any) -> Path:
     """Prepare raw scans into a store, as asa-prepare does; scans that are prepared already are not done again.
 
     Args:
-        out: folder of the store.
+        out: folder of the store, which is returned.
         settings: keys of asa-prepare, like `data="bids", **{"data.root": FOLDER}`.
-
-    Returns:
-        `out`.
 
     Raises:
         ValueError: settings that do not fit, or scans that failed; the others are prepared.
@@ -88,10 +77,8 @@ def pretrain(
     """Pretrain an encoder on unlabelled scans, as asa-pretrain does; a run that was stopped is resumed.
 
     Args:
-        store: folder made by asa-prepare.
-        out: run folder.
-        config_dir: a folder of your own experiments.
-        settings: keys of asa-pretrain.
+        store, out: folder made by asa-prepare, and the run folder.
+        config_dir, settings: a folder of your own experiments, and keys of asa-pretrain.
 
     Returns:
         The run folder; None for `plan="only"`.
@@ -110,9 +97,7 @@ def finetune(
 
     Args:
         store: folder made by asa-prepare; None for restoration, which takes `data={"root": FOLDER}`.
-        out: run folder.
-        config_dir: a folder of your own experiments.
-        settings: keys of asa-finetune.
+        out, config_dir, settings: as in `pretrain`.
 
     Returns:
         The run folder; None for `plan="only"` and `transfer="explain"`.
@@ -147,19 +132,15 @@ def predict(
     Args:
         checkpoint: a run, a checkpoint or a weights file; several are averaged. None: `atlas` alone.
         input: a scan, a folder of scans, or a store.
-        out: folder for the results.
+        out: folder for the results, which is returned.
         atlas: a store with labels, whose scans are registered to each new one; with `checkpoint`, averaged with it.
         settings: keys of asa-predict.
-
-    Returns:
-        `out`.
 
     Raises:
         FileNotFoundError, ValueError: no such input or checkpoint, neither checkpoint nor atlas, or scans that failed.
     """
-    several = None if checkpoint is None or isinstance(checkpoint, str | Path) else list(checkpoint)
-    required = {"checkpoint": checkpoint if several is None else several, "atlas": atlas, "input": input, "out": out}
-    call("predict", settings, required)
+    chosen = checkpoint if isinstance(checkpoint, str | Path | None) else list(checkpoint)
+    call("predict", settings, {"checkpoint": chosen, "atlas": atlas, "input": input, "out": out})
     return Path(out)
 
 
@@ -178,8 +159,7 @@ def evaluate(predictions: str | Path, truth: str | Path, out: str | Path, **sett
     Raises:
         FileNotFoundError, ValueError: no such folder, or cases that cannot be evaluated.
     """
-    required = {"predictions": str(predictions), "truth": str(truth), "out": str(out)}
-    call("evaluate", settings, required)
+    call("evaluate", settings, {"predictions": str(predictions), "truth": str(truth), "out": str(out)})
     summary: dict[str, Any] = read_json(Path(out) / "summary.json")
     return summary
 
@@ -205,11 +185,7 @@ def pretrain_task(config: Config) -> Path | None:
 
 
 def train_task(config: Config, command: str) -> Path | None:
-    """Train what a configuration's method names, or print the plan of it.
-
-    Args:
-        config: of asa-pretrain or asa-finetune.
-        command: which of the two.
+    """Train what the method of a configuration, of asa-pretrain or asa-finetune, names; or print the plan of it.
 
     Returns:
         The run folder; None where nothing was to be trained.
@@ -284,11 +260,7 @@ def _not_here(init: str) -> str | None:
 
 
 def predict_task(config: Config) -> None:
-    """Predict scans as the checkpoint's task does, of several checkpoints as that of the first; or with atlases.
-
-    Raises:
-        FileNotFoundError, ValueError: no such input or checkpoint, or scans that failed.
-    """
+    """Predict scans as the checkpoint's task does, of several checkpoints as that of the first; or with atlases."""
     if not isinstance(config["probabilities"], bool):
         raise ValueError(f"probabilities={config['probabilities']}: choose true or false")
     if config["atlas"] is None and not (checkpoints := checkpoints_of(config)):
@@ -298,7 +270,7 @@ def predict_task(config: Config) -> None:
         return
     check_network_settings(config)
     Backend.of(config["predict"]["device"], config["predict"]["precision"])
-    task = task_of_checkpoint(read_description(checkpoints[0]), config["plugins"])
+    task = find_task(str(read_description(checkpoints[0]).get("task", "")), config["plugins"])  # adds no plugin
     if config["healthy"] is not None and task.command != "pretrain":
         raise ValueError("healthy= is for asymmetry maps of a run of method=sa_swin: leave it out")
     task.predict(config)

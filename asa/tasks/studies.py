@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,8 @@ def finetune_task(config: Config) -> Path | None:
 def cross_validate(config: Config, policy: str) -> Path | None:
     """Fine-tune all folds in folders of their own, predict each fold's test part, and score all predictions together.
 
-    Args:
-        config: of asa-finetune, with data.split.fold=all.
-        policy: of the evaluation.
-
     Returns:
         The folder that holds the folds' runs; None where nothing was to be trained.
-
-    Raises:
-        ValueError: no number of folds, settings that one run cannot have, or several processes.
     """
     out, folds = Path(str(config["out"])), _fold_configs(config)
     if config["plan"] is not None or config["transfer"] != "load":
@@ -114,11 +107,7 @@ def _predict_fold(run: Path, out: Path, config: Config) -> None:
 
 
 def ablate(config: Config) -> None:
-    """Run an ablation.
-
-    Raises:
-        ValueError: invalid settings, or runs that failed; these are listed, and the others are done.
-    """
+    """Run an ablation; a ValueError after the list of runs that failed, when the others are done."""
     for key in COMMANDS:
         config[key] = config[key] or {}
     for key in ("store", "unlabelled"):
@@ -171,22 +160,15 @@ class Cell:
         return f"seed{self.seed}_{labelled_text(self.labelled)}_{self.arm}"
 
 
-@dataclass
 class Ablation:
-    """An ablation and its state.
+    """An ablation and its state."""
 
-    Raises:
-        ValueError: arms that do not exist, or are incomplete.
-    """
-
-    config: Config  # of asa-ablate, checked
-    pretrained: dict[str, str | None] = field(default_factory=dict)  # name -> why it failed, None: done
-    trials: list[Trial] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.out, self.arms = Path(str(self.config["out"])), chosen_arms(self.config)
-        self.store = Path(self.config["store"] or self.out.resolve() / "store")  # the given one, or that of `prepare`
+    def __init__(self, config: Config) -> None:
+        self.config, self.out, self.arms = config, Path(str(config["out"])), chosen_arms(config)
+        self.store = Path(config["store"] or self.out.resolve() / "store")  # the given one, or that of `prepare`
+        self.pretrained: dict[str, str | None] = {}  # name -> why it failed, None: done
+        self.trials: list[Trial] = []
+        self.failures: dict[str, str] = {}
 
     def run(self) -> None:
         """Do what is not done yet, and write the tables of all runs that are."""
@@ -246,11 +228,7 @@ class Ablation:
         return {key: value for key, value in self.config.items() if key not in (*FREE, "out")}
 
     def _prepare(self) -> None:
-        """Make the store by asa-prepare; scans that are prepared already are not done again.
-
-        Raises:
-            ValueError: scans failed.
-        """
+        """Make the store by asa-prepare; scans that are prepared already are not done again."""
         print(f"store: {self.store}", flush=True)
         raw = {"data.root": self.out.resolve() / "scans"}  # where phantoms are generated
         settings = (raw, self.config["prepare"], {"out": self.store})
