@@ -97,10 +97,7 @@ def plan_stages(config: Config) -> list[Stage]:
     Labelled scans of several subjects are divided into folds: a network from the pretrained encoder and one from
     scratch are trained for each, and compared on the scans that they were not trained on; where the extra `atlas` is
     installed, also with the registration of a few labelled scans to the others. One subject alone gives a network,
-    which nothing can be said about.
-
-    Raises:
-        FileNotFoundError, ValueError: see `recognise`, and the readers; scans without labels.
+    which nothing can be said about. A ValueError for scans without labels, or in no known layout (`recognise`).
     """
     added = {command: config[command] or {} for command in ("prepare", "pretrain", "finetune", "predict")}
     shared = {"prepare.strip": config["strip"], "prepare.midway": True, "prepare.spacing": 1, "check": "also"}

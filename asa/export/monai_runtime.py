@@ -42,8 +42,7 @@ class WriteLabelMap(Transform):
     """Bring logits back to the scan's own grid, and write the label map with the scan's header.
 
     Args:
-        facts: as for `PrepareScan`.
-        output_dir: folder for `ID.nii.gz`.
+        facts, output_dir: as for `PrepareScan`; and the folder for `ID.nii.gz`.
         probabilities: also write the probability of each class or region, to `probabilities/ID` in the folder.
     """
 

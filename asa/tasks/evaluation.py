@@ -47,8 +47,7 @@ def evaluate_case(
     Args:
         prediction, truth: label maps on one grid, values as declared; in the truth also those ignored by the policy.
         labels: declared label value -> name; 0 is background and not declared.
-        policy: name of a policy, or one.
-        case_id: names the case in rows and errors.
+        policy, case_id: name of a policy, or one; and what the case is called in rows and errors.
 
     Raises:
         ValueError: another grid, an undeclared label value, a bad declaration, an unknown policy.

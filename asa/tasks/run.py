@@ -150,11 +150,8 @@ def evaluate(predictions: str | Path, truth: str | Path, out: str | Path, **sett
     Args:
         predictions: folder of label maps (or restored images).
         truth: a store, or a folder of label maps (or clean images).
-        out: folder for cases.csv, summary.json and report.html.
+        out: folder for cases.csv, report.html and summary.json, of which the content is returned.
         settings: keys of asa-evaluate.
-
-    Returns:
-        The content of summary.json.
 
     Raises:
         FileNotFoundError, ValueError: no such folder, or cases that cannot be evaluated.

@@ -197,11 +197,7 @@ def _regions(node: Config, store: Store) -> dict[str, list[int]]:
 def lateral_indices(
     pairs: Sequence[Sequence[str]], index: Mapping[str, int], augment: AugmentSettings
 ) -> list[tuple[int, int]]:
-    """Class indices of left/right pairs of label names, from those of the names.
-
-    Raises:
-        ValueError: no pairs, unknown names, or mirrored crops and a label with a side but no partner.
-    """
+    """Class indices of left/right pairs of names; a ValueError if a label with a side has none in mirrored crops."""
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"data.lateral_pairs is a list of pairs, like [[left_x, right_x]], got {pairs}")
     paired = [name for pair in pairs for name in pair]
@@ -218,10 +214,9 @@ def lateral_indices(
 
 
 def check_sides(store: Store, records: Records, pairs: Sequence[tuple[int, int]]) -> None:
-    """Check a few label maps for the sides that their labels are named for, as the plane would exchange them.
+    """Raise a ValueError if in most of a few label maps the voxels of the left labels of `pairs` lie to the right.
 
-    Raises:
-        ValueError: the voxels of the left labels (`pairs` has class indices) lie to the right, in most of these scans.
+    These are class indices, (left, right), which the plane would exchange.
     """
     side = np.zeros(256, np.int8)
     for left, right in pairs:
@@ -299,11 +294,8 @@ def mean_loss(method: SegmentationMethod, dataset: CropDataset) -> float:
 class SegmentationPredictor:
     """Writes the label map of each scan and `OUT/volumes.csv`; on request also probabilities and uncertainty.
 
-    What predicts is a segmenter, by default the networks of the configuration of asa-predict.
-
-    Raises:
-        FileNotFoundError, ValueError: see `Segmenter`; labels that the layout cannot name, a damaged table of volumes,
-            label maps that atlases made, which networks would mix with theirs, or other files, which might be replaced.
+    What predicts is a segmenter, by default the networks of the configuration of asa-predict. A folder is refused if
+    it holds label maps that atlases made, which networks would mix with theirs, or other files that might be replaced.
     """
 
     def __init__(self, config: Config, segmenter: ScanSegmenter | None = None) -> None:

@@ -136,9 +136,6 @@ def open_store(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[s
     Args:
         data: `store`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
         run: the run folder; the `split.json` of a run that is resumed holds.
-
-    Raises:
-        ValueError: no store, or a split that does not fit it.
     """
     if data["store"] is None:
         raise ValueError("data.store has to be given: a folder made by asa-prepare")

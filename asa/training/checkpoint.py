@@ -211,9 +211,8 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_tensors(file: Path) -> Any:
     """What `torch.save` wrote: plain data and tensors on the CPU, and nothing that could run code.
 
-    Raises:
-        ValueError: a compressed file, or tensors larger than it, which would be allocated when they are used.
-        Exception: of many types, for a damaged file or one with other objects.
+    A ValueError for a compressed file, or tensors larger than it, which would be allocated when they are used; errors
+    of many types for a damaged file or one with other objects.
     """
     if zipfile.is_zipfile(file):  # torch.save does not compress, but torch.load unpacks whatever is compressed
         with zipfile.ZipFile(file) as archive:

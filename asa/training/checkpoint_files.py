@@ -44,12 +44,8 @@ def is_shipped(path: str | Path) -> bool:
 def find_weights(path: str | Path) -> Path:
     """The weights file of a path: the file itself, that of a checkpoint folder, or the newest of a run or of RUN/best.
 
-    One of `hf://ORG/NAME[@REVISION]` is fetched to the local cache, with its digests, which have to be there;
-    `asa://NAME` is one that this package brings.
-
-    Raises:
-        FileNotFoundError: there is none, or one in each fold of a cross-validation.
-        ImportError, OSError, ValueError: see `asa.training.checkpoint_files.fetch`.
+    One of `hf://ORG/NAME[@REVISION]` is fetched to the local cache, with its digests, which have to be there, see
+    `fetch`; `asa://NAME` is one that this package brings. A FileNotFoundError if there is none, or one in each fold.
     """
     if on_hub(path):
         return fetch(str(path), WEIGHTS, DIGESTS) / WEIGHTS

@@ -38,10 +38,8 @@ class StepCheck:
 class NonFiniteGuard:
     """Skips non-finite steps. Call `add` for each micro-batch, then `check`, then the optimizer's step.
 
-    Args:
-        run, log: the run folder, for dumps of batches; and what receives the skipped steps.
-        optimizer: a fused one, which leaves weights and state unchanged where its `found_inf` is 1.
-        fp16: whether the loss is scaled, so that steps are skipped until the scale is found.
+    The optimizer is a fused one, which leaves weights and state unchanged where its `found_inf` is 1. With `fp16` the
+    loss is scaled, and steps are skipped until the scale is found.
     """
 
     def __init__(self, run: Path, log: RunLog, optimizer: torch.optim.Optimizer, *, fp16: bool = False) -> None:

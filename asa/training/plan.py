@@ -180,12 +180,9 @@ def show_plan(
     rate: float | None,
     names: tuple[str, str],
 ) -> str:
-    """The plan of a run as text.
+    """The plan of a run, see `make_plan`, as text; `names` are those of items of a batch and of the training part.
 
-    Args:
-        make, example, settings, optim: see `make_plan`.
-        scans, names: of the training part, and what items of a batch and of this part are called.
-        rate: TFLOP/s that the run will reach; None: the rate of matrix products is measured on this machine.
+    The rate is the TFLOP/s that the run will reach; None: that of matrix products is measured on this machine.
     """
     plan = make_plan(make, example, settings=settings, optim=optim)
     for_gpu = settings.precision == "fp16" and pick_device("auto").type == "cpu"

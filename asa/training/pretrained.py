@@ -26,9 +26,6 @@ def read_source(path: str | Path, *, shapes: bool = False) -> tuple[Source, dict
         path: see `read_weights`; or a `.pt`, `.pth`, `.ckpt` or `.bin` file of nnssl, or with a MONAI ViT, ViTAutoEnc
             or UNETR, from which only plain data and tensors are loaded.
         shapes: of a checkpoint of this package read only the tensors' shapes: they are on the meta device.
-
-    Raises:
-        FileNotFoundError, ValueError: no checkpoint there, or of an unknown kind.
     """
     file = find_weights(path)
     if file.suffix in TORCH_FILES:
@@ -64,10 +61,8 @@ def load_pretrained(
         model, model_config: the network, whose `encoder` is changed in place, and its description.
 
     Returns:
-        The report to print.
-
-    Raises:
-        ValueError: an encoder of another kind, a network that takes none, or (without `explain`) one that differs.
+        The report to print; a ValueError for an encoder of another kind, a network that takes none, or (without
+        `explain`) one that differs.
     """
     if not hasattr(model.encoder, "state_dict"):  # nothing to load into
         raise ValueError(
