@@ -58,7 +58,6 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
         )
     if getattr(model, "mirrored", False):
         raise ValueError(f"{checkpoint}: a network that cross-attends to the mirror image cannot be exported to ONNX")
-    assert encoder is not None
     network: torch.nn.Module = encoder
     output = "tokens"
     if is_segmentation_network(model) or isinstance(model, WholeVolumeNetwork):
