@@ -46,7 +46,7 @@ from asa.tasks.evaluation import compare_folders, evaluate_folder
 from asa.tasks.segmentation import SegmentationPredictor
 from asa.tasks.studies import _predict_fold
 from asa.tasks.volumes import choose_split
-from asa.training.checkpoint import load_model, read_model, save_checkpoint
+from asa.training.checkpoint import FORMAT, DamagedCheckpoint, load_model, read_model, read_weights, save_checkpoint
 from asa.training.checkpoint_files import WEIGHTS
 from asa.training.device import Backend
 from asa.training.loop import TrainSettings
@@ -526,6 +526,16 @@ def test_networks_of_all_tasks_are_built_twice_and_loaded(tmp_path: Path, kind: 
     save_file(tensors, tmp_path / "x.safetensors", metadata={"asa": json.dumps(changed)})
     with pytest.raises(ValueError, match="does not match the model: depth"):
         load_model(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("edge", [2**62, 2**63])
+def test_a_header_with_sizes_that_no_tensor_has_is_a_damaged_checkpoint(tmp_path: Path, edge: int) -> None:
+    asa = json.dumps({"format": FORMAT, "step": 1, "model": {}, "data": {}})
+    weight = {"dtype": "F32", "shape": [0, edge, edge], "data_offsets": [0, 0]}
+    header = json.dumps({"__metadata__": {"asa": asa}, "w": weight}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(DamagedCheckpoint, match="x.safetensors"):
+        read_weights(tmp_path / "x.safetensors", shapes=True)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from asa.data.io.files import sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
 from asa.data.io.tables import check_own
+from asa.data.preprocessing.resampling import bounding_box
 from asa.errors import listed
 from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
-from asa.evaluation.metrics import bounding_box
 from asa.evaluation.policies import Policy, get_policy
 from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, summarise
 from asa.evaluation.tables import table_in

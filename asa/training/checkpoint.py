@@ -276,7 +276,7 @@ def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], d
             weights = {name: opened.get_tensor(name) for name in names}
             half = {name: tensor.float() for name, tensor in weights.items() if tensor.dtype == torch.float16}
             return {**weights, **half}, description
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, TypeError) as error:  # the last two: of sizes that no tensor has
         raise DamagedCheckpoint(f"{file}: not a complete safetensors file ({error})") from error
 
 
