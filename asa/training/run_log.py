@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -33,7 +34,8 @@ class RunLog:
         if self.path.exists():
             lines = [line for line in self.path.read_text(errors="replace").splitlines() if _step(line) <= start]
             write_whole(self.path, "".join(f"{line}\n" for line in lines).encode())
-        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
+        often = 1.0 if sys.stderr.isatty() else 10.0  # in a file each update stays
+        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=often)
         kinds = [TRACKERS[name] for name in trackers]
         self.trackers = [Queued(kind.title, partial(kind, run, start), self._warn) for kind in kinds]
 
