@@ -9,6 +9,7 @@ sliding window, and their volumes. Evaluation: label maps against the truth unde
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +175,18 @@ class Segmentation(VolumeTask):
             raise ValueError(f"regions= joins label values, like regions={{core: [1, 4]}}, got {config['regions']!r}")
         truth, out = Path(str(config["truth"])), Path(str(config["out"]))
         cohort = _truth_of_store(truth, config) if (truth / MANIFEST).exists() else _truth_of_folder(truth, config)
-        if config["regions"] is not None:
-            cohort["regions"] = config["regions"]
-        given = {key: config[key] for key in ("policy", "allow_missing", "workers")}
-        summary = evaluate_folder(Path(str(config["predictions"])), out=out, **given, **cohort)
+        summary = evaluate_folder(
+            Path(str(config["predictions"])),
+            cohort.truths,
+            cohort.labels,
+            config["policy"],
+            out,
+            cohort.images,
+            regions=cohort.regions if config["regions"] is None else config["regions"],
+            ignored=cohort.ignored,
+            allow_missing=config["allow_missing"],
+            workers=config["workers"],
+        )
         print(summary_table(summary))
         print(f"wrote cases.csv, summary.json and report.html to {out}")
 
@@ -371,8 +380,19 @@ def networks_of(config: Config) -> Segmenter:
     )
 
 
-def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
-    """Arguments of `evaluate_folder`: source label files and images of a store's scans, and what it says of labels."""
+@dataclass
+class Truth:
+    """What predictions are evaluated against, see `evaluate_folder`."""
+
+    truths: dict[str, Path]  # label map by case id
+    images: dict[str, Path] | None
+    labels: dict[int, str]
+    regions: dict[str, list[int]]
+    ignored: list[int]
+
+
+def _truth_of_store(path: Path, config: Config) -> Truth:
+    """Source label files and images of a store's scans."""
     if given := [key for key in ("labels", "ignored", "images") if config[key]]:
         raise ValueError(f"{given[0]}= is for a folder of label maps, and {path} is a store with its own: leave it out")
     store = Store(path)
@@ -384,12 +404,11 @@ def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
         raise ValueError(f"{path}: none of the scans has a label map to compare with")
     truths = {record["id"]: Path(record["sources"]["label"]["path"]) for record in labelled}
     images = {record["id"]: store.first_source(record) for record in labelled}
-    about = {"labels": store.labels, "regions": store.regions, "ignored": store.ignored}
-    return {"truths": truths, "images": images, **about}
+    return Truth(truths, images, store.labels, store.regions, store.ignored)
 
 
-def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
-    """Arguments of `evaluate_folder`: label files of a folder by the text that the pattern's * stands for."""
+def _truth_of_folder(path: Path, config: Config) -> Truth:
+    """Label files of a folder by the text that the pattern's * stands for."""
     if not isinstance(config["labels"], dict):
         raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
     if not all(isinstance(value, int) for value in config["ignored"]):
@@ -398,10 +417,8 @@ def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
     records = folder.records(path, images={"label": pattern})
     truths = {record["id"]: Path(str(record["images"]["label"])) for record in records}
     labels = {int(value): name for value, name in config["labels"].items()}
-    images = None if config["images"] is None else folder.files_by_id(str(config["images"]))  # of a path with wildcards
-    return {
-        "truths": truths,
-        "images": images and {id: image for id, image in images.items() if id in truths},
-        "labels": labels,
-        "ignored": config["ignored"],
-    }
+    images = None
+    if config["images"] is not None:
+        found = folder.files_by_id(str(config["images"]))
+        images = {id: image for id, image in found.items() if id in truths}
+    return Truth(truths, images, labels, {}, config["ignored"])

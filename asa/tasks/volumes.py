@@ -18,7 +18,7 @@ from asa.data.store import Store
 from asa.errors import counted, listed
 from asa.inference.preprocessing import training_scan_metadata
 from asa.methods.base import Batch
-from asa.models.transfer import POSITIONS, other_position
+from asa.models.transfer import POSITIONS, Source, other_position
 from asa.tasks.base import Config
 from asa.training.checkpoint import load_weights
 from asa.training.checkpoint_files import list_checkpoints
@@ -204,7 +204,7 @@ class Initialisation:
     def __init__(self, config: Config, store: Store, split: Mapping[str, Sequence[str]]) -> None:
         self.init = config["init"]
         self.model_config = config["model"]
-        self.source: Any = None  # without `init`
+        self.source: Source | None = None  # without `init`
         self.description: dict[str, Any] = {}
         if self.init:
             self.source, self.description = read_source(self.init, shapes=config["plan"] is not None)
@@ -213,6 +213,7 @@ class Initialisation:
 
     def load(self, model: Any, *, explain: bool = False) -> str:
         """Load the encoder into a network: see `load_pretrained`."""
+        assert self.source is not None
         return load_pretrained(self.init, self.source, self.description, model, self.model_config, explain=explain)
 
     def load_and_print(self, model: Any) -> None:
@@ -227,6 +228,7 @@ class Initialisation:
         """Load all weights of the same network, which may have been trained on volumes of another size."""
         if not self.init:
             return
+        assert self.source is not None
         if not self.description:
             raise ValueError(
                 f"init={self.init}: pretraining continues from a run of asa-pretrain; asa-finetune takes encoders of "

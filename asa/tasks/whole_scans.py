@@ -48,7 +48,7 @@ class WholeScans(VolumeTask, ABC):
     command = "finetune"
     targets = ("target",)
     scores: tuple[str, ...]  # of the validation, beside the loss
-    called: Any  # the classes in their order, or the number, as tables call them
+    target_names: Any  # of the classes in their order, or the name of the number
 
     def __init__(self, config: Config, table: str) -> None:
         super().__init__(config, table)
@@ -81,8 +81,8 @@ class WholeScans(VolumeTask, ABC):
         scores, predicted = self.score(model, method, "test")
         if is_main():
             write_whole(run / "predictions_test.csv", self.table(predicted).encode())
-            write_json(run / "scores_test.json", scores.as_json(self.called))
-            print(f"test: {scores.text(self.called)}")
+            write_json(run / "scores_test.json", scores.as_json(self.target_names))
+            print(f"test: {scores.text(self.target_names)}")
 
     @abstractmethod
     def score(self, model: nn.Module, method: Any, part: str) -> tuple[Any, np.ndarray]:
@@ -103,7 +103,7 @@ class WholeScans(VolumeTask, ABC):
     def subjects(self, part: str) -> list[str]:
         return [str(record["subject"]) for record in self.parts[part]]
 
-    def tested(self, truth: Sequence[str]) -> list[tuple[str, str, str]]:
+    def test_rows(self, truth: Sequence[str]) -> list[tuple[str, str, str]]:
         """Id, subject and true value of the test part's scans, for a table of predictions."""
         ids = [str(record["id"]) for record in self.parts["test"]]
         return list(zip(ids, self.subjects("test"), truth, strict=True))
@@ -121,18 +121,19 @@ class Classification(WholeScans):
                 "data.classes has to be given with method=classify: a table with subject (or id) and class"
             )
         class_of = read_column(self.data.classes, "class", self.store.records)
-        self.called = sorted(set(class_of.values()))
-        self.set_values({id: self.called.index(name) for id, name in class_of.items()}, classes=len(self.called))
+        self.target_names = sorted(set(class_of.values()))
+        values = {id: self.target_names.index(name) for id, name in class_of.items()}
+        self.set_values(values, classes=len(self.target_names))
         self.counts = Counter(int(value) for value in self.truth("train"))
         if config["method"].get("weights") == "balanced":
             config["method"]["weights"] = self._balanced_weights()
 
     def target_metadata(self) -> dict[str, Any]:
-        return {"classes": self.called}
+        return {"classes": self.target_names}
 
     def begin(self, run: Path) -> None:
         self.init.write(run)
-        counts = ", ".join(f"{count} {self.called[k]}" for k, count in sorted(self.counts.items()))
+        counts = ", ".join(f"{count} {self.target_names[k]}" for k, count in sorted(self.counts.items()))
         print(f"classifying {counted(len(self.parts['train']), 'scan')} ({counts}), in {run}")
 
     def score(self, model: nn.Module, method: Any, part: str) -> tuple[ClassScores, np.ndarray]:
@@ -143,8 +144,8 @@ class Classification(WholeScans):
         return weighted_cross_entropy(predicted, self.truth("validation"), method.weights.cpu().numpy())
 
     def table(self, predicted: np.ndarray) -> str:
-        rows = self.tested([self.called[int(value)] for value in self.truth("test")])
-        return predictions_csv(self.called, rows, predicted)
+        rows = self.test_rows([self.target_names[int(value)] for value in self.truth("test")])
+        return predictions_csv(self.target_names, rows, predicted)
 
     @staticmethod
     def predict(config: Config) -> None:
@@ -159,9 +160,9 @@ class Classification(WholeScans):
     def _balanced_weights(self) -> list[float]:
         """Weights of the classes inverse to their number of training scans, with mean 1 over these."""
         total = len(self.parts["train"])
-        if missing := [name for k, name in enumerate(self.called) if not self.counts[k]]:
+        if missing := [name for k, name in enumerate(self.target_names) if not self.counts[k]]:
             raise ValueError(f"data.classes: {missing[0]} has no scan in the training part of the split")
-        return [total / (len(self.called) * self.counts[k]) for k in range(len(self.called))]
+        return [total / (len(self.target_names) * self.counts[k]) for k in range(len(self.target_names))]
 
 
 class Regression(WholeScans):
@@ -171,12 +172,12 @@ class Regression(WholeScans):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "table")
-        self.called, values = self.read_values()
+        self.target_names, values = self.read_values()
         train = [values[one["id"]] for one in self.all_parts["train"] if one["id"] in values]
         if len(set(train)) < 2:
             raise ValueError(
                 f"{self.data.table or self.store.path}: the training scans have {len(set(train))} values of "
-                f"{self.called}: a regression needs two or more"
+                f"{self.target_names}: a regression needs two or more"
             )
         self.mean, self.sd = float(np.mean(train)), float(np.std(train))
         self.set_values(values, mean=self.mean, sd=self.sd)
@@ -195,15 +196,15 @@ class Regression(WholeScans):
         return column, {id: as_number(table, id, column, text) for id, text in found.items()}
 
     def target_metadata(self) -> dict[str, Any]:
-        return {"number": {"column": self.called, "mean": self.mean, "sd": self.sd}}
+        return {"number": {"column": self.target_names, "mean": self.mean, "sd": self.sd}}
 
     def begin(self, run: Path) -> None:
         self.init.write(run)
         without = [one["id"] for part in self.all_parts.values() for one in part if one["id"] not in self.attached]
         if without:
-            print(f"left out, without {self.called} in the table: {', '.join(sorted(without))}")
+            print(f"left out, without {self.target_names} in the table: {', '.join(sorted(without))}")
         print(
-            f"regression of {self.called} ({self.mean:.4g}, SD {self.sd:.4g}) on "
+            f"regression of {self.target_names} ({self.mean:.4g}, SD {self.sd:.4g}) on "
             f"{counted(len(self.parts['train']), 'scan')}, in {run}"
         )
 
@@ -215,8 +216,8 @@ class Regression(WholeScans):
         return scores.mae / self.sd
 
     def table(self, predicted: np.ndarray) -> str:
-        rows = self.tested([repr(value) for value in self.truth("test").tolist()])
-        return numbers_csv(self.called, rows, predicted, self.mean)
+        rows = self.test_rows([repr(value) for value in self.truth("test").tolist()])
+        return numbers_csv(self.target_names, rows, predicted, self.mean)
 
     @staticmethod
     def predict(config: Config) -> None:

@@ -149,10 +149,11 @@ def check_best(name: str, metrics: Collection[str]) -> None:
 
 def read_best(run: Path) -> dict[str, Any] | None:
     """The best checkpoint: "name" and "value" of its metric, its "step" and "file"; None if there is none."""
-    for checkpoint in list_checkpoints(run, BEST)[-1:]:
-        description, file = read_description(checkpoint), checkpoint / WEIGHTS
-        return {**description["best"], "step": description["step"], "file": file}
-    return None
+    checkpoints = list_checkpoints(run, BEST)
+    if not checkpoints:
+        return None
+    description = read_description(checkpoints[-1])
+    return {**description["best"], "step": description["step"], "file": checkpoints[-1] / WEIGHTS}
 
 
 def describe_best(run: Path) -> str:

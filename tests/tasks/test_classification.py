@@ -293,7 +293,9 @@ def test_scores_of_a_test_part_with_one_class_are_written_with_an_undefined_auc(
     probabilities, truth = np.array([[0.2, 0.8], [0.4, 0.6]]), np.array([1, 1])
     scores = score_classes(probabilities, truth, ["a", "b"])
     monkeypatch.setattr(whole_scans, "load_model", lambda run, plugins: torch.nn.Identity())
-    task = SimpleNamespace(called=["x", "y"], score=lambda *_: (scores, probabilities), table=lambda predicted: "")
+    task = SimpleNamespace(
+        target_names=["x", "y"], score=lambda *_: (scores, probabilities), table=lambda predicted: ""
+    )
     task.parts, task.config, task.train = {"test": ["a", "b"]}, {"plugins": []}, SimpleNamespace(device="cpu")
     whole_scans.WholeScans.finish(task, tmp_path, None, {})
     written = json.loads((tmp_path / "scores_test.json").read_text())

@@ -17,7 +17,7 @@ BACKGROUND, IGNORE = "background", "ignore"
 
 
 class LabelScheme(NamedTuple):
-    """What a dataset.json says of its labels."""
+    """The label metadata of a dataset.json."""
 
     labels: dict[int, str]  # value -> name, without the background
     ignored: list[int]  # values whose voxels are excluded
