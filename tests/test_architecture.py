@@ -27,8 +27,8 @@ LARGEST_FOLDER = 14  # modules
 LINES = {
     "": 728,
     "baselines": 1144,
-    "cli": 724,
-    "data": 7651,
+    "cli": 725,
+    "data": 7659,  # several draws of lesions
     "evaluation": 2303,
     "export": 745,
     "inference": 2456,

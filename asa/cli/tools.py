@@ -15,7 +15,8 @@ def make_phantoms(config: Config) -> None:
     if (source is not None) != planted:
         raise ValueError("source= is a store for kind=lesions, which needs one: give both or neither")
     if planted:
-        files = plant_cohort(source, out, **{key: config[key] for key in ("lesions", "planted", "seed", "subjects")})
+        keys = ("lesions", "planted", "draws", "seed", "subjects")
+        files = plant_cohort(source, out, **{key: config[key] for key in keys})
     else:
         own = {key: config[key] for key in ("kind", "seed", "resolution", "rim", "names")}
         files = make_cohort(out=out, subjects=10 if config["subjects"] is None else config["subjects"], **own)

@@ -51,6 +51,7 @@ def plant_cohort(
     *,
     lesions: Sequence[str] = ("tumour", "wmh", "infarct", "atrophy"),
     planted: float = 0.5,
+    draws: int = 1,
     seed: int = 0,
     subjects: int | None = None,
     progress: bool = True,
@@ -60,13 +61,15 @@ def plant_cohort(
     The files are ID_CHANNEL.nii.gz and ID_lesions.nii.gz in the stored space, whose values are `VALUES`, and
     `health.csv`: id, subject, health (0 with a lesion), lesion, volume in ml, and contrast: the mean of the first
     channel where it is labelled, relative to the same voxels before. A scan without a lesion is as it is in the store.
+    Of several draws the ids are ID_draw1, ID_draw2, ...
 
     Args:
         source: the store; its channels have names of `CONTRAST`, and one of them is a T1.
         lesions: what is planted: "tumour", "wmh", "infarct" or "atrophy"; one kind in each patient, drawn with equal
             probability.
         planted: fraction of the subjects who get one.
-        seed: random seed. What a subject gets depends on it and on the subject's number among the sorted ones.
+        draws: times that each scan is written, each with other lesions.
+        seed: random seed. What a subject gets depends on it, on the draw and on the subject's number among the sorted.
         subjects: how many of the store's, in the order of their names; None: all.
 
     Returns:
@@ -83,22 +86,27 @@ def plant_cohort(
         raise ValueError(f"{source}: its channels are {', '.join(store.channels)}: a T1 has to show the tissues")
     if not lesions or set(lesions) - PLANTERS.keys():
         raise ValueError(f"lesions={list(lesions)}: choose some of {', '.join(PLANTERS)}")
+    if type(draws) is not int or draws < 1:
+        raise ValueError(f"draws={draws}: give how often each scan is written, a whole number from 1")
     if not 0 < planted <= 1:
         raise ValueError(f"planted={planted}: give the fraction of subjects with a lesion, above 0, at most 1")
     scans = {record["subject"]: record for record in reversed(store.records)}  # the first one of each
     names = sorted(scans)[:subjects]
-    patients = set(np.random.default_rng(seed).permutation(names)[: round(planted * len(names))].tolist())
+    orders, count = np.random.default_rng(seed), round(planted * len(names))
+    patients = [set(orders.permutation(names)[:count].tolist()) for _ in range(draws)]
     about = {"phantom": True, "kind": "lesions", "lesions": list(lesions), "planted": planted, "seed": seed}
     check_out(out, "phantom.json", "a phantom cohort")
     write_json(out / "phantom.json", about | {"values": VALUES, "source": str(Path(source).resolve())})
     written, rows = [out / "phantom.json", out / TABLE], []
-    for number, name in enumerate(tqdm(names, desc="phantom lesions", unit="subject", disable=not progress)):
-        id = scans[name]["id"]
-        before, affine = np.array(store.image(id), np.float32), np.array(scans[name]["chain"]["stored_affine"])
+    both = [(draw, number, name) for draw in range(draws) for number, name in enumerate(names)]
+    for draw, number, name in tqdm(both, desc="phantom lesions", unit="scan", disable=not progress):
+        stored = scans[name]["id"]
+        id = stored if draws == 1 else f"{stored}_draw{draw + 1}"
+        before, affine = np.array(store.image(stored), np.float32), np.array(scans[name]["chain"]["stored_affine"])
         found = Planted(before, np.zeros(before.shape[1:], np.uint8), np.zeros(before.shape[1:], bool), {})
         kind = ""
-        if name in patients:
-            rng = np.random.default_rng([seed, number])
+        if name in patients[draw]:
+            rng = np.random.default_rng([seed, number, draw])
             kind = lesions[int(rng.integers(len(lesions)))]
             try:
                 found = plant(kind, before, store.channels, spacing_of(affine)[::-1].tolist(), rng)
