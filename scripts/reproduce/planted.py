@@ -78,14 +78,22 @@ def blurred(volume: Tensor) -> Tensor:
     return torch.from_numpy(ndimage.gaussian_filter(volume.numpy(), BLUR))
 
 
+def maps_of_sides() -> dict[str, Callable[[Tensor], Tensor]]:
+    """The maps that compare the two sides of a brain `(1, D, H, W)`, by name; they are `(D, H, W)`."""
+    torch.manual_seed(0)
+    untrained = sa_swin_tiny().eval()
+    return {
+        "difference of the two sides": lambda image: (blurred(image[0]) - blurred(image[0].flip(-1))).abs(),
+        "SA-Swin, first weights": lambda image: untrained.asymmetry(image[None])[1][0],
+    }
+
+
 def maps_of(run: Path) -> dict[str, tuple[bool, Callable[[Tensor], Tensor]]]:
     """By name: whether a map compares the two sides, and a function from a brain `(1, D, H, W)` to it, `(D, H, W)`."""
     model, _ = read_model(run)
     if not isinstance(model, MaskedAutoencoder):
         raise ValueError(f"{run}: not a run of asa-pretrain method=asa or mae")
     window = model.encoder.img_size
-    torch.manual_seed(0)
-    untrained = sa_swin_tiny().eval()
 
     def error(masked: int) -> Callable[[Tensor], Tensor]:
         network = PredictedPatches(model, masked)
@@ -94,8 +102,7 @@ def maps_of(run: Path) -> dict[str, tuple[bool, Callable[[Tensor], Tensor]]]:
         )
 
     return {
-        "difference of the two sides": (True, lambda image: (blurred(image[0]) - blurred(image[0].flip(-1))).abs()),
-        "SA-Swin, first weights": (True, lambda image: untrained.asymmetry(image[None])[1][0]),
+        **{name: (True, compute) for name, compute in maps_of_sides().items()},
         "predicted, a quarter masked": (False, error(1)),
         "predicted, three quarters masked": (False, error(3)),
     }
