@@ -19,8 +19,10 @@ from asa.data.loading.loader import collate
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
+from asa.export.hub import export_hub
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.methods.base import by_modality as sums_by_modality
+from asa.reporting.viewing import reconstructed
 from asa.tasks.pretraining import Pretraining
 from asa.tasks.run import call, configure
 from asa.training.checkpoint import read_description, read_weights
@@ -314,6 +316,19 @@ def test_an_sa_swin_of_both_scores_scans_of_either(stores: list[str], raw: Path,
     assert [len(lines) for lines in rows] == [4, 2]
     with pytest.raises(ValueError, match="was prepared in another way"):
         asa.predict(run, stores[0], tmp_path / "no", healthy=stores[1], **cpu)
+
+
+def test_a_published_encoder_says_how_each_modality_is_prepared(joint: Path, tmp_path: Path) -> None:
+    export_hub(joint, tmp_path / "hub", licence="cc0-1.0", trained_on="made-up heads")
+    card = (tmp_path / "hub" / "README.md").read_text().partition("when it predicts:")[2]
+    said = json.loads(card.split("```")[1].removeprefix("json"))
+    assert said["ct"]["window"] == [0, 80] and "window" not in said["t1"]
+    assert set(read_description(tmp_path / "hub")["data"]["modalities"]) == {"t1", "ct"}
+
+
+def test_reconstructions_of_held_out_scans_are_shown_by_modality(joint: Path) -> None:
+    cases = reconstructed(joint, {"ids": None, "count": 4})
+    assert {id.partition("/")[0] for id in cases} == {"t1", "ct"}
 
 
 def test_a_network_is_fine_tuned_from_both_modalities(
