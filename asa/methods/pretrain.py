@@ -15,7 +15,7 @@ from asa.losses.reconstruction import (
     patch_errors,
     weighted_mean,
 )
-from asa.methods.base import Batch, by_modality
+from asa.methods.base import MODALITY, Batch, by_modality
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.patches import Selection, patchify, random_mask, select_tokens, tokens_at, unpatchify
 
@@ -124,17 +124,17 @@ class MaskedPretraining(nn.Module):
             target, mean = normalised(target), torch.zeros_like(mean)
         errors = patch_errors(prediction, target)
         mean_errors = patch_errors(mean.expand_as(target), target)
-        each = {
-            name: (weights * error.detach()).sum(dim=1).view(len(image), self.masks).mean(dim=1)
-            for name, error in (("loss", errors), ("mean_predictor_loss", mean_errors))
-        }
-        return {
+        result = {
             "loss": weighted_mean(errors, weights),
             "mean_predictor_loss": weighted_mean(mean_errors, weights),
             "masked_mse": _mean(errors.detach(), masked.valid),
             "mean_predictor_mse": _mean(mean_errors, masked.valid),
-            **by_modality(batch, **each),
         }
+        if any(key.startswith(MODALITY) for key in batch):
+            each = ((weights * error.detach()).sum(dim=1) for error in (errors, mean_errors))
+            loss, trivial = (value.view(len(image), self.masks).mean(dim=1) for value in each)
+            result |= by_modality(batch, loss=loss, mean_predictor_loss=trivial)
+        return result
 
     def _air(self, batch: Batch) -> Tensor | None:
         """The patches to drop, bool `(B, L)` on the CPU; None without any."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asa.losses.contrastive import NTXent, SymmetryLoss
-from asa.methods.base import Batch, by_modality
+from asa.methods.base import MODALITY, Batch, by_modality
 from asa.models.sa_swin import SASwin, SASwinOutput
 from asa.ops.patches import random_boxes
 from asa.ops.symmetry import rotate_about_left_right
@@ -104,14 +104,13 @@ class SASwinPretraining(nn.Module):
         }
         loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
         detached = {name: value.detach() for name, value in losses.items()}
-        parts = self.losses_by_modality(batch, output, views, health)
+        several = any(key.startswith(MODALITY) for key in batch)
+        parts = self.losses_by_modality(batch, output, views, health) if several else {}
         return {"loss": loss, **detached, **proxy_metrics(output, views), **parts}
 
     @torch.no_grad()
     def losses_by_modality(self, batch: Batch, output: SASwinOutput, views: Views, health: Tensor) -> dict[str, Tensor]:
-        """The losses of the samples of each modality, see `by_modality`; nothing is computed where there is one."""
-        if not by_modality(batch, loss=health):
-            return {}
+        """The losses of the samples of each modality, see `by_modality`."""
         each = {
             "rotation": F.cross_entropy(output.rotation.float(), views.quarters, reduction="none"),
             "contrastive": self.contrast(*output.contrast.chunk(2), "none").view(-1, 2).T.flatten(),

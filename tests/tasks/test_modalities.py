@@ -29,7 +29,7 @@ from asa.training.checkpoint import read_description, read_weights
 from asa.training.checkpoint_files import find_weights
 from asa.training.run_log import Meter
 from tests.ranks import log, ranks
-from tests.stores import read_tree, write_tree
+from tests.stores import read_tree, with_subjects, write_tree
 
 TINY = {
     **{"model": "asa_tiny", "+model.embed_dim": 24, "+model.depth": 1, "+model.num_heads": 2},
@@ -122,8 +122,12 @@ def test_one_store_of_a_list_trains_as_the_store_to_the_bit(
 def test_a_cohort_in_two_stores_of_one_modality_trains_as_in_one_to_the_bit(
     raw: Path, stores: list[str], tmp_path: Path
 ) -> None:
+    subjects = {"s0": "a", "s1": "b", "s2": "c", "s3": "b"}  # one has a scan in each store
     parts = [prepared(raw, tmp_path / ids, "t1", "*_T1.nii.gz", *ids.split("-")) for ids in ("s0-s3", "s1-s2")]
-    one = asa.pretrain(stores[0], tmp_path / "one", **TINY)
+    whole, *parts = (
+        with_subjects(Path(path), tmp_path / f"copy{k}", subjects) for k, path in enumerate([stores[0], *parts])
+    )
+    one = asa.pretrain(whole, tmp_path / "one", **TINY)
     other = asa.pretrain(parts, tmp_path / "two", **TINY)
     assert one and other and same(one, other)
     assert (one / "split.json").read_bytes() == (other / "split.json").read_bytes()
