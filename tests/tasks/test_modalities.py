@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import asa
 from asa.config import build
@@ -203,6 +204,13 @@ def test_a_training_loss_is_the_mean_of_those_of_the_modalities(
         (one, first), (other, second) = (found[f"{name}_{modality}"].tolist() for modality in ("t1", "ct"))
         assert (first, second) == (4, 3)
         assert found[name].item() == pytest.approx((one + other) / 7, rel=1e-4, abs=1e-6)
+    if settings is SWIN:  # the contrast of a view compares it with all others
+        views = method.views(batch)
+        z = F.normalize(method.model(views.cut, views.mirror).contrast.float(), dim=1)
+        alike = (z @ z.T / method.contrast.log_temperature.exp()).fill_diagonal_(float("-inf"))
+        each = F.cross_entropy(alike, torch.arange(14).roll(7), reduction="none").view(2, 7).mean(dim=0)
+        expected = (each * batch["modality_ct"]).sum().item()
+        assert found["contrastive_ct"][0].item() == pytest.approx(expected, rel=1e-4)
     plain = method({key: value for key, value in batch.items() if not key.startswith("modality_")})
     assert torch.equal(plain["loss"], found["loss"]) and plain.keys() == {k for k in found if found[k].dim() == 0}
 

@@ -10,7 +10,7 @@ import pytest
 import asa
 from asa.data.datasets import cq500
 from asa.data.io.dicom import convert_series
-from asa.data.io.tables import read_column
+from asa.data.io.tables import read_column, read_rows
 from asa.data.store import Store
 from asa.tasks.pretraining import read_health
 
@@ -143,6 +143,8 @@ def test_folders_in_the_layout_of_cq500_become_a_store_with_a_table(tmp_path: Pa
     reads = write_reads(tmp_path / "reads.csv", (0, {}), (3, {"ICH": "111"}))
     report = convert_series(tmp_path / "CQ500", tmp_path / "nifti")
     assert len(report.written) == 4 and not report.failures
+    rows = read_rows(tmp_path / "nifti" / "series.csv")
+    assert [(row["slices"], row["slice_mm"]) for row in rows] == [("28", "5"), ("28", "5"), ("70", "2"), ("35", "4")]
     root, store = str(tmp_path / "nifti"), tmp_path / "store"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
