@@ -24,6 +24,7 @@ from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.splits import make_split
 from asa.settings import OptimSettings, TrainSettings
 from asa.tasks.base import find_task
+from asa.tasks.checks import check
 
 EXPERIMENTS = {
     "asa_paper_prepare": "prepare",
@@ -305,8 +306,11 @@ def test_a_mapping_that_is_given_twice_is_named() -> None:
 
 
 def test_a_missing_value_is_named() -> None:
-    with pytest.raises(ValueError, match=r"data\.store.* has to be given"):
-        compose("pretrain", ["out=x"])
+    with pytest.raises(ValueError, match=r"out.* has to be given"):
+        compose("pretrain", ["data.store=y"])
+    for command in ("pretrain", "finetune"):
+        with pytest.raises(ValueError, match=r"data\.store.* has to be given"):
+            check(command, compose(command, ["out=x"]))
 
 
 @pytest.mark.parametrize("given", [["Dataset001_Deep"], ["scans", "out=x"], ["data.store", "=", "su"], ["out =su"]])

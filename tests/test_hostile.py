@@ -560,7 +560,8 @@ def test_a_checkpoints_preparation_takes_no_more_memory_than_there_is(
     {"lateral_pairs": [["left_x"]]}, {"spacing": "x"}, {"spacing": [[1, 1, 1]]},
     {"spacing": [[0, 1, 1], [1, 1, float("nan")]]}, {"spacing": [[1, 1, 1], [1, 1, float("inf")]]}, {"channels": []},
     {"range": 3}, {"range": {"brain_ml": None}}, {"range": {"brain_ml": ["x", 1]}}, {"prepare": {"crop": True}},
-    {"overlap": 0.99}, {"overlap": "x"},
+    {"overlap": 0.99}, {"overlap": "x"}, {"modalities": 3}, {"modalities": {"ct": 3}},
+    {"modalities": {"ct": {"channels": ["ct"]}}}, {"modalities": {"ct": {"channels": [3], "prepare": {}}}},
 ])  # fmt: skip
 def test_a_checkpoints_metadata_of_other_types_is_one_line_with_its_name(
     tmp_path: Path, monkeypatch, capsys, data: dict

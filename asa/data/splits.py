@@ -66,6 +66,20 @@ def make_split(
     return _parts(order, count, order[: _count(test, len(order), "test")])
 
 
+def make_joint_split(groups: Iterable[Sequence[Mapping[str, Any]]], **options: Any) -> dict[str, list[str]]:
+    """One split of several cohorts, like scans of several modalities, of which each is divided by `make_split`.
+
+    So every part has subjects of each. A subject of several cohorts is tested if it is in any of them, or else
+    validated; the order is that of `make_split`.
+    """
+    part_of: dict[str, str] = {}
+    for records in groups:
+        for name, subjects in make_split(records, **options).items():
+            part_of |= {one: max(name, part_of.get(one, name), key=PARTS.index) for one in subjects}
+    order = _order(part_of, options.get("seed", 0))
+    return {name: [subject for subject in order if part_of[subject] == name] for name in PARTS}
+
+
 def subjects_of(records: Iterable[Mapping[str, Any]]) -> Sequence[str]:
     """The subject of each record; those of a store are known without reading its entries."""
     return records.subjects if isinstance(records, Records) else [str(record["subject"]) for record in records]

@@ -58,6 +58,7 @@ class Store:
         regions: name -> label values that it joins, for training or evaluation, in order; may be empty.
         settings: the preprocessing settings.
         fingerprint: SHA-256 of what all scans have in common (format, settings, channels, labels).
+        modalities: of joined stores with several modalities, see `asa.data.joined`; else {}.
 
     Raises:
         ValueError: no store at the path, another format, or no scans; the message says what to run.
@@ -77,6 +78,7 @@ class Store:
         self.fingerprint = hashlib.sha256(common.encode()).hexdigest()
         if not self.records:
             raise ValueError(f"{self.path}: the store holds no scans; run asa-prepare again to see why they failed")
+        self.modalities: dict[str, Store] = {}
         self._compared: set[Path] = set()
 
     def __len__(self) -> int:

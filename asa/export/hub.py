@@ -139,6 +139,7 @@ def _card(
         }
         about["model-index"] = [{"name": "asa", "results": [result]}]
     known = {key: data[key] for key in ("channels", "labels", "classes", "number", "regions") if key in data}
+    modalities = {name: one["prepare"] for name, one in data.get("modalities", {}).items()}
     seen = (
         f"{len(digests['subjects'])} subjects and {len(digests['scans'])} images. `{SUBJECTS}` holds digests of them, "
         "without names, by which asa-finetune warns of held-out subjects that this network has seen. Whoever has a "
@@ -173,7 +174,7 @@ Made by asa {config["asa_version"]} in {_plain(config["step"])} steps. Research 
 {_fenced({"model": config["model"], **known})}
 Scans are prepared as follows, by asa itself when it predicts:
 
-{_fenced(data.get("prepare", {}))}
+{_fenced(modalities or data.get("prepare", {}))}
 ## Evaluation
 
 {_evaluated(summary)}

@@ -5,7 +5,7 @@ Letters: image `C D H W`.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ class AsymmetryScorer:
         checkpoint: run folder, checkpoint folder or file of a pretraining with method=sa_swin.
         settings: device and precision; the whole volume is one window.
         strip, plugins: as for `Segmenter`.
+        channels: of the scans, which say their modality where the training scans are of several.
         healthy: store of healthy scans, prepared as the training scans: maps are then in standard deviations above
             their mean. A scan of the store is compared with those of other subjects.
 
@@ -147,6 +148,7 @@ class AsymmetryScorer:
         strip: str | None = None,
         healthy: str | Path | None = None,
         plugins: Sequence[str] = (),
+        channels: Collection[str] | None = None,
     ) -> None:
         model, description = read_model(checkpoint, plugins=plugins)
         if not hasattr(model, "asymmetry"):
@@ -154,7 +156,7 @@ class AsymmetryScorer:
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
         self.model: Any = model.to(self.device)
-        self.preprocessor = ScanPreprocessor(str(checkpoint), description["data"], strip)
+        self.preprocessor = ScanPreprocessor(str(checkpoint), description["data"], strip, channels=channels)
         if not (self.preprocessor.settings.midway or self.preprocessor.settings.register):
             warnings.warn(
                 f"{checkpoint}: its scans were prepared without prepare.midway=true: where the mid-sagittal plane is "

@@ -5,7 +5,7 @@ Letters: prepared volume `C D H W`; tokens `E d h w`, E their width and d, h, w 
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ MOST_LOST = 0.1  # fraction of a head outside the encoder's crop, above which a 
 
 
 class FeatureExtractor:
-    """The encoder of a checkpoint, with the preparation of its training scans; arguments as of `features`."""
+    """The encoder of a checkpoint, with the preparation of its training scans; arguments as of `features`.
+
+    `channels` of the new scans say their modality, where the training scans are of several.
+    """
 
     def __init__(
         self,
@@ -32,8 +35,10 @@ class FeatureExtractor:
         strip: str | None = None,
         device: str = "auto",
         plugins: Sequence[str] = (),
+        channels: Collection[str] | None = None,
     ) -> None:
-        self.preprocessor = ScanPreprocessor(str(checkpoint), read_description(checkpoint)["data"], strip)
+        data = read_description(checkpoint)["data"]
+        self.preprocessor = ScanPreprocessor(str(checkpoint), data, strip, channels=channels)
         self.device = pick_device(device)
         self.encoder: Any = load_encoder(checkpoint, img_size=img_size, plugins=plugins).to(self.device)
 
@@ -90,7 +95,8 @@ def features(
     `data.placement=centre`. The mean over the grid, `.mean(axis=(1, 2, 3))`, is one vector per scan.
 
     Args:
-        path: a NIfTI file; for several channels a file per channel.
+        path: a NIfTI file; for several channels a file per channel; for an encoder of several modalities, too, like
+            `{"ct": FILE}`.
         checkpoint: run folder, checkpoint folder or `.safetensors` file of asa-pretrain or asa-finetune.
         img_size: input size in voxels, one number or (D, H, W); None: that of the training.
         strip, plugins: as for `asa.Segmenter`.
@@ -103,6 +109,9 @@ def features(
         FileNotFoundError, ValueError: no checkpoint or scan there, a network without an encoder, a size that it cannot
             take, or a scan that cannot be prepared like the training scans.
     """
-    extractor = FeatureExtractor(checkpoint, img_size=img_size, strip=strip, device=device, plugins=plugins)
+    channels = list(path) if isinstance(path, Mapping) else None
+    extractor = FeatureExtractor(
+        checkpoint, img_size=img_size, strip=strip, device=device, plugins=plugins, channels=channels
+    )
     images = path if isinstance(path, Mapping) else {extractor.preprocessor.channels[0]: path}
     return extractor.tokens(extractor.preprocessor.prepare(images)[0].image)

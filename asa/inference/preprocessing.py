@@ -1,7 +1,7 @@
 """Preprocessing of new scans: to the grid and the intensities of the network's training scans."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ VOLUME_TOLERANCE = 0.25  # of the training scans' smallest and largest brain, be
 INTENSITY_TOLERANCE = 0.1  # the same of mean and SD, in units of the normalised intensities
 OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command; the user has to give one
 # What an export keeps of them: no subjects.
-EXPORTED = ("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "join_sides", "spacing")
+EXPORTED = (
+    *("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "join_sides", "spacing"),
+    "modalities",
+)
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 
 
@@ -99,6 +102,8 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
         size = np.array(data.get("spacing", np.ones((2, 3))), dtype=np.float64)
         if size.shape != (2, 3) or not (size > 0).all() or not np.isfinite(size).all():
             raise ValueError(f"spacing={data['spacing']}")
+        for one in data.get("modalities", {}).values():
+            check_metadata(path, one)
         if not 0 <= data.get("overlap", 0) <= LARGEST_OVERLAP:
             raise ValueError(f"overlap={data['overlap']}")
         PrepareSettings(**data["prepare"])
@@ -113,10 +118,29 @@ def exported(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_command(data: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's metadata with a skull stripping command replaced, which may name files of somebody's machine."""
-    prepare = data.get("prepare", {})
-    if "{mask}" not in prepare.get("strip", ""):
-        return dict(data)
-    return {**data, "prepare": {**prepare, "strip": OWN_COMMAND}}
+    found, prepare = dict(data), data.get("prepare", {})
+    if "modalities" in data:
+        found["modalities"] = {name: without_command(one) for name, one in data["modalities"].items()}
+    if "{mask}" in prepare.get("strip", ""):
+        found["prepare"] = {**prepare, "strip": OWN_COMMAND}
+    return found
+
+
+def of_modality(path: str, data: Mapping[str, Any], channels: Collection[str] | None) -> Mapping[str, Any]:
+    """The metadata of the training scans with these channels, where they are of several modalities; else `data`.
+
+    Raises:
+        ValueError: several modalities, and none is given or another one; the message names the checkpoint, `path`.
+    """
+    modalities: Mapping[str, Any] = data.get("modalities", {})
+    for one in modalities.values():
+        if channels is not None and sorted(one["channels"]) == sorted(channels):
+            return {**data, **one}
+    if modalities:
+        known, found = " and ".join(sorted(modalities)), f", got {'+'.join(channels)}" if channels else ""
+        example = f"'images={{{', '.join(f'{name}: *.nii.gz' for name in data['channels'])}}}'"
+        raise ValueError(f"{path} was trained on scans of {known}{found}: say which these are, like {example}")
+    return data
 
 
 class ScanPreprocessor:
@@ -126,15 +150,24 @@ class ScanPreprocessor:
         path: of the checkpoint or the store, and `scans`, what it holds, for messages.
         data: the metadata of these scans that a checkpoint holds.
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of these scans.
+        channels: of the new scans, which say the modality where the training scans are of several.
 
     Raises:
-        ValueError: unusable metadata; or the training scans were skull-stripped by a command, and `strip` is None.
+        ValueError: unusable metadata; the training scans were skull-stripped by a command, and `strip` is None; or as
+            `of_modality`.
     """
 
     def __init__(
-        self, path: str, data: Mapping[str, Any], strip: str | None, *, scans: str = "the training scans"
+        self,
+        path: str,
+        data: Mapping[str, Any],
+        strip: str | None,
+        *,
+        scans: str = "the training scans",
+        channels: Collection[str] | None = None,
     ) -> None:
         check_metadata(path, data)
+        data = of_modality(path, data, channels)
         self.path, self.data, self.scans = path, data, f"{scans} of {path}"
         self.channels: list[str] = data["channels"]
         settings = PrepareSettings(**data["prepare"])

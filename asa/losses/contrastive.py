@@ -35,11 +35,12 @@ class NTXent(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnt)
         self.least = math.log(temperature / 50)
 
-    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+    def forward(self, one: Tensor, other: Tensor, reduction: str = "mean") -> Tensor:
         """The loss, a scalar in float32: the mean over this rank's 2 B views.
 
         Args:
             one, other: the two views' features `(B, E)`, the same B on all ranks.
+            reduction: `"none"` for that of each view `(2B,)`, views 2k and 2k+1 being those of sample k.
         """
         own = F.normalize(torch.stack([one, other], dim=1).float(), dim=-1)  # B 2 E
         everyone, first = gather(own) if self.training else (own, 0)  # R*B 2 E
@@ -48,7 +49,7 @@ class NTXent(nn.Module):
             logits = own @ everyone.T / self.log_temperature.clamp(min=self.least).exp()  # 2B 2RB
         rows = torch.arange(len(own), device=own.device)
         itself = F.one_hot(rows + 2 * first, len(everyone)).bool()
-        return F.cross_entropy(logits.masked_fill(itself, float("-inf")), (rows ^ 1) + 2 * first)
+        return F.cross_entropy(logits.masked_fill(itself, float("-inf")), (rows ^ 1) + 2 * first, reduction=reduction)
 
 
 class SymmetryLoss(nn.Module):
@@ -77,8 +78,11 @@ class SymmetryLoss(nn.Module):
             self.affine = nn.Parameter(torch.tensor([5.0, 0.0]))  # a, b
         self.form = form
 
-    def forward(self, side: Tensor, mirrored: Tensor, health: Tensor) -> Tensor:
-        """The loss, a scalar in float32, of z and z~ `(B, E)` and health `(B,)`: 1 healthy, 0 patient, NaN unknown."""
+    def forward(self, side: Tensor, mirrored: Tensor, health: Tensor, reduction: str = "mean") -> Tensor:
+        """The loss, a scalar in float32, of z and z~ `(B, E)` and health `(B,)`: 1 healthy, 0 patient, NaN unknown.
+
+        `reduction="none"`: that of each sample `(B,)`.
+        """
         labelled = ~health.isnan()
         healthy = health.float().nan_to_num(0.0)
         difference = asymmetry(side, mirrored)  # (1 - s) / 2
@@ -87,4 +91,5 @@ class SymmetryLoss(nn.Module):
         else:
             logit = self.affine[0] * (1 - 2 * difference) + self.affine[1]
             each = F.binary_cross_entropy_with_logits(logit, healthy, reduction="none")
-        return (each * labelled).mean()
+        each = each * labelled
+        return each if reduction == "none" else each.mean()

@@ -3,16 +3,18 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
+MODALITY = "modality_"  # begins keys of a batch
 
 
 class Method(Protocol):
     """A pretraining or fine-tuning objective: an `nn.Module` with these members.
 
-    Calling it on a batch (see `asa.data.loading.crops`) returns a dict with the scalar "loss" to minimise, and other
-    scalars to log, detached.
+    Calling it on a batch (see `asa.data.loading.crops`) returns a dict with the scalar "loss" to minimise, and for the
+    log, detached, other scalars, and pairs `(2,)` of a sum and a number of samples, which are logged as their ratio.
 
     - `task`: the task of `asa.tasks` that trains it: "pretraining", "segmentation", "classification", "regression",
       "restoration", or `package.module.Class` of a plugin.
@@ -43,3 +45,21 @@ class Pretraining(Method, Protocol):
     error: tuple[str, str]
 
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]: ...
+
+
+def by_modality(batch: Batch, **values: Tensor) -> dict[str, Tensor]:
+    """For the log of a pretraining on several modalities: the mean of values over the samples of each.
+
+    Args:
+        batch: with "modality_NAME" `(B,)` for each modality: 1 for its samples, 0 for others. Without: {}.
+        values: `(B,)` each.
+
+    Returns:
+        "VALUE_NAME": sum and number `(2,)`, see `Method`; detached.
+    """
+    own = {key.removeprefix(MODALITY): batch[key] for key in batch if key.startswith(MODALITY)}
+    return {
+        f"{name}_{modality}": torch.stack([value.detach().float().where(mask > 0, 0).sum(), mask.sum()])
+        for name, value in values.items()
+        for modality, mask in own.items()
+    }

@@ -15,7 +15,7 @@ from asa.losses.reconstruction import (
     patch_errors,
     weighted_mean,
 )
-from asa.methods.base import Batch
+from asa.methods.base import MODALITY, Batch, by_modality
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.patches import Selection, patchify, random_mask, select_tokens, tokens_at, unpatchify
 
@@ -105,7 +105,8 @@ class MaskedPretraining(nn.Module):
         Returns:
             "loss"; and for the log "mean_predictor_loss", the loss of predicting the mean of the visible voxels
             everywhere (0 where targets are normalised); "masked_mse" and "mean_predictor_mse", the same two with equal
-            weights. All of them are over the decoded patches, the latter two over excluded ones too.
+            weights. All of them are over the decoded patches, the latter two over excluded ones too. Of several
+            modalities also "loss" and "mean_predictor_loss" of each, see `by_modality`.
         """
         image, air = batch["image"], self._air(batch)
         mask, offsets = self._draw(batch["seed"], air)
@@ -123,12 +124,17 @@ class MaskedPretraining(nn.Module):
             target, mean = normalised(target), torch.zeros_like(mean)
         errors = patch_errors(prediction, target)
         mean_errors = patch_errors(mean.expand_as(target), target)
-        return {
+        result = {
             "loss": weighted_mean(errors, weights),
             "mean_predictor_loss": weighted_mean(mean_errors, weights),
             "masked_mse": _mean(errors.detach(), masked.valid),
             "mean_predictor_mse": _mean(mean_errors, masked.valid),
         }
+        if any(key.startswith(MODALITY) for key in batch):
+            each = ((weights * error.detach()).sum(dim=1) for error in (errors, mean_errors))
+            loss, trivial = (value.view(len(image), self.masks).mean(dim=1) for value in each)
+            result |= by_modality(batch, loss=loss, mean_predictor_loss=trivial)
+        return result
 
     def _air(self, batch: Batch) -> Tensor | None:
         """The patches to drop, bool `(B, L)` on the CPU; None without any."""

@@ -16,10 +16,11 @@ import torch
 
 from asa.data.io.files import read_yaml
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_image
+from asa.data.joined import open_stores
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.data.splits import read_split, select
-from asa.data.store import MANIFEST, Store
+from asa.data.store import MANIFEST, Records, Store
 from asa.errors import require
 from asa.evaluation.comparison import Run, read_run
 from asa.evaluation.policies import get_policy
@@ -219,14 +220,17 @@ def reconstructed(run: Path, config: Config) -> Cases:
     if not isinstance(model, MaskedAutoencoder):
         raise ValueError(f"{run}: not a run of asa-pretrain method=asa or mae: give what asa-predict wrote with it")
     settings = read_yaml(run / "config.yaml")
-    store, split = Store(settings["data"]["store"]), read_split(run / "split.json")
+    data, split = settings["data"], read_split(run / "split.json")
+    store = open_stores(data.get("stores") or [data["store"]])
     held_out = select(store.records, split["validation"] or split["train"])
-    records = [store.record(id) for id in select_ids([record["id"] for record in held_out], config)]
+    assert isinstance(held_out, Records)
+    ids = select_ids(held_out.ids, config)
+    records = held_out.take(held_out.ids.index(id) for id in ids)
     dataset, method = CropDataset(store, records, model.encoder.img_size), MaskedPretraining(model=model.eval())
     cases = {}
-    for k, record in enumerate(records):
+    for k, id in enumerate(ids):
         volumes = method.pictures(collate([dataset[k]]))["reconstruction"]
-        cases[record["id"]] = [
+        cases[id] = [
             Layer(name, nifti(torch.nan_to_num(volume)[0, 0].float().numpy(), np.eye(4)), kind)
             for (name, volume), kind in zip(volumes.items(), ("gray", "gray", "gray", "plasma"), strict=True)
         ]

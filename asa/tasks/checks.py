@@ -118,8 +118,8 @@ def _check_training(config: Config) -> None:
     if "root" in data:  # images of restoration
         if data["root"] is not None:
             _exists(data["root"], kind="folder")
-    elif data["store"] is not None:
-        _store(data["store"])
+    elif data["store"] is not None or data.get("stores") is not None:
+        _stores(data)
     elif config["method"]["_target_"].startswith("asa."):  # a task of the user's own may have none
         raise ValueError("data.store has to be given: a folder made by asa-prepare")
     for key, word in (("labelled_store", None), ("unlabelled", "rest")):
@@ -137,7 +137,7 @@ def _check_training(config: Config) -> None:
         _checkpoint(config["init"])
     crop = config["crop"] if isinstance(config["crop"], list) else [config["crop"]] * 3
     in_voxels = len(crop) == 3 and all(type(edge) is int and edge > 0 for edge in crop)
-    if data.get("store") is not None and config["crop"] is not None and not in_voxels:
+    if (data.get("store") or data.get("stores")) and config["crop"] is not None and not in_voxels:
         raise ValueError(f"crop={written(config['crop'])}: give the edge in voxels, like 64, or three, [D, H, W]")
     _choice(config, "plan", ("only",), "null")
     if (rate := config["plan_rate"]) is not None and not (isinstance(rate, int | float) and rate > 0):
@@ -280,6 +280,17 @@ def _scans(config: Config) -> None:
         from asa.data.preprocessing.settings import check_strip  # imports scipy
 
         check_strip(config["strip"], "strip")
+
+
+def _stores(data: Mapping[str, Any]) -> None:
+    """Check `store`, or the list `stores` that is given in its place."""
+    stores = data.get("stores")
+    if stores is not None and data["store"] is not None:
+        raise ValueError("data.store and data.stores exclude each other: list all of them in data.stores")
+    if stores is not None and (not isinstance(stores, list) or not stores):
+        raise ValueError(f"data.stores={written(stores)}: give a list of stores, like [stores/mr,stores/ct]")
+    for path in stores or [data["store"]]:
+        _store(path)
 
 
 def _store(path: Any) -> None:

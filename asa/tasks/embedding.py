@@ -27,7 +27,7 @@ from asa.reporting.pages import check_page
 from asa.reporting.probe import write_probe
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import add_rows, predict_scans, rows_in
+from asa.tasks.prediction import add_rows, channels_of, predict_scans, rows_in
 
 TABLE = "features.csv"
 COLUMN = r"subject|.*_\d+"  # of a table of features
@@ -52,7 +52,9 @@ class Embedder:
         if self.parts == "labels" and (self.store is None or not self.store.labels):
             raise ValueError("of=labels: needs the labels of a store, input=STORE")
         self.extractor = FeatureExtractor(
-            str(config["checkpoint"]), **{key: config[key] for key in ("img_size", "strip", "device", "plugins")}
+            str(config["checkpoint"]),
+            **{key: config[key] for key in ("img_size", "strip", "device", "plugins")},
+            channels=channels_of(config),
         )
         self.preprocessor = self.extractor.preprocessor
         self.rows: dict[str, dict[str, np.ndarray]] = {}

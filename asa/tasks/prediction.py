@@ -35,6 +35,12 @@ def scans_of(config: Config, preprocessor: ScanPreprocessor) -> list[Scan]:
     return raw_scans(source, preprocessor, images=config["images"], out=out, in_bids=in_bids)
 
 
+def channels_of(config: Config) -> list[str] | None:
+    """The channels of the scans to predict: of a store, or those that `images` names; None where neither says."""
+    source, images = Path(str(config["input"])), config["images"]
+    return Store(source).channels if (source / MANIFEST).exists() else list(images) if images else None
+
+
 def rows_in(table: Path) -> dict[str, dict[str, str]]:
     """The rows of a table of scans, by id; none if there is no table."""
     return {row.get("id", ""): row for row in read_rows(table)} if table.exists() else {}

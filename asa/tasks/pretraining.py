@@ -1,9 +1,10 @@
 """Pretraining: an encoder learns from unlabelled scans.
 
-Data: crops of a prepared store. Loss: the method's (masked reconstruction, the proxy tasks of SA-Swin, or puzzles).
-Validation: the method's error on held-out crops beside that of a trivial prediction, feature statistics, and the Dice
-of a linear probe. A checkpoint holds channels, preparation and digests of the training scans. Prediction: a SA-Swin
-scores the asymmetry of new scans; other encoders are fine-tuned first.
+Data: crops of a prepared store, or of several with a modality each. Loss: the method's (masked reconstruction, the
+proxy tasks of SA-Swin, or puzzles). Validation: the method's error on held-out crops beside that of a trivial
+prediction, of each modality too; feature statistics, and the Dice of a linear probe. A checkpoint holds channels and
+preparation of each modality, and digests of the training scans. Prediction: a SA-Swin scores the asymmetry of new
+scans; other encoders are fine-tuned first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,22 +21,25 @@ from asa.config import typed
 from asa.data.io.files import check_out
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import check_health, check_own, read_column
+from asa.data.joined import by_modality
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
+from asa.data.store import Records as StoredRecords
 from asa.data.store import Store
 from asa.errors import counted
 from asa.evaluation.tables import evaluate_asymmetry
 from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, cells_of
 from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
 from asa.inference.layout import Layout
+from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
-from asa.methods.base import Batch
+from asa.methods.base import MODALITY, Batch
 from asa.methods.base import Pretraining as PretrainingMethod
 from asa.reporting.figures import reconstruction_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans
+from asa.tasks.prediction import add_rows, channels_of, only_checkpoint, predict_scans
 from asa.tasks.volumes import Records, VolumeTask
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
@@ -57,6 +61,12 @@ class Pretraining(VolumeTask):
         self.warmup = warmup_steps(config["optim"]["warmup"], self.train.steps)
         self.augment = AugmentSettings(mirror_probability=self.data.mirror_probability)
         self.attached = read_health(self.data.health, self.store.records)
+        for modality, scans in by_modality(self.store, self.store.records).items():
+            own = {f"{MODALITY}{name}": float(name == modality) for name in self.store.modalities}
+            self.attached |= {id: own | self.attached.get(id, {}) for id in scans.ids}
+        self.trained = by_modality(self.store, self.parts["train"])
+        if without := [modality for modality, scans in self.trained.items() if not scans]:
+            raise ValueError(f"data.stores: the split has no {without[0]} scan in train: correct it")
         self.set_model()
 
     def example(self, method: Any, count: int) -> Batch:
@@ -66,9 +76,9 @@ class Pretraining(VolumeTask):
         return batch
 
     def load_init(self, method: Any) -> None:
-        if self.attached and not method.mirrored:
+        if self.data.health and not method.mirrored:
             raise ValueError("data.health is what method=sa_swin learns symmetry from: leave it out for this method")
-        if method.mirrored and not self.attached:
+        if method.mirrored and not self.data.health:
             print("note: without data.health no subject is known to be healthy, and the symmetry loss has no samples")
         if self.excludes(method):
             print(f"patches with voxels of the values {self.store.ignored} in the label maps do not count in the loss")
@@ -90,7 +100,7 @@ class Pretraining(VolumeTask):
         # Without held-out subjects the error is computed on training scans, and the log says so.
         held_out = self.crops(method, self.parts["validation"] or self.parts["train"][:4])
         path, placement = self.data.labelled_store, self.data.placement
-        labelled = open_labelled(path, self.store.channels, held_out.size, placement) if path else None
+        labelled = open_labelled(path, self._channels_of(path), held_out.size, placement) if path else None
         health = FeatureHealth(method, held_out, labelled, self.warmup)
 
         def validate(step: int) -> Validation:
@@ -105,19 +115,38 @@ class Pretraining(VolumeTask):
     def metrics(self, make: Callable[[], nn.Module]) -> list[str]:
         probe = [] if (path := self.data.labelled_store) is None else ["linear_dice", "linear_dice_first"]
         probe += [f"linear_dice_{name}" for name in Store(path).labels.values()] if path else []
-        return [*logged(make, partial(self.example, count=1)), "effective_rank", "feature_variance", *probe]
+        names = logged(make, partial(self.example, count=1))
+        each = [f"{name}_{modality}" for name in names for modality in self.trained]
+        return [*names, *each, "effective_rank", "feature_variance", *probe]
+
+    def _channels_of(self, path: str) -> list[str]:
+        """Those of the training scans that a store is compared with: of its modality, if it is one of several."""
+        own = Store(path).channels
+        return own if "+".join(own) in self.trained else self.store.channels
+
+    def target_metadata(self) -> dict[str, Any]:
+        """Of several modalities the channels and the preparation of each; those of the first are that of the run."""
+        found = {}
+        for modality, scans in self.trained.items():
+            store = self.store.modalities[modality]
+            about = {"channels": store.channels, "prepare": store.settings}
+            found[modality] = {**about, **training_scan_metadata([], scans)}
+        return {**next(iter(found.values())), "modalities": found} if found else {}
 
     def begin(self, run: Path) -> None:
         held_out = len(self.parts["validation"])
         on = counted(held_out, "held-out scan") if held_out else "training scans"
         self.init.write(run)
-        print(f"pretraining on {counted(len(self.parts['train']), 'scan')}, validated on {on}, in {run}")
+        each = ", ".join(f"{len(scans)} {modality}" for modality, scans in self.trained.items())
+        scans = f"{counted(len(self.parts['train']), 'scan')}{each and f' ({each})'}"
+        print(f"pretraining on {scans}, validated on {on}, in {run}")
 
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
-        name, trivial = method.error
-        if name in metrics:
-            ratio = metrics[name] / metrics[trivial]
-            print(f"{name} {metrics[name]:.5f}, {ratio:.2f} of the {predictor_of(trivial)}'s {metrics[trivial]:.5f}")
+        for modality in ("", *(f"_{modality}" for modality in self.trained)):
+            name, trivial = (f"{error}{modality}" for error in method.error)
+            if name in metrics:
+                ratio, said = metrics[name] / metrics[trivial], predictor_of(method.error[1])
+                print(f"{name} {metrics[name]:.5f}, {ratio:.2f} of the {said}'s {metrics[trivial]:.5f}")
 
     @staticmethod
     def predict(config: Config) -> None:
@@ -138,8 +167,9 @@ class Pretraining(VolumeTask):
 def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Validation:
     """Means of what a method returns over all records, always under the same random draws; panels of the first record.
 
-    The method is in evaluation mode, and crops are not augmented. Several processes divide the records between them;
-    each returns the whole result, and the main one the panels.
+    Where records are of several modalities, "NAME_MODALITY" are the means over those of each. The method is in
+    evaluation mode, and crops are not augmented. Several processes divide the records between them; each returns the
+    whole result, and the main one the panels.
     """
     assert isinstance(method, nn.Module)
     device = next(method.parameters()).device
@@ -149,10 +179,18 @@ def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Val
         batch = on_device(collate([dataset[index, 0]]), device)
         if not panels:
             panels.update(reconstruction_panels(method, batch))
-        return {name: float(value) for name, value in method(batch).items()}
+        return {name: float(value) for name, value in method(batch).items() if not value.dim()}
 
     rows = map_over_ranks(range(len(dataset)), errors)
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, panels
+    groups = {"": rows}
+    for id, row in zip(dataset.ids, rows, strict=True):
+        for key, own in (dataset.attached or {}).get(id, {}).items():
+            if key.startswith(MODALITY) and own:
+                groups.setdefault(f"_{key.removeprefix(MODALITY)}", []).append(row)
+    means: dict[str, float] = {}
+    for of, part in groups.items():
+        means |= {f"{name}{of}": sum(row[name] for row in part) / len(part) for name in rows[0]}
+    return means, panels
 
 
 def reconstruction_panels(method: PretrainingMethod, batch: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -173,11 +211,13 @@ def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dic
     """
     if source is None:
         return {}
+    ids = records.ids if isinstance(records, StoredRecords) else [record["id"] for record in records]
     if source == HEALTHY:
-        return {record["id"]: {"health": 1.0} for record in records}
+        return {id: {"health": 1.0} for id in ids}
     values = read_column(source, "health", records)
     check_health(source, values.values())
-    return {record["id"]: {"health": float(values.get(record["id"], UNKNOWN))} for record in records}
+    each = ({"health": float(values.get(record["id"], UNKNOWN))} for record in records)
+    return dict(zip(ids, each, strict=True))
 
 
 class AsymmetryPredictor:
@@ -190,7 +230,12 @@ class AsymmetryPredictor:
         check_out(self.out, TABLE, f"a folder of asymmetry maps (with {TABLE})")
         check_own(self.out / TABLE, "asa-predict", {"id"}, "|".join(["subject", *AsymmetryRow.__annotations__]))
         self.scorer = AsymmetryScorer(
-            checkpoint, settings, strip=config["strip"], healthy=config["healthy"], plugins=config["plugins"]
+            checkpoint,
+            settings,
+            strip=config["strip"],
+            healthy=config["healthy"],
+            plugins=config["plugins"],
+            channels=channels_of(config),
         )
         self.preprocessor = self.scorer.preprocessor
         self.rows: dict[str, dict[str, str]] = {}

@@ -72,12 +72,12 @@ def prepare(out: str | Path, **settings: Any) -> Path:
 
 
 def pretrain(
-    store: str | Path, out: str | Path, *, config_dir: str | Path | None = None, **settings: Any
+    store: str | Path | Sequence[str | Path], out: str | Path, *, config_dir: str | Path | None = None, **settings: Any
 ) -> Path | None:
     """Pretrain an encoder on unlabelled scans, as asa-pretrain does; a run that was stopped is resumed.
 
     Args:
-        store, out: folder made by asa-prepare, and the run folder.
+        store, out: folder made by asa-prepare, or several as of data.stores, and the run folder.
         config_dir, settings: a folder of your own experiments, and keys of asa-pretrain.
 
     Returns:
@@ -87,7 +87,12 @@ def pretrain(
         ValueError: settings or data that do not fit.
         Stopped: by SIGTERM or SIGUSR1, after saving.
     """
-    return _train("pretrain", settings, {"data.store": str(store), "out": str(out)}, config_dir)
+    given: dict[str, Any] = {"out": str(out)}
+    if isinstance(store, str | Path):
+        given["data.store"] = str(store)
+    else:
+        given["data.stores"] = [str(path) for path in store]
+    return _train("pretrain", settings, given, config_dir)
 
 
 def finetune(

@@ -1,6 +1,6 @@
 """What the tasks on prepared volumes share: the store and its split, the pretrained encoder, and leakage from it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from torch import nn
 
 from asa.config import build, typed, written
 from asa.data.io.files import read_yaml, write_json
+from asa.data.joined import by_modality, open_stores
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, VolumeSource
-from asa.data.splits import keep_labelled, make_split, read_split, select
+from asa.data.splits import keep_labelled, make_joint_split, make_split, read_split, select
 from asa.data.store import Store
 from asa.errors import counted, listed
 from asa.inference.preprocessing import training_scan_metadata
@@ -42,6 +43,7 @@ class VolumeData:
     split: dict[str, Any]
     split_file: str | None
     # asa-pretrain
+    stores: list[str] | None = None
     mirror_probability: float = 0.0
     labelled_store: str | None = None
     health: str | None = None
@@ -134,23 +136,34 @@ def open_store(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[s
     """The store, and the subjects and their records of "train", "validation" and "test".
 
     Args:
-        data: `store`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
+        data: `store` or `stores`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
         run: the run folder; the `split.json` of a run that is resumed holds.
     """
-    if data["store"] is None:
+    if stores := data.get("stores"):
+        data["stores"] = [str(Path(str(path)).resolve()) for path in stores]
+    elif data["store"] is None:
         raise ValueError("data.store has to be given: a folder made by asa-prepare")
     absolute(data, "store")
-    store = Store(data["store"])
-    split = choose_split(store.records, data, run)
+    store = open_stores(stores or [data["store"]])
+    split = choose_split(store.records, data, run, by_modality(store, store.records).values())
     return store, split, {name: select(store.records, subjects) for name, subjects in split.items()}
 
 
-def choose_split(records: Sequence[Mapping[str, Any]], data: Mapping[str, Any], run: Path) -> dict[str, list[str]]:
-    """The subjects of each part: see `open_store`."""
+def choose_split(
+    records: Sequence[Mapping[str, Any]],
+    data: Mapping[str, Any],
+    run: Path,
+    modalities: Collection[Sequence[Mapping[str, Any]]] = (),
+) -> dict[str, list[str]]:
+    """The subjects of each part: see `open_store`. Of several `modalities` each is divided by itself."""
     if list_checkpoints(run):  # in a run that is resumed no subject changes its part, whatever the options are now
         return read_split(run / "split.json")
-    file = data["split_file"]
-    split = make_split(records, **data["split"]) if file is None else read_split(file, data["split"].get("fold"))
+    if data["split_file"] is not None:
+        split = read_split(data["split_file"], data["split"].get("fold"))
+    elif modalities:
+        split = make_joint_split(modalities, **data["split"])
+    else:
+        split = make_split(records, **data["split"])
     return split if data.get("labelled") is None else keep_labelled(split, data["labelled"])
 
 

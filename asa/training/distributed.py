@@ -129,12 +129,14 @@ def gather_objects(item: T) -> list[T]:
 
 
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scalars averaged over the ranks, which have the same names."""
+    """Scalars, or tensors, averaged over the ranks, which have the same names and shapes."""
     if world_size() == 1:
         return dict(values)
-    stacked = torch.stack([values[name].float() for name in sorted(values)])
-    dist.all_reduce(stacked)
-    return dict(zip(sorted(values), stacked / world_size(), strict=True))
+    names = sorted(values)
+    joined = torch.cat([values[name].float().flatten() for name in names])
+    dist.all_reduce(joined)
+    parts = (joined / world_size()).split([values[name].numel() for name in names])
+    return {name: part.view(values[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def map_over_ranks(items: Sequence[T], function: Callable[[T], Any]) -> list[Any]:

@@ -160,7 +160,9 @@ class Meter:
         """
         counted = self.micro_batches - int(self.skipped) * self.accumulate
         means = distributed.mean_over_ranks({name: value / max(counted, 1) for name, value in self.sums.items()})
-        values = {name: value.item() for name, value in means.items()} if counted else {}
+        values = {name: value.item() for name, value in means.items() if not value.dim()} if counted else {}
+        ratios = {name: value.tolist() for name, value in means.items() if value.dim()}  # of a sum and a number
+        values |= {name: total / number for name, (total, number) in ratios.items() if number}
         seconds = time.perf_counter() - self.start
         values |= {
             "lr": lr,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from asa.data.datasets.record import Record
-from asa.data.splits import PARTS, keep_labelled, make_split, read_split, select, write_split
+from asa.data.splits import PARTS, keep_labelled, make_joint_split, make_split, read_split, select, write_split
 from asa.tasks.volumes import open_store
 
 SITES = ("Utrecht", "Singapore", "Amsterdam_GE3T")
@@ -263,3 +263,15 @@ def test_selection_keeps_the_order_of_subjects_and_names_missing_ones():
     assert [record["id"] for record in select(cohort, ["p02", "p00"])] == ["p02_0", "p02_1", "p00_0", "p00_1"]
     with pytest.raises(ValueError, match=r"2 of its subjects are not in the cohort \(x, y\)"):
         select(cohort, ["p01", "x", "y"])
+
+
+def test_of_several_cohorts_each_is_divided_and_a_subject_is_held_out_in_all_of_them() -> None:
+    groups = [[{"id": f"{k}", "subject": f"p{k}"} for k in range(start, start + 20)] for start in (0, 12)]
+    options = {"validation": 0.2, "test": 3, "seed": 1}
+    own = [make_split(group, **options) for group in groups]
+    joint = make_joint_split(groups, **options)
+    tested, validated = ({subject for one in own for subject in one[name]} for name in ("test", "validation"))
+    assert set(joint["test"]) == tested and set(joint["validation"]) == validated - tested
+    assert sorted(subject for part in joint.values() for subject in part) == sorted({f"p{k}" for k in range(32)})
+    assert validated & tested or any(set(one["train"]) & (tested | validated) for one in own)  # some are shared
+    assert make_joint_split(groups[:1], **options) == own[0] and make_joint_split(groups[::-1], **options) == joint

@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from asa.data.io.files import matching_files, write_whole
-from asa.data.io.nifti import GEOMETRY_TOLERANCE, Volume, read_image
+from asa.data.io.nifti import GEOMETRY_TOLERANCE, Volume, read_image, spacing_of
 from asa.data.io.tables import check_own, csv_text, read_rows
 from asa.errors import require
 
 TABLE = "series.csv"
-COLUMNS = ("id", "subject", "file", "date", "series", "description", "study_uid", "series_uid", "source")
+COLUMNS = (
+    *("id", "subject", "file", "date", "series", "description", "slices", "slice_mm"),
+    *("study_uid", "series_uid", "source"),
+)
 # What dcm2niix writes beside a volume: resampled without the gantry's tilt, and resampled to even slices.
 CORRECTED, EVEN = re.compile(r"_Tilt(_\d+)?$"), re.compile(r"_Eq(_\d+)?$")
 NAME = "volume"  # of what dcm2niix writes; endings like _e2, of the second echo, follow
@@ -133,7 +136,7 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
     """Write the volumes of a series that are sound, after their rows of the table."""
     base = _title(series, volumes, out, rows, report.written)
     told = [line.removeprefix("Warning: ") for line in said.splitlines() if line.startswith("Warning: ")]
-    sound: dict[str, Path] = {}
+    sound: dict[str, tuple[Path, int, float]] = {}  # with the number of its slices, and mm from one to the next
     for ending, path in volumes.items():
         title = f"{base}{ending}"
         try:
@@ -146,11 +149,11 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
         except ValueError as error:
             report.failures[title] = str(error).removeprefix(f"{path}: ")
         else:
-            sound[title] = path
+            sound[title] = path, volume.data.shape[2], spacing_of(volume.affine)[2]
             if found := [*(str(one.message) for one in caught), *(f"dcm2niix says: {line}" for line in told)]:
                 report.warnings[title] = found
     about, (uid, study, patient, date) = series.header, series.key
-    for title in sound:
+    for title, (_, slices, thickness) in sound.items():
         rows[title] = rows.get(title, {}) | {
             "id": title,
             "subject": _clean(patient),
@@ -158,6 +161,8 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
             "date": date,
             "series": str(about.get("SeriesNumber") or ""),
             "description": " ".join(str(about.get("SeriesDescription") or "").split()),
+            "slices": str(slices),
+            "slice_mm": f"{thickness:.4g}",
             "study_uid": study,
             "series_uid": uid,
             "source": str(series.files[0].parent.absolute()),
@@ -166,7 +171,7 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
         columns = list(dict.fromkeys(itertools.chain(COLUMNS, *rows.values())))  # with the user's own
         table = ([row.get(column, "") for column in columns] for _, row in sorted(rows.items()))
         write_whole(out / TABLE, csv_text(columns, table).encode(errors="replace"))
-    for title, path in sound.items():
+    for title, (path, *_) in sound.items():
         write_whole(out / f"{title}.nii.gz", path.read_bytes())
         report.written.append(title)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from asa.config import CONFIG_DIR, build, compose
-from asa.data.datasets import bids, brats, folder, fomo, freesurfer, ibsr, nnunet, openmind, paired, phantom, wmh
+from asa.data.datasets import bids, brats, cq500, folder, fomo, freesurfer, ibsr, nnunet, openmind, paired, phantom, wmh
 from asa.data.datasets.record import check_records
 from asa.data.io.nifti import read_label
 from asa.data.phantom.structures import STRUCTURES
@@ -201,7 +201,7 @@ def test_a_missing_folder_is_refused(tmp_path):
     readers = (
         lambda root: folder.records(root, images={"t1": "*"}),
         lambda root: paired.records(root, input="a", target="b"),
-        *(module.records for module in (bids, brats, fomo, ibsr, openmind, wmh)),
+        *(module.records for module in (bids, brats, cq500, fomo, ibsr, openmind, wmh)),
     )
     for reader in readers:
         with pytest.raises(FileNotFoundError, match="absent: no such folder"):
@@ -793,7 +793,7 @@ def test_configurations_declare_the_labels_of_their_readers():
     labelled["phantom/structures"] = (STRUCTURES, [], {})
     labelled["phantom/freesurfer"] = ({value: freesurfer.aseg_labels()[value] for value in PHANTOM_ASEG}, [], {})
     labelled |= dict.fromkeys(("nnunet", "freesurfer", "fastsurfer"), ("dataset", [], {}))
-    assert names == sorted([*labelled, "bids", "folder", "fomo", "paired", "phantom/t1"])
+    assert names == sorted([*labelled, "bids", "cq500", "folder", "fomo", "paired", "phantom/t1"])
     for name, config in configs.items():
         labels, ignored, regions = labelled.get(name, (None, [], {}))
         assert config["labels"] == labels, name
@@ -805,6 +805,7 @@ READERS = (
     "bids",
     "brats",
     "brats23",
+    "cq500",
     "fastsurfer",
     "folder",
     "fomo",
