@@ -55,6 +55,8 @@ class Embedder:
             str(config["checkpoint"]), **{key: config[key] for key in ("img_size", "strip", "device", "plugins")}
         )
         self.preprocessor = self.extractor.preprocessor
+        if self.parts == "sides":
+            self.preprocessor.warn_unless_centred()
         self.rows: dict[str, dict[str, np.ndarray]] = {}
 
     def finish(self) -> str:

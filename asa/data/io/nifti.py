@@ -409,7 +409,7 @@ def _pair(path: Path) -> list[Path]:
     is_header = stem.endswith(".hdr")
     other = stem[:-4] + (".img" if is_header else ".hdr")
     for found in (path.with_name(other), path.with_name(other + ".gz")):
-        if found.is_file():
+        if os.path.lexists(found):
             return [path, found] if is_header else [found, path]
     raise FileNotFoundError(f"{path}: the other file of the pair, {other}, is missing; keep both in one folder")
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from asa.data.io.files import write_whole
+from asa.data.io.files import check_present, write_whole
 from asa.errors import one_line, require
 
 PARQUET = ".parquet"
@@ -252,10 +252,9 @@ def _parquet_columns(path: Path) -> tuple[list[str], list[list[Any]]]:
 def _parquet_errors(path: Path) -> Iterator[Any]:
     """pyarrow, whose errors become a ValueError that names the file."""
     arrow = _pyarrow()
+    check_present(path, "")
     try:
         yield arrow
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file ({one_line(error)}): write it again") from None
 
@@ -265,6 +264,7 @@ def _text_rows(path: Path) -> Iterator["csv.DictReader[str]"]:
     """A reader of a table of text; what is wrong with the table is a ValueError that names it."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a table (CSV)")
+    check_present(path, "")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             yield csv.DictReader(file, delimiter=_delimiter(path))
