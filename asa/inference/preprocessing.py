@@ -59,7 +59,7 @@ def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[st
 
 
 def prepared_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the preprocessing settings of two stores give the same from the same scan: a NaN that both accept is 0."""
+    """Whether two settings of preprocessing give the same of a scan that both accept; they may differ in NaN."""
     return {**one, "nan": None} == {**other, "nan": None}
 
 

@@ -270,8 +270,9 @@ def failure_lines(failures: Mapping[str, str], unit: str = "scan") -> list[str]:
     """A line for each failure, name -> reason; those whose content git-annex has elsewhere share one, the last."""
     absent = [name for name, reason in failures.items() if reason.endswith(NOT_HERE)]
     lines = [f"{name}: failed: {reason}" for name, reason in failures.items() if name not in absent]
-    alike = [f"{absent[0]}: failed: {failures[absent[0]]} ({counted(len(absent), unit)} like this one)"] if absent else []
-    return lines + alike
+    if absent:
+        lines.append(f"{absent[0]}: failed: {failures[absent[0]]} ({counted(len(absent), unit)} like this one)")
+    return lines
 
 
 def _is_annexed(path: Path) -> bool:
