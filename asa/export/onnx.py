@@ -1,6 +1,5 @@
 """Export of a trained network to ONNX, for programs without PyTorch."""
 
-import importlib
 import io
 import json
 import logging
@@ -99,7 +98,7 @@ def _onnx(network: torch.nn.Module, output: str, shape: tuple[int, ...], metadat
         )
         assert program is not None
         # First what is the same for every image: each rule is tried on each node, and a mask of windows has thousands.
-        optimizer = importlib.import_module("onnxscript.optimizer")
+        optimizer = require("onnxscript.optimizer", "export", "ONNX export")
         optimizer.fold_constants(program.model)
         optimizer.remove_unused_nodes(program.model)
         program.optimize()
