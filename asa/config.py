@@ -81,7 +81,9 @@ def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CO
         try:
             return function(**items)
         except TypeError as error:
-            raise ValueError(f"{node['_target_']}: {error}") from error
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            advice = f": leave it out, or take it out of experiment= by ~model.{unknown[1]}" if unknown else ""
+            raise ValueError(f"{node['_target_']}: {error}{advice}") from error
     if isinstance(node, (list, tuple)):
         return [build(item, plugins=plugins, targets=targets) for item in node]
     return node

@@ -25,20 +25,20 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 728,
+    "": 730,
     "baselines": 1144,
-    "cli": 725,
-    "data": 7939,  # stores of several modalities, CQ500, several draws of lesions
+    "cli": 727,
+    "data": 7981,  # stores of several modalities, CQ500, several draws of lesions
     "evaluation": 2303,
-    "export": 746,
-    "inference": 2500,  # the preparation of each modality
+    "export": 752,
+    "inference": 2508,  # the preparation of each modality
     "losses": 453,
     "methods": 720,  # losses by modality
     "models": 2281,
     "ops": 593,
     "reporting": 1721,
     "restoration": 2124,
-    "tasks": 3222,  # pretraining on several stores
+    "tasks": 3226,  # pretraining on several stores
     "training": 2620,
 }
 # The only places that may import a library.

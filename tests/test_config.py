@@ -350,7 +350,7 @@ def test_build_makes_targets_of_this_package_only() -> None:
             build({"_target_": target})
     with pytest.raises(ValueError, match="does not exist"):
         build({"_target_": "asa.models.masked_autoencoder.asa_huge"})
-    with pytest.raises(ValueError, match="unexpected keyword"):
+    with pytest.raises(ValueError, match="unexpected keyword argument 'depht': leave it out, .* by ~model.depht"):
         build({"_target_": "asa.models.masked_autoencoder.asa_tiny", "depht": 3})
     assert build({"_target_": "collections.Counter"}, plugins=["collections"]) == {}
 

@@ -25,11 +25,12 @@ def make_phantoms(config: Config) -> None:
 
 def orient(config: Config) -> None:
     """Write the files; a ValueError if some failed, which are listed first, and the others are written."""
+    from asa.data.io.files import failure_lines
     from asa.data.io.orientation import orient_files
 
     report = orient_files(Path(str(config["input"])), Path(str(config["out"])), str(config["axes"]))
-    for name, reason in report.failures.items():
-        print(f"{name}: failed: {reason}")
+    for line in failure_lines(report.failures, "file"):
+        print(line)
     if report.kept:
         print(f"not written, as an orientation is stored: {counted(len(report.kept), 'file')}, like {report.kept[0]}")
     if report.failures:
@@ -41,10 +42,11 @@ def orient(config: Config) -> None:
 def convert_dicom(config: Config) -> None:
     """Convert the series; a ValueError if some are in no volume, which are listed first; the others are written."""
     from asa.data.io.dicom import TABLE, convert_series
+    from asa.data.io.files import failure_lines
 
     report = convert_series(Path(str(config["input"])), Path(str(config["out"])))
-    for name, reason in report.failures.items():
-        print(f"{name}: not converted: {reason}")
+    for line in failure_lines(report.failures, "file"):
+        print(line)
     for warning, names in grouped(report.warnings).items():
         others = f" and {len(names) - 1} others" if len(names) > 1 else ""
         print(f"{names[0]}{others}: warning: {warning}")

@@ -48,7 +48,7 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
     if out.suffix != ".onnx":
         raise ValueError(f"{out}: give a file name that ends in .onnx")
     onnxruntime = require("onnxruntime", "export", "ONNX export")
-    require("onnxscript", "export", "ONNX export")  # used by torch.onnx
+    require("onnxscript.optimizer", "export", "ONNX export")
     model, description = read_model(checkpoint, plugins=plugins)
     encoder = getattr(model, "encoder", None)
     if encoder is None or isinstance(encoder, Swin):
@@ -94,7 +94,13 @@ def _onnx(network: torch.nn.Module, output: str, shape: tuple[int, ...], metadat
             output_names=[output],
             dynamic_shapes=({0: "batch"},),
             dynamo=True,
+            optimize=False,
         )
-    assert program is not None
+        assert program is not None
+        # First what is the same for every image: each rule is tried on each node, and a mask of windows has thousands.
+        optimizer = require("onnxscript.optimizer", "export", "ONNX export")
+        optimizer.fold_constants(program.model)
+        optimizer.remove_unused_nodes(program.model)
+        program.optimize()
     program.model.metadata_props["asa"] = json.dumps(metadata, sort_keys=True)
     return program.model_proto.SerializeToString()

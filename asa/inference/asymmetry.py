@@ -4,7 +4,6 @@ Letters: image `C D H W`.
 """
 
 import math
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,12 +156,7 @@ class AsymmetryScorer:
         self.precision = pick_precision(settings.precision, self.device)
         self.model: Any = model.to(self.device)
         self.preprocessor = ScanPreprocessor(str(checkpoint), description["data"], strip, channels=channels)
-        if not (self.preprocessor.settings.midway or self.preprocessor.settings.register):
-            warnings.warn(
-                f"{checkpoint}: its scans were prepared without prepare.midway=true: where the mid-sagittal plane is "
-                "not the middle of the volume, the head's position counts as asymmetry",
-                stacklevel=2,
-            )
+        self.preprocessor.warn_unless_centred()
         self.healthy: HealthyReference | None = None
         if healthy is not None:
             self.store = store = Store(healthy)

@@ -28,7 +28,7 @@ from asa.data.splits import select
 from asa.data.store import Entry, Store
 from asa.errors import require
 from asa.inference.label_maps import Outputs, Segmented
-from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata, voxel_size
+from asa.inference.preprocessing import ScanPreprocessor, prepared_alike, training_scan_metadata, voxel_size
 from asa.inference.segmentation import Segmenter
 from asa.inference.uncertainty import entropy_map, write_map
 from asa.ops.labels import IGNORED
@@ -289,11 +289,12 @@ class AtlasSegmenter:
         """Raise a ValueError if networks cannot vote beside the atlases."""
         if self.workers > 1 and any(next(model.parameters()).is_cuda for model in networks.models):
             raise ValueError("workers= are for atlases alone, or for networks on a CPU: give workers=1")
+        own_way, way = (one.preprocessor.settings.as_json() for one in (self, networks))
         for key, own, other in (
             ("channels", self.store.channels, networks.data["channels"]),
             ("labels", self.outputs.labels, networks.outputs.labels),
             ("regions", {}, networks.outputs.regions),
-            ("preparation", self.preprocessor.settings.as_json(), networks.preprocessor.settings.as_json()),
+            ("preparation", own_way, own_way if prepared_alike(own_way, way) else way),
         ):
             if own != other:
                 raise ValueError(

@@ -61,6 +61,11 @@ def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[st
     return {"brain_ml": quality["brain_ml"], **named}
 
 
+def prepared_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two settings of preprocessing give the same of a scan that both accept; they may differ in NaN."""
+    return {**one, "nan": None} == {**other, "nan": None}
+
+
 def check_finite(values: Any, what: str) -> None:
     """Raise a ValueError if an array or tensor, named in words, is not finite.
 
@@ -209,9 +214,17 @@ class ScanPreprocessor:
 
     def check_store(self, store: Store, advice: str) -> None:
         """Raise a ValueError, with advice, if a store was prepared in another way than these scans."""
-        ways = [{**settings, "nan": None} for settings in (store.settings, self.data["prepare"])]  # that may differ
-        if store.channels != self.channels or ways[0] != ways[1]:
+        if store.channels != self.channels or not prepared_alike(store.settings, self.data["prepare"]):
             raise ValueError(f"{store.path} was prepared in another way than {self.scans}: {advice}")
+
+    def warn_unless_centred(self) -> None:
+        """Warn if the middle of a prepared volume, where its sides are divided, need not be the mid-sagittal plane."""
+        if not self.settings.centred:
+            warnings.warn(
+                f"{self.path}: its scans were prepared without prepare.midway=true: where the mid-sagittal plane is "
+                "not the middle of the volume, the head's position counts as asymmetry",
+                stacklevel=3,
+            )
 
     def check_stored(self, chain: Mapping[str, Any]) -> None:
         """Raise a ValueError if a scan of a store has other voxels than the training scans: it is not resampled."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from asa.data.datasets import bids, folder, nnunet
 from asa.data.datasets.recognise import is_label_map
 from asa.data.datasets.record import Record, check_distinct, make_record, sorted_records
-from asa.data.io.files import NOT_HERE
+from asa.data.io.files import NOT_HERE, failure_lines
 from asa.data.io.nifti import VOLUME_ENDINGS, Volume, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
@@ -82,15 +82,15 @@ def predict_each(
     """
     channels = predictor.preprocessor.channels
     layout.begin({scan.id: [scan.files[name] for name in channels if name in scan.files] for scan in scans})
-    failures, seconds = [], []
+    failures, seconds = dict[str, str](), []
     predict = partial(_predict, predictor, layout)
     scans = scans if remaining is None else remaining(scans)
     for scan, predicted, reason in each_tried(predict, scans, workers, title="predict", unit="scan"):
         layout.check_kept()  # before the next scan, which takes its time
         if predicted is None:
-            failures.append(f"{scan.id}: failed: {reason}")
+            failures[scan.id] = reason
             if not reason.endswith(NOT_HERE):
-                tqdm.write(failures[-1])
+                tqdm.write(f"{scan.id}: failed: {reason}")
             continue
         result, cautions, took = predicted
         for caution in cautions:
@@ -99,8 +99,8 @@ def predict_each(
         if done is not None:
             done(scan.id, result)
     layout.check_kept()
-    if absent := [failure for failure in failures if failure.endswith(NOT_HERE)]:
-        print(f"{absent[0]} ({counted(len(absent), 'scan')} like this one)")
+    for line in failure_lines({id: reason for id, reason in failures.items() if reason.endswith(NOT_HERE)}):
+        print(line)
     written = predictor.finish()
     if failures:
         raise ValueError(f"{counted(len(failures), 'scan')} failed, listed above")

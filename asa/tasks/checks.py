@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from asa.config import METHODS, SETTINGS, given_settings, sized_models, typed, written
 from asa.data.datasets.folder import has_wildcard
+from asa.data.io.files import check_present
 from asa.data.io.parallel import check_workers
 from asa.data.splits import read_split
 from asa.data.store import check_is_store
@@ -304,4 +305,6 @@ def _checkpoint(path: Any) -> None:
 
 def _exists(path: Any, advice: str = "", kind: str = "file or folder") -> None:
     if not Path(str(path)).exists():
+        if Path(str(path)).is_symlink():  # of git-annex
+            check_present(Path(str(path)), "")
         raise FileNotFoundError(f"{path}: no such {kind}{advice and '; ' + advice}")

@@ -57,6 +57,8 @@ class Embedder:
             channels=channels_of(config),
         )
         self.preprocessor = self.extractor.preprocessor
+        if self.parts == "sides":
+            self.preprocessor.warn_unless_centred()
         self.rows: dict[str, dict[str, np.ndarray]] = {}
 
     def finish(self) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from asa.data.datasets.folder import files_by_id, has_wildcard, matching_globs
-from asa.data.io.files import sha256_of, write_digests, write_json, write_whole
+from asa.data.io.files import check_present, sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
 from asa.data.io.tables import check_own
@@ -190,8 +190,8 @@ def _match(
         image = None if images is None else Path(images[case_id])
         case = CaseFiles(case_id, found.get(case_id), Path(truths[case_id]), image)
         for what, path in (("truth", case.truth), ("image", image)):
-            if path is not None and not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file; correct the path of the {what} of {case_id}")
+            if path is not None:
+                check_present(path, f"; correct the path of the {what} of {case_id}")
         cases.append(case)
     return cases, unmatched
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from asa.config import build
 from asa.data.datasets.record import in_dataset
-from asa.data.io.files import NOT_HERE, PART
+from asa.data.io.files import PART, failure_lines
 from asa.data.io.lock import LOCK
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import MANIFEST, RECORDS, Store
@@ -95,10 +95,8 @@ def _print(report: "CohortReport", where: str) -> None:
     for id, warnings in report.warnings.items():
         for warning in warnings:
             print(f"{id}: warning: {warning}")
-    absent = [id for id, reason in report.failures.items() if reason.endswith(NOT_HERE)]
-    for id, reason in report.failures.items():
-        if id not in absent[1:]:
-            print(f"{id}: failed: {reason}{f' ({len(absent)} scans like this one)' if id in absent[:1] else ''}")
+    for line in failure_lines(report.failures):
+        print(line)
     if report.seconds:
         times = ", ".join(f"{stage} {median(durations):.1f}" for stage, durations in report.seconds.items())
         print(f"median seconds per scan: {times}")

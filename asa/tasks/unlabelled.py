@@ -16,7 +16,7 @@ from asa.data.io.files import read_json, write_json, write_whole
 from asa.data.splits import select
 from asa.data.store import Store
 from asa.inference.atlas import Atlas, carry_over, load_ants, read_atlases
-from asa.inference.preprocessing import voxel_size
+from asa.inference.preprocessing import prepared_alike, voxel_size
 from asa.ops.labels import IGNORED
 from asa.training.checkpoint_files import list_checkpoints
 from asa.training.distributed import map_over_ranks, on_main, world_size
@@ -42,7 +42,8 @@ class UnlabelledScans:
         load_ants(1 if world_size() > 1 else None)  # fails here and not after the run has begun
         self.labelled, self.store, self.run = labelled, labelled if chosen == REST else Store(chosen), run
         self.subjects = split["train"]
-        if (self.store.channels, self.store.settings) != (labelled.channels, labelled.settings):
+        alike = prepared_alike(self.store.settings, labelled.settings)
+        if self.store.channels != labelled.channels or not alike:
             raise ValueError(
                 f"data.unlabelled={chosen} was prepared in another way than {labelled.path}: prepare both alike"
             )

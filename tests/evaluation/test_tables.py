@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from asa.config import compose
+from asa.data.io.tables import read_column, read_rows
 from asa.evaluation.tables import subject_in
 from asa.inference.asymmetry import AsymmetryRow, cells_of
 from asa.inference.whole_scans import predictions_csv
@@ -145,6 +146,9 @@ def test_a_table_of_the_users_is_not_replaced(tmp_path):
     [
         ("asymmetry", "id,health\ns0,2\ns1,0\n", "a health of '2': give 1 for healthy"),
         ("asymmetry", "id,health\ns0,1\ns1,1\n", "all 2 scans are of health 1: an AUC needs both"),
+        ("asymmetry", "Subject,health\ns0,1\n", "truth.csv: its column Subject has to be called subject: rename it"),
+        ("asymmetry", "id,Health\ns0,1\n", "its column Health has to be called health"),
+        ("asymmetry", "id,Subject,health\ns0,a,1\n", "its column Subject has to be called subject"),
         ("asymmetry", "id,class\ns0,ad\n", "the columns are id, class; give id, subject or participant_id, and health"),
         ("asymmetry", "id,health\nelsewhere,1\n", "no id of its 1 rows is one of the scans, like s0"),
         ("classification", "id,class\ns0,ftd\n", "the class 'ftd' is none of the network's: cn, ad"),
@@ -157,6 +161,18 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path, policy, truth, message):
     with pytest.raises(ValueError, match=message):
         evaluate(tmp_path, policy, truth)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parquet_of_numbers_reads_as_its_csv(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"subject": [1, 2, 10], "health": [1.0, None, 0.0], "age": [60.5, 70.0, 80.0]})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text("subject,health,age\n1,1,60.5\n2,,70\n10,0,80\n")
+    assert read_rows(tmp_path / "t.parquet") == read_rows(tmp_path / "t.csv")
+    scans = [{"id": name, "subject": name} for name in ("001", "002", "010")]
+    with pytest.warns(UserWarning, match="1 is taken for 001"):
+        assert read_column(tmp_path / "t.parquet", "health", scans) == {"001": "1", "010": "0"}
 
 
 def test_tables_that_are_not_there_are_named(tmp_path):

@@ -138,3 +138,10 @@ def test_a_table_that_is_not_there_is_named_with_its_key(command: str, settings:
     key = next(setting.partition("=")[0] for setting in settings if "nowhere" in setting)
     with pytest.raises(FileNotFoundError, match=rf"nowhere.csv: no such file.*; {key}= is a table \(CSV\)"):
         check(command, compose(command, [f"data.store='{store}'", "out=o", *settings]))
+
+
+def test_an_input_whose_content_git_annex_has_elsewhere_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").symlink_to(".git/annex/objects/ab/MD5E-s1--x/MD5E-s1--x")
+    for command in ("predict", "embed"):
+        with pytest.raises(FileNotFoundError, match=r"a\.nii\.gz: its content is not here.*datalad get"):
+            check(command, compose(command, [f"input={tmp_path}/a.nii.gz", "checkpoint=asa://tiny-t1", "out=x"]))

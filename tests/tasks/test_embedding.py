@@ -155,8 +155,11 @@ def test_a_folder_of_scans_needs_no_pattern(cohort: Path, tmp_path: Path) -> Non
     assert list(embedded(cohort, tmp_path / "out", f"input={tmp_path / 'raw'}")) == ["'=s03"]  # a spreadsheet's text
 
 
-def test_the_difference_of_the_sides_is_left_minus_right(cohort: Path, tmp_path: Path) -> None:
+def test_the_difference_of_the_sides_is_left_minus_right_and_both_want_midway(
+    cohort: Path, tmp_path: Path, capsys
+) -> None:
     row = embedded(cohort, tmp_path, f"input={cohort / 'store'}", "of=sides")["s00"]
+    assert "prepared without prepare.midway=true" in capsys.readouterr().err
     np.testing.assert_allclose(vector(row, "left") - vector(row, "right"), vector(row, "difference"), atol=1e-4)
 
 

@@ -121,4 +121,8 @@ def test_stores_that_do_not_fit_and_nothing_unlabelled_are_refused(
     prepare_cohort(records, tmp_path / "wide", CohortSettings(settings=PrepareSettings(margin=9)), progress=False)
     with pytest.raises(ValueError, match="was prepared in another way than"):
         finetune(store, tmp_path / "run", **TINY, **{"data.unlabelled": str(tmp_path / "wide")})
+    # A background of NaN that one of them accepts changes no other scan.
+    prepare_cohort(records, tmp_path / "nan", CohortSettings(settings=PrepareSettings(nan="zero")), progress=False)
+    with pytest.raises(ValueError, match="the labelled store has all of its scans"):
+        finetune(store, tmp_path / "run", **TINY, **{"data.unlabelled": str(tmp_path / "nan")})
     assert not (tmp_path / "run").exists() and not registered

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
-from asa.data.io.files import matching_files
+from asa.data.io.files import NOT_HERE, matching_files
 from asa.data.io.tables import EMPTY, match_names, read_header, read_rows
 
 CHANNELS = {"t1": "T1w"}
@@ -182,6 +182,8 @@ def _sites(root: Path, subjects: Collection[str]) -> dict[str, str]:
     """Subject -> site, from participants.tsv."""
     path = root / "participants.tsv"
     if not path.is_file():
+        if path.is_symlink():
+            warnings.warn(f"{path}: no site is read: {NOT_HERE}", stacklevel=3)
         return {}
     columns = {name.casefold(): name for name in read_header(path)}
     if "participant_id" not in columns:

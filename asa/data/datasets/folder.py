@@ -9,7 +9,7 @@ from typing import Any
 
 from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
 from asa.data.io.files import matching_files, read_json
-from asa.data.io.tables import read_rows
+from asa.data.io.tables import check_capitals, read_rows
 
 IMAGES = "'data.images={t1: *_T1.nii.gz}'"  # an example for messages
 COLUMNS = ("id", "subject", "site", "label")  # of a table; all other columns are channels
@@ -214,6 +214,7 @@ def _from_table(path: Path, images: Mapping[str, str] | None) -> list[Record]:
     rows = _rows(path)
     names = list(dict.fromkeys(name for row in rows for name in row))  # JSON rows may omit empty columns
     columns = images or {name: name for name in names if name not in COLUMNS}
+    check_capitals(path, names, (*COLUMNS, *columns.values()))
     unknown = [column for column in columns.values() if column not in names]
     if rows and (unknown or not columns):
         raise ValueError(
@@ -240,6 +241,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
             raise ValueError(f"{path}: a JSON table is a list of objects, one per scan")
         return [{str(key): "" if value is None else str(value) for key, value in row.items()} for row in content]
     rows = [{key: value for key, value in row.items() if key} for row in read_rows(path)]
+    check_capitals(path, rows[0] if rows else (), ("id",))
     if rows and "id" not in rows[0]:
         raise ValueError(f"{path}: no column 'id' (columns are {', '.join(rows[0])}); add it, separated by commas")
     return rows

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from asa.data.io.files import matching_files, write_whole
+from asa.data.io.files import NOT_HERE, check_present, matching_files, write_whole
 from asa.data.io.nifti import GEOMETRY_TOLERANCE, Volume, read_image, spacing_of
 from asa.data.io.tables import check_own, csv_text, read_rows
 from asa.errors import require
@@ -87,6 +87,8 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     report = DicomReport()
     found, lost = _sorted_by_series(source)
     if not found:
+        for path in lost:
+            check_present(path, "")
         raise ValueError(f"{source}: no DICOM series found here")
     table = out / TABLE
     check_own(table, "asa-dicom", {"id", "file", "series_uid"})
@@ -101,7 +103,8 @@ def convert_series(source: Path, out: Path) -> DicomReport:
                 lost += alone if volumes and alone else series.files
             _keep(series, volumes, said, out, rows, report)
     for path in lost:
-        report.failures[str(path)] = "in no volume: damaged, no image, or of a series with such a file"
+        here = "damaged, no image, or of a series with such a file"
+        report.failures[str(path)] = f"in no volume: {here if path.exists() else NOT_HERE}"
     return report
 
 
@@ -213,7 +216,7 @@ def _sorted_by_series(source: Path) -> tuple[dict[tuple[str, ...], _Series], lis
                 key, slices = tuple(str(header.get(name) or "") for name in KEY), _slices(header)
             except Exception:  # of many types, for a file of any content
                 key, slices = ("",), []
-        if marked and not key[0]:
+        if not key[0] and (marked or not path.exists()):  # a link of git-annex
             damaged.append(path)
         if key[0]:
             first = firsts.setdefault((*key, str(header.get("SOPInstanceUID"))), path)

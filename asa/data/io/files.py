@@ -9,14 +9,14 @@ import os
 import secrets
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import yaml
 
-from asa.errors import one_line
+from asa.errors import counted, one_line
 
 LARGEST_YAML = 100_000  # values in a configuration; a repeated alias makes billions of a few lines
 LONGEST_ID = 200  # bytes; file systems allow names of 255
@@ -240,8 +240,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _text(path: str | Path) -> str:
     """The text of a file that has to exist."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_present(Path(path), "")
     return Path(path).read_text(encoding="utf-8")
 
 
@@ -258,14 +257,22 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_present(path: Path) -> None:
+def check_present(path: Path, advice: str = "; check the path, or leave this scan out") -> None:
     """Raise a FileNotFoundError for a file that is missing, or whose content git-annex (DataLad) has elsewhere."""
     if not path.is_file():
-        missing = "no such file; check the path, or leave this scan out"
-        raise FileNotFoundError(f"{path}: {NOT_HERE if _is_annexed(path) else missing}")
+        raise FileNotFoundError(f"{path}: {NOT_HERE if _is_annexed(path) else f'no such file{advice}'}")
     with path.open("rb") as file:
         if file.read(len(ANNEX)) == ANNEX:
             raise FileNotFoundError(f"{path}: {NOT_HERE}")
+
+
+def failure_lines(failures: Mapping[str, str], unit: str = "scan") -> list[str]:
+    """A line for each failure, name -> reason; those whose content git-annex has elsewhere share one, the last."""
+    absent = [name for name, reason in failures.items() if reason.endswith(NOT_HERE)]
+    lines = [f"{name}: failed: {reason}" for name, reason in failures.items() if name not in absent]
+    if absent:
+        lines.append(f"{absent[0]}: failed: {failures[absent[0]]} ({counted(len(absent), unit)} like this one)")
+    return lines
 
 
 def _is_annexed(path: Path) -> bool:

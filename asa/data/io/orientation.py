@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from asa.data.io.files import matching_files
+from asa.data.io.files import check_present, matching_files
 from asa.data.io.nifti import IMAGE_ENDINGS, orientation_of, write_oriented
 from asa.data.io.parallel import each_tried
 
@@ -29,8 +29,8 @@ def orient_files(source: Path, out: Path, axes: str) -> OrientReport:
         FileNotFoundError: no such file or folder.
         ValueError: invalid axes, no image, two images with the same name, or an `out` inside the folder.
     """
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder")
+    if not source.is_dir():
+        check_present(source, " or folder")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"out={out} lies in {source}, whose files are read: choose a folder outside it")
     orientation_of(axes)  # checked before any file is read
@@ -62,7 +62,7 @@ def _by_name(source: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in matching_files(source, "**/*") if source.is_dir() else [source]:
         ending = next((end for end in IMAGE_ENDINGS if path.name.endswith(end)), None)
-        if ending is None or path.name.startswith(".") or not path.is_file():
+        if ending is None or path.name.startswith("."):
             continue
         name = str(path.relative_to(root)).removesuffix(ending)
         first = found.setdefault(name, path)

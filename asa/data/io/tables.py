@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from asa.data.io.files import write_whole
+from asa.data.io.files import check_present, write_whole
 from asa.errors import one_line, require
 
 PARQUET = ".parquet"
@@ -40,7 +40,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     path = Path(path)
     if path.suffix == PARQUET:
         names, columns = _parquet_columns(path)
-        cells = [["" if value is None or value != value else str(value).strip() for value in one] for one in columns]
+        cells = [[_cell(value) for value in one] for one in columns]
         return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)]
     with _text_rows(path) as reader:
         header = [name for name in reader.fieldnames or () if name]
@@ -85,6 +85,13 @@ def check_own(table: Path, command: str, required: Collection[str], others: str 
         raise ValueError(f"{table}: exists and is no table of {command}: choose another out=")
 
 
+def check_capitals(table: str | Path, header: Collection[str], names: Iterable[str]) -> None:
+    """Raise a ValueError if a table has one of these columns with other capitals, which would not be read."""
+    for name in names:
+        if name not in header and (near := [one for one in header if one.casefold() == name.casefold()]):
+            raise ValueError(f"{table}: its column {near[0]} has to be called {name}: rename it")
+
+
 def read_column(
     path: str | Path, column: str, records: Iterable[Mapping[str, Any]], *, missing_ok: bool = False
 ) -> dict[str, str]:
@@ -108,9 +115,10 @@ def read_column(
     records = list(records)
     rows = read_rows(path)
     header = list(rows[0]) if rows else []
+    key = next((name for name in NAMED_BY if name in header), None)
+    check_capitals(path, header, (*(NAMED_BY if key is None else ()), column))
     if missing_ok and column not in header:
         return {}
-    key = next((name for name in NAMED_BY if name in header), None)
     if key is None or column not in header:
         raise ValueError(
             f"{path}: the columns are {', '.join(header)}; give id, subject or participant_id, and {column}"
@@ -218,6 +226,13 @@ def write_numbers(path: Path, header: Sequence[str], rows: Mapping[str, Iterable
     write_whole(path, csv_text(["id", *header], cells, _delimiter(path)).encode())
 
 
+def _cell(value: Any) -> str:
+    """A value of a Parquet as text; whole numbers without decimals, which a column with empty cells gives them."""
+    if value is None or value != value:
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+
+
 def _pyarrow() -> Any:
     require("pyarrow.parquet", "parquet", "Parquet")
     return require("pyarrow", "parquet", "Parquet")
@@ -252,10 +267,9 @@ def _parquet_columns(path: Path) -> tuple[list[str], list[list[Any]]]:
 def _parquet_errors(path: Path) -> Iterator[Any]:
     """pyarrow, whose errors become a ValueError that names the file."""
     arrow = _pyarrow()
+    check_present(path, "")
     try:
         yield arrow
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file ({one_line(error)}): write it again") from None
 
@@ -265,6 +279,7 @@ def _text_rows(path: Path) -> Iterator["csv.DictReader[str]"]:
     """A reader of a table of text; what is wrong with the table is a ValueError that names it."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a table (CSV)")
+    check_present(path, "")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             yield csv.DictReader(file, delimiter=_delimiter(path))

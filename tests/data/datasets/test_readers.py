@@ -270,6 +270,8 @@ def test_an_empty_cell_is_a_missing_image_or_an_unlabelled_scan(tmp_path):
         ("id,t1\n,x.nii\n", "row 1 has no id"),
         ("id,t1\nx,\n", "x: no image of t1"),
         ("id,site\nx,\n", "no column 't1' with data.images"),
+        ("ID,t1\nx,x.nii\n", r"a\.csv: its column ID has to be called id: rename it"),
+        ("id,Subject,t1\nx,y,x.nii\n", "its column Subject has to be called subject"),
     ],
 )
 def test_a_bad_table_is_refused(tmp_path, text, reason):

@@ -280,6 +280,17 @@ def test_damaged_files_are_named_and_the_others_are_converted(series: Path, tmp_
     assert set(report.failures.values()) == {"in no volume: damaged, no image, or of a series with such a file"}
 
 
+def test_slices_that_git_annex_has_elsewhere_are_named_and_never_left_out(series: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "in" / "slice.dcm"
+    absent.parent.mkdir()
+    absent.symlink_to(".git/annex/objects/ab/MD5E-s1--x/MD5E-s1--x")
+    with pytest.raises(FileNotFoundError, match="datalad get"):
+        convert_series(tmp_path / "in", tmp_path / "out")
+    shutil.copytree(series / "scan 1", tmp_path / "in" / "scan 1")
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert len(report.written) == 1 and "datalad get" in report.failures[str(absent)]
+
+
 @pytest.mark.parametrize("patient", ["../../x", "/tmp/x", ".hidden", "a\nb", "é", "%i%s", "-x", "=cmd", "*", "x" * 64])
 def test_a_patients_id_of_any_text_names_a_file_in_the_folder(tmp_path: Path, patient: str, monkeypatch) -> None:
     (tmp_path / "-in").mkdir()
@@ -308,7 +319,7 @@ def test_the_command_says_what_it_wrote_and_what_is_missing(
     damaged = series / "scan 1" / "damaged"
     damaged.write_bytes((HEAD / NEIGHBOURS[0]).read_bytes()[:600])
     code, said, error = run(f"input={series}", f"out={tmp_path / 'out'}")
-    assert code == 1 and said.startswith(f"{damaged}: not converted: ") and "1 series or files are in no" in error
+    assert code == 1 and said.startswith(f"{damaged}: failed: ") and "1 series or files are in no" in error
     damaged.unlink()
     (tmp_path / "empty").mkdir()
     for source, out, reason in (

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from asa.data.io.files import sha256_of
+from asa.data.io.files import read_json, sha256_of
 from asa.data.io.nifti import (
     axis_codes,
     check_same_geometry,
@@ -23,6 +23,7 @@ from asa.data.io.nifti import (
     write_image,
     write_label,
 )
+from asa.data.io.tables import read_rows
 
 SHARED = Path(__file__).parents[4] / "shared/data"
 needs_scans = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real scans are not here: no {SHARED}")
@@ -225,7 +226,7 @@ def test_a_link_or_pointer_of_git_annex_says_how_to_get_the_content(tmp_path):
     (tmp_path / "a.nii.gz").symlink_to("../.git/annex/objects/Xk/0j/MD5E-s12--ab.nii.gz/MD5E-s12--ab.nii.gz")
     (tmp_path / "b.nii.gz").write_text("/annex/objects/MD5E-s12--ab.nii.gz\n")
     for name in ("a.nii.gz", "b.nii.gz"):
-        for read in (read_image, sha256_of):
+        for read in (read_image, sha256_of, read_json, read_rows):
             with pytest.raises(FileNotFoundError, match=rf"{name}: its content is not here.*datalad get"):
                 read(tmp_path / name)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from asa.cli import orient as command
+from asa.cli.tools import orient
 from asa.data.io.nifti import axis_codes, read_image, read_label, spacing_of, to_ras
 from asa.data.io.orientation import orient_files
 
@@ -81,6 +82,17 @@ def test_a_folder_keeps_its_layout_and_files_with_an_orientation_are_not_written
     (folder / "broken.nii").unlink()
     assert command.main() == 0
     assert "wrote 2 files" in capsys.readouterr().out
+
+
+def test_links_to_content_that_git_annex_has_elsewhere_are_counted_in_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.nii.gz", "b.hdr", "b.img", "c.nii"):
+        (tmp_path / "in" / name).symlink_to(".git/annex/objects/ab/MD5E-s1--x/MD5E-s1--x")
+    for source, reason in (("in", "3 files failed"), ("in/a.nii.gz", "datalad get")):
+        with pytest.raises((ValueError, FileNotFoundError), match=reason):
+            orient({"input": tmp_path / source, "out": tmp_path / "out", "axes": "LAS"})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "a: failed: " in line and line.endswith("in its dataset (3 files like this one)")
 
 
 def test_a_file_of_the_same_name_is_not_replaced(tmp_path: Path) -> None:

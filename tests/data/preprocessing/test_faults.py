@@ -459,20 +459,25 @@ def test_scans_whose_content_git_annex_holds_are_counted_in_one_line(tmp_path: P
 
 
 def test_a_background_of_nan_becomes_zero_where_asked_and_nan_in_the_head_never(tmp_path: Path) -> None:
-    for id in ("good", "bad"):
+    for id in ("good", "bad", "hole"):
         write_scan(tmp_path, id)
         head = read_image(tmp_path / f"{id}_t1.nii.gz")
         data = np.where(head.data > 0, head.data, np.nan)
         if id == "bad":
             data[tuple(side // 2 for side in SHAPE)] = np.nan
+        if id == "hole":  # from the middle up to the border
+            data[*(slice(3 * side // 8, 5 * side // 8) for side in SHAPE[:2]), SHAPE[2] // 2 :] = np.nan
         write_image(tmp_path / f"{id}_t1.nii.gz", data, LAS)
         write_image(tmp_path / f"{id}_zero.nii.gz", np.nan_to_num(data), LAS)
     given = (f"data.root={tmp_path}", "data.images={t1: '*_t1.nii.gz'}")
     failed = command(*given, f"out={tmp_path / 'refused'}").lines("failed")
-    assert set(failed) == {"good", "bad"} and "set prepare.nan=zero if they are its background" in failed["good"]
+    assert (
+        set(failed) == {"good", "bad", "hole"} and "set prepare.nan=zero if they are its background" in failed["good"]
+    )
     found = command(*given, f"out={tmp_path / 'store'}", "prepare.nan=zero")
     assert "are NaN, and are set to 0" in found.lines("warning")["good"]
     assert "1 voxels inside the head are NaN" in found.lines("failed")["bad"] and found.code == 1
+    assert "voxels inside the head are NaN" in found.lines("failed")["hole"]
     command(f"data.root={tmp_path}", "data.images={t1: '*_zero.nii.gz'}", f"out={tmp_path / 'same'}")
     images = [Store(tmp_path / name).image("good") for name in ("store", "same")]
     np.testing.assert_array_equal(*images)
