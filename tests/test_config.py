@@ -47,6 +47,7 @@ EXPERIMENTS = {
     "structures_pretrain": "pretrain",
     "structures_finetune": "finetune",
     "structures_light": "finetune",
+    "planted_lesions": "finetune",
     "rat_ct_denoise": "finetune",
     "rat_pet": "finetune",
     "rat_sr": "finetune",

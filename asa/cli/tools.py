@@ -15,7 +15,7 @@ def make_phantoms(config: Config) -> None:
     if (source is not None) != planted:
         raise ValueError("source= is a store for kind=lesions, which needs one: give both or neither")
     if planted:
-        keys = ("lesions", "planted", "draws", "seed", "subjects")
+        keys = ("lesions", "planted", "draws", "joined", "seed", "subjects")
         files = plant_cohort(source, out, **{key: config[key] for key in keys})
     else:
         own = {key: config[key] for key in ("kind", "seed", "resolution", "rim", "names")}

@@ -13,8 +13,9 @@ without normalised targets, on brains that are prepared alike, such as scripts.r
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -132,6 +133,52 @@ def make(data: Path, out: Path) -> None:
         asa("phantom", "kind=lesions", "planted=1", "seed=3", source=out / "store", out=out / "planted")
 
 
+class Bench(NamedTuple):
+    """Brains `(1, D, H, W)` as they were and with a lesion, the lesion `(D, H, W)`, and its kind, each by id."""
+
+    healthy: dict[str, Tensor]
+    patients: dict[str, Tensor]
+    lesions: dict[str, np.ndarray]
+    kinds: dict[str, str]
+
+
+def read_bench(out: Path) -> Bench:
+    """What `make` left in a folder."""
+    store, planted = Store(out / "store"), out / "planted"
+    kinds = {row["id"]: row["lesion"] for row in read_rows(planted / "health.csv")}
+    return Bench(
+        {id: torch.from_numpy(np.array(store.image(id), np.float32)) for id in kinds},
+        {id: torch.from_numpy(read_image(planted / f"{id}_t1.nii.gz").data.T.copy())[None] for id in kinds},
+        {id: read_label(planted / f"{id}_lesions.nii.gz").data.T > 0 for id in kinds},
+        kinds,
+    )
+
+
+def rows_of(name: str, sides: bool, compute: Callable[[Tensor], Tensor], bench: Bench) -> Iterator[str]:
+    """Rows of the table for a map, as it is and above healthy: of all lesions, and of each kind."""
+
+    def measured(image: Tensor) -> Asymmetry:
+        inside = image[0] != 0
+        inside = inside | inside.flip(-1) if sides else inside
+        with torch.inference_mode():
+            return Asymmetry(0.0, compute(image) * inside, inside)
+
+    found = [{id: measured(image) for id, image in images.items()} for images in (bench.healthy, bench.patients)]
+    reference = HealthyReference(list(found[0].values()))
+    above = [{id: reference.standardise(scan, [found[0][id]]) for id, scan in scans.items()} for scans in found]
+    truth = {id: lesion | lesion[:, :, ::-1] if sides else lesion for id, lesion in bench.lesions.items()}
+    for title, (healthy, patients) in ((name, found), (f"{name}, above healthy", above)):
+        for kind in ("all", *sorted(set(bench.kinds.values()))):
+            ids = [id for id in bench.kinds if kind in ("all", bench.kinds[id])]
+            row = measure(healthy, {id: patients[id] for id in ids}, truth)
+            numbers = " | ".join(f"{number:.3f}" for number in row[:4])
+            yield f"| {title} | {kind} | {numbers} | {row[4]} of {len(ids)} |"
+
+
+HEADER = """| map | lesions | AUC, scans | AUC, voxels | average precision | by chance | peaks in a lesion |
+|---|---|---:|---:|---:|---:|---:|"""
+
+
 def main() -> None:
     """Print two rows for each map, and one for each kind of lesion."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,32 +186,11 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     options = parser.parse_args()
     make(options.data, options.out)
-    store, planted = Store(options.out / "store"), options.out / "planted"
-    kinds = {row["id"]: row["lesion"] for row in read_rows(planted / "health.csv")}
-    lesions, brains = {}, {}
-    for id in kinds:
-        lesions[id] = read_label(planted / f"{id}_lesions.nii.gz").data.T > 0
-        patient = read_image(planted / f"{id}_t1.nii.gz").data.T
-        brains[id] = [torch.from_numpy(np.array(volume, np.float32)) for volume in (store.image(id), patient[None])]
-    print("| map | lesions | AUC, scans | AUC, voxels | average precision | by chance | peaks in a lesion |")
-    print("|---|---|---:|---:|---:|---:|---:|")
+    bench = read_bench(options.out)
+    print(HEADER)
     for name, (sides, compute) in maps_of(options.run).items():
-        found: list[dict[str, Asymmetry]] = [{}, {}]
-        for id, pair in brains.items():
-            for scans, image in zip(found, pair, strict=True):
-                inside = image[0] != 0
-                inside = inside | inside.flip(-1) if sides else inside
-                with torch.inference_mode():
-                    scans[id] = Asymmetry(0.0, compute(image) * inside, inside)
-        reference = HealthyReference(list(found[0].values()))
-        above = [{id: reference.standardise(scan, [found[0][id]]) for id, scan in scans.items()} for scans in found]
-        truth = {id: lesion | lesion[:, :, ::-1] if sides else lesion for id, lesion in lesions.items()}
-        for title, (healthy, patients) in ((name, found), (f"{name}, above healthy", above)):
-            for kind in ("all", *sorted(set(kinds.values()))):
-                ids = [id for id in kinds if kind in ("all", kinds[id])]
-                row = measure(healthy, {id: patients[id] for id in ids}, truth)
-                numbers = " | ".join(f"{number:.3f}" for number in row[:4])
-                print(f"| {title} | {kind} | {numbers} | {row[4]} of {len(ids)} |", flush=True)
+        for row in rows_of(name, sides, compute, bench):
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

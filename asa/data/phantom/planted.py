@@ -52,6 +52,7 @@ def plant_cohort(
     lesions: Sequence[str] = ("tumour", "wmh", "infarct", "atrophy"),
     planted: float = 0.5,
     draws: int = 1,
+    joined: bool = False,
     seed: int = 0,
     subjects: int | None = None,
     progress: bool = True,
@@ -69,6 +70,7 @@ def plant_cohort(
             probability.
         planted: fraction of the subjects who get one.
         draws: times that each scan is written, each with other lesions.
+        joined: whether all lesions have the value 1 in the label maps.
         seed: random seed. What a subject gets depends on it, on the draw and on the subject's number among the sorted.
         subjects: how many of the store's, in the order of their names; None: all.
 
@@ -94,9 +96,17 @@ def plant_cohort(
     names = sorted(scans)[:subjects]
     orders, count = np.random.default_rng(seed), round(planted * len(names))
     patients = [set(orders.permutation(names)[:count].tolist()) for _ in range(draws)]
-    about = {"phantom": True, "kind": "lesions", "lesions": list(lesions), "planted": planted, "seed": seed}
+    about = {
+        "phantom": True,
+        "kind": "lesions",
+        "lesions": list(lesions),
+        "planted": planted,
+        "draws": draws,
+        "seed": seed,
+    }
     check_out(out, "phantom.json", "a phantom cohort")
-    write_json(out / "phantom.json", about | {"values": VALUES, "source": str(Path(source).resolve())})
+    values = {1: "lesion"} if joined else VALUES
+    write_json(out / "phantom.json", about | {"values": values, "source": str(Path(source).resolve())})
     written, rows = [out / "phantom.json", out / TABLE], []
     both = [(draw, number, name) for draw in range(draws) for number, name in enumerate(names)]
     for draw, number, name in tqdm(both, desc="phantom lesions", unit="scan", disable=not progress):
@@ -113,10 +123,11 @@ def plant_cohort(
             except ValueError as error:
                 raise ValueError(f"{id}: {error}") from None
         inside = found.label > 0
+        label = inside.astype(np.uint8) if joined else found.label
         ml = inside.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
         contrast = found.image[0][inside].mean() / before[0][inside].mean() if inside.any() else 1.0
         rows.append([id, name, int(not kind), kind, f"{ml:.3f}", f"{contrast:.3f}"])
-        volumes = dict(zip([*store.channels, "lesions"], [*found.image, found.label], strict=True))
+        volumes = dict(zip([*store.channels, "lesions"], [*found.image, label], strict=True))
         for what, volume in volumes.items():
             write_image(out / f"{id}_{what}.nii.gz", volume.transpose(2, 1, 0), affine, dtype=volume.dtype)
         write_json(out / f"{id}.json", {**about, "lesion": kind, "drawn": found.drawn})

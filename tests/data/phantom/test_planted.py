@@ -159,7 +159,7 @@ def test_one_scan_of_a_subject_is_used_and_all_or_some_get_a_lesion(healthy: Sto
 def test_draws_are_of_the_same_people_with_other_lesions(healthy: Store, tmp_path: Path) -> None:
     out, once = tmp_path / "drawn", tmp_path / "once"
     few = ["lesions=[infarct]", "subjects=2", "planted=1"]
-    assert command.main(["kind=lesions", f"source={healthy.path}", f"out={out}", "draws=2", *few]) == 0
+    assert command.main(["kind=lesions", f"source={healthy.path}", f"out={out}", "draws=2", "joined=true", *few]) == 0
     plant_cohort(healthy.path, once, lesions=["infarct"], subjects=2, planted=1)
     rows, ids = table(out), [row["id"] for row in table(once)]
     assert [row["id"] for row in rows] == [f"{id}_draw{draw}" for draw in (1, 2) for id in ids]
@@ -168,7 +168,9 @@ def test_draws_are_of_the_same_people_with_other_lesions(healthy: Store, tmp_pat
         first, second = (read_image(out / f"{id}_draw{draw}_t1.nii.gz").data for draw in (1, 2))
         np.testing.assert_array_equal(first, read_image(once / f"{id}_t1.nii.gz").data)
         assert (first != second).any()
-    store, names = tmp_path / "store", ", ".join(f"{value}: {name}" for value, name in VALUES.items())
+        both = [read_label(path / f"{name}_lesions.nii.gz").data for path, name in ((out, f"{id}_draw1"), (once, id))]
+        np.testing.assert_array_equal(both[0], both[1] > 0)
+    store, names = tmp_path / "store", "1: lesion"
     own = ["data=folder", f"data.root={out}", "data.images={t1: '*_t1.nii.gz'}", "data.label='*_lesions.nii.gz'"]
     assert prepare.main([*own, "data.subject='(.*)_draw'", f"labels={{{names}}}", f"out={store}"]) == 0
     assert {record["subject"] for record in Store(store).records} == {*ids} and len(Store(store).records) == 4
