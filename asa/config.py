@@ -82,7 +82,8 @@ def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CO
             return function(**items)
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            advice = f": leave it out, or take it out of experiment= by ~model.{unknown[1]}" if unknown else ""
+            group = "method" if ".methods." in node["_target_"] else "model"
+            advice = f": leave it out, or take it out of experiment= by ~{group}.{unknown[1]}" if unknown else ""
             raise ValueError(f"{node['_target_']}: {error}{advice}") from error
     if isinstance(node, (list, tuple)):
         return [build(item, plugins=plugins, targets=targets) for item in node]
