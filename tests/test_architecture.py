@@ -28,7 +28,7 @@ LINES = {
     "": 731,
     "baselines": 1144,
     "cli": 727,
-    "data": 7992,  # stores of several modalities, CQ500, several draws of lesions
+    "data": 7993,  # stores of several modalities, CQ500, several draws of lesions
     "evaluation": 2303,
     "export": 752,
     "inference": 2508,  # the preparation of each modality

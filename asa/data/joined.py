@@ -48,10 +48,10 @@ class JoinedStores(Store):
         self.path, self.channels, self.settings, self.regions = first.path, first.channels, first.settings, {}
         found: dict[str, Store] = {}
         for store in stores:
-            one = found.setdefault(_modality(store), store)
+            one = found.setdefault(modality_of(store), store)
             if one.settings != store.settings:
                 raise ValueError(
-                    f"data.stores: {store.path} has {_modality(store)} scans prepared in another way than those of "
+                    f"data.stores: {store.path} has {modality_of(store)} scans prepared in another way than those of "
                     f"{one.path}: prepare both alike"
                 )
         for store in found.values():
@@ -64,7 +64,7 @@ class JoinedStores(Store):
         places = []
         for number, store in enumerate(stores):
             for index, id in enumerate(store.records.ids):
-                name = f"{_modality(store)}/{id}" if self.modalities else id
+                name = f"{modality_of(store)}/{id}" if self.modalities else id
                 if name in self._stores:
                     raise ValueError(
                         f"data.stores: {id} is in {self._stores[name].path} and in {store.path}: leave one out, or "
@@ -95,7 +95,7 @@ def open_stores(paths: Sequence[str | Path]) -> Store:
     return Store(paths[0]) if len(paths) == 1 else JoinedStores(paths)
 
 
-def by_modality(store: Store, records: Any) -> dict[str, Records]:
+def records_by_modality(store: Store, records: Any) -> dict[str, Records]:
     """The records, or some of them, of each of a store's `modalities`, not read; {} where it has none."""
     found: dict[str, list[int]] = {modality: [] for modality in store.modalities}
     for k, id in enumerate(records.ids if found else ()):
@@ -103,7 +103,8 @@ def by_modality(store: Store, records: Any) -> dict[str, Records]:
     return {modality: records.take(indices) for modality, indices in found.items()}
 
 
-def _modality(store: Store) -> str:
+def modality_of(store: Store) -> str:
+    """The name of a store's channel, of several `t1+flair`."""
     return "+".join(store.channels)
 
 

@@ -47,7 +47,7 @@ class Pretraining(Method, Protocol):
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]: ...
 
 
-def by_modality(batch: Batch, **values: Tensor) -> dict[str, Tensor]:
+def sums_by_modality(batch: Batch, **values: Tensor) -> dict[str, Tensor]:
     """For the log of a pretraining on several modalities: the mean of values over the samples of each.
 
     Args:

@@ -15,7 +15,7 @@ from asa.losses.reconstruction import (
     patch_errors,
     weighted_mean,
 )
-from asa.methods.base import MODALITY, Batch, by_modality
+from asa.methods.base import MODALITY, Batch, sums_by_modality
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.ops.patches import Selection, patchify, random_mask, select_tokens, tokens_at, unpatchify
 
@@ -106,7 +106,7 @@ class MaskedPretraining(nn.Module):
             "loss"; and for the log "mean_predictor_loss", the loss of predicting the mean of the visible voxels
             everywhere (0 where targets are normalised); "masked_mse" and "mean_predictor_mse", the same two with equal
             weights. All of them are over the decoded patches, the latter two over excluded ones too. Of several
-            modalities also "loss" and "mean_predictor_loss" of each, see `by_modality`.
+            modalities also "loss" and "mean_predictor_loss" of each, see `sums_by_modality`.
         """
         image, air = batch["image"], self._air(batch)
         mask, offsets = self._draw(batch["seed"], air)
@@ -133,7 +133,7 @@ class MaskedPretraining(nn.Module):
         if any(key.startswith(MODALITY) for key in batch):
             each = ((weights * error.detach()).sum(dim=1) for error in (errors, mean_errors))
             loss, trivial = (value.view(len(image), self.masks).mean(dim=1) for value in each)
-            result |= by_modality(batch, loss=loss, mean_predictor_loss=trivial)
+            result |= sums_by_modality(batch, loss=loss, mean_predictor_loss=trivial)
         return result
 
     def _air(self, batch: Batch) -> Tensor | None:

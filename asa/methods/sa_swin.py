@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asa.losses.contrastive import NTXent, SymmetryLoss
-from asa.methods.base import MODALITY, Batch, by_modality
+from asa.methods.base import MODALITY, Batch, sums_by_modality
 from asa.models.sa_swin import SASwin, SASwinOutput
 from asa.ops.patches import random_boxes
 from asa.ops.symmetry import rotate_about_left_right
@@ -91,7 +91,7 @@ class SASwinPretraining(nn.Module):
         Returns:
             "loss"; and for the log each task's loss, "rotation_accuracy", "hidden_l1", the error inside the boxes, and
             "mean_predictor_l1", the error there of predicting the mean of the visible voxels. Of several modalities
-            also the losses of each, see `by_modality`.
+            also the losses of each, see `sums_by_modality`.
         """
         views = self.views(batch)
         output = self.model(views.cut, views.mirror)
@@ -110,7 +110,7 @@ class SASwinPretraining(nn.Module):
 
     @torch.no_grad()
     def losses_by_modality(self, batch: Batch, output: SASwinOutput, views: Views, health: Tensor) -> dict[str, Tensor]:
-        """The losses of the samples of each modality, see `by_modality`."""
+        """The losses of the samples of each modality, see `sums_by_modality`."""
         each = {
             "rotation": F.cross_entropy(output.rotation.float(), views.quarters, reduction="none"),
             "contrastive": self.contrast(*output.contrast.chunk(2), "none").view(-1, 2).T.flatten(),
@@ -119,7 +119,7 @@ class SASwinPretraining(nn.Module):
         }
         each = {name: value.view(2, -1).mean(dim=0) for name, value in each.items()}
         total = torch.stack([self.weights[name] * value for name, value in each.items()]).sum(dim=0)
-        return by_modality(batch, loss=total, **each)
+        return sums_by_modality(batch, loss=total, **each)
 
     def views(self, batch: Batch) -> Views:
         """Draw and apply the rotations and the boxes of the cutout.

@@ -21,7 +21,7 @@ from asa.config import typed
 from asa.data.io.files import check_out
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import check_health, check_own, read_column
-from asa.data.joined import by_modality
+from asa.data.joined import modality_of, records_by_modality
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
@@ -61,10 +61,10 @@ class Pretraining(VolumeTask):
         self.warmup = warmup_steps(config["optim"]["warmup"], self.train.steps)
         self.augment = AugmentSettings(mirror_probability=self.data.mirror_probability)
         self.attached = read_health(self.data.health, self.store.records)
-        for modality, scans in by_modality(self.store, self.store.records).items():
+        for modality, scans in records_by_modality(self.store, self.store.records).items():
             own = {f"{MODALITY}{name}": float(name == modality) for name in self.store.modalities}
             self.attached |= {id: own | self.attached.get(id, {}) for id in scans.ids}
-        self.trained = by_modality(self.store, self.parts["train"])
+        self.trained = records_by_modality(self.store, self.parts["train"])
         if without := [modality for modality, scans in self.trained.items() if not scans]:
             raise ValueError(f"data.stores: the split has no {without[0]} scan in train: correct it")
         self.set_model()
@@ -121,8 +121,8 @@ class Pretraining(VolumeTask):
 
     def _channels_of(self, path: str) -> list[str]:
         """Those of the training scans that a store is compared with: of its modality, if it is one of several."""
-        own = Store(path).channels
-        return own if "+".join(own) in self.trained else self.store.channels
+        own = Store(path)
+        return own.channels if modality_of(own) in self.trained else self.store.channels
 
     def target_metadata(self) -> dict[str, Any]:
         """Of several modalities the channels and the preparation of each; those of the first are that of the run."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from asa.config import build, typed, written
 from asa.data.io.files import read_yaml, write_json
-from asa.data.joined import by_modality, open_stores
+from asa.data.joined import open_stores, records_by_modality
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, VolumeSource
@@ -145,7 +145,7 @@ def open_store(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[s
         raise ValueError("data.store has to be given: a folder made by asa-prepare")
     absolute(data, "store")
     store = open_stores(stores or [data["store"]])
-    split = choose_split(store.records, data, run, by_modality(store, store.records).values())
+    split = choose_split(store.records, data, run, records_by_modality(store, store.records).values())
     return store, split, {name: select(store.records, subjects) for name, subjects in split.items()}
 
 

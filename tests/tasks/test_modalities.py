@@ -15,14 +15,14 @@ import asa
 from asa.config import build
 from asa.data.datasets import folder
 from asa.data.io.nifti import read_image, write_image
-from asa.data.joined import JoinedStores, by_modality, open_stores
+from asa.data.joined import JoinedStores, open_stores, records_by_modality
 from asa.data.loading.loader import collate
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
 from asa.export.hub import export_hub
 from asa.inference.preprocessing import ScanPreprocessor
-from asa.methods.base import by_modality as sums_by_modality
+from asa.methods.base import sums_by_modality
 from asa.reporting.viewing import reconstructed
 from asa.tasks.pretraining import Pretraining
 from asa.tasks.run import call, configure
@@ -158,7 +158,7 @@ def test_each_sample_is_of_the_modality_of_its_store_with_its_own_intensities(
 
 def test_a_subject_is_in_one_part_and_each_modality_is_divided(stores: list[str], tmp_path: Path) -> None:
     shared, _ = task_of(tmp_path / "shared", **{"data.stores": stores})
-    assert all(len(scans) > 0 for scans in by_modality(shared.store, shared.parts["validation"]).values())
+    assert all(len(scans) > 0 for scans in records_by_modality(shared.store, shared.parts["validation"]).values())
     copy = tmp_path / "others"  # CT of other people, but for s0
     shutil.copytree(stores[1], copy)
     tree = read_tree(copy)
@@ -168,7 +168,7 @@ def test_a_subject_is_in_one_part_and_each_modality_is_divided(stores: list[str]
     task, _ = task_of(tmp_path / "run", **{"data.stores": [stores[0], str(copy)]})
     subjects = [subject for part in task.split.values() for subject in part]
     assert sorted(subjects) == ["p1", "p2", "s0", "s1", "s2", "s3"]
-    held_out = by_modality(task.store, task.parts["validation"])
+    held_out = records_by_modality(task.store, task.parts["validation"])
     assert all(len(scans) > 0 for scans in held_out.values()) and len(task.split["validation"]) <= 2
     for name, subjects in task.split.items():
         assert {one["subject"] for one in task.parts[name]} == set(subjects)
@@ -180,7 +180,7 @@ def test_the_log_has_training_and_validation_of_each_modality(joint: Path, store
     validated = log(joint, "loss_t1", "loss_ct", "masked_mse_ct", "mean_predictor_loss_ct", group="validation")
     assert validated and all(value is not None for row in validated for value in row)
     (whole, t1, ct), *_ = log(joint, "loss", "loss_t1", "loss_ct", group="validation")
-    scans = by_modality(open_stores(stores), task_of(joint, **{"data.stores": stores})[0].parts["validation"])
+    scans = records_by_modality(open_stores(stores), task_of(joint, **{"data.stores": stores})[0].parts["validation"])
     counts = [len(part) for part in scans.values()]
     assert whole == pytest.approx((counts[0] * t1 + counts[1] * ct) / sum(counts))
     with pytest.raises(ValueError, match=r"train.best=loss_pet"):
