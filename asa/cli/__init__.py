@@ -28,7 +28,7 @@ finetune = Command(
 predict = Command(
     "predict",
     TASKS["predict"],
-    "Label maps of new scans from a trained network or registered atlases, or their asymmetry from a SA-Swin.",
+    "Label maps of new scans from a trained network or registered atlases, or maps of what is unusual in them.",
 )
 embed = Command("embed", TASKS["embed"], "Features of scans from a frozen encoder, as a table.")
 evaluate = Command(

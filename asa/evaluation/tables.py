@@ -1,4 +1,4 @@
-"""Predicted tables against a table of the truth: class probabilities, numbers, and asymmetry scores.
+"""Predicted tables against a table of the truth: class probabilities, numbers, and how unusual scans are.
 
 OUT/summary.json   the scores, with intervals over resampled subjects
 OUT/scans.csv      of a classification: each scan's class and its shares in AUC and balanced accuracy
@@ -31,7 +31,7 @@ from asa.evaluation.statistics import nullable
 
 SCANS = "scans.csv"
 SUBJECT = re.compile(r"(.*?_)??sub(-[^_]+|_\d+)(?=_|$)")  # the beginning of an id
-MEASURES = ("score", "mean", "top", "peak")  # of a scan's asymmetry
+MEASURES = ("score", "mean", "top", "peak")  # of how unusual a scan is; only its asymmetry has the first
 
 
 def table_in(path: Path, name: str) -> Path:
@@ -92,7 +92,7 @@ def evaluate_numbers(table: Path, truth: Path, out: Path, column: str | None = N
 
 
 def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """How well each measure of asymmetry in a table separates patients from healthy subjects.
+    """How well each measure of asymmetry, or of anomaly, in a table separates patients from healthy subjects.
 
     Args:
         truth: table (CSV) with the columns subject (or id) and health, 1 or 0. Scans not in it are left out.
@@ -110,11 +110,7 @@ def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, d
     patient = np.array(health) == "0"
     if patient.all() or not patient.any():
         raise ValueError(f"{truth}: all {len(rows)} scans are of health {health[0]}: an AUC needs both")
-    results = {}
-    measured = np.array([numbers(table, row, MEASURES) for row in rows])
-    for measure, values in zip(MEASURES, measured.T, strict=True):
-        low, high = auc_interval(np.stack([-values, values], axis=1), patient.astype(int), subjects)
-        results[measure] = {"auc": auc(values, patient), "auc_low": low, "auc_high": high}
+    results = separation(table, rows, patient, subjects)
     listed = [row for row in read_rows(truth) if row["health"] in ("0", "1")]
     counts = {
         "patients": int(patient.sum()),
@@ -125,6 +121,19 @@ def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, d
     written = {measure: nullable(found) for measure, found in results.items()}
     write_json(out / "summary.json", {**counts, "results": written})
     return results, counts
+
+
+def separation(
+    table: Path, rows: Sequence[Mapping[str, str]], patient: np.ndarray, subjects: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """The AUC of each measure in the rows of a table, with its interval; see `evaluate_asymmetry`."""
+    results = {}
+    measures = [name for name in MEASURES if name in rows[0] or name != "score"]
+    measured = np.array([numbers(table, row, measures) for row in rows])
+    for measure, values in zip(measures, measured.T, strict=True):
+        low, high = auc_interval(np.stack([-values, values], axis=1), patient.astype(int), subjects)
+        results[measure] = {"auc": auc(values, patient), "auc_low": low, "auc_high": high}
+    return results
 
 
 def numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list[float]:

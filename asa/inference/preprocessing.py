@@ -25,7 +25,7 @@ OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command;
 # What an export keeps of them: no subjects.
 EXPORTED = (
     *("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "join_sides", "spacing"),
-    "modalities",
+    *("modalities", "normalised"),
 )
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 

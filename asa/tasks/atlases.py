@@ -22,7 +22,7 @@ from asa.tasks.prediction import scans_of
 from asa.tasks.segmentation import SegmentationPredictor, networks_of
 
 FOR_NETWORKS = ("mirror", "plugins")  # settings of asa-predict that atlases do not have
-FOR_OTHER_TASKS = ("healthy", "regions")
+FOR_OTHER_TASKS = ("healthy", "map", "regions")
 FOR_ATLASES = {"labelled": None, "split_file": None, "fusion": "joint", "workers": 1}  # and the others, with defaults
 
 

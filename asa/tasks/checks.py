@@ -157,6 +157,7 @@ def _check_training(config: Config) -> None:
 def _check_predict(config: Config) -> None:
     _exists(config["input"])
     _choice(config, "layout", ("bids", "mgz"), "null for OUT/ID.nii.gz")
+    _choice(config, "map", ("asymmetry", "prediction"), "null for that of the network")
     _scans(config)
     if not isinstance(config["mirror"], bool):
         check_axes(config["mirror"], "mirror")

@@ -252,10 +252,11 @@ def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bo
     return comparison
 
 
-def tables_of(config: Config, name: str) -> tuple[Path, Path, Path]:
-    """The predicted table, which has a name in its folder, that of the truth, and the folder for results."""
+def tables_of(config: Config, *names: str) -> tuple[Path, Path, Path]:
+    """The predicted table, which has one of these names in its folder, the truth, and the folder for results."""
     for key in ("predictions", "truth"):
         if config[key] is None:
             raise ValueError(f"{key}= has to be given: predictions=FOLDER of asa-predict, and truth=TABLE.csv")
-    table = table_in(Path(str(config["predictions"])), name)
+    found = [table_in(Path(str(config["predictions"])), name) for name in names]
+    table = next((table for table in found if table.exists()), found[0])
     return table, Path(str(config["truth"])), Path(str(config["out"]))

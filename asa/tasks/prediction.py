@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from asa.data.io.files import write_whole
+import numpy as np
+
+from asa.data.io.files import check_out, write_whole
 from asa.data.io.lock import in_turn
-from asa.data.io.tables import PARQUET, csv_text, read_rows, write_numbers
+from asa.data.io.nifti import Volume
+from asa.data.io.tables import PARQUET, check_own, csv_text, read_rows, write_numbers
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST, Store
+from asa.inference.anomaly import AnomalyRow, AnomalyScorer
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.scans import Scan, ScanPredictor, predict_each, raw_scans, stored_scans
@@ -20,6 +25,30 @@ LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settin
 def predict_scans(predictor: ScanPredictor, config: Config, layout: Layout | None = None) -> None:
     """Predict a scan, a folder of scans, or a store; without a layout the predictor writes `OUT/ID.nii.gz`."""
     predict_each(predictor, scans_of(config, predictor.preprocessor), layout or Layout(Path(str(config["out"]))))
+
+
+def predict_anomalies(scorer: AnomalyScorer, config: Config) -> None:
+    """Write an anomaly map `OUT/ID.nii.gz` of each scan, and the measures of all to the scorer's table in OUT."""
+    predict_scans(_AnomalyPredictor(scorer, config), config, Layout(Path(str(config["out"])), table=scorer.table))
+
+
+class _AnomalyPredictor:
+    """See `predict_anomalies`."""
+
+    def __init__(self, scorer: AnomalyScorer, config: Config) -> None:
+        self.scorer, self.preprocessor = scorer, scorer.preprocessor
+        self.out, self.source = Path(str(config["out"])), Path(str(config["input"]))
+        self.table = self.out / scorer.table
+        check_out(self.out, scorer.table, f"a folder of anomaly maps (with {scorer.table})")
+        check_own(self.table, "asa-predict", {"id"}, "|".join(["subject", *AnomalyRow.__annotations__]))
+        self.rows: dict[str, dict[str, str]] = {}
+
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+        self.rows[id] = self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz").cells
+
+    def finish(self) -> str:
+        add_rows(self.table, self.rows, source=self.source)
+        return f"wrote {self.table}, and a map of each scan beside it"
 
 
 def scans_of(config: Config, preprocessor: ScanPreprocessor) -> list[Scan]:

@@ -3,8 +3,8 @@
 Data: crops of a prepared store, or of several with a modality each. Loss: the method's (masked reconstruction, the
 proxy tasks of SA-Swin, or puzzles). Validation: the method's error on held-out crops beside that of a trivial
 prediction, of each modality too; feature statistics, and the Dice of a linear probe. A checkpoint holds channels and
-preparation of each modality, and digests of the training scans. Prediction: a SA-Swin scores the asymmetry of new
-scans; other encoders are fine-tuned first.
+preparation of each modality, and digests of the training scans. Prediction: maps of the asymmetry of new scans by a
+SA-Swin, or of where they are not what the network predicts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,20 +18,21 @@ from torch import nn
 from tqdm import tqdm
 
 from asa.config import typed
-from asa.data.io.files import check_out
-from asa.data.io.nifti import Volume
-from asa.data.io.tables import check_health, check_own, read_column
+from asa.data.io.tables import check_health, read_column
 from asa.data.joined import modality_of, records_by_modality
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
+from asa.data.store import MANIFEST, Store
 from asa.data.store import Records as StoredRecords
-from asa.data.store import Store
 from asa.errors import counted
+from asa.evaluation.maps import evaluate_maps
 from asa.evaluation.tables import evaluate_asymmetry
-from asa.inference.asymmetry import TABLE, AsymmetryRow, AsymmetryScorer, cells_of
+from asa.inference.anomaly import TABLE as ANOMALY
+from asa.inference.asymmetry import TABLE as ASYMMETRY
+from asa.inference.asymmetry import AsymmetryScorer
 from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
-from asa.inference.layout import Layout
+from asa.inference.masked_prediction import PredictionErrorScorer
 from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import MODALITY, Batch
@@ -39,8 +40,9 @@ from asa.methods.base import Pretraining as PretrainingMethod
 from asa.reporting.figures import reconstruction_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import add_rows, channels_of, only_checkpoint, predict_scans
+from asa.tasks.prediction import channels_of, only_checkpoint, predict_anomalies
 from asa.tasks.volumes import Records, VolumeTask
+from asa.training.checkpoint import read_description
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
@@ -55,6 +57,7 @@ class Pretraining(VolumeTask):
     """Pretraining on a prepared store, without labels."""
 
     command = "pretrain"
+    anomalies = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "labelled_store", *([] if config["data"]["health"] == HEALTHY else ["health"]))
@@ -131,7 +134,8 @@ class Pretraining(VolumeTask):
             store = self.store.modalities[modality]
             about = {"channels": store.channels, "prepare": store.settings}
             found[modality] = {**about, **training_scan_metadata([], scans)}
-        return {**next(iter(found.values())), "modalities": found} if found else {}
+        of_method = {"normalised": True} if self.config["method"].get("normalise") else {}
+        return of_method | ({**next(iter(found.values())), "modalities": found} if found else {})
 
     def begin(self, run: Path) -> None:
         held_out = len(self.parts["validation"])
@@ -150,18 +154,43 @@ class Pretraining(VolumeTask):
 
     @staticmethod
     def predict(config: Config) -> None:
-        predict_scans(AsymmetryPredictor(config), config, Layout(Path(str(config["out"])), table=TABLE))
+        """Maps of asymmetry by a SA-Swin, or of what a network does not expect; see `map` of asa-predict."""
+        checkpoint = only_checkpoint(config, "a map of what is unusual")
+        network = str(read_description(checkpoint)["model"]["_target_"])
+        asymmetry = config["map"] == "asymmetry" or (config["map"] is None and ".sa_swin" in network)
+        scorer = (AsymmetryScorer if asymmetry else PredictionErrorScorer)(
+            checkpoint,
+            typed(PredictSettings, config["predict"]),
+            strip=config["strip"],
+            healthy=config["healthy"],
+            plugins=config["plugins"],
+            channels=channels_of(config),
+        )
+        predict_anomalies(scorer, config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        results, counts = evaluate_asymmetry(*tables_of(config, TABLE))
-        print(
-            f"{counts['healthy']} healthy scans and {counts['patients']} of patients; left out are "
-            f"{counts['without_health']} scans without health, and {counts['without_prediction']} rows of "
-            f"{config['truth']} without a prediction"
-        )
+        table, truth, out = tables_of(config, ASYMMETRY, ANOMALY)
+        if (truth / MANIFEST).exists():
+            summary = evaluate_maps(table, Store(truth), out, sides=table.name == ASYMMETRY)
+            print("{with_lesion} scans with a lesion, {without} without".format(**summary["scans"]))
+            for score, row in summary["voxels"].items():
+                print(f"{score:<17} {in_interval(row['mean'], row['low'], row['high'])}")
+            results = summary["results"]
+        else:
+            results, counts = evaluate_asymmetry(table, truth, out)
+            print(
+                f"{counts['healthy']} healthy scans and {counts['patients']} of patients; left out are "
+                f"{counts['without_health']} scans without health, and {counts['without_prediction']} rows of "
+                f"{truth} without a prediction"
+            )
         for measure, row in results.items():
-            print(f"AUC of {measure:<6} {row['auc']:.3f} ({row['auc_low']:.3f} to {row['auc_high']:.3f})")
+            print(f"AUC of {measure:<6} {in_interval(row['auc'], row['auc_low'], row['auc_high'])}")
+
+
+def in_interval(value: float, low: float | None, high: float | None) -> str:
+    """A number with the ends of its interval, if it has one."""
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Validation:
@@ -218,31 +247,3 @@ def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dic
     check_health(source, values.values())
     each = ({"health": float(values.get(record["id"], UNKNOWN))} for record in records)
     return dict(zip(ids, each, strict=True))
-
-
-class AsymmetryPredictor:
-    """Writes an asymmetry map `OUT/ID.nii.gz` of each scan, and the scores of all to `OUT/asymmetry.csv`."""
-
-    def __init__(self, config: Config) -> None:
-        checkpoint = only_checkpoint(config, "an asymmetry score")
-        settings = typed(PredictSettings, config["predict"])
-        self.out, self.source = Path(str(config["out"])), Path(str(config["input"]))
-        check_out(self.out, TABLE, f"a folder of asymmetry maps (with {TABLE})")
-        check_own(self.out / TABLE, "asa-predict", {"id"}, "|".join(["subject", *AsymmetryRow.__annotations__]))
-        self.scorer = AsymmetryScorer(
-            checkpoint,
-            settings,
-            strip=config["strip"],
-            healthy=config["healthy"],
-            plugins=config["plugins"],
-            channels=channels_of(config),
-        )
-        self.preprocessor = self.scorer.preprocessor
-        self.rows: dict[str, dict[str, str]] = {}
-
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self.rows[id] = cells_of(self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz"))
-
-    def finish(self) -> str:
-        add_rows(self.out / TABLE, self.rows, source=self.source)
-        return f"wrote {self.out / TABLE}, and asymmetry maps beside it"

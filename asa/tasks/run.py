@@ -273,8 +273,10 @@ def predict_task(config: Config) -> None:
     check_network_settings(config)
     Backend.of(config["predict"]["device"], config["predict"]["precision"])
     task = find_task(str(read_description(checkpoints[0]).get("task", "")), config["plugins"])  # adds no plugin
-    if config["healthy"] is not None and task.command != "pretrain":
-        raise ValueError("healthy= is for asymmetry maps of a run of method=sa_swin: leave it out")
+    if config["healthy"] is not None and not getattr(task, "anomalies", False):
+        raise ValueError("healthy= is for maps of what is unusual, of asa-pretrain and of segmentation: leave it out")
+    if config["map"] is not None and task.command != "pretrain":
+        raise ValueError(f"map={config['map']} is for a run of asa-pretrain: leave it out")
     task.predict(config)
 
 

@@ -29,6 +29,7 @@ from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
+from asa.inference.anomaly import LabelScorer
 from asa.inference.label_maps import Outputs, ScanSegmenter
 from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
@@ -38,7 +39,15 @@ from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
 from asa.tasks.evaluation import evaluate_folder
-from asa.tasks.prediction import add_rows, checkpoints_of, predict_scans, rows_in, subjects_in
+from asa.tasks.prediction import (
+    LABEL_MAPS_ONLY,
+    add_rows,
+    checkpoints_of,
+    predict_anomalies,
+    predict_scans,
+    rows_in,
+    subjects_in,
+)
 from asa.tasks.unlabelled import REST, UnlabelledScans
 from asa.tasks.volumes import Records, VolumeTask, absolute, choose_split
 from asa.training.device import on_device
@@ -54,6 +63,7 @@ class Segmentation(VolumeTask):
 
     command = "finetune"
     cross_validates = True
+    anomalies = True
     targets = ("label",)
 
     def __init__(self, config: Config) -> None:
@@ -163,8 +173,14 @@ class Segmentation(VolumeTask):
 
     @staticmethod
     def predict(config: Config) -> None:
-        predictor = SegmentationPredictor(config)
-        predict_scans(predictor, config, predictor.layout)
+        """Label maps; with `healthy` in their place maps of the probability of any label, above healthy scans."""
+        if config["healthy"] is None:
+            predictor = SegmentationPredictor(config)
+            predict_scans(predictor, config, predictor.layout)
+            return
+        if given := [key for key in LABEL_MAPS_ONLY if config[key] and key != "mirror"]:
+            raise ValueError(f"{given[0]}= is of label maps, in place of which healthy= gives others: leave one out")
+        predict_anomalies(LabelScorer(networks_of(config), config["healthy"]), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:

@@ -21,21 +21,22 @@ from torch import Tensor
 from asa.config import build
 from asa.data.store import Store
 from asa.evaluation.scans import auc
-from asa.inference.asymmetry import Asymmetry, AsymmetryScorer, HealthyReference
+from asa.inference.anomaly import AnomalyMap, HealthyReference
+from asa.inference.asymmetry import AsymmetryScorer
 from asa.settings import PredictSettings
 from asa.training.checkpoint import read_description
 from scripts.reproduce.commands import asa, quoted
 
-Compare = Callable[[Tensor], Asymmetry]
+Compare = Callable[[Tensor], AnomalyMap]
 
 
-def difference(image: Tensor, blur: float = 0.0) -> Asymmetry:
+def difference(image: Tensor, blur: float = 0.0) -> AnomalyMap:
     """Mean difference between a scan `(C, D, H, W)` and its mirror image, relative to the scan's mean, and its map."""
     unlike = (image - image.flip(-1)).abs().mean(dim=0)
     inside = (image != 0).any(dim=0)
     shown = torch.from_numpy(ndimage.gaussian_filter(unlike.numpy(), blur)) if blur else unlike
     inside = inside | inside.flip(-1)
-    return Asymmetry(float(unlike.mean() / image.mean()), shown * inside, inside)
+    return AnomalyMap(shown * inside, inside, float(unlike.mean() / image.mean()))
 
 
 def volumes(store: Store) -> list[Tensor]:
@@ -43,7 +44,7 @@ def volumes(store: Store) -> list[Tensor]:
     return [torch.from_numpy(np.array(store.image(record["id"]), dtype=np.float32)) for record in store.records]
 
 
-def measure(healthy: list[Asymmetry], lesioned: list[Asymmetry], lesions: list[np.ndarray]) -> list[float]:
+def measure(healthy: list[AnomalyMap], lesioned: list[AnomalyMap], lesions: list[np.ndarray]) -> list[float]:
     """AUC of score, mean, top and peak, the fraction of peaks in the lesion or its mirror image, and that by chance."""
     both = [*healthy, *lesioned]
     numbers = np.array([(one.score, one.mean, one.top, float(one.map.max())) for one in both])

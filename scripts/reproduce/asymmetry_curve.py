@@ -14,7 +14,8 @@ import torch
 from asa.config import build
 from asa.data.store import Store
 from asa.evaluation.scans import auc
-from asa.inference.asymmetry import Asymmetry, AsymmetryScorer, HealthyReference
+from asa.inference.anomaly import AnomalyMap, HealthyReference
+from asa.inference.asymmetry import AsymmetryScorer
 from asa.settings import PredictSettings
 from asa.training.checkpoint import read_description
 from scripts.reproduce.asymmetry import make_stores, volumes
@@ -27,7 +28,8 @@ def line(scorer: AsymmetryScorer, parts: list[list[torch.Tensor]]) -> list[float
     """AUC of the score, and of each level's `top`; `parts`: healthy, lesioned and reference scans."""
     values = []
     for level in range(LEVELS):
-        found = [[scorer.measure(volume, level) for volume in part] for part in parts]
+        scorer.level = level
+        found = [[scorer.measure(volume) for volume in part] for part in parts]
         if not level:
             values.append(separation(found[0], found[1], "score"))
         above = HealthyReference(found[2]).standardise
@@ -36,7 +38,7 @@ def line(scorer: AsymmetryScorer, parts: list[list[torch.Tensor]]) -> list[float
     return values
 
 
-def separation(healthy: list[Asymmetry], lesioned: list[Asymmetry], name: str) -> float:
+def separation(healthy: list[AnomalyMap], lesioned: list[AnomalyMap], name: str) -> float:
     """AUC of one number."""
     numbers = np.array([getattr(one, name) for one in (*healthy, *lesioned)])
     return auc(numbers, np.arange(len(numbers)) >= len(healthy))

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from asa.data.splits import write_split
 from asa.data.store import Store
 from asa.evaluation.scans import auc
-from asa.training.checkpoint import read_model
+from asa.inference.anomaly import LabelScorer
+from asa.inference.segmentation import Segmenter
 from scripts.reproduce.commands import asa, quoted
 from scripts.reproduce.few_labels import CPU
 from scripts.reproduce.planted import HEADER, make, maps_of_sides, read_bench, rows_of
@@ -58,18 +58,8 @@ def train(out: Path, name: str, **init: str) -> None:
 
 def map_of(run: Path) -> Callable[[Tensor], Tensor]:
     """The probability of a lesion `(D, H, W)` by a network, from a brain `(1, D, H, W)`."""
-    model, description = read_model(run)
-    window = description["model"]["img_size"]
-
-    def probability(volume: Tensor) -> Tensor:
-        return 1 - model(volume).softmax(dim=1)[:, :1]
-
-    def compute(image: Tensor) -> Tensor:
-        found = sliding_window_inference(image[None], window, 1, probability, overlap=0.5, mode="gaussian")
-        assert isinstance(found, Tensor)
-        return found[0, 0]
-
-    return compute
+    scorer = LabelScorer(Segmenter(run))
+    return lambda image: scorer.compute(image).map
 
 
 def rows_of_patients(name: str, sides: bool, compute: Callable[[Tensor], Tensor], store: Store) -> Iterator[str]:

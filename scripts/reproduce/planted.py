@@ -22,61 +22,25 @@ import torch
 from monai.inferers import sliding_window_inference
 from scipy import ndimage
 from sklearn.metrics import average_precision_score
-from torch import Tensor, nn
+from torch import Tensor
 
 from asa.data.io.nifti import read_image, read_label
 from asa.data.io.tables import read_rows
 from asa.data.store import Store
 from asa.evaluation.scans import auc
-from asa.inference.asymmetry import Asymmetry, HealthyReference
+from asa.inference.anomaly import AnomalyMap, HealthyReference
+from asa.inference.masked_prediction import BLUR, PredictedPatches
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.models.sa_swin import sa_swin_tiny
-from asa.ops.patches import patchify, select_tokens, unpatchify
 from asa.training.checkpoint import read_model
 from scripts.reproduce.commands import asa, quoted
 
-GROUPS = 4  # of patches, each masked or visible by itself
-BLUR = 6 / 2.355  # SD in voxels of 1 mm: 6 mm at half the maximum
-FEWEST = 64  # patches with tissue in a window
-
-
-class PredictedPatches(nn.Module):
-    """The mean prediction of each patch of a window by a masked autoencoder, from windows in which it is masked.
-
-    The patches with tissue are dealt into four groups, in an order that is drawn once for each window.
-
-    Args:
-        model: the masked autoencoder.
-        masked: the number of groups that are masked at a time, 1 or 3.
-    """
-
-    def __init__(self, model: MaskedAutoencoder, masked: int) -> None:
-        super().__init__()
-        self.model, self.masked = model, masked
-
-    def forward(self, window: Tensor) -> Tensor:
-        """`(1, C, D, H, W)` -> the same shape; air stays as it is."""
-        encoder = self.model.encoder
-        patches = patchify(window, encoder.patch_size)
-        tissue = (patches != 0).any(dim=2)  # (1, L)
-        count = int(tissue.sum())
-        if count < FEWEST:
-            return window
-        group = torch.full(tissue.shape, -1)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        group[tissue] = order % GROUPS
-        total, times = torch.zeros_like(patches), torch.zeros_like(patches[..., :1])
-        for chosen in range(GROUPS):
-            mask = tissue & ((group == chosen) if self.masked == 1 else (group != chosen))
-            decoded = select_tokens(mask)
-            total[mask] += self.model(window, visible=select_tokens(tissue & ~mask), decoded=decoded)[0]
-            times[mask] += 1
-        return unpatchify(torch.where(times > 0, total / times.clamp(min=1), patches), encoder.grid, encoder.patch_size)
+SD = BLUR / 2.355  # in voxels of 1 mm
 
 
 def blurred(volume: Tensor) -> Tensor:
     """A volume `(D, H, W)` after a Gaussian of 6 mm."""
-    return torch.from_numpy(ndimage.gaussian_filter(volume.numpy(), BLUR))
+    return torch.from_numpy(ndimage.gaussian_filter(volume.numpy(), SD))
 
 
 def maps_of_sides() -> dict[str, Callable[[Tensor], Tensor]]:
@@ -97,7 +61,7 @@ def maps_of(run: Path) -> dict[str, tuple[bool, Callable[[Tensor], Tensor]]]:
     window = model.encoder.img_size
 
     def error(masked: int) -> Callable[[Tensor], Tensor]:
-        network = PredictedPatches(model, masked)
+        network = PredictedPatches(model, masked=masked)
         return lambda image: blurred(
             (sliding_window_inference(image[None], window, 1, network, overlap=0.5)[0] - image)[0].abs()
         )
@@ -110,7 +74,7 @@ def maps_of(run: Path) -> dict[str, tuple[bool, Callable[[Tensor], Tensor]]]:
 
 
 def measure(
-    healthy: Mapping[str, Asymmetry], patients: Mapping[str, Asymmetry], lesions: Mapping[str, np.ndarray]
+    healthy: Mapping[str, AnomalyMap], patients: Mapping[str, AnomalyMap], lesions: Mapping[str, np.ndarray]
 ) -> tuple[float, float, float, float, int]:
     """AUC of `top`; means of the AUC of voxels, average precision, and that by chance; number of peaks in a lesion."""
     tops = np.array([scan.top for scan in [*healthy.values(), *patients.values()]])
@@ -157,11 +121,11 @@ def read_bench(out: Path) -> Bench:
 def rows_of(name: str, sides: bool, compute: Callable[[Tensor], Tensor], bench: Bench) -> Iterator[str]:
     """Rows of the table for a map, as it is and above healthy: of all lesions, and of each kind."""
 
-    def measured(image: Tensor) -> Asymmetry:
+    def measured(image: Tensor) -> AnomalyMap:
         inside = image[0] != 0
         inside = inside | inside.flip(-1) if sides else inside
         with torch.inference_mode():
-            return Asymmetry(0.0, compute(image) * inside, inside)
+            return AnomalyMap(compute(image) * inside, inside)
 
     found = [{id: measured(image) for id, image in images.items()} for images in (bench.healthy, bench.patients)]
     reference = HealthyReference(list(found[0].values()))

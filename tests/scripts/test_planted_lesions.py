@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asa.inference.asymmetry import Asymmetry
+from asa.inference.anomaly import AnomalyMap
 from asa.ops.patches import Selection, patchify
 
 planted = importlib.import_module("scripts.reproduce.planted")
@@ -35,7 +35,7 @@ def test_a_patch_is_predicted_only_where_it_is_masked_and_air_stays(masked: int)
     window = torch.rand(1, 1, 32, 32, 40) + 1
     window[..., 32:] = 0  # 16 of 80 patches
     network = VisibleMean()
-    found = planted.PredictedPatches(network, masked)(window)
+    found = planted.PredictedPatches(network, masked=masked)(window)
     tissue = (patchify(window, 8)[0] != 0).any(dim=1)
     assert network.times[tissue].tolist() == [masked] * 64 and not network.times[~tissue].any()
     assert found.shape == window.shape and not found[..., 32:].any()
@@ -44,7 +44,7 @@ def test_a_patch_is_predicted_only_where_it_is_masked_and_air_stays(masked: int)
     assert (found[..., :32] - patches.mean()).abs().max() < 0.02
     changed = window.clone()
     changed[..., :8, :8, :8] += 100  # one patch
-    again = planted.PredictedPatches(VisibleMean(), masked)(changed)
+    again = planted.PredictedPatches(VisibleMean(), masked=masked)(changed)
     torch.testing.assert_close(again[..., :8, :8, :8], found[..., :8, :8, :8], atol=tolerance, rtol=0)
     assert (again - found)[..., 8:, :, :32].max() > 1  # it is visible to others
 
@@ -52,7 +52,7 @@ def test_a_patch_is_predicted_only_where_it_is_masked_and_air_stays(masked: int)
 def test_a_window_of_air_is_not_predicted() -> None:
     window = torch.zeros(1, 1, 32, 32, 40)
     window[..., :8, :8, :8] = 1
-    assert planted.PredictedPatches(VisibleMean(), 3)(window) is window
+    assert torch.equal(planted.PredictedPatches(VisibleMean(), masked=3)(window), window)
 
 
 def test_the_measures_of_a_perfect_map_and_of_an_inverted_one() -> None:
@@ -60,9 +60,9 @@ def test_the_measures_of_a_perfect_map_and_of_an_inverted_one() -> None:
     lesion[1, 1, :2] = True
     inside = torch.ones(4, 4, 4, dtype=torch.bool)
     shown = torch.from_numpy(lesion).float()
-    healthy = {"a": Asymmetry(0.0, torch.zeros(4, 4, 4), inside)}
-    assert planted.measure(healthy, {"a": Asymmetry(0.0, shown, inside)}, {"a": lesion}) == (1, 1, 1, 2 / 64, 1)
+    healthy = {"a": AnomalyMap(torch.zeros(4, 4, 4), inside)}
+    assert planted.measure(healthy, {"a": AnomalyMap(shown, inside)}, {"a": lesion}) == (1, 1, 1, 2 / 64, 1)
     scan, area, precision, chance, hits = planted.measure(
-        healthy, {"a": Asymmetry(0.0, 0.5 - shown, inside)}, {"a": lesion}
+        healthy, {"a": AnomalyMap(0.5 - shown, inside)}, {"a": lesion}
     )
     assert (scan, area, chance, hits) == (1, 0, 2 / 64, 0) and precision == pytest.approx(2 / 64)

@@ -1,0 +1,111 @@
+"""Maps of what is unusual against lesions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_brain
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from asa.data.datasets import folder
+from asa.data.io.files import read_json, write_whole
+from asa.data.io.nifti import read_image, read_label, write_image, write_label
+from asa.data.io.tables import csv_text, read_rows
+from asa.data.preprocessing.cohort import prepare_cohort
+from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
+from asa.data.store import Store
+from asa.evaluation.maps import evaluate_maps, voxel_scores
+from asa.tasks.run import evaluate
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_scores_of_voxels_are_those_of_scikit_learn_and_of_every_threshold(ties: bool) -> None:
+    rng = np.random.default_rng(0)
+    for size in (2, 30, 400):
+        lesion = np.arange(size) < max(1, size // 9)
+        values = rng.normal(size=size) + lesion
+        values = np.round(values) if ties else values
+        found = voxel_scores(values, lesion)
+        assert found["auc"] == pytest.approx(roc_auc_score(lesion, values))
+        assert found["average_precision"] == pytest.approx(average_precision_score(lesion, values))
+        assert found["by_chance"] == lesion.mean()
+        dice = [2 * (lesion & (values >= t)).sum() / (lesion.sum() + (values >= t).sum()) for t in np.unique(values)]
+        assert found["best_dice"] == pytest.approx(max(dice))
+        assert found["peak_in_lesion"] == float(lesion[int(np.argmax(values))])
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three scans with a lesion to the left, and one without; voxels that are ignored in the first."""
+    root = tmp_path_factory.mktemp("lesions")
+    for k in range(4):
+        write_brain(root, f"s{k}", seed=k, size=(40, 44, 42))
+        like = read_image(root / f"s{k}_T1.nii.gz")
+        label = np.zeros(like.data.shape, np.uint8)
+        if k < 3:
+            label[24:30, 18:24, 20:24] = 1  # to the left, as x runs to the left
+            label[24:30, 18:24, 24:26] = 3 if k == 0 else 0
+        write_label(root / f"s{k}_seg.nii.gz", label, like)
+    records = folder.records(root, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")
+    settings = CohortSettings({1: "lesion"}, [3], settings=PrepareSettings(crop=[48, 48, 48]))
+    assert not prepare_cohort(records, root / "store", settings, progress=False).failures
+    return root
+
+
+def write_maps(root: Path, out: Path, table: str, *, exchanged: bool = False, inverted: bool = False) -> Path:
+    """The labels as maps, those of the other side if `exchanged`, and a table that ranks the healthy scan last."""
+    for k in range(4):
+        label = read_label(root / f"s{k}_seg.nii.gz")
+        values = (label.data[::-1] if exchanged else label.data) == 1
+        write_image(out / f"s{k}.nii.gz", (~values if inverted else values).astype(np.float32), label.affine)
+    header = (["score"] if table == "asymmetry.csv" else []) + ["mean", "top", "peak", "x", "y", "z"]
+    rows = [[f"s{k}", *([3 - k] * len(header))] for k in range(4)]
+    write_whole(out / table, csv_text(["id", *header], rows).encode())
+    return out / table
+
+
+def test_a_map_that_is_the_lesion_is_perfect_and_its_opposite_the_worst(lesions: Path, tmp_path: Path) -> None:
+    store = Store(lesions / "store")
+    table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
+    found = evaluate_maps(table, store, tmp_path / "out", sides=False)
+    assert found == read_json(tmp_path / "out/summary.json") and found["scans"] == {"with_lesion": 3, "without": 1}
+    for score in ("auc", "average_precision", "best_dice", "peak_in_lesion"):
+        assert found["voxels"][score] == {"mean": 1, "low": 1, "high": 1}
+    assert list(found["results"]) == ["mean", "top", "peak"] and found["results"]["top"]["auc"] == 1
+    rows = read_rows(tmp_path / "out/scans.csv")
+    assert [row["id"] for row in rows] == ["s0", "s1", "s2"]
+    head = np.count_nonzero(np.array(store.image("s0")))
+    assert float(rows[0]["by_chance"]) == pytest.approx(144 / (head - 72), rel=1e-4)  # less the ignored voxels
+    inverted = write_maps(lesions, tmp_path / "inverted", "anomaly.csv", inverted=True)
+    worst = evaluate_maps(inverted, store, tmp_path / "out", sides=False)["voxels"]
+    assert worst["auc"]["mean"] == worst["peak_in_lesion"]["mean"] == 0
+
+
+def test_of_a_map_that_compares_the_sides_the_mirror_image_of_the_lesion_is_right(
+    lesions: Path, tmp_path: Path
+) -> None:
+    store = Store(lesions / "store")
+    table = write_maps(lesions, tmp_path / "maps", "asymmetry.csv", exchanged=True)
+    of_one_side = evaluate_maps(table, store, tmp_path / "out", sides=False)["voxels"]
+    of_both = evaluate_maps(table, store, tmp_path / "out", sides=True)["voxels"]
+    assert of_one_side["peak_in_lesion"]["mean"] == 0 and of_both["peak_in_lesion"]["mean"] == 1
+    assert of_both["auc"]["mean"] > 0.7 > of_one_side["auc"]["mean"]
+
+
+def test_the_command_takes_a_store_as_the_truth(lesions: Path, tmp_path: Path, capsys) -> None:
+    write_maps(lesions, tmp_path / "maps", "asymmetry.csv")
+    summary = evaluate(tmp_path / "maps", lesions / "store", tmp_path / "out", policy="asymmetry")
+    said = capsys.readouterr().out
+    assert summary["scans"]["with_lesion"] == 3 and "AUC of score  1.000 (" in said
+    assert "3 scans with a lesion, 1 without" in said and "average_precision" in said
+
+
+def test_maps_of_other_scans_are_refused(lesions: Path, tmp_path: Path) -> None:
+    table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
+    write_image(tmp_path / "maps/s1.nii.gz", np.ones((4, 4, 4), np.float32), np.eye(4))
+    with pytest.raises(ValueError, match=r"s1.nii.gz: not on the grid of the scan in .*: predict input="):
+        evaluate_maps(table, Store(lesions / "store"), tmp_path / "out", sides=False)
+    text = table.read_text().replace("s", "other")
+    table.write_text(text.replace("other", "s", 0))
+    with pytest.raises(ValueError, match=r"no scan of .*anomaly.csv has a label there"):
+        evaluate_maps(table, Store(lesions / "store"), tmp_path / "out", sides=False)
