@@ -59,7 +59,8 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 ALTERNATIVES = {"predict": ("checkpoint", "atlas")}
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 PACKAGES = ("asa.baselines", "asa.restoration")  # reached by name only
-CONFIG_TARGETS = ("asa.models", "asa.methods", "asa.data.datasets", "asa.data.preprocessing.settings", *PACKAGES)
+READERS = ("asa.data.datasets", "asa.data.phantom.reader")
+CONFIG_TARGETS = ("asa.models", "asa.methods", *READERS, "asa.data.preprocessing.settings", *PACKAGES)
 CHECKPOINT_TARGETS = ("asa.models", "asa.baselines", "asa.restoration.rat", "asa.restoration.restormer")
 
 

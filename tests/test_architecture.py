@@ -25,7 +25,7 @@ BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as 
 LARGEST_FOLDER = 14  # modules
 # Lines of each folder of asa/, with its subfolders. A change may lower a number; to raise one, it has to say why.
 LINES = {
-    "": 731,
+    "": 732,  # the reader of phantoms lies with them
     "baselines": 1144,
     "cli": 727,
     "data": 7993,  # stores of several modalities, CQ500, several draws of lesions

@@ -63,8 +63,6 @@ def windows(spec: Spec, device: torch.device) -> tuple[Attention, Attention, Ten
 
 def regions(spec: Spec, device: torch.device) -> tuple[Attention, Attention, Tensor]:
     """Attention inside regions: variable-length attention where the device has it, and one masked product."""
-    from scripts.benchmark.row import voronoi
-
     b, m, edge, d = IMAGES[spec["size"]]
     index = region_index(voronoi(edge, 10).flatten(1)).to(device)
     inputs = torch.randn(3, b, m, edge**2, d, device=device)
@@ -75,6 +73,13 @@ def regions(spec: Spec, device: torch.device) -> tuple[Attention, Attention, Ten
         lambda x: region_attention(x[0], x[1], x[2], index, "dense"),
         inputs,
     )
+
+
+def voronoi(edge: int, regions: int) -> torch.Tensor:
+    """A label map `(1, edge, edge)` of the Voronoi cells of random points."""
+    points = torch.rand(regions, 2, generator=torch.Generator().manual_seed(0)) * edge
+    pixels = torch.cartesian_prod(torch.arange(edge), torch.arange(edge)).float()
+    return torch.cdist(pixels, points).argmin(dim=1).view(1, edge, edge)
 
 
 def value_and_gradient(call: Attention, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from asa.training.device import (
 from asa.training.gpu_check import GIB, step_peak
 from asa.training.optim import make_optimizer
 from asa.training.plan import volume_batch
-from scripts.benchmark.checks import CHECKS
+from scripts.benchmark.checks import CHECKS, voronoi
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate
 from scripts.benchmark.memory import step_memory
@@ -264,13 +264,6 @@ def restore(spec: Spec, device: torch.device) -> Work:
             model(image, regions.to(device))
 
     return Work(call)
-
-
-def voronoi(edge: int, regions: int) -> torch.Tensor:
-    """A label map `(1, edge, edge)` of the Voronoi cells of random points."""
-    points = torch.rand(regions, 2, generator=torch.Generator().manual_seed(0)) * edge
-    pixels = torch.cartesian_prod(torch.arange(edge), torch.arange(edge)).float()
-    return torch.cdist(pixels, points).argmin(dim=1).view(1, edge, edge)
 
 
 KINDS: dict[str, Callable[[Spec, torch.device], Work]] = {

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from asa.config import CONFIG_DIR, build, compose
-from asa.data.datasets import bids, brats, cq500, folder, fomo, freesurfer, ibsr, nnunet, openmind, paired, phantom, wmh
+from asa.data.datasets import bids, brats, cq500, folder, fomo, freesurfer, ibsr, nnunet, openmind, paired, wmh
 from asa.data.datasets.record import check_records
 from asa.data.io.nifti import read_label
+from asa.data.phantom import reader as phantom
 from asa.data.phantom.structures import STRUCTURES
 
 PHANTOM_ASEG = (2, 3, 4, 10, 11, 12, 16, 17, 24, 41, 42, 43, 49, 50, 51, 53)
