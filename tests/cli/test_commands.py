@@ -244,7 +244,9 @@ def test_a_linear_probe_leaves_the_encoder_that_it_measures_as_it_was(command, s
 
 
 def test_a_head_on_tokens_is_trained_and_used_as_the_unet_is(command, store: Path, tmp_path: Path) -> None:
-    assert command("pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN).code == 0
+    pretrain = ["pretrain", f"data.store={store}", f"out={tmp_path}/pre", *PRETRAIN, "method.normalise=true"]
+    assert command(*pretrain).code == 0
+    assert read_description(tmp_path / "pre")["data"]["normalised"]  # maps of its errors need to know
     trained = command(
         "finetune", f"data.store={store}", f"out={tmp_path}/fine", f"init={tmp_path}/pre", *TINY, "model=vit_seg_tiny",
         "crop=32", "train.steps=2", "data.split={validation: 1, test: 1}", "method.background_weight=0.1",

@@ -19,6 +19,7 @@ from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import Store
 from asa.inference.anomaly import AnomalyMap, HealthyReference, LabelScorer
 from asa.inference.masked_prediction import BLUR, InpaintedBoxes, PredictedPatches, PredictionErrorScorer
+from asa.inference.preprocessing import exported
 from asa.inference.segmentation import Segmenter, sliding_window
 from asa.methods.pretrain import normalised
 from asa.models.masked_autoencoder import asa_tiny
@@ -151,6 +152,7 @@ def test_the_map_is_the_blurred_error_of_what_is_predicted_of_the_other_parts(tm
     assert torch.equal(found.inside, image[0] != 0) and found.score != found.score
     whole = PredictionErrorScorer(pretrained(tmp_path / "n", normalised=True), SETTINGS)
     assert whole.network.normalised and not getattr(scorer.network, "normalised", False)
+    assert exported(whole.preprocessor.data)["normalised"]
 
 
 def test_the_map_of_labels_is_what_the_background_leaves_or_the_largest_region(tmp_path: Path) -> None:
