@@ -213,9 +213,17 @@ class ScanPreprocessor:
             raise ValueError(f"{self.path} takes the channels {', '.join(self.channels)}, got {', '.join(channels)}")
 
     def check_store(self, store: Store, advice: str) -> None:
-        """Raise a ValueError, with advice, if a store was prepared in another way than these scans."""
-        if store.channels != self.channels or not prepared_alike(store.settings, self.data["prepare"]):
-            raise ValueError(f"{store.path} was prepared in another way than {self.scans}: {advice}")
+        """Raise a ValueError, with advice, if a store was prepared in another way than these scans.
+
+        With `strip` given its scans may have been stripped in that way: whoever gives it says that it is as good.
+        """
+        own = {**self.data["prepare"], "strip": self.settings.strip}
+        if store.channels == self.channels and prepared_alike(store.settings, own):
+            return
+        strip = store.settings["strip"]
+        if store.channels == self.channels and prepared_alike({**store.settings, "strip": own["strip"]}, own):
+            advice = f"strip={own['strip']} there, strip={strip} here: if no skull is left, give strip={strip}"
+        raise ValueError(f"{store.path} was prepared in another way than {self.scans}: {advice}")
 
     def warn_unless_centred(self) -> None:
         """Warn if the middle of a prepared volume, where its sides are divided, need not be the mid-sagittal plane."""

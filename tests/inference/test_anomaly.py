@@ -189,6 +189,19 @@ def test_the_command_writes_maps_of_a_masked_autoencoder_and_of_labels_above_hea
     assert float(row["top"]) == pytest.approx(scorer.measure(torch.from_numpy(case.image), like).top, rel=1e-3)
 
 
+@pytest.mark.parametrize("key", ["healthy", "input"])
+def test_scans_that_were_stripped_in_another_way_are_taken_if_the_user_says_so(
+    healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, key: str
+) -> None:
+    run = pretrained(tmp_path / "masked", prepare={**Store(healthy).settings, "strip": "deepbet"})
+    paths = {"input": a_scan(tmp_path), "out": tmp_path / "out", "checkpoint": run} | {key: healthy}
+    given = (*(f"{name}={path}" for name, path in paths.items()), "predict.device=cpu")
+    assert call(predict, monkeypatch, *given) == 1
+    assert "strip=deepbet there, strip=none here: if no skull is left, give strip=none" in capsys.readouterr().err
+    assert call(predict, monkeypatch, *given, "strip=none") == 0
+    assert (tmp_path / "out/anomaly.csv").is_file()
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
