@@ -31,9 +31,9 @@ LINES = {
     "data": 7993,  # stores of several modalities, CQ500, several draws of lesions
     "evaluation": 2417,  # maps against lesions
     "export": 752,
-    "inference": 2710,  # maps of what is unusual: prediction of hidden parts, labels above healthy scans
+    "inference": 2713,  # maps of what is unusual: prediction of hidden parts, labels above healthy scans
     "losses": 453,
-    "methods": 720,  # losses by modality
+    "methods": 725,  # losses by modality; noise of boxes
     "models": 2281,
     "ops": 593,
     "reporting": 1721,

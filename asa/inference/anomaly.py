@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from tqdm import tqdm
 
 from asa.data.io.nifti import Volume, identity_of
 from asa.data.store import Store
@@ -150,7 +151,8 @@ class AnomalyScorer(ABC):
             self.store = store = Store(healthy)
             self.preprocessor.check_store(store, "prepare healthy scans as they were")
             self.known = [(one["id"], one["subject"], set(one["identity"].values())) for one in store.records]
-            self.healthy = HealthyReference([self._of_stored(id) for id, *_ in self.known])
+            ids = tqdm([id for id, *_ in self.known], desc="healthy", unit="scan")
+            self.healthy = HealthyReference([self._of_stored(id) for id in ids])
 
     @abstractmethod
     def compute(self, image: Tensor) -> AnomalyMap:

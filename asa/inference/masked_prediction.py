@@ -15,6 +15,7 @@ from asa.inference.anomaly import AnomalyMap, AnomalyScorer
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.inference.segmentation import sliding_window
 from asa.methods.pretrain import denormalised
+from asa.methods.sa_swin import unit_noise
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.models.sa_swin import SASwin
 from asa.ops.patches import patchify, select_tokens, unpatchify
@@ -78,7 +79,7 @@ class InpaintedBoxes(nn.Module):
         """`(B, C, D, H, W)` with the mirror images -> the same shape."""
         group = _dealt(BOXES**3).view(1, 1, *(BOXES,) * 3).float()
         group = nn.functional.interpolate(group, windows.shape[2:]).to(windows.device)  # of the nearest box
-        noise = torch.rand(windows.shape[1:], generator=torch.Generator().manual_seed(0)).to(windows)
+        noise = unit_noise(windows.shape[1:], torch.Generator().manual_seed(0)).to(windows)
         found = windows
         for chosen in range(GROUPS):
             hidden = group == chosen

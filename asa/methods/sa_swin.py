@@ -182,10 +182,15 @@ def draw_view(shape: Sequence[int], cutout: float, generator: torch.Generator) -
         noise and of another sample.
     """
     quarters = int(torch.randint(4, (), generator=generator))
-    noise = torch.randn(tuple(shape), generator=generator)
-    noise = (noise - noise.min()) / (noise.max() - noise.min())
+    noise = unit_noise(shape, generator)
     noisy, other = (random_boxes(shape[1:], cutout, generator)[None] for _ in range(2))
     return quarters, noise, noisy, other
+
+
+def unit_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Gaussian noise between 0 and 1, with which boxes are filled."""
+    noise = torch.randn(tuple(shape), generator=generator)
+    return (noise - noise.min()) / (noise.max() - noise.min())
 
 
 @torch.no_grad()

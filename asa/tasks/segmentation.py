@@ -180,7 +180,7 @@ class Segmentation(VolumeTask):
             return
         if given := [key for key in LABEL_MAPS_ONLY if config[key] and key != "mirror"]:
             raise ValueError(f"{given[0]}= is of label maps, in place of which healthy= gives others: leave one out")
-        predict_anomalies(LabelScorer(networks_of(config), config["healthy"]), config)
+        predict_anomalies(LabelScorer(networks_of(config, progress=False), config["healthy"]), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
@@ -383,15 +383,15 @@ class SegmentationPredictor:
         return {id: row for id, row in rows_in(self.out / VOLUMES).items() if id in there}
 
 
-def networks_of(config: Config) -> Segmenter:
-    """The networks of asa-predict; raises as `Segmenter`."""
+def networks_of(config: Config, *, progress: bool = True) -> Segmenter:
+    """The networks of asa-predict, with a progress bar of windows; raises as `Segmenter`."""
     return Segmenter(
         checkpoints_of(config),
         typed(PredictSettings, config["predict"]),
         mirror=config["mirror"],
         uncertainty=config["uncertainty"] or "entropy",
         strip=config["strip"],
-        progress=True,
+        progress=progress,
         plugins=config["plugins"],
     )
 
