@@ -28,7 +28,7 @@ finetune = Command(
 predict = Command(
     "predict",
     TASKS["predict"],
-    "Label maps of new scans from a trained network or registered atlases, or maps of what is unusual in them.",
+    "Label maps of new scans from a trained network or registered atlases, or anomaly maps.",
 )
 embed = Command("embed", TASKS["embed"], "Features of scans from a frozen encoder, as a table.")
 evaluate = Command(

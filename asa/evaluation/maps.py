@@ -1,16 +1,17 @@
-"""Maps of what is unusual against lesions that were drawn, voxel by voxel.
+"""Anomaly maps against lesions that were drawn, voxel by voxel.
 
 OUT/scans.csv      a row for each scan with a lesion: see `voxel_scores`
 OUT/summary.json   their means, with intervals over resampled subjects; and how scans with and without are separated
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from asa.data.io.files import write_json, write_whole
-from asa.data.io.nifti import read_image
+from asa.data.io.nifti import check_same_geometry, read_image, read_label
 from asa.data.io.tables import check_own, csv_text
 from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
@@ -42,46 +43,46 @@ def voxel_scores(values: np.ndarray, lesion: np.ndarray) -> dict[str, float]:
     }
 
 
-def evaluate_maps(table: Path, store: Store, out: Path, *, sides: bool) -> dict[str, Any]:
-    """Score the maps beside a table of asa-predict against the label maps of a store that holds the same scans.
+def evaluate_maps(
+    table: Path, store: Store, out: Path, subjects: Collection[str] | None = None, *, sides: bool | None = None
+) -> dict[str, Any]:
+    """Score the maps beside a table of asa-predict against the label files of a store of the same scans.
 
-    A lesion is every label. Voxels without a label, and outside the head, do not count.
+    A lesion is every label. Ignored voxels, and what lies outside the head, do not count, unless a lesion is there.
 
     Args:
-        sides: the maps compare the sides: then the lesion's mirror image is right, too, and of the head.
+        subjects: whose scans are scored; None: all.
+        sides: the maps compare the sides: then the lesion's mirror image is right, too. None: as the table says.
 
     Returns:
         What summary.json holds: "scans" of each kind; "voxels" by score of `voxel_scores`, and "results" by measure of
         the table if there are scans without a lesion, too. An undefined end of an interval is None.
 
     Raises:
-        FileNotFoundError, ValueError: no such table or map, or none of its scans has a lesion in the store.
+        FileNotFoundError, ValueError: no such table or map, a map on another grid, or none of its scans has a lesion.
     """
     check_own(out / SCANS, "asa-evaluate", {"id", *VOXEL_SCORES}, "")
-    rows, patient, subjects, scored = [], [], [], []
-    records = {record["id"]: record for record in store.records}
-    for row in predicted_rows(table):
-        record = records.get(row["id"], {})
-        if (label := store.label(row["id"]) if record else None) is None:
-            continue
-        rows.append(row)
-        subjects.append(record["subject"])
-        marked = (np.array(label) > 0) & (np.array(label) != IGNORED)
-        patient.append(bool(marked.any()))
+    predicted = predicted_rows(table)
+    sides = "score" in predicted[0] if sides is None else sides
+    chosen = [record for record in store.records if subjects is None or record["subject"] in subjects]
+    labelled = {record["id"]: record for record in chosen if "label" in record["sources"]}
+    rows = [row for row in predicted if row["id"] in labelled]
+    patient, scored = [], []
+    for record in (labelled[row["id"]] for row in rows):
+        label = read_label(record["sources"]["label"]["path"])
+        lesion = np.isin(label.data, store.label_values)
+        patient.append(bool(lesion.any()))
         if patient[-1]:
-            head = (np.array(store.image(row["id"])) != 0).any(axis=0, keepdims=True)
-            known = np.array(label) != IGNORED
-            if sides:
-                marked, head, known = marked | marked[..., ::-1], head | head[..., ::-1], known & known[..., ::-1]
-            masks = np.concatenate([marked, head & (known | marked)]).astype(np.uint8)
-            lesion, inside = to_native(masks, record["chain"], order=0).astype(bool)
-            values = read_image(path := table.with_name(f"{row['id']}.nii.gz")).data
-            if values.shape != inside.shape:
-                raise ValueError(f"{path}: not on the grid of the scan in {store.path}: predict input={store.path}")
-            scored.append(voxel_scores(values[inside], lesion[inside]))
+            path = table.with_name(f"{record['id']}.nii.gz")
+            check_same_geometry(map := read_image(path), label, f"{path} and its label map in {store.path}")
+            head, mirrored = _head_and_mirrored_lesion(store, record, sides)
+            lesion |= mirrored
+            inside = lesion | (head & ~np.isin(label.data, store.ignored))
+            scored.append(voxel_scores(map.data[inside], lesion[inside]))
+    of_subjects = [labelled[row["id"]]["subject"] for row in rows]
     if not scored:
-        raise ValueError(f"{store.path}: no scan of {table} has a label there: predict input={store.path}")
-    ill = [subject for subject, one in zip(subjects, patient, strict=True) if one]
+        raise ValueError(f"{table}: none of its scans has a lesion in {store.path}: predict input={store.path}")
+    ill = [subject for subject, one in zip(of_subjects, patient, strict=True) if one]
     values = np.array([[one[name] for name in VOXEL_SCORES] for one in scored])
 
     def means(chosen: np.ndarray) -> dict[str, float]:
@@ -92,9 +93,14 @@ def evaluate_maps(table: Path, store: Store, out: Path, *, sides: bool) -> dict[
         name: nullable({"mean": mean, "low": ends[name][0], "high": ends[name][1]})
         for name, mean in means(np.arange(len(values))).items()
     }
-    results = {} if all(patient) else separation(table, rows, np.array(patient), subjects)
+    results = {} if all(patient) else separation(table, rows, np.array(patient), of_subjects)
     summary = {
-        "scans": {"with_lesion": len(scored), "without": len(rows) - len(scored)},
+        "scans": {
+            "with_lesion": len(scored),
+            "without": len(rows) - len(scored),
+            "left_out": len(predicted) - len(rows),  # without a label
+            "without_prediction": len(labelled) - len(rows),
+        },
         "voxels": voxels,
         "results": {measure: nullable(found) for measure, found in results.items()},
     }
@@ -103,3 +109,15 @@ def evaluate_maps(table: Path, store: Store, out: Path, *, sides: bool) -> dict[
     write_whole(out / SCANS, csv_text(["id", *VOXEL_SCORES], cells).encode())
     write_json(out / "summary.json", summary)
     return summary
+
+
+def _head_and_mirrored_lesion(store: Store, record: dict[str, Any], sides: bool) -> np.ndarray:
+    """The head and the lesion's mirror image, bool `(2, x, y, z)` on the scan's grid; of maps that compare the `sides`.
+
+    Of other maps the lesion has none; of those that do, the head has its mirror image, too.
+    """
+    label = np.array(store.label(record["id"]))
+    head = (np.array(store.image(record["id"])) != 0).any(axis=0, keepdims=True)
+    mirrored = ((label > 0) & (label != IGNORED))[..., ::-1] & sides
+    masks = np.concatenate([head | (head[..., ::-1] & sides), mirrored]).astype(np.uint8)
+    return to_native(masks, record["chain"], order=0).astype(bool)

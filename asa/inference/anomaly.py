@@ -1,11 +1,11 @@
-"""Maps of what is unusual in a scan, as they are or in standard deviations above healthy scans, and their table.
+"""Anomaly maps of scans, as they are or in standard deviations above healthy scans, and their table.
 
 Letters: image `C D H W`.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from asa.data.io.nifti import Volume, identity_of
 from asa.data.store import Store
 from asa.errors import counted
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.inference.segmentation import Segmenter
 from asa.inference.uncertainty import write_map
 
@@ -72,26 +72,28 @@ class AnomalyRow:
     @property
     def cells(self) -> dict[str, str]:
         """The cells by column, numbers with six significant digits; without a score it has no column."""
-        known = {name: value for name, value in vars(self).items() if value == value}
-        return {name: value if isinstance(value, str) else f"{value:.6g}" for name, value in known.items()}
+        cells = {name: value if isinstance(value, str) else f"{value:.6g}" for name, value in vars(self).items()}
+        return {name: cell for name, cell in cells.items() if name != "score" or not math.isnan(self.score)}
 
 
 class HealthyReference:
     """Voxelwise mean and standard deviation of the maps of healthy scans, whose brains are unusual somewhere, too.
 
-    Scans of other sizes are stretched to a common one, the largest along each axis. Of scans that were cropped to the
-    brain these are brains of one size.
+    Args:
+        scans: of which only sums are kept.
+        size: `(D, H, W)` to which maps of other sizes are stretched. Of scans that were cropped to the brain these are
+            brains of one size.
 
     Raises:
         ValueError: fewer than two scans.
     """
 
-    def __init__(self, scans: Sequence[AnomalyMap]) -> None:
-        self.scans = self._enough(len(scans))
-        self.size = torch.tensor([scan.map.shape for scan in scans]).amax(dim=0).tolist()
-        self.sums = self._sums(scans)
+    def __init__(self, scans: Iterable[AnomalyMap], size: Sequence[int]) -> None:
+        self.size = tuple(size)
+        self.scans, self.sums = self._sums(scans)
+        self._check(self.scans)
 
-    def standardise(self, scan: AnomalyMap, own: Sequence[AnomalyMap] = ()) -> AnomalyMap:
+    def standardise(self, scan: AnomalyMap, own: Iterable[AnomalyMap] = ()) -> AnomalyMap:
         """The map in standard deviations above the healthy mean; 0 below the mean and outside every healthy head.
 
         `own` are those of the healthy scans that are of the scan's subject, which is not compared with itself.
@@ -99,28 +101,30 @@ class HealthyReference:
         Raises:
             ValueError: fewer than two healthy scans of other subjects.
         """
-        self._enough(self.scans - len(own))
-        count, total, squares = self.sums - self._sums(own) if own else self.sums
+        scans, sums = self._sums(own)
+        self._check(self.scans - scans)
+        count, total, squares = self.sums - sums if scans else self.sums
         covered, mean = count > 0, total / count.clamp(min=1)
         sd = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()  # rounding may leave it below 0
         # Few scans cover the rim of the head, where the standard deviation may be small by chance.
-        above = ((stretched(scan.map, self.size) - mean) / (sd + sd[covered].median())).clamp(min=0) * covered
+        unit = sd + sd[covered].median()
+        above = ((stretched(scan.map, self.size) - mean) / unit).clamp(min=0).where(covered & (unit > 0), 0)
         return replace(scan, map=stretched(above, scan.map.shape).float() * scan.inside)
 
-    def _sums(self, scans: Sequence[AnomalyMap]) -> Tensor:
-        """Per voxel the number of heads that reach it, the sum of their maps and that of squares: `(3, D, H, W)`."""
-        sums = torch.zeros(3, *self.size, dtype=torch.float64)
+    def _sums(self, scans: Iterable[AnomalyMap]) -> tuple[int, Tensor]:
+        """The number of scans; and per voxel that of heads that reach it, and the sums of maps and of their squares."""
+        number, sums = 0, torch.zeros(3, *self.size, dtype=torch.float64)
         for scan in scans:
             inside = stretched(scan.inside.double(), self.size) >= 0.5
             values = stretched(scan.map.double(), self.size) * inside
             sums += torch.stack([inside.double(), values, values.square()])
-        return sums
+            number += 1
+        return number, sums
 
     @staticmethod
-    def _enough(scans: int) -> int:
+    def _check(scans: int) -> None:
         if scans < 2:
             raise ValueError(f"healthy: {counted(scans, 'scan')} of other subjects: give two or more, better dozens")
-        return scans
 
 
 def stretched(map: Tensor, size: Sequence[int]) -> Tensor:
@@ -131,15 +135,11 @@ def stretched(map: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class AnomalyScorer(ABC):
-    """A network that maps what is unusual in new scans. A subclass says how: `compute`.
+    """A network that maps anomalies in new scans. A subclass says how: `compute`.
 
     Args:
         preprocessor: of its scans.
-        healthy: store of healthy scans, prepared as the training scans: maps are then in standard deviations above
-            their mean. A scan of the store is compared with those of other subjects.
-
-    Raises:
-        ValueError: healthy scans that were prepared in another way, or fewer than two.
+        healthy: see `compare_with`.
     """
 
     table: ClassVar[str] = TABLE
@@ -148,15 +148,42 @@ class AnomalyScorer(ABC):
         self.preprocessor = preprocessor
         self.healthy: HealthyReference | None = None
         if healthy is not None:
-            self.store = store = Store(healthy)
-            self.preprocessor.check_store(store, "prepare healthy scans as they were")
-            self.known = [(one["id"], one["subject"], set(one["identity"].values())) for one in store.records]
-            ids = tqdm([id for id, *_ in self.known], desc="healthy", unit="scan")
-            self.healthy = HealthyReference([self._of_stored(id) for id in ids])
+            self.compare_with(healthy)
 
     @abstractmethod
     def compute(self, image: Tensor) -> AnomalyMap:
         """The map of a prepared volume `(C, D, H, W)` float32, on the CPU."""
+
+    def compare_with(self, healthy: str | Path) -> None:
+        """Give maps in standard deviations above the mean of healthy scans, of a store, from now on.
+
+        A scan of the store is compared with those of other subjects.
+
+        Raises:
+            ValueError: a store that was prepared in another way than the training scans, fewer than two scans, or scans
+                of several sizes that are not boxes around brains.
+        """
+        self.store = store = Store(healthy)
+        self.preprocessor.check_store(store, "prepare healthy scans as they were")
+        for record in store.records:
+            self.preprocessor.check_stored(record["chain"])
+        self.known = [(one["id"], one["subject"], set(one["identity"].values())) for one in store.records]
+        sizes = np.array([record["shape"][1:] for record in store.records])
+        size = sizes.max(axis=0).tolist()
+        if (sizes != size).any():
+            self._check_size(sizes[(sizes != size).any(axis=1)][0], size)
+        ids = tqdm([id for id, *_ in self.known], desc="healthy", unit="scan")
+        self.healthy = HealthyReference((self._of_stored(id) for id in ids), size)
+
+    def _check_size(self, size: Sequence[int], reference: Sequence[int]) -> None:
+        """Raise a ValueError for other sizes than that of healthy scans, unless volumes are boxes around brains."""
+        settings = self.preprocessor.settings
+        if tuple(size) != tuple(reference) and (settings.crop != "foreground" or settings.register):
+            own, other = ("x".join(map(str, shape)) for shape in (size, reference))
+            raise ValueError(
+                f"healthy: scans of {own} and of {other} voxels, which are compared voxel by voxel: train a network on "
+                "a store that asa-prepare made with prepare.crop=SIZE, and prepare healthy scans likewise"
+            )
 
     def measure(self, image: Tensor, like: Volume | None = None) -> AnomalyMap:
         """The map of a prepared volume `(C, D, H, W)`, above that of healthy scans where these are given.
@@ -164,14 +191,17 @@ class AnomalyScorer(ABC):
         `like` is the source scan: healthy scans of the subject with these voxels are left out.
 
         Raises:
-            ValueError: of `HealthyReference.standardise`, or a result that is not finite.
+            ValueError: of `HealthyReference.standardise`, another size than healthy scans where these are not boxes
+                around brains, or a result that is not finite.
         """
         scan = self.compute(image)
-        if self.healthy is None:
-            return scan
-        digest = None if like is None else identity_of(like)
-        subjects = {subject for _, subject, digests in self.known if digest in digests}
-        return self.healthy.standardise(scan, [self._of_stored(id) for id, one, _ in self.known if one in subjects])
+        if self.healthy is not None:
+            self._check_size(tuple(image.shape[1:]), self.healthy.size)
+            digest = None if like is None else identity_of(like)
+            subjects = {subject for _, subject, digests in self.known if digest in digests}
+            scan = self.healthy.standardise(scan, (self._of_stored(id) for id, one, _ in self.known if one in subjects))
+        check_finite(scan.map, "the map")
+        return scan
 
     def _of_stored(self, id: str) -> AnomalyMap:
         return self.compute(torch.from_numpy(np.array(self.store.image(id), dtype=np.float32)))
@@ -182,11 +212,10 @@ class AnomalyScorer(ABC):
         `out` is the `.nii.gz` to write, in a folder that exists.
         """
         scan = self.measure(torch.from_numpy(np.array(image, dtype=np.float32)), like)
-        write_map(out, scan.map, chain, like)
-        d, h, w = (int(index) for index in np.unravel_index(int(scan.map.argmax()), scan.map.shape))
-        x, y, z, _ = np.array(chain["stored_affine"]) @ (w, h, d, 1)
-        peak = float(scan.map.max())
-        return AnomalyRow(id, scan.score, scan.mean, scan.top, peak, float(x), float(y), float(z))
+        written = write_map(out, scan.map, chain, like)
+        at = np.unravel_index(int(written.argmax()), written.shape)
+        x, y, z, _ = (like.affine @ (*at, 1)).tolist()
+        return AnomalyRow(id, scan.score, scan.mean, scan.top, float(written[at]), x, y, z)
 
 
 class LabelScorer(AnomalyScorer):
@@ -198,5 +227,5 @@ class LabelScorer(AnomalyScorer):
 
     def compute(self, image: Tensor) -> AnomalyMap:
         found, inside = self.segmenter.probabilities(image), (image != 0).any(dim=0)
-        labelled = found.amax(dim=0) if self.segmenter.outputs.regions else 1 - found[0]
+        labelled = found.amax(dim=0) if self.segmenter.outputs.regions else found[1:].sum(dim=0)
         return AnomalyMap(labelled * inside, inside)

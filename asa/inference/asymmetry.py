@@ -50,7 +50,7 @@ class AsymmetryScorer(AnomalyScorer):
     ) -> None:
         model, description = read_model(checkpoint, plugins=plugins)
         if not hasattr(model, "asymmetry"):
-            raise ValueError(f"{checkpoint}: neither a run of asa-finetune nor one of asa-pretrain method=sa_swin")
+            raise ValueError(f"{checkpoint}: no SA-Swin, whose maps are of asymmetry: leave map= out, or fine-tune it")
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
         self.model: Any = model.to(self.device)

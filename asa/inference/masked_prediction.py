@@ -24,7 +24,7 @@ from asa.training.checkpoint import read_model
 from asa.training.device import pick_device
 
 GROUPS = 4  # of patches or boxes, one of which is hidden at a time
-FEWEST = 64  # patches with tissue in a window, below which nothing is predicted
+FEWEST = 20  # part of a window's patches, one in so many, that has tissue; with less of it nothing is predicted
 BOXES = 8  # along each axis of a window
 BLUR = 6.0  # full width of the blur at half its maximum, mm
 
@@ -36,7 +36,8 @@ class PredictedPatches(nn.Module):
 
     Args:
         model: the masked autoencoder.
-        normalised: it predicts patches of mean 0 and variance 1.
+        normalised: it predicts standardised patches, which get the mean and the variance of the patch itself: what
+            is wrong with these is not in the error.
         masked: the number of groups that are masked at a time, 1 or 3.
     """
 
@@ -52,7 +53,7 @@ class PredictedPatches(nn.Module):
     def _predicted(self, window: Tensor) -> Tensor:
         patches = patchify(window, self.encoder.patch_size)
         tissue = (patches != 0).any(dim=2)  # (1, L)
-        if (count := int(tissue.sum())) < FEWEST:
+        if (count := int(tissue.sum())) < max(GROUPS, patches.shape[1] / FEWEST):
             return window
         group = torch.full_like(tissue, -1, dtype=torch.long)
         group[tissue] = _dealt(count).to(group.device)
@@ -95,8 +96,9 @@ def _dealt(count: int) -> Tensor:
 class PredictionErrorScorer(AnomalyScorer):
     """How far a scan is from what a pretrained network predicts of it, each part from the others.
 
-    A masked autoencoder predicts the patches of a window, a quarter of them at a time; a SA-Swin inpaints boxes, and
-    sees the mirror image. The map is the absolute error, the mean over channels, blurred by 6 mm.
+    A masked autoencoder predicts the patches of a window, a quarter of them at a time; a SA-Swin inpaints boxes, with
+    cross-attention to the mirror image. The map is the absolute error, the mean over channels, blurred by 6 mm for
+    voxels of the mean size in training.
 
     Args:
         checkpoint: of asa-pretrain, with method=asa, mae or sa_swin; or the shipped encoder, asa://NAME.
@@ -125,7 +127,10 @@ class PredictionErrorScorer(AnomalyScorer):
         elif isinstance(model, SASwin):
             network = InpaintedBoxes(model)
         else:
-            raise ValueError(f"{checkpoint}: its network predicts no hidden parts: fine-tune it first")
+            raise ValueError(
+                f"{checkpoint}: its network predicts no hidden parts, as those of method=asa, mae and sa_swin do: "
+                "fine-tune it, or pretrain one of these"
+            )
         self.network, self.settings = network.to(pick_device(settings.device)), settings
         preprocessor = ScanPreprocessor(str(checkpoint), data, strip, channels=channels)
         spacing = preprocessor.data.get("spacing", np.ones((2, 3)))  # an older checkpoint has none

@@ -215,14 +215,14 @@ class ScanPreprocessor:
     def check_store(self, store: Store, advice: str) -> None:
         """Raise a ValueError, with advice, if a store was prepared in another way than these scans.
 
-        With `strip` given its scans may have been stripped in that way: whoever gives it says that it is as good.
+        With `strip` given its scans may have been stripped in that way, too: whoever gives it says that it is as good.
         """
-        own = {**self.data["prepare"], "strip": self.settings.strip}
-        if store.channels == self.channels and prepared_alike(store.settings, own):
-            return
-        strip = store.settings["strip"]
-        if store.channels == self.channels and prepared_alike({**store.settings, "strip": own["strip"]}, own):
-            advice = f"strip={own['strip']} there, strip={strip} here: if no skull is left, give strip={strip}"
+        own, strip = self.data["prepare"], store.settings.get("strip")
+        but_for_strip = prepared_alike({**store.settings, "strip": own.get("strip")}, own)
+        if store.channels == self.channels and but_for_strip:
+            if strip in (own.get("strip"), self.settings.strip):
+                return
+            advice = f"strip={own.get('strip')} there, strip={strip} here: if no skull is left, give strip={strip}"
         raise ValueError(f"{store.path} was prepared in another way than {self.scans}: {advice}")
 
     def warn_unless_centred(self) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +26,11 @@ def entropy_map(probabilities: Tensor, *, regions: bool) -> Tensor:
     return torch.special.entr(p).sum(dim=0) / math.log(len(p))
 
 
-def write_map(path: Path, values: Tensor, chain: dict[str, Any], like: Volume) -> None:
-    """Write a map `(D, H, W)` of a prepared scan on the scan's own grid, given its preprocessing steps."""
-    write_image(path, to_native(values[None].numpy(), chain, order=1)[0], like.affine, make_folder=False)
+def write_map(path: Path, values: Tensor, chain: dict[str, Any], like: Volume) -> np.ndarray:
+    """Write a map `(D, H, W)` of a prepared scan on the scan's own grid `(x, y, z)`, and return what was written."""
+    native: np.ndarray = to_native(values[None].numpy(), chain, order=1)[0]
+    write_image(path, native, like.affine, make_folder=False)
+    return native
 
 
 class RunningSpread:

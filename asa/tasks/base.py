@@ -26,7 +26,8 @@ BUILT_IN = {
 
 class Task(Protocol):
     """What a network is trained for. A task of your own package implements these members. It may add `metrics(make)`,
-    the names that its validation gives: a wrong train.best is then found before training.
+    the names that its validation gives: a wrong train.best is then found before training; and, of asa-finetune,
+    `anomalies = True` if its prediction takes `healthy`.
 
     Attributes:
         command: that trains it, "pretrain" or "finetune".

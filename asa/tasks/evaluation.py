@@ -257,6 +257,9 @@ def tables_of(config: Config, *names: str) -> tuple[Path, Path, Path]:
     for key in ("predictions", "truth"):
         if config[key] is None:
             raise ValueError(f"{key}= has to be given: predictions=FOLDER of asa-predict, and truth=TABLE.csv")
-    found = [table_in(Path(str(config["predictions"])), name) for name in names]
-    table = next((table for table in found if table.exists()), found[0])
-    return table, Path(str(config["truth"])), Path(str(config["out"]))
+    folder = Path(str(config["predictions"]))
+    found = [table_in(folder, name) for name in names]
+    if not (there := [table for table in found if table.exists()]) and len(names) > 1:
+        tables = " or ".join(map(str, found))
+        raise FileNotFoundError(f"{tables}: no such table; predictions= is the folder that asa-predict wrote")
+    return (there or found)[0], Path(str(config["truth"])), Path(str(config["out"]))

@@ -28,8 +28,15 @@ def predict_scans(predictor: ScanPredictor, config: Config, layout: Layout | Non
 
 
 def predict_anomalies(scorer: AnomalyScorer, config: Config) -> None:
-    """Write an anomaly map `OUT/ID.nii.gz` of each scan, and the measures of all to the scorer's table in OUT."""
-    predict_scans(_AnomalyPredictor(scorer, config), config, Layout(Path(str(config["out"])), table=scorer.table))
+    """Write an anomaly map `OUT/ID.nii.gz` of each scan, and the measures of all to the scorer's table in OUT.
+
+    What can be wrong with the folders is found before healthy scans are computed.
+    """
+    predictor, layout = _AnomalyPredictor(scorer, config), Layout(Path(str(config["out"])), table=scorer.table)
+    scans = scans_of(config, scorer.preprocessor)
+    if config["healthy"] is not None:
+        scorer.compare_with(config["healthy"])
+    predict_each(predictor, scans, layout)
 
 
 class _AnomalyPredictor:

@@ -3,8 +3,8 @@
 Data: crops of a prepared store, or of several with a modality each. Loss: the method's (masked reconstruction, the
 proxy tasks of SA-Swin, or puzzles). Validation: the method's error on held-out crops beside that of a trivial
 prediction, of each modality too; feature statistics, and the Dice of a linear probe. A checkpoint holds channels and
-preparation of each modality, and digests of the training scans. Prediction: maps of the asymmetry of new scans by a
-SA-Swin, or of where they are not what the network predicts.
+preparation of each modality, and digests of the training scans. Prediction: anomaly maps of new scans, by the asymmetry
+that a SA-Swin finds, or by the errors of what the network predicts of hidden parts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,9 +40,9 @@ from asa.methods.base import Pretraining as PretrainingMethod
 from asa.reporting.figures import reconstruction_panel
 from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import channels_of, only_checkpoint, predict_anomalies
+from asa.tasks.prediction import channels_of, only_checkpoint, predict_anomalies, subjects_in
 from asa.tasks.volumes import Records, VolumeTask
-from asa.training.checkpoint import read_description
+from asa.training.checkpoint import read_model
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
@@ -51,13 +51,16 @@ from asa.training.plan import logged, volume_batch
 
 HEALTHY = "healthy"  # value of data.health for a cohort of healthy subjects
 UNKNOWN = float("nan")
+MAPS_SCORED = (
+    "{with_lesion} scans with a lesion, {without} without; left out are {left_out} without a label, and "
+    "{without_prediction} labelled ones without a map"
+)
 
 
 class Pretraining(VolumeTask):
     """Pretraining on a prepared store, without labels."""
 
     command = "pretrain"
-    anomalies = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "labelled_store", *([] if config["data"]["health"] == HEALTHY else ["health"]))
@@ -134,7 +137,8 @@ class Pretraining(VolumeTask):
             store = self.store.modalities[modality]
             about = {"channels": store.channels, "prepare": store.settings}
             found[modality] = {**about, **training_scan_metadata([], scans)}
-        of_method = {"normalised": True} if self.config["method"].get("normalise") else {}
+        method = self.config["method"]
+        of_method = {"normalised": method["normalise"]} if "normalise" in method else {}
         return of_method | ({**next(iter(found.values())), "modalities": found} if found else {})
 
     def begin(self, run: Path) -> None:
@@ -154,26 +158,24 @@ class Pretraining(VolumeTask):
 
     @staticmethod
     def predict(config: Config) -> None:
-        """Maps of asymmetry by a SA-Swin, or of what a network does not expect; see `map` of asa-predict."""
-        checkpoint = only_checkpoint(config, "a map of what is unusual")
-        network = str(read_description(checkpoint)["model"]["_target_"])
-        asymmetry = config["map"] == "asymmetry" or (config["map"] is None and ".sa_swin" in network)
-        scorer = (AsymmetryScorer if asymmetry else PredictionErrorScorer)(
-            checkpoint,
-            typed(PredictSettings, config["predict"]),
-            strip=config["strip"],
-            healthy=config["healthy"],
-            plugins=config["plugins"],
-            channels=channels_of(config),
-        )
-        predict_anomalies(scorer, config)
+        """Maps of asymmetry, or of the errors of a network's predictions; see `map` of asa-predict."""
+        checkpoint, plugins = only_checkpoint(config, "an anomaly map"), config["plugins"]
+        compares_sides = hasattr(read_model(checkpoint, plugins=plugins)[0], "asymmetry")
+        asymmetry = config["map"] == "asymmetry" or (config["map"] is None and compares_sides)
+        settings = typed(PredictSettings, config["predict"])
+        of_scans: dict[str, Any] = {"strip": config["strip"], "channels": channels_of(config)}
+        scorer = AsymmetryScorer if asymmetry else PredictionErrorScorer
+        predict_anomalies(scorer(checkpoint, settings, plugins=plugins, **of_scans), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
         table, truth, out = tables_of(config, ASYMMETRY, ANOMALY)
         if (truth / MANIFEST).exists():
-            summary = evaluate_maps(table, Store(truth), out, sides=table.name == ASYMMETRY)
-            print("{with_lesion} scans with a lesion, {without} without".format(**summary["scans"]))
+            if config["regions"] is not None:
+                raise ValueError("regions= is for label maps; of anomaly maps every label is right: leave it out")
+            split, part = config["split_file"], config["part"]
+            summary = evaluate_maps(table, Store(truth), out, None if split is None else subjects_in(split, part))
+            print(MAPS_SCORED.format(**summary["scans"]))
             for score, row in summary["voxels"].items():
                 print(f"{score:<17} {in_interval(row['mean'], row['low'], row['high'])}")
             results = summary["results"]

@@ -273,8 +273,8 @@ def predict_task(config: Config) -> None:
     check_network_settings(config)
     Backend.of(config["predict"]["device"], config["predict"]["precision"])
     task = find_task(str(read_description(checkpoints[0]).get("task", "")), config["plugins"])  # adds no plugin
-    if config["healthy"] is not None and not getattr(task, "anomalies", False):
-        raise ValueError("healthy= is for maps of what is unusual, of asa-pretrain and of segmentation: leave it out")
+    if config["healthy"] is not None and task.command != "pretrain" and not getattr(task, "anomalies", False):
+        raise ValueError("healthy= is for anomaly maps, by runs of asa-pretrain and of segmentation: leave it out")
     if config["map"] is not None and task.command != "pretrain":
         raise ValueError(f"map={config['map']} is for a run of asa-pretrain: leave it out")
     task.predict(config)
@@ -283,8 +283,8 @@ def predict_task(config: Config) -> None:
 def evaluate_task(config: Config) -> None:
     """Score predictions, or compare evaluations; print the table, write the results.
 
-    The policies of label maps belong to segmentation; another policy is the name of a task, or asymmetry: the scores of
-    a pretrained SA-Swin, or probe: features of asa-embed.
+    The policies of label maps belong to segmentation; another policy is the name of a task, or asymmetry: anomaly maps
+    and their tables, or probe: features of asa-embed.
     """
     if config["compare"] is not None:
         if given := [key for key in ("predictions", "truth") if config[key] is not None]:

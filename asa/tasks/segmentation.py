@@ -173,14 +173,14 @@ class Segmentation(VolumeTask):
 
     @staticmethod
     def predict(config: Config) -> None:
-        """Label maps; with `healthy` in their place maps of the probability of any label, above healthy scans."""
+        """Label maps; with `healthy` anomaly maps in their place: the probability of any label, above healthy scans."""
         if config["healthy"] is None:
             predictor = SegmentationPredictor(config)
             predict_scans(predictor, config, predictor.layout)
             return
         if given := [key for key in LABEL_MAPS_ONLY if config[key] and key != "mirror"]:
-            raise ValueError(f"{given[0]}= is of label maps, in place of which healthy= gives others: leave one out")
-        predict_anomalies(LabelScorer(networks_of(config, progress=False), config["healthy"]), config)
+            raise ValueError(f"{given[0]}= is for label maps, healthy= gives anomaly maps: leave one of them out")
+        predict_anomalies(LabelScorer(networks_of(config, progress=False)), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:

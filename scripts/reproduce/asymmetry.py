@@ -94,7 +94,7 @@ def main() -> None:
 
     def show(name: str, compare: Compare) -> None:
         found = [[compare(volume) for volume in part] for part in (healthy, lesioned, reference)]
-        above = HealthyReference(found[2]).standardise
+        above = HealthyReference(found[2], found[2][0].map.shape).standardise
         beyond = [[above(one) for one in part] for part in found[:2]]
         for title, (symmetric, asymmetric) in ((name, found[:2]), (f"{name}, beyond healthy", beyond)):
             values = measure(symmetric, asymmetric, lesions)

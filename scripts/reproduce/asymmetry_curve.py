@@ -32,7 +32,7 @@ def line(scorer: AsymmetryScorer, parts: list[list[torch.Tensor]]) -> list[float
         found = [[scorer.measure(volume) for volume in part] for part in parts]
         if not level:
             values.append(separation(found[0], found[1], "score"))
-        above = HealthyReference(found[2]).standardise
+        above = HealthyReference(found[2], found[2][0].map.shape).standardise
         healthy, lesioned = ([above(one) for one in part] for part in found[:2])
         values.append(separation(healthy, lesioned, "top"))
     return values

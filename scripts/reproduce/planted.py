@@ -128,7 +128,7 @@ def rows_of(name: str, sides: bool, compute: Callable[[Tensor], Tensor], bench: 
             return AnomalyMap(compute(image) * inside, inside)
 
     found = [{id: measured(image) for id, image in images.items()} for images in (bench.healthy, bench.patients)]
-    reference = HealthyReference(list(found[0].values()))
+    reference = HealthyReference(found[0].values(), next(iter(found[0].values())).map.shape)
     above = [{id: reference.standardise(scan, [found[0][id]]) for id, scan in scans.items()} for scans in found]
     truth = {id: lesion | lesion[:, :, ::-1] if sides else lesion for id, lesion in bench.lesions.items()}
     for title, (healthy, patients) in ((name, found), (f"{name}, above healthy", above)):

@@ -1,11 +1,13 @@
-"""Maps of what is unusual against lesions."""
+"""Anomaly maps against lesions."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_brain
 from sklearn.metrics import average_precision_score, roc_auc_score
+from stores import read_tree, write_tree
 
 from asa.data.datasets import folder
 from asa.data.io.files import read_json, write_whole
@@ -13,7 +15,8 @@ from asa.data.io.nifti import read_image, read_label, write_image, write_label
 from asa.data.io.tables import csv_text, read_rows
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
-from asa.data.store import Store
+from asa.data.splits import write_split
+from asa.data.store import Store, write_array
 from asa.evaluation.maps import evaluate_maps, voxel_scores
 from asa.tasks.run import evaluate
 
@@ -68,7 +71,7 @@ def test_a_map_that_is_the_lesion_is_perfect_and_its_opposite_the_worst(lesions:
     store = Store(lesions / "store")
     table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
     found = evaluate_maps(table, store, tmp_path / "out", sides=False)
-    assert found == read_json(tmp_path / "out/summary.json") and found["scans"] == {"with_lesion": 3, "without": 1}
+    assert found == read_json(tmp_path / "out/summary.json") and list(found["scans"].values()) == [3, 1, 0, 0]
     for score in ("auc", "average_precision", "best_dice", "peak_in_lesion"):
         assert found["voxels"][score] == {"mean": 1, "low": 1, "high": 1}
     assert list(found["results"]) == ["mean", "top", "peak"] and found["results"]["top"]["auc"] == 1
@@ -103,9 +106,58 @@ def test_the_command_takes_a_store_as_the_truth(lesions: Path, tmp_path: Path, c
 def test_maps_of_other_scans_are_refused(lesions: Path, tmp_path: Path) -> None:
     table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
     write_image(tmp_path / "maps/s1.nii.gz", np.ones((4, 4, 4), np.float32), np.eye(4))
-    with pytest.raises(ValueError, match=r"s1.nii.gz: not on the grid of the scan in .*: predict input="):
+    with pytest.raises(ValueError, match=r"s1.nii.gz and its label map in .*: shapes .* differ"):
         evaluate_maps(table, Store(lesions / "store"), tmp_path / "out", sides=False)
-    text = table.read_text().replace("s", "other")
-    table.write_text(text.replace("other", "s", 0))
-    with pytest.raises(ValueError, match=r"no scan of .*anomaly.csv has a label there"):
-        evaluate_maps(table, Store(lesions / "store"), tmp_path / "out", sides=False)
+    table.write_text(table.read_text().replace("\ns", "\nother"))
+    with pytest.raises(ValueError, match=r"anomaly.csv: none of its scans has a lesion in .*: predict input="):
+        evaluate_maps(table, Store(lesions / "store"), tmp_path / "out")
+
+
+def test_maps_of_a_flipped_copy_of_the_scan_are_refused(lesions: Path, tmp_path: Path) -> None:
+    table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
+    label = read_label(lesions / "s1_seg.nii.gz")
+    flipped = label.affine.copy()
+    flipped[0] *= -1
+    write_image(tmp_path / "maps/s1.nii.gz", label.data.astype(np.float32), flipped)
+    with pytest.raises(ValueError, match=r"s1.nii.gz and its label map in .*corners are .* mm apart"):
+        evaluate_maps(table, Store(lesions / "store"), tmp_path / "out")
+
+
+def test_a_lesion_outside_the_head_is_one_that_was_missed(lesions: Path, tmp_path: Path) -> None:
+    """As of a skull stripping that removed it."""
+    store, table = Store(lesions / "store"), write_maps(lesions, tmp_path / "maps", "anomaly.csv")
+    manifest = read_tree(lesions / "store")
+    image = np.array(store.image("s1"))
+    image[:, np.array(store.label("s1"))[0] > 0] = 0
+    shutil.copytree(lesions / "store", tmp_path / "store")
+    record = next(record for record in manifest["records"] if record["id"] == "s1")
+    record["arrays"]["image"] = write_array(tmp_path / "store", "s1", "image", image)
+    write_tree(tmp_path / "store", manifest)
+    write_image(
+        tmp_path / "maps/s1.nii.gz", np.zeros((40, 44, 42), np.float32), read_image(table.with_name("s1.nii.gz")).affine
+    )
+    evaluate_maps(table, Store(tmp_path / "store"), tmp_path / "out")
+    row = read_rows(tmp_path / "out/scans.csv")[1]
+    assert row["id"] == "s1" and float(row["auc"]) == 0.5 and float(row["average_precision"]) == float(row["by_chance"])
+
+
+def test_on_a_resampled_store_maps_and_labels_are_compared_on_the_scans_own_grid(lesions: Path, tmp_path: Path) -> None:
+    records = folder.records(lesions, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")
+    settings = CohortSettings({1: "lesion"}, [3], settings=PrepareSettings(spacing=2.5))
+    assert not prepare_cohort(records, tmp_path / "store", settings, progress=False).failures
+    table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
+    found = evaluate_maps(table, Store(tmp_path / "store"), tmp_path / "out")["voxels"]
+    assert found["best_dice"]["mean"] == found["auc"]["mean"] == 1
+
+
+def test_the_parts_of_a_split_choose_scans(lesions: Path, tmp_path: Path, capsys) -> None:
+    write_maps(lesions, tmp_path / "maps", "anomaly.csv")
+    split = {"train": ["s0"], "validation": [], "test": ["s1", "s2", "s3"]}
+    write_split(tmp_path / "split.json", split)
+    chosen = {"policy": "asymmetry", "split_file": str(tmp_path / "split.json")}
+    summary = evaluate(tmp_path / "maps", lesions / "store", tmp_path / "out", **chosen)
+    assert summary["scans"] == {"with_lesion": 2, "without": 1, "left_out": 1, "without_prediction": 0}
+    with pytest.raises(ValueError, match="regions= is for label maps"):
+        evaluate(tmp_path / "maps", lesions / "store", tmp_path / "out", **chosen, regions={"a": [1]})
+    with pytest.raises(FileNotFoundError, match=r"anomaly.csv: no such table"):
+        evaluate(tmp_path / "out", lesions / "store", tmp_path / "new", **chosen)

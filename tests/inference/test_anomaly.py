@@ -1,4 +1,4 @@
-"""Maps of what is unusual: by prediction of hidden parts, by labels, and above healthy scans; and their table."""
+"""Anomaly maps: by prediction of hidden parts, by labels, and above healthy scans; and their table."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from stores import read_tree, write_tree
 from torch import Tensor, nn
 from untrained import SETTINGS, a_scan, call, checkpoint, metadata, voxels
 
@@ -64,7 +65,7 @@ def constant(value: float, *size: int) -> AnomalyMap:
 
 def test_scans_of_other_sizes_are_compared_at_the_stretched_place() -> None:
     scans = [constant(1, 4, 4, 4), constant(3, 6, 5, 4)]
-    found = HealthyReference(scans).standardise(constant(6, 5, 4, 7))
+    found = HealthyReference(scans, (6, 5, 4)).standardise(constant(6, 5, 4, 7))
     torch.testing.assert_close(found.map, torch.full((5, 4, 7), 2.0))  # (6 - 2) / (1 + 1)
     halves = [
         AnomalyMap(map.map * (1 + 8 * (torch.arange(n) >= n // 2))[:, None, None], map.inside)
@@ -72,10 +73,34 @@ def test_scans_of_other_sizes_are_compared_at_the_stretched_place() -> None:
         for n in [len(map.map)]
     ]
     new = AnomalyMap(torch.cat([torch.ones(8, 4, 4), torch.full((8, 4, 4), 50.0)]), torch.ones(16, 4, 4) > 0)
-    above = HealthyReference(halves).standardise(new).map
+    above = HealthyReference(halves, (6, 5, 4)).standardise(new).map
     assert not above[:6].any() and (above[10:] > 1).all()
-    same = HealthyReference([constant(1, 4, 4, 4), constant(3, 4, 4, 4)]).standardise(constant(6, 4, 4, 4))
+    same = HealthyReference([constant(1, 4, 4, 4), constant(3, 4, 4, 4)], (4, 4, 4)).standardise(constant(6, 4, 4, 4))
     assert torch.equal(same.map, torch.full((4, 4, 4), 2.0))
+
+
+def test_where_healthy_maps_do_not_differ_nothing_is_above_them() -> None:
+    reference = HealthyReference([constant(0, 4, 4, 4)] * 3, (4, 4, 4))
+    for value in (0, 5):
+        assert not reference.standardise(constant(value, 4, 4, 4)).map.any()  # and not 0 / 0
+
+
+@pytest.mark.parametrize("prepare", [{"crop": "none"}, {"crop": [32, 40, 32]}, {"register": True}])
+def test_volumes_of_several_sizes_that_are_not_boxes_around_brains_are_refused(
+    healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: dict
+) -> None:
+    manifest = read_tree(healthy)
+    manifest["settings"] |= prepare
+    write_tree(tmp_path / "store", manifest)
+    run = pretrained(tmp_path / "run", prepare=manifest["settings"])
+    with pytest.raises(ValueError, match=r"healthy: scans of \d+x\d+x\d+ and of .* prepare.crop=SIZE"):
+        PredictionErrorScorer(run, SETTINGS, healthy=tmp_path / "store")
+
+
+def test_healthy_scans_of_other_voxels_are_refused(healthy: Path, tmp_path: Path) -> None:
+    run = pretrained(tmp_path / "run", prepare=Store(healthy).settings, spacing=[[2.0] * 3] * 2)
+    with pytest.raises(ValueError, match="voxels of 1 x 1 x 1 mm"):
+        PredictionErrorScorer(run, SETTINGS, healthy=healthy)
 
 
 def test_a_map_without_a_score_has_no_column_for_it(healthy: Path, tmp_path: Path) -> None:
@@ -106,7 +131,7 @@ class Copying(nn.Module):
 
 
 @pytest.mark.parametrize("masked", [1, 3])
-def test_who_knows_the_patches_predicts_the_scan_also_from_normalised_ones(masked: int) -> None:
+def test_a_network_that_returns_the_patches_predicts_the_scan_from_normalised_ones_too(masked: int) -> None:
     windows = torch.rand(2, 1, 32, 32, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(PredictedPatches(Copying(), masked=masked)(windows), windows)
     known = PredictedPatches(Copying(normalised), normalised=True, masked=masked)(windows)
@@ -133,8 +158,7 @@ def test_a_voxel_is_inpainted_only_where_it_is_hidden_and_the_mirror_image_is_se
     assert found.shape == windows.shape and found.max() <= 1 < windows.min()  # noise everywhere: no voxel is its own
     hidden = torch.stack([volume != windows for volume, _ in network.seen])
     assert (hidden.sum(dim=0) == 1).all() and all(torch.equal(mirror, mirrored) for _, mirror in network.seen)
-    shares = hidden.float().mean(dim=(1, 2, 3, 4, 5))
-    torch.testing.assert_close(shares, torch.full((4,), 0.25))
+    torch.testing.assert_close(hidden.float().mean(dim=(1, 2, 3, 4, 5)), torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("target", ["asa.models.masked_autoencoder.asa_tiny", "asa.models.sa_swin.sa_swin_tiny"])
@@ -183,7 +207,7 @@ def test_the_command_writes_maps_of_a_masked_autoencoder_and_of_labels_above_hea
         assert call(predict, monkeypatch, *given) == 0
         assert sorted(path.name for path in out.glob("[!.]*")) == ["a.nii.gz", "anomaly.csv"]
         (row,) = read_rows(out / "anomaly.csv")
-        assert float(row["peak"]) == pytest.approx(voxels(out / "a.nii.gz").max(), rel=1e-4)
+        assert float(row["peak"]) == pytest.approx(voxels(out / "a.nii.gz").max(), rel=1e-4) and float(row["top"]) > 0
     scorer = LabelScorer(Segmenter(tuned, SETTINGS), healthy)
     case, like = scorer.preprocessor.prepare({"t1": tmp_path / "a.nii.gz"})
     assert float(row["top"]) == pytest.approx(scorer.measure(torch.from_numpy(case.image), like).top, rel=1e-3)
@@ -200,16 +224,21 @@ def test_scans_that_were_stripped_in_another_way_are_taken_if_the_user_says_so(
     assert "strip=deepbet there, strip=none here: if no skull is left, give strip=none" in capsys.readouterr().err
     assert call(predict, monkeypatch, *given, "strip=none") == 0
     assert (tmp_path / "out/anomaly.csv").is_file()
+    manifest = read_tree(healthy)
+    manifest["settings"]["strip"] = "deepbet"
+    write_tree(tmp_path / "alike", manifest)  # in the way of the training scans: whatever strip= says of raw ones
+    scorer = PredictionErrorScorer(run, SETTINGS, strip="none")
+    scorer.preprocessor.check_store(Store(tmp_path / "alike"), "")
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
         ("masked", ["map=both"], "map=both: choose asymmetry, prediction, or null"),
-        ("masked", ["map=asymmetry"], "neither a run of asa-finetune nor one of asa-pretrain method=sa_swin"),
+        ("masked", ["map=asymmetry"], "no SA-Swin, whose maps are of asymmetry: leave map= out"),
         ("masked", ["mirror=true"], "comes from one checkpoint, without mirror"),
         ("tuned", ["map=prediction"], "map=prediction is for a run of asa-pretrain"),
-        ("tuned", ["healthy=HEALTHY", "uncertainty=entropy"], "uncertainty= is of label maps"),
+        ("tuned", ["healthy=HEALTHY", "uncertainty=entropy"], "uncertainty= is for label maps"),
     ],
 )
 def test_settings_that_do_not_fit_the_network_are_refused(

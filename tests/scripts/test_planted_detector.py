@@ -43,3 +43,17 @@ def test_a_map_of_a_systematic_error_is_right_above_healthy() -> None:
     assert rows[0] == "| map | all | 0.500 | 0.984 | 0.500 | 0.016 | 0 of 3 |"
     assert rows[2] == "| map, above healthy | all | 1.000 | 1.000 | 1.000 | 0.016 | 3 of 3 |"
     assert len(rows) == 4 and "wmh" in rows[1] and "wmh" in rows[3]
+
+
+def test_a_row_of_few_lesions_is_of_means_and_of_paired_differences() -> None:
+    few = importlib.import_module("scripts.reproduce.few_lesions")
+
+    def measured(*dice: float) -> dict[str, np.ndarray]:
+        scores = np.array([dice, [0.5] * len(dice)])
+        return {"tested": scores, "healthy": np.array([[10, 20], [1.0, 3.0]]), "ms": scores[:, :2]}
+
+    scratch = measured(0.1, 0.3, 0.5)
+    assert few.row(1, "scratch", scratch) == (
+        "| 1 | scratch | 0.300 |  | 0.500 | 15, 2 ml | 0.100 and 0.300 | 0.500 and 0.500 |"
+    )
+    assert "| 0.400 | +0.100 (+0.100 to +0.100) |" in few.row(1, "encoder", measured(0.2, 0.4, 0.6), scratch)

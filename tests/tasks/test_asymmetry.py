@@ -155,12 +155,12 @@ def test_beyond_healthy_counts_spreads_above_the_healthy_scans_that_reach_a_plac
     reach = {place: [float(map[place]) for map, inside in drawn if inside[place]] for place in np.ndindex(3, 4, 5)}
     spreads = {place: float(np.std(values)) for place, values in reach.items() if values}
     typical = sorted(spreads.values())[(len(spreads) - 1) // 2]
-    found = HealthyReference([found_of(*one) for one in drawn]).standardise(new)
+    found = HealthyReference((found_of(*one) for one in drawn), (3, 4, 5)).standardise(new)
     for place, values in reach.items():
         above = (float(new.map[place]) - np.mean(values)) / (spreads[place] + typical) if values else 0
         assert float(found.map[place]) == pytest.approx(max(above, 0), abs=1e-5)
     with pytest.raises(ValueError, match="two or more"):
-        HealthyReference([new])
+        HealthyReference([new], (3, 4, 5))
 
 
 def write_alike(store: Path, folder: Path, subjects: list[str]) -> Path:
