@@ -82,14 +82,8 @@ def _lesion_scores(
         matched = np.setdiff1d(predicted[around][near], [0])
         unmatched -= set(matched.tolist())
         if np.count_nonzero(lesions[own] == number) * voxel > MIN_VOLUME_MM3:
-            box = _joint([own, *(boxes[k - 1] for k in matched)])
+            sides = zip(own, *(boxes[k - 1] for k in matched), strict=True)  # of the smallest box around all of them
+            box = tuple(slice(min(part.start for part in side), max(part.stop for part in side)) for side in sides)
             pair = np.isin(predicted[box], matched), lesions[box] == number
             scores.append(score(*pair) if len(matched) else worst)
     return scores + [worst] * len(unmatched)
-
-
-def _joint(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...]:
-    """The smallest box that contains all of them."""
-    return tuple(
-        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
-    )

@@ -117,7 +117,7 @@ def nearest_distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarra
 # ---- surfaces of voxels ----
 
 
-def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
+def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing, neighbours: np.ndarray = FACES) -> float:
     """95th percentile Hausdorff distance between the surfaces of two masks, in mm.
 
     The surface of a mask is the set of its voxels that have at least one of six face neighbours outside the mask
@@ -131,6 +131,8 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     Args:
         a, b: bool `(x, y, z)`.
         spacing: voxel size in mm along the three array axes.
+        neighbours: of a voxel. `IN_SLICE`, eight within its slice (x, y), gives the outlines of lesions in each slice,
+            the definition of the WMH segmentation challenge of 2017.
 
     Returns:
         Distance in mm; NaN if either mask is empty (the policy defines what counts then).
@@ -138,21 +140,14 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     Raises:
         ValueError: masks that are not bool, not 3-D or not of one shape; a spacing that is not three lengths.
     """
-    return max((float(np.percentile(one, 95)) for one in _voxel_distances(a, b, spacing, FACES)), default=UNDEFINED)
+    distances = _voxel_distances(a, b, spacing, neighbours)
+    return max((float(np.percentile(one, 95)) for one in distances), default=UNDEFINED)
 
 
 def hd95_pooled(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
     """As `hd95`, but one percentile over the distances of both directions together, as in medpy's `hd95`."""
     directions = _voxel_distances(a, b, spacing, FACES)
     return float(np.percentile(np.concatenate(directions), 95)) if directions else UNDEFINED
-
-
-def hd95_in_plane(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
-    """As `hd95`, but a surface voxel has one of eight neighbours within its slice (x, y) outside the mask.
-
-    This is the definition of the WMH segmentation challenge of 2017: the outlines of the lesions in each slice.
-    """
-    return max((float(np.percentile(one, 95)) for one in _voxel_distances(a, b, spacing, IN_SLICE)), default=UNDEFINED)
 
 
 def _voxel_distances(a: np.ndarray, b: np.ndarray, spacing: Spacing, neighbours: np.ndarray) -> list[np.ndarray]:

@@ -243,7 +243,7 @@ HD95_IN_PLANE = replace(
     HD95,
     meaning="95th percentile of the distances in mm from the outline of one mask in its slices to the "
     "nearest of the other's, in each direction, the larger of the two; 0 is perfect.",
-    compute=metrics.hd95_in_plane,
+    compute=partial(metrics.hd95, neighbours=metrics.IN_SLICE),
 )
 NSD = Metric(
     name="nsd_1mm",

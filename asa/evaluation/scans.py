@@ -80,11 +80,6 @@ def mean_auc(probabilities: np.ndarray, truth: np.ndarray) -> float:
     return float(np.mean(defined)) if defined else math.nan
 
 
-def auc_interval(probabilities: np.ndarray, truth: np.ndarray, subjects: Sequence[str]) -> tuple[float, float]:
-    """95 % interval of `mean_auc` over resampled subjects; NaN if it is undefined."""
-    return resample_subjects(lambda rows: {"auc": mean_auc(probabilities[rows], truth[rows])}, subjects)["auc"]
-
-
 def balanced_accuracy(probabilities: np.ndarray, truth: np.ndarray) -> float:
     """Mean recall of the most likely class over the classes present."""
     correct = probabilities.argmax(axis=1) == truth
@@ -104,7 +99,7 @@ def score_classes(probabilities: np.ndarray, truth: np.ndarray, subjects: Sequen
     classes = probabilities.shape[1]
     confusion = np.zeros((classes, classes), dtype=int)
     np.add.at(confusion, (truth, probabilities.argmax(axis=1)), 1)
-    low, high = auc_interval(probabilities, truth, subjects)
+    low, high = resample_subjects(lambda rows: {"auc": mean_auc(probabilities[rows], truth[rows])}, subjects)["auc"]
     return ClassScores(
         scans=len(truth),
         subjects=len(set(subjects)),

@@ -26,8 +26,8 @@ from asa.data.io.tables import (
     read_column,
     read_rows,
 )
-from asa.evaluation.scans import ClassScores, NumberScores, auc, auc_interval, scan_scores, score_classes, score_numbers
-from asa.evaluation.statistics import nullable
+from asa.evaluation.scans import ClassScores, NumberScores, auc, scan_scores, score_classes, score_numbers
+from asa.evaluation.statistics import nullable, resample_subjects
 
 SCANS = "scans.csv"
 SUBJECT = re.compile(r"(.*?_)??sub(-[^_]+|_\d+)(?=_|$)")  # the beginning of an id
@@ -127,13 +127,14 @@ def separation(
     table: Path, rows: Sequence[Mapping[str, str]], patient: np.ndarray, subjects: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """The AUC of each measure in the rows of a table, with its interval; see `evaluate_asymmetry`."""
-    results = {}
     measures = [name for name in MEASURES if name in rows[0] or name != "score"]
-    measured = np.array([numbers(table, row, measures) for row in rows])
-    for measure, values in zip(measures, measured.T, strict=True):
-        low, high = auc_interval(np.stack([-values, values], axis=1), patient.astype(int), subjects)
-        results[measure] = {"auc": auc(values, patient), "auc_low": low, "auc_high": high}
-    return results
+    measured = np.array([numbers(table, row, measures) for row in rows]).T
+
+    def aucs(scans: np.ndarray) -> dict[str, float]:
+        return {name: auc(values[scans], patient[scans]) for name, values in zip(measures, measured, strict=True)}
+
+    found, ends = aucs(np.arange(len(rows))), resample_subjects(aucs, subjects)
+    return {name: {"auc": found[name], "auc_low": ends[name][0], "auc_high": ends[name][1]} for name in measures}
 
 
 def numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list[float]:

@@ -1,6 +1,5 @@
 """A segmentation network as a MONAI bundle: https://docs.monai.io/en/stable/mb_specification.html."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from asa import __version__
-from asa.data.io.files import check_out, write_json, write_whole
+from asa.data.io.files import check_out, whole_file, write_json, write_whole
 from asa.data.preprocessing.brain import TOOLS
 from asa.inference.label_maps import Outputs
 from asa.inference.preprocessing import check_metadata, exported
@@ -49,10 +48,10 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
     facts = exported(data)
     _check_plain([node, facts["channels"], facts["labels"], facts.get("regions", [])], str(checkpoint))
     check_out(out, METADATA, "a bundle")
-    window, weights = list(window_size(model)), io.BytesIO()
+    window = list(window_size(model))
     metadata = _metadata(model, facts, window, description)
-    torch.save(model.state_dict(), weights)
-    write_whole(out / "models" / "model.pt", weights.getvalue())
+    with whole_file(out / "models" / "model.pt") as file:
+        torch.save(model.state_dict(), file)
     write_json(out / "configs" / "asa.json", facts)
     write_json(out / "configs" / "inference.json", _inference(node, facts["channels"], window, overlap_of([data])))
     write_json(out / METADATA, metadata)

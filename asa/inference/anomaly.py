@@ -5,14 +5,14 @@ Letters: image `C D H W`.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from asa.errors import counted
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.inference.segmentation import Segmenter
 from asa.inference.uncertainty import write_map
+from asa.training.checkpoint import read_model
 
 TABLE = "anomaly.csv"
 TOP = 0.01  # fraction of the head's voxels whose mean is the column `top`
@@ -134,21 +135,36 @@ def stretched(map: Tensor, size: Sequence[int]) -> Tensor:
     return interpolate(map[None, None], tuple(size), mode="trilinear")[0, 0]
 
 
+def read_pretrained(
+    checkpoint: str | Path,
+    *,
+    strip: str | None = None,
+    plugins: Sequence[str] = (),
+    channels: Collection[str] | None = None,
+) -> tuple[nn.Module, ScanPreprocessor]:
+    """A network of asa-pretrain, and the preprocessor of its new scans; raises as both.
+
+    Args:
+        checkpoint: run folder, checkpoint folder or file; or the encoder of the package, asa://NAME.
+        strip, plugins: as for `Segmenter`.
+        channels: of the scans, which say their modality where the training scans are of several.
+    """
+    model, description = read_model(checkpoint, plugins=plugins)
+    return model, ScanPreprocessor(str(checkpoint), description["data"], strip, channels=channels)
+
+
 class AnomalyScorer(ABC):
     """A network that maps anomalies in new scans. A subclass says how: `compute`.
 
     Args:
         preprocessor: of its scans.
-        healthy: see `compare_with`.
     """
 
     table: ClassVar[str] = TABLE
 
-    def __init__(self, preprocessor: ScanPreprocessor, healthy: str | Path | None = None) -> None:
+    def __init__(self, preprocessor: ScanPreprocessor) -> None:
         self.preprocessor = preprocessor
         self.healthy: HealthyReference | None = None
-        if healthy is not None:
-            self.compare_with(healthy)
 
     @abstractmethod
     def compute(self, image: Tensor) -> AnomalyMap:
@@ -165,13 +181,11 @@ class AnomalyScorer(ABC):
         """
         self.store = store = Store(healthy)
         self.preprocessor.check_store(store, "prepare healthy scans as they were")
+        self.known = [(one["id"], one["subject"], set(one["identity"].values())) for one in store.records]
+        size = np.array([record["shape"][1:] for record in store.records]).max(axis=0).tolist()
         for record in store.records:
             self.preprocessor.check_stored(record["chain"])
-        self.known = [(one["id"], one["subject"], set(one["identity"].values())) for one in store.records]
-        sizes = np.array([record["shape"][1:] for record in store.records])
-        size = sizes.max(axis=0).tolist()
-        if (sizes != size).any():
-            self._check_size(sizes[(sizes != size).any(axis=1)][0], size)
+            self._check_size(record["shape"][1:], size)
         ids = tqdm([id for id, *_ in self.known], desc="healthy", unit="scan")
         self.healthy = HealthyReference((self._of_stored(id) for id in ids), size)
 
@@ -221,9 +235,9 @@ class AnomalyScorer(ABC):
 class LabelScorer(AnomalyScorer):
     """Of segmentation networks the probability of any label, as of lesions that they have learnt."""
 
-    def __init__(self, segmenter: Segmenter, healthy: str | Path | None = None) -> None:
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__(segmenter.preprocessor)
         self.segmenter = segmenter
-        super().__init__(segmenter.preprocessor, healthy)
 
     def compute(self, image: Tensor) -> AnomalyMap:
         found, inside = self.segmenter.probabilities(image), (image != 0).any(dim=0)

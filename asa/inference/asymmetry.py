@@ -1,18 +1,15 @@
 """Zero-shot asymmetry: how much, and where, a pretrained SA-Swin finds a scan to differ from its mirror image."""
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asa.inference.anomaly import AnomalyMap, AnomalyScorer
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 from asa.models.sa_swin import MAP_LEVEL
 from asa.ops.symmetry import flip
 from asa.settings import PredictSettings
-from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
 
 TABLE = "asymmetry.csv"
@@ -24,40 +21,29 @@ class AsymmetryScorer(AnomalyScorer):
     `score` is (1 - cosine similarity) / 2 of the two sides in the symmetry head.
 
     Args:
-        checkpoint: run folder, checkpoint folder or file of a pretraining with method=sa_swin.
+        model, preprocessor: see `read_pretrained`; of method=sa_swin.
         settings: device and precision; the whole volume is one window.
-        strip, plugins: as for `Segmenter`.
-        channels: of the scans, which say their modality where the training scans are of several.
-        healthy: see `AnomalyScorer`.
         level: of the features that are compared, as in `asa.models.sa_swin.SASwin.asymmetry`.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint, or not of a SA-Swin; healthy scans that do not match it.
+        ValueError: not a SA-Swin.
     """
 
     table = TABLE
 
     def __init__(
-        self,
-        checkpoint: str | Path,
-        settings: PredictSettings,
-        *,
-        strip: str | None = None,
-        healthy: str | Path | None = None,
-        plugins: Sequence[str] = (),
-        channels: Collection[str] | None = None,
-        level: int = MAP_LEVEL,
+        self, model: nn.Module, preprocessor: ScanPreprocessor, settings: PredictSettings, *, level: int = MAP_LEVEL
     ) -> None:
-        model, description = read_model(checkpoint, plugins=plugins)
+        super().__init__(preprocessor)
         if not hasattr(model, "asymmetry"):
-            raise ValueError(f"{checkpoint}: no SA-Swin, whose maps are of asymmetry: leave map= out, or fine-tune it")
+            raise ValueError(
+                f"{preprocessor.path}: no SA-Swin, whose maps are of asymmetry: leave map= out, or fine-tune it"
+            )
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
         self.model: Any = model.to(self.device)
         self.level = level
-        preprocessor = ScanPreprocessor(str(checkpoint), description["data"], strip, channels=channels)
         preprocessor.warn_unless_centred()
-        super().__init__(preprocessor, healthy)
 
     def compute(self, image: Tensor) -> AnomalyMap:
         with torch.inference_mode(), autocast(self.device, self.precision):

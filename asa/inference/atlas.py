@@ -277,7 +277,7 @@ class AtlasSegmenter:
         self.identities = {digest: record["id"] for record in self.records for digest in record["identity"].values()}
         self.version: str = load_ants().__version__
         data = {"channels": store.channels, "labels": store.labels, "prepare": store.settings}
-        data |= training_scan_metadata([], store.records)
+        data |= training_scan_metadata(store.records)
         del data["spacing"]  # a scan is registered with voxels of any size
         self.outputs, self.networks = Outputs.of(data), networks
         self.preprocessor = ScanPreprocessor(str(store.path), data, strip, scans="the scans")

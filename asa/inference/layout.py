@@ -22,12 +22,10 @@ BIDS_VERSION = "1.10.0"
 RAW = "bids:raw:"  # before a path in the dataset of the scans
 # Entities that BIDS allows in the name of an anatomical segmentation, in its order. Those that a network's channels
 # differ in are left out, and so are others, like inv- of an MP2RAGE.
-# fmt: off
 ENTITIES = (
-    "sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "space", "chunk", "atlas", "seg", "scale", "res",
-    "label", "desc",
+    *("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "space", "chunk", "atlas", "seg", "scale"),
+    *("res", "label", "desc"),
 )
-# fmt: on
 STANDARD = {"background": "BG", "gm": "GM", "wm": "WM", "csf": "CSF"}  # abbreviations that BIDS defines
 # Files beside those of the standard, for its validators.
 IGNORED = f"{VOLUMES}\n{ATLASES}\n*_uncertainty.nii.gz\n"
@@ -45,9 +43,7 @@ class Layout:
     """
 
     def __init__(self, out: Path, ending: str = ".nii.gz", table: str | None = None) -> None:
-        self.out = out
-        self.ending = ending
-        self.table = table
+        self.out, self.ending, self.table = out, ending, table
 
     def begin(self, scans: Mapping[str, Sequence[str]]) -> None:
         """Get the source files of all scans, before the first is predicted; a ValueError if they cannot be placed."""
@@ -91,7 +87,10 @@ class BidsDerivative(Layout):
     def __init__(self, out: Path, segmenter: ScanSegmenter, probabilities: bool) -> None:
         super().__init__(out, table=VOLUMES)
         self.outputs = abbreviations(segmenter.outputs.names)
-        self.lookup = lookup_table({0: "background"} | dict(sorted(segmenter.outputs.labels.items())))
+        labels = {0: "background"} | dict(sorted(segmenter.outputs.labels.items()))
+        short = abbreviations(list(labels.values()))
+        rows = [f"{value}\t{' '.join(name.split())}\t{short[name]}" for value, name in labels.items()]
+        self.lookup = "\n".join(["index\tname\tabbreviation", *rows]) + "\n"  # dseg.tsv
         self.with_probabilities = probabilities
         self.software: dict[str, Any] = {"Name": "asa", "Version": __version__, **segmenter.described()}
         self.entities: dict[str, dict[str, str]] = {}
@@ -216,13 +215,6 @@ def abbreviations(names: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"layout=bids: {name!r} would be {found!r} in names of files{other}: rename the label")
         short[name] = found
     return short
-
-
-def lookup_table(labels: Mapping[int, str]) -> str:
-    """`dseg.tsv`: value, name and abbreviation of each label."""
-    short = abbreviations(list(labels.values()))
-    rows = [f"{value}\t{' '.join(name.split())}\t{short[name]}" for value, name in labels.items()]
-    return "\n".join(["index\tname\tabbreviation", *rows]) + "\n"
 
 
 def label_maps_of(predictions: Path) -> dict[str, Path]:

@@ -3,9 +3,6 @@
 Letters: image `C D H W`, L patches.
 """
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
-
 import numpy as np
 import torch
 from scipy import ndimage
@@ -20,7 +17,6 @@ from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.models.sa_swin import SASwin
 from asa.ops.patches import patchify, select_tokens, unpatchify
 from asa.settings import PredictSettings
-from asa.training.checkpoint import read_model
 from asa.training.device import pick_device
 
 GROUPS = 4  # of patches or boxes, one of which is hidden at a time
@@ -101,41 +97,27 @@ class PredictionErrorScorer(AnomalyScorer):
     voxels of the mean size in training.
 
     Args:
-        checkpoint: of asa-pretrain, with method=asa, mae or sa_swin; or the shipped encoder, asa://NAME.
+        model, preprocessor: see `read_pretrained`; of method=asa, mae or sa_swin.
         settings: windows, device and precision.
-        strip, plugins, channels: as of `AsymmetryScorer`.
-        healthy: see `AnomalyScorer`.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint, or of another method; healthy scans that do not match it.
+        ValueError: a network of another method.
     """
 
-    def __init__(
-        self,
-        checkpoint: str | Path,
-        settings: PredictSettings,
-        *,
-        strip: str | None = None,
-        healthy: str | Path | None = None,
-        plugins: Sequence[str] = (),
-        channels: Collection[str] | None = None,
-    ) -> None:
-        model, description = read_model(checkpoint, plugins=plugins)
-        data = description["data"]
+    def __init__(self, model: nn.Module, preprocessor: ScanPreprocessor, settings: PredictSettings) -> None:
+        super().__init__(preprocessor)
         if isinstance(model, MaskedAutoencoder):
-            network: nn.Module = PredictedPatches(model, normalised=data.get("normalised", False))
+            network: nn.Module = PredictedPatches(model, normalised=preprocessor.data.get("normalised", False))
         elif isinstance(model, SASwin):
             network = InpaintedBoxes(model)
         else:
             raise ValueError(
-                f"{checkpoint}: its network predicts no hidden parts, as those of method=asa, mae and sa_swin do: "
-                "fine-tune it, or pretrain one of these"
+                f"{preprocessor.path}: its network predicts no hidden parts, as those of method=asa, mae and sa_swin "
+                "do: fine-tune it, or pretrain one of these"
             )
         self.network, self.settings = network.to(pick_device(settings.device)), settings
-        preprocessor = ScanPreprocessor(str(checkpoint), data, strip, channels=channels)
         spacing = preprocessor.data.get("spacing", np.ones((2, 3)))  # an older checkpoint has none
         self.blur = BLUR / 2.355 / np.mean(spacing, axis=0)  # SD in voxels
-        super().__init__(preprocessor, healthy)
 
     def compute(self, image: Tensor) -> AnomalyMap:
         predicted = sliding_window(self.network, image, self.settings).cpu()

@@ -30,17 +30,12 @@ EXPORTED = (
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 
 
-def training_scan_metadata(
-    lateral_pairs: Sequence[Sequence[str]], records: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def training_scan_metadata(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Metadata of the training scans that a checkpoint keeps for prediction, from their records in the store.
 
-    Args:
-        lateral_pairs: `[left, right]` names of labels that are exchanged by mirroring.
-
     Returns:
-        "lateral_pairs"; "spacing", the smallest and the largest voxel size in mm along D, H, W; and "range", the
-        smallest and the largest of each of `scan_measures`.
+        "spacing", the smallest and the largest voxel size in mm along D, H, W; and "range", the smallest and the
+        largest of each of `scan_measures`.
     """
     sizes = np.array([voxel_size(record["chain"]["stored_affine"]) for record in records])
     spacing = [sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()]
@@ -49,7 +44,7 @@ def training_scan_metadata(
     for name in measures[0]:
         values = [one[name] for one in measures if name in one]
         found[name] = [min(values), max(values)]
-    return {"lateral_pairs": [list(pair) for pair in lateral_pairs], "spacing": spacing, "range": found}
+    return {"spacing": spacing, "range": found}
 
 
 def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

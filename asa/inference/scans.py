@@ -125,17 +125,11 @@ def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterabl
     """The scans of a store, or those of some subjects; a ValueError for a store that was prepared in another way."""
     store = Store(source)
     preprocessor.check_store(store, "predict the raw scans, or a store that was prepared as they were")
-    prepared = partial(_stored, store, preprocessor)
-    records = store.records if subjects is None else select(store.records, subjects)
-    return [
-        Scan(
-            record["id"],
-            {name: found["path"] for name, found in record["sources"].items()},
-            partial(prepared, record),
-            record["subject"],
-        )
-        for record in records
-    ]
+    scans = []
+    for record in store.records if subjects is None else select(store.records, subjects):
+        files = {name: found["path"] for name, found in record["sources"].items()}
+        scans.append(Scan(record["id"], files, partial(_stored, store, preprocessor, record), record["subject"]))
+    return scans
 
 
 def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]) -> Prepared:
@@ -158,14 +152,11 @@ def raw_scans(
     Raises:
         FileNotFoundError, ValueError: no scans, or ones that are not unique.
     """
-    return [
-        Scan(
-            record["id"],
-            {name: path for name, path in record["images"].items() if path is not None},
-            partial(_raw, preprocessor, record),
-        )
-        for record in _raw_records(source, preprocessor, images, out, in_bids)
-    ]
+    scans = []
+    for record in _raw_records(source, preprocessor, images, out, in_bids):
+        files = {name: path for name, path in record["images"].items() if path is not None}
+        scans.append(Scan(record["id"], files, partial(_raw, preprocessor, record)))
+    return scans
 
 
 def _raw(preprocessor: ScanPreprocessor, record: Record) -> Prepared:

@@ -3,14 +3,14 @@
 Letters: prepared volume `C D H W`, N scans, K classes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asa.data.io.tables import PREDICTED, TRAINING_MEAN, csv_text
 from asa.data.loading.crops import CropDataset
@@ -24,27 +24,18 @@ from asa.training.distributed import map_over_ranks
 TABLE = "predictions.csv"
 
 
-def predict_classes(model: nn.Module, dataset: CropDataset) -> np.ndarray:
-    """Class probabilities `(N, K)` of all records, from crops without augmentation.
+def predict_volumes(model: nn.Module, dataset: CropDataset) -> np.ndarray:
+    """Class probabilities `(N, K)`, or numbers `(N,)` of a regression network, of all records, without augmentation.
 
     The records are divided over the processes, and each process gets the whole result. The model is in evaluation mode,
     and the dataset has "mirror" for one that cross-attends to the mirror image.
     """
-    return _outputs(model, dataset, lambda logits: logits.float().softmax(dim=1))
-
-
-def predict_numbers(model: nn.Module, dataset: CropDataset) -> np.ndarray:
-    """The numbers `(N,)` that a regression network predicts of all records, as `predict_classes`."""
-    return _outputs(model, dataset, lambda numbers: numbers)
-
-
-def _outputs(model: nn.Module, dataset: CropDataset, read: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """What `read` takes from the network's output for each record."""
     device = next(model.parameters()).device
 
     def predict(index: int) -> Any:
         batch = on_device(collate([dataset[index, 0]]), device)
-        return read(model(batch["image"], batch.get("mirror")))[0].tolist()
+        found = model(batch["image"], batch.get("mirror"))
+        return (found.float().softmax(dim=1) if found.dim() == 2 else found)[0].tolist()  # logits, or a number
 
     with torch.inference_mode():
         return np.array(map_over_ranks(range(len(dataset)), predict))
@@ -77,10 +68,13 @@ class _Network:
         self.about: Any = description["data"][self.key]
         self.outputs = len(model.get_parameter("head.bias"))
 
-    def crop(self, image: np.ndarray) -> CropDataset:
-        """The window of a prepared volume `(C, D, H, W)`."""
+    def predict(self, image: np.ndarray) -> Any:
+        """Class probabilities `(K,)` or the number of a prepared volume `(C, D, H, W)`; a ValueError if not finite."""
         volume: Any = SimpleNamespace(image=lambda id: image)
-        return CropDataset(volume, [{"id": ""}], self.window, mirrored=getattr(self.model, "mirrored", False))
+        mirrored = getattr(self.model, "mirrored", False)
+        found = predict_volumes(self.model, CropDataset(volume, [{"id": ""}], self.window, mirrored=mirrored))[0]
+        check_finite(found, "the network's output")
+        return found
 
 
 class ClassPredictor(_Network):
@@ -94,15 +88,9 @@ class ClassPredictor(_Network):
         if len(self.classes) != self.outputs:
             raise ValueError(f"{checkpoint}: names {len(self.classes)} classes, and its network has {self.outputs}")
 
-    def probabilities(self, image: np.ndarray) -> np.ndarray:
-        """Class probabilities `(K,)` of a prepared volume `(C, D, H, W)`; a ValueError if they are not finite."""
-        found = predict_classes(self.model, self.crop(image))[0]
-        check_finite(found, "the network's output")
-        return found
-
-    def row(self, found: np.ndarray) -> dict[str, str]:
-        """A scan's cells in the table of predictions, by column: see `predictions_csv`."""
-        return {"class": "", **_class_cells(self.classes, found)}
+    def row(self, image: np.ndarray) -> dict[str, str]:
+        """The cells of a prepared volume `(C, D, H, W)` in the table of predictions, by column."""
+        return {"class": "", **class_cells(self.classes, self.predict(image))}
 
 
 class NumberPredictor(_Network):
@@ -116,42 +104,23 @@ class NumberPredictor(_Network):
             raise ValueError(f"{checkpoint}: a regression has one output, and its network has {self.outputs}")
         self.column, self.mean = str(self.about["column"]), float(self.about["mean"])
 
-    def number(self, image: np.ndarray) -> float:
-        """The number of a prepared volume `(C, D, H, W)`, in the training table's units; a ValueError if not finite."""
-        found = predict_numbers(self.model, self.crop(image))[0]
-        check_finite(found, "the network's output")
-        return float(found)
-
-    def row(self, found: float) -> dict[str, str]:
-        """A scan's cells in the table of predictions, by column: see `numbers_csv`."""
-        return {self.column: "", **_number_cells(found, self.mean)}
+    def row(self, image: np.ndarray) -> dict[str, str]:
+        """The cells of a prepared volume `(C, D, H, W)` in the table of predictions, by column."""
+        return {self.column: "", **number_cells(self.predict(image), self.mean)}
 
 
-def predictions_csv(names: Sequence[str], rows: Sequence[tuple[str, str, str]], probabilities: np.ndarray) -> str:
-    """A table (CSV) of the most likely class of each scan, and the probability `(N, K)` of every class.
-
-    `rows` are id, subject and true class of each scan; "" if unknown.
-    """
-    return _table("class", rows, [_class_cells(names, values) for values in probabilities])
+def predictions_csv(column: str, rows: Sequence[tuple[str, str, str]], cells: Sequence[Mapping[str, str]]) -> str:
+    """A table (CSV): id, subject and true value ("" if unknown) of each scan, and the cells of what is predicted."""
+    table = [[*row, *own.values()] for row, own in zip(rows, cells, strict=True)]
+    return csv_text(["id", "subject", column, *cells[0]], table)
 
 
-def numbers_csv(column: str, rows: Sequence[tuple[str, str, str]], predicted: np.ndarray, mean: float) -> str:
-    """A table (CSV) of a predicted number `(N,)` of each scan, and the training scans' mean, to compare with.
-
-    `rows` are id, subject and true number of each scan; "" if unknown.
-    """
-    return _table(column, rows, [_number_cells(value, mean) for value in predicted])
+def class_cells(names: Sequence[str], probabilities: np.ndarray) -> dict[str, str]:
+    """The most likely class of a scan, and the probability `(K,)` of every class."""
+    likely = {PREDICTED: names[int(probabilities.argmax())]}
+    return likely | {f"p_{name}": f"{value:.6f}" for name, value in zip(names, probabilities, strict=True)}
 
 
-def _class_cells(names: Sequence[str], values: np.ndarray) -> dict[str, str]:
-    likely = {PREDICTED: names[int(values.argmax())]}
-    return likely | {f"p_{name}": f"{value:.6f}" for name, value in zip(names, values, strict=True)}
-
-
-def _number_cells(value: float, mean: float) -> dict[str, str]:
+def number_cells(value: float, mean: float) -> dict[str, str]:
+    """The predicted number of a scan, and the training scans' mean, to compare with."""
     return {PREDICTED: f"{value:.6g}", TRAINING_MEAN: f"{mean:.6g}"}
-
-
-def _table(column: str, rows: Sequence[tuple[str, str, str]], found: Sequence[Mapping[str, str]]) -> str:
-    table = [[*row, *cells.values()] for row, cells in zip(rows, found, strict=True)]
-    return csv_text(["id", "subject", column, *found[0]], table)

@@ -7,14 +7,13 @@ asa-evaluate policy=probe   OUT/summary.json      the scores
                             OUT/report.html       both for reading, with a figure (needs the `report` extra)
 """
 
-import io
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from asa.data.io.files import write_json, write_whole
+from asa.data.io.files import whole_file, write_json, write_whole
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import PARQUET, as_number, check_own, check_table, csv_text, read_column
 from asa.data.store import MANIFEST, Store
@@ -70,9 +69,8 @@ class Embedder:
         self.table.parent.mkdir(parents=True, exist_ok=True)
         add_rows(self.table, rows, source=self.source)
         for id, parts in self.rows.items() if self.arrays else ():
-            array = io.BytesIO()
-            np.save(array, np.concatenate(list(parts.values())).astype(np.float32))
-            write_whole(self.table.parent / f"{id}.npy", array.getvalue())
+            with whole_file(self.table.parent / f"{id}.npy") as file:
+                np.save(file, np.concatenate(list(parts.values())).astype(np.float32))
         return f"wrote {self.table}: {counted(len(rows), 'scan')}"
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:

@@ -3,7 +3,7 @@
 import importlib
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from asa.config import build
 from asa.data.datasets.record import in_dataset
@@ -12,9 +12,6 @@ from asa.data.io.lock import LOCK
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import MANIFEST, RECORDS, Store
 from asa.errors import counted
-
-if TYPE_CHECKING:
-    from asa.data.preprocessing.cohort import CohortReport
 
 Config = dict[str, Any]
 
@@ -42,7 +39,16 @@ def prepare_task(config: Config) -> None:
     quality = QualityControlReport(Path(str(config["report"] or f"{out}_check"))) if check else None
     target, on_scan = None if check == "only" else out, quality.add if quality else None
     report = prepare_cohort(records, target, cohort, workers=config["workers"], scheduler=scheduler, on_scan=on_scan)
-    _print(report, "nothing written" if check == "only" else str(out))
+    for id, warnings in report.warnings.items():
+        for warning in warnings:
+            print(f"{id}: warning: {warning}")
+    for line in failure_lines(report.failures):
+        print(line)
+    if report.seconds:
+        times = ", ".join(f"{stage} {median(durations):.1f}" for stage, durations in report.seconds.items())
+        print(f"median seconds per scan: {times}")
+    where = "nothing written" if check == "only" else out
+    print(f"{where}: {len(report.prepared)} prepared, {len(report.skipped)} done before, {len(report.failures)} failed")
     if quality:
         quality.finish(cohort.settings.as_json())
         print(f"wrote {quality.folder / TABLE} and {quality.folder / PAGE}")
@@ -89,15 +95,3 @@ def cohort_of(config: Config) -> CohortSettings:
         labels, ignored, regions = build({**config["data"], "_target_": f"{reader}.{SCHEME}"})
     settings, missing, duplicates = build(config["prepare"]), config["missing"], config["duplicates"]
     return CohortSettings(labels, ignored, regions, settings, missing, duplicates)
-
-
-def _print(report: "CohortReport", where: str) -> None:
-    for id, warnings in report.warnings.items():
-        for warning in warnings:
-            print(f"{id}: warning: {warning}")
-    for line in failure_lines(report.failures):
-        print(line)
-    if report.seconds:
-        times = ", ".join(f"{stage} {median(durations):.1f}" for stage, durations in report.seconds.items())
-        print(f"median seconds per scan: {times}")
-    print(f"{where}: {len(report.prepared)} prepared, {len(report.skipped)} done before, {len(report.failures)} failed")

@@ -29,6 +29,7 @@ from asa.errors import counted
 from asa.evaluation.maps import evaluate_maps
 from asa.evaluation.tables import evaluate_asymmetry
 from asa.inference.anomaly import TABLE as ANOMALY
+from asa.inference.anomaly import read_pretrained
 from asa.inference.asymmetry import TABLE as ASYMMETRY
 from asa.inference.asymmetry import AsymmetryScorer
 from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
@@ -42,7 +43,6 @@ from asa.tasks.base import Config
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import channels_of, only_checkpoint, predict_anomalies, subjects_in
 from asa.tasks.volumes import Records, VolumeTask
-from asa.training.checkpoint import read_model
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
@@ -136,7 +136,7 @@ class Pretraining(VolumeTask):
         for modality, scans in self.trained.items():
             store = self.store.modalities[modality]
             about = {"channels": store.channels, "prepare": store.settings}
-            found[modality] = {**about, **training_scan_metadata([], scans)}
+            found[modality] = {**about, **training_scan_metadata(scans)}
         method = self.config["method"]
         of_method = {"normalised": method["normalise"]} if "normalise" in method else {}
         return of_method | ({**next(iter(found.values())), "modalities": found} if found else {})
@@ -159,13 +159,13 @@ class Pretraining(VolumeTask):
     @staticmethod
     def predict(config: Config) -> None:
         """Maps of asymmetry, or of the errors of a network's predictions; see `map` of asa-predict."""
-        checkpoint, plugins = only_checkpoint(config, "an anomaly map"), config["plugins"]
-        compares_sides = hasattr(read_model(checkpoint, plugins=plugins)[0], "asymmetry")
-        asymmetry = config["map"] == "asymmetry" or (config["map"] is None and compares_sides)
-        settings = typed(PredictSettings, config["predict"])
-        of_scans: dict[str, Any] = {"strip": config["strip"], "channels": channels_of(config)}
-        scorer = AsymmetryScorer if asymmetry else PredictionErrorScorer
-        predict_anomalies(scorer(checkpoint, settings, plugins=plugins, **of_scans), config)
+        own = {key: config[key] for key in ("strip", "plugins")}
+        model, preprocessor = read_pretrained(
+            only_checkpoint(config, "an anomaly map"), channels=channels_of(config), **own
+        )
+        asymmetry = config["map"] == "asymmetry" or (config["map"] is None and hasattr(model, "asymmetry"))
+        scorer: Any = AsymmetryScorer if asymmetry else PredictionErrorScorer
+        predict_anomalies(scorer(model, preprocessor, typed(PredictSettings, config["predict"])), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:

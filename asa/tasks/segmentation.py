@@ -9,7 +9,6 @@ sliding window, and their volumes. Evaluation: label maps against the truth unde
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -191,18 +190,10 @@ class Segmentation(VolumeTask):
             raise ValueError(f"regions= joins label values, like regions={{core: [1, 4]}}, got {config['regions']!r}")
         truth, out = Path(str(config["truth"])), Path(str(config["out"]))
         cohort = _truth_of_store(truth, config) if (truth / MANIFEST).exists() else _truth_of_folder(truth, config)
-        summary = evaluate_folder(
-            Path(str(config["predictions"])),
-            cohort.truths,
-            cohort.labels,
-            config["policy"],
-            out,
-            cohort.images,
-            regions=cohort.regions if config["regions"] is None else config["regions"],
-            ignored=cohort.ignored,
-            allow_missing=config["allow_missing"],
-            workers=config["workers"],
-        )
+        if config["regions"] is not None:
+            cohort["regions"] = config["regions"]
+        own = {key: config[key] for key in ("policy", "allow_missing", "workers")}
+        summary = evaluate_folder(Path(str(config["predictions"])), out=out, **own, **cohort)
         print(summary_table(summary))
         print(f"wrote cases.csv, summary.json and report.html to {out}")
 
@@ -385,30 +376,13 @@ class SegmentationPredictor:
 
 def networks_of(config: Config, *, progress: bool = True) -> Segmenter:
     """The networks of asa-predict, with a progress bar of windows; raises as `Segmenter`."""
-    return Segmenter(
-        checkpoints_of(config),
-        typed(PredictSettings, config["predict"]),
-        mirror=config["mirror"],
-        uncertainty=config["uncertainty"] or "entropy",
-        strip=config["strip"],
-        progress=progress,
-        plugins=config["plugins"],
-    )
+    settings, uncertainty = typed(PredictSettings, config["predict"]), config["uncertainty"] or "entropy"
+    own = {key: config[key] for key in ("mirror", "strip", "plugins")}
+    return Segmenter(checkpoints_of(config), settings, uncertainty=uncertainty, progress=progress, **own)
 
 
-@dataclass
-class Truth:
-    """What predictions are evaluated against, see `evaluate_folder`."""
-
-    truths: dict[str, Path]  # label map by case id
-    images: dict[str, Path] | None
-    labels: dict[int, str]
-    regions: dict[str, list[int]]
-    ignored: list[int]
-
-
-def _truth_of_store(path: Path, config: Config) -> Truth:
-    """Source label files and images of a store's scans."""
+def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
+    """Source label files and images of a store's scans, as keywords of `evaluate_folder`."""
     if given := [key for key in ("labels", "ignored", "images") if config[key]]:
         raise ValueError(f"{given[0]}= is for a folder of label maps, and {path} is a store with its own: leave it out")
     store = Store(path)
@@ -420,11 +394,11 @@ def _truth_of_store(path: Path, config: Config) -> Truth:
         raise ValueError(f"{path}: none of the scans has a label map to compare with")
     truths = {record["id"]: Path(record["sources"]["label"]["path"]) for record in labelled}
     images = {record["id"]: store.first_source(record) for record in labelled}
-    return Truth(truths, images, store.labels, store.regions, store.ignored)
+    return dict(truths=truths, images=images, labels=store.labels, regions=store.regions, ignored=store.ignored)
 
 
-def _truth_of_folder(path: Path, config: Config) -> Truth:
-    """Label files of a folder by the text that the pattern's * stands for."""
+def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
+    """Label files of a folder by the text that the pattern's * stands for, as keywords of `evaluate_folder`."""
     if not isinstance(config["labels"], dict):
         raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
     if not all(isinstance(value, int) for value in config["ignored"]):
@@ -437,4 +411,4 @@ def _truth_of_folder(path: Path, config: Config) -> Truth:
     if config["images"] is not None:
         found = folder.files_by_id(str(config["images"]))
         images = {id: image for id, image in found.items() if id in truths}
-    return Truth(truths, images, labels, {}, config["ignored"])
+    return dict(truths=truths, images=images, labels=labels, regions={}, ignored=config["ignored"])

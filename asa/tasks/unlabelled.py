@@ -4,7 +4,6 @@ What a registration carries over to a brain is wrong in places, and in other pla
 trained on many such label maps cannot learn errors that do not repeat, and becomes better than each of them.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from asa.data.io.files import read_json, write_json, write_whole
+from asa.data.io.files import read_json, whole_file, write_json
 from asa.data.splits import select
 from asa.data.store import Store
 from asa.inference.atlas import Atlas, carry_over, load_ants, read_atlases
@@ -93,9 +92,8 @@ class UnlabelledScans:
         spacing = voxel_size(record["chain"]["stored_affine"]).tolist()
         probabilities = carry_over(self.store.image(record["id"]), spacing, [atlas])
         label = np.where(probabilities.any(axis=0), probabilities.argmax(axis=0), IGNORED).astype(np.uint8)
-        buffer = io.BytesIO()
-        np.save(buffer, label[None])
-        write_whole(self._file(record["id"]), buffer.getvalue())
+        with whole_file(self._file(record["id"])) as file:
+            np.save(file, label[None])
         bar.update()
 
     def image(self, id: str) -> np.ndarray:

@@ -118,7 +118,7 @@ class VolumeTask:
     def metadata(self) -> dict[str, Any]:
         train = self.trained_on()
         shared = {"channels": self.store.channels, "prepare": self.store.settings}
-        return {**shared, **training_scan_metadata([], train), **self.init.digests(train), **self.target_metadata()}
+        return {**shared, **training_scan_metadata(train), **self.init.digests(train), **self.target_metadata()}
 
     def target_metadata(self) -> dict[str, Any]:
         """What the checkpoint has to hold about the targets."""

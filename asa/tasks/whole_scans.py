@@ -8,7 +8,7 @@ the column with the training scans' mean and SD, and channels and preparation. P
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from asa.inference.whole_scans import (
     TABLE,
     ClassPredictor,
     NumberPredictor,
-    numbers_csv,
-    predict_classes,
-    predict_numbers,
+    class_cells,
+    number_cells,
+    predict_volumes,
     predictions_csv,
 )
 from asa.tasks.base import Config
@@ -137,7 +137,7 @@ class Classification(WholeScans):
         print(f"classifying {counted(len(self.parts['train']), 'scan')} ({counts}), in {run}")
 
     def score(self, model: nn.Module, method: Any, part: str) -> tuple[ClassScores, np.ndarray]:
-        probabilities = predict_classes(model, self.crops(method, self.parts[part]))
+        probabilities = predict_volumes(model, self.crops(method, self.parts[part]))
         return score_classes(probabilities, self.truth(part), self.subjects(part)), probabilities
 
     def loss(self, method: Any, scores: ClassScores, predicted: np.ndarray) -> float:
@@ -145,12 +145,11 @@ class Classification(WholeScans):
 
     def table(self, predicted: np.ndarray) -> str:
         rows = self.test_rows([self.target_names[int(value)] for value in self.truth("test")])
-        return predictions_csv(self.target_names, rows, predicted)
+        return predictions_csv("class", rows, [class_cells(self.target_names, one) for one in predicted])
 
     @staticmethod
     def predict(config: Config) -> None:
-        network = ClassPredictor(only_checkpoint(config, "a classification"), **_of_networks(config))
-        predict_scans(TablePredictor(network, network.probabilities, config), config)
+        predict_scans(TablePredictor(ClassPredictor, "a classification", config), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
@@ -209,7 +208,7 @@ class Regression(WholeScans):
         )
 
     def score(self, model: nn.Module, method: Any, part: str) -> tuple[NumberScores, np.ndarray]:
-        predicted = predict_numbers(model, self.crops(method, self.parts[part]))
+        predicted = predict_volumes(model, self.crops(method, self.parts[part]))
         return score_numbers(predicted, self.truth(part), self.mean, self.subjects(part)), predicted
 
     def loss(self, method: Any, scores: NumberScores, predicted: np.ndarray) -> float:
@@ -217,12 +216,11 @@ class Regression(WholeScans):
 
     def table(self, predicted: np.ndarray) -> str:
         rows = self.test_rows([repr(value) for value in self.truth("test").tolist()])
-        return numbers_csv(self.target_names, rows, predicted, self.mean)
+        return predictions_csv(self.target_names, rows, [number_cells(one, self.mean) for one in predicted])
 
     @staticmethod
     def predict(config: Config) -> None:
-        network = NumberPredictor(only_checkpoint(config, "a regression"), **_of_networks(config))
-        predict_scans(TablePredictor(network, network.number, config), config)
+        predict_scans(TablePredictor(NumberPredictor, "a regression", config), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
@@ -230,25 +228,20 @@ class Regression(WholeScans):
         print(scores.text(column))
 
 
-def _of_networks(config: Config) -> dict[str, Any]:
-    """What both networks take of the settings of asa-predict; raises for a table in `out` that is not one of these."""
-    check_own(Path(str(config["out"])) / TABLE, "asa-predict", {"id", "subject", PREDICTED})
-    settings = typed(PredictSettings, config["predict"])
-    return {"settings": settings, "strip": config["strip"], "plugins": config["plugins"]}
-
-
 class TablePredictor:
-    """Adds what a network's `predict` gives for each prepared volume `(C, D, H, W)` to `OUT/predictions.csv`."""
+    """Adds what a network predicts for each prepared volume `(C, D, H, W)` to `OUT/predictions.csv`."""
 
-    def __init__(
-        self, network: ClassPredictor | NumberPredictor, predict: Callable[[np.ndarray], Any], config: Config
-    ) -> None:
-        self.network, self.predict, self.preprocessor = network, predict, network.preprocessor
+    def __init__(self, kind: type[ClassPredictor] | type[NumberPredictor], result: str, config: Config) -> None:
         self.table, self.source = Path(str(config["out"])) / TABLE, Path(str(config["input"]))
+        checkpoint = only_checkpoint(config, result)
+        check_own(self.table, "asa-predict", {"id", "subject", PREDICTED})
+        settings = typed(PredictSettings, config["predict"])
+        self.network = kind(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
+        self.preprocessor = self.network.preprocessor
         self.rows: dict[str, dict[str, str]] = {}
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self.rows[id] = {"id": id, "subject": "", **self.network.row(self.predict(image))}
+        self.rows[id] = {"id": id, "subject": "", **self.network.row(image)}
 
     def finish(self) -> str:
         self.table.parent.mkdir(parents=True, exist_ok=True)

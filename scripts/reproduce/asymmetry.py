@@ -21,7 +21,7 @@ from torch import Tensor
 from asa.config import build
 from asa.data.store import Store
 from asa.evaluation.scans import auc
-from asa.inference.anomaly import AnomalyMap, HealthyReference
+from asa.inference.anomaly import AnomalyMap, HealthyReference, read_pretrained
 from asa.inference.asymmetry import AsymmetryScorer
 from asa.settings import PredictSettings
 from asa.training.checkpoint import read_description
@@ -100,7 +100,7 @@ def main() -> None:
             values = measure(symmetric, asymmetric, lesions)
             print(f"{title:<42}" + "".join(f"{value:>11.3f}" for value in values), flush=True)
 
-    scorer = AsymmetryScorer(out / "pretrained", PredictSettings())
+    scorer = AsymmetryScorer(*read_pretrained(out / "pretrained"), PredictSettings())
     show("pretrained", scorer.measure)
     torch.manual_seed(0)
     scorer.model = build(read_description(out / "pretrained")["model"]).eval().to(scorer.device)

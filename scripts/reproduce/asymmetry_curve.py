@@ -14,7 +14,7 @@ import torch
 from asa.config import build
 from asa.data.store import Store
 from asa.evaluation.scans import auc
-from asa.inference.anomaly import AnomalyMap, HealthyReference
+from asa.inference.anomaly import AnomalyMap, HealthyReference, read_pretrained
 from asa.inference.asymmetry import AsymmetryScorer
 from asa.settings import PredictSettings
 from asa.training.checkpoint import read_description
@@ -65,7 +65,7 @@ def main() -> None:
     lines = [f"| steps | {heads} |", "|---:|" + "---:|" * (LEVELS + 1)]
     print("\n".join(lines))
     for folder in [None, *sorted((run / "checkpoints").glob("step-*"))]:
-        scorer = AsymmetryScorer(folder or run, PredictSettings())
+        scorer = AsymmetryScorer(*read_pretrained(folder or run), PredictSettings())
         if folder is None:
             torch.manual_seed(0)
             scorer.model = build(read_description(run)["model"]).eval().to(scorer.device)

@@ -18,6 +18,7 @@ import torch
 from asa.data.io.nifti import read_image, write_label
 from asa.data.store import Store
 from asa.evaluation.metrics import dice
+from asa.inference.anomaly import read_pretrained
 from asa.inference.asymmetry import AsymmetryScorer
 from asa.settings import PredictSettings
 from scripts.reproduce.commands import asa
@@ -93,7 +94,7 @@ def score(truths: Path, folders: list[Path]) -> None:
 
 def compare_flipped(run: Path, store: Store) -> None:
     """Print the largest differences between a scan's score and map and those of its mirror image."""
-    scorer = AsymmetryScorer(run, PredictSettings())
+    scorer = AsymmetryScorer(*read_pretrained(run), PredictSettings())
     scores, differences = [], []
     for record in store.records:
         image = torch.from_numpy(np.array(store.image(record["id"]), dtype=np.float32))

@@ -16,9 +16,9 @@ from asa.data.io.nifti import Volume
 from asa.evaluation import metrics
 from asa.evaluation.lesions import lesion_f1, lesion_recall, lesionwise_dice, lesionwise_hd95
 from asa.evaluation.metrics import (
+    IN_SLICE,
     hd95,
     hd95_by_area,
-    hd95_in_plane,
     hd95_pooled,
     sensitivity,
     surface_dice,
@@ -238,7 +238,7 @@ def test_surface_metrics_of_an_empty_mask_are_undefined():
     full, empty = box((2, 2, 2), 3), box((0, 0, 0), 0)
     for a, b in ((empty, empty), (full, empty), (empty, full)):
         assert math.isnan(surface_dice(a, b, UNIT, 1.0)) and math.isnan(hd95_by_area(a, b, UNIT))
-        assert math.isnan(hd95_in_plane(a, b, UNIT)) and math.isnan(hd95_pooled(a, b, UNIT))
+        assert math.isnan(hd95(a, b, UNIT, IN_SLICE)) and math.isnan(hd95_pooled(a, b, UNIT))
 
 
 def test_pooled_hd95_is_below_that_of_the_worse_direction():
@@ -286,7 +286,7 @@ def test_wmh_metrics_equal_those_of_the_challenge(seed):
     other = field + 0.6 * gaussian_filter(generator.normal(size=field.shape), (1.5, 1.5, 0.7))
     prediction, truth = other > np.quantile(other, 0.93), field > np.quantile(field, 0.9)
     far, recall, f1 = challenge_wmh(prediction, truth, (0.96, 0.96, 3.0))
-    assert hd95_in_plane(prediction, truth, (0.96, 0.96, 3.0)) == pytest.approx(far, rel=0, abs=1e-6)
+    assert hd95(prediction, truth, (0.96, 0.96, 3.0), IN_SLICE) == pytest.approx(far, rel=0, abs=1e-6)
     assert lesion_recall(prediction, truth) == pytest.approx(recall) and recall < 1
     assert lesion_f1(prediction, truth) == pytest.approx(f1)
 

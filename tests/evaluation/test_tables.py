@@ -11,9 +11,13 @@ from asa.config import compose
 from asa.data.io.tables import read_column, read_rows
 from asa.evaluation.tables import subject_in
 from asa.inference.anomaly import AnomalyRow
-from asa.inference.whole_scans import predictions_csv
+from asa.inference.whole_scans import class_cells, predictions_csv
 from asa.tasks.prediction import add_rows
 from asa.tasks.run import evaluate_task
+
+
+def classes_csv(rows: list[tuple[str, str, str]], probabilities: np.ndarray) -> str:
+    return predictions_csv("class", rows, [class_cells(["cn", "ad"], one) for one in probabilities])
 
 
 def pairs_won(scores: list[float], positive: list[bool]) -> float:
@@ -85,7 +89,7 @@ def test_scans_of_one_subject_are_resampled_together(tmp_path):
 def test_the_scores_of_predicted_classes(tmp_path, capsys):
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.8, 0.2]])
     (tmp_path / "predicted").mkdir()
-    table = predictions_csv(["cn", "ad"], [(f"s{n}", "", "") for n in range(4)], probabilities)
+    table = classes_csv([(f"s{n}", "", "") for n in range(4)], probabilities)
     (tmp_path / "predicted/predictions.csv").write_text(table)
     summary = evaluate(tmp_path, "classification", "subject,class\ns0,cn\ns1,cn\ns2,ad\ns3,ad\nelsewhere,ad\n")
     assert summary["classes"] == ["cn", "ad"]
@@ -129,7 +133,7 @@ def test_an_id_tells_its_subject_by_sub(id, subject):
 
 def test_a_table_of_the_users_is_not_replaced(tmp_path):
     (tmp_path / "predicted").mkdir()
-    table = predictions_csv(["cn", "ad"], [("s0", "", ""), ("s1", "", "")], np.array([[0.9, 0.1], [0.4, 0.6]]))
+    table = classes_csv([("s0", "", ""), ("s1", "", "")], np.array([[0.9, 0.1], [0.4, 0.6]]))
     (tmp_path / "predicted/predictions.csv").write_text(table)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/scans.csv").write_text("id,class,age\ns0,cn,40\n")
@@ -156,7 +160,7 @@ def test_a_table_of_the_users_is_not_replaced(tmp_path):
 )
 def test_a_table_that_does_not_fit_is_refused(tmp_path, policy, truth, message):
     asymmetry_table(tmp_path / "predicted", [0.1, 0.2])
-    table = predictions_csv(["cn", "ad"], [("s0", "", ""), ("s1", "", "")], np.full((2, 2), 0.5))
+    table = classes_csv([("s0", "", ""), ("s1", "", "")], np.full((2, 2), 0.5))
     (tmp_path / "predicted/predictions.csv").write_text(table)
     with pytest.raises(ValueError, match=message):
         evaluate(tmp_path, policy, truth)
@@ -177,9 +181,7 @@ def test_a_parquet_of_numbers_reads_as_its_csv(tmp_path):
 
 def test_tables_that_are_not_there_are_named(tmp_path):
     (tmp_path / "predicted").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match=r"asymmetry.csv or .*anomaly.csv: no such table; predictions= is"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"asymmetry.csv or .*anomaly.csv: no such table; predictions= is"):
         evaluate(tmp_path, "asymmetry", "id,health\n")
     with pytest.raises(ValueError, match="truth= has to be given: predictions=FOLDER"):
         evaluate_task(compose("evaluate", ["policy=asymmetry", f"predictions='{tmp_path}'", "out=x"]))

@@ -18,7 +18,7 @@ from asa.data.io.tables import read_rows
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import Store
-from asa.inference.anomaly import AnomalyMap, HealthyReference, LabelScorer
+from asa.inference.anomaly import AnomalyMap, HealthyReference, LabelScorer, read_pretrained
 from asa.inference.masked_prediction import BLUR, InpaintedBoxes, PredictedPatches, PredictionErrorScorer
 from asa.inference.preprocessing import exported
 from asa.inference.segmentation import Segmenter, sliding_window
@@ -94,13 +94,13 @@ def test_volumes_of_several_sizes_that_are_not_boxes_around_brains_are_refused(
     write_tree(tmp_path / "store", manifest)
     run = pretrained(tmp_path / "run", prepare=manifest["settings"])
     with pytest.raises(ValueError, match=r"healthy: scans of \d+x\d+x\d+ and of .* prepare.crop=SIZE"):
-        PredictionErrorScorer(run, SETTINGS, healthy=tmp_path / "store")
+        PredictionErrorScorer(*read_pretrained(run), SETTINGS).compare_with(tmp_path / "store")
 
 
 def test_healthy_scans_of_other_voxels_are_refused(healthy: Path, tmp_path: Path) -> None:
     run = pretrained(tmp_path / "run", prepare=Store(healthy).settings, spacing=[[2.0] * 3] * 2)
     with pytest.raises(ValueError, match="voxels of 1 x 1 x 1 mm"):
-        PredictionErrorScorer(run, SETTINGS, healthy=healthy)
+        PredictionErrorScorer(*read_pretrained(run), SETTINGS).compare_with(healthy)
 
 
 def test_a_map_without_a_score_has_no_column_for_it(healthy: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_voxel_is_inpainted_only_where_it_is_hidden_and_the_mirror_image_is_se
 @pytest.mark.parametrize("target", ["asa.models.masked_autoencoder.asa_tiny", "asa.models.sa_swin.sa_swin_tiny"])
 def test_the_map_is_the_blurred_error_of_what_is_predicted_of_the_other_parts(tmp_path: Path, target: str) -> None:
     run = pretrained(tmp_path / "run", target, spacing=[[1.0, 1.0, 1.0], [2.0, 1.0, 1.0]])
-    scorer = PredictionErrorScorer(run, SETTINGS)
+    scorer = PredictionErrorScorer(*read_pretrained(run), SETTINGS)
     image = torch.rand(1, 32, 40, 64, generator=torch.Generator().manual_seed(1))
     image[:, :8] = 0
     found = scorer.compute(image)
@@ -174,7 +174,7 @@ def test_the_map_is_the_blurred_error_of_what_is_predicted_of_the_other_parts(tm
     expected = torch.from_numpy(ndimage.gaussian_filter(error.numpy(), [sd / 1.5, sd, sd])) * (image[0] != 0)
     torch.testing.assert_close(found.map, expected, atol=2e-4, rtol=0)
     assert torch.equal(found.inside, image[0] != 0) and found.score != found.score
-    whole = PredictionErrorScorer(pretrained(tmp_path / "n", normalised=True), SETTINGS)
+    whole = PredictionErrorScorer(*read_pretrained(pretrained(tmp_path / "n", normalised=True)), SETTINGS)
     assert whole.network.normalised and not getattr(scorer.network, "normalised", False)
     assert exported(whole.preprocessor.data)["normalised"]
 
@@ -208,7 +208,8 @@ def test_the_command_writes_maps_of_a_masked_autoencoder_and_of_labels_above_hea
         assert sorted(path.name for path in out.glob("[!.]*")) == ["a.nii.gz", "anomaly.csv"]
         (row,) = read_rows(out / "anomaly.csv")
         assert float(row["peak"]) == pytest.approx(voxels(out / "a.nii.gz").max(), rel=1e-4) and float(row["top"]) > 0
-    scorer = LabelScorer(Segmenter(tuned, SETTINGS), healthy)
+    scorer = LabelScorer(Segmenter(tuned, SETTINGS))
+    scorer.compare_with(healthy)
     case, like = scorer.preprocessor.prepare({"t1": tmp_path / "a.nii.gz"})
     assert float(row["top"]) == pytest.approx(scorer.measure(torch.from_numpy(case.image), like).top, rel=1e-3)
 
@@ -227,8 +228,8 @@ def test_scans_that_were_stripped_in_another_way_are_taken_if_the_user_says_so(
     manifest = read_tree(healthy)
     manifest["settings"]["strip"] = "deepbet"
     write_tree(tmp_path / "alike", manifest)  # in the way of the training scans: whatever strip= says of raw ones
-    scorer = PredictionErrorScorer(run, SETTINGS, strip="none")
-    scorer.preprocessor.check_store(Store(tmp_path / "alike"), "")
+    _, preprocessor = read_pretrained(run, strip="none")
+    preprocessor.check_store(Store(tmp_path / "alike"), "")
 
 
 @pytest.mark.parametrize(

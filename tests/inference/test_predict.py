@@ -605,7 +605,7 @@ def test_a_scan_unlike_the_training_scans_is_named_with_what_is_unlike(
     tmp_path: Path, store: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = Store(store).records
-    measured = training_scan_metadata([], records)
+    measured = training_scan_metadata(records)
     volumes = [record["quality"]["brain_ml"] for record in records]
     assert measured["range"]["brain_ml"] == [min(volumes), max(volumes)]
     means = [record["intensity"]["t1"]["mean"] for record in records]

@@ -19,7 +19,7 @@ from asa.data.io.tables import read_column
 from asa.data.store import Store, write_array
 from asa.evaluation.tables import matched
 from asa.export.onnx import export_onnx
-from asa.inference.anomaly import AnomalyMap, HealthyReference
+from asa.inference.anomaly import AnomalyMap, HealthyReference, read_pretrained
 from asa.inference.asymmetry import TABLE, AsymmetryScorer
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.models.sa_swin import SASwin
@@ -110,7 +110,7 @@ def test_a_scan_that_is_its_own_mirror_image_scores_0(trained: Path, tmp_path: P
     half[:3], half[-3:], half[:, :4], half[:, -4:], half[:, :, :4], half[:, :, -4:] = 0, 0, 0, 0, 0, 0
     write_image(tmp_path / "scan.nii.gz", half + half[::-1], np.diag([1.0, 1.0, 1.0, 1.0]))
     with pytest.warns(UserWarning, match="without prepare.midway"):
-        scorer = AsymmetryScorer(trained, PredictSettings(device="cpu"))
+        scorer = AsymmetryScorer(*read_pretrained(trained), PredictSettings(device="cpu"))
     case, like = scorer.preprocessor.prepare({"t1": tmp_path / "scan.nii.gz"})
     row = scorer.score_prepared("scan", case.image, case.chain, like, tmp_path / "map.nii.gz")
     assert row.score == row.peak == row.mean == 0
@@ -119,7 +119,7 @@ def test_a_scan_that_is_its_own_mirror_image_scores_0(trained: Path, tmp_path: P
 
 def test_the_head_is_where_any_channel_or_its_mirror_image_is_not_0(trained: Path) -> None:
     with pytest.warns(UserWarning, match="without prepare.midway"):
-        scorer = AsymmetryScorer(trained, PredictSettings(device="cpu"))
+        scorer = AsymmetryScorer(*read_pretrained(trained), PredictSettings(device="cpu"))
     scorer.model = SimpleNamespace(asymmetry=lambda image, level: (torch.zeros(1), torch.ones(1, *image.shape[2:])))
     image = torch.zeros(2, 2, 2, 6)
     image[0, 0, 0, 1], image[1, 1, 1, 5] = 1, 1
@@ -195,7 +195,8 @@ def test_maps_are_beyond_healthy_scans_where_these_are_given(
     arguments = (f"checkpoint={trained}", f"input={alike}", f"out={tmp_path / 'out'}", "predict.device=cpu")
     with pytest.warns(UserWarning, match="without prepare.midway"):
         assert run(monkeypatch, predict, *arguments, f"healthy={alike}") == 0
-        scorer = AsymmetryScorer(trained, PredictSettings(device="cpu"), healthy=alike)
+        scorer = AsymmetryScorer(*read_pretrained(trained), PredictSettings(device="cpu"))
+    scorer.compare_with(alike)
     image = torch.from_numpy(np.array(Store(alike).image("a1"), dtype=np.float32))
     found, turned = scorer.measure(image), scorer.measure(image.flip(-1))
     row = rows_of(tmp_path / "out" / TABLE)["a1"]
@@ -220,7 +221,8 @@ def test_a_scan_in_the_store_scores_as_against_a_store_without_its_subject(
     found = []
     for records in ([first, follow_up, own, last], [first, last]):
         write_tree(all_of, {**manifest, "records": records})
-        scorer = AsymmetryScorer(trained, settings, healthy=all_of)
+        scorer = AsymmetryScorer(*read_pretrained(trained), settings)
+        scorer.compare_with(all_of)
         row = scorer.score_prepared("x", image.numpy(), first["chain"], like, tmp_path / "x.nii.gz")
         found.append((scorer.measure(image, like=like).map, row.top, scorer.measure(image).top))
     (map, top, with_itself), (expected, expected_top, other) = found
@@ -228,7 +230,8 @@ def test_a_scan_in_the_store_scores_as_against_a_store_without_its_subject(
     assert top == pytest.approx(expected_top) == pytest.approx(other) and with_itself < 0.9 * top
     write_tree(all_of, {**manifest, "records": [first, own]})
     with pytest.raises(ValueError, match="healthy: 1 scan of other subjects: give two or more"):
-        AsymmetryScorer(trained, settings, healthy=all_of).measure(image, like=like)
+        scorer.compare_with(all_of)
+        scorer.measure(image, like=like)
 
 
 def test_healthy_scans_prepared_in_another_way_are_refused(trained: Path, store: Path, tmp_path: Path) -> None:
@@ -236,7 +239,7 @@ def test_healthy_scans_prepared_in_another_way_are_refused(trained: Path, store:
     manifest["settings"]["margin"] += 1
     write_tree(tmp_path, manifest)
     with pytest.raises(ValueError, match="prepared in another way"), pytest.warns(UserWarning, match="midway"):
-        AsymmetryScorer(trained, PredictSettings(device="cpu"), healthy=tmp_path)
+        AsymmetryScorer(*read_pretrained(trained), PredictSettings(device="cpu")).compare_with(tmp_path)
 
 
 def test_maps_whose_folder_is_removed_are_not_begun_anew(

@@ -15,7 +15,6 @@ from asa.cli import finetune, predict, pretrain
 from asa.data.splits import read_split
 from asa.evaluation.scans import (
     auc,
-    auc_interval,
     calibration_error,
     mean_auc,
     scan_scores,
@@ -67,11 +66,12 @@ def test_the_interval_resamples_subjects_not_scans() -> None:
     rng = np.random.default_rng(1)
     score = rng.random(20)
     shares, truth = np.stack([1 - score, score], axis=1), (score + rng.normal(0, 0.3, 20) > 0.5).astype(int)
-    alone = auc_interval(shares, truth, [str(k) for k in range(20)])
-    copies = auc_interval(np.repeat(shares, 4, axis=0), np.repeat(truth, 4), [str(k // 4) for k in range(80)])
-    assert alone[0] < mean_auc(shares, truth) < alone[1]
-    assert copies[1] - copies[0] > 0.7 * (alone[1] - alone[0])  # four scans of a person are not four persons
-    assert math.isnan(auc_interval(shares, truth, ["one"] * 20)[0])
+    alone = score_classes(shares, truth, [str(k) for k in range(20)])
+    copies = score_classes(np.repeat(shares, 4, axis=0), np.repeat(truth, 4), [str(k // 4) for k in range(80)])
+    assert alone.auc_low < mean_auc(shares, truth) < alone.auc_high
+    # Four scans of a person are not four persons.
+    assert copies.auc_high - copies.auc_low > 0.7 * (alone.auc_high - alone.auc_low)
+    assert math.isnan(score_classes(shares, truth, ["one"] * 20).auc_low)
 
 
 def test_calibration_is_the_loop_over_its_definition() -> None:

@@ -90,7 +90,7 @@ class BrainVolume:
         return validate
 
     def metadata(self):
-        metadata = training_scan_metadata([], self.parts["train"])
+        metadata = training_scan_metadata(self.parts["train"])
         return {"channels": self.store.channels, "prepare": self.store.settings, **metadata}
 
     def begin(self, run):
