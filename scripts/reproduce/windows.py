@@ -18,7 +18,7 @@ from scripts.reproduce.few_labels import ARMS, gains
 from scripts.reproduce.ixi import LABELLED, finetune, make_stores, pretrain, read_options
 from scripts.reproduce.structures import STRUCTURES
 
-KINDS = ("light", "alternating", "grid", "raster", "light_scratch")  # of few_labels.ARMS
+KINDS = ("alternating", "light", "grid", "raster", "light_scratch")  # of few_labels.ARMS
 
 
 def run(out: Path, kind: str, seed: int) -> None:
