@@ -29,7 +29,7 @@ def voxel_scores(values: np.ndarray, lesion: np.ndarray) -> dict[str, float]:
     Returns:
         "auc" of the voxels; "average_precision", of precision over recall in steps, equal values in one (as by
         scikit-learn), and what it is "by_chance", the lesion's fraction of the head; "best_dice" at the threshold
-        that suits this scan best, which nobody knows before; "peak_in_lesion", 1 if the highest value is in it.
+        that is best for this scan, and so too good; "peak_in_lesion", 1 if the highest value is in it.
     """
     order = np.argsort(-values, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # the last voxel of each value
@@ -43,16 +43,14 @@ def voxel_scores(values: np.ndarray, lesion: np.ndarray) -> dict[str, float]:
     }
 
 
-def evaluate_maps(
-    table: Path, store: Store, out: Path, subjects: Collection[str] | None = None, *, sides: bool | None = None
-) -> dict[str, Any]:
+def evaluate_maps(table: Path, store: Store, out: Path, subjects: Collection[str] | None = None) -> dict[str, Any]:
     """Score the maps beside a table of asa-predict against the label files of a store of the same scans.
 
-    A lesion is every label. Ignored voxels, and what lies outside the head, do not count, unless a lesion is there.
+    A lesion is every label, and of maps that compare the sides, whose table has a score, its mirror image too. Ignored
+    voxels, and what lies outside the head, do not count, unless a lesion is there.
 
     Args:
         subjects: whose scans are scored; None: all.
-        sides: the maps compare the sides: then the lesion's mirror image is right, too. None: as the table says.
 
     Returns:
         What summary.json holds: "scans" of each kind; "voxels" by score of `voxel_scores`, and "results" by measure of
@@ -63,7 +61,7 @@ def evaluate_maps(
     """
     check_own(out / SCANS, "asa-evaluate", {"id", *VOXEL_SCORES}, "")
     predicted = predicted_rows(table)
-    sides = "score" in predicted[0] if sides is None else sides
+    sides = "score" in predicted[0]
     chosen = [record for record in store.records if subjects is None or record["subject"] in subjects]
     labelled = {record["id"]: record for record in chosen if "label" in record["sources"]}
     rows = [row for row in predicted if row["id"] in labelled]

@@ -181,12 +181,12 @@ class AnomalyScorer(ABC):
         """
         self.store = store = Store(healthy)
         self.preprocessor.check_store(store, "prepare healthy scans as they were")
-        self.known = [(one["id"], one["subject"], set(one["identity"].values())) for one in store.records]
+        self.listed = [(one["id"], one["subject"], set(one["identity"].values())) for one in store.records]
         size = np.array([record["shape"][1:] for record in store.records]).max(axis=0).tolist()
         for record in store.records:
             self.preprocessor.check_stored(record["chain"])
             self._check_size(record["shape"][1:], size)
-        ids = tqdm([id for id, *_ in self.known], desc="healthy", unit="scan")
+        ids = tqdm([id for id, *_ in self.listed], desc="healthy", unit="scan")
         self.healthy = HealthyReference((self._of_stored(id) for id in ids), size)
 
     def _check_size(self, size: Sequence[int], reference: Sequence[int]) -> None:
@@ -212,8 +212,10 @@ class AnomalyScorer(ABC):
         if self.healthy is not None:
             self._check_size(tuple(image.shape[1:]), self.healthy.size)
             digest = None if like is None else identity_of(like)
-            subjects = {subject for _, subject, digests in self.known if digest in digests}
-            scan = self.healthy.standardise(scan, (self._of_stored(id) for id, one, _ in self.known if one in subjects))
+            subjects = {subject for _, subject, digests in self.listed if digest in digests}
+            scan = self.healthy.standardise(
+                scan, (self._of_stored(id) for id, one, _ in self.listed if one in subjects)
+            )
         check_finite(scan.map, "the map")
         return scan
 

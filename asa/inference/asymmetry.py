@@ -23,17 +23,15 @@ class AsymmetryScorer(AnomalyScorer):
     Args:
         model, preprocessor: see `read_pretrained`; of method=sa_swin.
         settings: device and precision; the whole volume is one window.
-        level: of the features that are compared, as in `asa.models.sa_swin.SASwin.asymmetry`.
 
     Raises:
         ValueError: not a SA-Swin.
     """
 
     table = TABLE
+    level = MAP_LEVEL  # of the features that are compared, as in `asa.models.sa_swin.SASwin.asymmetry`
 
-    def __init__(
-        self, model: nn.Module, preprocessor: ScanPreprocessor, settings: PredictSettings, *, level: int = MAP_LEVEL
-    ) -> None:
+    def __init__(self, model: nn.Module, preprocessor: ScanPreprocessor, settings: PredictSettings) -> None:
         super().__init__(preprocessor)
         if not hasattr(model, "asymmetry"):
             raise ValueError(
@@ -42,7 +40,6 @@ class AsymmetryScorer(AnomalyScorer):
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
         self.model: Any = model.to(self.device)
-        self.level = level
         preprocessor.warn_unless_centred()
 
     def compute(self, image: Tensor) -> AnomalyMap:

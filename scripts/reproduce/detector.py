@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from asa.data.splits import write_split
 from asa.data.store import Store
-from asa.evaluation.scans import auc
+from asa.evaluation.maps import voxel_scores
 from asa.inference.anomaly import LabelScorer
 from asa.inference.segmentation import Segmenter
 from scripts.reproduce.commands import asa, quoted
@@ -72,9 +71,9 @@ def rows_of_patients(name: str, sides: bool, compute: Callable[[Tensor], Tensor]
             inside, lesion = inside | inside[:, :, ::-1], lesion | lesion[:, :, ::-1]
         with torch.inference_mode():
             values = compute(image).numpy()[inside]
-        truth = lesion[inside]
-        scores = auc(values, truth), average_precision_score(truth, values), truth.mean()
-        yield f"| {name} | {record['id']} | {' | '.join(f'{score:.3f}' for score in scores)} |"
+        scores = voxel_scores(values, lesion[inside])
+        shown = (f"{scores[score]:.3f}" for score in ("auc", "average_precision", "by_chance"))
+        yield f"| {name} | {record['id']} | {' | '.join(shown)} |"
 
 
 def main() -> None:

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from scipy import ndimage
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from asa.data.io.nifti import read_image, read_label
 from asa.data.io.tables import read_rows
 from asa.data.store import Store
+from asa.evaluation.maps import voxel_scores
 from asa.evaluation.scans import auc
 from asa.inference.anomaly import AnomalyMap, HealthyReference
 from asa.inference.masked_prediction import BLUR, PredictedPatches
@@ -81,9 +81,9 @@ def measure(
     voxels, hits = [], 0
     for id, scan in patients.items():
         inside = scan.inside.numpy()
-        truth, values = lesions[id][inside], scan.map.numpy()[inside]
-        voxels.append((auc(values, truth), average_precision_score(truth, values), truth.mean()))
-        hits += int(lesions[id].ravel()[int(scan.map.argmax())])
+        scores = voxel_scores(scan.map.numpy()[inside], lesions[id][inside])
+        voxels.append([scores[name] for name in ("auc", "average_precision", "by_chance")])
+        hits += int(scores["peak_in_lesion"])
     area, precision, chance = np.mean(voxels, axis=0)
     return auc(tops, np.arange(len(tops)) >= len(healthy)), float(area), float(precision), float(chance), hits
 

@@ -70,7 +70,7 @@ def write_maps(root: Path, out: Path, table: str, *, exchanged: bool = False, in
 def test_a_map_that_is_the_lesion_is_perfect_and_its_opposite_the_worst(lesions: Path, tmp_path: Path) -> None:
     store = Store(lesions / "store")
     table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
-    found = evaluate_maps(table, store, tmp_path / "out", sides=False)
+    found = evaluate_maps(table, store, tmp_path / "out")
     assert found == read_json(tmp_path / "out/summary.json") and list(found["scans"].values()) == [3, 1, 0, 0]
     for score in ("auc", "average_precision", "best_dice", "peak_in_lesion"):
         assert found["voxels"][score] == {"mean": 1, "low": 1, "high": 1}
@@ -80,7 +80,7 @@ def test_a_map_that_is_the_lesion_is_perfect_and_its_opposite_the_worst(lesions:
     head = np.count_nonzero(np.array(store.image("s0")))
     assert float(rows[0]["by_chance"]) == pytest.approx(144 / (head - 72), rel=1e-4)  # less the ignored voxels
     inverted = write_maps(lesions, tmp_path / "inverted", "anomaly.csv", inverted=True)
-    worst = evaluate_maps(inverted, store, tmp_path / "out", sides=False)["voxels"]
+    worst = evaluate_maps(inverted, store, tmp_path / "out")["voxels"]
     assert worst["auc"]["mean"] == worst["peak_in_lesion"]["mean"] == 0
 
 
@@ -88,9 +88,10 @@ def test_of_a_map_that_compares_the_sides_the_mirror_image_of_the_lesion_is_righ
     lesions: Path, tmp_path: Path
 ) -> None:
     store = Store(lesions / "store")
-    table = write_maps(lesions, tmp_path / "maps", "asymmetry.csv", exchanged=True)
-    of_one_side = evaluate_maps(table, store, tmp_path / "out", sides=False)["voxels"]
-    of_both = evaluate_maps(table, store, tmp_path / "out", sides=True)["voxels"]
+    of_one_side, of_both = (
+        evaluate_maps(write_maps(lesions, tmp_path / table, table, exchanged=True), store, tmp_path / "out")["voxels"]
+        for table in ("anomaly.csv", "asymmetry.csv")
+    )
     assert of_one_side["peak_in_lesion"]["mean"] == 0 and of_both["peak_in_lesion"]["mean"] == 1
     assert of_both["auc"]["mean"] > 0.7 > of_one_side["auc"]["mean"]
 
@@ -107,7 +108,7 @@ def test_maps_of_other_scans_are_refused(lesions: Path, tmp_path: Path) -> None:
     table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
     write_image(tmp_path / "maps/s1.nii.gz", np.ones((4, 4, 4), np.float32), np.eye(4))
     with pytest.raises(ValueError, match=r"s1.nii.gz and its label map in .*: shapes .* differ"):
-        evaluate_maps(table, Store(lesions / "store"), tmp_path / "out", sides=False)
+        evaluate_maps(table, Store(lesions / "store"), tmp_path / "out")
     table.write_text(table.read_text().replace("\ns", "\nother"))
     with pytest.raises(ValueError, match=r"anomaly.csv: none of its scans has a lesion in .*: predict input="):
         evaluate_maps(table, Store(lesions / "store"), tmp_path / "out")
