@@ -145,6 +145,7 @@ def tests(spec: Spec, device: torch.device) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or [done.stderr])[-1]
     if done.returncode:
+        print(done.stdout, done.stderr, file=sys.stderr)
         raise AssertionError(f"pytest -m gpu: {last}")
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped)", last)}
     return {"seconds": time.perf_counter() - start, **counts}

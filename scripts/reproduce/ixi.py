@@ -25,15 +25,17 @@ PREPARED = (
     "prepare.crop=[96,112,80]",
 )
 CROP = "crop=[64,64,80]"  # the whole width
+DEVICES = {"cpu": CPU, "cuda": ("train.device=cuda", "loader.workers=0")}
 
 
 def read_options(description: str | None) -> argparse.Namespace:
-    """The options of scale.py and of windows.py: data, out, seeds and jobs."""
+    """The options of scale.py and of windows.py: data, out, seeds, jobs and device."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=lambda text: Path(text).resolve())
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="cpu", help="for training")
     return parser.parse_args()
 
 
@@ -61,21 +63,25 @@ def make_stores(data: Path, out: Path, jobs: int) -> None:
         write_split(out / f"split{heads}.json", {"train": train[:heads], "validation": [], "test": test})
 
 
-def pretrain(out: Path, name: str, *settings: str, seed: int, heads: int = max(HEADS), steps: int = STEPS) -> None:
+def pretrain(
+    out: Path, name: str, *settings: str, seed: int, device: str, heads: int = max(HEADS), steps: int = STEPS
+) -> None:
     """Pretrain OUT/pretrained/NAME on the first heads by experiment=structures_pretrain, and probe it at the end."""
     length = (f"train.steps={steps}", f"train.validate_every={steps}", f"train.seed={seed}")
     paths: dict[str, Any] = {"data.store": out / "store_heads", "data.split_file": out / f"split{heads}.json"}
     paths |= {"data.labelled_store": out / "store_probed", "out": out / "pretrained" / name}
-    first = ("experiment=structures_pretrain", CROP, *length, *CPU)
+    first = ("experiment=structures_pretrain", CROP, *length, *DEVICES[device])
     asa("pretrain", *first, *settings, log=out / "logs" / f"{name}.txt", threads=1, **paths)
 
 
-def finetune(out: Path, name: str, *settings: str, seed: int, experiment: str, init: Path | None = None) -> None:
+def finetune(
+    out: Path, name: str, *settings: str, seed: int, device: str, experiment: str, init: Path | None = None
+) -> None:
     """Fine-tune OUT/finetuned/NAME on the labelled heads, and score the tested ones."""
     length = (f"train.steps={TUNED}", f"train.validate_every={TUNED}", f"train.seed={seed}")
     paths: dict[str, Any] = {"data.store": out / "store_heads", "data.split_file": out / f"split{max(HEADS)}.json"}
     paths |= {"out": out / "finetuned" / name} | ({} if init is None else {"init": init})
-    first = (f"experiment={experiment}", CROP, f"data.labelled={LABELLED}", *length, *CPU)
+    first = (f"experiment={experiment}", CROP, f"data.labelled={LABELLED}", *length, *DEVICES[device])
     file = out / "logs" / f"{name}.txt"
     asa("finetune", *first, *settings, log=file, threads=1, **paths)
     score(out, name, out / "store_heads", log=file, threads=1)

@@ -38,11 +38,11 @@ class Encoder(NamedTuple):
         return f"heads{self.heads}_steps{self.steps}_seed{self.seed}"
 
 
-def run(out: Path, encoder: Encoder) -> None:
+def run(out: Path, encoder: Encoder, device: str) -> None:
     """An encoder and its fine-tuning."""
     name = encoder.name()
-    pretrain(out, name, seed=encoder.seed, heads=encoder.heads, steps=encoder.steps)
-    finetune(out, name, seed=encoder.seed, experiment=HEAD, init=out / "pretrained" / name)
+    pretrain(out, name, seed=encoder.seed, device=device, heads=encoder.heads, steps=encoder.steps)
+    finetune(out, name, seed=encoder.seed, device=device, experiment=HEAD, init=out / "pretrained" / name)
 
 
 def dice_of(out: Path, names: Sequence[str]) -> np.ndarray:
@@ -99,8 +99,9 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         for seed in options.seeds:
             encoders = {Encoder(heads, steps, seed) for kind in kinds.values() for heads, steps in kind.items()}
-            tasks = [pool.submit(finetune, out, f"scratch_seed{seed}", seed=seed, experiment=HEAD)]
-            tasks += [pool.submit(run, out, encoder) for encoder in sorted(encoders)]
+            own = {"seed": seed, "device": options.device}
+            tasks = [pool.submit(finetune, out, f"scratch_seed{seed}", experiment=HEAD, **own)]
+            tasks += [pool.submit(run, out, encoder, options.device) for encoder in sorted(encoders)]
             for task in tasks:
                 task.result()
     report(out, kinds, options.seeds)

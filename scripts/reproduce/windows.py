@@ -21,13 +21,13 @@ from scripts.reproduce.structures import STRUCTURES
 KINDS = ("alternating", "light", "grid", "raster", "light_scratch")  # of few_labels.ARMS
 
 
-def run(out: Path, kind: str, seed: int) -> None:
+def run(out: Path, kind: str, seed: int, device: str) -> None:
     """An encoder, but for what starts from scratch, and its fine-tuning."""
     arm, name, init = ARMS[kind], f"{kind}_seed{seed}", None
     if not kind.endswith("scratch"):
-        pretrain(out, name, *arm.pretraining, seed=seed)
+        pretrain(out, name, *arm.pretraining, seed=seed, device=device)
         init = out / "pretrained" / name
-    finetune(out, name, *arm.finetuning, seed=seed, experiment=arm.experiment, init=init)
+    finetune(out, name, *arm.finetuning, seed=seed, device=device, experiment=arm.experiment, init=init)
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     out, seeds = options.out, options.seeds
     make_stores(options.data, out, options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
-        for task in [pool.submit(run, out, kind, seed) for seed in seeds for kind in KINDS]:
+        for task in [pool.submit(run, out, kind, seed, options.device) for seed in seeds for kind in KINDS]:
             task.result()
     dice = {
         (LABELLED, kind): np.stack([brain_dice(out, f"{kind}_seed{seed}", STRUCTURES).mean(axis=1) for seed in seeds])

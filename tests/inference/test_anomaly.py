@@ -1,5 +1,6 @@
 """Anomaly maps: by prediction of hidden parts, by labels, and above healthy scans; and their table."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from asa.data.io.tables import read_rows
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import Store
-from asa.inference.anomaly import AnomalyMap, HealthyReference, LabelScorer, read_pretrained
+from asa.inference.anomaly import AnomalyMap, AnomalyScorer, HealthyReference, LabelScorer, read_pretrained
+from asa.inference.asymmetry import AsymmetryScorer
 from asa.inference.masked_prediction import BLUR, InpaintedBoxes, PredictedPatches, PredictionErrorScorer
 from asa.inference.preprocessing import exported
 from asa.inference.segmentation import Segmenter, sliding_window
@@ -189,6 +191,27 @@ def test_the_map_of_labels_is_what_the_background_leaves_or_the_largest_region(t
         checkpoint(tmp_path / "regions", out_channels=2, regions=[["sides", [1, 2]], ["left", [1]]]), SETTINGS
     )
     assert torch.equal(LabelScorer(regions).compute(image).map, regions.probabilities(image).amax(dim=0) * inside)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["masked", "inpainted", "sides", "labels"])
+def test_the_maps_of_a_gpu_are_those_of_a_cpu(tmp_path: Path, kind: str) -> None:
+    target = "asa.models.masked_autoencoder.asa_tiny" if kind == "masked" else "asa.models.sa_swin.sa_swin_tiny"
+    run = checkpoint(tmp_path) if kind == "labels" else pretrained(tmp_path, target)
+
+    def scorer(device: str) -> AnomalyScorer:
+        settings = replace(SETTINGS, device=device, precision="fp32")
+        if kind == "labels":
+            return LabelScorer(Segmenter(run, settings))
+        return (AsymmetryScorer if kind == "sides" else PredictionErrorScorer)(*read_pretrained(run), settings)
+
+    image = torch.rand(1, 32, 32, 64, generator=torch.Generator().manual_seed(1))
+    image[:, :8] = 0
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        found, expected = scorer("cuda").compute(image), scorer("cpu").compute(image)
+    torch.testing.assert_close(found.map, expected.map, atol=1e-3, rtol=1e-3)
+    assert torch.equal(found.inside, expected.inside) and expected.map.max() > 0
 
 
 # ---- asa-predict ----
