@@ -97,13 +97,14 @@ def main() -> None:
         "equal epochs": {heads: round(STEPS * heads / max(HEADS)) for heads in HEADS},
     }
     with ThreadPoolExecutor(options.jobs) as pool:
+        tasks = []
         for seed in options.seeds:
             encoders = {Encoder(heads, steps, seed) for kind in kinds.values() for heads, steps in kind.items()}
             own = {"seed": seed, "device": options.device}
-            tasks = [pool.submit(finetune, out, f"scratch_seed{seed}", experiment=HEAD, **own)]
+            tasks.append(pool.submit(finetune, out, f"scratch_seed{seed}", experiment=HEAD, **own))
             tasks += [pool.submit(run, out, encoder, options.device) for encoder in sorted(encoders)]
-            for task in tasks:
-                task.result()
+        for task in tasks:
+            task.result()
     report(out, kinds, options.seeds)
 
 
