@@ -11,7 +11,7 @@ IXI: see scripts/reproduce/ixi.py.
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -100,7 +100,7 @@ def main() -> None:
         tasks = []
         for seed in options.seeds:
             encoders = {Encoder(heads, steps, seed) for kind in kinds.values() for heads, steps in kind.items()}
-            own = {"seed": seed, "device": options.device}
+            own: dict[str, Any] = {"seed": seed, "device": options.device}
             tasks.append(pool.submit(finetune, out, f"scratch_seed{seed}", experiment=HEAD, **own))
             tasks += [pool.submit(run, out, encoder, options.device) for encoder in sorted(encoders)]
         for task in tasks:
