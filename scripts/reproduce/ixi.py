@@ -67,8 +67,8 @@ def pretrain(
     out: Path, name: str, *settings: str, seed: int, device: str, heads: int = max(HEADS), steps: int = STEPS
 ) -> None:
     """Pretrain OUT/pretrained/NAME on the first heads by experiment=structures_pretrain, and probe it at the end."""
-    length = (f"train.steps={steps}", f"train.validate_every={steps}", f"train.seed={seed}")
-    length += (f"optim.warmup={min(200, steps // 5)}",)  # that of the experiment, but for a short run
+    warmup = min(200, steps // 5)  # that of the experiment, but for a short run
+    length = (f"train.steps={steps}", f"train.validate_every={steps}", f"train.seed={seed}", f"optim.warmup={warmup}")
     paths: dict[str, Any] = {"data.store": out / "store_heads", "data.split_file": out / f"split{heads}.json"}
     paths |= {"data.labelled_store": out / "store_probed", "out": out / "pretrained" / name}
     first = ("experiment=structures_pretrain", CROP, *length, *DEVICES[device])
