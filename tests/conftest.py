@@ -22,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--niivue", type=Path, help="NiiVue's niivue.umd.js, for tests in a browser: see CONTRIBUTING.md")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that no process waits for the last of them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 LABELS = {1: "csf", 2: "gm", 5: "wm"}
 
 

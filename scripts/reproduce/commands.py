@@ -14,10 +14,15 @@ from asa.evaluation.comparison import read_run
 from asa.evaluation.statistics import bootstrap_interval
 
 
+def quoted_path(path: Any) -> str:
+    """A path as the value of a setting on the command line, whatever signs it contains."""
+    written = str(path).replace("'", "\\'")
+    return f"'{written}'"
+
+
 def quoted(**paths: Any) -> list[str]:
-    """Paths as settings on the command line, whatever signs they contain."""
-    written = {key: str(path).replace("'", "\\'") for key, path in paths.items()}
-    return [f"{key}='{path}'" for key, path in written.items()]
+    """Paths as settings on the command line."""
+    return [f"{key}={quoted_path(path)}" for key, path in paths.items()]
 
 
 def declared(labels: Mapping[int, str]) -> str:

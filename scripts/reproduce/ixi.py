@@ -1,15 +1,18 @@
-"""IXI's heads at 2 mm, where a run costs minutes: stores, pretraining and fine-tuning for scale.py and windows.py.
+"""IXI's heads at 2 mm, where a run costs minutes: stores, pretraining and fine-tuning for the scripts beside this.
 
 The folder of the data holds heads with their regions, ID_T1.nii.gz and ID_regions.nii.gz, in the numbers of
 scripts/reproduce/structures.py; eleven structures of them are the labels.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from asa.data.splits import write_split
-from scripts.reproduce.commands import asa, brain_dice, quoted, score
+from scripts.reproduce.commands import asa, brain_dice, quoted, quoted_path, score
 from scripts.reproduce.few_labels import CPU
 from scripts.reproduce.structures import LABELS, STRUCTURES, write_structures
 
@@ -25,17 +28,20 @@ PREPARED = (
     "prepare.crop=[96,112,80]",
 )
 CROP = "crop=[64,64,80]"  # the whole width
+SPLIT = f"split{max(HEADS)}"
 DEVICES = {"cpu": CPU, "cuda": ("train.device=cuda", "loader.workers=0")}
 
 
-def read_options(description: str | None) -> argparse.Namespace:
-    """The options of scale.py and of windows.py: data, out, seeds, jobs and device."""
+def read_options(description: str | None, *others: str) -> argparse.Namespace:
+    """The options of the scripts: data, out, seeds, jobs and device, and folders of other data."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=lambda text: Path(text).resolve())
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--device", choices=sorted(DEVICES), default="cpu", help="for training")
+    for name in others:
+        parser.add_argument(f"--{name}", type=Path, required=True)
     return parser.parse_args()
 
 
@@ -64,26 +70,54 @@ def make_stores(data: Path, out: Path, jobs: int) -> None:
 
 
 def pretrain(
-    out: Path, name: str, *settings: str, seed: int, device: str, heads: int = max(HEADS), steps: int = STEPS
+    out: Path,
+    name: str,
+    *settings: str,
+    seed: int,
+    device: str,
+    split: str = SPLIT,
+    steps: int = STEPS,
+    stores: Sequence[str] = ("heads",),
 ) -> None:
-    """Pretrain OUT/pretrained/NAME on the first heads by experiment=structures_pretrain, and probe it at the end."""
+    """Pretrain OUT/pretrained/NAME on the training part of a split, and probe it at the end.
+
+    It has the settings of experiment=structures_pretrain, and the stores are those of OUT/store_*.
+    """
     warmup = min(200, steps // 5)  # that of the experiment, but for a short run
     length = (f"train.steps={steps}", f"train.validate_every={steps}", f"train.seed={seed}", f"optim.warmup={warmup}")
-    paths: dict[str, Any] = {"data.store": out / "store_heads", "data.split_file": out / f"split{heads}.json"}
-    paths |= {"data.labelled_store": out / "store_probed", "out": out / "pretrained" / name}
+    paths: dict[str, Any] = {"data.split_file": out / f"{split}.json", "data.labelled_store": out / "store_probed"}
+    if len(stores) == 1:
+        paths["data.store"] = out / f"store_{stores[0]}"
+    else:
+        settings += (f"data.stores=[{','.join(quoted_path(out / f'store_{store}') for store in stores)}]",)
     first = ("experiment=structures_pretrain", CROP, *length, *DEVICES[device])
-    asa("pretrain", *first, *settings, log=out / "logs" / f"{name}.txt", threads=1, **paths)
+    log = out / "logs" / f"{name}.txt"
+    asa("pretrain", *first, *settings, log=log, threads=1, out=out / "pretrained" / name, **paths)
 
 
 def finetune(
-    out: Path, name: str, *settings: str, seed: int, device: str, experiment: str, init: Path | None = None
+    out: Path,
+    name: str,
+    *settings: str,
+    seed: int,
+    device: str,
+    experiment: str,
+    init: Path | None = None,
+    labelled: int = LABELLED,
+    split: str = SPLIT,
+    store: str = "heads",
 ) -> None:
-    """Fine-tune OUT/finetuned/NAME on the labelled heads, and score the tested ones."""
+    """Fine-tune OUT/finetuned/NAME on the first labelled scans of a split, and score those of its test part."""
     length = (f"train.steps={TUNED}", f"train.validate_every={TUNED}", f"train.seed={seed}")
-    paths: dict[str, Any] = {"data.store": out / "store_heads", "data.split_file": out / f"split{max(HEADS)}.json"}
+    paths: dict[str, Any] = {"data.store": out / f"store_{store}", "data.split_file": out / f"{split}.json"}
     paths |= {"out": out / "finetuned" / name} | ({} if init is None else {"init": init})
-    first = (f"experiment={experiment}", CROP, f"data.labelled={LABELLED}", *length, *DEVICES[device])
+    first = (f"experiment={experiment}", CROP, f"data.labelled={labelled}", *length, *DEVICES[device])
     file = out / "logs" / f"{name}.txt"
     asa("finetune", *first, *settings, log=file, threads=1, **paths)
-    score(out, name, out / "store_heads", log=file, threads=1)
+    score(out, name, out / f"store_{store}", log=file, threads=1)
     print(f"{name}: {brain_dice(out, name, STRUCTURES).mean():.3f}", flush=True)
+
+
+def dice_of(out: Path, names: Sequence[str]) -> np.ndarray:
+    """The mean Dice of each tested scan, over the structures and the runs."""
+    return np.mean([brain_dice(out, name, STRUCTURES).mean(axis=1) for name in names], axis=0)

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
-from scripts.reproduce.commands import brain_dice, interval, validations
-from scripts.reproduce.ixi import HEADS, LABELLED, STEPS, finetune, make_stores, pretrain, read_options
-from scripts.reproduce.structures import STRUCTURES
+from scripts.reproduce.commands import interval, validations
+from scripts.reproduce.ixi import HEADS, LABELLED, STEPS, dice_of, finetune, make_stores, pretrain, read_options
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,13 +40,8 @@ class Encoder(NamedTuple):
 def run(out: Path, encoder: Encoder, device: str) -> None:
     """An encoder and its fine-tuning."""
     name = encoder.name()
-    pretrain(out, name, seed=encoder.seed, device=device, heads=encoder.heads, steps=encoder.steps)
+    pretrain(out, name, seed=encoder.seed, device=device, split=f"split{encoder.heads}", steps=encoder.steps)
     finetune(out, name, seed=encoder.seed, device=device, experiment=HEAD, init=out / "pretrained" / name)
-
-
-def dice_of(out: Path, names: Sequence[str]) -> np.ndarray:
-    """The mean Dice of each tested head, over the structures and the runs."""
-    return np.mean([brain_dice(out, name, STRUCTURES).mean(axis=1) for name in names], axis=0)
 
 
 def slopes(dice: np.ndarray) -> np.ndarray:
