@@ -129,14 +129,23 @@ def sample_label(label: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) ->
     result = np.zeros(tuple(shape), label.dtype)
     best = sample_affine((label == 0).astype(np.float32), matrix, shape, order=1)
     for value in np.unique(label[label != 0]):
-        mask = label == value
-        box = _reach(bounding_box(mask), label.shape, matrix, shape)
-        part = translation([side.start for side in box])
-        size = [side.stop - side.start for side in box]
-        fraction = sample_affine(mask.astype(np.float32), matrix @ part, size, order=1)
+        box, fraction = sample_where_not_zero((label == value).astype(np.float32), matrix, shape, order=1)
         result[box][fraction > best[box]] = value
         np.maximum(best[box], fraction, out=best[box])
     return result
+
+
+def sample_where_not_zero(
+    array: np.ndarray, matrix: np.ndarray, shape: Sequence[int], order: int
+) -> tuple[tuple[slice, ...], np.ndarray]:
+    """`sample_affine` of an array that is not all 0 in the box of the new grid that its other values can reach.
+
+    Returns:
+        The box, and the values there; beyond, all are 0.
+    """
+    box = _reach(bounding_box(array != 0), array.shape, matrix, shape)
+    part = translation([side.start for side in box])
+    return box, sample_affine(array, matrix @ part, [side.stop - side.start for side in box], order)
 
 
 def _reach(

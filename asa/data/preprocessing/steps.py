@@ -17,7 +17,7 @@ from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import brain_mask, correct_bias, head_of_ct
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
 from asa.data.preprocessing.registration import brain_centre
-from asa.data.preprocessing.resampling import bounding_box, sample_affine, sample_image, sample_label
+from asa.data.preprocessing.resampling import bounding_box, sample_image, sample_label, sample_where_not_zero
 from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.store import read_box
 
@@ -164,7 +164,12 @@ def _undo_align(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarr
     inverse, before = np.linalg.inv(step["matrix"]), step["before"]
     if array.dtype.kind != "f":
         return np.stack([sample_label(channel, inverse, before) for channel in array])
-    return np.stack([sample_affine(channel, inverse, before, order) for channel in array])
+    result = np.zeros((len(array), *before), array.dtype)
+    for channel, found in zip(array, result, strict=True):
+        if channel.any():
+            box, values = sample_where_not_zero(channel, inverse, before, order)
+            found[box] = values
+    return result
 
 
 def _normalise(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:

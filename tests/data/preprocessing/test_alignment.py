@@ -23,6 +23,7 @@ from asa.data.preprocessing.registration import FIELD_OF_VIEW, _start, load_map,
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
 from asa.data.preprocessing.scan import make_thumbnail
 from asa.data.preprocessing.settings import PrepareSettings
+from asa.data.preprocessing.steps import _undo_align
 
 PYTHON = shlex.quote(sys.executable)
 SHARED = Path(__file__).parents[4] / "shared/data"
@@ -95,6 +96,23 @@ def test_a_resampled_label_map_equals_that_of_whole_masks(seed):
     matrix[:3, 3] = rng.uniform(-3, 3, 3)
     shape = (15, 18, 17)
     np.testing.assert_array_equal(sample_label(label, matrix, shape), naive_label(label, matrix, shape))
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("part", [np.s_[3:7, 5:9, 2:5], np.s_[:4, 6:, 3:], np.s_[:0], np.s_[:1, :1, :1]])
+def test_undoing_an_alignment_equals_sampling_everywhere(part, turned, order):
+    rng = np.random.default_rng(0)
+    array = np.zeros((2, 12, 14, 10), np.float32)
+    array[1][part] = rng.random(array[1][part].shape)
+    matrix = np.diag([0.8, 1.3, 0.9, 1.0])
+    matrix[:3, :3] = (turn((10, -20, 5)) if turned else np.eye(3)) @ matrix[:3, :3]
+    matrix[:3, 3] = (2.3, -5.2, 1.1) if turned else (-0.3, 0.2, 0.4)
+    before = (15, 11, 13)
+    found = _undo_align(array, {"matrix": matrix.tolist(), "before": before}, order)
+    expected = np.stack([sample_affine(one, np.linalg.inv(matrix), before, order) for one in array])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_resampling_to_another_voxel_size_gives_no_warning_of_scipy():
