@@ -48,12 +48,14 @@ def draw_augmentation(
     channels: int = 1,
     size: Sequence[int] = (1, 1, 1),
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    missing: Sequence[int] = (),
 ) -> Augmentation:
     """Draw the parameters of one crop.
 
     Args:
         channels: of the image.
-        size, spacing: of the crop (D, H, W), in voxels and in mm; smooth fields depend on them.
+        size, spacing: of the crop (D, H, W), in voxels and in mm; rotations and smooth fields are in mm.
+        missing: channels that the scan lacks, which stay 0.
     """
     draws = torch.rand(12, generator=generator, dtype=torch.float64).tolist()
     rotate = settings.rotation > 0 and draws[0] < settings.rotation_probability
@@ -68,14 +70,14 @@ def draw_augmentation(
     fields = torch.Generator().manual_seed(int(draws[11] * 2**53) + 2)
     others = [axis for axis, draw in (("D", up), ("H", front)) if draw < settings.mirror_probability]
     return Augmentation(
-        matrix=_rotation(angles) / factor if rotate or zoom else None,
+        matrix=_in_voxels(_rotation(angles), spacing) / factor if rotate or zoom else None,
         displacement=_displacement(settings, size, spacing, fields) if settings.deform else None,
         mirror="".join(axis for axis in others if axis in settings.mirror_axes) + "W" * flipped,
         gamma=_log_uniform(settings.gamma, draws[8]) if change_gamma else 1.0,
         gain=1.0 + settings.brightness * (2 * draws[9] - 1),
         noise=settings.noise * draws[10],
         noise_seed=int(draws[11] * 2**53),
-        dropped=_dropped(settings.modality_dropout, channels, generator) if settings.modality_dropout else (),
+        dropped=_dropped(settings.modality_dropout, channels, missing, generator),
         contrast=_log_uniform(settings.contrast, u) if changed < CONTRAST_PROBABILITY else 1.0,
         blur=_blur(settings, channels, more) if settings.blur[1] else (),
         bias=_bias(settings, size, spacing, fields) if settings.bias_field else None,
@@ -137,10 +139,13 @@ def _blur(settings: AugmentSettings, channels: int, generator: torch.Generator) 
     return tuple(widths) if any(widths) else ()
 
 
-def _dropped(probability: float, channels: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Channels that are set to zero; where all of them would be, one is kept, each with the same probability."""
+def _dropped(probability: float, channels: int, missing: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
+    """Channels that are set to zero, missing ones too; of the others one is kept, each with the same probability."""
+    if not probability:
+        return tuple(missing)
     draws = torch.rand(channels, generator=generator, dtype=torch.float64)
-    return tuple(k for k in range(channels) if draws[k] < probability and k != int(draws.argmax()))
+    kept = max((k for k in range(channels) if k not in missing), key=lambda k: float(draws[k]), default=None)
+    return tuple(k for k in range(channels) if k in missing or (draws[k] < probability and k != kept))
 
 
 def source_size(size: Sequence[int], drawn: Augmentation) -> tuple[int, ...]:
@@ -244,6 +249,14 @@ def _log_uniform(bounds: Sequence[float], u: float) -> float:
     """A log-uniform draw between the bounds from a uniform u in [0, 1)."""
     low, high = bounds
     return math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
+
+
+def _in_voxels(matrix: Tensor, spacing: Sequence[float]) -> Tensor:
+    """A map between points in mm as one between voxels of a size in mm."""
+    if len(set(spacing)) == 1:
+        return matrix
+    sizes = torch.tensor(spacing, dtype=torch.float64)
+    return matrix * sizes / sizes[:, None]
 
 
 def _rotation(angles: Sequence[float]) -> Tensor:

@@ -133,6 +133,7 @@ class CropDataset(Samples):
         self.ids = self.records.ids if isinstance(self.records, Records) else [record["id"] for record in self.records]
         self._augment = self.augment or AugmentSettings()
         self.foregrounds: dict[str, Foreground] = {}  # by record id, made when the record is first read
+        self.missing: dict[str, tuple[int, ...]] = {}  # likewise
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -149,7 +150,8 @@ class CropDataset(Samples):
         seed = sample_seed(self.seed, epoch, record_id)
         generator = torch.Generator().manual_seed(seed)
         image = self.source.image(record_id)
-        drawn = draw_augmentation(self._augment, generator, len(image), self.size, self._spacing(index))
+        missing = self._missing(record_id, image)
+        drawn = draw_augmentation(self._augment, generator, len(image), self.size, self._spacing(index), missing)
         box = source_size(self.size, drawn)
         start = self._start(record_id, image.shape[1:], generator, box)
         crop = spatial_transform(torch.from_numpy(read_box(image, start, box)).float(), self.size, drawn)
@@ -183,9 +185,15 @@ class CropDataset(Samples):
 
     def _spacing(self, index: int) -> Sequence[float]:
         """Voxel size along D, H, W in mm of a record of a store; 1 where it does not tell."""
-        in_mm = self._augment.deform > 0 or self._augment.bias_field > 0
+        in_mm = any((self._augment.rotation, self._augment.deform, self._augment.bias_field))
         chain = self.records[index].get("chain") if in_mm else None
         return (1.0, 1.0, 1.0) if chain is None else spacing_of(np.array(chain["stored_affine"]))[::-1].tolist()
+
+    def _missing(self, record_id: str, image: np.ndarray) -> tuple[int, ...]:
+        """The channels that a scan lacks, which are 0 everywhere; of one channel none."""
+        if len(image) > 1 and record_id not in self.missing:
+            self.missing[record_id] = tuple(k for k, channel in enumerate(image) if not channel.any())
+        return self.missing.get(record_id, ())
 
     def _start(self, record_id: str, shape: Sequence[int], generator: torch.Generator, box: Sequence[int]) -> list[int]:
         """First voxel of the box to read, which surrounds a crop at the centre or at a random position."""

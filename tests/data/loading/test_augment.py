@@ -75,6 +75,16 @@ def test_rotations_about_each_axis_go_to_both_sides_and_are_uniform() -> None:
     np.testing.assert_allclose(np.corrcoef(about_axes), np.eye(3), atol=0.1)
 
 
+def test_law_a_rotation_is_rigid_in_mm_whatever_the_voxels() -> None:
+    settings, spacing = AugmentSettings(rotation=30, rotation_probability=1.0), (3.0, 1.0, 0.5)
+    for inside, cube in zip(draws(20, settings, spacing=spacing), draws(20, settings), strict=True):
+        in_mm = np.diag(spacing) @ inside.matrix.numpy() @ np.diag(1 / np.array(spacing))
+        np.testing.assert_allclose(in_mm, cube.matrix.numpy(), atol=1e-12)
+    assert all(torch.equal(one.matrix, other.matrix) for one, other in zip(
+        draws(20, settings, spacing=(0.7,) * 3), draws(20, settings), strict=True
+    ))  # fmt: skip
+
+
 def test_zooms_gammas_and_contrasts_are_uniform_in_their_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment, "CONTRAST_PROBABILITY", 1)
     bounds = [0.5, 3.0]

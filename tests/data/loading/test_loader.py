@@ -434,6 +434,17 @@ def test_channels_are_dropped_with_their_probability_and_never_all_of_them() -> 
     assert {draw_augmentation(settings, source, channels=1).dropped for _ in range(50)} == {()}
 
 
+def test_of_the_channels_that_a_scan_has_one_is_kept_and_the_missing_ones_stay_0() -> None:
+    volume = np.zeros((4, 4, 4, 4), np.float32)
+    volume[[1, 3]] = np.random.default_rng(0).random((2, 4, 4, 4)) + 1
+    settings = AugmentSettings(modality_dropout=0.6, noise=0.5)
+    dataset = CropDataset(Memory(volume), [{"id": "a"}], (4, 4, 4), augment=settings)
+    there = [tuple(dataset[0, epoch]["image"].flatten(1).any(dim=1).tolist()) for epoch in range(200)]
+    assert set(there) == {(False, one, False, other) for one, other in ((True, True), (True, False), (False, True))}
+    noisy = CropDataset(Memory(volume), [{"id": "a"}], (4, 4, 4), augment=AugmentSettings(noise=0.5))
+    assert not noisy[0, 3]["image"][[0, 2]].any() and noisy[0, 3]["image"][[1, 3]].any()
+
+
 def test_a_dropped_channel_is_zero_and_the_others_are_unchanged() -> None:
     image, noisy = torch.rand(3, 5, 5, 5), Augmentation(noise=0.5, noise_seed=9, gain=1.1)
     before = image.clone()
