@@ -149,7 +149,7 @@ def _common_channel(scan: np.ndarray, atlases: Sequence[Atlas]) -> int:
     for channel in range(len(scan)):
         if all(volume[channel].any() for volume in volumes):
             return channel
-    raise ValueError("no channel that this scan and all atlases have: choose other atlases (labelled=)")
+    raise ValueError("no channel that this scan and all atlases have: choose other labelled scans")
 
 
 def _registered(ants: Any, fixed: Any, atlas: Atlas, channel: int) -> tuple[np.ndarray, np.ndarray]:
@@ -212,7 +212,7 @@ def _joint(
             fused[value - 1] = _array(image)[near[box]].clip(min=0)
     total = fused.sum(axis=0)
     if not total.any():
-        raise ValueError("joint label fusion by ANTs failed, which says above why: give fusion=majority")
+        raise ValueError("joint label fusion by ANTs failed, which says above why; fusion=majority does without it")
     votes[:, near] = np.where(total > 0, fused / np.where(total > 0, total, 1), votes[:, near])
     return votes
 

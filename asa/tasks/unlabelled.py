@@ -21,8 +21,9 @@ from asa.training.checkpoint_files import list_checkpoints
 from asa.training.distributed import map_over_ranks, on_main, world_size
 
 REST = "rest"
+KINDS = ("image", "label")
 FOLDER = "carried"  # in the run: a label map of each scan, as in a store
-CONTENT = "carried.json"  # and whose labels these are
+CONTENT = "carried.json"  # and whose labels these are, with the digests of what they depend on
 
 
 class UnlabelledScans:
@@ -30,7 +31,7 @@ class UnlabelledScans:
 
     Args:
         chosen: "rest", the scans of the training part that `data.labelled` leaves out, whose labels are not read; or
-            a store, of which all scans are taken but those of the split's subjects and those that `labelled` has too.
+            a store, of which all scans are taken but those whose subject or voxels `labelled` has.
         labelled, split, rest: the run's store, its subjects, and those that `data.labelled` leaves out.
         run: the run folder; in a run that is resumed the scans stay the same.
     """
@@ -46,17 +47,19 @@ class UnlabelledScans:
             raise ValueError(
                 f"data.unlabelled={chosen} was prepared in another way than {labelled.path}: prepare both alike"
             )
-        if list_checkpoints(run):
-            records = [self.store.record(id) for id in read_json(run / CONTENT)["atlases"]]
+        self.before = read_json(run / CONTENT) if (run / CONTENT).exists() else {"atlases": {}, "digests": {}}
+        resumed = self.before["atlases"] if list_checkpoints(run) else {}
+        if resumed and set(self.store.records.ids) >= resumed.keys():  # otherwise the run has other settings
+            records = [self.store.record(id) for id in resumed]
         elif chosen == REST:
             records = list(select(labelled.records, rest))
         else:
-            known = {subject for part in split.values() for subject in part}
+            known = set(labelled.records.subjects)
             voxels = {digest for record in labelled.records for digest in record["identity"].values()}
             records = [
                 record
                 for record in self.store.records
-                if str(record["subject"]) not in known and voxels.isdisjoint(record["identity"].values())
+                if record["subject"] not in known and voxels.isdisjoint(record["identity"].values())
             ]
         if not records:
             why = "data.labelled leaves out no scans" if chosen == REST else "the labelled store has all of its scans"
@@ -69,19 +72,27 @@ class UnlabelledScans:
     def carry_labels(self) -> None:
         """Register a labelled scan to each unlabelled one and write its label map; what is there is not made again.
 
-        The labelled scans take turns. Several processes divide the work.
+        The labelled scans take turns, and what is done keeps its own. Several processes divide the work.
         """
-        labelled = read_atlases(self.labelled, self.subjects)
-        turns = {record["id"]: labelled[k % len(labelled)] for k, record in enumerate(self.records)}
-        content = {"atlases": {id: atlas.id for id, atlas in turns.items()}}
-        file = self.run / CONTENT
+        labelled = {atlas.id: atlas for atlas in read_atlases(self.labelled, self.subjects)}
+        in_turn, before = list(labelled.values()), self.before
+        turns = {
+            record["id"]: labelled.get(before["atlases"].get(record["id"]), in_turn[k % len(in_turn)])
+            for k, record in enumerate(self.records)
+        }
+        atlases = {id: self.labelled.record(id)["arrays"] for id in labelled}
+        digests = {
+            record["id"]: [record["arrays"]["image"], *(atlases[turns[record["id"]].id][key] for key in KINDS)]
+            for record in self.records
+        }
 
         def begin() -> None:
-            if file.exists() and read_json(file) != content:  # of a run that was stopped before its first step
-                for path in (self.run / FOLDER).glob("*.npy"):
-                    path.unlink()
+            for id in self.ids:
+                if before["digests"].get(id) != digests[id]:
+                    self._file(id).unlink(missing_ok=True)
             (self.run / FOLDER).mkdir(exist_ok=True)
-            write_json(file, content)
+            whose = {id: atlas.id for id, atlas in turns.items()}
+            write_json(self.run / CONTENT, {"atlases": whose, "digests": digests})
 
         on_main(begin)
         missing = [record for record in self.records if not self._file(record["id"]).exists()]
@@ -90,7 +101,12 @@ class UnlabelledScans:
 
     def _carry(self, record: Mapping[str, Any], atlas: Atlas, bar: "tqdm[Any]") -> None:
         spacing = voxel_size(record["chain"]["stored_affine"]).tolist()
-        probabilities = carry_over(self.store.image(record["id"]), spacing, [atlas])
+        try:
+            probabilities = carry_over(self.store.image(record["id"]), spacing, [atlas])
+        except ValueError as error:
+            raise ValueError(
+                f"data.unlabelled: no labels for {record['id']} ({error}): leave this scan out; what is done is kept"
+            ) from error
         label = np.where(probabilities.any(axis=0), probabilities.argmax(axis=0), IGNORED).astype(np.uint8)
         with whole_file(self._file(record["id"])) as file:
             np.save(file, label[None])

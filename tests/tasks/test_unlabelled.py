@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_brain
+from conftest import LABELS, write_brain
 
 from asa.data.datasets import folder
 from asa.data.leakage import training_digests
@@ -97,6 +97,42 @@ def test_labels_of_other_atlases_are_not_kept(store: Path, tmp_path: Path, regis
         scans = UnlabelledScans("rest", Store(store), {**split, "train": [atlas]}, ["s2"], tmp_path)
         scans.carry_labels()
     assert registered == [["s0"], ["s1"]]
+
+
+def test_labels_are_carried_again_to_other_voxels_and_a_scan_that_fails_costs_no_others(
+    store: Path, raw: Path, tmp_path: Path, registered: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = {"train": ["s0"], "validation": [], "test": ["s3"]}
+    coarse, records = tmp_path / "coarse", folder.records(raw, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")
+    prepare_cohort(records, coarse, CohortSettings(settings=PrepareSettings(spacing=4), labels=LABELS), progress=False)
+    for path in (store, coarse):  # the first was stopped before its first step
+        scans = UnlabelledScans("rest", Store(path), split, ["s1", "s2"], tmp_path)
+        scans.carry_labels()
+        assert all(scans.label(id).shape == Store(path).label(id).shape for id in ("s1", "s2"))
+    assert len(registered) == 4
+    UnlabelledScans("rest", Store(coarse), split, ["s2"], tmp_path).carry_labels()  # s1 was left out
+    assert len(registered) == 4
+    carried = unlabelled.carry_over
+
+    def fails(scan: np.ndarray, *others: object) -> np.ndarray:
+        if np.array_equal(scan, Store(coarse).image("s1")):
+            raise ValueError("not a brain")
+        return carried(scan, *others)
+
+    monkeypatch.setattr(unlabelled, "carry_over", fails)
+    (tmp_path / "carried/s1.npy").unlink()
+    with pytest.raises(ValueError, match=r"no labels for s1 \(not a brain\): leave this scan out"):
+        UnlabelledScans("rest", Store(coarse), split, ["s2", "s1"], tmp_path).carry_labels()
+    assert len(registered) == 4 and (tmp_path / "carried/s2.npy").exists()
+
+
+def test_a_resumed_run_with_other_unlabelled_scans_is_refused_as_other_settings(
+    store: Path, others: Path, tmp_path: Path, registered: list[list[str]]
+) -> None:
+    finetune(store, tmp_path / "run", **TINY, **{"data.labelled": 1})
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        finetune(store, tmp_path / "run", **TINY, **{"data.labelled": 1, "data.unlabelled": str(others)})
+    assert not registered
 
 
 def test_scans_of_another_store_are_those_that_the_split_does_not_know(
