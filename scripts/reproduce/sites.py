@@ -1,10 +1,10 @@
 """Is an encoder of one scanner of use at another? python -m scripts.reproduce.sites IXI OUT --oasis OASIS --heads HEADS
 
 Encoders from 80 heads of IXI, from nine brains of OASIS-1, from the 30 heads of ds002748, and from all of these, at
-2 mm and at equal steps. Each is fine-tuned (experiment=structures_finetune) with 1 and 3 labelled heads of IXI, tested
-on 30 others, and with 1 and 3 labelled brains of OASIS-1 (manual labels), tested on six others; beside it a fine-tuning
-from scratch. Prints a table. What is done is not done again; OUT can be that of scripts.reproduce.scale, whose stores
-and runs it then shares. Two hours of one core for each seed.
+2 mm and at equal steps. Each is fine-tuned, by a head that reads nothing but its tokens (experiment=structures_light),
+with 1 and 3 labelled heads of IXI, tested on 30 others, and with 1 and 3 labelled brains of OASIS-1 (manual labels),
+tested on six others; beside it a fine-tuning from scratch. Prints a table. What is done is not done again; OUT can be
+that of scripts.reproduce.scale, whose stores and encoder of IXI it then shares. Two hours of one core for each seed.
 
 IXI: see scripts/reproduce/ixi.py. OASIS: see scripts/reproduce/structures.py. HEADS: see
 scripts/reproduce/shipped_encoder.py.
@@ -18,6 +18,7 @@ from typing import NamedTuple
 from asa.data.splits import write_split
 from asa.data.store import Store
 from scripts.reproduce.commands import asa, interval, quoted
+from scripts.reproduce.few_labels import LIGHT
 from scripts.reproduce.ixi import (
     HEADS,
     LABELLED,
@@ -31,7 +32,7 @@ from scripts.reproduce.ixi import (
     pretrain,
     read_options,
 )
-from scripts.reproduce.scale import HEAD, Encoder
+from scripts.reproduce.scale import Encoder
 from scripts.reproduce.structures import LABELS, subjects, write_structures
 
 TRAIN = 9  # brains of OASIS-1, and the others are tested
@@ -49,11 +50,8 @@ class Run(NamedTuple):
     seed: int
 
     def name(self) -> str:
-        """Name of its folders; the same as in scale.py where the run is the same."""
-        start = "scratch_" if self.source == "scratch" else f"{encoder(self.source, self.seed)}_"
-        own = "" if (self.target, self.labelled) == ("ixi", LABELLED) else f"{self.target}{self.labelled}_"
-        seeded = f"seed{self.seed}"
-        return f"{own}{start.removesuffix(f'{seeded}_')}{seeded}"
+        """Name of its folders."""
+        return f"{self.target}{self.labelled}_from_{self.source}_seed{self.seed}"
 
 
 def encoder(source: str, seed: int) -> str:
@@ -111,7 +109,7 @@ def main() -> None:
         init = None if run.source == "scratch" else out / "pretrained" / encoder(run.source, run.seed)
         store, split = TARGETS[run.target]
         own = {"seed": run.seed, "device": device, "labelled": run.labelled, "store": store, "split": split}
-        finetune(out, run.name(), experiment=HEAD, init=init, **own)
+        finetune(out, run.name(), experiment=LIGHT, init=init, **own)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         for seed in options.seeds:
