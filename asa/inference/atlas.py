@@ -278,7 +278,9 @@ class AtlasSegmenter:
         self.version: str = load_ants().__version__
         data = {"channels": store.channels, "labels": store.labels, "prepare": store.settings}
         data |= training_scan_metadata(store.records)
-        del data["spacing"]  # a scan is registered with voxels of any size
+        del data["spacing"]  # a scan is registered with voxels of any size, which networks do not take
+        if networks is not None and "spacing" in networks.data:
+            data["spacing"] = networks.data["spacing"]
         self.outputs, self.networks = Outputs.of(data), networks
         self.preprocessor = ScanPreprocessor(str(store.path), data, strip, scans="the scans")
         if networks is not None:
@@ -315,13 +317,13 @@ class AtlasSegmenter:
         """See `ScanSegmenter` and `carry_over`; a ValueError if the scan is one of the atlases."""
         if (atlas := self.identities.get(identity_of(like))) is not None:
             raise ValueError(f"its voxels are those of the atlas {atlas}, which has a label map: leave the scan out")
+        self.preprocessor.check_stored(chain)
         load_ants(1 if self.workers > 1 else None)
         atlases, spacing = read_atlases(self.store, self.subjects), voxel_size(chain["stored_affine"])
         found = torch.from_numpy(carry_over(image, spacing, atlases, self.fusion, progress=self.workers == 1))
         if self.networks is not None:
             if self.workers > 1:
                 torch.set_num_threads(1)  # of this process; the others have theirs
-            self.networks.preprocessor.check_stored(chain)
             predicted = self.networks.probabilities(torch.from_numpy(np.ascontiguousarray(image)))
             found = average(found, predicted, len(atlases), self.outputs.channels)
         ml = self.outputs.write(out, found, chain, like, probabilities)
@@ -341,11 +343,13 @@ class AtlasSegmenter:
 
     def record(self) -> dict[str, Any]:
         """What label maps depend on beside the scan, as plain data."""
+        networks = self.networks
+        used = {} if networks is None else {"votes": NETWORK_VOTES, "overlap": networks.overlap}
         return {
             "atlases": {record["id"]: {"subject": record["subject"], **record["arrays"]} for record in self.records},
             "fusion": self.fusion,
             "antspyx": self.version,
             "labels": {str(value): name for value, name in self.store.labels.items()},
             "prepare": self.preprocessor.settings.as_json(),
-            **({} if self.networks is None else {"networks": self.networks.described() | {"votes": NETWORK_VOTES}}),
+            **({} if networks is None else {"networks": networks.described() | used}),
         }

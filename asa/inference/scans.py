@@ -16,7 +16,7 @@ from asa.data.datasets import bids, folder, nnunet
 from asa.data.datasets.recognise import is_label_map
 from asa.data.datasets.record import Record, check_distinct, make_record, sorted_records
 from asa.data.io.files import NOT_HERE, failure_lines
-from asa.data.io.nifti import VOLUME_ENDINGS, Volume, read_image
+from asa.data.io.nifti import VOLUME_ENDINGS, Volume, identity_of, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
 from asa.data.store import Store
@@ -133,7 +133,11 @@ def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterabl
 
 
 def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]) -> Prepared:
-    like = read_image(store.first_source(record), nan=store.settings.get("nan", "refuse"))
+    path = store.first_source(record)
+    like = read_image(path, nan=store.settings.get("nan", "refuse"))
+    same = np.allclose(like.affine, record["chain"]["affine"], atol=1e-4)
+    if not same or identity_of(like) not in record["identity"].values():
+        raise ValueError(f"{path}: is not the scan that was prepared any more: run asa-prepare again")
     preprocessor.check_stored(record["chain"])
     preprocessor.warn_outside_range(record["quality"], record["intensity"])
     return store.image(record["id"]), record["chain"], like
@@ -176,7 +180,8 @@ def _raw_records(source: Path, preprocessor: ScanPreprocessor, images: Any, out:
         raise ValueError(f"images={images}: give the file pattern of each channel by its name, like {example}")
     if source.is_dir() and images:
         preprocessor.check_channels(images)
-        return folder.records(source, images=images)
+        records = folder.records(source, images=images)
+        return [one for one in records if not any(_lies_in(out, source, path) for path in one["images"].values())]
     usual = {channel: channel.lower().removesuffix("w") for channel in channels}
     named = SUFFIXES.keys() >= set(usual.values()) and len(set(usual.values())) == len(channels)
     if source.is_dir() and in_bids and named:
@@ -248,14 +253,19 @@ def _nnunet_cases(source: Path, channels: Sequence[str]) -> list[Record]:
     return cases
 
 
+def _lies_in(out: Path, source: Path, path: str | Path | None) -> bool:
+    """Whether a file is a result, as it lies in the folder of the results, and this inside that of the scans."""
+    inside = source.resolve() in out.resolve().parents
+    return inside and path is not None and Path(path).resolve().is_relative_to(out.resolve())
+
+
 def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
     """A scan, or those of a folder and its subfolders, by id: the path inside the folder, with _ for /.
 
     Hidden files, label maps by their names, and files in an `out` inside the folder are left out. The channel number
     of nnU-Net, _0000, is no part of the ids.
     """
-    inside = source.resolve() in out.resolve().parents
-    found = [(path, id) for path, id in _named(source) if not (inside and path.resolve().is_relative_to(out.resolve()))]
+    found = [(path, id) for path, id in _named(source) if not _lies_in(out, source, path)]
     label_maps = [path for path, _ in found if _is_label_map(path, source)]
     found = [(path, id) for path, id in found if path not in label_maps]
     if not found:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from asa.data.io.files import sha256_of
 from asa.data.io.nifti import Volume
 from asa.inference.label_maps import Outputs, Segmented
-from asa.inference.preprocessing import ScanPreprocessor, check_finite, check_metadata
+from asa.inference.preprocessing import SPACING_TOLERANCE, ScanPreprocessor, check_finite, check_metadata
 from asa.inference.uncertainty import RunningSpread, entropy_map, write_map
 from asa.ops.symmetry import flip
 from asa.settings import PredictSettings, check_axes, check_uncertainty
@@ -277,3 +277,10 @@ def _check_agreement(first: str, data: Mapping[str, Any], path: str, other: Mapp
             raise ValueError(
                 f"{path}: the networks of an ensemble must agree in {key}: {actual} here, {expected} in {first}"
             )
+    here, there = (np.array(one.get("spacing", np.ones((2, 3)))) for one in (other, data))
+    if {"spacing"} <= data.keys() & other.keys() and (np.abs(here / there - 1) > SPACING_TOLERANCE).any():
+        sizes = [" x ".join(f"{size:g}" for size in mm.mean(axis=0)) for mm in (here, there)]
+        raise ValueError(
+            f"{path}: its training scans have voxels of {sizes[0]} mm, those of {first} of {sizes[1]} mm: predict with "
+            "one of them"
+        )

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asa.config import typed
-from asa.data.io.files import check_out, read_json, write_json
+from asa.data.io.files import check_out, read_json, sha256_of, write_json
+from asa.data.io.lock import in_turn
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST, Store
 from asa.errors import listed
@@ -42,7 +43,7 @@ def predict_by_registration(config: Config) -> None:
         predictor.layout,
         workers=config["workers"],
         remaining=predictor.remaining,
-        done=lambda id, row: predictor.add({id: row}),
+        done=predictor.add,
     )
 
 
@@ -96,13 +97,31 @@ class AtlasPredictor(SegmentationPredictor):
         return kept
 
     def remaining(self, scans: Sequence[Scan]) -> list[Scan]:
-        """The scans that have no label map yet, or no row in the table; `OUT/atlas.json` is written."""
-        write_json(self.out / ATLASES, {"store": str(self.segmenter.store.path), **self.segmenter.record()})
+        """The scans that have no label map of these files, or no row in the table; `OUT/atlas.json` is written."""
+        self.digests = {scan.id: sorted(map(sha256_of, scan.files.values())) for scan in scans}
+        done = self._note({})
         rows = self.rows_before()
-        left = [scan for scan in scans if scan.id not in rows or not self._is_complete(scan.id)]
+        left = [
+            scan
+            for scan in scans
+            if done.get(scan.id) != self.digests[scan.id] or scan.id not in rows or not self._is_complete(scan.id)
+        ]
         if len(left) < len(scans):
             print(f"{len(scans) - len(left)} of {len(scans)} scans are done already")
         return left
+
+    def add(self, id: str, row: dict[str, str]) -> None:
+        super().add(id, row)
+        self._note({id: self.digests[id]})
+
+    def _note(self, scans: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Add the digests of scans' files to `OUT/atlas.json`; all that are there."""
+        file = self.out / ATLASES
+        with in_turn(self.out):
+            before = read_json(file).get("scans", {}) if file.exists() else {}
+            own = {"store": str(self.segmenter.store.path), **self.segmenter.record()}
+            write_json(file, {**own, "scans": before | scans})
+        return before
 
     def _is_complete(self, id: str) -> bool:
         probabilities, uncertainty = self.further_files(id)

@@ -22,9 +22,15 @@ from asa.training.checkpoint_files import is_shipped, on_hub
 LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settings
 
 
-def predict_scans(predictor: ScanPredictor, config: Config, layout: Layout | None = None) -> None:
+def predict_scans(
+    predictor: ScanPredictor,
+    config: Config,
+    layout: Layout | None = None,
+    done: Callable[[str, Any], None] | None = None,
+) -> None:
     """Predict a scan, a folder of scans, or a store; without a layout the predictor writes `OUT/ID.nii.gz`."""
-    predict_each(predictor, scans_of(config, predictor.preprocessor), layout or Layout(Path(str(config["out"]))))
+    layout = layout or Layout(Path(str(config["out"])))
+    predict_each(predictor, scans_of(config, predictor.preprocessor), layout, done=done)
 
 
 def predict_anomalies(scorer: AnomalyScorer, config: Config) -> None:
@@ -133,18 +139,20 @@ def subjects_of_part(config: Config) -> list[str] | None:
     part = config["part"]
     if part is None:
         return None
+    paths = [] if config["checkpoint"] is None else checkpoints_of(config)
+    splits = {path: _run_of(Path(path)) / "split.json" for path in paths if not (on_hub(path) or is_shipped(path))}
     if config.get("atlas") is not None:
         if config["split_file"] is None:
             raise ValueError(f"part={part}: atlases have no split as a run has: give split_file=, or leave part= out")
-        return subjects_in(config["split_file"], part)
-    paths = checkpoints_of(config)
-    if remote := [path for path in paths if on_hub(path) or is_shipped(path)]:
+        own = {path: file for path, file in splits.items() if file.exists()}  # networks of others have none
+        splits = {config["split_file"]: Path(config["split_file"])} | own
+    elif remote := [path for path in paths if path not in splits]:
         raise ValueError(f"part={part}: {remote[0]} has no split, which a run on this machine has: leave part= out")
-    subjects = [subjects_in(_run_of(Path(path)) / "split.json", part) for path in paths]
-    for path, others in zip(paths, subjects, strict=True):
-        if others != subjects[0]:
-            raise ValueError(f"part={part}: {path} has other subjects there than {paths[0]}: predict fold by fold")
-    return subjects[0]
+    (first, subjects), *others = [(path, subjects_in(file, part)) for path, file in splits.items()]
+    for path, other in others:
+        if set(other) != set(subjects):
+            raise ValueError(f"part={part}: {path} has other subjects there than {first}: predict fold by fold")
+    return subjects
 
 
 def subjects_in(split_file: str | Path, part: str) -> list[str]:

@@ -175,7 +175,7 @@ class Segmentation(VolumeTask):
         """Label maps; with `healthy` anomaly maps in their place: the probability of any label, above healthy scans."""
         if config["healthy"] is None:
             predictor = SegmentationPredictor(config)
-            predict_scans(predictor, config, predictor.layout)
+            predict_scans(predictor, config, predictor.layout, predictor.add)
             return
         if given := [key for key in LABEL_MAPS_ONLY if config[key] and key != "mirror"]:
             raise ValueError(f"{given[0]}= is for label maps, healthy= gives anomaly maps: leave one of them out")
@@ -238,10 +238,9 @@ def check_sides(store: Store, records: Records, pairs: Sequence[tuple[int, int]]
     for left, right in pairs:
         side[left], side[right] = -1, 1
     exchanged = 0
-    labels = [store.label(record["id"]) for record in records[:SIDED_SCANS]]
+    labels = [store.label(record["id"]) for record in records[:SIDED_SCANS] if "label" in record["arrays"]]
     for label in labels:
-        if label is None:  # CropDataset names it
-            continue
+        assert label is not None
         sides = side[label[0]]
         left, right = (np.flatnonzero(sides == one) % sides.shape[2] for one in (-1, 1))  # W, from left to right
         if left.size and right.size:  # clearly: a pair may have no side in fact
@@ -334,7 +333,6 @@ class SegmentationPredictor:
         self.layout = Layout(self.out, ".mgz" if config["layout"] == "mgz" else ".nii.gz", VOLUMES)
         if config["layout"] == "bids":
             self.layout = BidsDerivative(self.out, self.segmenter, self.with_probabilities)
-        self.rows: dict[str, dict[str, str]] = {}
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
         """Predict a scan; its row in the table of volumes."""
@@ -351,8 +349,7 @@ class SegmentationPredictor:
         scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
         named = isinstance(self.layout, BidsDerivative)
         file = {"file": out.relative_to(self.out).as_posix()} if named else {}
-        self.rows[id] = {"id": id, **file, **volumes, **scores, **brain}
-        return self.rows[id]
+        return {"id": id, **file, **volumes, **scores, **brain}
 
     def further_files(self, id: str) -> tuple[list[Path] | None, Path | None]:
         """Where the probabilities of a scan and its uncertainty are written, each None if it is not asked for."""
@@ -362,12 +359,11 @@ class SegmentationPredictor:
         return probabilities, self.layout.uncertainty(id) if self.with_uncertainty else None
 
     def finish(self) -> str:
-        self.add(self.rows)
         return f"wrote label maps and {VOLUMES} to {self.out}"
 
-    def add(self, rows: Mapping[str, dict[str, str]]) -> None:
-        """Add rows, by id, to the table of volumes."""
-        add_rows(self.out / VOLUMES, rows, before=self.rows_before)
+    def add(self, id: str, row: dict[str, str]) -> None:
+        """Add a scan's row to the table of volumes, as soon as it has its label map."""
+        add_rows(self.out / VOLUMES, {id: row}, before=self.rows_before)
 
     def rows_before(self) -> dict[str, dict[str, str]]:
         """Rows of an earlier table, of scans whose label maps are still here; another network's have other columns."""

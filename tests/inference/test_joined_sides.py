@@ -179,6 +179,18 @@ def test_names_of_sides_that_the_header_contradicts_are_refused_where_the_plane_
     assert call(finetune, monkeypatch, f"out={tmp_path}/b", *words, "plan_rate=1", "data.join_sides=false") == 0
 
 
+def test_a_scan_without_a_label_map_is_named_where_labels_have_sides(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = folder.records(raw, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")
+    del records[0]["label"]
+    cohort = CohortSettings(labels={1: "left_x", 2: "right_x", 5: "wm"})
+    assert not prepare_cohort(records, tmp_path / "store", cohort, progress=False).failures
+    words = [f"data.store={tmp_path / 'store'}", "data.split={validation: 0, test: 0}", *FINETUNE[:-1]]
+    assert call(finetune, monkeypatch, f"out={tmp_path}/a", *words) == 1
+    assert f"{records[0]['id']}: has no label map" in capsys.readouterr().err
+
+
 def test_a_pair_in_the_wrong_order_is_refused_where_the_plane_separates_it(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

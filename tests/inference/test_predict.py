@@ -27,6 +27,7 @@ from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
+from asa.inference.scans import stored_scans
 from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, count_windows, sliding_window
 from asa.inference.uncertainty import expected_dice
 from asa.settings import UNCERTAINTIES
@@ -100,6 +101,27 @@ def test_networks_with_different_metadata_are_rejected_as_an_ensemble(
     other = checkpoint(tmp_path / "other", **{key: value})
     with pytest.raises(ValueError, match=f"other: .* ensemble must agree in {key}: .* in .*fold0"):
         Segmenter([run, other], SETTINGS)
+
+
+def test_networks_of_other_voxel_sizes_are_no_ensemble(run: Path, tmp_path: Path) -> None:
+    coarse = checkpoint(tmp_path / "coarse", spacing=[[3.0] * 3] * 2)
+    with pytest.raises(ValueError, match="coarse: its training scans have voxels of 3 x 3 x 3 mm, those of .*fold0 of"):
+        Segmenter([run, coarse], SETTINGS)
+    Segmenter([run, checkpoint(tmp_path / "near", spacing=[[0.95] * 3, [1.05] * 3])], SETTINGS)
+
+
+def test_a_scan_that_changed_since_it_was_prepared_is_refused(tmp_path: Path) -> None:
+    path = a_scan(tmp_path / "raw")
+    records = folder.records(tmp_path / "raw", images={"t1": "*.nii.gz"})
+    assert not prepare_cohort(records, tmp_path / "store", CohortSettings(), progress=False).failures
+    network = checkpoint(tmp_path / "run", prepare=Store(tmp_path / "store").settings)
+    (one,) = stored_scans(tmp_path / "store", Segmenter(network, SETTINGS).preprocessor)
+    assert one.prepared()[2].data.shape == read_image(path).data.shape
+    scan = read_image(path)
+    for data, affine in ((scan.data, scan.affine @ np.diag([-1, 1, 1, 1])), (scan.data + 1, scan.affine)):
+        write_image(path, data, affine)
+        with pytest.raises(ValueError, match=r"a\.nii\.gz: is not the scan that was prepared any more"):
+            one.prepared()
 
 
 @pytest.mark.parametrize("prepare", [{"crop": "foreground"}, {"crop": "foreground", "spacing": 1.4}])
@@ -401,7 +423,7 @@ def test_a_stopped_prediction_begins_anew_in_its_folder_and_a_second_one_gives_t
     with replaced(Segmenter, "probabilities", stopped):
         assert call(predict, monkeypatch, *common) == 130
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "volumes.csv"]
-    assert read_rows(tmp_path / "out" / "volumes.csv") == []
+    assert [row["id"] for row in read_rows(tmp_path / "out" / "volumes.csv")] == ["a"]  # as soon as it has a label map
     contents = []
     for _ in range(2):
         assert call(predict, monkeypatch, *common) == 0

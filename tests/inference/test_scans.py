@@ -39,7 +39,9 @@ def describe(root: Path, *channels: str) -> None:
 
 def found(source: Path, *channels: str, **options: object) -> dict[str, dict[str, str]]:
     """Files of each scan by channel, relative to the source."""
-    network = SimpleNamespace(channels=list(channels or ["t1"]), path="run", scans="run")
+    network = SimpleNamespace(
+        channels=list(channels or ["t1"]), path="run", scans="run", check_channels=lambda images: None
+    )
     scans = raw_scans(source, network, out=source / "out", **options)
     start = source if source.is_dir() else source.parent
     return {scan.id: {name: str(Path(path).relative_to(start)) for name, path in scan.files.items()} for scan in scans}
@@ -99,6 +101,13 @@ def test_what_is_passed_over_is_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="UPPER.NII: not searched") as caught:
         assert len(found(tmp_path)) == 1
     assert any("folder: not searched (a link that leads nowhere)" in str(one.message) for one in caught)
+
+
+def test_results_inside_the_folder_are_no_scans_of_a_pattern_either(tmp_path: Path) -> None:
+    scan = a_scan(tmp_path, "new")
+    (tmp_path / "out").mkdir()
+    shutil.copy(scan, tmp_path / "out" / "new.nii.gz")
+    assert found(tmp_path, images={"t1": "**/*.nii.gz"}) == {"new": {"t1": "new.nii.gz"}}
 
 
 def test_numbers_that_are_not_channels_stay_in_the_ids(tmp_path: Path) -> None:

@@ -128,6 +128,19 @@ def test_a_stopped_command_goes_on_with_what_is_missing(
     assert run("labelled=1")[0] == 0 and len(done) == 1 and (out / "s2.nii.gz").exists()
 
 
+def test_another_scan_of_the_same_name_is_not_done(run: Callable, raw: Path, tmp_path: Path, monkeypatch) -> None:
+    quick(monkeypatch)
+    for site, source in (("a", "s1"), ("b", "s2")):
+        (tmp_path / site).mkdir()
+        shutil.copy(raw / f"{source}_T1w.nii.gz", tmp_path / site / "new.nii.gz")
+    code, shown = run("labelled=[s0]", input=tmp_path / "a")
+    assert code == 0 and "done already" not in shown
+    assert "1 of 1 scans are done already" in run("labelled=[s0]", input=tmp_path / "a")[1]
+    code, shown = run("labelled=[s0]", input=tmp_path / "b")
+    assert code == 0 and "done already" not in shown
+    assert "1 of 1 scans are done already" in run("labelled=[s0]", input=tmp_path / "b")[1]
+
+
 def test_label_maps_of_other_atlases_and_of_networks_are_not_mixed(
     run: Callable, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +186,33 @@ def test_a_split_chooses_the_atlases_and_the_scans(run: Callable, tmp_path: Path
     assert code == 0 and "each scan: s2, s1, fusion joint\n" in shown
     assert sorted(path.name for path in (tmp_path / "all").glob("*.nii.gz")) == ["s0.nii.gz", "s3.nii.gz"]
     assert json.loads((tmp_path / "all" / "atlas.json").read_text())["fusion"] == "joint"
+
+
+def test_law_networks_beside_atlases_do_not_predict_the_scans_they_were_trained_on(
+    run: Callable, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    folds = [network_of(heads, tmp_path / f"fold{k}", seed=k) for k in (0, 1)]
+    write_split(folds[0] / "split.json", {"train": ["s1", "s2"], "validation": [], "test": ["s0", "s3"]})
+    write_split(folds[1] / "split.json", {"train": ["s0", "s2"], "validation": [], "test": ["s1", "s3"]})
+    given = (f"split_file={folds[0]}/split.json", "part=test", "labelled=1")
+    code, shown = run(*given, f"checkpoint=[{folds[0]},{folds[1]}]")
+    assert code == 1 and f"{folds[1]} has other subjects there than {folds[0]}/split.json" in shown
+    assert run(*given, f"checkpoint={folds[0]}")[0] == 0
+
+
+def test_beside_networks_raw_scans_get_the_voxels_that_these_take(
+    run: Callable, heads: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    scan = read_image(raw / "s3_T1w.nii.gz")
+    finer = np.repeat(np.repeat(np.repeat(scan.data, 2, 0), 2, 1), 2, 2)
+    (tmp_path / "raw").mkdir()
+    write_image(tmp_path / "raw" / "fine.nii.gz", finer, scan.affine @ np.diag([0.5, 0.5, 0.5, 1]))
+    network = network_of(heads, tmp_path / "run")
+    code, shown = run("labelled=1", f"checkpoint={network}", input=tmp_path / "raw")
+    assert code == 0 and "resampled to 4 mm, and the result back" in shown
+    assert read_image(tmp_path / "out" / "fine.nii.gz").data.shape == finer.shape
 
 
 def test_votes_of_several_atlases_are_written_as_probabilities_that_sum_to_1(
