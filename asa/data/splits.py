@@ -216,15 +216,15 @@ def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:
         raise ValueError(f"{path}: a split is JSON with lists of subjects under train, validation and test")
     if unknown := [name for name in split if name not in PARTS]:
         raise ValueError(f"{path}: unknown part {unknown[0]!r}; a split has train, validation and test")
-    part_of: dict[str | int, str] = {}
+    part_of: dict[str, str] = {}
     for name in PARTS:
         for subject in split.get(name, ()):
             if not isinstance(subject, str | int):
                 raise ValueError(f"{path}: {name} lists {subject!r}, which is no name of a subject")
-            if subject in part_of:
-                where = f"in {part_of[subject]} and in {name}" if part_of[subject] != name else f"twice in {name}"
-                raise ValueError(f"{path}: subject {subject} is {where}; list it once")
-            part_of[subject] = name
+            if (text := str(subject)) in part_of:
+                where = f"in {part_of[text]} and in {name}" if part_of[text] != name else f"twice in {name}"
+                raise ValueError(f"{path}: subject {text} is {where}; list it once")
+            part_of[text] = name
     return {name: [str(subject) for subject in split.get(name, ())] for name in PARTS}
 
 

@@ -247,6 +247,7 @@ def test_a_split_is_the_same_after_writing_and_reading(tmp_path):
     [
         ('{"train": ["a"], "test": ["a"]}', "subject a is in train and in test"),
         ('{"train": ["a", "a"]}', "twice in train"),
+        ('{"train": [1], "test": ["1"]}', "in train and in test"),
         ('{"trian": ["a"]}', "unknown part 'trian'"),
         ('["a"]', "a split is JSON with lists"),
         ('{"train": ', "not valid JSON"),

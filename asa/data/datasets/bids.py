@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
-from asa.data.io.files import NOT_HERE, matching_files
+from asa.data.io.files import NOT_HERE, is_utf8, matching_files
 from asa.data.io.tables import EMPTY, match_names, read_header, read_rows
 
 CHANNELS = {"t1": "T1w"}
 FOLDERS = ("anat", "t1_linear")  # of BIDS, and of Clinica's t1-linear pipeline
+NAMING = ("sub-", "ses-", "run-")  # entities that tell scans apart
 _ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")
 
 
@@ -59,14 +60,17 @@ def records(
         if entity in chosen:
             raise ValueError(f"data.entities: {entity} has a value of its own, {chosen[entity]}: give one of the two")
         chosen[entity] = None if value is None else str(value)
-    keys = ("sub", "ses", "run") if len(channels) == 1 else ("sub", "ses")
+    of_runs = len(channels) == 1
+    # Where a run is required, a file without one may stand for it: the best of a session is chosen.
+    keys = ("sub", "ses", "run") if of_runs and chosen.get("run") is None else ("sub", "ses")
     problems: dict[str, str] = {}
-    files = {channel: _files(root, suffix, keys) for channel, suffix in channels.items()}
+    files = {channel: _files(root, suffix, keys, problems) for channel, suffix in channels.items()}
     found = {channel: _choose(pairs, chosen, problems) for channel, pairs in files.items()}
     labels, labels_root = {}, root
     if label is not None:
         labels_root = existing_folder(label_root or root, "the label maps").absolute()
-        labels = _choose(_files(labels_root, label, keys), chosen, problems, labels=True)
+        others = {key: value for key, value in chosen.items() if key not in dict(_ENTITY.findall(label))}
+        labels = _choose(_files(labels_root, label, keys, problems), others, problems, labels=True)
     scans = set[str]().union(*found.values())
     everything = {scan for pairs in files.values() for scan, _ in pairs}
     _warn_of_others(root, " or ".join(channels.values()), everything, scans, chosen)
@@ -76,11 +80,13 @@ def records(
     result: list[Record] = []
     for scan in scans:
         paths = {channel: by_scan.get(scan) for channel, by_scan in found.items()}
-        subject, truth = scan.split("_")[0], labels.get(scan)
+        subject, truth, id = scan.split("_")[0], labels.get(scan), scan
         if label is not None and truth is None:
             image = next(path for path in paths.values() if path)
             truth = labels_root / image.relative_to(root).with_name(f"{_stem(image)}_{label}.nii.gz")
-        record = make_record(scan, subject, paths, site=sites.get(subject, ""), label=truth)
+        if of_runs and "run" not in keys and (number := entities_of(next(filter(None, paths.values()))).get("run")):
+            id = f"{scan}_run-{number}"
+        record = make_record(id, subject, paths, site=sites.get(subject, ""), label=truth)
         if scan in problems:
             record["problem"] = problems[scan]
         result.append(record)
@@ -91,8 +97,8 @@ def records(
     return sorted_records(result, source=source)
 
 
-def _files(root: Path, suffix: str, keys: Sequence[str]) -> list[tuple[str, Path]]:
-    """Scan, named by its entities `keys`, and path of each file."""
+def _files(root: Path, suffix: str, keys: Sequence[str], problems: dict[str, str]) -> list[tuple[str, Path]]:
+    """Scan, named by its entities `keys`, and path of each file; of one with a name that is not of BIDS the problem."""
     patterns = [
         f"{above}sub-*/{session}{folder}/sub-*_{suffix}.nii{gz}"
         for above in ("", "subjects/")
@@ -100,12 +106,20 @@ def _files(root: Path, suffix: str, keys: Sequence[str]) -> list[tuple[str, Path
         for folder in FOLDERS
         for gz in ("", ".gz")
     ]
-    named = [(entities_of(path), path) for path in matching_files(root, *patterns)]
-    return [
-        ("_".join(f"{key}-{entities[key]}" for key in keys if key in entities), path)
-        for entities, path in named
-        if "sub" in entities
-    ]
+    found = []
+    for path in matching_files(root, *patterns):
+        entities, stem = entities_of(path), _stem(path)
+        if "sub" not in entities:
+            continue
+        scan = "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
+        wrong = [part for part in stem.split("_") if part[:4] in NAMING and not _ENTITY.fullmatch(part)]
+        if wrong and is_utf8(path):
+            scan = stem
+            problems[scan] = (
+                f"{path.name}: {wrong[0]} is no entity of BIDS, whose values have only letters and digits: rename it"
+            )
+        found.append((scan, path))
+    return found
 
 
 def _choose(
@@ -153,8 +167,13 @@ def _text(chosen: Mapping[str, str | None]) -> str:
 
 
 def entities_of(path: Path) -> dict[str, str]:
-    """Entity -> value of a file name, like `{"sub": "01", "ses": "1"}`, without the suffix."""
-    return dict(_ENTITY.findall(_stem(path)))
+    """Entity -> value of a file name, like `{"sub": "01", "ses": "1"}`, without the suffix.
+
+    A session that only the folders name is taken from them.
+    """
+    found = dict(_ENTITY.findall(_stem(path)))
+    session = path.parent.parent.name
+    return {**found, "ses": session[4:]} if "ses" not in found and session.startswith("ses-") else found
 
 
 def _stem(path: Path) -> str:

@@ -46,6 +46,7 @@ def records(
     if isinstance(datasets, str):
         raise ValueError(f"data.datasets={datasets}: give a list, like [{datasets}]")
     found, strange, others, subjects = [], [], set(), set()
+    there: set[str] = set()  # datasets, and sequences
     for path in matching_files(root, "**/*.nii*"):
         relative, stem = path.relative_to(root), path.name.removesuffix(".nii.gz")
         folders = next((below for end, below in LAYOUTS.items() if relative.match(end)), None)
@@ -60,12 +61,15 @@ def records(
         if datasets is not None and dataset not in datasets:
             continue
         subjects.add(f"{dataset}_{subject}")
+        there |= {dataset, _sequence(stem)}
         if _is_of(stem, sequences):
             name = stem if _ENTITIES.match(stem) else f"{subject}_{session}_{stem}"
             found.append(make_record(f"{dataset}_{name}", f"{dataset}_{subject}", {channel: path}, site=dataset))
         else:
             others.add(_sequence(stem))
     _warn_of_absent(root, sequences, datasets)
+    if found and (lacking := sorted({*(datasets or ()), *map(_sequence, sequences)} - there)):
+        warnings.warn(f"{root}: has nothing of {', '.join(lacking)}: check the names", stacklevel=2)
     if strange:
         warnings.warn(
             f"{root}: {len(strange)} images are left out, being no .nii.gz in DATASET/sub_N/ses_N, like {strange[0]}",

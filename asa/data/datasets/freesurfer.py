@@ -144,7 +144,8 @@ def records(
         else:
             truth = None if label is None else label_file(folder / "mri" / label, ENDINGS)
             bids = re.match(BIDS, base or name)
-            owner = base_of.get(name) or (bids.group(1) if bids else base or name)
+            # By BIDS first: a template may not list all time points.
+            owner = bids.group(1) if bids else base_of.get(name) or base or name
             found = {"t1": find_file(folder / "mri" / image, ENDINGS)}
             result.append(make_record(name, owner, found, label=truth))
     for reason, names in left.items():

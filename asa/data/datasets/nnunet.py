@@ -49,7 +49,8 @@ def records(root: str | Path, *, part: str = "train", subject: str | None = None
         found, source = _listed(root, about["dataset"], channels), f"the cases that {root / DESCRIPTION} lists"
     else:
         found = []
-        for case in sorted({path.name.removesuffix(ending)[:-5] for path in (root / images).glob(f"*_????{ending}")}):
+        files = [path.name for path in (root / images).glob(f"*_????{ending}") if not path.name.startswith(".")]
+        for case in sorted({name.removesuffix(ending)[:-5] for name in files}):
             stem = root / images / case
             paths = {name: find_file(f"{stem}_{number:04d}", (ending,)) for number, name in channels.items()}
             found.append(make_record(case, case, paths, label=root / labels / f"{case}{ending}" if labels else None))

@@ -59,5 +59,7 @@ def records(root: str | Path, *, modalities: Sequence[str] = ("T1w",), masks: bo
             f"{root}: {len(chosen) - len(found)} of {len(chosen)} images of the table are not here", stacklevel=2
         )
     known = sorted({row[COLUMNS["modality"]] for row in rows})
+    if found and (lacking := sorted(set(modalities) - set(known))):
+        warnings.warn(f"{root}: has nothing of {', '.join(lacking)}, but {', '.join(known)}", stacklevel=2)
     source = f"images of {'|'.join(modalities)} in {root / TABLE}, which has {', '.join(known)}, below {root / FILES}"
     return sorted_records(found, source=source)

@@ -51,14 +51,12 @@ def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:
         ValueError: as `check_records`, or every scan has a problem, of which the first is raised.
     """
     named: dict[str, Record] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: not _is_id(record["id"])):  # none takes the id of a good one
         problem = record.get("problem") or _problem(record, source)
         id = record["id"]
         if id in named:
             problem = f"{id}: several scans have this id; change the wildcards or the table"
-        try:
-            check_id(id)
-        except ValueError:
+        if not _is_id(id):
             id = re.sub(r"[^A-Za-z0-9-]+", "_", id)[:100].strip("_") or "unnamed"
             while id in named:
                 id += "_"
@@ -68,6 +66,14 @@ def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:
     if result and all("problem" in record for record in result):
         raise ValueError(result[0]["problem"])
     return result
+
+
+def _is_id(text: str) -> bool:
+    try:
+        check_id(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _problem(record: Record, source: str) -> str:

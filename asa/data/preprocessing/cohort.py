@@ -4,11 +4,10 @@ import functools
 import importlib.metadata
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def prepare_cohort(
                 next_save = time.monotonic() + SAVE_EVERY
         kept = [read(id) for id in entries if id in ids and id not in identities]
         known = (read(id) for id in entries if id not in ids)
-        for id, reason in find_duplicates(known, [*identities.values(), *kept]).items():
+        for id, reason in find_duplicates(known, [*identities.values(), *kept], new=set(report.prepared)).items():
             if cohort.duplicates == "keep":
                 report.warnings.setdefault(id, []).append(reason)
                 failure = ""
@@ -200,6 +199,7 @@ def _open(root: Path, header: dict[str, Any]) -> tuple[dict[str, bytes], dict[st
         before = {"asa": existing.get("asa"), **(known if isinstance(known, dict) else {})}
         changed = {name: now.get(name) for name in sorted(now.keys() | before) if now.get(name) != before.get(name)}
         header |= {key: existing[key] for key in ("asa", "software") if key in existing}
+        header["regions"] = header["regions"] or existing["regions"]
         if changed and entries:
             shown = ", ".join(f"{name} {version} instead of {before.get(name)}" for name, version in changed.items())
             warnings.warn(f"{root}: was made with other versions ({shown}): scans are marked by theirs", stacklevel=2)
@@ -235,19 +235,20 @@ def _identity(entry: Entry) -> Entry:
     return {key: entry[key] for key in ("id", "subject", "identity")}
 
 
-def find_duplicates(known: Iterable[Entry], found: Iterable[Entry]) -> dict[str, str]:
+def find_duplicates(known: Iterable[Entry], found: Iterable[Entry], new: Collection[str] = ()) -> dict[str, str]:
     """Of scans with the same voxels all but the first, among the found: id -> which scan it repeats.
 
     Args:
         known: entries of scans that only the store holds; these come first, and repeat none.
         found: entries of the scans of this run.
+        new: ids of those that were prepared only now, which come last.
     """
     first_with: dict[str, tuple[str, str]] = {}
     reasons = {}
     for entry in known:
         for identity in entry["identity"].values():
             first_with.setdefault(identity, (entry["id"], entry["subject"]))
-    for entry in sorted(found, key=itemgetter("id")):
+    for entry in sorted(found, key=lambda entry: (entry["id"] in new, entry["id"])):
         for channel, identity in entry["identity"].items():
             first, subject = first_with.setdefault(identity, (entry["id"], entry["subject"]))
             if first != entry["id"]:

@@ -110,7 +110,9 @@ def prepare_scan(
         try:
             outcome = _prepare(job, root, cohort, software, thumbnail)
         except Exception as error:  # one scan must not stop the cohort
-            outcome = ScanOutcome(reason=reason_of(error), keep=_holds_another(job, root))
+            # What cannot be read now, as on a disk that is not there, was not found to be wrong.
+            keep = isinstance(error, OSError) or "problem" in job.record or _holds_another(job, root)
+            outcome = ScanOutcome(reason=reason_of(error), keep=keep)
         finally:
             torch.set_num_threads(threads)
     messages = [str(warning.message) for warning in caught if warning.category is UserWarning]

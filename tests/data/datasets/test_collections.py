@@ -103,6 +103,12 @@ def test_images_outside_the_layout_and_subjects_without_the_sequence_are_counted
         fomo.records(tmp_path, datasets=["PT1"])
 
 
+def test_names_that_nothing_has_are_told(tmp_path: Path) -> None:
+    plant(tmp_path, "PT001_A/sub_1/ses_1/t1.nii.gz", "PT002_B/sub_1/ses_1/t1.nii.gz")
+    with pytest.warns(UserWarning, match="has nothing of PT02_B, flaair: check the names"):
+        assert len(fomo.records(tmp_path, datasets=["PT001_A", "PT02_B"], sequences=["t1", "flaair"])) == 1
+
+
 def test_datasets_are_a_list_and_no_part_of_a_name(tmp_path: Path) -> None:
     plant(tmp_path, "PT001_A/sub_1/ses_1/t1.nii.gz")
     with pytest.raises(ValueError, match=r"data.datasets=XPT001_APT003_C: give a list, like \[XPT001_APT003_C\]"):
@@ -141,6 +147,8 @@ def test_the_table_names_images_their_datasets_and_masks(tmp_path: Path) -> None
         },
     ]
     assert ids(openmind.records(tmp_path, modalities=["FA"])) == ["ds000002_sub-01_dwi_FA"]
+    with pytest.warns(UserWarning, match="has nothing of Fa, but FA, T1w"):
+        openmind.records(tmp_path, modalities=["T1w", "Fa"])
     assert "label" not in openmind.records(tmp_path, modalities=["T1w", "FA"], masks=False)[0]
     with pytest.raises(ValueError, match="no scans found: images of T2w in .*csv, which has FA, T1w, below"):
         openmind.records(tmp_path, modalities=["T2w"])

@@ -373,6 +373,38 @@ def test_bids_advice_about_several_label_maps_finds_them(tmp_path, names):
     assert sorted(Path(record["label"]).name for node in nodes for record in build(node)) == sorted(files)
 
 
+def test_bids_a_required_run_is_one_scan_of_a_session_with_its_label_map(tmp_path):
+    anat = "sub-01/anat/sub-01"
+    plant(tmp_path, f"{anat}_run-1_T1w.nii.gz", f"{anat}_T1w.nii.gz", f"{anat}_dseg.nii.gz")
+    (found,) = bids.records(tmp_path, run="1", label="dseg")
+    assert (found["id"], found["subject"], Path(found["images"]["t1"]).name) == (
+        "sub-01_run-1", "sub-01", "sub-01_run-1_T1w.nii.gz"
+    )  # fmt: skip
+    assert found["label"] == str(tmp_path / f"{anat}_dseg.nii.gz")
+    assert [record["id"] for record in bids.records(tmp_path)] == ["sub-01", "sub-01_run-1"]
+
+
+def test_bids_label_maps_that_name_a_desc_belong_to_images_of_another(tmp_path):
+    anat = "sub-01/anat/sub-01"  # as fMRIPrep writes them
+    plant(tmp_path, f"{anat}_desc-preproc_T1w.nii.gz", f"{anat}_desc-aseg_dseg.nii.gz", f"{anat}_dseg.nii.gz")
+    (found,) = bids.records(tmp_path, desc="preproc", label="desc-aseg_dseg")
+    assert found["label"] == str(tmp_path / f"{anat}_desc-aseg_dseg.nii.gz")
+
+
+def test_bids_names_with_hyphens_in_a_value_are_told_and_not_cut(tmp_path):
+    names = ("sub-HC-01/anat/sub-HC-01_T1w.nii.gz", "sub-HC-02/anat/sub-HC-02_T1w.nii.gz")
+    plant(tmp_path, *names, "sub-03/anat/sub-03_T1w.nii.gz")
+    good, *others = bids.records(tmp_path)
+    assert good["id"] == "sub-03" and "problem" not in good
+    assert [(one["id"], one["subject"]) for one in others] == [("sub-HC-01",) * 2, ("sub-HC-02",) * 2]
+    assert all("sub-HC-0" in one["problem"] and "is no entity of BIDS" in one["problem"] for one in others)
+
+
+def test_bids_a_session_that_only_the_folders_name_is_one(tmp_path):
+    plant(tmp_path, *(f"sub-01/ses-{k}/anat/sub-01_T1w.nii.gz" for k in (1, 2)))
+    assert [record["id"] for record in bids.records(tmp_path)] == ["sub-01_ses-1", "sub-01_ses-2"]
+
+
 @pytest.mark.parametrize("tree", ["", "derivatives/manual/"])
 def test_bids_label_maps_lie_in_the_tree_or_in_another_and_a_missing_one_has_its_place(tmp_path, tree):
     anat = "sub-{0}/anat/sub-{0}_space-MNI"
@@ -568,6 +600,13 @@ def test_brats_years_are_told_by_their_names_and_never_mixed(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- freesurfer
+
+
+def test_law_freesurfer_time_points_of_one_bids_subject_are_one_subject(tmp_path):
+    plant(tmp_path, *volumes(*(f"sub-1_ses-{k}" for k in (1, 2, 3)), "sub-1_base"))
+    (tmp_path / "sub-1_base" / "base-tps").write_text("sub-1_ses-1\nsub-1_ses-2\n")
+    with pytest.warns(UserWarning, match="longitudinal templates"):
+        assert {record["subject"] for record in freesurfer.records(tmp_path)} == {"sub-1"}
 
 
 def volumes(*folders: str, files: tuple[str, ...] = ("T1.mgz", "norm.mgz", "aseg.mgz", "aparc+aseg.mgz")) -> list[str]:

@@ -2,11 +2,17 @@
 
 import pytest
 
-from asa.data.datasets.record import Record, check_records
+from asa.data.datasets.record import Record, check_records, sorted_records
 
 
 def scan(id: str, **images: str | None) -> Record:
     return {"id": id, "subject": id, "images": images}
+
+
+def test_a_scan_with_an_unusable_id_does_not_take_that_of_another():
+    good, bad = sorted_records([scan("._c1", t1="a.nii"), scan("c1", t1="b.nii")], source="here")
+    assert good["id"] == "c1" and "problem" not in good
+    assert bad["id"] == "c1_" and "not usable as an id" in bad["problem"]
 
 
 def test_inconsistent_records_are_refused():

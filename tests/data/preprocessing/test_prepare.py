@@ -454,6 +454,32 @@ def test_a_scan_that_became_invalid_is_removed_from_the_store(cohort, tmp_path):
     assert not (tmp_path / "store/images/s2.npy").exists()
 
 
+def test_law_a_source_that_cannot_be_read_now_loses_nothing(cohort, tmp_path):
+    run(cohort, tmp_path / "store")
+    before = bytes_of(tmp_path / "store")
+    (tmp_path / "raw").rename(tmp_path / "away")  # a disk that is not mounted
+    failed = run(cohort, tmp_path / "store").failures
+    assert list(failed) == ["s0", "s1", "s2", "s3"] and "no such file" in failed["s0"]
+    assert bytes_of(tmp_path / "store") == before
+    ambiguous = [{**cohort[0], "problem": "s0: both s0_a and s0_b match"}]
+    assert list(run(ambiguous, tmp_path / "store").failures) == ["s0"] and bytes_of(tmp_path / "store") == before
+
+
+def test_a_copy_does_not_put_out_the_scan_that_the_store_holds(cohort, tmp_path):
+    run(cohort, tmp_path / "store")
+    copy = {"id": "a", "subject": "a", "images": cohort[2]["images"], "label": cohort[2]["label"]}
+    failed = run([copy, *cohort], tmp_path / "store").failures
+    assert list(failed) == ["a"] and "same scan as in s2" in failed["a"]
+    assert [record["id"] for record in Store(tmp_path / "store").records] == ["s0", "s1", "s2", "s3"]
+
+
+def test_regions_of_a_store_stay_where_more_scans_are_prepared_without_any(cohort, tmp_path):
+    regions = {"whole": [2, 7]}
+    run(cohort[:2], tmp_path / "store", regions=regions)
+    run(cohort, tmp_path / "store")
+    assert Store(tmp_path / "store").regions == regions
+
+
 def test_a_missing_array_is_prepared_again(cohort, tmp_path):
     run(cohort, tmp_path / "store")
     before = bytes_of(tmp_path / "store")
