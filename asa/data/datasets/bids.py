@@ -113,7 +113,7 @@ def _files(root: Path, suffix: str, keys: Sequence[str], problems: dict[str, str
             continue
         scan = "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
         wrong = [part for part in stem.split("_") if part[:4] in NAMING and not _ENTITY.fullmatch(part)]
-        if wrong and is_utf8(path):
+        if wrong and is_utf8(path.name):
             scan = stem
             problems[scan] = (
                 f"{path.name}: {wrong[0]} is no entity of BIDS, whose values have only letters and digits: rename it"
