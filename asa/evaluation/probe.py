@@ -19,9 +19,10 @@ from asa.errors import require
 from asa.evaluation.scans import balanced_accuracy, mean_auc, score_numbers
 from asa.evaluation.statistics import resample_subjects
 
-Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # training features, targets, test features -> (M, K)
+# Training features, their targets and subjects, and test features -> (M, K).
+Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 MOST_NEIGHBOURS = 50
-INNER_FOLDS = 5  # of the training scans, for the penalty of the logistic regression
+INNER_FOLDS = 5  # of the training subjects, to choose a penalty
 LOGISTIC_PENALTIES = np.logspace(-2, 4, 7)
 PENALTIES = np.logspace(-3, 6, 28)  # of the ridge regression, for standardised features
 
@@ -139,7 +140,7 @@ def probe_numbers(
     truth = np.array([float(value) for value in values])
     fold = folds_of(subjects, folds)
     guessed = np.array([truth[fold != own].mean() for own in fold])
-    predicted = predict_by_folds(features, truth[:, None], fold, fit)[:, 0]
+    predicted = predict_by_folds(features, truth[:, None], subjects, fold, fit)[:, 0]
     return NumberProbe(predicted, truth, np.array(subjects), guessed)
 
 
@@ -156,25 +157,34 @@ def probe_classes(
     names, truth = np.unique(values, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"all {len(values)} scans are of class {str(names[0])!r}: a probe needs two or more")
-    found = predict_by_folds(features, np.eye(len(names))[truth], folds_of(subjects, folds), fit)
+    # Folds with more of a class would have trainings with fewer, and an AUC over all folds below 0.5 by chance.
+    fold = folds_of(subjects, folds, values)
+    found = predict_by_folds(features, np.eye(len(names))[truth], subjects, fold, fit)
     return ClassProbe(names[found.argmax(axis=1)], truth, np.array(subjects), found)
 
 
-def folds_of(subjects: Sequence[str], folds: int) -> np.ndarray:
+def folds_of(subjects: Sequence[str], folds: int, classes: Sequence[str] | None = None) -> np.ndarray:
     """The fold of each scan, int `(N,)`: subjects in the order of their hashes are dealt out in turn.
+
+    With the scans' `classes` those of one class come after those of another, so that folds have nearly equal numbers
+    of each; the class of a subject is that of its first scan.
 
     Raises:
         ValueError: fewer than 2 folds, or fewer subjects than folds.
     """
-    names = sorted(set(subjects), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    first = dict(zip(reversed(subjects), reversed(classes or [""] * len(subjects)), strict=True))
+    names = sorted(first, key=lambda name: (first[name], hashlib.sha256(name.encode()).hexdigest()))
     if not isinstance(folds, int) or folds < 2 or len(names) < folds:
         raise ValueError(f"folds={folds}: give a number from 2 to that of the subjects, {len(names)}")
     place = {name: k % folds for k, name in enumerate(names)}
     return np.array([place[name] for name in subjects])
 
 
-def predict_by_folds(features: np.ndarray, targets: np.ndarray, fold: np.ndarray, fit: Fit) -> np.ndarray:
+def predict_by_folds(
+    features: np.ndarray, targets: np.ndarray, subjects: Sequence[str], fold: np.ndarray, fit: Fit
+) -> np.ndarray:
     """Predictions `(N, K)` of each fold from the others."""
+    numbers = np.unique(subjects, return_inverse=True)[1]
     found = np.empty_like(targets, dtype=float)
     for own in np.unique(fold):
         train = fold != own
@@ -183,7 +193,7 @@ def predict_by_folds(features: np.ndarray, targets: np.ndarray, fold: np.ndarray
             continue
         sd = features[train].std(axis=0)
         scaled = features / np.where(sd > 0, sd, 1.0)  # where a fit has a centre, it is its own
-        found[~train] = fit(scaled[train], targets[train], scaled[~train])
+        found[~train] = fit(scaled[train], targets[train], numbers[train], scaled[~train])
     return found
 
 
@@ -194,40 +204,51 @@ def _scikit_learn(module: str) -> Any:
     return require(f"sklearn.{module}", "probe", "policy=probe")
 
 
-def ridge(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Ridge regression with an intercept, its penalty chosen by the leave-one-out error.
+def ridge(train: np.ndarray, targets: np.ndarray, subjects: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Ridge regression with an intercept, its penalty chosen by the error of subjects that are left out.
 
-    From scans `(N, E)` with targets `(N, K)` to others, `(M, E)` -> `(M, K)`.
+    That is one at a time, or a fifth of them where subjects have several scans. From scans `(N, E)` with targets
+    `(N, K)`, and subjects `(N,)` as numbers, to others, `(M, E)` -> `(M, K)`.
     """
-    found = _scikit_learn("linear_model").RidgeCV(alphas=PENALTIES).fit(train, targets).predict(test)
+    inner: dict[str, Any] = {}
+    if 1 < (count := len(np.unique(subjects))) < len(subjects):
+        grouped = _scikit_learn("model_selection").GroupKFold(min(INNER_FOLDS, count))
+        inner = {"cv": list(grouped.split(train, groups=subjects)), "scoring": "neg_mean_squared_error"}
+    found = _scikit_learn("linear_model").RidgeCV(alphas=PENALTIES, **inner).fit(train, targets).predict(test)
     return np.asarray(found).reshape(len(test), -1)
 
 
-def nearest(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """The mean target of the nearest training scans, their number (up to 50) chosen by the leave-one-out error.
+def nearest(train: np.ndarray, targets: np.ndarray, subjects: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """The mean target of the nearest training scans, their number (up to 50) chosen by the error on the training scans.
 
-    Shapes as for `ridge`; distances are Euclidean.
+    Each of these is predicted without the scans of its subject. Shapes as for `ridge`; distances are Euclidean.
     """
-    counts = np.arange(1, min(MOST_NEIGHBOURS, len(train) - 1) + 1)
-    search = _scikit_learn("neighbors").NearestNeighbors(n_neighbors=len(counts)).fit(train)
+    most = int(np.bincount(subjects).max())  # scans of a subject
+    counts = np.arange(1, max(1, min(MOST_NEIGHBOURS, len(train) - most)) + 1)
+    search = _scikit_learn("neighbors").NearestNeighbors().fit(train)
 
-    def means(scans: np.ndarray | None) -> np.ndarray:
-        """Mean targets (scans, counts, K); of the training scans, each without itself, for None."""
-        order = search.kneighbors(scans, return_distance=False)
-        return np.cumsum(targets[order], axis=1) / counts[:, None]
+    def means(order: np.ndarray) -> np.ndarray:
+        """Mean targets (scans, counts, K) of the scans' neighbours (scans, counts)."""
+        return np.asarray(np.cumsum(targets[order], axis=1) / counts[:, None])
 
-    best = int(np.square(means(None) - targets[:, None]).sum(axis=(0, 2)).argmin())
-    return np.asarray(means(test)[:, best])
+    near = search.kneighbors(train, min(len(train), len(counts) + most), return_distance=False)
+    last = np.argsort(subjects[near] == subjects[:, None], axis=1, kind="stable")  # those of the subject itself
+    others = np.take_along_axis(near, last, axis=1)[:, : len(counts)]
+    best = int(np.square(means(others) - targets[:, None]).sum(axis=(0, 2)).argmin())
+    return means(search.kneighbors(test, len(counts), return_distance=False))[:, best]
 
 
-def logistic(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Multinomial logistic regression with an L2 penalty, chosen by the likelihood in five folds of the training scans.
+def logistic(train: np.ndarray, targets: np.ndarray, subjects: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Multinomial logistic regression with an L2 penalty, chosen by the likelihood in five folds over the subjects.
 
     Shapes as for `ridge`; targets are indicators, and the result is probabilities.
     """
     linear = _scikit_learn("linear_model")
     turned = _scikit_learn("decomposition").PCA().fit(train)  # as many unknowns as scans, however many features
-    inside, truth, fold = turned.transform(train), targets.argmax(axis=1), np.arange(len(train)) % INNER_FOLDS
+    inside, truth = turned.transform(train), targets.argmax(axis=1)
+    turn = {number: k for k, number in enumerate(dict.fromkeys(subjects.tolist()))}
+    places = [turn[number] for number in subjects.tolist()] if len(turn) > 1 else range(len(train))
+    fold = np.array(places) % INNER_FOLDS
 
     def predict(penalty: float, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
         found, present = np.zeros((len(places), targets.shape[1])), np.unique(truth[rows])

@@ -32,7 +32,13 @@ class NTXent(nn.Module):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: must be above 0")
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnt)
+        start = torch.tensor(math.log(temperature))
+        # A fixed one is no parameter: modules of which all are frozen stay in evaluation mode, where no rank is asked.
+        self.log_temperature: Tensor
+        if learnt:
+            self.log_temperature = nn.Parameter(start)
+        else:
+            self.register_buffer("log_temperature", start)
         self.least = math.log(temperature / 50)
 
     def forward(self, one: Tensor, other: Tensor, reduction: str = "mean") -> Tensor:

@@ -84,6 +84,8 @@ class Segmentation(nn.Module):
         """Loss of a batch with "image" and "label", and "mirror" if the network takes it."""
         mirrored = {"mirrored": batch["mirror"]} if self.mirrored else {}
         logits = self.model(batch["image"], deep_supervision=True, **mirrored)
+        if not self.training and isinstance(self.loss, DeeplySupervisedDiceCE):
+            self.loss.background_weight = self.background_weights[1]  # so that validations can be compared
         return {"loss": self.loss(logits, batch["label"])}
 
     def label_map(self, logits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Letters: volume `B C D H W`, embedding width e; level k = 0..4 has 1 / 2^(k+1) o
 channels; tokens `B L E` are those of the last level, E = 16 e, in raster order.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -80,6 +81,20 @@ class Swin(nn.Module):
     def token_grid(self, volume: Tensor) -> tuple[int, int, int]:
         """Tokens of the last level along each axis of volumes `(B, C, D, H, W)`."""
         return grid_size(volume.shape[2:], STRIDE)
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that weight decay is not applied to, beside biases and norms."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    def layers_above(self, name: str) -> int:
+        """Layers between a parameter and the encoder's output: 1 for the last block, and so on, as of `SWViT`."""
+        depths = [len(getattr(self.swin, f"layers{stage}")[0].blocks) for stage in range(1, 5)]
+        found = re.match(r"swin\.layers(\d)\.0\.(?:blocks\.(\d+))?", name)
+        if found is None:
+            return sum(depths) + 1
+        stage = int(found[1])
+        block = depths[stage - 1] - 1 if found[2] is None else int(found[2])  # the merging comes after the last one
+        return sum(depths[stage - 1 :]) - block
 
     def forward(self, volume: Tensor) -> Tensor:
         """The tokens of the last level: `(B, C, D, H, W)` -> `(B, L, E)`."""

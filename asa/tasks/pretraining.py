@@ -152,7 +152,7 @@ class Pretraining(VolumeTask):
     def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
         for modality in ("", *(f"_{modality}" for modality in self.trained)):
             name, trivial = (f"{error}{modality}" for error in method.error)
-            if name in metrics:
+            if metrics.get(trivial):  # 0 where nothing was hidden
                 ratio, said = metrics[name] / metrics[trivial], predictor_of(method.error[1])
                 print(f"{name} {metrics[name]:.5f}, {ratio:.2f} of the {said}'s {metrics[trivial]:.5f}")
 

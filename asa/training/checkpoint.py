@@ -337,7 +337,8 @@ def _check_size(node: Mapping[str, Any], weights: Mapping[str, Tensor], source: 
     for key, value in flatten(node).items():
         numbers = value if isinstance(value, list) else [value]
         limit = len(weights) if any(name in key for name in LAYERS) else LARGEST_NUMBER
-        if wrong := [number for number in numbers if isinstance(number, int | float) and not abs(number) <= limit]:
+        # Sizes are integers; other numbers, like the mean of what a network predicts, are in units of their own.
+        if wrong := [number for number in numbers if isinstance(number, int) and not abs(number) <= limit]:
             raise ValueError(f"{source}: does not match the model: {key}={wrong[0]} with {len(weights)} tensors")
     try:
         with torch.device("meta"):

@@ -34,11 +34,11 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None
     waits for another one, or makes no progress itself (see `heartbeat`), for the timeout ends with an error.
     """
     global _heartbeat_timeout
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events and streams are those of the current one
     if world_size() == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     store, me, world = next(dist.rendezvous("env://", timeout=timeout))

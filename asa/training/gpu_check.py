@@ -107,6 +107,7 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 
 def fit_line(needed: int | None, device: torch.device) -> str:
     """A line that compares the bytes that a step needs at its peak, None if they do not fit, with a GPU's free ones."""
+    torch.cuda.empty_cache()  # of what the measurement has left
     free, total = torch.cuda.mem_get_info(device)
     takes = "does not fit" if needed is None else f"takes {needed / GIB:.1f} GiB"
     line = (

@@ -3,7 +3,7 @@
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +153,14 @@ def train(
             save_checkpoint(run, step, method, description, training, settings.keep)
 
     @contextmanager
-    def stopped_at_once() -> Iterator[None]:
+    def stopped_at_once(weights: AbstractContextManager[None] | None = None) -> Iterator[None]:
         """Micro-batches or a validation, which a stop signal ends; they are done again when the run continues.
 
-        Several processes stop together, after a step.
+        Several processes stop together, after a step. No signal interrupts a change of the `weights`, and its undoing.
         """
         random = random_state(device)
         try:
-            with stop.at_once() if alone else nullcontext():
+            with weights or nullcontext(), stop.at_once() if alone else nullcontext():
                 yield
         except StopNow:
             guard.resolve()
@@ -176,7 +176,7 @@ def train(
     def run_validation() -> dict[str, float]:
         assert validate is not None
         method.eval()
-        with stopped_at_once(), torch.no_grad(), backend.autocast(), ema.swapped_in():
+        with stopped_at_once(ema.swapped_in()), torch.no_grad(), backend.autocast():
             metrics, pictures = validate(step)
             metric = settings.best
             is_best = metric is not None and distributed.on_main(
@@ -194,12 +194,17 @@ def train(
         if not settings.patience:
             return False
         best = distributed.on_main(lambda: read_best(run))
-        return best is not None and step - best["step"] >= settings.patience * settings.validate_every
+        if best is None or best["name"] != settings.best:
+            return False
+        return step - best["step"] >= settings.patience * settings.validate_every
 
     # --- loop
     last: dict[str, float] = {}
     with closing(log), stop_signals() as stop, deterministic(settings.deterministic):
+        tell = getattr(method, "progress", None)
         if step and validation_due() and not distributed.on_main(lambda: log.has(step, "validation")):
+            if tell:
+                tell((step - 1) / settings.steps)
             last = run_validation()  # the run was stopped between its checkpoint and this validation
 
         ended = out_of_patience()
@@ -212,7 +217,7 @@ def train(
                 ddp = spread(method, device)
                 log.message(f"step {step}: {', '.join(optim.freeze)} trained from here on")
             set_learning_rate(optimizer, schedule[step])
-            if tell := getattr(method, "progress", None):
+            if tell:
                 tell(step / settings.steps)
             meter.start_step()
             with stopped_at_once():

@@ -75,7 +75,7 @@ class NonFiniteGuard:
         copied = None
         if flags.is_cuda:
             flags, copied = flags.to("cpu", non_blocking=True), torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(skip.device))
         self.pending = StepCheck(step, flags, copied, self.ids, self.batches)
         self.losses, self.ids, self.batches = [], [], []
         return skip

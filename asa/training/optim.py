@@ -1,6 +1,7 @@
 """Optimizers, learning-rate schedules, frozen parameters, and the moving average of the weights (EMA)."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -107,6 +108,12 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
                 dot + name: settings.encoder_lr * settings.layer_decay ** module.layers_above(name)
                 for name, _ in module.named_parameters()
             }
+    if not scales and (settings.encoder_lr != 1 or settings.layer_decay != 1):
+        warnings.warn(
+            "optim.encoder_lr and optim.layer_decay have no effect: the layers of this network's encoder have no order "
+            "that is known here",
+            stacklevel=2,
+        )
     # Both groups of scale 1 are always there, so that the optimizer states of all checkpoints have the same layout.
     members: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():

@@ -93,6 +93,7 @@ def stop_signals() -> Iterator[StopRequest]:
             os.write(2, f"\n{signal.Signals(number).name} received: saving, then stopping\n".encode())
         stop.requested = True
         if stop.immediate:
+            stop.immediate = False  # once: a second signal would stop what the first one has left
             raise StopNow
 
     if threading.current_thread() is not threading.main_thread():

@@ -59,7 +59,7 @@ def volumes_errors(table: Path, truth: dict[str, float], tested: list[str]) -> d
     ids = sorted(truth)
     features, ages = np.array([rows[id] for id in ids]), np.array([truth[id] for id in ids])
     own = np.isin(ids, tested)
-    predicted = predict_by_folds(features, ages[:, None], own.astype(int), ridge)[own, 0]
+    predicted = predict_by_folds(features, ages[:, None], ids, own.astype(int), ridge)[own, 0]
     return dict(zip(np.array(ids)[own].tolist(), np.abs(predicted - ages[own]).tolist(), strict=True))
 
 

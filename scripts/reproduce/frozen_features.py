@@ -159,7 +159,8 @@ def across(out: Path, truths: dict[str, Path]) -> None:
         for k, cohort in enumerate(found):
             features, ages = (np.concatenate([one[part] for one in found.values()]) for part in (0, 1))
             own = np.repeat([0, 1], [len(one[1]) for one in found.values()])
-            predicted = predict_by_folds(features, ages[:, None], own, ridge)[own == k, 0]
+            people = [str(n) for n in range(len(ages))]
+            predicted = predict_by_folds(features, ages[:, None], people, own, ridge)[own == k, 0]
             mean = float(ages[own != k].mean())
             scores = score_numbers(predicted, ages[own == k], mean, [str(n) for n in range(len(predicted))])
             cells[cohort] = f"{scores.mae:.1f} ({scores.mae_low:.1f} to {scores.mae_high:.1f})"

@@ -41,7 +41,7 @@ def test_the_penalty_is_the_one_with_the_least_error_of_scans_that_were_left_out
         left = [by_hand(train[some], targets[some], train[k : k + 1], penalty) for k, some in enumerate(rest)]
         errors.append(np.square(np.concatenate(left) - targets).sum())
     expected = by_hand(train, targets, test, PENALTIES[int(np.argmin(errors))])
-    np.testing.assert_allclose(ridge(train, targets, test), expected, atol=1e-6)
+    np.testing.assert_allclose(ridge(train, targets, np.arange(15), test), expected, atol=1e-6)
 
 
 def test_the_neighbours_are_as_many_as_have_the_least_error_of_scans_that_were_left_out() -> None:
@@ -60,7 +60,7 @@ def test_the_neighbours_are_as_many_as_have_the_least_error_of_scans_that_were_l
         errors[count] = np.square(np.array(left) - targets).sum()
     best = min(errors, key=errors.__getitem__)
     expected = [mean_of_nearest(train, targets, place, best) for place in test]
-    np.testing.assert_allclose(nearest(train, targets, test), expected)
+    np.testing.assert_allclose(nearest(train, targets, np.arange(12), test), expected)
 
 
 @pytest.mark.parametrize(("width", "classes"), [(3, 3), (30, 3), (3, 2), (30, 2)])
@@ -98,7 +98,8 @@ def test_the_logistic_regression_is_that_of_gradient_descent_with_the_likeliest_
             found[fold == own] = descended(penalty, fold != own, train[fold == own])
         likelihood[penalty] = np.log(found[np.arange(40), truth]).sum()
     best = max(likelihood, key=likelihood.__getitem__)
-    np.testing.assert_allclose(logistic(train, targets, test), descended(best, everyone, test), atol=2e-3)
+    found = logistic(train, targets, np.arange(40), test)
+    np.testing.assert_allclose(found, descended(best, everyone, test), atol=2e-3)
 
 
 @pytest.mark.parametrize("fit", FITS.values())
@@ -106,9 +107,10 @@ def test_training_folds_without_a_class_give_it_no_probability_and_a_single_scan
     rng = np.random.default_rng(7)
     targets = np.eye(3)[[0, 0, 0, 1, 1, 1, 2]]
     features, fold = rng.normal(size=(7, 4)), np.array([0, 1, 0, 1, 0, 1, 0])
-    found = predict_by_folds(features, targets, fold, fit)
+    found = predict_by_folds(features, targets, list("abcdefg"), fold, fit)
     assert np.isfinite(found).all() and np.abs(found[fold == 0, 2]).max() < 1e-6
-    np.testing.assert_array_equal(predict_by_folds(features[:2], targets[2:4], fold[:2], fit), targets[[3, 2]])
+    copied = predict_by_folds(features[:2], targets[2:4], list("ab"), fold[:2], fit)
+    np.testing.assert_array_equal(copied, targets[[3, 2]])
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,11 +148,42 @@ def test_a_prediction_comes_from_folds_without_the_scans_subject() -> None:
     subjects = [f"s{k // 2}" for k in range(20)]
     fold, features, targets = folds_of(subjects, 5), rng.normal(size=(20, 3)), rng.normal(size=(20, 1))
     assert all(fold[k] == fold[k + 1] for k in range(0, 20, 2)) and np.array_equal(np.bincount(fold), [4] * 5)
-    found = predict_by_folds(features, targets, fold, ridge)
+    found = predict_by_folds(features, targets, subjects, fold, ridge)
     changed = targets + 100 * (fold == fold[0])[:, None]  # what is true of a fold does not reach its predictions
     np.testing.assert_array_equal(
-        predict_by_folds(features, changed, fold, ridge)[fold == fold[0]], found[fold == fold[0]]
+        predict_by_folds(features, changed, subjects, fold, ridge)[fold == fold[0]], found[fold == fold[0]]
     )
+
+
+@pytest.mark.parametrize("kind", ["ridge", "knn", "logistic"])
+def test_law_a_penalty_is_not_chosen_by_what_recognises_a_subject(kind: str) -> None:
+    """Of a subject with several scans, one that is left out alone is recognised by the others."""
+    rng = np.random.default_rng(5)
+    people = rng.normal(size=(30, 40))
+    known = people[:, 0] + 2 * rng.normal(size=30)
+    features = np.repeat(people, 4, axis=0) + 0.05 * rng.normal(size=(120, 40))
+    subjects = np.repeat(np.arange(30), 4)
+    targets = np.repeat(np.eye(2)[(known > 0).astype(int)] if kind == "logistic" else known[:, None], 4, axis=0)
+    fold = folds_of([f"s{k}" for k in subjects], 5)
+
+    def error(one_by_one: bool) -> float:
+        def fit(train: np.ndarray, values: np.ndarray, people: np.ndarray, test: np.ndarray) -> np.ndarray:
+            return FITS[kind](train, values, np.arange(len(train)) if one_by_one else people, test)
+
+        found = predict_by_folds(features, targets, [f"s{k}" for k in subjects], fold, fit)
+        return float(np.square(found - targets).mean() / targets.var())
+
+    assert error(one_by_one=True) > 1.5 > 1.25 > error(one_by_one=False)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "logistic"])
+def test_law_features_that_are_all_equal_have_an_auc_of_a_half(kind: str) -> None:
+    """Folds with more of a class than others would be predicted lower, by trainings that have fewer of it."""
+    subjects, values = [f"s{k}" for k in range(20)], ["a"] * 10 + ["b"] * 10
+    found = probe_classes(np.ones((20, 3)), values, subjects, 5, FITS[kind])
+    assert found.score(np.arange(20)) == 0.5
+    fold = folds_of(subjects, 5, values)
+    assert all(np.array_equal(np.bincount(fold[part]), [2] * 5) for part in (np.s_[:10], np.s_[10:]))
 
 
 def test_planted_numbers_and_classes_are_read_and_noise_is_not() -> None:
