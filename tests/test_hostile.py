@@ -41,6 +41,7 @@ from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.evaluation.comparison import read_run
 from asa.inference.preprocessing import ScanPreprocessor, exported
+from asa.models.classifier import asa_regressor_tiny
 from asa.restoration.images import checked_window, read_picture, write_picture
 from asa.tasks.evaluation import compare_folders, evaluate_folder
 from asa.tasks.segmentation import SegmentationPredictor
@@ -526,6 +527,14 @@ def test_networks_of_all_tasks_are_built_twice_and_loaded(tmp_path: Path, kind: 
     save_file(tensors, tmp_path / "x.safetensors", metadata={"asa": json.dumps(changed)})
     with pytest.raises(ValueError, match="does not match the model: depth"):
         load_model(tmp_path / "x.safetensors")
+
+
+def test_the_mean_of_large_numbers_is_no_size(tmp_path: Path) -> None:
+    shell, own = nn.Module(), dict(img_size=32, mean=1.4e6, sd=2.0e5)
+    shell.model = asa_regressor_tiny(**own)
+    node = {"_target_": "asa.models.classifier.asa_regressor_tiny", **own}
+    save_checkpoint(tmp_path, 1, shell, {"model": node, "data": {}}, {}, keep=1)
+    assert load_model(tmp_path).state_dict().keys() == shell.model.state_dict().keys()
 
 
 @pytest.mark.parametrize("edge", [2**62, 2**63])

@@ -14,6 +14,7 @@ from asa.data.io.nifti import to_ras
 from asa.data.loading.crops import CropDataset, sample_seed
 from asa.data.loading.loader import LoaderSettings, collate
 from asa.data.store import Store
+from asa.losses import contrastive
 from asa.losses.contrastive import NTXent, SymmetryLoss
 from asa.methods.sa_swin import SASwinPretraining, partners, proxy_metrics
 from asa.models.sa_swin import SASwin, sa_swin_tiny
@@ -23,7 +24,7 @@ from asa.ops.patches import random_boxes
 from asa.ops.symmetry import asymmetry, flip, mirrored_start, pad_to_multiple, rotate_about_left_right
 from asa.training.distributed import is_main, process_group
 from asa.training.loop import TrainSettings, train
-from asa.training.optim import OptimSettings
+from asa.training.optim import OptimSettings, set_training
 
 SMALL_UNET = dict(embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
 SMALLEST = dict(**SMALL_UNET, projection=8)
@@ -366,6 +367,15 @@ def test_a_temperature_that_is_not_learnt_gets_no_gradient() -> None:
     method(batch_of(2))["loss"].backward()
     assert method.contrast.log_temperature.grad is None
     assert float(method.contrast.log_temperature) == pytest.approx(math.log(0.3))
+
+
+def test_law_a_fixed_temperature_compares_the_samples_of_all_ranks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = SASwinPretraining(model=network(), learn_temperature=False)
+    set_training(method)
+    asked = []
+    monkeypatch.setattr(contrastive, "gather", lambda own: (asked.append(len(own)), (own, 0))[1])
+    method(batch_of(2))
+    assert asked
 
 
 def test_nt_xent_is_computed_in_float32_under_autocast() -> None:

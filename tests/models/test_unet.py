@@ -297,6 +297,14 @@ def test_of_two_background_weights_the_first_grows_to_the_last_by_the_same_facto
         method.progress(done)
         found.append(method.loss.background_weight)
     assert found == pytest.approx([0.05 * 16 ** (k / 4) for k in range(5)])
+    batch = {"image": torch.rand(1, 1, 32, 32, 32), "label": torch.randint(3, (1, 1, 32, 32, 32))}
+    validated = []
+    for done in (0.1, 0.9):  # validations are compared, so that they have one loss
+        method.train()
+        method.progress(done)
+        method.eval()
+        validated.append(float(method(batch)["loss"]))
+    assert validated[0] == validated[1] and method.loss.background_weight == 0.8
     one = Segmentation(model=vit_seg_tiny(3, img_size=32), background_weight=0.3)
     one.progress(0.7)
     assert one.loss.background_weight == pytest.approx(0.3)

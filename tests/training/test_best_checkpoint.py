@@ -186,6 +186,16 @@ def test_a_run_ends_after_as_many_validations_without_a_better_one_as_its_patien
     assert kept(tmp_path / "b") == ["step-00000010"]
 
 
+def test_patience_does_not_count_from_the_best_of_another_metric(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {2: 0.9, 4: 0.2, 6: 0.3, 8: 0.1, 10: 0.4, 12: 0.5}
+    run(tmp_path / "a", store, steps=6, scores=scores)
+    run(tmp_path / "a", store, steps=12, scores=scores, best="-loss", patience=2)
+    assert "ended early" not in capsys.readouterr().out
+    assert list_checkpoints(tmp_path / "a")[-1].name == "step-00000012"
+
+
 def test_patience_needs_a_metric_and_validations(store: Path, tmp_path: Path) -> None:
     for wrong in ({"best": None}, {"validate_every": 0}):
         with pytest.raises(ValueError, match=r"train\.patience=2 counts validations"):

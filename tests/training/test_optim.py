@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from asa.methods.segment import Segmentation
+from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.unet import unet_tiny
 from asa.models.vit_seg import vit_linear_tiny
 from asa.ops.patches import patchify
@@ -46,6 +47,21 @@ def test_the_learning_rate_of_each_block_is_that_of_the_block_above_times_the_de
             expected = 0.5 ** (DEPTH - int(inner.split(".")[1]))
         assert rate == pytest.approx(expected), name
     assert found["model.encoder.blocks.3.mlp.0.weight"] == 0.5 and found["model.encoder.patch_embed.bias"] == 0.5**5
+
+
+def test_the_blocks_of_a_swin_have_learning_rates_of_their_own_too() -> None:
+    own = dict(img_size=(32, 32, 64), embed_dim=4, num_heads=(1, 1, 2, 2), window=2)
+    found = rates(Segmentation(model=sa_swin_unet_tiny(out_channels=3, cross_heads=2, **own)), 1.0, layer_decay=0.5)
+    swin = {name.partition("encoder.swin.")[2]: rate for name, rate in found.items() if "encoder.swin." in name}
+    assert swin["layers4.0.blocks.1.mlp.linear1.weight"] == 0.5 and swin["layers4.0.blocks.0.norm1.bias"] == 0.5**2
+    assert swin["layers1.0.blocks.0.attn.qkv.weight"] == 0.5**8 and swin["layers1.0.downsample.norm.bias"] == 0.5**7
+    assert swin["patch_embed.proj.weight"] == 0.5**9
+    assert {rate for name, rate in found.items() if "encoder." not in name} == {1.0}
+
+
+def test_rates_of_layers_that_no_encoder_orders_are_told() -> None:
+    with pytest.warns(UserWarning, match="optim.encoder_lr and optim.layer_decay have no effect"):
+        make_optimizer(nn.Linear(2, 2), OptimSettings(encoder_lr=0.1))
 
 
 def test_layer_decay_does_not_change_weight_decay(method: Segmentation) -> None:

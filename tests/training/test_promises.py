@@ -43,7 +43,7 @@ from asa.training.checkpoint import (
 from asa.training.loop import train
 from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import EMA
-from asa.training.process import RESUME_CODE, Stopped, stop_signals
+from asa.training.process import RESUME_CODE, StopNow, Stopped, stop_signals
 from asa.training.run_log import RunLog, SilentLog
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of scripts, which are of the checkout and not of the package
@@ -353,6 +353,18 @@ def test_signal_handlers_are_restored_after_a_run() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         until(lambda: stop.requested)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_does_not_stop_what_the_first_one_has_left() -> None:
+    undone = []
+    with stop_signals() as stop, pytest.raises(StopNow), stop.at_once():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: False)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            undone.append(True)
+    assert undone
 
 
 def test_ctrl_c_leaves_no_process_behind(store: Path, tmp_path: Path) -> None:
