@@ -47,7 +47,8 @@ class UnlabelledScans:
             raise ValueError(
                 f"data.unlabelled={chosen} was prepared in another way than {labelled.path}: prepare both alike"
             )
-        self.before = read_json(run / CONTENT) if (run / CONTENT).exists() else {"atlases": {}, "digests": {}}
+        file, nothing = run / CONTENT, {"atlases": {}, "digests": {}}
+        self.before = nothing | (read_json(file) if file.exists() else {})
         resumed = self.before["atlases"] if list_checkpoints(run) else {}
         if resumed and set(self.store.records.ids) >= resumed.keys():  # otherwise the run has other settings
             records = [self.store.record(id) for id in resumed]
