@@ -283,10 +283,12 @@ def test_predictions_that_end_at_the_same_moment_share_a_table(tmp_path: Path, m
 
     monkeypatch.setattr(SegmentationPredictor, "rows_before", slow)
     (tmp_path / "out").mkdir()
-    for id, predictor in predictors.items():
+    for id in predictors:
         (tmp_path / "out" / f"{id}.nii.gz").touch()
-        predictor.rows[id] = {"id": id, "x_ml": "1.000"}
-    threads = [threading.Thread(target=predictor.finish) for predictor in predictors.values()]
+    threads = [
+        threading.Thread(target=predictor.add, args=(id, {"id": id, "x_ml": "1.000"}))
+        for id, predictor in predictors.items()
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

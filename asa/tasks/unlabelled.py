@@ -47,8 +47,9 @@ class UnlabelledScans:
             raise ValueError(
                 f"data.unlabelled={chosen} was prepared in another way than {labelled.path}: prepare both alike"
             )
-        file, nothing = run / CONTENT, {"atlases": {}, "digests": {}}
-        self.before = nothing | (read_json(file) if file.exists() else {})
+        file = run / CONTENT
+        self.before: dict[str, dict[str, Any]] = {"atlases": {}, "digests": {}}
+        self.before |= read_json(file) if file.exists() else {}
         resumed = self.before["atlases"] if list_checkpoints(run) else {}
         if resumed and set(self.store.records.ids) >= resumed.keys():  # otherwise the run has other settings
             records = [self.store.record(id) for id in resumed]
@@ -78,7 +79,7 @@ class UnlabelledScans:
         labelled = {atlas.id: atlas for atlas in read_atlases(self.labelled, self.subjects)}
         in_turn, before = list(labelled.values()), self.before
         turns = {
-            record["id"]: labelled.get(before["atlases"].get(record["id"]), in_turn[k % len(in_turn)])
+            record["id"]: labelled.get(before["atlases"].get(record["id"], ""), in_turn[k % len(in_turn)])
             for k, record in enumerate(self.records)
         }
         atlases = {id: self.labelled.record(id)["arrays"] for id in labelled}

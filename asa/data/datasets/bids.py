@@ -84,7 +84,7 @@ def records(
         if label is not None and truth is None:
             image = next(path for path in paths.values() if path)
             truth = labels_root / image.relative_to(root).with_name(f"{_stem(image)}_{label}.nii.gz")
-        if of_runs and "run" not in keys and (number := entities_of(next(filter(None, paths.values()))).get("run")):
+        if of_runs and "run" not in keys and (number := _placed(next(filter(None, paths.values()))).get("run")):
             id = f"{scan}_run-{number}"
         record = make_record(id, subject, paths, site=sites.get(subject, ""), label=truth)
         if scan in problems:
@@ -108,7 +108,7 @@ def _files(root: Path, suffix: str, keys: Sequence[str], problems: dict[str, str
     ]
     found = []
     for path in matching_files(root, *patterns):
-        entities, stem = entities_of(path), _stem(path)
+        entities, stem = _placed(path), _stem(path)
         if "sub" not in entities:
             continue
         scan = "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
@@ -132,11 +132,11 @@ def _choose(
     optional = ("run", "desc") if labels else ("run",)
 
     def lacking(path: Path) -> int:
-        return len(chosen.keys() - entities_of(path).keys())
+        return len(chosen.keys() - _placed(path).keys())
 
     found: dict[str, Path] = {}
     for scan, path in sorted(files, key=lambda pair: lacking(pair[1])):
-        entities = entities_of(path)
+        entities = _placed(path)
         if any(entities.get(key, value if key in optional else None) != value for key, value in chosen.items()):
             continue
         first = found.setdefault(scan, path)
@@ -167,12 +167,13 @@ def _text(chosen: Mapping[str, str | None]) -> str:
 
 
 def entities_of(path: Path) -> dict[str, str]:
-    """Entity -> value of a file name, like `{"sub": "01", "ses": "1"}`, without the suffix.
+    """Entity -> value of a file name, like `{"sub": "01", "ses": "1"}`, without the suffix."""
+    return dict(_ENTITY.findall(_stem(path)))
 
-    A session that only the folders name is taken from them.
-    """
-    found = dict(_ENTITY.findall(_stem(path)))
-    session = path.parent.parent.name
+
+def _placed(path: Path) -> dict[str, str]:
+    """The entities of a file; a session that only the folders name is taken from them."""
+    found, session = entities_of(path), path.parent.parent.name
     return {**found, "ses": session[4:]} if "ses" not in found and session.startswith("ses-") else found
 
 
@@ -182,7 +183,7 @@ def _stem(path: Path) -> str:
 
 
 def _ambiguous(scan: str, one: Path, other: Path, labels: bool) -> str:
-    first, second = entities_of(one), entities_of(other)
+    first, second = _placed(one), _placed(other)
     differ = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     choices = " or ".join(_choice(path, key, labels) for key in differ for path in (one, other))
     remedy = f"for all scans choose {choices}, or remove one of them" if differ else "remove one of them"
@@ -191,7 +192,7 @@ def _ambiguous(scan: str, one: Path, other: Path, labels: bool) -> str:
 
 def _choice(path: Path, key: str, labels: bool) -> str:
     """A setting that takes a file by an entity; of a label map by its suffix, as images have no seg- or desc-aseg."""
-    value = entities_of(path).get(key)
+    value = _placed(path).get(key)
     if labels and value is not None:
         return f"data.label={path.name[path.name.index(f'_{key}-') + 1 :].partition('.')[0]}"
     return f"'data.entities={{{key}: {value or 'null'}}}'"
