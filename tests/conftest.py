@@ -1,5 +1,7 @@
 """Shared by the tests: few threads, and a store of tiny synthetic brains."""
 
+import os
+from itertools import islice
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -23,8 +25,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first, so that no process waits for the last of them."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Deal the files with long tests to the processes, which begin with them, so that none waits for the last one.
+
+    A process is given a part of all items, of equal size, and then takes over quick tests of the others.
+    """
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("slow")]
+    files = list(dict.fromkeys(item.path for item in long))
+    quick = iter([item for item in items if not item.get_closest_marker("slow")])
+    parts = [[item for item in long if files.index(item.path) % count == k] for k in range(count)]
+    items[:] = [item for part in parts for item in [*part, *islice(quick, max(0, len(items) // count - len(part)))]]
+    items.extend(quick)
 
 
 LABELS = {1: "csf", 2: "gm", 5: "wm"}
