@@ -28,17 +28,17 @@ LINES = {
     "": 732,  # the reader of phantoms lies with them
     "baselines": 1144,
     "cli": 727,
-    "data": 8065,  # names and places of files that readers met; what cannot be read stays
+    "data": 8073,  # names and places of files that readers met; what cannot be read stays
     "evaluation": 2439,  # probes choose by subjects
     "export": 751,
-    "inference": 2701,  # scans and ensembles are checked by content and voxel size
+    "inference": 2700,  # scans and ensembles are checked by content and voxel size
     "losses": 459,  # a fixed temperature
     "methods": 727,  # validations of one loss
     "models": 2296,  # layers of a Swin
     "ops": 593,
     "reporting": 1721,
     "restoration": 2124,
-    "tasks": 3288,  # what is done is known by content; splits of networks beside atlases
+    "tasks": 3295,  # what is done is known by content; splits of networks beside atlases
     "training": 2635,  # signals while weights are averaged
 }
 # The only places that may import a library.

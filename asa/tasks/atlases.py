@@ -98,7 +98,8 @@ class AtlasPredictor(SegmentationPredictor):
 
     def remaining(self, scans: Sequence[Scan]) -> list[Scan]:
         """The scans that have no label map of these files, or no row in the table; `OUT/atlas.json` is written."""
-        self.digests = {scan.id: sorted(map(sha256_of, scan.files.values())) for scan in scans}
+        self.made = {"store": str(self.segmenter.store.path), **self.segmenter.record()}
+        self.digests = {scan.id: _digests(scan) for scan in scans}
         done = self._note({})
         rows = self.rows_before()
         left = [
@@ -119,8 +120,7 @@ class AtlasPredictor(SegmentationPredictor):
         file = self.out / ATLASES
         with in_turn(self.out):
             before = read_json(file).get("scans", {}) if file.exists() else {}
-            own = {"store": str(self.segmenter.store.path), **self.segmenter.record()}
-            write_json(file, {**own, "scans": before | scans})
+            write_json(file, {**self.made, "scans": before | scans})
         return before
 
     def _is_complete(self, id: str) -> bool:
@@ -140,6 +140,14 @@ class AtlasPredictor(SegmentationPredictor):
             raise ValueError(
                 f"{file}: the label maps here were made with other {', '.join(other)}: choose another out="
             )
+
+
+def _digests(scan: Scan) -> list[str]:
+    """SHA-256 of a scan's files; none where one cannot be read, which its prediction will say."""
+    try:
+        return sorted(map(sha256_of, scan.files.values()))
+    except OSError:
+        return []
 
 
 def _check_settings(config: Config) -> None:

@@ -141,6 +141,17 @@ def test_another_scan_of_the_same_name_is_not_done(run: Callable, raw: Path, tmp
     assert "1 of 1 scans are done already" in run("labelled=[s0]", input=tmp_path / "b")[1]
 
 
+def test_a_scan_whose_file_is_gone_fails_by_itself(run: Callable, raw: Path, tmp_path: Path, monkeypatch) -> None:
+    quick(monkeypatch)
+    away = (raw / "s3_T1w.nii.gz").rename(tmp_path / "away.nii.gz")
+    try:
+        code, shown = run("labelled=1")
+    finally:
+        away.rename(raw / "s3_T1w.nii.gz")
+    assert code == 1 and "s3: failed: " in shown and "1 scan failed" in shown
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == ["s1.nii.gz", "s2.nii.gz"]
+
+
 def test_label_maps_of_other_atlases_and_of_networks_are_not_mixed(
     run: Callable, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
