@@ -135,10 +135,9 @@ def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterabl
 def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]) -> Prepared:
     path = store.first_source(record)
     like = read_image(path, nan=store.settings.get("nan", "refuse"))
-    source = next(one for one in record["sources"].values() if Path(one["path"]) == path)
-    touched = (source["size"], source["mtime_ns"]) != (path.stat().st_size, path.stat().st_mtime_ns)
+    known, now = [(one["size"], one["mtime_ns"]) for one in record["sources"].values()], path.stat()
     same = np.allclose(like.affine, record["chain"]["affine"], atol=1e-4)
-    if touched and not (same and identity_of(like) in record["identity"].values()):
+    if (now.st_size, now.st_mtime_ns) not in known and not (same and identity_of(like) in record["identity"].values()):
         raise ValueError(f"{path}: is not the scan that was prepared any more: run asa-prepare again")
     preprocessor.check_stored(record["chain"])
     preprocessor.warn_outside_range(record["quality"], record["intensity"])

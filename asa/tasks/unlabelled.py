@@ -21,7 +21,6 @@ from asa.training.checkpoint_files import list_checkpoints
 from asa.training.distributed import map_over_ranks, on_main, world_size
 
 REST = "rest"
-KINDS = ("image", "label")
 FOLDER = "carried"  # in the run: a label map of each scan, as in a store
 CONTENT = "carried.json"  # and whose labels these are, with the digests of what they depend on
 
@@ -82,9 +81,9 @@ class UnlabelledScans:
             record["id"]: labelled.get(before["atlases"].get(record["id"], ""), in_turn[k % len(in_turn)])
             for k, record in enumerate(self.records)
         }
-        atlases = {id: self.labelled.record(id)["arrays"] for id in labelled}
+        arrays = {id: self.labelled.record(id)["arrays"] for id in labelled}
         digests = {
-            record["id"]: [record["arrays"]["image"], *(atlases[turns[record["id"]].id][key] for key in KINDS)]
+            record["id"]: {"image": record["arrays"]["image"], "atlas": arrays[turns[record["id"]].id]}
             for record in self.records
         }
 

@@ -10,6 +10,7 @@ IXI: see scripts/reproduce/ixi.py. OASIS: see scripts/reproduce/structures.py. H
 scripts/reproduce/shipped_encoder.py.
 """
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,17 +112,14 @@ def main() -> None:
         own = {"seed": run.seed, "device": device, "labelled": run.labelled, "store": store, "split": split}
         finetune(out, run.name(), experiment=LIGHT, init=init, **own)
 
+    def encode(seed: int, source: str) -> None:
+        split, name = SPLIT if source == "ixi" else f"split_{source}", encoder(source, seed)
+        pretrain(out, name, seed=seed, device=device, split=split, stores=SOURCES[source])
+
+    starts = ("scratch", *SOURCES)
     with ThreadPoolExecutor(options.jobs) as pool:
-        for seed in options.seeds:
-            tasks = []
-            for source, stores in SOURCES.items():
-                split = SPLIT if source == "ixi" else f"split_{source}"
-                own = {"seed": seed, "device": device, "split": split, "stores": stores}
-                tasks.append(pool.submit(pretrain, out, encoder(source, seed), **own))
-            for task in tasks:
-                task.result()
-            runs = [Run(t, n, s, seed) for n in COUNTS for t in TARGETS for s in ("scratch", *SOURCES)]
-            list(pool.map(tune, runs))
+        list(pool.map(lambda which: encode(*which), itertools.product(options.seeds, SOURCES)))
+        list(pool.map(tune, itertools.starmap(Run, itertools.product(TARGETS, COUNTS, starts, options.seeds))))
     report(out, options.seeds)
 
 

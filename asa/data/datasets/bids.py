@@ -81,10 +81,10 @@ def records(
     for scan in scans:
         paths = {channel: by_scan.get(scan) for channel, by_scan in found.items()}
         subject, truth, id = scan.split("_")[0], labels.get(scan), scan
+        image = next(path for path in paths.values() if path)
         if label is not None and truth is None:
-            image = next(path for path in paths.values() if path)
             truth = labels_root / image.relative_to(root).with_name(f"{_stem(image)}_{label}.nii.gz")
-        if of_runs and "run" not in keys and (number := _placed(next(filter(None, paths.values()))).get("run")):
+        if of_runs and "run" not in keys and (number := _placed(image).get("run")):
             id = f"{scan}_run-{number}"
         record = make_record(id, subject, paths, site=sites.get(subject, ""), label=truth)
         if scan in problems:

@@ -150,7 +150,7 @@ class CropDataset(Samples):
         seed = sample_seed(self.seed, epoch, record_id)
         generator = torch.Generator().manual_seed(seed)
         image = self.source.image(record_id)
-        missing = self._missing(record_id, image)
+        missing = self._missing(index, image)
         drawn = draw_augmentation(self._augment, generator, len(image), self.size, self._spacing(index), missing)
         box = source_size(self.size, drawn)
         start = self._start(record_id, image.shape[1:], generator, box)
@@ -189,11 +189,19 @@ class CropDataset(Samples):
         chain = self.records[index].get("chain") if in_mm else None
         return (1.0, 1.0, 1.0) if chain is None else spacing_of(np.array(chain["stored_affine"]))[::-1].tolist()
 
-    def _missing(self, record_id: str, image: np.ndarray) -> tuple[int, ...]:
-        """The channels that a scan lacks, which are 0 everywhere; of one channel none."""
-        if len(image) > 1 and record_id not in self.missing:
-            self.missing[record_id] = tuple(k for k, channel in enumerate(image) if not channel.any())
-        return self.missing.get(record_id, ())
+    def _missing(self, index: int, image: np.ndarray) -> tuple[int, ...]:
+        """The channels that a scan lacks, which are 0 everywhere; only where something would fill or drop them.
+
+        The volume is read where the record does not tell that all are there.
+        """
+        if len(image) == 1 or not (self._augment.noise or self._augment.modality_dropout):
+            return ()
+        if (id := self.ids[index]) not in self.missing:
+            record = self.records[index]
+            whole = "arrays" in record and "missing" not in record
+            lacking = () if whole else tuple(k for k, channel in enumerate(image) if not channel.any())
+            self.missing[id] = lacking
+        return self.missing[id]
 
     def _start(self, record_id: str, shape: Sequence[int], generator: torch.Generator, box: Sequence[int]) -> list[int]:
         """First voxel of the box to read, which surrounds a crop at the centre or at a random position."""
