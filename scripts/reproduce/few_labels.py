@@ -65,6 +65,7 @@ ARMS: dict[str, Arm] = {
     # Labels are carried over to the other brains of the training part; of those, boundaries need no further weight.
     "unlabelled": Arm((), ("data.unlabelled=rest", EVEN, SHORT), "structures_finetune"),
     "even": Arm((), (EVEN, SHORT), "structures_finetune"),
+    "shipped_unlabelled": Arm((), ("data.unlabelled=rest", EVEN), "structures_finetune"),
     # A head that reads nothing but the tokens.
     "light": Arm(),
     "light_scratch": Arm(),
@@ -112,12 +113,13 @@ SCRATCH = (
 ATLASES = {"atlas": "joint", "atlas_majority": "majority"}
 # The networks of another arm, which has to be run too, averaged with the joint label fusion of the same scans.
 TOGETHER = {"together": "pretrained", "together_scratch": "scratch", "together_shipped": "shipped"}
-SHIPPED = {"shipped": "asa://tiny-t1"}
+SHIPPED = dict.fromkeys(["shipped", "shipped_unlabelled"], "asa://tiny-t1")
 NAMES = {  # in the figure
     "pretrained": "pretrained on the cohort",
     "shipped": "the encoder of the package",
     "scratch": "from scratch",
     "unlabelled": "with labels carried to unlabelled scans",
+    "shipped_unlabelled": "that encoder, with labels carried to unlabelled scans",
     "together": "pretrained and registration",
     "atlas": "registration, joint label fusion",
     "atlas_majority": "registration (SyN), majority",
