@@ -7,8 +7,8 @@ the Dice of one more brain of the training part, with the first fold and seed. `
 tests three brains in each of five folds, and labels all others: none is left to choose a rate by.
 `--arms pretrained scratch atlas together` adds what registration of the same labelled brains gives, alone and averaged
 with the pretrained network. Prints the tables of docs/evidence.md and docs/evidence_details.md, and draws
-OUT/curve.png. Finished runs are not repeated, and interrupted ones are resumed: half an hour for an encoder and for a
-fine-tuning, on one core each.
+OUT/curve.png. Finished runs are not repeated, and interrupted ones are resumed: 20 to 50 minutes for an encoder, and
+half an hour for a fine-tuning, on one core each.
 
 DATA: see scripts/reproduce/structures.py.
 """
