@@ -33,11 +33,12 @@ from asa.evaluation.statistics import (
     holm,
     interval_as_json,
     interval_kind,
+    means_by_subject,
     nullable,
     smallest_holm,
     wilcoxon_p,
 )
-from asa.evaluation.summary import Statistic, aligned, number_text, statistic
+from asa.evaluation.summary import Statistic, aligned, number_text, several_cases, statistic, subjects_note
 from asa.evaluation.tables import SCANS
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "detectable"]
@@ -61,6 +62,7 @@ class Run:
     values: dict[tuple[str, str], dict[str, float]]
     truths: dict[tuple[str, str], str]
     files: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    subjects: Mapping[str, str] = field(default_factory=dict)  # case id -> subject, if one has several cases
 
     @property
     def case_ids(self) -> list[str]:
@@ -70,7 +72,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """A run minus the first one, over the cases in which both are defined; NaN if there are too few.
+    """A run minus the first one, over the cases, or subjects, in which both are defined; NaN if there are too few.
 
     Args:
         low, high: bootstrap interval of the mean.
@@ -119,6 +121,21 @@ class Comparison:
         return [metric for metric in self.policy.metrics if metric.name in self.runs[0].setting["metrics"]]
 
     @property
+    def several(self) -> int:
+        """Number of subjects, if some have several cases; else 0."""
+        return several_cases(self.case_ids, self.runs[0].subjects)
+
+    @property
+    def unit(self) -> str:
+        """What means, tests and numbers are over."""
+        return "subject" if self.several else "case"
+
+    def over_subjects(self, values: Sequence[float]) -> np.ndarray:
+        """Values of the cases, averaged by subject."""
+        known = self.runs[0].subjects
+        return np.array(means_by_subject(values, [known.get(case, case) for case in self.case_ids]))
+
+    @property
     def smallest_p(self) -> float:
         """The smallest corrected p that so many cases and tests could give, whatever the differences."""
         return smallest_holm([difference.used for difference in self.differences.values()])
@@ -137,7 +154,8 @@ class Comparison:
             "compared_with": self.runs[0].name,
             "cases": len(self.case_ids),
             "left_out": list(self.left_out),
-            "interval": interval_as_json(one.used for one in self.differences.values()),
+            **({"subjects": self.several} if self.several else {}),
+            "interval": interval_as_json((one.used for one in self.differences.values()), self.unit),
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
             "smallest_p_holm": self.smallest_p,
             "verdict": verdicts(self),
@@ -205,7 +223,8 @@ def _run(name: str, folder: Path, summary: Any, rows: list[dict[str, str]]) -> R
     files = summary.get("files", {})
     if any(not isinstance(path, str | None) for paths in files.values() for path in paths.values()):
         raise ValueError(f"{folder}: files in summary.json are not paths: evaluate again")
-    return Run(name, setting, values, truths, files)
+    subjects = {row["id"]: row["subject"] for row in rows} if "subject" in rows[0] else {}
+    return Run(name, setting, values, truths, files, subjects)
 
 
 def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison:
@@ -222,11 +241,12 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
     keys = list(product(empty.metrics, regions, runs))
     results = {
         (metric.name, region, run.name): statistic(
-            [run.values[case, region][metric.name] for case in case_ids], bounds=metric.bounds
+            empty.over_subjects([run.values[case, region][metric.name] for case in case_ids]).tolist(), metric.bounds
         )
         for metric, region, run in keys
     }
-    pairs = [(*key, paired_differences(empty, *key)) for key in keys if key[-1] is not runs[0]]
+    others = [key for key in keys if key[-1] is not runs[0]]
+    pairs = [(*key, empty.over_subjects(paired_differences(empty, *key).tolist())) for key in others]
     p = [wilcoxon_p(d[~np.isnan(d)]) if not np.isnan(d).all() else math.nan for *_, d in pairs]
     differences = {
         (metric.name, region, run.name): _difference(metric, paired, p=own, p_holm=corrected)
@@ -241,7 +261,8 @@ def paired_differences(comparison: Comparison, metric: MetricInfo, region: str, 
         np.array([each.values[case_id, region][metric.name] for case_id in comparison.case_ids])
         for each in (run, comparison.runs[0])
     )
-    return np.round(own - first, 9)  # so that 0.3 - 0.2 ties with 0.2 - 0.1
+    largest = np.nanmax(np.abs([own, first]), initial=0) or 1.0
+    return np.round(own - first, 9 - math.ceil(math.log10(largest)))  # so that 0.3 - 0.2 ties with 0.2 - 0.1
 
 
 def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
@@ -289,40 +310,47 @@ def verdicts(comparison: Comparison) -> list[str]:
     found = []
     for run in comparison.runs[1:]:
         paired = np.mean([paired_differences(comparison, metric, region, run) for region in regions], axis=0)
-        found.append(verdict(run.name, first, metric, len(regions), statistic(paired.tolist())))
+        averaged = statistic(comparison.over_subjects(paired.tolist()).tolist())
+        found.append(verdict(run.name, first, metric, len(regions), averaged, comparison.unit))
     return found
 
 
-def verdict(name: str, first: str, metric: MetricInfo, regions: int, difference: Statistic) -> str:
+def verdict(name: str, first: str, metric: MetricInfo, regions: int, difference: Statistic, unit: str = "case") -> str:
     """One of the `verdicts`, by the interval of the difference."""
     gain = (difference.low, difference.high) if metric.higher_is_better else (-difference.high, -difference.low)
     words = f"{name} and {first}: no difference is shown"
     if math.isnan(gain[0]):
-        words = f"{name} and {first}: too few cases to tell"
+        words = f"{name} and {first}: too few {unit}s to tell"
     elif gain[0] > 0 or gain[1] < 0:
         words = f"{name} is {'ahead of' if gain[0] > 0 else 'behind'} {first}"
     mean = f", mean of {regions} regions" if regions > 1 else ""
     numbers = mean_text(difference, metric.digits, "+").replace("(", f"({LEVEL * 100:g} % interval ")
-    return f"{words}: {metric.heading} {numbers}{mean}, on {counted(difference.used, 'case')}."
+    return f"{words}: {metric.heading} {numbers}{mean}, on {counted(difference.used, unit)}."
 
 
 def notes(comparison: Comparison) -> list[str]:
     """Notes for the reader of the tables, one or two sentences each."""
     first, tests = comparison.runs[0].name, len(comparison.differences)
-    kind = interval_kind(difference.used for difference in comparison.differences.values())
+    units, kind = (
+        f"{comparison.unit}s",
+        interval_kind(difference.used for difference in comparison.differences.values()),
+    )
     text = [
         f"Policy {comparison.policy.name}. Differences are a run less {first}, case by case over the "
         f"{len(comparison.case_ids)} cases; pairs are the cases in which both are defined.",
-        f"Intervals: {LEVEL * 100:g} % {kind} over cases, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
+        f"Intervals: {LEVEL * 100:g} % {kind} over {units}, {RESAMPLES:,} resamples. p: Wilcoxon's signed-rank test, "
         f"two-sided; Holm's correction is for the {counted(tests, 'test')} of this table.",
-        f"Detectable: the smallest mean difference that so many cases, as variable as these, show in {POWER:.0%} of "
+        f"Detectable: the smallest mean difference that so many {units}, as variable as these, show in {POWER:.0%} of "
         f"repeats with p below {ALPHA:g}, before correction. Smaller ones may exist where none is significant.",
         "The first lines go by the interval of the first metric's difference, without correction for several.",
-        "All of them say what to expect of other cases like these from these same runs, not of other training runs.",
+        f"All of them say what to expect of other {units} like these from these same runs, not of other training runs.",
     ]
+    if comparison.several:
+        text.append(subjects_note(len(comparison.case_ids), comparison.several))
     if comparison.smallest_p >= ALPHA:
         text.append(
-            f"p is not listed: with {len(comparison.case_ids)} cases and {counted(tests, 'test')} it cannot be below "
+            f"p is not listed: with {counted(comparison.several or len(comparison.case_ids), comparison.unit)} and "
+            f"{counted(tests, 'test')} it cannot be below "
             f"{comparison.smallest_p:.3g} after correction, however large the differences."
         )
     if any(difference.used < MIN_PAIRS for difference in comparison.differences.values()):

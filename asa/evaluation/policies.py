@@ -34,6 +34,7 @@ class MetricInfo:
         title: heading in tables and figures.
         meaning: definition in one sentence.
         digits: decimals in tables.
+        possible: range of possible values; None: 0 to 1 for scores, 0 or more for errors.
     """
 
     name: str
@@ -42,13 +43,12 @@ class MetricInfo:
     meaning: str
     digits: int = 3
     higher_is_better: bool = True
+    possible: tuple[float, float] | None = None
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Range of possible values: scores without a unit are at most 1, errors at least 0."""
-        if self.higher_is_better:
-            return -math.inf, math.inf if self.unit else 1.0
-        return 0.0, math.inf
+        """Range of possible values."""
+        return self.possible or (0.0, 1.0 if self.higher_is_better else math.inf)
 
     @property
     def heading(self) -> str:
@@ -98,11 +98,6 @@ class Metric(MetricInfo):
     truth_empty: float = 0.0
     prediction_empty: float = 0.0
     exception: str = ""
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Range of possible values: scores are in [0, 1], distances and errors at least 0."""
-        return 0.0, 1.0 if self.higher_is_better else math.inf
 
     def __call__(self, prediction: Mask, truth: Mask, spacing: Spacing) -> float:
         """Value for two bool masks `(x, y, z)` and a spacing in mm; NaN if undefined."""
@@ -394,6 +389,7 @@ def restoration_policy(window: Sequence[float] | None) -> PolicyInfo:
         meaning="peak signal-to-noise ratio, 10 log10(1 / mean squared error) over all pixels and channels, with the "
         "data range as 1; 100 at most.",
         digits=2,
+        possible=(0.0, 100.0),
     )
     ssim = MetricInfo(
         name="ssim",
@@ -401,6 +397,7 @@ def restoration_policy(window: Sequence[float] | None) -> PolicyInfo:
         meaning="structural similarity (Wang et al., IEEE TIP 2004) with a Gaussian window of 11 pixels and sigma 1.5, "
         "the mean where it lies inside the image, and over channels; undefined for smaller images; 1 is perfect.",
         digits=4,
+        possible=(-1.0, 1.0),
     )
     rmse = MetricInfo(
         name="rmse",

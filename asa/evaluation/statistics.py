@@ -29,9 +29,18 @@ def interval_kind(counts: Iterable[int]) -> str:
     return " or ".join(kinds)
 
 
-def interval_as_json(counts: Iterable[int]) -> dict[str, Any]:
-    """What a JSON file says about intervals of samples of these sizes."""
-    return {"kind": f"{interval_kind(counts)}, over cases", "level": LEVEL, "resamples": RESAMPLES, "seed": SEED}
+def interval_as_json(counts: Iterable[int], unit: str = "case") -> dict[str, Any]:
+    """What a JSON file says about intervals of samples of these sizes, of cases or subjects."""
+    return {"kind": f"{interval_kind(counts)}, over {unit}s", "level": LEVEL, "resamples": RESAMPLES, "seed": SEED}
+
+
+def means_by_subject(values: Sequence[float], subjects: Sequence[str]) -> list[float]:
+    """The mean of each subject's defined values, NaN where it has none: scans of one subject are not independent."""
+    own: dict[str, list[float]] = {subject: [] for subject in subjects}
+    for value, subject in zip(values, subjects, strict=True):
+        if not math.isnan(value):
+            own[subject].append(value)
+    return [sum(found) / len(found) if found else math.nan for found in own.values()]
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RESAMPLES) -> tuple[float, float]:

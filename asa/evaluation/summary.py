@@ -11,7 +11,7 @@ from asa import __version__
 from asa.data.io.tables import csv_text
 from asa.errors import listed
 from asa.evaluation.policies import MetricInfo, Policy, PolicyInfo, Regions, get_policy
-from asa.evaluation.statistics import bootstrap_interval, interval_as_json, nullable
+from asa.evaluation.statistics import bootstrap_interval, interval_as_json, means_by_subject, nullable
 from asa.ops.labels import side_of
 
 STATISTICS = ["mean", "95 % interval", "sd", "median", "n used"]  # headings of `statistic_cells`
@@ -78,12 +78,19 @@ class Summary:
 
     Args:
         rows: every case and region, in order of case id.
-        results: region -> metric name -> statistic over the cases.
+        results: region -> metric name -> statistic over the cases, or over the means of subjects with several.
+        subjects: case id -> subject; a case that is not in it is a subject of its own.
     """
 
     policy: PolicyInfo
     rows: Sequence[Row]
     results: dict[str, dict[str, Statistic]]
+    subjects: Mapping[str, str]
+
+    @property
+    def several(self) -> int:
+        """Number of subjects, if some have several cases; else 0."""
+        return several_cases(self.case_ids, self.subjects)
 
     @property
     def case_ids(self) -> list[str]:
@@ -101,7 +108,8 @@ class Summary:
             "asa": __version__,
             "policy": self.policy.as_json(),
             "cases": len(self.case_ids),
-            "interval": {"of": "mean", **interval_as_json(self.counts)},
+            **({"subjects": self.several} if self.several else {}),
+            "interval": {"of": "mean", **interval_as_json(self.counts, "subject" if self.several else "case")},
             "results": {
                 label: {name: nullable(asdict(statistic)) for name, statistic in by_metric.items()}
                 for label, by_metric in self.results.items()
@@ -132,7 +140,9 @@ class SegmentationSummary(Summary):
         """Statistics of `CaseRow.wrong_side` for the regions of labels with a side; {} if no label has one."""
         sided = {value for value, name in self.labels.items() if side_of(name)}
         return {
-            region: statistic([row.wrong_side for row in self.rows if row.label == region], (0.0, 1.0))
+            region: _over_subjects(
+                {row.case_id: row.wrong_side for row in self.rows if row.label == region}, self.subjects, (0.0, 1.0)
+            )
             for region, values in self.regions.items()
             if sided.intersection(values)
         }
@@ -156,6 +166,7 @@ def summarise(
     *,
     missing: Sequence[str] = (),
     unmatched: Sequence[str] = (),
+    subjects: Mapping[str, str] | None = None,
 ) -> SegmentationSummary:
     """Summarise the rows of label maps, as `evaluate_case` returns them, over the cases.
 
@@ -165,11 +176,12 @@ def summarise(
         ValueError: invalid labels, or an unknown policy.
     """
     policy = get_policy(policy) if isinstance(policy, str) else policy
-    rows, regions = tuple(rows), policy.regions_of(labels)
+    rows, regions, subjects = tuple(rows), policy.regions_of(labels), subjects or {}
     return SegmentationSummary(
         policy=policy,
         rows=rows,
-        results=statistics(rows, regions, policy.metrics),
+        results=statistics(rows, regions, policy.metrics, subjects),
+        subjects=subjects,
         labels=dict(labels),
         regions=regions,
         missing=tuple(missing),
@@ -178,16 +190,34 @@ def summarise(
 
 
 def statistics(
-    rows: Sequence[Row], labels: Iterable[str], metrics: Sequence[MetricInfo]
+    rows: Sequence[Row], labels: Iterable[str], metrics: Sequence[MetricInfo], subjects: Mapping[str, str]
 ) -> dict[str, dict[str, Statistic]]:
-    """Label -> metric name -> statistic over the cases."""
+    """Label -> metric name -> statistic over the cases, or over the means of subjects (case id -> subject)."""
     return {
         label: {
-            metric.name: statistic([row.values[metric.name] for row in rows if row.label == label], metric.bounds)
+            metric.name: _over_subjects(
+                {row.case_id: row.values[metric.name] for row in rows if row.label == label}, subjects, metric.bounds
+            )
             for metric in metrics
         }
         for label in labels
     }
+
+
+def _over_subjects(values: Mapping[str, float], subjects: Mapping[str, str], bounds: tuple[float, float]) -> Statistic:
+    """The statistic of the values of cases, averaged by subject first."""
+    return statistic(means_by_subject([*values.values()], [subjects.get(case, case) for case in values]), bounds)
+
+
+def several_cases(case_ids: Sequence[str], subjects: Mapping[str, str]) -> int:
+    """Number of subjects of these cases, if some have several; else 0."""
+    count = len({subjects.get(case, case) for case in case_ids})
+    return count if count < len(case_ids) else 0
+
+
+def subjects_note(cases: int, subjects: int) -> str:
+    """What a table says where subjects have several cases."""
+    return f"The {cases} cases are of {subjects} subjects: means, intervals and numbers (n) are over subjects' means."
 
 
 def summary_table(summary: SegmentationSummary) -> str:
@@ -204,6 +234,8 @@ def summary_table(summary: SegmentationSummary) -> str:
     truth = [["empty masks count as", *(metric.title for metric in policy.metrics)]]
     lines += aligned(truth + [[case, *values] for case, values in policy.truth_table()])
     lines += [f"  but {exception}" for exception in policy.exceptions()]
+    if summary.several:
+        lines += ["", subjects_note(len(summary.case_ids), summary.several)]
     if summary.missing:
         lines += ["", f"no prediction (in n total, not in the means): {listed(summary.missing)}"]
     if summary.unmatched:
@@ -240,7 +272,7 @@ def number_text(value: float, digits: int) -> str:
 def cases_csv(summary: SegmentationSummary) -> str:
     """A CSV row per case and label; undefined values are `nan`, the sizes of a missing prediction are empty.
 
-    `wrong_side` is the last column, if a label has a side.
+    The last columns are `wrong_side`, if a label has a side, and `subject`, if one has several cases.
     """
     metrics, sided = [metric.name for metric in summary.policy.metrics], summary.wrong_side
     rows = []
@@ -248,9 +280,11 @@ def cases_csv(summary: SegmentationSummary) -> str:
         values = [f"{row.values[name]:.6f}" for name in metrics]
         volumes = ["" if ml is None else f"{ml:.6f}" for ml in (row.ml_predicted, row.ml_true)]
         wrong = [f"{row.wrong_side:.6f}"] if sided else []
+        wrong += [summary.subjects.get(row.case_id, row.case_id)] if summary.several else []
         rows.append([row.case_id, row.label, *values, row.voxels_predicted, row.voxels_true, *volumes, *wrong])
     sizes = ["voxels_predicted", "voxels_true", "ml_predicted", "ml_true"]
-    return csv_text(["id", "label", *metrics, *sizes, *(["wrong_side"] if sided else [])], rows)
+    last = [name for name, given in (("wrong_side", sided), ("subject", summary.several)) if given]
+    return csv_text(["id", "label", *metrics, *sizes, *last], rows)
 
 
 def statistic(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:

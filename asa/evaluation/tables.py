@@ -15,6 +15,7 @@ import numpy as np
 
 from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.tables import (
+    EMPTY,
     ENDINGS,
     PREDICTED,
     RESERVED,
@@ -39,8 +40,11 @@ def table_in(path: Path, name: str) -> Path:
     return path if path.suffix in ENDINGS else path / name
 
 
-def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, list[str]]:
-    """Score the class probabilities that asa-predict wrote to a table; also returns the names of the classes.
+def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, list[str], int]:
+    """Score the class probabilities that asa-predict wrote to a table.
+
+    Returns:
+        The scores, the names of the classes, and the number of rows of the truth without a prediction.
 
     Args:
         truth: table (CSV) with the columns subject (or id) and class. Scans not in it are left out.
@@ -62,14 +66,18 @@ def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, 
     scores = score_classes(probabilities, indices, subjects)
     shares = scan_scores(probabilities, indices)
     scans = [[row["id"], *cells] for row, *cells in zip(rows, known, *shares.values(), strict=True)]
-    write_json(out / "summary.json", scores.as_json(names))
+    left_out = without_prediction(truth, "class", rows, subjects)
+    write_json(out / "summary.json", scores.as_json(names) | {"without_prediction": left_out})
     write_whole(out / SCANS, csv_text(["id", "class", *shares], scans).encode())
     write_digests(out, (SCANS, "summary.json"))
-    return scores, names
+    return scores, names, left_out
 
 
-def evaluate_numbers(table: Path, truth: Path, out: Path, column: str | None = None) -> tuple[NumberScores, str]:
-    """Score the numbers that asa-predict wrote to a table; also returns the name of the number.
+def evaluate_numbers(table: Path, truth: Path, out: Path, column: str | None = None) -> tuple[NumberScores, str, int]:
+    """Score the numbers that asa-predict wrote to a table.
+
+    Returns:
+        The scores, the name of the number, and the number of rows of the truth without a prediction.
 
     Args:
         truth: table (CSV) with the columns subject (or id) and the number's. Scans not in it are left out.
@@ -87,8 +95,9 @@ def evaluate_numbers(table: Path, truth: Path, out: Path, column: str | None = N
     found = np.array([numbers(table, row, (PREDICTED, TRAINING_MEAN)) for row in rows])
     true = np.array([as_number(truth, row["id"], column, text) for row, text in zip(rows, known, strict=True)])
     scores = score_numbers(found[:, 0], true, found[:, 1], subjects)
-    write_json(out / "summary.json", scores.as_json(column))
-    return scores, column
+    left_out = without_prediction(truth, column, rows, subjects)
+    write_json(out / "summary.json", scores.as_json(column) | {"without_prediction": left_out})
+    return scores, column, left_out
 
 
 def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
@@ -111,12 +120,11 @@ def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, d
     if patient.all() or not patient.any():
         raise ValueError(f"{truth}: all {len(rows)} scans are of health {health[0]}: an AUC needs both")
     results = separation(table, rows, patient, subjects)
-    listed = [row for row in read_rows(truth) if row["health"] in ("0", "1")]
     counts = {
         "patients": int(patient.sum()),
         "healthy": int((~patient).sum()),
         "without_health": len(predicted_rows(table)) - len(rows),
-        "without_prediction": len(listed) - len(rows if "id" in listed[0] else set(subjects)),
+        "without_prediction": without_prediction(truth, "health", rows, subjects),
     }
     written = {measure: nullable(found) for measure, found in results.items()}
     write_json(out / "summary.json", {**counts, "results": written})
@@ -164,6 +172,12 @@ def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]]
     known, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
     rows = [row for row in rows if row["id"] in known]
     return rows, [known[row["id"]] for row in rows], [subjects.get(row["id"], own[row["id"]]) for row in rows]
+
+
+def without_prediction(truth: Path, column: str, rows: Sequence[Mapping[str, str]], subjects: Sequence[str]) -> int:
+    """How many rows of the truth have a value in its column and no prediction; rows and subjects as of `matched`."""
+    known = [row for row in read_rows(truth) if row[column] not in EMPTY]
+    return len(known) - len(rows if "id" in known[0] else set(subjects))
 
 
 def subject_in(id: str) -> str:

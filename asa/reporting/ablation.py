@@ -19,6 +19,7 @@ from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
 from asa.evaluation.comparison import Run, latex_tabular, markdown_lines, mean_text, verdict
 from asa.evaluation.policies import CLASSIFICATION, MetricInfo, PolicyInfo, get_policy
+from asa.evaluation.statistics import means_by_subject
 from asa.evaluation.summary import Statistic, number_text, statistic
 from asa.reporting.plots import panels, plain, png_of
 
@@ -129,36 +130,33 @@ def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: MetricI
     if first is not None:
         before = _values(first, metric, region)
         gaps = {key: values[key] - before[key] for key in values if key in before}
-        difference = _over_cases(gaps, (-math.inf, math.inf))
+        difference = _over_subjects(gaps, (-math.inf, math.inf))
     return Row(
         labelled=chosen[0].labelled,
         arm=chosen[0].arm,
         metric=metric,
         region=region,
-        values=_over_cases(values, metric.bounds),
+        values=_over_subjects(values, metric.bounds),
         seeds=len(chosen),
         seed_sd=float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
         difference=difference,
     )
 
 
-def _values(trials: Sequence[Trial], metric: MetricInfo, region: str) -> dict[tuple[int, str], float]:
-    """(seed, case) -> value. The mean of the regions is undefined where one of them is."""
+def _values(trials: Sequence[Trial], metric: MetricInfo, region: str) -> dict[tuple[int, str, str], float]:
+    """(seed, subject, case) -> value. The mean of the regions is undefined where one of them is."""
     found = {}
     for trial in trials:
         regions = trial.run.setting["regions"] if region == MEAN else [region]
         for case in trial.run.case_ids:
             numbers = [trial.run.values[case, name][metric.name] for name in regions]
-            found[trial.seed, case] = float(np.mean(numbers))
+            found[trial.seed, trial.run.subjects.get(case, case), case] = float(np.mean(numbers))
     return found
 
 
-def _over_cases(values: dict[tuple[int, str], float], bounds: tuple[float, float]) -> Statistic:
-    """Statistic over the cases, each the average over its seeds."""
-    cases: dict[str, list[float]] = {}
-    for (_, case), value in values.items():
-        cases.setdefault(case, []).append(value)
-    return statistic([_average(found) for found in cases.values()], bounds=bounds)
+def _over_subjects(values: dict[tuple[int, str, str], float], bounds: tuple[float, float]) -> Statistic:
+    """Statistic over the subjects, each the average over its cases and seeds."""
+    return statistic(means_by_subject([*values.values()], [subject for _, subject, _ in values]), bounds)
 
 
 def _mean(trial: Trial, metric: MetricInfo, region: str) -> float:

@@ -22,7 +22,7 @@ def _verdicts(out: Path) -> Iterator[str]:
     if (file := out / "comparison.json").exists():
         yield from read_json(file)["verdict"]
     for file in (out / "summary.json", out / "evaluation" / "summary.json"):
-        results = read_json(file)["results"].values() if file.exists() else ()
+        results = read_json(file).get("results", {}).values() if file.exists() else ()
         if means := [found["dice"]["mean"] for found in results if found.get("dice", {}).get("mean") is not None]:
             yield f"Dice {sum(means) / len(means):.3f}, mean of {len(means)} labels and regions"
 

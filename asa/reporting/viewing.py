@@ -143,7 +143,7 @@ def read_scores(folder: Path) -> Scores:
     policy = get_policy(run.setting["policy"])
     metric = policy.metrics[0]
     rows = [Row(id, region, values) for (id, region), values in run.values.items()]
-    means = case_scores(Summary(policy=policy, rows=rows, results={}))
+    means = case_scores(Summary(policy=policy, rows=rows, results={}, subjects={}))
     cells = {}
     for id, mean in means.items():
         found = {row.label: row.values[metric.name] for row in rows if row.case_id == id}

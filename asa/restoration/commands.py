@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from asa.data.io.files import write_json
+from asa.data.io.files import read_json, write_json
 from asa.restoration.region_maps import store_regions
 from asa.restoration.simulation import simulate_folder
 
@@ -37,8 +37,12 @@ def simulate(config: dict[str, Any]) -> None:
     """Write low/, high/ and simulated.json; if images failed, a ValueError after the others are written."""
     kind, seed, out = config["kind"], config["seed"], Path(str(config["out"]))
     physics = {key: config[key] for key in PHYSICS}
+    settings, file = {"kind": kind, **physics, "seed": seed}, out / "simulated.json"
+    if file.exists() and (before := read_json(file)) != settings:
+        other = next((key for key in settings if before.get(key) != settings[key]), "them")
+        raise ValueError(f"{out}: holds pairs simulated with other settings ({other}): choose another out=")
     count, failures = simulate_folder(config["input"], out, kind, seed=seed, workers=config["workers"], **physics)
-    write_json(out / "simulated.json", {"kind": kind, **physics, "seed": seed})
+    write_json(file, settings)
     for id, reason in sorted(failures.items()):
         print(f"{id}: failed: {reason}")
     if failures:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
+from asa.data.datasets.folder import subject_of
 from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.tables import check_own
 from asa.errors import listed
 from asa.evaluation.policies import WHOLE, restoration_policy
 from asa.evaluation.summary import Row, statistics
 from asa.reporting.pages import check_page
-from asa.restoration.images import checked_window, list_pictures, read_picture, stored_window
+from asa.restoration.images import checked_window, common_window, list_pictures, read_picture
 from asa.restoration.measures import RestorationSummary, restoration_table, score_image, scores_csv
 from asa.restoration.report import ImageFiles, write_restoration_report
 
@@ -31,6 +32,7 @@ def evaluate_pictures(
     inputs: str | Path | None = None,
     window: Sequence[float] | None = None,
     allow_missing: bool = False,
+    subject: str | None = None,
 ) -> str:
     """Score restored images against clean ones; write cases.csv, summary.json and report.html.
 
@@ -41,6 +43,7 @@ def evaluate_pictures(
         window: of the clean and degraded images, see `asa.restoration.images.read_picture`; None: that of the
             predictions, which `asa-predict` writes into them.
         allow_missing: leave out clean images that were not restored.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: an image is one.
 
     Returns:
         The table as text.
@@ -65,9 +68,10 @@ def evaluate_pictures(
         rows.append(Row(case.case_id, WHOLE, found))
         truths[case.case_id] = hashlib.sha256(target.tobytes()).hexdigest()[:12]
     policy = restoration_policy(ends)
-    results = statistics(rows, [WHOLE], policy.metrics)
+    subjects = {row.case_id: subject_of(row.case_id, subject) for row in rows}
+    results = statistics(rows, [WHOLE], policy.metrics, subjects)
     quality = RestorationSummary(
-        policy=policy, rows=rows, results=results, window=ends, truths=truths, left_out=left_out
+        policy=policy, rows=rows, results=results, subjects=subjects, window=ends, truths=truths, left_out=left_out
     )
     page.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
     write_whole(page.with_name("cases.csv"), scores_csv(quality).encode())
@@ -78,15 +82,16 @@ def evaluate_pictures(
 
 
 def _common_window(cases: Sequence[ImageFiles], given: Sequence[float] | None) -> tuple[float, float] | None:
-    """The window that 0 and 1 stand for in the predictions, which all have the same one, and the one given."""
-    stored = {window: case for case in cases if (window := stored_window(case.prediction)) is not None}
-    chosen = next(iter(stored), None) if given is None else checked_window(given)
-    for (low, high), case in stored.items():
-        if (low, high) != chosen:
-            raise ValueError(
-                f"{case.prediction}: 0 and 1 are {low:g} and {high:g} in it, and not {list(chosen or ())}: evaluate "
-                "predictions of one window, and give it or none"
-            )
+    """The window that 0 and 1 stand for in the predictions: the one they store, the one given, or that of the truth."""
+    stored = common_window(case.prediction for case in cases)
+    if given is None:
+        return common_window(case.truth for case in cases) if stored is None else stored
+    chosen = checked_window(given)
+    if stored is not None and stored != chosen:
+        raise ValueError(
+            f"{cases[0].prediction}: 0 and 1 are {stored[0]:g} and {stored[1]:g} in it, and not {list(chosen)}: give "
+            "this window or none"
+        )
     return chosen
 
 

@@ -6,7 +6,7 @@ Arrays are `C H W` with 1 (grey) or 3 (colour) channels in [0, 1], label maps `H
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,21 +62,47 @@ def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.
     Raises:
         FileNotFoundError, ValueError: no such file, a damaged one, or no window for an image that needs one.
     """
+    return in_window(*read_values(path, window))
+
+
+def read_values(path: str | Path, window: Sequence[float] | None = None) -> tuple[np.ndarray, tuple[float, float]]:
+    """Read an image in its own units, `(C, H, W)` float32, and its window; otherwise like `read_picture`."""
     path = Path(path)
     values, stored = _read(path), stored_window(path)
-    if stored is not None:
-        values = stored[0] + (stored[1] - stored[0]) / DEPTHS[values.dtype] * values.astype(np.float32)
-        window = stored if window is None else window
-    if window is None:
-        if values.dtype not in DEPTHS:
-            raise ValueError(
-                f"{path}: give the values that become 0 and 1, like window=[-1000,1000] for CT in HU (asa-finetune: "
-                "data.window=[-1000,1000])"
-            )
-        window = (0, DEPTHS[values.dtype])
-    low, high = checked_window(window)
-    scaled = ((values.astype(np.float32) - low) / (high - low)).clip(0, 1)
-    return np.ascontiguousarray(scaled[None] if scaled.ndim == 2 else scaled.transpose(2, 0, 1))
+    depth = DEPTHS.get(values.dtype)
+    values = values.astype(np.float32)
+    if depth is not None and stored is not None:
+        values = stored[0] + (stored[1] - stored[0]) / depth * values
+    if window is None and stored is None and depth is None:
+        raise ValueError(
+            f"{path}: give the values that become 0 and 1, like window=[-1000,1000] for CT in HU (asa-finetune: "
+            "data.window=[-1000,1000])"
+        )
+    ends = window if window is not None else stored or (0.0, float(depth or 0))
+    return np.ascontiguousarray(values[None] if values.ndim == 2 else values.transpose(2, 0, 1)), checked_window(ends)
+
+
+def in_window(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Values scaled to [0, 1] by a window (low, high), and clipped."""
+    low, high = window
+    return ((values - low) / (high - low)).clip(0, 1)
+
+
+def common_window(paths: Iterable[str | Path]) -> tuple[float, float] | None:
+    """The window that all of these images store; None if none of them stores one.
+
+    Raises:
+        ValueError: other windows in some of them, or none.
+    """
+    found = {stored_window(path): path for path in paths}
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        words = ["none" if window is None else f"{window[0]:g} to {window[1]:g}" for window in (one, other)]
+        raise ValueError(
+            f"{first} stores the window {words[0]}, and {second} {words[1]}: 0 and 1 mean different things in them; "
+            "give the window of all, or images of one"
+        )
+    return next(iter(found), None)
 
 
 def stored_window(path: str | Path) -> tuple[float, float] | None:
@@ -111,6 +137,8 @@ def _read(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"{path}: no such file")
     if path.name.lower().endswith(".png"):
         with _opened(path) as opened:
+            if opened.mode != "I;16" and "16" in str(opened.tile):
+                raise ValueError("16 bits in colour or with transparency, of which Pillow reads 8")
             if opened.mode not in ("L", "RGB", "I;16"):  # palette, transparency, black and white
                 return np.asarray(opened.convert("L" if opened.mode in ("1", "LA") else "RGB"))
             return np.asarray(opened)
@@ -153,7 +181,12 @@ def write_picture(
 
     The window, the values (low, high) that 0 and 1 represent, is stored in the file for `read_picture`. `make_folder`
     is as for `asa.data.io.files.whole_file`.
+
+    Raises:
+        ValueError: values that are not finite.
     """
+    if not np.isfinite(image).all():
+        raise ValueError(f"{path}: values that are not finite cannot be written")
     grey = len(image) == 1
     depth, dtype = (65535, np.uint16) if grey else (255, np.uint8)
     values = np.rint(np.clip(image, 0, 1) * depth).astype(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from asa.data.io.tables import csv_text
 from asa.evaluation.policies import WHOLE
-from asa.evaluation.summary import STATISTICS, Summary, aligned, statistic_cells
+from asa.evaluation.summary import STATISTICS, Summary, aligned, statistic_cells, subjects_note
 from asa.restoration.method import psnr
 
 SSIM_WINDOW = 11  # pixels
@@ -59,10 +59,12 @@ class RestorationSummary(Summary):
 
 
 def scores_csv(summary: RestorationSummary) -> str:
-    """A CSV row per image; `truth` is the checksum of the clean image."""
+    """A CSV row per image; `truth` is the checksum of the clean image, `subject` is there if one has several."""
     names = [metric.name for metric in summary.policy.metrics]
-    rows = [[row.case_id, *(f"{row.values[name]:.6f}" for name in names)] for row in summary.rows]
-    return csv_text(["id", *names, "truth"], ([*row, summary.truths[row[0]]] for row in rows))
+    rows = [[row.case_id, *(f"{row.values[name]:.9g}" for name in names)] for row in summary.rows]
+    own = [[summary.subjects[row.case_id]] if summary.several else [] for row in summary.rows]
+    cells = [[*row, summary.truths[row[0]], *subject] for row, subject in zip(rows, own, strict=True)]
+    return csv_text(["id", *names, "truth", *(["subject"] if summary.several else [])], cells)
 
 
 def restoration_table(summary: RestorationSummary) -> str:
@@ -70,4 +72,5 @@ def restoration_table(summary: RestorationSummary) -> str:
     found = summary.results[WHOLE]
     rows = [[metric.heading, *statistic_cells(found[metric.name], metric.digits)] for metric in summary.policy.metrics]
     left_out = [f"no prediction (left out): {summary.left_out}"] if summary.left_out else []
+    left_out += [subjects_note(len(summary.case_ids), summary.several)] if summary.several else []
     return "\n".join([summary.policy.description, *aligned([["", *STATISTICS], *rows]), *left_out])

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from asa.data.datasets.folder import subject_of
+from asa.data.io.nifti import check_same_slice
 from asa.data.loading.crops import Samples, sample_seed
 from asa.restoration.images import list_pictures, read_picture, read_regions
+
+NIFTI = (".nii", ".nii.gz")
 
 
 class Pair(TypedDict):
@@ -49,7 +52,7 @@ def find_pairs(
 
     Raises:
         FileNotFoundError: a folder is missing; for the regions the message says how to create it.
-        ValueError: an image has no partner, or no label map.
+        ValueError: an image has no partner, or no label map; or two NIfTI files of a case are not of one slice.
     """
     root = Path(root)
     images = {"low": list_pictures(root / low), "high": list_pictures(root / high)}
@@ -71,6 +74,9 @@ def find_pairs(
                 )
     if regions is not None and (lone := sorted(images["low"].keys() - images["regions"].keys())):
         raise ValueError(f"{root}: {lone[0]} has no label map in {regions}/: run asa-regions again")
+    for name, path in images["low"].items():
+        if all(str(file).endswith(NIFTI) for file in (path, images["high"][name])):
+            check_same_slice(path, images["high"][name])
     return [
         {
             "id": name,

@@ -15,7 +15,7 @@ from asa.data.io.parallel import check_workers, each_tried
 from asa.data.loading.crops import sample_seed
 from asa.data.store import read_box
 from asa.errors import require
-from asa.restoration.images import list_pictures, read_picture, write_picture
+from asa.restoration.images import in_window, list_pictures, read_values, stored_window, write_picture
 
 KINDS = ("ct", "pet", "sr")
 Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -114,37 +114,35 @@ def decimated(image: np.ndarray, factor: int, *, blur: float = 0.5) -> np.ndarra
 def make_degradation(
     kind: str,
     *,
-    window: Sequence[float] | None = None,
     photons: float = 1e4,
     pixel: float = 0.7,
     counts: float = 1e6,
     factor: int = 2,
     blur: float = 0.5,
 ) -> Degradation:
-    """The function that degrades an image `(C, H, W)` in [0, 1]; a ValueError for an unknown kind or invalid settings.
+    """The function that degrades an image `(C, H, W)` in its own units.
 
     Args:
-        kind: `"ct"` (`low_dose_ct` with `photons` and `pixel`), `"pet"` (`low_count_pet` with `counts`) or `"sr"`
+        kind: `"ct"` (`low_dose_ct` with `photons` and `pixel`; HU), `"pet"` (`low_count_pet` with `counts`) or `"sr"`
             (`decimated` by `factor` with `blur`).
-        window: the HU that are 0 and 1, for ct.
+
+    Raises:
+        ValueError: an unknown kind, or settings without a physical meaning.
     """
+    for name, value in (("photons", photons), ("pixel", pixel), ("counts", counts)):
+        if not value > 0:
+            raise ValueError(f"{name}={value}: has to be above 0")
+    if not blur >= 0:
+        raise ValueError(f"blur={blur}: has to be 0 or more")
     if kind == "sr":
         if factor not in (2, 4):
             raise ValueError(f"factor={factor}: choose 2 or 4")
         return lambda image, _: decimated(image, factor, blur=blur)
     if kind == "pet":
-        return lambda image, generator: low_count_pet(_grey(image), generator, counts=counts)[None]
+        return lambda image, generator: low_count_pet(_grey(image).clip(min=0), generator, counts=counts)[None]
     if kind != "ct":
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
-    if window is None:
-        raise ValueError("kind=ct needs HU: give the values that become 0 and 1, like window=[-1000,1000]")
-    low, width = window[0], window[1] - window[0]
-
-    def ct(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        noisy = low_dose_ct(_grey(image) * width + low, generator, photons=photons, pixel=pixel)
-        return ((noisy - low) / width)[None]
-
-    return ct
+    return lambda image, generator: low_dose_ct(_grey(image), generator, photons=photons, pixel=pixel)[None]
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
@@ -166,12 +164,14 @@ def simulate_folder(
 ) -> tuple[int, dict[str, str]]:
     """Write OUT/high/ID.png and the degraded OUT/low/ID.png for every image in a folder.
 
-    For super-resolution the sizes are cropped to multiples of the factor.
+    Noise is simulated from all values of an image, also of those that the window clips afterwards. For super-resolution
+    the clipped image is made smaller, and the sizes are cropped to multiples of the factor.
 
     Args:
         images: folder of clean images.
         kind, factor, physics: see `make_degradation`.
-        window: see `asa.restoration.images.read_picture`; stored in the PNG files.
+        window: see `asa.restoration.images.read_picture`; stored in the PNG files, as is that of a source which
+            stores one. Needed for ct.
         seed: random seed; the draws of an image do not depend on the others.
         workers: number of processes; 1 works in this process.
 
@@ -179,24 +179,31 @@ def simulate_folder(
         The number of pairs, and id -> reason of each image that cannot be read or degraded; the others are written.
     """
     check_workers(workers)
-    settings = {"kind": kind, "window": window, "factor": factor, **physics}
+    settings = {"kind": kind, "factor": factor, **physics}
     make_degradation(**settings)  # invalid settings fail once, not for every image
+    if kind == "ct" and window is None:
+        raise ValueError("kind=ct needs HU: give the values that become 0 and 1, like window=[-1000,1000]")
     jobs = [(id, str(path)) for id, path in list_pictures(images).items()]
-    make = partial(_write_pair, out=out, settings=settings, seed=seed)
+    make = partial(_write_pair, out=out, settings=settings, window=window, seed=seed)
     tried = each_tried(make, jobs, workers, title="simulate", unit="image")
     failures = {id: reason for (id, _), _, reason in tried if reason}
     return len(jobs) - len(failures), failures
 
 
-def _write_pair(job: tuple[str, str], *, out: Path, settings: dict[str, Any], seed: int) -> None:
+def _write_pair(
+    job: tuple[str, str], *, out: Path, settings: dict[str, Any], window: Sequence[float] | None, seed: int
+) -> None:
     """Read, degrade and write an image, (id, path)."""
-    (id, path), window = job, settings["window"]
-    clean = read_picture(path, window)
-    multiple = settings["factor"] if settings["kind"] == "sr" else 1
-    clean = clean[:, : clean.shape[1] // multiple * multiple, : clean.shape[2] // multiple * multiple]
+    id, path = job
+    values, ends = read_values(path, window)
+    if settings["kind"] == "sr":
+        multiple = settings["factor"]
+        values = values[:, : values.shape[1] // multiple * multiple, : values.shape[2] // multiple * multiple]
+        values = values.clip(*ends)
     try:
-        low = make_degradation(**settings)(clean, np.random.default_rng(sample_seed(seed, id)))
+        low = make_degradation(**settings)(values, np.random.default_rng(sample_seed(seed, id)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    write_picture(out / "high" / f"{id}.png", clean, window)
-    write_picture(out / "low" / f"{id}.png", low, window)
+    note = window if window is not None else stored_window(path)
+    write_picture(out / "high" / f"{id}.png", in_window(values, ends), note)
+    write_picture(out / "low" / f"{id}.png", in_window(low, ends), note)

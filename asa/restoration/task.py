@@ -8,7 +8,7 @@ are found. Prediction: restored images as PNG. Evaluation: PSNR, SSIM and RMSE a
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,14 @@ from asa.inference.preprocessing import check_finite
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
 from asa.restoration.evaluation import evaluate_pictures
-from asa.restoration.images import checked_window, list_pictures, read_picture, write_picture
+from asa.restoration.images import (
+    checked_window,
+    common_window,
+    list_pictures,
+    read_picture,
+    stored_window,
+    write_picture,
+)
 from asa.restoration.inference import restore_image
 from asa.restoration.measures import score_image
 from asa.restoration.method import Restoration as RestorationMethod
@@ -41,6 +48,7 @@ from asa.training.loop import TrainSettings, Validate, Validation
 from asa.training.plan import micro_batch
 
 CROP = 128  # pixels, where it is not given
+ENDS: tuple[Literal["low", "high"], ...] = ("low", "high")
 
 
 class Restoration:
@@ -64,6 +72,8 @@ class Restoration:
             raise ValueError("data.root has to be given: a folder with low/, high/ and regions/")
         absolute(data, "root")
         pairs = find_pairs(data["root"], **{key: data[key] for key in ("low", "high", "regions", "subject")})
+        if data["window"] is None and (stored := common_window(pair[end] for pair in pairs for end in ENDS)):
+            data["window"] = list(stored)
         self.split = choose_split(pairs, data, Path(str(config["out"])))
         channels = len(read_picture(pairs[0]["low"], data["window"]))
         set_model(config, in_channels=config["model"]["in_channels"] or channels)
@@ -135,7 +145,8 @@ class Restoration:
             labels = regions_of(None if maps is None else str(maps[id]), image)
             restored = restore_image(model, image, labels, settings, tile=config["tile"])
             check_finite(restored, "the network's output")
-            write_picture(out / f"{id}.png", restored.numpy(), data["window"], make_folder=False)
+            window = data["window"] or stored_window(path)
+            write_picture(out / f"{id}.png", restored.numpy(), window, make_folder=False)
 
         out.mkdir(parents=True, exist_ok=True)
         for (id, _), _, reason in each_tried(restore, list(images.items()), title="restore", unit="image"):
@@ -152,7 +163,7 @@ class Restoration:
         for key in ("predictions", "truth"):
             if config[key] is None:
                 raise ValueError(f"{key}= has to be given: a folder of images")
-        keys = ("predictions", "truth", "out", "inputs", "window", "allow_missing")
+        keys = ("predictions", "truth", "out", "inputs", "window", "allow_missing", "subject")
         table = evaluate_pictures(**{key: config[key] for key in keys})
         print(f"{table}\nwrote cases.csv, summary.json and report.html to {config['out']}")
 

@@ -20,12 +20,12 @@ from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
-from asa.evaluation.tables import matched, numbers, table_in
+from asa.evaluation.tables import matched, numbers, table_in, without_prediction
 from asa.inference.features import FeatureExtractor, pooled
 from asa.reporting.pages import check_page
 from asa.reporting.probe import write_probe
 from asa.tasks.base import Config
-from asa.tasks.evaluation import tables_of
+from asa.tasks.evaluation import tables_of, unpredicted
 from asa.tasks.prediction import add_rows, channels_of, predict_scans, rows_in
 
 TABLE = "features.csv"
@@ -128,9 +128,11 @@ def evaluate_probe(config: Config) -> None:
         )
     predict = probe_numbers if numeric and probe != "logistic" else probe_classes
     found = predict(features, values, subjects, folds, FITS[probe])
+    left_out = without_prediction(truth, column, rows, subjects)
     written: dict[str, Any] = {"column": column, "probe": probe, "folds": folds, "scans": len(rows)}
-    written |= nullable(found.scores)
+    written |= nullable(found.scores) | {"without_prediction": left_out}
     lines = [f"{column}: {found.text()}, {counted(len(rows), 'scan')} of {len(set(subjects))} subjects, {folds} folds"]
+    lines += unpredicted(left_out)
     if (group := config["group"]) is not None:
         groups, written["groups"] = _complete(truth, group, scans), {}
         for name in sorted(set(groups)):

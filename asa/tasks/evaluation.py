@@ -24,7 +24,7 @@ from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_o
 from asa.data.io.parallel import KILLED, in_processes
 from asa.data.io.tables import check_own
 from asa.data.preprocessing.resampling import bounding_box
-from asa.errors import listed
+from asa.errors import counted, listed
 from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
 from asa.evaluation.policies import Policy, get_policy
 from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, summarise
@@ -91,6 +91,7 @@ def evaluate_folder(
     ignored: Sequence[int] = (),
     allow_missing: bool = False,
     workers: int = 1,
+    subjects: Mapping[str, str] | None = None,
 ) -> SegmentationSummary:
     """Evaluate a folder of label maps and write cases.csv, summary.json and report.html.
 
@@ -108,6 +109,7 @@ def evaluate_folder(
             against a prediction, which may not hold them.
         allow_missing: accept truths without a prediction (they count in n total, not in the means) and
             predictions without a truth (left out); both are listed in the results.
+        subjects: case id -> subject, whose cases are averaged before statistics; None: a case is one.
         workers: processes; with more than one the caller's main module must be importable (spawn).
 
     Raises:
@@ -131,7 +133,7 @@ def evaluate_folder(
             raise ValueError(f"case {case.case_id}: {KILLED}")
         rows += found
     missing = [case.case_id for case in cases if case.prediction is None]
-    summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched)
+    summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched, subjects=subjects)
 
     report = Path(out) / "report.html"
     report.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
@@ -263,3 +265,8 @@ def tables_of(config: Config, *names: str) -> tuple[Path, Path, Path]:
         tables = " or ".join(map(str, found))
         raise FileNotFoundError(f"{tables}: no such table; predictions= is the folder that asa-predict wrote")
     return (there or found)[0], Path(str(config["truth"])), Path(str(config["out"]))
+
+
+def unpredicted(rows: int) -> list[str]:
+    """A line about so many rows of the truth without a prediction, if there are any."""
+    return [f"{counted(rows, 'row')} of the truth without a prediction"] if rows else []

@@ -28,6 +28,7 @@ from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
+from asa.evaluation.tables import subject_in
 from asa.inference.anomaly import LabelScorer
 from asa.inference.label_maps import Outputs, ScanSegmenter
 from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of
@@ -380,7 +381,7 @@ def networks_of(config: Config, *, progress: bool = True) -> Segmenter:
 
 def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
     """Source label files and images of a store's scans, as keywords of `evaluate_folder`."""
-    if given := [key for key in ("labels", "ignored", "images") if config[key]]:
+    if given := [key for key in ("labels", "ignored", "images", "subject") if config[key]]:
         raise ValueError(f"{given[0]}= is for a folder of label maps, and {path} is a store with its own: leave it out")
     store = Store(path)
     records: Sequence[Mapping[str, Any]] = store.records
@@ -391,7 +392,9 @@ def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
         raise ValueError(f"{path}: none of the scans has a label map to compare with")
     truths = {record["id"]: Path(record["sources"]["label"]["path"]) for record in labelled}
     images = {record["id"]: store.first_source(record) for record in labelled}
-    return dict(truths=truths, images=images, labels=store.labels, regions=store.regions, ignored=store.ignored)
+    subjects = {record["id"]: record["subject"] for record in labelled}
+    own = dict(labels=store.labels, regions=store.regions, ignored=store.ignored)
+    return dict(truths=truths, images=images, subjects=subjects, **own)
 
 
 def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
@@ -408,4 +411,7 @@ def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
     if config["images"] is not None:
         found = folder.files_by_id(str(config["images"]))
         images = {id: image for id, image in found.items() if id in truths}
-    return dict(truths=truths, images=images, labels=labels, regions={}, ignored=config["ignored"])
+    pattern = config["subject"]
+    subjects = {id: subject_in(id) if pattern is None else folder.subject_of(id, pattern) for id in truths}
+    own = dict(labels=labels, regions={}, ignored=config["ignored"])
+    return dict(truths=truths, images=images, subjects=subjects, **own)

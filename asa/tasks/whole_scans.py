@@ -33,7 +33,7 @@ from asa.inference.whole_scans import (
     predictions_csv,
 )
 from asa.tasks.base import Config
-from asa.tasks.evaluation import tables_of
+from asa.tasks.evaluation import tables_of, unpredicted
 from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans
 from asa.tasks.volumes import VolumeTask
 from asa.training.checkpoint import load_model
@@ -153,8 +153,8 @@ class Classification(WholeScans):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        scores, names = evaluate_classes(*tables_of(config, TABLE))
-        print(scores.text(names))
+        scores, names, left_out = evaluate_classes(*tables_of(config, TABLE))
+        print(scores.text(names), *unpredicted(left_out), sep="\n")
 
     def _balanced_weights(self) -> list[float]:
         """Weights of the classes inverse to their number of training scans, with mean 1 over these."""
@@ -224,8 +224,8 @@ class Regression(WholeScans):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        scores, column = evaluate_numbers(*tables_of(config, TABLE), config["column"])
-        print(scores.text(column))
+        scores, column, left_out = evaluate_numbers(*tables_of(config, TABLE), config["column"])
+        print(scores.text(column), *unpredicted(left_out), sep="\n")
 
 
 class TablePredictor:

@@ -26,7 +26,7 @@ import torch
 from asa.data.io.files import write_json
 from asa.errors import require
 from asa.evaluation.statistics import bootstrap_interval
-from asa.restoration.images import read_picture, write_picture, write_regions
+from asa.restoration.images import in_window, read_values, write_picture, write_regions
 from asa.restoration.inference import restore_image
 from asa.restoration.measures import score_image
 from asa.restoration.method import Restoration
@@ -81,8 +81,9 @@ def low_dose() -> Iterator[Sample]:
     """Tiles of CT slices, with noise simulated in the projections of the whole slice."""
     for k, (part, (name, photons, pixel, first, edge)) in enumerate(SLICES.items()):
         file = require("pydicom.data", "restore", "this script").get_testdata_file(name, download=False)
-        clean = read_picture(file, HU)
-        low = make_degradation("ct", window=HU, photons=photons, pixel=pixel)(clean, np.random.default_rng(k))
+        hu = read_values(file, HU)[0].clip(*HU)
+        noisy = make_degradation("ct", photons=photons, pixel=pixel)(hu, np.random.default_rng(k))
+        clean, low = in_window(hu, HU), (noisy - HU[0]) / (HU[1] - HU[0])
         starts = range(first, clean.shape[1] - first, edge)
         for i in starts:
             for j in starts:

@@ -9,7 +9,7 @@ import pytest
 
 from asa.config import compose
 from asa.data.io.tables import read_column, read_rows
-from asa.evaluation.tables import subject_in
+from asa.evaluation.tables import evaluate_classes, evaluate_numbers, subject_in
 from asa.inference.anomaly import AnomalyRow
 from asa.inference.whole_scans import class_cells, predictions_csv
 from asa.tasks.prediction import add_rows
@@ -71,6 +71,18 @@ def test_scans_that_an_auc_leaves_out_are_counted(tmp_path, capsys, key, prefix)
     assert {name: summary[name] for name in counts} == counts
     shown = capsys.readouterr().out
     assert "2 healthy scans and 1 of patients; left out are 3 scans without health, and 2 rows of" in shown
+
+
+@pytest.mark.parametrize("truth", ["id,class\ns0,a\ns1,b\ns7,a\ns8,n/a\n", "id,age\ns0,10\ns1,20\ns7,30\ns8,\n"])
+def test_rows_of_the_truth_without_a_prediction_are_counted(tmp_path, truth):
+    (tmp_path / "truth.csv").write_text(truth)
+    if "class" in truth:
+        (tmp_path / "predictions.csv").write_text("id,subject,predicted,p_a,p_b\ns0,,a,0.9,0.1\ns1,,b,0.2,0.8\n")
+        *_, left_out = evaluate_classes(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)
+    else:
+        (tmp_path / "predictions.csv").write_text("id,subject,predicted,training_mean,age\ns0,,9,15,\ns1,,21,15,\n")
+        *_, left_out = evaluate_numbers(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)
+    assert left_out == json.loads((tmp_path / "summary.json").read_text())["without_prediction"] == 1
 
 
 def test_scans_of_one_subject_are_resampled_together(tmp_path):

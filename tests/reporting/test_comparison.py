@@ -63,6 +63,30 @@ def test_differences_that_are_equal_but_for_rounding_are_ties(tmp_path):
     assert (found.better, found.worse, found.p) == (3, 3, 1.0)
 
 
+def test_law_scans_of_one_subject_count_as_one(tmp_path):
+    generator = np.random.default_rng(0)
+    before, after = generator.uniform(0.5, 0.9, (2, 7)).round(3)
+    once = {name: write_run(tmp_path / name, {"csf": dice}) for name, dice in (("a", before), ("b", after))}
+    known = {f"case{k:02}": f"s{k // 3}" for k in range(21)}
+    spread = np.array([-0.01, 0, 0.01])
+    visits = {
+        name: write_run(tmp_path / f"{name} often", {"csf": (dice[:, None] + spread).ravel()}, subjects=known)
+        for name, dice in (("a", before), ("b", after))
+    }
+    one, often = (compare_folders(runs, tmp_path / str(len(runs["a"].name))) for runs in (once, visits))
+    key = "dice", "csf", "b"
+    for found in ("mean", "sd", "low", "high", "used", "total"):
+        assert getattr(often.results[key], found) == pytest.approx(getattr(one.results[key], found))
+    for found in ("mean", "low", "high", "detectable", "better", "worse", "p", "p_holm", "used", "total"):
+        assert getattr(often.differences[key], found) == pytest.approx(getattr(one.differences[key], found))
+    text = comparison_table(often)
+    assert "on 7 subjects." in text and "The 21 cases are of 7 subjects" in text and "over subjects" in text
+    assert (visits["a"] / "cases.csv").read_text().splitlines()[-1].endswith(",s6")
+    summary = json.loads((visits["a"] / "summary.json").read_text())
+    assert (summary["cases"], summary["subjects"], summary["results"]["csf"]["dice"]["total"]) == (21, 7, 7)
+    assert "subject" not in (once["a"] / "cases.csv").read_text()
+
+
 def test_all_texts_begin_with_the_verdict_in_words(folders, tmp_path):
     flipped = {"asa": folders["asa"], "scratch": folders["scratch"], "mae": folders["mae"]}
     found = compare_folders(flipped, tmp_path / "out")

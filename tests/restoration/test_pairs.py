@@ -1,5 +1,6 @@
 """Pairs of 2-D images: files, records, crops, and what is refused."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel as nib
@@ -167,6 +168,27 @@ def test_images_of_different_cases_are_refused(tmp_path: Path) -> None:
         find_pairs(root, regions="maps")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         find_pairs(root, low="dark")
+
+
+@pytest.mark.parametrize(
+    ("affine", "shape", "same"),
+    [
+        (np.diag([1.0, 1, 1, 1]), (8, 10, 1), True),
+        (np.diag([-1.0, 1, 1, 1]), (8, 10, 1), False),  # the slice from right to left
+        (np.diag([2.0, 2, 1, 1]), (8, 10, 1), False),
+        (np.array([[0.5, 0, 0, -0.25], [0, 0.5, 0, -0.25], [0, 0, 1, 0], [0, 0, 0, 1]]), (16, 20, 1), True),
+        (np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 5], [0, 0, 0, 1]]), (8, 10, 1), False),  # another slice
+        (np.eye(4), (16, 20, 1), True),  # states nothing
+    ],
+)
+def test_pairs_of_nifti_slices_are_of_one_place(
+    tmp_path: Path, affine: np.ndarray, shape: tuple[int, ...], same: bool
+) -> None:
+    for folder, grid, sides in (("low", np.eye(4), (8, 10, 1)), ("high", affine, shape)):
+        (tmp_path / folder).mkdir()
+        nib.save(nib.Nifti1Image(np.zeros(sides, dtype=np.float32), grid), tmp_path / folder / "a.nii.gz")
+    with nullcontext() if same else pytest.raises(ValueError, match="its header puts a corner"):
+        find_pairs(tmp_path, regions=None)
 
 
 def test_images_of_different_sizes_or_channels_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Providers of label maps, the command that stores them, and simulated degradations."""
 
+import struct
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,15 @@ import pytest
 from scipy.ndimage import binary_erosion
 
 from asa.cli import regions, simulate
-from asa.restoration.images import list_pictures, read_picture, read_regions, write_picture, write_regions
+from asa.restoration.images import (
+    common_window,
+    list_pictures,
+    read_picture,
+    read_regions,
+    read_values,
+    write_picture,
+    write_regions,
+)
 from asa.restoration.region_maps import make_provider, outlined, paint, store_regions
 from asa.restoration.simulation import decimated, low_count_pet, low_dose_ct, make_degradation, simulate_folder
 
@@ -133,8 +143,13 @@ def test_the_commands_write_pairs_and_label_maps(tmp_path: Path, monkeypatch, ca
         (["kind=ct"], "kind=ct needs HU"),
         (["kind=mri"], "choose one of ct, pet, sr"),
         (["kind=sr", "factor=3"], "choose 2 or 4"),
+        (["kind=ct", "window=[-1000,1000]", "photons=0"], "photons=0: has to be above 0"),
+        (["kind=ct", "window=[-1000,1000]", "pixel=0"], "pixel=0: has to be above 0"),
+        (["kind=sr", "blur=-1"], "blur=-1: has to be 0 or more"),
+        (["kind=sr", "factor=4", f"out={pairs}"], "holds pairs simulated with other settings (factor)"),
     ):
-        monkeypatch.setattr(sys, "argv", ["asa-simulate", f"input={tmp_path / 'clean'}", f"out={pairs}", *arguments])
+        other = [f"input={tmp_path / 'clean'}", f"out={tmp_path / 'other'}", *arguments]
+        monkeypatch.setattr(sys, "argv", ["asa-simulate", *other])
         assert simulate.main() == 1
         assert message in capsys.readouterr().err
 
@@ -211,13 +226,52 @@ def test_simulated_pairs_are_read_in_the_units_of_their_source(tmp_path: Path, m
 
 def test_a_degradation_is_that_of_its_settings() -> None:
     image, seed = discs(24, 20), np.random.default_rng
-    ct = make_degradation("ct", window=(-1000, 500), photons=3e3, pixel=2.0)(image, seed(1))
-    hu = low_dose_ct(image[0] * 1500 - 1000, seed(1), photons=3e3, pixel=2.0)
-    np.testing.assert_allclose(ct, (hu[None] + 1000) / 1500)
+    ct = make_degradation("ct", photons=3e3, pixel=2.0)(1500 * image - 1000, seed(1))
+    np.testing.assert_array_equal(ct, low_dose_ct(1500 * image[0] - 1000, seed(1), photons=3e3, pixel=2.0)[None])
     pet = make_degradation("pet", counts=2e4)(image, seed(1))
     np.testing.assert_array_equal(pet, low_count_pet(image[0], seed(1), counts=2e4)[None])
     small = make_degradation("sr", factor=4, blur=0.8)(image, seed(1))
     np.testing.assert_array_equal(small, decimated(image, 4, blur=0.8))
+
+
+def test_simulated_noise_does_not_depend_on_the_window(tmp_path: Path) -> None:
+    (tmp_path / "clean").mkdir()
+    nib.save(nib.Nifti1Image(water().astype(np.float32)[:, :, None], np.eye(4)), tmp_path / "clean" / "a.nii.gz")
+    found = []
+    for window in ((-1000, 1000), (-150, 150)):
+        out = tmp_path / str(window[1])
+        simulate_folder(tmp_path / "clean", out, "ct", window=window, photons=1e6, pixel=3.0)
+        found.append(read_values(out / "low" / "a.png")[0][0][water() == 0])
+    assert found[0].std() > 1
+    np.testing.assert_allclose(found[0], found[1], atol=0.05)
+
+
+def test_simulated_pairs_keep_the_window_of_their_source(tmp_path: Path) -> None:
+    write_picture(tmp_path / "clean" / "a.png", discs(24, 20), (-1000, 1000))
+    simulate_folder(tmp_path / "clean", tmp_path / "pairs", "sr")
+    assert common_window((tmp_path / "pairs").glob("*/a.png")) == (-1000, 1000)
+
+
+def test_images_of_several_windows_have_none_in_common(tmp_path: Path) -> None:
+    for name, window in (("a", (-1000, 1000)), ("b", (-200, 200)), ("c", None)):
+        write_picture(tmp_path / f"{name}.png", discs(24, 20), window)
+    assert common_window([tmp_path / "c.png"]) is None
+    for names, words in (("ab", "window -1000 to 1000, and .*b.png -200 to 200"), ("ac", "c.png none")):
+        with pytest.raises(ValueError, match=words):
+            common_window(tmp_path / f"{name}.png" for name in names)
+
+
+def test_colours_of_16_bits_and_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)  # one pixel of RGB
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(7))), chunk(b"IEND", b"")]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(ValueError, match="a.png: .*16 bits in colour"):
+        read_picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="not finite"):
+        write_picture(tmp_path / "b.png", np.full((1, 4, 4), np.nan))
 
 
 def test_simulation_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:

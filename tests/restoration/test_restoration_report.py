@@ -1,5 +1,6 @@
 """The page of restored images, and comparisons of such evaluations."""
 
+import csv
 import html
 import json
 import math
@@ -69,6 +70,38 @@ def test_clean_images_that_were_not_restored_are_counted(tmp_path: Path) -> None
     assert "1 clean images without a prediction" in page and "2 of 2" in page
 
 
+def test_images_of_one_subject_count_as_one(tmp_path: Path) -> None:
+    root = write_cohort(tmp_path, 4)
+    found = json.loads((evaluated(root, subject="^(case[01]|case.)") / "summary.json").read_text())
+    assert (found["cases"], found["results"]["image"]["psnr"]["total"]) == (4, 4)
+    rows = list(csv.DictReader((root / "scores" / "cases.csv").open()))
+    for case in "23":
+        (root / "restored" / f"case{case}.png").rename(root / "restored" / f"b{case}.png")
+        (root / "clean" / f"case{case}.png").rename(root / "clean" / f"b{case}.png")
+    psnr = json.loads((evaluated(root, subject="^([a-z]+)") / "summary.json").read_text())["results"]["image"]["psnr"]
+    assert psnr["total"] == 2
+    pairs = np.array([float(row["psnr"]) for row in rows]).reshape(2, 2).mean(axis=1)
+    assert psnr["mean"] == pytest.approx(pairs.mean()) and psnr["sd"] == pytest.approx(pairs.std(ddof=1))
+    assert [row["subject"] for row in csv.DictReader((root / "scores" / "cases.csv").open())] == ["b"] * 2 + [
+        "case"
+    ] * 2
+
+
+def test_small_errors_are_not_rounded_away(tmp_path: Path) -> None:
+    for name, value in (("clean", 0.5), ("restored", 0.502)):
+        write_picture(tmp_path / name / "a.png", np.full((1, 16, 16), value), (0, 3e-6))
+    (row,) = csv.DictReader((evaluated(tmp_path) / "cases.csv").open())
+    assert float(row["rmse"]) == pytest.approx(6e-9, rel=0.01)
+
+
+def test_predictions_of_which_only_some_store_a_window_are_refused(tmp_path: Path) -> None:
+    for name, window in (("a", (-1000, 1000)), ("b", None)):
+        write_picture(tmp_path / "clean" / f"{name}.png", np.full((1, 16, 16), 0.5), (-1000, 1000))
+        write_picture(tmp_path / "restored" / f"{name}.png", np.full((1, 16, 16), 0.5), window)
+    with pytest.raises(ValueError, match="stores the window -1000 to 1000, and .*b.png none"):
+        evaluated(tmp_path)
+
+
 def test_a_table_of_the_users_is_not_replaced(tmp_path: Path) -> None:
     root = write_cohort(tmp_path, 2)
     table = evaluated(root) / "cases.csv"
@@ -119,7 +152,7 @@ def test_a_missing_extra_is_named_after_the_numbers_are_written(tmp_path: Path, 
 
 def test_metrics_of_restored_images_have_their_range_as_bounds() -> None:
     psnr, ssim, rmse = restoration_policy((-1000, 1500)).metrics
-    assert (psnr.bounds, ssim.bounds, rmse.bounds) == ((-math.inf, math.inf), (-math.inf, 1), (0, math.inf))
+    assert (psnr.bounds, ssim.bounds, rmse.bounds) == ((0, 100), (-1, 1), (0, math.inf))
     assert rmse.digits == 1 and restoration_policy(None).metrics[2].digits == 4
 
 

@@ -73,7 +73,7 @@ def read_image(path: str | Path, *, nan: str = "refuse") -> Volume:
 
 
 def read_slice(path: str | Path) -> np.ndarray:
-    """Read a single slice, `(H, W)` float32; the first axis of the file is W, left to right in a volume.
+    """Read a single slice, `(H, W)` float32; the first axis of the file is W.
 
     Raises:
         FileNotFoundError, ValueError: as in `read_image`, or more than one slice.
@@ -83,6 +83,24 @@ def read_slice(path: str | Path) -> np.ndarray:
     if len(sizes) != 2:
         raise ValueError(f"{path}: shape {data.shape} is not one slice; split the volume into slices, one per file")
     return np.ascontiguousarray(data.reshape(sizes).T)
+
+
+def check_same_slice(low: str | Path, high: str | Path) -> None:
+    """Raise a ValueError for two slices whose headers put their corners more than a voxel of the first one apart.
+
+    The numbers of voxels may differ. Slices of different sizes with one affine are not compared: it cannot be right.
+    """
+    (affine, shape), (other, size) = ((image.affine, (*image.shape, 1)[:3]) for image in (_load(low), _load(high)))
+    if shape != size and np.array_equal(affine, other):
+        return
+    ends = np.array([(*corner, 1) for corner in itertools.product((0, 1), repeat=3)])  # in parts of the sides
+    corners = [(ends * (*sides, 1) - (0.5, 0.5, 0.5, 0)) @ grid.T for grid, sides in ((affine, shape), (other, size))]
+    apart = float(np.linalg.norm((corners[0] - corners[1])[:, :3], axis=1).max())
+    if apart > spacing_of(affine).max():
+        raise ValueError(
+            f"{high}: its header puts a corner {apart:.1f} mm from that of {low}, more than a voxel: resample one onto "
+            "the other, or copy the correct header"
+        )
 
 
 def read_label(path: str | Path) -> Volume:
