@@ -71,9 +71,10 @@ class Command:
 
     def _with_keys(self, given: list[str]) -> Iterator[str]:
         """Arguments; words without a key get those of `words` in their order."""
-        keys = iter(self.words)
+        keys, before = iter(self.words), ""
         for word in given:
-            key = None if word.startswith("-") or "=" in word else next(keys, None)
+            value = word.startswith("-") or "=" in word or before == "--config-dir"
+            key, before = None if value else next(keys, None), word
             yield f"{key}={written(word)}" if key else word
 
     def _run(self, chosen: argparse.Namespace) -> int:

@@ -35,8 +35,10 @@ ATLASES = 3  # whose joint label fusion docs/evidence.md compares with networks
 HEAD_MB = 9.8  # of a brain at 1 mm in a store: 160 x 192 x 160 voxels in float16
 HEADER = """\
 # Written by asa run, to be read and changed: each stage is a command with its settings, and paths begin in this folder.
-# asa run {file} runs what is not done; a stage whose settings were changed, and all after it, are run again.
+# asa run {file} runs what is not done; a stage whose settings were changed, and all after it, are run again. A training
+# among these asks for its folder to be removed first, or for another out=.
 """
+TRAININGS = ("pretrain", "finetune")
 
 
 class Stage(NamedTuple):
@@ -61,6 +63,8 @@ class Stage(NamedTuple):
 
 def run_study(config: Config) -> None:
     """Write a study, unless its file is given, and run what is not done."""
+    if config["config_dir"]:
+        raise ValueError("--config-dir is not for asa run: write the settings of your experiments into the study")
     file, stages = _study_of(config)
     with contextlib.chdir(file.parent):
         if config["plan"]:
@@ -120,7 +124,7 @@ def plan_stages(config: Config) -> list[Stage]:
         records = _records(stages[-1])
         if labelled:
             _check_labels(stages[-1], records)
-            subjects.update(record["subject"] for record in records)
+            subjects.update(record["subject"] for record in records if Path(record.get("label", "")).is_file())
         return str(settings["out"])
 
     if config["new"] and not Path(config["new"]).exists():
@@ -209,19 +213,31 @@ def _check_labels(stage: Stage, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _run(stages: Sequence[Stage]) -> None:
-    """Run what is not done, in the study's folder, and write the page after each stage."""
+    """Run what is not done, in the study's folder, and write the page after each stage.
+
+    The file of what is done has a row for each stage that was begun. A row is stale if a stage before it was changed
+    since: it was made from other results, and a training must not go on from them.
+    """
     from asa.reporting.study import write_study
     from asa.tasks.run import call
 
-    before: list[dict[str, Any]] = read_json(Path(DONE)) if Path(DONE).exists() else []
-    done: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = read_json(Path(DONE)) if Path(DONE).exists() else []
     for number, stage in enumerate(stages):
         row = {"name": stage.name, "command": stage.command, "settings": stage.overrides()}
-        found = before[number] if number < len(before) else {}
-        if all(found.get(key) == value for key, value in row.items()):
+        found = rows[number] if number < len(rows) else {}
+        same, stale = all(found.get(key) == value for key, value in row.items()), found.get("stale", False)
+        if same and not stale and "finished" in found:
             print(f"{stage.name}: done before")
         else:
-            before = []  # all that follows was made from other results
+            if found and not same:
+                rows[number + 1 :] = [later | {"stale": True} for later in rows[number + 1 :]]
+            if stale and stage.command in TRAININGS and any(Path(str(stage.settings["out"])).glob("**/config.yaml")):
+                raise ValueError(
+                    f"stage {stage.name}: {stage.settings['out']} was trained from results that have changed since: "
+                    f"remove it, or give the stage another out= in {STUDY}"
+                )
+            rows[number : number + 1] = [row]
+            write_json(Path(DONE), rows)
             print(f"{stage.name}: {stage.typed()}", flush=True)
             begun = time.monotonic()
             try:
@@ -230,12 +246,11 @@ def _run(stages: Sequence[Stage]) -> None:
                 skip = f"; failed: skip in {STUDY} leaves failed scans out" if stage.command == "prepare" else ""
                 raise ValueError(f"stage {stage.name}, asa-{stage.command}: {reason_of(error)}{skip}") from error
             today = datetime.now(UTC).date().isoformat()
-            found = row | {"seconds": round(time.monotonic() - begun), "finished": today}
-        done.append(found)
-        write_json(Path(DONE), done)
+            rows[number] = row | {"seconds": round(time.monotonic() - begun), "finished": today}
+            write_json(Path(DONE), rows)
         shown = [
-            row | {"out": str(each.settings["out"]), "typed": each.typed()}
-            for row, each in zip(done, stages, strict=False)
+            done | {"out": str(each.settings["out"]), "typed": each.typed()}
+            for done, each in zip(rows[: number + 1], stages, strict=False)
         ]
         write_study(Path(PAGE), shown, [each.name for each in stages[number + 1 :]])
 

@@ -22,14 +22,15 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
 
     Images are copied to the byte (nnU-Net has a preprocessing of its own), labelled scans into imagesTr, the others
     into imagesTs. Label values are renumbered 1, 2, ... in their order, as nnU-Net requires, and an ignored value
-    becomes the highest. Regions are written in place of the labels if nnU-Net can paint them, one value on top of
-    another. The folder to write is called DatasetNNN_NAME; returned is the content of its dataset.json.
+    becomes the highest. Regions are written in place of the labels if they hold all of these, and nnU-Net can paint
+    them, one value on top of another. The folder to write is called DatasetNNN_NAME; returned is the content of its
+    dataset.json.
 
     Raises:
         FileNotFoundError: a source file is gone.
         ValueError: no store; no labelled scan; a label called background or ignore; a scan without one of the channels;
             a source file that has changed since it was prepared, or that is not NIfTI; several ignored values; or a
-            folder that holds something else.
+            folder that holds something else, or cases that the store has not.
     """
     data, out = Store(store), Path(out)
     check_out(out, DESCRIPTION, "a dataset of nnU-Net")
@@ -46,6 +47,7 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
     values = {value: number for number, value in enumerate((*data.label_values, *data.ignored), start=1)}
     for record in data.records:
         _check_sources(record, data.channels)
+    _check_cases(data, out)
     for record in data.records:
         _write_case(record, data.channels, values, out)
     about = {
@@ -73,6 +75,18 @@ def _check_sources(record: Mapping[str, Any], channels: Sequence[str]) -> None:
             raise ValueError(f"{path}: has changed since it was prepared: run asa-prepare again")
 
 
+def _check_cases(data: Store, out: Path) -> None:
+    """Raise a ValueError if the folder holds files of an earlier export that this one would not replace."""
+    expected = set()
+    for record in data.records:
+        id, part = record["id"], "Tr" if "label" in record["sources"] else "Ts"
+        expected |= {f"images{part}/{id}_{number:04d}{ENDING}" for number in range(len(data.channels))}
+        expected |= {f"labelsTr/{id}{ENDING}"} if part == "Tr" else set()
+    for path in sorted(out.glob(f"*/*{ENDING}")):
+        if path.relative_to(out).as_posix() not in expected:
+            raise ValueError(f"{path}: no case of {data.path} has this file: remove it, or choose another out=")
+
+
 def _write_case(record: Mapping[str, Any], channels: Sequence[str], values: Mapping[int, int], out: Path) -> None:
     id, sources = record["id"], record["sources"]
     folder = out / ("imagesTr" if "label" in sources else "imagesTs")
@@ -92,7 +106,8 @@ def _write_case(record: Mapping[str, Any], channels: Sequence[str], values: Mapp
 def _declaration(data: Store, values: Mapping[int, int]) -> dict[str, Any]:
     """labels and, for regions, regions_class_order."""
     regions = {name: sorted(values[value] for value in joined) for name, joined in data.regions.items()}
-    order = painting_order(list(regions.values()))
+    whole = {value for joined in regions.values() for value in joined} == {values[value] for value in data.labels}
+    order = painting_order(list(regions.values())) if whole else []
     joined: dict[str, int | list[int]] = dict(regions) if order else {data.labels[v]: values[v] for v in data.labels}
     ignored = {IGNORE: values[data.ignored[0]]} if data.ignored else {}
     labels = {"labels": {BACKGROUND: 0, **joined, **ignored}}

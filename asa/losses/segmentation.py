@@ -115,16 +115,16 @@ class DeeplySupervisedRegionLoss(DeeplySupervised):
     """
 
     def __init__(self, regions: Sequence[Sequence[int]], *, scales: int | None = None) -> None:
-        from monai.losses import MaskedDiceLoss  # takes longer than PyTorch to import
+        from monai.losses import DiceLoss  # takes longer than PyTorch to import
 
         super().__init__(scales)
         self.regions = [list(values) for values in regions]
-        self.dice = MaskedDiceLoss(sigmoid=True)
+        self.dice = DiceLoss()
 
     def at_one_scale(self, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         logits, inside = logits.float(), region_masks(target, self.regions).float()
-        # The mask makes ignored voxels background with probability 0: they change no sum of Dice.
-        dice = self.dice(logits, inside, counted)
+        # Ignored voxels are background with probability 0: they change no sum of Dice.
+        dice = self.dice(logits.sigmoid() * counted, inside * counted)
         voxels = F.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(dim=1)  # B D H W
         total, found = (values.flatten(1).sum(dim=1) for values in (counted, voxels * counted[:, 0]))
         return dice + (found / total.masked_fill(total == 0, 1)).mean()

@@ -138,8 +138,13 @@ def _check(config: Config) -> None:
     if _of_classes(config) and not flatten(config["finetune"]).get("data.classes"):
         raise ValueError("finetune.data.classes has to be given with policy=classification: the table of the classes")
     own = {"data.store", "data.split_file", "data.labelled", "init", "out", "train.seed", "checkpoint", "input", "part"}
-    for key in COMMANDS:
-        if taken := own & flatten(config[key]).keys():
+    given = {key: config[key] for key in COMMANDS}
+    for name, arm in chosen_arms(config).items():  # an arm without a pretraining of the ablation may bring an encoder
+        free = {"init"} if arm["pretrain"] is None else set()
+        tuned = {key: value for key, value in flatten(arm["finetune"] or {}).items() if key not in free}
+        given |= {f"arms.{name}.pretrain": arm["pretrain"] or {}, f"arms.{name}.finetune": tuned}
+    for key, settings in given.items():
+        if taken := own & flatten(settings).keys():
             raise ValueError(f"{key}.{min(taken)} is set by asa-ablate for each run: leave it out")
 
 
@@ -164,8 +169,9 @@ class Ablation:
     """An ablation and its state."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.out, self.arms = config, Path(str(config["out"])), chosen_arms(config)
-        self.store = Path(config["store"] or self.out.resolve() / "store")  # the given one, or that of `prepare`
+        self.config, self.arms = config, chosen_arms(config)
+        self.out = Path(str(config["out"])).resolve()  # its parts are settings of runs, resumed from any directory
+        self.store = Path(config["store"] or self.out / "store")  # the given one, or that of `prepare`
         self.pretrained: dict[str, str | None] = {}  # name -> why it failed, None: done
         self.trials: list[Trial] = []
         self.failures: dict[str, str] = {}
@@ -230,7 +236,7 @@ class Ablation:
     def _prepare(self) -> None:
         """Make the store by asa-prepare; scans that are prepared already are not done again."""
         print(f"store: {self.store}", flush=True)
-        raw = {"data.root": self.out.resolve() / "scans"}  # where phantoms are generated
+        raw = {"data.root": self.out / "scans"}  # where phantoms are generated
         settings = (raw, self.config["prepare"], {"out": self.store})
         if failure := self._attempt("prepare", lambda: call("prepare", *settings)):
             raise ValueError(f"prepare: {failure}")
@@ -259,10 +265,11 @@ class Ablation:
 
     def _train_and_score(self, cell: Cell) -> None:
         config, arm, run = self.config, self.arms[cell.arm], self.out / "runs" / cell.name
-        init = None if arm["pretrain"] is None else self.out / "pretrained" / self._pretrain(cell.seed, cell.arm)
         split_file, predictions = self._split_file(cell.seed), self.out / "predictions" / cell.name
         own = {"data.store": self.store, "data.split_file": split_file, "data.labelled": cell.labelled}
-        own |= {"train.seed": cell.seed, "init": init, "out": run}
+        own |= {"train.seed": cell.seed, "out": run}
+        if arm["pretrain"] is not None:
+            own["init"] = self.out / "pretrained" / self._pretrain(cell.seed, cell.arm)
         call("finetune", config["finetune"], arm["finetune"], own, config_dir=config["config_dir"])
         scans = {"checkpoint": run, "input": self.store, "part": "test", "out": predictions}
         call("predict", config["predict"], scans)

@@ -14,7 +14,7 @@ from asa.data.joined import open_stores, records_by_modality
 from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, VolumeSource
-from asa.data.splits import keep_labelled, make_joint_split, make_split, read_split, select
+from asa.data.splits import keep_labelled, make_joint_split, make_split, read_split, select, subjects_of
 from asa.data.store import Store
 from asa.errors import counted, listed
 from asa.inference.preprocessing import training_scan_metadata
@@ -67,18 +67,24 @@ class VolumeTask:
 
     def __init__(self, config: Config, *paths: str) -> None:  # keys of `data` beside `store` that name files
         absolute(config["data"], *paths)
-        self.config = config
-        self.store, self.split, self.parts = open_store(config["data"], Path(str(config["out"])))
+        self.attached: Mapping[str, Mapping[str, float]] = {}  # numbers of each scan in its batches, by record id
+        self.config, self.data = config, typed(VolumeData, config["data"], "data")
+        self.store, self.split, self.parts = open_store(config["data"], Path(str(config["out"])), self.usable)
+        if not self.parts["train"]:
+            raise ValueError("the training part of the split has no scan that can be used: correct the split")
         if config["crop"] is None:
             crop = default_crop(Path(str(config["out"])), self.parts["train"])
             config["crop"] = crop
             set_model(config, img_size=crop)
             print(f"crop=[{','.join(map(str, crop))}] voxels, from the size of the training scans")
         self.source: VolumeSource = self.store
-        self.data, self.train = typed(VolumeData, config["data"], "data"), typed(TrainSettings, config["train"])
+        self.train = typed(TrainSettings, config["train"])
         self.augment = typed(AugmentSettings, config.get("augment", {}))
-        self.attached: Mapping[str, Mapping[str, float]] = {}  # numbers of each scan in its batches, by record id
         self.init = Initialisation(config, self.store, self.split)
+
+    def usable(self, store: Store) -> Collection[str] | None:
+        """Ids of the scans that can be used, by which subjects are divided; None: all."""
+        return None
 
     def set_model(self, **values: Any) -> None:
         """Enter what follows from the data into the model's configuration; warn of a crop that is mostly padding."""
@@ -132,21 +138,28 @@ def absolute(data: dict[str, Any], *keys: str) -> None:
             data[key] = str(Path(str(data[key])).resolve())
 
 
-def open_store(data: dict[str, Any], run: Path) -> tuple[Store, dict[str, list[str]], dict[str, Records]]:
+def open_store(
+    data: dict[str, Any], run: Path, usable: Callable[[Store], Collection[str] | None] = lambda store: None
+) -> tuple[Store, dict[str, list[str]], dict[str, Records]]:
     """The store, and the subjects and their records of "train", "validation" and "test".
 
     Args:
         data: `store` or `stores`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
         run: the run folder; the `split.json` of a run that is resumed holds.
+        usable: ids of the scans of a store that can be used; None: all. Subjects without one are in no part.
     """
     if stores := data.get("stores"):
         data["stores"] = [str(Path(str(path)).resolve()) for path in stores]
     elif data["store"] is None:
         raise ValueError("data.store has to be given: a folder made by asa-prepare")
-    absolute(data, "store")
+    absolute(data, "store", "split_file")
     store = open_stores(stores or [data["store"]])
-    split = choose_split(store.records, data, run, records_by_modality(store, store.records).values())
-    return store, split, {name: select(store.records, subjects) for name, subjects in split.items()}
+    records: Any = store.records
+    if (ids := usable(store)) is not None:
+        records = [record for record in records if record["id"] in ids]
+    left_out = {*subjects_of(store.records)} - {*subjects_of(records)}
+    split = choose_split(records, data, run, records_by_modality(store, records).values(), left_out)
+    return store, split, {name: select(records, subjects) for name, subjects in split.items()}
 
 
 def choose_split(
@@ -154,12 +167,17 @@ def choose_split(
     data: Mapping[str, Any],
     run: Path,
     modalities: Collection[Sequence[Mapping[str, Any]]] = (),
+    left_out: Collection[str] = (),
 ) -> dict[str, list[str]]:
-    """The subjects of each part: see `open_store`. Of several `modalities` each is divided by itself."""
+    """The subjects of each part: see `open_store`. Of several `modalities` each is divided by itself.
+
+    `left_out`: subjects that a split file may list although none of their scans can be used.
+    """
     if list_checkpoints(run):  # in a run that is resumed no subject changes its part, whatever the options are now
         return read_split(run / "split.json")
     if data["split_file"] is not None:
-        split = read_split(data["split_file"], data["split"].get("fold"))
+        listed_in = read_split(data["split_file"], data["split"].get("fold"))
+        split = {name: [one for one in part if one not in left_out] for name, part in listed_in.items()}
     elif modalities:
         split = make_joint_split(modalities, **data["split"])
     else:

@@ -8,7 +8,7 @@ the column with the training scans' mean and SD, and channels and preparation. P
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from asa.config import typed
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
 from asa.data.io.tables import PREDICTED, RESERVED, as_number, check_own, read_column
-from asa.errors import counted
+from asa.data.store import Store
+from asa.errors import counted, listed
 from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers, weighted_cross_entropy
 from asa.evaluation.tables import evaluate_classes, evaluate_numbers
 from asa.inference.segmentation import PredictSettings
@@ -50,15 +51,21 @@ class WholeScans(VolumeTask, ABC):
     scores: tuple[str, ...]  # of the validation, beside the loss
     target_names: Any  # of the classes in their order, or the name of the number
 
-    def __init__(self, config: Config, table: str) -> None:
-        super().__init__(config, table)
-        self.all_parts = self.parts
-
-    def set_values(self, values: Mapping[str, float], **model: Any) -> None:
-        """Keep the scans that have a value, and enter what follows from the data into the model's configuration."""
+    def usable(self, store: Store) -> Collection[str]:
+        self.store = store
+        self.target_names, values = self.read_values()
         self.attached = {id: {"target": value} for id, value in values.items()}
-        self.parts = {name: [one for one in part if one["id"] in values] for name, part in self.all_parts.items()}
-        self.set_model(**model)
+        return values
+
+    @abstractmethod
+    def read_values(self) -> tuple[Any, dict[str, float]]:
+        """`target_names`, and the value of each scan by id; a task of your own may read it elsewhere."""
+
+    def begin(self, run: Path) -> None:
+        self.init.write(run)
+        if without := sorted(one["id"] for one in self.store.records if one["id"] not in self.attached):
+            value = self.target_names if isinstance(self.target_names, str) else "a class"
+            print(f"left out, without {value} in the table: {listed(without)}")
 
     def metrics(self, make: Any) -> list[str]:
         return [*self.scores, "loss"]
@@ -116,23 +123,25 @@ class Classification(WholeScans):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "classes")
+        self.set_model(classes=len(self.target_names))
+        self.counts = Counter(int(value) for value in self.truth("train"))
+        if config["method"].get("weights") == "balanced":
+            config["method"]["weights"] = self._balanced_weights()
+
+    def read_values(self) -> tuple[list[str], dict[str, float]]:
         if self.data.classes is None:
             raise ValueError(
                 "data.classes has to be given with method=classify: a table with subject (or id) and class"
             )
         class_of = read_column(self.data.classes, "class", self.store.records)
-        self.target_names = sorted(set(class_of.values()))
-        values = {id: self.target_names.index(name) for id, name in class_of.items()}
-        self.set_values(values, classes=len(self.target_names))
-        self.counts = Counter(int(value) for value in self.truth("train"))
-        if config["method"].get("weights") == "balanced":
-            config["method"]["weights"] = self._balanced_weights()
+        names = sorted(set(class_of.values()))
+        return names, {id: names.index(name) for id, name in class_of.items()}
 
     def target_metadata(self) -> dict[str, Any]:
         return {"classes": self.target_names}
 
     def begin(self, run: Path) -> None:
-        self.init.write(run)
+        super().begin(run)
         counts = ", ".join(f"{count} {self.target_names[k]}" for k, count in sorted(self.counts.items()))
         print(f"classifying {counted(len(self.parts['train']), 'scan')} ({counts}), in {run}")
 
@@ -171,18 +180,16 @@ class Regression(WholeScans):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "table")
-        self.target_names, values = self.read_values()
-        train = [values[one["id"]] for one in self.all_parts["train"] if one["id"] in values]
+        train = self.truth("train").tolist()
         if len(set(train)) < 2:
             raise ValueError(
                 f"{self.data.table or self.store.path}: the training scans have {len(set(train))} values of "
                 f"{self.target_names}: a regression needs two or more"
             )
         self.mean, self.sd = float(np.mean(train)), float(np.std(train))
-        self.set_values(values, mean=self.mean, sd=self.sd)
+        self.set_model(mean=self.mean, sd=self.sd)
 
     def read_values(self) -> tuple[str, dict[str, float]]:
-        """The name of the number, and that of each scan by id; a task of your own may read it elsewhere."""
         table, column = self.data.table, self.data.column
         if table is None or column is None:
             raise ValueError(
@@ -198,10 +205,7 @@ class Regression(WholeScans):
         return {"number": {"column": self.target_names, "mean": self.mean, "sd": self.sd}}
 
     def begin(self, run: Path) -> None:
-        self.init.write(run)
-        without = [one["id"] for part in self.all_parts.values() for one in part if one["id"] not in self.attached]
-        if without:
-            print(f"left out, without {self.target_names} in the table: {', '.join(sorted(without))}")
+        super().begin(run)
         print(
             f"regression of {self.target_names} ({self.mean:.4g}, SD {self.sd:.4g}) on "
             f"{counted(len(self.parts['train']), 'scan')}, in {run}"

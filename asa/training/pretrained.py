@@ -38,7 +38,7 @@ def read_source(path: str | Path, *, shapes: bool = False) -> tuple[Source, dict
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
     weights, description = read_weights(path, shapes=shapes)
-    inner = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    inner = {name.removeprefix("model."): one for name, one in weights.items() if name.startswith("model.")}
     return Source(inner, description["model"].get("patch_size")), description
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import yaml
 
-from asa.cli import study
+from asa.cli import COMMANDS, study
 from asa.cli.study import plan_stages, read_study, run_study
 from asa.config import as_overrides, compose
 from asa.data.datasets.recognise import recognise
 from asa.data.store import Store
+from asa.tasks import run
 
 LABELS = {1: "csf", 2: "gm", 3: "wm"}
 
@@ -232,6 +233,60 @@ def test_what_is_done_is_not_done_again_and_what_follows_a_change_is(tmp_path: P
     assert recorded == [], "the study's folder stands for its file"
     run_study(compose("run", [f"labelled={write_study(tmp_path / 's', **{'train.steps': 5})}"]))
     assert recorded == [("pretrain", "runs/a"), ("finetune", "runs/b")]
+
+
+def test_a_training_does_not_go_on_from_results_that_have_changed(tmp_path: Path, recorded) -> None:
+    pytest.importorskip("jinja2")
+    file = write_study(tmp_path / "s")
+    run_study(compose("run", [f"labelled={file}"]))
+    network = tmp_path / "s" / "runs" / "b"
+    (network / "config.yaml").touch()  # it was trained
+    write_study(tmp_path / "s", **{"train.steps": 5})
+    for _ in range(2):
+        recorded.clear()
+        with pytest.raises(ValueError, match="stage network: runs/b was trained from results that have changed since"):
+            run_study(compose("run", [f"labelled={file}"]))
+    assert recorded == []
+    shutil.rmtree(network)
+    run_study(compose("run", [f"labelled={file}"]))
+    assert recorded == [("finetune", "runs/b")]
+    recorded.clear()
+    run_study(compose("run", [f"labelled={file}"]))
+    assert recorded == []
+
+
+def test_a_training_that_was_stopped_goes_on(tmp_path: Path, recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jinja2")
+    file, usual = write_study(tmp_path / "s"), run.call
+
+    def stopped(command: str, given: dict[str, object]) -> None:
+        usual(command, given)
+        if command == "finetune":
+            (tmp_path / "s" / "runs" / "b" / "config.yaml").touch()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("asa.tasks.run.call", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(compose("run", [f"labelled={file}"]))
+    monkeypatch.setattr("asa.tasks.run.call", usual)
+    recorded.clear()
+    run_study(compose("run", [f"labelled={file}"]))
+    assert recorded == [("finetune", "runs/b")]
+
+
+def test_subjects_whose_label_is_missing_are_in_no_fold(tmp_path: Path) -> None:
+    bids(tmp_path / "lab")
+    for number in (2, 3):
+        scan(tmp_path / "lab" / f"sub-{number}" / "anat" / f"sub-{number}_T1w.nii.gz")
+    given = settings(labelled=tmp_path / "lab", labels=LABELS, out=tmp_path / "study")
+    assert [stage.name for stage in plan_stages(given)] == ["labelled", "pretrained"]
+
+
+def test_a_folder_of_configurations_is_no_folder_of_scans(tmp_path: Path, capsys) -> None:
+    files(tmp_path / "lab")
+    arguments = ["--config-dir", str(tmp_path), str(tmp_path / "lab"), f"out={tmp_path / 's'}", "strip=none"]
+    assert COMMANDS["run"].main(arguments) == 1
+    assert "--config-dir is not for asa run" in capsys.readouterr().err
 
 
 def test_a_stage_that_fails_is_named_and_the_next_call_begins_with_it(tmp_path: Path, recorded) -> None:

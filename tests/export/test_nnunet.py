@@ -120,6 +120,25 @@ def test_a_label_map_painted_region_by_region_is_the_label_map():
     assert painting_order([[1, 2], [1, 2]]) == []
 
 
+def test_files_of_another_export_are_not_left_among_the_cases(tmp_path):
+    scans = two_channels(tmp_path / "raw", cases=3)
+    export_nnunet(prepared(scans, tmp_path / "three"), tmp_path / "Dataset004_x")
+    export_nnunet(tmp_path / "three", tmp_path / "Dataset004_x")
+    for path in scans.glob("c2*"):
+        path.unlink()
+    before = (tmp_path / "Dataset004_x/dataset.json").read_bytes()
+    with pytest.raises(ValueError, match=r"c2_0000\.nii\.gz: no case of .*two has this file: remove it"):
+        export_nnunet(prepared(scans, tmp_path / "two"), tmp_path / "Dataset004_x")
+    assert (tmp_path / "Dataset004_x/dataset.json").read_bytes() == before
+
+
+def test_regions_without_one_of_the_labels_are_left_out(tmp_path):
+    regions = {"core": [1, 4], "enhancing_tumour": [4]}  # label 2 is in none
+    about = export_nnunet(prepared(two_channels(tmp_path / "raw"), tmp_path / "store", regions=regions), tmp_path / "x")
+    check_rules(tmp_path / "x")
+    assert about["labels"] == {"background": 0, "necrosis": 1, "oedema": 2, "enhancing": 3, "ignore": 4}
+
+
 def test_regions_that_cannot_be_painted_are_left_out(tmp_path):
     store = prepared(two_channels(tmp_path / "raw"), tmp_path / "store", regions={"whole": [1, 2, 4]})
     about = export_nnunet(store, tmp_path / "Dataset003_x")

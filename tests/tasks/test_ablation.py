@@ -195,7 +195,7 @@ def test_the_six_arms_are_those_of_table_4(ablate, recorded, tmp_path: Path) -> 
     found = {}
     for flat in tuned[:6]:
         arm = str(flat["out"]).removeprefix(f"{tmp_path}/out/runs/seed0_1_")
-        before = next((other for other in calls_of("pretrain") if other["out"] == flat["init"]), None)
+        before = next((other for other in calls_of("pretrain") if other["out"] == flat.get("init")), None)
         position = flat["model.position"]
         if before:
             method = configure("pretrain", before)["method"]
@@ -301,6 +301,12 @@ def test_a_folder_takes_more_runs_and_no_other_settings(ablate, recorded) -> Non
         ("+prepare.out=x", "prepare.out is set by asa-ablate"),
         ("+finetune.init=x", "finetune.init is set by asa-ablate"),
         ("+arms.mine={pretrain: null}", "arms.mine needs pretrain"),
+        ("+arms.mine={pretrain: {}, finetune: {init: x}}", "arms.mine.finetune.init is set by asa-ablate"),
+        (
+            "+arms.mine={pretrain: null, finetune: {train.seed: 3}}",
+            "arms.mine.finetune.train.seed is set by asa-ablate",
+        ),
+        ("+arms.mine={pretrain: {data.store: x}, finetune: {}}", "arms.mine.pretrain.data.store is set by asa-ablate"),
     ],
 )
 def test_wrong_settings_are_one_line_before_anything_is_run(
@@ -309,6 +315,22 @@ def test_wrong_settings_are_one_line_before_anything_is_run(
     code, _, err = ablate(override)
     assert code == 1 and message in err and len(err.splitlines()) == 1
     assert recorded[0]("finetune") == [] and not (tmp_path / "out").exists()
+
+
+def test_an_arm_without_a_pretraining_may_bring_an_encoder(ablate, recorded) -> None:
+    calls_of, _ = recorded
+    assert ablate("+arms.mine={pretrain: null, finetune: {init: 'asa://tiny-t1'}}", "only=[scratch,mine]")[0] == 0
+    assert [flat.get("init") for flat in calls_of("finetune")] == [None, "asa://tiny-t1"]
+
+
+def test_an_ablation_is_continued_from_another_directory(
+    ablate, recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls_of, _ = recorded
+    monkeypatch.chdir(tmp_path)
+    assert ablate("only=[asa]", "out=elsewhere")[0] == 0
+    (flat,) = calls_of("finetune")
+    assert Path(flat["init"]).is_absolute() and Path(flat["data.split_file"]).is_absolute()
 
 
 def test_arms_of_any_method_and_network_reach_the_commands(ablate, recorded) -> None:

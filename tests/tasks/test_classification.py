@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from asa.cli import finetune, predict, pretrain
+from asa.config import build, compose
 from asa.data.splits import read_split
 from asa.evaluation.scans import (
     auc,
@@ -29,6 +30,8 @@ from asa.models.sa_swin import sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.sw_vit import sw_vit_tiny
 from asa.tasks import whole_scans
+from asa.tasks.pretraining import Pretraining
+from asa.training.checkpoint import read_weights
 from asa.training.loop import TrainSettings
 from asa.training.optim import OptimSettings
 from asa.training.plan import make_plan, volume_batch
@@ -258,6 +261,19 @@ def test_a_pretrained_network_is_loaded_whole_or_refused(pretrained: Path) -> No
         load_pretrained("RUN", source, origin, model, {**node, "position": True})
 
 
+def test_a_pretraining_of_sa_swin_goes_on_from_another(pretrained: Path, store: Path, tmp_path: Path) -> None:
+    options = [
+        f"data.store={store}", f"out={tmp_path / 'run'}", "model=sa_swin_tiny", "method=sa_swin", "crop=32", *SMALLEST,
+        f"init={pretrained}",
+    ]  # fmt: skip
+    task = Pretraining(compose("pretrain", options))
+    method = build(task.config["method"])
+    task.load_init(method)
+    weights, _ = read_weights(pretrained)
+    for name, value in method.model.state_dict().items():
+        assert torch.equal(value, weights[f"model.{name}"]), name
+
+
 def test_what_a_classification_lacks_is_named(store: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     table = tmp_path / "classes.csv"
     options = [*options_of(store, tmp_path / "run", table), "model=asa_classifier_tiny"]
@@ -268,6 +284,24 @@ def test_what_a_classification_lacks_is_named(store: Path, tmp_path: Path, monke
     split.write_text(json.dumps({"train": ["s0", "s2"], "test": ["s1", "s3"]}))
     assert run(monkeypatch, finetune, *options, f"data.split_file={split}") == 1
     assert "has no scan in the training part" in capsys.readouterr().err
+
+
+def test_subjects_without_a_class_are_in_no_part_of_the_split(store: Path, tmp_path: Path) -> None:
+    table = tmp_path / "classes.csv"
+    table.write_text("id,class\ns1,a\ns3,b\n")
+    base = [*options_of(store, tmp_path / "run", table), "model=asa_classifier_tiny", "method.weights=null"]
+    halves = whole_scans.Classification(compose("finetune", base))  # two folds of two subjects
+    assert sorted(len(part) for part in halves.split.values()) == [0, 1, 1]
+    assert {*halves.split["train"], *halves.split["test"]} == {"s1", "s3"}
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["s0", "s1", "s2", "s3"], "test": []}))
+    given = [*base, f"data.split_file={split}", "data.split.folds=null", "data.split.fold=null"]
+    assert [one["id"] for one in whole_scans.Classification(compose("finetune", given)).parts["train"]] == ["s1", "s3"]
+    few = whole_scans.Classification(compose("finetune", [*given, "data.labelled=2"]))
+    assert few.split["train"] == ["s1", "s3"], "labelled subjects are labelled"
+    split.write_text(json.dumps({"train": ["s0", "s2"], "test": ["s1"]}))
+    with pytest.raises(ValueError, match="has no scan that can be used"):
+        whole_scans.Classification(compose("finetune", given))
 
 
 def test_the_validation_loss_is_that_of_training(store: Path, tmp_path: Path, monkeypatch) -> None:

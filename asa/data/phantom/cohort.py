@@ -80,14 +80,14 @@ def make_cohort(
         "names": names,
     }
     template = load_template(rim=rim, ventricles=kind == "wmh", structures=kind in SIDED)
-    _claim(out, about)
+    claim(out, about)
     written: list[Path] = []
     for number in tqdm(range(1, subjects + 1), desc=f"phantom {kind}", unit="subject", disable=not progress):
         written += _write_subject(template, out, number, seed, about)
     return written
 
 
-def _claim(out: Path, about: dict[str, Any]) -> None:
+def claim(out: Path, about: dict[str, Any]) -> None:
     """Write the description of the cohort; a folder of another cohort is an error."""
     path = out / "phantom.json"
     check_out(out, path.name, "a phantom cohort")

@@ -18,10 +18,11 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from tqdm import tqdm
 
-from asa.data.io.files import check_out, write_json, write_whole
+from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import spacing_of, write_image
 from asa.data.io.tables import csv_text
 from asa.data.phantom.anatomy import CONTRAST, blend, ventricle_distances
+from asa.data.phantom.cohort import claim
 from asa.data.phantom.lesions import FLUID, Lesion, hyperintensities, infarct, plan_tumour, random_point, tumour
 from asa.data.phantom.warp import grid_points, sample, smooth_noise, to_grid
 from asa.data.store import Store
@@ -84,6 +85,8 @@ def plant_cohort(
     store, out = Store(source), Path(out)
     if unknown := [name for name in store.channels if name not in CONTRAST]:
         raise ValueError(f"{source}: lesions have no intensity in {unknown[0]}: only in {', '.join(CONTRAST)}")
+    if store.settings.get("normalise") == "zscore":
+        raise ValueError(f"{source}: lesions are drawn in intensities of 0 and more: prepare without normalise=zscore")
     if not set(T1) & set(store.channels):
         raise ValueError(f"{source}: its channels are {', '.join(store.channels)}: a T1 has to show the tissues")
     if not lesions or set(lesions) - PLANTERS.keys():
@@ -104,9 +107,8 @@ def plant_cohort(
         "draws": draws,
         "seed": seed,
     }
-    check_out(out, "phantom.json", "a phantom cohort")
-    values = {1: "lesion"} if joined else VALUES
-    write_json(out / "phantom.json", about | {"values": values, "source": str(Path(source).resolve())})
+    values = {str(value): name for value, name in ({1: "lesion"} if joined else VALUES).items()}
+    claim(out, about | {"values": values, "source": str(Path(source).resolve()), "subjects": len(names)})
     written, rows = [out / "phantom.json", out / TABLE], []
     both = [(draw, number, name) for draw in range(draws) for number, name in enumerate(names)]
     for draw, number, name in tqdm(both, desc="phantom lesions", unit="scan", disable=not progress):
@@ -166,7 +168,8 @@ def plant(
         noise = noise.clamp(-LARGEST_NOISE * unit, LARGEST_NOISE * unit)
         for lesion, part in zip(lesions, parts, strict=True):
             result[k] += part * (lesion.intensity[name] * unit * texture + noise - moved[k])
-    return Planted(result.clamp(min=0).numpy(), label, changed.numpy(), drawn)
+    result = torch.where(changed, result.clamp(min=0), scan.image)
+    return Planted(result.numpy(), label, changed.numpy(), drawn)
 
 
 class Scan:

@@ -16,7 +16,7 @@ from asa.data.phantom.lesions import FLUID
 from asa.data.phantom.planted import DEEP, PLANTERS, VALUES, Planted, Scan, plant, plant_cohort
 from asa.data.phantom.warp import grid_points
 from asa.data.preprocessing.cohort import prepare_cohort
-from asa.data.preprocessing.settings import CohortSettings
+from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
 
 pytestmark = pytest.mark.skipif(
@@ -174,6 +174,25 @@ def test_draws_are_of_the_same_people_with_other_lesions(healthy: Store, tmp_pat
     own = ["data=folder", f"data.root={out}", "data.images={t1: '*_t1.nii.gz'}", "data.label='*_lesions.nii.gz'"]
     assert prepare.main([*own, "data.subject='(.*)_draw'", f"labels={{{names}}}", f"out={store}"]) == 0
     assert {record["subject"] for record in Store(store).records} == {*ids} and len(Store(store).records) == 4
+
+
+def test_another_cohort_is_not_written_over(healthy: Store, tmp_path: Path) -> None:
+    few = {"lesions": ["infarct"], "subjects": 2}
+    plant_cohort(healthy.path, tmp_path / "out", **few)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    plant_cohort(healthy.path, tmp_path / "out", **few)
+    for other in ({"seed": 5}, {"draws": 2}, {"subjects": 1}, {"joined": True}):
+        with pytest.raises(ValueError, match="holds another phantom cohort"):
+            plant_cohort(healthy.path, tmp_path / "out", **few | other)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_lesions_have_no_intensity_in_standardised_scans(tmp_path: Path) -> None:
+    records = phantom.records(tmp_path / "raw", kind="t1", subjects=1, resolution=4)
+    standardised = CohortSettings(settings=PrepareSettings(normalise="zscore"))
+    assert not prepare_cohort(records, tmp_path / "store", standardised, progress=False).failures
+    with pytest.raises(ValueError, match="prepare without normalise=zscore"):
+        plant_cohort(tmp_path / "store", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
