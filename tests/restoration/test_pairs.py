@@ -177,7 +177,7 @@ def test_images_of_different_cases_are_refused(tmp_path: Path) -> None:
         (np.diag([-1.0, 1, 1, 1]), (8, 10, 1), False),  # the slice from right to left
         (np.diag([2.0, 2, 1, 1]), (8, 10, 1), False),
         (np.array([[0.5, 0, 0, -0.25], [0, 0.5, 0, -0.25], [0, 0, 1, 0], [0, 0, 0, 1]]), (16, 20, 1), True),
-        (np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 5], [0, 0, 0, 1]]), (8, 10, 1), False),  # another slice
+        (np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 2], [0, 0, 0, 1]]), (8, 10, 1), False),  # another slice
         (np.eye(4), (16, 20, 1), True),  # states nothing
     ],
 )
