@@ -56,10 +56,10 @@ run = Command(
     ("labelled", "unlabelled", "new"),
 )
 regions = Command(
-    "regions", "asa.restoration.commands:regions", "Divide images into regions, and store the label maps."
+    "regions", "asa.restoration.region_maps:regions", "Divide images into regions, and store the label maps."
 )
 simulate = Command(
-    "simulate", "asa.restoration.commands:simulate", "Simulate degraded images from clean ones, for restoration."
+    "simulate", "asa.restoration.simulation:simulate", "Simulate degraded images from clean ones, for restoration."
 )
 
 _LISTED = (run, phantom, orient, dicom, prepare, pretrain, finetune, predict, embed, evaluate, ablate, export, view)

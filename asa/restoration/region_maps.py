@@ -8,16 +8,16 @@ OUT/previews/ID.png   the image with its regions outlined
 OUT/regions.json      the settings of the maps
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from asa.data.datasets.record import NIFTI, find_file
 from asa.data.io.files import read_json, write_json
-from asa.data.io.parallel import check_workers, each_tried
+from asa.data.io.parallel import each_tried
 from asa.errors import require
 from asa.restoration.images import list_pictures, read_picture, read_regions, write_picture, write_regions
 
@@ -27,36 +27,22 @@ SETTINGS = "regions.json"
 OUTLINE = np.array([230, 159, 0]) / 255  # Okabe and Ito's orange
 
 
-class RegionReport(NamedTuple):
-    """The result: id -> number of regions of each new map, ids that had a map, and id -> reason of each failure."""
-
-    regions: dict[str, int]
-    kept: list[str]
-    failures: dict[str, str]
-
-
-def store_regions(
-    images: str | Path,
-    out: str | Path,
-    settings: Mapping[str, Any],
-    *,
-    window: Sequence[float] | None = None,
-    workers: int = 1,
-    progress: bool = True,
-) -> RegionReport:
-    """Compute the label map of every image in a folder that does not have one yet.
-
-    Args:
-        settings: keywords of `make_provider`.
-        window: see `asa.restoration.images.read_picture`.
-        workers: number of processes; 1 works in this process.
+def regions(config: dict[str, Any]) -> None:
+    """asa-regions: compute the label map of every image in a folder that does not have one yet.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: no images, invalid settings or a missing package of the provider, or
-            a folder with maps of other settings. Images that fail are in the report and do not stop the others.
+            a folder with maps of other settings. A ValueError also if images failed, after the others are stored.
     """
-    out, found = Path(out), list_pictures(images)
-    check_workers(workers)
+    images, out, window = config["input"], Path(str(config["out"])), config["window"]
+    settings_of: dict[str, dict[str, Any]] = {
+        "felzenszwalb": {"scale": config["scale"]},
+        "slic": {"regions": config["regions"]},
+        "sam": {"weights": config["weights"], "model": config["sam"], "device": config["device"]},
+        "stored": {"folder": config["stored"]},
+    }
+    settings = {"name": config["provider"], **settings_of.get(config["provider"], {})}
+    found = list_pictures(images)
     if out.resolve() == Path(images).resolve():
         raise ValueError(f"{out}: the label maps would replace the images: choose another out=")
     made = {**settings, "window": None if window is None else list(window)}
@@ -64,12 +50,19 @@ def store_regions(
         raise ValueError(f"{out}: holds label maps made with other settings ({before}): choose another out=")
     _provider(tuple(settings.items()))  # invalid settings fail once, not for every image
     write_json(out / SETTINGS, made)
-    kept = [id for id in found if (out / f"{id}.png").is_file()]
-    jobs = [(id, str(path)) for id, path in found.items() if id not in kept]
+    jobs = [(id, str(path)) for id, path in found.items() if not (out / f"{id}.png").is_file()]
     compute = partial(_compute, out=out, settings=tuple(settings.items()), window=window)
-    tried = list(each_tried(compute, jobs, workers, title="regions", unit="image", progress=progress))
-    regions = {id: count for (id, _), count, _ in tried if count is not None}
-    return RegionReport(regions, kept, {id: reason for (id, _), _, reason in tried if reason})
+    tried = list(each_tried(compute, jobs, config["workers"], title="regions", unit="image"))
+    failures = {id: reason for (id, _), _, reason in tried if reason}
+    for id, reason in sorted(failures.items()):
+        print(f"{id}: failed: {reason}")
+    if counts := sorted(count for _, count, _ in tried if count is not None):
+        print(f"{len(counts)} label maps with {counts[0]} to {counts[-1]} regions, median {counts[len(counts) // 2]}")
+    if len(jobs) < len(found):
+        print(f"{len(found) - len(jobs)} label maps existed already")
+    if failures:
+        raise ValueError(f"{len(failures)} images failed, listed above")
+    print(f"wrote label maps to {out}, and previews to {out}/previews")
 
 
 @cache

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from asa.data.io.parallel import check_workers, each_tried
+from asa.data.io.files import read_json, write_json
+from asa.data.io.parallel import each_tried
 from asa.data.loading.crops import sample_seed
 from asa.data.store import read_box
 from asa.errors import require
 from asa.restoration.images import in_window, list_pictures, read_values, stored_window, write_picture
 
 KINDS = ("ct", "pet", "sr")
+SETTINGS = ("kind", "window", "photons", "pixel", "counts", "factor", "blur", "seed")  # stored with the pairs
 Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 WATER = 0.0193  # linear attenuation of water per mm at about 70 keV (NIST XCOM)
 
@@ -151,43 +153,36 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return image[0]
 
 
-def simulate_folder(
-    images: str | Path,
-    out: Path,
-    kind: str,
-    *,
-    window: Sequence[float] | None = None,
-    factor: int = 2,
-    seed: int = 0,
-    workers: int = 1,
-    **physics: Any,
-) -> tuple[int, dict[str, str]]:
-    """Write OUT/high/ID.png and the degraded OUT/low/ID.png for every image in a folder.
+def simulate(config: dict[str, Any]) -> None:
+    """asa-simulate: write OUT/high/ID.png and the degraded OUT/low/ID.png for every image in a folder.
 
     Noise is simulated from all values of an image, also of those that the window clips afterwards. For super-resolution
-    the clipped image is made smaller, and the sizes are cropped to multiples of the factor.
+    the clipped image is made smaller, and the sizes are cropped to multiples of the factor. The window is stored in the
+    PNG files, as is that of a source which stores one. The draws of an image do not depend on the others.
 
-    Args:
-        images: folder of clean images.
-        kind, factor, physics: see `make_degradation`.
-        window: see `asa.restoration.images.read_picture`; stored in the PNG files, as is that of a source which
-            stores one. Needed for ct.
-        seed: random seed; the draws of an image do not depend on the others.
-        workers: number of processes; 1 works in this process.
-
-    Returns:
-        The number of pairs, and id -> reason of each image that cannot be read or degraded; the others are written.
+    Raises:
+        FileNotFoundError, ValueError: no images, invalid settings, or a folder with pairs of other settings. A
+            ValueError also if images cannot be read or degraded, after the others are written.
     """
-    check_workers(workers)
-    settings = {"kind": kind, "factor": factor, **physics}
+    window, seed, out = config["window"], config["seed"], Path(str(config["out"]))
+    made, file = {key: config[key] for key in SETTINGS}, out / "simulated.json"
+    if file.exists() and (before := read_json(file)) != made:
+        other = next((key for key in made if before.get(key) != made[key]), "them")
+        raise ValueError(f"{out}: holds pairs simulated with other settings ({other}): choose another out=")
+    settings = {key: value for key, value in made.items() if key not in ("window", "seed")}
     make_degradation(**settings)  # invalid settings fail once, not for every image
-    if kind == "ct" and window is None:
+    if config["kind"] == "ct" and window is None:
         raise ValueError("kind=ct needs HU: give the values that become 0 and 1, like window=[-1000,1000]")
-    jobs = [(id, str(path)) for id, path in list_pictures(images).items()]
+    jobs = [(id, str(path)) for id, path in list_pictures(config["input"]).items()]
     make = partial(_write_pair, out=out, settings=settings, window=window, seed=seed)
-    tried = each_tried(make, jobs, workers, title="simulate", unit="image")
+    tried = each_tried(make, jobs, config["workers"], title="simulate", unit="image")
     failures = {id: reason for (id, _), _, reason in tried if reason}
-    return len(jobs) - len(failures), failures
+    write_json(file, made)
+    for id, reason in sorted(failures.items()):
+        print(f"{id}: failed: {reason}")
+    if failures:
+        raise ValueError(f"{len(failures)} images failed, listed above")
+    print(f"wrote {len(jobs)} simulated pairs to {out}")
 
 
 def _write_pair(

@@ -21,8 +21,8 @@ from asa.restoration.images import (
     write_picture,
     write_regions,
 )
-from asa.restoration.region_maps import make_provider, outlined, paint, store_regions
-from asa.restoration.simulation import decimated, low_count_pet, low_dose_ct, make_degradation, simulate_folder
+from asa.restoration.region_maps import make_provider, outlined, paint
+from asa.restoration.simulation import decimated, low_count_pet, low_dose_ct, make_degradation
 
 pytest.importorskip("skimage")
 
@@ -34,6 +34,10 @@ def discs(h: int = 64, w: int = 72) -> np.ndarray:
     image[(y - 20) ** 2 + (x - 20) ** 2 < 144] = 0.9
     image[(y - 44) ** 2 + (x - 50) ** 2 < 144] = 0.5
     return image[None]
+
+
+def simulated(clean: Path, out: Path, kind: str, *settings: str) -> None:
+    assert simulate.main([f"input={clean}", f"out={out}", f"kind={kind}", *settings]) == 0
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -102,23 +106,29 @@ def test_stored_label_maps_are_checked_and_numbered_anew(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_label_maps_are_stored_once_with_previews(tmp_path: Path, workers: int) -> None:
+def test_label_maps_are_stored_once_with_previews(tmp_path: Path, workers: int, capsys) -> None:
     for k in range(3):
         write_picture(tmp_path / "low" / f"s{k}.png", discs())
     (tmp_path / "low" / "bad.png").write_bytes(b"no image")
-    out, settings = tmp_path / "regions", {"name": "slic", "regions": 9}
-    report = store_regions(tmp_path / "low", out, settings, workers=workers, progress=False)
-    assert set(report.regions) == {"s0", "s1", "s2"} and set(report.failures) == {"bad"}
+    out = tmp_path / "regions"
+    given = [f"input={tmp_path / 'low'}", f"out={out}", "provider=slic", f"workers={workers}"]
+    assert regions.main([*given, "regions=9"]) == 1
+    said = capsys.readouterr()
+    assert "bad: failed: " in said.out and "1 images failed" in said.err
     labels = read_regions(out / "s0.png")
-    assert len(np.unique(labels)) == report.regions["s0"] and set(list_pictures(out)) == {"s0", "s1", "s2"}
+    assert f"3 label maps with {len(np.unique(labels))} to" in said.out
+    assert set(list_pictures(out)) == {"s0", "s1", "s2"}
     assert read_picture(out / "previews" / "s0.png").shape == (3, 64, 72)
     (tmp_path / "low" / "bad.png").unlink()
-    again = store_regions(tmp_path / "low", out, settings, progress=False)
-    assert not again.regions and again.kept == ["s0", "s1", "s2"]
-    with pytest.raises(ValueError, match="made with other settings"):
-        store_regions(tmp_path / "low", out, {"name": "slic", "regions": 10}, progress=False)
-    with pytest.raises(ValueError, match="would replace the images"):
-        store_regions(out, out, settings, progress=False)
+    assert regions.main([*given, "regions=9"]) == 0
+    said = capsys.readouterr()
+    assert "3 label maps existed already" in said.out and "label maps with" not in said.out
+    for settings, message in (
+        ([*given, "regions=10"], "made with other settings"),
+        ([f"input={out}", *given[1:], "regions=9"], "would replace the images"),
+    ):
+        assert regions.main(settings) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_preview_outlines_regions() -> None:
@@ -240,7 +250,7 @@ def test_simulated_noise_does_not_depend_on_the_window(tmp_path: Path) -> None:
     found = []
     for window in ((-1000, 1000), (-150, 150)):
         out = tmp_path / str(window[1])
-        simulate_folder(tmp_path / "clean", out, "ct", window=window, photons=1e6, pixel=3.0)
+        simulated(tmp_path / "clean", out, "ct", f"window=[{window[0]},{window[1]}]", "photons=1e6", "pixel=3.0")
         found.append(read_values(out / "low" / "a.png")[0][0][water() == 0])
     assert found[0].std() > 1
     np.testing.assert_allclose(found[0], found[1], atol=0.05)
@@ -248,7 +258,7 @@ def test_simulated_noise_does_not_depend_on_the_window(tmp_path: Path) -> None:
 
 def test_simulated_pairs_keep_the_window_of_their_source(tmp_path: Path) -> None:
     write_picture(tmp_path / "clean" / "a.png", discs(24, 20), (-1000, 1000))
-    simulate_folder(tmp_path / "clean", tmp_path / "pairs", "sr")
+    simulated(tmp_path / "clean", tmp_path / "pairs", "sr")
     assert common_window((tmp_path / "pairs").glob("*/a.png")) == (-1000, 1000)
 
 
@@ -278,8 +288,7 @@ def test_simulation_does_not_depend_on_the_number_of_processes(tmp_path: Path) -
     for k in range(2):
         write_picture(tmp_path / "clean" / f"{k}.png", discs(24, 20))
     for workers in (1, 2):
-        out = tmp_path / str(workers)
-        assert simulate_folder(tmp_path / "clean", out, "pet", workers=workers, counts=1e5) == (2, {})
+        simulated(tmp_path / "clean", tmp_path / str(workers), "pet", f"workers={workers}", "counts=1e5")
     for path in (tmp_path / "1").glob("*/*.png"):
         assert path.read_bytes() == (tmp_path / "2" / path.relative_to(tmp_path / "1")).read_bytes()
     assert (tmp_path / "1" / "low" / "0.png").read_bytes() != (tmp_path / "1" / "low" / "1.png").read_bytes()
