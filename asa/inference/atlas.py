@@ -27,7 +27,7 @@ from asa.data.preprocessing.resampling import Lengths, bounding_box
 from asa.data.splits import select
 from asa.data.store import Entry, Store
 from asa.errors import require
-from asa.inference.label_maps import Outputs, Segmented
+from asa.inference.label_maps import Outputs
 from asa.inference.preprocessing import ScanPreprocessor, prepared_alike, training_scan_metadata, voxel_size
 from asa.inference.segmentation import Segmenter
 from asa.inference.uncertainty import entropy_map, write_map
@@ -241,7 +241,7 @@ def average(votes: Tensor, probabilities: Tensor, atlases: int, channels: Sequen
 
 
 class AtlasSegmenter:
-    """Labelled scans of a store as atlases: a `ScanSegmenter`.
+    """Labelled scans of a store as atlases, which label new scans as a `Segmenter` does.
 
     Args:
         subjects: whose labelled scans are the atlases.
@@ -313,8 +313,8 @@ class AtlasSegmenter:
         *,
         probabilities: Sequence[Path] | None = None,
         uncertainty: Path | None = None,
-    ) -> Segmented:
-        """See `ScanSegmenter` and `carry_over`; a ValueError if the scan is one of the atlases."""
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """See `Segmenter` and `carry_over`; no Dice is expected of votes. A ValueError if the scan is an atlas."""
         if (atlas := self.identities.get(identity_of(like))) is not None:
             raise ValueError(f"its voxels are those of the atlas {atlas}, which has a label map: leave the scan out")
         self.preprocessor.check_stored(chain)
@@ -329,7 +329,7 @@ class AtlasSegmenter:
         ml = self.outputs.write(out, found, chain, like, probabilities)
         if uncertainty is not None:
             write_map(uncertainty, entropy_map(found, regions=False), chain, like)
-        return Segmented(ml, {})
+        return ml, {}
 
     def described(self) -> dict[str, Any]:
         """The atlases, for sidecars in BIDS."""

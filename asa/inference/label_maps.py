@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from asa.data.io.nifti import Volume, write_image, write_label
 from asa.data.preprocessing.pipeline import distance_to_the_right, to_native
-from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.uncertainty import expected_dice
 from asa.ops.labels import joined_sides, side_of
 from asa.ops.nested import paint, painting_order
@@ -221,51 +220,6 @@ class Outputs:
                 )
             files[file] = name
         return [folder / file for file in files]
-
-
-@dataclass(frozen=True)
-class Segmented:
-    """What is measured of a predicted scan.
-
-    Args:
-        ml: label or region -> volume of its voxels on the scan's own grid, in ml.
-        expected_dice: label, or region of a network that predicts regions -> see `expected_dice`; on the prepared grid.
-            Empty where there are no probabilities that may be calibrated.
-    """
-
-    ml: dict[str, float]
-    expected_dice: dict[str, float]
-
-
-class ScanSegmenter(Protocol):
-    """What gives prepared scans their labels, its `outputs`: trained networks, or atlases."""
-
-    outputs: Outputs
-    preprocessor: ScanPreprocessor
-
-    def segment_prepared(
-        self,
-        image: np.ndarray,
-        chain: dict[str, Any],
-        like: Volume,
-        out: Path,
-        *,
-        probabilities: Sequence[Path] | None = None,
-        uncertainty: Path | None = None,
-    ) -> Segmented:
-        """Segment a prepared volume `(C, D, H, W)`, and write the label map on the scan's own grid.
-
-        Args:
-            image: of a store, or just prepared from a raw scan.
-            chain: its preprocessing steps.
-            like: the source scan, for its grid and header.
-            out: the `.nii.gz` to write; its folder and those of the other files exist.
-            probabilities: a `.nii.gz` for each of `outputs.names`; None writes none.
-            uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
-        """
-
-    def described(self) -> dict[str, Any]:
-        """What made the label maps, for their sidecars in BIDS."""
 
 
 def _written(probabilities: Iterable[np.ndarray], files: Sequence[Path] | None, like: Volume) -> Iterator[np.ndarray]:

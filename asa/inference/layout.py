@@ -14,7 +14,7 @@ from asa import __version__
 from asa.data.datasets.bids import entities_of
 from asa.data.io.files import check_kept, check_out, matching_files, open_unlinked, read_json, write_json, write_whole
 from asa.data.io.tables import read_rows
-from asa.inference.label_maps import ScanSegmenter
+from asa.inference.label_maps import Outputs
 
 VOLUMES, ATLASES = "volumes.csv", "atlas.json"
 DESCRIPTION, LOOKUP = "dataset_description.json", "dseg.tsv"
@@ -78,21 +78,22 @@ class BidsDerivative(Layout):
 
     Args:
         out: root of the derivative, like BIDS/derivatives/asa.
-        segmenter: whose labels or regions are predicted.
+        outputs: the labels or regions that are predicted.
+        made_by: what predicts them, for the sidecars.
 
     Raises:
         ValueError: names of labels that BIDS cannot hold, or cannot tell apart.
     """
 
-    def __init__(self, out: Path, segmenter: ScanSegmenter, probabilities: bool) -> None:
+    def __init__(self, out: Path, outputs: Outputs, made_by: Mapping[str, Any], probabilities: bool) -> None:
         super().__init__(out, table=VOLUMES)
-        self.outputs = abbreviations(segmenter.outputs.names)
-        labels = {0: "background"} | dict(sorted(segmenter.outputs.labels.items()))
+        self.outputs = abbreviations(outputs.names)
+        labels = {0: "background"} | dict(sorted(outputs.labels.items()))
         short = abbreviations(list(labels.values()))
         rows = [f"{value}\t{' '.join(name.split())}\t{short[name]}" for value, name in labels.items()]
         self.lookup = "\n".join(["index\tname\tabbreviation", *rows]) + "\n"  # dseg.tsv
         self.with_probabilities = probabilities
-        self.software: dict[str, Any] = {"Name": "asa", "Version": __version__, **segmenter.described()}
+        self.software: dict[str, Any] = {"Name": "asa", "Version": __version__, **made_by}
         self.entities: dict[str, dict[str, str]] = {}
         self.sources: dict[str, list[str]] = {}
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from asa.data.io.files import sha256_of
 from asa.data.io.nifti import Volume
-from asa.inference.label_maps import Outputs, Segmented
+from asa.inference.label_maps import Outputs
 from asa.inference.preprocessing import SPACING_TOLERANCE, ScanPreprocessor, check_finite, check_metadata
 from asa.inference.uncertainty import RunningSpread, entropy_map, write_map
 from asa.ops.symmetry import flip
@@ -204,13 +204,16 @@ class Segmenter:
         *,
         probabilities: Path | Sequence[Path] | None = None,
         uncertainty: Path | None = None,
-    ) -> Segmented:
+    ) -> tuple[dict[str, float], dict[str, float]]:
         """Segment a raw scan, a file per channel, and write the label map on the scan's own grid.
 
         Args:
             out: the `.nii.gz` to write.
             probabilities: folder for the probabilities, or a `.nii.gz` for each of `outputs.names`; None writes none.
             uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
+
+        Returns:
+            See `segment_prepared`.
 
         Raises:
             FileNotFoundError, ValueError: see `ScanPreprocessor.prepare`.
@@ -230,8 +233,24 @@ class Segmenter:
         *,
         probabilities: Sequence[Path] | None = None,
         uncertainty: Path | None = None,
-    ) -> Segmented:
-        """See `ScanSegmenter`; a ValueError if the voxel size differs from that of the training scans."""
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Segment a prepared volume `(C, D, H, W)`, and write the label map on the scan's own grid.
+
+        Args:
+            image: of a store, or just prepared from a raw scan.
+            chain: its preprocessing steps.
+            like: the source scan, for its grid and header.
+            out: the `.nii.gz` to write; its folder and those of the other files exist.
+            probabilities: a `.nii.gz` for each of `outputs.names`; None writes none.
+            uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
+
+        Returns:
+            Label or region -> volume of its voxels on the scan's own grid, in ml; and label, or region of a network
+            that predicts regions -> see `expected_dice`, on the prepared grid.
+
+        Raises:
+            ValueError: the voxel size differs from that of the training scans.
+        """
         self.preprocessor.check_stored(chain)
         spread = RunningSpread() if uncertainty is not None and self.uncertainty == "spread" else None
         found = self.probabilities(torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)), spread)
@@ -239,7 +258,7 @@ class Segmenter:
         if uncertainty is not None:
             made = spread.map() if spread else entropy_map(found, regions=bool(self.outputs.regions))
             write_map(uncertainty, made, chain, like)
-        return Segmented(ml, self.outputs.expected_dice(found, chain))
+        return ml, self.outputs.expected_dice(found, chain)
 
     def described(self) -> dict[str, Any]:
         """The networks and the flips, for sidecars in BIDS."""

@@ -30,7 +30,8 @@ from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.evaluation.tables import subject_in
 from asa.inference.anomaly import LabelScorer
-from asa.inference.label_maps import Outputs, ScanSegmenter
+from asa.inference.atlas import AtlasSegmenter
+from asa.inference.label_maps import Outputs
 from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.segment import Segmentation as SegmentationMethod
@@ -315,7 +316,7 @@ class SegmentationPredictor:
     it holds label maps that atlases made, which networks would mix with theirs, or other files that might be replaced.
     """
 
-    def __init__(self, config: Config, segmenter: ScanSegmenter | None = None) -> None:
+    def __init__(self, config: Config, segmenter: AtlasSegmenter | None = None) -> None:
         self.out, self.with_probabilities = Path(str(config["out"])), config["probabilities"]
         if (self.out / VOLUMES).exists():
             read_rows(self.out / VOLUMES)  # rows are added to it: refused before the work if it is no table
@@ -329,25 +330,27 @@ class SegmentationPredictor:
         if segmenter is None and config["layout"] != "bids":  # which has a mark of its own
             check_out(self.out, VOLUMES, f"a folder of asa-predict (with {VOLUMES})")
         self.with_uncertainty = config["uncertainty"] is not None
-        self.segmenter: ScanSegmenter = segmenter or networks_of(config)
+        self.segmenter: Segmenter | AtlasSegmenter = segmenter or networks_of(config)
         self.preprocessor = self.segmenter.preprocessor
         self.layout = Layout(self.out, ".mgz" if config["layout"] == "mgz" else ".nii.gz", VOLUMES)
         if config["layout"] == "bids":
-            self.layout = BidsDerivative(self.out, self.segmenter, self.with_probabilities)
+            made_by = self.segmenter.described()
+            self.layout = BidsDerivative(self.out, self.segmenter.outputs, made_by, self.with_probabilities)
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
         """Predict a scan; its row in the table of volumes."""
         probabilities, uncertainty = self.further_files(id)
         out = self.layout.label_map(id)
         make_below(self.out, out, *(probabilities or ()), *([uncertainty] if uncertainty else ()))
-        found = self.segmenter.segment_prepared(
+        ml, expected = self.segmenter.segment_prepared(
             image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty
         )
-        volumes = {f"{name}_ml": f"{value:.3f}" for name, value in found.ml.items()}
+        volumes = {f"{name}_ml": f"{value:.3f}" for name, value in ml.items()}
         strip: dict[str, Any] = next((step for step in chain.get("steps", ()) if step["stage"] == "strip"), {})
         brain = {"brain_mask_ml": str(strip["ml"])} if "ml" in strip else {}
-        expected = found.expected_dice.items()
-        scores = {f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected}
+        scores = {
+            f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected.items()
+        }
         named = isinstance(self.layout, BidsDerivative)
         file = {"file": out.relative_to(self.out).as_posix()} if named else {}
         return {"id": id, **file, **volumes, **scores, **brain}

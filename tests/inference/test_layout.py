@@ -131,7 +131,7 @@ def test_channels_give_the_name_what_they_share_and_are_all_sources(
     names = ["sub-1_acq-a_run-2_T1w", "sub-1_acq-b_run-2_FLAIR"]
     for name in names:
         a_scan(anat, name)
-    layout = BidsDerivative(out, Segmenter(checkpoint(tmp_path / "run"), SETTINGS), probabilities=False)
+    layout = BidsDerivative(out, Segmenter(checkpoint(tmp_path / "run"), SETTINGS).outputs, {}, probabilities=False)
     layout.begin({"any": [str(anat / f"{name}.nii.gz") for name in names]})
     assert layout.label_map("any") == out / "sub-1" / "anat" / "sub-1_run-2_dseg.nii.gz"
     layout.describe("any")
@@ -186,7 +186,8 @@ def test_what_cannot_be_a_derivative_is_refused_and_nothing_is_changed(
 ) -> None:
     (tmp_path / "loose").mkdir()
     a_scan(tmp_path / "loose", "head")
-    layout = BidsDerivative(tmp_path / "asa", Segmenter(checkpoint(tmp_path / "run"), SETTINGS), False)
+    segmenter = Segmenter(checkpoint(tmp_path / "run"), SETTINGS)
+    layout = BidsDerivative(tmp_path / "asa", segmenter.outputs, segmenter.described(), False)
     layout.begin({"b": [str(dataset / f"{SCANS[2]}.nii.gz")]})
     other = checkpoint(tmp_path / "other", labels={1: "x", 2: "y", 5: "z"}, lateral_pairs=[])
     places = {"raw": dataset, "loose": tmp_path / "loose", "other": other}

@@ -28,7 +28,7 @@ from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.inference.scans import stored_scans
-from asa.inference.segmentation import PredictSettings, Segmented, Segmenter, count_windows, sliding_window
+from asa.inference.segmentation import PredictSettings, Segmenter, count_windows, sliding_window
 from asa.inference.uncertainty import expected_dice
 from asa.settings import UNCERTAINTIES
 from asa.training.checkpoint import read_weights, save_checkpoint
@@ -455,7 +455,7 @@ def predicted_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
     def segment_prepared(self: Segmenter, image: object, chain: object, like: object, out: Path, **_: object) -> object:
         write_whole(out, b"label")
-        return Segmented({}, {})
+        return {}, {}
 
     monkeypatch.setattr(Segmenter, "segment_prepared", segment_prepared)
     prepared = SimpleNamespace(image=np.zeros((1, 2, 2, 2)), chain={})
