@@ -25,6 +25,7 @@ from asa.inference.uncertainty import write_map
 from asa.training.checkpoint import read_model
 
 TABLE = "anomaly.csv"
+COLUMNS = ("id", "score", "mean", "top", "peak", "x", "y", "z")  # of the table
 TOP = 0.01  # fraction of the head's voxels whose mean is the column `top`
 
 
@@ -52,29 +53,6 @@ class AnomalyMap:
         """Mean of the highest hundredth of the map inside the head."""
         values = self.map[self.inside]
         return float(values.topk(math.ceil(TOP * len(values))).values.mean()) if len(values) else 0.0
-
-
-@dataclass(frozen=True)
-class AnomalyRow:
-    """A scan's row in the table, see `AnomalyMap`; `peak` is the highest value, at x, y, z in mm of the scan's space.
-
-    Of a map that compares the sides the peak may as well be at the mirror image.
-    """
-
-    id: str
-    score: float
-    mean: float
-    top: float
-    peak: float
-    x: float
-    y: float
-    z: float
-
-    @property
-    def cells(self) -> dict[str, str]:
-        """The cells by column, numbers with six significant digits; without a score it has no column."""
-        cells = {name: value if isinstance(value, str) else f"{value:.6g}" for name, value in vars(self).items()}
-        return {name: cell for name, cell in cells.items() if name != "score" or not math.isnan(self.score)}
 
 
 class HealthyReference:
@@ -222,16 +200,25 @@ class AnomalyScorer(ABC):
     def _of_stored(self, id: str) -> AnomalyMap:
         return self.compute(torch.from_numpy(np.array(self.store.image(id), dtype=np.float32)))
 
-    def score_prepared(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path) -> AnomalyRow:
+    def score_prepared(
+        self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume, out: Path
+    ) -> dict[str, str]:
         """Score a prepared scan `(C, D, H, W)`, and write its map, float32, on the grid of the source scan.
 
         `out` is the `.nii.gz` to write, in a folder that exists.
+
+        Returns:
+            The scan's row of the table, numbers with six significant digits; without a score it has no such column.
+            `peak` is the highest value, at x, y, z in mm of the scan's space. Of a map that compares the sides it may
+            as well be at the mirror image.
         """
         scan = self.measure(torch.from_numpy(np.array(image, dtype=np.float32)), like)
         written = write_map(out, scan.map, chain, like)
         at = np.unravel_index(int(written.argmax()), written.shape)
-        x, y, z, _ = (like.affine @ (*at, 1)).tolist()
-        return AnomalyRow(id, scan.score, scan.mean, scan.top, float(written[at]), x, y, z)
+        place = (like.affine @ (*at, 1)).tolist()[:3]
+        numbers = zip(COLUMNS[1:], (scan.score, scan.mean, scan.top, float(written[at]), *place), strict=True)
+        shown = {name: f"{value:.6g}" for name, value in numbers if name != "score" or not math.isnan(value)}
+        return {"id": id, **shown}
 
 
 class LabelScorer(AnomalyScorer):

@@ -12,7 +12,7 @@ from asa.data.io.nifti import Volume
 from asa.data.io.tables import PARQUET, check_own, csv_text, read_rows, write_numbers
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST, Store
-from asa.inference.anomaly import AnomalyRow, AnomalyScorer
+from asa.inference.anomaly import COLUMNS, AnomalyScorer
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.scans import Scan, ScanPredictor, predict_each, raw_scans, stored_scans
@@ -53,11 +53,11 @@ class _AnomalyPredictor:
         self.out, self.source = Path(str(config["out"])), Path(str(config["input"]))
         self.table = self.out / scorer.table
         check_out(self.out, scorer.table, f"a folder of anomaly maps (with {scorer.table})")
-        check_own(self.table, "asa-predict", {"id"}, "|".join(["subject", *AnomalyRow.__annotations__]))
+        check_own(self.table, "asa-predict", {"id"}, "|".join(["subject", *COLUMNS]))
         self.rows: dict[str, dict[str, str]] = {}
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self.rows[id] = self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz").cells
+        self.rows[id] = self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz")
 
     def finish(self) -> str:
         add_rows(self.table, self.rows, source=self.source)

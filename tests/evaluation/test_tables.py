@@ -10,7 +10,7 @@ import pytest
 from asa.config import compose
 from asa.data.io.tables import read_column, read_rows
 from asa.evaluation.tables import evaluate_classes, evaluate_numbers, subject_in
-from asa.inference.anomaly import AnomalyRow
+from asa.inference.anomaly import COLUMNS
 from asa.inference.whole_scans import class_cells, predictions_csv
 from asa.tasks.prediction import add_rows
 from asa.tasks.run import evaluate_task
@@ -34,8 +34,8 @@ def pairs_won(scores: list[float], positive: list[bool]) -> float:
 def asymmetry_table(folder: Path, scores: list[float]) -> None:
     """asymmetry.csv of the scans s0, s1, ...: `score` as given, `top` its opposite, the others constant."""
     folder.mkdir()
-    rows = [AnomalyRow(f"s{n}", score, 0.5, -score, 1.0, 0, 0, 0) for n, score in enumerate(scores)]
-    add_rows(folder / "asymmetry.csv", {row.id: row.cells for row in rows})
+    rows = [(f"s{n}", score, 0.5, -score, 1.0, 0, 0, 0) for n, score in enumerate(scores)]
+    add_rows(folder / "asymmetry.csv", {row[0]: dict(zip(COLUMNS, map(str, row), strict=True)) for row in rows})
 
 
 def evaluate(tmp_path: Path, policy: str, truth: str) -> dict:

@@ -111,11 +111,11 @@ def test_a_map_without_a_score_has_no_column_for_it(healthy: Path, tmp_path: Pat
     record = store.records[0]
     like = read_image(store.first_source(record))
     row = scorer.score_prepared("b", store.image("b"), record["chain"], like, tmp_path / "b.nii.gz")
-    assert list(row.cells) == ["id", "mean", "top", "peak", "x", "y", "z"]
+    assert list(row) == ["id", "mean", "top", "peak", "x", "y", "z"]
     map = voxels(tmp_path / "b.nii.gz")
-    assert map.shape == like.data.shape and float(row.peak) == pytest.approx(map.max(), rel=1e-5)
-    at = np.linalg.inv(like.affine) @ [row.x, row.y, row.z, 1]
-    assert map[tuple(np.rint(at[:3]).astype(int))] == pytest.approx(row.peak, rel=1e-5)
+    assert map.shape == like.data.shape and float(row["peak"]) == pytest.approx(map.max(), rel=1e-5)
+    at = np.linalg.inv(like.affine) @ [*(float(row[axis]) for axis in "xyz"), 1]
+    assert map[tuple(np.rint(at[:3]).astype(int))] == pytest.approx(float(row["peak"]), rel=1e-5)
 
 
 # ---- the maps ----
