@@ -159,17 +159,11 @@ def _upsampled(
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Tokens `(B, L, E)` after each of the maps, and their grid."""
     for up, norm in zip(ups, norms, strict=True):
-        tokens, grid = split(up(tokens), grid)
-        tokens = nn.functional.gelu(norm(tokens))
+        finer = unpatchify(up(tokens), grid, 2)  # B F 2T 2H 2W
+        t, h, w = grid
+        grid = (2 * t, 2 * h, 2 * w)
+        tokens = nn.functional.gelu(norm(finer.flatten(2).transpose(1, 2)))
     return tokens, grid
-
-
-def split(tokens: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
-    """Tokens of eight parts each `(B, L, 8*F)`, the parts innermost, to tokens of half the size `(B, 8*L, F)`."""
-    t, h, w = grid
-    parts = tokens.unflatten(2, (-1, 2, 2, 2)).unflatten(1, grid)  # B T H W F 2 2 2
-    finer = parts.permute(0, 1, 5, 2, 6, 3, 7, 4)  # B T 2 H 2 W 2 F
-    return finer.flatten(1, 6), (2 * t, 2 * h, 2 * w)
 
 
 def vit_seg_base(out_channels: int, **overrides: Any) -> SegmentationViT:

@@ -11,26 +11,23 @@ from asa.models.unet import unet_base, unet_small
 from asa.models.vit_seg import (
     ConvSegmentationViT,
     SegmentationViT,
-    split,
     vit_conv_base,
     vit_conv_small,
     vit_conv_tiny,
     vit_seg_tiny,
 )
-from asa.ops.patches import patchify
+from asa.ops.patches import patchify, unpatchify
 
 
-def test_splitting_tokens_is_a_transposed_convolution() -> None:
+def test_a_linear_map_of_tokens_to_their_parts_is_a_transposed_convolution() -> None:
     torch.manual_seed(0)
     linear, grid = torch.nn.Linear(6, 8 * 3), (2, 3, 4)
     tokens = torch.randn(2, 24, 6)
-    finer, size = split(linear(tokens), grid)
     kernel = linear.weight.unflatten(0, (3, 2, 2, 2)).permute(4, 0, 1, 2, 3)  # 6 3 2 2 2
     maps = tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3)
     expected = torch.nn.functional.conv_transpose3d(maps, kernel, stride=2)
     bias = linear.bias.unflatten(0, (3, 2, 2, 2)).repeat(1, *grid)  # one for each part
-    torch.testing.assert_close(finer, (expected + bias).flatten(2).transpose(1, 2))
-    assert size == (4, 6, 8)
+    torch.testing.assert_close(unpatchify(linear(tokens), grid, 2), expected + bias)
 
 
 def test_the_logits_of_a_patch_depend_on_its_token_alone() -> None:
