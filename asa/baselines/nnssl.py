@@ -5,14 +5,13 @@ of its stem among them. The tensors are named as in the package dynamic-network-
 """
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from asa.baselines.primus import PATCH
-from asa.models.transfer import PREFIX, Source
+from asa.models.transfer import PREFIX, Source, renamed
 
 POSITIONS = PREFIX + "pos_embed"
 # Regular expressions of names, after the stem's name and after the encoder's, and our names after the prefix.
@@ -47,7 +46,7 @@ def from_nnssl(weights: Mapping[str, Tensor], plan: Mapping[str, Any]) -> Source
     found: dict[str, Tensor] = {}
     names, reasons = {}, {}
     for original, tensor in weights.items():
-        ours = _renamed(original, stem, STEM) or _renamed(original, encoder, ENCODER)
+        ours = renamed(original, f"{stem}.", STEM) or renamed(original, f"{encoder}.", ENCODER)
         name = ours or f"nnssl.{original}"
         if ours is None and ".all_modules." in original:
             reasons[name] = "a second name of a tensor above"
@@ -57,15 +56,6 @@ def from_nnssl(weights: Mapping[str, Tensor], plan: Mapping[str, Any]) -> Source
     if POSITIONS in found:
         found[POSITIONS] = _on_grid(found[POSITIONS], plan)
     return Source(found, names=names, reasons=reasons)
-
-
-def _renamed(original: str, prefix: str, patterns: tuple[tuple[str, str], ...]) -> str | None:
-    """This project's name of one of the package's tensors; None for one that is none of the encoder's."""
-    if original.startswith(f"{prefix}."):
-        for pattern, name in patterns:
-            if match := re.fullmatch(pattern, original.removeprefix(f"{prefix}.")):
-                return PREFIX + match.expand(name)
-    return None
 
 
 def _on_grid(positions: Tensor, plan: Mapping[str, Any]) -> Tensor:

@@ -8,7 +8,7 @@ Letters: token width E, channels C, patch size s, heads M, window S.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -251,7 +251,7 @@ def from_monai(weights: Mapping[str, Tensor]) -> Source:
     names, reasons = {}, {}
     patch_size = 0
     for source, tensor in weights.items():
-        ours = _renamed(source, prefix)
+        ours = renamed(source, prefix, MONAI) or source
         found[ours], names[ours] = tensor, source
         if ours == f"{PREFIX}patch_embed.weight":
             found[ours], patch_size = _reversed_patches(tensor)
@@ -261,13 +261,13 @@ def from_monai(weights: Mapping[str, Tensor]) -> Source:
     return Source(found, patch_size, names, reasons, absent=ABSENT)
 
 
-def _renamed(source: str, prefix: str) -> str:
-    """This project's name of one of MONAI's tensors; other names are returned unchanged."""
+def renamed(source: str, prefix: str, patterns: Sequence[tuple[str, str]]) -> str | None:
+    """This project's name of another's tensor, by patterns of what follows a prefix; None for any other name."""
     if source.startswith(prefix):
-        for pattern, name in MONAI:
+        for pattern, name in patterns:
             if match := re.fullmatch(pattern, source.removeprefix(prefix)):
                 return PREFIX + match.expand(name)
-    return source
+    return None
 
 
 def _reversed_patches(tensor: Tensor) -> tuple[Tensor, int]:
