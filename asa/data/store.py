@@ -57,7 +57,6 @@ class Store:
         ignored: label values of the source files that are stored as `asa.ops.labels.IGNORED`.
         regions: name -> label values that it joins, for training or evaluation, in order; may be empty.
         settings: the preprocessing settings.
-        fingerprint: SHA-256 of what all scans have in common (format, settings, channels, labels).
         modalities: of joined stores with several modalities, see `asa.data.joined`; else {}.
 
     Raises:
@@ -74,8 +73,6 @@ class Store:
         self.ignored: list[int] = manifest["ignored"]
         self.regions: dict[str, list[int]] = manifest["regions"]
         self.settings: dict[str, Any] = manifest["settings"]
-        common = json.dumps({key: manifest[key] for key in ("format", *COMMON)}, sort_keys=True)
-        self.fingerprint = hashlib.sha256(common.encode()).hexdigest()
         if not self.records:
             raise ValueError(f"{self.path}: the store holds no scans; run asa-prepare again to see why they failed")
         self.modalities: dict[str, Store] = {}

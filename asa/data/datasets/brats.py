@@ -12,7 +12,6 @@ from asa.data.datasets.record import Record, existing_folder, find_file, label_f
 from asa.data.io.files import matching_files
 
 LABELS = {2021: {1: "necrosis", 2: "oedema", 4: "enhancing"}, 2023: {1: "necrosis", 2: "oedema", 3: "enhancing"}}
-REGIONS = {2021: {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}, 2023: {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}}
 CONFIGS = {2021: "brats", 2023: "brats23"}  # data=
 # Endings of the channels, in stored order, and of the label map.
 CHANNELS = {

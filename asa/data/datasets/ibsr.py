@@ -5,7 +5,6 @@ from pathlib import Path
 from asa.data.datasets.record import Record, existing_folder, find_file, label_file, make_record, sorted_records
 from asa.data.io.files import matching_files
 
-LABELS = {1: "csf", 2: "gm", 3: "wm"}
 LABEL_FILES = {"fill": "segTRI_fill_ana", "plain": "segTRI_ana"}
 ENDINGS = (".nii.gz", ".nii", ".img.gz", ".img")  # NIfTI first: Analyze stores no orientation
 

@@ -17,7 +17,6 @@ from asa.data.io.tables import read_rows
 
 TABLE, FILES = "openneuro_metadata.csv", "OpenMind"
 COLUMNS = {"image": "image_path", "modality": "modality", "mask": "anon_mask_path"}
-DEFACED = 1  # in the masks
 DERIVED = "__Data"  # ending of the folder that holds the maps of a diffusion image, called FA.nii.gz and the like
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from asa.data.datasets.record import Record, existing_folder, find_file, make_record, sorted_records
 from asa.data.io.files import matching_files
 
-LABELS = {1: "wmh"}
-IGNORED = [2]  # other pathology, excluded from losses and scores
 CHANNELS = {"t1": "T1", "flair": "FLAIR"}
 RELEASES = ("training", "test", "public")  # folders of the release, above those of the sites
 

@@ -825,13 +825,13 @@ def test_configurations_declare_the_labels_of_their_readers():
     )
     configs = {name: compose("prepare", [f"data={name}", "out=x"]) for name in names}
     labelled = {
-        "ibsr": (ibsr.LABELS, [], {}),
-        "wmh": (wmh.LABELS, wmh.IGNORED, {}),
-        "brats": (brats.LABELS[2021], [], brats.REGIONS[2021]),
-        "brats23": (brats.LABELS[2023], [], brats.REGIONS[2023]),
+        "ibsr": ({1: "csf", 2: "gm", 3: "wm"}, [], {}),
+        "wmh": ({1: "wmh"}, [2], {}),
+        "brats": (brats.LABELS[2021], [], {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}),
+        "brats23": (brats.LABELS[2023], [], {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}),
     }
     labelled |= {f"phantom/{name}": labelled[name] for name in ("ibsr", "wmh", "brats")}
-    labelled["openmind"] = (None, [openmind.DEFACED], {})
+    labelled["openmind"] = (None, [1], {})
     labelled["phantom/structures"] = (STRUCTURES, [], {})
     labelled["phantom/freesurfer"] = ({value: freesurfer.aseg_labels()[value] for value in PHANTOM_ASEG}, [], {})
     labelled |= dict.fromkeys(("nnunet", "freesurfer", "fastsurfer"), ("dataset", [], {}))

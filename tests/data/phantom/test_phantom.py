@@ -287,7 +287,8 @@ def test_structures_follow_the_anatomy_of_each_subject(tmp_path):
 @needs_template
 def test_phantoms_go_through_preparation(tmp_path):
     root = cohort(tmp_path / "raw", "ibsr", 1)
-    report = prepare_cohort(ibsr.records(root), tmp_path / "store", CohortSettings(labels=ibsr.LABELS), progress=False)
+    settings = CohortSettings(labels={1: "csf", 2: "gm", 3: "wm"})
+    report = prepare_cohort(ibsr.records(root), tmp_path / "store", settings, progress=False)
     assert report.prepared == ["IBSR_01"] and not report.warnings
 
 

@@ -489,15 +489,6 @@ def test_a_missing_array_is_prepared_again(cohort, tmp_path):
     assert bytes_of(tmp_path / "store") == before
 
 
-def test_the_fingerprint_depends_on_what_the_scans_have_in_common(cohort, tmp_path):
-    made = {}
-    for name, more in (("a", {}), ("b", {"settings": PrepareSettings(margin=1)}), ("c", {"labels": {2: "x", 7: "y"}})):
-        run(cohort[:1], tmp_path / name, **more)
-        made[name] = Store(tmp_path / name).fingerprint
-    run(cohort[1:], tmp_path / "d")
-    assert Store(tmp_path / "d").fingerprint == made["a"] and len(set(made.values())) == 3
-
-
 def test_scans_prepared_by_other_versions_are_marked_by_them_and_no_others(cohort, tmp_path, monkeypatch):
     store = tmp_path / "store"
     run(cohort[:2], store)
