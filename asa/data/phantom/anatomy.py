@@ -120,6 +120,8 @@ def make_subject(
 
     The resolution is the voxel size in mm; the mass effect of a tumour is added.
     """
+    from monai.transforms.utils import create_rotate  # imported here: takes seconds
+
     extent = template.extent
     shape = tuple(int(side / resolution + 1e-6) + 1 for side in extent)
     velocity = random_velocity(rng, extent, ASYMMETRY)
@@ -130,7 +132,9 @@ def make_subject(
     moved = points + to_grid(displacement_of(velocity, extent), shape).permute(1, 2, 3, 0)
     scale = rng.normal(1.0, 0.03) * rng.normal(1.0, 0.03, 3)
     angles, shift = np.deg2rad(rng.normal(0, 1.0, 3)), rng.normal(0, 1.0, 3)
-    matrix = torch.tensor(_rotation(angles) * (1 / scale), dtype=torch.float32)
+    d, h, w = angles
+    rotation = np.asarray(create_rotate(3, (d, -h, w)))[:3, :3]  # about D, H and W
+    matrix = torch.tensor(rotation * (1 / scale), dtype=torch.float32)
     moved = moved @ matrix.T + torch.tensor(shift, dtype=torch.float32)
     warped = sample(template.maps, moved, extent)
     maps = {name: warped[k] for name, k in template.names.items()}
@@ -152,17 +156,6 @@ def tissue_label(subject: Subject) -> np.ndarray:
     label = 1 + (gm > csf).to(torch.uint8)
     label[wm > torch.maximum(csf, gm)] = 3
     return (label * subject.brain).numpy()
-
-
-def _rotation(angles: np.ndarray) -> np.ndarray:
-    matrix = np.eye(3)
-    for axis, angle in enumerate(angles):
-        about_axis = np.eye(3)
-        i, j = [other for other in range(3) if other != axis]
-        about_axis[i, i] = about_axis[j, j] = np.cos(angle)
-        about_axis[i, j], about_axis[j, i] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ about_axis
-    return matrix
 
 
 def blend(lesions: list[Lesion], brain: Tensor) -> tuple[list[Tensor], np.ndarray]:
