@@ -118,4 +118,4 @@ def _head_and_mirrored_lesion(store: Store, record: dict[str, Any], sides: bool)
     head = (np.array(store.image(record["id"])) != 0).any(axis=0, keepdims=True)
     mirrored = ((label > 0) & (label != IGNORED))[..., ::-1] & sides
     masks = np.concatenate([head | (head[..., ::-1] & sides), mirrored]).astype(np.uint8)
-    return to_native(masks, record["chain"], order=0).astype(bool)
+    return to_native(masks, record["chain"]).astype(bool)

@@ -93,7 +93,7 @@ class Outputs:
         """
 
         def native(volume: np.ndarray) -> np.ndarray:
-            return to_native(volume[None], chain, order=1)[0]
+            return to_native(volume[None], chain)[0]
 
         if self.regions:
             return self.label_map(map(native, probabilities.numpy()), like, files)

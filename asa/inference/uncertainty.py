@@ -28,7 +28,7 @@ def entropy_map(probabilities: Tensor, *, regions: bool) -> Tensor:
 
 def write_map(path: Path, values: Tensor, chain: dict[str, Any], like: Volume) -> np.ndarray:
     """Write a map `(D, H, W)` of a prepared scan on the scan's own grid `(x, y, z)`, and return what was written."""
-    native: np.ndarray = to_native(values[None].numpy(), chain, order=1)[0]
+    native: np.ndarray = to_native(values[None].numpy(), chain)[0]
     write_image(path, native, like.affine, make_folder=False)
     return native
 

@@ -18,7 +18,7 @@ from scripts.reproduce.commands import asa
 def native_mask(store: Store, id: str) -> np.ndarray:
     """Foreground of a stored scan's first channel, bool (x, y, z) on the scan's own grid."""
     inside = np.asarray(store.image(id)[:1]) != 0
-    return to_native(inside.astype(np.uint8), store.record(id)["chain"], order=0)[0] > 0
+    return to_native(inside.astype(np.uint8), store.record(id)["chain"])[0] > 0
 
 
 def print_agreement(one: Store, other: Store) -> None:

@@ -73,7 +73,7 @@ def main() -> None:
         paired = np.isin(np.array([0, *labels])[case.label[0]], PAIRS)
         row = []
         for voxels in (np.zeros_like(paired), paired):  # without paired voxels the plane is flat
-            distance = to_native(distance_to_the_right(case.chain, voxels)[None], case.chain, order=1)[0]
+            distance = to_native(distance_to_the_right(case.chain, voxels)[None], case.chain)[0]
             row += measure(values, separated(values, distance > 0))
         rows.append(row)
         print(f"{path.name.removesuffix(image_end):<24}" + "".join(f"{value:>12.4f}" for value in rows[-1]), flush=True)

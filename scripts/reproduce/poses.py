@@ -93,7 +93,7 @@ def main() -> int:
                 there, forth = read_label(out).data, np.linalg.inv(here.affine) @ copy.affine
                 back, shape = np.linalg.inv(forth), here.data.shape
                 maps = segmenter.outputs.files(Path(folder))[0 if segmenter.outputs.regions else 1 :]
-                moved = (sample_affine(read_image(file).data, back, shape, order=1) for file in maps)
+                moved = (sample_affine(read_image(file).data, back, shape) for file in maps)
                 winner = segmenter.outputs.label_map(moved, here)
                 probabilities[kind].append(scores(winner, here.data, values))
                 labels[kind].append(scores(sample_label(there, back, shape), here.data, values))

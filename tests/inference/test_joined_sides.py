@@ -77,7 +77,7 @@ def test_separation_changes_no_joined_label_and_cuts_at_the_plane() -> None:
     found = JOINED.native_label_map(probabilities, case.chain, image)
     assert np.array_equal(np.select([np.isin(found, (3, 8)), np.isin(found, (4, 9))], [3, 4], 0), alone)
     paired = probabilities.argmax(dim=0).numpy() > 0
-    distance = to_native(distance_to_the_right(case.chain, paired)[None], case.chain, order=1)[0]
+    distance = to_native(distance_to_the_right(case.chain, paired)[None], case.chain)[0]
     assert (distance[np.isin(found, (3, 4))] > 0).all() and (distance[np.isin(found, (8, 9))] <= 0).all()
     scores = JOINED.expected_dice(probabilities, case.chain)
     assert list(scores) == [LABELS[value] for value in sorted(LABELS)] and min(scores.values()) > 0.999

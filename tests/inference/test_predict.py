@@ -160,12 +160,12 @@ def test_labels_chosen_on_the_scans_own_grid_are_closer_to_the_truth_than_resamp
     chain = prepare_case({"t1": image}, None, {}, settings).chain
     (step,) = (step for step in chain["steps"] if step["stage"] == "align")
     masks = [ndimage.gaussian_filter((value == truth.data.T).astype(np.float32), 1.3) for value in (0, 2, 7)]
-    probabilities = np.stack([sample_affine(mask, np.array(step["matrix"]), step["shape"], 1) for mask in masks])
+    probabilities = np.stack([sample_affine(mask, np.array(step["matrix"]), step["shape"]) for mask in masks])
     node = {"labels": {2: "outer", 7: "inner"}, "lateral_pairs": [], "prepare": {"spacing": 3.0, "crop": "none"}}
     segmenter = Segmenter(checkpoint(tmp_path / "run", **node), SETTINGS)
     segmenter.probabilities = lambda *_: torch.from_numpy(probabilities)
     here = predicted(segmenter, tmp_path / "head.nii.gz")
-    resampled = np.array([0, 2, 7])[to_native(probabilities.argmax(axis=0).astype(np.uint8)[None], chain, order=0)[0]]
+    resampled = np.array([0, 2, 7])[to_native(probabilities.argmax(axis=0).astype(np.uint8)[None], chain)[0]]
     for value in (2, 7):
         error, before = (1 - dice(label == value, truth.data == value) for label in (here, resampled))
         assert error < before / 2

@@ -406,7 +406,7 @@ def test_networks_vote_beside_the_atlases(
     expected = (2 * votes + 0.5 * predicted) / 2.5
     for name, wanted in zip(("outer", "inner"), expected[1:], strict=True):
         found = voxels(tmp_path / "out" / "probabilities" / "s2" / f"{name}.nii.gz")
-        np.testing.assert_allclose(found, to_native(wanted[None], chain, order=1)[0], atol=1e-5)
+        np.testing.assert_allclose(found, to_native(wanted[None], chain)[0], atol=1e-5)
     assert (tmp_path / "out" / "uncertainty" / "s2.nii.gz").exists()
     made = json.loads((tmp_path / "out" / "atlas.json").read_text())["networks"]
     assert [each["Name"] for each in made["Networks"]] == ["one", "two"] and made["votes"] == 0.5

@@ -92,7 +92,7 @@ def bent_distances(plane: MidsagittalPlane, paired: np.ndarray, spacing: Lengths
     shape = 2 * np.ceil(np.array([*reach[:2], BEND]) / steps).astype(int) + 1
     to_voxels = grid_map(plane.pose(), shape, steps, paired.shape, spacing)
     offsets = (np.arange(shape[2]) - (shape[2] - 1) / 2) * BEND_STEP
-    cut = sample_affine(paired.astype(np.float32), to_voxels, shape, order=1)
+    cut = sample_affine(paired.astype(np.float32), to_voxels, shape)
     cut = ndimage.gaussian_filter1d(cut, 1.0)
     bend = np.zeros(shape[:2])
     for width, coupling in BEND_LEVELS:

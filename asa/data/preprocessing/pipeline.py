@@ -76,23 +76,20 @@ def prepare_case(
     return case
 
 
-def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.ndarray:
+def to_native(array: np.ndarray, chain: dict[str, Any]) -> np.ndarray:
     """Resample a result from the prepared grid to the grid of the scan.
 
     Args:
-        array: (C, D, H, W), float (probabilities; take the argmax afterwards) or integer (labels).
+        array: (C, D, H, W), float (probabilities; take the argmax afterwards) or integer (labels). Of a scan that was
+            resampled, floats are resampled trilinearly, and integers by `sample_label`.
         chain: of the prepared case.
-        order: 0 nearest neighbour, 1 trilinear, for floats of a scan that was resampled. Integers take 0, and are
-            resampled by `sample_label`.
 
     Returns:
         (C, x, y, z) in the axes of the file; 0 outside the crop.
 
     Raises:
-        ValueError: the array does not fit the chain, or integers with order 1.
+        ValueError: the array does not fit the chain.
     """
-    if order not in (0, 1) or (order == 1 and array.dtype.kind != "f"):
-        raise ValueError(f"to_native: order {order} for {array.dtype}: give 0 for labels, 0 or 1 for floats")
     expected = _prepared_shape(chain)
     if array.ndim != 4 or array.shape[1:] != expected:
         raise ValueError(f"to_native: array of shape {array.shape} is not (C, D, H, W) with D, H, W = {expected}")
@@ -100,7 +97,7 @@ def to_native(array: np.ndarray, chain: dict[str, Any], *, order: int) -> np.nda
         array = array.astype(np.float32)  # scipy does not interpolate float16
     for step in reversed(chain["steps"]):
         if (undo := STAGES[step["stage"]][1]) is not None:
-            array = undo(array, step, order)
+            array = undo(array, step)
     return np.ascontiguousarray(array)
 
 
@@ -109,7 +106,7 @@ def to_prepared(volume: Volume, chain: dict[str, Any]) -> np.ndarray:
     array = to_ras(volume.data, volume.affine)[0].transpose(2, 1, 0).astype(np.float32)
     for step in chain["steps"]:
         if step["stage"] == "align":
-            array = sample_affine(array, np.array(step["matrix"]), step["shape"], 1)
+            array = sample_affine(array, np.array(step["matrix"]), step["shape"])
         elif step["stage"] == "crop":
             array = read_box(array[None], step["start"], step["size"])[0]
     return array
@@ -118,7 +115,7 @@ def to_prepared(volume: Volume, chain: dict[str, Any]) -> np.ndarray:
 def distance_to_the_right(chain: dict[str, Any], paired: np.ndarray) -> np.ndarray:
     """`bent_distances` of a prepared case, by its chain: mm, float32 (D, H, W), positive on the right.
 
-    They are smooth, so that `to_native` with order 1 gives those of the scan's own voxels.
+    They are smooth, so that `to_native` gives those of the scan's own voxels.
 
     Raises:
         ValueError: the chain has no plane, since none was found or the store is older than planes in it.

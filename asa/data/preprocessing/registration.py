@@ -131,7 +131,7 @@ def template_overlap(inside: np.ndarray, pose: np.ndarray, spacing: Lengths) -> 
     brain = template > 0
     centre = (np.array(template.shape) - 1) / 2 + affine[:3, 3][::-1]  # of the template's array, in its space
     matrix = grid_map(pose @ translation(centre), template.shape, (1.0, 1.0, 1.0), inside.shape, spacing)
-    moved = sample_affine(inside.astype(np.float32), matrix, template.shape, order=1) >= 0.5
+    moved = sample_affine(inside.astype(np.float32), matrix, template.shape) >= 0.5
     return float(2 * (moved & brain).sum() / max(moved.sum() + brain.sum(), 1))
 
 

@@ -59,22 +59,21 @@ def grid_map(
     return to_voxels @ pose @ to_points
 
 
-def sample_affine(array: np.ndarray, matrix: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:
-    """Sample an array (D, H, W) at the voxels of another grid.
+def sample_affine(array: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Sample an array (D, H, W) at the voxels of another grid, trilinearly.
 
     Beyond the array its edge is repeated if the map only scales (half a voxel of the new grid may lie there); otherwise
     values are 0.
 
     Args:
-        array: float, or any type with order 0.
+        array: float.
         matrix: (4, 4), new voxel to old.
         shape: of the new grid.
-        order: 0 nearest neighbour, 1 trilinear.
     """
     linear, offset, mode = matrix[:3, :3], matrix[:3, 3], "constant"
     if is_scaling(matrix):
         linear, mode = np.diagonal(linear), "nearest"
-    return affine_transform(array, linear, offset, tuple(shape), order=order, mode=mode, prefilter=False)
+    return affine_transform(array, linear, offset, tuple(shape), order=1, mode=mode, prefilter=False)
 
 
 def affine_transform(array: np.ndarray, *arguments: Any, **options: Any) -> np.ndarray:
@@ -109,8 +108,8 @@ def sample_image(
     steps = np.linalg.norm(matrix[:3, :3], axis=1)  # old voxels, along each old axis, per step of the new grid
     blur = np.sqrt(np.maximum(steps**2 - 1, 0)) / FWHM_PER_SIGMA
     blur = np.where(blur < 0.05, 0, blur)
-    fraction = sample_affine(ndimage.gaussian_filter(inside.astype(np.float32), blur), matrix, shape, order=1)
-    total = sample_affine(ndimage.gaussian_filter(image, blur), matrix, shape, order=1)
+    fraction = sample_affine(ndimage.gaussian_filter(inside.astype(np.float32), blur), matrix, shape)
+    total = sample_affine(ndimage.gaussian_filter(image, blur), matrix, shape)
     foreground = fraction >= 0.5
     result = np.zeros(tuple(shape), np.float32)
     np.divide(total, fraction, out=result, where=foreground)
@@ -127,16 +126,16 @@ def sample_label(label: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) ->
         matrix, shape: as of `sample_affine`.
     """
     result = np.zeros(tuple(shape), label.dtype)
-    best = sample_affine((label == 0).astype(np.float32), matrix, shape, order=1)
+    best = sample_affine((label == 0).astype(np.float32), matrix, shape)
     for value in np.unique(label[label != 0]):
-        box, fraction = sample_where_not_zero((label == value).astype(np.float32), matrix, shape, order=1)
+        box, fraction = sample_where_not_zero((label == value).astype(np.float32), matrix, shape)
         result[box][fraction > best[box]] = value
         np.maximum(best[box], fraction, out=best[box])
     return result
 
 
 def sample_where_not_zero(
-    array: np.ndarray, matrix: np.ndarray, shape: Sequence[int], order: int
+    array: np.ndarray, matrix: np.ndarray, shape: Sequence[int]
 ) -> tuple[tuple[slice, ...], np.ndarray]:
     """`sample_affine` of an array that is not all 0 in the box of the new grid that its other values can reach.
 
@@ -145,7 +144,7 @@ def sample_where_not_zero(
     """
     box = _reach(bounding_box(array != 0), array.shape, matrix, shape)
     part = translation([side.start for side in box])
-    return box, sample_affine(array, matrix @ part, [side.stop - side.start for side in box], order)
+    return box, sample_affine(array, matrix @ part, [side.stop - side.start for side in box])
 
 
 def _reach(

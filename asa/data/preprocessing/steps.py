@@ -78,7 +78,7 @@ def _orient(case: Case, settings: PrepareSettings) -> dict[str, Any]:
     return {"from": code, "axes": axes}
 
 
-def _undo_orient(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
+def _undo_orient(array: np.ndarray, step: dict[str, Any]) -> np.ndarray:
     return np.stack([from_ras(channel.transpose(2, 1, 0), step["axes"]) for channel in array])
 
 
@@ -160,14 +160,14 @@ def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
     return {"matrix": matrix.tolist(), "before": list(before), "shape": list(shape)}
 
 
-def _undo_align(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
+def _undo_align(array: np.ndarray, step: dict[str, Any]) -> np.ndarray:
     inverse, before = np.linalg.inv(step["matrix"]), step["before"]
     if array.dtype.kind != "f":
         return np.stack([sample_label(channel, inverse, before) for channel in array])
     result = np.zeros((len(array), *before), array.dtype)
     for channel, found in zip(array, result, strict=True):
         if channel.any():
-            box, values = sample_where_not_zero(channel, inverse, before, order)
+            box, values = sample_where_not_zero(channel, inverse, before)
             found[box] = values
     return result
 
@@ -264,15 +264,15 @@ def measure_quality(case: Case) -> dict[str, Any]:
     return quality | case.quality
 
 
-def _undo_crop(array: np.ndarray, step: dict[str, Any], order: int) -> np.ndarray:
+def _undo_crop(array: np.ndarray, step: dict[str, Any]) -> np.ndarray:
     return read_box(array, [-first for first in step["start"]], step["before"])
 
 
 Apply = Callable[[Case, PrepareSettings], dict[str, Any] | None]
-Undo = Callable[[np.ndarray, dict[str, Any], int], np.ndarray]
+Undo = Callable[[np.ndarray, dict[str, Any]], np.ndarray]
 # By the name in the chain. The first function changes a case in place, and returns JSON-able parameters, or None if
-# there was nothing to do. The second makes of (array (C, ...), parameters, order) the array before the stage; None for
-# a stage that keeps the grid.
+# there was nothing to do. The second makes of (array (C, ...), parameters) the array before the stage; None for a
+# stage that keeps the grid.
 STAGES: dict[str, tuple[Apply, Undo | None]] = {
     "orient": (_orient, _undo_orient),
     "bias": (_bias, None),

@@ -75,7 +75,7 @@ def test_the_stored_affine_gives_the_place_of_every_voxel(code, spacing, crop):
 def test_without_a_crop_a_map_returns_to_the_axes_of_the_file(code):
     scan = ramp(code, (1.0, 1.0, 1.0))
     case = prepare_case({"t1": scan}, None, {}, PrepareSettings(crop="none"))
-    back = to_native(case.image, case.chain, order=1)[0]
+    back = to_native(case.image, case.chain)[0]
     low, high = np.percentile(scan.data, (0.5, 99.9))
     np.testing.assert_allclose(back, np.clip((scan.data - low) / (high - low), 0, 1), atol=1e-5)
 
@@ -237,11 +237,11 @@ def test_beyond_the_array_its_edge_is_repeated_by_a_scaling_and_by_no_rotation()
     finer = np.diag([0.5, 0.5, 0.5, 1])
     finer[:3, 3] = -0.25  # half voxels, of which the outer ones have their centres beyond those of the array
     expected = np.interp(np.arange(8) / 2 - 0.25, np.arange(4), np.arange(1.0, 5.0))
-    found = sample_affine(array, finer, (8, 10, 12), order=1)
+    found = sample_affine(array, finer, (8, 10, 12))
     np.testing.assert_allclose(found, expected[:, None, None] * np.ones((8, 10, 12)))
     turned = np.eye(4)
     turned[:3, :3] = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]  # h is read at -w
-    found = sample_affine(array, turned, (4, 5, 6), order=1)
+    found = sample_affine(array, turned, (4, 5, 6))
     assert found[:, :, 0].all() and not found[:, :, 1:].any()
 
 
@@ -263,7 +263,7 @@ def test_a_map_returns_from_voxels_of_0_8_mm_and_an_odd_crop_to_the_places_of_th
         case = prepare_case({"t1": scan}, None, {}, PrepareSettings(spacing=0.8, crop=[23, 19, 21]))
     grid = np.stack(np.meshgrid(*(np.arange(size) for size in case.image.shape[1:]), indexing="ij"), -1)[..., ::-1]
     places = grid @ case.affine[:3, :3].T + case.affine[:3, 3]
-    back = to_native((1000 + places @ (3, 2, 1)).astype(np.float32)[None], case.chain, order=1)[0]
-    inside = to_native(np.ones(case.image.shape, np.float32), case.chain, order=1)[0] == 1
+    back = to_native((1000 + places @ (3, 2, 1)).astype(np.float32)[None], case.chain)[0]
+    inside = to_native(np.ones(case.image.shape, np.float32), case.chain)[0] == 1
     assert inside.mean() > 0.1
     np.testing.assert_allclose(back[inside], scan.data[inside], atol=0.02)
