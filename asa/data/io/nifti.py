@@ -463,13 +463,9 @@ def _intensities(image: Any, path: str | Path, nan: str = "refuse") -> np.ndarra
 
 def _outside(mask: np.ndarray) -> np.ndarray:
     """The connected parts of a mask that reach the border of the volume, along an axis of more than one voxel."""
-    parts, count = ndimage.label(mask)
-    reached = np.zeros(count + 1, bool)
-    for axis, size in enumerate(mask.shape):
-        if size > 1:
-            for end in (0, size - 1):
-                reached[np.unique(parts.take(end, axis=axis))] = True
-    return np.asarray(reached[parts] & mask)
+    border = mask.copy()
+    border[tuple(slice(1, -1) if size > 1 else slice(None) for size in mask.shape)] = False
+    return np.asarray(ndimage.binary_propagation(border, mask=mask))
 
 
 def _surrounded(background: np.ndarray, head: np.ndarray) -> np.ndarray:
