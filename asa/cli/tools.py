@@ -28,15 +28,15 @@ def orient(config: Config) -> None:
     from asa.data.io.files import failure_lines
     from asa.data.io.orientation import orient_files
 
-    report = orient_files(Path(str(config["input"])), Path(str(config["out"])), str(config["axes"]))
-    for line in failure_lines(report.failures, "file"):
+    source, out = Path(str(config["input"])), Path(str(config["out"]))
+    written, kept, failures = orient_files(source, out, str(config["axes"]))
+    for line in failure_lines(failures, "file"):
         print(line)
-    if report.kept:
-        print(f"not written, as an orientation is stored: {counted(len(report.kept), 'file')}, like {report.kept[0]}")
-    if report.failures:
-        raise ValueError(f"{counted(len(report.failures), 'file')} failed, listed above")
-    written = counted(len(report.written), "file")
-    print(f"wrote {written} to {config['out']}: check the results, left and right above all")
+    if kept:
+        print(f"not written, as an orientation is stored: {counted(len(kept), 'file')}, like {kept[0]}")
+    if failures:
+        raise ValueError(f"{counted(len(failures), 'file')} failed, listed above")
+    print(f"wrote {counted(len(written), 'file')} to {config['out']}: check the results, left and right above all")
 
 
 def convert_dicom(config: Config) -> None:

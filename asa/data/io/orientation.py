@@ -2,7 +2,6 @@
 
 import filecmp
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from asa.data.io.files import check_present, matching_files
@@ -10,20 +9,14 @@ from asa.data.io.nifti import IMAGE_ENDINGS, orientation_of, write_oriented
 from asa.data.io.parallel import each_tried
 
 
-@dataclass
-class OrientReport:
-    """Files by their path inside the folder: written, kept because they store an orientation, and failed."""
-
-    written: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-
-
-def orient_files(source: Path, out: Path, axes: str) -> OrientReport:
+def orient_files(source: Path, out: Path, axes: str) -> tuple[list[str], list[str], dict[str, str]]:
     """Write each file under `source` to the same path under `out`, with the ending `.nii.gz`; see `write_oriented`.
 
     `source` is a file, or a folder that is searched with its subfolders. Both files of an Analyze pair are one image. A
     file in `out` that differs from what would be written is a failure.
+
+    Returns:
+        Files by their path inside the folder: written, kept because they store an orientation, and failed (-> reason).
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -34,7 +27,6 @@ def orient_files(source: Path, out: Path, axes: str) -> OrientReport:
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"out={out} lies in {source}, whose files are read: choose a folder outside it")
     orientation_of(axes)  # checked before any file is read
-    report = OrientReport()
 
     def orient(job: tuple[str, Path]) -> bool:
         name, path = job
@@ -48,12 +40,10 @@ def orient_files(source: Path, out: Path, axes: str) -> OrientReport:
                 raise ValueError(f"{target}: exists, with other content: move it away, or choose another out=")
             return written
 
-    for (name, _), written, reason in each_tried(orient, sorted(_by_name(source).items()), title="orient", unit="file"):
-        if reason:
-            report.failures[name] = reason
-        else:
-            (report.written if written else report.kept).append(name)
-    return report
+    tried = list(each_tried(orient, sorted(_by_name(source).items()), title="orient", unit="file"))
+    written = [name for (name, _), new, _ in tried if new]
+    kept = [name for (name, _), new, _ in tried if new is False]
+    return written, kept, {name: reason for (name, _), _, reason in tried if reason}
 
 
 def _by_name(source: Path) -> dict[str, Path]:
