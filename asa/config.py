@@ -28,9 +28,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from asa.models import list_models
 from asa.settings import AugmentSettings, LoaderSettings, OptimSettings, PredictSettings, TrainSettings
 
-_PACKAGE = Path(__file__).resolve().parent
 # In a wheel the YAML files are the package asa.configs; in a checkout they lie beside the package.
-CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+CONFIG_DIR = next(path for up in Path(__file__).resolve().parents[:2] if (path := up / "configs").is_dir())
 
 T = TypeVar("T")
 BLANKS = "\"input='my scans'\""

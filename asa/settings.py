@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Config = dict[str, Any]  # of a command, composed
 
 PLACEMENTS = ("centre", "random", "midplane")  # of crops
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

@@ -24,8 +24,6 @@ from asa.errors import EXPECTED, reason_of
 from asa.tasks.checks import check, follow_init, say_followed
 from asa.training.process import RESUME_CODE, MainRankFailed, Stopped, exit_process, is_main, rank, world_size
 
-Config = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Command:

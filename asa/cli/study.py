@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from asa.cli.front import Config
 from asa.config import as_overrides, build, compose
 from asa.data.datasets.recognise import recognise
 from asa.data.io.files import read_json, read_yaml, write_json, write_whole
 from asa.data.io.lock import locked
 from asa.data.store import MANIFEST, Store
 from asa.errors import EXPECTED, listed, reason_of
+from asa.settings import Config
 from asa.tasks import COMMANDS
 from asa.tasks.checks import check_settings
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from asa.cli.front import Config
 from asa.errors import counted, grouped
+from asa.settings import Config
 
 
 def make_phantoms(config: Config) -> None:

@@ -33,13 +33,12 @@ from asa.ops.labels import IGNORED
 from asa.reporting.evaluation import DIFFERENCES, case_scores, differences_of
 from asa.reporting.figures import label_colours
 from asa.reporting.pages import check_page, require_report_extra, write_page
+from asa.settings import Config
 from asa.training.checkpoint import load_model
 
 OPACITY = {"gray": 1.0, "labels": 0.5, "plasma": 0.0}  # at first, by the kind of a layer
 NIIVUE = "niivue.umd.js"
 HOW = "asa-view --help says how to get it"
-
-Config = dict[str, Any]  # of asa-view
 
 
 @dataclass(frozen=True)

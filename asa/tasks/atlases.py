@@ -17,8 +17,7 @@ from asa.errors import listed
 from asa.inference.atlas import AtlasSegmenter, labelled_records
 from asa.inference.layout import ATLASES
 from asa.inference.scans import Scan, predict_each
-from asa.settings import PredictSettings
-from asa.tasks.base import Config
+from asa.settings import Config, PredictSettings
 from asa.tasks.prediction import scans_of
 from asa.tasks.segmentation import SegmentationPredictor, networks_of
 

@@ -11,9 +11,8 @@ from typing import Any, ClassVar, Protocol
 from asa.config import PACKAGES, locate
 from asa.data.loading.crops import Samples
 from asa.methods.base import Batch
+from asa.settings import Config
 from asa.training.loop import Validate
-
-Config = dict[str, Any]
 
 BUILT_IN = {
     "pretraining": "asa.tasks.pretraining.Pretraining",

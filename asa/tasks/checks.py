@@ -16,14 +16,12 @@ from asa.config import METHODS, SETTINGS, given_settings, sized_models, typed, w
 from asa.data.datasets.folder import has_wildcard
 from asa.data.io.files import check_present
 from asa.data.io.parallel import check_workers
-from asa.data.splits import read_split
+from asa.data.splits import PARTS, read_split
 from asa.data.store import check_is_store
-from asa.settings import check_axes, check_backend, check_fusion, check_placement, check_uncertainty
+from asa.settings import Config, check_axes, check_backend, check_fusion, check_placement, check_uncertainty
 from asa.training.checkpoint_files import find_weights, list_checkpoints, on_hub
 
-Config = dict[str, Any]
 OF_TASKS = ("classification", "regression", "restoration", "asymmetry", "probe")  # policies beside those of label maps
-PARTS = ("train", "validation", "test")  # of a split
 # Families of networks on ASA's encoder; those on SA-Swin's have its name.
 ON_ASA = ("asa", "unet", "vit_seg", "vit_conv", "vit_linear", "asa_classifier", "asa_regressor")
 # Keys of networks: of an encoder, which every network on it needs alike; and of the data, which no network passes on.

@@ -3,7 +3,6 @@
 import importlib
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from asa.config import build
 from asa.data.datasets.record import in_dataset
@@ -12,8 +11,7 @@ from asa.data.io.lock import LOCK
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import MANIFEST, RECORDS, Store
 from asa.errors import counted
-
-Config = dict[str, Any]
+from asa.settings import Config
 
 SCHEME = "label_scheme"  # function of a reader, which gets the keys of data=
 
