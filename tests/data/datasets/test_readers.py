@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from asa.config import CONFIG_DIR, build, compose
-from asa.data.datasets import bids, brats, cq500, folder, fomo, freesurfer, ibsr, nnunet, openmind, paired, wmh
+from asa.data.datasets import bids, brats, cq500, folder, fomo, freesurfer, ibsr, nnunet, openmind, wmh
 from asa.data.datasets.record import check_records
 from asa.data.io.nifti import read_label
 from asa.data.phantom import reader as phantom
@@ -198,10 +198,18 @@ def test_a_link_without_content_is_a_file_that_is_named_and_no_missing_channel(t
         assert found["images"]["t1"] == str(tmp_path / name) and "problem" not in found
 
 
+def test_files_of_one_name_in_two_folders_are_channels_of_one_scan(tmp_path):
+    plant(tmp_path, "low/p1_a.nii.gz", "low/p1_b.nii.gz", "full/p1_a.nii.gz", "full/p1_b.nii.gz", "low/p2_a.nii.gz")
+    images = {"input": "low/*.nii.gz", "target": "full/*.nii.gz"}
+    found = folder.records(tmp_path, images=images, subject=r"(p\d)_")
+    assert [(record["id"], record["subject"]) for record in found] == [("p1_a", "p1"), ("p1_b", "p1"), ("p2_a", "p2")]
+    names = {"input": str(tmp_path / "low/p1_b.nii.gz"), "target": str(tmp_path / "full/p1_b.nii.gz")}
+    assert found[1]["images"] == names and found[2]["images"]["target"] is None
+
+
 def test_a_missing_folder_is_refused(tmp_path):
     readers = (
         lambda root: folder.records(root, images={"t1": "*"}),
-        lambda root: paired.records(root, input="a", target="b"),
         *(module.records for module in (bids, brats, cq500, fomo, ibsr, openmind, wmh)),
     )
     for reader in readers:
@@ -724,42 +732,6 @@ def test_wmh_says_what_a_scan_lacks_and_refuses_a_root_too_high_or_too_low(tmp_p
         wmh.records(tmp_path / "a/Utrecht")
 
 
-# ---------------------------------------------------------------------------------------------- paired
-
-
-def test_pairs_have_the_same_names_in_two_folders_and_a_lone_image_is_told(tmp_path):
-    plant(tmp_path, "low/p1_a.nii.gz", "low/p1_b.nii", "full/p1_a.nii.gz", "full/p1_b.nii.gz", "full/p2_a.nii.gz")
-    found = paired.records(tmp_path, input="low", target="full", subject=r"(p\d)_")
-    assert [(record["id"], record["subject"]) for record in found] == [("p1_a", "p1"), ("p1_b", "p1"), ("p2_a", "p2")]
-    assert found[1]["images"] == {
-        "input": str(tmp_path / "low/p1_b.nii"),
-        "target": str(tmp_path / "full/p1_b.nii.gz"),
-    }
-    assert found[2]["images"]["input"] is None
-
-
-def test_pairs_are_matched_by_the_wildcards_of_two_globs(tmp_path):
-    plant(tmp_path, "1/a_low.nii", "1/a_full.nii", "2/b_full.nii")
-    found = paired.records(tmp_path, input="*/*_low.nii", target="*/*_full.nii")
-    assert [(record["id"], list(map(bool, record["images"].values()))) for record in found] == [
-        ("1_a", [True, True]),
-        ("2_b", [False, True]),
-    ]
-
-
-def test_invalid_pairs_are_refused(tmp_path):
-    plant(tmp_path, "low/a_low.nii", "full/a_full.nii", "twice/a_low.nii", "twice/a_low.nii.gz", "none/readme.txt")
-    for settings, reason in (
-        ({"input": "low", "target": "full"}, "no image of 'low' has the name of one of 'full'; .* give globs"),
-        ({"input": "twice", "target": "low"}, "a_low: both .* have this name"),
-        ({"input": "none", "target": "none"}, "no scans found: 'none' and 'none' below"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            paired.records(tmp_path, **settings)
-    with pytest.raises(FileNotFoundError, match="high: no such folder"):
-        paired.records(tmp_path, input="low", target="high")
-
-
 # ---------------------------------------------------------------------------------------------- phantom
 
 
@@ -835,7 +807,7 @@ def test_configurations_declare_the_labels_of_their_readers():
     labelled["phantom/structures"] = (STRUCTURES, [], {})
     labelled["phantom/freesurfer"] = ({value: freesurfer.aseg_labels()[value] for value in PHANTOM_ASEG}, [], {})
     labelled |= dict.fromkeys(("nnunet", "freesurfer", "fastsurfer"), ("dataset", [], {}))
-    assert names == sorted([*labelled, "bids", "cq500", "folder", "fomo", "paired", "phantom/t1"])
+    assert names == sorted([*labelled, "bids", "cq500", "folder", "fomo", "phantom/t1"])
     for name, config in configs.items():
         labels, ignored, regions = labelled.get(name, (None, [], {}))
         assert config["labels"] == labels, name
@@ -855,7 +827,6 @@ READERS = (
     "ibsr",
     "nnunet",
     "openmind",
-    "paired",
     "phantom/t1",
     "wmh",
 )
