@@ -17,9 +17,9 @@ FLOORS = {
     **dict.fromkeys(("training", "baselines"), 3),
     "inference": 2661,
     **dict.fromkeys(("reporting", "export"), 5),
-    "tasks": 3336,  # scans with a value are divided; splits of networks beside atlases
-    "restoration": 2131,  # windows and places of images
-    "cli": 741,  # stale stages of a study
+    "tasks": 3345,  # scans with a value are divided; splits of networks beside atlases
+    "restoration": 2134,  # windows and places of images
+    "cli": 774,  # stale stages of a study
 }
 BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as it would no package of the user's own
 LARGEST_FOLDER = 14  # modules
@@ -27,18 +27,18 @@ LARGEST_FOLDER = 14  # modules
 LINES = {
     "": 732,  # the reader of phantoms lies with them
     "baselines": 1134,
-    "cli": 727,  # stale stages of a study
-    "data": 8012,  # names and places of files that readers met; what cannot be read stays
-    "evaluation": 2521,  # scores over subjects; probes choose by subjects
+    "cli": 774,  # stale stages of a study
+    "data": 8014,  # names and places of files that readers met; what cannot be read stays
+    "evaluation": 2532,  # scores over subjects; probes choose by subjects
     "export": 766,  # cases of another export
-    "inference": 2700,  # scans and ensembles are checked by content and voxel size
+    "inference": 2661,  # scans and ensembles are checked by content and voxel size
     "losses": 459,  # a fixed temperature
     "methods": 715,  # validations of one loss
     "models": 2290,  # layers of a Swin
     "ops": 593,
     "reporting": 1718,
-    "restoration": 2124,  # windows and places of images
-    "tasks": 3295,  # scans with a value are divided; splits of networks beside atlases
+    "restoration": 2134,  # windows and places of images
+    "tasks": 3345,  # scans with a value are divided; splits of networks beside atlases
     "training": 2635,  # signals while weights are averaged
 }
 # The only places that may import a library.

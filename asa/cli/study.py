@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from asa.config import as_overrides, build, compose
+from asa.config import as_overrides, build, compose, flatten
 from asa.data.datasets.recognise import recognise
 from asa.data.io.files import read_json, read_yaml, write_json, write_whole
 from asa.data.io.lock import locked
@@ -39,6 +39,12 @@ HEADER = """\
 # among these asks for its folder to be removed first, or for another out=.
 """
 TRAININGS = ("pretrain", "finetune")
+OWN = {  # settings of its stages that a study sets itself
+    "prepare": {"out"},
+    "pretrain": {"data.store", "out"},
+    "finetune": {"data.store", "data.split.folds", "data.split.fold", "out"},
+    "predict": {"checkpoint", "input", "out"},
+}
 
 
 class Stage(NamedTuple):
@@ -103,7 +109,7 @@ def plan_stages(config: Config) -> list[Stage]:
     installed, also with the registration of a few labelled scans to the others. One subject alone gives a network,
     which nothing can be said about. A ValueError for scans without labels, or in no known layout (`recognise`).
     """
-    added = {command: config[command] or {} for command in ("prepare", "pretrain", "finetune", "predict")}
+    added = {command: _added(config, command) for command in OWN}
     shared = {"prepare.strip": config["strip"], "prepare.midway": True, "prepare.spacing": 1, "check": "also"}
     labels = {} if config["labels"] is None else {"labels": config["labels"]}
     stages, subjects = [], set[str]()
@@ -130,7 +136,10 @@ def plan_stages(config: Config) -> list[Stage]:
     if config["new"] and not Path(config["new"]).exists():
         raise FileNotFoundError(f"{config['new']}: no such file or folder; new= are the scans to predict")
     tuned = RECIPES["finetune"] | {"data.split.validation": 0, "data.split.test": 0} | added["finetune"]
-    tuned, init = tuned | {"data.store": store("labelled")}, ENCODER
+    init = tuned.pop("init", None)
+    if init and config["unlabelled"]:
+        raise ValueError(f"finetune.init={init}: an encoder is pretrained on unlabelled=: leave one of them out")
+    tuned, init = tuned | {"data.store": store("labelled")}, init or ENCODER
     if not subjects:
         raise ValueError(f"{config['labelled']}: no scan has a label map")
     if config["unlabelled"]:
@@ -151,6 +160,16 @@ def plan_stages(config: Config) -> list[Stage]:
         own = {"checkpoint": networks, "input": str(Path(config["new"]).resolve()), "out": "predictions"}
         stages.append(Stage("predictions", "predict", added["predict"] | own))
     return stages
+
+
+def _added(config: Config, command: str) -> dict[str, Any]:
+    """Settings for all stages of a command, the path of init= absolute; a ValueError for one that a study sets."""
+    added = dict(config[command] or {})
+    if taken := sorted(OWN[command] & flatten(added).keys()):
+        raise ValueError(f"{command}.{taken[0]} is set by asa run: leave it out, or change {STUDY}")
+    if added.get("init") and "://" not in added["init"]:
+        added["init"] = str(Path(added["init"]).resolve())
+    return added
 
 
 def _atlas_stages(store: str, atlases: int) -> list[Stage]:
@@ -215,29 +234,32 @@ def _check_labels(stage: Stage, records: Sequence[Mapping[str, Any]]) -> None:
 def _run(stages: Sequence[Stage]) -> None:
     """Run what is not done, in the study's folder, and write the page after each stage.
 
-    The file of what is done has a row for each stage that was begun. A row is stale if a stage before it was changed
-    since: it was made from other results, and a training must not go on from them.
+    The file of what is done has a row for each stage that was begun. A stage that is run with other settings keeps its
+    row of `before` until it is through; then those that its results go into, by the paths in their settings, are stale:
+    a training must not go on from them.
     """
     from asa.reporting.study import write_study
     from asa.tasks.run import call
 
-    rows: list[dict[str, Any]] = read_json(Path(DONE)) if Path(DONE).exists() else []
+    rows: dict[str, dict[str, Any]] = {}
+    if Path(DONE).exists():
+        rows = {row["name"]: row for row in read_json(Path(DONE))}
     for number, stage in enumerate(stages):
         row = {"name": stage.name, "command": stage.command, "settings": stage.overrides()}
-        found = rows[number] if number < len(rows) else {}
-        same, stale = all(found.get(key) == value for key, value in row.items()), found.get("stale", False)
-        if same and not stale and "finished" in found:
+        found = rows.get(stage.name, {})
+        stale = found.get("stale", False)
+        before = {} if stale else found if "finished" in found else found.get("before", {})
+        if before and before | row == before:
+            rows[stage.name] = before
             print(f"{stage.name}: done before")
         else:
-            if found and not same:
-                rows[number + 1 :] = [later | {"stale": True} for later in rows[number + 1 :]]
             if stale and stage.command in TRAININGS and any(Path(str(stage.settings["out"])).glob("**/config.yaml")):
                 raise ValueError(
                     f"stage {stage.name}: {stage.settings['out']} was trained from results that have changed since: "
                     f"remove it, or give the stage another out= in {STUDY}"
                 )
-            rows[number : number + 1] = [row]
-            write_json(Path(DONE), rows)
+            rows[stage.name] = row | ({"before": before} if before else {})
+            write_json(Path(DONE), [*rows.values()])
             print(f"{stage.name}: {stage.typed()}", flush=True)
             begun = time.monotonic()
             try:
@@ -246,13 +268,24 @@ def _run(stages: Sequence[Stage]) -> None:
                 skip = f"; failed: skip in {STUDY} leaves failed scans out" if stage.command == "prepare" else ""
                 raise ValueError(f"stage {stage.name}, asa-{stage.command}: {reason_of(error)}{skip}") from error
             today = datetime.now(UTC).date().isoformat()
-            rows[number] = row | {"seconds": round(time.monotonic() - begun), "finished": today}
-            write_json(Path(DONE), rows)
+            if before and before | row != before:
+                _mark_stale(rows, stages[number:])
+            rows[stage.name] = row | {"seconds": round(time.monotonic() - begun), "finished": today}
+        write_json(Path(DONE), [*rows.values()])
         shown = [
-            done | {"out": str(each.settings["out"]), "typed": each.typed()}
-            for done, each in zip(rows[: number + 1], stages, strict=False)
+            rows[each.name] | {"out": str(each.settings["out"]), "typed": each.typed()} for each in stages[: number + 1]
         ]
         write_study(Path(PAGE), shown, [each.name for each in stages[number + 1 :]])
+
+
+def _mark_stale(rows: Mapping[str, dict[str, Any]], stages: Sequence[Stage]) -> None:
+    """Mark the rows of the stages whose settings name what the first one writes, or what one of these writes."""
+    changed = {str(stages[0].settings["out"])}
+    for later in stages[1:]:
+        if any(path in later.typed() for path in changed):
+            changed.add(str(later.settings["out"]))
+            if later.name in rows:
+                rows[later.name]["stale"] = True
 
 
 def _quoted(word: str) -> str:

@@ -105,6 +105,7 @@ class Comparison:
         left_out: cases that are missing in some run; they are not counted.
         results: (metric name, region, run name) -> statistic over the cases.
         differences: the same keys without those of the first run -> difference from the first run.
+        subjects: case id -> subject, if a run knows that one has several cases.
     """
 
     policy: PolicyInfo
@@ -114,6 +115,7 @@ class Comparison:
     regions: tuple[str, ...]
     results: dict[tuple[str, str, str], Statistic]
     differences: dict[tuple[str, str, str], Difference]
+    subjects: Mapping[str, str]
 
     @property
     def metrics(self) -> list[MetricInfo]:
@@ -123,7 +125,7 @@ class Comparison:
     @property
     def several(self) -> int:
         """Number of subjects, if some have several cases; else 0."""
-        return several_cases(self.case_ids, self.runs[0].subjects)
+        return several_cases(self.case_ids, self.subjects)
 
     @property
     def unit(self) -> str:
@@ -132,8 +134,7 @@ class Comparison:
 
     def over_subjects(self, values: Sequence[float]) -> np.ndarray:
         """Values of the cases, averaged by subject."""
-        known = self.runs[0].subjects
-        return np.array(means_by_subject(values, [known.get(case, case) for case in self.case_ids]))
+        return np.array(means_by_subject(values, [self.subjects.get(case, case) for case in self.case_ids]))
 
     @property
     def smallest_p(self) -> float:
@@ -237,7 +238,7 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
     setting = runs[0].setting
     name, regions = setting["policy"], tuple(setting["regions"])
     policy = restoration_policy(setting["data range"]) if name == RESTORATION else get_policy(name)
-    empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {})
+    empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {}, _common_subjects(runs))
     keys = list(product(empty.metrics, regions, runs))
     results = {
         (metric.name, region, run.name): statistic(
@@ -271,6 +272,16 @@ def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm
     better, worse = (up, down) if metric.higher_is_better else (down, up)
     detectable = detectable_difference(used) if found.used >= MIN_PAIRS else math.nan
     return Difference(found.mean, found.low, found.high, detectable, better, worse, p, p_holm, found.used, found.total)
+
+
+def _common_subjects(runs: Sequence[Run]) -> dict[str, str]:
+    """The subjects of the cases; some runs may know none."""
+    subjects: dict[str, str] = {}
+    for run in runs:
+        for case, subject in run.subjects.items():
+            if subjects.setdefault(case, subject) != subject:
+                raise ValueError(f"case {case} is of {subjects[case]} and, in {run.name}, of {subject}: evaluate again")
+    return subjects
 
 
 def _common_cases(runs: Sequence[Run], allow_missing: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -18,6 +18,7 @@ from asa.data.io.tables import check_own
 from asa.errors import listed
 from asa.evaluation.policies import WHOLE, restoration_policy
 from asa.evaluation.summary import Row, statistics
+from asa.evaluation.tables import subject_in
 from asa.reporting.pages import check_page
 from asa.restoration.images import checked_window, common_window, list_pictures, read_picture
 from asa.restoration.measures import RestorationSummary, restoration_table, score_image, scores_csv
@@ -43,7 +44,7 @@ def evaluate_pictures(
         window: of the clean and degraded images, see `asa.restoration.images.read_picture`; None: that of the
             predictions, which `asa-predict` writes into them.
         allow_missing: leave out clean images that were not restored.
-        subject: regular expression searched in the id, whose group 1 is the subject; None: an image is one.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: see `subject_in`.
 
     Returns:
         The table as text.
@@ -68,7 +69,8 @@ def evaluate_pictures(
         rows.append(Row(case.case_id, WHOLE, found))
         truths[case.case_id] = hashlib.sha256(target.tobytes()).hexdigest()[:12]
     policy = restoration_policy(ends)
-    subjects = {row.case_id: subject_of(row.case_id, subject) for row in rows}
+    ids = [row.case_id for row in rows]
+    subjects = {id: subject_in(id) if subject is None else subject_of(id, subject) for id in ids}
     results = statistics(rows, [WHOLE], policy.metrics, subjects)
     quality = RestorationSummary(
         policy=policy, rows=rows, results=results, subjects=subjects, window=ends, truths=truths, left_out=left_out

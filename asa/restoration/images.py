@@ -127,7 +127,7 @@ def checked_window(window: Sequence[float]) -> tuple[float, float]:
     except (TypeError, ValueError):
         low = high = math.nan
     if isinstance(window, str) or not low < high or not math.isfinite(high - low):
-        raise ValueError(f"data.window={window}: give two finite values, which become 0 and 1, like [-1000,1000]")
+        raise ValueError(f"window={window}: give two finite values, which become 0 and 1, like [-1000,1000]")
     return low, high
 
 

@@ -131,13 +131,12 @@ def make_degradation(
     Raises:
         ValueError: an unknown kind, or settings without a physical meaning.
     """
-    for name, value in (("photons", photons), ("pixel", pixel), ("counts", counts)):
-        if not value > 0:
-            raise ValueError(f"{name}={value}: has to be above 0")
-    if not blur >= 0:
-        raise ValueError(f"blur={blur}: has to be 0 or more")
+    for name, value in (("photons", photons), ("pixel", pixel), ("counts", counts), ("blur", blur)):
+        least = "0 or more" if name == "blur" else "above 0"
+        if type(value) not in (int, float) or not (value > 0 or (value == 0 and name == "blur")):
+            raise ValueError(f"{name}={value}: has to be a number, {least}")
     if kind == "sr":
-        if factor not in (2, 4):
+        if type(factor) is not int or factor not in (2, 4):
             raise ValueError(f"factor={factor}: choose 2 or 4")
         return lambda image, _: decimated(image, factor, blur=blur)
     if kind == "pet":
@@ -175,9 +174,11 @@ def simulate(config: dict[str, Any]) -> None:
         raise ValueError("kind=ct needs HU: give the values that become 0 and 1, like window=[-1000,1000]")
     jobs = [(id, str(path)) for id, path in list_pictures(config["input"]).items()]
     make = partial(_write_pair, out=out, settings=settings, window=window, seed=seed)
+    write_json(file, made)  # first, so that pairs of an interrupted call have their settings
     tried = each_tried(make, jobs, config["workers"], title="simulate", unit="image")
     failures = {id: reason for (id, _), _, reason in tried if reason}
-    write_json(file, made)
+    if len(failures) == len(jobs) and not (out / "low").exists():
+        file.unlink()
     for id, reason in sorted(failures.items()):
         print(f"{id}: failed: {reason}")
     if failures:

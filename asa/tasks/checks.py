@@ -16,6 +16,7 @@ from asa.config import METHODS, SETTINGS, given_settings, sized_models, typed, w
 from asa.data.datasets.folder import has_wildcard
 from asa.data.io.files import check_present
 from asa.data.io.parallel import check_workers
+from asa.data.io.tables import ENDINGS
 from asa.data.splits import PARTS, read_split
 from asa.data.store import check_is_store
 from asa.settings import Config, check_axes, check_backend, check_fusion, check_placement, check_uncertainty
@@ -87,6 +88,10 @@ def _encoder_of(family: str) -> str:
 def check(command: str, config: Config) -> None:
     """Raise a ValueError or FileNotFoundError for a value, or what a path holds, that cannot be right."""
     check_settings(command, config)
+    out = Path(str(config.get("out") or "."))
+    folders = out.parents if command in ("export", "view") or out.suffix in ENDINGS else (out, *out.parents)
+    if files := [path for path in folders if path.is_file()]:
+        raise ValueError(f"{files[0]} is a file: out={out} names a folder")
     if command in CHECKS:
         CHECKS[command](config)
 

@@ -259,6 +259,8 @@ def tables_of(config: Config, *names: str) -> tuple[Path, Path, Path]:
     for key in ("predictions", "truth"):
         if config[key] is None:
             raise ValueError(f"{key}= has to be given: predictions=FOLDER of asa-predict, and truth=TABLE.csv")
+    if config["subject"] is not None:
+        raise ValueError("subject= is for images and folders of label maps: give the truth a column subject")
     folder = Path(str(config["predictions"]))
     found = [table_in(folder, name) for name in names]
     if not (there := [table for table in found if table.exists()]) and len(names) > 1:

@@ -404,7 +404,9 @@ def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
     """Label files of a folder by the text that the pattern's * stands for, as keywords of `evaluate_folder`."""
     if not isinstance(config["labels"], dict):
         raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
-    if not all(isinstance(value, int) for value in config["ignored"]):
+    if not all(str(value).isdecimal() and isinstance(name, str) for value, name in config["labels"].items()):
+        raise ValueError(f"labels= are values and their names, like labels={{1: csf, 2: gm}}, got {config['labels']}")
+    if not isinstance(config["ignored"], list) or not all(isinstance(value, int) for value in config["ignored"]):
         raise ValueError(f"ignored= is a list of label values, like ignored=[2], got {config['ignored']}")
     pattern = config["pattern"] or next((f"*{end}" for end in VOLUME_ENDINGS if any(path.glob(f"*{end}"))), "*.nii.gz")
     records = folder.records(path, images={"label": pattern})

@@ -212,7 +212,7 @@ def write_study(folder: Path, **encoder: object) -> Path:
     stages = {
         "store": {"prepare": {"data.root": "x", "labels": {1: "csf"}, "out": "stores/a"}},
         "encoder": {"pretrain": {"data.store": "stores/a", "out": "runs/a", **encoder}},
-        "network": {"finetune": {"data.store": "stores/a", "out": "runs/b"}},
+        "network": {"finetune": {"data.store": "stores/a", "init": "runs/a", "out": "runs/b"}},
     }
     folder.mkdir(exist_ok=True)
     (folder / "study.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
@@ -242,17 +242,58 @@ def test_a_training_does_not_go_on_from_results_that_have_changed(tmp_path: Path
     network = tmp_path / "s" / "runs" / "b"
     (network / "config.yaml").touch()  # it was trained
     write_study(tmp_path / "s", **{"train.steps": 5})
-    for _ in range(2):
+    for encoder in ([("pretrain", "runs/a")], []):
         recorded.clear()
         with pytest.raises(ValueError, match="stage network: runs/b was trained from results that have changed since"):
             run_study(compose("run", [f"labelled={file}"]))
-    assert recorded == []
+        assert recorded == encoder
     shutil.rmtree(network)
     run_study(compose("run", [f"labelled={file}"]))
     assert recorded == [("finetune", "runs/b")]
     recorded.clear()
     run_study(compose("run", [f"labelled={file}"]))
     assert recorded == []
+
+
+def test_a_change_that_is_refused_and_taken_back_leaves_all_done(tmp_path: Path, recorded) -> None:
+    pytest.importorskip("jinja2")
+    file = write_study(tmp_path / "s")
+    run_study(compose("run", [f"labelled={file}"]))
+    recorded.clear()
+    write_study(tmp_path / "s", experiment="missing")
+    with pytest.raises(ValueError, match="no such experiment"):
+        read = read_study(file)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(file.parent)
+            study._run(read)
+    run_study(compose("run", [f"labelled={write_study(tmp_path / 's')}"]))
+    assert recorded == []
+
+
+def test_stages_that_do_not_read_what_has_changed_stay_done(tmp_path: Path, recorded) -> None:
+    pytest.importorskip("jinja2")
+    file = write_study(tmp_path / "s")
+    text = file.read_text()
+    file.write_text(text.replace("init: runs/a", "init: elsewhere"))
+    run_study(compose("run", [f"labelled={file}"]))
+    recorded.clear()
+    file.write_text(file.read_text().replace("out: runs/a", "out: runs/a\n      train.steps: 5"))
+    run_study(compose("run", [f"labelled={file}"]))
+    assert recorded == [("pretrain", "runs/a")]
+
+
+def test_what_a_study_sets_is_refused_and_an_encoder_is_that_of_the_pretrained_network(
+    tmp_path: Path,
+) -> None:
+    files(tmp_path / "lab")
+    given = {"labelled": tmp_path / "lab", "labels": LABELS, "out": tmp_path / "study"}
+    stages = {one.name: one.settings for one in plan_stages(settings(**given, finetune={"init": "hf://org/name"}))}
+    assert stages["pretrained"]["init"] == "hf://org/name" and "init" not in stages["scratch"]
+    for command, taken in (("finetune", {"data": {"split": {"folds": 7}}}), ("pretrain", {"data.store": "x"})):
+        with pytest.raises(ValueError, match=rf"{command}\.data.* is set by asa run"):
+            plan_stages(settings(**given, **{command: taken}))
+    with pytest.raises(ValueError, match="leave one of them out"):
+        plan_stages(settings(**given, unlabelled=tmp_path / "lab", finetune={"init": "x"}))
 
 
 def test_a_training_that_was_stopped_goes_on(tmp_path: Path, recorded, monkeypatch: pytest.MonkeyPatch) -> None:

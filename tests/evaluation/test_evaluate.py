@@ -564,3 +564,20 @@ def test_labels_without_a_side_have_no_column_for_it() -> None:
     summary = summarise(evaluate_case(volume, volume, LABELS, case_id="a"), LABELS)
     assert "wrong" not in summary_table(summary) and "wrong_side" not in summary.as_json()
     assert cases_csv(summary).splitlines()[0].endswith("ml_true")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("labels={gm: 1}", "labels= are values and their names, like labels={1: csf, 2: gm}, got {'gm': 1}"),
+        ("labels={1: gm, 2: null}", "labels= are values and their names"),
+        ("ignored=2", "ignored= is a list of label values, like ignored=[2], got 2"),
+    ],
+)
+def test_wrong_declarations_are_said(cohort, tmp_path: Path, setting: str, message: str, capsys) -> None:
+    predictions, truths, *_ = cohort
+    own = {"labels": "{1: csf}", **dict([setting.split("=", 1)])}
+    folder = next(iter(truths.values())).parent
+    given = [f"predictions={predictions}", f"truth={folder}", f"out={tmp_path / 'out'}"]
+    assert evaluate_command.main([*given, *(f"{key}={value}" for key, value in own.items())]) == 1
+    assert message in capsys.readouterr().err

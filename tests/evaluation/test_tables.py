@@ -165,6 +165,7 @@ def test_a_table_of_the_users_is_not_replaced(tmp_path):
         ("asymmetry", "Subject,health\ns0,1\n", "truth.csv: its column Subject has to be called subject: rename it"),
         ("asymmetry", "id,Health\ns0,1\n", "its column Health has to be called health"),
         ("asymmetry", "id,Subject,health\ns0,a,1\n", "its column Subject has to be called subject"),
+        ("asymmetry", "id,health\n", "truth.csv: has no rows: fill it in"),
         ("asymmetry", "id,class\ns0,ad\n", "the columns are id, class; give id, subject or participant_id, and health"),
         ("asymmetry", "id,health\nelsewhere,1\n", "no id of its 1 rows is one of the scans, like s0"),
         ("classification", "id,class\ns0,ftd\n", "the class 'ftd' is none of the network's: cn, ad"),

@@ -81,6 +81,13 @@ def test_law_scans_of_one_subject_count_as_one(tmp_path):
         assert getattr(often.differences[key], found) == pytest.approx(getattr(one.differences[key], found))
     text = comparison_table(often)
     assert "on 7 subjects." in text and "The 21 cases are of 7 subjects" in text and "over subjects" in text
+    order = {"b": visits["b"], "plain": write_run(tmp_path / "plain", {"csf": (before[:, None] + spread).ravel()})}
+    for names in (["b", "plain"], ["plain", "b"]):  # whichever of the runs knows the subjects
+        found = compare_folders({name: order[name] for name in names}, tmp_path / "-".join(names))
+        assert found.several == 7 and {one.used for one in found.differences.values()} == {7}
+    other = write_run(tmp_path / "c", {"csf": np.repeat(before, 3)}, subjects=known | {"case00": "s9"})
+    with pytest.raises(ValueError, match="case case00 is of s0 and, in c, of s9"):
+        compare_folders({"a": visits["a"], "c": other}, tmp_path / "refused")
     assert (visits["a"] / "cases.csv").read_text().splitlines()[-1].endswith(",s6")
     summary = json.loads((visits["a"] / "summary.json").read_text())
     assert (summary["cases"], summary["subjects"], summary["results"]["csf"]["dice"]["total"]) == (21, 7, 7)

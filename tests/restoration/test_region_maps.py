@@ -153,9 +153,9 @@ def test_the_commands_write_pairs_and_label_maps(tmp_path: Path, monkeypatch, ca
         (["kind=ct"], "kind=ct needs HU"),
         (["kind=mri"], "choose one of ct, pet, sr"),
         (["kind=sr", "factor=3"], "choose 2 or 4"),
-        (["kind=ct", "window=[-1000,1000]", "photons=0"], "photons=0: has to be above 0"),
-        (["kind=ct", "window=[-1000,1000]", "pixel=0"], "pixel=0: has to be above 0"),
-        (["kind=sr", "blur=-1"], "blur=-1: has to be 0 or more"),
+        (["kind=ct", "window=[-1000,1000]", "photons=0"], "photons=0: has to be a number, above 0"),
+        (["kind=ct", "window=[-1000,1000]", "pixel=0"], "pixel=0: has to be a number, above 0"),
+        (["kind=sr", "blur=-1"], "blur=-1: has to be a number, 0 or more"),
         (["kind=sr", "factor=4", f"out={pairs}"], "holds pairs simulated with other settings (factor)"),
     ):
         other = [f"input={tmp_path / 'clean'}", f"out={tmp_path / 'other'}", *arguments]

@@ -80,6 +80,13 @@ def test_images_of_one_subject_count_as_one(tmp_path: Path) -> None:
         (root / "clean" / f"case{case}.png").rename(root / "clean" / f"b{case}.png")
     psnr = json.loads((evaluated(root, subject="^([a-z]+)") / "summary.json").read_text())["results"]["image"]["psnr"]
     assert psnr["total"] == 2
+    for path in [*(root / "restored").iterdir(), *(root / "clean").iterdir()]:
+        path.rename(path.with_name(f"sub-{path.stem[0]}_ses-{path.stem}.png"))
+    named = json.loads((evaluated(root) / "summary.json").read_text())["results"]["image"]["psnr"]
+    assert named == psnr, "ids like those of BIDS name their subject"
+    for path in [*(root / "restored").iterdir(), *(root / "clean").iterdir()]:
+        path.rename(path.with_name(path.name.partition("ses-")[2]))
+    evaluated(root, subject="^([a-z]+)")
     pairs = np.array([float(row["psnr"]) for row in rows]).reshape(2, 2).mean(axis=1)
     assert psnr["mean"] == pytest.approx(pairs.mean()) and psnr["sd"] == pytest.approx(pairs.std(ddof=1))
     assert [row["subject"] for row in csv.DictReader((root / "scores" / "cases.csv").open())] == ["b"] * 2 + [

@@ -79,9 +79,9 @@ def subject_of(id: str, subject: str | None) -> str:
     try:
         match = re.search(subject, id)
     except (re.error, TypeError) as error:
-        raise ValueError(f"data.subject={subject!r}: not a regular expression ({error}); correct it") from None
+        raise ValueError(f"subject={subject!r}: not a regular expression ({error}); correct it") from None
     if match is None or not match.groups() or not match.group(1):
-        raise ValueError(f"{id}: data.subject={subject!r} finds no group 1 in this id; correct the expression")
+        raise ValueError(f"{id}: subject={subject!r} finds no group 1 in this id; correct the expression")
     return str(match.group(1))
 
 

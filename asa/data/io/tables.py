@@ -114,7 +114,9 @@ def read_column(
     """
     records = list(records)
     rows = read_rows(path)
-    header = list(rows[0]) if rows else []
+    if not rows:
+        raise ValueError(f"{path}: has no rows: fill it in, or export it again")
+    header = list(rows[0])
     key = next((name for name in NAMED_BY if name in header), None)
     check_capitals(path, header, (*(NAMED_BY if key is None else ()), column))
     if missing_ok and column not in header:
