@@ -11,15 +11,15 @@ import asa
 
 ROOT = Path(asa.__file__).parent
 FLOORS = {
-    "ops": 593,
+    "ops": 0,
     **dict.fromkeys(("losses", "models", "data"), 1),
     **dict.fromkeys(("methods", "evaluation"), 2),
     **dict.fromkeys(("training", "baselines"), 3),
-    "inference": 2661,
+    "inference": 4,
     **dict.fromkeys(("reporting", "export"), 5),
-    "tasks": 3345,  # scans with a value are divided; splits of networks beside atlases
-    "restoration": 2134,  # windows and places of images
-    "cli": 774,  # stale stages of a study
+    "tasks": 6,
+    "restoration": 7,
+    "cli": 8,
 }
 BY_NAME_ONLY = ("baselines", "restoration")  # no other folder imports them, as it would no package of the user's own
 LARGEST_FOLDER = 14  # modules
