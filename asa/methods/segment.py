@@ -66,7 +66,6 @@ class Segmentation(nn.Module):
                 f"got {type(model).__name__}"
             )
         self.model: Any = model
-        self.mirrored = model.mirrored  # whether batches have the mirror image
         self.background_weights = _first_and_last(background_weight)
         self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=self.background_weights[0], scales=scales)
 
@@ -75,6 +74,11 @@ class Segmentation(nn.Module):
         first, last = self.background_weights
         if isinstance(self.loss, DeeplySupervisedDiceCE):
             self.loss.background_weight = first ** (1 - done) * last**done
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches have the mirror image."""
+        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image" and "label", and "mirror" if the network takes it."""

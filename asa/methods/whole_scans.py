@@ -30,9 +30,13 @@ class Classification(nn.Module):
         if weights is not None and len(weights) != classes:
             raise ValueError(f"method.weights has {len(weights)} numbers for {classes} classes")
         self.model = model
-        self.mirrored = model.mirrored  # whether batches have the mirror image
         self.register_buffer("weights", torch.tensor(weights or [1.0] * classes), persistent=False)
         self.weights: Tensor
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches have the mirror image."""
+        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image", class indices "target" `(B,)`, and "mirror" if the network takes it.
@@ -58,7 +62,11 @@ class Regression(nn.Module):
         if not isinstance(model, Regressor):
             raise ValueError(f"method=regress needs model=..._regressor_..., got {type(model).__name__}")
         self.model = model
-        self.mirrored = model.mirrored  # whether batches have the mirror image
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches have the mirror image."""
+        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image", numbers "target" `(B,)` in their units, and "mirror" if the network takes it.
