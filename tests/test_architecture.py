@@ -33,12 +33,12 @@ LINES = {
     "export": 766,  # cases of another export
     "inference": 2661,  # scans and ensembles are checked by content and voxel size
     "losses": 459,  # a fixed temperature
-    "methods": 715,  # validations of one loss
+    "methods": 727,  # validations of one loss
     "models": 2290,  # layers of a Swin
     "ops": 593,
     "reporting": 1718,
     "restoration": 2134,  # windows and places of images
-    "tasks": 3345,  # scans with a value are divided; splits of networks beside atlases
+    "tasks": 3348,  # scans with a value are divided; splits of networks beside atlases
     "training": 2635,  # signals while weights are averaged
 }
 # The only places that may import a library.

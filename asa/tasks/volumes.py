@@ -173,11 +173,14 @@ def choose_split(
 
     `left_out`: subjects that a split file may list although none of their scans can be used.
     """
+
+    def usable(split: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        return {name: [one for one in part if one not in left_out] for name, part in split.items()}
+
     if list_checkpoints(run):  # in a run that is resumed no subject changes its part, whatever the options are now
-        return read_split(run / "split.json")
+        return usable(read_split(run / "split.json"))
     if data["split_file"] is not None:
-        listed_in = read_split(data["split_file"], data["split"].get("fold"))
-        split = {name: [one for one in part if one not in left_out] for name, part in listed_in.items()}
+        split = usable(read_split(data["split_file"], data["split"].get("fold")))
     elif modalities:
         split = make_joint_split(modalities, **data["split"])
     else:

@@ -223,8 +223,8 @@ def test_a_scan_in_the_store_scores_as_against_a_store_without_its_subject(
         write_tree(all_of, {**manifest, "records": records})
         scorer = AsymmetryScorer(*read_pretrained(trained), settings)
         scorer.compare_with(all_of)
-        own = scorer.measure(image, like=like)
-        found.append((own.map, own.top, scorer.measure(image).top))
+        measured = scorer.measure(image, like=like)
+        found.append((measured.map, measured.top, scorer.measure(image).top))
     (map, top, with_itself), (expected, expected_top, other) = found
     torch.testing.assert_close(map, expected)
     assert top == pytest.approx(expected_top) == pytest.approx(other) and with_itself < 0.9 * top
