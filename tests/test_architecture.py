@@ -29,7 +29,7 @@ LINES = {
     "baselines": 1134,
     "cli": 774,  # stale stages of a study
     "data": 8014,  # names and places of files that readers met; what cannot be read stays
-    "evaluation": 2532,  # scores over subjects; probes choose by subjects
+    "evaluation": 2538,  # scores over subjects; probes choose by subjects
     "export": 766,  # cases of another export
     "inference": 2661,  # scans and ensembles are checked by content and voxel size
     "losses": 459,  # a fixed temperature
@@ -37,8 +37,8 @@ LINES = {
     "models": 2290,  # layers of a Swin
     "ops": 593,
     "reporting": 1718,
-    "restoration": 2134,  # windows and places of images
-    "tasks": 3348,  # scans with a value are divided; splits of networks beside atlases
+    "restoration": 2132,  # windows and places of images
+    "tasks": 3347,  # scans with a value are divided; splits of networks beside atlases
     "training": 2635,  # signals while weights are averaged
 }
 # The only places that may import a library.

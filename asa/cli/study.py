@@ -35,8 +35,8 @@ ATLASES = 3  # whose joint label fusion docs/evidence.md compares with networks
 HEAD_MB = 9.8  # of a brain at 1 mm in a store: 160 x 192 x 160 voxels in float16
 HEADER = """\
 # Written by asa run, to be read and changed: each stage is a command with its settings, and paths begin in this folder.
-# asa run {file} runs what is not done; a stage whose settings were changed, and all after it, are run again. A training
-# among these asks for its folder to be removed first, or for another out=.
+# asa run {file} runs what is not done; a stage whose settings were changed, and those that read its results, are run
+# again. A training among the latter asks for its folder to be removed first, or for another out=.
 """
 TRAININGS = ("pretrain", "finetune")
 OWN = {  # settings of its stages that a study sets itself

@@ -8,11 +8,12 @@ OUT/digests.json   SHA-256 of both, which asa-ablate compares
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from asa.data.datasets.folder import subject_of
 from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.tables import (
     EMPTY,
@@ -184,6 +185,11 @@ def subject_in(id: str) -> str:
     """The subject that an id like sub-XX_ses-YY, NAME_sub-XX_ses-YY or NAME_sub_1_ses_2 begins with; else the id."""
     found = SUBJECT.match(id)
     return found[0] if found else id
+
+
+def subject_by_id(ids: Iterable[str], pattern: str | None) -> dict[str, str]:
+    """The subject of each id: group 1 of a regular expression searched in it, or without one `subject_in`."""
+    return {id: subject_in(id) if pattern is None else subject_of(id, pattern) for id in ids}
 
 
 def predicted_rows(table: Path) -> list[dict[str, str]]:

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 
-from asa.data.datasets.folder import subject_of
 from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.tables import check_own
 from asa.errors import listed
 from asa.evaluation.policies import WHOLE, restoration_policy
 from asa.evaluation.summary import Row, statistics
-from asa.evaluation.tables import subject_in
+from asa.evaluation.tables import subject_by_id
 from asa.reporting.pages import check_page
 from asa.restoration.images import checked_window, common_window, list_pictures, read_picture
 from asa.restoration.measures import RestorationSummary, restoration_table, score_image, scores_csv
@@ -69,8 +68,7 @@ def evaluate_pictures(
         rows.append(Row(case.case_id, WHOLE, found))
         truths[case.case_id] = hashlib.sha256(target.tobytes()).hexdigest()[:12]
     policy = restoration_policy(ends)
-    ids = [row.case_id for row in rows]
-    subjects = {id: subject_in(id) if subject is None else subject_of(id, subject) for id in ids}
+    subjects = subject_by_id((row.case_id for row in rows), subject)
     results = statistics(rows, [WHOLE], policy.metrics, subjects)
     quality = RestorationSummary(
         policy=policy, rows=rows, results=results, subjects=subjects, window=ends, truths=truths, left_out=left_out

@@ -28,7 +28,7 @@ from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
-from asa.evaluation.tables import subject_in
+from asa.evaluation.tables import subject_by_id
 from asa.inference.anomaly import LabelScorer
 from asa.inference.atlas import AtlasSegmenter
 from asa.inference.label_maps import Outputs
@@ -416,7 +416,6 @@ def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
     if config["images"] is not None:
         found = folder.files_by_id(str(config["images"]))
         images = {id: image for id, image in found.items() if id in truths}
-    pattern = config["subject"]
-    subjects = {id: subject_in(id) if pattern is None else folder.subject_of(id, pattern) for id in truths}
+    subjects = subject_by_id(truths, config["subject"])
     own = dict(labels=labels, regions={}, ignored=config["ignored"])
     return dict(truths=truths, images=images, subjects=subjects, **own)
