@@ -39,7 +39,7 @@ LINES = {
     "reporting": 1718,
     "restoration": 2132,  # windows and places of images
     "tasks": 3347,  # scans with a value are divided; splits of networks beside atlases
-    "training": 2635,  # signals while weights are averaged
+    "training": 2661,  # a run continues on its own data, wherever they are
 }
 # The only places that may import a library.
 HOMES = {

@@ -1,5 +1,6 @@
 """The training loop of every method: `train` reads from top to bottom."""
 
+import json
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from asa.training.checkpoint import (
     load_training,
     load_weights,
     read_best,
+    read_description,
     save_checkpoint,
 )
 from asa.training.device import Backend, deterministic, keep_freed_memory, on_device, random_state, set_random_state
@@ -100,7 +102,7 @@ def train(
     ema = EMA(method, settings.ema)
 
     # --- resume
-    before = resume(run, method, optimizer, scaler, ema)
+    before = resume(run, method, optimizer, scaler, ema, description)
     step: int = before.get("step", 0)
     if step < optim.freeze_until:  # after the optimizer was made, which has these parts too
         freeze(model, optim.freeze)
@@ -288,10 +290,32 @@ def spread(method: nn.Module, device: torch.device) -> nn.Module:
     return distributed.data_parallel(method)
 
 
+def _check_same_data(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a run that was trained on other data than now; "overlap" is of predictions only."""
+
+    def text(value: Any) -> str:  # as a checkpoint holds it; a NaN equals itself
+        return json.dumps(json.loads(json.dumps(value)), sort_keys=True)
+
+    shared = before.keys() & now.keys() - {"overlap"}
+    if differing := sorted(key for key in shared if text(before[key]) != text(now[key])):
+        raise ValueError(
+            f"{run} was trained on other data ({', '.join(differing)} differ): give the store that it was trained on, "
+            "which may have moved, or choose another out="
+        )
+
+
 def resume(
-    run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ema: EMA
+    run: Path,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: EMA,
+    description: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Load the newest intact checkpoint of a run on all ranks; its training state, empty if there is none."""
+    """Load the newest intact checkpoint of a run on all ranks; its training state, empty if there is none.
+
+    A ValueError if the run was trained on other data than `description` names, wherever their store is now.
+    """
     found: Any = None
 
     def newest() -> str | None:
@@ -302,6 +326,7 @@ def resume(
     path = distributed.on_main(newest)
     if path is None:
         return {}
+    _check_same_data(run, read_description(path).get("data", {}), description.get("data", {}))
     weights, training = load_training(Path(path)) if found is None else found[1:]
     load_weights(method, weights, path)
     ema.restart()

@@ -19,9 +19,10 @@ from asa.training.device import Backend
 from asa.training.distributed import on_main, process_group
 from asa.training.optim import warmup_steps
 
-# Settings that may change when a run is resumed, or how they begin: its length, its reports, and how it is computed.
+# Settings that may change when a run is resumed, or how they begin: its length, its reports, how it is computed, and
+# where its data are, which are compared themselves.
 FREE_ON_RESUME = (
-    *("out", "loader", "predict", "plan", "transfer", "data.labelled_store"),
+    *("out", "loader", "predict", "plan", "transfer", "data.labelled_store", "data.store"),
     *("model.checkpointing", "method.model.checkpointing"),
     *(f"train.{setting.name}" for setting in fields(TrainSettings) if setting.metadata["free"]),
 )

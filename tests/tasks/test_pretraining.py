@@ -1,6 +1,7 @@
 """Pretraining that continues from an earlier run: the whole network, on other scans or with another crop."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,31 @@ def test_a_continued_run_is_trained_and_knows_the_scans_of_both(
     assert json.loads((run / "seen.json").read_text())["seen"] == [{"part": "test", "subject": "s0", "match": "scan"}]
     before, after = (read_weights(find_weights(folder))[0] for folder in (first, run))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_continues_where_its_store_has_moved_and_not_on_other_data(store: Path, tmp_path: Path) -> None:
+    parts = {"data.split_file": split(tmp_path, "s0", "s1"), "train.deterministic": True, "optim.schedule": "constant"}
+
+    def trained(out: str, place: Path, steps: int) -> Path:
+        settings = {**TINY, **parts, "train.steps": steps, "optim.warmup": 0}
+        return asa.pretrain(place, tmp_path / out, crop=32, **settings)
+
+    whole = trained("whole", store, 3)
+    trained("run", store, 2)
+    moved, other = (Path(shutil.copytree(store, tmp_path / name)) for name in ("moved", "other"))
+    rows = (other / "records.jsonl").read_text()
+    identity = json.dumps(Store(store).records[0]["identity"])
+    assert identity in rows
+    (other / "records.jsonl").write_text(rows.replace(identity, '{"t1": "another scan"}'))
+    with pytest.raises(ValueError, match=r"was trained on other data \(scans differ\): give the store"):
+        trained("run", other, 3)
+    (other / "records.jsonl").write_text(rows)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "settings": {**manifest["settings"], "spacing": 9.0}}))
+    with pytest.raises(ValueError, match=r"other data \(prepare differ\)"):
+        trained("run", other, 3)
+    continued, uninterrupted = (read_weights(find_weights(run))[0] for run in (trained("run", moved, 3), whole))
+    assert all(torch.equal(continued[name], uninterrupted[name]) for name in uninterrupted)
 
 
 @pytest.mark.parametrize(
