@@ -53,7 +53,7 @@ class Store:
         records: entries of the scans, sorted by id, with id, subject, site, sources, shape, chain, statistics; each
             is read from the file when it is asked for.
         channels: names of the image channels, in stored order.
-        labels: label value in the source files -> name.
+        labels: label value in the source files -> name, in the order of the values.
         ignored: label values of the source files that are stored as `asa.ops.labels.IGNORED`.
         regions: name -> label values that it joins, for training or evaluation, in order; may be empty.
         settings: the preprocessing settings.
@@ -69,7 +69,7 @@ class Store:
         self.records: Records
         manifest, self.records = read_manifest(self.path)
         self.channels: list[str] = manifest["channels"]
-        self.labels: dict[int, str] = {int(value): name for value, name in manifest["labels"].items()}
+        self.labels: dict[int, str] = dict(sorted((int(value), name) for value, name in manifest["labels"].items()))
         self.ignored: list[int] = manifest["ignored"]
         self.regions: dict[str, list[int]] = manifest["regions"]
         self.settings: dict[str, Any] = manifest["settings"]
@@ -90,7 +90,7 @@ class Store:
     @property
     def label_values(self) -> list[int]:
         """Declared label values in stored order: index k of a stored label means ([0] + label_values)[k]."""
-        return sorted(self.labels)
+        return list(self.labels)
 
     def record(self, id: str) -> dict[str, Any]:
         """The entry of one scan; a ValueError where there is none, or none as `asa-prepare` writes it."""

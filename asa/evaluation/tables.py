@@ -6,14 +6,13 @@ OUT/digests.json   SHA-256 of both, which asa-ablate compares
 """
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from asa.data.datasets.folder import subject_of
+from asa.data.datasets.record import subject_of
 from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.tables import (
     EMPTY,
@@ -32,7 +31,6 @@ from asa.evaluation.scans import ClassScores, NumberScores, auc, scan_scores, sc
 from asa.evaluation.statistics import nullable, resample_subjects
 
 SCANS = "scans.csv"
-SUBJECT = re.compile(r"(.*?_)??sub(-[^_]+|_\d+)(?=_|$)")  # the beginning of an id
 MEASURES = ("score", "mean", "top", "peak")  # of how unusual a scan is; only its asymmetry has the first
 
 
@@ -165,10 +163,10 @@ def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]]
     """The rows of a predicted table that the truth lists, their values in its column, and their subjects.
 
     A scan is a subject of its own, unless the truth, or else the predicted table, has a column "subject" (a store's
-    own), or the id tells it: see `subject_in`.
+    own), or the id tells it: see `subject_of`.
     """
     rows = predicted_rows(table)
-    own = {row["id"]: row.get("subject") or subject_in(row["id"]) for row in rows}
+    own = {row["id"]: row.get("subject") or subject_of(row["id"]) for row in rows}
     scans = [{"id": id, "subject": subject} for id, subject in own.items()]
     known, subjects = read_column(truth, column, scans), read_column(truth, "subject", scans, missing_ok=True)
     rows = [row for row in rows if row["id"] in known]
@@ -179,17 +177,6 @@ def without_prediction(truth: Path, column: str, rows: Sequence[Mapping[str, str
     """How many rows of the truth have a value in its column and no prediction; rows and subjects as of `matched`."""
     known = [row for row in read_rows(truth) if row[column] not in EMPTY]
     return len(known) - len(rows if "id" in known[0] else set(subjects))
-
-
-def subject_in(id: str) -> str:
-    """The subject that an id like sub-XX_ses-YY, NAME_sub-XX_ses-YY or NAME_sub_1_ses_2 begins with; else the id."""
-    found = SUBJECT.match(id)
-    return found[0] if found else id
-
-
-def subject_by_id(ids: Iterable[str], pattern: str | None) -> dict[str, str]:
-    """The subject of each id: group 1 of a regular expression searched in it, or without one `subject_in`."""
-    return {id: subject_in(id) if pattern is None else subject_of(id, pattern) for id in ids}
 
 
 def predicted_rows(table: Path) -> list[dict[str, str]]:

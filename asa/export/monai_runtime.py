@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from asa.data.io.files import read_json
 from asa.data.io.nifti import write_label
 from asa.inference.label_maps import Outputs
-from asa.inference.preprocessing import ScanPreprocessor
+from asa.inference.preprocessing import ScanPreprocessor, check_finite
 
 
 class PrepareScan(Transform):
@@ -35,6 +35,7 @@ class PrepareScan(Transform):
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Add "image" `(C, D, H, W)` float32, "chain" and "like" to an item with "images": channel -> file."""
         case, like = self.preprocessor.prepare(data["images"])
+        check_finite(case.image, "the prepared scan")
         return {**data, "image": torch.from_numpy(case.image), "chain": case.chain, "like": like}
 
 
@@ -52,6 +53,7 @@ class WriteLabelMap(Transform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Add "label" (x, y, z), in the axes of the scan's file, to an item with "pred" `(K or R, D, H, W)`."""
+        check_finite(data["pred"], "the network's output")
         id, like = data["id"], data["like"]
         files = None
         if self.probabilities:

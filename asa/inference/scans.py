@@ -16,7 +16,7 @@ from asa.data.datasets import bids, folder, nnunet
 from asa.data.datasets.recognise import is_label_map
 from asa.data.datasets.record import Record, check_distinct, make_record, sorted_records
 from asa.data.io.files import NOT_HERE, failure_lines
-from asa.data.io.nifti import VOLUME_ENDINGS, Volume, identity_of, read_image
+from asa.data.io.nifti import IMAGE_ENDINGS, VOLUME_ENDINGS, Volume, identity_of, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.splits import select
 from asa.data.store import Store
@@ -135,7 +135,7 @@ def stored_scans(source: Path, preprocessor: ScanPreprocessor, subjects: Iterabl
 def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]) -> Prepared:
     path = store.first_source(record)
     like = read_image(path, nan=store.settings.get("nan", "refuse"))
-    known, now = [(one["size"], one["mtime_ns"]) for one in record["sources"].values()], path.stat()
+    known, now = [(one.get("size"), one.get("mtime_ns")) for one in record["sources"].values()], path.stat()
     same = np.allclose(like.affine, record["chain"]["affine"], atol=1e-4)
     if (now.st_size, now.st_mtime_ns) not in known and not (same and identity_of(like) in record["identity"].values()):
         raise ValueError(f"{path}: is not the scan that was prepared any more: run asa-prepare again")
@@ -211,10 +211,10 @@ def scan_files(source: Path) -> dict[str, Path]:
 def _named(source: Path) -> list[tuple[Path, str]]:
     """The images of a folder and its subfolders, or an image, each with its id: the path in it, with _ for /."""
     if not source.is_dir():
-        return [(source, source.name.removesuffix(end)) for end in VOLUME_ENDINGS if source.name.endswith(end)]
+        return [(source, source.name.removesuffix(end)) for end in IMAGE_ENDINGS if source.name.endswith(end)][:1]
     return [
         (path, folder.join_texts(texts))
-        for end in VOLUME_ENDINGS
+        for end in (*VOLUME_ENDINGS, ".hdr", ".hdr.gz")  # of a pair the header
         for texts, path in folder.find_files(source, f"**/*{end}").items()
     ]
 
@@ -271,7 +271,7 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
     found = [(path, id) for path, id in found if path not in label_maps]
     if not found:
         only = f", only label maps, like {label_maps[0].name}" if label_maps else ""
-        raise ValueError(f"{source}: no image ({', '.join(VOLUME_ENDINGS)}) of a scan here{only}")
+        raise ValueError(f"{source}: no image ({', '.join(IMAGE_ENDINGS)}) of a scan here{only}")
     if label_maps:
         print(f"left out: {len(label_maps)} files that are label maps by their names, like {label_maps[0]}")
     if all(id.endswith("_0000") for _, id in found):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
+from asa.data.datasets.record import subject_of
 from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.tables import check_own
 from asa.errors import listed
 from asa.evaluation.policies import WHOLE, restoration_policy
 from asa.evaluation.summary import Row, statistics
-from asa.evaluation.tables import subject_by_id
 from asa.reporting.pages import check_page
 from asa.restoration.images import checked_window, common_window, list_pictures, read_picture
 from asa.restoration.measures import RestorationSummary, restoration_table, score_image, scores_csv
@@ -43,7 +43,7 @@ def evaluate_pictures(
         window: of the clean and degraded images, see `asa.restoration.images.read_picture`; None: that of the
             predictions, which `asa-predict` writes into them.
         allow_missing: leave out clean images that were not restored.
-        subject: regular expression searched in the id, whose group 1 is the subject; None: see `subject_in`.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: see `subject_of`.
 
     Returns:
         The table as text.
@@ -68,7 +68,7 @@ def evaluate_pictures(
         rows.append(Row(case.case_id, WHOLE, found))
         truths[case.case_id] = hashlib.sha256(target.tobytes()).hexdigest()[:12]
     policy = restoration_policy(ends)
-    subjects = subject_by_id((row.case_id for row in rows), subject)
+    subjects = {row.case_id: subject_of(row.case_id, subject) for row in rows}
     results = statistics(rows, [WHOLE], policy.metrics, subjects)
     quality = RestorationSummary(
         policy=policy, rows=rows, results=results, subjects=subjects, window=ends, truths=truths, left_out=left_out

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from asa.data.datasets.folder import subject_of
+from asa.data.datasets.record import subject_of
 from asa.data.io.nifti import check_same_slice
 from asa.data.loading.crops import Samples, sample_seed
 from asa.restoration.images import list_pictures, read_picture, read_regions
@@ -47,7 +47,7 @@ def find_pairs(
     Args:
         root: the folder.
         low, high, regions: folders in it; with `regions` None every image is one region.
-        subject: regular expression searched in the id, whose group 1 is the subject; None: each pair is one subject.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: see `subject_of`.
             All slices of one person should have the same subject, so that they are in one part of a split.
 
     Raises:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from asa.config import typed
-from asa.data.datasets.folder import subject_of
+from asa.data.datasets.record import subject_of
 from asa.data.io.files import check_kept
 from asa.data.io.parallel import each_tried
 from asa.data.loading.loader import collate

@@ -17,6 +17,7 @@ import torch
 
 from asa.config import build, typed
 from asa.data.datasets import folder
+from asa.data.datasets.record import subject_of
 from asa.data.io.files import check_out, make_below
 from asa.data.io.nifti import VOLUME_ENDINGS, Volume
 from asa.data.io.tables import check_own, read_rows
@@ -28,7 +29,6 @@ from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
-from asa.evaluation.tables import subject_by_id
 from asa.inference.anomaly import LabelScorer
 from asa.inference.atlas import AtlasSegmenter
 from asa.inference.label_maps import Outputs
@@ -416,6 +416,6 @@ def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
     if config["images"] is not None:
         found = folder.files_by_id(str(config["images"]))
         images = {id: image for id, image in found.items() if id in truths}
-    subjects = subject_by_id(truths, config["subject"])
+    subjects = {id: subject_of(id, config["subject"]) for id in truths}
     own = dict(labels=labels, regions={}, ignored=config["ignored"])
     return dict(truths=truths, images=images, subjects=subjects, **own)

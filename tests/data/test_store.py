@@ -159,7 +159,7 @@ def test_an_unknown_scan_is_named(made):
 
 def test_indices_follow_the_order_of_the_values_and_not_that_of_the_manifest(made):
     write_tree(made, {**read_tree(made), "labels": {"10": "c", "4": "b", "1": "a"}})
-    assert Store(made).label_values == [1, 4, 10]
+    assert Store(made).label_values == [1, 4, 10] and list(Store(made).labels.values()) == ["a", "b", "c"]
 
 
 def test_a_store_has_at_most_254_labels_so_that_no_index_means_ignored(made):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from asa.config import compose
+from asa.data.datasets.record import subject_of
 from asa.data.io.tables import read_column, read_rows
-from asa.evaluation.tables import evaluate_classes, evaluate_numbers, subject_in
+from asa.evaluation.tables import evaluate_classes, evaluate_numbers
 from asa.inference.anomaly import COLUMNS
 from asa.inference.whole_scans import class_cells, predictions_csv
 from asa.tasks.prediction import add_rows
@@ -140,7 +141,7 @@ def test_scans_of_a_subject_are_resampled_together_by_the_predicted_table_or_the
     ],
 )  # fmt: skip
 def test_an_id_tells_its_subject_by_sub(id, subject):
-    assert subject_in(id) == subject
+    assert subject_of(id) == subject
 
 
 def test_a_table_of_the_users_is_not_replaced(tmp_path):

@@ -25,7 +25,7 @@ from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
-from asa.data.store import Store
+from asa.data.store import Store, entry_line, write_records
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.inference.scans import stored_scans
 from asa.inference.segmentation import PredictSettings, Segmenter, count_windows, sliding_window
@@ -115,6 +115,11 @@ def test_a_scan_that_changed_since_it_was_prepared_is_refused(tmp_path: Path) ->
     records = folder.records(tmp_path / "raw", images={"t1": "*.nii.gz"})
     assert not prepare_cohort(records, tmp_path / "store", CohortSettings(), progress=False).failures
     network = checkpoint(tmp_path / "run", prepare=Store(tmp_path / "store").settings)
+    (one,) = stored_scans(tmp_path / "store", Segmenter(network, SETTINGS).preprocessor)
+    assert one.prepared()[2].data.shape == read_image(path).data.shape
+    entry = Store(tmp_path / "store").record("a")
+    entry["sources"] = {name: {"path": str(path), "sha256": "0" * 64} for name in entry["sources"]}  # of older stores
+    write_records(tmp_path / "store", {"a": entry_line(entry)})
     (one,) = stored_scans(tmp_path / "store", Segmenter(network, SETTINGS).preprocessor)
     assert one.prepared()[2].data.shape == read_image(path).data.shape
     scan = read_image(path)

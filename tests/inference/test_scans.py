@@ -79,7 +79,10 @@ def test_label_maps_are_never_input(tmp_path: Path, capsys: pytest.CaptureFixtur
     scans = ["s1_T1w.nii.gz", "segment.nii.gz", "IBSR_01_ana.nii", "brainmask.mgz", "lesioned_T1.nrrd"]
     for name in (*scans, *LABEL_MAPS):
         (tmp_path / name).touch()
-    assert found(tmp_path).keys() == {name.partition(".")[0] for name in scans}
+    for name in ("pair.hdr", "pair.img"):  # one scan
+        (tmp_path / name).touch()
+    assert found(tmp_path).keys() == {"pair", *(name.partition(".")[0] for name in scans)}
+    assert found(tmp_path / "pair.img").keys() == {"pair"}
     assert f"left out: {len(LABEL_MAPS)} files that are label maps by their names" in capsys.readouterr().out
     with pytest.raises(ValueError, match="only label maps, like s1_seg"):
         found(tmp_path / "s1_seg.nii.gz")

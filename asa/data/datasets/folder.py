@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
+from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records, subject_of
 from asa.data.io.files import matching_files, read_json
 from asa.data.io.tables import check_capitals, read_rows
 
@@ -33,7 +33,7 @@ def records(
         root: folder that the globs and a relative `table` start from; with a table it may be None.
         images: channel name -> glob, like `{"t1": "*_T1.nii.gz"}`; with `table`, channel name -> column.
         label: glob of the label maps; None for an unlabelled cohort.
-        subject: regular expression searched in the id, whose group 1 is the subject; None: each id is one subject.
+        subject: regular expression searched in the id, whose group 1 is the subject; None: see `subject_of`.
         table: CSV or JSON list with the columns id, subject (optional), site (optional), label (optional) and one per
             channel; paths are relative to the table.
 
@@ -60,29 +60,12 @@ def records(
 
 
 def name_subjects(found: Iterable[Record], subject: str | None) -> None:
-    """Set the subject of each record to `subject_of` its id, or its `problem`; None changes nothing."""
-    for record in found if subject is not None else ():
+    """Set the subject of each record to `subject_of` its id, or its `problem`; None keeps one that a table gives."""
+    for record in (one for one in found if subject is not None or one["subject"] == one["id"]):
         try:
             record["subject"] = subject_of(record["id"], subject)
         except ValueError as error:
             record["problem"] = str(error)
-
-
-def subject_of(id: str, subject: str | None) -> str:
-    """Group 1 of a regular expression searched in an id; None: the id.
-
-    Raises:
-        ValueError: no regular expression, or it finds no group 1.
-    """
-    if subject is None:
-        return id
-    try:
-        match = re.search(subject, id)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"subject={subject!r}: not a regular expression ({error}); correct it") from None
-    if match is None or not match.groups() or not match.group(1):
-        raise ValueError(f"{id}: subject={subject!r} finds no group 1 in this id; correct the expression")
-    return str(match.group(1))
 
 
 def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> list[Record]:

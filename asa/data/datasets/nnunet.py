@@ -30,7 +30,7 @@ def records(root: str | Path, *, part: str = "train", subject: str | None = None
     Args:
         root: folder DatasetNNN_NAME with dataset.json.
         part: "train" (imagesTr and labelsTr, or the files that dataset.json lists) or "test" (imagesTs, unlabelled).
-        subject: regular expression searched in the case, whose group 1 is the subject; None: each case is one subject.
+        subject: regular expression searched in the case, whose group 1 is the subject; None: see `subject_of`.
 
     Returns:
         Records, whose id is the case; channels as dataset.json names them, None where a case has no file.

@@ -10,6 +10,7 @@ from typing import NotRequired, TypedDict
 from asa.data.io.files import check_id, is_utf8
 
 NIFTI = (".nii.gz", ".nii")
+SUBJECT = re.compile(r"(.*?_)??sub(-[^_]+|_\d+)(?=_|$)")  # the beginning of an id
 
 
 class Record(TypedDict):
@@ -34,6 +35,26 @@ def make_record(
     if label is not None:
         record["label"] = str(label.absolute())
     return record
+
+
+def subject_of(id: str, pattern: str | None = None) -> str:
+    """The subject of a scan: group 1 of a regular expression searched in its id.
+
+    Without one it is what an id like sub-XX_ses-YY, NAME_sub-XX_ses-YY or NAME_sub_1_ses_2 begins with; else the id.
+
+    Raises:
+        ValueError: no regular expression, or it finds no group 1.
+    """
+    if pattern is None:
+        found = SUBJECT.match(id)
+        return found[0] if found else id
+    try:
+        match = re.search(pattern, id)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"subject={pattern!r}: not a regular expression ({error}); correct it") from None
+    if match is None or not match.groups() or not match.group(1):
+        raise ValueError(f"{id}: subject={pattern!r} finds no group 1 in this id; correct the expression")
+    return str(match.group(1))
 
 
 def in_dataset(records: Iterable[Record], name: str) -> list[Record]:

@@ -408,7 +408,7 @@ def _load_itk(path: Path) -> Any:
     states = r"^(transformmatrix|rotation|orientation)\s*="
     if path.suffix == ".nrrd":
         states = r"^space: *(left-posterior|right-anterior|left-anterior|lp|ra|la)-?s"
-    found = nib.Nifti1Image(data, affine)
+    found = nib.Nifti1Image(data, affine, dtype=data.dtype)  # int64, too, which is read and not written
     found.header.set_sform(affine, code=1 if re.search(states, text, re.MULTILINE) else 0)
     return found
 

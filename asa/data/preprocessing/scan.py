@@ -88,7 +88,7 @@ def known_entry(record: Record, root: Path, line: bytes) -> Entry | None:
         "problem" not in record
         and not _absent(record)
         and files.keys() == known.keys()
-        and _subject(record).items() <= entry.items()
+        and _subject(record) == _subject(entry)
         and all(_is_known(file, known[name]) for name, file in files.items())
         and _has_arrays(entry, root)
     )
@@ -138,7 +138,8 @@ def _prepare(
             "for the second of two datasets, or another out="
         )
     if root is not None and previous is not None and _is_unchanged(previous, sources, root):
-        entry: Entry = {**previous, **_subject(record), "sources": sources}
+        lasting = {key: value for key, value in previous.items() if key != "site"}
+        entry: Entry = {**lasting, **_subject(record), "sources": sources}
         outcome = ScanOutcome(entry, unchanged=True)
     else:
         entry, case = _prepare_anew(record, sources, root, cohort)
@@ -228,7 +229,7 @@ def _is_known(file: dict[str, Any], known: dict[str, Any]) -> bool:
     return "size" in file and file.items() <= known.items()
 
 
-def _subject(record: Record) -> dict[str, str]:
+def _subject(record: Record | Entry) -> dict[str, str]:
     site = {"site": record["site"]} if "site" in record else {}
     return {"id": record["id"], "subject": record["subject"], **site}
 

@@ -153,6 +153,10 @@ def _align(case: Case, settings: PrepareSettings) -> dict[str, Any] | None:
         warnings.warn(f"{lost:.0%} of the foreground lies outside the new grid; check the alignment", stacklevel=2)
     case.image, case.foreground = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
     if case.label is not None:
+        inverse = np.linalg.inv(matrix)
+        places = np.argwhere(case.label[0]) @ inverse[:3, :3].T + inverse[:3, 3]
+        if left_out := np.count_nonzero(((places < -0.5) | (places > np.array(shape) - 0.5)).any(axis=1)):
+            warnings.warn(f"the new grid leaves out {left_out} labelled voxels", stacklevel=2)
         case.label = sample_label(case.label[0], matrix, shape)[None]
     case.affine = alignment.affine
     if settings.midway and case.plane is not None:

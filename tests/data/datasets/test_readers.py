@@ -56,6 +56,14 @@ def test_wildcards_join_and_a_repeated_text_counts_once(tmp_path):
     ]
 
 
+def test_sessions_of_a_subject_are_known_by_ids_like_those_of_bids(tmp_path):
+    plant(tmp_path, "sub-01_ses-1_T1.nii", "sub-01_ses-2_T1.nii", "s2_ses-1_T1.nii")
+    found = folder.records(tmp_path, images={"t1": "*_T1.nii"})
+    assert [record["subject"] for record in found] == ["s2_ses-1", "sub-01", "sub-01"]
+    (tmp_path / "t.csv").write_text("id,subject,t1\nsub-01_ses-1,x,a.nii\nsub-02_ses-1,,b.nii\n")
+    assert [record["subject"] for record in folder.records(tmp_path, table="t.csv")] == ["x", "sub-02"]
+
+
 def test_two_stars_reach_through_folders_of_any_depth(tmp_path):
     plant(tmp_path, "Utrecht/1/pre/T1.nii.gz", "Amsterdam/GE3T/3/pre/T1.nii.gz")
     plant(tmp_path, "Utrecht/1/wmh.nii.gz", "Amsterdam/GE3T/3/wmh.nii.gz")

@@ -106,6 +106,8 @@ def test_files_of_itk_are_read_as_their_nifti(tmp_path, noise, ending):
     nib.save(nib.Nifti1Image(noise.astype(np.int16), affine), tmp_path / "a.nii")
     image = sitk.ReadImage(str(tmp_path / "a.nii"))
     path = tmp_path / f"a{ending}"
+    sitk.WriteImage(sitk.Cast(image, sitk.sitkInt64), str(path), True)  # the type of NumPy's label maps
+    assert np.array_equal(read_label(path).data, noise.astype(np.int16))
     sitk.WriteImage(image, str(path), True)
     read = read_image(path)
     np.testing.assert_array_equal(read.data, noise.astype(np.int16))

@@ -294,6 +294,9 @@ def test_the_site_of_a_scan_is_in_the_manifest(raw: Path) -> None:
     (raw / "table.csv").write_text(f"id,site,t1\na,Rome,{GOOD[0]}_t1.nii.gz\nb,,{GOOD[0]}_flair.nii.gz\n")
     assert command(f"data.root={raw}", "data.table=table.csv", f"out={raw}_store").code == 0
     assert [record.get("site") for record in Store(f"{raw}_store").records] == ["Rome", None]
+    (raw / "table.csv").write_text(f"id,site,t1\na,,{GOOD[0]}_t1.nii.gz\nb,Oslo,{GOOD[0]}_flair.nii.gz\n")
+    assert command(f"data.root={raw}", "data.table=table.csv", f"out={raw}_store").code == 0
+    assert [record.get("site") for record in Store(f"{raw}_store").records] == [None, "Oslo"]
 
 
 def test_qform_and_sform_with_exchanged_sides_are_warned_about(raw: Path) -> None:

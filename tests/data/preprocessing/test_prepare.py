@@ -225,6 +225,16 @@ def test_a_crop_that_cuts_the_brain_is_warned_about():
         prepare_case({"t1": volume(image)}, volume(label), LABELS, PrepareSettings(crop=8))
 
 
+def test_labels_outside_the_grid_are_warned_about():
+    image, label = ball()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_case({"t1": volume(image)}, volume(label), LABELS, PrepareSettings(midway=True))
+    label[:2] = 2  # far from what the image shows, which the grid is made for
+    with pytest.warns(UserWarning, match=rf"the new grid leaves out {label[:2].size} labelled voxels"):
+        prepare_case({"t1": volume(image)}, volume(label), LABELS, PrepareSettings(midway=True))
+
+
 def test_results_are_zero_outside_the_crop():
     image, _ = ball()
     with pytest.warns(UserWarning, match=r"leaves out \d+\.\d% of the foreground"):
