@@ -344,12 +344,15 @@ class AtlasSegmenter:
     def record(self) -> dict[str, Any]:
         """What label maps depend on beside the scan, as plain data."""
         networks = self.networks
-        used = {} if networks is None else {"votes": NETWORK_VOTES, "overlap": networks.overlap}
+        used: dict[str, Any] = {}
+        if networks is not None:
+            settings = {"overlap": networks.overlap, "precision": networks.settings.precision}
+            used = {"networks": {**networks.described(), "votes": NETWORK_VOTES, **settings}}
         return {
             "atlases": {record["id"]: {"subject": record["subject"], **record["arrays"]} for record in self.records},
             "fusion": self.fusion,
             "antspyx": self.version,
             "labels": {str(value): name for value, name in self.store.labels.items()},
             "prepare": self.preprocessor.settings.as_json(),
-            **({} if networks is None else {"networks": networks.described() | used}),
+            **used,
         }

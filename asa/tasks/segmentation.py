@@ -32,7 +32,7 @@ from asa.evaluation.summary import summary_table
 from asa.inference.anomaly import LabelScorer
 from asa.inference.atlas import AtlasSegmenter
 from asa.inference.label_maps import Outputs
-from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of
+from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of, probabilities_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED, joined_sides, pairs_by_name, side_of
@@ -341,6 +341,10 @@ class SegmentationPredictor:
         """Predict a scan; its row in the table of volumes."""
         probabilities, uncertainty = self.further_files(id)
         out = self.layout.label_map(id)
+        beside = {*probabilities_of(self.out, id, out).values(), self.layout.uncertainty(id)}
+        for file in beside - {*(probabilities or ()), uncertainty}:  # of an earlier prediction
+            file.unlink(missing_ok=True)
+            file.with_name(file.name.replace(".nii.gz", ".json")).unlink(missing_ok=True)
         make_below(self.out, out, *(probabilities or ()), *([uncertainty] if uncertainty else ()))
         ml, expected = self.segmenter.segment_prepared(
             image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty

@@ -184,6 +184,9 @@ class Ablation:
         if not config["store"]:
             self._prepare()
         splits = self.splits()
+        for seed, split in splits.items():
+            if (file := self._split_file(seed)).exists() and read_split(file) != split:
+                raise ValueError(f"{file}: the store's subjects are others than when this began: choose another out=")
         cells = [Cell(seed, n, arm) for seed in config["seeds"] for n in config["labelled"] for arm in self.arms]
         try:
             for number, cell in enumerate(cells, start=1):

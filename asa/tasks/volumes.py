@@ -72,6 +72,11 @@ class VolumeTask:
         self.store, self.split, self.parts = open_store(config["data"], Path(str(config["out"])), self.usable)
         if not self.parts["train"]:
             raise ValueError("the training part of the split has no scan that can be used: correct the split")
+        if twice := find_leaks(self.store.records, self.split, training_digests(self.parts["train"])):
+            print(
+                f"warning: scans of {counted(len(twice), 'held-out subject')} ({_by_part(twice)}) are trained on, too, "
+                "under another subject: leave one of each out, or read their scores as optimistic"
+            )
         if config["crop"] is None:
             crop = default_crop(Path(str(config["out"])), self.parts["train"])
             config["crop"] = crop

@@ -92,6 +92,10 @@ def test_a_derivative_is_named_placed_and_described_as_bids_has_it(
         assert network == {"Name": "run", "SHA256": sha256_of(find_weights(run))}
         label = nibabel.load(out / f"{stem}_dseg.nii.gz")
         assert np.array_equal(label.affine, nibabel.load(dataset / f"{name}.nii.gz").affine)
+    # What an earlier prediction wrote beside its label maps goes with them.
+    assert call(predict, monkeypatch, f"checkpoint={run}", f"input={dataset}", f"out={out}", flags[0], flags[3]) == 0
+    left = {path.relative_to(out).as_posix() for path in out.rglob("sub-*") if path.is_file()}
+    assert left == {f"{stem}_dseg.{ending}" for stem in stems for ending in ("nii.gz", "json")}
 
 
 def test_both_layouts_hold_the_same_voxels(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

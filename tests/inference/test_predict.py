@@ -271,6 +271,19 @@ def test_a_voxel_size_unlike_that_of_an_anisotropic_training_grid_is_rejected(tm
         predicted(segmenter, a_scan(tmp_path))
 
 
+def test_what_an_earlier_prediction_wrote_beside_a_label_map_does_not_stay_beside_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [f"checkpoint={checkpoint(tmp_path / 'run')}", f"input={a_scan(tmp_path / 'scans')}", f"out={tmp_path}/out"]
+    assert call(predict, monkeypatch, *given, "probabilities=true", "uncertainty=entropy") == 0
+    assert len(list((tmp_path / "out").rglob("*.nii.gz"))) == 6
+    assert call(predict, monkeypatch, *given, "uncertainty=entropy") == 0
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.nii.gz")}
+    assert files == {"a.nii.gz", "uncertainty/a.nii.gz"}
+    assert call(predict, monkeypatch, *given) == 0
+    assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["a.nii.gz"]
+
+
 @pytest.mark.parametrize(("first", "second"), [("layout=null", "layout=mgz"), ("layout=mgz", "layout=null")])
 def test_label_maps_of_two_layouts_do_not_meet_in_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: str, second: str

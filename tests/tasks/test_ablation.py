@@ -10,7 +10,7 @@ import pytest
 
 from asa.cli import COMMANDS
 from asa.config import as_overrides, compose, flatten
-from asa.data.splits import read_split
+from asa.data.splits import read_split, write_split
 from asa.evaluation.comparison import Run
 from asa.reporting import ablation
 from asa.reporting.ablation import Trial, ablation_rows, labelled_text, latex, markdown, overview
@@ -240,6 +240,16 @@ def test_arms_of_a_seed_share_the_split_and_pretraining_never_sees_the_test_subj
         assert len(runs) == 3 and {flat["data.split_file"] for flat in runs} == {file}
         assert {flat["train.seed"] for flat in runs} == {seed}
     assert read_split(tmp_path / "out" / "splits" / "seed0.json")["test"]
+
+
+def test_an_ablation_of_a_store_that_has_grown_since_is_refused(ablate, recorded, tmp_path: Path) -> None:
+    assert ablate("only=[scratch]")[0] == 0
+    file = tmp_path / "out" / "splits" / "seed0.json"
+    split = read_split(file)
+    write_split(file, {**split, "train": split["train"][1:]})  # as when it began without one of them
+    code, _, err = ablate("only=[scratch,asa]")
+    assert code == 1 and "seed0.json: the store's subjects are others than when this began" in err
+    assert read_split(file)["train"] == split["train"][1:]
 
 
 def test_one_pretraining_serves_all_seeds_where_the_split_does_not_change(ablate, recorded, store: Path) -> None:

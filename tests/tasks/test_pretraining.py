@@ -78,6 +78,24 @@ def test_a_continued_run_is_trained_and_knows_the_scans_of_both(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_scan_that_is_trained_on_and_held_out_under_two_names_is_said(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = Path(shutil.copytree(store, tmp_path / "again"))
+    rows = [json.loads(row) for row in (again / "records.jsonl").read_text().splitlines()]
+    for row in rows:
+        for file in again.glob(f"*/{row['id']}.*"):
+            file.rename(file.with_stem(f"other_{row['id']}"))
+        row |= {"id": f"other_{row['id']}", "subject": f"other_{row['subject']}"}
+    (again / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {**TINY, "crop": 32, "data.stores": [str(store), str(again)], "out": str(tmp_path / "run")}
+    for test, expected in (("other_s0", "scans of 1 held-out subject (test: other_s0) are trained on"), ("s3", "")):
+        parts = {"data.split_file": split(tmp_path, "s0", "s1", test=test)}
+        Pretraining(configure("pretrain", {**given, **parts}))
+        out = capsys.readouterr().out
+        assert expected in out and ("are trained on" in out) == bool(expected)
+
+
 def test_a_run_continues_where_its_store_has_moved_and_not_on_other_data(store: Path, tmp_path: Path) -> None:
     parts = {"data.split_file": split(tmp_path, "s0", "s1"), "train.deterministic": True, "optim.schedule": "constant"}
 
