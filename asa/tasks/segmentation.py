@@ -342,9 +342,9 @@ class SegmentationPredictor:
         probabilities, uncertainty = self.further_files(id)
         out = self.layout.label_map(id)
         beside = {*probabilities_of(self.out, id, out).values(), self.layout.uncertainty(id)}
-        for file in beside - {*(probabilities or ()), uncertainty}:  # of an earlier prediction
-            file.unlink(missing_ok=True)
-            file.with_name(file.name.replace(".nii.gz", ".json")).unlink(missing_ok=True)
+        for earlier in beside - {*(probabilities or ()), uncertainty}:
+            earlier.unlink(missing_ok=True)
+            earlier.with_name(earlier.name.replace(".nii.gz", ".json")).unlink(missing_ok=True)
         make_below(self.out, out, *(probabilities or ()), *([uncertainty] if uncertainty else ()))
         ml, expected = self.segmenter.segment_prepared(
             image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty

@@ -23,7 +23,7 @@ J = TypeVar("J")
 T = TypeVar("T")
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # that stop a run
-KILLED = "a worker process was killed, perhaps because memory ran out; run again with fewer workers"
+KILLED = "a worker process was killed each time that it was tried, perhaps because memory ran out"
 AHEAD = 2000  # jobs that a dask scheduler holds at a time: enough for the workers, and little of its memory
 PATIENCE = 30  # seconds that it has to answer
 
@@ -48,7 +48,7 @@ def in_processes(
         ordered: yield in the order of the jobs instead of the order in which they finish.
 
     Yields:
-        (job, result); the result is None where the worker process was killed, see `KILLED`.
+        (job, result); the result is None where the worker process was killed, see `KILLED`, in the end alone.
     """
     pooled = workers > 1 and len(jobs) > 0
     results = _in_pool(function, jobs, workers, ordered) if pooled else ((job, function(job)) for job in jobs)
@@ -78,21 +78,41 @@ def _tried(function: Callable[[J], T], job: J) -> tuple[T | None, str]:
 def _in_pool(
     function: Callable[[J], T], jobs: Sequence[J], workers: int, ordered: bool
 ) -> Generator[tuple[J, T | None], None, None]:
+    left = list(jobs)
+    while left:
+        left = yield from _in_one_pool(function, left, workers, ordered)
+        # A killed worker ends its pool. Whose it was is not known: what may have been running is tried alone.
+        running, left = left[: 2 * workers + 1], left[2 * workers + 1 :]
+        for job in running:
+            for _ in (yield from _in_one_pool(function, [job], 1, ordered)):
+                yield job, None
+
+
+def _in_one_pool(
+    function: Callable[[J], T], jobs: Sequence[J], workers: int, ordered: bool
+) -> Generator[tuple[J, T | None], None, list[J]]:
+    """The results of a pool until a worker is killed; returns the jobs that are left then, in their order."""
     called: Any = function
     while isinstance(called, partial):
         called = called.args[0] if called.func is _tried else called.func
-    count = min(workers, len(jobs))
+    count, left = min(workers, len(jobs)), []
     with ProcessPoolExecutor(count, mp_context=worker_context(called.__module__), initializer=end_with_parent) as pool:
-        futures = {pool.submit(function, job): job for job in jobs}
+        futures = {pool.submit(function, job): k for k, job in enumerate(jobs)}
         try:
             for future in list(futures) if ordered else as_completed(futures):
-                job = futures.pop(future)
+                k = futures.pop(future)
                 try:
-                    yield job, future.result()
+                    result = future.result()
                 except BrokenExecutor:
-                    yield job, None
+                    left.append(k)
+                    continue
+                if ordered and left:  # one before it comes first
+                    left.append(k)
+                else:
+                    yield jobs[k], result
         finally:
             pool.shutdown(cancel_futures=True)
+    return [jobs[k] for k in sorted(left)]
 
 
 def on_cluster(

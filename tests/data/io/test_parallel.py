@@ -95,5 +95,10 @@ def test_an_ordered_map_yields_results_in_the_order_of_the_jobs(workers):
 def test_the_job_of_a_killed_process_has_no_result_and_an_exception_is_raised():
     keywords = {"title": "", "unit": "", "progress": False}
     assert list(in_processes(os._exit, [3], 2, **keywords)) == [(3, None)]
+    jobs = [str(k) for k in range(30)]
+    jobs[3] = jobs[17] = "__import__('os')._exit(1)"
+    expected = [(job, eval(job) if job.isdigit() else None) for job in jobs]
+    assert list(in_processes(eval, jobs, 2, **keywords, ordered=True)) == expected  # one job harms no other
+    assert sorted(in_processes(eval, jobs, 2, **keywords), key=str) == sorted(expected, key=str)
     with pytest.raises(ValueError, match="invalid literal"):
         list(in_processes(int, ["1", "x"], 2, **keywords))

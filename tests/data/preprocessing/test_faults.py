@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -397,17 +397,23 @@ def test_a_killed_command_ends_its_workers_and_continues_to_the_same_bytes(
     assert bytes_of(tmp_path / "store") == bytes_of(cohort.store)
 
 
-def test_a_killed_worker_does_not_affect_finished_scans(cohort: Cohort, tmp_path: Path) -> None:
+def test_a_killed_worker_does_not_affect_other_scans(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kill_workers(_: ScanQuality) -> None:
         for worker in multiprocessing.active_children():
             worker.kill()
 
     store = shutil.copytree(cohort.store, tmp_path / "store")
     records = folder.records(cohort.raw, images=GLOBS, label="*_seg.nii.gz")
-    report = prepare_cohort(
-        records, store, CohortSettings(labels=LABELS), workers=2, progress=False, on_scan=kill_workers
-    )
-    assert any("a worker process was killed" in reason for reason in report.failures.values())
+    given: Any = dict(cohort=CohortSettings(labels=LABELS), workers=2, progress=False)
+    report = prepare_cohort(records, store, **given, on_scan=kill_workers)
+    assert report.failures.keys() == cohort.result.lines("failed").keys()  # what its worker had not done is done again
+    assert bytes_of(store) == bytes_of(cohort.store)
+    lost = lambda function, jobs, workers, **_: ((job, None) for job in jobs)  # noqa: E731
+    monkeypatch.setattr("asa.data.preprocessing.cohort.in_processes", lost)
+    report = prepare_cohort(records, store, **given, on_scan=lambda _: None)  # looks at all scans
+    assert report.failures and all("a worker process was killed" in reason for reason in report.failures.values())
     assert bytes_of(store) == bytes_of(cohort.store)
 
 
