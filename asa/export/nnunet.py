@@ -11,7 +11,7 @@ import numpy as np
 
 from asa.data.datasets.nnunet import BACKGROUND, DESCRIPTION, IGNORE
 from asa.data.io.files import check_out, gzipped, sha256_of, write_json, write_whole
-from asa.data.io.nifti import check_same_geometry, read_image, read_label, write_label
+from asa.data.io.nifti import read_image, read_label, write_label
 from asa.data.store import Store
 
 ENDING = ".nii.gz"
@@ -96,7 +96,6 @@ def _write_case(record: Mapping[str, Any], channels: Sequence[str], values: Mapp
         write_whole(folder / f"{id}_{number:04d}{ENDING}", payload if path.suffix == ".gz" else gzipped(payload))
     if "label" in sources:
         image, label = read_image(sources[channels[0]]["path"]), read_label(sources["label"]["path"])
-        check_same_geometry(image, label, f"{id}: image and label")
         numbers = np.zeros(label.data.shape, np.uint8)
         for value, number in values.items():
             numbers[label.data == value] = number

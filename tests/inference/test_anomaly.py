@@ -141,6 +141,17 @@ def test_a_network_that_returns_the_patches_predicts_the_scan_from_normalised_on
     assert (PredictedPatches(Copying(normalised), masked=masked)(windows) - windows).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(("patches", "predicted"), [(6, False), (7, True)])
+def test_a_window_with_a_twentieth_of_tissue_is_predicted_and_one_with_less_stays(
+    patches: int, predicted: bool
+) -> None:
+    window = torch.zeros(1, 1, 32, 32, 64)  # of 128 patches
+    for k in range(patches):
+        window[0, 0, 0, 8 * (k // 4), 8 * (k % 4)] = 1
+    made = PredictedPatches(Copying(lambda patches: patches + 1))(window)
+    assert (made != window).any() == predicted
+
+
 class Repeating(nn.Module):
     """Inpaints what it is given, and keeps what it saw."""
 

@@ -19,13 +19,14 @@ from asa.cli import evaluate, finetune, main, predict, prepare
 from asa.config import build
 from asa.data.datasets import folder
 from asa.data.io.files import read_json, write_whole
-from asa.data.io.nifti import from_ras, read_image, to_ras, write_image
+from asa.data.io.nifti import Volume, from_ras, read_image, to_ras, write_image
 from asa.data.io.tables import read_rows
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store, entry_line, write_records
+from asa.inference.label_maps import Outputs
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.inference.scans import stored_scans
 from asa.inference.segmentation import PredictSettings, Segmenter, count_windows, sliding_window
@@ -672,3 +673,16 @@ def test_a_scan_unlike_the_training_scans_is_named_with_what_is_unlike(
             preprocessor.warn_outside_range(record["quality"], record["intensity"])
     with pytest.warns(UserWarning, match=r"brain volume 9999 ml \(there \d+ to \d+\)"):
         preprocessor.warn_outside_range({"brain_ml": 9999.0}, {})
+    narrow = checkpoint(
+        tmp_path / "narrow", range={**measured["range"], "brain_ml": [1, 2]}, prepare=Store(store).settings
+    )
+    (stored, *_) = stored_scans(store, Segmenter(narrow, SETTINGS).preprocessor)
+    with pytest.warns(UserWarning, match=r"brain volume \d+ ml \(there 1 to 2\)"):  # of a store, too
+        stored.prepared()
+
+
+def test_a_voxel_that_is_as_probable_as_the_background_is_background() -> None:
+    outputs, like = Outputs({1: "a", 4: "b"}), Volume(np.zeros((2, 2, 1)), np.eye(4), None)
+    a = np.array([[[0.5], [0.51]], [[0.4], [0.3]]], np.float32)
+    b = np.array([[[0.0], [0.0]], [[0.4], [0.35]]], np.float32)
+    assert outputs.label_map([a, b], like)[..., 0].tolist() == [[0, 1], [1, 0]]  # of two classes the first

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from untrained import checkpoint
 
 from asa.cli import COMMANDS
 from asa.config import compose
@@ -66,6 +67,35 @@ def test_each_scan_is_scored_by_the_run_that_did_not_see_it(finetune, store: Pat
     assert (weights.stat().st_mtime_ns, label_map.stat().st_mtime_ns) == before
     code, _, _ = finetune("data.split.folds=2", "data.split.fold=1", f"out={folder}/fold1")
     assert code == 0 and weights.stat().st_mtime_ns == before[0]
+
+
+def test_a_fold_is_predicted_again_with_other_weights_settings_or_label_maps_and_else_not(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = checkpoint(tmp_path / "run"), tmp_path / "predictions"
+    write_split(run / "split.json", {"train": ["s0"], "validation": [], "test": ["s1", "s2"]})
+    config = {"data": {"store": str(store)}, "predict": {"overlap": 0}, "plugins": []}
+    calls = []
+
+    def predict(command: str, *settings: object) -> None:
+        calls.append(command)
+        out.mkdir(exist_ok=True)
+        for id in ("s1", "s2"):
+            (out / f"{id}.nii.gz").write_text(f"of prediction {len(calls)}")
+
+    def made_again(**changed: object) -> bool:
+        before = len(calls)
+        studies._predict_fold(run, out, {**config, **changed})
+        return len(calls) > before
+
+    monkeypatch.setattr(studies, "call", predict)
+    assert made_again() and not made_again()
+    assert made_again(predict={"overlap": 0.5}) and made_again()
+    (out / "s2.nii.gz").write_text("of another network")
+    assert made_again() and not made_again()
+    weights = find_weights(run)
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert made_again() and not made_again()
 
 
 @pytest.mark.parametrize(

@@ -348,6 +348,7 @@ def test_a_written_label_keeps_the_space_of_its_image(tmp_path, noise, name):
     image.set_qform(np.diag([2.0, 2, 2, 1]), code=1)  # not the same: both have to survive
     image.header.set_xyzt_units("mm", "sec")
     image.header.set_slope_inter(2.0, 5.0)
+    image.header["cal_max"] = 900  # a display window, in which label maps would be black
     nib.save(image, tmp_path / "image.nii.gz")
     label = (noise > 100).astype(np.int64) * 3
     write_label(tmp_path / name, label, read_image(tmp_path / "image.nii.gz"))
@@ -356,7 +357,7 @@ def test_a_written_label_keeps_the_space_of_its_image(tmp_path, noise, name):
         for one, other in zip(getattr(before, form)(coded=True), getattr(after, form)(coded=True), strict=True):
             np.testing.assert_array_equal(one, other)
     assert after.header.get_xyzt_units() == ("mm", "sec")
-    assert after.get_data_dtype() == np.uint8
+    assert after.get_data_dtype() == np.uint8 and after.header["cal_max"] == 0
     np.testing.assert_array_equal(np.asanyarray(after.dataobj), label)
     np.testing.assert_array_equal(read_label(tmp_path / name).data, label)
 

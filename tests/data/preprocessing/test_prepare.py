@@ -235,6 +235,14 @@ def test_labels_outside_the_grid_are_warned_about():
         prepare_case({"t1": volume(image)}, volume(label), LABELS, PrepareSettings(midway=True))
 
 
+@pytest.mark.parametrize(("zeros", "all_is_foreground"), [(0.005, True), (0.02, False), (0.2, False)])
+def test_an_image_without_a_background_of_zeros_is_foreground_everywhere(zeros, all_is_foreground):
+    image = np.random.default_rng(0).uniform(50, 90, (20, 20, 20)).astype(np.float32)
+    image.flat[: round(zeros * image.size)] = 0
+    case = prepare_case({"t1": volume(image)}, None, {}, PrepareSettings(crop="none"))
+    assert case.foreground.mean() == (1 if all_is_foreground else 1 - zeros)
+
+
 def test_results_are_zero_outside_the_crop():
     image, _ = ball()
     with pytest.warns(UserWarning, match=r"leaves out \d+\.\d% of the foreground"):
@@ -542,6 +550,7 @@ def test_a_store_with_other_settings_is_refused(cohort, tmp_path):
     for other, reason in (
         ({"settings": PrepareSettings(margin=1)}, "made with settings .*'margin': 4.* now asked for .*'margin': 1"),
         ({"labels": {2: "outer", 7: "core"}}, "made with labels"),
+        ({"ignored": [9]}, r"made with ignored \[\], now asked for \[9\]"),
     ):
         with pytest.raises(ValueError, match=reason):
             run(cohort, tmp_path / "store", **other)
