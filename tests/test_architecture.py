@@ -28,18 +28,18 @@ LINES = {
     "": 732,  # the reader of phantoms lies with them
     "baselines": 1134,
     "cli": 774,  # stale stages of a study
-    "data": 8014,  # names and places of files that readers met; what cannot be read stays
-    "evaluation": 2538,  # scores over subjects; probes choose by subjects
-    "export": 766,  # cases of another export
-    "inference": 2661,  # scans and ensembles are checked by content and voxel size
-    "losses": 459,  # a fixed temperature
+    "data": 8043,  # subjects by ids; a killed worker fails its own scan
+    "evaluation": 2525,  # scores over subjects; probes choose by subjects
+    "export": 767,  # what is not finite becomes no label map
+    "inference": 2664,  # scans and ensembles are checked by content and voxel size
+    "losses": 461,  # two classes or more
     "methods": 727,  # validations of one loss
     "models": 2290,  # layers of a Swin
     "ops": 593,
     "reporting": 1718,
     "restoration": 2132,  # windows and places of images
-    "tasks": 3347,  # scans with a value are divided; splits of networks beside atlases
-    "training": 2661,  # a run continues on its own data, wherever they are
+    "tasks": 3359,  # scans on both sides of a split; files of earlier predictions
+    "training": 2702,  # a run continues on its own data; statistics of steps that are not made
 }
 # The only places that may import a library.
 HOMES = {

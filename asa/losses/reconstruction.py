@@ -105,7 +105,7 @@ def _orientation_score(padded: Tensor, patch_size: int, bins: int) -> Tensor:
 
 
 def _angle_bin(cosine: Tensor, bins: int) -> Tensor:
-    """floor(angle / (pi / bins)) of angles in [0, pi], pi in the last bin, and 0 for NaN, as of atan2(0, 0).
+    """floor(angle / (pi / bins)) of angles in [0, pi], at an edge the bin nearer to pi/2; 0 for NaN, as of atan2(0, 0).
 
     Counts the edges below pi/2 that are at or below the angle or, from pi/2, at or below its counterpart pi - angle:
     without arccos or atan2, whose rounding in float32 moves values across edges. Overwrites its input.

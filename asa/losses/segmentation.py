@@ -80,6 +80,8 @@ class DeeplySupervisedDiceCE(DeeplySupervised):
         self.background_weight = background_weight
 
     def at_one_scale(self, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        if logits.shape[1] < 2:
+            raise ValueError("a network of classes needs two or more outputs, the background first; one is a region's")
         slabs = math.ceil(logits.numel() / SLAB)
         parts = list(zip(*(volume.chunk(slabs, dim=2) for volume in (logits, target, counted)), strict=True))
         again = len(parts) > 1 and torch.is_grad_enabled()

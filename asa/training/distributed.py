@@ -128,6 +128,12 @@ def gather_objects(item: T) -> list[T]:
     return items
 
 
+def take_from_main(tensor: Tensor) -> None:
+    """Replace a tensor by that of the main process, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+
+
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scalars, or tensors, averaged over the ranks, which have the same names and shapes."""
     if world_size() == 1:
@@ -154,7 +160,7 @@ def data_parallel(method: nn.Module) -> nn.Module:
     if world_size() == 1:
         return method
     with warnings.catch_warnings():
-        # Buffers are constant. The argument's new name is unknown to torch 2.8.
+        # Buffers are constant, or see `RunningStatistics`. The argument's new name is unknown to torch 2.8.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         # Without device_ids, which would move the batch's seeds to the GPU.
         return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -28,7 +28,7 @@ from asa.training.checkpoint import (
     save_checkpoint,
 )
 from asa.training.device import Backend, deterministic, keep_freed_memory, on_device, random_state, set_random_state
-from asa.training.nonfinite import NonFiniteGuard
+from asa.training.nonfinite import NonFiniteGuard, RunningStatistics
 from asa.training.optim import EMA, Schedule, freeze, make_optimizer, set_learning_rate, set_training, unfreeze
 from asa.training.process import StopNow, Stopped, stop_signals
 from asa.training.run_log import Meter, RunLog, SilentLog
@@ -117,6 +117,7 @@ def train(
         )
     guard = NonFiniteGuard(run, log, optimizer, fp16=fp16)
     guard.load_state_dict(before.get("guard", guard.state_dict()))
+    statistics = RunningStatistics(method)
     alone = distributed.world_size() == 1
     ddp = spread(method, device)
 
@@ -166,6 +167,7 @@ def train(
                 yield
         except StopNow:
             guard.resolve()
+            statistics.restore()
             if step > saved_step or not step:
                 save(random)
             raise Stopped(f"stopped at step {step} of {settings.steps}, and saved in {run}") from None
@@ -222,6 +224,7 @@ def train(
             if tell:
                 tell(step / settings.steps)
             meter.start_step()
+            statistics.keep()
             with stopped_at_once():
                 for micro_batch in range(settings.accumulate):
                     batch = meter.next_batch(batches)
@@ -240,7 +243,9 @@ def train(
             # optimizer step
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(method.parameters(), settings.clip or float("inf"))
-            meter.discard_step(guard.check(step + 1, norm))
+            skipped = guard.check(step + 1, norm)
+            meter.discard_step(skipped)
+            statistics.finish(skipped)
             optimizer.step()  # not scaler.step(): the guard decides which steps are skipped
             scaler.update()
             optimizer.zero_grad(set_to_none=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asa.data.io.files import naming, open_unlinked
 from asa.errors import listed
 from asa.training.checkpoint import newest_name
-from asa.training.distributed import gather_objects, rank
+from asa.training.distributed import gather_objects, rank, take_from_main
 from asa.training.run_log import RunLog
 
 MAX_IN_A_ROW = 10
@@ -125,3 +125,31 @@ class NonFiniteGuard:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue the counts of a checkpoint."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+class RunningStatistics:
+    """The statistics of batch normalisation, which a forward pass changes: also that of a step which is not made.
+
+    Without such layers all is of no effect.
+    """
+
+    def __init__(self, method: nn.Module) -> None:
+        layers = [layer for layer in method.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        self.buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        self.before = [buffer.clone() for buffer in self.buffers]
+
+    def keep(self) -> None:
+        """Remember them, before a step."""
+        for before, buffer in zip(self.before, self.buffers, strict=True):
+            before.copy_(buffer)
+
+    def finish(self, skipped: Tensor) -> None:
+        """After a step: of all ranks those of the first; as before where it was `skipped`, 1.0 on the device."""
+        for before, buffer in zip(self.before, self.buffers, strict=True):
+            take_from_main(buffer)
+            buffer.copy_(torch.where(skipped > 0, before, buffer))
+
+    def restore(self) -> None:
+        """As before the step, which was interrupted."""
+        for before, buffer in zip(self.before, self.buffers, strict=True):
+            buffer.copy_(before)

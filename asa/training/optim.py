@@ -139,7 +139,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class EMA:
-    """The exponential moving average of a method's parameters. Buffers are constant and not averaged.
+    """The exponential moving average of a method's parameters. Buffers are not averaged.
 
     A decay of 0 keeps no average, and the weights themselves are used. The effective decay rises from (1 + step) /
     (10 + step), so that the average of a short run is not dominated by its initial weights.

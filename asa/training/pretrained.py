@@ -38,6 +38,8 @@ def read_source(path: str | Path, *, shapes: bool = False) -> tuple[Source, dict
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
     weights, description = read_weights(path, shapes=shapes)
+    if not isinstance(description.get("model"), Mapping):
+        raise ValueError(f"{path}: its description has no model: not a checkpoint of this package")
     inner = {name.removeprefix("model."): one for name, one in weights.items() if name.startswith("model.")}
     return Source(inner, description["model"].get("patch_size")), description
 

@@ -17,7 +17,7 @@ from asa.data.store import Store
 from asa.losses import contrastive
 from asa.losses.contrastive import NTXent, SymmetryLoss
 from asa.methods.sa_swin import SASwinPretraining, partners, proxy_metrics
-from asa.models.sa_swin import SASwin, sa_swin_tiny
+from asa.models.sa_swin import MAP_LEVEL, SASwin, sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.saca import SymmetryAwareBlock, SymmetryAwareCrossAttention
 from asa.ops.patches import random_boxes
@@ -265,6 +265,16 @@ def test_the_map_is_of_features_standardised_over_both_sides_of_the_foreground(l
     expected = ((1 - F.cosine_similarity(here, there, dim=-1)) / 2)[None, None]
     expected = F.interpolate(expected, found.shape[1:], mode="trilinear")[:, 0]
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_score_is_of_the_mean_tokens_of_both_sides_and_the_map_of_the_level_asked_for() -> None:
+    model, volume = network(), draw(1, 1, 32, 32, 64)
+    with torch.no_grad():
+        score, found = model.asymmetry(volume)
+        sides = [model.symmetry(model.encoder.levels(one)[-1].flatten(2).mean(dim=2)) for one in (volume, flip(volume))]
+        torch.testing.assert_close(score, (1 - F.cosine_similarity(*sides)) / 2)
+        assert torch.equal(found, model.asymmetry(volume, level=MAP_LEVEL)[1]) and MAP_LEVEL == 0
+        assert not torch.equal(found, model.asymmetry(volume, level=2)[1])
 
 
 def test_an_empty_volume_has_no_asymmetry() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from asa.losses.segmentation import DeeplySupervisedDiceCE, DeeplySupervisedRegionLoss
 from asa.methods.segment import RegionSegmentation, Segmentation, is_segmentation_network
 from asa.methods.whole_scans import Classification, Regression
-from asa.models.classifier import sa_swin_classifier_tiny, sa_swin_regressor_tiny
+from asa.models.classifier import asa_classifier_tiny, sa_swin_classifier_tiny, sa_swin_regressor_tiny
 
 SMALLEST = dict(img_size=(32, 32, 64), embed_dim=4, num_heads=(1, 1, 2, 2), window=2, cross_heads=2)
 
@@ -96,3 +96,22 @@ def test_a_network_is_known_by_its_attributes_also_if_they_are_modules() -> None
 
     assert is_segmentation_network(Network(nn.Identity()))
     assert not is_segmentation_network(Network(None)) and not is_segmentation_network(nn.Identity())
+
+
+@pytest.mark.parametrize("kind", ["alone", "ASA", "SA-Swin"])
+def test_a_class_is_read_from_the_mean_token_and_the_volume_asks_its_mirror_image(kind: str) -> None:
+    torch.manual_seed(0)
+    small = dict(img_size=(32, 32, 64), embed_dim=24, depth=1, num_heads=2, symmetry=kind != "alone")
+    model = sa_swin_classifier_tiny(2, **SMALLEST) if kind == "SA-Swin" else asa_classifier_tiny(2, **small)
+    model.eval()
+    volume, mirrored = torch.rand(2, 1, 1, 32, 32, 64)
+    with torch.no_grad():
+        tokens, others = model.encoder(volume), model.encoder(mirrored)
+        read = tokens if kind == "alone" else model.saca(tokens, others, model.encoder.token_grid(volume))
+        expected = model.head(read.mean(dim=1))
+        torch.testing.assert_close(model(volume, None if kind == "alone" else mirrored), expected)
+
+
+def test_a_loss_of_classes_needs_two_outputs() -> None:
+    with pytest.raises(ValueError, match="two or more outputs, the background first"):
+        DeeplySupervisedDiceCE()([torch.zeros(1, 1, 4, 4, 4)], torch.zeros(1, 1, 4, 4, 4, dtype=torch.uint8))

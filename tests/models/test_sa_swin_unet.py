@@ -48,6 +48,25 @@ def test_every_parameter_gets_a_gradient_and_every_logit_depends_on_the_mirror_i
         model(volume)
 
 
+class Queries(nn.Module):
+    """In place of a cross-attention: returns the tokens that ask."""
+
+    def forward(self, f: Tensor, counterpart: Tensor, grid: object = None) -> Tensor:
+        return f
+
+
+@pytest.mark.parametrize("kind", ["asa", "one level", "two levels"])
+def test_the_volume_asks_and_its_mirror_image_answers(kind: str) -> None:
+    model = network(kind).eval()
+    volume, mirrored = torch.rand(2, 1, 1, 32, 32, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not torch.equal(model(volume, mirrored=mirrored), model(volume, mirrored=volume))
+        model.saca = Queries()
+        for level in getattr(model, "across", ()):
+            model.across[level] = Queries()
+        assert torch.equal(model(volume, mirrored=mirrored), model(volume, mirrored=volume))
+
+
 def test_without_symmetry_the_u_net_has_no_cross_attention() -> None:
     options = dict(img_size=(32, 32, 64), embed_dim=12, depth=2, num_heads=2, feature_size=2)
     names = {name for name, _ in unet_tiny(3, **options).named_parameters()}

@@ -41,7 +41,7 @@ from asa.training.checkpoint import (
     save_checkpoint,
 )
 from asa.training.loop import train
-from asa.training.nonfinite import NonFiniteGuard
+from asa.training.nonfinite import NonFiniteGuard, RunningStatistics
 from asa.training.optim import EMA
 from asa.training.process import RESUME_CODE, StopNow, Stopped, stop_signals
 from asa.training.run_log import RunLog, SilentLog
@@ -492,6 +492,22 @@ def test_fp16_continues_once_the_loss_scale_is_found(tmp_path: Path) -> None:
         guard.optimizer.zero_grad()
     guard.resolve()
     assert guard.skipped == 10 and guard.in_a_row == 0 and scaler.get_scale() == 64
+
+
+def test_a_skipped_or_interrupted_step_leaves_the_statistics_of_batch_normalisation_as_they_were() -> None:
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2))
+    statistics = RunningStatistics(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for end in (lambda: statistics.finish(torch.tensor(1.0)), statistics.restore):
+        statistics.keep()
+        model(torch.full((1, 1, 4, 4, 4), float("nan")))
+        assert model[1].running_mean.isnan().all()
+        end()
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    statistics.keep()
+    model(torch.rand(1, 1, 4, 4, 4))
+    statistics.finish(torch.tensor(0.0))
+    assert model[1].num_batches_tracked == 1 and not torch.equal(model[1].running_mean, before["1.running_mean"])
 
 
 # --- data, memory, locks, logs
