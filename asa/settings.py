@@ -63,7 +63,7 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be 1 or more")
         for name in ("clip", "seed", "validate_every", "patience"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be 0 or more")
         if self.patience and not (self.best and self.validate_every):
             raise ValueError(
@@ -163,8 +163,11 @@ class OptimSettings:
             )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"optim.layer_decay={self.layer_decay}: must be in (0, 1]")
-        if self.lr < 0 or self.weight_decay < 0 or (self.reference_batch is not None and self.reference_batch < 1):
-            raise ValueError("optim.lr and optim.weight_decay must be 0 or more, optim.reference_batch 1 or more")
+        for name in ("lr", "weight_decay", "warmup_lr", "final_lr"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must be 0 or more")
+        if self.reference_batch is not None and self.reference_batch < 1:
+            raise ValueError(f"optim.reference_batch={self.reference_batch}: must be 1 or more")
 
 
 @dataclass

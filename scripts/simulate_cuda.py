@@ -72,6 +72,7 @@ ROWS: dict[str, Callable[..., nn.Module]] = {
     "asa, decoded in part": lambda: MaskedPretraining(model=asa_tiny(**VOLUME), **CHEAP),
     "mae": lambda: MaskedPretraining(model=asa_tiny(**VOLUME, position="sincos"), importance=None),
     "sa_swin": lambda: SASwinPretraining(model=sa_swin_tiny(**VOLUME)),
+    "sa_swin, positions": lambda: SASwinPretraining(model=sa_swin_tiny(**VOLUME, position=True)),
     "rpl": lambda: PuzzlePretraining(model=puzzle_tiny(2, 26, **VOLUME)),
     "jigsaw": lambda: PuzzlePretraining(model=puzzle_tiny(27, 100, **VOLUME), permutations=100),
     "unet": lambda: Segmentation(model=unet_tiny(**VOLUME, **CLASSES)),

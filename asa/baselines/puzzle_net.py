@@ -21,11 +21,13 @@ class PuzzleNet(nn.Module):
     The encoder's `img_size` is that of the whole volume.
 
     Raises:
-        ValueError: no piece, or less than two answers.
+        ValueError: no piece, less than two answers, or an encoder with mirrored patches.
     """
 
     def __init__(self, encoder: SWViT, pieces: int, answers: int) -> None:
         super().__init__()
+        if encoder.mirror_patches:
+            raise ValueError("a puzzle's pieces have no mirrored patches: leave model.mirror_patches out")
         if pieces < 1 or answers < 2:
             raise ValueError(f"a puzzle has a piece and two answers or more, got {pieces} and {answers}")
         self.encoder, self.pieces, self.answers = encoder, pieces, answers

@@ -30,7 +30,7 @@ class NTXent(nn.Module):
 
     def __init__(self, temperature: float = 0.5, learnt: bool = True) -> None:
         super().__init__()
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature}: must be above 0")
         start = torch.tensor(math.log(temperature))
         # A fixed one is no parameter: modules of which all are frozen stay in evaluation mode, where no rank is asked.

@@ -83,6 +83,9 @@ class SASwinPretraining(nn.Module):
             raise ValueError(f"method.cutout={cutout}: must be in [0, 1)")
         self.model, self.cutout = model, cutout
         self.weights = dict(rotation=rotation, contrastive=contrastive, inpainting=inpainting, symmetry=symmetry)
+        for name, weight in self.weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"method.{name}={weight}: a task's weight must be 0 or more")
         self.contrast, self.symmetry = NTXent(temperature, learn_temperature), SymmetryLoss(form)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ class Classification(nn.Module):
     """Supervised classification of whole volumes; `weights` are those of the classes, None: equal ones.
 
     Raises:
-        ValueError: a model that is not a classifier, or another number of weights than classes.
+        ValueError: a model that is not a classifier, or weights that are not a number of 0 or more for each class.
     """
 
     task = "classification"
@@ -29,6 +29,8 @@ class Classification(nn.Module):
         classes = model.head.out_features
         if weights is not None and len(weights) != classes:
             raise ValueError(f"method.weights has {len(weights)} numbers for {classes} classes")
+        if weights is not None and not (all(0 <= one < float("inf") for one in weights) and any(weights)):
+            raise ValueError(f"method.weights={list(weights)}: must be 0 or more, and not all 0")
         self.model = model
         self.register_buffer("weights", torch.tensor(weights or [1.0] * classes), persistent=False)
         self.weights: Tensor

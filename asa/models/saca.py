@@ -85,7 +85,7 @@ class SymmetryAwareBlock(nn.Module):
         The tokens along each axis, `grid`, are needed with `position` only.
         """
         if self.position:
-            encoding = sincos_position_encoding(grid, tokens.shape[2]).to(tokens.device)  # L E
+            encoding = sincos_position_encoding(grid, tokens.shape[2], device=tokens.device)  # L E
             tokens, mirrored = tokens + encoding, mirrored + encoding
         if self.attention is not None and self.norm1 is not None:
             inside = self.norm1(tokens) if self.pre else tokens

@@ -60,7 +60,7 @@ class Swin(nn.Module):
                 depths=depths,
                 num_heads=num_heads,
                 use_checkpoint=checkpointing,
-                # The default, "merging", reads two of the eight neighbours twice and two never.
+                # "merging" reads two of the eight neighbours twice and two never in older versions of MONAI.
                 downsample="mergingv2",
             )
         self.swin = swin.to(torch.get_default_device())

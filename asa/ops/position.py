@@ -49,7 +49,9 @@ def symmetric_position_encoding(
     return _sines_and_cosines(position.reshape(-1), dim, temperature).float()
 
 
-def sincos_position_encoding(grid: int | Sequence[int], dim: int, *, symmetric: bool = False) -> Tensor:
+def sincos_position_encoding(
+    grid: int | Sequence[int], dim: int, *, symmetric: bool = False, device: torch.device | None = None
+) -> Tensor:
     """Sin-cos encoding of a 3-D grid `(L, dim)` float32: a third of the width for each axis.
 
     The encoding of masked autoencoders (He et al., CVPR 2022) with a third axis. Without symmetry each token has its
@@ -60,13 +62,14 @@ def sincos_position_encoding(grid: int | Sequence[int], dim: int, *, symmetric: 
         grid: tokens along each axis, (T, H, W) or one number for a cube.
         dim: width D of the encoding, at least 6. It is padded with zeros from the largest multiple of 6.
         symmetric: encode min(w, W-1-w) instead of w.
+        device: where it is computed; None: the default device.
 
     Raises:
         ValueError: a `dim` below 6 or an empty grid.
     """
     if dim < 6:
         raise ValueError(f"a 3-D sin-cos encoding needs dim >= 6, got {dim}")
-    axes = [torch.arange(n, dtype=torch.float64) for n in triple(grid)]
+    axes = [torch.arange(n, dtype=torch.float64, device=device) for n in triple(grid)]
     if symmetric:
         axes[2] = torch.minimum(axes[2], axes[2].flip(0))
     width = 2 * (dim // 6)
@@ -79,6 +82,6 @@ def _sines_and_cosines(position: Tensor, dim: int, temperature: float = 10000.0)
     """Positions `(L,)` in float64 -> `(L, dim)`, sines at the even indices and cosines at the odd ones."""
     if dim < 2 or dim % 2:
         raise ValueError(f"a sin-cos encoding needs an even dim, got {dim}")
-    frequency = temperature ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequency = temperature ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=position.device) / dim)
     angle = position[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # L dim/2 2 -> L dim

@@ -232,6 +232,8 @@ def test_other_models_and_puzzles_of_other_sizes_are_refused() -> None:
         PuzzlePretraining(model=asa_tiny(img_size=64))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="27 pieces and 100 answers, the model is for 2 and 26"):
         PuzzlePretraining(model=puzzle_tiny(2, 26, img_size=64), permutations=100)
+    with pytest.raises(ValueError, match="no mirrored patches"):
+        puzzle_tiny(2, 26, img_size=64, mirror_patches=True)
     with pytest.raises(ValueError, match="takes 2 pieces"):
         puzzle_tiny(2, 26, img_size=64)(torch.zeros(1, 3, 1, 8, 8, 8), torch.zeros(1, 1, dtype=torch.int64))
 

@@ -360,8 +360,9 @@ def test_nt_xent_is_the_loop_over_its_definition() -> None:
         total -= math.log(math.exp(float(views[i] @ views[(i + 3) % 6]) / 0.3) / sum(similar))
     assert float(loss(one, other)) == pytest.approx(total / 6, rel=1e-5)
     assert float(loss(one[:1], other[:1])) == 0
-    with pytest.raises(ValueError, match="temperature=0"):
-        NTXent(0)
+    for wrong in (0, math.nan):
+        with pytest.raises(ValueError, match="temperature=.*must be above 0"):
+            NTXent(wrong)
 
 
 def test_a_learnt_temperature_is_at_least_a_fiftieth_of_its_first_value() -> None:
@@ -616,6 +617,14 @@ def test_padding_keeps_the_correspondence_of_the_two_sides() -> None:
     assert torch.equal(one[..., :7], flip(other[..., :7])) and torch.equal(one[..., :3, :5, :7], volume)
 
 
+def test_merging_reads_all_eight_neighbours() -> None:
+    """MONAI's "merging" read some twice and others never, as in the released code."""
+    merging = network().encoder.swin.layers1[0].downsample
+    voxels = torch.zeros(1, 4, 4, 4, merging.dim, requires_grad=True)
+    merging(voxels + 1e-3 * draw(*voxels.shape)).square().sum().backward()
+    assert (voxels.grad != 0).all()
+
+
 def test_a_wrong_model_or_size_raises_an_error() -> None:
     with pytest.raises(ValueError, match="needs model=sa_swin"):
         SASwinPretraining(model=torch.nn.Linear(1, 1))
@@ -623,6 +632,9 @@ def test_a_wrong_model_or_size_raises_an_error() -> None:
         SASwinPretraining(model=network(32, 64, 32))
     with pytest.raises(ValueError, match="cutout=1"):
         SASwinPretraining(model=network(), cutout=1)
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=r"method.rotation=.*: a task's weight must be 0 or more"):
+            SASwinPretraining(model=network(), rotation=wrong)
 
 
 def pretrain(run, store) -> None:

@@ -275,3 +275,13 @@ def test_wrong_sizes_raise_an_error_that_says_what_to_do() -> None:
         )
     with pytest.raises(ValueError, match="position must be"):
         SWViT(img_size=16, position="learned")
+
+
+def test_the_decoders_of_the_sizes_are_shorter_than_their_encoders_and_have_heads_as_wide() -> None:
+    with torch.device("meta"):
+        sizes = [asa.asa_base(), asa.asa_small(), asa.asa_tiny()]
+        narrow = asa.asa_tiny(embed_dim=48, num_heads=4, decoder_dim=24)
+    assert [len(model.decoder) for model in sizes] == [8, 4, 2]
+    assert all(len(model.decoder) < len(model.encoder.blocks) for model in sizes)
+    assert {block.attention.num_heads for block in narrow.encoder.blocks} == {4}
+    assert {block.attention.num_heads for block in narrow.decoder} == {2}

@@ -28,6 +28,7 @@ def test_the_paper_size_has_85_million_parameters() -> None:
 def test_the_hidden_states_are_those_of_the_paper() -> None:
     with torch.device("meta"):
         assert unet_base(out_channels=2).taps == [2, 4, 6, 8, 11]
+        assert unet_small(out_channels=2).taps == [1, 2, 4, 5, 7]  # of 8 blocks, as near to the same parts
 
 
 def test_deep_supervision_gives_five_scales_and_the_finest_alone_otherwise() -> None:

@@ -167,6 +167,9 @@ def test_what_does_not_fit_is_named() -> None:
         Classification(model=torch.nn.Linear(1, 2))
     with pytest.raises(ValueError, match="3 numbers for 2 classes"):
         Classification(model=asa_classifier_tiny(2, img_size=16), weights=[1, 1, 1])
+    for weights in ([-1, 2], [math.nan, 1], [0, 0]):
+        with pytest.raises(ValueError, match=r"must be 0 or more, and not all 0"):
+            Classification(model=asa_classifier_tiny(2, img_size=16), weights=weights)
 
 
 @pytest.mark.parametrize("kind", ["classify", "segment", "pretrain"])

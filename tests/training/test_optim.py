@@ -1,9 +1,13 @@
 """Layer-wise learning rates and frozen parts."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
+from asa.baselines.primus import primus_tiny
+from asa.baselines.resenc import resenc_tiny
 from asa.methods.segment import Segmentation
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.unet import unet_tiny
@@ -59,6 +63,22 @@ def test_the_blocks_of_a_swin_have_learning_rates_of_their_own_too() -> None:
     assert {rate for name, rate in found.items() if "encoder." not in name} == {1.0}
 
 
+def test_the_blocks_of_comparators_have_learning_rates_of_their_own_too() -> None:
+    resenc, primus = (
+        rates(Segmentation(model=make(out_channels=3, img_size=(32, 32, 64))), 1.0, layer_decay=0.5)
+        for make in (resenc_tiny, primus_tiny)
+    )
+    stages = {int(name.split(".")[3]) for name in resenc if name.startswith("model.encoder.stages.")}
+    for name, rate in resenc.items():
+        if name.startswith("model.encoder.stages."):
+            assert rate == 0.5 ** (max(stages) - int(name.split(".")[3])), name
+    assert {rate for name, rate in resenc.items() if ".stem." in name} == {0.5 ** (max(stages) + 1)}
+    blocks = {int(name.split(".")[3]) for name in primus if name.startswith("model.encoder.blocks.")}
+    for name, rate in primus.items():
+        if name.startswith("model.encoder.blocks."):
+            assert rate == 0.5 ** (max(blocks) + 1 - int(name.split(".")[3])), name
+
+
 def test_rates_of_layers_that_no_encoder_orders_are_told() -> None:
     with pytest.warns(UserWarning, match="optim.encoder_lr and optim.layer_decay have no effect"):
         make_optimizer(nn.Linear(2, 2), OptimSettings(encoder_lr=0.1))
@@ -103,6 +123,12 @@ def test_a_layer_decay_outside_its_range_is_refused() -> None:
     for wrong in (0.0, 1.1, -1.0):
         with pytest.raises(ValueError, match=r"optim\.layer_decay"):
             OptimSettings(layer_decay=wrong)
+    for name in ("lr", "weight_decay", "warmup_lr", "final_lr"):
+        for number in (-1e-3, math.nan, math.inf):
+            with pytest.raises(ValueError, match=rf"optim.{name}=.*: must be 0 or more"):
+                OptimSettings(**{name: number})
+    with pytest.raises(ValueError, match=r"train.clip=nan: must be 0 or more"):
+        TrainSettings(clip=math.nan)
 
 
 def test_the_encoder_may_have_a_lower_learning_rate(method: Segmentation) -> None:
