@@ -28,7 +28,7 @@ LINES = {
     "": 735,  # the reader of phantoms lies with them
     "baselines": 1136,  # puzzles without mirrored patches
     "cli": 774,  # stale stages of a study
-    "data": 8043,  # subjects by ids; a killed worker fails its own scan
+    "data": 8046,  # subjects by ids; a killed worker fails its own scan
     "evaluation": 2525,  # scores over subjects; probes choose by subjects
     "export": 767,  # what is not finite becomes no label map
     "inference": 2664,  # scans and ensembles are checked by content and voxel size
@@ -37,8 +37,8 @@ LINES = {
     "models": 2290,  # layers of a Swin
     "ops": 596,  # encodings on a device
     "reporting": 1718,
-    "restoration": 2132,  # windows and places of images
-    "tasks": 3359,  # scans on both sides of a split; files of earlier predictions
+    "restoration": 2134,  # windows and places of images
+    "tasks": 3373,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
     "training": 2702,  # a run continues on its own data; statistics of steps that are not made
 }
 # The only places that may import a library.

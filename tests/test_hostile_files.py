@@ -257,7 +257,7 @@ def test_a_training_state_of_something_else_is_named(tmp_path: Path, training: d
     optimizer, scaler = torch.optim.SGD(method.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False)
     save_checkpoint(tmp_path, 1, method, {}, training, keep=1)
     with pytest.raises(ValueError, match=r"step-00000001: its training state does not fit this run \("):
-        resume(tmp_path, method, optimizer, scaler, EMA(method, 0.0))
+        resume(tmp_path, method, optimizer, scaler, EMA(method, 0.0), {})
 
 
 def test_a_folder_in_the_place_of_a_table_is_named(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], 
     explained = f"{_explained(trials)} The difference is from `{arms[0]}` with the same seeds and cases. "
     words = [f"- {line}" for line in verdicts(rows, arms[0])]
     lines = ["# Ablation", "", *words, *[""] * bool(words), f"{explained}Seed sd is the spread of the seeds' means."]
-    lines += [f"- {note}" for note in ["", *notes]] if notes else []
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
     lines += ["", *markdown_lines(overview(rows), 2)]
     heads = ["labelled", "arm", *_regions(trials), f"difference from {arms[0]}", "seed sd", "seeds", "cases"]
     for metric in dict.fromkeys(row.metric for row in rows):

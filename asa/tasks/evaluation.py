@@ -24,6 +24,7 @@ from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_o
 from asa.data.io.parallel import KILLED, in_processes
 from asa.data.io.tables import check_own
 from asa.data.preprocessing.resampling import bounding_box
+from asa.data.store import MANIFEST
 from asa.errors import counted, listed
 from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
 from asa.evaluation.policies import Policy, get_policy
@@ -254,6 +255,15 @@ def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bo
     return comparison
 
 
+def check_whole(config: Config) -> None:
+    """Raise a ValueError for a choice of scans, which only a store has, with another truth."""
+    if config["split_file"] is not None and not (Path(str(config["truth"])) / MANIFEST).exists():
+        raise ValueError(
+            f"split_file={config['split_file']} chooses scans of a store, and truth={config['truth']} is none: leave "
+            "it out, and predict the part to be scored alone (asa-predict part=test)"
+        )
+
+
 def tables_of(config: Config, *names: str) -> tuple[Path, Path, Path]:
     """The predicted table, which has one of these names in its folder, the truth, and the folder for results."""
     for key in ("predictions", "truth"):
@@ -261,6 +271,7 @@ def tables_of(config: Config, *names: str) -> tuple[Path, Path, Path]:
             raise ValueError(f"{key}= has to be given: predictions=FOLDER of asa-predict, and truth=TABLE.csv")
     if config["subject"] is not None:
         raise ValueError("subject= is for images and folders of label maps: give the truth a column subject")
+    check_whole(config)
     folder = Path(str(config["predictions"]))
     found = [table_in(folder, name) for name in names]
     if not (there := [table for table in found if table.exists()]) and len(names) > 1:

@@ -112,12 +112,20 @@ def test_a_perfect_prediction_scores_1_from_a_folder(command, raw: Path, tmp_pat
     found = json.loads((tmp_path / "ev" / "summary.json").read_text())["results"]
     assert [found[tissue]["dice"]["mean"] for tissue in ("csf", "gm", "wm")] == [1, 1, 1]
     assert [found[tissue]["hd95_mm"]["mean"] for tissue in ("csf", "gm", "wm")] == [0, 0, 0]
+    (tmp_path / "split.json").write_text('{"train": ["s0"], "validation": [], "test": ["s1"]}')
+    refused = command(
+        "evaluate", f"predictions={tmp_path}/pred", f"truth={raw}", "pattern=*_seg.nii.gz",
+        "labels={1: csf, 2: gm, 5: wm}", f"split_file={tmp_path}/split.json", f"out={tmp_path}/part",
+    )  # fmt: skip
+    assert failed_in_one_line(refused, "split.json chooses scans of a store", "predict the part")
 
 
 def test_what_a_store_says_itself_is_not_given_beside_it(command, store: Path, tmp_path: Path) -> None:
     for given in ("labels={1: csf}", "ignored=[3]", "images='x/*.nii.gz'"):
         failed = command("evaluate", f"predictions={tmp_path}", f"truth={store}", f"out={tmp_path}/ev", given)
         assert failed_in_one_line(failed, f"{given.partition('=')[0]}= is for a folder of label maps")
+    failed = command("evaluate", f"predictions={tmp_path}", f"truth={store}", f"out={tmp_path}/ev", "part=validation")
+    assert failed_in_one_line(failed, "part=validation: give split_file=RUN/split.json")
 
 
 def test_names_that_do_not_match_are_shown_with_the_patterns_that_would(command, raw: Path, tmp_path: Path) -> None:

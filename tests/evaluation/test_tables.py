@@ -13,6 +13,7 @@ from asa.data.io.tables import read_column, read_rows
 from asa.evaluation.tables import evaluate_classes, evaluate_numbers
 from asa.inference.anomaly import COLUMNS
 from asa.inference.whole_scans import class_cells, predictions_csv
+from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import add_rows
 from asa.tasks.run import evaluate_task
 
@@ -44,6 +45,12 @@ def evaluate(tmp_path: Path, policy: str, truth: str) -> dict:
     folders = {"predictions": tmp_path / "predicted", "truth": tmp_path / "truth.csv", "out": tmp_path / "out"}
     evaluate_task(compose("evaluate", [f"policy={policy}", *(f"{key}='{path}'" for key, path in folders.items())]))
     return json.loads((tmp_path / "out/summary.json").read_text())
+
+
+def test_a_split_that_would_choose_rows_of_a_table_is_refused(tmp_path):
+    config = compose("evaluate", ["policy=regression", "predictions=p", "truth=t.csv", "split_file=s.json", "out=o"])
+    with pytest.raises(ValueError, match=r"split_file=s.json chooses scans of a store, and truth=t.csv is none"):
+        tables_of(config, "predictions.csv")
 
 
 def test_the_auc_of_asymmetry_counts_pairs_of_patients_and_healthy(tmp_path, capsys):

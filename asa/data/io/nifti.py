@@ -251,9 +251,12 @@ def check_same_geometry(a: Volume, b: Volume, what: str) -> None:
         raise ValueError(f"{what}: shapes {a.data.shape} and {b.data.shape} differ; resample one onto the other first")
     apart = _corners_apart(a.affine, b.affine, a.data.shape)
     if apart > GEOMETRY_TOLERANCE:
+        codes = axis_codes(a.affine), axis_codes(b.affine)
+        advice = "resample one onto the other, or copy the correct header"
+        if codes[0] != codes[1]:  # with the other's header one would be mirrored
+            advice = f"the axes of one point to {codes[0]} and of the other to {codes[1]}: reorient one"
         raise ValueError(
-            f"{what}: same shape, but their corners are {apart:.2f} mm apart (at most {GEOMETRY_TOLERANCE}); "
-            "resample one onto the other, or copy the correct header"
+            f"{what}: same shape, but their corners are {apart:.2f} mm apart (at most {GEOMETRY_TOLERANCE}); {advice}"
         )
 
 

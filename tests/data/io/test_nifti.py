@@ -1,5 +1,6 @@
 """Images are read whole and checked, and go back to the file's own space to the bit."""
 
+import dataclasses
 import itertools
 import os
 import warnings
@@ -462,6 +463,9 @@ def test_geometry_may_differ_by_a_tenth_of_a_millimetre(tmp_path, noise):
     smaller = read_image(save(tmp_path / "c.nii", noise[:-1]))
     with pytest.raises(ValueError, match="shapes"):
         check_same_geometry(one, smaller, "t1 and label of x")
+    mirrored = dataclasses.replace(one, data=one.data[::-1], affine=one.affine @ np.diag([-1.0, 1, 1, 1]))
+    with pytest.raises(ValueError, match=r"the axes of one point to \w{3} and of the other to \w{3}: reorient one"):
+        check_same_geometry(one, mirrored, "t1 and label of x")
 
 
 def test_a_rotated_grid_is_detected_at_its_corners(tmp_path, noise):
