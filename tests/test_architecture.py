@@ -35,10 +35,10 @@ LINES = {
     "losses": 461,  # two classes or more
     "methods": 732,  # weights of classes and tasks are checked
     "models": 2290,  # layers of a Swin
-    "ops": 596,  # encodings on a device
+    "ops": 601,  # encodings on a device
     "reporting": 1718,
     "restoration": 2134,  # windows and places of images
-    "tasks": 3373,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
+    "tasks": 3377,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
     "training": 2702,  # a run continues on its own data; statistics of steps that are not made
 }
 # The only places that may import a library.

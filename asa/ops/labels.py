@@ -5,13 +5,18 @@ from collections.abc import Sequence
 
 IGNORED = 255  # index of voxels that count neither in a loss nor in a score
 
-SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
+SIDE = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)")
+WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # where one begins in leftPutamen or LPutamen
 
 
 def side_of(name: str) -> str:
     """The side in the name of a label, "l" or "r"; "" if it contains none."""
-    found = SIDE.search(name)
-    return found[2][0].lower() if found else ""
+    found = SIDE.search(_words(name))
+    return found[2][0] if found else ""
+
+
+def _words(name: str) -> str:
+    return WORDS.sub("_", name).lower()
 
 
 def pairs_by_name(names: Sequence[str]) -> list[list[str]]:
@@ -19,7 +24,7 @@ def pairs_by_name(names: Sequence[str]) -> list[list[str]]:
     sides: dict[str, dict[str, str]] = {}
     for name in names:
         if side := side_of(name):
-            sides.setdefault(SIDE.sub(r"\1*\3", name, count=1).lower(), {})[side] = name
+            sides.setdefault(SIDE.sub(r"\1*\3", _words(name), count=1), {})[side] = name
     return [[pair["l"], pair["r"]] for pair in sides.values() if len(pair) == 2]
 
 

@@ -173,7 +173,7 @@ def _match(
     missing, unmatched = sorted(set(truths) - set(found)), sorted(set(found) - set(truths))
     if missing and (not allow_missing or len(missing) == len(truths)):
         if len(missing) < len(truths):
-            advice = "predict them first, or allow missing ones"
+            advice = "predict them first, or set allow_missing=true"
         elif found:
             advice = f"the folder holds {listed(sorted(found))}: ids have to be the same in both{_globs(found, truths)}"
         else:
@@ -184,7 +184,7 @@ def _match(
     if unmatched and not allow_missing:
         raise ValueError(
             f"{predictions}: {len(unmatched)} predictions without a truth: {listed(unmatched)}; "
-            "give their truth, move them away, or allow missing ones"
+            "give their truth, predict only the part to be scored (part=test), or set allow_missing=true"
         )
     if imageless := [] if images is None else sorted(set(truths) - set(images)):
         raise ValueError(f"no image for {listed(imageless)}: give one for every case, or none at all")

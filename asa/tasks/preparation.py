@@ -10,7 +10,7 @@ from asa.data.io.files import PART, failure_lines
 from asa.data.io.lock import LOCK
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import MANIFEST, RECORDS, Store
-from asa.errors import counted
+from asa.errors import counted, listed
 from asa.settings import Config
 
 SCHEME = "label_scheme"  # function of a reader, which gets the keys of data=
@@ -47,6 +47,10 @@ def prepare_task(config: Config) -> None:
         print(f"median seconds per scan: {times}")
     where = "nothing written" if check == "only" else out
     print(f"{where}: {len(report.prepared)} prepared, {len(report.skipped)} done before, {len(report.failures)} failed")
+    known, prefix = {record["id"] for record in records}, f"{config['dataset']}_" if config["dataset"] else ""
+    stored = Store(out).records.ids if target is not None and (out / MANIFEST).exists() else []
+    if others := [id for id in stored if id not in known and id.startswith(prefix)]:
+        print(f"note: {counted(len(others), 'scan')} of the store not in this cohort, kept there: {listed(others, 5)}")
     if quality:
         quality.finish(cohort.settings.as_json())
         print(f"wrote {quality.folder / TABLE} and {quality.folder / PAGE}")

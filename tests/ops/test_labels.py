@@ -8,6 +8,13 @@ def test_labels_are_a_pair_where_their_names_differ_in_the_side_alone() -> None:
     assert pairs_by_name(["caudate_l", "caudate_r", "corpus_callosum"]) == [["caudate_l", "caudate_r"]]
 
 
+def test_words_of_a_name_may_begin_with_capitals() -> None:
+    pairs = [["leftPutamen", "rightPutamen"], ["LThalamus", "RThalamus"], ["caudateL", "caudateR"]]
+    pairs += [["PallidumLeft", "PallidumRight"], ["lAmygdala", "rAmygdala"]]
+    assert pairs_by_name([name for pair in pairs for name in pair]) == pairs
+    assert not any(map(side_of, ["LGN", "Lesion", "GlobusPallidus", "CSF", "WMH", "cerebellumGM", "Rim", "ROI"]))
+
+
 def test_all_labels_of_freesurfer_that_have_a_side_are_in_a_pair_with_the_left_one_first() -> None:
     names = list(aseg_labels().values())
     pairs = pairs_by_name(names)

@@ -290,6 +290,17 @@ def test_a_scan_that_the_store_holds_from_another_folder_is_a_duplicate(raw: Pat
     assert [record["id"] for record in Store(out).records] == [GOOD[0]]
 
 
+def test_a_scan_that_is_no_more_in_the_cohort_stays_and_is_named(raw: Path) -> None:
+    rows = [f"{name},{GOOD[0]}_{name}.nii.gz\n" for name in ("t1", "flair")]
+    given = (f"data.root={raw}", "data.table=table.csv", f"out={raw}_store")
+    for listed, expected in ((rows, False), (rows[:1], True)):
+        (raw / "table.csv").write_text("id,t1\n" + "".join(listed))
+        result = command(*given)
+        assert result.code == 0 and len(Store(f"{raw}_store")) == 2
+        assert ("1 scan of the store not in this cohort, kept there: flair" in result.out) == expected
+    assert "in this cohort" not in command(*given, "dataset=other", "duplicates=keep").out  # two datasets in a store
+
+
 def test_the_site_of_a_scan_is_in_the_manifest(raw: Path) -> None:
     (raw / "table.csv").write_text(f"id,site,t1\na,Rome,{GOOD[0]}_t1.nii.gz\nb,,{GOOD[0]}_flair.nii.gz\n")
     assert command(f"data.root={raw}", "data.table=table.csv", f"out={raw}_store").code == 0
