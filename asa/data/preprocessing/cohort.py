@@ -188,8 +188,8 @@ def _open(root: Path, header: dict[str, Any]) -> tuple[dict[str, bytes], dict[st
             unfinished.unlink()
     entries: dict[str, bytes] = {}
     changed: dict[str, str | None] = {}
-    if (root / MANIFEST).is_file():
-        existing, records = read_manifest(root)
+    existing, records = read_manifest(root) if (root / MANIFEST).is_file() else ({}, None)
+    if records:  # a store without scans, of a command that was wrong, is made anew
         for key in ("settings", "channels", "labels", "ignored"):
             if existing[key] != header[key]:
                 differ = f"{key} {existing[key]}, now asked for {header[key]}"

@@ -556,6 +556,13 @@ def test_a_store_with_other_settings_is_refused(cohort, tmp_path):
             run(cohort, tmp_path / "store", **other)
 
 
+def test_a_store_without_scans_takes_other_settings(cohort, tmp_path):
+    assert run(cohort, tmp_path / "store", labels={}).failures  # forgotten: no scan is prepared
+    assert (tmp_path / "store" / "records.jsonl").read_bytes() == b""
+    run(cohort, tmp_path / "store")
+    assert Store(tmp_path / "store").labels and Store(tmp_path / "store").records
+
+
 def test_an_exception_keeps_the_scans_that_are_done(cohort, tmp_path, monkeypatch):
     run(cohort, tmp_path / "whole")
     prepare_scan = prepare.prepare_scan
