@@ -15,7 +15,7 @@ from asa.errors import one_line, require
 
 PARQUET = ".parquet"
 ENDINGS = (".csv", ".tsv", PARQUET)
-EMPTY = ("", "n/a", "N/A", "NA", "NaN", "nan")  # cells, as BIDS, spreadsheets, R and pandas write them
+EMPTY = ("", "n/a")  # cells; the second is that of BIDS
 # Columns that name what a row is about -> the same of a scan.
 NAMED_BY = {"id": "id", "subject": "subject", "participant_id": "subject"}
 # Columns of the tables that asa-predict writes; in a table of numbers no other column is called so.
