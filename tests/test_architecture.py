@@ -28,17 +28,17 @@ LINES = {
     "": 735,  # the reader of phantoms lies with them
     "baselines": 1136,  # puzzles without mirrored patches
     "cli": 774,  # stale stages of a study
-    "data": 8046,  # subjects by ids; a killed worker fails its own scan
+    "data": 8048,  # subjects by ids; a killed worker fails its own scan
     "evaluation": 2525,  # scores over subjects; probes choose by subjects
     "export": 767,  # what is not finite becomes no label map
-    "inference": 2664,  # scans and ensembles are checked by content and voxel size
+    "inference": 2663,  # scans and ensembles are checked by content and voxel size
     "losses": 461,  # two classes or more
     "methods": 732,  # weights of classes and tasks are checked
     "models": 2290,  # layers of a Swin
     "ops": 601,  # encodings on a device
     "reporting": 1718,
     "restoration": 2134,  # windows and places of images
-    "tasks": 3377,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
+    "tasks": 3376,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
     "training": 2702,  # a run continues on its own data; statistics of steps that are not made
 }
 # The only places that may import a library.

@@ -346,13 +346,12 @@ class AtlasSegmenter:
         networks = self.networks
         used: dict[str, Any] = {}
         if networks is not None:
-            settings = {"overlap": networks.overlap, "precision": networks.settings.precision}
-            used = {"networks": {**networks.described(), "votes": NETWORK_VOTES, **settings}}
+            used = {"votes": NETWORK_VOTES, "overlap": networks.overlap, "precision": networks.settings.precision}
         return {
             "atlases": {record["id"]: {"subject": record["subject"], **record["arrays"]} for record in self.records},
             "fusion": self.fusion,
             "antspyx": self.version,
             "labels": {str(value): name for value, name in self.store.labels.items()},
             "prepare": self.preprocessor.settings.as_json(),
-            **used,
+            **({} if networks is None else {"networks": networks.described() | used}),
         }

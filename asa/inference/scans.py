@@ -211,7 +211,7 @@ def scan_files(source: Path) -> dict[str, Path]:
 def _named(source: Path) -> list[tuple[Path, str]]:
     """The images of a folder and its subfolders, or an image, each with its id: the path in it, with _ for /."""
     if not source.is_dir():
-        return [(source, source.name.removesuffix(end)) for end in IMAGE_ENDINGS if source.name.endswith(end)][:1]
+        return [(source, source.name.removesuffix(end)) for end in IMAGE_ENDINGS if source.name.endswith(end)]
     return [
         (path, folder.join_texts(texts))
         for end in (*VOLUME_ENDINGS, ".hdr", ".hdr.gz")  # of a pair the header

@@ -39,7 +39,7 @@ from asa.restoration.measures import score_image
 from asa.restoration.method import Restoration as RestorationMethod
 from asa.restoration.pairs import PairDataset, check_channels, find_pairs, regions_of
 from asa.tasks.base import Config
-from asa.tasks.evaluation import check_whole
+from asa.tasks.evaluation import check_no_split
 from asa.tasks.prediction import only_checkpoint, subjects_of_part
 from asa.tasks.volumes import absolute, choose_split, set_model
 from asa.training.checkpoint import load_weights, read_model, read_weights
@@ -164,7 +164,7 @@ class Restoration:
         for key in ("predictions", "truth"):
             if config[key] is None:
                 raise ValueError(f"{key}= has to be given: a folder of images")
-        check_whole(config)
+        check_no_split(config)
         keys = ("predictions", "truth", "out", "inputs", "window", "allow_missing", "subject")
         table = evaluate_pictures(**{key: config[key] for key in keys})
         print(f"{table}\nwrote cases.csv, summary.json and report.html to {config['out']}")

@@ -255,7 +255,7 @@ def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bo
     return comparison
 
 
-def check_whole(config: Config) -> None:
+def check_no_split(config: Config) -> None:
     """Raise a ValueError for a choice of scans, which only a store has, with another truth."""
     if config["split_file"] is not None and not (Path(str(config["truth"])) / MANIFEST).exists():
         raise ValueError(
@@ -271,7 +271,7 @@ def tables_of(config: Config, *names: str) -> tuple[Path, Path, Path]:
             raise ValueError(f"{key}= has to be given: predictions=FOLDER of asa-predict, and truth=TABLE.csv")
     if config["subject"] is not None:
         raise ValueError("subject= is for images and folders of label maps: give the truth a column subject")
-    check_whole(config)
+    check_no_split(config)
     folder = Path(str(config["predictions"]))
     found = [table_in(folder, name) for name in names]
     if not (there := [table for table in found if table.exists()]) and len(names) > 1:

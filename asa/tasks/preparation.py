@@ -47,9 +47,8 @@ def prepare_task(config: Config) -> None:
         print(f"median seconds per scan: {times}")
     where = "nothing written" if check == "only" else out
     print(f"{where}: {len(report.prepared)} prepared, {len(report.skipped)} done before, {len(report.failures)} failed")
-    known, prefix = {record["id"] for record in records}, f"{config['dataset']}_" if config["dataset"] else ""
-    stored = Store(out).records.ids if target is not None and (report.prepared or report.skipped) else []
-    if others := [id for id in stored if id not in known and id.startswith(prefix)]:
+    prefix = f"{config['dataset']}_" if config["dataset"] else ""
+    if others := [id for id in report.others if id.startswith(prefix)]:
         print(f"note: {counted(len(others), 'scan')} of the store not in this cohort, kept there: {listed(others, 5)}")
     if quality:
         quality.finish(cohort.settings.as_json())

@@ -39,7 +39,7 @@ from asa.ops.labels import IGNORED, joined_sides, pairs_by_name, side_of
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.tasks.base import Config
-from asa.tasks.evaluation import check_whole, evaluate_folder
+from asa.tasks.evaluation import check_no_split, evaluate_folder
 from asa.tasks.prediction import (
     LABEL_MAPS_ONLY,
     add_rows,
@@ -408,7 +408,7 @@ def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
 
 def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
     """Label files of a folder by the text that the pattern's * stands for, as keywords of `evaluate_folder`."""
-    check_whole(config)
+    check_no_split(config)
     if not isinstance(config["labels"], dict):
         raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
     if not all(str(value).isdecimal() and isinstance(name, str) for value, name in config["labels"].items()):

@@ -84,7 +84,7 @@ def _in_pool(
         # A killed worker ends its pool. Whose it was is not known: what may have been running is tried alone.
         running, left = left[: 2 * workers + 1], left[2 * workers + 1 :]
         for job in running:
-            for _ in (yield from _in_one_pool(function, [job], 1, ordered)):
+            if (yield from _in_one_pool(function, [job], 1, ordered)):
                 yield job, None
 
 

@@ -45,6 +45,7 @@ class CohortReport:
     failures: dict[str, str] = field(default_factory=dict)  # id -> reason
     warnings: dict[str, list[str]] = field(default_factory=dict)  # id -> possible problems
     seconds: dict[str, list[float]] = field(default_factory=dict)  # stage -> duration for each scan
+    others: list[str] = field(default_factory=list)  # ids of the store's other scans, which it keeps
 
 
 def prepare_cohort(
@@ -100,6 +101,7 @@ def prepare_cohort(
             root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(root))
             entries, software = _open(root, _header(records, cohort))
+            report.others = sorted(entries.keys() - ids)
             stack.callback(write_records, root, entries)  # at the end, also of a run that fails
         check_distinct(sorted(ids | entries.keys()))
         for record in tqdm(records, "compare", unit="scan", disable=not progress or not entries):
