@@ -28,18 +28,18 @@ LINES = {
     "": 735,  # the reader of phantoms lies with them
     "baselines": 1136,  # puzzles without mirrored patches
     "cli": 774,  # stale stages of a study
-    "data": 8048,  # subjects by ids; a killed worker fails its own scan
-    "evaluation": 2525,  # scores over subjects; probes choose by subjects
+    "data": 8060,  # subjects by ids of large cohorts; a killed worker fails its own scan
+    "evaluation": 2550,  # scores over subjects, and on scans of the training
     "export": 767,  # what is not finite becomes no label map
-    "inference": 2663,  # scans and ensembles are checked by content and voxel size
+    "inference": 2711,  # scans and ensembles are checked by content, voxel size, and what a network was trained on
     "losses": 461,  # two classes or more
     "methods": 732,  # weights of classes and tasks are checked
     "models": 2290,  # layers of a Swin
     "ops": 601,  # encodings on a device
-    "reporting": 1718,
-    "restoration": 2134,  # windows and places of images
-    "tasks": 3376,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
-    "training": 2702,  # a run continues on its own data; statistics of steps that are not made
+    "reporting": 1720,
+    "restoration": 2137,  # windows, places and numbers of regions
+    "tasks": 3402,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
+    "training": 2735,  # a run continues on its own data, and says if it is not through; statistics of steps not made
 }
 # The only places that may import a library.
 HOMES = {

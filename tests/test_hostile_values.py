@@ -90,7 +90,7 @@ def test_a_prepared_scan_that_is_not_finite_is_named_and_the_others_are_predicte
         def predict_stored(self, id: str, *prepared: object) -> None:
             self.seen.append(id)
 
-        def finish(self) -> str:
+        def finish(self, found: object) -> str:
             return "done"
 
     def prepared(value: float):

@@ -126,6 +126,7 @@ class SegmentationSummary(Summary):
         regions: name of each evaluated region -> label values that it joins.
         missing: cases without a prediction; they count in n total, not in n used.
         unmatched: predictions without a truth; they are not counted.
+        notes: lines about how the scores are to be read.
     """
 
     policy: Policy
@@ -134,6 +135,7 @@ class SegmentationSummary(Summary):
     regions: Regions
     missing: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def wrong_side(self) -> dict[str, Statistic]:
@@ -155,6 +157,7 @@ class SegmentationSummary(Summary):
             "regions": {name: list(values) for name, values in self.regions.items()},
             "without_prediction": list(self.missing),
             "without_truth": list(self.unmatched),
+            **({"notes": list(self.notes)} if self.notes else {}),
             **({"wrong_side": {name: nullable(asdict(one)) for name, one in sided.items()}} if sided else {}),
         }
 
@@ -166,6 +169,7 @@ def summarise(
     *,
     missing: Sequence[str] = (),
     unmatched: Sequence[str] = (),
+    notes: Sequence[str] = (),
     subjects: Mapping[str, str] | None = None,
 ) -> SegmentationSummary:
     """Summarise the rows of label maps, as `evaluate_case` returns them, over the cases.
@@ -186,6 +190,7 @@ def summarise(
         regions=regions,
         missing=tuple(missing),
         unmatched=tuple(unmatched),
+        notes=tuple(notes),
     )
 
 

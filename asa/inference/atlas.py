@@ -283,6 +283,7 @@ class AtlasSegmenter:
             data["spacing"] = networks.data["spacing"]
         self.outputs, self.networks = Outputs.of(data), networks
         self.preprocessor = ScanPreprocessor(str(store.path), data, strip, scans="the scans")
+        self.preprocessor.networks = [] if networks is None else networks.preprocessor.networks
         if networks is not None:
             self._check_networks(networks)
             self.outputs = networks.outputs

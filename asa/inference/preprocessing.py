@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from asa.data.io.nifti import Volume, read_image, spacing_of, to_ras
+from asa.config import written
+from asa.data.io.nifti import Volume, identity_of, read_image, spacing_of, to_ras
 from asa.data.preprocessing.pipeline import prepare_case
 from asa.data.preprocessing.scan import intensity_statistics
 from asa.data.preprocessing.settings import PrepareSettings
@@ -27,6 +28,7 @@ EXPORTED = (
     *("channels", "labels", "classes", "number", "regions", "prepare", "lateral_pairs", "join_sides", "spacing"),
     *("modalities", "normalised"),
 )
+SEEN = ("window", "normalise", "strip", "bias", "midway", "register")  # settings of which a network sees the outcome
 SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel size above which a scan is resampled
 
 
@@ -59,6 +61,31 @@ def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[st
 def prepared_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two settings of preprocessing give the same of a scan that both accept; they may differ in NaN."""
     return {**one, "nan": None} == {**other, "nan": None}
+
+
+def prepared_otherwise(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How scans that a network was trained on before differ from those of now in what a network sees, in words.
+
+    Both are metadata of training scans: their `prepare`, and their "spacing" where it is known.
+    """
+    old, new = ({**PrepareSettings().as_json(), **data["prepare"]} for data in (before, now))
+    found = [
+        f"prepare.{key}={written(old.get(key))} (here {written(new.get(key))})"
+        for key in SEEN
+        if old.get(key) != new.get(key)
+    ]
+    if sizes := other_voxel_sizes(before, now):
+        found.append(f"voxels of {sizes[0]} mm (here {sizes[1]})")
+    return found
+
+
+def other_voxel_sizes(*scans: Mapping[str, Any]) -> list[str]:
+    """The mean voxel size in mm of each of two metadata of training scans, in words, if they differ; else []."""
+    sizes = [np.array(data.get("spacing", ())) for data in scans]
+    known = all(size.shape == (2, 3) for size in sizes)
+    if not known or (np.abs(sizes[0] / sizes[1] - 1) <= SPACING_TOLERANCE).all():
+        return []
+    return [" x ".join(f"{length:.3g}" for length in size.mean(axis=0)) for size in sizes]
 
 
 def check_finite(values: Any, what: str) -> None:
@@ -102,6 +129,8 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
         size = np.array(data.get("spacing", np.ones((2, 3))), dtype=np.float64)
         if size.shape != (2, 3) or not (size > 0).all() or not np.isfinite(size).all():
             raise ValueError(f"spacing={data['spacing']}")
+        if not all(isinstance(digest, str) for digest in data.get("scans", ())):
+            raise ValueError("scans are digests")
         for one in data.get("modalities", {}).values():
             check_metadata(path, one)
         if not 0 <= data.get("overlap", 0) <= LARGEST_OVERLAP:
@@ -170,6 +199,7 @@ class ScanPreprocessor:
         data = of_modality(path, data, channels)
         self.path, self.data, self.scans = path, data, f"{scans} of {path}"
         self.channels: list[str] = data["channels"]
+        self.networks: Sequence[Mapping[str, Any]] = [data]  # metadata: of an ensemble several, of atlases none
         settings = PrepareSettings(**data["prepare"])
         if strip is None and "{mask}" in settings.strip:  # the checkpoint may come from an untrusted source
             raise ValueError(
@@ -180,6 +210,13 @@ class ScanPreprocessor:
             self.settings = settings if strip is None else replace(settings, strip=strip)
         except ValueError as error:  # of asa-predict, whose key it is
             raise ValueError(str(error).removeprefix("prepare.")) from None
+
+    def saw(self, scan: Volume) -> bool | None:
+        """Whether the network, or what it started from, was trained on a raw scan, its first channel; None: unknown."""
+        known = [set(one["scans"]) for one in self.networks if "scans" in one]  # digests, see `asa.data.leakage`
+        if known and identity_of(scan) in set().union(*known):
+            return True
+        return None if len(known) < len(self.networks) else False
 
     def prepare(self, images: Mapping[str, str | Path | None]) -> tuple[Case, Volume]:
         """The prepared scan of a file per channel, as `asa-prepare` makes it, and the first channel as it was read.

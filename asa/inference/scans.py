@@ -13,14 +13,15 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.datasets import bids, folder, nnunet
-from asa.data.datasets.recognise import is_label_map
-from asa.data.datasets.record import Record, check_distinct, make_record, sorted_records
+from asa.data.datasets.record import Record, check_distinct, is_label_map, make_record, sorted_records
 from asa.data.io.files import NOT_HERE, failure_lines
 from asa.data.io.nifti import IMAGE_ENDINGS, VOLUME_ENDINGS, Volume, identity_of, read_image
 from asa.data.io.parallel import each_tried
+from asa.data.io.tables import TRAINED_ON
 from asa.data.splits import select
 from asa.data.store import Store
 from asa.errors import counted
+from asa.evaluation.tables import notes_of
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 
@@ -36,7 +37,9 @@ class ScanPredictor(Protocol):
     preprocessor: ScanPreprocessor
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> Any:
-        """Predict a prepared volume; what it returns is handed to the `done` of `predict_each`.
+        """Predict a prepared volume, and return what `predict_each` hands on: by column, the scan's cells of a table.
+
+        `predict_each` adds a cell to them: whether the network was trained on the scan.
 
         Args:
             image: `(C, D, H, W)`, of a store, or just prepared from a raw scan.
@@ -44,8 +47,8 @@ class ScanPredictor(Protocol):
             like: the raw scan, of several channels the first one, for its grid and header.
         """
 
-    def finish(self) -> str:
-        """Write what is written once for all scans; say what was written."""
+    def finish(self, found: Mapping[str, Any]) -> str:
+        """Write what is written once for all scans, from what was found of each by its id; say what was written."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def predict_each(
         layout: where the predictor writes.
         workers: processes that predict scans at the same time; 1 predicts in this process.
         remaining: called before the first scan, when the layout knows all of them: those that are to be predicted.
-        done: called in this process as soon as a scan is predicted, with its id and what `predict_stored` returned.
+        done: called in this process as soon as a scan is predicted, with its id and what was found of it.
 
     Raises:
         ValueError: scans failed.
@@ -82,7 +85,7 @@ def predict_each(
     """
     channels = predictor.preprocessor.channels
     layout.begin({scan.id: [scan.files[name] for name in channels if name in scan.files] for scan in scans})
-    failures, seconds = dict[str, str](), []
+    failures, found, seconds = dict[str, str](), dict[str, Any](), []
     predict = partial(_predict, predictor, layout)
     scans = scans if remaining is None else remaining(scans)
     for scan, predicted, reason in each_tried(predict, scans, workers, title="predict", unit="scan"):
@@ -92,16 +95,18 @@ def predict_each(
             if not reason.endswith(NOT_HERE):
                 tqdm.write(f"{scan.id}: failed: {reason}")
             continue
-        result, cautions, took = predicted
+        found[scan.id], cautions, took = predicted
         for caution in cautions:
             tqdm.write(f"{scan.id}: warning: {caution}")
         seconds.append(took)
         if done is not None:
-            done(scan.id, result)
+            done(scan.id, found[scan.id])
     layout.check_kept()
     for line in failure_lines({id: reason for id, reason in failures.items() if reason.endswith(NOT_HERE)}):
         print(line)
-    written = predictor.finish()
+    written = predictor.finish(found)
+    for line in notes_of([{**cells, "id": id} for id, cells in found.items() if isinstance(cells, dict)]):
+        print(line)
     if failures:
         raise ValueError(f"{counted(len(failures), 'scan')} failed, listed above")
     print(f"{written}; {median(seconds):.1f} s per scan (median of {len(seconds)})" if seconds else written)
@@ -117,6 +122,8 @@ def _predict(predictor: ScanPredictor, layout: Layout, scan: Scan) -> tuple[Any,
         image, chain, like = scan.prepared()
         check_finite(image, "the prepared scan")
         found = predictor.predict_stored(scan.id, image, chain, like)
+    if isinstance(found, dict) and predictor.preprocessor.networks:
+        found[TRAINED_ON] = {True: "yes", False: "no", None: ""}[predictor.preprocessor.saw(like)]
     layout.describe(scan.id)
     return found, [str(warning.message) for warning in caught], time.perf_counter() - started
 
@@ -139,6 +146,8 @@ def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]
     same = np.allclose(like.affine, record["chain"]["affine"], atol=1e-4)
     if (now.st_size, now.st_mtime_ns) not in known and not (same and identity_of(like) in record["identity"].values()):
         raise ValueError(f"{path}: is not the scan that was prepared any more: run asa-prepare again")
+    if missing := record.get("missing"):
+        warnings.warn(f"has no {', '.join(missing)}: 0 stands in its place", stacklevel=2)
     preprocessor.check_stored(record["chain"])
     preprocessor.warn_outside_range(record["quality"], record["intensity"])
     return store.image(record["id"]), record["chain"], like

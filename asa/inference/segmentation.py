@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from asa.data.io.files import sha256_of
 from asa.data.io.nifti import Volume
 from asa.inference.label_maps import Outputs
-from asa.inference.preprocessing import SPACING_TOLERANCE, ScanPreprocessor, check_finite, check_metadata
+from asa.inference.preprocessing import ScanPreprocessor, check_finite, check_metadata, other_voxel_sizes
 from asa.inference.uncertainty import RunningSpread, entropy_map, write_map
 from asa.ops.symmetry import flip
 from asa.settings import PredictSettings, check_axes, check_uncertainty
 from asa.training.checkpoint import read_model
-from asa.training.checkpoint_files import find_weights
 from asa.training.device import autocast, pick_device, pick_precision
 
 OVERLAP = 0.5  # of windows, where the settings give none
@@ -173,6 +171,7 @@ class Segmenter:
         self.uncertainty = uncertainty
         self.progress = progress
         self.models: list[nn.Module] = []
+        self.digests: list[str] = []  # SHA-256 of the weights
         metadata: list[dict[str, Any]] = []
         for path in paths:
             model, description = read_model(path, plugins=plugins)
@@ -182,6 +181,7 @@ class Segmenter:
             window_size(model)  # fails here and not at the first scan
             self.models.append(model.to(pick_device(settings.device)))
             metadata.append(description["data"])
+            self.digests.append(description["sha256"])
         self.overlap = overlap_of(metadata) if settings.overlap is None else settings.overlap
         self.settings = replace(settings, overlap=self.overlap)
         self.data = metadata[0]
@@ -192,6 +192,7 @@ class Segmenter:
         self.outputs.files(Path())  # refuses names of one file here and not at the first scan
         self.mirrored_channels = self.outputs.mirrored() if "W" in axes else []
         self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip)
+        self.preprocessor.networks = metadata
 
     def __repr__(self) -> str:
         channels, labels = ", ".join(self.data["channels"]), ", ".join(self.outputs.names)
@@ -262,7 +263,8 @@ class Segmenter:
 
     def described(self) -> dict[str, Any]:
         """The networks and the flips, for sidecars in BIDS."""
-        networks = [{"Name": Path(path).name, "SHA256": sha256_of(find_weights(path))} for path in self.paths]
+        named = zip(self.paths, self.digests, strict=True)
+        networks = [{"Name": Path(path).name, "SHA256": digest} for path, digest in named]
         return {"Networks": networks, "TestTimeFlips": self.views[1:]}
 
     def probabilities(self, image: Tensor, spread: RunningSpread | None = None) -> Tensor:
@@ -296,9 +298,7 @@ def _check_agreement(first: str, data: Mapping[str, Any], path: str, other: Mapp
             raise ValueError(
                 f"{path}: the networks of an ensemble must agree in {key}: {actual} here, {expected} in {first}"
             )
-    here, there = (np.array(one.get("spacing", np.ones((2, 3)))) for one in (other, data))
-    if {"spacing"} <= data.keys() & other.keys() and (np.abs(here / there - 1) > SPACING_TOLERANCE).any():
-        sizes = [" x ".join(f"{size:g}" for size in mm.mean(axis=0)) for mm in (here, there)]
+    if sizes := other_voxel_sizes(other, data):
         raise ValueError(
             f"{path}: its training scans have voxels of {sizes[0]} mm, those of {first} of {sizes[1]} mm: predict with "
             "one of them"

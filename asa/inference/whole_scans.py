@@ -65,6 +65,7 @@ class _Network:
         self.model = model.to(pick_device(settings.device))
         self.window = window_size(model)
         self.preprocessor = ScanPreprocessor(str(checkpoint), description["data"], strip)
+        self.digest: str = description["sha256"]  # of the weights
         self.about: Any = description["data"][self.key]
         self.outputs = len(model.get_parameter("head.bias"))
 

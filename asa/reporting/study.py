@@ -18,13 +18,15 @@ def write_study(path: Path, done: Sequence[Mapping[str, Any]], missing: Sequence
 
 
 def _verdicts(out: Path) -> Iterator[str]:
-    """What a stage found: the verdict of a comparison, the mean Dice of an evaluation."""
+    """What a stage found: the verdict of a comparison, the mean Dice of an evaluation and how it is to be read."""
     if (file := out / "comparison.json").exists():
         yield from read_json(file)["verdict"]
     for file in (out / "summary.json", out / "evaluation" / "summary.json"):
-        results = read_json(file).get("results", {}).values() if file.exists() else ()
+        summary = read_json(file) if file.exists() else {}
+        results = summary.get("results", {}).values()
         if means := [found["dice"]["mean"] for found in results if found.get("dice", {}).get("mean") is not None]:
             yield f"Dice {sum(means) / len(means):.3f}, mean of {len(means)} labels and regions"
+        yield from summary.get("notes", ())
 
 
 def _pages(out: str) -> list[str]:

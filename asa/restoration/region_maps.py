@@ -113,9 +113,12 @@ def make_provider(
         device: for sam.
 
     Raises:
-        ValueError: an unknown provider, or a required setting that is missing.
+        ValueError: an unknown provider, or a required setting that is missing or not above 0.
         ImportError: a package that is not installed.
     """
+    for key, value in (("scale", scale), ("regions", regions)):
+        if not (isinstance(value, int | float) and value > 0):
+            raise ValueError(f"{key}={value}: give a number above 0")
     if name == "felzenszwalb":
         return partial(_felzenszwalb, scale=scale)
     if name == "slic":

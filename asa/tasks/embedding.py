@@ -8,6 +8,7 @@ asa-evaluate policy=probe   OUT/summary.json      the scores
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
-from asa.evaluation.tables import matched, numbers, table_in, without_prediction
+from asa.evaluation.tables import matched, notes_of, numbers, table_in, without_prediction
 from asa.inference.features import FeatureExtractor, pooled
 from asa.reporting.pages import check_page
 from asa.reporting.probe import write_probe
 from asa.tasks.base import Config
-from asa.tasks.evaluation import tables_of, unpredicted
+from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import add_rows, channels_of, predict_scans, rows_in
 
 TABLE = "features.csv"
@@ -58,22 +59,24 @@ class Embedder:
         self.preprocessor = self.extractor.preprocessor
         if self.parts == "sides":
             self.preprocessor.warn_unless_centred()
-        self.rows: dict[str, dict[str, np.ndarray]] = {}
 
-    def finish(self) -> str:
+    def finish(self, found: Mapping[str, list[tuple[str, np.ndarray]]]) -> str:
         digits = 9 if self.table.suffix == PARQUET else 6  # of a float32
         rows = {}
-        for id, parts in self.rows.items():
-            named = ((f"{part}_{k}", value) for part, values in parts.items() for k, value in enumerate(values))
+        for id, parts in found.items():
+            named = ((f"{part}_{k}", value) for part, values in parts for k, value in enumerate(values))
             rows[id] = {"id": id, **{name: "" if math.isnan(x) else f"{x:.{digits}g}" for name, x in named}}
         self.table.parent.mkdir(parents=True, exist_ok=True)
         add_rows(self.table, rows, source=self.source)
-        for id, parts in self.rows.items() if self.arrays else ():
+        for id, parts in found.items() if self.arrays else ():
             with whole_file(self.table.parent / f"{id}.npy") as file:
-                np.save(file, np.concatenate(list(parts.values())).astype(np.float32))
+                np.save(file, np.concatenate([values for _, values in parts]).astype(np.float32))
         return f"wrote {self.table}: {counted(len(rows), 'scan')}"
 
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
+    def predict_stored(
+        self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume
+    ) -> list[tuple[str, np.ndarray]]:
+        """The features of each part of a scan."""
         volume = np.array(image, dtype=np.float32)  # that of a store is read-only, of which PyTorch warns
         tokens, head = self.extractor.tokens(volume), (volume != 0).any(axis=0)
         if not head.any():
@@ -84,15 +87,13 @@ class Embedder:
             if label is None:
                 raise ValueError("of=labels: this scan has no labels")
             masks = {name: label[0] == k for k, name in enumerate(self.store.labels.values(), start=1)}
-            self.rows[id] = {name: pooled(tokens, self.extractor.fractions(mask)) for name, mask in masks.items()}
-            return
+            return [(name, pooled(tokens, self.extractor.fractions(mask))) for name, mask in masks.items()]
         weights = self.extractor.fractions(head)
         if self.parts == "whole":
-            self.rows[id] = {"whole": pooled(tokens, weights)}
-            return
+            return [("whole", pooled(tokens, weights))]
         half = weights.shape[2] // 2
         left, right = pooled(tokens[..., :half], weights[..., :half]), pooled(tokens[..., -half:], weights[..., -half:])
-        self.rows[id] = {"left": left, "right": right, "difference": left - right}
+        return [("left", left), ("right", right), ("difference", left - right)]
 
 
 def embed_task(config: Config) -> None:
@@ -132,7 +133,7 @@ def evaluate_probe(config: Config) -> None:
     written: dict[str, Any] = {"column": column, "probe": probe, "folds": folds, "scans": len(rows)}
     written |= nullable(found.scores) | {"without_prediction": left_out}
     lines = [f"{column}: {found.text()}, {counted(len(rows), 'scan')} of {len(set(subjects))} subjects, {folds} folds"]
-    lines += unpredicted(left_out)
+    lines += notes_of([], left_out)
     if (group := config["group"]) is not None:
         groups, written["groups"] = _complete(truth, group, scans), {}
         for name in sorted(set(groups)):

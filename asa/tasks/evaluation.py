@@ -12,7 +12,7 @@ OUT/comparison.html   both for reading, with a figure (needs the `report` extra)
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,15 +22,15 @@ from asa.data.datasets.folder import files_by_id, has_wildcard, matching_globs
 from asa.data.io.files import check_present, sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
-from asa.data.io.tables import check_own
+from asa.data.io.tables import check_own, read_rows
 from asa.data.preprocessing.resampling import bounding_box
 from asa.data.store import MANIFEST
-from asa.errors import counted, listed
+from asa.errors import listed
 from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
 from asa.evaluation.policies import Policy, get_policy
 from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, summarise
-from asa.evaluation.tables import table_in
-from asa.inference.layout import label_maps_of
+from asa.evaluation.tables import notes_of, table_in
+from asa.inference.layout import VOLUMES, label_maps_of
 from asa.ops.labels import side_of
 from asa.reporting.comparison import write_comparison
 from asa.reporting.evaluation import CaseFiles, write_report
@@ -134,7 +134,8 @@ def evaluate_folder(
             raise ValueError(f"case {case.case_id}: {KILLED}")
         rows += found
     missing = [case.case_id for case in cases if case.prediction is None]
-    summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched, subjects=subjects)
+    notes = _notes(Path(predictions) / VOLUMES, truths)
+    summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched, notes=notes, subjects=subjects)
 
     report = Path(out) / "report.html"
     report.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
@@ -212,6 +213,15 @@ def _globs(found: Mapping[str, Path], truths: Mapping[str, Path]) -> str:
     return f"; with a folder of true label maps, {mine}pattern='{globs[1]}' would match {globs[2]} of them"
 
 
+def _notes(table: Path, ids: Collection[str]) -> list[str]:
+    """What `notes_of` says of some scans; [] without a table of asa-predict: label maps may be of other programs."""
+    try:
+        rows = read_rows(table)
+    except (FileNotFoundError, ValueError):
+        return []
+    return notes_of([row for row in rows if row.get("id") in ids])
+
+
 def _paths(case: CaseFiles) -> dict[str, str | None]:
     """Absolute paths of a case's files, with which a comparison draws them again, and the SHA-256 of the label maps."""
     paths = {"prediction": case.prediction, "truth": case.truth, "image": case.image}
@@ -278,8 +288,3 @@ def tables_of(config: Config, *names: str) -> tuple[Path, Path, Path]:
         tables = " or ".join(map(str, found))
         raise FileNotFoundError(f"{tables}: no such table; predictions= is the folder that asa-predict wrote")
     return (there or found)[0], Path(str(config["truth"])), Path(str(config["out"]))
-
-
-def unpredicted(rows: int) -> list[str]:
-    """A line about so many rows of the truth without a prediction, if there are any."""
-    return [f"{counted(rows, 'row')} of the truth without a prediction"] if rows else []

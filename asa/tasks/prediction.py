@@ -9,7 +9,7 @@ import numpy as np
 from asa.data.io.files import check_out, write_whole
 from asa.data.io.lock import in_turn
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import PARQUET, check_own, csv_text, read_rows, write_numbers
+from asa.data.io.tables import PARQUET, TRAINED_ON, check_own, csv_text, read_rows, write_numbers
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST, Store
 from asa.inference.anomaly import COLUMNS, AnomalyScorer
@@ -53,14 +53,13 @@ class _AnomalyPredictor:
         self.out, self.source = Path(str(config["out"])), Path(str(config["input"]))
         self.table = self.out / scorer.table
         check_out(self.out, scorer.table, f"a folder of anomaly maps (with {scorer.table})")
-        check_own(self.table, "asa-predict", {"id"}, "|".join(["subject", *COLUMNS]))
-        self.rows: dict[str, dict[str, str]] = {}
+        check_own(self.table, "asa-predict", {"id"}, "|".join(["subject", *COLUMNS, TRAINED_ON]))
 
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self.rows[id] = self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz")
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
+        return self.scorer.score_prepared(id, image, chain, like, self.out / f"{id}.nii.gz")
 
-    def finish(self) -> str:
-        add_rows(self.table, self.rows, source=self.source)
+    def finish(self, found: Mapping[str, dict[str, str]]) -> str:
+        add_rows(self.table, found, source=self.source)
         return f"wrote {self.table}, and a map of each scan beside it"
 
 
@@ -124,6 +123,11 @@ def checkpoints_of(config: Config) -> list[str]:
     """The checkpoints that are given, one or several."""
     chosen = config["checkpoint"]
     return [chosen] if isinstance(chosen, str) else [str(path) for path in chosen]
+
+
+def short(*digests: str) -> str:
+    """What tables call networks by: the beginnings of the SHA-256 of their weights."""
+    return "+".join(digest[:8] for digest in digests)
 
 
 def only_checkpoint(config: Config, result: str) -> str:

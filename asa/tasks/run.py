@@ -32,7 +32,7 @@ from asa.training.gpu_check import preflight
 from asa.training.loop import TrainSettings, check_settings, train
 from asa.training.optim import OptimSettings
 from asa.training.plan import micro_batch, show_plan
-from asa.training.run_folder import open_run, run_backend
+from asa.training.run_folder import open_run, run_backend, unfinished
 
 
 def configure(command: str, *settings: Mapping[str, Any], config_dir: str | Path | None = None) -> Config:
@@ -267,6 +267,8 @@ def predict_task(config: Config) -> None:
         raise ValueError(f"probabilities={config['probabilities']}: choose true or false")
     if config["atlas"] is None and not (checkpoints := checkpoints_of(config)):
         raise ValueError("checkpoint=[]: give at least one")
+    for line in filter(None, map(unfinished, checkpoints_of(config) if config["checkpoint"] else ())):
+        print(line)
     if config["atlas"] is not None:
         predict_by_registration(config)
         return

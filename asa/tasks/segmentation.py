@@ -20,7 +20,7 @@ from asa.data.datasets import folder
 from asa.data.datasets.record import subject_of
 from asa.data.io.files import check_out, make_below
 from asa.data.io.nifti import VOLUME_ENDINGS, Volume
-from asa.data.io.tables import check_own, read_rows
+from asa.data.io.tables import NETWORK, TRAINED_ON, check_own, read_rows
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
 from asa.data.loading.loader import collate
@@ -47,6 +47,7 @@ from asa.tasks.prediction import (
     predict_anomalies,
     predict_scans,
     rows_in,
+    short,
     subjects_in,
 )
 from asa.tasks.unlabelled import REST, UnlabelledScans
@@ -56,7 +57,7 @@ from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 
 SIDED_SCANS = 5  # whose label maps are searched for exchanged sides
-COLUMN = r"file|.*_(ml|expected_dice)"  # of a table of volumes
+COLUMN = rf"file|.*_(ml|expected_dice)|{NETWORK}|{TRAINED_ON}"  # of a table of volumes
 
 
 class Segmentation(VolumeTask):
@@ -196,7 +197,7 @@ class Segmentation(VolumeTask):
             cohort["regions"] = config["regions"]
         own = {key: config[key] for key in ("policy", "allow_missing", "workers")}
         summary = evaluate_folder(Path(str(config["predictions"])), out=out, **own, **cohort)
-        print(summary_table(summary))
+        print(summary_table(summary), *summary.notes, sep="\n")
         print(f"wrote cases.csv, summary.json and report.html to {out}")
 
 
@@ -357,7 +358,8 @@ class SegmentationPredictor:
         }
         named = isinstance(self.layout, BidsDerivative)
         file = {"file": out.relative_to(self.out).as_posix()} if named else {}
-        return {"id": id, **file, **volumes, **scores, **brain}
+        networks = {NETWORK: short(*self.segmenter.digests)} if isinstance(self.segmenter, Segmenter) else {}
+        return {"id": id, **file, **volumes, **scores, **brain, **networks}
 
     def further_files(self, id: str) -> tuple[list[Path] | None, Path | None]:
         """Where the probabilities of a scan and its uncertainty are written, each None if it is not asked for."""
@@ -366,7 +368,7 @@ class SegmentationPredictor:
             probabilities = self.segmenter.outputs.files(probabilities)
         return probabilities, self.layout.uncertainty(id) if self.with_uncertainty else None
 
-    def finish(self) -> str:
+    def finish(self, found: Mapping[str, Any]) -> str:
         return f"wrote label maps and {VOLUMES} to {self.out}"
 
     def add(self, id: str, row: dict[str, str]) -> None:

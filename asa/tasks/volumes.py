@@ -17,7 +17,7 @@ from asa.data.loading.crops import CropDataset, VolumeSource
 from asa.data.splits import keep_labelled, make_joint_split, make_split, read_split, select, subjects_of
 from asa.data.store import Store
 from asa.errors import counted, listed
-from asa.inference.preprocessing import training_scan_metadata
+from asa.inference.preprocessing import prepared_otherwise, training_scan_metadata
 from asa.methods.base import Batch
 from asa.models.transfer import POSITIONS, Source, other_position
 from asa.tasks.base import Config
@@ -27,6 +27,7 @@ from asa.training.distributed import is_main
 from asa.training.loop import TrainSettings
 from asa.training.plan import volume_batch
 from asa.training.pretrained import fitting_shipped, load_pretrained, read_source
+from asa.training.run_folder import unfinished
 
 Records = Sequence[dict[str, Any]]
 MOSTLY_PADDING = 0.5  # fraction of a crop outside the volumes, above which a crop that fits is named
@@ -247,7 +248,10 @@ class Initialisation:
         self.description: dict[str, Any] = {}
         if self.init:
             self.source, self.description = read_source(self.init, shapes=config["plan"] is not None)
-        self.before: TrainingDigests | None = stored_digests(self.description.get("data", {}))
+        before, own = self.description.get("data", {}), training_scan_metadata(select(store.records, split["train"]))
+        known = isinstance(before.get("prepare"), dict) and "modalities" not in before
+        self.otherwise = prepared_otherwise(before, {"prepare": store.settings, **own}) if known else []
+        self.before: TrainingDigests | None = stored_digests(before)
         self.seen: list[LeakedSubject] | None = find_leaks(store.records, split, self.before) if self.before else None
 
     def load(self, model: Any, *, explain: bool = False) -> str:
@@ -259,7 +263,7 @@ class Initialisation:
         """Load the encoder and print what was loaded; without `init`, which one of the package could be loaded."""
         if self.init:
             print(self.load(model))
-            print(self.leakage())
+            self.print_notes()
         elif fitting := fitting_shipped(model, self.model_config):
             print(f"from scratch; a pretrained encoder of this size is in the package: init={fitting[0]}")
 
@@ -283,7 +287,7 @@ class Initialisation:
             raise ValueError("; ".join(reasons))
         load_weights(model, self.source.weights, self.init)
         print(f"all {len(self.source.weights)} tensors of the network from {self.init}")
-        print(self.leakage())
+        self.print_notes()
 
     def digests(self, records: Records) -> TrainingDigests:
         """Digests of the scans and subjects that the network is trained on in the end; {} where that is not known."""
@@ -295,6 +299,15 @@ class Initialisation:
         """Write the held-out subjects that the encoder was pretrained on into the run, if they are known."""
         if self.seen is not None and is_main():
             write_json(run / "seen.json", {"init": self.init, "seen": [asdict(one) for one in self.seen]})
+
+    def print_notes(self) -> None:
+        """Print what the scans that the encoder was trained on have to do with those of the run."""
+        print(self.leakage(), *filter(None, [unfinished(self.init)]), sep="\n")
+        if self.otherwise:
+            print(
+                f"note: {self.init} was trained on scans that are otherwise: {', '.join(self.otherwise)}: it is worth "
+                "most on scans prepared like its own"
+            )
 
     def leakage(self) -> str:
         """Lines about the held-out subjects that the encoder was pretrained on."""

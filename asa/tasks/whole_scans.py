@@ -18,7 +18,7 @@ from torch import nn
 from asa.config import typed
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import PREDICTED, RESERVED, as_number, check_own, read_column
+from asa.data.io.tables import NETWORK, PREDICTED, RESERVED, as_number, check_own, read_column
 from asa.data.store import Store
 from asa.errors import counted, listed
 from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers, weighted_cross_entropy
@@ -34,8 +34,8 @@ from asa.inference.whole_scans import (
     predictions_csv,
 )
 from asa.tasks.base import Config
-from asa.tasks.evaluation import tables_of, unpredicted
-from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans
+from asa.tasks.evaluation import tables_of
+from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans, short
 from asa.tasks.volumes import VolumeTask
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device
@@ -162,8 +162,8 @@ class Classification(WholeScans):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        scores, names, left_out = evaluate_classes(*tables_of(config, TABLE))
-        print(scores.text(names), *unpredicted(left_out), sep="\n")
+        scores, names, notes = evaluate_classes(*tables_of(config, TABLE))
+        print(scores.text(names), *notes, sep="\n")
 
     def _balanced_weights(self) -> list[float]:
         """Weights of the classes inverse to their number of training scans, with mean 1 over these."""
@@ -228,8 +228,8 @@ class Regression(WholeScans):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        scores, column, left_out = evaluate_numbers(*tables_of(config, TABLE), config["column"])
-        print(scores.text(column), *unpredicted(left_out), sep="\n")
+        scores, column, notes = evaluate_numbers(*tables_of(config, TABLE), config["column"])
+        print(scores.text(column), *notes, sep="\n")
 
 
 class TablePredictor:
@@ -242,12 +242,11 @@ class TablePredictor:
         settings = typed(PredictSettings, config["predict"])
         self.network = kind(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
         self.preprocessor = self.network.preprocessor
-        self.rows: dict[str, dict[str, str]] = {}
 
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> None:
-        self.rows[id] = {"id": id, "subject": "", **self.network.row(image)}
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
+        return {"id": id, "subject": "", **self.network.row(image), NETWORK: short(self.network.digest)}
 
-    def finish(self) -> str:
+    def finish(self, found: Mapping[str, dict[str, str]]) -> str:
         self.table.parent.mkdir(parents=True, exist_ok=True)
-        add_rows(self.table, self.rows, source=self.source)
+        add_rows(self.table, found, source=self.source)
         return f"wrote {self.table}"

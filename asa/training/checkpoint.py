@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from asa.config import CHECKPOINT_TARGETS, build, flatten
-from asa.data.io.files import check_digest, write_digests
+from asa.data.io.files import check_digest, sha256_of, write_digests
 from asa.errors import reason_of
 from asa.training.checkpoint_files import BEST, NEWEST, TRAINING, WEIGHTS, find_weights, list_checkpoints
 
@@ -260,7 +260,8 @@ def read_weights(
 
 def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`read_weights` of a file."""
-    if tensors and not shapes:
+    whole = tensors and not shapes
+    if whole:
         _compare(file)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -274,6 +275,8 @@ def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], d
             if shapes:
                 sizes = {name: opened.get_slice(name).get_shape() for name in names}
                 return {name: torch.empty(size, device="meta") for name, size in sizes.items()}, description
+            if whole:
+                description["sha256"] = sha256_of(file)
             weights = {name: opened.get_tensor(name) for name in names}
             half = {name: tensor.float() for name, tensor in weights.items() if tensor.dtype == torch.float16}
             return {**weights, **half}, description
@@ -315,7 +318,10 @@ def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
 def read_model(
     path: str | Path, *, plugins: Sequence[str] = (), img_size: int | Sequence[int] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network as `load_model` returns it, and the checkpoint's description; see `load_encoder` for `img_size`."""
+    """The network as `load_model` returns it, and the checkpoint's description; see `load_encoder` for `img_size`.
+
+    The description has the "sha256" of the weights file.
+    """
     weights, description = read_weights(path)
     node = description.get("model")
     if not isinstance(node, Mapping) or not isinstance(description.setdefault("data", {}), Mapping):

@@ -91,6 +91,26 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
                 "choose another out="
             )
+    if (done := _steps_done(run)) > (asked := now.get("train.steps", done)):
+        raise ValueError(
+            f"{run} has {done} steps, and train.steps={asked}: give {done} or more to go on, or choose another out="
+        )
+
+
+def unfinished(run: str | Path) -> str:
+    """A line about a run folder with fewer steps than its configuration has; "" for any other path."""
+    try:
+        steps = flatten(_config_of_started(Path(run))).get("train.steps")
+    except (OSError, ValueError, RecursionError):  # its checkpoint can be used all the same
+        return ""
+    done = _steps_done(Path(run))
+    short = isinstance(steps, int) and done < steps
+    return f"note: {run} has {done} of {steps} steps: it was stopped, ended early, or is not through" if short else ""
+
+
+def _steps_done(run: Path) -> int:
+    """Steps of the newest checkpoint, by its name."""
+    return max((int(path.name[5:]) for path in list_checkpoints(run) if path.name[5:].isdecimal()), default=0)
 
 
 def _config_of_started(run: Path) -> dict[str, Any]:

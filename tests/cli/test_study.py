@@ -1,5 +1,6 @@
 """`asa run`: folders are recognised, the stages compose, and what is done is not done again."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from asa.cli.study import plan_stages, read_study, run_study
 from asa.config import as_overrides, compose
 from asa.data.datasets.recognise import recognise
 from asa.data.store import Store
+from asa.reporting import study as study_page
 from asa.tasks import run
 
 LABELS = {1: "csf", 2: "gm", 3: "wm"}
@@ -343,6 +345,18 @@ def test_a_stage_that_fails_is_named_and_the_next_call_begins_with_it(tmp_path: 
     recorded.clear()
     run_study(compose("run", [f"labelled={file}"]))
     assert [command for command, _ in recorded] == ["pretrain", "finetune"]
+
+
+def test_the_page_says_how_scores_are_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jinja2")
+    (tmp_path / "network" / "evaluation").mkdir(parents=True)
+    summary = {"results": {"gm": {"dice": {"mean": 0.5}}}, "notes": ["warning: trained on s1"]}
+    (tmp_path / "network" / "evaluation" / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.chdir(tmp_path)
+    row = {"name": "network", "typed": "asa-finetune", "out": "network", "seconds": 1, "finished": "2026-01-01"}
+    study_page.write_study(Path("study.html"), [row], [])
+    page = Path("study.html").read_text()
+    assert "Dice 0.500, mean of 1 labels and regions" in page and "warning: trained on s1" in page
 
 
 @pytest.mark.slow

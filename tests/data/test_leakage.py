@@ -132,3 +132,25 @@ def test_no_leak_is_reported_and_an_older_checkpoint_cannot_be_checked(command, 
     assert "is not checked" in out and not (tmp_path / "later" / "seen.json").exists()
     # What came before stays unknown: the next check must not find the list whole.
     assert stored_digests(read_weights(tmp_path / "later")[1]["data"]) is None
+
+
+def test_fine_tuning_says_how_the_scans_of_the_encoder_differ_from_its_own(
+    command, store: Path, tmp_path: Path
+) -> None:
+    write_split(tmp_path / "split.json", SPLIT)
+    own = store_of(store, tmp_path / "own", {"b0": "b0", "b1": "b1", "b2": "b2", "b3": "b3"})
+    data = [f"data.store={own}", f"data.split_file={tmp_path}/split.json"]
+    command("pretrain", f"out={tmp_path}/pre", *data, *PRETRAIN)
+    weights = find_weights(tmp_path / "pre")
+    said = {}
+    for name, prepare, edge in (("alike", {}, 1.05), ("other", {"strip": "robex", "bias": True, "margin": 9}, 2.0)):
+        _, description = read_weights(weights)
+        description["data"]["prepare"] |= prepare
+        description["data"]["spacing"] = [[edge] * 3] * 2
+        file = tmp_path / f"{name}.safetensors"
+        save_file(load_file(weights), file, metadata={"asa": json.dumps(description)})
+        out = command("finetune", f"out={tmp_path}/{name}", f"init={file}", *data, *FINETUNE)
+        said[name] = [line.partition(": it is")[0] for line in out.splitlines() if line.startswith("note")]
+    differs = "prepare.strip=robex (here none), prepare.bias=true (here false), voxels of 2 x 2 x 2 mm (here 1 x 1 x 1)"
+    found = f"note: {tmp_path}/other.safetensors was trained on scans that are otherwise: {differs}"
+    assert said == {"alike": [], "other": [found]}

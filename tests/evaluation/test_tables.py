@@ -86,11 +86,25 @@ def test_rows_of_the_truth_without_a_prediction_are_counted(tmp_path, truth):
     (tmp_path / "truth.csv").write_text(truth)
     if "class" in truth:
         (tmp_path / "predictions.csv").write_text("id,subject,predicted,p_a,p_b\ns0,,a,0.9,0.1\ns1,,b,0.2,0.8\n")
-        *_, left_out = evaluate_classes(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)
+        *_, notes = evaluate_classes(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)
     else:
         (tmp_path / "predictions.csv").write_text("id,subject,predicted,training_mean,age\ns0,,9,15,\ns1,,21,15,\n")
-        *_, left_out = evaluate_numbers(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)
-    assert left_out == json.loads((tmp_path / "summary.json").read_text())["without_prediction"] == 1
+        *_, notes = evaluate_numbers(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["without_prediction"] == 1
+    assert notes == ["1 row of the truth without a prediction"]
+
+
+def test_scores_on_scans_that_the_network_was_trained_on_are_called_optimistic(tmp_path):
+    rows = ["s0,,9,15,,1a,yes", "s1,,21,15,,1a,no", "s2,,12,15,,2b,", "s3,,12,15,,2b,yes"]
+    table = "\n".join(["id,subject,predicted,training_mean,age,network,trained_on", *rows, ""])
+    (tmp_path / "predictions.csv").write_text(table)
+    (tmp_path / "truth.csv").write_text("id,age\ns0,10\ns1,20\ns2,30\n")
+    *_, notes = evaluate_numbers(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)
+    warning, note = notes  # of the scans that are scored
+    assert warning.startswith("warning: the network") and "was trained on 1 of 3 scans (s0): scores on" in warning
+    assert note == "note: predicted by 2 networks (scans of each: 1a 2, 2b 1), as in a cross-validation"
+    (tmp_path / "truth.csv").write_text("id,age\ns1,20\n")
+    assert evaluate_numbers(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)[2] == []
 
 
 def test_scans_of_one_subject_are_resampled_together(tmp_path):
@@ -144,10 +158,15 @@ def test_scans_of_a_subject_are_resampled_together_by_the_predicted_table_or_the
     [
         ("sub-01_ses-2", "sub-01"), ("adni_sub-01_T1w", "adni_sub-01"), ("a_b_sub-1_anat_sub-1_T1w", "a_b_sub-1"),
         ("PT001_sub_1_ses_2_t1", "PT001_sub_1"), ("s03_T1", "s03_T1"), ("mysub-1_x", "mysub-1_x"),
-        ("a_subject_1", "a_subject_1"), ("sub-_x", "sub-_x"),
+        ("a_subject_1", "a_subject_1"), ("sub-_x", "sub-_x"), ("sub-01-x", "sub-01-x"),
+        ("OAS1_0001_MR1", "OAS1_0001"), ("OAS2_0001_MR2_mpr-1", "OAS2_0001"), ("OAS30001_MR_d0129", "OAS30001"),
+        ("OAS1_00011_MR1", "OAS1_00011_MR1"), ("002_S_0295_M06", "002_S_0295"), ("x_OAS42105", "x_OAS42105"),
+        ("ADNI_002_S_0295_MR_S13408_I1", "ADNI_002_S_0295"), ("1002_S_0295_M06", "1002_S_0295_M06"),
+        ("BraTS-GLI-00005-100", "BraTS-GLI-00005"), ("BraTS-GLI-00005-101_seg", "BraTS-GLI-00005"),
+        ("BraTS2021_00005", "BraTS2021_00005"), ("BraTS-GLI-00005", "BraTS-GLI-00005"),
     ],
 )  # fmt: skip
-def test_an_id_tells_its_subject_by_sub(id, subject):
+def test_an_id_tells_its_subject_by_names_of_bids_and_of_large_cohorts(id, subject):
     assert subject_of(id) == subject
 
 

@@ -18,8 +18,8 @@ from untrained import DATA, SETTINGS, WINDOW, a_scan, call, checkpoint, predicte
 from asa.cli import evaluate, finetune, main, predict, prepare
 from asa.config import build
 from asa.data.datasets import folder
-from asa.data.io.files import read_json, write_whole
-from asa.data.io.nifti import Volume, from_ras, read_image, to_ras, write_image
+from asa.data.io.files import read_json, sha256_of, write_whole
+from asa.data.io.nifti import Volume, from_ras, identity_of, read_image, to_ras, write_image, write_label
 from asa.data.io.tables import read_rows
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.pipeline import prepare_case, to_native
@@ -33,6 +33,7 @@ from asa.inference.segmentation import PredictSettings, Segmenter, count_windows
 from asa.inference.uncertainty import expected_dice
 from asa.settings import UNCERTAINTIES
 from asa.training.checkpoint import read_weights, save_checkpoint
+from asa.training.checkpoint_files import find_weights
 
 REGIONS = {
     "labels": {**DATA["labels"], 7: "x"},
@@ -450,6 +451,43 @@ def test_a_stopped_prediction_begins_anew_in_its_folder_and_a_second_one_gives_t
     assert contents[0] == contents[1] and contents[0].keys() == {"a.nii.gz", "b.nii.gz", "volumes.csv"}
 
 
+def test_scans_that_a_network_was_trained_on_are_told_from_new_ones_under_any_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen, new = a_scan(tmp_path / "scans", "renamed"), tmp_path / "scans" / "new.nii.gz"
+    known = read_image(seen)
+    write_image(new, known.data[::-1], known.affine)
+    trained = checkpoint(tmp_path / "run", seed=1, scans=[identity_of(known)], subjects=["0" * 16])
+    tables = {}
+    for name, networks in {"unknown": run, "trained": trained, "both": f"[{run},{trained}]"}.items():
+        arguments = [f"checkpoint={networks}", f"input={tmp_path / 'scans'}", f"out={tmp_path / name}"]
+        assert call(predict, monkeypatch, *arguments, "predict.device=cpu", "mirror=false") == 0
+        tables[name] = {row["id"]: row for row in read_rows(tmp_path / name / "volumes.csv")}
+        noted = "was trained on 1 of 2 scans (renamed): scores on them are optimistic" in capsys.readouterr().out
+        assert noted == (name != "unknown")
+    answers = {name: [rows[id]["trained_on"] for id in ("renamed", "new")] for name, rows in tables.items()}
+    assert answers == {"unknown": ["", ""], "trained": ["yes", "no"], "both": ["yes", ""]}
+    digests = [sha256_of(find_weights(path))[:8] for path in (run, trained)]
+    networks = {name: rows["new"]["network"] for name, rows in tables.items()}
+    assert networks == {"unknown": digests[0], "trained": digests[1], "both": "+".join(digests)}
+
+    (tmp_path / "unknown" / "renamed.nii.gz").unlink()
+    arguments = [f"checkpoint={trained}", f"input={seen}", f"out={tmp_path / 'unknown'}", "predict.device=cpu"]
+    assert call(predict, monkeypatch, *arguments) == 0
+    (tmp_path / "truth").mkdir()
+    for id in ("renamed", "new"):
+        write_label(tmp_path / "truth" / f"{id}.nii.gz", np.ones(known.data.shape, np.uint8), known)
+    labels, out = "labels={1: left_x, 2: right_x, 5: middle}", tmp_path / "scores"
+    arguments = [f"predictions={tmp_path / 'unknown'}", f"truth={tmp_path / 'truth'}", labels, f"out={out}"]
+    assert call(evaluate, monkeypatch, *arguments) == 0
+    notes = read_json(out / "summary.json")["notes"]
+    assert notes[0].startswith("warning: ") and "was trained on 1 of 2 scans (renamed)" in notes[0]
+    assert notes[1].startswith("note: predicted by 2 networks") and set(notes) <= {
+        *capsys.readouterr().out.splitlines()
+    }
+    assert all(note in (out / "report.html").read_text() for note in notes)
+
+
 def test_a_folder_of_folds_says_which_checkpoints_to_give(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -500,6 +538,20 @@ def test_label_maps_inside_the_folder_of_the_scans_are_not_predicted(predicted_f
     for _ in range(2):
         code, maps, _ = predicted_folder("a.nii.gz", out="scans/labels")
         assert code == 0 and maps == ["a.nii.gz"]
+
+
+def test_a_channel_that_a_stored_scan_lacks_is_named(tmp_path: Path) -> None:
+    a_scan(tmp_path / "scans", "a_t1"), a_scan(tmp_path / "scans", "b_t1"), a_scan(tmp_path / "scans", "a_flair")
+    records = folder.records(tmp_path / "scans", images={"t1": "*_t1.nii.gz", "flair": "*_flair.nii.gz"})
+    prepare_cohort(records, tmp_path / "store", CohortSettings(missing="zero", duplicates="keep"), progress=False)
+    store = Store(tmp_path / "store")
+    data = {"channels": store.channels, "prepare": store.settings}
+    whole, lacking = stored_scans(store.path, ScanPreprocessor("run", data, None))
+    with pytest.warns(UserWarning, match="^has no flair: 0 stands in its place$"):
+        lacking.prepared()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole.prepared()
 
 
 @pytest.mark.parametrize("paths", [("x/a.nii.gz", "x_a.nii.gz"), ("x/a.nii.gz", "x/a.nii"), ("b.nii", "b.nii.gz")])
@@ -564,7 +616,7 @@ def test_the_volume_of_the_brain_mask_is_listed_where_the_scan_was_stripped(
     given = (f"checkpoint={run}", f"input={path}", "predict.device=cpu")
     assert call(predict, monkeypatch, *given, f"out={out}", "strip=deepbet") == 0
     (row,) = read_rows(out / "volumes.csv")
-    assert list(row)[-1] == "brain_mask_ml"
+    assert list(row)[-3:] == ["brain_mask_ml", "network", "trained_on"]
     assert float(row["brain_mask_ml"]) == pytest.approx(mask.sum() / 1000, abs=0.05)
     assert call(predict, monkeypatch, *given, f"out={tmp_path / 'whole'}") == 0
     assert "brain_mask_ml" not in read_rows(tmp_path / "whole" / "volumes.csv")[0]

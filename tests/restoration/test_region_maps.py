@@ -103,6 +103,10 @@ def test_stored_label_maps_are_checked_and_numbered_anew(tmp_path: Path) -> None
         make_provider("stored")
     with pytest.raises(ValueError, match="choose one of felzenszwalb"):
         make_provider("magic")
+    for wrong in ({"scale": -1}, {"scale": "x"}, {"regions": 0}):
+        ((key, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"^{key}={value}: give a number above 0$"):
+            make_provider("slic", **wrong)
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])

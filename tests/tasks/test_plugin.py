@@ -117,16 +117,16 @@ class Predictor:
         checkpoint = only_checkpoint(config, "a volume")
         self.model, description = read_model(checkpoint, plugins=config["plugins"])
         self.preprocessor = ScanPreprocessor(checkpoint, description["data"], config["strip"])
-        self.out, self.rows = Path(config["out"]), []
+        self.out = Path(config["out"])
 
     def predict_stored(self, id, image, chain, like):
         with torch.inference_mode():
-            self.rows.append((id, float(self.model(torch.from_numpy(np.array(image, np.float32))[None]))))
+            return float(self.model(torch.from_numpy(np.array(image, np.float32))[None]))
 
-    def finish(self):
+    def finish(self, found):
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / "volumes.csv").open("w", newline="") as table:
-            csv.writer(table).writerows(self.rows)
+            csv.writer(table).writerows(found.items())
         return "wrote volumes.csv"
 '''
 

@@ -40,10 +40,12 @@ from asa.training.checkpoint import (
     read_weights,
     save_checkpoint,
 )
+from asa.training.device import Backend
 from asa.training.loop import train
 from asa.training.nonfinite import NonFiniteGuard, RunningStatistics
 from asa.training.optim import EMA
 from asa.training.process import RESUME_CODE, StopNow, Stopped, stop_signals
+from asa.training.run_folder import open_run, unfinished
 from asa.training.run_log import RunLog, SilentLog
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of scripts, which are of the checkout and not of the package
@@ -726,3 +728,21 @@ def test_verify_resume_compares_a_killed_run_with_an_uninterrupted_one(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert verify.main() == 0
     assert "the same weights" in capsys.readouterr().out
+
+
+def test_a_run_is_not_opened_for_fewer_steps_than_it_has(tmp_path: Path) -> None:
+    split, backend = {"train": ["a"], "validation": [], "test": []}, Backend.of("cpu", "fp32")
+
+    def opened(steps: int) -> str:
+        config = {"out": str(tmp_path / "run"), "train": {"steps": steps}}
+        with open_run(config, split, TrainSettings(steps=steps, device="cpu"), backend) as run:
+            return (run / "config.yaml").read_text()
+
+    opened(4)
+    checkpoint(tmp_path / "run", 4)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/run has 4 steps, and train.steps=3: give 4 or more to go on"):
+        opened(3)
+    assert "steps: 4" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "steps: 4" in opened(4) and unfinished(tmp_path / "run") == "" == unfinished("asa://tiny-t1")
+    assert "steps: 9" in opened(9)
+    assert unfinished(tmp_path / "run").startswith(f"note: {tmp_path}/run has 4 of 9 steps: it was stopped")

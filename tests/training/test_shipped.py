@@ -20,13 +20,15 @@ from asa.data.phantom import reader as phantom
 from asa.data.phantom.structures import STRUCTURES
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 from asa.data.store import Store
+from asa.models.sa_swin_unet import sa_swin_unet_tiny
 from asa.models.sw_vit import sw_vit_tiny
+from asa.models.unet import unet_tiny
 from asa.models.vit_seg import vit_conv_tiny, vit_seg_base
 from asa.ops.patches import patchify
 from asa.tasks.checks import follow_init
 from asa.training.checkpoint import load_encoder, load_model
 from asa.training.checkpoint_files import SHIPPED, find_weights, shipped
-from asa.training.pretrained import fitting_shipped
+from asa.training.pretrained import fitting_shipped, load_pretrained, read_source
 
 NAMES = shipped()
 SIZE = (112, 144, 128)
@@ -187,3 +189,14 @@ def test_a_ridge_on_the_tokens_of_a_phantom_finds_structures_of_another_better_t
         scores[name] = RidgeCV(np.logspace(-3, 3, 7)).fit(x, y).score(other_x, other_y)
     print(scores)
     assert scores["shipped"] > 1.5 * scores["first"]
+
+
+def test_an_encoder_of_the_other_family_is_named_as_such() -> None:
+    swin = {"_target_": "asa.models.sa_swin.sa_swin_tiny", "position": False}
+    source, description = read_source("asa://tiny-t1")
+    for known, model, said in (
+        ({"model": swin}, unet_tiny(in_channels=1, out_channels=2, img_size=64), "is SA-Swin's encoder, and this netw"),
+        (description, sa_swin_unet_tiny(in_channels=1, out_channels=2, img_size=64), "is ASA's encoder, and this netw"),
+    ):
+        with pytest.raises(ValueError, match=f"^init=it: {said}ork has .*: leave model= and experiment= out"):
+            load_pretrained("it", source, known, model, {})

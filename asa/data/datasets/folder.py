@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records, subject_of
+from asa.data.datasets.record import Record, existing_folder, is_label_map, make_record, sorted_records, subject_of
 from asa.data.io.files import matching_files, read_json
 from asa.data.io.tables import check_capitals, read_rows
 
@@ -96,6 +96,13 @@ def _check_match(
     if first_files and not files.keys() & first_files.keys():
         hint = "correct it, or give data.label=null for an unlabelled cohort" if name == "label" else "correct it"
         raise ValueError(f"{name}: glob {glob!r} matches none of the scans of {first_glob!r} below {root}; {hint}")
+    maps = [path.name for path in files.values() if is_label_map(path.name)]
+    if name != "label" and 0 < len(maps) < len(files):
+        warnings.warn(
+            f"{root}: {len(maps)} of {len(files)} files by {glob!r} are label maps by their names, like {min(maps)}, "
+            "and are read as scans: give a narrower pattern",
+            stacklevel=2,
+        )
     lone = sorted(files.keys() - first_files.keys())
     if lone and name != "label":
         raise ValueError(

@@ -1,25 +1,12 @@
 """Which reader a folder of scans is for: settings of asa-prepare from what lies in it."""
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from asa.data.datasets import nnunet
+from asa.data.datasets.record import is_label_map
 from asa.data.io.nifti import VOLUME_ENDINGS
-
-# The last word of a label map's name, like dseg, synthseg, segTRI_fill_ana or wmparc; or aseg and aparc anywhere in it.
-LABEL_NAME = re.compile(
-    r"(?:^|[_.+-])(?:\w*seg|seg(?:tri)?(?:_fill)?_ana|segtri|segmentations?|\w*parc|parcellations?|label_?maps?|labels?"
-    r"|masks?|manual|truth|structures|tissues|lesions?|ribbon)$|(?:^|[_.+-])(?:aseg|aparc)(?:[_.+-]|$)",
-    re.IGNORECASE,
-)
-
-
-def is_label_map(name: str) -> bool:
-    """Whether a file is a label map by its name, which ends with one of `VOLUME_ENDINGS`."""
-    ending = next((end for end in VOLUME_ENDINGS if name.endswith(end)), "")
-    return LABEL_NAME.search(name.removesuffix(ending)) is not None
 
 
 def recognise(folder: Path, *, labelled: bool) -> dict[str, Any]:

@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from asa.data.io.files import check_id, is_utf8
+from asa.data.io.nifti import VOLUME_ENDINGS
 
 NIFTI = (".nii.gz", ".nii")
-SUBJECT = re.compile(r"(.*?_)??sub(-[^_]+|_\d+)(?=_|$)")  # the beginning of an id
+# The beginning of an id: names as in BIDS, of OASIS-1 to 4, of ADNI, and of the time points of BraTS since 2023.
+SUBJECT = re.compile(
+    r"(.*?_)??(sub(-[^_]+|_\d+)|OAS[12]_\d{4}|OAS[34]\d{4}|\d{3}_S_\d{4,5}|BraTS-[A-Za-z]+-\d+(?=-\d{3}(_|$)))(?=[_-]|$)"
+)
+# The last word of a label map's name, like dseg, synthseg, segTRI_fill_ana or wmparc; or aseg and aparc anywhere in it.
+LABEL_NAME = re.compile(
+    r"(?:^|[_.+-])(?:\w*seg|seg(?:tri)?(?:_fill)?_ana|segtri|segmentations?|\w*parc|parcellations?|label_?maps?|labels?"
+    r"|masks?|manual|truth|structures|tissues|lesions?|ribbon)$|(?:^|[_.+-])(?:aseg|aparc)(?:[_.+-]|$)",
+    re.IGNORECASE,
+)
 
 
 class Record(TypedDict):
@@ -40,7 +50,8 @@ def make_record(
 def subject_of(id: str, pattern: str | None = None) -> str:
     """The subject of a scan: group 1 of a regular expression searched in its id.
 
-    Without one it is what an id like sub-XX_ses-YY, NAME_sub-XX_ses-YY or NAME_sub_1_ses_2 begins with; else the id.
+    Without one it is what an id like sub-XX_ses-YY, NAME_sub-XX_ses-YY or NAME_sub_1_ses_2 begins with, or one as of
+    OASIS, ADNI or BraTS, like OAS1_0001_MR1, OAS30001_MR_d0129, 002_S_0295_M06, BraTS-GLI-00005-100; else the id.
 
     Raises:
         ValueError: no regular expression, or it finds no group 1.
@@ -165,6 +176,12 @@ def check_channel(name: object) -> None:
         )
     if "/" in name or "\\" in name or name.startswith("."):
         raise ValueError(f"the channel {name!r} begins with a dot or has a slash, and names files: rename it")
+
+
+def is_label_map(name: str) -> bool:
+    """Whether a file is a label map by its name, which ends with one of `VOLUME_ENDINGS`."""
+    ending = next((end for end in VOLUME_ENDINGS if name.endswith(end)), "")
+    return LABEL_NAME.search(name.removesuffix(ending)) is not None
 
 
 def existing_folder(root: str | Path, holds: str) -> Path:

@@ -18,9 +18,10 @@ ENDINGS = (".csv", ".tsv", PARQUET)
 EMPTY = ("", "n/a")  # cells; the second is that of BIDS
 # Columns that name what a row is about -> the same of a scan.
 NAMED_BY = {"id": "id", "subject": "subject", "participant_id": "subject"}
-# Columns of the tables that asa-predict writes; in a table of numbers no other column is called so.
-PREDICTED, TRAINING_MEAN = "predicted", "training_mean"
-RESERVED = ("id", "subject", PREDICTED, TRAINING_MEAN)
+# Columns of the tables that asa-predict writes; in a table of numbers no other column is called so. The last two are
+# the beginning of the SHA-256 of each network's weights, and whether one of them was trained on the scan.
+PREDICTED, TRAINING_MEAN, NETWORK, TRAINED_ON = "predicted", "training_mean", "network", "trained_on"
+RESERVED = ("id", "subject", PREDICTED, TRAINING_MEAN, NETWORK, TRAINED_ON)
 # A Parquet file of 32 kB can hold millions of equal rows. So many cells are read and bytes unpacked however small the
 # file is, and beyond them one cell, or 20 bytes, per byte of the file.
 MANY_CELLS, SMALL, LARGEST_RATIO = 1_000_000, 1 << 26, 20

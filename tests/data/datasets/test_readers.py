@@ -46,6 +46,16 @@ def test_the_wildcard_is_the_id_and_pairs_channels_and_label(tmp_path):
     assert [record["id"] for record in found] == ["a", "b"]
 
 
+def test_label_maps_among_the_scans_of_a_pattern_are_warned_about(tmp_path):
+    plant(tmp_path, "a.nii.gz", "a_seg.nii.gz", "b.nii.gz", "b_seg.nii.gz")
+    with pytest.warns(UserWarning, match=r"2 of 4 files by '\*.nii.gz' are label maps by their names, like a_seg"):
+        folder.records(tmp_path, images={"t1": "*.nii.gz"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pattern in ("*_seg.nii.gz", "[ab].nii.gz"):  # all of them, and none
+            folder.records(tmp_path, images={"label": pattern})
+
+
 def test_wildcards_join_and_a_repeated_text_counts_once(tmp_path):
     plant(tmp_path, "p1/v1/p1_T1.nii", "p1/v2/p1_T1.nii", "p2/v1/p2_T1.nii")
     found = folder.records(tmp_path, images={"t1": "*/*/*_T1.nii"}, subject=r"^(p\d+)")
