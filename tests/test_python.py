@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from examples import write_examples
+from untrained import checkpoint
 
 import asa
 from asa.config import build
@@ -61,6 +63,21 @@ def test_lightning_trains_a_method_as_the_manual_says(store: Path, tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     steps, loss = done.stdout.split()[-2:]
     assert done.returncode == 0 and steps == "40" and 0 < float(loss) < 10, done.stderr
+
+
+def test_arrays_and_files_are_predicted_as_the_manual_says(
+    store: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    (block,) = re.findall(r"^## Prediction of arrays\n\n```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    checkpoint(tmp_path / "run")
+    (tmp_path / "store").symlink_to(store)
+    (tmp_path / "scan.nii.gz").symlink_to(raw / "s0_T1.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(block, made)
+    assert made["probabilities"].shape == (4, *made["image"].shape[1:]) == (4, *made["case"].image.shape[1:])
+    assert (tmp_path / "labels.nii.gz").is_file() and made["volumes"].keys() == {"left_x", "right_x", "middle"}
 
 
 def test_a_package_of_ones_own_is_found_beside_its_configurations(store: Path, tmp_path: Path) -> None:
