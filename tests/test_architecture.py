@@ -38,7 +38,7 @@ LINES = {
     "ops": 601,  # encodings on a device
     "reporting": 1720,
     "restoration": 2137,  # windows, places and numbers of regions
-    "tasks": 3402,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
+    "tasks": 3404,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
     "training": 2735,  # a run continues on its own data, and says if it is not through; statistics of steps not made
 }
 # The only places that may import a library.

@@ -26,7 +26,7 @@ from asa.tasks.embedding import evaluate_probe
 from asa.tasks.evaluation import compare_folders
 from asa.tasks.prediction import checkpoints_of
 from asa.training.checkpoint import check_best, read_description
-from asa.training.checkpoint_files import find_weights, on_hub
+from asa.training.checkpoint_files import find_weights, is_shipped, on_hub
 from asa.training.device import Backend
 from asa.training.gpu_check import preflight
 from asa.training.loop import TrainSettings, check_settings, train
@@ -203,6 +203,8 @@ def train_task(config: Config, command: str) -> Path | None:
     elif config["init"] and (absent := _not_here(config["init"])):
         print(f"note: whether init= fits this network is not checked: {absent}")
         config["init"] = None
+    if (init := config["init"]) and not (on_hub(init) or is_shipped(init)):  # continued from any folder
+        config["init"] = str(Path(str(init)).expanduser().absolute())
     explain = config.pop("transfer", "load") == "explain"  # the key does not stay in the run's configuration
     name, make_task = task_of_method(config, command)
     task = make_task(config)

@@ -78,6 +78,16 @@ def test_a_continued_run_is_trained_and_knows_the_scans_of_both(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_run_is_continued_from_another_folder_with_the_same_init(
+    store: Path, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"data.split_file": split(tmp_path, "s2"), "optim.schedule": "constant", "optim.warmup": 0}
+    for folder, init, steps in ((first.parent, first.name, 2), (tmp_path, str(first), 3)):
+        monkeypatch.chdir(folder)
+        run = asa.pretrain(store, tmp_path / "run", crop=32, init=init, **TINY | parts | {"train.steps": steps})
+    assert find_weights(run).parent.name == "step-00000003"
+
+
 def test_a_scan_that_is_trained_on_and_held_out_under_two_names_is_said(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
