@@ -160,7 +160,7 @@ def test_scans_of_a_subject_are_resampled_together_by_the_predicted_table_or_the
         ("PT001_sub_1_ses_2_t1", "PT001_sub_1"), ("s03_T1", "s03_T1"), ("mysub-1_x", "mysub-1_x"),
         ("a_subject_1", "a_subject_1"), ("sub-_x", "sub-_x"), ("sub-01-x", "sub-01-x"),
         ("OAS1_0001_MR1", "OAS1_0001"), ("OAS2_0001_MR2_mpr-1", "OAS2_0001"), ("OAS30001_MR_d0129", "OAS30001"),
-        ("OAS1_00011_MR1", "OAS1_00011_MR1"), ("002_S_0295_M06", "002_S_0295"), ("x_OAS42105", "x_OAS42105"),
+        ("OAS1_00011_MR1", "OAS1_00011_MR1"), ("002_S_0295_M06", "002_S_0295"), ("x_OAS42105_d1", "x_OAS42105"),
         ("ADNI_002_S_0295_MR_S13408_I1", "ADNI_002_S_0295"), ("1002_S_0295_M06", "1002_S_0295_M06"),
         ("BraTS-GLI-00005-100", "BraTS-GLI-00005"), ("BraTS-GLI-00005-101_seg", "BraTS-GLI-00005"),
         ("BraTS2021_00005", "BraTS2021_00005"), ("BraTS-GLI-00005", "BraTS-GLI-00005"),

@@ -53,7 +53,7 @@ def test_label_maps_among_the_scans_of_a_pattern_are_warned_about(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for pattern in ("*_seg.nii.gz", "[ab].nii.gz"):  # all of them, and none
-            folder.records(tmp_path, images={"label": pattern})
+            folder.records(tmp_path, images={"t1": pattern})
 
 
 def test_wildcards_join_and_a_repeated_text_counts_once(tmp_path):
