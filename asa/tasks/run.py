@@ -203,8 +203,6 @@ def train_task(config: Config, command: str) -> Path | None:
     elif config["init"] and (absent := _not_here(config["init"])):
         print(f"note: whether init= fits this network is not checked: {absent}")
         config["init"] = None
-    if (init := config["init"]) and not (on_hub(init) or is_shipped(init)):  # continued from any folder
-        config["init"] = str(Path(str(init)).expanduser().absolute())
     explain = config.pop("transfer", "load") == "explain"  # the key does not stay in the run's configuration
     name, make_task = task_of_method(config, command)
     task = make_task(config)
@@ -234,7 +232,10 @@ def train_task(config: Config, command: str) -> Path | None:
     task.load_init(method)
     dataset, validate = task.dataset(method), task.validation(method)
     description = {"model": config["model"], "task": name, "data": task.metadata()}
-    with open_run(config, task.split, settings, backend) as run:
+    init, recorded = config["init"], dict(config)
+    if init and not (on_hub(init) or is_shipped(init)):  # the run can then be continued from any folder
+        recorded["init"] = str(Path(str(init)).expanduser().absolute())
+    with open_run(recorded, task.split, settings, backend) as run:
         task.begin(run)
         metrics = train(
             method,

@@ -248,20 +248,24 @@ def read_weights(
         DamagedCheckpoint: not a complete safetensors file, or with `tensors` a changed one.
         ValueError: not a checkpoint of this package.
     """
+    return _read_newest(path, tensors, shapes)[:2]
+
+
+def _read_newest(path: str | Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """`read_weights`, and the SHA-256 of the file where all of it is read."""
     for _ in range(RETRIES):
         file = find_weights(path)
         try:
-            return _read(file, tensors, shapes)
+            return *_read(file, tensors, shapes), sha256_of(file) if tensors and not shapes else ""
         except (OSError, ValueError):
-            if file.is_file():
+            if file.is_file():  # else of a run that goes on, whose newest was removed since
                 raise
-    return _read(find_weights(path), tensors, shapes)  # of a run that goes on, whose newest was removed since
+    raise FileNotFoundError(f"{path}: its checkpoints are removed faster than they can be read")
 
 
 def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`read_weights` of a file."""
-    whole = tensors and not shapes
-    if whole:
+    if tensors and not shapes:
         _compare(file)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -275,8 +279,6 @@ def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], d
             if shapes:
                 sizes = {name: opened.get_slice(name).get_shape() for name in names}
                 return {name: torch.empty(size, device="meta") for name, size in sizes.items()}, description
-            if whole:
-                description["sha256"] = sha256_of(file)
             weights = {name: opened.get_tensor(name) for name in names}
             half = {name: tensor.float() for name, tensor in weights.items() if tensor.dtype == torch.float16}
             return {**weights, **half}, description
@@ -322,7 +324,8 @@ def read_model(
 
     The description has the "sha256" of the weights file.
     """
-    weights, description = read_weights(path)
+    weights, description, digest = _read_newest(path, tensors=True, shapes=False)
+    description["sha256"] = digest
     node = description.get("model")
     if not isinstance(node, Mapping) or not isinstance(description.setdefault("data", {}), Mapping):
         raise ValueError(f"{path}: its description has no model or no data: not a checkpoint of this package")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from asa.data.io.files import check_id, is_utf8
-from asa.data.io.nifti import VOLUME_ENDINGS
 
 NIFTI = (".nii.gz", ".nii")
 # The beginning of an id: names as in BIDS, of OASIS-1 to 4, of ADNI, and of the time points of BraTS since 2023.
@@ -180,6 +179,8 @@ def check_channel(name: object) -> None:
 
 def is_label_map(name: str) -> bool:
     """Whether a file is a label map by its name, which ends with one of `VOLUME_ENDINGS`."""
+    from asa.data.io.nifti import VOLUME_ENDINGS  # imports nibabel and scipy
+
     ending = next((end for end in VOLUME_ENDINGS if name.endswith(end)), "")
     return LABEL_NAME.search(name.removesuffix(ending)) is not None
 
