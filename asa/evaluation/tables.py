@@ -17,19 +17,18 @@ from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.tables import (
     EMPTY,
     ENDINGS,
-    NETWORK,
     PREDICTED,
     RESERVED,
-    TRAINED_ON,
     TRAINING_MEAN,
     as_number,
     check_health,
     check_own,
     csv_text,
+    notes_of,
     read_column,
     read_rows,
 )
-from asa.errors import counted, listed
+from asa.errors import counted
 from asa.evaluation.scans import ClassScores, NumberScores, auc, scan_scores, score_classes, score_numbers
 from asa.evaluation.statistics import nullable, resample_subjects
 
@@ -46,7 +45,7 @@ def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, 
     """Score the class probabilities that asa-predict wrote to a table.
 
     Returns:
-        The scores, the names of the classes, and what `notes_of` says.
+        The scores, the names of the classes, and lines for the reader.
 
     Args:
         truth: table (CSV) with the columns subject (or id) and class. Scans not in it are left out.
@@ -72,7 +71,7 @@ def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, 
     write_json(out / "summary.json", scores.as_json(names) | {"without_prediction": left_out})
     write_whole(out / SCANS, csv_text(["id", "class", *shares], scans).encode())
     write_digests(out, (SCANS, "summary.json"))
-    return scores, names, notes_of(rows, left_out)
+    return scores, names, [*unpredicted(left_out), *notes_of(rows)]
 
 
 def evaluate_numbers(
@@ -81,7 +80,7 @@ def evaluate_numbers(
     """Score the numbers that asa-predict wrote to a table.
 
     Returns:
-        The scores, the name of the number, and what `notes_of` says.
+        The scores, the name of the number, and lines for the reader.
 
     Args:
         truth: table (CSV) with the columns subject (or id) and the number's. Scans not in it are left out.
@@ -101,7 +100,7 @@ def evaluate_numbers(
     scores = score_numbers(found[:, 0], true, found[:, 1], subjects)
     left_out = without_prediction(truth, column, rows, subjects)
     write_json(out / "summary.json", scores.as_json(column) | {"without_prediction": left_out})
-    return scores, column, notes_of(rows, left_out)
+    return scores, column, [*unpredicted(left_out), *notes_of(rows)]
 
 
 def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
@@ -184,19 +183,9 @@ def without_prediction(truth: Path, column: str, rows: Sequence[Mapping[str, str
     return len(known) - len(rows if "id" in known[0] else set(subjects))
 
 
-def notes_of(rows: Sequence[Mapping[str, str]], without_prediction: int = 0) -> list[str]:
-    """Lines about how scores on rows of a table of asa-predict are to be read; and rows of the truth without any."""
-    lines = [f"{counted(without_prediction, 'row')} of the truth without a prediction"] if without_prediction else []
-    if seen := [row["id"] for row in rows if row.get(TRAINED_ON) == "yes"]:
-        lines.append(
-            f"warning: the network, or the encoder that it started from, was trained on {len(seen)} of "
-            f"{counted(len(rows), 'scan')} ({listed(seen, 5)}): scores on them are optimistic"
-        )
-    networks = Counter(row[NETWORK] for row in rows if row.get(NETWORK))
-    if len(networks) > 1:
-        shares = ", ".join(f"{name} {count}" for name, count in networks.items())
-        lines.append(f"note: predicted by {len(networks)} networks (scans of each: {shares}), as in a cross-validation")
-    return lines
+def unpredicted(rows: int) -> list[str]:
+    """A line about so many rows of the truth without a prediction, if there are any."""
+    return [f"{counted(rows, 'row')} of the truth without a prediction"] if rows else []
 
 
 def predicted_rows(table: Path) -> list[dict[str, str]]:

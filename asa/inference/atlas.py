@@ -282,8 +282,8 @@ class AtlasSegmenter:
         if networks is not None and "spacing" in networks.data:
             data["spacing"] = networks.data["spacing"]
         self.outputs, self.networks = Outputs.of(data), networks
-        self.preprocessor = ScanPreprocessor(str(store.path), data, strip, scans="the scans")
-        self.preprocessor.networks = [] if networks is None else networks.preprocessor.networks
+        trained = [] if networks is None else networks.preprocessor.networks
+        self.preprocessor = ScanPreprocessor(str(store.path), data, strip, scans="the scans", networks=trained)
         if networks is not None:
             self._check_networks(networks)
             self.outputs = networks.outputs

@@ -79,9 +79,9 @@ def prepared_otherwise(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     return found
 
 
-def other_voxel_sizes(*scans: Mapping[str, Any]) -> list[str]:
+def other_voxel_sizes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The mean voxel size in mm of each of two metadata of training scans, in words, if they differ; else []."""
-    sizes = [np.array(data.get("spacing", ())) for data in scans]
+    sizes = [np.array(data.get("spacing", ())) for data in (one, other)]
     known = all(size.shape == (2, 3) for size in sizes)
     if not known or (np.abs(sizes[0] / sizes[1] - 1) <= SPACING_TOLERANCE).all():
         return []
@@ -180,6 +180,7 @@ class ScanPreprocessor:
         data: the metadata of these scans that a checkpoint holds.
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of these scans.
         channels: of the new scans, which say the modality where the training scans are of several.
+        networks: the metadata of all networks that predict the scans; None: of one network, `data`.
 
     Raises:
         ValueError: unusable metadata; the training scans were skull-stripped by a command, and `strip` is None; or as
@@ -194,12 +195,13 @@ class ScanPreprocessor:
         *,
         scans: str = "the training scans",
         channels: Collection[str] | None = None,
+        networks: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         check_metadata(path, data)
         data = of_modality(path, data, channels)
         self.path, self.data, self.scans = path, data, f"{scans} of {path}"
         self.channels: list[str] = data["channels"]
-        self.networks: Sequence[Mapping[str, Any]] = [data]  # metadata: of an ensemble several, of atlases none
+        self.networks = [data] if networks is None else networks
         settings = PrepareSettings(**data["prepare"])
         if strip is None and "{mask}" in settings.strip:  # the checkpoint may come from an untrusted source
             raise ValueError(
@@ -213,8 +215,8 @@ class ScanPreprocessor:
 
     def saw(self, scan: Volume) -> bool | None:
         """Whether the network, or what it started from, was trained on a raw scan, its first channel; None: unknown."""
-        known = [set(one["scans"]) for one in self.networks if "scans" in one]  # digests, see `asa.data.leakage`
-        if known and identity_of(scan) in set().union(*known):
+        known = [one["scans"] for one in self.networks if "scans" in one]  # digests, see `asa.data.leakage`
+        if known and (digest := identity_of(scan)) and any(digest in scans for scans in known):
             return True
         return None if len(known) < len(self.networks) else False
 

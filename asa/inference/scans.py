@@ -17,11 +17,10 @@ from asa.data.datasets.record import Record, check_distinct, is_label_map, make_
 from asa.data.io.files import NOT_HERE, failure_lines
 from asa.data.io.nifti import IMAGE_ENDINGS, VOLUME_ENDINGS, Volume, identity_of, read_image
 from asa.data.io.parallel import each_tried
-from asa.data.io.tables import TRAINED_ON
+from asa.data.io.tables import TRAINED_ON, notes_of
 from asa.data.splits import select
 from asa.data.store import Store
 from asa.errors import counted
-from asa.evaluation.tables import notes_of
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
 
@@ -39,7 +38,7 @@ class ScanPredictor(Protocol):
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> Any:
         """Predict a prepared volume, and return what `predict_each` hands on: by column, the scan's cells of a table.
 
-        `predict_each` adds a cell to them: whether the network was trained on the scan.
+        To such a dict `predict_each` adds a cell: whether the network was trained on the scan.
 
         Args:
             image: `(C, D, H, W)`, of a store, or just prepared from a raw scan.

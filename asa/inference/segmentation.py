@@ -191,8 +191,7 @@ class Segmenter:
         self.paths = paths
         self.outputs.files(Path())  # refuses names of one file here and not at the first scan
         self.mirrored_channels = self.outputs.mirrored() if "W" in axes else []
-        self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip)
-        self.preprocessor.networks = metadata
+        self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip, networks=metadata)
 
     def __repr__(self) -> str:
         channels, labels = ", ".join(self.data["channels"]), ", ".join(self.outputs.names)

@@ -21,7 +21,7 @@ from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
-from asa.evaluation.tables import matched, notes_of, numbers, table_in, without_prediction
+from asa.evaluation.tables import matched, numbers, table_in, unpredicted, without_prediction
 from asa.inference.features import FeatureExtractor, pooled
 from asa.reporting.pages import check_page
 from asa.reporting.probe import write_probe
@@ -133,7 +133,7 @@ def evaluate_probe(config: Config) -> None:
     written: dict[str, Any] = {"column": column, "probe": probe, "folds": folds, "scans": len(rows)}
     written |= nullable(found.scores) | {"without_prediction": left_out}
     lines = [f"{column}: {found.text()}, {counted(len(rows), 'scan')} of {len(set(subjects))} subjects, {folds} folds"]
-    lines += notes_of([], left_out)
+    lines += unpredicted(left_out)
     if (group := config["group"]) is not None:
         groups, written["groups"] = _complete(truth, group, scans), {}
         for name in sorted(set(groups)):

@@ -22,14 +22,14 @@ from asa.data.datasets.folder import files_by_id, has_wildcard, matching_globs
 from asa.data.io.files import check_present, sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
-from asa.data.io.tables import check_own, read_rows
+from asa.data.io.tables import check_own, notes_of, read_rows
 from asa.data.preprocessing.resampling import bounding_box
 from asa.data.store import MANIFEST
 from asa.errors import listed
 from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
 from asa.evaluation.policies import Policy, get_policy
 from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, summarise
-from asa.evaluation.tables import notes_of, table_in
+from asa.evaluation.tables import table_in
 from asa.inference.layout import VOLUMES, label_maps_of
 from asa.ops.labels import side_of
 from asa.reporting.comparison import write_comparison
@@ -214,7 +214,7 @@ def _globs(found: Mapping[str, Path], truths: Mapping[str, Path]) -> str:
 
 
 def _notes(table: Path, ids: Collection[str]) -> list[str]:
-    """What `notes_of` says of some scans; [] without a table of asa-predict: label maps may be of other programs."""
+    """The `notes_of` some scans; [] without a table of asa-predict: label maps may be of other software."""
     try:
         rows = read_rows(table)
     except (FileNotFoundError, ValueError):

@@ -248,9 +248,10 @@ class Initialisation:
         self.description: dict[str, Any] = {}
         if self.init:
             self.source, self.description = read_source(self.init, shapes=config["plan"] is not None)
-        before, own = self.description.get("data", {}), training_scan_metadata(select(store.records, split["train"]))
-        known = isinstance(before.get("prepare"), dict) and "modalities" not in before
-        self.otherwise = prepared_otherwise(before, {"prepare": store.settings, **own}) if known else []
+        before, self.otherwise = self.description.get("data", {}), list[str]()
+        if isinstance(before.get("prepare"), dict) and "modalities" not in before:
+            own = training_scan_metadata(select(store.records, split["train"]))
+            self.otherwise = prepared_otherwise(before, {"prepare": store.settings, **own})
         self.before: TrainingDigests | None = stored_digests(before)
         self.seen: list[LeakedSubject] | None = find_leaks(store.records, split, self.before) if self.before else None
 
@@ -302,7 +303,9 @@ class Initialisation:
 
     def print_notes(self) -> None:
         """Print what the scans that the encoder was trained on have to do with those of the run."""
-        print(self.leakage(), *filter(None, [unfinished(self.init)]), sep="\n")
+        print(self.leakage())
+        if note := unfinished(self.init):
+            print(note)
         if self.otherwise:
             print(
                 f"note: {self.init} was trained on scans that are otherwise: {', '.join(self.otherwise)}: it is worth "

@@ -18,7 +18,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,7 @@ FORMAT = 1
 LARGEST_NUMBER = 1 << 16  # of the keywords of a model
 LAYERS = ("depth", "groups")  # in the names of keywords that count layers
 LARGEST_TABLES = 1 << 30  # bytes of buffers that a model computes and a checkpoint does not hold
+T = TypeVar("T")
 RETRIES = 10  # of a checkpoint that is removed while it is read, before this is an error
 
 
@@ -248,19 +249,19 @@ def read_weights(
         DamagedCheckpoint: not a complete safetensors file, or with `tensors` a changed one.
         ValueError: not a checkpoint of this package.
     """
-    return _read_newest(path, tensors, shapes)[:2]
+    return _of_newest(path, lambda file: _read(file, tensors, shapes))
 
 
-def _read_newest(path: str | Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """`read_weights`, and the SHA-256 of the file where all of it is read."""
+def _of_newest(path: str | Path, read: Callable[[Path], T]) -> T:
+    """What is read of the weights file of a path; it is looked for again where it was removed meanwhile."""
     for _ in range(RETRIES):
         file = find_weights(path)
         try:
-            return *_read(file, tensors, shapes), sha256_of(file) if tensors and not shapes else ""
+            return read(file)
         except (OSError, ValueError):
-            if file.is_file():  # else of a run that goes on, whose newest was removed since
+            if file.is_file():
                 raise
-    raise FileNotFoundError(f"{path}: its checkpoints are removed faster than they can be read")
+    return read(find_weights(path))  # of a run that goes on, whose newest was removed since
 
 
 def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -324,7 +325,7 @@ def read_model(
 
     The description has the "sha256" of the weights file.
     """
-    weights, description, digest = _read_newest(path, tensors=True, shapes=False)
+    (weights, description), digest = _of_newest(path, lambda file: (_read(file, True, False), sha256_of(file)))
     description["sha256"] = digest
     node = description.get("model")
     if not isinstance(node, Mapping) or not isinstance(description.setdefault("data", {}), Mapping):

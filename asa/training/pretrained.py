@@ -71,14 +71,15 @@ def load_pretrained(
             f"init={init}: this model is trained from scratch: leave init out, or choose model=unet_..., resenc_... or "
             "primus_..."
         )
-    swin = isinstance(description.get("model", {}).get("position"), bool)  # of ASA a kind of encoding is named
-    if description and swin != hasattr(model.encoder, "levels"):
-        kinds = ("ASA's", "SA-Swin's") if hasattr(model.encoder, "levels") else ("SA-Swin's", "another")
+    swin = hasattr(model.encoder, "levels")
+    was_swin = isinstance(description.get("model", {}).get("position"), bool)  # of ASA a kind of encoding is named
+    if description and was_swin != swin:
+        kinds = ("ASA's", "SA-Swin's") if swin else ("SA-Swin's", "another")
         raise ValueError(
             f"init={init}: is {kinds[0]} encoder, and this network has {kinds[1]}: leave model= and experiment= out, "
             "and the network follows the encoder"
         )
-    if hasattr(model.encoder, "levels"):
+    if swin:
         return _load_swin(init, source, description, model, model_config)
     note, differs = "", None
     if description:

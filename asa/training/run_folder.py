@@ -110,7 +110,8 @@ def unfinished(run: str | Path) -> str:
 
 def _steps_done(run: Path) -> int:
     """Steps of the newest checkpoint, by its name."""
-    return max((int(path.name[5:]) for path in list_checkpoints(run) if path.name[5:].isdecimal()), default=0)
+    numbers = (path.name.removeprefix("step-") for path in list_checkpoints(run))
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def _config_of_started(run: Path) -> dict[str, Any]:

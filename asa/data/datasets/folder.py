@@ -96,8 +96,8 @@ def _check_match(
     if first_files and not files.keys() & first_files.keys():
         hint = "correct it, or give data.label=null for an unlabelled cohort" if name == "label" else "correct it"
         raise ValueError(f"{name}: glob {glob!r} matches none of the scans of {first_glob!r} below {root}; {hint}")
-    maps = [path.name for path in files.values() if is_label_map(path.name)]
-    if name != "label" and 0 < len(maps) < len(files):
+    maps = [] if name == "label" else [path.name for path in files.values() if is_label_map(path.name)]
+    if 0 < len(maps) < len(files):
         warnings.warn(
             f"{root}: {len(maps)} of {len(files)} files by {glob!r} are label maps by their names, like {min(maps)}, "
             "and are read as scans: give a narrower pattern",

@@ -5,13 +5,14 @@ import io
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from asa.data.io.files import check_present, write_whole
-from asa.errors import one_line, require
+from asa.errors import counted, listed, one_line, require
 
 PARQUET = ".parquet"
 ENDINGS = (".csv", ".tsv", PARQUET)
@@ -84,6 +85,21 @@ def check_own(table: Path, command: str, required: Collection[str], others: str 
     names, own = set(read_header(table) if table.exists() else ()), set(required)
     if names and not (own <= names and all(re.fullmatch(others, name) for name in names - own)):
         raise ValueError(f"{table}: exists and is no table of {command}: choose another out=")
+
+
+def notes_of(rows: Collection[Mapping[str, str]]) -> list[str]:
+    """Lines about how scores on the rows of a table of asa-predict are to be read."""
+    lines = []
+    if seen := [row["id"] for row in rows if row.get(TRAINED_ON) == "yes"]:
+        lines.append(
+            f"warning: the network, or the encoder that it started from, was trained on {len(seen)} of "
+            f"{counted(len(rows), 'scan')} ({listed(seen, 5)}): scores on them are optimistic"
+        )
+    networks = Counter(row[NETWORK] for row in rows if row.get(NETWORK))
+    if len(networks) > 1:
+        shares = ", ".join(f"{name} {count}" for name, count in networks.items())
+        lines.append(f"note: predicted by {len(networks)} networks (scans of each: {shares}), as in a cross-validation")
+    return lines
 
 
 def check_capitals(table: str | Path, header: Collection[str], names: Iterable[str]) -> None:
