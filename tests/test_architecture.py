@@ -34,7 +34,7 @@ LINES = {
     "inference": 2711,  # scans and ensembles are checked by content, voxel size, and what a network was trained on
     "losses": 461,  # two classes or more
     "methods": 732,  # weights of classes and tasks are checked
-    "models": 2290,  # layers of a Swin
+    "models": 2316,  # layers of a Swin; small convolutions on a CPU
     "ops": 601,  # encodings on a device
     "reporting": 1720,
     "restoration": 2137,  # windows, places and numbers of regions

@@ -13,9 +13,9 @@ import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 from torch import Tensor, nn
 
-from asa.models.kernels import use_own_kernels
+from asa.models.kernels import PatchConv, use_own_kernels
 from asa.models.sw_vit import SWViT, initialise, sw_vit_base, sw_vit_small, sw_vit_tiny
-from asa.ops.patches import patchify, token_map, unpatchify
+from asa.ops.patches import token_map, unpatchify
 from asa.ops.symmetry import mirror_patches
 
 
@@ -127,6 +127,7 @@ class ConvSegmentationViT(TokenSegmentation):
         self.ups, self.norms = _upsampling([*widths, width])
         block: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, stride=1, norm_name="instance")
         self.image_block = UnetBasicBlock(in_channels=8 * encoder.in_channels, out_channels=width, **block)
+        self.image_block.conv1.conv = PatchConv.sharing(self.image_block.conv1.conv)
         channels = pairwise([2 * width, *[width] * blocks])
         self.blocks = nn.Sequential(*(UnetResBlock(in_channels=a, out_channels=b, **block) for a, b in channels))
         self.head = nn.Linear(width, 8 * out_channels)
@@ -139,8 +140,7 @@ class ConvSegmentationViT(TokenSegmentation):
         known = token_map(tokens, grid)
         if self.encoder.mirror_patches:
             known = mirror_patches(known, self.encoder.patch_size // 2)
-        image = self.image_block(token_map(patchify(volume, 2), grid))
-        joined = torch.cat([image, known], dim=1)
+        joined = torch.cat([self.image_block(volume), known], dim=1)
         if volume.device.type == "cpu":  # the faster layout there
             joined = joined.contiguous(memory_format=torch.channels_last_3d)
         features = self.blocks(joined).permute(0, 2, 3, 4, 1).flatten(1, 3)

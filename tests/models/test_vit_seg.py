@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from asa.models.kernels import SMALL, PatchConv
 from asa.models.sw_vit import SWViT
 from asa.models.unet import unet_base, unet_small
 from asa.models.vit_seg import (
@@ -106,7 +107,10 @@ def test_tokens_and_the_image_meet_at_half_the_resolution() -> None:
     image = torch.stack(
         [volume[:, c, d::2, h::2, w::2] for c in (0, 1) for d in (0, 1) for h in (0, 1) for w in (0, 1)], dim=1
     )
-    features = model.blocks(torch.cat([model.image_block(image), known], dim=1))
+    block, features = model.image_block, image
+    for weight, norm in ((block.conv1.conv.weight, block.norm1), (block.conv2.conv.weight, block.norm2)):
+        features = block.lrelu(norm(torch.nn.functional.conv3d(features, weight, padding=1)))
+    features = model.blocks(torch.cat([features, known], dim=1))
     expected = torch.zeros(2, 3, 16, 16, 32)
     parts = model.head(features.movedim(1, -1)).unflatten(-1, (3, 2, 2, 2))
     for d, h, w in ((d, h, w) for d in (0, 1) for h in (0, 1) for w in (0, 1)):
@@ -122,3 +126,17 @@ def test_it_has_less_than_half_the_operations_of_a_unet(make, unet) -> None:
             network(4, img_size=96)(torch.empty(1, 1, 96, 96, 96))
         counted.append(counter.get_total_flops())
     assert counted[0] < 0.5 * counted[1]
+
+
+@pytest.mark.parametrize("size", [(4, 6, 8), (64, 96, 2)], ids=["of the voxels", "of the patches"])
+def test_a_convolution_of_patches_is_the_same_in_either_way(size: tuple[int, int, int]) -> None:
+    """(2, 16, 32, 48) values at a place of W are more than SMALL."""
+    torch.manual_seed(0)
+    plain = torch.nn.Conv3d(16, 3, 3, padding=1, dtype=torch.float64)
+    volume = torch.randn(2, 2, *size, dtype=torch.float64, requires_grad=True)
+    own, results = PatchConv.sharing(plain), []
+    parts = [volume[:, c, d::2, h::2, w::2] for c in (0, 1) for d in (0, 1) for h in (0, 1) for w in (0, 1)]
+    assert (parts[0][..., 0].numel() * len(parts) <= SMALL) == (size == (4, 6, 8))
+    for out in (own(volume), plain(torch.stack(parts, dim=1))):
+        results.append([out, *torch.autograd.grad(out.pow(2).sum(), [volume, plain.weight, plain.bias])])
+    torch.testing.assert_close(*results)
