@@ -31,14 +31,14 @@ LINES = {
     "data": 8077,  # subjects by ids of large cohorts; a killed worker fails its own scan; what tables say of scores
     "evaluation": 2539,  # scores over subjects, and on scans of the training
     "export": 767,  # what is not finite becomes no label map
-    "inference": 2711,  # scans and ensembles are checked by content, voxel size, and what a network was trained on
+    "inference": 2836,  # labels for unlabelled scans; scans and ensembles are checked by content and voxel size
     "losses": 461,  # two classes or more
     "methods": 732,  # weights of classes and tasks are checked
     "models": 2316,  # layers of a Swin; small convolutions on a CPU
     "ops": 601,  # encodings on a device
     "reporting": 1720,
     "restoration": 2137,  # windows, places and numbers of regions
-    "tasks": 3408,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
+    "tasks": 3271,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
     "training": 2741,  # a run continues on its own data, and says if it is not through; statistics of steps not made
 }
 # The only places that may import a library.

@@ -38,7 +38,7 @@ from asa.restoration.inference import restore_image
 from asa.restoration.measures import score_image
 from asa.restoration.method import Restoration as RestorationMethod
 from asa.restoration.pairs import PairDataset, check_channels, find_pairs, regions_of
-from asa.tasks.base import Config
+from asa.settings import Config
 from asa.tasks.evaluation import check_no_split
 from asa.tasks.prediction import only_checkpoint, subjects_of_part
 from asa.tasks.volumes import absolute, choose_split, set_model

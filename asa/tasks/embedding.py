@@ -25,7 +25,7 @@ from asa.evaluation.tables import matched, numbers, table_in, unpredicted, witho
 from asa.inference.features import FeatureExtractor, pooled
 from asa.reporting.pages import check_page
 from asa.reporting.probe import write_probe
-from asa.tasks.base import Config
+from asa.settings import Config
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import add_rows, channels_of, predict_scans, rows_in
 

@@ -35,7 +35,7 @@ from asa.ops.labels import side_of
 from asa.reporting.comparison import write_comparison
 from asa.reporting.evaluation import CaseFiles, write_report
 from asa.reporting.pages import check_page
-from asa.tasks.base import Config
+from asa.settings import Config
 
 ENDING = ".nii.gz"
 

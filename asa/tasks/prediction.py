@@ -16,7 +16,7 @@ from asa.inference.anomaly import COLUMNS, AnomalyScorer
 from asa.inference.layout import Layout
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.scans import Scan, ScanPredictor, predict_each, raw_scans, stored_scans
-from asa.tasks.base import Config
+from asa.settings import Config
 from asa.training.checkpoint_files import is_shipped, on_hub
 
 LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settings

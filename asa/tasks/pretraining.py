@@ -39,7 +39,7 @@ from asa.inference.segmentation import PredictSettings
 from asa.methods.base import MODALITY, Batch
 from asa.methods.base import Pretraining as PretrainingMethod
 from asa.reporting.figures import reconstruction_panel
-from asa.tasks.base import Config
+from asa.settings import Config
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import channels_of, only_checkpoint, predict_anomalies, subjects_in
 from asa.tasks.volumes import Records, VolumeTask

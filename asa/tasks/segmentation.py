@@ -34,11 +34,12 @@ from asa.inference.atlas import AtlasSegmenter
 from asa.inference.label_maps import Outputs
 from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of, probabilities_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
+from asa.inference.unlabelled import REST, UnlabelledScans
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED, joined_sides, pairs_by_name, side_of
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
-from asa.tasks.base import Config
+from asa.settings import Config
 from asa.tasks.evaluation import check_no_split, evaluate_folder
 from asa.tasks.prediction import (
     LABEL_MAPS_ONLY,
@@ -50,7 +51,6 @@ from asa.tasks.prediction import (
     short,
     subjects_in,
 )
-from asa.tasks.unlabelled import REST, UnlabelledScans
 from asa.tasks.volumes import Records, VolumeTask, absolute, choose_split
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks

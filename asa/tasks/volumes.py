@@ -20,7 +20,7 @@ from asa.errors import counted, listed
 from asa.inference.preprocessing import prepared_otherwise, training_scan_metadata
 from asa.methods.base import Batch
 from asa.models.transfer import POSITIONS, Source, other_position
-from asa.tasks.base import Config
+from asa.settings import Config
 from asa.training.checkpoint import load_weights
 from asa.training.checkpoint_files import list_checkpoints
 from asa.training.distributed import is_main

@@ -33,7 +33,7 @@ from asa.inference.whole_scans import (
     predict_volumes,
     predictions_csv,
 )
-from asa.tasks.base import Config
+from asa.settings import Config
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans, short
 from asa.tasks.volumes import VolumeTask

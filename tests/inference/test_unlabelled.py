@@ -13,11 +13,11 @@ from asa.data.leakage import training_digests
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
+from asa.inference import unlabelled
 from asa.inference.atlas import Atlas
+from asa.inference.unlabelled import UnlabelledScans
 from asa.ops.labels import IGNORED
-from asa.tasks import unlabelled
 from asa.tasks.run import finetune
-from asa.tasks.unlabelled import UnlabelledScans
 from asa.training.checkpoint import read_description
 
 TINY = {
