@@ -3,6 +3,7 @@
 import math
 import pickle
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -289,6 +290,26 @@ def test_wmh_metrics_equal_those_of_the_challenge(seed):
     assert hd95(prediction, truth, (0.96, 0.96, 3.0), IN_SLICE) == pytest.approx(far, rel=0, abs=1e-6)
     assert lesion_recall(prediction, truth) == pytest.approx(recall) and recall < 1
     assert lesion_f1(prediction, truth) == pytest.approx(f1)
+
+
+IN_MM = (hd95, hd95_by_area, hd95_pooled, partial(surface_dice, tolerance=1.0), lesionwise_dice, lesionwise_hd95)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        *(metrics.dice, sensitivity, volume_difference, lesion_recall, lesion_f1),
+        *(partial(metric, spacing=UNIT) for metric in IN_MM),
+    ],
+)
+def test_metrics_take_masks_of_one_shape(metric):
+    mask = box((1, 1, 1), 8)
+    metric(mask, mask)
+    for prediction, truth in ((mask, mask[:1]), (mask[0], mask[0]), (mask[0], mask)):  # numpy would broadcast them
+        with pytest.raises(ValueError, match="masks must be 3-D and of one shape"):
+            metric(prediction, truth)
+    with pytest.raises(ValueError, match="masks must be bool, got uint8 and bool"):
+        metric(mask.astype(np.uint8), mask)
 
 
 def test_lesion_metrics_count_lesions_and_not_voxels():

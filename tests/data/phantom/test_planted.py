@@ -74,6 +74,9 @@ def test_each_channel_has_its_own_contrast_and_one_that_is_missing_stays_empty(i
     inside = found.label == 1
     assert found.image[0][inside].mean() < image[0][inside].mean() < found.image[1][inside].mean()
     assert not found.image[2].any()
+    alone, beside = planted("tumour", image, 1), planted("tumour", both[1:], 1, ("t1", "t2"))
+    np.testing.assert_array_equal(beside.image[0], alone.image[0])
+    np.testing.assert_array_equal(beside.changed, alone.changed)
 
 
 def test_a_tumour_pushes_tissue_away_and_has_its_size(image: np.ndarray) -> None:
