@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from asa.errors import counted
 
 FORMAT, RECORDS_INSIDE = 3, 2  # the earlier format has its records inside the manifest
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
+UNFINISHED = "unfinished"  # beside them until asa-prepare is through
 COMMON = {"settings": dict, "channels": list, "labels": dict, "ignored": list, "regions": dict}  # keys of the manifest
 OF_SCAN = {"subject": str, "shape": list, "sources": dict, "arrays": dict, "chain": dict, "identity": dict}
 FOLDERS = {"image": "images", "label": "labels"}  # of the arrays
@@ -75,6 +77,12 @@ class Store:
         self.settings: dict[str, Any] = manifest["settings"]
         if not self.records:
             raise ValueError(f"{self.path}: the store holds no scans; run asa-prepare again to see why they failed")
+        if (self.path / UNFINISHED).exists():
+            warnings.warn(
+                f"{self.path}: asa-prepare was stopped, or is still at work: {counted(len(self), 'scan')} so far; give "
+                "the same command again for the others",
+                stacklevel=2,
+            )
         self.modalities: dict[str, Store] = {}
         self._compared: set[Path] = set()
 

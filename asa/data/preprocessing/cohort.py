@@ -24,6 +24,7 @@ from asa.data.store import (
     FORMAT,
     MANIFEST,
     RECORDS,
+    UNFINISHED,
     Entry,
     append_records,
     array_path,
@@ -101,6 +102,8 @@ def prepare_cohort(
             root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(root))
             entries, software = _open(root, _header(records, cohort))
+            (root / UNFINISHED).touch()
+            stack.push(partial(_finish, root))
             report.others = sorted(entries.keys() - ids)
             stack.callback(write_records, root, entries)  # at the end, also of a run that fails
         check_distinct(sorted(ids | entries.keys()))
@@ -147,6 +150,12 @@ def prepare_cohort(
     report.failures = dict(sorted(report.failures.items()))
     report.warnings = dict(sorted(report.warnings.items()))
     return report
+
+
+def _finish(root: Path, failure: type[BaseException] | None, *_: object) -> None:
+    """Called at the end of a preparation, also of one that is stopped."""
+    if failure is None:
+        (root / UNFINISHED).unlink(missing_ok=True)
 
 
 def _header(records: Sequence[Record], cohort: CohortSettings) -> dict[str, Any]:

@@ -563,7 +563,7 @@ def test_a_store_without_scans_takes_other_settings(cohort, tmp_path):
     assert Store(tmp_path / "store").labels and Store(tmp_path / "store").records
 
 
-def test_an_exception_keeps_the_scans_that_are_done(cohort, tmp_path, monkeypatch):
+def test_an_exception_keeps_the_scans_that_are_done_and_who_reads_them_is_warned(cohort, tmp_path, monkeypatch):
     run(cohort, tmp_path / "whole")
     prepare_scan = prepare.prepare_scan
 
@@ -576,8 +576,13 @@ def test_an_exception_keeps_the_scans_that_are_done(cohort, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run(cohort, tmp_path / "store")
     monkeypatch.undo()
+    with pytest.warns(UserWarning, match="asa-prepare was stopped, or is still at work: 2 scans so far"):
+        Store(tmp_path / "store")
     report = run(cohort, tmp_path / "store")
     assert report.skipped == ["s0", "s1"] and report.prepared == ["s2", "s3"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Store(tmp_path / "store")
     assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "whole")
 
 
