@@ -11,7 +11,7 @@ from PIL import ImageDraw
 
 from asa.data.io.nifti import Volume, write_image, write_label
 from asa.evaluation.summary import CaseRow, summarise
-from asa.reporting.evaluation import write_report
+from asa.reporting.evaluation import label_panel, write_report
 from asa.reporting.figures import (
     OPACITY,
     READABLE,
@@ -213,6 +213,19 @@ def test_labels_are_filled_with_an_opaque_edge():
 def test_label_colours_differ():
     assert len({tuple(colour) for colour in label_colours(60).tolist()}) == 60
     assert np.array_equal(label_colours(60)[:3], label_colours(3))
+
+
+def test_a_panel_is_of_the_region_in_the_truth_or_else_in_the_predictions(tmp_path):
+    here, there = (slice(2, 6),) * 3, (slice(14, 18),) * 3
+    truth, prediction = np.zeros((2, 20, 20, 20), dtype=np.uint8)
+    truth[here], truth[2, 2:6, 2:6], truth[there] = 1, 2, 3
+    prediction[there], prediction[14, 14:18, 14:18] = 1, 4
+    files = [(name, tmp_path / f"{name}.nii") for name in ("truth", "prediction")]
+    for (_, file), data in zip(files, (truth, prediction), strict=True):
+        write_label(file, data, Volume(data, np.eye(4), None))
+    for region, drawn in ((1, ["a", "b"]), (4, ["a", "c", "d"])):
+        found = label_panel("x", files, None, labels={1: "a", 2: "b", 3: "c", 4: "d"}, ignored=[], region=[region])
+        assert [name for name, _ in found["labels"]] == drawn, region
 
 
 def test_central_slices_intersect_the_mask():

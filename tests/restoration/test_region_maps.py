@@ -51,6 +51,12 @@ def test_superpixels_separate_simple_shapes(name: str, channels: int) -> None:
     assert not inner[0] & inner[1] and not inner[0] & inner[2] and not inner[1] & inner[2]
 
 
+def test_a_larger_scale_gives_felzenszwalb_larger_regions() -> None:
+    image = (discs() + np.random.default_rng(0).normal(0, 0.1, (1, 64, 72))).clip(0, 1)
+    many, few = (len(np.unique(make_provider("felzenszwalb", scale=scale)("a", image))) for scale in (10.0, 1000.0))
+    assert many > 2 * few
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_slic_makes_approximately_the_requested_number_of_regions(channels: int) -> None:
     image = np.repeat(discs(), channels, axis=0) + np.random.default_rng(0).normal(0, 0.03, (channels, 64, 72))

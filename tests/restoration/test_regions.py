@@ -235,6 +235,7 @@ def test_the_focal_loss_equals_its_reference(beta: float) -> None:
 def test_the_loss_of_a_uniform_error_is_one_plus_beta_times_the_error() -> None:
     _, target, labels = pictures()
     assert FocalRegionLoss(0.5)(target + 0.25, target, labels).item() == pytest.approx(1.5 * 0.25)
+    assert FocalRegionLoss()(target + 0.25, target, labels).item() == pytest.approx(2 * 0.25)
 
 
 def test_beta_zero_is_the_absolute_error() -> None:

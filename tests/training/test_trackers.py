@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from asa.config import compose
 from asa.settings import OptimSettings, TrainSettings
@@ -121,6 +122,14 @@ def test_trackers_are_a_setting_of_the_commands_that_may_change_when_a_run_goes_
     composed = compose("pretrain", ["train.log_to=[tensorboard,mlflow]", "out=x", "data.store=y"])
     assert composed["train"]["log_to"] == ["tensorboard", "mlflow"]
     assert "train.log_to" in FREE_ON_RESUME
+
+
+def test_the_settings_of_a_run_are_told_by_dotted_key_and_those_of_the_network_once(tmp_path: Path) -> None:
+    network = {"depth": 2, "position": None}
+    settings = {"model": network, "method": {"model": network, "mask_ratio": 0.75}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert trackers.configuration(tmp_path) == {"model.depth": 2, "model.position": "None", "method.mask_ratio": 0.75}
+    assert trackers.configuration(tmp_path / "elsewhere") == {}
 
 
 def test_mlflow_holds_the_rows_of_the_log_in_one_run_that_is_resumed_without_a_network(
