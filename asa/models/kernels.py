@@ -104,10 +104,10 @@ class PatchConv(SharingConv):
 
     def forward(self, volume: Tensor) -> Tensor:
         """`(B, C, D, H, W)` -> `(B, E, D/2, H/2, W/2)`."""
-        features = token_map(patchify(volume, 2), grid_size(volume.shape[2:], 2))
-        small = features[..., 0].numel() <= SMALL
+        t, h, w = grid_size(volume.shape[2:], 2)
+        small = len(volume) * self.in_channels * t * h <= SMALL
         if volume.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not small:
-            return super().forward(features)
+            return super().forward(token_map(patchify(volume, 2), (t, h, w)))
         taps = self.weight.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)  # E C 3 2 3 2 3 2
         kernel = taps.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # E C 6 6 6
         return F.conv3d(volume, kernel, self.bias, stride=2, padding=2)

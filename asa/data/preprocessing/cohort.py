@@ -102,11 +102,11 @@ def prepare_cohort(
             root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(root))
             entries, software = _open(root, _header(records, cohort))
+            check_distinct(sorted(ids | entries.keys()))
             (root / UNFINISHED).touch()
             stack.push(partial(_finish, root))
             report.others = sorted(entries.keys() - ids)
             stack.callback(write_records, root, entries)  # at the end, also of a run that fails
-        check_distinct(sorted(ids | entries.keys()))
         for record in tqdm(records, "compare", unit="scan", disable=not progress or not entries):
             line = entries.get(record["id"])
             entry = None if root is None or line is None or on_scan else known_entry(record, root, line)

@@ -556,6 +556,15 @@ def test_a_store_with_other_settings_is_refused(cohort, tmp_path):
             run(cohort, tmp_path / "store", **other)
 
 
+def test_a_refused_cohort_does_not_mark_the_store_as_unfinished(cohort, tmp_path):
+    run(cohort, tmp_path / "store")
+    before = bytes_of(tmp_path / "store")
+    records = [{**record, "id": "S0"} for record in cohort if record["id"] == "s0"]
+    with pytest.raises(ValueError, match="differ in case"):
+        run(records, tmp_path / "store")
+    assert bytes_of(tmp_path / "store") == before
+
+
 def test_a_store_without_scans_takes_other_settings(cohort, tmp_path):
     assert run(cohort, tmp_path / "store", labels={}).failures  # forgotten: no scan is prepared
     assert (tmp_path / "store" / "records.jsonl").read_bytes() == b""
