@@ -205,12 +205,9 @@ def read_json(path: Path, root: str) -> Items:
 
 
 def read_store(path: Path, root: str) -> Items:
-    """The values of a manifest and of the records beside it, or inside it in earlier versions."""
-    items, records = read_json(path, root), path.with_name("records.jsonl")
-    if records.is_file():
-        lines = records.read_text().replace(root, ".").splitlines()
-        items |= dict(flat({"records": [json.loads(line) for line in lines]}))
-    return items
+    """The values of a manifest and of the records beside it."""
+    lines = path.with_name("records.jsonl").read_text().replace(root, ".").splitlines()
+    return read_json(path, root) | dict(flat({"records": [json.loads(line) for line in lines]}))
 
 
 def read_log(path: Path, root: str) -> Items:

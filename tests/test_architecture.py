@@ -28,8 +28,8 @@ LINES = {
     "": 735,  # the reader of phantoms lies with them
     "baselines": 1136,  # puzzles without mirrored patches
     "cli": 774,  # stale stages of a study
-    "data": 8094,  # subjects by ids of large cohorts; a killed worker fails its own scan; unfinished stores
-    "evaluation": 2539,  # scores over subjects, and on scans of the training
+    "data": 8093,  # subjects by ids of large cohorts; a killed worker fails its own scan; unfinished stores, changed labels
+    "evaluation": 2545,  # scores over subjects, and on scans of the training
     "export": 767,  # what is not finite becomes no label map
     "inference": 2836,  # labels for unlabelled scans; scans and ensembles are checked by content and voxel size
     "losses": 461,  # two classes or more
@@ -38,7 +38,7 @@ LINES = {
     "ops": 601,  # encodings on a device
     "reporting": 1720,
     "restoration": 2137,  # windows, places and numbers of regions
-    "tasks": 3271,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
+    "tasks": 3276,  # scans on both sides of a split; files of earlier predictions; splits of stores alone
     "training": 2741,  # a run continues on its own data, and says if it is not through; statistics of steps not made
 }
 # The only places that may import a library.

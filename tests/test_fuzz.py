@@ -145,7 +145,7 @@ def _checkpoints(place: Path) -> tuple[Callable[[random.Random], Path], Callable
 
 
 def _manifests(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[Path], object]]:
-    from asa.data.store import FORMAT, RECORDS_INSIDE, write_array
+    from asa.data.store import FORMAT, write_array
 
     record = {"id": "s", "subject": "s", "sources": {"t1": {"path": "a.nii", "sha256": ""}}, "identity": {"t1": "0"}}
     record["chain"] = {"steps": [], "stored_affine": np.eye(4).tolist()}
@@ -161,15 +161,14 @@ def _manifests(place: Path) -> tuple[Callable[[random.Random], Path], Callable[[
 
     def make(rng: random.Random) -> Path:
         changed = changed_tree(manifest, rng) if rng.random() < 0.7 else None
-        if isinstance(changed, dict) and isinstance(changed.get("records"), list) and rng.random() < 0.7:
+        if isinstance(changed, dict) and isinstance(changed.get("records"), list):
             write_tree(place, changed)
         elif changed is None:
             write_tree(place, manifest)
             file = place / rng.choice(["manifest.json", "records.jsonl"])
             file.write_bytes(changed_bytes(file.read_bytes(), rng))
-        else:  # the records inside, as in earlier versions
-            old = {**changed, "format": RECORDS_INSIDE} if isinstance(changed, dict) else changed
-            (place / "manifest.json").write_text(json.dumps(old))
+        else:
+            (place / "manifest.json").write_text(json.dumps(changed))
         return place / "manifest.json"
 
     def read(path: Path) -> None:

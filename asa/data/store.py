@@ -8,8 +8,7 @@ STORE/labels/ID.npy      uint8 (1, D, H, W), class indices: index k means value 
 
 While a cohort is prepared, lines are appended in any order: the last one of an id counts, and one without its line
 break was cut off and does not. Only the lines that are asked for are parsed, so that a store of a hundred thousand
-scans opens in a second. A store of format 2 has its records inside the manifest and is read whole; asa-prepare
-converts it.
+scans opens in a second.
 """
 
 import hashlib
@@ -30,9 +29,9 @@ from typing import IO, Any, overload
 import numpy as np
 
 from asa.data.io.files import JSON, check_id, make_below, naming, open_unlinked, read_json, sha256_of, write_whole
-from asa.errors import counted
+from asa.errors import counted, listed
 
-FORMAT, RECORDS_INSIDE = 3, 2  # the earlier format has its records inside the manifest
+FORMAT = 3
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
 UNFINISHED = "unfinished"  # beside them until asa-prepare is through
 COMMON = {"settings": dict, "channels": list, "labels": dict, "ignored": list, "regions": dict}  # keys of the manifest
@@ -123,6 +122,21 @@ class Store:
         """The source image of the first channel that a scan has: one may be missing in the cohort."""
         sources = record["sources"]
         return next(Path(sources[channel]["path"]) for channel in self.channels if channel in sources)
+
+    def notes_on_labels(self, records: Iterable[Mapping[str, Any]]) -> list[str]:
+        """A line about label files of these scans that have other bytes than when they were prepared; [] without any.
+
+        Scores are against the files, what is trained on is in the store.
+        """
+        labels = {record["id"]: record["sources"]["label"] for record in records}
+        present = {id: label for id, label in labels.items() if os.path.isfile(label["path"])}
+        if changed := [id for id, label in present.items() if sha256_of(label["path"]) != label["sha256"]]:
+            was = "label map has" if len(changed) == 1 else "label maps have"
+            return [
+                f"warning: {len(changed)} {was} changed since asa-prepare ({listed(changed, 5)}): scores are against "
+                f"the new ones, and {self.path} holds the old ones: run asa-prepare again"
+            ]
+        return []
 
     def verify(self) -> list[tuple[str, str]]:
         """(id, reason) for each array that is missing or whose SHA-256 is not that in its entry."""
@@ -232,7 +246,6 @@ class Records(Sequence[Entry]):
     subjects: Sequence[str]
     spans: np.ndarray  # offset and length in bytes of the line of each entry, int64 (N, 2)
     version: tuple[int, ...]  # `_version` of the file that the spans are of
-    text: bytes | None = None  # what the spans are of in place of the file, for a store of format 2
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -279,7 +292,7 @@ class Records(Sequence[Entry]):
             yield entry
 
     def _read_lines(self, indices: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-        with self.file.open("rb", buffering=0) if self.text is None else io.BytesIO(self.text) as file:
+        with self.file.open("rb", buffering=0) as file:
             if _version(file) != self.version:
                 self._find_again()
                 yield from self._read_lines(indices)
@@ -308,27 +321,15 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], Records]:
     file = root / MANIFEST
     manifest = read_json(file)
     found = manifest.get("format") if isinstance(manifest, dict) and manifest.keys() >= COMMON.keys() else None
-    if found not in (FORMAT, RECORDS_INSIDE):
+    if found != FORMAT:
         raise ValueError(f"{file}: store format {found!r}, this asa reads {FORMAT}; prepare it again into a new folder")
     if wrong := _wrong_common(manifest):
         raise ValueError(_not_ours(file, wrong))
-    if found == FORMAT:
-        return manifest, read_records(root / RECORDS)
-    entries = manifest.pop("records", None)
-    try:
-        text = b"".join(entry_line(entry) + b"\n" for entry in entries)
-    except (TypeError, KeyError, ValueError, RecursionError):
-        raise ValueError(_not_ours(file, "records")) from None
-    records = read_records(file, text)
-    if len(records) < len(entries):
-        raise ValueError(f"{file}: scans with the same id; prepare the store again into a new folder")
-    return manifest, records
+    return manifest, read_records(root / RECORDS)
 
 
-def read_records(file: Path, text: bytes | None = None) -> Records:
+def read_records(file: Path) -> Records:
     """The records of a file with a line per scan, sorted by id, of which only ids and subjects are read.
-
-    `text` is its content where the file has another form.
 
     Raises:
         FileNotFoundError, ValueError: no such file, a line that is no record, or an id that cannot be one.
@@ -338,7 +339,7 @@ def read_records(file: Path, text: bytes | None = None) -> Records:
     ids: list[str] = []
     subjects: list[str] = []
     sizes: list[int] = []
-    with file.open("rb", buffering=1 << 20) if text is None else io.BytesIO(text) as lines:
+    with file.open("rb", buffering=1 << 20) as lines:
         version = _version(lines)
         try:
             for line in lines:
@@ -356,7 +357,7 @@ def read_records(file: Path, text: bytes | None = None) -> Records:
             raise ValueError(f"{file}: record {number}: {error}; remove it, and run asa-prepare again") from None
     lengths = np.array(sizes, dtype=np.int64)
     spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
-    records = Records(file, ids, subjects, spans, version, text)
+    records = Records(file, ids, subjects, spans, version)
     if all(map(lt, ids, ids[1:])):
         return records
     last = {id: k for k, id in enumerate(ids)}
@@ -399,8 +400,6 @@ def _unquoted(text: bytes) -> str:
 
 def _version(file: IO[bytes] | io.RawIOBase) -> tuple[int, ...]:
     """What differs once a file has changed or another one has replaced it."""
-    if isinstance(file, io.BytesIO):
-        return ()
     found = os.fstat(file.fileno())
     return found.st_ino, found.st_size, found.st_mtime_ns
 

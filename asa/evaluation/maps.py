@@ -12,7 +12,7 @@ import numpy as np
 
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import check_same_geometry, read_image, read_label
-from asa.data.io.tables import check_own, csv_text
+from asa.data.io.tables import check_own, csv_text, notes_of
 from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
 from asa.evaluation.scans import auc
@@ -54,7 +54,8 @@ def evaluate_maps(table: Path, store: Store, out: Path, subjects: Collection[str
 
     Returns:
         What summary.json holds: "scans" of each kind; "voxels" by score of `voxel_scores`, and "results" by measure of
-        the table if there are scans without a lesion, too. An undefined end of an interval is None.
+        the table if there are scans without a lesion, too; "notes" for the reader. An undefined end of an interval is
+        None.
 
     Raises:
         FileNotFoundError, ValueError: no such table or map, a map on another grid, or none of its scans has a lesion.
@@ -92,6 +93,7 @@ def evaluate_maps(table: Path, store: Store, out: Path, subjects: Collection[str
         for name, mean in means(np.arange(len(values))).items()
     }
     results = {} if all(patient) else separation(table, rows, np.array(patient), of_subjects)
+    notes = [*store.notes_on_labels(labelled[row["id"]] for row in rows), *notes_of(rows)]
     summary = {
         "scans": {
             "with_lesion": len(scored),
@@ -101,6 +103,7 @@ def evaluate_maps(table: Path, store: Store, out: Path, subjects: Collection[str
         },
         "voxels": voxels,
         "results": {measure: nullable(found) for measure, found in results.items()},
+        "notes": notes,
     }
     ids = [row["id"] for row, one in zip(rows, patient, strict=True) if one]
     cells = [[id, *(f"{value:.6g}" for value in row)] for id, row in zip(ids, values.tolist(), strict=True)]

@@ -67,11 +67,11 @@ def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, 
     scores = score_classes(probabilities, indices, subjects)
     shares = scan_scores(probabilities, indices)
     scans = [[row["id"], *cells] for row, *cells in zip(rows, known, *shares.values(), strict=True)]
-    left_out = without_prediction(truth, "class", rows, subjects)
-    write_json(out / "summary.json", scores.as_json(names) | {"without_prediction": left_out})
+    left_out, notes = without_prediction(truth, "class", rows, subjects), notes_of(rows)
+    write_json(out / "summary.json", scores.as_json(names) | {"without_prediction": left_out, "notes": notes})
     write_whole(out / SCANS, csv_text(["id", "class", *shares], scans).encode())
     write_digests(out, (SCANS, "summary.json"))
-    return scores, names, [*unpredicted(left_out), *notes_of(rows)]
+    return scores, names, [*unpredicted(left_out), *notes]
 
 
 def evaluate_numbers(
@@ -98,12 +98,14 @@ def evaluate_numbers(
     found = np.array([numbers(table, row, (PREDICTED, TRAINING_MEAN)) for row in rows])
     true = np.array([as_number(truth, row["id"], column, text) for row, text in zip(rows, known, strict=True)])
     scores = score_numbers(found[:, 0], true, found[:, 1], subjects)
-    left_out = without_prediction(truth, column, rows, subjects)
-    write_json(out / "summary.json", scores.as_json(column) | {"without_prediction": left_out})
-    return scores, column, [*unpredicted(left_out), *notes_of(rows)]
+    left_out, notes = without_prediction(truth, column, rows, subjects), notes_of(rows)
+    write_json(out / "summary.json", scores.as_json(column) | {"without_prediction": left_out, "notes": notes})
+    return scores, column, [*unpredicted(left_out), *notes]
 
 
-def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+def evaluate_asymmetry(
+    table: Path, truth: Path, out: Path
+) -> tuple[dict[str, dict[str, float]], dict[str, int], list[str]]:
     """How well each measure of asymmetry, or of anomaly, in a table separates patients from healthy subjects.
 
     Args:
@@ -113,6 +115,7 @@ def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, d
     Returns:
         By measure: auc, auc_low, auc_high (the 95 % interval over resampled subjects; NaN if undefined).
         Numbers of scans: patients, healthy, without_health; and of rows of the truth without_prediction.
+        Lines for the reader.
 
     Raises:
         FileNotFoundError, ValueError: no such table, one that does not fit, another health, or scans of one kind only.
@@ -122,7 +125,7 @@ def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, d
     patient = np.array(health) == "0"
     if patient.all() or not patient.any():
         raise ValueError(f"{truth}: all {len(rows)} scans are of health {health[0]}: an AUC needs both")
-    results = separation(table, rows, patient, subjects)
+    results, notes = separation(table, rows, patient, subjects), notes_of(rows)
     counts = {
         "patients": int(patient.sum()),
         "healthy": int((~patient).sum()),
@@ -130,8 +133,8 @@ def evaluate_asymmetry(table: Path, truth: Path, out: Path) -> tuple[dict[str, d
         "without_prediction": without_prediction(truth, "health", rows, subjects),
     }
     written = {measure: nullable(found) for measure, found in results.items()}
-    write_json(out / "summary.json", {**counts, "results": written})
-    return results, counts
+    write_json(out / "summary.json", {**counts, "results": written, "notes": notes})
+    return results, counts, notes
 
 
 def separation(

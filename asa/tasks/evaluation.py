@@ -93,6 +93,7 @@ def evaluate_folder(
     allow_missing: bool = False,
     workers: int = 1,
     subjects: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> SegmentationSummary:
     """Evaluate a folder of label maps and write cases.csv, summary.json and report.html.
 
@@ -112,6 +113,7 @@ def evaluate_folder(
             predictions without a truth (left out); both are listed in the results.
         subjects: case id -> subject, whose cases are averaged before statistics; None: a case is one.
         workers: processes; with more than one the caller's main module must be importable (spawn).
+        notes: lines about the truths for the reader, to which those about the predictions are added.
 
     Raises:
         FileNotFoundError: no such folder or file.
@@ -134,7 +136,7 @@ def evaluate_folder(
             raise ValueError(f"case {case.case_id}: {KILLED}")
         rows += found
     missing = [case.case_id for case in cases if case.prediction is None]
-    notes = _notes(Path(predictions) / VOLUMES, truths)
+    notes = [*notes, *_notes(Path(predictions) / VOLUMES, truths)]
     summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched, notes=notes, subjects=subjects)
 
     report = Path(out) / "report.html"

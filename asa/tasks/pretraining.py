@@ -178,9 +178,9 @@ class Pretraining(VolumeTask):
             print(MAPS_SCORED.format(**summary["scans"]))
             for score, row in summary["voxels"].items():
                 print(f"{score:<17} {in_interval(row['mean'], row['low'], row['high'])}")
-            results = summary["results"]
+            results, notes = summary["results"], summary["notes"]
         else:
-            results, counts = evaluate_asymmetry(table, truth, out)
+            results, counts, notes = evaluate_asymmetry(table, truth, out)
             print(
                 f"{counts['healthy']} healthy scans and {counts['patients']} of patients; left out are "
                 f"{counts['without_health']} scans without health, and {counts['without_prediction']} rows of "
@@ -188,6 +188,8 @@ class Pretraining(VolumeTask):
             )
         for measure, row in results.items():
             print(f"AUC of {measure:<6} {in_interval(row['auc'], row['auc_low'], row['auc_high'])}")
+        for note in notes:
+            print(note)
 
 
 def in_interval(value: float, low: float | None, high: float | None) -> str:

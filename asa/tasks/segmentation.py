@@ -405,7 +405,8 @@ def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
     images = {record["id"]: store.first_source(record) for record in labelled}
     subjects = {record["id"]: record["subject"] for record in labelled}
     own = dict(labels=store.labels, regions=store.regions, ignored=store.ignored)
-    return dict(truths=truths, images=images, subjects=subjects, **own)
+    notes = store.notes_on_labels(labelled)
+    return dict(truths=truths, images=images, subjects=subjects, notes=notes, **own)
 
 
 def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The store is plain arrays, a manifest and a line per scan: cheap to open, cheap to crop, and damage is found."""
 
-import json
 import math
 import os
 import pickle
@@ -19,7 +18,6 @@ from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import (
     FORMAT,
-    RECORDS_INSIDE,
     Store,
     append_records,
     entry_line,
@@ -126,15 +124,11 @@ def test_what_is_not_a_store_is_refused_with_what_to_run(made, tmp_path):
         Store(tmp_path / "nowhere")
     manifest = read_tree(made)
     common = {key: value for key, value in manifest.items() if key != "records"}
-    old = {**manifest, "format": RECORDS_INSIDE}
     for content, reason in (
         ({**common, "format": FORMAT + 1}, f"store format {FORMAT + 1}, this asa reads {FORMAT}"),
         ({"format": FORMAT}, "store format None"),
         ([], "store format None"),
-        ({**old, "records": []}, "holds no scans; run asa-prepare again"),
-        ({**old, "records": 3}, "manifest.json: records is missing or not as asa-prepare writes it"),
-        ({**old, "records": [3]}, "manifest.json: records is missing or not as asa-prepare writes it"),
-        ({**common, "format": RECORDS_INSIDE}, "manifest.json: records is missing or not as asa-prepare writes it"),
+        ({**manifest, "format": FORMAT - 1}, "prepare it again into a new folder"),
     ):
         write_json(made / "manifest.json", content)
         with pytest.raises(ValueError, match=reason):
@@ -173,31 +167,14 @@ def test_a_store_has_at_most_254_labels_so_that_no_index_means_ignored(made):
                 Store(made)
 
 
-@pytest.mark.parametrize("format", [FORMAT, RECORDS_INSIDE])
 @pytest.mark.parametrize("id", ["../../escaped", "/etc/hostname", "a\nb", "", None, "x" * 300])
-def test_an_id_of_a_store_names_no_file_outside_it(made, tmp_path, id, format):
+def test_an_id_of_a_store_names_no_file_outside_it(made, tmp_path, id):
     manifest = read_tree(made)
     manifest["records"][1]["id"] = id
-    write(tmp_path, manifest, format)
+    write_tree(tmp_path, manifest)
     reason = "not a record as asa-prepare writes it" if id is None else "not usable as an id"
-    with pytest.raises(ValueError, match=rf"(records\.jsonl|manifest\.json): record 2: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"records\.jsonl: record 2: .*{reason}"):
         Store(tmp_path)
-
-
-def write(root: Path, manifest: dict, format: int) -> None:
-    """A store of this or of the earlier format."""
-    if format == FORMAT:
-        write_tree(root, manifest)
-    else:
-        write_json(root / "manifest.json", {**manifest, "format": format})
-
-
-def test_an_id_that_occurs_twice_in_an_earlier_manifest_is_refused(made):
-    manifest = read_tree(made)
-    manifest["records"].append(manifest["records"][0])
-    write(made, manifest, RECORDS_INSIDE)
-    with pytest.raises(ValueError, match=r"manifest\.json: scans with the same id"):
-        Store(made)
 
 
 def test_the_last_line_of_a_scan_counts_and_a_line_that_is_cut_off_does_not(made):
@@ -222,21 +199,6 @@ def test_the_entries_of_a_store_are_its_lines(made):
     assert b"".join(line + b"\n" for line in records.lines()) == (made / "records.jsonl").read_bytes()
     with pytest.raises(IndexError):
         records[2]
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_store_of_the_earlier_format_opens_and_is_converted_by_asa_prepare(made, indent):
-    records, before = list(Store(made).records), {path: path.read_bytes() for path in made.rglob("*.*")}
-    manifest = read_tree(made)
-    old = {**manifest, "format": RECORDS_INSIDE, "records": manifest["records"][::-1]}
-    (made / "manifest.json").write_text(json.dumps(old, indent=indent))
-    (made / "records.jsonl").unlink()
-    store = Store(made)
-    assert list(store.records) == records == list(pickle.loads(pickle.dumps(store.records)))
-    assert store.record("b") == records[1] and store.image("b").shape == (2, 7, 8, 9)
-    report = prepare_cohort(cohort(made.parent), made, SETTINGS, progress=False)
-    assert report.skipped == ["a", "b"] and {path: path.read_bytes() for path in made.rglob("*.*")} == before
-    assert list(store.records) == records
 
 
 def test_entries_are_found_again_in_a_file_that_has_new_ones(made):

@@ -528,6 +528,32 @@ def test_a_store_defines_its_ignored_labels_and_regions(raw, store, tmp_path, mo
     assert "regions: white joins 2, which is not a declared label value" in capsys.readouterr().err
 
 
+def test_labels_that_changed_since_they_were_prepared_are_said(raw, store, tmp_path, monkeypatch, capsys):
+    predictions, own = tmp_path / "predictions", tmp_path / "store"
+    predictions.mkdir()
+    manifest = read_tree(store)
+    for record in manifest["records"]:
+        source = record["sources"]["label"]
+        copy = tmp_path / f"{record['id']}_seg.nii.gz"
+        copy.write_bytes(Path(source["path"]).read_bytes())
+        (predictions / f"{record['id']}.nii.gz").write_bytes(copy.read_bytes())
+        source["path"] = str(copy)
+    write_tree(own, manifest)
+    arguments = [f"predictions={predictions}", f"truth={own}", f"out={tmp_path / 'out'}"]
+    monkeypatch.setattr("sys.argv", ["asa-evaluate", *arguments])
+    assert evaluate_command.main() == 0 and "changed since" not in capsys.readouterr().out
+    assert "notes" not in json.loads((tmp_path / "out" / "summary.json").read_text())
+    truth = read_label(tmp_path / "s1_seg.nii.gz")
+    write_label(tmp_path / "s1_seg.nii.gz", np.where(truth.data == 2, 1, truth.data), truth)
+    assert evaluate_command.main() == 0
+    note = (
+        "warning: 1 label map has changed since asa-prepare (s1): scores are against the new ones, and "
+        f"{own} holds the old ones: run asa-prepare again"
+    )
+    assert note in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["notes"] == [note]
+
+
 # ---- the wrong side ----
 
 SIDED = {1: "left_x", 2: "right_x", 3: "Right-Y", 4: "lh-y", 9: "stem"}

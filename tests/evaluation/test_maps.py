@@ -104,6 +104,21 @@ def test_the_command_takes_a_store_as_the_truth(lesions: Path, tmp_path: Path, c
     assert "3 scans with a lesion, 1 without" in said and "average_precision" in said
 
 
+def test_the_reader_is_told_of_scans_trained_on_and_of_labels_that_changed(lesions, tmp_path, capsys) -> None:
+    shutil.copytree(lesions / "store", tmp_path / "store")
+    manifest = read_tree(tmp_path / "store")
+    manifest["records"][1]["sources"]["label"]["sha256"] = "0" * 64
+    write_tree(tmp_path / "store", manifest)
+    table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
+    rows = [{**row, "trained_on": "yes" if row["id"] == "s2" else "no"} for row in read_rows(table)]
+    table.write_text(csv_text(list(rows[0]), [list(row.values()) for row in rows]))
+    summary = evaluate(tmp_path / "maps", tmp_path / "store", tmp_path / "out", policy="asymmetry")
+    changed, seen = summary["notes"]
+    assert changed.startswith("warning: 1 label map has changed since asa-prepare (s1)")
+    assert seen.startswith("warning: the network, or the encoder") and "was trained on 1 of 4 scans (s2)" in seen
+    assert f"{changed}\n{seen}\n" in capsys.readouterr().out
+
+
 def test_maps_of_other_scans_are_refused(lesions: Path, tmp_path: Path) -> None:
     table = write_maps(lesions, tmp_path / "maps", "anomaly.csv")
     write_image(tmp_path / "maps/s1.nii.gz", np.ones((4, 4, 4), np.float32), np.eye(4))

@@ -78,7 +78,23 @@ def test_scans_that_an_auc_leaves_out_are_counted(tmp_path, capsys, key, prefix)
     counts = {"patients": 1, "healthy": 2, "without_health": 3, "without_prediction": 2}
     assert {name: summary[name] for name in counts} == counts
     shown = capsys.readouterr().out
+    assert summary["notes"] == [] and "warning" not in shown
     assert "2 healthy scans and 1 of patients; left out are 3 scans without health, and 2 rows of" in shown
+
+
+def test_classes_and_asymmetry_of_scans_trained_on_are_called_optimistic_too(tmp_path, capsys):
+    asymmetry_table(tmp_path / "predicted", [0.1, 0.2])
+    classes = "id,subject,predicted,p_a,p_b\ns0,,a,0.9,0.1\ns1,,b,0.2,0.8\n"
+    (tmp_path / "predicted/predictions.csv").write_text(classes)
+    for name, policy, truth in (
+        ("asymmetry.csv", "asymmetry", "id,health\ns0,1\ns1,0\n"),
+        ("predictions.csv", "classification", "id,class\ns0,a\ns1,b\n"),
+    ):
+        header, *rows = (tmp_path / "predicted" / name).read_text().splitlines()
+        seen = [f"{header},trained_on", f"{rows[0]},no", f"{rows[1]},yes", ""]
+        (tmp_path / "predicted" / name).write_text("\n".join(seen))
+        (note,) = evaluate(tmp_path, policy, truth)["notes"]
+        assert "was trained on 1 of 2 scans (s1)" in note and note in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("truth", ["id,class\ns0,a\ns1,b\ns7,a\ns8,n/a\n", "id,age\ns0,10\ns1,20\ns7,30\ns8,\n"])
@@ -103,6 +119,7 @@ def test_scores_on_scans_that_the_network_was_trained_on_are_called_optimistic(t
     warning, note = notes  # of the scans that are scored
     assert warning.startswith("warning: the network") and "was trained on 1 of 3 scans (s0): scores on" in warning
     assert note == "note: predicted by 2 networks (scans of each: 1a 2, 2b 1), as in a cross-validation"
+    assert json.loads((tmp_path / "summary.json").read_text())["notes"] == notes
     (tmp_path / "truth.csv").write_text("id,age\ns1,20\n")
     assert evaluate_numbers(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)[2] == []
 

@@ -214,7 +214,7 @@ def _open(root: Path, header: dict[str, Any]) -> tuple[dict[str, bytes], dict[st
         if changed and entries:
             shown = ", ".join(f"{name} {version} instead of {before.get(name)}" for name, version in changed.items())
             warnings.warn(f"{root}: was made with other versions ({shown}): scans are marked by theirs", stacklevel=2)
-    write_records(root, entries)  # first: a manifest of format 2 has its records until it is replaced
+    write_records(root, entries)  # first: a folder with a manifest is a store, and has to have records
     write_json(root / MANIFEST, header)
     return entries, changed
 
