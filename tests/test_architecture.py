@@ -28,7 +28,7 @@ LINES = {
     "": 735,  # the reader of phantoms lies with them
     "baselines": 1136,  # puzzles without mirrored patches
     "cli": 774,  # stale stages of a study
-    "data": 8093,  # subjects by ids of large cohorts; a killed worker fails its own scan; unfinished stores, changed labels
+    "data": 8111,  # a killed worker fails its own scan; changed labels; contrasts that are not read
     "evaluation": 2545,  # scores over subjects, and on scans of the training
     "export": 767,  # what is not finite becomes no label map
     "inference": 2836,  # labels for unlabelled scans; scans and ensembles are checked by content and voxel size

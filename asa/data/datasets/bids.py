@@ -10,6 +10,7 @@ from asa.data.io.files import NOT_HERE, is_utf8, matching_files
 from asa.data.io.tables import EMPTY, match_names, read_header, read_rows
 
 CHANNELS = {"t1": "T1w"}
+OTHERS = {"t2": "T2w", "flair": "FLAIR", "pd": "PDw"}  # told of where only the T1w are read
 FOLDERS = ("anat", "t1_linear")  # of BIDS, and of Clinica's t1-linear pipeline
 NAMING = ("sub-", "ses-", "run-")  # entities that tell scans apart
 _ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")
@@ -32,8 +33,8 @@ def records(
 
     With one channel each run is a scan with the id sub-XX[_ses-YY][_run-ZZ]. With several channels each session is a
     scan, and a channel that it lacks is None. The subject is sub-XX, so that all its sessions are in one part of a
-    split. The site is read from a column `site` of participants.tsv. Warnings say which subjects have no such file, and
-    which scans the required values leave out.
+    split. The site is read from a column `site` of participants.tsv. Warnings say which subjects have no such file,
+    which scans the required values leave out, and where `channels` would have more than the T1w.
 
     Args:
         root: of the dataset, or of one derivative.
@@ -74,6 +75,8 @@ def records(
     scans = set[str]().union(*found.values())
     everything = {scan for pairs in files.values() for scan, _ in pairs}
     _warn_of_others(root, " or ".join(channels.values()), everything, scans, chosen)
+    if channels == CHANNELS:
+        _warn_of_channels(root, keys, scans)
     if lone := sorted(labels.keys() - scans):
         warnings.warn(f"{labels_root}: {len(lone)} label maps belong to no scan, like that of {lone[0]}", stacklevel=2)
     sites = _sites(root, {scan.split("_")[0] for scan in scans})
@@ -158,6 +161,21 @@ def _warn_of_others(
     if having and (without := sorted(folders - having)):
         warnings.warn(
             f"{root}: {len(without)} of {len(folders)} subjects have no {names} in anat, like {without[0]}",
+            stacklevel=3,
+        )
+
+
+def _warn_of_channels(root: Path, keys: Sequence[str], scans: set[str]) -> None:
+    """Warn of images of other contrasts beside the T1w, which would be channels of the same scans."""
+    found = {name: {scan for scan, _ in _files(root, suffix, keys, {})} & scans for name, suffix in OTHERS.items()}
+    if more := {name: len(having) for name, having in found.items() if having}:
+        counts = ", ".join(f"{OTHERS[name]} ({count})" for name, count in more.items())
+        channels = ", ".join(
+            f"{name}: {suffix}" for name, suffix in {**CHANNELS, **{k: OTHERS[k] for k in more}}.items()
+        )
+        warnings.warn(
+            f"{root}: only the T1w are read; of {len(scans)} scans some also have {counts}: for these too, give "
+            f"'data.channels={{{channels}}}'",
             stacklevel=3,
         )
 

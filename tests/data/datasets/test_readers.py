@@ -367,6 +367,20 @@ def test_bids_channels_of_a_session_make_one_scan_and_a_missing_one_is_none(tmp_
     assert all(list(record["images"]) == ["t1", "flair"] for record in found)
 
 
+def test_bids_tells_of_contrasts_that_are_not_read(tmp_path):
+    names = ["sub-1_T1w", "sub-1_FLAIR", "sub-1_acq-2_FLAIR", "sub-1_PDw", "sub-2_T1w", "sub-2_FLAIR", "sub-3_T2w"]
+    plant(tmp_path, *(f"{name[:5]}/anat/{name}.nii.gz" for name in names))
+    with pytest.warns(UserWarning, match="only the T1w") as warned:
+        assert [record["id"] for record in bids.records(tmp_path)] == ["sub-1", "sub-2"]
+    (text,) = (str(one.message) for one in warned if "only the T1w" in str(one.message))
+    assert "of 2 scans some also have FLAIR (2), PDw (1): for these too, give" in text and "T2w" not in text
+    node = compose("prepare", ["data=bids", "out=x", f"data.root={tmp_path}", text.split("'")[1]])["data"]
+    assert node["channels"] == {"t1": "T1w", "flair": "FLAIR", "pd": "PDw"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*only the T1w")
+        bids.records(tmp_path, channels={"t1": "T1w", "flair": "FLAIR"}, entities={"acq": None})
+
+
 def test_bids_asks_for_the_run_and_a_file_without_one_is_the_only_run(tmp_path):
     plant(tmp_path, *(f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("run-1_T1w", "run-2_T1w", "FLAIR")))
     channels = {"t1": "T1w", "flair": "FLAIR"}
