@@ -177,7 +177,7 @@ def read_run(name: str, folder: Path) -> Run:
         ValueError: files that have changed since, do not belong together, or are not of an evaluation.
     """
     for file in ("summary.json", "cases.csv"):
-        _check_file(folder / file, "give folders that asa-evaluate wrote")
+        _check_file(folder / file, "give folders of asa-evaluate, of label maps or of restored images")
     summary, rows = read_json(folder / "summary.json"), read_rows(folder / "cases.csv")
     try:
         return _run(name, folder, summary, rows)
@@ -238,7 +238,7 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
     setting = runs[0].setting
     name, regions = setting["policy"], tuple(setting["regions"])
     policy = restoration_policy(setting["data range"]) if name == RESTORATION else get_policy(name)
-    empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {}, _common_subjects(runs))
+    empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {}, common_subjects(runs))
     keys = list(product(empty.metrics, regions, runs))
     results = {
         (metric.name, region, run.name): statistic(
@@ -247,7 +247,7 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
         for metric, region, run in keys
     }
     others = [key for key in keys if key[-1] is not runs[0]]
-    pairs = [(*key, empty.over_subjects(paired_differences(empty, *key).tolist())) for key in others]
+    pairs = [(*key, _by_subject(empty, paired_differences(empty, *key))) for key in others]
     p = [wilcoxon_p(d[~np.isnan(d)]) if not np.isnan(d).all() else math.nan for *_, d in pairs]
     differences = {
         (metric.name, region, run.name): _difference(metric, paired, p=own, p_holm=corrected)
@@ -262,8 +262,18 @@ def paired_differences(comparison: Comparison, metric: MetricInfo, region: str, 
         np.array([each.values[case_id, region][metric.name] for case_id in comparison.case_ids])
         for each in (run, comparison.runs[0])
     )
-    largest = np.nanmax(np.abs([own, first]), initial=0) or 1.0
-    return np.round(own - first, 9 - math.ceil(math.log10(largest)))  # so that 0.3 - 0.2 ties with 0.2 - 0.1
+    largest = np.nanmax(np.abs([own, first]), initial=0)
+    return _without_noise(own - first, largest)
+
+
+def _by_subject(comparison: Comparison, differences: np.ndarray) -> np.ndarray:
+    """The differences of the cases, averaged by subject; those that cancel are 0."""
+    return _without_noise(comparison.over_subjects(differences.tolist()), np.nanmax(np.abs(differences), initial=0))
+
+
+def _without_noise(differences: np.ndarray, largest: float) -> np.ndarray:
+    """Differences of values up to `largest`, rounded so that 0.3 - 0.2 ties with 0.2 - 0.1."""
+    return np.round(differences, 9 - math.ceil(math.log10(largest or 1.0)))
 
 
 def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
@@ -274,7 +284,7 @@ def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm
     return Difference(found.mean, found.low, found.high, detectable, better, worse, p, p_holm, found.used, found.total)
 
 
-def _common_subjects(runs: Sequence[Run]) -> dict[str, str]:
+def common_subjects(runs: Sequence[Run]) -> dict[str, str]:
     """The subjects of the cases; some runs may know none."""
     subjects: dict[str, str] = {}
     for run in runs:
@@ -321,7 +331,7 @@ def verdicts(comparison: Comparison) -> list[str]:
     found = []
     for run in comparison.runs[1:]:
         paired = np.mean([paired_differences(comparison, metric, region, run) for region in regions], axis=0)
-        averaged = statistic(comparison.over_subjects(paired.tolist()).tolist())
+        averaged = statistic(_by_subject(comparison, paired).tolist())
         found.append(verdict(run.name, first, metric, len(regions), averaged, comparison.unit))
     return found
 

@@ -17,6 +17,7 @@ from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
 from asa.evaluation.scans import auc
 from asa.evaluation.statistics import nullable, resample_subjects
+from asa.evaluation.summary import check_summary
 from asa.evaluation.tables import SCANS, predicted_rows, separation
 from asa.ops.labels import IGNORED
 
@@ -61,6 +62,7 @@ def evaluate_maps(table: Path, store: Store, out: Path, subjects: Collection[str
         FileNotFoundError, ValueError: no such table or map, a map on another grid, or none of its scans has a lesion.
     """
     check_own(out / SCANS, "asa-evaluate", {"id", *VOXEL_SCORES}, "")
+    check_summary(out, "scans", "voxels")
     predicted = predicted_rows(table)
     sides = "score" in predicted[0]
     chosen = [record for record in store.records if subjects is None or record["subject"] in subjects]

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from asa import __version__
+from asa.data.io.files import read_json
 from asa.data.io.tables import csv_text
 from asa.errors import listed
 from asa.evaluation.policies import MetricInfo, Policy, PolicyInfo, Regions, get_policy
@@ -93,6 +95,11 @@ class Summary:
         return several_cases(self.case_ids, self.subjects)
 
     @property
+    def unit(self) -> str:
+        """What statistics and intervals are over."""
+        return "subject" if self.several else "case"
+
+    @property
     def case_ids(self) -> list[str]:
         """Ids of the cases in order, including those without a prediction."""
         return list(dict.fromkeys(row.case_id for row in self.rows))
@@ -109,7 +116,7 @@ class Summary:
             "policy": self.policy.as_json(),
             "cases": len(self.case_ids),
             **({"subjects": self.several} if self.several else {}),
-            "interval": {"of": "mean", **interval_as_json(self.counts, "subject" if self.several else "case")},
+            "interval": {"of": "mean", **interval_as_json(self.counts, self.unit)},
             "results": {
                 label: {name: nullable(asdict(statistic)) for name, statistic in by_metric.items()}
                 for label, by_metric in self.results.items()
@@ -160,6 +167,14 @@ class SegmentationSummary(Summary):
             **({"notes": list(self.notes)} if self.notes else {}),
             **({"wrong_side": {name: nullable(asdict(one)) for name, one in sided.items()}} if sided else {}),
         }
+
+
+def check_summary(out: Path, *keys: str) -> None:
+    """Raise a ValueError for an OUT/summary.json without these keys, which no such evaluation wrote."""
+    file = out / "summary.json"
+    found = read_json(file) if file.exists() else dict.fromkeys(keys)
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        raise ValueError(f"{file}: exists and is not of such an evaluation: choose another out=")
 
 
 def summarise(

@@ -31,6 +31,7 @@ from asa.data.io.tables import (
 from asa.errors import counted
 from asa.evaluation.scans import ClassScores, NumberScores, auc, scan_scores, score_classes, score_numbers
 from asa.evaluation.statistics import nullable, resample_subjects
+from asa.evaluation.summary import check_summary
 
 SCANS = "scans.csv"
 MEASURES = ("score", "mean", "top", "peak")  # of how unusual a scan is; only its asymmetry has the first
@@ -53,9 +54,10 @@ def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, 
 
     Raises:
         FileNotFoundError, ValueError: no such table, one that does not fit, a class that the network does not know, or
-            a scans.csv of something else.
+            files of something else.
     """
     check_own(out / SCANS, "asa-evaluate", {"id", "class", "auc", "balanced_accuracy"}, "")
+    check_summary(out, "classes", "confusion")
     rows, known, subjects = matched(table, truth, "class")
     names = [column.removeprefix("p_") for column in rows[0] if column.startswith("p_")]
     if unknown := sorted(set(known) - set(names)):
@@ -90,6 +92,7 @@ def evaluate_numbers(
     Raises:
         FileNotFoundError, ValueError: no such table, one that does not fit, or a number that is none.
     """
+    check_summary(out, "column", "bias_slope")
     own = [name for name in predicted_rows(table)[0] if name not in RESERVED]
     if len(own) != 1:
         raise ValueError(f"{table}: not the table of a regression: choose another policy=, or predict again")
@@ -120,6 +123,7 @@ def evaluate_asymmetry(
     Raises:
         FileNotFoundError, ValueError: no such table, one that does not fit, another health, or scans of one kind only.
     """
+    check_summary(out, "patients", "healthy")
     rows, health, subjects = matched(table, truth, "health")
     check_health(truth, health)
     patient = np.array(health) == "0"

@@ -94,8 +94,11 @@ def export_hub(
 def _results(folder: Path) -> dict[str, Any]:
     """What asa-evaluate wrote about labels and metrics; as "rows" the means that are defined."""
     summary = read_json(folder / "summary.json")
-    if not isinstance(summary, dict) or not isinstance(summary.get("results"), dict):
-        raise ValueError(f"{folder}/summary.json: has no results by label: give a folder that asa-evaluate wrote")
+    if not isinstance(summary, dict) or "policy" not in summary:
+        raise ValueError(
+            f"{folder}/summary.json: a card shows evaluations of label maps and of restored images: give the folder of "
+            "one, or leave evaluation out"
+        )
     try:
         rows = [
             {"label": label, "metric": metric, **{key: statistic[key] for key in ("mean", "low", "high", "used")}}
@@ -124,7 +127,8 @@ def _card(
     """`README.md`: metadata that the Hub reads, and the card."""
     data = config["data"]
     task = str(config.get("task", "network"))
-    tags = ["mri", "brain", "medical", "3d", task]
+    restores = task == "restoration"
+    tags = ["medical", "2d", task] if restores else ["mri", "brain", "medical", "3d", task]
     about: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
     if task in PIPELINES:
         about["pipeline_tag"] = PIPELINES[task]
@@ -138,7 +142,8 @@ def _card(
             ],
         }
         about["model-index"] = [{"name": "asa", "results": [result]}]
-    known = {key: data[key] for key in ("channels", "labels", "classes", "number", "regions") if key in data}
+    keys = ("channels", "labels", "classes", "number", "regions", *(["window"] if restores else []))
+    known = {key: data[key] for key in keys if key in data}
     modalities = {name: one["prepare"] for name, one in data.get("modalities", {}).items()}
     seen = (
         f"{len(digests['subjects'])} subjects and {len(digests['scans'])} images. `{SUBJECTS}` holds digests of them, "
@@ -148,11 +153,15 @@ def _card(
         else "The checkpoint does not hold digests of its training subjects: what it has seen cannot be checked."
     )
     install = 'pip install "asa-mri[hub]"' if on_hub(reference) else "pip install asa-mri"
+    prepared = (
+        f"Scans are prepared as follows, by asa itself when it predicts:\n\n"
+        f"{_fenced(modalities or data.get('prepare', {}))}"
+    )
     fixed = " A commit as REVISION fixes what is loaded." if on_hub(reference) else ""
     return f"""---
 {yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---
 
-# {_plain(task.capitalize())} of brain MRI by asa
+# {_plain(task.capitalize())} of {"2-D images" if restores else "brain MRI"} by asa
 
 ```
 {install}
@@ -172,9 +181,7 @@ Made by asa {config["asa_version"]} in {_plain(config["step"])} steps. Research 
 ## Network and input
 
 {_fenced({"model": config["model"], **known})}
-Scans are prepared as follows, by asa itself when it predicts:
-
-{_fenced(modalities or data.get("prepare", {}))}
+{"Values of the window become 0 and 1." if restores else prepared}
 ## Evaluation
 
 {_evaluated(summary)}

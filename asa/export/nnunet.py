@@ -13,6 +13,7 @@ from asa.data.datasets.nnunet import BACKGROUND, DESCRIPTION, IGNORE
 from asa.data.io.files import check_out, gzipped, sha256_of, write_json, write_whole
 from asa.data.io.nifti import read_image, read_label, write_label
 from asa.data.store import Store
+from asa.ops.nested import painting_order
 
 ENDING = ".nii.gz"
 
@@ -106,22 +107,13 @@ def _declaration(data: Store, values: Mapping[int, int]) -> dict[str, Any]:
     """labels and, for regions, regions_class_order."""
     regions = {name: sorted(values[value] for value in joined) for name, joined in data.regions.items()}
     whole = {value for joined in regions.values() for value in joined} == {values[value] for value in data.labels}
-    order = painting_order(list(regions.values())) if whole else []
-    joined: dict[str, int | list[int]] = dict(regions) if order else {data.labels[v]: values[v] for v in data.labels}
+    try:
+        order = painting_order(regions) if whole else []
+    except ValueError:  # they cannot be painted
+        order = []
+    names = list(regions)
+    joined: dict[str, int | list[int]] = {names[index]: regions[names[index]] for index, _ in order}
+    joined = joined or {data.labels[value]: values[value] for value in data.labels}
     ignored = {IGNORE: values[data.ignored[0]]} if data.ignored else {}
     labels = {"labels": {BACKGROUND: 0, **joined, **ignored}}
-    return {**labels, "regions_class_order": order} if order else labels
-
-
-def painting_order(regions: Sequence[Sequence[int]]) -> list[int]:
-    """The value that each region paints, so that regions painted one over the other give the label map again.
-
-    Empty where there is none: a region without exactly one value that no later region has, or values that none paints.
-    """
-    order: list[int] = []
-    for number, region in enumerate(regions):
-        own = set(region).difference(*regions[number + 1 :])
-        if len(own) != 1:
-            return []
-        order += own
-    return order if set(order) == {value for region in regions for value in region} else []
+    return {**labels, "regions_class_order": [value for _, value in order]} if order else labels

@@ -288,6 +288,7 @@ def _reversed_patches(tensor: Tensor) -> tuple[Tensor, int]:
 def transfer_sa_swin(source: Source, model: nn.Module) -> str:
     """Load an SA-Swin's encoder and cross-attention into a network that has the same two, in place; says what was done.
 
+    That a network has all of the cross-attention, with as many heads, is for the caller to check: tensors do not tell.
     A patch embedding for another number of channels is adapted, see `other_channels`.
 
     Raises:

@@ -7,7 +7,7 @@ OUT/ablation.png   the first metric against the labelled subjects (needs the `re
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
@@ -17,10 +17,10 @@ import numpy as np
 
 from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
-from asa.evaluation.comparison import Run, latex_tabular, markdown_lines, mean_text, verdict
+from asa.evaluation.comparison import Run, common_subjects, latex_tabular, markdown_lines, mean_text, verdict
 from asa.evaluation.policies import CLASSIFICATION, MetricInfo, PolicyInfo, get_policy
 from asa.evaluation.statistics import means_by_subject
-from asa.evaluation.summary import Statistic, number_text, statistic
+from asa.evaluation.summary import Statistic, number_text, several_cases, statistic
 from asa.reporting.plots import panels, plain, png_of
 
 MEAN = "mean"  # of the regions of a case
@@ -49,10 +49,11 @@ class Row:
     """One arm with one number of labelled subjects, in one metric and region.
 
     Args:
-        values: over the cases, each averaged over the seeds that tested it.
+        values: over the cases, each averaged over the seeds that tested it, or over subjects, averaged over both.
         seeds: number of trials.
         seed_sd: standard deviation of the trials' means with n - 1; NaN below two.
-        difference: from the first arm, over the cases, where both were run with the same seeds; None for that arm.
+        difference: from the first arm, likewise, where both were run with the same seeds; None for that arm.
+        unit: "subject" if one has several cases, else "case".
     """
 
     labelled: str
@@ -63,6 +64,7 @@ class Row:
     seeds: int
     seed_sd: float
     difference: Statistic | None
+    unit: str
 
 
 def labelled_text(count: int | float | None) -> str:
@@ -73,10 +75,12 @@ def labelled_text(count: int | float | None) -> str:
 
 
 def trial_line(trial: Trial) -> str:
-    """The first metric of a trial, its mean over the cases in each region."""
+    """The first metric of a trial, its mean over the cases, or subjects, in each region."""
     metric = _policy([trial]).metrics[0]
-    means = [f"{region} {number_text(_mean(trial, metric, region), metric.digits)}" for region in _regions([trial])]
-    return f"{metric.title} {', '.join(means)}"
+    means = {region: _mean(trial, metric, region, trial.run.subjects) for region in _regions([trial])}
+    return (
+        f"{metric.title} {', '.join(f'{region} {number_text(mean, metric.digits)}' for region, mean in means.items())}"
+    )
 
 
 def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> None:
@@ -115,20 +119,27 @@ def ablation_rows(trials: Sequence[Trial], arms: Sequence[str]) -> list[Row]:
     for trial in trials:
         groups.setdefault((trial.labelled, trial.arm), []).append(trial)
     counts = dict.fromkeys(trial.labelled for trial in trials)
+    subjects = common_subjects([trial.run for trial in trials])  # the files of some do not tell
     return [
-        _row(groups[count, arm], None if arm == arms[0] else groups.get((count, arms[0]), []), metric, region)
+        _row(groups[count, arm], None if arm == arms[0] else groups.get((count, arms[0]), []), metric, region, subjects)
         for metric, count, arm in product(_policy(trials).metrics, counts, arms)
         if (count, arm) in groups
         for region in _regions(trials)
     ]
 
 
-def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: MetricInfo, region: str) -> Row:
-    values = _values(chosen, metric, region)
-    means = [_mean(trial, metric, region) for trial in chosen]
+def _row(
+    chosen: Sequence[Trial],
+    first: Sequence[Trial] | None,
+    metric: MetricInfo,
+    region: str,
+    subjects: Mapping[str, str],
+) -> Row:
+    values = _values(chosen, metric, region, subjects)
+    means = [_mean(trial, metric, region, subjects) for trial in chosen]
     difference = None
     if first is not None:
-        before = _values(first, metric, region)
+        before = _values(first, metric, region, subjects)
         gaps = {key: values[key] - before[key] for key in values if key in before}
         difference = _over_subjects(gaps, (-math.inf, math.inf))
     return Row(
@@ -140,32 +151,34 @@ def _row(chosen: Sequence[Trial], first: Sequence[Trial] | None, metric: MetricI
         seeds=len(chosen),
         seed_sd=float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
         difference=difference,
+        unit="subject" if several_cases(list({case for *_, case in values}), subjects) else "case",
     )
 
 
-def _values(trials: Sequence[Trial], metric: MetricInfo, region: str) -> dict[tuple[int, str, str], float]:
+def _values(
+    trials: Sequence[Trial], metric: MetricInfo, region: str, subjects: Mapping[str, str]
+) -> dict[tuple[int, str, str], float]:
     """(seed, subject, case) -> value. The mean of the regions is undefined where one of them is."""
     found = {}
     for trial in trials:
         regions = trial.run.setting["regions"] if region == MEAN else [region]
         for case in trial.run.case_ids:
             numbers = [trial.run.values[case, name][metric.name] for name in regions]
-            found[trial.seed, trial.run.subjects.get(case, case), case] = float(np.mean(numbers))
+            found[trial.seed, subjects.get(case, case), case] = float(np.mean(numbers))
     return found
 
 
 def _over_subjects(values: dict[tuple[int, str, str], float], bounds: tuple[float, float]) -> Statistic:
     """Statistic over the subjects, each the average over its cases and seeds."""
-    return statistic(means_by_subject([*values.values()], [subject for _, subject, _ in values]), bounds)
+    return statistic(_means(values), bounds)
 
 
-def _mean(trial: Trial, metric: MetricInfo, region: str) -> float:
-    return _average(_values([trial], metric, region).values())
+def _means(values: dict[tuple[int, str, str], float]) -> list[float]:
+    return means_by_subject([*values.values()], [subject for _, subject, _ in values])
 
 
-def _average(values: Iterable[float]) -> float:
-    """Mean of the values that are defined; NaN if none is."""
-    defined = [value for value in values if not math.isnan(value)]
+def _mean(trial: Trial, metric: MetricInfo, region: str, subjects: Mapping[str, str]) -> float:
+    defined = [mean for mean in _means(_values([trial], metric, region, subjects)) if not math.isnan(mean)]
     return float(np.mean(defined)) if defined else math.nan
 
 
@@ -207,25 +220,31 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
 
 def latex(rows: Sequence[Row], trials: Sequence[Trial], notes: Sequence[str] = ()) -> str:
     """`overview` as a LaTeX tabular."""
-    return latex_tabular(overview(rows), 2, [_explained(trials), *notes])
+    return latex_tabular(overview(rows), 2, [_explained(rows, trials), *notes])
 
 
-def _explained(trials: Sequence[Trial]) -> str:
-    policy = _policy(trials)
+def _explained(rows: Sequence[Row], trials: Sequence[Trial]) -> str:
+    policy, unit = _policy(trials), _unit(rows)
+    averaged = "its cases and the seeds" if unit == "subject" else "the seeds"
     return (
-        f"Policy {policy.name}: {policy.description} Means over the cases, each averaged over the seeds that tested "
-        "it; in brackets the 95 % interval over cases (docs/evaluation.md), without correction for several differences."
+        f"Policy {policy.name}: {policy.description} Means over the {unit}s, each averaged over {averaged} that tested "
+        f"it; in brackets the 95 % interval over {unit}s (docs/evaluation.md), without correction for several "
+        "differences."
     )
+
+
+def _unit(rows: Sequence[Row]) -> str:
+    return "subject" if any(row.unit == "subject" for row in rows) else "case"
 
 
 def markdown(rows: Sequence[Row], trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> str:
     """The tables for reading: `overview`, and a part for each metric with the differences from the first arm."""
-    explained = f"{_explained(trials)} The difference is from `{arms[0]}` with the same seeds and cases. "
+    explained = f"{_explained(rows, trials)} The difference is from `{arms[0]}` with the same seeds and cases. "
     words = [f"- {line}" for line in verdicts(rows, arms[0])]
     lines = ["# Ablation", "", *words, *[""] * bool(words), f"{explained}Seed sd is the spread of the seeds' means."]
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     lines += ["", *markdown_lines(overview(rows), 2)]
-    heads = ["labelled", "arm", *_regions(trials), f"difference from {arms[0]}", "seed sd", "seeds", "cases"]
+    heads = ["labelled", "arm", *_regions(trials), f"difference from {arms[0]}", "seed sd", "seeds", f"{_unit(rows)}s"]
     for metric in dict.fromkeys(row.metric for row in rows):
         groups = groupby((row for row in rows if row.metric is metric), lambda row: (row.labelled, row.arm))
         table = [[*names, *_cells(list(found), metric.digits)] for names, found in groups]
@@ -237,7 +256,7 @@ def verdicts(rows: Sequence[Row], first: str) -> list[str]:
     """A sentence for each arm and number of labelled subjects: whether it is ahead of the first in the first metric."""
     regions = len({row.region for row in rows if row.region != MEAN})
     return [
-        verdict(f"{row.arm} with {row.labelled} labelled", first, row.metric, regions, row.difference)
+        verdict(f"{row.arm} with {row.labelled} labelled", first, row.metric, regions, row.difference, row.unit)
         for row in rows
         if row.metric is rows[0].metric and row.region == rows[-1].region and row.difference and row.difference.used
     ]
@@ -268,7 +287,7 @@ def _figure(rows: Sequence[Row], arms: Sequence[str]) -> bytes:
         axis.set_xticks(range(len(counts)), counts)
         axis.set_xlim(-0.5, len(counts) - 0.5)
         plain(axis, "y")
-    figure.supylabel(f"{rows[0].metric.heading}, 95 % interval over cases", fontsize="medium")
+    figure.supylabel(f"{rows[0].metric.heading}, 95 % interval over {_unit(rows)}s", fontsize="medium")
     figure.supxlabel("labelled subjects", fontsize="medium")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=PANELS, frameon=False)

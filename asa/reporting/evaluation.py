@@ -13,7 +13,16 @@ from asa.data.io.nifti import check_same_geometry, read_image, read_label, spaci
 from asa.evaluation.metrics import bounding_box
 from asa.evaluation.policies import MetricInfo
 from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, interval_kind
-from asa.evaluation.summary import CaseRow, Row, SegmentationSummary, Summary, label_notes, number_text, statistic_cells
+from asa.evaluation.summary import (
+    CaseRow,
+    Row,
+    SegmentationSummary,
+    Summary,
+    label_notes,
+    number_text,
+    statistic_cells,
+    subjects_note,
+)
 from asa.reporting.figures import Lengths, central_slices, encode_png, hex_colour, label_colours, overlay_panel
 from asa.reporting.pages import data_uri, require_for_page, write_page
 from asa.reporting.plots import box_plots
@@ -84,6 +93,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "resamples": f"{RESAMPLES:,}",
         "seed": SEED,
         "interval": interval_kind(summary.counts),
+        "subjects": subjects_note(len(summary.case_ids), summary.several) if summary.several else "",
         "plots": data_uri(box_plots(summary)),
         "collapsed": len(summary.rows) > MAX_OPEN_ROWS,
     }

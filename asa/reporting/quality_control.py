@@ -142,25 +142,31 @@ def _cell(value: Any, key: str | None = None) -> str:
     is_float = isinstance(value, Real) and not isinstance(value, Integral)
     if key is None:
         return f"{float(value):.6g}" if is_float else str(value)
-    unit, digits = _UNITS.get("seconds" if key.startswith(SECONDS) else key.rpartition("_")[2], ("", 2))
+    unit, digits = _UNITS.get("seconds" if key.startswith(SECONDS) else _unit(key), ("", 2))
     if is_float:
         return f"{round(float(value), digits) + 0.0:.{digits}f}{unit}".replace("-", "\N{MINUS SIGN}")  # never -0.0
     return f"{value}{unit}"
 
 
+def _unit(key: str) -> str:
+    """The unit that a fact's name ends in, a key of `_UNITS`; "" if it has none, as the name of a label."""
+    unit = "" if key.startswith(VOXELS) else key.rpartition("_")[2]
+    return unit if unit in _UNITS and unit != key else ""
+
+
 def _title(key: str) -> str:
     """A fact's name in words, without its unit."""
-    words = key.removeprefix(SECONDS).split("_")
-    return _TITLES.get(key, " ".join(words[:-1] if len(words) > 1 and words[-1] in _UNITS else words))
+    words = key.removeprefix(SECONDS).removesuffix(f"_{_unit(key)}").split("_")
+    return _TITLES.get(key, " ".join(words))
 
 
 def _summarise(scans: Sequence[ScanQuality]) -> dict[str, dict[str, Any]]:
     """Every numeric fact over the cohort as text, in order of appearance; each extreme with its scan's index."""
-    values: dict[str, list[tuple[float, int]]] = {}
+    values: dict[str, list[tuple[Any, int]]] = {}
     for number, scan in enumerate(scans):
         for key, value in scan.facts.items():
             if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-                values.setdefault(key, []).append((float(value), number))
+                values.setdefault(key, []).append((value if key.startswith(VOXELS) else float(value), number))
     return {
         key: {
             "title": _title(key),

@@ -17,9 +17,9 @@ from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.tables import check_own
 from asa.errors import listed
 from asa.evaluation.policies import WHOLE, restoration_policy
-from asa.evaluation.summary import Row, statistics
+from asa.evaluation.summary import Row, check_summary, statistics
 from asa.reporting.pages import check_page
-from asa.restoration.images import checked_window, common_window, list_pictures, read_picture
+from asa.restoration.images import checked_window, common_window, list_pictures, read_picture, read_restored
 from asa.restoration.measures import RestorationSummary, restoration_table, score_image, scores_csv
 from asa.restoration.report import ImageFiles, write_restoration_report
 
@@ -37,7 +37,7 @@ def evaluate_pictures(
     """Score restored images against clean ones; write cases.csv, summary.json and report.html.
 
     Args:
-        predictions: folder of restored images, as `asa-predict` writes them: [0, 1] is the window.
+        predictions: folder of restored images; of PNG, as `asa-predict` writes them, the whole range is the window.
         truth: folder of clean images with the same names.
         inputs: folder of the degraded images with the same names, to show beside.
         window: of the clean and degraded images, see `asa.restoration.images.read_picture`; None: that of the
@@ -55,12 +55,13 @@ def evaluate_pictures(
     page = Path(out) / "report.html"
     check_page(page)
     check_own(page.with_name("cases.csv"), "asa-evaluate", {"id", "truth"})
+    check_summary(page.parent, "data_range")
     cases, left_out = _match(predictions, truth, inputs, allow_missing)
-    ends = _common_window(cases, window)
+    ends = _data_range(cases, window)
     width = 1.0 if ends is None else ends[1] - ends[0]
     rows, truths = [], {}
     for case in cases:
-        prediction, target = read_picture(case.prediction), read_picture(case.truth, ends)
+        prediction, target = read_restored(case.prediction, ends), read_picture(case.truth, ends)
         try:
             found = score_image(torch.from_numpy(prediction), torch.from_numpy(target), width)
         except ValueError as error:
@@ -81,7 +82,7 @@ def evaluate_pictures(
     return restoration_table(quality)
 
 
-def _common_window(cases: Sequence[ImageFiles], given: Sequence[float] | None) -> tuple[float, float] | None:
+def _data_range(cases: Sequence[ImageFiles], given: Sequence[float] | None) -> tuple[float, float] | None:
     """The window that 0 and 1 stand for in the predictions: the one they store, the one given, or that of the truth."""
     stored = common_window(case.prediction for case in cases)
     if given is None:

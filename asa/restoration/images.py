@@ -65,6 +65,11 @@ def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.
     return in_window(*read_values(path, window))
 
 
+def read_restored(path: str | Path, window: Sequence[float] | None) -> np.ndarray:
+    """Read a restored image like `read_picture`; the whole range of a PNG is the window, other files have its units."""
+    return read_picture(path, None if str(path).lower().endswith(".png") else window)
+
+
 def read_values(path: str | Path, window: Sequence[float] | None = None) -> tuple[np.ndarray, tuple[float, float]]:
     """Read an image in its own units, `(C, H, W)` float32, and its window; otherwise like `read_picture`."""
     path = Path(path)
@@ -80,6 +85,24 @@ def read_values(path: str | Path, window: Sequence[float] | None = None) -> tupl
         )
     ends = window if window is not None else stored or (0.0, float(depth or 0))
     return np.ascontiguousarray(values[None] if values.ndim == 2 else values.transpose(2, 0, 1)), checked_window(ends)
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image or a label map; of a PNG and a DICOM file only the header is read.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `read_picture`.
+    """
+    path = Path(path)
+    if path.name.lower().endswith(".png"):
+        with _opened(path) as opened:
+            return opened.height, opened.width
+    if path.name.lower().endswith(".dcm"):
+        with _dicom_errors(path) as pydicom:
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+            return int(header.Rows), int(header.Columns)
+    height, width = read_slice(path).shape
+    return height, width
 
 
 def in_window(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
@@ -137,7 +160,7 @@ def _read(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"{path}: no such file")
     if path.name.lower().endswith(".png"):
         with _opened(path) as opened:
-            if opened.mode != "I;16" and "16" in str(opened.tile):
+            if opened.mode != "I;16" and any("16" in str(tile[3]) for tile in opened.tile):  # modes in the file
                 raise ValueError("16 bits in colour or with transparency, of which Pillow reads 8")
             if opened.mode not in ("L", "RGB", "I;16"):  # palette, transparency, black and white
                 return np.asarray(opened.convert("L" if opened.mode in ("1", "LA") else "RGB"))
@@ -156,9 +179,18 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: not a usable PNG ({error}); write or copy it again") from None
 
 
-def _read_dicom(path: Path) -> np.ndarray:
+@contextmanager
+def _dicom_errors(path: Path) -> Iterator[Any]:
+    """pydicom, whose errors name the file; it raises many types for damaged or compressed ones."""
     pydicom = require("pydicom", "restore", "DICOM")
-    try:  # a file is not unpacked to more than Pillow's limit for a PNG
+    try:
+        yield pydicom
+    except Exception as error:
+        raise ValueError(f"{path}: pydicom cannot read this DICOM image ({error})") from None
+
+
+def _read_dicom(path: Path) -> np.ndarray:
+    with _dicom_errors(path) as pydicom:  # a file is not unpacked to more than Pillow's limit for a PNG
         if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == DEFLATED:
             raise ValueError("it is deflated, and its size is not known before it is unpacked: decompress it")
         header = pydicom.dcmread(path, stop_before_pixels=True)
@@ -167,8 +199,6 @@ def _read_dicom(path: Path) -> np.ndarray:
             raise ValueError(f"{voxels:.3g} pixels, more than {LARGEST}")
         found = pydicom.dcmread(path)
         values = np.asarray(pydicom.pixels.apply_modality_lut(found.pixel_array, found), dtype=np.float32)
-    except Exception as error:  # pydicom raises many types for damaged or compressed files
-        raise ValueError(f"{path}: pydicom cannot read this DICOM image ({error})") from None
     if values.ndim != 2:
         raise ValueError(f"{path}: shape {values.shape}: give grey slices, one per file")
     return values

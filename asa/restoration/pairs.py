@@ -19,7 +19,7 @@ from torch import Tensor
 from asa.data.datasets.record import subject_of
 from asa.data.io.nifti import check_same_slice
 from asa.data.loading.crops import Samples, sample_seed
-from asa.restoration.images import list_pictures, read_picture, read_regions
+from asa.restoration.images import list_pictures, read_picture, read_regions, size_of
 
 NIFTI = (".nii", ".nii.gz")
 
@@ -114,6 +114,16 @@ class PairDataset(Samples):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def check_sizes(self, *, crops: bool) -> None:
+        """Raise a ValueError, before any is read whole, for files whose sizes do not fit, or, with `crops`, no crop."""
+        for pair in self.pairs:
+            size = size_of(pair["low"])
+            self._check_target(pair, size, size_of(pair["high"]))
+            if pair["regions"] is not None:
+                _check_regions(pair["regions"], size_of(pair["regions"]), size)
+            if crops:
+                self._check_crop(pair, size)
+
     def whole(self, index: int) -> dict[str, Tensor]:
         """The whole images of a pair: "image" `(C, H, W)`, "target" `(C, s*H, s*W)`, "regions" `(H, W)`.
 
@@ -125,12 +135,7 @@ class PairDataset(Samples):
         image, target = (torch.from_numpy(read_picture(path, self.window)) for path in files)
         for path, picture in zip(files, (image, target), strict=True):
             check_channels(path, picture, self.channels)
-        expected = (self.channels, *(n * self.upscale for n in image.shape[1:]))
-        if target.shape != expected:
-            raise ValueError(
-                f"{pair['high']}: is {_size(target)} pixels and {pair['low']} {_size(image)}: with model.upscale="
-                f"{self.upscale} it must be {_size(torch.empty(expected))}"
-            )
+        self._check_target(pair, image.shape[1:], target.shape[1:])
         return {"image": image, "target": target, "regions": regions_of(pair["regions"], image)}
 
     def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
@@ -138,8 +143,7 @@ class PairDataset(Samples):
         pair, images = self.pairs[index], self.whole(index)
         seed = sample_seed(self.seed, epoch, pair["id"])
         generator, edge, shape = torch.Generator().manual_seed(seed), self.size, images["image"].shape[1:]
-        if min(shape) < edge:
-            raise ValueError(f"{pair['low']}: is {_size(images['image'])} pixels, smaller than crop={edge}: lower crop")
+        self._check_crop(pair, shape)
         top, left = (int(torch.randint(n - edge + 1, (), generator=generator)) for n in shape)
         quarter_turns = int(torch.randint(4, (), generator=generator))
 
@@ -149,6 +153,18 @@ class PairDataset(Samples):
 
         scales = {"image": 1, "target": self.upscale, "regions": 1}
         return {"seed": seed, "id": pair["id"], **{name: crop(images[name], s) for name, s in scales.items()}}
+
+    def _check_target(self, pair: Pair, size: Sequence[int], target: Sequence[int]) -> None:
+        expected = [n * self.upscale for n in size]
+        if [*target] != expected:
+            raise ValueError(
+                f"{pair['high']}: is {_pixels(target)} pixels and {pair['low']} {_pixels(size)}: with model.upscale="
+                f"{self.upscale} it must be {_pixels(expected)}"
+            )
+
+    def _check_crop(self, pair: Pair, size: Sequence[int]) -> None:
+        if min(size) < self.size:
+            raise ValueError(f"{pair['low']}: is {_pixels(size)} pixels, smaller than crop={self.size}: lower crop")
 
 
 def check_channels(path: str, image: Tensor, channels: int) -> None:
@@ -170,13 +186,18 @@ def regions_of(path: str | None, image: Tensor) -> Tensor:
     if path is None:
         return torch.zeros(image.shape[1:], dtype=torch.int64)
     labels = read_regions(path)
-    if labels.shape != image.shape[1:]:
-        raise ValueError(
-            f"{path}: the label map is {labels.shape[1]} x {labels.shape[0]} pixels, its image {_size(image)}: compute "
-            "it from this image (asa-regions)"
-        )
+    _check_regions(path, labels.shape, image.shape[1:])
     return torch.from_numpy(labels)
 
 
-def _size(image: Tensor) -> str:
-    return f"{image.shape[2]} x {image.shape[1]}"
+def _check_regions(path: str, labels: Sequence[int], image: Sequence[int]) -> None:
+    if [*labels] != [*image]:
+        raise ValueError(
+            f"{path}: the label map is {_pixels(labels)} pixels, its image {_pixels(image)}: remove it, and compute it "
+            "from this image (asa-regions, which keeps the maps that are there)"
+        )
+
+
+def _pixels(size: Sequence[int]) -> str:
+    height, width = size
+    return f"{width} x {height}"

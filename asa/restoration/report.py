@@ -16,7 +16,7 @@ from asa.evaluation.policies import range_text
 from asa.reporting.evaluation import PANEL_WIDTH, SHOWN, case_scores, case_titles, summary_values, value_cells
 from asa.reporting.figures import GAP, encode_png, heat, with_gaps
 from asa.reporting.pages import data_uri, require_for_page, write_page
-from asa.restoration.images import read_picture
+from asa.restoration.images import read_picture, read_restored
 from asa.restoration.measures import RestorationSummary
 from asa.restoration.method import psnr
 
@@ -63,7 +63,7 @@ def write_restoration_report(path: Path, summary: RestorationSummary, cases: Seq
 
 def read_case(files: ImageFiles, window: Sequence[float] | None) -> dict[str, np.ndarray]:
     """A case's images by title; the degraded one is upscaled bilinearly to the size of the others."""
-    truth, output = read_picture(files.truth, window), read_picture(files.prediction)
+    truth, output = read_picture(files.truth, window), read_restored(files.prediction, window)
     images = {"Output": output, "Truth": truth}
     if files.degraded is None:
         return images

@@ -85,7 +85,9 @@ class Restoration:
             for name, subjects in self.split.items()
             if (chosen := select(pairs, subjects)) or name == "train"
         }
-        # Real images, as operations depend on their regions; those that do not fit are found before anything is made.
+        for name, part in self.parts.items():  # what does not fit is found before anything is made
+            part.check_sizes(crops=name == "train")
+        # Real images, as operations depend on their regions.
         train, count = self.parts["train"], micro_batch(typed(TrainSettings, config["train"]))
         self.batch = collate([train[k % len(train), 0] for k in range(count)])
 

@@ -72,7 +72,7 @@ def train(
         backend: what the settings' device and precision stand for; None: resolved here.
 
     Returns:
-        The metrics of the last validation, or of the last logged step.
+        The metrics of the last validation, or of the last logged step; {} if no step was left to do.
 
     Raises:
         ValueError: settings that do not fit each other or this machine.
@@ -197,16 +197,20 @@ def train(
     def out_of_patience() -> bool:
         if not settings.patience:
             return False
-        best = distributed.on_main(lambda: read_best(run))
-        if best is None or best["name"] != settings.best:
-            return False
-        return step - best["step"] >= settings.patience * settings.validate_every
+
+        def validations_since_best() -> int:
+            best = read_best(run)
+            if best is None or best["name"] != settings.best:
+                return 0
+            return sum(done > best["step"] for done in log.steps("validation"))
+
+        return distributed.on_main(validations_since_best) >= settings.patience
 
     # --- loop
     last: dict[str, float] = {}
     with closing(log), stop_signals() as stop, deterministic(settings.deterministic):
         tell = getattr(method, "progress", None)
-        if step and validation_due() and not distributed.on_main(lambda: log.has(step, "validation")):
+        if step and validation_due() and not distributed.on_main(lambda: step in log.steps("validation")):
             if tell:
                 tell((step - 1) / settings.steps)
             last = run_validation()  # the run was stopped between its checkpoint and this validation

@@ -124,8 +124,9 @@ def _load_swin(
 ) -> str:
     """Load a SA-Swin into a network that has the same encoder and cross-attention; returns the report to print."""
     before = description.get("model", {})
-    # Not visible in the shape of any tensor.
-    if differing := [key for key in ("position", "norm") if before.get(key) != model_config.get(key)]:
+    # Not visible in the shapes of the tensors that the model asks for.
+    keys = ("position", "norm", "self_attention", "cross_heads")
+    if differing := [key for key in keys if before.get(key) != model_config.get(key)]:
         had = [f"{key}={before.get(key)}" for key in differing]
         has, add = ", ".join(str(model_config.get(key)) for key in differing), " ".join(f"model.{one}" for one in had)
         raise ValueError(f"{init} was pretrained with {', '.join(had)}, this model has {has}: add {add}")

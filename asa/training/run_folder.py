@@ -19,10 +19,11 @@ from asa.training.device import Backend
 from asa.training.distributed import on_main, process_group
 from asa.training.optim import warmup_steps
 
-# Settings that may change when a run is resumed, or how they begin: its length, its reports, how it is computed, and
+# Settings, and groups of them, that may change when a run is resumed: its length, its reports, how it is computed, and
 # where its data are, which are compared themselves.
 FREE_ON_RESUME = (
-    *("out", "loader", "predict", "plan", "transfer", "data.labelled_store", "data.store"),
+    *("out", "loader", "predict", "plan", "plan_rate", "transfer"),
+    *("data.labelled_store", "data.store", "data.stores"),
     *("model.checkpointing", "method.model.checkpointing"),
     *(f"train.{setting.name}" for setting in fields(TrainSettings) if setting.metadata["free"]),
 )
@@ -86,7 +87,8 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{run / 'config.yaml'}: not the settings of a run ({reason_of(error)}): restore it") from None
     now = _comparable(config, steps)
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE_ON_RESUME)
+        if before.get(key) != now.get(key) and not free:
             raise ValueError(
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
                 "choose another out="

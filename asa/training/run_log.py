@@ -18,6 +18,11 @@ from asa.data.io.files import naming, open_unlinked, write_whole
 from asa.training import distributed
 from asa.training.trackers import TRACKERS, Queued
 
+WORKER_KILLED = (
+    "a worker process of the loader was killed, perhaps because memory ran out: lower loader.workers (0 needs none); "
+    "the same command goes on from the last checkpoint"
+)
+
 
 class RunLog:
     """Scalars and pictures of a run. The progress bar, the JSON lines and the trackers show the same numbers.
@@ -47,14 +52,18 @@ class RunLog:
             tracker.put("scalars", step, named)
 
     def record(self, step: int, group: str, content: Mapping[str, Any]) -> None:
-        """Write a line of JSON about a step."""
+        """Write a line of JSON about a step, with null for numbers that are not finite."""
+        content = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in content.items()
+        }
         with naming(self.path), open_unlinked(self.path, "a") as file:
-            file.write(json.dumps({"step": step, "group": group, **content}) + "\n")
+            file.write(json.dumps({"step": step, "group": group, **content}, allow_nan=False) + "\n")
 
-    def has(self, step: int, group: str) -> bool:
-        """Whether there is a line about a step under a group."""
+    def steps(self, group: str) -> list[int]:
+        """The steps that have a line under a group."""
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-        return any(_step(line) == step and json.loads(line).get("group") == group for line in lines)
+        return [step for line in lines if (step := _step(line)) >= 0 and json.loads(line).get("group") == group]
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Show pictures (H, W, 3) uint8 by name."""
@@ -134,6 +143,12 @@ class Meter:
         start = time.perf_counter()
         try:
             batch = next(batches)
+        except (EOFError, ConnectionError) as error:
+            raise OSError(WORKER_KILLED) from error
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader worker"):
+                raise OSError(WORKER_KILLED) from error
+            raise
         except (ValueError, OSError) as error:
             # The message of an error in a loader worker is its whole traceback; the last line is the error itself.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error

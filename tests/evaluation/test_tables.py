@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from asa.config import compose
 from asa.data.datasets.record import subject_of
 from asa.data.io.tables import read_column, read_rows
-from asa.evaluation.tables import evaluate_classes, evaluate_numbers
+from asa.evaluation.tables import evaluate_asymmetry, evaluate_classes, evaluate_numbers
 from asa.inference.anomaly import COLUMNS
 from asa.inference.whole_scans import class_cells, predictions_csv
 from asa.tasks.evaluation import tables_of
@@ -82,6 +83,25 @@ def test_scans_that_an_auc_leaves_out_are_counted(tmp_path, capsys, key, prefix)
     assert "2 healthy scans and 1 of patients; left out are 3 scans without health, and 2 rows of" in shown
 
 
+@pytest.mark.parametrize("theirs", [{"mine": 1}, [], {"policy": {}, "labels": {}, "regions": {}}])
+def test_a_summary_of_something_else_is_not_replaced(tmp_path, theirs):
+    (tmp_path / "predicted").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/summary.json").write_text(json.dumps(theirs))
+    for policy, table, truth in (
+        ("classification", "id,subject,predicted,p_a,p_b\ns0,,a,0.9,0.1\ns1,,b,0.2,0.8\n", "id,class\ns0,a\ns1,b\n"),
+        ("regression", "id,subject,predicted,training_mean,age\ns0,,9,15,\ns1,,21,15,\n", "id,age\ns0,9\ns1,20\n"),
+    ):
+        (tmp_path / "predicted/predictions.csv").write_text(table)
+        with pytest.raises(ValueError, match=r"out/summary\.json: exists and is not of such an evaluation"):
+            evaluate(tmp_path, policy, truth)
+    asymmetry_table(tmp_path / "asymmetric", [0.1, 0.2])
+    (tmp_path / "truth.csv").write_text("id,health\ns0,1\ns1,0\n")
+    with pytest.raises(ValueError, match=r"out/summary\.json: exists and is not of such an evaluation"):
+        evaluate_asymmetry(tmp_path / "asymmetric/asymmetry.csv", tmp_path / "truth.csv", tmp_path / "out")
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == theirs
+
+
 def test_classes_and_asymmetry_of_scans_trained_on_are_called_optimistic_too(tmp_path, capsys):
     asymmetry_table(tmp_path / "predicted", [0.1, 0.2])
     classes = "id,subject,predicted,p_a,p_b\ns0,,a,0.9,0.1\ns1,,b,0.2,0.8\n"
@@ -94,6 +114,7 @@ def test_classes_and_asymmetry_of_scans_trained_on_are_called_optimistic_too(tmp
         seen = [f"{header},trained_on", f"{rows[0]},no", f"{rows[1]},yes", ""]
         (tmp_path / "predicted" / name).write_text("\n".join(seen))
         (note,) = evaluate(tmp_path, policy, truth)["notes"]
+        shutil.rmtree(tmp_path / "out")
         assert "was trained on 1 of 2 scans (s1)" in note and note in capsys.readouterr().out
 
 

@@ -1,7 +1,7 @@
 """nnU-Net's datasets: what asa-export writes is what data=nnunet reads, and what nnU-Net's own check accepts."""
 
 import json
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 
 import nibabel as nib
@@ -15,7 +15,7 @@ from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.splits import read_split
 from asa.data.store import Store
-from asa.export.nnunet import export_nnunet, painting_order
+from asa.export.nnunet import export_nnunet
 from asa.tasks.preparation import prepare_task
 from tests.conftest import LABELS
 
@@ -107,17 +107,19 @@ def test_channels_regions_and_the_ignored_value_survive_and_unlabelled_scans_are
     assert test["id"] == "c2" and "label" not in test
 
 
-def test_a_label_map_painted_region_by_region_is_the_label_map():
-    """nnU-Net paints the value of each region over those before it."""
-    for regions in ([[1, 2, 3], [1, 3], [3]], [[2], [1]], [[1, 2], [2]]):
-        order = painting_order(regions)
-        for value in {value for region in regions for value in region}:
-            painted = 0
-            for region, colour in zip(regions, order, strict=True):
-                painted = colour if value in region else painted
-            assert painted == value, (regions, order)
-    assert painting_order([[1, 2, 3], [3]]) == []  # 1 and 2 are never told apart
-    assert painting_order([[1, 2], [1, 2]]) == []
+@pytest.mark.parametrize("names", list(permutations(REGIONS)))
+def test_a_label_map_painted_region_by_region_is_the_label_map(tmp_path, names):
+    """nnU-Net paints the value of each region over those before it, so inner ones are last, however declared."""
+    regions = {name: REGIONS[name] for name in names}
+    about = export_nnunet(prepared(two_channels(tmp_path / "raw"), tmp_path / "store", regions=regions), tmp_path / "x")
+    check_rules(tmp_path / "x")
+    declared = {name: values for name, values in about["labels"].items() if name in regions}
+    assert declared.keys() == regions.keys()
+    for value in {value for values in declared.values() for value in values}:
+        painted = 0
+        for values, colour in zip(declared.values(), about["regions_class_order"], strict=True):
+            painted = colour if value in values else painted
+        assert painted == value, (declared, about)
 
 
 def test_files_of_another_export_are_not_left_among_the_cases(tmp_path):
@@ -139,8 +141,11 @@ def test_regions_without_one_of_the_labels_are_left_out(tmp_path):
     assert about["labels"] == {"background": 0, "necrosis": 1, "oedema": 2, "enhancing": 3, "ignore": 4}
 
 
-def test_regions_that_cannot_be_painted_are_left_out(tmp_path):
-    store = prepared(two_channels(tmp_path / "raw"), tmp_path / "store", regions={"whole": [1, 2, 4]})
+@pytest.mark.parametrize(
+    "regions", [{"whole": [1, 2, 4]}, {"a": [1, 2], "b": [2, 4]}, {"a": [1, 2, 4], "b": [4, 2, 1]}]
+)
+def test_regions_that_cannot_be_painted_are_left_out(tmp_path, regions):
+    store = prepared(two_channels(tmp_path / "raw"), tmp_path / "store", regions=regions)
     about = export_nnunet(store, tmp_path / "Dataset003_x")
     assert about["labels"] == {"background": 0, "necrosis": 1, "oedema": 2, "enhancing": 3, "ignore": 4}
     assert "regions_class_order" not in about

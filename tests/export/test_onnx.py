@@ -73,6 +73,24 @@ def test_the_encoder_of_a_pretraining_is_exported_and_a_deviating_one_is_not(
     assert not (tmp_path / "other.onnx").exists()
 
 
+def test_outputs_that_are_not_finite_in_onnx_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Session:
+        def __init__(self, content: bytes, providers: list[str]) -> None:
+            pass
+
+        def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return [np.full((len(inputs["image"]), 12, 24), np.nan, np.float32)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(export, "_onnx", lambda *_: b"")
+    run = checkpoint(tmp_path / "run", "masked_autoencoder.asa_tiny", img_size=[16, 24, 16], decoder_depth=1)
+    with pytest.raises(ValueError, match="differ from PyTorch's by nan; nothing was written"):
+        export_onnx(run, tmp_path / "other.onnx")
+    assert not (tmp_path / "other.onnx").exists()
+
+
 def test_a_missing_package_and_a_wrong_file_ending_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"ends in \.onnx"):
         export_onnx(tmp_path, tmp_path / "net.pt")

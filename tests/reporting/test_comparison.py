@@ -63,6 +63,16 @@ def test_differences_that_are_equal_but_for_rounding_are_ties(tmp_path):
     assert (found.better, found.worse, found.p) == (3, 3, 1.0)
 
 
+def test_differences_that_cancel_within_a_subject_are_ties(tmp_path):
+    known = {f"case{k:02}": f"s{k // 3}" for k in range(24)}
+    before = np.tile([0.3, 0.4, 0.5], 8)
+    after = before + np.append(np.tile([0.1, 0.2, -0.3], 7), [0.2, 0.2, 0.2])
+    runs = (("a", before), ("b", after))
+    folders = {name: write_run(tmp_path / name, {"csf": dice.tolist()}, subjects=known) for name, dice in runs}
+    found = compare_folders(folders, tmp_path / "out").differences["dice", "csf", "b"]
+    assert (found.better, found.worse, found.used, found.p) == (1, 0, 8, 1.0)
+
+
 def test_law_scans_of_one_subject_count_as_one(tmp_path):
     generator = np.random.default_rng(0)
     before, after = generator.uniform(0.5, 0.9, (2, 7)).round(3)
@@ -237,7 +247,7 @@ def test_runs_that_cannot_be_compared_are_rejected_with_the_reason(folders, tmp_
             compare_folders({"a": first, "b": folder}, out)
     with pytest.raises(ValueError, match="two evaluations or more"):
         compare_folders({"a": first}, out)
-    with pytest.raises(FileNotFoundError, match=r"summary\.json: no such file; give folders that asa-evaluate wrote"):
+    with pytest.raises(FileNotFoundError, match=r"summary\.json: no such file; give folders of .* of label maps or"):
         compare_folders({"a": first, "b": tmp_path}, out)
     (folders["mae"] / "cases.csv").write_text("id,label,dice\n")
     with pytest.raises(ValueError, match="evaluate again"):

@@ -258,6 +258,13 @@ def test_a_missing_extra_is_named_before_the_work_starts(tmp_path, monkeypatch, 
     assert not (tmp_path / "new").exists()
 
 
+def test_numbers_of_voxels_are_whole_in_the_page_and_a_label_may_be_called_like_a_unit(tmp_path: Path) -> None:
+    scans = [scan(f"s{k}", facts={"voxels_lesion_mm": 1000 + k}, thumbnail=box_thumbnails()) for k in range(3)]
+    page, _ = report(tmp_path / "qc", *scans)
+    assert "voxels lesion mm" in page and not re.search(r"100\d(\.\d| mm)", page)
+    assert all(page.count(f">{1000 + k}<") >= 2 for k in range(3))  # over the cohort, and of each scan
+
+
 @pytest.mark.parametrize("count", [3, 148])
 def test_the_sizes_of_many_labels_are_folded_and_none_is_lost(tmp_path: Path, count: int) -> None:
     sizes = {f"voxels_label{k}": 1000 + k for k in range(count)}

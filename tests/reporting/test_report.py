@@ -73,6 +73,16 @@ def test_the_page_prints_the_policy_its_truth_table_and_every_case(page_of):
     assert all(table.count(f">case{k}<") == 1 for k in range(3))
 
 
+def test_the_page_says_what_its_means_are_over(page_of, tmp_path):
+    assert "interval of the mean over cases:" in page_of(4)
+    predictions, truths, _ = write_cohort(tmp_path / "visits", 4)
+    subjects = {"case0": "a", "case1": "a", "case2": "b", "case3": "b"}
+    out = tmp_path / "by_subject"
+    evaluate_folder(predictions, truths, {1: "csf", 2: "gm"}, "ibsr", out, progress=False, subjects=subjects)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "interval of the mean over subjects:" in page and "The 4 cases are of 2 subjects" in page
+
+
 def test_worst_and_best_cases_are_shown_in_order_and_only_once(page_of):
     titles = re.findall(r"<h3>(.*?) \(mean", page_of(6))
     assert titles == [

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from asa.data.loading.loader import LoaderSettings, make_loader
-from asa.restoration.images import read_picture, read_regions, stored_window, write_picture, write_regions
+from asa.restoration.images import (
+    read_picture,
+    read_regions,
+    size_of,
+    stored_window,
+    write_picture,
+    write_regions,
+)
 from asa.restoration.pairs import PairDataset, find_pairs
 
 Image = pytest.importorskip("PIL.Image")
@@ -51,6 +58,13 @@ def test_pngs_of_every_mode_are_grey_or_colour(tmp_path: Path, mode: str) -> Non
     found = read_picture(tmp_path / "a.png")
     assert found.shape == ((1 if mode in ("L", "1", "LA") else 3), 4, 6)
     np.testing.assert_allclose(found, 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+def test_pngs_of_8_bits_are_read_whatever_their_size(tmp_path: Path, mode: str) -> None:
+    for height, width in ((16, 160), (116, 5), (4, 1616)):
+        Image.fromarray(np.full((height, width, 3), 255, dtype=np.uint8)).convert(mode).save(tmp_path / "a.png")
+        assert read_picture(tmp_path / "a.png").shape[1:] == size_of(tmp_path / "a.png") == (height, width)
 
 
 def test_a_window_becomes_zero_to_one_and_other_values_are_clipped(tmp_path: Path) -> None:

@@ -344,3 +344,35 @@ def test_a_written_prediction_is_in_the_training_window(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"p/a\.png: 0 and 1 are -1000 and 1000 in it, and not .0.0, 100.0"):
         evaluate_pictures(tmp_path / "p", tmp_path / "t", tmp_path / "out", window=(0, 100))
     assert read_picture(tmp_path / "p" / "a.png").dtype == np.float32
+
+
+def test_predictions_that_are_no_png_have_the_units_of_the_window(tmp_path: Path) -> None:
+    import nibabel as nib
+
+    for folder, value in (("p", 100), ("t", 300)):
+        (tmp_path / folder).mkdir()
+        image = nib.Nifti1Image(np.full((16, 16), value, dtype=np.float32), np.eye(4))
+        nib.save(image, tmp_path / folder / "a.nii.gz")
+    evaluate_pictures(tmp_path / "p", tmp_path / "t", tmp_path / "out", window=(-1000, 1000))
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert found["results"]["image"]["rmse"]["mean"] == pytest.approx(200, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "reason"),
+    [
+        ("low", (16, 12), "with model.upscale=1 it must be"),
+        ("regions", (16, 12), "remove it, and compute it from this image"),
+        ("both", (12, 20), "is 20 x 12 pixels, smaller than crop=16: lower crop"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_found_before_the_run(pairs, tmp_path, monkeypatch, capsys, part, size, reason):
+    shutil.copytree(pairs, tmp_path / "pairs")
+    for name in ("low", "high", "regions"):
+        if name == part or (part == "both" and name != "regions"):
+            write_picture(tmp_path / "pairs" / name / "p1_slice2.png", np.zeros((1, *size)))
+    if part == "both":
+        write_regions(tmp_path / "pairs" / "regions" / "p1_slice2.png", np.zeros(size))
+    given = [f"data.root={tmp_path / 'pairs'}", f"out={tmp_path / 'run'}", *TINY, "data.split={validation: 0, test: 0}"]
+    assert run(monkeypatch, finetune, *given, "train.steps=3", "train.batch_size=1") == 1
+    assert reason in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -23,13 +23,20 @@ HEADINGS = ("Dice", "HD95 (mm)", "NSD at 1 mm")
 SETTING |= {"regions": {"a": [1], "b": [2]}, "ignored labels": []}
 
 
-def trial(arm: str, seed: int, dice: dict[str, tuple[float, float]], labelled: str = "3", **setting: object) -> Trial:
+def trial(
+    arm: str,
+    seed: int,
+    dice: dict[str, tuple[float, float]],
+    labelled: str = "3",
+    subjects: dict[str, str] | None = None,
+    **setting: object,
+) -> Trial:
     values = {
         (case, region): {"dice": value, "hd95_mm": 1.0, "nsd_1mm": 1.0}
         for case, pair in dice.items()
         for region, value in zip("ab", pair, strict=True)
     }
-    run = Run(f"{arm}{seed}", SETTING | setting, values, dict.fromkeys(values, "5 voxels"))
+    run = Run(f"{arm}{seed}", SETTING | setting, values, dict.fromkeys(values, "5 voxels"), subjects=subjects or {})
     return Trial(arm, labelled, seed, run)
 
 
@@ -43,6 +50,27 @@ def test_a_case_that_two_seeds_tested_counts_once_with_its_average() -> None:
     assert row.values.mean == pytest.approx((0.3 + 0.6 + 0.9) / 3)
     assert (row.values.used, row.values.total, row.seeds) == (3, 3, 2)
     assert row.seed_sd == pytest.approx((0.65 - 0.4) / math.sqrt(2)) and row.difference is None
+
+
+def test_a_subject_counts_once_whichever_trials_know_of_its_sessions() -> None:
+    """Files of an evaluation name subjects only where one has several cases."""
+    known = {"s1_a": "s1", "s1_b": "s1", "s2_a": "s2"}
+    first = {"s1_a": (0.2, 0.2), "s1_b": (0.4, 0.2), "s2_a": (0.9, 0.2)}
+    trials = [
+        trial(arm, seed, {case: (a + gain, b) for case, (a, b) in cases.items()}, subjects=subjects)
+        for arm, gain in (("x", 0.0), ("y", 0.1))
+        for seed, cases, subjects in ((0, first, known), (1, {"s2_a": (0.5, 0.2), "s3_a": (0.1, 0.2)}, None))
+    ]
+    row = dice_rows(trials, ["x", "y"])["x", "a"]
+    assert row.values.mean == pytest.approx((0.3 + 0.7 + 0.1) / 3)
+    assert (row.values.used, row.values.total, row.unit) == (3, 3, "subject")
+    assert row.seed_sd == pytest.approx((0.6 - 0.3) / math.sqrt(2))
+    rows = ablation_rows(trials, ["x", "y"])
+    assert {row.difference.total for row in rows if row.difference} == {3}
+    text = markdown(rows, trials, ["x", "y"])
+    assert "mean of 2 regions, on 3 subjects." in text and "the 95 % interval over subjects" in text
+    assert "seeds | subjects |" in text and "averaged over its cases and the seeds that tested it" in text
+    assert "Means over the subjects" in latex(rows, trials)
 
 
 def test_the_mean_of_the_regions_is_of_each_case_and_undefined_where_one_is() -> None:

@@ -262,6 +262,10 @@ def test_a_pretrained_network_is_loaded_whole_or_refused(pretrained: Path) -> No
         load_pretrained("RUN", source, origin, sa_swin_classifier_tiny(2, img_size=32), node)
     with pytest.raises(ValueError, match="add model.position=False"):
         load_pretrained("RUN", source, origin, model, {**node, "position": True})
+    with pytest.raises(ValueError, match="add model.self_attention=True"):
+        load_pretrained("RUN", source, origin, model, {**node, "self_attention": False})
+    with pytest.raises(ValueError, match="pretrained with cross_heads=2, this model has 4: add model.cross_heads=2"):
+        load_pretrained("RUN", source, origin, model, {**node, "cross_heads": 4})
 
 
 def test_a_pretraining_of_sa_swin_goes_on_from_another(pretrained: Path, store: Path, tmp_path: Path) -> None:

@@ -185,6 +185,15 @@ def test_a_run_ends_after_as_many_validations_without_a_better_one_as_its_patien
     assert kept(tmp_path / "b") == ["step-00000010"]
 
 
+def test_patience_counts_validations_however_many_steps_lie_between_them(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {4: 0.7, 8: 0.5, 9: 0.4, 10: 0.3, 11: 0.2, 12: 0.1}
+    run(tmp_path / "a", store, steps=8, scores=scores, validate_every=4)
+    run(tmp_path / "a", store, steps=12, scores=scores, validate_every=1, patience=3)
+    assert "ended early at step 10: 3 validations without a better dice" in capsys.readouterr().out
+
+
 def test_patience_does_not_count_from_the_best_of_another_metric(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

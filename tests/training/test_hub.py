@@ -19,8 +19,9 @@ from asa.data.leakage import stored_digests
 from asa.evaluation.policies import get_policy
 from asa.evaluation.summary import CaseRow, summarise
 from asa.export.hub import export_hub
+from asa.restoration.rat import rat_tiny
 from asa.tasks.prediction import subjects_of_part
-from asa.training.checkpoint import DamagedCheckpoint, load_model, read_description
+from asa.training.checkpoint import DamagedCheckpoint, load_model, read_description, save_checkpoint
 from asa.training.checkpoint_files import fetch
 from asa.training.pretrained import read_source
 
@@ -233,6 +234,25 @@ def test_the_card_has_licence_data_evaluation_and_digests(tmp_path: Path) -> Non
     assert read_json(out / "digests.json") == {
         path.name: sha256_of(path) for path in out.iterdir() if path.name != "digests.json"
     }
+
+
+def test_evaluations_that_a_card_cannot_show_are_refused_in_these_words(tmp_path: Path) -> None:
+    run = checkpoint(tmp_path / "run", **SUBJECTS)
+    for summary in ({"classes": ["a", "b"], "auc": 0.5}, {"patients": 1, "results": {"top": {"auc": 0.5}}}):
+        write_json(tmp_path / "scores" / "summary.json", summary)
+        with pytest.raises(ValueError, match="a card shows evaluations of label maps and of restored images"):
+            export_hub(run, tmp_path / "x", licence="mit", trained_on="Noise.", evaluation=tmp_path / "scores")
+
+
+def test_the_card_of_a_restoration_has_its_window_and_no_preparation(tmp_path: Path) -> None:
+    about = {"window": [-1000.0, 1000.0], "regions": None, "subject": None}
+    shell, node = torch.nn.Module(), {"_target_": "asa.restoration.rat.rat_tiny", "in_channels": 1}
+    shell.model = rat_tiny(in_channels=1)
+    save_checkpoint(tmp_path / "run", 1, shell, {"model": node, "task": "restoration", "data": about}, {}, keep=1)
+    export_hub(tmp_path / "run", tmp_path / "hub", licence="mit", trained_on="CT slices.")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "# Restoration of 2-D images by asa" in card and "-1000.0" in card and "brain" not in card
+    assert "Scans are prepared" not in card and "- 2d\n" in card
 
 
 def test_a_command_with_paths_of_this_machine_is_not_published(tmp_path: Path) -> None:

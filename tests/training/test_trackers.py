@@ -1,10 +1,13 @@
 """Trackers: the rows of log.jsonl, offline, at no cost for the run whatever they do."""
 
 import json
+import math
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from asa.settings import OptimSettings, TrainSettings
 from asa.training import trackers
 from asa.training.loop import check_settings
 from asa.training.run_folder import FREE_ON_RESUME
-from asa.training.run_log import RunLog
+from asa.training.run_log import Meter, RunLog
 from asa.training.trackers import allowed
 
 Rows = list[tuple[int, dict[str, float]]]
@@ -55,6 +58,25 @@ def write_rows(run: Path, names: list[str], first: int = 1, last: int = 5) -> No
         log.pictures(step, {"image, truth": np.zeros((4, 8, 3), np.uint8)})
     log.scalars(last, "validation", {"dice é": 0.5})
     log.close()
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 5, 0, ())
+    log.scalars(1, "validation", {"auc": math.nan, "loss": math.inf})
+    log.close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "group": "validation", "auc": null, "loss": null}\n'
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionResetError(104, "reset"), RuntimeError("DataLoader worker (pid 1) is killed")]
+)
+def test_a_loader_worker_that_was_killed_is_said(error: Exception) -> None:
+    def batches() -> Iterator[dict[str, Any]]:
+        raise error
+        yield {}
+
+    with pytest.raises(OSError, match=r"a worker process of the loader was killed, .* lower loader\.workers"):
+        Meter(1, 1).next_batch(batches())
 
 
 def test_a_log_makes_its_folder(tmp_path: Path) -> None:
