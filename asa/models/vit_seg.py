@@ -20,7 +20,7 @@ from asa.ops.symmetry import mirror_patches
 
 
 class TokenSegmentation(nn.Module):
-    """An encoder, and a head that maps its last tokens to logits. There is no path around the encoder.
+    """An encoder, and a head from its last tokens to logits. Only `ConvSegmentationViT` reads the image beside them.
 
     Args:
         encoder: the token encoder.
@@ -49,7 +49,7 @@ class TokenSegmentation(nn.Module):
         return [logits] if deep_supervision else logits
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The last tokens `(B, L, E)` -> logits `(B, K, D, H, W)`."""
+        """The last tokens `(B, L, E)` -> logits `(B, K, D, H, W)`, of a head that reads nothing else."""
         raise NotImplementedError
 
 
