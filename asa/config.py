@@ -159,12 +159,11 @@ def compose(command: str, overrides: Sequence[str], *, config_dir: str | Path | 
     _offer_models()
     for group, target in SETTINGS.get(command, {}).items():
         ConfigStore.instance().store(group=group, name="defaults", node=target)
-    if config_dir and not Path(config_dir).is_dir():
-        raise ValueError(f"--config-dir {config_dir}: no such folder")
     search = []
     if config_dir:
-        folder = Path(config_dir).resolve()
-        search = [f"hydra.searchpath=['file://{folder}']"]
+        if not (folder := Path(config_dir).expanduser().resolve()).is_dir():
+            raise ValueError(f"--config-dir {config_dir}: no such folder")
+        search = [f"hydra.searchpath=[{written(f'file://{folder}')}]"]
         if str(folder.parent) not in sys.path:  # where `plugins=[mine]` is found; last, so that it hides no package
             sys.path.append(str(folder.parent))
     try:
@@ -185,7 +184,16 @@ def compose(command: str, overrides: Sequence[str], *, config_dir: str | Path | 
     _check_mappings(yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text()), plain)
     _check_model(command, chosen.get("method"), chosen.get("model"))
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): at_home(value) for key, value in plain.items()}
+
+
+def at_home(node: Any) -> Any:
+    """Plain data with `~/` in its values replaced by the home folder."""
+    if isinstance(node, dict):
+        return {key: at_home(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [at_home(value) for value in node]
+    return str(Path(node).expanduser()) if isinstance(node, str) and node.startswith("~/") else node
 
 
 def given_settings(overrides: Sequence[str]) -> dict[str, Any]:
@@ -197,14 +205,14 @@ def given_settings(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_mappings(shipped: Mapping[str, Any], plain: Any, prefix: str = "") -> None:
-    """Raise a ValueError for a single value in the place of a group of settings."""
+    """Raise a ValueError for a single value, or null but in an arm, in the place of a group of settings."""
     for key, node in shipped.items():
         value = plain.get(key)
-        if not isinstance(node, Mapping) or value is None:
+        if not isinstance(node, Mapping) or key not in plain or (value is None and prefix.startswith("arms.")):
             continue
         if not isinstance(value, Mapping):
-            like = f"{prefix}{key}.{next(iter(node))}="
-            raise ValueError(f"{prefix}{key}={value}: it is a group of settings: give them one by one, like {like}")
+            given, like = f"{prefix}{key}={written(value)}", f"{prefix}{key}.{next(iter(node))}="
+            raise ValueError(f"{given}: it is a group of settings: give them one by one, like {like}")
         _check_mappings(node, value, f"{prefix}{key}.")
 
 
@@ -369,12 +377,12 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, for nested mappings. An empty mapping is a value."""
+def flatten(node: Mapping[str, Any], prefix: str = "", *, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Dotted key -> value, for nested mappings, with `like` those that are mappings there. An empty one is a value."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        inner = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        inner = isinstance(value, Mapping) and value and (like is None or isinstance(like.get(key), Mapping))
+        flat |= flatten(value, f"{prefix}{key}.", like=like and like[key]) if inner else {f"{prefix}{key}": value}
     return flat
 
 
@@ -383,9 +391,9 @@ def as_overrides(command: str, *settings: Mapping[str, Any]) -> list[str]:
     own = yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text())
     chosen: dict[str, Any] = {}
     for node in settings:
-        for key, value in node.items():  # a mapping of the user's own keys, like labels, is given whole
-            whole = "." in key or (key in own and own[key] is None)
-            for name, each in ({key: value} if whole else flatten({key: value})).items():
+        for key, value in node.items():  # mappings of the user's own keys, like labels or data.images, are given whole
+            like = own if "." in key else {key: {}, **own}
+            for name, each in flatten({key: value}, like=like).items():
                 chosen.pop(name, None)  # so that the later one is the later argument
                 chosen[name] = each
     return [f"{key}={written(value)}" for key, value in chosen.items()]
@@ -400,7 +408,8 @@ def written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(written(item) for item in value)}]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}: {written(item)}" for key, item in value.items()) + "}"
+        keys = {key: re.sub(r"[\\()\[\]{}:=,]", r"\\\g<0>", str(key)) for key in value}
+        return "{" + ",".join(f"{keys[key]}: {written(item)}" for key, item in value.items()) + "}"
     if isinstance(value, int | float):
         return repr(value)
     text = str(value)

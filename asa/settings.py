@@ -5,6 +5,7 @@ import torch, so that `--help` takes no time.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -82,8 +83,15 @@ def check_backend(device: str, precision: str, group: str) -> None:
     """Raise a ValueError for names that no machine has; `asa.training.device` knows what this one has."""
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
         raise ValueError(f"{group}device={device}: not a device; use auto, cpu, cuda or cuda:1")
-    if precision not in PRECISIONS:
-        raise ValueError(f"{group}precision={precision}: choose {', '.join(PRECISIONS)}")
+    check_choice(f"{group}precision", precision, PRECISIONS)
+
+
+def check_choice(key: str, value: Any, choices: Collection[str], null: str | None = None) -> None:
+    """Raise a ValueError for another value than these, or than null where `null` says what that is."""
+    if value not in [*choices] and not (null and value is None):
+        *others, last = choices
+        named = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{key}={value}: choose {named}{f', or {null}' if null else ''}")
 
 
 def check_axes(axes: str, setting: str) -> None:
@@ -96,20 +104,7 @@ def check_axes(axes: str, setting: str) -> None:
 
 def check_placement(placement: Any) -> None:
     """Raise a ValueError for an unknown placement of crops."""
-    if placement not in PLACEMENTS:
-        raise ValueError(f"data.placement={placement!r}: choose {', '.join(PLACEMENTS[:-1])} or {PLACEMENTS[-1]}")
-
-
-def check_fusion(fusion: str) -> None:
-    """Raise a ValueError for an unknown way to fuse the labels of several atlases."""
-    if fusion not in FUSIONS:
-        raise ValueError(f"fusion={fusion}: choose {' or '.join(FUSIONS)}")
-
-
-def check_uncertainty(kind: str) -> None:
-    """Raise a ValueError for an unknown kind of a map of uncertainty."""
-    if kind not in UNCERTAINTIES:
-        raise ValueError(f"uncertainty={kind}: choose {' or '.join(UNCERTAINTIES)}, or null for none")
+    check_choice("data.placement", placement, PLACEMENTS)
 
 
 def check_batch(batch_size: int, micro_batches: int, world_size: int) -> None:

@@ -24,6 +24,15 @@ def with_subjects(store: Path, copy: Path, subjects: dict[str, str]) -> Path:
     return copy
 
 
+def without_labels(store: Path, *ids: str) -> None:
+    """Take the label maps of some scans out of a store."""
+    tree = read_tree(store)
+    for entry in tree["records"]:
+        for kind in ("arrays", "sources") if entry["id"] in ids else ():
+            del entry[kind]["label"]
+    write_tree(store, tree)
+
+
 def write_tree(root: Path, tree: dict[str, Any]) -> None:
     """Write what `read_tree` returned, with any change, into a folder that is made if needed."""
     write_json(root / MANIFEST, {key: value for key, value in tree.items() if key != "records"})

@@ -155,6 +155,8 @@ def test_mae_is_the_same_class_with_both_ideas_off() -> None:
     assert asa["_target_"] == mae["_target_"]
     assert (asa["importance"], asa["model"]["position"]) == ("orientation", "mirror")
     assert (mae["importance"], mae["model"]["position"]) == (None, "sincos")
+    same = asa | {"importance": None, "model": {**asa["model"], "position": "sincos"}}
+    assert list(mae.items()) == list(same.items())
 
 
 def test_puzzles_have_the_size_that_their_method_sets() -> None:
@@ -268,6 +270,7 @@ def test_the_papers_cohorts_differ_in_their_split_alone() -> None:
         ("experiment=nope", "oasis_pretrain"),
         ("out=a,b", "quote a value with commas, as in \"out='a,b'\"; a list is out=[a,b]"),
         ("train=3", "train is a group of settings: give them one by one, like train.steps="),
+        ("data.split=null", "data.split=null: it is a group of settings: give them one by one, like"),
         ("data.split=3", "data.split=3: it is a group of settings: give them one by one, like data.split.validation="),
     ],
 )
@@ -299,6 +302,26 @@ def test_mappings_of_the_users_own_keys_can_be_given_on_the_command_line() -> No
     assert ablate["pretrain"] == {"model": "asa_tiny", "train": {"steps": 5}}
 
 
+def test_mappings_of_the_users_own_keys_can_be_nested_in_python_and_their_keys_hold_any_mark() -> None:
+    images, regions = {"t1": "*_T1.nii.gz", "t2": "*_T2.nii.gz"}, {"tumour (whole)": [1], "a:b, [c] {d}=e\\": [2]}
+    nested = as_overrides("prepare", {"out": "x", "data": {"root": "y", "images": images}, "regions": regions})
+    config = compose("prepare", nested)
+    assert (config["data"]["root"], config["data"]["images"], config["regions"]) == ("y", images, regions)
+    assert as_overrides("pretrain", {"data": {"split": {"test": 1}}}) == ["data.split.test=1"]
+
+
+def test_a_tilde_is_the_home_folder_in_every_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"checkpoint": ["~/a", "b~/c"], "input": "~/s", "out": "~/o", "images": {"t1": "~/*.nii.gz"}}
+    config = compose("predict", as_overrides("predict", given))
+    assert (config["checkpoint"], config["input"], config["out"]) == (
+        ["/home/me/a", "b~/c"],
+        "/home/me/s",
+        "/home/me/o",
+    )
+    assert config["images"] == {"t1": "/home/me/*.nii.gz"}
+
+
 def test_a_mapping_that_is_given_twice_is_named() -> None:
     own = ["data=folder", "data.root=x", "out=y", "labels={1: csf}", "labels={2: gm}"]
     with pytest.raises(ValueError, match=r"^labels= is given 2 times: give it once$"):
@@ -325,8 +348,10 @@ def test_a_value_may_have_blanks() -> None:
     assert compose("predict", ["out=x", "checkpoint=y", "input=my scans"])["input"] == "my scans"
 
 
-def test_a_users_own_folder_of_experiments_is_found(tmp_path) -> None:
-    (tmp_path / "experiment").mkdir()
+@pytest.mark.parametrize("name", ["mine", "o'neil, (me)"])
+def test_a_users_own_folder_of_experiments_is_found(tmp_path, name: str) -> None:
+    tmp_path /= name
+    (tmp_path / "experiment").mkdir(parents=True)
     mine = {"train": {"steps": 7}}
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(mine))
     config = compose("pretrain", ["out=x", "data.store=y", "experiment=mine"], config_dir=tmp_path)

@@ -83,7 +83,7 @@ class Command:
                 raise ValueError("commands need Linux or macOS: on Windows run them in WSL 2 (docs/faq.md)")
             followed = follow_init(command, chosen.overrides)
             overrides = [*chosen.overrides, *as_overrides(command, followed)]
-            config = _at_home(compose(command, overrides, config_dir=chosen.config_dir))
+            config = compose(command, overrides, config_dir=chosen.config_dir)
             if chosen.config_dir and "config_dir" in config:  # of a command that composes the configurations of others
                 config["config_dir"] = chosen.config_dir
             if chosen.print:
@@ -119,12 +119,3 @@ def _show_warning(command: str, usual: Any, message: Warning | str, category: An
         usual(message, category, file, *rest)
     elif is_main():
         print(f"asa-{command}: warning: {message}", file=sys.stderr)
-
-
-def _at_home(node: Any) -> Any:
-    """A configuration with `~/` in its values replaced by the home folder."""
-    if isinstance(node, dict):
-        return {key: _at_home(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_at_home(value) for value in node]
-    return str(Path(node).expanduser()) if isinstance(node, str) and node.startswith("~/") else node

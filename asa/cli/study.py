@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from asa.config import as_overrides, build, compose, flatten
+from asa.config import as_overrides, at_home, build, compose, flatten
 from asa.data.datasets.recognise import recognise
 from asa.data.io.files import read_json, read_yaml, write_json, write_whole
 from asa.data.io.lock import locked
@@ -97,7 +97,7 @@ def read_study(file: Path) -> list[Stage]:
             raise ValueError(f"{file}: stage {name}: no command {command}: choose one of {', '.join(COMMANDS)}")
         if not settings.get("out"):
             raise ValueError(f"{file}: stage {name} needs out=: a folder of its own")
-        found.append(Stage(str(name), command, settings))
+        found.append(Stage(str(name), command, at_home(settings)))
     return found
 
 
@@ -302,21 +302,23 @@ def _records(stage: Stage) -> list[Mapping[str, Any]]:
 
 def _cost(stage: Stage) -> str:
     """What is known of a stage before it is run."""
+    config = stage.composed()
     if stage.command == "prepare":
         records = _records(stage)
         files = [Path(file) for record in records for file in record["images"].values() if file]
         size = sum(file.stat().st_size for file in files if file.exists()) / 1e9
-        spacing = stage.settings.get("prepare.spacing")
+        spacing = config["prepare"]["spacing"]
         disk = f"; the store about {len(records) * HEAD_MB / spacing**3 / 1000:.1g} GB" if spacing else ""
         return f"  {len(records)} scans, {size:.1g} GB{disk}"
-    if stage.settings.get("atlas"):
+    if config.get("atlas"):
         return "  about two minutes of a core for each atlas and scan"
     if stage.command in ("pretrain", "finetune"):
-        store = Path(str(stage.settings["data.store"]))
-        if not (store / MANIFEST).exists():
-            return f"  memory and time: again with plan=only when {store} is there"
+        data = config["data"]
+        stores = data.get("stores") or [data["store"]]  # restoration has none
+        if absent := [path for path in stores if path and not (Path(str(path)) / MANIFEST).exists()]:
+            return f"  memory and time: again with plan=only when {absent[0]} is there"
         from asa.tasks.run import call
 
-        planned = {"plan": "only"} | ({"data.split.fold": 0} if stage.settings.get("data.split.fold") == "all" else {})
+        planned = {"plan": "only"} | ({"data.split.fold": 0} if data["split"].get("fold") == "all" else {})
         call(stage.command, stage.settings, planned)
     return ""

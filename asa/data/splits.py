@@ -184,12 +184,15 @@ def write_split(path: str | Path, split: Mapping[str, Sequence[str]]) -> None:
     write_json(path, _checked_split(split, Path(path)))
 
 
-def read_split(path: str | Path, fold: int | None = None) -> dict[str, list[str]]:
+def read_split(
+    path: str | Path, fold: int | None = None, records: Iterable[Mapping[str, Any]] = ()
+) -> dict[str, list[str]]:
     """Read a split of subjects, or one of the folds of nnU-Net's splits_final.json, whose "val" is tested here.
 
     Args:
         path: JSON file.
         fold: number of the fold, from 0, of a file with several.
+        records: scans whose ids are the cases of a fold, which has their subjects then.
 
     Returns:
         Lists of subjects under "train", "validation" and "test"; a part that the file leaves out is empty.
@@ -197,7 +200,7 @@ def read_split(path: str | Path, fold: int | None = None) -> dict[str, list[str]
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: changed since a run wrote it, not JSON, not a split, a fold that it does not have, or a subject in
-            two parts.
+            two parts, as a fold of nnU-Net may have by two of its cases.
     """
     split = read_json(path)
     check_digest(path)
@@ -207,7 +210,14 @@ def read_split(path: str | Path, fold: int | None = None) -> dict[str, list[str]
         split = split[fold]
         if not isinstance(split, Mapping) or set(split) != {"train", "val"}:
             raise ValueError(f"{path}: a fold of nnU-Net has lists of cases under train and val")
-        split = {"train": split["train"], "test": split["val"]}
+        cases = _checked_split({"train": split["train"], "test": split["val"]}, Path(path))
+        subjects = {str(record["id"]): str(record["subject"]) for record in records}
+        split = {name: list(dict.fromkeys(subjects.get(case, case) for case in part)) for name, part in cases.items()}
+        if shared := set(split["train"]) & set(split["test"]):
+            raise ValueError(
+                f"{path}: fold {fold} has cases of subject {min(shared)} in train and in val: prepare the scans with "
+                "data.subject='(.*)' (of data=nnunet or folder), which makes each case a subject, or split by subject"
+            )
     return _checked_split(split, Path(path))
 
 

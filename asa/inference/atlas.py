@@ -32,7 +32,7 @@ from asa.inference.preprocessing import ScanPreprocessor, prepared_alike, traini
 from asa.inference.segmentation import Segmenter
 from asa.inference.uncertainty import entropy_map, write_map
 from asa.ops.labels import IGNORED
-from asa.settings import check_fusion
+from asa.settings import FUSIONS, check_choice
 
 NETWORK_VOTES = 0.5  # of the mean of the networks, where each atlas has one vote; chosen in docs/evidence.md
 PATCH, SEARCH = 2, 3  # of joint label fusion, radii in voxels: of the patches, and of the search for similar ones
@@ -103,7 +103,7 @@ def carry_over(
         ImportError: ANTs is not installed.
         ValueError: no atlas, an unknown fusion, no common channel, or a registration that failed.
     """
-    check_fusion(fusion)
+    check_choice("fusion", fusion, FUSIONS)
     if not atlases:
         raise ValueError("no atlas to register: give one or more labelled scans")
     ants = load_ants()
@@ -268,7 +268,7 @@ class AtlasSegmenter:
         strip: str | None = None,
         workers: int = 1,
     ) -> None:
-        check_fusion(fusion)
+        check_choice("fusion", fusion, FUSIONS)
         if not store.labels:
             raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
         self.store, self.subjects, self.fusion, self.workers = store, subjects, fusion, workers
@@ -325,7 +325,7 @@ class AtlasSegmenter:
         if self.networks is not None:
             if self.workers > 1:
                 torch.set_num_threads(1)  # of this process; the others have theirs
-            predicted = self.networks.probabilities(torch.from_numpy(np.ascontiguousarray(image)))
+            predicted = self.networks.probabilities(torch.from_numpy(np.array(image, dtype=np.float32)))
             found = average(found, predicted, len(atlases), self.outputs.channels)
         ml = self.outputs.write(out, found, chain, like, probabilities)
         if uncertainty is not None:

@@ -19,7 +19,7 @@ from asa.ops.labels import IGNORED
 from asa.ops.patches import patchify
 from asa.training.device import autocast
 
-VOLUMES = 8  # at most
+MOST_VOLUMES = 8
 PLACES = 6  # crops of each labelled volume, where their placement is random
 FLAT = 1e-5  # variance between volumes, of features that the final norm scales to a total variance of about 1
 COLLAPSED = 0.05  # lowest effective rank, as a fraction of the width
@@ -36,8 +36,8 @@ def encode(encoder: nn.Module, crops: Iterable[Mapping[str, Tensor]]) -> Tensor:
 
 
 def first_crops(dataset: CropDataset, places: int = 1) -> Iterator[dict[str, Any]]:
-    """Some crops of each of the first volumes, at most `VOLUMES`: always the same."""
-    return (dataset[index, place] for index in range(min(len(dataset), VOLUMES)) for place in range(places))
+    """Some crops of each of the first volumes, at most `MOST_VOLUMES`: always the same."""
+    return (dataset[index, place] for index in range(min(len(dataset), MOST_VOLUMES)) for place in range(places))
 
 
 def feature_health(features: Tensor) -> dict[str, float]:
@@ -222,4 +222,4 @@ def open_labelled(
     if len(labelled) < 2 or not store.labels:
         raise ValueError(f"data.labelled_store={path}: needs two or more volumes with labels, found {len(labelled)}")
     names = [store.labels[value] for value in store.label_values]
-    return CropDataset(store, labelled[:VOLUMES], size, crop=placement, labelled=True), names
+    return CropDataset(store, labelled[:MOST_VOLUMES], size, crop=placement, labelled=True), names

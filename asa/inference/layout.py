@@ -28,7 +28,7 @@ ENTITIES = (
 )
 STANDARD = {"background": "BG", "gm": "GM", "wm": "WM", "csf": "CSF"}  # abbreviations that BIDS defines
 # Files beside those of the standard, for its validators.
-IGNORED = f"{VOLUMES}\n{ATLASES}\n*_uncertainty.nii.gz\n"
+BIDSIGNORE = f"{VOLUMES}\n{ATLASES}\n*_uncertainty.nii.gz\n"
 
 
 class Layout:
@@ -183,7 +183,7 @@ class BidsDerivative(Layout):
                 )
         write_json(self.out / DESCRIPTION, about)
         write_whole(self.out / LOOKUP, self.lookup.encode())
-        write_whole(self.out / ".bidsignore", IGNORED.encode())
+        write_whole(self.out / ".bidsignore", BIDSIGNORE.encode())
 
 
 def bids_root(path: Path) -> Path:

@@ -114,7 +114,7 @@ def predict_each(
 def _predict(predictor: ScanPredictor, layout: Layout, scan: Scan) -> tuple[Any, list[str], float]:
     """What `predict_stored` returns for a scan, in any process; the warnings; and the seconds, reading included."""
     started, result = time.perf_counter(), layout.label_map(scan.id)
-    if result.resolve() in {Path(path).resolve() for path in scan.files.values()}:
+    if layout.table and result.resolve() in {Path(path).resolve() for path in scan.files.values()}:
         raise ValueError(f"the result would replace the scan itself: choose another out= than {result.parent}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -276,7 +276,7 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
     """
     found = [(path, id) for path, id in _named(source) if not _lies_in(out, source, path)]
     label_maps = [path for path, _ in found if _is_label_map(path, source)]
-    found = [(path, id) for path, id in found if path not in label_maps]
+    found = [(path, id) for path, id in found if not _is_label_map(path, source)]
     if not found:
         only = f", only label maps, like {label_maps[0].name}" if label_maps else ""
         raise ValueError(f"{source}: no image ({', '.join(IMAGE_ENDINGS)}) of a scan here{only}")

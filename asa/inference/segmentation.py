@@ -21,7 +21,7 @@ from asa.inference.label_maps import Outputs
 from asa.inference.preprocessing import ScanPreprocessor, check_finite, check_metadata, other_voxel_sizes
 from asa.inference.uncertainty import RunningSpread, entropy_map, write_map
 from asa.ops.symmetry import flip
-from asa.settings import PredictSettings, check_axes, check_uncertainty
+from asa.settings import UNCERTAINTIES, PredictSettings, check_axes, check_choice
 from asa.training.checkpoint import read_model
 from asa.training.device import autocast, pick_device, pick_precision
 
@@ -165,7 +165,7 @@ class Segmenter:
         if mirror is not False:
             check_axes(axes, "mirror")
         self.views = ["".join(view) for n in range(len(axes) + 1) for view in combinations(axes, n)]  # "", "W", ...
-        check_uncertainty(uncertainty)
+        check_choice("uncertainty", uncertainty, UNCERTAINTIES, "null for none")
         if uncertainty == "spread" and len(paths) == 1 and not axes:
             raise ValueError("uncertainty=spread is over an ensemble: give several checkpoints or mirror=true")
         self.uncertainty = uncertainty

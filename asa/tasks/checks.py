@@ -19,7 +19,7 @@ from asa.data.io.parallel import check_workers
 from asa.data.io.tables import ENDINGS
 from asa.data.splits import PARTS, read_split
 from asa.data.store import check_is_store
-from asa.settings import Config, check_axes, check_backend, check_fusion, check_placement, check_uncertainty
+from asa.settings import FUSIONS, PLACEMENTS, UNCERTAINTIES, Config, check_axes, check_backend, check_choice
 from asa.training.checkpoint_files import find_weights, list_checkpoints, on_hub
 
 OF_TASKS = ("classification", "regression", "restoration", "asymmetry", "probe")  # policies beside those of label maps
@@ -109,12 +109,12 @@ def check_settings(command: str, config: Config) -> None:
 
 
 def _check_prepare(config: Config) -> None:
-    _choice(config, "check", ("only", "also"), "null")
-    _choice(config, "failed", ("refuse", "skip"))
+    check_choice("check", config["check"], ("only", "also"), "null")
+    check_choice("failed", config["failed"], ("refuse", "skip"))
 
 
 def _check_run(config: Config) -> None:
-    _choice(config, "plan", ("only",), "null")
+    check_choice("plan", config["plan"], ("only",), "null")
 
 
 def _check_training(config: Config) -> None:
@@ -130,7 +130,7 @@ def _check_training(config: Config) -> None:
         if data.get(key) not in (None, word):
             _store(data[key])
     if "placement" in data:
-        check_placement(data["placement"])
+        check_choice("data.placement", data["placement"], PLACEMENTS)
     if data.get("split_file") and not list_checkpoints(Path(str(config["out"]))):  # a run that goes on has its own
         fold = data["split"].get("fold")
         read_split(data["split_file"], fold if isinstance(fold, int) else None)
@@ -143,11 +143,11 @@ def _check_training(config: Config) -> None:
     in_voxels = len(crop) == 3 and all(type(edge) is int and edge > 0 for edge in crop)
     if (data.get("store") or data.get("stores")) and config["crop"] is not None and not in_voxels:
         raise ValueError(f"crop={written(config['crop'])}: give the edge in voxels, like 64, or three, [D, H, W]")
-    _choice(config, "plan", ("only",), "null")
+    check_choice("plan", config["plan"], ("only",), "null")
     if (rate := config["plan_rate"]) is not None and not (isinstance(rate, int | float) and rate > 0):
         raise ValueError(f"plan_rate={rate}: give the TFLOP/s that the run will reach, like 40")
     if "transfer" in config:
-        _choice(config, "transfer", ("load", "explain"))
+        check_choice("transfer", config["transfer"], ("load", "explain"))
     if data["split"].get("fold") == "all":
         if data["split"].get("folds") is None:
             raise ValueError("data.split.fold=all needs the number of folds: add data.split.folds=5")
@@ -159,14 +159,13 @@ def _check_training(config: Config) -> None:
 
 def _check_predict(config: Config) -> None:
     _exists(config["input"])
-    _choice(config, "layout", ("bids", "mgz"), "null for OUT/ID.nii.gz")
-    _choice(config, "map", ("asymmetry", "prediction"), "null for that of the network")
+    check_choice("layout", config["layout"], ("bids", "mgz"), "null for OUT/ID.nii.gz")
+    check_choice("map", config["map"], ("asymmetry", "prediction"), "null for that of the network")
     _scans(config)
     if not isinstance(config["mirror"], bool):
         check_axes(config["mirror"], "mirror")
-    if config["uncertainty"] is not None:
-        check_uncertainty(config["uncertainty"])
-    check_fusion(config["fusion"])
+    check_choice("uncertainty", config["uncertainty"], UNCERTAINTIES, "null for none")
+    check_choice("fusion", config["fusion"], FUSIONS)
     if config["atlas"] is not None:
         _store(config["atlas"])
     given = config["checkpoint"] or []
@@ -178,7 +177,7 @@ def _check_predict(config: Config) -> None:
 
 def _check_embed(config: Config) -> None:
     _exists(config["input"])
-    _choice(config, "of", ("whole", "sides", "labels"))
+    check_choice("of", config["of"], ("whole", "sides", "labels"))
     check_backend(config["device"], "auto", "")
     _scans(config)
     _checkpoint(config["checkpoint"])
@@ -228,7 +227,7 @@ def chosen_arms(config: Config) -> dict[str, dict[str, Any]]:
 
 def _check_export(config: Config) -> None:
     kinds = {"onnx": "checkpoint", "bundle": "checkpoint", "hub": "checkpoint", "nnunet": "store"}
-    _choice(config, "format", kinds)
+    check_choice("format", config["format"], kinds)
     source = kinds[config["format"]]
     for key in ("checkpoint", "store"):
         if (config[key] is None) == (key == source):
@@ -264,12 +263,6 @@ CHECKS: dict[str, Callable[[Config], None]] = {
 }
 
 
-def _choice(config: Config, key: str, values: Collection[str], null: str | None = None) -> None:
-    """Raise a ValueError for another value than these, or than null where `null` says what that is."""
-    if config[key] not in values and not (null and config[key] is None):
-        raise ValueError(f"{key}={config[key]}: choose {', '.join(values)}{(null and f', or {null}') or ''}")
-
-
 def _policy(config: Config, others: Collection[str] = ()) -> None:
     """Raise a ValueError for a policy that is not of label maps, one of `others`, or a task of the user's own."""
     from asa.evaluation.policies import POLICIES  # imports scipy, which takes half a second
@@ -280,7 +273,7 @@ def _policy(config: Config, others: Collection[str] = ()) -> None:
 
 def _scans(config: Config) -> None:
     """Check which scans are read, and how raw ones are stripped."""
-    _choice(config, "part", PARTS, "null for every scan")
+    check_choice("part", config["part"], PARTS, "null for every scan")
     if config["strip"] is not None:
         from asa.data.preprocessing.settings import check_strip  # imports scipy
 

@@ -21,11 +21,12 @@ from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
 from asa.evaluation.statistics import nullable
+from asa.evaluation.summary import check_summary
 from asa.evaluation.tables import matched, numbers, table_in, unpredicted, without_prediction
 from asa.inference.features import FeatureExtractor, pooled
 from asa.reporting.pages import check_page
 from asa.reporting.probe import write_probe
-from asa.settings import Config
+from asa.settings import Config, check_choice
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import add_rows, channels_of, predict_scans, rows_in
 
@@ -109,6 +110,7 @@ def evaluate_probe(config: Config) -> None:
     table, truth, out = tables_of(config, TABLE)
     check_page(out / "report.html")
     check_own(out / "predictions.csv", "asa-evaluate", {"id", "predicted"}, "(?!subject$).*")  # no asa-predict's
+    check_summary(out, "probe", "folds")
     column, folds, probe = config["column"], config["folds"], config["probe"]
     rows, values, subjects = matched(table, truth, column)
     names = [name for name in rows[0] if name not in ("id", "subject") and any(row[name] for row in rows)]
@@ -118,8 +120,7 @@ def evaluate_probe(config: Config) -> None:
         raise ValueError(f"{table}: has no features of the scans in {truth}")
     features = np.array([numbers(table, row, names) for row in rows])
     scans = [{"id": row["id"], "subject": subject} for row, subject in zip(rows, subjects, strict=True)]
-    if probe not in FITS:
-        raise ValueError(f"probe={probe}: choose {', '.join(FITS)}")
+    check_choice("probe", probe, FITS)
     if numeric := any(map(_is_number, values)):  # then all have to be
         for row, text in zip(rows, values, strict=True):
             as_number(truth, row["id"], column, text)

@@ -13,6 +13,7 @@ OUT/comparison.html   both for reading, with a figure (needs the `report` extra)
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from asa.data.store import MANIFEST
 from asa.errors import listed
 from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
 from asa.evaluation.policies import Policy, get_policy
-from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, summarise
+from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, check_summary, summarise
 from asa.evaluation.tables import table_in
 from asa.inference.layout import VOLUMES, label_maps_of
 from asa.ops.labels import side_of
@@ -38,6 +39,7 @@ from asa.reporting.pages import check_page
 from asa.settings import Config
 
 ENDING = ".nii.gz"
+DEPTH = 4  # folders above a label map in a BIDS derivative: anat, ses-*, sub-*, and that of its table
 
 
 def evaluate_case(
@@ -93,6 +95,7 @@ def evaluate_folder(
     allow_missing: bool = False,
     workers: int = 1,
     subjects: Mapping[str, str] | None = None,
+    unlabelled: Collection[str] = (),
     notes: Sequence[str] = (),
 ) -> SegmentationSummary:
     """Evaluate a folder of label maps and write cases.csv, summary.json and report.html.
@@ -113,6 +116,7 @@ def evaluate_folder(
             predictions without a truth (left out); both are listed in the results.
         subjects: case id -> subject, whose cases are averaged before statistics; None: a case is one.
         workers: processes; with more than one the caller's main module must be importable (spawn).
+        unlabelled: ids that are known to have no truth: their predictions are left out, and listed in the results.
         notes: lines about the truths for the reader, to which those about the predictions are added.
 
     Raises:
@@ -123,11 +127,12 @@ def evaluate_folder(
     """
     check_page(Path(out) / "report.html")
     check_own(Path(out) / "cases.csv", "asa-evaluate", {"id", "label", "voxels_true"})
+    check_summary(Path(out), "labels", "regions")
     rules = get_policy(policy).of_cohort(regions or {}, ignored)
     rules.regions_of(labels)
     if both := sorted(set(labels) & set(rules.ignored)):
         raise ValueError(f"label {both[0]} is declared as {labels[both[0]]} and ignored: leave it in one of the two")
-    cases, unmatched = _match(Path(predictions), truths, images, allow_missing)
+    cases, unmatched = _match(Path(predictions), truths, images, allow_missing, unlabelled)
     jobs, rows = [(case, dict(labels), rules) for case in cases], list[CaseRow]()
     for (case, *_), found in in_processes(
         _evaluate_files, jobs, workers, title="evaluate", unit="case", progress=progress, ordered=True
@@ -136,7 +141,7 @@ def evaluate_folder(
             raise ValueError(f"case {case.case_id}: {KILLED}")
         rows += found
     missing = [case.case_id for case in cases if case.prediction is None]
-    notes = [*notes, *_notes(Path(predictions) / VOLUMES, truths)]
+    notes = [*notes, *_notes({case.prediction for case in cases if case.prediction})]
     summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched, notes=notes, subjects=subjects)
 
     report = Path(out) / "report.html"
@@ -162,7 +167,11 @@ def _check_values(data: np.ndarray, labels: Mapping[int, str], what: str, ignore
 
 
 def _match(
-    predictions: Path, truths: Mapping[str, Path], images: Mapping[str, Path] | None, allow_missing: bool
+    predictions: Path,
+    truths: Mapping[str, Path],
+    images: Mapping[str, Path] | None,
+    allow_missing: bool,
+    unlabelled: Collection[str],
 ) -> tuple[list[CaseFiles], list[str]]:
     """Pair files by case id, and refuse what does not match before any work is done."""
     if not truths:
@@ -184,9 +193,9 @@ def _match(
         raise ValueError(
             f"{predictions}: no ID{ENDING} for {len(missing)} of {len(truths)} cases: {listed(missing)}; {advice}"
         )
-    if unmatched and not allow_missing:
+    if (unknown := sorted({*unmatched} - {*unlabelled})) and not allow_missing:
         raise ValueError(
-            f"{predictions}: {len(unmatched)} predictions without a truth: {listed(unmatched)}; "
+            f"{predictions}: {len(unknown)} predictions without a truth: {listed(unknown)}; "
             "give their truth, predict only the part to be scored (part=test), or set allow_missing=true"
         )
     if imageless := [] if images is None else sorted(set(truths) - set(images)):
@@ -215,13 +224,15 @@ def _globs(found: Mapping[str, Path], truths: Mapping[str, Path]) -> str:
     return f"; with a folder of true label maps, {mine}pattern='{globs[1]}' would match {globs[2]} of them"
 
 
-def _notes(table: Path, ids: Collection[str]) -> list[str]:
-    """The `notes_of` some scans; [] without a table of asa-predict: label maps may be of other software."""
-    try:
-        rows = read_rows(table)
-    except (FileNotFoundError, ValueError):
-        return []
-    return notes_of([row for row in rows if row.get("id") in ids])
+def _notes(files: Collection[Path]) -> list[str]:
+    """The `notes_of` label maps, by the tables of asa-predict above them; those of other software have none."""
+    rows = []
+    folders = {above for file in files for above in file.parents[:DEPTH]}
+    for folder in sorted(one for one in folders if (one / VOLUMES).is_file()):
+        with suppress(ValueError):
+            maps = label_maps_of(folder)
+            rows += [row for row in read_rows(folder / VOLUMES) if maps.get(row.get("id", "")) in files]
+    return notes_of(rows)
 
 
 def _paths(case: CaseFiles) -> dict[str, str | None]:

@@ -11,7 +11,7 @@ from asa.data.io.lock import LOCK
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import MANIFEST, RECORDS, Store
 from asa.errors import counted, listed
-from asa.settings import Config
+from asa.settings import Config, check_choice
 
 SCHEME = "label_scheme"  # function of a reader, which gets the keys of data=
 
@@ -77,8 +77,7 @@ def verify(path: Path) -> None:
 def _scheduler(config: Config) -> str | None:
     """Address of the dask scheduler; None for processes of this machine."""
     executor, scheduler = config["executor"], config["scheduler"]
-    if executor not in ("processes", "dask"):
-        raise ValueError(f"executor={executor}: choose processes or dask")
+    check_choice("executor", executor, ("processes", "dask"))
     if (executor == "dask") != (scheduler is not None):
         raise ValueError("executor=dask and scheduler=ADDRESS go together, as in scheduler=tcp://login1:8786")
     if executor == "dask" and config["workers"] != 1:

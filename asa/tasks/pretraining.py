@@ -104,7 +104,7 @@ class Pretraining(VolumeTask):
 
     def validation(self, method: Any) -> Validate:
         # Without held-out subjects the error is computed on training scans, and the log says so.
-        held_out = self.crops(method, self.parts["validation"] or self.parts["train"][:4])
+        held_out = self.crops(method, self.parts["validation"] or self._first_scans())
         path, placement = self.data.labelled_store, self.data.placement
         labelled = open_labelled(path, self._channels_of(path), held_out.size, placement) if path else None
         health = FeatureHealth(method, held_out, labelled, self.warmup)
@@ -117,6 +117,13 @@ class Pretraining(VolumeTask):
             return {**metrics, **found}, panels
 
         return validate
+
+    def _first_scans(self) -> Records:
+        """Four training scans; of several modalities as many of each as then fit, at least one."""
+        train: Any = self.parts["train"]
+        each = max(1, 4 // max(1, len(self.trained)))
+        chosen = {id for scans in (self.trained or {"": train}).values() for id in scans.ids[:each]}
+        return train.take(k for k, id in enumerate(train.ids) if id in chosen)
 
     def metrics(self, make: Callable[[], nn.Module]) -> list[str]:
         probe = [] if (path := self.data.labelled_store) is None else ["linear_dice", "linear_dice_first"]
@@ -192,8 +199,10 @@ class Pretraining(VolumeTask):
             print(note)
 
 
-def in_interval(value: float, low: float | None, high: float | None) -> str:
-    """A number with the ends of its interval, if it has one."""
+def in_interval(value: float | None, low: float | None, high: float | None) -> str:
+    """A number, if it is defined, with the ends of its interval, if it has one."""
+    if value is None:
+        return "undefined"
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 

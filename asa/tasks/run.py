@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from asa.config import PACKAGES, as_overrides, build, compose, locate, typed
+from asa.config import PACKAGES, as_overrides, at_home, build, compose, locate, typed
 from asa.data.io.files import read_json
 from asa.data.loading.crops import Samples
 from asa.data.loading.loader import LoaderSettings
@@ -148,18 +148,18 @@ def call(command: str, *settings: Mapping[str, Any], config_dir: str | Path | No
     return run
 
 
-def prepare(out: str | Path, **settings: Any) -> Path:
+def prepare(out: str | Path, *, config_dir: str | Path | None = None, **settings: Any) -> Path:
     """Prepare raw scans into a store, as asa-prepare does; scans that are prepared already are not done again.
 
     Args:
         out: folder of the store, which is returned.
-        settings: keys of asa-prepare, like `data="bids", **{"data.root": FOLDER}`.
+        config_dir, settings: as in `pretrain`, of asa-prepare, like `data="bids", **{"data.root": FOLDER}`.
 
     Raises:
         ValueError: settings that do not fit, or scans that failed; the others are prepared.
     """
-    call("prepare", settings, {"out": str(out)})
-    return Path(out)
+    call("prepare", settings, {"out": str(out)}, config_dir=config_dir)
+    return Path(at_home(str(out)))
 
 
 def pretrain(
@@ -221,6 +221,7 @@ def predict(
     out: str | Path,
     *,
     atlas: str | Path | None = None,
+    config_dir: str | Path | None = None,
     **settings: Any,
 ) -> Path:
     """Predict scans with a trained network, or by registration of labelled scans, as asa-predict does.
@@ -230,30 +231,37 @@ def predict(
         input: a scan, a folder of scans, or a store.
         out: folder for the results, which is returned.
         atlas: a store with labels, whose scans are registered to each new one; with `checkpoint`, averaged with it.
-        settings: keys of asa-predict.
+        config_dir, settings: as in `pretrain`, of asa-predict.
 
     Raises:
         FileNotFoundError, ValueError: no such input or checkpoint, neither checkpoint nor atlas, or scans that failed.
     """
     chosen = checkpoint if isinstance(checkpoint, str | Path | None) else list(checkpoint)
-    call("predict", settings, {"checkpoint": chosen, "atlas": atlas, "input": input, "out": out})
-    return Path(out)
+    call("predict", settings, {"checkpoint": chosen, "atlas": atlas, "input": input, "out": out}, config_dir=config_dir)
+    return Path(at_home(str(out)))
 
 
-def evaluate(predictions: str | Path, truth: str | Path, out: str | Path, **settings: Any) -> dict[str, Any]:
+def evaluate(
+    predictions: str | Path,
+    truth: str | Path,
+    out: str | Path,
+    *,
+    config_dir: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """Score predictions against the truth under a policy, as asa-evaluate does.
 
     Args:
         predictions: folder of label maps (or restored images).
         truth: a store, or a folder of label maps (or clean images).
         out: folder for cases.csv, report.html and summary.json, of which the content is returned.
-        settings: keys of asa-evaluate.
+        config_dir, settings: as in `pretrain`, of asa-evaluate.
 
     Raises:
         FileNotFoundError, ValueError: no such folder, or cases that cannot be evaluated.
     """
-    call("evaluate", settings, {"predictions": str(predictions), "truth": str(truth), "out": str(out)})
-    summary: dict[str, Any] = read_json(Path(out) / "summary.json")
+    call("evaluate", settings, {"predictions": predictions, "truth": truth, "out": out}, config_dir=config_dir)
+    summary: dict[str, Any] = read_json(Path(at_home(str(out))) / "summary.json")
     return summary
 
 
@@ -267,7 +275,7 @@ def compare(
         out: folder for comparison.json, .md, .tex and .html.
         allow_missing: compare the cases that all of them have, instead of refusing when they differ.
     """
-    comparison = compare_folders(_named(folders), Path(out), allow_missing=allow_missing)
+    comparison = compare_folders(_named(folders), Path(out).expanduser(), allow_missing=allow_missing)
     print(comparison_table(comparison))
     print(f"wrote comparison.json, .md, .tex and .html to {out}")
 
@@ -398,10 +406,10 @@ def evaluate_task(config: Config) -> None:
 def _named(folders: Any) -> dict[str, Path]:
     """Folders by the name of the run: given, or the folder's own."""
     if isinstance(folders, Mapping):
-        return {str(name): Path(str(folder)) for name, folder in folders.items()}
+        return {str(name): Path(str(folder)).expanduser() for name, folder in folders.items()}
     if not isinstance(folders, list | tuple):
         raise ValueError(f"compare= is a list of folders, like [runs/a, runs/b], got {folders!r}")
-    named = {Path(str(folder)).name: Path(str(folder)) for folder in folders}
+    named = {Path(str(folder)).name: Path(str(folder)).expanduser() for folder in folders}
     if len(named) < len(folders):
         raise ValueError("compare= has two folders of one name: name the runs, like {scratch: FOLDER, asa: FOLDER}")
     return named

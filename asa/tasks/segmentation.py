@@ -8,7 +8,7 @@ sliding window, and their volumes. Evaluation: label maps against the truth unde
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
 from asa.data.loading.loader import collate
 from asa.data.splits import select
 from asa.data.store import MANIFEST, Store
-from asa.errors import counted
+from asa.errors import counted, listed
 from asa.evaluation.metrics import dice
 from asa.evaluation.summary import summary_table
 from asa.inference.anomaly import LabelScorer
 from asa.inference.atlas import AtlasSegmenter
 from asa.inference.label_maps import Outputs
-from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, label_maps_of, probabilities_of
+from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, probabilities_of
 from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
 from asa.inference.unlabelled import REST, UnlabelledScans
 from asa.methods.segment import Segmentation as SegmentationMethod
@@ -72,8 +72,6 @@ class Segmentation(VolumeTask):
         super().__init__(config)
         self.windows = typed(PredictSettings, config["predict"])
         store = self.store
-        if not store.labels:
-            raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
         self.index = {store.labels[value]: k for k, value in enumerate(store.label_values, start=1)}
         self.regions = _regions(config["method"], store)
         declared = self.data.lateral_pairs
@@ -97,6 +95,12 @@ class Segmentation(VolumeTask):
         self.classes = {name: k for k, name in enumerate(names, start=1)}
         self.scored = self.regions or {name: [k] for name, k in self.classes.items()}
 
+    def usable(self, store: Store) -> Collection[str]:
+        self.labelled = {record["id"] for record in store.records if "label" in record["arrays"]}
+        if not self.labelled:
+            raise ValueError(f"{store.path}: the store has no labels: prepare it with labels={{1: name, ...}}")
+        return self.labelled
+
     def _joins_sides(self) -> bool:
         """Whether each pair of labels is one class: as asked for, or else where the network is symmetric."""
         asked = self.data.join_sides
@@ -117,9 +121,11 @@ class Segmentation(VolumeTask):
         run, data = Path(str(self.config["out"])), self.config["data"]
         if chosen != REST:
             absolute(data, "unlabelled")
-        labelled = set(self.split["train"])
-        drawn = choose_split(self.store.records, {**data, "labelled": None}, run)["train"]
-        rest = [subject for subject in drawn if subject not in labelled]
+        records, site, known = self.store.records, str(data["split"].get("site")), set().union(*self.split.values())
+        drawn = choose_split([one for one in records if one["id"] in self.labelled], {**data, "labelled": None}, run)
+        # Where no file says otherwise also those without any label map, but for the site that is tested.
+        others = [] if data["split_file"] else [one["subject"] for one in records if one.get("site") != site]
+        rest = [subject for subject in dict.fromkeys([*drawn["train"], *others]) if subject not in known]
         return UnlabelledScans(chosen, self.store, self.split, rest, run)
 
     def trained_on(self) -> Records:
@@ -165,6 +171,9 @@ class Segmentation(VolumeTask):
         start = f"the encoder of {self.config['init']}" if self.config["init"] else "scratch"
         train, validation = len(self.parts["train"]), len(self.parts["validation"])
         others = f" and {len(self.unlabelled.records)} unlabelled ones" if self.unlabelled else ""
+        used = self.labelled | (self.unlabelled.ids if self.unlabelled else set())
+        if without := [id for id in self.store.records.ids if id not in used]:
+            print(f"left out, without a label map: {listed(without)}")
         print(f"fine-tuning from {start} on {counted(train, 'scan')}{others}, validated on {validation}, in {run}")
         if self.unlabelled:
             self.unlabelled.carry_labels()
@@ -217,7 +226,7 @@ def lateral_indices(
     pairs: Sequence[Sequence[str]], index: Mapping[str, int], augment: AugmentSettings
 ) -> list[tuple[int, int]]:
     """Class indices of left/right pairs of names; a ValueError if a label with a side has none in mirrored crops."""
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"data.lateral_pairs is a list of pairs, like [[left_x, right_x]], got {pairs}")
     paired = [name for pair in pairs for name in pair]
     for name in paired:
@@ -377,8 +386,8 @@ class SegmentationPredictor:
 
     def rows_before(self) -> dict[str, dict[str, str]]:
         """Rows of an earlier table, of scans whose label maps are still here; another network's have other columns."""
-        there = label_maps_of(self.out)
-        return {id: row for id, row in rows_in(self.out / VOLUMES).items() if id in there}
+        rows, end = rows_in(self.out / VOLUMES), self.layout.ending
+        return {id: row for id, row in rows.items() if (self.out / (row.get("file") or f"{id}{end}")).is_file()}
 
 
 def networks_of(config: Config, *, progress: bool = True) -> Segmenter:
@@ -406,12 +415,15 @@ def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
     subjects = {record["id"]: record["subject"] for record in labelled}
     own = dict(labels=store.labels, regions=store.regions, ignored=store.ignored)
     notes = store.notes_on_labels(labelled)
-    return dict(truths=truths, images=images, subjects=subjects, notes=notes, **own)
+    unlabelled = [record["id"] for record in records if "label" not in record["sources"]]
+    return dict(truths=truths, images=images, subjects=subjects, unlabelled=unlabelled, notes=notes, **own)
 
 
 def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
     """Label files of a folder by the text that the pattern's * stands for, as keywords of `evaluate_folder`."""
     check_no_split(config)
+    if path.is_file():
+        raise ValueError(f"truth={path} is a file: give the folder of the label maps, and pattern= if they are not all")
     if not isinstance(config["labels"], dict):
         raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
     if not all(str(value).isdecimal() and isinstance(name, str) for value, name in config["labels"].items()):

@@ -31,7 +31,7 @@ from asa.training.checkpoint_files import find_weights
 from asa.training.distributed import world_size
 from asa.training.process import Stopped
 
-PREDICTED = "predicted.json"  # of a fold: SHA-256 of its weights and of the label maps that they predicted
+FOLD_RECORD = "predicted.json"  # of a fold: SHA-256 of its weights and of the label maps that they predicted
 COMMANDS = ("prepare", "pretrain", "finetune", "predict")  # whose settings an ablation can be given
 # Settings that may change when an ablation is continued: they add runs to the existing ones.
 FREE = ("only", "labelled", "seeds", "config_dir")
@@ -82,7 +82,8 @@ def _fold_configs(config: Config) -> list[Config]:
             "data.split.fold=all runs in one process: under torchrun give each fold by itself (data.split.fold=0 "
             f"out={config['out']}/fold0, ...), then this command without torchrun, which scores them"
         )
-    make_split(Store(data["store"]).records, **data["split"] | {"fold": 0})  # checks it
+    labelled = [record for record in Store(data["store"]).records if "label" in record["arrays"]]
+    make_split(labelled, **data["split"] | {"fold": 0})  # checks it
     configs = [deepcopy(config) for _ in range(data["split"]["folds"])]
     for k, fold in enumerate(configs):
         fold["out"], fold["data"]["split"]["fold"] = str(Path(str(config["out"])) / f"fold{k}"), k
@@ -91,7 +92,7 @@ def _fold_configs(config: Config) -> list[Config]:
 
 def _predict_fold(run: Path, out: Path, config: Config) -> None:
     """Predict the test part of a run, unless its label maps are there, unchanged, and of these weights and settings."""
-    store, record = Store(config["data"]["store"]), run / PREDICTED
+    store, record = Store(config["data"]["store"]), run / FOLD_RECORD
     ids = [scan["id"] for scan in select(store.records, read_split(run / "split.json")["test"])]
 
     def state() -> dict[str, Any]:

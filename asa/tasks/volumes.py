@@ -162,7 +162,7 @@ def open_store(
     store = open_stores(stores or [data["store"]])
     records: Any = store.records
     if (ids := usable(store)) is not None:
-        records = [record for record in records if record["id"] in ids]
+        records = records.take(k for k, id in enumerate(records.ids) if id in ids)
     left_out = {*subjects_of(store.records)} - {*subjects_of(records)}
     split = choose_split(records, data, run, records_by_modality(store, records).values(), left_out)
     return store, split, {name: select(records, subjects) for name, subjects in split.items()}
@@ -186,7 +186,7 @@ def choose_split(
     if list_checkpoints(run):  # in a run that is resumed no subject changes its part, whatever the options are now
         return usable(read_split(run / "split.json"))
     if data["split_file"] is not None:
-        split = usable(read_split(data["split_file"], data["split"].get("fold")))
+        split = usable(read_split(data["split_file"], data["split"].get("fold"), records))
     elif modalities:
         split = make_joint_split(modalities, **data["split"])
     else:

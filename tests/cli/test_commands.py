@@ -120,6 +120,11 @@ def test_a_perfect_prediction_scores_1_from_a_folder(command, raw: Path, tmp_pat
     assert failed_in_one_line(refused, "split.json chooses scans of a store", "predict the part")
 
 
+def test_one_label_map_in_the_place_of_a_folder_is_called_a_file(command, raw: Path, tmp_path: Path) -> None:
+    given = (f"predictions={raw}", f"truth={raw}/s0_seg.nii.gz", "labels={1: csf}", f"out={tmp_path}/ev")
+    assert failed_in_one_line(command("evaluate", *given), "s0_seg.nii.gz is a file: give the folder")
+
+
 def test_what_a_store_says_itself_is_not_given_beside_it(command, store: Path, tmp_path: Path) -> None:
     for given in ("labels={1: csf}", "ignored=[3]", "images='x/*.nii.gz'"):
         failed = command("evaluate", f"predictions={tmp_path}", f"truth={store}", f"out={tmp_path}/ev", given)
@@ -321,6 +326,7 @@ def test_labels_with_a_side_want_a_partner_under_mirroring(command, raw: Path, t
         "data.split={validation: 0, test: 1}",
     ]
     assert failed_in_one_line(command("finetune", *arguments, "data.lateral_pairs=[]"), "left_x", "data.lateral_pairs")
+    assert failed_in_one_line(command("finetune", *arguments, "data.lateral_pairs=5"), "is a list of pairs", "got 5")
     assert command("finetune", *arguments).code == 0
     assert read_description(tmp_path / "fine")["data"]["lateral_pairs"] == [["left_x", "right_x"]]
 

@@ -423,3 +423,10 @@ def test_another_study_is_not_overwritten(tmp_path: Path, recorded) -> None:
     (tmp_path / "s" / study.DONE).write_text("[]")
     with pytest.raises(ValueError, match="is another study, or was changed; asa run"):
         run_study(settings(**given, finetune={"train.steps": 3}))
+
+
+def test_a_plan_takes_settings_nested_or_dotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = {"net": {"finetune": {"data": {"store": "stores/x"}, "out": "runs/x"}}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    run_study(compose("run", [f"labelled='{tmp_path}/study.yaml'", "plan=only"]))
+    assert "again with plan=only when stores/x is there" in capsys.readouterr().out

@@ -259,6 +259,19 @@ def test_a_bad_split_file_is_refused_by_name(tmp_path, text, reason):
         read_split(tmp_path / "split.json")
 
 
+def test_law_the_cases_of_a_fold_of_nnunet_are_those_of_their_subjects(tmp_path):
+    records = [{"id": f"p{k}-{visit}", "subject": f"p{k}"} for k in range(3) for visit in (1, 2)]
+    folds = [{"train": ["p2-1", "p0-1", "p0-2"], "val": ["p1-1", "p1-2"]}, {"train": ["p0-1"], "val": ["p0-2"]}]
+    (tmp_path / "folds.json").write_text(json.dumps(folds))
+    split = read_split(tmp_path / "folds.json", 0, records)
+    assert split == {"train": ["p2", "p0"], "validation": [], "test": ["p1"]}
+    assert len(select(records, split["test"])) == 2
+    with pytest.raises(
+        ValueError, match=r"fold 1 has cases of subject p0 in train and in val: .* data.subject='\(\.\*"
+    ):
+        read_split(tmp_path / "folds.json", 1, records)
+
+
 def test_selection_keeps_the_order_of_subjects_and_names_missing_ones():
     cohort = people(3, scans=2)
     assert [record["id"] for record in select(cohort, ["p02", "p00"])] == ["p02_0", "p02_1", "p00_0", "p00_1"]

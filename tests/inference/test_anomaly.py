@@ -269,7 +269,7 @@ def test_scans_that_were_stripped_in_another_way_are_taken_if_the_user_says_so(
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("masked", ["map=both"], "map=both: choose asymmetry, prediction, or null"),
+        ("masked", ["map=both"], "map=both: choose asymmetry or prediction, or null"),
         ("masked", ["map=asymmetry"], "no SA-Swin, whose maps are of asymmetry: leave map= out"),
         ("masked", ["mirror=true"], "comes from one checkpoint, without mirror"),
         ("tuned", ["map=prediction"], "map=prediction is for a run of asa-pretrain"),

@@ -179,7 +179,7 @@ def test_names_of_sides_that_the_header_contradicts_are_refused_where_the_plane_
     assert call(finetune, monkeypatch, f"out={tmp_path}/b", *words, "plan_rate=1", "data.join_sides=false") == 0
 
 
-def test_a_scan_without_a_label_map_is_named_where_labels_have_sides(
+def test_a_scan_without_a_label_map_is_left_out_and_named_where_labels_have_sides(
     tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = folder.records(raw, images={"t1": "*_T1.nii.gz"}, label="*_seg.nii.gz")
@@ -187,8 +187,9 @@ def test_a_scan_without_a_label_map_is_named_where_labels_have_sides(
     cohort = CohortSettings(labels={1: "left_x", 2: "right_x", 5: "wm"})
     assert not prepare_cohort(records, tmp_path / "store", cohort, progress=False).failures
     words = [f"data.store={tmp_path / 'store'}", "data.split={validation: 0, test: 0}", *FINETUNE[:-1]]
-    assert call(finetune, monkeypatch, f"out={tmp_path}/a", *words) == 1
-    assert f"{records[0]['id']}: has no label map" in capsys.readouterr().err
+    assert call(finetune, monkeypatch, f"out={tmp_path}/a", *words) == 0
+    told = capsys.readouterr().out
+    assert f"left out, without a label map: {records[0]['id']}\n" in told and "on 3 scans" in told
 
 
 def test_a_pair_in_the_wrong_order_is_refused_where_the_plane_separates_it(

@@ -488,6 +488,26 @@ def test_scans_that_a_network_was_trained_on_are_told_from_new_ones_under_any_na
     assert all(note in (out / "report.html").read_text() for note in notes)
 
 
+@pytest.mark.parametrize("pattern", ["*_T1.nii.gz", "sub-*/anat/*_dseg.nii.gz"])
+def test_a_pattern_of_predictions_says_as_a_folder_does_which_scans_were_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    like, out, rows = read_image(a_scan(tmp_path)), tmp_path / "out", ["id,file,trained_on", "gone,gone.nii.gz,yes"]
+    for id, seen in {"a": "yes", "b": "no"}.items():
+        file = pattern.replace("*", id)
+        for path in (out / file, tmp_path / "truth" / f"{id}.nii.gz"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_label(path, np.ones(like.data.shape, np.uint8), like)
+        rows.append(f"{Path(file).name.removesuffix('.nii.gz')},{file},{seen}")
+    if "/" in pattern:
+        (out / "dataset_description.json").write_text("{}")
+    (out / "volumes.csv").write_text("\n".join(rows))
+    arguments = [f"predictions='{out}/{pattern}'", f"truth={tmp_path / 'truth'}", "labels={1: x}"]
+    assert call(evaluate, monkeypatch, *arguments, f"out={tmp_path / 'scores'}") == 0
+    (note,) = read_json(tmp_path / "scores" / "summary.json")["notes"]
+    assert "was trained on 1 of 2 scans (" in note
+
+
 def test_a_folder_of_folds_says_which_checkpoints_to_give(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,6 +125,22 @@ def test_predicting_a_dataset_of_nnunet_writes_one_label_map_a_new_case(dataset:
     assert [path.name for path in sorted((tmp_path / "out").glob("*.nii.gz"))] == ["c.nii.gz"]
 
 
+def test_from_python_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "run")
+    a_scan(tmp_path / "scans")
+    out = asa.predict("~/run", "~/scans", "~/out", **{"predict.device": "cpu", "predict.overlap": 0})
+    assert out == tmp_path / "out" and (out / "a.nii.gz").is_file() and not (tmp_path / "~").exists()
+
+
+def test_every_command_from_python_takes_a_folder_of_configurations(tmp_path: Path) -> None:
+    calls = (asa.prepare, (tmp_path,)), (asa.predict, (None, tmp_path, tmp_path)), (asa.evaluate, (tmp_path,) * 3)
+    for function, given in calls:
+        with pytest.raises(ValueError, match="--config-dir nowhere: no such folder"):
+            function(*given, config_dir="nowhere")
+
+
 def test_scans_whose_content_git_annex_holds_are_counted_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

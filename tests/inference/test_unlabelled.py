@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import LABELS, write_brain
+from stores import with_subjects, without_labels
 
 from asa.data.datasets import folder
 from asa.data.leakage import training_digests
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
+from asa.data.splits import write_split
 from asa.data.store import Store
 from asa.inference import unlabelled
 from asa.inference.atlas import Atlas
@@ -77,6 +79,22 @@ def test_the_rest_of_the_training_part_is_trained_on_with_carried_labels(
         assert np.array_equal(source.image(id), Store(store).image(id))
     (labelled,) = split["train"]
     assert np.array_equal(source.label(labelled), Store(store).label(labelled))
+
+
+def test_scans_of_the_store_without_a_label_map_are_among_the_rest(
+    store: Path, tmp_path: Path, registered: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = with_subjects(store, tmp_path / "store", {f"s{k}": f"s{k}" for k in range(4)})
+    without_labels(copy, "s1")
+    finetune(copy, tmp_path / "run", **TINY, **{"data.unlabelled": "rest"})
+    split, content = (json.loads((tmp_path / "run" / name).read_text()) for name in ("split.json", "carried.json"))
+    assert sorted([*split["train"], *split["test"]]) == ["s0", "s2", "s3"] and list(content["atlases"]) == ["s1"]
+    assert "left out" not in capsys.readouterr().out
+    write_split(tmp_path / "split.json", {"train": ["s0", "s1"], "validation": [], "test": ["s2"]})
+    given = {"data.split_file": tmp_path / "split.json", "data.unlabelled": "rest"}
+    finetune(copy, tmp_path / "other", **TINY, **given)
+    assert list(json.loads((tmp_path / "other" / "carried.json").read_text())["atlases"]) == ["s1"]
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_a_run_that_is_resumed_registers_only_what_is_missing_and_keeps_its_scans(

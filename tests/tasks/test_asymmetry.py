@@ -24,7 +24,7 @@ from asa.inference.asymmetry import TABLE, AsymmetryScorer
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.models.sa_swin import SASwin
 from asa.models.swin import Swin
-from asa.tasks.pretraining import read_health
+from asa.tasks.pretraining import in_interval, read_health
 from asa.training.checkpoint import load_encoder, load_model
 
 SMALLEST = ("+model.embed_dim=4", "+model.num_heads=[1,1,2,2]", "+model.window=2", "+model.cross_heads=2")
@@ -351,3 +351,7 @@ def test_the_participants_of_bids_are_a_table_of_subjects(tmp_path: Path) -> Non
     rows, classes, subjects = matched(tmp_path / "rows.csv", tmp_path / "participants.tsv", "class")
     assert [row["id"] for row in rows] == ["sub-a_ses-1", "sub-a_ses-2"]
     assert classes == ["x", "x"] and subjects == ["sub-a", "sub-a"]
+
+
+def test_a_number_that_is_undefined_is_said_to_be() -> None:
+    assert in_interval(None, None, None) == "undefined" and in_interval(0.5, None, None) == "0.500"

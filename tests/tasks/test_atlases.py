@@ -415,6 +415,18 @@ def test_networks_vote_beside_the_atlases(
     assert code == 1 and "were made with other networks" in shown
 
 
+def test_networks_take_the_voxels_of_a_store_without_a_warning(
+    run: Callable, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    torch.set_warn_always(True)  # else some are given once in a process
+    try:
+        code, shown = run("labelled=2", f"checkpoint={network_of(heads, tmp_path / 'run')}")
+    finally:
+        torch.set_warn_always(False)
+    assert code == 0 and "writable" not in shown
+
+
 def test_votes_are_averaged_voxel_by_voxel_and_where_atlases_have_none_networks_decide() -> None:
     rng = np.random.default_rng(0)
     votes, predicted = rng.dirichlet(np.ones(4), 6).T, rng.dirichlet(np.ones(3), 6).T

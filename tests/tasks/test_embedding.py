@@ -70,6 +70,12 @@ def test_the_features_of_a_store_come_without_warnings(cohort: Path, tmp_path: P
         features("nothere.nii", cohort / "run", device="cpu")
 
 
+def test_a_table_may_lie_in_the_folder_of_the_scans(cohort: Path, tmp_path: Path) -> None:
+    shutil.copy(cohort / "raw" / "s00_T1.nii.gz", tmp_path)
+    assert embedded(cohort, tmp_path, f"input={tmp_path}").keys() == {"s00_T1"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.csv", "s00_T1.nii.gz"]
+
+
 def test_a_crop_that_leaves_much_of_the_head_out_is_told_with_one_that_does_not(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,7 +276,7 @@ def test_a_probe_of_classes_has_a_table_of_predicted_and_true(tmp_path: Path) ->
         ({}, "column= has to be given"),
         ({"column": "height"}, "the columns are subject, age, sex, site"),
         ({"column": "age", "folds": "40"}, "from 2 to that of the subjects, 16"),
-        ({"column": "age", "probe": "tree"}, "choose ridge, logistic, knn"),
+        ({"column": "age", "probe": "tree"}, "choose ridge, logistic or knn"),
         ({"column": "age", "probe": "logistic"}, "age has 16 values: choose ridge or knn"),
     ],
 )
@@ -367,6 +373,6 @@ def test_a_store_prepared_in_another_way_is_refused_with_what_fits(cohort: Path,
 
 def test_parts_that_are_not_there_are_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = (f"checkpoint={cohort / 'run'}", f"input={cohort / 'store'}", f"out={tmp_path}", "device=cpu")
-    for of, message in (("labels", "needs the labels of a store"), ("halves", "choose whole, sides, labels")):
+    for of, message in (("labels", "needs the labels of a store"), ("halves", "choose whole, sides or labels")):
         assert embed.main([*given, f"of={of}"]) == 1
         assert message in capsys.readouterr().err

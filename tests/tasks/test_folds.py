@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from stores import with_subjects, without_labels
 from untrained import checkpoint
 
 from asa.cli import COMMANDS
@@ -15,6 +16,7 @@ from asa.data.store import Store
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.tasks import studies
 from asa.tasks.studies import finetune_task
+from asa.tasks.volumes import choose_split
 from asa.training.checkpoint_files import find_weights
 
 TINY = ["loader.workers=0", "train.device=cpu", "optim.warmup=0", "model=unet_tiny", "+model.feature_size=4"]
@@ -69,6 +71,21 @@ def test_each_scan_is_scored_by_the_run_that_did_not_see_it(finetune, store: Pat
     assert code == 0 and weights.stat().st_mtime_ns == before[0]
 
 
+@pytest.mark.slow
+def test_a_scan_without_a_label_map_is_trained_on_in_no_fold_and_not_scored(
+    finetune, store: Path, tmp_path: Path
+) -> None:
+    copy = with_subjects(store, tmp_path / "store", {"s0": "s0", "s1": "s1", "s2": "s1", "s3": "s3"})
+    without_labels(copy, "s2", "s3")  # one is of a subject with a labelled scan
+    code, out, err = finetune(*ALL, f"data.store={copy}")
+    assert code == 0 and out.count("left out, without a label map: s2, s3\n") == 2, err
+    with (tmp_path / "cv" / "evaluation" / "cases.csv").open(newline="") as table:
+        assert {row["id"] for row in csv.DictReader(table)} == {"s0", "s1"}
+    given = ("data.split.folds=3", "data.split.fold=all", f"data.store={copy}", f"out={tmp_path}/x")
+    assert "folds=3 must be from 2 to the number of subjects, 2" in finetune(*given)[2]
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_fold_is_predicted_again_with_other_weights_settings_or_label_maps_and_else_not(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +113,19 @@ def test_a_fold_is_predicted_again_with_other_weights_settings_or_label_maps_and
     weights = find_weights(run)
     weights.write_bytes(weights.read_bytes() + b" ")
     assert made_again() and not made_again()
+
+
+def test_folds_of_nnunet_are_of_cases_and_a_run_is_of_their_subjects(tmp_path: Path) -> None:
+    folds = [{"train": ["p-1_a", "q_a"], "val": ["r_a", "r_b"]}, {"train": ["q_a", "r_a"], "val": ["p-1_a", "r_b"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(folds))
+    records = [{"id": id, "subject": id[:-2]} for id in ("p-1_a", "q_a", "r_a", "r_b")]
+    data = {"split_file": str(tmp_path / "splits_final.json"), "split": {"fold": 0}}
+    split = choose_split(records, data, tmp_path / "run")
+    assert split == {"train": ["p-1", "q"], "validation": [], "test": ["r"]}
+    with pytest.raises(
+        ValueError, match=r"fold 1 has cases of subject r in train and in val: .* data\.subject='\(\.\*\)'"
+    ):
+        choose_split(records, data | {"split": {"fold": 1}}, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

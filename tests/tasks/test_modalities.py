@@ -156,6 +156,16 @@ def test_each_sample_is_of_the_modality_of_its_store_with_its_own_intensities(
         assert torch.equal(image, torch.from_numpy(np.array(box)).float())
 
 
+def test_without_held_out_subjects_scans_of_each_modality_are_validated(stores: list[str], tmp_path: Path) -> None:
+    for seed in range(8):  # which orders the scans
+        split = {"data.stores": stores, "data.split.validation": 0, "data.split.seed": seed}
+        task, _ = task_of(tmp_path, **split)
+        first = task._first_scans()
+        assert [id.split("/")[0] for id in sorted(first.ids)] == ["ct", "ct", "t1", "t1"]
+    one, _ = task_of(tmp_path, **{"data.store": stores[0], "data.split.validation": 0})
+    assert one._first_scans().ids == one.parts["train"].ids[:4]
+
+
 def test_a_subject_is_in_one_part_and_each_modality_is_divided(stores: list[str], tmp_path: Path) -> None:
     shared, _ = task_of(tmp_path / "shared", **{"data.stores": stores})
     assert all(len(scans) > 0 for scans in records_by_modality(shared.store, shared.parts["validation"]).values())

@@ -261,7 +261,7 @@ def test_a_plan_counts_what_is_encoded_and_decoded(store: Path, tmp_path: Path, 
         ("plan=also", "plan=also: choose only"),
         ("plan_rate=-1", "plan_rate=-1"),
         ("plan_rate=fast", "plan_rate=fast"),
-        ("train.precision=fp8", "train.precision=fp8: choose auto, fp32, bf16, fp16"),
+        ("train.precision=fp8", "train.precision=fp8: choose auto, fp32, bf16 or fp16"),
     ],
 )
 def test_invalid_plan_settings_are_refused_in_one_line(

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asa.data.datasets.record import Record, existing_folder, is_label_map, make_record, sorted_records, subject_of
+from asa.data.datasets.record import (
+    SUBJECT,
+    Record,
+    existing_folder,
+    is_label_map,
+    make_record,
+    sorted_records,
+    subject_of,
+)
 from asa.data.io.files import matching_files, read_json
 from asa.data.io.tables import check_capitals, read_rows
 
@@ -28,6 +36,7 @@ def records(
     With globs, the id is the text matched by the wildcards of the first channel, joined by "_" (repeated texts once);
     files of the other globs belong to the id with the same wildcard texts. A channel without a file, or with an empty
     cell, is None. A label map that a glob does not find has the expected path; an empty cell makes a scan unlabelled.
+    Of a channel's files those that the narrower glob of the label maps matches, too, are left out.
 
     Args:
         root: folder that the globs and a relative `table` start from; with a table it may be None.
@@ -60,7 +69,7 @@ def records(
 
 
 def name_subjects(found: Iterable[Record], subject: str | None) -> None:
-    """Set the subject of each record to `subject_of` its id, or its `problem`; None keeps one that a table gives."""
+    """Set the subject of each record to `subject_of` its id, or its `problem`; None keeps one that is not the id."""
     for record in (one for one in found if subject is not None or one["subject"] == one["id"]):
         try:
             record["subject"] = subject_of(record["id"], subject)
@@ -74,6 +83,10 @@ def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> lis
     globs = dict(images) | ({"label": label} if label is not None else {})
     first = next(iter(globs))
     matches = {name: find_files(root, glob) for name, glob in globs.items()}
+    maps = set(matches["label"].values()) if label is not None else set()
+    for name in images:
+        if maps < set(matches[name].values()):  # as *.nii.gz takes in NAME_seg.nii.gz
+            matches[name] = {texts: path for texts, path in matches[name].items() if path not in maps}
     for name in globs:
         _check_match(root, name, globs, matches)
     found: list[Record] = []
@@ -81,8 +94,20 @@ def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> lis
         name = join_texts(texts)
         paths = {channel: matches[channel].get(texts) for channel in images}
         truth = None if label is None else matches["label"].get(texts) or root / _fill(label, texts)
-        found.append(make_record(name, name, paths, label=truth))
+        found.append(make_record(name, _subject(globs[first], texts), paths, label=truth))
     return found
+
+
+def _subject(glob: str, texts: tuple[str, ...]) -> str:
+    """What `SUBJECT` finds in the folders of a scan, in its id, or in its path up to the last wildcard; else the id.
+
+    So that sub-*/ses-*/T1.nii.gz finds sub-01. Folders above the first wildcard are not part of it.
+    """
+    wildcards = list(_WILDCARD.finditer(glob))
+    path = _fill(glob[glob.rfind("/", 0, wildcards[0].start()) + 1 : wildcards[-1].end()], texts)
+    id = join_texts(texts)
+    found = (SUBJECT.match(text.replace("/", "_")) for text in (path.rpartition("/")[0], id, path))
+    return next((match[0] for match in found if match), id)
 
 
 def _check_match(

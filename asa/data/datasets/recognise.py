@@ -49,7 +49,9 @@ def _plain(folder: Path, labelled: bool) -> dict[str, Any]:
     names = sorted(path.name for path in folder.iterdir() if path.name.endswith(VOLUME_ENDINGS))
     endings = Counter(map(_ending, names))
     labels, images = ({_ending(name) for name in names if is_label_map(name) == kind} for kind in (True, False))
-    if len(images) != 1 or images & labels or (labelled and len(labels) != 1):
+    # *.nii.gz takes in *_seg.nii.gz, which only the pattern of the label maps leaves out.
+    mixed = images & labels if labelled else {end for end in labels if end.endswith(tuple(images))}
+    if len(images) != 1 or mixed or (labelled and len(labels) != 1):
         below = sum(path.name.endswith(VOLUME_ENDINGS) for path in folder.rglob("*")) - len(names)
         others = f", and {below} in its subfolders" if below else ""
         found = (", ".join(f"{count} *{end}" for end, count in endings.items()) or "no NIfTI files") + others

@@ -69,10 +69,13 @@ def subject_of(id: str, pattern: str | None = None) -> str:
 
 def in_dataset(records: Iterable[Record], name: str) -> list[Record]:
     """Records whose ids and subjects begin with the name of their dataset, the site of those that have none."""
-    return [
-        {"site": name, **record, "id": f"{name}_{record['id']}", "subject": f"{name}_{record['subject']}"}
-        for record in records
-    ]
+    named: list[Record] = []
+    for record in records:
+        id = record["id"]
+        named.append({"site": name, **record, "id": f"{name}_{id}", "subject": f"{name}_{record['subject']}"})
+        if "problem" in record:
+            named[-1]["problem"] = record["problem"].removeprefix(f"{id}: ")
+    return named
 
 
 def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:

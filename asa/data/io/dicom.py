@@ -137,7 +137,7 @@ def _converts_alone(program: str, path: Path) -> bool:
 
 def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows: _Rows, report: DicomReport) -> None:
     """Write the volumes of a series that are sound, after their rows of the table."""
-    base = _title(series, volumes, out, rows, report.written)
+    base = _title(series, volumes, out, rows, {*report.written, *report.failures})
     told = [line.removeprefix("Warning: ") for line in said.splitlines() if line.startswith("Warning: ")]
     sound: dict[str, tuple[Path, int, float]] = {}  # with the number of its slices, and mm from one to the next
     for ending, path in volumes.items():
@@ -179,15 +179,15 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
         report.written.append(title)
 
 
-def _title(series: _Series, endings: Iterable[str], out: Path, rows: _Rows, written: list[str]) -> str:
-    """The name of a series' volumes, PATIENT_DATE_SERIES, made unique where another series has it."""
+def _title(series: _Series, endings: Iterable[str], out: Path, rows: _Rows, taken: set[str]) -> str:
+    """The name of a series' volumes, PATIENT_DATE_SERIES, made unique where another series has it, or it is taken."""
     uid, study, patient, date = series.key
     parts = [_clean(part) for part in (patient, date, series.header.get("SeriesNumber"))]
     title = "_".join([parts[0] or "unknown", *(part for part in parts[1:] if part)])
     for name in [f"{title}{ending}" for ending in endings]:
         row = rows.get(name, {})
-        own = (row.get("series_uid"), row.get("study_uid") or study) == (uid, study) and name not in written
-        if not own and (row or (out / f"{name}.nii.gz").exists()):
+        own = (row.get("series_uid"), row.get("study_uid") or study) == (uid, study)
+        if name in taken or (not own and (row or (out / f"{name}.nii.gz").exists())):
             return f"{title}_{hashlib.sha256(repr(series.key).encode()).hexdigest()[:8]}"
     return title
 

@@ -69,7 +69,8 @@ def matching_files(root: str | Path, *patterns: str, folders: bool = False) -> l
 
     Args:
         root: the folder.
-        patterns: as of `Path.glob`: *, ?, [abc], and ** for any number of folders, like **/* for all files.
+        patterns: as of `Path.glob`: *, ?, [abc], and ** for any number of folders, like **/* for all files. Folders
+            whose names begin with a dot, like .git, are searched only where a pattern names them.
         folders: find folders in place of files.
     """
     found: set[Path] = set()
@@ -91,7 +92,7 @@ def matching_files(root: str | Path, *patterns: str, folders: bool = False) -> l
             search(folder, rest or ("*",), above)
         for entry in entries:
             path, hidden, inner = folder / entry.name, entry.name.startswith("."), part == "**" or bool(rest)
-            if part != "**" and not fnmatch.fnmatchcase(entry.name, part):
+            if hidden if part == "**" else not fnmatch.fnmatchcase(entry.name, part):
                 if not hidden and fnmatch.fnmatchcase(entry.name.lower(), part.lower()):
                     passed[f"its capitals are not those of {part}"].add(path)
             elif os.path.isdir(path) if entry.is_symlink() else entry.is_dir():

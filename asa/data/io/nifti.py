@@ -182,7 +182,7 @@ def write_image(
         limits = np.iinfo(dtype)
         if data_xyz.min() < limits.min or data_xyz.max() > limits.max:
             raise ValueError(f"{path}: values {data_xyz.min():g} to {data_xyz.max():g} do not fit {dtype}")
-    image = nib.Nifti1Image(data_xyz.astype(dtype), affine)
+    image = nib.Nifti1Image(data_xyz.astype(dtype), affine, dtype=dtype)  # of int64 nibabel asks for it
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
@@ -236,7 +236,7 @@ def identity_of(volume: Volume) -> str:
     """
     data = to_ras(volume.data, volume.affine)[0]
     digest = hashlib.sha256(f"{data.shape}".encode())
-    digest.update(np.ascontiguousarray(data, dtype="<f4").tobytes())
+    digest.update(np.ascontiguousarray(data + 0.0, dtype="<f4").tobytes())  # -0.0 is 0
     return digest.hexdigest()[:32]
 
 

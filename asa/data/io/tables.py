@@ -301,7 +301,8 @@ def _text_rows(path: Path) -> Iterator["csv.DictReader[str]"]:
     check_present(path, "")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-            yield csv.DictReader(file, delimiter=_delimiter(path))
+            # Strict: a quote that nothing closes would take in the rows after it.
+            yield csv.DictReader(file, delimiter=_delimiter(path), strict=True)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a table of text in UTF-8 ({error}): correct it or export it again") from None
 

@@ -216,7 +216,7 @@ def intensity_transform(image: Tensor, drawn: Augmentation) -> Tensor:
     for k, width in enumerate(drawn.blur):
         if width:
             kernel = gaussian_1d(torch.tensor(width), approx="sampled", normalize=True)
-            channels[k] = separable_filtering(channels[k][None, None], [kernel] * 3)[0, 0]
+            channels[k] = separable_filtering(channels[k][None, None], [kernel] * 3, mode="replicate")[0, 0]
     for k, channel in enumerate(channels):
         if drawn.gamma != 1.0:
             channel = _plain(AdjustContrast(gamma=drawn.gamma)(channel[None]))[0]

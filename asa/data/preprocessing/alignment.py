@@ -76,7 +76,9 @@ def _register(image: np.ndarray, inside: np.ndarray, affine: np.ndarray, spacing
     own = spacing_of(affine)[::-1]
     left, _, right = np.linalg.svd(affine[:3, :3] / own[::-1])  # the nearest rotation, if the affine has shear
     from_scanner = (left @ right).T[::-1, ::-1]
-    pose = register_to_template(np.where(inside, image, 0), own, from_scanner)
+    dark = float(np.percentile(image[inside], 0.5)) if inside.any() else 0
+    above = np.maximum(image - dark, -dark / 1000) if dark < 0 else image  # as for a z-scored brain: 0 is outside alone
+    pose = register_to_template(np.where(inside, above, 0), own, from_scanner)
     overlap = template_overlap(inside, pose, own)
     if overlap < POOR_OVERLAP:
         poor = f"after registration the Dice with the template's brain is only {overlap:.2f}; check it"

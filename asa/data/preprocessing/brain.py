@@ -56,10 +56,12 @@ def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.
 def head_of_ct(image: np.ndarray, spacing: Lengths) -> np.ndarray:
     """The head in a CT scan (D, H, W) in HU: the largest part above -300 HU and what it encloses, without the table.
 
-    A scan without air, as it is after skull stripping, has its voxels other than 0 instead.
+    A scan without air on its faces, as it is after skull stripping, has its voxels other than 0 instead.
     """
     tissue = image > TISSUE_HU
-    if tissue.all():
+    faces = tissue.copy()
+    faces[1:-1, 1:-1, 1:-1] = True
+    if faces.all():
         return image != 0
     quarter = (np.array(image.shape) - 1) / 4
     width = 2 * np.round(np.minimum(OPENING_MM / np.asarray(spacing), quarter)).astype(int) + 1

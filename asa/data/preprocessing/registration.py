@@ -56,7 +56,7 @@ def register_to_template(brain: np.ndarray, spacing: Lengths, rotation: np.ndarr
     """Find the affine map from the template to a brain: mutual information (Mattes), from coarse to fine.
 
     Args:
-        brain: (D, H, W), 0 outside the brain, any contrast.
+        brain: (D, H, W), 0 outside the brain and above 0 in it, any contrast.
         spacing: voxel size in mm along D, H, W.
         rotation: (3, 3), from the scanner's axes (d, h, w) to the array's, according to the header. The search starts
             aligned with the array or with the scanner, whichever fits better.

@@ -112,7 +112,7 @@ def prepare_scan(
         except Exception as error:  # one scan must not stop the cohort
             # What cannot be read now, as on a disk that is not there, was not found to be wrong.
             keep = isinstance(error, OSError) or "problem" in job.record or _holds_another(job, root)
-            outcome = ScanOutcome(reason=reason_of(error), keep=keep)
+            outcome = ScanOutcome(reason=reason_of(error).removeprefix(f"{job.record['id']}: "), keep=keep)
         finally:
             torch.set_num_threads(threads)
     messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
@@ -125,10 +125,11 @@ def _prepare(
 ) -> ScanOutcome:
     record, previous, case = job.record, None, None
     if "problem" in record:
-        raise ValueError(record["problem"].removeprefix(f"{record['id']}: "))
+        raise ValueError(record["problem"])
     absent = ", ".join(_absent(record))
     if absent and cohort.missing == "refuse":
-        raise ValueError(f"has no {absent}; add the file, leave the scan out, or set missing=zero to fill in zeros")
+        advice = "add the file, leave the scan out, or set missing=zero to fill in zeros"
+        raise FileNotFoundError(f"has no {absent}; {advice}")
     if root is not None and job.previous is not None:
         previous = parse_entry(root / RECORDS, record["id"], job.previous)
     sources = _sources(record, previous["sources"] if previous else {})

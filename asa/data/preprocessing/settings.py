@@ -132,7 +132,7 @@ class CohortSettings:
 
     def __post_init__(self) -> None:
         labels, regions = self.labels, self.regions
-        if not isinstance(labels, Mapping) or not all(isinstance(value, int) and value > 0 for value in labels):
+        if not isinstance(labels, Mapping) or not all(type(value) is int and value > 0 for value in labels):
             example = "{1: csf, 2: gm, 3: wm}; 0 is the background"
             raise ValueError(f"labels: {labels} should be values and names, like {example}")
         if not isinstance(regions, Mapping) or not all(isinstance(values, list | tuple) for values in regions.values()):
@@ -140,10 +140,12 @@ class CohortSettings:
             raise ValueError(f"regions={regions}: give the labels of each region, like {example}")
         for kind, names in (("labels", labels.values()), ("regions", regions)):
             for name in names:
-                if not name or not str(name).isprintable():
+                if not isinstance(name, str) or not name or not name.isprintable():
                     raise ValueError(f"{kind}: {name!r} should be a name of printable characters: rename it")
         if len(labels) > 254 or len(set(labels.values())) < len(labels):
             raise ValueError("labels: at most 254 values, each with a name of its own")
+        if not isinstance(self.ignored, list | tuple):
+            raise ValueError(f"ignored={self.ignored!r}: give a list of label values, like ignored=[4]")
         for value in self.ignored:
             if not isinstance(value, int) or value in labels or value == 0:
                 raise ValueError(f"ignored: {value!r} should be a label value that labels does not name")

@@ -12,7 +12,9 @@ import pytest
 
 from asa.config import CONFIG_DIR, build, compose
 from asa.data.datasets import bids, brats, cq500, folder, fomo, freesurfer, ibsr, nnunet, openmind, wmh
+from asa.data.datasets.recognise import recognise
 from asa.data.datasets.record import check_records
+from asa.data.io.files import matching_files
 from asa.data.io.nifti import read_label
 from asa.data.phantom import reader as phantom
 from asa.data.phantom.structures import STRUCTURES
@@ -56,6 +58,24 @@ def test_label_maps_among_the_scans_of_a_pattern_are_warned_about(tmp_path):
             folder.records(tmp_path, images={"t1": pattern})
 
 
+def test_law_label_maps_that_a_pattern_of_images_takes_in_are_no_scans(tmp_path):
+    plant(tmp_path, "a.nii.gz", "a_seg.nii.gz", "b.nii.gz", "b_seg.nii.gz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = recognise(tmp_path, labelled=True)
+        records = folder.records(tmp_path, images=found["data.images"], label=found["data.label"])
+    assert [(record["id"], Path(record["label"]).name) for record in records] == [
+        ("a", "a_seg.nii.gz"),
+        ("b", "b_seg.nii.gz"),
+    ]
+    with pytest.raises(ValueError, match=r"2 \*.nii.gz, 2 \*_seg.nii.gz; one image a scan were expected"):
+        recognise(tmp_path, labelled=False)
+    plant(tmp_path / "other", "c_T1.nii.gz", "c.nii.gz")  # where that of the label maps is the wider one
+    with pytest.warns(UserWarning, match="1 of 2 label maps by .* belong to no scan, like c_T1"):
+        (record,) = folder.records(tmp_path / "other", images={"t1": "*_T1.nii.gz"}, label="*.nii.gz")
+    assert record["images"]["t1"].endswith("c_T1.nii.gz") and record["label"].endswith("c.nii.gz")
+
+
 def test_wildcards_join_and_a_repeated_text_counts_once(tmp_path):
     plant(tmp_path, "p1/v1/p1_T1.nii", "p1/v2/p1_T1.nii", "p2/v1/p2_T1.nii")
     found = folder.records(tmp_path, images={"t1": "*/*/*_T1.nii"}, subject=r"^(p\d+)")
@@ -72,6 +92,33 @@ def test_sessions_of_a_subject_are_known_by_ids_like_those_of_bids(tmp_path):
     assert [record["subject"] for record in found] == ["s2_ses-1", "sub-01", "sub-01"]
     (tmp_path / "t.csv").write_text("id,subject,t1\nsub-01_ses-1,x,a.nii\nsub-02_ses-1,,b.nii\n")
     assert [record["subject"] for record in folder.records(tmp_path, table="t.csv")] == ["x", "sub-02"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "subjects"),
+    [
+        ("sub-*/ses-*/anat/*_T1w.nii", ["sub-01", "sub-01"]),
+        ("sub-*/ses-*/anat/sub-*_T1w.nii", ["sub-01", "sub-01"]),
+        ("*/*/anat/*_T1w.nii", ["sub-01", "sub-01"]),
+        ("**/*_T1w.nii", ["data_sub-01"] * 2 + ["sub-01"] * 4),
+        ("data/sub-*_T1w.nii", ["sub-01", "sub-01"]),
+        ("sub-*.nii", ["sub-01", "sub-01"]),
+        ("x_*.nii", ["sub-01", "sub-01"]),
+    ],
+)
+def test_law_sessions_of_a_subject_are_of_one_person_whatever_the_pattern_leaves_out(tmp_path, glob, subjects):
+    for session in ("sub-01_ses-1", "sub-01_ses-2"):
+        plant(tmp_path, f"{session.replace('_', '/')}/anat/{session}_T1w.nii", f"data/{session}_T1w.nii")
+        plant(tmp_path, f"{session}_T1w.nii", f"x_{session}.nii")
+    found = folder.records(tmp_path, images={"t1": glob})
+    assert sorted(record["subject"] for record in found) == sorted(subjects)
+
+
+def test_law_a_folder_whose_name_begins_with_a_dot_is_not_searched_by_two_stars(tmp_path):
+    plant(tmp_path, "a/T1.nii", ".git/annex/objects/b/T1.nii", "a/.cache/T1.nii")
+    (tmp_path / ".git/annex/objects/c").symlink_to("/mnt/unmounted/disk")
+    assert matching_files(tmp_path, "**/*.nii") == [tmp_path / "a/T1.nii"]
+    assert matching_files(tmp_path, ".git/**/*.nii") == [tmp_path / ".git/annex/objects/b/T1.nii"]
 
 
 def test_two_stars_reach_through_folders_of_any_depth(tmp_path):
@@ -299,6 +346,7 @@ def test_an_empty_cell_is_a_missing_image_or_an_unlabelled_scan(tmp_path):
         ("id,site\nx,\n", "no column 't1' with data.images"),
         ("ID,t1\nx,x.nii\n", r"a\.csv: its column ID has to be called id: rename it"),
         ("id,Subject,t1\nx,y,x.nii\n", "its column Subject has to be called subject"),
+        ('id,t1\nx,"x.nii\ny,y.nii\nz,z.nii\n', r"a\.csv: not a table of text"),  # a quote without its end
     ],
 )
 def test_a_bad_table_is_refused(tmp_path, text, reason):

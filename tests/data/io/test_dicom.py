@@ -195,6 +195,14 @@ def test_no_series_takes_the_name_or_the_file_of_another(tmp_path: Path) -> None
     assert all(Path(str(record["images"]["t1"])).is_file() for record in found)
 
 
+def test_law_every_series_that_fails_is_named_by_itself(tmp_path: Path) -> None:
+    for uid, heights in (("1.2.1", [0, 3, 9]), ("1.2.2", [0, 3, 9]), ("1.2.3", [0, 3, 6])):
+        write_slices(tmp_path / "in" / uid, heights, SeriesInstanceUID=uid)
+    report = convert_series(tmp_path / "in", tmp_path / "out")
+    assert len(report.failures) == 2 and len(report.written) == 1
+    assert not report.failures.keys() & set(report.written)
+
+
 def test_visits_that_share_the_uid_of_a_series_are_volumes_of_their_own(tmp_path: Path) -> None:
     visits = {"a": ("1.2", "20200101"), "b": ("1.2", "20210101"), "c": ("1.3", "20200101"), "d": ("", "20200101")}
     for number, (visit, (study, date)) in enumerate(visits.items()):

@@ -54,7 +54,8 @@ def test_big_endian_and_scaled_values_are_kept(tmp_path: Path) -> None:
     payload = bytearray(scaled.to_bytes())
     payload[112:120] = np.array([0.5, -3], dtype="<f4").tobytes()
     (tmp_path / "scaled.nii").write_bytes(payload)
-    for name, values in (("raw.hdr", HEAD), ("scaled.nii", 0.5 * HEAD - 3)):
+    nib.save(nib.Nifti1Image(HEAD.astype(np.int64), None, dtype=np.int64), tmp_path / "long.nii")
+    for name, values in (("raw.hdr", HEAD), ("scaled.nii", 0.5 * HEAD - 3), ("long.nii", HEAD)):
         orient_files(tmp_path / name, tmp_path / "out", "LAS")
         np.testing.assert_allclose(read_image(tmp_path / "out" / f"{name[:-4]}.nii.gz").data, values)
 

@@ -188,7 +188,7 @@ def test_intensities_change_in_the_order_blur_gamma_contrast_bias_gain_noise_dro
     )
     expected = []
     for channel, width in zip(image, drawn.blur, strict=True):
-        blurred = gaussian_filter(channel.numpy(), width, mode="constant", truncate=4) if width else channel.numpy()
+        blurred = gaussian_filter(channel.numpy(), width, mode="nearest", truncate=4) if width else channel.numpy()
         low, high = blurred.min(), blurred.max()
         bent = low + (high - low) * ((blurred - low) / (high - low)) ** 1.7
         expected.append(((bent - bent.mean()) * 1.4 + bent.mean()).clip(bent.min(), bent.max()))
@@ -197,3 +197,9 @@ def test_intensities_change_in_the_order_blur_gamma_contrast_bias_gain_noise_dro
     wanted += 0.05 * torch.randn(image.shape, generator=torch.Generator().manual_seed(3))
     wanted[2] = 0
     torch.testing.assert_close(intensity_transform(image, drawn), wanted, atol=2e-4, rtol=0)
+
+
+def test_law_a_blurred_crop_of_one_value_keeps_it_at_its_faces() -> None:
+    (drawn,) = draws(1, AugmentSettings(), size=SIZE)
+    image = torch.ones(1, *SIZE)
+    torch.testing.assert_close(intensity_transform(image, replace(drawn, blur=(1.0,))), image)

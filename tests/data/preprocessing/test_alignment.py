@@ -342,6 +342,36 @@ def test_a_real_brain_is_registered_with_any_orientation_in_its_header(monkeypat
     assert other.quality["template_dice"] == pytest.approx(case.quality["template_dice"], abs=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:after registration the Dice")
+def test_law_registration_gets_all_of_a_brain_and_one_above_0_as_it_is(monkeypatch):
+    pytest.importorskip("nilearn")
+    seen = []
+    monkeypatch.setattr("asa.data.preprocessing.alignment._plane", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "asa.data.preprocessing.alignment.register_to_template", lambda brain, *_: seen.append(brain) or np.eye(4)
+    )
+    image, inside = np.random.default_rng(0).random((40, 40, 40)).astype(np.float32) + 1, np.zeros((40, 40, 40), bool)
+    inside[8:32, 8:32, 8:32] = True
+    for brain in (image, image - 1.5):  # of a z-score, half is below 0
+        align(brain, inside, np.eye(4), spacing=4.0, register=True, midway=False)
+    np.testing.assert_array_equal(seen[0], np.where(inside, image, 0))
+    assert np.array_equal(seen[1] > 0, inside) and np.corrcoef(*(one[inside] for one in seen))[0, 1] > 0.999
+
+
+@pytest.mark.slow
+def test_law_a_z_scored_brain_is_registered_like_the_raw_one(monkeypatch):
+    pytest.importorskip("nilearn")
+    monkeypatch.setattr("asa.data.preprocessing.registration.SAMPLED", 0.05)
+    monkeypatch.setattr("asa.data.preprocessing.registration.LEVELS", ((4, 2.0),))
+    raw, _ = warped_template(1, (80, 94, 80), 2.5)
+    scored = (raw - raw[raw > 0].mean()) / raw[raw > 0].std()
+    affine = np.diag([2.5, 2.5, 2.5, 1])
+    overlaps = [
+        align(image, raw > 0, affine, spacing=4.0, register=True, midway=False).overlap for image in (raw, scored)
+    ]
+    assert overlaps[1] == pytest.approx(overlaps[0], abs=0.01)
+
+
 def test_registration_of_a_head_with_its_skull_is_warned_about(monkeypatch):
     pytest.importorskip("nilearn")
     monkeypatch.setattr("asa.data.preprocessing.alignment.register_to_template", lambda *_: np.eye(4))

@@ -267,9 +267,10 @@ def test_a_missing_channel_is_zero_with_missing_zero_and_refused_otherwise(raw: 
     assert store.record("no_flair")["identity"].keys() == {"t1"}
     t1, flair = store.image("no_flair")
     assert t1.any() and not flair.any()
-    assert command(*settings(raw, out)).lines("failed").keys() == {"no_flair"}
-    assert not [name for name in bytes_of(out) if "no_flair" in name]
-    assert [record["id"] for record in Store(out).records] == [GOOD[0]]
+    before = bytes_of(out)
+    assert command(*settings(raw, out)).lines("failed").keys() == {"no_flair"} and bytes_of(out) == before
+    assert command(*settings(raw, raw.with_name("new"))).lines("failed").keys() == {"no_flair"}
+    assert [record["id"] for record in Store(raw.with_name("new")).records] == [GOOD[0]]
 
 
 def test_duplicates_are_kept_with_a_warning_if_asked_for(raw: Path) -> None:
@@ -365,6 +366,13 @@ def test_permuted_axes_keep_the_identity_and_one_voxel_changes_it(raw: Path) -> 
     changed = original.data.copy()
     changed[15, 18, 16] += 1
     assert identity_of(Volume(changed, original.affine, original.header)) != identity_of(original)
+
+
+def test_law_a_zero_with_a_sign_is_the_same_voxel_and_digests_stay_as_in_earlier_stores() -> None:
+    values = np.arange(24, dtype=np.float32).reshape(2, 3, 4) - 5
+    assert identity_of(Volume(values, np.eye(4), None)) == "804bcc3a941521e86d69993ec919ebaf"
+    masked = [np.where(values < 0, zero, values).astype(np.float32) for zero in (0.0, -0.0)]
+    assert len({identity_of(Volume(one, np.eye(4), None)) for one in masked}) == 1
 
 
 # ---------------------------------------------------------------------------------------------- kills

@@ -18,7 +18,7 @@ from stores import read_tree, write_tree
 
 import asa
 from asa.data.datasets import folder
-from asa.data.datasets.record import Record
+from asa.data.datasets.record import Record, in_dataset
 from asa.data.io.nifti import Volume, check_same_geometry, read_image, read_label, write_label
 from asa.data.preprocessing import cohort as prepare
 from asa.data.preprocessing import scan as one_scan
@@ -332,6 +332,9 @@ def test_a_ct_window_needs_ct_and_what_is_for_mr_is_refused():
     stripped = volume(np.where(head, np.maximum(stripped.data, 1), 0))
     case = prepare_case({"ct": stripped}, None, {}, PrepareSettings(window=[0, 80], crop="none"))
     assert np.array_equal(case.brain, head.transpose(2, 1, 0))
+    stripped.data[tuple(np.argwhere(head)[len(np.argwhere(head)) // 2])] = -400  # air in a sinus, and none around
+    case = prepare_case({"ct": stripped}, None, {}, PrepareSettings(window=[0, 80], crop="none"))
+    assert np.array_equal(case.brain, head.transpose(2, 1, 0))
     for wrong, said in (
         ({"window": [80, 0]}, "window=.*like"),
         ({"window": [0]}, "window="),
@@ -479,6 +482,27 @@ def test_law_a_source_that_cannot_be_read_now_loses_nothing(cohort, tmp_path):
     assert bytes_of(tmp_path / "store") == before
     ambiguous = [{**cohort[0], "problem": "s0: both s0_a and s0_b match"}]
     assert list(run(ambiguous, tmp_path / "store").failures) == ["s0"] and bytes_of(tmp_path / "store") == before
+
+
+def test_law_a_channel_that_a_scan_lacks_now_loses_nothing(cohort, tmp_path):
+    both = [{**record, "images": {**record["images"], "flair": record["images"]["t1"]}} for record in cohort[:2]]
+    filled = [both[0], {**both[1], "images": {**both[1]["images"], "flair": None}}]
+    for records, how in ((both, {}), (filled, {"missing": "zero"})):  # its file is away; the setting is forgotten
+        run(records, tmp_path / "store", **how)
+        before = bytes_of(tmp_path / "store")
+        failed = run(filled, tmp_path / "store").failures
+        assert list(failed) == ["s1"] and failed["s1"].startswith("has no flair; add the file")
+        assert bytes_of(tmp_path / "store") == before
+
+
+def test_law_the_line_of_a_failed_scan_has_its_id_once(cohort, tmp_path):
+    for record in cohort[:2]:
+        image = nib.load(record["images"]["t1"])
+        nib.save(nib.Nifti1Image(0 * image.get_fdata(), image.affine), record["images"]["t1"])
+    records = in_dataset([cohort[0], {**cohort[1], "problem": "s1: both s1_a and s1_b match"}], "adni")
+    failed = run(records, tmp_path / "store").failures
+    assert list(failed) == ["adni_s0", "adni_s1"] and failed["adni_s1"] == "both s1_a and s1_b match"
+    assert "s0" not in failed["adni_s0"]
 
 
 def test_a_copy_does_not_put_out_the_scan_that_the_store_holds(cohort, tmp_path):
@@ -657,11 +681,16 @@ def test_the_store_does_not_depend_on_the_time(cohort, tmp_path, monkeypatch):
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
-@pytest.mark.parametrize("labels", [{0: "background"}, {1: ""}, {1: "a", 2: "a"}])
+@pytest.mark.parametrize("labels", [{0: "background"}, {1: ""}, {1: "a", 2: "a"}, {1: 1}, {True: "a"}])
 def test_invalid_labels_are_refused(cohort, tmp_path, labels):
     with pytest.raises(ValueError, match="labels: "):
         run(cohort, tmp_path / "store", labels=labels)
     assert not (tmp_path / "store").exists()
+
+
+def test_law_an_ignored_value_that_is_no_list_is_refused_by_its_key():
+    with pytest.raises(ValueError, match=r"^ignored=1: give a list of label values, like ignored=\[4\]"):
+        CohortSettings(ignored=1)
 
 
 def test_warnings_of_a_scan_are_reported_with_it(cohort, tmp_path):
