@@ -55,6 +55,7 @@ class Run:
         values: (case id, region) -> metric name -> value, NaN if undefined.
         truths: (case id, region) -> identifies the truth, like "500 voxels"; must be equal in all runs.
         files: case id -> paths of its "prediction", "truth" and "image", for figures; cases may be missing.
+        notes: what a reader of the scores has to know.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Run:
     truths: dict[tuple[str, str], str]
     files: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     subjects: Mapping[str, str] = field(default_factory=dict)  # case id -> subject, if one has several cases
+    notes: Sequence[str] = ()
 
     @property
     def case_ids(self) -> list[str]:
@@ -160,6 +162,7 @@ class Comparison:
             "test": "Wilcoxon signed rank, two-sided; Holm's correction over all tests of this file",
             "smallest_p_holm": self.smallest_p,
             "verdict": verdicts(self),
+            "notes": {run.name: list(run.notes) for run in self.runs if run.notes},
             "results": [
                 dict(zip(("metric", "region", "run"), key, strict=True))
                 | nullable(asdict(result))
@@ -225,7 +228,7 @@ def _run(name: str, folder: Path, summary: Any, rows: list[dict[str, str]]) -> R
     if any(not isinstance(path, str | None) for paths in files.values() for path in paths.values()):
         raise ValueError(f"{folder}: files in summary.json are not paths: evaluate again")
     subjects = {row["id"]: row["subject"] for row in rows} if "subject" in rows[0] else {}
-    return Run(name, setting, values, truths, files, subjects)
+    return Run(name, setting, values, truths, files, subjects, [str(note) for note in summary.get("notes", [])])
 
 
 def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison:
@@ -378,7 +381,7 @@ def notes(comparison: Comparison) -> list[str]:
         text.append(f"With fewer than {MIN_PAIRS} pairs none is detectable: no p can be below {ALPHA:g}, uncorrected.")
     if comparison.left_out:
         text.append(f"Not in every run, and left out: {listed(comparison.left_out)}.")
-    return text
+    return text + [f"{run.name}: {note}" for run in comparison.runs for note in run.notes]
 
 
 def comparison_table(comparison: Comparison) -> str:

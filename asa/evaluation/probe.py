@@ -57,6 +57,9 @@ class Probe:
 
         if chosen.all() or not chosen.any():
             return {"gap": math.nan, "low": math.nan, "high": math.nan}
+        if not chosen[0]:  # from one side alone, so that two groups have one interval
+            gap, low, high = (-end for end in self.gap(~chosen).values())
+            return {"gap": gap, "low": high, "high": low}
         low, high = resample_subjects(less, list(self.subjects), chosen)["gap"]
         return less(np.arange(len(chosen))) | {"low": low, "high": high}
 

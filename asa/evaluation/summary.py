@@ -134,6 +134,7 @@ class SegmentationSummary(Summary):
         missing: cases without a prediction; they count in n total, not in n used.
         unmatched: predictions without a truth; they are not counted.
         notes: lines about how the scores are to be read.
+        networks: that made the predictions, as tables of asa-predict call them; () where none tells.
     """
 
     policy: Policy
@@ -143,6 +144,7 @@ class SegmentationSummary(Summary):
     missing: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
 
     @property
     def wrong_side(self) -> dict[str, Statistic]:
@@ -165,6 +167,7 @@ class SegmentationSummary(Summary):
             "without_prediction": list(self.missing),
             "without_truth": list(self.unmatched),
             **({"notes": list(self.notes)} if self.notes else {}),
+            **({"networks": list(self.networks)} if self.networks else {}),
             **({"wrong_side": {name: nullable(asdict(one)) for name, one in sided.items()}} if sided else {}),
         }
 
@@ -185,6 +188,7 @@ def summarise(
     missing: Sequence[str] = (),
     unmatched: Sequence[str] = (),
     notes: Sequence[str] = (),
+    networks: Sequence[str] = (),
     subjects: Mapping[str, str] | None = None,
 ) -> SegmentationSummary:
     """Summarise the rows of label maps, as `evaluate_case` returns them, over the cases.
@@ -206,6 +210,7 @@ def summarise(
         missing=tuple(missing),
         unmatched=tuple(unmatched),
         notes=tuple(notes),
+        networks=tuple(networks),
     )
 
 

@@ -24,7 +24,7 @@ from asa.data.leakage import stored_digests
 from asa.errors import reason_of
 from asa.inference.preprocessing import without_command
 from asa.training.checkpoint import read_model, read_weights
-from asa.training.checkpoint_files import WEIGHTS, on_hub
+from asa.training.checkpoint_files import WEIGHTS, find_weights, on_hub
 
 CONFIG, SUBJECTS, CARD = "config.json", "training_subjects.json", "README.md"
 LIBRARY = "asa-mri"
@@ -74,7 +74,7 @@ def export_hub(
             "trained_on= has to be given: the data, its source and its terms, in words, for the model card"
         )
     check_out(out, SUBJECTS, "a folder of asa-export format=hub")
-    results = None if evaluation is None else _results(Path(evaluation))
+    results = None if evaluation is None else _results(Path(evaluation), sha256_of(find_weights(checkpoint)))
     read_model(checkpoint, plugins=plugins)  # what cannot be loaded is not published
     weights, description = read_weights(checkpoint)
     weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
@@ -91,8 +91,12 @@ def export_hub(
     write_digests(out, (WEIGHTS, CONFIG, SUBJECTS, CARD))
 
 
-def _results(folder: Path) -> dict[str, Any]:
-    """What asa-evaluate wrote about labels and metrics; as "rows" the means that are defined."""
+def _results(folder: Path, digest: str) -> dict[str, Any]:
+    """What asa-evaluate wrote about labels and metrics.
+
+    As "rows" the means that are defined, as "notes" how they are to be read, as "own" whether the predictions are of
+    the network with this SHA-256, as far as one can tell.
+    """
     summary = read_json(folder / "summary.json")
     if not isinstance(summary, dict) or "policy" not in summary:
         raise ValueError(
@@ -108,11 +112,17 @@ def _results(folder: Path) -> dict[str, Any]:
         rows = [row for row in rows if None not in row.values()]
         if not all(isinstance(row[key], int | float) for row in rows for key in ("mean", "low", "high", "used")):
             raise ValueError("a mean that is no number")
+        networks = summary.get("networks", [])
+        own = networks == [digest[:8]] or "labels" not in summary
+        notes = [str(note) for note in summary.get("notes", [])]
+        if not own:
+            made = f"were made by {' and '.join(map(str, networks))}" if networks else "may be of another network"
+            notes.insert(0, f"The predictions {made}; this network is {digest[:8]}.")
         about = {"cases": int(summary["cases"]), "policy": str(summary["policy"]["name"]), "asa": str(summary["asa"])}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = reason_of(error)
         raise ValueError(f"{folder}/summary.json: not as asa-evaluate writes it ({reason}): evaluate again") from None
-    return {**about, "rows": rows}
+    return {**about, "rows": rows, "notes": notes, "own": own}
 
 
 def _card(
@@ -132,7 +142,7 @@ def _card(
     about: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
     if task in PIPELINES:
         about["pipeline_tag"] = PIPELINES[task]
-    if summary is not None and summary["rows"]:
+    if summary is not None and summary["rows"] and summary["own"]:
         result = {
             "task": {"type": PIPELINES.get(task, task)},
             "dataset": {"name": f"{summary['cases']} cases, see the card", "type": "private"},
@@ -201,6 +211,7 @@ def _evaluated(summary: Mapping[str, Any] | None) -> str:
     lines = [
         f"Means over {summary['cases']} cases with 95 % bootstrap intervals, policy "
         f"{_plain(summary['policy'])} of asa {_plain(summary['asa'])}.",
+        *(f"\n{_plain(note)}" for note in summary["notes"]),
         "",
         "| label | metric | mean | interval | n |",
         "|---|---|---|---|---|",

@@ -219,7 +219,11 @@ def abbreviations(names: Sequence[str]) -> dict[str, str]:
 
 
 def label_maps_of(predictions: Path) -> dict[str, Path]:
-    """The label maps that asa-predict wrote to a folder, in either layout, by the id of the scan."""
+    """The label maps that asa-predict wrote to a folder, in either layout, by the id of the scan.
+
+    Those of a BIDS derivative of other software, which has no table of volumes, by the ids that `data=bids` gives; a
+    ValueError where two have one.
+    """
     if not (predictions / DESCRIPTION).is_file():
         return {
             path.name.removesuffix(end): path for end in (".mgz", ".nii.gz") for path in predictions.glob(f"*{end}")
@@ -227,7 +231,15 @@ def label_maps_of(predictions: Path) -> dict[str, Path]:
     files = {
         path.relative_to(predictions).as_posix(): path for path in matching_files(predictions, "sub-*/**/*_dseg.nii.gz")
     }
-    rows = read_rows(predictions / VOLUMES) if (predictions / VOLUMES).is_file() else []
+    if not (predictions / VOLUMES).is_file():
+        found: dict[str, Path] = {}
+        for path in files.values():
+            entities = entities_of(path)
+            id = "_".join(f"{key}-{entities[key]}" for key in ("sub", "ses", "run") if key in entities)
+            if found.setdefault(id, path) != path:
+                raise ValueError(f"{predictions}: both {found[id].name} and {path.name} are of {id}: leave one there")
+        return found
+    rows = read_rows(predictions / VOLUMES)
     return {row["id"]: files[row["file"]] for row in rows if "id" in row and row.get("file") in files}
 
 

@@ -193,6 +193,9 @@ def _check_evaluate(config: Config) -> None:
     predictions, truth, probe = config["predictions"], config["truth"], config["policy"] == "probe"
     if probe and config["column"] is None:
         raise ValueError("column= has to be given: the column of the table to predict, like age or diagnosis")
+    for key in ("group", "site"):
+        if config[key] is not None and not probe:
+            raise ValueError(f"{key}= is for policy=probe: leave it out")
     if predictions and not has_wildcard(str(predictions)):
         _exists(predictions, f"give the one that asa-{'embed' if probe else 'predict'} wrote", "folder")
     if truth:

@@ -8,6 +8,8 @@ asa-evaluate policy=probe   OUT/summary.json      the scores
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from asa.tasks.prediction import add_rows, channels_of, predict_scans, rows_in
 TABLE = "features.csv"
 COLUMN = r"subject|.*_\d+"  # of a table of features
 LEAK = 0.5  # the AUC of guessing
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 MOST_CLASSES = 10  # of a column of numbers that a logistic regression takes
 
 
@@ -124,6 +127,10 @@ def evaluate_probe(config: Config) -> None:
     if numeric := any(map(_is_number, values)):  # then all have to be
         for row, text in zip(rows, values, strict=True):
             as_number(truth, row["id"], column, text)
+    elif wrong := next((value for value in values if DECIMAL_COMMA.fullmatch(value)), None):
+        raise ValueError(f"{truth}: {column} is {wrong!r}: write decimals with a point")
+    elif max(Counter(value for value, _ in {*zip(values, subjects, strict=True)}).values()) < 2:
+        raise ValueError(f"{truth}: each {column} is of one subject, like {values[0]!r}: classes have to repeat")
     if numeric and probe == "logistic" and len(set(values)) > MOST_CLASSES:
         raise ValueError(
             f"probe=logistic is for classes, and {column} has {len(set(values))} values: choose ridge or knn"

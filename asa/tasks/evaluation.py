@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from asa.data.datasets.folder import files_by_id, has_wildcard, matching_globs
+from asa.data.datasets.record import is_label_map
 from asa.data.io.files import check_present, sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
-from asa.data.io.tables import check_own, notes_of, read_rows
+from asa.data.io.tables import NETWORK, check_own, notes_of, read_rows
 from asa.data.preprocessing.resampling import bounding_box
 from asa.data.store import MANIFEST
 from asa.errors import listed
@@ -141,8 +142,10 @@ def evaluate_folder(
             raise ValueError(f"case {case.case_id}: {KILLED}")
         rows += found
     missing = [case.case_id for case in cases if case.prediction is None]
-    notes = [*notes, *_notes({case.prediction for case in cases if case.prediction})]
-    summary = summarise(rows, labels, rules, missing=missing, unmatched=unmatched, notes=notes, subjects=subjects)
+    told = _rows_of({case.prediction for case in cases if case.prediction})
+    networks = sorted({row[NETWORK] for row in told if row.get(NETWORK)})
+    about = dict(missing=missing, unmatched=unmatched, notes=[*notes, *notes_of(told)], networks=networks)
+    summary = summarise(rows, labels, rules, subjects=subjects, **about)
 
     report = Path(out) / "report.html"
     report.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
@@ -162,7 +165,8 @@ def _check_values(data: np.ndarray, labels: Mapping[int, str], what: str, ignore
         found = listed(undeclared, limit=10)
         declared = ", ".join(f"{value} {name}" for value, name in labels.items())
         raise ValueError(
-            f"{what} holds undeclared label values: {found}; declared are {declared}: declare or relabel them"
+            f"{what} holds undeclared label values: {found}; declared are {declared}: declare these too (where the "
+            "labels are: of a store in asa-prepare), or relabel them"
         )
 
 
@@ -213,6 +217,10 @@ def _match(
 
 def _globs(found: Mapping[str, Path], truths: Mapping[str, Path]) -> str:
     """Advice about the patterns by which the files of two folders match."""
+    if any(len({path.parent for path in paths.values()}) > 1 for paths in (found, truths)):
+        return "; with files in several folders, give both predictions= and pattern= with ** for these"
+    if any(map(is_label_map, (path.name for path in truths.values()))):  # what else is there are images
+        truths = {id: path for id, path in truths.items() if is_label_map(path.name)}
     names = [path.name for path in found.values()]
     as_ids = matching_globs(names, [f"{id}{ENDING}" for id in truths])
     own = next(iter(found.values())).parent
@@ -224,15 +232,15 @@ def _globs(found: Mapping[str, Path], truths: Mapping[str, Path]) -> str:
     return f"; with a folder of true label maps, {mine}pattern='{globs[1]}' would match {globs[2]} of them"
 
 
-def _notes(files: Collection[Path]) -> list[str]:
-    """The `notes_of` label maps, by the tables of asa-predict above them; those of other software have none."""
+def _rows_of(files: Collection[Path]) -> list[dict[str, str]]:
+    """The rows of label maps in the tables of asa-predict above them; those of other software have none."""
     rows = []
     folders = {above for file in files for above in file.parents[:DEPTH]}
     for folder in sorted(one for one in folders if (one / VOLUMES).is_file()):
         with suppress(ValueError):
             maps = label_maps_of(folder)
             rows += [row for row in read_rows(folder / VOLUMES) if maps.get(row.get("id", "")) in files]
-    return notes_of(rows)
+    return rows
 
 
 def _paths(case: CaseFiles) -> dict[str, str | None]:

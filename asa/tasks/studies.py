@@ -4,6 +4,7 @@ Cross-validation: a fine-tuning for each fold, and every scan scored by the run 
 Ablation: arms x labelled subjects x seeds, trained and scored on the same held-out subjects.
 """
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
@@ -318,10 +319,13 @@ class Ablation:
         return None
 
     def _notes(self) -> list[str]:
-        """What a reader has to know beside the numbers: what failed, and what pretraining saw."""
+        """What a reader has to know beside the numbers: what failed, and what pretraining saw or did not learn."""
         notes = []
         if self.failures:
             notes.append(f"failed and not counted: {listed(list(self.failures))}")
+        for file in sorted((self.out / "logs").glob("pretrained_*.txt")):
+            alarms = re.findall("ALARM.*", file.read_text(errors="replace"))
+            notes += [f"{file.stem}: {alarm}" for alarm in alarms[-1:]]
         seen: dict[str, set[str]] = {}
         for trial in self.trials:
             file = self.out / "runs" / trial.run.name / "seen.json"

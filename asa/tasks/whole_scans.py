@@ -163,7 +163,7 @@ class Classification(WholeScans):
     @staticmethod
     def evaluate(config: Config) -> None:
         scores, names, notes = evaluate_classes(*tables_of(config, TABLE))
-        print(scores.text(names), *notes, sep="\n")
+        print(scores.text(names), *notes, f"wrote summary.json and scans.csv to {config['out']}", sep="\n")
 
     def _balanced_weights(self) -> list[float]:
         """Weights of the classes inverse to their number of training scans, with mean 1 over these."""
@@ -229,7 +229,7 @@ class Regression(WholeScans):
     @staticmethod
     def evaluate(config: Config) -> None:
         scores, column, notes = evaluate_numbers(*tables_of(config, TABLE), config["column"])
-        print(scores.text(column), *notes, sep="\n")
+        print(scores.text(column), *notes, f"wrote summary.json to {config['out']}", sep="\n")
 
 
 class TablePredictor:

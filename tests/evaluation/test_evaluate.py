@@ -503,6 +503,23 @@ def test_a_missing_prediction_of_a_truth_with_ignored_voxels_is_counted(cohort, 
     assert (summary.results["csf"]["dice"].mean, summary.results["csf"]["dice"].used) == (1.0, 1)
 
 
+def test_patterns_are_proposed_for_label_maps_of_one_folder_each_and_for_nothing_else(tmp_path):
+    for name in ("p/s0_pred.nii.gz", "p/s1_pred.nii.gz", "t/s0_seg.nii.gz", "t/s0_T1.nii.gz", "t/s1_seg.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    truths = {path.name.partition(".")[0]: path for path in (tmp_path / "t").iterdir()}
+    with pytest.raises(
+        ValueError, match=r"predictions='.*/p/\*_pred\.nii\.gz' pattern='\*_seg\.nii\.gz' would match 2 of"
+    ):
+        evaluate_folder(tmp_path / "p", truths, {1: "x"}, "ibsr", tmp_path / "out")
+    (tmp_path / "t" / "deep").mkdir()
+    deep = truths | {"s9_seg": tmp_path / "t" / "deep" / "s9_seg.nii.gz"}
+    with pytest.raises(
+        ValueError, match=r"with files in several folders, give both predictions= and pattern= with \*\*"
+    ):
+        evaluate_folder(tmp_path / "p", deep, {1: "x"}, "ibsr", tmp_path / "out")
+
+
 def test_a_store_defines_its_ignored_labels_and_regions(raw, store, tmp_path, monkeypatch, capsys):
     predictions, own = tmp_path / "predictions", tmp_path / "store"
     predictions.mkdir()

@@ -139,7 +139,7 @@ def test_scores_on_scans_that_the_network_was_trained_on_are_called_optimistic(t
     *_, notes = evaluate_numbers(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)
     warning, note = notes  # of the scans that are scored
     assert warning.startswith("warning: the network") and "was trained on 1 of 3 scans (s0): scores on" in warning
-    assert note == "note: predicted by 2 networks (scans of each: 1a 2, 2b 1), as in a cross-validation"
+    assert note == "note: predicted by 2 networks (scans of each: 1a 2, 2b 1): right for a cross-validation alone"
     assert json.loads((tmp_path / "summary.json").read_text())["notes"] == notes
     (tmp_path / "truth.csv").write_text("id,age\ns1,20\n")
     assert evaluate_numbers(tmp_path / "predictions.csv", tmp_path / "truth.csv", tmp_path)[2] == []

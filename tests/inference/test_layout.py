@@ -220,6 +220,18 @@ def test_the_scans_of_a_derivative_are_found_in_its_dataset(
     assert page.read_text().count('"name": "image"') == len(SCANS)
 
 
+def test_label_maps_of_another_softwares_derivative_have_the_ids_of_its_scans(tmp_path: Path) -> None:
+    names = ["sub-01_ses-1_space-T1w_dseg", "sub-01_ses-2_dseg", "sub-b_run-2_desc-aseg_dseg"]
+    (tmp_path / "dataset_description.json").write_text("{}")
+    for name in names:
+        (tmp_path / name[: name.index("_")] / "anat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name[: name.index("_")] / "anat" / f"{name}.nii.gz").touch()
+    assert list(label_maps_of(tmp_path)) == ["sub-01_ses-1", "sub-01_ses-2", "sub-b_run-2"]
+    (tmp_path / "sub-b" / "anat" / "sub-b_run-2_dseg.nii.gz").touch()
+    with pytest.raises(ValueError, match="both .* are of sub-b_run-2: leave one there"):
+        label_maps_of(tmp_path)
+
+
 def test_labels_get_abbreviations_that_file_names_can_hold() -> None:
     names = ["background", "csf", "GM", "left_putamen", "Area 4p", "WT"]
     assert list(abbreviations(names).values()) == ["BG", "CSF", "GM", "leftPutamen", "Area4p", "WT"]

@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from scored import write_run
 
 from asa.cli import evaluate as evaluate_command
+from asa.data.io.files import write_digests, write_json
 from asa.data.io.nifti import Volume, write_image, write_label
 from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, markdown_table, read_run, verdict
 from asa.evaluation.policies import get_policy
@@ -61,6 +62,20 @@ def test_differences_that_are_equal_but_for_rounding_are_ties(tmp_path):
     assert len({y - x for x, y in zip(before, after, strict=True)}) > 2
     found = compare_folders(folders, tmp_path / "out").differences["dice", "csf", "b"]
     assert (found.better, found.worse, found.p) == (3, 3, 1.0)
+
+
+def test_what_a_reader_of_an_evaluation_has_to_know_is_said_of_its_run(folders, tmp_path):
+    file = folders["asa"] / "summary.json"
+    summary = json.loads(file.read_text()) | {"notes": ["warning: <b>seen</b> in training"]}
+    write_json(file, summary)
+    write_digests(folders["asa"], ("cases.csv", "summary.json"))
+    text = comparison_table(compare_folders(folders, tmp_path / "out"))
+    assert text.splitlines()[-1] == "asa: warning: <b>seen</b> in training"
+    found = {path.suffix: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert json.loads(found[".json"])["notes"] == {"asa": summary["notes"]}
+    for page in (found[".md"], found[".html"], found[".tex"]):
+        assert "seen" in page
+    assert "<b>seen" not in found[".html"] and "<b>seen" not in found[".md"]
 
 
 def test_differences_that_cancel_within_a_subject_are_ties(tmp_path):

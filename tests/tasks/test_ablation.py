@@ -310,6 +310,20 @@ def test_a_run_whose_evaluation_is_damaged_is_scored_again(ablate, recorded, tmp
     assert code == 0 and out.count("done before") == 1 and len(calls_of("evaluate")) == 3
 
 
+def test_an_alarm_of_a_pretraining_is_said_below_the_table(ablate, recorded, tmp_path: Path, monkeypatch) -> None:
+    fake = studies.call
+
+    def alarming(name: str, *settings: dict, config_dir: str | None = None) -> None:
+        fake(name, *settings, config_dir=config_dir)
+        if name == "pretrain":
+            print("step 5: loss 1\nALARM: collapsed at 5\nstep 9: loss 1\nALARM: no better than the mean predictor's")
+
+    monkeypatch.setattr(studies, "call", alarming)
+    assert ablate("only=[scratch,asa]", "labelled=[1]")[0] == 0
+    notes = [line for line in (tmp_path / "out" / "ablation.md").read_text().splitlines() if "ALARM" in line]
+    assert notes == ["- pretrained_seed0_asa: ALARM: no better than the mean predictor's"]
+
+
 def test_one_that_is_asked_to_stop_leaves_with_the_code_that_says_so_and_a_table(
     ablate, recorded, tmp_path: Path
 ) -> None:

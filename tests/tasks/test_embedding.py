@@ -311,6 +311,25 @@ def test_a_column_in_which_only_some_are_numbers_is_refused(
     assert f"t.csv: s2: age is '{cell}' and not a number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (("20,5", "30,25", "41,0", "30,5"), "t.tsv: age is '20,5': write decimals with a point"),
+        (("a", "b", "c", "d"), "t.tsv: each age is of one subject, like 'a': classes have to repeat"),
+    ],
+)
+def test_classes_that_are_none_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cells: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "features.csv").write_text("id,whole_0\n" + "".join(f"s{k},{k}\n" for k in range(4)))
+    (tmp_path / "t.tsv").write_text("id\tage\n" + "".join(f"s{k}\t{cell}\n" for k, cell in enumerate(cells)))
+    given = (f"predictions={tmp_path}", f"truth={tmp_path / 't.tsv'}", "policy=probe", "column=age", "folds=2")
+    assert evaluate.main([*given, f"out={tmp_path / 'out'}"]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert evaluate.main([*given[:2], "policy=regression", "group=sex", f"out={tmp_path / 'out'}"]) == 1
+    assert "group= is for policy=probe: leave it out" in capsys.readouterr().err
+
+
 def test_features_that_no_scan_has_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ages = "".join(f"s{k},{20 + k}\n" for k in range(6))
     (tmp_path / "t.csv").write_text(f"id,age\n{ages}")

@@ -22,7 +22,7 @@ from asa.export.hub import export_hub
 from asa.restoration.rat import rat_tiny
 from asa.tasks.prediction import subjects_of_part
 from asa.training.checkpoint import DamagedCheckpoint, load_model, read_description, save_checkpoint
-from asa.training.checkpoint_files import fetch
+from asa.training.checkpoint_files import fetch, find_weights
 from asa.training.pretrained import read_source
 
 pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
@@ -216,7 +216,9 @@ def test_the_card_has_licence_data_evaluation_and_digests(tmp_path: Path) -> Non
     run, out = checkpoint(tmp_path / "run", **SUBJECTS), tmp_path / "hub"
     values = {metric.name: 0.5 for metric in get_policy("ibsr").metrics}
     rows = [CaseRow(case, label, values, 8, 8, 1.0, 1.0) for case in ("a", "b") for label in ("left_x", "middle")]
-    write_json(tmp_path / "scores" / "summary.json", summarise(rows, {1: "left_x", 5: "middle"}).as_json())
+    own, labels = sha256_of(find_weights(run))[:8], {1: "left_x", 5: "middle"}
+    scores = tmp_path / "scores" / "summary.json"
+    write_json(scores, summarise(rows, labels, networks=[own], notes=["note: <b>of few cases"]).as_json())
     export_hub(run, out, licence="cc-by-4.0", trained_on="Ten heads.", evaluation=tmp_path / "scores")
     from huggingface_hub import ModelCard
 
@@ -228,6 +230,12 @@ def test_the_card_has_licence_data_evaluation_and_digests(tmp_path: Path) -> Non
     )
     results = {(one.metric_name, one.metric_value) for one in card.data.eval_results}
     assert ("dice left_x", 0.5) in results and ("dice middle", 0.5) in results
+    assert "\nnote: &lt;b&gt;of few cases\n" in card.text and "this network is" not in card.text
+    for networks, said in ((["0a", own], f"were made by 0a and {own}"), ([], "may be of another network")):
+        write_json(scores, summarise(rows, labels, networks=networks).as_json())
+        export_hub(run, tmp_path / "others", licence="mit", trained_on="Ten heads.", evaluation=tmp_path / "scores")
+        other = ModelCard.load(tmp_path / "others" / "README.md")
+        assert f"The predictions {said}; this network is {own}." in other.text and not other.data.eval_results
     assert "Ten heads." in card.text and "1 subjects and 2 images" in card.text
     assert read_json(out / "digests.json")["model.safetensors"] in card.text
     assert read_json(out / "training_subjects.json") == SUBJECTS
