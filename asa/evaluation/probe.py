@@ -17,7 +17,7 @@ import numpy as np
 
 from asa.errors import require
 from asa.evaluation.scans import balanced_accuracy, mean_auc, score_numbers
-from asa.evaluation.statistics import resample_subjects
+from asa.evaluation.statistics import in_interval, resample_subjects
 
 # Training features, their targets and subjects, and test features -> (M, K).
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -93,9 +93,10 @@ class NumberProbe(Probe):
 
     def text(self) -> str:
         """The scores in one line."""
-        text = "mean absolute error {mean_absolute_error:.3g} ({low:.3g} to {high:.3g})"
-        text += ", of guessing the mean {of_the_mean:.3g}, R2 {r2:.3f} ({r2_low:.3f} to {r2_high:.3f})"
-        return text.format(**self.scores)
+        found = self.scores
+        error = in_interval(found["mean_absolute_error"], found["low"], found["high"], ".3g")
+        r2 = in_interval(found["r2"], found["r2_low"], found["r2_high"])
+        return f"mean absolute error {error}, of guessing the mean {found['of_the_mean']:.3g}, R2 {r2}"
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,9 @@ class ClassProbe(Probe):
 
     def text(self) -> str:
         """The scores in one line."""
-        text = "AUC {auc:.3f} ({low:.3f} to {high:.3f}), balanced accuracy {balanced_accuracy:.3f} "
-        text += "({accuracy_low:.3f} to {accuracy_high:.3f})"
-        return text.format(**self.scores)
+        found = self.scores
+        accuracy = in_interval(found["balanced_accuracy"], found["accuracy_low"], found["accuracy_high"])
+        return f"AUC {in_interval(found['auc'], found['low'], found['high'])}, balanced accuracy {accuracy}"
 
 
 def probe_numbers(

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from asa.errors import counted
-from asa.evaluation.statistics import nullable, resample_subjects
+from asa.evaluation.statistics import in_interval, nullable, resample_subjects
 
 BINS = 15  # of confidence, for the calibration error
 
@@ -46,7 +46,7 @@ class ClassScores:
     def text(self, classes: Sequence[str]) -> str:
         """The scores in a line, and a line for each class."""
         lines = [
-            f"AUC {self.auc:.3f} ({self.auc_low:.3f} to {self.auc_high:.3f}), balanced accuracy "
+            f"AUC {in_interval(self.auc, self.auc_low, self.auc_high)}, balanced accuracy "
             f"{self.balanced_accuracy:.3f}, ECE {self.ece:.3f}, "
             f"{counted(self.scans, 'scan')} of {counted(self.subjects, 'subject')}"
         ]
@@ -190,7 +190,7 @@ class NumberScores:
 
         def shown(name: str, form: str) -> str:
             value, low, high = (getattr(self, f"{name}{end}") for end in ("", "_low", "_high"))
-            return f"{value:{form}} ({low:{form}} to {high:{form}})"
+            return in_interval(value, low, high, form)
 
         return (
             f"{column}: MAE {shown('mae', '.3g')}, of the training mean {self.mean_predictor_mae:.3g}, R2 "

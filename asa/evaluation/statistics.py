@@ -11,6 +11,7 @@ from scipy.stats import t as student
 
 RESAMPLES = 10_000  # of values, for the interval of their mean
 SUBJECT_RESAMPLES = 2_000  # of subjects, for the interval of any score
+MOSTLY = 0.6  # of the resamples that have to define a score; of two subjects half repeat one
 LEVEL = 0.95
 ENDS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # quantiles
 ALPHA, POWER = 0.05, 0.8  # of the smallest difference that a comparison could have found
@@ -94,7 +95,8 @@ def resample_subjects(
         side: bool `(N,)`; the subjects of these scans and those of the others are resampled apart.
 
     Returns:
-        Lower and upper end of each score; NaN where it is undefined, or fewer than two subjects are resampled.
+        Lower and upper end of each score; NaN where it is undefined in most resamples, as those of two subjects often
+        are, or fewer than two subjects are resampled.
     """
     names = np.asarray(subjects)
     sides = [np.ones(len(names), dtype=bool)] if side is None else [side, ~side]
@@ -108,7 +110,7 @@ def resample_subjects(
         drawn.append(scores(np.concatenate(rows)))
     for name in ends:
         values = np.array([found[name] for found in drawn])
-        if (defined := values[~np.isnan(values)]).size:
+        if (defined := values[~np.isnan(values)]).size > MOSTLY * len(values):
             low, high = np.quantile(defined, ENDS).tolist()
             ends[name] = low, high
     return ends
@@ -172,6 +174,15 @@ def smallest_holm(pairs: Sequence[int]) -> float:
     """The smallest `holm` of Wilcoxon tests of so many pairs each that any differences could give, 1 at most."""
     tested = [n for n in pairs if n]
     return min(1.0, len(tested) * 2.0 ** (1 - max(tested))) if tested else 1.0
+
+
+def in_interval(value: float | None, low: float | None, high: float | None, form: str = ".3f") -> str:
+    """A number as text, "undefined" where it is, with the ends of its interval, if it has one."""
+    if value is None or math.isnan(value):
+        return "undefined"
+    if low is None or high is None or math.isnan(low):
+        return f"{value:{form}}"
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def nullable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from asa.data.io.tables import PARQUET, as_number, check_own, check_table, csv_t
 from asa.data.store import MANIFEST, Store
 from asa.errors import counted
 from asa.evaluation.probe import FITS, probe_classes, probe_numbers
-from asa.evaluation.statistics import nullable
+from asa.evaluation.statistics import in_interval, nullable
 from asa.evaluation.summary import check_summary
 from asa.evaluation.tables import matched, numbers, table_in, unpredicted, without_prediction
 from asa.inference.features import FeatureExtractor, pooled
@@ -147,7 +147,7 @@ def evaluate_probe(config: Config) -> None:
         for name in sorted(set(groups)):
             part, gap = found.only(groups == name), found.gap(groups == name)
             written["groups"][name] = nullable(part.scores) | {"gap": nullable(gap)}
-            less = "{gap:+.3g} ({low:+.3g} to {high:+.3g})".format(**gap)
+            less = in_interval(gap["gap"], gap["low"], gap["high"], "+.3g")
             lines.append(
                 f"  {group} {name}: {part.text()}, {counted(len(part.truth), 'scan')}, less the others' {less}"
             )

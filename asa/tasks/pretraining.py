@@ -27,6 +27,7 @@ from asa.data.store import MANIFEST, Store
 from asa.data.store import Records as StoredRecords
 from asa.errors import counted
 from asa.evaluation.maps import evaluate_maps
+from asa.evaluation.statistics import in_interval
 from asa.evaluation.tables import evaluate_asymmetry
 from asa.inference.anomaly import TABLE as ANOMALY
 from asa.inference.anomaly import read_pretrained
@@ -197,13 +198,6 @@ class Pretraining(VolumeTask):
             print(f"AUC of {measure:<6} {in_interval(row['auc'], row['auc_low'], row['auc_high'])}")
         for note in notes:
             print(note)
-
-
-def in_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """A number, if it is defined, with the ends of its interval, if it has one."""
-    if value is None:
-        return "undefined"
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Validation:

@@ -160,6 +160,17 @@ def test_the_interval_over_subjects_equals_a_slow_bootstrap_of_them() -> None:
     assert all(math.isnan(end) for end in found["none"])
 
 
+def test_a_score_that_most_resamples_leave_undefined_has_no_interval() -> None:
+    values = np.array([1.0, 2.0, 4.0])
+
+    def spread(rows: np.ndarray) -> dict[str, float]:
+        return {"spread": float(np.ptp(values[rows])) or np.nan, "mean": float(values[rows].mean())}
+
+    two, three = (resample_subjects(spread, list("abc")[:n]) for n in (2, 3))
+    assert np.isnan(two["spread"]).all() and two["mean"] == (1, 2)
+    assert three["spread"] == (1, 3)  # undefined in one of nine
+
+
 def test_the_two_sides_are_resampled_apart_and_need_two_subjects_each() -> None:
     side, subjects = np.arange(12) < 4, list("aabbccddeeff")
     seen: list[np.ndarray] = []

@@ -17,6 +17,7 @@ from asa.cli import predict, pretrain
 from asa.data.io.nifti import read_image, write_image
 from asa.data.io.tables import read_column
 from asa.data.store import Store, write_array
+from asa.evaluation.statistics import in_interval
 from asa.evaluation.tables import matched
 from asa.export.onnx import export_onnx
 from asa.inference.anomaly import AnomalyMap, HealthyReference, read_pretrained
@@ -24,7 +25,7 @@ from asa.inference.asymmetry import TABLE, AsymmetryScorer
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.models.sa_swin import SASwin
 from asa.models.swin import Swin
-from asa.tasks.pretraining import in_interval, read_health
+from asa.tasks.pretraining import read_health
 from asa.training.checkpoint import load_encoder, load_model
 
 SMALLEST = ("+model.embed_dim=4", "+model.num_heads=[1,1,2,2]", "+model.window=2", "+model.cross_heads=2")
@@ -238,7 +239,8 @@ def test_healthy_scans_prepared_in_another_way_are_refused(trained: Path, store:
     manifest = read_tree(store)
     manifest["settings"]["margin"] += 1
     write_tree(tmp_path, manifest)
-    with pytest.raises(ValueError, match="prepared in another way"), pytest.warns(UserWarning, match="midway"):
+    differ = "in another way .*margin: 4 there, 5 here"
+    with pytest.raises(ValueError, match=differ), pytest.warns(UserWarning, match="midway"):
         AsymmetryScorer(*read_pretrained(trained), PredictSettings(device="cpu")).compare_with(tmp_path)
 
 
@@ -327,6 +329,8 @@ def test_health_is_of_all_or_of_a_table_or_unknown(store: Path, tmp_path: Path) 
         ("id,ill\ns0,1\n", "give id, subject or participant_id, and health"),
         ("id,health\ns0,1\ns0,1\n", "s0 is in two rows"),
         ("subject,health\nx,1\n", "no subject of its 1 rows is one of the scans"),
+        ("subject,health\ns0,1\ns0,1\n", "remove one; a table by session needs a column session_id, or a column id"),
+        ("subject,session_id,health\ns0,1,1\ns0,ses-01,1\n", "subject s0 ses-01 is in two rows: remove one$"),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(store: Path, tmp_path: Path, text: str, message: str) -> None:
@@ -351,6 +355,19 @@ def test_the_participants_of_bids_are_a_table_of_subjects(tmp_path: Path) -> Non
     rows, classes, subjects = matched(tmp_path / "rows.csv", tmp_path / "participants.tsv", "class")
     assert [row["id"] for row in rows] == ["sub-a_ses-1", "sub-a_ses-2"]
     assert classes == ["x", "x"] and subjects == ["sub-a", "sub-a"]
+
+
+def test_a_row_of_a_subject_and_session_holds_for_the_scans_of_that_session(tmp_path: Path) -> None:
+    sessions = "participant_id,session_id,age\nsub-a,ses-01,60\nsub-a,2,62\nsub-b,n/a,70\nsub-c,1,80\nsub-d,1,90\n"
+    (tmp_path / "t.csv").write_text(sessions)
+    ids = ["sub-a_ses-01", "sub-a_ses-02_run-1", "sub-a_ses-02_run-2", "sub-a_ses-3", "sub-a", "sub-b_ses-1", "sub-b"]
+    records = [{"id": id, "subject": id[:5]} for id in (*ids, "sub-c", "sub-d_ses-2")]
+    assert read_column(tmp_path / "t.csv", "age", records) == {
+        **{"sub-a_ses-01": "60", "sub-a_ses-02_run-1": "62", "sub-a_ses-02_run-2": "62"},
+        **{"sub-b_ses-1": "70", "sub-b": "70", "sub-c": "80"},
+    }
+    with pytest.raises(ValueError, match="no participant_id with its session_id of its 5 rows .* like sub-d_ses-2"):
+        read_column(tmp_path / "t.csv", "age", records[-1:])
 
 
 def test_a_number_that_is_undefined_is_said_to_be() -> None:
