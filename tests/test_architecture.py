@@ -27,18 +27,18 @@ LARGEST_FOLDER = 14  # modules
 LINES = {
     "": 739,  # the reader of phantoms lies with them
     "baselines": 1136,  # puzzles without mirrored patches
-    "cli": 767,  # stale stages of a study
-    "data": 8160,  # a killed worker fails its own scan; changed labels; contrasts that are not read
-    "evaluation": 2576,  # scores over subjects, and on scans of the training; a summary of something else stays
-    "export": 767,  # what is not finite becomes no label map
-    "inference": 2836,  # labels for unlabelled scans; scans and ensembles are checked by content and voxel size
+    "cli": 768,  # stale stages of a study
+    "data": 8220,  # a killed worker fails its own scan; values by session; what a BIDS dataset has beside
+    "evaluation": 2600,  # scores over subjects, and on scans of the training; a summary of something else stays
+    "export": 783,  # what is not finite becomes no label map
+    "inference": 2854,  # labels for unlabelled scans; scans and ensembles are checked by content and voxel size
     "losses": 461,  # two classes or more
     "methods": 732,  # weights of classes and tasks are checked
     "models": 2317,  # layers of a Swin; small convolutions on a CPU
     "ops": 601,  # encodings on a device
     "reporting": 1755,  # ablations over subjects
     "restoration": 2191,  # windows, places and numbers of regions; pairs that do not fit are found first
-    "tasks": 3310,  # scans on both sides of a split, or without labels; files of earlier predictions
+    "tasks": 3326,  # scans on both sides of a split, or without labels; files of earlier predictions
     "training": 2763,  # a run continues on its own data, and says if it is not through; killed workers of the loader
 }
 # The only places that may import a library.

@@ -74,9 +74,10 @@ def run_study(config: Config) -> None:
     file, stages = _study_of(config)
     with contextlib.chdir(file.parent):
         if config["plan"]:
+            print(f"cd {_quoted(str(file.parent))}")  # where the paths of the commands begin
             for stage in stages:
                 print("\n".join(filter(None, [f"{stage.name}: {stage.typed()}", _cost(stage)])))
-            print(f"nothing was run; asa run {file} runs all of it")
+            print(f"nothing was run; asa run {_quoted(str(file))} runs all of it")
             return
         with locked(Path()):
             _run(stages)

@@ -19,6 +19,7 @@ from asa.data.io.tables import (
     ENDINGS,
     PREDICTED,
     RESERVED,
+    SESSION,
     TRAINING_MEAN,
     as_number,
     check_health,
@@ -187,7 +188,7 @@ def matched(table: Path, truth: Path, column: str) -> tuple[list[dict[str, str]]
 def without_prediction(truth: Path, column: str, rows: Sequence[Mapping[str, str]], subjects: Sequence[str]) -> int:
     """How many rows of the truth have a value in its column and no prediction; rows and subjects as of `matched`."""
     known = [row for row in read_rows(truth) if row[column] not in EMPTY]
-    return len(known) - len(rows if "id" in known[0] else set(subjects))
+    return len(known) - len(rows if {"id", SESSION} & known[0].keys() else set(subjects))
 
 
 def unpredicted(rows: int) -> list[str]:

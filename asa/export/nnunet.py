@@ -3,6 +3,8 @@
 https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
 """
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
     Images are copied to the byte (nnU-Net has a preprocessing of its own), labelled scans into imagesTr, the others
     into imagesTs. Label values are renumbered 1, 2, ... in their order, as nnU-Net requires, and an ignored value
     becomes the highest. Regions are written in place of the labels if they hold all of these, and nnU-Net can paint
-    them, one value on top of another. The folder to write is called DatasetNNN_NAME; returned is the content of its
-    dataset.json.
+    them, one value on top of another. A folder that is not called DatasetNNN_NAME is warned about; returned is the
+    content of its dataset.json.
 
     Raises:
         FileNotFoundError: a source file is gone.
@@ -49,6 +51,9 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
     for record in data.records:
         _check_sources(record, data.channels)
     _check_cases(data, out)
+    if not re.fullmatch(r"Dataset\d{3}_.+", name := out.absolute().name):
+        told = f"nnU-Net takes only folders called DatasetNNN_NAME, like Dataset001_{name}: rename it"
+        warnings.warn(f"{out}: {told}", stacklevel=2)
     for record in data.records:
         _write_case(record, data.channels, values, out)
     about = {

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from asa import __version__
-from asa.data.datasets.bids import entities_of
+from asa.data.datasets.bids import entities_of, scan_of
 from asa.data.io.files import check_kept, check_out, matching_files, open_unlinked, read_json, write_json, write_whole
 from asa.data.io.tables import read_rows
 from asa.inference.label_maps import Outputs
@@ -234,8 +234,7 @@ def label_maps_of(predictions: Path) -> dict[str, Path]:
     if not (predictions / VOLUMES).is_file():
         found: dict[str, Path] = {}
         for path in files.values():
-            entities = entities_of(path)
-            id = "_".join(f"{key}-{entities[key]}" for key in ("sub", "ses", "run") if key in entities)
+            id = scan_of(entities_of(path))
             if found.setdefault(id, path) != path:
                 raise ValueError(f"{predictions}: both {found[id].name} and {path.name} are of {id}: leave one there")
         return found

@@ -13,7 +13,7 @@ from asa.config import written
 from asa.data.io.nifti import Volume, identity_of, read_image, spacing_of, to_ras
 from asa.data.preprocessing.pipeline import prepare_case
 from asa.data.preprocessing.scan import intensity_statistics
-from asa.data.preprocessing.settings import PrepareSettings
+from asa.data.preprocessing.settings import PrepareSettings, differences
 from asa.data.preprocessing.steps import Case
 from asa.data.store import Store
 from asa.errors import reason_of
@@ -247,7 +247,7 @@ class ScanPreprocessor:
             raise ValueError(f"{self.path} takes the channels {', '.join(self.channels)}, got {', '.join(channels)}")
 
     def check_store(self, store: Store, advice: str) -> None:
-        """Raise a ValueError, with advice, if a store was prepared in another way than these scans.
+        """Raise a ValueError, which says how and gives advice, if a store was prepared in another way than these scans.
 
         With `strip` given its scans may have been stripped in that way, too: whoever gives it says that it is as good.
         """
@@ -256,8 +256,11 @@ class ScanPreprocessor:
         if store.channels == self.channels and but_for_strip:
             if strip in (own.get("strip"), self.settings.strip):
                 return
-            advice = f"strip={own.get('strip')} there, strip={strip} here: if no skull is left, give strip={strip}"
-        raise ValueError(f"{store.path} was prepared in another way than {self.scans}: {advice}")
+            advice = f"if no skull is left, give strip={strip}"
+        how = differences({**own, "nan": None}, {**store.settings, "nan": None})
+        if store.channels != self.channels:
+            how = f"channels: {', '.join(self.channels)} there, {', '.join(store.channels)} here"
+        raise ValueError(f"{store.path} was prepared in another way than {self.scans} ({how}): {advice}")
 
     def warn_unless_centred(self) -> None:
         """Warn if the middle of a prepared volume, where its sides are divided, need not be the mid-sagittal plane."""

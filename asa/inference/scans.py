@@ -213,6 +213,8 @@ def scan_files(source: Path) -> dict[str, Path]:
     if (source / nnunet.DESCRIPTION).is_file() and (source / "imagesTs").is_dir():
         source /= "imagesTs"
     files = {id: path for path, id in _named(source)}
+    scans = [path for path in files.values() if source.is_dir() and not _is_label_map(path, source)]
+    files |= {id: path for path in scans if (id := bids.id_of(path, source))}
     return {id.removesuffix("_0000"): path for id, path in files.items()} | files
 
 
@@ -271,6 +273,7 @@ def _lies_in(out: Path, source: Path, path: str | Path | None) -> bool:
 def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
     """A scan, or those of a folder and its subfolders, by id: the path inside the folder, with _ for /.
 
+    In a BIDS dataset it is that of its reader, unless two scans would have one.
     Hidden files, label maps by their names, and files in an `out` inside the folder are left out. The channel number
     of nnU-Net, _0000, is no part of the ids.
     """
@@ -296,4 +299,5 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
             f"{source}: scans of several kinds ({', '.join(sorted(kinds))}): say which, like "
             f"'images={{{channel}: **/*_{max(kinds)}.nii.gz}}'"
         )
-    return scans
+    in_bids = {bids.id_of(path, source) or id: path for id, path in scans.items()} if source.is_dir() else scans
+    return in_bids if len(in_bids) == len(scans) else scans

@@ -85,7 +85,7 @@ def grid_size(spatial: Sequence[int], patch_size: int, *, several: bool = False)
             f"a volume of {sizes} voxels is not a whole number of patches of {patch_size}: {smaller}pad it to {high}"
         )
     if several and max(sizes) == patch_size:
-        raise ValueError(f"a volume of {sizes} voxels: this network takes volumes larger than {patch_size}^3")
+        raise ValueError(f"a volume of {sizes} voxels: give one larger than {patch_size}^3, like crop={2 * patch_size}")
     return sizes[0] // patch_size, sizes[1] // patch_size, sizes[2] // patch_size
 
 

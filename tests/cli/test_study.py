@@ -1,6 +1,7 @@
 """`asa run`: folders are recognised, the stages compose, and what is done is not done again."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -423,6 +424,18 @@ def test_another_study_is_not_overwritten(tmp_path: Path, recorded) -> None:
     (tmp_path / "s" / study.DONE).write_text("[]")
     with pytest.raises(ValueError, match="is another study, or was changed; asa run"):
         run_study(settings(**given, finetune={"train.steps": 3}))
+
+
+def test_the_commands_of_a_plan_begin_with_a_cd_to_where_their_paths_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my study").mkdir()
+    stages = {"net": {"finetune": {"data": {"store": "stores/a b"}, "out": "runs/x"}}}
+    (tmp_path / "my study" / "study.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    run_study(compose("run", [f"labelled='{tmp_path}/my study/study.yaml'", "plan=only"]))
+    first, command, *_ = capsys.readouterr().out.splitlines()
+    assert shlex.split(first) == ["cd", f"{tmp_path}/my study"]
+    assert shlex.split(command) == ["net:", "asa-finetune", "data.store='stores/a b'", "out=runs/x"]
 
 
 def test_a_plan_takes_settings_nested_or_dotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,16 @@ def test_rows_of_the_truth_without_a_prediction_are_counted(tmp_path, truth):
     assert notes == ["1 row of the truth without a prediction"]
 
 
+def test_rows_by_session_are_counted_by_scan(tmp_path):
+    rows = "".join(f"sub-{n}_ses-{k},sub-{n},{20 + n},15,\n" for n in (1, 2) for k in (1, 2))
+    (tmp_path / "predictions.csv").write_text(f"id,subject,predicted,training_mean,age\n{rows}")
+    known = "".join(f"sub-{n}\tses-{k}\t{20 + n + k}\n" for n in (1, 2, 3) for k in (1, 2))
+    (tmp_path / "truth.tsv").write_text(f"participant_id\tsession_id\tage\n{known}")
+    scores, *_ = evaluate_numbers(tmp_path / "predictions.csv", tmp_path / "truth.tsv", tmp_path)
+    assert (scores.scans, scores.subjects, scores.mae) == (4, 2, 1.5)
+    assert json.loads((tmp_path / "summary.json").read_text())["without_prediction"] == 2
+
+
 def test_scores_on_scans_that_the_network_was_trained_on_are_called_optimistic(tmp_path):
     rows = ["s0,,9,15,,1a,yes", "s1,,21,15,,1a,no", "s2,,12,15,,2b,", "s3,,12,15,,2b,yes"]
     table = "\n".join(["id,subject,predicted,training_mean,age,network,trained_on", *rows, ""])

@@ -134,6 +134,13 @@ def test_files_of_another_export_are_not_left_among_the_cases(tmp_path):
     assert (tmp_path / "Dataset004_x/dataset.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(("name", "warned"), [("Dataset012_ours-2", False), ("ours", True), ("Dataset12_ours", True)])
+def test_a_folder_that_nnunet_would_not_find_is_warned_about(tmp_path, recwarn, name, warned):
+    export_nnunet(prepared(two_channels(tmp_path / "raw"), tmp_path / "store"), tmp_path / name)
+    text = "nnU-Net takes only folders called DatasetNNN_NAME, like Dataset001_ours: rename it"
+    assert any(text in str(one.message).replace("Dataset12_", "") for one in recwarn) == warned
+
+
 def test_regions_without_one_of_the_labels_are_left_out(tmp_path):
     regions = {"core": [1, 4], "enhancing_tumour": [4]}  # label 2 is in none
     about = export_nnunet(prepared(two_channels(tmp_path / "raw"), tmp_path / "store", regions=regions), tmp_path / "x")

@@ -256,7 +256,8 @@ def test_scans_that_were_stripped_in_another_way_are_taken_if_the_user_says_so(
     paths = {"input": a_scan(tmp_path), "out": tmp_path / "out", "checkpoint": run} | {key: healthy}
     given = (*(f"{name}={path}" for name, path in paths.items()), "predict.device=cpu")
     assert call(predict, monkeypatch, *given) == 1
-    assert "strip=deepbet there, strip=none here: if no skull is left, give strip=none" in capsys.readouterr().err
+    told = '(prepare.strip: "deepbet" there, "none" here): if no skull is left, give strip=none'
+    assert told in capsys.readouterr().err
     assert call(predict, monkeypatch, *given, "strip=none") == 0
     assert (tmp_path / "out/anomaly.csv").is_file()
     manifest = read_tree(healthy)

@@ -9,6 +9,7 @@ import pytest
 from untrained import a_scan, checkpoint
 
 import asa
+from asa.data.datasets import bids
 from asa.data.datasets.recognise import recognise
 from asa.inference.scans import raw_scans
 
@@ -16,6 +17,7 @@ LABEL_MAPS = [
     *("s1_seg.nii.gz", "s1_dseg.nii.gz", "s1_label-x_probseg.nii.gz", "s1_desc-brain_mask.nii.gz", "a_synthseg.nii"),
     *("aseg.mgz", "s1_mri_aseg.nii.gz", "aseg.auto_noCCseg.mgz", "aparc.DKTatlas+aseg.deep.mgz", "wmparc.mgz"),
     *("a_parc.nii.gz", "a_structures.nrrd", "a_tissues.mha", "a_lesions.nii", "a_Labels.nii", "a_manual.nii.gz"),
+    *("a_regions.nii.gz", "a_atlas.nii", "a_parcellation.nii"),
     *("IBSR_01_segTRI_fill_ana.nii.gz", "IBSR_01_seg_ana.nii", "a_segTRI.nii", "truth.nii", "lh.ribbon.mgz"),
 ]
 
@@ -95,6 +97,23 @@ def test_what_is_a_label_map_for_prediction_is_one_for_a_study(tmp_path: Path, n
         (tmp_path / file).touch()
     settings = recognise(tmp_path, labelled=True)
     assert settings["data.images"] == {"t1": "*_T1.nii.gz"} and settings["data.label"] == f"*_{word}.{ending}"
+
+
+def test_scans_of_a_bids_dataset_have_the_ids_that_its_reader_gives(tmp_path: Path) -> None:
+    def touch(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"{name}.nii.gz").touch()
+
+    touch("sub-1/ses-a/anat/sub-1_ses-a_run-1_T1w", "sub-1/ses-b/anat/sub-1_T1w", "sub-2/anat/sub-2_acq-x_T1w")
+    touch("sub-2/anat/sub-2_dseg")
+    ids = ["sub-1_ses-a_run-1", "sub-1_ses-b", "sub-2"]
+    assert list(found(tmp_path)) == ids == [record["id"] for record in bids.records(tmp_path)]
+    others = ("derivatives/sub-2/anat/sub-2_T1w", "sub-3/anat/scan", "sub-3/anat/sub-4_T1w", "sub-H-1/anat/sub-H-1_T1w")
+    touch(*others)
+    assert found(tmp_path).keys() == {*ids, *(name.replace("/", "_") for name in others)}
+    touch("sub-2/anat/sub-2_acq-y_T1w")  # two scans would have one id
+    assert {"sub-2_anat_sub-2_acq-x_T1w", "sub-2_anat_sub-2_acq-y_T1w"} < found(tmp_path).keys()
 
 
 def test_what_is_passed_over_is_named(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def test_every_parameter_of_every_size_gets_a_gradient(factory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "said"), [(48, "patches of 32: pad it"), (32, "larger than 32"), ((64, 64, 40), "patches of 32: crop it")]
+    ("size", "said"),
+    [(48, "patches of 32: pad it"), (32, r"larger than 32\^3, like crop=64"), ((64, 64, 40), "patches of 32: crop it")],
 )
 def test_sizes_that_are_not_divisible_by_32_raise_an_error(size, said: str) -> None:
     with pytest.raises(ValueError, match=said):

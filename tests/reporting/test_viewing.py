@@ -90,7 +90,7 @@ def test_predictions_are_shown_over_their_scans_with_their_probabilities(viewer:
 @pytest.mark.parametrize(
     ("images", "file", "id"),
     [
-        ("new", "new/sub-1/anat/sub-1_T1w.nii.gz", "sub-1_anat_sub-1_T1w"),
+        ("new", "new/sub-1/anat/sub-1_T1w.nii.gz", "sub-1"),
         ("new/**/*_T1w.nii.gz", "new/sub-1/anat/sub-1_T1w.nii.gz", "sub-1_anat_sub-1"),
         ("new", "new/a_0000.nii.gz", "a"),
         ("new", "new/imagesTs/a_0000.nii.gz", "a"),

@@ -479,7 +479,7 @@ def test_stores_that_do_not_fit_are_refused(
     records = folder.records(raw, images={"flair": "*_T1w.nii.gz"})
     prepare_cohort(records[:1], tmp_path / "flair", CohortSettings(), progress=False)
     code, shown = run(input=tmp_path / "flair")
-    assert code == 1 and f"flair was prepared in another way than the scans of {heads}: predict the raw scans" in shown
+    assert code == 1 and f"than the scans of {heads} (channels: t1 there, flair here): predict the raw scans" in shown
 
 
 def test_from_python_one_atlas_is_corrected_by_joint_fusion(heads: Path, raw: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def records(
     With one channel each run is a scan with the id sub-XX[_ses-YY][_run-ZZ]. With several channels each session is a
     scan, and a channel that it lacks is None. The subject is sub-XX, so that all its sessions are in one part of a
     split. The site is read from a column `site` of participants.tsv. Warnings say which subjects have no such file,
-    which scans the required values leave out, and where `channels` would have more than the T1w.
+    which scans the required values leave out, where `channels` would have more than the T1w, and which derivatives have
+    the label maps if `label_root` has none.
 
     Args:
         root: of the dataset, or of one derivative.
@@ -71,7 +72,12 @@ def records(
     if label is not None:
         labels_root = existing_folder(label_root or root, "the label maps").absolute()
         others = {key: value for key, value in chosen.items() if key not in dict(_ENTITY.findall(label))}
-        labels = _choose(_files(labels_root, label, keys, problems), others, problems, labels=True)
+        label_maps = _files(labels_root, label, keys, problems)
+        labels = _choose(label_maps, others, problems, labels=True)
+        derivatives = [] if label_maps else sorted(root.glob("derivatives/*/"))
+        if roots := [path for path in derivatives if _files(path, label, keys, {})]:
+            hint = " or ".join(f"data.label_root={path}" for path in roots)
+            warnings.warn(f"{labels_root}: no label map *_{label}.nii.gz here: give {hint}", stacklevel=2)
     scans = set[str]().union(*found.values())
     everything = {scan for pairs in files.values() for scan, _ in pairs}
     _warn_of_others(root, " or ".join(channels.values()), everything, scans, chosen)
@@ -114,7 +120,7 @@ def _files(root: Path, suffix: str, keys: Sequence[str], problems: dict[str, str
         entities, stem = _placed(path), _stem(path)
         if "sub" not in entities:
             continue
-        scan = "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
+        scan = scan_of(entities, keys)
         wrong = [part for part in stem.split("_") if part[:4] in NAMING and not _ENTITY.fullmatch(part)]
         if wrong and is_utf8(path.name):
             scan = stem
@@ -187,6 +193,20 @@ def _text(chosen: Mapping[str, str | None]) -> str:
 def entities_of(path: Path) -> dict[str, str]:
     """Entity -> value of a file name, like `{"sub": "01", "ses": "1"}`, without the suffix."""
     return dict(_ENTITY.findall(_stem(path)))
+
+
+def id_of(path: Path, root: Path) -> str | None:
+    """The id that `records` gives to an image of a dataset; None for a file that has no place or name of BIDS in it."""
+    entities, folders = _placed(path), path.absolute().relative_to(root.absolute()).parts[:-1]
+    placed = tuple(f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities)
+    if "sub" not in entities or folders[:-1] not in (placed, ("subjects", *placed)) or folders[-1] not in FOLDERS:
+        return None
+    return scan_of(entities)
+
+
+def scan_of(entities: Mapping[str, str], keys: Sequence[str] = ("sub", "ses", "run")) -> str:
+    """A scan, named by those of its entities that tell scans apart."""
+    return "_".join(f"{key}-{entities[key]}" for key in keys if key in entities)
 
 
 def _placed(path: Path) -> dict[str, str]:

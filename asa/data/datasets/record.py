@@ -17,7 +17,7 @@ SUBJECT = re.compile(
 # The last word of a label map's name, like dseg, synthseg, segTRI_fill_ana or wmparc; or aseg and aparc anywhere in it.
 LABEL_NAME = re.compile(
     r"(?:^|[_.+-])(?:\w*seg|seg(?:tri)?(?:_fill)?_ana|segtri|segmentations?|\w*parc|parcellations?|label_?maps?|labels?"
-    r"|masks?|manual|truth|structures|tissues|lesions?|ribbon)$|(?:^|[_.+-])(?:aseg|aparc)(?:[_.+-]|$)",
+    r"|masks?|manual|truth|structures|regions|atlas|tissues|lesions?|ribbon)$|(?:^|[_.+-])(?:aseg|aparc)(?:[_.+-]|$)",
     re.IGNORECASE,
 )
 

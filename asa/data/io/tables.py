@@ -19,6 +19,8 @@ ENDINGS = (".csv", ".tsv", PARQUET)
 EMPTY = ("", "n/a")  # cells; the second is that of BIDS
 # Columns that name what a row is about -> the same of a scan.
 NAMED_BY = {"id": "id", "subject": "subject", "participant_id": "subject"}
+SESSION = "session_id"  # column of BIDS, of a table by subject and session
+_SESSION = re.compile(r"(?:^|_)ses[-_]([^_]+)", re.IGNORECASE)  # in an id
 # Columns of the tables that asa-predict writes; in a table of numbers no other column is called so. The last two are
 # the beginning of the SHA-256 of each network's weights, and whether one of them was trained on the scan.
 PREDICTED, TRAINING_MEAN, NETWORK, TRAINED_ON = "predicted", "training_mean", "network", "trained_on"
@@ -98,7 +100,9 @@ def notes_of(rows: Collection[Mapping[str, str]]) -> list[str]:
     networks = Counter(row[NETWORK] for row in rows if row.get(NETWORK))
     if len(networks) > 1:
         shares = ", ".join(f"{name} {count}" for name, count in networks.items())
-        lines.append(f"note: predicted by {len(networks)} networks (scans of each: {shares}), as in a cross-validation")
+        lines.append(
+            f"note: predicted by {len(networks)} networks (scans of each: {shares}): right for a cross-validation alone"
+        )
     return lines
 
 
@@ -115,7 +119,9 @@ def read_column(
     """One column of a table, by scan.
 
     A row describes a scan, named in a column "id", or all scans of a subject, named in a column "subject", or
-    "participant_id" as in participants.tsv of BIDS. Empty cells are skipped, and those of BIDS, n/a.
+    "participant_id" as in participants.tsv of BIDS. With a column "session_id" too, like ses-01 or 01, it describes
+    those scans of the subject whose ids have this session, like sub-01_ses-01_run-1; an id without one is of the
+    subject's only row. Empty cells are skipped, and those of BIDS, n/a.
 
     Args:
         path, column: the table, and the name of the column.
@@ -142,21 +148,43 @@ def read_column(
         raise ValueError(
             f"{path}: the columns are {', '.join(header)}; give id, subject or participant_id, and {column}"
         )
-    values: dict[str, str] = {}
+    own = NAMED_BY[key]
+    by_session = own == "subject" and SESSION in header
+    values: dict[str, dict[str, str]] = {}  # by name and session
     for row in rows:
         name, value = row[key], row[column]
-        if name in values:
-            raise ValueError(f"{path}: {key} {name} is in two rows: remove one")
+        session = _session(row[SESSION]) if by_session else ""
+        if session in values.get(name, {}):
+            advice = f"; a table by session needs a column {SESSION}, or a column id like sub-01_ses-01"
+            advice = f"remove one{'' if by_session or own == 'id' else advice}"
+            twice = f"{name} {row[SESSION]}" if by_session else name
+            raise ValueError(f"{path}: {key} {twice} is in two rows: {advice}")
         if not value.isprintable():
             raise ValueError(f"{path}: {key} {name}: {value!r} has line breaks or other control characters: correct it")
         if value not in EMPTY:
-            values[name] = value
-    own = NAMED_BY[key]
+            values.setdefault(name, {})[session] = value
     names = match_names(path, values, {record[own] for record in records})
-    found = {record["id"]: values[names[record[own]]] for record in records if record[own] in names}
+    matched = {one["id"]: _of_session(values[names[one[own]]], one["id"]) for one in records if one[own] in names}
+    found = {id: value for id, value in matched.items() if value is not None}
     if not found:
-        raise ValueError(f"{path}: no {key} of its {len(values)} rows is one of the scans, like {records[0][own]}")
+        of, like = (f"{key} with its {SESSION}", "id") if by_session else (key, own)
+        count = sum(map(len, values.values()))
+        raise ValueError(f"{path}: no {of} of its {count} rows is one of the scans, like {records[0][like]}")
     return found
+
+
+def _session(text: str) -> str:
+    """A session as it is compared: without ses-, zeros before a number, and the .0 that pandas writes; "" for none."""
+    core = re.sub(r"^ses[-_]", "", text.casefold()).removesuffix(".0")
+    return "" if text in EMPTY else core.lstrip("0") or "0"
+
+
+def _of_session(values: Mapping[str, str], id: str) -> str | None:
+    """The value of a scan among those of its subject by session, "" of which stands for all; None if it has none."""
+    found = _SESSION.search(id)
+    if found is None and len(values) == 1:
+        return next(iter(values.values()))
+    return values.get(_session(found[1]) if found else "", values.get(""))
 
 
 def match_names(path: str | Path, listed: Collection[str], names: Collection[str]) -> dict[str, str]:

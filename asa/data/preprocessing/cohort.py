@@ -18,7 +18,7 @@ from asa.data.io.files import PART, check_kept, write_json
 from asa.data.io.lock import LOCK, locked
 from asa.data.io.parallel import KILLED, check_workers, in_processes, on_cluster
 from asa.data.preprocessing.scan import ScanJob, ScanOutcome, ScanQuality, known_entry, prepare_scan, scan_quality
-from asa.data.preprocessing.settings import CohortSettings
+from asa.data.preprocessing.settings import CohortSettings, differences
 from asa.data.store import (
     FOLDERS,
     FORMAT,
@@ -204,6 +204,8 @@ def _open(root: Path, header: dict[str, Any]) -> tuple[dict[str, bytes], dict[st
         for key in ("settings", "channels", "labels", "ignored"):
             if existing[key] != header[key]:
                 differ = f"{key} {existing[key]}, now asked for {header[key]}"
+                if key == "settings":
+                    differ = f"other settings ({differences(existing[key], header[key])})"
                 raise ValueError(f"{root}: this store was made with {differ}; use the same, or another out=")
         entries = dict(zip(records.ids, records.lines(), strict=True))
         now, known = versions(), existing.get("software")

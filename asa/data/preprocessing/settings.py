@@ -1,10 +1,12 @@
 """How scans and cohorts are prepared, with all checks. Without torch, so that an error is said at once."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from asa.data.preprocessing.brain import TOOLS
+from asa.errors import listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,14 @@ class PrepareSettings:
         """The settings as a store and a checkpoint keep them; those newer than they are, only if used."""
         newer = {"window": None, "nan": "refuse"}
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """In which settings two preparations, as of `as_json`, differ, in words: five of them, and how many more."""
+    one, other = ({**asdict(PrepareSettings()), **settings} for settings in (there, here))
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    found = [f"prepare.{key}: {json.dumps(one.get(key))} there, {json.dumps(other.get(key))} here" for key in keys]
+    return listed(found, 5)
 
 
 @dataclass(frozen=True)

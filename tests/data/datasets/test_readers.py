@@ -505,6 +505,17 @@ def test_bids_label_maps_lie_in_the_tree_or_in_another_and_a_missing_one_has_its
     ]
 
 
+def test_bids_without_any_label_map_names_the_derivatives_that_have_them(tmp_path, recwarn):
+    plant(tmp_path, *(f"sub-{k}/anat/sub-{k}_T1w.nii.gz" for k in "ab"))
+    plant(tmp_path, *(f"derivatives/{name}/sub-a/anat/sub-a_dseg.nii.gz" for name in ("manual", "other")))
+    plant(tmp_path, "derivatives/brains/sub-a/anat/sub-a_mask.nii.gz")
+    bids.records(tmp_path, label="dseg", label_root=tmp_path / "derivatives" / "manual")
+    assert not recwarn.list
+    roots = " or ".join(f"data.label_root={tmp_path}/derivatives/{name}" for name in ("manual", "other"))
+    with pytest.warns(UserWarning, match=f"no label map .*_dseg.nii.gz here: give {roots}$"):
+        bids.records(tmp_path, label="dseg")
+
+
 def test_bids_takes_the_site_from_the_participants(tmp_path):
     plant(tmp_path, *(f"sub-{k}/anat/sub-{k}_T1w.nii.gz" for k in "abc"))
     assert not any("site" in record for record in bids.records(tmp_path))

@@ -572,7 +572,7 @@ def test_a_crop_given_as_a_tuple_continues_its_store(cohort, tmp_path):
 def test_a_store_with_other_settings_is_refused(cohort, tmp_path):
     run(cohort, tmp_path / "store")
     for other, reason in (
-        ({"settings": PrepareSettings(margin=1)}, "made with settings .*'margin': 4.* now asked for .*'margin': 1"),
+        ({"settings": PrepareSettings(margin=1)}, r"made with other settings \(prepare.margin: 4 there, 1 here\)"),
         ({"labels": {2: "outer", 7: "core"}}, "made with labels"),
         ({"ignored": [9]}, r"made with ignored \[\], now asked for \[9\]"),
     ):
