@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from asa.data.io.nifti import spacing_of
+from asa.data.preprocessing.settings import differences
 from asa.data.store import Entry, Records, Store
 
 SPACING_TOLERANCE = 0.1  # relative difference of two modalities' voxel sizes, along each axis
@@ -52,7 +53,7 @@ class JoinedStores(Store):
             if one.settings != store.settings:
                 raise ValueError(
                     f"data.stores: {store.path} has {modality_of(store)} scans prepared in another way than those of "
-                    f"{one.path}: prepare both alike"
+                    f"{one.path} ({differences(one.settings, store.settings)}): prepare both alike"
                 )
         for store in found.values():
             _check_fits(store, first)

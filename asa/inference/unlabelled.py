@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from asa.data.io.files import read_json, whole_file, write_json
+from asa.data.preprocessing.settings import differences
 from asa.data.splits import select
 from asa.data.store import Store
 from asa.inference.atlas import Atlas, carry_over, load_ants, read_atlases
@@ -43,8 +44,9 @@ class UnlabelledScans:
         self.subjects = split["train"]
         alike = prepared_alike(self.store.settings, labelled.settings)
         if self.store.channels != labelled.channels or not alike:
+            how = differences(labelled.settings, self.store.settings) or f"channels: {', '.join(self.store.channels)}"
             raise ValueError(
-                f"data.unlabelled={chosen} was prepared in another way than {labelled.path}: prepare both alike"
+                f"data.unlabelled={chosen} was prepared in another way than {labelled.path} ({how}): prepare both alike"
             )
         file = run / CONTENT
         self.before: dict[str, dict[str, Any]] = {"atlases": {}, "digests": {}}

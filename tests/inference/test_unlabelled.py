@@ -173,7 +173,9 @@ def test_stores_that_do_not_fit_and_nothing_unlabelled_are_refused(
         finetune(store, tmp_path / "run", **TINY, **{"data.unlabelled": str(store)})
     records = folder.records(raw, images={"t1": "*_T1.nii.gz"})
     prepare_cohort(records, tmp_path / "wide", CohortSettings(settings=PrepareSettings(margin=9)), progress=False)
-    with pytest.raises(ValueError, match="was prepared in another way than"):
+    with pytest.raises(
+        ValueError, match=r"another way than .* \(prepare\.margin: \d there, 9 here\): prepare both alike"
+    ):
         finetune(store, tmp_path / "run", **TINY, **{"data.unlabelled": str(tmp_path / "wide")})
     # A background of NaN that one of them accepts changes no other scan.
     prepare_cohort(records, tmp_path / "nan", CohortSettings(settings=PrepareSettings(nan="zero")), progress=False)

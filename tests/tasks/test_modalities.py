@@ -397,7 +397,7 @@ def test_stores_that_do_not_fit_are_refused_and_the_message_says_what_to_do(
             mr,
             changed("mid", ct, lambda tree: tree["settings"].update(midway=True)),
         ],
-        "has t1 scans prepared in another way than those of .*mr: prepare both alike": [
+        't1 scans prepared in another way than those of .*mr .prepare.normalise: .* there, "zscore" here.:': [
             mr,
             changed("zscore", mr, lambda tree: tree["settings"].update(normalise="zscore")),
         ],
