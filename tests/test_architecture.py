@@ -28,7 +28,7 @@ LINES = {
     "": 739,  # the reader of phantoms lies with them
     "baselines": 1136,  # puzzles without mirrored patches
     "cli": 768,  # stale stages of a study
-    "data": 8221,  # a killed worker fails its own scan; values by session; what a BIDS dataset has beside
+    "data": 8225,  # a killed worker fails its own scan; values by session; what a BIDS dataset has beside
     "evaluation": 2600,  # scores over subjects, and on scans of the training; a summary of something else stays
     "export": 783,  # what is not finite becomes no label map
     "inference": 2856,  # labels for unlabelled scans; scans and ensembles are checked by content and voxel size

@@ -173,7 +173,11 @@ def _warn_of_others(
 
 def _warn_of_channels(root: Path, keys: Sequence[str], scans: set[str]) -> None:
     """Warn of images of other contrasts beside the T1w, which would be channels of the same scans."""
-    found = {name: {scan for scan, _ in _files(root, suffix, keys, {})} & scans for name, suffix in OTHERS.items()}
+    images = _files(root, "*", keys, {})  # once, as a large dataset takes long
+    found = {
+        name: {scan for scan, path in images if path.name.partition(".")[0].endswith(f"_{suffix}")} & scans
+        for name, suffix in OTHERS.items()
+    }
     if more := {name: len(having) for name, having in found.items() if having}:
         counts = ", ".join(f"{OTHERS[name]} ({count})" for name, count in more.items())
         channels = ", ".join(
