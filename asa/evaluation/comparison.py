@@ -38,7 +38,7 @@ from asa.evaluation.statistics import (
     smallest_holm,
     wilcoxon_p,
 )
-from asa.evaluation.summary import Statistic, aligned, number_text, several_cases, statistic, subjects_note
+from asa.evaluation.summary import Statistic, aligned, describe, number_text, several_cases, subjects_note
 from asa.evaluation.tables import SCANS
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "detectable"]
@@ -244,7 +244,7 @@ def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison
     empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {}, common_subjects(runs))
     keys = list(product(empty.metrics, regions, runs))
     results = {
-        (metric.name, region, run.name): statistic(
+        (metric.name, region, run.name): describe(
             empty.over_subjects([run.values[case, region][metric.name] for case in case_ids]).tolist(), metric.bounds
         )
         for metric, region, run in keys
@@ -280,7 +280,7 @@ def _without_noise(differences: np.ndarray, largest: float) -> np.ndarray:
 
 
 def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
-    found, used = statistic(differences.tolist()), differences[~np.isnan(differences)]
+    found, used = describe(differences.tolist()), differences[~np.isnan(differences)]
     up, down = int(np.count_nonzero(used > 0)), int(np.count_nonzero(used < 0))
     better, worse = (up, down) if metric.higher_is_better else (down, up)
     detectable = detectable_difference(used) if found.used >= MIN_PAIRS else math.nan
@@ -334,7 +334,7 @@ def verdicts(comparison: Comparison) -> list[str]:
     found = []
     for run in comparison.runs[1:]:
         paired = np.mean([paired_differences(comparison, metric, region, run) for region in regions], axis=0)
-        averaged = statistic(_by_subject(comparison, paired).tolist())
+        averaged = describe(_by_subject(comparison, paired).tolist())
         found.append(verdict(run.name, first, metric, len(regions), averaged, comparison.unit))
     return found
 

@@ -203,7 +203,7 @@ def summarise(
     return SegmentationSummary(
         policy=policy,
         rows=rows,
-        results=statistics(rows, regions, policy.metrics, subjects),
+        results=describe_regions(rows, regions, policy.metrics, subjects),
         subjects=subjects,
         labels=dict(labels),
         regions=regions,
@@ -214,7 +214,7 @@ def summarise(
     )
 
 
-def statistics(
+def describe_regions(
     rows: Sequence[Row], labels: Iterable[str], metrics: Sequence[MetricInfo], subjects: Mapping[str, str]
 ) -> dict[str, dict[str, Statistic]]:
     """Label -> metric name -> statistic over the cases, or over the means of subjects (case id -> subject)."""
@@ -231,7 +231,7 @@ def statistics(
 
 def _over_subjects(values: Mapping[str, float], subjects: Mapping[str, str], bounds: tuple[float, float]) -> Statistic:
     """The statistic of the values of cases, averaged by subject first."""
-    return statistic(means_by_subject([*values.values()], [subjects.get(case, case) for case in values]), bounds)
+    return describe(means_by_subject([*values.values()], [subjects.get(case, case) for case in values]), bounds)
 
 
 def several_cases(case_ids: Sequence[str], subjects: Mapping[str, str]) -> int:
@@ -312,7 +312,7 @@ def cases_csv(summary: SegmentationSummary) -> str:
     return csv_text(["id", "label", *metrics, *sizes, *last], rows)
 
 
-def statistic(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:
+def describe(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:
     """Mean, standard deviation and interval over cases; undefined values (NaN) count in n total only.
 
     The interval is clipped to `bounds`, the range of possible values.

@@ -20,7 +20,7 @@ from asa.data.io.tables import csv_text
 from asa.evaluation.comparison import Run, common_subjects, latex_tabular, markdown_lines, mean_text, verdict
 from asa.evaluation.policies import CLASSIFICATION, MetricInfo, PolicyInfo, get_policy
 from asa.evaluation.statistics import means_by_subject
-from asa.evaluation.summary import Statistic, number_text, several_cases, statistic
+from asa.evaluation.summary import Statistic, describe, number_text, several_cases
 from asa.reporting.plots import panels, plain, png_of
 
 MEAN = "mean"  # of the regions of a case
@@ -170,7 +170,7 @@ def _values(
 
 def _over_subjects(values: dict[tuple[int, str, str], float], bounds: tuple[float, float]) -> Statistic:
     """Statistic over the subjects, each the average over its cases and seeds."""
-    return statistic(_means(values), bounds)
+    return describe(_means(values), bounds)
 
 
 def _means(values: dict[tuple[int, str, str], float]) -> list[float]:

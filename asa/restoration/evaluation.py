@@ -17,7 +17,7 @@ from asa.data.io.files import write_digests, write_json, write_whole
 from asa.data.io.tables import check_own
 from asa.errors import listed
 from asa.evaluation.policies import WHOLE, restoration_policy
-from asa.evaluation.summary import Row, check_summary, statistics
+from asa.evaluation.summary import Row, check_summary, describe_regions
 from asa.reporting.pages import check_page
 from asa.restoration.images import checked_window, common_window, list_pictures, read_picture, read_restored
 from asa.restoration.measures import RestorationSummary, restoration_table, score_image, scores_csv
@@ -70,7 +70,7 @@ def evaluate_pictures(
         truths[case.case_id] = hashlib.sha256(target.tobytes()).hexdigest()[:12]
     policy = restoration_policy(ends)
     subjects = {row.case_id: subject_of(row.case_id, subject) for row in rows}
-    results = statistics(rows, [WHOLE], policy.metrics, subjects)
+    results = describe_regions(rows, [WHOLE], policy.metrics, subjects)
     quality = RestorationSummary(
         policy=policy, rows=rows, results=results, subjects=subjects, window=ends, truths=truths, left_out=left_out
     )

@@ -20,7 +20,7 @@ from asa.data.io.nifti import Volume, write_image, write_label
 from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, markdown_table, read_run, verdict
 from asa.evaluation.policies import get_policy
 from asa.evaluation.statistics import detectable_difference, holm, smallest_holm, wilcoxon_p
-from asa.evaluation.summary import statistic
+from asa.evaluation.summary import describe
 from asa.reporting import comparison as reporting
 from asa.reporting.figures import GAP
 from asa.tasks.evaluation import compare_folders, evaluate_folder
@@ -139,7 +139,7 @@ def test_all_texts_begin_with_the_verdict_in_words(folders, tmp_path):
 
 def test_a_lower_distance_is_ahead():
     (metric,) = (metric for metric in get_policy("ibsr").metrics if metric.name == "hd95_mm")
-    found = verdict("b", "a", metric, 1, statistic([-1.0, -1.1, -1.2]))
+    found = verdict("b", "a", metric, 1, describe([-1.0, -1.1, -1.2]))
     assert found.startswith("b is ahead of a: HD95 (mm) -1.10 (95 % interval -")
 
 
