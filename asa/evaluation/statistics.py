@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 RESAMPLES = 10_000  # of values, for the interval of their mean
 SUBJECT_RESAMPLES = 2_000  # of subjects, for the interval of any score
-MOSTLY = 0.6  # of the resamples that have to define a score; of two subjects half repeat one
+MOSTLY = 0.6  # of the resamples have to define a score; of two subjects half repeat one
 LEVEL = 0.95
 ENDS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # quantiles
 ALPHA, POWER = 0.05, 0.8  # of the smallest difference that a comparison could have found
