@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from asa import __version__
 from asa.data.io.files import DIGESTS, check_out, read_json, sha256_of, write_digests, write_json, write_whole
+from asa.data.io.tables import short
 from asa.data.leakage import stored_digests
 from asa.errors import reason_of
 from asa.inference.preprocessing import without_command
@@ -113,11 +114,12 @@ def _results(folder: Path, digest: str) -> dict[str, Any]:
         if not all(isinstance(row[key], int | float) for row in rows for key in ("mean", "low", "high", "used")):
             raise ValueError("a mean that is no number")
         networks = summary.get("networks", [])
-        own = networks == [digest[:8]] or "labels" not in summary
+        name = short(digest)
+        own = networks == [name] or "labels" not in summary
         notes = [str(note) for note in summary.get("notes", [])]
         if not own:
             made = f"were made by {' and '.join(map(str, networks))}" if networks else "may be of another network"
-            notes.insert(0, f"The predictions {made}; this network is {digest[:8]}.")
+            notes.insert(0, f"The predictions {made}; this network is {name}.")
         about = {"cases": int(summary["cases"]), "policy": str(summary["policy"]["name"]), "asa": str(summary["asa"])}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = reason_of(error)

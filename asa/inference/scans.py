@@ -278,13 +278,14 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
     of nnU-Net, _0000, is no part of the ids.
     """
     found = [(path, id) for path, id in _named(source) if not _lies_in(out, source, path)]
-    label_maps = [path for path, _ in found if _is_label_map(path, source)]
-    found = [(path, id) for path, id in found if not _is_label_map(path, source)]
+    label_maps = dict.fromkeys(path for path, _ in found if _is_label_map(path, source))
+    found = [(path, id) for path, id in found if path not in label_maps]
+    like = next(iter(label_maps), None)
     if not found:
-        only = f", only label maps, like {label_maps[0].name}" if label_maps else ""
+        only = f", only label maps, like {like.name}" if like else ""
         raise ValueError(f"{source}: no image ({', '.join(IMAGE_ENDINGS)}) of a scan here{only}")
     if label_maps:
-        print(f"left out: {len(label_maps)} files that are label maps by their names, like {label_maps[0]}")
+        print(f"left out: {len(label_maps)} files that are label maps by their names, like {like}")
     if all(id.endswith("_0000") for _, id in found):
         found = [(path, id.removesuffix("_0000")) for path, id in found]
     scans: dict[str, Path] = {}

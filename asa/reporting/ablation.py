@@ -76,11 +76,10 @@ def labelled_text(count: int | float | None) -> str:
 
 def trial_line(trial: Trial) -> str:
     """The first metric of a trial, its mean over the cases, or subjects, in each region."""
-    metric = _policy([trial]).metrics[0]
-    means = {region: _mean(trial, metric, region, trial.run.subjects) for region in _regions([trial])}
-    return (
-        f"{metric.title} {', '.join(f'{region} {number_text(mean, metric.digits)}' for region, mean in means.items())}"
-    )
+    metric, subjects = _policy([trial]).metrics[0], trial.run.subjects
+    means = {region: _mean(trial, metric, region, subjects) for region in _regions([trial])}
+    shown = [f"{region} {number_text(mean, metric.digits)}" for region, mean in means.items()]
+    return f"{metric.title} {', '.join(shown)}"
 
 
 def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> None:

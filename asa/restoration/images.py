@@ -67,7 +67,7 @@ def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.
 
 def read_restored(path: str | Path, window: Sequence[float] | None) -> np.ndarray:
     """Read a restored image like `read_picture`; the whole range of a PNG is the window, other files have its units."""
-    return read_picture(path, None if str(path).lower().endswith(".png") else window)
+    return read_picture(path, None if _is_png(path) else window)
 
 
 def read_values(path: str | Path, window: Sequence[float] | None = None) -> tuple[np.ndarray, tuple[float, float]]:
@@ -94,7 +94,7 @@ def size_of(path: str | Path) -> tuple[int, int]:
         FileNotFoundError, ValueError: as of `read_picture`.
     """
     path = Path(path)
-    if path.name.lower().endswith(".png"):
+    if _is_png(path):
         with _opened(path) as opened:
             return opened.height, opened.width
     if path.name.lower().endswith(".dcm"):
@@ -130,7 +130,7 @@ def common_window(paths: Iterable[str | Path]) -> tuple[float, float] | None:
 
 def stored_window(path: str | Path) -> tuple[float, float] | None:
     """The window that `write_picture` stored in a PNG; None for other files."""
-    if not str(path).lower().endswith(".png"):
+    if not _is_png(path):
         return None
     with _opened(Path(path)) as opened:
         try:
@@ -154,11 +154,15 @@ def checked_window(window: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
+def _is_png(path: str | Path) -> bool:
+    return str(path).lower().endswith(".png")
+
+
 def _read(path: Path) -> np.ndarray:
     """Values `(H, W)`, or `(H, W, 3)` of a colour PNG."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.name.lower().endswith(".png"):
+    if _is_png(path):
         with _opened(path) as opened:
             if opened.mode != "I;16" and any("16" in str(tile[3]) for tile in opened.tile):  # modes in the file
                 raise ValueError("16 bits in colour or with transparency, of which Pillow reads 8")

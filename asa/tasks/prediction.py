@@ -125,11 +125,6 @@ def checkpoints_of(config: Config) -> list[str]:
     return [chosen] if isinstance(chosen, str) else [str(path) for path in chosen]
 
 
-def short(*digests: str) -> str:
-    """What tables call networks by: the beginnings of the SHA-256 of their weights."""
-    return "+".join(digest[:8] for digest in digests)
-
-
 def only_checkpoint(config: Config, result: str) -> str:
     """The one checkpoint of a task without ensembles; a ValueError for several, or for settings of segmentation."""
     checkpoints = checkpoints_of(config)

@@ -20,7 +20,7 @@ from asa.data.datasets import folder
 from asa.data.datasets.record import subject_of
 from asa.data.io.files import check_out, make_below
 from asa.data.io.nifti import VOLUME_ENDINGS, Volume
-from asa.data.io.tables import NETWORK, TRAINED_ON, check_own, read_rows
+from asa.data.io.tables import NETWORK, TRAINED_ON, check_own, read_rows, short
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
 from asa.data.loading.loader import collate
@@ -48,7 +48,6 @@ from asa.tasks.prediction import (
     predict_anomalies,
     predict_scans,
     rows_in,
-    short,
     subjects_in,
 )
 from asa.tasks.volumes import Records, VolumeTask, absolute, choose_split

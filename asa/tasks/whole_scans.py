@@ -18,7 +18,7 @@ from torch import nn
 from asa.config import typed
 from asa.data.io.files import write_json, write_whole
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import NETWORK, PREDICTED, RESERVED, as_number, check_own, read_column
+from asa.data.io.tables import NETWORK, PREDICTED, RESERVED, as_number, check_own, read_column, short
 from asa.data.store import Store
 from asa.errors import counted, listed
 from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers, weighted_cross_entropy
@@ -35,7 +35,7 @@ from asa.inference.whole_scans import (
 )
 from asa.settings import Config
 from asa.tasks.evaluation import tables_of
-from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans, short
+from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans
 from asa.tasks.volumes import VolumeTask
 from asa.training.checkpoint import load_model
 from asa.training.device import pick_device

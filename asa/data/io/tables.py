@@ -89,6 +89,11 @@ def check_own(table: Path, command: str, required: Collection[str], others: str 
         raise ValueError(f"{table}: exists and is no table of {command}: choose another out=")
 
 
+def short(*digests: str) -> str:
+    """What tables call networks by: the beginnings of the SHA-256 of their weights."""
+    return "+".join(digest[:8] for digest in digests)
+
+
 def notes_of(rows: Collection[Mapping[str, str]]) -> list[str]:
     """Lines about how scores on the rows of a table of asa-predict are to be read."""
     lines = []
